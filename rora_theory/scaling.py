@@ -1,0 +1,77 @@
+"""The adapter's scaling gamma: the only place that computes it."""
+
+import math
+import numbers
+from typing import Literal
+
+from rora_theory.errors import InputError
+
+Rule = Literal["lora", "rora", "rslora"] | float
+"""A named rule, or the exponent kappa itself of ``gamma = alpha / rank**kappa``."""
+
+KAPPAS = {"lora": 1.0, "rora": 0.5, "rslora": 0.5}
+"""Exponent kappa of each named rule; RoRA's rule (Sec. III-B) is rsLoRA's."""
+
+
+def exponent(rule: Rule) -> float:
+    """The exponent kappa of a rule: 1 for ``"lora"``, 1/2 for ``"rora"`` and ``"rslora"``, a float is itself.
+
+    Raises:
+      InputError: an unknown name, or an exponent that is not a finite number.
+    """
+    if isinstance(rule, str):
+        if rule not in KAPPAS:
+            raise InputError(f"rule is {rule!r}; accepted are {', '.join(KAPPAS)} or a finite exponent kappa")
+        return KAPPAS[rule]
+    if isinstance(rule, bool) or not isinstance(rule, numbers.Real) or not math.isfinite(rule):
+        raise InputError(f"rule is {rule!r}; accepted are {', '.join(KAPPAS)} or a finite exponent kappa")
+    return float(rule)
+
+
+def scaling_factor(rule: Rule, *, alpha: float, rank: int) -> float:
+    r"""The scaling :math:`\gamma = \alpha / r^\kappa` of an adapter :math:`\gamma B A`.
+
+    Args:
+      rule: ``"lora"`` (kappa = 1, Hu et al. 2021), ``"rora"`` or ``"rslora"`` (kappa = 1/2, RoRA Sec. III-B and
+        Kalajdzievski 2023), or kappa itself.
+      alpha: adapter strength, finite and > 0.
+      rank: number of rows of A, an integer >= 1.
+
+    Returns:
+      gamma, a positive float.
+
+    Raises:
+      InputError: an argument outside the ranges above.
+
+    Example:
+      >>> scaling_factor("lora", alpha=16, rank=64), scaling_factor("rora", alpha=16, rank=64)
+      (0.25, 2.0)
+    """
+    check_rank(rank)
+    check_positive("alpha", alpha)
+    return float(alpha) / float(rank) ** exponent(rule)
+
+
+def alpha_for(rule: Rule, *, scaling: float, rank: int) -> float:
+    r"""The alpha that gives ``scaling`` at ``rank`` under ``rule``: :math:`\alpha = \gamma r^\kappa`.
+
+    Carries a tuned adapter to another rule or another reader: LoRA's alpha 16 at rank 64 is RoRA's alpha 2.
+
+    Example:
+      >>> alpha_for("rora", scaling=scaling_factor("lora", alpha=16, rank=64), rank=64)
+      2.0
+    """
+    check_positive("scaling", scaling)
+    return float(scaling) / scaling_factor(rule, alpha=1.0, rank=rank)
+
+
+def check_rank(rank: int) -> None:
+    """Raise `InputError` unless ``rank`` is an integer >= 1."""
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        raise InputError(f"rank is {rank!r}; accepted is an integer of 1 or more")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise `InputError` unless ``value`` is a finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value <= 0:
+        raise InputError(f"{name} is {value!r}; accepted is a finite number above 0")

@@ -1,0 +1,1 @@
+"""What every experiment shares: its command line, run folder and progress bar."""

@@ -1,0 +1,44 @@
+"""One progress bar for every command: on a terminal only, silent elsewhere."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@contextmanager
+def progress_bar(description: str, total: float, *, fields: str = "") -> Iterator["Bar"]:
+    """A bar on stderr that vanishes when done; ``fields`` is a format string for live figures beside it.
+
+    Example: ``with progress_bar("training", steps, fields="loss {loss:.3f}") as bar: bar.advance(1, loss=2.0)``
+    """
+    console = Console(file=sys.stderr)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        yield Bar(progress, progress.add_task(description, total=total, text=""), fields)
+
+
+class Bar:
+    """Handle of a `progress_bar`."""
+
+    def __init__(self, progress: Progress, task: int, fields: str) -> None:
+        self._progress, self._task, self._fields = progress, task, fields
+
+    def advance(self, steps: float = 1, **values: object) -> None:
+        """Move on by ``steps``; ``values`` fill the bar's ``fields``."""
+        text = self._fields.format(**values) if values else None
+        if text is None:
+            self._progress.update(self._task, advance=steps)  # type: ignore[arg-type]
+        else:
+            self._progress.update(self._task, advance=steps, text=text)  # type: ignore[arg-type]
