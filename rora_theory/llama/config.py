@@ -1,0 +1,354 @@
+"""The shape of a LLaMA model, from Hugging Face's `config.json`: every field is used or refused by name."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rora_theory.errors import InputError
+
+MODULES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""The linear modules of one layer, by the names Hugging Face and PEFT give them."""
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    """Every rotary frequency divided by ``factor``, a number of 1 or more."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _factor(self.factor)
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Long rotary wavelengths stretched by ``factor``, short ones kept, as in LLaMA 3.1.
+
+    Frequencies whose wavelength exceeds ``original_max_position_embeddings / low_freq_factor`` are divided by
+    ``factor``, those whose wavelength is below ``original_max_position_embeddings / high_freq_factor`` are
+    kept, and those between interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        _factor(self.factor)
+        _positive("rope low_freq_factor", self.low_freq_factor, float)
+        _positive("rope high_freq_factor", self.high_freq_factor, float)
+        _positive("rope original_max_position_embeddings", self.original_max_position_embeddings, int)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(
+                f"rope low_freq_factor is {self.low_freq_factor!r}; accepted is a number below "
+                f"high_freq_factor {self.high_freq_factor!r}"
+            )
+
+
+RopeScaling = LinearRope | Llama3Rope
+ROPE_KINDS: dict[str, type[LinearRope | Llama3Rope]] = {"linear": LinearRope, "llama3": Llama3Rope}
+"""Hugging Face's names of the scalings; ``"default"`` is none."""
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What determines the function a LLaMA model computes, apart from its weights. Hashable: static in jit.
+
+    Attributes:
+      vocab_size, hidden_size, intermediate_size, num_hidden_layers: sizes.
+      num_attention_heads, num_key_value_heads, head_dim: the query heads are a multiple of the key/value
+        heads, and ``head_dim`` is even. ``hidden_size`` need not be ``num_attention_heads * head_dim``.
+      rms_norm_eps: added to the mean square.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: None is the default rotary embedding.
+      tie_word_embeddings: the output projection is the embedding matrix.
+      attention_bias, mlp_bias: whether q, k, v, o (gate, up, down) have biases.
+      max_position_embeddings: longest sequence; longer ones are refused.
+      bos_token_id, eos_token_id, pad_token_id: for tokenization and generation; several end tokens are a
+        tuple.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (*_SIZES, "max_position_embeddings"):
+            _positive(name, getattr(self, name), int)
+        for name in ("rms_norm_eps", "rope_theta"):
+            _positive(name, getattr(self, name), float)
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}; accepted is true or false")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_key_value_heads is {self.num_key_value_heads}; accepted is a divisor of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim is {self.head_dim}; accepted is an even number (the rotary pairs)")
+        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        for name, token in (
+            ("bos", self.bos_token_id),
+            ("pad", self.pad_token_id),
+            *(("eos", e) for e in eos),
+        ):
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+                raise InputError(f"{name}_token_id is {token!r}; accepted is an integer or null")
+
+    def module_shape(self, name: str) -> tuple[int, int]:
+        """Shape ``(p_out, p_in)`` of a module's weight.
+
+        Raises:
+          InputError: ``name`` is not one of `MODULES`.
+        """
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        shapes = {
+            "self_attn.q_proj": (queries, self.hidden_size),
+            "self_attn.k_proj": (keys, self.hidden_size),
+            "self_attn.v_proj": (keys, self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, queries),
+            "mlp.gate_proj": (self.intermediate_size, self.hidden_size),
+            "mlp.up_proj": (self.intermediate_size, self.hidden_size),
+            "mlp.down_proj": (self.hidden_size, self.intermediate_size),
+        }
+        if name not in shapes:
+            raise InputError(f"module is {name!r}; accepted are {', '.join(MODULES)}")
+        return shapes[name]
+
+    def has_bias(self, name: str) -> bool:
+        """Whether a module has a bias vector of length ``p_out``."""
+        return self.attention_bias if name.startswith("self_attn.") else self.mlp_bias
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
+        """The configuration of a Hugging Face ``config.json``, in the older or the newer key names.
+
+        The rotary embedding is read from ``rope_theta`` and ``rope_scaling`` or from ``rope_parameters``;
+        both may be there if they agree. Keys that do not touch inference (precision on disk, initialisation,
+        library versions) are passed over; every other key must be one this model implements.
+
+        Raises:
+          InputError: a key that is unknown, or known with an unsupported value; a missing size; another
+          architecture.
+        """
+        if not isinstance(hf, Mapping):
+            raise InputError(f"config is {type(hf).__name__}; accepted is a JSON object")
+        found = {key: value for key, value in hf.items() if key not in _PASSED_OVER}
+        for key, accepted in _ONLY.items():
+            if key in found and (value := found.pop(key)) not in accepted:
+                raise InputError(
+                    f"config: {key} is {value!r}; accepted is {' or '.join(map(repr, accepted))}"
+                )
+        missing = [name for name in _REQUIRED if found.get(name) is None]
+        if missing:
+            raise InputError(
+                f"config: {', '.join(missing)} missing; accepted is the config.json of a LLaMA model"
+            )
+        for name in _REQUIRED:
+            _positive(f"config: {name}", found[name], int)
+        theta, scaling = _rope(found)
+        heads, hidden = found["num_attention_heads"], found["hidden_size"]
+        head_dim = found.pop("head_dim", None)
+        if head_dim is None:
+            if hidden % heads:
+                raise InputError(
+                    f"config: hidden_size is {hidden}; accepted is a multiple of {heads} attention heads"
+                )
+            head_dim = hidden // heads
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(found) - names)
+        if unknown:
+            raise InputError(f"config: {unknown[0]} is {found[unknown[0]]!r}; no such field is supported")
+        kv_heads = found.pop("num_key_value_heads", None)
+        eos = found.pop("eos_token_id", 2)
+        for name in (
+            "rms_norm_eps",
+            "tie_word_embeddings",
+            "attention_bias",
+            "mlp_bias",
+            "max_position_embeddings",
+        ):
+            if found.get(name, ...) is None:
+                del found[name]  # null means the default
+        try:
+            return cls(
+                **found,
+                num_key_value_heads=heads if kv_heads is None else kv_heads,
+                head_dim=head_dim,
+                rope_theta=theta,
+                rope_scaling=scaling,
+                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            )
+        except InputError as error:
+            raise InputError(f"config: {error}") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``config.json`` that transformers, old or new, reads back to the same function.
+
+        ``LlamaConfig.from_hf(config.to_hf()) == config``.
+        """
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        scaling = plain.pop("rope_scaling")
+        if isinstance(plain["eos_token_id"], tuple):
+            plain["eos_token_id"] = list(plain["eos_token_id"])
+        rope: dict[str, Any] = {"rope_type": "default"}
+        if self.rope_scaling is not None:
+            kind = "linear" if isinstance(self.rope_scaling, LinearRope) else "llama3"
+            rope = {"rope_type": kind, **dataclasses.asdict(self.rope_scaling)}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            **plain,
+            "rope_scaling": None if scaling is None else dict(rope),
+            "rope_parameters": {"rope_theta": self.rope_theta, **rope},
+        }
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# What says nothing about the function computed: bookkeeping, initialisation, training and generation habits.
+_PASSED_OVER = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "initializer_range",
+        "is_llama_config",
+        "label2id",
+        "max_sequence_length",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "rope_interleaved",
+        "torch_dtype",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "use_cache",
+        "use_return_dict",
+    }
+)
+# Keys with one meaning this model implements; any other value is refused by name.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "pretraining_tp": (1, None),
+    "attention_dropout": (0, None),
+    "rope_interleaved": (False, None),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+}
+
+
+def _rope(found: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Take the rotary keys out of ``found``: base and scaling."""
+    theta = found.pop("rope_theta", None)
+    readings = []
+    for source in ("rope_scaling", "rope_parameters"):
+        given = found.pop(source, None)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            raise InputError(f"config: {source} is {given!r}; accepted is an object or null")
+        readings.append((source, *_rope_object(source, dict(given))))
+    thetas = [theta, *(reading[1] for reading in readings)]
+    stated = {float(value) for value in thetas if _is_number(value)}
+    if any(value is not None and not _is_number(value) for value in thetas) or len(stated) > 1:
+        raise InputError(
+            f"config: rope_theta is {[t for t in thetas if t is not None]}; accepted is one number"
+        )
+    scalings = {reading[2] for reading in readings}
+    if len(scalings) > 1:
+        raise InputError(
+            "config: rope_scaling and rope_parameters disagree; accepted is one of them, or both alike"
+        )
+    return (stated.pop() if stated else 10000.0), (scalings.pop() if scalings else None)
+
+
+def _rope_object(source: str, given: dict[str, Any]) -> tuple[float | None, RopeScaling | None]:
+    """Base (or None) and scaling of one ``rope_scaling`` or ``rope_parameters`` object."""
+    theta = given.pop("rope_theta", None)
+    kinds = {given.pop(key) for key in ("type", "rope_type") if given.get(key) is not None}
+    given.pop("type", None)
+    given.pop("rope_type", None)
+    if len(kinds) > 1:
+        raise InputError(f"config: {source} has types {sorted(map(str, kinds))}; accepted is one")
+    kind = kinds.pop() if kinds else "default"
+    if given.get("partial_rotary_factor") == 1:
+        del given["partial_rotary_factor"]
+    if kind != "default" and kind not in ROPE_KINDS:
+        raise InputError(f"config: {source} type is {kind!r}; accepted are default, {', '.join(ROPE_KINDS)}")
+    fields = [] if kind == "default" else [field.name for field in dataclasses.fields(ROPE_KINDS[kind])]
+    unknown = sorted(set(given) - set(fields))
+    if unknown:
+        raise InputError(
+            f"config: {source} has {unknown[0]} {given[unknown[0]]!r}; "
+            f"type {kind} takes {', '.join(fields) or 'nothing else'}"
+        )
+    missing = [name for name in fields if given.get(name) is None]
+    if missing:
+        raise InputError(f"config: {source} of type {kind} lacks {', '.join(missing)}")
+    try:
+        return theta, None if kind == "default" else ROPE_KINDS[kind](**given)
+    except InputError as error:
+        raise InputError(f"config: {source}: {error}") from None
+
+
+def _factor(value: Any) -> None:
+    if not _is_number(value) or value < 1:
+        raise InputError(f"rope factor is {value!r}; accepted is a number of 1 or more")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(name: str, value: Any, kind: type) -> None:
+    """Refuse what is not a finite number (an integer, for ``int``) above 0."""
+    if not _is_number(value) or value <= 0 or (kind is int and not isinstance(value, int)):
+        what = "an integer of 1 or more" if kind is int else "a finite number above 0"
+        raise InputError(f"{name} is {value!r}; accepted is {what}")

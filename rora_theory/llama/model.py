@@ -1,0 +1,408 @@
+r"""The LLaMA transformer as pure functions over a dictionary of arrays.
+
+A layer maps the residual stream x by :math:`x \leftarrow x + W_o\,\mathrm{attn}(W_q u, W_k u, W_v u)` with
+:math:`u = \mathrm{norm}(x)`, then :math:`x \leftarrow x + W_{down}(\mathrm{silu}(W_{gate} u) \odot W_{up} u)`
+(Touvron et al. 2023). Weights keep Hugging Face's orientation [out, in]; the layers are stacked on a leading
+axis and scanned, so that a model compiles in the time of one layer.
+
+    params = {
+        "embed_tokens": [V, d],
+        "layers": {
+            "input_layernorm": [L, d],
+            "post_attention_layernorm": [L, d],
+            "self_attn.q_proj": {"weight": [L, out, in], "bias": [L, out] (where the configuration has it)},
+            ...
+        },
+        "norm": [d],
+        "lm_head": [V, d] (absent when the embeddings are tied)
+    }
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+
+from rora_theory.errors import InputError
+from rora_theory.llama import rope
+from rora_theory.llama.attention import attend, choose_route
+from rora_theory.llama.config import MODULES, LlamaConfig
+
+Params: TypeAlias = dict[str, Any]
+Cache: TypeAlias = dict[str, Array]
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """What a model asks of an adapter. Any pytree with these three methods will do."""
+
+    def layers(self) -> Any:
+        """Pytree of arrays with a leading axis of ``num_hidden_layers``, scanned beside the weights."""
+        ...
+
+    def linear(
+        self,
+        name: str,
+        x: Float[Array, "b s i"],
+        weight: Float[Array, "o i"],
+        bias: Float[Array, " o"] | None,
+        layer: Any,
+        *,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "b s o"]:
+        """The adapted module ``name`` of one layer; `linear` where the adapter leaves it alone.
+
+        Called for every name in `MODULES`. ``layer`` is that layer's slice of `layers`; ``key`` is the
+        layer's, for dropout, or None in evaluation.
+        """
+        ...
+
+    def prefix(self, layer: Any) -> tuple[Float[Array, "p k d"], Float[Array, "p k d"]] | None:
+        """Extra keys and values that every query may attend to, not rotated; None for none."""
+        ...
+
+
+class NoAdapter:
+    """The base model alone, in the shape of an `Adapter`."""
+
+    def layers(self) -> dict[str, Array]:
+        return {}
+
+    def linear(
+        self,
+        name: str,  # noqa: ARG002
+        x: Array,
+        weight: Array,
+        bias: Array | None,
+        layer: Any,  # noqa: ARG002
+        *,
+        key: PRNGKeyArray | None,  # noqa: ARG002
+    ) -> Array:
+        return linear(x, weight, bias)
+
+    def prefix(self, layer: Any) -> None:  # noqa: ARG002
+        return None
+
+
+def linear(
+    x: Float[Array, "*b i"], weight: Float[Array, "o i"], bias: Float[Array, " o"] | None = None
+) -> Float[Array, "*b o"]:
+    r""":math:`x W^\top + b`: multiplied in the weight's dtype, accumulated in float32, in ``x``'s dtype."""
+    # No preferred_element_type: its transpose would multiply a float32 cotangent by bfloat16 weights, at
+    # float32's speed. Every backend accumulates a bfloat16 product in float32 by itself (tested).
+    y = jnp.einsum("...i,oi->...o", x.astype(weight.dtype), weight)
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
+    return y.astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
+    r""":math:`w \odot x / \sqrt{\overline{x^2} + \epsilon}`: the quotient in float32, in ``x``'s dtype."""
+    wide = x.astype(jnp.float32)
+    scaled = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    # Rounded before the weight multiplies it, as the checkpoints were trained.
+    scaled = scaled.astype(x.dtype)
+    return jnp.broadcast_to(weight, scaled.shape).astype(x.dtype) * scaled
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "b s"],
+    config: LlamaConfig,
+    adapter: Adapter | None = None,
+    *,
+    attention_mask: Shaped[Array, "b s"] | None = None,
+    key: PRNGKeyArray | None = None,
+    remat: bool | str = False,
+    attention: str = "auto",
+    capture: Sequence[str] | None = None,
+) -> Any:
+    """Logits of the next token at every position: [b, s, vocab_size] float32.
+
+    Args:
+      params: weights (module docstring); their dtype is the dtype of the activations.
+      tokens: ids below ``vocab_size``; one outside gives NaN, never another token's embedding.
+      config: static.
+      adapter: None is the base model.
+      attention_mask: [b, s], non-zero at real tokens. Positions count real tokens, so left padding does not
+        shift them. A right-padded batch needs none: causal attention never looks right, and the outputs at
+        padding mean nothing either way. None is every token real.
+      key: of the adapter's dropout; None is evaluation.
+      remat: True recomputes each layer in the backward pass; ``"dots"`` keeps the products with weights.
+      attention: implementation, see `attention.choose_route`.
+      capture: names of `MODULES` whose inputs to return too.
+
+    Returns:
+      logits, or ``(logits, {name: inputs [layers, b, s, in]})`` when ``capture`` is given.
+
+    Raises:
+      InputError: a sequence above ``max_position_embeddings``, or an unknown route, remat or captured name.
+    """
+    out = hidden_states(
+        params,
+        tokens,
+        config,
+        adapter,
+        attention_mask=attention_mask,
+        key=key,
+        remat=remat,
+        attention=attention,
+        capture=capture,
+    )
+    if capture is None:
+        return unembed(params, out, config)
+    return unembed(params, out[0], config), out[1]
+
+
+def hidden_states(
+    params: Params,
+    tokens: Int[Array, "b s"],
+    config: LlamaConfig,
+    adapter: Adapter | None = None,
+    *,
+    attention_mask: Shaped[Array, "b s"] | None = None,
+    key: PRNGKeyArray | None = None,
+    remat: bool | str = False,
+    attention: str = "auto",
+    capture: Sequence[str] | None = None,
+) -> Any:
+    """Output of the final norm, [b, s, hidden_size] in the weights' dtype; arguments as `forward`'s."""
+    adapter = NoAdapter() if adapter is None else adapter
+    unknown = sorted(set(capture or ()) - set(MODULES))
+    if unknown:
+        raise InputError(f"capture names {unknown[0]!r}; accepted are {', '.join(MODULES)}")
+    length = tokens.shape[1]
+    _check_length(length, config)
+    x = embed(params, tokens)
+    route = choose_route(attention, x.dtype, config.head_dim)
+    if attention_mask is None:
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
+        mask = None
+    else:
+        real = attention_mask != 0
+        positions = jnp.maximum(jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
+        mask = _causal(length, length)[None, None] & real[:, None, None, :]
+    cos, sin = rope.angles(config, positions)
+
+    def body(x: Array, xs: tuple[Params, Any, PRNGKeyArray | None]) -> tuple[Array, dict[str, Array]]:
+        weights, slices, layer_key = xs
+        inputs: dict[str, Array] = {}
+
+        def apply(name: str, u: Array) -> Array:
+            if capture is not None and name in capture:
+                inputs[name] = u
+            module = weights[name]
+            return adapter.linear(name, u, module["weight"], module.get("bias"), slices, key=layer_key)
+
+        def attend_all(q: Array, k: Array, v: Array) -> Array:
+            k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
+            return attend(q, k, v, wide, route=route)
+
+        return _layer(x, weights, config, cos, sin, apply, attend_all), inputs
+
+    keys = None if key is None else jax.random.split(key, config.num_hidden_layers)
+    x, captured = jax.lax.scan(_checkpointed(body, remat), x, (params["layers"], adapter.layers(), keys))
+    hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
+    return hidden if capture is None else (hidden, captured)
+
+
+def unembed(params: Params, hidden: Float[Array, "*b d"], config: LlamaConfig) -> Float[Array, "*b v"]:
+    """Logits [*b, vocab_size] in float32 of final hidden states."""
+    weight = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    return jnp.einsum(
+        "...d,vd->...v", hidden.astype(weight.dtype), weight, preferred_element_type=jnp.float32
+    )
+
+
+def embed(params: Params, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+    """Embeddings of tokens; NaN where an id is not in the vocabulary."""
+    return jnp.take(params["embed_tokens"], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def init_cache(config: LlamaConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
+    """An empty key/value cache for ``length`` tokens a row.
+
+    Returns:
+      ``{"k", "v": [layers, batch, length, kv_heads, head_dim], "real": [batch, length] bool, whether a slot
+      holds a real token, "length": int32, the number of slots filled in every row}``.
+
+    Raises:
+      InputError: ``length`` above ``max_position_embeddings``.
+    """
+    _check_length(length, config)
+    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "real": jnp.zeros((batch, length), bool),
+        "length": jnp.zeros((), jnp.int32),
+    }
+
+
+def forward_cached(
+    params: Params,
+    tokens: Int[Array, "b s"],
+    cache: Cache,
+    config: LlamaConfig,
+    adapter: Adapter | None = None,
+    *,
+    attention_mask: Shaped[Array, "b s"] | None = None,
+) -> tuple[Float[Array, "b v"], Cache]:
+    """Read ``tokens`` after what the cache holds: the prompt in one call, then a token a call.
+
+    Args:
+      params, config, adapter: as `forward`.
+      tokens: [b, s], written to slots ``cache["length"] .. + s``. The caller keeps within the cache's length.
+      cache: of `init_cache` or an earlier call; donate it under jit.
+      attention_mask: [b, s], non-zero at real tokens of this call: a batch of prompts is padded on the left.
+        None is every token real.
+
+    Returns:
+      float32 logits at the last of ``tokens``, and the cache with them.
+    """
+    adapter = NoAdapter() if adapter is None else adapter
+    new = tokens.shape[1]
+    total = cache["k"].shape[2]
+    start = cache["length"]
+    real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask != 0
+    before = jnp.sum(cache["real"].astype(jnp.int32), axis=1, keepdims=True)
+    positions = jnp.maximum(before + jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
+    cos, sin = rope.angles(config, positions)
+    all_real = jax.lax.dynamic_update_slice_in_dim(cache["real"], real, start, axis=1)
+    mask = _causal(new, total, start)[None, None] & all_real[:, None, None, :]
+
+    def body(
+        carry: tuple[Array, Array, Array], xs: tuple[Array, Params, Any]
+    ) -> tuple[tuple[Array, Array, Array], None]:
+        x, keys, values = carry
+        layer, weights, slices = xs
+
+        def apply(name: str, u: Array) -> Array:
+            module = weights[name]
+            return adapter.linear(name, u, module["weight"], module.get("bias"), slices, key=None)
+
+        def attend_all(q: Array, k: Array, v: Array) -> Array:
+            nonlocal keys, values
+            zero = jnp.zeros((), jnp.int32)
+            at = (layer, zero, start, zero, zero)
+            # The whole cache is carried and written in place: as scan's inputs and outputs it would be
+            # copied.
+            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
+            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+            k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False).astype(q.dtype)
+            v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False).astype(q.dtype)
+            k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
+            return attend(q, k, v, wide, route="xla")
+
+        x = _layer(x, weights, config, cos, sin, apply, attend_all)
+        return (x, keys, values), None
+
+    index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
+    carry = (embed(params, tokens), cache["k"], cache["v"])
+    (x, keys, values), _ = jax.lax.scan(body, carry, (index, params["layers"], adapter.layers()))
+    hidden = rms_norm(x[:, -1], params["norm"], config.rms_norm_eps)
+    return unembed(params, hidden, config), {"k": keys, "v": values, "real": all_real, "length": start + new}
+
+
+def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Params:
+    """The tree of `jax.ShapeDtypeStruct` that the weights of this configuration have."""
+    count, width = config.num_hidden_layers, config.hidden_size
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    layers: Params = {"input_layernorm": array(count, width), "post_attention_layernorm": array(count, width)}
+    for name in MODULES:
+        shape = config.module_shape(name)
+        layers[name] = {"weight": array(count, *shape)}
+        if config.has_bias(name):
+            layers[name]["bias"] = array(count, shape[0])
+    params = {"embed_tokens": array(config.vocab_size, width), "layers": layers, "norm": array(width)}
+    if not config.tie_word_embeddings:
+        params["lm_head"] = array(config.vocab_size, width)
+    return params
+
+
+def init_params(key: PRNGKeyArray, config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Params:
+    """Random weights for tests and benchmarks: normal with standard deviation 0.02, norms 1, biases 0."""
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype))
+    keys = jax.random.split(key, len(leaves))
+
+    def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, key: PRNGKeyArray) -> Array:
+        name = path[-1].key
+        if name.endswith("norm"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name == "bias":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return (0.02 * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype)
+
+    return jax.tree.unflatten(
+        tree, [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
+    )
+
+
+def _layer(
+    x: Array,
+    weights: Params,
+    config: LlamaConfig,
+    cos: Array,
+    sin: Array,
+    apply: Callable[[str, Array], Array],
+    attend_all: Callable[[Array, Array, Array], Array],
+) -> Array:
+    """One layer: ``apply(name, u)`` is a module, ``attend_all(q, k, v)`` attention over all it may see."""
+    batch, length, _ = x.shape
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    u = rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
+    q = apply("self_attn.q_proj", u).reshape(batch, length, heads, config.head_dim)
+    k = apply("self_attn.k_proj", u).reshape(batch, length, kv_heads, config.head_dim)
+    v = apply("self_attn.v_proj", u).reshape(batch, length, kv_heads, config.head_dim)
+    mixed = attend_all(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
+    x = x + apply("self_attn.o_proj", mixed.reshape(batch, length, heads * config.head_dim))
+    u = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
+    gated = jax.nn.silu(apply("mlp.gate_proj", u)) * apply("mlp.up_proj", u)
+    return x + apply("mlp.down_proj", gated)
+
+
+def _checkpointed(body: Callable, remat: bool | str) -> Callable:
+    if remat not in (False, True, "dots"):
+        raise InputError(f"remat is {remat!r}; accepted are False, True, 'dots'")
+    if remat is False:
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    # Inside a scan the compiler cannot merge the recomputation into the forward pass: no barrier is needed.
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def _causal(queries: int, keys: int, start: Int[Array, ""] | int = 0) -> Bool[Array, "s t"]:
+    """True where the query in slot ``start + i`` may attend to the key in slot j."""
+    return jnp.arange(keys)[None, :] <= (jnp.arange(queries) + start)[:, None]
+
+
+def _with_prefix(
+    prefix: tuple[Array, Array] | None, k: Array, v: Array, mask: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """Keys, values and mask with a prefix that every query sees before them."""
+    if prefix is None:
+        return k, v, mask
+    count, length = prefix[0].shape[0], k.shape[1]
+    mask = _causal(length, length)[None, None] if mask is None else mask
+    mask = jnp.concatenate([jnp.ones((*mask.shape[:3], count), bool), mask], axis=-1)
+    k, v = (
+        jnp.concatenate(
+            [jnp.broadcast_to(extra[None], (old.shape[0], *extra.shape)).astype(old.dtype), old], axis=1
+        )
+        for extra, old in zip(prefix, (k, v), strict=True)
+    )
+    return k, v, mask
+
+
+def _check_length(length: int, config: LlamaConfig) -> None:
+    if length > config.max_position_embeddings:
+        raise InputError(
+            f"sequence length is {length}; accepted is at most {config.max_position_embeddings}, the model's "
+            "max_position_embeddings"
+        )
