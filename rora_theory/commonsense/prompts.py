@@ -1,9 +1,10 @@
 r"""The prompts of the commonsense benchmark: the two published ones, byte for byte, and a clean one.
 
-The published code indents its f-string by 16 spaces and leaves that indentation in the text, and its training and
-evaluation prompts differ in two places (DoRA `commonsense_reasoning/finetune.py` and `commonsense_evaluate.py`,
-equal in LLM-Adapters). Whoever compares with published numbers needs those bytes; ``"clean"`` has neither flaw and
-is the same text in training and evaluation. The three names are written beside every result.
+The published code indents its f-string by 16 spaces and leaves that indentation in the text, and its training
+and evaluation prompts differ in two places (DoRA `commonsense_reasoning/finetune.py` and
+`commonsense_evaluate.py`, equal in LLM-Adapters). Whoever compares with published numbers needs those bytes;
+``"clean"`` has neither flaw and is the same text in training and evaluation. The name of the template is
+written beside every result.
 
 ======== ================================== =========================== ==============================
 template after the opening sentence         line before ``### Response:`` last bytes of the prompt
@@ -27,15 +28,13 @@ RESPONSE = "### Response:"
 ANSWER_PREFIX = "the correct answer is "
 """What every ``output`` of the data begins with; the label follows."""
 
-_ALONE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-)
+_REQUEST = "Write a response that appropriately completes the request."
+_ALONE = f"Below is an instruction that describes a task. {_REQUEST}"
+_PAIRED = "Below is an instruction that describes a task, paired with an input that provides further context."
 _INDENT = " " * 16
 
-# What differs between the templates: spaces after the opening without and with an input, the indentation of every
-# line, and the text of the lines that look empty.
+# What differs between the templates: the spaces after the opening without and with an input, the indentation
+# of every line, and the text of the lines that look empty.
 _LAYOUT = {"train": ("  ", " ", _INDENT, _INDENT), "eval": (" ", "", _INDENT, ""), "clean": ("", "", "", "")}
 
 
@@ -57,12 +56,19 @@ def prompt(instruction: str, template: str = "eval", *, input: str = "") -> str:
     if template not in _LAYOUT:
         raise InputError(f"template is {template!r}; accepted are {', '.join(TEMPLATES)}")
     after_alone, after_with_input, indent, empty = _LAYOUT[template]
-    opening = _WITH_INPUT + after_with_input if input else _ALONE + after_alone
+    opening = f"{_PAIRED} {_REQUEST}" + after_with_input if input else _ALONE + after_alone
     sections = [("### Instruction:", instruction)] + ([("### Input:", input)] if input else [])
     body = "".join(f"{indent}{title}\n{indent}{text}\n{empty}\n" for title, text in sections)
     return f"{opening}\n\n{body}{indent}{RESPONSE}\n{indent}"
 
 
-def training_text(instruction: str, output: str, template: str = "train", *, input: str = "") -> str:  # noqa: A002
-    """The whole training example, prompt and response, as the published fine-tuning tokenizes it (no end token)."""
+def training_text(
+    instruction: str,
+    output: str,
+    template: str = "train",
+    *,
+    input: str = "",  # noqa: A002
+) -> str:
+    """The whole training example, prompt and response, as the published code tokenizes it (without the end
+    token)."""
     return prompt(instruction, template, input=input) + output

@@ -6,24 +6,26 @@ from rora_theory.commonsense import prompts
 from rora_theory.errors import InputError
 
 SPACES = " " * 16
-OPENING = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+REQUEST = "Write a response that appropriately completes the request."
+ALONE = "Below is an instruction that describes a task. " + REQUEST
 PAIRED = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
+    + REQUEST
 )
+ASK, INPUT, ANSWER = "### Instruction:", "### Input:", "### Response:"
 
 # Written out line by line, as `cat -A` shows the published code's f-strings.
 BYTES = {
-    ("train", ""): [OPENING + "  ", "", SPACES + "### Instruction:", SPACES + "Q?", SPACES, SPACES + "### Response:", SPACES],
-    ("eval", ""): [OPENING + " ", "", SPACES + "### Instruction:", SPACES + "Q?", "", SPACES + "### Response:", SPACES],
-    ("clean", ""): [OPENING, "", "### Instruction:", "Q?", "", "### Response:", ""],
+    ("train", ""): [ALONE + "  ", "", SPACES + ASK, SPACES + "Q?", SPACES, SPACES + ANSWER, SPACES],
+    ("eval", ""): [ALONE + " ", "", SPACES + ASK, SPACES + "Q?", "", SPACES + ANSWER, SPACES],
+    ("clean", ""): [ALONE, "", ASK, "Q?", "", ANSWER, ""],
     ("train", "I"): [
-        PAIRED + " ", "", SPACES + "### Instruction:", SPACES + "Q?", SPACES, SPACES + "### Input:", SPACES + "I", SPACES,
-        SPACES + "### Response:", SPACES,
+        PAIRED + " ", "", SPACES + ASK, SPACES + "Q?", SPACES, SPACES + INPUT, SPACES + "I", SPACES,
+        SPACES + ANSWER, SPACES,
     ],
     ("eval", "I"): [
-        PAIRED, "", SPACES + "### Instruction:", SPACES + "Q?", "", SPACES + "### Input:", SPACES + "I", "",
-        SPACES + "### Response:", SPACES,
+        PAIRED, "", SPACES + ASK, SPACES + "Q?", "", SPACES + INPUT, SPACES + "I", "",
+        SPACES + ANSWER, SPACES,
     ],
 }  # fmt: skip
 
