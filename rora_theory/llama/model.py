@@ -164,21 +164,34 @@ def hidden_states(
     adapter: Adapter | None = None,
     *,
     attention_mask: Shaped[Array, "b s"] | None = None,
+    positions: Int[Array, "b s"] | None = None,
+    visible: Bool[Array, "b s s"] | None = None,
     key: PRNGKeyArray | None = None,
     remat: bool | str = False,
     attention: str = "auto",
     capture: Sequence[str] | None = None,
 ) -> Any:
-    """Output of the final norm, [b, s, hidden_size] in the weights' dtype; arguments as `forward`'s."""
+    """Output of the final norm, [b, s, hidden_size] in the weights' dtype; arguments of `forward` and two more.
+
+    Args:
+      positions: each token's position in its own sequence, where a row holds several sequences or a tree of
+        continuations; given together with ``visible``, in place of ``attention_mask``.
+      visible: [b, query, key], True where a query may attend to a key: the whole mask, causality included.
+    """
     adapter = NoAdapter() if adapter is None else adapter
     unknown = sorted(set(capture or ()) - set(MODULES))
     if unknown:
         raise InputError(f"capture names {unknown[0]!r}; accepted are {', '.join(MODULES)}")
+    if (positions is None) != (visible is None) or (visible is not None and attention_mask is not None):
+        raise InputError("positions and visible go together, without attention_mask")
     length = tokens.shape[1]
-    _check_length(length, config)
+    if positions is None:  # otherwise a row is not one sequence, and positions are the caller's
+        _check_length(length, config)
     x = embed(params, tokens)
     route = choose_route(attention, x.dtype, config.head_dim)
-    if attention_mask is None:
+    if positions is not None and visible is not None:
+        mask = visible[:, None, :, :]
+    elif attention_mask is None:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
         mask = None
     else:
