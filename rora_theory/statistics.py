@@ -1,0 +1,171 @@
+"""Running moments with standard errors, log-log exponents, and test thresholds of stated false-alarm probability."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+_POWERS = 4
+
+
+class Estimate(NamedTuple):
+    """A figure and its standard error (one sigma)."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Power sums of a stream of numbers, to the fourth, about a fixed shift.
+
+    Each block is summed in float64 and joined to the total in double-double arithmetic (error-free additions), so that
+    the total's error does not grow with the number of blocks. The order of blocks alone decides the result.
+
+    Attributes:
+      count: how many numbers.
+      shift: the mean of the first block; sums are of (value - shift)^n, n = 1..4.
+      sums, rests: high and low parts of the four sums.
+    """
+
+    count: int = 0
+    shift: float = 0.0
+    sums: tuple[float, ...] = (0.0,) * _POWERS
+    rests: tuple[float, ...] = (0.0,) * _POWERS
+
+    def add(self, values: Float[np.ndarray, " n"]) -> "Moments":
+        """The moments of all numbers so far and these."""
+        values = np.asarray(values, np.float64)
+        if values.size == 0:
+            return self
+        shift = self.shift if self.count else float(np.mean(values))
+        power = np.ones_like(values)
+        sums, rests = [], []
+        for total, rest in zip(self.sums, self.rests, strict=True):
+            power = power * (values - shift)
+            total, rest = _two_sum_into(total, rest, float(np.sum(power)))
+            sums.append(total)
+            rests.append(rest)
+        return Moments(self.count + values.size, shift, tuple(sums), tuple(rests))
+
+    @property
+    def _means(self) -> tuple[float, ...]:
+        """E[d^n], d = value - shift, n = 1..4."""
+        return tuple((total + rest) / self.count for total, rest in zip(self.sums, self.rests, strict=True))
+
+    @property
+    def mean(self) -> Estimate:
+        """The mean and its standard error."""
+        first, second, *_ = self._means
+        return Estimate(self.shift + first, _root((second - first**2) / max(self.count - 1, 1)))
+
+    @property
+    def second_moment(self) -> Estimate:
+        """E[value^2], from value^2 = c^2 + 2 c d + d^2, and its standard error."""
+        d1, d2, d3, d4 = self._means
+        c = self.shift
+        spread = 4 * c**2 * (d2 - d1**2) + 4 * c * (d3 - d1 * d2) + (d4 - d2**2)
+        return Estimate(c**2 + 2 * c * d1 + d2, _root(spread / max(self.count - 1, 1)))
+
+    @property
+    def variance(self) -> Estimate:
+        """The unbiased variance and its standard error, sqrt((mu_4 - mu_2^2) / n)."""
+        d1, d2, d3, d4 = self._means
+        mu2 = d2 - d1**2
+        mu4 = d4 - 4 * d1 * d3 + 6 * d1**2 * d2 - 3 * d1**4
+        n = self.count
+        return Estimate(mu2 * n / max(n - 1, 1), _root((mu4 - mu2**2) / max(n - 1, 1)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types that keep every bit."""
+        return {
+            "count": self.count,
+            "shift": self.shift.hex(),
+            "sums": [value.hex() for value in self.sums],
+            "rests": [value.hex() for value in self.rests],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Moments":
+        """What `to_json` wrote."""
+        return cls(
+            int(data["count"]),
+            float.fromhex(data["shift"]),
+            tuple(float.fromhex(value) for value in data["sums"]),
+            tuple(float.fromhex(value) for value in data["rests"]),
+        )
+
+    def scaled(self, factor: float) -> "Moments":
+        """The moments of ``factor * value``."""
+        return replace(
+            self,
+            shift=self.shift * factor,
+            sums=tuple(total * factor**n for n, total in enumerate(self.sums, start=1)),
+            rests=tuple(rest * factor**n for n, rest in enumerate(self.rests, start=1)),
+        )
+
+
+def root(estimate: Estimate) -> Estimate:
+    """The square root of an estimate, its error to first order: root mean squares from mean squares."""
+    value = _root(estimate.value)
+    return Estimate(value, estimate.standard_error / (2 * value) if value else 0.0)
+
+
+class Fit(NamedTuple):
+    """A log-log slope and its standard error."""
+
+    slope: float
+    standard_error: float
+
+
+def log_log_fit(
+    x: Sequence[float] | Float[np.ndarray, " n"],
+    y: Sequence[float] | Float[np.ndarray, " n"],
+    errors: Sequence[float] | Float[np.ndarray, " n"],
+) -> Fit:
+    """Weighted least-squares slope of log y against log x; weights from y's standard errors.
+
+    The error is that of the sampling of y alone: a curve that is no power law is fitted by its average slope.
+
+    Args:
+      x: at least two different positive numbers.
+      y: positive.
+      errors: standard errors of y; all zero (an exact curve) weighs all points alike and gives error 0.
+    """
+    log_x, log_y = np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64))
+    spread = np.asarray(errors, np.float64) / np.asarray(y, np.float64)
+    weights = np.ones_like(spread) if not np.any(spread > 0) else 1 / np.maximum(spread, 1e-12) ** 2
+    centre = np.average(log_x, weights=weights)
+    lever = weights * (log_x - centre)
+    scale = float(np.sum(lever * (log_x - centre)))
+    slope = float(np.sum(lever * log_y)) / scale
+    return Fit(slope, float(np.sqrt(np.sum((lever * spread) ** 2))) / scale)
+
+
+def threshold(false_alarm: float, comparisons: int = 1) -> float:
+    """|z| that a true null exceeds somewhere in ``comparisons`` normal scores with probability <= ``false_alarm``.
+
+    Two-sided, Bonferroni.
+
+    Example:
+      >>> round(threshold(0.05), 2), round(threshold(1e-6, 100), 2)
+      (1.96, 5.73)
+    """
+    return float(stats.norm.isf(false_alarm / comparisons / 2))
+
+
+def _two_sum_into(total: float, rest: float, value: float) -> tuple[float, float]:
+    """(total + rest) + value with the rounding error of the leading addition kept (Knuth)."""
+    high = total + value
+    back = high - total
+    rest += (total - (high - back)) + (value - back)
+    new = high + rest
+    return new, rest - (new - high)
+
+
+def _root(value: float) -> float:
+    return math.sqrt(max(value, 0.0))
