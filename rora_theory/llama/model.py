@@ -171,7 +171,7 @@ def hidden_states(
     attention: str = "auto",
     capture: Sequence[str] | None = None,
 ) -> Any:
-    """Output of the final norm, [b, s, hidden_size] in the weights' dtype; arguments of `forward` and two more.
+    """Output of the final norm, [b, s, hidden_size] in the weights' dtype. Arguments of `forward`, and:
 
     Args:
       positions: each token's position in its own sequence, where a row holds several sequences or a tree of
