@@ -1,0 +1,104 @@
+"""What every kind of adapter offers, and the functions that call it.
+
+An adapter is a pytree that the model runs (`rora_theory.llama.Adapter`: ``layers``, ``linear``, ``prefix``)
+and that training, merging and reporting handle through the methods below. A new kind (prefix tuning, series,
+parallel) is a config with ``build`` and ``table`` and an adapter with these methods; nothing else changes.
+"""
+
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rora_theory.llama import Adapter, LlamaConfig
+
+Params = dict[str, Any]
+Norms = dict[str, Float[Array, "layers out"]]
+
+
+class Row(NamedTuple):
+    """One line of the resolved table: layers of a module that share a rank, an alpha and hence a scaling."""
+
+    module: str
+    layers: str
+    rank: int
+    alpha: float
+    rule: str
+    scaling: float
+
+
+@runtime_checkable
+class TrainableAdapter(Adapter, Protocol):
+    """An `Adapter` with parameters to train."""
+
+    params: Any
+
+    def replace(self, params: Any) -> "TrainableAdapter": ...
+    def merge(self, params: Params) -> Params: ...
+    def unmerge(self, params: Params, norms: Norms | None = None) -> Params: ...
+    def count(self) -> int: ...
+    def table(self) -> tuple[Row, ...]: ...
+
+
+class AdapterConfig(Protocol):
+    """A frozen, hashable description of an adapter, before there is a model."""
+
+    def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter: ...
+    def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]: ...
+
+
+AnyAdapter = TypeVar("AnyAdapter", bound=TrainableAdapter)
+
+
+def init(key: PRNGKeyArray, config: AdapterConfig, llama_config: LlamaConfig, params: Params) -> Any:
+    """A fresh adapter: the adapted model computes what ``params`` alone does.
+
+    Args:
+      key: of the random initial values.
+      config: the kind of adapter and its settings.
+      llama_config: the base model's shape.
+      params: the base model's weights, which DoRA's magnitudes start from.
+
+    Raises:
+      InputError: the configuration does not fit the model.
+    """
+    return config.build(key, llama_config, params)
+
+
+def trainable(adapter: TrainableAdapter) -> Any:
+    """The pytree of float32 arrays that training changes, and all that it changes."""
+    return adapter.params
+
+
+def replace(adapter: AnyAdapter, params: Any) -> AnyAdapter:
+    """The adapter with other trainable values of the same structure."""
+    return adapter.replace(params)  # type: ignore[return-value]
+
+
+def merge(adapter: TrainableAdapter, params: Params) -> Params:
+    """Weights of a plain model that computes what ``params`` with the adapter does (dropout off).
+
+    Computed in float32 and rounded once to the weights' dtype.
+    """
+    return adapter.merge(params)
+
+
+def unmerge(adapter: TrainableAdapter, params: Params, norms: Norms | None = None) -> Params:
+    """The inverse of `merge`, up to rounding; DoRA needs the ``norms`` of before the merge (`dora.norms`)."""
+    return adapter.unmerge(params, norms)
+
+
+def count(adapter: TrainableAdapter) -> int:
+    """Number of trainable parameters, by true ranks: padding does not count."""
+    return adapter.count()
+
+
+def table(
+    adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None
+) -> tuple[Row, ...]:
+    """What is adapted and how strongly: one row for the layers of a module that share rank and alpha.
+
+    Args:
+      adapter: an adapter, or a config with ``llama_config``.
+      llama_config: for a config, the model it is for.
+    """
+    return adapter.table() if llama_config is None else adapter.table(llama_config)  # type: ignore[call-arg]

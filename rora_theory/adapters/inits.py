@@ -1,0 +1,47 @@
+r"""Initial values of lora_A. lora_B starts at zero, so that an adapted model starts as its base.
+
+The laws of the first step depend on Var(A): under ``"kaiming_uniform"`` it is 1/(3 p_in) whatever the rank,
+under ``"gaussian"`` it is 1/r^2, so the exponent that keeps the first step's variance over rank is not the
+same.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+Init = Literal["kaiming_uniform", "gaussian"]
+INITS: tuple[str, ...] = get_args(Init)
+
+
+def init_a(
+    key: PRNGKeyArray, init: Init, ranks: Sequence[int], width: int, p_in: int
+) -> Float[Array, "layers {width} {p_in}"]:
+    r"""lora_A of one module in every layer.
+
+    ``"kaiming_uniform"`` is U(-1/sqrt(p_in), 1/sqrt(p_in)), torch's kaiming_uniform_ with a = sqrt(5), which
+    PEFT uses by default; ``"gaussian"`` is N(0, 1/r^2), PEFT's option of that name.
+
+    Args:
+      key: each layer draws from its own fold of it.
+      init: the law.
+      ranks: rank of each layer, 0 where the module is not adapted.
+      width: rows to return, at least the largest rank; those from a layer's rank on are zero.
+      p_in: input width.
+
+    Returns:
+      [layers, width, p_in] float32.
+    """
+    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(len(ranks)))
+    if init == "kaiming_uniform":
+        bound = 1.0 / math.sqrt(p_in)
+        drawn = jax.vmap(lambda k: jax.random.uniform(k, (width, p_in), jnp.float32, -bound, bound))(keys)
+    else:
+        drawn = jax.vmap(lambda k: jax.random.normal(k, (width, p_in), jnp.float32))(keys)
+        deviation = jnp.asarray([1.0 / max(rank, 1) for rank in ranks], jnp.float32)
+        drawn = drawn * deviation[:, None, None]
+    rows = jnp.arange(width)[None, :, None] < jnp.asarray(ranks)[:, None, None]
+    return jnp.where(rows, drawn, jnp.zeros((), jnp.float32))

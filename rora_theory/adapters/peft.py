@@ -1,0 +1,222 @@
+r"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read and written.
+
+A tensor of layer i is ``base_model.model.model.layers.{i}.{module}.lora_A.weight`` [r, p_in],
+``.lora_B.weight`` [p_out, r] and, under DoRA, ``.lora_magnitude_vector`` [p_out]. The scaling is in no
+tensor: PEFT recomputes it from ``r``, ``lora_alpha``, ``use_rslora`` and the two patterns, so these are
+always written, ``use_rslora`` above all.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from rora_theory.adapters import peft_config
+from rora_theory.adapters.base import Params
+from rora_theory.adapters.lora import LoraAdapter, LoraConfig, assemble
+from rora_theory.adapters.targets import Target, full_name
+from rora_theory.errors import InputError
+from rora_theory.llama import LlamaConfig
+
+CONFIG, WEIGHTS, PICKLE = peft_config.FILE, "adapter_model.safetensors", "adapter_model.bin"
+SUFFIXES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+}
+DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+Shape = tuple[int, ...]
+
+
+def save_peft(folder: str | os.PathLike[str], adapter: LoraAdapter, *, base_model: str | None = None) -> None:
+    """Write an adapter so that PEFT opens it and computes the same.
+
+    A rule that PEFT has no flag for (kappa neither 1 nor 1/2) is written as LoRA with the alphas that give
+    the same scaling, see `peft_config.to_peft`, and so reads back as LoRA.
+
+    Both files are written beside and renamed. Over an older adapter its configuration goes first and the new
+    one
+    comes last: killed between, the folder is refused by every reader rather than read as a mixture.
+
+    Args:
+      folder: made where it is missing.
+      adapter: with concrete arrays.
+      base_model: name or path of the base model, for readers that look it up.
+
+    Raises:
+      InputError: ``folder`` is a file.
+      OSError: it can't be written; no part of a file is left.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; accepted is a folder to write the adapter to")
+    config = peft_config.to_peft(adapter.config, adapter.targets, base_model)
+    contents = {
+        WEIGHTS: safetensors.numpy.save(_tensors(adapter), metadata={"format": "pt"}),
+        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}
+    try:
+        for name, content in contents.items():
+            with open(parts[name], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        (folder / CONFIG).unlink(missing_ok=True)
+        for name, part in parts.items():
+            os.replace(part, folder / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def load_peft(
+    folder: str | os.PathLike[str], llama_config: LlamaConfig, params: Params | None = None
+) -> LoraAdapter:
+    """Read an adapter that PEFT, or `save_peft`, wrote.
+
+    Args:
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`; nothing outside it is read.
+      llama_config: the base model's.
+      params: the base weights; where given, shapes are checked against them, not against the configuration.
+
+    Returns:
+      the adapter, float32 whatever the file's dtype, with rule ``"rora"`` where ``use_rslora`` is true and
+      ``"lora"`` where not. Its config lists modules by their full names where the file excludes some.
+
+    Raises:
+      InputError: a missing or damaged file, a pickle, another method than LoRA, an entry this package does
+      not
+        support, a tensor that is missing, unexpected, of another shape or not finite.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is not a folder; accepted is one with {CONFIG} and {WEIGHTS}")
+    config, targets = peft_config.read(folder, llama_config)
+    found = _read_tensors(folder / WEIGHTS)
+    shapes = {target.module: _module_shape(target.module, llama_config, params) for target in targets}
+    _check(folder / WEIGHTS, found, _expected(config, targets, shapes), llama_config.num_hidden_layers)
+    tensors = {}
+    for target in targets:
+        stacks = _empty(len(target.ranks), target.width, *shapes[target.module], use_dora=config.use_dora)
+        for layer in _adapted(target):
+            for kind, stack in stacks.items():
+                tensor = found[_tensor_name(layer, target.module, kind)]
+                stack[layer][tuple(slice(size) for size in tensor.shape)] = tensor
+        tensors[target.module] = {kind: jnp.asarray(stack) for kind, stack in stacks.items()}
+    return assemble(config, targets, tensors)
+
+
+def _tensor_name(layer: int, module: str, kind: str) -> str:
+    return f"base_model.model.{full_name(layer, module)}.{SUFFIXES[kind]}"
+
+
+def _adapted(target: Target) -> list[int]:
+    return [layer for layer, rank in enumerate(target.ranks) if rank]
+
+
+def _tensors(adapter: LoraAdapter) -> dict[str, np.ndarray]:
+    """The tensors of every adapted layer at their true ranks, by PEFT's names."""
+    found = {}
+    for target in adapter.targets:
+        stacks = {kind: np.asarray(stack) for kind, stack in adapter.params[target.module].items()}
+        for layer in _adapted(target):
+            rank = target.ranks[layer]
+            for kind, stack in stacks.items():
+                own = {"lora_A": stack[layer, :rank], "lora_B": stack[layer, ..., :rank]}.get(
+                    kind, stack[layer]
+                )
+                found[_tensor_name(layer, target.module, kind)] = np.ascontiguousarray(own)
+    return found
+
+
+def _empty(count: int, width: int, p_out: int, p_in: int, *, use_dora: bool) -> dict[str, np.ndarray]:
+    """Stacks to fill: zeros where a rank is padded, magnitude one where a layer is not adapted."""
+    stacks = {
+        "lora_A": np.zeros((count, width, p_in), np.float32),
+        "lora_B": np.zeros((count, p_out, width), np.float32),
+    }
+    if use_dora:
+        stacks["lora_magnitude_vector"] = np.ones((count, p_out), np.float32)
+    return stacks
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file in float32."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        pickle = path.with_name(PICKLE)
+        if pickle.exists():
+            raise InputError(
+                f"{pickle}: a pickle can run code and is not read; accepted is {WEIGHTS}"
+            ) from error
+        raise InputError(
+            f"{path.parent}: has no {WEIGHTS}; accepted is a folder as PEFT writes it"
+        ) from error
+    try:
+        raw = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: is damaged or cut off ({error}); accepted is a whole file") from error
+    found = {}
+    for name, tensor in raw:
+        if tensor["dtype"] not in DTYPES:
+            raise InputError(f"{path}: {name} is {tensor['dtype']}; accepted are {', '.join(DTYPES)}")
+        array = np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]])
+        found[name] = array.reshape(tensor["shape"]).astype(np.float32)
+    return found
+
+
+def _module_shape(module: str, llama_config: LlamaConfig, params: Params | None) -> tuple[int, int]:
+    if params is None:
+        return llama_config.module_shape(module)
+    _, p_out, p_in = params["layers"][module]["weight"].shape
+    return p_out, p_in
+
+
+def _expected(
+    config: LoraConfig, targets: Sequence[Target], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, Shape]:
+    """Shape of every tensor that the configuration promises, by name."""
+    found: dict[str, Shape] = {}
+    for target in targets:
+        p_out, p_in = shapes[target.module]
+        for layer in _adapted(target):
+            rank = target.ranks[layer]
+            found[_tensor_name(layer, target.module, "lora_A")] = (rank, p_in)
+            found[_tensor_name(layer, target.module, "lora_B")] = (p_out, rank)
+            if config.use_dora:
+                found[_tensor_name(layer, target.module, "lora_magnitude_vector")] = (p_out,)
+    return found
+
+
+def _check(path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], layers: int) -> None:
+    """Refuse a file that is not what its configuration promises for this model."""
+    for name in tensors:
+        layer = re.match(r"base_model\.model\.model\.layers\.(\d+)\.", name)
+        if layer and int(layer[1]) >= layers:
+            raise InputError(
+                f"{path}: an adapter for another model: has {name}; the model has {layers} layers"
+            )
+        if name not in expected:
+            raise InputError(f"{path}: has {name}; accepted is what {CONFIG} promises for this model")
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise InputError(f"{path}: has no {name}; accepted is what {CONFIG} promises for this model")
+        if tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            raise InputError(
+                f"{path}: an adapter for another model: {name} is {found}; accepted is {list(shape)}"
+            )
+        if not np.isfinite(tensors[name]).all():
+            raise InputError(f"{path}: {name} has a value that is not finite; accepted are finite numbers")

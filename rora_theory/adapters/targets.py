@@ -1,0 +1,208 @@
+"""Which modules of which layers are adapted, at which rank and alpha: PEFT's matching, resolved."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rora_theory.errors import InputError
+from rora_theory.llama import MODULES, LlamaConfig
+from rora_theory.scaling import check_positive, check_rank
+
+ALL_LINEAR = "all-linear"
+OTHERS = ("lm_head", "model.embed_tokens")
+"""Modules of the model that PEFT could adapt and this package does not."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted module.
+
+    Attributes:
+      module: its name, one of `MODULES`.
+      ranks: rank in each layer, 0 where it is not adapted.
+      alphas: alpha in each layer; meaningless where the rank is 0.
+    """
+
+    module: str
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+
+    @property
+    def width(self) -> int:
+        """The largest rank: every layer is padded to it."""
+        return max(self.ranks)
+
+
+def full_name(layer: int, module: str) -> str:
+    """The name under which Hugging Face and PEFT know a module of one layer."""
+    return f"model.layers.{layer}.{module}"
+
+
+def resolve(
+    llama_config: LlamaConfig,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | str,
+    layers: Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> tuple[Target, ...]:
+    r"""Resolve a configuration to the ranks and alphas of every module and layer.
+
+    Args:
+      llama_config: the model.
+      rank, alpha: where no pattern says otherwise.
+      target_modules: names that a module's full name equals or ends with after a dot, or one regular
+      expression
+        that the full name matches whole, or ``"all-linear"``.
+      layers: indices of the layers to adapt; None is all.
+      rank_pattern, alpha_pattern: ``{pattern: value}``; a pattern applies where ``(.*\.)?(pattern)$`` matches
+      the
+        full name from its start, and the first that does wins.
+
+    Returns:
+      the adapted modules in the order of `MODULES`.
+
+    Raises:
+      InputError: a name or pattern that matches nothing or has no effect, a layer the model does not have, a
+        rank above min(p_out, p_in), an invalid regular expression, a module that can't be adapted.
+    """
+    chosen = matched(llama_config, target_modules, layers)
+    ranks = _patterned("rank_pattern", rank_pattern or {}, chosen, rank)
+    alphas = _patterned("alpha_pattern", alpha_pattern or {}, chosen, alpha)
+    for name in chosen:
+        check_rank(ranks[name])
+        check_positive("alpha", alphas[name])
+    count = llama_config.num_hidden_layers
+    found = []
+    for module in MODULES:
+        names = [full_name(layer, module) for layer in range(count)]
+        if not any(name in ranks for name in names):
+            continue
+        target = Target(
+            module,
+            tuple(int(ranks.get(name, 0)) for name in names),
+            tuple(float(alphas.get(name, alpha)) for name in names),
+        )
+        p_out, p_in = llama_config.module_shape(module)
+        if target.width > min(p_out, p_in):
+            layer = target.ranks.index(target.width)
+            raise InputError(
+                f"rank is {target.width} at {full_name(layer, module)}, whose weight is [{p_out}, {p_in}]; "
+                f"accepted is at most {min(p_out, p_in)}"
+            )
+        found.append(target)
+    return tuple(found)
+
+
+def matched(
+    llama_config: LlamaConfig, target_modules: Sequence[str] | str, layers: Sequence[int] | None
+) -> tuple[str, ...]:
+    """Full names of the modules that ``target_modules`` and ``layers`` choose. Raises as `resolve`."""
+    count = llama_config.num_hidden_layers
+    names = [full_name(layer, module) for layer in range(count) for module in MODULES]
+    if isinstance(target_modules, str) and layers is not None:
+        raise InputError(
+            f"layers is {tuple(layers)} beside target_modules {target_modules!r}; "
+            "accepted with layers is a list of names"
+        )
+    if not isinstance(target_modules, str):
+        for target in target_modules:
+            one = chooser("target_modules", [target])
+            if not any(one(name) for name in (*names, *OTHERS)):
+                raise InputError(f"target_modules has {target!r}, which matches no module; {_accepted()}")
+    chosen_by = chooser("target_modules", target_modules)
+    for other in OTHERS:
+        if chosen_by(other):
+            raise InputError(f"target_modules matches {other}, which can't be adapted; {_accepted()}")
+    chosen = tuple(name for name in names if chosen_by(name))
+    if not chosen:
+        raise InputError(f"target_modules {target_modules!r} matches no module; {_accepted()}")
+    if layers is None:
+        return chosen
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
+            raise InputError(f"layers has {layer!r}; accepted are 0 to {count - 1}")
+    kept = tuple(name for name in chosen if int(name.split(".")[2]) in layers)
+    if not kept:
+        raise InputError(f"layers {tuple(layers)} has none of target_modules {target_modules!r}")
+    return kept
+
+
+def chooser(where: str, modules: Sequence[str] | str) -> Callable[[str], bool]:
+    """Whether PEFT's ``target_modules`` or ``exclude_modules`` choose a full name.
+
+    Raises:
+      InputError: an invalid regular expression; ``where`` names the setting.
+    """
+    if not isinstance(modules, str):
+        return lambda name: any(name == module or name.endswith(f".{module}") for module in modules)
+    if modules.lower() == ALL_LINEAR:
+        return lambda name: name not in OTHERS
+    pattern = _compiled(where, modules)
+    return lambda name: pattern.fullmatch(name) is not None
+
+
+def effective(where: str, pattern: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
+    """The entries of a pattern that decide for at least one of the ``chosen`` names.
+
+    Raises:
+      InputError: a key that is not a regular expression; ``where`` names the pattern.
+    """
+    for key in pattern:
+        _compiled(where, key)
+    used = {_deciding(pattern, name) for name in chosen}
+    return {key: value for key, value in pattern.items() if key in used}
+
+
+def layer_text(layers: Sequence[int]) -> str:
+    """Sorted indices with runs shortened: ``"0-3, 7"``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _patterned(where: str, pattern: Mapping[str, Any], chosen: Sequence[str], default: Any) -> dict[str, Any]:
+    """Value of every chosen name. Raises `InputError` for an entry that decides for none."""
+    used = effective(where, pattern, chosen)
+    inert = [key for key in pattern if key not in used]
+    if inert:
+        shadowed = any(_matches(inert[0], name) for name in chosen)
+        why = "is hidden by the patterns before it" if shadowed else "matches no adapted module"
+        raise InputError(
+            f"{where} has {inert[0]!r}, which {why}; accepted is a pattern that matches a name such as "
+            f"{chosen[0]}, whole or from a dot on"
+        )
+    found = {}
+    for name in chosen:
+        deciding = _deciding(pattern, name)
+        found[name] = default if deciding is None else pattern[deciding]
+    return found
+
+
+def _compiled(where: str, pattern: str) -> re.Pattern[str]:
+    """A regular expression. Raises `InputError` naming ``where`` when it is not one."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{where} {pattern!r} is not a regular expression: {error}") from error
+
+
+def _deciding(pattern: Mapping[str, Any], name: str) -> str | None:
+    """The first entry that matches ``name``; None where none does."""
+    return next((key for key in pattern if _matches(key, name)), None)
+
+
+def _matches(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _accepted() -> str:
+    names = ", ".join(module.split(".")[1] for module in MODULES)
+    return f"accepted are {names}, a regular expression, or {ALL_LINEAR}"
