@@ -1,5 +1,7 @@
 """LLaMA-family models in pure JAX: configuration, forward pass, weights, tokenizer, generation."""
 
+from typing import TYPE_CHECKING, Any
+
 from rora_theory.llama.config import MODULES, LinearRope, Llama3Rope, LlamaConfig
 from rora_theory.llama.model import (
     Adapter,
@@ -13,12 +15,16 @@ from rora_theory.llama.model import (
     unembed,
 )
 
+if TYPE_CHECKING:
+    from rora_theory.llama.loading import Model, load
+
 __all__ = [
     "MODULES",
     "Adapter",
     "LinearRope",
     "Llama3Rope",
     "LlamaConfig",
+    "Model",
     "abstract_params",
     "forward",
     "forward_cached",
@@ -26,5 +32,15 @@ __all__ = [
     "init_cache",
     "init_params",
     "linear",
+    "load",
     "unembed",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `Model` on first use: they need the extra ``finetune``, the forward pass does not."""
+    if name in ("Model", "load"):
+        from rora_theory.llama import loading
+
+        return getattr(loading, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,11 +54,8 @@ def attend(
     """
     if route == "xla":
         # In float32 throughout: XLA's route differentiates a bfloat16 product into one of mixed dtypes.
-        out = jax.nn.dot_product_attention(
-            *(a.astype(jnp.float32) for a in (q, k, v)),
-            mask=mask,
-            is_causal=mask is None,
-            implementation="xla",
-        )
-        return out.astype(q.dtype)
+        dtype = q.dtype
+        q, k, v = q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32)
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="xla")
+        return out.astype(dtype)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn")

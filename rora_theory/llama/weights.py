@@ -1,0 +1,358 @@
+"""Weights between Hugging Face's safetensors folders and the stacked tree of `model`. Nothing else is read:
+no pickle.
+
+Every name and shape is checked against the configuration before the first weight is read. Then one leaf of
+the tree at a time is filled tensor by tensor and put on the device, so that the host holds one leaf and no
+second model.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from rora_theory.errors import InputError
+from rora_theory.llama.config import LlamaConfig
+from rora_theory.llama.model import Params, abstract_params
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_EMBEDDINGS = "model.embed_tokens.weight"
+_STORED = {"F64", "F32", "F16", "BF16"}
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: the file that holds it, its shape, and its type there."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def tensor_names(path: Sequence[str], layers: int) -> list[str]:
+    """Hugging Face's names of the tensors in one leaf of the tree: one, or one a layer where the leaf is
+    stacked.
+
+    Example:
+      >>> tensor_names(("layers", "mlp.up_proj", "weight"), 2)
+      ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
+    """
+    if path[0] != "layers":
+        return ["lm_head.weight" if path[0] == "lm_head" else f"model.{path[0]}.weight"]
+    name = path[1] if len(path) == 2 else f"{path[1]}.{path[2]}"
+    return [f"model.layers.{i}.{name if len(path) == 3 else name + '.weight'}" for i in range(layers)]
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a checkpoint of this configuration, by Hugging Face's names."""
+    shapes = {}
+    for path, leaf in _leaves(abstract_params(config)):
+        shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape
+        shapes.update(dict.fromkeys(tensor_names(path, config.num_hidden_layers), shape))
+    return shapes
+
+
+def check_shapes(where: str, found: Mapping[str, tuple[int, ...]], config: LlamaConfig) -> None:
+    """Refuse tensors that are missing, left over, or of another shape than the configuration's.
+
+    Raises:
+      InputError: naming the first such tensors.
+    """
+    expected = expected_shapes(config)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise InputError(f"{where}: lacks {_some(missing)}; accepted is every tensor the config implies")
+    extra = [name for name in found if name not in expected]
+    if extra:
+        raise InputError(f"{where}: holds {_some(extra)}, no part of the model that the config describes")
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise InputError(f"{where}: {name} has shape {tuple(found[name])}; the config implies {shape}")
+
+
+def assemble(
+    config: LlamaConfig,
+    dtype: DTypeLike,
+    read: Callable[[list[str], np.ndarray], None],
+    shardings: Params | None = None,
+) -> Params:
+    """Build the tree of weights leaf by leaf.
+
+    Args:
+      config: gives the tree.
+      dtype: float32, bfloat16 or float16.
+      read: ``read(names, out)`` fills ``out[i]`` with the tensor ``names[i]``, converted.
+      shardings: a tree of `jax.sharding.Sharding` like the weights', or None for the default device.
+
+    Raises:
+      InputError: another dtype.
+    """
+    kind = jnp.dtype(dtype)
+    if kind.name not in DTYPES:
+        raise InputError(f"dtype is {kind.name}; accepted are {', '.join(DTYPES)}")
+    abstract = abstract_params(config, kind)
+    places = [None] * len(jax.tree.leaves(abstract)) if shardings is None else jax.tree.leaves(shardings)
+    leaves = []
+    for (path, leaf), place in zip(_leaves(abstract), places, strict=True):
+        names = tensor_names(path, config.num_hidden_layers)
+        host = np.empty(leaf.shape, leaf.dtype)
+        read(names, host if path[0] == "layers" else host[None])
+        # Waiting lets the host's copy go before the next leaf is allocated.
+        leaves.append(jax.block_until_ready(jax.device_put(host, place)))
+        del host
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      InputError: no such file, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: not there") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}; accepted is an object")
+    return value
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """The configuration in a folder's ``config.json``.
+
+    Raises:
+      InputError: the file is not there, is not JSON, or describes a model that is not supported.
+    """
+    path = folder / "config.json"
+    try:
+        return LlamaConfig.from_hf(read_json(path))
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+
+
+def load_hf(
+    folder: Path, config: LlamaConfig, dtype: DTypeLike = jnp.float32, shardings: Params | None = None
+) -> Params:
+    """The weights of a folder in Hugging Face layout: ``model.safetensors``, or shards and their index.
+
+    Args:
+      folder, config: as `read_config` reads it.
+      dtype: float32, bfloat16 or float16, whatever the type on disk.
+      shardings: where to put each leaf; None is the default device.
+
+    Raises:
+      InputError: pickled weights alone; files that are missing, truncated or outside the folder; tensors that
+        are missing, unknown, of another shape than the configuration's or of a type that is not floating
+        point.
+    """
+    stored = _inventory(folder)
+    for name in [name for name in stored if name.endswith(".rotary_emb.inv_freq")]:
+        del stored[name]  # early checkpoints store what the configuration determines
+    tied = "lm_head.weight" if config.tie_word_embeddings else ""
+    head = stored.pop(tied, None)
+    check_shapes(str(folder), {name: tensor.shape for name, tensor in stored.items()}, config)
+    for name, tensor in stored.items():
+        if tensor.dtype not in _STORED:
+            raise InputError(
+                f"{tensor.file}: {name} is of type {tensor.dtype}; accepted are {', '.join(sorted(_STORED))}"
+            )
+    if head is not None and not _same(head, tied, stored[_EMBEDDINGS], _EMBEDDINGS):
+        raise InputError(
+            f"{head.file}: lm_head.weight differs from the embeddings, but tie_word_embeddings is true"
+        )
+
+    def read(names: list[str], out: np.ndarray) -> None:
+        # Closed after each leaf, so that mapped pages do not add up to a second model.
+        with ExitStack() as stack:
+            files = {file: stack.enter_context(_open(file)) for file in {stored[name].file for name in names}}
+            for i, name in enumerate(names):
+                out[i] = files[stored[name].file].get_tensor(name)
+
+    return assemble(config, dtype, read, shardings)
+
+
+def save_hf(
+    folder: Path,
+    params: Params,
+    config: LlamaConfig,
+    *,
+    tokenizer_from: Path | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a folder that transformers opens: ``config.json``, weights, and the tokenizer's files.
+
+    Written beside and renamed: the folder is there whole or not at all.
+
+    Args:
+      folder: new, or empty.
+      params: weights, written in the dtype they have.
+      config: theirs.
+      tokenizer_from: a folder whose tokenizer files to copy.
+      shard_bytes: size above which the weights are split into several files.
+
+    Raises:
+      InputError: the folder holds something, weights that contradict the configuration, or a disk that is
+      full.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: there already; accepted is a new or empty folder")
+    expected = abstract_params(config)
+    if {path: leaf.shape for path, leaf in _leaves(params)} != {
+        path: leaf.shape for path, leaf in _leaves(expected)
+    }:
+        raise InputError(f"{folder}: not written; the weights are not those of a model of this config")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir()
+        _write_weights(beside, params, config, shard_bytes)
+        dtype = jax.tree.leaves(params)[0].dtype.name
+        described = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+        (beside / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        for name in TOKENIZER_FILES:
+            if tokenizer_from is not None and (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, beside / name)
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: not written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_weights(folder: Path, params: Params, config: LlamaConfig, shard_bytes: int) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    tensors: list[tuple[str, Any, int | None]] = []  # name, leaf, layer
+    for path, leaf in _leaves(params):
+        stacked = path[0] == "layers"
+        for i, name in enumerate(tensor_names(path, config.num_hidden_layers)):
+            tensors.append((name, leaf, i if stacked else None))
+    shards: list[list[tuple[str, Any, int | None]]] = [[]]
+    size = total = 0
+    for tensor in tensors:
+        count = tensor[1].nbytes if tensor[2] is None else tensor[1].nbytes // config.num_hidden_layers
+        if shards[-1] and size + count > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size, total = size + count, total + count
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    for file, shard in zip(names, shards, strict=True):
+        arrays = {
+            name: np.ascontiguousarray(leaf if layer is None else leaf[layer]) for name, leaf, layer in shard
+        }
+        try:
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _inventory(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's safetensors, from the files' headers."""
+    if (folder / SINGLE).is_file():
+        return dict(_header(folder / SINGLE))
+    if not (folder / INDEX).is_file():
+        raise InputError(_no_weights(folder))
+    index = folder / INDEX
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise InputError(f"{index}: weight_map is missing or empty; accepted is an object of tensor to file")
+    stored: dict[str, Stored] = {}
+    for file in sorted({str(file) for file in where.values()}):
+        if file != os.path.basename(file) or "\\" in file or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: names {file!r}; accepted is a .safetensors file of the same folder")
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / file}: not there, though {INDEX} names it")
+        for name, tensor in _header(folder / file):
+            if where.get(name) != file:
+                raise InputError(f"{folder / file}: holds {name}, which {INDEX} places in {where.get(name)}")
+            stored[name] = tensor
+    lost = [name for name in where if name not in stored]
+    if lost:
+        raise InputError(f"{folder / where[lost[0]]}: lacks {_some(lost)}, which {INDEX} places there")
+    return stored
+
+
+def _no_weights(folder: Path) -> str:
+    """Why a folder without safetensors is refused."""
+    if not folder.is_dir():
+        return f"{folder}: no such folder"
+    files = sorted(path.name for path in folder.iterdir())
+    pickled = [name for name in files if name.endswith(_PICKLED)]
+    if pickled:
+        return (
+            f"{folder}: its weights are pickled ({_some(pickled)}), and a pickle can run code: it is never "
+            "read; accepted are safetensors or GGUF"
+        )
+    gguf = [name for name in files if name.endswith(".gguf")]
+    if gguf:
+        return f"{folder}: has no safetensors; to read a GGUF file name it: {folder / gguf[0]}"
+    return f"{folder}: has no weights; accepted is {SINGLE}, or shards and {INDEX}"
+
+
+def _header(file: Path) -> Iterator[tuple[str, Stored]]:
+    with _open(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 (not a mapping)
+            tensor = handle.get_slice(name)
+            yield name, Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+
+
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: truncated, or not a safetensors file: {error}") from None
+
+
+def _same(a: Stored, a_name: str, b: Stored, b_name: str) -> bool:
+    with _open(a.file) as first, _open(b.file) as second:
+        return a.shape == b.shape and np.array_equal(first.get_tensor(a_name), second.get_tensor(b_name))
+
+
+def _leaves(tree: Params) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        yield tuple(entry.key for entry in path), leaf
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
