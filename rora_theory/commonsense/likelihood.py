@@ -1,0 +1,130 @@
+r"""Log-likelihoods of every choice of every item: one forward pass over packed rows, float32 log-softmax.
+
+The score of a choice is :math:`\sum_t \log p(y_t \mid \text{context}, y_{<t})`. Only slots that predict a
+scored token meet the vocabulary: their hidden states h go through it in chunks that are reduced at once to
+:math:`z(h) = \log\sum_v e^{E_v\cdot h}`, and a scored token adds :math:`E_y\cdot h - z(h)`.
+"""
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from rora_theory.commonsense.choices import Scored
+from rora_theory.commonsense.packing import Block, grow, plan
+from rora_theory.llama.config import LlamaConfig
+from rora_theory.llama.model import Adapter, hidden_states, unembed
+
+CPU_SHAPE = (512, 64)
+OTHER_SHAPE = (4096, 512)
+"""Slots of a block and of a vocabulary chunk: enough rows to fill the device, few enough to stay in its
+caches."""
+
+
+def log_likelihoods(
+    params: dict,
+    config: LlamaConfig,
+    items: Sequence[Sequence[Scored]],
+    *,
+    adapter: Adapter | None = None,
+    batch_size: int = 1,
+    done: Collection[int] = (),
+    shape: tuple[int, int] | None = None,
+) -> Iterator[tuple[int, list[float]]]:
+    """Yields ``(item, log-likelihood of each choice)``, long items first, a device call's items together.
+
+    Results do not depend on ``batch_size`` or ``done`` in any bit: the plan and every shape come from
+    ``items``.
+
+    Args:
+      params, config, adapter: the model, as in `llama.model.forward`.
+      items: choices of each item, from `choices.encode_choices`.
+      batch_size: blocks in flight before results are waited for, >= 1; memory grows with it little.
+      done: items whose results the caller has; blocks of only those are not computed, and none of those
+        yielded.
+      shape: slots of a block and of a vocabulary chunk; None is by device.
+    """
+    block_tokens, chunk = shape or (CPU_SHAPE if jax.default_backend() == "cpu" else OTHER_SHAPE)
+    skip = set(done)
+    blocks = [
+        block
+        for block in plan([grow(choices) for choices in items], block_tokens=block_tokens, chunk=chunk)
+        if not skip.issuperset(block.items)
+    ]
+    for start in range(0, len(blocks), batch_size):
+        group = blocks[start : start + batch_size]
+        scores = [_score(params, adapter, block, config, chunk) for block in group]
+        for block, values in zip(group, jax.device_get(scores), strict=True):
+            for item, totals in _sums(block, values, items).items():
+                if item not in skip:
+                    yield item, totals
+
+
+def _sums(block: Block, values: np.ndarray, items: Sequence[Sequence[Scored]]) -> dict[int, list[float]]:
+    """Each item's totals over its choices, added in float64."""
+    totals = {item: [0.0] * len(items[item]) for item in block.items}
+    for (item, choice), value in zip(block.owners, values[: len(block.owners)].tolist(), strict=True):
+        totals[item][choice] += value
+    return totals
+
+
+def _score(params: dict, adapter: Adapter | None, block: Block, config: LlamaConfig, chunk: int) -> Array:
+    return _score_block(
+        params,
+        adapter,
+        block.tokens,
+        block.item,
+        block.branch,
+        block.position,
+        block.slots,
+        np.int32(-(-block.used // chunk)),
+        block.entries,
+        config=config,
+        chunk=chunk,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def _score_block(
+    params: dict,
+    adapter: Adapter | None,
+    tokens: Int[Array, "r t"],
+    item: Int[Array, "r t"],
+    branch: Int[Array, "r t"],
+    position: Int[Array, "r t"],
+    slots: Int[Array, " s"],
+    chunks: Int[Array, ""],
+    entries: Int[Array, "e 2"],
+    *,
+    config: LlamaConfig,
+    chunk: int,
+) -> Float[Array, " e"]:
+    """Log-probability of each entry's token in the block, float32; meaningless past the block's entries."""
+    hidden = hidden_states(params, tokens, config, adapter, positions=position, visible=visible(item, branch))
+    read = hidden.reshape(-1, hidden.shape[-1])[slots]
+
+    def normalise(number: Array, normalisers: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(read, number * chunk, chunk)
+        z = jax.nn.logsumexp(unembed(params, part, config), axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(normalisers, z, number * chunk, 0)
+
+    normalisers = jax.lax.fori_loop(0, chunks, normalise, jnp.zeros(slots.shape, jnp.float32))
+    slot, token = entries[:, 0], entries[:, 1]
+    table = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    # The token's own logit again, not the one inside the sum: it is a dot product, the sum a matrix product.
+    logit = jnp.einsum(
+        "ed,ed->e", read[slot].astype(table.dtype), table[token], preferred_element_type=jnp.float32
+    )
+    return logit - normalisers[slot]
+
+
+def visible(item: Int[Array, "r t"], branch: Int[Array, "r t"]) -> Bool[Array, "r t t"]:
+    """Which query (axis 1) may attend to which key (axis 2): see `packing`."""
+    order = jnp.arange(item.shape[1])
+    causal = order[None, :, None] >= order[None, None, :]
+    same_item = item[:, :, None] == item[:, None, :]
+    on_path = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    return causal & same_item & on_path

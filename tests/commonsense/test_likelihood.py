@@ -1,0 +1,142 @@
+"""Packed log-likelihoods against plain forward passes, choice by choice."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rora_theory.commonsense.choices import Scored
+from rora_theory.commonsense.likelihood import log_likelihoods, visible
+from rora_theory.commonsense.packing import grow, plan
+from rora_theory.llama.config import LlamaConfig
+from rora_theory.llama.model import forward, init_params
+
+CONFIG = LlamaConfig(61, 16, 24, 2, 4, 2, 4, max_position_embeddings=96)
+PARAMS = init_params(jax.random.key(0), CONFIG)
+SHAPE = (64, 16)
+
+
+def _items(seed: int, count: int) -> list[list[Scored]]:
+    """Items of 2-4 choices: shared contexts mostly, one-token and equal choices, differing contexts, long
+    ones."""
+    rng = np.random.default_rng(seed)
+
+    def some(least: int, most: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, CONFIG.vocab_size, rng.integers(least, most + 1)).tolist())
+
+    items = []
+    for number in range(count):
+        context, kind = some(1, 20), number % 5
+        choices = [some(1, 1 if kind == 0 else 6) for _ in range(rng.integers(2, 5))]
+        if kind == 1:
+            choices[-1] = choices[0]
+        contexts = [some(1, 9) if kind == 2 else context for _ in choices]
+        if kind == 3:
+            contexts = [context + some(2, 2) for _ in choices]  # winogrande: differing contexts, equal ends
+            choices = [choices[0]] * len(choices)
+        items.append([Scored(c + y, len(y)) for c, y in zip(contexts, choices, strict=True)])
+    long = some(70, 70)
+    return [*items, [Scored(long + some(3, 3), 3), Scored(long + some(4, 4), 4)]]
+
+
+def _plain(items: Sequence[Sequence[Scored]]) -> list[list[float]]:
+    """One forward pass a choice, right-padded to one length, log-softmax over every position."""
+    length = 96
+    rows = [choice for item in items for choice in item]
+    tokens = np.zeros((len(rows), length), np.int32)
+    for row, choice in zip(tokens, rows, strict=True):
+        row[: len(choice.tokens)] = choice.tokens
+    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, CONFIG))(tokens)
+    logp = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
+    totals = iter(
+        sum(
+            logp[row, place - 1, choice.tokens[place]]
+            for place in range(len(choice.tokens) - choice.count, len(choice.tokens))
+        )
+        for row, choice in enumerate(rows)
+    )
+    return [[next(totals) for _ in item] for item in items]
+
+
+def _packed(items: Sequence[Sequence[Scored]], **options: object) -> list[list[float]]:
+    found = dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, **options))  # type: ignore[arg-type]
+    return [found[index] for index in range(len(items))]
+
+
+def test_equal_to_plain_forward_passes() -> None:
+    """Float32 both ways, logits of order 0.1 and sums of at most 6 terms of about 4: 2e-6 each."""
+    items = _items(0, 40)
+    for packed, plain in zip(_packed(items), _plain(items), strict=True):
+        np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
+
+
+def test_no_bit_depends_on_the_batch_size_or_on_what_was_done_before() -> None:
+    items = _items(1, 30)
+    whole = _packed(items)
+    assert _packed(items, batch_size=3) == whole
+    done = set(range(0, len(items), 2))
+    rest = dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, done=done, batch_size=2))
+    assert rest == {index: whole[index] for index in range(len(items)) if index not in done}
+
+
+def test_equal_choices_score_equally_and_do_not_touch_each_other() -> None:
+    same = Scored((3, 5, 7, 9), 2)
+    (scores,) = _packed([[same, Scored((3, 5, 8, 9), 2), same]])
+    assert scores[0] == scores[2] != scores[1]
+
+
+def test_untied_embeddings_use_the_output_matrix() -> None:
+    params = {**PARAMS, "lm_head": 2.0 * PARAMS["embed_tokens"]}
+    items = [[Scored((1, 2, 3), 1), Scored((1, 2, 4), 1)]]
+    doubled = dict(log_likelihoods(params, CONFIG, items, shape=SHAPE))[0]
+    logits = forward(params, jnp.array([[1, 2]]), CONFIG)[0, -1]
+    expected = jax.nn.log_softmax(logits)[jnp.array([3, 4])]
+    np.testing.assert_allclose(doubled, expected, rtol=0, atol=1e-6)
+    assert not np.allclose(doubled, _packed(items)[0], atol=1e-3)
+
+
+def test_tree_of_choices() -> None:
+    tree = grow([Scored((1, 2, 3, 4, 5), 3), Scored((1, 2, 3, 6), 2)])
+    assert tree.common == (1, 2, 3)
+    assert tree.branches == ((4,), ())  # the last token of each is scored, not read
+    assert tree.targets == (((1, 3), (2, 4), (3, 5)), ((1, 3), (2, 6)))
+    assert tree.size == 4
+
+
+def test_visible_follows_paths() -> None:
+    item = jnp.array([[0, 0, 0, 0, 1, -1]])
+    branch = jnp.array([[0, 1, 1, 2, 0, 0]])
+    seen = [
+        "1.....",
+        "11....",
+        "111...",
+        "1..1..",
+        "....1.",
+        ".....1",
+    ]  # fmt: skip
+    found = ["".join(".1"[int(cell)] for cell in row) for row in visible(item, branch)[0]]
+    assert found == seen
+
+
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_plan_holds_every_item_once_in_few_shapes(count: int) -> None:
+    trees = [grow(item) for item in _items(2, count)]
+    blocks = plan(trees, block_tokens=64, chunk=16)
+    assert sorted(itertools.chain.from_iterable(block.items for block in blocks)) == list(range(len(trees)))
+    assert {block.tokens.shape for block in blocks} <= {(1, 64), (1, 128)}
+    for block in blocks:
+        assert (block.item >= 0).sum() == sum(trees[index].size for index in block.items)
+        assert set(block.item[block.item >= 0]) == set(block.items)
+
+
+def test_plan_wastes_little() -> None:
+    """First fit by decreasing length: under a tenth of the slots of many short items stay empty."""
+    rng = np.random.default_rng(0)
+    items = [[Scored(tuple(range(n)), 1), Scored(tuple(range(n)), 2)] for n in rng.integers(10, 90, 300)]
+    blocks = plan([grow(item) for item in items], block_tokens=512, chunk=64)
+    slots = sum(block.tokens.size for block in blocks)
+    assert sum((block.item >= 0).sum() for block in blocks) > 0.9 * slots
+    assert len({block.tokens.shape for block in blocks}) == 1
