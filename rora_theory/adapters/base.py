@@ -39,6 +39,7 @@ class TrainableAdapter(Adapter, Protocol):
     def table(self) -> tuple[Row, ...]: ...
 
 
+@runtime_checkable
 class AdapterConfig(Protocol):
     """A frozen, hashable description of an adapter, before there is a model."""
 

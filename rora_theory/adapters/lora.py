@@ -49,23 +49,21 @@ class LoraConfig:
     """
 
     rank: int
-    alpha: float
+    alpha: float | int
     rule: Rule = "rora"
     target_modules: Sequence[str] | str = PAPER_TARGETS
-    dropout: float = 0.0
+    dropout: float | int = 0.0
     init: Init = "kaiming_uniform"
     rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
-    alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+    alpha_pattern: Mapping[str, float | int] | Sequence[tuple[str, float | int]] = ()
     layers: Sequence[int] | None = None
     use_dora: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", _as_float(self.alpha))
+        object.__setattr__(self, "dropout", _as_float(self.dropout))
         scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
-        if (
-            isinstance(self.dropout, bool)
-            or not isinstance(self.dropout, int | float)
-            or not 0 <= self.dropout < 1
-        ):
+        if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout!r}; accepted is a number from 0 to below 1")
         if self.init not in INITS:
             raise InputError(f"init is {self.init!r}; accepted are {', '.join(INITS)}")
@@ -74,7 +72,8 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             pairs = pattern.items() if isinstance(pattern, Mapping) else pattern
-            object.__setattr__(self, name, tuple((key, value) for key, value in pairs))
+            convert = _as_float if name == "alpha_pattern" else (lambda value: value)
+            object.__setattr__(self, name, tuple((key, convert(value)) for key, value in pairs))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
 
@@ -262,6 +261,11 @@ def _by_layer(
         xs = (params["layers"][name]["weight"], tensors, *(() if norms is None else (norms[name],)))
         found[name] = jax.lax.map(lambda slices: one(*slices), xs)
     return found
+
+
+def _as_float(value: Any) -> Any:
+    """A whole number as a float, so that 8 and 8.0 are one configuration; anything else as it is."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _delta(tensors: dict[str, Array]) -> Float[Array, "o i"]:
