@@ -1,0 +1,145 @@
+"""A run's checkpoints: the latest and the best, each whole or not there, whenever the process dies.
+
+Orbax writes a checkpoint beside and renames it. That rename is the only commit: the checkpoint itself names
+the best one so far, and an older one is removed only after it. A checkpoint holds all that the rest of the
+run depends on: adapter, optimizer state, step, dropout key, and with the step the position in the data.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from rora_theory.errors import InputError
+from rora_theory.finetune.step import State
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, beside its arrays.
+
+    Attributes:
+      step: steps taken; the next batch is the one of this index.
+      best_step: step of the lowest validation loss so far; None before the first.
+      best_loss: that loss.
+    """
+
+    step: int
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+class Checkpoints:
+    """The checkpoints in one folder, by step. Writing goes on in the background; close or wait before
+    leaving.
+
+    Args:
+      folder: made if it is not there. What a killed process left unfinished in it is removed.
+
+    Raises:
+      InputError: the folder can't be made or read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder).absolute()
+        self._keep = _Named()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._keep, cleanup_tmp_directories=True, create=True
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.folder}: cannot hold checkpoints ({_reason(error)})") from error
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint; None where there is none."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        """Folder of a checkpoint."""
+        return self.folder / str(step)
+
+    def save(self, state: State, progress: Progress) -> None:
+        """Write a checkpoint; then remove all but it and the best it names.
+
+        ``state`` may be donated as soon as this returns.
+
+        Raises:
+          InputError: this or the previous checkpoint can't be written, as on a full disk; earlier ones are
+            untouched.
+        """
+        self.wait()
+        self._keep.steps = (progress.step, progress.best_step)
+        # On a CPU the writer would read the arrays in place, while the next step already overwrites them.
+        copy = jax.tree.map(jnp.copy, state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(copy), progress=ocp.args.JsonSave(asdict(progress))
+        )
+        try:
+            self._manager.save(progress.step, args=items, force=True)
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Return when all is written. Raises as `save`."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+
+    def restore(self, step: int, like: State) -> tuple[State, Progress]:
+        """A checkpoint's contents, on the devices and in the layout of ``like``.
+
+        Raises:
+          InputError: the checkpoint is damaged or belongs to another model or adapter.
+        """
+        abstract = jax.tree.map(_abstract, like)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+        try:
+            found = self._manager.restore(step, args=items)
+            return found.state, Progress(**found.progress)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = _reason(error)
+            raise InputError(
+                f"{self.path(step)}: cannot be read ({reason}); accepted is a whole checkpoint of this run"
+            ) from error
+
+    def close(self) -> None:
+        """Finish writing and stop the background threads. Raises as `save`."""
+        try:
+            self._manager.close()
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> InputError:
+        return InputError(
+            f"{self.folder}: a checkpoint cannot be written ({_reason(error)}); accepted is a disk with room"
+        )
+
+
+class _Named:
+    """Orbax's preservation policy: keep the steps named."""
+
+    def __init__(self) -> None:
+        self.steps: tuple[int | None, ...] = ()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:  # noqa: ARG002
+        return [checkpoint.step in self.steps for checkpoint in checkpoints]
+
+
+def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _reason(error: Exception) -> str:
+    """The operating system's words where there are any, else the first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    system = re.search(r": ([^:\[]+) \[os_error_code", str(error))
+    return system.group(1) if system else (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

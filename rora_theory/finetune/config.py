@@ -1,0 +1,153 @@
+"""What a fine-tuning run is made of: one frozen dataclass whose defaults are the published protocol."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from rora_theory.adapters import LoraConfig
+from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.errors import InputError
+from rora_theory.scaling import Rule, check_positive
+
+Method = Literal["lora", "dora"]
+LossOn = Literal["all", "answer"]
+TrainTemplate = Literal["train", "clean"]
+BaseDtype = Literal["float32", "bfloat16"]
+
+LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4}
+"""Peak learning rates of the published LLaMA-7B runs, by method (RoRA's own is not recorded)."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything that determines a run's numbers, apart from the model and the data.
+
+    The defaults are the protocol of LLM-Adapters and DoRA's `commonsense_reasoning`, on which the paper
+    builds, with the paper's scaling rule. Where that protocol records nothing for RoRA, LoRA's value stands.
+    """
+
+    method: Method = "lora"
+    """lora, or dora: a trained magnitude a row beside the low-rank update; either goes with either rule"""
+    rule: Rule = "rora"
+    """scaling alpha / rank**kappa: lora (kappa 1), rora (1/2; rslora is the same) or kappa itself"""
+    rank: int = 32
+    """rows of lora_A"""
+    alpha: float = 64.0
+    """strength of the adapter, before the rule divides it"""
+    targets: tuple[str, ...] = PAPER_TARGETS
+    """adapted modules; the published scripts leave out o_proj and gate_proj"""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """rank of the modules a regular expression matches, where it differs"""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """alpha of the modules a regular expression matches, where it differs"""
+    dropout: float = 0.05
+    """dropout of the adapter's input"""
+    init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
+    """initialisation of lora_A; lora_B begins at zero"""
+
+    template: TrainTemplate = "train"
+    """prompt: train (published, to the byte) or clean"""
+    cutoff: int = 256
+    """longest example in tokens; a longer one keeps its start and loses its end"""
+    loss_on: LossOn = "all"
+    """tokens in the loss: all (the protocol), or the answer alone"""
+    validation: int = 120
+    """records set aside for the validation loss; 0 is none"""
+    widths: int = 6
+    """padded lengths that batches come in, each compiled once"""
+
+    epochs: int = 3
+    """passes over the training records"""
+    max_steps: int | None = None
+    """stop after so many steps; the schedule ends there too"""
+    batch: int = 16
+    """records a step"""
+    accumulation: int = 1
+    """parts a batch is worked in, one after another, to save memory"""
+    learning_rate: float | None = None
+    """peak learning rate; none is the protocol's, 3e-4 for lora and 2e-4 for dora"""
+    warmup: int = 100
+    """steps of linear warm-up from 0, before the linear decay to 0"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
+    clip: float = 1.0
+    """largest norm of the gradient; inf leaves it alone"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments"""
+    epsilon: float = 1e-8
+    """AdamW's epsilon"""
+
+    evaluate_every: int = 80
+    """steps between two validation losses"""
+    checkpoint_every: int = 80
+    """steps between two checkpoints; each validation makes one too"""
+    seed: int = 42
+    """seed of the validation split, the order, the initialisation and the dropout"""
+    dtype: BaseDtype = "float32"
+    """type of the frozen base weights; adapter and optimizer state are always float32"""
+    remat: bool = False
+    """recompute each layer in the backward pass: less memory, about a third more work"""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("method", Method), ("template", TrainTemplate), ("loss_on", LossOn)):
+            _check(name, getattr(self, name), get_args(kind), getattr(self, name) in get_args(kind))
+        _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))
+        self.lora()
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _check(name, value, f"an integer of {least} or more", whole and value >= least)
+        if self.max_steps is not None:
+            _check("max_steps", self.max_steps, "an integer of 1 or more", self.max_steps >= 1)
+        if self.batch % self.accumulation:
+            raise InputError(
+                f"accumulation is {self.accumulation}; accepted is a divisor of batch, {self.batch}"
+            )
+        check_positive("learning_rate", self.peak_learning_rate)
+        decay = self.weight_decay
+        _check("weight_decay", decay, "a finite number of 0 or more", 0 <= decay < math.inf)
+        _check("clip", self.clip, "a number above 0", self.clip > 0)
+        _check(
+            "betas", self.betas, "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas)
+        )
+        check_positive("epsilon", self.epsilon)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
+
+    def lora(self) -> LoraConfig:
+        """The adapter's own configuration."""
+        return LoraConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            rule=self.rule,
+            target_modules=self.targets,
+            dropout=self.dropout,
+            init=self.init,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            use_dora=self.method == "dora",
+        )
+
+
+_LEAST = {
+    "cutoff": 2,
+    "validation": 0,
+    "widths": 1,
+    "epochs": 1,
+    "batch": 1,
+    "accumulation": 1,
+    "warmup": 0,
+    "evaluate_every": 1,
+    "checkpoint_every": 1,
+    "seed": 0,
+}
+"""Least values of the integers."""
+
+
+def _check(name: str, value: object, accepted: object, holds: bool) -> None:
+    if not holds:
+        text = ", ".join(map(str, accepted)) if isinstance(accepted, tuple) else accepted
+        raise InputError(f"{name} is {value!r}; accepted is {text}")

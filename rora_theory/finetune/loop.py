@@ -1,0 +1,213 @@
+"""The training loop: a stream of events, resumed where the checkpoints end; it prints and draws nothing."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rora_theory import adapters
+from rora_theory.adapters.base import TrainableAdapter
+from rora_theory.errors import InputError
+from rora_theory.finetune import step as steps
+from rora_theory.finetune.checkpoints import Checkpoints, Progress
+from rora_theory.finetune.config import FinetuneConfig
+from rora_theory.finetune.data import Batches, iterate
+from rora_theory.llama import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step was taken.
+
+    Attributes:
+      step: from 1.
+      epoch: how far through the data, 1.0 after the first pass.
+      loss: mean over the batch's targets, before the update.
+      grad_norm: before clipping.
+      learning_rate: of this update.
+      targets: tokens in the loss.
+      positions: tokens worked on, padding included.
+      seconds: since the step before was done; the first of a shape compiles.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    targets: int
+    positions: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The validation loss after ``step`` steps, a mean over all its targets; ``best``: the lowest so far."""
+
+    step: int
+    loss: float
+    best: bool
+
+
+Event = Stepped | Validated
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss, the gradient or the validation loss is infinite or not a number.
+
+    Attributes:
+      step: the step it was seen at, from 1.
+      checkpoint: the last good checkpoint; None where there is none yet.
+    """
+
+    def __init__(self, what: str, value: float, step: int, checkpoint: Path | None) -> None:
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        super().__init__(f"{what} is {value} at step {step}; {kept}; a lower learning rate or alpha may help")
+        self.step, self.checkpoint = step, checkpoint
+
+
+class Trainer:
+    """One fine-tuning run.
+
+    Args:
+      params: the base model's weights, never changed.
+      llama_config: the base model's configuration.
+      adapter: a fresh adapter.
+      config: the run.
+      train: batches of all epochs.
+      validation: batches of one pass, or None.
+      checkpoints: folder of the checkpoints; a run goes on from the latest in it.
+      attention: see `rora_theory.llama.attention.choose_route`.
+
+    Attributes:
+      steps: number of steps of the whole run.
+      step: steps taken so far.
+      best_step, best_loss: the lowest validation loss so far; None before the first.
+
+    Raises:
+      InputError: a checkpoint that can't be restored.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        llama_config: LlamaConfig,
+        adapter: TrainableAdapter,
+        config: FinetuneConfig,
+        train: Batches,
+        validation: Batches | None,
+        checkpoints: Path,
+        *,
+        attention: str = "auto",
+    ) -> None:
+        self.steps = min(len(train), config.max_steps or len(train))
+        self._params, self._adapter, self._config = params, adapter, config
+        self._train, self._validation = train, validation
+        self._step = steps.train_step(adapter, llama_config, config, self.steps, attention=attention)
+        self._evaluate = steps.eval_step(adapter, llama_config, attention=attention)
+        key = jax.random.key(config.seed)
+        self._state = steps.init_state(adapter, steps.optimizer(config, self.steps), key)
+        self._progress = Progress(0)
+        self._checkpoints = Checkpoints(checkpoints)
+        if (latest := self._checkpoints.latest) is not None:
+            self._state, self._progress = self._checkpoints.restore(latest, self._state)
+            if self._progress.step > self.steps:
+                path = self._checkpoints.path(latest)
+                raise InputError(
+                    f"{path}: is beyond the run's {self.steps} steps; accepted is one of this run"
+                )
+
+    @property
+    def step(self) -> int:
+        return self._progress.step
+
+    @property
+    def best_step(self) -> int | None:
+        return self._progress.best_step
+
+    @property
+    def best_loss(self) -> float | None:
+        return self._progress.best_loss
+
+    def run(self) -> Iterator[Event]:
+        """Train to the end, or on from the checkpoint; yields what happens.
+
+        A step's event comes when the next step is already under way, so that the device does not wait for the
+        host. A checkpoint follows every validation loss, every ``checkpoint_every`` steps and the last step.
+
+        Raises:
+          NonFiniteLossError: training stops; nothing is written after the last good step.
+          InputError: a checkpoint can't be written.
+        """
+        config, start = self._config, self.step
+        batches = iterate(self._train, start=start)
+        clock = time.perf_counter()
+        pending: tuple[int, steps.Metrics, int] | None = None
+
+        def settle() -> Iterator[Stepped]:
+            nonlocal pending, clock
+            if pending is None:
+                return
+            (number, metrics, positions), pending = pending, None
+            event = self._stepped(number, metrics, positions)
+            now = time.perf_counter()
+            event, clock = replace(event, seconds=now - clock), now
+            yield event
+
+        for number in range(start + 1, self.steps + 1):
+            batch = next(batches)
+            self._state, metrics = self._step(self._state, self._params, batch)
+            yield from settle()
+            pending = (number, metrics, batch.inputs.size)
+            last = number == self.steps
+            validate = self._validation is not None and (last or number % config.evaluate_every == 0)
+            if validate or last or number % config.checkpoint_every == 0:
+                yield from settle()
+                self._progress = replace(self._progress, step=number)
+                if validate:
+                    yield self._validated(number)
+                self._checkpoints.save(self._state, self._progress)
+                clock = time.perf_counter()
+        self._checkpoints.wait()
+
+    def adapter(self, which: str = "best") -> Any:
+        """The trained adapter: ``"last"``, or ``"best"`` by validation loss (last where there was none)."""
+        state = self._state
+        if which == "best" and self.best_step not in (None, self.step):
+            state, _ = self._checkpoints.restore(self.best_step, self._state)
+        return adapters.replace(self._adapter, state.params)
+
+    def close(self) -> None:
+        """Finish writing checkpoints."""
+        self._checkpoints.close()
+
+    def _stepped(self, number: int, metrics: steps.Metrics, positions: int) -> Stepped:
+        loss, norm, rate, targets = (float(value) for value in jax.device_get(metrics))
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            self._check_finite(what, value, number)
+        epoch = number / self._train.steps_per_epoch
+        return Stepped(number, epoch, loss, norm, rate, int(targets), positions, 0.0)
+
+    def _validated(self, number: int) -> Validated:
+        assert self._validation is not None
+        sums = [
+            self._evaluate(self._state.params, self._params, batch) for batch in iterate(self._validation)
+        ]
+        total, count = (math.fsum(map(float, values)) for values in zip(*jax.device_get(sums), strict=True))
+        loss = total / count
+        self._check_finite("validation loss", loss, number)
+        best = self.best_loss is None or loss < self.best_loss
+        if best:
+            self._progress = replace(self._progress, best_step=number, best_loss=loss)
+        return Validated(number, loss, best)
+
+    def _check_finite(self, what: str, value: float, number: int) -> None:
+        if not math.isfinite(value):
+            latest = self._checkpoints.latest
+            raise NonFiniteLossError(
+                what, value, number, None if latest is None else self._checkpoints.path(latest)
+            )

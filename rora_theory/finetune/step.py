@@ -1,0 +1,190 @@
+"""The jitted training and validation steps: gradients in the adapter alone, the base frozen."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from rora_theory import adapters, llama
+from rora_theory.adapters.base import TrainableAdapter
+from rora_theory.finetune.config import FinetuneConfig
+from rora_theory.finetune.data import Batch
+from rora_theory.finetune.loss import LOGITS_BYTES, cross_entropy
+from rora_theory.llama import LlamaConfig
+
+Params = Any
+"""A pytree of arrays."""
+
+
+class State(NamedTuple):
+    """What a step changes. A pytree.
+
+    Attributes:
+      step: steps taken.
+      params: the adapter's trainable arrays, float32.
+      optimizer: optax's state.
+      key: of the dropout; the key of step t is ``fold_in(key, t)``, so it never changes.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    optimizer: optax.OptState
+    key: PRNGKeyArray
+
+
+class Metrics(NamedTuple):
+    """Scalars of one step, on the device.
+
+    Attributes:
+      loss: mean over the batch's targets, before the update.
+      grad_norm: norm of the gradient before clipping.
+      learning_rate: of this step's update.
+      targets: number of targets.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    targets: Float[Array, ""]
+
+
+def schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
+    """Learning rate of update t = 0, 1, ...: ``peak * t / warmup`` up to the peak, then down to 0.
+
+    The first update's rate is 0, as in the published runs.
+    """
+    peak = config.peak_learning_rate
+    rise = optax.linear_schedule(0.0, peak, config.warmup)
+    fall = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
+    return optax.join_schedules([rise, fall], [config.warmup]) if config.warmup else fall
+
+
+def optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW with decoupled weight decay, on `schedule`."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            schedule(config, steps), *config.betas, eps=config.epsilon, weight_decay=config.weight_decay
+        ),
+    )
+
+
+def init_state(
+    adapter: TrainableAdapter, transformation: optax.GradientTransformation, key: PRNGKeyArray
+) -> State:
+    """The state before the first step; its arrays are the adapter's own copies, free to be donated."""
+    params = jax.tree.map(jnp.copy, adapters.trainable(adapter))
+    return State(jnp.zeros((), jnp.int32), params, transformation.init(params), key)
+
+
+def train_step(
+    adapter: TrainableAdapter,
+    llama_config: LlamaConfig,
+    config: FinetuneConfig,
+    steps: int,
+    *,
+    attention: str = "auto",
+    logits_bytes: int = LOGITS_BYTES,
+) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
+    """The jitted function ``(state, base, batch) -> (state, metrics)``; it takes the old state's memory.
+
+    The loss is the sum over the batch's targets divided by their number, also where the batch is worked in
+    several parts: accumulation changes rounding and memory, nothing else.
+
+    Args:
+      adapter: gives the structure, the scaling and the application; its trainable arrays are not read.
+      llama_config: the base's configuration.
+      config: the run.
+      steps: length of the learning-rate schedule.
+      attention: implementation, see `rora_theory.llama.attention.choose_route`.
+      logits_bytes: see `cross_entropy`.
+    """
+    transformation, rate = optimizer(config, steps), schedule(config, steps)
+
+    def part_loss(params: Params, base: Params, part: Batch, total: Array, key: Array | None) -> Array:
+        summed = batch_loss(
+            base,
+            part,
+            llama_config,
+            adapters.replace(adapter, params),
+            key=key,
+            remat=config.remat,
+            attention=attention,
+            logits_bytes=logits_bytes,
+        )
+        return summed / total
+
+    def gradient(state: State, base: Params, batch: Batch) -> tuple[Array, Params, Array]:
+        total = jnp.maximum(jnp.sum(batch.weights), 1)
+        key = jax.random.fold_in(state.key, state.step) if config.dropout else None
+        value_and_grad = jax.value_and_grad(part_loss)
+        if config.accumulation == 1:
+            return *value_and_grad(state.params, base, batch, total, key), total
+
+        def add(sums: tuple[Array, Params], xs: tuple[Batch, Array]) -> tuple[tuple[Array, Params], None]:
+            part, index = xs
+            part_key = None if key is None else jax.random.fold_in(key, index)
+            found = value_and_grad(state.params, base, part, total, part_key)
+            return jax.tree.map(jnp.add, sums, found), None
+
+        parts = jax.tree.map(lambda a: a.reshape(-1, config.accumulation, *a.shape[1:]).swapaxes(0, 1), batch)
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
+        sums, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(config.accumulation)))
+        return *sums, total
+
+    def step(state: State, base: Params, batch: Batch) -> tuple[State, Metrics]:
+        loss, grads, total = gradient(state, base, batch)
+        updates, moments = transformation.update(grads, state.optimizer, state.params)
+        metrics = Metrics(loss, optax.global_norm(grads), jnp.float32(rate(state.step)), total)
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, moments, state.key), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def eval_step(
+    adapter: TrainableAdapter,
+    llama_config: LlamaConfig,
+    *,
+    attention: str = "auto",
+    logits_bytes: int = LOGITS_BYTES,
+) -> Callable[[Params, Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """The jitted function ``(params, base, batch) -> (summed loss, number of targets)``, without dropout."""
+
+    def evaluate(params: Params, base: Params, batch: Batch) -> tuple[Array, Array]:
+        adapted = adapters.replace(adapter, params)
+        summed = batch_loss(
+            base, batch, llama_config, adapted, attention=attention, logits_bytes=logits_bytes
+        )
+        return summed, jnp.sum(batch.weights)
+
+    return jax.jit(evaluate)
+
+
+def batch_loss(
+    base: Params,
+    batch: Batch,
+    llama_config: LlamaConfig,
+    adapter: TrainableAdapter,
+    *,
+    key: PRNGKeyArray | None = None,
+    remat: bool | str = False,
+    attention: str = "auto",
+    logits_bytes: int = LOGITS_BYTES,
+) -> Float[Array, ""]:
+    """Cross-entropy summed over a batch's targets. Differentiable in the adapter; the base gets no gradient.
+
+    Batches are padded on the right, where causal attention does not look: no mask is needed.
+    """
+    # Weights enter as constants of the gradient, so that no backward product is made for them.
+    base = jax.lax.stop_gradient(base)
+    hidden = llama.hidden_states(
+        base, batch.inputs, llama_config, adapter, key=key, remat=remat, attention=attention
+    )
+    if batch.positions is not None:
+        hidden = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
+    head = base["embed_tokens"] if llama_config.tie_word_embeddings else base["lm_head"]
+    return cross_entropy(hidden, head, batch.targets, batch.weights, logits_bytes=logits_bytes)
