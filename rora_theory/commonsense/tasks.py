@@ -154,29 +154,20 @@ def parse(task: Task, instruction: str) -> tuple[str, tuple[str, ...]]:
     return question, choices
 
 
-def read(folder: Path, task: Task, split: str = "test") -> list[Record]:
-    """All records of ``folder/TASK/SPLIT.json``, in the file's order.
+def read(path: Path, task: Task) -> list[Record]:
+    """All records of a task's file, in its order.
 
     Raises:
       InputError: no such file, or a record that is not of the schema: names the file and the record.
     """
-    path = Path(folder) / task.key / f"{split}.json"
-    rows = read_json_list(path)
-    return [_record(task, index, row, path) for index, row in enumerate(rows)]
+    return [_record(task, index, row, path) for index, row in enumerate(_read_list(path))]
 
 
-def read_json_list(path: Path) -> list[Any]:
-    """The non-empty JSON list in a file.
-
-    Raises:
-      InputError: no file, not UTF-8 JSON, or not a non-empty list.
-    """
+def _read_list(path: Path) -> list[Any]:
     try:
         value = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; accepted is a folder in the LLM-Adapters schema (TASK/test.json)"
-        ) from None
+        raise InputError(f"{path}: no such file; accepted is a JSON list of records") from None
     except (ValueError, OSError) as error:
         raise InputError(
             f"{path}: cannot be read as JSON ({error}); accepted is a JSON list of records"

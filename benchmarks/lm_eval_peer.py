@@ -1,0 +1,132 @@
+"""lm-evaluation-harness's side of the commonsense comparisons: its own tasks on local records, its own model
+class.
+
+The hub cannot be assumed, so each task is lm-eval's own YAML with two changes: its dataset is the local
+records in the schema of the hub's dataset, and BoolQ's text leaves out the passage line, since these data
+have no passage. HellaSwag's records hold context and ending already joined and cleaned: its own clean-up runs
+on them once more.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="lm-eval-"))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import datasets
+import lm_eval.tasks
+import numpy as np
+import torch
+import transformers
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from rora_theory.commonsense.tasks import Record
+from rora_theory.llama import Model
+
+FOLDERS = {
+    "boolq": "super_glue/boolq/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "social_i_qa": "siqa/siqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "ARC-Easy": "arc/arc_easy.yaml",
+    "ARC-Challenge": "arc/arc_challenge.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+}
+
+
+def hub_document(record: Record) -> dict[str, Any]:
+    """A record in the schema of the dataset that lm-eval reads for its task."""
+    question, choices, gold = record.question, list(record.choices), record.gold
+    letters = [chr(ord("A") + number) for number in range(len(choices))]
+    match record.task:
+        case "boolq":
+            return {
+                "question": question.removesuffix("?"),
+                "passage": "",
+                "label": int(record.answer == "true"),
+            }
+        case "piqa":
+            return {"goal": question, "sol1": choices[0], "sol2": choices[1], "label": gold}
+        case "social_i_qa":
+            context, _, rest = question.partition(" ")  # joined by a space again by the task
+            answers = {f"answer{letter}": text for letter, text in zip(letters, choices, strict=True)}
+            return {"context": context, "question": rest, **answers, "label": str(gold + 1)}
+        case "hellaswag":
+            activity, _, text = question.partition(": ")
+            joined = {"activity_label": activity, "ctx_a": text, "ctx_b": ""}
+            return {**joined, "endings": choices, "label": str(gold)}
+        case "winogrande":
+            options = {"option1": choices[0], "option2": choices[1]}
+            return {"sentence": question, **options, "answer": str(gold + 1)}
+        case "openbookqa":
+            listed = {"text": choices, "label": letters}
+            return {"question_stem": question, "choices": listed, "answerKey": letters[gold]}
+        case _:
+            listed = {"text": choices, "label": letters}
+            return {"question": question, "choices": listed, "answerKey": letters[gold]}
+
+
+def task(key: str, records: list[Record]) -> ConfigurableTask:
+    """lm-eval's task over these records, its requests built."""
+    path = Path(lm_eval.tasks.__file__).parent / FOLDERS[key]
+    config = load_yaml(path)
+    split = config.get("test_split") or config["validation_split"]
+    rows = datasets.Dataset.from_list([hub_document(record) for record in records])
+    config |= {"custom_dataset": lambda **_: datasets.DatasetDict({split: rows}), "metadata": {}}
+    config |= {"training_split": None, "validation_split": split, "test_split": None}
+    if key == "boolq":
+        config["doc_to_text"] = "Question: {{question}}?\nAnswer:"
+    config.pop("tag", None)
+    found = ConfigurableTask(config=config)
+    found.build_all_requests()
+    return found
+
+
+def torch_model(model: Model) -> transformers.LlamaForCausalLM:
+    """transformers' model with the same float32 weights."""
+    config = transformers.LlamaConfig(**model.config.to_hf())
+    with torch.device("meta"):
+        peer = transformers.LlamaForCausalLM(config)
+    state = {
+        "model.embed_tokens.weight": model.params["embed_tokens"],
+        "model.norm.weight": model.params["norm"],
+    }
+    if not model.config.tie_word_embeddings:
+        state["lm_head.weight"] = model.params["lm_head"]
+    for name, value in model.params["layers"].items():
+        tensors = value.items() if isinstance(value, dict) else [("weight", value)]
+        for kind, stack in tensors:
+            for layer in range(model.config.num_hidden_layers):
+                state[f"model.layers.{layer}.{name}.{kind}"] = stack[layer]
+    tensors = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in state.items()}
+    peer.to_empty(device="cpu")
+    peer.load_state_dict(tensors, strict=not model.config.tie_word_embeddings)
+    peer.tie_weights()
+    # Not among the weights, so undefined after to_empty.
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(config)
+    return peer.eval()
+
+
+def torch_tokenizer(model: Model) -> transformers.PreTrainedTokenizerFast:
+    """The same tokenizer in transformers' clothes."""
+    names = {"bos": model.tokenizer.bos_id, "eos": model.tokenizer.eos_id, "pad": model.tokenizer.pad_id}
+    backend = model.tokenizer.backend
+    tokens = {f"{name}_token": backend.id_to_token(id_) for name, id_ in names.items() if id_ is not None}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+
+
+def harness_model(model: Model, batch_size: int) -> HFLM:
+    """lm-eval's model class over the same weights and tokenizer, float32, softmax in float32."""
+    return HFLM(
+        pretrained=torch_model(model),
+        tokenizer=torch_tokenizer(model),
+        batch_size=batch_size,
+        device="cpu",
+        softmax_dtype="float32",
+    )

@@ -1,0 +1,274 @@
+"""Score a model, with or without an adapter, on the eight commonsense tasks.
+
+    python -m sims.evaluate --data-dir DATA --protocol label --tasks boolq openbookqa --limit 200
+
+The run folder holds `samples.jsonl` (one scored item a line), `results.json` and `results.csv` (accuracy and
+its standard error a task, and their average). A run that was stopped goes on at the item it had reached.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rora_theory.commonsense.levels import Level, levels
+from rora_theory.commonsense.prompts import Template
+from rora_theory.commonsense.scoring import Protocol, Sample, Scoring, score
+from rora_theory.commonsense.sources import locate
+from rora_theory.commonsense.tasks import TASKS, Record, read, task_named
+from rora_theory.errors import InputError
+from sims.common import cli, tables
+from sims.common.progress import progress_bar
+from sims.common.run_folder import RunFolder, as_json
+
+NAME = "evaluate"
+SAMPLES, RESULTS = "samples.jsonl", "results.json"
+DATA_VARIABLE = "RORA_COMMONSENSE_DIR"
+COLUMNS = ("protocol", "template", *(field.name for field in fields(Level)))
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to score, and how."""
+
+    model: str = "smollm2-135m"
+    """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
+    adapter: Path | None = None
+    """folder in PEFT's format; none scores the model alone"""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """any of boolq piqa social_i_qa hellaswag winogrande ARC-Easy ARC-Challenge openbookqa"""
+    protocol: Protocol = "generate"
+    """generate: the papers' (beam search, first label in the text); label: likeliest label string; harness:
+    lm-evaluation-harness's (likeliest choice text)"""
+    template: Template | None = None
+    """prompt of generate (none is eval, as published) and label (none is train): train, eval or clean"""
+    limit: int | None = None
+    """score only the first so many items of each task"""
+    data_dir: str | None = None
+    """folder in the LLM-Adapters schema, or hf://datasets/OWNER/NAME; none is the variable
+    RORA_COMMONSENSE_DIR"""
+    batch_size: int = 8
+    """generate: prompts at once; label and harness: device calls in flight"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """type of the weights and activations; log-probabilities are float32"""
+    merge: bool = True
+    """add the adapter into the weights first, as the published evaluation does; False runs it beside them"""
+    num_beams: int = 4
+    """beams of generate"""
+    max_new_tokens: int = 32
+    """longest answer of generate, in tokens"""
+    revision: str | None = None
+    """branch, tag or commit of a model on the hub"""
+    out: Path | None = None
+    """run folder; none is results/evaluate/RUN_ID"""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise InputError(f"tasks is empty; accepted are {', '.join(TASKS)}")
+        for key in self.tasks:
+            task_named(key)
+        if len(set(self.tasks)) < len(self.tasks):
+            raise InputError(f"tasks are {' '.join(self.tasks)}; accepted is each one once")
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; accepted is an integer of 1 or more")
+        self.scoring()
+
+    def scoring(self) -> Scoring:
+        """The protocol with its settings."""
+        return Scoring(self.protocol, self.template, self.num_beams, self.max_new_tokens)
+
+
+def evaluate(config: Config, folder: RunFolder, records: Sequence[Record], model: Any = None) -> list[Level]:
+    """Score what the folder lacks, and write its results.
+
+    Args:
+      config: what to score.
+      folder: of this run; samples it already has are kept.
+      records: of `read_records`.
+      model: a `rora_theory.llama.Model` that is ``config.model``, to spare loading it again; None loads it.
+    """
+    samples = read_samples(folder.path / SAMPLES, records)
+    if len(samples) < len(records):
+        score_rest(config, folder, records, samples, model)
+    ordered = sorted(samples, key=lambda sample: (list(TASKS).index(sample.task), sample.index))
+    folder.write(SAMPLES, "".join(_line(sample) for sample in ordered))
+    found = levels(ordered, records)
+    scoring = config.scoring()
+    heads = {"protocol": scoring.protocol, "template": scoring.template}
+    folder.write_rows(COLUMNS, [heads | asdict(level) for level in found])
+    summary: dict[str, Any] = {
+        "scoring": asdict(scoring),
+        "model": config.model,
+        "adapter": config.adapter,
+        "dtype": config.dtype,
+    }
+    summary |= {"levels": found}
+    folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")
+    folder.finish(samples=len(ordered))
+    return found
+
+
+def score_rest(
+    config: Config, folder: RunFolder, records: Sequence[Record], samples: list[Sample], model: Any = None
+) -> None:
+    """Score the records without a sample, appending each to ``samples`` and to the folder's file as it
+    comes."""
+    from rora_theory.adapters import load_peft
+    from rora_theory.llama import load
+
+    model = load(config.model, config.dtype, config.revision) if model is None else model
+    params, adapter = model.params, None
+    if config.adapter is not None:
+        adapter = load_peft(config.adapter, model.config, params)
+        if config.merge:
+            params, adapter = adapter.merge(params), None
+    done = {(sample.task, sample.index) for sample in samples}
+    right = sum(sample.correct for sample in samples)
+    with (
+        progress_bar("scoring", len(records), fields="{task}  accuracy {accuracy:.1%}") as bar,
+        open(folder.path / SAMPLES, "a", encoding="utf-8") as file,
+    ):
+        bar.advance(len(done))
+        for (
+            key
+        ) in config.tasks:  # a task's own items share calls, so that no other task changes a bit of them
+            items = [record for record in records if record.task == key]
+            for sample in score(
+                params,
+                model.config,
+                model.tokenizer,
+                items,
+                config.scoring(),
+                adapter=adapter,
+                batch_size=config.batch_size,
+                done=done,
+            ):
+                file.write(_line(sample))
+                file.flush()
+                samples.append(sample)
+                right += sample.correct
+                bar.advance(1, task=TASKS[key].name, accuracy=right / len(samples))
+
+
+def read_records(config: Config) -> tuple[list[Record], dict[str, str]]:
+    """Records of the tasks, and the SHA-256 of each task's file.
+
+    Raises:
+      InputError: no data folder named, a file missing, or a bad record.
+    """
+    data = config.data_dir or os.environ.get(DATA_VARIABLE)
+    if not data:
+        raise InputError(
+            f"--data-dir is not given and {DATA_VARIABLE} not set; accepted is a folder with TASK/test.json"
+        )
+    records: list[Record] = []
+    digests = {}
+    for key in config.tasks:
+        path = locate(data, TASKS[key])
+        records += read(path, TASKS[key])[: config.limit]
+        digests[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return records, digests
+
+
+def read_samples(path: Path, records: Sequence[Record]) -> list[Sample]:
+    """The samples that an earlier part of the run wrote; a last line cut off by a kill is dropped from the
+    file.
+
+    Raises:
+      InputError: another line is damaged, or of a record that this run does not score.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    gold = {(record.task, record.index): record.answer for record in records}
+    samples: dict[tuple[str, int], Sample] = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            plain = json.loads(line)
+            pairs = tuple((label, float(value)) for label, value in plain.pop("log_likelihoods"))
+            sample = Sample(**plain, log_likelihoods=pairs)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{path}: line {number} is damaged ({error}); accepted is the file as the run wrote it"
+            ) from error
+        key = (sample.task, sample.index)
+        if gold.get(key) != sample.gold or key in samples:
+            raise InputError(f"{path}: line {number} is of {key}, which this run does not score, or twice")
+        samples[key] = sample
+    return list(samples.values())
+
+
+def _line(sample: Sample) -> str:
+    return json.dumps(asdict(sample), ensure_ascii=False) + "\n"
+
+
+def identity(config: Config, digests: dict[str, str]) -> dict[str, Any]:
+    """What determines the results: the settings, the data's content and the adapter's, not where they lie."""
+    plain = asdict(config)
+    for name in ("out", "batch_size", "data_dir", "adapter"):
+        del plain[name]
+    plain |= asdict(config.scoring())
+    if config.adapter is not None:
+        plain["adapter"] = {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(config.adapter).glob("adapter_*"))
+        }
+    return plain | {"data": digests}
+
+
+def show(found: Sequence[Level], scoring: Scoring) -> None:
+    """Print the table of a run: percentages, ± one standard error."""
+    normed = any(level.accuracy_norm is not None for level in found)
+    columns = [
+        "task",
+        "n",
+        "accuracy %",
+        *(["per character %"] if normed else []),
+        "unparsed %",
+        "chance %",
+        "majority %",
+    ]
+    rows = []
+    for level in found:
+        name = TASKS[level.task].name if level.task in TASKS else level.task
+        norm = [_percent(level.accuracy_norm, level.error_norm)] if normed else []
+        rest = [f"{100 * value:.1f}" for value in (level.unparsed, level.chance, level.majority)]
+        rows.append([name, level.n, _percent(level.accuracy, level.error), *norm, *rest])
+    template = f", template {scoring.template}" if scoring.template else ""
+    tables.print_table(f"{scoring.protocol}{template}; ± one standard error", columns, rows)
+
+
+def _percent(value: float | None, error: float | None) -> str:
+    return "-" if value is None or error is None else f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+
+    def run() -> None:
+        config = cli.parse(Config, argv, description=__doc__ or "")
+        records, digests = read_records(config)
+        if config.adapter is not None and not config.adapter.is_dir():
+            raise InputError(f"{config.adapter}: is not a folder; accepted is an adapter in PEFT's format")
+        extra = {
+            "protocol": config.protocol,
+            "units": "accuracies are shares of 1; error is one standard error",
+        }
+        folder = RunFolder.open(NAME, identity(config, digests), out=config.out, extra=extra)
+        show(evaluate(config, folder, records), config.scoring())
+        print(f"results in {folder.path}")
+
+    cli.run(run)
+
+
+if __name__ == "__main__":
+    main()

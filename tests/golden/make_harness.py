@@ -1,0 +1,126 @@
+"""Makes harness.json: what lm-evaluation-harness itself asks about a few records, as text and as tokens.
+
+    python tests/golden/make_harness.py
+
+Needs the extra ``peers``. The records are invented, one or two a task, with the oddities that the data have;
+the tokenizer is a small byte-level BPE trained on them, with and without a beginning-of-text token.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import tokenizers
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
+
+import lm_eval_peer  # noqa: E402
+
+from rora_theory.commonsense.tasks import TASKS, Record, render  # noqa: E402
+
+# (question, choices, gold): trailing and doubled spaces, brackets, a blank at the start, five choices,
+# non-ASCII.
+ITEMS = {
+    "boolq": [("is the sky blue at noon?", ("true", "false"), 0), ("can fish fly?", ("true", "false"), 1)],
+    "piqa": [("dresser", ("replace drawer with  pin ", " finish the wood"), 1)],
+    "social_i_qa": [("Sam ran home. Why did Sam run?", ("to rest", "to eat", "fun"), 2)],
+    "hellaswag": [
+        ("Baking: A man bakes bread. he", ("eats it.", "[step] runs  off.", "sings [title] Loud", "sits."), 0)
+    ],
+    "winogrande": [
+        ("The box fit the bag because the _ was small .", ("box", "bag"), 0),
+        ("_ was tall, so Ann asked her.", ("Eve", "Ann"), 1),
+    ],
+    "ARC-Easy": [("Which melts?", ("ice", "rock", "iron", "salt", "sand"), 0)],
+    "ARC-Challenge": [("Water at 0 °C is", ("ice", "gas", "sand"), 0)],
+    "openbookqa": [("the sun is  ", ("a star", "a planet", "cold", "a moon"), 0)],
+}
+# Context and continuation alone: spaces between, a token across the border, nothing before, a BOS written
+# out.
+PAIRS = [
+    ("the sun is ", "a star"),
+    ("the sun is   ", " a star"),
+    ("The box fit th", "e bag because the box"),
+    ("", "a star"),
+    ("<s>the sun", " is a star"),
+    ("<s>", "the sun"),
+]
+
+
+def records(key: str) -> list[Record]:
+    task = TASKS[key]
+    return [
+        Record(key, index, render(task, *item[:2]), item[0], item[1], task.labels[: len(item[1])], item[2])
+        for index, item in enumerate(ITEMS[key])
+    ]
+
+
+def small_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<s>", "</s>"]
+    trainer = BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=ByteLevel.alphabet())
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def asked(
+    tokenizer: transformers.PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
+) -> list[list[list[int]]]:
+    """Context and continuation tokens, from lm-eval's own method on a model class without a model."""
+
+    class Encoder(HFLM):
+        def __init__(self) -> None:
+            self.tokenizer, self.backend, self.add_bos_token = tokenizer, "causal", None
+            self.custom_prefix_token_id = None
+            self.enable_thinking = False
+
+        def _loglikelihood_tokens(self, requests, **_):  # type: ignore[no-untyped-def]
+            return [[list(context), list(continuation)] for _, context, continuation in requests]
+
+    instances = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    return Encoder().loglikelihood(instances, disable_tqdm=True)
+
+
+def main() -> None:
+    requests = {}
+    for key in TASKS:
+        task = lm_eval_peer.task(key, records(key))
+        rows: list[list[list[str]]] = [[] for _ in ITEMS[key]]
+        for instance in task.instances:
+            rows[instance.doc_id].append(list(instance.args))
+        requests[key] = rows
+    pairs = [tuple(pair) for rows in requests.values() for row in rows for pair in row] + PAIRS
+    plain = small_tokenizer([text for pair in pairs for text in pair] * 3)
+    with_bos = copy.deepcopy(plain)
+    with_bos.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokens = {
+        name: asked(
+            transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"),
+            pairs,
+        )
+        for name, backend in (("plain", plain), ("bos", with_bos))
+    }
+    golden = {
+        "lm_eval": "0.4.13",
+        "items": ITEMS,
+        "requests": requests,
+        "pairs": pairs,
+        "tokenizer": json.loads(plain.to_str()),
+        "tokens": tokens,
+    }
+    (HERE / "harness.json").write_text(json.dumps(golden, ensure_ascii=False, indent=None) + "\n")
+
+
+if __name__ == "__main__":
+    main()
