@@ -65,22 +65,26 @@ class Config:
     out: Path | None = None
     """run folder; none is results/evaluate/RUN_ID"""
 
-    def __post_init__(self) -> None:
-        if not self.tasks:
-            raise InputError(f"tasks is empty; accepted are {', '.join(TASKS)}")
-        for key in self.tasks:
-            task_named(key)
-        if len(set(self.tasks)) < len(self.tasks):
-            raise InputError(f"tasks are {' '.join(self.tasks)}; accepted is each one once")
-        for name in ("limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; accepted is an integer of 1 or more")
-        self.scoring()
-
     def scoring(self) -> Scoring:
         """The protocol with its settings."""
         return Scoring(self.protocol, self.template, self.num_beams, self.max_new_tokens)
+
+
+def check(config: Config) -> None:
+    """Raise `InputError` where a setting is out of range."""
+    if not config.tasks:
+        raise InputError(f"tasks is empty; accepted are {', '.join(TASKS)}")
+    for key in config.tasks:
+        task_named(key)
+    if len(set(config.tasks)) < len(config.tasks):
+        raise InputError(f"tasks are {' '.join(config.tasks)}; accepted is each one once")
+    for name in ("limit", "batch_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; accepted is an integer of 1 or more")
+    if config.adapter is not None and not config.adapter.is_dir():
+        raise InputError(f"{config.adapter}: is not a folder; accepted is an adapter in PEFT's format")
+    config.scoring()
 
 
 def evaluate(config: Config, folder: RunFolder, records: Sequence[Record], model: Any = None) -> list[Level]:
@@ -256,9 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         config = cli.parse(Config, argv, description=__doc__ or "")
+        check(config)
         records, digests = read_records(config)
-        if config.adapter is not None and not config.adapter.is_dir():
-            raise InputError(f"{config.adapter}: is not a folder; accepted is an adapter in PEFT's format")
         extra = {
             "protocol": config.protocol,
             "units": "accuracies are shares of 1; error is one standard error",

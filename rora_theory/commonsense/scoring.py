@@ -58,9 +58,7 @@ class Scoring:
             raise InputError(f"protocol is {self.protocol!r}; accepted are {', '.join(PROTOCOLS)}")
         if self.protocol == "harness":
             if self.template is not None:
-                raise InputError(
-                    f"template is {self.template!r}; the harness protocol has no prompt template"
-                )
+                raise InputError(f"template is {self.template!r}; accepted is none under protocol harness")
         elif self.template is None:
             object.__setattr__(self, "template", {"generate": "eval", "label": "train"}[self.protocol])
         elif self.template not in TEMPLATES:
@@ -176,8 +174,8 @@ def _generated(
     for record, tokens in zip(records, prompts, strict=True):
         if len(tokens) > room:
             raise InputError(
-                f"{record.task} record {record.index} has a prompt of {len(tokens)} tokens; accepted are up to "
-                f"{room}, max_position_embeddings less max_new_tokens"
+                f"{record.task} record {record.index} has {len(tokens)} tokens of prompt; accepted are at "
+                f"most {room}, max_position_embeddings less max_new_tokens"
             )
     order = sorted(range(len(records)), key=lambda number: (-len(prompts[number]), number))
     groups = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
