@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from rora_theory.adapters import LoraAdapter, LoraConfig, init
-from rora_theory.llama import LlamaConfig
+from rora_theory.llama import LlamaConfig, forward
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "make_adapters.py"
 
@@ -42,8 +42,19 @@ def tokens(golden: ModuleType) -> jax.Array:
 
 
 @pytest.fixture(scope="session")
+def run(config: LlamaConfig):
+    """``run(params, tokens, adapter=None, key=None)``: logits, compiled once a kind of adapter."""
+
+    @jax.jit
+    def logits(params, tokens, adapter=None, key=None):
+        return forward(params, tokens, config, adapter, key=key)
+
+    return logits
+
+
+@pytest.fixture(scope="session")
 def perturbed(config: LlamaConfig, params: dict[str, Any]):
-    """``perturbed(settings...)``: an adapter whose every trained number is random and non-zero, padding apart."""
+    """``perturbed(settings...)``: an adapter whose trained numbers are random and non-zero, padding apart."""
 
     def make(seed: int = 0, **settings: Any) -> LoraAdapter:
         adapter = init(jax.random.key(seed), LoraConfig(**settings), config, params)

@@ -1,4 +1,4 @@
-"""Against transformers and peft: logits, gradients of every adapter tensor, and a loss curve. No torch is needed."""
+"""Against transformers and peft: logits, the gradient of every adapter tensor, and a loss curve."""
 
 from pathlib import Path
 
@@ -89,8 +89,8 @@ def test_counts_what_peft_counts(name: str, golden, config) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora_patterns", "dora_rora_patterns"])
-def test_merged_model_is_peft_s(name: str, golden, config, params, tokens) -> None:
+def test_merged_model_is_peft_s(name: str, golden, config, params, tokens, run) -> None:
     expected = np.load(folder(golden, name) / "golden.npz")["logits"]
     merged = merge(load_peft(folder(golden, name), config, params), params)
     # 2e-5: the merged weights are rounded to float32 once more than the adapter's branch is.
-    np.testing.assert_allclose(forward(merged, tokens, config), expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(run(merged, tokens), expected, rtol=0, atol=2e-5)

@@ -1,11 +1,11 @@
-"""Makes tests/golden/adapters/ with torch, transformers and peft, and checks that peft opens what `save_peft` writes.
+"""Makes tests/golden/adapters/ with transformers and peft, and checks that peft opens what we write.
 
     python tests/golden/make_adapters.py
 
-Every case is a folder as peft saves it (configuration and tensors, all random and non-zero, so that nothing agrees
-because it vanishes) with `golden.npz`: logits, the gradient of the mean next-token loss in every adapter tensor, and
-the losses of 20 AdamW steps. The base model is a tiny LLaMA with biases whose weights `base_weights` makes from a seed
-here and in the tests alike.
+Every case is a folder as peft saves it (configuration and tensors, all random and non-zero, so that nothing
+agrees because it vanishes) with `golden.npz`: logits, the gradient of the mean next-token loss in every
+adapter tensor, and the losses of 20 AdamW steps. The base model is a tiny LLaMA with biases whose weights
+`base_weights` makes from a seed here and in the tests alike.
 """
 
 import dataclasses
@@ -166,7 +166,7 @@ def check_ours(name: str) -> float:
 
 
 def check_exponent() -> float:
-    """An adapter of kappa = 1/4 with ranks and alphas by layer: its logits against peft's on what `save_peft` wrote."""
+    """An adapter of kappa = 1/4, ranks and alphas by layer: our logits against peft's on our file."""
     import jax.numpy as jnp
     import torch
     from peft import PeftModel

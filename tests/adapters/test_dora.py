@@ -1,0 +1,96 @@
+"""DoRA's row norms and its forward pass, against the definition in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rora_theory.adapters import dora
+from rora_theory.adapters.dropout import dropout
+
+OUT, IN, RANK, GAMMA = 24, 40, 6, 2.5
+
+
+def draw(seed: int, update: float = 0.3):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    weight = jax.random.normal(keys[0], (OUT, IN)) * 0.2
+    A = GAMMA * jax.random.uniform(keys[1], (RANK, IN), minval=-1.0, maxval=1.0) / IN**0.5
+    B = update * jax.random.normal(keys[2], (OUT, RANK))
+    return weight, A, B, jax.random.uniform(keys[3], (OUT,), minval=0.5, maxval=2.0)
+
+
+def wide(*arrays):
+    return tuple(np.asarray(array, np.float64) for array in arrays)
+
+
+@pytest.mark.parametrize("update", [0.0, 0.01, 0.3, 10.0])
+def test_row_norms_are_those_of_the_sum(update: float) -> None:
+    """To 2e-6 in float32: a few roundings of sums of 40 terms, half of them undone by the root."""
+    weight, A, B, _ = draw(0, update)
+    w, a, b = wide(weight, A, B)
+    np.testing.assert_allclose(dora.row_norms(weight, A, B), np.linalg.norm(w + b @ a, axis=1), rtol=2e-6)
+
+
+@pytest.mark.parametrize("left", [0.3, 0.1, 0.03, 0.01])
+def test_error_when_the_update_cancels_the_weight(left: float) -> None:
+    """A row left at a fraction of itself: the error grows as eps / fraction^2, as the docstring says."""
+    _, A, B, _ = draw(1)
+    w = np.asarray(B, np.float64) @ np.asarray(A, np.float64)
+    weight = jnp.asarray(-(1 + left) * w, jnp.float32)
+    expected = np.linalg.norm(np.asarray(weight, np.float64) + w, axis=1)
+    eps = float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose(dora.row_norms(weight, A, B), expected, rtol=4 * eps * 2 / left**2)
+
+
+def test_row_norms_in_bfloat16_are_those_of_what_is_multiplied() -> None:
+    """The update rounded to bfloat16 as in the products; then float32 arithmetic, hence still 2e-6."""
+    weight, A, B, _ = draw(2)
+    weight = weight.astype(jnp.bfloat16)
+    w, a, b = wide(weight, A.astype(jnp.bfloat16), B.astype(jnp.bfloat16))
+    found = dora.row_norms(weight, A, B)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.linalg.norm(w + b @ a, axis=1), rtol=2e-6)
+
+
+def test_a_row_of_zeros_stays_finite() -> None:
+    weight, A, B, m = draw(3)
+    weight, B, m = weight.at[0].set(0.0), B.at[0].set(0.0), m.at[0].set(0.0)
+    x = jnp.ones((1, 2, IN))
+
+    def total(m):
+        return jnp.sum(dora.apply(x, x, weight, None, A, B, m, jnp.asarray(True)))
+
+    assert np.isfinite(total(m))
+    assert np.isfinite(jax.grad(total)(m)).all()
+
+
+def test_norms_are_constant_in_the_gradient() -> None:
+    weight, A, B, _ = draw(4)
+    gradients = jax.grad(lambda *arrays: jnp.sum(dora.row_norms(*arrays)), argnums=(0, 1, 2))(weight, A, B)
+    assert not any(np.asarray(gradient).any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_forward_is_the_definition(rate: float) -> None:
+    """W x undropped, (c - 1) W x_d and c gamma B A x_d under one mask, and a bias that nothing scales."""
+    weight, A, B, m = draw(5)
+    x = jax.random.normal(jax.random.key(9), (2, 3, IN))
+    bias = jnp.arange(OUT, dtype=jnp.float32)
+    dropped = dropout(jax.random.key(8), x, rate)
+    found = dora.apply(x, dropped, weight, bias, A, B, m, jnp.asarray(True))
+    w, a, b, mm, xx, xd, bb = wide(weight, A, B, m, x, dropped, bias)
+    c = mm / np.linalg.norm(w + b @ a, axis=1)
+    expected = xx @ w.T + (c - 1) * (xd @ w.T) + c * (xd @ a.T @ b.T) + bb
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    assert rate == 0 or np.abs(np.asarray(found) - (c * (xx @ (w + b @ a).T) + bb)).max() > 0.1
+
+
+def test_a_layer_that_is_not_adapted_is_its_base() -> None:
+    weight, A, B, m = draw(6, 0.0)
+    x = jax.random.normal(jax.random.key(9), (2, 3, IN))
+
+    def run(m):
+        return dora.apply(x, x, weight, None, 0 * A, B, m, jnp.asarray(False))
+
+    np.testing.assert_allclose(run(m), x @ weight.T, rtol=1e-6, atol=1e-6)
+    assert not np.asarray(jax.grad(lambda m: jnp.sum(run(m)))(m)).any()

@@ -1,0 +1,116 @@
+"""Matching of modules, layers and patterns, as PEFT does it, and what is refused."""
+
+import pytest
+
+from rora_theory.adapters import LoraConfig, table
+from rora_theory.adapters.targets import layer_text, resolve
+from rora_theory.errors import InputError
+from rora_theory.llama import MODULES, LlamaConfig
+
+
+def ranks(config: LlamaConfig, **settings) -> dict[str, tuple[int, ...]]:
+    settings = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj"]} | settings
+    return {target.module: target.ranks for target in resolve(config, **settings)}
+
+
+def alphas(config: LlamaConfig, **settings) -> dict[str, tuple[float, ...]]:
+    settings = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj"]} | settings
+    return {target.module: target.alphas for target in resolve(config, **settings)}
+
+
+def test_names_match_whole_or_after_a_dot(config) -> None:
+    both = {"self_attn.q_proj": (4, 4, 4), "self_attn.v_proj": (4, 4, 4)}
+    assert ranks(config) == both
+    assert ranks(config, target_modules=["self_attn.q_proj", "self_attn.v_proj"]) == both
+    assert ranks(config, target_modules=["model.layers.1.self_attn.q_proj"]) == {
+        "self_attn.q_proj": (0, 4, 0)
+    }
+    with pytest.raises(InputError, match="'_proj', which matches no module"):
+        ranks(config, target_modules=["_proj"])
+
+
+def test_a_string_is_a_whole_regular_expression(config) -> None:
+    assert ranks(config, target_modules=r".*\.[02]\.self_attn\.q_proj") == {"self_attn.q_proj": (4, 0, 4)}
+    assert tuple(ranks(config, target_modules="All-Linear")) == MODULES
+    with pytest.raises(InputError, match="'q_proj' matches no module"):
+        ranks(config, target_modules="q_proj")
+
+
+def test_layers_choose(config) -> None:
+    assert ranks(config, layers=(0, 2))["self_attn.v_proj"] == (4, 0, 4)
+
+
+def test_patterns_match_from_a_dot_and_the_first_wins(config) -> None:
+    pattern = {r"layers\.1\.self_attn\.q_proj": 2, "q_proj": 3}
+    assert ranks(config, rank_pattern=pattern) == {
+        "self_attn.q_proj": (3, 2, 3),
+        "self_attn.v_proj": (4, 4, 4),
+    }
+    assert alphas(config, alpha_pattern={".*v_proj": 1.5})["self_attn.v_proj"] == (1.5, 1.5, 1.5)
+    # An alternative is one pattern, kept together: PEFT puts it in parentheses.
+    assert ranks(config, rank_pattern={"q_proj|v_proj": 1}) == {
+        "self_attn.q_proj": (1, 1, 1),
+        "self_attn.v_proj": (1, 1, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"o_proj": 2}}, r"rank_pattern has 'o_proj', which matches no adapted module"),
+        ({"rank_pattern": {"proj": 2}}, r"'proj', which matches no adapted module"),
+        (
+            {"alpha_pattern": {"q_proj": 1.0, "layers.0.self_attn.q_proj": 2.0}},
+            "hidden by the patterns before it",
+        ),
+        ({"alpha_pattern": {"q_proj(": 1.0}}, r"alpha_pattern 'q_proj\(' is not a regular expression"),
+        ({"target_modules": "(q_proj"}, r"target_modules '\(q_proj' is not a regular expression"),
+        ({"target_modules": []}, "matches no module"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "matches lm_head, which can't be adapted"),
+        ({"target_modules": ".*"}, "matches lm_head, which can't be adapted"),
+        ({"target_modules": ["self_attn"]}, "'self_attn', which matches no module"),
+        ({"layers": (3,)}, "layers has 3; accepted are 0 to 2"),
+        ({"layers": (-1,)}, "layers has -1; accepted are 0 to 2"),
+        ({"layers": ()}, r"layers \(\) has none"),
+        ({"layers": (0,), "target_modules": ".*q_proj"}, "accepted with layers is a list of names"),
+        ({"layers": (0,), "target_modules": ["layers.1.self_attn.q_proj"]}, r"layers \(0,\) has none"),
+        # k and v project 16 to 8: the smaller side bounds the rank.
+        (
+            {"rank": 9},
+            r"rank is 9 at model.layers.0.self_attn.v_proj, whose weight is \[8, 16\]; accepted is at most 8",
+        ),
+        (
+            {"rank_pattern": {"layers.2.self_attn.q_proj": 17}},
+            r"17 at model.layers.2.self_attn.q_proj.*at most 16",
+        ),
+        ({"rank_pattern": {"q_proj": 0}}, "rank is 0"),
+        ({"alpha_pattern": {"q_proj": -1.0}}, "alpha is -1.0"),
+    ],
+)
+def test_refuses(config, settings, message) -> None:
+    with pytest.raises(InputError, match=message):
+        ranks(config, **settings)
+
+
+def test_the_largest_rank_a_module_takes_is_accepted(config) -> None:
+    assert ranks(config, rank=8)["self_attn.v_proj"] == (8, 8, 8)
+
+
+def test_table_has_a_row_for_every_rank_and_alpha(config) -> None:
+    settings = LoraConfig(
+        rank=4,
+        alpha=8,
+        rule="rora",
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 16},
+    )
+    rows = table(settings, config)
+    assert [tuple(row) for row in rows] == [
+        ("self_attn.q_proj", "0, 2", 4, 8.0, "rora", 4.0),
+        ("self_attn.q_proj", "1", 16, 8.0, "rora", 2.0),
+        ("self_attn.v_proj", "0-2", 4, 8.0, "rora", 4.0),
+    ]
+
+
+def test_layer_text() -> None:
+    assert layer_text([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
