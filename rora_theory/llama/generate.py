@@ -1,0 +1,463 @@
+r"""Greedy and beam generation, equal to transformers' `generate` (5.24) without sampling.
+
+One compiled program reads the prompts, then adds tokens in a loop on the device that ends as soon as no row
+can change. A program serves every call of the same shape bucket: prompts are padded on the left to the next
+length of `length_bucket`, the batch to the next size of `batch_bucket`.
+
+The beams of one item are rows of one tree, not copies of a sequence. Its cache holds the prompt once, then a
+slot for every beam of every step, and is only ever appended to: after the beams have been reordered, a beam
+attends to those slots of the earlier steps that its own tokens came through (`_visible`). So the prompt is
+read once and not once a beam, and nothing is moved when beams change places. Greedy generation is the same
+with one beam.
+"""
+
+import functools
+import math
+import numbers
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from rora_theory.errors import InputError
+from rora_theory.llama import rope
+from rora_theory.llama.attention import attend
+from rora_theory.llama.config import LlamaConfig
+from rora_theory.llama.model import (
+    Adapter,
+    NoAdapter,
+    Params,
+    _layer,
+    _with_prefix,
+    embed,
+    forward_cached,
+    init_cache,
+    rms_norm,
+    unembed,
+)
+
+NEVER_CHOSEN = -1e9
+"""Added to a score to take it out of the running: the reference's own constant, so that even its ties are
+kept."""
+
+
+def greedy(
+    params: Params,
+    config: LlamaConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    pad_id: int | None = None,
+    adapter: Adapter | None = None,
+) -> list[list[int]]:
+    """The likeliest next token, again and again.
+
+    Args:
+      params, config: the model.
+      prompts: token ids of each item, of any lengths >= 1; all are run together.
+      max_new_tokens: most tokens to add, >= 1.
+      eos_ids: tokens that end a text; may be empty.
+      pad_id: fills up short prompts. It is never looked at, so it changes no result; None is 0.
+      adapter: run beside the weights; a pytree.
+
+    Returns:
+      for each prompt the new tokens alone, up to and including the first that is in ``eos_ids``.
+
+    Raises:
+      InputError: before work starts: no prompts, an empty one, one that leaves no room for ``max_new_tokens``
+        within ``max_position_embeddings``, a token outside the vocabulary, or ``max_new_tokens`` below 1.
+    """
+    batch = _batch(prompts, config, max_new_tokens, eos_ids, pad_id)
+    tokens, lengths = _greedy(params, adapter, *batch, config=config, count=max_new_tokens)
+    return _unpadded(tokens, lengths, len(prompts))
+
+
+def beam(
+    params: Params,
+    config: LlamaConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    num_beams: int = 4,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    pad_id: int | None = None,
+    adapter: Adapter | None = None,
+) -> list[list[int]]:
+    r"""The best finished sequence of a beam search.
+
+    With W beams and E end tokens, each step takes the :math:`W \max(2, 1 + E)` likeliest continuations of all
+    beams. The first W of them that do not end go on. Those that end, if among the first W of all (at
+    ``max_new_tokens`` every continuation ends), compete for W places among the finished sequences, by the
+    log-probability of their n new tokens divided by :math:`n^{length\_penalty}`.
+
+    Args:
+      params, config, prompts, max_new_tokens, eos_ids, pad_id, adapter: as `greedy`.
+      num_beams: W >= 1.
+      length_penalty: above 0 favours long sequences.
+      early_stopping: when an item is done. True: W sequences are finished. False: also the best running beam
+        would, at its present length, not beat the worst of them. ``"never"``: nor could it at any length up
+        to ``max_new_tokens``, supposing its log-probability falls no further.
+
+    Returns:
+      for each prompt the new tokens of the best sequence, up to and including the one that ends it.
+
+    Raises:
+      InputError: as `greedy`; ``num_beams`` below 1 or too many for the vocabulary, a ``length_penalty`` that
+        is not finite, or an unknown ``early_stopping``.
+    """
+    batch = _batch(prompts, config, max_new_tokens, eos_ids, pad_id)
+    if not _is_int(num_beams) or num_beams < 1:
+        raise InputError(f"num_beams is {num_beams!r}; accepted is an integer of 1 or more")
+    if (kept := num_beams * max(2, 1 + batch.eos.size)) > config.vocab_size:
+        raise InputError(
+            f"num_beams is {num_beams}, with {batch.eos.size} end tokens {kept} candidates a step; accepted is at "
+            f"most {config.vocab_size}, the size of the vocabulary"
+        )
+    if (
+        isinstance(length_penalty, bool)
+        or not isinstance(length_penalty, numbers.Real)
+        or not math.isfinite(length_penalty)
+    ):
+        raise InputError(f"length_penalty is {length_penalty!r}; accepted is a finite number")
+    if early_stopping not in (True, False, "never"):
+        raise InputError(f"early_stopping is {early_stopping!r}; accepted are True, False, 'never'")
+    penalties = np.arange(1, max_new_tokens + 1).astype(np.float64) ** float(length_penalty)
+    # The length at which a running beam is compared with the finished ones.
+    supposed = np.full_like(penalties, penalties[-1]) if early_stopping == "never" and length_penalty > 0 else penalties
+    tokens, lengths = _beam(
+        params,
+        adapter,
+        *batch,
+        penalties.astype(np.float32),
+        supposed.astype(np.float32),
+        config=config,
+        count=max_new_tokens,
+        beams=num_beams,
+        stop_when_full=early_stopping is True,
+    )
+    return _unpadded(tokens, lengths, len(prompts))
+
+
+def length_bucket(length: int) -> int:
+    """The padded length of a prompt: a multiple of an eighth of the next power of two, and of 16 at least.
+
+    Example:
+      >>> [length_bucket(n) for n in (1, 16, 17, 100, 129, 300)]
+      [16, 16, 32, 112, 160, 320]
+    """
+    step = max(16, 2 ** (length - 1).bit_length() // 8)
+    return -(-length // step) * step
+
+
+def batch_bucket(size: int) -> int:
+    """The padded size of a batch: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
+
+    Example:
+      >>> [batch_bucket(n) for n in (1, 5, 7, 9, 13)]
+      [1, 6, 8, 12, 16]
+    """
+    power = 2 ** (size - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
+
+
+class _Batch(NamedTuple):
+    """Padded prompts; rows that fill up the batch are one pad token and ``wanted`` False."""
+
+    tokens: Int[np.ndarray, "b s"]
+    real: Bool[np.ndarray, "b s"]
+    wanted: Bool[np.ndarray, " b"]
+    eos: Int[np.ndarray, " e"]
+
+
+class _Beams(NamedTuple):
+    """The search's state after ``step`` tokens. W rows an item; one before the first step."""
+
+    step: Int[Array, ""]
+    open: Bool[Array, " b"]  # whether a running beam could still improve on the finished ones
+    tokens: Int[Array, "b w t"]  # of running beams
+    ancestry: Int[Array, "b w t"]  # which beam's cache slot holds each of those tokens; -1 where there is none
+    scores: Float[Array, "b w"]  # log-probabilities of running beams, best first
+    done_tokens: Int[Array, "b w t"]  # of finished sequences, best first
+    done_lengths: Int[Array, "b w"]
+    done_scores: Float[Array, "b w"]
+    done: Bool[Array, "b w"]  # whether the place is taken
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count"))
+def _greedy(
+    params: Params,
+    adapter: Adapter | None,
+    tokens: Array,
+    real: Array,
+    wanted: Array,
+    eos: Array,
+    *,
+    config: LlamaConfig,
+    count: int,
+) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
+    logits, cache = _read_prompts(params, adapter, tokens, real, config, count)
+    batch, length = tokens.shape
+    read = jnp.sum(real.astype(jnp.int32), axis=1)
+
+    def choose(logits: Array, out: Array, lengths: Array, running: Array, step: Array) -> tuple[Array, ...]:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        out = jnp.where(running[:, None], _set_column(out, token, step), out)
+        lengths = lengths + running.astype(jnp.int32)
+        return token, out, lengths, running & ~jnp.isin(token, eos), step + 1
+
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        (token, out, lengths, running, step), cache = state
+        filled = jnp.arange(count)[None, None] < step
+        visible = jnp.concatenate([real[:, None], jnp.broadcast_to(filled, (batch, 1, count))], axis=-1)
+        logits, cache = _read(
+            params, adapter, token[:, None], read + step - 1, cache, length + step - 1, visible, config
+        )
+        return choose(logits[:, 0], out, lengths, running, step), cache
+
+    def unfinished(state: tuple[Any, ...]) -> Array:
+        (_, _, _, running, step), _ = state
+        return (step < count) & jnp.any(running)
+
+    zeros = jnp.zeros((batch,), jnp.int32)
+    first = choose(logits, jnp.zeros((batch, count), jnp.int32), zeros, wanted, jnp.zeros((), jnp.int32))
+    (_, out, lengths, _, _), _ = jax.lax.while_loop(unfinished, body, (first, cache))
+    return out, lengths
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count", "beams", "stop_when_full"))
+def _beam(
+    params: Params,
+    adapter: Adapter | None,
+    tokens: Array,
+    real: Array,
+    wanted: Array,
+    eos: Array,
+    penalties: Array,
+    supposed: Array,
+    *,
+    config: LlamaConfig,
+    count: int,
+    beams: int,
+    stop_when_full: bool,
+) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
+    logits, cache = _read_prompts(params, adapter, tokens, real, config, count * beams)
+    batch, length = tokens.shape
+    read = jnp.sum(real.astype(jnp.int32), axis=1)
+    choose = functools.partial(
+        _choose, eos=eos, penalties=penalties, supposed=supposed, beams=beams, stop_when_full=stop_when_full
+    )
+
+    def body(state: tuple[_Beams, Any]) -> tuple[_Beams, Any]:
+        search, cache = state
+        last = search.step - 1
+        token = jax.lax.dynamic_index_in_dim(search.tokens, last, 2, keepdims=False)
+        visible = _visible(real, search.ancestry)
+        slot = length + last * beams
+        logits, cache = _read(params, adapter, token, read + last, cache, slot, visible, config)
+        return choose(search, logits), cache
+
+    def unfinished(state: tuple[_Beams, Any]) -> Array:
+        search, _ = state
+        running = search.open & ~jnp.all(search.done, axis=1) if stop_when_full else search.open
+        return (search.step < count) & jnp.any(running)
+
+    start = _Beams(
+        step=jnp.zeros((), jnp.int32),
+        open=wanted,
+        tokens=jnp.zeros((batch, 1, count), jnp.int32),
+        ancestry=jnp.full((batch, 1, count), -1, jnp.int32),
+        scores=jnp.zeros((batch, 1), jnp.float32),
+        done_tokens=jnp.zeros((batch, beams, count), jnp.int32),
+        done_lengths=jnp.zeros((batch, beams), jnp.int32),
+        done_scores=jnp.full((batch, beams), NEVER_CHOSEN, jnp.float32),
+        done=jnp.zeros((batch, beams), bool),
+    )
+    end, _ = jax.lax.while_loop(unfinished, body, (choose(start, logits[:, None]), cache))
+    return end.done_tokens[:, 0], end.done_lengths[:, 0]
+
+
+def _choose(
+    search: _Beams,
+    logits: Float[Array, "b w v"],
+    *,
+    eos: Int[Array, " e"],
+    penalties: Float[Array, " t"],
+    supposed: Float[Array, " t"],
+    beams: int,
+    stop_when_full: bool,
+) -> _Beams:
+    """One step of the search: from the logits after every running beam to the next running and finished
+    ones."""
+    batch, count = logits.shape[0], penalties.shape[0]
+    kept = beams * max(2, 1 + eos.shape[0])
+    # The best of each beam, then the best of those: the best of all without sorting or normalising every
+    # logit.
+    top, token = jax.lax.top_k(logits, kept)
+    highest = top[..., :1]
+    normaliser = jnp.log(jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True))
+    total = (top - highest) - normaliser + search.scores[..., None]
+    total, index = jax.lax.top_k(total.reshape(batch, -1), kept)
+    parent = index // kept
+    token = jnp.take_along_axis(token.reshape(batch, -1), index, axis=1)
+    tokens = _set_column(_rows(search.tokens, parent), token, search.step)
+    ends = jnp.isin(token, eos) | (search.step + 1 == count)
+
+    going = total + jnp.where(ends, NEVER_CHOSEN, 0.0)
+    scores, chosen = jax.lax.top_k(going, beams)
+    ancestry = _rows(search.ancestry, jnp.take_along_axis(parent, chosen, axis=1))
+    own_slot = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32)[None], (batch, beams))
+
+    may_finish = search.open
+    if stop_when_full:
+        may_finish = may_finish & ~jnp.all(search.done, axis=1)
+    new = ends & (jnp.arange(kept) < beams)[None]
+    done_scores = jnp.concatenate(
+        [
+            search.done_scores,
+            total / penalties[search.step]
+            + jnp.where(may_finish[:, None], 0.0, NEVER_CHOSEN)
+            + jnp.where(new, 0.0, NEVER_CHOSEN),
+        ],
+        axis=1,
+    )
+    done_scores, place = jax.lax.top_k(done_scores, beams)
+    length = jnp.broadcast_to(search.step + 1, (batch, kept))
+    done = _rows(jnp.concatenate([search.done, new], axis=1), place)
+    worst = jnp.where(done, jnp.min(done_scores, axis=1, keepdims=True), NEVER_CHOSEN)
+    improvable = jnp.any(scores[:, :1] / supposed[search.step] > worst, axis=1)
+    return _Beams(
+        step=search.step + 1,
+        open=search.open & improvable,
+        tokens=_rows(tokens, chosen),
+        ancestry=_set_column(ancestry, own_slot, search.step),
+        scores=scores,
+        done_tokens=_rows(jnp.concatenate([search.done_tokens, tokens], axis=1), place),
+        done_lengths=_rows(jnp.concatenate([search.done_lengths, length], axis=1), place),
+        done_scores=done_scores,
+        done=done,
+    )
+
+
+def _visible(real: Bool[Array, "b s"], ancestry: Int[Array, "b w t"]) -> Bool[Array, "b w n"]:
+    """Which of the s + t w slots each beam attends to: the prompt's real tokens and those its tokens came
+    through."""
+    batch, beams, count = ancestry.shape
+    through = ancestry[..., None] == jnp.arange(beams)[None, None, None]
+    prompt = jnp.broadcast_to(real[:, None], (batch, beams, real.shape[1]))
+    return jnp.concatenate([prompt, through.reshape(batch, beams, count * beams)], axis=-1)
+
+
+def _read_prompts(
+    params: Params, adapter: Adapter | None, tokens: Array, real: Array, config: LlamaConfig, room: int
+) -> tuple[Float[Array, "b v"], tuple[Array, Array]]:
+    """Logits after each prompt, and its keys and values with ``room`` empty slots behind them."""
+    batch, length = tokens.shape
+    cache = init_cache(config, batch, length, params["embed_tokens"].dtype)
+    logits, cache = forward_cached(params, tokens, cache, config, adapter, attention_mask=real.astype(jnp.int32))
+    widths = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
+    return logits, (jnp.pad(cache["k"], widths), jnp.pad(cache["v"], widths))
+
+
+def _read(
+    params: Params,
+    adapter: Adapter | None,
+    tokens: Int[Array, "b w"],
+    positions: Int[Array, " b"],
+    cache: tuple[Float[Array, "l b n k d"], Float[Array, "l b n k d"]],
+    slot: Int[Array, ""],
+    visible: Bool[Array, "b w n"],
+    config: LlamaConfig,
+) -> tuple[Float[Array, "b w v"], tuple[Array, Array]]:
+    """Logits after one more token of every beam, whose keys and values go to the w slots from ``slot`` on."""
+    adapter = NoAdapter() if adapter is None else adapter
+    cos, sin = rope.angles(config, jnp.broadcast_to(positions[:, None], tokens.shape))
+    mask = visible[:, None]
+
+    def body(carry: tuple[Array, Array, Array], xs: tuple[Array, Params, Any]) -> tuple[Any, None]:
+        x, keys, values = carry
+        layer, weights, slices = xs
+
+        def apply(name: str, u: Array) -> Array:
+            module = weights[name]
+            return adapter.linear(name, u, module["weight"], module.get("bias"), slices, key=None)
+
+        def attend_all(q: Array, k: Array, v: Array) -> Array:
+            nonlocal keys, values
+            zero = jnp.zeros((), jnp.int32)
+            at = (layer, zero, slot, zero, zero)
+            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
+            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+            k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
+            k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
+            return attend(q, k, v, wide, route="xla")
+
+        return (_layer(x, weights, config, cos, sin, apply, attend_all), keys, values), None
+
+    index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
+    carry = (embed(params, tokens), *cache)
+    (x, keys, values), _ = jax.lax.scan(body, carry, (index, params["layers"], adapter.layers()))
+    return unembed(params, rms_norm(x, params["norm"], config.rms_norm_eps), config), (keys, values)
+
+
+def _rows(x: Array, index: Int[Array, "b k"]) -> Array:
+    """``x[b, index[b, i]]``: the rows of each item that were chosen."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def _set_column(x: Array, value: Array, step: Array) -> Array:
+    """``x`` with ``x[..., step] = value``."""
+    return jax.lax.dynamic_update_index_in_dim(x, value.astype(x.dtype), step, x.ndim - 1)
+
+
+def _batch(
+    prompts: Sequence[Sequence[int]],
+    config: LlamaConfig,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    pad_id: int | None,
+) -> _Batch:
+    """Check the input of a generation, and pad it."""
+    if not _is_int(max_new_tokens) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}; accepted is an integer of 1 or more")
+    if not len(prompts):
+        raise InputError("prompts is empty; accepted is one prompt or more")
+    room = config.max_position_embeddings - max_new_tokens
+    for number, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= room:
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens; accepted are 1 to {room}, max_position_embeddings "
+                "less max_new_tokens"
+            )
+    named = [(f"prompt {number} has a token", prompt) for number, prompt in enumerate(prompts)]
+    for what, ids in [*named, ("eos_ids has", eos_ids), ("pad_id is", [] if pad_id is None else [pad_id])]:
+        for one in ids:
+            if not _is_int(one) or not 0 <= one < config.vocab_size:
+                raise InputError(
+                    f"{what} {one!r}; accepted are integers from 0 to {config.vocab_size - 1}, the vocabulary"
+                )
+    longest = max(map(len, prompts))
+    shape = (batch_bucket(len(prompts)), min(length_bucket(longest), config.max_position_embeddings))
+    tokens = np.full(shape, pad_id or 0, np.int32)
+    real = np.zeros(shape, bool)
+    real[:, -1] = True  # a row that fills up the batch has one token, so that its attention is defined
+    for number, prompt in enumerate(prompts):
+        tokens[number, -len(prompt) :] = prompt
+        real[number, -len(prompt) :] = True
+    wanted = np.arange(shape[0]) < len(prompts)
+    return _Batch(tokens, real, wanted, np.array(sorted(set(eos_ids)), np.int32))
+
+
+def _unpadded(tokens: Array, lengths: Array, count: int) -> list[list[int]]:
+    rows = zip(np.asarray(tokens).tolist(), np.asarray(lengths).tolist(), strict=True)
+    return [row[:length] for row, length in rows][:count]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,0 +1,210 @@
+"""Greedy and beam generation against transformers' (`tests/golden/make_generation.py`)."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.llama import generate
+from rora_theory.llama.config import MODULES, LlamaConfig
+from rora_theory.llama.model import Params, forward, linear
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = json.loads((GOLDEN / "generation.json").read_text())
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_generation", GOLDEN / "make_generation.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPT = _script()
+
+
+def model(name: str, seed: int) -> tuple[Params, LlamaConfig]:
+    config = LlamaConfig.from_hf(SCRIPT.MODELS[name])
+
+    def tensor(key: str, *shape: int) -> jax.Array:
+        return jnp.asarray(SCRIPT.draw(key, shape, seed), jnp.float32)
+
+    def stacked(key: str, *shape: int) -> jax.Array:
+        count = config.num_hidden_layers
+        return jnp.stack([tensor(f"model.layers.{i}.{key}.weight", *shape) for i in range(count)])
+
+    width = config.hidden_size
+    params: Params = {
+        "embed_tokens": tensor("model.embed_tokens.weight", config.vocab_size, width),
+        "layers": {key: stacked(key, width) for key in ("input_layernorm", "post_attention_layernorm")}
+        | {key: {"weight": stacked(key, *config.module_shape(key))} for key in MODULES},
+        "norm": tensor("model.norm.weight", width),
+    }
+    if not config.tie_word_embeddings:
+        params["lm_head"] = tensor("lm_head.weight", config.vocab_size, width)
+    return params, config
+
+
+def run(case: dict, prompts: list[list[int]], **more) -> list[list[int]]:
+    params, config = model(case["model"], case["seed"])
+    search = generate.beam if case["settings"] else generate.greedy
+    settings = {**case["settings"], **more}
+    return search(params, config, prompts, max_new_tokens=SCRIPT.NEW_TOKENS, eos_ids=case["eos"], **settings)
+
+
+def _groups() -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = {}
+    for case in CASES:
+        settings = ",".join(f"{key}={value}" for key, value in case["settings"].items())
+        groups.setdefault(f"{case['model']}-{settings or 'greedy'}-{len(case['eos'])}_ends", []).append(case)
+    return groups
+
+
+@pytest.mark.parametrize("group", _groups())
+def test_equals_transformers(group: str):
+    for case in _groups()[group]:
+        assert run(case, SCRIPT.prompts(case["model"], case["seed"])) == case["new"], case["seed"]
+
+
+def test_the_golden_cases_tell_the_settings_apart():
+    found: dict[tuple, dict[str, list]] = {}
+    for case in CASES:
+        found.setdefault((case["model"], case["seed"], *case["eos"]), {})[str(case["settings"])] = case["new"]
+    for first, second in (
+        ("{}", str(SCRIPT.BEAM)),
+        (str(SCRIPT.BEAM), str({**SCRIPT.BEAM, "length_penalty": 0.0})),
+        (str(SCRIPT.BEAM), str({**SCRIPT.BEAM, "length_penalty": 2.0})),
+        (str(SCRIPT.BEAM), str({**SCRIPT.BEAM, "early_stopping": "never"})),
+        (str(SCRIPT.BEAM), str({**SCRIPT.BEAM, "early_stopping": True})),
+    ):
+        pairs = [(by[first], by[second]) for by in found.values() if first in by and second in by]
+        assert any(a != b for a, b in pairs), (first, second)
+
+
+@pytest.mark.parametrize("settings", [{}, SCRIPT.BEAM])
+def test_a_result_depends_neither_on_its_company_nor_on_padding(settings: dict):
+    case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")
+    prompts = SCRIPT.prompts("grouped", case["seed"])
+    assert run(case, prompts, pad_id=5) == case["new"]
+    assert run(case, prompts[::-1]) == case["new"][::-1]
+    assert run(case, prompts[1:2]) == case["new"][1:2]  # other buckets, here and in the next line
+    long = [[3] * 33, *prompts]
+    assert run(case, long)[1:] == case["new"]
+
+
+@pytest.mark.parametrize("search", [generate.greedy, generate.beam])
+def test_one_compilation_a_shape_bucket(search):
+    program = generate._beam if search is generate.beam else generate._greedy
+    params, config = model("grouped", 0)
+
+    def call(lengths: list[int], max_new_tokens: int = SCRIPT.NEW_TOKENS, **settings) -> None:
+        prompts = [[1 + i % 30 for i in range(length)] for length in lengths]
+        search(params, config, prompts, max_new_tokens=max_new_tokens, eos_ids=[2], **settings)
+
+    call([20, 17, 3, 3, 3])
+    before = program._cache_size()
+    call([32, 1, 2, 3, 4, 5])
+    call([18] * 5, pad_id=9)
+    if search is generate.beam:
+        call([20] * 5, length_penalty=0.5)
+        call([20] * 5, early_stopping="never")
+    assert program._cache_size() == before
+    call([20], max_new_tokens=3)
+    call([17], max_new_tokens=3)
+    assert program._cache_size() == before + 1
+
+
+def test_buckets_waste_little_and_are_few():
+    lengths = range(1, 2049)
+    padded = [generate.length_bucket(n) for n in lengths]
+    assert all(n <= p for n, p in zip(lengths, padded, strict=True))
+    assert all(p < n + max(16, n / 4) for n, p in zip(lengths, padded, strict=True))
+    assert len(set(padded)) == 8 + 4 * 4  # multiples of 16 up to 128, then four a doubling
+    sizes = [generate.batch_bucket(n) for n in range(1, 65)]
+    assert all(n <= p <= 1.5 * n for n, p in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+
+
+class Spy:
+    """An adapter that doubles one module's output, adds a prefix, and counts how often the model is run."""
+
+    runs = 0
+
+    def layers(self):
+        return {"k": jnp.ones((2, 3, 2, 8)), "v": jnp.full((2, 3, 2, 8), 0.5)}
+
+    def linear(self, name, x, weight, bias, layer, *, key):
+        assert key is None
+        assert layer["k"].shape == (3, 2, 8)
+        if name == "self_attn.q_proj":
+            jax.debug.callback(Spy.count)
+        y = linear(x, weight, bias)
+        return y * 2.0 if name == "mlp.up_proj" else y
+
+    def prefix(self, layer):
+        return layer["k"], layer["v"]
+
+    @staticmethod
+    def count():
+        Spy.runs += 1
+
+
+jax.tree_util.register_pytree_node(Spy, lambda _: ((), None), lambda *_: Spy())
+
+
+@pytest.mark.parametrize("search", [generate.greedy, generate.beam])
+def test_the_adapter_is_used_and_the_loop_ends_early(search):
+    """With one beam both searches follow the argmax of the adapted forward pass, here up to the second token."""
+    params, config = model("grouped", 0)
+    prompt = [4, 9, 17, 3]
+    adapted = jax.jit(lambda tokens: forward(params, tokens, config, Spy()))
+    new: list[int] = []
+    for _ in range(2):
+        tokens = jnp.array([(prompt + new + [0] * 8)[:8]])
+        new.append(int(jnp.argmax(adapted(tokens)[0, len(prompt + new) - 1])))
+    settings = {"num_beams": 1, "early_stopping": True} if search is generate.beam else {}
+    Spy.runs = 0
+    found = search(params, config, [prompt], max_new_tokens=50, eos_ids=new[1:], adapter=Spy(), **settings)
+    jax.effects_barrier()
+    assert found == [new]
+    assert new[0] != new[1]
+    assert Spy.runs == 2 * config.num_hidden_layers  # the prompt, then one token
+    assert found != search(params, config, [prompt], max_new_tokens=50, eos_ids=new[1:], **settings)
+
+
+BAD = [
+    ({"prompts": []}, "prompts is empty"),
+    ({"prompts": [[1], []]}, "prompt 1 has 0 tokens; accepted are 1 to 125"),
+    ({"prompts": [[1] * 126]}, "prompt 0 has 126 tokens; accepted are 1 to 125"),
+    ({"prompts": [[1, 40]]}, "prompt 0 has a token 40; accepted are integers from 0 to 39"),
+    ({"prompts": [[1], [-1]]}, "prompt 1 has a token -1"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_new_tokens": True}, "max_new_tokens is True"),
+    ({"max_new_tokens": 128}, "accepted are 1 to 0"),
+    ({"eos_ids": [40]}, "eos_ids has 40"),
+    ({"pad_id": 40}, "pad_id is 40"),
+    ({"num_beams": 0}, "num_beams is 0"),
+    ({"num_beams": True}, "num_beams is True"),
+    ({"num_beams": 21}, "num_beams is 21, with 1 end tokens 42 candidates a step; accepted is at most 40"),
+    ({"length_penalty": float("nan")}, "length_penalty is nan"),
+    ({"early_stopping": "soon"}, "early_stopping is 'soon'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_input_is_refused(change: dict, message: str):
+    params, config = model("grouped", 0)
+    settings = {"prompts": [[1]], "max_new_tokens": 3, "eos_ids": [2]} | change
+    searches = [generate.beam]
+    if not {"num_beams", "length_penalty", "early_stopping"} & set(change):
+        searches.append(generate.greedy)
+    for search in searches:
+        with pytest.raises(InputError, match=message):
+            search(params, config, **settings)
