@@ -38,7 +38,9 @@ class Increment(NamedTuple):
         return self.scaling * jnp.vdot(self.lora_B, jnp.einsum("oi,ri->or", grad, self.lora_A))
 
 
-def optimizer(name: Optimizer, learning_rate: float, *, epsilon: float = 0.0) -> optax.GradientTransformation:
+def optimizer(
+    name: Optimizer, learning_rate: Float[Array, ""] | float, *, epsilon: float = 0.0
+) -> optax.GradientTransformation:
     """The optax optimizer of a name: ``"sgd"``, or ``"adam"`` with optax's betas and the given epsilon (0: sign limit).
 
     Raises:
@@ -70,7 +72,8 @@ def run(
       The stepped `Increment`; call it at x' for w.
     """
     params = (lora_A, jnp.zeros((p_out, lora_A.shape[0]), lora_A.dtype))
-    grads = jax.grad(lambda both: loss(Increment(*both, scaling)))(params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    grads = jax.grad(lambda pair: loss(Increment(pair[0], pair[1], scaling)))(params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and its integer step count
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
     lora_A, lora_B = optax.apply_updates(params, updates)
     return Increment(lora_A, lora_B, scaling)

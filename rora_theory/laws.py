@@ -13,6 +13,7 @@ All figures are float64 on the host.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from rora_theory.inits import Entries, Init, entries
 from rora_theory.scaling import check_positive, check_rank
 
 Optimizer = Literal["sgd", "adam"]
-"""Whose first step: ``"sgd"`` moves B by eta times the gradient, ``"adam"`` by eta times its sign (smoothed by epsilon)."""
+"""Whose first step: ``"sgd"`` moves B by eta times the gradient, ``"adam"`` by eta times its smoothed sign."""
 
 OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam")
 
@@ -57,7 +58,7 @@ class FirstStepMoments:
     @property
     def norm_second_moment(self) -> Float[np.ndarray, "*tokens"]:
         """E|w|_2^2, the sum of E[w_i^2] over i."""
-        return np.sum(self.second_moment, axis=-1)
+        return np.asarray(np.sum(self.second_moment, axis=-1))
 
 
 def scaling_power(optimizer: Optimizer) -> int:
@@ -109,7 +110,7 @@ def first_step_moments(
       `FirstStepMoments`. Exact for SGD; for Adam exact with Gaussian A at any epsilon and with Rademacher A up to
       p_in = 16. Other cases in the sign limit are one-dimensional integrals, to 1e-9 where at least four entries of a
       gradient row matter (1e-5 for a single one), for data without ties g_i . a = 0; with epsilon > 0 they take the
-      Gaussian correction factor, whose error is of order epsilon / (gamma s |g_i|) / p_in.
+      Gaussian correction factor, whose relative error is below epsilon / (gamma s |g_i|).
 
     Raises:
       InputError: an argument outside the ranges above, or shapes that don't match.
@@ -165,7 +166,7 @@ def random_input_moments(
         E[w_i^2] &= \eta^2 \delta_i^2 \gamma^4 s_2^2 \{ (r^2 + r)[\rho^2 p(p+2) + (1-\rho^2) p]
                     + r [\rho^2 p(p+2) + (1-\rho^2) p^2] + r (k-3) p (1 + 2\rho^2) \}
 
-    which for Gaussian A is :math:`s_2^2\, r p [\rho^2 (r+2)(p+2) + (1-\rho^2)(r+p+1)]`. Adam in the sign limit, Gaussian A:
+    which for Gaussian A is :math:`s_2^2\, r p [\rho^2 (r+2)(p+2) + (1-\rho^2)(r+p+1)]`. Adam, sign limit:
 
     .. math::
         E[w_i]   &= -\eta\, \mathrm{sign}(\delta_i) \gamma s r \sqrt{2/\pi}\, \rho\, E|x| \\
@@ -219,12 +220,15 @@ def random_input_moments(
 
 
 def crossing_rank(
-    grad: Float[np.ndarray, "p_out p_in"], x: Float[np.ndarray, "*tokens p_in"], *, optimizer: Optimizer = "sgd"
+    grad: Float[np.ndarray, "p_out p_in"],
+    x: Float[np.ndarray, "*tokens p_in"],
+    *,
+    optimizer: Optimizer = "sgd",
 ) -> Float[np.ndarray, "*tokens"]:
     r"""The rank r* at which signal and cross-talk are equal in E|w|^2, for each token; above it the signal leads.
 
     SGD: :math:`r^* = |G|_F^2 |x'|^2 / |G x'|^2`, which is 1/cos^2 for a single row. Adam (Gaussian A, sign limit):
-    :math:`r^* = 1 + (\pi/2)\, p_{out} |x'|^2 / \sum_i (\hat g_i \cdot x')^2` over rows with a gradient. Infinite where the
+    :math:`r^* = 1 + (\pi/2)\, p_{out} |x'|^2 / \sum_i (\hat g_i \cdot x')^2` over rows with a gradient. Huge where the
     signal is zero.
     """
     grad, x = np.asarray(grad, np.float64), np.asarray(x, np.float64)
@@ -234,7 +238,7 @@ def crossing_rank(
     if optimizer == "adam":
         grad, rows = grad[rows > 0] / rows[rows > 0, None], np.ones(np.count_nonzero(rows))
     ratio = np.sum(rows**2) * x2 / np.maximum(np.sum((x @ grad.T) ** 2, axis=-1), np.finfo(np.float64).tiny)
-    return ratio if optimizer == "sgd" else 1 + math.pi / 2 * ratio
+    return np.asarray(ratio if optimizer == "sgd" else 1 + math.pi / 2 * ratio)
 
 
 def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimizer = "sgd") -> float:
@@ -253,16 +257,18 @@ def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimi
     return (inner2 + norms2) / inner2
 
 
-def local_exponent(rank: Float[np.ndarray, "..."], crossing: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def local_exponent(
+    rank: Float[np.ndarray, "..."] | float, crossing: Float[np.ndarray, "..."] | float
+) -> Float[np.ndarray, "..."]:
     r"""Slope d log E[w^2] / d log r at gamma = 1 of :math:`r^2 + r\, r^*`: 1 far below the crossing, 2 far above.
 
-    For Adam, whose terms are r(r-1) and r, pass ``crossing = r* - 2``: :math:`r(r-1) + r (r^* - 1) = r^2 + r (r^* - 2)`.
+    For Adam, whose terms are r(r-1) and r, pass ``crossing = r* - 2``: :math:`r(r-1) + r(r^*-1) = r^2 + r(r^*-2)`.
     """
     rank, crossing = np.asarray(rank, np.float64), np.asarray(crossing, np.float64)
-    return (2 * rank + crossing) / (rank + crossing)
+    return np.asarray((2 * rank + crossing) / (rank + crossing))
 
 
-def flat_kappa(slope: Float[np.ndarray, "..."], *, optimizer: Optimizer) -> Float[np.ndarray, "..."]:
+def flat_kappa(slope: Float[np.ndarray, "..."] | float, *, optimizer: Optimizer) -> Float[np.ndarray, "..."]:
     """The kappa of gamma = alpha / r^kappa that makes the step independent of r, given `local_exponent`'s slope.
 
     E[w^2] carries gamma^4 under SGD and gamma^2 under Adam: kappa is slope/4 and slope/2.
@@ -335,7 +341,8 @@ def _adam_row(grad: Float[np.ndarray, "p_out p_in"], law: Entries, e: float) -> 
     if law.is_normal:
         direction = law.deviation * first[:, None] * unit
     else:
-        direction = _sign_direction(unit, law) * (first / HALF_NORMAL_MEAN)[:, None]
+        sign = _sign_direction(unit.tobytes(), unit.shape, law.shape)
+        direction = law.deviation * sign * (first / HALF_NORMAL_MEAN)[:, None]
     along, across = law.variance * weighted, law.variance * plain
     return _AdamRow(direction, along + (p_in - 1) * across, unit, along, across)
 
@@ -352,14 +359,18 @@ def _smoothed_sign_moments(ratio: Float[np.ndarray, " n"]) -> tuple[np.ndarray, 
     return (f @ (weight * z))[inverse], (f**2 @ weight)[inverse], (f**2 @ (weight * z**2))[inverse]
 
 
-def _sign_direction(unit: Float[np.ndarray, "p_out p_in"], law: Entries) -> Float[np.ndarray, "p_out p_in"]:
-    r"""E[sign(g . a) a] for iid symmetric entries, from sign(u) = (2/pi) int sin(tu) dt/t and E[a sin(ta)] = -phi'(t):
+@lru_cache(maxsize=4)  # the same for every rank, rule and scaling of a layer
+def _sign_direction(data: bytes, shape: tuple[int, int], entry: Literal["uniform", "rademacher"]) -> np.ndarray:
+    r"""E[sign(g . a) a] of unit-variance entries for unit rows g, from sign(u) = (2/pi) int sin(tu) dt/t and
+    E[a sin(ta)] = -phi'(t):
 
     .. math:: m_j = -\frac{2}{\pi} \int_0^\infty \frac{dt}{t}\, \phi'(t g_j) \prod_{l \ne j} \phi(t g_l).
     """
-    nodes, weights = np.polynomial.legendre.leggauss(16)
+    unit = np.frombuffer(data).reshape(shape)
+    law = Entries(entry, 1.0, 1.0 if entry == "rademacher" else 9 / 5)
+    nodes, weights = np.polynomial.legendre.leggauss(8)
     direction = np.zeros_like(unit)
-    width, end = 2.0 / law.deviation, 400.0 / law.deviation
+    width, end = 2.0, 400.0  # rows are unit: u has deviation 1
     live = np.flatnonzero(np.any(unit != 0, axis=1))
     start = 0.0
     while live.size and start < end:
@@ -368,15 +379,12 @@ def _sign_direction(unit: Float[np.ndarray, "p_out p_in"], law: Entries) -> Floa
         for node, weight in zip(nodes, weights, strict=True):
             t = start + width * (node + 1) / 2
             phi, slope = law.characteristic(t * unit[live])
-            size = np.abs(phi)
-            logs = np.log(np.maximum(size, 1e-300))
-            product = np.exp(np.sum(logs, axis=1, keepdims=True) - logs)
-            parity = np.prod(np.sign(phi), axis=1, keepdims=True) * np.sign(phi)
-            term = -(2 / math.pi) * slope * product * parity / t
+            phi[phi == 0.0] = np.finfo(np.float64).tiny
+            term = (-2 / math.pi / t) * slope * (np.prod(phi, axis=1, keepdims=True) / phi)
             part += weight * width / 2 * term
             largest = np.maximum(largest, np.max(np.abs(term), axis=1))
         direction[live] += part
-        live = live[largest * end > 1e-13]
+        live = live[largest * end > 1e-11]
         start += width
     return direction
 
@@ -397,7 +405,11 @@ def _sign_coupling(law: Entries, p_in: int) -> tuple[float, float, float]:
         weight = np.exp(log_weight - p * math.log(2))
         c = (2 * agree - p) / p
         along = s2 * p * float(weight @ (np.sqrt(1 - c**2) + c * np.arcsin(c)))
-        return math.sqrt(s2 * p), 2 / math.pi * along, 2 / math.pi * s2 * p * float(weight @ (c * np.arcsin(c)))
+        return (
+            math.sqrt(s2 * p),
+            2 / math.pi * along,
+            2 / math.pi * s2 * p * float(weight @ (c * np.arcsin(c))),
+        )
     # Uniform: the series in c to its second term, whose terms are one-dimensional integrals, and the rest of it as for
     # Gaussian entries of the same E|a|. By the symmetry of signs E[(a.a')^2/(|a||a'|)] = (E|a|)^2/p, and
     # E[(a.a')^4/(|a||a'|)^3] is the sum over j, l of squares of E[a_j^2 a_l^2/|a|^3].
@@ -420,7 +432,7 @@ def _sign_coupling(law: Entries, p_in: int) -> tuple[float, float, float]:
         value, _ = integrate.quad(lambda s: integrand(math.exp(s)), centre - 30, centre + 60, limit=400)  # type: ignore[operator]
         return value
 
-    # E sqrt(Q) = int Gamma(1/2)^-1 E[Q exp(-tQ)] t^(-1/2) dt and E[. / Q^(3/2)] = int . exp(-tQ) t^(1/2) dt / Gamma(3/2)
+    # E[Q / sqrt(Q)] = int E[Q exp(-tQ)] t^(-1/2) dt / Gamma(1/2), and with t^(1/2) / Gamma(3/2) for 1 / Q^(3/2).
     norm = over_logs(lambda t: p * laplace(t)[1] * laplace(t)[0] ** (p - 1) * math.sqrt(t)) / math.gamma(0.5)
     same = over_logs(lambda t: laplace(t)[2] * laplace(t)[0] ** (p - 1) * t**1.5) / math.gamma(1.5)
     cross = (norm - p * same) / (p * (p - 1)) if p_in > 1 else 0.0  # the sum over j, l of E[a_j^2 a_l^2/|a|^3] is E|a|

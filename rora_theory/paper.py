@@ -34,14 +34,14 @@ def eq2_increment(
 def gradient_A(
     delta: Float[Array, " p_out"], lora_B: Float[Array, "p_out r"], x: Float[Array, " p_in"], scaling: float
 ) -> Float[Array, "r p_in"]:
-    r"""Above Eq. 3: :math:`\partial L / \partial A_{kj} = \gamma \sum_i \delta_i B_{ik} x_j`. Chain rule, one sample x."""
+    r"""Above Eq. 3: :math:`\partial L / \partial A_{kj} = \gamma \sum_i \delta_i B_{ik} x_j`; chain rule, one x."""
     return scaling * jnp.einsum("i,ik,j->kj", delta, lora_B, x)
 
 
 def gradient_B(
     delta: Float[Array, " p_out"], lora_A: Float[Array, "r p_in"], x: Float[Array, " p_in"], scaling: float
 ) -> Float[Array, "p_out r"]:
-    r"""Above Eq. 3: :math:`\partial L / \partial B_{ik} = \gamma\, \delta_i \sum_j A_{kj} x_j`. Chain rule, one sample x."""
+    r"""Above Eq. 3: :math:`\partial L / \partial B_{ik} = \gamma\, \delta_i \sum_j A_{kj} x_j`; chain rule, one x."""
     return scaling * jnp.einsum("i,kj,j->ik", delta, lora_A, x)
 
 
@@ -80,9 +80,16 @@ def eq5_variance(second_moment: float, mean: float) -> float:
 
 
 def eq6_mean(
-    delta: float, *, rank: int, p_in: int, scaling: float, learning_rate: float, mean_A: float = 0.0, mean_x: float = 0.0
+    delta: float,
+    *,
+    rank: int,
+    p_in: int,
+    scaling: float,
+    learning_rate: float,
+    mean_A: float = 0.0,
+    mean_x: float = 0.0,
 ) -> float:
-    r"""Eq. 6: :math:`E[w_i] = -\eta \delta_i \gamma^2 \sum_{j,k,l} E[A_{kl}] E[x_l] E[A_{kj}] E[x'_j]`, 0 at zero means.
+    r"""Eq. 6: :math:`E[w_i] = -\eta \delta_i \gamma^2 \sum_{j,k,l} E[A_{kl}] E[x_l] E[A_{kj}] E[x'_j]`.
 
     Assumes that all four factors are independent in every term; A_kl and A_kj are one variable where l = j, and x and
     x' are independent only where two different inputs share nothing.
@@ -105,7 +112,7 @@ def eq8_second_moment(
     second_moment_A: float = 1.0,
     second_moment_x: float = 1.0,
 ) -> float:
-    r"""Eq. 8: :math:`E[w^2] = \eta^2 \delta^2 \gamma^4 \sum_{j,k,l} E[A_{kl}^2] E[x_l^2] E[A_{kj}^2] E[x'^2_j]`, summed.
+    r"""Eq. 8: :math:`E[w^2] = \eta^2 \delta^2 \gamma^4 \sum_{j,k,l} E[A_{kl}^2] E[x_l^2] E[A_{kj}^2] E[x'^2_j]`.
 
     Counts p_in^2 r equal terms: the square's cross terms (k, l, j) != (k', l', j') are dropped, and
     E[A_kl^2 A_kj^2] is factorised at l = j too.
@@ -129,7 +136,7 @@ def eq10_norm(
     scaling: float,
     learning_rate: float,
 ) -> Float[Array, ""]:
-    r"""Eq. 10: :math:`\|w\|_2 = \sqrt{\sum_i (\eta \delta_i \gamma^2 \sum_{j,k,l} A_{kl} x_l A_{kj} x'_j)^2}`. A definition."""
+    r"""Eq. 10: :math:`\|w\|_2 = \sqrt{\sum_i (\eta \delta_i \gamma^2 \sum_{j,k,l} A_{kl} x_l A_{kj} x'_j)^2}`."""
     form = jnp.einsum("kl,l,kj,j->", lora_A, x, lora_A, x_next)
     return jnp.sqrt(jnp.sum((learning_rate * delta * scaling**2 * form) ** 2))
 
@@ -146,7 +153,7 @@ def eq11_norm(
 
 
 def eq12_constant(delta_max: float, *, p_out: int, p_in: int, learning_rate: float) -> float:
-    r"""The constant below Eq. 12 as printed: :math:`c = \sqrt{p_{out} p_{in} \eta}\, \delta_m`, with eta under the root."""
+    r"""The constant below Eq. 12 as printed: :math:`c = \sqrt{p_{out} p_{in} \eta}\, \delta_m`."""
     return math.sqrt(p_out * p_in * learning_rate) * delta_max
 
 
@@ -166,5 +173,5 @@ def eq14_lora_norm(constant: float, *, alpha: float, rank: int) -> float:
 
 
 def eq15_rora_norm(constant: float, *, alpha: float, rank: int) -> float:
-    r"""Eq. 15: :math:`\|w\|_2 \approx c\, \alpha^2 O_r(1)`: Eq. 13 with RoRA's rule, so the step does not depend on r."""
+    r"""Eq. 15: :math:`\|w\|_2 \approx c\, \alpha^2 O_r(1)`: Eq. 13 with RoRA's rule, independent of r."""
     return eq13_norm(constant, rank=rank, scaling=scaling_factor("rora", alpha=alpha, rank=rank))

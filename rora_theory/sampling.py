@@ -17,7 +17,7 @@ numbers do not depend on how many blocks a call takes, on how many devices, or o
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -72,24 +72,22 @@ class Setting:
     init: inits.Init = "normal"
 
     def __post_init__(self) -> None:
-        check_step(
-            rank=self.rank, scaling=self.scaling, learning_rate=self.learning_rate, optimizer=self.optimizer
-        )
+        check_step(rank=self.rank, scaling=self.scaling, learning_rate=self.learning_rate, optimizer=self.optimizer)
         check_overlap(self.overlap)
         inits.entries(self.init, rank=self.rank, p_in=self.p_in)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Moments of one stream: of w_1, and of \\|w\\|_2^2.
+    """Moments of one stream: of w_1, and of the squared norm.
 
     Attributes:
       first: moments of w_1.
       norm2: moments of the squared norm over all p_out outputs.
     """
 
-    first: Moments = Moments()
-    norm2: Moments = Moments()
+    first: Moments = field(default_factory=Moments)
+    norm2: Moments = field(default_factory=Moments)
 
     def add(self, block: Float[np.ndarray, "2 n"]) -> "Sums":
         """With one more block."""
@@ -161,7 +159,7 @@ def estimate(
     draws: int | None = None,
     batch: int = 1,
     devices: Sequence[jax.Device] | None = None,
-    start: tuple[int, Sums] = (0, Sums()),
+    start: tuple[int, Sums] | None = None,
     on_block: Callable[[int, Sums], None] | None = None,
 ) -> Sums:
     """Draw until E[w_1^2] is known to ``relative_error`` (one standard error), or exactly ``draws`` draws.
@@ -176,7 +174,7 @@ def estimate(
     Returns:
       The sums. They depend on setting, sampler, key and the stopping rule alone.
     """
-    done, sums = start
+    done, sums = start or (0, Sums())
     if _enough(sums, relative_error, draws):
         return sums
     for block in stream(setting, sampler, key, first_block=done, batch=batch, devices=devices):
@@ -217,7 +215,7 @@ class _Kind:
         normal = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in).is_normal
         if sampler != "direct" and not normal:
             raise InputError(
-                f"init {setting.init} has no reduced sampler; accepted are the direct sampler, or init normal or gaussian"
+                f"init {setting.init} has no reduced sampler; accepted are direct, or init normal or gaussian"
             )
         if sampler == "chi_square" and setting.optimizer != "sgd":
             raise InputError("the chi_square sampler is SGD's; accepted for adam are pairs and direct")
@@ -234,7 +232,7 @@ class _Kind:
             step if sampler == "direct" else draws,
         )
 
-    def numbers(self, setting: Setting) -> dict[str, np.ndarray]:
+    def numbers(self, setting: Setting) -> dict[str, np.float32]:
         law = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in)
         values = {
             "rank": setting.rank,
@@ -256,13 +254,14 @@ def _blocks(
 
 
 def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
-    assert kind.rank is not None
+    rank = kind.rank
+    assert rank is not None
     optimizer = first_step.optimizer(kind.optimizer, numbers["learning_rate"])
     delta = jnp.ones(kind.p_out, jnp.float32)
 
     def one(draw_key: PRNGKeyArray) -> Float[Array, "2"]:
         key_A, key_x, key_z = jax.random.split(draw_key, 3)
-        lora_A = inits.draw(key_A, kind.init, rank=kind.rank, p_in=kind.p_in)
+        lora_A = inits.draw(key_A, kind.init, rank=rank, p_in=kind.p_in)
         x = jax.random.normal(key_x, (kind.p_in,), jnp.float32)
         x_next = numbers["overlap"] * x + numbers["fresh"] * jax.random.normal(key_z, (kind.p_in,), jnp.float32)
         step = first_step.run(

@@ -127,23 +127,21 @@ def log_log_fit(
     y: Sequence[float] | Float[np.ndarray, " n"],
     errors: Sequence[float] | Float[np.ndarray, " n"],
 ) -> Fit:
-    """Weighted least-squares slope of log y against log x; weights from y's standard errors.
+    """Least-squares slope of log y against log x, all points alike, with the error that y's errors give it.
 
-    The error is that of the sampling of y alone: a curve that is no power law is fitted by its average slope.
+    Unweighted, so that a curve that is no power law gets its average slope over the range of x, not that of its most
+    precise end. The error is that of the sampling of y alone.
 
     Args:
       x: at least two different positive numbers.
       y: positive.
-      errors: standard errors of y; all zero (an exact curve) weighs all points alike and gives error 0.
+      errors: standard errors of y; 0 for exact figures.
     """
     log_x, log_y = np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64))
     spread = np.asarray(errors, np.float64) / np.asarray(y, np.float64)
-    weights = np.ones_like(spread) if not np.any(spread > 0) else 1 / np.maximum(spread, 1e-12) ** 2
-    centre = np.average(log_x, weights=weights)
-    lever = weights * (log_x - centre)
-    scale = float(np.sum(lever * (log_x - centre)))
-    slope = float(np.sum(lever * log_y)) / scale
-    return Fit(slope, float(np.sqrt(np.sum((lever * spread) ** 2))) / scale)
+    lever = log_x - np.mean(log_x)
+    lever = lever / np.sum(lever**2)
+    return Fit(float(lever @ log_y), float(np.sqrt(np.sum((lever * spread) ** 2))))
 
 
 def threshold(false_alarm: float, comparisons: int = 1) -> float:

@@ -1,16 +1,18 @@
 """Shared by all tests: strict JAX semantics, two host devices, run-time shape checks, and where the data lies."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook("rora_theory", "beartype.beartype")
+install_import_hook("rora_theory", "checker.checker")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -26,6 +28,14 @@ def _folder(variable: str) -> Path:
     if not value or not Path(value).exists():
         pytest.skip(f"{variable} does not name an existing path")
     return Path(value)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Run-time type checks off: what a user meets who passes a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

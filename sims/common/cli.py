@@ -18,7 +18,10 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
     attribute docstrings.
     """
     return tyro.cli(
-        config, args=argv, description=description, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+        config,
+        args=argv,
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
     )
 
 

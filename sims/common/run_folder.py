@@ -1,4 +1,4 @@
-"""Run folders: ``results/NAME/RUN_ID/`` with `manifest.json` and `results.csv`, written so that a kill loses nothing."""
+"""Run folders: ``results/NAME/RUN_ID/`` with `manifest.json` and `results.csv`, whole after any kill."""
 
 import csv
 import dataclasses
@@ -162,7 +162,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; accepted is the file as the run wrote it") from error
+        raise InputError(
+            f"{path}: byte {error.start} is not UTF-8; accepted is the file as the run wrote it"
+        ) from error
     if text and not text.endswith("\n"):
         raise InputError(f"{path}: line {text.count(chr(10)) + 1} is cut off; accepted is the file as the run wrote it")
     lines = list(csv.reader(io.StringIO(text)))

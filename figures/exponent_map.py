@@ -1,0 +1,75 @@
+"""The local exponent of the first step's second moment over (rank, overlap), from the exact law, SGD beside Adam.
+
+Colour is d log E[w^2] / d log r at gamma = 1; contours are the kappa that keeps the step of gamma =
+alpha / r^kappa flat there; the line is the crossing rank r*, below it cross-talk leads, above it the signal.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from figures import style
+from rora_theory import laws
+
+LABELS_AT = 0.07
+"""Overlap at which the contours carry their labels."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to map."""
+
+    p_in: int = 4096
+    """Inputs of the layer, 1 or more."""
+    max_rank: int = 16384
+    """Largest rank of the map, 2 or more."""
+    out: Path = Path("results/exponent_map")
+    """Folder for exponent_map.png and .svg."""
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Two maps of the local exponent."""
+    if config.p_in < 1 or config.max_rank < 2:
+        style.fail(f"--p-in is {config.p_in} and --max-rank {config.max_rank}; accepted are integers from 1 and from 2")
+    ranks = np.geomspace(1, config.max_rank, 241)
+    overlaps = np.geomspace(0.003, 1, 241)
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.9), sharey=True)
+    for axis, optimizer in zip(axes, laws.OPTIMIZERS, strict=True):
+        crossing = np.array(
+            [laws.random_input_crossing_rank(config.p_in, rho, optimizer=optimizer) for rho in overlaps]
+        )
+        shift = 0.0 if optimizer == "sgd" else 2.0
+        slope = laws.local_exponent(ranks[None], crossing[:, None] - shift)
+        mesh = axis.pcolormesh(
+            ranks, overlaps, slope, cmap="cividis", vmin=1, vmax=2, shading="gouraud", rasterized=True
+        )
+        kappa = laws.flat_kappa(slope, optimizer=optimizer)
+        ends = laws.flat_kappa(np.array([1.0, 2.0]), optimizer=optimizer)
+        levels = np.linspace(ends[0], ends[1], 6)[1:-1]
+        lines = axis.contour(ranks, overlaps, kappa, levels=levels, colors="white", linewidths=0.6)
+        # Labels where the contours are apart: slope s is at r = c (s - 1) / (2 - s), c the shifted crossing rank.
+        at = float(laws.random_input_crossing_rank(config.p_in, LABELS_AT, optimizer=optimizer)) - shift
+        slopes = levels * 2 * laws.scaling_power(optimizer)
+        places = [(at * (s - 1) / (2 - s), LABELS_AT) for s in slopes]
+        axis.clabel(lines, fmt=lambda level: rf"$\kappa$={level:.3g}", fontsize=6, manual=places)
+        axis.plot(crossing, overlaps, color=style.COLOURS[1], label="crossing rank $r^*$")
+        axis.set(xscale="log", yscale="log", xlim=(1, config.max_rank), ylim=(overlaps[0], 1), xlabel="rank $r$")
+        axis.set_xscale("log", base=2)
+        axis.set_title(
+            f"{style.OPTIMIZERS[optimizer]}\n"
+            rf"flat at $\kappa$ = {ends[0]:g} (cross-talk) to {ends[1]:g} (signal)"
+        )
+        axis.grid(False)
+        axis.legend(loc="lower right", framealpha=0.9)
+    axes[0].set_ylabel(r"overlap $\rho$ of the inputs")
+    figure.colorbar(mesh, ax=axes, label=r"$d\,\log E[w^2]\;/\;d\,\log r$ at $\gamma = 1$")
+    figure.suptitle(f"$p_{{in}}$ = {config.p_in}, Gaussian inputs and A", fontsize=8)
+    return style.save(figure, config.out, "exponent_map")
+
+
+if __name__ == "__main__":
+    style.main(draw, tyro.cli(Config, description=__doc__))

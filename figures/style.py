@@ -1,0 +1,88 @@
+"""How figures look and where they go: colour-blind safe, print size, PNG and SVG."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart by all common kinds of colour vision; markers differ too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+RULES = {
+    "lora": (r"$\alpha/r$ (LoRA)", 0),
+    "rora": (r"$\alpha/\sqrt{r}$ (RoRA)", 1),
+    "rslora": (r"$\alpha/\sqrt{r}$", 1),
+}
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}
+
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "errorbar.capsize": 1.5,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "rora",
+    "svg.fonttype": "none",
+}
+
+
+def rule_look(rule: str, position: int = 2) -> tuple[str, str, str]:
+    """Label, colour and marker of a rule: named rules look the same in every figure."""
+    label, index = RULES.get(rule, (rf"$\alpha/r^{{{rule}}}$", position))
+    return label, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write ``folder/name.png`` (200 dpi) and ``.svg``, without dates, so that equal data give equal files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    figure.savefig(paths[0], dpi=200, metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None})
+    plt.close(figure)
+    return paths
+
+
+def read_run(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Manifest and rows of a run folder; a missing or damaged one ends the command with one line and status 2."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        rows = list(csv.DictReader((folder / "results.csv").open(newline="")))
+    except (OSError, ValueError) as error:
+        fail(f"{folder}: is not a run folder ({error}); accepted is a folder with manifest.json and results.csv")
+    if experiment is not None and manifest.get("experiment") != experiment:
+        fail(f"{folder}: is a run of {manifest.get('experiment')}; accepted is a run of {experiment}")
+    if not rows:
+        fail(f"{folder}/results.csv: has no rows; accepted is a run with at least one finished cell")
+    return manifest, rows
+
+
+def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
+    """Draw with this package's style and print the files' paths."""
+    with plt.rc_context(STYLE):
+        for path in draw(*arguments):
+            print(path)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line ``error: ...`` on stderr and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

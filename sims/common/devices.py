@@ -1,0 +1,30 @@
+"""Which devices a run uses; on CPU, as many host devices as cores, so that blocks run side by side."""
+
+import contextlib
+import os
+
+import jax
+
+from rora_theory.errors import InputError
+
+
+def pick(count: int | None) -> list[jax.Device]:
+    """The first ``count`` devices; None is every accelerator, or one host device a core. Call before any JAX work.
+
+    Raises:
+      InputError: more devices than there are accelerators, or a count below 1.
+    """
+    if count is not None and count < 1:
+        raise InputError(f"--devices is {count}; accepted is an integer of 1 or more")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):  # the backend is up (another run in this process): take its devices
+        jax.config.update("jax_num_cpu_devices", max(count or cores, 1))
+    devices = jax.devices()
+    if count is not None and count > len(devices):
+        raise InputError(f"--devices is {count}; accepted are 1 to {len(devices)} {devices[0].platform} devices")
+    return devices[: count or len(devices)]
+
+
+def describe(devices: list[jax.Device]) -> str:
+    """A device list in words, for manifests."""
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"

@@ -1,0 +1,57 @@
+"""The scaling rule, and that nothing else computes one."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rora_theory import InputError, scaling_factor
+from rora_theory.scaling import alpha_for, exponent
+
+ranks = st.integers(1, 10**6)
+alphas = st.floats(1e-3, 1e6)
+
+
+@given(ranks, alphas)
+def test_named_rules(rank: int, alpha: float) -> None:
+    assert scaling_factor("lora", alpha=alpha, rank=rank) == pytest.approx(alpha / rank, rel=1e-15)
+    assert scaling_factor("rora", alpha=alpha, rank=rank) == pytest.approx(alpha / math.sqrt(rank), rel=1e-15)
+    assert scaling_factor("rslora", alpha=alpha, rank=rank) == scaling_factor("rora", alpha=alpha, rank=rank)
+
+
+@given(ranks, alphas, st.floats(-2, 2))
+def test_an_exponent_is_a_rule(rank: int, alpha: float, kappa: float) -> None:
+    assert scaling_factor(kappa, alpha=alpha, rank=rank) == pytest.approx(alpha * rank**-kappa, rel=1e-12)
+
+
+@given(ranks, alphas, st.sampled_from(["lora", "rora", 0.25]))
+def test_alpha_for_inverts_scaling_factor(rank: int, alpha: float, rule: str | float) -> None:
+    scaling = scaling_factor(rule, alpha=alpha, rank=rank)
+    assert alpha_for(rule, scaling=scaling, rank=rank) == pytest.approx(alpha, rel=1e-14)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("rule", "alpha", "rank", "said"),
+    [
+        ("LoRA", 1.0, 1, "rule is 'LoRA'"),
+        (math.nan, 1.0, 1, "rule is nan"),
+        (True, 1.0, 1, "rule is True"),
+        ("lora", 0.0, 1, "alpha is 0.0"),
+        ("lora", -1.0, 1, "alpha is -1.0"),
+        ("lora", math.inf, 1, "alpha is inf"),
+        ("lora", 1.0, 0, "rank is 0"),
+        ("lora", 1.0, 2.5, "rank is 2.5"),
+        ("lora", 1.0, True, "rank is True"),
+    ],
+)
+def test_bad_input_is_named(rule: object, alpha: float, rank: object, said: str) -> None:
+    with pytest.raises(InputError, match=said) as error:
+        scaling_factor(rule, alpha=alpha, rank=rank)
+    assert "accepted" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_exponents() -> None:
+    assert (exponent("lora"), exponent("rora"), exponent(0.25)) == (1.0, 0.5, 0.25)
