@@ -21,22 +21,23 @@ _ROWS, _BLOCKS = 64, 16  # queries in a block at least; blocks at most, each of 
 _HIDDEN = -1e30  # a score that float32's softmax turns into 0; infinity would give NaN where all are hidden
 
 
-def choose_route(route: str, dtype: jnp.dtype, head_dim: int) -> str:
+def choose_route(route: str, dtype: jnp.dtype, head_dim: int, *, queries: int, keys: int, masked: bool = False) -> str:
     """The route to take.
 
-    ``"auto"`` is cuDNN on an NVIDIA GPU of compute capability 8 or more, in bfloat16 or float16, where
-    ``head_dim`` is a multiple of 8 up to 128; blocked everywhere else.
+    ``"auto"`` is cuDNN where its kernel applies and blocked everywhere else. cuDNN's applies on an NVIDIA GPU
+    of compute capability 8 or more, in bfloat16 or float16, for a ``head_dim`` that is a multiple of 8 up to 128,
+    and, under a mask that is not causal alone, for an even number of queries and keys.
 
     Raises:
       InputError: an unknown route.
     """
-    match route:
-        case "auto":
-            fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
-            return "cudnn" if fits and _has_fused_kernel() else "blocked"
-        case "blocked" | "xla" | "cudnn":
-            return route
-    raise InputError(f"attention is {route!r}; accepted are {', '.join(ROUTES)}")
+    if route not in ROUTES:
+        raise InputError(f"attention is {route!r}; accepted are {', '.join(ROUTES)}")
+    if route != "auto":
+        return route
+    fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    fits = fits and not ((masked or queries != keys) and (queries % 2 or keys % 2))
+    return "cudnn" if fits and _has_fused_kernel() else "blocked"
 
 
 def _has_fused_kernel() -> bool:
@@ -52,7 +53,7 @@ def attend(
     v: Float[Array, "b t k d"],
     mask: Bool[Array, "#b 1 s t"] | None = None,
     *,
-    route: str,
+    route: str = "auto",
 ) -> Float[Array, "b s n d"]:
     """Attention of the last s of t positions, in the dtype of ``q``.
 
@@ -63,16 +64,16 @@ def attend(
       k, v: keys and values, t >= s.
       mask: True where a query may attend to a key, never one after its own position; None is all up to its
         own. A query that may attend to none gives a finite value that means nothing.
-      route: ``"blocked"``, ``"xla"`` or ``"cudnn"``.
+      route: see `choose_route`.
     """
+    length, keys = q.shape[1], k.shape[1]
+    route = choose_route(route, q.dtype, q.shape[3], queries=length, keys=keys, masked=mask is not None)
     if route == "blocked":
         return _blocked(q, k, v, mask)
-    if mask is None and q.shape[1] != k.shape[1]:
-        mask = causal(q.shape[1], k.shape[1], k.shape[1] - q.shape[1])[None, None]
+    if mask is None and length != keys:
+        mask = causal(length, keys, keys - length)[None, None]
     if route == "cudnn":
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn"
-        )
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn")
     # In float32 throughout: JAX differentiates a bfloat16 product of this function into one of mixed dtypes.
     wide = [a.astype(jnp.float32) for a in (q, k, v)]
     out: Array = jax.nn.dot_product_attention(

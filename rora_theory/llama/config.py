@@ -98,28 +98,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (*_SIZES, "max_position_embeddings"):
-            _positive(name, getattr(self, name), int)
-        for name in ("rms_norm_eps", "rope_theta"):
-            _positive(name, getattr(self, name), float)
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} is {getattr(self, name)!r}; accepted is true or false")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"num_key_value_heads is {self.num_key_value_heads}; accepted is a divisor of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"head_dim is {self.head_dim}; accepted is an even number (the rotary pairs)")
-        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        for name, token in (
-            ("bos", self.bos_token_id),
-            ("pad", self.pad_token_id),
-            *(("eos", e) for e in eos),
-        ):
-            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
-                raise InputError(f"{name}_token_id is {token!r}; accepted is an integer or null")
+        _check(vars(self))
 
     def module_shape(self, name: str) -> tuple[int, int]:
         """Shape ``(p_out, p_in)`` of a module's weight.
@@ -162,14 +141,10 @@ class LlamaConfig:
         found = {key: value for key, value in hf.items() if key not in _PASSED_OVER}
         for key, accepted in _ONLY.items():
             if key in found and (value := found.pop(key)) not in accepted:
-                raise InputError(
-                    f"config: {key} is {value!r}; accepted is {' or '.join(map(repr, accepted))}"
-                )
+                raise InputError(f"config: {key} is {value!r}; accepted is {' or '.join(map(repr, accepted))}")
         missing = [name for name in _REQUIRED if found.get(name) is None]
         if missing:
-            raise InputError(
-                f"config: {', '.join(missing)} missing; accepted is the config.json of a LLaMA model"
-            )
+            raise InputError(f"config: {', '.join(missing)} missing; accepted is the config.json of a LLaMA model")
         for name in _REQUIRED:
             _positive(f"config: {name}", found[name], int)
         theta, scaling = _rope(found)
@@ -177,9 +152,7 @@ class LlamaConfig:
         head_dim = found.pop("head_dim", None)
         if head_dim is None:
             if hidden % heads:
-                raise InputError(
-                    f"config: hidden_size is {hidden}; accepted is a multiple of {heads} attention heads"
-                )
+                raise InputError(f"config: hidden_size is {hidden}; accepted is a multiple of {heads} attention heads")
             head_dim = hidden // heads
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(found) - names)
@@ -196,17 +169,20 @@ class LlamaConfig:
         ):
             if found.get(name, ...) is None:
                 del found[name]  # null means the default
+        fields = {
+            **{field.name: field.default for field in dataclasses.fields(cls)},
+            **found,
+            "num_key_value_heads": heads if kv_heads is None else kv_heads,
+            "head_dim": head_dim,
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
+        }
         try:
-            return cls(
-                **found,
-                num_key_value_heads=heads if kv_heads is None else kv_heads,
-                head_dim=head_dim,
-                rope_theta=theta,
-                rope_scaling=scaling,
-                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-            )
+            _check(fields)
         except InputError as error:
             raise InputError(f"config: {error}") from None
+        return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` that transformers, old or new, reads back to the same function.
@@ -242,6 +218,8 @@ _SIZES = (
 )
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+_MOST_LAYERS = 10_000  # every layer's tensors are named before any is looked for
+
 # What says nothing about the function computed: bookkeeping, initialisation, training and generation habits.
 _PASSED_OVER = frozenset(
     {
@@ -258,7 +236,6 @@ _PASSED_OVER = frozenset(
         "output_hidden_states",
         "problem_type",
         "return_dict",
-        "rope_interleaved",
         "torch_dtype",
         "torchscript",
         "transformers.js_config",
@@ -298,29 +275,23 @@ def _rope(found: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     thetas = [theta, *(reading[1] for reading in readings)]
     stated = {float(value) for value in thetas if _is_number(value)}
     if any(value is not None and not _is_number(value) for value in thetas) or len(stated) > 1:
-        raise InputError(
-            f"config: rope_theta is {[t for t in thetas if t is not None]}; accepted is one number"
-        )
+        raise InputError(f"config: rope_theta is {[t for t in thetas if t is not None]}; accepted is one number")
     scalings = {reading[2] for reading in readings}
     if len(scalings) > 1:
-        raise InputError(
-            "config: rope_scaling and rope_parameters disagree; accepted is one of them, or both alike"
-        )
+        raise InputError("config: rope_scaling and rope_parameters disagree; accepted is one of them, or both alike")
     return (stated.pop() if stated else 10000.0), (scalings.pop() if scalings else None)
 
 
 def _rope_object(source: str, given: dict[str, Any]) -> tuple[float | None, RopeScaling | None]:
     """Base (or None) and scaling of one ``rope_scaling`` or ``rope_parameters`` object."""
     theta = given.pop("rope_theta", None)
-    kinds = {given.pop(key) for key in ("type", "rope_type") if given.get(key) is not None}
-    given.pop("type", None)
-    given.pop("rope_type", None)
-    if len(kinds) > 1:
-        raise InputError(f"config: {source} has types {sorted(map(str, kinds))}; accepted is one")
-    kind = kinds.pop() if kinds else "default"
+    kinds = [kind for kind in (given.pop("rope_type", None), given.pop("type", None)) if kind is not None]
+    kind = kinds[0] if kinds else "default"
+    if kinds[1:] not in ([], [kind]):
+        raise InputError(f"config: {source} has types {kinds[0]!r} and {kinds[1]!r}; accepted is one")
     if given.get("partial_rotary_factor") == 1:
         del given["partial_rotary_factor"]
-    if kind != "default" and kind not in ROPE_KINDS:
+    if kind not in ("default", *ROPE_KINDS):
         raise InputError(f"config: {source} type is {kind!r}; accepted are default, {', '.join(ROPE_KINDS)}")
     fields = [] if kind == "default" else [field.name for field in dataclasses.fields(ROPE_KINDS[kind])]
     unknown = sorted(set(given) - set(fields))
@@ -336,6 +307,29 @@ def _rope_object(source: str, given: dict[str, Any]) -> tuple[float | None, Rope
         return theta, None if kind == "default" else ROPE_KINDS[kind](**given)
     except InputError as error:
         raise InputError(f"config: {source}: {error}") from None
+
+
+def _check(fields: Mapping[str, Any]) -> None:
+    """Refuse values of a `LlamaConfig` that are of the wrong type, out of range, or contradict one another."""
+    for name in (*_SIZES, "max_position_embeddings"):
+        _positive(name, fields[name], int)
+    if fields["num_hidden_layers"] > _MOST_LAYERS:
+        raise InputError(f"num_hidden_layers is {fields['num_hidden_layers']}; accepted is at most {_MOST_LAYERS}")
+    for name in ("rms_norm_eps", "rope_theta"):
+        _positive(name, fields[name], float)
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if not isinstance(fields[name], bool):
+            raise InputError(f"{name} is {fields[name]!r}; accepted is true or false")
+    heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
+    if heads % kv_heads:
+        raise InputError(f"num_key_value_heads is {kv_heads}; accepted is a divisor of num_attention_heads {heads}")
+    if fields["head_dim"] % 2:
+        raise InputError(f"head_dim is {fields['head_dim']}; accepted is an even number (the rotary pairs)")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = fields[name]
+        for token in value if name == "eos_token_id" and isinstance(value, tuple) else (value,):
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+                raise InputError(f"{name} is {value!r}; accepted is an integer or null")
 
 
 def _factor(value: Any) -> None:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from rora_theory.errors import InputError
 from rora_theory.llama import rope
-from rora_theory.llama.attention import attend, causal, choose_route
+from rora_theory.llama.attention import attend, causal
 from rora_theory.llama.config import MODULES, LlamaConfig
 
 Params: TypeAlias = dict[str, Any]
@@ -188,7 +188,6 @@ def hidden_states(
     if positions is None:  # otherwise a row is not one sequence, and positions are the caller's
         _check_length(length, config)
     x = embed(params, tokens)
-    route = choose_route(attention, x.dtype, config.head_dim)
     mask = None
     if positions is not None and visible is not None:
         mask = visible[:, None]
@@ -212,7 +211,7 @@ def hidden_states(
 
         def attend_all(q: Array, k: Array, v: Array) -> Array:
             k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
-            return attend(q, k, v, wide, route=route)
+            return attend(q, k, v, wide, route=attention)
 
         return _layer(x, weights, config, cos, sin, apply, attend_all), inputs
 
@@ -225,9 +224,7 @@ def hidden_states(
 def unembed(params: Params, hidden: Float[Array, "*b d"], config: LlamaConfig) -> Float[Array, "*b v"]:
     """Logits [*b, vocab_size] in float32 of final hidden states."""
     weight = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
-    return jnp.einsum(
-        "...d,vd->...v", hidden.astype(weight.dtype), weight, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("...d,vd->...v", hidden.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
 
 
 def embed(params: Params, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
@@ -352,9 +349,7 @@ def init_params(key: PRNGKeyArray, config: LlamaConfig, dtype: DTypeLike = jnp.f
             return jnp.zeros(leaf.shape, leaf.dtype)
         return (0.02 * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype)
 
-    return jax.tree.unflatten(
-        tree, [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
-    )
+    return jax.tree.unflatten(tree, [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)])
 
 
 def _layer(

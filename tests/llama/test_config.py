@@ -1,0 +1,201 @@
+"""Configurations: both spellings of Hugging Face's keys, and every field used or refused by name."""
+
+import dataclasses
+import json
+
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.llama import MODULES, LinearRope, Llama3Rope, LlamaConfig
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_defaults_are_hugging_faces():
+    config = LlamaConfig.from_hf(SMALL)
+    assert config == LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def test_bookkeeping_is_passed_over():
+    harmless = {
+        "architectures": ["LlamaForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "dtype": "float32",
+        "transformers_version": "4.36.0",
+        "use_cache": True,
+        "initializer_range": 0.02,
+        "_name_or_path": "somewhere",
+        "pretraining_tp": 1,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "rope_interleaved": False,
+        "max_sequence_length": 2048,
+        "quantization_config": None,
+        "rope_scaling": None,
+        "head_dim": None,
+        "num_key_value_heads": None,
+        "mlp_bias": None,
+    }
+    assert LlamaConfig.from_hf(SMALL | harmless) == LlamaConfig.from_hf(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}, (5e5, None)),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}},
+            {"rope_type": "linear", "rope_theta": 5e5, "factor": 2},
+            (5e5, LinearRope(2)),
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            {"rope_type": "llama3", "rope_theta": 5e5, "partial_rotary_factor": 1.0, **LLAMA3},
+            (5e5, Llama3Rope(8.0, 1.0, 4.0, 8192)),
+        ),
+    ],
+)
+def test_both_spellings_of_the_rotary_embedding_agree(old, new, expected):
+    first = LlamaConfig.from_hf(SMALL | old)
+    assert (first.rope_theta, first.rope_scaling) == expected
+    assert LlamaConfig.from_hf(SMALL | {"rope_parameters": new}) == first
+    assert LlamaConfig.from_hf(SMALL | old | {"rope_parameters": new}) == first
+
+
+@pytest.mark.parametrize("scaling", [None, LinearRope(2.5), Llama3Rope(8.0, 1.0, 4.0, 8192)])
+@pytest.mark.parametrize("eos", [7, (7, 9), None])
+def test_written_config_reads_back(scaling, eos):
+    config = dataclasses.replace(
+        LlamaConfig.from_hf(SMALL),
+        rope_scaling=scaling,
+        eos_token_id=eos,
+        head_dim=6,
+        rope_theta=123.0,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+        pad_token_id=3,
+    )
+    assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_every_field_is_written():
+    """A field that changes is not lost on the way to `config.json` and back."""
+    config = LlamaConfig.from_hf(SMALL)
+    for field in dataclasses.fields(config):
+        changed = dataclasses.replace(config, **{field.name: CHANGED[field.name]})
+        assert changed.to_hf() != config.to_hf(), field.name
+
+
+CHANGED = {
+    "vocab_size": 49,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "rms_norm_eps": 1e-3,
+    "rope_theta": 100.0,
+    "rope_scaling": LinearRope(2.0),
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "max_position_embeddings": 16,
+    "bos_token_id": 5,
+    "eos_token_id": 6,
+    "pad_token_id": 7,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "mistral"}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor"),
+        ({"rope_scaling": [2.0]}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            "disagree",
+        ),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 32.0}, "hidden_size"),
+        ({"hidden_size": 30}, "hidden_size"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, "linear"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"max_position_embeddings": 2.5}, "max_position_embeddings"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"bos_token_id": 1.5}, "bos_token_id"),
+        ({"pad_token_id": True}, "pad_token_id"),
+    ],
+)
+def test_unsupported_is_refused_by_name(change, named):
+    with pytest.raises(InputError, match=named) as caught:
+        LlamaConfig.from_hf(SMALL | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_module_shapes():
+    config = dataclasses.replace(LlamaConfig.from_hf(SMALL), head_dim=6, num_key_value_heads=2)
+    shapes = {name: config.module_shape(name) for name in MODULES}
+    assert shapes == {
+        "self_attn.q_proj": (24, 32),
+        "self_attn.k_proj": (12, 32),
+        "self_attn.v_proj": (12, 32),
+        "self_attn.o_proj": (32, 24),
+        "mlp.gate_proj": (40, 32),
+        "mlp.up_proj": (40, 32),
+        "mlp.down_proj": (32, 40),
+    }
+    with pytest.raises(InputError, match="lm_head"):
+        config.module_shape("lm_head")

@@ -1,0 +1,506 @@
+"""The forward pass against transformers' logits, an independent float64 LLaMA, and itself by other routes."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.llama import (
+    MODULES,
+    LinearRope,
+    Llama3Rope,
+    LlamaConfig,
+    abstract_params,
+    forward,
+    forward_cached,
+    hidden_states,
+    init_cache,
+    init_params,
+    linear,
+    rope,
+    unembed,
+)
+from rora_theory.llama.attention import attend, choose_route
+from rora_theory.llama.model import NoAdapter
+
+VARIANTS = (
+    "llama1",
+    "llama2",
+    "llama3",
+    "llama31",
+    "llama31_new_names",
+    "linear",
+    "smollm2",
+    "head_dim",
+    "attention_bias",
+    "mlp_bias",
+    "left_padded",
+)
+STATIC = ("config", "remat", "attention", "capture")
+run = jax.jit(forward, static_argnames=STATIC)
+
+
+def reference(params, tokens, config: LlamaConfig, prefix=None) -> np.ndarray:
+    """LLaMA in NumPy and float64, one sequence, written from the paper: head by head, row by row.
+
+    ``prefix``: keys and values that every query sees, each [layers, count, kv_heads, head_dim].
+    """
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+
+    def norm(x, weight):
+        return weight * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps)
+
+    half = config.head_dim // 2
+    omega = config.rope_theta ** (-np.arange(half) / half)
+
+    def turn(vector, position):
+        pairs = (vector[:half] + 1j * vector[half:]) * np.exp(1j * position * omega)
+        return np.concatenate([pairs.real, pairs.imag])
+
+    x = params["embed_tokens"][tokens]
+    group = config.num_attention_heads // config.num_key_value_heads
+    for i in range(config.num_hidden_layers):
+        layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
+
+        def module(name, u, layer=layer):
+            return u @ layer[name]["weight"].T + layer[name].get("bias", 0.0)
+
+        u = norm(x, layer["input_layernorm"])
+        q, k, v = (module(f"self_attn.{name}_proj", u).reshape(len(u), -1, config.head_dim) for name in ("q", "k", "v"))
+        mixed = np.zeros_like(q)
+        for n in range(config.num_attention_heads):
+            keys = [turn(row, s) for s, row in enumerate(k[:, n // group])]
+            values = list(v[:, n // group])
+            count = 0
+            if prefix is not None:
+                keys = [*np.asarray(prefix[0][i, :, n // group]), *keys]
+                values = [*np.asarray(prefix[1][i, :, n // group]), *values]
+                count = prefix[0].shape[1]
+            for s in range(len(u)):
+                seen = slice(0, count + s + 1)
+                scores = np.array(keys[seen]) @ turn(q[s, n], s) / np.sqrt(config.head_dim)
+                weights = np.exp(scores - scores.max())
+                mixed[s, n] = weights / weights.sum() @ np.array(values[seen])
+        x = x + module("self_attn.o_proj", mixed.reshape(len(u), -1))
+        u = norm(x, layer["post_attention_layernorm"])
+        gate = module("mlp.gate_proj", u)
+        x = x + module("mlp.down_proj", gate / (1 + np.exp(-gate)) * module("mlp.up_proj", u))
+    head = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    return norm(x, params["norm"]) @ head.T
+
+
+@pytest.fixture(scope="module")
+def params(draw_params, tiny):
+    return draw_params(tiny)
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny):
+    return jax.random.randint(jax.random.key(0), (3, 11), 0, tiny.vocab_size)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_transformers(name, golden, golden_configs, draw_params):
+    config = LlamaConfig.from_hf(golden_configs[name])
+    tokens, mask = golden.batch(name)
+    expected = np.load(golden.HERE / "llama.npz")[name]
+    logits = run(draw_params(config), tokens, config, attention_mask=None if mask.all() else jnp.asarray(mask))
+    real = mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(logits)[real], expected[real], rtol=0, atol=1e-5)
+    # The tolerance is float32's: logits reach 4 (23 where the embeddings are tied), and two correct programs differ
+    # by a few units in the last place of the largest terms.
+    assert np.abs(expected[real]).max() > 3
+
+
+def test_all_variants_are_tested(golden):
+    assert set(golden.VARIANTS) == set(VARIANTS)
+
+
+def test_logits_equal_a_float64_reference(params, tokens, tiny):
+    logits = run(params, tokens, tiny)
+    for row, expected in zip(logits, tokens, strict=True):
+        # Logits reach 4; 2 layers of float32 rounding stay under 100 units in the last place of 1.
+        np.testing.assert_allclose(row, reference(params, np.asarray(expected), tiny), rtol=0, atol=1e-5)
+
+
+CHANGES = {
+    "vocab_size": 49,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "rms_norm_eps": 1e-2,
+    "rope_theta": 100.0,
+    "rope_scaling": LinearRope(2.0),
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "max_position_embeddings": 10,
+}
+# They reach tokenization and generation, not the logits; that each is carried there is tested in test_config.
+TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def test_every_field_has_a_change():
+    assert {field.name for field in dataclasses.fields(LlamaConfig)} == set(CHANGES) | TOKEN_IDS
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_field_changes_the_output(field, draw_params, params, tokens, tiny):
+    changed = dataclasses.replace(tiny, **{field: CHANGES[field]})
+    before = np.asarray(run(params, tokens, tiny))
+    if field == "max_position_embeddings":
+        with pytest.raises(InputError, match="length is 11; accepted is at most 10"):
+            forward(params, tokens, changed)
+        return
+    after = np.asarray(run(draw_params(changed), tokens, changed))
+    assert np.all(np.isfinite(after))
+    assert before.shape != after.shape or np.abs(before - after).max() > 1e-3
+
+
+LLAMA3 = Llama3Rope(8.0, 1.0, 4.0, 32)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        dataclasses.replace(LLAMA3, factor=4.0),
+        dataclasses.replace(LLAMA3, low_freq_factor=2.0),
+        dataclasses.replace(LLAMA3, high_freq_factor=3.0),
+        dataclasses.replace(LLAMA3, original_max_position_embeddings=48),
+        LinearRope(8.0),
+    ],
+)
+def test_every_field_of_the_scaling_changes_the_frequencies(scaling, tiny):
+    wide = dataclasses.replace(tiny, head_dim=64)  # frequencies of every wavelength
+    before = rope.frequencies(dataclasses.replace(wide, rope_scaling=LLAMA3))
+    after = rope.frequencies(dataclasses.replace(wide, rope_scaling=scaling))
+    assert np.abs(after / before - 1).max() > 1e-2
+
+
+def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
+    config = LlamaConfig(8, 128, 8, 1, 1, 1, 128, rope_theta=5e5)
+    plain = rope.frequencies(config)
+    divisor = rope.scaling_divisor(Llama3Rope(8.0, 1.0, 4.0, 8192), plain)
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_array_equal(divisor[wavelength < 8192 / 4], 1)
+    np.testing.assert_array_equal(divisor[wavelength > 8192 / 1], 8)
+    between = (wavelength > 8192 / 4) & (wavelength < 8192)
+    assert between.sum() > 5
+    assert np.all(np.diff(divisor[between]) > 0)
+
+
+def test_left_padding_does_not_shift_or_leak(params, tokens, tiny):
+    mask = jnp.ones(tokens.shape, jnp.int32).at[1, :4].set(0)
+    padded = run(params, tokens, tiny, attention_mask=mask)
+    alone = run(params, tokens[1:2, 4:], tiny)
+    np.testing.assert_allclose(padded[1, 4:], alone[0], rtol=0, atol=1e-5)
+    other = run(params, tokens.at[1, :4].set(7), tiny, attention_mask=mask)
+    np.testing.assert_array_equal(other[1, 4:], padded[1, 4:])
+
+
+def test_right_padding_needs_no_mask(params, tokens, tiny):
+    whole, cut = run(params, tokens, tiny), run(params, tokens.at[:, 6:].set(0), tiny)
+    np.testing.assert_array_equal(whole[:, :6], cut[:, :6])
+
+
+def test_a_token_outside_the_vocabulary_is_nan(params, tokens, tiny):
+    logits = run(params, tokens.at[0, 5].set(tiny.vocab_size), tiny)
+    assert np.all(np.isnan(logits[0, 5:]))
+    assert np.all(np.isfinite(logits[1:]))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_cached_decoding_equals_the_forward_pass(padded, params, tokens, tiny):
+    mask = jnp.ones(tokens.shape, jnp.int32)
+    if padded:
+        mask = mask.at[0, :3].set(0).at[2, :5].set(0)
+    whole = run(params, tokens, tiny, attention_mask=mask)
+    step = jax.jit(forward_cached, static_argnames="config")
+    cache = init_cache(tiny, len(tokens), tokens.shape[1] + 3)
+    logits, cache = step(params, tokens[:, :6], cache, tiny, attention_mask=mask[:, :6])
+    np.testing.assert_allclose(logits, whole[:, 5], rtol=0, atol=1e-5)
+    logits, cache = step(params, tokens[:, 6:8], cache, tiny)
+    np.testing.assert_allclose(logits, whole[:, 7], rtol=0, atol=1e-5)
+    for i in range(8, tokens.shape[1]):
+        logits, cache = step(params, tokens[:, i : i + 1], cache, tiny)
+        np.testing.assert_allclose(logits, whole[:, i], rtol=0, atol=1e-5)
+    assert int(cache["length"]) == tokens.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Probe(NoAdapter):
+    """An adapter that uses all that a model hands it: layer slices, the key, and a prefix."""
+
+    factor: jax.Array  # [layers]
+    keys: jax.Array  # [layers, count, kv_heads, head_dim]
+    values: jax.Array
+
+    def layers(self):
+        return {"factor": self.factor, "k": self.keys, "v": self.values}
+
+    def linear(self, name, x, weight, bias, layer, *, key):
+        y = linear(x, weight, bias) * layer["factor"]
+        if key is not None and name == "mlp.up_proj":
+            y = y * jax.random.bernoulli(key, 0.5, y.shape).astype(y.dtype)
+        return y
+
+    def prefix(self, layer):
+        return layer["k"], layer["v"]
+
+
+@pytest.fixture(scope="module")
+def probe(tiny):
+    keys, values = jax.random.normal(jax.random.key(3), (2, tiny.num_hidden_layers, 4, 3, 8))
+    return Probe(jnp.array([1.25, 0.75]), keys, values)
+
+
+def test_adapters_get_their_layers_slice_and_prefix(params, probe, tokens, tiny):
+    # Scaling a module's output scales its weight: the reference can do it.
+    scaled = dict(params["layers"])
+    for name in MODULES:
+        weight = params["layers"][name]["weight"]
+        scaled[name] = {"weight": weight * probe.factor[:, None, None]}
+    expected = reference(params | {"layers": scaled}, np.asarray(tokens[0]), tiny, (probe.keys, probe.values))
+    logits = run(params, tokens, tiny, probe)
+    np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-5)
+    # The same through a mask, the plain route and the cache.
+    mask = jnp.ones_like(tokens)
+    for other in (
+        run(params, tokens, tiny, probe, attention_mask=mask)[:, -1],
+        run(params, tokens, tiny, probe, attention="xla")[:, -1],
+        forward_cached(params, tokens, init_cache(tiny, 3, 12), tiny, probe)[0],
+    ):
+        np.testing.assert_allclose(other, logits[:, -1], rtol=0, atol=1e-5)
+
+
+def test_dropout_keys_differ_by_layer_and_by_key(params, probe, tokens, tiny):
+    still = run(params, tokens, tiny, probe)
+    one = run(params, tokens, tiny, probe, key=jax.random.key(1))
+    np.testing.assert_array_equal(one, run(params, tokens, tiny, probe, key=jax.random.key(1)))
+    assert np.abs(one - still).max() > 1e-2
+    assert np.abs(one - run(params, tokens, tiny, probe, key=jax.random.key(2))).max() > 1e-2
+    # Layers of equal weights and inputs would drop alike if they shared a key.
+    drops = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (64,)))(jax.random.split(jax.random.key(1), 2))
+    assert not np.array_equal(drops[0], drops[1])
+
+
+def test_remat_changes_no_gradient(params, probe, tokens, tiny):
+    def loss(probe, remat):
+        return jnp.mean(jnp.square(forward(params, tokens, tiny, probe, key=jax.random.key(1), remat=remat)))
+
+    plain, everything, dots = (jax.jit(jax.grad(partial(loss, remat=r)))(probe) for r in (False, True, "dots"))
+    for other in (everything, dots):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), plain, other)
+    with pytest.raises(InputError, match="'all'"):
+        forward(params, tokens, tiny, remat="all")
+
+
+def test_capture_returns_the_modules_inputs(params, tokens, tiny):
+    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    logits, inputs = run(params, tokens, tiny, capture=names)
+    np.testing.assert_array_equal(logits, run(params, tokens, tiny))
+    assert {name: a.shape for name, a in inputs.items()} == {
+        name: (2, 3, 11, tiny.module_shape(name)[1]) for name in names
+    }
+    # A layer is the sum of its two branches, both of which the captured inputs give.
+    layers = params["layers"]
+    x = params["embed_tokens"][tokens]
+    for i in range(2):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            x = x + linear(inputs[name][i], layers[name]["weight"][i])
+    last = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + tiny.rms_norm_eps) * params["norm"][None, None]
+    np.testing.assert_allclose(unembed(params, last, tiny), logits, rtol=0, atol=1e-5)
+    first = params["embed_tokens"][tokens]
+    first = first / jnp.sqrt(jnp.mean(first**2, axis=-1, keepdims=True) + tiny.rms_norm_eps)
+    expected = first * layers["input_layernorm"][0][None, None]
+    np.testing.assert_allclose(inputs["self_attn.q_proj"][0], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="lm_head"):
+        forward(params, tokens, tiny, capture=("lm_head",))
+
+
+def test_a_tree_of_continuations_in_one_row_equals_its_sequences(params, tokens, tiny):
+    """Two continuations after a common start: positions and the mask say which sees which."""
+    common, a, b = 5, 3, 3
+    tree = tokens[:1]
+    branch = jnp.array([0] * common + [1] * a + [2] * b)
+    positions = jnp.array([[*range(common), *range(common, common + a), *range(common, common + b)]])
+    earlier = jnp.arange(11)[None, :] <= jnp.arange(11)[:, None]
+    visible = earlier & ((branch[None, :] == 0) | (branch[None, :] == branch[:, None]))
+    hidden = hidden_states(params, tree, tiny, positions=positions, visible=visible[None])
+    first = hidden_states(params, tree[:, :8], tiny)
+    second = hidden_states(params, jnp.concatenate([tree[:, :5], tree[:, 8:]], axis=1), tiny)
+    np.testing.assert_allclose(hidden[:, :8], first, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(hidden[:, 8:], second[:, 5:], rtol=0, atol=1e-5)
+
+
+def test_bfloat16_weights_give_float32_logits_near_float32s(params, tokens, tiny):
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    logits = run(half, tokens, tiny)
+    assert logits.dtype == jnp.float32
+    assert hidden_states(half, tokens, tiny).dtype == jnp.bfloat16
+    error = np.abs(logits - run(params, tokens, tiny))
+    # bfloat16 rounds at 2^-8 of values near 1 in some twenty places on the way to a logit.
+    assert error.mean() < 0.05
+    assert error.max() < 0.3
+    # The projection to the vocabulary is accumulated and returned in float32: not on bfloat16's grid.
+    assert np.abs(logits - logits.astype(jnp.bfloat16).astype(jnp.float32)).max() > 1e-4
+
+
+def test_bfloat16_products_accumulate_in_float32():
+    # A bfloat16 sum of ones stops at 256, where 257 rounds back to it.
+    y = jax.jit(linear)(jnp.ones((1, 1, 4096), jnp.bfloat16), jnp.ones((2, 4096), jnp.bfloat16))
+    np.testing.assert_array_equal(y.astype(jnp.float32), 4096)
+
+
+def test_linear_multiplies_in_the_weights_dtype():
+    x = jnp.full((1, 1, 2), 1 + 2**-12, jnp.float32)
+    y = linear(x, jnp.ones((1, 2), jnp.bfloat16), jnp.full((1,), 0.5, jnp.bfloat16))
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, 2.5)
+
+
+def plain_attention(q, k, v, mask):
+    """Softmax attention in float64: heads repeated, scores masked by minus infinity."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    k, v = (np.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+    scores = np.einsum("bsnd,btnd->bnst", q, k) / np.sqrt(q.shape[3])
+    scores = np.where(mask, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("bnst,btnd->bsnd", weights / weights.sum(axis=-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("route", ["blocked", "xla"])
+@pytest.mark.parametrize(
+    ("length", "keys", "heads", "kv_heads", "masked"),
+    [(1, 1, 2, 2, False), (70, 70, 6, 2, False), (70, 70, 2, 1, True), (3, 70, 6, 3, True), (130, 134, 2, 2, False)],
+)
+def test_attention_equals_its_definition(route, length, keys, heads, kv_heads, masked):
+    shape = jax.random.split(jax.random.key(length), 3)
+    q = jax.random.normal(shape[0], (2, length, heads, 8))
+    k, v = (jax.random.normal(key, (2, keys, kv_heads, 8)) for key in shape[1:])
+    seen = np.arange(keys)[None, :] <= np.arange(keys - length, keys)[:, None]
+    mask = np.broadcast_to(seen[None, None], (2, 1, length, keys)).copy()
+    if masked:
+        mask[1, :, :, :2] = False
+        mask[:, :, :, 2] = True
+    out = jax.jit(partial(attend, route=route))(q, k, v, jnp.asarray(mask) if masked else None)
+    np.testing.assert_allclose(out, plain_attention(q, k, v, mask), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocked_attention_has_the_plain_routes_gradient(masked):
+    shape = jax.random.split(jax.random.key(5), 4)
+    q, g = (jax.random.normal(key, (2, 130, 6, 8)) for key in shape[:2])
+    k, v = (jax.random.normal(key, (2, 133, 3, 8)) for key in shape[2:])
+    mask = None
+    if masked:
+        seen = np.arange(133)[None, :] <= np.arange(3, 133)[:, None]
+        mask = jnp.asarray(seen[None, None] & (np.arange(133) >= np.array([0, 40])[:, None])[:, None, None])
+
+    def gradient(route):
+        def loss(q, k, v):
+            out = attend(q, k, v, mask, route=route)
+            # Queries that see nothing give no meaningful output; here they are the first rows of the second.
+            return jnp.sum((out * g)[:, 40:])
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), gradient("blocked"), gradient("xla"))
+
+
+def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradient():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
+    mask = jnp.zeros((1, 1, 4, 4), bool)
+    out, gradient = jax.value_and_grad(lambda q: jnp.sum(attend(q, k, v, mask, route="blocked")))(q)
+    assert np.isfinite(out)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_attention_in_half_precision(dtype):
+    q = jax.random.normal(jax.random.key(1), (2, 70, 4, 8)).astype(dtype)
+    k, v = jax.random.normal(jax.random.key(2), (2, 2, 70, 2, 8)).astype(dtype)
+    mask = np.tril(np.ones((70, 70), bool))
+    for route in ("blocked", "xla"):
+        out = attend(q, k, v, route=route)
+        assert out.dtype == dtype
+        # The probabilities are rounded once and the output once: two roundings of values up to about 2.
+        tolerance = 4 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(out.astype(jnp.float32), plain_attention(q, k, v, mask), rtol=0, atol=tolerance)
+
+
+def test_long_sequences_make_few_blocks():
+    """Compile time does not grow without bound: at most 16 blocks, however long the sequence."""
+    text = str(jax.make_jaxpr(partial(attend, route="blocked"))(*jnp.zeros((3, 1, 4096, 1, 2))))
+    assert 0 < text.count("dot_general") <= 2 * 16
+
+
+def test_cudnn_route_lowers_for_cuda(tiny, monkeypatch):
+    """The fused kernel, forward and backward, is in the program for an NVIDIA GPU, made here without one."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    config = dataclasses.replace(tiny, head_dim=64)
+    abstract = abstract_params(config, jnp.bfloat16)
+
+    def loss(params, tokens):
+        return jnp.sum(forward(params, tokens, config, attention="cudnn"))
+
+    tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    text = jax.jit(jax.grad(loss)).trace(abstract, tokens).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text or '__cudnn$fmhaSoftmax"' in text or "@__cudnn$fmhaSoftmax" in text
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "shape", "gpu", "expected"),
+    [
+        (jnp.bfloat16, 64, (64, 64, False), True, "cudnn"),
+        (jnp.float16, 128, (63, 63, False), True, "cudnn"),
+        (jnp.bfloat16, 64, (64, 68, True), True, "cudnn"),
+        (jnp.bfloat16, 64, (63, 63, True), True, "blocked"),
+        (jnp.bfloat16, 64, (63, 64, False), True, "blocked"),
+        (jnp.float32, 64, (64, 64, False), True, "blocked"),
+        (jnp.bfloat16, 136, (64, 64, False), True, "blocked"),
+        (jnp.bfloat16, 60, (64, 64, False), True, "blocked"),
+        (jnp.bfloat16, 64, (64, 64, False), False, "blocked"),
+    ],
+)
+def test_route(dtype, head_dim, shape, gpu, expected, monkeypatch):
+    monkeypatch.setattr("rora_theory.llama.attention._has_fused_kernel", lambda: gpu)
+    queries, keys, masked = shape
+    choose = partial(choose_route, dtype=jnp.dtype(dtype), head_dim=head_dim, queries=queries, keys=keys, masked=masked)
+    assert choose("auto") == expected
+    assert choose("xla") == "xla"
+    with pytest.raises(InputError, match="'flash'"):
+        choose("flash")
+
+
+def test_random_and_abstract_weights_agree(tiny):
+    config = dataclasses.replace(tiny, attention_bias=True, mlp_bias=True)
+    abstract = abstract_params(config, jnp.bfloat16)
+    drawn = init_params(jax.random.key(0), config, jnp.bfloat16)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), drawn) == jax.tree.map(lambda a: (a.shape, a.dtype), abstract)
+    weight = drawn["layers"]["mlp.up_proj"]["weight"].astype(jnp.float32)
+    # 2560 draws: the standard deviation's own deviation is 1.4 %; five of those.
+    assert abs(float(jnp.std(weight)) / 0.02 - 1) < 0.07
+    assert set(np.unique(drawn["norm"].astype(jnp.float32))) == {1.0}
+    assert "lm_head" not in abstract_params(dataclasses.replace(tiny, tie_word_embeddings=True))
+
+
+def test_cache_longer_than_the_model_is_refused(tiny):
+    with pytest.raises(InputError, match="max_position_embeddings"):
+        init_cache(tiny, 1, tiny.max_position_embeddings + 1)
+
+
+def test_positions_and_visible_go_together(params, tokens, tiny):
+    with pytest.raises(InputError, match="positions and visible"):
+        hidden_states(params, tokens, tiny, positions=jnp.zeros_like(tokens))
