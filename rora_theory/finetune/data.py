@@ -9,7 +9,7 @@ left out.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -23,6 +23,7 @@ MULTIPLE = 8
 """Widths are multiples of this, as in the published code."""
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """What is asked of a tokenizer; `rora_theory.llama.tokenizer.Tokenizer` is one."""
 
@@ -284,7 +285,7 @@ class Batches:
         targets = np.zeros((len(rows), size), np.int32)
         weights = np.zeros((len(rows), size), np.float32)
         positions = None if self._answers is None else np.zeros((len(rows), size), np.int32)
-        for row, index in enumerate(rows):
+        for row, index in enumerate(rows.tolist()):
             if index < 0:
                 continue
             tokens, start = self._examples[index], int(self._examples.starts[index])

@@ -1,0 +1,102 @@
+"""The chunked cross-entropy is the direct formula, gradient included, without the batch's logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rora_theory.finetune.loss import cross_entropy
+
+B, T, D, V = 3, 7, 5, 11
+ROW = 4 * B * V  # bytes of one position of each row
+
+
+def inputs(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return (
+        jax.random.normal(keys[0], (B, T, D)).astype(dtype),
+        jax.random.normal(keys[1], (V, D)).astype(dtype),
+        jax.random.randint(keys[2], (B, T), 0, V),
+        jax.random.bernoulli(keys[3], 0.6, (B, T)).astype(jnp.float32),
+    )
+
+
+def direct(hidden, head, targets, weights):
+    logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(weights * jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 100])
+def test_equals_the_direct_formula_and_its_gradient(chunk):
+    arguments = inputs()
+    loss, gradient = jax.value_and_grad(cross_entropy)(*arguments, logits_bytes=chunk * ROW)
+    expected, expected_gradient = jax.value_and_grad(direct)(*arguments)
+    # Both sum about 100 terms of size 1 in float32: rounding of a few units in the last place of the sum.
+    np.testing.assert_allclose(loss, expected, rtol=2e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(cross_entropy(*arguments, logits_bytes=chunk * ROW), loss, rtol=2e-6)
+
+
+def test_the_gradient_is_scaled_by_what_follows():
+    arguments = inputs()
+    plain = jax.grad(cross_entropy)(*arguments)
+    scaled = jax.grad(lambda *a: 3.0 * cross_entropy(*a) ** 2)(*arguments)
+    np.testing.assert_allclose(scaled, 6.0 * direct(*arguments) * plain, rtol=1e-5)
+
+
+def test_bfloat16_products_accumulate_and_normalise_in_float32():
+    hidden, head, targets, weights = inputs(jnp.bfloat16)
+    loss, gradient = jax.value_and_grad(cross_entropy)(hidden, head, targets, weights, logits_bytes=2 * ROW)
+    wide = (hidden.astype(jnp.float32), head.astype(jnp.float32), targets, weights)
+    expected, expected_gradient = jax.value_and_grad(direct)(*wide)
+    assert loss.dtype == jnp.float32
+    assert gradient.dtype == jnp.bfloat16
+    # Products of bfloat16 numbers are exact in float32, so the loss is as good as in float32 throughout.
+    np.testing.assert_allclose(loss, expected, rtol=2e-6)
+    # The exponentials and the gradient are rounded to 8 bits: 2**-8 of the largest terms, of size about 3.
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected_gradient, atol=3 * 2.0**-8)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, head, targets, weights = inputs()
+    loss = cross_entropy(100 * hidden, 10 * head, targets, weights, logits_bytes=2 * ROW)
+    assert np.isfinite(loss)
+    np.testing.assert_allclose(loss, direct(100 * hidden, 10 * head, targets, weights), rtol=2e-6)
+
+
+def test_positions_of_weight_zero_count_for_nothing():
+    hidden, head, targets, weights = inputs()
+    out = weights == 0
+    other = cross_entropy(
+        jnp.where(out[..., None], 7.0, hidden), head, jnp.where(out, 0, targets), weights, logits_bytes=2 * ROW
+    )
+    assert other == cross_entropy(hidden, head, targets, weights, logits_bytes=2 * ROW)
+    gradient = jax.grad(cross_entropy)(hidden, head, targets, weights)
+    assert not gradient[out].any()
+    assert gradient[~out].all()
+
+
+def test_the_head_is_frozen():
+    gradient = jax.grad(cross_entropy, argnums=1)(*inputs())
+    assert not gradient.any()
+
+
+def test_no_array_of_the_whole_logits_exists():
+    arguments = inputs()
+    whole = jax.make_jaxpr(jax.grad(direct))(*arguments)
+    chunked = jax.make_jaxpr(jax.grad(lambda *a: cross_entropy(*a, logits_bytes=2 * ROW)))(*arguments)
+    assert largest(whole.jaxpr) >= B * T * V
+    assert largest(chunked.jaxpr) < B * T * V
+
+
+def largest(jaxpr):
+    """Elements of the largest array in a program and in the programs inside it."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [v.aval.size for v in equation.outvars]
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                sizes.append(largest(inner))
+    return max(sizes)

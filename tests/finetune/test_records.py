@@ -1,0 +1,101 @@
+"""Records are read from files and the hub's cache; a bad one is named by file and index."""
+
+import json
+
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.finetune import Record, read_records
+
+GOOD = {"instruction": "Say it.", "input": "", "output": "It.", "answer": "it"}
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_reads_several_files_in_order(tmp_path):
+    first = write(tmp_path / "a.json", json.dumps([GOOD, GOOD | {"output": "Two.", "input": "More."}]))
+    second = write(tmp_path / "b.jsonl", json.dumps(GOOD | {"instruction": "Ähm"}) + "\n\n" + json.dumps(GOOD) + "\n")
+    assert read_records([first, str(second)]) == [
+        Record("Say it.", "It."),
+        Record("Say it.", "Two.", "More."),
+        Record("Ähm", "It."),
+        Record("Say it.", "It."),
+    ]
+
+
+def test_reads_the_commonsense_data(commonsense_dir):
+    files = [commonsense_dir / task / "train.json" for task in ("ARC-Easy", "ARC-Challenge", "openbookqa")]
+    records = read_records(files)
+    assert len(records) == 2251 + 1119 + 4957
+    assert records[2251].instruction.startswith("Please choose the correct answer to the question: George wants")
+    assert all(record.output.startswith("the correct answer is answer") for record in records)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([GOOD, {"instruction": "x"}], r"bad\.json: record 1 has no 'output'; its keys are 'instruction'"),
+        ([GOOD, GOOD, {}], r"record 2 has no 'instruction'; its keys are none"),
+        ([GOOD, "text"], r"record 1 is a string; accepted is an object"),
+        ([GOOD | {"output": 3}], r"record 0 has a number as 'output'; accepted is a string"),
+        ([GOOD | {"input": None}], r"record 0 has null as 'input'"),
+        ([GOOD | {"instruction": ""}], r"record 0 has an empty 'instruction'"),
+        ([GOOD | {"output": "\ud800"}], r"record 0 has half a surrogate pair in 'output'"),
+        (GOOD, r"holds an object; accepted is a list of records"),
+        ([], r"holds no records"),
+    ],
+)
+def test_bad_records_are_named(tmp_path, content, message):
+    path = write(tmp_path / "bad.json", json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        read_records([path])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.json", json.dumps([GOOD])[:-9], r"cut\.json: is not JSON .*; accepted is a list"),
+        ("empty.json", "", r"empty\.json: is not JSON"),
+        ("deep.json", "[" * 100_000, r"deep\.json: is not JSON"),
+        ("cut.jsonl", json.dumps(GOOD) + "\n{", r"cut\.jsonl: line 2 is not JSON"),
+        ("empty.jsonl", "\n", r"empty\.jsonl: holds no records"),
+        ("latin.json", b'[{"instruction": "\xe9"}]', r"latin\.json: byte 18 is not UTF-8"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message):
+        read_records([write(tmp_path / name, content)])
+
+
+def test_missing_files_and_none_at_all_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"none\.json: cannot be read \(No such file or directory\)"):
+        read_records([tmp_path / "none.json"])
+    with pytest.raises(InputError, match="no data files are given"):
+        read_records([])
+
+
+def test_hub_files_are_taken_at_their_revision(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.json", json.dumps([GOOD]))
+    asked = []
+
+    def download(repository, filename, **options):
+        asked.append((repository, filename, options))
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert read_records(["hf://datasets/them/set@v1/train/x.json"]) == [Record("Say it.", "It.")]
+    assert asked == [("them/set", "train/x.json", {"repo_type": "dataset", "revision": "v1"})]
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    def download(*_, **__):
+        raise OSError("no route\nmany lines")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(InputError, match=r"^hf://datasets/them/set/x.json: cannot be fetched \(no route\)"):
+        read_records(["hf://datasets/them/set/x.json"])
+    with pytest.raises(InputError, match="is not the name of a file"):
+        read_records(["hf://datasets/them/set"])

@@ -1,0 +1,42 @@
+"""A tiny model, an encoder of bytes and made-up records: what the fine-tuning tests train."""
+
+import jax
+import numpy as np
+
+from rora_theory.finetune import Record
+from rora_theory.llama import LlamaConfig, init_params
+
+CONFIG = LlamaConfig(
+    vocab_size=128,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=512,
+    eos_token_id=2,
+)
+
+
+class ByteEncoder:
+    """One token a byte, after a beginning token 1; the end token is 2."""
+
+    eos_id = 2
+
+    def encode_batch(self, texts):
+        return [[1, *text.encode()] for text in texts]
+
+
+def params(seed=0):
+    return init_params(jax.random.key(seed), CONFIG)
+
+
+def records(count, seed=0, longest=60):
+    """Records whose instructions have 1 to ``longest`` letters."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, longest + 1, count)
+    return [
+        Record("".join(chr(97 + letter) for letter in random.integers(0, 26, length)), f"answer{i % 4}")
+        for i, length in enumerate(lengths)
+    ]
