@@ -1,0 +1,339 @@
+"""Checkpoints in Hugging Face's layout: read whole, written whole, refused by name, never unpickled."""
+
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rora_theory.errors import InputError
+from rora_theory.llama import LlamaConfig
+from rora_theory.llama.weights import INDEX, SINGLE, load_hf, read_config, save_hf
+
+
+def equal(a, b) -> bool:
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)
+    return all(jax.tree.leaves(same))
+
+
+@pytest.fixture
+def biased(tiny):
+    return dataclasses.replace(tiny, attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture
+def write(tmp_path, draw_tensors):
+    """``write(config, shards=1, change=..., dtype=float32)``: a checkpoint folder as Hugging Face lays it out."""
+
+    def make(config: LlamaConfig, shards: int = 1, change=lambda tensors: None, dtype=np.float32) -> Path:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config.to_hf()))
+        tensors = {name: a.astype(dtype) for name, a in draw_tensors(config).items()}
+        change(tensors)
+        if shards == 1:
+            save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+            return folder
+        # Shards cut across layers: a stacked leaf is gathered from several files.
+        names = sorted(tensors)
+        where = {}
+        for i in range(shards):
+            file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+            save_file({name: tensors[name] for name in names[i::shards]}, folder / file)
+            where |= dict.fromkeys(names[i::shards], file)
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_gives_its_weights(shards, write, biased, draw_params):
+    folder = write(biased, shards)
+    config = read_config(folder)
+    assert config == biased
+    assert equal(load_hf(folder, config), draw_params(biased))
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, jnp.bfloat16, np.float64])
+@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
+def test_any_float_type_becomes_the_one_asked_for(stored, wanted, write, tiny, draw_tensors):
+    params = load_hf(write(tiny, dtype=stored), tiny, wanted)
+    expected = draw_tensors(tiny)["model.layers.1.mlp.up_proj.weight"].astype(stored).astype(wanted)
+    weight = params["layers"]["mlp.up_proj"]["weight"]
+    assert weight.dtype == wanted
+    np.testing.assert_array_equal(np.asarray(weight[1]), expected)
+
+
+def test_another_dtype_is_refused(write, tiny):
+    with pytest.raises(InputError, match="int8"):
+        load_hf(write(tiny), tiny, jnp.int8)
+
+
+def test_tied_embeddings_and_early_checkpoints_leftovers(write, tiny, draw_params):
+    tied = dataclasses.replace(tiny, tie_word_embeddings=True)
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    params = load_hf(write(tied, change=change), tied)
+    assert equal(params, draw_params(tied))
+    assert "lm_head" not in params
+
+
+def test_a_tied_head_that_differs_is_refused(write, tiny):
+    tied = dataclasses.replace(tiny, tie_word_embeddings=True)
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    with pytest.raises(InputError, match=r"lm_head\.weight differs"):
+        load_hf(write(tied, change=change), tied)
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, array):
+    return lambda tensors: tensors.update({name: array})
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("model.layers.1.mlp.up_proj.weight"), r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
+        (drop("lm_head.weight"), r"lacks lm_head\.weight"),
+        (put("model.layers.2.mlp.up_proj.weight", np.zeros((40, 32), np.float32)), r"holds model\.layers\.2"),
+        (put("model.layers.0.self_attn.q_norm.weight", np.zeros(8, np.float32)), r"holds .*q_norm"),
+        (
+            put("model.layers.0.mlp.up_proj.weight", np.zeros((32, 40), np.float32)),
+            r"up_proj\.weight has shape \(32, 40\); the config implies \(40, 32\)",
+        ),
+        (put("model.embed_tokens.weight", np.zeros((47, 32), np.float32)), r"embed_tokens.*\(47, 32\)"),
+        (put("model.norm.weight", np.zeros(32, np.int8)), r"model\.norm\.weight is of type I8"),
+    ],
+)
+def test_tensors_that_contradict_the_config_are_named(shards, change, message, write, tiny):
+    with pytest.raises(InputError, match=message) as caught:
+        load_hf(write(tiny, shards, change), tiny)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -8])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_truncated_file_is_named(keep, shards, write, tiny):
+    folder = write(tiny, shards)
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(InputError, match=f"{file.name}: truncated"):
+        load_hf(folder, tiny)
+
+
+class Marker:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_a_pickle_is_refused_unread(name, write, tiny, tmp_path):
+    folder = write(tiny)
+    (folder / SINGLE).unlink()
+    trap = tmp_path / "executed"
+    (folder / name).write_bytes(pickle.dumps(Marker(str(trap))))
+    with pytest.raises(InputError, match=rf"{name}.*never read; accepted are safetensors or GGUF"):
+        load_hf(folder, tiny)
+    assert not trap.exists()
+
+
+def test_a_folder_without_weights(tmp_path, tiny):
+    with pytest.raises(InputError, match="no such folder"):
+        load_hf(tmp_path / "absent", tiny)
+    with pytest.raises(InputError, match="has no weights"):
+        load_hf(tmp_path, tiny)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(InputError, match=r"name it: .*model\.gguf"):
+        load_hf(tmp_path, tiny)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("not json", "not readable JSON"),
+        ("[]", "holds a list"),
+        ('{"weight_map": {}}', "weight_map"),
+        ('{"weight_map": ["a"]}', "weight_map"),
+        ('{"weight_map": {"model.norm.weight": "../secret.safetensors"}}', r"names '\.\./secret"),
+        ('{"weight_map": {"model.norm.weight": "/etc/secret.safetensors"}}', "names '/etc"),
+        ('{"weight_map": {"model.norm.weight": "sub/a.safetensors"}}', "names 'sub/a"),
+        ('{"weight_map": {"model.norm.weight": "weights.bin"}}', r"names 'weights\.bin'"),
+        ('{"weight_map": {"model.norm.weight": 3}}', "names '3'"),
+        ('{"weight_map": {"model.norm.weight": "absent.safetensors"}}', r"absent\.safetensors: not there"),
+    ],
+)
+def test_a_bad_index_is_refused(index, message, write, tiny, tmp_path):
+    folder = write(tiny, 2)
+    # What the path outside the folder names is there and would load.
+    save_file({"model.norm.weight": np.ones(32, np.float32)}, tmp_path / "secret.safetensors")
+    (folder / INDEX).write_text(index)
+    with pytest.raises(InputError, match=message):
+        load_hf(folder, tiny)
+
+
+def test_an_index_that_contradicts_its_shards(write, tiny):
+    folder = write(tiny, 2)
+    where = json.loads((folder / INDEX).read_text())["weight_map"]
+    other = next(file for file in where.values() if file != where["model.norm.weight"])
+    for change, message in (
+        ({"model.norm.weight": other}, "which .* places in"),
+        ({"model.extra.weight": other}, r"lacks model\.extra\.weight"),
+    ):
+        (folder / INDEX).write_text(json.dumps({"weight_map": where | change}))
+        with pytest.raises(InputError, match=message):
+            load_hf(folder, tiny)
+
+
+def test_config_errors_name_the_file(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json: not there"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InputError, match=r"config\.json.*model_type"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_written_folder_reads_back_bit_for_bit(shard_bytes, dtype, biased, draw_params, tmp_path):
+    params = draw_params(biased, dtype)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "secret.txt").write_text("no tokenizer")
+    folder = tmp_path / "out" / "merged"
+    save_hf(folder, params, biased, tokenizer_from=source, shard_bytes=shard_bytes)
+    assert read_config(folder) == biased
+    assert equal(load_hf(folder, biased, dtype), params)
+    files = {path.name for path in folder.iterdir()}
+    weights = {name for name in files if name.endswith(".safetensors")}
+    if shard_bytes == 10**9:
+        assert files == {"config.json", SINGLE, "tokenizer.json"}
+    else:
+        assert files == {"config.json", INDEX, "tokenizer.json", *weights}
+        assert len(weights) > 2
+        total = sum(a.nbytes for name in weights for a in load_file(folder / name).values())
+        index = json.loads((folder / INDEX).read_text())
+        assert index["metadata"]["total_size"] == total == sum(a.nbytes for a in jax.tree.leaves(params))
+        assert max(sum(a.nbytes for a in load_file(folder / name).values()) for name in weights) <= shard_bytes
+    assert json.loads((folder / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    assert not [path for path in folder.parent.iterdir() if path != folder]
+
+
+def test_writing_over_something_is_refused(tiny, draw_params, tmp_path):
+    params = draw_params(tiny)
+    (tmp_path / "kept").touch()
+    with pytest.raises(InputError, match="new or empty"):
+        save_hf(tmp_path, params, tiny)
+    with pytest.raises(InputError, match="not those of a model"):
+        save_hf(tmp_path / "new", params, dataclasses.replace(tiny, hidden_size=36))
+    with pytest.raises(InputError, match="not those of a model"):
+        save_hf(tmp_path / "new", params, dataclasses.replace(tiny, attention_bias=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    save_hf(empty, params, tiny)
+    assert (empty / SINGLE).is_file()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import jax
+from rora_theory.errors import InputError
+from rora_theory.llama import LlamaConfig, init_params
+from rora_theory.llama.weights import save_hf
+config = LlamaConfig(256, 64, 128, 2, 2, 2, 32)
+params = init_params(jax.random.key(0), config)
+# The kernel ends every file at 100 kB, as a full disk would: writing further fails.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_hf(Path(sys.argv[1]), params, config)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    out = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    assert "model: not written" in out.stdout
+    assert out.stdout.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from rora_theory.llama.weights import load_hf, read_config
+import safetensors
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+jax.block_until_ready(jax.device_put(np.zeros(1000)))
+folder = Path(sys.argv[1])
+config = read_config(folder)
+before = peak()
+params = load_hf(folder, config, jnp.dtype(sys.argv[2]))
+size = sum(a.nbytes for a in jax.tree.leaves(params))
+print((peak() - before) / size, size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize(("dtype", "shards"), [("float32", 1), ("bfloat16", 2)])
+def test_loading_needs_less_than_twice_the_model(dtype, shards, write):
+    """Peak resident memory of a fresh process, above what it had before loading, over the size of the weights."""
+    config = LlamaConfig(8192, 512, 1536, 8, 8, 4, 64)  # 36 million weights, most of them in the layers
+    folder = write(config, shards, dtype=np.dtype(jnp.dtype(dtype)))
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(folder), dtype],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    ratio, size = (float(word) for word in out.stdout.split())
+    assert size > 5e7
+    assert 0.9 < ratio < 2, ratio
+
+
+def test_weights_go_where_the_shardings_say(write, tiny, draw_params):
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    expected = draw_params(tiny)
+    shardings = jax.tree.map(lambda a: split if a.ndim > 2 else place, expected)
+    params = load_hf(write(tiny), tiny, jnp.float32, shardings)
+    assert equal(params, expected)
+    assert params["layers"]["mlp.up_proj"]["weight"].sharding == split
+    assert params["norm"].sharding == place
