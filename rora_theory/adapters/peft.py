@@ -6,6 +6,7 @@ tensor: PEFT recomputes it from ``r``, ``lora_alpha``, ``use_rslora`` and the tw
 always written, ``use_rslora`` above all.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -53,8 +54,7 @@ def save_peft(folder: str | os.PathLike[str], adapter: LoraAdapter, *, base_mode
       base_model: name or path of the base model, for readers that look it up.
 
     Raises:
-      InputError: ``folder`` is a file.
-      OSError: it can't be written; no part of a file is left.
+      InputError: ``folder`` is a file or can't be written (a full disk); no part of a file is left.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -64,9 +64,9 @@ def save_peft(folder: str | os.PathLike[str], adapter: LoraAdapter, *, base_mode
         WEIGHTS: safetensors.numpy.save(_tensors(adapter), metadata={"format": "pt"}),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             with open(parts[name], "wb") as file:
                 file.write(content)
@@ -75,9 +75,12 @@ def save_peft(folder: str | os.PathLike[str], adapter: LoraAdapter, *, base_mode
         (folder / CONFIG).unlink(missing_ok=True)
         for name, part in parts.items():
             os.replace(part, folder / name)
+    except OSError as error:
+        raise InputError(f"{folder}: adapter not written: {error.strerror or error}") from error
     finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def load_peft(

@@ -1,8 +1,8 @@
 """PEFT's `adapter_config.json` as this package's configuration, and back."""
 
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,11 @@ def _names(value: Any) -> bool:
 
 
 def _rank(value: Any) -> bool:
-    return _is(int)(value) and value >= 1
+    return _is(int)(value) and 1 <= value < 2**31
 
 
 def _alpha(value: Any) -> bool:
-    return _is(int, float)(value) and math.isfinite(value) and value > 0
+    return _is(int, float)(value) and 0 < value <= sys.float_info.max
 
 
 def _rate(value: Any) -> bool:

@@ -25,8 +25,8 @@ def test_a_fresh_adapter_changes_nothing(dora, config, params, tokens, run) -> N
     adapter = init(jax.random.key(0), LoraConfig(**settings(use_dora=dora)), config, params)
     assert isinstance(adapter, Adapter)
     base, adapted = run(params, tokens), run(params, tokens, adapter)
-    # LoRA adds an exact zero; DoRA multiplies by |W|/|W|, one up to the rounding of two ways to sum the
-    squares.np.testing.assert_allclose(adapted, base, rtol=0, atol=1e-5 if dora else 0)
+    # LoRA adds an exact zero; DoRA multiplies by |W|/|W|, one up to the rounding of two sums of squares.
+    np.testing.assert_allclose(adapted, base, rtol=0, atol=1e-5 if dora else 0)
 
 
 @pytest.mark.parametrize("dora", [False, True])

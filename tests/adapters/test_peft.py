@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_older_adapter(config, params, folder, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="adapter not written: No space left"):
         save_peft(folder, init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -203,6 +203,8 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
     adapter = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params)
     with pytest.raises(InputError, match="here: is a file"):
         save_peft(tmp_path / "here", adapter)
+    with pytest.raises(InputError, match="inside: adapter not written: Not a directory"):
+        save_peft(tmp_path / "here" / "inside", adapter)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +224,9 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
         ({"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, "init_lora_weights is 'loftq'"),
         ({"r": 0}, "r is 0; accepted is an integer of 1 or more"),
         ({"r": "8"}, "r is '8'"),
+        ({"r": 10**400}, "r is 1000"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"r": 9}, r"rank is 9 at .*k_proj, whose weight is \[8, 16\]"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"lora_alpha": -1}, "lora_alpha is -1"),
