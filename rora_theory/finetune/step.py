@@ -88,6 +88,7 @@ def train_step(
     *,
     attention: str = "auto",
     logits_bytes: int = LOGITS_BYTES,
+    state_shardings: Any = None,
 ) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
     """The jitted function ``(state, base, batch) -> (state, metrics)``; it takes the old state's memory.
 
@@ -101,6 +102,8 @@ def train_step(
       steps: length of the learning-rate schedule.
       attention: implementation, see `rora_theory.llama.attention.choose_route`.
       logits_bytes: see `cross_entropy`.
+      state_shardings: where the new state lies, see `rora_theory.finetune.sharding`; None is where the old one does
+        on a single device.
     """
     transformation, rate = optimizer(config, steps), schedule(config, steps)
 
@@ -137,12 +140,16 @@ def train_step(
 
     def step(state: State, base: Params, batch: Batch) -> tuple[State, Metrics]:
         loss, grads, total = gradient(state, base, batch)
-        updates, moments = transformation.update(grads, state.optimizer, state.params)
-        metrics = Metrics(loss, optax.global_norm(grads), jnp.float32(rate(state.step)), total)
-        params = optax.apply_updates(state.params, updates)
+        # Optax leans on type promotion; this package's own code passes under the strict rules too.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = transformation.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            metrics = Metrics(loss, optax.tree.norm(grads), jnp.float32(rate(state.step)), total)
         return State(state.step + 1, params, moments, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if state_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def eval_step(

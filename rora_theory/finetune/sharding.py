@@ -1,0 +1,192 @@
+"""Many devices: one object says which logical axis of which array runs along which axis of the mesh.
+
+A mesh has two axes. Along ``"data"`` the base weights are whole on every device; along ``"fsdp"`` they are
+split, and the compiler gathers each layer's just before it is used (Rajbhandari et al. 2020, "ZeRO", stage 3).
+The batch is split along both. The adapter and its optimizer state, a hundredth of the base, are whole everywhere.
+Everything else is JAX's: arrays carry their `NamedSharding`, and one jitted step serves any mesh.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rora_theory.errors import InputError
+
+MESH_AXES = ("data", "fsdp")
+
+
+def mesh(data: int | None = None, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of ``data x fsdp`` devices.
+
+    Args:
+      data: copies of the base weights; None is as many as the devices allow.
+      fsdp: devices that share one copy.
+      devices: None is all devices of all processes.
+
+    Raises:
+      InputError: numbers that do not make up the devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if fsdp < 1 or len(devices) % fsdp:
+        raise InputError(f"fsdp is {fsdp}; accepted is a divisor of the {len(devices)} devices")
+    copies = len(devices) // fsdp
+    if data not in (None, copies):
+        raise InputError(f"data is {data} with fsdp {fsdp}; accepted is {copies}, to make up the {len(devices)} devices")
+    return jax.make_mesh((copies, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Mesh axes along which each logical axis is split; the empty tuple keeps it whole.
+
+    Attributes:
+      batch: rows of a batch.
+      layers: the stacked layers. Split, a layer is on one group of devices and is sent to the others whole.
+      outputs, inputs: the two axes of a module's weight, [out, in].
+      vocab, hidden: the two axes of the embedding and of the unembedding; ``hidden`` also that of norms.
+      rank: the low-rank axis of adapter tensors and of their optimizer state.
+
+    Raises:
+      InputError: a mesh axis that would split two axes of one array, or that does not exist.
+    """
+
+    batch: tuple[str, ...] = MESH_AXES
+    layers: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ("fsdp",)
+    inputs: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ("fsdp",)
+    hidden: tuple[str, ...] = ()
+    rank: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            unknown = [axis for axis in getattr(self, field.name) if axis not in MESH_AXES]
+            if unknown:
+                raise InputError(f"rules: {field.name} names mesh axis {unknown[0]!r}; accepted are {', '.join(MESH_AXES)}")
+        for names in _ARRAYS:
+            owner: dict[str, str] = {}
+            for name in names:
+                for axis in getattr(self, name):
+                    if axis in owner:
+                        raise InputError(
+                            f"rules: mesh axis {axis!r} splits both {owner[axis]} and {name} of one array; "
+                            "accepted is one of them"
+                        )
+                    owner[axis] = name
+
+
+_WEIGHT, _BIAS, _TABLE = ("layers", "outputs", "inputs"), ("layers", "outputs"), ("vocab", "hidden")
+_NORMS = ("layers", "hidden")
+_ARRAYS: tuple[tuple[str, ...], ...] = (("batch",), _WEIGHT, _TABLE, _NORMS, ("rank",))
+"""Logical axes that meet in one array."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and its rules: where every array of a run lies.
+
+    An axis whose length is not a multiple of its devices (a vocabulary of 32001 words on 8) is kept whole; a batch
+    is refused instead.
+    """
+
+    mesh: Mesh
+    rules: Rules = Rules()
+
+    @cached_property
+    def replicated(self) -> NamedSharding:
+        """Whole on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def parts(self) -> int:
+        """Number of parts a batch is split into."""
+        return self._devices(self.rules.batch)
+
+    def params_shardings(self, params: Any) -> Any:
+        """The tree of shardings of base weights (arrays or `jax.ShapeDtypeStruct`), for `llama.load` too."""
+        return self._tree(params)
+
+    def state_shardings(self, state: Any) -> Any:
+        """The tree of shardings of a training state: whole everywhere but for adapter tensors' ``rank``."""
+        return self._tree(state)
+
+    def params(self, params: Any) -> Any:
+        """Base weights, laid out."""
+        return place(params, self.params_shardings(params))
+
+    def state(self, state: Any) -> Any:
+        """A training state, laid out."""
+        return place(state, self.state_shardings(state))
+
+    def batch(self, batch: Any) -> Any:
+        """A batch of host arrays, laid out by rows. Every process has the whole batch and feeds its own part.
+
+        Raises:
+          InputError: rows that can't be dealt out evenly.
+        """
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        self.check_batch(rows)
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.rules.batch or None))
+        # With the global shape stated, each process takes what its devices hold out of the whole.
+        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a, a.shape), batch)
+
+    def check_batch(self, batch: int, accumulation: int = 1) -> None:
+        """Refuse a batch that the devices can't share evenly.
+
+        Raises:
+          InputError: rows, in each of ``accumulation`` parts, that are no multiple of `parts`.
+        """
+        if batch % (self.parts * accumulation):
+            times = "" if accumulation == 1 else f" times the {accumulation} parts of accumulation"
+            raise InputError(f"batch is {batch}; accepted is a multiple of the {self.parts} devices that share it{times}")
+
+    def _devices(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def _tree(self, tree: Any) -> Any:
+        def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            spec = []
+            for name, size in zip(_names(path, leaf.ndim), leaf.shape, strict=True):
+                axes = getattr(self.rules, name) if name else ()
+                spec.append(axes if axes and size % self._devices(axes) == 0 else None)
+            return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+        return jax.tree.map_with_path(one, tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays on their devices. With several processes, each holds the whole tree and places its own parts."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def one(leaf: Any, sharding: NamedSharding) -> Any:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raw = one(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
+            return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def _names(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of an array by where it stands in its tree; None for an axis that is never split."""
+    keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    names: tuple[str | None, ...] | None = {
+        "weight": _WEIGHT,
+        "bias": _BIAS,
+        "embed_tokens": _TABLE,
+        "lm_head": _TABLE,
+        "norm": ("hidden",),
+        "input_layernorm": _NORMS,
+        "post_attention_layernorm": _NORMS,
+        "lora_A": (None, "rank", None),
+        "lora_B": (None, None, "rank"),
+    }.get(keys[-1] if keys else "")
+    return (None,) * ndim if names is None or len(names) != ndim else names

@@ -1,0 +1,153 @@
+"""Eight devices take the steps that one takes, on base weights of which each holds an eighth."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from rora_theory import adapters
+from rora_theory.errors import InputError
+from rora_theory.finetune import FinetuneConfig, sharding
+from rora_theory.finetune import step as steps
+from rora_theory.finetune.data import Batch
+from rora_theory.finetune.sharding import Layout, Rules
+from rora_theory.llama import LlamaConfig, init_params
+from rora_theory.llama.model import abstract_params
+
+MODEL = LlamaConfig(128, 32, 48, 2, 8, 8, 4, attention_bias=True, max_position_embeddings=64)
+CONFIG = FinetuneConfig(rank=8, alpha=16, batch=8, warmup=0, learning_rate=1e-2, validation=0)
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(jax.random.key(0), MODEL)
+
+
+def batches(count=STEPS, rows=8, width=16):
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        tokens = random.integers(1, 128, (rows, width + 1)).astype(np.int32)
+        weights = (np.arange(width) < random.integers(5, width + 1, (rows, 1))).astype(np.float32)
+        yield Batch(tokens[:, :-1], tokens[:, 1:], weights, None)
+
+
+def train(params, config=CONFIG, layout=None):
+    """Losses and the last adapter of a few steps; with the function, its base weights and state."""
+    base = params if layout is None else layout.params(params)
+    adapter = adapters.init(jax.random.key(1), config.lora(), MODEL, base)
+    state = steps.init_state(adapter, steps.optimizer(config, STEPS), jax.random.key(2))
+    shardings = None
+    if layout is not None:
+        shardings = layout.state_shardings(state)
+        state = layout.state(state)
+    function = steps.train_step(adapter, MODEL, config, STEPS, state_shardings=shardings)
+    losses = []
+    for batch in batches():
+        before = state
+        state, metrics = function(state, base, batch if layout is None else layout.batch(batch))
+        assert all(a.is_deleted() for a in jax.tree.leaves(before.params)), "the old state's memory is taken"
+        losses.append(float(metrics.loss))
+    return losses, jax.tree.map(np.asarray, state.params), (function, base, state)
+
+
+@pytest.fixture(scope="module")
+def single(params):
+    return train(params)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "rules"),
+    [
+        (1, Rules()),
+        (8, Rules()),
+        (4, Rules(rank=("fsdp",), hidden=("data",))),
+        (2, Rules(batch=("data",), outputs=(), inputs=("fsdp",))),
+    ],
+    ids=["data parallel", "fully sharded", "both, and a sharded adapter", "weights split by their inputs"],
+)
+def test_the_steps_of_one_device(params, single, fsdp, rules):
+    layout = Layout(sharding.mesh(fsdp=fsdp), rules)
+    losses, weights, (function, base, state) = train(params, layout=layout)
+    # Sums over rows and over weight axes are taken in another order: a few float32 roundings, 1e-7 each, of losses
+    # near log 128. Dropout is on: its masks do not depend on the devices.
+    np.testing.assert_allclose(losses, single[0], rtol=2e-6)
+    assert losses[-1] < losses[0]
+    # Adam divides a gradient by its own size. Where one is near zero the rounding is all of it, and moves the weight
+    # by up to a whole step; elsewhere by 1e-4 of one. So nearly all weights agree far within a step, and no weight
+    # is further than the four steps can take it.
+    for ours, theirs in zip(jax.tree.leaves(weights), jax.tree.leaves(single[1]), strict=True):
+        difference = np.abs(ours - theirs)
+        assert np.mean(difference > 1e-5) < 0.01
+        assert np.max(difference) < 2 * STEPS * CONFIG.peak_learning_rate
+    assert function._cache_size() == 1, "the state comes back as it went in: one compilation"
+    for name, (p_out, p_in) in (("self_attn.q_proj", (32, 32)), ("mlp.down_proj", (32, 48))):
+        weight = base["layers"][name]["weight"]
+        over_out, over_in = (8 // (8 // fsdp) if axes else 1 for axes in (rules.outputs, rules.inputs))
+        assert weight.addressable_shards[0].data.shape == (2, p_out // over_out, p_in // over_in)
+    tables = base["embed_tokens"].addressable_shards[0].data.shape
+    assert tables == (128 // fsdp, 32 // (8 // fsdp if rules.hidden else 1))
+    a = state.params["self_attn.q_proj"]["lora_A"]
+    assert a.addressable_shards[0].data.shape == (2, 8 // (fsdp if rules.rank else 1), 32)
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == a.shape]
+    assert moments
+    assert all(leaf.sharding.is_equivalent_to(a.sharding, 3) for leaf in moments)
+
+
+def test_no_device_ever_holds_all_layers_of_a_weight(params):
+    """The gather is of one layer, inside the scan: whole, a stacked weight would appear as [2, 32, 48]."""
+    layout = Layout(sharding.mesh(fsdp=8))
+    _, _, (function, base, state) = train(params, layout=layout)
+    text = function.lower(state, base, layout.batch(next(batches()))).compile().as_text()
+    gathers = [line.split("=")[1].split("all-gather(")[0] for line in text.splitlines() if " all-gather(" in line]
+    assert any("32,48]" in shape for shape in gathers), "weights are gathered"
+    assert not any(shape.strip().startswith("f32[2,") and "48" in shape for shape in gathers), gathers
+
+
+def test_dora_in_parts_over_devices(params):
+    config = dataclasses.replace(CONFIG, method="dora", accumulation=2, dropout=0.0, remat=True)
+    layout = Layout(sharding.mesh(fsdp=2, devices=jax.devices()[:4]))
+    losses, _, _ = train(params, config, layout)
+    np.testing.assert_allclose(losses, train(params, config)[0], rtol=2e-6)
+
+
+def test_validation_loss_on_devices(params):
+    adapter = adapters.init(jax.random.key(1), CONFIG.lora(), MODEL, params)
+    layout = Layout(sharding.mesh(fsdp=8))
+    evaluate = steps.eval_step(adapter, MODEL)
+    batch = next(batches())
+    expected = evaluate(adapter.params, params, batch)
+    found = evaluate(layout.state(adapter.params), layout.params(params), layout.batch(batch))
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+def test_shardings_of_abstract_weights_follow_the_rules():
+    model = dataclasses.replace(MODEL, vocab_size=129, tie_word_embeddings=True)
+    found = Layout(sharding.mesh(fsdp=8)).params_shardings(abstract_params(model, jnp.bfloat16))
+    assert found["layers"]["mlp.up_proj"]["weight"].spec == P(None, ("fsdp",), None)
+    assert found["layers"]["self_attn.q_proj"]["bias"].spec == P(None, ("fsdp",))
+    assert found["layers"]["input_layernorm"].spec == P(None, None)
+    assert found["embed_tokens"].spec == P(None, None), "129 words do not split in 8: kept whole"
+    layers = Layout(sharding.mesh(fsdp=2), Rules(layers=("fsdp",), outputs=()))
+    assert layers.params_shardings(abstract_params(model))["norm"].spec == P(None)
+    assert layers.params_shardings(abstract_params(model))["layers"]["input_layernorm"].spec == P(("fsdp",), None)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Rules(inputs=("fsdp",)), "mesh axis 'fsdp' splits both outputs and inputs"),
+        (lambda: Rules(batch=("data", "data")), "splits both batch and batch"),
+        (lambda: Rules(vocab=("model",)), "vocab names mesh axis 'model'; accepted are data, fsdp"),
+        (lambda: sharding.mesh(fsdp=3), "fsdp is 3; accepted is a divisor of the 8 devices"),
+        (lambda: sharding.mesh(data=3, fsdp=4), "data is 3 with fsdp 4; accepted is 2"),
+        (lambda: Layout(sharding.mesh()).batch(next(batches(rows=12))), "batch is 12; .* multiple of the 8 devices"),
+        (lambda: Layout(sharding.mesh()).check_batch(24, 2), "batch is 24; .* times the 2 parts"),
+    ],
+)
+def test_refused_by_name(make, match):
+    with pytest.raises(InputError, match=match):
+        make()

@@ -1,0 +1,172 @@
+"""One step is AdamW on the adapter's exact gradient, whatever the padding, the parts or the shape."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rora_theory import adapters, llama
+from rora_theory.finetune import Batches, FinetuneConfig, choose_widths, tokenize
+from rora_theory.finetune import step as steps
+from rora_theory.finetune.data import Batch, sizes
+
+STEPS = 10
+TARGETS = ("q_proj", "down_proj")
+PLAIN = FinetuneConfig(rank=2, alpha=4, targets=TARGETS, batch=4, dropout=0.0, warmup=2, clip=0.05)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params()
+
+
+def adapter(params, config):
+    """A fresh adapter with a lora_B that is not zero, so that every gradient is something."""
+    fresh = adapters.init(jax.random.key(1), config.lora(), tiny.CONFIG, params)
+    noise = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(2), a.shape), fresh.params)
+    return adapters.replace(fresh, noise)
+
+
+def batch(rows=4, width=24, seed=0):
+    random = np.random.default_rng(seed)
+    tokens = random.integers(1, 128, (rows, width + 1)).astype(np.int32)
+    lengths = random.integers(5, width + 1, rows)
+    weights = (np.arange(width) < lengths[:, None]).astype(np.float32)
+    kept = weights.astype(np.int32)
+    return Batch(tokens[:, :-1] * kept, tokens[:, 1:] * kept, weights, None)
+
+
+@jax.jit
+def direct_loss(params, adapted, inputs, targets, weights):
+    """Mean cross-entropy by the model's own logits."""
+    log_probabilities = jax.nn.log_softmax(llama.forward(params, inputs, tiny.CONFIG, adapted), axis=-1)
+    picked = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(weights * picked) / jnp.sum(weights)
+
+
+def changed(**values):
+    return dataclasses.replace(PLAIN, **values)
+
+
+def run(params, config, batches, adapted=None):
+    """The states and metrics of steps on ``batches``."""
+    adapted = adapter(params, config) if adapted is None else adapted
+    function = steps.train_step(adapted, tiny.CONFIG, config, STEPS)
+    state = steps.init_state(adapted, steps.optimizer(config, STEPS), jax.random.key(3))
+    found = []
+    for item in batches:
+        state, metrics = function(state, params, item)
+        found.append((jax.tree.map(np.asarray, state.params), jax.tree.map(float, metrics)))
+    return found
+
+
+def test_schedule_is_the_published_one():
+    config = FinetuneConfig(warmup=3, learning_rate=0.5)
+    rate = steps.schedule(config, 10)
+    expected = [0.5 * min(t / 3, (10 - t) / 7) for t in range(10)]
+    np.testing.assert_allclose([float(rate(t)) for t in range(10)], expected, rtol=1e-6, atol=1e-8)
+    assert float(steps.schedule(FinetuneConfig(warmup=0, learning_rate=0.5), 10)(0)) == 0.5
+    assert float(steps.schedule(FinetuneConfig(method="dora"), 1000)(100)) == pytest.approx(2e-4)
+    assert float(steps.schedule(FinetuneConfig(), 1000)(100)) == pytest.approx(3e-4)
+
+
+def test_steps_are_adamw_on_the_clipped_gradient(params):
+    config = changed(learning_rate=0.01, weight_decay=0.1, betas=(0.8, 0.9))
+    start, data = adapter(params, config), [batch(seed=s) for s in range(4)]
+    found = run(params, config, data, start)
+    gradient = jax.jit(jax.value_and_grad(lambda p, b: direct_loss(params, adapters.replace(start, p), *b[:3])))
+    # AdamW as torch writes it, in float64 from the float32 gradients.
+    weights = jax.tree.map(lambda a: np.asarray(a, np.float64), start.params)
+    first = second = jax.tree.map(np.zeros_like, weights)
+    for t, (item, (after, metrics)) in enumerate(zip(data, found, strict=True)):
+        loss, g = gradient(jax.tree.map(jnp.float32, weights), item)
+        norm = np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in jax.tree.leaves(g)))
+        g = jax.tree.map(lambda a, norm=norm: np.asarray(a, np.float64) * min(1, 0.05 / norm), g)
+        first = jax.tree.map(lambda m, a: 0.8 * m + 0.2 * a, first, g)
+        second = jax.tree.map(lambda v, a: 0.9 * v + 0.1 * a**2, second, g)
+        rate = 0.01 * min(t / 2, (STEPS - t) / 8)
+
+        def update(w, m, v, rate=rate, t=t):
+            adam = (m / (1 - 0.8 ** (t + 1))) / (np.sqrt(v / (1 - 0.9 ** (t + 1))) + 1e-8)
+            return w - rate * (adam + 0.1 * w)
+
+        weights = jax.tree.map(update, weights, first, second)
+        assert metrics.loss == pytest.approx(float(loss), rel=1e-5)
+        assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
+        assert metrics.learning_rate == pytest.approx(rate, rel=1e-5)
+        assert metrics.targets == np.sum(item.weights)
+        # Adam divides by the gradient's own size: a relative error of 1e-4 in it moves a weight by 1e-4 rates.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, weights)
+    assert found[0][1].grad_norm > config.clip, "clipping is put to the test"
+
+
+def test_a_batch_worked_in_parts_gives_the_same_step(params):
+    data = [batch(seed=s) for s in range(3)]
+    whole = run(params, PLAIN, data)
+    parts = run(params, changed(accumulation=2), data)
+    for (weights, metrics), (other_weights, other) in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(other, metrics, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_weights, weights)
+
+
+def test_padding_and_empty_rows_change_nothing(params):
+    short = batch(rows=3)
+    padded = Batch(*(np.pad(a, ((0, 1), (0, 8))) for a in short[:3]), None)
+    adapted = adapter(params, PLAIN)
+    evaluate = steps.eval_step(adapted, tiny.CONFIG)
+    loss, count = evaluate(adapted.params, params, short)
+    other, other_count = evaluate(adapted.params, params, padded)
+    assert count == other_count == np.sum(short.weights)
+    assert float(loss / count) == pytest.approx(float(direct_loss(params, adapted, *short[:3])), rel=1e-5)
+    # The padding's own values are never seen by a target: what stands there is indifferent.
+    filled = padded._replace(inputs=np.where(padded.weights == 0, 9, padded.inputs))
+    assert float(evaluate(adapted.params, params, filled)[0]) == pytest.approx(float(other), rel=1e-6)
+    assert float(other) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
+    records = tiny.records(8)
+    few = tokenize(records, tiny.ByteEncoder(), template="clean", answer_only=True)
+    widths = choose_widths(sizes(few), 1)
+    item = Batches(few, widths, batch=8, answer_only=True)[0]
+    whole = Batches(few, widths, batch=8)[0]
+    adapted = adapter(params, PLAIN)
+    loss, count = steps.eval_step(adapted, tiny.CONFIG)(adapted.params, params, item)
+    assert item.targets.shape[1] < whole.targets.shape[1]
+    assert count == 8 * len("answer0\0")
+    assert np.sum(whole.weights) == count, "the examples say where their answers begin"
+    assert float(loss / count) == pytest.approx(float(direct_loss(params, adapted, *whole[:3])), rel=1e-5)
+
+
+def test_dropout_follows_the_key_and_the_step(params):
+    config = changed(dropout=0.3, warmup=0, learning_rate=1e-30)
+    data = [batch()] * 2
+    losses = [metrics.loss for _, metrics in run(params, config, data)]
+    assert losses[0] != losses[1], "another mask at each step"
+    still = float(direct_loss(params, adapter(params, config), *data[0][:3]))
+    assert min(abs(loss - still) for loss in losses) > 1e-4 * still, "a mask at every step"
+
+
+def test_each_shape_is_compiled_once_and_the_state_is_donated(params):
+    adapted = adapter(params, PLAIN)
+    function = steps.train_step(adapted, tiny.CONFIG, PLAIN, STEPS)
+    state = steps.init_state(adapted, steps.optimizer(PLAIN, STEPS), jax.random.key(3))
+    for item in (batch(width=16), batch(width=24), batch(width=16, seed=1), batch(width=24, seed=2)):
+        before = state
+        state, _ = function(state, params, item)
+        assert all(a.is_deleted() for a in jax.tree.leaves((before.params, before.optimizer)))
+    assert function._cache_size() == 2
+    assert not any(a.is_deleted() for a in jax.tree.leaves((adapted.params, params)))
+
+
+def test_bfloat16_base_trains_a_float32_adapter(params):
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    config = changed(dtype="bfloat16", method="dora")
+    (weights, metrics), *_ = run(half, config, [batch()])
+    assert {a.dtype for a in jax.tree.leaves(weights)} == {np.dtype(np.float32)}
+    expected = float(direct_loss(params, adapter(params, config), *batch()[:3]))
+    # Weights and activations of 8 bits, two layers: the loss, near log 128, moves in the third place.
+    assert metrics.loss == pytest.approx(expected, rel=5e-3)
