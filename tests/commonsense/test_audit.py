@@ -109,9 +109,7 @@ def test_accuracies_that_no_count_of_items_gives() -> None:
     assert all(f.text.startswith("OBQA") for f in found)
 
 
-@pytest.mark.parametrize(
-    ("percent", "size", "fits"), [(44.8, 500, True), (44.9, 500, False), (33.3, 3, True)]
-)
+@pytest.mark.parametrize(("percent", "size", "fits"), [(44.8, 500, True), (44.9, 500, False), (33.3, 3, True)])
 def test_possible(percent: float, size: int, fits: bool) -> None:
     assert audit.possible(percent, size) is fits
 

@@ -45,6 +45,8 @@ def test_labels_follow_the_choices_whatever_their_order() -> None:
 def test_lengths_are_characters_of_the_choice_without_the_space_before() -> None:
     assert [c.length for c in harness_choices(_record("piqa"))] == [25, 16]
     assert [c.length for c in harness_choices(_record("ARC-Challenge"))] == [3, 3, 4]
+    # Winogrande's choice is the context.
+    assert [c.length for c in harness_choices(_record("winogrande", 1))] == [3, 3]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

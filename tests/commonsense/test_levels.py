@@ -30,6 +30,7 @@ def _sample(record: Record, prediction: str | None, norm: str | None = None) -> 
 RECORDS = [_record("boolq", n, gold) for n, gold in enumerate((0, 0, 0, 1))] + [
     _record("piqa", 0, 0),
     _record("piqa", 1, 1),
+    _record("piqa", 2, 0),
 ]
 SAMPLES = [
     _sample(RECORDS[0], "true"),
@@ -38,28 +39,29 @@ SAMPLES = [
     _sample(RECORDS[3], "false"),
     _sample(RECORDS[4], "solution1", "solution2"),
     _sample(RECORDS[5], "solution2", "solution2"),
+    _sample(RECORDS[6], "solution2", "solution2"),
 ]
 
 
 def test_levels() -> None:
     boolq, piqa, average = levels(SAMPLES, RECORDS)
     assert (boolq.task, piqa.task, average.task) == ("boolq", "piqa", "average")
-    assert (boolq.n, piqa.n, average.n) == (4, 2, 6)
+    assert (boolq.n, piqa.n, average.n) == (4, 3, 7)
     assert boolq.accuracy == 0.5
     # lm-evaluation-harness's error: sample standard deviation over the root of n.
     assert boolq.error == pytest.approx(statistics.stdev([1, 0, 0, 1]) / math.sqrt(4))
     assert (boolq.unparsed, piqa.unparsed) == (0.25, 0.0)
     assert (boolq.majority, boolq.chance) == (0.75, 0.5)
-    assert (piqa.accuracy, piqa.error) == (1.0, 0.0)
-    assert (boolq.accuracy_norm, piqa.accuracy_norm) == (None, 0.5)
+    assert piqa.accuracy == 2 / 3
+    assert (boolq.accuracy_norm, piqa.accuracy_norm) == (None, 1 / 3)
 
 
 def test_average_is_unweighted() -> None:
     boolq, piqa, average = levels(SAMPLES, RECORDS)
-    assert average.accuracy == (0.5 + 1.0) / 2  # not 4/6
+    assert average.accuracy == pytest.approx((1 / 2 + 2 / 3) / 2)  # not 4/7
     assert average.error == pytest.approx(math.hypot(boolq.error, piqa.error) / 2)
-    assert average.accuracy_norm == (0.5 + 0.5) / 2  # boolq enters with its accuracy
-    assert average.majority == (0.75 + 0.5) / 2
+    assert average.accuracy_norm == pytest.approx((1 / 2 + 1 / 3) / 2)  # boolq enters with its accuracy
+    assert average.majority == pytest.approx((3 / 4 + 2 / 3) / 2)
 
 
 def test_one_task_has_no_average_and_one_item_no_error() -> None:
@@ -69,7 +71,7 @@ def test_one_task_has_no_average_and_one_item_no_error() -> None:
 
 
 def test_no_norm_anywhere_is_none() -> None:
-    found = levels([*SAMPLES[:4], _sample(RECORDS[4], None), _sample(RECORDS[5], None)], RECORDS)
+    found = levels([*SAMPLES[:4], *(_sample(record, None) for record in RECORDS[4:])], RECORDS)
     assert [level.accuracy_norm for level in found] == [None, None, None]
 
 

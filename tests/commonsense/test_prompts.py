@@ -8,10 +8,7 @@ from rora_theory.errors import InputError
 SPACES = " " * 16
 REQUEST = "Write a response that appropriately completes the request."
 ALONE = "Below is an instruction that describes a task. " + REQUEST
-PAIRED = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    + REQUEST
-)
+PAIRED = "Below is an instruction that describes a task, paired with an input that provides further context. " + REQUEST
 ASK, INPUT, ANSWER = "### Instruction:", "### Input:", "### Response:"
 
 # Written out line by line, as `cat -A` shows the published code's f-strings.

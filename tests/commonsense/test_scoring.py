@@ -21,14 +21,13 @@ from rora_theory.llama.model import forward, init_params
 from rora_theory.llama.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "harness.json").read_text())
-TOKENIZER = Tokenizer(
-    tokenizers.Tokenizer.from_str(json.dumps(GOLDEN["tokenizer"])), bos_id=0, eos_id=1, eos_ids=(1,)
-)
+TOKENIZER = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(GOLDEN["tokenizer"])), bos_id=0, eos_id=1, eos_ids=(1,))
 CONFIG = LlamaConfig(340, 16, 24, 2, 4, 2, 4, max_position_embeddings=1024, tie_word_embeddings=True)
 # Ten times the usual spread: answers then differ by much more than rounding.
-PARAMS = jax.tree.map(
-    lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_params(jax.random.key(1), CONFIG)
-)
+PARAMS = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_params(jax.random.key(1), CONFIG))
+
+
+FORWARD = jax.jit(forward, static_argnums=2)
 
 
 def _records(key: str) -> list[Record]:
@@ -53,12 +52,10 @@ def _plain(rows: list[Scored]) -> list[float]:
     tokens = np.zeros((len(rows), length), np.int32)
     for row, scored in zip(tokens, rows, strict=True):
         row[: len(scored.tokens)] = scored.tokens
-    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, CONFIG))(tokens)
+    logits = FORWARD(PARAMS, tokens, CONFIG)
     logp = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
     return [
-        sum(
-            logp[row, place - 1, scored.tokens[place]] for place in range(len(scored.tokens))[-scored.count :]
-        )
+        sum(logp[row, place - 1, scored.tokens[place]] for place in range(len(scored.tokens))[-scored.count :])
         for row, scored in enumerate(rows)
     ]
 
@@ -110,18 +107,20 @@ def test_no_bit_depends_on_batch_size_or_interruption(protocol: str) -> None:
 
 
 def test_generate_is_beam_search_after_the_prompt() -> None:
-    protocol = Scoring("generate", max_new_tokens=5)
-    records = [_records(key)[0] for key in ("boolq", "openbookqa", "ARC-Easy")]
-    whole = _score(records, protocol, batch_size=3)
-    for record in records:
-        tokens = TOKENIZER.encode(prompt(record.instruction, "eval"))
-        (answer,) = beam(PARAMS, CONFIG, [tokens], max_new_tokens=5, eos_ids=(1,), num_beams=4)
-        assert whole[record.task, record.index].text == TOKENIZER.decode(answer).strip()
+    task, protocol = TASKS["boolq"], Scoring("generate", max_new_tokens=5)
+    questions = [f"is the sky {'very ' * number}blue?" for number in range(4)]
+    records = [
+        Record("boolq", n, render(task, question, task.labels), question, task.labels, task.labels, 0)
+        for n, question in enumerate(questions)
+    ]
+    whole = _score(records, protocol, batch_size=4)
+    prompts = TOKENIZER.encode_batch([prompt(record.instruction, "eval") for record in records])
+    answers = beam(PARAMS, CONFIG, prompts, max_new_tokens=5, eos_ids=(1,), num_beams=4)
+    assert [whole["boolq", n].text for n in range(4)] == [TOKENIZER.decode(answer).strip() for answer in answers]
     # Scores of these beams differ by far more than rounding, so the texts cannot depend on the batch.
     assert _score(records, protocol, batch_size=2) == whole
-    assert _score(records, protocol, batch_size=2, done=[("boolq", 0)]) == {
-        key: sample for key, sample in whole.items() if key != ("boolq", 0)
-    }
+    rest = _score(records, protocol, batch_size=2, done=[("boolq", 3)])  # shares its group with one that is not
+    assert rest == {key: sample for key, sample in whole.items() if key != ("boolq", 3)}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ SIZES = [3270, 1838, 1954, 10042, 1267, 2376, 1172, 500]
 
 # One instruction of each shape, written out.
 INSTRUCTIONS = {
-    "boolq": "Please answer the following question with true or false, question: is it?"
-    "\n\nAnswer format: true/false",
+    "boolq": "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false",
     "piqa": "Please choose the correct solution to the question: dresser"
     "\n\nSolution1: pin \n\nSolution2: wood\n\nAnswer format: solution1/solution2",
     "social_i_qa": "Please choose the correct answer to the question: A. How?"
@@ -114,9 +113,7 @@ def test_a_good_record_reads(tmp_path: Path) -> None:
         ({"instruction": INSTRUCTIONS["piqa"] + "/solution3"}, "does not follow the template of piqa"),
     ],
 )
-def test_bad_records_are_named_by_file_and_index(
-    changes: dict[str, object], message: str, tmp_path: Path
-) -> None:
+def test_bad_records_are_named_by_file_and_index(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     path = _write(tmp_path, [_row(), _row(**changes)])
     with pytest.raises(InputError) as caught:
         tasks.read(tmp_path / "piqa" / "test.json", TASKS["piqa"])

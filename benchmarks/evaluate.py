@@ -1,0 +1,175 @@
+"""Items per second of evaluation beside the usual tools: same CPU, weights, tokenizer, float32 and items, one
+run.
+
+    python benchmarks/evaluate.py --data-dir DATA --out evaluate.json
+
+`harness` against lm-evaluation-harness's own model class (the fastest of several batch sizes), `generate`
+against transformers' `generate` at 4 beams (batch size 1, as published, and the fastest of several). Every
+side tokenizes in its own time and is warmed up on the same items before it is timed, so that compilation is
+not counted.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval_peer
+import torch
+
+from rora_theory.commonsense import prompts, sources, tasks
+from rora_theory.commonsense.scoring import Scoring, score
+from rora_theory.llama import Model, load
+from sims.common import cli
+from sims.common.run_folder import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "smollm2-135m"
+    """model of all sides"""
+    data_dir: Path = Path("commonsense")
+    """folder in the LLM-Adapters schema"""
+    tasks: tuple[str, ...] = tuple(tasks.TASKS)
+    """tasks of the harness part"""
+    items: int = 40
+    """items a task in the harness part"""
+    generated: int = 24
+    """items in the generate part, from BoolQ and OBQA in turn"""
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    """peer's batch sizes that are tried; the fastest counts"""
+    out: Path | None = None
+    """JSON file for the figures"""
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def harness(config: Config, model: Model) -> list[dict[str, Any]]:
+    """Rows of the harness part: a task each, and their sum."""
+    rows = []
+    peers = {size: lm_eval_peer.harness_model(model, size) for size in config.batch_sizes}
+    for key in config.tasks:
+        task = tasks.task_named(key)
+        records = tasks.read(sources.locate(config.data_dir, task), task)[: config.items]
+
+        def ours(records: list[tasks.Record] = records) -> int:
+            return sum(
+                1 for _ in score(model.params, model.config, model.tokenizer, records, Scoring("harness"))
+            )
+
+        cold, _ = timed(ours)
+        warm = min(timed(ours)[0] for _ in range(2))
+        requests = lm_eval_peer.task(key, records).instances
+        # Its speed settles within a few batches; compiling nothing, it needs no full warm-up.
+        theirs = {
+            size: timed(functools.partial(peer.loglikelihood, requests, disable_tqdm=True))[0]
+            for size, peer in peers.items()
+        }
+        best = min(theirs, key=theirs.__getitem__)
+        rows.append(
+            {
+                "task": key,
+                "items": len(records),
+                "ours_s": warm,
+                "ours_cold_s": cold,
+                "lm_eval_s": theirs[best],
+            }
+        )
+        rows[-1] |= {"lm_eval_batch_size": best, "ratio": theirs[best] / warm}
+        print(json.dumps(rows[-1]), flush=True)
+    total = {name: sum(row[name] for row in rows) for name in ("items", "ours_s", "ours_cold_s", "lm_eval_s")}
+    rows.append({"task": "all", **total, "ratio": total["lm_eval_s"] / total["ours_s"]})
+    print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def generate(config: Config, model: Model) -> list[dict[str, Any]]:
+    """Rows of the generate part: our batch sizes, then transformers'."""
+    both = [
+        tasks.read(sources.locate(config.data_dir, tasks.TASKS[key]), tasks.TASKS[key])
+        for key in ("boolq", "openbookqa")
+    ]
+    records = [record for pair in zip(*both, strict=False) for record in pair][: config.generated]
+    rows, texts = [], {}
+    for size in (8, config.generated):
+
+        def ours(size: int = size) -> dict[tuple[str, int], str | None]:
+            found = score(
+                model.params, model.config, model.tokenizer, records, Scoring("generate"), batch_size=size
+            )
+            return {(sample.task, sample.index): sample.text for sample in found}
+
+        cold, _ = timed(ours)
+        warm, texts = timed(ours)
+        rows.append({"side": "ours", "batch_size": size, "seconds": warm, "cold_s": cold})
+        print(json.dumps(rows[-1]), flush=True)
+
+    peer, tokenizer = lm_eval_peer.torch_model(model), lm_eval_peer.torch_tokenizer(model)
+    tokenizer.padding_side = "left"
+    for size in config.batch_sizes:
+        seconds, answers = timed(lambda size=size: transformers_texts(peer, tokenizer, records, size))
+        same = sum(
+            texts[record.task, record.index] == text for record, text in zip(records, answers, strict=True)
+        )
+        rows.append({"side": "transformers", "batch_size": size, "seconds": seconds, "texts_equal": same})
+        print(json.dumps(rows[-1]), flush=True)
+    ours_s = min(row["seconds"] for row in rows if row["side"] == "ours")
+    for row in rows:
+        row |= {"items": len(records), "items_per_s": len(records) / row["seconds"]}
+        if row["side"] == "transformers":
+            row["ratio"] = row["seconds"] / ours_s
+    return rows
+
+
+def transformers_texts(peer: Any, tokenizer: Any, records: list[tasks.Record], size: int) -> list[str]:
+    """The published protocol by transformers: 4 beams, 32 new tokens; prompts of like length together."""
+    texts = [prompts.prompt(record.instruction, "eval") for record in records]
+    order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+    found = [""] * len(texts)
+    for start in range(0, len(order), size):
+        group = order[start : start + size]
+        inputs = tokenizer([texts[number] for number in group], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            out = peer.generate(
+                **inputs, num_beams=4, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+        new = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for number, text in zip(group, new, strict=True):
+            found[number] = text.split(prompts.RESPONSE)[-1].strip()
+    return found
+
+
+def main(config: Config) -> None:
+    model = load(config.model)
+    figures = {"config": dataclasses.asdict(config), "machine": machine()}
+    figures["harness"] = harness(config, model)
+    figures["generate"] = generate(config, model)
+    for row in figures["generate"]:
+        print(json.dumps(row))
+    if config.out is not None:
+        write_whole(config.out, json.dumps(figures, indent=2, default=str) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    names = ("jax", "torch", "transformers", "lm-eval", "tokenizers")
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Config, description=__doc__)
+    cli.run(lambda: main(settings))
