@@ -87,7 +87,7 @@ def run(config: "Config", rules: dict[str, Rule]) -> None:
             )
         },
     }
-    extra = {"units": UNITS, "device": describe(places), "layer_data": str(config.layer_data)}
+    extra = {"units": UNITS, "device": describe(places), "layer_data": config.layer_data.name}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
     cells = [Cell(layer, init, rank) for layer in layers for init in inits for rank in config.ranks]
     rows = _resume(folder, config, rules, cells)

@@ -1,4 +1,4 @@
-"""Tables on standard output: drawn to the terminal's width, and to 150 columns where there is none."""
+"""Tables on standard output."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,9 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 
-def console() -> Console:
-    """The console of standard output."""
+def console(*, wrap: bool = False) -> Console:
+    """The console of standard output; lines of figures are never cut, words fold at 150 columns off a terminal."""
     plain = Console()
+    if not wrap:
+        return Console(width=max(plain.width, 240))
     return plain if plain.is_terminal else Console(width=150)
 
 
@@ -23,4 +25,4 @@ def print_table(
         table.add_column(column, justify="left" if index < left else "right", no_wrap=not wrap, overflow="fold")
     for row in rows:
         table.add_row(*[Text(str(cell)) for cell in row])  # Text: brackets are no markup
-    console().print(table)
+    console(wrap=wrap).print(table)
