@@ -78,5 +78,7 @@ def _join(address: str | None, count: int | None, number: int | None, timeout: i
         jax.distributed.initialize(address, count, number, initialization_timeout=timeout)
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"several processes: not joined ({reason}); accepted is one command a process, all started")
+        raise InputError(
+            f"several processes: not joined ({reason}); accepted is one command a process, all started"
+        ) from error
     return jax.process_count() > 1

@@ -9,13 +9,15 @@ Everything else is JAX's: arrays carry their `NamedSharding`, and one jitted ste
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
+from rora_theory.adapters.base import TrainableAdapter
 from rora_theory.errors import InputError
 
 MESH_AXES = ("data", "fsdp")
@@ -37,7 +39,9 @@ def mesh(data: int | None = None, fsdp: int = 1, *, devices: Sequence[jax.Device
         raise InputError(f"fsdp is {fsdp}; accepted is a divisor of the {len(devices)} devices")
     copies = len(devices) // fsdp
     if data not in (None, copies):
-        raise InputError(f"data is {data} with fsdp {fsdp}; accepted is {copies}, to make up the {len(devices)} devices")
+        raise InputError(
+            f"data is {data} with fsdp {fsdp}; accepted is {copies}, to make up the {len(devices)} devices"
+        )
     return jax.make_mesh((copies, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
@@ -68,7 +72,9 @@ class Rules:
         for field in fields(self):
             unknown = [axis for axis in getattr(self, field.name) if axis not in MESH_AXES]
             if unknown:
-                raise InputError(f"rules: {field.name} names mesh axis {unknown[0]!r}; accepted are {', '.join(MESH_AXES)}")
+                raise InputError(
+                    f"rules: {field.name} names mesh axis {unknown[0]!r}; accepted are {', '.join(MESH_AXES)}"
+                )
         for names in _ARRAYS:
             owner: dict[str, str] = {}
             for name in names:
@@ -132,7 +138,7 @@ class Layout:
         """
         rows = jax.tree.leaves(batch)[0].shape[0]
         self.check_batch(rows)
-        sharding = NamedSharding(self.mesh, PartitionSpec(self.rules.batch or None))
+        sharding = NamedSharding(self.mesh, PartitionSpec(_spec(self.rules.batch)))
         # With the global shape stated, each process takes what its devices hold out of the whole.
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a, a.shape), batch)
 
@@ -144,20 +150,78 @@ class Layout:
         """
         if batch % (self.parts * accumulation):
             times = "" if accumulation == 1 else f" times the {accumulation} parts of accumulation"
-            raise InputError(f"batch is {batch}; accepted is a multiple of the {self.parts} devices that share it{times}")
+            raise InputError(
+                f"batch is {batch}; accepted is a multiple of the {self.parts} devices that share it{times}"
+            )
 
     def _devices(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def _tree(self, tree: Any) -> Any:
         def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            spec = []
+            spec: list[Any] = []
             for name, size in zip(_names(path, leaf.ndim), leaf.shape, strict=True):
                 axes = getattr(self.rules, name) if name else ()
-                spec.append(axes if axes and size % self._devices(axes) == 0 else None)
+                spec.append(_spec(axes) if size % self._devices(axes) == 0 else None)
+            # As JAX writes the shardings of results, so that a state that comes back is a state that was compiled for.
+            while spec and spec[-1] is None:
+                spec.pop()
             return NamedSharding(self.mesh, PartitionSpec(*spec))
 
         return jax.tree.map_with_path(one, tree)
+
+
+class Gathered:
+    """An adapter whose modules see activations split by rows, and one whole weight at a time.
+
+    Left to itself the compiler finds it cheaper, for a short batch, to send the activations round and to leave the
+    weights where they are. A module's weight is gathered for its product and dropped, and gathered again in the
+    backward pass: kept, the gathered weights of all layers would be the whole model on every device.
+
+    Args:
+      adapter: any trainable adapter; this one is used in its place in a step.
+      layout: where the arrays lie.
+    """
+
+    def __init__(self, adapter: TrainableAdapter, layout: Layout) -> None:
+        self._adapter, self._layout = adapter, layout
+
+    @property
+    def params(self) -> Any:
+        return self._adapter.params
+
+    def replace(self, params: Any) -> "Gathered":
+        return Gathered(self._adapter.replace(params), self._layout)
+
+    def layers(self) -> Any:
+        return self._adapter.layers()
+
+    def linear(self, name: str, x: Array, weight: Array, bias: Array | None, layer: Any, *, key: Array | None) -> Array:
+        rows = NamedSharding(self._layout.mesh, PartitionSpec(_spec(self._layout.rules.batch)))
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def module(x: Array, weight: Array, bias: Array | None, layer: Any, key: Array | None) -> Array:
+            x = jax.lax.with_sharding_constraint(x, rows)
+            weight = jax.lax.with_sharding_constraint(weight, self._layout.replicated)
+            y = self._adapter.linear(name, x, weight, bias, layer, key=key)
+            return jax.lax.with_sharding_constraint(y, rows)
+
+        return module(x, weight, bias, layer, key)
+
+    def prefix(self, layer: Any) -> Any:
+        return self._adapter.prefix(layer)
+
+    def merge(self, params: Any) -> Any:
+        return self._adapter.merge(params)
+
+    def unmerge(self, params: Any, norms: Any = None) -> Any:
+        return self._adapter.unmerge(params, norms)
+
+    def count(self) -> int:
+        return self._adapter.count()
+
+    def table(self) -> Any:
+        return self._adapter.table()
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -173,6 +237,10 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(one, tree, shardings)
+
+
+def _spec(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return axes if len(axes) > 1 else (axes[0] if axes else None)
 
 
 def _names(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
