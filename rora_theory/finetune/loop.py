@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from rora_theory.errors import InputError
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.checkpoints import Checkpoints, Progress
 from rora_theory.finetune.config import FinetuneConfig
-from rora_theory.finetune.data import Batches, iterate
+from rora_theory.finetune.data import Batch, Batches, iterate
+from rora_theory.finetune.sharding import Gathered, Layout
 from rora_theory.llama import LlamaConfig
 
 
@@ -82,6 +83,7 @@ class Trainer:
       validation: batches of one pass, or None.
       checkpoints: folder of the checkpoints; a run goes on from the latest in it.
       attention: see `rora_theory.llama.attention.choose_route`.
+      layout: of a run on many devices, on which ``params`` lie already; None is one device.
 
     Attributes:
       steps: number of steps of the whole run.
@@ -89,7 +91,7 @@ class Trainer:
       best_step, best_loss: the lowest validation loss so far; None before the first.
 
     Raises:
-      InputError: a checkpoint that can't be restored.
+      InputError: a checkpoint that can't be restored, or a batch that the devices can't share evenly.
     """
 
     def __init__(
@@ -103,23 +105,30 @@ class Trainer:
         checkpoints: Path,
         *,
         attention: str = "auto",
+        layout: Layout | None = None,
     ) -> None:
         self.steps = min(len(train), config.max_steps or len(train))
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation
-        self._step = steps.train_step(adapter, llama_config, config, self.steps, attention=attention)
-        self._evaluate = steps.eval_step(adapter, llama_config, attention=attention)
         key = jax.random.key(config.seed)
         self._state = steps.init_state(adapter, steps.optimizer(config, self.steps), key)
+        self._place: Callable[[Batch], Batch] = lambda batch: batch
+        shardings = None
+        if layout is not None:
+            layout.check_batch(config.batch, config.accumulation)
+            shardings, self._place = layout.state_shardings(self._state), layout.batch
+            self._state, adapter = layout.state(self._state), Gathered(adapter, layout)
+        self._step = steps.train_step(
+            adapter, llama_config, config, self.steps, attention=attention, state_shardings=shardings
+        )
+        self._evaluate = steps.eval_step(adapter, llama_config, attention=attention)
         self._progress = Progress(0)
         self._checkpoints = Checkpoints(checkpoints)
         if (latest := self._checkpoints.latest) is not None:
             self._state, self._progress = self._checkpoints.restore(latest, self._state)
             if self._progress.step > self.steps:
                 path = self._checkpoints.path(latest)
-                raise InputError(
-                    f"{path}: is beyond the run's {self.steps} steps; accepted is one of this run"
-                )
+                raise InputError(f"{path}: is beyond the run's {self.steps} steps; accepted is one of this run")
 
     @property
     def step(self) -> int:
@@ -160,7 +169,7 @@ class Trainer:
 
         for number in range(start + 1, self.steps + 1):
             batch = next(batches)
-            self._state, metrics = self._step(self._state, self._params, batch)
+            self._state, metrics = self._step(self._state, self._params, self._place(batch))
             yield from settle()
             pending = (number, metrics, batch.inputs.size)
             last = number == self.steps
@@ -195,7 +204,7 @@ class Trainer:
     def _validated(self, number: int) -> Validated:
         assert self._validation is not None
         sums = [
-            self._evaluate(self._state.params, self._params, batch) for batch in iterate(self._validation)
+            self._evaluate(self._state.params, self._params, self._place(batch)) for batch in iterate(self._validation)
         ]
         total, count = (math.fsum(map(float, values)) for values in zip(*jax.device_get(sums), strict=True))
         loss = total / count
@@ -208,6 +217,4 @@ class Trainer:
     def _check_finite(self, what: str, value: float, number: int) -> None:
         if not math.isfinite(value):
             latest = self._checkpoints.latest
-            raise NonFiniteLossError(
-                what, value, number, None if latest is None else self._checkpoints.path(latest)
-            )
+            raise NonFiniteLossError(what, value, number, None if latest is None else self._checkpoints.path(latest))
