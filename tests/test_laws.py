@@ -229,6 +229,19 @@ def test_local_exponent_is_the_derivative(rank: int, overlap: float, optimizer: 
     assert float(laws.local_exponent(rank, star)) == pytest.approx(slope, abs=1e-6)
 
 
+def test_inits_are_those_of_their_names() -> None:
+    """The paper's N(0, 1); PEFT's kaiming_uniform_(a=sqrt 5), U(-b, b) with b = 1/sqrt(p_in); PEFT's gaussian, std 1/r."""
+    told = {init: (entries(init, rank=4, p_in=25).variance, entries(init, rank=4, p_in=25).kurtosis) for init in INITS}
+    assert told == {
+        "normal": (1.0, 3.0),
+        "kaiming_uniform": (pytest.approx(0.2**2 / 3), 1.8),
+        "rademacher": (1.0, 1.0),
+        "gaussian": (pytest.approx(1 / 16), 3.0),
+    }
+    largest = float(np.max(np.abs(np.asarray(draw(jax.random.key(0), "kaiming_uniform", rank=4000, p_in=25)))))
+    assert 0.2 * (1 - 1e-3) < largest <= 0.2  # the largest of 10^5: below by 1e-3 with probability e^-100
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_entries_are_drawn_as_told(init: str) -> None:
     """Variance and kurtosis of drawn entries; chi-square bounds of false alarm 1e-6 over both."""

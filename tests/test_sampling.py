@@ -24,9 +24,9 @@ def take(setting: Setting, sampler: sampling.Sampler, count: int, seed: int = 0,
 
 CASES = [
     (Setting(rank=3, p_in=5, overlap=0.4, p_out=4), "chi_square"),
-    (Setting(rank=3, p_in=5, overlap=0.4, p_out=4), "pairs"),
+    (Setting(rank=3, p_in=5, overlap=0.4, scaling=0.6, learning_rate=0.5), "pairs"),
     (Setting(rank=33, p_in=3, overlap=-0.7), "pairs"),
-    (Setting(rank=1, p_in=2, overlap=0.0), "chi_square"),
+    (Setting(rank=1, p_in=2, overlap=0.0, scaling=0.6, learning_rate=0.5), "chi_square"),
     (Setting(rank=2, p_in=1, overlap=1.0), "chi_square"),
     (Setting(rank=5, p_in=6, overlap=0.3, optimizer="adam", init="gaussian", scaling=0.5), "pairs"),
 ]
