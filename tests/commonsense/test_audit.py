@@ -137,7 +137,7 @@ def test_gaps_within_sampling_error() -> None:
 def test_a_gap_of_two_standard_errors_is_the_border() -> None:
     row, other = _row("LLaMA-7B", "RoRA"), _row("LLaMA-7B", "DoRA")
     spread = math.hypot(audit.score_error(80.0, 3270), audit.score_error(79.0, 3270))
-    for z, flagged in ((1.9, True), (2.1, False)):
+    for z, flagged in ((1.9, True), (2.1, False), (-1.9, True), (-2.1, False)):
         near = dataclasses.replace(row, scores=(79.0 + z * spread, *row.scores[1:]))
         base = dataclasses.replace(other, scores=(79.0, *other.scores[1:]))
         names = {f.text.split(":")[0] for f in audit.within_noise([near, base])}

@@ -30,9 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(GOLDEN["tokenizer"]))
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(special))
-    params = jax.tree.map(
-        lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_params(jax.random.key(0), CONFIG)
-    )
+    params = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_params(jax.random.key(0), CONFIG))
     save_hf(folder / "hf", params, CONFIG, tokenizer_from=folder / "tokenizer")
     return folder / "hf"
 
@@ -82,9 +80,7 @@ def test_a_run_writes_samples_and_results(
     assert (manifest["status"], manifest["protocol"]) == ("complete", protocol)
     shown = capsys.readouterr().out
     assert f"{protocol}" in shown
-    assert all(
-        word in shown for word in ("BoolQ", "PIQA", "ARC-e", "average", "chance", "majority", "unparsed")
-    )
+    assert all(word in shown for word in ("BoolQ", "PIQA", "ARC-e", "average", "chance", "majority", "unparsed"))
 
 
 def test_a_kill_loses_nothing(model: Path, data: Path, tmp_path: Path) -> None:
@@ -110,6 +106,16 @@ def test_a_kill_loses_nothing(model: Path, data: Path, tmp_path: Path) -> None:
     assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
 
 
+def test_half_a_line_is_cut_from_the_file_before_more_is_written(model: Path, data: Path, tmp_path: Path) -> None:
+    evaluate.main(_arguments(model, data, tmp_path / "run", "--protocol", "label", "--limit", "2"))
+    path = tmp_path / "run" / evaluate.SAMPLES
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:30])
+    config = evaluate.Config(data_dir=str(data), tasks=KEYS, limit=2)
+    assert len(evaluate.read_samples(path, evaluate.read_records(config)[0])) == 6
+    assert path.read_bytes() == whole
+
+
 def test_what_is_scored_is_not_scored_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,17 +139,13 @@ def test_a_task_scores_alike_alone_and_among_others(model: Path, data: Path, tmp
     assert (tmp_path / "one" / evaluate.SAMPLES).read_text().splitlines() == three[30:60]
 
 
-def test_an_adapter_changes_the_scores_alike_merged_or_beside(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data: Path, tmp_path: Path) -> None:
     from rora_theory.llama import load
 
     base = load(model)
     adapter = init(jax.random.key(1), LoraConfig(rank=2, alpha=4.0), base.config, base.params)
     keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(trainable(adapter)))))
-    adapter = replace(
-        adapter, jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), trainable(adapter))
-    )
+    adapter = replace(adapter, jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), trainable(adapter)))
     save_peft(tmp_path / "adapter", adapter)
     scores = {}
     for name, more in {
