@@ -1,0 +1,131 @@
+"""Two processes, joined by JAX's runtime, take the steps of one; what does not join says so in a line."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import two_processes
+
+from rora_theory.errors import InputError
+from rora_theory.finetune import distributed
+
+HERE = Path(__file__).parent
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": str(HERE),
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, str(HERE / "two_processes.py"), str(tmp_path / "two")]
+    children = [
+        subprocess.Popen(
+            command,
+            env=environment | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    expected = two_processes.train(tmp_path / "one")  # on one device, meanwhile
+    try:
+        outputs = [child.communicate(timeout=240) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    if any("gloo" in error.lower() and "not available" in error.lower() for _, error in outputs):
+        pytest.skip("this jaxlib has no gloo collectives for the CPU")
+    assert [child.returncode for child in children] == [0, 0], outputs
+    # Gloo prints its own lines before.
+    reports = [[line for line in out.splitlines() if line.startswith("{")] for out, _ in outputs]
+    assert [len(lines) for lines in reports] == [1, 0], "the first process alone reports"
+    report = json.loads(reports[0][0])
+    assert (report["several"], report["processes"], report["devices"]) == (True, 2, 4)
+    assert report["parts"] == [[2, 12, 16]] * 2, "each process holds its part of the weights"
+    # Sums over rows and devices in another order: float32 roundings, 6e-8 each, of losses near log 128.
+    np.testing.assert_allclose(report["losses"], expected, rtol=2e-6)
+    assert len(expected) == 3 + 2
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """An environment that names no other process."""
+    for name in list(os.environ):
+        if name in distributed.VARIABLES or name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_process_on_its_own_joins_nothing():
+    assert distributed.initialize() is False
+    assert distributed.initialize("localhost:1234", 1, 0) is False
+    assert distributed.is_first()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ((None, 2, 0), r"coordinator \(JAX_COORDINATOR_ADDRESS\) missing"),
+        (("localhost:1234", None, None), r"num_processes \(JAX_NUM_PROCESSES\), process_id \(JAX_PROCESS_ID\) missing"),
+        (("localhost", 2, 0), "coordinator is 'localhost'; accepted is HOST:PORT"),
+        (("localhost:99999", 2, 0), "accepted is HOST:PORT"),
+        (("localhost:1234", 0, 0), "num_processes is 0; accepted is an integer of 1 or more"),
+        (("localhost:1234", 2, 2), "process_id is 2; accepted is an integer from 0 to 1"),
+    ],
+)
+@pytest.mark.usefixtures("alone")
+def test_options_are_refused_by_name(options, match):
+    with pytest.raises(InputError, match=match):
+        distributed.initialize(*options)
+
+
+def test_the_environment_stands_for_the_options(alone):
+    joined = []
+    alone.setattr(jax.distributed, "initialize", lambda *args, **_: joined.append(args))
+    for name, value in zip(distributed.VARIABLES, ("host:1", "4", "3"), strict=True):
+        alone.setenv(name, value)
+    distributed.initialize()
+    distributed.initialize(process_id=2)
+    assert joined == [("host:1", 4, 3), ("host:1", 4, 2)]
+    alone.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(InputError, match="process_id is 'one'"):
+        distributed.initialize()
+
+
+def test_slurm_is_left_to_jax(alone):
+    joined = []
+    alone.setattr(jax.distributed, "initialize", lambda *args, **_: joined.append(args))
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+    for name, value in (task | {"SLURM_LOCALID": "0"}).items():
+        alone.setenv(name, value)
+    distributed.initialize()
+    assert joined == [(None, None, None)]
+    from jax._src.clusters import ClusterEnv
+
+    # What JAX makes of that environment: the first node coordinates, and each task has its own number.
+    address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 1)
+    assert (address.split(":")[0], count, number, devices) == ("node1", 2, 1, [0])
+    alone.setenv("SLURM_NTASKS", "1")
+    assert distributed.initialize() is False, "one task is a process on its own"
+
+
+def test_processes_that_do_not_meet(alone):
+    def unreachable(*_, **__):
+        raise RuntimeError("DEADLINE_EXCEEDED: no answer\nmore lines")
+
+    alone.setattr(jax.distributed, "initialize", unreachable)
+    with pytest.raises(InputError, match=r"not joined \(DEADLINE_EXCEEDED: no answer\); accepted"):
+        distributed.initialize("localhost:1234", 2, 1)
