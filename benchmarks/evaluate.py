@@ -38,7 +38,7 @@ class Config:
     """folder in the LLM-Adapters schema"""
     tasks: tuple[str, ...] = tuple(tasks.TASKS)
     """tasks of the harness part"""
-    items: int = 40
+    items: int = 100
     """items a task in the harness part"""
     generated: int = 24
     """items in the generate part, from BoolQ and OBQA in turn"""
@@ -63,9 +63,7 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
         records = tasks.read(sources.locate(config.data_dir, task), task)[: config.items]
 
         def ours(records: list[tasks.Record] = records) -> int:
-            return sum(
-                1 for _ in score(model.params, model.config, model.tokenizer, records, Scoring("harness"))
-            )
+            return sum(1 for _ in score(model.params, model.config, model.tokenizer, records, Scoring("harness")))
 
         cold, _ = timed(ours)
         warm = min(timed(ours)[0] for _ in range(2))
@@ -104,9 +102,7 @@ def generate(config: Config, model: Model) -> list[dict[str, Any]]:
     for size in (8, config.generated):
 
         def ours(size: int = size) -> dict[tuple[str, int], str | None]:
-            found = score(
-                model.params, model.config, model.tokenizer, records, Scoring("generate"), batch_size=size
-            )
+            found = score(model.params, model.config, model.tokenizer, records, Scoring("generate"), batch_size=size)
             return {(sample.task, sample.index): sample.text for sample in found}
 
         cold, _ = timed(ours)
@@ -118,9 +114,7 @@ def generate(config: Config, model: Model) -> list[dict[str, Any]]:
     tokenizer.padding_side = "left"
     for size in config.batch_sizes:
         seconds, answers = timed(lambda size=size: transformers_texts(peer, tokenizer, records, size))
-        same = sum(
-            texts[record.task, record.index] == text for record, text in zip(records, answers, strict=True)
-        )
+        same = sum(texts[record.task, record.index] == text for record, text in zip(records, answers, strict=True))
         rows.append({"side": "transformers", "batch_size": size, "seconds": seconds, "texts_equal": same})
         print(json.dumps(rows[-1]), flush=True)
     ours_s = min(row["seconds"] for row in rows if row["side"] == "ours")

@@ -96,11 +96,11 @@ def evaluate(config: Config, folder: RunFolder, records: Sequence[Record], model
       records: of `read_records`.
       model: a `rora_theory.llama.Model` that is ``config.model``, to spare loading it again; None loads it.
     """
-    samples = read_samples(folder.path / SAMPLES, records)
+    samples = read_samples(folder.path / SAMPLES, records, config.protocol)
     if len(samples) < len(records):
         score_rest(config, folder, records, samples, model)
     ordered = sorted(samples, key=lambda sample: (list(TASKS).index(sample.task), sample.index))
-    folder.write(SAMPLES, "".join(_line(sample) for sample in ordered))
+    folder.write(SAMPLES, "".join(_line(config.protocol, sample) for sample in ordered))
     found = levels(ordered, records)
     scoring = config.scoring()
     heads = {"protocol": scoring.protocol, "template": scoring.template}
@@ -138,9 +138,7 @@ def score_rest(
         open(folder.path / SAMPLES, "a", encoding="utf-8") as file,
     ):
         bar.advance(len(done))
-        for (
-            key
-        ) in config.tasks:  # a task's own items share calls, so that no other task changes a bit of them
+        for key in config.tasks:  # a task's own items share calls, so that no other task changes a bit of them
             items = [record for record in records if record.task == key]
             for sample in score(
                 params,
@@ -152,7 +150,7 @@ def score_rest(
                 batch_size=config.batch_size,
                 done=done,
             ):
-                file.write(_line(sample))
+                file.write(_line(config.protocol, sample))
                 file.flush()
                 samples.append(sample)
                 right += sample.correct
@@ -179,12 +177,12 @@ def read_records(config: Config) -> tuple[list[Record], dict[str, str]]:
     return records, digests
 
 
-def read_samples(path: Path, records: Sequence[Record]) -> list[Sample]:
+def read_samples(path: Path, records: Sequence[Record], protocol: str) -> list[Sample]:
     """The samples that an earlier part of the run wrote; a last line cut off by a kill is dropped from the
     file.
 
     Raises:
-      InputError: another line is damaged, or of a record that this run does not score.
+      InputError: another line is damaged, or of a record or protocol that this run does not score.
     """
     if not path.exists():
         return []
@@ -198,6 +196,7 @@ def read_samples(path: Path, records: Sequence[Record]) -> list[Sample]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             plain = json.loads(line)
+            named = plain.pop("protocol")
             pairs = tuple((label, float(value)) for label, value in plain.pop("log_likelihoods"))
             sample = Sample(**plain, log_likelihoods=pairs)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -205,14 +204,16 @@ def read_samples(path: Path, records: Sequence[Record]) -> list[Sample]:
                 f"{path}: line {number} is damaged ({error}); accepted is the file as the run wrote it"
             ) from error
         key = (sample.task, sample.index)
-        if gold.get(key) != sample.gold or key in samples:
-            raise InputError(f"{path}: line {number} is of {key}, which this run does not score, or twice")
+        if named != protocol or gold.get(key) != sample.gold or key in samples:
+            raise InputError(
+                f"{path}: line {number} is of {named} {key}, which this run does not score, or scores once"
+            )
         samples[key] = sample
     return list(samples.values())
 
 
-def _line(sample: Sample) -> str:
-    return json.dumps(asdict(sample), ensure_ascii=False) + "\n"
+def _line(protocol: str, sample: Sample) -> str:
+    return json.dumps({"protocol": protocol} | asdict(sample), ensure_ascii=False) + "\n"
 
 
 def identity(config: Config, digests: dict[str, str]) -> dict[str, Any]:

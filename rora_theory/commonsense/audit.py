@@ -107,11 +107,7 @@ def claimed_rows(rows: Sequence[Row], claim: Claim) -> tuple[Row, Row]:
     """
 
     def pick(method: str, rank: int | None) -> Row:
-        fits = [
-            row
-            for row in rows
-            if (row.model, row.method, row.rank) == (claim.model, method, rank) and row.table
-        ]
+        fits = [row for row in rows if (row.model, row.method, row.rank) == (claim.model, method, rank) and row.table]
         if len(fits) != 1:
             raise InputError(f"{len(fits)} rows are {claim.model} {method} rank {rank}; accepted is one")
         return fits[0]
@@ -193,9 +189,7 @@ def possible(percent: float, size: int) -> bool:
     """Whether some count of ``size`` items prints as ``percent`` to one decimal, rounded to nearest either
     way at ties."""
     near = percent * size / 100.0
-    return any(
-        abs(100.0 * count / size - percent) <= HALF + 1e-9 for count in (math.floor(near), math.ceil(near))
-    )
+    return any(abs(100.0 * count / size - percent) <= HALF + 1e-9 for count in (math.floor(near), math.ceil(near)))
 
 
 def within_noise(rows: Sequence[Row], method: str = "RoRA", *, z: float = 2.0) -> list[Finding]:

@@ -47,8 +47,7 @@ def harness_choices(record: Record) -> tuple[Choice, ...]:
     if record.task == "boolq":
         context = f"Question: {question}\nAnswer:"  # the question brings its own question mark
         return tuple(
-            Choice(label, context, f" {word}", len(word))
-            for word, label in (("no", "false"), ("yes", "true"))
+            Choice(label, context, f" {word}", len(word)) for word, label in (("no", "false"), ("yes", "true"))
         )
     if record.task == "winogrande":
         before, _, after = question.partition("_")
@@ -66,8 +65,7 @@ def harness_choices(record: Record) -> tuple[Choice, ...]:
         "openbookqa": question,
     }[record.task]
     return tuple(
-        Choice(label, context, f" {text}", len(text))
-        for label, text in zip(record.labels, texts, strict=True)
+        Choice(label, context, f" {text}", len(text)) for label, text in zip(record.labels, texts, strict=True)
     )
 
 
@@ -84,9 +82,7 @@ def _clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def encode_choices(
-    tokenizer: Tokenizer, items: Sequence[Sequence[Choice]], *, max_length: int
-) -> list[list[Scored]]:
+def encode_choices(tokenizer: Tokenizer, items: Sequence[Sequence[Choice]], *, max_length: int) -> list[list[Scored]]:
     """Tokens of every choice of every item, cut as lm-evaluation-harness cuts them.
 
     Spaces at the end of the context move to the continuation; context and whole text are encoded separately,
@@ -113,9 +109,7 @@ def encode_choices(
             if context:
                 scored = whole[len(context_ids) :]
             elif first is None:
-                raise InputError(
-                    "an item has an empty context and the tokenizer neither BOS nor EOS to put there"
-                )
+                raise InputError("an item has an empty context and the tokenizer neither BOS nor EOS to put there")
             else:
                 scored = tokenizer.encode(continuation, add_bos=False)
                 context_ids = [first]

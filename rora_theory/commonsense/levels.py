@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from rora_theory.commonsense.scoring import Sample
 from rora_theory.commonsense.tasks import TASKS, Record, chance, majority
+from rora_theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ def levels(samples: Iterable[Sample], records: Sequence[Record]) -> list[Level]:
     Args:
       samples: of all of ``records``.
       records: the items scored, whose choices and labels give chance and majority.
+
+    Raises:
+      InputError: a task with more or fewer samples than records.
     """
     by_task: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -58,7 +62,8 @@ def levels(samples: Iterable[Sample], records: Sequence[Record]) -> list[Level]:
         if not items:
             continue
         scored = by_task.get(key, [])
-        assert len(scored) == len(items), f"{key}: {len(scored)} samples of {len(items)} records"
+        if len(scored) != len(items):
+            raise InputError(f"{key}: {len(scored)} samples of {len(items)} records; accepted is one a record")
         accuracy, error = mean_and_error([sample.correct for sample in scored])
         norms = [sample.correct_norm for sample in scored if sample.correct_norm is not None]
         accuracy_norm, error_norm = mean_and_error(norms) if norms else (None, None)

@@ -115,9 +115,7 @@ def _score_block(
     slot, token = entries[:, 0], entries[:, 1]
     table = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
     # The token's own logit again, not the one inside the sum: it is a dot product, the sum a matrix product.
-    logit = jnp.einsum(
-        "ed,ed->e", read[slot].astype(table.dtype), table[token], preferred_element_type=jnp.float32
-    )
+    logit = jnp.einsum("ed,ed->e", read[slot].astype(table.dtype), table[token], preferred_element_type=jnp.float32)
     return logit - normalisers[slot]
 
 

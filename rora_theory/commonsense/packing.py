@@ -145,9 +145,7 @@ def _fill(order: Sequence[int], trees: Sequence[Tree], length: int) -> list[list
     return rows
 
 
-def _block(
-    rows: Sequence[Sequence[int]], trees: Sequence[Tree], length: int, total: int, chunk: int
-) -> Block:
+def _block(rows: Sequence[Sequence[int]], trees: Sequence[Tree], length: int, total: int, chunk: int) -> Block:
     """The arrays of ``total // length`` rows, the last ones empty where there are fewer."""
     tokens, branch, position = (np.zeros((total // length, length), np.int32) for _ in range(3))
     item = np.full(tokens.shape, -1, np.int32)

@@ -167,9 +167,7 @@ def _generated(
     skip: Collection[int],
 ) -> Iterator[Sample]:
     """Beam search after every prompt, in groups of like length that do not depend on ``skip``."""
-    prompts = tokenizer.encode_batch(
-        [prompt(record.instruction, str(scoring.template)) for record in records]
-    )
+    prompts = tokenizer.encode_batch([prompt(record.instruction, str(scoring.template)) for record in records])
     room = config.max_position_embeddings - scoring.max_new_tokens
     for record, tokens in zip(records, prompts, strict=True):
         if len(tokens) > room:

@@ -169,13 +169,9 @@ def _read_list(path: Path) -> list[Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; accepted is a JSON list of records") from None
     except (ValueError, OSError) as error:
-        raise InputError(
-            f"{path}: cannot be read as JSON ({error}); accepted is a JSON list of records"
-        ) from error
+        raise InputError(f"{path}: cannot be read as JSON ({error}); accepted is a JSON list of records") from error
     if not isinstance(value, list) or not value:
-        raise InputError(
-            f"{path}: holds {type(value).__name__}; accepted is a non-empty JSON list of records"
-        )
+        raise InputError(f"{path}: holds {type(value).__name__}; accepted is a non-empty JSON list of records")
     return value
 
 
@@ -185,9 +181,7 @@ KEYS = ("instruction", "input", "output", "answer")
 def _record(task: Task, index: int, row: Any, path: Path) -> Record:
     where = f"{path}: record {index}"
     if not isinstance(row, dict):
-        raise InputError(
-            f"{where} is {type(row).__name__}; accepted is an object with the keys {', '.join(KEYS)}"
-        )
+        raise InputError(f"{where} is {type(row).__name__}; accepted is an object with the keys {', '.join(KEYS)}")
     for key in KEYS:
         if not isinstance(row.get(key), str):
             raise InputError(f"{where}: {key} is {row.get(key)!r}; accepted is a string")
@@ -201,9 +195,7 @@ def _record(task: Task, index: int, row: Any, path: Path) -> Record:
     if row["answer"] not in labels:
         raise InputError(f"{where}: answer is {row['answer']!r}; accepted are {', '.join(labels)}")
     if row["output"] != ANSWER_PREFIX + row["answer"]:
-        raise InputError(
-            f"{where}: output is {row['output']!r}; accepted is {ANSWER_PREFIX + row['answer']!r}"
-        )
+        raise InputError(f"{where}: output is {row['output']!r}; accepted is {ANSWER_PREFIX + row['answer']!r}")
     if task.key == "winogrande" and question.count("_") != 1:
         raise InputError(f"{where}: the sentence has {question.count('_')} blanks '_'; accepted is one")
     return Record(task.key, index, row["instruction"], question, choices, labels, labels.index(row["answer"]))

