@@ -77,9 +77,8 @@ class Checkpoints:
         self.wait()
         self._keep.steps = (progress.step, progress.best_step)
         # On a CPU the writer would read the arrays in place, while the next step already overwrites them.
-        copy = jax.tree.map(jnp.copy, state)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(copy), progress=ocp.args.JsonSave(asdict(progress))
+            state=ocp.args.StandardSave(_copy(state)), progress=ocp.args.JsonSave(asdict(progress))
         )
         try:
             self._manager.save(progress.step, args=items, force=True)
@@ -121,6 +120,11 @@ class Checkpoints:
         return InputError(
             f"{self.folder}: a checkpoint cannot be written ({_reason(error)}); accepted is a disk with room"
         )
+
+
+@jax.jit
+def _copy(state: State) -> State:
+    return jax.tree.map(jnp.copy, state)
 
 
 class _Named:

@@ -112,6 +112,8 @@ class Trainer:
         self._train, self._validation = train, validation
         key = jax.random.key(config.seed)
         self._state = steps.init_state(adapter, steps.optimizer(config, self.steps), key)
+        # Committed to its device, as a restored state is: a run that goes on compiles nothing else.
+        self._state = jax.tree.map(lambda a: jax.device_put(a, a.sharding), self._state)
         self._place: Callable[[Batch], Batch] = lambda batch: batch
         shardings = None
         if layout is not None:

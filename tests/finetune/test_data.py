@@ -29,7 +29,7 @@ def test_short_texts_end_in_the_end_token_and_long_ones_keep_their_start():
     whole = [1, *text(record).encode()]
     for cutoff in (len(whole) - 1, len(whole), len(whole) + 1):
         found = examples([record], cutoff=cutoff)
-        assert found[0].tolist() == (whole + [2])[:cutoff]
+        assert found[0].tolist() == [*whole, 2][:cutoff]
         assert found.truncated == (cutoff < len(whole))
     assert found[0][-1] == 2
 

@@ -1,0 +1,201 @@
+"""A run goes on where it stopped, keeps its best, and stops at the first loss that is no number."""
+
+import dataclasses
+import itertools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from rora_theory import adapters
+from rora_theory.finetune import (
+    Batches,
+    FinetuneConfig,
+    NonFiniteLossError,
+    Record,
+    Stepped,
+    Trainer,
+    Validated,
+    choose_widths,
+    split,
+    tokenize,
+)
+from rora_theory.finetune import step as steps
+from rora_theory.finetune.data import iterate, sizes
+
+CONFIG = FinetuneConfig(
+    rank=2,
+    alpha=4,
+    targets=("q_proj", "down_proj"),
+    dropout=0.1,
+    template="clean",
+    validation=6,
+    widths=2,
+    epochs=2,
+    batch=4,
+    warmup=2,
+    learning_rate=0.03,
+    evaluate_every=4,
+    checkpoint_every=3,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """All runs here take the same step: one compilation serves them. That a new process's own gives the same
+    bits is shown where a process is killed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("train_step", "eval_step"):
+            patch.setattr(steps, name, _memo(getattr(steps, name)))
+        yield
+
+
+def _memo(original):
+    made = []
+
+    def once(*arguments, **options):
+        if not made:
+            made.append(original(*arguments, **options))
+        return made[0]
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params()
+
+
+RECORDS = [*tiny.records(24), Record("~" * 30, "answer0")]
+
+
+def trainer(params, folder, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    train, held_out = (
+        tokenize(part, tiny.ByteEncoder(), template=config.template)
+        for part in split(RECORDS, config.validation, config.seed)
+    )
+    widths = choose_widths(np.concatenate([sizes(train), sizes(held_out)]), config.widths)
+    adapter = adapters.init(jax.random.key(config.seed), config.lora(), tiny.CONFIG, params)
+    batches = Batches(train, widths, batch=config.batch, epochs=config.epochs, seed=config.seed)
+    held_out = Batches(held_out, widths, batch=config.batch)
+    return Trainer(params, tiny.CONFIG, adapter, config, batches, held_out, folder), batches, held_out
+
+
+def timeless(events):
+    return [dataclasses.replace(e, seconds=0.0) if isinstance(e, Stepped) else e for e in events]
+
+
+def checkpoints(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def whole(params, tmp_path_factory):
+    """An uninterrupted run: its events, trainer, validation batches and the shapes that were traced."""
+    run, _, held_out = trainer(params, tmp_path_factory.mktemp("whole"))
+    traces = []
+    original = steps.llama.hidden_states
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps.llama, "hidden_states", lambda *a, **k: (traces.append(a[1].shape), original(*a, **k))[1])
+        events = list(run.run())
+    yield events, run, held_out, traces
+    run.close()
+
+
+def test_a_run_takes_every_step_and_validates_on_time(whole):
+    events, run, _, _ = whole
+    taken = [event for event in events if isinstance(event, Stepped)]
+    assert [event.step for event in taken] == list(range(1, 11))
+    assert run.step == run.steps == 10
+    assert [event.step for event in events if isinstance(event, Validated)] == [4, 8, 10]
+    assert (taken[4].epoch, taken[9].epoch) == (1.0, 2.0)
+    assert np.mean([event.loss for event in taken[-3:]]) < np.mean([event.loss for event in taken[:3]])
+    assert taken[0].targets < taken[0].positions
+
+
+def test_each_width_is_compiled_once(whole):
+    _, _, held_out, traces = whole
+    widths = {shape[1] for shape in traces}
+    assert len(widths) == 2
+    validated = {batch.inputs.shape[1] for batch in iterate(held_out)}
+    assert len(traces) == len(widths) + len(validated), "one trace a width of training, one of validation"
+
+
+@pytest.mark.parametrize("stop", [2, 7])
+def test_a_stopped_run_goes_on_to_the_same_bits(params, whole, tmp_path, stop):
+    expected = timeless(whole[0])
+    first, *_ = trainer(params, tmp_path)
+    seen = list(itertools.takewhile(lambda e: e.step <= stop, first.run()))
+    first.close()
+    assert timeless(seen) == [event for event in expected if event.step <= stop]
+    second, *_ = trainer(params, tmp_path)
+    # Checkpoints are taken at 3, 4, 6, 8, 9 and 10.
+    assert second.step == {2: 0, 7: 6}[stop]
+    assert timeless(second.run()) == [event for event in expected if event.step > {2: 0, 7: 6}[stop]]
+    jax.tree.map(np.testing.assert_array_equal, second.adapter("last").params, whole[1].adapter("last").params)
+    assert (second.best_step, second.best_loss) == (whole[1].best_step, whole[1].best_loss)
+    second.close()
+
+
+def test_a_finished_run_has_nothing_left_to_do(params, whole, tmp_path):
+    folder = shutil.copytree(whole[1]._checkpoints.folder, tmp_path / "copy")
+    again, *_ = trainer(params, folder)
+    assert list(again.run()) == []
+    assert again.best_loss == whole[1].best_loss
+    again.close()
+
+
+def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole, tmp_path):
+    run, _, held_out = trainer(params, tmp_path)
+    real, taken = run._evaluate, []
+
+    def worse_and_worse(weights, base, batch):
+        total, count = real(weights, base, batch)
+        return total * float(len({step for step in taken if step in (4, 8, 10)})), count
+
+    run._evaluate = worse_and_worse
+    losses = {}
+    for event in run.run():
+        taken.append(event.step)
+        if isinstance(event, Validated):
+            losses[event.step] = event
+    assert [(step, event.best) for step, event in losses.items()] == [(4, True), (8, False), (10, False)]
+    assert (run.best_step, run.best_loss) == (4, losses[4].loss)
+
+    def loss(which):
+        sums = [real(run.adapter(which).params, params, batch) for batch in iterate(held_out)]
+        return float(sum(s for s, _ in sums) / sum(n for _, n in sums))
+
+    true = {event.step: event.loss for event in whole[0] if isinstance(event, Validated)}
+    assert true[10] < true[4], "the adapters differ"
+    assert loss("best") == pytest.approx(true[4], rel=1e-6)
+    assert loss("last") == pytest.approx(true[10], rel=1e-6)
+    run.close()
+    assert checkpoints(tmp_path) == [4, 10]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(params, tmp_path):
+    # One byte's embedding is no number; a record with that byte comes in the batch of some step.
+    _, batches, _ = trainer(params, tmp_path / "unused")
+    words = {step: set(batches[step - 1].inputs.ravel().tolist()) for step in range(1, 6)}
+    seen = set()
+    bad, byte = 0, 0
+    for step in range(1, 6):
+        new = words[step] - seen
+        if new:
+            bad, byte = step, min(new)
+        seen |= words[step]
+    assert bad > 1
+    poisoned = {**params, "embed_tokens": params["embed_tokens"].at[byte].set(np.nan)}
+    for every, kept in ((1, [bad - 1]), (50, [])):
+        folder = tmp_path / str(every)
+        run, *_ = trainer(poisoned, folder, checkpoint_every=every, evaluate_every=50)
+        said = f"the last good checkpoint is {folder}/{bad - 1};" if kept else "there is no checkpoint yet;"
+        with pytest.raises(NonFiniteLossError, match=f"^loss is nan at step {bad}; {said}") as caught:
+            list(run.run())
+        assert caught.value.step == bad
+        run.close()
+        assert checkpoints(folder) == kept
