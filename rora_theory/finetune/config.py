@@ -88,7 +88,8 @@ class FinetuneConfig:
     remat: bool = False
     """recompute each layer in the backward pass: less memory, about a third more work"""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `InputError` for a value out of range. What depends on the model is checked when there is one."""
         for name, kind in (("method", Method), ("template", TrainTemplate), ("loss_on", LossOn)):
             _check(name, getattr(self, name), get_args(kind), getattr(self, name) in get_args(kind))
         _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))

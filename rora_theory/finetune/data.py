@@ -77,6 +77,11 @@ class Examples:
         """Tokens of each record."""
         return np.diff(self.offsets)
 
+    @property
+    def sizes(self) -> Int[np.ndarray, " n"]:
+        """Positions each record takes: its tokens but the last, which is only a target."""
+        return self.lengths - 1
+
     def __getitem__(self, index: int) -> Int[np.ndarray, " length"]:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
@@ -261,7 +266,7 @@ class Batches:
         answer_only: bool = False,
     ) -> None:
         self._examples, self._widths, self._epochs = examples, tuple(widths), epochs
-        self._sizes = sizes(examples)
+        self._sizes = examples.sizes
         self._plan: Callable[[int], Plan] = lru_cache(maxsize=2)(
             lambda epoch: plan_epoch(self._sizes, self._widths, batch, seed=seed, epoch=epoch)
         )
@@ -270,6 +275,12 @@ class Batches:
 
     def __len__(self) -> int:
         return self._epochs * self.steps_per_epoch
+
+    @property
+    def padding(self) -> float:
+        """Share of the first epoch's positions that hold no token."""
+        plan = self._plan(0)
+        return 1 - float(self._sizes.sum() / (plan.widths * plan.rows.shape[1]).sum())
 
     def __repr__(self) -> str:
         return f"Batches({len(self)} steps of {self.steps_per_epoch} an epoch, widths {self._widths})"
@@ -305,11 +316,6 @@ class Batches:
         targets = self._examples.lengths - self._examples.starts
         most = {width: int(targets[self._sizes <= width].max(initial=1)) for width in self._widths}
         return {width: min(width, -(-count // MULTIPLE) * MULTIPLE) for width, count in most.items()}
-
-
-def sizes(examples: Examples) -> Int[np.ndarray, " n"]:
-    """Positions each record takes: its tokens but the last, which is only a target."""
-    return examples.lengths - 1
 
 
 def iterate(batches: Batches, *, start: int = 0) -> grain.DatasetIterator[Batch]:

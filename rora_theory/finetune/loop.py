@@ -107,6 +107,7 @@ class Trainer:
         attention: str = "auto",
         layout: Layout | None = None,
     ) -> None:
+        config.check()
         self.steps = min(len(train), config.max_steps or len(train))
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rora_theory.commonsense import prompts
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batches, Record, choose_widths, iterate, read_records, split, tokenize
-from rora_theory.finetune.data import MULTIPLE, plan_epoch, sizes
+from rora_theory.finetune.data import MULTIPLE, plan_epoch
 
 ENCODER = tiny.ByteEncoder()
 
@@ -125,7 +125,7 @@ def test_an_epoch_has_each_record_once_and_one_short_batch_at_most(lengths, batc
 
 def batches(count=22, batch=4, epochs=2, seed=3, **options):
     found = examples(tiny.records(count), **options)
-    widths = choose_widths(sizes(found), 3)
+    widths = choose_widths(found.sizes, 3)
     answer_only = options.get("answer_only", False)
     return Batches(found, widths, batch=batch, epochs=epochs, seed=seed, answer_only=answer_only), found
 
@@ -188,7 +188,7 @@ def test_answer_batches_name_the_positions_of_their_targets():
 def test_padding_of_the_real_text_is_small(commonsense_dir):
     files = [commonsense_dir / task / "train.json" for task in ("ARC-Easy", "ARC-Challenge")]
     found = tokenize(read_records(files), ENCODER, cutoff=1024)
-    lengths = sizes(found)
+    lengths = found.sizes
 
     def padded(widths):
         plan = plan_epoch(lengths, widths, 16, seed=1, epoch=0)

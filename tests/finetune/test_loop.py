@@ -23,7 +23,7 @@ from rora_theory.finetune import (
     tokenize,
 )
 from rora_theory.finetune import step as steps
-from rora_theory.finetune.data import iterate, sizes
+from rora_theory.finetune.data import iterate
 
 CONFIG = FinetuneConfig(
     rank=2,
@@ -77,7 +77,7 @@ def trainer(params, folder, **changes):
         tokenize(part, tiny.ByteEncoder(), template=config.template)
         for part in split(RECORDS, config.validation, config.seed)
     )
-    widths = choose_widths(np.concatenate([sizes(train), sizes(held_out)]), config.widths)
+    widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), config.widths)
     adapter = adapters.init(jax.random.key(config.seed), config.lora(), tiny.CONFIG, params)
     batches = Batches(train, widths, batch=config.batch, epochs=config.epochs, seed=config.seed)
     held_out = Batches(held_out, widths, batch=config.batch)

@@ -11,7 +11,7 @@ import tiny
 from rora_theory import adapters, llama
 from rora_theory.finetune import Batches, FinetuneConfig, choose_widths, tokenize
 from rora_theory.finetune import step as steps
-from rora_theory.finetune.data import Batch, sizes
+from rora_theory.finetune.data import Batch
 
 STEPS = 10
 TARGETS = ("q_proj", "down_proj")
@@ -130,7 +130,7 @@ def test_padding_and_empty_rows_change_nothing(params):
 def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
     records = tiny.records(8)
     few = tokenize(records, tiny.ByteEncoder(), template="clean", answer_only=True)
-    widths = choose_widths(sizes(few), 1)
+    widths = choose_widths(few.sizes, 1)
     item = Batches(few, widths, batch=8, answer_only=True)[0]
     whole = Batches(few, widths, batch=8)[0]
     adapted = adapter(params, PLAIN)

@@ -22,7 +22,6 @@ from rora_theory.finetune import (
     sharding,
     tokenize,
 )
-from rora_theory.finetune.data import sizes
 from rora_theory.finetune.sharding import Layout
 
 CONFIG = FinetuneConfig(
@@ -33,7 +32,7 @@ CONFIG = FinetuneConfig(
 def train(folder: Path, layout: Layout | None = None) -> list[float]:
     """Training and validation losses, in order."""
     examples = tokenize(tiny.records(12), tiny.ByteEncoder(), template=CONFIG.template)
-    widths = choose_widths(sizes(examples), 1)
+    widths = choose_widths(examples.sizes, 1)
     params = tiny.params() if layout is None else layout.params(tiny.params())
     adapter = adapters.init(jax.random.key(1), CONFIG.lora(), tiny.CONFIG, params)
     train, held_out = (Batches(examples, widths, batch=4, seed=seed) for seed in (1, None))
