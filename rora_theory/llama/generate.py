@@ -296,12 +296,12 @@ def _choose(
     ones."""
     batch, count = logits.shape[0], penalties.shape[0]
     kept = beams * max(2, 1 + eos.shape[0])
-    # The best of each beam, then the best of those: the best of all without sorting or normalising every
-    # logit.
-    top, token = jax.lax.top_k(logits, kept)
-    highest = top[..., :1]
+    # The best of each beam, then the best of those: the best of all without normalising every logit. Two
+    # axes, and the maximum by itself: else XLA on CPU takes top_k for a sort of the whole vocabulary.
+    top, token = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), kept)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
     normaliser = jnp.log(jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True))
-    total = (top - highest) - normaliser + search.scores[..., None]
+    total = (top.reshape(batch, -1, kept) - highest) - normaliser + search.scores[..., None]
     total, index = jax.lax.top_k(total.reshape(batch, -1), kept)
     parent = index // kept
     token = jnp.take_along_axis(token.reshape(batch, -1), index, axis=1)
