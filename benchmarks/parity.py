@@ -1,11 +1,13 @@
-"""LoRA, RoRA and DoRA against transformers and peft on a real model, in one run, float32 on CPU.
+"""LoRA, RoRA and DoRA against transformers and peft on a real model, in one run, on CPU.
 
     python benchmarks/parity.py --model smollm2-135m --out parity.json
 
 For each method peft makes an adapter (random A and B, none zero) and saves it; this package opens the folder. On the
-same tokens both compute logits, the gradient of every adapter tensor, and the losses of AdamW steps. Then the adapter
-trained here is saved and peft opens it. The first row, the model without an adapter, is the floor: what two ways to
-order float32 sums differ by. Exit status 1 where a difference exceeds its bound.
+same two texts this package in float32, the peer in float32 and the peer in float64 compute logits, the gradient of
+every adapter tensor, and the losses of AdamW steps. The figures are differences from the peer in float64: two float32
+programs differ by the errors of both, and on a real model the peer's own can exceed the bound. (Its norms and softmax
+stay in float32 there too.) Then the adapter trained here is saved, and peft opens it: ``back``. The first row has no
+adapter. Exit status 1 where a figure of this package exceeds its bound.
 """
 
 import dataclasses
@@ -31,6 +33,12 @@ from sims.common import cli
 from sims.common.run_folder import write_whole
 from sims.common.tables import print_table
 
+TEXTS = (
+    "The lighthouse keeper wrote every night in a thick book: the wind, the height of the waves, the ships that passed "
+    "and the lamps that had to be cleaned. Once a year someone came from the mainland and carried the book away.",
+    "To measure the depth of a well, drop a stone and count the seconds until it hits the water. Multiply the time by "
+    "itself and then by five to get the depth in metres, but remember that the sound needs time to come back as well.",
+)
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 PATTERNS = {
     "rank_pattern": {r"layers\.[0-9]\.self_attn\.q_proj": 16, "down_proj": 4},
@@ -57,10 +65,8 @@ class Config:
     """Rank of every adapter."""
     alpha: float = 16.0
     """Alpha of every adapter."""
-    batch: int = 2
-    """Sequences."""
-    length: int = 32
-    """Tokens a sequence, drawn at random from the vocabulary."""
+    length: int = 40
+    """Tokens of each of the two texts."""
     steps: int = 20
     """AdamW steps of the loss curve."""
     learning_rate: float = 1e-3
@@ -74,7 +80,7 @@ class Config:
 def main(config: Config) -> bool:
     transformers.utils.logging.disable_progress_bar()
     model = load(config.model)
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (config.batch, config.length))
+    tokens = np.asarray([model.tokenizer.encode(text)[: config.length] for text in TEXTS])
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"
         save_hf(base, model.params, model.config)
@@ -82,14 +88,16 @@ def main(config: Config) -> bool:
         def torch_base() -> transformers.LlamaForCausalLM:
             return transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
 
-        rows = [floor(model, torch_base(), tokens)]
+        rows = [without_adapter(model, torch_base, tokens)]
         for name in config.methods:
             row = compare(config, model, torch_base, tokens, METHODS[name], Path(scratch))
             rows.append({"method": name, **row})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    columns = ("method", "parameters", "largest logit", "logits", "gradients", "losses", "back")
+    columns = ["method", "parameters"]
+    columns += [name + of for name in ("logits", "gradients", "losses") for of in ("", ", peer")] + ["back"]
     print_table(
-        f"{config.model} against transformers {transformers.__version__}, peft {peft.__version__}: largest differences",
+        f"{config.model}: largest differences from transformers {transformers.__version__} and peft {peft.__version__} "
+        "in float64",
         columns,
         [[_cell(row.get(column)) for column in columns] for row in rows],
     )
@@ -98,12 +106,19 @@ def main(config: Config) -> bool:
     return all(row[key] <= bound for row in rows for key, bound in BOUNDS.items() if key in row)
 
 
-def floor(model: Model, base: transformers.LlamaForCausalLM, tokens: np.ndarray) -> dict[str, Any]:
-    """The row of the model without an adapter."""
+def without_adapter(
+    model: Model, torch_base: Callable[[], transformers.LlamaForCausalLM], tokens: np.ndarray
+) -> dict[str, Any]:
+    """The row of the base model."""
+    ids = torch.from_numpy(tokens)
     with torch.no_grad():
-        theirs = base(torch.from_numpy(tokens)).logits.numpy()
-    ours = np.asarray(jax.jit(forward, static_argnums=2)(model.params, jnp.asarray(tokens, jnp.int32), model.config))
-    return {"method": "none", "largest logit": float(np.abs(theirs).max()), "logits": relative(ours, theirs)}
+        peer, reference = torch_base()(ids).logits.numpy(), torch_base().double()(ids).logits.numpy()
+    ours = jax.jit(forward, static_argnums=2)(model.params, jnp.asarray(tokens, jnp.int32), model.config)
+    return {
+        "method": "none",
+        "logits": relative(np.asarray(ours), reference),
+        "logits, peer": relative(peer, reference),
+    }
 
 
 def compare(
@@ -117,41 +132,42 @@ def compare(
     """One method: its differences, both ways."""
     torch.manual_seed(0)
     settings = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": TARGETS, **settings}
-    peer = peft.get_peft_model(torch_base(), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    adapted = {name: value for name, value in peer.named_parameters() if value.requires_grad}
+    made = peft.get_peft_model(torch_base(), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
-        for name, value in adapted.items():
+        for name, value in made.named_parameters():
             if "lora_B" in name:
                 value.normal_(std=0.01)
             elif "magnitude" in name:
                 value.mul_(1 + 0.05 * torch.randn_like(value))
     theirs, ours = scratch / "theirs", scratch / "ours"
-    peer.save_pretrained(theirs)
-    logits, gradients, losses = torch_side(peer, adapted, tokens, config)
+    made.save_pretrained(theirs)
     adapter = load_peft(theirs, model.config, model.params)
-    our_logits, our_gradients, our_losses, trained, trained_logits = jax_side(adapter, model, tokens, config)
+    logits, gradients, losses, trained, trained_logits = jax_side(adapter, model, tokens, config)
     save_peft(ours, trained)
+
+    def opened(folder: Path, dtype: torch.dtype, trainable: bool = False) -> peft.PeftModel:
+        return peft.PeftModel.from_pretrained(torch_base(), folder, is_trainable=trainable).to(dtype).eval()
+
     with torch.no_grad():
-        opened = peft.PeftModel.from_pretrained(torch_base(), ours)
-        back = opened(torch.from_numpy(tokens)).logits.numpy()
-    if set(our_gradients) != set(gradients):
-        raise SystemExit("the two sides train different tensors")
-    return {
-        "parameters": adapter.count(),
-        "largest logit": float(np.abs(logits).max()),
-        "logits": relative(our_logits, logits),
-        "gradients": max(relative(our_gradients[name], gradients[name]) for name in gradients),
-        "losses": float(np.abs(our_losses / losses - 1).max()),
-        "back": relative(trained_logits, back),
-        "first and last loss": [float(losses[0]), float(losses[-1])],
-    }
+        back = opened(ours, torch.float32)(torch.from_numpy(tokens)).logits.numpy()
+    peer = torch_side(opened(theirs, torch.float32, True), tokens, config)
+    reference = torch_side(opened(theirs, torch.float64, True), tokens, config)
+    found: dict[str, Any] = {"parameters": adapter.count(), "back": relative(trained_logits, back)}
+    for of, side in (("", (logits, gradients, losses)), (", peer", peer)):
+        if set(side[1]) != set(reference[1]):
+            raise SystemExit("the two sides train different tensors")
+        found["logits" + of] = relative(side[0], reference[0])
+        found["gradients" + of] = max(relative(side[1][name], reference[1][name]) for name in reference[1])
+        found["losses" + of] = float(np.abs(side[2] / reference[2] - 1).max())
+    return found | {"first and last loss": [float(losses[0]), float(losses[-1])]}
 
 
 def torch_side(
-    peer: peft.PeftModel, adapted: dict[str, torch.nn.Parameter], tokens: np.ndarray, config: Config
+    peer: peft.PeftModel, tokens: np.ndarray, config: Config
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
     """Logits, gradients by name of the saved tensor, and losses."""
     ids = torch.from_numpy(tokens)
+    adapted = {name: value for name, value in peer.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(adapted.values(), lr=config.learning_rate)
     losses, logits, gradients = [], None, {}
     for step in range(config.steps):

@@ -93,9 +93,7 @@ def count(adapter: TrainableAdapter) -> int:
     return adapter.count()
 
 
-def table(
-    adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None
-) -> tuple[Row, ...]:
+def table(adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None) -> tuple[Row, ...]:
     """What is adapted and how strongly: one row for the layers of a module that share rank and alpha.
 
     Args:

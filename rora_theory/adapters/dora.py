@@ -63,9 +63,7 @@ def factor(magnitude: Float[Array, " o"], norm: Float[Array, " o"], adapted: Arr
     return jnp.where(adapted, magnitude / jnp.maximum(norm, TINY), jnp.ones((), jnp.float32))
 
 
-def row_norms(
-    weight: Float[Array, "o i"], scaled_A: Float[Array, "r i"], B: Float[Array, "o r"]
-) -> Float[Array, " o"]:
+def row_norms(weight: Float[Array, "o i"], scaled_A: Float[Array, "r i"], B: Float[Array, "o r"]) -> Float[Array, " o"]:
     r"""Row norms of :math:`V = W + B(\gamma A)`, constant in the gradient, without forming V.
 
     .. math:: n_i^2 = |W_i|^2 + 2 B_i \cdot (W A^\top)_i + B_i (A A^\top) B_i^\top

@@ -111,9 +111,7 @@ class LoraConfig:
         return assemble(self, targets, tensors)
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["params", "scaling"], meta_fields=["config", "targets"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "scaling"], meta_fields=["config", "targets"])
 @dataclass(frozen=True)
 class LoraAdapter:
     """An adapter and its scaling: a pytree that `rora_theory.llama.forward` runs.
@@ -183,9 +181,7 @@ class LoraAdapter:
             :math:`|W + \\gamma B A|` was.
         """
         if self.config.use_dora and norms is None:
-            raise InputError(
-                "norms is None for a DoRA adapter; accepted is norms(adapter, params) of before the merge"
-            )
+            raise InputError("norms is None for a DoRA adapter; accepted is norms(adapter, params) of before the merge")
         return _with_weights(params, _unmerged(self, params, norms))
 
     def count(self) -> int:
@@ -203,9 +199,7 @@ class LoraAdapter:
         return _rows(self.config, self.targets)
 
 
-def assemble(
-    config: LoraConfig, targets: Sequence[Target], tensors: dict[str, dict[str, Any]]
-) -> LoraAdapter:
+def assemble(config: LoraConfig, targets: Sequence[Target], tensors: dict[str, dict[str, Any]]) -> LoraAdapter:
     """The adapter with these padded tensors, its scaling from `scaling_factor`."""
     scaling = {
         target.module: jnp.asarray(

@@ -83,9 +83,7 @@ def save_peft(folder: str | os.PathLike[str], adapter: LoraAdapter, *, base_mode
                 part.unlink(missing_ok=True)
 
 
-def load_peft(
-    folder: str | os.PathLike[str], llama_config: LlamaConfig, params: Params | None = None
-) -> LoraAdapter:
+def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params: Params | None = None) -> LoraAdapter:
     """Read an adapter that PEFT, or `save_peft`, wrote.
 
     Args:
@@ -136,9 +134,7 @@ def _tensors(adapter: LoraAdapter) -> dict[str, np.ndarray]:
         for layer in _adapted(target):
             rank = target.ranks[layer]
             for kind, stack in stacks.items():
-                own = {"lora_A": stack[layer, :rank], "lora_B": stack[layer, ..., :rank]}.get(
-                    kind, stack[layer]
-                )
+                own = {"lora_A": stack[layer, :rank], "lora_B": stack[layer, ..., :rank]}.get(kind, stack[layer])
                 found[_tensor_name(layer, target.module, kind)] = np.ascontiguousarray(own)
     return found
 
@@ -161,12 +157,8 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         pickle = path.with_name(PICKLE)
         if pickle.exists():
-            raise InputError(
-                f"{pickle}: a pickle can run code and is not read; accepted is {WEIGHTS}"
-            ) from error
-        raise InputError(
-            f"{path.parent}: has no {WEIGHTS}; accepted is a folder as PEFT writes it"
-        ) from error
+            raise InputError(f"{pickle}: a pickle can run code and is not read; accepted is {WEIGHTS}") from error
+        raise InputError(f"{path.parent}: has no {WEIGHTS}; accepted is a folder as PEFT writes it") from error
     try:
         raw = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
@@ -187,9 +179,7 @@ def _module_shape(module: str, llama_config: LlamaConfig, params: Params | None)
     return p_out, p_in
 
 
-def _expected(
-    config: LoraConfig, targets: Sequence[Target], shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, Shape]:
+def _expected(config: LoraConfig, targets: Sequence[Target], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Shape]:
     """Shape of every tensor that the configuration promises, by name."""
     found: dict[str, Shape] = {}
     for target in targets:
@@ -208,9 +198,7 @@ def _check(path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str,
     for name in tensors:
         layer = re.match(r"base_model\.model\.model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= layers:
-            raise InputError(
-                f"{path}: an adapter for another model: has {name}; the model has {layers} layers"
-            )
+            raise InputError(f"{path}: an adapter for another model: has {name}; the model has {layers} layers")
         if name not in expected:
             raise InputError(f"{path}: has {name}; accepted is what {CONFIG} promises for this model")
     for name, shape in expected.items():
@@ -218,8 +206,6 @@ def _check(path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str,
             raise InputError(f"{path}: has no {name}; accepted is what {CONFIG} promises for this model")
         if tensors[name].shape != shape:
             found = list(tensors[name].shape)
-            raise InputError(
-                f"{path}: an adapter for another model: {name} is {found}; accepted is {list(shape)}"
-            )
+            raise InputError(f"{path}: an adapter for another model: {name} is {found}; accepted is {list(shape)}")
         if not np.isfinite(tensors[name]).all():
             raise InputError(f"{path}: {name} has a value that is not finite; accepted are finite numbers")

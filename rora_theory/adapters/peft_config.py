@@ -161,9 +161,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(
-            f"{path.parent}: has no {FILE}; accepted is an adapter's folder as PEFT writes it"
-        ) from error
+        raise InputError(f"{path.parent}: has no {FILE}; accepted is an adapter's folder as PEFT writes it") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error}); accepted is the file as PEFT writes it") from error
     if not isinstance(values, dict):

@@ -41,9 +41,7 @@ def test_merging_is_applying_and_unmerging_undoes_it(dora, params, tokens, pertu
     for name in MODULES:
         moved = np.abs(np.asarray(merged["layers"][name]["weight"] - params["layers"][name]["weight"]))
         assert moved.max() > 0.05
-        np.testing.assert_allclose(
-            plain["layers"][name]["weight"], params["layers"][name]["weight"], rtol=0, atol=2e-6
-        )
+        np.testing.assert_allclose(plain["layers"][name]["weight"], params["layers"][name]["weight"], rtol=0, atol=2e-6)
         assert merged["layers"][name]["bias"] is params["layers"][name]["bias"]
 
 
@@ -243,9 +241,7 @@ def test_refuses(changes, message) -> None:
 
 def test_configurations_compare_and_hash_by_value() -> None:
     first = LoraConfig(rank=4, alpha=8, target_modules=["q_proj"], alpha_pattern={"q_proj": 1}, layers=[2, 0])
-    second = LoraConfig(
-        rank=4, alpha=8.0, target_modules=("q_proj",), alpha_pattern=[("q_proj", 1.0)], layers=(0, 2)
-    )
+    second = LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj",), alpha_pattern=[("q_proj", 1.0)], layers=(0, 2))
     assert first == second
     assert hash(first) == hash(second)
     assert first != dataclasses.replace(first, alpha=9)

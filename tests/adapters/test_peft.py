@@ -98,9 +98,7 @@ def test_use_rslora_is_written_for_every_rule(rule, config, params, tmp_path) ->
 
 
 @pytest.mark.parametrize("alpha_pattern", [{}, {"v_proj": 1.3}])
-def test_another_exponent_is_written_as_lora_with_the_same_scaling(
-    alpha_pattern, config, params, tmp_path
-) -> None:
+def test_another_exponent_is_written_as_lora_with_the_same_scaling(alpha_pattern, config, params, tmp_path) -> None:
     settings = LoraConfig(
         rank=4,
         alpha=3.0,
@@ -285,9 +283,7 @@ def test_refuses_tensors(damage, message, config, folder) -> None:
 def test_an_adapter_for_a_wider_model_is_refused(config, params, folder) -> None:
     wider = {**params, "layers": {**params["layers"]}}
     wider["layers"]["self_attn.q_proj"] = {"weight": jnp.zeros((3, 16, 20))}
-    with pytest.raises(
-        InputError, match=r"another model: .*q_proj.lora_A.weight is \[4, 16\]; accepted is \[4, 20\]"
-    ):
+    with pytest.raises(InputError, match=r"another model: .*q_proj.lora_A.weight is \[4, 16\]; accepted is \[4, 20\]"):
         load_peft(folder, config, wider)
 
 

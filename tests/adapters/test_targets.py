@@ -22,9 +22,7 @@ def test_names_match_whole_or_after_a_dot(config) -> None:
     both = {"self_attn.q_proj": (4, 4, 4), "self_attn.v_proj": (4, 4, 4)}
     assert ranks(config) == both
     assert ranks(config, target_modules=["self_attn.q_proj", "self_attn.v_proj"]) == both
-    assert ranks(config, target_modules=["model.layers.1.self_attn.q_proj"]) == {
-        "self_attn.q_proj": (0, 4, 0)
-    }
+    assert ranks(config, target_modules=["model.layers.1.self_attn.q_proj"]) == {"self_attn.q_proj": (0, 4, 0)}
     with pytest.raises(InputError, match="'_proj', which matches no module"):
         ranks(config, target_modules=["_proj"])
 

@@ -160,9 +160,7 @@ def check_ours(name: str) -> float:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         save_peft(folder, adapter)
         model = PeftModel.from_pretrained(torch_base(), folder)
-        return float(
-            np.abs(torch_loss(model)[1].numpy() - np.load(FOLDER / name / "golden.npz")["logits"]).max()
-        )
+        return float(np.abs(torch_loss(model)[1].numpy() - np.load(FOLDER / name / "golden.npz")["logits"]).max())
 
 
 def check_exponent() -> float:
