@@ -230,7 +230,7 @@ def test_local_exponent_is_the_derivative(rank: int, overlap: float, optimizer: 
 
 
 def test_inits_are_those_of_their_names() -> None:
-    """The paper's N(0, 1); PEFT's kaiming_uniform_(a=sqrt 5), U(-b, b) with b = 1/sqrt(p_in); PEFT's gaussian, std 1/r."""
+    """The paper's N(0, 1); PEFT's kaiming_uniform_(a=sqrt 5), U(-b, b) with b = 1/sqrt(p_in); its gaussian, std 1/r."""
     told = {init: (entries(init, rank=4, p_in=25).variance, entries(init, rank=4, p_in=25).kurtosis) for init in INITS}
     assert told == {
         "normal": (1.0, 3.0),
