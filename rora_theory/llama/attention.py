@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from rora_theory.errors import InputError
@@ -107,7 +108,8 @@ def _blocked_forward(
         outs.append(_ungroup(out.astype(q.dtype), rows))
         logs.append(top + jnp.log(total))
     out = jnp.concatenate(outs, axis=1)
-    return out, (q, k, v, mask, out, logs)
+    kept = checkpoint_name(out, "attention"), [checkpoint_name(log, "log") for log in logs]
+    return kept[0], (q, k, v, mask, *kept)
 
 
 def _blocked_backward(kept: Any, d_out: Array) -> tuple[Array, Array, Array, None]:

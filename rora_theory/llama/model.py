@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
@@ -30,6 +31,19 @@ from rora_theory.errors import InputError
 from rora_theory.llama import rope
 from rora_theory.llama.attention import attend, causal
 from rora_theory.llama.config import MODULES, LlamaConfig
+
+REMATS = (False, "mlp", True)
+"""What of a layer is made again in the backward pass: what is elementwise; the feed-forward network's products too; or
+all. Kept arrays are stacked over the layers, which on a CPU costs about as much as the products that it
+saves."""
+
+PRODUCT, SMALL = "product", "small"
+"""Names by which an adapter has a result of its own kept (`jax.ad_checkpoint.checkpoint_name`): with ``remat`` False,
+and always."""
+
+_ATTENTION = ("query", "key", "value", "attention", "log", "attended")
+_FEED_FORWARD = ("gate", "up")
+_FUSED = "dot_product_attention_fwd_wrapper"  # cuDNN's kernel, whose results have no names
 
 Params: TypeAlias = dict[str, Any]
 Cache: TypeAlias = dict[str, Array]
@@ -131,7 +145,7 @@ def forward(
         shift them. A right-padded batch needs none: causal attention never looks right, and the outputs at
         padding mean nothing either way. None is every token real.
       key: of the adapter's dropout; None is evaluation.
-      remat: True recomputes each layer in the backward pass; ``"dots"`` keeps the products with weights.
+      remat: how much of each layer is made again in the backward pass, one of `REMATS`.
       attention: implementation, see `attention.choose_route`.
       capture: names of `MODULES` whose inputs to return too.
 
@@ -368,19 +382,32 @@ def _layer(
     q = apply("self_attn.q_proj", u).reshape(batch, length, heads, config.head_dim)
     k = apply("self_attn.k_proj", u).reshape(batch, length, kv_heads, config.head_dim)
     v = apply("self_attn.v_proj", u).reshape(batch, length, kv_heads, config.head_dim)
-    mixed = attend_all(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
-    x = x + apply("self_attn.o_proj", mixed.reshape(batch, length, heads * config.head_dim))
+    q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+    q, k, v = (checkpoint_name(a, name) for a, name in ((q, "query"), (k, "key"), (v, "value")))
+    mixed = attend_all(q, k, v).reshape(batch, length, heads * config.head_dim)
+    x = checkpoint_name(x + apply("self_attn.o_proj", mixed), "attended")
     u = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
-    gated = jax.nn.silu(apply("mlp.gate_proj", u)) * apply("mlp.up_proj", u)
+    gate = checkpoint_name(apply("mlp.gate_proj", u), "gate")
+    up = checkpoint_name(apply("mlp.up_proj", u), "up")
+    gated = jax.nn.silu(gate) * up
     return x + apply("mlp.down_proj", gated)
 
 
 def _checkpointed(body: Callable, remat: bool | str) -> Callable:
-    if remat not in (False, True, "dots"):
-        raise InputError(f"remat is {remat!r}; accepted are False, True, 'dots'")
+    """The body of the scan over layers, that keeps for the backward pass what ``remat`` says and no more."""
+    if remat not in REMATS:
+        raise InputError(f"remat is {remat!r}; accepted are {', '.join(map(repr, REMATS))}")
+    kept = {SMALL}
+    if remat is not True:
+        kept.update(_ATTENTION)
     if remat is False:
-        return body
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        kept.update(_FEED_FORWARD, (PRODUCT,))
+
+    def policy(primitive: Any, *_: Any, **settings: Any) -> bool:
+        if primitive.name == "name":
+            return settings["name"] in kept
+        return primitive.name == _FUSED and remat is not True
+
     # Inside a scan the compiler cannot merge the recomputation into the forward pass: no barrier is needed.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 

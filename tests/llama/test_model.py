@@ -292,13 +292,23 @@ def test_dropout_keys_differ_by_layer_and_by_key(params, probe, tokens, tiny):
     assert not np.array_equal(drops[0], drops[1])
 
 
-def test_remat_changes_no_gradient(params, probe, tokens, tiny):
+def test_remat_changes_no_gradient_and_keeps_less(params, probe, tokens, tiny):
     def loss(probe, remat):
         return jnp.mean(jnp.square(forward(params, tokens, tiny, probe, key=jax.random.key(1), remat=remat)))
 
-    plain, everything, dots = (jax.jit(jax.grad(partial(loss, remat=r)))(probe) for r in (False, True, "dots"))
-    for other in (everything, dots):
+    def kept(remat):
+        """Elements that the backward pass gets from the forward pass, by the shape of one layer's."""
+        _, vjp = jax.vjp(partial(loss, remat=remat), probe)
+        return {a.shape[1:] for a in jax.tree.leaves(vjp) if a.shape[:1] == (tiny.num_hidden_layers,)}
+
+    plain, mlp, everything = (jax.jit(jax.grad(partial(loss, remat=r)))(probe) for r in (False, "mlp", True))
+    for other in (mlp, everything):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), plain, other)
+    inner, queries = (3, 11, tiny.intermediate_size), (3, 11, 6, 8)
+    assert {inner, queries} <= kept(False)
+    assert queries in kept("mlp") - {inner}
+    assert inner not in kept("mlp")
+    assert not {inner, queries} & kept(True)
     with pytest.raises(InputError, match="'all'"):
         forward(params, tokens, tiny, remat="all")
 
