@@ -1,11 +1,10 @@
 """The jitted training and validation steps: gradients in the adapter alone, the base frozen."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax  # type: ignore[import-untyped]
+import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rora_theory import adapters, llama
@@ -66,15 +65,11 @@ def optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransformatio
     """Clipping by the global norm, then AdamW with decoupled weight decay, on `schedule`."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            schedule(config, steps), *config.betas, eps=config.epsilon, weight_decay=config.weight_decay
-        ),
+        optax.adamw(schedule(config, steps), *config.betas, eps=config.epsilon, weight_decay=config.weight_decay),
     )
 
 
-def init_state(
-    adapter: TrainableAdapter, transformation: optax.GradientTransformation, key: PRNGKeyArray
-) -> State:
+def init_state(adapter: TrainableAdapter, transformation: optax.GradientTransformation, key: PRNGKeyArray) -> State:
     """The state before the first step; its arrays are the adapter's own copies, free to be donated."""
     params = jax.tree.map(jnp.copy, adapters.trainable(adapter))
     return State(jnp.zeros((), jnp.int32), params, transformation.init(params), key)
@@ -89,7 +84,7 @@ def train_step(
     attention: str = "auto",
     logits_bytes: int = LOGITS_BYTES,
     state_shardings: Any = None,
-) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
+) -> jax.stages.Wrapped:
     """The jitted function ``(state, base, batch) -> (state, metrics)``; it takes the old state's memory.
 
     The loss is the sum over the batch's targets divided by their number, also where the batch is worked in
@@ -158,14 +153,12 @@ def eval_step(
     *,
     attention: str = "auto",
     logits_bytes: int = LOGITS_BYTES,
-) -> Callable[[Params, Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+) -> jax.stages.Wrapped:
     """The jitted function ``(params, base, batch) -> (summed loss, number of targets)``, without dropout."""
 
     def evaluate(params: Params, base: Params, batch: Batch) -> tuple[Array, Array]:
         adapted = adapters.replace(adapter, params)
-        summed = batch_loss(
-            base, batch, llama_config, adapted, attention=attention, logits_bytes=logits_bytes
-        )
+        summed = batch_loss(base, batch, llama_config, adapted, attention=attention, logits_bytes=logits_bytes)
         return summed, jnp.sum(batch.weights)
 
     return jax.jit(evaluate)
@@ -188,9 +181,7 @@ def batch_loss(
     """
     # Weights enter as constants of the gradient, so that no backward product is made for them.
     base = jax.lax.stop_gradient(base)
-    hidden = llama.hidden_states(
-        base, batch.inputs, llama_config, adapter, key=key, remat=remat, attention=attention
-    )
+    hidden = llama.hidden_states(base, batch.inputs, llama_config, adapter, key=key, remat=remat, attention=attention)
     if batch.positions is not None:
         hidden = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
     head = base["embed_tokens"] if llama_config.tie_word_embeddings else base["lm_head"]

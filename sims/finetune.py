@@ -1,0 +1,291 @@
+"""Fine-tune a LLaMA model with LoRA, RoRA or DoRA.
+
+    python -m sims.finetune --model smollm2-135m --data DATA/ARC-Easy/train.json DATA/ARC-Challenge/train.json
+
+The defaults are the published protocol. The run folder holds `metrics.jsonl` (a line a step and a validation),
+`results.csv` (the same as a table), `checkpoints/` and, at the end, `adapter/` in PEFT's format. A run that was
+stopped or killed goes on where its last checkpoint was, to the same numbers; `python -m figures.loss_curves RUN`
+draws it.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+
+from rora_theory.adapters import Row
+from rora_theory.errors import InputError
+from rora_theory.finetune import (
+    Batches,
+    Examples,
+    FinetuneConfig,
+    NonFiniteLossError,
+    Record,
+    Stepped,
+    Trainer,
+    choose_widths,
+    distributed,
+    read_records,
+    sharding,
+    split,
+    tokenize,
+)
+from rora_theory.llama import LlamaConfig
+from sims.common import cli, tables
+from sims.common.progress import progress_bar
+from sims.common.run_folder import RunFolder, write_whole
+
+NAME = "finetune"
+METRICS = "metrics.jsonl"
+COLUMNS = ("event", "step", "epoch", "loss", "grad_norm", "learning_rate", "targets", "positions", "seconds", "best")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train, and how."""
+
+    data: tuple[str, ...]
+    """.json or .jsonl files in the LLM-Adapters schema, or hf://datasets/OWNER/NAME[@REVISION]/FILE"""
+    model: str = "smollm2-135m"
+    """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
+    revision: str | None = None
+    """branch, tag or commit of a model on the hub"""
+    training: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    out: Path | None = None
+    """run folder; none is results/finetune/RUN_ID"""
+    keep: Literal["best", "last"] = "best"
+    """which adapter to write at the end: best by validation loss (as published), or last"""
+    merge: bool = False
+    """write merged/ too: the model with the adapter added in, in Hugging Face layout"""
+    fsdp: int = 1
+    """devices that share one copy of the base weights; the others hold further copies"""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for several processes outside SLURM"""
+    num_processes: int | None = None
+    """how many processes take part"""
+    process_id: int | None = None
+    """number of this process"""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches, and what became of the records."""
+
+    train: Batches
+    validation: Batches | None
+    summary: dict[str, Any]
+
+
+def prepare(parts: tuple[list[Record], list[Record]], tokenizer: Any, config: FinetuneConfig) -> Data:
+    """Tokenize and plan training and validation records. Raises `InputError` as these do."""
+    answer_only = config.loss_on == "answer"
+    train, held_out = (
+        tokenize(part, tokenizer, cutoff=config.cutoff, template=config.template, answer_only=answer_only)
+        if part
+        else None
+        for part in parts
+    )
+    assert train is not None
+    found = [examples for examples in (train, held_out) if examples is not None]
+    widths = choose_widths(np.concatenate([examples.sizes for examples in found]), config.widths)
+
+    def batches(examples: Examples, **order: int) -> Batches:
+        return Batches(examples, widths, batch=config.batch, answer_only=answer_only, **order)
+
+    trained = batches(train, epochs=config.epochs, seed=config.seed)
+    summary = {
+        "records": sum(map(len, parts)),
+        "trained_on": len(train),
+        "validated_on": 0 if held_out is None else len(held_out),
+        "truncated": sum(examples.truncated for examples in found),
+        "skipped": sum(examples.skipped for examples in found),
+        "steps_per_epoch": trained.steps_per_epoch,
+        "widths": widths,
+        "padding": trained.padding,
+    }
+    return Data(trained, None if held_out is None else batches(held_out), summary)
+
+
+class Metrics:
+    """`metrics.jsonl`: a line an event, appended as it comes; none beyond ``step``, where the run goes on."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        whole = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in whole if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_whole(path, "".join(lines))
+        self._path = path
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+
+    def add(self, event: Any) -> None:
+        name = "step" if isinstance(event, Stepped) else "validation"
+        self._file.write(json.dumps({"event": name, **asdict(event)}) + "\n")
+        self._file.flush()
+
+    def close(self) -> list[dict[str, Any]]:
+        """All events, of this and earlier parts of the run."""
+        self._file.close()
+        return [json.loads(line) for line in self._path.read_text().splitlines()]
+
+
+def model_config(config: Config) -> LlamaConfig:
+    """The configuration of the model, without its weights. Raises `InputError` as `rora_theory.llama.load`."""
+    from rora_theory.llama.gguf_file import config_from_gguf, open_gguf
+    from rora_theory.llama.hub import locate
+    from rora_theory.llama.weights import read_config
+
+    source = locate(config.model, config.revision)
+    return read_config(source) if source.is_dir() else config_from_gguf(open_gguf(source), str(source))
+
+
+def finetune(config: Config, model: Any = None) -> Path:
+    """Check everything that can be checked, train to the end, and write the adapter; returns the run folder.
+
+    With several processes each calls this, and the first alone prints and writes.
+
+    Args:
+      config: of the run.
+      model: a `rora_theory.llama.Model` that is ``config.model``, to spare loading it again; None loads it.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from rora_theory import adapters, llama
+
+    training, first = config.training, distributed.is_first()
+    training.check()
+    records = read_records(config.data)
+    parts = split(records, training.validation, training.seed)
+    llama_config = model_config(config) if model is None else model.config
+    rows = adapters.table(training.lora(), llama_config)
+    if first:
+        print_table(config, rows)
+    layout, shardings = None, None
+    if len(jax.devices()) > 1:
+        layout = sharding.Layout(sharding.mesh(fsdp=config.fsdp))
+        layout.check_batch(training.batch, training.accumulation)
+        shardings = layout.params_shardings(llama.abstract_params(llama_config, jnp.dtype(training.dtype)))
+    if model is None:
+        model = llama.load(config.model, jnp.dtype(training.dtype), config.revision, shardings)
+    data = prepare(parts, model.tokenizer, training)
+    adapter = adapters.init(jax.random.key(training.seed), training.lora(), model.config, model.params)
+
+    digest = hashlib.sha256(json.dumps(records).encode()).hexdigest()
+    identity = {"model": config.model, "revision": config.revision, "data": config.data, "records_sha256": digest}
+    identity |= asdict(training)
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed) if first else None
+    path = config.out if folder is None else folder.path
+    assert path is not None
+    trainer = Trainer(
+        model.params,
+        model.config,
+        adapter,
+        training,
+        data.train,
+        data.validation,
+        path / "checkpoints",
+        layout=layout,
+    )
+    if folder is None:
+        for _ in trainer.run():
+            pass
+        trainer.adapter(config.keep)
+        trainer.close()
+        return path
+    trainable = adapters.count(adapter)
+    devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    folder.update(data=data.summary, trainable_parameters=trainable, steps=trainer.steps, device=devices)
+    print(f"{trainable:,} trainable parameters; {data.summary['trained_on']} records, {trainer.steps} steps")
+    follow(trainer, folder)
+    kept = trainer.adapter(config.keep)
+    trainer.close()
+    adapters.save_peft(path / "adapter", kept, base_model=config.model)
+    if config.merge and not (path / "merged").exists():
+        save_merged(path / "merged", kept, model)
+    folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
+    return path
+
+
+def follow(trainer: Trainer, folder: RunFolder) -> None:
+    """Run to the end: every event to `metrics.jsonl`, then all of them to `results.csv`."""
+    metrics = Metrics(folder.path / METRICS, trainer.step)
+    fields = "loss {loss:.3f}  lr {lr:.1e}  {rate:,.0f} tokens/s"
+    try:
+        with progress_bar("training", trainer.steps, fields=fields) as bar:
+            bar.advance(trainer.step)
+            for event in trainer.run():
+                metrics.add(event)
+                if isinstance(event, Stepped):
+                    rate = event.targets / event.seconds
+                    bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=rate)
+                else:
+                    mark = " (best)" if event.best else ""
+                    print(f"step {event.step}/{trainer.steps}: validation loss {event.loss:.4f}{mark}")
+    except NonFiniteLossError as error:
+        folder.finish("failed", error=str(error))
+        cli.fail(str(error))
+    finally:
+        events = metrics.close()
+    folder.write_rows(COLUMNS, events)
+
+
+def save_merged(path: Path, adapter: Any, model: Any) -> None:
+    """Write the model with the adapter added in, and its tokenizer, in Hugging Face layout."""
+    from rora_theory import adapters
+    from rora_theory.llama.weights import save_hf
+
+    with tokenizer_files(model) as files:
+        save_hf(path, adapters.merge(adapter, model.params), model.config, tokenizer_from=files)
+
+
+@contextmanager
+def tokenizer_files(model: Any) -> Iterator[Path]:
+    """A folder with the model's tokenizer in Hugging Face layout; made for a model that came without one."""
+    if model.source.is_dir():
+        yield model.source
+        return
+    tokenizer = model.tokenizer
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    special = {name: tokenizer.backend.id_to_token(token) for name, token in names.items() if token is not None}
+    special |= {"add_bos_token": tokenizer.prefix != ()}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.backend.save(os.path.join(folder, "tokenizer.json"))
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(special))
+        yield Path(folder)
+
+
+def print_table(config: Config, rows: Sequence[Row]) -> None:
+    """What is adapted, how strongly."""
+    cells = [(row.module, row.layers, row.rule, row.rank, f"{row.alpha:g}", f"{row.scaling:.6g}") for row in rows]
+    title = f"{config.training.method} on {config.model}"
+    tables.print_table(title, ("module", "layers", "rule", "rank", "alpha", "scaling"), cells, left=3)
+
+
+def main() -> None:
+    """Join the other processes, if there are any, and train."""
+    config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
+    several = distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    if several and (config.out is None or config.merge):
+        raise InputError("several processes: accepted is --out, and no --merge (one process can merge afterwards)")
+    quiet()
+    path = finetune(config)
+    if distributed.is_first():
+        print(f"{path}: metrics.jsonl, results.csv, adapter/" + (", merged/" if config.merge else ""))
+
+
+def quiet() -> None:
+    """Leave it to this command to say what went wrong: the checkpoint writer's threads log each failure at length."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+
+
+if __name__ == "__main__":
+    cli.run(main)

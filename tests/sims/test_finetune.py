@@ -1,0 +1,224 @@
+"""`python -m sims.finetune` on a tiny checkpoint: killed and resumed, merged, read back, and bad input in one line."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from figures import loss_curves, style
+from rora_theory.adapters import load_peft, merge
+from rora_theory.llama import LlamaConfig, init_params, load
+from rora_theory.llama.weights import save_hf
+
+CONFIG = LlamaConfig(300, 16, 24, 2, 2, 1, 8, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
+WORDS = [chr(97 + i) * (1 + i % 7) for i in range(16)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random checkpoint in Hugging Face layout, with a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    (folder / "tokenizer").mkdir()
+    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    params = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_params(jax.random.key(0), CONFIG))
+    save_hf(folder / "hf", params, CONFIG, tokenizer_from=folder / "tokenizer")
+    return folder / "hf"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    random = np.random.default_rng(0)
+    rows = [
+        {"instruction": " ".join(random.choice(WORDS, random.integers(1, 12))), "output": f"answer{i % 3}"}
+        for i in range(60)
+    ]
+    path = tmp_path_factory.mktemp("data") / "train.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    plain = "--rank 2 --alpha 4 --targets q_proj down_proj --batch 4 --epochs 6 --warmup 4 --learning-rate 0.02"
+    every = "--validation 8 --evaluate-every 20 --checkpoint-every 3 --template clean --widths 1 --cutoff 400"
+    return ["--model", str(model), "--data", str(data), "--out", str(out), *plain.split(), *every.split(), *more]
+
+
+def start(arguments: list[str], **options) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "sims.finetune", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **streams, **options)
+
+
+def losses(run: Path) -> list[tuple]:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(event["event"], event["step"], event["loss"]) for event in events]
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    process = start(arguments(model, data, out, "--merge", "True"))
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert stderr == ""
+    (out / "stdout").write_text(stdout)
+    return out
+
+
+def test_a_run_leaves_its_metrics_its_adapter_and_a_merged_model(whole, model):
+    found = losses(whole)
+    assert [step for kind, step, _ in found if kind == "step"] == list(range(1, 79))
+    assert [step for kind, step, _ in found if kind == "validation"] == [20, 40, 60, 78]
+    steps = [loss for kind, _, loss in found if kind == "step"]
+    assert np.mean(steps[-10:]) < 0.9 * np.mean(steps[:10])
+    with (whole / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["event"], int(row["step"]), float(row["loss"])) for row in rows] == found
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["data"] | {"padding": 0} == {
+        "records": 60, "trained_on": 52, "validated_on": 8, "truncated": 0, "skipped": 0, "steps_per_epoch": 13,
+        "widths": manifest["data"]["widths"], "padding": 0,
+    }  # fmt: skip
+    assert manifest["best_loss"] == min(loss for kind, _, loss in found if kind == "validation")
+    # 2 layers: q_proj is 16 x 16, down_proj 16 x 24, each with rank 2.
+    assert manifest["trainable_parameters"] == 2 * 2 * ((16 + 16) + (16 + 24))
+    base, merged = load(str(model)), load(str(whole / "merged"))
+    adapter = load_peft(whole / "adapter", base.config, base.params)
+    expected = merge(adapter, base.params)
+    jax.tree.map(np.testing.assert_array_equal, merged.params, expected)
+    assert not np.array_equal(*(m["layers"]["mlp.down_proj"]["weight"] for m in (merged.params, base.params)))
+    assert merged.tokenizer.encode("fox</s>") == base.tokenizer.encode("fox</s>")
+
+
+def test_the_table_comes_before_the_training(whole):
+    lines = (whole / "stdout").read_text().splitlines()
+    down = next(i for i, line in enumerate(lines) if "mlp.down_proj" in line)
+    first = next(i for i, line in enumerate(lines) if "validation loss" in line)
+    assert down < first
+    # rora: 4 / sqrt(2)
+    assert lines[down].split() == ["mlp.down_proj", "0-1", "rora", "2", "4", "2.82843"]
+
+
+def test_killed_twice_it_ends_with_the_same_bits(whole, model, data, tmp_path):
+    out = tmp_path / "run"
+    for lines in (15, 50):
+        process = start(arguments(model, data, out))
+        while process.poll() is None and (not (out / "metrics.jsonl").exists() or len(losses_so_far(out)) < lines):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "killed in the middle"
+        assert not (out / "adapter").exists()
+    process = start(arguments(model, data, out))
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert losses(out) == losses(whole)
+    adapters = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (out, whole)]
+    assert adapters[0] == adapters[1]
+
+
+def losses_so_far(out: Path) -> list[str]:
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
+def test_other_arguments_do_not_go_on_in_the_same_folder(whole, model, data):
+    message = fails(arguments(model, data, whole, "--seed", "7"))
+    assert f"{whole}: holds a run with other arguments (seed there 42, here 7)" in message
+
+
+def test_a_full_disk_is_one_line(model, data, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+
+    message = fails(arguments(model, data, tmp_path / "run", "--rank", "16"), preexec_fn=limit)
+    assert "run/checkpoints: a checkpoint cannot be written (File too large); accepted is a disk with room" in message
+
+
+def fails(arguments: list[str], **options) -> str:
+    """The command's one line of error; its exit status is 2."""
+    process = start(arguments, **options)
+    _, stderr = process.communicate()
+    assert process.returncode == 2, stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1, stderr
+    return stderr
+
+
+def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
+    empty, bad = tmp_path / "empty.json", tmp_path / "bad.json"
+    empty.write_text("[]")
+    bad.write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    for file in model.iterdir():
+        content = file.read_bytes()
+        (truncated / file.name).write_bytes(content[:-100] if file.suffix == ".safetensors" else content)
+    out = tmp_path / "run"
+    return {
+        "no data": (arguments(model, empty, out), "empty.json: holds no records"),
+        "bad record": (arguments(model, bad, out), "bad.json: record 1 has no 'output'"),
+        "missing data": (arguments(model, tmp_path / "none.json", out), "none.json: cannot be read"),
+        "too few records": (arguments(model, data, out, "--validation", "60"), "validation is 60 of 60 records"),
+        "missing model": (arguments(tmp_path / "nowhere", data, out), "nowhere"),
+        "truncated weights": (arguments(truncated, data, out), "truncated"),
+        "rank above width": (arguments(model, data, out, "--rank", "17"), "rank is 17 at model.layers.0"),
+        "pattern of nothing": (arguments(model, data, out, "--rank-pattern", "x_proj", "2"), "matches no adapted"),
+        "unknown module": (arguments(model, data, out, "--targets", "w_proj"), "'w_proj', which matches no module"),
+        "rate of zero": (arguments(model, data, out, "--learning-rate", "0"), "learning_rate is 0.0"),
+        "parts of a batch": (arguments(model, data, out, "--accumulation", "3"), "accumulation is 3"),
+    }
+
+
+def test_bad_input_is_refused_before_anything_is_written(model, data, tmp_path, capsys, monkeypatch):
+    from sims import finetune
+    from sims.common import cli
+
+    for name, (command, message) in bad_input(model, data, tmp_path).items():
+        # Eight host devices share a batch in the tests' own process.
+        monkeypatch.setattr(sys, "argv", ["finetune", *command, "--batch", "8"])
+        with pytest.raises(SystemExit) as caught:
+            cli.run(finetune.main)
+        stderr = capsys.readouterr().err
+        assert caught.value.code == 2, name
+        assert message in stderr, name
+        assert stderr.startswith("error: "), name
+        assert stderr.count("\n") == 1, name
+        assert not (tmp_path / "run").exists(), name
+
+
+def test_loss_curves_are_drawn_from_runs(whole, tmp_path, capsys):
+    style.main(loss_curves.draw, loss_curves.Config((whole, whole), out=tmp_path))
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"loss_curves.{kind}") for kind in ("png", "svg")]
+    drawn = (tmp_path / "loss_curves.svg").read_text()
+    assert "RoRA, r = 2, validation" in drawn
+    assert (tmp_path / "loss_curves.png").stat().st_size > 10_000
+    steps, means = loss_curves.running_mean(np.arange(1.0, 6.0), np.array([1.0, 2.0, 3.0, 4.0, 10.0]), 3)
+    assert steps.tolist() == pytest.approx([2, 3, 4])
+    assert means.tolist() == pytest.approx([2, 3, 17 / 3])
+
+
+def test_figures_refuse_what_is_no_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        loss_curves.draw(loss_curves.Config((tmp_path,)))
+    assert caught.value.code == 2
+    assert "is not a run folder" in capsys.readouterr().err
