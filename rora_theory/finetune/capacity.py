@@ -1,0 +1,325 @@
+"""Does a fine-tuning run fit, and how long does it take? From shapes alone: no weights, no accelerator.
+
+The step that training runs is traced on abstract arrays. Weights, adapter and optimizer state are counted from their
+shapes, the rest from the traced program (`program`). XLA's own account of the same step, of the backend at hand, is
+there to compare: `compile_here`. Its GPU compiler, run for an A6000 without one, says 30.1 GB for LLaMA-7B in bfloat16
+at rank 128 and 16 x 256 tokens where this says 30.0, and with rematerialisation 19.7 where this says 19.5: it fuses
+a layer's elementwise work a little less than is taken here.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from rora_theory import adapters
+from rora_theory.adapters.lora import assemble
+from rora_theory.errors import InputError
+from rora_theory.finetune import program
+from rora_theory.finetune import step as steps
+from rora_theory.finetune.config import FinetuneConfig
+from rora_theory.finetune.data import Batch
+from rora_theory.finetune.loss import LOGITS_BYTES
+from rora_theory.llama import LlamaConfig
+from rora_theory.llama.model import abstract_params, init_params
+
+MODELS = {
+    "llama-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
+    "llama-13b": LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128),
+    "llama2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama3-8b": LlamaConfig(
+        128256, 4096, 14336, 32, 32, 8, 128, rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=8192
+    ),
+    "sheared-llama-1.3b": LlamaConfig(
+        32000, 2048, 5504, 24, 16, 16, 128, rms_norm_eps=1e-5, max_position_embeddings=4096
+    ),
+    "smollm2-135m": LlamaConfig(
+        49152,
+        576,
+        1536,
+        30,
+        9,
+        3,
+        64,
+        rms_norm_eps=1e-5,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    ),
+}
+"""Shapes of published models."""
+
+PAPER_MODELS = ("llama-7b", "llama-13b", "llama2-7b", "llama3-8b", "sheared-llama-1.3b")
+"""The models of the paper's experiments."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator as its maker specifies it.
+
+    Attributes:
+      memory: bytes that its driver reports.
+      bfloat16: operations a second of bfloat16 products, dense, accumulated in float32.
+      float32: of float32 products, which JAX runs in TF32 on these cards unless told otherwise.
+      bandwidth: bytes a second of its memory.
+    """
+
+    name: str
+    memory: int
+    bfloat16: float
+    float32: float
+    bandwidth: float
+
+    def peak(self, dtype: DTypeLike) -> float:
+        """Operations a second of products of ``dtype``."""
+        return self.bfloat16 if jnp.dtype(dtype).itemsize == 2 else self.float32
+
+
+# NVIDIA's data sheets: Ampere GA102 whitepaper (2021) for the RTX A6000; A100 80GB (2021); Ada whitepaper v2.1 for the
+# RTX 4090; L40S (2023); H100 (2023) and H200 (2024), SXM. Rates without sparsity. Memory as `nvidia-smi` reports it.
+_MIB = 2**20
+DEVICES = {
+    "a6000": Device("NVIDIA RTX A6000 48 GB", 48677 * _MIB, 154.8e12, 77.4e12, 768e9),
+    "rtx4090": Device("NVIDIA RTX 4090 24 GB", 24564 * _MIB, 165.2e12, 82.6e12, 1008e9),
+    "l40s": Device("NVIDIA L40S 48 GB", 46068 * _MIB, 362.0e12, 183.0e12, 864e9),
+    "a100-40gb": Device("NVIDIA A100 SXM 40 GB", 40960 * _MIB, 312e12, 156e12, 1555e9),
+    "a100-80gb": Device("NVIDIA A100 SXM 80 GB", 81920 * _MIB, 312e12, 156e12, 2039e9),
+    "h100": Device("NVIDIA H100 SXM 80 GB", 81559 * _MIB, 989.4e12, 494.7e12, 3350e9),
+    "h200": Device("NVIDIA H200 SXM 141 GB", 143771 * _MIB, 989.4e12, 494.7e12, 4800e9),
+}
+"""Accelerators by short name."""
+
+RESERVE = 1_000_000_000
+"""Bytes that the driver's context, the libraries' workspaces and the compiled code take on a device."""
+
+PREALLOCATED = 0.75
+"""Share of a device that JAX takes unless the variable XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one step of a run needs. Bytes, unless said otherwise; `total` is the sum of the seven parts.
+
+    Attributes:
+      parameters: number of the base's weights.
+      trainable: number of the adapter's.
+      tokens: positions a step.
+      flops: operations of the step's products.
+      base: weights, read by ``passes`` passes a step.
+      adapter, optimizer: float32; the optimizer's two moments are twice the adapter.
+      batch: tokens, targets and their weights.
+      gradients: of the adapter.
+      activations: kept for the backward pass; with rematerialisation the layers' inputs alone.
+      working: what the fullest moment holds besides: a layer's own intermediates, or a block of logits.
+      logits: the block of logits held at once, here to see; a part of ``working`` when it is there.
+    """
+
+    parameters: int
+    trainable: int
+    tokens: int
+    flops: int
+    passes: int
+    base: int
+    adapter: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int
+    working: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by part."""
+        names = ("base", "adapter", "optimizer", "batch", "gradients", "activations", "working")
+        return {name: getattr(self, name) for name in names}
+
+    def fits(self, device: Device) -> bool:
+        """Whether the device has the memory, its `RESERVE` left out."""
+        return self.total <= device.memory - RESERVE
+
+    def memory_fraction(self, device: Device) -> float | None:
+        """The XLA_PYTHON_CLIENT_MEM_FRACTION that the run needs; None where JAX's own share is enough."""
+        share = self.total / device.memory
+        return None if share <= PREALLOCATED else math.ceil(100 * share) / 100
+
+    def seconds(self, device: Device, dtype: DTypeLike, utilisation: float) -> float:
+        """A step's time: its products at ``utilisation`` of the peak rate, or reading the weights, the longer.
+
+        Raises:
+          InputError: a utilisation outside (0, 1].
+        """
+        if not 0 < utilisation <= 1:
+            raise InputError(f"utilisation is {utilisation!r}; accepted is a number above 0, at most 1")
+        return max(self.flops / (utilisation * device.peak(dtype)), self.passes * self.base / device.bandwidth)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The training step of a run and the abstract arrays it takes."""
+
+    function: Callable[..., Any]
+    state: Any
+    base: Any
+    batch: Any
+
+
+def abstract_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int) -> Program:
+    """The step that training runs, for batches of ``config.batch`` rows of ``width`` positions.
+
+    Raises:
+      InputError: a setting out of range, an adapter that does not fit the model, or a width it does not take.
+    """
+    config.check()
+    if width < 1:
+        raise InputError(f"width is {width}; accepted is an integer of 1 or more")
+    base = abstract_params(llama_config, jnp.dtype(config.dtype))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    adapter = abstract_adapter(llama_config, config)
+    optimizer = steps.optimizer(config, 1)
+    state = jax.eval_shape(
+        lambda params, k: steps.init_state(adapters.replace(adapter, params), optimizer, k), adapter.params, key
+    )
+    integers = jax.ShapeDtypeStruct((config.batch, width), jnp.int32)
+    weights = jax.ShapeDtypeStruct((config.batch, width), jnp.float32)
+    function = steps.train_step(adapter, llama_config, config, 1)
+    return Program(function, state, base, Batch(integers, integers, weights, None))
+
+
+def account(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> Account:
+    """Trace a run's step and account for it. Raises as `abstract_step`."""
+    step = abstract_step(llama_config, config, width)
+    traced = step.function.trace(step.state, step.base, step.batch)
+    held = program.held(traced.jaxpr)
+    adapter = _bytes(step.state.params)
+    rows = config.batch // config.accumulation
+    row = 4 * llama_config.vocab_size * rows
+    return Account(
+        parameters=count(step.base),
+        trainable=adapters.count(abstract_adapter(llama_config, config)),
+        tokens=config.batch * width,
+        flops=program.flops(traced.jaxpr),
+        passes=(3 if config.remat else 2) * config.accumulation,
+        base=_bytes(step.base),
+        adapter=adapter,
+        optimizer=_bytes(step.state) - adapter,
+        batch=_bytes(step.batch),
+        gradients=held.stacked,
+        activations=held.kept,
+        working=held.working,
+        logits=min(row * width, max(row, LOGITS_BYTES // row * row)),
+    )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """XLA's own account of a step on the backend at hand, bytes.
+
+    Attributes:
+      arguments: weights, state and batch.
+      temporaries: everything else. A CPU's compiler multiplies bfloat16 as float32, of which it makes and keeps
+        copies: in bfloat16 this is far above what a GPU takes.
+      seconds: the compiler's time.
+    """
+
+    arguments: int
+    temporaries: int
+    seconds: float
+
+
+def compile_here(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> Compiled:
+    """Compile a run's step for the default backend, without weights. Raises as `abstract_step`."""
+    step = abstract_step(llama_config, config, width)
+    start = time.perf_counter()
+    found = step.function.lower(step.state, step.base, step.batch).compile().memory_analysis()
+    return Compiled(found.argument_size_in_bytes, found.temp_size_in_bytes, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step that was run, on random weights.
+
+    Attributes:
+      peak: bytes at the fullest moment, weights and all.
+      seconds: of a step after the first.
+    """
+
+    peak: int
+    seconds: float
+
+
+def measure(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> Measured:
+    """Run two steps on the default device, on random weights and tokens, and see what they take.
+
+    On a GPU the allocator's own peak. On a CPU what the process's resident memory grew by in the first step, and the
+    arrays that were there before; Linux alone tells.
+
+    Raises:
+      InputError: as `abstract_step`, or a system that does not tell.
+    """
+    step = abstract_step(llama_config, config, width)
+    compiled = step.function.lower(step.state, step.base, step.batch).compile()
+    device = jax.devices()[0]
+    base = jax.jit(init_params, static_argnums=(1, 2))(jax.random.key(0), llama_config, jnp.dtype(config.dtype))
+    adapter = adapters.init(jax.random.key(1), config.lora(), llama_config, base)
+    state = steps.init_state(adapter, steps.optimizer(config, 1), jax.random.key(2))
+    del adapter
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, llama_config.vocab_size, (config.batch, width + 1)).astype(np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((config.batch, width), np.float32), None)
+    jax.block_until_ready((base, state))
+    before = 0
+    if device.platform != "gpu":
+        _forget_peak()
+        before = _resident("VmRSS") - _bytes((base, state))
+    state, _ = jax.block_until_ready(compiled(state, base, batch))
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(state, base, batch))
+    seconds = time.perf_counter() - start
+    if device.platform == "gpu":
+        return Measured(int(device.memory_stats()["peak_bytes_in_use"]), seconds)
+    return Measured(_resident("VmHWM") - before, seconds)
+
+
+def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:
+    """The run's adapter, its arrays abstract and its scaling in numbers."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    base = abstract_params(llama_config, jnp.dtype(config.dtype))
+    shapes = jax.eval_shape(lambda k, b: adapters.init(k, config.lora(), llama_config, b), key, base)
+    return assemble(shapes.config, shapes.targets, shapes.params)
+
+
+def count(tree: Any) -> int:
+    """Number of elements in a tree of arrays, abstract or not."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(program.size_in_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _resident(what: str) -> int:
+    """A line of Linux's account of this process, in bytes."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith(f"{what}:"))
+    except (OSError, StopIteration) as error:
+        raise InputError("measure: this system does not tell a process's peak memory; accepted is Linux") from error
+
+
+def _forget_peak() -> None:
+    """Let the peak of resident memory start from now."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError as error:
+        raise InputError("measure: this system does not tell a process's peak memory; accepted is Linux") from error

@@ -1,0 +1,206 @@
+"""Does a fine-tuning run fit on a GPU, and how long does it take? From shapes alone, on any machine.
+
+    python -m sims.capacity                                   the paper's five models on a 48 GB A6000
+    python -m sims.capacity --model llama-7b --method dora --rank 128 --device h100 --examples 170420
+
+The training step is traced without weights. ``--compile True`` adds the account of XLA's compiler for the machine at
+hand; ``--measure True`` runs two steps here, on random weights, and sets what they took beside the prediction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from rora_theory.errors import InputError
+from rora_theory.finetune import capacity
+from rora_theory.finetune.capacity import DEVICES, MODELS, PAPER_MODELS, Account, Device
+from rora_theory.finetune.config import BaseDtype, FinetuneConfig
+from rora_theory.llama import LlamaConfig
+from rora_theory.llama.weights import read_config
+from sims.common import cli, tables
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run to fit. The defaults are the paper's protocol at its largest rank."""
+
+    model: str | None = None
+    """llama-7b, llama-13b, llama2-7b, llama3-8b, sheared-llama-1.3b, smollm2-135m, or a folder with config.json; none
+    is the table of the paper's five"""
+    method: Literal["lora", "rora", "dora"] = "rora"
+    """lora and rora differ by their scaling alone, so they take the same; dora trains magnitudes too"""
+    rank: int = 128
+    """rank of the adapter, on q, k, v, up and down"""
+    batch: int = 16
+    """records a step"""
+    accumulation: int = 1
+    """parts a batch is worked in, one after another"""
+    seq: int = 256
+    """tokens of a record, padding included"""
+    device: str = "a6000"
+    """a6000, rtx4090, l40s, a100-40gb, a100-80gb, h100 or h200"""
+    dtype: BaseDtype = "bfloat16"
+    """type of the frozen base weights"""
+    remat: bool = False
+    """recompute each layer in the backward pass; the table shows both"""
+    dropout: float = 0.05
+    """dropout of the adapter's input; above 0, the masked inputs are kept too"""
+    utilisation: float = 0.4
+    """share of the device's peak rate of products that the run reaches"""
+    steps: int | None = None
+    """number of steps, for the whole time"""
+    examples: int | None = None
+    """number of training records instead, each seen --epochs times"""
+    epochs: int = 3
+    """passes over --examples"""
+    compile: bool = False
+    """compile the step for this machine and show XLA's account of it"""
+    measure: bool = False
+    """run two steps on this machine and show what they took"""
+
+    def finetune(self) -> FinetuneConfig:
+        """The run's own configuration."""
+        return FinetuneConfig(
+            method="dora" if self.method == "dora" else "lora",
+            rule="lora" if self.method == "lora" else "rora",
+            rank=self.rank,
+            batch=self.batch,
+            accumulation=self.accumulation,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+
+    def count_steps(self) -> int | None:
+        """Steps of the whole run; None where the command does not say."""
+        if self.examples is None:
+            return self.steps
+        return -(-self.examples // self.batch) * self.epochs
+
+
+def check(config: Config) -> None:
+    """Raise `InputError` where a setting is out of range."""
+    if config.device not in DEVICES:
+        raise InputError(f"--device is {config.device!r}; accepted are {', '.join(DEVICES)}")
+    if config.steps is not None and config.examples is not None:
+        raise InputError("--steps and --examples are both given; accepted is one of them")
+    for name in ("steps", "examples", "epochs", "seq"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}; accepted is an integer of 1 or more")
+    if not 0 < config.utilisation <= 1:
+        raise InputError(f"--utilisation is {config.utilisation}; accepted is a number above 0, at most 1")
+    if config.model is None and (config.compile or config.measure):
+        raise InputError("--compile and --measure take one model; accepted is --model NAME with them")
+
+
+def find_model(name: str) -> LlamaConfig:
+    """A model's shape, by its name or from its folder."""
+    if name in MODELS:
+        return MODELS[name]
+    if Path(name).is_dir():
+        return read_config(Path(name))
+    raise InputError(f"--model is {name!r}; accepted are {', '.join(MODELS)} or a folder with config.json")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+
+    def run() -> None:
+        config = cli.parse(Config, argv, description=__doc__ or "")
+        check(config)
+        run_config, device = config.finetune(), DEVICES[config.device]
+        if config.model is None:
+            show_table(config, run_config, device)
+        else:
+            show_model(config, find_model(config.model), run_config, device)
+
+    cli.run(run)
+
+
+def show_table(config: Config, run: FinetuneConfig, device: Device) -> None:
+    """The paper's models, with and without rematerialisation."""
+    rows, fitting = [], []
+    for name in PAPER_MODELS:
+        for remat in (False, True):
+            found = capacity.account(MODELS[name], replace(run, remat=remat), config.seq)
+            fits = found.fits(device)
+            if fits:
+                fitting.append(f"{name}{' (remat)' if remat else ''}")
+            sizes = [f"{size / GB:.1f}" for size in (found.base, found.adapter + found.optimizer, found.activations)]
+            seconds = found.seconds(device, run.dtype, config.utilisation)
+            times = [f"{seconds:.2f}", _total(config, seconds)]
+            share = f"{100 * found.trainable / found.parameters:.2f}"
+            rows.append([name, "yes" if remat else "no", share, *sizes, f"{found.total / GB:.1f}", _word(fits), *times])
+    columns = [
+        "model", "remat", "trained %", "base GB", "adapter + Adam GB", "activations GB", "total GB", "verdict",
+        "s a step", "whole run",
+    ]  # fmt: skip
+    tables.print_table(f"{device.name}, {_describe(config)}", columns, rows)
+    print(f"fit: {', '.join(fitting) or 'none'}\n{_basis(config, device)}")
+
+
+def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: Device) -> None:
+    """One model, by part; then what the compiler and the machine at hand say, where asked."""
+    found = capacity.account(model, run, config.seq)
+    rows = [[name, f"{size / GB:.2f}"] for name, size in found.parts().items()]
+    rows += [["total", f"{found.total / GB:.2f}"], ["(a block of logits)", f"{found.logits / GB:.2f}"]]
+    tables.print_table(f"{config.model}, {_describe(config)}", ["memory", "GB"], rows)
+    seconds = found.seconds(device, run.dtype, config.utilisation)
+    print(f"parameters {found.parameters:,}, trained {found.trainable:,} ({found.trainable / found.parameters:.2%})")
+    print(f"products {found.flops / 1e12:.4g} TFLOP a step, {found.flops / found.tokens / 1e9:.3g} GFLOP a token")
+    total = _total(config, seconds)
+    whole = f"; the whole run {total}" if total else ""
+    print(f"{seconds:.3g} s a step, {found.tokens / seconds:.0f} tokens/s{whole}")
+    print(f"{device.name}: {_verdict(found, device)}\n{_basis(config, device)}")
+    if config.compile:
+        xla = capacity.compile_here(model, run, config.seq)
+        arguments = found.base + found.adapter + found.optimizer + found.batch
+        print(
+            f"XLA for this machine ({xla.seconds:.0f} s): arguments {xla.arguments / GB:.2f} GB (here "
+            f"{arguments / GB:.2f}), temporaries {xla.temporaries / GB:.2f} GB (here "
+            f"{(found.total - arguments) / GB:.2f}). A CPU's compiler widens bfloat16 products, a GPU's does not."
+        )
+    if config.measure:
+        own = capacity.measure(model, run, config.seq)
+        print(
+            f"measured here: peak {own.peak / GB:.3f} GB, predicted {found.total / GB:.3f} GB "
+            f"(predicted / measured {found.total / own.peak:.3f}); {own.seconds:.2f} s a step"
+        )
+
+
+def _verdict(found: Account, device: Device) -> str:
+    memory = f"{found.total / GB:.1f} GB of {(device.memory - capacity.RESERVE) / GB:.1f} GB"
+    if not found.fits(device):
+        return f"does not fit ({memory}); --remat True, a smaller --batch or more --accumulation takes less"
+    fraction = found.memory_fraction(device)
+    note = f"; needs XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} or more" if fraction else ""
+    return f"fits ({memory}){note}"
+
+
+def _word(fits: bool) -> str:
+    return "fits" if fits else "does not fit"
+
+
+def _total(config: Config, seconds: float) -> str:
+    steps = config.count_steps()
+    return "" if steps is None else f"{steps * seconds / 3600:.1f} h"
+
+
+def _describe(config: Config) -> str:
+    parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
+    return f"{config.method}, rank {config.rank}, batch {config.batch} x {config.seq}{parts}, {config.dtype} base"
+
+
+def _basis(config: Config, device: Device) -> str:
+    return (
+        f"times at {100 * config.utilisation:.0f}% of {device.peak(config.dtype) / 1e12:.0f} TFLOP/s; "
+        f"{capacity.RESERVE / GB:.0f} GB of {device.memory / GB:.1f} GB left to the driver and libraries"
+    )
+
+
+if __name__ == "__main__":
+    main()

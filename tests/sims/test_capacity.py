@@ -1,0 +1,84 @@
+"""`python -m sims.capacity`: the paper's table, one model by part, models from folders, bad input."""
+
+import json
+import re
+
+import pytest
+
+from sims import capacity
+
+TINY = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return tmp_path
+
+
+def test_the_papers_models_on_an_a6000(capsys):
+    capacity.main(["--examples", "1600", "--epochs", "2"])
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if re.search(r"fits?\b", line)]
+    verdicts = {(row[0], row[1]): "not" not in row for row in rows if row[0] in capacity.PAPER_MODELS}
+    assert len(verdicts) == 10
+    assert all(verdicts[name, "yes"] for name in capacity.PAPER_MODELS), "with rematerialisation all fit"
+    assert verdicts["sheared-llama-1.3b", "no"]
+    assert "rank 128, batch 16 x 256, bfloat16 base" in out
+    seven = next(row for row in rows if row[:2] == ["llama-7b", "yes"])
+    base, adam, activations, total = map(float, seven[3:7])
+    assert (base, adam) == (13.5, 2.7), "two bytes a weight; twelve a trained parameter"
+    assert activations == 1.1, "32 layers' inputs, 16 x 256 x 4096 in bfloat16"
+    assert total == pytest.approx(19.4, abs=2)
+    hours = float(seven[-2])
+    assert hours == pytest.approx(200 * float(seven[-3]) / 3600, abs=0.06)
+
+
+def test_one_model_by_part(folder, capsys):
+    arguments = "--rank 4 --batch 4 --seq 32 --method dora --dtype float32 --device h100 --steps 3600 --compile True"
+    capacity.main(["--model", str(folder), *arguments.split(), "--measure", "True"])
+    out = capsys.readouterr().out
+    for part in ("base", "adapter", "optimizer", "gradients", "activations", "working", "total", "logits"):
+        assert re.search(rf"{part}\W.*\d\.\d\d\b", out), part
+    assert "NVIDIA H100 SXM 80 GB: fits" in out
+    assert "the whole run" in out
+    assert re.search(r"XLA for this machine .* arguments 0.00 GB \(here 0.00\)", out)
+    assert re.search(r"measured here: peak .* predicted .* s a step", out)
+
+
+def test_what_does_not_fit_says_what_takes_less(capsys):
+    capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--dtype", "float32"])
+    out = capsys.readouterr().out
+    assert re.search(r"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); --remat True, a smaller --batch", out)
+    capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--remat", "True"])
+    out = capsys.readouterr().out
+    assert re.search(r"fits \(.*\); needs XLA_PYTHON_CLIENT_MEM_FRACTION=0\.\d\d or more", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--device tpu", "--device is 'tpu'; accepted are a6000, "),
+        ("--model llama-9b", "--model is 'llama-9b'; accepted are llama-7b, "),
+        ("--utilisation 1.5", "--utilisation is 1.5; accepted"),
+        ("--steps 5 --examples 5", "--steps and --examples are both given"),
+        ("--seq 0", "--seq is 0; accepted"),
+        ("--seq 4096 --model llama-7b", "sequence length is 4096; accepted is at most 2048"),
+        ("--rank 0", "rank is 0; accepted"),
+        ("--accumulation 3", "accumulation is 3; accepted is a divisor of batch"),
+        ("--measure True", "--compile and --measure take one model"),
+        ("--model EMPTY", "config.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        capacity.main(arguments.replace("EMPTY", str(tmp_path / "empty")).split())
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
