@@ -56,7 +56,7 @@ def draw(config: Config) -> Sequence[Path]:
                     label=label if layer == layers[0] else None,
                 )
         axis.axhline(1, color="black", linewidth=0.6)
-        axis.set(yscale="log", ylabel="rms of $w$ / its value at the first rank", title=style.OPTIMIZERS[optimizer])
+        axis.set(yscale="log", ylabel="rms of $w$ relative to the first rank", title=style.OPTIMIZERS[optimizer])
         axis.set_xscale("log", base=2)
     axes[-1, 0].set_xlabel("rank $r$")
     figure.legend(

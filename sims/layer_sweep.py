@@ -101,7 +101,7 @@ def run(config: "Config", rules: dict[str, Rule]) -> None:
             rows += _simulate(config, rules, cell)
             folder.write_rows(COLUMNS, rows)
             bar.advance(1, cell=f"{cell.layer.name}, r = {cell.rank}")
-    folder.finish(seconds=round(time.monotonic() - started, 1))
+    folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     _report(config, rows, crossings)
     print(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}")
 

@@ -135,7 +135,7 @@ def run(config: Config) -> None:
             sweep.unit_sums, ranks=verdict_ranks(config.ranks), p_in=config.p_in, p_out=config.p_out
         )
         folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
-    folder.finish(seconds=round(time.monotonic() - started, 1))
+    folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(config, sweep.rows, check_rows, judged)
     print(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, {describe_files(folder.path)}")
 
