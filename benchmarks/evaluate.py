@@ -1,12 +1,11 @@
-"""Items per second of evaluation beside the usual tools: same CPU, weights, tokenizer, float32 and items, one
-run.
+"""Items per second of evaluation beside the usual tools: same CPU, weights, tokenizer, float32 and items, one run.
 
     python benchmarks/evaluate.py --data-dir DATA --out evaluate.json
 
-`harness` against lm-evaluation-harness's own model class (the fastest of several batch sizes), `generate`
-against transformers' `generate` at 4 beams (likewise; the published evaluation has batch size 1). Every
-side tokenizes in its own time and is warmed up on the same items before it is timed, so that compilation is
-not counted.
+`harness` against lm-evaluation-harness's own model class, `generate` against transformers' `generate` at 4 beams;
+the fastest of a peer's batch sizes counts (the published evaluation generates one item at a time). Every side
+tokenizes in its own time. Ours is run once before it is timed, so that compilation is not counted (`cold`
+has that first run); the peers compile nothing.
 """
 
 import dataclasses
