@@ -17,8 +17,10 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
     Lists are separated by spaces (``--ranks 8 16 32``), names use hyphens, and ``--help`` is drawn from the
     attribute docstrings.
     """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
     return tyro.cli(
         config,
+        prog=f"python -m {spec.name}" if spec else None,
         args=argv,
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
