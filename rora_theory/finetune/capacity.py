@@ -9,7 +9,6 @@ a layer's elementwise work a little less than is taken here.
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,9 +164,9 @@ class Account:
 
 @dataclass(frozen=True)
 class Program:
-    """The training step of a run and the abstract arrays it takes."""
+    """The jitted training step of a run and the abstract arrays it takes."""
 
-    function: Callable[..., Any]
+    function: Any
     state: Any
     base: Any
     batch: Any

@@ -10,7 +10,7 @@ does, and its inputs live until the fused work is done. A loop takes its stacked
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,7 +223,7 @@ def _product(eqn: Any) -> int:
     return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
 
 
-def _inner(eqn: Any) -> Iterable[Any]:
+def _inner(eqn: Any) -> Iterator[Any]:
     """The jaxprs an equation calls."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

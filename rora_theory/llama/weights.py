@@ -119,9 +119,16 @@ def assemble(
         host = np.empty(leaf.shape, leaf.dtype)
         read(names, host if path[0] == "layers" else host[None])
         # Waiting lets the host's copy go before the next leaf is allocated.
-        leaves.append(jax.block_until_ready(jax.device_put(host, place)))
+        leaves.append(jax.block_until_ready(_put(host, place)))
         del host
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _put(host: np.ndarray, place: Any) -> jax.Array:
+    """The array on its devices; with several processes each places its own part, and nothing is sent."""
+    if place is None or place.is_fully_addressable:
+        return jax.device_put(host, place)
+    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -181,9 +188,7 @@ def load_hf(
                 f"{tensor.file}: {name} is of type {tensor.dtype}; accepted are {', '.join(sorted(_STORED))}"
             )
     if head is not None and not _same(head, tied, stored[_EMBEDDINGS], _EMBEDDINGS):
-        raise InputError(
-            f"{head.file}: lm_head.weight differs from the embeddings, but tie_word_embeddings is true"
-        )
+        raise InputError(f"{head.file}: lm_head.weight differs from the embeddings, but tie_word_embeddings is true")
 
     def read(names: list[str], out: np.ndarray) -> None:
         # Closed after each leaf, so that mapped pages do not add up to a second model.
@@ -222,9 +227,7 @@ def save_hf(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there already; accepted is a new or empty folder")
     expected = abstract_params(config)
-    if {path: leaf.shape for path, leaf in _leaves(params)} != {
-        path: leaf.shape for path, leaf in _leaves(expected)
-    }:
+    if {path: leaf.shape for path, leaf in _leaves(params)} != {path: leaf.shape for path, leaf in _leaves(expected)}:
         raise InputError(f"{folder}: not written; the weights are not those of a model of this config")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
@@ -270,9 +273,7 @@ def _write_weights(folder: Path, params: Params, config: LlamaConfig, shard_byte
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
     for file, shard in zip(names, shards, strict=True):
-        arrays = {
-            name: np.ascontiguousarray(leaf if layer is None else leaf[layer]) for name, leaf, layer in shard
-        }
+        arrays = {name: np.ascontiguousarray(leaf if layer is None else leaf[layer]) for name, leaf, layer in shard}
         try:
             save_file(arrays, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:

@@ -10,10 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 import two_processes
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import distributed
+from rora_theory.llama.weights import save_hf
 
 HERE = Path(__file__).parent
 
@@ -27,7 +29,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
     }
-    command = [sys.executable, str(HERE / "two_processes.py"), str(tmp_path / "two")]
+    save_hf(tmp_path / "model", tiny.params(), tiny.CONFIG)
+    command = [sys.executable, str(HERE / "two_processes.py"), str(tmp_path / "model"), str(tmp_path / "two")]
     children = [
         subprocess.Popen(
             command,
@@ -38,7 +41,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         )
         for number in range(2)
     ]
-    expected = two_processes.train(tmp_path / "one")  # on one device, meanwhile
+    expected = two_processes.train(tmp_path / "one", tiny.params())  # on one device, meanwhile
     try:
         outputs = [child.communicate(timeout=240) for child in children]
     finally:
