@@ -68,28 +68,13 @@ def run(config: "Config", rules: dict[str, Rule]) -> None:
         raise InputError("--sampler reduced has no fixed data; accepted with --layer-data are direct and auto")
     started = time.monotonic()
     layers = layer_data.read(config.layer_data)
-    inits = ("kaiming_uniform",) if config.inits == ("normal",) else config.inits
     places = pick(1)
-    identity = {
-        "layer_data": hashlib.sha256(config.layer_data.read_bytes()).hexdigest(),
-        "inits": inits,
-        **{
-            key: getattr(config, key)
-            for key in (
-                "ranks",
-                "rules",
-                "optimizers",
-                "alpha",
-                "learning_rate",
-                "relative_error",
-                "draws",
-                "seed",
-            )
-        },
-    }
+    keys = ("ranks", "rules", "inits", "optimizers", "alpha", "learning_rate", "relative_error", "draws", "seed")
+    digest = hashlib.sha256(config.layer_data.read_bytes()).hexdigest()
+    identity = {"layer_data": digest} | {key: getattr(config, key) for key in keys}
     extra = {"units": UNITS, "device": describe(places), "layer_data": config.layer_data.name}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
-    cells = [Cell(layer, init, rank) for layer in layers for init in inits for rank in config.ranks]
+    cells = [Cell(layer, init, rank) for layer in layers for init in config.inits for rank in config.ranks]
     rows = _resume(folder, config, rules, cells)
     crossings = list(_crossings(config, layers))
     folder.write_rows(CROSSING_COLUMNS, crossings, "crossing_ranks.csv")

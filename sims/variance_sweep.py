@@ -68,8 +68,8 @@ class Config:
     """Correlation of the inputs before and after the step, each from -1 to 1."""
     optimizers: tuple[laws.Optimizer, ...] = ("sgd", "adam")
     """Optimizers whose first step is taken."""
-    inits: tuple[Init, ...] = ("normal",)
-    """Distributions of A; normal is the paper's N(0, 1). With --layer-data the default is kaiming_uniform, PEFT's."""
+    inits: tuple[Init, ...] = ()
+    """Distributions of A. By default normal, the paper's N(0, 1); with --layer-data kaiming_uniform, PEFT's default."""
     alpha: float = 16.0
     """Adapter strength, above 0."""
     learning_rate: float = 1e-4
@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> None:
     """Run the sweep that ``config`` describes, or go on with it."""
+    config = replace(config, inits=config.inits or (("normal",) if config.layer_data is None else ("kaiming_uniform",)))
     if config.layer_data is not None:
         layer_sweep.run(config, check(config))
         return

@@ -5,13 +5,14 @@ under ``"gaussian"`` it is 1/r^2, so the exponent that keeps the first step's va
 same.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from rora_theory import inits
 
 Init = Literal["kaiming_uniform", "gaussian"]
 INITS: tuple[str, ...] = get_args(Init)
@@ -36,12 +37,12 @@ def init_a(
       [layers, width, p_in] float32.
     """
     keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(len(ranks)))
-    if init == "kaiming_uniform":
-        bound = 1.0 / math.sqrt(p_in)
-        drawn = jax.vmap(lambda k: jax.random.uniform(k, (width, p_in), jnp.float32, -bound, bound))(keys)
-    else:
-        drawn = jax.vmap(lambda k: jax.random.normal(k, (width, p_in), jnp.float32))(keys)
-        deviation = jnp.asarray([1.0 / max(rank, 1) for rank in ranks], jnp.float32)
-        drawn = drawn * deviation[:, None, None]
+    if not any(ranks):
+        return jnp.zeros((len(ranks), width, p_in), jnp.float32)
+    # Standard entries of the law's shape, times each layer's own deviation: only "gaussian"'s depends on the rank.
+    laws = [inits.entries(init, rank=max(rank, 1), p_in=p_in) for rank in ranks]
+    drawn = jax.vmap(lambda k: inits.draw(k, init, rank=width, p_in=p_in))(keys)
+    relative = [law.deviation / inits.entries(init, rank=width, p_in=p_in).deviation for law in laws]
+    drawn = drawn * jnp.asarray(relative, jnp.float32)[:, None, None]
     rows = jnp.arange(width)[None, :, None] < jnp.asarray(ranks)[:, None, None]
     return jnp.where(rows, drawn, jnp.zeros((), jnp.float32))

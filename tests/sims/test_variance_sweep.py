@@ -257,6 +257,13 @@ def test_bad_layer_data(layers: Path, tmp_path: Path, key: str, value: np.ndarra
     assert "bad.npz" in done.stderr
 
 
+def test_an_asked_init_is_taken_with_layers(layers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["--layer-data", str(layers), "--ranks", "4", "--inits", "normal", "gaussian", "--draws", "64"]
+    assert run(*arguments, "--out", str(out)).returncode == 0
+    assert {row["init"] for row in rows_of(out / "results.csv")} == {"normal", "gaussian"}
+
+
 def test_real_layers(layer_data: Path) -> None:
     """Real layers of a real model: their regime, from the law, with the figures the README quotes."""
     from rora_theory.layer_data import read

@@ -1,0 +1,14 @@
+"""Examples in docstrings are true."""
+
+import doctest
+
+import pytest
+
+from rora_theory import scaling, statistics
+
+
+@pytest.mark.parametrize("module", [scaling, statistics])
+def test_examples(module: object) -> None:
+    failed, tried = doctest.testmod(module)  # type: ignore[arg-type]
+    assert tried
+    assert not failed
