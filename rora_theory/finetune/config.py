@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from rora_theory.adapters import LoraConfig
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.errors import InputError
+from rora_theory.llama.model import REMATS
 from rora_theory.scaling import Rule, check_positive
 
 Method = Literal["lora", "dora"]
@@ -85,14 +86,15 @@ class FinetuneConfig:
     """seed of the validation split, the order, the initialisation and the dropout"""
     dtype: BaseDtype = "float32"
     """type of the frozen base weights; adapter and optimizer state are always float32"""
-    remat: bool = False
-    """recompute each layer in the backward pass: less memory, about a third more work"""
+    remat: bool | Literal["mlp"] = False
+    """made again in the backward pass, to save memory: False elementwise work, mlp the feed-forward too, True all"""
 
     def check(self) -> None:
         """Raise `InputError` for a value out of range. What depends on the model is checked when there is one."""
         for name, kind in (("method", Method), ("template", TrainTemplate), ("loss_on", LossOn)):
             _check(name, getattr(self, name), get_args(kind), getattr(self, name) in get_args(kind))
         _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))
+        _check("remat", self.remat, REMATS, self.remat in REMATS)
         self.lora()
         for name, least in _LEAST.items():
             value = getattr(self, name)
@@ -101,16 +103,12 @@ class FinetuneConfig:
         if self.max_steps is not None:
             _check("max_steps", self.max_steps, "an integer of 1 or more", self.max_steps >= 1)
         if self.batch % self.accumulation:
-            raise InputError(
-                f"accumulation is {self.accumulation}; accepted is a divisor of batch, {self.batch}"
-            )
+            raise InputError(f"accumulation is {self.accumulation}; accepted is a divisor of batch, {self.batch}")
         check_positive("learning_rate", self.peak_learning_rate)
         decay = self.weight_decay
         _check("weight_decay", decay, "a finite number of 0 or more", 0 <= decay < math.inf)
         _check("clip", self.clip, "a number above 0", self.clip > 0)
-        _check(
-            "betas", self.betas, "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas)
-        )
+        _check("betas", self.betas, "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas))
         check_positive("epsilon", self.epsilon)
 
     @property

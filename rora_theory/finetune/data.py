@@ -124,9 +124,7 @@ def tokenize(
     encoded = tokenizer.encode_batch(texts)
     heads: list[list[int]] = [[]] * len(records)
     if answer_only:
-        heads = tokenizer.encode_batch(
-            [prompts.prompt(r.instruction, template, input=r.input) for r in records]
-        )
+        heads = tokenizer.encode_batch([prompts.prompt(r.instruction, template, input=r.input) for r in records])
     kept: list[list[int]] = []
     starts: list[int] = []
     truncated = 0
@@ -153,9 +151,7 @@ def tokenize(
 
 def _shared(whole: Sequence[int], head: Sequence[int]) -> int:
     """Length of the longest common beginning."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), min(len(whole), len(head))
-    )
+    return next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), min(len(whole), len(head)))
 
 
 def choose_widths(sizes: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:
@@ -180,15 +176,10 @@ def choose_widths(sizes: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:
     below = np.cumsum(many)
     top = len(many) - 1
     # best[j]: (positions, widths) for the records up to width j, in units of MULTIPLE.
-    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [
-        (int(below[j]) * j, (j,)) for j in range(1, top + 1)
-    ]
+    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [(int(below[j]) * j, (j,)) for j in range(1, top + 1)]
     for _ in range(count - 1):
         best = [best[0]] + [
-            min(
-                [best[j]]
-                + [(best[i][0] + int(below[j] - below[i]) * j, (*best[i][1], j)) for i in range(1, j)]
-            )
+            min([best[j]] + [(best[i][0] + int(below[j] - below[i]) * j, (*best[i][1], j)) for i in range(1, j)])
             for j in range(1, top + 1)
         ]
     return tuple(step * MULTIPLE for step in best[top][1])

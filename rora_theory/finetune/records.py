@@ -41,13 +41,9 @@ def _read(source: str | Path) -> list[Record]:
     try:
         text = path.read_bytes().decode()
     except OSError as error:
-        raise InputError(
-            f"{source}: cannot be read ({error.strerror}); accepted is a .json or .jsonl file"
-        ) from error
+        raise InputError(f"{source}: cannot be read ({error.strerror}); accepted is a .json or .jsonl file") from error
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source}: byte {error.start} is not UTF-8; accepted is a .json or .jsonl file"
-        ) from error
+        raise InputError(f"{source}: byte {error.start} is not UTF-8; accepted is a .json or .jsonl file") from error
     objects = _lines(source, text) if path.suffix == ".jsonl" else _list(source, text)
     if not objects:
         raise InputError(f"{source}: holds no records; accepted is one or more")
@@ -63,9 +59,7 @@ def _fetch(source: str) -> Path:
         raise InputError(f"{source}: is not the name of a file; accepted is {HUB}OWNER/NAME[@REVISION]/FILE")
     name, _, revision = parts[1].partition("@")
     try:
-        found = hf_hub_download(
-            f"{parts[0]}/{name}", parts[2], repo_type="dataset", revision=revision or None
-        )
+        found = hf_hub_download(f"{parts[0]}/{name}", parts[2], repo_type="dataset", revision=revision or None)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -109,13 +103,9 @@ def _record(source: str | Path, index: int, item: Any) -> Record:
         if not isinstance(value, str):
             raise InputError(f"{source}: record {index} has {_name(value)} as {key!r}; accepted is a string")
         if not value and key != "input":
-            raise InputError(
-                f"{source}: record {index} has an empty {key!r}; accepted is a string that is not empty"
-            )
+            raise InputError(f"{source}: record {index} has an empty {key!r}; accepted is a string that is not empty")
         if not _is_text(value):
-            raise InputError(
-                f"{source}: record {index} has half a surrogate pair in {key!r}; accepted is Unicode text"
-            )
+            raise InputError(f"{source}: record {index} has half a surrogate pair in {key!r}; accepted is Unicode text")
     return record
 
 

@@ -167,8 +167,7 @@ def load_gguf(
             raise InputError(f"{path}: holds {tensor.name}, no part of a llama model")
         if tensor.tensor_type.name not in QUANTISATIONS:
             raise InputError(
-                f"{path}: {tensor.name} is of type {tensor.tensor_type.name}; "
-                f"accepted are {', '.join(QUANTISATIONS)}"
+                f"{path}: {tensor.name} is of type {tensor.tensor_type.name}; accepted are {', '.join(QUANTISATIONS)}"
             )
         found[name] = tensor
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in found.items()}

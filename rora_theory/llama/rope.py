@@ -32,9 +32,7 @@ def scaling_divisor(scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
     return np.float32(1) / ((np.float32(1) - keep) / factor + keep)
 
 
-def angles(
-    config: LlamaConfig, positions: Int[Array, "b s"]
-) -> tuple[Float[Array, "b s h"], Float[Array, "b s h"]]:
+def angles(config: LlamaConfig, positions: Int[Array, "b s"]) -> tuple[Float[Array, "b s h"], Float[Array, "b s h"]]:
     """Cosine and sine of position times frequency: two [b, s, head_dim / 2] float32."""
     angle = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies(config))[None, None, :]
     return jnp.cos(angle), jnp.sin(angle)

@@ -160,9 +160,7 @@ class Tokenizer:
             kinds = read("token_type") or [vocabulary.NORMAL] * len(tokens)
             scores = read("scores") or [0.0] * len(tokens)
             if not len(tokens) == len(kinds) == len(scores) > 0:
-                raise InputError(
-                    f"{len(tokens)} tokens, {len(kinds)} types, {len(scores)} scores; accepted is as many"
-                )
+                raise InputError(f"{len(tokens)} tokens, {len(kinds)} types, {len(scores)} scores; accepted is as many")
             pieces = tuple(map(vocabulary.Piece, tokens, scores, kinds))
             if kind == "llama":
                 backend = vocabulary.sentencepiece_tokenizer(
@@ -194,9 +192,7 @@ class Tokenizer:
                 ("unk", read("unknown_token_id")),
             )
         }
-        begins = (
-            kind == "llama" or vocabulary.SPLITS[split][1]
-        )  # what the format assumes where the file is silent
+        begins = kind == "llama" or vocabulary.SPLITS[split][1]  # what the format assumes where the file is silent
         return cls(
             backend,
             bos_id=ids["bos"],
@@ -242,9 +238,7 @@ def _content(token: Any) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def _add_missing(
-    backend: tokenizers.Tokenizer, listed: Any, named: Iterable[str | None], folder: Path
-) -> None:
+def _add_missing(backend: tokenizers.Tokenizer, listed: Any, named: Iterable[str | None], folder: Path) -> None:
     """Make every token of ``added_tokens_decoder`` and every named special token one that is found in
     texts."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}

@@ -168,9 +168,7 @@ def byte_level_tokenizer(pieces: Sequence[Piece], merges: Iterable[str], split: 
         bad = next(index for index, pair in enumerate(pairs) if len(pair) != 2)
         raise InputError(f"merge {bad} has {len(pairs[bad])} parts; accepted is two, with one space between")
     steps, whole_words = SPLITS[split]
-    tokenizer = _tokenizer(
-        vocab=_numbered([piece.text for piece in pieces]), merges=pairs, ignore_merges=whole_words
-    )
+    tokenizer = _tokenizer(vocab=_numbered([piece.text for piece in pieces]), merges=pairs, ignore_merges=whole_words)
     cut = [pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

