@@ -44,8 +44,9 @@ class Config:
     """a6000, rtx4090, l40s, a100-40gb, a100-80gb, h100 or h200"""
     dtype: BaseDtype = "bfloat16"
     """type of the frozen base weights"""
-    remat: bool = False
-    """recompute each layer in the backward pass; the table shows both"""
+    remat: bool | Literal["mlp"] = False
+    """made again in the backward pass: False elementwise work, mlp the feed-forward too, True all; the table shows
+    False and True"""
     dropout: float = 0.05
     """dropout of the adapter's input; above 0, the masked inputs are kept too"""
     utilisation: float = 0.4
