@@ -29,8 +29,8 @@ FALSE_ALARM = 1e-6
 _ROUNDING = 1e-4
 """Relative difference of two float32 computations of one identity: sums of p_in terms, each rounded to 6e-8."""
 
-NARROW = 4
-"""The p_in at which the limit r >> p_in is within reach."""
+NARROW, WIDE = 4, 4096
+"""The p_in at which the limits r >> p_in and r << p_in are within reach, where the sweep's own does not show them."""
 
 Sample = Callable[[sampling.Setting], sampling.Sums]
 """Gives the sums of a setting (unit scaling and learning rate)."""
@@ -172,7 +172,7 @@ def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> l
         return all(abs(ratio - 1) <= max(TOLERANCE, z * error) for ratio, error in pairs)
 
     wide, narrow = [(rank, p_in) for rank in ranks], [(rank, NARROW) for rank in narrow_ranks]
-    thin = [(rank, p_in) for rank in ranks if rank <= TOLERANCE * p_in / 2] or wide[:1]
+    thin = [(rank, p_in) for rank in ranks if rank <= TOLERANCE * p_in / 2] or [(1, WIDE)]
     eq8 = {
         "all": ratios(paper.eq8_second_moment, wide + narrow),
         "limit": ratios(paper.eq8_second_moment, thin),
@@ -214,8 +214,8 @@ def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> l
 
     crossing = laws.random_input_crossing_rank(p_in, 0.5)
     beyond = {rank: sums for rank, sums in overlapping.items() if rank >= 10 * crossing}
-    if len(beyond) < 2:
-        beyond = dict(list(overlapping.items())[-2:])
+    if len(beyond) < 2:  # the sweep's own ranks don't reach the limit: two that do
+        beyond = {rank: cell(rank, 0.5) for rank in (math.ceil(16 * crossing), math.ceil(64 * crossing))}
 
     def growth(equation: str, claim: str, rule: float | str, claimed: float, where: str) -> Verdict:
         fits = [slope(independent, rule), slope(overlapping, rule), slope(beyond, rule)]

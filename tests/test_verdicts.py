@@ -1,5 +1,7 @@
 """The verdicts themselves, and that a wrong claim gets a wrong verdict."""
 
+from collections.abc import Sequence
+
 import jax
 import pytest
 
@@ -31,8 +33,8 @@ def sample(setting: sampling.Setting) -> sampling.Sums:
     return sampling.estimate(setting, "chi_square", key, relative_error=0.01)
 
 
-def judged() -> dict[str, verdicts.Verdict]:
-    found = verdicts.judge(sample, ranks=[2**n for n in range(11)], p_in=4096, p_out=4096)
+def judged(ranks: Sequence[int] = tuple(2**n for n in range(11)), p_in: int = 4096) -> dict[str, verdicts.Verdict]:
+    found = verdicts.judge(sample, ranks=ranks, p_in=p_in, p_out=4096)
     return {verdict.equation: verdict for verdict in found}
 
 
@@ -42,6 +44,12 @@ def test_every_equation_has_its_verdict() -> None:
     assert "4098" in found["9"].evidence  # the exact ratio at r = 1, p_in = 4096
     assert "31.6" in found["12"].evidence
     assert all(verdict.where and verdict.evidence for verdict in found.values())
+
+
+def test_a_small_sweep_gives_the_same_verdicts() -> None:
+    """A limit that the sweep's own ranks and width don't reach is looked for where it is."""
+    found = judged(ranks=(1, 4, 16), p_in=64)
+    assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
 
 
 @pytest.mark.parametrize(
