@@ -33,17 +33,16 @@ from rora_theory.llama.attention import attend, causal
 from rora_theory.llama.config import MODULES, LlamaConfig
 
 REMATS = (False, "mlp", True)
-"""What of a layer is made again in the backward pass: what is elementwise; the feed-forward network's products too; or
-all. Kept arrays are stacked over the layers, which on a CPU costs about as much as the products that it
-saves."""
+"""What of a layer is made again in the backward pass: what is elementwise; the feed-forward network's products too;
+or all. Kept arrays are stacked over the layers, which on a CPU costs about as much as the products that it saves."""
 
 PRODUCT, SMALL = "product", "small"
 """Names by which an adapter has a result of its own kept (`jax.ad_checkpoint.checkpoint_name`): with ``remat`` False,
 and always."""
 
-_ATTENTION = ("query", "key", "value", "attention", "log", "attended")
+# The last is cuDNN's kernel: a primitive whose results have no names.
+_ATTENTION = ("query", "key", "value", "attention", "log", "attended", "dot_product_attention_fwd_wrapper")
 _FEED_FORWARD = ("gate", "up")
-_FUSED = "dot_product_attention_fwd_wrapper"  # cuDNN's kernel, whose results have no names
 
 Params: TypeAlias = dict[str, Any]
 Cache: TypeAlias = dict[str, Array]
@@ -398,15 +397,13 @@ def _checkpointed(body: Callable, remat: bool | str) -> Callable:
     if remat not in REMATS:
         raise InputError(f"remat is {remat!r}; accepted are {', '.join(map(repr, REMATS))}")
     kept = {SMALL}
-    if remat is not True:
+    if remat in (False, "mlp"):
         kept.update(_ATTENTION)
-    if remat is False:
+    if not remat:
         kept.update(_FEED_FORWARD, (PRODUCT,))
 
     def policy(primitive: Any, *_: Any, **settings: Any) -> bool:
-        if primitive.name == "name":
-            return settings["name"] in kept
-        return primitive.name == _FUSED and remat is not True
+        return (settings["name"] if primitive.name == "name" else primitive.name) in kept
 
     # Inside a scan the compiler cannot merge the recomputation into the forward pass: no barrier is needed.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)

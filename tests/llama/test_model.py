@@ -42,6 +42,7 @@ VARIANTS = (
 )
 STATIC = ("config", "remat", "attention", "capture")
 run = jax.jit(forward, static_argnames=STATIC)
+step = jax.jit(forward_cached, static_argnames="config")
 
 
 def reference(params, tokens, config: LlamaConfig, prefix=None) -> np.ndarray:
@@ -222,7 +223,6 @@ def test_cached_decoding_equals_the_forward_pass(padded, params, tokens, tiny):
     if padded:
         mask = mask.at[0, :3].set(0).at[2, :5].set(0)
     whole = run(params, tokens, tiny, attention_mask=mask)
-    step = jax.jit(forward_cached, static_argnames="config")
     cache = init_cache(tiny, len(tokens), tokens.shape[1] + 3)
     logits, cache = step(params, tokens[:, :6], cache, tiny, attention_mask=mask[:, :6])
     np.testing.assert_allclose(logits, whole[:, 5], rtol=0, atol=1e-5)
@@ -276,7 +276,7 @@ def test_adapters_get_their_layers_slice_and_prefix(params, probe, tokens, tiny)
     for other in (
         run(params, tokens, tiny, probe, attention_mask=mask)[:, -1],
         run(params, tokens, tiny, probe, attention="xla")[:, -1],
-        forward_cached(params, tokens, init_cache(tiny, 3, 12), tiny, probe)[0],
+        step(params, tokens, init_cache(tiny, 3, 12), tiny, probe)[0],
     ):
         np.testing.assert_allclose(other, logits[:, -1], rtol=0, atol=1e-5)
 
@@ -298,7 +298,7 @@ def test_remat_changes_no_gradient_and_keeps_less(params, probe, tokens, tiny):
 
     def kept(remat):
         """Elements that the backward pass gets from the forward pass, by the shape of one layer's."""
-        _, vjp = jax.vjp(partial(loss, remat=remat), probe)
+        vjp = jax.eval_shape(lambda probe: jax.vjp(partial(loss, remat=remat), probe)[1], probe)
         return {a.shape[1:] for a in jax.tree.leaves(vjp) if a.shape[:1] == (tiny.num_hidden_layers,)}
 
     plain, mlp, everything = (jax.jit(jax.grad(partial(loss, remat=r)))(probe) for r in (False, "mlp", True))
@@ -355,7 +355,7 @@ def test_bfloat16_weights_give_float32_logits_near_float32s(params, tokens, tiny
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     logits = run(half, tokens, tiny)
     assert logits.dtype == jnp.float32
-    assert hidden_states(half, tokens, tiny).dtype == jnp.bfloat16
+    assert jax.eval_shape(partial(hidden_states, config=tiny), half, tokens).dtype == jnp.bfloat16
     error = np.abs(logits - run(params, tokens, tiny))
     # bfloat16 rounds at 2^-8 of values near 1 in some twenty places on the way to a logit.
     assert error.mean() < 0.05
@@ -429,7 +429,7 @@ def test_blocked_attention_has_the_plain_routes_gradient(masked):
 def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradient():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
     mask = jnp.zeros((1, 1, 4, 4), bool)
-    out, gradient = jax.value_and_grad(lambda q: jnp.sum(attend(q, k, v, mask, route="blocked")))(q)
+    out, gradient = jax.jit(jax.value_and_grad(lambda q: jnp.sum(attend(q, k, v, mask, route="blocked"))))(q)
     assert np.isfinite(out)
     np.testing.assert_array_equal(gradient, 0)
 
@@ -440,7 +440,7 @@ def test_attention_in_half_precision(dtype):
     k, v = jax.random.normal(jax.random.key(2), (2, 2, 70, 2, 8)).astype(dtype)
     mask = np.tril(np.ones((70, 70), bool))
     for route in ("blocked", "xla"):
-        out = attend(q, k, v, route=route)
+        out = jax.jit(partial(attend, route=route))(q, k, v)
         assert out.dtype == dtype
         # The probabilities are rounded once and the output once: two roundings of values up to about 2.
         tolerance = 4 * float(jnp.finfo(dtype).eps)
@@ -497,7 +497,7 @@ def test_route(dtype, head_dim, shape, gpu, expected, monkeypatch):
 def test_random_and_abstract_weights_agree(tiny):
     config = dataclasses.replace(tiny, attention_bias=True, mlp_bias=True)
     abstract = abstract_params(config, jnp.bfloat16)
-    drawn = init_params(jax.random.key(0), config, jnp.bfloat16)
+    drawn = jax.jit(init_params, static_argnums=(1, 2))(jax.random.key(0), config, jnp.bfloat16)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), drawn) == jax.tree.map(lambda a: (a.shape, a.dtype), abstract)
     weight = drawn["layers"]["mlp.up_proj"]["weight"].astype(jnp.float32)
     # 2560 draws: the standard deviation's own deviation is 1.4 %; five of those.
