@@ -1,5 +1,4 @@
-"""lm-evaluation-harness's side of the commonsense comparisons: its own tasks on local records, its own model
-class.
+"""lm-evaluation-harness's side of the commonsense comparisons: its own tasks on local records, its own model class.
 
 The hub cannot be assumed, so each task is lm-eval's own YAML with two changes: its dataset is the local
 records in the schema of the hub's dataset, and BoolQ's text leaves out the passage line, since these data

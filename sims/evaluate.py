@@ -12,14 +12,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from rora_theory.adapters import load_peft
 from rora_theory.commonsense.levels import Level, levels
 from rora_theory.commonsense.prompts import Template
 from rora_theory.commonsense.scoring import Protocol, Sample, Scoring, score
 from rora_theory.commonsense.sources import locate
 from rora_theory.commonsense.tasks import TASKS, Record, read, task_named
 from rora_theory.errors import InputError
+from rora_theory.llama import Adapter, LlamaConfig, load
+from rora_theory.llama.tokenizer import Tokenizer
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder, as_json
@@ -48,8 +51,7 @@ class Config:
     limit: int | None = None
     """score only the first so many items of each task"""
     data_dir: str | None = None
-    """folder in the LLM-Adapters schema, or hf://datasets/OWNER/NAME; none is the variable
-    RORA_COMMONSENSE_DIR"""
+    """folder in the LLM-Adapters schema, or hf://datasets/OWNER/NAME; none is the variable RORA_COMMONSENSE_DIR"""
     batch_size: int = 8
     """generate: prompts at once; label and harness: device calls in flight"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -87,50 +89,52 @@ def check(config: Config) -> None:
     config.scoring()
 
 
-def evaluate(config: Config, folder: RunFolder, records: Sequence[Record], model: Any = None) -> list[Level]:
-    """Score what the folder lacks, and write its results.
+class Subject(NamedTuple):
+    """What is scored: weights, and an adapter where it runs beside them."""
 
-    Args:
-      config: what to score.
-      folder: of this run; samples it already has are kept.
-      records: of `read_records`.
-      model: a `rora_theory.llama.Model` that is ``config.model``, to spare loading it again; None loads it.
+    params: dict[str, Any]
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    adapter: Adapter | None
+
+
+def prepare(config: Config) -> Subject:
+    """Load the model and the adapter.
+
+    Raises:
+      InputError: either cannot be read.
     """
+    model = load(config.model, config.dtype, config.revision)
+    params, adapter = model.params, None
+    if config.adapter is not None:
+        adapter = load_peft(config.adapter, model.config, params)
+        if config.merge:
+            params, adapter = adapter.merge(params), None
+    return Subject(params, model.config, model.tokenizer, adapter)
+
+
+def evaluate(config: Config, folder: RunFolder, records: Sequence[Record], subject: Subject) -> list[Level]:
+    """Score the records that the folder lacks, and write its results."""
     samples = read_samples(folder.path / SAMPLES, records, config.protocol)
     if len(samples) < len(records):
-        score_rest(config, folder, records, samples, model)
+        score_rest(config, folder, records, samples, subject)
     ordered = sorted(samples, key=lambda sample: (list(TASKS).index(sample.task), sample.index))
     folder.write(SAMPLES, "".join(_line(config.protocol, sample) for sample in ordered))
     found = levels(ordered, records)
     scoring = config.scoring()
     heads = {"protocol": scoring.protocol, "template": scoring.template}
     folder.write_rows(COLUMNS, [heads | asdict(level) for level in found])
-    summary: dict[str, Any] = {
-        "scoring": asdict(scoring),
-        "model": config.model,
-        "adapter": config.adapter,
-        "dtype": config.dtype,
-    }
-    summary |= {"levels": found}
+    settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
+    summary = {"scoring": asdict(scoring), **settings, "levels": found}
     folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")
     folder.finish(samples=len(ordered))
     return found
 
 
 def score_rest(
-    config: Config, folder: RunFolder, records: Sequence[Record], samples: list[Sample], model: Any = None
+    config: Config, folder: RunFolder, records: Sequence[Record], samples: list[Sample], subject: Subject
 ) -> None:
-    """Score the records without a sample, appending each to ``samples`` and to the folder's file as it
-    comes."""
-    from rora_theory.adapters import load_peft
-    from rora_theory.llama import load
-
-    model = load(config.model, config.dtype, config.revision) if model is None else model
-    params, adapter = model.params, None
-    if config.adapter is not None:
-        adapter = load_peft(config.adapter, model.config, params)
-        if config.merge:
-            params, adapter = adapter.merge(params), None
+    """Score the records without a sample, appending each to ``samples`` and to the folder's file as it comes."""
     done = {(sample.task, sample.index) for sample in samples}
     right = sum(sample.correct for sample in samples)
     with (
@@ -141,12 +145,12 @@ def score_rest(
         for key in config.tasks:  # a task's own items share calls, so that no other task changes a bit of them
             items = [record for record in records if record.task == key]
             for sample in score(
-                params,
-                model.config,
-                model.tokenizer,
+                subject.params,
+                subject.config,
+                subject.tokenizer,
                 items,
                 config.scoring(),
-                adapter=adapter,
+                adapter=subject.adapter,
                 batch_size=config.batch_size,
                 done=done,
             ):
@@ -178,8 +182,7 @@ def read_records(config: Config) -> tuple[list[Record], dict[str, str]]:
 
 
 def read_samples(path: Path, records: Sequence[Record], protocol: str) -> list[Sample]:
-    """The samples that an earlier part of the run wrote; a last line cut off by a kill is dropped from the
-    file.
+    """The samples that an earlier part of the run wrote; a last line cut off by a kill is dropped from the file.
 
     Raises:
       InputError: another line is damaged, or of a record or protocol that this run does not score.
@@ -263,12 +266,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = cli.parse(Config, argv, description=__doc__ or "")
         check(config)
         records, digests = read_records(config)
+        subject = prepare(config)
         extra = {
             "protocol": config.protocol,
             "units": "accuracies are shares of 1; error is one standard error",
         }
         folder = RunFolder.open(NAME, identity(config, digests), out=config.out, extra=extra)
-        show(evaluate(config, folder, records), config.scoring())
+        show(evaluate(config, folder, records, subject), config.scoring())
         print(f"results in {folder.path}")
 
     cli.run(run)

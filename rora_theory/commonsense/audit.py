@@ -74,8 +74,7 @@ def averages(rows: Sequence[Row]) -> list[Finding]:
 
 
 def differences(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Finding]:
-    """Quoted differences that are not the difference of the printed averages, or not that of the rows'
-    entries.
+    """Quoted differences that are not the difference of the printed averages, or not that of the rows' entries.
 
     A difference of two means of eight rounded entries is known to 0.1; printing it adds 0.05.
     """
@@ -163,8 +162,7 @@ def repeated(rows: Sequence[Row], *, least: int = 4) -> list[Finding]:
 
 
 def taken_over(rows: Sequence[Row], anchors: Sequence[Row]) -> list[Finding]:
-    """Rows whose eight entries all equal those of an earlier publication: numbers carried over, not run
-    again."""
+    """Rows whose eight entries all equal those of an earlier publication: numbers carried over, not run again."""
     return [
         Finding("taken over", row.label, f"all eight entries are those of {anchor.label}")
         for row in rows
@@ -174,8 +172,7 @@ def taken_over(rows: Sequence[Row], anchors: Sequence[Row]) -> list[Finding]:
 
 
 def impossible(rows: Sequence[Row]) -> list[Finding]:
-    """Entries that no number of right answers out of the full set gives (only OBQA's 500 items are this
-    coarse)."""
+    """Entries that no number of right answers out of the full set gives (only OBQA's 500 items are this coarse)."""
     found = []
     for row in rows:
         for name, score, size in zip(NAMES, row.scores, SIZES, strict=True):
@@ -193,8 +190,7 @@ def possible(percent: float, size: int) -> bool:
 
 
 def within_noise(rows: Sequence[Row], method: str = "RoRA", *, z: float = 2.0) -> list[Finding]:
-    """Entries and averages whose gap to the best other row of the group is below ``z`` standard errors of a
-    gap.
+    """Entries and averages whose gap to the best other row of the group is below ``z`` standard errors of a gap.
 
     A group is one table, model and rank. Positive and negative gaps count alike; test sets as if independent
     (module docstring), one run each.
@@ -232,16 +228,14 @@ MODELS = {
 
 
 def lora_percent(model: str, rank: int) -> float:
-    """Trainable share, in percent of the base model, of LoRA on q, k, v, up and down (the published
-    targets)."""
+    """Trainable share, in percent of the base model, of LoRA on q, k, v, up and down (the published targets)."""
     layers, hidden, keys, inner, total = MODELS[model]
     widths = (hidden + hidden) + 2 * (hidden + keys) + 2 * (hidden + inner)
     return 100.0 * layers * rank * widths / total
 
 
 def parameter_shares(rows: Sequence[Row], *, stated_rank: int = 128, method: str = "RoRA") -> list[Finding]:
-    """Printed parameter shares of ``method`` that are not those of the rank the text states for its best
-    row."""
+    """Printed parameter shares of ``method`` that are not those of the rank the text states for its best row."""
     found = []
     for row in rows:
         if row.params_percent is None or row.method != method or row.model not in MODELS:

@@ -1,5 +1,4 @@
-"""What the two log-likelihood protocols ask: a context and a continuation for each choice, as text and as
-tokens.
+"""What the two log-likelihood protocols ask: a context and a continuation for each choice, as text and as tokens.
 
 ``harness`` follows lm-evaluation-harness 0.4 task by task, on the text these data have: BoolQ comes without
 its passage, whose line is left out (closed book), and HellaSwag's text was cleaned by whoever prepared it.

@@ -1,10 +1,8 @@
-r"""From samples to accuracies with standard errors, beside the levels of chance and of the most frequent
-label.
+r"""From samples to accuracies with standard errors, beside the levels of chance and of the most frequent label.
 
 An accuracy over n items has the standard error :math:`s/\sqrt n`, s the items' sample standard deviation (as
 lm-evaluation-harness reports it). The average over tasks is unweighted, as published, with the error
-:math:`\sqrt{\sum_t \mathrm{se}_t^2}` over their number. Both speak of drawing other items, not of training
-again.
+:math:`\sqrt{\sum_t \mathrm{se}_t^2}` over their number. Both speak of drawing other items, not of training again.
 """
 
 import math
@@ -43,8 +41,7 @@ class Level:
 
 
 def levels(samples: Iterable[Sample], records: Sequence[Record]) -> list[Level]:
-    """One level a task that has records, in the order of `TASKS`, and the average last where there are
-    several.
+    """One level a task that has records, in the order of `TASKS`, and the average last where there are several.
 
     Args:
       samples: of all of ``records``.

@@ -20,8 +20,7 @@ from rora_theory.llama.model import Adapter, hidden_states, unembed
 
 CPU_SHAPE = (512, 64)
 OTHER_SHAPE = (4096, 512)
-"""Slots of a block and of a vocabulary chunk: enough rows to fill the device, few enough to stay in its
-caches."""
+"""Slots of a block and of a vocabulary chunk: enough rows to fill the device, few enough to stay in its caches."""
 
 
 def log_likelihoods(
@@ -43,8 +42,7 @@ def log_likelihoods(
       params, config, adapter: the model, as in `llama.model.forward`.
       items: choices of each item, from `choices.encode_choices`.
       batch_size: blocks in flight before results are waited for, >= 1; memory grows with it little.
-      done: items whose results the caller has; blocks of only those are not computed, and none of those
-        yielded.
+      done: items whose results the caller has; blocks of only those are not computed, and none of those yielded.
       shape: slots of a block and of a vocabulary chunk; None is by device.
     """
     block_tokens, chunk = shape or (CPU_SHAPE if jax.default_backend() == "cpu" else OTHER_SHAPE)

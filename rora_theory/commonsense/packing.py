@@ -1,5 +1,4 @@
-r"""Items packed into rows of one shape: the shared prefix once, then each choice's own tokens, several items
-a row.
+r"""Items packed into rows of one shape: the shared prefix once, then each choice's own tokens, several items a row.
 
 The choices of an item are token sequences that begin alike. Their longest common beginning is computed once,
 and each choice's rest (its last token is only scored, never read) follows as a branch that sees the common
@@ -11,8 +10,7 @@ tokens and itself. A row of T slots holds as many such trees as fit, side by sid
 
 A query sees a key of its own item, not after it, in the common part or in its own branch; positions count
 along the path. Every row has the same shape, so the model compiles once a shape; nothing is padded but a
-row's end. The plan depends on the items alone: any grouping of rows into device calls computes the same
-numbers.
+row's end. The plan depends on the items alone: any grouping of rows into device calls computes the same numbers.
 """
 
 import math
@@ -124,8 +122,7 @@ def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int) -> list[Block]
 
 
 def _fill(order: Sequence[int], trees: Sequence[Tree], length: int) -> list[list[int]]:
-    """Rows of at most ``length`` slots and scored tokens: each tree goes to the first row with room for
-    it."""
+    """Rows of at most ``length`` slots and scored tokens: each tree goes to the first row with room for it."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []
     start = 0  # rows before it are full for every later, smaller tree

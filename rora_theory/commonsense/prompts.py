@@ -69,6 +69,5 @@ def training_text(
     *,
     input: str = "",  # noqa: A002
 ) -> str:
-    """The whole training example, prompt and response, as the published code tokenizes it (without the end
-    token)."""
+    """The whole training example, prompt and response, as the published code tokenizes it (without the end token)."""
     return prompt(instruction, template, input=input) + output

@@ -1,5 +1,4 @@
-"""The published accuracies as data, labelled with where they are printed, and what the paper's text says of
-them.
+"""The published accuracies as data, labelled with where they are printed, and what the paper's text says of them.
 
 `paper_tables.csv` holds Tables I and II of the RoRA paper and, as anchors, the tables of the DoRA
 repository's `commonsense_reasoning/README.md` (LLaMA-7B by rank, LLaMA2-7B, LLaMA3-8B); `paper_claims.csv`
@@ -66,8 +65,7 @@ class Claim:
 
 
 def rows(source: str | None = None) -> list[Row]:
-    """Every stored row, or those of one source (``"RoRA paper"``, ``"DoRA repository"``), in printed
-    order."""
+    """Every stored row, or those of one source (``"RoRA paper"``, ``"DoRA repository"``), in printed order."""
     found = [
         Row(
             source=row["source"],

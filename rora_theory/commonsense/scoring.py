@@ -111,14 +111,14 @@ def score(
       params, config, tokenizer: the model.
       records: items, of one task or several.
       scoring: the protocol.
-      adapter: run beside the weights; None is the model alone. Merged weights score the same up to rounding,
-        faster.
+      adapter: run beside the weights; None is the model alone. Merged weights score the same up to rounding, faster.
       batch_size: items generated together (``generate``), or device calls in flight (the other two), >= 1.
       done: ``(task, index)`` of the records that need no result. Give the same ``records`` as before, so that
         what is left is computed in the same company.
 
     Raises:
-      InputError: before work starts: a batch size below 1, or a prompt longer than the model reads.
+      InputError: before work starts: a batch size below 1, or a prompt longer than the model reads. Later: a
+        log-likelihood that is not finite.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; accepted is an integer of 1 or more")
@@ -136,8 +136,12 @@ def score(
 
 
 def _chosen(record: Record, choices: Sequence[Choice], totals: Sequence[float], *, norm: bool) -> Sample:
-    """The likeliest choice, the first of equals; per character of the choice too where the harness reports
-    it."""
+    """The likeliest choice, the first of equals; per character of the choice too where the harness reports it."""
+    if not np.isfinite(totals).all():
+        raise InputError(
+            f"{record.task} record {record.index}: log-likelihoods are {list(totals)}; accepted are finite ones, as of "
+            "sound weights in a precision that holds them"
+        )
     labels = [choice.label for choice in choices]
     best = labels[int(np.argmax(totals))]
     best_norm = None

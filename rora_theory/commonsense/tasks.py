@@ -27,8 +27,7 @@ class Task:
       name: its column in the papers' tables.
       labels: every label the published parser accepts, in order.
       opening: the instruction's text before the question.
-      word: what a choice is announced by, ``Solution`` in ``Solution1: ...``; empty where choices are not
-        listed.
+      word: what a choice is announced by, ``Solution`` in ``Solution1: ...``; empty where choices are not listed.
       between: the text between two choices.
       before_format: the text between the last choice and ``Answer format:``.
       harness: its name in lm-evaluation-harness.

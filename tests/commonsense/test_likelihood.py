@@ -20,8 +20,7 @@ SHAPE = (64, 16)
 
 
 def _items(seed: int, count: int) -> list[list[Scored]]:
-    """Items of 2-4 choices: shared contexts mostly, one-token and equal choices, differing contexts, long
-    ones."""
+    """Items of 2-4 choices: shared contexts mostly, one-token and equal choices, differing contexts, long ones."""
     rng = np.random.default_rng(seed)
 
     def some(least: int, most: int) -> tuple[int, ...]:

@@ -156,6 +156,12 @@ def test_generated_text_is_parsed(
     assert (sample.prediction, sample.correct) == (prediction, correct)
 
 
+def test_broken_weights_are_not_scored() -> None:
+    broken = {**PARAMS, "norm": PARAMS["norm"].at[3].set(np.nan)}
+    with pytest.raises(InputError, match=r"boolq record 0: log-likelihoods are .*nan"):
+        list(score(broken, CONFIG, TOKENIZER, _records("boolq")[:1], Scoring("label")))
+
+
 def test_templates_of_the_protocols() -> None:
     assert [Scoring(name).template for name in ("generate", "label", "harness")] == ["eval", "train", None]
     texts = {

@@ -29,8 +29,7 @@ import lm_eval_peer  # noqa: E402
 from rora_theory.commonsense.tasks import TASKS, Record, render  # noqa: E402
 from rora_theory.llama import load  # noqa: E402
 
-# (question, choices, gold): trailing and doubled spaces, brackets, a blank at the start, five choices,
-# non-ASCII.
+# (question, choices, gold): trailing and doubled spaces, brackets, a blank at the start, five choices, non-ASCII.
 ITEMS = {
     "boolq": [("is the sky blue at noon?", ("true", "false"), 0), ("can fish fly?", ("true", "false"), 1)],
     "piqa": [("dresser", ("replace drawer with  pin ", " finish the wood"), 1)],
@@ -46,8 +45,7 @@ ITEMS = {
     "ARC-Challenge": [("Water at 0 °C is", ("ice", "gas", "sand"), 0)],
     "openbookqa": [("the sun is  ", ("a star", "a planet", "cold", "a moon"), 0)],
 }
-# Context and continuation alone: spaces between, a token across the border, nothing before, a BOS written
-# out.
+# Context and continuation alone: spaces between, a token across the border, nothing before, a BOS written out.
 PAIRS = [
     ("the sun is ", "a star"),
     ("the sun is   ", " a star"),

@@ -86,8 +86,7 @@ def test_a_run_writes_samples_and_results(
 
 
 def test_a_kill_loses_nothing(model: Path, data: Path, tmp_path: Path) -> None:
-    """Killed by SIGKILL at its first samples, the command goes on; every file is then the uninterrupted
-    run's."""
+    """Killed by SIGKILL at its first samples, the command goes on; every file is then the uninterrupted run's."""
     more = ("--protocol", "label", "--batch-size", "1")
     evaluate.main(_arguments(model, data, tmp_path / "whole", *more))
     command = [sys.executable, "-m", "sims.evaluate", *_arguments(model, data, tmp_path / "killed", *more)]
@@ -180,6 +179,8 @@ def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data:
         (("--protocol", "harness", "--template", "clean"), "accepted is none under protocol harness"),
         (("--data-dir", "/nowhere"), "/nowhere/boolq/test.json: no such file"),
         (("--adapter", "/nowhere"), "/nowhere: is not a folder"),
+        (("--adapter", "/tmp"), "adapter_config.json"),
+        (("--model", "/nowhere"), "/nowhere: no such path"),
         (("--protocol", "accuracy"), "accuracy"),
     ],
 )
