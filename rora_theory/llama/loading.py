@@ -1,6 +1,6 @@
 """A model by name: weights, configuration and tokenizer together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.hub import locate
 from rora_theory.llama.model import Params
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.llama.weights import load_hf, read_config
+from rora_theory.llama.weights import check_dtype, load_hf, read_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Model:
     Attributes:
       params: weights, as `model` describes.
       config: theirs.
-      tokenizer: theirs.
+      tokenizer: theirs; its ``pad_id`` is None where it is no token of the model.
       name: what `load` was asked for; an adapter's ``base_model_name_or_path``.
       source: the folder or file it was read from.
     """
@@ -55,6 +55,7 @@ def load(
       >>> forward(model.params, jnp.array([model.tokenizer.encode("The sky")]), model.config)  # doctest:
       +SKIP
     """
+    check_dtype(dtype)
     source = locate(path_or_repo, revision)
     if source.is_dir():
         config = read_config(source)
@@ -67,4 +68,6 @@ def load(
         config = config_from_gguf(reader, str(source))
         tokenizer = Tokenizer.from_gguf(reader)
         params = load_gguf(reader, source, config, dtype, shardings)
+    if tokenizer.pad_id is not None and tokenizer.pad_id >= config.vocab_size:
+        tokenizer = replace(tokenizer, pad_id=None)  # added to the tokenizer alone: the model has no embedding for it
     return Model(params, config, tokenizer, str(path_or_repo), source)

@@ -91,6 +91,21 @@ def check_shapes(where: str, found: Mapping[str, tuple[int, ...]], config: Llama
             raise InputError(f"{where}: {name} has shape {tuple(found[name])}; the config implies {shape}")
 
 
+def check_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype that weights may have in memory.
+
+    Raises:
+      InputError: another than float32, bfloat16 and float16.
+    """
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        kind = None
+    if kind is None or kind.name not in DTYPES:
+        raise InputError(f"dtype is {dtype if kind is None else kind.name!r}; accepted are {', '.join(DTYPES)}")
+    return kind
+
+
 def assemble(
     config: LlamaConfig,
     dtype: DTypeLike,
@@ -108,9 +123,7 @@ def assemble(
     Raises:
       InputError: another dtype.
     """
-    kind = jnp.dtype(dtype)
-    if kind.name not in DTYPES:
-        raise InputError(f"dtype is {kind.name}; accepted are {', '.join(DTYPES)}")
+    kind = check_dtype(dtype)
     abstract = abstract_params(config, kind)
     places = [None] * len(jax.tree.leaves(abstract)) if shardings is None else jax.tree.leaves(shardings)
     leaves = []

@@ -48,7 +48,7 @@ def draw_tensors(golden):
 
 @pytest.fixture(scope="session")
 def tiny() -> LlamaConfig:
-    """Grouped queries, untied; every size its own, so that no transposed axis passes."""
+    """Grouped queries, untied; every size its own, so that no transposed axis passes, and an epsilon that shows."""
     return LlamaConfig(
         vocab_size=48,
         hidden_size=32,
@@ -57,6 +57,7 @@ def tiny() -> LlamaConfig:
         num_attention_heads=6,
         num_key_value_heads=3,
         head_dim=8,
+        rms_norm_eps=0.01,
         max_position_embeddings=256,
     )
 
