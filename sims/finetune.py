@@ -11,6 +11,7 @@ draws it.
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -281,10 +282,16 @@ def main() -> None:
 
 
 def quiet() -> None:
-    """Leave it to this command to say what went wrong: the checkpoint writer's threads log each failure at length."""
+    """Leave it to this command to say what went wrong.
+
+    When a checkpoint cannot be written, each of the writer's threads logs it at length, and what they leave undone
+    complains of its closed event loop later.
+    """
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda seen: None if str(seen.exc_value) == "Event loop is closed" else report(seen)
 
 
 if __name__ == "__main__":
