@@ -206,6 +206,14 @@ def test_left_padding_does_not_shift_or_leak(params, tokens, tiny):
     np.testing.assert_array_equal(other[1, 4:], padded[1, 4:])
 
 
+def test_positions_count_real_tokens(params, tokens, tiny):
+    """A row with a hole is the row without it. Padding on the left alone would not show: only distances matter."""
+    mask = jnp.ones(tokens.shape, jnp.int32).at[0, 3:6].set(0)
+    holed = run(params, tokens, tiny, attention_mask=mask)
+    closed = run(params, jnp.delete(tokens[:1], jnp.arange(3, 6), axis=1), tiny)
+    np.testing.assert_allclose(holed[0, 6:], closed[0, 3:], rtol=0, atol=1e-5)
+
+
 def test_right_padding_needs_no_mask(params, tokens, tiny):
     whole, cut = run(params, tokens, tiny), run(params, tokens.at[:, 6:].set(0), tiny)
     np.testing.assert_array_equal(whole[:, :6], cut[:, :6])
