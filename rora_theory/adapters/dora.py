@@ -8,9 +8,11 @@ either rule for gamma. The bias is added after, not scaled.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from rora_theory.llama import linear
+from rora_theory.llama.model import PRODUCT, SMALL
 
 TINY = 1e-30
 """Least norm divided by: a row of zeros stays one instead of turning into NaN."""
@@ -43,16 +45,18 @@ def apply(
     Returns:
       array like the plain module's output, computed in float32 where it is elementwise.
     """
-    c = factor(magnitude, row_norms(weight, scaled_A, B), adapted)
-    update = linear(linear(dropped, scaled_A.astype(x.dtype)), B.astype(x.dtype))
+    c = factor(magnitude, checkpoint_name(row_norms(weight, scaled_A, B), SMALL), adapted)
+    inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), PRODUCT)
+    update = linear(inner, B.astype(x.dtype))
     base = linear(x, weight)
     c = jnp.broadcast_to(c, base.shape)
     wide_base, wide_update = base.astype(jnp.float32), update.astype(jnp.float32)
+    # The gradient of c takes what c multiplies: kept, so that no product with W is made again for it.
     if dropped is x:
-        y = c * (wide_base + wide_update)
+        y = c * checkpoint_name(wide_base + wide_update, PRODUCT)
     else:
         again = linear(dropped, weight).astype(jnp.float32)
-        y = wide_base + (c - 1.0) * again + c * wide_update
+        y = (wide_base - again) + c * checkpoint_name(again + wide_update, PRODUCT)
     if bias is not None:
         y = y + jnp.broadcast_to(bias, y.shape).astype(jnp.float32)
     return y.astype(x.dtype)

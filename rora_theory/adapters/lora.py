@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.adapters import dora
@@ -22,6 +23,7 @@ from rora_theory.adapters.inits import INITS, Init, init_a
 from rora_theory.adapters.targets import Target, layer_text, resolve
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
+from rora_theory.llama.model import PRODUCT
 from rora_theory.scaling import Rule, scaling_factor
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -160,7 +162,8 @@ class LoraAdapter:
         if self.config.use_dora:
             magnitude = tensors["lora_magnitude_vector"]
             return dora.apply(x, dropped, weight, bias, scaled_A, B, magnitude, gamma > 0)
-        return linear(x, weight, bias) + linear(linear(dropped, scaled_A.astype(x.dtype)), B.astype(x.dtype))
+        inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), PRODUCT)
+        return linear(x, weight, bias) + linear(inner, B.astype(x.dtype))
 
     def prefix(self, layer: Any) -> None:
         """None: no prefix."""
