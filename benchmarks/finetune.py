@@ -189,9 +189,11 @@ def prepare(config: Config, folder: Path) -> None:
     from rora_theory.finetune import Batches, choose_widths, read_records, tokenize
     from rora_theory.llama import load
     from rora_theory.llama.weights import save_hf
+    from sims.finetune import tokenizer_files
 
     model = load(config.model)
-    save_hf(folder / "model", model.params, model.config)
+    with tokenizer_files(model) as files:
+        save_hf(folder / "model", model.params, model.config, tokenizer_from=files)
     examples = tokenize(read_records(config.data), model.tokenizer)
     windows = examples.tokens[: 3 * 4 * 257].reshape(3, 4, 257)
     ours = [(w[:, :-1], w[:, 1:], np.ones((4, 256), np.float32)) for w in windows]

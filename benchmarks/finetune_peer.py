@@ -69,7 +69,7 @@ def work(spec: dict[str, Any]) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        loss = float(out.loss)  # waits for the device
+        loss = float(out.loss.detach())  # waits for the device
 
     begin = time.perf_counter()
     step(0)

@@ -170,3 +170,30 @@ def test_bfloat16_base_trains_a_float32_adapter(params):
     expected = float(direct_loss(params, adapter(params, config), *batch()[:3]))
     # Weights and activations of 8 bits, two layers: the loss, near log 128, moves in the third place.
     assert metrics.loss == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "dora", "dropout": 0.05, "remat": True, "accumulation": 2}])
+def test_the_whole_step_lowers_for_cuda(changes, monkeypatch):
+    """The program for an NVIDIA GPU, from abstract shapes: bfloat16 base, fused attention both ways, products in
+    bfloat16, and the state's memory reused; made here without a GPU.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    model, config = dataclasses.replace(tiny.CONFIG, head_dim=64), changed(**changes)
+    shapes = llama.abstract_params(model, jnp.bfloat16)
+
+    def start(params):
+        fresh = adapters.init(jax.random.key(0), config.lora(), model, params)
+        return fresh, steps.init_state(fresh, steps.optimizer(config, STEPS), jax.random.key(0))
+
+    fresh = start(llama.init_params(jax.random.key(0), model, jnp.bfloat16))[0]
+    state = jax.eval_shape(start, shapes)[1]
+    part = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+    data = Batch(part, part, jax.ShapeDtypeStruct((4, 64), jnp.float32), None)
+    step = steps.train_step(fresh, model, config, STEPS, attention="cudnn")
+    text = step.trace(state, shapes, data).lower(lowering_platforms=("cuda",)).as_text()
+    assert "@__cudnn$fmhaSoftmax(" in text
+    assert "@__cudnn$fmhaSoftmaxBackward(" in text
+    assert "xbf16>, tensor<24x16xbf16>) -> tensor<" in text, "a product with W in bfloat16"
+    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))
