@@ -81,9 +81,11 @@ class Trainer:
       config: the run.
       train: batches of all epochs.
       validation: batches of one pass, or None.
-      checkpoints: folder of the checkpoints; a run goes on from the latest in it.
+      checkpoints: folder of the checkpoints; a run goes on from the latest in it. None makes none: a short run that
+        begins anew when it is stopped, and that has the last adapter alone to offer.
       attention: see `rora_theory.llama.attention.choose_route`.
       layout: of a run on many devices, on which ``params`` lie already; None is one device.
+      shared: compiled steps to take part in, of a run on one device; None compiles this run's own.
 
     Attributes:
       steps: number of steps of the whole run.
@@ -102,10 +104,11 @@ class Trainer:
         config: FinetuneConfig,
         train: Batches,
         validation: Batches | None,
-        checkpoints: Path,
+        checkpoints: Path | None,
         *,
         attention: str = "auto",
         layout: Layout | None = None,
+        shared: steps.SharedSteps | None = None,
     ) -> None:
         config.check()
         self.steps = min(len(train), config.max_steps or len(train))
@@ -121,13 +124,17 @@ class Trainer:
             layout.check_batch(config.batch, config.accumulation)
             shardings, self._place = layout.state_shardings(self._state), layout.batch
             self._state, adapter = layout.state(self._state), Gathered(adapter, layout)
-        self._step = steps.train_step(
-            adapter, llama_config, config, self.steps, attention=attention, state_shardings=shardings
-        )
+        self._step: Callable[..., Any]
+        if shared is not None:
+            self._step = shared.train_step(adapter, llama_config, config, self.steps, attention=attention)
+        else:
+            self._step = steps.train_step(
+                adapter, llama_config, config, self.steps, attention=attention, state_shardings=shardings
+            )
         self._evaluate = steps.eval_step(adapter, llama_config, attention=attention)
         self._progress = Progress(0)
-        self._checkpoints = Checkpoints(checkpoints)
-        if (latest := self._checkpoints.latest) is not None:
+        self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints)
+        if self._checkpoints is not None and (latest := self._checkpoints.latest) is not None:
             self._state, self._progress = self._checkpoints.restore(latest, self._state)
             if self._progress.step > self.steps:
                 path = self._checkpoints.path(latest)
@@ -182,20 +189,23 @@ class Trainer:
                 self._progress = replace(self._progress, step=number)
                 if validate:
                     yield self._validated(number)
-                self._checkpoints.save(self._state, self._progress)
+                if self._checkpoints is not None:
+                    self._checkpoints.save(self._state, self._progress)
                 clock = time.perf_counter()
-        self._checkpoints.wait()
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
 
     def adapter(self, which: str = "best") -> Any:
         """The trained adapter: ``"last"``, or ``"best"`` by validation loss (last where there was none)."""
         state = self._state
-        if which == "best" and self.best_step not in (None, self.step):
+        if which == "best" and self._checkpoints is not None and self.best_step not in (None, self.step):
             state, _ = self._checkpoints.restore(self.best_step, self._state)
         return adapters.replace(self._adapter, state.params)
 
     def close(self) -> None:
         """Finish writing checkpoints."""
-        self._checkpoints.close()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
 
     def _stepped(self, number: int, metrics: steps.Metrics, positions: int) -> Stepped:
         loss, norm, rate, targets = (float(value) for value in jax.device_get(metrics))
@@ -219,5 +229,7 @@ class Trainer:
 
     def _check_finite(self, what: str, value: float, number: int) -> None:
         if not math.isfinite(value):
-            latest = self._checkpoints.latest
-            raise NonFiniteLossError(what, value, number, None if latest is None else self._checkpoints.path(latest))
+            kept = None
+            if self._checkpoints is not None and (latest := self._checkpoints.latest) is not None:
+                kept = self._checkpoints.path(latest)
+            raise NonFiniteLossError(what, value, number, kept)

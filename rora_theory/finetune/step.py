@@ -1,5 +1,7 @@
 """The jitted training and validation steps: gradients in the adapter alone, the base frozen."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -50,22 +52,24 @@ class Metrics(NamedTuple):
     targets: Float[Array, ""]
 
 
-def schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
+def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = None) -> optax.Schedule:
     """Learning rate of update t = 0, 1, ...: ``peak * t / warmup`` up to the peak, then down to 0.
 
-    The first update's rate is 0, as in the published runs.
+    The first update's rate is 0, as in the published runs. ``peak`` stands in for the configuration's where it is
+    given, so that it can be an argument of a compiled step.
     """
-    peak = config.peak_learning_rate
+    peak = config.peak_learning_rate if peak is None else peak
     rise = optax.linear_schedule(0.0, peak, config.warmup)
     fall = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
     return optax.join_schedules([rise, fall], [config.warmup]) if config.warmup else fall
 
 
-def optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransformation:
+def optimizer(config: FinetuneConfig, steps: int, peak: float | Array | None = None) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW with decoupled weight decay, on `schedule`."""
+    rate = schedule(config, steps, peak)
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(schedule(config, steps), *config.betas, eps=config.epsilon, weight_decay=config.weight_decay),
+        optax.adamw(rate, *config.betas, eps=config.epsilon, weight_decay=config.weight_decay),
     )
 
 
@@ -100,9 +104,71 @@ def train_step(
       state_shardings: where the new state lies, see `rora_theory.finetune.sharding`; None is where the old one does
         on a single device.
     """
-    transformation, rate = optimizer(config, steps), schedule(config, steps)
+    take = _step(llama_config, config, steps, attention=attention, logits_bytes=logits_bytes)
 
-    def part_loss(params: Params, base: Params, part: Batch, total: Array, key: Array | None) -> Array:
+    def step(state: State, base: Params, batch: Batch) -> tuple[State, Metrics]:
+        return take(state, base, batch, adapter, None)
+
+    return _jit(step, state_shardings)
+
+
+def _jit(function: Callable[..., Any], state_shardings: Any = None) -> jax.stages.Wrapped:
+    """Compiled a shape; the first argument's memory goes to the first result."""
+    if state_shardings is None:
+        return jax.jit(function, donate_argnums=0)
+    return jax.jit(function, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+class SharedSteps:
+    """Training steps compiled once for all runs that differ in the scaling, the learning rate and the seed alone.
+
+    A step of `train_step` holds these as constants. Here they are arguments: LoRA and RoRA of one rank, at any alpha
+    and rate, run the same compiled step.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, jax.stages.Wrapped] = {}
+
+    def train_step(
+        self,
+        adapter: TrainableAdapter,
+        llama_config: LlamaConfig,
+        config: FinetuneConfig,
+        steps: int,
+        *,
+        attention: str = "auto",
+        logits_bytes: int = LOGITS_BYTES,
+    ) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
+        """``(state, base, batch) -> (state, metrics)`` of one device; arguments as `train_step`."""
+        plain = replace(config, rule="lora", alpha=1.0, alpha_pattern={}, learning_rate=1.0, seed=0)
+        fixed, structure = jax.tree.flatten(adapters.replace(adapter, None))
+        key = repr((plain, llama_config, steps, attention, logits_bytes, type(adapter), len(fixed)))
+        if key not in self._made:
+            take = _step(llama_config, plain, steps, attention=attention, logits_bytes=logits_bytes)
+
+            def shared(state: State, base: Params, batch: Batch, fixed: list[Array], peak: Array) -> Any:
+                return take(state, base, batch, jax.tree.unflatten(structure, fixed), peak)
+
+            self._made[key] = _jit(shared)
+        function, peak = self._made[key], jnp.float32(config.peak_learning_rate)
+        return lambda state, base, batch: function(state, base, batch, fixed, peak)
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far, each for one shape of batch and one rank."""
+        return sum(function._cache_size() for function in self._made.values())  # type: ignore[attr-defined]
+
+
+def _step(
+    llama_config: LlamaConfig, config: FinetuneConfig, steps: int, *, attention: str, logits_bytes: int
+) -> Callable[[State, Params, Batch, TrainableAdapter, Array | None], tuple[State, Metrics]]:
+    """One step, to be compiled: ``(state, base, batch, adapter, peak)``, where the adapter's trainable arrays are not
+    read, and ``peak`` is the learning rate at the end of the warm-up, None the configuration's.
+    """
+
+    def part_loss(
+        params: Params, base: Params, adapter: TrainableAdapter, part: Batch, total: Array, key: Array | None
+    ) -> Array:
         summed = batch_loss(
             base,
             part,
@@ -115,17 +181,17 @@ def train_step(
         )
         return summed / total
 
-    def gradient(state: State, base: Params, batch: Batch) -> tuple[Array, Params, Array]:
+    def gradient(state: State, base: Params, adapter: TrainableAdapter, batch: Batch) -> tuple[Array, Params, Array]:
         total = jnp.maximum(jnp.sum(batch.weights), 1)
         key = jax.random.fold_in(state.key, state.step) if config.dropout else None
         value_and_grad = jax.value_and_grad(part_loss)
         if config.accumulation == 1:
-            return *value_and_grad(state.params, base, batch, total, key), total
+            return *value_and_grad(state.params, base, adapter, batch, total, key), total
 
         def add(sums: tuple[Array, Params], xs: tuple[Batch, Array]) -> tuple[tuple[Array, Params], None]:
             part, index = xs
             part_key = None if key is None else jax.random.fold_in(key, index)
-            found = value_and_grad(state.params, base, part, total, part_key)
+            found = value_and_grad(state.params, base, adapter, part, total, part_key)
             return jax.tree.map(jnp.add, sums, found), None
 
         parts = jax.tree.map(lambda a: a.reshape(-1, config.accumulation, *a.shape[1:]).swapaxes(0, 1), batch)
@@ -133,8 +199,11 @@ def train_step(
         sums, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(config.accumulation)))
         return *sums, total
 
-    def step(state: State, base: Params, batch: Batch) -> tuple[State, Metrics]:
-        loss, grads, total = gradient(state, base, batch)
+    def step(
+        state: State, base: Params, batch: Batch, adapter: TrainableAdapter, peak: Array | None
+    ) -> tuple[State, Metrics]:
+        loss, grads, total = gradient(state, base, adapter, batch)
+        transformation, rate = optimizer(config, steps, peak), schedule(config, steps, peak)
         # Optax leans on type promotion; this package's own code passes under the strict rules too.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = transformation.update(grads, state.optimizer, state.params)
@@ -142,9 +211,7 @@ def train_step(
             metrics = Metrics(loss, optax.tree.norm(grads), jnp.float32(rate(state.step)), total)
         return State(state.step + 1, params, moments, state.key), metrics
 
-    if state_shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    return step
 
 
 def eval_step(

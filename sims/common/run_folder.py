@@ -108,8 +108,7 @@ class RunFolder:
             raise InputError(f"{path}: holds files but no manifest.json; accepted is an empty folder or a run's own")
         else:
             manifest = {"experiment": name, "config": plain, "seed": seed, "start": _now()}
-        manifest |= {"status": "running", "end": None, "python": platform.python_version()}
-        manifest |= {"packages": _versions(), "git_revision": _git_revision(), "command": sys.argv[1:]}
+        manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | circumstances()
         manifest |= as_json(dict(extra or {}))
         folder = cls(path, manifest, resumed=resumed)
         folder._write_manifest()
@@ -201,6 +200,11 @@ def _difference(manifest: Mapping[str, Any], name: str, config: Any) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def circumstances() -> dict[str, Any]:
+    """What a manifest says of the software: Python, packages, revision of the source tree."""
+    return {"python": platform.python_version(), "packages": _versions(), "git_revision": _git_revision()}
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,103 @@
+r"""Losses of single held-out records: over all their tokens, and over the answer alone.
+
+One number a record makes two runs comparable record by record: the spread of a paired difference is far below that
+of either loss.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rora_theory import llama
+from rora_theory.finetune.data import Examples, choose_widths, plan_epoch
+from rora_theory.llama import LlamaConfig
+
+
+@dataclass(frozen=True)
+class RecordLoss:
+    """Cross-entropy of one record, summed, in nats.
+
+    Attributes:
+      tokens, loss: of every token but the first, which nothing predicts.
+      answer_tokens, answer_loss: of those that belong to the answer.
+    """
+
+    tokens: int
+    loss: float
+    answer_tokens: int
+    answer_loss: float
+
+
+def record_losses(
+    params: Any, llama_config: LlamaConfig, examples: Examples, *, batch: int = 16, widths: int = 6
+) -> list[RecordLoss]:
+    """The loss of every record under a plain model, in the order of ``examples``.
+
+    Args:
+      params, llama_config: the model; merge an adapter into it first.
+      examples: from `tokenize` with ``answer_only``, which marks where the answers begin.
+      batch: records worked on together; it changes rounding alone.
+      widths: most padded lengths, each compiled once.
+    """
+    sizes = examples.sizes
+    plan = plan_epoch(sizes, choose_widths(sizes, widths), batch, seed=None, epoch=0)
+    sums = []
+    for rows, width in zip(plan.rows, plan.widths.tolist(), strict=True):
+        inputs, targets, answer = (np.zeros((batch, width), np.int32) for _ in range(3))
+        for row, index in enumerate(rows.tolist()):
+            if index >= 0:
+                tokens, start = examples[index], int(examples.starts[index])
+                inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+                answer[row, start - 1 : len(tokens) - 1] = 1
+        lengths = np.where(rows < 0, 0, sizes[rows]).astype(np.int32)
+        sums.append(_losses(params, inputs, targets, lengths, answer, llama_config=llama_config))
+    found: dict[int, RecordLoss] = {}
+    for rows, pair in zip(plan.rows, jax.device_get(sums), strict=True):
+        for index, (loss, answer_loss) in zip(rows.tolist(), pair.tolist(), strict=True):
+            if index >= 0:
+                answers = int(examples.lengths[index] - examples.starts[index])
+                found[index] = RecordLoss(int(sizes[index]), loss, answers, answer_loss)
+    return [found[index] for index in range(len(examples))]
+
+
+def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+    r"""Mean loss a token and its standard error over records.
+
+    :math:`R = \sum l_i / \sum t_i` is a ratio of two sums over records drawn together; to first order its error is
+    that of the mean of :math:`(l_i - R t_i) / \bar t`. NaN for one record.
+    """
+    count, total = len(losses), math.fsum(tokens)
+    ratio = math.fsum(losses) / total
+    spread = math.fsum((loss - ratio * size) ** 2 for loss, size in zip(losses, tokens, strict=True))
+    return ratio, math.sqrt(spread * count / (count - 1)) / total if count > 1 else math.nan
+
+
+@partial(jax.jit, static_argnames="llama_config")
+def _losses(
+    params: Any,
+    inputs: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    answer: Int[Array, "B S"],
+    *,
+    llama_config: LlamaConfig,
+) -> Float[Array, "B 2"]:
+    """Summed loss of each row's first ``lengths`` targets, and of those of them marked ``answer``."""
+    hidden = llama.hidden_states(params, inputs, llama_config)
+
+    def one(row: tuple[Array, Array, Array, Array]) -> Array:  # a row at a time: logits are the largest array
+        h, target, length, marked = row
+        logits = llama.unembed(params, h, llama_config)
+        gold = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        real = (jnp.arange(len(target)) < length).astype(jnp.float32)
+        loss = real * (jax.nn.logsumexp(logits, axis=-1) - gold)
+        return jnp.stack([jnp.sum(loss), jnp.sum(loss * marked.astype(jnp.float32))])
+
+    return jax.lax.map(one, (hidden, targets, lengths, answer))

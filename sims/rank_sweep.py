@@ -1,0 +1,830 @@
+"""Fine-tune and score over methods x ranks x learning rates x seeds: one matrix that any number of processes share.
+
+    python -m sims.rank_sweep --design fixed_alpha --data DATA/*/train.json --data-dir DATA --train-records 960
+    python -m sims.rank_sweep --design fig1 --list True
+
+Every cell fine-tunes one adapter, merges it, and measures the loss on held-out training-distribution records (all
+tokens, and the answers alone) and the accuracy on the eight tasks. A cell that is done is not done again: the same
+command goes on where it was stopped, further ranks or seeds extend the folder, and further processes with the same
+``--out`` help. `results.csv` has a line a cell; a cell's folder has its losses a record, its right answers and its
+training curve. A loss that is no number is a result, ``diverged``.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.commonsense.levels import levels
+from rora_theory.commonsense.prompts import Template
+from rora_theory.commonsense.scoring import Protocol, Scoring, score
+from rora_theory.commonsense.sources import locate
+from rora_theory.commonsense.tasks import TASKS, read, task_named
+from rora_theory.commonsense.tasks import Record as TaskRecord
+from rora_theory.errors import InputError
+from rora_theory.finetune import (
+    Batches,
+    Examples,
+    FinetuneConfig,
+    NonFiniteLossError,
+    Record,
+    Trainer,
+    choose_widths,
+    read_records,
+    tokenize,
+)
+from rora_theory.finetune.config import LEARNING_RATES, BaseDtype, LossOn, TrainTemplate
+from rora_theory.finetune.held_out import RecordLoss, mean_per_token, record_losses
+from rora_theory.finetune.step import SharedSteps
+from rora_theory.scaling import scaling_factor
+from sims.common import cli, matrix, tables
+from sims.common.progress import progress_bar
+from sims.common.run_folder import as_json, circumstances, write_whole
+
+NAME = "rank_sweep"
+DATA_VARIABLE = "RORA_COMMONSENSE_DIR"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the paper's tables: its printed name, and what it sets in a fine-tuning run."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+METHODS = {
+    "lora": Method("LoRA", {"method": "lora", "rule": "lora"}),
+    "dora": Method("DoRA", {"method": "dora", "rule": "lora"}),
+    "rora": Method("RoRA", {"method": "lora", "rule": "rora"}),
+    "dora-rora": Method("DoRA with RoRA's scaling", {"method": "dora", "rule": "rora"}),
+}
+"""Methods by name. A new kind of adapter is one more line here."""
+
+BASE = "base"
+"""The model without an adapter: one cell, neither trained nor repeated."""
+
+AlphaRule = Literal["fixed", "2r"]
+
+
+@dataclass(frozen=True)
+class Design:
+    """What varies, where the command line does not say otherwise.
+
+    Attributes:
+      models: by hub id or built-in name.
+      methods, ranks, seeds: every combination of these is a cell.
+      alpha_rule: ``fixed``: `Config.alpha` at every rank; ``2r``: twice the rank, which makes alpha/r constant.
+      rates: learning rates; None is each method's published one.
+      tuned: choose among the rates at the first seed by validation loss, a method and rank at a time, and run the
+        other seeds at the chosen rate.
+    """
+
+    models: tuple[str, ...] = ("smollm2-135m",)
+    methods: tuple[str, ...] = (BASE, "lora", "dora", "rora")
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    alpha_rule: AlphaRule = "fixed"
+    rates: tuple[float, ...] | None = None
+    seeds: tuple[int, ...] = (0, 1)
+    tuned: bool = False
+
+
+RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+
+DESIGNS = {
+    "grid": Design(),
+    "fixed_alpha": Design(),
+    "alpha_2r": Design(alpha_rule="2r"),
+    "tuned_rate": Design(rates=RATE_GRID, seeds=(0, 1, 2), tuned=True),
+    "fig1": Design(("yahma/llama-7b-hf",), ranks=(4, 8, 16, 32, 64, 128, 256), seeds=(42,)),
+    "fig3": Design(("yahma/llama-7b-hf",), ("lora", "dora", "rora"), (128,), seeds=(42,)),
+    "table1": Design(
+        ("yahma/llama-7b-hf", "yahma/llama-13b-hf", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"),
+        ranks=(32,),
+        seeds=(42,),
+    ),
+    "table2": Design(("princeton-nlp/Sheared-LLaMA-1.3B",), ranks=(8, 16, 32, 64, 128), seeds=(42,)),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which cells, and how each is trained and measured. What is not given is the design's."""
+
+    data: tuple[str, ...] = ()
+    """training files in the LLM-Adapters schema, .json or .jsonl, or hf://datasets/OWNER/NAME[@REVISION]/FILE"""
+    design: Literal["grid", "fixed_alpha", "alpha_2r", "tuned_rate", "fig1", "fig3", "table1", "table2"] = "grid"
+    """fixed_alpha: alpha the same at every rank; alpha_2r: alpha = 2 r; tuned_rate: the best of several learning rates
+    for each method and rank; fig1, fig3, table1, table2: the paper's; grid: whatever is given"""
+    model: tuple[str, ...] | None = None
+    """one or more: a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
+    revision: str | None = None
+    """branch, tag or commit of a model on the hub"""
+    methods: tuple[str, ...] | None = None
+    """any of base lora dora rora dora-rora; base is the model alone"""
+    ranks: tuple[int, ...] | None = None
+    """ranks of the adapter"""
+    alpha_rule: AlphaRule | None = None
+    """fixed: --alpha at every rank; 2r: twice the rank"""
+    alpha: float = 64.0
+    """strength of the adapter, before the rule divides it; not read under 2r"""
+    rates: tuple[float, ...] | None = None
+    """peak learning rates; none is the published one of each method, 3e-4 for lora and rora, 2e-4 for dora"""
+    seeds: tuple[int, ...] | None = None
+    """seeds of initialisation, order and dropout; methods of one rank and seed share the first two"""
+
+    train_records: int | None = None
+    """a seeded sample of so many training records; none is all that are not held out"""
+    held_out: int = 512
+    """records of the training files set aside for the validation loss, the same for every cell"""
+    shares: Literal["equal", "proportional"] = "equal"
+    """what each training file gives to both: as many as the others, or in proportion to its size"""
+    data_seed: int = 42
+    """seed of the two samples"""
+    steps: int | None = None
+    """steps of a cell, at most the epochs'; the learning-rate schedule ends there"""
+    epochs: int = 3
+    """passes over the training records"""
+    batch: int = 16
+    """records a step"""
+    accumulation: int = 1
+    """parts a batch is worked in, one after another, to save memory"""
+    warmup: int = 100
+    """steps of linear warm-up from 0, before the linear decay to 0"""
+    dropout: float = 0.05
+    """dropout of the adapter's input"""
+    targets: tuple[str, ...] = PAPER_TARGETS
+    """adapted modules"""
+    template: TrainTemplate = "train"
+    """training prompt: train (published, to the byte) or clean"""
+    cutoff: int = 256
+    """longest training example in tokens"""
+    loss_on: LossOn = "all"
+    """tokens in the training loss"""
+    widths: int = 6
+    """padded lengths that batches come in, each compiled once"""
+    dtype: BaseDtype = "float32"
+    """type of the frozen base weights"""
+    remat: bool | Literal["mlp"] = False
+    """made again in the backward pass, to save memory: False, mlp or True"""
+    checkpoint_every: int = 500
+    """steps between two checkpoints of a cell; a shorter cell has none and begins anew when it is stopped"""
+    save_adapters: bool = False
+    """keep each cell's adapter in PEFT's format"""
+
+    accuracy: bool = True
+    """score the tasks; False measures the losses alone"""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """tasks to score"""
+    protocol: Protocol = "label"
+    """label, generate (the papers') or harness, see sims.evaluate"""
+    eval_template: Template | None = None
+    """prompt of label (none is train) and generate (none is eval)"""
+    limit: int | None = None
+    """score only the first so many items of each task"""
+    data_dir: str | None = None
+    """folder of the tasks, or hf://datasets/OWNER/NAME; none is the variable RORA_COMMONSENSE_DIR"""
+    batch_size: int = 8
+    """generate: prompts at once; label and harness: device calls in flight"""
+
+    out: Path | None = None
+    """folder of the matrix; none is results/rank_sweep/ID. An existing one is continued and may grow"""
+    attempts: int = 3
+    """most attempts at a cell, over all runs and processes"""
+    list: bool = False
+    """print the cells with their state and run nothing"""
+
+    def the_design(self) -> Design:
+        """The named design with what the command line gives in its place."""
+        given: dict[str, Any] = {
+            "models": self.model,
+            "methods": self.methods,
+            "ranks": self.ranks,
+            "rates": self.rates,
+        }
+        given |= {"seeds": self.seeds, "alpha_rule": self.alpha_rule}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return replace(DESIGNS[self.design], **changes)
+
+    def scoring(self) -> Scoring:
+        """The evaluation protocol with its settings."""
+        return Scoring(self.protocol, self.eval_template)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that determines one cell's result; its key is the hash of this.
+
+    Attributes:
+      method: a name of `METHODS`, or `BASE`.
+      rank, alpha, gamma, learning_rate, seed: None for `BASE`. gamma follows from the rule, alpha and the rank.
+      accuracy: whether the tasks are scored.
+      model, revision, dtype: the base model.
+      training: the whole fine-tuning run; None for `BASE`.
+      data: digests and sizes of the training and held-out records.
+      evaluation: protocol, tasks, limit and digests of the task files; None without accuracy.
+    """
+
+    method: str
+    rank: int | None
+    alpha: float | None
+    gamma: float | None
+    learning_rate: float | None
+    seed: int | None
+    model: str
+    revision: str | None
+    dtype: str
+    training: FinetuneConfig | None
+    data: Mapping[str, Any]
+    evaluation: Mapping[str, Any] | None
+
+    @property
+    def label(self) -> str:
+        """In words, for a line of output."""
+        if self.training is None:
+            return f"{self.model}: base"
+        return (
+            f"{self.model}: {self.method} r={self.rank} alpha={self.alpha:g} gamma={self.gamma:.4g} "
+            f"lr={self.learning_rate:g} seed={self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The records of all cells.
+
+    Attributes:
+      train: training records.
+      held_out: records of the validation loss, with the file and the index each comes from.
+      summary: sizes and digests.
+    """
+
+    train: list[Record]
+    held_out: list[tuple[str, int, Record]]
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exit status 1 where cells have failed."""
+
+    def run() -> None:
+        config = cli.parse(Config, argv, description=(__doc__ or "").split("\n", 1)[0])
+        if not sweep(config):
+            sys.exit(1)
+
+    cli.run(run)
+
+
+def sweep(config: Config) -> bool:
+    """Check everything that can be checked, then do what the matrix lacks; whether no cell has failed."""
+    design = config.the_design()
+    check(config, design)
+    sample = draw(config)
+    tasks, evaluation = read_tasks(config)
+    make = partial(cells_of, config, design, data=sample.summary, evaluation=evaluation)
+    first = make(stage=0)
+    check_cells(first)
+    path = config.out or Path("results") / NAME / matrix.key_of(identity(config, design, sample, evaluation))[:12]
+    if config.list:
+        show(config, path, first)
+        return True
+    bench = Workbench(config, sample, tasks)
+    bench.open(first[0].model)
+    folder = matrix.Matrix(path, NAME, identity(config, design, sample, evaluation))
+    folder.update({"command": sys.argv[1:], "design": config.design} | circumstances())
+    whole = work(config, folder, bench, first)
+    if design.tuned and len(design.seeds) > 1:
+        rates = choose_rates(folder, first)
+        later = make(stage=1, rates=rates)
+        whole += work(config, folder, bench, later)
+    statuses = [cell.status() for cell in whole]
+    failed = [cell for cell, status in zip(whole, statuses, strict=True) if status.state != "done"]
+    for cell in failed:
+        print(f"not done: {cell.path} ({cell.status().error or cell.status().state})", flush=True)
+    folder.update({"status": "failed" if failed else "complete", "end": matrix.now()})
+    print(f"{path}: {len(whole) - len(failed)} of {len(whole)} cells done; results.csv", flush=True)
+    return not failed
+
+
+def check(config: Config, design: Design) -> None:
+    """Raise `InputError` for a value out of range."""
+    for name, values in (("model", design.models), ("methods", design.methods), ("seeds", design.seeds)):
+        if not values or len(set(values)) < len(values):
+            raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are one or more, each once")
+    for method in design.methods:
+        if method not in (BASE, *METHODS):
+            raise InputError(f"method is {method!r}; accepted are {', '.join((BASE, *METHODS))}")
+    if not design.ranks or len(set(design.ranks)) < len(design.ranks):
+        raise InputError("ranks is empty or has one twice; accepted are one or more, each once")
+    if design.rates is not None and (not design.rates or len(set(design.rates)) < len(design.rates)):
+        raise InputError("rates is empty or has one twice; accepted are one or more, each once")
+    least = {"train_records": 1, "held_out": 2, "data_seed": 0, "steps": 1, "limit": 1, "batch_size": 1, "attempts": 1}
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise InputError(f"{name} is {value}; accepted is an integer of {smallest} or more")
+    if not config.tasks or len(set(config.tasks)) < len(config.tasks):
+        raise InputError(f"tasks are {' '.join(config.tasks)!r}; accepted are one or more, each once")
+    for key in config.tasks:
+        task_named(key)
+    config.scoring()
+
+
+def draw(config: Config) -> Sample:
+    """Held-out and training records, seeded, no instruction in both.
+
+    Raises:
+      InputError: a file is missing or bad, or has too few records for its share.
+    """
+    files = [read_records([source]) for source in config.data] or [read_records([])]
+    random = np.random.default_rng(config.data_seed)
+    orders = [random.permutation(len(records)).tolist() for records in files]
+    sizes = [len(records) for records in files]
+    held_out: list[tuple[str, int, Record]] = []
+    taken: set[str] = set()
+    wanted = share(config.held_out, sizes, config.shares)
+    for source, records, order, count in zip(config.data, files, orders, wanted, strict=True):
+        fresh = [i for i in order if records[i].instruction not in taken]
+        fresh = list({records[i].instruction: i for i in reversed(fresh)}.values())[::-1]
+        if len(fresh) < count:
+            raise InputError(f"{source}: has {len(fresh)} records to hold out; accepted is {count}, its share")
+        held_out += [(_short(source), i, records[i]) for i in fresh[:count]]
+        taken |= {records[i].instruction for i in fresh[:count]}
+    train: list[Record] = []
+    rest = [
+        [records[i] for i in order if records[i].instruction not in taken]
+        for records, order in zip(files, orders, strict=True)
+    ]
+    shares = [len(part) for part in rest]
+    if config.train_records is not None:
+        shares = share(config.train_records, sizes, config.shares)
+    for source, part, count in zip(config.data, rest, shares, strict=True):
+        if len(part) < count:
+            raise InputError(
+                f"{source}: has {len(part)} records beside the held-out ones; accepted is {count}, its share of "
+                f"train_records {config.train_records} in {config.shares} shares"
+            )
+        train += part[:count]
+    if not train:
+        raise InputError(f"held_out is {config.held_out} of {sum(sizes)} records; accepted are fewer than all")
+    summary = {
+        "train_records": len(train),
+        "train_sha256": _digest(train),
+        "held_out": len(held_out),
+        "held_out_sha256": _digest([record for _, _, record in held_out]),
+    }
+    return Sample(train, held_out, summary)
+
+
+def share(total: int, sizes: Sequence[int], how: str) -> list[int]:
+    """``total`` split over the files: evenly, or by size with the largest remainders rounded up."""
+    weights = [1] * len(sizes) if how == "equal" else list(sizes)
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [math.floor(part) for part in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _short(source: str) -> str:
+    """The last folder and the name of a file."""
+    return "/".join(Path(source).parts[-2:])
+
+
+def _digest(records: Sequence[Record]) -> str:
+    return hashlib.sha256(json.dumps(records).encode()).hexdigest()
+
+
+def read_tasks(config: Config) -> tuple[dict[str, list[TaskRecord]], dict[str, Any] | None]:
+    """Items of each task, and what determines their scoring; nothing and None without accuracy."""
+    if not config.accuracy:
+        return {}, None
+    data = config.data_dir or os.environ.get(DATA_VARIABLE)
+    if not data:
+        raise InputError(
+            f"--data-dir is not given and {DATA_VARIABLE} not set; accepted is a folder with TASK/test.json, or "
+            "--accuracy False"
+        )
+    tasks, digests = {}, {}
+    for key in config.tasks:
+        file = locate(data, TASKS[key])
+        tasks[key] = read(file, TASKS[key])[: config.limit]
+        digests[key] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return tasks, asdict(config.scoring()) | {"limit": config.limit, "data": digests}
+
+
+def identity(config: Config, design: Design, sample: Sample, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What all cells of a matrix share."""
+    sizes = {name: getattr(config, name) for name in ("steps", "epochs", "batch")}
+    return {
+        "models": sorted(design.models),
+        "revision": config.revision,
+        "data": sample.summary,
+        "training": sizes,
+        "evaluation": evaluation,
+    }
+
+
+def cells_of(
+    config: Config,
+    design: Design,
+    *,
+    data: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    stage: int,
+    rates: Mapping[tuple[str, str, int], float] | None = None,
+) -> list[Cell]:
+    """The cells of a design in the order of work: by seed, then rank, then method.
+
+    Args:
+      stage: 0 is everything, or, for a tuned design, the first seed at every rate without accuracy; 1 is the other
+        seeds at the chosen rates.
+      rates: of stage 1, by model, method and rank.
+    """
+    first = design.tuned and stage == 0
+    seeds = design.seeds[:1] if first else design.seeds[1:] if design.tuned else design.seeds
+    measured = None if first and len(design.seeds) > 1 else evaluation
+    common: dict[str, Any] = {"revision": config.revision, "dtype": config.dtype, "data": dict(data)}
+    found = []
+    for model in design.models:
+        if BASE in design.methods and stage == 0:
+            nothing: dict[str, Any] = dict.fromkeys(("rank", "alpha", "gamma", "learning_rate", "seed", "training"))
+            found.append(Cell(method=BASE, model=model, evaluation=evaluation, **nothing, **common))
+        for seed in seeds:
+            for rank in design.ranks:
+                for method in design.methods:
+                    if method == BASE:
+                        continue
+                    several: tuple[float, ...]
+                    if stage == 1:
+                        chosen = (rates or {}).get((model, method, rank))
+                        several = () if chosen is None else (chosen,)
+                    else:
+                        several = design.rates or (LEARNING_RATES[METHODS[method].settings["method"]],)
+                    for rate in several:
+                        training = training_of(config, design, method, rank, rate, seed)
+                        found.append(
+                            Cell(
+                                method=method,
+                                rank=rank,
+                                alpha=training.alpha,
+                                gamma=scaling_factor(training.rule, alpha=training.alpha, rank=rank),
+                                learning_rate=rate,
+                                seed=seed,
+                                model=model,
+                                training=training,
+                                evaluation=measured,
+                                **common,
+                            )
+                        )
+    return found
+
+
+def training_of(config: Config, design: Design, method: str, rank: int, rate: float, seed: int) -> FinetuneConfig:
+    """The fine-tuning run of a cell. Raises `InputError` for a value out of range."""
+    training = FinetuneConfig(
+        rank=rank,
+        alpha=2.0 * rank if design.alpha_rule == "2r" else config.alpha,
+        learning_rate=rate,
+        seed=seed,
+        targets=config.targets,
+        dropout=config.dropout,
+        template=config.template,
+        cutoff=config.cutoff,
+        loss_on=config.loss_on,
+        widths=config.widths,
+        validation=0,
+        epochs=config.epochs,
+        max_steps=config.steps,
+        batch=config.batch,
+        accumulation=config.accumulation,
+        warmup=config.warmup,
+        dtype=config.dtype,
+        remat=config.remat,
+        **METHODS[method].settings,
+    )
+    training.check()
+    replace(training, checkpoint_every=config.checkpoint_every).check()
+    return training
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Raise `InputError` where a model is not to be had, or an adapter does not fit it."""
+    from rora_theory import adapters
+    from sims import finetune
+
+    configs = {}
+    for cell in cells:
+        if cell.model not in configs:
+            configs[cell.model] = finetune.model_config(finetune.Config((), model=cell.model, revision=cell.revision))
+        if cell.training is not None:
+            adapters.table(cell.training.lora(), configs[cell.model])
+
+
+class Workbench:
+    """One model in memory with its tokenized records and compiled steps; does cells.
+
+    Args:
+      config: of the sweep.
+      sample: training and held-out records.
+      tasks: items to score.
+    """
+
+    def __init__(self, config: Config, sample: Sample, tasks: Mapping[str, list[TaskRecord]]) -> None:
+        self.config, self.sample, self.tasks = config, sample, tasks
+        self._name: str | None = None
+        self.steps = SharedSteps()
+
+    def open(self, model: str) -> None:
+        """Load a model, unless it is the one in memory. Raises `InputError` as loading does."""
+        import jax.numpy as jnp
+
+        from rora_theory import llama
+
+        if model == self._name:
+            return
+        config = self.config
+        self._model: Any = None  # the old one's memory is free before the new one takes its own
+        self._model = llama.load(model, jnp.dtype(config.dtype), config.revision)
+        self._name, self.steps = model, SharedSteps()
+        encode = partial(tokenize, tokenizer=self._model.tokenizer, template=config.template)
+        self._train: Examples = encode(self.sample.train, cutoff=config.cutoff, answer_only=config.loss_on == "answer")
+        self._widths = choose_widths(self._train.sizes, config.widths)
+        longest = self._model.config.max_position_embeddings
+        self._held_out: Examples = encode(
+            [record for _, _, record in self.sample.held_out], cutoff=longest, answer_only=True
+        )
+        if self._held_out.skipped:
+            raise InputError(f"a held-out record is longer than the {longest} tokens {model} reads")
+
+    def run(self, cell: Cell, path: Path) -> dict[str, Any]:
+        """The result of a cell; its losses, answers and training curve are written to ``path``."""
+        self.open(cell.model)
+        begun = time.perf_counter()
+        params = self._model.params
+        result: dict[str, Any] = {"status": "complete"}
+        if cell.training is not None:
+            trained = self._finetune(cell.training, path)
+            result |= trained.result
+            if trained.params is None:
+                return result
+            params = trained.params
+        trained_at = time.perf_counter()
+        losses = record_losses(params, self._model.config, self._held_out)
+        result |= {"train_seconds": trained_at - begun} | self._losses(losses, path)
+        if not math.isfinite(result["validation_loss"]):
+            step = result.get("steps", 0)
+            return {
+                "status": "diverged",
+                "diverged_at": step,
+                "steps": step,
+                "error": "the validation loss is no number",
+            }
+        lost_at = time.perf_counter()
+        result["loss_seconds"] = lost_at - trained_at
+        if cell.evaluation is not None:
+            result |= self._accuracy(params, path) | {"accuracy_seconds": time.perf_counter() - lost_at}
+        return result | {"seconds": time.perf_counter() - begun}
+
+    def _finetune(self, training: FinetuneConfig, path: Path) -> "Trained":
+        import jax
+
+        from rora_theory import adapters
+        from sims.finetune import METRICS, Metrics
+
+        config, model = self.config, self._model
+        training = replace(training, checkpoint_every=config.checkpoint_every)
+        batches = Batches(
+            self._train,
+            self._widths,
+            batch=training.batch,
+            epochs=training.epochs,
+            seed=training.seed,
+            answer_only=training.loss_on == "answer",
+        )
+        steps = min(len(batches), training.max_steps or len(batches))
+        checkpoints = path / "checkpoints" if steps > config.checkpoint_every else None
+        adapter = adapters.init(jax.random.key(training.seed), training.lora(), model.config, model.params)
+        before = self.steps.compilations
+        trainer = Trainer(model.params, model.config, adapter, training, batches, None, checkpoints, shared=self.steps)
+        metrics = Metrics(path / METRICS, trainer.step)
+        result: dict[str, Any] = {"trainable_parameters": adapters.count(adapter), "steps": trainer.steps}
+        try:
+            for event in trainer.run():
+                metrics.add(event)
+        except NonFiniteLossError as error:
+            return Trained(result | {"status": "diverged", "diverged_at": error.step, "error": str(error)}, None)
+        finally:
+            events = metrics.close()
+            trainer.close()
+        result["compilations"] = self.steps.compilations - before
+        result["train_loss"] = float(np.mean([event["loss"] for event in events[-10:]]))
+        kept = trainer.adapter("last")
+        if config.save_adapters:
+            adapters.save_peft(path / "adapter", kept, base_model=model.name)
+        return Trained(result, adapters.merge(kept, model.params))
+
+    def _losses(self, losses: Sequence[RecordLoss], path: Path) -> dict[str, Any]:
+        """Write them; their means a token."""
+        rows = [
+            [source, index, *map(repr, asdict(loss).values())]
+            for (source, index, _), loss in zip(self.sample.held_out, losses, strict=True)
+        ]
+        _write_csv(path / "losses.csv", ("file", "index", *asdict(losses[0])), rows)
+        loss, error = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
+        answer, answer_error = mean_per_token(
+            [one.answer_loss for one in losses], [one.answer_tokens for one in losses]
+        )
+        return {
+            "validation_loss": loss,
+            "validation_error": error,
+            "answer_loss": answer,
+            "answer_error": answer_error,
+        }
+
+    def _accuracy(self, params: Any, path: Path) -> dict[str, Any]:
+        """Score the tasks and write which items were right; accuracies with their standard errors."""
+        config, model = self.config, self._model
+        samples = [
+            sample
+            for items in self.tasks.values()
+            for sample in score(
+                params, model.config, model.tokenizer, items, config.scoring(), batch_size=config.batch_size
+            )
+        ]
+        order = list(TASKS)
+        samples.sort(key=lambda sample: (order.index(sample.task), sample.index))
+        rows = [[s.task, s.index, s.prediction or "", int(s.correct)] for s in samples]
+        _write_csv(path / "answers.csv", ("task", "index", "prediction", "correct"), rows)
+        found = levels(samples, [record for items in self.tasks.values() for record in items])
+        return {"levels": as_json(found)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of a fine-tuning run: entries of the result, and the merged weights, None if it diverged."""
+
+    result: dict[str, Any]
+    params: Any
+
+
+def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequence[Cell]) -> list[matrix.Cell]:
+    """Do the cells that the matrix lacks, with a line for each; `results.csv` follows."""
+    places = [folder.cell(cell) for cell in cells]
+
+    def seen(index: int, status: matrix.Status) -> None:
+        if status.state in ("dead", "failed"):
+            again = "tried again" if status.attempts < config.attempts else f"given up, most is {config.attempts}"
+            why = status.error or "its process was gone before it had a result"
+            print(f"{cells[index].label}: attempt {status.attempts}: {why}; {again}", flush=True)
+
+    done = 0
+    with progress_bar("cells", len(cells), fields="{cell}") as bar:
+        for worked in matrix.work_through(
+            places, lambda index, path: bench.run(cells[index], path), most=config.attempts, seen=seen
+        ):
+            done += 1
+            write_results(folder)
+            print(
+                f"[{worked.index + 1}/{len(cells)}] {line(cells[worked.index], places[worked.index], worked)}",
+                flush=True,
+            )
+            bar.advance(1, cell=cells[worked.index].label)
+    if not done:
+        write_results(folder)
+    return places
+
+
+def line(cell: Cell, place: matrix.Cell, worked: matrix.Worked) -> str:
+    """A finished cell in words."""
+    result = place.result()
+    if result is None:
+        return f"{cell.label}: failed ({worked.status.error}) after {worked.seconds:.0f} s"
+    if result["status"] == "diverged":
+        return f"{cell.label}: diverged at step {result['diverged_at']} after {worked.seconds:.0f} s"
+    text = f"{cell.label}: loss {result['validation_loss']:.4f} ± {result['validation_error']:.4f}"
+    text += f", answers {result['answer_loss']:.4f} ± {result['answer_error']:.4f}"
+    if "levels" in result:
+        last = result["levels"][-1]
+        text += f", {last['task']} {100 * last['accuracy']:.1f} ± {100 * last['error']:.1f} %"
+    parts = [
+        f"{name} {result[f'{name}_seconds']:.0f}"
+        for name in ("train", "loss", "accuracy")
+        if f"{name}_seconds" in result
+    ]
+    return f"{text}, {worked.seconds:.0f} s ({', '.join(parts)})"
+
+
+COLUMNS = (
+    "key", "status", "model", "method", "rule", "rank", "alpha", "gamma", "learning_rate", "seed",
+    "trainable_parameters", "steps", "diverged_at", "train_loss", "validation_loss", "validation_error",
+    "answer_loss", "answer_error", "protocol", "average", "average_error", "average_chance", "average_unparsed",
+    *(f"{key}{part}" for key in TASKS for part in ("", "_error", "_unparsed")),
+    "seconds", "train_seconds", "loss_seconds", "accuracy_seconds", "attempts",
+)  # fmt: skip
+
+
+def write_results(folder: matrix.Matrix) -> None:
+    """`results.csv` from every cell in the folder."""
+
+    def make() -> str:
+        rows = sorted(rows_of(folder), key=_order)
+        return _csv(COLUMNS, [[_text(row.get(column)) for column in COLUMNS] for row in rows])
+
+    folder.write_table(make)
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = [BASE, *METHODS]
+    return (
+        row["model"],
+        names.index(row["method"]) if row["method"] in names else len(names),
+        row["rank"] or 0,
+        row["alpha"] or 0,
+        row["learning_rate"] or 0,
+        -1 if row["seed"] is None else row["seed"],
+        row["key"],
+    )
+
+
+def rows_of(folder: matrix.Matrix) -> Iterator[dict[str, Any]]:
+    """One row a cell that was begun: its configuration and its result, as far as there is one."""
+    for file in folder.cells_path.glob("*/cell.json"):
+        config = json.loads(file.read_text())
+        place = folder.cell(config)
+        result, status = place.result(), place.status()
+        row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
+        row |= {"key": place.key, "attempts": status.attempts, "status": status.state}
+        row["rule"] = (config["training"] or {}).get("rule")
+        row["protocol"] = (config["evaluation"] or {}).get("protocol")
+        if result is not None:
+            row |= {name: value for name, value in result.items() if name != "levels"}
+            for level in result.get("levels", []):
+                name = level["task"]
+                row |= {name: level["accuracy"], f"{name}_error": level["error"], f"{name}_unparsed": level["unparsed"]}
+                if name == "average":
+                    row["average_chance"] = level["chance"]
+        yield row
+
+
+def choose_rates(folder: matrix.Matrix, cells: Sequence[Cell]) -> dict[tuple[str, str, int], float]:
+    """The learning rate of the lowest validation loss, by model, method and rank; none where all diverged."""
+    best: dict[tuple[str, str, int], tuple[float, float]] = {}
+    for cell in cells:
+        result = folder.cell(cell).result()
+        if cell.training is None or result is None or result["status"] != "complete":
+            continue
+        assert cell.rank is not None
+        assert cell.learning_rate is not None
+        key, found = (cell.model, cell.method, cell.rank), (float(result["validation_loss"]), cell.learning_rate)
+        best[key] = min(best.get(key, found), found)
+    for (model, method, rank), (loss, rate) in best.items():
+        print(f"{model}: {method} r={rank}: learning rate {rate:g} (validation loss {loss:.4f})", flush=True)
+    return {key: rate for key, (_, rate) in best.items()}
+
+
+def show(config: Config, path: Path, cells: Sequence[Cell]) -> None:
+    """Print the cells with their state."""
+    rows = []
+    for cell in cells:
+        place = matrix.Cell(path / "cells", cell)
+        status = place.status()
+        words = [cell.model, cell.method, place.key]
+        figures = [cell.rank, cell.alpha, cell.gamma, cell.learning_rate, cell.seed]
+        state = f"{status.state}" + (f" ({status.attempts})" if status.attempts > 1 else "")
+        rows.append([*words, *("" if value is None else f"{value:.6g}" for value in figures), state])
+    columns = ("model", "method", "key", "rank", "alpha", "gamma", "learning rate", "seed", "state")
+    tables.print_table(f"{config.design}: {len(cells)} cells in {path}", columns, rows, left=3)
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    write_whole(path, _csv(columns, rows))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

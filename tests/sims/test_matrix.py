@@ -1,0 +1,201 @@
+"""A matrix's cells are each done once, by whichever process, and nothing that dies stays undone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rora_theory.errors import InputError
+from sims.common.matrix import Cell, Matrix, count, key_of, work_through
+
+CELLS = [{"rank": rank, "seed": seed} for rank in (4, 8, 16, 32) for seed in range(4)]
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from sims.common.matrix import Cell, work_through
+
+folder, log, slow, most, wait = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
+cells = [Cell(folder, {"rank": r, "seed": s}) for r in (4, 8, 16, 32) for s in range(4)]
+
+def run(index, _path):
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()} {index}\\n")
+    time.sleep(slow)
+    return {"done_by": os.getpid()}
+
+def seen(index, status):
+    if status.state != "done":
+        print(index, status.state, status.attempts, flush=True)
+
+for worked in work_through(cells, run, most=most, wait=wait, seen=seen):
+    pass
+"""
+
+
+def worker(folder: Path, log: Path, *, slow: float, most: int = 3, wait: float = 0.02) -> subprocess.Popen:
+    command = [sys.executable, "-c", WORKER, str(folder), str(log), str(slow), str(most), str(wait)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def lines(log: Path) -> list[tuple[int, int]]:
+    """(process, cell) of every beginning."""
+    text = log.read_text() if log.exists() else ""
+    return [tuple(map(int, line.split())) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def wait_for(log: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(lines(log)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "killed in the middle"
+
+
+def cell(tmp_path: Path, **config) -> Cell:
+    return Cell(tmp_path / "cells", {"rank": 4} | config)
+
+
+def test_a_cell_is_its_whole_configuration():
+    assert key_of({"a": 1, "b": (1, 2)}) == key_of({"b": [1, 2], "a": 1})
+    assert len({key_of({"a": 1}), key_of({"a": 2}), key_of({"a": 1, "b": None}), key_of({"a": 1.5})}) == 4
+
+
+def test_a_done_cell_is_left_alone(tmp_path):
+    one = cell(tmp_path)
+    assert one.status().state == "new"
+    assert not one.path.exists(), "looking makes nothing"
+    assert one.work(lambda path: {"loss": 1.5}, most=1).state == "done"
+    assert one.result() == {"loss": 1.5}
+    assert json.loads((one.path / "cell.json").read_text()) == {"rank": 4}
+    assert one.work(lambda path: pytest.fail("done twice"), most=9) is None
+    assert (one.status().state, one.status().attempts) == ("done", 1)
+
+
+def test_a_failing_cell_is_kept_and_the_others_go_on(tmp_path):
+    cells = [Cell(tmp_path, config) for config in CELLS[:3]]
+
+    def run(index, _path):
+        if index == 1:
+            raise ValueError("no such thing")
+        return {"index": index}
+
+    worked = list(work_through(cells, run, most=2))
+    assert [(one.index, one.status.state) for one in worked] == [(0, "done"), (1, "failed"), (2, "done")]
+    assert cells[1].status().error == "ValueError: no such thing"
+    assert "in run" in (cells[1].path / "attempts.jsonl").read_text(), "the traceback is kept"
+    seen = []
+    again = list(work_through(cells, run, most=2, seen=lambda index, status: seen.append((index, status.state))))
+    assert [one.index for one in again] == [1], "tried once more, the others not"
+    assert seen == [(0, "done"), (1, "failed"), (2, "done")]
+    assert list(work_through(cells, run, most=2)) == [], "two attempts are the most"
+    assert count(one.status() for one in cells) == {"done": 2, "failed": 1}
+
+
+def test_two_processes_do_every_cell_once_between_them(tmp_path):
+    log = tmp_path / "log"
+    workers = [worker(tmp_path / "cells", log, slow=0.05) for _ in range(2)]
+    for one in workers:
+        one.communicate()
+        assert one.returncode == 0
+    assert sorted(index for _, index in lines(log)) == list(range(len(CELLS))), "each once"
+    assert {process for process, _ in lines(log)} == {one.pid for one in workers}, "both had work"
+    assert {Cell(tmp_path / "cells", c).status().state for c in CELLS} == {"done"}
+
+
+def test_a_cell_in_a_living_process_is_running_and_in_a_killed_one_dead(tmp_path):
+    log = tmp_path / "log"
+    first = Cell(tmp_path / "cells", CELLS[0])
+    for attempt in (1, 2):
+        process = worker(tmp_path / "cells", log, slow=60)
+        wait_for(log, attempt)
+        assert (first.status().state, first.status().attempts) == ("running", attempt)
+        assert first.work(lambda path: pytest.fail("taken from a living process"), most=9) is None
+        kill(process)
+        assert (first.status().state, first.status().attempts) == ("dead", attempt)
+    assert first.work(lambda path: pytest.fail("two attempts are the most"), most=2) is None
+    assert first.work(lambda path: {}, most=3).attempts == 3
+
+
+def test_a_waiting_process_takes_over_what_a_killed_one_had(tmp_path):
+    log = tmp_path / "log"
+    dying = worker(tmp_path / "cells", log, slow=60)
+    wait_for(log, 1)
+    helper = worker(tmp_path / "cells", log, slow=0)
+    wait_for(log, len(CELLS))  # all but the first are done; the helper waits for that one
+    time.sleep(0.1)
+    assert helper.poll() is None, "it waits for the other's cell"
+    kill(dying)
+    said, _ = helper.communicate(timeout=60)
+    assert said.splitlines() == ["0 dead 1"], "the dead cell is named"
+    assert [index for process, index in lines(log) if process == helper.pid][-1] == 0
+    assert Cell(tmp_path / "cells", CELLS[0]).result() == {"done_by": helper.pid}
+
+
+def test_half_a_line_of_a_killed_writer_is_no_attempt(tmp_path):
+    one = cell(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        one.work(_interrupted, most=3)
+    assert (one.status().state, one.status().attempts) == ("dead", 1), "stopped is not failed"
+    file = one.path / "attempts.jsonl"
+    file.write_text(file.read_text() + '{"event": "beg')
+    assert one.status().attempts == 1
+    assert one.work(lambda path: {}, most=3).attempts == 2
+    assert [json.loads(line)["event"] for line in file.read_text().splitlines()] == ["begin", "begin"]
+
+
+def _interrupted(_path: Path):
+    raise KeyboardInterrupt
+
+
+def test_a_folder_belongs_to_one_identity_and_may_grow(tmp_path):
+    Matrix(tmp_path / "m", "sweep", {"model": "a", "evaluation": None})
+    Matrix(tmp_path / "m", "sweep", {"model": "a", "evaluation": {"limit": 3}})
+    Matrix(tmp_path / "m", "sweep", {"model": "a", "evaluation": None})
+    config = json.loads((tmp_path / "m" / "manifest.json").read_text())
+    assert config["config"] == {"model": "a", "evaluation": {"limit": 3}}
+    assert len(config["runs"]) == 3
+    for name, identity, said in (
+        ("sweep", {"model": "b", "evaluation": None}, "model there 'a', here 'b'"),
+        ("sweep", {"model": "a", "evaluation": {"limit": 4}}, "evaluation there {'limit': 3}, here {'limit': 4}"),
+        ("other", {"model": "a"}, "holds a matrix of sweep"),
+    ):
+        with pytest.raises(InputError, match=said):
+            Matrix(tmp_path / "m", name, identity)
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "file").write_text("")
+    with pytest.raises(InputError, match="holds files but no manifest"):
+        Matrix(tmp_path / "n", "sweep", {})
+    with pytest.raises(InputError, match="is a file"):
+        Matrix(tmp_path / "n" / "file", "sweep", {})
+    (tmp_path / "m" / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest\.json: is damaged"):
+        Matrix(tmp_path / "m", "sweep", {"model": "a"})
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    one = cell(tmp_path)
+    one.work(lambda path: {}, most=1)
+    (one.path / "result.json").write_text("{")
+    with pytest.raises(InputError, match=r"result\.json: is damaged"):
+        one.result()
+
+
+def test_runs_of_several_processes_are_told_apart(tmp_path):
+    first, second = (Matrix(tmp_path, "sweep", {"model": "a"}) for _ in range(2))
+    first.update({"status": "complete"}, cells=3)
+    second.update({"status": "failed"})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [run["status"] for run in manifest["runs"]] == ["complete", "failed"]
+    assert manifest["cells"] == 3
+    assert manifest["runs"][0]["process"] == os.getpid()
