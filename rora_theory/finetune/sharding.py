@@ -9,7 +9,7 @@ Everything else is JAX's: arrays carry their `NamedSharding`, and one jitted ste
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -199,14 +199,10 @@ class Gathered:
     def linear(self, name: str, x: Array, weight: Array, bias: Array | None, layer: Any, *, key: Array | None) -> Array:
         rows = NamedSharding(self._layout.mesh, PartitionSpec(_spec(self._layout.rules.batch)))
 
-        @partial(jax.checkpoint, prevent_cse=False)
-        def module(x: Array, weight: Array, bias: Array | None, layer: Any, key: Array | None) -> Array:
-            x = jax.lax.with_sharding_constraint(x, rows)
-            weight = jax.lax.with_sharding_constraint(weight, self._layout.replicated)
-            y = self._adapter.linear(name, x, weight, bias, layer, key=key)
-            return jax.lax.with_sharding_constraint(y, rows)
-
-        return module(x, weight, bias, layer, key)
+        x = jax.lax.with_sharding_constraint(x, rows)
+        weight = jax.lax.with_sharding_constraint(weight, self._layout.replicated)
+        y = self._adapter.linear(name, x, weight, bias, layer, key=key)
+        return jax.lax.with_sharding_constraint(y, rows)
 
     def prefix(self, layer: Any) -> Any:
         return self._adapter.prefix(layer)

@@ -80,6 +80,12 @@ def test_memory_of_programs_small_enough_to_see():
     # A product and, in its place, the fused work on it; the next product's result beside what it reads.
     assert program.held(jax.make_jaxpr(chain)(x, w)).total == 2 * size
 
+    def fused(x, w):
+        y = x @ w
+        return jnp.sum(jnp.tanh(y) * jnp.sin(y) + jnp.cos(y))
+
+    assert program.held(jax.make_jaxpr(fused)(x, w)).total == size
+
     def layers(x, w):
         return jnp.sum(jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, w)[0])
 
@@ -89,6 +95,7 @@ def test_memory_of_programs_small_enough_to_see():
     assert held.kept == 7 * 2 * size
     dead = program.held(jax.make_jaxpr(lambda x, w: (jax.lax.scan(lambda x, w: (x @ w, x @ w), x, w)[0],))(x, stack))
     assert dead.stacked == 0, "a result that nothing reads is not held"
+    assert dead.total == size, "nor made: the carry alone has a next value"
 
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.05, "method": "dora"}, {"remat": True}])

@@ -53,7 +53,7 @@ PLAN: list[tuple[str, dict, int, range]] = [
     ("grouped", {**BEAM, "early_stopping": True}, 1, range(8)),
     ("grouped", {**BEAM, "early_stopping": True, "length_penalty": 2.0}, 1, range(8)),
     ("grouped", BEAM, 2, range(8)),
-    ("grouped", {**BEAM, "num_beams": 3}, 3, range(4)),
+    ("grouped", {**BEAM, "num_beams": 3}, 8, range(8)),
     ("tied", {}, 2, range(4)),
     ("tied", BEAM, 0, range(8)),
 ]
