@@ -1,0 +1,82 @@
+r"""The learning rate that trains best, and how it should move with the rank.
+
+For a scaling :math:`\gamma = \alpha/r^\kappa` and a rate :math:`\eta`, the first step is of size
+
+- SGD: :math:`\eta \gamma^2 r` where the signal leads, :math:`\eta \gamma^2 \sqrt r` where cross-talk does;
+- Adam: :math:`\eta \gamma r` and :math:`\eta \gamma \sqrt r`.
+
+A best rate that keeps it constant moves as the power of r below. Once A has moved further than it started, Adam's step
+is of size :math:`\eta^2 \gamma r`, and the best rate moves half as fast.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from rora_theory.errors import InputError
+
+Edge = Literal["", "low", "high"]
+
+
+class Best(NamedTuple):
+    """The minimum of a loss curve.
+
+    Attributes:
+      rate: where the loss is least, between the grid's rates.
+      loss: there; at an edge the grid's.
+      edge: whether the minimum is the grid's lowest or highest rate, so that the true one may lie beyond.
+    """
+
+    rate: float
+    loss: float
+    edge: Edge
+
+
+def best_rate(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> Best:
+    """Vertex of the parabola through the least loss and its two neighbours, in log loss against log rate.
+
+    Diverged runs (not finite) are above every other. Beside one, or at an edge, the grid's own rate is taken.
+
+    Args:
+      rates: ascending, above 0.
+      losses: above 0; nan or inf where the run diverged.
+
+    Raises:
+      InputError: fewer than three rates, not ascending, or every run diverged.
+
+    Example:
+      >>> best_rate(np.array([0.1, 1.0, 10.0]), np.array([2.0, 1.0, 2.0])).rate
+      1.0
+    """
+    rates, losses = np.asarray(rates, np.float64), np.asarray(losses, np.float64)
+    if len(rates) < 3 or rates.shape != losses.shape or not (np.diff(rates) > 0).all() or rates[0] <= 0:
+        raise InputError(f"rates are {rates.tolist()}; accepted are three or more, ascending, above 0, one a loss")
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    index = int(np.argmin(losses))
+    if not np.isfinite(losses[index]):
+        raise InputError("every run diverged; accepted is a grid with a rate that trains")
+    edge: Edge = "low" if index == 0 else "high" if index == len(rates) - 1 else ""
+    near = losses[max(index - 1, 0) : index + 2]
+    if edge or not np.isfinite(near).all():
+        return Best(float(rates[index]), float(losses[index]), edge)
+    x = np.log(rates[index - 1 : index + 2]) - math.log(rates[index])
+    curvature, tilt, level = np.polyfit(x, np.log(near), 2)
+    shift = -tilt / (2 * curvature) if curvature > 0 else 0.0
+    return Best(float(rates[index] * math.exp(shift)), float(math.exp(level + tilt * shift / 2)), edge)
+
+
+def predicted_slopes(optimizer: Literal["sgd", "momentum", "adam", "adamw"], kappa: float) -> dict[str, float]:
+    """d log (best rate) / d log r that keeps the step's size, by what leads it (module docstring).
+
+    Returns:
+      ``"signal"`` and ``"cross-talk"``: the first step, B alone moving; for Adam ``"A moves"`` too, signal led.
+
+    Example:
+      >>> predicted_slopes("adam", 0.5)
+      {'signal': -0.5, 'cross-talk': 0.0, 'A moves': -0.25}
+    """
+    if optimizer in ("sgd", "momentum"):
+        return {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5}
+    return {"signal": kappa - 1, "cross-talk": kappa - 0.5, "A moves": (kappa - 1) / 2}

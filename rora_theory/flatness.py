@@ -1,0 +1,119 @@
+"""Does a quantity depend on the rank? Log-log slopes fitted seed by seed, and whether they lie within a band."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from rora_theory.errors import InputError
+
+Verdict = Literal["flat", "grows", "shrinks", "undecided"]
+
+BAND = 0.1
+"""Slopes within this of zero count as flat: over the ranks 8 to 128 the quantity changes by less than a third."""
+
+CONFIDENCE = 0.95
+
+
+class SeedFit(NamedTuple):
+    """A log-log slope, fitted for each seed by itself.
+
+    Attributes:
+      slope: mean over seeds.
+      standard_error: of that mean, from the spread over seeds; infinite for one seed.
+      seeds: how many.
+    """
+
+    slope: float
+    standard_error: float
+    seeds: int
+
+    def half_width(self, confidence: float = CONFIDENCE) -> float:
+        """Half the two-sided confidence interval, by Student's t."""
+        if self.seeds < 2:
+            return math.inf
+        return float(stats.t.ppf(0.5 + confidence / 2, self.seeds - 1)) * self.standard_error
+
+
+def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, "seeds n"]) -> SeedFit:
+    """Least-squares slopes of log y against log x, one a seed; their mean and its standard error.
+
+    Points of a seed may share noise (nested factors, one problem): the spread over seeds counts it.
+
+    Args:
+      x: at least two different positive numbers.
+      y: positive, a row a seed.
+
+    Raises:
+      InputError: fewer than two different x, or a y that is not finite and positive.
+    """
+    log_x, y = np.log(np.asarray(x, np.float64)), np.atleast_2d(np.asarray(y, np.float64))
+    if len(set(np.asarray(x).tolist())) < 2:
+        raise InputError(f"x is {list(x)}; accepted are at least two different values")
+    if y.shape[1] != len(log_x) or not (np.isfinite(y).all() and (y > 0).all()):
+        raise InputError(f"y has shape {y.shape} for {len(log_x)} x or an entry that is not finite and above 0")
+    lever = log_x - np.mean(log_x)
+    return over_seeds(np.log(y) @ (lever / np.sum(lever**2)))
+
+
+def over_seeds(values: Float[np.ndarray, " seeds"]) -> SeedFit:
+    """Mean of a figure over seeds and its standard error."""
+    values = np.asarray(values, np.float64)
+    count = len(values)
+    error = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else math.inf
+    return SeedFit(float(np.mean(values)), error, count)
+
+
+def judge(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> Verdict:
+    """``"flat"`` where the whole confidence interval lies within ``band`` of zero, ``"grows"`` or ``"shrinks"`` where
+    all of it lies outside, ``"undecided"`` where it lies on both sides.
+
+    Example:
+      >>> judge(SeedFit(0.02, 0.01, 5)), judge(SeedFit(0.5, 0.01, 5)), judge(SeedFit(0.02, 0.1, 5))
+      ('flat', 'grows', 'undecided')
+    """
+    half = fit.half_width(confidence)
+    if abs(fit.slope) + half <= band:
+        return "flat"
+    if abs(fit.slope) - half > band:
+        return "grows" if fit.slope > 0 else "shrinks"
+    return "undecided"
+
+
+def assert_flat(
+    x: Sequence[float] | Float[np.ndarray, " n"],
+    y: Float[np.ndarray, "seeds n"],
+    *,
+    band: float = BAND,
+    confidence: float = CONFIDENCE,
+    what: str = "y",
+) -> SeedFit:
+    """Pass where the slope of log y against log x is shown to lie within ``band`` of zero; made for tests.
+
+    A slope that the seeds do not settle fails too: use more seeds or a wider band.
+
+    Args:
+      x: e.g. ranks.
+      y: the quantity, a row a seed.
+      band: largest absolute slope to accept.
+      confidence: of the two-sided interval that must lie within it.
+      what: named in the message.
+
+    Returns:
+      The fit.
+
+    Raises:
+      AssertionError: the slope is outside the band, or undecided.
+      InputError: as `seed_fit`.
+    """
+    fit = seed_fit(x, y)
+    found = judge(fit, band, confidence)
+    if found != "flat":
+        raise AssertionError(
+            f"{what} is not flat but {found}: slope {fit.slope:+.3f} ± {fit.half_width(confidence):.3f} "
+            f"({confidence:.0%}, {fit.seeds} seeds) against a band of ±{band:g}"
+        )
+    return fit
