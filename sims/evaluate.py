@@ -57,7 +57,8 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of the weights and activations; log-probabilities are float32"""
     merge: bool = True
-    """add the adapter into the weights first, as the published evaluation does; False runs it beside them"""
+    """add the adapter into the weights first, as the published evaluation does; False runs it beside them, as a prefix,
+    series or parallel adapter always is"""
     num_beams: int = 4
     """beams of generate"""
     max_new_tokens: int = 32
@@ -108,7 +109,7 @@ def prepare(config: Config) -> Subject:
     params, adapter = model.params, None
     if config.adapter is not None:
         adapter = load_peft(config.adapter, model.config, params)
-        if config.merge:
+        if config.merge and adapter.config.mergeable:
             params, adapter = adapter.merge(params), None
     return Subject(params, model.config, model.tokenizer, adapter)
 

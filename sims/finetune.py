@@ -1,4 +1,4 @@
-"""Fine-tune a LLaMA model with LoRA, RoRA or DoRA.
+"""Fine-tune a LLaMA model with LoRA, RoRA, DoRA, prefix tuning, or series or parallel adapters.
 
     python -m sims.finetune --model smollm2-135m --data DATA/ARC-Easy/train.json DATA/ARC-Challenge/train.json
 
@@ -65,7 +65,7 @@ class Config:
     keep: Literal["best", "last"] = "best"
     """which adapter to write at the end: best by validation loss (as published), or last"""
     merge: bool = False
-    """write merged/ too: the model with the adapter added in, in Hugging Face layout"""
+    """write merged/ too: the model with the adapter (LoRA, RoRA or DoRA) added in, in Hugging Face layout"""
     fsdp: int = 1
     """devices that share one copy of the base weights; the others hold further copies"""
     coordinator: str | None = None
@@ -162,10 +162,13 @@ def finetune(config: Config, model: Any = None) -> Path:
 
     training, first = config.training, distributed.is_first()
     training.check()
+    settings = training.adapter()
+    if config.merge and not settings.mergeable:
+        raise InputError(f"merge is True with method {training.method}; accepted are methods lora, dora")
     records = read_records(config.data)
     parts = split(records, training.validation, training.seed)
     llama_config = model_config(config) if model is None else model.config
-    rows = adapters.table(training.lora(), llama_config)
+    rows = adapters.table(settings, llama_config)
     if first:
         print_table(config, rows)
     layout, shardings = None, None
@@ -176,11 +179,11 @@ def finetune(config: Config, model: Any = None) -> Path:
     if model is None:
         model = llama.load(config.model, jnp.dtype(training.dtype), config.revision, shardings)
     data = prepare(parts, model.tokenizer, training)
-    adapter = adapters.init(jax.random.key(training.seed), training.lora(), model.config, model.params)
+    adapter = adapters.init(jax.random.key(training.seed), settings, model.config, model.params)
 
     digest = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     identity = {"model": config.model, "revision": config.revision, "data": config.data, "records_sha256": digest}
-    identity |= asdict(training)
+    identity |= training.settings()
     folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed) if first else None
     path = config.out if folder is None else folder.path
     assert path is not None
@@ -200,10 +203,12 @@ def finetune(config: Config, model: Any = None) -> Path:
         trainer.adapter(config.keep)
         trainer.close()
         return path
-    trainable = adapters.count(adapter)
+    trainable, share = adapters.count(adapter), adapters.share(adapter, model.params)
     devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
-    folder.update(data=data.summary, trainable_parameters=trainable, steps=trainer.steps, device=devices)
-    print(f"{trainable:,} trainable parameters; {data.summary['trained_on']} records, {trainer.steps} steps")
+    counted = {"trainable_parameters": trainable, "trainable_share": share}
+    folder.update(data=data.summary, steps=trainer.steps, device=devices, **counted)
+    print(f"{trainable:,} trainable parameters, {share:.2%} of all")
+    print(f"{data.summary['trained_on']} records, {trainer.steps} steps")
     follow(trainer, folder)
     kept = trainer.adapter(config.keep)
     trainer.close()
@@ -264,7 +269,13 @@ def tokenizer_files(model: Any) -> Iterator[Path]:
 
 def print_table(config: Config, rows: Sequence[Row]) -> None:
     """What is adapted, how strongly."""
-    cells = [(row.module, row.layers, row.rule, row.rank, f"{row.alpha:g}", f"{row.scaling:.6g}") for row in rows]
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    cells = [
+        (row.module, row.layers, row.rule, row.rank, number(row.alpha, "g"), number(row.scaling, ".6g")) for row in rows
+    ]
     title = f"{config.training.method} on {config.model}"
     tables.print_table(title, ("module", "layers", "rule", "rank", "alpha", "scaling"), cells, left=3)
 

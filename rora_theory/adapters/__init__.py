@@ -1,4 +1,4 @@
-"""Low-rank adapters of LLaMA models: LoRA, RoRA and DoRA, and PEFT's file format."""
+"""Adapters of LLaMA models: LoRA, RoRA, DoRA, prefix tuning, series, parallel; and PEFT's file format."""
 
 from rora_theory.adapters.base import (
     AdapterConfig,
@@ -8,17 +8,24 @@ from rora_theory.adapters.base import (
     init,
     merge,
     replace,
+    share,
     table,
     trainable,
     unmerge,
 )
+from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, norms
 from rora_theory.adapters.peft import load_peft, save_peft
+from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 
 __all__ = [
     "AdapterConfig",
+    "BottleneckAdapter",
+    "BottleneckConfig",
     "LoraAdapter",
     "LoraConfig",
+    "PrefixAdapter",
+    "PrefixConfig",
     "Row",
     "TrainableAdapter",
     "count",
@@ -28,6 +35,7 @@ __all__ = [
     "norms",
     "replace",
     "save_peft",
+    "share",
     "table",
     "trainable",
     "unmerge",

@@ -1,12 +1,14 @@
 """What every kind of adapter offers, and the functions that call it.
 
 An adapter is a pytree that the model runs (`rora_theory.llama.Adapter`: ``layers``, ``linear``, ``prefix``)
-and that training, merging and reporting handle through the methods below. A new kind (prefix tuning, series,
-parallel) is a config with ``build`` and ``table`` and an adapter with these methods; nothing else changes.
+and that training, merging and reporting handle through the methods below. A new kind is a config with ``build`` and
+``table`` and an adapter with these methods; nothing else changes.
 """
 
+import math
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.llama import Adapter, LlamaConfig
@@ -16,14 +18,18 @@ Norms = dict[str, Float[Array, "layers out"]]
 
 
 class Row(NamedTuple):
-    """One line of the resolved table: layers of a module that share a rank, an alpha and hence a scaling."""
+    """One line of the resolved table: layers of a module that share a rank, an alpha and hence a scaling.
+
+    Of a series or parallel adapter the rank is the bottleneck's width, of a prefix the number of virtual tokens; the
+    rule is the method's name, and what the method does not have is None.
+    """
 
     module: str
     layers: str
     rank: int
-    alpha: float
+    alpha: float | None
     rule: str
-    scaling: float
+    scaling: float | None
 
 
 @runtime_checkable
@@ -41,8 +47,13 @@ class TrainableAdapter(Adapter, Protocol):
 
 @runtime_checkable
 class AdapterConfig(Protocol):
-    """A frozen, hashable description of an adapter, before there is a model."""
+    """A frozen, hashable description of an adapter, before there is a model.
 
+    ``mergeable``: whether weights of a plain model can compute what the base with the adapter does.
+    """
+
+    @property
+    def mergeable(self) -> bool: ...
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter: ...
     def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]: ...
 
@@ -51,7 +62,7 @@ AnyAdapter = TypeVar("AnyAdapter", bound=TrainableAdapter)
 
 
 def init(key: PRNGKeyArray, config: AdapterConfig, llama_config: LlamaConfig, params: Params) -> Any:
-    """A fresh adapter: the adapted model computes what ``params`` alone does.
+    """A fresh adapter: the adapted model computes what ``params`` alone does, except under a prefix.
 
     Args:
       key: of the random initial values.
@@ -79,6 +90,9 @@ def merge(adapter: TrainableAdapter, params: Params) -> Params:
     """Weights of a plain model that computes what ``params`` with the adapter does (dropout off).
 
     Computed in float32 and rounded once to the weights' dtype.
+
+    Raises:
+      InputError: an adapter whose config is not ``mergeable``.
     """
     return adapter.merge(params)
 
@@ -91,6 +105,12 @@ def unmerge(adapter: TrainableAdapter, params: Params, norms: Norms | None = Non
 def count(adapter: TrainableAdapter) -> int:
     """Number of trainable parameters, by true ranks: padding does not count."""
     return adapter.count()
+
+
+def share(adapter: TrainableAdapter, params: Params) -> float:
+    """Trainable parameters over all, the base's and the adapter's, as PEFT and the published tables count."""
+    own = adapter.count()
+    return own / (own + sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)))
 
 
 def table(adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None) -> tuple[Row, ...]:

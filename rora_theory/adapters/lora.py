@@ -9,7 +9,7 @@ A is [rank, p_in], B is [p_out, rank], :math:`x_d` is x after dropout (Hu et al.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,8 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float | int] | Sequence[tuple[str, float | int]] = ()
     layers: Sequence[int] | None = None
     use_dora: bool = False
+
+    mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", _as_float(self.alpha))

@@ -3,7 +3,7 @@ r"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`
 A tensor of layer i is ``base_model.model.model.layers.{i}.{module}.lora_A.weight`` [r, p_in],
 ``.lora_B.weight`` [p_out, r] and, under DoRA, ``.lora_magnitude_vector`` [p_out]. The scaling is in no
 tensor: PEFT recomputes it from ``r``, ``lora_alpha``, ``use_rslora`` and the two patterns, so these are
-always written, ``use_rslora`` above all.
+always written, ``use_rslora`` above all. The other methods' files: `peft_baselines`.
 """
 
 import contextlib
@@ -20,9 +20,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rora_theory.adapters import peft_config
+from rora_theory.adapters import peft_baselines, peft_config
 from rora_theory.adapters.base import Params
+from rora_theory.adapters.bottleneck import BottleneckAdapter
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, assemble
+from rora_theory.adapters.prefix import PrefixAdapter
 from rora_theory.adapters.targets import Target, full_name
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig
@@ -38,15 +40,17 @@ DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtype
 Shape = tuple[int, ...]
 
 
-def save_peft(folder: str | os.PathLike[str], adapter: LoraAdapter, *, base_model: str | None = None) -> None:
-    """Write an adapter so that PEFT opens it and computes the same.
+AnyAdapter = LoraAdapter | PrefixAdapter | BottleneckAdapter
+
+
+def save_peft(folder: str | os.PathLike[str], adapter: AnyAdapter, *, base_model: str | None = None) -> None:
+    """Write an adapter so that PEFT opens it and computes the same; series and parallel ones PEFT does not know.
 
     A rule that PEFT has no flag for (kappa neither 1 nor 1/2) is written as LoRA with the alphas that give
     the same scaling, see `peft_config.to_peft`, and so reads back as LoRA.
 
     Both files are written beside and renamed. Over an older adapter its configuration goes first and the new
-    one
-    comes last: killed between, the folder is refused by every reader rather than read as a mixture.
+    one comes last: killed between, the folder is refused by every reader rather than read as a mixture.
 
     Args:
       folder: made where it is missing.
@@ -59,9 +63,12 @@ def save_peft(folder: str | os.PathLike[str], adapter: LoraAdapter, *, base_mode
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; accepted is a folder to write the adapter to")
-    config = peft_config.to_peft(adapter.config, adapter.targets, base_model)
+    if isinstance(adapter, LoraAdapter):
+        config, tensors = peft_config.to_peft(adapter.config, adapter.targets, base_model), _tensors(adapter)
+    else:
+        config, tensors = peft_baselines.to_peft(adapter, base_model), peft_baselines.tensors(adapter)
     contents = {
-        WEIGHTS: safetensors.numpy.save(_tensors(adapter), metadata={"format": "pt"}),
+        WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}
@@ -83,27 +90,37 @@ def save_peft(folder: str | os.PathLike[str], adapter: LoraAdapter, *, base_mode
                 part.unlink(missing_ok=True)
 
 
-def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params: Params | None = None) -> LoraAdapter:
+def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params: Params | None = None) -> Any:
     """Read an adapter that PEFT, or `save_peft`, wrote.
 
     Args:
       folder: holds `adapter_config.json` and `adapter_model.safetensors`; nothing outside it is read.
       llama_config: the base model's.
-      params: the base weights; where given, shapes are checked against them, not against the configuration.
+      params: the base weights; where given, LoRA's shapes are checked against them, not against the configuration.
 
     Returns:
-      the adapter, float32 whatever the file's dtype, with rule ``"rora"`` where ``use_rslora`` is true and
-      ``"lora"`` where not. Its config lists modules by their full names where the file excludes some.
+      the adapter (a `LoraAdapter`, `PrefixAdapter` or `BottleneckAdapter`), float32 whatever the file's dtype, LoRA
+      with rule ``"rora"`` where ``use_rslora`` is true and ``"lora"`` where not. Its config lists modules by their
+      full names where the file excludes some.
 
     Raises:
-      InputError: a missing or damaged file, a pickle, another method than LoRA, an entry this package does
-      not
+      InputError: a missing or damaged file, a pickle, a method not among these, an entry this package does not
         support, a tensor that is missing, unexpected, of another shape or not finite.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder; accepted is one with {CONFIG} and {WEIGHTS}")
-    config, targets = peft_config.read(folder, llama_config)
+    path, values = folder / CONFIG, peft_config.load(folder / CONFIG)
+    kind = values["peft_type"]
+    if kind in peft_baselines.READ:
+        baseline = peft_baselines.read(path, values, llama_config)
+        found = _read_tensors(folder / WEIGHTS)
+        _check(folder / WEIGHTS, found, peft_baselines.shapes(baseline, llama_config), llama_config.num_hidden_layers)
+        return peft_baselines.assemble(baseline, found, llama_config)
+    if kind != peft_config.LORA:
+        accepted = ", ".join(map(repr, (peft_config.LORA, *peft_baselines.READ)))
+        raise InputError(f"{path}: peft_type is {kind!r}; accepted is {accepted}")
+    config, targets = peft_config.read(path, values, llama_config)
     found = _read_tensors(folder / WEIGHTS)
     shapes = {target.module: _module_shape(target.module, llama_config, params) for target in targets}
     _check(folder / WEIGHTS, found, _expected(config, targets, shapes), llama_config.num_hidden_layers)
@@ -111,10 +128,10 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
     for target in targets:
         stacks = _empty(len(target.ranks), target.width, *shapes[target.module], use_dora=config.use_dora)
         for layer in _adapted(target):
-            for kind, stack in stacks.items():
-                tensor = found[_tensor_name(layer, target.module, kind)]
+            for name, stack in stacks.items():
+                tensor = found[_tensor_name(layer, target.module, name)]
                 stack[layer][tuple(slice(size) for size in tensor.shape)] = tensor
-        tensors[target.module] = {kind: jnp.asarray(stack) for kind, stack in stacks.items()}
+        tensors[target.module] = {name: jnp.asarray(stack) for name, stack in stacks.items()}
     return assemble(config, targets, tensors)
 
 

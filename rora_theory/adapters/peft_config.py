@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json` as this package's configuration, and back."""
+"""PEFT's `adapter_config.json`: its entries checked, and LoRA's as this package's configuration, and back."""
 
 import json
 import re
@@ -13,13 +13,15 @@ from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig
 from rora_theory.scaling import KAPPAS, alpha_for, exponent, scaling_factor
 
-FILE = "adapter_config.json"
+FILE, LORA = "adapter_config.json", "LORA"
 INITS = {"true": "kaiming_uniform", "false": "kaiming_uniform", "gaussian": "gaussian"} | dict.fromkeys(
     ("eva", "orthogonal"), "kaiming_uniform"
 )
 """Values of ``init_lora_weights``, lower case, that leave the base weights alone; others change them."""
 
 Check = Callable[[Any], bool]
+Entries = Mapping[str, tuple[Any, Check, str]]
+"""Entries that decide what an adapter computes: PEFT's default, what is accepted, and that in words."""
 
 
 def _is(*kinds: type) -> Check:
@@ -54,7 +56,7 @@ def _rate(value: Any) -> bool:
     return _is(int, float)(value) and 0 <= value < 1
 
 
-READ: dict[str, tuple[Any, Check, str]] = {
+READ: Entries = {
     "alpha_pattern": ({}, _null_or(_object_of(_alpha)), "an object of numbers above 0"),
     "exclude_modules": (None, _null_or(_names), "a list of names, or a regular expression"),
     "init_lora_weights": (True, lambda v: str(v).lower() in INITS, ", ".join(INITS)),
@@ -66,7 +68,7 @@ READ: dict[str, tuple[Any, Check, str]] = {
     ),
     "lora_alpha": (8, _alpha, "a number above 0"),
     "lora_dropout": (0.0, _rate, "a number from 0 to below 1"),
-    "peft_type": (None, lambda v: v == "LORA", "'LORA', with use_rslora and use_dora for the others"),
+    "peft_type": (None, lambda v: v == LORA, "'LORA'"),
     "r": (8, _rank, "an integer of 1 or more"),
     "rank_pattern": ({}, _null_or(_object_of(_rank)), "an object of integers of 1 or more"),
     "target_modules": (None, _names, "a list of names, or a regular expression"),
@@ -74,7 +76,7 @@ READ: dict[str, tuple[Any, Check, str]] = {
     "use_dora": (False, _is(bool), "true or false"),
     "use_rslora": (False, _is(bool), "true or false"),
 }
-"""Entries that decide what the adapter computes: PEFT's default, what is accepted, and that in words."""
+"""LoRA's entries."""
 IGNORED = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -118,7 +120,7 @@ def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | Non
         "layers_to_transform": None if config.layers is None else list(config.layers),
         "lora_alpha": _number(alpha),
         "lora_dropout": config.dropout,
-        "peft_type": "LORA",
+        "peft_type": LORA,
         "r": config.rank,
         "rank_pattern": dict(config.rank_pattern),
         "target_modules": modules if isinstance(modules, str) else list(modules),
@@ -128,36 +130,12 @@ def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | Non
     }
 
 
-def read(folder: Path, llama_config: LlamaConfig) -> tuple[LoraConfig, tuple[Target, ...]]:
-    """The configuration in an adapter's folder, resolved for a model.
+def load(path: Path) -> Mapping[str, Any]:
+    """The entries of a configuration file.
 
     Raises:
-      InputError: missing or damaged, another method, an entry that is wrong or asks for what this package
-      does not
-        compute, or modules and layers that the model does not have; names the file and the entry.
+      InputError: missing or damaged, or without a ``peft_type``.
     """
-    path = folder / FILE
-    values = _load(path)
-    if "peft_type" not in values:
-        raise InputError(f"{path}: has no peft_type; accepted is the file as PEFT writes it")
-    entries = {}
-    for key, (default, check, accepted) in READ.items():
-        entries[key] = values.get(key, default)
-        if not check(entries[key]):
-            raise InputError(f"{path}: {key} is {entries[key]!r}; accepted is {accepted}")
-    for key, value in values.items():
-        # A type test beside the equality: 0 == False, and an unknown 0 need not mean off.
-        off = any(value == neutral and type(value) is type(neutral) for neutral in OFF)
-        if key not in READ and key not in IGNORED and not off:
-            raise InputError(f"{path}: {key} is {value!r}, which is not supported; accepted is null or false")
-    try:
-        config = _from_entries(entries, llama_config)
-        return config, config.targets(llama_config)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _load(path: Path) -> Mapping[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -166,7 +144,42 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path}: is not JSON ({error}); accepted is the file as PEFT writes it") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds a {type(values).__name__}; accepted is an object as PEFT writes it")
+    if "peft_type" not in values:
+        raise InputError(f"{path}: has no peft_type; accepted is the file as PEFT writes it")
     return values
+
+
+def checked(path: Path, values: Mapping[str, Any], read: Entries) -> dict[str, Any]:
+    """The entries in ``read``, with PEFT's defaults where the file has none.
+
+    Raises:
+      InputError: an entry that is wrong, or another that asks for what this package does not compute.
+    """
+    entries = {}
+    for key, (default, check, accepted) in read.items():
+        entries[key] = values.get(key, default)
+        if not check(entries[key]):
+            raise InputError(f"{path}: {key} is {entries[key]!r}; accepted is {accepted}")
+    for key, value in values.items():
+        # A type test beside the equality: 0 == False, and an unknown 0 need not mean off.
+        off = any(value == neutral and type(value) is type(neutral) for neutral in OFF)
+        if key not in read and key not in IGNORED and not off:
+            raise InputError(f"{path}: {key} is {value!r}, which is not supported; accepted is null or false")
+    return entries
+
+
+def read(path: Path, values: Mapping[str, Any], llama_config: LlamaConfig) -> tuple[LoraConfig, tuple[Target, ...]]:
+    """LoRA's configuration in a file's entries, resolved for a model.
+
+    Raises:
+      InputError: as `checked`, or modules and layers that the model does not have; names the file and the entry.
+    """
+    entries = checked(path, values, READ)
+    try:
+        config = _from_entries(entries, llama_config)
+        return config, config.targets(llama_config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> LoraConfig:

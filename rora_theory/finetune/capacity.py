@@ -269,7 +269,7 @@ def measure(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
     compiled = step.function.lower(step.state, step.base, step.batch).compile()
     device = jax.devices()[0]
     base = jax.jit(init_params, static_argnums=(1, 2))(jax.random.key(0), llama_config, jnp.dtype(config.dtype))
-    adapter = adapters.init(jax.random.key(1), config.lora(), llama_config, base)
+    adapter = adapters.init(jax.random.key(1), config.adapter(), llama_config, base)
     state = steps.init_state(adapter, steps.optimizer(config, 1), jax.random.key(2))
     del adapter
     random = np.random.default_rng(0)
@@ -290,11 +290,13 @@ def measure(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
 
 
 def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:
-    """The run's adapter, its arrays abstract and its scaling in numbers."""
+    """The run's adapter, its arrays abstract and LoRA's scaling in numbers."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     base = abstract_params(llama_config, jnp.dtype(config.dtype))
-    shapes = jax.eval_shape(lambda k, b: adapters.init(k, config.lora(), llama_config, b), key, base)
-    return assemble(shapes.config, shapes.targets, shapes.params)
+    shapes = jax.eval_shape(lambda k, b: adapters.init(k, config.adapter(), llama_config, b), key, base)
+    if isinstance(shapes, adapters.LoraAdapter):
+        return assemble(shapes.config, shapes.targets, shapes.params)
+    return shapes
 
 
 def count(tree: Any) -> int:

@@ -1,22 +1,42 @@
 """What a fine-tuning run is made of: one frozen dataclass whose defaults are the published protocol."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
-from rora_theory.adapters import LoraConfig
+from rora_theory.adapters import AdapterConfig, BottleneckConfig, LoraConfig, PrefixConfig
+from rora_theory.adapters import bottleneck as bottlenecks
+from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMATS
 from rora_theory.scaling import Rule, check_positive
 
-Method = Literal["lora", "dora"]
+Method = Literal["lora", "dora", "prefix", "series", "parallel"]
 LossOn = Literal["all", "answer"]
 TrainTemplate = Literal["train", "clean"]
 BaseDtype = Literal["float32", "bfloat16"]
 
-LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4}
-"""Peak learning rates of the published LLaMA-7B runs, by method (RoRA's own is not recorded)."""
+LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4, "prefix": 3e-2, "series": 3e-4, "parallel": 3e-4}
+"""Peak learning rates of the published LLaMA-7B runs, by method. RoRA's, series' and parallel's own are not recorded:
+LoRA's stands for them."""
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "lora": PAPER_TARGETS,
+    "dora": PAPER_TARGETS,
+    "prefix": (),
+    **bottlenecks.TARGETS,
+}
+"""Published modules, by method."""
+
+_LOW_RANK, _BOTTLENECK = ("lora", "dora"), ("series", "parallel")
+_ONLY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init"), _LOW_RANK),
+    **dict.fromkeys(("bottleneck", "non_linearity"), _BOTTLENECK),
+    "targets": (*_LOW_RANK, *_BOTTLENECK),
+    "virtual_tokens": ("prefix",),
+}
+"""Settings that not all methods have, and the methods that do."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +48,31 @@ class FinetuneConfig:
     """
 
     method: Method = "lora"
-    """lora, or dora: a trained magnitude a row beside the low-rank update; either goes with either rule"""
+    """lora, or dora: a trained magnitude a row beside the low-rank update; either goes with either rule. prefix:
+    trained keys and values; series, parallel: bottlenecks after or beside a module"""
     rule: Rule = "rora"
     """scaling alpha / rank**kappa: lora (kappa 1), rora (1/2; rslora is the same) or kappa itself"""
     rank: int = 32
     """rows of lora_A"""
     alpha: float = 64.0
     """strength of the adapter, before the rule divides it"""
-    targets: tuple[str, ...] = PAPER_TARGETS
-    """adapted modules; the published scripts leave out o_proj and gate_proj"""
+    targets: tuple[str, ...] | None = None
+    """adapted modules; none is the published scripts': q, k, v, up and down_proj (lora, dora), up and gate_proj
+    (series), up and down_proj (parallel)"""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """rank of the modules a regular expression matches, where it differs"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """alpha of the modules a regular expression matches, where it differs"""
     dropout: float = 0.05
-    """dropout of the adapter's input"""
+    """dropout of the adapter's input; a prefix has none"""
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
     """initialisation of lora_A; lora_B begins at zero"""
+    virtual_tokens: int = 10
+    """keys and values a layer that a prefix has"""
+    bottleneck: int = 256
+    """width of a series or parallel adapter"""
+    non_linearity: NonLinearity = "tanh"
+    """function inside a series or parallel adapter"""
 
     template: TrainTemplate = "train"
     """prompt: train (published, to the byte) or clean"""
@@ -66,7 +94,7 @@ class FinetuneConfig:
     accumulation: int = 1
     """parts a batch is worked in, one after another, to save memory"""
     learning_rate: float | None = None
-    """peak learning rate; none is the protocol's, 3e-4 for lora and 2e-4 for dora"""
+    """peak learning rate; none is the protocol's: 3e-4, for dora 2e-4, for prefix 3e-2"""
     warmup: int = 100
     """steps of linear warm-up from 0, before the linear decay to 0"""
     weight_decay: float = 0.0
@@ -95,7 +123,13 @@ class FinetuneConfig:
             _check(name, getattr(self, name), get_args(kind), getattr(self, name) in get_args(kind))
         _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))
         _check("remat", self.remat, REMATS, self.remat in REMATS)
-        self.lora()
+        for name, methods in _ONLY.items():
+            if self.method not in methods and getattr(self, name) != _default(name):
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r} with method {self.method}, which has none; accepted are "
+                    f"methods {', '.join(methods)}"
+                )
+        self.adapter()
         for name, least in _LEAST.items():
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -116,13 +150,39 @@ class FinetuneConfig:
         """The learning rate at the end of the warm-up."""
         return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
-    def lora(self) -> LoraConfig:
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The adapted modules: ``targets``, or the method's own."""
+        return TARGETS[self.method] if self.targets is None else self.targets
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the run, by name: without the settings of other methods."""
+        plain = asdict(self) | {"targets": self.modules}
+        return {name: value for name, value in plain.items() if self.method in _ONLY.get(name, (self.method,))}
+
+    def adapter(self) -> AdapterConfig:
         """The adapter's own configuration."""
+        if self.method == "prefix":
+            return PrefixConfig(self.virtual_tokens)
+        if self.method in ("series", "parallel"):
+            return BottleneckConfig(
+                self.method,
+                width=self.bottleneck,
+                target_modules=self.modules,
+                non_linearity=self.non_linearity,
+                dropout=self.dropout,
+            )
+        return self.lora()
+
+    def lora(self) -> LoraConfig:
+        """The adapter's own configuration, of methods lora and dora."""
+        if self.method not in _LOW_RANK:
+            raise InputError(f"method is {self.method!r}; accepted are {', '.join(_LOW_RANK)}")
         return LoraConfig(
             rank=self.rank,
             alpha=self.alpha,
             rule=self.rule,
-            target_modules=self.targets,
+            target_modules=self.modules,
             dropout=self.dropout,
             init=self.init,
             rank_pattern=self.rank_pattern,
@@ -144,6 +204,11 @@ _LEAST = {
     "seed": 0,
 }
 """Least values of the integers."""
+
+
+def _default(name: str) -> Any:
+    found = next(one for one in fields(FinetuneConfig) if one.name == name)
+    return found.default if found.default_factory is MISSING else found.default_factory()
 
 
 def _check(name: str, value: object, accepted: object, holds: bool) -> None:

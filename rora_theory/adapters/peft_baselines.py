@@ -1,0 +1,178 @@
+r"""Prefix tuning, series and parallel adapters as PEFT's two files.
+
+A prefix is what PEFT reads and writes without ``prefix_projection``: one tensor ``prompt_embeddings``
+[virtual tokens, layers x 2 x kv heads x head_dim], for each layer its keys, then its values.
+
+Series and parallel adapters PEFT does not have. They are written in its layout, so that the same tools read them:
+``peft_type`` ``SERIES_ADAPTER`` or ``PARALLEL_ADAPTER``, and for layer i tensors
+``base_model.model.model.layers.{i}.{module}.adapter_down.weight`` [width, n] and ``.adapter_up.weight`` [p_out, width].
+PEFT refuses the type by its name.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, NonLinearity
+from rora_theory.adapters.peft_config import Entries, checked
+from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
+from rora_theory.adapters.targets import full_name
+from rora_theory.errors import InputError
+from rora_theory.llama import LlamaConfig
+
+PREFIX, TENSOR = "PREFIX_TUNING", "prompt_embeddings"
+PLACEMENTS = {"SERIES_ADAPTER": "series", "PARALLEL_ADAPTER": "parallel"}
+
+Baseline = PrefixAdapter | BottleneckAdapter
+BaselineConfig = PrefixConfig | BottleneckConfig
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+_INTEGER = "an integer of 1 or more"
+_TASK: Entries = {"task_type": (None, lambda v: v in (None, "CAUSAL_LM"), "'CAUSAL_LM'")}
+_PREFIX: Entries = {
+    **_TASK,
+    "peft_type": (None, lambda v: v == PREFIX, repr(PREFIX)),
+    "encoder_hidden_size": (None, lambda v: v is None or _count(v), _INTEGER),
+    "init_weights": (None, lambda v: v in (None, "zero"), "null or 'zero'"),
+    "num_attention_heads": (None, lambda v: v is None or _count(v), _INTEGER),
+    "num_layers": (None, lambda v: v is None or _count(v), _INTEGER),
+    "num_transformer_submodules": (1, lambda v: v in (None, 1), "1"),
+    "num_virtual_tokens": (None, _count, _INTEGER),
+    "prefix_projection": (False, lambda v: v is False, "false: a prefix without the network that makes it"),
+    "token_dim": (None, lambda v: v is None or _count(v), _INTEGER),
+}
+_BOTTLENECK: Entries = {
+    **_TASK,
+    "peft_type": (None, lambda v: v in PLACEMENTS, ", ".join(PLACEMENTS)),
+    "adapter_dropout": (0.0, lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+    "bottleneck_size": (None, _count, _INTEGER),
+    "non_linearity": ("tanh", lambda v: v in get_args(NonLinearity), ", ".join(get_args(NonLinearity))),
+    "scaling": (1.0, lambda v: _number(v) and 0 < v < math.inf, "a number above 0"),
+    "target_modules": (None, _names, "a list of names"),
+}
+READ: dict[str, Entries] = {PREFIX: _PREFIX, **dict.fromkeys(PLACEMENTS, _BOTTLENECK)}
+"""Entries of each ``peft_type``."""
+
+
+def to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any]:
+    """The configuration file's entries."""
+    shared = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM"}
+    if isinstance(adapter, PrefixAdapter):
+        heads = adapter.llama_config.num_key_value_heads
+        width = heads * adapter.llama_config.head_dim
+        return shared | {
+            "encoder_hidden_size": width,
+            "init_weights": None if adapter.config.init == "normal" else adapter.config.init,
+            "num_attention_heads": heads,
+            "num_layers": adapter.llama_config.num_hidden_layers,
+            "num_transformer_submodules": 1,
+            "num_virtual_tokens": adapter.config.virtual_tokens,
+            "peft_type": PREFIX,
+            "prefix_projection": False,
+            "token_dim": width,
+        }
+    config = adapter.config
+    kinds = {placement: kind for kind, placement in PLACEMENTS.items()}
+    return shared | {
+        "adapter_dropout": config.dropout,
+        "bias": "none",
+        "bottleneck_size": config.width,
+        "non_linearity": config.non_linearity,
+        "peft_type": kinds[config.placement],
+        "scaling": config.scaling,
+        "target_modules": list(config.target_modules or ()),
+    }
+
+
+def tensors(adapter: Baseline) -> dict[str, np.ndarray]:
+    """The weights file's tensors."""
+    if isinstance(adapter, PrefixAdapter):
+        pair = np.stack([np.asarray(adapter.params[kind]) for kind in ("key", "value")], axis=1)
+        whole = np.moveaxis(pair, 2, 0).reshape(adapter.config.virtual_tokens, -1)
+        return {TENSOR: np.ascontiguousarray(whole)}
+    return {
+        _name(layer, module, kind): np.ascontiguousarray(stack[layer])
+        for module, stacks in adapter.params.items()
+        for kind, stack in ((kind, np.asarray(stack)) for kind, stack in stacks.items())
+        for layer in range(adapter.llama_config.num_hidden_layers)
+    }
+
+
+def read(path: Path, values: Mapping[str, Any], llama_config: LlamaConfig) -> BaselineConfig:
+    """The configuration in a file's entries.
+
+    Raises:
+      InputError: as `peft_config.checked`, or an adapter for a model of another shape.
+    """
+    entries = checked(path, values, READ[values["peft_type"]])
+    if entries["peft_type"] == PREFIX:
+        heads, layers = llama_config.num_key_value_heads, llama_config.num_hidden_layers
+        own = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * llama_config.head_dim}
+        for key, value in own.items():
+            if entries[key] not in (None, value):
+                raise InputError(f"{path}: an adapter for another model: {key} is {entries[key]}; accepted is {value}")
+        return PrefixConfig(entries["num_virtual_tokens"], entries["init_weights"] or "normal")
+    config = BottleneckConfig(
+        PLACEMENTS[entries["peft_type"]],  # type: ignore[arg-type]
+        entries["bottleneck_size"],
+        tuple(entries["target_modules"]),
+        entries["non_linearity"],
+        entries["scaling"],
+        entries["adapter_dropout"],
+    )
+    try:
+        config.modules(llama_config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return config
+
+
+def shapes(config: BaselineConfig, llama_config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a configuration promises, by name."""
+    layers = range(llama_config.num_hidden_layers)
+    if isinstance(config, PrefixConfig):
+        count, tokens, heads, width = config.shape(llama_config)
+        return {TENSOR: (tokens, count * 2 * heads * width)}
+    return {
+        _name(layer, module, kind): shape
+        for module in config.modules(llama_config)
+        for kind, shape in config.shapes(module, llama_config).items()
+        for layer in layers
+    }
+
+
+def assemble(config: BaselineConfig, found: Mapping[str, np.ndarray], llama_config: LlamaConfig) -> Baseline:
+    """The adapter with these tensors, whose shapes are those of `shapes`."""
+    if isinstance(config, PrefixConfig):
+        count, tokens, heads, width = config.shape(llama_config)
+        pair = np.moveaxis(found[TENSOR].reshape(tokens, count, 2, heads, width), 0, 2)
+        return PrefixAdapter({"key": jnp.asarray(pair[:, 0]), "value": jnp.asarray(pair[:, 1])}, config, llama_config)
+    layers = range(llama_config.num_hidden_layers)
+    params = {
+        module: {
+            kind: jnp.asarray(np.stack([found[_name(layer, module, kind)] for layer in layers]))
+            for kind in config.shapes(module, llama_config)
+        }
+        for module in config.modules(llama_config)
+    }
+    return BottleneckAdapter(params, config, llama_config)
+
+
+def _name(layer: int, module: str, kind: str) -> str:
+    return f"base_model.model.{full_name(layer, module)}.{kind}.weight"

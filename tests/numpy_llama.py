@@ -1,0 +1,83 @@
+"""LLaMA and the papers' adapters in plain numpy, float64, written from the definitions: layer by layer, head by head.
+
+Nothing of the package is used. Weights come by Hugging Face's names (`tests/golden/make_adapters.py`).
+"""
+
+import math
+
+import numpy as np
+
+ERF = np.vectorize(math.erf)
+FUNCTIONS = {
+    "tanh": np.tanh,
+    "relu": lambda x: np.where(x > 0, x, 0.0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + ERF(x / math.sqrt(2))) / 2,
+}
+
+
+def logits(weights, shape, tokens, *, prefix=None, module=None):
+    """[rows, tokens, vocabulary].
+
+    Args:
+      weights: by Hugging Face's names.
+      shape: the configuration as a dictionary, theta 10000.
+      tokens: [rows, tokens].
+      prefix: ``prompt_embeddings`` as PEFT lays them out, [virtual tokens, layers x 2 x kv heads x head_dim].
+      module: ``module(layer, name, x, z)`` for x into a linear module and z out of it: what the adapted module gives.
+    """
+    weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    return np.stack([_row(weights, shape, row, prefix, module) for row in np.asarray(tokens)])
+
+
+def _row(weights, shape, tokens, prefix, module):
+    heads, kv_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    x = weights["model.embed_tokens.weight"][tokens]
+    before = 0 if prefix is None else len(prefix)
+    positions = before + np.arange(len(tokens))
+    for layer in range(shape["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+
+        def linear(module_name, u, layer=layer, name=name):
+            z = u @ weights[f"{name}{module_name}.weight"].T + weights[f"{name}{module_name}.bias"]
+            return z if module is None else module(layer, module_name, u, z)
+
+        u = _norm(x, weights[name + "input_layernorm.weight"], shape["rms_norm_eps"])
+        q, k, v = (linear(f"self_attn.{one}_proj", u).reshape(len(tokens), -1, width) for one in "qkv")
+        outs = []
+        for head in range(heads):
+            shared = head // (heads // kv_heads)
+            keys, values = _turned(k[:, shared], positions), v[:, shared]
+            if prefix is not None:
+                own = np.asarray(prefix, np.float64).reshape(before, -1, 2, kv_heads, width)[:, layer, :, shared]
+                keys, values = np.concatenate([own[:, 0], keys]), np.concatenate([own[:, 1], values])
+            scores = _turned(q[:, head], positions) @ keys.T / math.sqrt(width)
+            for i in range(len(tokens)):
+                scores[i, before + i + 1 :] = -np.inf
+            chances = np.exp(scores - scores.max(axis=1, keepdims=True))
+            outs.append(chances / chances.sum(axis=1, keepdims=True) @ values)
+        x = x + linear("self_attn.o_proj", np.concatenate(outs, axis=1))
+        u = _norm(x, weights[name + "post_attention_layernorm.weight"], shape["rms_norm_eps"])
+        gate = linear("mlp.gate_proj", u)
+        x = x + linear("mlp.down_proj", FUNCTIONS["silu"](gate) * linear("mlp.up_proj", u))
+    return _norm(x, weights["model.norm.weight"], shape["rms_norm_eps"]) @ weights["lm_head.weight"].T
+
+
+def loss(found, tokens):
+    """Mean cross-entropy of the next token."""
+    tokens = np.asarray(tokens)
+    top = found.max(axis=-1, keepdims=True)
+    log_chances = found - top - np.log(np.exp(found - top).sum(axis=-1, keepdims=True))
+    return -np.mean(np.take_along_axis(log_chances[:, :-1], tokens[:, 1:, None], axis=-1))
+
+
+def _norm(x, weight, eps):
+    return weight * x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+
+
+def _turned(x, positions):
+    """Rotary embedding: the pair (x_i, x_{i + h/2}) as a complex number, times e^{i position 10000^{-2i/h}}."""
+    half = x.shape[1] // 2
+    angle = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
+    pairs = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
+    return np.concatenate([pairs.real, pairs.imag], axis=1)
