@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import integrate, special
 
+from rora_theory import sign_rows
 from rora_theory.errors import InputError
 from rora_theory.inits import Entries, Init, entries
 from rora_theory.scaling import check_positive, check_rank
@@ -371,7 +372,10 @@ def _sign_direction(data: bytes, shape: tuple[int, int], entry: Literal["uniform
     nodes, weights = np.polynomial.legendre.leggauss(8)
     direction = np.zeros_like(unit)
     width, end = 2.0, 400.0  # rows are unit: u has deviation 1
-    live = np.flatnonzero(np.any(unit != 0, axis=1))
+    done = np.zeros(shape[0], bool)
+    if entry == "uniform":
+        done, direction = sign_rows.uniform(unit)
+    live = np.flatnonzero(np.any(unit != 0, axis=1) & ~done)
     start = 0.0
     while live.size and start < end:
         largest = np.zeros(live.size)
