@@ -22,6 +22,9 @@ RULES = {
     "rora": (r"$\alpha/\sqrt{r}$ (RoRA)", 1),
     "rslora": (r"$\alpha/\sqrt{r}$", 1),
 }
+METHODS = {"base": ("no adapter", 6), "lora": ("LoRA", 0), "rora": ("RoRA", 1), "dora": ("DoRA", 2)} | {
+    "dora-rora": (r"DoRA, $\alpha/\sqrt{r}$", 3),
+}
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}
 
 STYLE: Any = {
@@ -48,6 +51,12 @@ STYLE: Any = {
 def rule_look(rule: str, position: int = 2) -> tuple[str, str, str]:
     """Label, colour and marker of a rule: named rules look the same in every figure."""
     label, index = RULES.get(rule, (rf"$\alpha/r^{{{rule}}}$", position))
+    return label, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+
+
+def method_look(method: str, position: int = 4) -> tuple[str, str, str]:
+    """Label, colour and marker of a fine-tuning method: the same in every figure."""
+    label, index = METHODS.get(method, (method, position))
     return label, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
 
 

@@ -1,0 +1,164 @@
+"""Crossing ranks over a real model's depth, and predicted lines through measured points, from a run of sims.regime."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import tyro
+
+from figures import style
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which run to draw."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder of sims.regime."""
+    split: str = "heldout"
+    """Tokens the modules are read at: train or heldout."""
+    init: str | None = None
+    """Init of the adapters; by default the run's first."""
+    modules: tuple[str, ...] = ()
+    """Modules whose rms to draw, by full name; by default the first and last layer's of the first and last type."""
+    out: Path | None = None
+    """Folder for regime_depth and regime_rms (.png and .svg); by default the run folder."""
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Both figures."""
+    _, rows = style.read_run(config.run, "regime")
+    crossings = _crossings(config.run / "crossing_ranks.csv")
+    init = config.init or rows[0]["init"]
+    rows = [row for row in rows if row["split"] == config.split and row["init"] == init]
+    crossings = [row for row in crossings if row["split"] == config.split and row["init"] == init]
+    if not rows or not crossings:
+        style.fail(f"{config.run}: has no row of split {config.split} and init {init}; accepted are those of the run")
+    out = config.out or config.run
+    return [*_depth(crossings, config.split, out), *_rms(rows, config, init, out)]
+
+
+def _crossings(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        style.fail(f"{path}: cannot be read ({error.strerror}); accepted is a run folder of sims.regime")
+
+
+def _kind(row: dict[str, str]) -> str:
+    return row["module"].rpartition(".")[2]
+
+
+def _depth(rows: list[dict[str, str]], split: str, out: Path) -> list[Path]:
+    """A panel a type of module: r* of each layer, band between the quartiles over tokens."""
+    kinds = list(dict.fromkeys(map(_kind, rows)))
+    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(0.5 + 1.35 * len(kinds), 2.3), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for index, optimizer in enumerate(optimizers):
+            own = sorted(
+                (row for row in rows if (_kind(row), row["optimizer"]) == (kind, optimizer)),
+                key=lambda row: int(row["layer"]),
+            )
+            layers = [int(row["layer"]) for row in own]
+            colour = style.COLOURS[index]
+            low, high = ([float(row[name]) for row in own] for name in ("lower_quartile", "upper_quartile"))
+            axis.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
+            axis.plot(
+                layers,
+                [float(row["crossing_rank"]) for row in own],
+                color=colour,
+                marker=style.MARKERS[index],
+                markersize=2,
+                label=style.OPTIMIZERS[optimizer],
+            )
+        axis.set(yscale="log", title=kind, xlabel="layer")
+    axes[0, 0].set_ylabel("crossing rank $r^*$")
+    tokens = {row["tokens"] for row in rows}
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        title=f"{split}, {', '.join(sorted(tokens))} tokens a module; line: all tokens, band: quartiles over tokens",
+        title_fontsize=7,
+    )
+    return style.save(figure, out, "regime_depth")
+
+
+def _rms(rows: list[dict[str, str]], config: Config, init: str, out: Path) -> list[Path]:
+    """A row an optimizer, a panel a module: the law's lines of every rule, the points of the one that was stepped."""
+    every = list(dict.fromkeys(row["module"] for row in rows))
+    modules = config.modules or _default(every)
+    unknown = [name for name in modules if name not in every]
+    if unknown:
+        style.fail(f"--modules has {unknown[0]}; accepted are the run's, such as {every[0]}")
+    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
+    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    figure, axes = plt.subplots(
+        len(optimizers),
+        len(modules),
+        figsize=(0.6 + 1.6 * len(modules), 0.7 + 1.6 * len(optimizers)),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
+    for line, optimizer in zip(axes, optimizers, strict=True):
+        for axis, module in zip(line, modules, strict=True):
+            for position, rule in enumerate(rules):
+                label, colour, marker = style.rule_look(rule, position)
+                key = (module, optimizer, rule)
+                own = sorted(
+                    (row for row in rows if (row["module"], row["optimizer"], row["rule"]) == key),
+                    key=lambda row: int(row["rank"]),
+                )
+                first = float(own[0]["predicted"])
+                ranks = [int(row["rank"]) for row in own]
+                axis.plot(ranks, [float(row["predicted"]) / first for row in own], color=colour, label=label)
+                seen = [row for row in own if row["measured"]]
+                if seen:
+                    axis.errorbar(
+                        [int(row["rank"]) for row in seen],
+                        [float(row["measured"]) / first for row in seen],
+                        yerr=[float(row["standard_error"]) / first for row in seen],
+                        color=colour,
+                        marker=marker,
+                        markersize=2.5,
+                        linestyle="none",
+                    )
+            axis.set(yscale="log")
+            axis.set_xscale("log", base=2)
+            if optimizer == optimizers[0]:
+                axis.set_title(module.removeprefix("model.layers."))
+            if optimizer == optimizers[-1]:
+                axis.set_xlabel("rank $r$")
+        line[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}: rms of $w$ / that of $r = {ranks[0]}$")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(rules),
+        frameon=False,
+        title=f"{config.split} tokens, {init}; lines predicted, points adapters drawn and stepped",
+        title_fontsize=7,
+    )
+    return style.save(figure, out, "regime_rms")
+
+
+def _default(modules: list[str]) -> tuple[str, ...]:
+    """First and last layer's module of the first and the last type."""
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+    chosen = []
+    for kind in (kinds[0], kinds[-1]):
+        own = [name for name in modules if name.rpartition(".")[2] == kind]
+        chosen += [own[0], own[-1]]
+    return tuple(dict.fromkeys(chosen))
+
+
+if __name__ == "__main__":
+    style.main(draw, tyro.cli(Config, description=__doc__))

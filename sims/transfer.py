@@ -1,0 +1,328 @@
+"""What alpha, or what learning rate, keeps the first step the same when the rank changes.
+
+    python -m sims.transfer --from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw
+
+The regime is assumed (signal, the default, or cross-talk) or measured: --regime RUN takes a run of sims.regime, and
+alphas then differ by module. Printed are a short table, what rules of thumb and `use_rslora` would do, and a PEFT
+`LoraConfig` to paste. --check MODEL DATA... takes the first real steps of the model at both ranks and writes them to a
+run folder.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.errors import InputError
+from rora_theory.inits import Init
+from rora_theory.scaling import KAPPAS, Rule, exponent
+from rora_theory.transfer import ALL, FAMILY, REGIMES, Setting, Trainer, Transfer, peft_config, transfer
+from sims.common import cli, tables
+from sims.common.progress import progress_bar
+from sims.common.run_folder import RunFolder, read_rows
+from sims.regime import CROSSING_COLUMNS, CROSSINGS
+
+NAME = "transfer"
+COLUMNS = (
+    "plan", "rank", "alpha", "learning_rate", "scaling", "alpha_pattern", "quantity", "module", "layer", "seed", "rms",
+)  # fmt: skip
+SUMMARY_COLUMNS = (
+    "plan",
+    "rank",
+    "alpha",
+    "learning_rate",
+    "quantity",
+    "ratio",
+    "standard_error",
+    "smallest",
+    "largest",
+)
+UNITS = {
+    "rms": "root mean square over held-out tokens and outputs of the change that the first step makes: of a module's "
+    "own w = gamma B A x', of the final hidden states, of the logits",
+    "ratio": "of the rms (root mean square over seeds) to that of the tuned setting; quantity modules: the geometric "
+    "mean over modules, smallest and largest of them beside it",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What was tuned, and where it is to go."""
+
+    from_rank: int = 8
+    """the rank that was tuned"""
+    to_rank: int = 128
+    """the new rank"""
+    alpha: float = 16.0
+    """alpha at the old rank"""
+    lr: float = 3e-4
+    """learning rate at the old rank"""
+    rule: str = "lora"
+    """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa"""
+    to_rule: str | None = None
+    """rule at the new rank; none is the same"""
+    optimizer: Trainer = "adamw"
+    """whose first step"""
+    init: Init = "kaiming_uniform"
+    """law of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, of deviation 1/r)"""
+    regime: str = "signal"
+    """signal, cross-talk, or the folder of a sims.regime run"""
+    split: Literal["train", "heldout"] = "heldout"
+    """tokens of a measured regime: other text (heldout) or the batch that gave the gradient (train)"""
+    per: Literal["one", "type", "module"] = "type"
+    """which modules of a measured regime share an alpha: one for all, one a type, or one for each layer's module"""
+    targets: tuple[str, ...] = PAPER_TARGETS
+    """target_modules of an assumed regime; a measured one has its own"""
+    check: tuple[str, ...] = ()
+    """a model and data files: take the first real steps at both ranks"""
+    items: int = 8
+    """records of --check's batch, and as many held-out ones"""
+    seeds: int = 4
+    """draws of A of --check"""
+    seed: int = 0
+    """of the records' split and of A"""
+    out: Path | None = None
+    """run folder of --check; none is results/transfer/RUN_ID"""
+
+
+def rule_named(text: str) -> Rule:
+    """A rule as the command line has it."""
+    if text in KAPPAS:
+        return text  # type: ignore[return-value]
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"rule is {text!r}; accepted are {', '.join(KAPPAS)} or an exponent kappa") from None
+
+
+def measured(run: Path, *, optimizer: Trainer, init: Init, split: str) -> dict[str, float]:
+    """Linear terms of a run of sims.regime, by the modules' full names.
+
+    Raises:
+      InputError: no such run, or one that did not measure this optimizer and init.
+    """
+    path = run / CROSSINGS
+    if not path.is_file():
+        raise InputError(f"{run}: has no {CROSSINGS}; accepted are {', '.join(REGIMES)} or a run folder of sims.regime")
+    wanted = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
+    found = {}
+    for number, row in enumerate(read_rows(path, CROSSING_COLUMNS), start=2):
+        if all(row[name] == value for name, value in wanted.items()):
+            try:
+                found[row["module"]] = float(row["linear_term"])
+            except ValueError as error:
+                raise InputError(f"{path}: line {number} has linear_term {row['linear_term']!r}") from error
+    if not found:
+        said = ", ".join(f"{name} {value}" for name, value in wanted.items())
+        raise InputError(f"{path}: has no row of {said}; accepted is a run that measured them")
+    return found
+
+
+def plan(config: Config) -> tuple[Transfer, Sequence[str]]:
+    """The transfer that is asked for, and the modules it is for."""
+    old = Setting(config.from_rank, config.alpha, config.lr, rule_named(config.rule), config.optimizer, config.init)
+    rule = None if config.to_rule is None else rule_named(config.to_rule)
+    if config.regime in REGIMES:
+        return transfer(old, config.to_rank, config.regime, rule=rule), config.targets  # type: ignore[arg-type]
+    terms = measured(Path(config.regime), optimizer=config.optimizer, init=config.init, split=config.split)
+    targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in terms))
+    return transfer(old, config.to_rank, terms, rule=rule), targets
+
+
+def report(config: Config, found: Transfer, targets: Sequence[str]) -> None:
+    """Print the tables and the snippet."""
+    old, new = found.old, found.unchanged
+    is_measured = found.modules[0].name != ALL
+    regime = f"measured at {len(found.modules)} modules, {config.split} tokens" if is_measured else config.regime
+    title = (
+        f"Rank {old.rank} to {new.rank}, {old.rule} alpha {old.alpha:g}, rate {old.learning_rate:g}, {old.optimizer}, "
+        f"{old.init}; regime: {regime}"
+    )
+    rows = [["all modules" if is_measured else ALL, *_figures(found, [m.name for m in found.modules])]]
+    if is_measured:
+        for kind in found.by_type():
+            names = [module.name for module in found.modules if module.name.rpartition(".")[2] == kind]
+            rows.append([kind, *_figures(found, names)])
+    else:
+        other = next(name for name in REGIMES if name != config.regime)
+        against = transfer(old, new.rank, other, rule=new.rule)  # type: ignore[arg-type]
+        rows[0][0] = config.regime
+        rows.append([other, *_figures(against, [ALL])])
+    heads = ["", f"alpha at rate {old.learning_rate:g}", f"rate at alpha {old.alpha:g}", "step if neither changes"]
+    tables.print_table(title, heads, rows)
+    folk = [
+        [
+            each.name,
+            f"{each.setting.scaling:.4g}",
+            _spread(each.step, each.smallest, each.largest) + " x",
+            f"{each.learning_rate:.3g}",
+        ]
+        for each in found.folk()
+    ]
+    tables.print_table(
+        f"Rules of thumb at rank {new.rank}: the first step against the tuned one's (range over modules)",
+        ["choice", "gamma", "first step", "rate that undoes it"],
+        folk,
+    )
+    print(peft_config(found, target_modules=targets, per=config.per))
+
+
+def _figures(found: Transfer, names: Sequence[str]) -> list[str]:
+    modules = [module for module in found.modules if module.name in set(names)]
+    columns = ([m.alpha for m in modules], [m.learning_rate for m in modules], [m.unchanged for m in modules])
+    return [_spread(_mean(values), min(values), max(values)) for values in columns]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def _spread(value: float, low: float, high: float) -> str:
+    text = f"{value:.4g}"
+    return text if high - low < 1e-9 * high else f"{text} ({low:.3g} to {high:.3g})"
+
+
+def plans(found: Transfer) -> dict[str, tuple[Setting, dict[str, float]]]:
+    """Settings whose first steps the check compares, and their alphas by module."""
+    new, old = found.unchanged, found.old
+    chosen: dict[str, tuple[Setting, dict[str, float]]] = {
+        "tuned": (old, {}),
+        "neither changed": (new, {}),
+        "one alpha": (replace(new, alpha=found.alpha), {}),
+        "one rate": (replace(new, learning_rate=found.learning_rate), {}),
+    }
+    if exponent(new.rule) != KAPPAS["rslora"]:
+        chosen["neither changed, use_rslora"] = (replace(new, rule="rslora"), {})
+    if found.modules[0].name != ALL:
+        for per in ("type", "module"):
+            chosen[f"alpha by {per}"] = (replace(new, alpha=found.alpha), found.alpha_pattern(per))  # type: ignore[arg-type]
+    return chosen
+
+
+def check(config: Config, found: Transfer, targets: Sequence[str]) -> None:
+    """Take the first real step of every plan, several draws of A each, and report its size against the tuned one's."""
+    import jax
+
+    from rora_theory import llama
+    from rora_theory.model_layers import RealStep
+    from sims.common import real_batch
+
+    if len(config.check) < 2:
+        raise InputError(f"check is {' '.join(config.check)}; accepted are a model and one or more data files")
+    if config.seeds < 2:
+        raise InputError(f"seeds is {config.seeds}; accepted is an integer of 2 or more, for the error bars")
+    model_name, *data = config.check
+    model = llama.load(model_name)
+    pair = real_batch.batches(data, model.tokenizer, items=config.items, heldout_items=config.items, seed=config.seed)
+    chosen = plans(found)
+    terms = {module.name: module.linear_term for module in found.modules}
+    names = ("from_rank", "to_rank", "alpha", "lr", "rule", "to_rule", "optimizer", "init", "items", "seeds", "seed")
+    identity: dict[str, Any] = {name: getattr(config, name) for name in names} | {"linear_terms": terms}
+    identity |= {"model": Path(model_name).name, "records_sha256": real_batch.digest(data), "targets": list(targets)}
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
+    stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
+    rows: list[dict[str, Any]] = []
+    with progress_bar("first steps", len(chosen) * config.seeds, fields="{plan}") as bar:
+        for name, (setting, pattern) in chosen.items():
+            for seed in range(config.seeds):
+                bar.advance(0, plan=name)
+                key = jax.random.fold_in(jax.random.key(config.seed), seed)
+                rows += _rows(name, setting, pattern, seed, stepper.change(setting, key, pattern))
+                bar.advance(1, plan=name)
+    folder.write_rows(COLUMNS, rows)
+    summary = summarise(rows, chosen)
+    folder.write_rows(SUMMARY_COLUMNS, summary, "summary.csv")
+    folder.finish()
+    lines: dict[str, list[str]] = {}
+    for row in summary:
+        text = f"{row['ratio']:.3f} ± {row['standard_error']:.3f}"
+        if row["quantity"] == "modules":
+            text += f" ({row['smallest']:.2f} to {row['largest']:.2f})"
+        lines.setdefault(row["plan"], [f"{row['alpha']:.4g}", f"{row['learning_rate']:.3g}"]).append(text)
+    print()
+    tables.print_table(
+        f"The first step really taken on {model_name}: rms of the change against the tuned setting's, {config.seeds} "
+        "draws of A ± s.e.",
+        ["plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits"],
+        [[name, *cells] for name, cells in lines.items() if name != "tuned"],
+    )
+    print(f"written to {folder.path}")
+
+
+def _rows(name: str, setting: Setting, pattern: Mapping[str, float], seed: int, change: Any) -> list[dict[str, Any]]:
+    frame = {
+        "plan": name,
+        "rank": setting.rank,
+        "alpha": setting.alpha,
+        "learning_rate": setting.learning_rate,
+        "scaling": setting.scaling,
+        "alpha_pattern": len(pattern),
+        "seed": seed,
+    }
+    rows = [
+        frame | {"quantity": "module", "module": module, "layer": layer, "rms": float(value)}
+        for module, values in change.modules.items()
+        for layer, value in enumerate(values)
+    ]
+    whole = {"hidden": change.hidden, "logits": change.logits}
+    return rows + [frame | {"quantity": quantity, "rms": value} for quantity, value in whole.items()]
+
+
+def summarise(
+    rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[Setting, dict[str, float]]]
+) -> list[dict[str, Any]]:
+    """Ratios to the tuned setting's: root mean squares over seeds, standard errors by leaving one out (jackknife)."""
+    seeds = sorted({row["seed"] for row in rows})
+
+    def squares(plan: str, quantity: str) -> np.ndarray:
+        """[seeds, modules]."""
+        own = [row for row in rows if row["plan"] == plan and row["quantity"] == quantity]
+        return np.array([[row["rms"] ** 2 for row in own if row["seed"] == seed] for seed in seeds])
+
+    found = []
+    for name, (setting, _) in chosen.items():
+        for quantity in ("module", "hidden", "logits"):
+            pair = squares(name, quantity), squares("tuned", quantity)
+
+            def ratios(kept: Sequence[int], pair: tuple[np.ndarray, np.ndarray] = pair) -> np.ndarray:
+                top, bottom = (np.mean(part[list(kept)], axis=0) for part in pair)
+                return np.sqrt(top / bottom)
+
+            def mean(kept: Sequence[int], of: Any = ratios) -> float:
+                return _mean(list(of(kept)))
+
+            every = range(len(seeds))
+            left_out = np.array([mean([seed for seed in every if seed != out]) for out in every])
+            spread = (len(seeds) - 1) * float(np.mean((left_out - np.mean(left_out)) ** 2))
+            all_ratios = ratios(every)
+            found.append(
+                {
+                    "plan": name,
+                    "rank": setting.rank,
+                    "alpha": setting.alpha,
+                    "learning_rate": setting.learning_rate,
+                    "quantity": "modules" if quantity == "module" else quantity,
+                    "ratio": mean(every),
+                    "standard_error": math.sqrt(spread),
+                    "smallest": float(np.min(all_ratios)),
+                    "largest": float(np.max(all_ratios)),
+                }
+            )
+    return found
+
+
+def main(config: Config) -> None:
+    """Report, and check where asked."""
+    found, targets = plan(config)
+    report(config, found, targets)
+    if config.check:
+        check(config, found, targets)
+
+
+if __name__ == "__main__":
+    parsed = cli.parse(Config, description=(__doc__ or "").strip())
+    cli.run(lambda: main(parsed))

@@ -1,0 +1,201 @@
+"""`python -m sims.regime` on a tiny checkpoint: figures, the judge, resuming by layer, bad input, figures drawn."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import checkpoint
+import numpy as np
+import pytest
+
+from figures import regime as figure
+from figures import style
+from rora_theory import InputError, laws, scaling_factor
+from sims import regime
+from sims.common import cli
+
+SMALL = {
+    "ranks": (1, 4, 16),
+    "targets": ("q_proj", "down_proj"),
+    "items": 4,
+    "heldout_items": 4,
+    "tokens": 16,
+    "rows": 4096,
+}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("inputs")
+    data = checkpoint.records(folder / "train.json")
+    return {"model": str(checkpoint.model(folder / "model")), "data": (str(data),)}
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("regime") / "run"
+    regime.run(regime.Config(**inputs, **SMALL, out=out))
+    return out
+
+
+def test_results(finished) -> None:
+    """Every module, split, optimizer, init, rule and rank; measured under the first rule; others by gamma's power."""
+    rows = rows_of(finished / "results.csv")
+    assert len(rows) == 2 * 2 * 2 * 2 * 2 * 3 * 3
+    assert {row["module"] for row in rows} == {
+        f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    by_key = {tuple(row[k] for k in ("module", "split", "optimizer", "init", "rank", "rule")): row for row in rows}
+    for (*key, rank, rule), row in by_key.items():
+        assert bool(row["measured"]) == (rule == "lora")
+        assert float(row["scaling"]) == scaling_factor(
+            "lora" if rule == "lora" else float(row["kappa"]), alpha=16, rank=int(rank)
+        )
+        ratio = float(row["scaling"]) / float(by_key[*key, rank, "lora"]["scaling"])
+        power = 2 if key[2] == "sgd" else 1
+        expected = float(by_key[*key, rank, "lora"]["predicted"]) * ratio**power
+        assert float(row["predicted"]) == pytest.approx(expected, rel=1e-3)  # Adam's epsilon, under lora alone
+
+
+def test_crossings(finished) -> None:
+    """The linear term carries the predictions from rank to rank, and r* is the definition's ratio."""
+    rows = rows_of(finished / "results.csv")
+    predicted = {
+        tuple(row[k] for k in ("module", "split", "optimizer", "init", "rank")): float(row["predicted"])
+        for row in rows
+        if row["rule"] == "rora"
+    }
+    crossings = rows_of(finished / "crossing_ranks.csv")
+    assert tuple(crossings[0]) == regime.CROSSING_COLUMNS
+    assert len(crossings) == 2 * 2 * 2 * 2 * 2
+    for row in crossings:
+        key = tuple(row[k] for k in ("module", "split", "optimizer", "init"))
+        power = laws.scaling_power(row["optimizer"])
+        # gamma^p of rora falls by 4^(-p/2) from rank 4 to 16, gaussian's deviation by 4^-p.
+        strength = (4**-0.5 * (0.25 if row["init"] == "gaussian" else 1)) ** power
+        c = float(row["linear_term"])
+        expected = strength * math.sqrt(16 * (16 + c) / (4 * (4 + c)))
+        assert predicted[*key, "16"] / predicted[*key, "4"] == pytest.approx(expected, rel=1e-6)
+        ratio = float(row["cross_talk"]) / float(row["signal"])
+        whole = ratio if row["optimizer"] == "sgd" else 1 + math.pi / 2 * ratio
+        assert float(row["crossing_rank"]) == pytest.approx(whole, rel=1e-9)
+        assert float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"])
+
+
+def test_verdict(finished) -> None:
+    """The law holds: 96 comparisons at false alarm 0.01 in all, seeded; the mean over modules lies in its own error."""
+    verdict = json.loads((finished / "verdict.json").read_text())
+    assert (verdict["verdict"], verdict["comparisons"], verdict["outside"]) == ("holds", 96, 0)
+    for row in rows_of(finished / "judge.csv"):
+        assert abs(float(row["mean_ratio"]) - 1) < 5 * float(row["standard_error"])  # 24 means, false alarm 1e-5
+
+
+def test_the_judge_can_fail(finished) -> None:
+    """A law that is wrong by a twentieth more than the error bar, in one figure, is found."""
+    rows = [
+        {k: float(v) if k in ("predicted", "measured", "standard_error") else v for k, v in row.items()}
+        | {"adapters": int(row["adapters"])}
+        for row in rows_of(finished / "results.csv")
+        if row["measured"]
+    ]
+    config = regime.Config(data=(), **SMALL)
+    verdict = regime.judge(config, rows)
+    bars = {int(count): bar for count, bar in verdict["error_bars_in_standard_errors"].items()}
+    for factor, word in ((0.99, "holds"), (1.05, "fails")):
+        row = max(rows, key=lambda row: row["standard_error"] / row["predicted"])
+        allowed = max(0.02, bars[row["adapters"]] * row["standard_error"] / row["predicted"])
+        changed = [
+            other if other is not row else row | {"measured": row["predicted"] * (1 + factor * allowed)}
+            for other in rows
+        ]
+        assert regime.judge(config, changed)["verdict"] == word
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path) -> None:
+    """The second layer's rows are lost, in one file wholly and in the other in part."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("manifest.json", "results.csv", "crossing_ranks.csv"):
+        (out / name).write_bytes((finished / name).read_bytes())
+    lines = (out / "results.csv").read_text().splitlines(keepends=True)
+    (out / "results.csv").write_text("".join(lines[: 1 + 150]))
+    lines = (out / "crossing_ranks.csv").read_text().splitlines(keepends=True)
+    (out / "crossing_ranks.csv").write_text("".join(lines[: 1 + 16]))
+    regime.run(regime.Config(**inputs, **SMALL, out=out))
+    for name in ("results.csv", "crossing_ranks.csv", "judge.csv", "verdict.json"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_figures(finished, tmp_path) -> None:
+    with figure.plt.rc_context(style.STYLE):
+        paths = figure.draw(figure.Config(finished, out=tmp_path))
+    assert [path.name for path in paths] == ["regime_depth.png", "regime_depth.svg", "regime_rms.png", "regime_rms.svg"]
+    assert all(path.stat().st_size for path in paths)
+
+
+def test_no_path_in_the_files(finished, inputs) -> None:
+    for path in finished.iterdir():
+        text = path.read_text()
+        assert str(Path(inputs["model"]).parent) not in text.replace(json.dumps(str(finished)), ""), path
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"ranks": (0,)}, "rank is 0"),
+        ({"ranks": (4, 4)}, "ranks is '4 4'"),
+        ({"rules": ("lore",)}, "rules has 'lore'"),
+        ({"inits": ("pissa",)}, "inits has 'pissa'"),
+        ({"optimizers": ("lion",)}, "optimizers has 'lion'"),
+        ({"rows": 32}, "rows is 32; accepted are 0, or 64 or more"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"false_alarm": 1.0}, "false_alarm is 1.0"),
+        ({"targets": ("c_proj",)}, "target_modules has 'c_proj'"),
+        ({"items": 19}, "hold 20 records; accepted are 23 or more"),
+        ({"data": ("missing.json",)}, "missing.json: cannot be read"),
+    ],
+)
+def test_bad_input(inputs, tmp_path, capsys, changed, said) -> None:
+    """One line, exit status 2, nothing written."""
+    config = regime.Config(**(inputs | SMALL | {"out": tmp_path / "run"} | changed))
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: regime.run(config))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_file_is_named(inputs, finished, tmp_path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("manifest.json", "results.csv", "crossing_ranks.csv"):
+        (out / name).write_bytes((finished / name).read_bytes())
+    lines = (out / "results.csv").read_text().splitlines(keepends=True)
+    lines[3] = lines[3].replace("kaiming_uniform", "gaussian")
+    (out / "results.csv").write_text("".join(lines))
+    with pytest.raises(InputError, match=r"results.csv: line 4 has init 'gaussian', this run 'kaiming_uniform'"):
+        regime.run(regime.Config(**inputs, **SMALL, out=out))
+
+
+def test_flat_kappa() -> None:
+    """The four corners of the table, and the init whose deviation falls as 1/r."""
+    flat = {
+        (optimizer, init, c): round(regime.flat_kappa(optimizer, init, c), 9)
+        for optimizer in laws.OPTIMIZERS
+        for init in ("kaiming_uniform", "gaussian")
+        for c in (0.0, math.inf)
+    }
+    assert [flat["sgd", "kaiming_uniform", c] for c in (0.0, math.inf)] == [0.5, 0.25]
+    assert [flat["adam", "kaiming_uniform", c] for c in (0.0, math.inf)] == [1.0, 0.5]
+    assert [flat["sgd", "gaussian", c] for c in (0.0, math.inf)] == [-0.5, -0.75]
+    assert [flat["adam", "gaussian", c] for c in (0.0, math.inf)] == [0.0, -0.5]
+    assert np.isfinite(list(flat.values())).all()
