@@ -1,6 +1,7 @@
-"""Loss against steps, from one or more runs of sims.finetune: training and validation.
+"""Loss against steps: training and validation of runs of sims.finetune, or cells of a sims.rank_sweep.
 
 python -m figures.loss_curves RUN [RUN ...] --labels LoRA RoRA DoRA
+python -m figures.loss_curves SWEEP --rank 128
 """
 
 import json
@@ -21,9 +22,15 @@ class Config:
     """Which runs to draw."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders of sims.finetune."""
+    """Run folders of sims.finetune, cells of a sims.rank_sweep, or its whole folder."""
+    rank: int | None = None
+    """Of a whole sweep, the cells of this rank."""
+    seed: int | None = None
+    """Of a whole sweep, the cells of this seed; none is the first."""
+    rate: float | None = None
+    """Of a whole sweep, the cells of this learning rate; none is every one."""
     labels: tuple[str, ...] = ()
-    """A name for each run; by default its method, rule and rank."""
+    """A name for each run; by default its method, rule and rank, and the learning rate where it differs."""
     smooth: int = 10
     """Steps that the drawn line averages over; every step's own loss is shown faintly."""
     out: Path | None = None
@@ -33,18 +40,20 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """One colour a run; faint points are single batches, lines their running mean, markers the validation loss."""
     if not config.runs:
-        style.fail("no runs are given; accepted are one or more run folders of sims.finetune")
-    if config.labels and len(config.labels) != len(config.runs):
-        style.fail(f"--labels has {len(config.labels)} names for {len(config.runs)} runs; accepted is one each")
+        style.fail("no runs are given; accepted are one or more run folders of sims.finetune or sims.rank_sweep")
+    folders = [cell for run in config.runs for cell in cells(run, config)]
+    if config.labels and len(config.labels) != len(folders):
+        style.fail(f"--labels has {len(config.labels)} names for {len(folders)} runs; accepted is one each")
+    found = [read(folder) for folder in folders]
+    names = config.labels or names_of([settings for settings, _ in found])
     figure, axis = plt.subplots(figsize=(3.6, 2.5))
-    for position, run in enumerate(config.runs):
-        manifest, events = read(run)
-        label = config.labels[position] if config.labels else name(manifest)
-        colour = style.COLOURS[position % len(style.COLOURS)]
-        marker = style.MARKERS[position % len(style.MARKERS)]
+    for (colour, marker), label, (_, events) in zip(
+        looks([settings for settings, _ in found]), names, found, strict=True
+    ):
         steps, losses = points(events, "step")
-        axis.plot(steps, losses, ".", color=colour, alpha=0.25, markersize=2, markeredgewidth=0)
-        axis.plot(*running_mean(steps, losses, config.smooth), color=colour, label=label)
+        axis.plot(steps, losses, ".", color=colour, alpha=0.3, markersize=3, markeredgewidth=0)
+        width = min(config.smooth, max(1, len(losses) // 4))
+        axis.plot(*running_mean(steps, losses, width), color=colour, label=label)
         steps, losses = points(events, "validation")
         if len(steps):
             axis.plot(
@@ -56,25 +65,77 @@ def draw(config: Config) -> Sequence[Path]:
     return style.save(figure, config.out or config.runs[0], "loss_curves")
 
 
+def cells(run: Path, config: Config) -> list[Path]:
+    """A run's own folder, or the folders of a sweep's cells that are asked for, in the order of its table."""
+    if not (run / "results.csv").exists() or not (run / "cells").is_dir():
+        return [run]
+    _, rows = style.read_run(run, "rank_sweep")
+    rows = [row for row in rows if row["rank"] and (config.rank is None or int(row["rank"]) == config.rank)]
+    rows = [row for row in rows if config.rate is None or float(row["learning_rate"]) == config.rate]
+    seed = config.seed if config.seed is not None else min((int(row["seed"]) for row in rows), default=0)
+    found = [run / "cells" / row["key"] for row in rows if int(row["seed"]) == seed]
+    if not found:
+        style.fail(f"{run}: has no cell of rank {config.rank}, rate {config.rate}, seed {seed}; results.csv lists them")
+    return found
+
+
 def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Manifest and events of a run; a missing or damaged file ends the command. A last line cut off is left out."""
+    """Settings and events of a run or cell; a missing or damaged file ends the command. A last line cut off is left
+    out."""
     try:
-        manifest = json.loads((run / "manifest.json").read_text())
+        cell = run / "cell.json"
+        settings = json.loads((cell if cell.exists() else run / "manifest.json").read_text())
+        settings = settings["training"] if cell.exists() else settings["config"]
         text = (run / "metrics.jsonl").read_text()
         events = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         style.fail(f"{run}: is not a run folder ({error}); accepted is a folder with manifest.json and metrics.jsonl")
     if not any(event["event"] == "step" for event in events):
         style.fail(f"{run}/metrics.jsonl: has no steps; accepted is a run that took at least one")
-    return manifest, events
+    return settings, events
 
 
-def name(manifest: dict[str, Any]) -> str:
+def looks(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Colour and marker of each run: its method's own, or, where two runs have the same method, by position."""
+    methods = [_method(settings) for settings in runs]
+    if len(set(methods)) == len(methods):
+        return [style.method_look(method, position)[1:] for position, method in enumerate(methods, start=4)]
+    return [
+        (style.COLOURS[i % len(style.COLOURS)], style.MARKERS[i % len(style.MARKERS)]) for i, _ in enumerate(methods)
+    ]
+
+
+def _method(settings: dict[str, Any]) -> str:
+    """The method as figures know it: LoRA's kind with RoRA's rule is RoRA."""
+    kind, rule = settings["method"], str(settings["rule"]).replace("rslora", "rora")
+    known = {
+        ("lora", "lora"): "lora",
+        ("lora", "rora"): "rora",
+        ("dora", "lora"): "dora",
+        ("dora", "rora"): "dora-rora",
+    }
+    return known.get((kind, rule), f"{kind} {rule}")
+
+
+def names_of(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of runs; the learning rate is in them where two would be the same."""
+    plain = [name(settings) for settings in runs]
+    rates = {(label, settings["learning_rate"]) for label, settings in zip(plain, runs, strict=True)}
+    several = {label for label in plain if sum(label == known for known, _ in rates) > 1}
+    return [
+        f"{label}, lr {settings['learning_rate']:g}" if label in several and settings["learning_rate"] else label
+        for label, settings in zip(plain, runs, strict=True)
+    ]
+
+
+def name(settings: dict[str, Any]) -> str:
     """A run's name: LoRA and RoRA are the rules of one method."""
-    settings = manifest["config"]
+    method = settings["method"]
+    if method not in ("lora", "dora"):
+        return str(method)
     rules = {"lora": "LoRA", "rora": "RoRA", "rslora": "RoRA"}
     rule = rules.get(settings["rule"], f"kappa = {settings['rule']}")
-    known = rule if settings["method"] == "lora" else {"LoRA": "DoRA"}.get(rule, f"DoRA ({rule})")
+    known = rule if method == "lora" else {"LoRA": "DoRA"}.get(rule, f"DoRA ({rule})")
     return f"{known}, r = {settings['rank']}"
 
 

@@ -1,0 +1,243 @@
+"""Validation loss and average accuracy against the rank, a line a method, from a run of sims.rank_sweep.
+
+python -m figures.accuracy_vs_rank RUN
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import tyro
+
+from figures import style
+from rora_theory.commonsense import published
+
+Row = dict[str, str]
+
+METHODS = ("lora", "dora", "rora", "dora-rora")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which run to draw, and which of its cells."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of sims.rank_sweep."""
+    model: str | None = None
+    """Which model, where the run has several."""
+    rate: float | None = None
+    """Draw the cells of this learning rate. None: each method's rate that has most cells."""
+    tuned: bool = False
+    """For each method and rank, the learning rate of the lowest mean validation loss instead."""
+    answers: bool = False
+    """The loss on the answers alone in the place of the loss on all tokens."""
+    paper: bool = False
+    """A third panel: what is printed for LLaMA-7B in the paper and in the repository its Fig. 1 cites."""
+    out: Path | None = None
+    """Folder for accuracy_vs_rank.png and .svg; by default the run folder."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one rank: the mean over seeds.
+
+    Attributes:
+      rank, gamma: of the adapter.
+      value: mean over the seeds.
+      error: standard error from the items (records) measured on, the same in every seed.
+      seeds: each seed's own value.
+    """
+
+    rank: int
+    gamma: float
+    value: float
+    error: float
+    seeds: tuple[float, ...]
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Lines are means over seeds with the items' standard error, dots single seeds, dashes the model alone."""
+    manifest, rows = style.read_run(config.run, "rank_sweep")
+    rows = chosen_model(config, rows)
+    loss = "answer" if config.answers else "validation"
+    panels = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
+    if any(row["average"] for row in rows):
+        protocol = next(row["protocol"] for row in rows if row["average"])
+        panels.append(("average", "average_error", f"average accuracy, {protocol} (%)", 100.0))
+    count = len(panels) + config.paper
+    figure, axes = plt.subplots(1, count, figsize=(0.6 + 3.1 * count, 3.0), squeeze=False)
+    lines = {method: curves(config, rows, method) for method in METHODS}
+    for axis, (column, error, label, unit) in zip(axes[0], panels, strict=False):
+        for method, cells in lines.items():
+            draw_line(axis, method, points(cells, column, error, unit))
+        levels(axis, rows, column, unit)
+        axis.set_ylabel(label)
+        rank_axis(axis, lines)
+    if config.paper:
+        printed(axes[0, -1])
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=6,
+        frameon=False,
+        title=title(manifest, rows),
+    )
+    return style.save(figure, config.out or config.run, "accuracy_vs_rank")
+
+
+def chosen_model(config: Config, rows: Sequence[Row]) -> list[Row]:
+    """Finished cells of one model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    if config.model is None and len(models) > 1:
+        style.fail(f"{config.run}: has the models {', '.join(models)}; accepted is --model with one of them")
+    model = models[0] if config.model is None else config.model
+    if model not in models:
+        style.fail(f"--model is {model!r}; accepted are {', '.join(models)}")
+    found = [row for row in rows if row["model"] == model and row["status"] == "complete"]
+    if not any(row["rank"] for row in found):
+        style.fail(f"{config.run}/results.csv: has no finished cell of an adapter; accepted is a run with at least one")
+    return found
+
+
+def curves(config: Config, rows: Sequence[Row], method: str) -> list[Row]:
+    """The cells to draw of a method: of one learning rate, or of the best of each rank."""
+    cells = [row for row in rows if row["method"] == method]
+    if config.rate is not None:
+        return [row for row in cells if float(row["learning_rate"]) == config.rate]
+    by_rate = grouped(cells, lambda row: row["learning_rate"])
+    if not config.tuned:
+        return max(by_rate.values(), key=len, default=[])
+    found: list[Row] = []
+    for group in grouped(cells, lambda row: row["rank"]).values():
+        rates = grouped(group, lambda row: row["learning_rate"])
+        found += min(rates.values(), key=lambda at_rate: _mean([float(row["validation_loss"]) for row in at_rate]))
+    return found
+
+
+def points(cells: Sequence[Row], column: str, error: str, unit: float) -> list[Point]:
+    """A method's means over seeds by rank, where the column was measured."""
+    found = []
+    for rank, group in grouped(cells, lambda row: int(row["rank"])).items():
+        measured = [row for row in group if row[column]]
+        if measured:
+            values = tuple(unit * float(row[column]) for row in measured)
+            spread = _mean([unit * float(row[error]) for row in measured])
+            found.append(Point(rank, float(group[0]["gamma"]), _mean(values), spread, values))
+    return sorted(found, key=lambda point: point.rank)
+
+
+def draw_line(axis: Any, method: str, line: Sequence[Point]) -> None:
+    """Mean and error bar by rank; the single seeds beside, where there are several."""
+    if not line:
+        return
+    label, colour, marker = style.method_look(method)
+    shift = 2.0 ** (0.06 * (METHODS.index(method) - 1))  # side by side, so that error bars do not hide each other
+    ranks = [point.rank * shift for point in line]
+    axis.errorbar(
+        ranks,
+        [point.value for point in line],
+        yerr=[point.error for point in line],
+        color=colour,
+        marker=marker,
+        label=label,
+        linewidth=1.2,
+        elinewidth=0.8,
+    )
+    for rank, point in zip(ranks, line, strict=True):
+        if len(point.seeds) > 1:
+            axis.plot([rank] * len(point.seeds), point.seeds, "_", color=colour, markersize=5, alpha=0.7)
+
+
+def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
+    """Dashes: the model without an adapter; a level far from the lines is named at the edge. Dots: chance."""
+    base = next((row for row in rows if row["method"] == "base" and row[column]), None)
+    if base is None:
+        return
+    label, colour, _ = style.method_look("base")
+    found = [(unit * float(base[column]), label, colour, "--")]
+    if column == "average" and base["average_chance"]:
+        found.append((unit * float(base["average_chance"]), "chance", "#777777", ":"))
+    low, high = axis.get_ylim()
+    for value, name, shade, dashes in found:
+        if low - 2 * (high - low) <= value <= high + 2 * (high - low):
+            axis.axhline(value, color=shade, linestyle=dashes, linewidth=0.9, label=name)
+        else:
+            edge, side = (0.98, "top") if value > high else (0.02, "bottom")
+            text = f"{name}: {value:.3g} ({'above' if value > high else 'below'})"
+            axis.text(0.98, edge, text, transform=axis.transAxes, ha="right", va=side, fontsize=7, color=shade)
+
+
+def rank_axis(axis: Any, lines: dict[str, list[Row]]) -> None:
+    """Ranks, and below each the scaling gamma of both rules."""
+    gammas: dict[str, dict[int, float]] = {}
+    for cells in lines.values():
+        for row in cells:
+            gammas.setdefault(row["rule"], {})[int(row["rank"])] = float(row["gamma"])
+    ranks = sorted({rank for known in gammas.values() for rank in known})
+    axis.set_xscale("log", base=2)
+    labels = ["\n".join([str(rank), *(_gamma(known.get(rank)) for known in gammas.values())]) for rank in ranks]
+    axis.set_xticks(ranks, labels)
+    axis.minorticks_off()
+    names = [rf"$\gamma$ {style.rule_look(rule)[0]}" for rule in gammas]
+    axis.set_xlabel("rank $r$; below it " + ", ".join(names), fontsize=7)
+
+
+def _gamma(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def printed(axis: Any) -> None:
+    """The published averages on LLaMA-7B: others' numbers, another model, another protocol."""
+    for method in ("LoRA", "DoRA"):
+        rows = [r for r in published.rows("DoRA repository") if (r.model, r.method) == ("LLaMA-7B", method)]
+        _, colour, marker = style.method_look(method.lower())
+        ranks, averages = [r.rank for r in rows], [r.average for r in rows]
+        axis.plot(ranks, averages, color=colour, marker=marker, markerfacecolor="white")
+    for row in published.rows("RoRA paper"):
+        if (row.table, row.model) == ("I", "LLaMA-7B") and row.method in ("LoRA", "DoRA", "RoRA"):
+            _, colour, marker = style.method_look(row.method.lower())
+            axis.plot([128], [row.average], marker, color=colour, markerfacecolor="white", markersize=6)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([4, 8, 16, 32, 64, 128], ["4", "8", "16", "32", "64", "128"])
+    axis.minorticks_off()
+    axis.set_xlabel("rank $r$; lines: DoRA repository;\nat 128: the paper's text and Table I", fontsize=7)
+    axis.set_ylabel("printed for LLaMA-7B: average (%)")
+
+
+def title(manifest: dict[str, Any], rows: Sequence[Row]) -> str:
+    """What was trained and measured, in a line."""
+    found = manifest["config"]
+    steps = next((row["steps"] for row in rows if row["steps"]), "?")
+    seeds = len({row["seed"] for row in rows if row["seed"]})
+    alphas = {row["alpha"] for row in rows if row["alpha"]}
+    alpha = rf"$\alpha$ = {float(next(iter(alphas))):g}" if len(alphas) == 1 else r"$\alpha$ varies"
+    rates = sorted({float(row["learning_rate"]) for row in rows if row["learning_rate"]})
+    rate = f"lr {rates[0]:g}" if len(rates) == 1 else "lr varies"
+    bars = "bars: s.e. over items" + (f", dashes: up to {seeds} single seeds" if seeds > 1 else ", one seed")
+    return (
+        f"{Path(rows[0]['model']).name}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
+        f"{found['data']['held_out']} held-out records; {bars}"
+    )
+
+
+def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """Rows by a key, in order of appearance."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+if __name__ == "__main__":
+    style.main(draw, tyro.cli(Config, description=__doc__))

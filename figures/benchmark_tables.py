@@ -1,0 +1,219 @@
+"""Tables I and II of the paper with a run of sims.rank_sweep beside them: Markdown and CSV.
+
+python -m figures.benchmark_tables RUN
+
+Ours are means over seeds with their standard errors over items; the paper's are as printed. Model, data, training and
+protocol stand in every row, because rows of different ones are not comparable.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from figures import style
+from rora_theory.commonsense import published
+from rora_theory.commonsense.tasks import TASKS
+
+Cells = list[dict[str, str]]
+
+HEAD = ("source", "model", "protocol", "rank", "method", "params_percent", "learning_rate", "seeds")
+METHODS = {"base": "none", "prefix": "Prefix", "series": "Series", "parallel": "Parallel"} | {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "rora": "RoRA",
+    "dora-rora": "DoRA, alpha/sqrt(r)",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which run, in which layout."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of sims.rank_sweep."""
+    layout: Literal["I", "II"] | None = None
+    """I: by model; II: by rank; none is II where the run has several ranks."""
+    out: Path | None = None
+    """Folder for table_I.md and .csv, or table_II.md and .csv; by default the run folder."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table.
+
+    Attributes:
+      source: ``this run`` or ``paper, as printed``.
+      model, protocol, rank, method, params_percent, learning_rate: what was run; None where not stated.
+      seeds: number of seeds averaged; None for the paper.
+      scores: percent and standard error for each of the eight tasks; None where not measured, an error None where not
+        stated.
+      average: likewise.
+    """
+
+    source: str
+    model: str
+    protocol: str
+    rank: int | None
+    method: str
+    params_percent: float | None
+    learning_rate: float | None
+    seeds: int | None
+    scores: tuple[tuple[float, float | None] | None, ...]
+    average: tuple[float, float | None] | None
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Write both files of the table."""
+    manifest, rows = style.read_run(config.run, "rank_sweep")
+    ours = lines_of(rows, manifest.get("models", {}))
+    if not ours:
+        style.fail(f"{config.run}/results.csv: has no cell with accuracy; accepted is a run without --accuracy False")
+    layout = config.layout or ("II" if len({line.rank for line in ours if line.rank}) > 1 else "I")
+    table = arranged([*ours, *printed(layout)], layout)
+    folder = config.out or config.run
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"table_{layout}.md", folder / f"table_{layout}.csv"]
+    paths[0].write_text(markdown(table, layout, manifest))
+    paths[1].write_text(as_csv(table))
+    return paths
+
+
+def lines_of(rows: Cells, models: dict[str, Any]) -> list[Line]:
+    """A line a model, method, rank and learning rate: the mean over its seeds."""
+    groups: dict[tuple[str, ...], Cells] = {}
+    for row in rows:
+        if row["status"] == "complete" and row["protocol"]:
+            key = tuple(row[name] for name in ("model", "method", "rank", "alpha", "learning_rate", "protocol"))
+            groups.setdefault(key, []).append(row)
+    found = []
+    for (model, method, rank, _, rate, protocol), group in groups.items():
+        total = models.get(model, {}).get("parameters")
+        own = group[0]["trainable_parameters"]
+        found.append(
+            Line(
+                source="this run",
+                model=Path(model).name,
+                protocol=protocol,
+                rank=int(rank) if rank else None,
+                method=METHODS.get(method, method),
+                params_percent=100 * int(own) / (total + int(own)) if own and total else None,
+                learning_rate=float(rate) if rate else None,
+                seeds=len(group),
+                scores=tuple(measured(group, key) for key in TASKS),
+                average=measured(group, "average"),
+            )
+        )
+    return found
+
+
+def measured(group: Cells, column: str) -> tuple[float, float | None] | None:
+    """Mean over seeds in percent, and the standard error over items, which all seeds share."""
+    values = [(float(row[column]), float(row[f"{column}_error"])) for row in group if row[column]]
+    if not values:
+        return None
+    return 100 * _mean(value for value, _ in values), 100 * _mean(error for _, error in values)
+
+
+def printed(layout: str) -> list[Line]:
+    """The paper's rows of this layout."""
+    return [
+        Line(
+            source="paper, as printed",
+            model=row.model,
+            protocol="generate (the paper's)",
+            rank=row.rank,
+            method=row.method,
+            params_percent=row.params_percent,
+            learning_rate=row.learning_rate,
+            seeds=None,
+            scores=tuple((score, None) for score in row.scores),
+            average=(row.average, None),
+        )
+        for row in published.rows("RoRA paper")
+        if row.table == layout
+    ]
+
+
+def arranged(lines: Sequence[Line], layout: str) -> list[Line]:
+    """By model (I) or by rank (II), ours before the paper's, methods as the paper has them."""
+    methods = list(METHODS.values())
+
+    def order(line: Line) -> tuple[Any, ...]:
+        place = methods.index(line.method) if line.method in methods else len(methods)
+        rank, ours = line.rank or 0, line.source != "this run"
+        return (ours, place, rank) if layout == "I" else (rank, ours, place)
+
+    return sorted(lines, key=order) if layout == "II" else _by_model(sorted(lines, key=order))
+
+
+def _by_model(lines: Sequence[Line]) -> list[Line]:
+    models = list(dict.fromkeys((line.source, line.model) for line in lines))
+    return [line for model in models for line in lines if (line.source, line.model) == model]
+
+
+def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> str:
+    """The table, with what was run above it."""
+    config = manifest["config"]
+    data, evaluation, training = config["data"], config.get("evaluation") or {}, config["training"]
+    columns = ["Rank", "Model", "Method"] if layout == "II" else ["Model", "Rank", "Method"]
+    header = [*columns, "# Params (%)", *published.NAMES, "Average", "Source"]
+    text = [
+        f"Table {layout}. Accuracy in percent ± one standard error over items.",
+        f"This run: protocol {evaluation.get('protocol')}, {_count(evaluation.get('limit'), 'items a task')}; "
+        f"{data['train_records']} training records, {_count(training['steps'], 'steps')} of {training['batch']}. "
+        "The paper's rows are its printed numbers, on its own models and protocol: they are not comparable with this "
+        "run's, only the differences within each are.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "| " + " | ".join(["---"] * 3 + ["---:"] * (len(header) - 4) + ["---"]) + " |",
+    ]
+    for line in lines:
+        rank = "" if line.rank is None else str(line.rank)
+        first = [rank, line.model] if layout == "II" else [line.model, rank]
+        share = "" if line.params_percent is None else f"{line.params_percent:.2f}"
+        rate = f", lr {line.learning_rate:g}" if line.seeds and line.learning_rate else ""
+        source = f"this run, {_count(line.seeds, 'seed')}{rate}" if line.seeds else line.source
+        scores = [_score(score) for score in (*line.scores, line.average)]
+        text.append("| " + " | ".join([*first, line.method, share, *scores, source]) + " |")
+    return "\n".join(text) + "\n"
+
+
+def as_csv(lines: Iterable[Line]) -> str:
+    """Tidy: a column a figure, standard errors beside."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [*published.NAMES, "average"]
+    writer.writerow([*HEAD, *(column for name in names for column in (name, f"{name}_error"))])
+    for line in lines:
+        head = [getattr(line, name) for name in HEAD]
+        pairs = [(None, None) if score is None else score for score in (*line.scores, line.average)]
+        writer.writerow(
+            ["" if cell is None else cell for cell in (*head, *(figure for pair in pairs for figure in pair))]
+        )
+    return text.getvalue()
+
+
+def _score(score: tuple[float, float | None] | None) -> str:
+    if score is None:
+        return ""
+    value, error = score
+    return f"{value:.1f}" if error is None else f"{value:.1f} ± {error:.1f}"
+
+
+def _count(value: int | None, unit: str) -> str:
+    return f"all {unit}" if value is None else f"{value} {unit}" + ("s" if unit == "seed" and value > 1 else "")
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return math.fsum(found) / len(found)
+
+
+if __name__ == "__main__":
+    style.main(draw, tyro.cli(Config, description=__doc__))

@@ -1,0 +1,117 @@
+"""LoRA beside RoRA (Fig. 2 of the paper): the same adapter, another scaling; drawn from the package's own law.
+
+python -m figures.scaling_diagram --out FOLDER
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
+
+from figures import style
+from rora_theory.errors import InputError
+from rora_theory.scaling import scaling_factor
+
+FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to draw."""
+
+    alpha: float = 64.0
+    """Strength of the adapter."""
+    rank: int = 32
+    """Rank that is marked, and that the numbers in the schemes are of."""
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    """Ranks of the curve."""
+    out: Path = Path(".")
+    """Folder for scaling_diagram.png and .svg."""
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Two schemes of W x + gamma B A x, and gamma against the rank under both rules."""
+    try:
+        gammas = {
+            rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]
+            for rule in ("lora", "rora")
+        }
+    except InputError as error:
+        style.fail(str(error))
+    figure, axes = plt.subplots(1, 3, figsize=(7.0, 2.7), width_ratios=(1, 1, 1.25))
+    for axis, rule in zip(axes, gammas, strict=False):
+        scheme(axis, rule, config, gammas[rule][-1])
+    curve(axes[2], config, {rule: found[:-1] for rule, found in gammas.items()})
+    return style.save(figure, config.out, "scaling_diagram")
+
+
+def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
+    """x through the frozen W and, beside it, through A, B and gamma, to their sum."""
+    _, colour, _ = style.rule_look(rule)
+    name, formula = {"lora": ("LoRA", r"\alpha/r"), "rora": ("RoRA", r"\alpha/\sqrt{r}")}[rule]
+    axis.set(xlim=(0, 10), ylim=(0, 10.6), aspect="equal")
+    axis.axis("off")
+    axis.set_title(name, color=colour, fontweight="bold")
+    axis.text(5, 0.3, "$x$", ha="center", va="center")
+    axis.add_patch(Rectangle((0.4, 3.0), 3.8, 3.4, facecolor=FROZEN, edgecolor=LINE, linewidth=0.8))
+    axis.text(2.3, 4.7, "$W_0$\nfrozen", ha="center", va="center")
+    for points, label, y in (
+        (((5.6, 2.5), (9.4, 2.5), (8.3, 3.9), (6.7, 3.9)), "$A$", 3.2),
+        (((6.7, 4.3), (8.3, 4.3), (9.4, 5.7), (5.6, 5.7)), "$B$", 5.0),
+    ):
+        axis.add_patch(Polygon(points, facecolor=TRAINED, edgecolor=LINE, linewidth=0.8))
+        axis.text(7.5, y, label, ha="center", va="center")
+    axis.text(8.75, 4.1, "$r$", ha="left", va="center", fontsize=7)
+    axis.add_patch(Rectangle((5.7, 6.35), 3.6, 1.35, facecolor="white", edgecolor=colour, linewidth=1.4))
+    axis.text(7.5, 7.02, rf"$\times\ \gamma = {formula}$", ha="center", va="center", color=colour)
+    for start, end, bend in (
+        ((4.7, 0.7), (2.3, 3.0), 0.15),
+        ((5.3, 0.7), (7.5, 2.5), -0.15),
+        ((7.5, 5.7), (7.5, 6.35), 0.0),
+        ((2.3, 6.4), (4.7, 8.7), -0.15),
+        ((7.5, 7.7), (5.3, 8.7), 0.15),
+    ):
+        style_of = f"arc3,rad={bend}"
+        arrow = FancyArrowPatch(start, end, connectionstyle=style_of, arrowstyle="-|>", mutation_scale=7, color=LINE)
+        arrow.set_linewidth(0.8)
+        axis.add_patch(arrow)
+    axis.text(5, 9.0, r"$+$", ha="center", va="center")
+    axis.text(5, 10.1, r"$W_0 x + \gamma B A x$", ha="center", va="center")
+    text = rf"$\alpha$ = {config.alpha:g}, $r$ = {config.rank}: $\gamma$ = {gamma:.3g}"
+    axis.text(5, -0.75, text, ha="center", va="center", fontsize=7, color=colour)
+
+
+def curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
+    """gamma against the rank, log-log; slopes -1 and -1/2."""
+    for rule, found in gammas.items():
+        label, colour, marker = style.rule_look(rule)
+        axis.plot(config.ranks, found, color=colour, marker=marker, label=label)
+        slope = np.polyfit(np.log(config.ranks), np.log(found), 1)[0] if len(config.ranks) > 1 else np.nan
+        axis.annotate(
+            f"slope {slope:+.2g}",
+            (config.ranks[-len(config.ranks) // 4], found[-len(config.ranks) // 4]),
+            xytext=(3, 6),
+            textcoords="offset points",
+            color=colour,
+            fontsize=7,
+        )
+    axis.axvline(config.rank, color="#999999", linestyle=":", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xticks(config.ranks, [str(rank) for rank in config.ranks])
+    ticks = [2.0**power for power in range(-10, 20, 2)]
+    low, high = min(map(min, gammas.values())), max(map(max, gammas.values()))
+    shown = [tick for tick in ticks if low / 2 <= tick <= high * 2]
+    axis.set_yticks(shown, [f"{tick:g}" for tick in shown])
+    axis.minorticks_off()
+    axis.set(xlabel="rank $r$", ylabel=rf"scaling $\gamma$ at $\alpha$ = {config.alpha:g}")
+    axis.legend(frameon=False, loc="lower left")
+
+
+if __name__ == "__main__":
+    style.main(draw, tyro.cli(Config, description=__doc__))
