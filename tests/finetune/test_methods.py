@@ -1,0 +1,163 @@
+"""Every method trains, is counted, and is laid out over devices by the same step."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from rora_theory import adapters
+from rora_theory.adapters import BottleneckConfig, LoraConfig, PrefixConfig
+from rora_theory.errors import InputError
+from rora_theory.finetune import FinetuneConfig, capacity, sharding
+from rora_theory.finetune import step as steps
+from rora_theory.finetune.data import Batch
+
+OTHERS = {
+    "prefix": {"virtual_tokens": 3},
+    "series": {"bottleneck": 4, "dropout": 0.0},
+    "parallel": {"bottleneck": 4, "dropout": 0.0},
+}
+STEPS = 12
+
+
+def settings(method, **changes):
+    common = {"batch": 8, "warmup": 2, "learning_rate": 0.03, "validation": 0}
+    return FinetuneConfig(method=method, **common | OTHERS[method] | changes)
+
+
+def batch(width=16):
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, 128, (8, width + 1)).astype(np.int32)
+    weights = (np.arange(width) < random.integers(5, width + 1, (8, 1))).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, None)
+
+
+def train(params, config, layout=None):
+    """Losses of `STEPS` steps on one batch, and the adapter before and after."""
+    adapter = adapters.init(jax.random.key(1), config.adapter(), tiny.CONFIG, params)
+    before = jax.tree.map(np.asarray, adapter.params)
+    state = steps.init_state(adapter, steps.optimizer(config, STEPS), jax.random.key(2))
+    shardings, item, base = None, batch(), params
+    if layout is not None:
+        shardings, item, base = layout.state_shardings(state), layout.batch(item), layout.params(params)
+        state, adapter = layout.state(state), sharding.Gathered(adapter, layout)
+    function = steps.train_step(adapter, tiny.CONFIG, config, STEPS, state_shardings=shardings)
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = function(state, base, item)
+        losses.append(float(metrics.loss))
+    return losses, before, jax.tree.map(np.asarray, state.params)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params()
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_step_changes_every_tensor_for_the_better(method, params):
+    losses, before, after = train(params, settings(method))
+    assert losses[-1] < losses[2] - 0.05
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        changed = (old != new).reshape(len(old), -1).any(axis=1)
+        assert changed.all(), "of every layer"
+
+
+def test_devices_that_share_the_weights_train_the_same(params):
+    """To float32 sums in another order, through as many Adam steps. A prefix: what no linear module takes part in."""
+    layout = sharding.Layout(sharding.mesh(fsdp=4))
+    alone, shared = train(params, settings("prefix")), train(params, settings("prefix"), layout)
+    np.testing.assert_allclose(shared[0], alone[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_capacity_counts_them(method, params):
+    config = settings(method)
+    found = capacity.account(tiny.CONFIG, config, 16)
+    adapter = adapters.init(jax.random.key(1), config.adapter(), tiny.CONFIG, params)
+    assert found.adapter == 4 * found.trainable == 4 * adapters.count(adapter)
+    assert found.optimizer - 2 * found.adapter in range(8, 33), "beside the moments: counters and the dropout key"
+    assert found.flops > 2 * found.tokens * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params["layers"]))
+
+
+@pytest.mark.parametrize("method", ["series", "parallel"])
+def test_no_product_with_a_weight_is_made_again(method):
+    """Six products an adapter, as LoRA of the same width on the same modules, and no more.
+
+    Each is 2 x tokens x width x the length of what it maps from or to: in + out for LoRA and parallel, out + out for
+    series.
+    """
+    targets = ("up_proj", "down_proj")
+    config = settings(method, targets=targets)
+    low_rank = FinetuneConfig(rank=4, targets=targets, batch=8, dropout=0.0, validation=0)
+    found, known = (capacity.account(tiny.CONFIG, one, 16) for one in (config, low_rank))
+    if method == "parallel":
+        assert found.flops == known.flops
+    else:
+        sizes = [tiny.CONFIG.module_shape(f"mlp.{name}") for name in targets]
+        more = sum(2 * p_out - (p_in + p_out) for p_out, p_in in sizes)
+        assert found.flops - known.flops == 6 * found.tokens * 4 * more * tiny.CONFIG.num_hidden_layers == 0
+        # One module alone, so that the sum is not zero.
+        config, low_rank = (dataclasses.replace(one, targets=("up_proj",)) for one in (config, low_rank))
+        found, known = (capacity.account(tiny.CONFIG, one, 16) for one in (config, low_rank))
+        assert found.flops - known.flops == 6 * found.tokens * 4 * (24 - 16) * tiny.CONFIG.num_hidden_layers
+
+
+def test_published_settings():
+    assert FinetuneConfig(method="prefix").adapter() == PrefixConfig(10)
+    assert FinetuneConfig(method="series").adapter() == BottleneckConfig(
+        "series", 256, ("up_proj", "gate_proj"), "tanh", 1.0, 0.05
+    )
+    assert FinetuneConfig(method="parallel").adapter() == BottleneckConfig(
+        "parallel", 256, ("up_proj", "down_proj"), "tanh", 1.0, 0.05
+    )
+    assert isinstance(FinetuneConfig(method="dora").adapter(), LoraConfig)
+    assert FinetuneConfig(method="dora").lora().use_dora
+    assert FinetuneConfig(targets=("o_proj",)).lora().target_modules == ("o_proj",)
+    rates = {method: FinetuneConfig(method=method).peak_learning_rate for method in ("prefix", "series", "parallel")}
+    assert rates == {"prefix": 3e-2, "series": 3e-4, "parallel": 3e-4}
+
+
+def test_a_run_is_told_by_its_own_method_s_settings():
+    """So a run of LoRA goes on whatever is added for others."""
+    own = {
+        "lora": {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "targets"},
+        "prefix": {"virtual_tokens"},
+        "series": {"bottleneck", "non_linearity", "targets"},
+    }
+    found = {method: FinetuneConfig(method=method).settings() for method in own}
+    common = set.intersection(*map(set, found.values()))
+    assert {method: set(plain) - common for method, plain in found.items()} == own
+    assert found["lora"]["targets"] == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    assert {"method", "seed", "dropout"} <= common
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"method": "prefix", "rank": 8},
+            "rank is 8 with method prefix, which has none; accepted are methods lora, dora",
+        ),
+        ({"method": "series", "rule": "lora"}, "rule is 'lora' with method series"),
+        ({"method": "prefix", "targets": ("q_proj",)}, "targets is .* with method prefix"),
+        ({"virtual_tokens": 3}, "virtual_tokens is 3 with method lora, which has none; accepted are methods prefix"),
+        ({"method": "dora", "bottleneck": 8}, "bottleneck is 8 with method dora"),
+        ({"method": "prefix", "virtual_tokens": 0}, "virtual_tokens is 0; accepted is an integer of 1 or more"),
+        ({"method": "parallel", "bottleneck": 0}, "bottleneck width is 0"),
+        ({"method": "parallel", "dropout": 1.0}, "dropout is 1.0"),
+        ({"method": "ia3"}, "method is 'ia3'; accepted is lora, dora, prefix, series, parallel"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_refuses(changes, message):
+    with pytest.raises(InputError, match=message):
+        FinetuneConfig(**changes).check()
+
+
+def test_lora_s_settings_are_not_those_of_others():
+    with pytest.raises(InputError, match="method is 'series'; accepted are lora, dora"):
+        FinetuneConfig(method="series").lora()
