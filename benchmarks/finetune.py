@@ -284,9 +284,8 @@ def work(spec: dict[str, Any]) -> None:
     from rora_theory.finetune import Batch, FinetuneConfig
     from rora_theory.finetune import step as steps
 
-    method, rule = ("dora", "lora") if spec["method"] == "dora" else ("lora", spec["method"])
     remat = {"False": False, "mlp": "mlp", "True": True}[spec.get("remat", "False")]
-    config = FinetuneConfig(method=method, rule=rule, rank=spec["rank"], alpha=16, dropout=spec["dropout"], remat=remat)
+    config = FinetuneConfig(**own_settings(spec["method"], spec["rank"]), dropout=spec["dropout"], remat=remat)
     setup: dict[str, Any] = {}
     if spec.get("gpu"):
         model_config = llama_7b()
@@ -298,7 +297,8 @@ def work(spec: dict[str, Any]) -> None:
         model = llama.load(spec["model"])
         params, model_config = model.params, model.config
         batches = [Batch(*arrays, None) for arrays in read(spec["batches"])]
-    adapter = adapters.init(jax.random.key(0), config.lora(), model_config, params)
+    adapter = adapters.init(jax.random.key(0), config.adapter(), model_config, params)
+    setup["trainable_parameters"], setup["trainable_share"] = adapters.count(adapter), adapters.share(adapter, params)
     state = steps.init_state(adapter, steps.optimizer(config, 1000), jax.random.key(1))
     function = steps.train_step(adapter, model_config, config, 1000)
     if spec.get("gpu"):
@@ -326,6 +326,19 @@ def work(spec: dict[str, Any]) -> None:
         return setup | {"peak_memory_gb": memory, "loss": float(loss)}
 
     serve(setup, step, report)
+
+
+def own_settings(method: str, size: int) -> dict[str, Any]:
+    """Settings of a method at a size: the rank, a bottleneck's width, or the number of a prefix's tokens."""
+    low_rank = {"rank": size, "alpha": 16}
+    return {
+        "lora": {"method": "lora", "rule": "lora", **low_rank},
+        "rora": {"method": "lora", "rule": "rora", **low_rank},
+        "dora": {"method": "dora", "rule": "lora", **low_rank},
+        "prefix": {"method": "prefix", "virtual_tokens": size},
+        "series": {"method": "series", "bottleneck": size},
+        "parallel": {"method": "parallel", "bottleneck": size},
+    }[method]
 
 
 def llama_7b() -> Any:
