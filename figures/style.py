@@ -74,7 +74,8 @@ def read_run(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any
     """Manifest and rows of a run folder; a missing or damaged one ends the command with one line and status 2."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        rows = list(csv.DictReader((folder / "results.csv").open(newline="")))
+        with (folder / "results.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
     except (OSError, ValueError) as error:
         fail(f"{folder}: is not a run folder ({error}); accepted is a folder with manifest.json and results.csv")
     if experiment is not None and manifest.get("experiment") != experiment:
