@@ -1,0 +1,152 @@
+"""Loss curves over learning rates from a folder of sims.rank_sweep: its results.csv, and each cell's loss a record."""
+
+import csv
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rora_theory.errors import InputError
+
+Loss = Literal["validation", "answer"]
+NEEDED = ("key", "status", "model", "method", "rank", "gamma", "learning_rate", "seed")
+BOOTSTRAPS = 400
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning run.
+
+    Attributes:
+      method, rank, gamma, rate, seed: what it was.
+      loss: held-out nats a token; infinite where it diverged.
+      records: summed loss of each held-out record; None where the folder has no such file, or the run diverged.
+      tokens: of each record.
+    """
+
+    method: str
+    rank: int
+    gamma: float
+    rate: float
+    seed: int
+    loss: float
+    records: np.ndarray | None
+    tokens: np.ndarray | None
+
+
+def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -> list[Cell]:
+    """The finished cells of one model; the base model's and unfinished ones are left out.
+
+    Args:
+      folder: of sims.rank_sweep.
+      model: which, where there are several.
+      loss: on all tokens, or on the answers' alone.
+
+    Raises:
+      InputError: no such file, columns missing, a line that can't be read, several models, or no cell.
+    """
+    path = folder / "results.csv"
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); accepted is a folder of sims.rank_sweep") from error
+    column = {"validation": "validation_loss", "answer": "answer_loss"}[loss]
+    missing = [name for name in (*NEEDED, column) if name not in (rows[0] if rows else {})]
+    if missing:
+        raise InputError(f"{path}: has no column {missing[0]}; accepted is the results.csv of sims.rank_sweep")
+    chosen = [row for row in rows if row["rank"] and (row[column] or row["status"] == "diverged")]
+    models = sorted({row["model"] for row in chosen})
+    if model is not None:
+        chosen = [row for row in chosen if row["model"] == model]
+    elif len(models) > 1:
+        raise InputError(f"{path}: has the models {', '.join(models)}; accepted is one, chosen by --matrix-model")
+    if not chosen:
+        raise InputError(f"{path}: has no finished cell of model {model or 'any'}; its models are {', '.join(models)}")
+    return [_cell(folder, number, row, column) for number, row in enumerate(chosen, start=2)]
+
+
+def digest(cells: Sequence[Cell]) -> str:
+    """Of what was read."""
+    text = repr([(c.method, c.rank, c.gamma, c.rate, c.seed, c.loss) for c in cells])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def kappa_of(cells: Sequence[Cell]) -> float:
+    """The exponent of gamma = alpha / r^kappa that the cells of one method really had: 0 for alpha = 2 r.
+
+    Raises:
+      InputError: one rank alone, or a gamma that is no power of the rank.
+    """
+    gammas = {cell.rank: cell.gamma for cell in cells}
+    if len(gammas) < 2:
+        raise InputError(f"method {cells[0].method} has one rank, {cells[0].rank}; accepted are two or more")
+    x, y = np.log(list(gammas)), np.log(list(gammas.values()))
+    slope, level = np.polyfit(x, y, 1)
+    if np.abs(level + slope * x - y).max() > 1e-6:
+        raise InputError(f"method {cells[0].method} has scalings {gammas}; accepted are those of one rule and alpha")
+    return round(-float(slope), 6)
+
+
+def bootstrap(cells: Mapping[float, Sequence[Cell]], draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray | None:
+    """Loss curves over resampled held-out records, [draws, rates]; the same records at every rate.
+
+    Args:
+      cells: of each rate, ascending; a rate's seeds are averaged a record.
+      draws, seed: of the bootstrap; the same seed draws the same records in every call.
+
+    Returns:
+      None where a cell that did not diverge has no losses a record.
+    """
+    columns: list[np.ndarray] = []
+    index: np.ndarray | None = None
+    for group in cells.values():
+        kept = [cell for cell in group if math.isfinite(cell.loss)]
+        if len(kept) < len(group):
+            columns.append(np.full(draws, np.inf))
+            continue
+        records, tokens = stacked(group)
+        if records is None or tokens is None:
+            return None
+        if index is None:
+            index = np.random.default_rng(seed).integers(0, len(tokens), (draws, len(tokens)))
+        columns.append(records[index].sum(axis=1) / tokens[index].sum(axis=1))
+    return np.stack(columns, axis=1)
+
+
+def stacked(cells: Sequence[Cell]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Losses a record averaged over cells, and tokens; None where a cell has none."""
+    known = [cell.records for cell in cells if cell.records is not None]
+    if len(known) < len(cells):
+        return None, None
+    return np.mean(np.stack(known), axis=0), cells[0].tokens
+
+
+def _cell(folder: Path, number: int, row: Mapping[str, Any], column: str) -> Cell:
+    path = folder / "results.csv"
+    try:
+        value = math.inf if row["status"] == "diverged" else float(row[column])
+        figures = int(row["rank"]), float(row["gamma"]), float(row["learning_rate"]), int(row["seed"])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: cell {row.get('key')!r} (line {number} or later) is damaged ({error})") from error
+    records = tokens = None
+    if math.isfinite(value):
+        records, tokens = _records(folder / "cells" / row["key"] / "losses.csv", column)
+    return Cell(row["method"], *figures, value if math.isfinite(value) else math.inf, records, tokens)
+
+
+def _records(path: Path, column: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    names = ("loss", "tokens") if column == "validation_loss" else ("answer_loss", "answer_tokens")
+    if not path.exists():
+        return None, None
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        loss, tokens = (np.array([float(row[name]) for row in rows]) for name in names)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: is damaged ({error}); accepted is the file as sims.rank_sweep wrote it") from error
+    return loss, tokens
