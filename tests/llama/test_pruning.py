@@ -1,0 +1,135 @@
+"""Structured pruning: statistics, scores, and that what is left computes as the whole with the rest at zero."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.llama import MODULES, LlamaConfig, forward, hidden_states, init_params, linear, pruning
+from rora_theory.llama.pruning import Kept, Scores, Shape
+
+CONFIG = LlamaConfig(50, 24, 40, 4, 6, 3, 4, attention_bias=True, mlp_bias=True)
+SMOLLM = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
+KEPT = Kept(
+    np.array([0, 2]),
+    np.array([[0, 2], [1, 2]]),
+    np.stack([np.arange(0, 40, 5), np.arange(3, 11)]),
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Biases and norms that are not trivial."""
+    plain = init_params(jax.random.key(0), CONFIG)
+    leaves, tree = jax.tree.flatten(plain)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(
+        tree, [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    )
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(2), (2, 9), 0, 50)
+
+
+@pytest.fixture(scope="module")
+def statistics(params, tokens):
+    return pruning.measure(params, tokens, CONFIG)
+
+
+def test_statistics_are_sums_over_tokens(params, tokens, statistics) -> None:
+    _, seen = forward(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
+    for name, found in (("self_attn.o_proj", statistics.attended), ("mlp.down_proj", statistics.gated)):
+        np.testing.assert_allclose(found, np.square(np.asarray(seen[name], np.float64)).sum(axis=(1, 2)), rtol=1e-5)
+    assert int(statistics.tokens) == 18
+    # The residual stream after n layers, up to its length: the output of the first n behind a norm of ones.
+    stream = [np.asarray(params["embed_tokens"])[np.asarray(tokens)]]
+    for count in range(1, 5):
+        first = params | {"norm": jnp.ones(24), "layers": jax.tree.map(lambda a, n=count: a[:n], params["layers"])}
+        stream.append(np.asarray(hidden_states(first, tokens, dataclasses.replace(CONFIG, num_hidden_layers=count))))
+    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in stream]
+    expected = [np.sum(1 - np.sum(a * b, axis=-1)) for a, b in itertools.pairwise(unit)]
+    np.testing.assert_allclose(statistics.influence, expected, rtol=1e-4)
+
+
+def test_a_score_is_what_the_module_s_outputs_lose(params, tokens, statistics) -> None:
+    scores = pruning.score(params, statistics, CONFIG)
+    _, seen = forward(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
+    layer, weight = 2, params["layers"]["mlp.down_proj"]["weight"]
+    x = seen["mlp.down_proj"][layer]
+    for feature in (0, 17):
+        lost = linear(x, weight[layer]) - linear(x.at[..., feature].set(0.0), weight[layer])
+        assert scores.features[layer, feature] == pytest.approx(float(jnp.linalg.norm(lost)), rel=1e-3)
+    weight, x = np.asarray(params["layers"]["self_attn.o_proj"]["weight"]), np.asarray(seen["self_attn.o_proj"])
+    by_weight = np.abs(weight[1]) * np.linalg.norm(x[1].reshape(-1, 24), axis=0)[None]  # Wanda's, one a weight
+    np.testing.assert_allclose(
+        scores.heads[1], [np.linalg.norm(by_weight[:, 8 * group : 8 * group + 8]) for group in range(3)], rtol=1e-5
+    )
+    np.testing.assert_allclose(scores.layers, np.asarray(statistics.influence) / 18, rtol=1e-6)
+
+
+def test_what_is_left_computes_as_the_whole_with_the_rest_at_zero(params, tokens) -> None:
+    """Query heads 2g and 2g + 1, of width 4, share key/value head g."""
+    zeroed = {name: dict(params["layers"][name]) for name in MODULES}
+    attend, gate = np.zeros((4, 24)), np.zeros((4, 40))
+    for at, layer in enumerate(KEPT.layers):
+        for group in KEPT.heads[at]:
+            attend[layer, 8 * group : 8 * group + 8] = 1
+        gate[layer, KEPT.features[at]] = 1
+    for name, mask in (("self_attn.o_proj", attend), ("mlp.down_proj", gate)):
+        zeroed[name]["weight"] = zeroed[name]["weight"] * jnp.asarray(mask[:, None], jnp.float32)
+        kept_layers = jnp.asarray(np.isin(np.arange(4), KEPT.layers), jnp.float32)
+        zeroed[name]["bias"] = zeroed[name]["bias"] * kept_layers[:, None]
+    expected = forward(params | {"layers": params["layers"] | zeroed}, tokens, CONFIG)
+    pruned, config = pruning.prune(params, CONFIG, KEPT)
+    assert config == LlamaConfig(50, 24, 8, 2, 4, 2, 4, attention_bias=True, mlp_bias=True)
+    # Float32 sums with the zeros left out.
+    np.testing.assert_allclose(forward(pruned, tokens, config), expected, rtol=0, atol=2e-5)
+    assert sum(leaf.size for leaf in jax.tree.leaves(pruned)) == pruning.parameters(config)
+
+
+def test_the_best_are_kept_in_order() -> None:
+    scores = Scores(
+        np.array([0.5, 0.1, 0.9, 0.4]),
+        np.array([[1.0, 1.0, 2.0], [0, 0, 0], [3, 2, 1], [0, 0, 0]]),
+        np.stack([np.arange(6.0), np.zeros(6), -np.arange(6.0), np.zeros(6)]),
+    )
+    kept = pruning.choose(scores, Shape(2, 2, 3))
+    assert kept.layers.tolist() == [0, 2]
+    assert kept.heads.tolist() == [[0, 2], [0, 1]], "between equals the earlier"
+    assert kept.features.tolist() == [[3, 4, 5], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 1.0])
+def test_a_plan_keeps_the_share_and_no_more(share) -> None:
+    shape = pruning.plan(SMOLLM, share)
+    kept = pruning.parameters(pruning.pruned_config(SMOLLM, shape)) / pruning.parameters(SMOLLM)
+    assert share - 0.01 < kept <= share
+    assert shape.width % 8 == 0
+    if share == 1.0:
+        assert shape == Shape(30, 3, 1536)
+    if share == 0.5:
+        assert shape == pruning.plan(SMOLLM, share, layers=shape.layers, kv_heads=shape.kv_heads)
+    given = pruning.plan(SMOLLM, 0.9, layers=20, kv_heads=2, width=100)
+    assert given == Shape(20, 2, 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"share": 0.0}, "share is 0.0; accepted is a number above 0, at most 1"),
+        ({"share": 1.5}, "share is 1.5"),
+        ({"share": 0.1}, "share is 0.1, .* parameters; accepted is at least 0.21"),
+        ({"share": 0.5, "layers": 31}, "layers is 31; accepted are 1 to 30, the model's"),
+        ({"share": 0.5, "kv_heads": 0}, "kv_heads is 0; accepted are 1 to 3"),
+        ({"share": 0.5, "width": 2000}, "width is 2000; accepted are 1 to 1536"),
+    ],
+)
+def test_refuses(arguments, message) -> None:
+    with pytest.raises(InputError, match=message):
+        pruning.plan(SMOLLM, **arguments)

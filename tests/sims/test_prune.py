@@ -1,0 +1,116 @@
+"""`python -m sims.prune` on a tiny checkpoint: a folder that loads, its figures, going on, bad input."""
+
+import csv
+import json
+import sys
+
+import checkpoint
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rora_theory.llama import forward, load
+from sims import prune
+from sims.common import cli
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return checkpoint.model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    checkpoint.records(folder / "train.json", 10)
+    (folder / "more.txt").write_text("the quick brown fox " * 20)
+    return folder
+
+
+def run(monkeypatch, model, text, out, *more: str) -> None:
+    plain = "--share 0.85 --windows 10 --held-out 3 --seq 32 --batch 4 --layers 1"
+    files = ["--text", str(text / "train.json"), str(text / "more.txt")]
+    command = [*files, "--model", str(model), "--out", str(out), *plain.split(), *more]
+    monkeypatch.setattr(sys, "argv", ["prune", *command])
+    cli.run(prune.main)
+
+
+def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch, capsys) -> None:
+    run(monkeypatch, model, text, tmp_path / "run")
+    shown = capsys.readouterr().out
+    whole, pruned = load(str(model)), load(str(tmp_path / "run" / "model"))
+    config = pruned.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.head_dim) == (1, 2, 8)
+    assert np.isfinite(forward(pruned.params, jnp.array([[1, 2, 3]]), config)).all()
+    assert pruned.tokenizer.encode("fox</s>") == whole.tokenizer.encode("fox</s>")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(one.params)) for one in (whole, pruned)]
+    assert manifest["parameters"] == sizes
+    assert manifest["share"] == sizes[1] / sizes[0] <= 0.85
+    assert manifest["shape"] == {"layers": 1, "kv_heads": 1, "width": config.intermediate_size}
+    for name in ("held_out", "calibration"):
+        before, after = manifest[f"perplexity_{name}"]
+        assert before != after
+        assert min(before, after) > 1
+    assert f"{sizes[1]:,}" in shown
+    with (tmp_path / "run" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kept"] for row in rows].count("True") == 1
+    best = max(rows, key=lambda row: float(row["influence"]))
+    assert best["kept"] == "True"
+    assert 0 < float(best["features_kept_score"]) <= 1
+    assert best["heads"] == "0"
+    kept = int(best["layer"])
+    expected = np.asarray(whole.params["layers"]["input_layernorm"][kept])
+    np.testing.assert_array_equal(pruned.params["layers"]["input_layernorm"][0], expected)
+
+    written = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
+    run(monkeypatch, model, text, tmp_path / "run")  # again: what is there stays
+    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == written
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["parameters"] == sizes
+
+
+def test_perplexity_is_that_of_the_logits(model) -> None:
+    whole = load(str(model))
+    windows = np.random.default_rng(0).integers(0, 300, (3, 12)).astype(np.int32)
+    chances = np.asarray(
+        jax.nn.log_softmax(forward(whole.params, jnp.asarray(windows[:, :-1]), whole.config)), np.float64
+    )
+    mean = -np.take_along_axis(chances, windows[:, 1:, None], axis=-1).mean()
+    assert prune.perplexity(whole.params, whole.config, windows, 2) == pytest.approx(np.exp(mean), rel=1e-5)
+
+
+def test_windows_do_not_overlap(model, text) -> None:
+    config = prune.Config(text=(), windows=6, held_out=3, seq=16)
+    tokenizer = load(str(model)).tokenizer
+    texts = prune.read_texts([str(text / "more.txt"), str(text / "train.json")])
+    assert texts[0].startswith("the quick brown fox")
+    assert "### Response:" in texts[1]
+    windows, held_out = prune.cut(texts, tokenizer, config)
+    assert (windows.shape, held_out.shape) == ((6, 16), (3, 16))
+    numbered = prune.cut(["".join(chr(97 + i % 26) + str(i) for i in range(60))], tokenizer, config)
+    assert len({row.tobytes() for part in numbered for row in part}) == 9
+
+
+def test_bad_input_is_one_line_before_anything_is_written(model, text, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    for more, message in {
+        ("--text", str(tmp_path / "none.txt")): "none.txt: cannot be read",
+        ("--text", str(tmp_path / "none.json")): "none.json: cannot be read",
+        ("--text", str(tmp_path / "empty.txt")): "empty.txt: is empty",
+        ("--windows", "0"): "windows is 0",
+        ("--windows", "1000"): "accepted is enough for 1003",
+        ("--layers", "3"): "layers is 3; accepted are 1 to 2, the model's",
+        ("--share", "0.1"): "share is 0.1",
+        ("--seq", "600"): "seq is 600; accepted is at most 512, the model's",
+        ("--model", str(tmp_path / "nowhere")): "nowhere",
+    }.items():
+        with pytest.raises(SystemExit) as caught:
+            run(monkeypatch, model, text, tmp_path / "run", *more)
+        stderr = capsys.readouterr().err
+        assert caught.value.code == 2, more
+        assert stderr.startswith("error: "), more
+        assert message in stderr, more
+        assert stderr.count("\n") == 1, more
+        assert not (tmp_path / "run").exists(), more
