@@ -513,12 +513,12 @@ def report(
     for rank in config.ranks:
         line = [rank]
         for optimizer, init in pairs:
-            own = next(
+            cell = next(
                 row
                 for row in found
                 if (row["optimizer"], row["init"], row["split"], row["rank"]) == (optimizer, init, "heldout", rank)
             )
-            line.append(f"{own['mean_ratio']:.4f} ± {own['standard_error']:.4f} ({own['largest_deviation']:.1%})")
+            line.append(f"{cell['mean_ratio']:.4f} ± {cell['standard_error']:.4f} ({cell['largest_deviation']:.1%})")
         table.append(line)
     tables.print_table(
         "Measured over predicted rms, held-out tokens: mean over modules ± s.e. (largest single deviation)",

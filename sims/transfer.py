@@ -199,7 +199,7 @@ def plans(found: Transfer) -> dict[str, tuple[Setting, dict[str, float]]]:
         chosen["neither changed, use_rslora"] = (replace(new, rule="rslora"), {})
     if found.modules[0].name != ALL:
         for per in ("type", "module"):
-            chosen[f"alpha by {per}"] = (replace(new, alpha=found.alpha), found.alpha_pattern(per))  # type: ignore[arg-type]
+            chosen[f"alpha by {per}"] = (replace(new, alpha=found.alpha), found.alpha_pattern(per))
     return chosen
 
 
