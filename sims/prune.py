@@ -175,7 +175,7 @@ def rows_of(scores: Scores, kept: Kept) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the command."""
-    from rora_theory.llama import load, pruning
+    from rora_theory.llama import count_parameters, load, pruning
     from rora_theory.llama.weights import save_hf
     from sims.finetune import tokenizer_files
 
@@ -197,7 +197,7 @@ def main() -> None:
         scores = pruning.score(model.params, statistics, model.config)
         kept = pruning.choose(scores, shape)
         params, pruned = pruning.prune(model.params, model.config, kept)
-        counts = [pruning.parameters(one) for one in (model.config, pruned)]
+        counts = [count_parameters(one) for one in (model.config, pruned)]
         models = ((model.params, model.config), (params, pruned))
         measured = {
             f"perplexity_{name}": [perplexity(*one, text, config.batch) for one in models]

@@ -64,11 +64,20 @@ class Method:
     name: str
     settings: Mapping[str, Any]
 
+    @property
+    def ranked(self) -> bool:
+        """Whether it has a rank, alpha and a scaling; the others are run once a seed, at their published size."""
+        return self.settings["method"] in ("lora", "dora")
+
 
 METHODS = {
+    "prefix": Method("Prefix", {"method": "prefix"}),
+    "series": Method("Series", {"method": "series"}),
+    "parallel": Method("Parallel", {"method": "parallel"}),
     "lora": Method("LoRA", {"method": "lora", "rule": "lora"}),
     "dora": Method("DoRA", {"method": "dora", "rule": "lora"}),
     "rora": Method("RoRA", {"method": "lora", "rule": "rora"}),
+    "quarter": Method("LoRA, alpha/r^(1/4)", {"method": "lora", "rule": 0.25}),
     "dora-rora": Method("DoRA with RoRA's scaling", {"method": "dora", "rule": "rora"}),
 }
 """Methods by name. A new kind of adapter is one more line here."""
@@ -87,7 +96,7 @@ class Design:
       models: by hub id or built-in name.
       methods, ranks, seeds: every combination of these is a cell.
       alpha_rule: ``fixed``: `Config.alpha` at every rank; ``2r``: twice the rank, which makes alpha/r constant.
-      rates: learning rates; None is each method's published one.
+      rates: learning rates; None is each method's published one, or under ``tuned`` its grid, `RATE_GRIDS`.
       tuned: choose among the rates at the first seed by validation loss, a method and rank at a time, and run the
         other seeds at the chosen rate.
     """
@@ -102,17 +111,20 @@ class Design:
 
 
 RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RATE_GRIDS = {"prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
+"""Learning rates of a tuned design, around the published one; `RATE_GRID` for a method that is not named."""
 
 DESIGNS = {
     "grid": Design(),
     "fixed_alpha": Design(),
     "alpha_2r": Design(alpha_rule="2r"),
-    "tuned_rate": Design(rates=RATE_GRID, seeds=(0, 1, 2), tuned=True),
+    "tuned_rate": Design(seeds=(0, 1, 2), tuned=True),
     "fig1": Design(("yahma/llama-7b-hf",), ranks=(4, 8, 16, 32, 64, 128, 256), seeds=(42,)),
     "fig3": Design(("yahma/llama-7b-hf",), ("lora", "dora", "rora"), (128,), seeds=(42,)),
     "table1": Design(
         ("yahma/llama-7b-hf", "yahma/llama-13b-hf", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"),
-        ranks=(32,),
+        (BASE, "prefix", "series", "parallel", "lora", "dora", "rora"),
+        ranks=(32, 128),  # the paper's RoRA rows are at 128, the others at 32
         seeds=(42,),
     ),
     "table2": Design(("princeton-nlp/Sheared-LLaMA-1.3B",), ranks=(8, 16, 32, 64, 128), seeds=(42,)),
@@ -133,15 +145,17 @@ class Config:
     revision: str | None = None
     """branch, tag or commit of a model on the hub"""
     methods: tuple[str, ...] | None = None
-    """any of base lora dora rora dora-rora; base is the model alone"""
+    """any of base prefix series parallel lora dora rora quarter dora-rora; base is the model alone"""
     ranks: tuple[int, ...] | None = None
     """ranks of the adapter"""
     alpha_rule: AlphaRule | None = None
     """fixed: --alpha at every rank; 2r: twice the rank"""
+    tuned: bool | None = None
+    """choose each method's rate at the first seed by validation loss, and run the other seeds at it"""
     alpha: float = 64.0
     """strength of the adapter, before the rule divides it; not read under 2r"""
     rates: tuple[float, ...] | None = None
-    """peak learning rates; none is the published one of each method, 3e-4 for lora and rora, 2e-4 for dora"""
+    """peak learning rates; none is the published one of each method: 3e-4, for dora 2e-4, for prefix 3e-2"""
     seeds: tuple[int, ...] | None = None
     """seeds of initialisation, order and dropout; methods of one rank and seed share the first two"""
 
@@ -214,7 +228,7 @@ class Config:
             "ranks": self.ranks,
             "rates": self.rates,
         }
-        given |= {"seeds": self.seeds, "alpha_rule": self.alpha_rule}
+        given |= {"seeds": self.seeds, "alpha_rule": self.alpha_rule, "tuned": self.tuned}
         changes = {name: value for name, value in given.items() if value is not None}
         return replace(DESIGNS[self.design], **changes)
 
@@ -229,7 +243,8 @@ class Cell:
 
     Attributes:
       method: a name of `METHODS`, or `BASE`.
-      rank, alpha, gamma, learning_rate, seed: None for `BASE`. gamma follows from the rule, alpha and the rank.
+      rank, alpha, gamma, learning_rate, seed: None for `BASE`; the first three also for a method without a rank. gamma
+        follows from the rule, alpha and the rank.
       accuracy: whether the tasks are scored.
       model, revision, dtype: the base model.
       training: the whole fine-tuning run; None for `BASE`.
@@ -255,10 +270,8 @@ class Cell:
         """In words, for a line of output."""
         if self.training is None:
             return f"{self.model}: base"
-        return (
-            f"{self.model}: {self.method} r={self.rank} alpha={self.alpha:g} gamma={self.gamma:.4g} "
-            f"lr={self.learning_rate:g} seed={self.seed}"
-        )
+        size = f"r={self.rank} alpha={self.alpha:g} gamma={self.gamma:.4g} " if self.rank is not None else ""
+        return f"{self.model}: {self.method} {size}lr={self.learning_rate:g} seed={self.seed}"
 
 
 @dataclass(frozen=True)
@@ -295,7 +308,7 @@ def sweep(config: Config) -> bool:
     tasks, evaluation = read_tasks(config)
     make = partial(cells_of, config, design, data=sample.summary, evaluation=evaluation)
     first = make(stage=0)
-    check_cells(first)
+    models = check_cells(first)
     path = config.out or Path("results") / NAME / matrix.key_of(identity(config, design, sample, evaluation))[:12]
     if config.list:
         show(config, path, first)
@@ -303,7 +316,7 @@ def sweep(config: Config) -> bool:
     bench = Workbench(config, sample, tasks)
     bench.open(first[0].model)
     folder = matrix.Matrix(path, NAME, identity(config, design, sample, evaluation))
-    folder.update({"command": sys.argv[1:], "design": config.design} | circumstances())
+    folder.update({"command": sys.argv[1:], "design": config.design} | circumstances(), models=models)
     whole = work(config, folder, bench, first)
     if design.tuned and len(design.seeds) > 1:
         rates = choose_rates(folder, first)
@@ -445,9 +458,9 @@ def cells_of(
     data: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
     stage: int,
-    rates: Mapping[tuple[str, str, int], float] | None = None,
+    rates: Mapping[tuple[str, str, int | None], float] | None = None,
 ) -> list[Cell]:
-    """The cells of a design in the order of work: by seed, then rank, then method.
+    """The cells of a design in the order of work: by seed, then rank (those without one first), then method.
 
     Args:
       stage: 0 is everything, or, for a tuned design, the first seed at every rate without accuracy; 1 is the other
@@ -464,43 +477,54 @@ def cells_of(
             nothing: dict[str, Any] = dict.fromkeys(("rank", "alpha", "gamma", "learning_rate", "seed", "training"))
             found.append(Cell(method=BASE, model=model, evaluation=evaluation, **nothing, **common))
         for seed in seeds:
-            for rank in design.ranks:
+            for rank in (None, *design.ranks):
                 for method in design.methods:
-                    if method == BASE:
+                    if method == BASE or METHODS[method].ranked == (rank is None):
                         continue
-                    several: tuple[float, ...]
                     if stage == 1:
                         chosen = (rates or {}).get((model, method, rank))
-                        several = () if chosen is None else (chosen,)
+                        several: tuple[float, ...] = () if chosen is None else (chosen,)
                     else:
-                        several = design.rates or (LEARNING_RATES[METHODS[method].settings["method"]],)
+                        several = design.rates or rates_of(method, tuned=design.tuned)
                     for rate in several:
                         training = training_of(config, design, method, rank, rate, seed)
+                        strength: dict[str, Any] = {"alpha": None, "gamma": None}
+                        if rank is not None:
+                            gamma = scaling_factor(training.rule, alpha=training.alpha, rank=rank)
+                            strength = {"alpha": training.alpha, "gamma": gamma}
                         found.append(
                             Cell(
                                 method=method,
                                 rank=rank,
-                                alpha=training.alpha,
-                                gamma=scaling_factor(training.rule, alpha=training.alpha, rank=rank),
                                 learning_rate=rate,
                                 seed=seed,
                                 model=model,
                                 training=training,
                                 evaluation=measured,
+                                **strength,
                                 **common,
                             )
                         )
     return found
 
 
-def training_of(config: Config, design: Design, method: str, rank: int, rate: float, seed: int) -> FinetuneConfig:
+def rates_of(method: str, *, tuned: bool) -> tuple[float, ...]:
+    """The learning rates of a method where none are given: its published one, or its grid."""
+    kind = METHODS[method].settings["method"]
+    return RATE_GRIDS.get(kind, RATE_GRID) if tuned else (LEARNING_RATES[kind],)
+
+
+def training_of(
+    config: Config, design: Design, method: str, rank: int | None, rate: float, seed: int
+) -> FinetuneConfig:
     """The fine-tuning run of a cell. Raises `InputError` for a value out of range."""
+    own: dict[str, Any] = dict(METHODS[method].settings)
+    if rank is not None:
+        alpha = 2.0 * rank if design.alpha_rule == "2r" else config.alpha
+        own |= {"rank": rank, "alpha": alpha, "targets": config.targets}
     training = FinetuneConfig(
-        rank=rank,
-        alpha=2.0 * rank if design.alpha_rule == "2r" else config.alpha,
         learning_rate=rate,
         seed=seed,
-        targets=config.targets,
         dropout=config.dropout,
         template=config.template,
         cutoff=config.cutoff,
@@ -514,24 +538,30 @@ def training_of(config: Config, design: Design, method: str, rank: int, rate: fl
         warmup=config.warmup,
         dtype=config.dtype,
         remat=config.remat,
-        **METHODS[method].settings,
+        **own,
     )
     training.check()
     replace(training, checkpoint_every=config.checkpoint_every).check()
     return training
 
 
-def check_cells(cells: Sequence[Cell]) -> None:
-    """Raise `InputError` where a model is not to be had, or an adapter does not fit it."""
+def check_cells(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
+    """Number of parameters of each model.
+
+    Raises:
+      InputError: a model is not to be had, or an adapter does not fit it.
+    """
     from rora_theory import adapters
+    from rora_theory.llama import count_parameters
     from sims import finetune
 
-    configs = {}
+    configs: dict[str, Any] = {}
     for cell in cells:
         if cell.model not in configs:
             configs[cell.model] = finetune.model_config(finetune.Config((), model=cell.model, revision=cell.revision))
         if cell.training is not None:
-            adapters.table(cell.training.lora(), configs[cell.model])
+            adapters.table(cell.training.adapter(), configs[cell.model])
+    return {name: {"parameters": count_parameters(config)} for name, config in configs.items()}
 
 
 class Workbench:
@@ -574,16 +604,17 @@ class Workbench:
         """The result of a cell; its losses, answers and training curve are written to ``path``."""
         self.open(cell.model)
         begun = time.perf_counter()
-        params = self._model.params
+        params, adapter = self._model.params, None
         result: dict[str, Any] = {"status": "complete"}
         if cell.training is not None:
-            trained = self._finetune(cell.training, path)
-            result |= trained.result
-            if trained.params is None:
+            result |= (trained := self._finetune(cell.training, path)).result
+            if trained.adapter is None:
                 return result
-            params = trained.params
+            adapter = trained.adapter
+            if cell.training.adapter().mergeable:  # faster than beside the weights
+                params, adapter = adapter.merge(params), None
         trained_at = time.perf_counter()
-        losses = record_losses(params, self._model.config, self._held_out)
+        losses = record_losses(params, self._model.config, self._held_out, adapter=adapter)
         result |= {"train_seconds": trained_at - begun} | self._losses(losses, path)
         if not math.isfinite(result["validation_loss"]):
             step = result.get("steps", 0)
@@ -596,7 +627,7 @@ class Workbench:
         lost_at = time.perf_counter()
         result["loss_seconds"] = lost_at - trained_at
         if cell.evaluation is not None:
-            result |= self._accuracy(params, path) | {"accuracy_seconds": time.perf_counter() - lost_at}
+            result |= self._accuracy(params, adapter, path) | {"accuracy_seconds": time.perf_counter() - lost_at}
         return result | {"seconds": time.perf_counter() - begun}
 
     def _finetune(self, training: FinetuneConfig, path: Path) -> "Trained":
@@ -617,7 +648,7 @@ class Workbench:
         )
         steps = min(len(batches), training.max_steps or len(batches))
         checkpoints = path / "checkpoints" if steps > config.checkpoint_every else None
-        adapter = adapters.init(jax.random.key(training.seed), training.lora(), model.config, model.params)
+        adapter = adapters.init(jax.random.key(training.seed), training.adapter(), model.config, model.params)
         before = self.steps.compilations
         trainer = Trainer(model.params, model.config, adapter, training, batches, None, checkpoints, shared=self.steps)
         metrics = Metrics(path / METRICS, trainer.step)
@@ -635,7 +666,7 @@ class Workbench:
         kept = trainer.adapter("last")
         if config.save_adapters:
             adapters.save_peft(path / "adapter", kept, base_model=model.name)
-        return Trained(result, adapters.merge(kept, model.params))
+        return Trained(result, kept)
 
     def _losses(self, losses: Sequence[RecordLoss], path: Path) -> dict[str, Any]:
         """Write them; their means a token."""
@@ -655,14 +686,20 @@ class Workbench:
             "answer_error": answer_error,
         }
 
-    def _accuracy(self, params: Any, path: Path) -> dict[str, Any]:
+    def _accuracy(self, params: Any, adapter: Any, path: Path) -> dict[str, Any]:
         """Score the tasks and write which items were right; accuracies with their standard errors."""
         config, model = self.config, self._model
         samples = [
             sample
             for items in self.tasks.values()
             for sample in score(
-                params, model.config, model.tokenizer, items, config.scoring(), batch_size=config.batch_size
+                params,
+                model.config,
+                model.tokenizer,
+                items,
+                config.scoring(),
+                adapter=adapter,
+                batch_size=config.batch_size,
             )
         ]
         order = list(TASKS)
@@ -675,10 +712,10 @@ class Workbench:
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of a fine-tuning run: entries of the result, and the merged weights, None if it diverged."""
+    """What became of a fine-tuning run: entries of the result, and the adapter, None if it diverged."""
 
     result: dict[str, Any]
-    params: Any
+    adapter: Any
 
 
 def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequence[Cell]) -> list[matrix.Cell]:
@@ -780,19 +817,19 @@ def rows_of(folder: matrix.Matrix) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def choose_rates(folder: matrix.Matrix, cells: Sequence[Cell]) -> dict[tuple[str, str, int], float]:
+def choose_rates(folder: matrix.Matrix, cells: Sequence[Cell]) -> dict[tuple[str, str, int | None], float]:
     """The learning rate of the lowest validation loss, by model, method and rank; none where all diverged."""
-    best: dict[tuple[str, str, int], tuple[float, float]] = {}
+    best: dict[tuple[str, str, int | None], tuple[float, float]] = {}
     for cell in cells:
         result = folder.cell(cell).result()
         if cell.training is None or result is None or result["status"] != "complete":
             continue
-        assert cell.rank is not None
         assert cell.learning_rate is not None
         key, found = (cell.model, cell.method, cell.rank), (float(result["validation_loss"]), cell.learning_rate)
         best[key] = min(best.get(key, found), found)
     for (model, method, rank), (loss, rate) in best.items():
-        print(f"{model}: {method} r={rank}: learning rate {rate:g} (validation loss {loss:.4f})", flush=True)
+        size = "" if rank is None else f" r={rank}"
+        print(f"{model}: {method}{size}: learning rate {rate:g} (validation loss {loss:.4f})", flush=True)
     return {key: rate for key, (_, rate) in best.items()}
 
 

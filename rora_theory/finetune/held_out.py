@@ -36,12 +36,19 @@ class RecordLoss:
 
 
 def record_losses(
-    params: Any, llama_config: LlamaConfig, examples: Examples, *, batch: int = 16, widths: int = 6
+    params: Any,
+    llama_config: LlamaConfig,
+    examples: Examples,
+    *,
+    adapter: llama.Adapter | None = None,
+    batch: int = 16,
+    widths: int = 6,
 ) -> list[RecordLoss]:
-    """The loss of every record under a plain model, in the order of ``examples``.
+    """The loss of every record, in the order of ``examples``.
 
     Args:
-      params, llama_config: the model; merge an adapter into it first.
+      params, llama_config: the model.
+      adapter: run beside the weights, dropout off; one that can be merged is faster merged.
       examples: from `tokenize` with ``answer_only``, which marks where the answers begin.
       batch: records worked on together; it changes rounding alone.
       widths: most padded lengths, each compiled once.
@@ -57,7 +64,7 @@ def record_losses(
                 inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
                 answer[row, start - 1 : len(tokens) - 1] = 1
         lengths = np.where(rows < 0, 0, sizes[rows]).astype(np.int32)
-        sums.append(_losses(params, inputs, targets, lengths, answer, llama_config=llama_config))
+        sums.append(_losses(params, adapter, inputs, targets, lengths, answer, llama_config=llama_config))
     found: dict[int, RecordLoss] = {}
     for rows, pair in zip(plan.rows, jax.device_get(sums), strict=True):
         for index, (loss, answer_loss) in zip(rows.tolist(), pair.tolist(), strict=True):
@@ -82,6 +89,7 @@ def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> tuple[floa
 @partial(jax.jit, static_argnames="llama_config")
 def _losses(
     params: Any,
+    adapter: llama.Adapter | None,
     inputs: Int[Array, "B S"],
     targets: Int[Array, "B S"],
     lengths: Int[Array, " B"],
@@ -90,7 +98,7 @@ def _losses(
     llama_config: LlamaConfig,
 ) -> Float[Array, "B 2"]:
     """Summed loss of each row's first ``lengths`` targets, and of those of them marked ``answer``."""
-    hidden = llama.hidden_states(params, inputs, llama_config)
+    hidden = llama.hidden_states(params, inputs, llama_config, adapter)
 
     def one(row: tuple[Array, Array, Array, Array]) -> Array:  # a row at a time: logits are the largest array
         h, target, length, marked = row

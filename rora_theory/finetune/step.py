@@ -141,7 +141,8 @@ class SharedSteps:
     ) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
         """``(state, base, batch) -> (state, metrics)`` of one device; arguments as `train_step`."""
         plain = replace(config, rule="lora", alpha=1.0, alpha_pattern={}, learning_rate=1.0, seed=0)
-        fixed, structure = jax.tree.flatten(adapters.replace(adapter, None))
+        nothing = jax.tree.map(lambda _: None, adapters.trainable(adapter))
+        fixed, structure = jax.tree.flatten(adapters.replace(adapter, nothing))
         key = repr((plain, llama_config, steps, attention, logits_bytes, type(adapter), len(fixed)))
         if key not in self._made:
             take = _step(llama_config, plain, steps, attention=attention, logits_bytes=logits_bytes)

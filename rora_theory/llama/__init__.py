@@ -6,6 +6,7 @@ from rora_theory.llama.config import MODULES, LinearRope, Llama3Rope, LlamaConfi
 from rora_theory.llama.model import (
     Adapter,
     abstract_params,
+    count_parameters,
     forward,
     forward_cached,
     hidden_states,
@@ -26,6 +27,7 @@ __all__ = [
     "LlamaConfig",
     "Model",
     "abstract_params",
+    "count_parameters",
     "forward",
     "forward_cached",
     "hidden_states",

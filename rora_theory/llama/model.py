@@ -18,6 +18,7 @@ axis and scanned, so that a model compiles in the time of one layer.
     }
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -347,6 +348,11 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Para
     if not config.tie_word_embeddings:
         params["lm_head"] = array(config.vocab_size, width)
     return params
+
+
+def count_parameters(config: LlamaConfig) -> int:
+    """Number of weights of a model of this configuration, tied embeddings once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def init_params(key: PRNGKeyArray, config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Params:

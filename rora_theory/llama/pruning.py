@@ -31,7 +31,7 @@ from rora_theory.errors import InputError
 from rora_theory.llama import rope
 from rora_theory.llama.attention import attend
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.model import Params, _layer, abstract_params, embed, linear
+from rora_theory.llama.model import Params, _layer, abstract_params, count_parameters, embed, linear
 
 MULTIPLE = 8
 """The feed-forward width that `plan` chooses is a multiple of this, as matrix units like it."""
@@ -119,11 +119,6 @@ def score(params: Params, statistics: Statistics, config: LlamaConfig) -> Scores
     return Scores(np.maximum(influence, 0.0), np.sqrt(heads), np.sqrt(features))
 
 
-def parameters(config: LlamaConfig) -> int:
-    """Number of weights of a model, tied embeddings once."""
-    return _count(abstract_params(config))
-
-
 def plan(
     config: LlamaConfig,
     share: float,
@@ -146,7 +141,7 @@ def plan(
             raise InputError(f"{name} is {value}; accepted are 1 to {most}, the model's")
     if not 0 < share <= 1:
         raise InputError(f"share is {share}; accepted is a number above 0, at most 1")
-    total, inside = parameters(config), _count(abstract_params(config)["layers"])
+    total, inside = count_parameters(config), _count(abstract_params(config)["layers"])
     # Layers and heads in one proportion c leave about c^2 of what is inside the layers.
     cut = math.sqrt(min(1.0, max(0.0, 1 - (1 - share) * total / inside)))
     layers = max(1, round(cut * own.layers)) if layers is None else layers
@@ -156,10 +151,10 @@ def plan(
         fits = [
             step
             for step in _widths(own.width)
-            if parameters(pruned_config(config, Shape(layers, kv_heads, step))) <= room
+            if count_parameters(pruned_config(config, Shape(layers, kv_heads, step))) <= room
         ]
         if not fits:
-            least = parameters(pruned_config(config, Shape(layers, kv_heads, _widths(own.width)[0])))
+            least = count_parameters(pruned_config(config, Shape(layers, kv_heads, _widths(own.width)[0])))
             raise InputError(
                 f"share is {share}, {int(room):,} parameters; accepted is at least {least / total:.3f} with {layers} "
                 f"layers and {kv_heads} key/value heads"

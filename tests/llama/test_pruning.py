@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.llama import MODULES, LlamaConfig, forward, hidden_states, init_params, linear, pruning
+from rora_theory.llama import (
+    MODULES,
+    LlamaConfig,
+    count_parameters,
+    forward,
+    hidden_states,
+    init_params,
+    linear,
+    pruning,
+)
 from rora_theory.llama.pruning import Kept, Scores, Shape
 
 CONFIG = LlamaConfig(50, 24, 40, 4, 6, 3, 4, attention_bias=True, mlp_bias=True)
@@ -90,7 +99,7 @@ def test_what_is_left_computes_as_the_whole_with_the_rest_at_zero(params, tokens
     assert config == LlamaConfig(50, 24, 8, 2, 4, 2, 4, attention_bias=True, mlp_bias=True)
     # Float32 sums with the zeros left out.
     np.testing.assert_allclose(forward(pruned, tokens, config), expected, rtol=0, atol=2e-5)
-    assert sum(leaf.size for leaf in jax.tree.leaves(pruned)) == pruning.parameters(config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(pruned)) == count_parameters(config)
 
 
 def test_the_best_are_kept_in_order() -> None:
@@ -108,7 +117,7 @@ def test_the_best_are_kept_in_order() -> None:
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 1.0])
 def test_a_plan_keeps_the_share_and_no_more(share) -> None:
     shape = pruning.plan(SMOLLM, share)
-    kept = pruning.parameters(pruning.pruned_config(SMOLLM, shape)) / pruning.parameters(SMOLLM)
+    kept = count_parameters(pruning.pruned_config(SMOLLM, shape)) / count_parameters(SMOLLM)
     assert share - 0.01 < kept <= share
     assert shape.width % 8 == 0
     if share == 1.0:

@@ -1,0 +1,266 @@
+"""`python -m sims.rank_sweep` on a tiny checkpoint: each cell once, what it measures, designs, kills, bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoint
+import numpy as np
+import pytest
+
+from rora_theory.adapters import load_peft
+from rora_theory.commonsense.tasks import TASKS, render
+from rora_theory.finetune import Record, tokenize
+from rora_theory.finetune.held_out import mean_per_token, record_losses
+from rora_theory.llama import load
+from sims import rank_sweep
+from sims.common import matrix
+
+PLAIN = (
+    "--batch 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
+    "--template clean --cutoff 400"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return checkpoint.model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two training files, and four questions of a task."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        checkpoint.records(folder / name / "train.json", 30)
+    rows = json.loads((folder / "two" / "train.json").read_text())
+    for row in rows:
+        row["instruction"] = "two " + row["instruction"]
+    (folder / "two" / "train.json").write_text(json.dumps(rows))
+    (folder / "boolq").mkdir()
+    items = [
+        {
+            "instruction": render(TASKS["boolq"], f"is it {word}", ("true", "false")),
+            "input": "",
+            "answer": "true",
+            "output": "the correct answer is true",
+        }
+        for word in checkpoint.WORDS[:4]
+    ]
+    (folder / "boolq" / "test.json").write_text(json.dumps(items))
+    return folder
+
+
+def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    files = [str(data / name / "train.json") for name in ("one", "two")]
+    scored = ["--tasks", "boolq", "--data-dir", str(data)]
+    return ["--model", str(model), "--data", *files, "--out", str(out), *PLAIN.split(), *scored, *more]
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def swept(model, data, tmp_path_factory) -> Path:
+    """A matrix of every kind of cell."""
+    out = tmp_path_factory.mktemp("sweep") / "matrix"
+    methods = ["base", "prefix", "series", "lora", "dora", "rora", "quarter"]
+    rank_sweep.main(
+        command(model, data, out, "--methods", *methods, "--ranks", "2", "4", "--seeds", "0", "--save-adapters", "True")
+    )
+    return out
+
+
+def test_cells(swept) -> None:
+    rows = rows_of(swept)
+    assert [(row["method"], row["rank"]) for row in rows] == [
+        ("base", ""),
+        ("prefix", ""),
+        ("series", ""),
+        *[(method, rank) for method in ("lora", "dora", "rora", "quarter") for rank in ("2", "4")],
+    ]
+    assert {row["status"] for row in rows} == {"complete"}
+    gammas = {(row["method"], row["rank"]): row["gamma"] for row in rows}
+    assert (gammas["lora", "4"], gammas["dora", "4"], gammas["rora", "4"]) == ("16.0", "16.0", "32.0")
+    assert float(gammas["quarter", "4"]) == pytest.approx(64 / 2**0.5, rel=1e-12)
+    assert gammas["prefix", ""] == ""
+    assert len({row["validation_loss"] for row in rows}) == len(rows), "no two cells trained the same"
+    for row in rows:
+        assert 0 <= float(row["boolq"]) <= 1
+        assert float(row["validation_error"]) > 0
+
+
+def test_parameters_are_counted(swept) -> None:
+    """Per layer of hidden 16, feed-forward 24, 2 query heads and 1 key/value head of 8."""
+    shapes = [(16, 16), (8, 16), (8, 16), (24, 16), (16, 24)]  # q, k, v, up, down
+    expected = {("lora", "2"): 2 * sum(2 * (a + b) for a, b in shapes)}
+    expected["dora", "2"] = expected["lora", "2"] + 2 * sum(a for a, _ in shapes)
+    expected["prefix", ""] = 2 * 10 * 2 * 8
+    expected["series", ""] = 2 * 2 * 256 * 2 * 24
+    found = {(row["method"], row["rank"]): int(row["trainable_parameters"] or 0) for row in rows_of(swept)}
+    assert {key: found[key] for key in expected} == expected
+    models = json.loads((swept / "manifest.json").read_text())["models"]
+    [total] = [entry["parameters"] for entry in models.values()]
+    assert total == 2 * 300 * 16 + 16 + 2 * (sum(a * b for a, b in shapes) + 16 * 16 + 24 * 16 + 2 * 16)
+
+
+@pytest.mark.parametrize("method", ["rora", "prefix"])
+def test_a_cell_s_loss_is_its_adapter_s(swept, model, data, method) -> None:
+    """The saved adapter beside the weights, on the held-out records that the cell names."""
+    [row, *_] = [row for row in rows_of(swept) if row["method"] == method]
+    folder = swept / "cells" / row["key"]
+    with (folder / "losses.csv").open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert len(kept) == 6
+    whole = load(str(model))
+    records = [Record(**{"input": ""} | json.loads((data / r["file"]).read_text())[int(r["index"])]) for r in kept]
+    examples = tokenize(records, tokenizer=whole.tokenizer, template="clean", cutoff=512, answer_only=True)
+    adapter = load_peft(folder / "adapter", whole.config, whole.params)
+    found = record_losses(whole.params, whole.config, examples, adapter=adapter)
+    # Merged and beside the weights: float32 sums in another order.
+    np.testing.assert_allclose([one.loss for one in found], [float(r["loss"]) for r in kept], rtol=1e-4)
+    mean, error = mean_per_token([one.loss for one in found], [one.tokens for one in found])
+    assert (float(row["validation_loss"]), float(row["validation_error"])) == pytest.approx((mean, error), rel=1e-4)
+    base = record_losses(whole.params, whole.config, examples)
+    assert abs(base[0].loss / found[0].loss - 1) > 1e-3, "the adapter counts"
+
+
+def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
+    results = [json.loads(file.read_text()) for file in sorted(swept.glob("cells/*/result.json"))]
+    configs = [json.loads(file.read_text()) for file in sorted(swept.glob("cells/*/cell.json"))]
+    compiled = {
+        (config["method"], config["rank"]): result["compilations"]
+        for config, result in zip(configs, results, strict=True)
+        if config["training"]
+    }
+    for rank in (2, 4):
+        assert compiled["lora", rank] == 1
+        assert compiled["rora", rank] == compiled["quarter", rank] == 0
+
+
+def test_the_same_command_does_nothing_and_a_larger_one_the_rest(swept, model, data, capsys) -> None:
+    before = {path: path.stat().st_mtime_ns for path in swept.glob("cells/*/result.json")}
+    more = ["--methods", "base", "lora", "--ranks", "2", "4", "--seeds", "0", "1"]
+    rank_sweep.main(command(model, data, swept, *more, "--save-adapters", "True"))
+    shown = capsys.readouterr().out
+    assert "5 of 5 cells done" in shown
+    assert shown.count(", answers") == 2, "the second seed's"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    losses = {row["validation_loss"] for row in rows_of(swept) if (row["method"], row["rank"]) == ("lora", "2")}
+    assert len(losses) == 2, "seeds differ"
+
+
+def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) -> None:
+    out = tmp_path / "m"
+    rates = ("1e-4", "3e-2")
+    more = ["--design", "tuned_rate", "--methods", "lora", "--ranks", "2", "--rates", *rates, "--seeds", "0", "1"]
+    rank_sweep.main(command(model, data, out, *more))
+    rows = rows_of(out)
+    first = {row["learning_rate"]: float(row["validation_loss"]) for row in rows if row["seed"] == "0"}
+    assert set(first) == {"0.0001", "0.03"}
+    [second] = [row for row in rows if row["seed"] == "1"]
+    best = min(first, key=lambda rate: first[rate])
+    assert second["learning_rate"] == best
+    assert second["protocol"] == "label", "the others are scored"
+    assert f"lora r=2: learning rate {float(best):g}" in capsys.readouterr().out
+
+
+def cells(config: rank_sweep.Config) -> list[rank_sweep.Cell]:
+    return rank_sweep.cells_of(config, config.the_design(), data={}, evaluation={"protocol": "label"}, stage=0)
+
+
+def test_designs() -> None:
+    """Alpha, rule and rate vary apart; the paper's designs have the paper's cells."""
+    fixed = [cell for cell in cells(rank_sweep.Config(design="fixed_alpha")) if cell.rank]
+    assert {cell.alpha for cell in fixed} == {64.0}
+    assert {cell.gamma for cell in fixed if cell.method == "lora"} == {16.0, 8.0, 4.0, 2.0, 1.0, 0.5}
+    doubled = [cell for cell in cells(rank_sweep.Config(design="alpha_2r")) if cell.rank]
+    assert {cell.gamma for cell in doubled if cell.method == "lora"} == {2.0}
+    assert {cell.gamma for cell in doubled if cell.method == "rora" and cell.rank == 64} == {16.0}
+    tuned = cells(rank_sweep.Config(design="tuned_rate", methods=("prefix", "rora"), ranks=(8,)))
+    assert [cell.learning_rate for cell in tuned if cell.rank] == list(rank_sweep.RATE_GRID)
+    assert [cell.learning_rate for cell in tuned if not cell.rank] == list(rank_sweep.RATE_GRIDS["prefix"])
+    assert {cell.evaluation for cell in tuned} == {None}, "scored at the chosen rate alone"
+    table = cells(rank_sweep.Config(design="table1"))
+    llama = [(c.method, c.rank, c.learning_rate) for c in table if c.model == "yahma/llama-7b-hf" and c.rank != 128]
+    assert llama == [
+        ("base", None, None),
+        ("prefix", None, 3e-2),
+        ("series", None, 3e-4),
+        ("parallel", None, 3e-4),
+        ("lora", 32, 3e-4),
+        ("dora", 32, 2e-4),
+        ("rora", 32, 3e-4),
+    ]
+    assert len({matrix.key_of(cell) for cell in table}) == len(table) == 4 * 10
+    assert {cell.rank for cell in cells(rank_sweep.Config(design="fig1"))} == {None, 4, 8, 16, 32, 64, 128, 256}
+    assert {cell.rank for cell in cells(rank_sweep.Config(design="table2"))} == {None, 8, 16, 32, 64, 128}
+
+
+def test_held_out_records_are_in_no_training_set(data) -> None:
+    files = tuple(str(data / name / "train.json") for name in ("one", "two"))
+    sample = rank_sweep.draw(rank_sweep.Config(data=files, held_out=10, train_records=20))
+    held_out = {record.instruction for _, _, record in sample.held_out}
+    assert len(held_out) == 10
+    assert not held_out & {record.instruction for record in sample.train}
+    assert [sum(text.startswith("two ") for text in held_out), len(sample.train)] == [5, 20]
+    again = rank_sweep.draw(rank_sweep.Config(data=files, held_out=10, train_records=20))
+    assert again.summary == sample.summary
+    other = rank_sweep.draw(rank_sweep.Config(data=files, held_out=10, train_records=20, data_seed=1))
+    assert other.summary["held_out_sha256"] != sample.summary["held_out_sha256"]
+
+
+def test_a_killed_cell_is_reported_and_done_again(model, data, tmp_path, capsys) -> None:
+    """SIGKILL in the first cell, a second process beside it; then the rest in this one."""
+    out = tmp_path / "m"
+    more = ["--methods", "lora", "rora", "--ranks", "2", "--seeds", "0", "1"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    arguments = [sys.executable, "-m", "sims.rank_sweep", *command(model, data, out, *more)]
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("cells/*/attempts.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "results.csv").exists()
+    rank_sweep.main(command(model, data, out, *more))
+    shown = capsys.readouterr().out
+    assert "attempt 1: its process was gone before it had a result; tried again" in shown
+    rows = rows_of(out)
+    assert len(rows) == 4
+    assert {row["status"] for row in rows} == {"complete"}
+    assert sorted(row["attempts"] for row in rows) == ["1", "1", "1", "2"]
+
+
+def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path, capsys) -> None:
+    for more, message in {
+        ("--methods", "qlora"): "method is 'qlora'; accepted are base, prefix",
+        ("--ranks", "4", "4"): "ranks is empty or has one twice",
+        ("--ranks", "0"): "rank is 0",
+        ("--ranks", "64"): "64",
+        ("--rates", "-1"): "learning_rate is -1",
+        ("--seeds", "-1"): "seed is -1",
+        ("--held-out", "100"): "records to hold out",
+        ("--train-records", "100"): "train_records 100",
+        ("--alpha", "0"): "alpha is 0",
+        ("--tasks", "arc"): "arc",
+        ("--data-dir", str(tmp_path / "none")): "none",
+        ("--attempts", "0"): "attempts is 0",
+    }.items():
+        with pytest.raises(SystemExit) as caught:
+            rank_sweep.main(command(model, data, tmp_path / "m", *more))
+        stderr = capsys.readouterr().err
+        assert caught.value.code == 2, more
+        assert message in stderr, (more, stderr)
+        assert stderr.count("\n") == 1, more
+        assert not (tmp_path / "m").exists(), more
