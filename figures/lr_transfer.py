@@ -35,7 +35,7 @@ def draw(config: Config) -> Sequence[Path]:
     bests, slopes = (_table(config.run / name) for name in ("best.csv", "slopes.csv"))
     optimizers = [name for name in OPTIMIZERS if any(row["optimizer"] == name for row in bests)]
     rules = list(dict.fromkeys(row["rule"] for row in bests))
-    figure, axes = plt.subplots(2, len(optimizers), figsize=(1.0 + 2.8 * len(optimizers), 5.0), squeeze=False)
+    figure, axes = plt.subplots(2, len(optimizers), figsize=(1.0 + 2.8 * len(optimizers), 6.4), squeeze=False)
     for column, optimizer in enumerate(optimizers):
         for position, rule in enumerate(rules):
             label, colour, marker = style.rule_look(rule, position)
@@ -53,7 +53,7 @@ def draw(config: Config) -> Sequence[Path]:
         above, below = axes[:, column]
         above.set(title=f"{OPTIMIZERS[optimizer]}: best rate and its slope in $r$", xlabel="rank $r$", yscale="log")
         above.set_xscale("log", base=2)
-        above.legend(frameon=False, fontsize=6)
+        above.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         top = max(int(row["rank"]) for row in rows if row["optimizer"] == optimizer)
         below.set(title=f"r = {top}, both factors trained", xlabel="learning rate", xscale="log")
         if not is_matrix(manifest):
