@@ -85,9 +85,9 @@ class Config:
     """rank at which the rules meet"""
     adam_rate: float = 1e-4
     """learning rate of adam and adamw"""
-    sgd_rate: float = 0.1
+    sgd_rate: float = 0.01
     """learning rate of sgd"""
-    momentum_rate: float = 0.01
+    momentum_rate: float = 0.001
     """learning rate of momentum"""
     targets: tuple[str, ...] = PAPER_TARGETS
     """adapted modules"""
