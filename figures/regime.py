@@ -4,12 +4,14 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
+
+SPLITS = {"train": "training", "heldout": "held-out"}
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Config:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.regime."""
-    split: str = "heldout"
-    """Tokens the modules are read at: train or heldout."""
+    split: Literal["train", "heldout"] = "heldout"
+    """Tokens the modules are read at."""
     init: str | None = None
     """Init of the adapters; by default the run's first."""
     modules: tuple[str, ...] = ()
@@ -86,7 +88,7 @@ def _depth(rows: list[dict[str, str]], split: str, out: Path) -> list[Path]:
         loc="outside lower center",
         ncols=2,
         frameon=False,
-        title=f"{split}, {', '.join(sorted(tokens))} tokens a module; line: all tokens, band: quartiles over tokens",
+        title=f"{', '.join(sorted(tokens))} {SPLITS[split]} tokens a module; line: all of them, band: quartiles",
         title_fontsize=7,
     )
     return style.save(figure, out, "regime_depth")
@@ -138,13 +140,13 @@ def _rms(rows: list[dict[str, str]], config: Config, init: str, out: Path) -> li
                 axis.set_title(module.removeprefix("model.layers."))
             if optimizer == optimizers[-1]:
                 axis.set_xlabel("rank $r$")
-        line[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}: rms of $w$ / that of $r = {ranks[0]}$")
+        line[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}: rms of $w$,\nin units of $r = {ranks[0]}$")
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(),
         loc="outside lower center",
         ncols=len(rules),
         frameon=False,
-        title=f"{config.split} tokens, {init}; lines predicted, points adapters drawn and stepped",
+        title=f"{SPLITS[config.split]} tokens, A {init}; lines: the law, points: adapters drawn and stepped",
         title_fontsize=7,
     )
     return style.save(figure, out, "regime_rms")
