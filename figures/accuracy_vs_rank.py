@@ -17,7 +17,7 @@ from rora_theory.commonsense import published
 
 Row = dict[str, str]
 
-METHODS = ("lora", "dora", "rora", "dora-rora")
+METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 
 
 @dataclass(frozen=True)

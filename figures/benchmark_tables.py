@@ -28,6 +28,7 @@ METHODS = {"base": "none", "prefix": "Prefix", "series": "Series", "parallel": "
     "dora": "DoRA",
     "rora": "RoRA",
     "dora-rora": "DoRA, alpha/sqrt(r)",
+    "quarter": "LoRA, alpha/r^(1/4)",
 }
 
 

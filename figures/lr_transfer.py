@@ -14,7 +14,6 @@ import tyro
 from figures import style
 
 OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
-METHODS = {"dora": "DoRA", "dora-rora": r"DoRA, $\alpha/\sqrt{r}$"}
 TRAINED = {"both": ("-", True), "B": ((0, (3, 2)), False)}
 """Line and whether the marker is filled."""
 
@@ -39,7 +38,8 @@ def draw(config: Config) -> Sequence[Path]:
     for column, optimizer in enumerate(optimizers):
         for position, rule in enumerate(rules):
             label, colour, marker = style.rule_look(rule, position)
-            label = METHODS.get(rule, label)
+            if rule in style.METHODS and rule not in style.RULES:  # a method of a sweep that is no plain rule
+                label, colour, marker = style.method_look(rule)
             for trained, (dashes, filled) in TRAINED.items():
                 look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
                 look["markerfacecolor"] = colour if filled else "white"

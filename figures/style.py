@@ -24,6 +24,7 @@ RULES = {
 }
 METHODS = {"base": ("no adapter", 6), "lora": ("LoRA", 0), "rora": ("RoRA", 1), "dora": ("DoRA", 2)} | {
     "dora-rora": (r"DoRA, $\alpha/\sqrt{r}$", 3),
+    "quarter": (r"LoRA, $\alpha/r^{1/4}$", 4),
 }
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}
 

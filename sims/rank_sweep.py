@@ -805,7 +805,7 @@ def rows_of(folder: matrix.Matrix) -> Iterator[dict[str, Any]]:
         result, status = place.result(), place.status()
         row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
         row |= {"key": place.key, "attempts": status.attempts, "status": status.state}
-        row["rule"] = (config["training"] or {}).get("rule")
+        row["rule"] = config["training"]["rule"] if config["rank"] is not None else None
         row["protocol"] = (config["evaluation"] or {}).get("protocol")
         if result is not None:
             row |= {name: value for name, value in result.items() if name != "levels"}

@@ -13,6 +13,7 @@ import checkpoint
 import numpy as np
 import pytest
 
+from figures import accuracy_vs_rank, benchmark_tables, loss_curves, scaling_diagram, style
 from rora_theory.adapters import load_peft
 from rora_theory.commonsense.tasks import TASKS, render
 from rora_theory.finetune import Record, tokenize
@@ -34,7 +35,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Two training files, and four questions of a task."""
+    """Two training files, and four questions of two tasks."""
     folder = tmp_path_factory.mktemp("data")
     for name in ("one", "two"):
         (folder / name).mkdir()
@@ -43,23 +44,24 @@ def data(tmp_path_factory) -> Path:
     for row in rows:
         row["instruction"] = "two " + row["instruction"]
     (folder / "two" / "train.json").write_text(json.dumps(rows))
-    (folder / "boolq").mkdir()
-    items = [
-        {
-            "instruction": render(TASKS["boolq"], f"is it {word}", ("true", "false")),
-            "input": "",
-            "answer": "true",
-            "output": "the correct answer is true",
-        }
-        for word in checkpoint.WORDS[:4]
-    ]
-    (folder / "boolq" / "test.json").write_text(json.dumps(items))
+    for task, labels in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
+        items = [
+            {
+                "instruction": render(TASKS[task], f"is it {word}", labels),
+                "input": "",
+                "answer": labels[0],
+                "output": f"the correct answer is {labels[0]}",
+            }
+            for word in checkpoint.WORDS[:4]
+        ]
+        (folder / task).mkdir()
+        (folder / task / "test.json").write_text(json.dumps(items))
     return folder
 
 
 def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     files = [str(data / name / "train.json") for name in ("one", "two")]
-    scored = ["--tasks", "boolq", "--data-dir", str(data)]
+    scored = ["--tasks", "boolq", "piqa", "--data-dir", str(data)]
     return ["--model", str(model), "--data", *files, "--out", str(out), *PLAIN.split(), *scored, *more]
 
 
@@ -94,7 +96,7 @@ def test_cells(swept) -> None:
     assert gammas["prefix", ""] == ""
     assert len({row["validation_loss"] for row in rows}) == len(rows), "no two cells trained the same"
     for row in rows:
-        assert 0 <= float(row["boolq"]) <= 1
+        assert float(row["average"]) == pytest.approx((float(row["boolq"]) + float(row["piqa"])) / 2)
         assert float(row["validation_error"]) > 0
 
 
@@ -171,6 +173,38 @@ def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) 
     assert second["learning_rate"] == best
     assert second["protocol"] == "label", "the others are scored"
     assert f"lora r=2: learning rate {float(best):g}" in capsys.readouterr().out
+
+
+def test_figures_and_tables(swept, tmp_path, capsys) -> None:
+    """Drawn from the folder alone; the tables hold every row of ours and of the paper's."""
+    accuracy_vs_rank.draw(accuracy_vs_rank.Config(swept, out=tmp_path))
+    loss_curves.draw(loss_curves.Config((swept,), rank=2, out=tmp_path))
+    scaling_diagram.draw(scaling_diagram.Config(out=tmp_path))
+    for name in ("accuracy_vs_rank", "loss_curves", "scaling_diagram"):
+        for ending in ("png", "svg"):
+            assert (tmp_path / f"{name}.{ending}").stat().st_size > 1000
+    drawn = (tmp_path / "accuracy_vs_rank.svg").read_text()
+    assert "nats" in drawn
+    assert "average accuracy, label" in drawn
+    for layout in ("I", "II"):
+        benchmark_tables.draw(benchmark_tables.Config(swept, layout=layout, out=tmp_path))
+    with (tmp_path / "table_I.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    ours = {(line["method"], line["rank"]): line for line in lines if line["source"] == "this run"}
+    assert {"Prefix", "Series", "LoRA", "DoRA", "RoRA", "none"} <= {method for method, _ in ours}
+    row = next(row for row in rows_of(swept) if (row["method"], row["rank"]) == ("rora", "4"))
+    assert float(ours["RoRA", "4"]["BoolQ"]) == pytest.approx(100 * float(row["boolq"]))
+    [model] = json.loads((swept / "manifest.json").read_text())["models"].values()
+    share = int(row["trainable_parameters"]) / (int(row["trainable_parameters"]) + model["parameters"])
+    assert float(ours["RoRA", "4"]["params_percent"]) == pytest.approx(100 * share, rel=1e-3)
+    printed = [line for line in lines if line["source"] == "paper, as printed"]
+    assert {line["method"] for line in printed} == {"Prefix", "Series", "Parallel", "LoRA", "DoRA", "RoRA"}
+    text = (tmp_path / "table_II.md").read_text()
+    assert "not comparable with this run's" in text
+    with pytest.raises(SystemExit) as caught:
+        style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
+    assert caught.value.code == 2
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def cells(config: rank_sweep.Config) -> list[rank_sweep.Cell]:
