@@ -293,6 +293,11 @@ def trajectories(
 
 
 @partial(jax.jit, static_argnames=("optimizer", "steps", "frozen"))
+def start_loss(problem: Problem) -> Float[Array, ""]:
+    """Training loss before the first update, when adapters add nothing."""
+    return jnp.sum(problem.target_train**2) / (2 * problem.target_train.shape[0])
+
+
 def final_losses(
     adapters: Adapters,
     problem: Problem,

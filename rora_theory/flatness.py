@@ -39,9 +39,15 @@ class SeedFit(NamedTuple):
 
 
 def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, "seeds n"]) -> SeedFit:
-    """Least-squares slopes of log y against log x, one a seed; their mean and its standard error.
+    """Mean of `seed_slopes` and its standard error. Points of a seed may share noise (nested factors, one problem):
+    the spread over seeds counts it."""
+    return over_seeds(seed_slopes(x, y))
 
-    Points of a seed may share noise (nested factors, one problem): the spread over seeds counts it.
+
+def seed_slopes(
+    x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, "seeds n"]
+) -> Float[np.ndarray, " seeds"]:
+    """Least-squares slopes of log y against log x, one a seed.
 
     Args:
       x: at least two different positive numbers.
@@ -56,7 +62,7 @@ def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, 
     if y.shape[1] != len(log_x) or not (np.isfinite(y).all() and (y > 0).all()):
         raise InputError(f"y has shape {y.shape} for {len(log_x)} x or an entry that is not finite and above 0")
     lever = log_x - np.mean(log_x)
-    return over_seeds(np.log(y) @ (lever / np.sum(lever**2)))
+    return np.log(y) @ (lever / np.sum(lever**2))
 
 
 def over_seeds(values: Float[np.ndarray, " seeds"]) -> SeedFit:
@@ -107,7 +113,7 @@ def assert_flat(
 
     Raises:
       AssertionError: the slope is outside the band, or undecided.
-      InputError: as `seed_fit`.
+      InputError: as `seed_slopes`.
     """
     fit = seed_fit(x, y)
     found = judge(fit, band, confidence)

@@ -19,19 +19,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import adapters, llama
 from rora_theory.adapters import LoraAdapter, LoraConfig
+from rora_theory.dynamics import make_optimizer
 from rora_theory.errors import InputError
 from rora_theory.finetune.data import Batch
 from rora_theory.finetune.loss import cross_entropy
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import LlamaConfig
-from rora_theory.regime import EPSILON
 from rora_theory.transfer import Setting, Trainer
 
 Params = dict[str, Any]
-
-MOMENTUM = 0.9
-WEIGHT_DECAY = 0.01
-"""PyTorch's default for AdamW."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +230,7 @@ class RealStep:
         def loss(own: Params) -> Array:
             return batch_loss(base, self._train, self._config, adapters.replace(adapter, own)) / total
 
-        transformation = optimizer(trainer, learning_rate)
+        transformation = make_optimizer(trainer, learning_rate)
         gradient = jax.grad(loss)(tensors)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and its integer step count
             updates, _ = transformation.update(gradient, transformation.init(tensors), tensors)
@@ -256,14 +252,3 @@ class RealStep:
         """Root mean square over the real tokens and the last axis."""
         squares = jnp.where(self._real[..., None], jnp.square(values), jnp.zeros((), jnp.float32))
         return jnp.sqrt(jnp.sum(squares) / (jnp.sum(self._real).astype(jnp.float32) * values.shape[-1]))
-
-
-def optimizer(trainer: Trainer, learning_rate: Array | float) -> optax.GradientTransformation:
-    """The optax optimizer of a name, with PyTorch's defaults: momentum 0.9, Adam's epsilon 1e-8, decay 0.01."""
-    if trainer == "sgd":
-        return optax.sgd(learning_rate)
-    if trainer == "momentum":
-        return optax.sgd(learning_rate, momentum=MOMENTUM)
-    if trainer == "adam":
-        return optax.adam(learning_rate, eps=EPSILON)
-    return optax.adamw(learning_rate, eps=EPSILON, weight_decay=WEIGHT_DECAY)

@@ -49,7 +49,16 @@ def scaling_factor(rule: Rule, *, alpha: float, rank: int) -> float:
     """
     check_rank(rank)
     check_positive("alpha", alpha)
-    return float(alpha) / float(rank) ** exponent(rule)
+    kappa = exponent(rule)
+    try:
+        scaling = float(alpha) / float(rank) ** kappa
+    except (OverflowError, ZeroDivisionError):
+        scaling = math.inf
+    if not 0 < scaling < math.inf:
+        raise InputError(
+            f"rule is {rule!r}: {alpha!r} / {rank}^{kappa:g} is not a float above 0; accepted is nearer to 0"
+        )
+    return scaling
 
 
 def alpha_for(rule: Rule, *, scaling: float, rank: int) -> float:

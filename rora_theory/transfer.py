@@ -17,6 +17,7 @@ This is the law of the first step. What comes later depends on how A moves.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import geometric_mean
 from typing import Literal, get_args
 
 from rora_theory import inits
@@ -189,12 +190,12 @@ class Transfer:
     @property
     def alpha(self) -> float:
         """The one alpha for all modules: the geometric mean of theirs."""
-        return _geometric_mean([module.alpha for module in self.modules])
+        return geometric_mean([module.alpha for module in self.modules])
 
     @property
     def learning_rate(self) -> float:
         """The one learning rate for all modules at the old alpha: the geometric mean of theirs."""
-        return _geometric_mean([module.learning_rate for module in self.modules])
+        return geometric_mean([module.learning_rate for module in self.modules])
 
     def steps(self, new: Setting) -> dict[str, float]:
         """Each module's `step_ratio` under ``new``."""
@@ -203,7 +204,7 @@ class Transfer:
     def judge(self, name: str, new: Setting) -> Folk:
         """What ``new`` would do."""
         steps = list(self.steps(new).values())
-        mean = _geometric_mean(steps)
+        mean = geometric_mean(steps)
         return Folk(name, new, mean, min(steps), max(steps), new.learning_rate / mean)
 
     def folk(self) -> tuple[Folk, ...]:
@@ -222,7 +223,7 @@ class Transfer:
         groups: dict[str, list[float]] = {}
         for module in self.modules:
             groups.setdefault(module.name.rpartition(".")[2], []).append(module.alpha)
-        return {name: _geometric_mean(alphas) for name, alphas in groups.items()}
+        return {name: geometric_mean(alphas) for name, alphas in groups.items()}
 
     def alpha_pattern(self, per: Literal["one", "type", "module"]) -> dict[str, float]:
         """PEFT's ``alpha_pattern``: one alpha for all (no pattern), for each type, or for each layer's module."""
@@ -319,7 +320,3 @@ def peft_config(
         lines += [f"        {name!r}: {written(alpha)}," for name, alpha in pattern.items()]
         lines += ["    },"]
     return "\n".join([*lines, ")"])
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, values)) / len(values))

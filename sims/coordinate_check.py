@@ -263,7 +263,9 @@ def cases(config: Config) -> Iterator[Case]:
         if 0.0 not in asked:
             yield Case(first, "0", "kaiming_uniform", True)
         if "gaussian" not in config.inits:
-            yield Case(first, config.rules[0], "gaussian", True)
+            # Under constant gamma the gaussian init is flat: the rule farthest from that one.
+            steepest = max(config.rules, key=lambda rule: exponent(scalings.parse_rules((rule,))[rule]))
+            yield Case(first, steepest, "gaussian", True)
 
 
 def cell_rows(
@@ -322,7 +324,8 @@ def fits(config: Config, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
             line |= {"slope": float(f"{fit.slope:.5f}"), "standard_error": float(f"{fit.standard_error:.2g}")}
             line |= {"half_width": float(f"{fit.half_width():.2g}"), "seeds": fit.seeds}
             line |= {"verdict": flatness.judge(fit, config.band)}
-            line |= {"kappa_flat": float(f"{line['kappa'] + fit.slope / power:.4f}")}
+            if coordinate.quantity in ("output", "delta", "hidden", "logits"):  # those that carry gamma^power at first
+                line |= {"kappa_flat": float(f"{line['kappa'] + fit.slope / power:.4f}")}
             found.append(line)
     return found
 

@@ -26,7 +26,9 @@ from rora_theory.dynamics import ProblemConfig
 from rora_theory.errors import InputError
 from rora_theory.flatness import SeedFit
 from rora_theory.inits import INITS, Init
+from rora_theory.laws import scaling_power
 from rora_theory.scaling import check_positive, exponent, scaling_factor
+from rora_theory.transfer import FAMILY
 from sims import matrix_rates
 from sims.common import cli, devices, scalings, tables
 from sims.common.progress import progress_bar
@@ -52,6 +54,9 @@ UNITS = {
     "edge": "the best rate is the grid's lowest or highest: the true one may lie beyond; left out of slopes",
     "signal, cross-talk, A moves": "predicted slopes, rora_theory.best_rate",
 }
+EQUAL = 0.01
+"""Relative difference of two losses that does not count: they are equal where the whole interval lies within it."""
+
 OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
 
 
@@ -67,10 +72,11 @@ class Config:
     """sgd, momentum, adam or adamw"""
     freeze_control: bool = True
     """train B alone too, with A frozen"""
-    adam_rates: tuple[float, ...] = tuple(2.0**k for k in range(-13, 2))
+    adam_rates: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-26, 7))
     """learning rates of adam and adamw, three or more"""
-    sgd_rates: tuple[float, ...] = tuple(2.0**k for k in range(-7, 9))
-    """learning rates of sgd, and ten times those of momentum"""
+    sgd_rates: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-14, 22))
+    """learning rates of sgd, and ten times those of momentum; the default grid has every rule's best step at ranks
+    that are powers of two times the reference rank"""
     steps: int = 100
     """updates, each on all training inputs"""
     seeds: int = 5
@@ -148,6 +154,11 @@ class Curve:
         """Of each seed, or of each draw where there is one seed; of that seed where there are no draws."""
         source = self.resampled if not self.by_seeds and self.resampled is not None else self.losses
         return [best_rate(self.rates, losses) for losses in source]
+
+    def least(self) -> np.ndarray:
+        """The least measured loss of each seed or draw: a parabola's vertex undershoots."""
+        source = self.resampled if not self.by_seeds and self.resampled is not None else self.losses
+        return np.min(np.where(np.isfinite(source), source, np.inf), axis=1)
 
     def spread(self, values: Sequence[float] | np.ndarray) -> SeedFit:
         """Mean and standard error of a figure of `bests`."""
@@ -292,6 +303,10 @@ def cell_rows(config: Config, cell: Cell) -> list[dict[str, Any]]:
         frozen="A" if cell.trained == "B" else None,
     )
     loss_train, held_out = (np.asarray(part, np.float64) for part in losses)
+    # A loss that is finite and far above its start is no point of a curve either.
+    start = np.asarray(jax.vmap(dynamics.start_loss)(drawn), np.float64)[:, None]
+    gone = ~(loss_train <= dynamics.DIVERGED * start)
+    loss_train, held_out = (np.where(gone, np.inf, part) for part in (loss_train, held_out))
     frame = {"optimizer": cell.optimizer, "trained": cell.trained, "rule": cell.rule, "kappa": exponent(rule)}
     frame |= {"rank": cell.rank, "scaling": float(f"{scaling:.6g}")}
     return [
@@ -363,7 +378,7 @@ def best_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     rows = []
     for curve in curves:
         bests = curve.bests()
-        logs, losses = curve.spread(np.log2([b.rate for b in bests])), curve.spread([b.loss for b in bests])
+        logs, losses = curve.spread(np.log2([b.rate for b in bests])), curve.spread(curve.least())
         known = curve.by_seeds or curve.resampled is not None
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
@@ -392,6 +407,8 @@ def slope_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
         optimizer, kappa = line[0], line[3]
         predicted = predicted_slopes(optimizer, kappa)  # type: ignore[arg-type]
         nearest = min(predicted, key=lambda name: abs(predicted[name] - fit.slope))
+        if not known or abs(predicted[nearest] - fit.slope) > fit.half_width() + flatness.BAND:
+            nearest = ""
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
         row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{fit.slope:.4f}")}
         row |= {"standard_error": float(f"{fit.standard_error:.2g}") if known else None}
@@ -408,9 +425,10 @@ class Comparison(NamedTuple):
       optimizer, trained, rank: where.
       first, second: the rules.
       ratio, ratio_log2_error: best rate of the first over the second's.
-      scaling_ratio: gamma of the second over the first's: what the ratio would be if the step alone counted.
-      first_loss, second_loss: at their best rates.
-      difference, standard_error: of the losses, first less second, paired.
+      scaling_ratio: gamma^p of the second over the first's, p = 2 under SGD and 1 under Adam: what the ratio would be
+        if the first step alone counted.
+      first_loss, second_loss: least measured ones.
+      difference, standard_error, half_width: of the losses, first less second, paired; half of the 95% interval.
       error_over: what the error is over.
       verdict: in words.
     """
@@ -427,6 +445,7 @@ class Comparison(NamedTuple):
     second_loss: float
     difference: float
     standard_error: float | None
+    half_width: float | None
     error_over: str
     verdict: str
 
@@ -435,8 +454,7 @@ def compare(curves: Sequence[Curve]) -> list[Comparison]:
     """Rules against each other at the largest rank, seed by seed."""
     found = []
     for first, second in pairs(curves):
-        a, b = first.bests(), second.bests()
-        losses = first.spread([p.loss - q.loss for p, q in zip(a, b, strict=True)])
+        losses = first.spread(first.least() - second.least())
         found.append(_comparison(first, second, losses, "seeds"))
     return found
 
@@ -473,13 +491,13 @@ def compare_matrix(curves: Sequence[Curve], cells: Sequence[matrix_rates.Cell]) 
         a, b = ([group[seed] for seed in seeds] for group in groups)
         over = flatness.over_seeds(np.array([p.loss - q.loss for p, q in zip(a, b, strict=True)]))
         (left, tokens), (right, _) = matrix_rates.stacked(a), matrix_rates.stacked(b)
-        error, source = (over.standard_error, "seeds") if len(seeds) > 1 else (math.inf, "")
+        fit, source = over, "seeds" if len(seeds) > 1 else ""
         if left is not None and right is not None and tokens is not None:
             rest = (left - right) - over.slope * tokens  # a ratio of sums, to first order
             by_record = float(np.sqrt(len(rest) / (len(rest) - 1) * np.sum(rest**2)) / np.sum(tokens))
-            if not source or by_record > error:
-                error, source = by_record, "held-out records"
-        fit = SeedFit(over.slope, error, 2)
+            by_records = SeedFit(over.slope, by_record, len(rest))
+            if not source or by_records.half_width() > fit.half_width():
+                fit, source = by_records, "held-out records"
         found.append(_comparison(first, second, fit, source))
     return found
 
@@ -489,17 +507,19 @@ def _comparison(first: Curve, second: Curve, losses: SeedFit, source: str) -> Co
     logs = [np.log2([best.rate for best in part]) for part in (a, b)]
     paired = len(a) == len(b) > 1
     ratio = first.spread(logs[0] - logs[1]) if paired else SeedFit(float(logs[0].mean() - logs[1].mean()), math.inf, 1)
-    error = losses.standard_error if math.isfinite(losses.standard_error) else None
-    loss_a, loss_b = (float(np.mean([best.loss for best in part])) for part in (a, b))
+    known = math.isfinite(losses.standard_error)
+    loss_a, loss_b = (float(np.mean(curve.least())) for curve in (first, second))
     edge = any(best.edge for best in (*a, *b))
-    relative = losses.slope / loss_b
-    if error is None:
+    relative, half = losses.slope / loss_b, losses.half_width() / loss_b
+    if not known:
         verdict = "not settled: one seed, no losses a record"
-    elif abs(losses.slope) <= 2 * error:
-        verdict = f"equal within 2 s.e. ({relative:+.1%} ± {error / loss_b:.1%}): a shift of the rate"
-    else:
+    elif abs(relative) > half:
         better = first.rule if losses.slope < 0 else second.rule
-        verdict = f"{better} is better by {abs(relative):.1%} ± {error / loss_b:.1%}: more than a shift of the rate"
+        verdict = f"{better} is better by {abs(relative):.2%} ± {half:.2%}: more than a shift of the rate"
+    elif abs(relative) + half <= EQUAL:
+        verdict = f"equal to {EQUAL:.0%} ({relative:+.2%} ± {half:.2%}): a shift of the rate"
+    else:
+        verdict = f"undecided ({relative:+.2%} ± {half:.2%})"
     if edge:
         verdict += "; a best rate at the grid's edge, so not settled"
     return Comparison(
@@ -510,11 +530,12 @@ def _comparison(first: Curve, second: Curve, losses: SeedFit, source: str) -> Co
         second.rule,
         float(f"{2**ratio.slope:.4g}"),
         float(f"{ratio.standard_error:.2g}") if math.isfinite(ratio.standard_error) else None,
-        float(f"{second.scaling / first.scaling:.6g}"),
+        float(f"{(second.scaling / first.scaling) ** scaling_power(FAMILY[first.optimizer]):.6g}"),  # type: ignore[index]
         loss_a,
         loss_b,
         losses.slope,
-        error,
+        losses.standard_error if known else None,
+        losses.half_width() if known else None,
         source,
         verdict,
     )
@@ -549,7 +570,7 @@ def report(found: Sequence[dict[str, Any]], slopes: Sequence[dict[str, Any]], co
         left=3,
     )
     tables.print_table(
-        "The largest rank, each rule at its own best rate",
+        "The largest rank, each rule at its own best rate; ± half of the 95% interval",
         ["optimizer", "trained", "rank", "rules", "best rates' ratio", "losses", "verdict"],
         [
             [

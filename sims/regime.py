@@ -32,13 +32,14 @@ from rora_theory.inits import INITS, Init
 from rora_theory.laws import OPTIMIZERS, Optimizer
 from rora_theory.layer_data import SPLITS, Layer
 from rora_theory.llama import MODULES
-from rora_theory.scaling import KAPPAS, Rule, check_positive, check_rank, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_positive, check_rank, exponent, scaling_factor
 from rora_theory.statistics import Moments, root
 from rora_theory.transfer import Setting, transfer
 from sims.common import cli, tables
 from sims.common.devices import describe, pick
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
+from sims.common.scalings import parse_rule
 
 NAME = "regime"
 CROSSINGS, JUDGE, VERDICT = "crossing_ranks.csv", "judge.csv", "verdict.json"
@@ -124,11 +125,8 @@ def check(config: Config) -> dict[str, Rule]:
     """The rules by their names. Raises `InputError` where a setting is out of range."""
     rules: dict[str, Rule] = {}
     for text in config.rules:
-        try:
-            rules[text] = text if text in KAPPAS else float(text)  # type: ignore[assignment]
-        except ValueError:
-            raise InputError(f"rules has {text!r}; accepted are {', '.join(KAPPAS)} or an exponent kappa") from None
-        scaling_factor(rules[text], alpha=config.alpha, rank=1)
+        rules[text] = parse_rule(text, "--rules")
+        scaling_factor(rules[text], alpha=config.alpha, rank=max(config.ranks, default=1))
     accepted = {"optimizers": OPTIMIZERS, "inits": INITS}
     for name in ("ranks", "rules", "optimizers", "inits", "targets"):
         values = getattr(config, name)
@@ -139,7 +137,7 @@ def check(config: Config) -> dict[str, Rule]:
             raise InputError(f"{name} has {wrong[0]!r}; accepted are {', '.join(accepted[name])}")
     for rank in config.ranks:
         check_rank(rank)
-    for name, least in (("items", 1), ("heldout_items", 1), ("tokens", 1), ("cutoff", 2), ("rows", 0)):
+    for name, least in (("items", 1), ("heldout_items", 1), ("tokens", 1), ("cutoff", 2), ("rows", 0), ("seed", 0)):
         if getattr(config, name) < least:
             raise InputError(f"{name} is {getattr(config, name)}; accepted is an integer of {least} or more")
     least = 4 * max(config.ranks)

@@ -7,7 +7,6 @@ slope of 0 is what a rule promises.
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -321,13 +320,14 @@ def fits(config: Config, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
                     values = np.array([[row[quantity] for row in group] for group in kept.values()]).T
                     if not (values > 0).all():
                         continue  # nothing has moved yet
-                    fit = flatness.seed_fit(list(kept), values)
+                    by_seed = flatness.seed_slopes(list(kept), values)
+                    fit = flatness.over_seeds(by_seed)
                     found.append(
                         {name: kept[min(kept)][0][name] for name in CELL[:6]}
                         | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
                         | {"step": step, "quantity": quantity, "slope": float(f"{fit.slope:.5f}")}
                         | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
-                        | {"verdict": flatness.judge(fit), "loss_left": float(f"{left:.3g}")}
+                        | {"verdict": flatness.judge(fit), "loss_left": float(f"{left:.3g}"), "by_seed": by_seed}
                     )
     return found
 
@@ -395,13 +395,13 @@ def _line(
 
 
 def by_step(rows: Sequence[dict[str, Any]]) -> str:
-    """The verdicts along the steps, in words; steps at which the loss is nearly used up are named so."""
+    """The verdicts along the steps, in words; steps at which the loss has come below half are named so."""
     if not rows:
         return "not measured: the runs diverged"
     parts = []
     for row in rows:
         ended = row["loss_left"] < SATURATED
-        parts.append((row["verdict"] + (" (loss nearly used up)" if ended else ""), str(row["step"])))
+        parts.append((row["verdict"] + (" (loss below half)" if ended else ""), str(row["step"])))
     groups: list[tuple[str, list[str]]] = []
     for verdict, step in parts:
         if not groups or groups[-1][0] != verdict:
@@ -423,7 +423,7 @@ def at_gamma_one(rows: Sequence[dict[str, Any]], power: int) -> str:
 
 
 def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) -> str:
-    """Whether training A changes the exponent, at the last step that both have before the loss is used up."""
+    """Whether training A changes the exponent, seed by seed, at the last step before the loss is below half."""
     pairs = [
         (a, b)
         for a in both
@@ -431,13 +431,11 @@ def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) ->
         if a["step"] == b["step"] and min(a["loss_left"], b["loss_left"]) >= SATURATED
     ]
     if not pairs:
-        return "not settled: the loss is used up at every step"
+        return "not settled: the loss is below half of its start at every step"
     a, b = pairs[-1]
-    difference, error = a["slope"] - b["slope"], math.hypot(a["standard_error"], b["standard_error"])
-    word = (
-        "yes" if abs(difference) - 2 * error > CHANGE else "no" if abs(difference) + 2 * error < CHANGE else "unsettled"
-    )
-    return f"{word}: by {difference:+.2f} ± {error:.2f} at step {a['step']}"
+    fit = flatness.over_seeds(a["by_seed"] - b["by_seed"])
+    word = {"flat": "no", "undecided": "undecided"}.get(flatness.judge(fit, CHANGE), "yes")
+    return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
 
 
 def report(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, Literal
 
 import numpy as np
@@ -19,11 +20,12 @@ import numpy as np
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.scaling import KAPPAS, Rule, exponent
+from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.transfer import ALL, FAMILY, REGIMES, Setting, Trainer, Transfer, peft_config, transfer
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder, read_rows
+from sims.common.scalings import parse_rule
 from sims.regime import CROSSING_COLUMNS, CROSSINGS
 
 NAME = "transfer"
@@ -89,16 +91,6 @@ class Config:
     """run folder of --check; none is results/transfer/RUN_ID"""
 
 
-def rule_named(text: str) -> Rule:
-    """A rule as the command line has it."""
-    if text in KAPPAS:
-        return text  # type: ignore[return-value]
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"rule is {text!r}; accepted are {', '.join(KAPPAS)} or an exponent kappa") from None
-
-
 def measured(run: Path, *, optimizer: Trainer, init: Init, split: str) -> dict[str, float]:
     """Linear terms of a run of sims.regime, by the modules' full names.
 
@@ -124,8 +116,10 @@ def measured(run: Path, *, optimizer: Trainer, init: Init, split: str) -> dict[s
 
 def plan(config: Config) -> tuple[Transfer, Sequence[str]]:
     """The transfer that is asked for, and the modules it is for."""
-    old = Setting(config.from_rank, config.alpha, config.lr, rule_named(config.rule), config.optimizer, config.init)
-    rule = None if config.to_rule is None else rule_named(config.to_rule)
+    old = Setting(
+        config.from_rank, config.alpha, config.lr, parse_rule(config.rule, "--rule"), config.optimizer, config.init
+    )
+    rule = None if config.to_rule is None else parse_rule(config.to_rule, "--to-rule")
     if config.regime in REGIMES:
         return transfer(old, config.to_rank, config.regime, rule=rule), config.targets  # type: ignore[arg-type]
     terms = measured(Path(config.regime), optimizer=config.optimizer, init=config.init, split=config.split)
@@ -169,16 +163,18 @@ def report(config: Config, found: Transfer, targets: Sequence[str]) -> None:
         folk,
     )
     print(peft_config(found, target_modules=targets, per=config.per))
+    if is_measured:
+        print(
+            "\nThese alphas keep the rms of each module's own output, cross-talk included. The step of the whole model "
+            "is led by the signal, because cross-talk does not add up over modules: to keep that one, use "
+            "--regime signal; --check takes the steps."
+        )
 
 
 def _figures(found: Transfer, names: Sequence[str]) -> list[str]:
     modules = [module for module in found.modules if module.name in set(names)]
     columns = ([m.alpha for m in modules], [m.learning_rate for m in modules], [m.unchanged for m in modules])
-    return [_spread(_mean(values), min(values), max(values)) for values in columns]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
+    return [_spread(geometric_mean(values), min(values), max(values)) for values in columns]
 
 
 def _spread(value: float, low: float, high: float) -> str:
@@ -213,6 +209,8 @@ def check(config: Config, found: Transfer, targets: Sequence[str]) -> None:
 
     if len(config.check) < 2:
         raise InputError(f"check is {' '.join(config.check)}; accepted are a model and one or more data files")
+    if config.seed < 0:
+        raise InputError(f"seed is {config.seed}; accepted is an integer of 0 or more")
     if config.seeds < 2:
         raise InputError(f"seeds is {config.seeds}; accepted is an integer of 2 or more, for the error bars")
     model_name, *data = config.check
@@ -225,15 +223,19 @@ def check(config: Config, found: Transfer, targets: Sequence[str]) -> None:
     identity |= {"model": Path(model_name).name, "records_sha256": real_batch.digest(data), "targets": list(targets)}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [
+        row | {"seed": int(row["seed"]), "rms": float(row["rms"])} for row in folder.read_rows(COLUMNS)
+    ]
+    done = {(row["plan"], row["seed"]) for row in rows}
     with progress_bar("first steps", len(chosen) * config.seeds, fields="{plan}") as bar:
         for name, (setting, pattern) in chosen.items():
             for seed in range(config.seeds):
                 bar.advance(0, plan=name)
-                key = jax.random.fold_in(jax.random.key(config.seed), seed)
-                rows += _rows(name, setting, pattern, seed, stepper.change(setting, key, pattern))
+                if (name, seed) not in done:
+                    key = jax.random.fold_in(jax.random.key(config.seed), seed)
+                    rows += _rows(name, setting, pattern, seed, stepper.change(setting, key, pattern))
+                    folder.write_rows(COLUMNS, rows)
                 bar.advance(1, plan=name)
-    folder.write_rows(COLUMNS, rows)
     summary = summarise(rows, chosen)
     folder.write_rows(SUMMARY_COLUMNS, summary, "summary.csv")
     folder.finish()
@@ -293,7 +295,7 @@ def summarise(
                 return np.sqrt(top / bottom)
 
             def mean(kept: Sequence[int], of: Any = ratios) -> float:
-                return _mean(list(of(kept)))
+                return geometric_mean(of(kept))
 
             every = range(len(seeds))
             left_out = np.array([mean([seed for seed in every if seed != out]) for out in every])

@@ -12,13 +12,14 @@ def parse_rules(texts: tuple[str, ...]) -> dict[str, Rule]:
     """
     if not texts:
         raise InputError("--rules is empty; accepted is at least one rule")
-    rules = {text: _parse(text) for text in texts}
+    rules = {text: parse_rule(text, "--rules") for text in texts}
     if len({exponent(rule) for rule in rules.values()}) != len(texts):
         raise InputError(f"--rules has one rule twice ({' '.join(texts)}); accepted are different rules")
     return rules
 
 
-def _parse(text: str) -> Rule:
+def parse_rule(text: str, option: str) -> Rule:
+    """A rule by its name or its exponent kappa. Raises `InputError` where it is neither."""
     if text in KAPPAS:
         return text  # type: ignore[return-value]
     try:
@@ -26,7 +27,7 @@ def _parse(text: str) -> Rule:
         exponent(kappa)
     except ValueError:
         raise InputError(
-            f"--rules has {text!r}; accepted are {', '.join(KAPPAS)} or a finite exponent such as 0.25"
+            f"{option} has {text!r}; accepted are {', '.join(KAPPAS)} or a finite exponent such as 0.25"
         ) from None
     return kappa
 
