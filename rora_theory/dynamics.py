@@ -292,12 +292,12 @@ def trajectories(
     return jax.vmap(one)(adapters, problem)
 
 
-@partial(jax.jit, static_argnames=("optimizer", "steps", "frozen"))
 def start_loss(problem: Problem) -> Float[Array, ""]:
     """Training loss before the first update, when adapters add nothing."""
     return jnp.sum(problem.target_train**2) / (2 * problem.target_train.shape[0])
 
 
+@partial(jax.jit, static_argnames=("optimizer", "steps", "frozen"))
 def final_losses(
     adapters: Adapters,
     problem: Problem,

@@ -151,7 +151,7 @@ def test_no_path_in_the_files(finished, inputs) -> None:
     [
         ({"ranks": (0,)}, "rank is 0"),
         ({"ranks": (4, 4)}, "ranks is '4 4'"),
-        ({"rules": ("lore",)}, "rules has 'lore'"),
+        ({"rules": ("lore",)}, "--rules has 'lore'"),
         ({"inits": ("pissa",)}, "inits has 'pissa'"),
         ({"optimizers": ("lion",)}, "optimizers has 'lion'"),
         ({"rows": 32}, "rows is 32; accepted are 0, or 64 or more"),

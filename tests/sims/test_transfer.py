@@ -115,12 +115,14 @@ def test_check_on_a_model(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"rule": "lore"}, "rule is 'lore'"),
+        ({"rule": "lore"}, "--rule has 'lore'"),
         ({"to_rank": 0}, "rank is 0"),
         ({"lr": -1.0}, "learning_rate is -1.0"),
         ({"regime": "nowhere"}, "nowhere: has no crossing_ranks.csv; accepted are signal, cross-talk"),
         ({"check": ("smollm2-135m",)}, "check is smollm2-135m"),
         ({"check": ("smollm2-135m", "x.json"), "seeds": 1}, "seeds is 1"),
+        ({"check": ("smollm2-135m", "x.json"), "seed": -1}, "seed is -1"),
+        ({"rule": "400"}, "rule is 400.0: 16.0 / 8^400 is not a float above 0"),
     ],
 )
 def test_bad_input(capsys, changed, said) -> None:
