@@ -79,7 +79,7 @@ class Config:
     that are powers of two times the reference rank"""
     steps: int = 100
     """updates, each on all training inputs"""
-    seeds: int = 5
+    seeds: int = 12
     """number of problems and adapters, 2 or more"""
     gamma: float = 1.0
     """scaling of every rule at the reference rank"""
