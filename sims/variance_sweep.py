@@ -21,12 +21,13 @@ import jax
 from rora_theory import laws, paper, sampling, verdicts
 from rora_theory.errors import InputError
 from rora_theory.inits import Init, entries
-from rora_theory.scaling import KAPPAS, Rule, check_positive, check_rank, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_positive, check_rank, exponent, scaling_factor
 from rora_theory.statistics import Estimate, Moments, log_log_fit, root
 from sims import layer_sweep
 from sims.common import cli, devices, tables
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder, write_whole
+from sims.common.scalings import parse_rules
 
 NAME = "variance_sweep"
 
@@ -173,29 +174,7 @@ def check(config: Config) -> dict[str, Rule]:
         for init in config.inits:
             if not entries(init, rank=1, p_in=1).is_normal:
                 raise InputError(f"--sampler reduced has no {init} init; accepted with it are normal and gaussian")
-    rules = {text: parse_rule(text) for text in config.rules}
-    kappas = [exponent(rule) for rule in rules.values()]
-    if len(set(kappas)) != len(kappas):
-        raise InputError(f"--rules has one rule under two names ({' '.join(rules)}); accepted are different rules")
-    return rules
-
-
-def parse_rule(text: str) -> Rule:
-    """A rule from the command line: a name, or kappa as a number.
-
-    Raises:
-      InputError: neither.
-    """
-    if text in KAPPAS:
-        return text  # type: ignore[return-value]
-    try:
-        kappa = float(text)
-        exponent(kappa)
-    except ValueError:
-        raise InputError(
-            f"--rules has {text!r}; accepted are {', '.join(KAPPAS)} or a finite exponent such as 0.25"
-        ) from None
-    return kappa
+    return parse_rules(config.rules)
 
 
 def open_folder(name: str, config: Config, places: list[jax.Device], units: dict[str, str]) -> RunFolder:

@@ -135,7 +135,7 @@ def test_killed_and_started_again(finished: Path, tmp_path: Path) -> None:
         (["--alpha", "nan"], "--alpha is nan"),
         (["--overlaps", "1.5"], "overlap is 1.5"),
         (["--rules", "loar"], "--rules has 'loar'"),
-        (["--rules", "rora", "0.5"], "one rule under two names"),
+        (["--rules", "rora", "0.5"], "one rule twice"),
         (["--inits", "xavier"], "xavier"),
         (["--sampler", "reduced", "--inits", "rademacher"], "--sampler reduced"),
         (["--p-in", "0"], "--p-in is 0"),
