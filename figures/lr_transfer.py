@@ -120,7 +120,7 @@ def _key(row: dict[str, str]) -> tuple[str, str, str]:
 
 
 def _error(row: dict[str, str]) -> str:
-    return f" ± {float(row['standard_error']):.2f}" if row["standard_error"] else ""
+    return f" ± {float(row['standard_error']):.2g}" if row["standard_error"] else ""
 
 
 if __name__ == "__main__":

@@ -57,6 +57,9 @@ UNITS = {
 EQUAL = 0.01
 """Relative difference of two losses that does not count: they are equal where the whole interval lies within it."""
 
+EDGE_SHARE = 0.025
+"""Share of resampled curves with their best rate at the grid's end from which the end counts as reached."""
+
 OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
 
 
@@ -154,6 +157,14 @@ class Curve:
         """Of each seed, or of each draw where there is one seed; of that seed where there are no draws."""
         source = self.resampled if not self.by_seeds and self.resampled is not None else self.losses
         return [best_rate(self.rates, losses) for losses in source]
+
+    @property
+    def edge(self) -> str:
+        """Where the best rate is at the grid's end: at any seed, or in more draws than a 95% interval leaves out."""
+        bests = self.bests()
+        ends = [best.edge for best in bests if best.edge]
+        least = 1 if self.by_seeds or self.resampled is None else EDGE_SHARE * len(bests)
+        return max(ends, key=ends.count) if ends and len(ends) >= least else ""
 
     def least(self) -> np.ndarray:
         """The least measured loss of each seed or draw: a parabola's vertex undershoots."""
@@ -386,7 +397,7 @@ def best_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
             | {"log2_error": float(f"{logs.standard_error:.2g}") if known else None}
             | {"best_loss": float(f"{losses.slope:.6g}")}
             | {"best_loss_error": float(f"{losses.standard_error:.2g}") if known else None}
-            | {"seeds": len(curve.losses), "edge": next((b.edge for b in bests if b.edge), "")}
+            | {"seeds": len(curve.losses), "edge": curve.edge}
             | {"error_over": "seeds" if curve.by_seeds else "held-out records" if known else ""}
         )
     return rows
@@ -396,7 +407,7 @@ def slope_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     """Slope of the best rate against the rank of every line, beside the predictions."""
     rows = []
     for line in dict.fromkeys(curve.line for curve in curves):
-        kept = [c for c in curves if c.line == line and not any(best.edge for best in c.bests())]
+        kept = [c for c in curves if c.line == line and not c.edge]
         if len(kept) < 2 or len({len(curve.bests()) for curve in kept}) > 1:
             continue
         x = np.log([curve.rank for curve in kept])
@@ -509,7 +520,6 @@ def _comparison(first: Curve, second: Curve, losses: SeedFit, source: str) -> Co
     ratio = first.spread(logs[0] - logs[1]) if paired else SeedFit(float(logs[0].mean() - logs[1].mean()), math.inf, 1)
     known = math.isfinite(losses.standard_error)
     loss_a, loss_b = (float(np.mean(curve.least())) for curve in (first, second))
-    edge = any(best.edge for best in (*a, *b))
     relative, half = losses.slope / loss_b, losses.half_width() / loss_b
     if not known:
         verdict = "not settled: one seed, no losses a record"
@@ -520,7 +530,7 @@ def _comparison(first: Curve, second: Curve, losses: SeedFit, source: str) -> Co
         verdict = f"equal to {EQUAL:.0%} ({relative:+.2%} ± {half:.2%}): a shift of the rate"
     else:
         verdict = f"undecided ({relative:+.2%} ± {half:.2%})"
-    if edge:
+    if first.edge or second.edge:
         verdict += "; a best rate at the grid's edge, so not settled"
     return Comparison(
         first.optimizer,
@@ -560,7 +570,7 @@ def report(found: Sequence[dict[str, Any]], slopes: Sequence[dict[str, Any]], co
                 row["optimizer"],
                 row["trained"],
                 row["rule"],
-                f"{row['slope']:+.2f} ± {row['standard_error'] or math.nan:.2f}",
+                f"{row['slope']:+.3f} ± {row['standard_error'] or math.nan:.2g}",
                 {"flat": "transfers"}.get(row["verdict"], row["verdict"]),
                 *[f"{row[name]:+.2f}" if name in row else "" for name in ("signal", "cross-talk", "A moves")],
                 row["nearest"],

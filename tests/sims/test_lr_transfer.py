@@ -104,6 +104,20 @@ def test_a_comparison_s_verdict(differences, word):
     assert (found.first_loss, found.second_loss) == pytest.approx((1 + np.mean(differences), 1.0))
 
 
+def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
+    """Of one seed's resampled curves 2.5% must end there; of several seeds, one."""
+    rates = np.array([0.1, 1.0, 10.0])
+    inside, end = [2.0, 1.0, 2.0], [3.0, 2.0, 1.0]
+
+    def curve(losses: list[list[float]], draws: list[list[float]] | None) -> sim.Curve:
+        resampled = None if draws is None else np.array(draws)
+        return sim.Curve("adamw", "both", "lora", 1.0, 4, 1.0, rates, np.array(losses), resampled)
+
+    assert curve([inside], [inside] * 97 + [end] * 2).edge == ""
+    assert curve([inside], [inside] * 97 + [end] * 3).edge == "high"
+    assert curve([inside, inside, end], None).edge == "high"
+
+
 def test_goes_on(finished, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
