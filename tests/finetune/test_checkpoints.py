@@ -70,6 +70,8 @@ def test_what_a_killed_process_left_unfinished_is_no_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+# A write that failed may answer after the library's event loop is closed, on a thread of its own.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(checkpoints):
     checkpoints.save(state(), Progress(1))
     checkpoints.wait()
