@@ -45,7 +45,7 @@ def draw(config: Config) -> Sequence[Path]:
                 look["markerfacecolor"] = colour if filled else "white"
                 key = (optimizer, trained, rule)
                 slope = next((row for row in slopes if _key(row) == key), None)
-                text = label if slope is None else f"{label}: {float(slope['slope']):+.2f}{_error(slope)}"
+                text = label if slope is None else f"{label}: {float(slope['slope']):+.3f}{_error(slope)}"
                 text += "" if filled else ", A frozen"
                 _best(axes[0, column], [row for row in bests if _key(row) == key], look, text)
                 if filled:
@@ -120,7 +120,7 @@ def _key(row: dict[str, str]) -> tuple[str, str, str]:
 
 
 def _error(row: dict[str, str]) -> str:
-    return f" ± {float(row['standard_error']):.2g}" if row["standard_error"] else ""
+    return f" ± {float(row['standard_error']):.3f}" if row["standard_error"] else ""
 
 
 if __name__ == "__main__":
