@@ -153,28 +153,37 @@ class Curve:
         """Whether errors are over seeds."""
         return len(self.losses) > 1
 
+    @property
+    def _by_draws(self) -> bool:
+        """Whether errors are over resampled curves."""
+        return not self.by_seeds and self.resampled is not None
+
+    @property
+    def _spreading(self) -> np.ndarray:
+        """[draws or seeds, rates]: the curves whose spread gives the errors."""
+        return self.resampled if self._by_draws else self.losses  # type: ignore[return-value]
+
     def bests(self) -> list[Best]:
         """Of each seed, or of each draw where there is one seed; of that seed where there are no draws."""
-        source = self.resampled if not self.by_seeds and self.resampled is not None else self.losses
-        return [best_rate(self.rates, losses) for losses in source]
+        return [best_rate(self.rates, losses) for losses in self._spreading]
 
     @property
     def edge(self) -> str:
         """Where the best rate is at the grid's end: at any seed, or in more draws than a 95% interval leaves out."""
         bests = self.bests()
         ends = [best.edge for best in bests if best.edge]
-        least = 1 if self.by_seeds or self.resampled is None else EDGE_SHARE * len(bests)
+        least = EDGE_SHARE * len(bests) if self._by_draws else 1
         return max(ends, key=ends.count) if ends and len(ends) >= least else ""
 
     def least(self) -> np.ndarray:
         """The least measured loss of each seed or draw: a parabola's vertex undershoots."""
-        source = self.resampled if not self.by_seeds and self.resampled is not None else self.losses
-        return np.min(np.where(np.isfinite(source), source, np.inf), axis=1)
+        losses = self._spreading
+        return np.min(np.where(np.isfinite(losses), losses, np.inf), axis=1)
 
     def spread(self, values: Sequence[float] | np.ndarray) -> SeedFit:
         """Mean and standard error of a figure of `bests`."""
         values = np.asarray(values, np.float64)
-        if self.by_seeds or self.resampled is None:
+        if not self._by_draws:
             return flatness.over_seeds(values)
         # The spread of bootstrap draws is the standard error itself.
         return SeedFit(float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
