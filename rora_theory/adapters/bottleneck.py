@@ -1,22 +1,21 @@
 r"""Bottleneck adapters of a LLaMA model's linear modules: series and parallel (Houlsby et al. 2019, He et al. 2022).
 
-With :math:`z = W x + b` the module, :math:`D` [width, in] down, :math:`U` [out, width] up, and f elementwise,
+With :math:`z = W x + b` the module, :math:`D` [width, n] down, :math:`U` [m, width] up, and f elementwise,
 
 .. math::
 
-    y = z + s\, U f(D z_d) \quad\text{(series)}, \qquad y = z + s\, U f(D x_d) \quad\text{(parallel)}
+    y &= W (x + s\, U f(D x_d)) + b &&\text{series, before the module: q, k, v, gate, up} \\
+    y &= z + s\, U f(D z_d) &&\text{series, after the module: o, down} \\
+    y &= z + s\, U f(D x_d) &&\text{parallel}
 
 where d marks dropout. Neither has biases. Both are what the paper's Tables call Series and Parallel, with
-LLM-Adapters' settings (Hu et al. 2023): width 256, tanh, series on up_proj and gate_proj, parallel on up_proj and
-down_proj.
+LLM-Adapters' settings (Hu et al. 2023, its `bottleneck.py` and recorded commands): width 256, tanh, s = 1, D and U
+normal with deviation 0.02, series on up_proj and gate_proj, parallel on up_proj and down_proj. Its series adapters of
+the attention's modules are ours: it maps the feed-forward ones alone.
 
-U starts at zero and D as LoRA's A, so that the adapted model starts as its base: a random U would add noise to every
-layer of a trained model before the first step. Recalled of LLM-Adapters and not verified: that it starts so too (its
-option is named after another method), that s is 1, that there are no biases, and that its series adapter sits at the
-module's output. Of these the Tables' shares of trainable parameters can tell something: Parallel's 3.54% of LLaMA-7B
-and 2.89% of LLaMA-13B are those of the settings above without biases; Series' 0.99% and 0.80% are those of a single
-adapter a layer on a vector of the model's width (``target_modules=("down_proj",)`` here), where up_proj and gate_proj
-have 5.08% and 4.17%.
+The Tables' shares of trainable parameters: Parallel's 3.54% of LLaMA-7B and 2.89% of LLaMA-13B are those of these
+settings; Series' 0.99% and 0.80% are those of a single adapter a layer on a vector of the model's width
+(``target_modules=("down_proj",)`` here), where up_proj and gate_proj have 1.95% and 1.59%.
 """
 
 import math
@@ -40,9 +39,15 @@ from rora_theory.llama.model import PRODUCT
 
 Placement = Literal["series", "parallel"]
 NonLinearity = Literal["tanh", "relu", "silu", "gelu"]
+Init = Literal["bert", "mam_adapter"]
 
 TARGETS: dict[str, tuple[str, ...]] = {"series": ("up_proj", "gate_proj"), "parallel": ("up_proj", "down_proj")}
 """LLM-Adapters' modules, by placement."""
+
+AFTER = ("self_attn.o_proj", "mlp.down_proj")
+"""Modules that a series adapter follows: their output is of the model's width. It precedes all others."""
+
+BERT_DEVIATION = 0.02
 
 FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -57,12 +62,14 @@ class BottleneckConfig:
     """Settings of a series or parallel adapter. Frozen and hashable.
 
     Attributes:
-      placement: ``"series"``, fed by the module's output, or ``"parallel"``, fed by its input.
+      placement: ``"series"``, before or after the module, or ``"parallel"``, beside it.
       width: rows of D, at least 1.
       target_modules: names of modules as `targets.resolve` matches them, each in all layers; None is `TARGETS`'.
       non_linearity: f.
       scaling: s, above 0.
       dropout: probability in [0, 1) of dropping an input element of the adapter, in training.
+      init: ``"bert"``: D and U normal with deviation 0.02, so that the adapted model does not start as its base;
+        ``"mam_adapter"``: D as LoRA's A and U zero, so that it does. LLM-Adapters' names and default.
 
     Raises:
       InputError: a value outside these ranges. What depends on the model is checked when there is one.
@@ -74,11 +81,12 @@ class BottleneckConfig:
     non_linearity: NonLinearity = "tanh"
     scaling: float | int = 1.0
     dropout: float | int = 0.0
+    init: Init = "bert"
 
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, kind in (("placement", Placement), ("non_linearity", NonLinearity)):
+        for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", Init)):
             if getattr(self, name) not in get_args(kind):
                 raise InputError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(get_args(kind))}")
         if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
@@ -124,20 +132,26 @@ class BottleneckConfig:
     def shapes(self, module: str, llama_config: LlamaConfig) -> dict[str, tuple[int, int]]:
         """Shapes of one layer's D and U."""
         p_out, p_in = llama_config.module_shape(module)
-        fed_by = p_out if self.placement == "series" else p_in
-        return {"adapter_down": (self.width, fed_by), "adapter_up": (p_out, self.width)}
+        if self.placement == "series":
+            p_out = p_in = p_out if module in AFTER else p_in
+        return {"adapter_down": (self.width, p_in), "adapter_up": (p_out, self.width)}
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "BottleneckAdapter":  # noqa: ARG002
-        """A fresh adapter, see `base.init`: D is U(-1/sqrt(n), 1/sqrt(n)) with n its inputs, U zero."""
+        """A fresh adapter, see `base.init` and the attribute ``init``."""
         count = llama_config.num_hidden_layers
         tensors = {}
         for module in self.modules(llama_config):
-            shapes = self.shapes(module, llama_config)
+            down, up = self.shapes(module, llama_config).values()
             own = jax.random.fold_in(key, MODULES.index(module))
-            tensors[module] = {
-                "adapter_down": init_a(own, "kaiming_uniform", (self.width,) * count, *shapes["adapter_down"]),
-                "adapter_up": jnp.zeros((count, *shapes["adapter_up"]), jnp.float32),
-            }
+            if self.init == "bert":
+                keys = jax.random.split(own)
+                drawn = [
+                    BERT_DEVIATION * jax.random.normal(k, (count, *shape), jnp.float32)
+                    for k, shape in zip(keys, (down, up), strict=True)
+                ]
+            else:
+                drawn = [init_a(own, "kaiming_uniform", (self.width,) * count, *down), jnp.zeros((count, *up))]
+            tensors[module] = dict(zip(("adapter_down", "adapter_up"), drawn, strict=True))
         return BottleneckAdapter(tensors, self, llama_config)
 
 
@@ -147,8 +161,8 @@ class BottleneckAdapter:
     """A series or parallel adapter: a pytree that `rora_theory.llama.forward` runs.
 
     Attributes:
-      params: ``{module: {"adapter_down": [layers, width, n], "adapter_up": [layers, p_out, width]}}`` float32, n being
-        p_out in series and p_in in parallel.
+      params: ``{module: {"adapter_down": [layers, width, n], "adapter_up": [layers, m, width]}}`` float32; n = m
+        is p_in before a module and p_out after it; beside it n is p_in and m p_out.
       config: the settings it was made from.
       llama_config: the model's.
     """
@@ -175,19 +189,26 @@ class BottleneckAdapter:
 
         The adapter's products are made in the dtype of ``x``. Every module draws its own dropout mask.
         """
-        plain = linear(x, weight, bias)
         if name not in layer:
-            return plain
-        config, tensors = self.config, layer[name]
-        fed = x
-        if config.placement == "series":
+            return linear(x, weight, bias)
+        if self.config.placement == "series":
+            if name not in AFTER:
+                return linear(x + self._bottleneck(name, x, layer[name], key), weight, bias)
             # Kept for the gradient of D: else the backward pass would multiply by W again.
-            fed = plain = checkpoint_name(plain, PRODUCT)
+            z = checkpoint_name(linear(x, weight, bias), PRODUCT)
+            return z + self._bottleneck(name, z, layer[name], key)
+        return linear(x, weight, bias) + self._bottleneck(name, x, layer[name], key)
+
+    def _bottleneck(
+        self, name: str, fed: Float[Array, "*b n"], tensors: dict[str, Array], key: PRNGKeyArray | None
+    ) -> Float[Array, "*b m"]:
+        """s U f(D fed), with dropout on what feeds it."""
+        config = self.config
         if key is not None and config.dropout > 0:
             fed = dropout(jax.random.fold_in(key, MODULES.index(name)), fed, config.dropout)
-        inner = checkpoint_name(linear(fed, tensors["adapter_down"].astype(x.dtype)), PRODUCT)
+        inner = checkpoint_name(linear(fed, tensors["adapter_down"].astype(fed.dtype)), PRODUCT)
         up = config.scaling * tensors["adapter_up"]
-        return plain + linear(FUNCTIONS[config.non_linearity](inner), up.astype(x.dtype))
+        return linear(FUNCTIONS[config.non_linearity](inner), up.astype(fed.dtype))
 
     def prefix(self, layer: Any) -> None:
         """None: no prefix."""

@@ -5,7 +5,7 @@ A prefix is what PEFT reads and writes without ``prefix_projection``: one tensor
 
 Series and parallel adapters PEFT does not have. They are written in its layout, so that the same tools read them:
 ``peft_type`` ``SERIES_ADAPTER`` or ``PARALLEL_ADAPTER``, and for layer i tensors
-``base_model.model.model.layers.{i}.{module}.adapter_down.weight`` [width, n] and ``.adapter_up.weight`` [p_out, width].
+``base_model.model.model.layers.{i}.{module}.adapter_down.weight`` [width, n] and ``.adapter_up.weight`` [m, width].
 PEFT refuses the type by its name.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, NonLinearity
+from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, Init, NonLinearity
 from rora_theory.adapters.peft_config import Entries, checked
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 from rora_theory.adapters.targets import full_name
@@ -62,6 +62,7 @@ _BOTTLENECK: Entries = {
     "peft_type": (None, lambda v: v in PLACEMENTS, ", ".join(PLACEMENTS)),
     "adapter_dropout": (0.0, lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "bottleneck_size": (None, _count, _INTEGER),
+    "init_weights": ("bert", lambda v: v in get_args(Init), ", ".join(get_args(Init))),
     "non_linearity": ("tanh", lambda v: v in get_args(NonLinearity), ", ".join(get_args(NonLinearity))),
     "scaling": (1.0, lambda v: _number(v) and 0 < v < math.inf, "a number above 0"),
     "target_modules": (None, _names, "a list of names"),
@@ -93,6 +94,7 @@ def to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any]:
         "adapter_dropout": config.dropout,
         "bias": "none",
         "bottleneck_size": config.width,
+        "init_weights": config.init,
         "non_linearity": config.non_linearity,
         "peft_type": kinds[config.placement],
         "scaling": config.scaling,
@@ -135,6 +137,7 @@ def read(path: Path, values: Mapping[str, Any], llama_config: LlamaConfig) -> Ba
         entries["non_linearity"],
         entries["scaling"],
         entries["adapter_dropout"],
+        entries["init_weights"],
     )
     try:
         config.modules(llama_config)

@@ -18,8 +18,7 @@ TrainTemplate = Literal["train", "clean"]
 BaseDtype = Literal["float32", "bfloat16"]
 
 LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4, "prefix": 3e-2, "series": 3e-4, "parallel": 3e-4}
-"""Peak learning rates of the published LLaMA-7B runs, by method. RoRA's, series' and parallel's own are not recorded:
-LoRA's stands for them."""
+"""Peak learning rates of the published LLaMA-7B runs, by method. RoRA's is not recorded: LoRA's stands for it."""
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "lora": PAPER_TARGETS,
@@ -49,7 +48,7 @@ class FinetuneConfig:
 
     method: Method = "lora"
     """lora, or dora: a trained magnitude a row beside the low-rank update; either goes with either rule. prefix:
-    trained keys and values; series, parallel: bottlenecks after or beside a module"""
+    trained keys and values; series, parallel: bottlenecks in line with a module or beside it"""
     rule: Rule = "rora"
     """scaling alpha / rank**kappa: lora (kappa 1), rora (1/2; rslora is the same) or kappa itself"""
     rank: int = 32
@@ -64,7 +63,7 @@ class FinetuneConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """alpha of the modules a regular expression matches, where it differs"""
     dropout: float = 0.05
-    """dropout of the adapter's input; a prefix has none"""
+    """dropout of the adapter's input; a prefix has none, and LLM-Adapters' series and parallel adapters are run at 0"""
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
     """initialisation of lora_A; lora_B begins at zero"""
     virtual_tokens: int = 10

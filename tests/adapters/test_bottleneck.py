@@ -21,7 +21,7 @@ ALL = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 def perturbed(config, params, placement, **settings):
     """An adapter with random numbers in U too, of a size that reaches the bends of f."""
-    adapter = init(jax.random.key(0), BottleneckConfig(placement, 5, **settings), config, params)
+    adapter = init(jax.random.key(0), BottleneckConfig(placement, 5, init="mam_adapter", **settings), config, params)
     keys = iter(jax.random.split(jax.random.key(1), 20))
     noise = {
         m: t | {"adapter_up": jax.random.normal(next(keys), t["adapter_up"].shape)} for m, t in adapter.params.items()
@@ -29,7 +29,7 @@ def perturbed(config, params, placement, **settings):
     return adapter.replace(noise)
 
 
-def numpy_module(adapter, params):
+def numpy_module(adapter, params, weights):
     """The definition, an adapter of one layer and module at a time."""
     settings = adapter.config
 
@@ -37,15 +37,20 @@ def numpy_module(adapter, params):
         if name not in params:
             return z
         down, up = (np.asarray(params[name][kind][layer], np.float64) for kind in ("adapter_down", "adapter_up"))
-        fed = z if settings.placement == "series" else x
-        return z + settings.scaling * numpy_llama.FUNCTIONS[settings.non_linearity](fed @ down.T) @ up.T
+        after = settings.placement == "series" and name in ("self_attn.o_proj", "mlp.down_proj")
+        change = settings.scaling * numpy_llama.FUNCTIONS[settings.non_linearity]((z if after else x) @ down.T) @ up.T
+        if settings.placement == "parallel" or after:
+            return z + change
+        # before: W (x + change) + b = z + W change
+        return z + change @ np.asarray(weights[f"model.layers.{layer}.{name}.weight"], np.float64).T
 
     return module
 
 
 def reference(golden, adapter, params):
-    module = numpy_module(adapter, params)
-    return numpy_llama.logits(golden.base_weights(), golden.SHAPE, golden.TOKENS, module=module)
+    weights = golden.base_weights()
+    module = numpy_module(adapter, params, weights)
+    return numpy_llama.logits(weights, golden.SHAPE, golden.TOKENS, module=module)
 
 
 def loss_of(params, tokens, config, adapter):
@@ -57,8 +62,8 @@ def loss_of(params, tokens, config, adapter):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_fresh_adapter_changes_nothing_and_learns(placement, config, params, tokens, run) -> None:
-    adapter = init(jax.random.key(0), BottleneckConfig(placement, 5), config, params)
+def test_a_fresh_mam_adapter_changes_nothing_and_learns(placement, config, params, tokens, run) -> None:
+    adapter = init(jax.random.key(0), BottleneckConfig(placement, 5, init="mam_adapter"), config, params)
     np.testing.assert_array_equal(run(params, tokens, adapter), run(params, tokens))
     gradient = jax.jit(jax.grad(loss_of(params, tokens, config, adapter)))(adapter.params)
     for name, tensors in gradient.items():
@@ -68,6 +73,17 @@ def test_a_fresh_adapter_changes_nothing_and_learns(placement, config, params, t
         down = np.asarray(adapter.params[name]["adapter_down"])
         assert 0.9 < np.abs(down).max() * down.shape[2] ** 0.5 <= 1
         assert len(np.unique(down)) > 0.99 * down.size, "no layer is another's copy"
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_fresh_adapter_is_drawn_as_published(placement) -> None:
+    """Normal, deviation 0.02, both tensors, every layer anew: within 5 standard errors of the deviation."""
+    settings = BottleneckConfig(placement, 64, target_modules=("up_proj",))
+    adapter = init(jax.random.key(0), settings, LlamaConfig(8, 128, 256, 2, 2, 2, 64), {})
+    for tensor in jax.tree.leaves(adapter.params):
+        assert abs(np.std(tensor) / 0.02 - 1) < 5 / (2 * tensor.size) ** 0.5
+        assert len(np.unique(tensor)) > 0.99 * tensor.size
+    assert np.abs(np.corrcoef(*(np.ravel(t)[: 2 * 64 * 128] for t in jax.tree.leaves(adapter.params)))[0, 1]) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -118,9 +134,9 @@ def test_dropout_acts_on_what_feeds_the_adapter(placement, config, params) -> No
     layer = jax.tree.map(lambda leaf: leaf[1], adapter.layers())
     x = jax.random.normal(jax.random.key(6), (2, 3, weight.shape[1]))
     z = x @ weight.T + jnp.broadcast_to(bias, (2, 3, weight.shape[0]))
-    fed = dropout(jax.random.fold_in(key, index), z if placement == "series" else x, 0.4)
-    inner = jnp.tanh(fed @ layer[name]["adapter_down"].T)
-    expected = z + inner @ layer[name]["adapter_up"].T
+    fed = dropout(jax.random.fold_in(key, index), x, 0.4)
+    change = jnp.tanh(fed @ layer[name]["adapter_down"].T) @ layer[name]["adapter_up"].T
+    expected = z + (change @ weight.T if placement == "series" else change)
     np.testing.assert_allclose(adapter.linear(name, x, weight, bias, layer, key=key), expected, rtol=0, atol=1e-5)
     without = adapter.linear(name, x, weight, bias, layer, key=None)
     assert np.abs(without - expected).max() > 0.1
@@ -147,8 +163,8 @@ LLAMA_13B = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)
         (BottleneckConfig("parallel"), LLAMA_13B, 2.89),
         (BottleneckConfig("series", target_modules=("down_proj",)), LLAMA_7B, 0.99),
         (BottleneckConfig("series", target_modules=("down_proj",)), LLAMA_13B, 0.80),
-        (BottleneckConfig("series"), LLAMA_7B, 5.08),
-        (BottleneckConfig("series"), LLAMA_13B, 4.17),
+        (BottleneckConfig("series"), LLAMA_7B, 1.95),
+        (BottleneckConfig("series"), LLAMA_13B, 1.59),
     ],
 )
 def test_shares(settings, model, percent) -> None:
@@ -187,12 +203,13 @@ def test_files(placement, config, params, tmp_path) -> None:
     ("entries", "message"),
     [
         ({"bottleneck_size": 0}, "bottleneck_size is 0; accepted is an integer of 1 or more"),
-        ({"bottleneck_size": 6}, r"another model: .*adapter_down.weight is \[5, 24\]; accepted is \[6, 24\]"),
+        ({"bottleneck_size": 6}, r"another model: .*adapter_down.weight is \[5, 16\]; accepted is \[6, 16\]"),
         (
             {"peft_type": "PARALLEL_ADAPTER"},
-            r"another model: .*adapter_down.weight is \[5, 24\]; accepted is \[5, 16\]",
+            r"another model: .*adapter_up.weight is \[16, 5\]; accepted is \[24, 5\]",
         ),
         ({"non_linearity": "sin"}, "non_linearity is 'sin'; accepted is tanh, relu, silu, gelu"),
+        ({"init_weights": "zero"}, "init_weights is 'zero'; accepted is bert, mam_adapter"),
         ({"scaling": 0}, "scaling is 0; accepted is a number above 0"),
         ({"adapter_dropout": 1}, "adapter_dropout is 1"),
         ({"bias": "all"}, "bias is 'all', which is not supported"),
@@ -219,6 +236,7 @@ def test_refuses_files(entries, message, config, params, tmp_path) -> None:
         ({"width": 0}, "bottleneck width is 0"),
         ({"width": True}, "bottleneck width is True"),
         ({"non_linearity": "sin"}, "non_linearity is 'sin'"),
+        ({"init": "zero"}, "init is 'zero'; accepted are bert, mam_adapter"),
         ({"scaling": float("inf")}, "scaling is inf"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"target_modules": "up_proj"}, "target_modules is 'up_proj' for a series adapter; accepted are names"),
