@@ -23,7 +23,8 @@ def parse_answer(task: Task, text: str) -> str | None:
 
     Example:
       >>> from rora_theory.commonsense.tasks import TASKS
-      >>> parse_answer(TASKS["piqa"], "the correct answer is solution2, not solution1") 'solution2'
+      >>> parse_answer(TASKS["piqa"], "the correct answer is solution2, not solution1")
+      'solution2'
     """
     found = re.search(task.pattern, text)
     return found.group() if found else None

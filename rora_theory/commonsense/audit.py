@@ -228,10 +228,11 @@ MODELS = {
 
 
 def lora_percent(model: str, rank: int) -> float:
-    """Trainable share, in percent of the base model, of LoRA on q, k, v, up and down (the published targets)."""
+    """Trainable share, in percent of base and adapter together, of LoRA on q, k, v, up and down (published targets)."""
     layers, hidden, keys, inner, total = MODELS[model]
     widths = (hidden + hidden) + 2 * (hidden + keys) + 2 * (hidden + inner)
-    return 100.0 * layers * rank * widths / total
+    own = layers * rank * widths
+    return 100.0 * own / (total + own)
 
 
 def parameter_shares(rows: Sequence[Row], *, stated_rank: int = 128, method: str = "RoRA") -> list[Finding]:
@@ -242,7 +243,8 @@ def parameter_shares(rows: Sequence[Row], *, stated_rank: int = 128, method: str
             continue
         expected = lora_percent(row.model, stated_rank)
         if abs(row.params_percent - expected) > 0.1 * expected:
-            implied = stated_rank * row.params_percent / expected
+            odds = [percent / (100 - percent) for percent in (row.params_percent, expected)]
+            implied = stated_rank * odds[0] / odds[1]  # own / total is proportional to the rank
             text = (
                 f"prints {row.params_percent:.2f}% trainable; rank {stated_rank} trains {expected:.2f}%, the "
                 f"printed share is rank {implied:.0f}'s"

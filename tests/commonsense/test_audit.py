@@ -148,14 +148,15 @@ def test_a_gap_of_two_standard_errors_is_the_border() -> None:
     ("model", "percent"), [("LLaMA-7B", 0.83), ("LLaMA-13B", 0.67), ("LLaMA2-7B", 0.83), ("LLaMA3-8B", 0.70)]
 )
 def test_printed_shares_of_lora_are_rank_32s(model: str, percent: float) -> None:
-    assert audit.lora_percent(model, 32) == pytest.approx(percent, abs=0.006)
+    assert audit.lora_percent(model, 32) == pytest.approx(percent, abs=0.005)
     assert _row(model, "LoRA").params_percent == percent
 
 
 def test_the_share_printed_for_rora_is_not_its_stated_ranks() -> None:
     found = audit.parameter_shares(PAPER)
     assert [f.where for f in found] == [f"Table I, {model} RoRA" for model in audit.MODELS]
-    assert all("rank 32's" in f.text for f in found)
+    implied = [int(f.text.rsplit("rank ", 1)[1].removesuffix("'s")) for f in found]
+    assert implied == [32, 32, 33, 32]  # 0.84% is printed where rank 32 trains 0.83%
     assert not audit.parameter_shares(PAPER, stated_rank=32)
 
 
