@@ -28,10 +28,12 @@ class Config:
     """Folder of sims.rank_sweep."""
     model: str | None = None
     """Which model, where the run has several."""
+    alpha: float | None = None
+    """Which alpha, where a method and rank has several."""
     rate: float | None = None
     """Draw the cells of this learning rate. None: each method's rate that has most cells."""
     tuned: bool = False
-    """For each method and rank, the learning rate of the lowest mean validation loss instead."""
+    """For each method and rank, the best learning rate of those tried instead."""
     answers: bool = False
     """The loss on the answers alone in the place of the loss on all tokens."""
     paper: bool = False
@@ -49,6 +51,7 @@ class Point:
       value: mean over the seeds.
       error: standard error from the items (records) measured on, the same in every seed.
       seeds: each seed's own value.
+      diverged: how many further seeds have none, because the loss became no number.
     """
 
     rank: int
@@ -56,10 +59,11 @@ class Point:
     value: float
     error: float
     seeds: tuple[float, ...]
+    diverged: int
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Lines are means over seeds with the items' standard error, dots single seeds, dashes the model alone."""
+    """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
     manifest, rows = style.read_run(config.run, "rank_sweep")
     rows = chosen_model(config, rows)
     loss = "answer" if config.answers else "validation"
@@ -87,7 +91,7 @@ def draw(config: Config) -> Sequence[Path]:
         loc="outside lower center",
         ncols=6,
         frameon=False,
-        title=title(manifest, rows),
+        title=title(manifest, rows, [row for cells in lines.values() for row in cells], tuned=config.tuned),
     )
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
@@ -100,9 +104,16 @@ def chosen_model(config: Config, rows: Sequence[Row]) -> list[Row]:
     model = models[0] if config.model is None else config.model
     if model not in models:
         style.fail(f"--model is {model!r}; accepted are {', '.join(models)}")
-    found = [row for row in rows if row["model"] == model and row["status"] == "complete"]
+    found = [row for row in rows if row["model"] == model and row["status"] in ("complete", "diverged")]
+    if config.alpha is not None:
+        found = [row for row in found if not row["alpha"] or float(row["alpha"]) == config.alpha]
     if not any(row["rank"] for row in found):
         style.fail(f"{config.run}/results.csv: has no finished cell of an adapter; accepted is a run with at least one")
+    for (method, rank), group in grouped(found, lambda row: (row["method"], row["rank"])).items():
+        alphas = sorted({float(row["alpha"]) for row in group if row["alpha"]})
+        if len(alphas) > 1:
+            several = ", ".join(f"{alpha:g}" for alpha in alphas)
+            style.fail(f"{config.run}: {method} r={rank} has alpha {several}; accepted is --alpha with one of them")
     return found
 
 
@@ -111,25 +122,22 @@ def curves(config: Config, rows: Sequence[Row], method: str) -> list[Row]:
     cells = [row for row in rows if row["method"] == method]
     if config.rate is not None:
         return [row for row in cells if float(row["learning_rate"]) == config.rate]
-    by_rate = grouped(cells, lambda row: row["learning_rate"])
-    if not config.tuned:
-        return max(by_rate.values(), key=len, default=[])
-    found: list[Row] = []
-    for group in grouped(cells, lambda row: row["rank"]).values():
-        rates = grouped(group, lambda row: row["learning_rate"])
-        found += min(rates.values(), key=lambda at_rate: _mean([float(row["validation_loss"]) for row in at_rate]))
-    return found
+    if config.tuned:
+        best = {(row["rank"], row["learning_rate"]) for row in cells if row["best_rate"]}
+        return [row for row in cells if (row["rank"], row["learning_rate"]) in best]
+    return max(grouped(cells, lambda row: row["learning_rate"]).values(), key=len, default=[])
 
 
 def points(cells: Sequence[Row], column: str, error: str, unit: float) -> list[Point]:
     """A method's means over seeds by rank, where the column was measured."""
     found = []
     for rank, group in grouped(cells, lambda row: int(row["rank"])).items():
-        measured = [row for row in group if row[column]]
+        measured = [row for row in group if row["status"] == "complete" and row[column]]
         if measured:
             values = tuple(unit * float(row[column]) for row in measured)
             spread = _mean([unit * float(row[error]) for row in measured])
-            found.append(Point(rank, float(group[0]["gamma"]), _mean(values), spread, values))
+            diverged = sum(row["status"] == "diverged" for row in group)
+            found.append(Point(rank, float(group[0]["gamma"]), _mean(values), spread, values, diverged))
     return sorted(found, key=lambda point: point.rank)
 
 
@@ -151,6 +159,8 @@ def draw_line(axis: Any, method: str, line: Sequence[Point]) -> None:
         elinewidth=0.8,
     )
     for rank, point in zip(ranks, line, strict=True):
+        if point.diverged:
+            axis.plot([rank], [point.value], marker, color=colour, markerfacecolor="white", zorder=3)
         if len(point.seeds) > 1:
             axis.plot([rank] * len(point.seeds), point.seeds, "_", color=colour, markersize=5, alpha=0.7)
 
@@ -211,19 +221,25 @@ def printed(axis: Any) -> None:
     axis.set_ylabel("printed for LLaMA-7B: average (%)")
 
 
-def title(manifest: dict[str, Any], rows: Sequence[Row]) -> str:
-    """What was trained and measured, in a line."""
+def title(manifest: dict[str, Any], rows: Sequence[Row], drawn: Sequence[Row], *, tuned: bool) -> str:
+    """What was trained and measured, of the cells that are drawn."""
     found = manifest["config"]
-    steps = next((row["steps"] for row in rows if row["steps"]), "?")
-    seeds = len({row["seed"] for row in rows if row["seed"]})
-    alphas = {row["alpha"] for row in rows if row["alpha"]}
+    steps = next((row["steps"] for row in drawn if row["steps"]), "?")
+    seeds = len({row["seed"] for row in drawn})
+    alphas = {row["alpha"] for row in drawn}
     alpha = rf"$\alpha$ = {float(next(iter(alphas))):g}" if len(alphas) == 1 else r"$\alpha$ varies"
-    rates = sorted({float(row["learning_rate"]) for row in rows if row["learning_rate"]})
-    rate = f"lr {rates[0]:g}" if len(rates) == 1 else "lr varies"
+    rates = {float(row["learning_rate"]) for row in drawn}
+    rate = f"lr {next(iter(rates)):g}" if len(rates) == 1 else "lr varies"
+    if tuned:
+        rate = "best lr of a seed on these records" + (
+            " (some at the grid's edge)" if any(row["best_rate"] == "edge" for row in drawn) else ""
+        )
     bars = "bars: s.e. over items" + (f", dashes: up to {seeds} single seeds" if seeds > 1 else ", one seed")
+    if any(row["status"] == "diverged" for row in drawn):
+        bars += ", open: some seed diverged"
     return (
         f"{Path(rows[0]['model']).name}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
-        f"{found['data']['held_out']} held-out records; {bars}"
+        f"{found['data']['held_out']} held-out records;\n{bars}"
     )
 
 

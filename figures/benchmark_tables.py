@@ -2,8 +2,8 @@
 
 python -m figures.benchmark_tables RUN
 
-Ours are means over seeds with their standard errors over items; the paper's are as printed. Model, data, training and
-protocol stand in every row, because rows of different ones are not comparable.
+Ours are means over seeds with their standard errors over items; the paper's are as printed. Data, training and protocol
+of ours stand above the Markdown table; alpha, learning rate, seeds and unparsed answers in every row.
 """
 
 import csv
@@ -22,7 +22,10 @@ from rora_theory.commonsense.tasks import TASKS
 
 Cells = list[dict[str, str]]
 
-HEAD = ("source", "model", "protocol", "rank", "method", "params_percent", "learning_rate", "seeds")
+HEAD = (
+    "source", "model", "protocol", "rank", "method", "alpha", "params_percent", "learning_rate", "rate_choice", "seeds",
+    "diverged", "unparsed",
+)  # fmt: skip
 METHODS = {"base": "none", "prefix": "Prefix", "series": "Series", "parallel": "Parallel"} | {
     "lora": "LoRA",
     "dora": "DoRA",
@@ -39,7 +42,9 @@ class Config:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.rank_sweep."""
     layout: Literal["I", "II"] | None = None
-    """I: by model; II: by rank; none is II where the run has several ranks."""
+    """I: by model; II: by rank; none is the run's design's, or else II where the run has several ranks."""
+    tuned: bool = False
+    """Of each method and rank the best learning rate of those tried alone; otherwise every rate has a row."""
     out: Path | None = None
     """Folder for table_I.md and .csv, or table_II.md and .csv; by default the run folder."""
 
@@ -50,8 +55,10 @@ class Line:
 
     Attributes:
       source: ``this run`` or ``paper, as printed``.
-      model, protocol, rank, method, params_percent, learning_rate: what was run; None where not stated.
-      seeds: number of seeds averaged; None for the paper.
+      model, protocol, rank, method, alpha, params_percent, learning_rate: what was run; None where not stated.
+      rate_choice: ``best_rate`` of the run's `results.csv`; empty for the paper.
+      seeds, diverged: number of seeds averaged, and of those without a result; None for the paper.
+      unparsed: share of answers without a label, in percent, mean over tasks; None where not stated.
       scores: percent and standard error for each of the eight tasks; None where not measured, an error None where not
         stated.
       average: likewise.
@@ -62,9 +69,13 @@ class Line:
     protocol: str
     rank: int | None
     method: str
+    alpha: float | None
     params_percent: float | None
     learning_rate: float | None
+    rate_choice: str
     seeds: int | None
+    diverged: int | None
+    unparsed: float | None
     scores: tuple[tuple[float, float | None] | None, ...]
     average: tuple[float, float | None] | None
 
@@ -72,10 +83,14 @@ class Line:
 def draw(config: Config) -> Sequence[Path]:
     """Write both files of the table."""
     manifest, rows = style.read_run(config.run, "rank_sweep")
+    if config.tuned:
+        rows = [row for row in rows if row["best_rate"] or row["method"] == "base"]
     ours = lines_of(rows, manifest.get("models", {}))
     if not ours:
         style.fail(f"{config.run}/results.csv: has no cell with accuracy; accepted is a run without --accuracy False")
-    layout = config.layout or ("II" if len({line.rank for line in ours if line.rank}) > 1 else "I")
+    designs = {run.get("design") for run in manifest["runs"]}
+    several = len({line.rank for line in ours if line.rank}) > 1 and "table1" not in designs
+    layout = config.layout or ("II" if several or "table2" in designs else "I")
     table = arranged([*ours, *printed(layout)], layout)
     folder = config.out or config.run
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,14 +101,18 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 def lines_of(rows: Cells, models: dict[str, Any]) -> list[Line]:
-    """A line a model, method, rank and learning rate: the mean over its seeds."""
+    """A line a model, method, rank, alpha and learning rate: the mean over its scored seeds."""
     groups: dict[tuple[str, ...], Cells] = {}
+    lost: dict[tuple[str, ...], int] = {}
     for row in rows:
-        if row["status"] == "complete" and row["protocol"]:
-            key = tuple(row[name] for name in ("model", "method", "rank", "alpha", "learning_rate", "protocol"))
+        key = tuple(row[name] for name in ("model", "method", "rank", "alpha", "learning_rate", "protocol"))
+        if row["status"] == "complete" and row["average"]:
             groups.setdefault(key, []).append(row)
+        elif row["status"] == "diverged":
+            lost[key] = lost.get(key, 0) + 1
     found = []
-    for (model, method, rank, _, rate, protocol), group in groups.items():
+    for key, group in groups.items():
+        model, method, rank, alpha, rate, protocol = key
         total = models.get(model, {}).get("parameters")
         own = group[0]["trainable_parameters"]
         found.append(
@@ -103,9 +122,13 @@ def lines_of(rows: Cells, models: dict[str, Any]) -> list[Line]:
                 protocol=protocol,
                 rank=int(rank) if rank else None,
                 method=METHODS.get(method, method),
+                alpha=float(alpha) if alpha else None,
                 params_percent=100 * int(own) / (total + int(own)) if own and total else None,
                 learning_rate=float(rate) if rate else None,
+                rate_choice=group[0]["best_rate"],
                 seeds=len(group),
+                diverged=lost.get(key, 0),
+                unparsed=100 * _mean(float(row["average_unparsed"]) for row in group),
                 scores=tuple(measured(group, key) for key in TASKS),
                 average=measured(group, "average"),
             )
@@ -130,9 +153,13 @@ def printed(layout: str) -> list[Line]:
             protocol="generate (the paper's)",
             rank=row.rank,
             method=row.method,
+            alpha=None,
             params_percent=row.params_percent,
             learning_rate=row.learning_rate,
+            rate_choice="",
             seeds=None,
+            diverged=None,
+            unparsed=None,
             scores=tuple((score, None) for score in row.scores),
             average=(row.average, None),
         )
@@ -163,7 +190,7 @@ def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> st
     config = manifest["config"]
     data, evaluation, training = config["data"], config.get("evaluation") or {}, config["training"]
     columns = ["Rank", "Model", "Method"] if layout == "II" else ["Model", "Rank", "Method"]
-    header = [*columns, "# Params (%)", *published.NAMES, "Average", "Source"]
+    header = [*columns, "# Params (%)", *published.NAMES, "Average", "Unparsed", "Source"]
     text = [
         f"Table {layout}. Accuracy in percent ± one standard error over items.",
         f"This run: protocol {evaluation.get('protocol')}, {_count(evaluation.get('limit'), 'items a task')}; "
@@ -178,10 +205,9 @@ def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> st
         rank = "" if line.rank is None else str(line.rank)
         first = [rank, line.model] if layout == "II" else [line.model, rank]
         share = "" if line.params_percent is None else f"{line.params_percent:.2f}"
-        rate = f", lr {line.learning_rate:g}" if line.seeds and line.learning_rate else ""
-        source = f"this run, {_count(line.seeds, 'seed')}{rate}" if line.seeds else line.source
         scores = [_score(score) for score in (*line.scores, line.average)]
-        text.append("| " + " | ".join([*first, line.method, share, *scores, source]) + " |")
+        unparsed = "" if line.unparsed is None else f"{line.unparsed:.1f}"
+        text.append("| " + " | ".join([*first, line.method, share, *scores, unparsed, _source(line)]) + " |")
     return "\n".join(text) + "\n"
 
 
@@ -198,6 +224,19 @@ def as_csv(lines: Iterable[Line]) -> str:
             ["" if cell is None else cell for cell in (*head, *(figure for pair in pairs for figure in pair))]
         )
     return text.getvalue()
+
+
+def _source(line: Line) -> str:
+    """Whose row it is, and of ours what else was set."""
+    if line.seeds is None:
+        return line.source
+    words = [line.source, _count(line.seeds, "seed")]
+    words += [f"{line.diverged} diverged"] if line.diverged else []
+    words += [f"alpha {line.alpha:g}"] if line.alpha else []
+    if line.learning_rate:
+        choice = {"yes": " (best tried)", "edge": " (best tried, at the grid's edge)"}.get(line.rate_choice, "")
+        words.append(f"lr {line.learning_rate:g}{choice}")
+    return ", ".join(words)
 
 
 def _score(score: tuple[float, float | None] | None) -> str:

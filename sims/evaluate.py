@@ -8,20 +8,19 @@ its standard error a task, and their average). A run that was stopped goes on at
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rora_theory.adapters import load_peft
+from rora_theory.commonsense import sources
 from rora_theory.commonsense.levels import Level, levels
 from rora_theory.commonsense.prompts import Template
 from rora_theory.commonsense.scoring import Protocol, Sample, Scoring, score
-from rora_theory.commonsense.sources import locate
-from rora_theory.commonsense.tasks import TASKS, Record, read, task_named
+from rora_theory.commonsense.tasks import TASKS, Record, task_named
 from rora_theory.errors import InputError
-from rora_theory.llama import Adapter, LlamaConfig, load
+from rora_theory.llama import Adapter, LlamaConfig, digest, load
 from rora_theory.llama.tokenizer import Tokenizer
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
@@ -29,7 +28,6 @@ from sims.common.run_folder import RunFolder, as_json
 
 NAME = "evaluate"
 SAMPLES, RESULTS = "samples.jsonl", "results.json"
-DATA_VARIABLE = "RORA_COMMONSENSE_DIR"
 COLUMNS = ("protocol", "template", *(field.name for field in fields(Level)))
 
 
@@ -168,18 +166,8 @@ def read_records(config: Config) -> tuple[list[Record], dict[str, str]]:
     Raises:
       InputError: no data folder named, a file missing, or a bad record.
     """
-    data = config.data_dir or os.environ.get(DATA_VARIABLE)
-    if not data:
-        raise InputError(
-            f"--data-dir is not given and {DATA_VARIABLE} not set; accepted is a folder with TASK/test.json"
-        )
-    records: list[Record] = []
-    digests = {}
-    for key in config.tasks:
-        path = locate(data, TASKS[key])
-        records += read(path, TASKS[key])[: config.limit]
-        digests[key] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return records, digests
+    by_task, digests = sources.read_tasks(config.data_dir, config.tasks, config.limit)
+    return [record for records in by_task.values() for record in records], digests
 
 
 def read_samples(path: Path, records: Sequence[Record], protocol: str) -> list[Sample]:
@@ -221,11 +209,13 @@ def _line(protocol: str, sample: Sample) -> str:
 
 
 def identity(config: Config, digests: dict[str, str]) -> dict[str, Any]:
-    """What determines the results: the settings, the data's content and the adapter's, not where they lie."""
+    """What determines the results: the settings, and the content of data, adapter and a local model."""
     plain = asdict(config)
     for name in ("out", "batch_size", "data_dir", "adapter"):
         del plain[name]
     plain |= asdict(config.scoring())
+    if Path(config.model).exists():
+        plain["weights"] = digest(Path(config.model))
     if config.adapter is not None:
         plain["adapter"] = {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()

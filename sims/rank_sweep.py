@@ -6,19 +6,17 @@
 Every cell fine-tunes one adapter, merges it, and measures the loss on held-out training-distribution records (all
 tokens, and the answers alone) and the accuracy on the eight tasks. A cell that is done is not done again: the same
 command goes on where it was stopped, further ranks or seeds extend the folder, and further processes with the same
-``--out`` help. `results.csv` has a line a cell; a cell's folder has its losses a record, its right answers and its
-training curve. A loss that is no number is a result, ``diverged``.
+``--out`` help. `results.csv` has a line a cell, `differences.csv` the methods against the base and LoRA, record by
+record; a cell's folder has its losses a record, its right answers and its training curve. A loss that is no number is
+a result, ``diverged``.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,12 +24,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rora_theory import llama
 from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.commonsense import sources
 from rora_theory.commonsense.levels import levels
 from rora_theory.commonsense.prompts import Template
 from rora_theory.commonsense.scoring import Protocol, Scoring, score
-from rora_theory.commonsense.sources import locate
-from rora_theory.commonsense.tasks import TASKS, read, task_named
+from rora_theory.commonsense.tasks import TASKS, task_named
 from rora_theory.commonsense.tasks import Record as TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.finetune import (
@@ -49,12 +48,13 @@ from rora_theory.finetune.config import LEARNING_RATES, BaseDtype, LossOn, Train
 from rora_theory.finetune.held_out import RecordLoss, mean_per_token, record_losses
 from rora_theory.finetune.step import SharedSteps
 from rora_theory.scaling import scaling_factor
+from sims import differences, rank_results
 from sims.common import cli, matrix, tables
 from sims.common.progress import progress_bar
 from sims.common.run_folder import as_json, circumstances, write_whole
+from sims.rank_results import BASE
 
 NAME = "rank_sweep"
-DATA_VARIABLE = "RORA_COMMONSENSE_DIR"
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,6 @@ METHODS = {
 }
 """Methods by name. A new kind of adapter is one more line here."""
 
-BASE = "base"
-"""The model without an adapter: one cell, neither trained nor repeated."""
-
 AlphaRule = Literal["fixed", "2r"]
 
 
@@ -99,6 +96,8 @@ class Design:
       rates: learning rates; None is each method's published one, or under ``tuned`` its grid, `RATE_GRIDS`.
       tuned: choose among the rates at the first seed by validation loss, a method and rank at a time, and run the
         other seeds at the chosen rate.
+      protocol: of scoring.
+      dtype: of the frozen base weights.
     """
 
     models: tuple[str, ...] = ("smollm2-135m",)
@@ -108,27 +107,32 @@ class Design:
     rates: tuple[float, ...] | None = None
     seeds: tuple[int, ...] = (0, 1)
     tuned: bool = False
+    protocol: Protocol = "label"
+    dtype: BaseDtype = "float32"
 
 
-RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 RATE_GRIDS = {"prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
 """Learning rates of a tuned design, around the published one; `RATE_GRID` for a method that is not named."""
 
+_PAPER = Design(("yahma/llama-7b-hf",), seeds=(42,), protocol="generate", dtype="bfloat16")
 DESIGNS = {
     "grid": Design(),
     "fixed_alpha": Design(),
     "alpha_2r": Design(alpha_rule="2r"),
     "tuned_rate": Design(seeds=(0, 1, 2), tuned=True),
-    "fig1": Design(("yahma/llama-7b-hf",), ranks=(4, 8, 16, 32, 64, 128, 256), seeds=(42,)),
-    "fig3": Design(("yahma/llama-7b-hf",), ("lora", "dora", "rora"), (128,), seeds=(42,)),
-    "table1": Design(
-        ("yahma/llama-7b-hf", "yahma/llama-13b-hf", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"),
-        (BASE, "prefix", "series", "parallel", "lora", "dora", "rora"),
+    "fig1": replace(_PAPER, ranks=(4, 8, 16, 32, 64, 128, 256)),
+    "fig3": replace(_PAPER, methods=("lora", "dora", "rora"), ranks=(128,)),
+    "table1": replace(
+        _PAPER,
+        models=("yahma/llama-7b-hf", "yahma/llama-13b-hf", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"),
+        methods=(BASE, "prefix", "series", "parallel", "lora", "dora", "rora"),
         ranks=(32, 128),  # the paper's RoRA rows are at 128, the others at 32
-        seeds=(42,),
     ),
-    "table2": Design(("princeton-nlp/Sheared-LLaMA-1.3B",), ranks=(8, 16, 32, 64, 128), seeds=(42,)),
+    "table2": replace(_PAPER, models=("princeton-nlp/Sheared-LLaMA-1.3B",), ranks=(8, 16, 32, 64, 128)),
 }
+"""The last four are the paper's. One budget for every method: what the published prefix runs have otherwise (batch 8, 5
+epochs), and their choice of the step of lowest validation loss, is not repeated; the last step counts."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,8 @@ class Config:
     alpha: float = 64.0
     """strength of the adapter, before the rule divides it; not read under 2r"""
     rates: tuple[float, ...] | None = None
-    """peak learning rates; none is the published one of each method: 3e-4, for dora 2e-4, for prefix 3e-2"""
+    """peak learning rates; none is the published one of each method: 3e-4, for dora 2e-4 (LLaMA-3: 1e-4), for prefix
+    3e-2; or its grid where they are tuned"""
     seeds: tuple[int, ...] | None = None
     """seeds of initialisation, order and dropout; methods of one rank and seed share the first two"""
 
@@ -178,7 +183,7 @@ class Config:
     warmup: int = 100
     """steps of linear warm-up from 0, before the linear decay to 0"""
     dropout: float = 0.05
-    """dropout of the adapter's input"""
+    """dropout of a low-rank adapter's input; the others have none, as published"""
     targets: tuple[str, ...] = PAPER_TARGETS
     """adapted modules"""
     template: TrainTemplate = "train"
@@ -189,8 +194,8 @@ class Config:
     """tokens in the training loss"""
     widths: int = 6
     """padded lengths that batches come in, each compiled once"""
-    dtype: BaseDtype = "float32"
-    """type of the frozen base weights"""
+    dtype: BaseDtype | None = None
+    """type of the frozen base weights; none is float32, in the paper's designs bfloat16"""
     remat: bool | Literal["mlp"] = False
     """made again in the backward pass, to save memory: False, mlp or True"""
     checkpoint_every: int = 500
@@ -202,8 +207,8 @@ class Config:
     """score the tasks; False measures the losses alone"""
     tasks: tuple[str, ...] = tuple(TASKS)
     """tasks to score"""
-    protocol: Protocol = "label"
-    """label, generate (the papers') or harness, see sims.evaluate"""
+    protocol: Protocol | None = None
+    """label, generate (the papers') or harness, see sims.evaluate; none is label, in the paper's designs generate"""
     eval_template: Template | None = None
     """prompt of label (none is train) and generate (none is eval)"""
     limit: int | None = None
@@ -216,7 +221,8 @@ class Config:
     out: Path | None = None
     """folder of the matrix; none is results/rank_sweep/ID. An existing one is continued and may grow"""
     attempts: int = 3
-    """most attempts at a cell, over all runs and processes"""
+    """most attempts at a cell, over all runs and processes; an interrupted one (Ctrl-C) does not count, a killed one
+    does"""
     list: bool = False
     """print the cells with their state and run nothing"""
 
@@ -228,13 +234,13 @@ class Config:
             "ranks": self.ranks,
             "rates": self.rates,
         }
-        given |= {"seeds": self.seeds, "alpha_rule": self.alpha_rule, "tuned": self.tuned}
+        given |= {name: getattr(self, name) for name in ("seeds", "alpha_rule", "tuned", "protocol", "dtype")}
         changes = {name: value for name, value in given.items() if value is not None}
         return replace(DESIGNS[self.design], **changes)
 
     def scoring(self) -> Scoring:
         """The evaluation protocol with its settings."""
-        return Scoring(self.protocol, self.eval_template)
+        return Scoring(self.the_design().protocol, self.eval_template)
 
 
 @dataclass(frozen=True)
@@ -319,13 +325,16 @@ def sweep(config: Config) -> bool:
     folder.update({"command": sys.argv[1:], "design": config.design} | circumstances(), models=models)
     whole = work(config, folder, bench, first)
     if design.tuned and len(design.seeds) > 1:
-        rates = choose_rates(folder, first)
-        later = make(stage=1, rates=rates)
-        whole += work(config, folder, bench, later)
+        if all(cell.status().state == "done" for cell in whole):
+            whole += work(config, folder, bench, make(stage=1, rates=choose_rates(folder, first)))
+        else:
+            print("the other seeds wait: not all learning rates have been tried at the first", flush=True)
     statuses = [cell.status() for cell in whole]
     failed = [cell for cell, status in zip(whole, statuses, strict=True) if status.state != "done"]
     for cell in failed:
         print(f"not done: {cell.path} ({cell.status().error or cell.status().state})", flush=True)
+    rows = rank_results.table(folder, tuple(METHODS))
+    folder.write_table(lambda: differences.as_csv(differences.differences(rows, folder.cells_path)), "differences.csv")
     folder.update({"status": "failed" if failed else "complete", "end": matrix.now()})
     print(f"{path}: {len(whole) - len(failed)} of {len(whole)} cells done; results.csv", flush=True)
     return not failed
@@ -425,28 +434,23 @@ def read_tasks(config: Config) -> tuple[dict[str, list[TaskRecord]], dict[str, A
     """Items of each task, and what determines their scoring; nothing and None without accuracy."""
     if not config.accuracy:
         return {}, None
-    data = config.data_dir or os.environ.get(DATA_VARIABLE)
-    if not data:
-        raise InputError(
-            f"--data-dir is not given and {DATA_VARIABLE} not set; accepted is a folder with TASK/test.json, or "
-            "--accuracy False"
-        )
-    tasks, digests = {}, {}
-    for key in config.tasks:
-        file = locate(data, TASKS[key])
-        tasks[key] = read(file, TASKS[key])[: config.limit]
-        digests[key] = hashlib.sha256(file.read_bytes()).hexdigest()
+    tasks, digests = sources.read_tasks(
+        config.data_dir, config.tasks, config.limit, otherwise="a folder with TASK/test.json, or --accuracy False"
+    )
     return tasks, asdict(config.scoring()) | {"limit": config.limit, "data": digests}
 
 
 def identity(config: Config, design: Design, sample: Sample, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What all cells of a matrix share."""
-    sizes = {name: getattr(config, name) for name in ("steps", "epochs", "batch")}
+    """What all cells of a matrix share; a model that is a folder or file enters with what it holds."""
+    settings = ("warmup", "dropout", "targets", "template", "cutoff", "loss_on")
+    local = [model for model in design.models if Path(model).exists()]
     return {
         "models": sorted(design.models),
         "revision": config.revision,
+        "weights": {model: llama.digest(Path(model)) for model in local} or None,
         "data": sample.summary,
-        "training": sizes,
+        "training": {name: getattr(config, name) for name in ("steps", "epochs", "batch")},
+        "settings": {name: getattr(config, name) for name in settings} | {"dtype": design.dtype},
         "evaluation": evaluation,
     }
 
@@ -470,7 +474,7 @@ def cells_of(
     first = design.tuned and stage == 0
     seeds = design.seeds[:1] if first else design.seeds[1:] if design.tuned else design.seeds
     measured = None if first and len(design.seeds) > 1 else evaluation
-    common: dict[str, Any] = {"revision": config.revision, "dtype": config.dtype, "data": dict(data)}
+    common: dict[str, Any] = {"revision": config.revision, "dtype": design.dtype, "data": dict(data)}
     found = []
     for model in design.models:
         if BASE in design.methods and stage == 0:
@@ -485,7 +489,7 @@ def cells_of(
                         chosen = (rates or {}).get((model, method, rank))
                         several: tuple[float, ...] = () if chosen is None else (chosen,)
                     else:
-                        several = design.rates or rates_of(method, tuned=design.tuned)
+                        several = design.rates or rates_of(method, model, tuned=design.tuned)
                     for rate in several:
                         training = training_of(config, design, method, rank, rate, seed)
                         strength: dict[str, Any] = {"alpha": None, "gamma": None}
@@ -508,10 +512,12 @@ def cells_of(
     return found
 
 
-def rates_of(method: str, *, tuned: bool) -> tuple[float, ...]:
+def rates_of(method: str, model: str, *, tuned: bool) -> tuple[float, ...]:
     """The learning rates of a method where none are given: its published one, or its grid."""
     kind = METHODS[method].settings["method"]
-    return RATE_GRIDS.get(kind, RATE_GRID) if tuned else (LEARNING_RATES[kind],)
+    if tuned:
+        return RATE_GRIDS.get(kind, RATE_GRID)
+    return (1e-4,) if kind == "dora" and "Llama-3" in model else (LEARNING_RATES[kind],)  # as DoRA's scripts
 
 
 def training_of(
@@ -525,7 +531,7 @@ def training_of(
     training = FinetuneConfig(
         learning_rate=rate,
         seed=seed,
-        dropout=config.dropout,
+        dropout=config.dropout if rank is not None else 0.0,
         template=config.template,
         cutoff=config.cutoff,
         loss_on=config.loss_on,
@@ -536,7 +542,7 @@ def training_of(
         batch=config.batch,
         accumulation=config.accumulation,
         warmup=config.warmup,
-        dtype=config.dtype,
+        dtype=design.dtype,
         remat=config.remat,
         **own,
     )
@@ -582,13 +588,11 @@ class Workbench:
         """Load a model, unless it is the one in memory. Raises `InputError` as loading does."""
         import jax.numpy as jnp
 
-        from rora_theory import llama
-
         if model == self._name:
             return
         config = self.config
         self._model: Any = None  # the old one's memory is free before the new one takes its own
-        self._model = llama.load(model, jnp.dtype(config.dtype), config.revision)
+        self._model = llama.load(model, jnp.dtype(config.the_design().dtype), config.revision)
         self._name, self.steps = model, SharedSteps()
         encode = partial(tokenize, tokenizer=self._model.tokenizer, template=config.template)
         self._train: Examples = encode(self.sample.train, cutoff=config.cutoff, answer_only=config.loss_on == "answer")
@@ -720,11 +724,15 @@ class Trained:
 
 def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequence[Cell]) -> list[matrix.Cell]:
     """Do the cells that the matrix lacks, with a line for each; `results.csv` follows."""
-    places = [folder.cell(cell) for cell in cells]
+    places = [place_of(folder, cell) for cell in cells]
 
     def seen(index: int, status: matrix.Status) -> None:
         if status.state in ("dead", "failed"):
-            again = "tried again" if status.attempts < config.attempts else f"given up, most is {config.attempts}"
+            again = (
+                "tried again"
+                if status.attempts < config.attempts
+                else f"given up, most is {config.attempts} (--attempts)"
+            )
             why = status.error or "its process was gone before it had a result"
             print(f"{cells[index].label}: attempt {status.attempts}: {why}; {again}", flush=True)
 
@@ -734,15 +742,25 @@ def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequenc
             places, lambda index, path: bench.run(cells[index], path), most=config.attempts, seen=seen
         ):
             done += 1
-            write_results(folder)
+            rank_results.write(folder, tuple(METHODS))
             print(
                 f"[{worked.index + 1}/{len(cells)}] {line(cells[worked.index], places[worked.index], worked)}",
                 flush=True,
             )
             bar.advance(1, cell=cells[worked.index].label)
     if not done:
-        write_results(folder)
+        rank_results.write(folder, tuple(METHODS))
     return places
+
+
+def place_of(folder: matrix.Matrix, cell: Cell) -> matrix.Cell:
+    """Where a cell is done: for one that is not to be scored, its scored twin where that is done already."""
+    scored = folder.config.get("evaluation")
+    if cell.evaluation is None and scored is not None:
+        twin = folder.cell(replace(cell, evaluation=scored))
+        if twin.status().state == "done":
+            return twin
+    return folder.cell(cell)
 
 
 def line(cell: Cell, place: matrix.Cell, worked: matrix.Worked) -> str:
@@ -757,6 +775,7 @@ def line(cell: Cell, place: matrix.Cell, worked: matrix.Worked) -> str:
     if "levels" in result:
         last = result["levels"][-1]
         text += f", {last['task']} {100 * last['accuracy']:.1f} ± {100 * last['error']:.1f} %"
+        text += f" ({100 * last['unparsed']:.1f} % unparsed)" if last["unparsed"] else ""
     parts = [
         f"{name} {result[f'{name}_seconds']:.0f}"
         for name in ("train", "loss", "accuracy")
@@ -765,72 +784,17 @@ def line(cell: Cell, place: matrix.Cell, worked: matrix.Worked) -> str:
     return f"{text}, {worked.seconds:.0f} s ({', '.join(parts)})"
 
 
-COLUMNS = (
-    "key", "status", "model", "method", "rule", "rank", "alpha", "gamma", "learning_rate", "seed",
-    "trainable_parameters", "steps", "diverged_at", "train_loss", "validation_loss", "validation_error",
-    "answer_loss", "answer_error", "protocol", "average", "average_error", "average_chance", "average_unparsed",
-    *(f"{key}{part}" for key in TASKS for part in ("", "_error", "_unparsed")),
-    "seconds", "train_seconds", "loss_seconds", "accuracy_seconds", "attempts",
-)  # fmt: skip
-
-
-def write_results(folder: matrix.Matrix) -> None:
-    """`results.csv` from every cell in the folder."""
-
-    def make() -> str:
-        rows = sorted(rows_of(folder), key=_order)
-        return _csv(COLUMNS, [[_text(row.get(column)) for column in COLUMNS] for row in rows])
-
-    folder.write_table(make)
-
-
-def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = [BASE, *METHODS]
-    return (
-        row["model"],
-        names.index(row["method"]) if row["method"] in names else len(names),
-        row["rank"] or 0,
-        row["alpha"] or 0,
-        row["learning_rate"] or 0,
-        -1 if row["seed"] is None else row["seed"],
-        row["key"],
-    )
-
-
-def rows_of(folder: matrix.Matrix) -> Iterator[dict[str, Any]]:
-    """One row a cell that was begun: its configuration and its result, as far as there is one."""
-    for file in folder.cells_path.glob("*/cell.json"):
-        config = json.loads(file.read_text())
-        place = folder.cell(config)
-        result, status = place.result(), place.status()
-        row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
-        row |= {"key": place.key, "attempts": status.attempts, "status": status.state}
-        row["rule"] = config["training"]["rule"] if config["rank"] is not None else None
-        row["protocol"] = (config["evaluation"] or {}).get("protocol")
-        if result is not None:
-            row |= {name: value for name, value in result.items() if name != "levels"}
-            for level in result.get("levels", []):
-                name = level["task"]
-                row |= {name: level["accuracy"], f"{name}_error": level["error"], f"{name}_unparsed": level["unparsed"]}
-                if name == "average":
-                    row["average_chance"] = level["chance"]
-        yield row
-
-
 def choose_rates(folder: matrix.Matrix, cells: Sequence[Cell]) -> dict[tuple[str, str, int | None], float]:
-    """The learning rate of the lowest validation loss, by model, method and rank; none where all diverged."""
-    best: dict[tuple[str, str, int | None], tuple[float, float]] = {}
-    for cell in cells:
-        result = folder.cell(cell).result()
-        if cell.training is None or result is None or result["status"] != "complete":
-            continue
-        assert cell.learning_rate is not None
-        key, found = (cell.model, cell.method, cell.rank), (float(result["validation_loss"]), cell.learning_rate)
-        best[key] = min(best.get(key, found), found)
-    for (model, method, rank), (loss, rate) in best.items():
-        size = "" if rank is None else f" r={rank}"
-        print(f"{model}: {method}{size}: learning rate {rate:g} (validation loss {loss:.4f})", flush=True)
-    return {key: rate for key, (_, rate) in best.items()}
+    """The best learning rate of each model, method and rank among the cells, see `rank_results.best_rates`."""
+    keys = {place_of(folder, cell).key for cell in cells}
+    rows = [row for row in rank_results.table(folder, tuple(METHODS)) if row["key"] in keys]
+    chosen = {}
+    for (model, method, rank, _), (rate, word) in rank_results.best_rates(rows).items():
+        size = f" r={rank}" if rank else ""
+        edge = "; it is at the edge of the rates tried: the best may lie beyond" if word == "edge" else ""
+        print(f"{model}: {method}{size}: learning rate {float(rate):g}{edge}", flush=True)
+        chosen[model, method, int(rank) if rank else None] = float(rate)
+    return chosen
 
 
 def show(config: Config, path: Path, cells: Sequence[Cell]) -> None:
@@ -847,20 +811,8 @@ def show(config: Config, path: Path, cells: Sequence[Cell]) -> None:
     tables.print_table(f"{config.design}: {len(cells)} cells in {path}", columns, rows, left=3)
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    write_whole(path, _csv(columns, rows))
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+    write_whole(path, rank_results.as_csv(columns, rows))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,41 @@
 """Where a task's file lies: in a folder, or in a dataset of the hub that has the same layout."""
 
+import hashlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from rora_theory.commonsense.tasks import Task
+from rora_theory.commonsense.tasks import TASKS, Record, Task, read
 from rora_theory.errors import InputError
 
 HUB = "hf://datasets/"
 """Begins a hub dataset's name: ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``."""
+
+
+VARIABLE = "RORA_COMMONSENSE_DIR"
+"""Environment variable that names the data where a command does not."""
+
+
+def read_tasks(
+    data: str | None, keys: Sequence[str], limit: int | None, *, otherwise: str = "a folder with TASK/test.json"
+) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    """The test records of several tasks, and the SHA-256 of each task's file.
+
+    Args:
+      data: as `locate`; None is what `VARIABLE` names.
+      keys: of `TASKS`.
+      limit: only the first so many of each.
+      otherwise: what is accepted where no data are named, for the error.
+
+    Raises:
+      InputError: no data named, a file missing, or a bad record.
+    """
+    data = data or os.environ.get(VARIABLE)
+    if not data:
+        raise InputError(f"--data-dir is not given and {VARIABLE} not set; accepted is {otherwise}")
+    files = {key: locate(data, TASKS[key]) for key in keys}
+    records = {key: read(file, TASKS[key])[:limit] for key, file in files.items()}
+    return records, {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
 
 
 def locate(data: str | Path, task: Task, split: str = "test") -> Path:

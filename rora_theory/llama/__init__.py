@@ -17,7 +17,7 @@ from rora_theory.llama.model import (
 )
 
 if TYPE_CHECKING:
-    from rora_theory.llama.loading import Model, load
+    from rora_theory.llama.loading import Model, digest, load
 
 __all__ = [
     "MODULES",
@@ -28,6 +28,7 @@ __all__ = [
     "Model",
     "abstract_params",
     "count_parameters",
+    "digest",
     "forward",
     "forward_cached",
     "hidden_states",
@@ -40,8 +41,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Model` on first use: they need the extra ``finetune``, the forward pass does not."""
-    if name in ("Model", "load"):
+    """`load`, `Model` and `digest` on first use: they need the extra ``finetune``, the forward pass does not."""
+    if name in ("Model", "digest", "load"):
         from rora_theory.llama import loading
 
         return getattr(loading, name)

@@ -1,11 +1,13 @@
 """A model by name: weights, configuration and tokenizer together."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rora_theory.errors import InputError
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.hub import locate
 from rora_theory.llama.model import Params
@@ -71,3 +73,23 @@ def load(
     if tokenizer.pad_id is not None and tokenizer.pad_id >= config.vocab_size:
         tokenizer = replace(tokenizer, pad_id=None)  # added to the tokenizer alone: the model has no embedding for it
     return Model(params, config, tokenizer, str(path_or_repo), source)
+
+
+def digest(source: Path) -> str:
+    """SHA-256 over a checkpoint's content: a file's bytes, or those of a folder's configuration, tokenizer and weights.
+
+    It tells two checkpoints apart that were written to the same place one after the other.
+
+    Raises:
+      InputError: a file that can't be read.
+    """
+    kinds = (".json", ".safetensors", ".model", ".gguf")
+    files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.suffix in kinds)
+    whole = hashlib.sha256()
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                whole.update(f"{path.name} ".encode() + hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); accepted is a checkpoint") from error
+    return whole.hexdigest()

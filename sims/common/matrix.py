@@ -86,7 +86,7 @@ class Cell:
 
         Args:
           run: called with the cell's folder; returns the result. What it raises is kept with the cell, but for
-            `KeyboardInterrupt` and other calls to stop.
+            `KeyboardInterrupt` and other calls to stop: such a beginning is not counted.
           most: attempts in all.
 
         Returns:
@@ -105,19 +105,22 @@ class Cell:
                 text = f"{type(error).__name__}: {error}"
                 self._note(event="error", attempt=attempts + 1, error=text, trace=traceback.format_exc(), time=now())
                 return Status("failed", attempts + 1, text)
+            except BaseException:
+                self._note(event="stopped", attempt=attempts + 1, time=now())
+                raise
             write_whole(self.path / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
             return Status("done", attempts + 1)
 
     def _attempts(self) -> tuple[int, str | None]:
-        """How often the cell was begun, and the last beginning's error."""
+        """How often the cell was begun, but for beginnings that were stopped on purpose; the last one's error."""
         try:
             text = (self.path / "attempts.jsonl").read_text()
         except FileNotFoundError:
             return 0, None
         events = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
-        begun = [event["attempt"] for event in events if event["event"] == "begin"]
+        count = sum({"begin": 1, "stopped": -1}.get(event["event"], 0) for event in events)
         errors = {event["attempt"]: event["error"] for event in events if event["event"] == "error"}
-        return len(begun), errors.get(len(begun))
+        return count, errors.get(count)
 
     def _note(self, **event: Any) -> None:
         path = self.path / "attempts.jsonl"
@@ -141,7 +144,7 @@ class Cell:
 
 
 class Matrix:
-    """A folder of cells whose configurations have an identity in common.
+    """A folder of cells whose configurations have an identity in common, the attribute ``config``.
 
     Args:
       path: the folder, made if it is not there.
@@ -177,6 +180,7 @@ class Matrix:
                     "accepted is an empty folder or one of the same model, data, sizes and evaluation"
                 )
             manifest["config"] = found | {key: value for key, value in plain.items() if value is not None}
+            self.config: dict[str, Any] = manifest["config"]
             self._number = len(manifest["runs"])
             manifest["runs"].append({"start": now(), "process": os.getpid(), "status": "running"})
             self._write(manifest)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from rora_theory.commonsense.tasks import TASKS, render
 from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import mean_per_token, record_losses
 from rora_theory.llama import load
-from sims import rank_sweep
+from sims import rank_results, rank_sweep
 from sims.common import matrix
 
 PLAIN = (
@@ -106,7 +107,7 @@ def test_parameters_are_counted(swept) -> None:
     expected = {("lora", "2"): 2 * sum(2 * (a + b) for a, b in shapes)}
     expected["dora", "2"] = expected["lora", "2"] + 2 * sum(a for a, _ in shapes)
     expected["prefix", ""] = 2 * 10 * 2 * 8
-    expected["series", ""] = 2 * 2 * 256 * 2 * 24
+    expected["series", ""] = 2 * 2 * 256 * 2 * 16  # before gate and up: of the model's width
     found = {(row["method"], row["rank"]): int(row["trainable_parameters"] or 0) for row in rows_of(swept)}
     assert {key: found[key] for key in expected} == expected
     models = json.loads((swept / "manifest.json").read_text())["models"]
@@ -160,6 +161,52 @@ def test_the_same_command_does_nothing_and_a_larger_one_the_rest(swept, model, d
     assert len(losses) == 2, "seeds differ"
 
 
+def test_a_scored_cell_is_not_trained_again_without_accuracy(swept, model, data, capsys) -> None:
+    before = sorted(swept.glob("cells/*"))
+    more = ["--methods", "base", "lora", "--ranks", "2", "--seeds", "0", "--save-adapters", "True"]
+    rank_sweep.main([*command(model, data, swept, *more), "--accuracy", "False"])
+    assert "2 of 2 cells done" in capsys.readouterr().out
+    assert sorted(swept.glob("cells/*")) == before
+
+
+def test_a_folder_holds_one_way_of_training_and_one_model(swept, model, data, capsys, tmp_path) -> None:
+    """Other settings, or another model at the same place, are refused."""
+    for change in (["--warmup", "2"], ["--dropout", "0.1"], ["--cutoff", "300"]):
+        with pytest.raises(SystemExit):
+            rank_sweep.main([*command(model, data, swept, "--ranks", "2"), *change])
+        assert "another identity (settings there" in capsys.readouterr().err
+    other, out = tmp_path / "model", tmp_path / "m"
+    shutil.copytree(model, other)
+    rank_sweep.main(command(other, data, out, "--methods", "base"))
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(SystemExit):
+        rank_sweep.main(command(other, data, out, "--methods", "base"))
+    assert "another identity (weights there" in capsys.readouterr().err
+
+
+def rate_row(rate: str, loss: float, seed: str = "0", status: str = "complete", **more: str) -> dict[str, str]:
+    row = {"model": "m", "method": "lora", "rank": "8", "alpha": "64.0", "learning_rate": rate, "seed": seed}
+    return row | {"status": status, "validation_loss": str(loss) if status == "complete" else ""} | more
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([rate_row("0.001", 1.0)], ("0.001", "only")),
+        ([rate_row("0.001", 1.0), rate_row("0.003", 0.9), rate_row("1e-05", 0.8)], ("1e-05", "edge")),
+        ([rate_row("0.001", 1.0), rate_row("0.003", 0.9), rate_row("0.01", 1.8)], ("0.003", "yes")),
+        # Compared at the first seed: 0.001 stays the best, though its mean over both seeds is above 0.003's one.
+        ([rate_row("0.001", 1.0), rate_row("0.003", 1.1), rate_row("0.001", 1.4, "1")], ("0.001", "edge")),
+        ([rate_row("0.001", 1.0), rate_row("0.003", 0, status="diverged")], ("0.001", "edge")),
+        ([rate_row("0.001", 1.0), rate_row("0.003", 0, status="dead")], ("0.001", "only")),
+        ([rate_row("0.003", 0, status="diverged")], None),
+    ],
+)
+def test_the_best_rate_is_compared_at_one_seed(rows, expected) -> None:
+    assert list(rank_results.best_rates(rows).values()) == ([] if expected is None else [expected])
+
+
 def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) -> None:
     out = tmp_path / "m"
     rates = ("1e-4", "3e-2")
@@ -172,6 +219,7 @@ def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) 
     best = min(first, key=lambda rate: first[rate])
     assert second["learning_rate"] == best
     assert second["protocol"] == "label", "the others are scored"
+    assert [row["best_rate"] for row in rows] == ["edge" if row["learning_rate"] == best else "" for row in rows]
     assert f"lora r=2: learning rate {float(best):g}" in capsys.readouterr().out
 
 
@@ -207,6 +255,45 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     assert "is not a run folder" in capsys.readouterr().err
 
 
+def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> None:
+    """A run of three cells by hand: what is drawn, not what was tried, is what the title says."""
+    columns = dict.fromkeys(rank_results.COLUMNS, "")
+    shared = {"status": "complete", "model": "m", "method": "rora", "rule": "rora", "alpha": "64.0", "gamma": "8.0"}
+    shared |= {"rank": "64", "learning_rate": "0.001", "best_rate": "yes", "validation_loss": "1.0", "steps": "5"}
+    shared |= {"validation_error": "0.1", "seed": "0"}
+    rows = [columns | shared, columns | shared | {"seed": "1", "status": "diverged", "validation_loss": ""}]
+    rows += [columns | shared | {"learning_rate": "0.01", "best_rate": ""}]
+    config = {"training": {"batch": 4, "steps": 5}, "data": {"held_out": 6, "train_records": 8}}
+    manifest = {"experiment": "rank_sweep", "config": config, "runs": [{"design": "table1"}]}
+
+    def write() -> None:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        lines = [list(row.values()) for row in rows]
+        (tmp_path / "results.csv").write_text(rank_results.as_csv(rank_results.COLUMNS, lines))
+
+    write()
+    accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path))
+    drawn = (tmp_path / "accuracy_vs_rank.svg").read_text()
+    assert "lr 0.001, 5 steps of 4, 6 held-out records" in drawn
+    assert "open: some seed diverged" in drawn
+    accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path, tuned=True))
+    assert "best lr of a seed on these records" in (tmp_path / "accuracy_vs_rank.svg").read_text()
+    rows[0] |= {"average": "0.5", "average_error": "0.01", "average_unparsed": "0.25", "protocol": "generate"}
+    rows[1] |= {"protocol": "generate"}
+    rows[2] |= {"rank": "8"}
+    write()
+    benchmark_tables.draw(benchmark_tables.Config(tmp_path))
+    assert (
+        "| 25.0 | this run, 1 seed, 1 diverged, alpha 64, lr 0.001 (best tried) |"
+        in (tmp_path / "table_I.md").read_text()
+    )
+    rows[2] |= {"rank": "64", "alpha": "128.0"}
+    write()
+    with pytest.raises(SystemExit):
+        style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
+    assert "rora r=64 has alpha 64, 128; accepted is --alpha with one of them" in capsys.readouterr().err
+
+
 def cells(config: rank_sweep.Config) -> list[rank_sweep.Cell]:
     return rank_sweep.cells_of(config, config.the_design(), data={}, evaluation={"protocol": "label"}, stage=0)
 
@@ -234,6 +321,13 @@ def test_designs() -> None:
         ("dora", 32, 2e-4),
         ("rora", 32, 3e-4),
     ]
+    assert {c.learning_rate for c in table if c.method == "dora" and "Llama-3" in c.model} == {1e-4}
+    assert {(c.dtype, c.training.dropout) for c in table if c.method in ("lora", "dora", "rora")} == {
+        ("bfloat16", 0.05)
+    }
+    assert {c.training.dropout for c in table if c.method in ("series", "parallel")} == {0.0}
+    assert rank_sweep.Config(design="table1").scoring().protocol == "generate"
+    assert rank_sweep.Config(design="fixed_alpha").scoring().protocol == "label"
     assert len({matrix.key_of(cell) for cell in table}) == len(table) == 4 * 10
     assert {cell.rank for cell in cells(rank_sweep.Config(design="fig1"))} == {None, 4, 8, 16, 32, 64, 128, 256}
     assert {cell.rank for cell in cells(rank_sweep.Config(design="table2"))} == {None, 8, 16, 32, 64, 128}

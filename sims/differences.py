@@ -1,0 +1,200 @@
+r"""One method less another on the same records and items: `differences.csv` of a folder of sims.rank_sweep.
+
+Cells of one matrix are measured on the same held-out records and the same items, so their difference has a far
+smaller error than either of them. Standard errors are over records or items, of the mean over the seeds that both
+have: they speak of other records, not of training again.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rora_theory.errors import InputError
+from rora_theory.finetune.held_out import mean_per_token
+
+BASE, AGAINST = "base", "lora"
+Row = Mapping[str, str]
+Group = dict[str, Row]
+"""Cells of one model, method, rank, alpha and learning rate, by seed."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``method`` less ``against``; negative losses and positive accuracies are in favour of ``method``.
+
+    Attributes:
+      model, method, against: as in `results.csv`.
+      rates: ``same``: both at one learning rate (the base has none); ``best``: each at the best of those tried, chosen
+        at one seed (`rank_results.best_rates`) on the very records that the difference is of.
+      rank, alpha: of ``method``, or of ``against`` where ``method`` has none.
+      learning_rate, against_rate: of both.
+      seeds: how many both have.
+      loss, loss_error: nats a token over all tokens, and its standard error.
+      answer_loss, answer_error: over the answers' tokens.
+      average, average_error: accuracy, the unweighted mean over tasks; None where either is not scored.
+      average_seeds: how many seeds of both are scored.
+    """
+
+    model: str
+    method: str
+    against: str
+    rates: Literal["same", "best"]
+    rank: int | None
+    alpha: float | None
+    learning_rate: float
+    against_rate: float | None
+    seeds: int
+    loss: float
+    loss_error: float
+    answer_loss: float
+    answer_error: float
+    average: float | None
+    average_error: float | None
+    average_seeds: int
+
+
+def as_csv(found: Iterable[Difference]) -> str:
+    """A line a difference."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Difference)])
+    writer.writerows(["" if value is None else value for value in astuple(one)] for one in found)
+    return text.getvalue()
+
+
+def differences(rows: Sequence[Row], cells: Path) -> Iterator[Difference]:
+    """Every method less the base, and less LoRA of its rank and alpha (one without a rank: of every LoRA).
+
+    Args:
+      rows: of `results.csv`.
+      cells: the folder of the cells, for their losses a record and answers an item.
+
+    Raises:
+      InputError: two cells measured on different records, or a cell's file that is missing or damaged.
+    """
+    groups: dict[tuple[str, str, str, str], dict[str, Group]] = {}
+    for row in rows:
+        if row["status"] == "complete":
+            key = row["model"], row["method"], row["rank"], row["alpha"]
+            groups.setdefault(key, {}).setdefault(row["learning_rate"], {})[row["seed"]] = row
+    for (model, method, rank, alpha), by_rate in groups.items():
+        if method == BASE:
+            continue
+        bases = groups.get((model, BASE, "", ""), {})
+        for group in by_rate.values():
+            if bases:
+                yield from compare(group, bases[""], cells, "same")
+        for other_key, others in groups.items():
+            other_model, other, other_rank, other_alpha = other_key
+            if other_model != model or other != AGAINST or method == AGAINST:
+                continue
+            if rank and (other_rank, other_alpha) != (rank, alpha):
+                continue
+            for rate in [rate for rate in by_rate if rate in others]:
+                yield from compare(by_rate[rate], others[rate], cells, "same")
+            best, other_best = best_of(by_rate), best_of(others)
+            if best and other_best and {best[1], other_best[1]} != {"only"}:
+                yield from compare(by_rate[best[0]], others[other_best[0]], cells, "best")
+
+
+def best_of(by_rate: Mapping[str, Group]) -> tuple[str, str] | None:
+    """The learning rate that is marked the best, and its mark; None where there is none."""
+    marks = {rate: row["best_rate"] for rate, group in by_rate.items() for row in group.values() if row["best_rate"]}
+    return next(iter(marks.items()), None)
+
+
+def compare(group: Group, others: Group, cells: Path, rates: Literal["same", "best"]) -> Iterator[Difference]:
+    """One difference, if both have a seed in common; the base has every seed."""
+    base = others.get("")
+    pairs = [(row, base or others[seed]) for seed, row in group.items() if base or seed in others]
+    if not pairs:
+        return
+    loss, answer = (_loss(pairs, cells, kind) for kind in ("", "answer_"))
+    scored = [(row, other) for row, other in pairs if row["average"] and other["average"]]
+    average: tuple[float | None, float | None] = _average(scored, cells) if scored else (None, None)
+    row, other = pairs[0]
+    ranked = row if row["rank"] else other
+    yield Difference(
+        model=row["model"],
+        method=row["method"],
+        against=other["method"],
+        rates=rates,
+        rank=int(ranked["rank"]) if ranked["rank"] else None,
+        alpha=float(ranked["alpha"]) if ranked["alpha"] else None,
+        learning_rate=float(row["learning_rate"]),
+        against_rate=float(other["learning_rate"]) if other["learning_rate"] else None,
+        seeds=len(pairs),
+        loss=loss[0],
+        loss_error=loss[1],
+        answer_loss=answer[0],
+        answer_error=answer[1],
+        average=average[0],
+        average_error=average[1],
+        average_seeds=len(scored),
+    )
+
+
+def _loss(pairs: Sequence[tuple[Row, Row]], cells: Path, kind: str) -> tuple[float, float]:
+    """Difference of the losses a token, averaged over seeds, and its standard error over records."""
+    columns: list[np.ndarray] = []
+    tokens: list[int] = []
+    for row, other in pairs:
+        (records, loss, sizes), (other_records, other_loss, _) = (
+            _losses(cells / one["key"] / "losses.csv", kind) for one in (row, other)
+        )
+        if records != other_records:
+            raise InputError(f"{row['key']} and {other['key']}: were measured on different records")
+        columns.append(loss - other_loss)
+        tokens = sizes
+    return mean_per_token(np.mean(columns, axis=0).tolist(), tokens)
+
+
+def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[float, float]:
+    """Difference of the average accuracies and its standard error over items."""
+    by_task: dict[str, list[np.ndarray]] = {}
+    for row, other in pairs:
+        right, other_right = (_answers(cells / one["key"] / "answers.csv") for one in (row, other))
+        if {task: len(items) for task, items in right.items()} != {
+            task: len(items) for task, items in other_right.items()
+        }:
+            raise InputError(f"{row['key']} and {other['key']}: were scored on different items")
+        for task, items in right.items():
+            by_task.setdefault(task, []).append(items - other_right[task])
+    means = [np.mean(columns, axis=0) for columns in by_task.values()]
+    error = math.sqrt(sum(np.var(items, ddof=1) / len(items) for items in means)) / len(means)
+    return float(np.mean([np.mean(items) for items in means])), error
+
+
+def _losses(path: Path, kind: str) -> tuple[list[tuple[str, str]], np.ndarray, list[int]]:
+    rows = _read(path)
+    try:
+        loss = np.array([float(row[f"{kind}loss"]) for row in rows])
+        return [(row["file"], row["index"]) for row in rows], loss, [int(row[f"{kind}tokens"]) for row in rows]
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: is damaged ({error!r}); accepted is the file as sims.rank_sweep wrote it") from error
+
+
+def _answers(path: Path) -> dict[str, np.ndarray]:
+    found: dict[str, list[int]] = {}
+    try:
+        for row in _read(path):
+            found.setdefault(row["task"], []).append(int(row["correct"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: is damaged ({error!r}); accepted is the file as sims.rank_sweep wrote it") from error
+    return {task: np.array(items) for task, items in found.items()}
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); accepted is the file as sims.rank_sweep wrote it"
+        ) from error

@@ -1,0 +1,131 @@
+"""`differences.csv`: one method less another, record by record and item by item, against arithmetic by hand."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rora_theory.errors import InputError
+from sims import differences
+
+TOKENS, ANSWER_TOKENS = [10, 20, 30], [1, 2, 1]
+
+
+def row(key: str, method: str, seed: str = "0", rank: str = "8", rate: str = "0.001", **more: str) -> dict[str, str]:
+    alpha = "64.0" if rank else ""
+    found = {"key": key, "status": "complete", "model": "m", "method": method, "rank": rank, "alpha": alpha}
+    found |= {"learning_rate": rate, "seed": seed, "best_rate": "only", "average": ""}
+    return found | more
+
+
+def cell(folder: Path, key: str, losses: list[float], right: dict[str, list[int]] | None = None) -> None:
+    (folder / key).mkdir(parents=True)
+    lines = zip("abc", losses, TOKENS, ANSWER_TOKENS, strict=True)
+    text = ["file,index,tokens,loss,answer_tokens,answer_loss"]
+    text += [f"{name},{i},{size},{loss!r},{few},{loss / 2!r}" for i, (name, loss, size, few) in enumerate(lines)]
+    (folder / key / "losses.csv").write_text("\n".join(text) + "\n")
+    if right is not None:
+        answers = [f"{task},{i},x,{one}" for task, items in right.items() for i, one in enumerate(items)]
+        (folder / key / "answers.csv").write_text("\n".join(["task,index,prediction,correct", *answers]) + "\n")
+
+
+def find(found: list[differences.Difference], method: str, against: str, rates: str = "same"):
+    (one,) = [d for d in found if (d.method, d.against, d.rates) == (method, against, rates)]
+    return one
+
+
+def test_losses_and_accuracies_are_paired(tmp_path):
+    cell(tmp_path, "base", [30.0, 50.0, 90.0], {"s": [0, 0, 0, 1], "t": [1, 0]})
+    cell(tmp_path, "lora", [10.0, 25.0, 31.0], {"s": [1, 0, 0, 1], "t": [1, 1]})
+    cell(tmp_path, "rora", [9.0, 24.0, 28.0], {"s": [1, 1, 0, 0], "t": [0, 1]})
+    rows = [
+        row("base", "base", "", "", "", average="0.4"),
+        row("lora", "lora", average="0.7"),
+        row("rora", "rora", average="0.5"),
+    ]
+    found = list(differences.differences(rows, tmp_path))
+    assert [(d.method, d.against) for d in found] == [("lora", "base"), ("rora", "base"), ("rora", "lora")]
+    one = find(found, "rora", "lora")
+    assert one.loss == pytest.approx(-5 / 60, rel=1e-14)  # -1 - 1 - 3 nats over 60 tokens
+    residuals = np.array([-1 + 10 / 12, -1 + 20 / 12, -3 + 30 / 12])
+    assert one.loss_error == pytest.approx(math.sqrt((residuals**2).sum() * 3 / 2) / 60, rel=1e-12)
+    assert one.answer_loss == pytest.approx(-2.5 / 4, rel=1e-14)
+    assert one.average == pytest.approx((0 - 0.5) / 2)  # task s: +1 and -1 of 4; task t: -1 of 2
+    assert one.average_error == pytest.approx(math.sqrt((2 / 3) / 4 + 0.5 / 2) / 2, rel=1e-12)
+    assert (one.seeds, one.average_seeds, one.rank, one.alpha) == (1, 1, 8, 64.0)
+    gained = find(found, "lora", "base")
+    assert gained.loss == pytest.approx(-104 / 60, rel=1e-14)
+    assert gained.average == pytest.approx((0.25 + 0.5) / 2)
+    assert gained.against_rate is None
+
+
+def test_seeds_are_averaged_before_the_error_and_only_common_ones_count(tmp_path):
+    for key, losses in (("l0", [10.0, 20.0, 30.0]), ("l1", [12.0, 20.0, 30.0]), ("r0", [9.0, 20.0, 30.0])):
+        cell(tmp_path, key, losses)
+    cell(tmp_path, "r1", [13.0, 20.0, 30.0])
+    cell(tmp_path, "r2", [0.0, 0.0, 0.0])
+    rows = [row(key, {"l": "lora", "r": "rora"}[key[0]], key[1]) for key in ("l0", "l1", "r0", "r1", "r2")]
+    one = find(list(differences.differences(rows, tmp_path)), "rora", "lora")
+    assert (one.seeds, one.loss, one.loss_error, one.average) == (2, 0.0, 0.0, None)  # -1 and +1 on one record
+
+
+def test_each_at_its_best_rate(tmp_path):
+    for key, losses in (("l1", [1.0, 1.0, 1.0]), ("l3", [3.0, 3.0, 3.0]), ("r1", [4.0, 4.0, 4.0])):
+        cell(tmp_path, key, losses)
+    cell(tmp_path, "r3", [2.0, 2.0, 2.0])
+    rows = [
+        row("l1", "lora", rate="0.001", best_rate="edge"),
+        row("l3", "lora", rate="0.003", best_rate=""),
+        row("r1", "rora", rate="0.001", best_rate=""),
+        row("r3", "rora", rate="0.003", best_rate="edge"),
+    ]
+    found = list(differences.differences(rows, tmp_path))
+    best = find(found, "rora", "lora", "best")
+    assert (best.learning_rate, best.against_rate) == (0.003, 0.001)
+    assert best.loss == pytest.approx(3 / 60)
+    rows[2]["best_rate"], rows[3]["best_rate"] = "yes", ""
+    assert find(list(differences.differences(rows, tmp_path)), "rora", "lora", "best").loss == pytest.approx(9 / 60)
+    same = {d.learning_rate: d.loss for d in found if d.rates == "same"}
+    assert same == {0.001: pytest.approx(9 / 60), 0.003: pytest.approx(-3 / 60)}
+
+
+def test_a_method_without_a_rank_meets_every_lora_and_other_ranks_do_not_meet(tmp_path):
+    for key in ("l8", "l16", "p", "r16"):
+        cell(tmp_path, key, [1.0, 1.0, 1.0])
+    rows = [
+        row("l8", "lora"),
+        row("l16", "lora", rank="16"),
+        row("p", "series", rank=""),
+        row("r16", "rora", rank="16"),
+    ]
+    found = list(differences.differences(rows, tmp_path))
+    assert [(d.method, d.rank) for d in found] == [("series", 8), ("series", 16), ("rora", 16)]
+    unfinished = [one | {"status": "diverged"} if one["method"] == "rora" else one for one in rows]
+    assert [d.method for d in differences.differences(unfinished, tmp_path)] == ["series", "series"]
+
+
+def test_other_records_or_damaged_files_are_refused(tmp_path):
+    cell(tmp_path, "l", [1.0, 1.0, 1.0])
+    cell(tmp_path, "r", [1.0, 1.0, 1.0])
+    rows = [row("l", "lora"), row("r", "rora")]
+    file = tmp_path / "r" / "losses.csv"
+    file.write_text(file.read_text().replace("a,0", "d,0"))
+    with pytest.raises(InputError, match="different records"):
+        list(differences.differences(rows, tmp_path))
+    file.write_text("file,index\na,0\n")
+    with pytest.raises(InputError, match=r"losses\.csv: is damaged"):
+        list(differences.differences(rows, tmp_path))
+    file.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        list(differences.differences(rows, tmp_path))
+
+
+def test_the_table_has_a_line_a_difference(tmp_path):
+    cell(tmp_path, "l", [1.0, 1.0, 1.0])
+    cell(tmp_path, "r", [2.0, 1.0, 1.0])
+    text = differences.as_csv(differences.differences([row("l", "lora"), row("r", "rora")], tmp_path))
+    (line,) = csv.DictReader(text.splitlines())
+    assert (line["method"], line["against"], line["average"]) == ("rora", "lora", "")
+    assert float(line["loss"]) == 1 / 60
