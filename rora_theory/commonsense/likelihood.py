@@ -1,5 +1,7 @@
 r"""Log-likelihoods of every choice of every item: one forward pass over packed rows, float32 log-softmax.
 
+What all items begin with, such as a prompt's instructions, is read once, and the rows continue it.
+
 The score of a choice is :math:`\sum_t \log p(y_t \mid \text{context}, y_{<t})`. Only slots that predict a
 scored token meet the vocabulary: their hidden states h go through it in chunks that are reduced at once to
 :math:`z(h) = \log\sum_v e^{E_v\cdot h}`, and a scored token adds :math:`E_y\cdot h - z(h)`.
@@ -14,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rora_theory.commonsense.choices import Scored
-from rora_theory.commonsense.packing import Block, grow, plan
+from rora_theory.commonsense.packing import Block, cut, grow, plan
+from rora_theory.llama import beginning
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Adapter, hidden_states, unembed
 
@@ -47,11 +50,17 @@ def log_likelihoods(
     """
     block_tokens, chunk = shape or (CPU_SHAPE if jax.default_backend() == "cpu" else OTHER_SHAPE)
     skip = set(done)
+    # Up to the last token of the context: that one predicts.
+    contexts = [choice.tokens[: -choice.count - 1] for choices in items for choice in choices]
+    shared = beginning.shared_length(contexts) if items else 0
+    trees = [cut(grow(choices), shared) for choices in items]
     blocks = [
         block
-        for block in plan([grow(choices) for choices in items], block_tokens=block_tokens, chunk=chunk)
+        for block in plan(trees, block_tokens=block_tokens, chunk=chunk, start=shared)
         if not skip.issuperset(block.items)
     ]
+    if shared and blocks:
+        adapter = beginning.read(params, contexts[0][:shared], config, adapter)
     for start in range(0, len(blocks), batch_size):
         group = blocks[start : start + batch_size]
         scores = [_score(params, adapter, block, config, chunk) for block in group]

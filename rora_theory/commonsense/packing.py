@@ -88,15 +88,22 @@ def grow(choices: Sequence[Scored]) -> Tree:
     )
 
 
-def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int) -> list[Block]:
+def cut(tree: Tree, count: int) -> Tree:
+    """The tree without its first ``count`` common tokens, none of which predicts a scored one."""
+    targets = tuple(tuple((reader - count, token) for reader, token in choice) for choice in tree.targets)
+    return Tree(tree.common[count:], tree.branches, targets)
+
+
+def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int, start: int = 0) -> list[Block]:
     """Every tree in some row of some block, long ones first.
 
     Args:
-      trees: of `grow`.
+      trees: of `grow` or `cut`.
       block_tokens: slots of a block; a power of two. Rows are shorter where items are, since attention costs
         a row its length squared; an item above it gets a block of its own, its size rounded up to whole
         ``block_tokens``.
       chunk: slots whose vocabulary projections are computed together, a divisor of ``block_tokens``.
+      start: position of every tree's first token.
     """
     order = sorted(range(len(trees)), key=lambda index: (-trees[index].size, index))
     long = [index for index in order if trees[index].size > block_tokens]
@@ -104,7 +111,7 @@ def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int) -> list[Block]
     blocks = []
     for index in long:
         row = math.ceil(trees[index].size / block_tokens) * block_tokens
-        blocks.append(_block([[index]], trees, row, row, chunk))
+        blocks.append(_block([[index]], trees, row, row, chunk, start))
     if not short:
         return blocks
     lengths, length = [], block_tokens
@@ -116,8 +123,8 @@ def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int) -> list[Block]
     count = block_tokens // length
     filled = rows[length]
     return blocks + [
-        _block(filled[start : start + count], trees, length, block_tokens, chunk)
-        for start in range(0, len(filled), count)
+        _block(filled[first : first + count], trees, length, block_tokens, chunk, start)
+        for first in range(0, len(filled), count)
     ]
 
 
@@ -142,7 +149,9 @@ def _fill(order: Sequence[int], trees: Sequence[Tree], length: int) -> list[list
     return rows
 
 
-def _block(rows: Sequence[Sequence[int]], trees: Sequence[Tree], length: int, total: int, chunk: int) -> Block:
+def _block(
+    rows: Sequence[Sequence[int]], trees: Sequence[Tree], length: int, total: int, chunk: int, first: int
+) -> Block:
     """The arrays of ``total // length`` rows, the last ones empty where there are fewer."""
     tokens, branch, position = (np.zeros((total // length, length), np.int32) for _ in range(3))
     item = np.full(tokens.shape, -1, np.int32)
@@ -157,7 +166,7 @@ def _block(rows: Sequence[Sequence[int]], trees: Sequence[Tree], length: int, to
             for number, part in enumerate((tree.common, *tree.branches)):
                 span = slice(at, at + len(part))
                 tokens[row, span], item[row, span], branch[row, span] = part, index, number
-                position[row, span] = np.arange(len(part)) + (depth if number else 0)
+                position[row, span] = first + np.arange(len(part)) + (depth if number else 0)
                 if number:
                     for reader, token in tree.targets[number - 1]:
                         place = start + reader if reader < depth else at + reader - depth

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from rora_theory import llama
 from rora_theory.finetune.data import Examples, choose_widths, plan_epoch
-from rora_theory.llama import LlamaConfig
+from rora_theory.llama import LlamaConfig, beginning
+from rora_theory.llama.attention import causal
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,34 @@ def record_losses(
       widths: most padded lengths, each compiled once.
     """
     sizes = examples.sizes
-    plan = plan_epoch(sizes, choose_widths(sizes, widths), batch, seed=None, epoch=0)
+    # What all records begin with is read once; the last of it is left to the rows, for it predicts what differs.
+    prompts = [examples[i][: int(examples.starts[i]) - 1].tolist() for i in range(len(examples))]
+    shared = beginning.shared_length(prompts, spare=1) if prompts else 0
+    first, follower = 0.0, adapter
+    if shared:
+        tokens = np.asarray(examples[0][: shared + 1], np.int32)
+        first = float(_beginning_loss(params, adapter, tokens[None], llama_config=llama_config))
+        follower = beginning.read(params, tokens[:-1].tolist(), llama_config, adapter)
+    rest = sizes - shared
+    plan = plan_epoch(rest, choose_widths(rest, widths), batch, seed=None, epoch=0)
     sums = []
     for rows, width in zip(plan.rows, plan.widths.tolist(), strict=True):
         inputs, targets, answer = (np.zeros((batch, width), np.int32) for _ in range(3))
         for row, index in enumerate(rows.tolist()):
             if index >= 0:
-                tokens, start = examples[index], int(examples.starts[index])
+                tokens, start = examples[index][shared:], int(examples.starts[index]) - shared
                 inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
                 answer[row, start - 1 : len(tokens) - 1] = 1
-        lengths = np.where(rows < 0, 0, sizes[rows]).astype(np.int32)
-        sums.append(_losses(params, adapter, inputs, targets, lengths, answer, llama_config=llama_config))
+        lengths = np.where(rows < 0, 0, rest[rows]).astype(np.int32)
+        positions = np.broadcast_to(np.arange(shared, shared + width, dtype=np.int32), inputs.shape)
+        parts = (inputs, positions, targets, lengths, answer)
+        sums.append(_losses(params, follower, *parts, llama_config=llama_config))
     found: dict[int, RecordLoss] = {}
     for rows, pair in zip(plan.rows, jax.device_get(sums), strict=True):
         for index, (loss, answer_loss) in zip(rows.tolist(), pair.tolist(), strict=True):
             if index >= 0:
                 answers = int(examples.lengths[index] - examples.starts[index])
-                found[index] = RecordLoss(int(sizes[index]), loss, answers, answer_loss)
+                found[index] = RecordLoss(int(sizes[index]), first + loss, answers, answer_loss)
     return [found[index] for index in range(len(examples))]
 
 
@@ -87,10 +99,21 @@ def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> tuple[floa
 
 
 @partial(jax.jit, static_argnames="llama_config")
+def _beginning_loss(
+    params: Any, adapter: llama.Adapter | None, tokens: Int[Array, "1 S"], *, llama_config: LlamaConfig
+) -> Float[Array, ""]:
+    """Summed loss of all tokens but the first."""
+    logits = llama.forward(params, tokens[:, :-1], llama_config, adapter)
+    gold = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - gold)
+
+
+@partial(jax.jit, static_argnames="llama_config")
 def _losses(
     params: Any,
     adapter: llama.Adapter | None,
     inputs: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
     targets: Int[Array, "B S"],
     lengths: Int[Array, " B"],
     answer: Int[Array, "B S"],
@@ -98,7 +121,8 @@ def _losses(
     llama_config: LlamaConfig,
 ) -> Float[Array, "B 2"]:
     """Summed loss of each row's first ``lengths`` targets, and of those of them marked ``answer``."""
-    hidden = llama.hidden_states(params, inputs, llama_config, adapter)
+    seen = jnp.broadcast_to(causal(inputs.shape[1], inputs.shape[1]), (*inputs.shape, inputs.shape[1]))
+    hidden = llama.hidden_states(params, inputs, llama_config, adapter, positions=positions, visible=seen)
 
     def one(row: tuple[Array, Array, Array, Array]) -> Array:  # a row at a time: logits are the largest array
         h, target, length, marked = row

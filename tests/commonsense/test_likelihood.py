@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rora_theory.adapters import PrefixAdapter, PrefixConfig, init
 from rora_theory.commonsense.choices import Scored
 from rora_theory.commonsense.likelihood import log_likelihoods, visible
 from rora_theory.commonsense.packing import grow, plan
+from rora_theory.llama.beginning import shared_length
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import forward, init_params
 
@@ -41,14 +43,14 @@ def _items(seed: int, count: int) -> list[list[Scored]]:
     return [*items, [Scored(long + some(3, 3), 3), Scored(long + some(4, 4), 4)]]
 
 
-def _plain(items: Sequence[Sequence[Scored]]) -> list[list[float]]:
+def _plain(items: Sequence[Sequence[Scored]], adapter: PrefixAdapter | None = None) -> list[list[float]]:
     """One forward pass a choice, right-padded to one length, log-softmax over every position."""
     length = 96
     rows = [choice for item in items for choice in item]
     tokens = np.zeros((len(rows), length), np.int32)
     for row, choice in zip(tokens, rows, strict=True):
         row[: len(choice.tokens)] = choice.tokens
-    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, CONFIG))(tokens)
+    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, CONFIG, adapter))(tokens)
     logp = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
     totals = iter(
         sum(
@@ -70,6 +72,46 @@ def test_equal_to_plain_forward_passes() -> None:
     items = _items(0, 40)
     for packed, plain in zip(_packed(items), _plain(items), strict=True):
         np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [15, 16, 40])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_beginning_that_all_items_share_is_read_once(length: int, adapted: bool) -> None:
+    """Of 40 tokens 32 are taken out of every row; with a trained prefix before them too."""
+    rng = np.random.default_rng(5)
+    shared = tuple(rng.integers(0, CONFIG.vocab_size, length).tolist())
+    items = [
+        [Scored(shared + choice.tokens[: 96 - length], choice.count) for choice in item] for item in _items(4, 12)[:-1]
+    ]
+    adapter = init(jax.random.key(1), PrefixConfig(3), CONFIG, PARAMS) if adapted else None
+    found = dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, adapter=adapter))
+    for index, plain in enumerate(_plain(items, adapter)):
+        np.testing.assert_allclose(found[index], plain, rtol=0, atol=1e-5)
+    contexts = [choice.tokens[: -choice.count - 1] for item in items for choice in item]
+    assert shared_length(contexts) == length // 16 * 16
+
+
+def test_a_token_that_predicts_is_no_beginning() -> None:
+    """Equal items of 33 tokens, two scored: token 31 predicts, so that of 31 shared tokens 16 are read once."""
+    tokens = tuple(range(33))
+    items = [[Scored(tokens, 2), Scored((*tokens[:-1], 60), 2)]] * 2
+    for packed, plain in zip(_packed(items), _plain(items), strict=True):
+        np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "spare", "count"),
+    [
+        ([range(40), [*range(35), 99]], 0, 32),
+        ([range(40), range(17), range(90)], 0, 16),
+        ([range(32)] * 3, 0, 32),
+        ([range(32)] * 3, 1, 16),
+        ([range(40), [1, *range(40)]], 0, 0),
+        ([[]], 1, 0),
+    ],
+)
+def test_shared_length(sequences, spare, count) -> None:
+    assert shared_length([list(one) for one in sequences], spare) == count
 
 
 def test_no_bit_depends_on_the_batch_size_or_on_what_was_done_before() -> None:

@@ -1,0 +1,56 @@
+"""Losses of single records against a plain forward pass of each."""
+
+import jax
+import numpy as np
+import pytest
+
+from rora_theory.adapters import LoraConfig, PrefixConfig, init
+from rora_theory.finetune.data import Examples
+from rora_theory.finetune.held_out import mean_per_token, record_losses
+from rora_theory.llama import LlamaConfig, forward
+from rora_theory.llama.model import init_params
+
+CONFIG = LlamaConfig(61, 16, 24, 2, 4, 2, 4, max_position_embeddings=96)
+PARAMS = init_params(jax.random.key(0), CONFIG)
+
+
+def examples(shared: int, count: int = 9) -> Examples:
+    """Records of 25 to 70 tokens that begin alike; the answers are their last 1 to 5."""
+    random = np.random.default_rng(shared)
+    beginning = random.integers(0, 61, shared)
+    rows = [np.concatenate([beginning, random.integers(0, 61, n)]) for n in random.integers(25, 71 - shared, count)]
+    starts = np.array([len(row) - n for row, n in zip(rows, random.integers(1, 6, count), strict=True)])
+    offsets = np.cumsum([0, *map(len, rows)])
+    return Examples(np.concatenate(rows), offsets, starts, 0, 0)
+
+
+@pytest.mark.parametrize("shared", [0, 16, 17, 40])
+@pytest.mark.parametrize("adapted", [None, LoraConfig(rule="rora", rank=2, alpha=4.0), PrefixConfig(3)])
+def test_equal_to_plain_forward_passes(shared: int, adapted) -> None:
+    """Of 17 shared tokens 16 are read once, of 16 none: the last must stay to predict what differs."""
+    held_out = examples(shared)
+    adapter = None if adapted is None else init(jax.random.key(1), adapted, CONFIG, PARAMS)
+    found = record_losses(PARAMS, CONFIG, held_out, adapter=adapter, batch=4, widths=2)
+    whole = np.zeros((len(held_out), 96), np.int32)
+    for row, index in zip(whole, range(len(held_out)), strict=True):
+        row[: held_out.lengths[index]] = held_out[index]
+    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, CONFIG, adapter))(whole)
+    logp = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
+    for index, one in enumerate(found):
+        tokens = held_out[index]
+        losses = -logp[index, np.arange(len(tokens) - 1), tokens[1:]]
+        answer = losses[held_out.starts[index] - 1 :]
+        assert (one.tokens, one.answer_tokens) == (len(losses), len(answer))
+        # Sums of up to 70 float32 terms near 4.
+        np.testing.assert_allclose((one.loss, one.answer_loss), (losses.sum(), answer.sum()), rtol=0, atol=2e-4)
+
+
+def test_the_mean_s_error_is_the_jackknife_s() -> None:
+    """The first-order error of a ratio against leaving each record out: they differ by a part in the record count."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(20, 60, 400)
+    losses = tokens * random.normal(1.0, 0.1, 400)
+    mean, error = mean_per_token(losses.tolist(), tokens.tolist())
+    left = (losses.sum() - losses) / (tokens.sum() - tokens)
+    assert mean == pytest.approx(losses.sum() / tokens.sum(), rel=1e-12)
+    assert error == pytest.approx(np.sqrt(399 * left.var()), rel=5e-3)
