@@ -1,4 +1,4 @@
-"""Validation loss and average accuracy against the rank, a line a method, from a run of sims.rank_sweep.
+"""Validation loss, its difference from LoRA's and average accuracy against the rank, from a run of sims.rank_sweep.
 
 python -m figures.accuracy_vs_rank RUN
 """
@@ -71,19 +71,25 @@ def draw(config: Config) -> Sequence[Path]:
     if any(row["average"] for row in rows):
         protocol = next(row["protocol"] for row in rows if row["average"])
         panels.append(("average", "average_error", f"average accuracy, {protocol} (%)", 100.0))
-    count = len(panels) + config.paper
-    figure, axes = plt.subplots(1, count, figsize=(0.6 + 3.1 * count, 3.0), squeeze=False)
     lines = {method: curves(config, rows, method) for method in METHODS}
-    for axis, (column, error, label, unit) in zip(axes[0], panels, strict=False):
+    paired = differences(config, lines)
+    count = len(panels) + bool(paired) + config.paper
+    figure, axes = plt.subplots(1, count, figsize=(0.6 + 3.1 * count, 3.0), squeeze=False)
+    axes = axes[0]
+    if paired:
+        draw_differences(axes[1], paired, loss)
+        rank_axis(axes[1], lines)
+    measured = [axes[0], *axes[1 + bool(paired) :]]
+    for axis, (column, error, label, unit) in zip(measured, panels, strict=False):
         for method, cells in lines.items():
             draw_line(axis, method, points(cells, column, error, unit))
         levels(axis, rows, column, unit)
         axis.set_ylabel(label)
         rank_axis(axis, lines)
     if config.paper:
-        printed(axes[0, -1])
+        printed(axes[-1])
     handles: dict[str, Any] = {}
-    for axis in axes[0]:
+    for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(),
@@ -139,6 +145,34 @@ def points(cells: Sequence[Row], column: str, error: str, unit: float) -> list[P
             diverged = sum(row["status"] == "diverged" for row in group)
             found.append(Point(rank, float(group[0]["gamma"]), _mean(values), spread, values, diverged))
     return sorted(found, key=lambda point: point.rank)
+
+
+def differences(config: Config, lines: dict[str, list[Row]]) -> list[Row]:
+    """Lines of the run's differences.csv: a drawn method less LoRA, of a rank, at the learning rates that are drawn."""
+    found = []
+    rates = {method: {(row["rank"], row["learning_rate"]) for row in cells} for method, cells in lines.items()}
+    for row in style.read_table(config.run / "differences.csv"):
+        drawn = (row["rank"], row["learning_rate"]) in rates.get(row["method"], set())
+        drawn &= (row["rank"], row["against_rate"]) in rates["lora"] and row["rates"] == (
+            "best" if config.tuned else "same"
+        )
+        if drawn and row["against"] == "lora" and (config.model is None or row["model"] == config.model):
+            found.append(row)
+    return found
+
+
+def draw_differences(axis: Any, rows: Sequence[Row], loss: str) -> None:
+    """Paired over records, so that the bars are those of the difference."""
+    for method, own in grouped(rows, lambda row: row["method"]).items():
+        label, colour, marker = style.method_look(method)
+        own = sorted(own, key=lambda row: int(row["rank"]))
+        names = ("answer_loss", "answer_error") if loss == "answer" else ("loss", "loss_error")
+        values, errors = ([float(row[name]) for row in own] for name in names)
+        shift = 2.0 ** (0.06 * (METHODS.index(method) - 1))
+        ranks = [int(row["rank"]) * shift for row in own]
+        axis.errorbar(ranks, values, yerr=errors, color=colour, marker=marker, label=label, elinewidth=0.8)
+    axis.axhline(0.0, color=style.method_look("lora")[1], linewidth=0.9)
+    axis.set_ylabel(f"{loss} loss less LoRA's (nats per token)")
 
 
 def draw_line(axis: Any, method: str, line: Sequence[Point]) -> None:

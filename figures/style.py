@@ -93,6 +93,14 @@ def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
             print(path)
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a further CSV of a run; none where the run has no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def fail(message: str) -> NoReturn:
     """Print one line ``error: ...`` on stderr and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
