@@ -315,13 +315,14 @@ def sweep(config: Config) -> bool:
     make = partial(cells_of, config, design, data=sample.summary, evaluation=evaluation)
     first = make(stage=0)
     models = check_cells(first)
-    path = config.out or Path("results") / NAME / matrix.key_of(identity(config, design, sample, evaluation))[:12]
+    shared = identity(config, design, sample, evaluation)
+    path = config.out or Path("results") / NAME / matrix.key_of(shared)[:12]
     if config.list:
         show(config, path, first)
         return True
     bench = Workbench(config, sample, tasks)
     bench.open(first[0].model)
-    folder = matrix.Matrix(path, NAME, identity(config, design, sample, evaluation))
+    folder = matrix.Matrix(path, NAME, shared)
     folder.update({"command": sys.argv[1:], "design": config.design} | circumstances(), models=models)
     whole = work(config, folder, bench, first)
     if design.tuned and len(design.seeds) > 1:
