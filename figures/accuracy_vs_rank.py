@@ -162,7 +162,7 @@ def differences(config: Config, lines: dict[str, list[Row]]) -> list[Row]:
 
 
 def draw_differences(axis: Any, rows: Sequence[Row], loss: str) -> None:
-    """Paired over records, so that the bars are those of the difference."""
+    """Paired over records: the bars are those of the difference, mostly smaller than the markers."""
     for method, own in grouped(rows, lambda row: row["method"]).items():
         label, colour, marker = style.method_look(method)
         own = sorted(own, key=lambda row: int(row["rank"]))
@@ -172,7 +172,7 @@ def draw_differences(axis: Any, rows: Sequence[Row], loss: str) -> None:
         ranks = [int(row["rank"]) * shift for row in own]
         axis.errorbar(ranks, values, yerr=errors, color=colour, marker=marker, label=label, elinewidth=0.8)
     axis.axhline(0.0, color=style.method_look("lora")[1], linewidth=0.9)
-    axis.set_ylabel(f"{loss} loss less LoRA's (nats per token)")
+    axis.set_ylabel("less LoRA's, paired (nats)")
 
 
 def draw_line(axis: Any, method: str, line: Sequence[Point]) -> None:
@@ -215,7 +215,7 @@ def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
         else:
             edge, side = (0.98, "top") if value > high else (0.02, "bottom")
             text = f"{name}: {value:.3g} ({'above' if value > high else 'below'})"
-            axis.text(0.98, edge, text, transform=axis.transAxes, ha="right", va=side, fontsize=7, color=shade)
+            axis.text(0.03, edge, text, transform=axis.transAxes, ha="left", va=side, fontsize=7, color=shade)
 
 
 def rank_axis(axis: Any, lines: dict[str, list[Row]]) -> None:

@@ -228,14 +228,13 @@ def as_csv(lines: Iterable[Line]) -> str:
 
 def _source(line: Line) -> str:
     """Whose row it is, and of ours what else was set."""
-    if line.seeds is None:
+    if line.seeds is None or line.learning_rate is None:
         return line.source
     words = [line.source, _count(line.seeds, "seed")]
     words += [f"{line.diverged} diverged"] if line.diverged else []
     words += [f"alpha {line.alpha:g}"] if line.alpha else []
-    if line.learning_rate:
-        choice = {"yes": " (best tried)", "edge": " (best tried, at the grid's edge)"}.get(line.rate_choice, "")
-        words.append(f"lr {line.learning_rate:g}{choice}")
+    choice = {"yes": " (best tried)", "edge": " (best tried, at the grid's edge)"}.get(line.rate_choice, "")
+    words.append(f"lr {line.learning_rate:g}{choice}")
     return ", ".join(words)
 
 

@@ -47,13 +47,13 @@ def draw(config: Config) -> Sequence[Path]:
     found = [read(folder) for folder in folders]
     names = config.labels or names_of([settings for settings, _ in found])
     figure, axis = plt.subplots(figsize=(3.6, 2.5))
-    for (colour, marker), label, (_, events) in zip(
-        looks([settings for settings, _ in found]), names, found, strict=True
-    ):
+    curves = zip(looks([settings for settings, _ in found]), names, found, strict=True)
+    for number, ((colour, marker), label, (_, events)) in enumerate(curves):
+        dashes = "--" if number % 2 else "-"  # where two are the same, the earlier shows between the dashes
         steps, losses = points(events, "step")
         axis.plot(steps, losses, ".", color=colour, alpha=0.3, markersize=3, markeredgewidth=0)
         width = min(config.smooth, max(1, len(losses) // 4))
-        axis.plot(*running_mean(steps, losses, width), color=colour, label=label)
+        axis.plot(*running_mean(steps, losses, width), color=colour, label=label, linestyle=dashes)
         steps, losses = points(events, "validation")
         if len(steps):
             axis.plot(
