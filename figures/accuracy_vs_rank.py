@@ -37,7 +37,7 @@ class Config:
     answers: bool = False
     """The loss on the answers alone in the place of the loss on all tokens."""
     paper: bool = False
-    """A third panel: what is printed for LLaMA-7B in the paper and in the repository its Fig. 1 cites."""
+    """A further panel: what is printed for LLaMA-7B in the paper and in the repository its Fig. 1 cites."""
     out: Path | None = None
     """Folder for accuracy_vs_rank.png and .svg; by default the run folder."""
 
@@ -51,7 +51,8 @@ class Point:
       value: mean over the seeds.
       error: standard error from the items (records) measured on, the same in every seed.
       seeds: each seed's own value.
-      diverged: how many further seeds have none, because the loss became no number.
+      diverged: how many further seeds have none, because the loss became no number. Where that is all of them, the
+        value is NaN.
     """
 
     rank: int
@@ -113,7 +114,7 @@ def chosen_model(config: Config, rows: Sequence[Row]) -> list[Row]:
     found = [row for row in rows if row["model"] == model and row["status"] in ("complete", "diverged")]
     if config.alpha is not None:
         found = [row for row in found if not row["alpha"] or float(row["alpha"]) == config.alpha]
-    if not any(row["rank"] for row in found):
+    if not any(row["rank"] and row["status"] == "complete" for row in found):
         style.fail(f"{config.run}/results.csv: has no finished cell of an adapter; accepted is a run with at least one")
     for (method, rank), group in grouped(found, lambda row: (row["method"], row["rank"])).items():
         alphas = sorted({float(row["alpha"]) for row in group if row["alpha"]})
@@ -129,8 +130,7 @@ def curves(config: Config, rows: Sequence[Row], method: str) -> list[Row]:
     if config.rate is not None:
         return [row for row in cells if float(row["learning_rate"]) == config.rate]
     if config.tuned:
-        best = {(row["rank"], row["learning_rate"]) for row in cells if row["best_rate"]}
-        return [row for row in cells if (row["rank"], row["learning_rate"]) in best]
+        return style.at_best_rate(config.run, cells)
     return max(grouped(cells, lambda row: row["learning_rate"]).values(), key=len, default=[])
 
 
@@ -139,26 +139,28 @@ def points(cells: Sequence[Row], column: str, error: str, unit: float) -> list[P
     found = []
     for rank, group in grouped(cells, lambda row: int(row["rank"])).items():
         measured = [row for row in group if row["status"] == "complete" and row[column]]
-        if measured:
+        diverged = sum(row["status"] == "diverged" for row in group)
+        if measured or diverged:
             values = tuple(unit * float(row[column]) for row in measured)
             spread = _mean([unit * float(row[error]) for row in measured])
-            diverged = sum(row["status"] == "diverged" for row in group)
             found.append(Point(rank, float(group[0]["gamma"]), _mean(values), spread, values, diverged))
     return sorted(found, key=lambda point: point.rank)
 
 
 def differences(config: Config, lines: dict[str, list[Row]]) -> list[Row]:
     """Lines of the run's differences.csv: a drawn method less LoRA, of a rank, at the learning rates that are drawn."""
-    found = []
-    rates = {method: {(row["rank"], row["learning_rate"]) for row in cells} for method, cells in lines.items()}
-    for row in style.read_table(config.run / "differences.csv"):
-        drawn = (row["rank"], row["learning_rate"]) in rates.get(row["method"], set())
-        drawn &= (row["rank"], row["against_rate"]) in rates["lora"] and row["rates"] == (
-            "best" if config.tuned else "same"
-        )
-        if drawn and row["against"] == "lora" and (config.model is None or row["model"] == config.model):
-            found.append(row)
-    return found
+
+    def drawn(method: str, row: Row, rate: str) -> bool:
+        place = row["rank"], row["alpha"], row[rate]
+        return place in {(cell["rank"], cell["alpha"], cell["learning_rate"]) for cell in lines.get(method, [])}
+
+    kinds = ("best",) if config.tuned else ("same", "own")
+    return [
+        row
+        for row in style.read_table(config.run / "differences.csv")
+        if row["against"] == "lora" and row["rates"] in kinds and config.model in (None, row["model"])
+        if drawn(row["method"], row, "learning_rate") and drawn("lora", row, "against_rate")
+    ]
 
 
 def draw_differences(axis: Any, rows: Sequence[Row], loss: str) -> None:
@@ -193,8 +195,10 @@ def draw_line(axis: Any, method: str, line: Sequence[Point]) -> None:
         elinewidth=0.8,
     )
     for rank, point in zip(ranks, line, strict=True):
-        if point.diverged:
+        if point.diverged and point.seeds:
             axis.plot([rank], [point.value], marker, color=colour, markerfacecolor="white", zorder=3)
+        elif point.diverged:
+            axis.plot([rank], [0.98], "x", color=colour, transform=axis.get_xaxis_transform())
         if len(point.seeds) > 1:
             axis.plot([rank] * len(point.seeds), point.seeds, "_", color=colour, markersize=5, alpha=0.7)
 
@@ -270,7 +274,7 @@ def title(manifest: dict[str, Any], rows: Sequence[Row], drawn: Sequence[Row], *
         )
     bars = "bars: s.e. over items" + (f", dashes: up to {seeds} single seeds" if seeds > 1 else ", one seed")
     if any(row["status"] == "diverged" for row in drawn):
-        bars += ", open: some seed diverged"
+        bars += ", open or crossed: some or all seeds diverged"
     return (
         f"{Path(rows[0]['model']).name}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
         f"{found['data']['held_out']} held-out records;\n{bars}"
@@ -286,7 +290,7 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 if __name__ == "__main__":

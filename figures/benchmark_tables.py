@@ -84,9 +84,9 @@ def draw(config: Config) -> Sequence[Path]:
     """Write both files of the table."""
     manifest, rows = style.read_run(config.run, "rank_sweep")
     if config.tuned:
-        rows = [row for row in rows if row["best_rate"] or row["method"] == "base"]
+        rows = [row for row in rows if row["method"] == "base"] + style.at_best_rate(config.run, rows)
     ours = lines_of(rows, manifest.get("models", {}))
-    if not ours:
+    if not any(line.average for line in ours):
         style.fail(f"{config.run}/results.csv: has no cell with accuracy; accepted is a run without --accuracy False")
     designs = {run.get("design") for run in manifest["runs"]}
     several = len({line.rank for line in ours if line.rank}) > 1 and "table1" not in designs
@@ -101,36 +101,33 @@ def draw(config: Config) -> Sequence[Path]:
 
 
 def lines_of(rows: Cells, models: dict[str, Any]) -> list[Line]:
-    """A line a model, method, rank, alpha and learning rate: the mean over its scored seeds."""
+    """A line a model, method, rank, alpha and learning rate: the mean over the seeds scored, if any."""
     groups: dict[tuple[str, ...], Cells] = {}
-    lost: dict[tuple[str, ...], int] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("model", "method", "rank", "alpha", "learning_rate", "protocol"))
-        if row["status"] == "complete" and row["average"]:
+        if row["status"] == "diverged" or (row["status"] == "complete" and row["average"]):
+            key = tuple(row[name] for name in ("model", "method", "rank", "alpha", "learning_rate"))
             groups.setdefault(key, []).append(row)
-        elif row["status"] == "diverged":
-            lost[key] = lost.get(key, 0) + 1
     found = []
-    for key, group in groups.items():
-        model, method, rank, alpha, rate, protocol = key
+    for (model, method, rank, alpha, rate), group in groups.items():
         total = models.get(model, {}).get("parameters")
-        own = group[0]["trainable_parameters"]
+        own = next((row["trainable_parameters"] for row in group if row["trainable_parameters"]), None)
+        scored = [row for row in group if row["status"] == "complete"]
         found.append(
             Line(
                 source="this run",
                 model=Path(model).name,
-                protocol=protocol,
+                protocol=next((row["protocol"] for row in scored), ""),
                 rank=int(rank) if rank else None,
                 method=METHODS.get(method, method),
                 alpha=float(alpha) if alpha else None,
                 params_percent=100 * int(own) / (total + int(own)) if own and total else None,
                 learning_rate=float(rate) if rate else None,
-                rate_choice=group[0]["best_rate"],
-                seeds=len(group),
-                diverged=lost.get(key, 0),
-                unparsed=100 * _mean(float(row["average_unparsed"]) for row in group),
-                scores=tuple(measured(group, key) for key in TASKS),
-                average=measured(group, "average"),
+                rate_choice=group[0].get("best_rate", ""),
+                seeds=len(scored),
+                diverged=len(group) - len(scored),
+                unparsed=100 * _mean(float(row["average_unparsed"]) for row in scored) if scored else None,
+                scores=tuple(measured(scored, key) for key in TASKS),
+                average=measured(scored, "average"),
             )
         )
     return found
@@ -246,7 +243,7 @@ def _score(score: tuple[float, float | None] | None) -> str:
 
 
 def _count(value: int | None, unit: str) -> str:
-    return f"all {unit}" if value is None else f"{value} {unit}" + ("s" if unit == "seed" and value > 1 else "")
+    return f"all {unit}" if value is None else f"{value} {unit}" + ("s" if unit == "seed" and value != 1 else "")
 
 
 def _mean(values: Iterable[float]) -> float:

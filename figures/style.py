@@ -101,6 +101,18 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def at_best_rate(run: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The cells of a sims.rank_sweep at the best learning rate of their model, method, rank and alpha, every seed's."""
+    if rows and "best_rate" not in rows[0]:
+        fail(f"{run}/results.csv: has no column best_rate; accepted is a run that sims.rank_sweep went through again")
+
+    def place(row: dict[str, str]) -> tuple[str, ...]:
+        return tuple(row[name] for name in ("model", "method", "rank", "alpha", "learning_rate"))
+
+    best = {place(row) for row in rows if row["best_rate"]}
+    return [row for row in rows if place(row) in best]
+
+
 def fail(message: str) -> NoReturn:
     """Print one line ``error: ...`` on stderr and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)

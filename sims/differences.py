@@ -1,8 +1,9 @@
 r"""One method less another on the same records and items: `differences.csv` of a folder of sims.rank_sweep.
 
-Cells of one matrix are measured on the same held-out records and the same items, so their difference has a far
-smaller error than either of them. Standard errors are over records or items, of the mean over the seeds that both
-have: they speak of other records, not of training again.
+Cells of one matrix are measured on the same held-out records and the same items. What makes a record hard for one
+adapter does for the other, so that the error of a difference of losses is several times below theirs; that of
+accuracies gains little, and against the base, which errs elsewhere, nothing is gained. Standard errors are over records
+or items, of the mean over the seeds that both have: they speak of other records, not of training again.
 """
 
 import csv
@@ -19,6 +20,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.held_out import mean_per_token
 
 BASE, AGAINST = "base", "lora"
+Rates = Literal["same", "own", "best"]
 Row = Mapping[str, str]
 Group = dict[str, Row]
 """Cells of one model, method, rank, alpha and learning rate, by seed."""
@@ -30,8 +32,9 @@ class Difference:
 
     Attributes:
       model, method, against: as in `results.csv`.
-      rates: ``same``: both at one learning rate (the base has none); ``best``: each at the best of those tried, chosen
-        at one seed (`rank_results.best_rates`) on the very records that the difference is of.
+      rates: ``same``: both at one learning rate (the base has none); ``own``: each at the only one it was run at;
+        ``best``: each at the best of those tried, chosen at one seed (`rank_results.best_rates`) on the very records
+        that the difference is of.
       rank, alpha: of ``method``, or of ``against`` where ``method`` has none.
       learning_rate, against_rate: of both.
       seeds: how many both have.
@@ -44,7 +47,7 @@ class Difference:
     model: str
     method: str
     against: str
-    rates: Literal["same", "best"]
+    rates: Rates
     rank: int | None
     alpha: float | None
     learning_rate: float
@@ -99,8 +102,10 @@ def differences(rows: Sequence[Row], cells: Path) -> Iterator[Difference]:
             for rate in [rate for rate in by_rate if rate in others]:
                 yield from compare(by_rate[rate], others[rate], cells, "same")
             best, other_best = best_of(by_rate), best_of(others)
-            if best and other_best and {best[1], other_best[1]} != {"only"}:
-                yield from compare(by_rate[best[0]], others[other_best[0]], cells, "best")
+            if best and other_best:
+                only = {best[1], other_best[1]} == {"only"}
+                if not only or best[0] != other_best[0]:
+                    yield from compare(by_rate[best[0]], others[other_best[0]], cells, "own" if only else "best")
 
 
 def best_of(by_rate: Mapping[str, Group]) -> tuple[str, str] | None:
@@ -109,7 +114,7 @@ def best_of(by_rate: Mapping[str, Group]) -> tuple[str, str] | None:
     return next(iter(marks.items()), None)
 
 
-def compare(group: Group, others: Group, cells: Path, rates: Literal["same", "best"]) -> Iterator[Difference]:
+def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[Difference]:
     """One difference, if both have a seed in common; the base has every seed."""
     base = others.get("")
     pairs = [(row, base or others[seed]) for seed, row in group.items() if base or seed in others]

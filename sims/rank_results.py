@@ -21,7 +21,8 @@ COLUMNS = (
     "seconds", "train_seconds", "loss_seconds", "accuracy_seconds", "attempts",
 )  # fmt: skip
 """``best_rate``: ``only`` where one rate was tried; ``yes``, or ``edge`` where it is the lowest or highest of those
-tried, at the cells of the rate of the lowest validation loss; empty at the others. See `best_rates`."""
+tried, at the cells of the rate of the lowest validation loss; empty at the others. See `best_rates`. ``average``: over
+the tasks that were scored, be it one."""
 
 Row = Mapping[str, str]
 Group = tuple[str, str, str, str]
@@ -104,11 +105,11 @@ def _rows(folder: matrix.Matrix) -> Iterator[dict[str, Any]]:
         row["protocol"] = (config["evaluation"] or {}).get("protocol")
         if result is not None:
             row |= {name: value for name, value in result.items() if name != "levels"}
-            for level in result.get("levels", []):
+            levels = result.get("levels", [])
+            for level in [*levels, *(level | {"task": "average"} for level in levels[:1] if len(levels) == 1)]:
                 name = level["task"]
                 row |= {name: level["accuracy"], f"{name}_error": level["error"], f"{name}_unparsed": level["unparsed"]}
-                if name == "average":
-                    row["average_chance"] = level["chance"]
+                row[f"{name}_chance"] = level["chance"]
         yield row
 
 

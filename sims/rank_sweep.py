@@ -443,7 +443,7 @@ def read_tasks(config: Config) -> tuple[dict[str, list[TaskRecord]], dict[str, A
 
 def identity(config: Config, design: Design, sample: Sample, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     """What all cells of a matrix share; a model that is a folder or file enters with what it holds."""
-    settings = ("warmup", "dropout", "targets", "template", "cutoff", "loss_on")
+    settings = ("warmup", "dropout", "targets", "template", "cutoff", "loss_on", "widths", "accumulation", "remat")
     local = [model for model in design.models if Path(model).exists()]
     return {
         "models": sorted(design.models),
@@ -725,7 +725,7 @@ class Trained:
 
 def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequence[Cell]) -> list[matrix.Cell]:
     """Do the cells that the matrix lacks, with a line for each; `results.csv` follows."""
-    places = [place_of(folder, cell) for cell in cells]
+    places = [place_of(folder.cells_path, folder.config, cell) for cell in cells]
 
     def seen(index: int, status: matrix.Status) -> None:
         if status.state in ("dead", "failed"):
@@ -754,14 +754,20 @@ def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequenc
     return places
 
 
-def place_of(folder: matrix.Matrix, cell: Cell) -> matrix.Cell:
-    """Where a cell is done: for one that is not to be scored, its scored twin where that is done already."""
-    scored = folder.config.get("evaluation")
+def place_of(cells: Path, config: Mapping[str, Any], cell: Cell) -> matrix.Cell:
+    """Where a cell is done: for one that is not to be scored, its scored twin where that is done already.
+
+    Args:
+      cells: the folder of the cells.
+      config: of the matrix, see `identity`.
+      cell: which.
+    """
+    scored = config.get("evaluation")
     if cell.evaluation is None and scored is not None:
-        twin = folder.cell(replace(cell, evaluation=scored))
+        twin = matrix.Cell(cells, replace(cell, evaluation=scored))
         if twin.status().state == "done":
             return twin
-    return folder.cell(cell)
+    return matrix.Cell(cells, cell)
 
 
 def line(cell: Cell, place: matrix.Cell, worked: matrix.Worked) -> str:
@@ -787,7 +793,7 @@ def line(cell: Cell, place: matrix.Cell, worked: matrix.Worked) -> str:
 
 def choose_rates(folder: matrix.Matrix, cells: Sequence[Cell]) -> dict[tuple[str, str, int | None], float]:
     """The best learning rate of each model, method and rank among the cells, see `rank_results.best_rates`."""
-    keys = {place_of(folder, cell).key for cell in cells}
+    keys = {place_of(folder.cells_path, folder.config, cell).key for cell in cells}
     rows = [row for row in rank_results.table(folder, tuple(METHODS)) if row["key"] in keys]
     chosen = {}
     for (model, method, rank, _), (rate, word) in rank_results.best_rates(rows).items():
@@ -801,8 +807,9 @@ def choose_rates(folder: matrix.Matrix, cells: Sequence[Cell]) -> dict[tuple[str
 def show(config: Config, path: Path, cells: Sequence[Cell]) -> None:
     """Print the cells with their state."""
     rows = []
+    shared = matrix.config_of(path)
     for cell in cells:
-        place = matrix.Cell(path / "cells", cell)
+        place = place_of(path / "cells", shared, cell)
         status = place.status()
         words = [cell.model, cell.method, place.key]
         figures = [cell.rank, cell.alpha, cell.gamma, cell.learning_rate, cell.seed]

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rora_theory import llama
+from rora_theory.errors import InputError
 from rora_theory.finetune.data import Examples, choose_widths, plan_epoch
 from rora_theory.llama import LlamaConfig, beginning
 from rora_theory.llama.attention import causal
@@ -53,16 +54,23 @@ def record_losses(
       examples: from `tokenize` with ``answer_only``, which marks where the answers begin.
       batch: records worked on together; it changes rounding alone.
       widths: most padded lengths, each compiled once.
+
+    Raises:
+      InputError: a record longer than the model reads.
     """
     sizes = examples.sizes
+    longest = llama_config.max_position_embeddings
+    if len(examples) and int(sizes.max()) > longest:
+        raise InputError(f"a record has {int(sizes.max()) + 1} tokens; accepted are at most {longest + 1}")
     # What all records begin with is read once; the last of it is left to the rows, for it predicts what differs.
     prompts = [examples[i][: int(examples.starts[i]) - 1].tolist() for i in range(len(examples))]
     shared = beginning.shared_length(prompts, spare=1) if prompts else 0
-    first, follower = 0.0, adapter
+    first, follower, start = 0.0, adapter, None
     if shared:
-        tokens = np.asarray(examples[0][: shared + 1], np.int32)
-        first = float(_beginning_loss(params, adapter, tokens[None], llama_config=llama_config))
-        follower = beginning.read(params, tokens[:-1].tolist(), llama_config, adapter)
+        tokens = np.asarray(examples[0][: shared + 1][None], np.int32)
+        whole = (tokens[:, :-1], tokens[:, 1:], np.array([shared], np.int32), np.zeros((1, shared), np.int32), None)
+        first = float(_losses(params, adapter, *whole, llama_config=llama_config)[0, 0])
+        follower, start = beginning.read(params, tokens[0, :-1].tolist(), llama_config, adapter), np.int32(shared)
     rest = sizes - shared
     plan = plan_epoch(rest, choose_widths(rest, widths), batch, seed=None, epoch=0)
     sums = []
@@ -70,13 +78,11 @@ def record_losses(
         inputs, targets, answer = (np.zeros((batch, width), np.int32) for _ in range(3))
         for row, index in enumerate(rows.tolist()):
             if index >= 0:
-                tokens, start = examples[index][shared:], int(examples.starts[index]) - shared
+                tokens, answers_at = examples[index][shared:], int(examples.starts[index]) - shared
                 inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
-                answer[row, start - 1 : len(tokens) - 1] = 1
+                answer[row, answers_at - 1 : len(tokens) - 1] = 1
         lengths = np.where(rows < 0, 0, rest[rows]).astype(np.int32)
-        positions = np.broadcast_to(np.arange(shared, shared + width, dtype=np.int32), inputs.shape)
-        parts = (inputs, positions, targets, lengths, answer)
-        sums.append(_losses(params, follower, *parts, llama_config=llama_config))
+        sums.append(_losses(params, follower, inputs, targets, lengths, answer, start, llama_config=llama_config))
     found: dict[int, RecordLoss] = {}
     for rows, pair in zip(plan.rows, jax.device_get(sums), strict=True):
         for index, (loss, answer_loss) in zip(rows.tolist(), pair.tolist(), strict=True):
@@ -99,29 +105,23 @@ def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> tuple[floa
 
 
 @partial(jax.jit, static_argnames="llama_config")
-def _beginning_loss(
-    params: Any, adapter: llama.Adapter | None, tokens: Int[Array, "1 S"], *, llama_config: LlamaConfig
-) -> Float[Array, ""]:
-    """Summed loss of all tokens but the first."""
-    logits = llama.forward(params, tokens[:, :-1], llama_config, adapter)
-    gold = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - gold)
-
-
-@partial(jax.jit, static_argnames="llama_config")
 def _losses(
     params: Any,
     adapter: llama.Adapter | None,
     inputs: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
     targets: Int[Array, "B S"],
     lengths: Int[Array, " B"],
     answer: Int[Array, "B S"],
+    start: Int[Array, ""] | None,
     *,
     llama_config: LlamaConfig,
 ) -> Float[Array, "B 2"]:
-    """Summed loss of each row's first ``lengths`` targets, and of those of them marked ``answer``."""
-    seen = jnp.broadcast_to(causal(inputs.shape[1], inputs.shape[1]), (*inputs.shape, inputs.shape[1]))
+    """Summed loss of each row's first ``lengths`` targets, and of those of them marked ``answer``; rows begin at
+    position ``start``, None being 0."""
+    width, positions, seen = inputs.shape[1], None, None
+    if start is not None:
+        positions = jnp.broadcast_to(start + jnp.arange(width, dtype=jnp.int32), inputs.shape)
+        seen = jnp.broadcast_to(causal(width, width), (*inputs.shape, width))
     hidden = llama.hidden_states(params, inputs, llama_config, adapter, positions=positions, visible=seen)
 
     def one(row: tuple[Array, Array, Array, Array]) -> Array:  # a row at a time: logits are the largest array

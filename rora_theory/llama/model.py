@@ -75,7 +75,7 @@ class Adapter(Protocol):
         ...
 
     def prefix(self, layer: Any) -> tuple[Float[Array, "p k d"], Float[Array, "p k d"]] | None:
-        """Extra keys and values that every query may attend to, not rotated; None for none."""
+        """Extra keys and values that every query may attend to, taken as they are; None for none."""
         ...
 
 

@@ -177,7 +177,7 @@ class Matrix:
                 what = "; ".join(f"{key} there {found[key]!r}, here {plain[key]!r}" for key in differing[:3])
                 raise InputError(
                     f"{path}: holds a matrix of {manifest['experiment']} with another identity ({what or name}); "
-                    "accepted is an empty folder or one of the same model, data, sizes and evaluation"
+                    "accepted is an empty folder or one of the same model, data, settings and evaluation"
                 )
             manifest["config"] = found | {key: value for key, value in plain.items() if value is not None}
             self.config: dict[str, Any] = manifest["config"]
@@ -204,14 +204,7 @@ class Matrix:
             write_whole(self.path / name, make())
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            manifest = json.loads(self._file.read_text())
-            manifest["experiment"], manifest["config"], manifest["runs"]
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._file}: is damaged ({error}); accepted is the file as it was written") from error
-        return dict(manifest)
+        return _manifest(self._file)
 
     def _write(self, manifest: Mapping[str, Any]) -> None:
         write_whole(self._file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
@@ -221,6 +214,11 @@ class Matrix:
         with open(self.path / ".lock", "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """What the cells of a folder have in common; nothing where there is no matrix. Raises `InputError` as `Matrix`."""
+    return dict((_manifest(path / "manifest.json") or {}).get("config", {}))
 
 
 @dataclass(frozen=True)
@@ -293,6 +291,17 @@ def count(statuses: Iterable[Status]) -> dict[str, int]:
     for status in statuses:
         found[status.state] = found.get(status.state, 0) + 1
     return found
+
+
+def _manifest(file: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(file.read_text())
+        manifest["experiment"], manifest["config"], manifest["runs"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: is damaged ({error}); accepted is the file as it was written") from error
+    return dict(manifest)
 
 
 def _check_folder(path: Path) -> None:

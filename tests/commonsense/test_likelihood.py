@@ -12,6 +12,7 @@ from rora_theory.adapters import PrefixAdapter, PrefixConfig, init
 from rora_theory.commonsense.choices import Scored
 from rora_theory.commonsense.likelihood import log_likelihoods, visible
 from rora_theory.commonsense.packing import grow, plan
+from rora_theory.llama import beginning
 from rora_theory.llama.beginning import shared_length
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import forward, init_params
@@ -91,12 +92,15 @@ def test_a_beginning_that_all_items_share_is_read_once(length: int, adapted: boo
     assert shared_length(contexts) == length // 16 * 16
 
 
-def test_a_token_that_predicts_is_no_beginning() -> None:
-    """Equal items of 33 tokens, two scored: token 31 predicts, so that of 31 shared tokens 16 are read once."""
-    tokens = tuple(range(33))
-    items = [[Scored(tokens, 2), Scored((*tokens[:-1], 60), 2)]] * 2
+def test_a_token_that_predicts_is_no_beginning(monkeypatch) -> None:
+    """Items of 34 tokens, two scored: 32 are context, the last of which predicts, so that 16 are read once."""
+    asked = []
+    monkeypatch.setattr(beginning, "read", lambda *args, read=beginning.read: asked.append(len(args[1])) or read(*args))
+    tokens = tuple(range(34))
+    items = [[Scored(tokens, 2), Scored((*tokens[:-2], 60, 59), 2)]] * 2
     for packed, plain in zip(_packed(items), _plain(items), strict=True):
         np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
+    assert asked == [16]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from rora_theory.adapters import LoraConfig, PrefixConfig, init
+from rora_theory.errors import InputError
 from rora_theory.finetune.data import Examples
 from rora_theory.finetune.held_out import mean_per_token, record_losses
-from rora_theory.llama import LlamaConfig, forward
+from rora_theory.llama import LlamaConfig, beginning, forward
 from rora_theory.llama.model import init_params
 
 CONFIG = LlamaConfig(61, 16, 24, 2, 4, 2, 4, max_position_embeddings=96)
@@ -26,11 +27,14 @@ def examples(shared: int, count: int = 9) -> Examples:
 
 @pytest.mark.parametrize("shared", [0, 16, 17, 40])
 @pytest.mark.parametrize("adapted", [None, LoraConfig(rule="rora", rank=2, alpha=4.0), PrefixConfig(3)])
-def test_equal_to_plain_forward_passes(shared: int, adapted) -> None:
+def test_equal_to_plain_forward_passes(shared: int, adapted, monkeypatch) -> None:
     """Of 17 shared tokens 16 are read once, of 16 none: the last must stay to predict what differs."""
+    asked = []
+    monkeypatch.setattr(beginning, "read", lambda *args, read=beginning.read: asked.append(len(args[1])) or read(*args))
     held_out = examples(shared)
     adapter = None if adapted is None else init(jax.random.key(1), adapted, CONFIG, PARAMS)
     found = record_losses(PARAMS, CONFIG, held_out, adapter=adapter, batch=4, widths=2)
+    assert asked == {0: [], 16: [], 17: [16], 40: [32]}[shared]
     whole = np.zeros((len(held_out), 96), np.int32)
     for row, index in zip(whole, range(len(held_out)), strict=True):
         row[: held_out.lengths[index]] = held_out[index]
@@ -43,6 +47,12 @@ def test_equal_to_plain_forward_passes(shared: int, adapted) -> None:
         assert (one.tokens, one.answer_tokens) == (len(losses), len(answer))
         # Sums of up to 70 float32 terms near 4.
         np.testing.assert_allclose((one.loss, one.answer_loss), (losses.sum(), answer.sum()), rtol=0, atol=2e-4)
+
+
+def test_a_record_that_the_model_can_t_read_is_refused() -> None:
+    tokens = np.zeros(98, np.int64)
+    with pytest.raises(InputError, match="a record has 98 tokens; accepted are at most 97"):
+        record_losses(PARAMS, CONFIG, Examples(tokens, np.array([0, 98]), np.array([90]), 0, 0))
 
 
 def test_the_mean_s_error_is_the_jackknife_s() -> None:

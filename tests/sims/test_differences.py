@@ -91,6 +91,15 @@ def test_each_at_its_best_rate(tmp_path):
     assert same == {0.001: pytest.approx(9 / 60), 0.003: pytest.approx(-3 / 60)}
 
 
+def test_each_at_its_only_rate(tmp_path):
+    """As published: DoRA's rate is another than LoRA's."""
+    cell(tmp_path, "l", [1.0, 1.0, 1.0])
+    cell(tmp_path, "d", [3.0, 1.0, 1.0])
+    (one,) = differences.differences([row("l", "lora"), row("d", "dora", rate="0.0002")], tmp_path)
+    assert (one.method, one.against, one.rates) == ("dora", "lora", "own")
+    assert (one.learning_rate, one.against_rate, one.loss) == (0.0002, 0.001, pytest.approx(2 / 60))
+
+
 def test_a_method_without_a_rank_meets_every_lora_and_other_ranks_do_not_meet(tmp_path):
     for key in ("l8", "l16", "p", "r16"):
         cell(tmp_path, key, [1.0, 1.0, 1.0])

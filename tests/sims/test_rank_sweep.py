@@ -263,6 +263,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     shared |= {"validation_error": "0.1", "seed": "0"}
     rows = [columns | shared, columns | shared | {"seed": "1", "status": "diverged", "validation_loss": ""}]
     rows += [columns | shared | {"learning_rate": "0.01", "best_rate": ""}]
+    rows += [columns | shared | {"rank": "16", "gamma": "16.0", "status": "diverged", "best_rate": ""}]
     config = {"training": {"batch": 4, "steps": 5}, "data": {"held_out": 6, "train_records": 8}}
     manifest = {"experiment": "rank_sweep", "config": config, "runs": [{"design": "table1"}]}
 
@@ -275,7 +276,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path))
     drawn = (tmp_path / "accuracy_vs_rank.svg").read_text()
     assert "lr 0.001, 5 steps of 4, 6 held-out records" in drawn
-    assert "open: some seed diverged" in drawn
+    assert "open or crossed: some or all seeds diverged" in drawn
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path, tuned=True))
     assert "best lr of a seed on these records" in (tmp_path / "accuracy_vs_rank.svg").read_text()
     rows[0] |= {"average": "0.5", "average_error": "0.01", "average_unparsed": "0.25", "protocol": "generate"}
