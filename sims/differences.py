@@ -3,7 +3,8 @@ r"""One method less another on the same records and items: `differences.csv` of 
 Cells of one matrix are measured on the same held-out records and the same items. What makes a record hard for one
 adapter does for the other, so that the error of a difference of losses is several times below theirs; that of
 accuracies gains little, and against the base, which errs elsewhere, nothing is gained. Standard errors are over records
-or items, of the mean over the seeds that both have: they speak of other records, not of training again.
+or items, of the mean over the seeds that both have: they speak of other records. Those over seeds, given where there
+are two or more, speak of training again.
 """
 
 import csv
@@ -38,8 +39,9 @@ class Difference:
       rank, alpha: of ``method``, or of ``against`` where ``method`` has none.
       learning_rate, against_rate: of both.
       seeds: how many both have.
-      loss, loss_error: nats a token over all tokens, and its standard error.
-      answer_loss, answer_error: over the answers' tokens.
+      loss, loss_error, loss_seed_error: nats a token over all tokens, its standard error over records, and that over
+        seeds, None for one.
+      answer_loss, answer_error, answer_seed_error: over the answers' tokens.
       average, average_error: accuracy, the unweighted mean over tasks; None where either is not scored.
       average_seeds: how many seeds of both are scored.
     """
@@ -55,8 +57,10 @@ class Difference:
     seeds: int
     loss: float
     loss_error: float
+    loss_seed_error: float | None
     answer_loss: float
     answer_error: float
+    answer_seed_error: float | None
     average: float | None
     average_error: float | None
     average_seeds: int
@@ -137,16 +141,18 @@ def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[
         seeds=len(pairs),
         loss=loss[0],
         loss_error=loss[1],
+        loss_seed_error=loss[2],
         answer_loss=answer[0],
         answer_error=answer[1],
+        answer_seed_error=answer[2],
         average=average[0],
         average_error=average[1],
         average_seeds=len(scored),
     )
 
 
-def _loss(pairs: Sequence[tuple[Row, Row]], cells: Path, kind: str) -> tuple[float, float]:
-    """Difference of the losses a token, averaged over seeds, and its standard error over records."""
+def _loss(pairs: Sequence[tuple[Row, Row]], cells: Path, kind: str) -> tuple[float, float, float | None]:
+    """Difference of the losses a token, averaged over seeds, and its standard errors over records and over seeds."""
     columns: list[np.ndarray] = []
     tokens: list[int] = []
     for row, other in pairs:
@@ -157,7 +163,9 @@ def _loss(pairs: Sequence[tuple[Row, Row]], cells: Path, kind: str) -> tuple[flo
             raise InputError(f"{row['key']} and {other['key']}: were measured on different records")
         columns.append(loss - other_loss)
         tokens = sizes
-    return mean_per_token(np.mean(columns, axis=0).tolist(), tokens)
+    by_seed = [column.sum() / sum(tokens) for column in columns]
+    seed_error = float(np.std(by_seed, ddof=1)) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else None
+    return *mean_per_token(np.mean(columns, axis=0).tolist(), tokens), seed_error
 
 
 def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[float, float]:

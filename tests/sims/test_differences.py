@@ -52,6 +52,7 @@ def test_losses_and_accuracies_are_paired(tmp_path):
     residuals = np.array([-1 + 10 / 12, -1 + 20 / 12, -3 + 30 / 12])
     assert one.loss_error == pytest.approx(math.sqrt((residuals**2).sum() * 3 / 2) / 60, rel=1e-12)
     assert one.answer_loss == pytest.approx(-2.5 / 4, rel=1e-14)
+    assert one.loss_seed_error is None
     assert one.average == pytest.approx((0 - 0.5) / 2)  # task s: +1 and -1 of 4; task t: -1 of 2
     assert one.average_error == pytest.approx(math.sqrt((2 / 3) / 4 + 0.5 / 2) / 2, rel=1e-12)
     assert (one.seeds, one.average_seeds, one.rank, one.alpha) == (1, 1, 8, 64.0)
@@ -69,6 +70,8 @@ def test_seeds_are_averaged_before_the_error_and_only_common_ones_count(tmp_path
     rows = [row(key, {"l": "lora", "r": "rora"}[key[0]], key[1]) for key in ("l0", "l1", "r0", "r1", "r2")]
     one = find(list(differences.differences(rows, tmp_path)), "rora", "lora")
     assert (one.seeds, one.loss, one.loss_error, one.average) == (2, 0.0, 0.0, None)  # -1 and +1 on one record
+    assert one.loss_seed_error == pytest.approx(math.sqrt(2) / 60 / math.sqrt(2))  # deviation of -1/60 and 1/60
+    assert one.answer_seed_error == pytest.approx(0.5 / 4)
 
 
 def test_each_at_its_best_rate(tmp_path):
