@@ -150,9 +150,14 @@ def points(cells: Sequence[Row], column: str, error: str, unit: float) -> list[P
 def differences(config: Config, lines: dict[str, list[Row]]) -> list[Row]:
     """Lines of the run's differences.csv: a drawn method less LoRA, of a rank, at the learning rates that are drawn."""
 
+    cells = {
+        (method, *(row[name] for name in ("rank", "alpha", "learning_rate")))
+        for method in lines
+        for row in lines[method]
+    }
+
     def drawn(method: str, row: Row, rate: str) -> bool:
-        place = row["rank"], row["alpha"], row[rate]
-        return place in {(cell["rank"], cell["alpha"], cell["learning_rate"]) for cell in lines.get(method, [])}
+        return (method, row["rank"], row["alpha"], row[rate]) in cells
 
     kinds = ("best",) if config.tuned else ("same", "own")
     return [
@@ -170,11 +175,15 @@ def draw_differences(axis: Any, rows: Sequence[Row], loss: str) -> None:
         own = sorted(own, key=lambda row: int(row["rank"]))
         names = ("answer_loss", "answer_error") if loss == "answer" else ("loss", "loss_error")
         values, errors = ([float(row[name]) for row in own] for name in names)
-        shift = 2.0 ** (0.06 * (METHODS.index(method) - 1))
-        ranks = [int(row["rank"]) * shift for row in own]
+        ranks = beside(method, [int(row["rank"]) for row in own])
         axis.errorbar(ranks, values, yerr=errors, color=colour, marker=marker, label=label, elinewidth=0.8)
     axis.axhline(0.0, color=style.method_look("lora")[1], linewidth=0.9)
     axis.set_ylabel("less LoRA's, paired (nats)")
+
+
+def beside(method: str, ranks: Sequence[int]) -> list[float]:
+    """Where a method's ranks are drawn: side by side, so that error bars do not hide each other."""
+    return [rank * 2.0 ** (0.06 * (METHODS.index(method) - 1)) for rank in ranks]
 
 
 def draw_line(axis: Any, method: str, line: Sequence[Point]) -> None:
@@ -182,8 +191,7 @@ def draw_line(axis: Any, method: str, line: Sequence[Point]) -> None:
     if not line:
         return
     label, colour, marker = style.method_look(method)
-    shift = 2.0 ** (0.06 * (METHODS.index(method) - 1))  # side by side, so that error bars do not hide each other
-    ranks = [point.rank * shift for point in line]
+    ranks = beside(method, [point.rank for point in line])
     axis.errorbar(
         ranks,
         [point.value for point in line],

@@ -105,12 +105,7 @@ def at_best_rate(run: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """The cells of a sims.rank_sweep at the best learning rate of their model, method, rank and alpha, every seed's."""
     if rows and "best_rate" not in rows[0]:
         fail(f"{run}/results.csv: has no column best_rate; accepted is a run that sims.rank_sweep went through again")
-
-    def place(row: dict[str, str]) -> tuple[str, ...]:
-        return tuple(row[name] for name in ("model", "method", "rank", "alpha", "learning_rate"))
-
-    best = {place(row) for row in rows if row["best_rate"]}
-    return [row for row in rows if place(row) in best]
+    return [row for row in rows if row["best_rate"]]
 
 
 def fail(message: str) -> NoReturn:

@@ -7,8 +7,6 @@ or items, of the mean over the seeds that both have: they speak of other records
 are two or more, speak of training again.
 """
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -19,8 +17,10 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.finetune.held_out import mean_per_token
+from sims import rank_results
+from sims.rank_results import BASE
 
-BASE, AGAINST = "base", "lora"
+AGAINST = "lora"
 Rates = Literal["same", "own", "best"]
 Row = Mapping[str, str]
 Group = dict[str, Row]
@@ -68,11 +68,8 @@ class Difference:
 
 def as_csv(found: Iterable[Difference]) -> str:
     """A line a difference."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Difference)])
-    writer.writerows(["" if value is None else value for value in astuple(one)] for one in found)
-    return text.getvalue()
+    names = [field.name for field in fields(Difference)]
+    return rank_results.as_csv(names, [[rank_results.text(value) for value in astuple(one)] for one in found])
 
 
 def differences(rows: Sequence[Row], cells: Path) -> Iterator[Difference]:
@@ -124,7 +121,7 @@ def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[
     pairs = [(row, base or others[seed]) for seed, row in group.items() if base or seed in others]
     if not pairs:
         return
-    loss, answer = (_loss(pairs, cells, kind) for kind in ("", "answer_"))
+    loss, answer = _loss(pairs, cells, ""), _loss(pairs, cells, "answer_")
     scored = [(row, other) for row, other in pairs if row["average"] and other["average"]]
     average: tuple[float | None, float | None] = _average(scored, cells) if scored else (None, None)
     row, other = pairs[0]
@@ -151,13 +148,15 @@ def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[
     )
 
 
-def _loss(pairs: Sequence[tuple[Row, Row]], cells: Path, kind: str) -> tuple[float, float, float | None]:
+def _loss(
+    pairs: Sequence[tuple[Row, Row]], cells: Path, kind: Literal["", "answer_"]
+) -> tuple[float, float, float | None]:
     """Difference of the losses a token, averaged over seeds, and its standard errors over records and over seeds."""
     columns: list[np.ndarray] = []
     tokens: list[int] = []
     for row, other in pairs:
         (records, loss, sizes), (other_records, other_loss, _) = (
-            _losses(cells / one["key"] / "losses.csv", kind) for one in (row, other)
+            rank_results.read_losses(cells / one["key"] / "losses.csv", kind) for one in (row, other)
         )
         if records != other_records:
             raise InputError(f"{row['key']} and {other['key']}: were measured on different records")
@@ -184,30 +183,11 @@ def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[float, floa
     return float(np.mean([np.mean(items) for items in means])), error
 
 
-def _losses(path: Path, kind: str) -> tuple[list[tuple[str, str]], np.ndarray, list[int]]:
-    rows = _read(path)
-    try:
-        loss = np.array([float(row[f"{kind}loss"]) for row in rows])
-        return [(row["file"], row["index"]) for row in rows], loss, [int(row[f"{kind}tokens"]) for row in rows]
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error!r}); accepted is the file as sims.rank_sweep wrote it") from error
-
-
 def _answers(path: Path) -> dict[str, np.ndarray]:
     found: dict[str, list[int]] = {}
     try:
-        for row in _read(path):
+        for row in rank_results.read_lines(path):
             found.setdefault(row["task"], []).append(int(row["correct"]))
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path}: is damaged ({error!r}); accepted is the file as sims.rank_sweep wrote it") from error
     return {task: np.array(items) for task, items in found.items()}
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); accepted is the file as sims.rank_sweep wrote it"
-        ) from error

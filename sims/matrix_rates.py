@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rora_theory.errors import InputError
+from sims import rank_results
 
 Loss = Literal["validation", "answer"]
 NEEDED = ("key", "status", "model", "method", "rank", "gamma", "learning_rate", "seed")
@@ -140,13 +141,7 @@ def _cell(folder: Path, number: int, row: Mapping[str, Any], column: str) -> Cel
 
 
 def _records(path: Path, column: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-    names = ("loss", "tokens") if column == "validation_loss" else ("answer_loss", "answer_tokens")
     if not path.exists():
         return None, None
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        loss, tokens = (np.array([float(row[name]) for row in rows]) for name in names)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error}); accepted is the file as sims.rank_sweep wrote it") from error
-    return loss, tokens
+    _, losses, tokens = rank_results.read_losses(path, "" if column == "validation_loss" else "answer_")
+    return losses, np.array(tokens, np.float64)

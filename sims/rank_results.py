@@ -5,9 +5,13 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 
 from rora_theory.commonsense.tasks import TASKS
+from rora_theory.errors import InputError
 from sims.common import matrix
 
 BASE = "base"
@@ -85,6 +89,31 @@ def as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     writer.writerow(columns)
     writer.writerows(rows)
     return file.getvalue()
+
+
+def read_losses(path: Path, kind: Literal["", "answer_"]) -> tuple[list[tuple[str, str]], np.ndarray, list[int]]:
+    """Of a cell's `losses.csv`: which records, their summed losses, and their tokens.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    rows = read_lines(path)
+    try:
+        loss = np.array([float(row[f"{kind}loss"]) for row in rows])
+        return [(row["file"], row["index"]) for row in rows], loss, [int(row[f"{kind}tokens"]) for row in rows]
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: is damaged ({error!r}); accepted is the file as sims.rank_sweep wrote it") from error
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    """The lines of a cell's CSV file. Raises `InputError` for one that can't be read."""
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); accepted is the file as sims.rank_sweep wrote it"
+        ) from error
 
 
 def text(value: Any) -> str:

@@ -334,11 +334,16 @@ def sweep(config: Config) -> bool:
     failed = [cell for cell, status in zip(whole, statuses, strict=True) if status.state != "done"]
     for cell in failed:
         print(f"not done: {cell.path} ({cell.status().error or cell.status().state})", flush=True)
-    rows = rank_results.table(folder, tuple(METHODS))
-    folder.write_table(lambda: differences.as_csv(differences.differences(rows, folder.cells_path)), "differences.csv")
+    folder.write_table(lambda: differences_of(folder), "differences.csv")
     folder.update({"status": "failed" if failed else "complete", "end": matrix.now()})
     print(f"{path}: {len(whole) - len(failed)} of {len(whole)} cells done; results.csv", flush=True)
     return not failed
+
+
+def differences_of(folder: matrix.Matrix) -> str:
+    """`differences.csv` from every finished cell in the folder."""
+    rows = rank_results.table(folder, tuple(METHODS))
+    return differences.as_csv(differences.differences(rows, folder.cells_path))
 
 
 def check(config: Config, design: Design) -> None:
