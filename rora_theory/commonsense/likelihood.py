@@ -21,9 +21,10 @@ from rora_theory.llama import beginning
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Adapter, hidden_states, unembed
 
-CPU_SHAPE = (512, 64)
+CPU_SHAPE = (1024, 64)
 OTHER_SHAPE = (4096, 512)
-"""Slots of a block and of a vocabulary chunk: enough rows to fill the device, few enough to stay in its caches."""
+"""Most slots of a block, and slots of a vocabulary chunk: enough rows to fill the device and to be worth reading every
+weight for, few enough to stay in its caches."""
 
 
 def log_likelihoods(

@@ -22,6 +22,8 @@ import numpy as np
 from rora_theory.commonsense.choices import Scored
 
 SHORTEST_ROW = 64
+BLOCK_COST = 64
+"""What a block costs beside its slots, in slots: every weight is read once more (on two CPU cores)."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,9 @@ def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int, start: int = 0
 
     Args:
       trees: of `grow` or `cut`.
-      block_tokens: slots of a block; a power of two. Rows are shorter where items are, since attention costs
-        a row its length squared; an item above it gets a block of its own, its size rounded up to whole
-        ``block_tokens``.
+      block_tokens: most slots of a block, a power of two; blocks have half where that leaves fewer of them empty.
+        Rows are shorter where items are, since attention costs a row its length squared; an item above it gets a
+        block of its own, its size rounded up to whole ``block_tokens``.
       chunk: slots whose vocabulary projections are computed together, a divisor of ``block_tokens``.
       start: position of every tree's first token.
     """
@@ -119,11 +121,16 @@ def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int, start: int = 0
         lengths.append(length)
         length //= 2
     rows = {length: _fill(short, trees, length) for length in lengths or [block_tokens]}
-    length = min(rows, key=lambda length: len(rows[length]) * length * (1.0 + length / 1500.0))
-    count = block_tokens // length
-    filled = rows[length]
+
+    def cost(shape: tuple[int, int]) -> float:
+        length, total = shape
+        return math.ceil(len(rows[length]) * length / total) * (total * (1.0 + length / 1500.0) + BLOCK_COST)
+
+    shapes = [(length, total) for length in rows for total in (block_tokens, block_tokens // 2) if length <= total]
+    length, total = min(shapes, key=cost)
+    count, filled = total // length, rows[length]
     return blocks + [
-        _block(filled[first : first + count], trees, length, block_tokens, chunk, start)
+        _block(filled[first : first + count], trees, length, total, chunk, start)
         for first in range(0, len(filled), count)
     ]
 

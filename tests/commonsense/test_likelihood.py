@@ -185,3 +185,13 @@ def test_plan_wastes_little() -> None:
     slots = sum(block.tokens.size for block in blocks)
     assert sum((block.item >= 0).sum() for block in blocks) > 0.9 * slots
     assert len({block.tokens.shape for block in blocks}) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "blocks"), [(3, (4, 64), 1), (14, (8, 64), 2), (12, (4, 64), 3), (8, (8, 64), 1)]
+)
+def test_blocks_are_halved_where_that_leaves_fewer_slots_empty(count: int, shape: tuple[int, int], blocks: int) -> None:
+    """Items of 60 slots, one a row of 64: three fit half a block best, twelve three halves, 14 two whole ones."""
+    items = [[Scored(tuple(range(n, n + 61)), 1), Scored((*range(n, n + 60), 0), 1)] for n in range(count)]
+    found = plan([grow(item) for item in items], block_tokens=512, chunk=64)
+    assert [block.tokens.shape for block in found] == [shape] * blocks
