@@ -27,6 +27,7 @@ from rora_theory.commonsense.likelihood import log_likelihoods
 from rora_theory.commonsense.prompts import TEMPLATES, prompt
 from rora_theory.commonsense.tasks import TASKS, Record
 from rora_theory.errors import InputError
+from rora_theory.llama import beginning
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.generate import beam
 from rora_theory.llama.model import Adapter
@@ -170,7 +171,8 @@ def _generated(
     batch_size: int,
     skip: Collection[int],
 ) -> Iterator[Sample]:
-    """Beam search after every prompt, in groups of like length that do not depend on ``skip``."""
+    """Beam search after every prompt, in groups of like length that do not depend on ``skip``; what all prompts begin
+    with is read once a group."""
     prompts = tokenizer.encode_batch([prompt(record.instruction, str(scoring.template)) for record in records])
     room = config.max_position_embeddings - scoring.max_new_tokens
     for record, tokens in zip(records, prompts, strict=True):
@@ -179,6 +181,7 @@ def _generated(
                 f"{record.task} record {record.index} has {len(tokens)} tokens of prompt; accepted are at "
                 f"most {room}, max_position_embeddings less max_new_tokens"
             )
+    shared = beginning.shared_length(prompts, spare=1) if len(prompts) > 1 else 0
     order = sorted(range(len(records)), key=lambda number: (-len(prompts[number]), number))
     groups = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
     waiting = (group for group in groups if not set(group) <= set(skip))
@@ -193,6 +196,7 @@ def _generated(
                 eos_ids=tokenizer.eos_ids,
                 num_beams=scoring.num_beams,
                 pad_id=tokenizer.pad_id,
+                shared=shared,
                 adapter=adapter,
             )
             for number, tokens in zip(group, answers, strict=True):

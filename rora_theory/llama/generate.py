@@ -7,8 +7,8 @@ length of `length_bucket`, the batch to the next size of `batch_bucket`.
 The beams of one item are rows of one tree, not copies of a sequence. Its cache holds the prompt once, then a
 slot for every beam of every step, and is only ever appended to: after the beams have been reordered, a beam
 attends to those slots of the earlier steps that its own tokens came through (`_visible`). So the prompt is
-read once and not once a beam, and nothing is moved when beams change places. Greedy generation is the same
-with one beam.
+read once and not once a beam, and nothing is moved when beams change places. What all prompts begin with can be read
+once for all of them. Greedy generation is the same with one beam.
 """
 
 import functools
@@ -52,6 +52,7 @@ def greedy(
     max_new_tokens: int,
     eos_ids: Collection[int],
     pad_id: int | None = None,
+    shared: int = 0,
     adapter: Adapter | None = None,
 ) -> list[list[int]]:
     """The likeliest next token, again and again.
@@ -62,6 +63,8 @@ def greedy(
       max_new_tokens: most tokens to add, >= 1.
       eos_ids: tokens that end a text; may be empty.
       pad_id: fills up short prompts. It is never looked at, so it changes no result; None is 0.
+      shared: how many tokens, with which all prompts begin, to read once for all; each number compiles anew, so give
+        every call of a task the same (`beginning.shared_length` with ``spare=1``).
       adapter: run beside the weights; a pytree.
 
     Returns:
@@ -69,9 +72,10 @@ def greedy(
 
     Raises:
       InputError: before work starts: no prompts, an empty one, one that leaves no room for ``max_new_tokens``
-        within ``max_position_embeddings``, a token outside the vocabulary, or ``max_new_tokens`` below 1.
+        within ``max_position_embeddings``, a token outside the vocabulary, ``max_new_tokens`` below 1, or ``shared``
+        tokens that are not shared or are all of a prompt.
     """
-    batch = _batch(prompts, config, max_new_tokens, eos_ids, pad_id)
+    batch = _batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
     tokens, lengths = _greedy(params, adapter, *batch, config=config, count=max_new_tokens)
     return _unpadded(tokens, lengths, len(prompts))
 
@@ -87,6 +91,7 @@ def beam(
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
     pad_id: int | None = None,
+    shared: int = 0,
     adapter: Adapter | None = None,
 ) -> list[list[int]]:
     r"""The best finished sequence of a beam search.
@@ -97,7 +102,7 @@ def beam(
     log-probability of their n new tokens divided by :math:`n^{length\_penalty}`.
 
     Args:
-      params, config, prompts, max_new_tokens, eos_ids, pad_id, adapter: as `greedy`.
+      params, config, prompts, max_new_tokens, eos_ids, pad_id, shared, adapter: as `greedy`.
       num_beams: W >= 1.
       length_penalty: above 0 favours long sequences.
       early_stopping: when an item is done. True: W sequences are finished. False: also the best running beam
@@ -111,7 +116,7 @@ def beam(
       InputError: as `greedy`; ``num_beams`` below 1 or too many for the vocabulary, a ``length_penalty`` that
         is not finite, or an unknown ``early_stopping``.
     """
-    batch = _batch(prompts, config, max_new_tokens, eos_ids, pad_id)
+    batch = _batch(prompts, config, max_new_tokens, eos_ids, pad_id, shared)
     if not _is_int(num_beams) or num_beams < 1:
         raise InputError(f"num_beams is {num_beams!r}; accepted is an integer of 1 or more")
     if (kept := num_beams * max(2, 1 + batch.eos.size)) > config.vocab_size:
@@ -167,8 +172,10 @@ def batch_bucket(size: int) -> int:
 
 
 class _Batch(NamedTuple):
-    """Padded prompts; rows that fill up the batch are one pad token and ``wanted`` False."""
+    """What all prompts begin with, and their padded rests; rows that fill up the batch are one pad token and ``wanted``
+    False."""
 
+    beginning: Int[np.ndarray, " p"]
     tokens: Int[np.ndarray, "b s"]
     real: Bool[np.ndarray, "b s"]
     wanted: Bool[np.ndarray, " b"]
@@ -193,6 +200,7 @@ class _Beams(NamedTuple):
 def _greedy(
     params: Params,
     adapter: Adapter | None,
+    beginning: Array,
     tokens: Array,
     real: Array,
     wanted: Array,
@@ -201,8 +209,8 @@ def _greedy(
     config: LlamaConfig,
     count: int,
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
-    logits, cache = _read_prompts(params, adapter, tokens, real, config, count)
-    batch, length = tokens.shape
+    logits, cache, real = _read_prompts(params, adapter, beginning, tokens, real, config, count)
+    batch, length = real.shape
     read = jnp.sum(real.astype(jnp.int32), axis=1)
 
     def choose(logits: Array, out: Array, lengths: Array, running: Array, step: Array) -> tuple[Array, ...]:
@@ -234,6 +242,7 @@ def _greedy(
 def _beam(
     params: Params,
     adapter: Adapter | None,
+    beginning: Array,
     tokens: Array,
     real: Array,
     wanted: Array,
@@ -246,8 +255,8 @@ def _beam(
     beams: int,
     stop_when_full: bool,
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
-    logits, cache = _read_prompts(params, adapter, tokens, real, config, count * beams)
-    batch, length = tokens.shape
+    logits, cache, real = _read_prompts(params, adapter, beginning, tokens, real, config, count * beams)
+    batch, length = real.shape
     read = jnp.sum(real.astype(jnp.int32), axis=1)
     choose = functools.partial(
         _choose, eos=eos, penalties=penalties, supposed=supposed, beams=beams, stop_when_full=stop_when_full
@@ -354,14 +363,27 @@ def _visible(real: Bool[Array, "b s"], ancestry: Int[Array, "b w t"]) -> Bool[Ar
 
 
 def _read_prompts(
-    params: Params, adapter: Adapter | None, tokens: Array, real: Array, config: LlamaConfig, room: int
-) -> tuple[Float[Array, "b v"], tuple[Array, Array]]:
-    """Logits after each prompt, and its keys and values with ``room`` empty slots behind them."""
-    batch, length = tokens.shape
-    cache = init_cache(config, batch, length, params["embed_tokens"].dtype)
+    params: Params,
+    adapter: Adapter | None,
+    beginning: Array,
+    tokens: Array,
+    real: Array,
+    config: LlamaConfig,
+    room: int,
+) -> tuple[Float[Array, "b v"], tuple[Array, Array], Bool[Array, "b s"]]:
+    """Logits after each prompt, its keys and values with ``room`` empty slots behind them, and which slots are real."""
+    (batch, length), shared = tokens.shape, beginning.shape[0]
+    dtype = params["embed_tokens"].dtype
+    cache = init_cache(config, batch, shared + length, dtype)
+    if shared:
+        _, one = forward_cached(params, beginning[None], init_cache(config, 1, shared, dtype), config, adapter)
+        cache = {name: cache[name].at[:, :, :shared].set(one[name]) for name in ("k", "v")} | {
+            "real": cache["real"].at[:, :shared].set(True),
+            "length": one["length"],
+        }
     logits, cache = forward_cached(params, tokens, cache, config, adapter, attention_mask=real.astype(jnp.int32))
     widths = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
-    return logits, (jnp.pad(cache["k"], widths), jnp.pad(cache["v"], widths))
+    return logits, (jnp.pad(cache["k"], widths), jnp.pad(cache["v"], widths)), cache["real"]
 
 
 def _read(
@@ -396,7 +418,7 @@ def _read(
             k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
             k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
-            return attend(q, k, v, wide, route="xla")
+            return attend(q, k, v, wide, route="blocked")
 
         return (_layer(x, weights, config, cos, sin, apply, attend_all), keys, values), None
 
@@ -422,6 +444,7 @@ def _batch(
     max_new_tokens: int,
     eos_ids: Collection[int],
     pad_id: int | None,
+    shared: int,
 ) -> _Batch:
     """Check the input of a generation, and pad it."""
     if not _is_int(max_new_tokens) or max_new_tokens < 1:
@@ -442,8 +465,18 @@ def _batch(
                 raise InputError(
                     f"{what} {one!r}; accepted are integers from 0 to {config.vocab_size - 1}, the vocabulary"
                 )
+    if not _is_int(shared) or not 0 <= shared < min(map(len, prompts)):
+        raise InputError(
+            f"shared is {shared!r}; accepted is an integer of 0 or more, less than the shortest prompt's "
+            f"{min(map(len, prompts))} tokens"
+        )
+    beginning = list(prompts[0][:shared])
+    for number, prompt in enumerate(prompts):
+        if list(prompt[:shared]) != beginning:
+            raise InputError(f"shared is {shared}; accepted are fewer, prompt {number} begins otherwise than prompt 0")
+    prompts = [prompt[shared:] for prompt in prompts]
     longest = max(map(len, prompts))
-    shape = (batch_bucket(len(prompts)), min(length_bucket(longest), config.max_position_embeddings))
+    shape = (batch_bucket(len(prompts)), min(length_bucket(longest), config.max_position_embeddings - shared))
     tokens = np.full(shape, pad_id or 0, np.int32)
     real = np.zeros(shape, bool)
     real[:, -1] = True  # a row that fills up the batch has one token, so that its attention is defined
@@ -451,7 +484,7 @@ def _batch(
         tokens[number, -len(prompt) :] = prompt
         real[number, -len(prompt) :] = True
     wanted = np.arange(shape[0]) < len(prompts)
-    return _Batch(tokens, real, wanted, np.array(sorted(set(eos_ids)), np.int32))
+    return _Batch(np.array(beginning, np.int32), tokens, real, wanted, np.array(sorted(set(eos_ids)), np.int32))
 
 
 def _unpadded(tokens: Array, lengths: Array, count: int) -> list[list[int]]:

@@ -99,6 +99,19 @@ def test_a_result_depends_neither_on_its_company_nor_on_padding(settings: dict):
     assert run(case, long)[1:] == case["new"]
 
 
+@pytest.mark.parametrize("settings", [{}, SCRIPT.BEAM])
+@pytest.mark.parametrize("shared", [1, 16, 20])
+def test_what_all_prompts_begin_with_is_read_once(settings: dict, shared: int):
+    """The same texts, also beside an adapter's prefix; another beginning gives other ones."""
+    case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")
+    begins = [[1 + (7 * i + start) % 30 for i in range(20)] for start in (0, 3)]
+    one, other = ([begin + rest for rest in SCRIPT.prompts("grouped", case["seed"])] for begin in begins)
+    for more in ({}, {"adapter": Spy()}):
+        whole = run(case, one, **more)
+        assert run(case, one, shared=shared, **more) == whole
+        assert run(case, other, shared=shared, **more) != whole
+
+
 @pytest.mark.parametrize("search", [generate.greedy, generate.beam])
 def test_one_compilation_a_shape_bucket(search):
     program = generate._beam if search is generate.beam else generate._greedy
@@ -190,6 +203,8 @@ BAD = [
     ({"max_new_tokens": 128}, "accepted are 1 to 0"),
     ({"eos_ids": [40]}, "eos_ids has 40"),
     ({"pad_id": 40}, "pad_id is 40"),
+    ({"shared": 1}, "shared is 1; accepted is an integer of 0 or more, less than the shortest prompt's 1 tokens"),
+    ({"prompts": [[1, 2, 3], [1, 3, 3]], "shared": 2}, "prompt 1 begins otherwise than prompt 0"),
     ({"num_beams": 0}, "num_beams is 0"),
     ({"num_beams": True}, "num_beams is True"),
     ({"num_beams": 21}, "num_beams is 21, with 1 end tokens 42 candidates a step; accepted is at most 40"),
