@@ -3,8 +3,7 @@
 python -m figures.accuracy_vs_rank RUN
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +12,8 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
+from figures.sweep import Row, chosen_model, draw_line, grouped, levels, points
 from rora_theory.commonsense import published
-
-Row = dict[str, str]
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 
@@ -42,31 +40,10 @@ class Config:
     """Folder for accuracy_vs_rank.png and .svg; by default the run folder."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One method at one rank: the mean over seeds.
-
-    Attributes:
-      rank, gamma: of the adapter.
-      value: mean over the seeds.
-      error: standard error from the items (records) measured on, the same in every seed.
-      seeds: each seed's own value.
-      diverged: how many further seeds have none, because the loss became no number. Where that is all of them, the
-        value is NaN.
-    """
-
-    rank: int
-    gamma: float
-    value: float
-    error: float
-    seeds: tuple[float, ...]
-    diverged: int
-
-
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
     manifest, rows = style.read_run(config.run, "rank_sweep")
-    rows = chosen_model(config, rows)
+    rows = chosen_model(config.run, rows, config.model, config.alpha)
     loss = "answer" if config.answers else "validation"
     panels = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
     if any(row["average"] for row in rows):
@@ -83,7 +60,8 @@ def draw(config: Config) -> Sequence[Path]:
     measured = [axes[0], *axes[1 + bool(paired) :]]
     for axis, (column, error, label, unit) in zip(measured, panels, strict=False):
         for method, cells in lines.items():
-            draw_line(axis, method, points(cells, column, error, unit))
+            line = points(cells, column, error, unit)
+            draw_line(axis, method, line, beside(method, [point.place for point in line]))
         levels(axis, rows, column, unit)
         axis.set_ylabel(label)
         rank_axis(axis, lines)
@@ -103,27 +81,6 @@ def draw(config: Config) -> Sequence[Path]:
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
 
-def chosen_model(config: Config, rows: Sequence[Row]) -> list[Row]:
-    """Finished cells of one model."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    if config.model is None and len(models) > 1:
-        style.fail(f"{config.run}: has the models {', '.join(models)}; accepted is --model with one of them")
-    model = models[0] if config.model is None else config.model
-    if model not in models:
-        style.fail(f"--model is {model!r}; accepted are {', '.join(models)}")
-    found = [row for row in rows if row["model"] == model and row["status"] in ("complete", "diverged")]
-    if config.alpha is not None:
-        found = [row for row in found if not row["alpha"] or float(row["alpha"]) == config.alpha]
-    if not any(row["rank"] and row["status"] == "complete" for row in found):
-        style.fail(f"{config.run}/results.csv: has no finished cell of an adapter; accepted is a run with at least one")
-    for (method, rank), group in grouped(found, lambda row: (row["method"], row["rank"])).items():
-        alphas = sorted({float(row["alpha"]) for row in group if row["alpha"]})
-        if len(alphas) > 1:
-            several = ", ".join(f"{alpha:g}" for alpha in alphas)
-            style.fail(f"{config.run}: {method} r={rank} has alpha {several}; accepted is --alpha with one of them")
-    return found
-
-
 def curves(config: Config, rows: Sequence[Row], method: str) -> list[Row]:
     """The cells to draw of a method: of one learning rate, or of the best of each rank."""
     cells = [row for row in rows if row["method"] == method]
@@ -132,19 +89,6 @@ def curves(config: Config, rows: Sequence[Row], method: str) -> list[Row]:
     if config.tuned:
         return style.at_best_rate(config.run, cells)
     return max(grouped(cells, lambda row: row["learning_rate"]).values(), key=len, default=[])
-
-
-def points(cells: Sequence[Row], column: str, error: str, unit: float) -> list[Point]:
-    """A method's means over seeds by rank, where the column was measured."""
-    found = []
-    for rank, group in grouped(cells, lambda row: int(row["rank"])).items():
-        measured = [row for row in group if row["status"] == "complete" and row[column]]
-        diverged = sum(row["status"] == "diverged" for row in group)
-        if measured or diverged:
-            values = tuple(unit * float(row[column]) for row in measured)
-            spread = _mean([unit * float(row[error]) for row in measured])
-            found.append(Point(rank, float(group[0]["gamma"]), _mean(values), spread, values, diverged))
-    return sorted(found, key=lambda point: point.rank)
 
 
 def differences(config: Config, lines: dict[str, list[Row]]) -> list[Row]:
@@ -181,53 +125,9 @@ def draw_differences(axis: Any, rows: Sequence[Row], loss: str) -> None:
     axis.set_ylabel("less LoRA's, paired (nats)")
 
 
-def beside(method: str, ranks: Sequence[int]) -> list[float]:
+def beside(method: str, ranks: Sequence[float]) -> list[float]:
     """Where a method's ranks are drawn: side by side, so that error bars do not hide each other."""
     return [rank * 2.0 ** (0.06 * (METHODS.index(method) - 1)) for rank in ranks]
-
-
-def draw_line(axis: Any, method: str, line: Sequence[Point]) -> None:
-    """Mean and error bar by rank; the single seeds beside, where there are several."""
-    if not line:
-        return
-    label, colour, marker = style.method_look(method)
-    ranks = beside(method, [point.rank for point in line])
-    axis.errorbar(
-        ranks,
-        [point.value for point in line],
-        yerr=[point.error for point in line],
-        color=colour,
-        marker=marker,
-        label=label,
-        linewidth=1.2,
-        elinewidth=0.8,
-    )
-    for rank, point in zip(ranks, line, strict=True):
-        if point.diverged and point.seeds:
-            axis.plot([rank], [point.value], marker, color=colour, markerfacecolor="white", zorder=3)
-        elif point.diverged:
-            axis.plot([rank], [0.98], "x", color=colour, transform=axis.get_xaxis_transform())
-        if len(point.seeds) > 1:
-            axis.plot([rank] * len(point.seeds), point.seeds, "_", color=colour, markersize=5, alpha=0.7)
-
-
-def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
-    """Dashes: the model without an adapter; a level far from the lines is named at the edge. Dots: chance."""
-    base = next((row for row in rows if row["method"] == "base" and row[column]), None)
-    if base is None:
-        return
-    label, colour, _ = style.method_look("base")
-    found = [(unit * float(base[column]), label, colour, "--")]
-    if column == "average" and base["average_chance"]:
-        found.append((unit * float(base["average_chance"]), "chance", "#777777", ":"))
-    low, high = axis.get_ylim()
-    for value, name, shade, dashes in found:
-        if low - 2 * (high - low) <= value <= high + 2 * (high - low):
-            axis.axhline(value, color=shade, linestyle=dashes, linewidth=0.9, label=name)
-        else:
-            edge, side = (0.98, "top") if value > high else (0.02, "bottom")
-            text = f"{name}: {value:.3g} ({'above' if value > high else 'below'})"
-            axis.text(0.03, edge, text, transform=axis.transAxes, ha="left", va=side, fontsize=7, color=shade)
 
 
 def rank_axis(axis: Any, lines: dict[str, list[Row]]) -> None:
@@ -287,18 +187,6 @@ def title(manifest: dict[str, Any], rows: Sequence[Row], drawn: Sequence[Row], *
         f"{Path(rows[0]['model']).name}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
         f"{found['data']['held_out']} held-out records;\n{bars}"
     )
-
-
-def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """Rows by a key, in order of appearance."""
-    found: dict[Any, list[Row]] = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ RULES = {
 METHODS = {"base": ("no adapter", 6), "lora": ("LoRA", 0), "rora": ("RoRA", 1), "dora": ("DoRA", 2)} | {
     "dora-rora": (r"DoRA, $\alpha/\sqrt{r}$", 3),
     "quarter": (r"LoRA, $\alpha/r^{1/4}$", 4),
+    "prefix": ("prefix tuning", 5),
+    "series": ("series adapter", 10),
+    "parallel": ("parallel adapter", 11),
 }
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}
 
@@ -58,7 +61,8 @@ def rule_look(rule: str, position: int = 2) -> tuple[str, str, str]:
 def method_look(method: str, position: int = 4) -> tuple[str, str, str]:
     """Label, colour and marker of a fine-tuning method: the same in every figure."""
     label, index = METHODS.get(method, (method, position))
-    return label, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    # From the palette's second round on a colour has another marker.
+    return label, COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

@@ -14,7 +14,7 @@ import checkpoint
 import numpy as np
 import pytest
 
-from figures import accuracy_vs_rank, benchmark_tables, loss_curves, scaling_diagram, style
+from figures import accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, scaling_diagram, style
 from rora_theory.adapters import load_peft
 from rora_theory.commonsense.tasks import TASKS, render
 from rora_theory.finetune import Record, tokenize
@@ -226,14 +226,21 @@ def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) 
 def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     """Drawn from the folder alone; the tables hold every row of ours and of the paper's."""
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(swept, out=tmp_path))
+    loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=2, out=tmp_path))
     loss_curves.draw(loss_curves.Config((swept,), rank=2, out=tmp_path))
     scaling_diagram.draw(scaling_diagram.Config(out=tmp_path))
-    for name in ("accuracy_vs_rank", "loss_curves", "scaling_diagram"):
+    for name in ("accuracy_vs_rank", "loss_vs_rate", "loss_curves", "scaling_diagram"):
         for ending in ("png", "svg"):
             assert (tmp_path / f"{name}.{ending}").stat().st_size > 1000
     drawn = (tmp_path / "accuracy_vs_rank.svg").read_text()
     assert "nats" in drawn
     assert "average accuracy, label" in drawn
+    drawn = (tmp_path / "loss_vs_rate.svg").read_text()
+    assert all(name in drawn for name in ("LoRA", "RoRA", "DoRA", "prefix tuning", "series adapter", "no adapter"))
+    assert "r = 2, " in drawn
+    with pytest.raises(SystemExit):
+        loss_vs_rate.draw(loss_vs_rate.Config(swept, out=tmp_path))
+    assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
     for layout in ("I", "II"):
         benchmark_tables.draw(benchmark_tables.Config(swept, layout=layout, out=tmp_path))
     with (tmp_path / "table_I.csv").open(newline="") as file:

@@ -1,0 +1,77 @@
+"""Validation loss, and average accuracy, of every method against the learning rate, from a run of sims.rank_sweep.
+
+python -m figures.loss_vs_rate RUN --rank 32
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import tyro
+
+from figures import style
+from figures.sweep import chosen_model, draw_line, levels, points
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which run to draw, and which of its cells."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of sims.rank_sweep."""
+    rank: int | None = None
+    """Of methods that have one; may be left out where the run has one rank."""
+    model: str | None = None
+    """Which model, where the run has several."""
+    alpha: float | None = None
+    """Which alpha, where a method and rank has several."""
+    answers: bool = False
+    """The loss on the answers alone in the place of the loss on all tokens."""
+    out: Path | None = None
+    """Folder for loss_vs_rate.png and .svg; by default the run folder."""
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Lines are means over seeds with the items' standard error, dashes single seeds, crosses what diverged."""
+    manifest, rows = style.read_run(config.run, "rank_sweep")
+    rows = chosen_model(config.run, rows, config.model, config.alpha)
+    ranks = sorted({int(row["rank"]) for row in rows if row["rank"]})
+    rank = ranks[0] if config.rank is None and len(ranks) == 1 else config.rank
+    if ranks and rank not in ranks:
+        style.fail(f"{config.run}: has the ranks {', '.join(map(str, ranks))}; accepted is --rank with one of them")
+    rows = [row for row in rows if not row["rank"] or int(row["rank"]) == rank]
+    loss = "answer" if config.answers else "validation"
+    panels = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
+    if any(row["average"] and row["learning_rate"] for row in rows):
+        protocol = next(row["protocol"] for row in rows if row["average"])
+        panels.append(("average", "average_error", f"average accuracy, {protocol} (%)", 100.0))
+    figure, axes = plt.subplots(1, len(panels), figsize=(0.6 + 3.3 * len(panels), 3.0), squeeze=False)
+    for axis, (column, error, label, unit) in zip(axes[0], panels, strict=True):
+        for method in (name for name in style.METHODS if name != "base"):
+            cells = [row for row in rows if row["method"] == method]
+            line = points(cells, column, error, unit, by="learning_rate")
+            draw_line(axis, method, line, [point.place for point in line])
+        levels(axis, rows, column, unit)
+        axis.set(xscale="log", xlabel="learning rate", ylabel=label)
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    trained = [row for row in rows if row["learning_rate"]]
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        title=f"{Path(rows[0]['model']).name}"
+        + (f", r = {rank}" if ranks else "")
+        + f", {trained[0]['steps']} steps of "
+        f"{manifest['config']['training']['batch']}; bars: s.e. over items, dashes: single seeds, crosses: diverged",
+    )
+    return style.save(figure, config.out or config.run, "loss_vs_rate")
+
+
+if __name__ == "__main__":
+    style.main(draw, tyro.cli(Config, description=__doc__))

@@ -1,0 +1,120 @@
+"""What figures of a run of sims.rank_sweep share: means over seeds, their lines, and the levels beside them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from figures import style
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one rank or learning rate: the mean over seeds.
+
+    Attributes:
+      place: the rank or learning rate.
+      value: mean over the seeds.
+      error: standard error from the items (records) measured on, the same in every seed.
+      seeds: each seed's own value.
+      diverged: how many further seeds have none, because the loss became no number. Where that is all of them, the
+        value is NaN.
+    """
+
+    place: float
+    value: float
+    error: float
+    seeds: tuple[float, ...]
+    diverged: int
+
+
+def chosen_model(run: Path, rows: Sequence[Row], model: str | None, alpha: float | None) -> list[Row]:
+    """Finished cells of one model, and of one alpha for each method and rank; other than that ends the command."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    if model is None and len(models) > 1:
+        style.fail(f"{run}: has the models {', '.join(models)}; accepted is --model with one of them")
+    model = models[0] if model is None else model
+    if model not in models:
+        style.fail(f"--model is {model!r}; accepted are {', '.join(models)}")
+    found = [row for row in rows if row["model"] == model and row["status"] in ("complete", "diverged")]
+    if alpha is not None:
+        found = [row for row in found if not row["alpha"] or float(row["alpha"]) == alpha]
+    if not any(row["learning_rate"] and row["status"] == "complete" for row in found):
+        style.fail(f"{run}/results.csv: has no finished cell of an adapter; accepted is a run with at least one")
+    for (method, rank), group in grouped(found, lambda row: (row["method"], row["rank"])).items():
+        alphas = sorted({float(row["alpha"]) for row in group if row["alpha"]})
+        if len(alphas) > 1:
+            several = ", ".join(f"{alpha:g}" for alpha in alphas)
+            style.fail(f"{run}: {method} r={rank} has alpha {several}; accepted is --alpha with one of them")
+    return found
+
+
+def points(cells: Sequence[Row], column: str, error: str, unit: float, by: str = "rank") -> list[Point]:
+    """A method's means over seeds by rank or learning rate, where the column was measured."""
+    found = []
+    for place, group in grouped(cells, lambda row: float(row[by])).items():
+        measured = [row for row in group if row["status"] == "complete" and row[column]]
+        diverged = sum(row["status"] == "diverged" for row in group)
+        if measured or diverged:
+            values = tuple(unit * float(row[column]) for row in measured)
+            spread = mean([unit * float(row[error]) for row in measured])
+            found.append(Point(place, mean(values), spread, values, diverged))
+    return sorted(found, key=lambda point: point.place)
+
+
+def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[float]) -> None:
+    """Mean and error bar at each place; the single seeds beside, where there are several."""
+    if not line:
+        return
+    label, colour, marker = style.method_look(method)
+    axis.errorbar(
+        places,
+        [point.value for point in line],
+        yerr=[point.error for point in line],
+        color=colour,
+        marker=marker,
+        label=label,
+        linewidth=1.2,
+        elinewidth=0.8,
+    )
+    for place, point in zip(places, line, strict=True):
+        if point.diverged and point.seeds:
+            axis.plot([place], [point.value], marker, color=colour, markerfacecolor="white", zorder=3)
+        elif point.diverged:
+            axis.plot([place], [0.98], "x", color=colour, transform=axis.get_xaxis_transform())
+        if len(point.seeds) > 1:
+            axis.plot([place] * len(point.seeds), point.seeds, "_", color=colour, markersize=5, alpha=0.7)
+
+
+def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
+    """Dashes: the model without an adapter; a level far from the lines is named at the edge. Dots: chance."""
+    base = next((row for row in rows if row["method"] == "base" and row[column]), None)
+    if base is None:
+        return
+    label, colour, _ = style.method_look("base")
+    found = [(unit * float(base[column]), label, colour, "--")]
+    if column == "average" and base["average_chance"]:
+        found.append((unit * float(base["average_chance"]), "chance", "#777777", ":"))
+    low, high = axis.get_ylim()
+    for value, name, shade, dashes in found:
+        if low - 2 * (high - low) <= value <= high + 2 * (high - low):
+            axis.axhline(value, color=shade, linestyle=dashes, linewidth=0.9, label=name)
+        else:
+            edge, side = (0.98, "top") if value > high else (0.02, "bottom")
+            text = f"{name}: {value:.3g} ({'above' if value > high else 'below'})"
+            axis.text(0.03, edge, text, transform=axis.transAxes, ha="left", va=side, fontsize=7, color=shade)
+
+
+def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """Rows by a key, in order of appearance."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
