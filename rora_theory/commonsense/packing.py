@@ -101,7 +101,7 @@ def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int, start: int = 0
 
     Args:
       trees: of `grow` or `cut`.
-      block_tokens: most slots of a block, a power of two; blocks have half where that leaves fewer of them empty.
+      block_tokens: most slots of a block, a power of two; blocks have as few rows, down to half, as leave least empty.
         Rows are shorter where items are, since attention costs a row its length squared; an item above it gets a
         block of its own, its size rounded up to whole ``block_tokens``.
       chunk: slots whose vocabulary projections are computed together, a divisor of ``block_tokens``.
@@ -116,21 +116,27 @@ def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int, start: int = 0
         blocks.append(_block([[index]], trees, row, row, chunk, start))
     if not short:
         return blocks
-    lengths, length = [], block_tokens
-    while length >= max(SHORTEST_ROW, trees[short[0]].size):
-        lengths.append(length)
-        length //= 2
-    rows = {length: _fill(short, trees, length) for length in lengths or [block_tokens]}
+    shortest = max(min(SHORTEST_ROW, block_tokens), trees[short[0]].size)
+    powers = [block_tokens >> halvings for halvings in range(block_tokens.bit_length())]
+    lengths = [length for power in powers for length in (power, power * 3 // 4) if length >= shortest]
+    rows = {length: _fill(short, trees, length) for length in lengths}
 
     def cost(shape: tuple[int, int]) -> float:
-        length, total = shape
-        return math.ceil(len(rows[length]) * length / total) * (total * (1.0 + length / 1500.0) + BLOCK_COST)
+        length, count = shape
+        return math.ceil(len(rows[length]) / count) * (count * length * (1.0 + length / 1500.0) + BLOCK_COST)
 
-    shapes = [(length, total) for length in rows for total in (block_tokens, block_tokens // 2) if length <= total]
-    length, total = min(shapes, key=cost)
-    count, filled = total // length, rows[length]
+    most = {length: max(1, block_tokens // length) for length in rows}
+    length, count = min(
+        (
+            (length, count)
+            for length in rows
+            for count in range(max(1, min(most[length] // 2, len(rows[length]))), most[length] + 1)
+        ),
+        key=cost,
+    )
+    filled = rows[length]
     return blocks + [
-        _block(filled[first : first + count], trees, length, total, chunk, start)
+        _block(filled[first : first + count], trees, length, count * length, chunk, start)
         for first in range(0, len(filled), count)
     ]
 

@@ -188,10 +188,10 @@ def test_plan_wastes_little() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "shape", "blocks"), [(3, (4, 64), 1), (14, (8, 64), 2), (12, (4, 64), 3), (8, (8, 64), 1)]
+    ("count", "rows"), [(1, [1]), (3, [3]), (8, [8]), (12, [6, 6]), (14, [7, 7]), (16, [8, 8]), (18, [6, 6, 6])]
 )
-def test_blocks_are_halved_where_that_leaves_fewer_slots_empty(count: int, shape: tuple[int, int], blocks: int) -> None:
-    """Items of 60 slots, one a row of 64: three fit half a block best, twelve three halves, 14 two whole ones."""
+def test_blocks_have_the_rows_that_leave_fewest_slots_empty(count: int, rows: list[int]) -> None:
+    """Items of 60 slots, one a row of 64, at most eight rows a block; all blocks are of one shape."""
     items = [[Scored(tuple(range(n, n + 61)), 1), Scored((*range(n, n + 60), 0), 1)] for n in range(count)]
     found = plan([grow(item) for item in items], block_tokens=512, chunk=64)
-    assert [block.tokens.shape for block in found] == [shape] * blocks
+    assert [block.tokens.shape for block in found] == [(number, 64) for number in rows]
