@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -366,11 +366,12 @@ def machine(cores: int) -> dict[str, Any]:
     """The machine in general terms, and the packages."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", info)
+    installed = {found.metadata["Name"] for found in distributions()}  # `methods.py` needs no peer
     return {
         "processor": model.group(1) if model else platform.machine(),
         "cores": cores,
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES if name in installed},
     }
 
 
