@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import Row, chosen_model, draw_line, grouped, levels, points
+from figures.sweep import Row, chosen_model, draw_line, grouped, levels, model_name, points
 from rora_theory.commonsense import published
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
@@ -50,6 +50,8 @@ def draw(config: Config) -> Sequence[Path]:
         protocol = next(row["protocol"] for row in rows if row["average"])
         panels.append(("average", "average_error", f"average accuracy, {protocol} (%)", 100.0))
     lines = {method: curves(config, rows, method) for method in METHODS}
+    if not any(lines.values()):
+        style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}; accepted is a run with at least one")
     paired = differences(config, lines)
     count = len(panels) + bool(paired) + config.paper
     figure, axes = plt.subplots(1, count, figsize=(0.6 + 3.1 * count, 3.0), squeeze=False)
@@ -184,7 +186,7 @@ def title(manifest: dict[str, Any], rows: Sequence[Row], drawn: Sequence[Row], *
     if any(row["status"] == "diverged" for row in drawn):
         bars += ", open or crossed: some or all seeds diverged"
     return (
-        f"{Path(rows[0]['model']).name}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
+        f"{model_name(rows[0]['model'])}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
         f"{found['data']['held_out']} held-out records;\n{bars}"
     )
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from figures import style
+from figures.sweep import model_name
 from rora_theory.commonsense import published
 from rora_theory.commonsense.tasks import TASKS
 
@@ -115,7 +116,7 @@ def lines_of(rows: Cells, models: dict[str, Any]) -> list[Line]:
         found.append(
             Line(
                 source="this run",
-                model=Path(model).name,
+                model=model_name(model),
                 protocol=next((row["protocol"] for row in scored), ""),
                 rank=int(rank) if rank else None,
                 method=METHODS.get(method, method),

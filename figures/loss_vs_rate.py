@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import chosen_model, draw_line, levels, points
+from figures.sweep import chosen_model, draw_line, levels, model_name, points
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ def draw(config: Config) -> Sequence[Path]:
         loc="outside lower center",
         ncols=4,
         frameon=False,
-        title=f"{Path(rows[0]['model']).name}"
-        + (f", r = {rank}" if ranks else "")
-        + f", {trained[0]['steps']} steps of "
+        title=model_name(rows[0]["model"]) + (f", r = {rank}" if ranks else "") + f", {trained[0]['steps']} steps of "
         f"{manifest['config']['training']['batch']}; bars: s.e. over items, dashes: single seeds, crosses: diverged",
     )
     return style.save(figure, config.out or config.run, "loss_vs_rate")

@@ -52,6 +52,12 @@ def chosen_model(run: Path, rows: Sequence[Row], model: str | None, alpha: float
     return found
 
 
+def model_name(model: str) -> str:
+    """A model's short name: of a run's ``model`` or ``merged`` folder the run's."""
+    path = Path(model)
+    return path.parent.name if path.name in ("model", "merged") and path.parent.name else path.name
+
+
 def points(cells: Sequence[Row], column: str, error: str, unit: float, by: str = "rank") -> list[Point]:
     """A method's means over seeds by rank or learning rate, where the column was measured."""
     found = []
@@ -117,4 +123,5 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def mean(values: Sequence[float]) -> float:
+    """NaN where there are none."""
     return math.fsum(values) / len(values) if values else math.nan

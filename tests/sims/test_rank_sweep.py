@@ -265,7 +265,14 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
 def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> None:
     """A run of three cells by hand: what is drawn, not what was tried, is what the title says."""
     columns = dict.fromkeys(rank_results.COLUMNS, "")
-    shared = {"status": "complete", "model": "m", "method": "rora", "rule": "rora", "alpha": "64.0", "gamma": "8.0"}
+    shared = {
+        "status": "complete",
+        "model": "runs/half/model",
+        "method": "rora",
+        "rule": "rora",
+        "alpha": "64.0",
+        "gamma": "8.0",
+    }
     shared |= {"rank": "64", "learning_rate": "0.001", "best_rate": "yes", "validation_loss": "1.0", "steps": "5"}
     shared |= {"validation_error": "0.1", "seed": "0"}
     rows = [columns | shared, columns | shared | {"seed": "1", "status": "diverged", "validation_loss": ""}]
@@ -282,6 +289,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     write()
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path))
     drawn = (tmp_path / "accuracy_vs_rank.svg").read_text()
+    assert "half, " in drawn
     assert "lr 0.001, 5 steps of 4, 6 held-out records" in drawn
     assert "open or crossed: some or all seeds diverged" in drawn
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path, tuned=True))
@@ -300,6 +308,11 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     with pytest.raises(SystemExit):
         style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
     assert "rora r=64 has alpha 64, 128; accepted is --alpha with one of them" in capsys.readouterr().err
+    rows = [row | {"method": "prefix", "rank": "", "alpha": ""} for row in rows]
+    write()
+    with pytest.raises(SystemExit):
+        style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
+    assert "has no cell of lora, " in capsys.readouterr().err
 
 
 def cells(config: rank_sweep.Config) -> list[rank_sweep.Cell]:
