@@ -21,7 +21,10 @@ import numpy as np
 
 from rora_theory.commonsense.choices import Scored
 
-SHORTEST_ROW = 64
+SHORTEST_ROW, STEP = 64, 16
+"""Rows have a multiple of ``STEP`` slots."""
+SAMPLE = 512
+"""Items by which a row length is chosen; all of them where there are fewer."""
 BLOCK_COST = 64
 """What a block costs beside its slots, in slots: every weight is read once more (on two CPU cores)."""
 
@@ -116,25 +119,22 @@ def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int, start: int = 0
         blocks.append(_block([[index]], trees, row, row, chunk, start))
     if not short:
         return blocks
-    shortest = max(min(SHORTEST_ROW, block_tokens), trees[short[0]].size)
-    powers = [block_tokens >> halvings for halvings in range(block_tokens.bit_length())]
-    lengths = [length for power in powers for length in (power, power * 3 // 4) if length >= shortest]
-    rows = {length: _fill(short, trees, length) for length in lengths}
+    shortest = -(-max(SHORTEST_ROW, trees[short[0]].size) // STEP) * STEP
+    lengths = range(shortest, min(block_tokens, 4 * shortest) + 1, STEP) or [block_tokens]
+    sample = short[:: max(1, len(short) // SAMPLE)]
 
-    def cost(shape: tuple[int, int]) -> float:
-        length, count = shape
-        return math.ceil(len(rows[length]) / count) * (count * length * (1.0 + length / 1500.0) + BLOCK_COST)
+    def cheapest(length: int, rows: int) -> tuple[float, int]:
+        """The least cost of so many rows, and how many of them a block has then."""
+        most = max(1, block_tokens // length)
+        # Attention costs a slot in proportion to its row's length, here a 1500th of all else.
+        slot = 1.0 + length / 1500.0
+        counts = range(min(rows, max(1, most // 2)), most + 1)
+        return min((math.ceil(rows / count) * (count * length * slot + BLOCK_COST), count) for count in counts)
 
-    most = {length: max(1, block_tokens // length) for length in rows}
-    length, count = min(
-        (
-            (length, count)
-            for length in rows
-            for count in range(max(1, min(most[length] // 2, len(rows[length]))), most[length] + 1)
-        ),
-        key=cost,
-    )
-    filled = rows[length]
+    tried = {length: len(_fill(sample, trees, length)) * len(short) / len(sample) for length in lengths}
+    length = min(tried, key=lambda length: cheapest(length, math.ceil(tried[length])))
+    filled = _fill(short, trees, length)
+    _, count = cheapest(length, len(filled))
     return blocks + [
         _block(filled[first : first + count], trees, length, count * length, chunk, start)
         for first in range(0, len(filled), count)
