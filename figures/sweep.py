@@ -110,6 +110,8 @@ def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
             axis.axhline(value, color=shade, linestyle=dashes, linewidth=0.9, label=name)
         else:
             edge, side = (0.98, "top") if value > high else (0.02, "bottom")
+            room = 0.12 * (high - low)  # for the name, beside the lines
+            axis.set_ylim(low if value > high else low - room, high + room if value > high else high)
             text = f"{name}: {value:.3g} ({'above' if value > high else 'below'})"
             axis.text(0.03, edge, text, transform=axis.transAxes, ha="left", va=side, fontsize=7, color=shade)
 
