@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import Row, chosen_model, draw_line, grouped, levels, model_name, points
+from figures.sweep import Row, beside, chosen_model, draw_line, grouped, levels, model_name, points
 from rora_theory.commonsense import published
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
@@ -63,7 +63,7 @@ def draw(config: Config) -> Sequence[Path]:
     for axis, (column, error, label, unit) in zip(measured, panels, strict=False):
         for method, cells in lines.items():
             line = points(cells, column, error, unit)
-            draw_line(axis, method, line, beside(method, [point.place for point in line]))
+            draw_line(axis, method, line, beside([point.place for point in line], METHODS.index(method) - 1))
         levels(axis, rows, column, unit)
         axis.set_ylabel(label)
         rank_axis(axis, lines)
@@ -121,15 +121,10 @@ def draw_differences(axis: Any, rows: Sequence[Row], loss: str) -> None:
         own = sorted(own, key=lambda row: int(row["rank"]))
         names = ("answer_loss", "answer_error") if loss == "answer" else ("loss", "loss_error")
         values, errors = ([float(row[name]) for row in own] for name in names)
-        ranks = beside(method, [int(row["rank"]) for row in own])
+        ranks = beside([int(row["rank"]) for row in own], METHODS.index(method) - 1)
         axis.errorbar(ranks, values, yerr=errors, color=colour, marker=marker, label=label, elinewidth=0.8)
     axis.axhline(0.0, color=style.method_look("lora")[1], linewidth=0.9)
     axis.set_ylabel("less LoRA's, paired (nats)")
-
-
-def beside(method: str, ranks: Sequence[float]) -> list[float]:
-    """Where a method's ranks are drawn: side by side, so that error bars do not hide each other."""
-    return [rank * 2.0 ** (0.06 * (METHODS.index(method) - 1)) for rank in ranks]
 
 
 def rank_axis(axis: Any, lines: dict[str, list[Row]]) -> None:

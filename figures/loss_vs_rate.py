@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import chosen_model, draw_line, levels, model_name, points
+from figures.sweep import beside, chosen_model, draw_line, levels, model_name, points
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,19 @@ def draw(config: Config) -> Sequence[Path]:
     if any(row["average"] and row["learning_rate"] for row in rows):
         protocol = next(row["protocol"] for row in rows if row["average"])
         panels.append(("average", "average_error", f"average accuracy, {protocol} (%)", 100.0))
-    figure, axes = plt.subplots(1, len(panels), figsize=(0.6 + 3.3 * len(panels), 3.0), squeeze=False)
+    drawn = [name for name in style.METHODS if any(row["method"] == name and row["learning_rate"] for row in rows)]
+    rates = sorted({float(row["learning_rate"]) for row in rows if row["learning_rate"]})
+    size = (0.6 + 3.3 * len(panels), 3.0)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=True)
     for axis, (column, error, label, unit) in zip(axes[0], panels, strict=True):
-        for method in (name for name in style.METHODS if name != "base"):
+        for position, method in enumerate(drawn):
             cells = [row for row in rows if row["method"] == method]
             line = points(cells, column, error, unit, by="learning_rate")
-            draw_line(axis, method, line, [point.place for point in line])
+            draw_line(axis, method, line, beside([point.place for point in line], position - len(drawn) // 2))
         levels(axis, rows, column, unit)
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.minorticks_off()
     handles: dict[str, Any] = {}
     for axis in axes[0]:
         handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}

@@ -71,6 +71,11 @@ def points(cells: Sequence[Row], column: str, error: str, unit: float, by: str =
     return sorted(found, key=lambda point: point.place)
 
 
+def beside(places: Sequence[float], position: int) -> list[float]:
+    """Where a line's points are drawn on a logarithmic axis: side by side, so that bars do not hide each other."""
+    return [place * 2.0 ** (0.06 * position) for place in places]
+
+
 def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[float]) -> None:
     """Mean and error bar at each place; the single seeds beside, where there are several."""
     if not line:
