@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rora_theory.commonsense.choices import Scored
-from rora_theory.commonsense.packing import Block, cut, grow, plan
+from rora_theory.commonsense.packing import Block, grow, plan
 from rora_theory.llama import beginning
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.model import Adapter, hidden_states, unembed
+from rora_theory.llama.model import Adapter, hidden_states
 
-CPU_SHAPE = (1024, 64)
+CPU_SHAPE = (2048, 64)
 OTHER_SHAPE = (4096, 512)
 """Most slots of a block, and slots of a vocabulary chunk: enough rows to fill the device and to be worth reading every
 weight for, few enough to stay in its caches."""
@@ -37,7 +37,7 @@ def log_likelihoods(
     done: Collection[int] = (),
     shape: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
-    """Yields ``(item, log-likelihood of each choice)``, long items first, a device call's items together.
+    """Yields ``(item, log-likelihood of each choice)``, a device call's items together.
 
     Results do not depend on ``batch_size`` or ``done`` in any bit: the plan and every shape come from
     ``items``.
@@ -54,10 +54,9 @@ def log_likelihoods(
     # Up to the last token of the context: that one predicts.
     contexts = [choice.tokens[: -choice.count - 1] for choices in items for choice in choices]
     shared = beginning.shared_length(contexts) if items else 0
-    trees = [cut(grow(choices), shared) for choices in items]
     blocks = [
         block
-        for block in plan(trees, block_tokens=block_tokens, chunk=chunk, start=shared)
+        for block in plan(grow(items, shared), block_tokens=block_tokens, chunk=chunk, start=shared)
         if not skip.issuperset(block.items)
     ]
     if shared and blocks:
@@ -84,8 +83,7 @@ def _score(params: dict, adapter: Adapter | None, block: Block, config: LlamaCon
         params,
         adapter,
         block.tokens,
-        block.item,
-        block.branch,
+        block.end,
         block.position,
         block.slots,
         np.int32(-(-block.used // chunk)),
@@ -100,8 +98,7 @@ def _score_block(
     params: dict,
     adapter: Adapter | None,
     tokens: Int[Array, "r t"],
-    item: Int[Array, "r t"],
-    branch: Int[Array, "r t"],
+    end: Int[Array, "r t"],
     position: Int[Array, "r t"],
     slots: Int[Array, " s"],
     chunks: Int[Array, ""],
@@ -111,26 +108,25 @@ def _score_block(
     chunk: int,
 ) -> Float[Array, " e"]:
     """Log-probability of each entry's token in the block, float32; meaningless past the block's entries."""
-    hidden = hidden_states(params, tokens, config, adapter, positions=position, visible=visible(item, branch))
-    read = hidden.reshape(-1, hidden.shape[-1])[slots]
+    hidden = hidden_states(params, tokens, config, adapter, positions=position, visible=visible(end))
+    table = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    read = hidden.reshape(-1, hidden.shape[-1])[slots].astype(table.dtype)
 
     def normalise(number: Array, normalisers: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(read, number * chunk, chunk)
-        z = jax.nn.logsumexp(unembed(params, part, config), axis=-1)
+        # The vocabulary in rows: on a CPU, logsumexp included, 1.3 times faster than in columns.
+        logits = jnp.einsum("vd,cd->vc", table, part, preferred_element_type=jnp.float32)
+        z = jax.nn.logsumexp(logits, axis=0)
         return jax.lax.dynamic_update_slice_in_dim(normalisers, z, number * chunk, 0)
 
     normalisers = jax.lax.fori_loop(0, chunks, normalise, jnp.zeros(slots.shape, jnp.float32))
     slot, token = entries[:, 0], entries[:, 1]
-    table = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
     # The token's own logit again, not the one inside the sum: it is a dot product, the sum a matrix product.
-    logit = jnp.einsum("ed,ed->e", read[slot].astype(table.dtype), table[token], preferred_element_type=jnp.float32)
+    logit = jnp.einsum("ed,ed->e", read[slot], table[token], preferred_element_type=jnp.float32)
     return logit - normalisers[slot]
 
 
-def visible(item: Int[Array, "r t"], branch: Int[Array, "r t"]) -> Bool[Array, "r t t"]:
-    """Which query (axis 1) may attend to which key (axis 2): see `packing`."""
-    order = jnp.arange(item.shape[1])
-    causal = order[None, :, None] >= order[None, None, :]
-    same_item = item[:, :, None] == item[:, None, :]
-    on_path = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    return causal & same_item & on_path
+def visible(end: Int[Array, "r t"]) -> Bool[Array, "r t t"]:
+    """Which query (axis 1) may attend to which key (axis 2), by the end of each key's descendants: see `packing`."""
+    order = jnp.arange(end.shape[1])
+    return (order[None, None, :] <= order[None, :, None]) & (order[None, :, None] < end[:, None, :])

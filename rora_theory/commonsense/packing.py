@@ -1,16 +1,16 @@
-r"""Items packed into rows of one shape: the shared prefix once, then each choice's own tokens, several items a row.
+r"""Items packed into rows of one shape: what sequences begin with in common is there once, many sequences a row.
 
-The choices of an item are token sequences that begin alike. Their longest common beginning is computed once,
-and each choice's rest (its last token is only scored, never read) follows as a branch that sees the common
-tokens and itself. A row of T slots holds as many such trees as fit, side by side:
+Every choice of every item is a token sequence, whose last token is only scored, never read. Together they are the
+paths of one trie, and an item is the set of nodes on its choices' paths. A row of T slots holds the nodes of several
+items in depth-first order, each node once, however many choices and items pass through it:
 
-    slots   [ a a a a | b b | c c c ][ A A A | B B ] - - -
-    item      0 ..                    1 ..            none
-    branch    0 0 0 0   1 1   2 2 2   0 0 0   1 1
+    paths    a b c    a b d e    a f
+    slots    a  b  c  d  e  f  -  -
+    end      6  5  3  5  5  6
 
-A query sees a key of its own item, not after it, in the common part or in its own branch; positions count
-along the path. Every row has the same shape, so the model compiles once a shape; nothing is padded but a
-row's end. The plan depends on the items alone: any grouping of rows into device calls computes the same numbers.
+A slot's descendants follow it up to its end, so a query sees a key where :math:`key \le query < end_{key}`; positions
+count along the path. Every row has the same shape, so the model compiles once a shape; nothing is padded but a row's
+end. The plan depends on the items alone: any grouping of rows into device calls computes the same numbers.
 """
 
 import math
@@ -21,33 +21,44 @@ import numpy as np
 
 from rora_theory.commonsense.choices import Scored
 
-SHORTEST_ROW, STEP = 64, 16
+SHORTEST_ROW, STEP = 64, 8
 """Rows have a multiple of ``STEP`` slots."""
-SAMPLE = 512
-"""Items by which a row length is chosen; all of them where there are fewer."""
+WINDOW = 256
+"""Items that are put into rows together, since the time to do so grows with the square of it."""
 BLOCK_COST = 64
 """What a block costs beside its slots, in slots: every weight is read once more (on two CPU cores)."""
 
 
 @dataclass(frozen=True)
-class Tree:
-    """The choices of one item, merged at their common beginning.
+class Trie:
+    """Token sequences merged at their common beginnings. Nodes are numbered in depth-first order.
 
     Attributes:
-      common: tokens that every choice reads.
-      branches: the further tokens that each choice reads, possibly none.
-      targets: for each choice, the scored tokens as ``(reader, token)``; reader is the place, along the
-        choice's own path from 0, of the token that predicts it.
+      tokens, depth: [n] int32, of each node; a root has depth 0.
+      items: the nodes on the paths of each item's choices.
+      targets: for each choice of each item, the scored tokens as ``(node, token)``: the node that predicts it.
     """
 
-    common: tuple[int, ...]
-    branches: tuple[tuple[int, ...], ...]
-    targets: tuple[tuple[tuple[int, int], ...], ...]
+    tokens: np.ndarray
+    depth: np.ndarray
+    items: tuple[frozenset[int], ...]
+    targets: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
-    @property
-    def size(self) -> int:
-        """Slots it takes."""
-        return len(self.common) + sum(map(len, self.branches))
+    def scored(self, item: int) -> int:
+        """Scored tokens of an item, over its choices."""
+        return sum(map(len, self.targets[item]))
+
+    def size(self, item: int) -> int:
+        """Slots that an item needs in a row of its own; a slot has room for two scored tokens."""
+        return max(len(self.items[item]), math.ceil(self.scored(item) / 2))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Items that share a row, and the nodes on their paths."""
+
+    items: list[int]
+    nodes: set[int]
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Block:
     """Rows of one device call, [r, t] each, and what is read off their hidden states.
 
     Attributes:
-      tokens, item, branch, position: [r, t] int32; item is -1 in empty slots.
+      tokens, end, position: [r, t] int32; an empty slot's end is behind itself.
       slots: [s] int32, places in the flattened rows whose next-token distribution is needed; the first
         ``used`` count, and s is r t rounded up to whole chunks.
       used: number of them.
@@ -65,8 +76,7 @@ class Block:
     """
 
     tokens: np.ndarray
-    item: np.ndarray
-    branch: np.ndarray
+    end: np.ndarray
     position: np.ndarray
     slots: np.ndarray
     used: int
@@ -75,53 +85,64 @@ class Block:
     items: tuple[int, ...]
 
 
-def grow(choices: Sequence[Scored]) -> Tree:
-    """The tree of an item's choices: each of at least two tokens, the last ``count`` scored."""
-    reads = [choice.tokens[:-1] for choice in choices]
-    shortest = min(map(len, reads))
-    depth = next((i for i in range(shortest) if len({read[i] for read in reads}) > 1), shortest)
-    return Tree(
-        common=tuple(reads[0][:depth]),
-        branches=tuple(tuple(read[depth:]) for read in reads),
-        targets=tuple(
-            tuple(
-                (place - 1, choice.tokens[place])
-                for place in range(len(choice.tokens) - choice.count, len(choice.tokens))
-            )
-            for choice in choices
-        ),
+def grow(items: Sequence[Sequence[Scored]], start: int = 0) -> Trie:
+    """The trie of what all choices read.
+
+    Args:
+      items: each choice of at least two tokens, the last ``count`` scored.
+      start: so many first tokens are left out, none of which predicts a scored one.
+    """
+    tokens: list[int] = []
+    depth: list[int] = []
+    nodes_of: dict[tuple[int, ...], list[int]] = {}
+    before: tuple[int, ...] = ()
+    nodes: list[int] = []
+    for path in sorted({choice.tokens[start:-1] for item in items for choice in item}):  # which is depth first
+        shortest = min(len(before), len(path))
+        common = next((i for i in range(shortest) if before[i] != path[i]), shortest)
+        nodes = nodes[:common] + list(range(len(tokens), len(tokens) + len(path) - common))
+        tokens += path[common:]
+        depth += range(common, len(path))
+        nodes_of[path] = nodes
+        before = path
+
+    def targets(choice: Scored) -> tuple[tuple[int, int], ...]:
+        path = nodes_of[choice.tokens[start:-1]]
+        return tuple(zip(path[-choice.count :], choice.tokens[-choice.count :], strict=True))
+
+    return Trie(
+        tokens=np.array(tokens, np.int32),
+        depth=np.array(depth, np.int32),
+        items=tuple(frozenset(n for choice in item for n in nodes_of[choice.tokens[start:-1]]) for item in items),
+        targets=tuple(tuple(map(targets, item)) for item in items),
     )
 
 
-def cut(tree: Tree, count: int) -> Tree:
-    """The tree without its first ``count`` common tokens, none of which predicts a scored one."""
-    targets = tuple(tuple((reader - count, token) for reader, token in choice) for choice in tree.targets)
-    return Tree(tree.common[count:], tree.branches, targets)
-
-
-def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int, start: int = 0) -> list[Block]:
-    """Every tree in some row of some block, long ones first.
+def plan(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[Block]:
+    """Every item in some row of some block.
 
     Args:
-      trees: of `grow` or `cut`.
+      trie: of `grow`.
       block_tokens: most slots of a block, a power of two; blocks have as few rows, down to half, as leave least empty.
         Rows are shorter where items are, since attention costs a row its length squared; an item above it gets a
         block of its own, its size rounded up to whole ``block_tokens``.
       chunk: slots whose vocabulary projections are computed together, a divisor of ``block_tokens``.
-      start: position of every tree's first token.
+      start: position of the trie's roots.
     """
-    order = sorted(range(len(trees)), key=lambda index: (-trees[index].size, index))
-    long = [index for index in order if trees[index].size > block_tokens]
-    short = order[len(long) :]
+    sizes = list(map(trie.size, range(len(trie.items))))
     blocks = []
-    for index in long:
-        row = math.ceil(trees[index].size / block_tokens) * block_tokens
-        blocks.append(_block([[index]], trees, row, row, chunk, start))
+    short = []
+    for index in sorted(range(len(sizes)), key=lambda index: (max(trie.items[index]), index)):  # neighbours begin alike
+        if sizes[index] <= block_tokens:
+            short.append(index)
+        else:
+            length = math.ceil(sizes[index] / block_tokens) * block_tokens
+            blocks.append(_block([Row([index], set(trie.items[index]))], 1, length, trie, chunk, start))
     if not short:
         return blocks
-    shortest = -(-max(SHORTEST_ROW, trees[short[0]].size) // STEP) * STEP
+    shortest = -(-max(SHORTEST_ROW, *(sizes[index] for index in short)) // STEP) * STEP
     lengths = range(shortest, min(block_tokens, 4 * shortest) + 1, STEP) or [block_tokens]
-    sample = short[:: max(1, len(short) // SAMPLE)]
+    sample = short[:: math.ceil(len(short) / WINDOW)]
 
     def cheapest(length: int, rows: int) -> tuple[float, int]:
         """The least cost of so many rows, and how many of them a block has then."""
@@ -131,67 +152,81 @@ def plan(trees: Sequence[Tree], *, block_tokens: int, chunk: int, start: int = 0
         counts = range(min(rows, max(1, most // 2)), most + 1)
         return min((math.ceil(rows / count) * (count * length * slot + BLOCK_COST), count) for count in counts)
 
-    tried = {length: len(_fill(sample, trees, length)) * len(short) / len(sample) for length in lengths}
+    tried = {length: len(_fill(sample, trie, length)) * len(short) / len(sample) for length in lengths}
     length = min(tried, key=lambda length: cheapest(length, math.ceil(tried[length])))
-    filled = _fill(short, trees, length)
-    _, count = cheapest(length, len(filled))
+    windows = [short[first : first + WINDOW] for first in range(0, len(short), WINDOW)]
+    rows = [row for window in windows for row in _fill(window, trie, length)]
+    _, count = cheapest(length, len(rows))
     return blocks + [
-        _block(filled[first : first + count], trees, length, count * length, chunk, start)
-        for first in range(0, len(filled), count)
+        _block(rows[first : first + count], count, length, trie, chunk, start) for first in range(0, len(rows), count)
     ]
 
 
-def _fill(order: Sequence[int], trees: Sequence[Tree], length: int) -> list[list[int]]:
-    """Rows of at most ``length`` slots and scored tokens: each tree goes to the first row with room for it."""
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []
-    start = 0  # rows before it are full for every later, smaller tree
-    for index in order:
-        size, scored = trees[index].size, sum(map(len, trees[index].targets))
-        for number in range(start, len(rows)):
-            if size <= room[number][0] and scored <= room[number][1]:
-                break
-        else:
-            number = len(rows)
-            rows.append([])
-            room.append((length, 2 * length))
-        rows[number].append(index)
-        room[number] = (room[number][0] - size, room[number][1] - scored)
-        while start < len(rows) and room[start][0] < trees[order[-1]].size:
-            start += 1
+def _fill(items: Sequence[int], trie: Trie, length: int) -> list[Row]:
+    """Rows of at most ``length`` slots and twice as many scored tokens: large items first, neighbours in the trie among
+    those of like size; each goes where it adds the fewest nodes, and of such rows to the fullest."""
+    rows: list[Row] = []
+    scored: list[int] = []
+    for index in sorted(items, key=lambda index: (-(len(trie.items[index]) // 16), max(trie.items[index]), index)):
+        nodes, count = sorted(trie.items[index]), trie.scored(index)
+        best = (length + 1, 0, len(rows))
+        for number, row in enumerate(rows):
+            room = length - len(row.nodes)
+            if room and scored[number] + count <= 2 * length:
+                added = len(nodes) - _begun(nodes, row.nodes)
+                if added <= room:
+                    best = min(best, (added, room, number))
+        number = best[2]
+        if number == len(rows):
+            rows.append(Row([], set()))
+            scored.append(0)
+        rows[number].items.append(index)
+        rows[number].nodes.update(nodes)
+        scored[number] += count
     return rows
 
 
-def _block(
-    rows: Sequence[Sequence[int]], trees: Sequence[Tree], length: int, total: int, chunk: int, first: int
-) -> Block:
-    """The arrays of ``total // length`` rows, the last ones empty where there are fewer."""
-    tokens, branch, position = (np.zeros((total // length, length), np.int32) for _ in range(3))
-    item = np.full(tokens.shape, -1, np.int32)
+def _begun(nodes: list[int], present: set[int]) -> int:
+    """How many nodes are present before the first, in depth-first order, that is not; others may be."""
+    for count, node in enumerate(nodes):
+        if node not in present:
+            return count
+    return len(nodes)
+
+
+def _block(rows: Sequence[Row], count: int, length: int, trie: Trie, chunk: int, start: int) -> Block:
+    """The arrays of ``count`` rows, the last ones empty where there are fewer."""
+    tokens, position = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
+    end = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))
     wanted: list[tuple[int, int]] = []
     owners: list[tuple[int, int]] = []
-    for row, members in enumerate(rows):
-        at = 0
-        for index in members:
-            tree = trees[index]
-            depth = len(tree.common)
-            start = at
-            for number, part in enumerate((tree.common, *tree.branches)):
-                span = slice(at, at + len(part))
-                tokens[row, span], item[row, span], branch[row, span] = part, index, number
-                position[row, span] = first + np.arange(len(part)) + (depth if number else 0)
-                if number:
-                    for reader, token in tree.targets[number - 1]:
-                        place = start + reader if reader < depth else at + reader - depth
-                        wanted.append((row * length + place, token))
-                        owners.append((index, number - 1))
-                at += len(part)
+    for number, row in enumerate(rows):
+        nodes = sorted(row.nodes)
+        depth = trie.depth[nodes]
+        tokens[number, : len(nodes)], position[number, : len(nodes)] = trie.tokens[nodes], start + depth
+        end[number, : len(nodes)] = _ends(depth.tolist())
+        slot = {node: number * length + place for place, node in enumerate(nodes)}
+        for index in row.items:
+            for choice, targets in enumerate(trie.targets[index]):
+                wanted += [(slot[node], token) for node, token in targets]
+                owners += [(index, choice)] * len(targets)
     slots, inverse = np.unique(np.array([slot for slot, _ in wanted]), return_inverse=True)
-    capacity = math.ceil(total / chunk) * chunk
-    padded = np.zeros(capacity, np.int32)
+    total = count * length
+    padded = np.zeros(math.ceil(total / chunk) * chunk, np.int32)
     padded[: len(slots)] = slots
     entries = np.zeros((2 * total, 2), np.int32)
     entries[: len(wanted), 0] = inverse
     entries[: len(wanted), 1] = [token for _, token in wanted]
-    items = tuple(index for members in rows for index in members)
-    return Block(tokens, item, branch, position, padded, len(slots), entries, tuple(owners), items)
+    items = tuple(index for row in rows for index in row.items)
+    return Block(tokens, end, position, padded, len(slots), entries, tuple(owners), items)
+
+
+def _ends(depth: list[int]) -> list[int]:
+    """For nodes in depth-first order, the place behind each one's last descendant."""
+    ends = [len(depth)] * len(depth)
+    path: list[int] = []
+    for place, level in enumerate(depth):
+        for left in path[level:]:
+            ends[left] = place
+        path[level:] = [place]
+    return ends

@@ -133,6 +133,13 @@ def test_equal_choices_score_equally_and_do_not_touch_each_other() -> None:
     assert scores[0] == scores[2] != scores[1]
 
 
+def test_many_equal_choices_have_room_for_all_their_scored_tokens() -> None:
+    """16 choices of 9 scored tokens on 9 slots, more than two a slot: the row is as long as they need."""
+    items = [[Scored(tuple(range(10)), 9)] * 16, [Scored((5, 4, 3), 1)]]
+    for packed, plain in zip(_packed(items), _plain(items), strict=True):
+        np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
+
+
 def test_untied_embeddings_use_the_output_matrix() -> None:
     params = {**PARAMS, "lm_head": 2.0 * PARAMS["embed_tokens"]}
     items = [[Scored((1, 2, 3), 1), Scored((1, 2, 4), 1)]]
@@ -143,55 +150,81 @@ def test_untied_embeddings_use_the_output_matrix() -> None:
     assert not np.allclose(doubled, _packed(items)[0], atol=1e-3)
 
 
-def test_tree_of_choices() -> None:
-    tree = grow([Scored((1, 2, 3, 4, 5), 3), Scored((1, 2, 3, 6), 2)])
-    assert tree.common == (1, 2, 3)
-    assert tree.branches == ((4,), ())  # the last token of each is scored, not read
-    assert tree.targets == (((1, 3), (2, 4), (3, 5)), ((1, 3), (2, 6)))
-    assert tree.size == 4
+def test_trie_of_choices() -> None:
+    """The last token of each choice is scored, not read."""
+    trie = grow([[Scored((1, 2, 3, 4, 5), 3), Scored((1, 2, 3, 6), 2)], [Scored((1, 2, 7, 8), 1), Scored((1, 2), 1)]])
+    assert trie.tokens.tolist() == [1, 2, 3, 4, 7]
+    assert trie.depth.tolist() == [0, 1, 2, 3, 2]
+    assert trie.items == ({0, 1, 2, 3}, {0, 1, 4})
+    assert trie.targets == ((((1, 3), (2, 4), (3, 5)), ((1, 3), (2, 6))), (((4, 8),), ((0, 2),)))
 
 
-def test_visible_follows_paths() -> None:
-    item = jnp.array([[0, 0, 0, 0, 1, -1]])
-    branch = jnp.array([[0, 1, 1, 2, 0, 0]])
+def test_trie_without_a_shared_beginning() -> None:
+    """Depths count from where it ends."""
+    trie = grow([[Scored((1, 2, 3, 4, 5), 2), Scored((1, 2, 3, 6), 1)]], start=2)
+    assert (trie.tokens.tolist(), trie.depth.tolist()) == ([3, 4], [0, 1])
+    assert trie.targets == ((((0, 4), (1, 5)), ((0, 6),)),)
+
+
+def test_a_row_is_in_depth_first_order_and_sees_its_paths() -> None:
+    """Two items that begin alike, one that does not: 1 2 (3 4 | 5), 1 6, 7; the rest of the row stays empty."""
+    items = [[Scored((1, 2, 3, 4, 0), 1), Scored((1, 2, 5, 0), 1)], [Scored((7, 0), 1)], [Scored((1, 6, 0), 2)]]
+    (block,) = plan(grow(items), block_tokens=64, chunk=16)
+    (seen_by,) = visible(jnp.asarray(block.end))
+    assert block.tokens[0, :9].tolist() == [1, 2, 3, 4, 5, 6, 7, 0, 0]
+    assert block.position[0, :9].tolist() == [0, 1, 2, 3, 2, 1, 0, 0, 0]
     seen = [
-        "1.....",
-        "11....",
-        "111...",
-        "1..1..",
-        "....1.",
-        ".....1",
+        "1........",
+        "11.......",
+        "111......",
+        "1111.....",
+        "11..1....",
+        "1....1...",
+        "......1..",
+        ".......1.",
+        "........1",
     ]  # fmt: skip
-    found = ["".join(".1"[int(cell)] for cell in row) for row in visible(item, branch)[0]]
+    found = ["".join(".1"[int(cell)] for cell in row) for row in seen_by[:9, :9]]
     assert found == seen
+    assert not seen_by[:7, 9:].any()
 
 
-@pytest.mark.parametrize("count", [1, 7, 60])
+@pytest.mark.parametrize("count", [1, 7, 60, 600])
 def test_plan_holds_every_item_once_in_few_shapes(count: int) -> None:
-    trees = [grow(item) for item in _items(2, count)]
-    blocks = plan(trees, block_tokens=64, chunk=16)
-    assert sorted(itertools.chain.from_iterable(block.items for block in blocks)) == list(range(len(trees)))
+    trie = grow(_items(2, count))
+    blocks = plan(trie, block_tokens=64, chunk=16)
+    assert sorted(itertools.chain.from_iterable(block.items for block in blocks)) == list(range(count + 1))
     assert {block.tokens.shape for block in blocks} <= {(1, 64), (1, 128)}
     for block in blocks:
-        assert (block.item >= 0).sum() == sum(trees[index].size for index in block.items)
-        assert set(block.item[block.item >= 0]) == set(block.items)
+        nodes = frozenset().union(*(trie.items[index] for index in block.items))
+        assert np.count_nonzero(block.tokens) <= len(nodes) <= block.tokens.size
+        assert block.tokens[0, : len(nodes)].tolist() == trie.tokens[sorted(nodes)].tolist()
+        assert len(block.owners) == sum(trie.scored(index) for index in block.items)
 
 
 def test_plan_wastes_little() -> None:
-    """First fit by decreasing length: under a tenth of the slots of many short items stay empty."""
+    """Under a tenth of the slots of many short items stay empty; of items that begin alike, the beginning is there once
+    a row."""
     rng = np.random.default_rng(0)
-    items = [[Scored(tuple(range(n)), 1), Scored(tuple(range(n)), 2)] for n in rng.integers(10, 90, 300)]
-    blocks = plan([grow(item) for item in items], block_tokens=512, chunk=64)
-    slots = sum(block.tokens.size for block in blocks)
-    assert sum((block.item >= 0).sum() for block in blocks) > 0.9 * slots
-    assert len({block.tokens.shape for block in blocks}) == 1
+    apart = [[Scored((n, *range(size)), 1), Scored((n, *range(size)), 2)] for n, size in _numbered(rng)]
+    alike = [[Scored((7, 8, 9, n, *range(size)), 1)] * 2 for n, size in _numbered(rng)]
+    for items, outside in ((apart, 0), (alike, 3)):
+        trie = grow(items)
+        blocks = plan(trie, block_tokens=512, chunk=64)
+        slots = sum(block.tokens.size for block in blocks)
+        assert sum(len(nodes) - outside for nodes in trie.items) > 0.9 * slots
+        assert len({block.tokens.shape for block in blocks}) == 1
+
+
+def _numbered(rng: np.random.Generator) -> list[tuple[int, int]]:
+    return [(100 + n, int(size)) for n, size in enumerate(rng.integers(10, 90, 300))]
 
 
 @pytest.mark.parametrize(
     ("count", "rows"), [(1, [1]), (3, [3]), (8, [8]), (12, [6, 6]), (14, [7, 7]), (16, [8, 8]), (18, [6, 6, 6])]
 )
 def test_blocks_have_the_rows_that_leave_fewest_slots_empty(count: int, rows: list[int]) -> None:
-    """Items of 60 slots, one a row of 64, at most eight rows a block; all blocks are of one shape."""
-    items = [[Scored(tuple(range(n, n + 61)), 1), Scored((*range(n, n + 60), 0), 1)] for n in range(count)]
-    found = plan([grow(item) for item in items], block_tokens=512, chunk=64)
+    """Items of 64 slots, one a row, at most eight rows a block; all blocks are of one shape."""
+    items = [[Scored(tuple(range(n, n + 65)), 1), Scored((*range(n, n + 64), 0), 1)] for n in range(count)]
+    found = plan(grow(items), block_tokens=512, chunk=64)
     assert [block.tokens.shape for block in found] == [(number, 64) for number in rows]
