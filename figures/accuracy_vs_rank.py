@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import Row, beside, chosen_model, draw_line, grouped, levels, model_name, points
+from figures.sweep import Row, beside, chosen_model, draw_line, grouped, legend, levels, measures, model_name, points
 from rora_theory.commonsense import published
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
@@ -44,11 +44,7 @@ def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
     manifest, rows = style.read_run(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
-    loss = "answer" if config.answers else "validation"
-    panels = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
-    if any(row["average"] for row in rows):
-        protocol = next(row["protocol"] for row in rows if row["average"])
-        panels.append(("average", "average_error", f"average accuracy, {protocol} (%)", 100.0))
+    panels = measures(rows, config.answers)
     lines = {method: curves(config, rows, method) for method in METHODS}
     if not any(lines.values()):
         style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}; accepted is a run with at least one")
@@ -57,7 +53,7 @@ def draw(config: Config) -> Sequence[Path]:
     figure, axes = plt.subplots(1, count, figsize=(0.6 + 3.1 * count, 3.0), squeeze=False)
     axes = axes[0]
     if paired:
-        draw_differences(axes[1], paired, loss)
+        draw_differences(axes[1], paired, config.answers)
         rank_axis(axes[1], lines)
     measured = [axes[0], *axes[1 + bool(paired) :]]
     for axis, (column, error, label, unit) in zip(measured, panels, strict=False):
@@ -69,17 +65,8 @@ def draw(config: Config) -> Sequence[Path]:
         rank_axis(axis, lines)
     if config.paper:
         printed(axes[-1])
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=6,
-        frameon=False,
-        title=title(manifest, rows, [row for cells in lines.values() for row in cells], tuned=config.tuned),
-    )
+    drawn = [row for cells in lines.values() for row in cells]
+    legend(figure, axes, title(manifest, rows, drawn, tuned=config.tuned), columns=6)
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
 
@@ -114,12 +101,12 @@ def differences(config: Config, lines: dict[str, list[Row]]) -> list[Row]:
     ]
 
 
-def draw_differences(axis: Any, rows: Sequence[Row], loss: str) -> None:
+def draw_differences(axis: Any, rows: Sequence[Row], answers: bool) -> None:
     """Paired over records: the bars are those of the difference, mostly smaller than the markers."""
     for method, own in grouped(rows, lambda row: row["method"]).items():
         label, colour, marker = style.method_look(method)
         own = sorted(own, key=lambda row: int(row["rank"]))
-        names = ("answer_loss", "answer_error") if loss == "answer" else ("loss", "loss_error")
+        names = ("answer_loss", "answer_error") if answers else ("loss", "loss_error")
         values, errors = ([float(row[name]) for row in own] for name in names)
         ranks = beside([int(row["rank"]) for row in own], METHODS.index(method) - 1)
         axis.errorbar(ranks, values, yerr=errors, color=colour, marker=marker, label=label, elinewidth=0.8)

@@ -6,13 +6,13 @@ python -m figures.loss_vs_rate RUN --rank 32
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import beside, chosen_model, draw_line, levels, model_name, points
+from figures.sweep import beside, chosen_model, draw_line, legend, levels, measures, model_name, points
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,7 @@ def draw(config: Config) -> Sequence[Path]:
     if ranks and rank not in ranks:
         style.fail(f"{config.run}: has the ranks {', '.join(map(str, ranks))}; accepted is --rank with one of them")
     rows = [row for row in rows if not row["rank"] or int(row["rank"]) == rank]
-    loss = "answer" if config.answers else "validation"
-    panels = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
-    if any(row["average"] and row["learning_rate"] for row in rows):
-        protocol = next(row["protocol"] for row in rows if row["average"])
-        panels.append(("average", "average_error", f"average accuracy, {protocol} (%)", 100.0))
+    panels = measures(rows, config.answers)
     drawn = [name for name in style.METHODS if any(row["method"] == name and row["learning_rate"] for row in rows)]
     rates = sorted({float(row["learning_rate"]) for row in rows if row["learning_rate"]})
     size = (0.6 + 3.3 * len(panels), 3.0)
@@ -60,19 +56,14 @@ def draw(config: Config) -> Sequence[Path]:
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axis.minorticks_off()
-    handles: dict[str, Any] = {}
-    for axis in axes[0]:
-        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    trained = [row for row in rows if row["learning_rate"]]
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        title=model_name(rows[0]["model"]) + (f", r = {rank}" if ranks else "") + f", {trained[0]['steps']} steps of "
-        f"{manifest['config']['training']['batch']}; bars: s.e. over items, dashes: single seeds, crosses: diverged",
+    steps = next(row["steps"] for row in rows if row["learning_rate"])
+    title = (
+        model_name(rows[0]["model"])
+        + (f", r = {rank}" if ranks else "")
+        + f", {steps} steps of {manifest['config']['training']['batch']}; bars: s.e. over items, dashes: single seeds, "
+        "crosses: diverged"
     )
+    legend(figure, axes[0], title, columns=4)
     return style.save(figure, config.out or config.run, "loss_vs_rate")
 
 

@@ -71,6 +71,26 @@ def points(cells: Sequence[Row], column: str, error: str, unit: float, by: str =
     return sorted(found, key=lambda point: point.place)
 
 
+def measures(rows: Sequence[Row], answers: bool) -> list[tuple[str, str, str, float]]:
+    """What was measured, a panel each: the columns of the value and its error, the axis label and the unit."""
+    loss = "answer" if answers else "validation"
+    found = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
+    protocol = next((row["protocol"] for row in rows if row["average"] and row["learning_rate"]), None)
+    if protocol is not None:
+        found.append(("average", "average_error", f"average accuracy, {protocol} (%)", 100.0))
+    return found
+
+
+def legend(figure: Any, axes: Sequence[Any], title: str, columns: int) -> None:
+    """One legend below, of every name that an axis has."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, title=title
+    )
+
+
 def beside(places: Sequence[float], position: int) -> list[float]:
     """Where a line's points are drawn on a logarithmic axis: side by side, so that bars do not hide each other."""
     return [place * 2.0 ** (0.06 * position) for place in places]
