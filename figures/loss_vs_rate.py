@@ -29,6 +29,8 @@ class Config:
     """Which alpha, where a method and rank has several."""
     answers: bool = False
     """The loss on the answers alone in the place of the loss on all tokens."""
+    top: float | None = None
+    """Upper end of the loss axis, which lines may leave; by default all is within."""
     out: Path | None = None
     """Folder for loss_vs_rate.png and .svg; by default the run folder."""
 
@@ -52,6 +54,8 @@ def draw(config: Config) -> Sequence[Path]:
             cells = [row for row in rows if row["method"] == method]
             line = points(cells, column, error, unit, by="learning_rate")
             draw_line(axis, method, line, beside([point.place for point in line], position - len(drawn) // 2))
+        if config.top is not None and axis is axes[0][0]:
+            axis.set_ylim(top=config.top)
         levels(axis, rows, column, unit)
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])

@@ -130,8 +130,9 @@ def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
     if column == "average" and base["average_chance"]:
         found.append((unit * float(base["average_chance"]), "chance", "#777777", ":"))
     low, high = axis.get_ylim()
+    beyond = 2 * (high - low) if axis.get_autoscaley_on() else 0.0  # how far the axis may be stretched
     for value, name, shade, dashes in found:
-        if low - 2 * (high - low) <= value <= high + 2 * (high - low):
+        if low - beyond <= value <= high + beyond:
             axis.axhline(value, color=shade, linestyle=dashes, linewidth=0.9, label=name)
         else:
             edge, side = (0.98, "top") if value > high else (0.02, "bottom")

@@ -238,6 +238,9 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     drawn = (tmp_path / "loss_vs_rate.svg").read_text()
     assert all(name in drawn for name in ("LoRA", "RoRA", "DoRA", "prefix tuning", "series adapter", "no adapter"))
     assert "r = 2, " in drawn
+    assert "(above)" not in drawn
+    loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=2, top=0.5, out=tmp_path))  # below every loss
+    assert "(above)" in (tmp_path / "loss_vs_rate.svg").read_text()
     with pytest.raises(SystemExit):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, out=tmp_path))
     assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
