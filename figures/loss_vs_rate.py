@@ -3,6 +3,7 @@
 python -m figures.loss_vs_rate RUN --rank 32
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds, crosses what diverged."""
+    if config.top is not None and not 0 < config.top < math.inf:
+        style.fail(f"--top is {config.top:g}; accepted is a number above 0")
     manifest, rows = style.read_run(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     ranks = sorted({int(row["rank"]) for row in rows if row["rank"]})
