@@ -30,7 +30,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.data import Batch
 from rora_theory.finetune.step import batch_loss
 from rora_theory.flatness import BAND, CONFIDENCE, SeedFit
-from rora_theory.llama import MODULES, LlamaConfig, hidden_states
+from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
 from rora_theory.scaling import Rule, check_positive
 
 Params = dict[str, Any]
@@ -342,7 +342,7 @@ def _base_hidden(base: Params, tokens: Array, llama_config: LlamaConfig) -> Arra
 @partial(jax.jit, static_argnames=("llama_config",))
 def _correlation(base: Params, llama_config: LlamaConfig) -> Float[Array, "d d"]:
     """E^T E / V of the unembedding E."""
-    head = base["embed_tokens"] if llama_config.tie_word_embeddings else base["lm_head"]
+    head = output_matrix(base, llama_config)
     return jnp.einsum("vd,ve->de", head, head, preferred_element_type=jnp.float32) / head.shape[0]
 
 

@@ -130,7 +130,7 @@ def _record(
         hidden, inputs = llama.hidden_states(params, batch.inputs, config, _Perturbed(added), capture=modules)
         if batch.positions is not None:
             hidden = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
-        head = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+        head = llama.output_matrix(params, config)
         summed = cross_entropy(hidden, head, batch.targets, batch.weights)
         return summed / jnp.maximum(jnp.sum(batch.weights), 1), inputs
 

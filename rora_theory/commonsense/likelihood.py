@@ -19,7 +19,7 @@ from rora_theory.commonsense.choices import Scored
 from rora_theory.commonsense.packing import Block, grow, plan
 from rora_theory.llama import beginning
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.model import Adapter, hidden_states
+from rora_theory.llama.model import Adapter, hidden_states, output_matrix
 
 CPU_SHAPE = (2048, 64)
 OTHER_SHAPE = (4096, 512)
@@ -109,7 +109,7 @@ def _score_block(
 ) -> Float[Array, " e"]:
     """Log-probability of each entry's token in the block, float32; meaningless past the block's entries."""
     hidden = hidden_states(params, tokens, config, adapter, positions=position, visible=visible(end))
-    table = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    table = output_matrix(params, config)
     read = hidden.reshape(-1, hidden.shape[-1])[slots].astype(table.dtype)
 
     def normalise(number: Array, normalisers: Array) -> Array:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rora_theory.commonsense.choices import Scored
+from rora_theory.llama.beginning import common_length
 
 SHORTEST_ROW, STEP = 64, 8
 """Rows have a multiple of ``STEP`` slots."""
@@ -98,8 +99,7 @@ def grow(items: Sequence[Sequence[Scored]], start: int = 0) -> Trie:
     before: tuple[int, ...] = ()
     nodes: list[int] = []
     for path in sorted({choice.tokens[start:-1] for item in items for choice in item}):  # which is depth first
-        shortest = min(len(before), len(path))
-        common = next((i for i in range(shortest) if before[i] != path[i]), shortest)
+        common = common_length(before, path)
         nodes = nodes[:common] + list(range(len(tokens), len(tokens) + len(path) - common))
         tokens += path[common:]
         depth += range(common, len(path))

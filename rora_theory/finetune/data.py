@@ -18,6 +18,7 @@ from jaxtyping import Float32, Int
 from rora_theory.commonsense import prompts
 from rora_theory.errors import InputError
 from rora_theory.finetune.records import Record
+from rora_theory.llama.beginning import common_length
 
 MULTIPLE = 8
 """Widths are multiples of this, as in the published code."""
@@ -129,7 +130,7 @@ def tokenize(
     starts: list[int] = []
     truncated = 0
     for whole, head in zip(encoded, heads, strict=True):
-        start = max(1, _shared(whole, head))
+        start = max(1, common_length(whole, head))
         ids = whole[:cutoff]
         truncated += len(whole) > cutoff
         if len(ids) < cutoff and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
@@ -147,11 +148,6 @@ def tokenize(
         truncated=truncated,
         skipped=len(records) - len(kept),
     )
-
-
-def _shared(whole: Sequence[int], head: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), min(len(whole), len(head)))
 
 
 def choose_widths(sizes: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:

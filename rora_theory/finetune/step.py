@@ -252,5 +252,5 @@ def batch_loss(
     hidden = llama.hidden_states(base, batch.inputs, llama_config, adapter, key=key, remat=remat, attention=attention)
     if batch.positions is not None:
         hidden = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
-    head = base["embed_tokens"] if llama_config.tie_word_embeddings else base["lm_head"]
+    head = llama.output_matrix(base, llama_config)
     return cross_entropy(hidden, head, batch.targets, batch.weights, logits_bytes=logits_bytes)

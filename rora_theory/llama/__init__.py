@@ -13,6 +13,7 @@ from rora_theory.llama.model import (
     init_cache,
     init_params,
     linear,
+    output_matrix,
     unembed,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "init_params",
     "linear",
     "load",
+    "output_matrix",
     "unembed",
 ]
 

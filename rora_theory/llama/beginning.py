@@ -56,8 +56,12 @@ def shared_length(sequences: Sequence[Sequence[int]], spare: int = 0) -> int:
     """How many tokens to read once: those with which all sequences begin but the last ``spare`` of them, down to a
     multiple of `STEP`."""
     first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # what these share, all between them share
-    count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return max(0, count - spare) // STEP * STEP
+    return max(0, common_length(first, last) - spare) // STEP * STEP
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def read(params: Params, tokens: Sequence[int], config: LlamaConfig, adapter: Adapter | None) -> Continuation:

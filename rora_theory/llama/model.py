@@ -235,9 +235,15 @@ def hidden_states(
     return hidden if capture is None else (hidden, captured)
 
 
+def output_matrix(params: Params, config: LlamaConfig) -> Float[Array, "v d"]:
+    """The matrix from final hidden states to logits, which may be that of the embeddings."""
+    matrix: Array = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    return matrix
+
+
 def unembed(params: Params, hidden: Float[Array, "*b d"], config: LlamaConfig) -> Float[Array, "*b v"]:
     """Logits [*b, vocab_size] in float32 of final hidden states."""
-    weight = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    weight = output_matrix(params, config)
     return jnp.einsum("...d,vd->...v", hidden.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
 
 
