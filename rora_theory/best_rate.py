@@ -47,7 +47,7 @@ def best_rate(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -
       InputError: fewer than three rates, not ascending, or every run diverged.
 
     Example:
-      >>> best_rate(np.array([0.1, 1.0, 10.0]), np.array([2.0, 1.0, 2.0])).rate
+      >>> round(best_rate(np.array([0.1, 1.0, 10.0]), np.array([2.0, 1.0, 2.0])).rate, 6)
       1.0
     """
     rates, losses = np.asarray(rates, np.float64), np.asarray(losses, np.float64)

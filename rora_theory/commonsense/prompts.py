@@ -50,7 +50,7 @@ def prompt(instruction: str, template: str = "eval", *, input: str = "") -> str:
       InputError: an unknown template.
 
     Example:
-      >>> prompt("Say true.", "clean")[-40:]
+      >>> prompt("Say true.", "clean")[-42:]
       '### Instruction:\nSay true.\n\n### Response:\n'
     """
     if template not in _LAYOUT:

@@ -54,8 +54,9 @@ def load(
 
     Example:
       >>> model = load("smollm2-135m")  # doctest: +SKIP
-      >>> forward(model.params, jnp.array([model.tokenizer.encode("The sky")]), model.config)  # doctest:
-      +SKIP
+      >>> tokens = jnp.array([model.tokenizer.encode("The sky")])  # doctest: +SKIP
+      >>> llama.forward(model.params, tokens, model.config).shape  # doctest: +SKIP
+      (1, 2, 49152)
     """
     check_dtype(dtype)
     source = locate(path_or_repo, revision)
