@@ -13,8 +13,9 @@ reason to look, not a verdict on its cause.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from rora_theory.commonsense.published import NAMES, Claim, Row
 from rora_theory.commonsense.tasks import TASKS
@@ -26,6 +27,8 @@ CHANCE = tuple(100.0 / task.full_choices for task in TASKS.values())
 
 HALF = 0.05
 """Half a unit of the last printed digit."""
+
+HALF_EXACT = Fraction(1, 20)
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,41 @@ def average_error(scores: Sequence[float], sizes: Sequence[int] = SIZES) -> floa
 
 
 def averages(rows: Sequence[Row]) -> list[Finding]:
-    """Printed averages that rounding of the eight entries and of the average cannot bring to their mean.
-
-    Eight entries rounded to 0.1 move their mean by at most 0.05, and so does printing the mean: 0.1 in all.
-    """
+    """Printed averages that no eight counts of right answers give which print as the row's entries."""
     found = []
     for row in rows:
-        if abs(row.average - mean(row)) > 2 * HALF + 1e-9:
-            text = f"prints the average {row.average:.1f}; its eight entries average {mean(row):.2f}"
+        low, high = mean_bounds(row)
+        if not low - HALF_EXACT <= _exact(row.average) <= high + HALF_EXACT:
+            text = (
+                f"prints the average {row.average:.1f}; its eight entries, counts out of the test sets' sizes, average "
+                f"{_spread(low, high)}"
+            )
             found.append(Finding("average", row.label, text, row.average, mean(row)))
     return found
+
+
+def mean_bounds(row: Row) -> tuple[Fraction, Fraction]:
+    """Least and largest average of the eight accuracies, in percent: each is k/n of its test set and prints as it does.
+
+    An entry that is no such count (`impossible`) counts with all that rounds to it.
+    """
+    ends = []
+    for score, size in zip(row.scores, SIZES, strict=True):
+        counts = possible_counts(score, size)
+        printed = _exact(score)
+        ends.append(
+            (Fraction(100 * counts[0], size), Fraction(100 * counts[-1], size))
+            if counts
+            else (printed - HALF_EXACT, printed + HALF_EXACT)
+        )
+    lows, highs = zip(*ends, strict=True)
+    return sum(lows, Fraction()) / len(lows), sum(highs, Fraction()) / len(highs)
+
+
+def possible_counts(percent: float, size: int) -> range:
+    """Counts of ``size`` items that print as ``percent`` to one decimal, rounded to nearest, either way at ties."""
+    low, high = (_exact(percent) + sign * HALF_EXACT for sign in (-1, 1))
+    return range(math.ceil(low * size / 100), math.floor(high * size / 100) + 1)
 
 
 def differences(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Finding]:
@@ -161,14 +189,27 @@ def repeated(rows: Sequence[Row], *, least: int = 4) -> list[Finding]:
     return found
 
 
-def taken_over(rows: Sequence[Row], anchors: Sequence[Row]) -> list[Finding]:
-    """Rows whose eight entries all equal those of an earlier publication: numbers carried over, not run again."""
-    return [
-        Finding("taken over", row.label, f"all eight entries are those of {anchor.label}")
-        for row in rows
-        for anchor in anchors
-        if row.model == anchor.model and row.scores == anchor.scores
-    ]
+def copied(rows: Sequence[Row], anchors: Sequence[Row], *, least: int = 4) -> list[Finding]:
+    """Rows with at least ``least`` entries of one earlier published row of their model: numbers carried over, not run
+    again. Of several such rows the one with the most equal entries counts, the first published where they tie.
+
+    ``printed`` is the number of equal entries of eight.
+    """
+    found = []
+    for row in rows:
+        same = [
+            (sum(a == b for a, b in zip(row.scores, anchor.scores, strict=True)), anchor)
+            for anchor in anchors
+            if anchor.model == row.model
+        ]
+        count, anchor = max(same, key=lambda pair: pair[0], default=(0, None))
+        if anchor is not None and count >= least:
+            averages_ = (
+                "" if row.average == anchor.average else f" (average {row.average:.1f} for {anchor.average:.1f})"
+            )
+            text = f"{count} of 8 entries are those of {anchor.label}{averages_}"
+            found.append(Finding("copied", row.label, text, float(count)))
+    return found
 
 
 def impossible(rows: Sequence[Row]) -> list[Finding]:
@@ -176,17 +217,10 @@ def impossible(rows: Sequence[Row]) -> list[Finding]:
     found = []
     for row in rows:
         for name, score, size in zip(NAMES, row.scores, SIZES, strict=True):
-            if not possible(score, size):
+            if not possible_counts(score, size):
                 text = f"{name} {score:.1f} is not k/{size} for any k, to the printed digit"
                 found.append(Finding("impossible", row.label, text, score))
     return found
-
-
-def possible(percent: float, size: int) -> bool:
-    """Whether some count of ``size`` items prints as ``percent`` to one decimal, rounded to nearest either
-    way at ties."""
-    near = percent * size / 100.0
-    return any(abs(100.0 * count / size - percent) <= HALF + 1e-9 for count in (math.floor(near), math.ceil(near)))
 
 
 def within_noise(rows: Sequence[Row], method: str = "RoRA", *, z: float = 2.0) -> list[Finding]:
@@ -235,26 +269,41 @@ def lora_percent(model: str, rank: int) -> float:
     return 100.0 * own / (total + own)
 
 
-def parameter_shares(rows: Sequence[Row], *, stated_rank: int = 128, method: str = "RoRA") -> list[Finding]:
-    """Printed parameter shares of ``method`` that are not those of the rank the text states for its best row."""
+STATED_RANKS = {("LLaMA-7B", "RoRA"): 128}
+"""Ranks of Table I's rows that the paper states: Sec. IV and Fig. 1, for this row alone."""
+
+
+def parameter_shares(
+    rows: Sequence[Row], *, stated: Mapping[tuple[str, str], int] = STATED_RANKS, method: str = "RoRA"
+) -> list[Finding]:
+    """Ranks that the printed parameter shares of ``method`` are those of, and the stated rank where there is another.
+
+    Rows whose share is that of the stated rank are left out.
+    """
     found = []
     for row in rows:
         if row.params_percent is None or row.method != method or row.model not in MODELS:
             continue
-        expected = lora_percent(row.model, stated_rank)
-        if abs(row.params_percent - expected) > 0.1 * expected:
-            odds = [percent / (100 - percent) for percent in (row.params_percent, expected)]
-            implied = stated_rank * odds[0] / odds[1]  # own / total is proportional to the rank
+        rank = stated.get((row.model, row.method))
+        one = lora_percent(row.model, 1)
+        # own / total is proportional to the rank
+        implied = round(row.params_percent / (100 - row.params_percent) * (100 - one) / one)
+        expected = None if rank is None else lora_percent(row.model, rank)
+        if expected is None:
+            text = f"prints {row.params_percent:.2f}% trainable, rank {implied}'s share; no rank is stated"
+        elif abs(row.params_percent - expected) > 0.1 * expected:
             text = (
-                f"prints {row.params_percent:.2f}% trainable; rank {stated_rank} trains {expected:.2f}%, the "
-                f"printed share is rank {implied:.0f}'s"
+                f"prints {row.params_percent:.2f}% trainable, rank {implied}'s share; the stated rank {rank} trains "
+                f"{expected:.2f}%"
             )
-            found.append(Finding("parameter share", row.label, text, row.params_percent, expected))
+        else:
+            continue
+        found.append(Finding("parameter share", row.label, text, row.params_percent, expected))
     return found
 
 
 def audit(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Finding]:
-    """Every check of this module on the paper's rows, the repository's rows serving as anchors."""
+    """Every check of this module on the paper's rows, those published before serving as anchors."""
     paper = [row for row in rows if row.source == "RoRA paper"]
     anchors = [row for row in rows if row.source != "RoRA paper"]
     return [
@@ -263,11 +312,20 @@ def audit(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Finding]:
         *best_marks(paper),
         *below_chance(rows),
         *repeated(rows),
-        *taken_over(paper, anchors),
+        *copied([row for row in paper if row.table == "I"], anchors),
         *impossible(rows),
         *within_noise(paper),
         *parameter_shares(paper),
     ]
+
+
+def _exact(printed: float) -> Fraction:
+    """A number of one decimal, which a float holds only nearly."""
+    return Fraction(round(10 * printed), 10)
+
+
+def _spread(low: Fraction, high: Fraction) -> str:
+    return f"{float(low):.4f} to {float(high):.4f}"
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple[object, ...]]) -> dict[tuple, list[Row]]:

@@ -1,9 +1,10 @@
 """The published accuracies as data, labelled with where they are printed, and what the paper's text says of them.
 
-`paper_tables.csv` holds Tables I and II of the RoRA paper and, as anchors, the tables of the DoRA
-repository's `commonsense_reasoning/README.md` (LLaMA-7B by rank, LLaMA2-7B, LLaMA3-8B); `paper_claims.csv`
-the differences that the paper's text quotes. Entries are percentages exactly as printed. The data are others'
-claims, not results of this package; `audit` checks them.
+`paper_tables.csv` holds Tables I and II of the RoRA paper, `paper_claims.csv` the differences that its text
+quotes, and `anchor_tables.csv` what was published before, each row with the address of the file that prints it: the
+LLaMA rows of LLM-Adapters' `README.md` and of the DoRA repository's `commonsense_reasoning/README.md`, in its first
+version and in its present one. Entries are percentages exactly as printed. The data are others' claims, not results
+of this package; `audit` checks them.
 """
 
 import csv
@@ -21,7 +22,8 @@ class Row:
     """One printed row.
 
     Attributes:
-      source: ``RoRA paper`` or ``DoRA repository``.
+      source: ``RoRA paper``, ``LLM-Adapters repository``, ``DoRA repository (first version)`` or ``DoRA repository``.
+      address: of the file that prints it, at its commit; empty for the paper.
       table: ``I`` or ``II`` in the paper.
       model, method: as printed.
       rank: None where the row does not state it (Table I).
@@ -33,6 +35,7 @@ class Row:
     """
 
     source: str
+    address: str
     table: str
     model: str
     method: str
@@ -65,21 +68,22 @@ class Claim:
 
 
 def rows(source: str | None = None) -> list[Row]:
-    """Every stored row, or those of one source (``"RoRA paper"``, ``"DoRA repository"``), in printed order."""
+    """Every stored row, or those of one source (see `Row`), sources in order of publication but the paper's first."""
     found = [
         Row(
             source=row["source"],
-            table=row["table"],
+            address=row.get("address", ""),
+            table=row.get("table", ""),
             model=row["model"],
             method=row["method"],
             rank=_int(row["rank"]),
             learning_rate=_float(row["learning_rate"]),
-            params_percent=_float(row["params_percent"]),
-            marked_best=row["marked_best"] == "yes",
+            params_percent=_float(row.get("params_percent", "")),
+            marked_best=row.get("marked_best") == "yes",
             scores=tuple(float(row[name]) for name in NAMES),
             average=float(row["average"]),
         )
-        for row in _read("paper_tables.csv")
+        for row in [*_read("paper_tables.csv"), *_read("anchor_tables.csv")]
     ]
     return [row for row in found if source is None or row.source == source]
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import re
+from collections import Counter
+from fractions import Fraction
 
 import pytest
 
@@ -12,6 +15,7 @@ from rora_theory.errors import InputError
 ROWS = published.rows()
 PAPER = published.rows("RoRA paper")
 ANCHORS = published.rows("DoRA repository")
+EARLIER = [row for row in ROWS if row.source != "RoRA paper"]
 
 
 def _row(model: str, method: str, rank: int | None = None, source: str = "RoRA paper") -> Row:
@@ -40,17 +44,50 @@ def test_anchors_are_the_averages_quoted_by_rank() -> None:
     assert dora == [61.9, 77.9, 77.5, 78.4, 76.8]
 
 
-def test_one_printed_average_is_not_the_mean_of_its_entries() -> None:
-    (finding,) = audit.averages(ROWS)
-    assert finding.where == "Table II, Sheared-LLaMA-1.3B DoRA r=32"
-    assert finding.expected == pytest.approx(53.2)
-    assert finding.printed == 53.0
+def test_every_anchor_names_the_file_that_prints_it() -> None:
+    counts = Counter((row.source, row.address.rpartition("/blob/")[0]) for row in EARLIER)
+    assert counts == {
+        ("LLM-Adapters repository", "https://github.com/AGI-Edgerunners/LLM-Adapters"): 8,
+        ("DoRA repository (first version)", "https://github.com/NVlabs/DoRA"): 12,
+        ("DoRA repository", "https://github.com/NVlabs/DoRA"): 16,
+    }
+    assert all(re.search(r"/blob/[0-9a-f]{40}/.*README\.md$", row.address) for row in EARLIER)
+    # The sums of their 8 x 36 entries, taken from those files: a changed digit shows.
+    sums = Counter()
+    for row in EARLIER:
+        sums[row.source] += sum(round(10 * score) for score in row.scores)
+    assert list(sums.values()) == [47372, 72804, 92367]
 
 
-def test_a_wrong_average_is_found_and_rounding_is_not() -> None:
+def test_averages_that_no_counts_of_right_answers_give() -> None:
+    """Two in the paper, one in the DoRA repository."""
+    found = {f.where: (f.printed, f.text.rsplit("average ", 1)[1]) for f in audit.averages(ROWS)}
+    assert found == {
+        "Table I, LLaMA-13B Parallel": (81.4, "81.4518 to 81.4997"),
+        "Table II, Sheared-LLaMA-1.3B DoRA r=32": (53.0, "53.1763 to 53.2360"),
+        "DoRA repository, LLaMA-7B LoRA r=16": (70.9, "70.9848 to 71.0206"),
+    }
+
+
+def test_the_bounds_of_a_mean_hold_every_count() -> None:
+    """Against all counts that print as the entries, rounded in decimal; the border of a printed average is exact."""
+    row = _row("LLaMA-13B", "Parallel")
+    ends = []
+    for score, size in zip(row.scores, audit.SIZES, strict=True):
+        fits = [k for k in range(size + 1) if abs(Fraction(100 * k, size) - Fraction(str(score))) <= Fraction(1, 20)]
+        assert list(audit.possible_counts(score, size)) == fits
+        ends.append((Fraction(100 * fits[0], size), Fraction(100 * fits[-1], size)))
+    low, high = (sum(pair[end] for pair in ends) / 8 for end in (0, 1))
+    assert audit.mean_bounds(row) == (low, high)
+    assert not audit.averages([dataclasses.replace(row, average=81.5)])
+
+
+def test_an_entry_that_is_no_count_leaves_its_rounding_to_the_mean() -> None:
     row = _row("LLaMA-7B", "RoRA")
-    assert not audit.averages([dataclasses.replace(row, average=81.4)])  # 81.325: entries are rounded too
-    assert audit.averages([dataclasses.replace(row, average=81.5)])
+    bounds = [
+        audit.mean_bounds(dataclasses.replace(row, scores=(*row.scores[:-1], score))) for score in (44.9, 44.8)
+    ]  # 44.9 is no k/500, 44.8 is 224/500 alone
+    assert [a - b for a, b in zip(*bounds, strict=True)] == [Fraction(5, 800), Fraction(15, 800)]
 
 
 def test_quoted_differences() -> None:
@@ -94,13 +131,33 @@ def test_repeated_rows() -> None:
     }
 
 
-def test_rows_taken_over_from_the_earlier_publication() -> None:
-    """Those rows are rank 32's, so Table I does not compare methods at one rank."""
-    found = [f.where for f in audit.taken_over(PAPER, ANCHORS)]
-    assert found == [
-        "Table I, LLaMA-7B DoRA", "Table I, LLaMA2-7B LoRA", "Table I, LLaMA2-7B DoRA",
-        "Table I, LLaMA3-8B LoRA", "Table I, LLaMA3-8B DoRA",
-    ]  # fmt: skip
+def test_baselines_copied_from_earlier_publications() -> None:
+    """All 14 baseline rows of Table I; DoRA's and LoRA's are rank 32's, so it does not compare methods at one rank."""
+    table = [row for row in PAPER if row.table == "I"]
+    found = {f.where.removeprefix("Table I, "): (f.printed, f.text) for f in audit.copied(table, EARLIER)}
+    llm, first, dora = "LLM-Adapters repository, ", "DoRA repository (first version), ", "DoRA repository, "
+    expected = {
+        "LLaMA-7B Prefix": llm, "LLaMA-7B Series": llm, "LLaMA-7B Parallel": llm, "LLaMA-7B LoRA": llm,
+        "LLaMA-7B DoRA": dora, "LLaMA-13B Prefix": llm, "LLaMA-13B Series": llm, "LLaMA-13B Parallel": llm,
+        "LLaMA-13B LoRA": llm, "LLaMA-13B DoRA": first, "LLaMA2-7B LoRA": dora, "LLaMA2-7B DoRA": dora,
+        "LLaMA3-8B LoRA": dora, "LLaMA3-8B DoRA": dora,
+    }  # fmt: skip
+    assert (
+        list(found) == list(expected) == [row.label.removeprefix("Table I, ") for row in table if row.method != "RoRA"]
+    )
+    for name, (count, text) in found.items():
+        source = expected[name]
+        assert text.startswith(f"{count:.0f} of 8 entries are those of {source}{name}")
+        assert count == (7 if name == "LLaMA-13B Parallel" else 8)
+        assert ("average" in text) == name.endswith("Parallel")  # 72.2 for 72.3, 81.4 for 81.5
+        assert text.split(" (average")[0].endswith("r=32") == (source != llm)
+
+
+def test_few_equal_entries_are_no_copy() -> None:
+    row, anchor = _row("LLaMA-7B", "DoRA"), _row("LLaMA-7B", "DoRA", 32, "DoRA repository")
+    changed = [dataclasses.replace(row, scores=(0.0,) * n + row.scores[n:]) for n in range(9)]
+    assert [f.printed for f in audit.copied(changed, [anchor])] == [8, 7, 6, 5, 4]
+    assert not audit.copied([dataclasses.replace(row, model="LLaMA2-7B")], [anchor])
 
 
 def test_accuracies_that_no_count_of_items_gives() -> None:
@@ -111,11 +168,11 @@ def test_accuracies_that_no_count_of_items_gives() -> None:
 
 @pytest.mark.parametrize(("percent", "size", "fits"), [(44.8, 500, True), (44.9, 500, False), (33.3, 3, True)])
 def test_possible(percent: float, size: int, fits: bool) -> None:
-    assert audit.possible(percent, size) is fits
+    assert bool(audit.possible_counts(percent, size)) is fits
 
 
 def test_every_count_is_possible() -> None:
-    assert all(audit.possible(round(100 * k / 1172, 1), 1172) for k in range(1173))
+    assert all(k in audit.possible_counts(round(100 * k / 1172, 1), 1172) for k in range(1173))
 
 
 def test_standard_errors() -> None:
@@ -152,17 +209,21 @@ def test_printed_shares_of_lora_are_rank_32s(model: str, percent: float) -> None
     assert _row(model, "LoRA").params_percent == percent
 
 
-def test_the_share_printed_for_rora_is_not_its_stated_ranks() -> None:
-    found = audit.parameter_shares(PAPER)
-    assert [f.where for f in found] == [f"Table I, {model} RoRA" for model in audit.MODELS]
-    implied = [int(f.text.rsplit("rank ", 1)[1].removesuffix("'s")) for f in found]
-    assert implied == [32, 32, 33, 32]  # 0.84% is printed where rank 32 trains 0.83%
-    assert not audit.parameter_shares(PAPER, stated_rank=32)
+def test_the_share_printed_for_rora_is_rank_32s_and_one_rank_is_stated() -> None:
+    found = {f.where: f.text for f in audit.parameter_shares(PAPER)}
+    assert list(found) == [f"Table I, {model} RoRA" for model in audit.MODELS]
+    for where, text in found.items():
+        implied = int(text.split("rank ", 1)[1].split("'s")[0])
+        assert implied == (33 if "LLaMA2" in where else 32)  # 0.84% is printed where rank 32 trains 0.83%
+        stated = text.endswith("the stated rank 128 trains 3.22%")
+        assert stated == ("LLaMA-7B" in where)
+        assert stated != text.endswith("no rank is stated")
+    assert len(audit.parameter_shares(PAPER, stated={("LLaMA-7B", "RoRA"): 32})) == 3
 
 
 def test_audit_runs_every_check() -> None:
     kinds = {finding.kind for finding in audit.audit(ROWS, published.claims())}
     assert kinds == {
-        "average", "difference", "below chance", "repeated", "taken over", "impossible", "within noise",
+        "average", "difference", "below chance", "repeated", "copied", "impossible", "within noise",
         "parameter share",
     }  # fmt: skip
