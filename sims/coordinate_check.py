@@ -163,7 +163,7 @@ def run(config: Config) -> None:
     )
     identity = {name: value for name, value in asdict(config).items() if name not in ("out", "data", "model")}
     # Named by what they are, not by where they lie: the run may go on elsewhere.
-    identity |= {"model": Path(config.model).name, "weights": digest(model), "tokens": data.digest}
+    identity |= model.origin.identity() | {"tokens": data.digest}
     extra = {"units": UNITS, "device": devices.describe(places), "data": [_short(source) for source in config.data]}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
     rows = [_typed(row) for row in folder.read_rows(COLUMNS)]
@@ -243,12 +243,6 @@ def apart_from(batch: Batch, trained: Sequence[Batch]) -> Batch:
     if not weights.any():
         raise InputError("--cutoff leaves no token of a held-out record apart from the trained ones; accepted is more")
     return batch._replace(weights=weights)
-
-
-def digest(model: Model) -> str:
-    """Of some of the weights: enough to tell two checkpoints apart."""
-    parts = (model.params["embed_tokens"][:8], model.params["layers"]["self_attn.q_proj"]["weight"][-1])
-    return hashlib.sha256(b"".join(np.asarray(part, np.float32).tobytes() for part in parts)).hexdigest()[:16]
 
 
 def cases(config: Config) -> Iterator[Case]:

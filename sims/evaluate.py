@@ -6,13 +6,13 @@ The run folder holds `samples.jsonl` (one scored item a line), `results.json` an
 its standard error a task, and their average). A run that was stopped goes on at the item it had reached.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rora_theory import adapters
 from rora_theory.adapters import load_peft
 from rora_theory.commonsense import sources
 from rora_theory.commonsense.levels import Level, levels
@@ -20,7 +20,7 @@ from rora_theory.commonsense.prompts import Template
 from rora_theory.commonsense.scoring import Protocol, Sample, Scoring, score
 from rora_theory.commonsense.tasks import TASKS, Record, task_named
 from rora_theory.errors import InputError
-from rora_theory.llama import Adapter, LlamaConfig, digest, load
+from rora_theory.llama import Adapter, LlamaConfig, Located, load
 from rora_theory.llama.tokenizer import Tokenizer
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
@@ -95,6 +95,7 @@ class Subject(NamedTuple):
     config: LlamaConfig
     tokenizer: Tokenizer
     adapter: Adapter | None
+    origin: Located
 
 
 def prepare(config: Config) -> Subject:
@@ -109,7 +110,7 @@ def prepare(config: Config) -> Subject:
         adapter = load_peft(config.adapter, model.config, params)
         if config.merge and adapter.config.mergeable:
             params, adapter = adapter.merge(params), None
-    return Subject(params, model.config, model.tokenizer, adapter)
+    return Subject(params, model.config, model.tokenizer, adapter, model.origin)
 
 
 def evaluate(config: Config, folder: RunFolder, records: Sequence[Record], subject: Subject) -> list[Level]:
@@ -208,20 +209,16 @@ def _line(protocol: str, sample: Sample) -> str:
     return json.dumps({"protocol": protocol} | asdict(sample), ensure_ascii=False) + "\n"
 
 
-def identity(config: Config, digests: dict[str, str]) -> dict[str, Any]:
-    """What determines the results: the settings, and the content of data, adapter and a local model."""
+def identity(config: Config, data: dict[str, str], subject: Subject) -> dict[str, Any]:
+    """What determines the results: the settings, and the content of data, adapter and model."""
     plain = asdict(config)
-    for name in ("out", "batch_size", "data_dir", "adapter"):
+    for name in ("out", "batch_size", "data_dir", "adapter", "revision"):
         del plain[name]
     plain |= asdict(config.scoring())
-    if Path(config.model).exists():
-        plain["weights"] = digest(Path(config.model))
+    plain |= subject.origin.identity()
     if config.adapter is not None:
-        plain["adapter"] = {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(Path(config.adapter).glob("adapter_*"))
-        }
-    return plain | {"data": digests}
+        plain["adapter_sha256"] = adapters.digest(config.adapter)
+    return plain | {"data": data}
 
 
 def show(found: Sequence[Level], scoring: Scoring) -> None:
@@ -256,13 +253,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     def run() -> None:
         config = cli.parse(Config, argv, description=__doc__ or "")
         check(config)
-        records, digests = read_records(config)
+        records, data = read_records(config)
         subject = prepare(config)
         extra = {
             "protocol": config.protocol,
             "units": "accuracies are shares of 1; error is one standard error",
         }
-        folder = RunFolder.open(NAME, identity(config, digests), out=config.out, extra=extra)
+        folder = RunFolder.open(NAME, identity(config, data, subject), out=config.out, extra=extra)
         show(evaluate(config, folder, records, subject), config.scoring())
         print(f"results in {folder.path}")
 

@@ -8,7 +8,6 @@ stopped or killed goes on where its last checkpoint was, to the same numbers; `p
 draws it.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
+from rora_theory import digests
 from rora_theory.adapters import Row
 from rora_theory.errors import InputError
 from rora_theory.finetune import (
@@ -38,7 +38,7 @@ from rora_theory.finetune import (
     split,
     tokenize,
 )
-from rora_theory.llama import LlamaConfig
+from rora_theory.llama import LlamaConfig, Located
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder, write_whole
@@ -136,13 +136,12 @@ class Metrics:
         return [json.loads(line) for line in self._path.read_text().splitlines()]
 
 
-def model_config(config: Config) -> LlamaConfig:
-    """The configuration of the model, without its weights. Raises `InputError` as `rora_theory.llama.load`."""
+def model_config(found: Located) -> LlamaConfig:
+    """The configuration of a model, without its weights. Raises `InputError` as `rora_theory.llama.load`."""
     from rora_theory.llama.gguf_file import config_from_gguf, open_gguf
-    from rora_theory.llama.hub import locate
     from rora_theory.llama.weights import read_config
 
-    source = locate(config.model, config.revision)
+    source = found.path
     return read_config(source) if source.is_dir() else config_from_gguf(open_gguf(source), str(source))
 
 
@@ -167,7 +166,8 @@ def finetune(config: Config, model: Any = None) -> Path:
         raise InputError(f"merge is True with method {training.method}; accepted are methods lora, dora")
     records = read_records(config.data)
     parts = split(records, training.validation, training.seed)
-    llama_config = model_config(config) if model is None else model.config
+    origin = llama.locate(config.model, config.revision) if model is None else model.origin
+    llama_config = model_config(origin) if model is None else model.config
     rows = adapters.table(settings, llama_config)
     if first:
         print_table(config, rows)
@@ -177,14 +177,16 @@ def finetune(config: Config, model: Any = None) -> Path:
         layout.check_batch(training.batch, training.accumulation)
         shardings = layout.params_shardings(llama.abstract_params(llama_config, jnp.dtype(training.dtype)))
     if model is None:
-        model = llama.load(config.model, jnp.dtype(training.dtype), config.revision, shardings)
+        model = llama.load(origin, jnp.dtype(training.dtype), shardings=shardings)
     data = prepare(parts, model.tokenizer, training)
     adapter = adapters.init(jax.random.key(training.seed), settings, model.config, model.params)
 
-    digest = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    identity = {"model": config.model, "revision": config.revision, "data": config.data, "records_sha256": digest}
-    identity |= training.settings()
-    folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed) if first else None
+    folder = None
+    if first:
+        identity = (
+            origin.identity() | {"data": config.data, "records_sha256": digests.of_json(records)} | training.settings()
+        )
+        folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed)
     path = config.out if folder is None else folder.path
     assert path is not None
     trainer = Trainer(
@@ -212,7 +214,7 @@ def finetune(config: Config, model: Any = None) -> Path:
     follow(trainer, folder)
     kept = trainer.adapter(config.keep)
     trainer.close()
-    adapters.save_peft(path / "adapter", kept, base_model=config.model)
+    adapters.save_peft(path / "adapter", kept, base_model=origin)
     if config.merge and not (path / "merged").exists():
         save_merged(path / "merged", kept, model)
     folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from rora_theory import laws, layer_data
+from rora_theory import digests, laws, layer_data
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.scaling import Rule, exponent, scaling_factor
@@ -70,8 +70,7 @@ def run(config: "Config", rules: dict[str, Rule]) -> None:
     layers = layer_data.read(config.layer_data)
     places = pick(1)
     keys = ("ranks", "rules", "inits", "optimizers", "alpha", "learning_rate", "relative_error", "draws", "seed")
-    digest = hashlib.sha256(config.layer_data.read_bytes()).hexdigest()
-    identity = {"layer_data": digest} | {key: getattr(config, key) for key in keys}
+    identity = {"layer_data": digests.of_file(config.layer_data)} | {key: getattr(config, key) for key in keys}
     extra = {"units": UNITS, "device": describe(places), "layer_data": config.layer_data.name}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
     cells = [Cell(layer, init, rank) for layer in layers for init in config.inits for rank in config.ranks]

@@ -7,7 +7,6 @@ original: its influence, and what was kept of it. The criteria, and their source
 Perplexity before and after is that of text that was not calibrated on. Nothing is retrained.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rora_theory import digests
 from rora_theory.commonsense.prompts import training_text
 from rora_theory.errors import InputError
 from rora_theory.finetune import read_records
@@ -188,8 +188,8 @@ def main() -> None:
     if config.seq > longest:
         raise InputError(f"seq is {config.seq}; accepted is at most {longest}, the model's max_position_embeddings")
     windows, held_out = cut(texts, model.tokenizer, config)
-    identity = asdict(config) | {"text": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
-    for name in ("out", "batch"):
+    identity = asdict(config) | model.origin.identity() | {"text": digests.of_json(texts)}
+    for name in ("out", "batch", "revision"):
         del identity[name]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
     if not (folder.path / MODEL).exists():

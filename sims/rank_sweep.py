@@ -11,8 +11,6 @@ record; a cell's folder has its losses a record, its right answers and its train
 a result, ``diverged``.
 """
 
-import hashlib
-import json
 import math
 import sys
 import time
@@ -24,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory import llama
+from rora_theory import digests, llama
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.commonsense import sources
 from rora_theory.commonsense.levels import levels
@@ -314,13 +312,14 @@ def sweep(config: Config) -> bool:
     tasks, evaluation = read_tasks(config)
     make = partial(cells_of, config, design, data=sample.summary, evaluation=evaluation)
     first = make(stage=0)
-    models = check_cells(first)
-    shared = identity(config, design, sample, evaluation)
+    located = {name: llama.locate(name, config.revision) for name in design.models}
+    models = check_cells(first, located)
+    shared = identity(config, design, sample, evaluation, located)
     path = config.out or Path("results") / NAME / matrix.key_of(shared)[:12]
     if config.list:
         show(config, path, first)
         return True
-    bench = Workbench(config, sample, tasks)
+    bench = Workbench(config, sample, tasks, located)
     bench.open(first[0].model)
     folder = matrix.Matrix(path, NAME, shared)
     folder.update({"command": sys.argv[1:], "design": config.design} | circumstances(), models=models)
@@ -409,9 +408,9 @@ def draw(config: Config) -> Sample:
         raise InputError(f"held_out is {config.held_out} of {sum(sizes)} records; accepted are fewer than all")
     summary = {
         "train_records": len(train),
-        "train_sha256": _digest(train),
+        "train_sha256": digests.of_json(train),
         "held_out": len(held_out),
-        "held_out_sha256": _digest([record for _, _, record in held_out]),
+        "held_out_sha256": digests.of_json([record for _, _, record in held_out]),
     }
     return Sample(train, held_out, summary)
 
@@ -432,10 +431,6 @@ def _short(source: str) -> str:
     return "/".join(Path(source).parts[-2:])
 
 
-def _digest(records: Sequence[Record]) -> str:
-    return hashlib.sha256(json.dumps(records).encode()).hexdigest()
-
-
 def read_tasks(config: Config) -> tuple[dict[str, list[TaskRecord]], dict[str, Any] | None]:
     """Items of each task, and what determines their scoring; nothing and None without accuracy."""
     if not config.accuracy:
@@ -446,14 +441,20 @@ def read_tasks(config: Config) -> tuple[dict[str, list[TaskRecord]], dict[str, A
     return tasks, asdict(config.scoring()) | {"limit": config.limit, "data": digests}
 
 
-def identity(config: Config, design: Design, sample: Sample, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What all cells of a matrix share; a model that is a folder or file enters with what it holds."""
+def identity(
+    config: Config,
+    design: Design,
+    sample: Sample,
+    evaluation: Mapping[str, Any] | None,
+    located: Mapping[str, llama.Located],
+) -> dict[str, Any]:
+    """What all cells of a matrix share; a model enters with what its files hold."""
     settings = ("warmup", "dropout", "targets", "template", "cutoff", "loss_on", "widths", "accumulation", "remat")
-    local = [model for model in design.models if Path(model).exists()]
     return {
         "models": sorted(design.models),
         "revision": config.revision,
-        "weights": {model: llama.digest(Path(model)) for model in local} or None,
+        "commits": {name: found.commit for name, found in located.items()},
+        "model_sha256": {name: found.sha256 for name, found in located.items()},
         "data": sample.summary,
         "training": {name: getattr(config, name) for name in ("steps", "epochs", "batch")},
         "settings": {name: getattr(config, name) for name in settings} | {"dtype": design.dtype},
@@ -557,7 +558,7 @@ def training_of(
     return training
 
 
-def check_cells(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
+def check_cells(cells: Sequence[Cell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:
     """Number of parameters of each model.
 
     Raises:
@@ -570,7 +571,7 @@ def check_cells(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
     configs: dict[str, Any] = {}
     for cell in cells:
         if cell.model not in configs:
-            configs[cell.model] = finetune.model_config(finetune.Config((), model=cell.model, revision=cell.revision))
+            configs[cell.model] = finetune.model_config(located[cell.model])
         if cell.training is not None:
             adapters.table(cell.training.adapter(), configs[cell.model])
     return {name: {"parameters": count_parameters(config)} for name, config in configs.items()}
@@ -583,10 +584,17 @@ class Workbench:
       config: of the sweep.
       sample: training and held-out records.
       tasks: items to score.
+      located: where each model lies.
     """
 
-    def __init__(self, config: Config, sample: Sample, tasks: Mapping[str, list[TaskRecord]]) -> None:
-        self.config, self.sample, self.tasks = config, sample, tasks
+    def __init__(
+        self,
+        config: Config,
+        sample: Sample,
+        tasks: Mapping[str, list[TaskRecord]],
+        located: Mapping[str, llama.Located],
+    ) -> None:
+        self.config, self.sample, self.tasks, self.located = config, sample, tasks, located
         self._name: str | None = None
         self.steps = SharedSteps()
 
@@ -598,7 +606,7 @@ class Workbench:
             return
         config = self.config
         self._model: Any = None  # the old one's memory is free before the new one takes its own
-        self._model = llama.load(model, jnp.dtype(config.the_design().dtype), config.revision)
+        self._model = llama.load(self.located[model], jnp.dtype(config.the_design().dtype))
         self._name, self.steps = model, SharedSteps()
         encode = partial(tokenize, tokenizer=self._model.tokenizer, template=config.template)
         self._train: Examples = encode(self.sample.train, cutoff=config.cutoff, answer_only=config.loss_on == "answer")
@@ -675,7 +683,7 @@ class Workbench:
         result["train_loss"] = float(np.mean([event["loss"] for event in events[-10:]]))
         kept = trainer.adapter("last")
         if config.save_adapters:
-            adapters.save_peft(path / "adapter", kept, base_model=model.name)
+            adapters.save_peft(path / "adapter", kept, base_model=model.origin)
         return Trained(result, kept)
 
     def _losses(self, losses: Sequence[RecordLoss], path: Path) -> dict[str, Any]:

@@ -306,9 +306,9 @@ def run(config: Config) -> None:
         loss_on=config.loss_on,
         seed=config.seed,
     )
-    apart = ("data", "model", "out", "false_alarm", "tolerance")
+    apart = ("data", "model", "revision", "out", "false_alarm", "tolerance")
     identity = {name: value for name, value in vars(config).items() if name not in apart}
-    identity |= {"model": Path(config.model).name, "records_sha256": real_batch.digest(config.data)}
+    identity |= model.origin.identity() | {"records_sha256": real_batch.digest(config.data)}
     extra = {"units": UNITS, "device": describe(places), "data": [Path(name).name for name in config.data]}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
     done = _resume(folder, config, rules, chosen)

@@ -220,7 +220,7 @@ def check(config: Config, found: Transfer, targets: Sequence[str]) -> None:
     terms = {module.name: module.linear_term for module in found.modules}
     names = ("from_rank", "to_rank", "alpha", "lr", "rule", "to_rule", "optimizer", "init", "items", "seeds", "seed")
     identity: dict[str, Any] = {name: getattr(config, name) for name in names} | {"linear_terms": terms}
-    identity |= {"model": Path(model_name).name, "records_sha256": real_batch.digest(data), "targets": list(targets)}
+    identity |= model.origin.identity() | {"records_sha256": real_batch.digest(data), "targets": list(targets)}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
     rows: list[dict[str, Any]] = [

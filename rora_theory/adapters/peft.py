@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from rora_theory import digests
 from rora_theory.adapters import peft_baselines, peft_config
 from rora_theory.adapters.base import Params
 from rora_theory.adapters.bottleneck import BottleneckAdapter
@@ -28,6 +29,7 @@ from rora_theory.adapters.prefix import PrefixAdapter
 from rora_theory.adapters.targets import Target, full_name
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig
+from rora_theory.llama.hub import Located
 
 CONFIG, WEIGHTS, PICKLE = peft_config.FILE, "adapter_model.safetensors", "adapter_model.bin"
 SUFFIXES = {
@@ -43,7 +45,7 @@ Shape = tuple[int, ...]
 AnyAdapter = LoraAdapter | PrefixAdapter | BottleneckAdapter
 
 
-def save_peft(folder: str | os.PathLike[str], adapter: AnyAdapter, *, base_model: str | None = None) -> None:
+def save_peft(folder: str | os.PathLike[str], adapter: AnyAdapter, *, base_model: str | Located | None = None) -> None:
     """Write an adapter so that PEFT opens it and computes the same; series and parallel ones PEFT does not know.
 
     A rule that PEFT has no flag for (kappa neither 1 nor 1/2) is written as LoRA with the alphas that give
@@ -55,7 +57,10 @@ def save_peft(folder: str | os.PathLike[str], adapter: AnyAdapter, *, base_model
     Args:
       folder: made where it is missing.
       adapter: with concrete arrays.
-      base_model: name or path of the base model, for readers that look it up.
+      base_model: name or path of the base model, for readers that look it up. With where it was loaded from
+        (`Model.origin`), what is written is its hub id and commit, if it has them, and the digest of the files used,
+        which may be a GGUF file made from the hub's: ``base_model_sha256`` in the metadata of the safetensors file,
+        PEFT having no entry for it.
 
     Raises:
       InputError: ``folder`` is a file or can't be written (a full disk); no part of a file is left.
@@ -63,12 +68,16 @@ def save_peft(folder: str | os.PathLike[str], adapter: AnyAdapter, *, base_model
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; accepted is a folder to write the adapter to")
+    base = base_model.base if isinstance(base_model, Located) else base_model
     if isinstance(adapter, LoraAdapter):
-        config, tensors = peft_config.to_peft(adapter.config, adapter.targets, base_model), _tensors(adapter)
+        config, tensors = peft_config.to_peft(adapter.config, adapter.targets, base), _tensors(adapter)
     else:
-        config, tensors = peft_baselines.to_peft(adapter, base_model), peft_baselines.tensors(adapter)
+        config, tensors = peft_baselines.to_peft(adapter, base), peft_baselines.tensors(adapter)
+    metadata = {"format": "pt"}
+    if isinstance(base_model, Located):
+        config["revision"], metadata["base_model_sha256"] = base_model.commit, base_model.sha256
     contents = {
-        WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
+        WEIGHTS: safetensors.numpy.save(tensors, metadata=metadata),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}
@@ -133,6 +142,15 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
                 stack[layer][tuple(slice(size) for size in tensor.shape)] = tensor
         tensors[target.module] = {name: jnp.asarray(stack) for name, stack in stacks.items()}
     return assemble(config, targets, tensors)
+
+
+def digest(folder: str | os.PathLike[str]) -> str:
+    """The SHA-256 of an adapter, see `digests.of_files`: of the two files that `load_peft` reads.
+
+    Raises:
+      InputError: a file that can't be read.
+    """
+    return digests.of_files(Path(folder) / name for name in (CONFIG, WEIGHTS))
 
 
 def _tensor_name(layer: int, module: str, kind: str) -> str:

@@ -1,10 +1,10 @@
 """Where a task's file lies: in a folder, or in a dataset of the hub that has the same layout."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rora_theory import digests
 from rora_theory.commonsense.tasks import TASKS, Record, Task, read
 from rora_theory.errors import InputError
 
@@ -35,7 +35,7 @@ def read_tasks(
         raise InputError(f"--data-dir is not given and {VARIABLE} not set; accepted is {otherwise}")
     files = {key: locate(data, TASKS[key]) for key in keys}
     records = {key: read(file, TASKS[key])[:limit] for key, file in files.items()}
-    return records, {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
+    return records, {key: digests.of_file(file) for key, file in files.items()}
 
 
 def locate(data: str | Path, task: Task, split: str = "test") -> Path:

@@ -1,5 +1,6 @@
 """LLaMA-family models in pure JAX: configuration, forward pass, weights, tokenizer, generation."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from rora_theory.llama.config import MODULES, LinearRope, Llama3Rope, LlamaConfig
@@ -18,7 +19,9 @@ from rora_theory.llama.model import (
 )
 
 if TYPE_CHECKING:
-    from rora_theory.llama.loading import Model, digest, load
+    from rora_theory.llama.hub import Located, locate
+    from rora_theory.llama.identity import digest
+    from rora_theory.llama.loading import Model, load
 
 __all__ = [
     "MODULES",
@@ -26,6 +29,7 @@ __all__ = [
     "LinearRope",
     "Llama3Rope",
     "LlamaConfig",
+    "Located",
     "Model",
     "abstract_params",
     "count_parameters",
@@ -37,15 +41,23 @@ __all__ = [
     "init_params",
     "linear",
     "load",
+    "locate",
     "output_matrix",
     "unembed",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`load`, `Model` and `digest` on first use: they need the extra ``finetune``, the forward pass does not."""
-    if name in ("Model", "digest", "load"):
-        from rora_theory.llama import loading
+_LATER = {
+    "Located": "hub",
+    "Model": "loading",
+    "digest": "identity",
+    "load": "loading",
+    "locate": "hub",
+}
 
-        return getattr(loading, name)
+
+def __getattr__(name: str) -> Any:
+    """`load` and the like on first use: they need the extra ``finetune``, the forward pass does not."""
+    if name in _LATER:
+        return getattr(importlib.import_module(f"rora_theory.llama.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

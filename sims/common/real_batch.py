@@ -1,12 +1,11 @@
 """One batch of real data and another of held-out records, for the experiments that measure a model without training."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rora_theory import digests
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, read_records, split, tokenize
 from rora_theory.finetune.data import TextEncoder
@@ -23,7 +22,7 @@ class Pair(NamedTuple):
 
 def digest(data: Sequence[str]) -> str:
     """SHA-256 of the records of some files. Raises `InputError` as `read_records`."""
-    return hashlib.sha256(json.dumps(read_records(data)).encode()).hexdigest()
+    return digests.of_json(read_records(data))
 
 
 def batches(

@@ -51,8 +51,9 @@ class Hub(BaseHTTPRequestHandler):
         found = None
         for name, revisions in REPOSITORIES.items():
             if not api and rest.split("/revision/")[0] == name:
-                found = revisions.get(rest.partition("/revision/")[2] or "main")
-                if found is not None:
+                revision = rest.partition("/revision/")[2] or "main"
+                found = revisions.get(revision) or by_sha(name, revision)
+                if found:
                     siblings = [{"rfilename": file} for file in found]
                     return self.answer({"id": name, "sha": sha(name, found), "siblings": siblings})
             if not api and rest.startswith(f"{name}/tree/"):
@@ -113,8 +114,10 @@ from rora_theory.llama import hub
 hub._packaged = lambda distribution: None  # as if it were not installed
 for name, revision in json.loads(sys.argv[1]):
     try:
-        folder = hub.locate(name, revision)
-        print(json.dumps([str(folder), {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*.*")}]))
+        found = hub.locate(name, revision)
+        folder = found.path
+        files = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*.*")}
+        print(json.dumps([str(folder), files, found.repository, found.identity()]))
     except InputError as error:
         print(json.dumps(["refused", str(error)]))
 """
@@ -165,6 +168,14 @@ def test_hub_ids(server, tmp_path):
     # A model that would be refused costs its configuration, not its weights.
     assert not [path for path in server.asked if "org/other" in path and "safetensors" in path]
 
+    # Every revision is a commit, and the commit is part of what the model is known by.
+    built_in_id = hub.BUILT_IN["smollm2-135m"][0]
+    asked = ("org/tiny", FILES), ("org/tiny", REPOSITORIES["org/tiny"]["v2"]), (built_in_id, FILES)
+    for found, (name, files) in zip((first, pinned, built_in), asked, strict=True):
+        assert found[2] == name
+        assert found[3]["commit"] == sha(name, files) == Path(found[0]).name
+    assert first[3]["model_sha256"] != pinned[3]["model_sha256"]
+
     # Offline, what is in the cache is used, and what is not is refused.
     server.asked.clear()
     again, pinned_again, absent = locate(
@@ -174,6 +185,29 @@ def test_hub_ids(server, tmp_path):
     assert pinned_again == pinned
     assert absent[0] == "refused"
     assert server.asked == []
+
+
+def test_a_branch_that_moves_is_another_model(server, tmp_path, monkeypatch):
+    """The name and the revision asked for stay; commit and content do not, whatever the cache holds."""
+    before = locate(server, tmp_path, ("org/tiny", "main"))[0][3]
+    monkeypatch.setitem(REPOSITORIES["org/tiny"], "main", FILES | {"tokenizer.json": b'{"other": 1}'})
+    after, pinned = (one[3] for one in locate(server, tmp_path, ("org/tiny", "main"), ("org/tiny", before["commit"])))
+    assert {name for name in before if before[name] != after[name]} == {"commit", "model_sha256"}
+    assert pinned == before
+
+
+def test_the_commit_is_resolved_once(monkeypatch, tmp_path):
+    """A branch that moves between the configuration's download and the weights' does not mix two commits."""
+    import huggingface_hub
+
+    config = tmp_path / "snapshots" / "aaaa" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_bytes(FILES["config.json"])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(config))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, revision, **__: str(tmp_path / "snapshots" / revision)
+    )
+    assert hub.locate("org/tiny", "main") == hub.Located("org/tiny", config.parent, "org/tiny", "aaaa")
 
 
 def test_the_built_in_name_that_is_nowhere_names_the_command(monkeypatch):
@@ -196,16 +230,18 @@ def test_the_built_in_name_prefers_the_cache_then_the_package_then_the_hub(monke
         tried.append(cached)
         if cached and revision is None:
             raise InputError("not in the cache")
-        return tmp_path / "hub"
+        return tmp_path / "hub", "org/built-in", "c0ffee"
 
     monkeypatch.setattr(hub, "_download", download)
     monkeypatch.setattr(hub, "_packaged", lambda distribution: tmp_path / "model.gguf")
-    assert hub.locate("smollm2-135m") == tmp_path / "model.gguf"
+    packaged = hub.locate("smollm2-135m")
+    assert packaged == hub.Located("smollm2-135m", tmp_path / "model.gguf", hub.BUILT_IN["smollm2-135m"][0], None)
+    assert packaged.base == hub.BUILT_IN["smollm2-135m"][0], "what other programs find"
     assert tried == [True]
     monkeypatch.setattr(hub, "_packaged", lambda distribution: None)
-    assert hub.locate("smollm2-135m") == tmp_path / "hub"
+    assert hub.locate("smollm2-135m").path == tmp_path / "hub"
     assert tried == [True, True, False]
-    assert hub.locate("smollm2-135m", "abc") == tmp_path / "hub"
+    assert hub.locate("smollm2-135m", "abc").path == tmp_path / "hub"
 
 
 def test_the_packages_gguf_is_found_without_importing_it(monkeypatch, tmp_path):
@@ -225,10 +261,11 @@ def test_the_packages_gguf_is_found_without_importing_it(monkeypatch, tmp_path):
 
 
 def test_paths(tmp_path):
-    assert hub.locate(tmp_path) == tmp_path
-    assert hub.locate(str(tmp_path)) == tmp_path
+    found = hub.locate(tmp_path)
+    assert found == hub.locate(str(tmp_path)) == hub.Located(str(tmp_path), tmp_path)
+    assert (found.base, found.label) == (str(tmp_path), tmp_path.name)
     (tmp_path / "m.gguf").touch()
-    assert hub.locate(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+    assert hub.locate(tmp_path / "m.gguf").path == tmp_path / "m.gguf"
     (tmp_path / "model.bin").touch()
     for name, message in (
         (tmp_path / "model.bin", "a folder in Hugging Face layout or a .gguf file"),

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from rora_theory.errors import InputError
-from rora_theory.llama import Model, load
+from rora_theory.llama import Located, Model, load
 from rora_theory.llama.weights import save_hf
 
 WORDS = ["<unk>", "<s>", "</s>", "the", "sky", "is", "blue"]
@@ -35,7 +35,7 @@ def test_a_folder_gives_weights_config_and_tokenizer(tiny, draw_params, tmp_path
     model = load(tmp_path / "model", jnp.bfloat16)
     assert isinstance(model, Model)
     assert model.config == tiny
-    assert (model.name, model.source) == (str(tmp_path / "model"), tmp_path / "model")
+    assert model.origin == Located(str(tmp_path / "model"), tmp_path / "model")
     assert model.tokenizer.encode("the sky is blue", add_bos=True) == [1, 3, 4, 5, 6]
     assert (model.tokenizer.bos_id, model.tokenizer.eos_id) == (1, 2)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), model.params, params)
