@@ -1,0 +1,443 @@
+r"""After the first step: how far an adapter has changed its layer after many steps, at a constant gradient.
+
+Setting: one adapted layer, B = 0 at the start, A iid, and the full weight's gradient G held constant, as it nearly is
+while the loss has hardly moved. Then every later step is known.
+
+**Sign descent** (Adam with epsilon 0, Lion, signSGD). With :math:`S = \mathrm{sign}(G A_0^\top)` and
+:math:`D = \mathrm{sign}(S^\top G)`, row k of A moves along row k of D once B has moved along -S:
+
+.. math:: B = -b\, S, \qquad A = A_0 + a\, D, \qquad
+          w = -\gamma\, b\, \textstyle\sum_k S_k \left( a_k \cdot x' + a\, D_k \cdot x' \right)
+
+with b and a the distances that every entry of B and of A has moved (`distances`): b is the sum of the rates, and a
+begins one step later. The first term is **B-led**, the second **A-led**. It holds as long as no entry of
+:math:`G A^\top` changes sign: for ever with one sample, and otherwise for as long as `RowTerms.turned` stays small.
+
+Rows of A are independent and equal in law, so that with :math:`q_k = S_k(a_k \cdot x' + a D_k \cdot x')` at every rank
+
+.. math:: E[w_i^2] = (\gamma b)^2 [\, r\, E[q_i^2] + r (r - 1)\, E[q_i]^2 \,]
+
+and a few hundred rows of A give the law of all ranks (`row_terms`).
+
+**SGD** is linear in the factors: with :math:`G = U \Sigma V^\top` each singular direction moves by itself, and the
+change after t steps is a first step's with another gradient and another input (`sgd_equivalent`), so that
+`rora_theory.laws.first_step_moments` has its exact moments.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import optimize
+
+from rora_theory.errors import InputError
+from rora_theory.laws import HALF_NORMAL_MEAN
+from rora_theory.scaling import check_positive, check_rank
+
+
+class Distances(NamedTuple):
+    """How far every entry has moved, in the entries' own units.
+
+    Attributes:
+      B: b, the distance of an entry of B from 0.
+      A: a, the distance of an entry of A from its start.
+    """
+
+    B: float
+    A: float
+
+
+def distances(
+    rates_B: Sequence[float] | Float[np.ndarray, " steps"],
+    rates_A: Sequence[float] | Float[np.ndarray, " steps"] | None = None,
+    *,
+    decay: tuple[float, float] | None = (0.9, 0.999),
+    takeover: float = math.inf,
+) -> Distances:
+    r"""Distances that B and A move along constant signs.
+
+    Under sign descent an entry moves by the rate in every step in which its gradient is not zero: A waits until B has
+    moved. Under Adam a gradient that grows is followed faster, by :math:`\hat m / \sqrt{\hat v}` of its history: A's
+    grows with b, so that at a constant rate A moves up to :math:`\sqrt 3` times as fast as under sign descent (for
+    steps far above :math:`1/(1-\beta_1)` and far below :math:`1/(1-\beta_2)`), and B's grows as
+    :math:`1 + a/\mathrm{takeover}`.
+
+    Args:
+      rates_B: learning rate of B in each step, 0 or more; a warm-up that begins at 0 has a first entry of 0.
+      rates_A: of A, where it has its own (LoRA+); None is ``rates_B``.
+      decay: Adam's beta_1 and beta_2; None is sign descent.
+      takeover: a at which the A-led term equals the B-led one (`RowTerms.takeover`), which tells how B's gradient
+        grows under Adam; infinite: it stays.
+
+    Raises:
+      InputError: no steps, unequal numbers of them, a negative rate or a decay outside [0, 1).
+
+    Example:
+      >>> distances([0.1] * 4, decay=None)
+      Distances(B=0.4, A=0.30000000000000004)
+      >>> round(distances([1e-3] * 200).A / distances([1e-3] * 200, decay=None).A, 2)  # Adam follows A's ramp faster
+      1.6
+    """
+    each_B = np.asarray(rates_B, np.float64)
+    each_A = each_B if rates_A is None else np.asarray(rates_A, np.float64)
+    if each_B.ndim != 1 or not len(each_B) or each_A.shape != each_B.shape:
+        raise InputError(
+            f"rates have shapes {each_B.shape} and {each_A.shape}; accepted is one rate a step, one step or more"
+        )
+    if not (np.isfinite(each_B).all() and np.isfinite(each_A).all() and min(each_B.min(), each_A.min()) >= 0):
+        raise InputError("a rate is negative or not finite; accepted are numbers of 0 or more")
+    if not takeover > 0:
+        raise InputError(f"takeover is {takeover!r}; accepted is a number above 0, or inf")
+    paces = [_Pace(decay), _Pace(decay)]
+    b = a = 0.0
+    for rate_B, rate_A in zip(each_B.tolist(), each_A.tolist(), strict=True):
+        gradients = (1 + a / takeover, b)  # of the step's start
+        b += rate_B * paces[0].step(gradients[0])
+        a += rate_A * paces[1].step(gradients[1])
+    return Distances(b, a)
+
+
+class _Pace:
+    """Adam's step in units of the rate, for an entry whose gradient keeps its sign; 1 under sign descent."""
+
+    def __init__(self, decay: tuple[float, float] | None) -> None:
+        if decay is not None and not all(0 <= beta < 1 for beta in decay):
+            raise InputError(f"decay is {decay}; accepted are two numbers from 0 to below 1")
+        self._decay = decay
+        self._first = self._second = 0.0
+        self._count = 0
+
+    def step(self, gradient: float) -> float:
+        if self._decay is None:
+            return float(gradient > 0)
+        beta1, beta2 = self._decay
+        self._count += 1
+        self._first = beta1 * self._first + (1 - beta1) * gradient
+        self._second = beta2 * self._second + (1 - beta2) * gradient**2
+        if self._second == 0:
+            return 0.0
+        return self._first / (1 - beta1**self._count) / math.sqrt(self._second / (1 - beta2**self._count))
+
+
+class Quadratic(NamedTuple):
+    """c0 + c1 a + c2 a^2 in A's distance a."""
+
+    c0: float
+    c1: float
+    c2: float
+
+    def __call__(self, distance: float) -> float:
+        return self.c0 + distance * (self.c1 + distance * self.c2)
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    r"""What one row of A adds to the change, summed over outputs and averaged over tokens; see `row_terms`.
+
+    Attributes:
+      coherent: :math:`\sum_i E[q_i]^2`, as a polynomial in a.
+      total: :math:`\sum_i E[q_i^2]`, likewise.
+      turn: quantiles 0.05, 0.25, 0.5, 0.75, 0.95 of the distance at which an entry of :math:`G A^\top` changes its
+        sign (infinite where it never does): far below the first the law is exact.
+      p_out: outputs.
+      rows: of A that the terms rest on; 0 for a closed form.
+    """
+
+    coherent: Quadratic
+    total: Quadratic
+    turn: tuple[float, float, float, float, float]
+    p_out: int
+    rows: int
+
+    def rms(self, rank: int, *, scaling: float, moved: Distances) -> float:
+        """Root mean square of w over the draw of A, outputs and tokens.
+
+        Args:
+          rank, scaling: r >= 1 and gamma > 0.
+          moved: how far the factors have moved, of `distances`.
+
+        Raises:
+          InputError: a rank or scaling out of range.
+        """
+        check_positive("scaling", scaling)
+        square = self._square(rank, self.coherent(moved.A), self.total(moved.A))
+        return scaling * moved.B * math.sqrt(square / self.p_out)
+
+    def takeover(self, rank: int) -> float:
+        r"""The distance a at which the A-led term alone is as large as the B-led one: :math:`m_1 / m_2`.
+
+        Over A's rate it is the number of steps t_A after which A leads.
+        """
+        led_B = self._square(rank, self.coherent.c0, self.total.c0)
+        led_A = self._square(rank, self.coherent.c2, self.total.c2)
+        return math.sqrt(led_B / led_A) if led_A > 0 else math.inf
+
+    @staticmethod
+    def _square(rank: int, coherent: float, total: float) -> float:
+        check_rank(rank)
+        return max(rank * total + rank * (rank - 1.0) * coherent, 0.0)
+
+
+def row_terms(
+    grad: Float[np.ndarray, "p_out p_in"],
+    x: Float[np.ndarray, "tokens p_in"],
+    lora_A: Float[np.ndarray, "rows p_in"],
+) -> RowTerms:
+    r"""The terms of sign descent from rows of A that were drawn.
+
+    :math:`E[q_i]^2` is estimated without bias from pairs of different rows.
+
+    Args:
+      grad: G, held constant.
+      x: inputs x' at which the layer is read.
+      lora_A: rows drawn as A starts, two or more; hundreds for a per cent.
+
+    Raises:
+      InputError: shapes that don't match, fewer than two rows, or a value that is not finite.
+    """
+    grad, x, lora_A = (np.asarray(each, np.float64) for each in (grad, x, lora_A))
+    if not (grad.ndim == x.ndim == lora_A.ndim == 2 and grad.shape[1] == x.shape[1] == lora_A.shape[1]):
+        raise InputError(
+            f"grad has shape {grad.shape}, x {x.shape} and lora_A {lora_A.shape}; accepted are [p_out, p_in], "
+            "[tokens, p_in] and [rows, p_in] of one p_in"
+        )
+    rows = len(lora_A)
+    if rows < 2 or not len(x):
+        raise InputError(f"lora_A has {rows} rows and x {len(x)} tokens; accepted are 2 or more and 1 or more")
+    if not all(np.isfinite(each).all() for each in (grad, x, lora_A)):
+        raise InputError("grad, x or lora_A holds a value that is not finite; accepted are finite numbers")
+    read = grad @ lora_A.T
+    signs = np.sign(read)
+    moves = np.sign(signs.T @ grad)
+    live = np.sum(signs**2, axis=0)  # outputs in which a row takes part: all, but for those without a gradient
+    start, moved = x @ lora_A.T, x @ moves.T  # [tokens, rows]
+    total = [float(np.sum(live * first * second) / rows) for first, second in _pairs(start, moved)]
+    sums = [each @ signs.T for each in (start, moved)]  # [tokens, p_out]
+    pairs = rows * (rows - 1.0)
+    coherent = [
+        (float(np.sum(first * second)) - alone * rows) / pairs
+        for (first, second), alone in zip(_pairs(*sums), total, strict=True)
+    ]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drift = signs * (grad @ moves.T)  # below zero where A's motion turns the sign
+        turn = np.where(drift < 0, -np.abs(read) / drift, np.inf)
+    low = np.quantile(turn, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower")
+    tokens = len(x)
+    return RowTerms(
+        _quadratic([each / tokens for each in coherent]),
+        _quadratic([each / tokens for each in total]),
+        tuple(low.tolist()),
+        grad.shape[0],
+        rows,
+    )
+
+
+def _pairs(first: np.ndarray, second: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(first, first), (first, second), (second, second)]
+
+
+def _quadratic(parts: Sequence[float]) -> Quadratic:
+    """Of (u + a v)^2 from uu, uv and vv."""
+    return Quadratic(parts[0], 2 * parts[1], parts[2])
+
+
+def one_sample_terms(
+    x: Float[np.ndarray, " p_in"], read_at: Float[np.ndarray, " p_in"], *, deviation: float, p_out: int = 1
+) -> RowTerms:
+    r"""The terms of sign descent on one sample, :math:`G = \delta x^\top`, in closed form for Gaussian A.
+
+    Every row has :math:`q = \pm (|a \cdot \hat x| \ldots)`: with s the deviation of A's entries and
+    :math:`\beta = \mathrm{sign}(x) \cdot x'`, in every output with :math:`\delta_i \neq 0`
+
+    .. math:: E[q] = s \sqrt{2/\pi}\, \hat x \cdot x' + a \beta, \qquad
+              E[q^2] = s^2 |x'|^2 + 2 a \beta s \sqrt{2/\pi}\, \hat x \cdot x' + a^2 \beta^2
+
+    so that at x' = x A leads from :math:`a = s \sqrt{2/\pi}\, |x|_2 / |x|_1` on (r large), about
+    :math:`s / \sqrt{p_{in}}`: exact at every distance, since no sign ever turns.
+
+    Args:
+      x: the sample's input, not zero.
+      read_at: x'.
+      deviation: s > 0.
+      p_out: outputs with a gradient.
+
+    Raises:
+      InputError: an x of zeros, shapes that differ, or a deviation out of range.
+    """
+    check_positive("deviation", deviation)
+    x, read_at = np.asarray(x, np.float64), np.asarray(read_at, np.float64)
+    norm = float(np.linalg.norm(x))
+    if x.ndim != 1 or x.shape != read_at.shape or not norm > 0:
+        raise InputError(f"x has shape {x.shape} and norm {norm}, x' {read_at.shape}; accepted are vectors, x not zero")
+    mean = deviation * HALF_NORMAL_MEAN * float(x @ read_at) / norm
+    slope = float(np.sign(x) @ read_at)
+    coherent = [mean**2, mean * slope, slope**2]
+    total = [deviation**2 * float(read_at @ read_at), mean * slope, slope**2]
+    return RowTerms(
+        _quadratic([p_out * each for each in coherent]),
+        _quadratic([p_out * each for each in total]),
+        (math.inf,) * 5,
+        p_out,
+        0,
+    )
+
+
+class RateExponents(NamedTuple):
+    """How the best rate moves with gamma at a fixed rank, and with the rank at a fixed gamma."""
+
+    scaling: float
+    rank: float
+
+
+def rate_exponents(rho: float) -> RateExponents:
+    r"""Exponents of the rate that keeps the change at a horizon, where the signal leads (both terms grow as r).
+
+    The change is :math:`\propto \gamma r\, \eta (1 + \rho)` with :math:`\rho` = A-led over B-led term at the horizon, a
+    multiple of :math:`\eta`. Keeping it,
+
+    .. math:: \frac{d \log \eta^*}{d \log \gamma} = \frac{d \log \eta^*}{d \log r} = -\frac{1 + \rho}{1 + 2\rho}
+
+    -1 where B leads, -1/2 where A does.
+
+    Args:
+      rho: 0 or more, or infinite; of `RowTerms` it is ``moved.A / takeover``.
+
+    Raises:
+      InputError: a rho below 0 or not a number.
+
+    Example:
+      >>> rate_exponents(0.0), rate_exponents(math.inf)
+      (RateExponents(scaling=-1.0, rank=-1.0), RateExponents(scaling=-0.5, rank=-0.5))
+    """
+    _check_rho(rho)
+    slope = -0.5 if math.isinf(rho) else -(1 + rho) / (1 + 2 * rho)
+    return RateExponents(slope, slope)
+
+
+def rate_factor(strength: float, rho: float) -> float:
+    r"""The factor of the rate that keeps the change at the horizon where :math:`\gamma r` grows ``strength`` times.
+
+    The positive root y of :math:`y (1 + \rho y) = (1 + \rho) / \mathrm{strength}`: 1/strength where B leads (rho = 0),
+    1/sqrt(strength) where A does.
+
+    Args:
+      strength: :math:`\gamma' r' / (\gamma r)` > 0.
+      rho: A-led over B-led term at the horizon under the old rate, 0 or more, or infinite.
+
+    Raises:
+      InputError: an argument out of range.
+
+    Example:
+      ``use_rslora`` at r = 128 and the same alpha makes gamma sqrt(128) times as large:
+
+      >>> [round(1 / rate_factor(math.sqrt(128), rho), 1) for rho in (0.0, 1.0, math.inf)]
+      [11.3, 5.3, 3.4]
+    """
+    check_positive("strength", strength)
+    _check_rho(rho)
+    if math.isinf(rho):
+        return strength**-0.5
+    target = (1 + rho) / strength
+    # the root of rho y^2 + y - target without the difference that cancels at small rho
+    return 2 * target / (1 + math.sqrt(1 + 4 * rho * target))
+
+
+def matching_rate(
+    terms: RowTerms,
+    *,
+    old: tuple[int, float, float],
+    new: tuple[int, float],
+    steps: int,
+    decay: tuple[float, float] | None = (0.9, 0.999),
+) -> float:
+    """The constant rate at which a new rank and gamma change the layer as much after ``steps`` steps as the old did.
+
+    Cross-talk is counted, so that this differs from `rate_factor` where the signal does not lead.
+
+    Args:
+      terms: of the module.
+      old: rank, gamma and learning rate.
+      new: rank and gamma.
+      steps: the horizon, 1 or more.
+      decay: see `distances`.
+
+    Raises:
+      InputError: an argument out of range.
+    """
+    for rank in (old[0], new[0]):
+        check_rank(rank)
+    for name, value in (("scaling", old[1]), ("learning_rate", old[2]), ("scaling", new[1])):
+        check_positive(name, value)
+    if steps < 1:
+        raise InputError(f"steps is {steps}; accepted is an integer of 1 or more")
+
+    def size(rank: int, scaling: float, rate: float) -> float:
+        moved = distances([rate] * steps, decay=decay, takeover=terms.takeover(rank))
+        return terms.rms(rank, scaling=scaling, moved=moved)
+
+    target = math.log(size(*old))
+
+    def excess(log_rate: float) -> float:
+        return math.log(size(*new, math.exp(log_rate))) - target
+
+    # The size grows at least as the rate and at most as its square.
+    start = math.log(old[2])
+    reach = abs(excess(start)) + 1e-9
+    return math.exp(optimize.brentq(excess, start - reach, start + reach, xtol=1e-10))
+
+
+def sgd_equivalent(
+    grad: Float[np.ndarray, "p_out p_in"],
+    x: Float[np.ndarray, "*tokens p_in"],
+    *,
+    rates: Sequence[float] | Float[np.ndarray, " steps"],
+    scaling: float,
+    momentum: float = 0.0,
+) -> tuple[Float[np.ndarray, "p_out p_in"], Float[np.ndarray, "*tokens p_in"]]:
+    r"""The gradient and the input at which SGD's *first* step, at rate 1, is what many steps at the constant G come to.
+
+    In the singular directions of G, with :math:`h = \gamma \eta \sigma`, a step takes (b, a) to (b - h a, a - h b), so
+    that after t of them from b = 0, :math:`b_t = -\sigma_t\, a_0` and :math:`a_t = c_t\, a_0`; at a constant rate
+
+    .. math:: \sigma_t = \tfrac12 [(1 + h)^t - (1 - h)^t], \qquad c_t = \tfrac12 [(1 + h)^t + (1 - h)^t]
+
+    and :math:`w = -\gamma\, U \sigma_t V^\top W (V c_t V^\top) x'`, :math:`W = A_0^\top A_0`: SGD's first step with
+    G replaced by :math:`U \sigma_t V^\top / \gamma` and x' by :math:`V c_t V^\top x'`. A matters once
+    :math:`\gamma \eta t \sigma_1` is near 1, whatever the rank.
+
+    Args:
+      grad: G, held constant.
+      x: inputs x' at which the layer is read.
+      rates: learning rate of each step.
+      scaling: gamma > 0.
+      momentum: of the heavy ball (PyTorch's), 0 to below 1.
+
+    Returns:
+      gradient and inputs for `rora_theory.laws.first_step_moments` at the same scaling and ``learning_rate=1``.
+
+    Raises:
+      InputError: an argument out of range.
+    """
+    check_positive("scaling", scaling)
+    each = np.asarray(rates, np.float64)
+    if each.ndim != 1 or not len(each) or not (np.isfinite(each).all() and (each >= 0).all()):
+        raise InputError(f"rates have shape {each.shape}; accepted is one rate of 0 or more a step, one step or more")
+    if not 0 <= momentum < 1:
+        raise InputError(f"momentum is {momentum!r}; accepted is a number from 0 to below 1")
+    grad, x = np.asarray(grad, np.float64), np.asarray(x, np.float64)
+    left, values, right = np.linalg.svd(grad, full_matrices=False)
+    b, a = np.zeros_like(values), np.ones_like(values)
+    speed_b, speed_a = np.zeros_like(values), np.zeros_like(values)
+    for rate in each.tolist():
+        speed_b = momentum * speed_b + scaling * values * a
+        speed_a = momentum * speed_a + scaling * values * b
+        b, a = b - rate * speed_b, a - rate * speed_a
+    return (left * (-b / scaling)) @ right, x + ((x @ right.T) * (a - 1)) @ right
+
+
+def _check_rho(rho: float) -> None:
+    if not rho >= 0:
+        raise InputError(f"rho is {rho!r}; accepted is a number of 0 or more, or inf")
