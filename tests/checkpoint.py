@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import tokenizers
 
+from rora_theory.commonsense.tasks import TASKS, render
 from rora_theory.llama import LlamaConfig, init_params
 from rora_theory.llama.weights import save_hf
 
@@ -39,3 +40,19 @@ def records(path: Path, count: int = 20) -> Path:
     ]
     path.write_text(json.dumps(rows))
     return path
+
+
+def questions(folder: Path, task: str, labels: tuple[str, ...]) -> Path:
+    """Writes four questions of a task, of which the first label is the answer."""
+    items = [
+        {
+            "instruction": render(TASKS[task], f"is it {word}", labels),
+            "input": "",
+            "answer": labels[0],
+            "output": f"the correct answer is {labels[0]}",
+        }
+        for word in WORDS[:4]
+    ]
+    (folder / task).mkdir()
+    (folder / task / "test.json").write_text(json.dumps(items))
+    return folder / task / "test.json"

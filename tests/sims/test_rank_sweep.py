@@ -16,7 +16,6 @@ import pytest
 
 from figures import accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, scaling_diagram, style
 from rora_theory.adapters import load_peft
-from rora_theory.commonsense.tasks import TASKS, render
 from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import mean_per_token, record_losses
 from rora_theory.llama import load
@@ -46,17 +45,7 @@ def data(tmp_path_factory) -> Path:
         row["instruction"] = "two " + row["instruction"]
     (folder / "two" / "train.json").write_text(json.dumps(rows))
     for task, labels in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
-        items = [
-            {
-                "instruction": render(TASKS[task], f"is it {word}", labels),
-                "input": "",
-                "answer": labels[0],
-                "output": f"the correct answer is {labels[0]}",
-            }
-            for word in checkpoint.WORDS[:4]
-        ]
-        (folder / task).mkdir()
-        (folder / task / "test.json").write_text(json.dumps(items))
+        checkpoint.questions(folder, task, labels)
     return folder
 
 
@@ -182,7 +171,7 @@ def test_a_folder_holds_one_way_of_training_and_one_model(swept, model, data, ca
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     with pytest.raises(SystemExit):
         rank_sweep.main(command(other, data, out, "--methods", "base"))
-    assert "another identity (weights there" in capsys.readouterr().err
+    assert "another identity (model_sha256 there" in capsys.readouterr().err
 
 
 def rate_row(rate: str, loss: float, seed: str = "0", status: str = "complete", **more: str) -> dict[str, str]:
