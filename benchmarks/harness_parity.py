@@ -2,9 +2,11 @@
 
     python benchmarks/harness_parity.py --data-dir DATA --items 200 --out parity.json
 
-Both sides score the same records with the same weights and tokenizer in float32. The choices that differ most are
-scored once more in float64, which says whose rounding it is: a sum over a hundred tokens has a hundred errors of
-torch's float32 log-softmax, all of one sign. Exit status 1 where a request's text differs, a choice although its
+The texts of all records are compared: lm-eval's own task files make theirs, from the local records in the schema of
+the hub's dataset (`lm_eval_peer` says what these lack). Of the first ``--items`` of each task both sides then score
+the choices with the same weights and tokenizer in float32; 0 compares texts alone and loads no model. The choices that
+differ most are scored once more in float64, which says whose rounding it is: a sum over a hundred tokens has a hundred
+errors of torch's float32 log-softmax, all of one sign. Exit status 1 where a text differs, a choice although its
 margin exceeds the tolerance, or a log-likelihood by more than the tolerance both from lm-eval's and from float64's.
 """
 
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 
 from rora_theory.commonsense import choices, scoring, sources, tasks
+from rora_theory.errors import InputError
 from rora_theory.llama import Model, load
 from sims.common import cli
 from sims.common.run_folder import write_whole
@@ -33,7 +36,7 @@ class Config:
     tasks: tuple[str, ...] = tuple(tasks.TASKS)
     """tasks to compare"""
     items: int = 200
-    """records of each task, from the first on"""
+    """records of each task whose choices are scored, from the first on; texts are compared of all"""
     batch_size: int = 8
     """of lm-eval"""
     tolerance: float = 1e-3
@@ -43,18 +46,52 @@ class Config:
     out: Path | None = None
     """JSON file for the figures"""
 
+    def __post_init__(self) -> None:
+        if self.items < 0:
+            raise InputError(f"--items is {self.items}; accepted is an integer of 0 or more")
 
-def compare(config: Config, key: str, model: Model, peer: Any, exact: Any) -> dict[str, Any]:
+
+def local_gaps(records: list[tasks.Record]) -> str:
+    """What the local data of a task do not have of the hub's dataset; empty where nothing is missing."""
+    if records[0].task == "boolq":
+        return (
+            "no passages: lm-eval's template is filled with an empty one, so these are not its published task's texts"
+        )
+    if records[0].task == "social_i_qa":
+        return "context and question in one string: divided at its first space, where the template joins them again"
+    if records[0].task == "hellaswag":
+        parts = [choices.hellaswag_parts(record.question) for record in records]
+        count = sum(bool(fragment) for _, _, fragment in parts)
+        return (
+            f"contexts in one piece, without WikiHow's bracketed marks: ctx_b is the fragment after the last sentence "
+            f"({count} of {len(records)} records have one)"
+        )
+    return ""
+
+
+def compare_texts(key: str, records: list[tasks.Record]) -> dict[str, Any]:
+    """How many records have another context or continuation than lm-eval's own task asks about."""
+    asked = [
+        [(choice.context, choice.continuation) for choice in choices.harness_choices(record)] for record in records
+    ]
+    theirs: list[list[tuple[str, str]]] = [[] for _ in records]
+    for instance in lm_eval_peer.task(key, records).instances:
+        theirs[instance.doc_id].append(tuple(instance.args))
+    different = [index for index, pair in enumerate(zip(asked, theirs, strict=True)) if pair[0] != pair[1]]
+    row = {"texts_compared": len(records), "texts_differ": len(different), "first_that_differ": different[:5]}
+    return row | {"missing_in_data": local_gaps(records)}
+
+
+def compare_choices(
+    config: Config, key: str, records: list[tasks.Record], model: Model, peer: Any, exact: Any
+) -> dict[str, Any]:
     """One task: how far the two sides are apart, and on the worst choices how far each is from float64."""
     task = tasks.task_named(key)
-    records = tasks.read(sources.locate(config.data_dir, task), task)[: config.items]
     asked = [choices.harness_choices(record) for record in records]
     theirs = lm_eval_peer.task(key, records)
     by_item: list[list[Any]] = [[] for _ in records]
     for instance in theirs.instances:
         by_item[instance.doc_id].append(instance)
-    requests = [[(choice.context, choice.continuation) for choice in item] for item in asked]
-    text_equal = requests == [[tuple(one.args) for one in item] for item in by_item]
 
     answers = peer.loglikelihood(theirs.instances, disable_tqdm=True)
     results = {id(instance): answer for instance, answer in zip(theirs.instances, answers, strict=True)}
@@ -88,14 +125,14 @@ def compare(config: Config, key: str, model: Model, peer: Any, exact: Any) -> di
         errors.append([abs(side - value) for side in values[index, choice]])
     ours_error, their_error = np.max(errors, axis=0)
     n = len(records)
-    row = {"task": key, "n": n, "requests": len(gaps), "text_equal": text_equal, "largest_difference": gaps[0][0]}
+    row: dict[str, Any] = {"n": n, "requests": len(gaps), "largest_difference": gaps[0][0]}
     row |= {"beyond_tolerance": beyond, "checked_in_float64": len(errors)}
     row |= {"error_ours": ours_error, "error_lm_eval": their_error}
     row |= {"disagreements": int(disagreements), "near_ties": int(near_ties)}
     row |= {"acc_ours": right[0, 0] / n, "acc_lm_eval": right[0, 1] / n}
     if task.harness_norm:
         row |= {"acc_norm_ours": right[1, 0] / n, "acc_norm_lm_eval": right[1, 1] / n}
-    row["passed"] = bool(text_equal and not disagreements and (not beyond or ours_error <= config.tolerance))
+    row["choices_passed"] = bool(not disagreements and (not beyond or ours_error <= config.tolerance))
     return row
 
 
@@ -108,21 +145,28 @@ def float64(exact: Any, scored: choices.Scored) -> float:
 
 
 def main(config: Config) -> bool:
-    model = load(config.model)
-    peer = lm_eval_peer.harness_model(model, config.batch_size)
-    exact = lm_eval_peer.torch_model(model).double()
-    rows = []
+    all_records = {}
     for key in config.tasks:
-        rows.append(compare(config, key, model, peer, exact))
-        print(json.dumps(rows[-1], default=float), flush=True)
+        task = tasks.task_named(key)
+        all_records[key] = tasks.read(sources.locate(config.data_dir, task), task)
+    rows = {key: {"task": key} | compare_texts(key, records) for key, records in all_records.items()}
+    for row in rows.values():
+        print(json.dumps(row), flush=True)
+    if config.items:
+        model = load(config.model)
+        peer = lm_eval_peer.harness_model(model, config.batch_size)
+        exact = lm_eval_peer.torch_model(model).double()
+        for key, records in all_records.items():
+            rows[key] |= compare_choices(config, key, records[: config.items], model, peer, exact)
+            print(json.dumps(rows[key], default=float), flush=True)
     if config.out is not None:
-        figures = {"config": dataclasses.asdict(config), "tasks": rows}
+        figures = {"config": dataclasses.asdict(config), "tasks": list(rows.values())}
         write_whole(
             config.out,
             json.dumps(figures, indent=2, default=lambda value: str(value) if isinstance(value, Path) else float(value))
             + "\n",
         )
-    return all(row["passed"] for row in rows)
+    return all(not row["texts_differ"] and row.get("choices_passed", True) for row in rows.values())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """lm-evaluation-harness's side of the commonsense comparisons: its own tasks on local records, its own model class.
 
-The hub cannot be assumed, so each task is lm-eval's own YAML with two changes: its dataset is the local
-records in the schema of the hub's dataset, and BoolQ's text leaves out the passage line, since these data
-have no passage. HellaSwag's records hold context and ending already joined and cleaned: its own clean-up runs
-on them once more.
+The hub cannot be assumed, so each task is lm-eval's own YAML with one change: its dataset is the local records in
+the schema of the hub's dataset. Its functions and templates make the text. What the local data do not have, lm-eval
+does not get either: BoolQ's passage is empty, and HellaSwag's contexts, which come in one piece and without
+WikiHow's bracketed marks, are divided into ``ctx_a`` and ``ctx_b`` by this package (`choices.hellaswag_parts`).
 """
 
 import os
@@ -24,6 +24,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from rora_theory.commonsense.choices import hellaswag_parts
 from rora_theory.commonsense.tasks import Record
 from rora_theory.llama import Model
 
@@ -45,11 +46,8 @@ def hub_document(record: Record) -> dict[str, Any]:
     letters = [chr(ord("A") + number) for number in range(len(choices))]
     match record.task:
         case "boolq":
-            return {
-                "question": question.removesuffix("?"),
-                "passage": "",
-                "label": int(record.answer == "true"),
-            }
+            label = int(record.answer == "true")
+            return {"question": question.removesuffix("?"), "passage": "", "label": label}
         case "piqa":
             return {"goal": question, "sol1": choices[0], "sol2": choices[1], "label": gold}
         case "social_i_qa":
@@ -57,9 +55,8 @@ def hub_document(record: Record) -> dict[str, Any]:
             answers = {f"answer{letter}": text for letter, text in zip(letters, choices, strict=True)}
             return {"context": context, "question": rest, **answers, "label": str(gold + 1)}
         case "hellaswag":
-            activity, _, text = question.partition(": ")
-            joined = {"activity_label": activity, "ctx_a": text, "ctx_b": ""}
-            return {**joined, "endings": choices, "label": str(gold)}
+            parts = dict(zip(("activity_label", "ctx_a", "ctx_b"), hellaswag_parts(question), strict=True))
+            return {**parts, "endings": choices, "label": str(gold)}
         case "winogrande":
             options = {"option1": choices[0], "option2": choices[1]}
             return {"sentence": question, **options, "answer": str(gold + 1)}
@@ -79,8 +76,6 @@ def task(key: str, records: list[Record]) -> ConfigurableTask:
     rows = datasets.Dataset.from_list([hub_document(record) for record in records])
     config |= {"custom_dataset": lambda **_: datasets.DatasetDict({split: rows}), "metadata": {}}
     config |= {"training_split": None, "validation_split": split, "test_split": None}
-    if key == "boolq":
-        config["doc_to_text"] = "Question: {{question}}?\nAnswer:"
     config.pop("tag", None)
     found = ConfigurableTask(config=config)
     found.build_all_requests()

@@ -1,7 +1,8 @@
 """What the two log-likelihood protocols ask: a context and a continuation for each choice, as text and as tokens.
 
-``harness`` follows lm-evaluation-harness 0.4 task by task, on the text these data have: BoolQ comes without
-its passage, whose line is left out (closed book), and HellaSwag's text was cleaned by whoever prepared it.
+``harness`` follows lm-evaluation-harness 0.4 task by task, on the text these data have. BoolQ comes without its
+passage: the template is filled with an empty one, so that its accuracy is not the one that harness publishes.
+HellaSwag's contexts come in one piece: `hellaswag_parts` finds the fragment that the harness capitalises.
 ``label`` is this package's own: the label strings after the published prompt and ``the correct answer is``,
 which asks for the knowledge whatever the format of a free answer.
 """
@@ -44,7 +45,8 @@ def harness_choices(record: Record) -> tuple[Choice, ...]:
     """The choices of an item as lm-evaluation-harness asks about them, in its order."""
     question, texts = record.question, record.choices
     if record.task == "boolq":
-        context = f"Question: {question}\nAnswer:"  # the question brings its own question mark
+        # The template's passage, empty here, and its own question mark.
+        context = f"\nQuestion: {question.removesuffix('?')}?\nAnswer:"
         return tuple(
             Choice(label, context, f" {word}", len(word)) for word, label in (("no", "false"), ("yes", "true"))
         )
@@ -54,7 +56,9 @@ def harness_choices(record: Record) -> tuple[Choice, ...]:
         pairs = zip(record.labels, contexts, strict=True)
         return tuple(Choice(label, context, " " + after.strip(), len(context)) for label, context in pairs)
     if record.task == "hellaswag":
-        question, texts = _clean(question), tuple(_clean(text) for text in texts)
+        activity, sentences, fragment = hellaswag_parts(question)
+        question = _clean(f"{activity}: {sentences} {fragment.capitalize()}")
+        texts = tuple(_clean(text) for text in texts)
     context = {
         "piqa": f"Question: {question}\nAnswer:",
         "social_i_qa": f"Q: {question}\nA:",
@@ -73,6 +77,21 @@ def label_choices(record: Record, template: str) -> tuple[Choice, ...]:
     `prompt`."""
     context = prompt(record.instruction, template) + ANSWER_PREFIX
     return tuple(Choice(label, context, label, len(label)) for label in record.labels)
+
+
+def hellaswag_parts(context: str) -> tuple[str, str, str]:
+    """The dataset's ``activity_label``, ``ctx_a`` and ``ctx_b`` of a context in one piece, ``ACTIVITY: TEXT``.
+
+    ``ctx_b`` is the fragment of a sentence on which ActivityNet's contexts end (``he``), ``ctx_a`` the whole sentences
+    before it. WikiHow's contexts end with a sentence and have no fragment.
+
+    Example:
+      >>> hellaswag_parts("Baking: A man bakes bread. he")
+      ('Baking', 'A man bakes bread.', 'he')
+    """
+    activity, _, text = context.partition(": ")
+    *_, end = (0, *(found.end() for found in re.finditer(r"[.!?][\"')]*(?:\s+|$)", text)))
+    return activity, text[:end].rstrip(), text[end:]
 
 
 def _clean(text: str) -> str:

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from rora_theory.commonsense.choices import Choice, Scored, encode_choices, harness_choices, label_choices
+from rora_theory.commonsense.choices import (
+    Choice,
+    Scored,
+    encode_choices,
+    harness_choices,
+    hellaswag_parts,
+    label_choices,
+)
 from rora_theory.commonsense.prompts import prompt
 from rora_theory.commonsense.tasks import TASKS, Record, render
 from rora_theory.errors import InputError
@@ -32,6 +39,35 @@ def test_harness_asks_what_lm_eval_asks(key: str) -> None:
     for index, expected in enumerate(GOLDEN["requests"][key]):
         found = [[choice.context, choice.continuation] for choice in harness_choices(_record(key, index))]
         assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("context", "parts"),
+    [
+        ("Baking: A man bakes bread. he", ("Baking", "A man bakes bread.", "he")),
+        ("Sailing: . the crew", ("Sailing", ".", "the crew")),
+        ('Chess: One says "check!" 50', ("Chess", 'One says "check!"', "50")),
+        ("Running: people run", ("Running", "", "people run")),
+        # A point inside of a word ends no sentence, and a context that ends on a sentence has no fragment.
+        ("Polo: Two teams meet. prince st.john and", ("Polo", "Two teams meet.", "prince st.john and")),
+        ("Food: How to fry. Heat it (3.5 minutes).", ("Food", "How to fry. Heat it (3.5 minutes).", "")),
+    ],
+)
+def test_parts_of_a_hellaswag_context(context: str, parts: tuple[str, str, str]) -> None:
+    assert hellaswag_parts(context) == parts
+
+
+def test_parts_of_the_data(commonsense_dir: Path) -> None:
+    """ActivityNet's contexts, the file's first 3243, end on a fragment, which begins no sentence; WikiHow's do not."""
+    lines = (commonsense_dir / "hellaswag" / "test_mc.jsonl").read_text().splitlines()
+    fragments = 0
+    for row in map(json.loads, lines):
+        activity, sentences, fragment = hellaswag_parts(row["context"])
+        assert f"{activity}: {sentences} {fragment}".strip() == row["context"]
+        assert bool(fragment) == (row["index"] < 3243)
+        assert not fragment[:1].isupper()
+        fragments += bool(fragment)
+    assert fragments == 1604
 
 
 def test_labels_follow_the_choices_whatever_their_order() -> None:

@@ -31,11 +31,19 @@ from rora_theory.llama import load  # noqa: E402
 
 # (question, choices, gold): trailing and doubled spaces, brackets, a blank at the start, five choices, non-ASCII.
 ITEMS = {
-    "boolq": [("is the sky blue at noon?", ("true", "false"), 0), ("can fish fly?", ("true", "false"), 1)],
+    "boolq": [
+        ("is the sky blue at noon?", ("true", "false"), 0),
+        ("can fish fly?", ("true", "false"), 1),
+        ("do birds sing", ("true", "false"), 0),
+    ],
     "piqa": [("dresser", ("replace drawer with  pin ", " finish the wood"), 1)],
     "social_i_qa": [("Sam ran home. Why did Sam run?", ("to rest", "to eat", "fun"), 2)],
     "hellaswag": [
-        ("Baking: A man bakes bread. he", ("eats it.", "[step] runs  off.", "sings [title] Loud", "sits."), 0)
+        ("Baking: A man bakes bread. he", ("eats it.", "[step] runs  off.", "sings [title] Loud", "sits."), 0),
+        ("Sailing: . the crew of the Sea Cloud", ("waves.", "swims.", "sleeps.", "eats."), 1),
+        ('Chess: Two people play. "check!" says one. 50', ("moves.", "pieces.", "games.", "boards."), 2),
+        ("Family Life: How to sew. Buy a Singer (used).. Thread it.", ("Sew.", "Cook.", "Run.", "Dr. Who."), 0),
+        ("Food: [header] How to fry [title] Heat the Pan. [step] Is it hot?", ("[substeps] Fry.", "a", "b", "c"), 0),
     ],
     "winogrande": [
         ("The box fit the bag because the _ was small .", ("box", "bag"), 0),
