@@ -133,15 +133,15 @@ def show_table(config: Config, run: FinetuneConfig, device: Device) -> None:
                 fitting.append(f"{name}{' (remat)' if remat else ''}")
             sizes = [f"{size / GB:.1f}" for size in (found.base, found.adapter + found.optimizer, found.activations)]
             seconds = found.seconds(device, run.dtype, config.utilisation)
-            times = [f"{seconds:.2f}", _total(config, seconds)]
+            times = [f"{seconds:.2f}", *([total] if (total := _total(config, seconds)) else [])]
             share = f"{100 * found.trainable / found.parameters:.2f}"
             rows.append([name, "yes" if remat else "no", share, *sizes, f"{found.total / GB:.1f}", _word(fits), *times])
     columns = [
         "model", "remat", "trained %", "base GB", "adapter + Adam GB", "activations GB", "total GB", "verdict",
-        "s a step", "whole run",
+        "s a step", *(["whole run"] if config.count_steps() is not None else []),
     ]  # fmt: skip
-    tables.print_table(f"{device.name}, {_describe(config)}", columns, rows)
-    print(f"fit: {', '.join(fitting) or 'none'}\n{_basis(config, device)}")
+    tables.print_table(f"{device.name}, {_describe(config)}", columns, rows, left=2)
+    tables.print_text(f"fit: {', '.join(fitting) or 'none'}\n{_basis(config, device)}")
 
 
 def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: Device) -> None:
@@ -151,23 +151,27 @@ def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: 
     rows += [["total", f"{found.total / GB:.2f}"], ["(a block of logits)", f"{found.logits / GB:.2f}"]]
     tables.print_table(f"{config.model}, {_describe(config)}", ["memory", "GB"], rows)
     seconds = found.seconds(device, run.dtype, config.utilisation)
-    print(f"parameters {found.parameters:,}, trained {found.trainable:,} ({found.trainable / found.parameters:.2%})")
-    print(f"products {found.flops / 1e12:.4g} TFLOP a step, {found.flops / found.tokens / 1e9:.3g} GFLOP a token")
+    tables.print_text(
+        f"parameters {found.parameters:,}, trained {found.trainable:,} ({found.trainable / found.parameters:.2%})"
+    )
+    tables.print_text(
+        f"products {found.flops / 1e12:.4g} TFLOP a step, {found.flops / found.tokens / 1e9:.3g} GFLOP a token"
+    )
     total = _total(config, seconds)
     whole = f"; the whole run {total}" if total else ""
-    print(f"{seconds:.3g} s a step, {found.tokens / seconds:.0f} tokens/s{whole}")
-    print(f"{device.name}: {_verdict(found, device)}\n{_basis(config, device)}")
+    tables.print_text(f"{seconds:.3g} s a step, {found.tokens / seconds:.0f} tokens/s{whole}")
+    tables.print_text(f"{device.name}: {_verdict(found, device)}\n{_basis(config, device)}")
     if config.compile:
         xla = capacity.compile_here(model, run, config.seq)
         arguments = found.base + found.adapter + found.optimizer + found.batch
-        print(
+        tables.print_text(
             f"XLA for this machine ({xla.seconds:.0f} s): arguments {xla.arguments / GB:.2f} GB (here "
             f"{arguments / GB:.2f}), temporaries {xla.temporaries / GB:.2f} GB (here "
             f"{(found.total - arguments) / GB:.2f}). A CPU's compiler widens bfloat16 products, a GPU's does not."
         )
     if config.measure:
         own = capacity.measure(model, run, config.seq)
-        print(
+        tables.print_text(
             f"measured here: peak {own.peak / GB:.3f} GB, predicted {found.total / GB:.3f} GB "
             f"(predicted / measured {found.total / own.peak:.3f}); {own.seconds:.2f} s a step"
         )

@@ -181,7 +181,7 @@ def run(config: Config) -> None:
     folder.write_rows(FIT_COLUMNS, found, "slopes.csv")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(config, found, rows)
-    print(f"{len(todo)} cells in {time.monotonic() - started:.0f} s, written to {folder.path}")
+    tables.print_text(f"{len(todo)} cells in {time.monotonic() - started:.0f} s, written to {folder.path}")
 
 
 def check(config: Config) -> None:
@@ -333,17 +333,20 @@ def report(config: Config, found: Sequence[dict[str, Any]], rows: Sequence[dict[
         table = {(row["quantity"], row["module"], row["split"], row["step"]): row for row in group}
         modules = [name for name in dict.fromkeys(row["module"] for row in group) if name != MODEL]
         lines = [("output", module) for module in modules] + [("output", MODEL), ("hidden", MODEL), ("logits", MODEL)]
-        tables.print_table(
-            f"{case.label}: slope in the rank ± half of its 95% interval, = within ±{config.band:g}",
-            ["", *[f"{label}, step {step}" for label in splits.values() for step in config.steps]],
-            [
+        for split_, label in splits.items():
+            tables.print_table(
+                f"{case.label}, batch {label}: slope in the rank ± half of its 95% interval, = within ±{config.band:g}",
+                ["", *[f"step {step}" for step in config.steps]],
                 [
-                    {"output": "all modules" if module == MODEL else module}.get(quantity, quantity),
-                    *[_text(table.get((quantity, module, split_, step))) for split_ in splits for step in config.steps],
-                ]
-                for quantity, module in lines
-            ],
-        )
+                    [
+                        {"output": "all modules" if module == MODEL else module.rpartition(".")[2]}.get(
+                            quantity, quantity
+                        ),
+                        *[_text(table.get((quantity, module, split_, step))) for step in config.steps],
+                    ]
+                    for quantity, module in lines
+                ],
+            )
         verdicts = {
             (split_, step): [
                 row["verdict"]
@@ -377,7 +380,6 @@ def report(config: Config, found: Sequence[dict[str, Any]], rows: Sequence[dict[
         ["rule", "all modules, both splits, all steps", *columns, f"flat kappa, step {config.steps[-1]}", "losses"],
         summary,
         left=2,
-        wrap=True,
     )
 
 

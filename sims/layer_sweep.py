@@ -86,8 +86,8 @@ def run(config: "Config", rules: dict[str, Rule]) -> None:
             folder.write_rows(COLUMNS, rows)
             bar.advance(1, cell=f"{cell.layer.name}, r = {cell.rank}")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
-    _report(config, rows, crossings)
-    print(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}")
+    report(config, rows, crossings)
+    tables.print_text(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}")
 
 
 def _frames(config: "Config", rules: dict[str, Rule], cell: Cell) -> list[dict[str, Any]]:
@@ -212,24 +212,23 @@ def _crossings(config: "Config", layers: list[layer_data.Layer]) -> Iterator[dic
                 }
 
 
-def _report(config: "Config", rows: list[dict[str, Any]], crossings: list[dict[str, Any]]) -> None:
+def report(config: "Config", rows: list[dict[str, Any]], crossings: list[dict[str, Any]]) -> None:
+    """Print how far measurement and law agree, and the exponents by layer."""
     scores = [(row["estimate"] - row["exact"]) / row["standard_error"] for row in rows]
     gap = max(abs(row["estimate"] / row["exact"] - 1) for row in rows)
-    print(
+    tables.print_text(
         f"rms of w, {len(rows)} figures: measured/law within {gap:.2%}, largest |z| {max(map(abs, scores)):.2f}, "
         f"rms z {math.sqrt(float(np.mean(np.square(scores)))):.2f}\n"
     )
     ranks = [rank for rank in sorted(config.ranks) if USER_RANKS[0] <= rank <= USER_RANKS[1]]
     if len(ranks) < 2:
         ranks = sorted(config.ranks)
-    inits = list(dict.fromkeys(row["init"] for row in rows))
-    table = []
+    found: dict[tuple[str, ...], list[list[str]]] = {}
     for crossing in crossings:
-        for init in inits:
+        for init in dict.fromkeys(row["init"] for row in rows):
             key = (crossing["layer"], crossing["split"], crossing["optimizer"], init)
             line = [
                 key[0].removeprefix("model.layers."),
-                *key[1:],
                 f"{crossing['crossing_rank']:.1f} ({crossing['lower_quartile']:.1f}-{crossing['upper_quartile']:.1f})",
             ]
             for rule in config.rules:
@@ -247,10 +246,11 @@ def _report(config: "Config", rows: list[dict[str, Any]], crossings: list[dict[s
                 fit = log_log_fit(x, [r["estimate"] for r in chosen], [r["standard_error"] for r in chosen])
                 exact = log_log_fit(x, [r["exact"] for r in chosen], [0.0] * len(x))
                 line.append(f"{fit.slope:+.3f} ± {fit.standard_error:.3f} ({exact.slope:+.3f})")
-            table.append(line)
-    tables.print_table(
-        f"Exponent of the rms of w in the rank, r = {ranks[0]}..{ranks[-1]}: measured ± s.e. (law)",
-        ["layer", "tokens", "optimizer", "init", "r* (quartiles over tokens)", *config.rules],
-        table,
-        left=4,
-    )
+            found.setdefault((crossing["optimizer"], init, crossing["split"]), []).append(line)
+    for (optimizer, init, split), table in found.items():
+        tables.print_table(
+            f"{optimizer}, A {init}, {split} tokens: r* (quartiles over tokens), and the exponent of the rms of w in "
+            f"the rank, r = {ranks[0]}..{ranks[-1]}, under each rule: measured ± s.e. (law)",
+            ["layer", "r*", *config.rules],
+            table,
+        )

@@ -216,7 +216,7 @@ def run(config: Config) -> None:
     folder.write("comparison.json", json.dumps([one._asdict() for one in compared], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(found, slopes, compared)
-    print(f"{len(curves)} curves in {time.monotonic() - started:.1f} s, written to {folder.path}")
+    tables.print_text(f"{len(curves)} curves in {time.monotonic() - started:.1f} s, written to {folder.path}")
 
 
 def check(config: Config) -> None:
@@ -590,21 +590,19 @@ def report(found: Sequence[dict[str, Any]], slopes: Sequence[dict[str, Any]], co
     )
     tables.print_table(
         "The largest rank, each rule at its own best rate; ± half of the 95% interval",
-        ["optimizer", "trained", "rank", "rules", "best rates' ratio", "losses", "verdict"],
+        ["rules", "trained", "verdict", "rank", "rates' ratio", "losses"],
         [
             [
-                one.optimizer,
-                one.trained,
-                one.rank,
                 f"{one.first}, {one.second}",
+                f"{one.optimizer}, {one.trained}",
+                one.verdict,
+                one.rank,
                 f"{one.ratio:.3g}",
                 f"{one.first_loss:.4g}, {one.second_loss:.4g}",
-                one.verdict,
             ]
             for one in compared
         ],
-        left=2,
-        wrap=True,
+        left=3,
     )
 
 

@@ -340,7 +340,7 @@ def run(config: Config) -> None:
         folder.write(VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(config, crossings, rows, verdict)
-    print(f"{len(names)} modules in {time.monotonic() - started:.0f} s, written to {folder.path}")
+    tables.print_text(f"{len(names)} modules in {time.monotonic() - started:.0f} s, written to {folder.path}")
     if verdict is not None and verdict["verdict"] == "fails":
         sys.exit(1)
 
@@ -470,13 +470,14 @@ def report(
 ) -> None:
     """Print crossing ranks by type and depth, and the judge's verdict."""
     low, high = USER_RANKS
-    table = []
     kinds = list(dict.fromkeys(row["module"].rpartition(".")[2] for row in crossings))
     init = config.inits[0]
-    for kind in kinds:
-        for name, layers in _thirds(sorted({row["layer"] for row in crossings})):
-            line: list[object] = [kind, name]
-            for optimizer in config.optimizers:
+    for optimizer in config.optimizers:
+        table = []
+        for kind in kinds:
+            for name, layers in _thirds(sorted({row["layer"] for row in crossings})):
+                ranks: list[str] = []
+                kappas: list[str] = []
                 for split in SPLITS:
                     own = [
                         row
@@ -486,44 +487,40 @@ def report(
                         and (row["optimizer"], row["split"], row["init"]) == (optimizer, split, init)
                     ]
                     if not own:
-                        line += ["", ""]
+                        ranks, kappas = [*ranks, ""], [*kappas, ""]
                         continue
                     whole, bottom, top = (
                         float(np.median([row[k] for row in own]))
                         for k in ("crossing_rank", "lower_quartile", "upper_quartile")
                     )
-                    kappas = [flat_kappa(optimizer, init, row["linear_term"]) for row in own]
-                    line += [f"{whole:.1f} ({bottom:.1f}-{top:.1f})", f"{min(kappas):.2f}-{max(kappas):.2f}"]
-            table.append(line)
-    heads = [f"{o} {s} {what}" for o in config.optimizers for s in SPLITS for what in ("r*", "kappa")]
-    tables.print_table(
-        f"Crossing rank r* (quartiles over tokens), medians over layers; kappa: the exponent whose first step is as "
-        f"large at rank {high} as at {low}, range over layers ({init})",
-        ["module", "layers", *heads],
-        table,
-        left=2,
-    )
+                    flat = [flat_kappa(optimizer, init, row["linear_term"]) for row in own]
+                    ranks.append(f"{whole:.1f} ({bottom:.1f}-{top:.1f})")
+                    kappas.append(f"{min(flat):.2f}-{max(flat):.2f}")
+                table.append([kind, name, *ranks, *kappas])
+        tables.print_table(
+            f"{optimizer}, A {init}: crossing rank r* (quartiles over tokens), medians over layers; kappa: the "
+            f"exponent whose first step is as large at rank {high} as at {low}, range over layers",
+            ["module", "layers", *(f"{what} {split}" for what in ("r*", "kappa") for split in SPLITS)],
+            table,
+            left=2,
+        )
     if verdict is None:
         return
-    found = agreement(config, rows)
-    pairs = [(optimizer, init) for optimizer in config.optimizers for init in config.inits]
-    table = []
-    for rank in config.ranks:
-        line = [rank]
-        for optimizer, init in pairs:
-            cell = next(
-                row
-                for row in found
-                if (row["optimizer"], row["init"], row["split"], row["rank"]) == (optimizer, init, "heldout", rank)
-            )
-            line.append(f"{cell['mean_ratio']:.4f} ± {cell['standard_error']:.4f} ({cell['largest_deviation']:.1%})")
-        table.append(line)
-    tables.print_table(
-        "Measured over predicted rms, held-out tokens: mean over modules ± s.e. (largest single deviation)",
-        ["rank", *(f"{optimizer}, {init}" for optimizer, init in pairs)],
-        table,
-    )
-    print(
+    cells = {
+        (row["optimizer"], row["init"], row["rank"]): (
+            f"{row['mean_ratio']:.4f} ± {row['standard_error']:.4f} ({row['largest_deviation']:.1%})"
+        )
+        for row in agreement(config, rows)
+        if row["split"] == "heldout"
+    }
+    for optimizer in config.optimizers:
+        tables.print_table(
+            f"{optimizer}: measured over predicted rms, held-out tokens: mean over modules ± s.e. (largest single "
+            "deviation), by law of A",
+            ["rank", *config.inits],
+            [[rank, *(cells[optimizer, init, rank] for init in config.inits)] for rank in config.ranks],
+        )
+    tables.print_text(
         f"verdict: {verdict['verdict']}. {verdict['comparisons'] - verdict['outside']} of {verdict['comparisons']} "
         f"figures within {verdict['tolerance']:.0%} or their error bar (false alarm {verdict['false_alarm']:g} over "
         f"all); {verdict['within_tolerance']:.1%} within {verdict['tolerance']:.0%}; largest deviation "

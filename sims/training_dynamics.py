@@ -168,7 +168,7 @@ def run(config: Config) -> None:
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(config, rows, found, answered)
-    print(f"{len(todo)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}")
+    tables.print_text(f"{len(todo)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}")
 
 
 def check(config: Config) -> None:
@@ -475,12 +475,12 @@ def report(
     last = [row for row in rows if row["step"] == config.steps[-1] and row["diverged"]]
     ended = dict.fromkeys((*_key(row)[:5], row["rank"]) for row in last)
     if ended:
-        print("diverged by the last step (model, start, trained, optimizer, rule, rank): ")
+        tables.print_text("diverged by the last step (model, start, trained, optimizer, rule, rank): ")
         for cell in ended:
-            print("  " + ", ".join(map(str, cell)))
+            tables.print_text("  " + ", ".join(map(str, cell)))
     else:
-        print("no run diverged")
-    tables.print_table("Answers", ["question", "answer", "slope ± s.e. at each step"], answered, left=3, wrap=True)
+        tables.print_text("no run diverged")
+    tables.print_table("Answers", ["question", "answer", "slope ± s.e. at each step"], answered, left=3)
 
 
 def _slope_text(row: dict[str, Any] | None, ranks: int) -> str:

@@ -164,7 +164,7 @@ def report(config: Config, found: Transfer, targets: Sequence[str]) -> None:
     )
     print(peft_config(found, target_modules=targets, per=config.per))
     if is_measured:
-        print(
+        tables.print_text(
             "\nThese alphas keep the rms of each module's own output, cross-talk included. The step of the whole model "
             "is led by the signal, because cross-talk does not add up over modules: to keep that one, use "
             "--regime signal; --check takes the steps."
@@ -252,7 +252,7 @@ def check(config: Config, found: Transfer, targets: Sequence[str]) -> None:
         ["plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits"],
         [[name, *cells] for name, cells in lines.items() if name != "tuned"],
     )
-    print(f"written to {folder.path}")
+    tables.print_text(f"written to {folder.path}")
 
 
 def _rows(name: str, setting: Setting, pattern: Mapping[str, float], seed: int, change: Any) -> list[dict[str, Any]]:

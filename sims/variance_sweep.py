@@ -139,7 +139,7 @@ def run(config: Config) -> None:
         folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(config, sweep.rows, check_rows, judged)
-    print(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, {describe_files(folder.path)}")
+    tables.print_text(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, {describe_files(folder.path)}")
 
 
 def check(config: Config) -> dict[str, Rule]:
@@ -454,9 +454,9 @@ def report(
                         "scaling",
                         "estimate ± s.e.",
                         "exact",
-                        "estimate/exact",
+                        "estimate / exact",
                         "Eq. 9",
-                        "estimate/Eq. 9",
+                        "estimate / Eq. 9",
                     ],
                     [
                         [
@@ -477,10 +477,12 @@ def report(
         print_check(check_rows)
     tables.print_table(
         "Verdicts on the paper's equations",
-        ["Eq.", "claim", "verdict", "where", "figures"],
-        [[v.equation, v.claim, v.status, v.where, v.evidence] for v in sorted(judged, key=_equation_order)],
-        left=5,
-        wrap=True,
+        ["Eq.", "verdict", "claim; where it holds; figures"],
+        [
+            [v.equation, v.status, "\n".join(filter(None, (v.claim, v.where, v.evidence)))]
+            for v in sorted(judged, key=_equation_order)
+        ],
+        left=3,
     )
 
 
@@ -491,15 +493,15 @@ def print_exponents(config: Config, rows: list[dict[str, Any]]) -> None:
         return
     third = max(len(ranks) // 3, 2)
     parts = [ranks, ranks[:third], ranks[-third:]] if len(ranks) > third else [ranks]
-    table = []
     norms = [row for row in rows if row["quantity"] == "norm"]
     for optimizer in config.optimizers:
         for init in config.inits:
+            table = []
             for overlap in config.overlaps:
                 for rule in config.rules:
                     key = (optimizer, init, overlap, rule)
                     group = [r for r in norms if (r["optimizer"], r["init"], r["overlap"], r["rule"]) == key]
-                    line = [optimizer, init, f"{overlap:g}", rule]
+                    line = [f"{overlap:g}", rule]
                     for part in parts:
                         chosen = [row for row in group if row["rank"] in part]
                         x = [row["rank"] for row in chosen]
@@ -508,12 +510,12 @@ def print_exponents(config: Config, rows: list[dict[str, Any]]) -> None:
                         exact = log_log_fit(x, [row["exact"] for row in chosen], [0.0] * len(x))
                         line.append(f"{fit.slope:+.3f} ± {fit.standard_error:.3f} ({exact.slope:+.3f})")
                     table.append(line)
-    tables.print_table(
-        "Exponent of the rms norm |w| in the rank: fitted ± s.e. (exact law, same fit)",
-        ["optimizer", "init", "overlap", "rule", *[f"r = {part[0]}..{part[-1]}" for part in parts]],
-        table,
-        left=4,
-    )
+            tables.print_table(
+                f"{optimizer}, A {init}: exponent of the rms norm |w| in the rank, fitted ± s.e. (exact law, same fit)",
+                ["overlap", "rule", *[f"r = {part[0]}..{part[-1]}" for part in parts]],
+                table,
+                left=2,
+            )
 
 
 def print_check(rows: list[dict[str, Any]]) -> None:

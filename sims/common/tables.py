@@ -1,5 +1,6 @@
-"""Tables on standard output."""
+"""Tables and sentences on standard output, never wider than the terminal: 80 columns where there is none."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -7,22 +8,59 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+WORDS = 24
+"""Columns of words are not made narrower than this for the sake of further figures beside them."""
+LEAST = 8
+"""Nor than this for the sake of the widest figure."""
+HEAD = 10
+"""Heads of figures fold to no less than this."""
+GAP = 2
+"""Spaces between columns; the box has one more at either end."""
 
-def console(*, wrap: bool = False) -> Console:
-    """The console of standard output; lines of figures are never cut, words fold at 150 columns off a terminal."""
-    plain = Console()
-    if not wrap:
-        return Console(width=max(plain.width, 240))
-    return plain if plain.is_terminal else Console(width=150)
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
+    """Print a table; the first ``left`` columns are words, which fold, the others figures, which are never cut.
+
+    Columns of figures that find no room follow in a further table, beside the same words.
+    """
+    console = Console()
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [_width(column, [row[i] for row in cells], words=i < left) for i, column in enumerate(columns)]
+    room = console.width - max((widths[i] + GAP for i in range(left, len(columns))), default=0)
+    while left and sum(widths[i] + GAP for i in range(left)) > room and max(widths[:left]) > LEAST:
+        widths[widths.index(max(widths[:left]))] -= 1
+    groups = [list(range(left))]
+    for figure in range(left, len(columns)):
+        wider = [*groups[-1], figure]
+        if len(groups[-1]) > left and sum(widths[i] + GAP for i in wider) > console.width:
+            wider = [*range(left), figure]
+            groups.append(wider)
+        groups[-1] = wider
+    print_text(title)
+    for group in groups:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+        for i in group:
+            if i < left:
+                table.add_column(columns[i], overflow="fold", min_width=widths[i])
+            else:
+                head = "\n".join(textwrap.wrap(columns[i], widths[i]))
+                table.add_column(head, justify="right", no_wrap=True, min_width=widths[i])
+        for row in cells:
+            table.add_row(*[Text(row[i]) for i in group])  # Text: brackets are no markup
+        console.print(table)
 
 
-def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1, wrap: bool = False
-) -> None:
-    """Print a table; the first ``left`` columns are words (folded where ``wrap``), the others right-aligned figures."""
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=not wrap, overflow="fold")
-    for row in rows:
-        table.add_row(*[Text(str(cell)) for cell in row])  # Text: brackets are no markup
-    console(wrap=wrap).print(table)
+def print_text(text: str) -> None:
+    """Print sentences, folded between words; lines that begin with a space are kept as they are."""
+    width = Console().width
+    for line in text.split("\n"):
+        kept = line.startswith(" ") or not line
+        print(line if kept else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False))
+
+
+def _width(head: str, cells: Sequence[str], *, words: bool) -> int:
+    """The least width of a column: of its figures all, of its words `WORDS` or what they need."""
+    widest = max(map(len, cells), default=0)
+    if words:
+        return min(max(widest, len(head)), WORDS)
+    return max(widest, *map(len, head.split()), min(len(head), HEAD))

@@ -1,0 +1,9 @@
+"""Commands print here as on a wide terminal: a sentence is one line, a table one table."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """240 columns; `test_output` has 80."""
+    monkeypatch.setenv("COLUMNS", "240")

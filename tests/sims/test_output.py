@@ -1,0 +1,165 @@
+"""What commands print fits 80 columns: help and tables, here of the published results; figures are never cut."""
+
+import csv
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rora_theory.commonsense.levels import Level
+from rora_theory.commonsense.scoring import Scoring
+from rora_theory.verdicts import Verdict
+from sims import capacity, coordinate_check, evaluate, layer_sweep, lr_transfer, regime, training_dynamics, transfer
+from sims import variance_sweep as sweep
+from sims.common import tables
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
+
+
+@pytest.fixture
+def printed(capsys, monkeypatch):
+    """The lines printed since the last call, at 80 columns; none is wider."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def read() -> list[str]:
+        lines = capsys.readouterr().out.splitlines()
+        assert lines
+        assert [line for line in lines if len(line) > 80] == []
+        return lines
+
+    return read
+
+
+def typed(path: Path) -> list[dict]:
+    """A published table with its figures as numbers; empty cells are None."""
+
+    def value(name: str, text: str):
+        if text == "" or (name in ("rule", "range", "layer", "ranks") and not text.isdecimal()):
+            return text or None
+        try:
+            return text if name == "rule" else int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+        except ValueError:
+            return text
+
+    with path.open(newline="") as file:
+        return [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def known(row: dict) -> dict:
+    """A row without its empty cells."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def config_of(kind: type, name: str):
+    """The published run's configuration, as far as it determines the table."""
+    used = json.loads((PUBLISHED / name / "manifest.json").read_text())["config"]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in used.items() if key in fields}
+    needed = {name: () for name, field in fields.items() if field.default is dataclasses.MISSING}
+    return kind(**(needed | chosen))
+
+
+def test_columns_that_find_no_room_follow_in_a_further_table(printed) -> None:
+    figures = [f"{n}.{'1' * 9}" for n in range(9)]
+    tables.print_table("A title of many words " * 8, ["rule", *map(str, range(9))], [["lora", *figures]])
+    lines = printed()
+    text = "\n".join(lines)
+    assert all(figure in text for figure in figures), "no figure is cut"
+    assert sum(line.strip().startswith("lora") for line in lines) > 1, "each table has the row's words"
+    assert "…" not in text
+
+
+def test_a_wider_terminal_is_used(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    tables.print_table("t", ["rule", *map(str, range(9))], [["lora", *["1.234567890"] * 9]])
+    assert capsys.readouterr().out.count("lora") == 1
+
+
+def test_sentences_fold_between_words_and_paths_stay_whole(printed, capsys) -> None:
+    tables.print_text("word " * 40 + "end")
+    assert all(set(line.split()) <= {"word", "end"} for line in printed())
+    path = "/" + "x" * 100
+    tables.print_text(f"written to {path}")
+    assert path in capsys.readouterr().out.splitlines()
+
+
+def test_variance_sweep(printed) -> None:
+    folder = PUBLISHED / "variance_sweep"
+    judged = [Verdict(**verdict) for verdict in json.loads((folder / "verdicts.json").read_text())]
+    config = config_of(sweep.Config, "variance_sweep")
+    sweep.report(config, typed(folder / "results.csv"), typed(folder / "direct_check.csv"), judged)
+    text = " ".join(" ".join(printed()).split())
+    assert "4084" in text
+    assert all(word in text for verdict in judged for word in verdict.claim.split())
+
+
+def test_real_layers(printed) -> None:
+    folder = PUBLISHED / "real_layers"
+    config = config_of(sweep.Config, "real_layers")
+    layer_sweep.report(config, typed(folder / "results.csv"), typed(folder / "crossing_ranks.csv"))
+    text = "\n".join(printed())
+    assert "-1.208 ± 0.003" in text
+    assert "21.8 (12.4-95.9)" in text
+
+
+def test_regime(printed) -> None:
+    folder = PUBLISHED / "regime"
+    config = dataclasses.replace(config_of(regime.Config, "regime"), layers=(0, 29))
+    verdict = json.loads((folder / "verdict.json").read_text())
+    crossings = typed(folder / "crossing_ranks.csv")
+    rows = [known(row) for row in typed(folder / "results.csv")]
+    regime.report(config, crossings, rows, verdict)
+    assert "verdict: holds." in "\n".join(printed())
+
+
+def test_coordinate_check(printed) -> None:
+    config = config_of(coordinate_check.Config, "coordinate_check")
+    found = typed(PUBLISHED / "coordinate_check" / "slopes.csv")
+    rows = [
+        {**row, "quantity": "loss", "value": 3.5} for row in found if (row["quantity"], row["step"]) == ("hidden", 1)
+    ]
+    slopes = [known(row) for row in found]
+    coordinate_check.report(config, slopes, rows)
+    assert "+0.00 ± 0.01" in "\n".join(printed())
+
+
+def test_training_dynamics(printed) -> None:
+    folder = PUBLISHED / "training_dynamics"
+    answers = [tuple(answer.values()) for answer in json.loads((folder / "answers.json").read_text())]
+    config = config_of(training_dynamics.Config, "training_dynamics")
+    training_dynamics.report(config, typed(folder / "results.csv"), typed(folder / "exponents.csv"), answers)
+    assert "-0.56 ± 0.00" in "\n".join(printed())
+
+
+@pytest.mark.parametrize("name", ["lr_transfer", "lr_transfer_smollm2"])
+def test_lr_transfer(printed, name) -> None:
+    folder = PUBLISHED / name
+    compared = [lr_transfer.Comparison(**one) for one in json.loads((folder / "comparison.json").read_text())]
+    slopes = [{"nearest": ""} | known(row) for row in typed(folder / "slopes.csv")]
+    lr_transfer.report(typed(folder / "best.csv"), slopes, compared)
+    text = " ".join(printed())
+    assert all(word in text for one in compared for word in one.verdict.split())
+
+
+@pytest.mark.parametrize("run", [(), ("--regime", str(PUBLISHED / "regime"))])
+def test_transfer(printed, run) -> None:
+    config = transfer.Config(regime=run[1]) if run else transfer.Config()
+    transfer.report(config, *transfer.plan(config))
+    printed()
+
+
+def test_capacity_says_one_figure_for_one_thing(printed) -> None:
+    """The largest of the paper's models without rematerialisation: in the table, on its own, in the README."""
+    capacity.main([])
+    assert re.search(r"llama-13b +no .* 51\.9", "\n".join(printed()))
+    capacity.main(["--model", "llama-13b"])
+    assert "does not fit (51.9 GB of 50.0 GB)" in " ".join(" ".join(printed()).split())
+    assert "51.9 without" in (PUBLISHED.parents[1] / "README.md").read_text()
+
+
+def test_evaluate(printed) -> None:
+    level = Level("hellaswag", 10042, 0.0, 0.05, 0.5, 0.01, 0.0, 0.25, 0.2510)
+    evaluate.show([level, dataclasses.replace(level, task="average")], Scoring(protocol="harness"))
+    printed()
