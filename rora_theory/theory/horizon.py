@@ -333,8 +333,8 @@ def rate_factor(strength: float, rho: float) -> float:
     Example:
       ``use_rslora`` at r = 128 and the same alpha makes gamma sqrt(128) times as large:
 
-      >>> [round(1 / rate_factor(math.sqrt(128), rho), 1) for rho in (0.0, 1.0, math.inf)]
-      [11.3, 5.3, 3.4]
+      >>> tuple(round(1 / rate_factor(math.sqrt(128), rho), 1) for rho in (0.0, 1.0, math.inf))
+      (11.3, 5.3, 3.4)
     """
     check_positive("strength", strength)
     _check_rho(rho)

@@ -1,0 +1,666 @@
+"""Every number of the documents comes from ``results/published``: this writes them in, or checks that they are right.
+
+    python docs/fill.py            # fill README.md and docs/**/*.md
+    python docs/fill.py --check    # exit status 1 where a document says something else than the files
+
+A document marks a place as ``<!-- = NAME -->...<!-- / -->``, a table or a word in a sentence; NAME is a function
+registered below. What stands between the marks is replaced.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rora_theory.statistics import log_log_fit
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "results" / "published"
+PLACE = re.compile(r"(<!-- = (?P<name>[\w.:-]+) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
+
+BLOCKS: dict[str, Callable[[], str]] = {}
+
+RULES = {
+    "lora": "`alpha / r`",
+    "rora": "`alpha / sqrt(r)`",
+    "0.25": "`alpha / r^0.25`",
+    "quarter": "`alpha / r^0.25`",
+}
+METHODS = {
+    "prefix": "Prefix",
+    "series": "Series",
+    "parallel": "Parallel",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "rora": "RoRA",
+}
+
+
+def block(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """Register what fills a place."""
+
+    def register(make: Callable[[], str]) -> Callable[[], str]:
+        if name in BLOCKS:
+            raise ValueError(f"two blocks are named {name}")
+        BLOCKS[name] = make
+        return make
+
+    return register
+
+
+@cache
+def csv(path: str) -> pd.DataFrame:
+    """A table of a published run."""
+    return pd.read_csv(PUBLISHED / path)
+
+
+@cache
+def read(path: str) -> Any:
+    """A JSON file of a published run."""
+    return json.loads((PUBLISHED / path).read_text())
+
+
+def one(frame: pd.DataFrame, **where: Any) -> pd.Series:
+    """The one row that has these values."""
+    for name, value in where.items():
+        frame = frame[frame[name] == value]
+    if len(frame) != 1:
+        raise ValueError(f"{len(frame)} rows have {where}; a document needs one")
+    return frame.iloc[0]
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def signed(value: float, error: float, digits: int = 2) -> str:
+    """A figure with its sign and its error."""
+    return f"{value:+.{digits}f} ± {error:.{digits}f}"
+
+
+def manifest(run: str) -> str:
+    """What a run was, in a line: command, versions, revision, end."""
+    found = read(f"{run}/manifest.json")
+    packages = found.get("packages") or found["runs"][-1]["packages"]
+    revision = found.get("git_revision") or found["runs"][-1]["git_revision"]
+    end = found.get("end") or found["runs"][-1].get("end", found["start"])
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("jax", "numpy") if name in packages)
+    device = f"{found['device']}; " if "device" in found else ""
+    return f"`results/published/{run}`: {device}{versions}; revision {revision[:10]}; ended {end[:10]}."
+
+
+for _run in sorted(path.parent.name for path in PUBLISHED.glob("*/manifest.json")):
+    block(f"run:{_run}")(lambda run=_run: manifest(run))
+
+
+# The verdicts on the paper's equations.
+
+
+@block("verdicts")
+def verdicts() -> str:
+    rows = [
+        [v["equation"], v["claim"], v["status"], v["where"], v["evidence"]]
+        for v in read("variance_sweep/verdicts.json")
+    ]
+    return table(["Eq.", "claim", "verdict", "where", "what shows it"], rows)
+
+
+@block("eq9.rank1")
+def eq9() -> str:
+    evidence = next(v["evidence"] for v in read("variance_sweep/verdicts.json") if v["equation"] == "9")
+    return re.findall(r"exact (\d+)", evidence)[0]
+
+
+# Real layers.
+
+
+@block("layers.exponents")
+def layers_exponents() -> str:
+    results, crossings = csv("real_layers/results.csv"), csv("real_layers/crossing_ranks.csv")
+    between = results["rank"].between(8, 128) & (results["quantity"] == "rms")
+    held = results[(results["split"] == "heldout") & between]
+    rows = []
+    for (layer, optimizer), group in held.groupby(["layer", "optimizer"], sort=False):
+        where = one(crossings, layer=layer, split="heldout", optimizer=optimizer)
+        low, high = where["lower_quartile"], where["upper_quartile"]
+        cells = []
+        for rule in ("lora", "rora", "0.25"):
+            own = group[group["rule"].astype(str) == rule]
+            fit = log_log_fit(own["rank"].to_numpy(float), own["estimate"].to_numpy(), own["standard_error"].to_numpy())
+            cells.append(signed(fit.slope, fit.standard_error, 3))
+        rows.append(
+            [
+                layer.removeprefix("model.layers."),
+                {"sgd": "SGD", "adam": "Adam"}[optimizer],
+                f"{where['crossing_rank']:.1f} ({low:.1f} to {high:.1f})",
+                *cells,
+            ]
+        )
+    return table(["layer", "optimizer", "r\\* (quartiles)", *(RULES[rule] for rule in ("lora", "rora", "0.25"))], rows)
+
+
+@block("layers.agreement")
+def layers_agreement() -> str:
+    rows = csv("real_layers/results.csv")
+    rows = rows[(rows["rule"].astype(str) == "lora") & (rows["quantity"] == "rms")]
+    gap = (rows["estimate"] / rows["exact"] - 1).abs().max()
+    z = (rows["estimate"] - rows["exact"]) / rows["standard_error"]
+    return (
+        f"{len(rows)} figures under one rule (the others are powers of gamma away): measured and exact rms differ by "
+        f"at most {100 * gap:.1f}%, the largest |z| is {z.abs().max():.2f}, the rms of z {np.sqrt(np.mean(z**2)):.2f}"
+    )
+
+
+def _regime(optimizer: str, split: str = "heldout") -> pd.DataFrame:
+    rows = csv("regime/crossing_ranks.csv")
+    return rows[(rows["optimizer"] == optimizer) & (rows["split"] == split) & (rows["init"] == "kaiming_uniform")]
+
+
+@block("regime.crossings")
+def regime_crossings() -> str:
+    rows = []
+    for optimizer, name in (("sgd", "SGD"), ("adam", "Adam")):
+        for down, kind in ((True, "`down_proj`"), (False, "the other modules")):
+            found = _regime(optimizer)
+            found = found[found["module"].str.endswith("down_proj") == down]
+            pooled, median = found["crossing_rank"], found["median"]
+            rows.append(
+                [
+                    name,
+                    kind,
+                    str(len(found)),
+                    f"{pooled.min():.1f} to {pooled.max():.1f}",
+                    f"{median.min():.1f} to {median.max():.1f}",
+                    f"{int((pooled > 8).sum())}",
+                ]
+            )
+    return table(
+        ["optimizer", "modules", "how many", "r\\*, tokens pooled", "median over tokens", "of them r\\* > 8"], rows
+    )
+
+
+@block("regime.judge")
+def regime_judge() -> str:
+    found = read("regime/verdict.json")
+    return (
+        f"{found['comparisons']} figures, {found['outside']} outside 2% or their error bar (for a false alarm of "
+        f"{found['false_alarm']:g} over all); largest |t| {found['largest_t']:.2f}"
+    )
+
+
+# The coordinate check.
+
+
+@block("coordinate.slopes")
+def coordinate_slopes() -> str:
+    slopes = csv("coordinate_check/slopes.csv")
+    slopes = slopes[slopes["quantity"] == "hidden"]
+    cases = [
+        ("adamw", "lora", "kaiming_uniform", "AdamW, `alpha / r`"),
+        ("adamw", "rora", "kaiming_uniform", "AdamW, `alpha / sqrt(r)`"),
+        ("sgd", "lora", "kaiming_uniform", "SGD, `alpha / r`"),
+        ("sgd", "rora", "kaiming_uniform", "SGD, `alpha / sqrt(r)`"),
+    ]
+    main = slopes[slopes["control"] == 0]
+    found = [
+        (name, main[(main["optimizer"] == optimizer) & (main["rule"].astype(str) == rule) & (main["init"] == init)])
+        for optimizer, rule, init, name in cases
+    ]
+    controls = slopes[slopes["control"] == 1]
+    found += [
+        (f"control: AdamW, {_control(*key)}", group) for key, group in controls.groupby(["rule", "init"], sort=False)
+    ]
+    rows = []
+    for name, group in found:
+        cells = [
+            signed(row["slope"], row["half_width"])
+            for split in ("train", "held_out")
+            for step in (1, 10)
+            for row in [one(group, split=split, step=step)]
+        ]
+        rows.append([name, *cells])
+    return table(["", "training batch, step 1", "step 10", "held-out batch, step 1", "step 10"], rows)
+
+
+def _control(rule: Any, init: str) -> str:
+    if init == "gaussian":
+        return "`alpha / r`, `gaussian` init"
+    return "constant gamma" if str(rule) == "0" else RULES[str(rule)]
+
+
+@block("transfer.check")
+def transfer_check() -> str:
+    frame = csv("transfer/summary.csv")
+    rows = []
+    for plan in dict.fromkeys(frame["plan"]):
+        if plan == "tuned":
+            continue
+        cells = [one(frame, plan=plan, quantity=quantity) for quantity in ("modules", "hidden", "logits")]
+        alpha, rate = cells[0]["alpha"], cells[0]["learning_rate"]
+        texts = [f"{cell['ratio']:.3f} ± {cell['standard_error']:.3f}" for cell in cells]
+        rows.append([plan, f"{alpha:.4g}", f"{rate:.3g}", *texts])
+    return table(["at r = 128", "alpha", "rate", "modules (rms)", "final hidden states", "logits"], rows)
+
+
+# Later steps.
+
+
+def _exponents(model: str, optimizer: str, rule: str, start_rank: int, quantity: str) -> list[str]:
+    frame = csv("training_dynamics/exponents.csv")
+    frame = frame[
+        (frame["model"] == model)
+        & (frame["start"] == "A")
+        & (frame["trained"] == "both")
+        & (frame["optimizer"] == optimizer)
+        & (frame["rule"].astype(str) == rule)
+        & (frame["lowest_rank"] == start_rank)
+        & (frame["highest_rank"] == 1024)
+        & (frame["quantity"] == quantity)
+    ]
+    return [
+        signed(row["slope"], row["standard_error"], 3) for step in (1, 10, 30, 100) for row in [one(frame, step=step)]
+    ]
+
+
+@block("dynamics.exponents")
+def dynamics_exponents() -> str:
+    cases = [
+        ("SGD, `alpha / sqrt(r)` (rsLoRA's theorem: flat)", "sgd", "rora"),
+        ("Adam, `alpha / r` (flat, where the change is Theta(r) at fixed gamma)", "adam", "lora"),
+    ]
+    rows = []
+    for name, optimizer, rule in cases:
+        for model in ("linear", "mlp"):
+            for low in (64, 4):
+                cells = _exponents(model, optimizer, rule, low, "output_train")
+                rows.append([name, model, f"{low} to 1024", *cells])
+    return table(["claim", "model", "ranks", "step 1", "step 10", "step 30", "step 100"], rows)
+
+
+@block("dynamics.answers")
+def dynamics_answers() -> str:
+    rows = [[a["question"], a["answer"], a["figures"]] for a in read("training_dynamics/answers.json")]
+    return table(["question", "answer", "slope or exponent by step, ± one standard error"], rows)
+
+
+# The best rate.
+
+
+@block("rates.toy")
+def rates_toy() -> str:
+    frame = csv("lr_transfer/slopes.csv")
+    rows = []
+    for _, row in frame.iterrows():
+        rows.append(
+            [
+                {"sgd": "SGD", "adam": "Adam"}[row["optimizer"]],
+                {"both": "A and B", "B": "B alone"}[row["trained"]],
+                RULES[str(row["rule"])],
+                row["ranks"].replace(" ", ", "),
+                signed(row["slope"], row["half_width"]),
+                f"{row['signal']:+.2f}",
+                f"{row['cross-talk']:+.2f}",
+                "" if pd.isna(row["A moves"]) else f"{row['A moves']:+.2f}",
+            ]
+        )
+    heads = [
+        "optimizer",
+        "trained",
+        "rule",
+        "ranks",
+        "slope of the best rate",
+        "first step, signal",
+        "first step, cross-talk",
+    ]
+    return table([*heads, "A-led"], rows)
+
+
+@block("rates.toy.comparison")
+def rates_toy_comparison() -> str:
+    rows = []
+    for found in read("lr_transfer/comparison.json"):
+        if (found["first"], found["second"]) != ("lora", "rora"):
+            continue
+        relative, half = (100 * found[name] / found["second_loss"] for name in ("difference", "half_width"))
+        rows.append(
+            [
+                {"sgd": "SGD", "adam": "Adam"}[found["optimizer"]],
+                {"both": "A and B", "B": "B alone"}[found["trained"]],
+                f"{relative:+.1f}% ± {half:.1f}%",
+                f"{found['ratio']:.2f}",
+                f"{found['scaling_ratio']:.2f}",
+            ]
+        )
+    heads = ["optimizer", "trained", "loss of `alpha / r` less that of `alpha / sqrt(r)`", "best rates' ratio"]
+    return table([*heads, "ratio by the first step alone"], rows)
+
+
+@block("rates.model")
+def rates_model() -> str:
+    best, slopes = csv("lr_transfer_smollm2/best.csv"), csv("lr_transfer_smollm2/slopes.csv")
+    rows = []
+    for rule in ("lora", "rora", "quarter"):
+        own = best[best["rule"] == rule].set_index("rank")
+        slope = one(slopes, rule=rule)
+        rates = [f"{own.loc[rank, 'best_rate']:.1e}" for rank in (8, 32, 128)]
+        losses = [f"{own.loc[rank, 'best_loss']:.3f}" for rank in (8, 32, 128)]
+        rows.append([RULES[rule], *rates, signed(slope["slope"], slope["half_width"]), ", ".join(losses)])
+    heads = ["", "best rate at r = 8", "32", "128", "slope in r", "loss at the best rate: r = 8, 32, 128"]
+    return table(heads, rows)
+
+
+def _best(rule: str, rank: int) -> float:
+    return float(one(csv("lr_transfer_smollm2/best.csv"), rule=rule, rank=rank)["best_rate"])
+
+
+@block("rates.model.ratio")
+def rates_model_ratio() -> str:
+    """Best rate of alpha / r over that of alpha / sqrt(r) at r = 128."""
+    return f"{_best('lora', 128) / _best('rora', 128):.1f}"
+
+
+@block("rates.model.exponent")
+def rates_model_exponent() -> str:
+    """Slope of the best rate against gamma r over the nine points."""
+    best = csv("lr_transfer_smollm2/best.csv")
+    gamma = csv("lr_transfer_smollm2/results.csv").drop_duplicates(["rule", "rank"])
+    both = best.merge(gamma[["rule", "rank", "scaling"]], on=["rule", "rank"])
+    slope, _ = np.polyfit(np.log(both["scaling"] * both["rank"]), np.log(both["best_rate"]), 1)
+    return f"{slope:.2f}"
+
+
+@block("rates.model.comparison")
+def rates_model_comparison() -> str:
+    found = next(c for c in read("lr_transfer_smollm2/comparison.json") if c["second"] == "rora")
+    relative, half = (100 * found[name] / found["second_loss"] for name in ("difference", "half_width"))
+    return f"{relative:+.1f}% ± {half:.1f}%"
+
+
+# Benchmarks.
+
+
+def _sweep(run: str) -> pd.DataFrame:
+    frame = csv(f"{run}/results.csv")
+    return frame[frame["status"] == "complete"]
+
+
+def _losses(run: str, method: str, rank: int, rate: float, column: str = "validation_loss") -> list[float]:
+    frame = _sweep(run)
+    own = frame[(frame["method"] == method) & (frame["rank"] == rank) & np.isclose(frame["learning_rate"], rate)]
+    return own.sort_values("seed")[column].tolist()
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values))
+
+
+def _difference(run: str, method: str, rank: int, rate: float, rates: str = "same") -> pd.Series:
+    frame = csv(f"{run}/differences.csv")
+    frame = frame[(frame["rates"] == rates) & (frame["against"] == "lora") & (frame["method"] == method)]
+    frame = frame[(frame["rank"] == rank) & np.isclose(frame["learning_rate"], rate)]
+    return one(frame)
+
+
+def _by_rank(run: str, ranks: tuple[int, ...]) -> str:
+    frame = _sweep(run)
+    rows = []
+    for rank in ranks:
+        first = frame[(frame["rank"] == rank) & np.isclose(frame["learning_rate"], 3e-4) & (frame["seed"] == 0)]
+        lora, rora = one(first, method="lora"), one(first, method="rora")
+        seeds = len(_losses(run, "rora", rank, 3e-4))
+        cells = [f"{rank}", f"{seeds}", f"{lora['gamma']:.3g}, {rora['gamma']:.3g}"]
+        cells += [f"{_mean(_losses(run, 'lora', rank, 3e-4)):.3f} ± {lora['validation_error']:.3f}"]
+        for method in ("dora", "rora"):
+            found = _difference(run, method, rank, 3e-4)
+            over_seeds = found["loss_seed_error"]
+            seed = "" if pd.isna(over_seeds) else f" (seeds {over_seeds:.3f})"
+            cells.append(f"{found['loss']:+.3f} ± {found['loss_error']:.4f}{seed}")
+        answers = [f"{_mean(_losses(run, method, rank, 3e-4, 'answer_loss')):.2f}" for method in ("lora", "rora")]
+        accuracy = [f"{100 * row['average']:.1f} ± {100 * row['average_error']:.1f}" for row in (lora, rora)]
+        rows.append([*cells, ", ".join(answers), *accuracy])
+    heads = ["r", "seeds", "gamma: LoRA, RoRA", "LoRA: held-out loss", "DoRA less LoRA", "RoRA less LoRA"]
+    return table([*heads, "on answers: LoRA, RoRA", "accuracy (%): LoRA", "RoRA"], rows)
+
+
+@block("sweep.by-rank")
+def sweep_by_rank() -> str:
+    return _by_rank("rank_sweep", (4, 8, 16, 32, 64, 128))
+
+
+@block("pruned.by-rank")
+def pruned_by_rank() -> str:
+    return _by_rank("rank_sweep_pruned", (8, 16, 32, 64, 128))
+
+
+def _rates(run: str, methods: tuple[str, ...]) -> str:
+    frame = _sweep(run)
+    rows = []
+    for method in methods:
+        ranked = method in ("lora", "dora", "rora")
+        own = frame[(frame["method"] == method) & ((frame["rank"] == 32) if ranked else frame["rank"].isna())]
+        means = own.groupby("learning_rate")["validation_loss"].mean()
+        cells = []
+        for rate in sorted(means.index):
+            losses = own[np.isclose(own["learning_rate"], rate)].sort_values("seed")["validation_loss"]
+            text = f"{rate:.0e}".replace("e-0", "e-") + ": " + ", ".join(f"{loss:.3f}" for loss in losses)
+            cells.append(f"**{text}**" if rate == means.idxmin() else text)
+        rows.append([METHODS[method], f"{own['trainable_parameters'].iloc[0] / 1e6:.2f}", "; ".join(cells)])
+    return table(["method", "trained (millions)", "rate: held-out loss of each seed; the best rate is bold"], rows)
+
+
+@block("sweep.rates")
+def sweep_rates() -> str:
+    return _rates("rank_sweep", ("prefix", "series", "parallel", "lora", "dora", "rora"))
+
+
+@block("pruned.rates")
+def pruned_rates() -> str:
+    return _rates("rank_sweep_pruned", ("lora", "dora", "rora"))
+
+
+def _best_differences(run: str) -> str:
+    frame = csv(f"{run}/differences.csv")
+    frame = frame[(frame["rates"] == "best") & (frame["against"] == "lora")]
+    frame = frame[(frame["rank"] == 32) | frame["rank"].isna()]
+    rows = [
+        [
+            METHODS[row["method"]],
+            f"{row['learning_rate']:.0e}".replace("e-0", "e-"),
+            f"{row['against_rate']:.0e}".replace("e-0", "e-"),
+            f"{row['loss']:+.4f} ± {row['loss_error']:.4f}",
+            "" if pd.isna(row["loss_seed_error"]) else f"{row['loss_seed_error']:.4f}",
+            f"{int(row['seeds'])}",
+        ]
+        for _, row in frame.iterrows()
+    ]
+    heads = ["less LoRA, each at its best", "its rate", "LoRA's", "nats, ± over records", "± over seeds", "seeds"]
+    return table(heads, rows)
+
+
+@block("sweep.best")
+def sweep_best() -> str:
+    return _best_differences("rank_sweep")
+
+
+@block("pruned.best")
+def pruned_best() -> str:
+    return _best_differences("rank_sweep_pruned")
+
+
+def _gap(run: str, rates: str, rate: float) -> str:
+    found = _difference(run, "rora", 32, rate, rates)
+    return f"{found['loss']:+.3f} ± {found['loss_error']:.3f}"
+
+
+block("sweep.gap.same")(lambda: _gap("rank_sweep", "same", 3e-4))
+block("sweep.gap.best")(lambda: _gap("rank_sweep", "best", 1e-3))
+block("pruned.gap.same")(lambda: _gap("rank_sweep_pruned", "same", 3e-4))
+block("pruned.gap.best")(lambda: _gap("rank_sweep_pruned", "best", 1e-3))
+
+
+@block("sweep.base")
+def sweep_base() -> str:
+    row = one(_sweep("rank_sweep"), method="base")
+    return f"{row['validation_loss']:.3f} ± {row['validation_error']:.3f}"
+
+
+@block("sweep.accuracy")
+def sweep_accuracy() -> str:
+    row = one(_sweep("rank_sweep"), method="base")
+    return (
+        f"the model alone has {100 * row['average']:.1f}% ± {100 * row['average_error']:.1f}%, "
+        f"guessing {100 * row['average_chance']:.1f}%"
+    )
+
+
+@block("prune.facts")
+def prune_facts() -> str:
+    found = read("prune/manifest.json")
+    whole, kept = found["parameters"]
+    before, after = found["perplexity_held_out"]
+    return (
+        f"{kept / 1e6:.1f} of {whole / 1e6:.1f} million parameters; its perplexity on held-out prompts goes from "
+        f"{before:.1f} to {after:.0f}"
+    )
+
+
+# Speed.
+
+
+@block("speed.finetune")
+def speed_finetune() -> str:
+    found = read("finetune_speed/benchmark.json")
+    ours, peer = found["tokens"]["ours"], found["tokens"]["peer"]
+    rows = [
+        [
+            "LoRA r = 8, 4 x 256 tokens: tokens/s",
+            f"{ours['tokens_per_second']:.0f}",
+            f"{peer['tokens_per_second']:.0f}",
+            f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}",
+        ],
+        [
+            "the same: peak memory of the process (GB)",
+            f"{ours['peak_memory_gb']:.2f}",
+            f"{peer['peak_memory_gb']:.2f}",
+            f"{ours['peak_memory_gb'] / peer['peak_memory_gb']:.2f}",
+        ],
+    ]
+    return table(["", "here", "torch + peft", "ratio"], rows)
+
+
+@block("speed.machine")
+def speed_machine() -> str:
+    machine = read("finetune_speed/benchmark.json")["machine"]
+    return f"{machine['processor']}, {machine['cores']} cores"
+
+
+@block("speed.rest")
+def speed_rest() -> str:
+    finetune, evaluate = read("finetune_speed/benchmark.json"), read("evaluate_speed/benchmark.json")
+    text, methods = finetune["text"], finetune["methods"]
+    ours, peer = (text[side]["examples_per_second"]["median"] for side in ("ours", "peer"))
+    rows = [["real text, batch 16: examples/s", f"{ours:.2f}", f"{peer:.2f}", f"{text['speed_ratio']:.2f}"]]
+    for dropout in ("0", "0.05"):
+        cells = [f"{methods[f'{side}, dropout {dropout}']['dora_over_lora']:.2f}" for side in ("ours", "peer")]
+        rows.append([f"DoRA's step over LoRA's, r = 128, dropout {dropout}", *cells, ""])
+    own = [task for task in evaluate["harness"] if task["task"] in evaluate["config"]["tasks"]]
+    items = sum(task["items"] for task in own)
+    seconds = [sum(task["ours_s"] for task in own), sum(task["lm_eval_s"]["32"] for task in own)]
+    rate = [f"{items / each:.1f}" for each in seconds]
+    rows.append([f"`harness`, {items} items: items/s, lm-eval at batch 32", *rate, f"{seconds[1] / seconds[0]:.2f}"])
+    speeds = {
+        side: max(run["items_per_s"] for run in evaluate["generate"] if run["side"] == side)
+        for side in ("ours", "transformers")
+    }
+    ratio = speeds["ours"] / speeds["transformers"]
+    name = "`generate`, 4 beams: items/s, each at its fastest batch"
+    rows.append([name, f"{speeds['ours']:.2f}", f"{speeds['transformers']:.2f}", f"{ratio:.2f}"])
+    return table(["", "here", "the peer", "ratio"], rows)
+
+
+@block("speed.methods")
+def speed_methods() -> str:
+    sizes = read("methods_cost/benchmark.json")["sizes"]
+    rows = []
+    for size, found in sizes.items():
+        for name, form in (
+            ("time of a step over LoRA's", lambda m: f"{m['time_over_lora']['median']:.2f}"),
+            ("peak memory of the process (GB)", lambda m: f"{m['peak_memory_gb']:.2f}"),
+            ("trained, % of all parameters", lambda m: f"{100 * m['trainable_share']:.2f}"),
+        ):
+            rows.append(
+                [
+                    size,
+                    name,
+                    *(form(found[method]) for method in ("lora", "rora", "dora", "prefix", "series", "parallel")),
+                ]
+            )
+    return table(["size", "", "LoRA", "RoRA", "DoRA", "prefix", "series", "parallel"], rows)
+
+
+@block("parity.model")
+def parity_model() -> str:
+    rows = read("parity/parity.json")["rows"]
+    logits = max(row["logits"] for row in rows)
+    gradients = max(row.get("gradients", 0.0) for row in rows)
+    peers = max(row.get("gradients, peer", 0.0) for row in rows)
+    losses = max(row.get("losses", 0.0) for row in rows)
+    return (
+        f"logits within {logits:.0e} of the largest, gradients within {gradients:.0e} of each tensor's largest entry "
+        f"(peft's own in float32: {peers:.0e}), the losses of 20 steps within {losses:.0e}"
+    )
+
+
+def fill(text: str, where: str) -> str:
+    """The text with every place filled."""
+
+    def put(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise SystemExit(f"error: {where}: there are no numbers named {name}")
+        return match[1] + BLOCKS[name]() + match[4]
+
+    return PLACE.sub(put, text)
+
+
+def documents() -> list[Path]:
+    """README and every page."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main(argv: list[str]) -> int:
+    """Fill or check; the number of documents that differed."""
+    if argv not in ([], ["--check"]):
+        raise SystemExit(f"error: arguments are {' '.join(argv)}; accepted is none, or --check")
+    stale = 0
+    for path in documents():
+        if "published" in path.relative_to(ROOT).parts:
+            continue
+        old = path.read_text()
+        new = fill(old, str(path.relative_to(ROOT)))
+        if new == old:
+            continue
+        stale += 1
+        if argv:
+            for was, now in zip(PLACE.finditer(old), PLACE.finditer(new), strict=True):
+                if was["text"] != now["text"]:
+                    print(f"{path.relative_to(ROOT)}: {was['name']} is not what results/published gives")
+        else:
+            path.write_text(new)
+    if argv:
+        print(f"{stale} documents differ from results/published" if stale else "every number is what the files give")
+    return min(stale, 1) if argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
