@@ -1,6 +1,7 @@
 """The adapter as a whole: its start, merging, padding, the scaling rule, dropout, precision, compilation."""
 
 import dataclasses
+import itertools
 from dataclasses import replace as with_fields
 
 import jax
@@ -27,6 +28,15 @@ def test_a_fresh_adapter_changes_nothing(dora, config, params, tokens, run) -> N
     base, adapted = run(params, tokens), run(params, tokens, adapter)
     # LoRA adds an exact zero; DoRA multiplies by |W|/|W|, one up to the rounding of two sums of squares.
     np.testing.assert_allclose(adapted, base, rtol=0, atol=1e-5 if dora else 0)
+
+
+def test_modules_and_layers_of_one_shape_start_apart(config, params) -> None:
+    """Four shapes over seven modules and three layers: no two of one shape share a number of A."""
+    adapter = init(jax.random.key(0), LoraConfig(rank=3, alpha=3.0, target_modules="all-linear"), config, params)
+    drawn = [np.asarray(layer) for tensors in adapter.params.values() for layer in tensors["lora_A"]]
+    pairs = [(a, b) for a, b in itertools.combinations(drawn, 2) if a.shape == b.shape]
+    assert len(pairs) > 3 * len(MODULES)
+    assert all(not np.any(a == b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -85,6 +85,14 @@ def test_lengths_are_characters_of_the_choice_without_the_space_before() -> None
     assert [c.length for c in harness_choices(_record("winogrande", 1))] == [3, 3]
 
 
+@pytest.mark.parametrize("key", ["piqa", "hellaswag", "winogrande", "ARC-Easy"])
+def test_lengths_are_not_bytes(key: str) -> None:
+    """Each of these letters is two or three bytes of UTF-8."""
+    question = "_ is" if key == "winogrande" else "is it"
+    found = harness_choices(Record(key, 0, "", question, ("é", "über", "日本"), ("a", "b", "c"), 0))
+    assert [c.length for c in found] == [1, 4, 2]
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokens_are_lm_evals(name: str) -> None:
     items = [[Choice("a", context, continuation, 1)] for context, continuation in GOLDEN["pairs"]]

@@ -1,6 +1,7 @@
 """One step is AdamW on the adapter's exact gradient, whatever the padding, the parts or the shape."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,36 @@ def test_dropout_follows_the_key_and_the_step(params):
     assert losses[0] != losses[1], "another mask at each step"
     still = float(direct_loss(params, adapter(params, config), *data[0][:3]))
     assert min(abs(loss - still) for loss in losses) > 1e-4 * still, "a mask at every step"
+
+
+def test_parts_of_a_batch_have_masks_of_their_own(params):
+    """One record in the first part of two or in the second, the other part empty: a loss with another mask."""
+    config = changed(dropout=0.3, accumulation=2, warmup=0, learning_rate=1e-30)
+    one = batch(rows=1)
+    losses = []
+    for before, after in ((0, 1), (1, 0)):
+        padded = Batch(*(np.pad(a, ((before, after), (0, 0))) for a in one[:3]), None)
+        losses += [metrics.loss for _, metrics in run(params, config, [padded])]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+
+
+def test_shared_steps_are_each_run_s_own(params):
+    """One compiled step for runs of other rules, alphas and rates: each as it would be compiled for itself."""
+    shared, data = steps.SharedSteps(), [batch(seed=s) for s in range(2)]
+    ends = []
+    for changes in ({}, {"learning_rate": 0.03}, {"alpha": 9.0}, {"rule": "lora"}):
+        config = changed(warmup=1, learning_rate=0.01) if not changes else changed(warmup=1, **changes)
+        start = adapter(params, config)
+        function = shared.train_step(start, tiny.CONFIG, config, STEPS)
+        state = steps.init_state(start, steps.optimizer(config, STEPS), jax.random.key(3))
+        for item, (expected, metrics) in zip(data, run(params, config, data, start), strict=True):
+            state, found = function(state, params, item)
+            np.testing.assert_allclose(jax.tree.map(float, found), metrics, rtol=1e-5)
+            # A weight moves by the rate; programs that differ in what is constant round differently.
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), state.params, expected)
+        ends.append(np.concatenate([np.ravel(a) for a in jax.tree.leaves(state.params)]))
+    assert shared.compilations == 1
+    assert min(np.abs(a - b).max() for a, b in itertools.combinations(ends, 2)) > 1e-4
 
 
 def test_each_shape_is_compiled_once_and_the_state_is_donated(params):
