@@ -648,14 +648,12 @@ class Workbench:
             result |= self._accuracy(params, adapter, path) | {"accuracy_seconds": time.perf_counter() - lost_at}
         return result | {"seconds": time.perf_counter() - begun}
 
-    def _finetune(self, training: FinetuneConfig, path: Path) -> "Trained":
+    def begin(self, training: FinetuneConfig) -> tuple[Any, Batches]:
+        """The fresh adapter of a run and its batches in order: by the seed alone, the same for every rule."""
         import jax
 
         from rora_theory import adapters
-        from sims.finetune import METRICS, Metrics
 
-        config, model = self.config, self._model
-        training = replace(training, checkpoint_every=config.checkpoint_every)
         batches = Batches(
             self._train,
             self._widths,
@@ -664,9 +662,18 @@ class Workbench:
             seed=training.seed,
             answer_only=training.loss_on == "answer",
         )
+        key = jax.random.key(training.seed)
+        return adapters.init(key, training.adapter(), self._model.config, self._model.params), batches
+
+    def _finetune(self, training: FinetuneConfig, path: Path) -> "Trained":
+        from rora_theory import adapters
+        from sims.finetune import METRICS, Metrics
+
+        config, model = self.config, self._model
+        training = replace(training, checkpoint_every=config.checkpoint_every)
+        adapter, batches = self.begin(training)
         steps = min(len(batches), training.max_steps or len(batches))
         checkpoints = path / "checkpoints" if steps > config.checkpoint_every else None
-        adapter = adapters.init(jax.random.key(training.seed), training.adapter(), model.config, model.params)
         before = self.steps.compilations
         trainer = Trainer(model.params, model.config, adapter, training, batches, None, checkpoints, shared=self.steps)
         metrics = Metrics(path / METRICS, trainer.step)

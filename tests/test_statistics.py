@@ -93,6 +93,22 @@ def test_standard_errors_cover(quantity: str) -> None:
     assert abs(ratio - 1) <= threshold(1e-6) * math.sqrt(2 / 4000) * 1.5
 
 
+def test_errors_of_a_small_sample() -> None:
+    """By hand, where n and n - 1 differ by a third: s / sqrt(n) of the values and of their squares."""
+    values = np.array([1.0, 2.0, 4.0, 9.0])
+    moments = Moments().add(values)
+    assert moments.mean == pytest.approx((4.0, np.std(values, ddof=1) / 2), rel=1e-12)
+    assert moments.second_moment == pytest.approx((25.5, np.std(values**2, ddof=1) / 2), rel=1e-12)
+    squares = (values - 4.0) ** 2
+    assert moments.variance == pytest.approx((38 / 3, np.std(squares, ddof=1) / 2), rel=1e-12)
+    assert Moments().add(values[:1]).mean == (1.0, 0.0)
+
+
+def test_an_empty_block_changes_nothing() -> None:
+    moments = Moments().add(np.array([1.0, 3.0]))
+    assert moments.add(np.array([])) == moments
+
+
 def test_root_error() -> None:
     assert root(Estimate(4.0, 0.4)) == (2.0, 0.1)
     assert root(Estimate(0.0, 0.0)) == (0.0, 0.0)

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -102,6 +103,115 @@ def test_a_comparison_s_verdict(differences, word):
     assert found.verdict.startswith(word)
     assert found.scaling_ratio == 4, "gamma squared: what an SGD step is proportional to"
     assert (found.first_loss, found.second_loss) == pytest.approx((1 + np.mean(differences), 1.0))
+
+
+def bowl(rule: str, kappa: float, rank: int, centre: float, *, least: float = 1.0, seeds: int = 3) -> sim.Curve:
+    """Parabolas in log loss around ``centre``, on the grid `RATES`, no two seeds alike."""
+    level = least * (1 + 0.01 * np.arange(seeds))[:, None]
+    losses = level * np.exp(0.1 * np.log(np.array(RATES) / centre) ** 2)
+    return sim.Curve("adamw", "both", rule, kappa, rank, 16 / rank**kappa, np.array(RATES), losses)
+
+
+def test_a_rank_whose_best_rate_is_at_the_edge_is_in_no_slope():
+    """Three ranks on the line rate = r^-1/2; two more whose best rates lie beyond the grid, below and above."""
+    inside = [bowl("rora", 0.5, rank, 4e-3 * rank**-0.5) for rank in (4, 16, 64)]
+    beyond = [bowl("rora", 0.5, 4096, 1e-6), bowl("rora", 0.5, 1, 1.0)]
+    assert [curve.edge for curve in beyond] == ["low", "high"]
+    (row,) = sim.slope_rows([*inside, *beyond])
+    assert (row["ranks"], row["slope"], row["verdict"]) == ("4 16 64", pytest.approx(-0.5, abs=1e-4), "shrinks")
+    assert row["nearest"] == "signal"
+    assert sim.slope_rows([inside[0], *beyond]) == []
+
+
+@pytest.mark.parametrize("edge", ["first", "second", "both"])
+def test_a_comparison_with_a_best_rate_at_the_edge_is_not_settled(edge):
+    """However far apart the losses are: the one at the edge may be lower beyond it."""
+    kinds = {"first": (1e-6, 1e-3), "second": (1e-3, 1.0), "both": (1e-6, 1.0)}[edge]
+    first, second = (
+        bowl(rule, 1.0, 8, centre, least=least)
+        for rule, centre, least in zip(("lora", "rora"), kinds, (1, 3), strict=True)
+    )
+    (found,) = sim.compare([first, second])
+    assert found.verdict.endswith("; a best rate at the grid's edge, so not settled")
+    (settled,) = sim.compare([bowl("lora", 1.0, 8, 1e-3), bowl("rora", 1.0, 8, 1e-3, least=3)])
+    assert "settled" not in settled.verdict
+
+
+def test_rules_are_compared_at_the_largest_rank_that_both_have():
+    curves = [bowl("lora", 1.0, rank, 1e-3) for rank in (4, 16, 64)] + [
+        bowl("rora", 0.5, rank, 1e-3) for rank in (4, 16)
+    ]
+    (found,) = sim.compare(curves)
+    assert (found.rank, found.first, found.second, found.scaling_ratio) == (16, "lora", "rora", 4)
+
+
+def test_no_prediction_is_named_that_the_slope_is_far_from():
+    """A best rate that rises, where all three predictions are that it falls or stays."""
+    (row,) = sim.slope_rows([bowl("rora", 0.5, rank, 5e-4 * rank**0.5) for rank in (4, 16)])
+    assert (row["slope"], row["nearest"]) == (pytest.approx(0.5, abs=1e-4), "")
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "over"), [((0.1, -0.1, 0.3), "seeds"), ((0.1, 0.1001, 0.0999), "held-out records")]
+)
+def test_the_larger_error_is_reported(by_seed, over):
+    """Two methods on four records, three seeds: the error by hand over seeds and over records, and the larger one."""
+    tokens = np.array([10.0, 20.0, 30.0, 40.0])
+    noise = np.array([1.0, -2.0, 2.0, -1.0])
+    cells = []
+    for method, sign in (("lora", 0.0), ("rora", 1.0)):
+        for seed, gap in enumerate(by_seed):
+            for rate, more in ((1e-3, 0.5), (3e-3, 0.0), (1e-2, 0.5)):
+                records = (2 + more + sign * gap) * tokens + sign * noise
+                loss = records.sum() / tokens.sum()
+                cells += [
+                    matrix_rates.Cell(method, rank, 16 / rank, rate, seed, loss, records, tokens) for rank in (4, 8)
+                ]
+    (found,) = sim.compare_matrix(sim.matrix_curves(cells), cells)
+    assert found.error_over == over
+    assert found.difference == pytest.approx(-np.mean(by_seed), rel=1e-9)
+    expected = {"seeds": np.std(by_seed, ddof=1) / 3**0.5, "held-out records": np.sqrt(np.sum(noise**2) * 4 / 3) / 100}
+    assert found.standard_error == pytest.approx(expected[over], rel=1e-6)
+
+
+def test_seeds_that_lack_a_rate_are_no_curve():
+    whole = [matrix_rates.Cell("lora", r, 16 / r, rate, 0, 1.0 + rate, None, None) for r in (4, 8) for rate in RATES]
+    part = [matrix_rates.Cell("lora", r, 16 / r, rate, 1, 9.0, None, None) for r in (4, 8) for rate in RATES[:4]]
+    curves = sim.matrix_curves([*whole, *part])
+    assert [curve.losses.tolist() for curve in curves] == [[[1.0 + rate for rate in RATES]]] * 2
+
+
+def test_a_draw_s_spread_is_the_error_itself():
+    """Of seeds the error is that of their mean; of bootstrap draws of one seed, their deviation."""
+    values = [1.0, 2.0, 4.0, 9.0]
+    assert bowl("lora", 1.0, 4, 1e-3).spread(values) == (4.0, pytest.approx(np.std(values, ddof=1) / 2), 4)
+    one = bowl("lora", 1.0, 4, 1e-3, seeds=1)
+    drawn = sim.Curve(*one.line, 4, 4.0, one.rates, one.losses, np.repeat(one.losses, 4, axis=0))
+    assert drawn.spread(values) == (4.0, pytest.approx(np.std(values, ddof=1)), 4)
+
+
+def test_what_is_judged_is_what_was_asked():
+    """Each loss in its own column and curve: at rates that move nothing, those of each seed's own problem."""
+    rates = (1e-12, 2e-12, 3e-12)
+    config = sim.Config(
+        ranks=(4, 8), rules=("lora",), optimizers=("adam",), freeze_control=False, adam_rates=rates, steps=1, seeds=2,
+        p_in=16, p_out=3, samples=5, held_out=7,
+    )  # fmt: skip
+    rows = [row for cell in sim.grid(config) for row in sim.cell_rows(config, cell)]
+    for seed in range(2):
+        key = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))[0]
+        drawn = dynamics.draw_problem(key, sim.problem(config))
+        for name, target in (("train", drawn.target_train), ("held_out", drawn.target_held_out)):
+            expected = np.sum(np.square(target)) / (2 * len(target))
+            judged = sim.Config(**{**vars(config), "judge": name})
+            for curve in sim.curves_of(judged, rows):
+                assert curve.losses[seed] == pytest.approx([expected] * 3, rel=1e-4), (seed, name)
+
+
+def test_rates_of_an_optimizer():
+    config = sim.Config(adam_rates=(3.0, 1.0, 2.0), sgd_rates=(30.0, 10.0, 20.0))
+    found = {name: sim.rates_of(config, name).tolist() for name in dynamics.OPTIMIZERS}
+    assert found == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
 
 
 def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
@@ -221,6 +331,55 @@ def test_matrix_of_alpha_2r_has_kappa_0():
     mixed = [*cells, matrix_rates.Cell("lora", 128, 0.1, 1e-3, 0, 1.0, None, None)]
     with pytest.raises(InputError, match="one rule and alpha"):
         matrix_rates.kappa_of(mixed)
+
+
+def test_what_is_read_of_a_matrix(tmp_path):
+    """The loss that was asked for, infinite where a run diverged, each cell's own records; no base, none unfinished."""
+    folder = matrix(tmp_path / "matrix")
+    rows = rows_of(folder / "results.csv")
+    for row in rows:
+        if row["validation_loss"]:
+            row["answer_loss"] = str(10 * float(row["validation_loss"]))
+    rows += [rows[1] | {"key": "later", "status": "running", "validation_loss": "", "answer_loss": ""}]
+    with (folder / "results.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([HEADER, *(row.values() for row in rows)])
+    found = {kind: matrix_rates.read(folder, loss=kind) for kind in ("validation", "answer")}
+    assert len(found["validation"]) == len(rows) - 2
+    for plain, answer in zip(*found.values(), strict=True):
+        assert answer.loss == pytest.approx(10 * plain.loss) or plain.loss == answer.loss == np.inf
+        assert (plain.records is None) == (plain.loss == np.inf)
+        if plain.records is not None:
+            assert plain.records.sum() / plain.tokens.sum() == pytest.approx(plain.loss)
+    assert [(c.method, c.rank, c.rate) for c in found["validation"] if c.loss == np.inf] == [("rora", 128, 1e-2)]
+
+
+def test_the_bootstrap_draws_the_same_records_at_every_rate():
+    """Records that differ widely, and a loss a token that does not: a ratio of sums that no draw changes."""
+    tokens = np.array([1.0, 10.0, 100.0])
+    cells = {
+        rate: [matrix_rates.Cell("lora", 8, 2.0, rate, 0, factor, factor * tokens, tokens)]
+        for rate, factor in ((0.1, 1.0), (0.2, 3.0))
+    }
+    cells[0.3] = [matrix_rates.Cell("lora", 8, 2.0, 0.3, 0, np.inf, None, None)]
+    found = matrix_rates.bootstrap(cells, draws=7)
+    np.testing.assert_allclose(found, [[1.0, 3.0, np.inf]] * 7)
+    level = np.array([5.0, 1.0, 2.0]) * tokens
+    uneven = {
+        rate: [matrix_rates.Cell("lora", 8, 2.0, rate, 0, 1.0, factor * level, tokens)]
+        for rate, factor in ((0.1, 1.0), (0.2, 3.0))
+    }
+    drawn = matrix_rates.bootstrap(uneven, draws=50)
+    np.testing.assert_allclose(drawn[:, 1], 3 * drawn[:, 0])
+    assert len(np.unique(drawn[:, 0])) > 3
+    np.testing.assert_array_equal(drawn, matrix_rates.bootstrap(uneven, draws=50), "seeded: methods share their draws")
+    assert matrix_rates.bootstrap({0.1: [matrix_rates.Cell("lora", 8, 2.0, 0.1, 0, 1.0, None, None)]}) is None
+    pair = [matrix_rates.Cell("lora", 8, 2.0, 0.1, seed, 1.0, (1 + seed) * tokens, tokens) for seed in range(2)]
+    np.testing.assert_allclose(matrix_rates.bootstrap({0.1: pair}, draws=5), 1.5)
+
+
+def test_kappa_of_a_rule():
+    cells = [matrix_rates.Cell("rora", rank, 16 / rank**0.5, 1e-3, 0, 1.0, None, None) for rank in (8, 32, 128)]
+    assert matrix_rates.kappa_of(cells) == 0.5
 
 
 def test_bad_matrices(tmp_path, capsys):

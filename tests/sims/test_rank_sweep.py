@@ -1,6 +1,8 @@
 """`python -m sims.rank_sweep` on a tiny checkpoint: each cell once, what it measures, designs, kills, bad input."""
 
 import csv
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -8,14 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import checkpoint
+import jax
 import numpy as np
 import pytest
 
 from figures import accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, scaling_diagram, style
-from rora_theory.adapters import load_peft
+from rora_theory.adapters import LoraConfig, PrefixConfig, init, load_peft, merge
+from rora_theory.adapters import replace as adapter_replace
+from rora_theory.commonsense.scoring import score as commonsense_score
 from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import mean_per_token, record_losses
 from rora_theory.llama import load
@@ -123,6 +129,80 @@ def test_a_cell_s_loss_is_its_adapter_s(swept, model, data, method) -> None:
     assert (float(row["validation_loss"]), float(row["validation_error"])) == pytest.approx((mean, error), rel=1e-4)
     base = record_losses(whole.params, whole.config, examples)
     assert abs(base[0].loss / found[0].loss - 1) > 1e-3, "the adapter counts"
+
+
+@pytest.fixture(scope="module")
+def bench(model, data) -> rank_sweep.Workbench:
+    """The tiny checkpoint in memory, as a sweep has it."""
+    files = tuple(str(data / name / "train.json") for name in ("one", "two"))
+    config = rank_sweep.Config(
+        data=files, model=(str(model),), held_out=6, train_records=12, batch=4, cutoff=400, widths=1, template="clean",
+        tasks=("boolq", "piqa"), data_dir=str(data), eval_template="clean",
+    )  # fmt: skip
+    found = rank_sweep.Workbench(config, rank_sweep.draw(config), rank_sweep.read_tasks(config)[0])
+    found.open(str(model))
+    return found
+
+
+def test_methods_of_a_seed_share_init_and_order_and_seeds_do_not(bench) -> None:
+    def begun(method: str, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        design = bench.config.the_design()
+        adapter, batches = bench.begin(rank_sweep.training_of(bench.config, design, method, rank, 1e-3, seed))
+        return np.asarray(adapter.params["mlp.up_proj"]["lora_A"]), np.stack(
+            [b.inputs for b in map(batches.__getitem__, range(3))]
+        )
+
+    first = begun("lora", 4, 0)
+    for method in ("rora", "dora", "quarter", "dora-rora"):
+        for ours, its in zip(first, begun(method, 4, 0), strict=True):
+            np.testing.assert_array_equal(ours, its)
+    np.testing.assert_array_equal(first[1], begun("lora", 2, 0)[1])
+    drawn = [first, begun("lora", 4, 1), begun("lora", 4, 2)]
+    for one, other in itertools.combinations(drawn, 2):
+        assert not np.any(one[0] == other[0])
+        assert not np.array_equal(one[1], other[1])
+    assert len({np.unique(order.reshape(12, -1), axis=0).tobytes() for _, order in drawn}) == 1, "the same records"
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch) -> None:
+    """Whatever training left: an adapter that is merged, or runs beside the weights, is in every measurement."""
+    settings, size = {"lora": (LoraConfig(rank=2, alpha=4.0), 1.0), "prefix": (PrefixConfig(3), 30.0)}[kind]
+    fresh = init(jax.random.key(0), settings, bench._model.config, bench._model.params)
+    adapter = adapter_replace(
+        fresh, jax.tree.map(lambda a: a + size * jax.random.normal(jax.random.key(1), a.shape), fresh.params)
+    )
+    monkeypatch.setattr(bench, "_finetune", lambda training, path: rank_sweep.Trained({"steps": 1}, adapter))
+    seen = []
+
+    def score(params, config, tokenizer, items, scoring, **options):
+        assert scoring == bench.config.scoring()
+        seen.append((params, options["adapter"]))
+        return commonsense_score(params, config, tokenizer, items, scoring, **options)
+
+    monkeypatch.setattr(rank_sweep, "score", score)
+    (cell,) = cells(dataclasses.replace(bench.config, methods=(kind,), ranks=(2,), seeds=(0,)))
+    result = bench.run(cell, tmp_path)
+    base = bench._model.params
+    for params, beside in seen:
+        assert beside is (adapter if kind == "prefix" else None)
+        if kind == "lora":
+            jax.tree.map(np.testing.assert_array_equal, params, merge(adapter, base))
+    assert len(seen) == 2, "tasks"
+    losses = record_losses(base, bench._model.config, bench._held_out, adapter=adapter)
+    expected, _ = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
+    assert result["validation_loss"] == pytest.approx(expected, rel=1e-4)
+    plain = record_losses(base, bench._model.config, bench._held_out)
+    assert abs(sum(one.loss for one in plain) / sum(one.loss for one in losses) - 1) > 1e-3
+
+
+def test_the_schedule_ends_at_the_last_step(swept) -> None:
+    """Three steps of nine, one of them warm-up: the rate is 0, the peak, half of it, and the peak is the cell's own."""
+    for row in rows_of(swept):
+        if row["method"] != "base":
+            events = map(json.loads, (swept / "cells" / row["key"] / "metrics.jsonl").read_text().splitlines())
+            peak = float(row["learning_rate"])
+            assert [event["learning_rate"] for event in events] == pytest.approx([0, peak, peak / 2], rel=1e-6), row
 
 
 def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
@@ -360,6 +440,48 @@ def test_held_out_records_are_in_no_training_set(data) -> None:
     assert again.summary == sample.summary
     other = rank_sweep.draw(rank_sweep.Config(data=files, held_out=10, train_records=20, data_seed=1))
     assert other.summary["held_out_sha256"] != sample.summary["held_out_sha256"]
+
+
+def test_a_repeated_record_is_on_one_side_alone(tmp_path) -> None:
+    """Every instruction twice in one file and once in another: held out once, and nowhere trained on."""
+    rows = [{"instruction": f"say {i}", "output": "a"} for i in range(12)]
+    for name, held in (
+        ("one", rows * 2),
+        ("two", rows[:6] + [{"instruction": f"tell {i}", "output": "a"} for i in range(9)]),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.json").write_text(json.dumps(held))
+    files = tuple(str(tmp_path / name / "train.json") for name in ("one", "two"))
+    sample = rank_sweep.draw(rank_sweep.Config(data=files, held_out=8))
+    held_out = [record.instruction for _, _, record in sample.held_out]
+    assert len(held_out) == len(set(held_out)) == 8
+    trained = {record.instruction for record in sample.train}
+    assert not trained & set(held_out)
+    assert len(trained) == 21 - 8, "everything else is"
+
+
+def test_shares_of_the_files() -> None:
+    assert rank_sweep.share(10, [90, 10, 50], "equal") == [4, 3, 3]
+    assert rank_sweep.share(10, [90, 10, 50], "proportional") == [6, 1, 3]
+
+
+def test_stages_of_a_tuned_design() -> None:
+    """The first seed at every rate, unscored; the others at the chosen one, scored; the base once."""
+    config = rank_sweep.Config(
+        design="tuned_rate", methods=("base", "lora"), ranks=(4, 8), rates=(1e-3, 1e-2), seeds=(3, 4, 5)
+    )
+    make = partial(rank_sweep.cells_of, config, config.the_design(), data={}, evaluation={"protocol": "label"})
+    first = make(stage=0)
+    assert [(c.rank, c.learning_rate, c.seed) for c in first] == [
+        (None,) * 3,
+        *[(r, rate, 3) for r in (4, 8) for rate in (1e-3, 1e-2)],
+    ]
+    assert [c.evaluation is None for c in first] == [False] + [True] * 4
+    rest = make(stage=1, rates={("smollm2-135m", "lora", 4): 1e-2, ("smollm2-135m", "lora", 8): 1e-3})
+    assert [(c.rank, c.learning_rate, c.seed) for c in rest] == [
+        (r, rate, s) for s in (4, 5) for r, rate in ((4, 1e-2), (8, 1e-3))
+    ]
+    assert all(c.evaluation for c in rest)
 
 
 def test_a_killed_cell_is_reported_and_done_again(model, data, tmp_path, capsys) -> None:
