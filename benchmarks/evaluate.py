@@ -166,5 +166,4 @@ def machine() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    settings = cli.parse(Config, description=__doc__)
-    cli.run(lambda: main(settings))
+    cli.run(lambda: main(cli.parse(Config, description=__doc__)))

@@ -170,5 +170,4 @@ def main(config: Config) -> bool:
 
 
 if __name__ == "__main__":
-    settings = cli.parse(Config, description=__doc__)
-    cli.run(lambda: sys.exit(0 if main(settings) else 1))
+    cli.run(lambda: sys.exit(0 if main(cli.parse(Config, description=__doc__)) else 1))

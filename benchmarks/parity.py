@@ -238,5 +238,4 @@ def _cell(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    config = cli.parse(Config, description=__doc__ or "")
-    cli.run(lambda: sys.exit(0 if main(config) else 1))
+    cli.run(lambda: sys.exit(0 if main(cli.parse(Config, description=__doc__ or "")) else 1))

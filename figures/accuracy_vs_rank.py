@@ -174,4 +174,4 @@ def title(manifest: dict[str, Any], rows: Sequence[Row], drawn: Sequence[Row], *
 
 
 if __name__ == "__main__":
-    style.main(draw, tyro.cli(Config, description=__doc__))
+    style.command(draw, Config, __doc__)

@@ -189,4 +189,4 @@ def _over_seeds(
 
 
 if __name__ == "__main__":
-    style.main(draw, tyro.cli(Config, description=__doc__))
+    style.command(draw, Config, __doc__)

@@ -154,4 +154,4 @@ def running_mean(steps: np.ndarray, losses: np.ndarray, width: int) -> tuple[np.
 
 
 if __name__ == "__main__":
-    style.main(draw, tyro.cli(Config, description=__doc__))
+    style.command(draw, Config, __doc__)

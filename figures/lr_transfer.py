@@ -124,4 +124,4 @@ def _error(row: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    style.main(draw, tyro.cli(Config, description=__doc__))
+    style.command(draw, Config, __doc__)

@@ -163,4 +163,4 @@ def _default(modules: list[str]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    style.main(draw, tyro.cli(Config, description=__doc__))
+    style.command(draw, Config, __doc__)

@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
 from figures import style
@@ -114,4 +113,4 @@ def curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
 
 
 if __name__ == "__main__":
-    style.main(draw, tyro.cli(Config, description=__doc__))
+    style.command(draw, Config, __doc__)

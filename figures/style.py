@@ -2,10 +2,9 @@
 
 import csv
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import matplotlib
 
@@ -13,6 +12,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+
+from sims.common import cli
+from sims.common.cli import fail
+
+Config = TypeVar("Config")
 
 # Okabe and Ito's palette, told apart by all common kinds of colour vision; markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -90,6 +94,11 @@ def read_run(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any
     return manifest, rows
 
 
+def command(draw: Callable[[Config], Sequence[Path]], config: type[Config], description: str | None) -> None:
+    """A figure's command line: options from its dataclass, which has the folder ``out``."""
+    cli.run(lambda: main(draw, cli.parse(config, description=description or "", flags=True)))
+
+
 def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
     """Draw with this package's style and print the files' paths."""
     with plt.rc_context(STYLE):
@@ -110,9 +119,3 @@ def at_best_rate(run: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:
     if rows and "best_rate" not in rows[0]:
         fail(f"{run}/results.csv: has no column best_rate; accepted is a run that sims.rank_sweep went through again")
     return [row for row in rows if row["best_rate"]]
-
-
-def fail(message: str) -> NoReturn:
-    """Print one line ``error: ...`` on stderr and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)

@@ -179,4 +179,4 @@ def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    style.main(draw, tyro.cli(Config, description=__doc__))
+    style.command(draw, Config, __doc__)

@@ -64,6 +64,38 @@ def read_bytes(path: str | Path, limit: int = LARGEST, *, accepted: str = "a reg
     return b"".join(parts)
 
 
+def check_folder(path: str | Path) -> None:
+    """Refuse a folder that can't be made, or written to where it is there.
+
+    Raises:
+      InputError: a file there or on the way there, no permission, or a name that is too long.
+    """
+    accepted = "accepted is a folder that can be made or written to"
+    place = Path(path)
+    try:
+        while not _is_there(place):
+            place = place.parent
+        longest = os.pathconf(place, "PC_NAME_MAX")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be used ({reason}); {accepted}") from error
+    if any(len(os.fsencode(part)) > longest for part in Path(path).parts):
+        raise InputError(f"{path}: has a name of more than {longest} bytes; {accepted}")
+    if not place.is_dir():
+        raise InputError(f"{path}: {'is' if place == Path(path) else f'{place} is'} a file; {accepted}")
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(f"{path}: no permission to write to {place}; {accepted}")
+
+
+def _is_there(path: Path) -> bool:
+    """As `Path.exists`, which takes a loop of links or a zero byte for nothing there."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def read_text(path: str | Path, limit: int = LARGEST, *, accepted: str = "a text file in UTF-8") -> str:
     """The text of a regular file in UTF-8, line ends as they are.
 

@@ -542,5 +542,4 @@ def _thirds(layers: list[int]) -> list[tuple[str, set[int]]]:
 
 
 if __name__ == "__main__":
-    parsed = cli.parse(Config, description=(__doc__ or "").strip())
-    cli.run(lambda: run(parsed))
+    cli.run(lambda: run(cli.parse(Config, description=(__doc__ or "").strip())))

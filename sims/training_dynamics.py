@@ -132,8 +132,7 @@ class Cell(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, run."""
-    config = cli.parse(Config, argv, description=__doc__ or "")
-    cli.run(lambda: run(config))
+    cli.run(lambda: run(cli.parse(Config, argv, description=__doc__ or "")))
 
 
 def run(config: Config) -> None:

@@ -326,5 +326,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    parsed = cli.parse(Config, description=(__doc__ or "").strip())
-    cli.run(lambda: main(parsed))
+    cli.run(lambda: main(cli.parse(Config, description=(__doc__ or "").strip())))

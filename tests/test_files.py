@@ -1,6 +1,9 @@
 """Files of a user's are read whole, or refused in one line before memory goes."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,55 @@ def test_json_is_at_most_64_deep(opening: str) -> None:
     for depth in (files.DEPTH + 1, 900, 100_000):
         with pytest.raises(InputError, match=r"^a: is JSON more than 64 lists and objects deep; accepted is JSON$"):
             files.parse_json(nested(depth), where="a")
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Another user where the tests run as root, who may read and write everything."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_what_may_not_be_read_or_written_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (file := folder / "a.json").write_text("[]")
+        file.chmod(0o000)
+        folder.chmod(0o555)
+        with nobody():
+            with pytest.raises(
+                InputError, match=r"a.json: cannot be read \(Permission denied\); accepted is a JSON file$"
+            ):
+                files.read_json(file)
+            for run in (folder, folder / "run" / "deeper"):
+                with pytest.raises(InputError, match=f"^{run}: no permission to write to {folder}; accepted is a fold"):
+                    files.check_folder(run)
+        folder.chmod(0o755)
+        files.check_folder(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("file", "is a file"),
+        ("file/run", "file is a file"),
+        ("new/" + "x" * 256, "a name of more than 255 bytes"),
+        ("x" * 5000, "File name too long"),
+        ("loop/run", "symbolic links"),
+        ("nul\0byte", "null byte"),
+    ],
+)
+def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=rf"{said}.*; accepted is a folder that can be made or written to$"):
+        files.check_folder(tmp_path / name)
+    for fine in (tmp_path, tmp_path / "new", tmp_path / "new" / "er", Path("new"), Path()):
+        files.check_folder(fine)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]

@@ -1,46 +1,159 @@
-"""Command lines from dataclasses, and the one way a command ends on bad input: one line, exit status 2."""
+"""How a command begins and ends: options from a dataclass, and one line where the input is bad, status 2."""
 
+import contextlib
+import dataclasses
+import io
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+import sims
+from rora_theory import files
 from rora_theory.errors import InputError
 
 Config = TypeVar("Config")
 
+LARGEST = 2**63 - 1
+"""Largest absolute value of an integer on a command line: what arrays and random keys hold. Options have their own."""
 
-def parse(config: type[Config], argv: Sequence[str] | None = None, *, description: str) -> Config:
-    """Parse ``argv`` into the dataclass ``config``; an unparsable one prints its reason and exits with status 2.
+_LONGEST = 300
+"""Letters of a word in a message; a longer one is a number of hundreds of digits or a name that no file can have."""
+
+_WIDE = 10**6
+"""Columns in which no message of the option parser is folded."""
+
+
+def parse(config: type[Config], argv: Sequence[str] | None = None, *, description: str, flags: bool = False) -> Config:
+    """Parse ``argv`` into the dataclass ``config``.
 
     Lists are separated by spaces (``--ranks 8 16 32``), names use hyphens, and ``--help`` is drawn from the
     attribute docstrings.
+
+    Args:
+      config: what the command line fills.
+      argv: None is the process's own.
+      description: of the command.
+      flags: whether booleans are flags (``--tuned``, ``--no-tuned``) or take a value (``--merge True``).
+
+    Raises:
+      InputError: an unknown option, a value that is missing or can't be read, a word that is not UTF-8, an integer
+        that no array or key holds, or an ``out`` that can't be written to.
+      SystemExit: after ``--help``, with status 0.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{word!a} on the command line is not UTF-8; accepted are names in UTF-8") from None
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return tyro.cli(
-        config,
-        prog=f"python -m {spec.name}" if spec else None,
-        args=argv,
-        description=description,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-    )
+    settings = (tyro.conf.OmitArgPrefixes, *(() if flags else (tyro.conf.FlagConversionOff,)))
+    said = io.StringIO()
+    try:
+        with _columns(None if {"-h", "--help"} & set(words) else _WIDE), contextlib.redirect_stderr(said):
+            found = tyro.cli(
+                config,
+                prog=f"python -m {spec.name}" if spec else None,
+                args=words,
+                description=description,
+                config=settings,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_line(said.getvalue())) from None
+    for option, value in _integers(found):
+        if abs(value) > LARGEST:
+            raise InputError(f"--{option} is {value}; accepted is an integer of at most {LARGEST:,}")
+    if isinstance(out := getattr(found, "out", None), Path):
+        files.check_folder(out)
+    return found
+
+
+@contextlib.contextmanager
+def _columns(count: int | None) -> Iterator[None]:
+    """The width that the option parser takes the terminal to have; None is the terminal's own."""
+    before = os.environ.get("COLUMNS")
+    if count is not None:
+        os.environ["COLUMNS"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _line(box: str) -> str:
+    """One line of what the option parser says in a box: what is wrong, then the option's form or names like it."""
+    rows = [line.strip("│") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    parts: list[list[str]] = [[]]
+    for row in rows:
+        if row.strip(" ─"):
+            parts[-1].append(row)
+        elif "─" in row:
+            parts.append([])
+    wrong = " ".join(" ".join(parts[0]).partition("Got errors:")[0].split()).rstrip(".")
+    wrong = wrong.removeprefix("Error parsing ").replace(". Expected", "; accepted is")
+    form = [row.strip() for part in parts[1:] for row in part if row.startswith("     ") and row[5] != " "]
+    if "Argument helptext:" in box:
+        wrong += f"; accepted is {': '.join(form)}"
+    elif "Perhaps you meant:" in box:
+        wrong += f", perhaps {', '.join(form)}"
+    return wrong if "; accepted" in wrong else f"{wrong}; accepted is what --help lists"
+
+
+def _integers(config: Any) -> Iterator[tuple[str, int]]:
+    """Every integer of a configuration, with its option."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _integers(value)
+            continue
+        several = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        yield from ((field.name.replace("_", "-"), one) for one in several if isinstance(one, int))
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run ``main``; `InputError` and file errors become one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run ``main``; what it can't do becomes one line on stderr and an exit status.
+
+    Bad input and files that can't be used or written: 2; no memory: 2; Ctrl-C: 130. Where nobody reads the output any
+    more (``| head``), it ends without a word, with the 141 of a process that the closed pipe ends.
+    """
+    if signal.getsignal(signal.SIGINT) is sims.stop:  # the command is imported: from here a run puts itself away
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at the exit
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         fail(f"{error.filename or 'file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error)[:100]:  # JAX's word for it
+            raise
+        fail(f"out of memory ({error}); accepted is what fits: smaller sizes or fewer at once")
 
 
 def fail(message: str) -> NoReturn:
     """Print one line ``error: ...`` on stderr and exit with status 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + " ".join(map(_word, message.split())), file=sys.stderr)
     sys.exit(2)
+
+
+def _word(word: str) -> str:
+    """A word as a terminal may show it: no control characters, and of a very long one the ends."""
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in word)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]}...{shown[-_LONGEST // 4 :]}"

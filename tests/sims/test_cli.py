@@ -1,0 +1,146 @@
+"""How commands begin and end: one line for what the option parser refuses, none for a closed pipe, one for Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from rora_theory.errors import InputError
+from sims.common import cli
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Options of a part."""
+
+    steps: int = 1
+    """updates"""
+    ranks_of: dict[str, int] = field(default_factory=dict)
+    """by module"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options."""
+
+    data: tuple[str, ...]
+    """files"""
+    ranks: tuple[int, ...] = (1, 2)
+    """ranks of the adapter"""
+    limit: int | None = None
+    """most items"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """whose step"""
+    inner: Inner = field(default_factory=Inner)
+    out: Path | None = None
+    """run folder"""
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(InputError) as caught:
+        cli.parse(Config, ["--data", "a", *words], description="")
+    return str(caught.value)
+
+
+def test_what_is_right_is_parsed() -> None:
+    found = cli.parse(Config, ["--data", "a", "b", "--limit", "3", "--out", "new/run"], description="")
+    assert found == Config(("a", "b"), limit=3, out=Path("new/run"))
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--limit", "x"], ["--limit", "'x'", "accepted is --limit {None}|INT: most items"]),
+        (["--ranks", "8", "1.5"], ["--ranks", "'1.5'", "accepted is --ranks [INT [INT ...]]: ranks of the adapter"]),
+        (["--optimizer", "sgdd"], ["--optimizer", "'sgdd'", "accepted is one of ('sgd', 'adam')"]),
+        (["--limit"], ["--limit", "accepted is 1 value"]),
+        (["--rank", "8"], ["--rank, 8", "perhaps --ranks [INT [INT ...]]", "accepted is what --help lists"]),
+        (["--limit", "1" + "0" * 30], ["--limit is 1" + "0" * 30, "accepted is an integer of at most"]),
+        (["--limit", "-1" + "0" * 30], ["--limit is -1" + "0" * 30, "accepted is an integer of at most"]),
+        (["--ranks", "8", "9" * 19], ["--ranks is 999", "accepted is an integer of at most"]),
+        (["--steps", "9" * 19], ["--steps is 999", "accepted is an integer of at most"]),
+        (["--ranks-of", "q", "9" * 19], ["--ranks-of is 999", "accepted is an integer of at most"]),
+        (["--data", os.fsdecode(b"caf\xe9.json")], [r"'caf\udce9.json'", "accepted are names in UTF-8"]),
+        (["--out", "/dev/null/run"], ["/dev/null/run", "/dev/null is a file", "accepted is a folder"]),
+        (["--out", "/dev/null"], ["/dev/null: is a file", "accepted is a folder"]),
+        (["--out", "new/" + "x" * 256], ["has a name of more than 255 bytes", "accepted is a folder"]),
+        (["--out", "x" * 5000], ["File name too long", "accepted is a folder"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_accepted(words: list[str], parts: list[str]) -> None:
+    said = refusal(*words)
+    assert [part for part in parts if part not in said] == [], said
+
+
+def test_a_missing_option_is_named() -> None:
+    with pytest.raises(InputError, match=r"--data \[STR \[STR \.\.\.\]\] files \(required\); accepted is what --help"):
+        cli.parse(Config, [], description="")
+
+
+def test_help_is_as_wide_as_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse(Config, ["--help"], description="")
+    assert 50 < max(map(len, capsys.readouterr().out.splitlines())) <= 60
+    assert os.environ["COLUMNS"] == "60"
+
+
+def ending(run: object, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(run)  # type: ignore[arg-type]
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_what_can_not_be_done_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def raising(error: BaseException) -> object:
+        def run() -> None:
+            raise error
+
+        return run
+
+    long = "7" * 400
+    for error, said in (
+        (InputError(f"rank is {long};\n accepted"), f"error: rank is {long[:150]}...{long[:74]}; accepted\n"),
+        (InputError("a\x1b[31m\udce9: no such file"), "error: a\\x1b[31m\\udce9: no such file\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.json"), "error: a.json: No such file or directory\n"),
+        (MemoryError("Unable to allocate 8 TiB"), "error: out of memory (Unable to allocate 8 TiB); accepted is what"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "error: out of memory (RESOURCE_EXHAUSTED: Out of memory)"),
+    ):
+        code, line = ending(raising(error), capsys)
+        assert (code, line[: len(said)], line.count("\n")) == (2, said, 1)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.run(raising(RuntimeError("a fault")))  # type: ignore[arg-type]
+    code, line = ending(raising(KeyboardInterrupt()), capsys)
+    assert (code, line.count("\n")) == (130, 1)
+
+
+@pytest.mark.parametrize("words", ["print('x' * 10**6)", "print('x')", "cli.parse(Config, ['--help'], description='')"])
+def test_output_that_nobody_reads_ends_without_a_word(words: str) -> None:
+    """As in ``| head``: whether the pipe closes while the command prints or only when it has ended."""
+    code = f"from sims.common import cli\nfrom test_cli import Config\ncli.run(lambda: {words})"
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(("command", "slow"), [("sims.variance_sweep", "jax"), ("figures.regime", "matplotlib")])
+def test_ctrl_c_while_importing_is_one_line(tmp_path: Path, command: str, slow: str) -> None:
+    """The import of a package of that name takes a minute here, and says when it has begun."""
+    (tmp_path / f"{slow}.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (b"", b"stopped\n")
+    assert process.returncode == 130
