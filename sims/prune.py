@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory import digests
+from rora_theory import digests, files
 from rora_theory.commonsense.prompts import training_text
 from rora_theory.errors import InputError
 from rora_theory.finetune import read_records
@@ -91,12 +91,7 @@ def read_texts(sources: Sequence[str]) -> list[str]:
         if not source.endswith(".txt"):
             found += [training_text(r.instruction, r.output, "train", input=r.input) for r in read_records([source])]
             continue
-        try:
-            text = Path(source).read_bytes().decode()
-        except OSError as error:
-            raise InputError(f"{source}: cannot be read ({error.strerror}); accepted is a text file") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{source}: byte {error.start} is not UTF-8; accepted is a text file") from error
+        text = files.read_text(source)
         if not text.strip():
             raise InputError(f"{source}: is empty; accepted is a text file")
         found.append(text)

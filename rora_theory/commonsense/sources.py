@@ -46,7 +46,7 @@ def locate(data: str | Path, task: Task, split: str = "test") -> Path:
     """
     if not str(data).startswith(HUB):
         path = Path(data) / task.key / f"{split}.json"
-        if not path.is_file():
+        if not os.path.exists(path):
             raise InputError(
                 f"{path}: no such file; accepted is a folder in the LLM-Adapters schema (TASK/{split}.json) "
                 f"or {HUB}OWNER/NAME"

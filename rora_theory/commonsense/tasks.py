@@ -6,7 +6,6 @@ recovered from the instruction by the task's template and put back together as a
 is needed.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rora_theory import files
 from rora_theory.commonsense.prompts import ANSWER_PREFIX
 from rora_theory.errors import InputError
 
@@ -163,12 +163,7 @@ def read(path: Path, task: Task) -> list[Record]:
 
 
 def _read_list(path: Path) -> list[Any]:
-    try:
-        value = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; accepted is a JSON list of records") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); accepted is a JSON list of records") from error
+    value = files.read_json(path, accepted="a JSON list of records")
     if not isinstance(value, list) or not value:
         raise InputError(f"{path}: holds {type(value).__name__}; accepted is a non-empty JSON list of records")
     return value

@@ -1,10 +1,10 @@
 """Training records in the schema of LLM-Adapters, from files or a hub's data set; a bad one is named."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rora_theory import files
 from rora_theory.errors import InputError
 
 HUB = "hf://datasets/"
@@ -38,12 +38,7 @@ def read_records(sources: Sequence[str | Path]) -> list[Record]:
 
 def _read(source: str | Path) -> list[Record]:
     path = _fetch(source) if isinstance(source, str) and source.startswith(HUB) else Path(source)
-    try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror}); accepted is a .json or .jsonl file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: byte {error.start} is not UTF-8; accepted is a .json or .jsonl file") from error
+    text = files.read_text(path, accepted="a .json or .jsonl file")
     objects = _lines(source, text) if path.suffix == ".jsonl" else _list(source, text)
     if not objects:
         raise InputError(f"{source}: holds no records; accepted is one or more")
@@ -69,26 +64,18 @@ def _fetch(source: str) -> Path:
 
 
 def _list(source: str | Path, text: str) -> list[Any]:
-    try:
-        objects = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: is not JSON ({error}); accepted is a list of records") from error
+    objects = files.parse_json(text, where=str(source), accepted="a list of records")
     if not isinstance(objects, list):
         raise InputError(f"{source}: holds {_name(objects)}; accepted is a list of records")
     return objects
 
 
 def _lines(source: str | Path, text: str) -> list[Any]:
-    objects = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                objects.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{source}: line {number} is not JSON ({error}); accepted is a record a line"
-                ) from error
-    return objects
+    return [
+        files.parse_json(line, where=f"{source}: line {number}", accepted="a record a line")
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
 
 
 def _record(source: str | Path, index: int, item: Any) -> Record:

@@ -125,7 +125,7 @@ def test_bad_records_are_named_by_file_and_index(changes: dict[str, object], mes
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("[{", "cannot be read as JSON"),
+        ("[{", "is not JSON"),
         ("[]", "accepted is a non-empty JSON list"),
         ('{"a": 1}', "holds dict"),
         ([3], "record 0 is int"),

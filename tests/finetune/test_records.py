@@ -59,8 +59,8 @@ def test_bad_records_are_named(tmp_path, content, message):
     [
         ("cut.json", json.dumps([GOOD])[:-9], r"cut\.json: is not JSON .*; accepted is a list"),
         ("empty.json", "", r"empty\.json: is not JSON"),
-        ("deep.json", "[" * 100_000, r"deep\.json: is not JSON"),
-        ("cut.jsonl", json.dumps(GOOD) + "\n{", r"cut\.jsonl: line 2 is not JSON"),
+        ("deep.json", "[" * 100_000, r"deep\.json: is JSON more than 64 lists and objects deep"),
+        ("cut.jsonl", json.dumps(GOOD) + "\n{", r"cut\.jsonl: line 2: is not JSON"),
         ("empty.jsonl", "\n", r"empty\.jsonl: holds no records"),
         ("latin.json", b'[{"instruction": "\xe9"}]', r"latin\.json: byte 18 is not UTF-8"),
     ],
@@ -71,7 +71,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 
 def test_missing_files_and_none_at_all_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"none\.json: cannot be read \(No such file or directory\)"):
+    with pytest.raises(InputError, match=r"none\.json: no such file; accepted is a \.json or \.jsonl file"):
         read_records([tmp_path / "none.json"])
     with pytest.raises(InputError, match="no data files are given"):
         read_records([])

@@ -241,7 +241,7 @@ def test_layers_against_the_law(layers: Path, tmp_path: Path) -> None:
     ("key", "value", "said"),
     [
         ("grad", np.ones((6, 23)), "shape"),
-        ("x_train", np.full((3, 24), np.nan), "not finite"),
+        ("x_train", np.full((3, 24), np.nan), "not a finite float32"),
         ("x_heldout", None, "is missing"),
     ],
 )
