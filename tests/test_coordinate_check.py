@@ -156,6 +156,27 @@ def test_flat_rules_pass_and_controls_fail(checker):
         assert slopes[1] - slopes[0] == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_check_asks_for():
+    """One key a seed, shared by the ranks and by no other seed; its own batches; a value in its row and column."""
+    asked = []
+
+    class Watching:
+        def run(self, setting, key, batch_of, held_out, *, steps):
+            asked.append((jax.random.key_data(key).tolist(), batch_of(7), held_out, steps))
+            yield Coordinate("output", "train", "model", 1), float(setting.rank * 10 ** len(asked))
+
+    settings = [Setting(rank, 1.0, "lora") for rank in (2, 4)]
+    found = coordinate_check.check(
+        Watching(), settings, lambda seed, step: (seed, step), lambda seed: f"h{seed}", seeds=2, steps=(1,), seed=3
+    )
+    assert [entry[1:] for entry in asked] == [((seed, 7), f"h{seed}", (1,)) for seed in (0, 0, 1, 1)]
+    keys = [tuple(entry[0]) for entry in asked]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert found.ranks == (2, 4)
+    assert found.values[Coordinate("output", "train", "model", 1)].tolist() == [[20.0, 400.0], [2000.0, 40000.0]]
+
+
 def test_refusals(checker):
     with pytest.raises(InputError, match="accepted is at most the checker's width, 32"):
         checker.adapter(jax.random.key(0), Setting(33, 1.0, "lora"))

@@ -1,6 +1,7 @@
 """The check as a command on a tiny checkpoint: rows, slopes, controls, going on, batches fixed or fresh, bad input."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from figures import coordinate_check as figure
 from figures import style
+from rora_theory import scaling_factor
+from rora_theory.coordinate_check import Coordinate
 from rora_theory.llama import load
 from rora_theory.llama.weights import save_hf
 from sims import coordinate_check as sim
@@ -73,6 +76,109 @@ def test_rows(finished, model):
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["config"]["model"] == model.name
     assert str(model.parent) not in json.dumps(manifest["config"])
+
+
+class Watching:
+    """In a checker's place: keeps what a cell asks of it and measures nothing."""
+
+    def run(self, setting, key, batch_of, held_out, *, steps):
+        self.asked = {
+            "setting": setting,
+            "key": jax.random.key_data(key).tolist(),
+            "held_out": held_out,
+            "steps": steps,
+        }
+        self.asked["batches"] = [batch_of(step) for step in range(3)]
+        yield Coordinate("loss", "train", "model", 1), 1.25
+
+
+def test_what_a_cell_asks_for():
+    """One A a seed, the same for all ranks and rules; each seed's own batches; each optimizer's own rate."""
+    data = sim.Data(tuple([f"{seed}.{step}" for step in range(3)] for seed in range(3)), ("h0", "h1", "h2"), True, "")
+    config = sim.Config(data=(), adam_rate=1.0, sgd_rate=2.0, momentum_rate=3.0, gamma=5.0, reference_rank=4)
+    keys = set()
+    for seed in range(3):
+        own = set()
+        for optimizer, rate in {"adamw": 1.0, "adam": 1.0, "sgd": 2.0, "momentum": 3.0}.items():
+            for rule, rank in itertools.product(("lora", "rora"), (2, 16)):
+                checker = Watching()
+                (row,) = sim.cell_rows(config, checker, data, sim.Case(optimizer, rule, "gaussian", False), seed, rank)
+                asked = checker.asked
+                own.add(tuple(asked["key"]))
+                assert asked["batches"] == [f"{seed}.{step}" for step in range(3)]
+                assert (asked["held_out"], asked["steps"]) == (f"h{seed}", config.steps)
+                setting = asked["setting"]
+                assert (setting.rank, setting.rule, setting.init, setting.optimizer) == (
+                    rank,
+                    rule,
+                    "gaussian",
+                    optimizer,
+                )
+                assert setting.learning_rate == row["learning_rate"] == rate
+                gamma = 5 * (4 / rank) ** {"lora": 1, "rora": 0.5}[rule]
+                assert scaling_factor(rule, alpha=setting.alpha, rank=rank) == row["scaling"] == pytest.approx(gamma)
+                assert (row["rank"], row["seed"], row["rule"], row["quantity"], row["value"]) == (
+                    rank,
+                    seed,
+                    rule,
+                    "loss",
+                    1.25,
+                )
+        assert len(own) == 1
+        keys |= own
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("adam", 1), ("sgd", 2), ("momentum", 2)])
+def test_the_exponent_that_would_have_been_flat(optimizer, power):
+    """A change as gamma^p r^(1/2): with gamma = alpha / r^kappa its slope is 1/2 - p kappa, and kappa = 1/(2p) is flat.
+
+    Ranks in no order; two modules, whose outputs are averaged in the logarithm; two seeds a factor apart.
+    """
+    config = sim.Config(
+        data=(), ranks=(32, 2, 8), rules=("lora",), optimizers=(optimizer,), controls=False, steps=(1,), seeds=2
+    )
+    frame = {"optimizer": optimizer, "rule": "lora", "init": "kaiming_uniform", "step": 1, "split": "train"}
+    rows = []
+    for rank, seed in itertools.product(config.ranks, range(2)):
+        own = frame | {"rank": rank, "seed": seed}
+        value = (1 + seed) * rank ** (0.5 - power)
+        rows += [own | {"module": "a", "quantity": "output", "value": value * rank**0.2}]
+        rows += [own | {"module": "b", "quantity": "output", "value": 9 * value * rank**-0.2}]
+        rows += [own | {"module": "model", "quantity": "hidden", "value": value}]
+        rows += [
+            own | {"module": "a", "quantity": "inner", "value": 1.0},
+            own | {"module": "a", "quantity": "grad_A", "value": 0.0},
+        ]
+        rows += [own | {"module": "model", "quantity": "loss", "value": 2.0}]
+    found = {(row["quantity"], row["module"]): row for row in sim.fits(config, rows)}
+    assert found.keys() == {("output", "a"), ("output", "b"), ("output", "model"), ("hidden", "model"), ("inner", "a")}
+    for key, more in (
+        (("output", "a"), 0.2),
+        (("output", "b"), -0.2),
+        (("output", "model"), 0.0),
+        (("hidden", "model"), 0.0),
+    ):
+        assert found[key]["slope"] == pytest.approx(0.5 - power + more, abs=1e-4)
+        assert found[key]["kappa_flat"] == pytest.approx((0.5 + more) / power, abs=1e-3)
+        assert found[key]["verdict"] == "shrinks"
+    assert "kappa_flat" not in found["inner", "a"]
+    assert found["inner", "a"]["verdict"] == "flat"
+    gone = [row | {"value": float("nan")} if row["quantity"] == "hidden" else row for row in rows]
+    assert {row["module"]: row["verdict"] for row in sim.fits(config, gone) if row["quantity"] == "hidden"} == {
+        "model": "diverged"
+    }
+
+
+def test_controls_are_what_was_not_asked_for():
+    def made(**more) -> list[tuple]:
+        return [tuple(case) for case in sim.cases(sim.Config(data=(), **more))]
+
+    plain = [(o, r, "kaiming_uniform", False) for o in ("adamw", "sgd") for r in ("lora", "rora")]
+    assert made(controls=False) == plain
+    assert made() == [*plain, ("adamw", "0", "kaiming_uniform", True), ("adamw", "lora", "gaussian", True)]
+    assert made(rules=("0.25", "0.0"))[-1] == ("adamw", "0.25", "gaussian", True)
+    assert not any(case[3] for case in made(rules=("0",), inits=("kaiming_uniform", "gaussian")))
 
 
 def test_goes_on_and_refuses_another_model(finished, model, data, tmp_path):

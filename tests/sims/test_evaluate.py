@@ -13,7 +13,7 @@ import pytest
 
 from rora_theory.adapters import LoraConfig, init, replace, save_peft, trainable
 from rora_theory.commonsense.tasks import TASKS, render
-from rora_theory.llama import LlamaConfig, init_params
+from rora_theory.llama import LlamaConfig, init_params, load
 from rora_theory.llama.weights import save_hf
 from sims import evaluate
 
@@ -140,9 +140,18 @@ def test_a_task_scores_alike_alone_and_among_others(model: Path, data: Path, tmp
     assert (tmp_path / "one" / evaluate.SAMPLES).read_text().splitlines() == three[30:60]
 
 
-def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data: Path, tmp_path: Path) -> None:
-    from rora_theory.llama import load
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_loaded_is_what_was_asked_for(model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        evaluate, "load", lambda *arguments: asked.append(arguments) or load(arguments[0], arguments[1])
+    )
+    subject = evaluate.prepare(evaluate.Config(model=str(model), dtype=dtype, revision="v2"))
+    assert asked == [(str(model), dtype, "v2")]
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(subject.params)} == {dtype}
 
+
+def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data: Path, tmp_path: Path) -> None:
     base = load(model)
     adapter = init(
         jax.random.key(1),

@@ -16,9 +16,14 @@ import pytest
 import tokenizers
 
 from figures import loss_curves, style
-from rora_theory.adapters import load_peft, merge
+from rora_theory.adapters import init, load_peft, merge
+from rora_theory.finetune import Batches, FinetuneConfig, read_records, split, tokenize
+from rora_theory.finetune import step as steps
+from rora_theory.finetune.held_out import mean_per_token, record_losses
 from rora_theory.llama import LlamaConfig, init_params, load
 from rora_theory.llama.weights import save_hf
+from sims import finetune
+from sims.common import cli
 
 CONFIG = LlamaConfig(300, 16, 24, 2, 2, 1, 8, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
 WORDS = [chr(97 + i) * (1 + i % 7) for i in range(16)]
@@ -110,6 +115,69 @@ def test_a_run_leaves_its_metrics_its_adapter_and_a_merged_model(whole, model):
     assert merged.tokenizer.encode("fox</s>") == base.tokenizer.encode("fox</s>")
 
 
+def in_this_process(monkeypatch, command: list[str]) -> None:
+    """Eight host devices share a batch in the tests' own process."""
+    monkeypatch.setattr(sys, "argv", ["finetune", *command, "--batch", "8", "--dropout", "0"])
+    cli.run(finetune.main)
+
+
+def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypatch):
+    """With validation losses that are made to grow after step 2, on top of what they are; and the schedule ends where
+    the run does, at step 6 of 42."""
+    factors, real = iter((9.0, 1.0, 2.0, 3.0, 4.0, 5.0)), steps.eval_step
+    made = {}
+
+    def growing(*arguments, **options):
+        evaluate = real(*arguments, **options)
+        return lambda *batch: (lambda total, count: (total * next(factors), count))(*evaluate(*batch))
+
+    monkeypatch.setattr(steps, "eval_step", growing)
+    out, base = tmp_path / "run", load(str(model))
+    command = arguments(model, data, out, "--max-steps", "6", "--warmup", "1", "--evaluate-every", "1")
+    held_out = split(read_records([str(data)]), 8, 42)[1]
+    apart = tokenize(held_out, base.tokenizer, cutoff=400, template="clean", answer_only=True)
+    for keep, step, factor in (("best", 2, 1.0), ("last", 6, 5.0)):
+        in_this_process(monkeypatch, [*command, "--keep", keep])
+        events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found = {event["step"]: event["loss"] for event in events if event["event"] == "validation"}
+        assert json.loads((out / "manifest.json").read_text())["best_step"] == 2
+        adapter = load_peft(out / "adapter", base.config, base.params)
+        losses = record_losses(base.params, base.config, apart, adapter=adapter)
+        mean, _ = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
+        assert mean == pytest.approx(found[step] / factor, rel=1e-4)
+        made[keep] = mean
+    assert made["last"] < 0.99 * made["best"], "the adapters differ"
+    rates = [event["learning_rate"] for event in events if event["event"] == "step"]
+    assert rates == pytest.approx([0, 0.02, 0.016, 0.012, 0.008, 0.004], rel=1e-5)
+
+
+def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeypatch):
+    """The first update's rate is 0: what one step leaves is the initial adapter."""
+    settings = {
+        "rank": 2,
+        "alpha": 4.0,
+        "targets": ("q_proj", "down_proj"),
+        "template": "clean",
+        "widths": 1,
+        "cutoff": 400,
+    }
+    config = FinetuneConfig(**settings, batch=8, epochs=6, seed=7)
+    command = arguments(model, data, tmp_path / "run", "--max-steps", "1", "--validation", "0", "--seed", "7")
+    in_this_process(monkeypatch, command)
+    base = load(str(model))
+    saved = load_peft(tmp_path / "run" / "adapter", base.config, base.params)
+    expected = init(jax.random.key(7), config.lora(), base.config, base.params)
+    jax.tree.map(np.testing.assert_array_equal, saved.params, expected.params)
+    records = read_records([str(data)])
+    prepared = finetune.prepare((records[8:], records[:8]), base.tokenizer, config)
+    examples = tokenize(records[8:], base.tokenizer, cutoff=400, template="clean")
+    own = Batches(examples, prepared.summary["widths"], batch=8, epochs=6, seed=7)
+    for step in (0, 9):
+        np.testing.assert_array_equal(prepared.train[step].inputs, own[step].inputs)
+    assert len(prepared.train) == len(own)
+    assert len(prepared.validation) == 1
+
+
 def test_the_table_comes_before_the_training(whole):
     lines = (whole / "stdout").read_text().splitlines()
     down = next(i for i, line in enumerate(lines) if "mlp.down_proj" in line)
@@ -191,9 +259,6 @@ def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
 
 
 def test_bad_input_is_refused_before_anything_is_written(model, data, tmp_path, capsys, monkeypatch):
-    from sims import finetune
-    from sims.common import cli
-
     for name, (command, message) in bad_input(model, data, tmp_path).items():
         # Eight host devices share a batch in the tests' own process.
         monkeypatch.setattr(sys, "argv", ["finetune", *command, "--batch", "8"])

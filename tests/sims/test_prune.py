@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rora_theory.llama import forward, load
+from rora_theory.llama import forward, load, pruning
 from sims import prune
 from sims.common import cli
 
@@ -53,10 +53,23 @@ def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch
         before, after = manifest[f"perplexity_{name}"]
         assert before != after
         assert min(before, after) > 1
+    config = prune.Config(text=(), windows=10, held_out=3, seq=32, batch=4)
+    texts = prune.read_texts([str(text / "train.json"), str(text / "more.txt")])
+    windows, held_out = prune.cut(texts, whole.tokenizer, config)
+    expected = {
+        name: [prune.perplexity(one.params, one.config, rows, 4) for one in (whole, pruned)]
+        for name, rows in (("held_out", held_out), ("calibration", windows))
+    }
+    # Each its own text's, and before is before: weights read back are those that were measured.
+    assert {name: manifest[f"perplexity_{name}"] for name in expected} == {
+        name: pytest.approx(pair, rel=1e-6) for name, pair in expected.items()
+    }
+    scores = pruning.score(whole.params, prune.calibrate(whole, windows, 4), whole.config)
     assert f"{sizes[1]:,}" in shown
     with (tmp_path / "run" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["kept"] for row in rows].count("True") == 1
+    assert [float(row["influence"]) for row in rows] == pytest.approx(scores.layers.tolist(), rel=1e-6)
     best = max(rows, key=lambda row: float(row["influence"]))
     assert best["kept"] == "True"
     assert 0 < float(best["features_kept_score"]) <= 1

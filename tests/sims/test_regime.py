@@ -12,8 +12,11 @@ import pytest
 from figures import regime as figure
 from figures import style
 from rora_theory import InputError, laws, scaling_factor
+from rora_theory.finetune import read_records, split, tokenize
+from rora_theory.llama import load
+from rora_theory.model_layers import record
 from sims import regime
-from sims.common import cli
+from sims.common import cli, real_batch
 
 SMALL = {
     "ranks": (1, 4, 16),
@@ -88,6 +91,33 @@ def test_crossings(finished) -> None:
         assert float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"])
 
 
+def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None:
+    """The batch is the records that were not held out; its gradient, and both splits' tokens, are in every figure."""
+    model, records = load(inputs["model"]), read_records(inputs["data"])
+    pair = real_batch.batches(inputs["data"], model.tokenizer, items=4, heldout_items=4, seed=0)
+    rest, held_out = split(records, 4, 0)
+    for part, own in ((pair.train, rest[:4]), (pair.heldout, held_out)):
+        examples = tokenize(own, model.tokenizer)
+        assert [row[:n].tolist() for row, n in zip(part.inputs, examples.sizes, strict=True)] == [
+            examples[i][:-1].tolist() for i in range(4)
+        ]
+    names = ("self_attn.q_proj", "mlp.down_proj")
+    read = {
+        "train": record(model.params, model.config, pair.train, names),
+        "heldout": record(model.params, model.config, pair.heldout, names, gradients=False),
+    }
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["training_loss"] == pytest.approx(read["train"].loss, rel=1e-6)
+    assert manifest["heldout_loss"] == pytest.approx(read["heldout"].loss, rel=1e-6)
+    assert read["train"].loss != pytest.approx(read["heldout"].loss, rel=1e-3)
+    for row in rows_of(finished / "crossing_ranks.csv"):
+        if (row["optimizer"], row["init"]) == ("sgd", "gaussian"):
+            module, layer = row["module"].split(".", 3)[3], int(row["layer"])
+            grad, x = read["train"].gradient(module, layer), read[row["split"]].sample(module, layer, 16, 0)
+            expected = np.sum(np.float64(grad) ** 2) * np.mean(np.sum(np.float64(x) ** 2, axis=1))
+            assert float(row["cross_talk"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_verdict(finished) -> None:
     """The law holds: 96 comparisons at false alarm 0.01 in all, seeded; the mean over modules lies in its own error."""
     verdict = json.loads((finished / "verdict.json").read_text())
@@ -115,6 +145,40 @@ def test_the_judge_can_fail(finished) -> None:
             for other in rows
         ]
         assert regime.judge(config, changed)["verdict"] == word
+
+
+def judged_row(measured: float, error: float, adapters: int = 1000, **more: object) -> dict:
+    row = {"module": "m", "split": "train", "optimizer": "sgd", "init": "gaussian", "rank": 1, "predicted": 2.0}
+    return row | {"measured": 2 * measured, "standard_error": 2 * error, "adapters": adapters} | more
+
+
+@pytest.mark.parametrize(
+    ("measured", "error", "word"),
+    [
+        (1.019, 1e-9, "holds"),
+        (0.979, 1e-9, "fails"),
+        (1.1, 0.04, "holds"),
+        (0.88, 0.04, "fails"),
+        (1.03, 0.007, "fails"),
+    ],
+)
+def test_the_judge_s_two_bars(measured: float, error: float, word: str) -> None:
+    """The larger of 2% and the error bar, 2.58 standard errors at one comparison: not their sum, not the smaller."""
+    config = regime.Config(data=(), false_alarm=0.01)
+    found = regime.judge(config, [judged_row(measured, error)])
+    assert (found["verdict"], found["outside"]) == (word, int(word == "fails"))
+    assert found["error_bars_in_standard_errors"]["1000"] == pytest.approx(2.58, abs=0.01)
+    two = regime.judge(config, [judged_row(measured, error), judged_row(1.0, 1.0, adapters=4)])
+    assert two["error_bars_in_standard_errors"]["4"] == pytest.approx(7.45, abs=0.01)  # Student's t, at half of it
+
+
+def test_agreement_is_a_mean_over_modules() -> None:
+    """Its error is that of a mean of independent modules: half of one's for four alike."""
+    config = regime.Config(data=(), ranks=(1,), optimizers=("sgd",), inits=("gaussian",))
+    rows = [judged_row(ratio, 0.02, split=name) for name in ("train", "heldout") for ratio in (1.0, 1.0, 1.0, 1.0)]
+    for line in regime.agreement(config, rows):
+        assert (line["modules"], line["mean_ratio"], line["largest_deviation"]) == (4, 1.0, 0.0)
+        assert line["standard_error"] == pytest.approx(0.01)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path) -> None:
