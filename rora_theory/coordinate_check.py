@@ -32,6 +32,7 @@ from rora_theory.finetune.step import batch_loss
 from rora_theory.flatness import BAND, CONFIDENCE, SeedFit
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
 from rora_theory.scaling import Rule, check_positive
+from rora_theory.seeds import check_seed
 
 Params = dict[str, Any]
 Split = Literal["train", "held_out"]
@@ -254,6 +255,7 @@ def check(
     if list(ranks) != sorted(set(ranks)) or len(ranks) < 2:
         raise InputError(f"ranks are {' '.join(map(str, ranks))}; accepted are two or more, ascending")
     values: dict[Coordinate, np.ndarray] = {}
+    check_seed(seed)
     for number in range(seeds):
         key = jax.random.fold_in(jax.random.key(seed), number)
         for column, setting in enumerate(settings):

@@ -8,7 +8,6 @@ reference rank. A slope against the rank within the band of zero, seeds and all,
 when the rank changes. Controls are run beside: they must not be flat.
 """
 
-import hashlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from rora_theory import coordinate_check, dynamics, flatness
+from rora_theory import coordinate_check, digests, dynamics, flatness
 from rora_theory.adapters.inits import INITS, Init
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.coordinate_check import MODEL, Coordinate, Setting, Table
@@ -28,6 +27,7 @@ from rora_theory.finetune import Batches, choose_widths, read_records, split, to
 from rora_theory.finetune.data import Batch
 from rora_theory.llama import Model, load
 from rora_theory.scaling import check_positive, exponent, scaling_factor
+from rora_theory.seeds import check_seed
 from sims.common import cli, devices, scalings, tables
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
@@ -130,13 +130,11 @@ class Data:
     Attributes:
       train, held_out: of each seed.
       fresh: whether each step has a batch of its own.
-      digest: of all tokens.
     """
 
     train: tuple[Batches, ...]
     held_out: tuple[Batch, ...]
     fresh: bool
-    digest: str
 
     def batch(self, seed: int, step: int) -> Batch:
         """The batch of a step, from 0."""
@@ -162,7 +160,7 @@ def run(config: Config) -> None:
     )
     identity = {name: value for name, value in asdict(config).items() if name not in ("out", "data", "model")}
     # Named by what they are, not by where they lie: the run may go on elsewhere.
-    identity |= model.origin.identity() | {"tokens": data.digest}
+    identity |= model.origin.identity() | {"records_sha256": digests.of_json(records)}
     extra = {"units": UNITS, "device": devices.describe(places), "data": [_short(source) for source in config.data]}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
     rows = [_typed(row) for row in folder.read_rows(COLUMNS)]
@@ -200,10 +198,11 @@ def check(config: Config) -> None:
     dynamics.check_steps(config.steps)
     for name in ("adam_rate", "sgd_rate", "momentum_rate", "band"):
         check_positive("--" + name.replace("_", "-"), getattr(config, name))
-    for name, least in (("seeds", 2), ("batch", 1), ("held_out", 1), ("cutoff", 2), ("seed", 0)):
+    for name, least in (("seeds", 2), ("batch", 1), ("held_out", 1), ("cutoff", 2)):
         if getattr(config, name) < least:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is {getattr(config, name)}; accepted is an integer of {least} or more")
+    check_seed(config.seed, "--seed")
 
 
 def prepare(config: Config, records: list[Any], model: Model) -> Data:
@@ -226,8 +225,7 @@ def prepare(config: Config, records: list[Any], model: Model) -> Data:
         )
         for seed, own in zip(seeds, batches, strict=True)
     )
-    digest = hashlib.sha256(train.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest()[:16]
-    return Data(batches, read, config.batches == "fresh", digest)
+    return Data(batches, read, config.batches == "fresh")
 
 
 def apart_from(batch: Batch, trained: Sequence[Batch]) -> Batch:

@@ -28,6 +28,7 @@ from rora_theory.flatness import SeedFit
 from rora_theory.inits import INITS, Init
 from rora_theory.laws import scaling_power
 from rora_theory.scaling import check_positive, exponent, scaling_factor
+from rora_theory.seeds import check_seed
 from rora_theory.transfer import FAMILY
 from sims import matrix_rates
 from sims.common import cli, devices, scalings, tables
@@ -240,9 +241,10 @@ def check(config: Config) -> None:
         scalings.check_list(option, getattr(config, name), fewest=3)
         for value in getattr(config, name):
             check_positive(f"--{option}", value)
-    for name, least in (("seeds", 2), ("steps", 1), ("seed", 0)):
+    for name, least in (("seeds", 2), ("steps", 1)):
         if getattr(config, name) < least:
             raise InputError(f"--{name} is {getattr(config, name)}; accepted is an integer of {least} or more")
+    check_seed(config.seed, "--seed")
     problem(config)
 
 

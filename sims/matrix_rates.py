@@ -1,7 +1,6 @@
 """Loss curves over learning rates from a folder of sims.rank_sweep: its results.csv, and each cell's loss a record."""
 
 import csv
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rora_theory import digests
 from rora_theory.errors import InputError
 from sims import rank_results
 
@@ -72,9 +72,14 @@ def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -
 
 
 def digest(cells: Sequence[Cell]) -> str:
-    """Of what was read."""
-    text = repr([(c.method, c.rank, c.gamma, c.rate, c.seed, c.loss) for c in cells])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Of all that was read."""
+
+    def plain(values: np.ndarray | None) -> list[float] | None:
+        return None if values is None else values.tolist()
+
+    return digests.of_json(
+        [(c.method, c.rank, c.gamma, c.rate, c.seed, c.loss, plain(c.records), plain(c.tokens)) for c in cells]
+    )
 
 
 def kappa_of(cells: Sequence[Cell]) -> float:

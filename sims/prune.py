@@ -23,6 +23,7 @@ from rora_theory.finetune import read_records
 from rora_theory.finetune.loss import cross_entropy
 from rora_theory.llama.pruning import Kept, Scores, Shape, Statistics
 from rora_theory.llama.tokenizer import Tokenizer
+from rora_theory.seeds import check_seed
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
@@ -75,9 +76,10 @@ def check(config: Config) -> None:
     """Raise `InputError` where a setting is out of range. What depends on the model is checked when there is one."""
     if not config.text:
         raise InputError("text is empty; accepted are .txt files or training records")
-    for name, least in {"windows": 1, "held_out": 1, "seq": 2, "batch": 1, "seed": 0}.items():
+    for name, least in {"windows": 1, "held_out": 1, "seq": 2, "batch": 1}.items():
         if getattr(config, name) < least:
             raise InputError(f"{name} is {getattr(config, name)}; accepted is an integer of {least} or more")
+    check_seed(config.seed)
 
 
 def read_texts(sources: Sequence[str]) -> list[str]:

@@ -46,6 +46,7 @@ from rora_theory.finetune.config import LEARNING_RATES, BaseDtype, LossOn, Train
 from rora_theory.finetune.held_out import RecordLoss, mean_per_token, record_losses
 from rora_theory.finetune.step import SharedSteps
 from rora_theory.scaling import scaling_factor
+from rora_theory.seeds import check_seed
 from sims import differences, rank_results
 from sims.common import cli, matrix, tables
 from sims.common.progress import progress_bar
@@ -357,11 +358,14 @@ def check(config: Config, design: Design) -> None:
         raise InputError("ranks is empty or has one twice; accepted are one or more, each once")
     if design.rates is not None and (not design.rates or len(set(design.rates)) < len(design.rates)):
         raise InputError("rates is empty or has one twice; accepted are one or more, each once")
-    least = {"train_records": 1, "held_out": 2, "data_seed": 0, "steps": 1, "limit": 1, "batch_size": 1, "attempts": 1}
+    least = {"train_records": 1, "held_out": 2, "steps": 1, "limit": 1, "batch_size": 1, "attempts": 1}
     for name, smallest in least.items():
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise InputError(f"{name} is {value}; accepted is an integer of {smallest} or more")
+    for name, values in (("data_seed", (config.data_seed,)), ("seeds", design.seeds)):
+        for value in values:
+            check_seed(value, name)
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise InputError(f"tasks are {' '.join(config.tasks)!r}; accepted are one or more, each once")
     for key in config.tasks:

@@ -33,6 +33,7 @@ from rora_theory.laws import OPTIMIZERS, Optimizer
 from rora_theory.layer_data import SPLITS, Layer
 from rora_theory.llama import MODULES
 from rora_theory.scaling import Rule, check_positive, check_rank, exponent, scaling_factor
+from rora_theory.seeds import check_seed
 from rora_theory.statistics import Moments, root
 from rora_theory.transfer import Setting, transfer
 from sims.common import cli, tables
@@ -137,9 +138,10 @@ def check(config: Config) -> dict[str, Rule]:
             raise InputError(f"{name} has {wrong[0]!r}; accepted are {', '.join(accepted[name])}")
     for rank in config.ranks:
         check_rank(rank)
-    for name, least in (("items", 1), ("heldout_items", 1), ("tokens", 1), ("cutoff", 2), ("rows", 0), ("seed", 0)):
+    for name, least in (("items", 1), ("heldout_items", 1), ("tokens", 1), ("cutoff", 2), ("rows", 0)):
         if getattr(config, name) < least:
             raise InputError(f"{name} is {getattr(config, name)}; accepted is an integer of {least} or more")
+    check_seed(config.seed)
     least = 4 * max(config.ranks)
     if config.rows and config.rows < least:
         raise InputError(f"rows is {config.rows}; accepted are 0, or {least} or more: 4 adapters of the largest rank")

@@ -22,6 +22,7 @@ from rora_theory.dynamics import Measures, ProblemConfig
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.scaling import check_positive, exponent, scaling_factor
+from rora_theory.seeds import check_seed
 from sims.common import cli, devices, scalings, tables
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
@@ -195,8 +196,7 @@ def check(config: Config) -> None:
         check_positive("--" + name.replace("_", "-"), getattr(config, name))
     if config.seeds < 2:
         raise InputError(f"--seeds is {config.seeds}; accepted is an integer of 2 or more")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed is {config.seed}; accepted is an integer from 0 to 2^32 - 1")
+    check_seed(config.seed, "--seed")
     for model in config.models:
         problem(config, model)
 

@@ -21,6 +21,7 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.scaling import KAPPAS, exponent
+from rora_theory.seeds import check_seed
 from rora_theory.transfer import ALL, FAMILY, REGIMES, Setting, Trainer, Transfer, peft_config, transfer
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
@@ -209,8 +210,7 @@ def check(config: Config, found: Transfer, targets: Sequence[str]) -> None:
 
     if len(config.check) < 2:
         raise InputError(f"check is {' '.join(config.check)}; accepted are a model and one or more data files")
-    if config.seed < 0:
-        raise InputError(f"seed is {config.seed}; accepted is an integer of 0 or more")
+    check_seed(config.seed)
     if config.seeds < 2:
         raise InputError(f"seeds is {config.seeds}; accepted is an integer of 2 or more, for the error bars")
     model_name, *data = config.check

@@ -22,6 +22,7 @@ from rora_theory import laws, paper, sampling, verdicts
 from rora_theory.errors import InputError
 from rora_theory.inits import Init, entries
 from rora_theory.scaling import Rule, check_positive, check_rank, exponent, scaling_factor
+from rora_theory.seeds import check_seed
 from rora_theory.statistics import Estimate, Moments, log_log_fit, root
 from sims import layer_sweep
 from sims.common import cli, devices, tables
@@ -167,8 +168,7 @@ def check(config: Config) -> dict[str, Rule]:
             check_positive("--" + name.replace("_", "-"), getattr(config, name))
     if config.draws is not None and config.draws < 2:
         raise InputError(f"--draws is {config.draws}; accepted is an integer of 2 or more")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed is {config.seed}; accepted is an integer from 0 to 2^32 - 1")
+    check_seed(config.seed, "--seed")
     if config.sampler == "reduced":
         for init in config.inits:
             if not entries(init, rank=1, p_in=1).is_normal:

@@ -11,6 +11,7 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMATS
 from rora_theory.scaling import Rule, check_positive
+from rora_theory.seeds import check_seed
 
 Method = Literal["lora", "dora", "prefix", "series", "parallel"]
 LossOn = Literal["all", "answer"]
@@ -133,6 +134,7 @@ class FinetuneConfig:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             _check(name, value, f"an integer of {least} or more", whole and value >= least)
+        check_seed(self.seed)
         if self.max_steps is not None:
             _check("max_steps", self.max_steps, "an integer of 1 or more", self.max_steps >= 1)
         if self.batch % self.accumulation:
@@ -200,7 +202,6 @@ _LEAST = {
     "warmup": 0,
     "evaluate_every": 1,
     "checkpoint_every": 1,
-    "seed": 0,
 }
 """Least values of the integers."""
 

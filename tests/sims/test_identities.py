@@ -1,0 +1,350 @@
+"""What a run is known by: every setting that determines its results, and the content of its model, adapter and data.
+
+Each command is stopped where it opens its folder; the configuration it opens with is its identity.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import jax
+import numpy as np
+import pytest
+
+from rora_theory import adapters, llama
+from rora_theory.finetune import FinetuneConfig
+from rora_theory.llama import hub
+from sims import (
+    coordinate_check,
+    evaluate,
+    finetune,
+    lr_transfer,
+    matrix_rates,
+    prune,
+    rank_sweep,
+    regime,
+    training_dynamics,
+    transfer,
+    variance_sweep,
+)
+from sims.common.run_folder import RunFolder, as_json
+
+
+class Opened(Exception):  # noqa: N818 (a way out, not an error)
+    """A command has come as far as its folder."""
+
+    def __init__(self, identity: Any, cells: Any = None) -> None:
+        self.identity, self.cells = json.loads(json.dumps(as_json(identity))), cells
+
+
+@pytest.fixture(autouse=True)
+def _stop_at_the_folder(monkeypatch) -> None:
+    def run_folder(_name: str, config: Any, **_: Any) -> None:
+        raise Opened(config)
+
+    def matrix(_path: Path, _name: str, identity: Any) -> None:
+        raise Opened(identity, cells[-1])
+
+    cells: list[Any] = []
+    check_cells = rank_sweep.check_cells
+
+    def keep(found: Any, *rest: Any) -> Any:
+        cells.append(json.loads(json.dumps(as_json(found))))
+        return check_cells(found, *rest)
+
+    monkeypatch.setattr(RunFolder, "open", run_folder)
+    monkeypatch.setattr(rank_sweep.matrix, "Matrix", matrix)
+    monkeypatch.setattr(rank_sweep, "check_cells", keep)
+    monkeypatch.setattr(rank_sweep.Workbench, "open", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return checkpoint.model(tmp_path_factory.mktemp("identity"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Training records, and questions of two tasks."""
+    folder = tmp_path_factory.mktemp("data")
+    checkpoint.records(folder / "train.json", 40)
+    checkpoint.records(folder / "other.json", 20)
+    checkpoint.questions(folder, "piqa", ("solution1", "solution2"))
+    checkpoint.questions(folder, "boolq", ("true", "false"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory) -> Path:
+    base = llama.load(model)
+    settings = adapters.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    adapters.save_peft(folder, adapters.init(jax.random.key(0), settings, base.config, base.params))
+    return folder
+
+
+def opened(command: Callable[[], Any]) -> Opened:
+    with pytest.raises(Opened) as caught:
+        command()
+    return caught.value
+
+
+def settings(name: str, model: str, data: Path) -> Any:
+    """A command's configuration on the tiny model."""
+    train = (str(data / "train.json"),)
+    return {
+        "regime": regime.Config(train, model, items=4, heldout_items=4, rows=0),
+        "transfer": transfer.Config(2, 4, items=4, check=(model, *train)),
+        "coordinate_check": coordinate_check.Config(train, model, (2, 4), held_out=6, cutoff=160, template="clean"),
+        "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch=8, validation=4, warmup=4)),
+        "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
+        "evaluate": evaluate.Config(model, tasks=("piqa",), protocol="label", data_dir=str(data)),
+        "rank_sweep": rank_sweep.Config(
+            (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,), held_out=6,
+            tasks=("piqa",), data_dir=str(data), batch=8,
+        ),
+    }[name]  # fmt: skip
+
+
+def start(name: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> Opened:
+    """Run a command as far as its folder."""
+    if name in ("prune", "evaluate"):  # their work is in `main`
+        monkeypatch.setattr(f"sims.{name}.cli.parse", lambda *_, **__: config)
+        return opened(sys.modules[f"sims.{name}"].main)
+    module = sys.modules[f"sims.{name}"]
+    work = {"transfer": "main", "finetune": "finetune", "rank_sweep": "sweep"}.get(name, "run")
+    return opened(lambda: getattr(module, work)(config))
+
+
+WITH_A_MODEL = ("regime", "transfer", "coordinate_check", "finetune", "prune", "evaluate", "rank_sweep")
+
+
+def flip(file: Path, at: int) -> None:
+    """Change the byte of ``file`` at ``at``, in place."""
+    whole = bytearray(file.read_bytes())
+    whole[at] ^= 1
+    file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", WITH_A_MODEL)
+def test_a_model_is_all_its_weights_and_its_tokenizer(name, model, data, tmp_path, monkeypatch) -> None:
+    """A bit of the last weight, or a blank in the tokenizer's file, is another model; another place is none."""
+    here = tmp_path / "P1" / "hf"
+    shutil.copytree(model, here)
+    first = start(name, settings(name, str(here), data), monkeypatch)
+    flip(here / "model.safetensors", -4)  # the lowest byte of the last float32
+    weights = start(name, settings(name, str(here), data), monkeypatch)
+    flip(here / "model.safetensors", -4)
+    with (here / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    tokenizer = start(name, settings(name, str(here), data), monkeypatch)
+    assert first.identity != weights.identity != tokenizer.identity != first.identity
+    assert first.identity.keys() == weights.identity.keys()
+    differing = [key for key in first.identity if first.identity[key] != weights.identity[key]]
+    assert differing == ["model_sha256"]
+    if name != "rank_sweep":  # whose folder may hold several models, told apart by their paths
+        there = start(name, settings(name, str(model), data), monkeypatch)
+        assert there.identity == first.identity
+        assert there.identity["model_sha256"] == llama.digest(model)
+
+
+@pytest.mark.parametrize("name", WITH_A_MODEL)
+def test_a_branch_that_moves_is_another_run(name, model, data, monkeypatch) -> None:
+    """The commit is in the identity beside the content: even where the same files are committed again."""
+    found = []
+    for commit in ("aaaa", "bbbb"):
+        monkeypatch.setattr(hub, "_download", lambda repository, revision, c=commit: (model, repository, c))
+        found.append(start(name, settings(name, "org/tiny", data), monkeypatch).identity)
+    key, values = ("commits", [{"org/tiny": "aaaa"}, {"org/tiny": "bbbb"}])
+    if name != "rank_sweep":
+        key, values = "commit", ["aaaa", "bbbb"]
+        assert found[0]["model"] == "org/tiny"
+    assert [one[key] for one in found] == values
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {key}
+
+
+@pytest.mark.parametrize("name", WITH_A_MODEL)
+def test_records_changed_in_place_are_other_records(name, model, data, tmp_path, monkeypatch) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    before = start(name, settings(name, str(model), copy), monkeypatch)
+    file = copy / "piqa" / "test.json" if name == "evaluate" else copy / "train.json"
+    rows = json.loads(file.read_text())
+    rows[-1]["instruction"] = rows[-1]["instruction"].replace("is it", "was it")
+    rows[-1]["output"] += "" if name == "evaluate" else "?"
+    file.write_text(json.dumps(rows))
+    after = start(name, settings(name, str(model), copy), monkeypatch)
+    assert before.identity != after.identity
+
+
+def test_an_adapter_is_both_its_files(model, data, adapter, tmp_path, monkeypatch) -> None:
+    copy = tmp_path / "adapter"
+    shutil.copytree(adapter, copy)
+    config = replace(settings("evaluate", str(model), data), adapter=copy)
+    found = [start("evaluate", config, monkeypatch).identity]
+    flip(copy / "adapter_model.safetensors", -4)
+    found.append(start("evaluate", config, monkeypatch).identity)
+    flip(copy / "adapter_model.safetensors", -4)
+    entries = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(entries | {"lora_alpha": 4}))
+    found.append(start("evaluate", config, monkeypatch).identity)
+    alone = start("evaluate", replace(config, adapter=None), monkeypatch).identity
+    assert len({one["adapter_sha256"] for one in found}) == 3
+    assert alone.get("adapter_sha256") is None
+    moved = start("evaluate", replace(config, adapter=adapter), monkeypatch).identity
+    assert moved == found[0], "an adapter is not where it lies"
+
+
+NEUTRAL = {
+    "regime": {"false_alarm", "tolerance"},
+    "transfer": {"split", "per"},
+    "coordinate_check": set(),
+    "prune": {"batch"},
+    "evaluate": {"batch_size"},
+    "rank_sweep": {"design", "checkpoint_every", "save_adapters", "batch_size", "attempts"},
+}
+"""Settings that change no result, or that are in the identity as what they stand for."""
+
+OF_A_CELL = {"methods", "ranks", "alpha_rule", "tuned", "alpha", "rates", "seeds"}
+"""Settings of sims.rank_sweep that the cells of one folder may differ in."""
+
+OTHER: dict[str, Any] = {
+    "dtype": "bfloat16", "targets": ("q_proj",), "loss_on": "answer", "ranks": (2, 8), "rules": ("0.3",), "rule": "0.3",
+    "optimizers": ("sgd",), "optimizer": "sgd", "inits": ("gaussian",), "init": "gaussian", "template": "clean",
+    "adam_rates": (0.1, 0.2, 0.3), "sgd_rates": (0.1, 0.2, 0.3), "rates": (0.1,), "reference_rank": 6,
+    "models": ("mlp",), "model": "mlp", "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
+    "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1, "false_alarm": 0.1,
+    "regime": {"layers": (0,), "rows": 4096},
+    "transfer": {"split": "train", "regime": "cross-talk", "per": "one", "to_rule": "rora"},
+    "coordinate_check": {"steps": (1, 3), "batches": "fresh", "template": "train"},
+    "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},
+    "evaluate": {"tasks": ("boolq",), "protocol": "generate", "template": "eval", "limit": 2},
+    "rank_sweep": {
+        "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "tuned": True, "seeds": (1,),
+        "shares": "proportional", "train_records": 8, "steps": 2, "accumulation": 2, "remat": True, "limit": 2,
+        "tasks": ("boolq",), "protocol": "harness", "eval_template": "eval",
+    },
+    "lr_transfer": {"steps": 7},
+    "training_dynamics": {"steps": (1, 3)},
+}  # fmt: skip
+"""Another value of a setting, of all commands or of one, where its negation or one more is none."""
+
+
+def other(command: str, name: str, value: Any) -> Any:
+    known = OTHER | OTHER.get(command, {})
+    if name in known:
+        return known[name]
+    return not value if isinstance(value, bool) else value + 1
+
+
+def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
+    """The configuration with one setting changed, by the setting."""
+    found = {}
+    for field in fields(config):
+        if field.name not in skip:
+            found[field.name] = replace(config, **{field.name: other(command, field.name, getattr(config, field.name))})
+    return found
+
+
+SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir", "layer_data"}
+SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
+"""What is read, which the other tests change; where it is done; and what another of a command's ways reads."""
+
+
+@pytest.mark.parametrize("name", ["regime", "transfer", "coordinate_check", "prune", "evaluate", "rank_sweep"])
+def test_every_setting_that_changes_a_result_is_in_the_identity(name, model, data, monkeypatch) -> None:
+    config = settings(name, str(model), data)
+    before = start(name, config, monkeypatch)
+    same, in_cells = set(), set()
+    for setting, changed in changes(name, config, SKIPPED).items():
+        after = start(name, changed, monkeypatch)
+        if after.identity == before.identity:
+            (same if after.cells == before.cells else in_cells).add(setting)
+    assert same == NEUTRAL[name]
+    assert in_cells == (OF_A_CELL if name == "rank_sweep" else set())
+
+
+def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data, monkeypatch) -> None:
+    """Of each method, all but the settings that others have alone."""
+    config = settings("finetune", str(model), data)
+    values = {
+        "rule": "lora", "targets": ("q_proj",), "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1.0},
+        "dropout": 0.1, "init": "gaussian", "template": "clean", "loss_on": "answer", "max_steps": 2, "accumulation": 2,
+        "batch": 32, "learning_rate": 0.1, "weight_decay": 0.1, "clip": 2.0, "betas": (0.8, 0.9), "epsilon": 1e-6,
+        "dtype": "bfloat16", "remat": True, "non_linearity": "relu",
+    }  # fmt: skip
+    ranked = {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init"}
+    for method, size, missing in (
+        ("lora", {"rank": 2}, {"virtual_tokens", "bottleneck", "non_linearity"}),
+        ("series", {"bottleneck": 4}, {"virtual_tokens", *ranked}),
+    ):
+        own = FinetuneConfig(method=method, batch=16, validation=4, warmup=4, dropout=0.0, **size)
+        before = start("finetune", replace(config, training=own), monkeypatch).identity
+        for field in fields(own):
+            if field.name in missing:
+                continue
+            values["method"] = {"lora": "dora", "series": "parallel"}[method]
+            value = values.get(field.name, getattr(own, field.name))
+            value = value + 1 if field.name not in values else value
+            changed = replace(config, training=replace(own, **{field.name: value}))
+            assert start("finetune", changed, monkeypatch).identity != before, (method, field.name)
+    for name, value in (("keep", "last"), ("merge", True)):
+        changed = replace(config, **{name: value})
+        assert start("finetune", changed, monkeypatch).identity == start("finetune", config, monkeypatch).identity
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "same"),
+    [
+        ("lr_transfer", lr_transfer.Config(), {"judge"}),
+        ("training_dynamics", training_dynamics.Config(), set()),
+        ("variance_sweep", variance_sweep.Config(), set()),
+    ],
+)
+def test_every_setting_of_a_simulation_is_in_its_identity(name, config, same, monkeypatch) -> None:
+    """lr_transfer's judge chooses among losses that are all kept."""
+    before = start(name, config, monkeypatch).identity
+    found = {
+        setting
+        for setting, changed in changes(name, config, SKIPPED - {"model"}).items()
+        if start(name, changed, monkeypatch).identity == before
+    }
+    assert found == same
+    elsewhere = {"variance_sweep": {"devices": 1}}.get(name, {}) | {"out": Path("elsewhere")}
+    assert start(name, replace(config, **elsewhere), monkeypatch).identity == before
+
+
+def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path, monkeypatch) -> None:
+    """And the file's content; the inputs that it stands in place of are not."""
+    path = tmp_path / "layers.npz"
+    random = np.random.default_rng(0)
+    arrays = {"grad": random.normal(size=(6, 24)), "x_train": random.normal(size=(12, 24))}
+    arrays["x_heldout"] = random.normal(size=(9, 24))
+    np.savez(path, **{f"model.layers.0.mlp.down_proj/{key}": value for key, value in arrays.items()})
+    config = variance_sweep.Config(layer_data=path)
+    before = start("variance_sweep", config, monkeypatch).identity
+    found = {
+        setting
+        for setting, changed in changes("variance_sweep", config, SKIPPED - {"model"}).items()
+        if start("variance_sweep", changed, monkeypatch).identity == before
+    }
+    assert found == {"p_in", "p_out", "overlaps", "sampler"}
+    arrays["x_heldout"][-1, -1] += 1e-9
+    np.savez(path, **{f"model.layers.0.mlp.down_proj/{key}": value for key, value in arrays.items()})
+    assert start("variance_sweep", config, monkeypatch).identity != before
+
+
+def test_a_matrix_of_runs_is_all_that_is_read_of_it() -> None:
+    """The losses of single records too: the errors are over them."""
+    cell = matrix_rates.Cell("lora", 8, 2.0, 1e-3, 0, 1.5, np.array([1.0, 2.0]), np.array([1.0, 1.0]))
+    others = [
+        replace(cell, method="rora"), replace(cell, rank=16), replace(cell, gamma=1.0), replace(cell, rate=1e-4),
+        replace(cell, seed=1), replace(cell, loss=1.6), replace(cell, records=np.array([2.0, 1.0])),
+        replace(cell, records=None, tokens=None), replace(cell, tokens=np.array([2.0, 1.0])),
+    ]  # fmt: skip
+    assert len({matrix_rates.digest([one]) for one in (cell, *others)}) == 10
