@@ -363,6 +363,12 @@ def _best(rule: str, rank: int) -> float:
     return float(one(csv("lr_transfer_smollm2/best.csv"), rule=rule, rank=rank)["best_rate"])
 
 
+@block("rates.model.slope.lora")
+def rates_model_slope() -> str:
+    row = one(csv("lr_transfer_smollm2/slopes.csv"), rule="lora")
+    return signed(row["slope"], row["half_width"])
+
+
 @block("rates.model.ratio")
 def rates_model_ratio() -> str:
     """Best rate of alpha / r over that of alpha / sqrt(r) at r = 128."""
