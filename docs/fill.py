@@ -430,7 +430,8 @@ def _by_rank(run: str, ranks: tuple[int, ...]) -> str:
             found = _difference(run, method, rank, 3e-4)
             over_seeds = found["loss_seed_error"]
             seed = "" if pd.isna(over_seeds) else f" (seeds {over_seeds:.3f})"
-            cells.append(f"{found['loss']:+.3f} ± {found['loss_error']:.4f}{seed}")
+            digits = 4 if method == "dora" else 3
+            cells.append(f"{found['loss']:+.{digits}f} ± {found['loss_error']:.{digits + 1}f}{seed}")
         answers = [f"{_mean(_losses(run, method, rank, 3e-4, 'answer_loss')):.2f}" for method in ("lora", "rora")]
         accuracy = [f"{100 * row['average']:.1f} ± {100 * row['average_error']:.1f}" for row in (lora, rora)]
         rows.append([*cells, ", ".join(answers), *accuracy])
