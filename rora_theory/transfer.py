@@ -15,6 +15,7 @@ This is the law of the first step. What comes later depends on how A moves.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import geometric_mean
@@ -42,6 +43,15 @@ PEFT_INITS: dict[inits.Init, bool | str] = {"kaiming_uniform": True, "gaussian":
 
 ALL = "all modules"
 """Name of the one module of an assumed regime."""
+
+PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+"""The modules that the DoRA and RoRA experiments adapt."""
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear module but the output head; it stands alone, not in a list."""
+
+TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+"""PEFT's task types."""
 
 
 @dataclass(frozen=True)
@@ -208,10 +218,13 @@ class Transfer:
         return Folk(name, new, mean, min(steps), max(steps), new.learning_rate / mean)
 
     def folk(self) -> tuple[Folk, ...]:
-        """Rules of thumb at the new rank and old rate, under ``alpha / r`` and (`use_rslora`) ``alpha / sqrt(r)``."""
+        """Rules of thumb at the new rank and old rate: under the tuned rule, which is not named, and with PEFT's
+        ``use_rslora`` set the other way (both ways where the tuned rule is neither of PEFT's two)."""
         rank = self.unchanged.rank
         alphas = {f"alpha = {self.old.alpha:g}, as it was": self.old.alpha, "alpha = r": rank, "alpha = 2r": 2 * rank}
-        rules: dict[str, Rule] = {"": "lora", ", use_rslora": "rslora"}
+        rules: dict[str, Rule] = {"": self.old.rule}
+        flags: dict[str, Rule] = {", without use_rslora": "lora", ", use_rslora": "rslora"}
+        rules |= {flag: rule for flag, rule in flags.items() if exponent(rule) != exponent(self.old.rule)}
         return tuple(
             self.judge(name + flag, replace(self.unchanged, alpha=float(alpha), rule=rule))
             for name, alpha in alphas.items()
@@ -275,30 +288,61 @@ def transfer(
     return Transfer(old, unchanged, tuple(modules))
 
 
+def peft_targets(names: Sequence[str]) -> str | list[str]:
+    """``target_modules`` as PEFT takes them: `ALL_LINEAR` as a string, names of modules as a list.
+
+    Args:
+      names: ``["all-linear"]``, or names such as ``q_proj`` and ``self_attn.q_proj``.
+
+    Raises:
+      InputError: none, one twice, `ALL_LINEAR` beside others, or one that no module's name can be.
+
+    Example:
+      >>> peft_targets(["all-linear"]), peft_targets(["q_proj", "v_proj"])
+      ('all-linear', ['q_proj', 'v_proj'])
+    """
+    accepted = f"names of modules such as q_proj, each by itself, or {ALL_LINEAR} alone"
+    if not names:
+        raise InputError(f"targets is empty; accepted are {accepted}")
+    if list(names) == [ALL_LINEAR]:
+        return ALL_LINEAR
+    for name in names:
+        if name == ALL_LINEAR or not re.fullmatch(r"\w+(\.\w+)*", name) or list(names).count(name) > 1:
+            raise InputError(f"targets has {name!r} in {' '.join(names)!r}; accepted are {accepted}")
+    return list(names)
+
+
 def peft_config(
     found: Transfer,
     *,
-    target_modules: Sequence[str],
+    target_modules: Sequence[str] | str,
     per: Literal["one", "type", "module"] = "type",
+    task_type: TaskType = "CAUSAL_LM",
 ) -> str:
     """Python source of a PEFT ``LoraConfig`` with the alphas that keep the first step at the old rate.
 
-    A rule of another kappa than 1 or 1/2 has no flag in PEFT and is written as ``alpha / r`` of the same gamma. PEFT
-    takes any number as alpha.
+    A rule of another kappa than 1 or 1/2 has no flag in PEFT and is written as ``alpha / r`` of the same gamma, with a
+    comment. PEFT takes any number as alpha.
 
     Args:
       found: of `transfer`.
-      target_modules: PEFT's.
+      target_modules: PEFT's, see `peft_targets`.
       per: which modules share an alpha, see `Transfer.alpha_pattern`.
+      task_type: PEFT's; without it PEFT wraps a model in its class for none.
 
     Raises:
-      InputError: an init that PEFT does not have.
+      InputError: an init that PEFT does not have, targets as in `peft_targets`, or a task type that PEFT does not have.
     """
     new = found.unchanged
     if new.init not in PEFT_INITS:
         raise InputError(f"init is {new.init!r}, which PEFT does not have; accepted are {', '.join(PEFT_INITS)}")
-    flag = exponent(new.rule) == KAPPAS["rslora"]
+    if task_type not in get_args(TaskType):
+        raise InputError(f"task_type is {task_type!r}; accepted are {', '.join(get_args(TaskType))}")
+    targets = peft_targets([target_modules] if isinstance(target_modules, str) else target_modules)
+    kappa = exponent(new.rule)
+    flag = kappa == KAPPAS["rslora"]
     rule: Rule = "rslora" if flag else "lora"
+    remark = "" if kappa in KAPPAS.values() else f"  # alpha / r with the gamma of {found.alpha:.6g} / r^{kappa:g}"
 
     def written(alpha: float) -> str:
         scaling = scaling_factor(new.rule, alpha=alpha, rank=new.rank)
@@ -308,11 +352,12 @@ def peft_config(
         "from peft import LoraConfig",
         "",
         f"config = LoraConfig(  # learning rate {found.old.learning_rate:g}",
+        f"    task_type={task_type!r},",
         f"    r={new.rank},",
-        f"    lora_alpha={written(found.alpha)},",
+        f"    lora_alpha={written(found.alpha)},{remark}",
         f"    use_rslora={flag},",
         f"    init_lora_weights={PEFT_INITS[new.init]!r},",
-        f"    target_modules={list(target_modules)!r},",
+        f"    target_modules={targets!r},",
     ]
     pattern = found.alpha_pattern(per)
     if pattern:

@@ -37,20 +37,17 @@ from rora_theory.seeds import check_seed
 from rora_theory.statistics import Moments, root
 from rora_theory.transfer import Setting, transfer
 from sims.common import cli, tables
+from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
 from sims.common.devices import describe, pick
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
 from sims.common.scalings import parse_rule
 
 NAME = "regime"
-CROSSINGS, JUDGE, VERDICT = "crossing_ranks.csv", "judge.csv", "verdict.json"
+JUDGE, VERDICT = "judge.csv", "verdict.json"
 COLUMNS = (
     "layer", "module", "split", "optimizer", "init", "rule", "kappa", "rank", "alpha", "scaling", "predicted",
     "measured", "standard_error", "adapters",
-)  # fmt: skip
-CROSSING_COLUMNS = (
-    "layer", "module", "p_in", "p_out", "split", "tokens", "optimizer", "init", "signal", "cross_talk", "crossing_rank",
-    "lower_quartile", "median", "upper_quartile", "linear_term",
 )  # fmt: skip
 JUDGE_COLUMNS = (
     "optimizer", "init", "split", "rank", "modules", "mean_ratio", "standard_error", "largest_deviation", "largest_t",
@@ -313,6 +310,7 @@ def run(config: Config) -> None:
     identity |= model.origin.identity() | {"records_sha256": real_batch.digest(config.data)}
     extra = {"units": UNITS, "device": describe(places), "data": [Path(name).name for name in config.data]}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
+    folder.update(model_layers=model.config.num_hidden_layers)
     done = _resume(folder, config, rules, chosen)
     if len(done) < len(chosen):
         train = record(model.params, model.config, pair.train, modules)

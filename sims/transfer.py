@@ -2,14 +2,14 @@
 
     python -m sims.transfer --from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw
 
-The regime is assumed (signal, the default, or cross-talk) or measured: --regime RUN takes a run of sims.regime, and
-alphas then differ by module. Printed are a short table, what rules of thumb and `use_rslora` would do, and a PEFT
-`LoraConfig` to paste. --check MODEL DATA... takes the first real steps of the model at both ranks and writes them to a
-run folder.
+The regime is assumed (signal, the default, whose alpha keeps the whole model's first step, or cross-talk) or
+measured: --regime RUN takes a run of sims.regime, and alphas then differ by module and keep each module's own step.
+Printed are a short table, what rules of thumb and `use_rslora` would do, and a PEFT `LoraConfig` to paste. --check
+MODEL DATA... takes the first real steps of the model at both ranks and writes them to a run folder.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -17,17 +17,32 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.errors import InputError
+from rora_theory.files import read_json
 from rora_theory.inits import Init
 from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.seeds import check_seed
-from rora_theory.transfer import ALL, FAMILY, REGIMES, Setting, Trainer, Transfer, peft_config, transfer
+from rora_theory.transfer import (
+    ALL,
+    ALL_LINEAR,
+    FAMILY,
+    PAPER_TARGETS,
+    REGIMES,
+    SIGNAL,
+    Setting,
+    TaskType,
+    Trainer,
+    Transfer,
+    peft_config,
+    peft_targets,
+    step_ratio,
+    transfer,
+)
 from sims.common import cli, tables
+from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder, read_rows
 from sims.common.scalings import parse_rule
-from sims.regime import CROSSING_COLUMNS, CROSSINGS
 
 NAME = "transfer"
 COLUMNS = (
@@ -78,8 +93,11 @@ class Config:
     """tokens of a measured regime: other text (heldout) or the batch that gave the gradient (train)"""
     per: Literal["one", "type", "module"] = "type"
     """which modules of a measured regime share an alpha: one for all, one a type, or one for each layer's module"""
-    targets: tuple[str, ...] = PAPER_TARGETS
-    """target_modules of an assumed regime; a measured one has its own"""
+    targets: tuple[str, ...] | None = None
+    """target_modules of the LoraConfig: names separated by spaces, or all-linear; none is a measured regime's own, and
+    the paper's five where the regime is assumed"""
+    task_type: TaskType = "CAUSAL_LM"
+    """task_type of the LoraConfig"""
     check: tuple[str, ...] = ()
     """a model and data files: take the first real steps at both ranks"""
     items: int = 8
@@ -115,26 +133,73 @@ def measured(run: Path, *, optimizer: Trainer, init: Init, split: str) -> dict[s
     return found
 
 
-def plan(config: Config) -> tuple[Transfer, Sequence[str]]:
-    """The transfer that is asked for, and the modules it is for."""
+def plan(config: Config) -> tuple[Transfer, str | list[str], str]:
+    """The transfer that is asked for, PEFT's ``target_modules``, and what a measured regime leaves open or nothing."""
     old = Setting(
         config.from_rank, config.alpha, config.lr, parse_rule(config.rule, "--rule"), config.optimizer, config.init
     )
     rule = None if config.to_rule is None else parse_rule(config.to_rule, "--to-rule")
+    asked = None if config.targets is None else peft_targets(config.targets)
     if config.regime in REGIMES:
-        return transfer(old, config.to_rank, config.regime, rule=rule), config.targets  # type: ignore[arg-type]
-    terms = measured(Path(config.regime), optimizer=config.optimizer, init=config.init, split=config.split)
-    targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in terms))
-    return transfer(old, config.to_rank, terms, rule=rule), targets
+        found = transfer(old, config.to_rank, config.regime, rule=rule)  # type: ignore[arg-type]
+        return found, asked or list(PAPER_TARGETS), ""
+    run = Path(config.regime)
+    terms = measured(run, optimizer=config.optimizer, init=config.init, split=config.split)
+    if isinstance(asked, list):
+        kept = {name: c for name, c in terms.items() if any(_ends_with(name, target) for target in asked)}
+        for target in asked:
+            if not any(_ends_with(name, target) for name in kept):
+                raise InputError(
+                    f"--targets has {target}, which {run} did not measure; accepted are {' '.join(_types(terms))}"
+                )
+        terms = kept
+    return transfer(old, config.to_rank, terms, rule=rule), asked or _types(terms), gaps(run, terms, asked)
 
 
-def report(config: Config, found: Transfer, targets: Sequence[str]) -> None:
-    """Print the tables and the snippet."""
+def gaps(run: Path, terms: Mapping[str, float], targets: str | list[str] | None) -> str:
+    """One sentence on what a run of sims.regime did not measure; empty where it measured all.
+
+    Raises:
+      InputError: its manifest can't be read.
+    """
+    manifest = read_json(run / "manifest.json", accepted="the manifest of a run of sims.regime")
+    settings = manifest.get("config", {}) if isinstance(manifest, dict) else {}
+    layers = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in terms if ".layers." in name})
+    of_all = manifest.get("model_layers") if isinstance(manifest, dict) else None
+    missing = []
+    if of_all is not None and len(layers) < of_all:
+        missing.append(f"it has {len(layers)} of the model's {of_all} layers ({' '.join(map(str, layers))})")
+    elif of_all is None and settings.get("layers") is not None:
+        missing.append(f"it was made for layers {' '.join(map(str, layers))} alone")
+    if not isinstance(manifest, dict) or manifest.get("status") != "complete":
+        missing.append("it has not ended")
+    if targets == ALL_LINEAR and settings.get("targets") != [ALL_LINEAR]:
+        missing.append(f"{ALL_LINEAR} adapts more than the modules that it has ({' '.join(_types(terms))})")
+    if not missing:
+        return ""
+    return (
+        f"This regime is thin: {', and '.join(missing)}. What it has not measured gets the mean of what it has; "
+        "nothing here says how far that is off."
+    )
+
+
+def _types(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _ends_with(name: str, target: str) -> bool:
+    """As PEFT matches a name in a list."""
+    return name == target or name.endswith(f".{target}")
+
+
+def report(config: Config, found: Transfer, targets: str | list[str], thin: str) -> None:
+    """Print the tables and the snippet, and what the regime leaves open."""
     old, new = found.old, found.unchanged
     is_measured = found.modules[0].name != ALL
     regime = f"measured at {len(found.modules)} modules, {config.split} tokens" if is_measured else config.regime
+    rule = old.rule if isinstance(old.rule, str) else f"kappa {old.rule:g}"
     title = (
-        f"Rank {old.rank} to {new.rank}, {old.rule} alpha {old.alpha:g}, rate {old.learning_rate:g}, {old.optimizer}, "
+        f"Rank {old.rank} to {new.rank}, {rule}, alpha {old.alpha:g}, rate {old.learning_rate:g}, {old.optimizer}, "
         f"{old.init}; regime: {regime}"
     )
     rows = [["all modules" if is_measured else ALL, *_figures(found, [m.name for m in found.modules])]]
@@ -149,6 +214,8 @@ def report(config: Config, found: Transfer, targets: Sequence[str]) -> None:
         rows.append([other, *_figures(against, [ALL])])
     heads = ["", f"alpha at rate {old.learning_rate:g}", f"rate at alpha {old.alpha:g}", "step if neither changes"]
     tables.print_table(title, heads, rows)
+    if thin:
+        tables.print_text(thin + "\n")
     folk = [
         [
             each.name,
@@ -159,27 +226,32 @@ def report(config: Config, found: Transfer, targets: Sequence[str]) -> None:
         for each in found.folk()
     ]
     tables.print_table(
-        f"Rules of thumb at rank {new.rank}: the first step against the tuned one's (range over modules)",
+        f"Rules of thumb at rank {new.rank}, {rule} where nothing else is said: the first step against the tuned "
+        "one's (range over modules)",
         ["choice", "gamma", "first step", "rate that undoes it"],
         folk,
     )
-    print(peft_config(found, target_modules=targets, per=config.per))
+    print(peft_config(found, target_modules=targets, per=config.per, task_type=config.task_type))
     if is_measured:
+        whole = step_ratio(replace(new, alpha=found.alpha), old, SIGNAL)
         tables.print_text(
-            "\nThese alphas keep the rms of each module's own output, cross-talk included. The step of the whole model "
-            "is led by the signal, because cross-talk does not add up over modules: to keep that one, use "
-            "--regime signal; --check takes the steps."
+            "\nThese alphas keep the rms of each module's own output, cross-talk included. Cross-talk does not add up "
+            f"over modules, the signal does: where it leads, the whole model's first step is then {whole:.3g} times "
+            "the tuned one's. --check takes the steps."
         )
 
 
 def _figures(found: Transfer, names: Sequence[str]) -> list[str]:
     modules = [module for module in found.modules if module.name in set(names)]
-    columns = ([m.alpha for m in modules], [m.learning_rate for m in modules], [m.unchanged for m in modules])
-    return [_spread(geometric_mean(values), min(values), max(values)) for values in columns]
+    alphas, rates, steps = ([getattr(m, name) for m in modules] for name in ("alpha", "learning_rate", "unchanged"))
+    return [
+        _spread(geometric_mean(alphas), min(alphas), max(alphas), digits=6),  # as the snippet has it
+        *[_spread(geometric_mean(values), min(values), max(values)) for values in (rates, steps)],
+    ]
 
 
-def _spread(value: float, low: float, high: float) -> str:
-    text = f"{value:.4g}"
+def _spread(value: float, low: float, high: float, *, digits: int = 4) -> str:
+    text = f"{value:.{digits}g}"
     return text if high - low < 1e-9 * high else f"{text} ({low:.3g} to {high:.3g})"
 
 
@@ -200,13 +272,22 @@ def plans(found: Transfer) -> dict[str, tuple[Setting, dict[str, float]]]:
     return chosen
 
 
-def check(config: Config, found: Transfer, targets: Sequence[str]) -> None:
-    """Take the first real step of every plan, several draws of A each, and report its size against the tuned one's."""
-    import jax
+def check(config: Config, found: Transfer, targets: str | list[str]) -> None:
+    """Take the first real step of every plan, several draws of A each, and report its size against the tuned one's.
 
-    from rora_theory import llama
-    from rora_theory.model_layers import RealStep
-    from sims.common import real_batch
+    Raises:
+      InputError: settings of the check, or the extra ``finetune`` is not installed.
+    """
+    try:
+        import jax
+
+        from rora_theory.llama import load
+        from rora_theory.model_layers import RealStep
+        from sims.common import real_batch
+    except ImportError as error:
+        raise InputError(
+            f"--check needs the extra finetune, as in pip install 'rora-theory[finetune]' ({error})"
+        ) from error
 
     if len(config.check) < 2:
         raise InputError(f"check is {' '.join(config.check)}; accepted are a model and one or more data files")
@@ -214,13 +295,13 @@ def check(config: Config, found: Transfer, targets: Sequence[str]) -> None:
     if config.seeds < 2:
         raise InputError(f"seeds is {config.seeds}; accepted is an integer of 2 or more, for the error bars")
     model_name, *data = config.check
-    model = llama.load(model_name)
+    model = load(model_name)
     pair = real_batch.batches(data, model.tokenizer, items=config.items, heldout_items=config.items, seed=config.seed)
     chosen = plans(found)
     terms = {module.name: module.linear_term for module in found.modules}
     names = ("from_rank", "to_rank", "alpha", "lr", "rule", "to_rule", "optimizer", "init", "items", "seeds", "seed")
     identity: dict[str, Any] = {name: getattr(config, name) for name in names} | {"linear_terms": terms}
-    identity |= model.origin.identity() | {"records_sha256": real_batch.digest(data), "targets": list(targets)}
+    identity |= model.origin.identity() | {"records_sha256": real_batch.digest(data), "targets": targets}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
     rows: list[dict[str, Any]] = [
@@ -319,8 +400,8 @@ def summarise(
 
 def main(config: Config) -> None:
     """Report, and check where asked."""
-    found, targets = plan(config)
-    report(config, found, targets)
+    found, targets, thin = plan(config)
+    report(config, found, targets, thin)
     if config.check:
         check(config, found, targets)
 

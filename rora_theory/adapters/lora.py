@@ -25,9 +25,7 @@ from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import PRODUCT
 from rora_theory.scaling import Rule, scaling_factor
-
-PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-"""The modules that the DoRA and RoRA experiments adapt."""
+from rora_theory.transfer import PAPER_TARGETS
 
 
 @dataclass(frozen=True)

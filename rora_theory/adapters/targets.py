@@ -8,8 +8,8 @@ from typing import Any
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig
 from rora_theory.scaling import check_positive, check_rank
+from rora_theory.transfer import ALL_LINEAR
 
-ALL_LINEAR = "all-linear"
 OTHERS = ("lm_head", "model.embed_tokens")
 """Modules of the model that PEFT could adapt and this package does not."""
 

@@ -1,6 +1,8 @@
 """`python -m sims.transfer`: tables and snippet, a measured regime, the check on a model, bad input."""
 
 import csv
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,19 +28,88 @@ def snippet(text: str) -> dict:
     return space["config"]
 
 
-def test_as_a_user_runs_it() -> None:
-    """The issue of most users: LoRA under AdamW, signal alone, keeps alpha; alpha = 2r is 16 times too strong."""
+CORE_ONLY = """
+import importlib.abc, runpy, sys
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"safetensors", "tokenizers", "gguf", "orbax", "grain", "huggingface_hub"}:
+            raise ImportError(f"hidden: {name}")
+sys.meta_path.insert(0, Hidden())
+sys.argv = ["sims.transfer", *sys.argv[1:]]
+runpy.run_module("sims.transfer", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_as_a_user_runs_it_on_the_core_install() -> None:
+    """The issue of most users: LoRA under AdamW, signal alone, keeps alpha; alpha = 2r is 16 times too strong.
+
+    Everything of the extra ``finetune`` is hidden.
+    """
     arguments = "--from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw"
-    command = [sys.executable, "-m", "sims.transfer", *arguments.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    command = [sys.executable, "-c", CORE_ONLY, *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stderr, done.returncode) == ("", 0)
     config = snippet(done.stdout)
-    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (128, 16, False)
+    assert config.pop("target_modules") == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert config == {
+        "task_type": "CAUSAL_LM", "r": 128, "lora_alpha": 16, "use_rslora": False, "init_lora_weights": True
+    }  # fmt: skip
     lines = {line.split("  ")[0].strip(): line.split() for line in done.stdout.splitlines() if line.strip()}
     assert lines["signal"][1:] == ["16", "0.0003", "1"]
     assert lines["cross-talk"][1:] == ["64", "0.0012", "0.25"]
-    assert lines["alpha = 2r"][-4:] == ["2", "16", "x", "1.88e-05"] or lines["alpha = 2r"][-3] == "16"
+    assert lines["alpha = 2r"][-4:] == ["2", "16", "x", "1.88e-05"]
     assert lines["alpha = 16, as it was, use_rslora"][-3:-1] == ["11.31", "x"]
+
+
+def test_check_on_the_core_install_names_the_extra(monkeypatch, capsys) -> None:
+    for name in [name for name in sys.modules if name.startswith(("rora_theory.finetune", "sims.common.real_batch"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("sims.common.real_batch", raising=False)
+    monkeypatch.setitem(sys.modules, "rora_theory.finetune", None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: transfer.main(transfer.Config(check=("smollm2-135m", "x.json"))))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --check needs the extra finetune")
+
+
+def test_the_tuned_rule_is_kept(capsys) -> None:
+    """Under rora the row 'as it was' has use_rslora, and the config too; under another kappa a comment says whose
+    alpha it is."""
+    transfer.main(transfer.Config(rule="rora"))
+    text = capsys.readouterr().out
+    config = snippet(text)
+    assert (config["use_rslora"], config["lora_alpha"]) == (True, 4)  # 16 / sqrt(16)
+    lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
+    assert lines["signal"][1] == "4"
+    assert lines["alpha = 16, as it was"][-4:] == ["1.414", "4", "x", "7.5e-05"]  # gamma of 16 / sqrt(128)
+    assert lines["alpha = 16, as it was, without use_rslora"][-4] == "0.125"
+    transfer.main(transfer.Config(rule="0.25"))
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if "lora_alpha" in line)
+    (alpha,) = (float(line.split()[1]) for line in text.splitlines() if re.match(" *signal +[0-9]", line))
+    assert line.endswith(f"# alpha / r with the gamma of {alpha:.6g} / r^0.25")
+    assert snippet(text)["lora_alpha"] / 128 == pytest.approx(alpha / 128**0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "task_type", "written"),
+    [
+        (("all-linear",), "CAUSAL_LM", "all-linear"),
+        (("o_proj", "self_attn.q_proj"), "SEQ_CLS", ["o_proj", "self_attn.q_proj"]),
+    ],
+)
+@pytest.mark.parametrize("rule", ["lora", "rora"])
+def test_what_is_printed_is_what_peft_takes(capsys, targets, task_type, written, rule) -> None:
+    """The user's targets and task type, as PEFT's own LoraConfig reads them."""
+    transfer.main(transfer.Config(targets=targets, task_type=task_type, rule=rule))
+    text = capsys.readouterr().out
+    config = snippet(text)
+    assert (config["target_modules"], config["task_type"]) == (written, task_type)
+    pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    read = peft.LoraConfig(**config)
+    assert read.target_modules == (written if isinstance(written, str) else set(written))
+    assert (read.task_type, read.use_rslora) == (task_type, rule == "rora")
 
 
 @pytest.fixture
@@ -75,6 +146,53 @@ def test_a_measured_regime(run, capsys, optimizer, split, base) -> None:
     assert written["target_modules"] == ["q_proj", "down_proj"]
     assert written["lora_alpha"] == pytest.approx(expected.alpha, rel=1e-5)
     assert written["alpha_pattern"] == pytest.approx(expected.by_type(), rel=1e-5)
+
+
+def test_a_measured_regime_prints_one_alpha(run, capsys) -> None:
+    """The table's and the snippet's; what it does to the whole model's step is said, another alpha is not advised."""
+    transfer.main(transfer.Config(regime=str(run), optimizer="adamw"))
+    text = capsys.readouterr().out
+    alpha = snippet(text)["lora_alpha"]
+    assert (
+        next(line.split()[2] for line in text.splitlines() if line.split()[:2] == ["all", "modules"]) == f"{alpha:.6g}"
+    )
+    after = " ".join(text[text.index("These alphas") :].split())
+    assert f"is then {alpha / 16:.3g} times the tuned one's" in after  # LoRA, Adam, signal: the step is alpha
+    assert "--regime" not in after
+
+
+@pytest.mark.parametrize(
+    ("manifest", "config", "said"),
+    [
+        ({"status": "complete", "model_layers": 2}, {}, None),
+        ({"status": "complete"}, {}, None),  # of an earlier version
+        ({"status": "complete", "model_layers": 30}, {}, "it has 2 of the model's 30 layers (0 1)"),
+        ({"status": "running", "model_layers": 30}, {}, "30 layers (0 1), and it has not ended"),
+        ({"status": "complete", "config": {"layers": [0, 1]}}, {}, "it was made for layers 0 1 alone"),
+        ({"status": "complete"}, {"targets": ("all-linear",)}, "all-linear adapts more than the modules that it has"),
+        ({"status": "complete", "config": {"targets": ["all-linear"]}}, {"targets": ("all-linear",)}, None),
+    ],
+)
+def test_a_thin_regime_is_said_to_be_thin(run, capsys, manifest, config, said) -> None:
+    (run / "manifest.json").write_text(json.dumps({"experiment": "regime", "config": {}} | manifest))
+    transfer.main(transfer.Config(regime=str(run), **config))
+    text = capsys.readouterr().out
+    if said is None:
+        assert "is thin" not in text
+    else:
+        assert said in text[text.index("This regime is thin") : text.index("Rules of thumb")]
+
+
+def test_own_targets_of_a_measured_regime(run, capsys) -> None:
+    """Their terms alone decide; one that was not measured is refused."""
+    transfer.main(transfer.Config(regime=str(run), targets=("down_proj",)))
+    written = snippet(capsys.readouterr().out)
+    terms = {f"model.layers.{layer}.mlp.down_proj": 3.0 + 5 * layer for layer in (0, 1)}
+    expected = carry(Setting(8, 16.0, 3e-4, "lora", "adamw"), 128, terms)
+    assert written["target_modules"] == ["down_proj"]
+    assert written["lora_alpha"] == pytest.approx(expected.alpha, rel=1e-5)
+    with pytest.raises(transfer.InputError, match=r"--targets has o_proj, which .* accepted are q_proj down_proj"):
+        transfer.plan(transfer.Config(regime=str(run), targets=("q_proj", "o_proj")))
 
 
 def test_check_on_a_model(tmp_path) -> None:
@@ -122,6 +240,11 @@ def test_check_on_a_model(tmp_path) -> None:
         ({"check": ("smollm2-135m",)}, "check is smollm2-135m"),
         ({"check": ("smollm2-135m", "x.json"), "seeds": 1}, "seeds is 1"),
         ({"check": ("smollm2-135m", "x.json"), "seed": -1}, "seed is -1"),
+        ({"targets": ("q_proj,v_proj",)}, "targets has 'q_proj,v_proj'"),
+        ({"targets": ("q_proj", "all-linear")}, "targets has 'all-linear' in 'q_proj all-linear'"),
+        ({"targets": ("q_proj", "q_proj")}, "targets has 'q_proj'"),
+        ({"targets": ()}, "targets is empty"),
+        ({"task_type": "causal"}, "task_type is 'causal'"),
         ({"rule": "400"}, "rule is 400.0: 16.0 / 8^400 is not a float above 0"),
     ],
 )
