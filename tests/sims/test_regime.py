@@ -76,6 +76,7 @@ def test_crossings(finished) -> None:
     }
     crossings = rows_of(finished / "crossing_ranks.csv")
     assert tuple(crossings[0]) == regime.CROSSING_COLUMNS
+    assert json.loads((finished / "manifest.json").read_text())["model_layers"] == 2  # by which a thin run is told
     assert len(crossings) == 2 * 2 * 2 * 2 * 2
     for row in crossings:
         key = tuple(row[k] for k in ("module", "split", "optimizer", "init"))
