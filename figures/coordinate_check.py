@@ -142,7 +142,7 @@ def exponents(manifest: dict[str, Any], slopes: list[dict[str, str]]) -> plt.Fig
                 axis.errorbar(
                     [int(row["step"]) * shift for row in points],
                     [float(row["slope"]) for row in points],
-                    yerr=[float(row["standard_error"]) for row in points],
+                    yerr=[float(row["half_width"]) for row in points],
                     color=style.COLOURS[position] if module != "model" else "black",
                     marker=style.MARKERS[position % len(style.MARKERS)],
                     markerfacecolor="white" if quantity == "logits" else None,
@@ -162,8 +162,8 @@ def exponents(manifest: dict[str, Any], slopes: list[dict[str, str]]) -> plt.Fig
         loc="outside lower center",
         ncols=len(labels),
         frameon=False,
-        title=f"{manifest['config']['model']}, {manifest['config']['batches']} batch; log-log slope ± s.e. over "
-        f"{manifest['config']['seeds']} seeds; grey: within ±{band:g}, passed",
+        title=f"{manifest['config']['model']}, {manifest['config']['batches']} batch; log-log slope ± half its 95% "
+        f"interval over {manifest['config']['seeds']} seeds; grey: within ±{band:g}",
         title_fontsize=7,
     )
     return figure

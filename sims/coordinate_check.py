@@ -5,7 +5,8 @@
 Adapters of several ranks, nested, take the same few steps on real records; what they add to every module, to the final
 hidden state and to the logits is read on the batch they learned from and on held-out records. The rules meet at the
 reference rank. A slope against the rank within the band of zero, seeds and all, is flat: the rule keeps that quantity
-when the rank changes. Controls are run beside: they must not be flat.
+when the rank changes. The verdict on a rule is on the whole model, its final hidden state and its logits; the modules'
+own outputs have one beside it. Controls are run too: they must not be flat.
 """
 
 import sys
@@ -52,6 +53,8 @@ UNITS = {
     "kappa_flat": "exponent that would have been flat: kappa + slope under Adam, kappa + slope/2 under SGD, if the "
     "quantity went on as gamma and gamma^2",
 }
+WHOLE = ((MODEL, "hidden"), (MODEL, "logits"))
+"""What the verdict on a rule is on: modules lose cross-talk with the rank, and it does not add up over them."""
 OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
 
 
@@ -344,28 +347,31 @@ def report(config: Config, found: Sequence[dict[str, Any]], rows: Sequence[dict[
                     for quantity, module in lines
                 ],
             )
-        verdicts = {
+        own = {
             (split_, step): [
                 row["verdict"]
                 for (q, m, s, t), row in table.items()
-                if (q, s, t) == ("output", split_, step) and m != MODEL
+                if (q, s, t) == ("output", split_, step) and m in modules
             ]
             for split_ in splits
-            for step in (config.steps[0], config.steps[-1])
+            for step in config.steps
         }
-        flat = [f"{verdicts[key].count('flat')} of {len(verdicts[key])}" for key in verdicts]
-        last = table.get(("output", MODEL, "train", config.steps[-1]))
-        whole = [row["verdict"] for row in group if (row["quantity"], row["module"]) == ("output", MODEL)]
-        word = "flat" if whole and all(verdict == "flat" for verdict in whole) else "not flat throughout"
+        whole = [row["verdict"] for row in group if (row["module"], row["quantity"]) in WHOLE]
+        words = {"whole": in_a_word(whole), "own": in_a_word([verdict for each in own.values() for verdict in each])}
         if case.control:
-            word = "FLAT: the check has no power" if word == "flat" else "not flat, as it must be"
-        elif whole and all(verdict == whole[0] for verdict in whole):
-            word = f"{whole[0]} with the rank" if whole[0] in ("grows", "shrinks") else whole[0]
+            words = {name: _of_control(word) for name, word in words.items()}
+        flat = [
+            f"{own[split_, step].count('flat')} of {len(own[split_, step])}"
+            for split_ in splits
+            for step in _ends(config.steps)
+        ]
+        last = table.get(("hidden", MODEL, "train", config.steps[-1]))
         loss = [row["value"] for row in rows if _case(row) == case[:3] and row["quantity"] == "loss"]
         summary.append(
             [
                 case.label,
-                word,
+                words["whole"],
+                words["own"],
                 *flat,
                 "" if last is None or "kappa_flat" not in last else f"{last['kappa_flat']:.2f}",
                 f"{min(loss):.2f} to {max(loss):.2f}" if loss and np.isfinite(loss).all() else "not finite",
@@ -374,10 +380,32 @@ def report(config: Config, found: Sequence[dict[str, Any]], rows: Sequence[dict[
     columns = [f"flat modules, {label}, step {step}" for label in splits.values() for step in _ends(config.steps)]
     tables.print_table(
         f"Verdicts ({config.batches} batch, {config.seeds} seeds, ranks {' '.join(map(str, sorted(config.ranks)))})",
-        ["rule", "all modules, both splits, all steps", *columns, f"flat kappa, step {config.steps[-1]}", "losses"],
+        [
+            "rule",
+            "whole model",
+            "modules' own outputs",
+            *columns,
+            f"flat kappa of the whole model, step {config.steps[-1]}",
+            "losses",
+        ],
         summary,
-        left=2,
+        left=3,
     )
+
+
+def in_a_word(verdicts: Sequence[str]) -> str:
+    """One verdict on several slopes: theirs where they agree, else which of them were found."""
+    found = list(dict.fromkeys(verdicts))
+    if len(found) == 1:
+        return f"{found[0]} with the rank" if found[0] in ("grows", "shrinks") else found[0]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in found)
+    return f"mixed ({counts})" if found else "nothing moved"
+
+
+def _of_control(word: str) -> str:
+    if word == "flat":
+        return "FLAT: the check has no power"
+    return f"{word}, as a control must" if word.startswith(("grows", "shrinks")) else word
 
 
 def _ends(steps: Sequence[int]) -> tuple[int, int]:

@@ -250,3 +250,72 @@ def test_figures(finished, tmp_path, capsys):
     style.main(figure.draw, figure.Config(finished, out=tmp_path))
     assert len(capsys.readouterr().out.split()) == 4
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+
+
+def published() -> tuple[sim.Config, list[dict]]:
+    """The published run on SmolLM2-135M: its settings and slopes."""
+    folder = Path(__file__).parents[2] / "results" / "published" / "coordinate_check"
+    config = json.loads((folder / "manifest.json").read_text())["config"]
+    names = ("band", "batches", "controls", "inits", "optimizers", "ranks", "rules", "seeds", "steps")
+    settings = {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in names}
+    numbers = ("step", "slope", "half_width", "kappa_flat")
+    rows = [
+        row | {"step": int(row["step"])} | {name: float(row[name]) for name in numbers if row[name]}
+        for row in rows_of(folder / "slopes.csv")
+    ]
+    return sim.Config(data=(), **settings), [row | {"step": int(row["step"])} for row in rows]
+
+
+def verdicts_of(config, rows, monkeypatch) -> dict[str, list[str]]:
+    """The rows of the table of verdicts, by rule."""
+    tables = []
+    monkeypatch.setattr(sim.tables, "print_table", lambda title, columns, rows, **_: tables.append((title, list(rows))))
+    sim.report(config, rows, [])
+    title, found = tables[-1]
+    assert title.startswith("Verdicts")
+    return {row[0]: [*row[1:3], row[7]] for row in found}
+
+
+def test_the_verdict_is_on_the_whole_model(monkeypatch):
+    """The rule that keeps the model's hidden states and logits is called flat, whatever its modules' own outputs do."""
+    config, rows = published()
+    found = verdicts_of(config, rows, monkeypatch)
+    whole, own, kappa = found["AdamW, alpha/r, A kaiming_uniform"]
+    assert (whole, kappa) == ("flat", "1.00")
+    assert own.startswith("mixed (")
+    assert "shrinks" in own
+    assert found["SGD, alpha/sqrt(r), A kaiming_uniform"][0] == "flat"
+    assert found["AdamW, alpha/sqrt(r), A kaiming_uniform"][0] == "grows with the rank"
+    assert found["SGD, alpha/r, A kaiming_uniform"][0] == "shrinks with the rank"
+    controls = {name: row[0] for name, row in found.items() if name.endswith("(control)")}
+    assert list(controls.values()) == [
+        "grows with the rank, as a control must",
+        "shrinks with the rank, as a control must",
+    ]
+
+
+def test_one_slope_that_is_not_flat_is_enough(monkeypatch):
+    """Of the hidden states or of the logits, on either split, at any step; a control that is flat has no power."""
+    config, rows = published()
+    own = [row for row in rows if (row["optimizer"], row["rule"], row["control"]) == ("adamw", "lora", "0")]
+    for quantity, split, step in (("hidden", "train", 2), ("logits", "held_out", 10)):
+        (chosen,) = [row for row in own if (row["quantity"], row["split"], row["step"]) == (quantity, split, step)]
+        others = [row for row in rows if row is not chosen]
+        found = verdicts_of(config, [*others, chosen | {"verdict": "undecided"}], monkeypatch)
+        assert found["AdamW, alpha/r, A kaiming_uniform"][0] == "mixed (15 flat, 1 undecided)"
+    flat = [row | {"verdict": "flat"} if row["rule"] == "0" else row for row in rows]
+    found = verdicts_of(config, flat, monkeypatch)
+    assert found["AdamW, kappa = 0, A kaiming_uniform (control)"][:2] == ["FLAT: the check has no power"] * 2
+
+
+def test_the_figure_has_the_table_s_intervals():
+    """Half of the 95% interval, as stored and printed."""
+    config, rows = published()
+    manifest = {"config": {"model": "m", "batches": config.batches, "seeds": config.seeds, "band": config.band}}
+    text = [{name: str(value) for name, value in row.items()} for row in rows]
+    drawn = figure.exponents(manifest, text)
+    bars = drawn.axes[0].containers[0]  # the first case, trained on, the first module
+    own = [row for row in rows if row["split"] == "train" and row["module"] == "self_attn.q_proj"]
+    own = [row for row in own if row["quantity"] == "output"][: len(config.steps)]
+    half = [(high - low) / 2 for (_, low), (_, high) in bars[2][0].get_segments()]
+    np.testing.assert_allclose(half, [row["half_width"] for row in own], rtol=1e-9)
