@@ -20,6 +20,24 @@ def test_parabola_is_found(centre):
     assert found.edge == ""
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_three_rates_are_enough():
+    assert best_rate(RATES[:3], np.exp(np.log(RATES[:3] / RATES[1]) ** 2)).rate == pytest.approx(RATES[1], rel=1e-9)
+    with pytest.raises(InputError, match="one a loss"):
+        best_rate(RATES[:3], np.ones(4))
+    with pytest.raises(InputError, match="ascending"):
+        best_rate(np.array([1.0, 1.0, 2.0]), np.ones(3))
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
+def test_predicted_slopes(kappa):
+    """What keeps eta gamma^2 r, eta gamma^2 sqrt(r), eta gamma r, eta gamma sqrt(r) and eta^2 gamma r as r grows."""
+    sgd = {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5}
+    adam = {"signal": kappa - 1, "cross-talk": kappa - 0.5, "A moves": kappa / 2 - 0.5}
+    found = [predicted_slopes(name, kappa) for name in ("sgd", "momentum", "adam", "adamw")]
+    assert found == [sgd, sgd, adam, adam]
+
+
 def test_uneven_grid():
     rates = np.array([0.01, 0.03, 0.05, 0.2])
     assert best_rate(rates, np.exp(np.log(rates / 0.04) ** 2)).rate == pytest.approx(0.04, rel=1e-9)

@@ -57,6 +57,20 @@ def test_half_width_is_students():
     assert SeedFit(0.0, 2.0, 5).half_width(0.9) == pytest.approx(2 * stats.t.ppf(0.95, 4))
 
 
+def test_one_seed_has_no_interval_and_two_have_a_wide_one():
+    assert flatness.over_seeds(np.array([3.0])) == (3.0, math.inf, 1)
+    assert SeedFit(0.0, 1.0, 1).half_width() == math.inf
+    two = flatness.over_seeds(np.array([1.0, 3.0]))
+    assert two == (2.0, 1.0, 2)
+    assert two.half_width() == pytest.approx(12.706, abs=1e-3)
+
+
+def test_two_ranks_are_a_slope():
+    fit = flatness.seed_fit([2, 8], np.array([[1.0, 4.0], [1.0, 4.0]]))
+    assert fit == (pytest.approx(1.0), 0.0, 2)
+    assert flatness.judge(SeedFit(0.25, 0.0, 2), band=0.25) == "flat", "the band's own edge is in it"
+
+
 def test_assert_flat():
     flat = powers([0.01, -0.01, 0.02])
     assert flatness.assert_flat(RANKS, flat).slope == pytest.approx(0.02 / 3)

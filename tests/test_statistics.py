@@ -96,12 +96,14 @@ def test_standard_errors_cover(quantity: str) -> None:
 def test_errors_of_a_small_sample() -> None:
     """By hand, where n and n - 1 differ by a third: s / sqrt(n) of the values and of their squares."""
     values = np.array([1.0, 2.0, 4.0, 9.0])
-    moments = Moments().add(values)
+    moments = Moments().add(values[:1]).add(values[1:])  # shifted by 1, not by their mean
     assert moments.mean == pytest.approx((4.0, np.std(values, ddof=1) / 2), rel=1e-12)
     assert moments.second_moment == pytest.approx((25.5, np.std(values**2, ddof=1) / 2), rel=1e-12)
     squares = (values - 4.0) ** 2
     assert moments.variance == pytest.approx((38 / 3, np.std(squares, ddof=1) / 2), rel=1e-12)
-    assert Moments().add(values[:1]).mean == (1.0, 0.0)
+    one, two = Moments().add(values[:1]), Moments().add(values[1:3])
+    assert [one.mean, one.second_moment, one.variance] == [(1.0, 0.0), (1.0, 0.0), (0.0, 0.0)]
+    assert [two.mean, two.second_moment, two.variance] == [(3.0, 1.0), (10.0, 6.0), (2.0, 0.0)]
 
 
 def test_an_empty_block_changes_nothing() -> None:
@@ -112,6 +114,7 @@ def test_an_empty_block_changes_nothing() -> None:
 def test_root_error() -> None:
     assert root(Estimate(4.0, 0.4)) == (2.0, 0.1)
     assert root(Estimate(0.0, 0.0)) == (0.0, 0.0)
+    assert root(Estimate(-1e-18, 0.1)) == (0.0, 0.0)  # what rounding leaves of a variance of zero
 
 
 @given(st.floats(-2, 2), st.floats(0.1, 10))

@@ -1,0 +1,176 @@
+"""Mutation run over the judging layer: how many small faults do the tests see?
+
+    python -m benchmarks.mutation                             # all modules, 60 mutants of each, drawn at seed 0
+    python -m benchmarks.mutation flatness best_rate --most 0  # every mutant of two
+
+A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`).
+It is killed where a test file of the module fails on it, or its time runs out. Libraries are imported once and each
+mutant runs in a fork, so that it costs about a second. Extra `mutation`; on demand, not part of the suite.
+"""
+
+import argparse
+import ast
+import difflib
+import importlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import NamedTuple
+
+MODULES = {
+    "best_rate": ("rora_theory/best_rate.py", "tests/test_best_rate.py"),
+    "flatness": ("rora_theory/flatness.py", "tests/test_flatness.py"),
+    "statistics": ("rora_theory/statistics.py", "tests/test_statistics.py"),
+    "transfer": ("rora_theory/transfer.py", "tests/test_transfer.py"),
+    "verdicts": ("rora_theory/verdicts.py", "tests/test_verdicts.py"),
+    "differences": ("sims/differences.py", "tests/sims/test_differences.py"),
+    "matrix_rates": ("sims/matrix_rates.py", "tests/sims/test_lr_transfer.py"),
+    "rank_results": ("sims/rank_results.py", "tests/sims/test_differences.py tests/sims/test_rank_results.py"),
+    "lr_transfer": ("sims/lr_transfer.py", "tests/sims/test_lr_transfer.py"),
+}
+"""Pure modules of the judging layer with the files that test them."""
+
+LEFT_OUT = (
+    "finished or finite_but_diverged or figures or bad_input or interval_covers or errors_cover or error_covers "
+    "or every_equation or small_sweep or another_claim or works_in_peft or goes_on or test_rows or frozen_adam"
+)
+"""Tests that train, sample or draw: seconds each, for the wiring of a whole command."""
+
+BINARY = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul"
+COMPARISONS = "Eq_NotEq NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Is_IsNot IsNot_Is"
+OPERATORS = (
+    *(f"core/ReplaceBinaryOperator_{name}" for name in BINARY.split()),
+    *(f"core/ReplaceComparisonOperator_{name}" for name in COMPARISONS.split()),
+    *(f"core/ReplaceUnaryOperator_Delete_{name}" for name in ("Not", "USub")),
+    *(f"core/{name}" for name in ("AddNot", "NumberReplacer", "ReplaceAndWithOr", "ReplaceOrWithAnd")),
+    *(f"core/{name}" for name in ("ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ZeroIterationForLoop")),
+)
+
+IGNORED = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # plugins among the libraries that are imported before
+
+LIBRARIES = (
+    "numpy scipy.stats jax jax.numpy optax hypothesis beartype jaxtyping pytest matplotlib.pyplot tyro rich tokenizers"
+)
+
+
+class Mutant(NamedTuple):
+    """A module's changed source, and the change as a diff."""
+
+    source: str
+    change: str
+
+
+def mutants(path: Path) -> Iterator[Mutant]:
+    """Every mutant of a module that is another program, each once."""
+    from cosmic_ray import plugins
+    from cosmic_ray.mutating import mutate_code
+
+    original = path.read_text()
+    whole = ast.parse(original)
+    seen = {ast.dump(whole)}
+    for name in OPERATORS:
+        operator, occurrence = plugins.get_operator(name)(), 0
+        while (source := mutate_code(original, operator, occurrence)) is not None:
+            occurrence += 1
+            try:
+                tree = ast.parse(source)
+            except SyntaxError:
+                continue
+            if ast.dump(tree) not in seen and _keywords(tree) == _keywords(whole):
+                seen.add(ast.dump(tree))
+                lines = difflib.unified_diff(original.splitlines(), source.splitlines(), n=0, lineterm="")
+                yield Mutant(source, "\n".join(line for line in lines if not line.startswith(("---", "+++"))))
+
+
+def _keywords(tree: ast.AST) -> int:
+    """Arguments by keyword alone: a changed ``*`` between parameters is no fault of arithmetic."""
+    return sum(len(node.kwonlyargs) for node in ast.walk(tree) if isinstance(node, ast.arguments))
+
+
+def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:
+    """Whether a test fails with ``mutant`` in the module's place; the file itself is not touched."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        _test(path, mutant, tests)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) != 0
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def _test(path: Path, mutant: Mutant, tests: list[str]) -> None:
+    """In the child: pytest's exit status is the process's."""
+    import pytest
+
+    place, read, stats = str(path.resolve()), SourceFileLoader.get_data, SourceFileLoader.path_stats
+
+    def get_data(self: SourceFileLoader, name: str) -> bytes:
+        return mutant.source.encode() if os.path.realpath(name) == place else read(self, name)
+
+    def path_stats(self: SourceFileLoader, name: str) -> object:
+        if os.path.realpath(name) == place:
+            raise OSError("the mutant has no compiled file")
+        return stats(self, name)
+
+    SourceFileLoader.get_data = get_data  # type: ignore[method-assign]
+    SourceFileLoader.path_stats = path_stats  # type: ignore[method-assign,assignment]
+    sys.dont_write_bytecode = True
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    code = 70
+    try:
+        code = int(
+            pytest.main([*tests, "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *IGNORED, "-k", f"not ({LEFT_OUT})"])
+        )
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    """Run, and print each module's score and survivors."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("modules", nargs="*", default=list(MODULES), help=f"any of {', '.join(MODULES)}; none is all")
+    parser.add_argument("--most", type=int, default=60, help="mutants of a module, drawn at random; 0 is all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--seconds", type=float, default=60.0, help="a mutant that takes longer counts as killed")
+    arguments = parser.parse_args()
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "OPENBLAS_NUM_THREADS": "1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=1",
+    }
+    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rora-mutation-"))
+    for name in LIBRARIES.split():
+        importlib.import_module(name)
+    total = dead = 0
+    for name in arguments.modules:
+        path, tests = Path(MODULES[name][0]), MODULES[name][1].split()
+        every = list(mutants(path))
+        if killed(path, Mutant(path.read_text(), ""), tests, 10 * arguments.seconds):
+            sys.exit(f"{name}: the tests fail without a mutant")
+        random.Random(arguments.seed).shuffle(every)
+        tried = every[: arguments.most or None]
+        survivors = [mutant for mutant in tried if not killed(path, mutant, tests, arguments.seconds)]
+        total, dead = total + len(tried), dead + len(tried) - len(survivors)
+        for mutant in survivors:
+            print(f"{path}: survives\n{mutant.change}")
+        print(f"{name}: {len(tried) - len(survivors)} of {len(tried)} killed ({len(every)} in all)", flush=True)
+    print(f"{dead} of {total} killed: {dead / total:.1%}")
+
+
+if __name__ == "__main__":
+    main()

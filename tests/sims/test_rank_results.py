@@ -1,0 +1,150 @@
+"""`results.csv` of a matrix: which cells have a line, in which order, and which rate was the best of those tried."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from rora_theory.errors import InputError
+from sims import rank_results
+from sims.common import matrix
+
+
+def rate_row(rate: str, loss: float, seed: str = "0", status: str = "complete", **more: str) -> dict[str, str]:
+    row = {"model": "m", "method": "lora", "rank": "8", "alpha": "64.0", "learning_rate": rate, "seed": seed}
+    return row | {"status": status, "validation_loss": str(loss) if status == "complete" else ""} | more
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([rate_row("0.001", 1.0)], ("0.001", "only")),
+        ([rate_row("0.001", 1.0), rate_row("0.003", 0.9), rate_row("1e-05", 0.8)], ("1e-05", "edge")),
+        ([rate_row("0.001", 1.0), rate_row("0.003", 0.9), rate_row("0.01", 1.8)], ("0.003", "yes")),
+        # Compared at the first seed: 0.001 stays the best, though its mean over both seeds is above 0.003's one.
+        ([rate_row("0.001", 1.0), rate_row("0.003", 1.1), rate_row("0.001", 1.4, "1")], ("0.001", "edge")),
+        ([rate_row("0.001", 1.0), rate_row("0.003", 0, status="diverged")], ("0.001", "edge")),
+        ([rate_row("0.001", 1.0), rate_row("0.003", 0, status="dead")], ("0.001", "only")),
+        ([rate_row("0.003", 0, status="diverged")], None),
+    ],
+)
+def test_the_best_rate_is_compared_at_one_seed(rows, expected) -> None:
+    assert list(rank_results.best_rates(rows).values()) == ([] if expected is None else [expected])
+
+
+def test_of_two_seeds_with_the_most_rates_the_first_counts() -> None:
+    rows = [
+        rate_row(rate, loss, seed) for seed in ("10", "9") for rate, loss in (("0.1", 1.0), ("0.2", 0.5), ("0.3", 1.0))
+    ]
+    rows[4] |= {"validation_loss": "2.0"}  # at seed 9, 9 before 10, the lowest is at an end
+    rows[3] |= {"validation_loss": "0.9"}
+    assert list(rank_results.best_rates([rate_row("0.7", 0.1, "0"), *rows]).values()) == [("0.1", "edge")]
+
+
+def test_a_tie_is_the_lower_rate_s_and_groups_are_apart() -> None:
+    rows = [rate_row(rate, 1.0) for rate in ("0.01", "0.001", "0.1")]
+    rows += [rate_row("0.5", 0.1, rank="16"), rate_row("0.6", 0.1, method="rora"), rate_row("0.7", 0.1, model="n")]
+    rows += [rate_row("0.8", 0.1, alpha="32.0"), rate_row("", 0.01, method="base")]
+    assert rank_results.best_rates(rows) == {
+        ("m", "lora", "8", "64.0"): ("0.001", "edge"),
+        ("m", "lora", "16", "64.0"): ("0.5", "only"),
+        ("m", "rora", "8", "64.0"): ("0.6", "only"),
+        ("n", "lora", "8", "64.0"): ("0.7", "only"),
+        ("m", "lora", "8", "32.0"): ("0.8", "only"),
+    }
+
+
+def cell(
+    method: str, rank: int | None = None, rate: float | None = None, seed: int | None = None, **more: object
+) -> dict:
+    found = {"model": "m", "method": method, "rank": rank, "alpha": None if rank is None else 64.0}
+    found |= {"gamma": None if rank is None else 8.0, "learning_rate": rate, "seed": seed, "evaluation": None}
+    training = None if rate is None else {"rule": "rora", "rank": rank, "rate": rate, "seed": seed, "kind": method}
+    return found | {"training": training} | more
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> matrix.Matrix:
+    return matrix.Matrix(tmp_path / "m", "rank_sweep", {"steps": 3})
+
+
+LEVEL = {"task": "piqa", "accuracy": 0.75, "error": 0.1, "unparsed": 0.25, "chance": 0.5}
+
+
+def test_a_line_a_training_in_order(folder) -> None:
+    """Scored twins stand for unscored ones; the base comes first, then methods, ranks, rates and seeds."""
+    scored = {"evaluation": {"protocol": "label"}}
+    result = {"status": "complete", "validation_loss": 1.5}
+    done = [
+        cell("rora", 8, 0.1, 1), cell("rora", 8, 0.1, 0), cell("rora", 8, 0.01, 0), cell("rora", 4, 0.1, 0),
+        cell("lora", 16, 0.1, 0), cell("zeta", 2, 0.1, 0), cell("prefix", None, 0.1, 0), cell("base", **scored),
+    ]  # fmt: skip
+    for one in done:
+        folder.cell(one).work(lambda _: result, most=1)
+    folder.cell(cell("rora", 8, 0.1, 1, **scored)).work(lambda _: result | {"levels": [LEVEL]}, most=1)
+    folder.cell(cell("rora", 4, 0.1, 0, **scored)).work(lambda _: {"status": "diverged", "diverged_at": 2}, most=1)
+    rows = rank_results.table(folder, ("prefix", "lora", "rora"))
+    assert [(row["method"], row["rank"], row["learning_rate"], row["seed"]) for row in rows] == [
+        ("base", "", "", ""),
+        ("prefix", "", "0.1", "0"),
+        ("lora", "16", "0.1", "0"),
+        ("rora", "4", "0.1", "0"),
+        ("rora", "4", "0.1", "0"),  # a scored one that diverged stands for none
+        ("rora", "8", "0.01", "0"),
+        ("rora", "8", "0.1", "0"),
+        ("rora", "8", "0.1", "1"),
+        ("zeta", "2", "0.1", "0"),
+    ]
+    assert sorted(row["status"] for row in rows if row["rank"] == "4") == ["complete", "diverged"]
+    twin = next(row for row in rows if (row["rank"], row["seed"]) == ("8", "1"))
+    assert (twin["protocol"], twin["piqa"], twin["piqa_error"], twin["piqa_unparsed"]) == (
+        "label",
+        "0.75",
+        "0.1",
+        "0.25",
+    )
+    assert (twin["average"], twin["average_chance"], twin["boolq"]) == ("0.75", "0.5", "")
+    assert {row["rule"] for row in rows} == {"", "rora"}
+    assert [row["rule"] for row in rows[:2]] == ["", ""], "of a rank alone"
+    marks = {(row["rank"], row["learning_rate"]): row["best_rate"] for row in rows if row["method"] == "rora"}
+    assert (marks["8", "0.01"], marks["8", "0.1"]) == ("edge", ""), "a tie"
+    rank_results.write(folder, ("lora",))
+    with (folder.path / "results.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == rank_results.table(folder, ("lora",))
+
+
+def test_an_average_of_several_tasks_is_the_one_that_was_made(folder) -> None:
+    levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
+    folder.cell(cell("lora", 8, 0.1, 0)).work(
+        lambda _: {"status": "complete", "validation_loss": 1.0, "levels": levels}, most=1
+    )
+    (row,) = rank_results.table(folder, ("lora",))
+    assert (row["average"], row["boolq"]) == ("0.6", "0.75")
+
+
+def test_a_cell_that_failed_has_a_line(folder) -> None:
+    def fail(_: Path) -> dict:
+        raise RuntimeError("no")
+
+    folder.cell(cell("lora", 8, 0.1, 0)).work(fail, most=3)
+    (row,) = rank_results.table(folder, ("lora",))
+    assert (row["status"], row["attempts"], row["validation_loss"], row["best_rate"]) == ("failed", "1", "", "")
+
+
+def test_a_file_of_losses(tmp_path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text("file,index,tokens,loss,answer_tokens,answer_loss\na,3,10,1.5,2,0.5\nb,4,20,2.5,3,0.25\n")
+    for kind, losses, tokens in (("", [1.5, 2.5], [10, 20]), ("answer_", [0.5, 0.25], [2, 3])):
+        records, found, sizes = rank_results.read_losses(path, kind)
+        assert (records, found.tolist(), sizes) == ([("a", "3"), ("b", "4")], losses, tokens)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot be read"):
+        rank_results.read_losses(path, "")
+    path.write_text("file,index,tokens,loss\na,3,10\n")
+    with pytest.raises(InputError, match="is damaged"):
+        rank_results.read_losses(path, "")
+
+
+def test_figures_are_written_to_the_last_digit() -> None:
+    assert [rank_results.text(value) for value in (None, 0.1 + 0.2, 3, "x")] == ["", "0.30000000000000004", "3", "x"]
+    assert rank_results.as_csv(("a", "b"), [(1, "x,y")]) == 'a,b\n1,"x,y"\n'
