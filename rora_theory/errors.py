@@ -1,5 +1,7 @@
 """The one exception that means: the caller's input is wrong, and here is what would be accepted."""
 
+import reprlib
+
 
 class InputError(ValueError):
     """A wrong argument, file or record, refused before work starts.
@@ -7,3 +9,12 @@ class InputError(ValueError):
     The message is one line: what is wrong, where (file, line or key), what was found, what is accepted. Command
     lines print it as it is and exit with status 2.
     """
+
+
+def shown(value: object) -> str:
+    """A found value as a message shows it: on one line, cut where it is long or deep."""
+    return _SHOWN.repr(value)
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80

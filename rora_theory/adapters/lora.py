@@ -79,7 +79,7 @@ class LoraConfig:
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
 
-    def targets(self, llama_config: LlamaConfig) -> tuple[Target, ...]:
+    def targets(self, llama_config: LlamaConfig, *, bounded: bool = True) -> tuple[Target, ...]:
         """The adapted modules of a model. Raises as `targets.resolve`."""
         return resolve(
             llama_config,
@@ -89,6 +89,7 @@ class LoraConfig:
             layers=self.layers,
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
+            bounded=bounded,
         )
 
     def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]:

@@ -9,7 +9,7 @@ Series and parallel adapters PEFT does not have. They are written in its layout,
 PEFT refuses the type by its name.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -64,7 +64,7 @@ _BOTTLENECK: Entries = {
     "bottleneck_size": (None, _count, _INTEGER),
     "init_weights": ("bert", lambda v: v in get_args(Init), ", ".join(get_args(Init))),
     "non_linearity": ("tanh", lambda v: v in get_args(NonLinearity), ", ".join(get_args(NonLinearity))),
-    "scaling": (1.0, lambda v: _number(v) and 0 < v < math.inf, "a number above 0"),
+    "scaling": (1.0, lambda v: _number(v) and 0 < v <= sys.float_info.max, "a number above 0"),
     "target_modules": (None, _names, "a list of names"),
 }
 READ: dict[str, Entries] = {PREFIX: _PREFIX, **dict.fromkeys(PLACEMENTS, _BOTTLENECK)}

@@ -1,23 +1,24 @@
 """PEFT's `adapter_config.json`: its entries checked, and LoRA's as this package's configuration, and back."""
 
-import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rora_theory.adapters.lora import LoraConfig
-from rora_theory.adapters.targets import Target, chooser, effective, full_name, matched
-from rora_theory.errors import InputError
+from rora_theory.adapters.targets import Target, deciding, full_name, known_names, matched
+from rora_theory.errors import InputError, shown
+from rora_theory.files import read_json
 from rora_theory.llama import LlamaConfig
 from rora_theory.scaling import KAPPAS, alpha_for, exponent, scaling_factor
 
 FILE, LORA = "adapter_config.json", "LORA"
-INITS = {"true": "kaiming_uniform", "false": "kaiming_uniform", "gaussian": "gaussian"} | dict.fromkeys(
-    ("eva", "orthogonal"), "kaiming_uniform"
+LARGEST = 1 << 22
+"""Bytes of the largest configuration that is read; a list of every module of the largest models takes a tenth."""
+INITS = {"true": "kaiming_uniform", "false": "kaiming_uniform", "none": "kaiming_uniform", "gaussian": "gaussian"} | (
+    dict.fromkeys(("eva", "orthogonal"), "kaiming_uniform")
 )
-"""Values of ``init_lora_weights``, lower case, that leave the base weights alone; others change them."""
+"""Values of ``init_lora_weights``, as text in lower case, that leave the base weights alone; others change them."""
 
 Check = Callable[[Any], bool]
 Entries = Mapping[str, tuple[Any, Check, str]]
@@ -52,21 +53,31 @@ def _alpha(value: Any) -> bool:
     return _is(int, float)(value) and 0 < value <= sys.float_info.max
 
 
+def _init(value: Any) -> bool:
+    return value is None or (isinstance(value, (bool, str)) and str(value).lower() in INITS)
+
+
 def _rate(value: Any) -> bool:
     return _is(int, float)(value) and 0 <= value < 1
 
 
+_NO_SIGN = "with 0 the adapter does nothing, and a sign belongs in lora_B"
+
 READ: Entries = {
-    "alpha_pattern": ({}, _null_or(_object_of(_alpha)), "an object of numbers above 0"),
+    "alpha_pattern": ({}, _null_or(_object_of(_alpha)), f"an object of numbers above 0: {_NO_SIGN}"),
     "exclude_modules": (None, _null_or(_names), "a list of names, or a regular expression"),
-    "init_lora_weights": (True, lambda v: str(v).lower() in INITS, ", ".join(INITS)),
+    "init_lora_weights": (
+        True,
+        _init,
+        "true, false, null, gaussian, eva or orthogonal: others change the base's weights",
+    ),
     "layers_pattern": (None, lambda v: v in (None, "", [], "layers", ["layers"]), "null or 'layers'"),
     "layers_to_transform": (
         None,
         lambda v: v is None or _is(int)(v) or _list_of(_is(int))(v),
         "indices of layers",
     ),
-    "lora_alpha": (8, _alpha, "a number above 0"),
+    "lora_alpha": (8, _alpha, f"a number above 0: {_NO_SIGN}"),
     "lora_dropout": (0.0, _rate, "a number from 0 to below 1"),
     "peft_type": (None, lambda v: v == LORA, "'LORA'"),
     "r": (8, _rank, "an integer of 1 or more"),
@@ -99,30 +110,36 @@ OFF: tuple[Any, ...] = (None, False, "none", [], {})
 def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | None) -> dict[str, Any]:
     r"""The entries that decide what PEFT computes, by its names; it has its defaults for the rest.
 
+    The first entry of a pattern that matches a module decides, so that their order would be part of the adapter. The
+    patterns are written resolved instead: no two entries match one name.
+
     A rule of another kappa than 1 or 1/2 has no flag in PEFT. It is written as LoRA's with the alpha that
-    gives each module's gamma, :math:`\alpha' = \gamma r`, in ``alpha_pattern`` where that is not the same for
-    all.
+    gives each module's gamma, :math:`\alpha' = \gamma r`, in ``alpha_pattern`` where that is not the same for all.
     """
     kappa = exponent(config.rule)
-    alpha: float = config.alpha
-    alpha_pattern = dict(config.alpha_pattern)
-    if kappa not in KAPPAS.values():
-        alpha = _alpha_as_lora(config, config.alpha, config.rank)
-        alpha_pattern = _alphas_as_lora(config, targets, alpha)
+    flagged = kappa in KAPPAS.values()
+
+    def alphas(target: Target) -> list[float]:
+        if flagged:
+            return list(target.alphas)
+        pairs = zip(target.alphas, target.ranks, strict=True)
+        return [_alpha_as_lora(config, alpha, rank) if rank else alpha for alpha, rank in pairs]
+
+    alpha: float = config.alpha if flagged else _alpha_as_lora(config, config.alpha, config.rank)
     modules = config.target_modules
     return {
-        "alpha_pattern": {key: _number(value) for key, value in alpha_pattern.items()},
+        "alpha_pattern": {key: number(value) for key, value in _pattern(targets, alphas, alpha).items()},
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True if config.init == "kaiming_uniform" else config.init,
         "layers_to_transform": None if config.layers is None else list(config.layers),
-        "lora_alpha": _number(alpha),
+        "lora_alpha": number(alpha),
         "lora_dropout": config.dropout,
         "peft_type": LORA,
         "r": config.rank,
-        "rank_pattern": dict(config.rank_pattern),
+        "rank_pattern": _pattern(targets, lambda target: target.ranks, config.rank),
         "target_modules": modules if isinstance(modules, str) else list(modules),
         "task_type": "CAUSAL_LM",
         "use_dora": config.use_dora,
@@ -136,16 +153,14 @@ def load(path: Path) -> Mapping[str, Any]:
     Raises:
       InputError: missing or damaged, or without a ``peft_type``.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent}: has no {FILE}; accepted is an adapter's folder as PEFT writes it") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({error}); accepted is the file as PEFT writes it") from error
+    if not path.exists():
+        raise InputError(f"{path.parent}: has no {FILE}; accepted is an adapter's folder as PEFT writes it")
+    values = read_json(path, LARGEST, accepted="the file as PEFT writes it")
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds a {type(values).__name__}; accepted is an object as PEFT writes it")
-    if "peft_type" not in values:
-        raise InputError(f"{path}: has no peft_type; accepted is the file as PEFT writes it")
+    if not isinstance(values.get("peft_type"), str):
+        found = shown(values["peft_type"]) if "peft_type" in values else "missing"
+        raise InputError(f"{path}: peft_type is {found}; accepted is a name, as PEFT writes it")
     return values
 
 
@@ -159,12 +174,14 @@ def checked(path: Path, values: Mapping[str, Any], read: Entries) -> dict[str, A
     for key, (default, check, accepted) in read.items():
         entries[key] = values.get(key, default)
         if not check(entries[key]):
-            raise InputError(f"{path}: {key} is {entries[key]!r}; accepted is {accepted}")
+            raise InputError(f"{path}: {key} is {shown(entries[key])}; accepted is {accepted}")
     for key, value in values.items():
         # A type test beside the equality: 0 == False, and an unknown 0 need not mean off.
         off = any(value == neutral and type(value) is type(neutral) for neutral in OFF)
         if key not in read and key not in IGNORED and not off:
-            raise InputError(f"{path}: {key} is {value!r}, which is not supported; accepted is null or false")
+            raise InputError(
+                f"{path}: {_named(key)} is {shown(value)}, which is not supported; accepted is null, false or 'none'"
+            )
     return entries
 
 
@@ -177,20 +194,35 @@ def read(path: Path, values: Mapping[str, Any], llama_config: LlamaConfig) -> tu
     entries = checked(path, values, READ)
     try:
         config = _from_entries(entries, llama_config)
-        return config, config.targets(llama_config)
+        return config, config.targets(llama_config, bounded=False)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
+def _named(key: str) -> str:
+    """A key of the file as a message shows it."""
+    return key if key.isidentifier() and len(key) < 80 else shown(key)
+
+
 def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> LoraConfig:
-    modules = entries["target_modules"]
+    """What PEFT makes of the entries: names, layers and patterns that the model has none of are passed over."""
+    modules, excluded = entries["target_modules"], entries["exclude_modules"] or ()
     layers = entries["layers_to_transform"]
-    layers = [layers] if isinstance(layers, int) else layers or None
-    chosen = matched(llama_config, modules, layers)
-    if entries["exclude_modules"]:
+    if not isinstance(modules, str):
+        modules = known_names(llama_config, modules) or modules
+    if layers == []:
+        layers = None
+    elif layers is not None:
+        count = llama_config.num_hidden_layers
+        asked = [layers] if isinstance(layers, int) else layers
+        layers = [layer for layer in asked if 0 <= layer < count]
+        if not layers:
+            raise InputError(
+                f"layers_to_transform is {shown(entries['layers_to_transform'])}; accepted are 0 to {count - 1}"
+            )
+    chosen = matched(llama_config, modules, layers, exclude_modules=excluded)
+    if excluded:
         # The modules that are left, one by one: this package's configuration has no exclusions.
-        excluded = chooser("exclude_modules", entries["exclude_modules"])
-        chosen = tuple(name for name in chosen if not excluded(name))
         modules, layers = chosen, None
     return LoraConfig(
         rank=entries["r"],
@@ -199,34 +231,39 @@ def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> Lora
         target_modules=modules,
         dropout=entries["lora_dropout"],
         init=INITS[str(entries["init_lora_weights"]).lower()],  # type: ignore[arg-type]
-        # PEFT lets entries that match nothing pass; they are left out.
-        rank_pattern=effective("rank_pattern", entries["rank_pattern"] or {}, chosen),
-        alpha_pattern=effective("alpha_pattern", entries["alpha_pattern"] or {}, chosen),
+        rank_pattern=_effective("rank_pattern", entries, chosen),
+        alpha_pattern=_effective("alpha_pattern", entries, chosen),
         layers=layers,
         use_dora=entries["use_dora"],
     )
 
 
-def _alphas_as_lora(config: LoraConfig, targets: Sequence[Target], default: float) -> dict[str, float]:
-    """Alpha under LoRA's rule where it is not ``default``: by module, or by layer where a module's varies."""
-    found: dict[str, float] = {}
+def _effective(where: str, entries: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
+    """The entries of a pattern that decide for one of the ``chosen`` names, in the file's order."""
+    pattern = entries[where] or {}
+    used = set(deciding(where, pattern, chosen).values())
+    return {key: value for key, value in pattern.items() if key in used}
+
+
+def _pattern(targets: Sequence[Target], values: Callable[[Target], Sequence[Any]], default: Any) -> dict[str, Any]:
+    """PEFT's pattern that gives each adapted module its value, so that no two entries match one name.
+
+    By module, or by full name where a module's layers differ. The dots of a full name match no other name's.
+    """
+    found: dict[str, Any] = {}
     for target in targets:
-        alphas = {
-            layer: _alpha_as_lora(config, alpha, rank)
-            for layer, (rank, alpha) in enumerate(zip(target.ranks, target.alphas, strict=True))
-            if rank
-        }
-        if len(set(alphas.values())) == 1:
-            found[target.module] = next(iter(alphas.values()))
+        own = {layer: value for layer, value in enumerate(values(target)) if target.ranks[layer]}
+        if len(set(own.values())) == 1:
+            found[target.module] = next(iter(own.values()))
         else:
-            found |= {full_name(layer, target.module): alpha for layer, alpha in alphas.items()}
-    return {re.escape(name): alpha for name, alpha in found.items() if alpha != default}
+            found |= {full_name(layer, target.module): value for layer, value in own.items()}
+    return {name: value for name, value in found.items() if value != default}
 
 
 def _alpha_as_lora(config: LoraConfig, alpha: float, rank: int) -> float:
     return alpha_for("lora", scaling=scaling_factor(config.rule, alpha=alpha, rank=rank), rank=rank)
 
 
-def _number(value: float) -> float | int:
+def number(value: float) -> float | int:
     """A whole alpha as PEFT writes it, without a decimal point."""
     return int(value) if float(value).is_integer() else float(value)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rora_theory.errors import InputError
+from rora_theory.adapters.expressions import Expression, Work
+from rora_theory.errors import InputError, shown
 from rora_theory.llama import MODULES, LlamaConfig
 from rora_theory.scaling import check_positive, check_rank
 from rora_theory.transfer import ALL_LINEAR
@@ -48,19 +49,20 @@ def resolve(
     layers: Sequence[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    bounded: bool = True,
 ) -> tuple[Target, ...]:
     r"""Resolve a configuration to the ranks and alphas of every module and layer.
 
     Args:
       llama_config: the model.
       rank, alpha: where no pattern says otherwise.
-      target_modules: names that a module's full name equals or ends with after a dot, or one regular
-      expression
+      target_modules: names that a module's full name equals or ends with after a dot, or one regular expression
         that the full name matches whole, or ``"all-linear"``.
-      layers: indices of the layers to adapt; None is all.
-      rank_pattern, alpha_pattern: ``{pattern: value}``; a pattern applies where ``(.*\.)?(pattern)$`` matches
-      the
+      layers: indices of the layers to adapt; None is all. A module that ``target_modules`` has by its full name is
+        adapted whatever its layer.
+      rank_pattern, alpha_pattern: ``{pattern: value}``; a pattern applies where ``(.*\.)?(pattern)$`` matches the
         full name from its start, and the first that does wins.
+      bounded: refuse a rank above min(p_out, p_in).
 
     Returns:
       the adapted modules in the order of `MODULES`.
@@ -87,20 +89,28 @@ def resolve(
             tuple(float(alphas.get(name, alpha)) for name in names),
         )
         p_out, p_in = llama_config.module_shape(module)
-        if target.width > min(p_out, p_in):
+        if bounded and target.width > min(p_out, p_in):
             layer = target.ranks.index(target.width)
             raise InputError(
                 f"rank is {target.width} at {full_name(layer, module)}, whose weight is [{p_out}, {p_in}]; "
-                f"accepted is at most {min(p_out, p_in)}"
+                f"accepted is at most {min(p_out, p_in)}, the largest rank that B A can have there"
             )
         found.append(target)
     return tuple(found)
 
 
 def matched(
-    llama_config: LlamaConfig, target_modules: Sequence[str] | str, layers: Sequence[int] | None
+    llama_config: LlamaConfig,
+    target_modules: Sequence[str] | str,
+    layers: Sequence[int] | None,
+    *,
+    exclude_modules: Sequence[str] | str = (),
 ) -> tuple[str, ...]:
-    """Full names of the modules that ``target_modules`` and ``layers`` choose. Raises as `resolve`."""
+    """Full names of the modules that ``target_modules`` and ``layers`` choose and ``exclude_modules`` do not.
+
+    Raises:
+      InputError: as `resolve`.
+    """
     count = llama_config.num_hidden_layers
     names = [full_name(layer, module) for layer in range(count) for module in MODULES]
     if isinstance(target_modules, str) and layers is not None:
@@ -109,52 +119,68 @@ def matched(
             "accepted with layers is a list of names"
         )
     if not isinstance(target_modules, str):
+        known = known_names(llama_config, target_modules)
         for target in target_modules:
-            one = chooser("target_modules", [target])
-            if not any(one(name) for name in (*names, *OTHERS)):
-                raise InputError(f"target_modules has {target!r}, which matches no module; {_accepted()}")
-    chosen_by = chooser("target_modules", target_modules)
+            if target not in known:
+                raise InputError(f"target_modules has {shown(target)}, which matches no module; {_accepted()}")
+    chosen_by, excluded_by = chooser("target_modules", target_modules), chooser("exclude_modules", exclude_modules)
     for other in OTHERS:
-        if chosen_by(other):
+        if chosen_by(other) and not excluded_by(other):
             raise InputError(f"target_modules matches {other}, which can't be adapted; {_accepted()}")
-    chosen = tuple(name for name in names if chosen_by(name))
+    chosen = tuple(name for name in names if chosen_by(name) and not excluded_by(name))
     if not chosen:
-        raise InputError(f"target_modules {target_modules!r} matches no module; {_accepted()}")
+        raise InputError(f"target_modules {shown(target_modules)} matches no module; {_accepted()}")
     if layers is None:
         return chosen
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
-            raise InputError(f"layers has {layer!r}; accepted are 0 to {count - 1}")
-    kept = tuple(name for name in chosen if int(name.split(".")[2]) in layers)
+            raise InputError(f"layers has {shown(layer)}; accepted are 0 to {count - 1}")
+    kept = tuple(name for name in chosen if name in target_modules or int(name.split(".")[2]) in layers)
     if not kept:
-        raise InputError(f"layers {tuple(layers)} has none of target_modules {target_modules!r}")
+        raise InputError(f"layers {tuple(layers)} has none of target_modules {shown(target_modules)}")
     return kept
+
+
+def known_names(llama_config: LlamaConfig, modules: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``modules`` that name a module of the model, whole or from a dot on."""
+    layers = range(llama_config.num_hidden_layers)
+    names = (*(full_name(layer, module) for layer in layers for module in MODULES), *OTHERS)
+    known = {tail for name in names for tail in _tails(name)}
+    return tuple(module for module in modules if module in known)
 
 
 def chooser(where: str, modules: Sequence[str] | str) -> Callable[[str], bool]:
     """Whether PEFT's ``target_modules`` or ``exclude_modules`` choose a full name.
 
     Raises:
-      InputError: an invalid regular expression; ``where`` names the setting.
+      InputError: an invalid regular expression, or (when it is called) one that takes too long; ``where`` names the
+        setting.
     """
     if not isinstance(modules, str):
-        return lambda name: any(name == module or name.endswith(f".{module}") for module in modules)
-    if modules.lower() == ALL_LINEAR:
+        own = frozenset(modules)
+        return lambda name: not own.isdisjoint(_tails(name))
+    if modules.lower() == ALL_LINEAR and where == "target_modules":
         return lambda name: name not in OTHERS
-    pattern = _compiled(where, modules)
-    return lambda name: pattern.fullmatch(name) is not None
+    return Expression(modules, Work(where)).matches
 
 
-def effective(where: str, pattern: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
-    """The entries of a pattern that decide for at least one of the ``chosen`` names.
+def deciding(where: str, pattern: Sequence[str] | Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    r"""The first entry of a pattern that matches each name, by name; without the names that none matches.
+
+    PEFT's rule: ``(.*\.)?(entry)$`` matches the name from its start.
 
     Raises:
-      InputError: a key that is not a regular expression; ``where`` names the pattern.
+      InputError: an entry that is not a regular expression, or entries that take too long; ``where`` names the pattern.
     """
-    for key in pattern:
-        _compiled(where, key)
-    used = {_deciding(pattern, name) for name in chosen}
-    return {key: value for key, value in pattern.items() if key in used}
+    work = Work(where)
+    entries = {entry: Expression(entry, work) for entry in pattern}
+    found = {}
+    for name in names:
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+        first = next((entry for entry, expression in entries.items() if expression.matches(name, starts)), None)
+        if first is not None:
+            found[name] = first
+    return found
 
 
 def layer_text(layers: Sequence[int]) -> str:
@@ -170,37 +196,23 @@ def layer_text(layers: Sequence[int]) -> str:
 
 def _patterned(where: str, pattern: Mapping[str, Any], chosen: Sequence[str], default: Any) -> dict[str, Any]:
     """Value of every chosen name. Raises `InputError` for an entry that decides for none."""
-    used = effective(where, pattern, chosen)
+    decided = deciding(where, pattern, chosen)
+    used = set(decided.values())
     inert = [key for key in pattern if key not in used]
     if inert:
-        shadowed = any(_matches(inert[0], name) for name in chosen)
+        shadowed = bool(deciding(where, inert[:1], chosen))
         why = "is hidden by the patterns before it" if shadowed else "matches no adapted module"
         raise InputError(
-            f"{where} has {inert[0]!r}, which {why}; accepted is a pattern that matches a name such as "
+            f"{where} has {shown(inert[0])}, which {why}; accepted is a pattern that matches a name such as "
             f"{chosen[0]}, whole or from a dot on"
         )
-    found = {}
-    for name in chosen:
-        deciding = _deciding(pattern, name)
-        found[name] = default if deciding is None else pattern[deciding]
-    return found
+    return {name: pattern[decided[name]] if name in decided else default for name in chosen}
 
 
-def _compiled(where: str, pattern: str) -> re.Pattern[str]:
-    """A regular expression. Raises `InputError` naming ``where`` when it is not one."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{where} {pattern!r} is not a regular expression: {error}") from error
-
-
-def _deciding(pattern: Mapping[str, Any], name: str) -> str | None:
-    """The first entry that matches ``name``; None where none does."""
-    return next((key for key in pattern if _matches(key, name)), None)
-
-
-def _matches(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+def _tails(name: str) -> list[str]:
+    """A name, and what follows each of its dots: what PEFT's lists know it by."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _accepted() -> str:

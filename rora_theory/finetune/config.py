@@ -157,8 +157,14 @@ class FinetuneConfig:
         return TARGETS[self.method] if self.targets is None else self.targets
 
     def settings(self) -> dict[str, Any]:
-        """What determines the run, by name: without the settings of other methods."""
+        """What determines the run, by name: without the settings of other methods.
+
+        A pattern is a list of its entries, whose order decides which comes first; an object has none in JSON.
+        """
         plain = asdict(self) | {"targets": self.modules}
+        for name in ("rank_pattern", "alpha_pattern"):
+            if plain[name]:
+                plain[name] = [list(entry) for entry in plain[name].items()]
         return {name: value for name, value in plain.items() if self.method in _ONLY.get(name, (self.method,))}
 
     def adapter(self) -> AdapterConfig:

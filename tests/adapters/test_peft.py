@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -11,11 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rora_theory.adapters import LoraConfig, init, load_peft, save_peft
+from rora_theory.adapters import (
+    BottleneckConfig,
+    LoraConfig,
+    PrefixConfig,
+    expressions,
+    init,
+    load_peft,
+    peft_config,
+    save_peft,
+)
 from rora_theory.adapters import peft as files
 from rora_theory.adapters.lora import assemble
+from rora_theory.adapters.targets import deciding, full_name
 from rora_theory.errors import InputError
+from rora_theory.finetune import FinetuneConfig
 from rora_theory.scaling import scaling_factor
 
 CASES = ("lora", "rora", "dora", "lora_patterns", "dora_rora_patterns", "regex")
@@ -43,6 +57,11 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
+def peft_value(pattern: dict, name: str):
+    """The value that PEFT's rule finds for a module, None where none: the first entry that matches."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
 @pytest.fixture
 def folder(golden, tmp_path) -> Path:
     """A copy of a folder that peft wrote, to damage."""
@@ -62,7 +81,10 @@ def rewrite(folder: Path, change_tensors) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_writes_what_peft_wrote(name: str, golden, config, tmp_path) -> None:
-    """Names, shapes and bits of the tensors, the file's metadata, and every entry of the configuration."""
+    """Names, shapes and bits of the tensors, the file's metadata, and every entry of the configuration.
+
+    Patterns are written resolved, so that of them it is what they say of each tensor that is compared.
+    """
     source = golden.FOLDER / name
     save_peft(tmp_path, load_peft(source, config), base_model="tiny")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -81,6 +103,13 @@ def test_writes_what_peft_wrote(name: str, golden, config, tmp_path) -> None:
         assert header["__metadata__"] == {"format": "pt"}
     written, original = read(tmp_path), read(source)
     assert set(written) == WRITTEN
+    modules = {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in found}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        ours, theirs = written.pop(pattern), original[pattern]
+        assert {name: peft_value(ours, name) for name in modules} == {
+            name: peft_value(theirs, name) for name in modules
+        }
+        assert len(ours) == 0 or all(sum(peft_value({key: 1}, name) == 1 for key in ours) < 2 for name in modules)
     assert written.pop("base_model_name_or_path") == "tiny"
     assert {key: original[key] for key in written} == written
 
@@ -218,16 +247,29 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora is True"),
         ({"from_a_later_version": 0}, "from_a_later_version is 0, which is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; accepted is true, false, gaussian"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; accepted is true, false, null, gaussian"),
         ({"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, "init_lora_weights is 'loftq'"),
         ({"r": 0}, "r is 0; accepted is an integer of 1 or more"),
         ({"r": "8"}, "r is '8'"),
         ({"r": 10**400}, "r is 1000"),
         ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"r": 9}, r"rank is 9 at .*k_proj, whose weight is \[8, 16\]"),
+        ({"r": 9}, r"another model: .*_proj.lora_A.weight is \[4, 16\]; accepted is \[9, 16\]"),
         ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"lora_alpha": -1}, "lora_alpha is -1"),
+        (
+            {"lora_alpha": -1},
+            "lora_alpha is -1; accepted is a number above 0: with 0 the adapter does nothing, and a sign",
+        ),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern is {'q_proj': 0}; .*: with 0 the adapter does nothing"),
+        ({"init_lora_weights": [[True]]}, r"init_lora_weights is \[\[True\]\]"),
+        ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]; accepted is a name"),
+        ({"peft_type": None}, r"peft_type is None; accepted is a name"),
+        ({"layers_to_transform": [10**29, -1]}, r"layers_to_transform is \[-?1.*; accepted are 0 to 2"),
+        ({"a\nkey": [1]}, r"'a\\nkey' is \[1\], which is not supported; accepted is null, false or 'none'"),
+        ({"target_modules": "(.?){60}" * 60 + "!"}, "target_modules takes too long to match"),
+        ({"exclude_modules": "(.?){60}" * 60 + "!"}, "exclude_modules takes too long to match"),
+        ({"rank_pattern": {"(.?){60}" * 60 + "!": 2}}, "rank_pattern takes too long to match"),
+        ({"alpha_pattern": {"(.?){60}" * 60 + "!": 2}}, "alpha_pattern takes too long to match"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern is"),
         ({"alpha_pattern": {"q_proj(": 2}}, "alpha_pattern 'q_proj\\(' is not a regular expression"),
@@ -235,7 +277,7 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
         ({"target_modules": None}, "target_modules is None"),
         ({"target_modules": ["c_attn"]}, "'c_attn', which matches no module"),
         ({"target_modules": ["embed_tokens"]}, "matches model.embed_tokens, which can't be adapted"),
-        ({"layers_to_transform": [7]}, "layers has 7; accepted are 0 to 2"),
+        ({"layers_to_transform": [7]}, r"layers_to_transform is \[7\]; accepted are 0 to 2"),
         ({"layers_pattern": ["blocks"]}, "layers_pattern"),
         ({"use_dora": 1}, "use_dora is 1; accepted is true or false"),
         ({"use_dora": False}, "has .*lora_magnitude_vector; accepted is what adapter_config.json promises"),
@@ -246,12 +288,14 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
         ),
     ],
 )
-def test_refuses_configurations(entries, message, config, folder) -> None:
+def test_refuses_configurations(entries, message, config, folder, monkeypatch) -> None:
+    monkeypatch.setattr(expressions, "LIMIT", 3000)
     change(folder, **entries)
     with pytest.raises(InputError, match=message) as error:
         load_peft(folder, config)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < len(str(folder)) + 300
 
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -298,7 +342,9 @@ def test_a_file_cut_off_is_refused(kept, config, folder) -> None:
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_a_damaged_configuration_is_refused(text, config, folder) -> None:
     (folder / "adapter_config.json").write_bytes(text)
-    with pytest.raises(InputError, match=r"adapter_config.json: (is not JSON|holds a list)"):
+    with pytest.raises(
+        InputError, match=r"adapter_config.json: (is not JSON|holds a list|byte 0 is not UTF-8|is JSON more)"
+    ):
         load_peft(folder, config)
 
 
@@ -319,3 +365,130 @@ def test_the_rule_is_carried_not_typed_twice(config, golden) -> None:
     other = assemble(LoraConfig(rank=4, alpha=8.0, rule="rora"), read_back.targets, read_back.params)
     for name, scaling in read_back.scaling.items():
         np.testing.assert_allclose(other.scaling[name], 2 * scaling, rtol=1e-7)  # 8/sqrt(4) against 8/4
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=4)
+    | st.sampled_from(["LORA", "PREFIX_TUNING", "SERIES_ADAPTER", "q_proj", "none", 10**400, 2**31]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dora_rora_patterns", "prefix", "series"])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_entries_are_read_or_refused_in_one_line(name, data, golden, config, params, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    if name == "dora_rora_patterns":
+        shutil.copytree(golden.FOLDER / name, folder, dirs_exist_ok=True)
+    else:
+        settings = PrefixConfig(2) if name == "prefix" else BottleneckConfig("series", 2)
+        save_peft(folder, init(jax.random.key(0), settings, config, params))
+    keys = st.sampled_from(sorted(read(folder)))
+    change(folder, **data.draw(st.dictionaries(keys, values, min_size=1, max_size=2)))
+    try:
+        load_peft(folder, config)
+    except InputError as error:
+        message = str(error)
+    else:
+        message = ""  # not everything drawn is wrong
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+patterns = st.lists(
+    st.tuples(
+        st.sampled_from(
+            [
+                "q_proj", ".*_proj", "(q|v)_proj", r"layers\.[01]\..*", "self_attn.v_proj", "layers.2.self_attn.q_proj",
+                r"model\.layers\.1\.self_attn\.q_proj", "down_proj", ".*", "mlp.down_proj", "nothing",
+            ]
+        ),
+        st.integers(1, 7),
+    ),
+    max_size=5,
+    unique_by=lambda entry: entry[0],
+).map(dict)  # fmt: skip
+
+
+@given(ranks=patterns, alphas=patterns, rule=st.sampled_from(["lora", "rora", 0.25]))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_overlapping_patterns_keep_their_order(ranks, alphas, rule, config) -> None:
+    """The first entry that matches decides, when a file is read, and again when what was read is written and read."""
+    modules = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    names = [full_name(layer, module) for layer in range(3) for module in modules]
+    ranks, alphas = (
+        {key: value for key, value in pattern.items() if key in deciding("", pattern, names).values()}
+        for pattern in (ranks, alphas)
+    )
+    own = LoraConfig(4, 8, rule, modules, rank_pattern=ranks, alpha_pattern=alphas)
+    targets = own.targets(config)
+    written = json.loads(json.dumps(peft_config.to_peft(own, targets, None), sort_keys=True))
+    read_back, again = peft_config.read(Path("here"), written, config)
+    assert len(targets) == len(modules)
+    for target, other in zip(targets, again, strict=True):
+        for layer in range(3):
+            name = full_name(layer, target.module)
+            rank, alpha = peft_value(ranks, name) or 4, peft_value(alphas, name) or 8
+            assert (target.ranks[layer], target.alphas[layer]) == (rank, alpha)
+            assert (peft_value(written["rank_pattern"], name) or written["r"]) == other.ranks[layer] == rank
+            gamma = scaling_factor(rule, alpha=alpha, rank=rank)
+            # alpha / r^kappa against (alpha r / r^kappa) / r: a few float64 roundings.
+            assert scaling_factor(read_back.rule, alpha=other.alphas[layer], rank=rank) == pytest.approx(
+                gamma, rel=1e-15
+            )
+
+
+def test_names_layers_and_ranks_that_peft_passes_over(config, folder) -> None:
+    """Names and layers that the model has not, beside ones it has; no initial values; what is targeted but excluded."""
+    expected = load_peft(folder, config)
+    modules = read(folder)["target_modules"]
+    change(folder, target_modules=[*modules, "c_attn"], layers_to_transform=[0, 1, 2, 7, -1], init_lora_weights=None)
+    assert load_peft(folder, config).targets == expected.targets
+    change(
+        folder,
+        target_modules=r".*\.(q|k|v|up|down)_proj|lm_head",
+        layers_to_transform=None,
+        exclude_modules=["lm_head"],
+    )
+    assert load_peft(folder, config).targets == expected.targets
+    change(folder, exclude_modules="lm_.*")
+    assert load_peft(folder, config).targets == expected.targets
+
+
+def test_a_rank_above_a_module_s_width_is_read(config, folder) -> None:
+    """B A has rank 8 at most there, and PEFT runs it; as this package's own setting it is refused, with the reason."""
+    with pytest.raises(InputError, match="at most 8, the largest rank that B A can have there"):
+        LoraConfig(rank=12, alpha=1.0, target_modules=["k_proj"]).targets(config)
+    change(folder, r=12, rank_pattern={}, target_modules=["k_proj"])
+
+    def widen(tensors: dict) -> None:
+        for name in list(tensors):
+            if "k_proj" not in name:
+                tensors.pop(name)
+            elif "lora_A" in name:
+                tensors[name] = np.ones((12, 16), np.float32)
+            elif "lora_B" in name:
+                tensors[name] = np.ones((8, 12), np.float32)
+
+    rewrite(folder, widen)
+    assert load_peft(folder, config).targets[0].ranks == (12, 12, 12)
+
+
+def test_a_module_by_its_full_name_is_adapted_whatever_its_layer(config, params, tmp_path) -> None:
+    """As in PEFT, where ``layers_to_transform`` is for names that end a module's."""
+    modules = ["v_proj", "model.layers.2.self_attn.q_proj"]
+    adapter = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0, target_modules=modules, layers=[0]), config, params)
+    assert {target.module: target.ranks for target in adapter.targets} == {
+        "self_attn.q_proj": (0, 0, 2),
+        "self_attn.v_proj": (2, 0, 0),
+    }
+    save_peft(tmp_path, adapter)
+    assert load_peft(tmp_path, config).targets == adapter.targets
+
+
+def test_the_order_of_patterns_is_part_of_a_run() -> None:
+    first = {"q_proj": 2, ".*_proj": 4}
+    runs = [FinetuneConfig(rank_pattern=pattern) for pattern in (first, dict(reversed(first.items())))]
+    assert json.dumps(runs[0].settings(), sort_keys=True) != json.dumps(runs[1].settings(), sort_keys=True)
