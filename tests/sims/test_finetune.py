@@ -14,13 +14,14 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from safetensors import safe_open
 
 from figures import loss_curves, style
 from rora_theory.adapters import init, load_peft, merge
 from rora_theory.finetune import Batches, FinetuneConfig, read_records, split, tokenize
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.held_out import mean_per_token, record_losses
-from rora_theory.llama import LlamaConfig, init_params, load
+from rora_theory.llama import LlamaConfig, digest, init_params, load
 from rora_theory.llama.weights import save_hf
 from sims import finetune
 from sims.common import cli
@@ -176,6 +177,15 @@ def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeyp
         np.testing.assert_array_equal(prepared.train[step].inputs, own[step].inputs)
     assert len(prepared.train) == len(own)
     assert len(prepared.validation) == 1
+
+
+def test_manifest_and_adapter_say_which_weights_were_used(whole, model):
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["config"]["model_sha256"] == digest(model)
+    entries = json.loads((whole / "adapter" / "adapter_config.json").read_text())
+    assert (entries["base_model_name_or_path"], entries["revision"]) == (str(model), None)
+    with safe_open(whole / "adapter" / "adapter_model.safetensors", "numpy") as file:
+        assert file.metadata()["base_model_sha256"] == digest(model)
 
 
 def test_the_table_comes_before_the_training(whole):

@@ -1,0 +1,72 @@
+"""An adapter names the model it was trained on: where others find it, at which commit, and which bytes were used."""
+
+import json
+
+import checkpoint
+import jax
+import pytest
+from safetensors import safe_open
+
+from rora_theory import adapters, digests
+from rora_theory.llama import Located, load
+
+SHA = "e8d4a51000" * 6 + "abcd"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(checkpoint.model(tmp_path_factory.mktemp("model")))
+
+
+def written(folder) -> tuple[dict, dict]:
+    """The entries of the configuration, and the weights' metadata."""
+    with safe_open(folder / adapters.peft.WEIGHTS, "numpy") as file:
+        return json.loads((folder / adapters.peft.CONFIG).read_text()), file.metadata()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        adapters.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",)),
+        adapters.PrefixConfig(2),
+        adapters.BottleneckConfig("series", width=2),
+    ],
+)
+def test_a_model_of_the_hub_is_named_by_its_id_and_commit(model, settings, tmp_path):
+    adapter = adapters.init(jax.random.key(0), settings, model.config, model.params)
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"four bits")
+    for origin, name, commit, used in (
+        (Located("org/tiny", model.source, "org/tiny", SHA[:40]), "org/tiny", SHA[:40], model.origin.sha256),
+        # A built-in name says nothing to others; the commit that its GGUF file was made from is not known.
+        (Located("smollm2-135m", gguf, "Org/SmolLM2", None), "Org/SmolLM2", None, digests.of_file(gguf)),
+        (model.origin, str(model.source), None, model.origin.sha256),
+    ):
+        adapters.save_peft(tmp_path / "adapter", adapter, base_model=origin)
+        entries, metadata = written(tmp_path / "adapter")
+        assert (entries["base_model_name_or_path"], entries["revision"]) == (name, commit)
+        assert metadata == {"format": "pt", "base_model_sha256": used}
+        again = adapters.load_peft(tmp_path / "adapter", model.config, model.params)
+        assert again.config == adapter.config
+
+
+def test_peft_reads_the_name_and_the_commit(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = adapters.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
+    adapter = adapters.init(jax.random.key(0), settings, model.config, model.params)
+    origin = Located("org/tiny", model.source, "org/tiny", SHA[:40])
+    adapters.save_peft(tmp_path / "adapter", adapter, base_model=origin)
+    config = peft.PeftConfig.from_pretrained(str(tmp_path / "adapter"))
+    assert (config.base_model_name_or_path, config.revision) == ("org/tiny", SHA[:40])
+    from peft.utils.save_and_load import load_peft_weights
+
+    assert len(load_peft_weights(str(tmp_path / "adapter"), device="cpu")) == 4
+
+
+def test_a_name_alone_is_written_as_it_is(model, tmp_path):
+    settings = adapters.LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))
+    adapter = adapters.init(jax.random.key(0), settings, model.config, model.params)
+    adapters.save_peft(tmp_path / "adapter", adapter, base_model="org/other")
+    entries, metadata = written(tmp_path / "adapter")
+    assert (entries["base_model_name_or_path"], entries.get("revision")) == ("org/other", None)
+    assert metadata == {"format": "pt"}
