@@ -241,6 +241,11 @@ def show(found: Sequence[Level], scoring: Scoring) -> None:
         rows.append([name, level.n, _percent(level.accuracy, level.error), *norm, *rest])
     template = f", template {scoring.template}" if scoring.template else ""
     tables.print_table(f"{scoring.protocol}{template}; ± one standard error", columns, rows)
+    if scoring.protocol == "harness" and any(level.task == "boolq" for level in found):
+        tables.print_text(
+            "BoolQ: these data have no passages, and lm-evaluation-harness's template is filled with an empty one; its "
+            "published BoolQ accuracies are with the passage."
+        )
 
 
 def _percent(value: float | None, error: float | None) -> str:

@@ -83,6 +83,7 @@ def test_a_run_writes_samples_and_results(
     shown = capsys.readouterr().out
     assert f"{protocol}" in shown
     assert all(word in shown for word in ("BoolQ", "PIQA", "average", "chance", "majority", "unparsed"))
+    assert ("BoolQ: these data have no passages" in shown) == (protocol == "harness")
 
 
 def test_a_kill_loses_nothing(model: Path, data: Path, tmp_path: Path) -> None:
