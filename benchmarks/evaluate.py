@@ -26,7 +26,7 @@ from rora_theory.commonsense import prompts, sources, tasks
 from rora_theory.commonsense.scoring import Scoring, score
 from rora_theory.llama import Model, load
 from sims.common import cli
-from sims.common.run_folder import write_whole
+from sims.common.disk import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

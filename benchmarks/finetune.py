@@ -405,7 +405,7 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     from rora_theory.errors import InputError
     from sims.common import cli
-    from sims.common.run_folder import write_whole
+    from sims.common.disk import write_whole
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     if set(config.parts) - {"gpu"} and not config.data:

@@ -24,7 +24,7 @@ from rora_theory.commonsense import choices, scoring, sources, tasks
 from rora_theory.errors import InputError
 from rora_theory.llama import Model, load
 from sims.common import cli
-from sims.common.run_folder import write_whole
+from sims.common.disk import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,7 +117,8 @@ def lines(figures: dict[str, Any], size: int) -> Iterator[str]:
 
 def main() -> None:
     from sims.common import cli
-    from sims.common.run_folder import as_json, write_whole
+    from sims.common.disk import write_whole
+    from sims.common.run_folder import as_json
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     check(config)

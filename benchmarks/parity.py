@@ -30,7 +30,7 @@ from rora_theory.adapters import LoraAdapter, load_peft, save_peft
 from rora_theory.llama import Model, forward, load
 from rora_theory.llama.weights import save_hf
 from sims.common import cli
-from sims.common.run_folder import write_whole
+from sims.common.disk import write_whole
 from sims.common.tables import print_table
 
 TEXTS = (

@@ -7,8 +7,10 @@ of ours stand above the Markdown table; alpha, learning rate, seeds and unparsed
 """
 
 import csv
+import html
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,11 +189,12 @@ def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> st
     """The table, with what was run above it."""
     config = manifest["config"]
     data, evaluation, training = config["data"], config.get("evaluation") or {}, config["training"]
+    protocol = escaped(str(evaluation.get("protocol")))
     columns = ["Rank", "Model", "Method"] if layout == "II" else ["Model", "Rank", "Method"]
     header = [*columns, "# Params (%)", *published.NAMES, "Average", "Unparsed", "Source"]
     text = [
         f"Table {layout}. Accuracy in percent ± one standard error over items.",
-        f"This run: protocol {evaluation.get('protocol')}, {_count(evaluation.get('limit'), 'items a task')}; "
+        f"This run: protocol {protocol}, {_count(evaluation.get('limit'), 'items a task')}; "
         f"{data['train_records']} training records, {_count(training['steps'], 'steps')} of {training['batch']}. "
         "The paper's rows are its printed numbers, on its own models and protocol: they are not comparable with this "
         "run's, only the differences within each are.",
@@ -205,8 +208,15 @@ def markdown(lines: Sequence[Line], layout: str, manifest: dict[str, Any]) -> st
         share = "" if line.params_percent is None else f"{line.params_percent:.2f}"
         scores = [_score(score) for score in (*line.scores, line.average)]
         unparsed = "" if line.unparsed is None else f"{line.unparsed:.1f}"
-        text.append("| " + " | ".join([*first, line.method, share, *scores, unparsed, _source(line)]) + " |")
+        cells = [*first, line.method, share, *scores, unparsed, _source(line)]
+        text.append("| " + " | ".join(map(escaped, cells)) + " |")
     return "\n".join(text) + "\n"
+
+
+def escaped(text: str) -> str:
+    """``text`` as Markdown shows it letter for letter: a name from a file is no markup, no HTML and no further cell."""
+    marks = re.sub(r"([\\`*_{}\[\]|~])", r"\\\1", " ".join(text.split()))
+    return html.escape(marks, quote=False)
 
 
 def as_csv(lines: Iterable[Line]) -> str:

@@ -82,8 +82,9 @@ def cells(run: Path, config: Config) -> list[Path]:
 def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Settings and events of a run or cell; a missing or damaged file ends the command. A last line cut off is left
     out."""
+    cell = run / "cell.json"
+    style.check_as_written(run, "result.json" if cell.exists() else "manifest.json")
     try:
-        cell = run / "cell.json"
         settings = json.loads((cell if cell.exists() else run / "manifest.json").read_text())
         settings = settings["training"] if cell.exists() else settings["config"]
         text = (run / "metrics.jsonl").read_text()

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from rora_theory import seals
 from sims.common import cli
 from sims.common.cli import fail
 
@@ -80,7 +81,8 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def read_run(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Manifest and rows of a run folder; a missing or damaged one ends the command with one line and status 2."""
+    """Manifest and rows of a run folder; a missing, damaged or changed one ends the command: one line, status 2."""
+    check_as_written(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         with (folder / "results.csv").open(newline="") as file:
@@ -92,6 +94,13 @@ def read_run(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any
     if not rows:
         fail(f"{folder}/results.csv: has no rows; accepted is a run with at least one finished cell")
     return manifest, rows
+
+
+def check_as_written(folder: Path, record: str = "manifest.json") -> None:
+    """End the command where a file of a run or cell is not the one it wrote, by ``record``'s digests."""
+    problem = seals.problem(folder, record)
+    if problem is not None:
+        fail(f"{problem}; accepted is the file as the run wrote it, which its command makes again")
 
 
 def command(draw: Callable[[Config], Sequence[Path]], config: type[Config], description: str | None) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from rora_theory.llama import Model, load
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from sims.common import cli, devices, scalings, tables
+from sims.common.cells import Cells
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
 
@@ -166,17 +168,20 @@ def run(config: Config) -> None:
     identity |= model.origin.identity() | {"records_sha256": digests.of_json(records)}
     extra = {"units": UNITS, "device": devices.describe(places), "data": [_short(source) for source in config.data]}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
-    rows = [_typed(row) for row in folder.read_rows(COLUMNS)]
-    done = {_key(row) for row in rows}
+    kept = Cells(folder)
+    rows: list[dict[str, Any]] = []
     todo = [(case, seed, rank) for case in cases(config) for seed in range(config.seeds) for rank in config.ranks]
     with progress_bar("coordinate check", len(todo), fields="{cell}") as bar:
         for case, seed, rank in todo:
             label = f"{case.label}, r = {rank}, seed {seed}"
-            if (case.optimizer, case.rule, case.init, rank, seed) not in done:
-                bar.advance(0, cell=label)
-                rows += cell_rows(config, checker, data, case, seed, rank)
+            bar.advance(0, cell=label)
+            fresh = label not in kept
+            work = partial(cell_rows, config, checker, data, case, seed, rank)
+            rows += kept.do(label, work)
+            if fresh:
                 folder.write_rows(COLUMNS, rows)
             bar.advance(1, cell=label)
+    folder.write_rows(COLUMNS, rows)
     found = fits(config, rows)
     folder.write_rows(FIT_COLUMNS, found, "slopes.csv")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
@@ -422,15 +427,6 @@ def _text(row: dict[str, Any] | None) -> str:
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
     return (row["optimizer"], row["rule"], row["init"])
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return (*_case(row), row["rank"], row["seed"])
-
-
-def _typed(row: dict[str, str]) -> dict[str, Any]:
-    whole, real = ("control", "rank", "seed", "step"), ("kappa", "scaling", "learning_rate", "value")
-    return {name: int(text) if name in whole else float(text) if name in real else text for name, text in row.items()}
 
 
 def _short(source: str) -> str:

@@ -23,6 +23,7 @@ from rora_theory.errors import InputError
 from rora_theory.llama import Adapter, LlamaConfig, Located, load
 from rora_theory.llama.tokenizer import Tokenizer
 from sims.common import cli, tables
+from sims.common.disk import Journal
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder, as_json
 
@@ -115,11 +116,13 @@ def prepare(config: Config) -> Subject:
 
 def evaluate(config: Config, folder: RunFolder, records: Sequence[Record], subject: Subject) -> list[Level]:
     """Score the records that the folder lacks, and write its results."""
-    samples = read_samples(folder.path / SAMPLES, records, config.protocol)
+    journal = Journal(folder.path / SAMPLES, folder.identity)
+    samples = read_samples(journal, records, config.protocol)
     if len(samples) < len(records):
-        score_rest(config, folder, records, samples, subject)
+        score_rest(config, journal, records, samples, subject)
     ordered = sorted(samples, key=lambda sample: (list(TASKS).index(sample.task), sample.index))
-    folder.write(SAMPLES, "".join(_line(config.protocol, sample) for sample in ordered))
+    journal.rewrite([_entry(config.protocol, sample) for sample in ordered])
+    folder.record(SAMPLES)
     found = levels(ordered, records)
     scoring = config.scoring()
     heads = {"protocol": scoring.protocol, "template": scoring.template}
@@ -132,15 +135,12 @@ def evaluate(config: Config, folder: RunFolder, records: Sequence[Record], subje
 
 
 def score_rest(
-    config: Config, folder: RunFolder, records: Sequence[Record], samples: list[Sample], subject: Subject
+    config: Config, journal: Journal, records: Sequence[Record], samples: list[Sample], subject: Subject
 ) -> None:
-    """Score the records without a sample, appending each to ``samples`` and to the folder's file as it comes."""
+    """Score the records without a sample, appending each to ``samples`` and to ``journal`` as it comes."""
     done = {(sample.task, sample.index) for sample in samples}
     right = sum(sample.correct for sample in samples)
-    with (
-        progress_bar("scoring", len(records), fields="{task}  accuracy {accuracy:.1%}") as bar,
-        open(folder.path / SAMPLES, "a", encoding="utf-8") as file,
-    ):
+    with progress_bar("scoring", len(records), fields="{task}  accuracy {accuracy:.1%}") as bar:
         bar.advance(len(done))
         for key in config.tasks:  # a task's own items share calls, so that no other task changes a bit of them
             items = [record for record in records if record.task == key]
@@ -154,8 +154,7 @@ def score_rest(
                 batch_size=config.batch_size,
                 done=done,
             ):
-                file.write(_line(config.protocol, sample))
-                file.flush()
+                journal.append(_entry(config.protocol, sample), sync=False)
                 samples.append(sample)
                 right += sample.correct
                 bar.advance(1, task=TASKS[key].name, accuracy=right / len(samples))
@@ -171,42 +170,30 @@ def read_records(config: Config) -> tuple[list[Record], dict[str, str]]:
     return [record for records in by_task.values() for record in records], digests
 
 
-def read_samples(path: Path, records: Sequence[Record], protocol: str) -> list[Sample]:
-    """The samples that an earlier part of the run wrote; a last line cut off by a kill is dropped from the file.
+def read_samples(journal: Journal, records: Sequence[Record], protocol: str) -> list[Sample]:
+    """The samples that an earlier part of the run wrote.
 
     Raises:
-      InputError: another line is damaged, or of a record or protocol that this run does not score.
+      InputError: a line is of a record or protocol that this run does not score.
     """
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
     gold = {(record.task, record.index): record.answer for record in records}
     samples: dict[tuple[str, int], Sample] = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            plain = json.loads(line)
-            named = plain.pop("protocol")
-            pairs = tuple((label, float(value)) for label, value in plain.pop("log_likelihoods"))
-            sample = Sample(**plain, log_likelihoods=pairs)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"{path}: line {number} is damaged ({error}); accepted is the file as the run wrote it"
-            ) from error
+    for number, line in enumerate(journal.entries, start=1):
+        plain = dict(line)
+        named = plain.pop("protocol")
+        pairs = tuple((label, float(value)) for label, value in plain.pop("log_likelihoods"))
+        sample = Sample(**plain, log_likelihoods=pairs)
         key = (sample.task, sample.index)
         if named != protocol or gold.get(key) != sample.gold or key in samples:
             raise InputError(
-                f"{path}: line {number} is of {named} {key}, which this run does not score, or scores once"
+                f"{journal.path}: line {number} is of {named} {key}, which this run does not score, or scores once"
             )
         samples[key] = sample
     return list(samples.values())
 
 
-def _line(protocol: str, sample: Sample) -> str:
-    return json.dumps({"protocol": protocol} | asdict(sample), ensure_ascii=False) + "\n"
+def _entry(protocol: str, sample: Sample) -> dict[str, Any]:
+    return {"protocol": protocol} | asdict(sample)
 
 
 def identity(config: Config, data: dict[str, str], subject: Subject) -> dict[str, Any]:

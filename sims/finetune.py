@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,8 +40,9 @@ from rora_theory.finetune import (
 )
 from rora_theory.llama import LlamaConfig, Located
 from sims.common import cli, tables
+from sims.common.disk import Journal
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder, write_whole
+from sims.common.run_folder import RunFolder
 
 NAME = "finetune"
 METRICS = "metrics.jsonl"
@@ -116,24 +117,44 @@ def prepare(parts: tuple[list[Record], list[Record]], tokenizer: Any, config: Fi
 
 
 class Metrics:
-    """`metrics.jsonl`: a line an event, appended as it comes; none beyond ``step``, where the run goes on."""
+    """`metrics.jsonl`: a sealed line an event, appended as it comes; none beyond the step where the run goes on.
 
-    def __init__(self, path: Path, step: int) -> None:
-        whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in whole if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_whole(path, "".join(lines))
-        self._path = path
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+    Args:
+      path: of the file.
+      trainer: whose events.
+      identity: of the run.
+
+    Raises:
+      InputError: the file is not as the run wrote it, or lacks what came before the checkpoint.
+    """
+
+    def __init__(self, path: Path, trainer: Trainer, identity: str) -> None:
+        if not trainer.step:
+            path.unlink(missing_ok=True)
+        self._trainer, self._journal = trainer, Journal(path, identity)
+        kept = [event for event in self._journal.entries if event["step"] <= trainer.step]
+        expected = [
+            (name, step)
+            for step in range(1, trainer.step + 1)
+            for name in ("step", *(["validation"] if trainer.validates(step) else []))
+        ]
+        if [(event["event"], event["step"]) for event in kept] != expected:
+            raise InputError(
+                f"{path}: has {len(kept)} lines of the {len(expected)} before the checkpoint at step {trainer.step}; "
+                "accepted is the file as the run wrote it; with checkpoints/ beside it removed, the run begins anew"
+            )
+        if len(kept) < len(self._journal.entries):
+            self._journal.rewrite(kept)
 
     def add(self, event: Any) -> None:
         name = "step" if isinstance(event, Stepped) else "validation"
-        self._file.write(json.dumps({"event": name, **asdict(event)}) + "\n")
-        self._file.flush()
+        # On the disk before a checkpoint that follows it.
+        self._journal.append({"event": name, **asdict(event)}, sync=self._trainer.saves(event.step))
 
-    def close(self) -> list[dict[str, Any]]:
+    @property
+    def events(self) -> list[dict[str, Any]]:
         """All events, of this and earlier parts of the run."""
-        self._file.close()
-        return [json.loads(line) for line in self._path.read_text().splitlines()]
+        return self._journal.entries
 
 
 def model_config(found: Located) -> LlamaConfig:
@@ -214,16 +235,25 @@ def finetune(config: Config, model: Any = None) -> Path:
     follow(trainer, folder)
     kept = trainer.adapter(config.keep)
     trainer.close()
-    adapters.save_peft(path / "adapter", kept, base_model=origin)
-    if config.merge and not (path / "merged").exists():
+    if folder.entry("kept") != config.keep:
+        for name in ("adapter", "merged"):
+            folder.clear(name)
+        folder.update(kept=config.keep)
+    if not folder.holds("adapter"):
+        adapters.save_peft(path / "adapter", kept, base_model=origin)
+        folder.record("adapter")
+    if config.merge and not folder.holds("merged"):
+        folder.clear("merged")
         save_merged(path / "merged", kept, model)
+        folder.record("merged")
     folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
     return path
 
 
 def follow(trainer: Trainer, folder: RunFolder) -> None:
     """Run to the end: every event to `metrics.jsonl`, then all of them to `results.csv`."""
-    metrics = Metrics(folder.path / METRICS, trainer.step)
+    metrics = Metrics(folder.path / METRICS, trainer, folder.identity)
+    print(resumption(trainer, folder))
     fields = "loss {loss:.3f}  lr {lr:.1e}  {rate:,.0f} tokens/s"
     try:
         with progress_bar("training", trainer.steps, fields=fields) as bar:
@@ -239,9 +269,17 @@ def follow(trainer: Trainer, folder: RunFolder) -> None:
     except NonFiniteLossError as error:
         folder.finish("failed", error=str(error))
         cli.fail(str(error))
-    finally:
-        events = metrics.close()
-    folder.write_rows(COLUMNS, events)
+    folder.write_rows(COLUMNS, metrics.events)
+    folder.record(METRICS)
+
+
+def resumption(trainer: Trainer, folder: RunFolder) -> str:
+    """Where the run begins or goes on, in words."""
+    if not trainer.step:
+        return "no checkpoint yet: begins with step 1" if folder.resumed else "begins with step 1"
+    if trainer.step == trainer.steps:
+        return f"all {trainer.steps} steps are done already"
+    return f"goes on after step {trainer.step} of {trainer.steps}, its last checkpoint"
 
 
 def save_merged(path: Path, adapter: Any, model: Any) -> None:

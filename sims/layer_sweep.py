@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,6 +17,7 @@ from rora_theory.inits import Init
 from rora_theory.scaling import Rule, exponent, scaling_factor
 from rora_theory.statistics import Moments, log_log_fit, root
 from sims.common import tables
+from sims.common.cells import Cells
 from sims.common.devices import describe, pick
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
@@ -60,6 +62,11 @@ class Cell:
     init: Init
     rank: int
 
+    @property
+    def name(self) -> str:
+        """As the run's files name it, and its stream of random numbers."""
+        return f"{self.layer.name} {self.init} {self.rank}"
+
 
 def run(config: "Config", rules: dict[str, Rule]) -> None:
     """Run the sweep on ``config.layer_data``, or go on with it."""
@@ -74,17 +81,19 @@ def run(config: "Config", rules: dict[str, Rule]) -> None:
     extra = {"units": UNITS, "device": describe(places), "layer_data": config.layer_data.name}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
     cells = [Cell(layer, init, rank) for layer in layers for init in config.inits for rank in config.ranks]
-    rows = _resume(folder, config, rules, cells)
+    kept = Cells(folder)
+    rows: list[dict[str, Any]] = []
     crossings = list(_crossings(config, layers))
     folder.write_rows(CROSSING_COLUMNS, crossings, "crossing_ranks.csv")
-    each = len(config.optimizers) * len(rules) * len(layer_data.SPLITS)
     with progress_bar("real layers", len(cells), fields="{cell}") as bar:
-        bar.advance(len(rows) // each)
-        for cell in cells[len(rows) // each :]:
+        for cell in cells:
             bar.advance(0, cell=f"{cell.layer.name}, r = {cell.rank}")
-            rows += _simulate(config, rules, cell)
-            folder.write_rows(COLUMNS, rows)
+            fresh = cell.name not in kept
+            rows += kept.do(cell.name, partial(_simulate, config, rules, cell))
+            if fresh:
+                folder.write_rows(COLUMNS, rows)
             bar.advance(1, cell=f"{cell.layer.name}, r = {cell.rank}")
+    folder.write_rows(COLUMNS, rows)
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(config, rows, crossings)
     tables.print_text(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}")
@@ -120,7 +129,7 @@ def _simulate(config: "Config", rules: dict[str, Rule], cell: Cell) -> list[dict
     """Draw adapters until every rms of the cell is known to the asked relative error."""
     frames = _frames(config, rules, cell)
     steps = [(frame["optimizer"], frame["scaling"]) for frame in frames[:: len(layer_data.SPLITS)]]
-    digest = hashlib.sha256(f"{cell.layer.name} {cell.init} {cell.rank}".encode()).digest()
+    digest = hashlib.sha256(cell.name.encode()).digest()
     stream = layer_data.mean_squares(
         cell.layer,
         jax.random.fold_in(jax.random.key(config.seed), int.from_bytes(digest[:4], "little")),
@@ -164,31 +173,6 @@ def _exact(config: "Config", cell: Cell, optimizer: laws.Optimizer, scaling: flo
     )
     ends = np.cumsum([len(cell.layer.inputs[split]) for split in layer_data.SPLITS])[:-1]
     return [math.sqrt(float(np.mean(part))) for part in np.split(law.second_moment, ends)]
-
-
-def _resume(folder: RunFolder, config: "Config", rules: dict[str, Rule], cells: list[Cell]) -> list[dict[str, Any]]:
-    """Rows of an earlier part of this run.
-
-    Raises:
-      InputError: the file is not one that this run wrote; names the line.
-    """
-    path = folder.path / "results.csv"
-    known = folder.read_rows(COLUMNS)
-    frames = (frame for cell in cells for frame in _frames(config, rules, cell))
-    each = len(config.optimizers) * len(rules) * len(layer_data.SPLITS)
-    if len(known) % each or len(known) > each * len(cells):
-        raise InputError(f"{path}: has {len(known)} rows; accepted are whole cells of {each} rows")
-    rows = []
-    for number, (row, frame) in enumerate(zip(known, frames, strict=False), start=2):
-        wrong = [name for name, value in frame.items() if row[name] != str(value)]
-        if wrong:
-            raise InputError(f"{path}: line {number} has {wrong[0]} {row[wrong[0]]!r}, this run {frame[wrong[0]]!r}")
-        try:
-            figures: dict[str, Any] = {name: float(row[name]) for name in ("estimate", "standard_error", "exact")}
-            rows.append(frame | figures | {"draws": int(row["draws"])})
-        except ValueError as error:
-            raise InputError(f"{path}: line {number} is damaged ({error})") from error
-    return rows
 
 
 def _crossings(config: "Config", layers: list[layer_data.Layer]) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +33,7 @@ from rora_theory.seeds import check_seed
 from rora_theory.transfer import FAMILY
 from sims import matrix_rates
 from sims.common import cli, devices, scalings, tables
+from sims.common.cells import Cells
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
 
@@ -286,18 +288,16 @@ def train(config: Config) -> tuple[RunFolder, list[dict[str, Any]]]:
     identity = {name: value for name, value in asdict(config).items() if name not in left_out}
     extra = {"units": UNITS, "device": devices.describe(places), "judge": config.judge}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
-    rows = [_typed(row) for row in folder.read_rows(COLUMNS)]
-    done = {(row["optimizer"], row["trained"], row["rank"], row["rule"]) for row in rows}
+    kept, rows = Cells(folder), []
     todo, written = list(grid(config)), time.monotonic()
     with progress_bar("rates", len(todo), fields="{cell}") as bar:
         for cell in todo:
             label = f"{cell.optimizer}, {cell.rule}, r = {cell.rank}"
-            if cell not in done:
-                bar.advance(0, cell=label)
-                rows += cell_rows(config, cell)
-                if time.monotonic() - written > 5:
-                    folder.write_rows(COLUMNS, rows)
-                    written = time.monotonic()
+            bar.advance(0, cell=label)
+            rows += kept.do(" ".join(map(str, cell)), partial(cell_rows, config, cell))
+            if time.monotonic() - written > 5:
+                folder.write_rows(COLUMNS, rows)
+                written = time.monotonic()
             bar.advance(1, cell=label)
     folder.write_rows(COLUMNS, rows)
     return folder, rows
@@ -613,11 +613,6 @@ def _rate(row: dict[str, Any] | None) -> str:
     mark = {"low": "<", "high": ">"}.get(row["edge"], "")
     error = "" if row["log2_error"] is None else f" ({2 ** row['log2_error']:.2f})"
     return f"{mark}{row['best_rate']:.3g}{error}"
-
-
-def _typed(row: dict[str, str]) -> dict[str, Any]:
-    words, whole = ("optimizer", "trained", "rule"), ("rank", "seed")
-    return {name: text if name in words else int(text) if name in whole else float(text) for name, text in row.items()}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory import digests
+from rora_theory import digests, seals
 from rora_theory.errors import InputError
 from sims import rank_results
 
@@ -51,6 +51,7 @@ def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -
       InputError: no such file, columns missing, a line that can't be read, several models, or no cell.
     """
     path = folder / "results.csv"
+    _check(folder)
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -69,6 +70,12 @@ def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -
     if not chosen:
         raise InputError(f"{path}: has no finished cell of model {model or 'any'}; its models are {', '.join(models)}")
     return [_cell(folder, number, row, column) for number, row in enumerate(chosen, start=2)]
+
+
+def _check(folder: Path, record: str = "manifest.json") -> None:
+    problem = seals.problem(folder, record)
+    if problem is not None:
+        raise InputError(f"{problem}; accepted is the file as sims.rank_sweep wrote it")
 
 
 def digest(cells: Sequence[Cell]) -> str:
@@ -141,6 +148,7 @@ def _cell(folder: Path, number: int, row: Mapping[str, Any], column: str) -> Cel
         raise InputError(f"{path}: cell {row.get('key')!r} (line {number} or later) is damaged ({error})") from error
     records = tokens = None
     if math.isfinite(value):
+        _check(folder / "cells" / row["key"], "result.json")
         records, tokens = _records(folder / "cells" / row["key"] / "losses.csv", column)
     return Cell(row["method"], *figures, value if math.isfinite(value) else math.inf, records, tokens)
 

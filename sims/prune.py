@@ -189,7 +189,8 @@ def main() -> None:
     for name in ("out", "batch", "revision"):
         del identity[name]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
-    if not (folder.path / MODEL).exists():
+    if not (folder.holds(MODEL) and folder.holds("results.csv")):
+        folder.clear(MODEL)
         statistics = calibrate(model, windows, config.batch)
         scores = pruning.score(model.params, statistics, model.config)
         kept = pruning.choose(scores, shape)
@@ -204,6 +205,7 @@ def main() -> None:
         folder.update(shape=shape._asdict(), parameters=counts, share=counts[1] / counts[0], **measured)
         with tokenizer_files(model) as files:
             save_hf(folder.path / MODEL, params, pruned, tokenizer_from=files)
+        folder.record(MODEL)
     folder.finish()
     show(folder, model.config, shape)
     print(f"{folder.path}: model/, results.csv, manifest.json")

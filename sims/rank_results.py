@@ -123,9 +123,8 @@ def text(value: Any) -> str:
 
 def _rows(folder: matrix.Matrix) -> Iterator[dict[str, Any]]:
     """One row a cell that was begun: its configuration and its result, as far as there is one."""
-    for file in folder.cells_path.glob("*/cell.json"):
-        config = json.loads(file.read_text())
-        place = folder.cell(config)
+    for place in folder.begun():
+        config = place.config
         result, status = place.result(), place.status()
         row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
         row |= {"key": place.key, "attempts": status.attempts, "status": status.state}

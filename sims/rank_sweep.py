@@ -49,8 +49,9 @@ from rora_theory.scaling import scaling_factor
 from rora_theory.seeds import check_seed
 from sims import differences, rank_results
 from sims.common import cli, matrix, tables
+from sims.common.disk import write_whole
 from sims.common.progress import progress_bar
-from sims.common.run_folder import as_json, circumstances, write_whole
+from sims.common.run_folder import as_json
 from sims.rank_results import BASE
 
 NAME = "rank_sweep"
@@ -220,8 +221,8 @@ class Config:
     out: Path | None = None
     """folder of the matrix; none is results/rank_sweep/ID. An existing one is continued and may grow"""
     attempts: int = 3
-    """most attempts at a cell, over all runs and processes; an interrupted one (Ctrl-C) does not count, a killed one
-    does"""
+    """most attempts at a cell, over all runs and processes; an interrupted one (Ctrl-C, SIGTERM) does not count, a
+    killed one does"""
     list: bool = False
     """print the cells with their state and run nothing"""
 
@@ -323,7 +324,7 @@ def sweep(config: Config) -> bool:
     bench = Workbench(config, sample, tasks, located)
     bench.open(first[0].model)
     folder = matrix.Matrix(path, NAME, shared)
-    folder.update({"command": sys.argv[1:], "design": config.design} | circumstances(), models=models)
+    folder.update({"command": sys.argv[1:], "design": config.design}, models=models)
     whole = work(config, folder, bench, first)
     if design.tuned and len(design.seeds) > 1:
         if all(cell.status().state == "done" for cell in whole):
@@ -335,7 +336,7 @@ def sweep(config: Config) -> bool:
     for cell in failed:
         print(f"not done: {cell.path} ({cell.status().error or cell.status().state})", flush=True)
     folder.write_table(lambda: differences_of(folder), "differences.csv")
-    folder.update({"status": "failed" if failed else "complete", "end": matrix.now()})
+    folder.finish("failed" if failed else "complete")
     print(f"{path}: {len(whole) - len(failed)} of {len(whole)} cells done; results.csv", flush=True)
     return not failed
 
@@ -680,7 +681,7 @@ class Workbench:
         checkpoints = path / "checkpoints" if steps > config.checkpoint_every else None
         before = self.steps.compilations
         trainer = Trainer(model.params, model.config, adapter, training, batches, None, checkpoints, shared=self.steps)
-        metrics = Metrics(path / METRICS, trainer.step)
+        metrics = Metrics(path / METRICS, trainer, path.name)
         result: dict[str, Any] = {"trainable_parameters": adapters.count(adapter), "steps": trainer.steps}
         try:
             for event in trainer.run():
@@ -688,8 +689,8 @@ class Workbench:
         except NonFiniteLossError as error:
             return Trained(result | {"status": "diverged", "diverged_at": error.step, "error": str(error)}, None)
         finally:
-            events = metrics.close()
             trainer.close()
+        events = metrics.events
         result["compilations"] = self.steps.compilations - before
         result["train_loss"] = float(np.mean([event["loss"] for event in events[-10:]]))
         kept = trainer.adapter("last")

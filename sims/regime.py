@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from rora_theory.seeds import check_seed
 from rora_theory.statistics import Moments, root
 from rora_theory.transfer import Setting, transfer
 from sims.common import cli, tables
+from sims.common.cells import Cells
 from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
 from sims.common.devices import describe, pick
 from sims.common.progress import progress_bar
@@ -311,14 +313,14 @@ def run(config: Config) -> None:
     extra = {"units": UNITS, "device": describe(places), "data": [Path(name).name for name in config.data]}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
     folder.update(model_layers=model.config.num_hidden_layers)
-    done = _resume(folder, config, rules, chosen)
-    if len(done) < len(chosen):
+    kept = Cells(folder)
+    if any(f"layer {index}" not in kept for index in chosen):
         train = record(model.params, model.config, pair.train, modules)
         heldout = record(model.params, model.config, pair.heldout, modules, gradients=False)
         folder.update(training_loss=train.loss, heldout_loss=heldout.loss)
     with progress_bar("layers", len(chosen), fields="{module}") as bar:
-        bar.advance(len(done))
-        for index in list(chosen)[len(done) :]:
+
+        def measure_layer(index: int) -> Any:
             found = []
             for module in chosen[index]:
                 bar.advance(0, module=full_name(index, module))
@@ -328,12 +330,17 @@ def run(config: Config) -> None:
                 }
                 layer = Layer(full_name(index, module), train.gradient(module, index), inputs)
                 found.append(measure(config, rules, layer, index, module))
-            done[index] = Measured([c for one in found for c in one.crossings], [r for one in found for r in one.rows])
-            folder.write_rows(CROSSING_COLUMNS, [c for one in done.values() for c in one.crossings], CROSSINGS)
-            folder.write_rows(COLUMNS, [r for one in done.values() for r in one.rows])
-            bar.advance(1, module=full_name(index, module))
-    crossings = [c for one in done.values() for c in one.crossings]
-    rows = [r for one in done.values() for r in one.rows]
+            return [c for one in found for c in one.crossings], [r for one in found for r in one.rows]
+
+        crossings: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
+        for index, modules in chosen.items():
+            own, figures = kept.do(f"layer {index}", partial(measure_layer, index))
+            crossings += own
+            rows += figures
+            folder.write_rows(CROSSING_COLUMNS, crossings, CROSSINGS)
+            folder.write_rows(COLUMNS, rows)
+            bar.advance(1, module=full_name(index, modules[-1]))
     verdict = judge(config, rows)
     if verdict is not None:
         folder.write_rows(JUDGE_COLUMNS, agreement(config, rows), JUDGE)
@@ -343,53 +350,6 @@ def run(config: Config) -> None:
     tables.print_text(f"{len(names)} modules in {time.monotonic() - started:.0f} s, written to {folder.path}")
     if verdict is not None and verdict["verdict"] == "fails":
         sys.exit(1)
-
-
-def _resume(
-    folder: RunFolder, config: Config, rules: dict[str, Rule], chosen: dict[int, list[str]]
-) -> dict[int, Measured]:
-    """Whole layers of an earlier part of this run, in order.
-
-    Raises:
-      InputError: a file is not one that this run wrote; names the line.
-    """
-    crossings, rows = folder.read_rows(CROSSING_COLUMNS, CROSSINGS), folder.read_rows(COLUMNS)
-    each = len(config.inits) * len(config.optimizers) * len(SPLITS)
-    found: dict[int, Measured] = {}
-    used = used_crossings = 0
-    for index, modules in chosen.items():
-        expected = [frame for module in modules for frame in frames(config, rules, index, module)]
-        part, own = rows[used : used + len(expected)], crossings[used_crossings : used_crossings + each * len(modules)]
-        if len(part) < len(expected) or len(own) < each * len(modules):
-            break
-        read = []
-        for number, (row, frame) in enumerate(zip(part, expected, strict=True), start=used + 2):
-            wrong = [name for name, value in frame.items() if row[name] != str(value)]
-            if wrong:
-                raise InputError(
-                    f"{folder.path / 'results.csv'}: line {number} has {wrong[0]} {row[wrong[0]]!r}, this run "
-                    f"{frame[wrong[0]]!r}; accepted is the file as the run wrote it"
-                )
-            read.append(frame | _numbers(row, ("predicted", "measured", "standard_error", "adapters"), folder, number))
-        found[index] = Measured([_typed(row, folder) for row in own], read)
-        used, used_crossings = used + len(expected), used_crossings + each * len(modules)
-    return found
-
-
-def _numbers(row: dict[str, str], names: Sequence[str], folder: RunFolder, number: int) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = {name: float(row[name]) for name in names if row[name]}
-    except ValueError as error:
-        raise InputError(f"{folder.path / 'results.csv'}: line {number} is damaged ({error})") from error
-    return found | ({"adapters": int(found["adapters"])} if "adapters" in found else {})
-
-
-def _typed(row: dict[str, str], folder: RunFolder) -> dict[str, Any]:
-    words, whole = ("module", "split", "optimizer", "init"), ("layer", "p_in", "p_out", "tokens")
-    try:
-        return {k: v if k in words else int(v) if k in whole else float(v) for k, v in row.items()}
-    except ValueError as error:
-        raise InputError(f"{folder.path / CROSSINGS}: is damaged ({error})") from error
 
 
 def judge(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from rora_theory.inits import INITS, Init
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from sims.common import cli, devices, scalings, tables
+from sims.common.cells import Cells
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
 
@@ -144,18 +146,15 @@ def run(config: Config) -> None:
     identity = {name: value for name, value in asdict(config).items() if name != "out"}
     extra = {"units": UNITS, "device": devices.describe(places)}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
-    rows = [_typed(row) for row in folder.read_rows(SEED_COLUMNS, "seeds.csv")]
-    done = {_key(row) for row in rows}
+    kept = Cells(folder)
+    rows: list[dict[str, Any]] = []
     todo = list(cells(config))
     written = time.monotonic()
     with progress_bar("training dynamics", len(todo), fields="{cell}") as bar:
-        bar.advance(len(done))
         for cell in todo:
-            if cell.key in done:
-                continue
             label = f"{cell.model}, {cell.optimizer}, {cell.start} random, r = {cell.rank}"
             bar.advance(0, cell=label)
-            rows += train(config, cell)
+            rows += kept.do(" ".join(cell.key), partial(train, config, cell))
             if time.monotonic() - written > 5:
                 folder.write_rows(SEED_COLUMNS, rows, "seeds.csv")
                 written = time.monotonic()
@@ -491,11 +490,6 @@ def _slope_text(row: dict[str, Any] | None, ranks: int) -> str:
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["model"], row["start"], row["trained"], row["optimizer"], row["rule"], str(row["rank"]))
-
-
-def _typed(row: dict[str, str]) -> dict[str, Any]:
-    words, whole = ("model", "start", "trained", "optimizer", "rule"), ("rank", "seed", "step", "diverged")
-    return {name: text if name in words else int(text) if name in whole else float(text) for name, text in row.items()}
 
 
 if __name__ == "__main__":

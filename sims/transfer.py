@@ -11,12 +11,14 @@ MODEL DATA... takes the first real steps of the model at both ranks and writes t
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, Literal
 
 import numpy as np
 
+from rora_theory import seals
 from rora_theory.errors import InputError
 from rora_theory.files import read_json
 from rora_theory.inits import Init
@@ -39,6 +41,7 @@ from rora_theory.transfer import (
     transfer,
 )
 from sims.common import cli, tables
+from sims.common.cells import Cells
 from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder, read_rows
@@ -119,6 +122,9 @@ def measured(run: Path, *, optimizer: Trainer, init: Init, split: str) -> dict[s
     path = run / CROSSINGS
     if not path.is_file():
         raise InputError(f"{run}: has no {CROSSINGS}; accepted are {', '.join(REGIMES)} or a run folder of sims.regime")
+    problem = seals.problem(run)
+    if problem is not None:
+        raise InputError(f"{problem}; accepted is the run as sims.regime wrote it")
     wanted = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
     found = {}
     for number, row in enumerate(read_rows(path, CROSSING_COLUMNS), start=2):
@@ -304,18 +310,16 @@ def check(config: Config, found: Transfer, targets: str | list[str]) -> None:
     identity |= model.origin.identity() | {"records_sha256": real_batch.digest(data), "targets": targets}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
-    rows: list[dict[str, Any]] = [
-        row | {"seed": int(row["seed"]), "rms": float(row["rms"])} for row in folder.read_rows(COLUMNS)
-    ]
-    done = {(row["plan"], row["seed"]) for row in rows}
+    kept = Cells(folder)
+    rows: list[dict[str, Any]] = []
     with progress_bar("first steps", len(chosen) * config.seeds, fields="{plan}") as bar:
         for name, (setting, pattern) in chosen.items():
             for seed in range(config.seeds):
                 bar.advance(0, plan=name)
-                if (name, seed) not in done:
-                    key = jax.random.fold_in(jax.random.key(config.seed), seed)
-                    rows += _rows(name, setting, pattern, seed, stepper.change(setting, key, pattern))
-                    folder.write_rows(COLUMNS, rows)
+                key = jax.random.fold_in(jax.random.key(config.seed), seed)
+                take = partial(_step, stepper, name, setting, pattern, seed, key)
+                rows += kept.do(f"{name}, seed {seed}", take)
+                folder.write_rows(COLUMNS, rows)
                 bar.advance(1, plan=name)
     summary = summarise(rows, chosen)
     folder.write_rows(SUMMARY_COLUMNS, summary, "summary.csv")
@@ -336,7 +340,11 @@ def check(config: Config, found: Transfer, targets: str | list[str]) -> None:
     tables.print_text(f"written to {folder.path}")
 
 
-def _rows(name: str, setting: Setting, pattern: Mapping[str, float], seed: int, change: Any) -> list[dict[str, Any]]:
+def _step(
+    stepper: Any, name: str, setting: Setting, pattern: Mapping[str, float], seed: int, key: Any
+) -> list[dict[str, Any]]:
+    """The rows of one first step."""
+    change = stepper.change(setting, key, pattern)
     frame = {
         "plan": name,
         "rank": setting.rank,

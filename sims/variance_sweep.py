@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from rora_theory import laws, paper, sampling, verdicts
+from rora_theory import laws, paper, sampling, seals, verdicts
 from rora_theory.errors import InputError
 from rora_theory.inits import Init, entries
 from rora_theory.scaling import Rule, check_positive, check_rank, exponent, scaling_factor
@@ -26,8 +27,10 @@ from rora_theory.seeds import check_seed
 from rora_theory.statistics import Estimate, Moments, log_log_fit, root
 from sims import layer_sweep
 from sims.common import cli, devices, tables
+from sims.common.cells import Cells
+from sims.common.disk import write_whole
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder, write_whole
+from sims.common.run_folder import RunFolder
 from sims.common.scalings import parse_rules
 
 NAME = "variance_sweep"
@@ -102,6 +105,11 @@ class Cell:
     overlap: float
     rank: int
 
+    @property
+    def name(self) -> str:
+        """As the run's files name it."""
+        return f"{self.optimizer} {self.init} overlap={self.overlap!r} r={self.rank}"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, run."""
@@ -119,17 +127,14 @@ def run(config: Config) -> None:
     places = devices.pick(config.devices)
     folder = open_folder(NAME, config, places, UNITS)
     sweep = Sweep(config, folder, places)
-    sweep.resume()
     cells = list(sweep.cells())
     with progress_bar("variance sweep", len(cells) + 2, fields="{cell}") as bar:
-        bar.advance(len(sweep.done))
         for cell in cells:
-            if cell in sweep.done:
-                continue
             label = f"{cell.optimizer}, overlap {cell.overlap:g}, r = {cell.rank}"
             bar.advance(0, cell=label)
             sweep.simulate(cell)
             bar.advance(1, cell=label)
+        folder.write_rows(COLUMNS, sweep.rows)
         bar.advance(0, cell="direct check")
         check_rows = sweep.direct_check()
         bar.advance(1, cell="verdicts")
@@ -194,6 +199,7 @@ class Sweep:
     def __init__(self, config: Config, folder: RunFolder, places: list[jax.Device]) -> None:
         self.config, self.folder, self.places = config, folder, places
         self.rules = check(config)
+        self.kept = Cells(folder)
         self.done: dict[Cell, list[dict[str, Any]]] = {}
         self._sums: dict[sampling.Setting, sampling.Sums] = {}
         self._written = 0.0
@@ -211,42 +217,6 @@ class Sweep:
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the finished cells, in order."""
         return [row for cell in self.cells() for row in self.done.get(cell, [])]
-
-    def resume(self) -> None:
-        """Take over the finished cells of an earlier part of this run.
-
-        Raises:
-          InputError: the file is not one that this run wrote; names the line.
-        """
-        path = self.folder.path / "results.csv"
-        expected = {cell: self.frame(cell) for cell in self.cells()}
-        lines = enumerate(self.folder.read_rows(COLUMNS), start=2)
-        for cell, frames in expected.items():
-            rows = []
-            for frame in frames:
-                number, row = next(lines, (0, None))
-                if row is None:
-                    break
-                for column, value in frame.items():
-                    text = "" if value is None else repr(value) if isinstance(value, float) else str(value)
-                    if row[column] != text:
-                        raise InputError(f"{path}: line {number} has {column} {row[column]!r}; accepted is {text!r}")
-                try:
-                    figures = {name: float(row[name]) for name in ("estimate", "standard_error")}
-                    figures["draws"] = int(row["draws"])
-                except ValueError as error:
-                    raise InputError(f"{path}: line {number} is damaged ({error})") from error
-                if not all(math.isfinite(figure) for figure in figures.values()):
-                    raise InputError(f"{path}: line {number} holds a figure that is not finite")
-                rows.append(frame | figures)
-            if not rows:
-                break
-            if len(rows) < len(frames):
-                raise InputError(f"{path}: ends inside a cell; accepted is the file as the run wrote it")
-            self.done[cell] = rows
-        left = next(lines, None)
-        if left is not None:
-            raise InputError(f"{path}: line {left[0]} belongs to no cell of this run")
 
     def setting(self, cell: Cell) -> sampling.Setting:
         """The cell at unit scaling and learning rate."""
@@ -322,14 +292,20 @@ class Sweep:
         return {"mean": 0.0, "second_moment": variance, "variance": variance, "norm": norm}
 
     def simulate(self, cell: Cell) -> None:
-        """Draw a cell to its end, and write the file with it."""
-        sums = self.sums(self.setting(cell), self.sampler(cell))
-        power = laws.scaling_power(cell.optimizer)
-        self.done[cell] = [
-            row | figures(sums, self.config.learning_rate * row["scaling"] ** power, row["quantity"])
-            for row in self.frame(cell)
-        ]
-        self.folder.write_rows(COLUMNS, self.rows)
+        """Draw a cell to its end, unless an earlier part of the run did, and write the table with it."""
+
+        def draw() -> list[dict[str, Any]]:
+            sums = self.sums(self.setting(cell), self.sampler(cell))
+            power = laws.scaling_power(cell.optimizer)
+            return [
+                row | figures(sums, self.config.learning_rate * row["scaling"] ** power, row["quantity"])
+                for row in self.frame(cell)
+            ]
+
+        fresh = cell.name not in self.kept
+        self.done[cell] = self.kept.do(cell.name, draw)
+        if fresh:
+            self.folder.write_rows(COLUMNS, self.rows)
 
     def unit_sums(self, setting: sampling.Setting) -> sampling.Sums:
         """Sums of a setting of the paper (for the verdicts), by the sweep's own stopping rule."""
@@ -346,7 +322,7 @@ class Sweep:
                     self._written = time.monotonic()
                     state = {"stream": name, "blocks": done}
                     state |= {"first": sums.first.to_json(), "norm2": sums.norm2.to_json()}
-                    write_whole(path, json.dumps(state))
+                    write_whole(path, json.dumps(seals.seal(state, of=self.folder.identity)))
 
             self._sums[setting] = sampling.estimate(
                 setting,
@@ -355,7 +331,7 @@ class Sweep:
                 relative_error=self.config.relative_error or RELATIVE_ERROR,
                 draws=draws or self.config.draws,
                 devices=self.places,
-                start=_partial(path, name),
+                start=_partial(path, name, self.folder.identity),
                 on_block=keep,
             )
             path.unlink(missing_ok=True)
@@ -363,22 +339,25 @@ class Sweep:
 
     def direct_check(self) -> list[dict[str, Any]]:
         """The direct sampler on part of the grid, each rule simulated by itself; written to direct_check.csv."""
-        config, rows = self.config, []
-        path = self.folder.path / "direct_check.csv"
+        config = self.config
+        rows: list[dict[str, Any]] = []
         chosen = [
             cell
             for cell in self.cells()
             if cell.rank in CHECK_RANKS and cell.overlap in CHECK_OVERLAPS and self.sampler(cell) != "direct"
         ]
-        known = [{**row} for row in self.folder.read_rows(COLUMNS, path.name)]
-        if len(known) == len(chosen) * len(self.rules) * len(QUANTITIES):
-            return [_typed(row) for row in known]
-        for cell in chosen:
+
+        def draw(cell: Cell) -> list[dict[str, Any]]:
+            found = []
             for row in self.frame(cell):
                 setting = replace(self.setting(cell), scaling=row["scaling"], learning_rate=config.learning_rate)
                 sums = self.sums(setting, "direct", draws=CHECK_DRAWS)
-                rows.append(row | {"sampler": "direct"} | figures(sums, 1.0, row["quantity"]))
-        self.folder.write_rows(COLUMNS, rows, path.name)
+                found.append(row | {"sampler": "direct"} | figures(sums, 1.0, row["quantity"]))
+            return found
+
+        for cell in chosen:
+            rows += self.kept.do(f"direct check, {cell.name}", partial(draw, cell))
+        self.folder.write_rows(COLUMNS, rows, "direct_check.csv")
         return rows
 
 
@@ -400,10 +379,12 @@ def stream_key(seed: int, setting: sampling.Setting, sampler: sampling.Sampler) 
     return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], "little"))
 
 
-def _partial(path: Path, name: str) -> tuple[int, sampling.Sums]:
-    """Blocks and sums that an interrupted run kept of the stream ``name``."""
+def _partial(path: Path, name: str, identity: str) -> tuple[int, sampling.Sums]:
+    """Blocks and sums that an interrupted run, of this ``identity``, kept of the stream ``name``."""
     try:
         state = json.loads(path.read_text())
+        if not seals.is_sealed(state, of=identity):
+            raise ValueError("was changed since the run wrote it")
         if state["stream"] == name:
             return state["blocks"], sampling.Sums(Moments.from_json(state["first"]), Moments.from_json(state["norm2"]))
     except FileNotFoundError:
@@ -411,15 +392,6 @@ def _partial(path: Path, name: str) -> tuple[int, sampling.Sums]:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is damaged ({error}); remove it to draw its cell anew") from error
     return 0, sampling.Sums()
-
-
-def _typed(row: dict[str, str]) -> dict[str, Any]:
-    words = ("optimizer", "rule", "init", "quantity", "sampler")
-    whole = ("rank", "p_in", "p_out", "draws")
-    return {
-        name: text if name in words else None if text == "" else int(text) if name in whole else float(text)
-        for name, text in row.items()
-    }
 
 
 def _named(option: str, checker: Any, value: Any) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from rora_theory import seals
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import State
 
@@ -77,9 +78,9 @@ class Checkpoints:
         self.wait()
         self._keep.steps = (progress.step, progress.best_step)
         # On a CPU the writer would read the arrays in place, while the next step already overwrites them.
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_copy(state)), progress=ocp.args.JsonSave(asdict(progress))
-        )
+        copy = _copy(state)
+        sealed = seals.seal(asdict(progress) | {"state": checksum(state)})
+        items = ocp.args.Composite(state=ocp.args.StandardSave(copy), progress=ocp.args.JsonSave(sealed))
         try:
             self._manager.save(progress.step, args=items, force=True)
         except (OSError, ValueError) as error:
@@ -96,18 +97,25 @@ class Checkpoints:
         """A checkpoint's contents, on the devices and in the layout of ``like``.
 
         Raises:
-          InputError: the checkpoint is damaged or belongs to another model or adapter.
+          InputError: the checkpoint is damaged, be it by one bit, or belongs to another model or adapter.
         """
         abstract = jax.tree.map(_abstract, like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(step, args=items)
-            return found.state, Progress(**found.progress)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = _reason(error)
-            raise InputError(
-                f"{self.path(step)}: cannot be read ({reason}); accepted is a whole checkpoint of this run"
-            ) from error
+        except Exception as error:  # a damaged file breaks any of the libraries that read it, each in its own way
+            raise self._damaged(step, f"cannot be read ({_reason(error)})") from error
+        progress = dict(found.progress)
+        if not seals.is_sealed(progress) or progress.pop("state") != checksum(found.state):
+            raise self._damaged(step, "is not as it was written")
+        del progress[seals.DIGEST]
+        return found.state, Progress(**progress)
+
+    def _damaged(self, step: int, how: str) -> InputError:
+        return InputError(
+            f"{self.path(step)}: {how}; accepted is a whole checkpoint of this run; with it removed, the run goes on "
+            "from the one before, if there is one"
+        )
 
     def close(self) -> None:
         """Finish writing and stop the background threads. Raises as `save`."""
@@ -125,6 +133,30 @@ class Checkpoints:
 @jax.jit
 def _copy(state: State) -> State:
     return jax.tree.map(jnp.copy, state)
+
+
+def checksum(state: State) -> list[int]:
+    """A number for each array, which a change of any one byte changes; the same on any devices and in any layout."""
+    return [int(number) for number in jax.device_get(_sums(state))]
+
+
+@jax.jit
+def _sums(state: State) -> list[jax.Array]:
+    return [_sum(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def _sum(leaf: jax.Array) -> jax.Array:
+    """The array's bits as integers, the i-th (from 0) times 2i + 1, summed modulo 2^32.
+
+    An odd factor has an inverse modulo 2^32: one changed integer always changes the sum.
+    """
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+    kind = {1: jnp.uint8, 2: jnp.uint16}.get(bits.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(bits, kind).astype(jnp.uint32).ravel()
+    factors = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2) + jnp.uint32(1)
+    return jnp.sum(words * factors, dtype=jnp.uint32)
 
 
 class _Named:

@@ -152,6 +152,14 @@ class Trainer:
     def best_loss(self) -> float | None:
         return self._progress.best_loss
 
+    def validates(self, step: int) -> bool:
+        """Whether a validation follows a step."""
+        return self._validation is not None and (step == self.steps or step % self._config.evaluate_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint follows a step, where the run has any."""
+        return self.validates(step) or step == self.steps or step % self._config.checkpoint_every == 0
+
     def run(self) -> Iterator[Event]:
         """Train to the end, or on from the checkpoint; yields what happens.
 
@@ -162,7 +170,7 @@ class Trainer:
           NonFiniteLossError: training stops; nothing is written after the last good step.
           InputError: a checkpoint can't be written.
         """
-        config, start = self._config, self.step
+        start = self.step
         batches = iterate(self._train, start=start)
         clock = time.perf_counter()
         pending: tuple[int, steps.Metrics, int] | None = None
@@ -182,12 +190,10 @@ class Trainer:
             self._state, metrics = self._step(self._state, self._params, self._place(batch))
             yield from settle()
             pending = (number, metrics, batch.inputs.size)
-            last = number == self.steps
-            validate = self._validation is not None and (last or number % config.evaluate_every == 0)
-            if validate or last or number % config.checkpoint_every == 0:
+            if self.saves(number):
                 yield from settle()
                 self._progress = replace(self._progress, step=number)
-                if validate:
+                if self.validates(number):
                     yield self._validated(number)
                 if self._checkpoints is not None:
                     self._checkpoints.save(self._state, self._progress)

@@ -15,6 +15,7 @@ import tyro
 import sims
 from rora_theory import files
 from rora_theory.errors import InputError
+from sims.common import stopping
 
 Config = TypeVar("Config")
 
@@ -123,28 +124,40 @@ def _integers(config: Any) -> Iterator[tuple[str, int]]:
 def run(main: Callable[[], None]) -> None:
     """Run ``main``; what it can't do becomes one line on stderr and an exit status.
 
-    Bad input and files that can't be used or written: 2; no memory: 2; Ctrl-C: 130. Where nobody reads the output any
-    more (``| head``), it ends without a word, with the 141 of a process that the closed pipe ends.
+    Bad input and files that can't be used or written: 2; no memory: 2; Ctrl-C: 130; SIGTERM: 143. A run that is open by
+    then is marked as failed or interrupted. Where nobody reads the output any more (``| head``), it ends without a
+    word, with the 141 of a process that the closed pipe ends.
     """
     if signal.getsignal(signal.SIGINT) is sims.stop:  # the command is imported: from here a run puts itself away
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = stopping.count()
     try:
-        main()
-        sys.stdout.flush()
+        with stopping.terminable():
+            main()
+            sys.stdout.flush()
     except InputError as error:
+        stopping.end_all("failed", str(error), but=before)
         fail(str(error))
     except BrokenPipeError:
+        stopping.end_all("interrupted", but=before)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at the exit
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        fail(f"{error.filename or 'file'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        message = f"{error.filename or 'file'}: {error.strerror or error}"
+        stopping.end_all("failed", message, but=before)
+        fail(message)
+    except KeyboardInterrupt as stop:
+        stopping.end_all("interrupted", but=before)
+        print(stopping.LINE, file=sys.stderr)
+        sys.exit(stopping.status(stop))
     except Exception as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error)[:100]:  # JAX's word for it
             raise
-        fail(f"out of memory ({error}); accepted is what fits: smaller sizes or fewer at once")
+        message = f"out of memory ({error}); accepted is what fits: smaller sizes or fewer at once"
+        stopping.end_all("failed", message, but=before)
+        fail(message)
+    finally:
+        stopping.end_all("failed", but=before)
 
 
 def fail(message: str) -> NoReturn:

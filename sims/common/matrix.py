@@ -20,12 +20,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from rora_theory import digests, seals
 from rora_theory.errors import InputError
-from sims.common.run_folder import as_json, write_whole
+from sims.common import disk, stopping
+from sims.common.disk import now, write_whole
+from sims.common.run_folder import (
+    as_json,
+    check_files,
+    circumstances,
+    make_folder,
+    read_manifest,
+    say_other_versions,
+)
 
 State = Literal["new", "running", "dead", "failed", "done"]
 """``dead``: the process at work was gone before there was a result; ``failed``: the work raised an error."""
@@ -60,19 +69,35 @@ class Cell:
         self.path = folder / self.key
 
     def result(self) -> dict[str, Any] | None:
-        """The finished cell's result; None where there is none yet. Raises `InputError` for a damaged file."""
+        """The finished cell's result; None where there is none yet. Raises `InputError` for one that was changed."""
+        sealed = self._sealed()
+        if sealed is None:
+            return None
+        return {name: value for name, value in sealed.items() if name not in ("files", seals.DIGEST)}
+
+    def check(self) -> None:
+        """Raise `InputError` where a file of the finished cell is not as it was written."""
+        check_files(self.path, (self._sealed() or {}).get("files"))
+
+    def _sealed(self) -> dict[str, Any] | None:
         path = self.path / "result.json"
         try:
-            return dict(json.loads(path.read_text()))
+            sealed = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: is damaged ({error}); accepted is the file as it was written") from error
+        except (ValueError, RecursionError):
+            sealed = None
+        if not seals.is_sealed(sealed, of=self.key):
+            raise InputError(
+                f"{path}: is damaged or was changed since it was written; accepted is the file as it was written, or "
+                "none: removed, its cell is done again"
+            )
+        return dict(sealed)
 
     def status(self) -> Status:
         """Where the cell stands now."""
         attempts, error = self._attempts()
-        if (self.path / "result.json").exists():
+        if self._sealed() is not None:
             return Status("done", attempts)
         with self._lock() as free:
             if not free:
@@ -95,20 +120,30 @@ class Cell:
         self.path.mkdir(parents=True, exist_ok=True)
         with self._lock(exclusive=True) as free:
             attempts, _ = self._attempts()
-            if not free or attempts >= most or (self.path / "result.json").exists():
+            if not free or attempts >= most or self._sealed() is not None:
                 return None
             write_whole(self.path / "cell.json", json.dumps(self.config, indent=2, sort_keys=True) + "\n")
             self._note(event="begin", attempt=attempts + 1, process=os.getpid(), host=platform.node(), time=now())
             try:
                 result = as_json(dict(run(self.path)))
             except Exception as error:
+                if disk.is_disk_error(error):  # no fault of the cell's, and the next one would meet it too
+                    self._stopped(attempts + 1)
+                    if isinstance(error, OSError):
+                        what = error.strerror or str(error)
+                        raise InputError(
+                            f"{self.path}: cannot be written ({what}); accepted is a disk with room"
+                        ) from error
+                    raise
                 text = f"{type(error).__name__}: {error}"
                 self._note(event="error", attempt=attempts + 1, error=text, trace=traceback.format_exc(), time=now())
                 return Status("failed", attempts + 1, text)
             except BaseException:
-                self._note(event="stopped", attempt=attempts + 1, time=now())
+                self._stopped(attempts + 1)
                 raise
-            write_whole(self.path / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+            result["files"] = {name: digests.of_file(self.path / name) for name in self._products()}
+            sealed = seals.seal(result, of=self.key)
+            write_whole(self.path / "result.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
             return Status("done", attempts + 1)
 
     def _attempts(self) -> tuple[int, str | None]:
@@ -117,10 +152,27 @@ class Cell:
             text = (self.path / "attempts.jsonl").read_text()
         except FileNotFoundError:
             return 0, None
-        events = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
-        count = sum({"begin": 1, "stopped": -1}.get(event["event"], 0) for event in events)
-        errors = {event["attempt"]: event["error"] for event in events if event["event"] == "error"}
+        try:
+            events = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+            count = sum({"begin": 1, "stopped": -1}.get(event["event"], 0) for event in events)
+            errors = {event["attempt"]: event["error"] for event in events if event["event"] == "error"}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.path / 'attempts.jsonl'}: is damaged ({error!r}); accepted is the file as it was written, or "
+                "none: removed, the attempts are counted anew"
+            ) from error
         return count, errors.get(count)
+
+    def _stopped(self, attempt: int) -> None:
+        """A beginning that does not count, as far as the disk takes that note."""
+        with contextlib.suppress(InputError):
+            self._note(event="stopped", attempt=attempt, time=now())
+
+    def _products(self) -> list[str]:
+        """What the work wrote, but for its checkpoints, which nobody reads any more."""
+        own = ("lock", "cell.json", "attempts.jsonl", "result.json")
+        paths = [path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file()]
+        return sorted(str(path) for path in paths if str(path) not in own and path.parts[0] != "checkpoints")
 
     def _note(self, **event: Any) -> None:
         path = self.path / "attempts.jsonl"
@@ -134,12 +186,14 @@ class Cell:
         if not self.path.exists():
             yield True
             return
-        with open(self.path / "lock", "a") as file:
+        with _opened(self.path / "lock") as lock:
             try:
-                fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                fcntl.flock(lock, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
+            if exclusive:
+                disk.say_who(lock)
             yield True
 
 
@@ -160,15 +214,13 @@ class Matrix:
         self.path, self.name = path, name
         self.cells_path = path / "cells"
         plain = as_json(dict(identity))
-        _check_folder(path)
-        self._file = path / "manifest.json"
+        make_folder(path)
         self._number = 0
+        self._read()  # before a lock is laid into a folder that may not be a matrix's
         with self._lock():
             manifest = self._read()
             if manifest is None:
-                if any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
-                    raise InputError(f"{path}: holds files but no manifest.json; accepted is an empty folder")
-                manifest = {"experiment": name, "config": plain, "start": now(), "runs": []}
+                manifest = {"experiment": name, "config": plain, "start": now(), "runs": [], "files": {}}
             found = manifest["config"]
             differing = [
                 key for key in sorted(plain) if None not in (plain[key], found.get(key)) and plain[key] != found[key]
@@ -181,13 +233,47 @@ class Matrix:
                 )
             manifest["config"] = found | {key: value for key, value in plain.items() if value is not None}
             self.config: dict[str, Any] = manifest["config"]
-            self._number = len(manifest["runs"])
-            manifest["runs"].append({"start": now(), "process": os.getpid(), "status": "running"})
+            check_files(path, manifest["files"])
+            self._number, here = len(manifest["runs"]), circumstances()
+            say_other_versions(path, manifest["runs"], here)
+            begun = {"start": now(), "process": os.getpid(), "host": platform.node(), "status": "running"}
+            manifest["runs"].append(begun | here)
             self._write(manifest)
+        for cell in self.done():
+            cell.check()
+        stopping.opened(self.stop)
 
     def cell(self, config: Any) -> Cell:
         """The cell of a configuration."""
         return Cell(self.cells_path, config)
+
+    def done(self) -> Iterator[Cell]:
+        """Every finished cell in the folder. Raises `InputError` for a cell whose configuration was changed."""
+        yield from (cell for cell in self.begun() if (cell.path / "result.json").exists())
+
+    def begun(self) -> Iterator[Cell]:
+        """Every cell in the folder that was begun. Raises `InputError` for one whose configuration was changed."""
+        for file in sorted(self.cells_path.glob("*/cell.json")):
+            try:
+                cell = self.cell(json.loads(file.read_bytes()))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{file}: is damaged ({error}); accepted is the file as it was written") from error
+            if cell.path != file.parent:
+                raise InputError(
+                    f"{file}: was changed since it was written; accepted is the file as it was written, or none: with "
+                    "its folder removed, the cell is done again"
+                )
+            yield cell
+
+    def finish(self, status: str) -> None:
+        """Mark this process's part as ended."""
+        stopping.closed(self.stop)
+        self.update({"status": status, "end": now()})
+
+    def stop(self, status: str, error: str | None = None) -> None:
+        """`finish` a part that did not come to its end, as far as the disk takes it."""
+        with contextlib.suppress(InputError, OSError):
+            self.update({"status": status, "end": now(), "error": error})
 
     def update(self, run: Mapping[str, Any], **entries: Any) -> None:
         """Add to the manifest's entry of this run, and to the manifest itself."""
@@ -201,24 +287,36 @@ class Matrix:
     def write_table(self, make: Callable[[], str], name: str = "results.csv") -> None:
         """Write what ``make`` returns; whoever writes last has seen all that others wrote before."""
         with self._lock():
-            write_whole(self.path / name, make())
+            manifest, content = self._read(), make()
+            assert manifest is not None
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            if manifest["files"].pop(name, digest) != digest:  # killed between, the new table is not taken for changed
+                self._write(manifest)
+            write_whole(self.path / name, content)
+            manifest["files"][name] = digest
+            self._write(manifest)
 
     def _read(self) -> dict[str, Any] | None:
-        return _manifest(self._file)
+        return read_manifest(self.path, KEYS)
 
     def _write(self, manifest: Mapping[str, Any]) -> None:
-        write_whole(self._file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        sealed = seals.seal(manifest)
+        write_whole(self.path / "manifest.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        with open(self.path / ".lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with _opened(self.path / disk.LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
 def config_of(path: Path) -> dict[str, Any]:
     """What the cells of a folder have in common; nothing where there is no matrix. Raises `InputError` as `Matrix`."""
-    return dict((_manifest(path / "manifest.json") or {}).get("config", {}))
+    return dict((read_manifest(path, KEYS) or {}).get("config", {}))
+
+
+KEYS = ("experiment", "config", "runs", "files")
+"""What a matrix's manifest has at least."""
 
 
 @dataclass(frozen=True)
@@ -293,28 +391,11 @@ def count(statuses: Iterable[Status]) -> dict[str, int]:
     return found
 
 
-def _manifest(file: Path) -> dict[str, Any] | None:
+@contextlib.contextmanager
+def _opened(lock: Path) -> Iterator[int]:
+    """A lock's file, made where it is missing; a symbolic link is refused."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        manifest = json.loads(file.read_text())
-        manifest["experiment"], manifest["config"], manifest["runs"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: is damaged ({error}); accepted is the file as it was written") from error
-    return dict(manifest)
-
-
-def _check_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file; accepted is a folder to write the matrix to")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made ({error.strerror}); accepted is a writable folder") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: cannot be written to; accepted is a writable folder")
-
-
-def now() -> str:
-    """The time, in UTC to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+        yield descriptor
+    finally:
+        os.close(descriptor)

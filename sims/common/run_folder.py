@@ -8,31 +8,19 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from rora_theory import digests, files, seals
 from rora_theory.errors import InputError
+from sims.common import disk, stopping
 
 PACKAGES = ("rora-theory", "jax", "jaxlib", "numpy", "scipy", "optax")
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write ``content`` beside ``path`` and rename it there: readers see the old file or the new, never a part."""
-    data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def as_json(value: Any) -> Any:
@@ -53,13 +41,21 @@ def as_json(value: Any) -> Any:
 class RunFolder:
     """One run's folder: opened by its configuration, resumed by the same configuration, refused to any other.
 
+    One process owns it, from `open` to `finish` or `stop`, or to its own end. The manifest is sealed and holds a
+    digest of every file that a finished or interrupted run wrote.
+
     Attributes:
       path: the folder.
+      identity: hash of the experiment's configuration.
       resumed: whether it held an earlier part of the same run.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, resumed: bool) -> None:
-        self.path, self._manifest, self.resumed = path, manifest, resumed
+    _own: ClassVar[dict[Path, "RunFolder"]] = {}
+
+    def __init__(self, path: Path, identity: str, manifest: dict[str, Any], lock: int, *, resumed: bool) -> None:
+        self.path, self.identity, self.resumed = path, identity, resumed
+        self._manifest, self._lock = manifest, lock
+        self._written: dict[str, str] = {}
 
     @classmethod
     def open(
@@ -71,7 +67,9 @@ class RunFolder:
         seed: int | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> "RunFolder":
-        """Open or make the folder of a run, and write its manifest with status ``running``.
+        """Open or make the folder of a run, own it, and write its manifest with status ``running``.
+
+        A run that goes on with other versions than it was begun with says so on standard error.
 
         Args:
           name: the experiment, ``results/NAME``.
@@ -82,36 +80,43 @@ class RunFolder:
           extra: further entries of the manifest (units, device, protocol).
 
         Raises:
-          InputError: the folder can't be written, holds another run, or holds files but no readable manifest.
+          InputError: the folder can't be written, is another process's, holds another run, holds files but no
+            readable manifest, or files that are not as the run wrote them.
         """
         plain = as_json(config)
         identity = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
         path = Path(out) if out is not None else Path("results") / name / identity
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path}: is a file; accepted is a folder to write the run to")
+        make_folder(path)
+        if stale := cls._own.get(path.resolve()):  # this process's own, left by an error
+            stale._let_go()
+        _earlier(path, name, plain)  # before anything is written into a folder that may not be this run's
+        lock = disk.take(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be made ({error.strerror}); accepted is a writable folder") from error
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise InputError(f"{path}: cannot be written to; accepted is a writable folder")
-        manifest_path = path / "manifest.json"
-        resumed = manifest_path.exists()
-        if resumed:
-            manifest = _read_manifest(manifest_path)
-            if manifest["experiment"] != name or manifest["config"] != plain:
-                raise InputError(
-                    f"{path}: holds a run with other arguments ({_difference(manifest, name, plain)}); accepted is an "
-                    "empty folder or one of the same arguments"
-                )
-        elif any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
-            raise InputError(f"{path}: holds files but no manifest.json; accepted is an empty folder or a run's own")
-        else:
-            manifest = {"experiment": name, "config": plain, "seed": seed, "start": _now()}
-        manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | circumstances()
-        manifest |= as_json(dict(extra or {}))
-        folder = cls(path, manifest, resumed=resumed)
-        folder._write_manifest()
+            manifest = _earlier(path, name, plain)
+            resumed = manifest is not None
+            for part in path.glob(f".*{disk.PART}"):  # what killed processes left, this one alone being at work
+                part.unlink(missing_ok=True)
+            here = circumstances()
+            if manifest is None:
+                manifest = {"experiment": name, "run_id": identity, "config": plain, "seed": seed}
+                manifest |= {"start": disk.now(), "sessions": []}
+            else:
+                say_other_versions(path, manifest["sessions"], here)
+                manifest.pop("error", None)
+                for session in manifest["sessions"]:
+                    session["status"] = session["status"].replace("running", "killed")
+            manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | here
+            manifest |= as_json(dict(extra or {}))
+            manifest.setdefault("files", {})
+            session = {"start": disk.now(), "end": None, "status": "running"}
+            manifest["sessions"].append(session | {"process": os.getpid(), "host": platform.node()} | here)
+            folder = cls(path, identity, manifest, lock, resumed=resumed)
+            folder._write_manifest()
+        except BaseException:
+            disk.let_go(lock)
+            raise
+        cls._own[path.resolve()] = folder
+        stopping.opened(folder.stop)
         return folder
 
     def update(self, **entries: Any) -> None:
@@ -120,13 +125,52 @@ class RunFolder:
         self._write_manifest()
 
     def finish(self, status: str = "complete", **entries: Any) -> None:
-        """Mark the run as ended, with its end time."""
-        self.update(status=status, end=_now(), **entries)
+        """Mark the run as ended, with its end time and its files' digests, and give the folder back."""
+        self._manifest["files"] |= self._written
+        end = {"status": status, "end": disk.now()}
+        self._manifest["sessions"][-1] |= end
+        self.update(**end, **entries)
+        self._let_go()
+
+    def stop(self, status: str, error: str | None = None) -> None:
+        """`finish` a run that did not come to its end, as far as the disk takes it."""
+        try:
+            self.finish(status, error=error)
+        except (InputError, OSError):
+            self._let_go()
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write the file ``name`` of this run whole."""
-        write_whole(self.path / name, content)
+        data = content.encode() if isinstance(content, str) else content
+        digest = hashlib.sha256(data).hexdigest()
+        if self._manifest["files"].get(name, digest) != digest:  # killed between, the new file is not taken for changed
+            del self._manifest["files"][name]
+            self._write_manifest()
+        disk.write_whole(self.path / name, data)
+        self._written[name] = digest
         return self.path / name
+
+    def record(self, name: str) -> None:
+        """Have the manifest hold the digest of a file that was written otherwise, or of all files in a folder."""
+        place = self.path / name
+        found = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+        self._manifest["files"] |= {str(path.relative_to(self.path)): digests.of_file(path) for path in found}
+        self._write_manifest()
+
+    def holds(self, name: str) -> bool:
+        """Whether what was recorded of ``name`` is all there; that none of it was changed was seen on opening."""
+        known = [file for file in self._manifest["files"] if file == name or file.startswith(f"{name}/")]
+        return bool(known) and all((self.path / file).is_file() for file in known)
+
+    def entry(self, name: str) -> Any:
+        """An entry of the manifest; None where there is none."""
+        return self._manifest.get(name)
+
+    def clear(self, name: str) -> None:
+        """Remove a folder of this run's that is not whole, or no longer the one asked for."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        known = self._manifest["files"].items()
+        self.update(files={file: digest for file, digest in known if not file.startswith(f"{name}/")})
 
     def write_rows(self, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], name: str = "results.csv") -> Path:
         """Write a tidy CSV whole; floats keep every digit (``repr``), None is empty."""
@@ -137,19 +181,79 @@ class RunFolder:
             writer.writerow([_cell(row.get(column)) for column in columns])
         return self.write(name, text.getvalue())
 
-    def read_rows(self, columns: Sequence[str], name: str = "results.csv") -> list[dict[str, str]]:
-        """The rows of an earlier part of this run; none where there is no file.
-
-        Raises:
-          InputError: the file is not what `write_rows` wrote, with the line.
-        """
-        path = self.path / name
-        if not path.exists():
-            return []
-        return read_rows(path, columns)
+    def _let_go(self) -> None:
+        stopping.closed(self.stop)
+        if self._own.get(self.path.resolve()) is self:
+            del self._own[self.path.resolve()]
+            disk.let_go(self._lock)
 
     def _write_manifest(self) -> None:
-        write_whole(self.path / "manifest.json", json.dumps(self._manifest, indent=2, sort_keys=True) + "\n")
+        sealed = seals.seal(self._manifest)
+        disk.write_whole(self.path / "manifest.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder to write to. Raises `InputError` where that can't be."""
+    files.check_folder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror}); accepted is a writable folder") from error
+
+
+def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
+    """A run's manifest, with at least ``keys``; None where a folder holds nothing yet.
+
+    Raises:
+      InputError: it is damaged, was changed, is of a version that kept no digests, or is missing beside other files.
+    """
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        if path.is_dir() and any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
+            raise InputError(
+                f"{path}: holds files but no manifest.json; accepted is an empty folder or a run's own"
+            ) from None
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is damaged ({error}); accepted is the file as the run wrote it") from error
+    missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
+    if missing:
+        raise InputError(f"{file}: is damaged (it has no {missing[0]}); accepted is the file as the run wrote it")
+    if seals.DIGEST not in manifest:
+        raise InputError(
+            f"{file}: has no digest, as a run of an earlier version has none; accepted is another folder (--out)"
+        )
+    if not seals.is_sealed(manifest):
+        raise InputError(f"{file}: was changed since the run wrote it; accepted is the file as the run wrote it")
+    del manifest[seals.DIGEST]
+    return dict(manifest)
+
+
+def check_files(folder: Path, known: Any) -> None:
+    """Raise `InputError` where one of a folder's files is not the one of the digests ``known``; names it."""
+    for name in seals.changed(folder, known):
+        raise InputError(
+            f"{folder / name}: was changed since the run wrote it; accepted is the file as the run wrote it, or none: "
+            "removed, it is made again by the same command"
+        )
+
+
+def say_other_versions(path: Path, sessions: Sequence[Mapping[str, Any]], here: Mapping[str, Any]) -> None:
+    """A line on standard error where a run goes on with other versions than its last part had."""
+    if not sessions:
+        return
+    before, after = (_flat(one) for one in (sessions[-1], here))
+    differing = [name for name in after if before.get(name) != after[name]]
+    if differing:
+        what = ", ".join(f"{name} {after[name]} (was {before.get(name)})" for name in differing)
+        print(f"note: {path} goes on with {what}; its manifest.json names both", file=sys.stderr)
+
+
+def _flat(session: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {"python": session.get("python"), "git_revision": session.get("git_revision")}
+    return dict(session.get("packages") or {}) | plain
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -181,12 +285,20 @@ def _cell(value: Any) -> str:
     return repr(float(value)) if isinstance(value, float) else str(value)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text())
-        manifest["experiment"], manifest["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error}); accepted is the file as the run wrote it") from error
+def _earlier(path: Path, name: str, config: Any) -> dict[str, Any] | None:
+    """The manifest of an earlier part of this very run; None where there is none."""
+    manifest = read_manifest(path, ("experiment", "config", "sessions"))
+    if manifest is None:
+        return None
+    if manifest["experiment"] != name or manifest["config"] != config:
+        raise InputError(
+            f"{path}: holds a run with other arguments ({_difference(manifest, name, config)}); accepted is an "
+            "empty folder or one of the same arguments"
+        )
+    known = manifest.get("files") or {}
+    # Journals seal their own lines, by which what was changed is named, and grow while the run goes on.
+    manifest["files"] = {file: digest for file, digest in known.items() if not file.endswith(".jsonl")}
+    check_files(path, manifest["files"])
     return manifest
 
 
@@ -196,10 +308,6 @@ def _difference(manifest: Mapping[str, Any], name: str, config: Any) -> str:
     old = manifest["config"]
     keys = [key for key in sorted(set(old) | set(config)) if old.get(key) != config.get(key)]
     return "; ".join(f"{key} there {old.get(key)!r}, here {config.get(key)!r}" for key in keys[:3])
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def circumstances() -> dict[str, Any]:

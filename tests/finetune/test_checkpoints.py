@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 import resource
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.finetune.checkpoints import Checkpoints, Progress
+from rora_theory.finetune.checkpoints import Checkpoints, Progress, checksum
 from rora_theory.finetune.step import State
 
 
@@ -93,6 +94,53 @@ def test_a_damaged_checkpoint_is_named(checkpoints):
             file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(InputError, match=r"/c/1: cannot be read \(.*\); accepted is a whole checkpoint of this run"):
         checkpoints.restore(1, state())
+
+
+# What a reader gave up may complain of its closed event loop later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_flipped_byte_is_named(checkpoints):
+    """In every file, at several places: the checkpoint is refused, or all that it holds is as it was saved."""
+    progress = Progress(1, 1, 0.7)
+    checkpoints.save(State(jnp.int32(3), {"a": noise()[:2000]}, {}, jax.random.key(5)), progress)
+    checkpoints.wait()
+    whole, _ = checkpoints.restore(1, State(jnp.int32(0), {"a": noise()[:2000]}, {}, jax.random.key(5)))
+    refused, said = 0, set()
+    random = np.random.default_rng(0)
+    for file in sorted(path for path in (checkpoints.folder / "1").rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        for place in random.integers(0, len(content), 4 if content else 0).tolist():
+            file.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+            try:
+                found, where = checkpoints.restore(1, whole)
+            except InputError as error:
+                said.add(re.sub(r"1: .*; accepted", "1: accepted", str(error).partition("; with")[0]))
+                refused += 1
+            else:
+                assert where == progress
+                assert checksum(found) == checksum(whole)
+                np.testing.assert_array_equal(found.params["a"], whole.params["a"])
+        file.write_bytes(content)
+    assert refused > 10
+    assert said == {f"{checkpoints.folder}/1: accepted is a whole checkpoint of this run"}
+    gc.collect()
+
+
+def test_every_byte_counts_in_the_checksum():
+    """One changed bit of any array, of any type, and one changed key."""
+    arrays = [jnp.arange(6, dtype=kind) for kind in (jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8)]
+    plain = State(jnp.int32(3), dict(enumerate(arrays)), {"m": jnp.array([True, False])}, jax.random.key(5))
+    whole = checksum(plain)
+    assert checksum(plain._replace(key=jax.random.key(6))) != whole
+    assert checksum(plain._replace(step=jnp.int32(4))) != whole
+    assert checksum(plain._replace(optimizer={"m": jnp.array([True, True])})) != whole
+    for name, array in enumerate(arrays):
+        raw = np.asarray(array)
+        for place in range(raw.nbytes):
+            changed = raw.copy()
+            changed.view(np.uint8)[place] ^= 0x40
+            assert checksum(plain._replace(params=plain.params | {name: jnp.asarray(changed)})) != whole
+        moved = jnp.asarray(np.roll(raw, 1))
+        assert checksum(plain._replace(params=plain.params | {name: moved})) != whole
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -17,6 +17,7 @@ from rora_theory.coordinate_check import Coordinate
 from rora_theory.llama import load
 from rora_theory.llama.weights import save_hf
 from sims import coordinate_check as sim
+from sims.common.cells import CELLS
 
 ARGUMENTS = (
     "--ranks 2 4 16 --rules lora --optimizers adamw --targets q_proj down_proj --steps 1 3 --seeds 8 --batch 2 "
@@ -185,8 +186,8 @@ def test_goes_on_and_refuses_another_model(finished, model, data, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "manifest.json").write_bytes((finished / "manifest.json").read_bytes())
-    lines = (finished / "results.csv").read_text().splitlines(keepends=True)
-    (out / "results.csv").write_text("".join(lines[: 1 + 70 * 40]))  # all cells but the last two
+    lines = (finished / CELLS).read_text().splitlines(keepends=True)
+    (out / CELLS).write_text("".join(lines[:-2]))
     command = ["--data", str(data), "--model", str(model), *SMALL, "--out", str(out)]
     sim.main(command)
     for name in ("results.csv", "slopes.csv"):

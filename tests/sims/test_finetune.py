@@ -1,13 +1,17 @@
 """`python -m sims.finetune` on a tiny checkpoint: killed and resumed, merged, read back, and bad input in one line."""
 
 import csv
+import fcntl
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -15,12 +19,15 @@ import numpy as np
 import pytest
 import tokenizers
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from figures import loss_curves, style
 from rora_theory.adapters import init, load_peft, merge
-from rora_theory.finetune import Batches, FinetuneConfig, read_records, split, tokenize
+from rora_theory.errors import InputError
+from rora_theory.finetune import Batches, FinetuneConfig, Stepped, read_records, split, tokenize
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.held_out import mean_per_token, record_losses
+from rora_theory.finetune.loop import Validated
 from rora_theory.llama import LlamaConfig, digest, init_params, load
 from rora_theory.llama.weights import save_hf
 from sims import finetune
@@ -207,16 +214,96 @@ def test_killed_twice_it_ends_with_the_same_bits(whole, model, data, tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "killed in the middle"
         assert not (out / "adapter").exists()
+    missing = tmp_path / "missing"
+    shutil.copytree(out, missing)
+    (missing / "metrics.jsonl").unlink()
+    assert "missing/metrics.jsonl: has 0 lines of the " in fails(arguments(model, data, missing))
     process = start(arguments(model, data, out))
-    _, stderr = process.communicate()
+    stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
+    said = [line for line in stdout.splitlines() if line.startswith("goes on after step ")]
+    assert len(said) == 1
+    assert int(said[0].split()[4]) % 3 == 0, "a checkpoint's"
     assert losses(out) == losses(whole)
-    adapters = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (out, whole)]
-    assert adapters[0] == adapters[1]
+    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, whole)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(array.tobytes() == adapters[1][name].tobytes() for name, array in adapters[0].items())
 
 
 def losses_so_far(out: Path) -> list[str]:
     return (out / "metrics.jsonl").read_text().splitlines()
+
+
+class At:
+    """A trainer that stands at a step, validating every second and saving every third."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def validates(self, step: int) -> bool:
+        return step % 2 == 0
+
+    def saves(self, step: int) -> bool:
+        return step % 3 == 0 or self.validates(step)
+
+
+def metrics_of(path: Path, steps: int) -> finetune.Metrics:
+    metrics = finetune.Metrics(path, At(0), "run")
+    for step in range(1, steps + 1):
+        metrics.add(Stepped(step, 0.1, 2.0 / step, 1.0, 0.1, 5, 8, 0.1))
+        if step % 2 == 0:
+            metrics.add(Validated(step, 1.0 / step, best=True))
+    return metrics
+
+
+def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = metrics_of(path, 8).events
+    again = finetune.Metrics(path, At(6), "run")
+    assert again.events == [event for event in whole if event["step"] <= 6]
+    text = path.read_text()
+    lines = text.splitlines(keepends=True)
+    assert len(lines) == 9
+    for damaged, said in {
+        "".join(lines[:-1]): "has 8 lines of the 9 before the checkpoint at step 6",  # the last validation
+        "".join(lines[:4]): "has 4 lines of the 9",
+        text[:-30]: "has 8 lines of the 9",
+        "": "has 0 lines of the 9",
+        text.replace('"loss": 2.0', '"loss": 1.0'): "line 1 is damaged or was changed",
+        "".join(lines[:3] + lines[4:]): "line 4 is damaged or was changed",
+    }.items():
+        path.write_text(damaged)
+        with pytest.raises(InputError, match=f"metrics.jsonl: {said}"):
+            finetune.Metrics(path, At(6), "run")
+    path.unlink()
+    with pytest.raises(InputError, match=r"metrics\.jsonl: has 0 lines of the 9"):
+        finetune.Metrics(path, At(6), "run")
+    assert finetune.Metrics(path, At(0), "run").events == [], "a run that begins anew needs none"
+
+
+@pytest.mark.parametrize(
+    ("step", "resumed", "said"),
+    [
+        (0, False, "begins with step 1"),
+        (0, True, "no checkpoint yet: begins with step 1"),
+        (6, True, "goes on after step 6 of 9, its last checkpoint"),
+        (9, True, "all 9 steps are done already"),
+    ],
+)
+def test_it_says_where_it_goes_on(step, resumed, said):
+    folder = types.SimpleNamespace(resumed=resumed)
+    assert finetune.resumption(types.SimpleNamespace(step=step, steps=9), folder) == said
+
+
+def test_a_second_process_in_the_folder_is_refused(whole, model, data, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with (out / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        message = fails(arguments(model, data, out))
+    assert re.search(r"run: is in use by process \d+ on ", message)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 def test_other_arguments_do_not_go_on_in_the_same_folder(whole, model, data):

@@ -14,6 +14,7 @@ from rora_theory import dynamics
 from rora_theory.errors import InputError
 from sims import lr_transfer as sim
 from sims import matrix_rates
+from sims.common.cells import CELLS
 
 ARGUMENTS = (
     "--ranks 4 16 64 --optimizers adam --steps 8 --seeds 3 --p-in 32 --p-out 4 --samples 16 --held-out 16 --overlap 0.9"
@@ -232,8 +233,8 @@ def test_goes_on(finished, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "manifest.json").write_bytes((finished / "manifest.json").read_bytes())
-    lines = (finished / "results.csv").read_text().splitlines(keepends=True)
-    (out / "results.csv").write_text("".join(lines[: -3 * len(sim.Config().adam_rates)]))
+    lines = (finished / CELLS).read_text().splitlines(keepends=True)
+    (out / CELLS).write_text("".join(lines[:-1]))  # a cut at a line's end: the last cell is missing
     sim.main([*SMALL, "--out", str(out)])
     for name in ("results.csv", "best.csv", "slopes.csv", "comparison.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()

@@ -1,16 +1,22 @@
 """A matrix's cells are each done once, by whichever process, and nothing that dies stays undone."""
 
+import errno
+import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from rora_theory.errors import InputError
+from sims.common import disk
+from sims.common.disk import owner
 from sims.common.matrix import Cell, Matrix, count, key_of, work_through
 
 CELLS = [{"rank": rank, "seed": seed} for rank in (4, 8, 16, 32) for seed in range(4)]
@@ -18,6 +24,7 @@ CELLS = [{"rank": rank, "seed": seed} for rank in (4, 8, 16, 32) for seed in ran
 WORKER = """
 import os, sys, time
 from pathlib import Path
+from sims.common import cli
 from sims.common.matrix import Cell, work_through
 
 folder, log, slow, most, wait = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
@@ -33,8 +40,11 @@ def seen(index, status):
     if status.state != "done":
         print(index, status.state, status.attempts, flush=True)
 
-for worked in work_through(cells, run, most=most, wait=wait, seen=seen):
-    pass
+def main():
+    for worked in work_through(cells, run, most=most, wait=wait, seen=seen):
+        pass
+
+cli.run(main)
 """
 
 
@@ -195,17 +205,172 @@ def test_a_folder_belongs_to_one_identity_and_may_grow(tmp_path):
         Matrix(tmp_path / "n", "sweep", {})
     with pytest.raises(InputError, match="is a file"):
         Matrix(tmp_path / "n" / "file", "sweep", {})
+    assert not (tmp_path / "n" / ".lock").exists(), "nothing is laid into another's folder"
     (tmp_path / "m" / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"manifest\.json: is damaged"):
         Matrix(tmp_path / "m", "sweep", {"model": "a"})
 
 
-def test_a_damaged_result_is_named(tmp_path):
+def damaged(path: Path) -> pytest.RaisesExc:
+    return pytest.raises(InputError, match=re.escape(str(path)) + ": (is damaged|was changed)")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"loss": 1.5}', "[" * 100_000])
+def test_a_result_that_was_not_measured_is_named(tmp_path, content):
     one = cell(tmp_path)
-    one.work(lambda path: {}, most=1)
-    (one.path / "result.json").write_text("{")
-    with pytest.raises(InputError, match=r"result\.json: is damaged"):
+    one.work(lambda path: {"loss": 1.5}, most=1)
+    (one.path / "result.json").write_text(content)
+    for look in (one.result, one.status, one.check, lambda: one.work(lambda path: {}, most=9)):
+        with damaged(one.path / "result.json"):
+            look()
+
+
+def test_figures_changed_by_hand_do_not_pass(tmp_path):
+    """A result's, another cell's result, and a file of the cell's."""
+
+    def run(path: Path) -> dict[str, float]:
+        (path / "losses.csv").write_text("loss\n1.5\n")
+        return {"loss": 1.5}
+
+    matrix = Matrix(tmp_path, "sweep", {})
+    one, other = (matrix.cell(config) for config in CELLS[:2])
+    for each in (one, other):
+        each.work(run, most=1)
+        each.check()
+    result = one.path / "result.json"
+    whole = result.read_text()
+    result.write_text(whole.replace("1.5", "1.4"))
+    with damaged(result):
+        Matrix(tmp_path, "sweep", {})
+    result.write_text((other.path / "result.json").read_text())
+    with damaged(result):
         one.result()
+    result.write_text(whole)
+    assert one.result() == {"loss": 1.5}
+    (one.path / "losses.csv").write_text("loss\n1.4\n")
+    with damaged(one.path / "losses.csv"):
+        Matrix(tmp_path, "sweep", {})
+    (one.path / "losses.csv").write_text("loss\n1.5\n")
+    (one.path / "cell.json").write_text(json.dumps(CELLS[2]))
+    with damaged(one.path / "cell.json"):
+        Matrix(tmp_path, "sweep", {})
+    (one.path / "cell.json").write_text("[" * 100_000)
+    with damaged(one.path / "cell.json"):
+        list(matrix.begun())
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"event": "error", "attempt": 1}', "7", '{"attempt": 1}'])
+def test_damaged_attempts_are_named(tmp_path, line):
+    one = cell(tmp_path)
+    one.path.mkdir(parents=True)
+    (one.path / "attempts.jsonl").write_text(line + "\n")
+    with damaged(one.path / "attempts.jsonl"):
+        one.status()
+
+
+def test_a_changed_table_or_manifest_is_refused(tmp_path):
+    matrix = Matrix(tmp_path, "sweep", {"model": "a"})
+    matrix.write_table(lambda: "loss\n1.5\n")
+    matrix.write_table(lambda: "loss\n1.5\n2.5\n")
+    matrix.finish("complete")
+    (tmp_path / "results.csv").write_text("loss\n1.5\n0.5\n")
+    with damaged(tmp_path / "results.csv"):
+        Matrix(tmp_path, "sweep", {"model": "a"})
+    (tmp_path / "results.csv").unlink()
+    Matrix(tmp_path, "sweep", {"model": "a"})
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"model": "a"', '"model": "b"'))
+    with damaged(manifest):
+        Matrix(tmp_path, "sweep", {"model": "b"})
+
+
+def test_three_sigterms_are_no_attempts(tmp_path):
+    """As a cluster sends them, to a real process in the middle of a cell."""
+    log = tmp_path / "log"
+    first = Cell(tmp_path / "cells", CELLS[0])
+    for number in (1, 2, 3):
+        process = worker(tmp_path / "cells", log, slow=60)
+        wait_for(log, number)
+        process.terminate()
+        process.communicate()
+        assert process.returncode == 128 + signal.SIGTERM
+        assert (first.status().state, first.status().attempts) == ("new", 0)
+
+
+def test_a_full_disk_ends_the_work_and_is_no_attempt(tmp_path, monkeypatch):
+    cells = [Cell(tmp_path, config) for config in CELLS[:2]]
+
+    def run(_index: int, _path: Path) -> dict[str, float]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(InputError, match=f"{cells[0].path}: cannot be written .No space left on device"):
+        list(work_through(cells, run, most=1))
+    assert [(one.status().state, one.status().attempts) for one in cells] == [("new", 0), ("new", 0)]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "_write", full)
+        with pytest.raises(InputError, match=r"cell\.json: cannot be written .No space left on device"):
+            list(work_through(cells, lambda index, path: {}, most=1))
+    assert [worked.status.state for worked in work_through(cells, lambda index, path: {}, most=1)] == ["done", "done"]
+
+
+def waits(act, lock: Path) -> None:
+    """Another holder of a lock makes ``act`` wait until it lets go."""
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive(), "it did not take the lock"
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_the_matrix_is_changed_under_its_lock_alone(tmp_path):
+    matrix = Matrix(tmp_path, "sweep", {"model": "a"})
+    waits(lambda: matrix.update({"status": "complete"}), tmp_path / ".lock")
+    waits(lambda: matrix.write_table(lambda: "x\n"), tmp_path / ".lock")
+    waits(lambda: Matrix(tmp_path, "sweep", {"model": "a"}), tmp_path / ".lock")
+    assert len(json.loads((tmp_path / "manifest.json").read_text())["runs"]) == 2
+
+
+def test_a_cell_in_other_hands_is_left_and_its_owner_named(tmp_path):
+    one = cell(tmp_path)
+
+    def run(path: Path) -> dict[str, int]:
+        assert owner(path, "lock").startswith(f"process {os.getpid()} on ")
+        assert cell(tmp_path).work(lambda path: pytest.fail("done by two at once"), most=9) is None
+        return {}
+
+    assert one.work(run, most=1).state == "done"
+
+
+SHARER = """
+import sys
+from pathlib import Path
+from sims.common.matrix import Matrix, work_through
+
+matrix = Matrix(Path(sys.argv[1]), "sweep", {"model": "a"})
+cells = [matrix.cell({"rank": r, "seed": s}) for r in (4, 8, 16, 32) for s in range(4)]
+for worked in work_through(cells, lambda index, path: {"index": index}, most=3, wait=0.01):
+    matrix.write_table(lambda: "".join(f"{cell.result()['index']}\\n" for cell in cells if cell.result()))
+matrix.finish("complete")
+"""
+
+
+def test_two_processes_leave_one_whole_table(tmp_path):
+    """Opened at once, worked on at once: both runs are on record and the table has every cell's line."""
+    both = [subprocess.Popen([sys.executable, "-c", SHARER, str(tmp_path)]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert (tmp_path / "results.csv").read_text().split() == [str(index) for index in range(len(CELLS))]
+    runs = json.loads((tmp_path / "manifest.json").read_text())["runs"]
+    assert sorted(run["process"] for run in runs) == sorted(process.pid for process in both)
+    assert {run["status"] for run in runs} == {"complete"}
+    assert {run["packages"]["rora-theory"] for run in runs}, "the version that did it"
+    Matrix(tmp_path, "sweep", {"model": "a"})
 
 
 def test_runs_of_several_processes_are_told_apart(tmp_path):

@@ -83,6 +83,17 @@ def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == written
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["parameters"] == sizes
 
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "model").iterdir()}
+    for file in (tmp_path / "run" / "model").iterdir():  # emptied: it is no success, and is made again
+        file.unlink()
+    run(monkeypatch, model, text, tmp_path / "run")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "model").iterdir()} == before
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, model, text, tmp_path / "run")
+    assert f"{weights}: was changed since the run wrote it" in capsys.readouterr().err
+
 
 def test_perplexity_is_that_of_the_logits(model) -> None:
     whole = load(str(model))

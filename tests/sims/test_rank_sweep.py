@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,10 +23,11 @@ from figures import accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rat
 from rora_theory.adapters import LoraConfig, PrefixConfig, init, load_peft, merge
 from rora_theory.adapters import replace as adapter_replace
 from rora_theory.commonsense.scoring import score as commonsense_score
+from rora_theory.errors import InputError
 from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import mean_per_token, record_losses
 from rora_theory.llama import load
-from sims import rank_results, rank_sweep
+from sims import matrix_rates, rank_results, rank_sweep
 from sims.common import matrix
 
 PLAIN = (
@@ -252,6 +254,50 @@ def test_a_folder_holds_one_way_of_training_and_one_model(swept, model, data, ca
     with pytest.raises(SystemExit):
         rank_sweep.main(command(other, data, out, "--methods", "base"))
     assert "another identity (model_sha256 there" in capsys.readouterr().err
+
+
+def test_a_file_changed_by_hand_is_drawn_by_no_figure(swept, tmp_path, capsys) -> None:
+    """The table's, and a cell's own."""
+    out = tmp_path / "m"
+    shutil.copytree(swept, out)
+    [row, *_] = [row for row in rows_of(out) if row["method"] == "rora"]
+    for path, draw in (
+        (out / "results.csv", lambda: accuracy_vs_rank.draw(accuracy_vs_rank.Config(out))),
+        (out / "results.csv", lambda: matrix_rates.read(out)),
+        (out / "cells" / row["key"] / "metrics.jsonl", lambda: loss_curves.draw(loss_curves.Config((out,), rank=2))),
+        (out / "cells" / row["key"] / "losses.csv", lambda: matrix_rates.read(out)),
+    ):
+        whole = path.read_text()
+        path.write_text(whole.replace("1", "2", 1))
+        with pytest.raises((SystemExit, InputError)) as refused:
+            draw()
+        said = capsys.readouterr().err + str(refused.value)
+        assert f"{path}: was changed since the run wrote it" in said
+        path.write_text(whole)
+    matrix_rates.read(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("a|b", "a\\|b"),
+        ("[x](javascript:y)", "\\[x\\](javascript:y)"),
+        ("*a* `b` ~~c~~ d_e &amp; f\ng\\", "\\*a\\* \\`b\\` \\~\\~c\\~\\~ d\\_e &amp;amp; f g\\\\"),
+        ("LoRA, alpha/r^(1/4)", "LoRA, alpha/r^(1/4)"),
+    ],
+)
+def test_names_are_no_markup(name, shown) -> None:
+    """Of a model, as a folder may be called."""
+    assert benchmark_tables.escaped(name) == shown
+    line = benchmark_tables.printed("I")[0]
+    named = dataclasses.replace(line, model=name, method=name, source=name)
+    manifest = {"config": {"data": {"train_records": 1}, "evaluation": {"protocol": name}}}
+    manifest["config"]["training"] = {"steps": 1, "batch": 1}
+    text = benchmark_tables.markdown([named], "I", manifest)
+    assert text.count(shown) == 4
+    assert "<script" not in text
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in text.splitlines() if row.startswith("|")}) == 1
 
 
 def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) -> None:

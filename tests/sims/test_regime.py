@@ -1,8 +1,10 @@
 """`python -m sims.regime` on a tiny checkpoint: figures, the judge, resuming by layer, bad input, figures drawn."""
 
+import contextlib
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import checkpoint
@@ -17,6 +19,7 @@ from rora_theory.llama import load
 from rora_theory.model_layers import record
 from sims import regime
 from sims.common import cli, real_batch
+from sims.common.cells import CELLS
 
 SMALL = {
     "ranks": (1, 4, 16),
@@ -183,15 +186,12 @@ def test_agreement_is_a_mean_over_modules() -> None:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path) -> None:
-    """The second layer's rows are lost, in one file wholly and in the other in part."""
+    """The second layer is lost: of its line a part is there."""
     out = tmp_path / "run"
     out.mkdir()
-    for name in ("manifest.json", "results.csv", "crossing_ranks.csv"):
-        (out / name).write_bytes((finished / name).read_bytes())
-    lines = (out / "results.csv").read_text().splitlines(keepends=True)
-    (out / "results.csv").write_text("".join(lines[: 1 + 150]))
-    lines = (out / "crossing_ranks.csv").read_text().splitlines(keepends=True)
-    (out / "crossing_ranks.csv").write_text("".join(lines[: 1 + 16]))
+    (out / "manifest.json").write_bytes((finished / "manifest.json").read_bytes())
+    first, second = (finished / CELLS).read_text().splitlines(keepends=True)
+    (out / CELLS).write_text(first + second[:-1])
     regime.run(regime.Config(**inputs, **SMALL, out=out))
     for name in ("results.csv", "crossing_ranks.csv", "judge.csv", "verdict.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
@@ -242,13 +242,19 @@ def test_bad_input(inputs, tmp_path, capsys, changed, said) -> None:
 def test_a_damaged_file_is_named(inputs, finished, tmp_path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    for name in ("manifest.json", "results.csv", "crossing_ranks.csv"):
-        (out / name).write_bytes((finished / name).read_bytes())
-    lines = (out / "results.csv").read_text().splitlines(keepends=True)
-    lines[3] = lines[3].replace("kaiming_uniform", "gaussian")
-    (out / "results.csv").write_text("".join(lines))
-    with pytest.raises(InputError, match=r"results.csv: line 4 has init 'gaussian', this run 'kaiming_uniform'"):
-        regime.run(regime.Config(**inputs, **SMALL, out=out))
+    shutil.copytree(finished, out, dirs_exist_ok=True)
+    for name, line in ((CELLS, "line 1 "), ("results.csv", ""), ("crossing_ranks.csv", "")):
+        whole = (out / name).read_text()
+        (out / name).write_text(whole.replace("kaiming_uniform", "gaussian", 1))
+        with pytest.raises(InputError, match=f"{name}: {line}(was changed|is damaged or was changed) since"):
+            regime.run(regime.Config(**inputs, **SMALL, out=out))
+        with pytest.raises(SystemExit) if name != CELLS else contextlib.nullcontext():
+            style.read_run(out, "regime")
+        (out / name).write_text(whole)
+    (out / "results.csv").write_text("")
+    (out / "results.csv").unlink()
+    regime.run(regime.Config(**inputs, **SMALL, out=out))
+    assert (out / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
 
 
 def test_flat_kappa() -> None:

@@ -11,6 +11,7 @@ import pytest
 from figures import style
 from figures import training_dynamics as figure
 from sims import training_dynamics as sim
+from sims.common.cells import CELLS
 
 ARGUMENTS = (
     "--ranks 4 64 --optimizers sgd adam --models linear --starts A --steps 1 4 --seeds 16 --p-in 64 --p-out 6 "
@@ -79,10 +80,10 @@ def test_goes_on(finished, tmp_path):
     """What an interrupted run left is kept, the rest done, to the same bytes; another command is refused."""
     out = tmp_path / "run"
     out.mkdir()
-    for name in ("manifest.json", "seeds.csv"):
-        (out / name).write_bytes((finished / name).read_bytes())
-    lines = (out / "seeds.csv").read_text().splitlines(keepends=True)
-    (out / "seeds.csv").write_text("".join(lines[: 1 + 23 * 48]))  # all cells but the last
+    (out / "manifest.json").write_bytes((finished / "manifest.json").read_bytes())
+    lines = (finished / CELLS).read_text().splitlines(keepends=True)
+    assert len(lines) == 24
+    (out / CELLS).write_text("".join(lines[:-1]) + lines[-1][:100])  # all cells but the last, which was being written
     sim.main([*SMALL, "--out", str(out)])
     for name in ("seeds.csv", "results.csv", "exponents.csv", "answers.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()

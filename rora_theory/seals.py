@@ -1,0 +1,73 @@
+"""Digests that tell what a run wrote from what was cut or changed since.
+
+A seal is no signature: who changes a figure and its digest together is not found out. It catches the flipped byte, the
+line cut off and the number changed by hand.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rora_theory import digests
+
+DIGEST = "digest"
+"""The key of an entry's own digest."""
+
+
+def seal(entry: Mapping[str, Any], *, of: str = "") -> dict[str, Any]:
+    """``entry`` with its digest, 16 hexadecimal digits of the SHA-256 of its JSON text.
+
+    Args:
+      entry: of JSON types; an older digest in it is replaced.
+      of: what the entry belongs to or follows, which the digest covers too: elsewhere the seal does not hold.
+    """
+    plain = {name: value for name, value in entry.items() if name != DIGEST}
+    text = of + json.dumps(plain, sort_keys=True)
+    return plain | {DIGEST: hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def is_sealed(entry: Any, *, of: str = "") -> bool:
+    """Whether ``entry`` is as `seal` left it."""
+    return isinstance(entry, Mapping) and DIGEST in entry and seal(entry, of=of)[DIGEST] == entry[DIGEST]
+
+
+def changed(folder: Path, files: Any) -> list[str]:
+    """Which of a folder's files differ from their SHA-256 in ``files``; one that is not there does not.
+
+    Raises:
+      InputError: a file that can't be read.
+    """
+    if not isinstance(files, Mapping):
+        return []
+    return [
+        name for name, known in files.items() if (folder / name).is_file() and digests.of_file(folder / name) != known
+    ]
+
+
+def problem(folder: Path, record: str = "manifest.json") -> str | None:
+    """What in a folder is not as the run wrote it, in words; None where nothing is, or nothing tells.
+
+    A run that was killed, or is of a version without digests, tells nothing of its tables. Files in folders within are
+    not looked at.
+
+    Args:
+      folder: of a run, or of a cell.
+      record: the sealed file with the others' digests: a run's ``manifest.json`` or a cell's ``result.json``.
+    """
+    path = folder / record
+    try:
+        known = json.loads(path.read_bytes())
+        if DIGEST not in known:
+            return None
+        if not is_sealed(known, of="" if record == "manifest.json" else folder.name):
+            return f"{path}: was changed since the run wrote it"
+        files = known.get("files") or {}
+        for name in changed(folder, {name: digest for name, digest in files.items() if "/" not in name}):
+            return f"{folder / name}: was changed since the run wrote it"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # InputError is a ValueError
+        return f"{path}: is damaged ({error})"
+    return None

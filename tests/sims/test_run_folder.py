@@ -1,0 +1,405 @@
+"""Run folders: files whole after a full disk, one owner, nothing changed by hand taken over, stopped in one line."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rora_theory import seals
+from rora_theory.errors import InputError
+from sims.common import cli, disk, run_folder, stopping
+from sims.common.cells import CELLS, Cells
+from sims.common.disk import Journal, append, write_whole
+from sims.common.run_folder import RunFolder
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """From the call on, a write takes half of what it is given, and the next one nothing."""
+
+    def fill() -> None:
+        written, real = [], os.write
+
+        def write(descriptor: int, data: bytes) -> int:
+            if written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written.append(1)
+            return real(descriptor, bytes(data[: len(data) // 2]))
+
+        monkeypatch.setattr(disk.os, "write", write)
+
+    yield fill
+    monkeypatch.undo()
+
+
+def opened(path: Path, **config) -> RunFolder:
+    return RunFolder.open("sweep", {"rank": 4} | config, out=path)
+
+
+def manifest(path: Path) -> dict:
+    return json.loads((path / "manifest.json").read_text())
+
+
+# ---- files
+
+
+def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, full_disk):
+    path = tmp_path / "results.csv"
+    write_whole(path, "old figures")
+    full_disk()
+    with pytest.raises(InputError, match=r"results\.csv: cannot be written \(No space left on device\)"):
+        write_whole(path, "new figures")
+    assert path.read_text() == "old figures"
+    assert list(tmp_path.iterdir()) == [path], "nothing is left beside"
+
+
+def test_no_planted_link_is_followed(tmp_path, monkeypatch):
+    """Neither at the name of the file beside, should that be foreseen, nor at the file's own."""
+    victim, path = tmp_path / "victim", tmp_path / "results.csv"
+    victim.write_text("mine")
+    monkeypatch.setattr(disk.secrets, "token_hex", lambda size: "0" * 2 * size)
+    planted = tmp_path / f".{'0' * 16}.part"
+    planted.symlink_to(victim)
+    with pytest.raises(InputError, match=r"results\.csv: cannot be written \(File exists\)"):
+        write_whole(path, "figures")
+    monkeypatch.undo()
+    path.symlink_to(victim)
+    write_whole(path, "figures")
+    assert (path.read_text(), path.is_symlink(), victim.read_text()) == ("figures", False, "mine")
+    link = tmp_path / "cells.jsonl"
+    link.symlink_to(victim)
+    with pytest.raises(InputError, match=r"cells\.jsonl: cannot be written"):
+        append(link, "line\n")
+    assert victim.read_text() == "mine"
+
+
+def test_names_beside_cannot_be_foreseen(tmp_path, monkeypatch):
+    seen, real = [], os.open
+
+    def look(path, flags, *more, **named):
+        seen.append((Path(path).name, flags))
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(disk.os, "open", look)
+    for _ in range(3):
+        write_whole(tmp_path / "results.csv", "x")
+    names = {name for name, _ in seen}
+    assert len(names) == 3
+    assert not any(str(os.getpid()) == name.split(".")[1] for name in names)
+    assert all(flags & os.O_EXCL and flags & os.O_NOFOLLOW for _, flags in seen)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_the_umask_s(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "a", "x")
+        append(tmp_path / "b", "x\n")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [mode, mode]
+
+
+def test_a_line_half_written_on_a_full_disk_is_taken_back(tmp_path, full_disk):
+    journal = Journal(tmp_path / "j.jsonl", "run")
+    journal.append({"step": 1})
+    before = journal.path.read_bytes()
+    full_disk()
+    with pytest.raises(InputError, match=r"j\.jsonl: cannot be written \(No space left on device\)"):
+        journal.append({"step": 2})
+    assert journal.path.read_bytes() == before
+    assert journal.entries == [{"step": 1}]
+
+
+# ---- sealed lines
+
+
+def journal_of(path: Path, count: int = 4) -> list[str]:
+    journal = Journal(path, "run")
+    for step in range(count):
+        journal.append({"step": step, "loss": 1.5 / (step + 1)})
+    return path.read_text().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda lines: [lines[0], lines[1].replace("0.75", "0.25"), *lines[2:]], 2),
+        (lambda lines: [lines[0], *lines[2:]], 2),  # one taken out
+        (lambda lines: [lines[1], lines[0], *lines[2:]], 1),  # moved
+        (lambda lines: [*lines, lines[-1]], 5),  # twice
+        (lambda lines: [*lines[:3], lines[3].replace("digest", "dagest")], 4),
+        (lambda lines: [*lines[:3], "{}\n"], 4),
+        (lambda lines: [*lines[:3], "[" * 100_000 + "\n"], 4),
+        (lambda lines: [*lines[:3], '{"step": 3, "loss": 0.\n'], 4),
+    ],
+)
+def test_a_changed_line_is_named(tmp_path, damage, line):
+    path = tmp_path / "j.jsonl"
+    path.write_text("".join(damage(journal_of(path))))
+    with pytest.raises(InputError, match=rf"j\.jsonl: line {line} is damaged or was changed"):
+        Journal(path, "run")
+    kept = "".join(path.read_text().splitlines(keepends=True)[: line - 1])
+    path.write_text(kept)  # as the message says
+    assert len(Journal(path, "run").entries) == line - 1
+
+
+def test_lines_of_another_run_are_refused_and_a_cut_end_is_dropped(tmp_path):
+    path = tmp_path / "j.jsonl"
+    lines = journal_of(path)
+    with pytest.raises(InputError, match="line 1 "):
+        Journal(path, "another run")
+    path.write_text("".join(lines) + lines[0][:20])
+    journal = Journal(path, "run")
+    assert [entry["step"] for entry in journal.entries] == [0, 1, 2, 3]
+    assert path.read_text() == "".join(lines), "cut from the file, or the next line would follow half a line"
+    journal.append({"step": 4})
+    assert len(Journal(path, "run").entries) == 5
+
+
+def test_a_cell_is_done_once_and_read_back_to_the_bit(tmp_path):
+    import numpy as np
+
+    folder = opened(tmp_path / "run")
+    cells = Cells(folder)
+    row = {"loss": np.float64(1) / 3, "count": np.int64(3), "gone": float("inf"), "note": None, "kept": np.bool_(True)}
+    first = cells.do("r = 4", lambda: [row])
+    assert (first, type(first[0]["count"]), type(first[0]["kept"])) == ([row], int, bool)
+    assert ("r = 4" in cells, "r = 8" in cells, len(cells)) == (True, False, 1)
+    folder.finish()
+    again = Cells(opened(tmp_path / "run"))
+    assert again.do("r = 4", lambda: pytest.fail("done twice")) == first
+    path = tmp_path / "run" / CELLS
+    path.write_text(path.read_text().replace('"count": 3', '"count": 4'))
+    with pytest.raises(InputError, match=r"cells\.jsonl: line 1 is damaged or was changed"):
+        Cells(opened(tmp_path / "run"))
+
+
+# ---- one owner
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sims.common.run_folder import RunFolder
+RunFolder.open("sweep", {"rank": 4}, out=Path(sys.argv[1]))
+print("open", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def holder(path: Path, seconds: float) -> subprocess.Popen:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", HOLDER, str(path), str(seconds)], **streams)
+
+
+def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
+    """Two open at once: one gets the folder, the other a line that names it; killed, it frees the folder."""
+    both = [holder(tmp_path / "run", 60) for _ in range(2)]
+    while all(process.poll() is None for process in both):  # the loser ends
+        pass
+    [loser] = [process for process in both if process.poll() is not None]
+    [winner] = [process for process in both if process is not loser]
+    assert winner.stdout.readline() == "open\n"
+    said = loser.communicate()[1].splitlines()[-1]
+    assert f"{tmp_path / 'run'}: is in use by process {winner.pid} on " in said
+    with pytest.raises(InputError, match=f"is in use by process {winner.pid} on .* since 2"):
+        opened(tmp_path / "run")
+    assert [session["process"] for session in manifest(tmp_path / "run")["sessions"]] == [winner.pid]
+    winner.kill()
+    winner.communicate()
+    opened(tmp_path / "run").finish()
+    assert [session["status"] for session in manifest(tmp_path / "run")["sessions"]] == ["killed", "complete"]
+
+
+def test_a_process_may_open_its_own_folder_again(tmp_path):
+    opened(tmp_path / "run")  # as an error leaves it in a notebook
+    opened(tmp_path / "run").finish()
+    opened(tmp_path / "run").finish()
+
+
+def test_a_folder_that_is_no_run_gets_nothing(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "text").write_text("mine")
+    other = opened(tmp_path / "run")
+    other.finish()
+    (tmp_path / "run" / disk.LOCK).unlink()
+    for path, said in (
+        (tmp_path / "thesis", "holds files but no manifest"),
+        (tmp_path / "run", "rank there 4, here 5"),
+    ):
+        before = sorted(path.iterdir())
+        with pytest.raises(InputError, match=said):
+            opened(path, rank=5)
+        assert sorted(path.iterdir()) == before
+    opened(tmp_path / "run").finish()
+
+
+# ---- what was changed by hand
+
+
+def edit(path: Path, **entries) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: edit(path, best_loss=0.5), "was changed since the run wrote it"),
+        (lambda path: edit(path, digest="0" * 16), "was changed since the run wrote it"),
+        (lambda path: path.write_text("{"), "is damaged"),
+        (lambda path: path.write_text("[]"), r"is damaged \(it has no experiment\)"),
+        (lambda path: path.write_text("[" * 100_000), "is damaged"),
+        (lambda path: path.write_bytes(b"\xff"), "is damaged"),
+        (
+            lambda path: path.write_text(json.dumps({k: v for k, v in manifest(path.parent).items() if k != "digest"})),
+            "has no digest",
+        ),
+        (lambda path: path.unlink(), "holds files but no manifest"),
+    ],
+)
+def test_a_changed_manifest_is_refused(tmp_path, damage, said):
+    folder = opened(tmp_path / "run")
+    folder.write("results.csv", "a\n1\n")
+    folder.finish(best_loss=1.5)
+    damage(tmp_path / "run" / "manifest.json")
+    with pytest.raises(InputError, match=said):
+        opened(tmp_path / "run")
+
+
+def test_a_changed_table_is_refused_and_a_removed_one_is_not(tmp_path):
+    folder = opened(tmp_path / "run")
+    for name in ("results.csv", "slopes.csv"):
+        folder.write(name, "a\n1\n")
+    folder.finish()
+    assert seals.problem(tmp_path / "run") is None
+    (tmp_path / "run" / "slopes.csv").write_text("a\n2\n")
+    assert "slopes.csv: was changed" in seals.problem(tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"slopes\.csv: was changed since the run wrote it; .* removed, it is made again"
+    ):
+        opened(tmp_path / "run")
+    (tmp_path / "run" / "slopes.csv").unlink()
+    folder = opened(tmp_path / "run")
+    folder.write("slopes.csv", "a\n3\n")  # a new one takes its place, and a kill now is no change by hand
+    folder._let_go()
+    opened(tmp_path / "run").finish()
+    assert not seals.problem(tmp_path / "run")
+
+
+def test_what_was_recorded_is_missed(tmp_path):
+    folder = opened(tmp_path / "run")
+    model = tmp_path / "run" / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_text(name)
+    assert not folder.holds("model"), "not recorded yet"
+    folder.record("model")
+    folder.finish()
+    folder = opened(tmp_path / "run")
+    assert folder.holds("model")
+    (model / "model.safetensors").unlink()
+    assert not folder.holds("model")
+    folder.clear("model")
+    assert not model.exists()
+    folder.finish()
+    assert manifest(tmp_path / "run")["files"] == {}
+
+
+def test_other_versions_are_said_and_both_kept(tmp_path, monkeypatch, capsys):
+    opened(tmp_path / "run").finish()
+    opened(tmp_path / "run").finish()
+    assert capsys.readouterr().err == "", "the same ones are not"
+    here = run_folder.circumstances()
+    newer = here | {"packages": here["packages"] | {"rora-theory": "99.0"}}
+    monkeypatch.setattr(run_folder, "circumstances", lambda: newer)
+    opened(tmp_path / "run").finish()
+    said = capsys.readouterr().err
+    old = here["packages"]["rora-theory"]
+    assert said == f"note: {tmp_path / 'run'} goes on with rora-theory 99.0 (was {old}); its manifest.json names both\n"
+    versions = [session["packages"]["rora-theory"] for session in manifest(tmp_path / "run")["sessions"]]
+    assert versions == [old, old, "99.0"]
+
+
+# ---- stopped
+
+
+def ended(main, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(10**8):  # the signal comes between two of these
+        pass
+
+
+@pytest.mark.parametrize(("stop", "status"), [(interrupt, 130), (terminate, 143)])
+def test_a_stopped_run_says_so_in_one_line_and_in_its_manifest(tmp_path, capsys, stop, status):
+    def main() -> None:
+        opened(tmp_path / "run").write("results.csv", "a\n1\n")
+        stop()
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert ended(main, capsys) == (status, stopping.LINE + "\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+    found = manifest(tmp_path / "run")
+    assert (found["status"], found["sessions"][-1]["status"]) == ("interrupted", "interrupted")
+    assert found["end"]
+    (tmp_path / "run" / "results.csv").write_text("a\n2\n")
+    assert "results.csv: was changed" in seals.problem(tmp_path / "run"), "its figures are not those that were measured"
+    (tmp_path / "run" / "results.csv").unlink()
+    opened(tmp_path / "run").finish()
+    assert manifest(tmp_path / "run")["status"] == "complete"
+
+
+def test_a_failed_run_says_why(tmp_path, capsys):
+    def main() -> None:
+        opened(tmp_path / "run")
+        raise InputError("no such thing")
+
+    assert ended(main, capsys) == (2, "error: no such thing\n")
+    assert (manifest(tmp_path / "run")["status"], manifest(tmp_path / "run")["error"]) == ("failed", "no such thing")
+
+    def bug() -> None:
+        opened(tmp_path / "run")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(bug)
+    assert manifest(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, full_disk):
+    def main() -> None:
+        cells = Cells(opened(tmp_path / "run"))
+        cells.do("one", lambda: 1)
+        full_disk()
+        cells.do("two", lambda: 2)
+
+    code, said = ended(main, capsys)
+    assert code == 2
+    assert said.startswith(f"error: {tmp_path / 'run' / CELLS}: cannot be written (No space left on device)")
+    assert said.count("\n") == 1
+
+
+def test_the_cells_before_a_full_disk_are_kept(tmp_path, monkeypatch, capsys):
+    test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, lambda: monkeypatch.setattr(disk, "_write", _full))
+    monkeypatch.undo()
+    cells = Cells(opened(tmp_path / "run"))
+    assert cells.do("one", lambda: pytest.fail("done twice")) == 1
+    assert cells.do("two", lambda: 2) == 2
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
