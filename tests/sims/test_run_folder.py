@@ -216,6 +216,22 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
     assert [session["status"] for session in manifest(tmp_path / "run")["sessions"]] == ["killed", "complete"]
 
 
+def test_a_run_that_ended_while_this_one_waited_is_gone_on_from(tmp_path, monkeypatch):
+    """Looked at before the lock, the folder was empty; by the time it is held, another process has done a part."""
+    opened(tmp_path / "other").finish()
+    real = disk.take
+
+    def take(folder: Path) -> int:
+        (folder / "manifest.json").write_bytes((tmp_path / "other" / "manifest.json").read_bytes())
+        return real(folder)
+
+    monkeypatch.setattr(disk, "take", take)
+    folder = opened(tmp_path / "run")
+    assert folder.resumed
+    folder.finish()
+    assert [session["status"] for session in manifest(tmp_path / "run")["sessions"]] == ["complete", "complete"]
+
+
 def test_a_process_may_open_its_own_folder_again(tmp_path):
     opened(tmp_path / "run")  # as an error leaves it in a notebook
     opened(tmp_path / "run").finish()
