@@ -343,7 +343,7 @@ def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
     return {
         "no data": (arguments(model, empty, out), "empty.json: holds no records"),
         "bad record": (arguments(model, bad, out), "bad.json: record 1 has no 'output'"),
-        "missing data": (arguments(model, tmp_path / "none.json", out), "none.json: cannot be read"),
+        "missing data": (arguments(model, tmp_path / "none.json", out), "none.json: no such file"),
         "too few records": (arguments(model, data, out, "--validation", "60"), "validation is 60 of 60 records"),
         "missing model": (arguments(tmp_path / "nowhere", data, out), "nowhere"),
         "truncated weights": (arguments(truncated, data, out), "truncated"),
