@@ -4,8 +4,9 @@
     python -m benchmarks.mutation flatness best_rate --most 0  # every mutant of two
 
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`).
-It is killed where a test file of the module fails on it, or its time runs out. Libraries are imported once and each
-mutant runs in a fork, so that it costs about a second. Extra `mutation`; on demand, not part of the suite.
+It is killed where a test file of the module fails on it, or its time runs out. Everything is imported once, and each
+mutant runs in a fork that imports anew only what depends on the module, so that it costs about a second. Extra
+`mutation`; on demand, not part of the suite.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +53,8 @@ OPERATORS = (
     *(f"core/{name}" for name in ("AddNot", "NumberReplacer", "ReplaceAndWithOr", "ReplaceOrWithAnd")),
     *(f"core/{name}" for name in ("ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ZeroIterationForLoop")),
 )
+
+ROOMS = ("rora_theory", "sims", "figures")
 
 IGNORED = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # plugins among the libraries that are imported before
 
@@ -93,6 +97,47 @@ def _keywords(tree: ast.AST) -> int:
     return sum(len(node.kwonlyargs) for node in ast.walk(tree) if isinstance(node, ast.arguments))
 
 
+@cache
+def imports() -> dict[str, set[str]]:
+    """What each module of the project imports from the project."""
+    files = {_name(path): path for room in ROOMS for path in Path(room).rglob("*.py")}
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found[name] |= {one.name for one in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                parts = [f"{node.module}.{one.name}" for one in node.names]
+                found[name] |= {part if part in files else str(node.module) for part in parts}
+    return found
+
+
+def dependents(name: str) -> set[str]:
+    """A module and all that import it, directly or not."""
+    found = {name}
+    while more := {other for other, needs in imports().items() if needs & found} - found:
+        found |= more
+    return found
+
+
+def _name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def prepare() -> None:
+    """Import libraries and the project, as the tests do; no device is touched, so that forks are safe."""
+    sys.path.insert(0, str(Path("tests").resolve()))
+    for name in LIBRARIES.split():
+        importlib.import_module(name)
+    from jaxtyping import install_import_hook
+
+    install_import_hook("rora_theory", "checker.checker")
+    for name in imports():
+        importlib.import_module(name)
+
+
 def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:
     """Whether a test fails with ``mutant`` in the module's place; the file itself is not touched."""
     sys.stdout.flush()
@@ -115,6 +160,10 @@ def _test(path: Path, mutant: Mutant, tests: list[str]) -> None:
     import pytest
 
     place, read, stats = str(path.resolve()), SourceFileLoader.get_data, SourceFileLoader.path_stats
+    for name in dependents(_name(path)):
+        room, _, last = name.rpartition(".")
+        if sys.modules.pop(name, None) is not None and hasattr(sys.modules.get(room), last):
+            delattr(sys.modules[room], last)
 
     def get_data(self: SourceFileLoader, name: str) -> bytes:
         return mutant.source.encode() if os.path.realpath(name) == place else read(self, name)
@@ -154,8 +203,7 @@ def main() -> None:
     }
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rora-mutation-"))
-    for name in LIBRARIES.split():
-        importlib.import_module(name)
+    prepare()
     total = dead = 0
     for name in arguments.modules:
         path, tests = Path(MODULES[name][0]), MODULES[name][1].split()

@@ -209,6 +209,31 @@ def test_what_is_judged_is_what_was_asked():
                 assert curve.losses[seed] == pytest.approx([expected] * 3, rel=1e-4), (seed, name)
 
 
+def test_b_alone_is_b_alone():
+    """A cell of the control has the losses of training with A frozen; the other has not."""
+    config = sim.Config(
+        ranks=(4, 8), rules=("lora",), optimizers=("sgd",), sgd_rates=(0.1, 0.2, 0.3), steps=3, seeds=2, p_in=16,
+        p_out=3, samples=5, held_out=7,
+    )  # fmt: skip
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), seed)) for seed in range(2)]
+    drawn = jax.tree.map(lambda *a: np.stack(a), *(dynamics.draw_problem(a, sim.problem(config)) for a, _ in keys))
+    adapters = jax.tree.map(
+        lambda *a: np.stack(a), *(dynamics.draw_adapters(b, sim.problem(config), rank=4) for _, b in keys)
+    )
+    rates = np.float32(config.sgd_rates)
+    losses = {
+        frozen: np.asarray(
+            dynamics.final_losses(adapters, drawn, 1.0, rates, optimizer="sgd", steps=3, frozen=frozen)[0]
+        )
+        for frozen in ("A", None)
+    }
+    assert np.abs(losses["A"] / losses[None] - 1).min() > 1e-3
+    for trained, frozen in (("B", "A"), ("both", None)):
+        rows = sim.cell_rows(config, sim.Cell("sgd", trained, 4, "lora"))
+        # Five digits are written.
+        np.testing.assert_allclose([row["loss_train"] for row in rows], losses[frozen].ravel(), rtol=5e-5)
+
+
 def test_rates_of_an_optimizer():
     config = sim.Config(adam_rates=(3.0, 1.0, 2.0), sgd_rates=(30.0, 10.0, 20.0))
     found = {name: sim.rates_of(config, name).tolist() for name in dynamics.OPTIMIZERS}
