@@ -14,6 +14,7 @@ import tyro
 from figures import style
 from figures.sweep import Row, beside, chosen_model, draw_line, grouped, legend, levels, measures, model_name, points
 from rora_theory.commonsense import published
+from sims.common import cli
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 
@@ -42,6 +43,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
+    cli.check_positives(config, "alpha", "rate")
     manifest, rows = style.read_run(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     panels = measures(rows, config.answers)

@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 from figures import style
+from sims.common import cli
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """One colour a run; faint points are single batches, lines their running mean, markers the validation loss."""
+    cli.check_integers(config, rank=1, seed=0, smooth=1)
+    cli.check_positives(config, "rate")
     if not config.runs:
         style.fail("no runs are given; accepted are one or more run folders of sims.finetune or sims.rank_sweep")
     folders = [cell for run in config.runs for cell in cells(run, config)]

@@ -3,7 +3,6 @@
 python -m figures.loss_vs_rate RUN --rank 32
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import tyro
 
 from figures import style
 from figures.sweep import beside, chosen_model, draw_line, legend, levels, measures, model_name, points
+from sims.common import cli
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds, crosses what diverged."""
-    if config.top is not None and not 0 < config.top < math.inf:
-        style.fail(f"--top is {config.top:g}; accepted is a number above 0")
+    cli.check_integers(config, rank=1)
+    cli.check_positives(config, "alpha", "top")
     manifest, rows = style.read_run(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     ranks = sorted({int(row["rank"]) for row in rows if row["rank"]})

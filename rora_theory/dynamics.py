@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory import nested
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
+from rora_theory.scaling import check_integer
 
 Model = Literal["linear", "mlp"]
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
@@ -87,8 +88,7 @@ class ProblemConfig:
         if self.model not in MODELS:
             raise InputError(f"model is {self.model!r}; accepted are {', '.join(MODELS)}")
         for name in ("p_in", "hidden", "p_out", "samples", "held_out", "teacher_rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; accepted is an integer of 1 or more")
+            check_integer(name, getattr(self, name))
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise InputError(f"noise is {self.noise!r}; accepted is a finite number of 0 or more")
         if not 0 <= self.overlap <= 1:
@@ -373,6 +373,7 @@ def check_steps(steps: Sequence[int]) -> None:
     """Raise `InputError` unless steps ascend strictly from 1 or more."""
     if not steps or steps[0] < 1 or any(a >= b for a, b in itertools.pairwise(steps)):
         raise InputError(f"steps are {' '.join(map(str, steps))}; accepted are ascending integers of 1 or more")
+    check_integer("the last of the steps", steps[-1])
 
 
 def _change(weights: tuple[Array, ...], x: Array, delta: Callable[[int, Array], Array]) -> Array:

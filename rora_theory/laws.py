@@ -23,7 +23,7 @@ from scipy import integrate, special
 from rora_theory import sign_rows
 from rora_theory.errors import InputError
 from rora_theory.inits import Entries, Init, entries
-from rora_theory.scaling import check_positive, check_rank
+from rora_theory.scaling import check_integer, check_positive, check_rank
 
 Optimizer = Literal["sgd", "adam"]
 """Whose first step: ``"sgd"`` moves B by eta times the gradient, ``"adam"`` by eta times its smoothed sign."""
@@ -193,8 +193,7 @@ def random_input_moments(
     """
     check_step(rank=rank, scaling=scaling, learning_rate=learning_rate, optimizer=optimizer)
     check_overlap(overlap)
-    if isinstance(p_in, bool) or p_in != int(p_in) or p_in < 1:
-        raise InputError(f"p_in is {p_in!r}; accepted is an integer of 1 or more")
+    check_integer("p_in", p_in)
     delta = np.atleast_1d(np.asarray(delta, np.float64))
     if delta.ndim != 1 or not np.isfinite(delta).all():
         raise InputError("delta must be a finite number or a vector of them")

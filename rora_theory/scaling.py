@@ -12,6 +12,9 @@ Rule = Literal["lora", "rora", "rslora"] | float
 KAPPAS = {"lora": 1.0, "rora": 0.5, "rslora": 0.5}
 """Exponent kappa of each named rule; RoRA's rule (Sec. III-B) is rsLoRA's."""
 
+LARGEST = 2**31 - 1
+"""Of counts and sizes: tokens, positions and array sizes are 32-bit integers."""
+
 
 def exponent(rule: Rule) -> float:
     """The exponent kappa of a rule: 1 for ``"lora"``, 1/2 for ``"rora"`` and ``"rslora"``, a float is itself.
@@ -74,10 +77,17 @@ def alpha_for(rule: Rule, *, scaling: float, rank: int) -> float:
     return float(scaling) / scaling_factor(rule, alpha=1.0, rank=rank)
 
 
+def check_integer(name: str, value: int, *, least: int = 1, most: int = LARGEST) -> None:
+    """Raise `InputError` unless ``value`` is an integer from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise InputError(f"{name} is {value!r}; accepted is an integer of {least} or more")
+    if value > most:
+        raise InputError(f"{name} is {value!r}; accepted is an integer of at most {most:,}")
+
+
 def check_rank(rank: int) -> None:
-    """Raise `InputError` unless ``rank`` is an integer >= 1."""
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
-        raise InputError(f"rank is {rank!r}; accepted is an integer of 1 or more")
+    """Raise `InputError` unless ``rank`` is an integer from 1 to `LARGEST`."""
+    check_integer("rank", rank)
 
 
 def check_positive(name: str, value: float) -> None:

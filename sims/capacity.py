@@ -88,10 +88,8 @@ def check(config: Config) -> None:
         raise InputError(f"--device is {config.device!r}; accepted are {', '.join(DEVICES)}")
     if config.steps is not None and config.examples is not None:
         raise InputError("--steps and --examples are both given; accepted is one of them")
-    for name in ("steps", "examples", "epochs", "seq"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} is {value}; accepted is an integer of 1 or more")
+    cli.check_integers(config, rank=1, batch=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
+    config.finetune().check()
     if not 0 < config.utilisation <= 1:
         raise InputError(f"--utilisation is {config.utilisation}; accepted is a number above 0, at most 1")
     if config.model is None and (config.compile or config.measure):

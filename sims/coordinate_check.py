@@ -206,10 +206,7 @@ def check(config: Config) -> None:
     dynamics.check_steps(config.steps)
     for name in ("adam_rate", "sgd_rate", "momentum_rate", "band"):
         check_positive("--" + name.replace("_", "-"), getattr(config, name))
-    for name, least in (("seeds", 2), ("batch", 1), ("held_out", 1), ("cutoff", 2)):
-        if getattr(config, name) < least:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} is {getattr(config, name)}; accepted is an integer of {least} or more")
+    cli.check_integers(config, seeds=2, batch=1, held_out=1, cutoff=2)
     check_seed(config.seed, "--seed")
 
 

@@ -80,10 +80,7 @@ def check(config: Config) -> None:
         task_named(key)
     if len(set(config.tasks)) < len(config.tasks):
         raise InputError(f"tasks are {' '.join(config.tasks)}; accepted is each one once")
-    for name in ("limit", "batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; accepted is an integer of 1 or more")
+    cli.check_integers(config, limit=1, batch_size=1)
     if config.adapter is not None and not config.adapter.is_dir():
         raise InputError(f"{config.adapter}: is not a folder; accepted is an adapter in PEFT's format")
     config.scoring()

@@ -39,6 +39,7 @@ from rora_theory.finetune import (
     tokenize,
 )
 from rora_theory.llama import LlamaConfig, Located
+from rora_theory.scaling import check_integer
 from sims.common import cli, tables
 from sims.common.disk import Journal
 from sims.common.progress import progress_bar
@@ -182,6 +183,7 @@ def finetune(config: Config, model: Any = None) -> Path:
 
     training, first = config.training, distributed.is_first()
     training.check()
+    check_integer("fsdp", config.fsdp)
     settings = training.adapter()
     if config.merge and not settings.mergeable:
         raise InputError(f"merge is True with method {training.method}; accepted are methods lora, dora")

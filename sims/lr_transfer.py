@@ -243,9 +243,7 @@ def check(config: Config) -> None:
         scalings.check_list(option, getattr(config, name), fewest=3)
         for value in getattr(config, name):
             check_positive(f"--{option}", value)
-    for name, least in (("seeds", 2), ("steps", 1)):
-        if getattr(config, name) < least:
-            raise InputError(f"--{name} is {getattr(config, name)}; accepted is an integer of {least} or more")
+    cli.check_integers(config, seeds=2, steps=1)
     check_seed(config.seed, "--seed")
     problem(config)
 

@@ -76,9 +76,9 @@ def check(config: Config) -> None:
     """Raise `InputError` where a setting is out of range. What depends on the model is checked when there is one."""
     if not config.text:
         raise InputError("text is empty; accepted are .txt files or training records")
-    for name, least in {"windows": 1, "held_out": 1, "seq": 2, "batch": 1}.items():
-        if getattr(config, name) < least:
-            raise InputError(f"{name} is {getattr(config, name)}; accepted is an integer of {least} or more")
+    cli.check_integers(config, windows=1, held_out=1, seq=2, batch=1, layers=1, kv_heads=1, width=1)
+    if not 0 < config.share <= 1:
+        raise InputError(f"--share is {config.share}; accepted is a number above 0, at most 1")
     check_seed(config.seed)
 
 

@@ -45,10 +45,10 @@ from rora_theory.finetune import (
 from rora_theory.finetune.config import LEARNING_RATES, BaseDtype, LossOn, TrainTemplate
 from rora_theory.finetune.held_out import RecordLoss, mean_per_token, record_losses
 from rora_theory.finetune.step import SharedSteps
-from rora_theory.scaling import scaling_factor
+from rora_theory.scaling import check_positive, scaling_factor
 from rora_theory.seeds import check_seed
 from sims import differences, rank_results
-from sims.common import cli, matrix, tables
+from sims.common import cli, matrix, scalings, tables
 from sims.common.disk import write_whole
 from sims.common.progress import progress_bar
 from sims.common.run_folder import as_json
@@ -355,15 +355,13 @@ def check(config: Config, design: Design) -> None:
     for method in design.methods:
         if method not in (BASE, *METHODS):
             raise InputError(f"method is {method!r}; accepted are {', '.join((BASE, *METHODS))}")
-    if not design.ranks or len(set(design.ranks)) < len(design.ranks):
-        raise InputError("ranks is empty or has one twice; accepted are one or more, each once")
-    if design.rates is not None and (not design.rates or len(set(design.rates)) < len(design.rates)):
-        raise InputError("rates is empty or has one twice; accepted are one or more, each once")
+    scalings.check_ranks(design.ranks, fewest=1)
+    if design.rates is not None:
+        scalings.check_list("rates", design.rates)
+        for rate in design.rates:
+            check_positive("--rates", rate)
     least = {"train_records": 1, "held_out": 2, "steps": 1, "limit": 1, "batch_size": 1, "attempts": 1}
-    for name, smallest in least.items():
-        value = getattr(config, name)
-        if value is not None and value < smallest:
-            raise InputError(f"{name} is {value}; accepted is an integer of {smallest} or more")
+    cli.check_integers(config, **least)
     for name, values in (("data_seed", (config.data_seed,)), ("seeds", design.seeds)):
         for value in values:
             check_seed(value, name)

@@ -33,7 +33,7 @@ from rora_theory.inits import INITS, Init
 from rora_theory.laws import OPTIMIZERS, Optimizer
 from rora_theory.layer_data import SPLITS, Layer
 from rora_theory.llama import MODULES
-from rora_theory.scaling import Rule, check_positive, check_rank, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.statistics import Moments, root
 from rora_theory.transfer import Setting, transfer
@@ -43,7 +43,7 @@ from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
 from sims.common.devices import describe, pick
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
-from sims.common.scalings import parse_rule
+from sims.common.scalings import check_ranks, parse_rule
 
 NAME = "regime"
 JUDGE, VERDICT = "judge.csv", "verdict.json"
@@ -120,26 +120,33 @@ class Config:
 BLOCK_ROWS = 256
 """Rows of A in one block."""
 
+MOST_ROWS = 10**8
+"""Most rows of A for each module and init."""
+
 
 def check(config: Config) -> dict[str, Rule]:
     """The rules by their names. Raises `InputError` where a setting is out of range."""
+    check_ranks(config.ranks, fewest=1)
     rules: dict[str, Rule] = {}
     for text in config.rules:
         rules[text] = parse_rule(text, "--rules")
-        scaling_factor(rules[text], alpha=config.alpha, rank=max(config.ranks, default=1))
+        scaling_factor(rules[text], alpha=config.alpha, rank=max(config.ranks))
     accepted = {"optimizers": OPTIMIZERS, "inits": INITS}
-    for name in ("ranks", "rules", "optimizers", "inits", "targets"):
+    for name in ("rules", "optimizers", "inits", "targets"):
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are one or more, each once")
         wrong = [value for value in values if name in accepted and value not in accepted[name]]
         if wrong:
             raise InputError(f"{name} has {wrong[0]!r}; accepted are {', '.join(accepted[name])}")
-    for rank in config.ranks:
-        check_rank(rank)
-    for name, least in (("items", 1), ("heldout_items", 1), ("tokens", 1), ("cutoff", 2), ("rows", 0)):
-        if getattr(config, name) < least:
-            raise InputError(f"{name} is {getattr(config, name)}; accepted is an integer of {least} or more")
+    cli.check_integers(config, items=1, heldout_items=1, tokens=1, cutoff=2, rows=0)
+    for layer in config.layers or ():
+        check_integer("--layers", layer, least=0)
+    if config.rows > MOST_ROWS:
+        raise InputError(
+            f"--rows is {config.rows}; accepted are at most {MOST_ROWS:,}: at rank 1 the rms is then known to 0.01% of "
+            "itself, and more would take days a module"
+        )
     check_seed(config.seed)
     least = 4 * max(config.ranks)
     if config.rows and config.rows < least:

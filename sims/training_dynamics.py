@@ -193,8 +193,7 @@ def check(config: Config) -> None:
     dynamics.check_steps(config.steps)
     for name in ("sgd_rate", "momentum_rate", "adam_rate"):
         check_positive("--" + name.replace("_", "-"), getattr(config, name))
-    if config.seeds < 2:
-        raise InputError(f"--seeds is {config.seeds}; accepted is an integer of 2 or more")
+    cli.check_integers(config, seeds=2)
     check_seed(config.seed, "--seed")
     for model in config.models:
         problem(config, model)

@@ -22,7 +22,7 @@ from rora_theory import seals
 from rora_theory.errors import InputError
 from rora_theory.files import read_json
 from rora_theory.inits import Init
-from rora_theory.scaling import KAPPAS, exponent
+from rora_theory.scaling import KAPPAS, check_positive, exponent
 from rora_theory.seeds import check_seed
 from rora_theory.transfer import (
     ALL,
@@ -85,7 +85,7 @@ class Config:
     rule: str = "lora"
     """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa"""
     to_rule: str | None = None
-    """rule at the new rank; none is the same"""
+    """rule at the new rank; left out, it stays as it is"""
     optimizer: Trainer = "adamw"
     """whose first step"""
     init: Init = "kaiming_uniform"
@@ -295,11 +295,6 @@ def check(config: Config, found: Transfer, targets: str | list[str]) -> None:
             f"--check needs the extra finetune, as in pip install 'rora-theory[finetune]' ({error})"
         ) from error
 
-    if len(config.check) < 2:
-        raise InputError(f"check is {' '.join(config.check)}; accepted are a model and one or more data files")
-    check_seed(config.seed)
-    if config.seeds < 2:
-        raise InputError(f"seeds is {config.seeds}; accepted is an integer of 2 or more, for the error bars")
     model_name, *data = config.check
     model = load(model_name)
     pair = real_batch.batches(data, model.tokenizer, items=config.items, heldout_items=config.items, seed=config.seed)
@@ -408,6 +403,14 @@ def summarise(
 
 def main(config: Config) -> None:
     """Report, and check where asked."""
+    if len(config.check) == 1:
+        raise InputError(f"--check is {config.check[0]}; accepted are a model and one or more data files")
+    cli.check_integers(config, from_rank=1, to_rank=1, items=1, seeds=2)
+    check_seed(config.seed, "--seed")
+    check_positive("--lr", config.lr)
+    if config.to_rule in ("none", "None"):
+        accepted = f"{', '.join(KAPPAS)} or a finite exponent, and without --to-rule the rule stays as it is"
+        raise InputError(f"--to-rule is {config.to_rule!r}; accepted are {accepted}")
     found, targets, thin = plan(config)
     report(config, found, targets, thin)
     if config.check:

@@ -52,6 +52,9 @@ UNITS = {
 
 RELATIVE_ERROR = 0.005
 
+MOST_DRAWS, LEAST_ERROR = 10**9, 5e-5
+"""A second moment of n normal draws has the relative error sqrt(2 / n)."""
+
 CHECK_RANKS = (1, 8, 64)
 CHECK_OVERLAPS = (0.0, 0.5)
 CHECK_DRAWS = 1024
@@ -161,18 +164,22 @@ def check(config: Config) -> dict[str, Rule]:
             raise InputError(f"--{name} repeats a value ({' '.join(map(str, values))}); accepted are different ones")
     for rank in config.ranks:
         _named("--ranks", check_rank, rank)
-    for name in ("p_in", "p_out"):
-        if getattr(config, name) < 1:
-            raise InputError(
-                f"--{name.replace('_', '-')} is {getattr(config, name)}; accepted is an integer of 1 or more"
-            )
+    cli.check_integers(config, p_in=1, p_out=1, draws=2, devices=1)
     for overlap in config.overlaps:
         _named("--overlaps", laws.check_overlap, overlap)
     for name in ("alpha", "learning_rate", "relative_error"):
         if getattr(config, name) is not None:
             check_positive("--" + name.replace("_", "-"), getattr(config, name))
-    if config.draws is not None and config.draws < 2:
-        raise InputError(f"--draws is {config.draws}; accepted is an integer of 2 or more")
+    if config.draws is not None and config.draws > MOST_DRAWS:
+        raise InputError(
+            f"--draws is {config.draws}; accepted are at most {MOST_DRAWS:,}: E[w^2] is then known to "
+            f"{LEAST_ERROR:.0e} of itself, a hundred times finer than by default"
+        )
+    if config.relative_error is not None and config.relative_error < LEAST_ERROR:
+        raise InputError(
+            f"--relative-error is {config.relative_error}; accepted is {LEAST_ERROR:.0e} or more, which takes some "
+            f"{MOST_DRAWS:,} draws"
+        )
     check_seed(config.seed, "--seed")
     if config.sampler == "reduced":
         for init in config.inits:

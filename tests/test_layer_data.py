@@ -32,7 +32,7 @@ ONES = np.ones((4, 5))
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"grad": 0 * ONES}, "layer/grad has norm 0; accepted is 1e-12 to 1e+12"),
+        ({"grad": 0 * ONES}, "layer/grad has norm 0; accepted is 1e-12 to 1e\\+12"),
         ({"grad": 1e-30 * ONES}, "layer/grad has norm 4.4.*e-30; accepted is 1e-12"),
         ({"grad": 1e30 * ONES}, "layer/grad has norm 4.4.*30; accepted is 1e-12"),
         ({"x_train": ONES * [[1], [1], [0], [1]]}, "layer/x_train has a row of norm 0; accepted is 1e-12"),

@@ -36,6 +36,7 @@ from rora_theory.adapters.targets import full_name, layer_text, matched
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import PRODUCT
+from rora_theory.scaling import check_integer
 
 Placement = Literal["series", "parallel"]
 NonLinearity = Literal["tanh", "relu", "silu", "gelu"]
@@ -89,8 +90,7 @@ class BottleneckConfig:
         for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", Init)):
             if getattr(self, name) not in get_args(kind):
                 raise InputError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(get_args(kind))}")
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
-            raise InputError(f"bottleneck width is {self.width!r}; accepted is an integer of 1 or more")
+        check_integer("bottleneck width", self.width)
         if not _is_number(self.scaling) or not 0 < self.scaling < math.inf:
             raise InputError(f"scaling is {self.scaling!r}; accepted is a finite number above 0")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:

@@ -27,6 +27,7 @@ from rora_theory.adapters.base import Norms, Params, Row
 from rora_theory.adapters.targets import layer_text
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig, linear, rope
+from rora_theory.scaling import check_integer
 
 PrefixInit = Literal["normal", "zero"]
 
@@ -49,9 +50,7 @@ class PrefixConfig:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        count = self.virtual_tokens
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(f"virtual_tokens is {count!r}; accepted is an integer of 1 or more")
+        check_integer("virtual_tokens", self.virtual_tokens)
         if self.init not in get_args(PrefixInit):
             raise InputError(f"init is {self.init!r}; accepted are {', '.join(get_args(PrefixInit))}")
 

@@ -32,6 +32,7 @@ from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.generate import beam
 from rora_theory.llama.model import Adapter
 from rora_theory.llama.tokenizer import Tokenizer
+from rora_theory.scaling import check_integer
 
 Protocol = Literal["generate", "label", "harness"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
@@ -65,8 +66,7 @@ class Scoring:
         elif self.template not in TEMPLATES:
             raise InputError(f"template is {self.template!r}; accepted are {', '.join(TEMPLATES)}")
         for name in ("num_beams", "max_new_tokens"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)!r}; accepted is an integer of 1 or more")
+            check_integer(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def score(
       InputError: before work starts: a batch size below 1, or a prompt longer than the model reads. Later: a
         log-likelihood that is not finite.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; accepted is an integer of 1 or more")
+    check_integer("batch_size", batch_size)
     skip = {number for number, record in enumerate(records) if (record.task, record.index) in set(done)}
     if scoring.protocol == "generate":
         return _generated(params, config, tokenizer, records, scoring, adapter, batch_size, skip)

@@ -10,7 +10,7 @@ from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMATS
-from rora_theory.scaling import Rule, check_positive
+from rora_theory.scaling import Rule, check_integer, check_positive
 from rora_theory.seeds import check_seed
 
 Method = Literal["lora", "dora", "prefix", "series", "parallel"]
@@ -131,12 +131,10 @@ class FinetuneConfig:
                 )
         self.adapter()
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            _check(name, value, f"an integer of {least} or more", whole and value >= least)
+            check_integer(name, getattr(self, name), least=least)
         check_seed(self.seed)
         if self.max_steps is not None:
-            _check("max_steps", self.max_steps, "an integer of 1 or more", self.max_steps >= 1)
+            check_integer("max_steps", self.max_steps)
         if self.batch % self.accumulation:
             raise InputError(f"accumulation is {self.accumulation}; accepted is a divisor of batch, {self.batch}")
         check_positive("learning_rate", self.peak_learning_rate)

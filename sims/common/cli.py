@@ -15,6 +15,7 @@ import tyro
 import sims
 from rora_theory import files
 from rora_theory.errors import InputError
+from rora_theory.scaling import check_integer, check_positive
 from sims.common import stopping
 
 Config = TypeVar("Config")
@@ -74,6 +75,20 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
     if isinstance(out := getattr(found, "out", None), Path):
         files.check_folder(out)
     return found
+
+
+def check_integers(config: object, **least: int) -> None:
+    """Raise `InputError` unless each named option is None or an integer of ``least`` or more."""
+    for name, smallest in least.items():
+        if (value := getattr(config, name)) is not None:
+            check_integer("--" + name.replace("_", "-"), value, least=smallest)
+
+
+def check_positives(config: object, *names: str) -> None:
+    """Raise `InputError` unless each named option is None or a finite number above 0."""
+    for name in names:
+        if (value := getattr(config, name)) is not None:
+            check_positive("--" + name.replace("_", "-"), value)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,10 @@ import os
 import jax
 
 from rora_theory.errors import InputError
+from rora_theory.scaling import check_integer
+
+MOST = 4096
+"""Most devices: JAX makes as many host devices as it is told, each with threads of its own."""
 
 
 def pick(count: int | None) -> list[jax.Device]:
@@ -14,8 +18,8 @@ def pick(count: int | None) -> list[jax.Device]:
     Raises:
       InputError: more devices than there are accelerators, or a count below 1.
     """
-    if count is not None and count < 1:
-        raise InputError(f"--devices is {count}; accepted is an integer of 1 or more")
+    if count is not None:
+        check_integer("--devices", count, most=MOST)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # the backend is up (another run in this process): take its devices
         jax.config.update("jax_num_cpu_devices", max(count or cores, 1))

@@ -9,6 +9,7 @@ from rora_theory import digests
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, read_records, split, tokenize
 from rora_theory.finetune.data import TextEncoder
+from rora_theory.scaling import check_integer
 
 LossOn = Literal["all", "answer"]
 
@@ -43,8 +44,7 @@ def batches(
       InputError: a file or record that can't be read, or fewer records than are asked for.
     """
     for name, value in (("items", items), ("heldout_items", heldout_items)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; accepted is an integer of 1 or more")
+        check_integer(name, value)
     records = read_records(data)
     if len(records) < items + heldout_items:
         raise InputError(f"{' '.join(data)}: hold {len(records)} records; accepted are {items + heldout_items} or more")

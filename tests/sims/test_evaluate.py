@@ -192,7 +192,7 @@ def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data:
         (("--tasks", "piqa", "arc"), "task is 'arc'; accepted are boolq"),
         (("--tasks", "piqa", "piqa"), "accepted is each one once"),
         (("--limit", "0"), "limit is 0"),
-        (("--batch-size", "0"), "batch_size is 0"),
+        (("--batch-size", "0"), "--batch-size is 0"),
         (("--num-beams", "0"), "num_beams is 0"),
         (("--protocol", "harness", "--template", "clean"), "accepted is none under protocol harness"),
         (("--data-dir", "/nowhere"), "/nowhere/boolq/test.json: no such file"),

@@ -120,8 +120,8 @@ def test_windows_do_not_overlap(model, text) -> None:
 def test_bad_input_is_one_line_before_anything_is_written(model, text, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     for more, message in {
-        ("--text", str(tmp_path / "none.txt")): "none.txt: cannot be read",
-        ("--text", str(tmp_path / "none.json")): "none.json: cannot be read",
+        ("--text", str(tmp_path / "none.txt")): "none.txt: no such file",
+        ("--text", str(tmp_path / "none.json")): "none.json: no such file",
         ("--text", str(tmp_path / "empty.txt")): "empty.txt: is empty",
         ("--windows", "0"): "windows is 0",
         ("--windows", "1000"): "accepted is enough for 1003",

@@ -535,10 +535,10 @@ def test_a_killed_cell_is_reported_and_done_again(model, data, tmp_path, capsys)
 def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path, capsys) -> None:
     for more, message in {
         ("--methods", "qlora"): "method is 'qlora'; accepted are base, prefix",
-        ("--ranks", "4", "4"): "ranks is empty or has one twice",
+        ("--ranks", "4", "4"): "--ranks repeats a value (4 4)",
         ("--ranks", "0"): "rank is 0",
         ("--ranks", "64"): "64",
-        ("--rates", "-1"): "learning_rate is -1",
+        ("--rates", "-1"): "--rates is -1",
         ("--seeds", "-1"): "seeds is -1",
         ("--held-out", "100"): "records to hold out",
         ("--train-records", "100"): "train_records 100",

@@ -215,7 +215,7 @@ def test_no_path_in_the_files(finished, inputs) -> None:
     ("changed", "said"),
     [
         ({"ranks": (0,)}, "rank is 0"),
-        ({"ranks": (4, 4)}, "ranks is '4 4'"),
+        ({"ranks": (4, 4)}, "--ranks repeats a value (4 4)"),
         ({"rules": ("lore",)}, "--rules has 'lore'"),
         ({"inits": ("pissa",)}, "inits has 'pissa'"),
         ({"optimizers": ("lion",)}, "optimizers has 'lion'"),
@@ -224,7 +224,7 @@ def test_no_path_in_the_files(finished, inputs) -> None:
         ({"false_alarm": 1.0}, "false_alarm is 1.0"),
         ({"targets": ("c_proj",)}, "target_modules has 'c_proj'"),
         ({"items": 19}, "hold 20 records; accepted are 23 or more"),
-        ({"data": ("missing.json",)}, "missing.json: cannot be read"),
+        ({"data": ("missing.json",)}, "missing.json: no such file"),
     ],
 )
 def test_bad_input(inputs, tmp_path, capsys, changed, said) -> None:

@@ -235,7 +235,11 @@ def test_check_on_a_model(tmp_path) -> None:
     [
         ({"rule": "lore"}, "--rule has 'lore'"),
         ({"to_rank": 0}, "rank is 0"),
-        ({"lr": -1.0}, "learning_rate is -1.0"),
+        (
+            {"to_rule": "none"},
+            "accepted are lora, rora, rslora or a finite exponent, and without --to-rule the rule stays",
+        ),
+        ({"lr": -1.0}, "--lr is -1.0"),
         ({"regime": "nowhere"}, "nowhere: has no crossing_ranks.csv; accepted are signal, cross-talk"),
         ({"check": ("smollm2-135m",)}, "check is smollm2-135m"),
         ({"check": ("smollm2-135m", "x.json"), "seeds": 1}, "seeds is 1"),
