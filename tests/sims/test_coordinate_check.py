@@ -95,7 +95,7 @@ class Watching:
 
 def test_what_a_cell_asks_for():
     """One A a seed, the same for all ranks and rules; each seed's own batches; each optimizer's own rate."""
-    data = sim.Data(tuple([f"{seed}.{step}" for step in range(3)] for seed in range(3)), ("h0", "h1", "h2"), True, "")
+    data = sim.Data(tuple([f"{seed}.{step}" for step in range(3)] for seed in range(3)), ("h0", "h1", "h2"), True)
     config = sim.Config(data=(), adam_rate=1.0, sgd_rate=2.0, momentum_rate=3.0, gamma=5.0, reference_rank=4)
     keys = set()
     for seed in range(3):
