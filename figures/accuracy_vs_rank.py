@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import Row, beside, chosen_model, draw_line, grouped, legend, levels, measures, model_name, points
+from figures.sweep import Row, beside, chosen_model, draw_line, grouped, levels, marks, measures, model_name, points
 from rora_theory.commonsense import published
 from sims.common import cli
 
@@ -57,10 +57,12 @@ def draw(config: Config) -> Sequence[Path]:
     if paired:
         draw_differences(axes[1], paired, config.answers)
         rank_axis(axes[1], lines)
+    drawn_lines: list[Any] = []
     measured = [axes[0], *axes[1 + bool(paired) :]]
     for axis, (column, error, label, unit) in zip(measured, panels, strict=False):
         for method, cells in lines.items():
             line = points(cells, column, error, unit)
+            drawn_lines.append(line)
             draw_line(axis, method, line, beside([point.place for point in line], METHODS.index(method) - 1))
         levels(axis, rows, column, unit)
         axis.set_ylabel(label)
@@ -68,7 +70,8 @@ def draw(config: Config) -> Sequence[Path]:
     if config.paper:
         printed(axes[-1])
     drawn = [row for cells in lines.values() for row in cells]
-    legend(figure, axes, title(manifest, rows, drawn, tuned=config.tuned), columns=6)
+    words = title(manifest, rows, drawn, tuned=config.tuned)
+    style.legend(figure, style.named(axes) | marks(drawn_lines), words)
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
 
@@ -106,13 +109,13 @@ def differences(config: Config, lines: dict[str, list[Row]]) -> list[Row]:
 def draw_differences(axis: Any, rows: Sequence[Row], answers: bool) -> None:
     """Paired over records: the bars are those of the difference, mostly smaller than the markers."""
     for method, own in grouped(rows, lambda row: row["method"]).items():
-        label, colour, marker = style.method_look(method)
+        label, colour, marker = style.look(method)
         own = sorted(own, key=lambda row: int(row["rank"]))
         names = ("answer_loss", "answer_error") if answers else ("loss", "loss_error")
         values, errors = ([float(row[name]) for row in own] for name in names)
         ranks = beside([int(row["rank"]) for row in own], METHODS.index(method) - 1)
         axis.errorbar(ranks, values, yerr=errors, color=colour, marker=marker, label=label, elinewidth=0.8)
-    axis.axhline(0.0, color=style.method_look("lora")[1], linewidth=0.9)
+    axis.axhline(0.0, color=style.look("lora")[1], linewidth=0.9)
     axis.set_ylabel("less LoRA's, paired (nats)")
 
 
@@ -127,8 +130,8 @@ def rank_axis(axis: Any, lines: dict[str, list[Row]]) -> None:
     labels = ["\n".join([str(rank), *(_gamma(known.get(rank)) for known in gammas.values())]) for rank in ranks]
     axis.set_xticks(ranks, labels)
     axis.minorticks_off()
-    names = [rf"$\gamma$ {style.rule_look(rule)[0]}" for rule in gammas]
-    axis.set_xlabel("rank $r$; below it " + ", ".join(names), fontsize=7)
+    names = [style.look(rule)[0].partition(", ")[2] for rule in gammas]
+    axis.set_xlabel("rank $r$; below it " + " and ".join(rf"$\gamma$ = {name}" for name in names), fontsize=7)
 
 
 def _gamma(value: float | None) -> str:
@@ -139,12 +142,12 @@ def printed(axis: Any) -> None:
     """The published averages on LLaMA-7B: others' numbers, another model, another protocol."""
     for method in ("LoRA", "DoRA"):
         rows = [r for r in published.rows("DoRA repository") if (r.model, r.method) == ("LLaMA-7B", method)]
-        _, colour, marker = style.method_look(method.lower())
+        _, colour, marker = style.look(method.lower())
         ranks, averages = [r.rank for r in rows], [r.average for r in rows]
         axis.plot(ranks, averages, color=colour, marker=marker, markerfacecolor="white")
     for row in published.rows("RoRA paper"):
         if (row.table, row.model) == ("I", "LLaMA-7B") and row.method in ("LoRA", "DoRA", "RoRA"):
-            _, colour, marker = style.method_look(row.method.lower())
+            _, colour, marker = style.look(row.method.lower())
             axis.plot([128], [row.average], marker, color=colour, markerfacecolor="white", markersize=6)
     axis.set_xscale("log", base=2)
     axis.set_xticks([4, 8, 16, 32, 64, 128], ["4", "8", "16", "32", "64", "128"])
@@ -157,7 +160,6 @@ def title(manifest: dict[str, Any], rows: Sequence[Row], drawn: Sequence[Row], *
     """What was trained and measured, of the cells that are drawn."""
     found = manifest["config"]
     steps = next((row["steps"] for row in drawn if row["steps"]), "?")
-    seeds = len({row["seed"] for row in drawn})
     alphas = {row["alpha"] for row in drawn}
     alpha = rf"$\alpha$ = {float(next(iter(alphas))):g}" if len(alphas) == 1 else r"$\alpha$ varies"
     rates = {float(row["learning_rate"]) for row in drawn}
@@ -166,12 +168,9 @@ def title(manifest: dict[str, Any], rows: Sequence[Row], drawn: Sequence[Row], *
         rate = "best lr of a seed on these records" + (
             " (some at the grid's edge)" if any(row["best_rate"] == "edge" for row in drawn) else ""
         )
-    bars = "bars: s.e. over items" + (f", dashes: up to {seeds} single seeds" if seeds > 1 else ", one seed")
-    if any(row["status"] == "diverged" for row in drawn):
-        bars += ", open or crossed: some or all seeds diverged"
     return (
         f"{model_name(rows[0]['model'])}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
-        f"{found['data']['held_out']} held-out records;\n{bars}"
+        f"{found['data']['held_out']} held-out records; bars: ± s.e. over items"
     )
 
 

@@ -1,7 +1,9 @@
 """What adapters of several ranks add to a model, against the rank: a run of sims.coordinate_check."""
 
 import csv
+import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,6 @@ SHORT = {
     "mlp.up_proj": "up",
     "mlp.down_proj": "down",
 }
-OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
-RULES = {"lora": r"$\alpha/r$", "rora": r"$\alpha/\sqrt{r}$", "rslora": r"$\alpha/\sqrt{r}$"}
 SPLITS = {"train": "trained on", "held_out": "held out"}
 
 
@@ -39,7 +39,6 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Two figures: coordinate_check (sizes against the rank), coordinate_check_slopes (slopes against the step)."""
-    manifest, rows = style.read_run(config.run, "coordinate_check")
     path = config.run / "slopes.csv"
     try:
         with path.open(newline="") as file:
@@ -47,6 +46,13 @@ def draw(config: Config) -> Sequence[Path]:
     except OSError as error:
         style.fail(f"{path}: cannot be read ({error.strerror}); accepted is the file of a finished run")
     folder = config.out or config.run
+    if not (config.run / "results.csv").exists():
+        print(
+            f"{config.run}: has no results.csv, each seed's own sizes: coordinate_check is not drawn", file=sys.stderr
+        )
+        manifest = json.loads((config.run / "manifest.json").read_text())
+        return style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes")
+    manifest, rows = style.read_run(config.run, "coordinate_check")
     return [
         *style.save(sizes(manifest, rows), folder, "coordinate_check"),
         *style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes"),
@@ -61,7 +67,7 @@ def case_of(row: dict[str, str]) -> tuple[str, str, str, str]:
 def name(case: tuple[str, str, str, str]) -> str:
     """A case as a panel's title."""
     optimizer, rule, init, control = case
-    text = f"{OPTIMIZERS[optimizer]}, " + RULES.get(rule, rf"$\kappa={rule}$")
+    text = f"{style.OPTIMIZERS[optimizer]}:\n{style.look(rule)[0]}"
     text += "" if init == "kaiming_uniform" else f",\nA {init}"
     return text + ("\n(control: must fail)" if control == "1" else "")
 
@@ -73,7 +79,7 @@ def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
     steps = sorted({int(row["step"]) for row in rows})
     shown: dict[int, Any] = {steps[0]: "-", steps[-1]: (0, (1, 1.5))}
     figure, axes = plt.subplots(
-        2, len(cases), figsize=(0.9 + 1.35 * len(cases), 4.2), sharex=True, sharey=True, squeeze=False
+        2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
         for axis, case in zip(axis_row, cases, strict=True):
@@ -91,27 +97,22 @@ def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
                         markerfacecolor=colour if step == steps[0] else "white",
                         label=SHORT[module] if step == steps[0] else None,
                     )
-            axis.set_xscale("log", base=2)
+            style.whole_ticks(axis, (int(row["rank"]) for row in rows), most=5)
             axis.set_yscale("log")
             if split == "train":
                 axis.set_title(name(case))
             else:
                 axis.set_xlabel("rank $r$")
         axis_row[0].set_ylabel(f"rms of adapter's output,\n{label}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles = style.named(axes.flat)
     for step, dashes in shown.items():
         face = "black" if step == steps[0] else "white"
-        handles.append(plt.Line2D([], [], color="black", linestyle=dashes, marker="o", markerfacecolor=face))
-        labels.append(f"step {step}")
-    figure.legend(
+        handles[f"step {step}"] = plt.Line2D([], [], color="black", linestyle=dashes, marker="o", markerfacecolor=face)
+    style.legend(
+        figure,
         handles,
-        labels,
-        loc="outside lower center",
-        ncols=len(labels),
-        frameon=False,
-        title=f"{manifest['config']['model']}, {manifest['config']['batches']} batch; mean ± s.e. over "
+        f"{manifest['config']['model']}, {manifest['config']['batches']} batch; mean ± s.e. over "
         f"{manifest['config']['seeds']} seeds; rules meet at r = {manifest['config']['reference_rank']}",
-        title_fontsize=7,
     )
     return figure
 
@@ -124,11 +125,11 @@ def exponents(manifest: dict[str, Any], slopes: list[dict[str, str]]) -> plt.Fig
     lines += [("hidden", "model", "final hidden state"), ("logits", "model", "logits")]
     band = float(manifest["config"]["band"])
     figure, axes = plt.subplots(
-        2, len(cases), figsize=(0.9 + 1.35 * len(cases), 4.2), sharex=True, sharey=True, squeeze=False
+        2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
         for axis, case in zip(axis_row, cases, strict=True):
-            axis.axhspan(-band, band, color="#dddddd", zorder=0)
+            axis.axhspan(-band, band, color=style.BAND_COLOUR, zorder=0)
             for position, (quantity, module, text) in enumerate(lines):
                 points = [
                     row
@@ -137,10 +138,8 @@ def exponents(manifest: dict[str, Any], slopes: list[dict[str, str]]) -> plt.Fig
                     and (row["quantity"], row["module"], row["split"]) == (quantity, module, split)
                     and row["slope"]
                 ]
-                # Points of one step stand side by side.
-                shift = 1.04 ** (position - len(lines) / 2)
                 axis.errorbar(
-                    [int(row["step"]) * shift for row in points],
+                    [int(row["step"]) for row in points],
                     [float(row["slope"]) for row in points],
                     yerr=[float(row["half_width"]) for row in points],
                     color=style.COLOURS[position] if module != "model" else "black",
@@ -149,22 +148,18 @@ def exponents(manifest: dict[str, Any], slopes: list[dict[str, str]]) -> plt.Fig
                     linestyle=(0, (2, 2)) if quantity == "logits" else "-",
                     label=text,
                 )
-            axis.set_xscale("log")
+            style.whole_ticks(axis, (int(row["step"]) for row in slopes if int(row["step"]) > 0), most=5)
             if split == "train":
                 axis.set_title(name(case))
             else:
                 axis.set_xlabel("step")
         axis_row[0].set_ylabel(f"slope in $r$, {label}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
+    handles = style.named(axes.flat) | {f"flat: within ±{band:g}": style.band_handle()}
+    style.legend(
+        figure,
         handles,
-        labels,
-        loc="outside lower center",
-        ncols=len(labels),
-        frameon=False,
-        title=f"{manifest['config']['model']}, {manifest['config']['batches']} batch; log-log slope ± half its 95% "
-        f"interval over {manifest['config']['seeds']} seeds; grey: within ±{band:g}",
-        title_fontsize=7,
+        f"{manifest['config']['model']}, {manifest['config']['batches']} batch; log-log slope ± half its 95% "
+        f"interval over {manifest['config']['seeds']} seeds",
     )
     return figure
 

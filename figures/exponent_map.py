@@ -10,12 +10,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patheffects import withStroke
 
 from figures import style
 from rora_theory import laws
 
-LABELS_AT = 0.07
-"""Overlap at which the contours carry their labels."""
+LABELS_AT = (0.05, 0.12)
+"""Overlaps at which the contours carry their labels, by turns."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,21 @@ def draw(config: Config) -> Sequence[Path]:
         kappa = laws.flat_kappa(slope, optimizer=optimizer)
         ends = laws.flat_kappa(np.array([1.0, 2.0]), optimizer=optimizer)
         levels = np.linspace(ends[0], ends[1], 6)[1:-1]
-        lines = axis.contour(ranks, overlaps, kappa, levels=levels, colors="white", linewidths=0.6)
-        # Labels where the contours are apart: slope s is at r = c (s - 1) / (2 - s), c the shifted crossing rank.
-        at = float(laws.random_input_crossing_rank(config.p_in, LABELS_AT, optimizer=optimizer)) - shift
-        slopes = levels * 2 * laws.scaling_power(optimizer)
-        places = [(at * (s - 1) / (2 - s), LABELS_AT) for s in slopes]
-        axis.clabel(lines, fmt=lambda level: rf"$\kappa$={level:.3g}", fontsize=6, manual=places)
+        axis.contour(ranks, overlaps, kappa, levels=levels, colors="white", linewidths=0.6)
+        # Slope s is at r = c (s - 1) / (2 - s), c the shifted crossing rank; labels of neighbours at different heights.
+        for number, (level, s) in enumerate(zip(levels, levels * 2 * laws.scaling_power(optimizer), strict=True)):
+            overlap = LABELS_AT[number % 2]
+            c = float(laws.random_input_crossing_rank(config.p_in, overlap, optimizer=optimizer)) - shift
+            axis.text(
+                c * (s - 1) / (2 - s),
+                overlap,
+                f"{level:.3g}",
+                color="white",
+                fontsize=6,
+                ha="center",
+                va="center",
+                path_effects=[withStroke(linewidth=1.8, foreground="#333333")],
+            )
         axis.plot(crossing, overlaps, color=style.COLOURS[1], label="crossing rank $r^*$")
         axis.set(xscale="log", yscale="log", xlim=(1, config.max_rank), ylim=(overlaps[0], 1), xlabel="rank $r$")
         axis.set_xscale("log", base=2)
@@ -63,10 +73,11 @@ def draw(config: Config) -> Sequence[Path]:
             rf"flat at $\kappa$ = {ends[0]:g} (cross-talk) to {ends[1]:g} (signal)"
         )
         axis.grid(False)
-        axis.legend(loc="lower right", framealpha=0.9)
     axes[0].set_ylabel(r"overlap $\rho$ of the inputs")
     figure.colorbar(mesh, ax=axes, label=r"$d\,\log E[w^2]\;/\;d\,\log r$ at $\gamma = 1$")
-    figure.suptitle(f"$p_{{in}}$ = {config.p_in}, Gaussian inputs and A", fontsize=8)
+    swatch = plt.Rectangle((0, 0), 1, 1, facecolor="#7c7b78", edgecolor="white", linewidth=0.6)
+    handles = style.named(axes) | {r"contours: the $\kappa$ that is flat there": swatch}
+    style.legend(figure, handles, f"$p_{{in}}$ = {config.p_in}, Gaussian inputs and A")
     return style.save(figure, config.out, "exponent_map")
 
 

@@ -10,6 +10,8 @@ import tyro
 
 from figures import style
 
+SPLITS = {"train": "training", "heldout": "held-out"}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -27,7 +29,7 @@ def draw(config: Config) -> Sequence[Path]:
     """One panel a layer and optimizer; each rule's curve is divided by its value at the smallest rank."""
     _, rows = style.read_run(config.run, "variance_sweep_layers")
     rows = [row for row in rows if row["split"] == config.split]
-    if not rows:
+    if config.split not in SPLITS or not rows:
         style.fail(f"--split is {config.split!r}; accepted are train and heldout")
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
@@ -37,7 +39,7 @@ def draw(config: Config) -> Sequence[Path]:
     )
     for axis, optimizer in zip(axes[:, 0], optimizers, strict=True):
         for position, rule in enumerate(rules):
-            label, colour, marker = style.rule_look(rule, position)
+            label, colour, marker = style.look(rule, position)
             for layer in layers:
                 key = (layer, optimizer, rule)
                 chosen = [row for row in rows if (row["layer"], row["optimizer"], row["rule"]) == key]
@@ -57,15 +59,12 @@ def draw(config: Config) -> Sequence[Path]:
                 )
         axis.axhline(1, color="black", linewidth=0.6)
         axis.set(yscale="log", ylabel="rms of $w$ relative to the first rank", title=style.OPTIMIZERS[optimizer])
-        axis.set_xscale("log", base=2)
+        style.whole_ticks(axis, (int(row["rank"]) for row in rows))
     axes[-1, 0].set_xlabel("rank $r$")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        title=f"{len(layers)} layers, {config.split} tokens; points measured, lines law",
-        title_fontsize=7,
+    style.legend(
+        figure,
+        style.named(axes.flat),
+        f"{len(layers)} layers, {SPLITS[config.split]} tokens; points: measured ± s.e., lines: the law",
     )
     return style.save(figure, config.out or config.run, "layers_vs_rank")
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.ticker import MaxNLocator
 
 from figures import style
 from sims.common import cli
@@ -49,7 +50,8 @@ def draw(config: Config) -> Sequence[Path]:
         style.fail(f"--labels has {len(config.labels)} names for {len(folders)} runs; accepted is one each")
     found = [read(folder) for folder in folders]
     names = config.labels or names_of([settings for settings, _ in found])
-    figure, axis = plt.subplots(figsize=(3.6, 2.5))
+    figure, axis = plt.subplots(figsize=(3.6, 2.8))
+    words = "points: single batches; lines: their running mean"
     curves = zip(looks([settings for settings, _ in found]), names, found, strict=True)
     for number, ((colour, marker), label, (_, events)) in enumerate(curves):
         dashes = "--" if number % 2 else "-"  # where two are the same, the earlier shows between the dashes
@@ -64,7 +66,8 @@ def draw(config: Config) -> Sequence[Path]:
             )
     axis.set_xlabel("step")
     axis.set_ylabel("loss per token (nats)")
-    axis.legend(frameon=False)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.legend(figure, style.named([axis]), words)
     return style.save(figure, config.out or config.runs[0], "loss_curves")
 
 
@@ -103,7 +106,7 @@ def looks(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Colour and marker of each run: its method's own, or, where two runs have the same method, by position."""
     methods = [_method(settings) for settings in runs]
     if len(set(methods)) == len(methods):
-        return [style.method_look(method, position)[1:] for position, method in enumerate(methods, start=4)]
+        return [style.look(method, position)[1:] for position, method in enumerate(methods, start=4)]
     return [
         (style.COLOURS[i % len(style.COLOURS)], style.MARKERS[i % len(style.MARKERS)]) for i, _ in enumerate(methods)
     ]
@@ -112,13 +115,11 @@ def looks(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 def _method(settings: dict[str, Any]) -> str:
     """The method as figures know it: LoRA's kind with RoRA's rule is RoRA."""
     kind, rule = settings["method"], str(settings["rule"]).replace("rslora", "rora")
-    known = {
-        ("lora", "lora"): "lora",
-        ("lora", "rora"): "rora",
-        ("dora", "lora"): "dora",
-        ("dora", "rora"): "dora-rora",
-    }
-    return known.get((kind, rule), f"{kind} {rule}")
+    if kind == "lora":
+        return rule
+    return {("dora", "lora"): "dora", ("dora", "rora"): "dora-rora"}.get(
+        (kind, rule), f"dora, kappa = {rule}" if kind == "dora" else kind
+    )
 
 
 def names_of(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -133,14 +134,13 @@ def names_of(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def name(settings: dict[str, Any]) -> str:
-    """A run's name: LoRA and RoRA are the rules of one method."""
-    method = settings["method"]
-    if method not in ("lora", "dora"):
-        return str(method)
-    rules = {"lora": "LoRA", "rora": "RoRA", "rslora": "RoRA"}
-    rule = rules.get(settings["rule"], f"kappa = {settings['rule']}")
-    known = rule if method == "lora" else {"LoRA": "DoRA"}.get(rule, f"DoRA ({rule})")
-    return f"{known}, r = {settings['rank']}"
+    """A run's name: its method's label, as in every figure, and its rank."""
+    label = style.look(_method(settings))[0]
+    return (
+        label
+        if settings["rank"] is None or settings["method"] not in ("lora", "dora")
+        else f"{label}, r = {settings['rank']}"
+    )
 
 
 def points(events: list[dict[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,13 +6,13 @@ python -m figures.loss_vs_rate RUN --rank 32
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import beside, chosen_model, draw_line, legend, levels, measures, model_name, points
+from figures.sweep import chosen_model, draw_line, levels, marks, measures, model_name, points
 from sims.common import cli
 
 
@@ -52,11 +52,15 @@ def draw(config: Config) -> Sequence[Path]:
     rates = sorted({float(row["learning_rate"]) for row in rows if row["learning_rate"]})
     size = (0.6 + 3.3 * len(panels), 3.0)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=True)
+    lines: list[Any] = []
     for axis, (column, error, label, unit) in zip(axes[0], panels, strict=True):
-        for position, method in enumerate(drawn):
+        for earlier, method in enumerate(drawn):
             cells = [row for row in rows if row["method"] == method]
+            # Where two are the same, the earlier shows around the later.
+            marker_size = 3.5 + 0.7 * (len(drawn) - 1 - earlier)
             line = points(cells, column, error, unit, by="learning_rate")
-            draw_line(axis, method, line, beside([point.place for point in line], position - len(drawn) // 2))
+            draw_line(axis, method, line, [point.place for point in line], marker_size)
+            lines.append(line)
         if config.top is not None and axis is axes[0][0]:
             axis.set_ylim(top=config.top)
         levels(axis, rows, column, unit)
@@ -67,10 +71,9 @@ def draw(config: Config) -> Sequence[Path]:
     title = (
         model_name(rows[0]["model"])
         + (f", r = {rank}" if ranks else "")
-        + f", {steps} steps of {manifest['config']['training']['batch']}; bars: s.e. over items, dashes: single seeds, "
-        "crosses: diverged"
+        + f", {steps} steps of {manifest['config']['training']['batch']}; bars: ± s.e. over items"
     )
-    legend(figure, axes[0], title, columns=4)
+    style.legend(figure, style.named(axes[0]) | marks(lines), title)
     return style.save(figure, config.out or config.run, "loss_vs_rate")
 
 

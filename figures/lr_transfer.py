@@ -13,9 +13,10 @@ import tyro
 
 from figures import style
 
-OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
 TRAINED = {"both": ("-", True), "B": ((0, (3, 2)), False)}
 """Line and whether the marker is filled."""
+CEILING = 3
+"""Losses above this times the median are not drawn."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,13 @@ def draw(config: Config) -> Sequence[Path]:
     """A column an optimizer: above the best rates with their slopes, below the losses at the largest rank."""
     manifest, rows = style.read_run(config.run, "lr_transfer")
     bests, slopes = (_table(config.run / name) for name in ("best.csv", "slopes.csv"))
-    optimizers = [name for name in OPTIMIZERS if any(row["optimizer"] == name for row in bests)]
+    optimizers = [name for name in style.OPTIMIZERS if any(row["optimizer"] == name for row in bests)]
     rules = list(dict.fromkeys(row["rule"] for row in bests))
     figure, axes = plt.subplots(2, len(optimizers), figsize=(1.0 + 2.8 * len(optimizers), 6.4), squeeze=False)
+    left_out = 0
     for column, optimizer in enumerate(optimizers):
         for position, rule in enumerate(rules):
-            label, colour, marker = style.rule_look(rule, position)
-            if rule in style.METHODS and rule not in style.RULES:  # a method of a sweep that is no plain rule
-                label, colour, marker = style.method_look(rule)
+            label, colour, marker = style.look(rule, position)
             for trained, (dashes, filled) in TRAINED.items():
                 look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
                 look["markerfacecolor"] = colour if filled else "white"
@@ -49,10 +49,14 @@ def draw(config: Config) -> Sequence[Path]:
                 text += "" if filled else ", A frozen"
                 _best(axes[0, column], [row for row in bests if _key(row) == key], look, text)
                 if filled:
-                    _losses(axes[1, column], [row for row in rows if _key(row) == key], manifest, look, label)
+                    left_out += _losses(
+                        axes[1, column], [row for row in rows if _key(row) == key], manifest, look, label
+                    )
         above, below = axes[:, column]
-        above.set(title=f"{OPTIMIZERS[optimizer]}: best rate and its slope in $r$", xlabel="rank $r$", yscale="log")
-        above.set_xscale("log", base=2)
+        above.set(
+            title=f"{style.OPTIMIZERS[optimizer]}: best rate and its slope in $r$", xlabel="rank $r$", yscale="log"
+        )
+        style.whole_ticks(above, (int(row["rank"]) for row in bests))
         above.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         top = max(int(row["rank"]) for row in rows if row["optimizer"] == optimizer)
         below.set(title=f"r = {top}, both factors trained", xlabel="learning rate", xscale="log")
@@ -60,7 +64,13 @@ def draw(config: Config) -> Sequence[Path]:
             below.set_yscale("log")
     axes[0, 0].set_ylabel("best learning rate")
     axes[1, 0].set_ylabel("held-out loss" + (" (nats a token)" if is_matrix(manifest) else ""))
-    axes[1, 0].legend(frameon=False)
+    words = f"bars: ± one s.e. over {' and '.join(sorted({row['error_over'] for row in bests if row['error_over']}))}"
+    if left_out:
+        words += f"; below: rates that diverged, or whose loss is more than {CEILING} times the median's, are left out"
+    edge = plt.Line2D([], [], color="black", marker="x", markersize=6, linestyle="none")
+    handles = style.named(axes[1])
+    handles |= {"best rate at the grid's edge": edge} if any(row["edge"] for row in bests) else {}
+    style.legend(figure, handles, words)
     return style.save(figure, config.out or config.run, "lr_transfer")
 
 
@@ -87,10 +97,10 @@ def _best(axis: plt.Axes, rows: list[dict[str, str]], look: dict[str, Any], labe
 
 def _losses(
     axis: plt.Axes, rows: list[dict[str, str]], manifest: dict[str, Any], look: dict[str, Any], label: str
-) -> None:
-    """Mean loss ± s.e. over seeds at the largest rank; diverged rates have no point."""
+) -> int:
+    """Mean loss ± s.e. over seeds at the largest rank; returns how many rates have no point."""
     if not rows:
-        return
+        return 0
     top = max(int(row["rank"]) for row in rows)
     judge = "loss_train" if manifest.get("judge") == "train" else "loss_held_out"
     found: dict[float, list[float]] = {}
@@ -98,13 +108,14 @@ def _losses(
         if int(row["rank"]) == top:
             found.setdefault(float(row["learning_rate"]), []).append(float(row[judge] or "inf"))
     finite = [float(np.mean(values)) for values in found.values() if np.isfinite(values).all()]
-    ceiling = 3 * float(np.median(finite or [1.0]))
+    ceiling = CEILING * float(np.median(finite or [1.0]))
     kept = [rate for rate in sorted(found) if np.isfinite(found[rate]).all() and np.mean(found[rate]) <= ceiling]
     error = [
         float(np.std(found[rate], ddof=1) / math.sqrt(len(found[rate]))) if len(found[rate]) > 1 else 0.0
         for rate in kept
     ]
     axis.errorbar(kept, [float(np.mean(found[rate])) for rate in kept], yerr=error, label=label, **look)
+    return len(found) - len(kept)
 
 
 def _table(path: Path) -> list[dict[str, str]]:

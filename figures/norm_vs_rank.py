@@ -31,7 +31,7 @@ def draw(config: Config) -> Sequence[Path]:
     figure, axes = plt.subplots(
         len(panels),
         len(overlaps),
-        figsize=(1.4 + 1.6 * len(overlaps), 0.5 + 2.0 * len(panels)),
+        figsize=(max(3.0, 1.4 + 1.6 * len(overlaps)), 0.5 + 2.0 * len(panels)),
         sharex=True,
         sharey="row",
         squeeze=False,
@@ -46,7 +46,7 @@ def draw(config: Config) -> Sequence[Path]:
                 ]
                 chosen.sort(key=lambda row: int(row["rank"]))
                 ranks = [int(row["rank"]) for row in chosen]
-                label, colour, marker = style.rule_look(rule, position)
+                label, colour, marker = style.look(rule, position)
                 axis.plot(ranks, [float(row["exact"]) for row in chosen], color=colour)
                 if all(row["paper"] for row in chosen):
                     axis.plot(
@@ -65,27 +65,21 @@ def draw(config: Config) -> Sequence[Path]:
                     linestyle="none",
                     label=label,
                 )
-            axis.set(xscale="log", yscale="log", title=f"{style.OPTIMIZERS[optimizer]}, overlap {float(overlap):g}")
-            axis.set_xscale("log", base=2)
+            axis.set(yscale="log", title=f"{style.OPTIMIZERS[optimizer]}, overlap {float(overlap):g}")
+            style.whole_ticks(axis, (int(row["rank"]) for row in rows))
         named = f", A {init}" if len({init for _, init in panels}) > 1 else ""
         axis_row[0].set_ylabel(rf"rms of $\|w\|_2$ (output units){named}")
     for axis in axes[-1]:
         axis.set_xlabel("rank $r$")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    handles += [
-        plt.Line2D([], [], color="black"),
-        plt.Line2D([], [], color="black", linestyle=(0, (4, 3)), linewidth=0.9),
-    ]
+    handles = style.named(axes.flat) | {"exact law": plt.Line2D([], [], color="black")}
+    if any(row["paper"] for row in rows):
+        handles["paper, Eq. 11 (SGD)"] = plt.Line2D([], [], color="black", linestyle=(0, (4, 3)), linewidth=0.9)
     config_of = manifest["config"]
-    figure.legend(
+    style.legend(
+        figure,
         handles,
-        [*labels, "exact law", "paper, Eq. 11 (SGD)"],
-        loc="outside lower center",
-        ncols=5,
-        frameon=False,
-        title=rf"points: simulated ± s.e.; $p_{{in}}$ = {config_of['p_in']}, $p_{{out}}$ = {config_of['p_out']}, "
+        rf"points: simulated ± s.e.; $p_{{in}}$ = {config_of['p_in']}, $p_{{out}}$ = {config_of['p_out']}, "
         rf"$\alpha$ = {config_of['alpha']:g}, $\eta$ = {config_of['learning_rate']:g}",
-        title_fontsize=7,
     )
     return style.save(figure, config.out or config.run, "norm_vs_rank")
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import tyro
+from matplotlib.ticker import MaxNLocator
 
 from figures import style
 
@@ -60,7 +61,7 @@ def _depth(rows: list[dict[str, str]], split: str, out: Path) -> list[Path]:
     kinds = list(dict.fromkeys(map(_kind, rows)))
     optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(0.5 + 1.35 * len(kinds), 2.3), sharex=True, sharey=True, squeeze=False
+        1, len(kinds), figsize=(max(3.4, 0.5 + 1.35 * len(kinds)), 2.3), sharex=True, sharey=True, squeeze=False
     )
     for axis, kind in zip(axes[0], kinds, strict=True):
         for index, optimizer in enumerate(optimizers):
@@ -81,16 +82,15 @@ def _depth(rows: list[dict[str, str]], split: str, out: Path) -> list[Path]:
                 label=style.OPTIMIZERS[optimizer],
             )
         axis.set(yscale="log", title=kind, xlabel="layer")
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 0].set_ylabel("crossing rank $r^*$")
-    tokens = {row["tokens"] for row in rows}
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        title=f"{', '.join(sorted(tokens))} {SPLITS[split]} tokens a module; line: all of them, band: quartiles",
-        title_fontsize=7,
-    )
+    tokens = ", ".join(sorted({row["tokens"] for row in rows}))
+    handles = style.named(axes.flat)
+    for optimizer, handle in list(handles.items()):
+        handles[f"{optimizer}, quartiles over tokens"] = plt.Rectangle(
+            (0, 0), 1, 1, color=handle.get_color(), alpha=0.2, linewidth=0
+        )
+    style.legend(figure, handles, f"{tokens} {SPLITS[split]} tokens a module; line: $r^*$ of all of them together")
     return style.save(figure, out, "regime_depth")
 
 
@@ -106,15 +106,16 @@ def _rms(rows: list[dict[str, str]], config: Config, init: str, out: Path) -> li
     figure, axes = plt.subplots(
         len(optimizers),
         len(modules),
-        figsize=(0.6 + 1.6 * len(modules), 0.7 + 1.6 * len(optimizers)),
+        figsize=(max(3.4, 0.6 + 1.6 * len(modules)), 0.7 + 1.6 * len(optimizers)),
         sharex=True,
         sharey="row",
         squeeze=False,
     )
+    measured = any(row["measured"] for row in rows if row["module"] in modules)
     for line, optimizer in zip(axes, optimizers, strict=True):
         for axis, module in zip(line, modules, strict=True):
             for position, rule in enumerate(rules):
-                label, colour, marker = style.rule_look(rule, position)
+                label, colour, marker = style.look(rule, position)
                 key = (module, optimizer, rule)
                 own = sorted(
                     (row for row in rows if (row["module"], row["optimizer"], row["rule"]) == key),
@@ -135,20 +136,14 @@ def _rms(rows: list[dict[str, str]], config: Config, init: str, out: Path) -> li
                         linestyle="none",
                     )
             axis.set(yscale="log")
-            axis.set_xscale("log", base=2)
+            style.whole_ticks(axis, (int(row["rank"]) for row in rows), most=5)
             if optimizer == optimizers[0]:
                 axis.set_title(module.removeprefix("model.layers."))
             if optimizer == optimizers[-1]:
                 axis.set_xlabel("rank $r$")
         line[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}: rms of $w$,\nin units of $r = {ranks[0]}$")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(rules),
-        frameon=False,
-        title=f"{SPLITS[config.split]} tokens, A {init}; lines: the law, points: adapters drawn and stepped",
-        title_fontsize=7,
-    )
+    shown = "lines: the law" + (", points: adapters drawn and stepped, ± s.e." if measured else "")
+    style.legend(figure, style.named(axes.flat), f"{SPLITS[config.split]} tokens, A {init}; {shown}")
     return style.save(figure, out, "regime_rms")
 
 

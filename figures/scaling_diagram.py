@@ -51,7 +51,7 @@ def draw(config: Config) -> Sequence[Path]:
 
 def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
     """x through the frozen W and, beside it, through A, B and gamma, to their sum."""
-    _, colour, _ = style.rule_look(rule)
+    _, colour, _ = style.look(rule)
     name, formula = {"lora": ("LoRA", r"\alpha/r"), "rora": ("RoRA", r"\alpha/\sqrt{r}")}[rule]
     axis.set(xlim=(0, 10), ylim=(0, 10.6), aspect="equal")
     axis.axis("off")
@@ -88,7 +88,7 @@ def scheme(axis: Any, rule: str, config: Config, gamma: float) -> None:
 def curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
     """gamma against the rank, log-log; slopes -1 and -1/2."""
     for rule, found in gammas.items():
-        label, colour, marker = style.rule_look(rule)
+        label, colour, marker = style.look(rule)
         axis.plot(config.ranks, found, color=colour, marker=marker, label=label)
         slope = np.polyfit(np.log(config.ranks), np.log(found), 1)[0] if len(config.ranks) > 1 else np.nan
         axis.annotate(
@@ -99,7 +99,7 @@ def curve(axis: Any, config: Config, gammas: dict[str, list[float]]) -> None:
             color=colour,
             fontsize=7,
         )
-    axis.axvline(config.rank, color="#999999", linestyle=":", linewidth=0.8)
+    axis.axvline(config.rank, color="#999999", linestyle=":", linewidth=0.8, label=f"$r$ = {config.rank}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(config.ranks, [str(rank) for rank in config.ranks])

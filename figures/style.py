@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from rora_theory import seals
 from sims.common import cli
@@ -22,19 +23,21 @@ Config = TypeVar("Config")
 # Okabe and Ito's palette, told apart by all common kinds of colour vision; markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-RULES = {
-    "lora": (r"$\alpha/r$ (LoRA)", 0),
-    "rora": (r"$\alpha/\sqrt{r}$ (RoRA)", 1),
-    "rslora": (r"$\alpha/\sqrt{r}$", 1),
-}
-METHODS = {"base": ("no adapter", 6), "lora": ("LoRA", 0), "rora": ("RoRA", 1), "dora": ("DoRA", 2)} | {
+METHODS = {
+    "base": ("no adapter", 6),
+    "lora": (r"LoRA, $\alpha/r$", 0),
+    "rora": (r"RoRA, $\alpha/\sqrt{r}$", 1),
+    "dora": (r"DoRA, $\alpha/r$", 2),
     "dora-rora": (r"DoRA, $\alpha/\sqrt{r}$", 3),
     "quarter": (r"LoRA, $\alpha/r^{1/4}$", 4),
     "prefix": ("prefix tuning", 5),
     "series": ("series adapter", 10),
     "parallel": ("parallel adapter", 11),
 }
-OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}
+"""Label, and place in the palette, of every method and every scaling rule that has a name."""
+KAPPAS = {1.0: "lora", 0.5: "rora", 0.25: "quarter"}
+BAND_COLOUR = "#dddddd"
+OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
 
 STYLE: Any = {
     "font.size": 8,
@@ -57,17 +60,75 @@ STYLE: Any = {
 }
 
 
-def rule_look(rule: str, position: int = 2) -> tuple[str, str, str]:
-    """Label, colour and marker of a rule: named rules look the same in every figure."""
-    label, index = RULES.get(rule, (rf"$\alpha/r^{{{rule}}}$", position))
-    return label, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+def look(name: str, position: int = 0) -> tuple[str, str, str]:
+    """Label, colour and marker of a method or a scaling rule: the same in every figure.
 
-
-def method_look(method: str, position: int = 4) -> tuple[str, str, str]:
-    """Label, colour and marker of a fine-tuning method: the same in every figure."""
-    label, index = METHODS.get(method, (method, position))
+    Args:
+      name: of a method, of a rule, or an exponent kappa; ``rslora`` and 0.5 are RoRA, 1 is LoRA.
+      position: which of the figure's lines it is, for the colour of one that has no name.
+    """
+    try:
+        name = KAPPAS.get(float(name), name)
+        unnamed = r"constant $\gamma$" if float(name) == 0 else rf"$\alpha/r^{{{name}}}$"
+    except ValueError:
+        unnamed = name
+    name = "rora" if name == "rslora" else name
+    label, index = METHODS.get(name, (unnamed, (2, 3, 5, 6)[position % 4]))
     # From the palette's second round on a colour has another marker.
     return label, COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+
+
+def legend(figure: Figure, handles: dict[str, Any], title: str) -> None:
+    """One legend below all panels, by label: in as many columns as find room, its title folded between words."""
+    width = figure.bbox.width - 20  # what the legend's own border takes
+    lines = [""]
+    for word in title.split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if _extent(figure, longer) <= width else [*lines, word]
+    for columns in range(len(handles), 0, -1):
+        found = figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            title="\n".join(lines),
+            title_fontsize=7,
+        )
+        found.get_title().set_multialignment("center")
+        if columns == 1 or found.get_window_extent().width <= figure.bbox.width:
+            return
+        found.remove()
+
+
+def _extent(figure: Figure, text: str) -> float:
+    """Pixels that a line of a legend's title takes."""
+    artist = figure.text(0, 0, text, fontsize=7)
+    width = artist.get_window_extent().width
+    artist.remove()
+    return float(width)
+
+
+def named(axes: Iterable[Any]) -> dict[str, Any]:
+    """Handles of all labels that axes have."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        found |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    return found
+
+
+def band_handle() -> Any:
+    """A grey band's handle in a legend."""
+    return plt.Rectangle((0, 0), 1, 1, facecolor=BAND_COLOUR, edgecolor="none")
+
+
+def whole_ticks(axis: Any, values: Iterable[int], most: int = 7) -> None:
+    """A logarithmic axis of ranks or steps: ticks at values that were run, as plain integers, ``most`` of them."""
+    ticks = sorted(set(values))
+    ticks = ticks[:: -(-len(ticks) // most)]
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

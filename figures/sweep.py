@@ -1,14 +1,17 @@
 """What figures of a run of sims.rank_sweep share: means over seeds, their lines, and the levels beside them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+
 from figures import style
 
 Row = dict[str, str]
+PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 
 
 @dataclass(frozen=True)
@@ -81,26 +84,16 @@ def measures(rows: Sequence[Row], answers: bool) -> list[tuple[str, str, str, fl
     return found
 
 
-def legend(figure: Any, axes: Sequence[Any], title: str, columns: int) -> None:
-    """One legend below, of every name that an axis has."""
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, title=title
-    )
-
-
 def beside(places: Sequence[float], position: int) -> list[float]:
     """Where a line's points are drawn on a logarithmic axis: side by side, so that bars do not hide each other."""
     return [place * 2.0 ** (0.06 * position) for place in places]
 
 
-def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[float]) -> None:
+def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[float], size: float = 3.5) -> None:
     """Mean and error bar at each place; the single seeds beside, where there are several."""
     if not line:
         return
-    label, colour, marker = style.method_look(method)
+    label, colour, marker = style.look(method)
     axis.errorbar(
         places,
         [point.value for point in line],
@@ -110,6 +103,7 @@ def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[fl
         label=label,
         linewidth=1.2,
         elinewidth=0.8,
+        markersize=size,
     )
     for place, point in zip(places, line, strict=True):
         if point.diverged and point.seeds:
@@ -120,12 +114,27 @@ def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[fl
             axis.plot([place] * len(point.seeds), point.seeds, "_", color=colour, markersize=5, alpha=0.7)
 
 
+def marks(lines: Iterable[Sequence[Point]]) -> dict[str, Any]:
+    """Handles of the marks that lines have beside mean and bar: single seeds, and what diverged."""
+    every = [point for line in lines for point in line]
+    found = {
+        "a single seed": ("_", any(len(point.seeds) > 1 for point in every)),
+        "some seeds diverged": ("o", any(point.diverged and point.seeds for point in every)),
+        "all seeds diverged": ("x", any(point.diverged and not point.seeds for point in every)),
+    }
+    return {
+        label: plt.Line2D([], [], color="#555555", marker=marker, markerfacecolor="white", linestyle="none")
+        for label, (marker, there) in found.items()
+        if there
+    }
+
+
 def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
     """Dashes: the model without an adapter; a level far from the lines is named at the edge. Dots: chance."""
     base = next((row for row in rows if row["method"] == "base" and row[column]), None)
     if base is None:
         return
-    label, colour, _ = style.method_look("base")
+    label, colour, _ = style.look("base")
     found = [(unit * float(base[column]), label, colour, "--")]
     if column == "average" and base["average_chance"]:
         found.append((unit * float(base["average_chance"]), "chance", "#777777", ":"))
@@ -136,10 +145,12 @@ def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
             axis.axhline(value, color=shade, linestyle=dashes, linewidth=0.9, label=name)
         else:
             edge, side = (0.98, "top") if value > high else (0.02, "bottom")
-            room = 0.12 * (high - low)  # for the name, beside the lines
+            room = 0.12 * (high - low) if axis.get_autoscaley_on() else 0.0  # for the name, beside the lines
             axis.set_ylim(low if value > high else low - room, high + room if value > high else high)
             text = f"{name}: {value:.3g} ({'above' if value > high else 'below'})"
-            axis.text(0.03, edge, text, transform=axis.transAxes, ha="left", va=side, fontsize=7, color=shade)
+            axis.text(
+                0.03, edge, text, transform=axis.transAxes, ha="left", va=side, fontsize=7, color=shade, bbox=PALE
+            )
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:

@@ -16,7 +16,6 @@ QUANTITIES = {
     "output_held_out": "output change,\nheld-out inputs",
     "delta_frobenius": r"$\|\Delta M\|_F$",
 }
-OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "adamw": "AdamW"}
 BAND = 0.1
 """Slopes shown as flat."""
 
@@ -58,7 +57,7 @@ def draw(config: Config) -> Sequence[Path]:
 
 def exponents(manifest: dict[str, Any], fits: list[dict[str, str]]) -> plt.Figure:
     """Slope in the rank against the step: a row an optimizer, a column a quantity, a colour a rule."""
-    optimizers = [name for name in OPTIMIZERS if any(row["optimizer"] == name for row in fits)]
+    optimizers = [name for name in style.OPTIMIZERS if any(row["optimizer"] == name for row in fits)]
     rules = list(dict.fromkeys(row["rule"] for row in fits))
     figure, axes = plt.subplots(
         len(optimizers),
@@ -70,9 +69,9 @@ def exponents(manifest: dict[str, Any], fits: list[dict[str, str]]) -> plt.Figur
     )
     for axis_row, optimizer in zip(axes, optimizers, strict=True):
         for axis, (quantity, title) in zip(axis_row, QUANTITIES.items(), strict=True):
-            axis.axhspan(-BAND, BAND, color="#dddddd", zorder=0)
+            axis.axhspan(-BAND, BAND, color=style.BAND_COLOUR, zorder=0)
             for position, rule in enumerate(rules):
-                label, colour, marker = style.rule_look(rule, position)
+                label, colour, marker = style.look(rule, position)
                 for trained, dashes, face in (("both", "-", colour), ("frozen", (0, (3, 2)), "white")):
                     points = [
                         row
@@ -91,32 +90,26 @@ def exponents(manifest: dict[str, Any], fits: list[dict[str, str]]) -> plt.Figur
                         linestyle=dashes,
                         label=label if trained == "both" else None,
                     )
-            axis.set_xscale("log")
+            style.whole_ticks(axis, (int(row["step"]) for row in fits if int(row["step"]) > 0))
             if optimizer == optimizers[0]:
                 axis.set_title(title)
             if optimizer == optimizers[-1]:
                 axis.set_xlabel("step")
-        axis_row[0].set_ylabel(f"{OPTIMIZERS[optimizer]}\nslope in $r$")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+        axis_row[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}\nslope in $r$")
+    handles = style.named(axes.flat)
     frozen = next((row["trained"] for row in fits if row["trained"] != "both"), None)
     if frozen is not None:
-        handles.append(plt.Line2D([], [], color="black", linestyle=(0, (3, 2)), marker="o", markerfacecolor="white"))
-        labels.append(f"only ${frozen}$ trained")
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        title=f"log-log slope over ranks ± s.e. over {manifest['config']['seeds']} seeds; grey: ±{BAND:g}",
-        title_fontsize=7,
-    )
+        handles[f"only ${frozen}$ trained"] = plt.Line2D(
+            [], [], color="black", linestyle=(0, (3, 2)), marker="o", markerfacecolor="white"
+        )
+    handles[f"flat: within ±{BAND:g}"] = style.band_handle()
+    style.legend(figure, handles, f"log-log slope over ranks ± s.e. over {manifest['config']['seeds']} seeds")
     return figure
 
 
 def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
     """Output change on training inputs against the rank: a row an optimizer, a column a step, a colour a rule."""
-    optimizers = [name for name in OPTIMIZERS if any(row["optimizer"] == name for row in rows)]
+    optimizers = [name for name in style.OPTIMIZERS if any(row["optimizer"] == name for row in rows)]
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     steps = sorted({int(row["step"]) for row in rows} - {0})
     steps = list(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
@@ -131,7 +124,7 @@ def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
     for axis_row, optimizer in zip(axes, optimizers, strict=True):
         for axis, step in zip(axis_row, steps, strict=True):
             for position, rule in enumerate(rules):
-                label, colour, marker = style.rule_look(rule, position)
+                label, colour, marker = style.look(rule, position)
                 for quantity, dashes, face in (
                     ("output_train", "-", colour),
                     ("output_held_out", (0, (1, 1.5)), "white"),
@@ -156,24 +149,22 @@ def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
                         linestyle=dashes,
                         label=label if quantity == "output_train" else None,
                     )
-            axis.set_xscale("log", base=2)
+            style.whole_ticks(axis, (int(row["rank"]) for row in rows))
             axis.set_yscale("log")
             if optimizer == optimizers[0]:
                 axis.set_title(f"step {step}")
             if optimizer == optimizers[-1]:
                 axis.set_xlabel("rank $r$")
-        axis_row[0].set_ylabel(f"{OPTIMIZERS[optimizer]}\nrms of output change")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    handles.append(plt.Line2D([], [], color="black", linestyle=(0, (1, 1.5)), marker="o", markerfacecolor="white"))
-    figure.legend(
+        axis_row[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}\nrms of output change")
+    handles = style.named(axes.flat)
+    handles["held-out inputs"] = plt.Line2D(
+        [], [], color="black", linestyle=(0, (1, 1.5)), marker="o", markerfacecolor="white"
+    )
+    style.legend(
+        figure,
         handles,
-        [*labels, "held-out inputs"],
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        title=f"mean ± s.e. over {manifest['config']['seeds']} seeds; rules meet at r = "
+        f"mean ± s.e. over {manifest['config']['seeds']} seeds; rules meet at r = "
         f"{manifest['config']['reference_rank']}; the target's rms is about 1",
-        title_fontsize=7,
     )
     return figure
 

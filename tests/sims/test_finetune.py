@@ -373,7 +373,7 @@ def test_loss_curves_are_drawn_from_runs(whole, tmp_path, capsys):
     style.main(loss_curves.draw, loss_curves.Config((whole, whole), out=tmp_path))
     assert capsys.readouterr().out.split() == [str(tmp_path / f"loss_curves.{kind}") for kind in ("png", "svg")]
     drawn = (tmp_path / "loss_curves.svg").read_text()
-    assert "RoRA, r = 2, validation" in drawn
+    assert r"RoRA, $\alpha/\sqrt{r}$, r = 2, validation" in drawn
     assert (tmp_path / "loss_curves.png").stat().st_size > 10_000
     steps, means = loss_curves.running_mean(np.arange(1.0, 6.0), np.array([1.0, 2.0, 3.0, 4.0, 10.0]), 3)
     assert steps.tolist() == pytest.approx([2, 3, 4])

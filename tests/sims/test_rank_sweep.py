@@ -316,6 +316,11 @@ def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) 
     assert f"lora r=2: learning rate {float(best):g}" in capsys.readouterr().out
 
 
+def words_of(path) -> str:
+    """What a figure says, whatever its lines; text drawn as paths is in comments."""
+    return " ".join(re.sub(r"<!--|-->|<[^>]*>", " ", path.read_text()).split())
+
+
 def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     """Drawn from the folder alone; the tables hold every row of ours and of the paper's."""
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(swept, out=tmp_path))
@@ -328,7 +333,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     drawn = (tmp_path / "accuracy_vs_rank.svg").read_text()
     assert "nats" in drawn
     assert "average accuracy, label" in drawn
-    drawn = (tmp_path / "loss_vs_rate.svg").read_text()
+    drawn = words_of(tmp_path / "loss_vs_rate.svg")
     assert all(name in drawn for name in ("LoRA", "RoRA", "DoRA", "prefix tuning", "series adapter", "no adapter"))
     assert "r = 2, " in drawn
     assert "(above)" not in drawn
@@ -387,12 +392,13 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
 
     write()
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path))
-    drawn = (tmp_path / "accuracy_vs_rank.svg").read_text()
+    drawn = words_of(tmp_path / "accuracy_vs_rank.svg")
     assert "half, " in drawn
     assert "lr 0.001, 5 steps of 4, 6 held-out records" in drawn
-    assert "open or crossed: some or all seeds diverged" in drawn
+    assert "some seeds diverged" in drawn
+    assert "all seeds diverged" in drawn
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path, tuned=True))
-    assert "best lr of a seed on these records" in (tmp_path / "accuracy_vs_rank.svg").read_text()
+    assert "best lr of a seed on these records" in words_of(tmp_path / "accuracy_vs_rank.svg")
     rows[0] |= {"average": "0.5", "average_error": "0.01", "average_unparsed": "0.25", "protocol": "generate"}
     rows[1] |= {"protocol": "generate"}
     rows[2] |= {"rank": "8"}

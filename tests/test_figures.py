@@ -1,0 +1,247 @@
+"""Every published figure is drawn again from `results/published`, and nothing of it is cut, hidden or left unsaid."""
+
+import contextlib
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+from figures import (
+    accuracy_vs_rank,
+    coordinate_check,
+    exponent_map,
+    layers_vs_rank,
+    loss_curves,
+    loss_vs_rate,
+    lr_transfer,
+    norm_vs_rank,
+    regime,
+    scaling_diagram,
+    style,
+    training_dynamics,
+)
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+FIGURES = {
+    "variance_sweep": [(norm_vs_rank, {}), (exponent_map, None)],
+    "real_layers": [(layers_vs_rank, {})],
+    "regime": [(regime, {})],
+    "coordinate_check": [(coordinate_check, {})],
+    "lr_transfer": [(lr_transfer, {})],
+    "lr_transfer_smollm2": [(lr_transfer, {})],
+    "training_dynamics": [(training_dynamics, {})],
+    "rank_sweep": [
+        (accuracy_vs_rank, {"rate": 3e-4}),
+        (loss_vs_rate, {"rank": 32, "top": 1.7}),
+        (loss_curves, {"rank": 128}),
+        (scaling_diagram, None),
+    ],
+    "rank_sweep_pruned": [(accuracy_vs_rank, {}), (loss_vs_rate, {"rank": 32})],
+    "finetune_arc": [(loss_curves, {})],
+}
+CASES = [(folder, module, options) for folder, drawn in FIGURES.items() for module, options in drawn]
+
+
+@contextlib.contextmanager
+def kept():
+    """Figures by name, laid out; nothing is written."""
+    found = {}
+
+    def keep(figure, folder, name):
+        figure.draw_without_rendering()
+        found[name] = figure
+        return [folder / f"{name}.png", folder / f"{name}.svg"]
+
+    with pytest.MonkeyPatch.context() as patch, plt.rc_context(style.STYLE | {"figure.max_open_warning": 0}):
+        patch.setattr(style, "save", keep)
+        yield found
+    for figure in found.values():
+        plt.close(figure)
+
+
+@pytest.fixture
+def drawn():
+    """What the test draws."""
+    with kept() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Every published figure drawn again, by folder and name, and what the commands said of files they lack."""
+    figures, lacks = {}, io.StringIO()
+    with contextlib.ExitStack() as stack, contextlib.redirect_stderr(lacks):
+        for folder, module, options in CASES:
+            found = stack.enter_context(kept())
+            draw(module, PUBLISHED / folder, options)
+            figures |= {(folder, name): figure for name, figure in found.items()}
+        yield figures, lacks.getvalue()
+
+
+def draw(module, folder: Path, options: dict | None):
+    """Call a figure's own entry; None: it reads no run."""
+    if options is None:
+        return module.draw(module.Config())
+    return module.draw(module.Config(**({"runs": (folder,)} if module is loss_curves else {"run": folder}), **options))
+
+
+def legends(figure) -> list:
+    return [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+
+
+def check(figure) -> None:
+    """Nothing reaches over the figure's edge, and the legend below lies on no panel."""
+    page = figure.bbox
+    renderer = figure.canvas.get_renderer()
+    boxes = [legend.get_window_extent(renderer) for legend in legends(figure)]
+    boxes += [axis.get_tightbbox(renderer) for axis in figure.axes]
+    for box in boxes:
+        assert page.x0 - 1 <= box.x0 <= box.x1 <= page.x1 + 1
+        assert page.y0 - 1 <= box.y0 <= box.y1 <= page.y1 + 1
+    for legend in figure.legends:
+        own = legend.get_window_extent(renderer)
+        assert not any(own.overlaps(axis.get_tightbbox(renderer)) for axis in figure.axes)
+
+
+def said(figure) -> str:
+    """All words of the legends and their titles."""
+    texts = [text.get_text() for legend in legends(figure) for text in (legend.get_title(), *legend.get_texts())]
+    return " ".join(" ".join(texts).split())
+
+
+def test_published_figures_are_drawn_again(published) -> None:
+    figures, lacks = published
+    names = {(path.parent.name, path.stem) for path in PUBLISHED.glob("*/*.png")}
+    assert names == {(path.parent.name, path.stem) for path in PUBLISHED.glob("*/*.svg")}
+    # What lacks each seed's own sizes, as the command says in one line.
+    assert names - set(figures) == {("coordinate_check", "coordinate_check")}
+    assert set(figures) <= names
+    assert lacks.endswith("has no results.csv, each seed's own sizes: coordinate_check is not drawn\n")
+    assert lacks.count("\n") == 1
+
+
+def test_nothing_published_is_cut(published) -> None:
+    for figure in published[0].values():
+        check(figure)
+
+
+def part(source: Path, target: Path, **chosen) -> Path:
+    """A run with the rows alone that have one of the values asked for."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    for path in target.glob("*.csv"):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        kept = [row for row in rows if all(row[name] in values for name, values in chosen.items() if name in row)]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(kept)
+    return target
+
+
+@pytest.mark.parametrize("overlaps", [("0.5",), ("0.0", "0.5")])
+def test_few_panels_clip_no_legend(overlaps, drawn, tmp_path) -> None:
+    run = part(PUBLISHED / "variance_sweep", tmp_path / "run", overlap=overlaps, optimizer=("adam",))
+    norm_vs_rank.draw(norm_vs_rank.Config(run))
+    check(drawn["norm_vs_rank"])
+    assert "Eq. 11" not in said(drawn["norm_vs_rank"]), "no line of the paper's under Adam: none is promised"
+
+
+@pytest.mark.parametrize("optimizers", [("sgd",), ("sgd", "adamw")])
+def test_few_cases_clip_no_legend(optimizers, drawn, tmp_path) -> None:
+    run = part(PUBLISHED / "coordinate_check", tmp_path / "run", optimizer=optimizers, rule=("lora",), control=("0",))
+    coordinate_check.draw(coordinate_check.Config(run))
+    check(drawn["coordinate_check_slopes"])
+
+
+def test_a_rule_has_one_colour_and_one_label_in_all_figures(published) -> None:
+    looks: dict[str, set] = {}
+    for axis in [axis for figure in published[0].values() for axis in figure.axes]:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            line = handle.lines[0] if hasattr(handle, "lines") else handle
+            # Beside a label may stand a rank, or a slope.
+            looks.setdefault(label.partition(", r =")[0].partition(":")[0], set()).add(line.get_color())
+    named = {style.METHODS[name][0] for name in ("lora", "rora", "quarter", "dora")}
+    assert named <= set(looks)
+    assert {label: len(looks[label]) for label in named} == dict.fromkeys(named, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("rslora", "rora"), ("0.5", "rora"), ("1", "lora"), ("1.0", "lora"), ("0.25", "quarter"), (".25", "quarter")],
+)
+def test_names_of_one_rule_look_the_same(name, same) -> None:
+    assert style.look(name, 3) == style.look(same, 0)
+    assert style.look("0.3", 0) != style.look("0.3", 1), "a rule without a name takes its colour by position"
+
+
+def test_ticks_of_ranks_and_steps_are_whole_numbers_that_were_run(published) -> None:
+    figures, _ = published
+    last = {name: figure.axes[-1] for (folder, name), figure in figures.items() if folder == "training_dynamics"}
+    exponents, rms = (last[f"training_dynamics_linear_A_{name}"] for name in ("exponents", "rms"))
+    assert [label.get_text() for label in exponents.get_xticklabels()] == ["1", "2", "5", "10", "30", "100"]
+    assert [label.get_text() for label in rms.get_xticklabels()] == ["4", "16", "64", "256", "1024"]
+
+
+def test_a_step_of_one_has_no_fractional_ticks(drawn, tmp_path) -> None:
+    cell = tmp_path / "run"
+    cell.mkdir()
+    config = {"method": "lora", "rule": "rora", "rank": 8, "learning_rate": 1e-3}
+    (cell / "manifest.json").write_text(json.dumps({"config": config}))
+    (cell / "metrics.jsonl").write_text("".join(f'{{"event": "step", "step": {n}, "loss": {n}}}\n' for n in (1, 2, 3)))
+    draw(loss_curves, cell, {})
+    assert all(float(tick).is_integer() for tick in drawn["loss_curves"].axes[0].get_xticks())
+
+
+def test_rates_stand_where_they_were_run_and_top_is_kept(drawn) -> None:
+    draw(loss_vs_rate, PUBLISHED / "rank_sweep", {"rank": 32, "top": 1.7})
+    with (PUBLISHED / "rank_sweep" / "results.csv").open(newline="") as file:
+        rates = {float(row["learning_rate"]) for row in csv.DictReader(file) if row["learning_rate"]}
+    left = drawn["loss_vs_rate"].axes[0]
+    assert left.get_ylim()[1] == 1.7
+    for container in left.containers:
+        assert set(container.lines[0].get_xdata()) <= rates
+    assert "a single seed" in said(drawn["loss_vs_rate"])
+    assert "diverged" not in said(drawn["loss_vs_rate"]), "none is there"
+
+
+def test_contours_are_whole_and_their_labels_stand_upright_on_them(drawn) -> None:
+    exponent_map.draw(exponent_map.Config())
+    for axis in drawn["exponent_map"].axes[:2]:
+        lines = next(child for child in axis.collections if hasattr(child, "levels"))
+        assert [text.get_text() for text in axis.texts] == [f"{level:.3g}" for level in lines.levels]
+        for text, path in zip(axis.texts, lines.get_paths(), strict=True):
+            assert text.get_rotation() == 0
+            assert len(path.to_polygons(closed_only=False)) == 1, "one line without a gap"
+            label = axis.transData.transform(text.get_position())
+            line = axis.transData.transform(path.vertices)
+            assert (((line - label) ** 2).sum(axis=1) ** 0.5).min() < 3, "within 3 pixels of its line"
+
+
+def test_crosses_and_bands_have_a_word_in_the_legend(published) -> None:
+    figures, _ = published
+    assert "at the grid's edge" in said(figures["lr_transfer", "lr_transfer"])
+    assert "are left out" in said(figures["lr_transfer", "lr_transfer"])
+    assert "SGD, quartiles over tokens" in said(figures["regime", "regime_depth"])
+    for folder, name in (
+        ("training_dynamics", "training_dynamics_linear_A_exponents"),
+        ("coordinate_check", "coordinate_check_slopes"),
+    ):
+        assert "flat: within ±0.1" in said(figures[folder, name])
+
+
+def test_a_run_that_stepped_nothing_promises_no_points(published, drawn, tmp_path) -> None:
+    run = part(PUBLISHED / "regime", tmp_path / "run")
+    with (run / "results.csv").open(newline="") as file:
+        rows = [{**row, "measured": "", "standard_error": "", "adapters": ""} for row in csv.DictReader(file)]
+    with (run / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(regime, run, {})
+    assert "points" not in said(drawn["regime_rms"])
+    assert "points: adapters drawn and stepped" in said(published[0]["regime", "regime_rms"])
