@@ -115,6 +115,27 @@ def root(estimate: Estimate) -> Estimate:
     return Estimate(value, estimate.standard_error / (2 * value) if value else 0.0)
 
 
+def share(right: int, n: int) -> Estimate:
+    r"""The share of successes in ``n`` independent trials, and its standard error.
+
+    :math:`\sqrt{p (1 - p) / (n - 1)}`, the sample deviation over :math:`\sqrt n`. Where none or all succeed that is 0,
+    as if no further trial could come out otherwise: there the error is half of Wilson's interval at one standard
+    deviation, :math:`1 / (2 (n + 1))`; the interval ends at :math:`1 / (n + 1)`, or its complement.
+
+    Args:
+      right: successes, from 0 to ``n``.
+      n: trials, 1 or more.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+
+    Example:
+      >>> share(0, 8).value, round(share(0, 8).standard_error, 4), round(share(4, 8).standard_error, 4)
+      (0.0, 0.0556, 0.189)
+    """
+    p = right / n
+    return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if 0 < right < n else 1 / (2 * (n + 1)))
+
+
 class Fit(NamedTuple):
     """A log-log slope and its standard error."""
 

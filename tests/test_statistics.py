@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rora_theory.statistics import Estimate, Moments, log_log_fit, root, threshold
+from rora_theory.statistics import Estimate, Moments, log_log_fit, root, share, threshold
 
 
 def exact_moments(values: list[float]) -> tuple[Fraction, Fraction]:
@@ -141,3 +141,17 @@ def test_exponent_error_covers() -> None:
 def test_threshold() -> None:
     assert threshold(0.05) == pytest.approx(1.959964, abs=1e-6)
     assert threshold(1e-3, 10) == pytest.approx(stats.norm.isf(5e-5), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 200])
+def test_a_share_has_the_samples_deviation_inside_and_wilsons_interval_at_the_ends(n) -> None:
+    for right in range(n + 1):
+        found = share(right, n)
+        assert found.value == right / n
+        if 0 < right < n:
+            sample = [1.0] * right + [0.0] * (n - right)
+            assert found.standard_error == pytest.approx(np.std(sample, ddof=1) / math.sqrt(n), rel=1e-12)
+        else:
+            one_sigma = math.erf(math.sqrt(0.5))
+            interval = stats.binomtest(right, n).proportion_ci(confidence_level=one_sigma, method="wilson")
+            assert found.standard_error == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)

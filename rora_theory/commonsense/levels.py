@@ -1,8 +1,9 @@
 r"""From samples to accuracies with standard errors, beside the levels of chance and of the most frequent label.
 
 An accuracy over n items has the standard error :math:`s/\sqrt n`, s the items' sample standard deviation (as
-lm-evaluation-harness reports it). The average over tasks is unweighted, as published, with the error
-:math:`\sqrt{\sum_t \mathrm{se}_t^2}` over their number. Both speak of drawing other items, not of training again.
+lm-evaluation-harness reports it), and where none or all are right that of `rora_theory.statistics.share`. The average
+over tasks is unweighted, as published, with the error :math:`\sqrt{\sum_t \mathrm{se}_t^2}` over their number. Both
+speak of drawing other items, not of training again.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from rora_theory.commonsense.scoring import Sample
 from rora_theory.commonsense.tasks import TASKS, Record, chance, majority
 from rora_theory.errors import InputError
+from rora_theory.statistics import share
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Level:
     Attributes:
       task: its key, or ``average``.
       n: items.
-      accuracy, error: share of right answers and its standard error (NaN for one item).
+      accuracy, error: share of right answers and its standard error (`rora_theory.statistics.share`).
       accuracy_norm, error_norm: by log-likelihood per character, None where not reported. In the average,
         tasks without it enter with ``accuracy``; None where no task has it.
       unparsed: share of generated texts without a label; 0 for the log-likelihood protocols.
@@ -61,9 +63,9 @@ def levels(samples: Iterable[Sample], records: Sequence[Record]) -> list[Level]:
         scored = by_task.get(key, [])
         if len(scored) != len(items):
             raise InputError(f"{key}: {len(scored)} samples of {len(items)} records; accepted is one a record")
-        accuracy, error = mean_and_error([sample.correct for sample in scored])
+        accuracy, error = share(sum(sample.correct for sample in scored), len(scored))
         norms = [sample.correct_norm for sample in scored if sample.correct_norm is not None]
-        accuracy_norm, error_norm = mean_and_error(norms) if norms else (None, None)
+        accuracy_norm, error_norm = share(sum(norms), len(norms)) if norms else (None, None)
         unparsed = sum(sample.prediction is None for sample in scored) / len(scored)
         found.append(
             Level(
@@ -109,10 +111,3 @@ def average(tasks: Sequence[Level]) -> Level:
         mean(level.chance for level in tasks),
         mean(level.majority for level in tasks),
     )
-
-
-def mean_and_error(right: Sequence[bool]) -> tuple[float, float]:
-    """Share of True and its standard error; NaN for one item."""
-    n = len(right)
-    share = sum(right) / n
-    return share, math.sqrt(share * (1.0 - share) / (n - 1)) if n > 1 else math.nan

@@ -65,10 +65,17 @@ def test_average_is_unweighted() -> None:
     assert average.majority == pytest.approx((3 / 4 + 2 / 3) / 2)
 
 
-def test_one_task_has_no_average_and_one_item_no_error() -> None:
+def test_one_task_has_no_average_and_one_item_an_error() -> None:
     (level,) = levels(SAMPLES[:1], RECORDS[:1])
     assert level.accuracy == 1.0
-    assert math.isnan(level.error)
+    assert level.error == 1 / 4
+
+
+def test_none_or_all_right_is_not_certain() -> None:
+    records = [_record("boolq", n, 0) for n in range(8)]
+    none, every = (levels([_sample(record, text) for record in records], records)[0] for text in ("false", "true"))
+    assert (none.accuracy, every.accuracy) == (0.0, 1.0)
+    assert none.error == every.error == pytest.approx(1 / 18)
 
 
 def test_no_norm_anywhere_is_none() -> None:
