@@ -1,10 +1,12 @@
 """The learning rate that trains best, against the rank, for each scaling rule.
 
-    python -m sims.lr_transfer                   # teacher and student: a full grid of rates, ranks, rules, optimizers
-    python -m sims.lr_transfer --matrix FOLDER   # the same of a real model's runs, from sims.rank_sweep
+    python -m sims.lr_transfer
+    python -m sims.lr_transfer --matrix FOLDER
 
-A rule transfers where the best rate does not move with the rank. At the largest rank the best losses of two rules are
-compared, each at its own best rate: a difference that is left is more than a shift of the rate.
+The first is a teacher and student over a full grid of rates, ranks, rules and optimizers, the second the same of a real
+model's runs, from sims.rank_sweep. A rule transfers where the best rate does not move with the rank. At the largest
+rank the best losses of two rules are compared, each at its own best rate: a difference that is left is more than a
+shift of the rate.
 """
 
 import json

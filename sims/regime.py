@@ -82,7 +82,7 @@ class Config:
     targets: tuple[str, ...] = PAPER_TARGETS
     """modules to measure, as target_modules; all-linear is every one"""
     layers: tuple[int, ...] | None = None
-    """layers to measure; none is all"""
+    """layers to measure; none is all. Not with --targets all-linear, which is every layer"""
     items: int = 8
     """records of the batch that gives the gradient"""
     heldout_items: int = 8

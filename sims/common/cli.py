@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
+from rich.console import Console
 
 import sims
 from rora_theory import files
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_positive
-from sims.common import stopping
+from sims.common import stopping, tables
 
 Config = TypeVar("Config")
 
@@ -56,8 +57,14 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     settings = (tyro.conf.OmitArgPrefixes, *(() if flags else (tyro.conf.FlagConversionOff,)))
     said = io.StringIO()
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8")
+    asked = {"-h", "--help"} & set(words)
     try:
-        with _columns(None if {"-h", "--help"} & set(words) else _WIDE), contextlib.redirect_stderr(said):
+        with (
+            _columns(Console().width if asked else _WIDE),
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(shown),
+        ):
             found = tyro.cli(
                 config,
                 prog=f"python -m {spec.name}" if spec else None,
@@ -67,6 +74,8 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
             )
     except SystemExit as stop:
         if not stop.code:
+            shown.seek(0)
+            tables.print_text(shown.read().rstrip())  # the option parser folds its boxes alone
             raise
         raise InputError(_line(said.getvalue())) from None
     for option, value in _integers(found):

@@ -13,6 +13,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 
 @contextmanager
@@ -22,14 +23,17 @@ def progress_bar(description: str, total: float, *, fields: str = "") -> Iterato
     Example: ``with progress_bar("training", steps, fields="loss {loss:.3f}") as bar: bar.advance(1, loss=2.0)``
     """
     console = Console(file=sys.stderr)
+    # The live figures take what room is left, so that the times stay on a narrow terminal.
+    room = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", table_column=room, markup=False),
         console=console,
+        expand=True,
         transient=True,
         disable=not console.is_terminal,
     ) as progress:

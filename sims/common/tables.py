@@ -51,11 +51,24 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def print_text(text: str) -> None:
-    """Print sentences, folded between words; lines that begin with a space are kept as they are."""
+    """Print sentences, folded between words; a line that begins with spaces is a command, and folds as shells read."""
     width = Console().width
     for line in text.split("\n"):
-        kept = line.startswith(" ") or not line
-        print(line if kept else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False))
+        if len(line) <= width:
+            print(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        print(
+            (" \\\n" if indent else "\n").join(
+                textwrap.wrap(
+                    line,
+                    width - 2 if indent else width,
+                    subsequent_indent=indent + "  " if indent else "",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            )
+        )
 
 
 def _width(head: str, cells: Sequence[str], *, words: bool) -> int:

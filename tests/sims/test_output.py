@@ -2,18 +2,33 @@
 
 import csv
 import dataclasses
+import importlib
+import inspect
+import io
 import json
+import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+import figures
+import sims
 from rora_theory.commonsense.levels import Level
 from rora_theory.commonsense.scoring import Scoring
 from rora_theory.verdicts import Verdict
 from sims import capacity, coordinate_check, evaluate, layer_sweep, lr_transfer, regime, training_dynamics, transfer
 from sims import variance_sweep as sweep
-from sims.common import tables
+from sims.common import cli, progress, tables
+
+COMMANDS = [
+    module
+    for package in (sims, figures)
+    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    if hasattr(module := importlib.import_module(found.name), "Config") and "__main__" in inspect.getsource(module)
+]
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 
@@ -163,3 +178,42 @@ def test_evaluate(printed) -> None:
     level = Level("hellaswag", 10042, 0.0, 0.05, 0.5, 0.01, 0.0, 0.25, 0.2510)
     evaluate.show([level, dataclasses.replace(level, task="average")], Scoring(protocol="harness"))
     printed()
+
+
+@pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
+def test_help(module, printed) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(module.Config, ["--help"], description=module.__doc__, flags=module.__name__.startswith("figures"))
+    assert not caught.value.code
+    lines = printed()
+    text = " ".join(lines)
+    assert all(word in text for word in module.__doc__.split()), "no word is broken"
+    assert all(f"--{field.name.replace('_', '-')}" in text for field in dataclasses.fields(module.Config)[1:])
+    assert str(Path.cwd()) not in text
+
+
+def test_help_names_what_regime_refuses(printed) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(regime.Config, ["--help"], description="")
+    text = " ".join(" ".join(printed()).replace("│", " ").split())
+    assert "Not with --targets all-linear" in text
+
+
+def test_commands_fold_as_a_shell_reads_them(printed) -> None:
+    tables.print_text("    python -m sims.finetune " + "--data A/train.json " * 6)
+    lines = printed()
+    assert len(lines) > 1
+    assert [line.endswith(" \\") for line in lines] == [True] * (len(lines) - 1) + [False]
+
+
+def test_the_bar_keeps_its_times_beside_long_words(monkeypatch) -> None:
+    """On a terminal of 80 columns; what is drawn is read back without its colours."""
+    shown = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=shown, force_terminal=True, width=80))
+    with progress.progress_bar("coordinate check", 96, fields="{cell}") as bar:
+        bar.advance(1, cell="AdamW, alpha/sqrt(r), A kaiming_uniform (control), r = 128, seed 3")
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", shown.getvalue())]
+    drawn = [line for line in lines if "coordinate check" in line and "AdamW" in line]
+    assert drawn
+    assert all(len(line) <= 80 and re.search(r" 1/96 +\d:\d\d:\d\d +[-\d]+:[-\d]+:[-\d]+ ", line) for line in drawn)
+    assert sys.stderr is not shown
