@@ -26,7 +26,7 @@ from rora_theory.commonsense.scoring import score as commonsense_score
 from rora_theory.errors import InputError
 from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import mean_per_token, record_losses
-from rora_theory.llama import load
+from rora_theory.llama import load, locate
 from sims import matrix_rates, rank_results, rank_sweep
 from sims.common import matrix
 
@@ -141,7 +141,8 @@ def bench(model, data) -> rank_sweep.Workbench:
         data=files, model=(str(model),), held_out=6, train_records=12, batch=4, cutoff=400, widths=1, template="clean",
         tasks=("boolq", "piqa"), data_dir=str(data), eval_template="clean",
     )  # fmt: skip
-    found = rank_sweep.Workbench(config, rank_sweep.draw(config), rank_sweep.read_tasks(config)[0])
+    located = {str(model): locate(str(model))}
+    found = rank_sweep.Workbench(config, rank_sweep.draw(config), rank_sweep.read_tasks(config)[0], located)
     found.open(str(model))
     return found
 
