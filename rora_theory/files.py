@@ -48,9 +48,7 @@ def read_bytes(path: str | Path, limit: int = LARGEST, *, accepted: str = "a reg
         raise InputError(f"{path}: cannot be read ({reason}); accepted is {accepted}") from error
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a file")
-            raise InputError(f"{path}: is {kind}; accepted is {accepted}")
+        _check_kind(path, status, accepted)
         parts, size = [], 0
         while status.st_size <= limit >= size and (part := os.read(descriptor, _PART)):
             parts.append(part)
@@ -62,6 +60,28 @@ def read_bytes(path: str | Path, limit: int = LARGEST, *, accepted: str = "a reg
     if max(status.st_size, size) > limit:
         raise InputError(f"{path}: has more than {limit:,} bytes, the most that are read; accepted is {accepted}")
     return b"".join(parts)
+
+
+def check_regular(path: str | Path, *, accepted: str = "a regular file") -> None:
+    """Refuse what another library is to open and could wait for or read for ever.
+
+    Raises:
+      InputError: no such file, no permission to look, or not a regular file.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; accepted is {accepted}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be read ({reason}); accepted is {accepted}") from error
+    _check_kind(path, status, accepted)
+
+
+def _check_kind(path: str | Path, status: os.stat_result, accepted: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a file")
+        raise InputError(f"{path}: is {kind}; accepted is {accepted}")
 
 
 def check_folder(path: str | Path) -> None:
@@ -115,6 +135,18 @@ def read_json(path: str | Path, limit: int = LARGEST, *, accepted: str = "a JSON
       InputError: as `read_text` and `parse_json`.
     """
     return parse_json(read_text(path, limit, accepted=accepted), where=str(path), accepted=accepted)
+
+
+def read_object(path: str | Path, limit: int = LARGEST, *, accepted: str = "a JSON object") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      InputError: as `read_json`, or another value.
+    """
+    value = read_json(path, limit, accepted=accepted)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}; accepted is {accepted}")
+    return value
 
 
 def parse_json(text: str, *, where: str, accepted: str = "JSON") -> Any:

@@ -27,6 +27,21 @@ def test_what_does_not_end_is_not_begun(tmp_path: Path) -> None:
     for path, kind in ((pipe, "a pipe"), (link, "a device"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
         with pytest.raises(InputError, match=f"^{path}: is {kind}; accepted is a list$"):
             files.read_json(path, accepted="a list")
+        with pytest.raises(InputError, match=f"^{path}: is {kind}; accepted is a list$"):
+            files.check_regular(path, accepted="a list")
+    for name, reason in (("n" * 300, "File name too long"), ("a\0b", "null"), ("pipe/b", "Not a directory")):
+        with pytest.raises(InputError, match=f"cannot be read .*{reason}"):
+            files.check_regular(tmp_path / name)
+    with pytest.raises(InputError, match="no such file"):
+        files.check_regular(tmp_path / "absent")
+
+
+def test_only_an_object_is_an_object(tmp_path: Path) -> None:
+    (path := tmp_path / "a.json").write_text("{}")
+    assert files.read_object(path) == {}
+    path.write_text("[1]")
+    with pytest.raises(InputError, match="holds a list; accepted is a JSON object"):
+        files.read_object(path)
 
 
 def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:

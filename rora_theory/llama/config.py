@@ -1,7 +1,9 @@
-"""The shape of a LLaMA model, from Hugging Face's `config.json`: every field is used or refused by name."""
+"""The shape of a LLaMA model, from Hugging Face's `config.json`: every field is used, known to change nothing, or
+refused by name."""
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,8 +131,9 @@ class LlamaConfig:
         """The configuration of a Hugging Face ``config.json``, in the older or the newer key names.
 
         The rotary embedding is read from ``rope_theta`` and ``rope_scaling`` or from ``rope_parameters``;
-        both may be there if they agree. Keys that do not touch inference (precision on disk, initialisation,
-        library versions) are passed over; every other key must be one this model implements.
+        both may be there if they agree. Keys that do not touch the function computed (precision on disk,
+        initialisation, library versions, habits of generation, nulls) are passed over; those that someone may
+        have meant are named by `ignored_keys`. Every other key must be one this model implements.
 
         Raises:
           InputError: a key that is unknown, or known with an unsupported value; a missing size; another
@@ -138,10 +141,14 @@ class LlamaConfig:
         """
         if not isinstance(hf, Mapping):
             raise InputError(f"config is {type(hf).__name__}; accepted is a JSON object")
-        found = {key: value for key, value in hf.items() if key not in _PASSED_OVER}
+        names = {field.name for field in dataclasses.fields(cls)}
+        found = {key: value for key, value in hf.items() if key in names or not _says_nothing(key, value)}
         for key, accepted in _ONLY.items():
             if key in found and (value := found.pop(key)) not in accepted:
-                raise InputError(f"config: {key} is {value!r}; accepted is {' or '.join(map(repr, accepted))}")
+                raise InputError(f"config: {key} is {shown(value)}; accepted is {' or '.join(map(repr, accepted))}")
+        kinds = found.pop("layer_types", None)
+        if kinds is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+            raise InputError(f"config: layer_types is {shown(kinds)}; accepted is 'full_attention' for every layer")
         missing = [name for name in _REQUIRED if found.get(name) is None]
         if missing:
             raise InputError(f"config: {', '.join(missing)} missing; accepted is the config.json of a LLaMA model")
@@ -154,10 +161,11 @@ class LlamaConfig:
             if hidden % heads:
                 raise InputError(f"config: hidden_size is {hidden}; accepted is a multiple of {heads} attention heads")
             head_dim = hidden // heads
-        names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(found) - names)
         if unknown:
-            raise InputError(f"config: {unknown[0]} is {found[unknown[0]]!r}; no such field is supported")
+            key, value = unknown[0], found[unknown[0]]
+            key = key if key.isidentifier() and len(key) < 80 else shown(key)
+            raise InputError(f"config: {key} is {shown(value)}; no such field is supported")
         kv_heads = found.pop("num_key_value_heads", None)
         eos = found.pop("eos_token_id", 2)
         for name in (
@@ -219,30 +227,29 @@ _SIZES = (
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 _MOST_LAYERS = 10_000  # every layer's tensors are named before any is looked for
+_LARGEST = 2**31 - 1  # sizes and ids are int32 on the device
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 1e-37, 1e37  # float32 holds what lies between, and a tenth and ten times it
 
-# What says nothing about the function computed: bookkeeping, initialisation, training and generation habits.
+# What says nothing about the function computed: bookkeeping and initialisation, as every saved model has it,
 _PASSED_OVER = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "initializer_range",
-        "is_llama_config",
-        "label2id",
-        "max_sequence_length",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "torchscript",
-        "transformers.js_config",
-        "transformers_version",
-        "use_cache",
-        "use_return_dict",
-    }
+    """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
+    architectures attn_implementation base_model_pp_plan base_model_tp_plan chunk_size_feed_forward dtype
+    finetuning_task gradient_checkpointing id2label initializer_range is_composition is_llama_config
+    keys_to_ignore_at_inference label2id max_sequence_length num_labels output_attentions output_hidden_states
+    problem_type return_dict tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config
+    transformers_version use_bfloat16 use_cache use_return_dict
+    """.split()  # noqa: SIM905
+)
+# and habits of generation and of tokenization, which whoever wrote them may expect to be followed.
+_HABITS = frozenset(
+    """
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
+    return_dict_in_generate suppress_tokens task_specific_params temperature top_k top_p typical_p
+    unsloth_fixed
+    """.split()  # noqa: SIM905
 )
 # Keys with one meaning this model implements; any other value is refused by name.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -257,8 +264,41 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),
     "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (1, None),
+    "embd_pdrop": (0, None),
+    "resid_pdrop": (0, None),
+    "hidden_dropout": (0, None),
+    "cross_attention_hidden_size": (None,),
     "quantization_config": (None,),
+    "auto_map": (None,),  # another program, which may compute anything
 }
+
+
+def ignored_keys(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of a `config.json` that `LlamaConfig.from_hf` passes over though someone may have meant them.
+
+    Example:
+      >>> ignored_keys({"hidden_size": 64, "dtype": "float32", "temperature": 0.7, "unsloth_version": "2024.9"})
+      ('temperature', 'unsloth_version')
+    """
+    names = {field.name for field in dataclasses.fields(LlamaConfig)}
+    return tuple(
+        sorted(
+            key
+            for key, value in hf.items()
+            if key not in names and key not in _PASSED_OVER and key not in _ONLY and _says_nothing(key, value)
+        )
+    )
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """Whether a key that is no field of `LlamaConfig` leaves the function computed as it is, whatever its value."""
+    if key in _PASSED_OVER or key in _HABITS:
+        return True
+    # Private notes of a library, versions of libraries, ids for other purposes than those this model has.
+    private = key.startswith("_") or key.endswith(("_version", "_token_id"))
+    return private or (value is None and key not in _ONLY and key not in ("rope_parameters", "layer_types"))
 
 
 def _rope(found: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -270,16 +310,18 @@ def _rope(found: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         if given is None:
             continue
         if not isinstance(given, Mapping):
-            raise InputError(f"config: {source} is {given!r}; accepted is an object or null")
+            raise InputError(f"config: {source} is {shown(given)}; accepted is an object or null")
         readings.append((source, *_rope_object(source, dict(given))))
     thetas = [theta, *(reading[1] for reading in readings)]
-    stated = {float(value) for value in thetas if _is_number(value)}
-    if any(value is not None and not _is_number(value) for value in thetas) or len(stated) > 1:
-        raise InputError(f"config: rope_theta is {[t for t in thetas if t is not None]}; accepted is one number")
+    stated = [value for value in thetas if value is not None]
+    for value in stated:
+        _positive("config: rope_theta", value, float)
+    if len(set(stated)) > 1:
+        raise InputError(f"config: rope_theta is {shown(stated)}; accepted is one number")
     scalings = {reading[2] for reading in readings}
     if len(scalings) > 1:
         raise InputError("config: rope_scaling and rope_parameters disagree; accepted is one of them, or both alike")
-    return (stated.pop() if stated else 10000.0), (scalings.pop() if scalings else None)
+    return (float(stated[0]) if stated else 10000.0), (scalings.pop() if scalings else None)
 
 
 def _rope_object(source: str, given: dict[str, Any]) -> tuple[float | None, RopeScaling | None]:
@@ -288,16 +330,16 @@ def _rope_object(source: str, given: dict[str, Any]) -> tuple[float | None, Rope
     kinds = [kind for kind in (given.pop("rope_type", None), given.pop("type", None)) if kind is not None]
     kind = kinds[0] if kinds else "default"
     if kinds[1:] not in ([], [kind]):
-        raise InputError(f"config: {source} has types {kinds[0]!r} and {kinds[1]!r}; accepted is one")
+        raise InputError(f"config: {source} has types {shown(kinds[0])} and {shown(kinds[1])}; accepted is one")
     if given.get("partial_rotary_factor") == 1:
         del given["partial_rotary_factor"]
     if kind not in ("default", *ROPE_KINDS):
-        raise InputError(f"config: {source} type is {kind!r}; accepted are default, {', '.join(ROPE_KINDS)}")
+        raise InputError(f"config: {source} type is {shown(kind)}; accepted are default, {', '.join(ROPE_KINDS)}")
     fields = [] if kind == "default" else [field.name for field in dataclasses.fields(ROPE_KINDS[kind])]
     unknown = sorted(set(given) - set(fields))
     if unknown:
         raise InputError(
-            f"config: {source} has {unknown[0]} {given[unknown[0]]!r}; "
+            f"config: {source} has {unknown[0]} {shown(given[unknown[0]])}; "
             f"type {kind} takes {', '.join(fields) or 'nothing else'}"
         )
     missing = [name for name in fields if given.get(name) is None]
@@ -319,7 +361,7 @@ def _check(fields: Mapping[str, Any]) -> None:
         _positive(name, fields[name], float)
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(fields[name], bool):
-            raise InputError(f"{name} is {fields[name]!r}; accepted is true or false")
+            raise InputError(f"{name} is {shown(fields[name])}; accepted is true or false")
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     if heads % kv_heads:
         raise InputError(f"num_key_value_heads is {kv_heads}; accepted is a divisor of num_attention_heads {heads}")
@@ -328,21 +370,35 @@ def _check(fields: Mapping[str, Any]) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = fields[name]
         for token in value if name == "eos_token_id" and isinstance(value, tuple) else (value,):
-            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
-                raise InputError(f"{name} is {value!r}; accepted is an integer or null")
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token > _LARGEST):
+                raise InputError(f"{name} is {shown(value)}; accepted is an integer up to {_LARGEST}, or null")
 
 
 def _factor(value: Any) -> None:
-    if not _is_number(value) or value < 1:
-        raise InputError(f"rope factor is {value!r}; accepted is a number of 1 or more")
+    if not _is_number(value) or not 1 <= value <= _LARGEST_FLOAT:
+        raise InputError(f"rope factor is {shown(value)}; accepted is a number from 1 to {_LARGEST_FLOAT:g}")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # An integer may have hundreds of digits; math.isfinite would make it a float, and fail.
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
 
 
 def _positive(name: str, value: Any, kind: type) -> None:
-    """Refuse what is not a finite number (an integer, for ``int``) above 0."""
-    if not _is_number(value) or value <= 0 or (kind is int and not isinstance(value, int)):
+    """Refuse what is not a number (an integer, for ``int``) above 0 that the device's 32 bits hold."""
+    least, most = (1, _LARGEST) if kind is int else (_SMALLEST_FLOAT, _LARGEST_FLOAT)
+    if not _is_number(value) or not least <= value <= most or (kind is int and not isinstance(value, int)):
         what = "an integer of 1 or more" if kind is int else "a finite number above 0"
-        raise InputError(f"{name} is {value!r}; accepted is {what}")
+        limit = f", up to {most}" if _is_number(value) and value > most else ""
+        raise InputError(f"{name} is {shown(value)}; accepted is {what}{limit}")
+
+
+def shown(value: Any) -> str:
+    """A found value as a message shows it: on one line, cut where it is long or deep."""
+    return _SHOWN.repr(value)
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80

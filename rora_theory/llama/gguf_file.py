@@ -8,7 +8,7 @@ package.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +16,9 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 from jax.typing import DTypeLike
 
 from rora_theory.errors import InputError
+from rora_theory.files import check_regular
 from rora_theory.llama import rope
-from rora_theory.llama.config import LinearRope, Llama3Rope, LlamaConfig, RopeScaling
+from rora_theory.llama.config import LinearRope, Llama3Rope, LlamaConfig, RopeScaling, shown
 from rora_theory.llama.model import Params
 from rora_theory.llama.weights import assemble, check_shapes
 
@@ -42,22 +43,72 @@ _TOP = {
 }
 _FREQUENCIES = "rope_freqs.weight"
 # Keys of the architecture that say nothing about the function computed.
-_PASSED_OVER = {"llama.vocab_size", "llama.tensor_data_layout"}
+_PASSED_OVER = {"llama.vocab_size", "llama.tensor_data_layout", "llama.rope.scaling.finetuned"}
 _CHUNK = 1 << 24  # elements dequantised at once: 64 MiB in float32
+_MOST_PARTS = 1 << 22  # parts of a header, each an object in memory; 128 000 tokens with their merges make one million
+
+END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+"""Keys of the tokens that end a text: of a text, of a turn, of a message."""
+
+
+class _Reader(GGUFReader):
+    """The package's reader, which believes what a header says of lengths, made to stop at the file's end."""
+
+    data: Any  # the map, then its bytes
+    _parts = 0
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends before what its header claims")
+        self._parts += 1
+        if self._parts > _MOST_PARTS:
+            raise ValueError(f"its header has more than {_MOST_PARTS:,} parts")
+        if type(self.data) is not np.ndarray:
+            self.data = self.data.view(np.ndarray)  # each part is a view, and those of a memory map are large
+        return super()._get(offset, dtype, count, override_order)
 
 
 def open_gguf(path: Path) -> GGUFReader:
     """Map a GGUF file and parse its header.
 
     Raises:
-      InputError: no such file, not a GGUF file, or a truncated one.
+      InputError: no such file, not a regular one, not a GGUF file, or one that is truncated or claims more than
+        it has.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_regular(path)
     try:
-        return GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
+        return _Reader(path)
+    except (OSError, ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: truncated, or not a GGUF file: {error}") from None
+
+
+def read_value(reader: GGUFReader, where: str, name: str, kind: Any, default: Any = ...) -> Any:
+    """One value of a file's metadata.
+
+    Args:
+      reader, where: the file, and its name in messages.
+      name: of the key.
+      kind: int, float, bool, str, a list of one of them such as ``list[str]``, or Any.
+      default: what a file without the key has; none is required.
+
+    Raises:
+      InputError: the key is missing, or its value is damaged or of another type.
+    """
+    if name not in reader.fields:
+        if default is ...:
+            raise InputError(f"{where}: metadata lacks {name}")
+        return default
+    try:
+        value = reader.fields[name].contents()
+    except (ValueError, IndexError, TypeError) as error:
+        raise InputError(f"{where}: metadata {name} is damaged: {error}") from None
+    (wanted,) = get_args(kind) or (kind,)
+    parts = value if kind is not wanted and isinstance(value, list) else [value]
+    fits = (kind is wanted) != isinstance(value, list) and all(type(part) is wanted for part in parts)
+    if kind is not Any and not fits:
+        what = wanted.__name__ if kind is wanted else f"list of {wanted.__name__}"
+        raise InputError(f"{where}: metadata {name} is {shown(value)}; accepted is a value of type {what}")
+    return value
 
 
 def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
@@ -72,59 +123,56 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     keys = {name: field for name, field in reader.fields.items() if name.startswith("llama.")}
     used = set(_PASSED_OVER)
 
-    def get(name: str, default: Any = ...) -> Any:
+    def get(name: str, kind: type, default: Any = ...) -> Any:
         used.add(name)
-        if name not in reader.fields:
-            if default is ...:
-                raise InputError(f"{where}: metadata lacks {name}")
-            return default
-        return reader.fields[name].contents()
+        return read_value(reader, where, name, kind, default)
 
-    architecture = get("general.architecture")
+    architecture = get("general.architecture", str)
     if architecture != "llama":
-        raise InputError(f"{where}: architecture is {architecture!r}; accepted is 'llama'")
+        raise InputError(f"{where}: architecture is {shown(architecture)}; accepted is 'llama'")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise InputError(f"{where}: lacks token_embd.weight")
-    heads, hidden = get("llama.attention.head_count"), get("llama.embedding_length")
+    heads, hidden = get("llama.attention.head_count", int), get("llama.embedding_length", int)
     for name, value in (("llama.attention.head_count", heads), ("llama.embedding_length", hidden)):
-        if not isinstance(value, int) or value < 1:
+        if value < 1:
             raise InputError(f"{where}: {name} is {value!r}; accepted is an integer of 1 or more")
-    head_dim = get("llama.attention.key_length", hidden // heads)
+    head_dim = get("llama.attention.key_length", int, hidden // heads)
     for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if get(name, head_dim) != head_dim:
-            raise InputError(f"{where}: {name} is {get(name)!r}; accepted is the head's length {head_dim}")
+        if (value := get(name, int, head_dim)) != head_dim:
+            raise InputError(f"{where}: {name} is {value!r}; accepted is the head's length {head_dim}")
     for name in ("llama.expert_count", "llama.expert_used_count"):
-        if get(name, 0):
-            raise InputError(f"{where}: {name} is {get(name)!r}; mixtures of experts are not supported")
-    scaling_type = get("llama.rope.scaling.type", "none")
-    factor = get("llama.rope.scaling.factor", 1.0)
-    original = get("llama.rope.scaling.original_context_length", None)
-    get("llama.rope.scaling.finetuned", None)
+        if value := get(name, int, 0):
+            raise InputError(f"{where}: {name} is {value!r}; mixtures of experts are not supported")
+    scaling_type = get("llama.rope.scaling.type", str, "none")
+    factor = get("llama.rope.scaling.factor", float, 1.0)
+    original = get("llama.rope.scaling.original_context_length", int, None)
     if scaling_type not in ("none", "linear"):
-        raise InputError(f"{where}: llama.rope.scaling.type is {scaling_type!r}; accepted are none, linear")
-    theta = _decimal(get("llama.rope.freq_base", 10000.0))
+        raise InputError(f"{where}: llama.rope.scaling.type is {shown(scaling_type)}; accepted are none, linear")
+    theta = _decimal(get("llama.rope.freq_base", float, 10000.0))
+    ends = dict.fromkeys(end for name in END_TOKENS if (end := get(name, int, None)) is not None)
     parts = {
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": hidden,
-        "intermediate_size": get("llama.feed_forward_length"),
-        "num_hidden_layers": get("llama.block_count"),
+        "intermediate_size": get("llama.feed_forward_length", int),
+        "num_hidden_layers": get("llama.block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": get("llama.attention.head_count_kv", int, heads),
         "head_dim": head_dim,
-        "rms_norm_eps": _decimal(get("llama.attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _decimal(get("llama.attention.layer_norm_rms_epsilon", float)),
         "rope_theta": theta,
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "max_position_embeddings": get("llama.context_length"),
-        "bos_token_id": get("tokenizer.ggml.bos_token_id", None),
-        "eos_token_id": get("tokenizer.ggml.eos_token_id", None),
-        "pad_token_id": get("tokenizer.ggml.padding_token_id", None),
+        "max_position_embeddings": get("llama.context_length", int),
+        "bos_token_id": get("tokenizer.ggml.bos_token_id", int, None),
+        "eos_token_id": tuple(ends) if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": get("tokenizer.ggml.padding_token_id", int, None),
     }
     unknown = sorted(set(keys) - used)
     if unknown:
-        raise InputError(f"{where}: metadata {unknown[0]} is {keys[unknown[0]].contents()!r}; not supported")
+        value = read_value(reader, where, unknown[0], Any)
+        raise InputError(f"{where}: metadata {unknown[0]} is {shown(value)}; not supported")
     scaling: RopeScaling | None = None
     try:
         if scaling_type == "linear" and factor != 1:
@@ -225,7 +273,8 @@ def _hf_name(name: str) -> str | None:
 
 def _decimal(value: float) -> float:
     """The shortest decimal that is the same float32: 1e-05 where the file's float32 reads 9.99999974e-06."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # of a float64: infinite, and refused as such
+        return float(str(np.float32(value)))
 
 
 def _with_llama3(config: LlamaConfig, tensor: ReaderTensor, original: int | None) -> LlamaConfig:

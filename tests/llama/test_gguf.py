@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.metadata
+import struct
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -87,8 +89,9 @@ def write(tmp_path, draw_tensors):
         for key, value in (fields | dict(metadata)).items():
             if value is None:
                 continue
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-            add(key, value)
+            kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+            kinds[bool] = writer.add_bool
+            kinds[type(value)](key, value)
         tensors = {}
         for name, array in draw_tensors(config).items():
             if "q_proj" in name or "k_proj" in name:
@@ -271,6 +274,146 @@ def test_divisors_of_one_are_no_scaling(write):
 def test_linear_scaling(write):
     config, _ = read(write(metadata={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}))
     assert config.rope_scaling == LinearRope(4.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "ends"),
+    [
+        ({}, 2),
+        ({"eot_token_id": 5}, (2, 5)),
+        ({"eot_token_id": 2, "eom_token_id": 7}, (2, 7)),
+        ({"eos_token_id": None}, None),
+    ],
+)
+def test_every_end_token_is_in_the_config(more, ends, write):
+    config, _ = read(write(metadata={f"tokenizer.ggml.{key}": value for key, value in more.items()}))
+    assert config.eos_token_id == ends
+
+
+WRONG = (7, 2.5, "x" * 400, [1, 2], ["a"], True, float("nan"))
+KEYS = {
+    "general.architecture": str,
+    "llama.block_count": int,
+    "llama.context_length": int,
+    "llama.embedding_length": int,
+    "llama.feed_forward_length": int,
+    "llama.attention.head_count": int,
+    "llama.attention.head_count_kv": int,
+    "llama.attention.key_length": int,
+    "llama.attention.value_length": int,
+    "llama.rope.freq_base": float,
+    "llama.rope.dimension_count": int,
+    "llama.rope.scaling.type": str,
+    "llama.rope.scaling.factor": float,
+    "llama.rope.scaling.original_context_length": int,
+    "llama.attention.layer_norm_rms_epsilon": float,
+    "llama.expert_count": int,
+    "llama.expert_used_count": int,
+    "tokenizer.ggml.bos_token_id": int,
+    "tokenizer.ggml.eos_token_id": int,
+    "tokenizer.ggml.eot_token_id": int,
+    "tokenizer.ggml.padding_token_id": int,
+}
+
+
+class Metadata(gguf.GGUFReader):
+    """The metadata of a good file with one value replaced, as the reader hands it out; no tensors but one."""
+
+    def __init__(self, fields):
+        self.fields = {key: Value(value) for key, value in fields.items()}
+        self.tensors = [Value(None)]
+
+
+class Value:
+    name, shape = "token_embd.weight", (256, 40)
+
+    def __init__(self, value):
+        self.value = value
+
+    def contents(self):
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+GOOD = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.context_length": 512,
+    "llama.embedding_length": 256,
+    "llama.feed_forward_length": 512,
+    "llama.attention.head_count": 4,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}
+
+
+def test_a_field_of_the_wrong_type_is_refused_by_name():
+    assert config_from_gguf(Metadata(GOOD), "file").hidden_size == 256
+    damaged = (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), IndexError("list index"))
+    for key, kind in KEYS.items():
+        for value in (*WRONG, *damaged, 10**30 if kind is int else 1e300):
+            if type(value) is kind and value in (7, 2.5):
+                continue
+            if key.endswith("original_context_length") and value == 10**30:
+                continue  # of no use without divisors
+            with pytest.raises(InputError) as caught:
+                config_from_gguf(Metadata(GOOD | {"llama.rope.scaling.type": "linear", key: value}), "file")
+            message = str(caught.value)
+            assert message.startswith("file: "), (key, value)
+            assert len(message) < 300, (key, value)
+            assert "\n" not in message, (key, value)
+
+
+def header(*values: bytes, tensors: int = 0, entries: int = 1) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + b"".join(values)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+ARRAY, UINT8, STRING = 9, 0, 8
+CLAIMS = {
+    "2^60 numbers": header(text("k"), struct.pack("<IIQ", ARRAY, UINT8, 1 << 60)),
+    "2^60 strings": header(text("k"), struct.pack("<IIQ", ARRAY, STRING, 1 << 60)),
+    "2^60 empty lists": header(text("k"), struct.pack("<IIQ", ARRAY, ARRAY, 1 << 60)),
+    "a string of 2^62 bytes": header(text("k"), struct.pack("<IQ", STRING, 1 << 62)),
+    "a string of 2^64 bytes": header(text("k"), struct.pack("<IQ", STRING, (1 << 64) - 1)),
+    "2^60 entries": header(entries=1 << 60),
+    "2^60 tensors": header(entries=0, tensors=1 << 60),
+    "a tensor of 2^32 dimensions": header(text("t"), struct.pack("<I", (1 << 32) - 1), entries=0, tensors=1),
+    "lists in lists": header(text("k"), struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1) * 3000),
+    "a tensor of 2^66 elements": header(
+        text("t"), struct.pack("<IQQIQ", 2, 1 << 33, 1 << 33, 0, 0), bytes(64), entries=0, tensors=1
+    ),
+    "a tensor at 2^62": header(text("t"), struct.pack("<IQIQ", 1, 1, 0, 1 << 62), bytes(64), entries=0, tensors=1),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_header_that_claims_more_than_the_file_has(claim, tmp_path, time_limit):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(CLAIMS[claim])
+    tracemalloc.start()
+    try:
+        with time_limit(10), pytest.raises(InputError, match=r"model\.gguf: truncated, or not a GGUF file") as caught:
+            open_gguf(path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_smallest_such_header():
+    assert len(CLAIMS["2^60 numbers"]) == 49
+
+
+def test_a_header_has_a_largest_number_of_parts(write, monkeypatch):
+    path = write()
+    open_gguf(path)
+    monkeypatch.setattr("rora_theory.llama.gguf_file._MOST_PARTS", 50)
+    with pytest.raises(InputError, match="more than 50 parts"):
+        open_gguf(path)
 
 
 def odd_divisors(tensors):

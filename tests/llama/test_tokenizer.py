@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rora_theory.commonsense import prompts
 from rora_theory.errors import InputError
 from rora_theory.llama import vocabulary
-from rora_theory.llama.tokenizer import Tokenizer
+from rora_theory.llama.tokenizer import Tokenizer, _quiet_panics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = json.loads((GOLDEN / "tokenizers.json").read_text())
@@ -36,7 +36,7 @@ def write_gguf(path: Path, model: str, tokens: list[str], kinds: list[int], **mo
         writer.add_token_scores(more.pop("scores"))
     for key, value in more.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)]
-        add(f"tokenizer.ggml.{key}", value)
+        add("tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -193,7 +193,7 @@ def test_tokens_that_only_the_configuration_lists_are_added(tmp_path: Path):
         ("llama2", {"add_bos_token": False, "add_eos_token": True}, (), (2,)),
         ("llama-bpe", {}, (1,), ()),
         ("smollm", {}, (), ()),
-        ("smollm", {"add_bos_token": True, "eot_token_id": 5}, (1,), ()),
+        ("smollm", {"add_bos_token": True, "eot_token_id": 5, "eom_token_id": 2}, (1,), ()),
     ],
 )
 def test_beginning_and_end_of_a_gguf_file(name: str, more: dict, prefix, suffix, tmp_path: Path):
@@ -210,23 +210,47 @@ def test_gguf_without_the_space_before_the_text(tmp_path: Path):
     assert tokenizer.decode(tokenizer.encode(" license")) == " license"
 
 
+# Where the library panics instead of raising:
+PANICS = (
+    # a merge shorter than the prefix it should begin with,
+    {
+        "model": {
+            "type": "BPE",
+            "continuing_subword_prefix": "####",
+            "vocab": {"a": 0, "b": 1, "ab": 2},
+            "merges": [["a", "b"]],
+        }
+    },
+    # a table of characters that is none,
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    # one that is well formed and too short, which shows when it is used,
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "CAAAAAEAAAABAAAAQUJD"}},
+    # parts of no length,
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    # and a template whose token is not described.
+    {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {},
+        }
+    },
+)
 BROKEN = {
     "no tokenizer": {},
     "not JSON": {"tokenizer.json": "{"},
     "not a tokenizer": {"tokenizer.json": '{"model": {}}'},
-    # A merge shorter than the prefix it should begin with: the extension panics instead of raising.
-    "panic": {
-        "tokenizer.json": json.dumps(
-            {
-                "added_tokens": [],
-                "model": {
-                    "type": "BPE",
-                    "continuing_subword_prefix": "####",
-                    "vocab": {"a": 0, "b": 1, "ab": 2},
-                    "merges": [["a", "b"]],
-                },
-            }
-        )
+    "nested": {"tokenizer.json": "[" * 100_000},
+    "nested settings": {"tokenizer.json": "{}", "tokenizer_config.json": '{"a":' * 100_000},
+    "id of 30 digits": {"tokenizer.json": json.dumps({"model": {"type": "BPE", "vocab": {"a": 10**30}, "merges": []}})},
+    **{
+        f"panic {number}": {
+            "tokenizer.json": json.dumps(
+                {"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": []}} | part
+            )
+        }
+        for number, part in enumerate(PANICS)
     },
     "empty model": {"tokenizer.model": ""},
     "text model": {"tokenizer.model": "IQ== 0\nIg== 1\n"},
@@ -235,13 +259,29 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_folders_are_refused(case: str, tmp_path: Path):
+def test_broken_folders_are_refused(case: str, tmp_path: Path, capfd):
     for name, text in BROKEN[case].items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as error:
         Tokenizer.from_folder(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""  # a panic would write there by itself
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_refused(tmp_path: Path):
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": model}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(InputError, match=r"tokenizer\.json: the tokenizer cannot read a text: WordLevel error"):
+        tokenizer.encode("b")
+
+
+def test_what_others_write_to_stderr_meanwhile_is_kept(capfd):
+    with _quiet_panics():
+        os.write(2, b"a warning")
+    assert capfd.readouterr().err == "a warning"
 
 
 def test_a_truncated_sentencepiece_model_is_refused(tmp_path: Path):
@@ -261,9 +301,21 @@ def test_a_truncated_sentencepiece_model_is_refused(tmp_path: Path):
         ("gpt2", {"merges": ["a b c"]}, "merge 0 has 3 parts"),
         ("gpt2", {"merges": ["qq zz"]}, "do not fit together"),
         ("gpt2", {"kinds": [1]}, "types"),
-        ("gpt2", {"tokens": [1, 2], "kinds": [1, 1], "merges": []}, "wrong type"),
+        ("gpt2", {"tokens": [1, 2], "kinds": [1, 1], "merges": []}, r"tokens is \[1, 2\]; .* type list of str"),
         ("gpt2", {"tokens": ["a", "b", "a"], "kinds": [1, 1, 1], "merges": ["a b"]}, "'a' as ids 0 and 2"),
         ("llama", {"tokens": ["a", "b"], "kinds": [1, 1]}, "no unknown piece"),
+        ("gpt2", {"pre": 7}, "pre is 7; accepted is a value of type str"),
+        ("gpt2", {"bos_token_id": "1"}, "bos_token_id is '1'; accepted is a value of type int"),
+        ("gpt2", {"unknown_token_id": True}, "unknown_token_id is True"),
+        ("gpt2", {"eot_token_id": "x" * 500}, "eot_token_id is 'xxx"),
+        ("gpt2", {"add_bos_token": 1}, "add_bos_token is 1; accepted is a value of type bool"),
+        ("gpt2", {"add_eos_token": "no"}, "add_eos_token"),
+        ("gpt2", {"merges": [1, 2]}, "merges"),
+        ("gpt2", {"kinds": ["1"] * 3, "tokens": ["a", "b", "c"], "merges": []}, "token_type"),
+        ("llama", {"scores": [1, 2]}, "scores is .* list of float"),
+        ("llama", {"add_space_prefix": "yes"}, "add_space_prefix"),
+        ("llama", {"remove_extra_whitespaces": 3}, "remove_extra_whitespaces"),
+        ("gpt2", {"chat_template": 5}, r"tokenizer\.chat_template is 5"),
     ],
 )
 def test_broken_gguf_files_are_refused(model: str, change: dict, message: str, tmp_path: Path):
@@ -272,13 +324,15 @@ def test_broken_gguf_files_are_refused(model: str, change: dict, message: str, t
     with pytest.raises(InputError, match=message) as error:
         Tokenizer.from_gguf(path)
     assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_other_bad_input_is_refused(tmp_path: Path):
     (tmp_path / "x.gguf").write_bytes(b"not a model")
-    with pytest.raises(InputError, match="not a readable GGUF file"):
+    with pytest.raises(InputError, match="not a GGUF file"):
         Tokenizer.from_gguf(tmp_path / "x.gguf")
-    with pytest.raises(InputError, match="not a readable GGUF file"):
+    with pytest.raises(InputError, match=r"absent\.gguf: no such file"):
         Tokenizer.from_gguf(tmp_path / "absent.gguf")
     tokenizer = Tokenizer.from_folder(json_folder(tmp_path, Tokenizer.from_gguf(tiny_gguf(tmp_path, "smollm"))))
     with pytest.raises(InputError, match="no beginning-of-text token"):

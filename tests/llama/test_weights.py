@@ -174,7 +174,7 @@ def test_a_folder_without_weights(tmp_path, tiny):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("not json", "not readable JSON"),
+        ("not json", "is not JSON"),
         ("[]", "holds a list"),
         ('{"weight_map": {}}', "weight_map"),
         ('{"weight_map": ["a"]}', "weight_map"),
@@ -209,7 +209,7 @@ def test_an_index_that_contradicts_its_shards(write, tiny):
 
 
 def test_config_errors_name_the_file(tmp_path):
-    with pytest.raises(InputError, match=r"config\.json: not there"):
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(InputError, match=r"config\.json.*model_type"):
