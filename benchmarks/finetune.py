@@ -188,12 +188,10 @@ def prepare(config: Config, folder: Path) -> None:
     """Write the model's folder and both sides' batches of ``tokens`` and ``text``."""
     from rora_theory.finetune import Batches, choose_widths, read_records, tokenize
     from rora_theory.llama import load
-    from rora_theory.llama.weights import save_hf
-    from sims.finetune import tokenizer_files
+    from rora_theory.llama.saving import save_model
 
     model = load(config.model)
-    with tokenizer_files(model) as files:
-        save_hf(folder / "model", model.params, model.config, tokenizer_from=files)
+    save_model(folder / "model", model)
     examples = tokenize(read_records(config.data), model.tokenizer)
     windows = examples.tokens[: 3 * 4 * 257].reshape(3, 4, 257)
     ours = [(w[:, :-1], w[:, 1:], np.ones((4, 256), np.float32)) for w in windows]

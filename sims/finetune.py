@@ -9,12 +9,9 @@ draws it.
 """
 
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -287,26 +284,9 @@ def resumption(trainer: Trainer, folder: RunFolder) -> str:
 def save_merged(path: Path, adapter: Any, model: Any) -> None:
     """Write the model with the adapter added in, and its tokenizer, in Hugging Face layout."""
     from rora_theory import adapters
-    from rora_theory.llama.weights import save_hf
+    from rora_theory.llama.saving import save_model
 
-    with tokenizer_files(model) as files:
-        save_hf(path, adapters.merge(adapter, model.params), model.config, tokenizer_from=files)
-
-
-@contextmanager
-def tokenizer_files(model: Any) -> Iterator[Path]:
-    """A folder with the model's tokenizer in Hugging Face layout; made for a model that came without one."""
-    if model.source.is_dir():
-        yield model.source
-        return
-    tokenizer = model.tokenizer
-    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    special = {name: tokenizer.backend.id_to_token(token) for name, token in names.items() if token is not None}
-    special |= {"add_bos_token": tokenizer.prefix != ()}
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.backend.save(os.path.join(folder, "tokenizer.json"))
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(special))
-        yield Path(folder)
+    save_model(path, replace(model, params=adapters.merge(adapter, model.params)))
 
 
 def print_table(config: Config, rows: Sequence[Row]) -> None:

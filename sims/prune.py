@@ -10,7 +10,7 @@ Perplexity before and after is that of text that was not calibrated on. Nothing 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,8 +173,7 @@ def rows_of(scores: Scores, kept: Kept) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the command."""
     from rora_theory.llama import count_parameters, load, pruning
-    from rora_theory.llama.weights import save_hf
-    from sims.finetune import tokenizer_files
+    from rora_theory.llama.saving import save_model
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     check(config)
@@ -203,8 +202,7 @@ def main() -> None:
         }
         folder.write_rows(COLUMNS, rows_of(scores, kept))
         folder.update(shape=shape._asdict(), parameters=counts, share=counts[1] / counts[0], **measured)
-        with tokenizer_files(model) as files:
-            save_hf(folder.path / MODEL, params, pruned, tokenizer_from=files)
+        save_model(folder.path / MODEL, replace(model, params=params, config=pruned))
         folder.record(MODEL)
     folder.finish()
     show(folder, model.config, shape)

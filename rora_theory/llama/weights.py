@@ -203,6 +203,7 @@ def save_hf(
     config: LlamaConfig,
     *,
     tokenizer_from: Path | None = None,
+    files: Mapping[str, bytes] | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a folder that transformers opens: ``config.json``, weights, and the tokenizer's files.
@@ -214,6 +215,7 @@ def save_hf(
       params: weights, written in the dtype they have.
       config: theirs.
       tokenizer_from: a folder whose tokenizer files to copy.
+      files: further files by their names.
       shard_bytes: size above which the weights are split into several files.
 
     Raises:
@@ -237,6 +239,8 @@ def save_hf(
         for name in TOKENIZER_FILES:
             if tokenizer_from is not None and (tokenizer_from / name).is_file():
                 shutil.copyfile(tokenizer_from / name, beside / name)
+        for name, content in (files or {}).items():
+            (beside / name).write_bytes(content)
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)
