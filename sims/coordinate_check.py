@@ -159,6 +159,7 @@ def run(config: Config) -> None:
     places = devices.pick(1)
     records = read_records(config.data)
     model = load(config.model)
+    cli.tell(model.remarks)
     data = prepare(config, records, model)
     checker = coordinate_check.Checker(
         model.params, model.config, width=max(config.ranks), target_modules=config.targets

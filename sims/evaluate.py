@@ -103,6 +103,7 @@ def prepare(config: Config) -> Subject:
       InputError: either cannot be read.
     """
     model = load(config.model, config.dtype, config.revision)
+    cli.tell(model.remarks)
     params, adapter = model.params, None
     if config.adapter is not None:
         adapter = load_peft(config.adapter, model.config, params)

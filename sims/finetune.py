@@ -198,6 +198,7 @@ def finetune(config: Config, model: Any = None) -> Path:
         shardings = layout.params_shardings(llama.abstract_params(llama_config, jnp.dtype(training.dtype)))
     if model is None:
         model = llama.load(origin, jnp.dtype(training.dtype), shardings=shardings)
+        cli.tell(model.remarks if first else [])
     data = prepare(parts, model.tokenizer, training)
     adapter = adapters.init(jax.random.key(training.seed), settings, model.config, model.params)
 

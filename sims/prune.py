@@ -179,6 +179,7 @@ def main() -> None:
     check(config)
     texts = read_texts(config.text)
     model = load(config.model, config.dtype, config.revision)
+    cli.tell(model.remarks)
     shape = pruning.plan(model.config, config.share, layers=config.layers, kv_heads=config.kv_heads, width=config.width)
     longest = model.config.max_position_embeddings
     if config.seq > longest:

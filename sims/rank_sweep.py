@@ -610,6 +610,7 @@ class Workbench:
         config = self.config
         self._model: Any = None  # the old one's memory is free before the new one takes its own
         self._model = llama.load(self.located[model], jnp.dtype(config.the_design().dtype))
+        cli.tell(self._model.remarks)
         self._name, self.steps = model, SharedSteps()
         encode = partial(tokenize, tokenizer=self._model.tokenizer, template=config.template)
         self._train: Examples = encode(self.sample.train, cutoff=config.cutoff, answer_only=config.loss_on == "answer")

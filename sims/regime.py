@@ -300,6 +300,7 @@ def run(config: Config) -> None:
     rules = check(config)
     places = pick(1)
     model = llama.load(config.model, config.dtype, config.revision)
+    cli.tell(model.remarks)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
     names = matched(model.config, targets, config.layers)
     parts = [(int(name.split(".")[2]), name.split(".", 3)[3]) for name in names]

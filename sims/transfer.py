@@ -297,6 +297,7 @@ def check(config: Config, found: Transfer, targets: str | list[str]) -> None:
 
     model_name, *data = config.check
     model = load(model_name)
+    cli.tell(model.remarks)
     pair = real_batch.batches(data, model.tokenizer, items=config.items, heldout_items=config.items, seed=config.seed)
     chosen = plans(found)
     terms = {module.name: module.linear_term for module in found.modules}

@@ -20,7 +20,7 @@ from rora_theory.files import check_regular
 from rora_theory.llama import rope
 from rora_theory.llama.config import LinearRope, Llama3Rope, LlamaConfig, RopeScaling, shown
 from rora_theory.llama.model import Params
-from rora_theory.llama.weights import assemble, check_shapes
+from rora_theory.llama.weights import assemble, check_finite, check_shapes
 
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 """Types of a tensor that are read."""
@@ -204,7 +204,7 @@ def load_gguf(
 
     Raises:
       InputError: tensors that are missing, unknown, of another shape than the configuration's, or quantised
-        in a way that is not read.
+        in a way that is not read, or not finite in ``dtype``.
     """
     found = {}
     for tensor in reader.tensors:
@@ -230,7 +230,9 @@ def load_gguf(
             for start, block in _dequantised(path, found[name]):
                 # Rows of a head are stored as rotary pairs side by side; here a pair lies half a head apart.
                 at = slice(start, start + len(block)) if rows is None else rows[start : start + len(block)]
-                out[i][at] = block
+                with np.errstate(over="ignore"):  # of float16: infinite here, and refused
+                    out[i][at] = block
+            check_finite(f"{path}: {found[name].name}", out[i])
 
     return assemble(config, dtype, read, shardings)
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rora_theory.llama.config import LlamaConfig
+from rora_theory.errors import InputError
+from rora_theory.files import read_object
+from rora_theory.llama.config import LlamaConfig, ignored_keys
 from rora_theory.llama.hub import Located, locate
 from rora_theory.llama.model import Params
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.llama.weights import check_dtype, load_hf, read_config
+from rora_theory.llama.weights import check_dtype, load_hf, read_config, some
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +24,21 @@ class Model:
       config: theirs.
       tokenizer: theirs; its ``pad_id`` is None where it is no token of the model.
       origin: where it was read from.
+      ignored: keys of its `config.json` that are not followed, see `config.ignored_keys`.
     """
 
     params: Params
     config: LlamaConfig
     tokenizer: Tokenizer
     origin: Located
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What whoever runs a command should be told, a line each."""
+        if not self.ignored:
+            return []
+        return [f"{self.source / 'config.json'}: ignored, as the output does not depend on it: {some(self.ignored)}"]
 
     @property
     def source(self) -> Path:
@@ -65,15 +76,42 @@ def load(
     source = origin.path
     if source.is_dir():
         config = read_config(source)
-        tokenizer = Tokenizer.from_folder(source)
+        tokenizer = fitted(Tokenizer.from_folder(source), config.vocab_size)
+        ignored = ignored_keys(read_object(source / "config.json"))
         params = load_hf(source, config, dtype, shardings)
     else:
         from rora_theory.llama.gguf_file import config_from_gguf, load_gguf, open_gguf
 
         reader = open_gguf(source)
         config = config_from_gguf(reader, str(source))
-        tokenizer = Tokenizer.from_gguf(reader)
+        tokenizer = fitted(Tokenizer.from_gguf(reader, str(source)), config.vocab_size)
+        ignored = ()
         params = load_gguf(reader, source, config, dtype, shardings)
-    if tokenizer.pad_id is not None and tokenizer.pad_id >= config.vocab_size:
-        tokenizer = replace(tokenizer, pad_id=None)  # added to the tokenizer alone: the model has no embedding for it
-    return Model(params, config, tokenizer, origin)
+    return Model(params, config, tokenizer, origin, ignored)
+
+
+def fitted(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """The tokenizer as it is used with a model of ``rows`` embeddings.
+
+    Tokens that were added to a tokenizer alone, such as one for padding, have no embedding: they are no special tokens
+    of the model, and a text that has one is refused.
+
+    Raises:
+      InputError: the vocabulary itself is larger than the model's, or a token that begins or ends texts is beyond it:
+        another model's tokenizer.
+    """
+    accepted = f"the model has {rows} embeddings: accepted is the model's own tokenizer"
+    for name, ids in (("begins", [tokenizer.bos_id]), ("ends", tokenizer.eos_ids)):
+        for one in ids:
+            if one is not None and one >= rows:
+                raise InputError(f"{tokenizer.where}: the token that {name} a text has id {one}; {accepted}")
+    if tokenizer.vocab_size > rows:
+        own = max(tokenizer.backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        if own > rows:
+            raise InputError(f"{tokenizer.where}: the tokenizer has {own} tokens; {accepted}")
+        tokenizer = replace(tokenizer, rows=rows)
+
+    def there(one: int | None) -> int | None:
+        return one if one is not None and 0 <= one < rows else None
+
+    return replace(tokenizer, pad_id=there(tokenizer.pad_id), unk_id=there(tokenizer.unk_id))

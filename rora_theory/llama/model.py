@@ -138,7 +138,7 @@ def forward(
 
     Args:
       params: weights (module docstring); their dtype is the dtype of the activations.
-      tokens: ids below ``vocab_size``; one outside gives NaN, never another token's embedding.
+      tokens: ids from 0 to ``vocab_size`` - 1; one outside gives NaN, never another token's embedding.
       config: static.
       adapter: None is the base model.
       attention_mask: [b, s], non-zero at real tokens. Positions count real tokens, so left padding does not
@@ -153,7 +153,8 @@ def forward(
       logits, or ``(logits, {name: inputs [layers, b, s, in]})`` when ``capture`` is given.
 
     Raises:
-      InputError: a sequence above ``max_position_embeddings``, or an unknown route, remat or captured name.
+      InputError: an empty sequence or one above ``max_position_embeddings``, or an unknown route, remat or captured
+        name.
     """
     out = hidden_states(
         params,
@@ -248,8 +249,9 @@ def unembed(params: Params, hidden: Float[Array, "*b d"], config: LlamaConfig) -
 
 
 def embed(params: Params, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-    """Embeddings of tokens; NaN where an id is not in the vocabulary."""
-    return jnp.take(params["embed_tokens"], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+    """Embeddings of tokens; NaN where an id is not in the vocabulary, be it below 0 or too large."""
+    inside = jnp.where(tokens < 0, params["embed_tokens"].shape[0], tokens)  # take counts those below 0 from the end
+    return jnp.take(params["embed_tokens"], inside, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
@@ -295,6 +297,7 @@ def forward_cached(
     """
     adapter = NoAdapter() if adapter is None else adapter
     new = tokens.shape[1]
+    _check_length(new, config)
     total = cache["k"].shape[2]
     start = cache["length"]
     real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask != 0
@@ -439,6 +442,8 @@ def _with_prefix(
 
 
 def _check_length(length: int, config: LlamaConfig) -> None:
+    if length < 1:
+        raise InputError("sequence length is 0; accepted is one token or more")
     if length > config.max_position_embeddings:
         raise InputError(
             f"sequence length is {length}; accepted is at most {config.max_position_embeddings}, the model's "

@@ -38,14 +38,12 @@ def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, byte
     transformers looks for it.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    around = [backend.id_to_token(token) for token in (*tokenizer.prefix, *tokenizer.suffix)]
-    if around:
-        before, after = around[: len(tokenizer.prefix)], around[len(tokenizer.prefix) :]
-        ids = zip(around, (*tokenizer.prefix, *tokenizer.suffix), strict=True)
+    if around := {backend.id_to_token(token): token for token in (*tokenizer.prefix, *tokenizer.suffix)}:
+        before, after = (list(map(backend.id_to_token, part)) for part in (tokenizer.prefix, tokenizer.suffix))
         backend.post_processor = TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{t}:1" for t in after)],
-            special_tokens=list(dict.fromkeys(ids)),
+            special_tokens=list(around.items()),
         )
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
     settings: dict[str, Any] = {

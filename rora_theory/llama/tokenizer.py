@@ -337,6 +337,6 @@ def _first(number: Any) -> int | None:
 
 
 def _ids(numbers: Any) -> tuple[int, ...]:
-    """The integers in an id, a list of ids, or None."""
+    """The integers in an id, a list of ids, or None; below 0 is older checkpoints' way to say none."""
     listed = numbers if isinstance(numbers, list | tuple) else (numbers,)
-    return tuple(one for one in listed if isinstance(one, int) and not isinstance(one, bool))
+    return tuple(one for one in listed if isinstance(one, int) and not isinstance(one, bool) and one >= 0)

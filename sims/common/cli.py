@@ -184,6 +184,12 @@ def run(main: Callable[[], None]) -> None:
         stopping.end_all("failed", but=before)
 
 
+def tell(remarks: Sequence[str]) -> None:
+    """Print what the user should know though the work goes on, a line each, on standard error."""
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
+
+
 def fail(message: str) -> NoReturn:
     """Print one line ``error: ...`` on stderr and exit with status 2."""
     print("error: " + " ".join(map(_word, message.split())), file=sys.stderr)

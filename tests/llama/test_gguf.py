@@ -234,6 +234,23 @@ def test_large_tensors_are_read_in_blocks_of_rows(write, draw_params, monkeypatc
     jax.tree.map(np.testing.assert_array_equal, params, draw_params(CONFIG))
 
 
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0])
+def test_weights_that_are_no_numbers_are_refused(kind, write):
+    def quantise(name, array):
+        if name != "model.layers.1.mlp.up_proj.weight":
+            return array, None
+        if kind == Type.Q8_0:
+            raw = gguf.quantize(array, kind)
+            raw[3, :2] = np.array([np.nan], np.float16).view(np.uint8)  # the scale of a row's first block
+            return raw, kind
+        array = array.astype(np.float16 if kind == Type.F16 else np.float32)
+        array[3, 0] = np.nan
+        return array, None
+
+    with pytest.raises(InputError, match=r"model\.gguf: blk\.1\.ffn_up\.weight is nan at \[3, 0\] in float32"):
+        read(write(quantise=quantise))
+
+
 def divisors(scaling: Llama3Rope) -> np.ndarray:
     """`rope_freqs.weight` as llama.cpp's converter makes it: a loop over frequencies, in Python's float64."""
     out = []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import gguf
 import jax
@@ -87,6 +88,70 @@ def test_a_gguf_file_gives_weights_config_and_tokenizer(tmp_path):
     assert model.tokenizer.encode("abba", add_bos=True) == [0, 4, 3, 2]
     assert model.source == path
     assert model.params["layers"]["mlp.down_proj"]["weight"].shape == (1, 32, 40)
+
+
+def test_another_models_tokenizer_is_named(tiny, draw_params, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer")
+    for rows, message in ((6, "the tokenizer has 7 tokens"), (2, "the token that ends a text has id 2")):
+        config = dataclasses.replace(tiny, vocab_size=rows)
+        save_hf(tmp_path / str(rows), draw_params(config), config, tokenizer_from=tmp_path / "tokenizer")
+        where = tmp_path / str(rows) / "tokenizer.json"
+        with pytest.raises(InputError, match=f"^{where}: {message}; the model has {rows} embeddings: accepted is"):
+            load(tmp_path / str(rows))
+
+
+def test_a_text_with_a_token_beyond_the_vocabulary_is_refused(tiny, draw_params, tmp_path):
+    config = dataclasses.replace(tiny, vocab_size=7)
+    write_tokenizer(tmp_path / "tokenizer", pad="<pad>")
+    save_hf(tmp_path / "model", draw_params(config), config, tokenizer_from=tmp_path / "tokenizer")
+    tokenizer = load(tmp_path / "model").tokenizer
+    assert tokenizer.encode_batch(["the sky", ""]) == [[3, 4], []]
+    with pytest.raises(
+        InputError, match=r"tokenizer\.json: the tokenizer makes '<pad>' of a text, id 7; .* 7 embeddings"
+    ):
+        tokenizer.encode_batch(["the sky", "the <pad> sky"])
+
+
+FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+@pytest.mark.parametrize("name", [*FILES, "tokenizer.model", "shard"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_file_that_is_none_is_refused_at_once(name, kind, tiny, draw_params, tmp_path, time_limit):
+    write_tokenizer(tmp_path / "tokenizer")
+    folder = tmp_path / "model"
+    shards = {"shard_bytes": 20_000} if name.endswith("index.json") or name == "shard" else {}
+    save_hf(folder, draw_params(tiny), tiny, tokenizer_from=tmp_path / "tokenizer", **shards)
+    if name == "tokenizer.model":
+        (folder / "tokenizer.json").unlink()
+    path = sorted(folder.glob("*.safetensors"))[0] if name == "shard" else folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with time_limit(10), pytest.raises(InputError, match=f"^{path}: is a {kind}; accepted is") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_model_that_is_no_file_is_refused_at_once(kind, tmp_path, time_limit):
+    os.mkfifo(tmp_path / "model.gguf")
+    path = tmp_path / "model.gguf" if kind == "pipe" else "/dev/zero"
+    with time_limit(10), pytest.raises(InputError, match=f"{path}: is a {kind}"):
+        load(path)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "no such type"])

@@ -25,7 +25,7 @@ from rora_theory.llama import (
     unembed,
 )
 from rora_theory.llama.attention import attend, choose_route
-from rora_theory.llama.model import NoAdapter
+from rora_theory.llama.model import NoAdapter, rms_norm
 
 VARIANTS = (
     "llama1",
@@ -223,6 +223,80 @@ def test_a_token_outside_the_vocabulary_is_nan(params, tokens, tiny):
     logits = run(params, tokens.at[0, 5].set(tiny.vocab_size), tiny)
     assert np.all(np.isnan(logits[0, 5:]))
     assert np.all(np.isfinite(logits[1:]))
+
+
+def test_a_token_below_zero_is_nan(params, tokens, tiny):
+    """It is no index from the end: -1 is not the last token."""
+    logits = run(params, tokens.at[0, 5].set(-1).at[1, 0].set(-tiny.vocab_size), tiny)
+    assert np.all(np.isnan(logits[0, 5:]))
+    assert np.all(np.isfinite(logits[0, :5]))
+    assert np.all(np.isnan(logits[1]))
+    last, _ = step(params, jnp.array([[-1]]), init_cache(tiny, 1, 4), tiny)
+    assert np.all(np.isnan(last))
+
+
+def test_an_empty_sequence_is_refused(params, tiny):
+    empty = jnp.zeros((2, 0), jnp.int32)
+    with pytest.raises(InputError, match="sequence length is 0; accepted is one token or more"):
+        forward(params, empty, tiny)
+    with pytest.raises(InputError, match="sequence length is 0"):
+        forward_cached(params, empty, init_cache(tiny, 2, 4), tiny)
+
+
+# torch 2's float32 bits of 1 / theta^(2i/64), as transformers computes them; theta of LLaMA and of SmolLM2.
+FREQUENCIES = {
+    1e4: """
+    1065353216 1061157137 1058010522 1054337179 1050798235 1047712803 1043732615 1040747895 1036831949 1033475085
+    1030116802 1026341397 1023510243 1019364175 1016180025 1012562930 1008981770 1005959600 1001931932 998911607
+    995049016 991652109 988353832 984533390 981668463 977573004 974350870 970790693 967166816 964208661 960132947
+    957076594""",
+    1e5: """
+    1065353216 1060283654 1056527311 1051589887 1047712803 1042904073 1038909398 1034226006 1030116802 1025555485
+    1021334738 1016892311 1012562930 1008236293 1003801109 999587246 995049016 990944987 986306396 982309339
+    977573004 973680130 968848599 965057193 960132947 956440363 951425819 947746260 942726994 938924694 934036253
+    930114413""",
+}
+
+
+def test_rotary_frequencies_are_computed_in_float32(tiny):
+    """As the checkpoints were trained: of float64's, rounded, 21 of 64 differ from torch's, of NumPy's float32 7."""
+    differ = 0
+    for theta, bits in FREQUENCIES.items():
+        found = rope.frequencies(dataclasses.replace(tiny, head_dim=64, rope_theta=theta))
+        assert found.dtype == np.float32
+        away = np.abs(found.view(np.int32) - np.array(bits.split(), np.int32))
+        assert away.max() <= 2  # units in the last place, of two libraries' power
+        differ += np.count_nonzero(away)
+    assert differ <= 12
+
+
+def test_rotary_angles_are_products_in_float32(tiny):
+    config = dataclasses.replace(tiny, head_dim=64, max_position_embeddings=8192)
+    omega = rope.frequencies(config)
+    rounded = np.float32(8191) * omega
+    exact = 8191 * omega.astype(np.float64)
+    found = rope.angles(config, jnp.array([[8191]]))
+    for values, function in zip(found, (np.cos, np.sin), strict=True):
+        # The last bit of an angle of 8191 is 5e-4; cosine and sine in float32 add 2e-7.
+        np.testing.assert_allclose(values[0, 0], function(rounded.astype(np.float64)), rtol=0, atol=2e-6)
+        assert np.abs(function(exact) - function(rounded.astype(np.float64))).max() > 1e-5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rms_norm_rounds_before_the_weight_in_bfloat16(compiled):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(64, 32)).astype(jnp.bfloat16)
+    weight = random.uniform(0.5, 1.5, 32).astype(jnp.bfloat16)
+    norm = jax.jit(rms_norm, static_argnums=2) if compiled else rms_norm
+    found = np.asarray(norm(jnp.asarray(x), jnp.asarray(weight), 1e-5))
+    wide, scale = x.astype(np.float64), weight.astype(np.float64)
+    scaled = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)
+    early = (scaled.astype(jnp.bfloat16).astype(np.float64) * scale).astype(jnp.bfloat16)
+    late = (scaled * scale).astype(jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    # A quotient in float32 that is a last bit off can round the other way: rarely.
+    assert np.mean(found != early) < 0.01
+    assert np.mean(late != early) > 0.2
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -186,6 +186,30 @@ def test_tokens_that_only_the_configuration_lists_are_added(tmp_path: Path):
         Tokenizer.from_folder(json_folder(tmp_path / "bad", tokenizer, tokenizer_config=settings))
 
 
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", None])
+def test_flags_of_tokens_that_only_the_configuration_lists(flag, tmp_path: Path):
+    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, "smollm"))
+    number = tokenizer.vocab_size
+    token = {"content": "call", "special": False} | ({} if flag is None else {flag: True})
+    settings = {"added_tokens_decoder": {str(number): token}}
+    encode = Tokenizer.from_folder(json_folder(tmp_path / "json", tokenizer, tokenizer_config=settings)).encode
+    a, space = encode("a"), encode(" ")
+    assert encode("a call") == ([*a, number] if flag == "lstrip" else [*a, *space, number])
+    assert encode("call a")[:2] == ([number, *a] if flag == "rstrip" else [number, encode(" a")[0]])
+    assert (number in encode("recalled")) == (flag != "single_word")
+
+
+@pytest.mark.parametrize(
+    "listed", ["template", [{"name": "rag", "template": "x"}, {"name": "default", "template": "t"}]]
+)
+def test_chat_template_of_a_folder(listed, tmp_path: Path):
+    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, "smollm"))
+    folder = json_folder(tmp_path / "json", tokenizer, tokenizer_config={"chat_template": listed})
+    assert Tokenizer.from_folder(folder).chat_template == ("template" if isinstance(listed, str) else "t")
+    (folder / "chat_template.jinja").write_text("own file")
+    assert Tokenizer.from_folder(folder).chat_template == "own file"
+
+
 @pytest.mark.parametrize(
     ("name", "more", "prefix", "suffix"),
     [

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig
-from rora_theory.llama.weights import INDEX, SINGLE, load_hf, read_config, save_hf
+from rora_theory.llama.weights import INDEX, SINGLE, check_finite, load_hf, read_config, save_hf
 
 
 def equal(a, b) -> bool:
@@ -98,6 +98,41 @@ def test_a_tied_head_that_differs_is_refused(write, tiny):
 
     with pytest.raises(InputError, match=r"lm_head\.weight differs"):
         load_hf(write(tied, change=change), tied)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "value"),
+    [
+        (np.float32, jnp.float32, np.nan),
+        (np.float32, jnp.bfloat16, np.inf),
+        (jnp.bfloat16, jnp.float32, -np.inf),
+        (jnp.bfloat16, jnp.bfloat16, np.nan),
+        (np.float16, jnp.float16, np.inf),
+        (np.float64, jnp.float32, 1e300),
+        (np.float32, jnp.float16, 1e6),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(stored, wanted, value, write, tiny):
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+
+    folder = write(tiny, change=change, dtype=stored)
+    with pytest.raises(
+        InputError, match=rf"up_proj\.weight is -?(nan|inf) at \[3, 5\] in {jnp.dtype(wanted).name}"
+    ) as caught:
+        load_hf(folder, tiny, wanted)
+    assert str(caught.value).startswith(f"{folder / SINGLE}: model.layers.1.")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_every_finite_number_is_accepted(dtype):
+    ends = jnp.finfo(dtype)
+    values = np.array([0, ends.tiny, ends.max, ends.min, ends.smallest_subnormal], dtype).repeat(10**5)
+    check_finite("tensor", values)
+    values[-1] = np.nan  # in the last block
+    with pytest.raises(InputError, match=r"tensor is nan at \[499999\]"):
+        check_finite("tensor", values)
 
 
 def drop(name):
@@ -191,8 +226,9 @@ def test_a_bad_index_is_refused(index, message, write, tiny, tmp_path):
     # What the path outside the folder names is there and would load.
     save_file({"model.norm.weight": np.ones(32, np.float32)}, tmp_path / "secret.safetensors")
     (folder / INDEX).write_text(index)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         load_hf(folder, tiny)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_index_that_contradicts_its_shards(write, tiny):
