@@ -14,7 +14,9 @@ from rora_theory.llama import LlamaConfig, forward, load
 from rora_theory.llama.saving import save_model
 from rora_theory.llama.weights import expected_shapes
 
-CONFIG = LlamaConfig(128, 32, 40, 2, 4, 2, 8, 1e-5, max_position_embeddings=256, bos_token_id=1, eos_token_id=(2, 3))
+CONFIG = LlamaConfig(
+    128, 32, 40, 2, 4, 2, 8, 1e-5, max_position_embeddings=256, bos_token_id=1, eos_token_id=(2, 3), pad_token_id=2
+)
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m['content'] }}<|end|>{% endfor %}"
 SPECIAL = ["<|unk|>", "<|begin|>", "<|end|>", "<|turn|>"]
 MESSAGES = [{"role": "user", "content": "ab ba"}]
@@ -72,7 +74,7 @@ def test_a_saved_model_is_the_same_model(source, tmp_path):
     assert model.config == CONFIG
     save_model(tmp_path / "saved", model)
     again = load(tmp_path / "saved")
-    assert again.config == replace(CONFIG, pad_token_id=2)
+    assert again.config == CONFIG
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     for name in ("bos_id", "eos_id", "pad_id", "unk_id", "eos_ids", "prefix", "suffix", "chat_template"):
         assert getattr(again.tokenizer, name) == getattr(model.tokenizer, name), name
