@@ -8,7 +8,6 @@ stopped or killed goes on where its last checkpoint was, to the same numbers; `p
 draws it.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
