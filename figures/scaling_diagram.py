@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
 from figures import style
-from rora_theory.errors import InputError
 from rora_theory.scaling import scaling_factor
+from sims.common import cli
+from sims.common.scalings import check_ranks
 
 FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 
@@ -29,19 +30,19 @@ class Config:
     """Rank that is marked, and that the numbers in the schemes are of."""
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     """Ranks of the curve."""
-    out: Path = Path(".")
+    out: Path = Path("results/scaling_diagram")
     """Folder for scaling_diagram.png and .svg."""
 
 
 def draw(config: Config) -> Sequence[Path]:
     """Two schemes of W x + gamma B A x, and gamma against the rank under both rules."""
-    try:
-        gammas = {
-            rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]
-            for rule in ("lora", "rora")
-        }
-    except InputError as error:
-        style.fail(str(error))
+    cli.check_positives(config, "alpha")
+    cli.check_integers(config, rank=1)
+    check_ranks(config.ranks, fewest=1)
+    gammas = {
+        rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]
+        for rule in ("lora", "rora")
+    }
     figure, axes = plt.subplots(1, 3, figsize=(7.0, 2.7), width_ratios=(1, 1, 1.25))
     for axis, rule in zip(axes, gammas, strict=False):
         scheme(axis, rule, config, gammas[rule][-1])

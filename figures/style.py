@@ -1,7 +1,7 @@
 """How figures look and where they go: colour-blind safe, print size, PNG and SVG."""
 
 import csv
-import json
+import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from rora_theory import seals
+from rora_theory import files, seals
+from rora_theory.errors import InputError
 from sims.common import cli
 from sims.common.cli import fail
 
@@ -144,12 +145,15 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 def read_run(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Manifest and rows of a run folder; a missing, damaged or changed one ends the command: one line, status 2."""
     check_as_written(folder)
+    accepted = "the file of a run folder"
+    manifest = files.read_json(folder / "manifest.json", accepted=accepted)
+    text = files.read_text(folder / "results.csv", accepted=accepted)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        with (folder / "results.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
-        fail(f"{folder}: is not a run folder ({error}); accepted is a folder with manifest.json and results.csv")
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        fail(f"{folder}/results.csv: is not a table ({error}); accepted is {accepted}")
+    if not isinstance(manifest, dict):
+        fail(f"{folder}/manifest.json: is damaged; accepted is {accepted}")
     if experiment is not None and manifest.get("experiment") != experiment:
         fail(f"{folder}: is a run of {manifest.get('experiment')}; accepted is a run of {experiment}")
     if not rows:
@@ -166,7 +170,35 @@ def check_as_written(folder: Path, record: str = "manifest.json") -> None:
 
 def command(draw: Callable[[Config], Sequence[Path]], config: type[Config], description: str | None) -> None:
     """A figure's command line: options from its dataclass, which has the folder ``out``."""
-    cli.run(lambda: main(draw, cli.parse(config, description=description or "", flags=True)))
+
+    def run() -> None:
+        found = cli.parse(config, description=description or "", flags=True)
+        if (out := getattr(found, "out", None)) is not None:
+            check_own(out)
+        main(draw, found)
+
+    cli.run(run)
+
+
+def check_own(folder: Path) -> None:
+    """Refuse to draw into a folder of others.
+
+    Raises:
+      InputError: one that is neither new or empty nor a run's, and has a file that is not one of a figure's two (.png
+        and .svg) or of a table's (.md and .csv).
+    """
+    if not folder.exists():
+        return
+    manifest = folder / "manifest.json"
+    if manifest.exists() and "experiment" in files.read_json(manifest, accepted="a run's manifest"):
+        return
+    twins = {".png": ".svg", ".svg": ".png", ".md": ".csv", ".csv": ".md"}
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in twins or not path.with_suffix(twins[path.suffix]).exists():
+            raise InputError(
+                f"{folder}: holds {path.name}, which no figure wrote; accepted is a folder that is new or empty, a "
+                "run's, or one of figures"
+            )
 
 
 def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
@@ -180,8 +212,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a further CSV of a run; none where the run has no such file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(io.StringIO(files.read_text(path, accepted="a table of the run"))))
 
 
 def at_best_rate(run: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -6,11 +6,13 @@ line cut off and the number changed by hand.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rora_theory import digests
+from rora_theory import digests, files
+from rora_theory.errors import InputError
 
 DIGEST = "digest"
 """The key of an entry's own digest."""
@@ -33,16 +35,16 @@ def is_sealed(entry: Any, *, of: str = "") -> bool:
     return isinstance(entry, Mapping) and DIGEST in entry and seal(entry, of=of)[DIGEST] == entry[DIGEST]
 
 
-def changed(folder: Path, files: Any) -> list[str]:
-    """Which of a folder's files differ from their SHA-256 in ``files``; one that is not there does not.
+def changed(folder: Path, known: Any) -> list[str]:
+    """Which of a folder's files differ from their SHA-256 in ``known``; one that is not there does not.
 
     Raises:
       InputError: a file that can't be read.
     """
-    if not isinstance(files, Mapping):
+    if not isinstance(known, Mapping):
         return []
     return [
-        name for name, known in files.items() if (folder / name).is_file() and digests.of_file(folder / name) != known
+        name for name, digest in known.items() if (folder / name).is_file() and digests.of_file(folder / name) != digest
     ]
 
 
@@ -57,17 +59,20 @@ def problem(folder: Path, record: str = "manifest.json") -> str | None:
       record: the sealed file with the others' digests: a run's ``manifest.json`` or a cell's ``result.json``.
     """
     path = folder / record
+    if not os.path.lexists(path):
+        return None
     try:
-        known = json.loads(path.read_bytes())
+        known = files.read_json(path)
         if DIGEST not in known:
             return None
         if not is_sealed(known, of="" if record == "manifest.json" else folder.name):
             return f"{path}: was changed since the run wrote it"
-        files = known.get("files") or {}
-        for name in changed(folder, {name: digest for name, digest in files.items() if "/" not in name}):
+        own = known.get("files") or {}
+        for name in changed(folder, {name: digest for name, digest in own.items() if "/" not in name}):
             return f"{folder / name}: was changed since the run wrote it"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # InputError is a ValueError
+    except InputError as error:
+        reason = str(error).removeprefix(f"{path}: ").partition("; accepted")[0]
+        return f"{path}: is damaged ({reason})"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{path}: is damaged ({error})"
     return None

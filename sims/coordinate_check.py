@@ -156,8 +156,8 @@ def run(config: Config) -> None:
     """Run every cell that an earlier part of the run left, fit, judge, print."""
     check(config)
     started = time.monotonic()
-    places = devices.pick(1)
     records = read_records(config.data)
+    places = devices.pick(1)
     model = load(config.model)
     cli.tell(model.remarks)
     data = prepare(config, records, model)

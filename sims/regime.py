@@ -298,6 +298,7 @@ def run(config: Config) -> None:
 
     started = time.monotonic()
     rules = check(config)
+    records = real_batch.digest(config.data)  # before the model, which takes longer
     places = pick(1)
     model = llama.load(config.model, config.dtype, config.revision)
     cli.tell(model.remarks)
@@ -317,7 +318,7 @@ def run(config: Config) -> None:
     )
     apart = ("data", "model", "revision", "out", "false_alarm", "tolerance")
     identity = {name: value for name, value in vars(config).items() if name not in apart}
-    identity |= model.origin.identity() | {"records_sha256": real_batch.digest(config.data)}
+    identity |= model.origin.identity() | {"records_sha256": records}
     extra = {"units": UNITS, "device": describe(places), "data": [Path(name).name for name in config.data]}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
     folder.update(model_layers=model.config.num_hidden_layers)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import signal
@@ -168,6 +169,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         message = f"{error.filename or 'file'}: {error.strerror or error}"
+        if error.errno != errno.ENOSPC:
+            message += "; accepted is a file or folder that can be used"
         stopping.end_all("failed", message, but=before)
         fail(message)
     except KeyboardInterrupt as stop:

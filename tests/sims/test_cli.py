@@ -107,7 +107,10 @@ def test_what_can_not_be_done_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     for error, said in (
         (InputError(f"rank is {long};\n accepted"), f"error: rank is {long[:150]}...{long[:74]}; accepted\n"),
         (InputError("a\x1b[31m\udce9: no such file"), "error: a\\x1b[31m\\udce9: no such file\n"),
-        (FileNotFoundError(2, "No such file or directory", "a.json"), "error: a.json: No such file or directory\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.json"),
+            "error: a.json: No such file or directory; accepted is",
+        ),
         (MemoryError("Unable to allocate 8 TiB"), "error: out of memory (Unable to allocate 8 TiB); accepted is what"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "error: out of memory (RESOURCE_EXHAUSTED: Out of memory)"),
     ):

@@ -1,0 +1,224 @@
+"""Every command refuses bad input in one line before it begins: what is wrong, where, and what is accepted.
+
+The table is generated: each option of each command, from the command's own dataclass, with each bad value of its type,
+and what is no file in the place of each that a command reads. A command that would begin its work fails here: loading
+a model, opening a run folder and drawing are forbidden.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import runpy
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = sorted(
+    f"{path.parent.name}.{path.stem}"
+    for room in ("sims", "figures")
+    for path in (ROOT / room).glob("*.py")
+    if "\nif __name__ ==" in path.read_text()
+)
+LATIN = os.fsdecode(b"caf\xe9")
+HUGE = "1" + "0" * 30
+
+GIVEN = {
+    "sims.finetune": ["--data", "RECORDS"],
+    "sims.rank_sweep": ["--data", "RECORDS", "--held-out", "2", "--accuracy", "False"],
+    "sims.regime": ["--data", "RECORDS"],
+    "sims.coordinate_check": ["--data", "RECORDS"],
+    "sims.prune": ["--text", "RECORDS"],
+    "sims.evaluate": ["--data-dir", "FOLDER"],
+}
+"""What a command can't be called without; a figure also takes a run folder first."""
+
+
+class BegunError(Exception):
+    """A command has begun its work."""
+
+
+def begun(*_: Any, **__: Any) -> NoReturn:
+    raise BegunError
+
+
+def fields_of(command: str) -> Iterator[tuple[str, Any]]:
+    """Names and types of a command's options, nested ones too."""
+
+    def walk(config: type) -> Iterator[tuple[str, Any]]:
+        hints = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            if dataclasses.is_dataclass(hints[field.name]):
+                yield from walk(hints[field.name])
+            else:
+                yield field.name, hints[field.name]
+
+    yield from walk(importlib.import_module(command).Config)
+
+
+def kinds(hint: Any) -> set[Any]:
+    """The plain types in a hint."""
+    inner = typing.get_args(hint)
+    return set().union(*map(kinds, inner)) if inner and typing.get_origin(hint) is not typing.Literal else {hint}
+
+
+BAD = {int: (HUGE, "-1"), float: ("1e400", "nan", "-1")}
+"""Values that no option of a type takes; what the option parser itself refuses is in the tests of `cli`."""
+
+PLACES = ("FILE", "FILE/run", "x" * 300, "x" * 5000, "/dev/null/run")
+"""Where no folder can be made."""
+
+TAKEN = {("clip", "1e400"): "no clipping", ("overlaps", "-1"): "opposite inputs", ("rule", "-1"): "kappa"}
+"""Not bad after all."""
+
+
+def options(command: str) -> Iterator[tuple[list[str], str]]:
+    """Bad options of a command, and a word that the refusal must have."""
+    yield ["--no-such-option"], "--no-such-option"
+    words: set[str] = set()  # names and choices are looked at in one place for all options: one of each is enough
+    for name, hint in fields_of(command):
+        option = "--" + name.replace("_", "-")
+        found = kinds(hint) - {bool, type(None), Ellipsis}
+        kind = next((kind for kind in (str, Path, float, int) if kind in found), None)
+        if name in ("run", "runs"):  # these have no name on the command line
+            yield [LATIN], "caf"
+        elif kind in (int, float):
+            key = ["q_proj"] if typing.get_origin(hint) is dict else []
+            yield from (([option, *key, value], name) for value in BAD[kind] if (name, value) not in TAKEN)
+        elif (value := "no-such-choice" if kind is None else LATIN) not in words:
+            words.add(value)
+            yield [option, value], value[:3]
+        if name == "out":
+            yield from (([option, place], place[:50]) for place in PLACES)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with records, in which nothing may be written and no work begun."""
+    record = {"instruction": "Say it.", "input": "", "output": "It."}
+    (tmp_path / "RECORDS").write_text(json.dumps([record | {"instruction": f"Say {n}."} for n in range(40)]))
+    (tmp_path / "FILE").write_text("mine")
+    (tmp_path / "FOLDER").mkdir()
+    monkeypatch.chdir(tmp_path)
+    forbid(monkeypatch)
+    return tmp_path
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    import jax
+    import matplotlib.pyplot as plt
+
+    from rora_theory import llama
+    from rora_theory.finetune import capacity
+    from rora_theory.llama import hub
+    from sims.common import matrix, run_folder
+
+    monkeypatch.setattr(llama, "load", begun)
+    monkeypatch.setattr(hub, "locate", begun)
+    monkeypatch.setattr(matrix, "Matrix", begun)
+    monkeypatch.setattr(run_folder.RunFolder, "open", begun)
+    monkeypatch.setattr(capacity, "account", begun)
+    monkeypatch.setattr(plt, "subplots", begun)
+    monkeypatch.setattr(jax, "devices", begun)
+
+
+def refusal(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is wrong with the way a command refuses its arguments, and what it says; nothing wrong is empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [command, *words])
+        with pytest.raises((SystemExit, BegunError)) as stop:
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
+    said = capsys.readouterr()
+    if isinstance(stop.value, BegunError):
+        return "begins to work"
+    right = stop.value.code == 2 and not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err if right and "accepted" in said.err else f"status {stop.value.code}: {said.out}{said.err}"
+
+
+def called(command: str, words: list[str]) -> list[str]:
+    """The bad words behind what the command can't be called without, but for the option that they are of."""
+    given = GIVEN.get(command, [])
+    if words[0] in given:
+        at = given.index(words[0])
+        given = given[:at] + given[at + 2 :]
+    run = any(name in ("run", "runs") for name, _ in fields_of(command)) and words != [LATIN]
+    return [*(["FOLDER"] if run else []), *given, *words]
+
+
+def listing(place: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.lstat().st_mtime_ns) for path in place.rglob("*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bad_option_is_refused(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, faults, tried = listing(place), [], 0
+    for words, named in options(command):
+        line, tried = refusal(command, called(command, words), capsys), tried + 1
+        if not line.startswith("error: ") or named.replace("_", "-").lower() not in line.replace("_", "-").lower():
+            faults.append(f"{words}: {line}")
+    assert not faults, "\n".join(faults)
+    assert listing(place) == before
+    assert tried > 5
+
+
+READ = {
+    "sims.finetune": ["--data", "{}"],
+    "sims.rank_sweep": ["--accuracy", "False", "--data", "{}"],
+    "sims.regime": ["--data", "{}"],
+    "sims.coordinate_check": ["--data", "{}"],
+    "sims.prune": ["--text", "{}"],
+    "sims.transfer": ["--regime", "{}"],
+    "sims.variance_sweep": ["--layer-data", "{}"],
+    "sims.lr_transfer": ["--matrix", "{}"],
+    "sims.evaluate": ["--tasks", "piqa", "--data-dir", "{}"],
+    "sims.capacity": ["--model", "{}"],
+} | {command: ["{}"] for command in COMMANDS if command.startswith("figures.")}
+"""Where a command takes a file's or folder's name."""
+
+
+def names(place: Path) -> Iterator[str]:
+    """Names of what is no file, or none that can be read."""
+    yield from ("none", "none.jsonl", "/dev/zero", "x" * 300, "x" * 5000)
+    os.mkfifo(place / "pipe")
+    os.mkfifo(place / "pipe.txt")
+    (place / "piqa").mkdir()
+    os.mkfifo(place / "piqa" / "test.json")
+    yield from ("pipe", "pipe.txt")
+    for name, content in (
+        ("deep.json", b"[" * 100_000),
+        ("deeper.jsonl", b'{"instruction": ' + b"[" * 200 + b"]" * 200 + b"}"),
+        ("huge.json", b"[" + b"9" * 5000 + b"]"),
+        ("latin.json", b'["caf\xe9"]'),
+        ("latin.txt", b"caf\xe9"),
+        ("empty.npz", b""),
+    ):
+        (place / name).write_bytes(content)
+        yield name
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", sorted(READ))
+def test_what_is_no_file_is_refused(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """None of them is waited for, or read until memory is full."""
+    bad = list(names(place))
+    before, faults = listing(place), []
+    if command.startswith("figures.") and "FOLDER" not in called(command, ["--out"]):
+        pytest.skip("reads no file")
+    for name in bad:
+        words = [word.format(name) for word in READ[command]]
+        line = refusal(command, words, capsys)
+        if not line.startswith("error: ") or name.lstrip(".")[:20] not in line:
+            faults.append(f"{words}: {line}")
+    assert not faults, "\n".join(faults)
+    assert listing(place) == before
+
+
+def test_every_command_is_here() -> None:
+    assert len(COMMANDS) >= 22
+    assert sorted(set(READ) | {"sims.training_dynamics"}) == COMMANDS

@@ -1,0 +1,47 @@
+"""Figures are drawn into folders of their own, never into another's."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from figures import style
+from rora_theory.errors import InputError
+
+
+@pytest.mark.parametrize("names", [[], ["a.png", "a.svg", "table.md", "table.csv"], ["notes.txt", "manifest.json"]])
+def test_a_folder_that_is_new_a_runs_or_of_figures_is_drawn_into(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"experiment": "regime"}))
+    style.check_own(tmp_path)
+    style.check_own(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("names", "held"),
+    [
+        (["notes.txt"], "notes.txt"),
+        (["photo.png"], "photo.png"),
+        (["a.png", "a.svg", "data.csv"], "data.csv"),
+        ([".git"], ".git"),
+        (["manifest.json"], "manifest.json"),
+    ],
+)
+def test_a_folder_of_others_is_not_drawn_into(tmp_path: Path, names: list[str], held: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"name": "a web page's"}))
+    with pytest.raises(InputError, match=f"holds {held}, which no figure wrote; accepted is a folder that is new"):
+        style.check_own(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "results.csv"])
+def test_a_pipe_in_a_run_folder_is_not_waited_for(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "regime"}))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((InputError, SystemExit)) as caught:
+        style.read_run(tmp_path, "regime")
+    assert "is a pipe" in str(caught.value) + capsys.readouterr().err
