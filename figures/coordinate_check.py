@@ -1,6 +1,5 @@
 """What adapters of several ranks add to a model, against the rank: a run of sims.coordinate_check."""
 
-import csv
 import json
 import math
 import sys
@@ -39,12 +38,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Two figures: coordinate_check (sizes against the rank), coordinate_check_slopes (slopes against the step)."""
-    path = config.run / "slopes.csv"
-    try:
-        with path.open(newline="") as file:
-            slopes = list(csv.DictReader(file))
-    except OSError as error:
-        style.fail(f"{path}: cannot be read ({error.strerror}); accepted is the file of a finished run")
+    slopes = style.read_table(config.run / "slopes.csv", needed=True)
     folder = config.out or config.run
     if not (config.run / "results.csv").exists():
         print(

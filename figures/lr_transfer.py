@@ -1,6 +1,5 @@
 """Best learning rate against the rank, and loss against rate at the largest rank: a run of sims.lr_transfer."""
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """A column an optimizer: above the best rates with their slopes, below the losses at the largest rank."""
     manifest, rows = style.read_run(config.run, "lr_transfer")
-    bests, slopes = (_table(config.run / name) for name in ("best.csv", "slopes.csv"))
+    bests, slopes = (style.read_table(config.run / name, needed=True) for name in ("best.csv", "slopes.csv"))
     optimizers = [name for name in style.OPTIMIZERS if any(row["optimizer"] == name for row in bests)]
     rules = list(dict.fromkeys(row["rule"] for row in bests))
     figure, axes = plt.subplots(2, len(optimizers), figsize=(1.0 + 2.8 * len(optimizers), 6.4), squeeze=False)
@@ -116,14 +115,6 @@ def _losses(
     ]
     axis.errorbar(kept, [float(np.mean(found[rate])) for rate in kept], yerr=error, label=label, **look)
     return len(found) - len(kept)
-
-
-def _table(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError as error:
-        style.fail(f"{path}: cannot be read ({error.strerror}); accepted is the file of a finished run")
 
 
 def _key(row: dict[str, str]) -> tuple[str, str, str]:

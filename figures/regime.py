@@ -1,6 +1,5 @@
 """Crossing ranks over a real model's depth, and predicted lines through measured points, from a run of sims.regime."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """Both figures."""
     _, rows = style.read_run(config.run, "regime")
-    crossings = _crossings(config.run / "crossing_ranks.csv")
+    crossings = style.read_table(config.run / "crossing_ranks.csv", needed=True)
     init = config.init or rows[0]["init"]
     rows = [row for row in rows if row["split"] == config.split and row["init"] == init]
     crossings = [row for row in crossings if row["split"] == config.split and row["init"] == init]
@@ -42,14 +41,6 @@ def draw(config: Config) -> Sequence[Path]:
         style.fail(f"{config.run}: has no row of split {config.split} and init {init}; accepted are those of the run")
     out = config.out or config.run
     return [*_depth(crossings, config.split, out), *_rms(rows, config, init, out)]
-
-
-def _crossings(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError as error:
-        style.fail(f"{path}: cannot be read ({error.strerror}); accepted is a run folder of sims.regime")
 
 
 def _kind(row: dict[str, str]) -> str:

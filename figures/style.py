@@ -208,11 +208,11 @@ def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
             print(path)
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a further CSV of a run; none where the run has no such file."""
-    if not path.exists():
+def read_table(path: Path, *, needed: bool = False) -> list[dict[str, str]]:
+    """Rows of a further CSV of a run; none where the run has no such file, unless it is ``needed``."""
+    if not needed and not path.exists():
         return []
-    return list(csv.DictReader(io.StringIO(files.read_text(path, accepted="a table of the run"))))
+    return list(csv.DictReader(io.StringIO(files.read_text(path, accepted="the file of a finished run"))))
 
 
 def at_best_rate(run: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -1,6 +1,5 @@
 """Exponents against the step, and the quantities against the rank, from a run of sims.training_dynamics."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +39,7 @@ def draw(config: Config) -> Sequence[Path]:
     chosen = [row for row in rows if (row["model"], row["start"]) == (config.model, config.start)]
     if not chosen:
         style.fail(f"{config.run}: has no {config.model} with {config.start} random at the start")
-    path = config.run / "exponents.csv"
-    try:
-        with path.open(newline="") as file:
-            fits = list(csv.DictReader(file))
-    except OSError as error:
-        style.fail(f"{path}: cannot be read ({error.strerror}); accepted is the file of a finished run")
+    fits = style.read_table(config.run / "exponents.csv", needed=True)
     fits = [row for row in fits if (row["model"], row["start"], row["range"]) == (config.model, config.start, "all")]
     name = f"training_dynamics_{config.model}_{config.start}"
     folder = config.out or config.run

@@ -1,6 +1,7 @@
 """Loss curves over learning rates from a folder of sims.rank_sweep: its results.csv, and each cell's loss a record."""
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory import digests, seals
+from rora_theory import digests, files, seals
 from rora_theory.errors import InputError
 from sims import rank_results
 
@@ -52,11 +53,7 @@ def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -
     """
     path = folder / "results.csv"
     _check(folder)
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); accepted is a folder of sims.rank_sweep") from error
+    rows = list(csv.DictReader(io.StringIO(files.read_text(path, accepted="a folder of sims.rank_sweep"))))
     column = {"validation": "validation_loss", "answer": "answer_loss"}[loss]
     missing = [name for name in (*NEEDED, column) if name not in (rows[0] if rows else {})]
     if missing:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rora_theory import files
 from rora_theory.commonsense.tasks import TASKS
 from rora_theory.errors import InputError
 from sims.common import matrix
@@ -107,13 +108,8 @@ def read_losses(path: Path, kind: Literal["", "answer_"]) -> tuple[list[tuple[st
 
 def read_lines(path: Path) -> list[dict[str, str]]:
     """The lines of a cell's CSV file. Raises `InputError` for one that can't be read."""
-    try:
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); accepted is the file as sims.rank_sweep wrote it"
-        ) from error
+    accepted = "the file as sims.rank_sweep wrote it"
+    return list(csv.DictReader(io.StringIO(files.read_text(path, accepted=accepted))))
 
 
 def text(value: Any) -> str:

@@ -7,6 +7,7 @@ sampler checks by simulating each rule by itself on part of the grid.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -54,6 +55,9 @@ RELATIVE_ERROR = 0.005
 
 MOST_DRAWS, LEAST_ERROR = 10**9, 5e-5
 """A second moment of n normal draws has the relative error sqrt(2 / n)."""
+
+LARGEST_POWER = 18
+"""Of ten, of a scaling or a step."""
 
 CHECK_RANKS = (1, 8, 64)
 CHECK_OVERLAPS = (0.0, 0.5)
@@ -185,7 +189,17 @@ def check(config: Config) -> dict[str, Rule]:
         for init in config.inits:
             if not entries(init, rank=1, p_in=1).is_normal:
                 raise InputError(f"--sampler reduced has no {init} init; accepted with it are normal and gaussian")
-    return parse_rules(config.rules)
+    rules = parse_rules(config.rules)
+    for rule, rank, optimizer in itertools.product(rules.values(), config.ranks, config.optimizers):
+        gamma = scaling_factor(rule, alpha=config.alpha, rank=rank)
+        power = math.log10(config.learning_rate) + laws.scaling_power(optimizer) * math.log10(gamma)
+        if max(abs(power), abs(math.log10(gamma))) > LARGEST_POWER:
+            raise InputError(
+                f"--alpha {config.alpha:g} and --learning-rate {config.learning_rate:g} give gamma {gamma:.1e} and a "
+                f"step of 1e{power:.0f} at rank {rank} under {optimizer}; accepted are 1e-{LARGEST_POWER} to "
+                f"1e{LARGEST_POWER}, whose squares float32 holds"
+            )
+    return rules
 
 
 def open_folder(name: str, config: Config, places: list[jax.Device], units: dict[str, str]) -> RunFolder:

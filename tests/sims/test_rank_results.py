@@ -138,7 +138,7 @@ def test_a_file_of_losses(tmp_path) -> None:
         records, found, sizes = rank_results.read_losses(path, kind)
         assert (records, found.tolist(), sizes) == ([("a", "3"), ("b", "4")], losses, tokens)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not UTF-8"):
         rank_results.read_losses(path, "")
     path.write_text("file,index,tokens,loss\na,3,10\n")
     with pytest.raises(InputError, match="is damaged"):

@@ -221,6 +221,8 @@ def test_no_path_in_the_files(finished, inputs) -> None:
         ({"optimizers": ("lion",)}, "optimizers has 'lion'"),
         ({"rows": 32}, "rows is 32; accepted are 0, or 64 or more"),
         ({"tokens": 0}, "tokens is 0"),
+        ({"rows": 10**9}, "--rows is 1000000000; accepted are at most 100,000,000"),
+        ({"layers": (-1,)}, "--layers is -1; accepted is an integer of 0 or more"),
         ({"false_alarm": 1.0}, "false_alarm is 1.0"),
         ({"targets": ("c_proj",)}, "target_modules has 'c_proj'"),
         ({"items": 19}, "hold 20 records; accepted are 23 or more"),
