@@ -79,7 +79,7 @@ def distances(
       >>> distances([0.1] * 4, decay=None)
       Distances(B=0.4, A=0.30000000000000004)
       >>> round(distances([1e-3] * 200).A / distances([1e-3] * 200, decay=None).A, 2)  # Adam follows A's ramp faster
-      1.6
+      1.47
     """
     each_B = np.asarray(rates_B, np.float64)
     each_A = each_B if rates_A is None else np.asarray(rates_A, np.float64)
@@ -334,7 +334,7 @@ def rate_factor(strength: float, rho: float) -> float:
       ``use_rslora`` at r = 128 and the same alpha makes gamma sqrt(128) times as large:
 
       >>> tuple(round(1 / rate_factor(math.sqrt(128), rho), 1) for rho in (0.0, 1.0, math.inf))
-      (11.3, 5.3, 3.4)
+      (11.3, 6.5, 3.4)
     """
     check_positive("strength", strength)
     _check_rho(rho)
