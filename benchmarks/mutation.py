@@ -13,6 +13,7 @@ import argparse
 import ast
 import difflib
 import importlib
+import multiprocessing
 import os
 import random
 import signal
@@ -40,7 +41,8 @@ MODULES = {
 
 LEFT_OUT = (
     "finished or finite_but_diverged or figures or bad_input or interval_covers or errors_cover or error_covers "
-    "or every_equation or small_sweep or another_claim or works_in_peft or goes_on or test_rows or frozen_adam"
+    "or what_is_judged or b_alone or every_equation or small_sweep or another_claim or works_in_peft or goes_on "
+    "or test_rows or frozen_adam"
 )
 """Tests that train, sample or draw: seconds each, for the wiring of a whole command."""
 
@@ -126,15 +128,12 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def prepare() -> None:
-    """Import libraries and the project, as the tests do; no device is touched, so that forks are safe."""
-    sys.path.insert(0, str(Path("tests").resolve()))
-    for name in LIBRARIES.split():
-        importlib.import_module(name)
+def prepare(path: Path) -> None:
+    """Import what does not depend on a module, as the tests do; no device is touched, so that forks are safe."""
     from jaxtyping import install_import_hook
 
     install_import_hook("rora_theory", "checker.checker")
-    for name in imports():
+    for name in imports().keys() - dependents(_name(path)):
         importlib.import_module(name)
 
 
@@ -160,10 +159,6 @@ def _test(path: Path, mutant: Mutant, tests: list[str]) -> None:
     import pytest
 
     place, read, stats = str(path.resolve()), SourceFileLoader.get_data, SourceFileLoader.path_stats
-    for name in dependents(_name(path)):
-        room, _, last = name.rpartition(".")
-        if sys.modules.pop(name, None) is not None and hasattr(sys.modules.get(room), last):
-            delattr(sys.modules[room], last)
 
     def get_data(self: SourceFileLoader, name: str) -> bytes:
         return mutant.source.encode() if os.path.realpath(name) == place else read(self, name)
@@ -203,21 +198,30 @@ def main() -> None:
     }
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rora-mutation-"))
-    prepare()
-    total = dead = 0
-    for name in arguments.modules:
-        path, tests = Path(MODULES[name][0]), MODULES[name][1].split()
-        every = list(mutants(path))
-        if killed(path, Mutant(path.read_text(), ""), tests, 10 * arguments.seconds):
-            sys.exit(f"{name}: the tests fail without a mutant")
-        random.Random(arguments.seed).shuffle(every)
-        tried = every[: arguments.most or None]
-        survivors = [mutant for mutant in tried if not killed(path, mutant, tests, arguments.seconds)]
-        total, dead = total + len(tried), dead + len(tried) - len(survivors)
-        for mutant in survivors:
-            print(f"{path}: survives\n{mutant.change}")
-        print(f"{name}: {len(tried) - len(survivors)} of {len(tried)} killed ({len(every)} in all)", flush=True)
-    print(f"{dead} of {total} killed: {dead / total:.1%}")
+    sys.path.insert(0, str(Path("tests").resolve()))
+    for name in LIBRARIES.split():
+        importlib.import_module(name)
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # a clean process for each module
+        settings = (arguments.most, arguments.seed, arguments.seconds)
+        found = pool.starmap(judge, [(name, *settings) for name in arguments.modules], chunksize=1)
+    tried, dead = (sum(counts) for counts in zip(*found, strict=True))
+    print(f"{dead} of {tried} killed: {dead / tried:.1%}")
+
+
+def judge(name: str, most: int, seed: int, seconds: float) -> tuple[int, int]:
+    """How many mutants of a module were tried, and how many of them killed; prints the others."""
+    path, tests = Path(MODULES[name][0]), MODULES[name][1].split()
+    prepare(path)
+    if killed(path, Mutant(path.read_text(), ""), tests, 10 * seconds):
+        raise RuntimeError(f"{name}: the tests fail without a mutant")
+    every = list(mutants(path))
+    random.Random(seed).shuffle(every)
+    tried = every[: most or None]
+    survivors = [mutant for mutant in tried if not killed(path, mutant, tests, seconds)]
+    for mutant in survivors:
+        print(f"{path}: survives\n{mutant.change}")
+    print(f"{name}: {len(tried) - len(survivors)} of {len(tried)} killed ({len(every)} in all)", flush=True)
+    return len(tried), len(tried) - len(survivors)
 
 
 if __name__ == "__main__":
