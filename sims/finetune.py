@@ -64,6 +64,8 @@ class Config:
     """which adapter to write at the end: best by validation loss (as published), or last"""
     merge: bool = False
     """write merged/ too: the model with the adapter (LoRA, RoRA or DoRA) added in, in Hugging Face layout"""
+    serve_as: Literal["peft", "portable"] = "peft"
+    """how to write adapter/: with all of PEFT's entries, or so that clients that know fewer compute the same too"""
     fsdp: int = 1
     """devices that share one copy of the base weights; the others hold further copies"""
     coordinator: str | None = None
@@ -183,6 +185,9 @@ def finetune(config: Config, model: Any = None) -> Path:
     settings = training.adapter()
     if config.merge and not settings.mergeable:
         raise InputError(f"merge is True with method {training.method}; accepted are methods lora, dora")
+    if config.serve_as == "portable" and training.method != "lora":
+        what = "method lora, or serve_as peft with merge" if settings.mergeable else "serve_as peft"
+        raise InputError(f"serve_as is portable with method {training.method}; accepted is {what}")
     records = read_records(config.data)
     parts = split(records, training.validation, training.seed)
     origin = llama.locate(config.model, config.revision) if model is None else model.origin
@@ -234,12 +239,12 @@ def finetune(config: Config, model: Any = None) -> Path:
     follow(trainer, folder)
     kept = trainer.adapter(config.keep)
     trainer.close()
-    if folder.entry("kept") != config.keep:
+    if folder.entry("kept") != config.keep or (folder.entry("serve_as") or "peft") != config.serve_as:
         for name in ("adapter", "merged"):
             folder.clear(name)
-        folder.update(kept=config.keep)
+        folder.update(kept=config.keep, serve_as=config.serve_as)
     if not folder.holds("adapter"):
-        adapters.save_peft(path / "adapter", kept, base_model=origin)
+        adapters.save_peft(path / "adapter", kept, base_model=origin, portable=config.serve_as == "portable")
         folder.record("adapter")
     if config.merge and not folder.holds("merged"):
         folder.clear("merged")

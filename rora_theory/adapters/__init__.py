@@ -15,7 +15,7 @@ from rora_theory.adapters.base import (
 )
 from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, norms
-from rora_theory.adapters.peft import digest, load_peft, save_peft
+from rora_theory.adapters.peft import digest, load_peft, rewrite_portable, save_peft
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "merge",
     "norms",
     "replace",
+    "rewrite_portable",
     "save_peft",
     "share",
     "table",

@@ -25,6 +25,7 @@ from rora_theory.adapters import peft_baselines, peft_config
 from rora_theory.adapters.base import Params
 from rora_theory.adapters.bottleneck import BottleneckAdapter
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, assemble
+from rora_theory.adapters.portable import portable as portable_form
 from rora_theory.adapters.prefix import PrefixAdapter
 from rora_theory.adapters.targets import Target, full_name
 from rora_theory.errors import InputError
@@ -45,7 +46,13 @@ Shape = tuple[int, ...]
 AnyAdapter = LoraAdapter | PrefixAdapter | BottleneckAdapter
 
 
-def save_peft(folder: str | os.PathLike[str], adapter: AnyAdapter, *, base_model: str | Located | None = None) -> None:
+def save_peft(
+    folder: str | os.PathLike[str],
+    adapter: AnyAdapter,
+    *,
+    base_model: str | Located | None = None,
+    portable: bool = False,
+) -> None:
     """Write an adapter so that PEFT opens it and computes the same; series and parallel ones PEFT does not know.
 
     A rule that PEFT has no flag for (kappa neither 1 nor 1/2) is written as LoRA with the alphas that give
@@ -61,13 +68,13 @@ def save_peft(folder: str | os.PathLike[str], adapter: AnyAdapter, *, base_model
         (`Model.origin`), what is written is its hub id and commit, if it has them, and the digest of the files used,
         which may be a GGUF file made from the hub's: ``base_model_sha256`` in the metadata of the safetensors file,
         PEFT having no entry for it.
+      portable: write LoRA and RoRA so that readers with less than PEFT's entries compute the same, see `portable`.
 
     Raises:
-      InputError: ``folder`` is a file or can't be written (a full disk); no part of a file is left.
+      InputError: ``folder`` is a file or can't be written (a full disk); no part of a file is left. With ``portable``,
+        an adapter that has no such form: DoRA, and what is not LoRA.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; accepted is a folder to write the adapter to")
     base = base_model.base if isinstance(base_model, Located) else base_model
     if isinstance(adapter, LoraAdapter):
         config, tensors = peft_config.to_peft(adapter.config, adapter.targets, base), _tensors(adapter)
@@ -76,8 +83,36 @@ def save_peft(folder: str | os.PathLike[str], adapter: AnyAdapter, *, base_model
     metadata = {"format": "pt"}
     if isinstance(base_model, Located):
         config["revision"], metadata["base_model_sha256"] = base_model.commit, base_model.sha256
+    if portable:
+        config, tensors = portable_form(folder / CONFIG, config, tensors)
+    _write(folder, config, tensors, metadata)
+
+
+def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Write the adapter in ``source``, of any model, in portable form (see `portable`) to ``folder``.
+
+    Args:
+      source: a LoRA adapter's folder as PEFT writes it.
+      folder: made where it is missing.
+
+    Raises:
+      InputError: as `load_peft`, but for what depends on the model, and as `save_peft`.
+    """
+    path, weights = Path(source) / CONFIG, Path(source) / WEIGHTS
+    config, tensors = portable_form(path, peft_config.load(path), _read_tensors(weights))
+    with safetensors.safe_open(weights, framework="numpy") as file:
+        metadata = file.metadata() or {"format": "pt"}
+    _write(Path(folder), config, tensors, metadata)
+
+
+def _write(
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Both files, as `save_peft` says."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; accepted is a folder to write the adapter to")
     contents = {
-        WEIGHTS: safetensors.numpy.save(tensors, metadata=metadata),
+        WEIGHTS: safetensors.numpy.save(tensors, metadata=dict(metadata)),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}

@@ -1,0 +1,63 @@
+"""Rewrite an adapter so that every client serves it at the scale it was trained at.
+
+    python -m sims.portable results/finetune/RUN/adapter --out served
+
+The adapter may be of any model and from any trainer that writes PEFT's format. Written is LoRA with one rank, one alpha
+and `use_rslora` false; docs/serving.md says which clients need that. A DoRA adapter has no such form: with `--model`
+it is merged, and a whole model in Hugging Face layout is written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rora_theory.errors import InputError
+from sims.common import cli
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to rewrite, and where to."""
+
+    adapter: Annotated[Path, tyro.conf.Positional]
+    """an adapter's folder as PEFT writes it"""
+    out: Path
+    """a new or empty folder"""
+    model: str | None = None
+    """merge into this model, and write that: a folder, a .gguf file, a hub id or a built-in name"""
+    revision: str | None = None
+    """branch, tag or commit of a model on the hub"""
+
+
+def rewrite(config: Config) -> None:
+    """Write the adapter, or the model it was merged into. Raises `InputError` before anything is written."""
+    from rora_theory import adapters
+
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise InputError(f"{config.out}: is not empty; accepted is a new or empty folder")
+    if config.model is None:
+        if config.revision is not None:
+            raise InputError("revision is given without model; accepted is both")
+        adapters.rewrite_portable(config.adapter, config.out)
+        return
+    from rora_theory import llama
+    from sims.finetune import save_merged
+
+    model = llama.load(config.model, revision=config.revision)
+    adapter = adapters.load_peft(config.adapter, model.config, model.params)
+    save_merged(config.out, adapter, model)
+
+
+def main() -> None:
+    """Rewrite one adapter."""
+    config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
+    rewrite(config)
+    print(
+        f"{config.out}: " + ("adapter_config.json, adapter_model.safetensors" if config.model is None else "the model")
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
