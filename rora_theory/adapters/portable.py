@@ -113,9 +113,7 @@ def _gammas(path: Path, entries: Mapping[str, Any], ranks: Mapping[str, int]) ->
     for name, rank in ranks.items():
         promised = value("rank_pattern", name, entries["r"])
         if rank != promised:
-            raise InputError(
-                f"{path}: r is {promised} at {name}, whose lora_A has {rank} rows; accepted is one of both"
-            )
+            raise InputError(f"{path}: r is {promised} at {name}; accepted is {rank}, the rows of its lora_A")
         found[name] = scaling_factor(rule, alpha=value("alpha_pattern", name, entries["lora_alpha"]), rank=rank)
     return found
 

@@ -76,8 +76,10 @@ def test_a_reader_of_rank_and_alpha_alone_computes_the_same(
             expected = float(adapter.scaling[module][layer]) * b @ a
             # Twice float32's rounding: of gamma in the adapter, and of B where its gamma is not the common one.
             np.testing.assert_allclose(delta, expected, rtol=0, atol=2.4e-7 * np.abs(expected).max())
-    logits = run(params, tokens, adapter)
-    np.testing.assert_allclose(run(params, tokens, load_peft(tmp_path / "again", config)), logits, rtol=0, atol=1e-5)
+    logits = np.asarray(run(params, tokens, adapter))
+    found = run(params, tokens, load_peft(tmp_path / "again", config))
+    # Float32 sums of other terms through three layers: some tens of roundings.
+    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 
 
 def test_tensors_of_one_rank_and_gamma_stay_bit_for_bit(perturbed, tmp_path) -> None:

@@ -1,0 +1,65 @@
+"""Beside peft, where it is installed: what it opens, and what it then computes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rora_theory.adapters import load_peft, rewrite_portable, save_peft
+
+torch = pytest.importorskip("torch", reason="beside peft: the extra peers")
+peft = pytest.importorskip("peft", reason="beside peft: the extra peers")
+
+
+def peft_logits(golden, folder: Path) -> np.ndarray:
+    """What peft computes with the adapter in a folder."""
+    model = peft.PeftModel.from_pretrained(golden.torch_base(), str(folder))
+    with torch.no_grad():
+        return model(torch.from_numpy(golden.TOKENS)).logits.numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"init_lora_weights": None},
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "c_attn"]},
+        {"layers_to_transform": [0, 1, 2, 7]},
+        {"target_modules": r".*\.(q|k|v|up|down)_proj|lm_head", "exclude_modules": ["lm_head"]},
+        {"rank_pattern": {".*down_proj": 2, r"layers\.1\.self_attn\.q_proj": 6, ".*q_proj": 4, ".*[02].*k_proj": 3}},
+    ],
+    ids=["null init", "unknown target", "layer out of range", "targeted and excluded", "overlapping patterns"],
+)
+def test_what_peft_opens_is_the_same_adapter_here(entries, golden, config, params, tokens, run, tmp_path) -> None:
+    """Read here, written again, and in portable form: peft and this package compute the same to 2e-5 (float32 sums)."""
+    source = Path(shutil.copytree(golden.FOLDER / "lora_patterns", tmp_path / "peft"))
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    expected = peft_logits(golden, source)
+    adapter = load_peft(source, config, params)
+    np.testing.assert_allclose(run(params, tokens, adapter), expected, rtol=0, atol=2e-5)
+    save_peft(tmp_path / "again", adapter)
+    rewrite_portable(source, tmp_path / "portable")
+    for name in ("again", "portable"):
+        np.testing.assert_allclose(peft_logits(golden, tmp_path / name), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rank_above_a_module_s_width_is_run_by_both(golden, config, params, tokens, run, tmp_path) -> None:
+    source = Path(shutil.copytree(golden.FOLDER / "lora", tmp_path / "peft"))
+    path, weights = source / "adapter_config.json", source / "adapter_model.safetensors"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 12, "target_modules": ["k_proj"]}))
+    rng = np.random.default_rng(0)
+    shapes = {"A": (12, 16), "B": (8, 12)}
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.k_proj.lora_{kind}.weight": rng.normal(size=shape)
+        for layer in range(3)
+        for kind, shape in shapes.items()
+    }
+    tensors = {name: (0.3 * tensor).astype(np.float32) for name, tensor in tensors.items()}
+    weights.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    found = run(params, tokens, load_peft(source, config, params))
+    np.testing.assert_allclose(found, peft_logits(golden, source), rtol=0, atol=2e-5)
