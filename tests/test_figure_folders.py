@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,26 @@ def test_a_folder_of_others_is_not_drawn_into(tmp_path: Path, names: list[str], 
         (tmp_path / name).write_text(json.dumps({"name": "a web page's"}))
     with pytest.raises(InputError, match=f"holds {held}, which no figure wrote; accepted is a folder that is new"):
         style.check_own(tmp_path)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a figure."""
+
+    out: Path
+    """folder"""
+
+
+def test_a_command_looks_before_it_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(config: Config) -> list[Path]:
+        (config.out / "a.png").touch()
+        return []
+
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr(sys, "argv", ["figure", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        style.command(draw, Config, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "results.csv"])

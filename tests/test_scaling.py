@@ -43,6 +43,7 @@ def test_alpha_for_inverts_scaling_factor(rank: int, alpha: float, rule: str | f
         ("lora", math.inf, 1, "alpha is inf"),
         ("lora", 1.0, 0, "rank is 0"),
         ("lora", 1.0, 2.5, "rank is 2.5"),
+        ("lora", 1.0, 2**31, "rank is 2147483648; accepted is an integer of at most 2,147,483,647"),
         ("lora", 1.0, True, "rank is True"),
     ],
 )
