@@ -128,7 +128,10 @@ def test_output_that_nobody_reads_ends_without_a_word(words: str) -> None:
     code = f"from sims.common import cli\nfrom test_cli import Config\ncli.run(lambda: {words})"
     read, write = os.pipe()
     os.close(read)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "PYTHONUNBUFFERED": "",
+    }
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env=environment)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -140,7 +143,11 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path: Path, command: str, slow: 
     (tmp_path / f"{slow}.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
     process = subprocess.Popen(
-        [sys.executable, "-m", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [sys.executable, "-m", command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"begun\n"
