@@ -91,6 +91,9 @@ def test_the_files_say_what_the_metadata_said(source, tmp_path):
     named = {name: settings[f"{name}_token"] for name in ("unk", "bos", "eos", "pad")}
     assert named == {"unk": "<|unk|>", "bos": "<|begin|>", "eos": "<|end|>", "pad": "<|end|>"}
     assert settings["chat_template"] == TEMPLATE
+    template = read["tokenizer.json"]["post_processor"]["single"]
+    assert [list(part) for part in template] == [["SpecialToken"], ["Sequence"]]
+    assert template[0]["SpecialToken"]["id"] == "<|begin|>"
     assert settings["model_max_length"] == 256
     assert read["generation_config.json"] == {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 2}
     assert read["config.json"]["eos_token_id"] == [2, 3]
