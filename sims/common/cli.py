@@ -158,7 +158,11 @@ def run(main: Callable[[], None]) -> None:
     before = stopping.count()
     try:
         with stopping.terminable():
-            main()
+            try:
+                main()
+            except SystemExit:  # after --help
+                sys.stdout.flush()
+                raise
             sys.stdout.flush()
     except InputError as error:
         stopping.end_all("failed", str(error), but=before)
