@@ -68,6 +68,8 @@ class Config:
     """.json or .jsonl files in the LLM-Adapters schema"""
     model: str = "smollm2-135m"
     """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
+    revision: str | None = None
+    """branch, tag or commit of a model on the hub"""
     ranks: tuple[int, ...] = (2, 8, 32, 128)
     """ranks of the adapter"""
     rules: tuple[str, ...] = ("lora", "rora")
@@ -158,13 +160,13 @@ def run(config: Config) -> None:
     started = time.monotonic()
     records = read_records(config.data)
     places = devices.pick(1)
-    model = load(config.model)
+    model = load(config.model, revision=config.revision)
     cli.tell(model.remarks)
     data = prepare(config, records, model)
     checker = coordinate_check.Checker(
         model.params, model.config, width=max(config.ranks), target_modules=config.targets
     )
-    identity = {name: value for name, value in asdict(config).items() if name not in ("out", "data", "model")}
+    identity = {name: value for name, value in asdict(config).items() if name not in ("out", "data", "revision")}
     # Named by what they are, not by where they lie: the run may go on elsewhere.
     identity |= model.origin.identity() | {"records_sha256": digests.of_json(records)}
     extra = {"units": UNITS, "device": devices.describe(places), "data": [_short(source) for source in config.data]}

@@ -100,7 +100,9 @@ def settings(name: str, model: str, data: Path) -> Any:
     return {
         "regime": regime.Config(train, model, items=4, heldout_items=4, rows=0),
         "transfer": transfer.Config(2, 4, items=4, check=(model, *train)),
-        "coordinate_check": coordinate_check.Config(train, model, (2, 4), held_out=6, cutoff=160, template="clean"),
+        "coordinate_check": coordinate_check.Config(
+            train, model, ranks=(2, 4), held_out=6, cutoff=160, template="clean"
+        ),
         "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch=8, validation=4, warmup=4)),
         "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
         "evaluate": evaluate.Config(model, tasks=("piqa",), protocol="label", data_dir=str(data)),
@@ -155,16 +157,30 @@ def test_a_model_is_all_its_weights_and_its_tokenizer(name, model, data, tmp_pat
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
 def test_a_branch_that_moves_is_another_run(name, model, data, monkeypatch) -> None:
-    """The commit is in the identity beside the content: even where the same files are committed again."""
-    found = []
-    for commit in ("aaaa", "bbbb"):
-        monkeypatch.setattr(hub, "_download", lambda repository, revision, c=commit: (model, repository, c))
-        found.append(start(name, settings(name, "org/tiny", data), monkeypatch).identity)
+    """The commit is in the identity beside the content: even where the same files are committed again.
+
+    The revision asked for is looked up once, and is itself no part of the run: two names of a commit are one.
+    """
+    found: list[dict[str, Any]] = []
+    asked: list[str | None] = []
+    config = settings(name, "org/tiny", data)
+    for commit, revision in (("aaaa", "main"), ("bbbb", "main"), ("bbbb", "v2")):
+
+        def download(repository: str, revision: str | None, *, commit: str = commit) -> tuple[Path, str, str]:
+            asked.append(revision)
+            return model, repository, commit
+
+        monkeypatch.setattr(hub, "_download", download)
+        named = replace(config, revision=revision) if name != "transfer" else config
+        found.append(start(name, named, monkeypatch).identity)
+    assert asked == ([None] * 3 if name == "transfer" else ["main", "main", "v2"])
+    if name != "rank_sweep":
+        assert found[2] == found[1]
     key, values = ("commits", [{"org/tiny": "aaaa"}, {"org/tiny": "bbbb"}])
     if name != "rank_sweep":
         key, values = "commit", ["aaaa", "bbbb"]
         assert found[0]["model"] == "org/tiny"
-    assert [one[key] for one in found] == values
+    assert [one[key] for one in found[:2]] == values
     assert {name for name in found[0] if found[0][name] != found[1][name]} == {key}
 
 
