@@ -118,12 +118,12 @@ def _columns(count: int | None) -> Iterator[None]:
 
 def _line(box: str) -> str:
     """One line of what the option parser says in a box: what is wrong, then the option's form or names like it."""
-    rows = [line.strip("│") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rows = [line.strip("│|") for line in box.splitlines() if not line.startswith(("╭", "╰", "+"))]
     parts: list[list[str]] = [[]]
     for row in rows:
-        if row.strip(" ─"):
+        if row.strip(" ─-"):
             parts[-1].append(row)
-        elif "─" in row:
+        elif row.strip():
             parts.append([])
     wrong = " ".join(" ".join(parts[0]).partition("Got errors:")[0].split()).rstrip(".")
     wrong = wrong.removeprefix("Error parsing ").replace(". Expected", "; accepted is")
