@@ -125,6 +125,8 @@ def _line(box: str) -> str:
             parts[-1].append(row)
         elif row.strip():
             parts.append([])
+    if "╭" not in box:  # in plain letters the title is a part of its own
+        parts = parts[1:] or parts
     wrong = " ".join(" ".join(parts[0]).partition("Got errors:")[0].split()).rstrip(".")
     wrong = wrong.removeprefix("Error parsing ").replace(". Expected", "; accepted is")
     form = [row.strip() for part in parts[1:] for row in part if row.startswith("     ") and row[5] != " "]
