@@ -130,9 +130,9 @@ def _line(box: str) -> str:
     wrong = " ".join(" ".join(parts[0]).partition("Got errors:")[0].split()).rstrip(".")
     wrong = wrong.removeprefix("Error parsing ").replace(". Expected", "; accepted is")
     form = [row.strip() for part in parts[1:] for row in part if row.startswith("     ") and row[5] != " "]
-    if "Argument helptext:" in box:
+    if form and "Argument helptext:" in box:
         wrong += f"; accepted is {': '.join(form)}"
-    elif "Perhaps you meant:" in box:
+    elif form and "Perhaps you meant:" in box:
         wrong += f", perhaps {', '.join(form)}"
     return wrong if "; accepted" in wrong else f"{wrong}; accepted is what --help lists"
 
