@@ -218,7 +218,7 @@ def test_an_adapter_is_both_its_files(model, data, adapter, tmp_path, monkeypatc
 
 NEUTRAL = {
     "regime": {"false_alarm", "tolerance"},
-    "transfer": {"split", "per"},
+    "transfer": {"split", "per", "task_type"},
     "coordinate_check": set(),
     "prune": {"batch"},
     "evaluate": {"batch_size"},
@@ -236,7 +236,7 @@ OTHER: dict[str, Any] = {
     "models": ("mlp",), "model": "mlp", "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
     "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1, "false_alarm": 0.1,
     "regime": {"layers": (0,), "rows": 4096},
-    "transfer": {"split": "train", "regime": "cross-talk", "per": "one", "to_rule": "rora"},
+    "transfer": {"split": "train", "regime": "cross-talk", "per": "one", "to_rule": "rora", "task_type": "SEQ_CLS"},
     "coordinate_check": {"steps": (1, 3), "batches": "fresh", "template": "train"},
     "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},
     "evaluate": {"tasks": ("boolq",), "protocol": "generate", "template": "eval", "limit": 2},
