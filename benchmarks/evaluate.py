@@ -22,8 +22,8 @@ from typing import Any
 import lm_eval_peer
 import torch
 
-from rora_theory.commonsense import prompts, sources, tasks
-from rora_theory.commonsense.scoring import Scoring, score
+from rora_theory.data import prompts, sources, tasks
+from rora_theory.evaluate.scoring import Scoring, score
 from rora_theory.llama import Model, load
 from sims.common import cli
 from sims.common.disk import write_whole

@@ -20,8 +20,9 @@ import lm_eval_peer
 import numpy as np
 import torch
 
-from rora_theory.commonsense import choices, scoring, sources, tasks
+from rora_theory.data import sources, tasks
 from rora_theory.errors import InputError
+from rora_theory.evaluate import choices, scoring
 from rora_theory.llama import Model, load
 from sims.common import cli
 from sims.common.disk import write_whole

@@ -24,8 +24,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from rora_theory.commonsense.choices import hellaswag_parts
-from rora_theory.commonsense.tasks import Record
+from rora_theory.data.tasks import Record
+from rora_theory.evaluate.choices import hellaswag_parts
 from rora_theory.llama import Model
 
 FOLDERS = {

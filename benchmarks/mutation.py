@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 MODULES = {
-    "best_rate": ("rora_theory/best_rate.py", "tests/test_best_rate.py"),
-    "flatness": ("rora_theory/flatness.py", "tests/test_flatness.py"),
-    "statistics": ("rora_theory/statistics.py", "tests/test_statistics.py"),
-    "transfer": ("rora_theory/transfer.py", "tests/test_transfer.py"),
-    "verdicts": ("rora_theory/verdicts.py", "tests/test_verdicts.py"),
+    "best_rate": ("rora_theory/stats/rate_optimum.py", "tests/stats/test_rate_optimum.py"),
+    "flatness": ("rora_theory/stats/slopes.py", "tests/stats/test_slopes.py"),
+    "statistics": ("rora_theory/stats/moments.py", "tests/stats/test_moments.py"),
+    "transfer": ("rora_theory/advice/transfer.py", "tests/advice/test_transfer.py"),
+    "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py"),
     "differences": ("sims/differences.py", "tests/sims/test_differences.py"),
     "matrix_rates": ("sims/matrix_rates.py", "tests/sims/test_lr_transfer.py"),
     "rank_results": ("sims/rank_results.py", "tests/sims/test_differences.py tests/sims/test_rank_results.py"),
@@ -132,7 +132,7 @@ def prepare(path: Path) -> None:
     """Import what does not depend on a module, as the tests do; no device is touched, so that forks are safe."""
     from jaxtyping import install_import_hook
 
-    install_import_hook("rora_theory", "checker.checker")
+    install_import_hook("rora_theory", "support.checker.checker")
     for name in imports().keys() - dependents(_name(path)):
         importlib.import_module(name)
 

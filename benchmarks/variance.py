@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory import sampling
+from rora_theory.theory import sampling
 from sims.common import devices
 from sims.common.tables import print_table
 

@@ -13,7 +13,7 @@ import tyro
 
 from figures import style
 from figures.sweep import Row, beside, chosen_model, draw_line, grouped, levels, marks, measures, model_name, points
-from rora_theory.commonsense import published
+from rora_theory.paper import published
 from sims.common import cli
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")

@@ -20,8 +20,8 @@ import tyro
 
 from figures import style
 from figures.sweep import model_name
-from rora_theory.commonsense import published
-from rora_theory.commonsense.tasks import TASKS
+from rora_theory.data.tasks import TASKS
+from rora_theory.paper import published
 
 Cells = list[dict[str, str]]
 

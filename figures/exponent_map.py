@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 
 from figures import style
-from rora_theory import laws
+from rora_theory.theory import laws
 
 LABELS_AT = (0.05, 0.12)
 """Overlaps at which the contours carry their labels, by turns."""

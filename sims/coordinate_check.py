@@ -20,16 +20,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from rora_theory import coordinate_check, digests, dynamics, flatness
+from rora_theory import digests
 from rora_theory.adapters.inits import INITS, Init
 from rora_theory.adapters.lora import PAPER_TARGETS
-from rora_theory.coordinate_check import MODEL, Coordinate, Setting, Table
+from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batches, choose_widths, read_records, split, tokenize
-from rora_theory.finetune.data import Batch
 from rora_theory.llama import Model, load
+from rora_theory.measure import coordinate_check
+from rora_theory.measure.coordinate_check import MODEL, Coordinate, Setting, Table
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
+from rora_theory.stats import slopes
+from rora_theory.toy import dynamics
 from sims.common import cli, devices, scalings, tables
 from sims.common.cells import Cells
 from sims.common.progress import progress_bar
@@ -106,7 +109,7 @@ class Config:
     """most tokens of a record"""
     template: Literal["train", "clean"] = "train"
     """training prompt"""
-    band: float = flatness.BAND
+    band: float = slopes.BAND
     """largest absolute slope to call flat"""
     seed: int = 0
     """seed of all draws"""
@@ -322,7 +325,7 @@ def fits(config: Config, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
             power = 2 if case.optimizer in ("sgd", "momentum") else 1
             line |= {"slope": float(f"{fit.slope:.5f}"), "standard_error": float(f"{fit.standard_error:.2g}")}
             line |= {"half_width": float(f"{fit.half_width():.2g}"), "seeds": fit.seeds}
-            line |= {"verdict": flatness.judge(fit, config.band)}
+            line |= {"verdict": slopes.judge(fit, config.band)}
             if coordinate.quantity in ("output", "delta", "hidden", "logits"):  # those that carry gamma^power at first
                 line |= {"kappa_flat": float(f"{line['kappa'] + fit.slope / power:.4f}")}
             found.append(line)

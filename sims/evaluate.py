@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 from rora_theory import adapters
 from rora_theory.adapters import load_peft
-from rora_theory.commonsense import sources
-from rora_theory.commonsense.levels import Level, levels
-from rora_theory.commonsense.prompts import Template
-from rora_theory.commonsense.scoring import Protocol, Sample, Scoring, score
-from rora_theory.commonsense.tasks import TASKS, Record, task_named
+from rora_theory.data import sources
+from rora_theory.data.prompts import Template
+from rora_theory.data.tasks import TASKS, Record, task_named
 from rora_theory.errors import InputError
+from rora_theory.evaluate.levels import Level, levels
+from rora_theory.evaluate.scoring import Protocol, Sample, Scoring, score
 from rora_theory.llama import Adapter, LlamaConfig, Located, load
 from rora_theory.llama.tokenizer import Tokenizer
 from sims.common import cli, tables

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from rora_theory import digests, laws, layer_data
+from rora_theory import digests
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
+from rora_theory.measure import layer_data
 from rora_theory.scaling import Rule, exponent, scaling_factor
-from rora_theory.statistics import Moments, log_log_fit, root
+from rora_theory.stats.moments import Moments, log_log_fit, root
+from rora_theory.theory import laws
 from sims.common import tables
 from sims.common.cells import Cells
 from sims.common.devices import describe, pick

@@ -23,16 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory import dynamics, flatness
-from rora_theory.best_rate import Best, best_rate, predicted_slopes
-from rora_theory.dynamics import ProblemConfig
+from rora_theory.advice.transfer import FAMILY
 from rora_theory.errors import InputError
-from rora_theory.flatness import SeedFit
 from rora_theory.inits import INITS, Init
-from rora_theory.laws import scaling_power
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
-from rora_theory.transfer import FAMILY
+from rora_theory.stats import slopes
+from rora_theory.stats.rate_optimum import Best, best_rate, predicted_slopes
+from rora_theory.stats.slopes import SeedFit
+from rora_theory.theory.laws import scaling_power
+from rora_theory.toy import dynamics
+from rora_theory.toy.dynamics import ProblemConfig
 from sims import matrix_rates
 from sims.common import cli, devices, scalings, tables
 from sims.common.cells import Cells
@@ -57,7 +58,7 @@ UNITS = {
     "trained": "both factors, or B alone with A frozen",
     "log2_error": "standard error of log2 of the best rate",
     "edge": "the best rate is the grid's lowest or highest: the true one may lie beyond; left out of slopes",
-    "signal, cross-talk, A moves": "predicted slopes, rora_theory.best_rate",
+    "signal, cross-talk, A moves": "predicted slopes, rora_theory.stats.rate_optimum",
 }
 EQUAL = 0.01
 """Relative difference of two losses that does not count: they are equal where the whole interval lies within it."""
@@ -189,7 +190,7 @@ class Curve:
         """Mean and standard error of a figure of `bests`."""
         values = np.asarray(values, np.float64)
         if not self._by_draws:
-            return flatness.over_seeds(values)
+            return slopes.over_seeds(values)
         # The spread of bootstrap draws is the standard error itself.
         return SeedFit(float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
 
@@ -428,13 +429,13 @@ def slope_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
         optimizer, kappa = line[0], line[3]
         predicted = predicted_slopes(optimizer, kappa)  # type: ignore[arg-type]
         nearest = min(predicted, key=lambda name: abs(predicted[name] - fit.slope))
-        if not known or abs(predicted[nearest] - fit.slope) > fit.half_width() + flatness.BAND:
+        if not known or abs(predicted[nearest] - fit.slope) > fit.half_width() + slopes.BAND:
             nearest = ""
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
         row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{fit.slope:.4f}")}
         row |= {"standard_error": float(f"{fit.standard_error:.2g}") if known else None}
         row |= {"half_width": float(f"{fit.half_width():.2g}") if known else None}
-        row |= {"verdict": flatness.judge(fit) if known else "undecided", **predicted, "nearest": nearest}
+        row |= {"verdict": slopes.judge(fit) if known else "undecided", **predicted, "nearest": nearest}
         rows.append(row)
     return rows
 
@@ -510,7 +511,7 @@ def compare_matrix(curves: Sequence[Curve], cells: Sequence[matrix_rates.Cell]) 
         if not seeds:
             continue
         a, b = ([group[seed] for seed in seeds] for group in groups)
-        over = flatness.over_seeds(np.array([p.loss - q.loss for p, q in zip(a, b, strict=True)]))
+        over = slopes.over_seeds(np.array([p.loss - q.loss for p, q in zip(a, b, strict=True)]))
         (left, tokens), (right, _) = matrix_rates.stacked(a), matrix_rates.stacked(b)
         fit, source = over, "seeds" if len(seeds) > 1 else ""
         if left is not None and right is not None and tokens is not None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rora_theory import digests, files
-from rora_theory.commonsense.prompts import training_text
+from rora_theory.data.prompts import training_text
 from rora_theory.errors import InputError
 from rora_theory.finetune import read_records
 from rora_theory.finetune.loss import cross_entropy

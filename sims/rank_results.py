@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rora_theory import files
-from rora_theory.commonsense.tasks import TASKS
+from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from sims.common import matrix
 

@@ -24,13 +24,13 @@ import numpy as np
 
 from rora_theory import digests, llama
 from rora_theory.adapters.lora import PAPER_TARGETS
-from rora_theory.commonsense import sources
-from rora_theory.commonsense.levels import levels
-from rora_theory.commonsense.prompts import Template
-from rora_theory.commonsense.scoring import Protocol, Scoring, score
-from rora_theory.commonsense.tasks import TASKS, task_named
-from rora_theory.commonsense.tasks import Record as TaskRecord
+from rora_theory.data import sources
+from rora_theory.data.prompts import Template
+from rora_theory.data.tasks import TASKS, task_named
+from rora_theory.data.tasks import Record as TaskRecord
 from rora_theory.errors import InputError
+from rora_theory.evaluate.levels import levels
+from rora_theory.evaluate.scoring import Protocol, Scoring, score
 from rora_theory.finetune import (
     Batches,
     Examples,

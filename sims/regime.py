@@ -25,18 +25,18 @@ import jax
 import numpy as np
 from scipy import stats
 
-from rora_theory import regime
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.adapters.targets import full_name, matched
+from rora_theory.advice.transfer import Setting, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
-from rora_theory.laws import OPTIMIZERS, Optimizer
-from rora_theory.layer_data import SPLITS, Layer
 from rora_theory.llama import MODULES
+from rora_theory.measure import terms
+from rora_theory.measure.layer_data import SPLITS, Layer
 from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
-from rora_theory.statistics import Moments, root
-from rora_theory.transfer import Setting, transfer
+from rora_theory.stats.moments import Moments, root
+from rora_theory.theory.laws import OPTIMIZERS, Optimizer
 from sims.common import cli, tables
 from sims.common.cells import Cells
 from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
@@ -61,7 +61,7 @@ UNITS = {
     "cross_talk": "mean over tokens of |G|_F^2 |x'|^2; Adam: rows of G normalised",
     "crossing_rank": "rank where signal and cross-talk, summed over tokens, are equal; quartiles over tokens",
     "linear_term": "c: the mean square of w is proportional to r^2 + c r at fixed gamma and deviation of A",
-    "epsilon": regime.EPSILON,
+    "epsilon": terms.EPSILON,
 }
 USER_RANKS = (8, 128)
 """Most users choose among these: the flat kappa is told between them."""
@@ -200,7 +200,7 @@ def measure(config: Config, rules: dict[str, Rule], layer: Layer, index: int, mo
     predicted: dict[tuple, float] = {}
     for init in config.inits:
         for optimizer in config.optimizers:
-            law = regime.terms(layer.grad, x, optimizer=optimizer, init=init)
+            law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
             crossings += [_crossing(law, layer, index, split) for split in SPLITS]
             predicted |= predict(config, rules, layer, law)
     measured = step(config, rules, layer) if config.rows else {}
@@ -217,7 +217,7 @@ def _places(layer: Layer) -> dict[str, slice]:
     return {split: slice(*pair) for split, pair in zip(SPLITS, itertools.pairwise(edges), strict=True)}
 
 
-def _crossing(law: regime.Terms, layer: Layer, index: int, split: str) -> dict[str, Any]:
+def _crossing(law: terms.Terms, layer: Layer, index: int, split: str) -> dict[str, Any]:
     found = law.crossing(_places(layer)[split])
     p_out, p_in = layer.grad.shape
     return {
@@ -239,7 +239,7 @@ def _crossing(law: regime.Terms, layer: Layer, index: int, split: str) -> dict[s
     }
 
 
-def predict(config: Config, rules: dict[str, Rule], layer: Layer, law: regime.Terms) -> dict[tuple, float]:
+def predict(config: Config, rules: dict[str, Rule], layer: Layer, law: terms.Terms) -> dict[tuple, float]:
     """The law's rms by init, optimizer, rule, rank and split.
 
     Under the first rule, which is stepped, with Adam's epsilon; under the others in the sign limit, where the rms of
@@ -251,7 +251,7 @@ def predict(config: Config, rules: dict[str, Rule], layer: Layer, law: regime.Te
             config.ranks,
             [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in config.ranks],
             learning_rate=config.learning_rate,
-            epsilon=regime.EPSILON if position == 0 else 0.0,
+            epsilon=terms.EPSILON if position == 0 else 0.0,
         )
         for rank, row in zip(config.ranks, exact, strict=True):
             for split, place in _places(layer).items():
@@ -266,7 +266,7 @@ def step(config: Config, rules: dict[str, Rule], layer: Layer) -> dict[tuple, di
     found = {}
     for init in config.inits:
         digest = hashlib.sha256(f"{layer.name} {init}".encode()).digest()
-        stream = regime.steps(
+        stream = terms.steps(
             layer,
             jax.random.fold_in(jax.random.key(config.seed), int.from_bytes(digest[:4], "little")),
             ranks=config.ranks,
@@ -293,7 +293,7 @@ def step(config: Config, rules: dict[str, Rule], layer: Layer) -> dict[tuple, di
 def run(config: Config) -> None:
     """Measure, or go on with, a run; exit status 1 where the judge finds that the law fails."""
     from rora_theory import llama
-    from rora_theory.model_layers import record
+    from rora_theory.measure.model_layers import record
     from sims.common import real_batch
 
     started = time.monotonic()

@@ -1,6 +1,6 @@
 """How the change of an adapted layer depends on the rank, after 1, 2, 5, 10, 30 and 100 steps.
 
-A student with a low-rank adapter learns from a teacher (`rora_theory.dynamics`: a linear layer and a small MLP), with
+A student with a low-rank adapter learns from a teacher (`toy.dynamics`: a linear layer and a small MLP), with
 SGD, SGD with momentum, Adam and AdamW, from A random and B = 0, the reverse, and with A random and frozen.
 The scaling rules meet at the reference rank. Every quantity's log-log slope against the rank is fitted seed by seed; a
 slope of 0 is what a rule promises.
@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rora_theory import dynamics, flatness
-from rora_theory.dynamics import Measures, ProblemConfig
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
+from rora_theory.stats import slopes
+from rora_theory.toy import dynamics
+from rora_theory.toy.dynamics import Measures, ProblemConfig
 from sims.common import cli, devices, scalings, tables
 from sims.common.cells import Cells
 from sims.common.progress import progress_bar
@@ -275,7 +276,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         line = {name: group[0][name] for name in (*CELL, "step")}
         line |= {"seeds": len(group), "diverged": len(group) - len(kept)}
         for name in QUANTITIES if kept else ():
-            fit = flatness.over_seeds(np.array([row[name] for row in kept]))
+            fit = slopes.over_seeds(np.array([row[name] for row in kept]))
             line[name] = float(f"{fit.slope:.4g}")
             line[f"{name}_se"] = float(f"{fit.standard_error:.2g}") if len(kept) > 1 else None
         found.append(line)
@@ -317,14 +318,14 @@ def fits(config: Config, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
                     values = np.array([[row[quantity] for row in group] for group in kept.values()]).T
                     if not (values > 0).all():
                         continue  # nothing has moved yet
-                    by_seed = flatness.seed_slopes(list(kept), values)
-                    fit = flatness.over_seeds(by_seed)
+                    by_seed = slopes.seed_slopes(list(kept), values)
+                    fit = slopes.over_seeds(by_seed)
                     found.append(
                         {name: kept[min(kept)][0][name] for name in CELL[:6]}
                         | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
                         | {"step": step, "quantity": quantity, "slope": float(f"{fit.slope:.5f}")}
                         | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
-                        | {"verdict": flatness.judge(fit), "loss_left": float(f"{left:.3g}"), "by_seed": by_seed}
+                        | {"verdict": slopes.judge(fit), "loss_left": float(f"{left:.3g}"), "by_seed": by_seed}
                     )
     return found
 
@@ -348,7 +349,7 @@ def answers(config: Config, found: Sequence[dict[str, Any]]) -> list[Answer]:
     def add(model: str, optimizer: str, quantity: str, kappa: float, question: str, span: str = "all") -> None:
         if optimizer in config.optimizers and kappa in kappas:
             rows = _line(found, model, optimizer, quantity, kappa, span=span)
-            listed.append(Answer(f"{model}, {question}", by_step(rows), slopes(rows)))
+            listed.append(Answer(f"{model}, {question}", by_step(rows), slopes_by_step(rows)))
 
     apart = f"output change on held-out inputs (overlap {config.overlap:g})"
     for model in config.models if "A" in config.starts else ():
@@ -407,7 +408,7 @@ def by_step(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(f"{verdict} at step{'s' if len(steps) > 1 else ''} {' '.join(steps)}" for verdict, steps in groups)
 
 
-def slopes(rows: Sequence[dict[str, Any]]) -> str:
+def slopes_by_step(rows: Sequence[dict[str, Any]]) -> str:
     """Slopes with standard errors along the steps."""
     return ", ".join(f"{row['step']}: {row['slope']:+.3f} ± {row['standard_error']:.3f}" for row in rows)
 
@@ -430,8 +431,8 @@ def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) ->
     if not pairs:
         return "not settled: the loss is below half of its start at every step"
     a, b = pairs[-1]
-    fit = flatness.over_seeds(a["by_seed"] - b["by_seed"])
-    word = {"flat": "no", "undecided": "undecided"}.get(flatness.judge(fit, CHANGE), "yes")
+    fit = slopes.over_seeds(a["by_seed"] - b["by_seed"])
+    word = {"flat": "no", "undecided": "undecided"}.get(slopes.judge(fit, CHANGE), "yes")
     return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
 
 

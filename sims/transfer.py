@@ -19,12 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rora_theory import seals
-from rora_theory.errors import InputError
-from rora_theory.files import read_json
-from rora_theory.inits import Init
-from rora_theory.scaling import KAPPAS, check_positive, exponent
-from rora_theory.seeds import check_seed
-from rora_theory.transfer import (
+from rora_theory.advice.transfer import (
     ALL,
     ALL_LINEAR,
     FAMILY,
@@ -40,6 +35,11 @@ from rora_theory.transfer import (
     step_ratio,
     transfer,
 )
+from rora_theory.errors import InputError
+from rora_theory.files import read_json
+from rora_theory.inits import Init
+from rora_theory.scaling import KAPPAS, check_positive, exponent
+from rora_theory.seeds import check_seed
 from sims.common import cli, tables
 from sims.common.cells import Cells
 from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
@@ -288,7 +288,7 @@ def check(config: Config, found: Transfer, targets: str | list[str]) -> None:
         import jax
 
         from rora_theory.llama import load
-        from rora_theory.model_layers import RealStep
+        from rora_theory.measure.model_layers import RealStep
         from sims.common import real_batch
     except ImportError as error:
         raise InputError(

@@ -20,12 +20,14 @@ from typing import Any, Literal
 
 import jax
 
-from rora_theory import laws, paper, sampling, seals, verdicts
+from rora_theory import seals
 from rora_theory.errors import InputError
 from rora_theory.inits import Init, entries
+from rora_theory.paper import equations, verdicts
 from rora_theory.scaling import Rule, check_positive, check_rank, exponent, scaling_factor
 from rora_theory.seeds import check_seed
-from rora_theory.statistics import Estimate, Moments, log_log_fit, root
+from rora_theory.stats.moments import Estimate, Moments, log_log_fit, root
+from rora_theory.theory import laws, sampling
 from sims import layer_sweep
 from sims.common import cli, devices, tables
 from sims.common.cells import Cells
@@ -46,7 +48,7 @@ UNITS = {
     "second_moment": "E[w_i^2]",
     "variance": "Var[w_i]",
     "norm": "root mean square of |w|_2 over draws, sqrt(E|w|_2^2)",
-    "exact": "rora_theory.laws",
+    "exact": "rora_theory.theory.laws",
     "paper": "Eq. 6 (mean), Eq. 9 (second_moment, variance), Eq. 11 (norm); SGD only",
     "loss": "L = sum_i w_i, so delta_i = 1",
 }
@@ -308,7 +310,7 @@ class Sweep:
             "scaling": gamma,
             "learning_rate": config.learning_rate,
         }
-        variance = paper.eq9_variance(1.0, **sizes)  # type: ignore[arg-type]
+        variance = equations.eq9_variance(1.0, **sizes)  # type: ignore[arg-type]
         norm = math.sqrt(config.p_out * variance)  # Eq. 11 at delta_i = 1
         return {"mean": 0.0, "second_moment": variance, "variance": variance, "norm": norm}
 

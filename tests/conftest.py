@@ -23,7 +23,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook("rora_theory", "checker.checker")
+install_import_hook("rora_theory", "support.checker.checker")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

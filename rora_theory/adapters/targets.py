@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rora_theory.adapters.expressions import Expression, Work
+from rora_theory.advice.transfer import ALL_LINEAR
 from rora_theory.errors import InputError, shown
 from rora_theory.llama import MODULES, LlamaConfig
 from rora_theory.scaling import check_positive, check_rank
-from rora_theory.transfer import ALL_LINEAR
 
 OTHERS = ("lm_head", "model.embed_tokens")
 """Modules of the model that PEFT could adapt and this package does not."""

@@ -1,9 +1,9 @@
 """Fine-tuning: records to batches, the loss, the jitted step, and a loop that survives being killed."""
 
+from rora_theory.data.batches import Batch, Batches, Examples, choose_widths, iterate, split, tokenize
+from rora_theory.data.records import Record, read_records
 from rora_theory.finetune.config import FinetuneConfig
-from rora_theory.finetune.data import Batch, Batches, Examples, choose_widths, iterate, split, tokenize
 from rora_theory.finetune.loop import NonFiniteLossError, Stepped, Trainer, Validated
-from rora_theory.finetune.records import Record, read_records
 
 __all__ = [
     "Batch",

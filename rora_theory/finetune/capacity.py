@@ -19,11 +19,11 @@ from jax.typing import DTypeLike
 
 from rora_theory import adapters
 from rora_theory.adapters.lora import assemble
+from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune import program
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.config import FinetuneConfig
-from rora_theory.finetune.data import Batch
 from rora_theory.finetune.loss import LOGITS_BYTES
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.model import abstract_params, init_params

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rora_theory import llama
+from rora_theory.data.batches import Examples, choose_widths, plan_epoch
 from rora_theory.errors import InputError
-from rora_theory.finetune.data import Examples, choose_widths, plan_epoch
 from rora_theory.llama import LlamaConfig, beginning
 from rora_theory.llama.attention import causal
 

@@ -11,11 +11,11 @@ import jax
 
 from rora_theory import adapters
 from rora_theory.adapters.base import TrainableAdapter
+from rora_theory.data.batches import Batch, Batches, iterate
 from rora_theory.errors import InputError
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.checkpoints import Checkpoints, Progress
 from rora_theory.finetune.config import FinetuneConfig
-from rora_theory.finetune.data import Batch, Batches, iterate
 from rora_theory.finetune.sharding import Gathered, Layout
 from rora_theory.llama import LlamaConfig
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rora_theory import adapters, llama
 from rora_theory.adapters.base import TrainableAdapter
+from rora_theory.data.batches import Batch
 from rora_theory.finetune.config import FinetuneConfig
-from rora_theory.finetune.data import Batch
 from rora_theory.finetune.loss import LOGITS_BYTES, cross_entropy
 from rora_theory.llama import LlamaConfig
 

@@ -21,7 +21,7 @@ and a few hundred rows of A give the law of all ranks (`row_terms`).
 
 **SGD** is linear in the factors: with :math:`G = U \Sigma V^\top` each singular direction moves by itself, and the
 change after t steps is a first step's with another gradient and another input (`sgd_equivalent`), so that
-`rora_theory.laws.first_step_moments` has its exact moments.
+`rora_theory.theory.laws.first_step_moments` has its exact moments.
 """
 
 import math
@@ -34,8 +34,8 @@ from jaxtyping import Float
 from scipy import optimize
 
 from rora_theory.errors import InputError
-from rora_theory.laws import HALF_NORMAL_MEAN
 from rora_theory.scaling import check_positive, check_rank
+from rora_theory.theory.laws import HALF_NORMAL_MEAN
 
 
 class Distances(NamedTuple):
@@ -416,7 +416,7 @@ def sgd_equivalent(
       momentum: of the heavy ball (PyTorch's), 0 to below 1.
 
     Returns:
-      gradient and inputs for `rora_theory.laws.first_step_moments` at the same scaling and ``learning_rate=1``.
+      gradient and inputs for `rora_theory.theory.laws.first_step_moments` at the same scaling and ``learning_rate=1``.
 
     Raises:
       InputError: an argument out of range.

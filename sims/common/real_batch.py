@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rora_theory import digests
+from rora_theory.data.batches import TextEncoder
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, read_records, split, tokenize
-from rora_theory.finetune.data import TextEncoder
 from rora_theory.scaling import check_integer
 
 LossOn = Literal["all", "answer"]

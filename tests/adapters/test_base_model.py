@@ -2,10 +2,10 @@
 
 import json
 
-import checkpoint
 import jax
 import pytest
 from safetensors import safe_open
+from support import checkpoint
 
 from rora_theory import adapters, digests
 from rora_theory.llama import Located, load

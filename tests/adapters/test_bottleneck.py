@@ -5,10 +5,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_llama
 import optax
 import pytest
 import safetensors.numpy
+from support import numpy_llama
 
 from rora_theory.adapters import BottleneckConfig, count, init, load_peft, merge, save_peft, share, table, unmerge
 from rora_theory.adapters.dropout import dropout

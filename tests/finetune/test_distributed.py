@@ -10,14 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
-import two_processes
+from support import tiny, two_processes
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import distributed
 from rora_theory.llama.weights import save_hf
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
+SCRIPT = TESTS / "support" / "two_processes.py"
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
@@ -25,12 +25,12 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": str(TESTS),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
     }
     save_hf(tmp_path / "model", tiny.params(), tiny.CONFIG)
-    command = [sys.executable, str(HERE / "two_processes.py"), str(tmp_path / "model"), str(tmp_path / "two")]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "two")]
     children = [
         subprocess.Popen(
             command,

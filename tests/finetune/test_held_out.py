@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from rora_theory.adapters import LoraConfig, PrefixConfig, init
+from rora_theory.data.batches import Examples
 from rora_theory.errors import InputError
-from rora_theory.finetune.data import Examples
 from rora_theory.finetune.held_out import mean_per_token, record_losses
 from rora_theory.llama import LlamaConfig, beginning, forward
 from rora_theory.llama.model import init_params

@@ -7,9 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from rora_theory import adapters
+from rora_theory.data.batches import iterate
 from rora_theory.finetune import (
     Batches,
     FinetuneConfig,
@@ -23,7 +24,6 @@ from rora_theory.finetune import (
     tokenize,
 )
 from rora_theory.finetune import step as steps
-from rora_theory.finetune.data import iterate
 
 CONFIG = FinetuneConfig(
     rank=2,

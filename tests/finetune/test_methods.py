@@ -5,14 +5,14 @@ import math
 import jax
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from rora_theory import adapters
 from rora_theory.adapters import BottleneckConfig, LoraConfig, PrefixConfig
+from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, capacity, sharding
 from rora_theory.finetune import step as steps
-from rora_theory.finetune.data import Batch
 
 OTHERS = {
     "prefix": {"virtual_tokens": 3},

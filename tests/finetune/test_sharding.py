@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rora_theory import adapters
+from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, sharding
 from rora_theory.finetune import step as steps
-from rora_theory.finetune.data import Batch
 from rora_theory.finetune.sharding import Gathered, Layout, Rules
 from rora_theory.llama import MODULES, LlamaConfig, init_params
 from rora_theory.llama.model import abstract_params

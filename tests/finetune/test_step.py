@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from rora_theory import adapters, llama
+from rora_theory.data.batches import Batch
 from rora_theory.finetune import Batches, FinetuneConfig, choose_widths, tokenize
 from rora_theory.finetune import step as steps
-from rora_theory.finetune.data import Batch
 
 STEPS = 10
 TARGETS = ("q_proj", "down_proj")

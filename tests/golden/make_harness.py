@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
 import lm_eval_peer  # noqa: E402
 
-from rora_theory.commonsense.tasks import TASKS, Record, render  # noqa: E402
+from rora_theory.data.tasks import TASKS, Record, render  # noqa: E402
 from rora_theory.llama import load  # noqa: E402
 
 # (question, choices, gold): trailing and doubled spaces, brackets, a blank at the start, five choices, non-ASCII.

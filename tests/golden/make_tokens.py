@@ -69,7 +69,7 @@ TEXTS = [
 
 def corpus(data: Path) -> dict[str, list[str]]:
     """Every instruction, output and published training prompt, by file."""
-    from rora_theory.commonsense import prompts
+    from rora_theory.data import prompts
 
     texts = {}
     for path in sorted(data.glob("*/t*.json")):

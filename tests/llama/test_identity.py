@@ -2,9 +2,9 @@
 
 import shutil
 
-import checkpoint
 import jax.numpy as jnp
 import pytest
+from support import checkpoint
 
 from rora_theory import digests, llama
 from rora_theory.llama.hub import Located

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rora_theory.commonsense import prompts
+from rora_theory.data import prompts
 from rora_theory.errors import InputError
 from rora_theory.llama import vocabulary
 from rora_theory.llama.tokenizer import Tokenizer, _quiet_panics

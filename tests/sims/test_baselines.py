@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-import checkpoint
 import jax
 import numpy as np
 import pytest
+from support import checkpoint
 
 from rora_theory.adapters import count, load_peft
-from rora_theory.commonsense.tasks import TASKS, render
+from rora_theory.data.tasks import TASKS, render
 from rora_theory.llama import load
 from sims import evaluate, finetune
 from sims.common import cli

@@ -5,17 +5,17 @@ import itertools
 import json
 from pathlib import Path
 
-import checkpoint
 import jax
 import numpy as np
 import pytest
+from support import checkpoint
 
 from figures import coordinate_check as figure
 from figures import style
 from rora_theory import scaling_factor
-from rora_theory.coordinate_check import Coordinate
 from rora_theory.llama import load
 from rora_theory.llama.weights import save_hf
+from rora_theory.measure.coordinate_check import Coordinate
 from sims import coordinate_check as sim
 from sims.common.cells import CELLS
 

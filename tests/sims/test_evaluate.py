@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from rora_theory.adapters import LoraConfig, init, replace, save_peft, trainable
-from rora_theory.commonsense.tasks import TASKS, render
+from rora_theory.data.tasks import TASKS, render
 from rora_theory.llama import LlamaConfig, init_params, load
 from rora_theory.llama.weights import save_hf
 from sims import evaluate

@@ -11,10 +11,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import jax
 import numpy as np
 import pytest
+from support import checkpoint
 
 from rora_theory import adapters, llama
 from rora_theory.finetune import FinetuneConfig

@@ -10,8 +10,8 @@ import pytest
 
 from figures import lr_transfer as figure
 from figures import style
-from rora_theory import dynamics
 from rora_theory.errors import InputError
+from rora_theory.toy import dynamics
 from sims import lr_transfer as sim
 from sims import matrix_rates
 from sims.common.cells import CELLS

@@ -16,9 +16,9 @@ from rich.console import Console
 
 import figures
 import sims
-from rora_theory.commonsense.levels import Level
-from rora_theory.commonsense.scoring import Scoring
-from rora_theory.verdicts import Verdict
+from rora_theory.evaluate.levels import Level
+from rora_theory.evaluate.scoring import Scoring
+from rora_theory.paper.verdicts import Verdict
 from sims import capacity, coordinate_check, evaluate, layer_sweep, lr_transfer, regime, training_dynamics, transfer
 from sims import variance_sweep as sweep
 from sims.common import cli, progress, tables

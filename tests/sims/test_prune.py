@@ -4,11 +4,11 @@ import csv
 import json
 import sys
 
-import checkpoint
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import checkpoint
 
 from rora_theory.llama import forward, load, pruning
 from sims import prune

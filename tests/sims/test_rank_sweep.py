@@ -14,16 +14,16 @@ import time
 from functools import partial
 from pathlib import Path
 
-import checkpoint
 import jax
 import numpy as np
 import pytest
+from support import checkpoint
 
 from figures import accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, scaling_diagram, style
 from rora_theory.adapters import LoraConfig, PrefixConfig, init, load_peft, merge
 from rora_theory.adapters import replace as adapter_replace
-from rora_theory.commonsense.scoring import score as commonsense_score
 from rora_theory.errors import InputError
+from rora_theory.evaluate.scoring import score as commonsense_score
 from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import mean_per_token, record_losses
 from rora_theory.llama import load, locate

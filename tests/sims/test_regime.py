@@ -7,16 +7,17 @@ import math
 import shutil
 from pathlib import Path
 
-import checkpoint
 import numpy as np
 import pytest
+from support import checkpoint
 
 from figures import regime as figure
 from figures import style
-from rora_theory import InputError, laws, scaling_factor
+from rora_theory import InputError, scaling_factor
 from rora_theory.finetune import read_records, split, tokenize
 from rora_theory.llama import load
-from rora_theory.model_layers import record
+from rora_theory.measure.model_layers import record
+from rora_theory.theory import laws
 from sims import regime
 from sims.common import cli, real_batch
 from sims.common.cells import CELLS

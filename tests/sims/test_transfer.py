@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoint
 import pytest
+from support import checkpoint
 
-from rora_theory.transfer import Setting
-from rora_theory.transfer import transfer as carry
+from rora_theory.advice.transfer import Setting
+from rora_theory.advice.transfer import transfer as carry
 from sims import regime, transfer
 from sims.common import cli
 from sims.common.run_folder import RunFolder

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rora_theory import laws, scaling_factor
+from rora_theory import scaling_factor
+from rora_theory.theory import laws
 from sims.variance_sweep import COLUMNS
 
 ROOT = Path(__file__).parents[2]
@@ -269,7 +270,7 @@ def test_an_asked_init_is_taken_with_layers(layers: Path, tmp_path: Path) -> Non
 
 def test_real_layers(layer_data: Path) -> None:
     """Real layers of a real model: their regime, from the law, with the figures the README quotes."""
-    from rora_theory.layer_data import read
+    from rora_theory.measure.layer_data import read
 
     found = read(layer_data)
     assert len(found) == 9

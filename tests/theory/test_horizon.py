@@ -16,9 +16,9 @@ import sympy as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rora_theory import InputError, laws
-from rora_theory.first_step import Increment
-from rora_theory.theory import horizon
+from rora_theory import InputError
+from rora_theory.theory import horizon, laws
+from rora_theory.theory.first_step import Increment
 from rora_theory.theory.horizon import Distances
 
 P_IN, P_OUT = 96, 24

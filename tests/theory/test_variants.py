@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from rora_theory import InputError, laws
-from rora_theory.first_step import Increment
-from rora_theory.theory import starts, steps
+from rora_theory import InputError
+from rora_theory.theory import laws, starts, steps
+from rora_theory.theory.first_step import Increment
 
 P_IN, P_OUT, TOKENS = 24, 6, 5
 SIGMAS = 5.4  # a false alarm of 1e-6 over about fifteen comparisons of means of thousands

@@ -1,0 +1,1 @@
+"""Records, prompts and batches."""

@@ -1,0 +1,313 @@
+"""From records to padded batches: tokens, a split, few widths, and an order that any step can be asked for.
+
+Every batch holds records of about the same length, padded to one of a few widths. A width is a shape, and a
+shape is compiled once. The order of the batches is a function of the seed and the epoch alone, so the
+position in the data is the step: a run that goes on at step k asks for batch k and nothing is read twice or
+left out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+from jaxtyping import Float32, Int
+
+from rora_theory.data import prompts
+from rora_theory.data.records import Record
+from rora_theory.errors import InputError
+from rora_theory.llama.beginning import common_length
+
+MULTIPLE = 8
+"""Widths are multiples of this, as in the published code."""
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What is asked of a tokenizer; `rora_theory.llama.tokenizer.Tokenizer` is one."""
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+
+class Batch(NamedTuple):
+    """One step's records, padded to the width S on the right. A pytree of numpy arrays, traced in a step.
+
+    Attributes:
+      inputs: tokens the model reads. The last token of a record is only ever a target.
+      targets: the token that follows, for each position that may be in the loss: T = S, or, for the loss on
+        the answer alone, the few positions named by ``positions``.
+      weights: 1 where the target counts, 0 for padding and for whole rows that fill a short batch.
+      positions: index into S of each target; None is every position.
+    """
+
+    inputs: Int[Any, "B S"]
+    targets: Int[Any, "B T"]
+    weights: Float32[Any, "B T"]
+    positions: Int[Any, "B T"] | None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized records, end to end.
+
+    Attributes:
+      tokens: all tokens.
+      offsets: record i is ``tokens[offsets[i]:offsets[i + 1]]``.
+      starts: index within the record of the first token that counts as a target; 1 where all do, since
+        nothing predicts the first.
+      truncated: records cut at the cut-off.
+      skipped: records left out because the cut-off left them no target.
+    """
+
+    tokens: Int[np.ndarray, " N"]
+    offsets: Int[np.ndarray, " n_plus_1"]
+    starts: Int[np.ndarray, " n"]
+    truncated: int
+    skipped: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " n"]:
+        """Tokens of each record."""
+        return np.diff(self.offsets)
+
+    @property
+    def sizes(self) -> Int[np.ndarray, " n"]:
+        """Positions each record takes: its tokens but the last, which is only a target."""
+        return self.lengths - 1
+
+    def __getitem__(self, index: int) -> Int[np.ndarray, " length"]:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def split(records: Sequence[Record], validation: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """Training and validation records, permuted as `datasets.Dataset.train_test_split` does at this seed.
+
+    Raises:
+      InputError: fewer than ``validation + 1`` records.
+    """
+    if not validation:
+        return list(records), []
+    if len(records) <= validation:
+        raise InputError(f"validation is {validation} of {len(records)} records; accepted are fewer than all")
+    order = np.random.default_rng(seed).permutation(len(records))
+    return [records[i] for i in order[validation:]], [records[i] for i in order[:validation]]
+
+
+def tokenize(
+    records: Sequence[Record],
+    tokenizer: TextEncoder,
+    *,
+    cutoff: int = 256,
+    template: str = "train",
+    answer_only: bool = False,
+) -> Examples:
+    """Prompts as token ids, as the published code makes them.
+
+    The text is encoded with the checkpoint's own beginning (a BOS token, or none). More than ``cutoff``
+    tokens are cut at the end; the end-of-sequence token is added only to a text that is shorter and does not
+    end in one.
+
+    With ``answer_only`` the targets begin at the first token in which the encoded text differs from the
+    encoded prompt: a token that joins the prompt's last space to the answer's first word is the answer's.
+
+    Raises:
+      InputError: no records, or none that the cut-off leaves a target.
+    """
+    texts = [prompts.training_text(r.instruction, r.output, template, input=r.input) for r in records]
+    encoded = tokenizer.encode_batch(texts)
+    heads: list[list[int]] = [[]] * len(records)
+    if answer_only:
+        heads = tokenizer.encode_batch([prompts.prompt(r.instruction, template, input=r.input) for r in records])
+    kept: list[list[int]] = []
+    starts: list[int] = []
+    truncated = 0
+    for whole, head in zip(encoded, heads, strict=True):
+        start = max(1, common_length(whole, head))
+        ids = whole[:cutoff]
+        truncated += len(whole) > cutoff
+        if len(ids) < cutoff and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
+            ids = [*ids, tokenizer.eos_id]
+        if start < len(ids):
+            kept.append(ids)
+            starts.append(start)
+    if not kept:
+        raise InputError(f"none of {len(records)} records has a token to learn within cutoff {cutoff}")
+    offsets = np.cumsum([0, *map(len, kept)])
+    return Examples(
+        tokens=np.fromiter((token for ids in kept for token in ids), np.int32, count=int(offsets[-1])),
+        offsets=offsets,
+        starts=np.array(starts),
+        truncated=truncated,
+        skipped=len(records) - len(kept),
+    )
+
+
+def choose_widths(sizes: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:
+    """At most ``count`` multiples of `MULTIPLE` that ``sizes`` can be padded to with the least padding.
+
+    Dynamic programming over the multiples: the best k widths that end at j are the best k - 1 that end at
+    some i below, and j for the records between.
+
+    Args:
+      sizes: positions each record takes, 1 or more.
+      count: most widths, 1 or more.
+
+    Returns:
+      widths in ascending order; the last holds the longest record.
+
+    Example:
+      >>> choose_widths(np.array([3, 5, 30, 31, 60]), 2)
+      (32, 64)
+    """
+    steps = -(-sizes // MULTIPLE)
+    many = np.bincount(steps)
+    below = np.cumsum(many)
+    top = len(many) - 1
+    # best[j]: (positions, widths) for the records up to width j, in units of MULTIPLE.
+    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [(int(below[j]) * j, (j,)) for j in range(1, top + 1)]
+    for _ in range(count - 1):
+        best = [best[0]] + [
+            min([best[j]] + [(best[i][0] + int(below[j] - below[i]) * j, (*best[i][1], j)) for i in range(1, j)])
+            for j in range(1, top + 1)
+        ]
+    return tuple(step * MULTIPLE for step in best[top][1])
+
+
+class Plan(NamedTuple):
+    """The order of one epoch.
+
+    Attributes:
+      rows: records of each batch; -1 is a row that fills a short batch.
+      widths: padded length of each batch.
+    """
+
+    rows: Int[np.ndarray, "batches B"]
+    widths: Int[np.ndarray, " batches"]
+
+
+def plan_epoch(
+    sizes: Int[np.ndarray, " n"], widths: Sequence[int], batch: int, *, seed: int | None, epoch: int
+) -> Plan:
+    """Batches of one epoch: each record once, every batch full but one.
+
+    Records are shuffled, dealt to the narrowest width that holds them and batched there; what is left over in
+    a width goes to the next. The batches are then shuffled. Thus only the last, in the widest, can be short.
+
+    Args:
+      sizes: positions each record takes.
+      widths: padded lengths, ascending, the last of which holds every record.
+      batch: records a batch.
+      seed: with ``epoch`` determines the order; None keeps the records' order (validation).
+      epoch: from 0.
+    """
+    random = None if seed is None else np.random.default_rng([seed, epoch])
+    order = np.arange(len(sizes)) if random is None else random.permutation(len(sizes))
+    bucket = np.searchsorted(np.asarray(widths), sizes[order])
+    rows: list[np.ndarray] = []
+    chosen: list[int] = []
+    left = np.empty(0, order.dtype)
+    for index, width in enumerate(widths):
+        members = np.concatenate([left, order[bucket == index]])
+        full = len(members) // batch
+        rows.extend(members[: full * batch].reshape(full, batch))
+        chosen.extend([width] * full)
+        left = members[full * batch :]
+    if len(left):
+        rows.append(np.concatenate([left, np.full(batch - len(left), -1, order.dtype)]))
+        chosen.append(widths[-1])
+    shuffled = np.arange(len(rows)) if random is None else random.permutation(len(rows))
+    return Plan(np.array(rows)[shuffled], np.array(chosen)[shuffled])
+
+
+class Batches:
+    """All batches of a run by step: a random-access source for grain.
+
+    Args:
+      examples: the records.
+      widths: padded lengths, see `choose_widths`.
+      batch: records a batch.
+      epochs: passes over the records.
+      seed: of the order; None keeps the records' order.
+      answer_only: whether batches name the answer's positions.
+
+    Attributes:
+      steps_per_epoch: batches of one epoch.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        widths: Sequence[int],
+        *,
+        batch: int,
+        epochs: int = 1,
+        seed: int | None = None,
+        answer_only: bool = False,
+    ) -> None:
+        self._examples, self._widths, self._epochs = examples, tuple(widths), epochs
+        self._sizes = examples.sizes
+        self._plan: Callable[[int], Plan] = lru_cache(maxsize=2)(
+            lambda epoch: plan_epoch(self._sizes, self._widths, batch, seed=seed, epoch=epoch)
+        )
+        self.steps_per_epoch = -(-len(examples) // batch)
+        self._answers = self._answer_widths() if answer_only else None
+
+    def __len__(self) -> int:
+        return self._epochs * self.steps_per_epoch
+
+    @property
+    def padding(self) -> float:
+        """Share of the first epoch's positions that hold no token."""
+        plan = self._plan(0)
+        return 1 - float(self._sizes.sum() / (plan.widths * plan.rows.shape[1]).sum())
+
+    def __repr__(self) -> str:
+        return f"Batches({len(self)} steps of {self.steps_per_epoch} an epoch, widths {self._widths})"
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        plan = self._plan(epoch)
+        return self._assemble(plan.rows[index], int(plan.widths[index]))
+
+    def _assemble(self, rows: Int[np.ndarray, " B"], width: int) -> Batch:
+        size = width if self._answers is None else self._answers[width]
+        inputs = np.zeros((len(rows), width), np.int32)
+        targets = np.zeros((len(rows), size), np.int32)
+        weights = np.zeros((len(rows), size), np.float32)
+        positions = None if self._answers is None else np.zeros((len(rows), size), np.int32)
+        for row, index in enumerate(rows.tolist()):
+            if index < 0:
+                continue
+            tokens, start = self._examples[index], int(self._examples.starts[index])
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            if positions is None:
+                targets[row, : len(tokens) - 1] = tokens[1:]
+                weights[row, start - 1 : len(tokens) - 1] = 1
+            else:
+                count = len(tokens) - start
+                targets[row, :count] = tokens[start:]
+                weights[row, :count] = 1
+                positions[row, :count] = np.arange(start - 1, len(tokens) - 1)
+        return Batch(inputs, targets, weights, positions)
+
+    def _answer_widths(self) -> dict[int, int]:
+        """For each padded length the most targets of any record it may hold, as a multiple of `MULTIPLE`."""
+        targets = self._examples.lengths - self._examples.starts
+        most = {width: int(targets[self._sizes <= width].max(initial=1)) for width in self._widths}
+        return {width: min(width, -(-count // MULTIPLE) * MULTIPLE) for width, count in most.items()}
+
+
+def iterate(batches: Batches, *, start: int = 0) -> grain.DatasetIterator[Batch]:
+    """Batches from step ``start`` on, made ahead in a thread of their own."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+    iterator.set_state({"next_index": start})
+    return iterator

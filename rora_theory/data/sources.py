@@ -1,0 +1,74 @@
+"""Where a task's file lies: in a folder, or in a dataset of the hub that has the same layout."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rora_theory import digests
+from rora_theory.data.tasks import TASKS, Record, Task, read
+from rora_theory.errors import InputError
+
+HUB = "hf://datasets/"
+"""Begins a hub dataset's name: ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``."""
+
+
+VARIABLE = "RORA_COMMONSENSE_DIR"
+"""Environment variable that names the data where a command does not."""
+
+
+def read_tasks(
+    data: str | None, keys: Sequence[str], limit: int | None, *, otherwise: str = "a folder with TASK/test.json"
+) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    """The test records of several tasks, and the SHA-256 of each task's file.
+
+    Args:
+      data: as `locate`; None is what `VARIABLE` names.
+      keys: of `TASKS`.
+      limit: only the first so many of each.
+      otherwise: what is accepted where no data are named, for the error.
+
+    Raises:
+      InputError: no data named, a file missing, or a bad record.
+    """
+    data = data or os.environ.get(VARIABLE)
+    if not data:
+        raise InputError(f"--data-dir is not given and {VARIABLE} not set; accepted is {otherwise}")
+    files = {key: locate(data, TASKS[key]) for key in keys}
+    records = {key: read(file, TASKS[key])[:limit] for key, file in files.items()}
+    return records, {key: digests.of_file(file) for key, file in files.items()}
+
+
+def locate(data: str | Path, task: Task, split: str = "test") -> Path:
+    """The file ``TASK/SPLIT.json`` of a folder, or of a hub dataset (fetched, or taken from the hub's cache).
+
+    Raises:
+      InputError: no such file here or there, or not the name of a hub dataset.
+    """
+    if not str(data).startswith(HUB):
+        path = Path(data) / task.key / f"{split}.json"
+        if not os.path.exists(path):
+            raise InputError(
+                f"{path}: no such file; accepted is a folder in the LLM-Adapters schema (TASK/{split}.json) "
+                f"or {HUB}OWNER/NAME"
+            )
+        return path
+    return _fetch(str(data), f"{task.key}/{split}.json")
+
+
+def _fetch(data: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    owner, *rest = data.removeprefix(HUB).strip("/").split("/", 2)
+    if not owner or not rest:
+        raise InputError(f"{data}: is not a dataset; accepted is {HUB}OWNER/NAME[@REVISION][/FOLDER]")
+    repository, _, revision = rest[0].partition("@")
+    file = "/".join([*rest[1:], name])
+    try:
+        found = hf_hub_download(f"{owner}/{repository}", file, repo_type="dataset", revision=revision or None)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{data}: {file} cannot be fetched ({reason}); accepted is a dataset the hub or its cache has"
+        ) from error
+    return Path(found)

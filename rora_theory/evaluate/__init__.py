@@ -1,0 +1,1 @@
+"""The eight commonsense tasks scored by three protocols."""

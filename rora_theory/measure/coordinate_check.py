@@ -1,0 +1,359 @@
+r"""The rank coordinate check: do an adapted model's first steps depend on the rank?
+
+muP's coordinate check (Yang et al. 2022) trains models of several widths for a few steps and looks whether the size of
+every activation stays put. Here the width is the rank: adapters of several ranks, nested (`toy.nested`), take
+the same steps on the same batches, and the size of what each adapter adds is read on the batch that it learned from and
+on one that it did not. A batch repeated in every step shows the coherent part alone, so held-out text is read too.
+
+A scaling rule passes where the log-log slope against the rank is within a band of zero, seeds and all:
+
+    checker = Checker(params, llama_config, width=max(ranks), target_modules=("q_proj", "v_proj"))
+    table = check(checker, settings, batches, held_out, seeds=3, steps=(1, 2, 5, 10))
+    table.assert_flat("output", split="train", step=1, module="self_attn.q_proj")
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rora_theory.adapters.inits import Init
+from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, LoraConfig
+from rora_theory.data.batches import Batch
+from rora_theory.errors import InputError
+from rora_theory.finetune.step import batch_loss
+from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
+from rora_theory.scaling import Rule, check_positive
+from rora_theory.seeds import check_seed
+from rora_theory.stats import slopes
+from rora_theory.stats.slopes import BAND, CONFIDENCE, SeedFit
+from rora_theory.toy import dynamics, nested
+from rora_theory.toy.dynamics import Optimizer
+
+Params = dict[str, Any]
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+
+MODULE_QUANTITIES = ("output", "inner", "delta", "grad_A", "grad_B")
+MODEL_QUANTITIES = ("hidden", "logits", "loss")
+MODEL = "model"
+"""Where a module is named, stands for the whole model."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One adapter and how it is trained.
+
+    Attributes:
+      rank, alpha, rule, init: see `rora_theory.adapters.LoraConfig`.
+      optimizer: see `rora_theory.toy.dynamics.make_optimizer`; the rate is constant and gradients are not clipped.
+      learning_rate: above 0.
+    """
+
+    rank: int
+    alpha: float
+    rule: Rule
+    init: Init = "kaiming_uniform"
+    optimizer: Optimizer = "adamw"
+    learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_positive("learning_rate", self.learning_rate)
+        dynamics.make_optimizer(self.optimizer, self.learning_rate)
+
+
+class Coordinate(NamedTuple):
+    """What is read, where and when.
+
+    Attributes:
+      quantity: of a module, over its adapted layers and the split's tokens: ``output``, root mean square of
+        gamma B A x at the inputs x of the adapted model; ``inner``, of A x; ``delta``, |gamma B A|_F, root mean square
+        over layers; ``grad_A``, ``grad_B``, Frobenius norms over layers together of the gradient that made the last
+        step. Of the model: ``hidden``, ``logits``, root mean square of their change from the base model's; ``loss``,
+        mean cross-entropy of the split's targets.
+      split: ``train``, the batch of the last step, or ``held_out``. ``delta`` and gradients are under ``train``.
+      module: a name of `rora_theory.llama.MODULES`, or ``model``.
+      step: updates made.
+    """
+
+    quantity: str
+    split: str
+    module: str
+    step: int
+
+
+class Checker:
+    """A model with the compiled functions that every rank, rule, rate and seed of its check share.
+
+    Adapters are padded to the largest rank with zeros, which is exact: padded rows get no gradient.
+
+    Args:
+      params: the base model's weights.
+      llama_config: its configuration.
+      width: the largest rank to come.
+      target_modules: see `rora_theory.adapters.LoraConfig`.
+
+    Raises:
+      InputError: the width or the modules do not fit the model.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        llama_config: LlamaConfig,
+        *,
+        width: int,
+        target_modules: Sequence[str] | str = PAPER_TARGETS,
+    ) -> None:
+        self.params, self.llama_config, self.width, self.target_modules = params, llama_config, width, target_modules
+        self._template = self._config(Setting(width, 1.0, 1.0)).build(jax.random.key(0), llama_config, params)
+        self.modules = tuple(self._template.params)
+        self._correlation = _correlation(params, llama_config)
+        self._known: dict[bytes, Array] = {}
+
+    def _config(self, setting: Setting) -> LoraConfig:
+        return LoraConfig(
+            rank=setting.rank,
+            alpha=setting.alpha,
+            rule=setting.rule,
+            init=setting.init,
+            target_modules=self.target_modules,
+        )
+
+    def adapter(self, key: PRNGKeyArray, setting: Setting) -> LoraAdapter:
+        """A fresh adapter, nested over ranks and padded to the checker's width.
+
+        Raises:
+          InputError: a rank above the width.
+        """
+        if setting.rank > self.width:
+            raise InputError(f"rank is {setting.rank}; accepted is at most the checker's width, {self.width}")
+        own = self._config(setting).build(key, self.llama_config, self.params)
+        padded = {}
+        for module, tensors in own.params.items():
+            layers, rank, p_in = tensors["lora_A"].shape
+            one = jax.random.fold_in(key, MODULES.index(module))
+            keys = jax.vmap(partial(jax.random.fold_in, one))(jnp.arange(layers))
+            drawn = jax.vmap(partial(nested.draw_a, init=setting.init, rank=rank, p_in=p_in))(keys)
+            missing = self.width - rank
+            padded[module] = {
+                "lora_A": jnp.pad(drawn, ((0, 0), (0, missing), (0, 0))),
+                "lora_B": jnp.pad(tensors["lora_B"], ((0, 0), (0, 0), (0, missing))),
+            }
+        return replace(self._template, params=padded, scaling=own.scaling)
+
+    def run(
+        self,
+        setting: Setting,
+        key: PRNGKeyArray,
+        batch_of: Callable[[int], Batch],
+        held_out: Batch,
+        *,
+        steps: Sequence[int],
+    ) -> Iterator[tuple[Coordinate, float]]:
+        """Train one adapter and read its coordinates after each of ``steps``.
+
+        Args:
+          setting: the adapter and its training.
+          key: of A; the same for every rank and rule that is to be compared.
+          batch_of: the batch of step t = 0, 1, ...; one and the same for a fixed batch. Loss on all tokens.
+          held_out: a batch that is never trained on.
+          steps: numbers of updates, ascending from 1 or more.
+
+        Yields:
+          coordinates with their values; not finite where the run diverged.
+        """
+        dynamics.check_steps(steps)
+        adapter = self.adapter(key, setting)
+        state = dynamics.make_optimizer(setting.optimizer, setting.learning_rate).init(adapter.params)
+        rate = jnp.float32(setting.learning_rate)
+        for step in range(1, max(steps) + 1):
+            batch = batch_of(step - 1)
+            adapter, state, norms = _step(
+                adapter, state, self.params, batch, rate, optimizer=setting.optimizer, llama_config=self.llama_config
+            )
+            if step in steps:
+                yield from _named(norms, "train", step)
+                for split, part in zip(SPLITS, (batch, held_out), strict=True):
+                    yield from _named(self._read(adapter, part, setting.rank, split), split, step)
+
+    def _read(self, adapter: LoraAdapter, batch: Batch, rank: int, split: Split) -> dict[str, dict[str, Array]]:
+        digest = np.asarray(batch.inputs).tobytes()
+        if digest not in self._known:
+            self._known[digest] = _base_hidden(self.params, batch.inputs, self.llama_config)
+        before, size = self._known[digest], jnp.float32(rank)
+        found = _read(adapter, self.params, batch, before, self._correlation, size, llama_config=self.llama_config)
+        return found if split == "train" else {name: found[name] for name in found if name != "delta"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Coordinates of several ranks and seeds.
+
+    Attributes:
+      ranks: ascending.
+      values: [seeds, ranks] of each coordinate.
+    """
+
+    ranks: tuple[int, ...]
+    values: Mapping[Coordinate, Float[np.ndarray, "seeds ranks"]]
+
+    def slope(self, quantity: str, *, split: str, step: int, module: str = MODEL) -> SeedFit:
+        """Log-log slope against the rank, see `slopes.seed_fit`.
+
+        Raises:
+          InputError: no such coordinate, or a value that is not finite and above 0.
+        """
+        coordinate = Coordinate(quantity, split, module, step)
+        if coordinate not in self.values:
+            raise InputError(f"there is no {coordinate}; accepted are {', '.join(map(str, list(self.values)[:3]))} ...")
+        return slopes.seed_fit(self.ranks, self.values[coordinate])
+
+    def assert_flat(
+        self,
+        quantity: str = "output",
+        *,
+        split: str,
+        step: int,
+        module: str = MODEL,
+        band: float = BAND,
+        confidence: float = CONFIDENCE,
+    ) -> SeedFit:
+        """Pass where the slope is shown to lie within ``band`` of zero, see `slopes.assert_flat`."""
+        self.slope(quantity, split=split, step=step, module=module)
+        what = f"{quantity} of {module} on {split} at step {step}"
+        y = self.values[Coordinate(quantity, split, module, step)]
+        return slopes.assert_flat(self.ranks, y, band=band, confidence=confidence, what=what)
+
+
+def check(
+    checker: Checker,
+    settings: Sequence[Setting],
+    batch_of: Callable[[int, int], Batch],
+    held_out: Callable[[int], Batch],
+    *,
+    seeds: int,
+    steps: Sequence[int],
+    seed: int = 0,
+) -> Table:
+    """Run every setting and seed.
+
+    Args:
+      checker: the model.
+      settings: one a rank, ranks ascending.
+      batch_of: of a seed's number and a step.
+      held_out: of a seed's number.
+      seeds: how many.
+      steps: updates after which to read.
+      seed: of the adapters; all ranks of a seed share theirs.
+    """
+    ranks = tuple(setting.rank for setting in settings)
+    if list(ranks) != sorted(set(ranks)) or len(ranks) < 2:
+        raise InputError(f"ranks are {' '.join(map(str, ranks))}; accepted are two or more, ascending")
+    values: dict[Coordinate, np.ndarray] = {}
+    check_seed(seed)
+    for number in range(seeds):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        for column, setting in enumerate(settings):
+            run = checker.run(setting, key, partial(batch_of, number), held_out(number), steps=steps)
+            for coordinate, value in run:
+                values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[number, column] = value
+    return Table(ranks, values)
+
+
+@partial(jax.jit, static_argnames=("optimizer", "llama_config"), donate_argnames=("adapter", "state"))
+def _step(
+    adapter: LoraAdapter,
+    state: Any,
+    base: Params,
+    batch: Batch,
+    rate: Array,
+    *,
+    optimizer: Optimizer,
+    llama_config: LlamaConfig,
+) -> tuple[LoraAdapter, Any, dict[str, dict[str, Array]]]:
+    """One update, and the norms of its gradients by module."""
+    transformation = dynamics.make_optimizer(optimizer, rate)
+
+    def loss(params: Any) -> Array:
+        summed = batch_loss(base, batch, llama_config, adapter.replace(params))
+        return summed / jnp.maximum(jnp.sum(batch.weights), 1)
+
+    grads = jax.grad(loss)(adapter.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax leans on type promotion
+        updates, state = transformation.update(grads, state, adapter.params)
+        params = jax.tree.map(jnp.add, adapter.params, updates)
+    norms = {
+        f"grad_{factor}": {name: _size(tensors[f"lora_{factor}"]) for name, tensors in grads.items()}
+        for factor in ("A", "B")
+    }
+    return adapter.replace(params), state, norms
+
+
+@partial(jax.jit, static_argnames=("llama_config",))
+def _read(
+    adapter: LoraAdapter,
+    base: Params,
+    batch: Batch,
+    before: Array,
+    correlation: Array,
+    rank: Array,
+    *,
+    llama_config: LlamaConfig,
+) -> dict[str, dict[str, Array]]:
+    """Coordinates of one adapter on one batch, by quantity and module."""
+    hidden, inputs = hidden_states(base, batch.inputs, llama_config, adapter, capture=tuple(adapter.params))
+    real = (batch.weights > 0).astype(jnp.float32)
+    tokens = jnp.sum(real)
+    found: dict[str, dict[str, Array]] = {"output": {}, "inner": {}, "delta": {}}
+    for name, slices in adapter.layers().items():
+        adapted = (slices["scaling"] > 0).astype(jnp.float32)
+        layers, p_out = jnp.sum(adapted), slices["lora_B"].shape[1]
+
+        def one(layer: tuple[dict[str, Array], Array]) -> tuple[Array, Array, Array]:
+            tensors, x = layer
+            inner = jnp.einsum("bsi,ri->bsr", x.astype(jnp.float32), tensors["lora_A"])
+            output = tensors["scaling"] * jnp.einsum("bsr,or->bso", inner, tensors["lora_B"])
+            # |B A|_F^2 = <B^T B, A A^T>: B A is never formed.
+            square = jnp.sum((tensors["lora_B"].T @ tensors["lora_B"]) * (tensors["lora_A"] @ tensors["lora_A"].T))
+            weighed = real[:, :, None]
+            return jnp.sum(weighed * output**2), jnp.sum(weighed * inner**2), tensors["scaling"] ** 2 * square
+
+        output, inner, square = (jnp.sum(adapted * part) for part in jax.lax.map(one, (slices, inputs[name])))
+        found["output"][name] = jnp.sqrt(output / (layers * tokens * p_out))
+        found["inner"][name] = jnp.sqrt(inner / (layers * tokens * rank))
+        found["delta"][name] = jnp.sqrt(square / layers)
+    moved = (hidden.astype(jnp.float32) - before) * real[:, :, None]
+    # The logits are linear in the hidden state: their mean square is a quadratic form in its change.
+    logits = jnp.einsum("bsd,de,bse->", moved, correlation, moved)
+    found["hidden"] = {MODEL: jnp.sqrt(jnp.sum(moved**2) / (tokens * moved.shape[-1]))}
+    found["logits"] = {MODEL: jnp.sqrt(logits / tokens)}
+    found["loss"] = {MODEL: batch_loss(base, batch, llama_config, adapter) / tokens}
+    return found
+
+
+@partial(jax.jit, static_argnames=("llama_config",))
+def _base_hidden(base: Params, tokens: Array, llama_config: LlamaConfig) -> Array:
+    return hidden_states(base, tokens, llama_config).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("llama_config",))
+def _correlation(base: Params, llama_config: LlamaConfig) -> Float[Array, "d d"]:
+    """E^T E / V of the unembedding E."""
+    head = output_matrix(base, llama_config)
+    return jnp.einsum("vd,ve->de", head, head, preferred_element_type=jnp.float32) / head.shape[0]
+
+
+def _named(found: dict[str, dict[str, Array]], split: str, step: int) -> Iterator[tuple[Coordinate, float]]:
+    for quantity, by_module in found.items():
+        for module, value in by_module.items():
+            yield Coordinate(quantity, split, module, step), float(value)
+
+
+def _size(a: Array) -> Array:
+    return jnp.sqrt(jnp.sum(a**2))

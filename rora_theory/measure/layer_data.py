@@ -1,0 +1,215 @@
+"""Real layers with their data held fixed: read from an .npz, and sampled by adapters really drawn and stepped."""
+
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rora_theory import files, inits
+from rora_theory.errors import InputError
+from rora_theory.theory import first_step
+from rora_theory.theory.laws import Optimizer
+
+SPLITS = ("train", "heldout")
+"""Tokens of the batch that gave the gradient, and tokens of other text."""
+
+LARGEST = 1 << 32
+"""Bytes of the largest .npz, packed and unpacked: 4 GiB, some twenty layers of a 7B model."""
+
+SMALLEST_NORM = 1e-12
+"""Of a gradient and of a token's input."""
+
+_DRAW_ROWS = 4096
+"""Rows of A that a block draws (all its adapters together), at least one adapter."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer's gradient and inputs.
+
+    Attributes:
+      name: e.g. ``model.layers.0.self_attn.q_proj``.
+      grad: G = dL/dm of the full weight.
+      inputs: for each of `SPLITS`, the layer's inputs at some tokens.
+    """
+
+    name: str
+    grad: Float[np.ndarray, "p_out p_in"]
+    inputs: dict[str, Float[np.ndarray, "tokens p_in"]]
+
+
+def read(path: Path) -> list[Layer]:
+    """Read layers from an .npz with arrays ``NAME/grad``, ``NAME/x_train`` and ``NAME/x_heldout``, sorted by name.
+
+    Raises:
+      InputError: no such file, not an .npz, an array missing, of another shape, or not finite; names file and key.
+    """
+    arrays = _arrays(path)
+    names = sorted({key.rpartition("/")[0] for key in arrays} - {""}, key=_natural)
+    if not names:
+        raise InputError(f"{path}: has no layer; accepted are keys NAME/grad, NAME/x_train, NAME/x_heldout")
+    layers = []
+    for name in names:
+        found = {}
+        width = arrays[f"{name}/grad"].shape[-1:] if f"{name}/grad" in arrays else ()
+        for part in ("grad", *(f"x_{split}" for split in SPLITS)):
+            key = f"{name}/{part}"
+            if key not in arrays:
+                raise InputError(f"{path}: {key} is missing; accepted are NAME/grad, NAME/x_train and NAME/x_heldout")
+            found[part] = arrays[key]
+            if found[part].ndim != 2 or found[part].shape[1:] != width or not found[part].size:
+                wanted = "[p_out, p_in]" if part == "grad" else f"[tokens, {', '.join(map(str, width))}]"
+                raise InputError(f"{path}: {key} has shape {list(found[part].shape)}; accepted is {wanted}, none of 0")
+            _check_size(f"{path}: {key}", found[part], by_row=part != "grad")
+        layers.append(Layer(name, found["grad"], {split: found[f"x_{split}"] for split in SPLITS}))
+    return layers
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz in float32. What they take is read off the file's headers before any of it is unpacked."""
+    accepted = "accepted is an .npz of layers' gradients and inputs"
+    data = io.BytesIO(files.read_bytes(path, LARGEST, accepted=accepted.removeprefix("accepted is ")))
+    try:
+        with zipfile.ZipFile(data) as packed:
+            total = sum(part.file_size for part in packed.infolist())
+            if total > LARGEST:
+                raise InputError(f"{path}: unpacks to {total:,} bytes; {accepted} of at most {LARGEST:,}")
+            for part in packed.infolist():
+                with packed.open(part) as member:
+                    _check_header(f"{path}: {part.filename}", member, part.file_size)
+        data.seek(0)
+        with np.load(data, allow_pickle=False) as file:
+            arrays = {key: np.asarray(file[key]) for key in file.files}
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: is not a readable .npz of numbers ({error}); {accepted}") from error
+    for key, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{path}: {key} is of type {array.dtype}; accepted are real numbers")
+    with np.errstate(over="ignore"):  # what float32 does not hold is refused with what is not finite
+        return {key: array.astype(np.float32) for key, array in arrays.items()}
+
+
+def _check_header(where: str, member: Any, size: int) -> None:
+    """Refuse an array whose header claims more than the file holds, which would be given memory first."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(member)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise InputError(f"{where}: claims shape {list(shape)}, but has {size:,} bytes; accepted is a whole array")
+
+
+def _check_size(where: str, array: Float[np.ndarray, "rows p_in"], *, by_row: bool) -> None:
+    """Refuse what is not finite, and what is so small or large that its square is no float32: a law divides by it."""
+    if not np.isfinite(array).all():
+        raise InputError(f"{where} holds a value that is not a finite float32; accepted are finite ones")
+    norms = np.linalg.norm(array.astype(np.float64), axis=1 if by_row else None)
+    low, high = float(np.min(norms)), float(np.max(norms))
+    if not SMALLEST_NORM <= low <= high <= 1 / SMALLEST_NORM:
+        what = f"a row of norm {low if low < SMALLEST_NORM else high:g}" if by_row else f"norm {low:g}"
+        raise InputError(
+            f"{where} has {what}; accepted is {SMALLEST_NORM:g} to {1 / SMALLEST_NORM:g}, whose square float32 holds"
+        )
+
+
+def mean_squares(
+    layer: Layer,
+    key: PRNGKeyArray,
+    *,
+    rank: int,
+    steps: Sequence[tuple[Optimizer, float]],
+    learning_rate: float,
+    init: inits.Init,
+    epsilon: float,
+) -> Iterator[Float[np.ndarray, "adapters steps splits"]]:
+    """Without end, blocks of adapters: the mean of w_i^2 over tokens and outputs after one step of each adapter.
+
+    Every adapter is drawn, its loss <G, dM> differentiated, stepped with optax and read at the layer's inputs.
+
+    Args:
+      layer: gradient and inputs.
+      key: of the stream; block i draws from ``fold_in(key, i)``.
+      rank: of the adapters.
+      steps: optimizer and scaling gamma of each first step that is taken from one drawn A.
+      learning_rate, init, epsilon: of the step.
+    """
+    adapters = max(1, _DRAW_ROWS // rank)
+    data = jax.device_put((layer.grad, tuple(layer.inputs[split] for split in SPLITS)))
+    scalings = tuple(jnp.float32(scaling) for _, scaling in steps)
+    names = tuple(name for name, _ in steps)
+    block = 0
+    ahead = None
+    while True:
+        following = _block(
+            jax.random.fold_in(key, block),
+            *data,
+            scalings,
+            jnp.float32(learning_rate),
+            names=names,
+            rank=rank,
+            adapters=adapters,
+            init=init,
+            epsilon=epsilon,
+        )
+        if ahead is not None:
+            yield np.asarray(ahead, np.float64)
+        ahead, block = following, block + 1
+
+
+@partial(jax.jit, static_argnames=("names", "rank", "adapters", "init", "epsilon"))
+def _block(
+    key: PRNGKeyArray,
+    grad: Array,
+    inputs: tuple[Array, ...],
+    scalings: tuple[Array, ...],
+    learning_rate: Array,
+    *,
+    names: tuple[Optimizer, ...],
+    rank: int,
+    adapters: int,
+    init: inits.Init,
+    epsilon: float,
+) -> Float[Array, "adapters steps splits"]:
+    p_out, p_in = grad.shape
+    optimizers = {name: first_step.optimizer(name, learning_rate, epsilon=epsilon) for name in set(names)}
+
+    def one(adapter_key: PRNGKeyArray) -> Array:
+        lora_A = inits.draw(adapter_key, init, rank=rank, p_in=p_in)
+        found = []
+        for name, scaling in zip(names, scalings, strict=True):
+            step = first_step.run(
+                lambda dm: dm.inner(grad), lora_A, p_out=p_out, scaling=scaling, optimizer=optimizers[name]
+            )
+            found.append(jnp.stack([_mean_square(step, x) for x in inputs]))
+        return jnp.stack(found)
+
+    return jax.vmap(one)(jax.random.split(key, adapters))
+
+
+def _mean_square(step: first_step.Increment, x: Float[Array, "tokens p_in"]) -> Float[Array, ""]:
+    """Mean of w_i^2 over tokens and outputs, w = gamma B A x.
+
+    At a low rank sum w^2 = gamma^2 <(A X^T)(A X^T)^T, B^T B> costs less than w itself, which is tokens x p_out numbers.
+    """
+    (tokens, p_out), rank = (x.shape[0], step.lora_B.shape[0]), step.lora_A.shape[0]
+    if rank * (tokens + p_out) >= tokens * p_out:
+        return jnp.mean(step(x) ** 2)
+    inner = jnp.einsum("ti,ri->tr", x, step.lora_A)
+    grams = jnp.vdot(jnp.einsum("tr,ts->rs", inner, inner), jnp.einsum("or,os->rs", step.lora_B, step.lora_B))
+    return step.scaling**2 * grams / (tokens * p_out)
+
+
+def _natural(name: str) -> list[tuple[bool, int | str]]:
+    """Sort key: numbers by value, so that layer 2 comes before layer 15."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]

@@ -1,0 +1,254 @@
+r"""The adapted layers of a real LLaMA model: inputs and full-weight gradients of one batch, and a first real step.
+
+The gradient of a module's weight is :math:`G = \sum_t \delta_t x_t^\top` with x_t the module's input and
+:math:`\delta_t = \partial L/\partial y_t` at its output. Both come from one backward pass: the output of every module
+is perturbed by zeros, and the loss is differentiated in these. A Recording holds tokens x (p_in + p_out) numbers a
+module; G, p_in x p_out, is made for one module at a time and never for all.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rora_theory import adapters, llama
+from rora_theory.adapters import LoraAdapter, LoraConfig
+from rora_theory.advice.transfer import Setting, Trainer
+from rora_theory.data.batches import Batch
+from rora_theory.errors import InputError
+from rora_theory.finetune.loss import cross_entropy
+from rora_theory.finetune.step import batch_loss
+from rora_theory.llama import LlamaConfig
+from rora_theory.toy.dynamics import make_optimizer
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Inputs and output gradients of modules at a batch's tokens, on the host.
+
+    Attributes:
+      inputs: ``{module: [layers, tokens, p_in]}`` at the tokens that the model reads, without padding.
+      deltas: ``{module: [layers, tokens, p_out]}``, dL/dy of the mean loss; empty where none was asked for.
+      loss: mean over the batch's targets.
+    """
+
+    inputs: dict[str, np.ndarray]
+    deltas: dict[str, np.ndarray]
+    loss: float
+
+    def gradient(self, module: str, layer: int) -> Float[np.ndarray, "p_out p_in"]:
+        """G = dL/dm of one module's full weight, summed in float64."""
+        delta = self.deltas[module][layer].astype(np.float64)
+        return (delta.T @ self.inputs[module][layer].astype(np.float64)).astype(np.float32)
+
+    def sample(self, module: str, layer: int, tokens: int, seed: int) -> Float[np.ndarray, "tokens p_in"]:
+        """Inputs at ``tokens`` tokens, chosen without replacement, the same ones in every module; all if fewer."""
+        inputs = self.inputs[module][layer]
+        chosen = np.random.default_rng(seed).permutation(len(inputs))[:tokens]
+        return inputs[np.sort(chosen)].astype(np.float32)
+
+
+def record(
+    params: Params, config: LlamaConfig, batch: Batch, modules: Sequence[str], *, gradients: bool = True
+) -> Recording:
+    """Run a batch through the base model, forward and (for ``gradients``) backward.
+
+    Args:
+      params, config: the model.
+      batch: padded on the right; see `rora_theory.finetune.Batch`.
+      modules: names of `rora_theory.llama.MODULES`.
+      gradients: whether to record output gradients too.
+
+    Raises:
+      InputError: an unknown module, or a loss that is not finite.
+    """
+    zeros = {}
+    if gradients:
+        dtype = params["embed_tokens"].dtype
+        for name in modules:
+            shape = (config.num_hidden_layers, *batch.inputs.shape, config.module_shape(name)[0])
+            zeros[name] = jnp.zeros(shape, dtype)
+    loss, inputs, deltas = _record(params, zeros, batch, config=config, modules=tuple(modules))
+    if not np.isfinite(float(loss)):
+        raise InputError(f"the batch's loss is {float(loss)}; accepted are a model and a batch with a finite loss")
+    real = real_tokens(batch)
+    return Recording(
+        {name: np.asarray(x)[:, real] for name, x in inputs.items()},
+        {name: np.asarray(delta)[:, real] for name, delta in deltas.items()},
+        float(loss),
+    )
+
+
+def real_tokens(batch: Batch) -> np.ndarray:
+    """[B, S], True up to the last position of each row that has a target: beyond is padding."""
+    rows, length = batch.inputs.shape
+    weights, positions = np.asarray(batch.weights), batch.positions
+    at = np.broadcast_to(np.arange(weights.shape[1]), weights.shape) if positions is None else np.asarray(positions)
+    last = np.max(np.where(weights > 0, at, -1), axis=1)
+    return np.arange(length)[None, :] <= last.reshape(rows, 1)
+
+
+@dataclass(frozen=True)
+class _Perturbed:
+    """The base model with numbers added to its modules' outputs: an `rora_theory.llama.Adapter`."""
+
+    added: dict[str, Array]
+
+    def layers(self) -> dict[str, Array]:
+        return self.added
+
+    def linear(
+        self,
+        name: str,
+        x: Array,
+        weight: Array,
+        bias: Array | None,
+        layer: dict[str, Array],
+        *,
+        key: PRNGKeyArray | None,  # noqa: ARG002
+    ) -> Array:
+        y = llama.linear(x, weight, bias)
+        return y + layer[name] if name in layer else y
+
+    def prefix(self, layer: Any) -> None:  # noqa: ARG002
+        return None
+
+
+@partial(jax.jit, static_argnames=("config", "modules"))
+def _record(
+    params: Params, zeros: dict[str, Array], batch: Batch, *, config: LlamaConfig, modules: tuple[str, ...]
+) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+    def loss(added: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        hidden, inputs = llama.hidden_states(params, batch.inputs, config, _Perturbed(added), capture=modules)
+        if batch.positions is not None:
+            hidden = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
+        head = llama.output_matrix(params, config)
+        summed = cross_entropy(hidden, head, batch.targets, batch.weights)
+        return summed / jnp.maximum(jnp.sum(batch.weights), 1), inputs
+
+    if not zeros:
+        return *loss(zeros), {}
+    (value, inputs), deltas = jax.value_and_grad(loss, has_aux=True)(zeros)
+    return value, inputs, deltas
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one optimizer step of all adapters changed, read at other tokens.
+
+    Attributes:
+      modules: ``{module: [layers]}``, rms over outputs and tokens of w = gamma B A x', x' the base model's inputs.
+      hidden: rms of the change of the final hidden states, all modules stepped together.
+      logits: of the logits.
+    """
+
+    modules: dict[str, np.ndarray]
+    hidden: float
+    logits: float
+
+
+class RealStep:
+    """First optimizer steps of a whole model's adapters: the training loss differentiated, nothing assumed.
+
+    Args:
+      params, config: the base model.
+      train: the batch that gives the step.
+      heldout: the batch at which its effect is read.
+      target_modules: what is adapted, see `LoraConfig`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: LlamaConfig,
+        train: Batch,
+        heldout: Batch,
+        target_modules: Sequence[str] | str,
+    ) -> None:
+        self._params, self._config = params, config
+        self._train, self._heldout = jax.tree.map(jnp.asarray, (train, heldout))
+        self._targets = target_modules
+        self._real = jnp.asarray(real_tokens(heldout))
+        self._compiled: dict[tuple[int, Trainer], Callable] = {}
+        names = tuple(target.module for target in self._lora(Setting(1, 1.0, 1.0), {}).targets(config))
+        self._before = jax.jit(partial(llama.hidden_states, config=config, capture=names))(params, self._heldout.inputs)
+
+    def change(self, setting: Setting, key: PRNGKeyArray, alpha_pattern: dict[str, float] | None = None) -> Change:
+        """The change that one step from B = 0 makes, for one draw of A.
+
+        Args:
+          setting: rank, alpha, rule, rate, optimizer and init.
+          key: of A.
+          alpha_pattern: as PEFT's, where alphas differ by module.
+
+        Raises:
+          InputError: a pattern that matches nothing, a rank above a module's size, an init that adapters don't have.
+        """
+        config = self._lora(setting, alpha_pattern or {})
+        adapter = adapters.init(key, config, self._config, self._params)
+        kind = (setting.rank, setting.optimizer)
+        if kind not in self._compiled:  # alpha and rate are arguments of the compiled step, not part of it
+            self._compiled[kind] = jax.jit(partial(self._step, template=adapter, trainer=setting.optimizer))
+        found = self._compiled[kind](
+            adapter.params, adapter.scaling, jnp.float32(setting.learning_rate), self._params, self._before
+        )
+        modules, hidden, logits = jax.tree.map(np.asarray, found)
+        return Change(modules, float(hidden), float(logits))
+
+    def _lora(self, setting: Setting, alpha_pattern: dict[str, float]) -> LoraConfig:
+        return LoraConfig(
+            rank=setting.rank,
+            alpha=setting.alpha,
+            rule=setting.rule,
+            target_modules=self._targets,
+            init=setting.init,  # type: ignore[arg-type]  # checked there
+            alpha_pattern=alpha_pattern,
+        )
+
+    def _step(
+        self,
+        tensors: Params,
+        scaling: dict[str, Array],
+        learning_rate: Array,
+        base: Params,
+        before: tuple[Array, dict[str, Array]],
+        *,
+        template: LoraAdapter,
+        trainer: Trainer,
+    ) -> tuple[dict[str, Array], Array, Array]:
+        adapter = replace(template, params=tensors, scaling=scaling)
+        total = jnp.maximum(jnp.sum(self._train.weights), 1)
+
+        def loss(own: Params) -> Array:
+            return batch_loss(base, self._train, self._config, adapters.replace(adapter, own)) / total
+
+        transformation = make_optimizer(trainer, learning_rate)
+        gradient = jax.grad(loss)(tensors)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and its integer step count
+            updates, _ = transformation.update(gradient, transformation.init(tensors), tensors)
+            stepped = adapters.replace(adapter, optax.apply_updates(tensors, updates))
+        hidden, inputs = before
+        after = llama.hidden_states(base, self._heldout.inputs, self._config, stepped)
+        moved = after.astype(jnp.float32) - hidden.astype(jnp.float32)
+        # The unembedding is linear: the change of the logits is the unembedding of the change.
+        logits = llama.unembed(base, moved, self._config)
+        modules = {}
+        for name, own in stepped.layers().items():
+            x = inputs[name].astype(jnp.float32)
+            inner = jnp.einsum("lbsi,lri->lbsr", x, own["lora_A"])
+            w = own["scaling"][:, None, None, None] * jnp.einsum("lbsr,lor->lbso", inner, own["lora_B"])
+            modules[name] = jax.vmap(self._rms)(w)
+        return modules, self._rms(moved), self._rms(logits)
+
+    def _rms(self, values: Float[Array, "b s n"]) -> Float[Array, ""]:
+        """Root mean square over the real tokens and the last axis."""
+        squares = jnp.where(self._real[..., None], jnp.square(values), jnp.zeros((), jnp.float32))
+        return jnp.sqrt(jnp.sum(squares) / (jnp.sum(self._real).astype(jnp.float32) * values.shape[-1]))

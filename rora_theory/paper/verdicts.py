@@ -1,0 +1,294 @@
+"""Each equation of the paper judged: claim + law + samples -> holds, holds in a stated limit, or fails, with figures.
+
+Identities are judged against automatic differentiation, moments against samples. A claim about a moment *agrees* in a
+cell when the estimate is within 2% of it or within the sampling threshold; it holds when it agrees in all cells, holds
+in a limit when it agrees in the cells of that limit alone, and fails otherwise.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rora_theory.paper import equations
+from rora_theory.scaling import scaling_factor
+from rora_theory.stats.moments import Fit, log_log_fit, root, threshold
+from rora_theory.theory import first_step, laws, sampling
+
+Status = Literal["holds", "holds in a limit", "fails"]
+
+TOLERANCE = 0.02
+"""Relative difference up to which a claim counts as agreeing with an exact figure: less than any reader acts on."""
+
+FALSE_ALARM = 1e-6
+"""Probability that a true claim is rejected by sampling error anywhere among the cells of one claim."""
+
+_ROUNDING = 1e-4
+"""Relative difference of two float32 computations of one identity: sums of p_in terms, each rounded to 6e-8."""
+
+NARROW, WIDE = 4, 4096
+"""The p_in at which the limits r >> p_in and r << p_in are within reach, where the sweep's own does not show them."""
+
+Sample = Callable[[sampling.Setting], sampling.Sums]
+"""Gives the sums of a setting (unit scaling and learning rate)."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One equation's verdict.
+
+    Attributes:
+      equation: its number, or ``gradient A`` and ``gradient B`` for the two formulas above Eq. 3.
+      claim: what is claimed, in one line.
+      status: ``holds``, ``holds in a limit`` or ``fails``.
+      where: the condition under which it holds, or what is wrong.
+      evidence: the figures that show it.
+    """
+
+    equation: str
+    claim: str
+    status: Status
+    where: str
+    evidence: str
+
+
+def judge(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> list[Verdict]:
+    """Judge Eq. 1-15 and both gradients.
+
+    Args:
+      sample: gives the sums for a `sampling.Setting` of unit scaling and learning rate, ``"normal"`` A and SGD.
+      ranks: at least two ranks, ascending.
+      p_in, p_out: the layer's sizes.
+    """
+    return [*_identities(), *_moments(sample, tuple(ranks), p_in, p_out)]
+
+
+def _identities() -> list[Verdict]:
+    """Equations that must equal what autodiff gives, on one random layer (p_out 6, rank 3, p_in 5)."""
+    keys = jax.random.split(jax.random.key(15), 7)
+    p_out, rank, p_in, gamma, eta = 6, 3, 5, 0.7, 0.3
+    m0, B = jax.random.normal(keys[0], (p_out, p_in)), jax.random.normal(keys[1], (p_out, rank))
+    A, delta = jax.random.normal(keys[2], (rank, p_in)), jax.random.normal(keys[3], (p_out,))
+    x, x_next = jax.random.normal(keys[4], (p_in,)), jax.random.normal(keys[5], (p_in,))
+
+    def loss(dm: first_step.Increment) -> jax.Array:
+        return jnp.vdot(delta, m0 @ x + dm(x))
+
+    grad_A, grad_B = jax.grad(lambda pair: loss(first_step.Increment(pair[0], pair[1], gamma)))((A, B))
+    merged = m0 + first_step.Increment(A, B, gamma)(jnp.eye(p_in)).T
+    steps = {
+        name: first_step.run(loss, A, p_out=p_out, scaling=gamma, optimizer=first_step.optimizer(name, eta))
+        for name in laws.OPTIMIZERS
+    }
+    sgd, adam = steps["sgd"], steps["adam"]
+    eq3 = equations.eq3_first_step_B(delta, A, x, gamma, eta)
+    eq4 = equations.eq4_increment(delta, A, x, x_next, gamma, eta)
+
+    def identity(equation: str, claim: str, found: jax.Array, truth: jax.Array, where: str, more: str = "") -> Verdict:
+        error = float(jnp.max(jnp.abs(found - truth)) / jnp.max(jnp.abs(truth)))
+        status: Status = "holds" if error < _ROUNDING else "fails"
+        return Verdict(equation, claim, status, where, f"autodiff differs by {error:.0e} of the largest entry{more}")
+
+    adam_gap = float(jnp.max(jnp.abs(eq3 - adam.lora_B)) / jnp.max(jnp.abs(adam.lora_B)))
+    adam_w = float(jnp.max(jnp.abs(eq4 - adam(x_next))) / jnp.max(jnp.abs(adam(x_next))))
+    return [
+        identity("1", "H(x) = (m0 + gamma B A) x", equations.eq1_output(m0, B, A, x, gamma), merged @ x, "definition"),
+        identity("2", "w = gamma B A x", equations.eq2_increment(B, A, x, gamma), (merged - m0) @ x, "definition"),
+        identity(
+            "gradient A",
+            "dL/dA = gamma B^T delta x^T",
+            equations.gradient_A(delta, B, x, gamma),
+            grad_A,
+            "one sample",
+        ),
+        identity(
+            "gradient B",
+            "dL/dB = gamma delta (A x)^T",
+            equations.gradient_B(delta, A, x, gamma),
+            grad_B,
+            "one sample",
+        ),
+        identity(
+            "3",
+            "B1 = -eta gamma delta (A x)^T",
+            eq3,
+            sgd.lora_B,
+            "SGD only",
+            f"; under Adam off by {adam_gap:.1f}x",
+        ),
+        identity(
+            "4",
+            "w = -eta gamma^2 delta x^T A^T A x'",
+            eq4,
+            sgd(x_next),
+            "SGD only",
+            f"; under Adam off by {adam_w:.1f}x",
+        ),
+        identity(
+            "10",
+            "|w| = root of the sum of squares of Eq. 4",
+            equations.eq10_norm(delta, A, x, x_next, gamma, eta)[None],
+            jnp.linalg.norm(sgd(x_next))[None],
+            "definition, with Eq. 4",
+        ),
+    ]
+
+
+def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> list[Verdict]:
+    low, high = ranks[0], ranks[-1]
+    narrow_ranks = (64 * NARROW, 512 * NARROW)
+
+    def cell(rank: int, overlap: float, width: int = p_in) -> sampling.Sums:
+        return sample(sampling.Setting(rank=rank, p_in=width, p_out=p_out, overlap=overlap))
+
+    def second(rank: int, overlap: float, width: int = p_in) -> tuple[float, float]:
+        return cell(rank, overlap, width).first.second_moment
+
+    independent = {rank: cell(rank, 0.0) for rank in ranks}
+    overlapping = {rank: cell(rank, 0.5) for rank in ranks}
+    z = threshold(FALSE_ALARM, 2 * len(ranks))
+    unit = {"scaling": 1.0, "learning_rate": 1.0}
+
+    # 5: Var = E w^2 - (E w)^2, the unbiased variance aside (n/(n-1)).
+    sums = overlapping[low].first
+    gap = abs(sums.variance.value / equations.eq5_variance(sums.second_moment.value, sums.mean.value) - 1)
+
+    # 6, 7: the mean.
+    scores0 = max(abs(s.first.mean.value / s.first.mean.standard_error) for s in independent.values())
+    share = {rank: s.first.mean.value**2 / s.first.second_moment.value for rank, s in overlapping.items()}
+    scores5 = min(abs(s.first.mean.value / s.first.mean.standard_error) for s in overlapping.values())
+    mean_law = laws.random_input_moments(rank=high, p_in=p_in, overlap=0.5, scaling=1.0).mean[0]
+    zero_mean: Status = "fails" if scores0 > z else "holds" if scores5 < z else "holds in a limit"
+
+    # 8, 9: the second moment at overlap 0, against the count of terms and against the printed result.
+    def ratios(claim: Callable[..., float], cells: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+        found = [(second(rank, 0.0, width), claim(1.0, rank=rank, p_in=width, **unit)) for rank, width in cells]
+        return [(value / printed, error / printed) for (value, error), printed in found]
+
+    def agree(pairs: Sequence[tuple[float, float]]) -> bool:
+        return all(abs(ratio - 1) <= max(TOLERANCE, z * error) for ratio, error in pairs)
+
+    wide, narrow = [(rank, p_in) for rank in ranks], [(rank, NARROW) for rank in narrow_ranks]
+    thin = [(rank, p_in) for rank in ranks if rank <= TOLERANCE * p_in / 2] or [(1, WIDE)]
+    eq8 = {
+        "all": ratios(equations.eq8_second_moment, wide + narrow),
+        "limit": ratios(equations.eq8_second_moment, thin),
+    }
+    eq9 = {"all": ratios(equations.eq9_variance, wide + narrow), "limit": ratios(equations.eq9_variance, narrow[-1:])}
+
+    def status(found: dict[str, list[tuple[float, float]]]) -> Status:
+        return "holds" if agree(found["all"]) else "holds in a limit" if agree(found["limit"]) else "fails"
+
+    def shown(ratio: tuple[float, float]) -> str:
+        return f"{ratio[0]:.4g} ± {ratio[1]:.1g}"
+
+    # 11: the norm, for equal and for spread |delta_i| (Eq. 4: w is delta times one number).
+    spread = np.linspace(-1.0, 1.0, 101)
+    inflation = math.sqrt(spread.size * np.max(spread**2) / np.sum(spread**2))
+    wide_norm = root(independent[high].norm2.mean)
+    printed = float(equations.eq11_norm(jnp.ones(p_out), rank=high, p_in=p_in, **unit))
+    narrow_norm = root(cell(narrow_ranks[-1], 0.0, NARROW).norm2.mean)
+    narrow_printed = float(equations.eq11_norm(jnp.ones(p_out), rank=narrow_ranks[-1], p_in=NARROW, **unit))
+    norm_limit = abs(narrow_norm.value / narrow_printed - 1) <= max(
+        TOLERANCE, z * narrow_norm.standard_error / narrow_printed
+    )
+
+    # 12: the printed constant at a learning rate that is not 1.
+    eta = 1e-3
+    constant = equations.eq12_constant(1.0, p_out=p_out, p_in=p_in, learning_rate=eta)
+    from_eq11 = float(equations.eq11_norm(jnp.ones(p_out), rank=high, p_in=p_in, scaling=1.0, learning_rate=eta))
+    excess = equations.eq12_norm(constant, rank=high, scaling=1.0) / from_eq11
+
+    # 13-15: growth of |w| with the rank.
+    def slope(cells: dict[int, sampling.Sums], rule: float | str) -> Fit:
+        gammas = [scaling_factor(rule, alpha=1.0, rank=rank) ** 2 for rank in cells]  # type: ignore[arg-type]
+        norms = [root(s.norm2.mean) for s in cells.values()]
+        return log_log_fit(
+            list(cells),
+            [norm.value * gamma for norm, gamma in zip(norms, gammas, strict=True)],
+            [norm.standard_error * gamma for norm, gamma in zip(norms, gammas, strict=True)],
+        )
+
+    crossing = laws.random_input_crossing_rank(p_in, 0.5)
+    beyond = {rank: sums for rank, sums in overlapping.items() if rank >= 10 * crossing}
+    if len(beyond) < 2:  # the sweep's own ranks don't reach the limit: two that do
+        beyond = {rank: cell(rank, 0.5) for rank in (math.ceil(16 * crossing), math.ceil(64 * crossing))}
+
+    def growth(equation: str, claim: str, rule: float | str, claimed: float, where: str) -> Verdict:
+        fits = [slope(independent, rule), slope(overlapping, rule), slope(beyond, rule)]
+        close = [abs(fit.slope - claimed) <= max(0.05, z * fit.standard_error) for fit in fits]
+        found: Status = "holds" if all(close) else "holds in a limit" if close[-1] else "fails"
+        zero, half, limit = (f"{fit.slope:+.3f} ± {fit.standard_error:.3f}" for fit in fits)
+        return Verdict(
+            equation,
+            claim,
+            found,
+            where,
+            f"slope of |w| over ranks {low}-{high}: {zero} at overlap 0, {half} at 0.5, "
+            f"{limit} at 0.5 from r = {min(beyond)}",
+        )
+
+    regime = f"r >> r* (r* = {crossing:.1f} at overlap 0.5); at overlap 0 r* = p_in + 2 = {p_in + 2}"
+    return [
+        Verdict(
+            "5",
+            "Var = E[w^2] - E[w]^2",
+            "holds" if gap < 1e-3 else "fails",
+            "identity",
+            f"differs by {gap:.0e}",
+        ),
+        Verdict(
+            "6",
+            "E[w] = 0",
+            zero_mean,
+            "overlap 0 only; E[A_kl A_kj] is not 0 at l = j",
+            f"largest |z| {scores0:.1f} at overlap 0; at overlap 0.5, r = {high}: E[w] = "
+            f"{overlapping[high].first.mean.value:.4g} (exact {mean_law:.4g})",
+        ),
+        Verdict(
+            "7",
+            "Var = E[w^2]",
+            zero_mean,
+            "where Eq. 6 holds: overlap 0",
+            f"E[w]^2 / E[w^2] at overlap 0.5: {share[low]:.3f} at r = {low}, {share[high]:.3f} at r = {high}",
+        ),
+        Verdict(
+            "8",
+            "E[w^2] = eta^2 delta^2 gamma^4 r p_in^2 (its sum, counted)",
+            status(eq8),
+            "r << p_in, overlap 0: drops the terms k != k'",
+            f"simulated/printed {shown(eq8['all'][0])} at r = {low}, "
+            f"{shown(ratios(equations.eq8_second_moment, narrow[-1:])[0])} at r = {narrow[-1][0]}, p_in = {NARROW}",
+        ),
+        Verdict(
+            "9",
+            "Var = eta^2 delta^2 gamma^4 r^2 p_in",
+            status(eq9),
+            "r >> p_in, overlap 0; does not follow from Eq. 8, whose sum has r p_in^2 terms",
+            f"simulated/printed {shown(eq9['all'][0])} at r = {low} (exact {(p_in + low + 1) / low:.4g}), "
+            f"{shown(eq9['all'][len(ranks) - 1])} at r = {high} (exact {(p_in + high + 1) / high:.4g}), "
+            f"{shown(eq9['limit'][0])} at r = {narrow[-1][0]}, p_in = {NARROW}",
+        ),
+        Verdict(
+            "11",
+            "|w| = sqrt(p_out) times the largest term of Eq. 9",
+            "holds in a limit" if norm_limit else "fails",
+            "r >> p_in and all |delta_i| equal; else an upper bound of the signal term alone",
+            f"rms |w|/printed {wide_norm.value / printed:.4g} at r = {high}, {narrow_norm.value / narrow_printed:.4g} "
+            f"at r = {narrow_ranks[-1]}, p_in = {NARROW}; delta_i even over [-1, 1] inflates it {inflation:.2f} times",
+        ),
+        Verdict(
+            "12",
+            "|w| = c gamma^2 r, c = sqrt(p_out p_in eta) delta_m",
+            "holds" if abs(excess - 1) < 1e-6 else "fails",
+            "c must be eta sqrt(p_out p_in) delta_m: eta does not belong under the root",
+            f"at eta = {eta:g} the printed c is {excess:.1f} = eta^(-1/2) times Eq. 11's",
+        ),
+        growth("13", "|w| grows as gamma^2 r", 0.0, 1.0, regime),
+        growth("14", "under alpha/r, |w| falls as 1/r", "lora", -1.0, regime),
+        growth("15", "under alpha/sqrt(r), |w| does not depend on r", "rora", 0.0, regime),
+    ]

@@ -1,0 +1,1 @@
+"""Moments with standard errors, slopes with verdicts, paired differences, the best rate of a grid."""

@@ -1,0 +1,335 @@
+r"""Samplers of w in the paper's setting, streamed in blocks: the direct one that judges, and the reduced ones.
+
+- ``"direct"`` draws A, x and x', differentiates the loss, takes the optimizer's step and reads the layer at x'
+  (`rora_theory.theory.first_step`). Any init; costs r p_in normals a draw.
+- ``"pairs"`` draws, given the inputs, the r Gaussian pairs (a_k . x, a_k . x') instead of A. Gaussian A only.
+- ``"chi_square"`` (SGD) uses that :math:`\sum_k u_k v_k` of r such pairs is, in law,
+  :math:`\frac{s_2}{2} |x||x'| [(1 + c) Q_1 - (1 - c) Q_2]` with :math:`Q_1, Q_2 \sim \chi^2_r` independent and c the
+  cosine of the inputs: constant cost in r and p_in. Gaussian A only.
+
+The inputs, too, are reduced: with :math:`x' = \rho x + \sqrt{1 - \rho^2} z` only :math:`|x|`, the component of x' along
+x and the length of the rest matter, drawn from :math:`\chi_{p}`, a normal and :math:`\chi_{p-1}`.
+
+The stream is cut into blocks whose size depends on the setting alone; block i draws from ``fold_in(key, i)``. So the
+numbers do not depend on how many blocks a call takes, on how many devices, or on where a run was interrupted.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rora_theory import inits
+from rora_theory.errors import InputError
+from rora_theory.stats.moments import Estimate, Moments
+from rora_theory.theory import first_step
+from rora_theory.theory.laws import Optimizer, check_overlap, check_step
+
+Sampler = Literal["direct", "pairs", "chi_square"]
+
+_BLOCK_NUMBERS = 2**22
+"""Random numbers a block draws at most (16 MiB), unless a single draw needs more."""
+
+_STEP_NUMBERS = 2**18
+"""Random numbers the direct sampler holds at once, unless a single draw needs more: they stay in a core's cache."""
+
+_MOST_DRAWS = 2**14
+"""Draws a block holds at most; the reduced samplers' blocks hold just these."""
+
+_PAIRS_AT_ONCE = 32
+"""Pairs of each draw that are held at once, so that memory does not grow with the rank."""
+
+_LEAST_DRAWS = 256
+"""Draws before a standard error is trusted to end a run."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    r"""What is simulated: w = dM x' after one step on :math:`L = \sum_i w_i` (so delta_i = 1) at input x.
+
+    Attributes:
+      rank, p_in, p_out: sizes, >= 1.
+      scaling: gamma > 0.
+      learning_rate: eta > 0.
+      overlap: rho in [-1, 1].
+      optimizer: ``"sgd"`` or ``"adam"`` (sign limit).
+      init: distribution of A.
+    """
+
+    rank: int
+    p_in: int
+    p_out: int = 1
+    scaling: float = 1.0
+    learning_rate: float = 1.0
+    overlap: float = 0.0
+    optimizer: Optimizer = "sgd"
+    init: inits.Init = "normal"
+
+    def __post_init__(self) -> None:
+        check_step(rank=self.rank, scaling=self.scaling, learning_rate=self.learning_rate, optimizer=self.optimizer)
+        check_overlap(self.overlap)
+        inits.entries(self.init, rank=self.rank, p_in=self.p_in)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Moments of one stream: of w_1, and of the squared norm.
+
+    Attributes:
+      first: moments of w_1.
+      norm2: moments of the squared norm over all p_out outputs.
+    """
+
+    first: Moments = field(default_factory=Moments)
+    norm2: Moments = field(default_factory=Moments)
+
+    def add(self, block: Float[np.ndarray, "2 n"]) -> "Sums":
+        """With one more block."""
+        return Sums(self.first.add(block[0]), self.norm2.add(block[1]))
+
+    @property
+    def count(self) -> int:
+        """Draws so far."""
+        return self.first.count
+
+
+def best_sampler(setting: Setting) -> Sampler:
+    """The cheapest exact sampler of a setting."""
+    if not inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in).is_normal:
+        return "direct"
+    return "chi_square" if setting.optimizer == "sgd" else "pairs"
+
+
+def block_draws(setting: Setting, sampler: Sampler) -> int:
+    """Draws in one block."""
+    if sampler != "direct":
+        return _MOST_DRAWS
+    return int(np.clip(_BLOCK_NUMBERS // (setting.rank * setting.p_in), 1, _MOST_DRAWS))
+
+
+def stream(
+    setting: Setting,
+    sampler: Sampler,
+    key: PRNGKeyArray,
+    *,
+    first_block: int = 0,
+    batch: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Iterator[Float[np.ndarray, "2 n"]]:
+    """Yield blocks ``first_block``, ``first_block + 1``, ... without end: rows w_1 and |w|_2^2, in float64.
+
+    Args:
+      setting: what to simulate.
+      sampler: see the module.
+      key: the stream's key.
+      first_block: where to go on from.
+      batch: blocks a device call computes.
+      devices: the devices that share the blocks; None is the default device.
+
+    Raises:
+      InputError: a reduced sampler for an init it is not exact for.
+    """
+    kind = _Kind.of(setting, sampler)
+    numbers = kind.numbers(setting)
+    places = list(devices) if devices else [jax.devices()[0]]
+    at = [jax.device_put((key, numbers), place) for place in places]
+    pending: deque[Array] = deque()
+    for turn in itertools.count():
+        start = first_block + turn * batch
+        place = turn % len(places)
+        indices = jax.device_put(np.arange(start, start + batch, dtype=np.uint32), places[place])
+        pending.append(_blocks(*at[place], indices, kind=kind))
+        # Two calls a device in flight keep every device busy while the host sums.
+        if len(pending) >= 2 * len(places):
+            yield from np.asarray(pending.popleft(), np.float64)
+
+
+def estimate(
+    setting: Setting,
+    sampler: Sampler,
+    key: PRNGKeyArray,
+    *,
+    relative_error: float = 0.005,
+    draws: int | None = None,
+    batch: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    start: tuple[int, Sums] | None = None,
+    on_block: Callable[[int, Sums], None] | None = None,
+) -> Sums:
+    """Draw until E[w_1^2] is known to ``relative_error`` (one standard error), or exactly ``draws`` draws.
+
+    Args:
+      setting, sampler, key, batch, devices: as `stream` takes them.
+      relative_error: of the second moment, > 0; at least 256 draws are taken.
+      draws: an exact number instead.
+      start: blocks already summed, and their sums, to go on from.
+      on_block: called after each block with the number of blocks summed and the sums.
+
+    Returns:
+      The sums. They depend on setting, sampler, key and the stopping rule alone.
+    """
+    done, sums = start or (0, Sums())
+    if _enough(sums, relative_error, draws):
+        return sums
+    for block in stream(setting, sampler, key, first_block=done, batch=batch, devices=devices):
+        if draws is not None:
+            block = block[:, : draws - sums.count]
+        sums, done = sums.add(block), done + 1
+        if on_block is not None:
+            on_block(done, sums)
+        if _enough(sums, relative_error, draws):
+            break
+    return sums
+
+
+def _enough(sums: Sums, relative_error: float, draws: int | None) -> bool:
+    if draws is not None:
+        return sums.count >= draws
+    if sums.count < _LEAST_DRAWS:
+        return False
+    second: Estimate = sums.first.second_moment
+    return second.standard_error <= relative_error * second.value
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a compiled block depends on; all else is passed as numbers."""
+
+    sampler: Sampler
+    optimizer: Optimizer
+    init: inits.Init
+    rank: int | None
+    p_in: int
+    p_out: int
+    draws: int
+    step: int
+
+    @classmethod
+    def of(cls, setting: Setting, sampler: Sampler) -> "_Kind":
+        normal = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in).is_normal
+        if sampler != "direct" and not normal:
+            raise InputError(
+                f"init {setting.init} has no reduced sampler; accepted are direct, or init normal or gaussian"
+            )
+        if sampler == "chi_square" and setting.optimizer != "sgd":
+            raise InputError("the chi_square sampler is SGD's; accepted for adam are pairs and direct")
+        draws = block_draws(setting, sampler)
+        step = int(np.clip(_STEP_NUMBERS // (setting.rank * setting.p_in), 1, draws))
+        return cls(
+            sampler,
+            setting.optimizer,
+            setting.init if sampler == "direct" else "normal",
+            setting.rank if sampler == "direct" else None,
+            setting.p_in,
+            setting.p_out,
+            draws,
+            step if sampler == "direct" else draws,
+        )
+
+    def numbers(self, setting: Setting) -> dict[str, np.float32]:
+        law = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in)
+        values = {
+            "rank": setting.rank,
+            "scaling": setting.scaling,
+            "learning_rate": setting.learning_rate,
+            "overlap": setting.overlap,
+            "fresh": np.sqrt(1 - setting.overlap**2),
+            "deviation": law.deviation,
+        }
+        return {name: np.float32(value) for name, value in values.items()}
+
+
+@partial(jax.jit, static_argnames="kind")
+def _blocks(
+    key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, *, kind: _Kind
+) -> Float[Array, "batch 2 draws"]:
+    sample = {"direct": _direct, "pairs": _pairs, "chi_square": _chi_square}[kind.sampler]
+    return jax.lax.map(lambda index: sample(jax.random.fold_in(key, index), numbers, kind), indices)
+
+
+def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
+    rank = kind.rank
+    assert rank is not None
+    optimizer = first_step.optimizer(kind.optimizer, numbers["learning_rate"])
+    delta = jnp.ones(kind.p_out, jnp.float32)
+
+    def one(draw_key: PRNGKeyArray) -> Float[Array, "2"]:
+        key_A, key_x, key_z = jax.random.split(draw_key, 3)
+        lora_A = inits.draw(key_A, kind.init, rank=rank, p_in=kind.p_in)
+        x = jax.random.normal(key_x, (kind.p_in,), jnp.float32)
+        x_next = numbers["overlap"] * x + numbers["fresh"] * jax.random.normal(key_z, (kind.p_in,), jnp.float32)
+        step = first_step.run(
+            lambda dm: jnp.vdot(delta, dm(x)),
+            lora_A,
+            p_out=kind.p_out,
+            scaling=numbers["scaling"],
+            optimizer=optimizer,
+        )
+        w = step(x_next)
+        return jnp.stack([w[0], jnp.vdot(w, w)])
+
+    return jax.lax.map(one, jax.random.split(key, kind.draws), batch_size=kind.step).T
+
+
+def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> tuple[Array, Array, Array]:
+    """|x|, and the components of x' along x and across it, for each draw."""
+    key_x, key_along, key_across = jax.random.split(key, 3)
+    shape = (kind.draws,)
+    length = jnp.sqrt(jax.random.chisquare(key_x, jnp.float32(kind.p_in), shape, jnp.float32))
+    along = numbers["overlap"] * length + numbers["fresh"] * jax.random.normal(key_along, shape, jnp.float32)
+    if kind.p_in == 1:
+        return length, along, jnp.zeros(shape, jnp.float32)
+    across2 = jax.random.chisquare(key_across, jnp.float32(kind.p_in - 1), shape, jnp.float32)
+    return length, along, numbers["fresh"] * jnp.sqrt(across2)
+
+
+def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
+    key_inputs, key_u, key_v = jax.random.split(key, 3)
+    length, along, across = _inputs(key_inputs, numbers, kind)
+    rank, s = numbers["rank"], numbers["deviation"]
+    shape = (_PAIRS_AT_ONCE, kind.draws)
+
+    def some_pairs(turn: Array, total: Float[Array, " draws"]) -> Float[Array, " draws"]:
+        counted = turn * _PAIRS_AT_ONCE + jnp.arange(_PAIRS_AT_ONCE) < rank.astype(jnp.int32)
+        u = jax.random.normal(jax.random.fold_in(key_u, turn), shape, jnp.float32)  # a_k . x / (s |x|)
+        if kind.optimizer == "adam":
+            return total + jnp.sum(jnp.abs(u), axis=0, where=counted[:, None])
+        fresh = jax.random.normal(jax.random.fold_in(key_v, turn), shape, jnp.float32)
+        v = along[None] * u + across[None] * fresh  # a_k . x' / s
+        return total + jnp.sum(u * v, axis=0, where=counted[:, None])
+
+    turns = -(-rank.astype(jnp.int32) // _PAIRS_AT_ONCE)
+    total = jax.lax.fori_loop(0, turns, some_pairs, jnp.zeros(kind.draws, jnp.float32))
+    if kind.optimizer == "sgd":
+        return _finish(s**2 * length * total, numbers, kind)
+    # sum_k sign(u_k) v_k: the across part is a sum of r independent normals, one normal of variance r.
+    rest = jnp.sqrt(rank) * jax.random.normal(key_v, (kind.draws,), jnp.float32)
+    return _finish(s * (along * total + across * rest), numbers, kind)
+
+
+def _chi_square(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
+    key_inputs, key_plus, key_minus = jax.random.split(key, 3)
+    length, along, across = _inputs(key_inputs, numbers, kind)
+    size = jnp.hypot(along, across)
+    plus = jax.random.chisquare(key_plus, numbers["rank"], (kind.draws,), jnp.float32)
+    minus = jax.random.chisquare(key_minus, numbers["rank"], (kind.draws,), jnp.float32)
+    # size - |along| cancels where the inputs are nearly parallel: across^2 / (size + |along|) does not.
+    small = across**2 / jnp.maximum(size + jnp.abs(along), jnp.finfo(jnp.float32).tiny)
+    large = size + jnp.abs(along)
+    total = jnp.where(along >= 0, large * plus - small * minus, small * plus - large * minus)
+    return _finish(numbers["deviation"] ** 2 * length / 2 * total, numbers, kind)
+
+
+def _finish(total: Float[Array, " draws"], numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
+    """w_1 and |w|^2 from sum_k of (gradient or its sign) times (a_k . x'), delta_i = 1."""
+    gamma = numbers["scaling"]
+    step = numbers["learning_rate"] * (gamma**2 if kind.optimizer == "sgd" else gamma)
+    w = -step * total
+    return jnp.stack([w, kind.p_out * w**2])

@@ -1,0 +1,242 @@
+"""Carrying alpha and the learning rate to another rank: against the exact law, in closed cases, as PEFT reads it."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rora_theory import InputError, scaling_factor
+from rora_theory.adapters import LoraConfig
+from rora_theory.advice.transfer import CROSS_TALK, SIGNAL, Setting, growth, peft_config, step_ratio, transfer
+from rora_theory.llama import LlamaConfig
+from rora_theory.theory import laws
+
+ranks = st.integers(1, 4096)
+settings = st.builds(
+    Setting,
+    rank=ranks,
+    alpha=st.floats(0.1, 1e3),
+    learning_rate=st.floats(1e-6, 1.0),
+    rule=st.sampled_from(["lora", "rora", 0.25]),
+    optimizer=st.sampled_from(["sgd", "momentum", "adam", "adamw"]),
+    init=st.sampled_from(["kaiming_uniform", "gaussian"]),
+)
+linear_terms = st.one_of(st.just(SIGNAL), st.just(CROSS_TALK), st.floats(-0.9, 1e4))
+
+FAMILY = {"sgd": "sgd", "momentum": "sgd", "adam": "adam", "adamw": "adam"}
+
+
+def rms(setting: Setting, grad: np.ndarray, x: np.ndarray) -> float:
+    """The law's rms of w, in the sign limit."""
+    law = laws.first_step_moments(
+        grad,
+        x,
+        rank=setting.rank,
+        scaling=setting.scaling,
+        learning_rate=setting.learning_rate,
+        optimizer=FAMILY[setting.optimizer],
+        init=setting.init,
+    )
+    return math.sqrt(float(np.mean(law.second_moment)))
+
+
+def linear_term(setting: Setting, grad: np.ndarray, x: np.ndarray) -> float:
+    """From the law at ranks 1 and 2, gamma held: E(2) / E(1) = (4 + 2c) / (1 + c)."""
+    ones = [replace(setting, rank=rank, alpha=1.0, rule=0.0, init="kaiming_uniform") for rank in (1, 2)]
+    if setting.init == "gaussian":  # the law of its shape at a deviation that does not depend on the rank
+        ones = [replace(one, init="normal") for one in ones]
+    ratio = (rms(ones[1], grad, x) / rms(ones[0], grad, x)) ** 2
+    return (4 - ratio) / (ratio - 2)
+
+
+@pytest.fixture(scope="module")
+def layer() -> tuple[np.ndarray, np.ndarray]:
+    """A gradient of two samples and inputs that overlap with one of them."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 24))
+    grad = random.normal(size=(5, 2)) @ x
+    return grad, np.concatenate([x, 0.3 * x[:1] + random.normal(size=(3, 24))])
+
+
+@pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize("rule", ["lora", "rora", 0.25])
+def test_step_ratio_is_the_law_s(layer, init, optimizer, rule) -> None:
+    """For any rule, optimizer and init, and so the carried alpha and rate give the old step exactly."""
+    old = Setting(8, 16.0, 3e-4, rule, optimizer, init)
+    new = replace(old, rank=128, alpha=5.0, learning_rate=1e-3)
+    c = linear_term(old, *layer)
+    assert step_ratio(new, old, c) == pytest.approx(
+        rms(new, *layer) / rms(old, *layer), rel=1e-6
+    )  # uniform Adam's integral
+    found = transfer(old, 128, {"m": c})
+    by_alpha = replace(found.unchanged, alpha=found.alpha)
+    by_rate = replace(found.unchanged, learning_rate=found.learning_rate)
+    assert rms(by_alpha, *layer) == pytest.approx(rms(old, *layer), rel=1e-6)
+    assert rms(by_rate, *layer) == pytest.approx(rms(old, *layer), rel=1e-6)
+
+
+@given(settings, ranks, linear_terms)
+def test_either_change_keeps_the_step(old: Setting, rank: int, c: float) -> None:
+    found = transfer(old, rank, {"m": c})
+    assert step_ratio(replace(found.unchanged, alpha=found.alpha), old, c) == pytest.approx(1, rel=1e-9)
+    assert step_ratio(replace(found.unchanged, learning_rate=found.learning_rate), old, c) == pytest.approx(1, rel=1e-9)
+    back = transfer(replace(found.unchanged, alpha=found.alpha), old.rank, {"m": c})
+    assert back.alpha == pytest.approx(old.alpha, rel=1e-9)
+
+
+@given(ranks, ranks, st.floats(0, 1e6))
+def test_growth_lies_between_its_limits(old: int, new: int, c: float) -> None:
+    low, high = sorted([growth(old, new, CROSS_TALK), growth(old, new, SIGNAL)])
+    assert low * (1 - 1e-12) <= growth(old, new, c) <= high * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "regime", "rule", "alpha"),
+    [  # the exponent that keeps the step: alpha moves by 16^(kappa of the rule - kappa that is flat)
+        ("adamw", "signal", "lora", 16.0),
+        ("adamw", "signal", "rora", 16.0 * 16**-0.5),
+        ("adamw", "cross-talk", "lora", 16.0 * 16**0.5),
+        ("adamw", "cross-talk", "rora", 16.0),
+        ("sgd", "signal", "lora", 16.0 * 16**0.5),
+        ("momentum", "signal", "rora", 16.0),
+        ("sgd", "cross-talk", "lora", 16.0 * 16**0.75),
+        ("sgd", "cross-talk", 0.25, 16.0),
+    ],
+)
+def test_the_four_corners(optimizer, regime, rule, alpha) -> None:
+    found = transfer(Setting(8, 16.0, 3e-4, rule, optimizer), 128, regime)
+    assert found.alpha == pytest.approx(alpha, rel=1e-12)
+    # gamma enters SGD's step twice, the rate once: the rate has to make up the square of what alpha makes up.
+    power = 2 if FAMILY[optimizer] == "sgd" else 1
+    assert found.learning_rate == pytest.approx(3e-4 * (alpha / 16) ** power, rel=1e-12)
+
+
+@pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("sgd", 2)])
+def test_gaussian_init_costs_a_factor_of_the_rank(optimizer, power) -> None:
+    """Its deviation 1/r makes up a factor r'/r in alpha, at any regime."""
+    plain, gaussian = (
+        transfer(Setting(8, 16.0, 3e-4, "lora", optimizer, init), 128, {"m": 7.0})
+        for init in ("kaiming_uniform", "gaussian")
+    )
+    assert gaussian.alpha == pytest.approx(16 * plain.alpha, rel=1e-12)
+    assert gaussian.learning_rate == pytest.approx(16**power * plain.learning_rate, rel=1e-12)
+
+
+def test_folk_rules() -> None:
+    """LoRA, Adam, signal: the step is gamma r. rsLoRA multiplies it by sqrt(r), alpha = 2r by what gamma does."""
+    found = transfer(Setting(16, 32.0, 2e-4, "lora", "adamw"), 256)
+    steps = {each.name: each for each in found.folk()}
+    assert len(steps) == 6
+    fixed, fixed_rs = steps["alpha = 32, as it was"], steps["alpha = 32, as it was, use_rslora"]
+    assert fixed.step == pytest.approx(1)
+    assert fixed_rs.step == pytest.approx(16)  # sqrt(256)
+    assert fixed_rs.learning_rate == pytest.approx(2e-4 / 16)
+    assert steps["alpha = 2r"].step == pytest.approx(16)
+    assert steps["alpha = r"].step == pytest.approx(8)
+    assert steps["alpha = 2r, use_rslora"].step == pytest.approx(16**2)  # gamma 2 -> 2 sqrt(256)
+    measured = transfer(Setting(16, 32.0, 2e-4), 256, {"a": 0.0, "b": 1e12}).folk()[0]
+    assert (measured.smallest, measured.largest) == pytest.approx((0.25, 1.0))
+    assert measured.step == pytest.approx(0.5)  # the geometric mean
+
+
+MEASURED = {
+    f"model.layers.{layer}.{module}": 2.0 + 7 * layer + 3 * position
+    for layer in range(2)
+    for position, module in enumerate(("self_attn.q_proj", "mlp.down_proj"))
+}
+CONFIG = LlamaConfig(64, 128, 160, 2, 2, 2, 64)
+
+
+def written(text: str) -> dict:
+    """The keyword arguments that the snippet passes, as Python reads them."""
+    space: dict = {}
+    exec(text.replace("from peft import LoraConfig", "LoraConfig = dict"), space)
+    return space["config"]
+
+
+@pytest.mark.parametrize("rule", ["lora", "rora", 0.25])
+@pytest.mark.parametrize("per", ["one", "type", "module"])
+def test_snippet_gives_every_module_its_scaling(rule, per) -> None:
+    """Read by this package's own matching of PEFT's patterns, module by module; six digits are written."""
+    found = transfer(Setting(4, 16.0, 3e-4, rule), 32, MEASURED)
+    config = written(peft_config(found, target_modules=["q_proj", "down_proj"], per=per))
+    assert config["r"] == 32
+    assert config["init_lora_weights"] is True
+    lora = LoraConfig(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        rule="rslora" if config["use_rslora"] else "lora",
+        target_modules=config["target_modules"],
+        alpha_pattern=config.get("alpha_pattern", {}),
+    )
+    assert config["use_rslora"] is (rule == "rora")
+    alphas = {module.name: module.alpha for module in found.modules}
+    mean = lambda values: math.exp(np.mean(np.log(values)))  # noqa: E731
+    seen = 0
+    for row in lora.table(CONFIG):
+        first, _, last = row.layers.partition("-")
+        for layer in range(int(first), int(last or first) + 1):
+            own = f"model.layers.{layer}.{row.module}"
+            same = [alpha for name, alpha in alphas.items() if name.endswith(row.module)]
+            alpha = {"one": mean(list(alphas.values())), "type": mean(same), "module": alphas[own]}[per]
+            assert row.scaling == pytest.approx(scaling_factor(rule, alpha=alpha, rank=32), rel=1e-5)
+            seen += 1
+    assert seen == len(MEASURED)
+
+
+def test_snippet_works_in_peft() -> None:
+    """Pasted as it is, on a torch model: PEFT's own scaling of each module."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    import torch
+
+    found = transfer(Setting(4, 16.0, 3e-4, "rora"), 32, MEASURED)
+    space: dict = {}
+    exec(peft_config(found, target_modules=["q_proj", "down_proj"], per="module"), space)
+    from peft.tuners.lora import LoraModel
+
+    def layer() -> torch.nn.Module:
+        parts = {"self_attn": "q_proj", "mlp": "down_proj"}
+        return torch.nn.ModuleDict({a: torch.nn.ModuleDict({b: torch.nn.Linear(64, 64)}) for a, b in parts.items()})
+
+    model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer(), layer()])})})
+    LoraModel(model, space["config"], "default")
+    modules = dict(model.named_modules())
+    for module in found.modules:
+        expected = scaling_factor("rora", alpha=module.alpha, rank=32)
+        assert modules[module.name].scaling["default"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: Setting(0, 16.0, 1e-3), "rank is 0"),
+        (lambda: Setting(8, -1.0, 1e-3), "alpha is -1.0"),
+        (lambda: Setting(8, 16.0, 0.0), "learning_rate is 0.0"),
+        (lambda: Setting(8, 16.0, 1e-3, optimizer="lion"), "optimizer is 'lion'"),
+        (lambda: Setting(8, 16.0, 1e-3, init="pissa"), "init is 'pissa'"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 0), "rank is 0"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, "both"), "regime is 'both'"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, {}), "regime has no module"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, {"m": math.nan}), "linear_term is nan"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, {"m": -1.0}), "linear_term is -1.0"),
+        (
+            lambda: step_ratio(Setting(8, 16.0, 1e-3, optimizer="sgd"), Setting(8, 16.0, 1e-3), 0.0),
+            "optimizer is 'sgd' after 'adamw'",
+        ),
+        (
+            lambda: peft_config(transfer(Setting(8, 16.0, 1e-3, init="normal"), 16), target_modules=["q_proj"]),
+            "init is 'normal', which PEFT does not have",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, said) -> None:
+    with pytest.raises(InputError, match=said) as error:
+        call()
+    assert "accepted" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,199 @@
+"""Tokens as the published code makes them, little padding, and an order that any step can be asked for."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import tiny
+
+from rora_theory.data import prompts
+from rora_theory.data.batches import MULTIPLE, plan_epoch
+from rora_theory.errors import InputError
+from rora_theory.finetune import Batches, Record, choose_widths, iterate, read_records, split, tokenize
+
+ENCODER = tiny.ByteEncoder()
+
+
+def examples(records, **options):
+    return tokenize(records, ENCODER, template="clean", **options)
+
+
+def text(record):
+    return prompts.training_text(record.instruction, record.output, "clean")
+
+
+def test_short_texts_end_in_the_end_token_and_long_ones_keep_their_start():
+    record = Record("q", "a")
+    whole = [1, *text(record).encode()]
+    for cutoff in (len(whole) - 1, len(whole), len(whole) + 1):
+        found = examples([record], cutoff=cutoff)
+        assert found[0].tolist() == [*whole, 2][:cutoff]
+        assert found.truncated == (cutoff < len(whole))
+    assert found[0][-1] == 2
+
+
+def test_no_second_end_token_and_none_where_the_model_has_none():
+    class Ended(tiny.ByteEncoder):
+        def encode_batch(self, texts):
+            return [[*ids, 2] for ids in super().encode_batch(texts)]
+
+    class Endless(tiny.ByteEncoder):
+        eos_id = None
+
+    record = Record("q", "a")
+    assert tokenize([record], Ended(), template="clean")[0].tolist() == [1, *text(record).encode(), 2]
+    assert tokenize([record], Endless(), template="clean")[0].tolist() == [1, *text(record).encode()]
+
+
+def test_default_template_is_the_published_one():
+    record = Record("q", "a", "more")
+    expected = prompts.training_text("q", "a", "train", input="more")
+    assert bytes(tokenize([record], ENCODER, cutoff=1000)[0][1:-1].tolist()).decode() == expected
+
+
+def test_the_answer_begins_where_the_prompt_ends():
+    records = [Record("q", "answer one"), Record("longer", "b")]
+    found = examples(records, answer_only=True)
+    answers = [bytes(found[i][start:-1].tolist()).decode() for i, start in enumerate(found.starts)]
+    assert answers == ["answer one", "b"]
+
+
+def test_a_token_that_straddles_prompt_and_answer_belongs_to_the_answer():
+    class Joins(tiny.ByteEncoder):
+        """Joins a line feed and the letter after it into one token."""
+
+        def encode_batch(self, texts):
+            return [[1, *text.replace("\nz", "\x7f").encode()] for text in texts]
+
+    found = tokenize([Record("q", "zap")], Joins(), template="clean", answer_only=True)
+    assert found[0][found.starts[0] :].tolist() == [0x7F, *b"ap", 2]
+
+
+def test_records_whose_answer_is_cut_off_are_left_out_only_from_the_answers_loss():
+    records = [Record("q" * 50, "answer"), Record("q", "answer")]
+    cutoff = len(text(records[1])) + 2
+    assert (len(examples(records, cutoff=cutoff)), examples(records, cutoff=cutoff).skipped) == (2, 0)
+    found = examples(records, cutoff=cutoff, answer_only=True)
+    assert (len(found), found.skipped, found.truncated) == (1, 1, 1)
+    with pytest.raises(InputError, match="none of 1 records has a token to learn within cutoff 20"):
+        examples(records[:1], cutoff=20, answer_only=True)
+
+
+def test_split_is_a_seeded_partition():
+    records = tiny.records(30)
+    train, validation = split(records, 7, 42)
+    assert len(validation) == 7
+    assert sorted(train + validation) == sorted(records)
+    # The permutation of `datasets.Dataset.train_test_split`: numpy's default generator, the first part held out.
+    assert validation == [records[i] for i in np.random.default_rng(42).permutation(30)[:7]]
+    assert split(records, 0, 1) == (records, [])
+    with pytest.raises(InputError, match="validation is 30 of 30 records"):
+        split(records, 30, 1)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 4))
+def test_widths_are_the_best_there_are(lengths, count):
+    lengths = np.array(lengths)
+    widths = choose_widths(lengths, count)
+
+    def padded(widths):
+        return sum(min(w for w in widths if w >= length) for length in lengths)
+
+    top = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE
+    lower = range(MULTIPLE, top, MULTIPLE)
+    others = ((*rest, top) for k in range(count) for rest in itertools.combinations(lower, k))
+    assert list(widths) == sorted(set(widths))
+    assert len(widths) <= count
+    assert all(width % MULTIPLE == 0 for width in widths)
+    assert padded(widths) == min(map(padded, others))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 3))
+def test_an_epoch_has_each_record_once_and_one_short_batch_at_most(lengths, batch, epoch):
+    lengths = np.array(lengths)
+    widths = choose_widths(lengths, 3)
+    for seed in (None, 7):
+        plan = plan_epoch(lengths, widths, batch, seed=seed, epoch=epoch)
+        assert sorted(plan.rows[plan.rows >= 0]) == list(range(len(lengths)))
+        assert (np.count_nonzero((plan.rows < 0).any(axis=1))) == bool(len(lengths) % batch)
+        assert len(plan.rows) == -(-len(lengths) // batch)
+        for rows, width in zip(plan.rows, plan.widths, strict=True):
+            assert lengths[rows[rows >= 0]].max() <= width
+
+
+def batches(count=22, batch=4, epochs=2, seed=3, **options):
+    found = examples(tiny.records(count), **options)
+    widths = choose_widths(found.sizes, 3)
+    answer_only = options.get("answer_only", False)
+    return Batches(found, widths, batch=batch, epochs=epochs, seed=seed, answer_only=answer_only), found
+
+
+def contents(batch):
+    """The records in a batch, and that each row's targets follow its inputs."""
+    rows = []
+    for inputs, targets, weights in zip(batch.inputs, batch.targets, batch.weights, strict=True):
+        count = int(weights.sum())
+        assert weights.tolist() == [1.0] * count + [0.0] * (len(weights) - count)
+        assert inputs[1:count].tolist() == targets[: max(count - 1, 0)].tolist()
+        assert not inputs[count:].any()
+        if count:
+            rows.append((*inputs[:count].tolist(), int(targets[count - 1])))
+    return rows
+
+
+def test_batches_hold_the_records():
+    data, found = batches()
+    expected = sorted(tuple(found[i].tolist()) for i in range(len(found)))
+    epochs = [[contents(data[step]) for step in range(epoch * 6, epoch * 6 + 6)] for epoch in range(2)]
+    assert len(data) == 12
+    for epoch in epochs:
+        assert sorted(row for batch in epoch for row in batch) == expected
+    assert epochs[0] != epochs[1], "each epoch has its own order"
+    short = [batch for epoch in epochs for batch in epoch if len(batch) < 4]
+    assert [len(batch) for batch in short] == [2, 2]
+
+
+def test_order_is_a_function_of_seed_and_step():
+    data, again, other = batches()[0], batches()[0], batches(seed=4)[0]
+    steps = [7, 0, 11, 5]
+    assert all(np.array_equal(a, b) for s in steps for a, b in zip(data[s][:3], again[s][:3], strict=True))
+    assert any(not np.array_equal(data[s].inputs, other[s].inputs) for s in steps)
+
+
+def test_a_stream_begun_at_a_step_goes_on_as_the_whole_one():
+    data, _ = batches()
+    whole, late = list(iterate(data)), list(iterate(data, start=5))
+    assert len(whole) == 12
+    assert len(late) == 7
+    for a, b in zip(whole[5:], late, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+def test_answer_batches_name_the_positions_of_their_targets():
+    data, _ = batches(answer_only=True)
+    whole, _ = batches()
+    for step in range(len(data)):
+        few, many = data[step], whole[step]
+        assert np.array_equal(few.inputs, many.inputs), "the same order as the loss on all tokens"
+        assert few.targets.shape[1] == 8, "answers of 7 letters and the end token"
+        for row in range(4):
+            for target, weight, position in zip(few.targets[row], few.weights[row], few.positions[row], strict=True):
+                assert not weight or many.targets[row, position] == target
+        answers = [bytes(t[:7].tolist()).decode() for t, w in zip(few.targets, few.weights, strict=True) if w.any()]
+        assert all(answer in {"answer0", "answer1", "answer2", "answer3"} for answer in answers)
+
+
+def test_padding_of_the_real_text_is_small(commonsense_dir):
+    files = [commonsense_dir / task / "train.json" for task in ("ARC-Easy", "ARC-Challenge")]
+    found = tokenize(read_records(files), ENCODER, cutoff=1024)
+    lengths = found.sizes
+
+    def padded(widths):
+        plan = plan_epoch(lengths, widths, 16, seed=1, epoch=0)
+        return 1 - lengths.sum() / (plan.widths * 16).sum()
+
+    # Bytes, not tokens, but the same spread. Random batches of 16 padded to their longest waste a third.
+    assert padded(choose_widths(lengths, 6)) < 0.08
+    assert padded((1024,)) > 0.3

@@ -1,0 +1,157 @@
+"""The task table, the instruction templates and their inverse, and how bad records are named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rora_theory.data import tasks
+from rora_theory.data.tasks import TASKS
+from rora_theory.errors import InputError
+
+SIZES = [3270, 1838, 1954, 10042, 1267, 2376, 1172, 500]
+
+# One instruction of each shape, written out.
+INSTRUCTIONS = {
+    "boolq": "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false",
+    "piqa": "Please choose the correct solution to the question: dresser"
+    "\n\nSolution1: pin \n\nSolution2: wood\n\nAnswer format: solution1/solution2",
+    "social_i_qa": "Please choose the correct answer to the question: A. How?"
+    "\n\nAnswer1: x Answer2: y Answer3: z\n\nAnswer format: answer1/answer2/answer3",
+    "hellaswag": "Please choose the correct ending to complete the given sentence: Act: he"
+    "\n\nEnding1: a. Ending2: b. Ending3: c. Ending4: d."
+    "\n\nAnswer format: ending1/ending2/ending3/ending4",
+    "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence: "
+    "the _ was.\n\nOption1: blanket Option2: bed Answer format: option1/option2",
+    "ARC-Easy": "Please choose the correct answer to the question: Q?"
+    "\n\nAnswer1: 1 Answer2: 2 Answer3: 3 Answer4: 4 Answer5: 5"
+    "\n\nAnswer format: answer1/answer2/answer3/answer4/answer5",
+}
+PARTS = {
+    "boolq": ("is it?", ("true", "false")),
+    "piqa": ("dresser", ("pin ", "wood")),
+    "social_i_qa": ("A. How?", ("x", "y", "z")),
+    "hellaswag": ("Act: he", ("a.", "b.", "c.", "d.")),
+    "winogrande": ("the _ was.", ("blanket", "bed")),
+    "ARC-Easy": ("Q?", ("1", "2", "3", "4", "5")),
+}
+
+
+def test_table_holds_the_eight_tasks_with_their_published_sizes() -> None:
+    assert [task.full_size for task in TASKS.values()] == SIZES
+    assert sum(SIZES) == 22419
+    assert [task.name for task in TASKS.values()] == [
+        "BoolQ", "PIQA", "SIQA", "HellaS", "WinoG", "ARC-e", "ARC-c", "OBQA",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", INSTRUCTIONS)
+def test_parse_inverts_render(key: str) -> None:
+    task = TASKS[key]
+    assert tasks.parse(task, INSTRUCTIONS[key]) == PARTS[key]
+    assert tasks.render(task, *PARTS[key]) == INSTRUCTIONS[key]
+
+
+@pytest.mark.parametrize("key", TASKS)
+def test_parsed_parts_equal_the_prepared_ones(key: str, commonsense_dir: Path) -> None:
+    """Every record of the data, against the same items parsed by whoever prepared them."""
+    records = tasks.read(commonsense_dir / key / "test.json", TASKS[key])
+    lines = (commonsense_dir / key / "test_mc.jsonl").read_text().splitlines()
+    prepared = [json.loads(line) for line in lines]
+    assert [(r.question, list(r.choices), r.gold) for r in records] == [
+        (p.get("question", p.get("context")), p["choices"], p["label"]) for p in prepared
+    ]
+    assert [record.index for record in records] == list(range(len(records)))
+
+
+def test_chance_and_majority_of_the_data(commonsense_dir: Path) -> None:
+    """The levels stated beside the data, to its two decimals."""
+    stated = {
+        "boolq": (50.00, 60.06),
+        "piqa": (50.00, 50.38),
+        "social_i_qa": (33.33, 34.29),
+        "hellaswag": (25.00, 25.91),
+        "winogrande": (50.00, 50.16),
+        "ARC-Easy": (25.00, 27.61),
+        "ARC-Challenge": (25.00, 29.52),
+        "openbookqa": (25.00, 28.40),
+    }
+    for key, levels in stated.items():
+        records = tasks.read(commonsense_dir / key / "test.json", TASKS[key])
+        found = 100 * tasks.chance(records), 100 * tasks.majority(records)
+        assert found == pytest.approx(levels, abs=0.005)
+
+
+def _write(folder: Path, value: object, key: str = "piqa") -> Path:
+    (folder / key).mkdir()
+    path = folder / key / "test.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def _row(**changes: object) -> dict[str, object]:
+    row = {"instruction": INSTRUCTIONS["piqa"], "input": "", "answer": "solution2"}
+    return row | {"output": "the correct answer is solution2"} | changes
+
+
+def test_a_good_record_reads(tmp_path: Path) -> None:
+    _write(tmp_path, [_row()])
+    (record,) = tasks.read(tmp_path / "piqa" / "test.json", TASKS["piqa"])
+    assert (record.answer, record.gold, record.labels) == ("solution2", 1, ("solution1", "solution2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": "solution3"}, "answer is 'solution3'; accepted are solution1, solution2"),
+        ({"answer": None}, "answer is None; accepted is a string"),
+        ({"output": "solution2"}, "output is 'solution2'"),
+        ({"input": "more"}, "input is 'more'"),
+        ({"instruction": "Please choose."}, "does not follow the template of piqa"),
+        ({"instruction": INSTRUCTIONS["boolq"]}, "does not follow the template of piqa"),
+        # A different number of choices listed than shown.
+        ({"instruction": INSTRUCTIONS["piqa"] + "/solution3"}, "does not follow the template of piqa"),
+    ],
+)
+def test_bad_records_are_named_by_file_and_index(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = _write(tmp_path, [_row(), _row(**changes)])
+    with pytest.raises(InputError) as caught:
+        tasks.read(tmp_path / "piqa" / "test.json", TASKS["piqa"])
+    assert str(caught.value).startswith(f"{path}: record 1")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[{", "is not JSON"),
+        ("[]", "accepted is a non-empty JSON list"),
+        ('{"a": 1}', "holds dict"),
+        ([3], "record 0 is int"),
+        ([{"instruction": "x"}], "record 0: input is None"),
+    ],
+)
+def test_bad_files_are_named(value: object, message: str, tmp_path: Path) -> None:
+    path = _write(tmp_path, value)
+    with pytest.raises(InputError, match=message) as caught:
+        tasks.read(tmp_path / "piqa" / "test.json", TASKS["piqa"])
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_task_and_an_unknown_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"piqa/test.json: no such file"):
+        tasks.read(tmp_path / "piqa" / "test.json", TASKS["piqa"])
+    with pytest.raises(InputError, match=r"task is 'arc'; accepted are boolq, piqa"):
+        tasks.task_named("arc")
+
+
+def test_winogrande_needs_exactly_one_blank(tmp_path: Path) -> None:
+    row = _row(
+        instruction=INSTRUCTIONS["winogrande"].replace(" _ ", " __ "),
+        answer="option1",
+        output="the correct answer is option1",
+    )
+    _write(tmp_path, [row], "winogrande")
+    with pytest.raises(InputError, match=r"record 0: the sentence has 2 blanks"):
+        tasks.read(tmp_path / "winogrande" / "test.json", TASKS["winogrande"])

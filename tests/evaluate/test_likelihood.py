@@ -1,0 +1,230 @@
+"""Packed log-likelihoods against plain forward passes, choice by choice."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rora_theory.adapters import PrefixAdapter, PrefixConfig, init
+from rora_theory.evaluate.choices import Scored
+from rora_theory.evaluate.likelihood import log_likelihoods, visible
+from rora_theory.evaluate.packing import grow, plan
+from rora_theory.llama import beginning
+from rora_theory.llama.beginning import shared_length
+from rora_theory.llama.config import LlamaConfig
+from rora_theory.llama.model import forward, init_params
+
+CONFIG = LlamaConfig(61, 16, 24, 2, 4, 2, 4, max_position_embeddings=96)
+PARAMS = init_params(jax.random.key(0), CONFIG)
+SHAPE = (64, 16)
+
+
+def _items(seed: int, count: int) -> list[list[Scored]]:
+    """Items of 2-4 choices: shared contexts mostly, one-token and equal choices, differing contexts, long ones."""
+    rng = np.random.default_rng(seed)
+
+    def some(least: int, most: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, CONFIG.vocab_size, rng.integers(least, most + 1)).tolist())
+
+    items = []
+    for number in range(count):
+        context, kind = some(1, 20), number % 5
+        choices = [some(1, 1 if kind == 0 else 6) for _ in range(rng.integers(2, 5))]
+        if kind == 1:
+            choices[-1] = choices[0]
+        contexts = [some(1, 9) if kind == 2 else context for _ in choices]
+        if kind == 3:
+            contexts = [context + some(2, 2) for _ in choices]  # winogrande: differing contexts, equal ends
+            choices = [choices[0]] * len(choices)
+        items.append([Scored(c + y, len(y)) for c, y in zip(contexts, choices, strict=True)])
+    long = some(70, 70)
+    return [*items, [Scored(long + some(3, 3), 3), Scored(long + some(4, 4), 4)]]
+
+
+def _plain(items: Sequence[Sequence[Scored]], adapter: PrefixAdapter | None = None) -> list[list[float]]:
+    """One forward pass a choice, right-padded to one length, log-softmax over every position."""
+    length = 96
+    rows = [choice for item in items for choice in item]
+    tokens = np.zeros((len(rows), length), np.int32)
+    for row, choice in zip(tokens, rows, strict=True):
+        row[: len(choice.tokens)] = choice.tokens
+    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, CONFIG, adapter))(tokens)
+    logp = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
+    totals = iter(
+        sum(
+            logp[row, place - 1, choice.tokens[place]]
+            for place in range(len(choice.tokens) - choice.count, len(choice.tokens))
+        )
+        for row, choice in enumerate(rows)
+    )
+    return [[next(totals) for _ in item] for item in items]
+
+
+def _packed(items: Sequence[Sequence[Scored]], **options: object) -> list[list[float]]:
+    found = dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, **options))  # type: ignore[arg-type]
+    return [found[index] for index in range(len(items))]
+
+
+def test_equal_to_plain_forward_passes() -> None:
+    """Float32 both ways, logits of order 0.1 and sums of at most 6 terms of about 4: 2e-6 each."""
+    items = _items(0, 40)
+    for packed, plain in zip(_packed(items), _plain(items), strict=True):
+        np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [15, 16, 40])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_beginning_that_all_items_share_is_read_once(length: int, adapted: bool) -> None:
+    """Of 40 tokens 32 are taken out of every row; with a trained prefix before them too."""
+    rng = np.random.default_rng(5)
+    shared = tuple(rng.integers(0, CONFIG.vocab_size, length).tolist())
+    items = [
+        [Scored(shared + choice.tokens[: 96 - length], choice.count) for choice in item] for item in _items(4, 12)[:-1]
+    ]
+    adapter = init(jax.random.key(1), PrefixConfig(3), CONFIG, PARAMS) if adapted else None
+    found = dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, adapter=adapter))
+    for index, plain in enumerate(_plain(items, adapter)):
+        np.testing.assert_allclose(found[index], plain, rtol=0, atol=1e-5)
+    contexts = [choice.tokens[: -choice.count - 1] for item in items for choice in item]
+    assert shared_length(contexts) == length // 16 * 16
+
+
+def test_a_token_that_predicts_is_no_beginning(monkeypatch) -> None:
+    """Items of 34 tokens, two scored: 32 are context, the last of which predicts, so that 16 are read once."""
+    asked = []
+    monkeypatch.setattr(beginning, "read", lambda *args, read=beginning.read: asked.append(len(args[1])) or read(*args))
+    tokens = tuple(range(34))
+    items = [[Scored(tokens, 2), Scored((*tokens[:-2], 60, 59), 2)]] * 2
+    for packed, plain in zip(_packed(items), _plain(items), strict=True):
+        np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
+    assert asked == [16]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "spare", "count"),
+    [
+        ([range(40), [*range(35), 99]], 0, 32),
+        ([range(40), range(17), range(90)], 0, 16),
+        ([range(32)] * 3, 0, 32),
+        ([range(32)] * 3, 1, 16),
+        ([range(40), [1, *range(40)]], 0, 0),
+        ([[]], 1, 0),
+    ],
+)
+def test_shared_length(sequences, spare, count) -> None:
+    assert shared_length([list(one) for one in sequences], spare) == count
+
+
+def test_no_bit_depends_on_the_batch_size_or_on_what_was_done_before() -> None:
+    items = _items(1, 30)
+    whole = _packed(items)
+    assert _packed(items, batch_size=3) == whole
+    done = set(range(0, len(items), 2))
+    rest = dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, done=done, batch_size=2))
+    assert rest == {index: whole[index] for index in range(len(items)) if index not in done}
+
+
+def test_equal_choices_score_equally_and_do_not_touch_each_other() -> None:
+    same = Scored((3, 5, 7, 9), 2)
+    (scores,) = _packed([[same, Scored((3, 5, 8, 9), 2), same]])
+    assert scores[0] == scores[2] != scores[1]
+
+
+def test_many_equal_choices_have_room_for_all_their_scored_tokens() -> None:
+    """16 choices of 9 scored tokens on 9 slots, more than two a slot: the row is as long as they need."""
+    items = [[Scored(tuple(range(10)), 9)] * 16, [Scored((5, 4, 3), 1)]]
+    for packed, plain in zip(_packed(items), _plain(items), strict=True):
+        np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
+
+
+def test_untied_embeddings_use_the_output_matrix() -> None:
+    params = {**PARAMS, "lm_head": 2.0 * PARAMS["embed_tokens"]}
+    items = [[Scored((1, 2, 3), 1), Scored((1, 2, 4), 1)]]
+    doubled = dict(log_likelihoods(params, CONFIG, items, shape=SHAPE))[0]
+    logits = forward(params, jnp.array([[1, 2]]), CONFIG)[0, -1]
+    expected = jax.nn.log_softmax(logits)[jnp.array([3, 4])]
+    np.testing.assert_allclose(doubled, expected, rtol=0, atol=1e-6)
+    assert not np.allclose(doubled, _packed(items)[0], atol=1e-3)
+
+
+def test_trie_of_choices() -> None:
+    """The last token of each choice is scored, not read."""
+    trie = grow([[Scored((1, 2, 3, 4, 5), 3), Scored((1, 2, 3, 6), 2)], [Scored((1, 2, 7, 8), 1), Scored((1, 2), 1)]])
+    assert trie.tokens.tolist() == [1, 2, 3, 4, 7]
+    assert trie.depth.tolist() == [0, 1, 2, 3, 2]
+    assert trie.items == ({0, 1, 2, 3}, {0, 1, 4})
+    assert trie.targets == ((((1, 3), (2, 4), (3, 5)), ((1, 3), (2, 6))), (((4, 8),), ((0, 2),)))
+
+
+def test_trie_without_a_shared_beginning() -> None:
+    """Depths count from where it ends."""
+    trie = grow([[Scored((1, 2, 3, 4, 5), 2), Scored((1, 2, 3, 6), 1)]], start=2)
+    assert (trie.tokens.tolist(), trie.depth.tolist()) == ([3, 4], [0, 1])
+    assert trie.targets == ((((0, 4), (1, 5)), ((0, 6),)),)
+
+
+def test_a_row_is_in_depth_first_order_and_sees_its_paths() -> None:
+    """Two items that begin alike, one that does not: 1 2 (3 4 | 5), 1 6, 7; the rest of the row stays empty."""
+    items = [[Scored((1, 2, 3, 4, 0), 1), Scored((1, 2, 5, 0), 1)], [Scored((7, 0), 1)], [Scored((1, 6, 0), 2)]]
+    (block,) = plan(grow(items), block_tokens=64, chunk=16)
+    (seen_by,) = visible(jnp.asarray(block.end))
+    assert block.tokens[0, :9].tolist() == [1, 2, 3, 4, 5, 6, 7, 0, 0]
+    assert block.position[0, :9].tolist() == [0, 1, 2, 3, 2, 1, 0, 0, 0]
+    seen = [
+        "1........",
+        "11.......",
+        "111......",
+        "1111.....",
+        "11..1....",
+        "1....1...",
+        "......1..",
+        ".......1.",
+        "........1",
+    ]  # fmt: skip
+    found = ["".join(".1"[int(cell)] for cell in row) for row in seen_by[:9, :9]]
+    assert found == seen
+    assert not seen_by[:7, 9:].any()
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 600])
+def test_plan_holds_every_item_once_in_few_shapes(count: int) -> None:
+    trie = grow(_items(2, count))
+    blocks = plan(trie, block_tokens=64, chunk=16)
+    assert sorted(itertools.chain.from_iterable(block.items for block in blocks)) == list(range(count + 1))
+    assert {block.tokens.shape for block in blocks} <= {(1, 64), (1, 128)}
+    for block in blocks:
+        nodes = frozenset().union(*(trie.items[index] for index in block.items))
+        assert np.count_nonzero(block.tokens) <= len(nodes) <= block.tokens.size
+        assert block.tokens[0, : len(nodes)].tolist() == trie.tokens[sorted(nodes)].tolist()
+        assert len(block.owners) == sum(trie.scored(index) for index in block.items)
+
+
+def test_plan_wastes_little() -> None:
+    """Under a tenth of the slots of many short items stay empty; of items that begin alike, the beginning is there once
+    a row."""
+    rng = np.random.default_rng(0)
+    apart = [[Scored((n, *range(size)), 1), Scored((n, *range(size)), 2)] for n, size in _numbered(rng)]
+    alike = [[Scored((7, 8, 9, n, *range(size)), 1)] * 2 for n, size in _numbered(rng)]
+    for items, outside in ((apart, 0), (alike, 3)):
+        trie = grow(items)
+        blocks = plan(trie, block_tokens=512, chunk=64)
+        slots = sum(block.tokens.size for block in blocks)
+        assert sum(len(nodes) - outside for nodes in trie.items) > 0.9 * slots
+        assert len({block.tokens.shape for block in blocks}) == 1
+
+
+def _numbered(rng: np.random.Generator) -> list[tuple[int, int]]:
+    return [(100 + n, int(size)) for n, size in enumerate(rng.integers(10, 90, 300))]
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"), [(1, [1]), (3, [3]), (8, [8]), (12, [6, 6]), (14, [7, 7]), (16, [8, 8]), (18, [6, 6, 6])]
+)
+def test_blocks_have_the_rows_that_leave_fewest_slots_empty(count: int, rows: list[int]) -> None:
+    """Items of 64 slots, one a row, at most eight rows a block; all blocks are of one shape."""
+    items = [[Scored(tuple(range(n, n + 65)), 1), Scored((*range(n, n + 64), 0), 1)] for n in range(count)]
+    found = plan(grow(items), block_tokens=512, chunk=64)
+    assert [block.tokens.shape for block in found] == [(number, 64) for number in rows]

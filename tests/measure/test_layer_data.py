@@ -1,0 +1,99 @@
+"""A file of real layers is read, or refused in one line before it takes memory."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.measure import layer_data
+
+PARTS = ("grad", "x_train", "x_heldout")
+
+
+def arrays(**changed: np.ndarray) -> dict[str, np.ndarray]:
+    values = np.random.default_rng(0).normal(size=(3, 4, 5))
+    return {f"layer/{part}": changed.get(part, value) for part, value in zip(PARTS, values, strict=True)}
+
+
+def test_layers_are_read_in_float32(tmp_path: Path) -> None:
+    np.savez(path := tmp_path / "a.npz", **arrays())
+    (layer,) = layer_data.read(path)
+    assert (layer.name, layer.grad.dtype, sorted(layer.inputs)) == ("layer", np.float32, ["heldout", "train"])
+    np.testing.assert_array_equal(layer.inputs["train"], arrays()["layer/x_train"].astype(np.float32))
+
+
+ONES = np.ones((4, 5))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"grad": 0 * ONES}, "layer/grad has norm 0; accepted is 1e-12 to 1e\\+12"),
+        ({"grad": 1e-30 * ONES}, "layer/grad has norm 4.4.*e-30; accepted is 1e-12"),
+        ({"grad": 1e30 * ONES}, "layer/grad has norm 4.4.*30; accepted is 1e-12"),
+        ({"x_train": ONES * [[1], [1], [0], [1]]}, "layer/x_train has a row of norm 0; accepted is 1e-12"),
+        ({"x_heldout": ONES * [[1], [1], [1e-25], [1]]}, "layer/x_heldout has a row of norm 2.2.*e-25; accepted is"),
+        ({"x_train": 1e200 * ONES}, "layer/x_train holds a value that is not a finite float32; accepted are finite"),
+        ({"grad": np.float64(1)}, r"layer/grad has shape \[\]; accepted is \[p_out, p_in\]"),
+        ({"x_train": np.float64(1)}, r"layer/x_train has shape \[\]; accepted is \[tokens, 5\]"),
+        ({"grad": np.ones((0, 5))}, r"layer/grad has shape \[0, 5\]; accepted is .* none of 0"),
+        ({"grad": ONES.astype(complex)}, "layer/grad is of type complex128; accepted are real numbers"),
+        ({"grad": np.full((4, 5), "a")}, "layer/grad is of type <U1; accepted are real numbers"),
+        ({"grad": np.full((4, 5), None)}, "is not a readable .npz of numbers .*; accepted is an .npz"),
+    ],
+)
+def test_arrays_that_a_law_can_not_read_are_refused(tmp_path: Path, changed: dict, message: str) -> None:
+    np.savez(path := tmp_path / "a.npz", **arrays(**changed))
+    with pytest.raises(InputError, match=f"a.npz: {message}"):
+        layer_data.read(path)
+
+
+def header(shape: str) -> bytes:
+    """An array's header alone."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
+    """Eight gigabytes of zeros are eight megabytes packed; their size is in the file's own list."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        for name in ("a/grad.npy", "b/grad.npy"):
+            file.writestr(name, header("(1, 1)"))
+    data = bytearray(packed.getvalue())
+    for at in (data.find(b"PK\x01\x02"), data.rfind(b"PK\x01\x02")):
+        # The unpacked size in the list at the file's end.
+        data[at + 24 : at + 28] = (0xFFFFFFF0).to_bytes(4, "little")
+    (path := tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(InputError, match=r"a.npz: unpacks to 8,589,934,560 bytes; accepted is .* of at most 4,294,967"):
+        layer_data.read(path)
+
+
+def test_an_array_that_claims_more_than_it_has_is_given_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("layer/grad.npy", header("(1099511627776, 1048576)"))
+    with pytest.raises(InputError, match=r"layer/grad.npy: claims shape \[1099511627776, 1048576\], but has 128 bytes"):
+        layer_data.read(path)
+
+
+def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "text.npz").write_text("no zip")
+    np.savez(tmp_path / "cut.npz", **arrays())
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
+    np.save(tmp_path / "one.npz.npy", np.ones(3))
+    for name, said in (
+        ("none.npz", "no such file"),
+        ("pipe.npz", "is a pipe"),
+        ("text.npz", "is not a readable .npz"),
+        ("cut.npz", "is not a readable .npz"),
+        ("one.npz.npy", "is not a readable .npz"),
+        ("../../../../../../../../dev/zero", "is a device"),
+    ):
+        with pytest.raises(InputError, match=rf"{said}.*; accepted is an .npz of layers' gradients and inputs"):
+            layer_data.read(tmp_path / name)

@@ -1,0 +1,229 @@
+"""The stored tables against the paper's print, and the audit of what they say."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.paper import audit, published
+from rora_theory.paper.published import Row
+
+ROWS = published.rows()
+PAPER = published.rows("RoRA paper")
+ANCHORS = published.rows("DoRA repository")
+EARLIER = [row for row in ROWS if row.source != "RoRA paper"]
+
+
+def _row(model: str, method: str, rank: int | None = None, source: str = "RoRA paper") -> Row:
+    (found,) = [r for r in ROWS if (r.model, r.method, r.rank, r.source) == (model, method, rank, source)]
+    return found
+
+
+def test_every_printed_row_is_stored() -> None:
+    by_table = {table: [r for r in PAPER if r.table == table] for table in ("I", "II")}
+    assert [r.method for r in by_table["I"]] == (
+        ["Prefix", "Series", "Parallel", "LoRA", "DoRA", "RoRA"] * 2 + ["LoRA", "DoRA", "RoRA"] * 2
+    )
+    assert [(r.rank, r.method) for r in by_table["II"]] == [
+        (rank, method) for rank in (8, 16, 32, 64, 128) for method in ("LoRA", "DoRA", "RoRA")
+    ]
+    assert len(ANCHORS) == 16
+    # The sum of the paper's 8 x 33 entries, taken from its text: a changed digit shows.
+    assert sum(round(10 * score) for row in PAPER for score in row.scores) == 173228
+
+
+def test_anchors_are_the_averages_quoted_by_rank() -> None:
+    """The anchors by rank, as they are usually quoted."""
+    lora = [_row("LLaMA-7B", "LoRA", rank, "DoRA repository").average for rank in (4, 8, 16, 32, 64)]
+    dora = [_row("LLaMA-7B", "DoRA", rank, "DoRA repository").average for rank in (4, 8, 16, 32, 64)]
+    assert lora == [39.5, 40.7, 70.9, 76.3, 65.8]
+    assert dora == [61.9, 77.9, 77.5, 78.4, 76.8]
+
+
+def test_every_anchor_names_the_file_that_prints_it() -> None:
+    counts = Counter((row.source, row.address.rpartition("/blob/")[0]) for row in EARLIER)
+    assert counts == {
+        ("LLM-Adapters repository", "https://github.com/AGI-Edgerunners/LLM-Adapters"): 8,
+        ("DoRA repository (first version)", "https://github.com/NVlabs/DoRA"): 12,
+        ("DoRA repository", "https://github.com/NVlabs/DoRA"): 16,
+    }
+    assert all(re.search(r"/blob/[0-9a-f]{40}/.*README\.md$", row.address) for row in EARLIER)
+    # The sums of their 8 x 36 entries, taken from those files: a changed digit shows.
+    sums = Counter()
+    for row in EARLIER:
+        sums[row.source] += sum(round(10 * score) for score in row.scores)
+    assert list(sums.values()) == [47372, 72804, 92367]
+
+
+def test_averages_that_no_counts_of_right_answers_give() -> None:
+    """Two in the paper, one in the DoRA repository."""
+    found = {f.where: (f.printed, f.text.rsplit("average ", 1)[1]) for f in audit.averages(ROWS)}
+    assert found == {
+        "Table I, LLaMA-13B Parallel": (81.4, "81.4518 to 81.4997"),
+        "Table II, Sheared-LLaMA-1.3B DoRA r=32": (53.0, "53.1763 to 53.2360"),
+        "DoRA repository, LLaMA-7B LoRA r=16": (70.9, "70.9848 to 71.0206"),
+    }
+
+
+def test_the_bounds_of_a_mean_hold_every_count() -> None:
+    """Against all counts that print as the entries, rounded in decimal; the border of a printed average is exact."""
+    row = _row("LLaMA-13B", "Parallel")
+    ends = []
+    for score, size in zip(row.scores, audit.SIZES, strict=True):
+        fits = [k for k in range(size + 1) if abs(Fraction(100 * k, size) - Fraction(str(score))) <= Fraction(1, 20)]
+        assert list(audit.possible_counts(score, size)) == fits
+        ends.append((Fraction(100 * fits[0], size), Fraction(100 * fits[-1], size)))
+    low, high = (sum(pair[end] for pair in ends) / 8 for end in (0, 1))
+    assert audit.mean_bounds(row) == (low, high)
+    assert not audit.averages([dataclasses.replace(row, average=81.5)])
+
+
+def test_an_entry_that_is_no_count_leaves_its_rounding_to_the_mean() -> None:
+    row = _row("LLaMA-7B", "RoRA")
+    bounds = [
+        audit.mean_bounds(dataclasses.replace(row, scores=(*row.scores[:-1], score))) for score in (44.9, 44.8)
+    ]  # 44.9 is no k/500, 44.8 is 224/500 alone
+    assert [a - b for a, b in zip(*bounds, strict=True)] == [Fraction(5, 800), Fraction(15, 800)]
+
+
+def test_quoted_differences() -> None:
+    """6.5 is printed for 81.3 - 74.7; 3.9 follows from a printed average that its own entries contradict."""
+    found = audit.differences(PAPER, published.claims())
+    assert [(f.printed, round(f.expected or 0, 2)) for f in found] == [(6.5, 6.6), (6.5, 6.6), (3.9, 3.71)]
+    right = [dataclasses.replace(claim, printed=6.6) for claim in published.claims()[:1]]
+    assert not audit.differences(PAPER, right)
+
+
+def test_a_claim_about_no_row_is_refused() -> None:
+    claim = dataclasses.replace(published.claims()[0], rank=7)
+    with pytest.raises(InputError, match="0 rows are LLaMA-7B RoRA rank 7"):
+        audit.differences(PAPER, [claim])
+
+
+def test_rows_marked_best_are_best() -> None:
+    assert audit.best_marks(PAPER) == []
+    moved = [dataclasses.replace(row, marked_best=row.table == "II" and row.rank == 16) for row in PAPER]
+    assert len(audit.best_marks(moved)) == 6
+
+
+def test_entries_below_chance() -> None:
+    found = [(f.where.split()[-2:], f.text.split()[0]) for f in audit.below_chance(PAPER)]
+    assert found == [
+        (["LoRA", "r=8"], "SIQA"), (["LoRA", "r=8"], "WinoG"),
+        (["DoRA", "r=8"], "SIQA"), (["DoRA", "r=8"], "WinoG"),
+        (["RoRA", "r=8"], "SIQA"), (["RoRA", "r=8"], "WinoG"),
+        (["LoRA", "r=128"], "WinoG"), (["DoRA", "r=128"], "WinoG"),
+    ]  # fmt: skip
+    worst = min(audit.below_chance(ANCHORS), key=lambda f: f.z or 0)
+    assert (worst.where, worst.printed) == ("DoRA repository, LLaMA-7B LoRA r=4", 2.3)
+
+
+def test_repeated_rows() -> None:
+    found = {(f.where.replace("Table II, Sheared-LLaMA-1.3B ", ""), f.printed) for f in audit.repeated(ROWS)}
+    assert found == {
+        ("DoRA r=16 = DoRA r=64", 7.0),
+        ("DoRA r=16 = RoRA r=32", 6.0),
+        ("RoRA r=32 = DoRA r=64", 5.0),
+    }
+
+
+def test_baselines_copied_from_earlier_publications() -> None:
+    """All 14 baseline rows of Table I; DoRA's and LoRA's are rank 32's, so it does not compare methods at one rank."""
+    table = [row for row in PAPER if row.table == "I"]
+    found = {f.where.removeprefix("Table I, "): (f.printed, f.text) for f in audit.copied(table, EARLIER)}
+    llm, first, dora = "LLM-Adapters repository, ", "DoRA repository (first version), ", "DoRA repository, "
+    expected = {
+        "LLaMA-7B Prefix": llm, "LLaMA-7B Series": llm, "LLaMA-7B Parallel": llm, "LLaMA-7B LoRA": llm,
+        "LLaMA-7B DoRA": dora, "LLaMA-13B Prefix": llm, "LLaMA-13B Series": llm, "LLaMA-13B Parallel": llm,
+        "LLaMA-13B LoRA": llm, "LLaMA-13B DoRA": first, "LLaMA2-7B LoRA": dora, "LLaMA2-7B DoRA": dora,
+        "LLaMA3-8B LoRA": dora, "LLaMA3-8B DoRA": dora,
+    }  # fmt: skip
+    assert (
+        list(found) == list(expected) == [row.label.removeprefix("Table I, ") for row in table if row.method != "RoRA"]
+    )
+    for name, (count, text) in found.items():
+        source = expected[name]
+        assert text.startswith(f"{count:.0f} of 8 entries are those of {source}{name}")
+        assert count == (7 if name == "LLaMA-13B Parallel" else 8)
+        assert ("average" in text) == name.endswith("Parallel")  # 72.2 for 72.3, 81.4 for 81.5
+        assert text.split(" (average")[0].endswith("r=32") == (source != llm)
+
+
+def test_few_equal_entries_are_no_copy() -> None:
+    row, anchor = _row("LLaMA-7B", "DoRA"), _row("LLaMA-7B", "DoRA", 32, "DoRA repository")
+    changed = [dataclasses.replace(row, scores=(0.0,) * n + row.scores[n:]) for n in range(9)]
+    assert [f.printed for f in audit.copied(changed, [anchor])] == [8, 7, 6, 5, 4]
+    assert not audit.copied([dataclasses.replace(row, model="LLaMA2-7B")], [anchor])
+
+
+def test_accuracies_that_no_count_of_items_gives() -> None:
+    found = audit.impossible(PAPER)
+    assert [f.printed for f in found] == [85.3, 44.9, 62.1, 62.7, 61.7, 64.3, 63.1, 64.3]
+    assert all(f.text.startswith("OBQA") for f in found)
+
+
+@pytest.mark.parametrize(("percent", "size", "fits"), [(44.8, 500, True), (44.9, 500, False), (33.3, 3, True)])
+def test_possible(percent: float, size: int, fits: bool) -> None:
+    assert bool(audit.possible_counts(percent, size)) is fits
+
+
+def test_every_count_is_possible() -> None:
+    assert all(k in audit.possible_counts(round(100 * k / 1172, 1), 1172) for k in range(1173))
+
+
+def test_standard_errors() -> None:
+    assert audit.score_error(50.0, 2500) == pytest.approx(1.0)
+    # Eight equal tasks: the average's error is one task's over sqrt(8).
+    assert audit.average_error([50.0] * 8, [2500] * 8) == pytest.approx(1 / math.sqrt(8))
+    assert audit.average_error(_row("LLaMA-7B", "LoRA").scores) == pytest.approx(0.40, abs=0.005)
+
+
+def test_gaps_within_sampling_error() -> None:
+    found = {(f.where, f.text.split(":")[0]) for f in audit.within_noise(PAPER)}
+    assert ("Table I, LLaMA-7B RoRA", "OBQA") in found
+    assert ("Table I, LLaMA-7B RoRA", "average") not in found
+    assert ("Table I, LLaMA-7B RoRA", "SIQA") not in found  # 86.9 against 78.6
+    averages = [where for where, name in found if name == "average"]
+    assert averages == ["Table II, Sheared-LLaMA-1.3B RoRA r=16"]
+
+
+def test_a_gap_of_two_standard_errors_is_the_border() -> None:
+    row, other = _row("LLaMA-7B", "RoRA"), _row("LLaMA-7B", "DoRA")
+    spread = math.hypot(audit.score_error(80.0, 3270), audit.score_error(79.0, 3270))
+    for z, flagged in ((1.9, True), (2.1, False), (-1.9, True), (-2.1, False)):
+        near = dataclasses.replace(row, scores=(79.0 + z * spread, *row.scores[1:]))
+        base = dataclasses.replace(other, scores=(79.0, *other.scores[1:]))
+        names = {f.text.split(":")[0] for f in audit.within_noise([near, base])}
+        assert ("BoolQ" in names) is flagged
+
+
+@pytest.mark.parametrize(
+    ("model", "percent"), [("LLaMA-7B", 0.83), ("LLaMA-13B", 0.67), ("LLaMA2-7B", 0.83), ("LLaMA3-8B", 0.70)]
+)
+def test_printed_shares_of_lora_are_rank_32s(model: str, percent: float) -> None:
+    assert audit.lora_percent(model, 32) == pytest.approx(percent, abs=0.005)
+    assert _row(model, "LoRA").params_percent == percent
+
+
+def test_the_share_printed_for_rora_is_rank_32s_and_one_rank_is_stated() -> None:
+    found = {f.where: f.text for f in audit.parameter_shares(PAPER)}
+    assert list(found) == [f"Table I, {model} RoRA" for model in audit.MODELS]
+    for where, text in found.items():
+        implied = int(text.split("rank ", 1)[1].split("'s")[0])
+        assert implied == (33 if "LLaMA2" in where else 32)  # 0.84% is printed where rank 32 trains 0.83%
+        stated = text.endswith("the stated rank 128 trains 3.22%")
+        assert stated == ("LLaMA-7B" in where)
+        assert stated != text.endswith("no rank is stated")
+    assert len(audit.parameter_shares(PAPER, stated={("LLaMA-7B", "RoRA"): 32})) == 3
+
+
+def test_audit_runs_every_check() -> None:
+    kinds = {finding.kind for finding in audit.audit(ROWS, published.claims())}
+    assert kinds == {
+        "average", "difference", "below chance", "repeated", "copied", "impossible", "within noise",
+        "parameter share",
+    }  # fmt: skip

@@ -1,0 +1,179 @@
+"""The verdicts themselves, and that a wrong claim gets a wrong verdict."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import pytest
+
+from rora_theory.paper import equations, verdicts
+from rora_theory.stats.moments import Moments
+from rora_theory.theory import sampling
+
+EXPECTED = {
+    "1": "holds",
+    "2": "holds",
+    "gradient A": "holds",
+    "gradient B": "holds",
+    "3": "holds",
+    "4": "holds",
+    "5": "holds",
+    "6": "holds in a limit",
+    "7": "holds in a limit",
+    "8": "holds in a limit",
+    "9": "holds in a limit",
+    "10": "holds",
+    "11": "holds in a limit",
+    "12": "fails",
+    "13": "holds in a limit",
+    "14": "holds in a limit",
+    "15": "holds in a limit",
+}
+
+
+@functools.cache
+def sample(setting: sampling.Setting) -> sampling.Sums:
+    key = jax.random.fold_in(jax.random.key(9), setting.rank + 10_000 * int(10 * setting.overlap))
+    return sampling.estimate(setting, "chi_square", key, relative_error=0.01)
+
+
+def judged(
+    ranks: Sequence[int] = tuple(2**n for n in range(11)), p_in: int = 4096, draw: verdicts.Sample = sample
+) -> dict[str, verdicts.Verdict]:
+    found = verdicts.judge(draw, ranks=ranks, p_in=p_in, p_out=4096)
+    return {verdict.equation: verdict for verdict in found}
+
+
+def test_every_equation_has_its_verdict() -> None:
+    found = judged()
+    assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
+    assert "4098" in found["9"].evidence  # the exact ratio at r = 1, p_in = 4096
+    assert "31.6" in found["12"].evidence
+    assert all(verdict.where and verdict.evidence for verdict in found.values())
+
+
+def test_a_small_sweep_gives_the_same_verdicts() -> None:
+    """A limit that the sweep's own ranks and width don't reach is looked for where it is."""
+    found = judged(ranks=(1, 4, 16), p_in=64)
+    assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "equation", "status"),
+    [
+        ("eq1_output", lambda m0, B, A, x, gamma: m0 @ x, "1", "fails"),
+        ("eq2_increment", lambda B, A, x, gamma: B @ (A @ x), "2", "fails"),
+        ("gradient_A", lambda delta, B, x, gamma: -gamma * (B.T @ delta)[:, None] * x[None], "gradient A", "fails"),
+        (
+            "eq3_first_step_B",
+            lambda delta, A, x, gamma, eta: eta * gamma * delta[:, None] * (A @ x)[None],
+            "3",
+            "fails",
+        ),
+        ("eq4_increment", lambda *a: 2 * a[0], "4", "fails"),
+        ("eq5_variance", lambda second, mean: second, "5", "fails"),
+        ("eq10_norm", lambda delta, A, x, x_next, gamma, eta: 1.001 * delta.sum(), "10", "fails"),
+        (
+            "eq12_constant",
+            lambda delta, *, p_out, p_in, learning_rate: learning_rate * math.sqrt(p_out * p_in),
+            "12",
+            "holds",
+        ),
+        ("gradient_B", lambda delta, A, x, gamma: -gamma * delta[:, None] * (A @ x)[None], "gradient B", "fails"),
+        (
+            "eq9_variance",
+            lambda delta, *, rank, p_in, scaling, learning_rate: rank * p_in * (p_in + rank + 1),
+            "9",
+            "holds",
+        ),
+        ("eq9_variance", lambda delta, *, rank, p_in, scaling, learning_rate: rank**3 * p_in, "9", "fails"),
+        ("eq8_second_moment", lambda delta, *, rank, p_in, scaling, learning_rate: rank * p_in, "8", "fails"),
+    ],
+)
+def test_another_claim_another_verdict(
+    monkeypatch: pytest.MonkeyPatch, name: str, wrong: object, equation: str, status: str
+) -> None:
+    monkeypatch.setattr(equations, name, wrong)
+    assert judged()[equation].status == status
+
+
+def stream(mean: float = 0.0, second: float = 1.0, norm2: float = 1.0) -> sampling.Sums:
+    """Ten thousand draws of w with just these moments, and of a squared norm that does not vary."""
+    spread = math.sqrt(second - mean**2)
+    values = np.tile([mean - spread, mean + spread], 5000)
+    return sampling.Sums(Moments().add(values), Moments().add(np.full(10_000, float(norm2))))
+
+
+def statuses(draw: verdicts.Sample) -> dict[str, str]:
+    return {equation: one.status for equation, one in judged(ranks=(1, 4, 16), p_in=1600, draw=draw).items()}
+
+
+@pytest.mark.parametrize(
+    ("independent", "overlapping", "status"),
+    [(0.0, 0.0, "holds"), (0.0, 0.5, "holds in a limit"), (-0.5, 0.5, "fails"), (0.5, 0.0, "fails")],
+)
+def test_a_mean_that_is_not_zero(independent: float, overlapping: float, status: str) -> None:
+    """Eq. 6 and 7 by the two means, in units of which the standard error is less than a hundredth."""
+    found = statuses(lambda setting: stream(overlapping if setting.overlap else independent))
+    assert (found["6"], found["7"]) == (status, status)
+
+
+def limit(inside: float, outside: float, within: Callable[[sampling.Setting], bool]) -> verdicts.Sample:
+    """Draws whose second moment is Eq. 8's or 9's times one factor where the limit is, and another elsewhere."""
+
+    def draw(setting: sampling.Setting) -> sampling.Sums:
+        near = setting.rank * setting.p_in * (setting.p_in if setting.rank < setting.p_in else setting.rank)
+        return stream(second=near * (inside if within(setting) else outside))
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("factor", "other", "status"),
+    [(1.019, 0.981, "holds"), (0.981, 1.021, "holds in a limit"), (1.021, 1.0, "fails"), (0.979, 1.0, "fails")],
+)
+def test_a_claim_agrees_to_two_percent(
+    monkeypatch: pytest.MonkeyPatch, factor: float, other: float, status: str
+) -> None:
+    """Exact draws, so that the tolerance alone decides: 2%, in every cell or in the limit's alone."""
+    whole = lambda delta, *, rank, p_in, scaling, learning_rate: rank * p_in * max(rank, p_in)  # noqa: E731
+    monkeypatch.setattr(equations, "eq8_second_moment", whole)
+    monkeypatch.setattr(equations, "eq9_variance", whole)
+    thin = limit(factor, other, lambda setting: setting.p_in == 1600 and setting.rank <= 16)
+    assert statuses(thin)["8"] == status
+    tall = limit(factor, other, lambda setting: setting.p_in == verdicts.NARROW and setting.rank == 2048)
+    assert statuses(tall)["9"] == status
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.03, "holds in a limit"), (1.05, "fails"), (0.95, "fails")])
+def test_the_norm_s_limit(factor: float, status: str) -> None:
+    """Eq. 11's norm, p_out p_in r^2 when squared, in its limit alone; a norm's error is half of its square's."""
+
+    def draw(setting: sampling.Setting) -> sampling.Sums:
+        exact = setting.p_out * setting.p_in * setting.rank**2
+        return stream(norm2=exact * (factor if setting.p_in == verdicts.NARROW else 9))
+
+    assert statuses(draw)["11"] == status
+
+
+@pytest.mark.parametrize(
+    ("slopes", "status"),
+    [
+        ((1.04, 0.96, 1.04), "holds"),
+        ((0.94, 1.0, 1.0), "holds in a limit"),
+        ((1.0, 1.06, 1.0), "holds in a limit"),
+        ((1.0, 1.0, 1.06), "fails"),
+        ((1.0, 1.0, 0.94), "fails"),
+    ],
+)
+def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -> None:
+    """|w| of these powers of the rank, at overlap 0, at 0.5 and far beyond the crossing rank: Eq. 13 to 15 alike."""
+
+    def draw(setting: sampling.Setting) -> sampling.Sums:
+        slope = slopes[0] if not setting.overlap else slopes[1] if setting.rank <= 16 else slopes[2]
+        return stream(norm2=float(setting.rank) ** (2 * slope))
+
+    found = statuses(draw)
+    assert [found[equation] for equation in ("13", "14", "15")] == [status] * 3

@@ -1,0 +1,83 @@
+"""The minimum of a loss curve, its edges and diverged runs; the predicted slopes against the exact laws."""
+
+import numpy as np
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.stats.rate_optimum import best_rate, predicted_slopes
+from rora_theory.theory import laws
+
+RATES = 2.0 ** np.arange(-6, 3)
+
+
+@pytest.mark.parametrize("centre", [0.03, 0.11, 0.7])
+def test_parabola_is_found(centre):
+    """A curve that is a parabola in log loss has its vertex found exactly, wherever it lies between the rates."""
+    losses = np.exp(0.3 * np.log(RATES / centre) ** 2 - 1)
+    found = best_rate(RATES, losses)
+    assert found.rate == pytest.approx(centre, rel=1e-9)
+    assert found.loss == pytest.approx(np.exp(-1), rel=1e-9)
+    assert found.edge == ""
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_three_rates_are_enough():
+    assert best_rate(RATES[:3], np.exp(np.log(RATES[:3] / RATES[1]) ** 2)).rate == pytest.approx(RATES[1], rel=1e-9)
+    with pytest.raises(InputError, match="one a loss"):
+        best_rate(RATES[:3], np.ones(4))
+    with pytest.raises(InputError, match="ascending"):
+        best_rate(np.array([1.0, 1.0, 2.0]), np.ones(3))
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
+def test_predicted_slopes(kappa):
+    """What keeps eta gamma^2 r, eta gamma^2 sqrt(r), eta gamma r, eta gamma sqrt(r) and eta^2 gamma r as r grows."""
+    sgd = {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5}
+    adam = {"signal": kappa - 1, "cross-talk": kappa - 0.5, "A moves": kappa / 2 - 0.5}
+    found = [predicted_slopes(name, kappa) for name in ("sgd", "momentum", "adam", "adamw")]
+    assert found == [sgd, sgd, adam, adam]
+
+
+def test_uneven_grid():
+    rates = np.array([0.01, 0.03, 0.05, 0.2])
+    assert best_rate(rates, np.exp(np.log(rates / 0.04) ** 2)).rate == pytest.approx(0.04, rel=1e-9)
+
+
+def test_edges_and_diverged_runs():
+    falling = np.linspace(2, 1, len(RATES))
+    assert best_rate(RATES, falling) == (RATES[-1], 1.0, "high")
+    assert best_rate(RATES, falling[::-1]) == (RATES[0], 1.0, "low")
+    falling[-2:] = np.nan, np.inf  # the rate below the first that diverges is no edge, and no parabola passes there
+    assert best_rate(RATES, falling) == (RATES[-3], falling[-3], "")
+
+
+def test_bad_curves():
+    with pytest.raises(InputError, match="every run diverged"):
+        best_rate(RATES, np.full(len(RATES), np.nan))
+    for rates in (RATES[:2], RATES[::-1], RATES - 1):
+        with pytest.raises(InputError, match="ascending"):
+            best_rate(rates, np.ones(len(rates)))
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(("leads", "overlap", "ranks"), [("signal", 1.0, (1e5, 1e6)), ("cross-talk", 0.0, (100, 200))])
+def test_slopes_keep_the_first_step(kappa, optimizer, leads, overlap, ranks):
+    """At a rate that moves as predicted the exact rms of the first step stays: to 1% a doubling of the rank.
+
+    p_in is 10^6, so r* is 1 to 2.6 at overlap 1, and 10^6 or more at overlap 0.
+    """
+    power = predicted_slopes(optimizer, kappa)[leads]
+    sizes = [
+        laws.random_input_moments(
+            rank=int(rank),
+            p_in=10**6,
+            scaling=rank**-kappa,
+            overlap=overlap,
+            learning_rate=rank**power,
+            optimizer=optimizer,
+        ).second_moment[0]
+        for rank in ranks
+    ]
+    slope = np.log(sizes[1] / sizes[0]) / np.log(ranks[1] / ranks[0]) / 2
+    assert abs(slope) < 0.01

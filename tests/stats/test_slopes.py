@@ -1,0 +1,91 @@
+"""Slopes over seeds and the band they must lie in: what is flat passes, what is not or is unsettled fails."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rora_theory.errors import InputError
+from rora_theory.stats import slopes
+from rora_theory.stats.slopes import SeedFit
+
+RANKS = [4, 16, 64, 256]
+
+
+def powers(exponents, noise=0.0, seed=0):
+    """r^e for each seed's exponent, with noise in the logarithm."""
+    random = np.random.default_rng(seed)
+    lines = np.log(RANKS) * np.asarray(exponents)[:, None]
+    return np.exp(lines + noise * random.normal(size=lines.shape))
+
+
+def test_power_law_is_found():
+    fit = slopes.seed_fit(RANKS, powers([0.3, 0.5, 0.7]))
+    assert fit.slope == pytest.approx(0.5, abs=1e-12)
+    assert fit.standard_error == pytest.approx(0.2 / math.sqrt(3), rel=1e-12)
+
+
+def test_slope_is_numpys():
+    y = powers([0.2], noise=0.3)
+    assert slopes.seed_fit(RANKS, y).slope == pytest.approx(np.polyfit(np.log(RANKS), np.log(y[0]), 1)[0], abs=1e-12)
+
+
+def test_interval_covers():
+    """The 95% interval of the mean slope covers the truth in 95% of experiments; 2000 of them, |z| < 4."""
+    fits = [slopes.seed_fit(RANKS, powers([0.4] * 4, noise=0.2, seed=s)) for s in range(2000)]
+    covered = np.mean([abs(fit.slope - 0.4) <= fit.half_width(0.95) for fit in fits])
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+@pytest.mark.parametrize(
+    ("fit", "found"),
+    [
+        (SeedFit(0.0, 0.01, 5), "flat"),
+        (SeedFit(0.09, 0.01, 5), "undecided"),
+        (SeedFit(0.2, 0.01, 5), "grows"),
+        (SeedFit(-0.2, 0.01, 5), "shrinks"),
+        (SeedFit(0.0, 0.5, 5), "undecided"),
+        (SeedFit(0.0, math.inf, 1), "undecided"),
+    ],
+)
+def test_verdicts(fit, found):
+    assert slopes.judge(fit, band=0.1) == found
+
+
+def test_half_width_is_students():
+    assert SeedFit(0.0, 2.0, 5).half_width(0.9) == pytest.approx(2 * stats.t.ppf(0.95, 4))
+
+
+def test_one_seed_has_no_interval_and_two_have_a_wide_one():
+    assert slopes.over_seeds(np.array([3.0])) == (3.0, math.inf, 1)
+    assert SeedFit(0.0, 1.0, 1).half_width() == math.inf
+    two = slopes.over_seeds(np.array([1.0, 3.0]))
+    assert two == (2.0, 1.0, 2)
+    assert two.half_width() == pytest.approx(12.706, abs=1e-3)
+
+
+def test_two_ranks_are_a_slope():
+    fit = slopes.seed_fit([2, 8], np.array([[1.0, 4.0], [1.0, 4.0]]))
+    assert fit == (pytest.approx(1.0), 0.0, 2)
+    assert slopes.judge(SeedFit(0.25, 0.0, 2), band=0.25) == "flat", "the band's own edge is in it"
+
+
+def test_assert_flat():
+    flat = powers([0.01, -0.01, 0.02])
+    assert slopes.assert_flat(RANKS, flat).slope == pytest.approx(0.02 / 3)
+    with pytest.raises(AssertionError, match=r"the loss is not flat but grows: slope \+0\.500"):
+        slopes.assert_flat(RANKS, powers([0.5, 0.51, 0.49]), what="the loss")
+    with pytest.raises(AssertionError, match="undecided"):
+        slopes.assert_flat(RANKS, flat[:1])
+
+
+@pytest.mark.parametrize("y", [np.ones((2, 3)), np.zeros((2, 4)), np.full((2, 4), np.nan)])
+def test_bad_values(y):
+    with pytest.raises(InputError, match="finite and above 0"):
+        slopes.seed_fit(RANKS, y)
+
+
+def test_one_rank_is_no_slope():
+    with pytest.raises(InputError, match="two different"):
+        slopes.seed_fit([4, 4], np.ones((2, 2)))

@@ -1,0 +1,58 @@
+"""A tiny random checkpoint in Hugging Face layout and made-up records, for tests of the commands."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import tokenizers
+
+from rora_theory.data.tasks import TASKS, render
+from rora_theory.llama import LlamaConfig, init_params
+from rora_theory.llama.weights import save_hf
+
+CONFIG = LlamaConfig(300, 16, 24, 2, 2, 1, 8, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
+WORDS = [chr(97 + i) * (1 + i % 7) for i in range(16)]
+
+
+def model(folder: Path) -> Path:
+    """Writes it, with a tokenizer of bytes; the weights are large enough for every layer to matter."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    (folder / "tokenizer").mkdir(parents=True)
+    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    params = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_params(jax.random.key(0), CONFIG))
+    save_hf(folder / "hf", params, CONFIG, tokenizer_from=folder / "tokenizer")
+    return folder / "hf"
+
+
+def records(path: Path, count: int = 20) -> Path:
+    """Writes them."""
+    random = np.random.default_rng(0)
+    rows = [
+        {"instruction": " ".join(random.choice(WORDS, random.integers(1, 12))), "output": f"answer{i % 3}"}
+        for i in range(count)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def questions(folder: Path, task: str, labels: tuple[str, ...]) -> Path:
+    """Writes four questions of a task, of which the first label is the answer."""
+    items = [
+        {
+            "instruction": render(TASKS[task], f"is it {word}", labels),
+            "input": "",
+            "answer": labels[0],
+            "output": f"the correct answer is {labels[0]}",
+        }
+        for word in WORDS[:4]
+    ]
+    (folder / task).mkdir()
+    (folder / task / "test.json").write_text(json.dumps(items))
+    return folder / task / "test.json"
