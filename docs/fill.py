@@ -628,6 +628,18 @@ def parity_model() -> str:
     )
 
 
+@block("parity.harness")
+def parity_harness() -> str:
+    tasks = read("harness_parity/parity.json")["tasks"]
+    items, choices = (sum(task[name] for task in tasks) for name in ("texts_compared", "n"))
+    texts, choice = (sum(task[name] for task in tasks) for name in ("texts_differ", "disagreements"))
+    requests, beyond = (sum(task[name] for task in tasks) for name in ("requests", "beyond_tolerance"))
+    return (
+        f"{texts} of {items} items differ in text, {choice} of {choices} items in the choice, and {beyond} of "
+        f"{requests} log-likelihoods by more than 1e-3"
+    )
+
+
 def fill(text: str, where: str) -> str:
     """The text with every place filled."""
 

@@ -166,12 +166,12 @@ def test_transfer(printed, run) -> None:
 
 
 def test_capacity_says_one_figure_for_one_thing(printed) -> None:
-    """The largest of the paper's models without rematerialisation: in the table, on its own, in the README."""
+    """The largest of the paper's models without rematerialisation: in the table, on its own, in the documents."""
     capacity.main([])
     assert re.search(r"llama-13b +no .* 51\.9", "\n".join(printed()))
     capacity.main(["--model", "llama-13b"])
     assert "does not fit (51.9 GB of 50.0 GB)" in " ".join(" ".join(printed()).split())
-    assert "51.9 without" in (PUBLISHED.parents[1] / "README.md").read_text()
+    assert "51.9 without" in (PUBLISHED.parents[1] / "docs" / "results" / "speed.md").read_text()
 
 
 def test_evaluate(printed) -> None:
