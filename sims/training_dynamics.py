@@ -15,16 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
-from rora_theory.stats import slopes
-from rora_theory.toy import dynamics
-from rora_theory.toy.dynamics import Measures, ProblemConfig
+from rora_theory.toy import dynamics, ensemble
+from rora_theory.toy.dynamics import ProblemConfig
+from rora_theory.toy.exponents import CELL, QUANTITIES, SATURATED, Answer, answers, fits, summarise
 from sims.common import cli, devices, scalings, tables
 from sims.common.cells import Cells
 from sims.common.progress import progress_bar
@@ -32,15 +29,12 @@ from sims.common.run_folder import RunFolder
 
 NAME = "training_dynamics"
 
-CELL = ("model", "start", "trained", "optimizer", "rule", "kappa", "rank", "scaling", "learning_rate")
-QUANTITIES = Measures._fields
 SEED_COLUMNS = (*CELL, "seed", "step", "diverged", *QUANTITIES)
 COLUMNS = (*CELL, "step", "seeds", "diverged", *(name for q in QUANTITIES for name in (q, f"{q}_se")))
 FIT_COLUMNS = (
     "model", "start", "trained", "optimizer", "rule", "kappa", "range", "lowest_rank", "highest_rank", "ranks", "step",
     "quantity", "slope", "standard_error", "seeds", "verdict", "loss_left",
 )  # fmt: skip
-FITTED = ("output_train", "output_held_out", "delta_frobenius", "delta_spectral", "inner", "grad_A", "grad_B")
 UNITS = {
     "loss": "squared error / 2, summed over outputs, averaged over inputs",
     "output_train, output_held_out": "root mean square of the change of the model's output",
@@ -51,13 +45,6 @@ UNITS = {
     "loss_left": "least training loss among the fitted ranks, over its start: near 0 the output can grow no more",
     "trained": "both factors, or B alone with A frozen",
 }
-NAMES = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
-
-CHANGE = 0.05
-"""Least difference of two exponents that counts."""
-
-SATURATED = 0.5
-"""Below this share of its start, the training loss bounds the output change and no longer the step does."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +149,17 @@ def run(config: Config) -> None:
             bar.advance(1, cell=label)
     folder.write_rows(SEED_COLUMNS, rows, "seeds.csv")
     folder.write_rows(COLUMNS, summarise(rows))
-    found = fits(config, rows)
+    found = fits(rows)
     folder.write_rows(FIT_COLUMNS, found, "exponents.csv")
-    answered = answers(config, found)
+    answered = answers(
+        found,
+        models=config.models if "A" in config.starts else (),
+        optimizers=config.optimizers,
+        kappas=[exponent(rule) for rule in scalings.parse_rules(config.rules).values()],
+        ranks=config.ranks,
+        overlap=config.overlap,
+        freeze_control=config.freeze_control,
+    )
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(config, rows, found, answered)
@@ -233,28 +228,23 @@ def train(config: Config, cell: Cell) -> list[dict[str, Any]]:
     alpha = scalings.alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
     scaling = scaling_factor(rule, alpha=alpha, rank=cell.rank)
     learning_rate = rate(config, cell.optimizer)
-    setting = problem(config, cell.model)
-    keys = jax.vmap(lambda s: jax.random.split(jax.random.fold_in(jax.random.key(config.seed), s)))(
-        np.arange(config.seeds)
+    adapters, problems = ensemble.draw(
+        problem(config, cell.model),
+        rank=cell.rank,
+        seeds=config.seeds,
+        seed=config.seed,
+        start=cell.start,
+        init=config.init,
     )
-    drawn = jax.vmap(lambda key: dynamics.draw_problem(key, setting))(keys[:, 0])
-    adapters = jax.vmap(
-        lambda key: dynamics.draw_adapters(key, setting, rank=cell.rank, start=cell.start, init=config.init)
-    )(keys[:, 1])
-    measured = dynamics.trajectories(
+    values, diverged = ensemble.trajectories(
         adapters,
-        drawn,
-        scaling,
-        learning_rate,
+        problems,
+        scaling=scaling,
+        learning_rate=learning_rate,
         optimizer=cell.optimizer,
         steps=config.steps,
         frozen=cell.start if cell.frozen else None,
     )
-    values = {name: np.asarray(value, np.float64) for name, value in measured._asdict().items()}
-    finite = np.all([np.isfinite(value) for value in values.values()], axis=0)
-    bounded = values["loss_train"] <= dynamics.DIVERGED * values["loss_train"][:, :1]
-    # Once diverged, a run stays so: what it does later means nothing.
-    diverged = np.maximum.accumulate(~(finite & bounded), axis=1)
     frame = dict(zip(CELL, (*cell.key[:5], exponent(rule), cell.rank, scaling, learning_rate), strict=True))
     return [
         frame
@@ -263,177 +253,6 @@ def train(config: Config, cell: Cell) -> list[dict[str, Any]]:
         for seed in range(config.seeds)
         for index, step in enumerate((0, *config.steps))
     ]
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds with their standard errors, a row a cell and step; diverged seeds are counted and left out."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((_key(row), row["step"]), []).append(row)
-    found = []
-    for group in groups.values():
-        kept = [row for row in group if not row["diverged"]]
-        line = {name: group[0][name] for name in (*CELL, "step")}
-        line |= {"seeds": len(group), "diverged": len(group) - len(kept)}
-        for name in QUANTITIES if kept else ():
-            fit = slopes.over_seeds(np.array([row[name] for row in kept]))
-            line[name] = float(f"{fit.slope:.4g}")
-            line[f"{name}_se"] = float(f"{fit.standard_error:.2g}") if len(kept) > 1 else None
-        found.append(line)
-    return found
-
-
-def fits(config: Config, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Slopes against the rank, over all ranks and over the upper half; ranks with a diverged seed are left out."""
-    table = {(_key(row), row["step"], row["seed"]): row for row in rows}
-    ranks = sorted(config.ranks)
-    ranges = {"all": ranks} if len(ranks) < 4 else {"all": ranks, "upper": ranks[len(ranks) // 2 :]}
-    groups = dict.fromkeys((cell.model, cell.start, cell.frozen, cell.optimizer, cell.rule) for cell in cells(config))
-    found = []
-    for model, start, frozen, optimizer, rule in groups:
-        for span, members in ranges.items():
-            for step in (0, *config.steps):
-                by_rank = {
-                    rank: [
-                        table[Cell(model, start, frozen, optimizer, rank, rule).key, step, seed]
-                        for seed in range(config.seeds)
-                    ]
-                    for rank in members
-                }
-                kept = {rank: group for rank, group in by_rank.items() if not any(row["diverged"] for row in group)}
-                if len(kept) < 2:
-                    continue
-                origin = {
-                    rank: [
-                        table[Cell(model, start, frozen, optimizer, rank, rule).key, 0, seed]["loss_train"]
-                        for seed in range(config.seeds)
-                    ]
-                    for rank in kept
-                }
-                left = min(
-                    float(np.mean([row["loss_train"] for row in group]) / np.mean(origin[rank]))
-                    for rank, group in kept.items()
-                )
-                for quantity in FITTED:
-                    values = np.array([[row[quantity] for row in group] for group in kept.values()]).T
-                    if not (values > 0).all():
-                        continue  # nothing has moved yet
-                    by_seed = slopes.seed_slopes(list(kept), values)
-                    fit = slopes.over_seeds(by_seed)
-                    found.append(
-                        {name: kept[min(kept)][0][name] for name in CELL[:6]}
-                        | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
-                        | {"step": step, "quantity": quantity, "slope": float(f"{fit.slope:.5f}")}
-                        | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
-                        | {"verdict": slopes.judge(fit), "loss_left": float(f"{left:.3g}"), "by_seed": by_seed}
-                    )
-    return found
-
-
-class Answer(NamedTuple):
-    """A question that the run settles, or doesn't."""
-
-    question: str
-    answer: str
-    figures: str
-
-
-def answers(config: Config, found: Sequence[dict[str, Any]]) -> list[Answer]:
-    """What the slopes say of the claims in the literature, for every model with A random at the start."""
-    kappas = {exponent(rule) for rule in scalings.parse_rules(config.rules).values()}
-    listed = []
-
-    ranks = sorted(config.ranks)
-    far = f"from r = {ranks[len(ranks) // 2]} on" if len(ranks) >= 4 else ""
-
-    def add(model: str, optimizer: str, quantity: str, kappa: float, question: str, span: str = "all") -> None:
-        if optimizer in config.optimizers and kappa in kappas:
-            rows = _line(found, model, optimizer, quantity, kappa, span=span)
-            listed.append(Answer(f"{model}, {question}", by_step(rows), slopes_by_step(rows)))
-
-    apart = f"output change on held-out inputs (overlap {config.overlap:g})"
-    for model in config.models if "A" in config.starts else ():
-        for span, where in {"all": "", "upper": far}.items():
-            if span == "all" or where:
-                theorem = f"SGD: output change on training inputs flat under alpha/sqrt(r) (rsLoRA's theorem) {where}"
-                add(model, "sgd", "output_train", 0.5, theorem.strip() + "?", span)
-                theta = f"Adam: output change on training inputs flat under alpha/r, so as r at fixed gamma {where}"
-                add(model, "adam", "output_train", 1.0, theta.strip() + "?", span)
-        add(model, "sgd", "output_held_out", 0.25, f"SGD: {apart} flat under kappa = 1/4?")
-        add(model, "adam", "output_held_out", 0.5, f"Adam: {apart} flat under kappa = 1/2?")
-        for optimizer, power in (("sgd", 2), ("adam", 1)):
-            if optimizer not in config.optimizers or not config.freeze_control or 1.0 not in kappas:
-                continue
-            both, frozen = (
-                _line(found, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B")
-            )
-            question = f"{model}, {NAMES[optimizer]}: exponent of |dM|_F changes once A moves?"
-            shown = f"A trained: {at_gamma_one(both, power)}; A frozen: {at_gamma_one(frozen, power)}"
-            listed.append(Answer(question, changed(both, frozen), f"under alpha/r, plus {power}: {shown}"))
-    return listed
-
-
-def _line(
-    found: Sequence[dict[str, Any]],
-    model: str,
-    optimizer: str,
-    quantity: str,
-    kappa: float,
-    trained: str = "both",
-    span: str = "all",
-) -> list[dict[str, Any]]:
-    """The fits of one curve, A random at the start, along the steps."""
-    return [
-        row
-        for row in found
-        if (row["model"], row["start"], row["trained"], row["range"]) == (model, "A", trained, span)
-        and (row["optimizer"], row["quantity"], row["kappa"]) == (optimizer, quantity, kappa)
-        and row["step"] > 0
-    ]
-
-
-def by_step(rows: Sequence[dict[str, Any]]) -> str:
-    """The verdicts along the steps, in words; steps at which the loss has come below half are named so."""
-    if not rows:
-        return "not measured: the runs diverged"
-    parts = []
-    for row in rows:
-        ended = row["loss_left"] < SATURATED
-        parts.append((row["verdict"] + (" (loss below half)" if ended else ""), str(row["step"])))
-    groups: list[tuple[str, list[str]]] = []
-    for verdict, step in parts:
-        if not groups or groups[-1][0] != verdict:
-            groups.append((verdict, []))
-        groups[-1][1].append(step)
-    return "; ".join(f"{verdict} at step{'s' if len(steps) > 1 else ''} {' '.join(steps)}" for verdict, steps in groups)
-
-
-def slopes_by_step(rows: Sequence[dict[str, Any]]) -> str:
-    """Slopes with standard errors along the steps."""
-    return ", ".join(f"{row['step']}: {row['slope']:+.3f} ± {row['standard_error']:.3f}" for row in rows)
-
-
-def at_gamma_one(rows: Sequence[dict[str, Any]], power: int) -> str:
-    """Exponents with the first step's power of gamma divided out."""
-    return ", ".join(
-        f"{row['step']}: {row['slope'] + power * row['kappa']:.2f} ± {row['standard_error']:.2f}" for row in rows
-    )
-
-
-def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) -> str:
-    """Whether training A changes the exponent, seed by seed, at the last step before the loss is below half."""
-    pairs = [
-        (a, b)
-        for a in both
-        for b in frozen
-        if a["step"] == b["step"] and min(a["loss_left"], b["loss_left"]) >= SATURATED
-    ]
-    if not pairs:
-        return "not settled: the loss is below half of its start at every step"
-    a, b = pairs[-1]
-    fit = slopes.over_seeds(a["by_seed"] - b["by_seed"])
-    word = {"flat": "no", "undecided": "undecided"}.get(slopes.judge(fit, CHANGE), "yes")
-    return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
 
 
 def report(
@@ -471,7 +290,7 @@ def report(
                     left=2,
                 )
     last = [row for row in rows if row["step"] == config.steps[-1] and row["diverged"]]
-    ended = dict.fromkeys((*_key(row)[:5], row["rank"]) for row in last)
+    ended = dict.fromkeys(tuple(row[name] for name in (*CELL[:5], "rank")) for row in last)
     if ended:
         tables.print_text("diverged by the last step (model, start, trained, optimizer, rule, rank): ")
         for cell in ended:
@@ -486,10 +305,6 @@ def _slope_text(row: dict[str, Any] | None, ranks: int) -> str:
         return "diverged"
     marks = ("*" if row["loss_left"] < SATURATED else "") + ("†" if row["ranks"] < ranks else "")
     return f"{row['slope']:+.2f} ± {row['standard_error']:.2f}{marks}"
-
-
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return (row["model"], row["start"], row["trained"], row["optimizer"], row["rule"], str(row["rank"]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """The experiment at small size: rows, slopes and answers, going on after an interruption, diverged runs, bad input."""
 
 import csv
-import itertools
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from figures import style
@@ -108,85 +106,9 @@ def test_the_frozen_control_trains_b_alone(finished):
                 assert float(row["inner"]) != before
 
 
-def line(step: int, by_seed: list[float], left: float = 0.9) -> dict:
-    return {"step": step, "by_seed": np.array(by_seed), "loss_left": left}
-
-
-@pytest.mark.parametrize(
-    ("both", "frozen", "said"),
-    [
-        ([1.0, 1.1, 1.2], [0.5, 0.6, 0.7], "yes: by +0.500 ± 0.000 at step 10"),
-        ([0.5, 0.6, 0.7], [1.0, 1.1, 1.2], "yes: by -0.500 ± 0.000 at step 10"),
-        ([0.5, 0.6, 0.7], [0.5, 0.6, 0.701], "no: by -0.000 ± 0.000 at step 10"),
-        ([0.5, 0.6, 0.7], [0.7, 0.6, 0.5], "undecided: by +0.000 ± 0.115 at step 10"),
-    ],
-)
-def test_whether_the_exponent_changes(both, frozen, said):
-    """A trained less A frozen, seed by seed, at the last step where neither loss is below half of its start."""
-    early, late = line(1, [9.0] * 3), line(100, [5.0, 6.0, 7.0], left=0.4)
-    assert sim.changed([early, line(10, both), line(100, [1.0] * 3)], [early, line(10, frozen), late]) == said
-    assert sim.changed([early, line(10, both), late], [early, line(10, frozen), line(100, [1.0] * 3)]) == said
-    assert sim.changed([late], [late]).startswith("not settled")
-
-
-def test_exponents_at_constant_gamma():
-    rows = [{"step": 1, "slope": -0.5, "kappa": 1.0, "standard_error": 0.01}]
-    assert sim.at_gamma_one(rows, 2) == "1: 1.50 ± 0.01"
-
-
-def made(rank: int, seed: int, step: int, diverged: int = 0, **values: float) -> dict:
-    """A row of seeds.csv: every quantity as r^(1/2) times a factor of the seed, unless ``values`` says otherwise."""
-    row = {"model": "linear", "start": "A", "trained": "both", "optimizer": "sgd", "rule": "lora", "kappa": 1.0}
-    row |= {"rank": rank, "scaling": 4 / rank, "learning_rate": 0.1, "seed": seed, "step": step, "diverged": diverged}
-    return row | dict.fromkeys(sim.QUANTITIES, rank**0.5 * (1 + seed)) | values
-
-
-FOUR = sim.Config(
-    ranks=(64, 4, 16, 256), rules=("lora",), optimizers=("sgd",), models=("linear",), starts=("A",), steps=(1,),
-    seeds=2, freeze_control=False,
-)  # fmt: skip
-
-
-def test_fits_leave_out_diverged_ranks_and_take_the_upper_half():
-    """Slope 1/2 up to rank 16 and 1 from there on; 4 diverged at one seed."""
-
-    def value(rank: int, step: int) -> float:
-        return (rank**0.5 if rank <= 16 else rank / 4) * (step + 1)
-
-    rows = []
-    for rank, seed, step in itertools.product(FOUR.ranks, range(2), (0, 1)):
-        gone = int((rank, seed, step) == (4, 1, 1))
-        left = 1.0 if (rank, step) == (64, 1) else 8.0
-        rows.append(made(rank, seed, step, gone, output_train=value(rank, step), loss_train=left))
-    found = {(row["range"], row["step"]): row for row in sim.fits(FOUR, rows) if row["quantity"] == "output_train"}
-    assert found["upper", 1]["slope"] == pytest.approx(1.0, abs=1e-4)
-    assert (found["upper", 1]["lowest_rank"], found["upper", 1]["ranks"]) == (64, 2)
-    assert found["all", 1]["slope"] == pytest.approx(1.0, abs=1e-4)
-    assert (found["all", 1]["lowest_rank"], found["all", 1]["highest_rank"], found["all", 1]["ranks"]) == (16, 256, 3)
-    assert found["all", 0]["ranks"] == 4
-    assert found["all", 0]["slope"] < 0.9
-    assert found["all", 1]["loss_left"] == 1 / 8, "the least over ranks"
-
-
-def test_means_leave_out_diverged_seeds():
-    rows = [made(4, seed, 1, diverged=int(seed == 2), inner=float(10**seed)) for seed in range(3)]
-    (line_,) = sim.summarise(rows)
-    assert (line_["seeds"], line_["diverged"], line_["inner"]) == (3, 1, 5.5)
-    assert line_["inner_se"] == 4.5  # |10 - 1| / sqrt(2) / sqrt(2)
-
-
 def test_each_optimizer_has_its_rate():
     config = sim.Config(sgd_rate=1.0, momentum_rate=2.0, adam_rate=3.0)
     assert [sim.rate(config, name) for name in ("sgd", "momentum", "adam", "adamw")] == [1, 2, 3, 3]
-
-
-def test_a_diverged_run_stays_so(monkeypatch):
-    """It counts as diverged from the first recorded step on at which its loss is too high, whatever comes after."""
-    losses = np.array([[1.0, 20.0, 0.5], [1.0, 9.0, 0.5]])
-    monkeypatch.setattr(sim.dynamics, "trajectories", lambda *_, **__: sim.Measures(*[losses] * len(sim.QUANTITIES)))
-    config = sim.Config(steps=(1, 2), seeds=2, p_in=8, p_out=2, samples=2, held_out=2)
-    rows = sim.train(config, sim.Cell("linear", "A", False, "sgd", 4, "lora"))
-    assert [[row["diverged"] for row in rows if row["seed"] == seed] for seed in range(2)] == [[0, 1, 1], [0, 0, 0]]
 
 
 def test_diverged_runs_are_reported(tmp_path, capsys):

@@ -1,0 +1,202 @@
+"""How the change of an adapted layer depends on the rank along training: exponents by step, and what they answer.
+
+Rows are those of `sims.training_dynamics`: of a cell (`CELL`), a seed and a step, every one of `dynamics.Measures` and
+whether the run has diverged.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rora_theory.stats import slopes
+from rora_theory.toy.dynamics import Measures, Model, Optimizer
+
+CELL = ("model", "start", "trained", "optimizer", "rule", "kappa", "rank", "scaling", "learning_rate")
+QUANTITIES = Measures._fields
+FITTED = ("output_train", "output_held_out", "delta_frobenius", "delta_spectral", "inner", "grad_A", "grad_B")
+NAMES = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
+
+CHANGE = 0.05
+"""Least difference of two exponents that counts."""
+
+SATURATED = 0.5
+"""Below this share of its start, the training loss bounds the output change and no longer the step does."""
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds with their standard errors, a row a cell and step; diverged seeds are counted and left out."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((_key(row), row["step"]), []).append(row)
+    found = []
+    for group in groups.values():
+        kept = [row for row in group if not row["diverged"]]
+        line = {name: group[0][name] for name in (*CELL, "step")}
+        line |= {"seeds": len(group), "diverged": len(group) - len(kept)}
+        for name in QUANTITIES if kept else ():
+            fit = slopes.over_seeds(np.array([row[name] for row in kept]))
+            line[name] = float(f"{fit.slope:.4g}")
+            line[f"{name}_se"] = float(f"{fit.standard_error:.2g}") if len(kept) > 1 else None
+        found.append(line)
+    return found
+
+
+def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Slopes against the rank, over all ranks and over the upper half; ranks with a diverged seed are left out."""
+    lines: dict[tuple[str, ...], dict[tuple[int, int, int], dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(_key(row)[:5], {})[row["rank"], row["step"], row["seed"]] = row
+    ranks, steps, seeds = (sorted({row[name] for row in rows}) for name in ("rank", "step", "seed"))
+    ranges = {"all": ranks} if len(ranks) < 4 else {"all": ranks, "upper": ranks[len(ranks) // 2 :]}
+    found = []
+    for line in lines.values():
+        for span, members in ranges.items():
+            for step in steps:
+                by_rank = {rank: [line[rank, step, seed] for seed in seeds] for rank in members}
+                kept = {rank: group for rank, group in by_rank.items() if not any(row["diverged"] for row in group)}
+                if len(kept) < 2:
+                    continue
+                origin = {rank: [line[rank, 0, seed]["loss_train"] for seed in seeds] for rank in kept}
+                left = min(
+                    float(np.mean([row["loss_train"] for row in group]) / np.mean(origin[rank]))
+                    for rank, group in kept.items()
+                )
+                for quantity in FITTED:
+                    values = np.array([[row[quantity] for row in group] for group in kept.values()]).T
+                    if not (values > 0).all():
+                        continue  # nothing has moved yet
+                    by_seed = slopes.seed_slopes(list(kept), values)
+                    fit = slopes.over_seeds(by_seed)
+                    found.append(
+                        {name: kept[min(kept)][0][name] for name in CELL[:6]}
+                        | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
+                        | {"step": step, "quantity": quantity, "slope": float(f"{fit.slope:.5f}")}
+                        | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
+                        | {"verdict": slopes.judge(fit), "loss_left": float(f"{left:.3g}"), "by_seed": by_seed}
+                    )
+    return found
+
+
+class Answer(NamedTuple):
+    """A question that the run settles, or doesn't."""
+
+    question: str
+    answer: str
+    figures: str
+
+
+def answers(
+    found: Sequence[dict[str, Any]],
+    *,
+    models: Sequence[Model],
+    optimizers: Sequence[Optimizer],
+    kappas: Sequence[float],
+    ranks: Sequence[int],
+    overlap: float,
+    freeze_control: bool,
+) -> list[Answer]:
+    """What the slopes say of the claims in the literature, for every model with A random at the start.
+
+    Args:
+      found: of `fits`.
+      models, optimizers, kappas, ranks, overlap: what was trained; A was random at the start.
+      freeze_control: whether B was trained alone too.
+    """
+    listed: list[Answer] = []
+
+    ranks = sorted(ranks)
+    far = f"from r = {ranks[len(ranks) // 2]} on" if len(ranks) >= 4 else ""
+
+    def add(model: str, optimizer: str, quantity: str, kappa: float, question: str, span: str = "all") -> None:
+        if optimizer in optimizers and kappa in kappas:
+            rows = _line(found, model, optimizer, quantity, kappa, span=span)
+            listed.append(Answer(f"{model}, {question}", by_step(rows), slopes_by_step(rows)))
+
+    apart = f"output change on held-out inputs (overlap {overlap:g})"
+    for model in models:
+        for span, where in {"all": "", "upper": far}.items():
+            if span == "all" or where:
+                theorem = f"SGD: output change on training inputs flat under alpha/sqrt(r) (rsLoRA's theorem) {where}"
+                add(model, "sgd", "output_train", 0.5, theorem.strip() + "?", span)
+                theta = f"Adam: output change on training inputs flat under alpha/r, so as r at fixed gamma {where}"
+                add(model, "adam", "output_train", 1.0, theta.strip() + "?", span)
+        add(model, "sgd", "output_held_out", 0.25, f"SGD: {apart} flat under kappa = 1/4?")
+        add(model, "adam", "output_held_out", 0.5, f"Adam: {apart} flat under kappa = 1/2?")
+        for optimizer, power in (("sgd", 2), ("adam", 1)):
+            if optimizer not in optimizers or not freeze_control or 1.0 not in kappas:
+                continue
+            both, frozen = (
+                _line(found, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B")
+            )
+            question = f"{model}, {NAMES[optimizer]}: exponent of |dM|_F changes once A moves?"
+            shown = f"A trained: {at_gamma_one(both, power)}; A frozen: {at_gamma_one(frozen, power)}"
+            listed.append(Answer(question, changed(both, frozen), f"under alpha/r, plus {power}: {shown}"))
+    return listed
+
+
+def _line(
+    found: Sequence[dict[str, Any]],
+    model: str,
+    optimizer: str,
+    quantity: str,
+    kappa: float,
+    trained: str = "both",
+    span: str = "all",
+) -> list[dict[str, Any]]:
+    """The fits of one curve, A random at the start, along the steps."""
+    return [
+        row
+        for row in found
+        if (row["model"], row["start"], row["trained"], row["range"]) == (model, "A", trained, span)
+        and (row["optimizer"], row["quantity"], row["kappa"]) == (optimizer, quantity, kappa)
+        and row["step"] > 0
+    ]
+
+
+def by_step(rows: Sequence[dict[str, Any]]) -> str:
+    """The verdicts along the steps, in words; steps at which the loss has come below half are named so."""
+    if not rows:
+        return "not measured: the runs diverged"
+    parts = []
+    for row in rows:
+        ended = row["loss_left"] < SATURATED
+        parts.append((row["verdict"] + (" (loss below half)" if ended else ""), str(row["step"])))
+    groups: list[tuple[str, list[str]]] = []
+    for verdict, step in parts:
+        if not groups or groups[-1][0] != verdict:
+            groups.append((verdict, []))
+        groups[-1][1].append(step)
+    return "; ".join(f"{verdict} at step{'s' if len(steps) > 1 else ''} {' '.join(steps)}" for verdict, steps in groups)
+
+
+def slopes_by_step(rows: Sequence[dict[str, Any]]) -> str:
+    """Slopes with standard errors along the steps."""
+    return ", ".join(f"{row['step']}: {row['slope']:+.3f} ± {row['standard_error']:.3f}" for row in rows)
+
+
+def at_gamma_one(rows: Sequence[dict[str, Any]], power: int) -> str:
+    """Exponents with the first step's power of gamma divided out."""
+    return ", ".join(
+        f"{row['step']}: {row['slope'] + power * row['kappa']:.2f} ± {row['standard_error']:.2f}" for row in rows
+    )
+
+
+def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) -> str:
+    """Whether training A changes the exponent, seed by seed, at the last step before the loss is below half."""
+    pairs = [
+        (a, b)
+        for a in both
+        for b in frozen
+        if a["step"] == b["step"] and min(a["loss_left"], b["loss_left"]) >= SATURATED
+    ]
+    if not pairs:
+        return "not settled: the loss is below half of its start at every step"
+    a, b = pairs[-1]
+    fit = slopes.over_seeds(a["by_seed"] - b["by_seed"])
+    word = {"flat": "no", "undecided": "undecided"}.get(slopes.judge(fit, CHANGE), "yes")
+    return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return (row["model"], row["start"], row["trained"], row["optimizer"], row["rule"], str(row["rank"]))

@@ -1,0 +1,17 @@
+"""Several seeds at once: what has diverged, and which factor is trained."""
+
+import numpy as np
+
+from rora_theory.toy import dynamics, ensemble
+
+CONFIG = dynamics.ProblemConfig(p_in=8, p_out=2, samples=2, held_out=2)
+
+
+def test_a_diverged_run_stays_so(monkeypatch):
+    """It counts as diverged from the first recorded step on at which its loss is too high, whatever comes after."""
+    losses = np.array([[1.0, 20.0, 0.5], [1.0, 9.0, 0.5]])
+    measures = dynamics.Measures(*[losses] * len(dynamics.Measures._fields))
+    monkeypatch.setattr(dynamics, "trajectories", lambda *_, **__: measures)
+    drawn = ensemble.draw(CONFIG, rank=4, seeds=2)
+    _, diverged = ensemble.trajectories(*drawn, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 2))
+    assert diverged.tolist() == [[False, True, True], [False, False, False]]
