@@ -24,9 +24,9 @@ import torch
 
 from rora_theory.data import prompts, sources, tasks
 from rora_theory.evaluate.scoring import Scoring, score
+from rora_theory.files import write_whole
 from rora_theory.llama import Model, load
 from sims.common import cli
-from sims.common.disk import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

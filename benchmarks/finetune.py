@@ -402,8 +402,8 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     from rora_theory.errors import InputError
+    from rora_theory.files import write_whole
     from sims.common import cli
-    from sims.common.disk import write_whole
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     if set(config.parts) - {"gpu"} and not config.data:

@@ -1,8 +1,14 @@
-"""Files of a user's, read whole with a limit: a pipe, a device or a file too large is refused before memory goes."""
+"""Files read whole with a limit, so that a pipe, a device or a file too large is refused before memory goes; and files
+written so that a kill or a full disk leaves them whole.
+"""
 
+import contextlib
+import errno
 import json
 import os
+import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +20,12 @@ LARGEST = 1 << 30
 DEPTH = 64
 """Lists and objects that JSON may hold inside one another."""
 
-_PART = 1 << 24
+PART = ".part"
+"""How the name of a file ends that is being written, to be renamed when it is whole."""
+
+_FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+_AT_ONCE = 1 << 24
 """Bytes that are read at once."""
 
 _KINDS = {
@@ -50,7 +61,7 @@ def read_bytes(path: str | Path, limit: int = LARGEST, *, accepted: str = "a reg
         status = os.fstat(descriptor)
         _check_kind(path, status, accepted)
         parts, size = [], 0
-        while status.st_size <= limit >= size and (part := os.read(descriptor, _PART)):
+        while status.st_size <= limit >= size and (part := os.read(descriptor, _AT_ONCE)):
             parts.append(part)
             size += len(part)
     except OSError as error:
@@ -189,3 +200,92 @@ def _is_deeper(value: Any, depth: int) -> bool:
             if isinstance(child, (list, dict))
         ]
     return bool(level)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``content`` beside ``path`` and rename it there: readers see the old file or the new, never a part.
+
+    Raises:
+      InputError: the disk is full or does not take it; names the file, which is as it was.
+    """
+    beside = name_beside(path)
+    try:
+        with _naming(path):
+            write_new(beside, content.encode() if isinstance(content, str) else content)
+            os.replace(beside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def name_beside(path: Path) -> Path:
+    """A name that can't be foreseen, in the same folder: for what is to be renamed to ``path`` when it is whole."""
+    return path.with_name(f".{secrets.token_hex(8)}{PART}")
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that must not be there and wait until the disk has it; its permissions are the umask's.
+
+    Raises:
+      OSError: a file or a link is there, which is not followed; the disk is full or does not take it.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        _write(descriptor, content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append(path: Path, line: str, *, sync: bool = True) -> None:
+    """Append a line to a file; a part of it that a full disk took is taken back.
+
+    Args:
+      path: made where it is missing; a symbolic link is refused.
+      line: with its newline.
+      sync: wait until the disk has it, so that it outlives the machine and not the process alone.
+
+    Raises:
+      InputError: as `write_whole`.
+    """
+    with _naming(path):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            before = os.fstat(descriptor).st_size
+            try:
+                _write(descriptor, line.encode())
+                if sync:
+                    os.fsync(descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, before)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def is_disk_error(error: BaseException | None) -> bool:
+    """Whether an error came of a disk that is full or broken: no matter of what was being computed."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL_OR_BROKEN:
+            return True
+        error = error.__cause__
+    return False
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); accepted is a writable place with room; what was "
+            "finished is kept, and the same command goes on from there"
+        ) from error

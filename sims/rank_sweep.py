@@ -31,6 +31,7 @@ from rora_theory.data.tasks import Record as TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate.levels import levels
 from rora_theory.evaluate.scoring import Protocol, Scoring, score
+from rora_theory.files import write_whole
 from rora_theory.finetune import (
     Batches,
     Examples,
@@ -49,7 +50,6 @@ from rora_theory.scaling import check_positive, scaling_factor
 from rora_theory.seeds import check_seed
 from sims import differences, rank_results
 from sims.common import cli, matrix, scalings, tables
-from sims.common.disk import write_whole
 from sims.common.progress import progress_bar
 from sims.common.run_folder import as_json
 from sims.rank_results import BASE

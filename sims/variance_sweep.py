@@ -22,6 +22,7 @@ import jax
 
 from rora_theory import seals
 from rora_theory.errors import InputError
+from rora_theory.files import write_whole
 from rora_theory.inits import Init, entries
 from rora_theory.paper import equations, verdicts
 from rora_theory.scaling import Rule, check_positive, check_rank, exponent, scaling_factor
@@ -31,7 +32,6 @@ from rora_theory.theory import laws, sampling
 from sims import layer_sweep
 from sims.common import cli, devices, tables
 from sims.common.cells import Cells
-from sims.common.disk import write_whole
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
 from sims.common.scalings import parse_rules

@@ -1,6 +1,7 @@
 """Shared by all tests: strict JAX semantics, host devices, run-time shape checks, and where the data lies."""
 
 import atexit
+import errno
 import os
 import shutil
 import signal
@@ -80,3 +81,22 @@ def layer_data() -> Path:
     """An .npz of real layers' gradients and inputs."""
     path = _folder("RORA_LAYER_DATA")
     return next(iter(sorted(path.glob("*.npz")))) if path.is_dir() else path
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """From the call on, a write takes half of what it is given, and the next one nothing."""
+
+    def fill() -> None:
+        written, real = [], os.write
+
+        def write(descriptor: int, data: bytes) -> int:
+            if written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written.append(1)
+            return real(descriptor, bytes(data[: len(data) // 2]))
+
+        monkeypatch.setattr(os, "write", write)
+
+    yield fill
+    monkeypatch.undo()

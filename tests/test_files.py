@@ -136,3 +136,60 @@ def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, name: str, sai
     for fine in (tmp_path, tmp_path / "new", tmp_path / "new" / "er", Path("new"), Path()):
         files.check_folder(fine)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, full_disk):
+    path = tmp_path / "results.csv"
+    files.write_whole(path, "old figures")
+    full_disk()
+    with pytest.raises(InputError, match=r"results\.csv: cannot be written \(No space left on device\)"):
+        files.write_whole(path, "new figures")
+    assert path.read_text() == "old figures"
+    assert list(tmp_path.iterdir()) == [path], "nothing is left beside"
+
+
+def test_no_planted_link_is_followed(tmp_path, monkeypatch):
+    """Neither at the name of the file beside, should that be foreseen, nor at the file's own."""
+    victim, path = tmp_path / "victim", tmp_path / "results.csv"
+    victim.write_text("mine")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)
+    planted = tmp_path / f".{'0' * 16}.part"
+    planted.symlink_to(victim)
+    with pytest.raises(InputError, match=r"results\.csv: cannot be written \(File exists\)"):
+        files.write_whole(path, "figures")
+    monkeypatch.undo()
+    path.symlink_to(victim)
+    files.write_whole(path, "figures")
+    assert (path.read_text(), path.is_symlink(), victim.read_text()) == ("figures", False, "mine")
+    link = tmp_path / "cells.jsonl"
+    link.symlink_to(victim)
+    with pytest.raises(InputError, match=r"cells\.jsonl: cannot be written"):
+        files.append(link, "line\n")
+    assert victim.read_text() == "mine"
+
+
+def test_names_beside_cannot_be_foreseen(tmp_path, monkeypatch):
+    seen, real = [], os.open
+
+    def look(path, flags, *more, **named):
+        seen.append((Path(path).name, flags))
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(files.os, "open", look)
+    for _ in range(3):
+        files.write_whole(tmp_path / "results.csv", "x")
+    names = {name for name, _ in seen}
+    assert len(names) == 3
+    assert not any(str(os.getpid()) == name.split(".")[1] for name in names)
+    assert all(flags & os.O_EXCL and flags & os.O_NOFOLLOW for _, flags in seen)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_the_umask_s(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        files.write_whole(tmp_path / "a", "x")
+        files.append(tmp_path / "b", "x\n")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [mode, mode]

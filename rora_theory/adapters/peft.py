@@ -29,6 +29,7 @@ from rora_theory.adapters.portable import portable as portable_form
 from rora_theory.adapters.prefix import PrefixAdapter
 from rora_theory.adapters.targets import Target, full_name
 from rora_theory.errors import InputError
+from rora_theory.files import name_beside, write_new
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.hub import Located
 
@@ -112,17 +113,14 @@ def _write(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; accepted is a folder to write the adapter to")
     contents = {
-        WEIGHTS: safetensors.numpy.save(tensors, metadata=dict(metadata)),
+        WEIGHTS: _sorted(safetensors.numpy.save(tensors, metadata=dict(metadata))),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
-    parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}
+    parts = {name: name_beside(folder / name) for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            with open(parts[name], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_new(parts[name], content)
         (folder / CONFIG).unlink(missing_ok=True)
         for name, part in parts.items():
             os.replace(part, folder / name)
@@ -132,6 +130,16 @@ def _write(
         for part in parts.values():
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def _sorted(data: bytes) -> bytes:
+    """A safetensors file with the entries of its metadata in order, which the library writes in a new one each time."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params: Params | None = None) -> Any:

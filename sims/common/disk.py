@@ -1,87 +1,20 @@
-"""Files that a kill, a full disk or another process leaves whole, and the one process that owns a folder."""
+"""Files of sealed lines, and the one process that owns a folder."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import platform
-import secrets
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rora_theory import seals
 from rora_theory.errors import InputError
+from rora_theory.files import append, write_whole
 
 LOCK = ".lock"
 """Held (flock) by the process that owns a folder, and says which; the kernel lets go of it when that dies."""
-
-PART = ".part"
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write ``content`` beside ``path`` and rename it there: readers see the old file or the new, never a part.
-
-    The file beside has a name that can't be foreseen and is new, so that no link laid there is followed; its
-    permissions are the umask's.
-
-    Raises:
-      InputError: the disk is full or does not take it; names the file, which is as it was.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{secrets.token_hex(8)}{PART}")
-    try:
-        with _naming(path):
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            try:
-                _write(descriptor, data)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(beside, path)
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def append(path: Path, line: str, *, sync: bool = True) -> None:
-    """Append a line to a file; a part of it that a full disk took is taken back.
-
-    Args:
-      path: made where it is missing; a symbolic link is refused.
-      line: with its newline.
-      sync: wait until the disk has it, so that it outlives the machine and not the process alone.
-
-    Raises:
-      InputError: as `write_whole`.
-    """
-    with _naming(path):
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            before = os.fstat(descriptor).st_size
-            try:
-                _write(descriptor, line.encode())
-                if sync:
-                    os.fsync(descriptor)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(descriptor, before)
-                raise
-        finally:
-            os.close(descriptor)
-
-
-def is_disk_error(error: BaseException | None) -> bool:
-    """Whether an error came of a disk that is full or broken: no matter of what was being computed."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK:
-            return True
-        error = error.__cause__
-    return False
 
 
 class Journal:
@@ -196,20 +129,3 @@ def let_go(descriptor: int) -> None:
 def now() -> str:
     """The time, in UTC to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); accepted is a writable place with room; what was "
-            "finished is kept, and the same command goes on from there"
-        ) from error

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rora_theory import digests, seals
+from rora_theory import digests, files, seals
 from rora_theory.errors import InputError
 from sims.common import disk, stopping
-from sims.common.disk import now, write_whole
+from sims.common.disk import now
 from sims.common.run_folder import (
     as_json,
     check_files,
@@ -122,12 +122,12 @@ class Cell:
             attempts, _ = self._attempts()
             if not free or attempts >= most or self._sealed() is not None:
                 return None
-            write_whole(self.path / "cell.json", json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+            files.write_whole(self.path / "cell.json", json.dumps(self.config, indent=2, sort_keys=True) + "\n")
             self._note(event="begin", attempt=attempts + 1, process=os.getpid(), host=platform.node(), time=now())
             try:
                 result = as_json(dict(run(self.path)))
             except Exception as error:
-                if disk.is_disk_error(error):  # no fault of the cell's, and the next one would meet it too
+                if files.is_disk_error(error):  # no fault of the cell's, and the next one would meet it too
                     self._stopped(attempts + 1)
                     if isinstance(error, OSError):
                         what = error.strerror or str(error)
@@ -143,7 +143,7 @@ class Cell:
                 raise
             result["files"] = {name: digests.of_file(self.path / name) for name in self._products()}
             sealed = seals.seal(result, of=self.key)
-            write_whole(self.path / "result.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
+            files.write_whole(self.path / "result.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
             return Status("done", attempts + 1)
 
     def _attempts(self) -> tuple[int, str | None]:
@@ -178,7 +178,7 @@ class Cell:
         path = self.path / "attempts.jsonl"
         before = path.read_bytes() if path.exists() else b""
         whole = before[: before.rfind(b"\n") + 1]
-        write_whole(path, whole + json.dumps(event).encode() + b"\n")
+        files.write_whole(path, whole + json.dumps(event).encode() + b"\n")
 
     @contextlib.contextmanager
     def _lock(self, *, exclusive: bool = False) -> Iterator[bool]:
@@ -292,7 +292,7 @@ class Matrix:
             digest = hashlib.sha256(content.encode()).hexdigest()
             if manifest["files"].pop(name, digest) != digest:  # killed between, the new table is not taken for changed
                 self._write(manifest)
-            write_whole(self.path / name, content)
+            files.write_whole(self.path / name, content)
             manifest["files"][name] = digest
             self._write(manifest)
 
@@ -301,7 +301,7 @@ class Matrix:
 
     def _write(self, manifest: Mapping[str, Any]) -> None:
         sealed = seals.seal(manifest)
-        write_whole(self.path / "manifest.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
+        files.write_whole(self.path / "manifest.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:

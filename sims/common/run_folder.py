@@ -94,7 +94,7 @@ class RunFolder:
         try:
             manifest = _earlier(path, name, plain)
             resumed = manifest is not None
-            for part in path.glob(f".*{disk.PART}"):  # what killed processes left, this one alone being at work
+            for part in path.glob(f".*{files.PART}"):  # what killed processes left, this one alone being at work
                 part.unlink(missing_ok=True)
             here = circumstances()
             if manifest is None:
@@ -146,7 +146,7 @@ class RunFolder:
         if self._manifest["files"].get(name, digest) != digest:  # killed between, the new file is not taken for changed
             del self._manifest["files"][name]
             self._write_manifest()
-        disk.write_whole(self.path / name, data)
+        files.write_whole(self.path / name, data)
         self._written[name] = digest
         return self.path / name
 
@@ -189,7 +189,7 @@ class RunFolder:
 
     def _write_manifest(self) -> None:
         sealed = seals.seal(self._manifest)
-        disk.write_whole(self.path / "manifest.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
+        files.write_whole(self.path / "manifest.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
 
 
 def make_folder(path: Path) -> None:

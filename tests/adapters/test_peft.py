@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from rora_theory.adapters import (
     init,
     load_peft,
     peft_config,
+    rewrite_portable,
     save_peft,
 )
 from rora_theory.adapters import peft as files
@@ -30,6 +32,7 @@ from rora_theory.adapters.lora import assemble
 from rora_theory.adapters.targets import deciding, full_name
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig
+from rora_theory.llama.hub import Located
 from rora_theory.scaling import scaling_factor
 
 CASES = ("lora", "rora", "dora", "lora_patterns", "dora_rora_patterns", "regex")
@@ -223,6 +226,42 @@ def test_a_full_disk_leaves_the_older_adapter(config, params, folder, monkeypatc
     with pytest.raises(InputError, match="adapter not written: No space left"):
         save_peft(folder, init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_no_planted_link_is_followed(golden, config, folder, tmp_path, monkeypatch) -> None:
+    """Neither at the name of a file beside, should that be foreseen, nor at the file's own."""
+    victim, adapter = tmp_path / "victim", load_peft(golden.FOLDER / "rora", config)
+    victim.write_text("mine")
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
+    (folder / f".{'0' * 16}.part").symlink_to(victim)
+    with pytest.raises(InputError, match="adapter not written: File exists"):
+        save_peft(folder, adapter)
+    monkeypatch.undo()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(victim)
+    save_peft(folder, adapter)
+    assert not [path for path in folder.iterdir() if path.is_symlink()]
+    assert victim.read_text() == "mine"
+    assert load_peft(folder, config).config == adapter.config
+
+
+def test_equal_adapters_are_equal_in_bytes(golden, config, tmp_path) -> None:
+    """Of 12 files with the two entries in an order drawn for each, all would be equal once in 2,048."""
+    adapter, written = load_peft(golden.FOLDER / "rora", config), set()
+    (tmp_path / "model.gguf").write_text("weights")
+    base = Located("model.gguf", tmp_path / "model.gguf")
+    for number in range(6):
+        save_peft(tmp_path / f"{number}", adapter, base_model=base)
+        rewrite_portable(tmp_path / f"{number}", tmp_path / f"{number} portable")
+        for name in (f"{number}", f"{number} portable"):
+            path = tmp_path / name / "adapter_model.safetensors"
+            with safetensors.safe_open(path, framework="numpy") as file:
+                assert set(file.metadata()) == {"base_model_sha256", "format"}
+            written.add(path.read_bytes())
+    assert len(written) == 1
+    again = load_peft(tmp_path / "0", config).params
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, again, adapter.params))
 
 
 def test_a_file_is_no_folder(config, params, tmp_path) -> None:

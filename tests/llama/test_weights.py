@@ -295,6 +295,20 @@ def test_writing_over_something_is_refused(tiny, draw_params, tmp_path):
     assert (empty / SINGLE).is_file()
 
 
+def test_no_planted_link_is_followed(tiny, draw_params, tmp_path, monkeypatch):
+    victim, folder = tmp_path / "victim", tmp_path / "out" / "model"
+    victim.mkdir()
+    folder.parent.mkdir()
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
+    (folder.parent / f".{'0' * 16}.part").symlink_to(victim, target_is_directory=True)
+    with pytest.raises(InputError, match="model: not written: File exists"):
+        save_hf(folder, draw_params(tiny), tiny)
+    monkeypatch.undo()
+    save_hf(folder, draw_params(tiny), tiny)
+    assert read_config(folder) == tiny
+    assert not list(victim.iterdir())
+
+
 FULL = """
 import resource, signal, sys
 from pathlib import Path

@@ -1,6 +1,5 @@
 """Run folders: files whole after a full disk, one owner, nothing changed by hand taken over, stopped in one line."""
 
-import errno
 import json
 import os
 import signal
@@ -10,31 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rora_theory import seals
+from rora_theory import files, seals
 from rora_theory.errors import InputError
 from sims.common import cli, disk, run_folder, stopping
 from sims.common.cells import CELLS, Cells
-from sims.common.disk import Journal, append, write_whole
+from sims.common.disk import Journal
 from sims.common.run_folder import RunFolder
-
-
-@pytest.fixture
-def full_disk(monkeypatch):
-    """From the call on, a write takes half of what it is given, and the next one nothing."""
-
-    def fill() -> None:
-        written, real = [], os.write
-
-        def write(descriptor: int, data: bytes) -> int:
-            if written:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            written.append(1)
-            return real(descriptor, bytes(data[: len(data) // 2]))
-
-        monkeypatch.setattr(disk.os, "write", write)
-
-    yield fill
-    monkeypatch.undo()
 
 
 def opened(path: Path, **config) -> RunFolder:
@@ -43,66 +23,6 @@ def opened(path: Path, **config) -> RunFolder:
 
 def manifest(path: Path) -> dict:
     return json.loads((path / "manifest.json").read_text())
-
-
-# ---- files
-
-
-def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, full_disk):
-    path = tmp_path / "results.csv"
-    write_whole(path, "old figures")
-    full_disk()
-    with pytest.raises(InputError, match=r"results\.csv: cannot be written \(No space left on device\)"):
-        write_whole(path, "new figures")
-    assert path.read_text() == "old figures"
-    assert list(tmp_path.iterdir()) == [path], "nothing is left beside"
-
-
-def test_no_planted_link_is_followed(tmp_path, monkeypatch):
-    """Neither at the name of the file beside, should that be foreseen, nor at the file's own."""
-    victim, path = tmp_path / "victim", tmp_path / "results.csv"
-    victim.write_text("mine")
-    monkeypatch.setattr(disk.secrets, "token_hex", lambda size: "0" * 2 * size)
-    planted = tmp_path / f".{'0' * 16}.part"
-    planted.symlink_to(victim)
-    with pytest.raises(InputError, match=r"results\.csv: cannot be written \(File exists\)"):
-        write_whole(path, "figures")
-    monkeypatch.undo()
-    path.symlink_to(victim)
-    write_whole(path, "figures")
-    assert (path.read_text(), path.is_symlink(), victim.read_text()) == ("figures", False, "mine")
-    link = tmp_path / "cells.jsonl"
-    link.symlink_to(victim)
-    with pytest.raises(InputError, match=r"cells\.jsonl: cannot be written"):
-        append(link, "line\n")
-    assert victim.read_text() == "mine"
-
-
-def test_names_beside_cannot_be_foreseen(tmp_path, monkeypatch):
-    seen, real = [], os.open
-
-    def look(path, flags, *more, **named):
-        seen.append((Path(path).name, flags))
-        return real(path, flags, *more, **named)
-
-    monkeypatch.setattr(disk.os, "open", look)
-    for _ in range(3):
-        write_whole(tmp_path / "results.csv", "x")
-    names = {name for name, _ in seen}
-    assert len(names) == 3
-    assert not any(str(os.getpid()) == name.split(".")[1] for name in names)
-    assert all(flags & os.O_EXCL and flags & os.O_NOFOLLOW for _, flags in seen)
-
-
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_permissions_are_the_umask_s(tmp_path, mask, mode):
-    before = os.umask(mask)
-    try:
-        write_whole(tmp_path / "a", "x")
-        append(tmp_path / "b", "x\n")
-    finally:
-        os.umask(before)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [mode, mode]
 
 
 def test_a_line_half_written_on_a_full_disk_is_taken_back(tmp_path, full_disk):
@@ -411,7 +331,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, full_disk):
 
 
 def test_the_cells_before_a_full_disk_are_kept(tmp_path, monkeypatch, capsys):
-    test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, lambda: monkeypatch.setattr(disk, "_write", _full))
+    test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, lambda: monkeypatch.setattr(files, "_write", _full))
     monkeypatch.undo()
     cells = Cells(opened(tmp_path / "run"))
     assert cells.do("one", lambda: pytest.fail("done twice")) == 1
