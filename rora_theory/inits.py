@@ -1,13 +1,14 @@
-"""How A starts: iid entries of mean 0, told by variance, kurtosis and characteristic function."""
+"""How A starts: iid entries of mean 0, told by variance, kurtosis and characteristic function.
+
+`rora_theory.draws` draws from them: the laws themselves need no JAX.
+"""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_rank
@@ -83,15 +84,3 @@ def entries(init: Init, *, rank: int, p_in: int) -> Entries:
     if init == "gaussian":
         return Entries("normal", 1.0 / rank**2, 3.0)
     raise InputError(f"init is {init!r}; accepted are {', '.join(INITS)}")
-
-
-def draw(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Array, "rank p_in"]:
-    """Draw A in float32."""
-    law = entries(init, rank=rank, p_in=p_in)
-    shape = (rank, p_in)
-    if law.shape == "normal":
-        return law.deviation * jax.random.normal(key, shape, jnp.float32)
-    if law.shape == "uniform":
-        half = math.sqrt(3 * law.variance)
-        return jax.random.uniform(key, shape, jnp.float32, -half, half)
-    return law.deviation * jax.random.rademacher(key, shape, jnp.float32)

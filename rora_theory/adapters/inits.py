@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
+from rora_theory.draws import draw_A
 
 Init = Literal["kaiming_uniform", "gaussian"]
 INITS: tuple[str, ...] = get_args(Init)
@@ -41,7 +42,7 @@ def init_a(
         return jnp.zeros((len(ranks), width, p_in), jnp.float32)
     # Standard entries of the law's shape, times each layer's own deviation: only "gaussian"'s depends on the rank.
     laws = [inits.entries(init, rank=max(rank, 1), p_in=p_in) for rank in ranks]
-    drawn = jax.vmap(lambda k: inits.draw(k, init, rank=width, p_in=p_in))(keys)
+    drawn = jax.vmap(lambda k: draw_A(k, init, rank=width, p_in=p_in))(keys)
     relative = [law.deviation / inits.entries(init, rank=width, p_in=p_in).deviation for law in laws]
     drawn = drawn * jnp.asarray(relative, jnp.float32)[:, None, None]
     rows = jnp.arange(width)[None, :, None] < jnp.asarray(ranks)[:, None, None]

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import files, inits
+from rora_theory.draws import draw_A
 from rora_theory.errors import InputError
 from rora_theory.theory import first_step
 from rora_theory.theory.laws import Optimizer
@@ -185,7 +186,7 @@ def _block(
     optimizers = {name: first_step.optimizer(name, learning_rate, epsilon=epsilon) for name in set(names)}
 
     def one(adapter_key: PRNGKeyArray) -> Array:
-        lora_A = inits.draw(adapter_key, init, rank=rank, p_in=p_in)
+        lora_A = draw_A(adapter_key, init, rank=rank, p_in=p_in)
         found = []
         for name, scaling in zip(names, scalings, strict=True):
             step = first_step.run(

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
+from rora_theory.draws import draw_A
 from rora_theory.measure.layer_data import Layer
 from rora_theory.theory import first_step, laws
 from rora_theory.theory.laws import Optimizer
@@ -221,7 +222,7 @@ def _block(
     epsilon: float,
 ) -> list[Float[Array, "adapters rules optimizers splits"]]:
     p_out, p_in = grad.shape
-    drawn = inits.draw(key, init, rank=rows, p_in=p_in)
+    drawn = draw_A(key, init, rank=rows, p_in=p_in)
     deviation = inits.entries(init, rank=rows, p_in=p_in).deviation
     gradient = jnp.einsum("oi,ri->or", grad, drawn)  # of <G, B A> in B
     inner = [jnp.einsum("ti,ri->tr", x, drawn) for x in inputs]  # A x'

@@ -3,75 +3,81 @@ r"""Equations 1-15 of the RoRA paper (Liu et al., arXiv 2501.04315) as printed, 
 Nothing is mended here: `theory.laws` has what is true, `paper.verdicts` compares. Symbols: :math:`m_0`
 [p_out, p_in] the frozen weight, A [r, p_in], B [p_out, r], :math:`\gamma` the scaling, :math:`\eta` the learning rate,
 :math:`\delta_i = \partial L / \partial w_i`, x and x' = x^(t+1) the inputs before and after the step.
+Arrays are NumPy's or JAX's, and so are the results.
 """
 
 import math
+from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rora_theory.scaling import scaling_factor
 
 
+def _of(array: Any) -> Any:
+    """The functions of the array's own library: NumPy's, or JAX's, which is not imported for NumPy's sake."""
+    return array.__array_namespace__()
+
+
 def eq1_output(
-    m0: Float[Array, "p_out p_in"],
-    lora_B: Float[Array, "p_out r"],
-    lora_A: Float[Array, "r p_in"],
-    x: Float[Array, " p_in"],
+    m0: Float[Any, "p_out p_in"],
+    lora_B: Float[Any, "p_out r"],
+    lora_A: Float[Any, "r p_in"],
+    x: Float[Any, " p_in"],
     scaling: float,
-) -> Float[Array, " p_out"]:
+) -> Float[Any, " p_out"]:
     r"""Eq. 1: :math:`\mathcal H(x) = m_0 x + \Delta m\, x = (m_0 + \gamma B A) x`. A definition; assumes nothing."""
-    return jnp.einsum("oi,i->o", m0 + scaling * jnp.einsum("or,ri->oi", lora_B, lora_A), x)
+    return _of(m0).einsum("oi,i->o", m0 + scaling * _of(lora_B).einsum("or,ri->oi", lora_B, lora_A), x)
 
 
 def eq2_increment(
-    lora_B: Float[Array, "p_out r"], lora_A: Float[Array, "r p_in"], x: Float[Array, " p_in"], scaling: float
-) -> Float[Array, " p_out"]:
+    lora_B: Float[Any, "p_out r"], lora_A: Float[Any, "r p_in"], x: Float[Any, " p_in"], scaling: float
+) -> Float[Any, " p_out"]:
     r"""Eq. 2: :math:`w_i = \gamma \sum_j \sum_k B_{ik} A_{kj} x_j`. A definition; assumes nothing."""
-    return scaling * jnp.einsum("ik,kj,j->i", lora_B, lora_A, x)
+    return scaling * _of(lora_B).einsum("ik,kj,j->i", lora_B, lora_A, x)
 
 
 def gradient_A(
-    delta: Float[Array, " p_out"], lora_B: Float[Array, "p_out r"], x: Float[Array, " p_in"], scaling: float
-) -> Float[Array, "r p_in"]:
+    delta: Float[Any, " p_out"], lora_B: Float[Any, "p_out r"], x: Float[Any, " p_in"], scaling: float
+) -> Float[Any, "r p_in"]:
     r"""Above Eq. 3: :math:`\partial L / \partial A_{kj} = \gamma \sum_i \delta_i B_{ik} x_j`; chain rule, one x."""
-    return scaling * jnp.einsum("i,ik,j->kj", delta, lora_B, x)
+    return scaling * _of(delta).einsum("i,ik,j->kj", delta, lora_B, x)
 
 
 def gradient_B(
-    delta: Float[Array, " p_out"], lora_A: Float[Array, "r p_in"], x: Float[Array, " p_in"], scaling: float
-) -> Float[Array, "p_out r"]:
+    delta: Float[Any, " p_out"], lora_A: Float[Any, "r p_in"], x: Float[Any, " p_in"], scaling: float
+) -> Float[Any, "p_out r"]:
     r"""Above Eq. 3: :math:`\partial L / \partial B_{ik} = \gamma\, \delta_i \sum_j A_{kj} x_j`; chain rule, one x."""
-    return scaling * jnp.einsum("i,kj,j->ik", delta, lora_A, x)
+    return scaling * _of(delta).einsum("i,kj,j->ik", delta, lora_A, x)
 
 
 def eq3_first_step_B(
-    delta: Float[Array, " p_out"],
-    lora_A: Float[Array, "r p_in"],
-    x: Float[Array, " p_in"],
+    delta: Float[Any, " p_out"],
+    lora_A: Float[Any, "r p_in"],
+    x: Float[Any, " p_in"],
     scaling: float,
     learning_rate: float,
-) -> Float[Array, "p_out r"]:
+) -> Float[Any, "p_out r"]:
     r"""Eq. 3: :math:`B^{(t+1)}_{ik} = -\eta\, \delta_i \gamma \sum_j A_{kj} x^{(t)}_j`.
 
     Assumes B^(t) = 0, one sample, and plain gradient descent: not Adam, which the paper trains with.
     """
-    return -learning_rate * scaling * jnp.einsum("i,kj,j->ik", delta, lora_A, x)
+    return -learning_rate * scaling * _of(delta).einsum("i,kj,j->ik", delta, lora_A, x)
 
 
 def eq4_increment(
-    delta: Float[Array, " p_out"],
-    lora_A: Float[Array, "r p_in"],
-    x: Float[Array, " p_in"],
-    x_next: Float[Array, " p_in"],
+    delta: Float[Any, " p_out"],
+    lora_A: Float[Any, "r p_in"],
+    x: Float[Any, " p_in"],
+    x_next: Float[Any, " p_in"],
     scaling: float,
     learning_rate: float,
-) -> Float[Array, " p_out"]:
+) -> Float[Any, " p_out"]:
     r"""Eq. 4: :math:`w_i = -\eta \delta_i \gamma^2 \sum_j \sum_k \sum_l A_{kl} x^{(t)}_l A_{kj} x^{(t+1)}_j`.
 
     Assumes what Eq. 3 does, and that A has not moved (true at the first step, where dL/dA = 0).
     """
-    return -learning_rate * scaling**2 * delta * jnp.einsum("kl,l,kj,j->", lora_A, x, lora_A, x_next)
+    return -learning_rate * scaling**2 * delta * _of(lora_A).einsum("kl,l,kj,j->", lora_A, x, lora_A, x_next)
 
 
 def eq5_variance(second_moment: float, mean: float) -> float:
@@ -129,27 +135,27 @@ def eq9_variance(delta: float, *, rank: int, p_in: int, scaling: float, learning
 
 
 def eq10_norm(
-    delta: Float[Array, " p_out"],
-    lora_A: Float[Array, "r p_in"],
-    x: Float[Array, " p_in"],
-    x_next: Float[Array, " p_in"],
+    delta: Float[Any, " p_out"],
+    lora_A: Float[Any, "r p_in"],
+    x: Float[Any, " p_in"],
+    x_next: Float[Any, " p_in"],
     scaling: float,
     learning_rate: float,
-) -> Float[Array, ""]:
+) -> Float[Any, ""]:
     r"""Eq. 10: :math:`\|w\|_2 = \sqrt{\sum_i (\eta \delta_i \gamma^2 \sum_{j,k,l} A_{kl} x_l A_{kj} x'_j)^2}`."""
-    form = jnp.einsum("kl,l,kj,j->", lora_A, x, lora_A, x_next)
-    return jnp.sqrt(jnp.sum((learning_rate * delta * scaling**2 * form) ** 2))
+    form = _of(lora_A).einsum("kl,l,kj,j->", lora_A, x, lora_A, x_next)
+    return _of(delta).sqrt(_of(delta).sum((learning_rate * delta * scaling**2 * form) ** 2))
 
 
 def eq11_norm(
-    delta: Float[Array, " p_out"], *, rank: int, p_in: int, scaling: float, learning_rate: float
-) -> Float[Array, ""]:
+    delta: Float[Any, " p_out"], *, rank: int, p_in: int, scaling: float, learning_rate: float
+) -> Float[Any, ""]:
     r"""Eq. 11: :math:`\|w\|_2 \approx \sqrt{p_{out}\, \eta^2 \gamma^4 r^2 p_{in} \max_i \delta_i^2}`.
 
     Assumes Eq. 9 and that every output's term equals the largest.
     """
-    largest = jnp.max(delta**2)
-    return jnp.sqrt(delta.shape[0] * learning_rate**2 * scaling**4 * rank**2 * p_in * largest)
+    largest = _of(delta).max(delta**2)
+    return _of(delta).sqrt(delta.shape[0] * learning_rate**2 * scaling**4 * rank**2 * p_in * largest)
 
 
 def eq12_constant(delta_max: float, *, p_out: int, p_in: int, learning_rate: float) -> float:

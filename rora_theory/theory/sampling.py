@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
+from rora_theory.draws import draw_A
 from rora_theory.errors import InputError
 from rora_theory.stats.moments import Estimate, Moments
 from rora_theory.theory import first_step
@@ -262,7 +263,7 @@ def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[
 
     def one(draw_key: PRNGKeyArray) -> Float[Array, "2"]:
         key_A, key_x, key_z = jax.random.split(draw_key, 3)
-        lora_A = inits.draw(key_A, kind.init, rank=rank, p_in=kind.p_in)
+        lora_A = draw_A(key_A, kind.init, rank=rank, p_in=kind.p_in)
         x = jax.random.normal(key_x, (kind.p_in,), jnp.float32)
         x_next = numbers["overlap"] * x + numbers["fresh"] * jax.random.normal(key_z, (kind.p_in,), jnp.float32)
         step = first_step.run(

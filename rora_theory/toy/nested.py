@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
+from rora_theory.draws import draw_A
 from rora_theory.inits import Init
 
 
@@ -27,7 +28,7 @@ def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
       True
     """
     rows = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(rank))
-    drawn = jax.vmap(lambda k: inits.draw(k, init, rank=1, p_in=p_in)[0])(rows)
+    drawn = jax.vmap(lambda k: draw_A(k, init, rank=1, p_in=p_in)[0])(rows)
     # "gaussian" alone has a deviation that depends on the rank.
     relative = inits.entries(init, rank=rank, p_in=p_in).deviation / inits.entries(init, rank=1, p_in=p_in).deviation
     return relative * drawn

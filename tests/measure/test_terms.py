@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rora_theory import inits
+from rora_theory.draws import draw_A
 from rora_theory.measure import terms
 from rora_theory.measure.layer_data import Layer
 from rora_theory.stats.moments import Moments, threshold
@@ -87,7 +87,7 @@ def test_shared_rows_are_adapters_of_autodiff(layer) -> None:
             rows=rows, epsilon=1e-2,
         )  # fmt: skip
         found = next(stream)
-        drawn = np.asarray(inits.draw(jax.random.fold_in(key, 0), init, rank=rows, p_in=20), np.float64)
+        drawn = np.asarray(draw_A(jax.random.fold_in(key, 0), init, rank=rows, p_in=20), np.float64)
         for rank, gammas, block in zip(ranks, scalings, found, strict=True):
             assert block.shape == (rows // rank, 2, 2, 2)
             # "gaussian" has deviation 1/r, and the rows were drawn at rank 8.

@@ -25,7 +25,8 @@ from support.pairings import (
 )
 
 from rora_theory import InputError
-from rora_theory.inits import INITS, draw, entries
+from rora_theory.draws import draw_A
+from rora_theory.inits import INITS, entries
 from rora_theory.stats.moments import threshold
 from rora_theory.theory import laws, sampling
 
@@ -145,7 +146,7 @@ def test_adam_fixed_data(init: str, epsilon: float) -> None:
         grad, x, rank=rank, scaling=gamma, optimizer="adam", init=init, epsilon=epsilon * gamma * scale
     )
     keys = jax.random.split(jax.random.key(1), n)
-    A = np.asarray(jax.vmap(lambda key: draw(key, init, rank=rank, p_in=p_in))(keys), np.float64)
+    A = np.asarray(jax.vmap(lambda key: draw_A(key, init, rank=rank, p_in=p_in))(keys), np.float64)
     u = A @ grad.T
     f = np.divide(u, np.abs(u) + epsilon * scale, out=np.zeros_like(u), where=u != 0)
     dm = -gamma * np.einsum("nri,nrj->nij", f, A)
@@ -239,7 +240,7 @@ def test_inits_are_those_of_their_names() -> None:
         "rademacher": (1.0, 1.0),
         "gaussian": (pytest.approx(1 / 16), 3.0),
     }
-    largest = float(np.max(np.abs(np.asarray(draw(jax.random.key(0), "kaiming_uniform", rank=4000, p_in=25)))))
+    largest = float(np.max(np.abs(np.asarray(draw_A(jax.random.key(0), "kaiming_uniform", rank=4000, p_in=25)))))
     assert 0.2 * (1 - 1e-3) < largest <= 0.2  # the largest of 10^5: below by 1e-3 with probability e^-100
 
 
@@ -248,7 +249,7 @@ def test_entries_are_drawn_as_told(init: str) -> None:
     """Variance and kurtosis of drawn entries; chi-square bounds of false alarm 1e-6 over both."""
     n, law = 400_000, entries(init, rank=5, p_in=7)
     keys = jax.random.split(jax.random.key(0), n // 35 + 1)
-    sample = np.asarray(jax.vmap(lambda key: draw(key, init, rank=5, p_in=7))(keys), np.float64).ravel()
+    sample = np.asarray(jax.vmap(lambda key: draw_A(key, init, rank=5, p_in=7))(keys), np.float64).ravel()
     z = stats.norm.isf(1e-6 / 4)
     for power, exact in ((2, law.variance), (4, law.kurtosis * law.variance**2)):
         values = sample**power

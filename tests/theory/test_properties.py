@@ -10,7 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rora_theory import scaling_factor
-from rora_theory.inits import INITS, draw
+from rora_theory.draws import draw_A
+from rora_theory.inits import INITS
 from rora_theory.paper import equations
 from rora_theory.theory import first_step, laws
 
@@ -33,7 +34,7 @@ layers = st.fixed_dictionaries(
 def one_step(layer: dict, scaling: float, *, turn: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     """w by autodiff and optax, and A, G, x' it came from; ``turn`` rotates the input space of all of them."""
     keys = jax.random.split(jax.random.key(layer["seed"]), 4)
-    A = draw(keys[0], layer["init"], rank=layer["rank"], p_in=layer["p_in"])
+    A = draw_A(keys[0], layer["init"], rank=layer["rank"], p_in=layer["p_in"])
     x = jax.random.normal(keys[1], (layer["p_in"],))
     fresh = jax.random.normal(keys[2], (layer["p_in"],))
     x_next = layer["overlap"] * x + math.sqrt(1 - layer["overlap"] ** 2) * fresh
@@ -188,7 +189,7 @@ def test_the_two_by_two_table(optimizer: laws.Optimizer, regime: str, overlap: f
 @given(layers)
 def test_only_B_moves_at_the_first_step(layer: dict) -> None:
     keys = jax.random.split(jax.random.key(layer["seed"]), 2)
-    A = draw(keys[0], layer["init"], rank=layer["rank"], p_in=layer["p_in"])
+    A = draw_A(keys[0], layer["init"], rank=layer["rank"], p_in=layer["p_in"])
     grad = jax.random.normal(keys[1], (layer["p_out"], layer["p_in"]))
     step = first_step.run(
         lambda dm: dm.inner(grad),

@@ -1,0 +1,98 @@
+"""What importing the package costs: no circle among its modules, no JAX for the laws, no extra for the core."""
+
+import ast
+import graphlib
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rora_theory
+
+ROOT = Path(__file__).parents[1]
+
+WITHOUT_JAX = (
+    *("rora_theory", "rora_theory.inits", "rora_theory.files", "rora_theory.seeds", "rora_theory.advice.transfer"),
+    *(f"rora_theory.theory.{name}" for name in ("laws", "horizon", "starts", "steps", "sign_expectation")),
+    *(f"rora_theory.stats.{name}" for name in ("moments", "slopes", "rate_optimum")),
+    *(f"rora_theory.paper.{name}" for name in ("equations", "published", "audit")),
+)
+
+CORE = (
+    *WITHOUT_JAX,
+    *("rora_theory.draws", "rora_theory.theory.first_step", "rora_theory.theory.sampling"),
+    *("rora_theory.paper.verdicts", "rora_theory.measure.layer_data", "rora_theory.measure.terms"),
+    "rora_theory.toy.dynamics",
+)
+
+HIDING = """
+import importlib, importlib.abc, sys
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {
+            "safetensors", "tokenizers", "gguf", "orbax", "grain", "huggingface_hub", "torch", "transformers", "peft"
+        }:
+            raise ImportError(f"hidden: {name}")
+sys.meta_path.insert(0, Hidden())
+"""
+"""What of the extras is installed can't be imported after this."""
+
+
+def fresh(code: str) -> str:
+    """What the code prints in a process of its own, with the extras hidden."""
+    done = subprocess.run(
+        [sys.executable, "-c", HIDING + code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout
+
+
+def test_the_laws_need_no_jax() -> None:
+    """Imported and called: equations of the paper with NumPy's arrays, a law, the exponent after the first step."""
+    code = f"""
+for name in {WITHOUT_JAX}:
+    importlib.import_module(name)
+    assert "jax" not in sys.modules, name
+import numpy as np
+from rora_theory.paper import equations
+from rora_theory.theory import horizon, laws
+lora_A, x = np.eye(2, 3), np.ones(3)
+print(float(equations.eq10_norm(np.ones(4), lora_A, x, x, 1.0, 0.5)))
+print(round(float(laws.first_step_moments(np.ones((4, 3)), x, rank=8, scaling=1.0).second_moment[0]), 6))
+print(horizon.rate_exponents(0.0).rank)
+assert "jax" not in sys.modules
+"""
+    assert fresh(code).split() == ["2.0", "720.0", "-1.0"]  # 720 = r (r + 2) |x|^4
+
+
+def test_the_core_needs_no_extra() -> None:
+    fresh(f"for name in {CORE}: importlib.import_module(name)")
+
+
+def imported(path: Path, names: set[str]) -> Iterator[str]:
+    """Modules of the package that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in names)
+        elif isinstance(node, ast.ImportFrom) and node.module in names:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in names else node.module
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    """An import inside a function is one as well, since it often hides a circle."""
+    names = {"rora_theory"} | {each.name for each in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
+    graph = {}
+    for name in names:
+        path = ROOT.joinpath(*name.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        graph[name] = set(imported(file, names)) - {name}
+    assert len(graph["rora_theory.theory.laws"]) >= 3  # the walk sees something
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))
