@@ -133,8 +133,11 @@ def prepare(path: Path) -> None:
     from jaxtyping import install_import_hook
 
     install_import_hook("rora_theory", "support.checker.checker")
-    for name in imports().keys() - dependents(_name(path)):
+    apart = dependents(_name(path))
+    for name in imports().keys() - apart:
         importlib.import_module(name)
+    for name in apart:  # a package's own imports can have brought the module along
+        sys.modules.pop(name, None)
 
 
 def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from figures import style
+from figures import loss_curves, style
+from rora_theory import digests, seals
 from rora_theory.errors import InputError
+from sims.common.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("names", [[], ["a.png", "a.svg", "table.md", "table.csv"], ["notes.txt", "manifest.json"]])
@@ -67,3 +69,26 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(
     with pytest.raises((InputError, SystemExit)) as caught:
         style.read_run(tmp_path, "regime")
     assert "is a pipe" in str(caught.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "results.csv", "result.json", "metrics.jsonl"])
+def test_a_run_or_cell_that_was_changed_is_not_drawn(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run by its manifest, a sweep's cell by its result."""
+    run, cell = RunFolder.open("regime", {}, out=tmp_path / "run"), tmp_path / "cell"
+    run.write("results.csv", "rank\n1\n")
+    run.finish(best_loss=1.5)
+    cell.mkdir()
+    (cell / "cell.json").write_text("{}")
+    (cell / "metrics.jsonl").write_text("{}\n")
+    known = {"metrics.jsonl": digests.of_file(cell / "metrics.jsonl")}
+    (cell / "result.json").write_text(json.dumps(seals.seal({"loss": 1.5, "files": known}, of="cell")))
+    read, folder = (style.read_run, run.path) if name in ("manifest.json", "results.csv") else (loss_curves.read, cell)
+    style.check_as_written(run.path)
+    style.check_as_written(cell, "result.json")
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace("1.5", "1.4") if "1.5" in text else text + "2\n")
+    with pytest.raises(SystemExit, match="2"):
+        read(folder)
+    assert f"{folder / name}: was changed since the run wrote it" in capsys.readouterr().err

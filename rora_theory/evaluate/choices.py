@@ -16,6 +16,10 @@ from rora_theory.data.tasks import Record
 from rora_theory.errors import InputError
 from rora_theory.llama.tokenizer import Tokenizer
 
+TEXTS = "2"
+"""Version of the texts that the protocols ask, in every run's identity: raised whenever one of them changes.
+2 capitalises HellaSwag's last fragment and keeps BoolQ's empty passage."""
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -16,7 +16,7 @@ size up to float rounding, so that only a near tie between two beams could turn 
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,7 +25,7 @@ from rora_theory.data.prompts import TEMPLATES, prompt
 from rora_theory.data.tasks import TASKS, Record
 from rora_theory.errors import InputError
 from rora_theory.evaluate.answers import parse_answer, response
-from rora_theory.evaluate.choices import Choice, encode_choices, harness_choices, label_choices
+from rora_theory.evaluate.choices import TEXTS, Choice, encode_choices, harness_choices, label_choices
 from rora_theory.evaluate.likelihood import log_likelihoods
 from rora_theory.llama import beginning
 from rora_theory.llama.config import LlamaConfig
@@ -48,12 +48,14 @@ class Scoring:
         ``label`` (the published training prompt unless said otherwise, so that the label strings stand where
         fine-tuning put them); None under ``harness``, which has its own text.
       num_beams, max_new_tokens: of ``generate``.
+      texts: version of what the protocols ask; not chosen, but part of what determines the results.
     """
 
     protocol: str
     template: str | None = None
     num_beams: int = 4
     max_new_tokens: int = 32
+    texts: str = field(default=TEXTS, init=False)
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from rora_theory.data.prompts import prompt
+from rora_theory import digests
+from rora_theory.data.prompts import TEMPLATES, prompt
 from rora_theory.data.tasks import TASKS, Record, render
 from rora_theory.errors import InputError
+from rora_theory.evaluate import choices
 from rora_theory.evaluate.choices import (
     Choice,
     Scored,
@@ -39,6 +41,20 @@ def test_harness_asks_what_lm_eval_asks(key: str) -> None:
     for index, expected in enumerate(GOLDEN["requests"][key]):
         found = [[choice.context, choice.continuation] for choice in harness_choices(_record(key, index))]
         assert found == expected
+
+
+def test_texts_that_change_have_another_version() -> None:
+    """One record of each task under every protocol and template: where this fails, raise `choices.TEXTS` too, so that
+    no run goes on with other texts."""
+    asked = [
+        [
+            *((choice.context, choice.continuation, choice.length) for choice in harness_choices(record)),
+            *((c.context, c.continuation) for template in TEMPLATES for c in label_choices(record, template)),
+            *(prompt(record.instruction, template) for template in TEMPLATES),
+        ]
+        for record in map(_record, TASKS)
+    ]
+    assert (choices.TEXTS, digests.of_json(asked)[:16]) == ("2", "b5ffb9dcc108d61f")
 
 
 @pytest.mark.parametrize(

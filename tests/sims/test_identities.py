@@ -17,6 +17,7 @@ import pytest
 from support import checkpoint
 
 from rora_theory import adapters, llama
+from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.llama import hub
 from sims import (
@@ -214,6 +215,15 @@ def test_an_adapter_is_both_its_files(model, data, adapter, tmp_path, monkeypatc
     assert alone.get("adapter_sha256") is None
     moved = start("evaluate", replace(config, adapter=adapter), monkeypatch).identity
     assert moved == found[0], "an adapter is not where it lies"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "rank_sweep"])
+def test_other_texts_of_a_protocol_are_another_run(name, model, data, monkeypatch) -> None:
+    config = settings(name, str(model), data)
+    found = [start(name, config, monkeypatch)]
+    monkeypatch.setattr(Scoring, "texts", "another version")
+    found.append(start(name, config, monkeypatch))
+    assert found[0].identity != found[1].identity
 
 
 NEUTRAL = {

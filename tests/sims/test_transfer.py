@@ -12,6 +12,7 @@ from support import checkpoint
 
 from rora_theory.advice.transfer import Setting
 from rora_theory.advice.transfer import transfer as carry
+from rora_theory.errors import InputError
 from sims import regime, transfer
 from sims.common import cli
 from sims.common.run_folder import RunFolder
@@ -128,6 +129,7 @@ def run(tmp_path) -> Path:
         for split in ("train", "heldout")
     ]  # fmt: skip
     folder.write_rows(regime.CROSSING_COLUMNS, rows, regime.CROSSINGS)
+    folder.finish()
     return folder.path
 
 
@@ -227,6 +229,13 @@ def test_check_on_a_model(tmp_path) -> None:
         assert abs(float(row["ratio"]) - expected) < 4.5 * error, plan  # 4 comparisons: false alarm 3e-5
     assert grown > 2  # so that the tuned step's return is no accident
     assert {row["plan"] for row in rows.values()} >= {"neither changed, use_rslora", "alpha by type"}
+
+
+def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
+    path = run / regime.CROSSINGS
+    path.write_text(path.read_text().replace("6.0", "9.0"))
+    with pytest.raises(InputError, match=f"{regime.CROSSINGS}: was changed since the run wrote it; accepted is the run"):
+        transfer.plan(transfer.Config(regime=str(run)))
 
 
 @pytest.mark.usefixtures("unchecked")
