@@ -234,7 +234,9 @@ def test_check_on_a_model(tmp_path) -> None:
 def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
     path = run / regime.CROSSINGS
     path.write_text(path.read_text().replace("6.0", "9.0"))
-    with pytest.raises(InputError, match=f"{regime.CROSSINGS}: was changed since the run wrote it; accepted is the run"):
+    with pytest.raises(
+        InputError, match=f"{regime.CROSSINGS}: was changed since the run wrote it; accepted is the run"
+    ):
         transfer.plan(transfer.Config(regime=str(run)))
 
 
