@@ -13,6 +13,7 @@ from rora_theory import InputError
 from rora_theory.seeds import COUNT, check_seed
 from sims import finetune
 from sims.common import cli
+from sims.common.run_folder import RunFolder
 
 WORK = {"finetune": "finetune", "rank_sweep": "sweep", "transfer": "main"}
 """A command's function of its configuration, where it is not ``run``."""
@@ -60,6 +61,7 @@ def test_a_seed_beyond_them_is_one_line(name, setting, seed, tmp_path, monkeypat
     value = {"seeds": (seed,), "training": finetune.FinetuneConfig(seed=seed)}.get(setting, seed)
     config = module.Config(**needed, **MORE.get(name, {}), **{setting: value, "out": tmp_path / "run"})
     monkeypatch.setattr(cli, "parse", lambda *_, **__: config)
+    monkeypatch.setattr(RunFolder, "open", lambda *_, **__: pytest.fail("not refused"))
     with pytest.raises(SystemExit) as stopped:
         cli.run(module.main if name == "prune" else lambda: getattr(module, WORK.get(name, "run"))(config))
     assert stopped.value.code == 2
