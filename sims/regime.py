@@ -3,39 +3,34 @@
     python -m sims.regime --model smollm2-135m --data DATA/ARC-Easy/train.json
 
 For each module: signal, cross-talk and crossing rank r* under SGD and Adam, on the batch itself and on held-out
-records, and the predicted rms of the first output change against rank. Then the judge: adapters are drawn and stepped
-at every rank, and what they measure must agree with the prediction. `results.csv` has a row a module, split, optimizer,
-init, rule and rank; `crossing_ranks.csv` what `sims.transfer --regime` reads; `judge.csv` the agreement by rank, and
-`verdict.json` whether it holds. `python -m figures.regime RUN` draws it.
+records, the predicted rms of the first output change against rank, and the steps after which A leads under Adam. Then
+the judge: adapters are drawn and stepped at every rank, and what they measure must agree with the prediction.
+Held-out tokens that the training batch has with the same beginning, and attention sinks, are left out.
+
+`results.csv` has a row a module, split, optimizer, init, rule and rank; `crossing_ranks.csv` what `sims.transfer
+--regime` reads; `takeover.csv` the distances at which A leads; `tokens.csv` how many tokens were read and left out;
+`judge.csv` the agreement by rank, and `verdict.json` whether it holds. `python -m figures.regime RUN` draws it.
 """
 
-import hashlib
-import itertools
 import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from scipy import stats
+import pandas as pd
 
 from rora_theory.adapters.lora import PAPER_TARGETS
-from rora_theory.adapters.targets import full_name, matched
-from rora_theory.advice.transfer import Setting, transfer
 from rora_theory.errors import InputError
-from rora_theory.inits import INITS, Init
-from rora_theory.llama import MODULES
-from rora_theory.measure import terms
-from rora_theory.measure.layer_data import SPLITS, Layer
-from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
-from rora_theory.seeds import check_seed
-from rora_theory.stats.moments import Moments, root
+from rora_theory.inits import Init
+from rora_theory.measure import regimes, terms, unseen
+from rora_theory.measure.layer_data import SPLITS
+from rora_theory.measure.module_regime import RegimeConfig, agreement, flat_kappa, judge
+from rora_theory.scaling import check_integer, check_positive
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
 from sims.common import cli, tables
 from sims.common.cells import Cells
@@ -46,7 +41,7 @@ from sims.common.run_folder import RunFolder
 from sims.common.scalings import check_ranks, parse_rule
 
 NAME = "regime"
-JUDGE, VERDICT = "judge.csv", "verdict.json"
+TAKEOVER, TOKENS, JUDGE, VERDICT = "takeover.csv", "tokens.csv", "judge.csv", "verdict.json"
 COLUMNS = (
     "layer", "module", "split", "optimizer", "init", "rule", "kappa", "rank", "alpha", "scaling", "predicted",
     "measured", "standard_error", "adapters",
@@ -62,7 +57,15 @@ UNITS = {
     "crossing_rank": "rank where signal and cross-talk, summed over tokens, are equal; quartiles over tokens",
     "linear_term": "c: the mean square of w is proportional to r^2 + c r at fixed gamma and deviation of A",
     "epsilon": terms.EPSILON,
+    "takeover": "distance that A's entries move, at a constant gradient under Adam, until A leads: steps times rate",
+    "turn_5 to turn_95": "distance at which so many per cent of the entries of G A^T have turned their sign",
+    "seen": "held-out tokens up to which the record begins as one of the training batch does: not read",
+    "sinks": f"others whose input's norm is above {unseen.SINK:g} times the median of the split's: not read",
 }
+TAKEOVER_COLUMNS = (
+    "layer", "module", "split", "init", "rank", "takeover", "turn_5", "turn_25", "turn_50", "turn_75", "turn_95",
+)  # fmt: skip
+TOKEN_COLUMNS = ("layer", "module", "split", "all", "seen", "sinks", "read")
 USER_RANKS = (8, 128)
 """Most users choose among these: the flat kappa is told between them."""
 
@@ -92,7 +95,10 @@ class Config:
     loss_on: Literal["all", "answer"] = "all"
     """tokens in the loss: all (the protocol), or the answer alone"""
     tokens: int = 64
-    """tokens of each split at which modules are read, drawn among all of it"""
+    """tokens of each split at which modules are read, drawn among all of it that the mask leaves"""
+    mask: bool = True
+    """leave out held-out tokens that share their whole beginning with the training batch (template, first tokens), and
+    attention sinks: an input whose norm is above 10 times the median of the module's held-out inputs"""
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     """ranks to predict and to step"""
     rules: tuple[str, ...] = ("lora", "rora", "0.25")
@@ -117,196 +123,46 @@ class Config:
     """run folder; none is results/regime/RUN_ID"""
 
 
-BLOCK_ROWS = 256
-"""Rows of A in one block."""
-
-MOST_ROWS = 10**8
-"""Most rows of A for each module and init."""
-
-
-def check(config: Config) -> dict[str, Rule]:
-    """The rules by their names. Raises `InputError` where a setting is out of range."""
+def check(config: Config) -> RegimeConfig:
+    """What the library is to measure. Raises `InputError` where a setting is out of range."""
     check_ranks(config.ranks, fewest=1)
-    rules: dict[str, Rule] = {}
-    for text in config.rules:
-        rules[text] = parse_rule(text, "--rules")
-        scaling_factor(rules[text], alpha=config.alpha, rank=max(config.ranks))
-    accepted = {"optimizers": OPTIMIZERS, "inits": INITS}
-    for name in ("rules", "optimizers", "inits", "targets"):
-        values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
-            raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are one or more, each once")
-        wrong = [value for value in values if name in accepted and value not in accepted[name]]
-        if wrong:
-            raise InputError(f"{name} has {wrong[0]!r}; accepted are {', '.join(accepted[name])}")
+    if not config.targets or len(set(config.targets)) < len(config.targets):
+        raise InputError(f"targets is {' '.join(config.targets)!r}; accepted are one or more, each once")
     cli.check_integers(config, items=1, heldout_items=1, tokens=1, cutoff=2, rows=0)
     for layer in config.layers or ():
         check_integer("--layers", layer, least=0)
-    if config.rows > MOST_ROWS:
-        raise InputError(
-            f"--rows is {config.rows}; accepted are at most {MOST_ROWS:,}: at rank 1 the rms is then known to 0.01% of "
-            "itself, and more would take days a module"
-        )
-    check_seed(config.seed)
-    least = 4 * max(config.ranks)
-    if config.rows and config.rows < least:
-        raise InputError(f"rows is {config.rows}; accepted are 0, or {least} or more: 4 adapters of the largest rank")
-    check_positive("learning_rate", config.learning_rate)
     check_positive("tolerance", config.tolerance)
     if not 0 < config.false_alarm < 1:
         raise InputError(f"false_alarm is {config.false_alarm}; accepted is a number between 0 and 1")
-    return rules
-
-
-def blocks(config: Config) -> tuple[int, int]:
-    """Rows of A in a block (room for the largest rank), and the number of blocks."""
-    size = max(BLOCK_ROWS, max(config.ranks))
-    return size, -(-config.rows // size)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One module's figures."""
-
-    crossings: list[dict[str, Any]]
-    rows: list[dict[str, Any]]
-
-
-def frames(config: Config, rules: dict[str, Rule], layer: int, module: str) -> Iterator[dict[str, Any]]:
-    """A module's rows without figures."""
-    for init in config.inits:
-        for optimizer in config.optimizers:
-            for text, rule in rules.items():
-                for rank in config.ranks:
-                    for split in SPLITS:
-                        yield {
-                            "layer": layer,
-                            "module": full_name(layer, module),
-                            "split": split,
-                            "optimizer": optimizer,
-                            "init": init,
-                            "rule": text,
-                            "kappa": exponent(rule),
-                            "rank": rank,
-                            "alpha": config.alpha,
-                            "scaling": scaling_factor(rule, alpha=config.alpha, rank=rank),
-                        }
-
-
-def measure(config: Config, rules: dict[str, Rule], layer: Layer, index: int, module: str) -> Measured:
-    """Crossing ranks, predictions and stepped adapters of one module."""
-    x = np.concatenate([layer.inputs[split] for split in SPLITS])
-    crossings: list[dict[str, Any]] = []
-    predicted: dict[tuple, float] = {}
-    for init in config.inits:
-        for optimizer in config.optimizers:
-            law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
-            crossings += [_crossing(law, layer, index, split) for split in SPLITS]
-            predicted |= predict(config, rules, layer, law)
-    measured = step(config, rules, layer) if config.rows else {}
-    rows = []
-    for frame in frames(config, rules, index, module):
-        key = tuple(frame[name] for name in ("init", "optimizer", "rule", "rank", "split"))
-        rows.append(frame | {"predicted": predicted[key]} | measured.get(key, {}))
-    return Measured(crossings, rows)
-
-
-def _places(layer: Layer) -> dict[str, slice]:
-    """Where each split's tokens are in all of them."""
-    edges = np.cumsum([0, *(len(layer.inputs[split]) for split in SPLITS)]).tolist()
-    return {split: slice(*pair) for split, pair in zip(SPLITS, itertools.pairwise(edges), strict=True)}
-
-
-def _crossing(law: terms.Terms, layer: Layer, index: int, split: str) -> dict[str, Any]:
-    found = law.crossing(_places(layer)[split])
-    p_out, p_in = layer.grad.shape
-    return {
-        "layer": index,
-        "module": layer.name,
-        "p_in": p_in,
-        "p_out": p_out,
-        "split": split,
-        "tokens": len(layer.inputs[split]),
-        "optimizer": law.optimizer,
-        "init": law.init,
-        "signal": found.signal,
-        "cross_talk": found.cross_talk,
-        "crossing_rank": found.rank,
-        "lower_quartile": found.quartiles[0],
-        "median": found.quartiles[1],
-        "upper_quartile": found.quartiles[2],
-        "linear_term": found.linear_term,
-    }
-
-
-def predict(config: Config, rules: dict[str, Rule], layer: Layer, law: terms.Terms) -> dict[tuple, float]:
-    """The law's rms by init, optimizer, rule, rank and split.
-
-    Under the first rule, which is stepped, with Adam's epsilon; under the others in the sign limit, where the rms of
-    another gamma is a power of it away.
-    """
-    found = {}
-    for position, (text, rule) in enumerate(rules.items()):
-        exact = law.rms(
-            config.ranks,
-            [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in config.ranks],
-            learning_rate=config.learning_rate,
-            epsilon=terms.EPSILON if position == 0 else 0.0,
-        )
-        for rank, row in zip(config.ranks, exact, strict=True):
-            for split, place in _places(layer).items():
-                found[law.init, law.optimizer, text, rank, split] = math.sqrt(float(np.mean(row[place] ** 2)))
-    return found
-
-
-def step(config: Config, rules: dict[str, Rule], layer: Layer) -> dict[tuple, dict[str, Any]]:
-    """The rms that adapters of each rank measure under the first rule, by the keys of `predict`."""
-    text, rule = next(iter(rules.items()))
-    size, count = blocks(config)
-    found = {}
-    for init in config.inits:
-        digest = hashlib.sha256(f"{layer.name} {init}".encode()).digest()
-        stream = terms.steps(
-            layer,
-            jax.random.fold_in(jax.random.key(config.seed), int.from_bytes(digest[:4], "little")),
-            ranks=config.ranks,
-            scalings=[[scaling_factor(rule, alpha=config.alpha, rank=rank)] for rank in config.ranks],
-            optimizers=config.optimizers,
-            learning_rate=config.learning_rate,
-            init=init,
-            rows=size,
-        )
-        moments: dict[tuple, Moments] = {}
-        for _ in range(count):
-            for rank, part in zip(config.ranks, next(stream), strict=True):
-                for o, optimizer in enumerate(config.optimizers):
-                    for s, split in enumerate(SPLITS):
-                        key = (init, optimizer, text, rank, split)
-                        moments[key] = moments.get(key, Moments()).add(part[:, 0, o, s])
-        for key, total in moments.items():
-            estimate = root(total.mean)
-            figures = {"measured": estimate.value, "standard_error": estimate.standard_error, "adapters": total.count}
-            found[key] = figures
-    return found
+    if len(set(config.rules)) < len(config.rules):
+        raise InputError(f"rules is {' '.join(config.rules)!r}; accepted are one or more, each once")
+    return RegimeConfig(
+        ranks=config.ranks,
+        rules={text: parse_rule(text, "--rules") for text in config.rules},
+        optimizers=config.optimizers,
+        inits=config.inits,
+        alpha=config.alpha,
+        learning_rate=config.learning_rate,
+        rows=config.rows,
+        tokens=config.tokens,
+        mask=config.mask,
+        seed=config.seed,
+    )
 
 
 def run(config: Config) -> None:
     """Measure, or go on with, a run; exit status 1 where the judge finds that the law fails."""
     from rora_theory import llama
-    from rora_theory.measure.model_layers import record
     from sims.common import real_batch
 
     started = time.monotonic()
-    rules = check(config)
+    measured = check(config)
     records = real_batch.digest(config.data)  # before the model, which takes longer
     places = pick(1)
     model = llama.load(config.model, config.dtype, config.revision)
     cli.tell(model.remarks)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
-    names = matched(model.config, targets, config.layers)
-    parts = [(int(name.split(".")[2]), name.split(".", 3)[3]) for name in names]
-    modules = [module for module in MODULES if any(module == part for _, part in parts)]
-    chosen = {layer: [part for at, part in parts if at == layer] for layer in sorted({at for at, _ in parts})}
+    modules = regimes.chosen(model.config, targets, config.layers)
     pair = real_batch.batches(
         config.data,
         model.tokenizer,
@@ -323,164 +179,60 @@ def run(config: Config) -> None:
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra)
     folder.update(model_layers=model.config.num_hidden_layers)
     kept = Cells(folder)
-    if any(f"layer {index}" not in kept for index in chosen):
-        train = record(model.params, model.config, pair.train, modules)
-        heldout = record(model.params, model.config, pair.heldout, modules, gradients=False)
-        folder.update(training_loss=train.loss, heldout_loss=heldout.loss)
-    with progress_bar("layers", len(chosen), fields="{module}") as bar:
+    if any(f"layer {index}" not in kept for index in modules):
+        recorded = regimes.read(model.params, model.config, pair.train, pair.heldout, regimes.kinds(modules))
+        folder.update(training_loss=recorded.train.loss, heldout_loss=recorded.heldout.loss)
 
-        def measure_layer(index: int) -> Any:
-            found = []
-            for module in chosen[index]:
-                bar.advance(0, module=full_name(index, module))
-                inputs = {
-                    split: recording.sample(module, index, config.tokens, config.seed)
-                    for split, recording in (("train", train), ("heldout", heldout))
-                }
-                layer = Layer(full_name(index, module), train.gradient(module, index), inputs)
-                found.append(measure(config, rules, layer, index, module))
-            return [c for one in found for c in one.crossings], [r for one in found for r in one.rows]
+    def measure_layer(index: int) -> Any:
+        return recorded.measure(measured, index, modules[index])
 
-        crossings: list[dict[str, Any]] = []
-        rows: list[dict[str, Any]] = []
-        for index, modules in chosen.items():
-            own, figures = kept.do(f"layer {index}", partial(measure_layer, index))
-            crossings += own
-            rows += figures
-            folder.write_rows(CROSSING_COLUMNS, crossings, CROSSINGS)
-            folder.write_rows(COLUMNS, rows)
-            bar.advance(1, module=full_name(index, modules[-1]))
-    verdict = judge(config, rows)
+    found = regimes.LayerRegime([], [], [], [])
+    with progress_bar("layers", len(modules), fields="{module}") as bar:
+        for index in modules:
+            bar.advance(0, module=f"layer {index}")
+            rows = kept.do(f"layer {index}", partial(measure_layer, index))
+            for table, part in zip(found, rows, strict=True):
+                table += part
+            folder.write_rows(CROSSING_COLUMNS, found.crossings, CROSSINGS)
+            folder.write_rows(COLUMNS, found.results)
+            folder.write_rows(TAKEOVER_COLUMNS, found.takeover, TAKEOVER)
+            folder.write_rows(TOKEN_COLUMNS, found.tokens, TOKENS)
+            bar.advance(1, module=f"layer {index}")
+    crossings, results, takeover, read = map(pd.DataFrame, found)
+    verdict = judge(results, false_alarm=config.false_alarm, tolerance=config.tolerance)
     if verdict is not None:
-        folder.write_rows(JUDGE_COLUMNS, agreement(config, rows), JUDGE)
+        folder.write_rows(JUDGE_COLUMNS, agreement(results).to_dict("records"), JUDGE)
         folder.write(VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
-    report(config, crossings, rows, verdict)
-    tables.print_text(f"{len(names)} modules in {time.monotonic() - started:.0f} s, written to {folder.path}")
+    report(config, crossings, results, takeover, read, verdict)
+    count = sum(map(len, modules.values()))
+    tables.print_text(f"{count} modules in {time.monotonic() - started:.0f} s, written to {folder.path}")
     if verdict is not None and verdict["verdict"] == "fails":
         sys.exit(1)
 
 
-def judge(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Whether every measured rms lies within its error bar or the tolerance of the predicted one; None: none measured.
-
-    The error bar is Student's for the number of adapters, two-sided, at false_alarm divided by the number of
-    comparisons (Bonferroni): with true laws, and no tolerance, one or more would fail with that probability.
-    """
-    tried = [row for row in rows if "measured" in row]
-    if not tried:
-        return None
-    bars = {
-        count: float(stats.t.isf(config.false_alarm / len(tried) / 2, count - 1))
-        for count in {row["adapters"] for row in tried}
-    }
-    gaps = np.array([row["measured"] / row["predicted"] - 1 for row in tried])
-    errors = np.array([row["standard_error"] / row["predicted"] for row in tried])
-    allowed = np.maximum(config.tolerance, errors * np.array([bars[row["adapters"]] for row in tried]))
-    t = gaps / errors
-    outside = np.abs(gaps) > allowed
-    worst = tried[int(np.argmax(np.abs(gaps) / allowed))]
-    names = ("module", "split", "optimizer", "init", "rank", "predicted", "measured", "standard_error")
-    return {
-        "verdict": "holds" if not outside.any() else "fails",
-        "comparisons": len(tried),
-        "outside": int(np.sum(outside)),
-        "false_alarm": config.false_alarm,
-        "tolerance": config.tolerance,
-        "error_bars_in_standard_errors": {str(count): round(bar, 3) for count, bar in sorted(bars.items())},
-        "within_tolerance": float(np.mean(np.abs(gaps) <= config.tolerance)),
-        "largest_deviation": float(np.max(np.abs(gaps))),
-        "largest_t": float(np.max(np.abs(t))),
-        "rms_t": float(np.sqrt(np.mean(t**2))),
-        "median_relative_standard_error": float(np.median(errors)),
-        "nearest_to_failing": {name: worst[name] for name in names},
-    }
-
-
-def agreement(config: Config, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Measured over predicted by optimizer, init, split and rank: means over modules, whose draws are independent."""
-    found = []
-    for optimizer in config.optimizers:
-        for init in config.inits:
-            for split in SPLITS:
-                for rank in config.ranks:
-                    key = (optimizer, init, split, rank)
-                    own = [
-                        row
-                        for row in rows
-                        if "measured" in row and tuple(row[k] for k in ("optimizer", "init", "split", "rank")) == key
-                    ]
-                    # Mean squares, which are unbiased; their root halves the deviation.
-                    squares = np.array([(row["measured"] / row["predicted"]) ** 2 for row in own])
-                    spread = np.array([row["standard_error"] / row["predicted"] for row in own])
-                    ratios = np.sqrt(squares)
-                    mean = math.sqrt(float(np.mean(squares)))
-                    found.append(
-                        {
-                            "optimizer": optimizer,
-                            "init": init,
-                            "split": split,
-                            "rank": rank,
-                            "modules": len(own),
-                            "mean_ratio": mean,
-                            "standard_error": float(np.sqrt(np.sum((spread * ratios) ** 2))) / len(own) / mean,
-                            "largest_deviation": float(np.max(np.abs(ratios - 1))),
-                            "largest_t": float(np.max(np.abs((ratios - 1) / spread))),
-                        }
-                    )
-    return found
-
-
 def report(
     config: Config,
-    crossings: Sequence[dict[str, Any]],
-    rows: Sequence[dict[str, Any]],
+    crossings: pd.DataFrame,
+    results: pd.DataFrame,
+    takeover: pd.DataFrame,
+    tokens: pd.DataFrame,
     verdict: dict[str, Any] | None,
 ) -> None:
-    """Print crossing ranks by type and depth, and the judge's verdict."""
-    low, high = USER_RANKS
-    kinds = list(dict.fromkeys(row["module"].rpartition(".")[2] for row in crossings))
+    """Print crossing ranks and takeover by type and depth, and the judge's verdict."""
     init = config.inits[0]
     for optimizer in config.optimizers:
-        table = []
-        for kind in kinds:
-            for name, layers in _thirds(sorted({row["layer"] for row in crossings})):
-                ranks: list[str] = []
-                kappas: list[str] = []
-                for split in SPLITS:
-                    own = [
-                        row
-                        for row in crossings
-                        if row["module"].rpartition(".")[2] == kind
-                        and row["layer"] in layers
-                        and (row["optimizer"], row["split"], row["init"]) == (optimizer, split, init)
-                    ]
-                    if not own:
-                        ranks, kappas = [*ranks, ""], [*kappas, ""]
-                        continue
-                    whole, bottom, top = (
-                        float(np.median([row[k] for row in own]))
-                        for k in ("crossing_rank", "lower_quartile", "upper_quartile")
-                    )
-                    flat = [flat_kappa(optimizer, init, row["linear_term"]) for row in own]
-                    ranks.append(f"{whole:.1f} ({bottom:.1f}-{top:.1f})")
-                    kappas.append(f"{min(flat):.2f}-{max(flat):.2f}")
-                table.append([kind, name, *ranks, *kappas])
-        tables.print_table(
-            f"{optimizer}, A {init}: crossing rank r* (quartiles over tokens), medians over layers; kappa: the "
-            f"exponent whose first step is as large at rank {high} as at {low}, range over layers",
-            ["module", "layers", *(f"{what} {split}" for what in ("r*", "kappa") for split in SPLITS)],
-            table,
-            left=2,
-        )
+        _print_crossings(optimizer, init, crossings, tokens)
+    if len(takeover):
+        _print_takeover(config.learning_rate, init, takeover)
     if verdict is None:
         return
+    heldout = agreement(results).query("split == 'heldout'")
     cells = {
-        (row["optimizer"], row["init"], row["rank"]): (
-            f"{row['mean_ratio']:.4f} ± {row['standard_error']:.4f} ({row['largest_deviation']:.1%})"
+        (row.optimizer, row.init, row.rank): (
+            f"{row.mean_ratio:.4f} ± {row.standard_error:.4f} ({row.largest_deviation:.1%})"
         )
-        for row in agreement(config, rows)
-        if row["split"] == "heldout"
+        for row in heldout.itertuples()
     }
     for optimizer in config.optimizers:
         tables.print_table(
@@ -497,11 +249,81 @@ def report(
     )
 
 
-def flat_kappa(optimizer: Optimizer, init: Init, linear_term: float) -> float:
-    """The kappa of ``gamma = alpha / r**kappa`` whose first step is as large at the larger of `USER_RANKS`."""
+def _print_crossings(optimizer: Optimizer, init: Init, crossings: pd.DataFrame, tokens: pd.DataFrame) -> None:
     low, high = USER_RANKS
-    carried = transfer(Setting(low, 1.0, 1.0, 0.0, optimizer, init), high, {"module": linear_term})
-    return -math.log(carried.alpha) / math.log(high / low)
+    own = crossings[(crossings["optimizer"] == optimizer) & (crossings["init"] == init)]
+    rows = []
+    for kind, name, parts in _places(own):
+        ranks, kappas = [], []
+        for split in SPLITS:
+            part = parts[parts["split"] == split]
+            pooled, lower, median, upper = (
+                float(part[column].median())
+                for column in ("crossing_rank", "lower_quartile", "median", "upper_quartile")
+            )
+            flat = [flat_kappa(optimizer, init, c, low=low, high=high) for c in part["linear_term"]]
+            ranks += [f"{pooled:.1f}", f"{median:.1f} ({lower:.1f}-{upper:.1f})"]
+            kappas.append(f"{min(flat):.2f}-{max(flat):.2f}")
+        rows.append([kind, name, *ranks, *kappas, _left_out(tokens, set(parts["module"]))])
+    tables.print_table(
+        f"{optimizer}, A {init}: crossing rank r* of all tokens together (pooled) and of a token (median and quartiles "
+        f"over tokens), medians over layers; kappa: the exponent whose first step is as large at rank {high} as at "
+        f"{low}, range over layers; left out: held-out tokens of a module that begin as the training batch does + "
+        "sinks, of all",
+        [
+            "module",
+            "layers",
+            *(f"r* {what} {split}" for split in SPLITS for what in ("pooled", "median")),
+            *(f"kappa {split}" for split in SPLITS),
+            "left out",
+        ],
+        rows,
+        left=2,
+    )
+
+
+def _print_takeover(learning_rate: float, init: Init, takeover: pd.DataFrame) -> None:
+    own = takeover[takeover["init"] == init]
+    rows = []
+    for kind, name, parts in _places(own):
+        cells = [
+            _over_layers(part["takeover"] / learning_rate) for _, part in parts.groupby(["split", "rank"], sort=False)
+        ]
+        rows.append([kind, name, *cells, f"{(parts['turn_5'] / learning_rate).median():.1f}"])
+    heads = [f"r = {rank} {split}" for split, rank in own[["split", "rank"]].drop_duplicates().itertuples(index=False)]
+    tables.print_table(
+        f"Adam, A {init}: steps t_A at rate {learning_rate:g} and a constant gradient after which A leads, median over "
+        "layers (range); turn: steps after which 5% of the entries of G A^T have turned their sign, far beyond which "
+        "the law is approximate",
+        ["module", "layers", *heads, "turn"],
+        rows,
+        left=2,
+    )
+
+
+def _over_layers(values: pd.Series) -> str:
+    text = f"{values.median():.1f}"
+    return text if len(values) == 1 else f"{text} ({values.min():.1f}-{values.max():.1f})"
+
+
+def _places(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Type of module, name of a third of the layers, and its rows."""
+    kinds = rows["module"].str.rpartition(".")[2]
+    for kind in dict.fromkeys(kinds):
+        for name, layers in _thirds(sorted(set(rows["layer"]))):
+            part = rows[(kinds == kind) & rows["layer"].isin(layers)]
+            if len(part):
+                yield kind, name, part
+
+
+def _left_out(tokens: pd.DataFrame, modules: set[str]) -> str:
+    """Held-out tokens of a module that were not read, a range where modules differ; nothing where no one knows."""
+    if not len(tokens):
+        return ""
+    own = tokens[tokens["module"].isin(modules) & (tokens["split"] == "heldout")]
+    low, high = own["sinks"].min(), own["sinks"].max()
+    sinks = f"{low}" if low == high else f"{low}-{high}"
+    return f"{own['seen'].iloc[0]}+{sinks} of {own['all'].iloc[0]}"
 
 
 def _thirds(layers: list[int]) -> list[tuple[str, set[int]]]:

@@ -172,7 +172,7 @@ class RunFolder:
         known = self._manifest["files"].items()
         self.update(files={file: digest for file, digest in known if not file.startswith(f"{name}/")})
 
-    def write_rows(self, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], name: str = "results.csv") -> Path:
+    def write_rows(self, columns: Sequence[str], rows: Iterable[Mapping[Any, Any]], name: str = "results.csv") -> Path:
         """Write a tidy CSV whole; floats keep every digit (``repr``), None is empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

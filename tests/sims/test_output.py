@@ -11,6 +11,7 @@ import re
 import typing
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -125,7 +126,8 @@ def test_regime(printed) -> None:
     verdict = json.loads((folder / "verdict.json").read_text())
     crossings = typed(folder / "crossing_ranks.csv")
     rows = [known(row) for row in typed(folder / "results.csv")]
-    regime.report(config, crossings, rows, verdict)
+    none = pd.DataFrame()
+    regime.report(config, pd.DataFrame(crossings), pd.DataFrame(rows), none, none, verdict)
     assert "verdict: holds." in "\n".join(printed())
 
 

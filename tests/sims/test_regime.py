@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from support import checkpoint
 
@@ -16,7 +17,8 @@ from figures import style
 from rora_theory import InputError, scaling_factor
 from rora_theory.finetune import read_records, split, tokenize
 from rora_theory.llama import load
-from rora_theory.measure.model_layers import record
+from rora_theory.measure import module_regime, unseen
+from rora_theory.measure.model_layers import real_tokens, record
 from rora_theory.theory import laws
 from sims import regime
 from sims.common import cli, real_batch
@@ -118,7 +120,9 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None
     for row in rows_of(finished / "crossing_ranks.csv"):
         if (row["optimizer"], row["init"]) == ("sgd", "gaussian"):
             module, layer = row["module"].split(".", 3)[3], int(row["layer"])
-            grad, x = read["train"].gradient(module, layer), read[row["split"]].sample(module, layer, 16, 0)
+            masked = unseen.seen(pair.heldout, [pair.train])[real_tokens(pair.heldout)]
+            masked = masked | unseen.sinks(read["heldout"].inputs[module][layer]) if row["split"] == "heldout" else None
+            grad, x = read["train"].gradient(module, layer), read[row["split"]].sample(module, layer, 16, 0, masked)
             expected = np.sum(np.float64(grad) ** 2) * np.mean(np.sum(np.float64(x) ** 2, axis=1))
             assert float(row["cross_talk"]) == pytest.approx(expected, rel=1e-5)
 
@@ -139,8 +143,7 @@ def test_the_judge_can_fail(finished) -> None:
         for row in rows_of(finished / "results.csv")
         if row["measured"]
     ]
-    config = regime.Config(data=(), **SMALL)
-    verdict = regime.judge(config, rows)
+    verdict = module_regime.judge(pd.DataFrame(rows))
     bars = {int(count): bar for count, bar in verdict["error_bars_in_standard_errors"].items()}
     for factor, word in ((0.99, "holds"), (1.05, "fails")):
         row = max(rows, key=lambda row: row["standard_error"] / row["predicted"])
@@ -149,7 +152,7 @@ def test_the_judge_can_fail(finished) -> None:
             other if other is not row else row | {"measured": row["predicted"] * (1 + factor * allowed)}
             for other in rows
         ]
-        assert regime.judge(config, changed)["verdict"] == word
+        assert module_regime.judge(pd.DataFrame(changed))["verdict"] == word
 
 
 def judged_row(measured: float, error: float, adapters: int = 1000, **more: object) -> dict:
@@ -169,21 +172,21 @@ def judged_row(measured: float, error: float, adapters: int = 1000, **more: obje
 )
 def test_the_judge_s_two_bars(measured: float, error: float, word: str) -> None:
     """The larger of 2% and the error bar, 2.58 standard errors at one comparison: not their sum, not the smaller."""
-    config = regime.Config(data=(), false_alarm=0.01)
-    found = regime.judge(config, [judged_row(measured, error)])
+    found = module_regime.judge(pd.DataFrame([judged_row(measured, error)]), false_alarm=0.01)
     assert (found["verdict"], found["outside"]) == (word, int(word == "fails"))
     assert found["error_bars_in_standard_errors"]["1000"] == pytest.approx(2.58, abs=0.01)
-    two = regime.judge(config, [judged_row(measured, error), judged_row(1.0, 1.0, adapters=4)])
+    two = module_regime.judge(pd.DataFrame([judged_row(measured, error), judged_row(1.0, 1.0, adapters=4)]))
     assert two["error_bars_in_standard_errors"]["4"] == pytest.approx(7.45, abs=0.01)  # Student's t, at half of it
 
 
 def test_agreement_is_a_mean_over_modules() -> None:
     """Its error is that of a mean of independent modules: half of one's for four alike."""
-    config = regime.Config(data=(), ranks=(1,), optimizers=("sgd",), inits=("gaussian",))
     rows = [judged_row(ratio, 0.02, split=name) for name in ("train", "heldout") for ratio in (1.0, 1.0, 1.0, 1.0)]
-    for line in regime.agreement(config, rows):
-        assert (line["modules"], line["mean_ratio"], line["largest_deviation"]) == (4, 1.0, 0.0)
-        assert line["standard_error"] == pytest.approx(0.01)
+    found = module_regime.agreement(pd.DataFrame(rows))
+    assert list(found["split"]) == ["train", "heldout"]
+    for line in found.itertuples():
+        assert (line.modules, line.mean_ratio, line.largest_deviation) == (4, 1.0, 0.0)
+        assert line.standard_error == pytest.approx(0.01)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path) -> None:
@@ -194,7 +197,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path
     first, second = (finished / CELLS).read_text().splitlines(keepends=True)
     (out / CELLS).write_text(first + second[:-1])
     regime.run(regime.Config(**inputs, **SMALL, out=out))
-    for name in ("results.csv", "crossing_ranks.csv", "judge.csv", "verdict.json"):
+    for name in ("results.csv", "crossing_ranks.csv", "takeover.csv", "tokens.csv", "judge.csv", "verdict.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
@@ -263,7 +266,7 @@ def test_a_damaged_file_is_named(inputs, finished, tmp_path) -> None:
 def test_flat_kappa() -> None:
     """The four corners of the table, and the init whose deviation falls as 1/r."""
     flat = {
-        (optimizer, init, c): round(regime.flat_kappa(optimizer, init, c), 9)
+        (optimizer, init, c): round(module_regime.flat_kappa(optimizer, init, c), 9)
         for optimizer in laws.OPTIMIZERS
         for init in ("kaiming_uniform", "gaussian")
         for c in (0.0, math.inf)

@@ -1,0 +1,367 @@
+r"""Which regime a module is in, by rank, optimizer and init, and whether adapters really stepped agree with the law.
+
+From one layer's gradient and inputs (`layer_data.Layer`): signal, cross-talk and crossing rank r*, the predicted root
+mean square of the first change, that of adapters really drawn and stepped, and the distance at which A takes over
+under Adam. `rora_theory.measure.regime` goes through a model with it.
+
+Results are tidy: a row one measured thing, floats with every digit.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pandas as pd
+from jaxtyping import PRNGKeyArray
+from scipy import stats
+
+from rora_theory import inits
+from rora_theory.advice.transfer import Setting, transfer
+from rora_theory.errors import InputError
+from rora_theory.inits import INITS, Init
+from rora_theory.measure import terms
+from rora_theory.measure.layer_data import SPLITS, Layer
+from rora_theory.scaling import Rule, check_integer, check_positive, check_rank, exponent, scaling_factor
+from rora_theory.seeds import check_seed
+from rora_theory.stats.moments import Moments, root
+from rora_theory.theory import horizon
+from rora_theory.theory.laws import OPTIMIZERS, Optimizer
+
+TAKEOVER_RANKS = (8, 32, 128)
+"""Ranks whose takeover distance is told."""
+
+TAKEOVER_ROWS = 256
+"""Rows of A that a takeover distance rests on."""
+
+TURNS = (5, 25, 50, 75, 95)
+"""Per cent of the entries of G A^T that have turned their sign at the distances ``turn_5`` to ``turn_95``."""
+
+BLOCK_ROWS = 256
+"""Rows of A in one block."""
+
+MOST_ROWS = 10**8
+"""Most rows of A for each module and init."""
+
+
+@dataclass(frozen=True)
+class RegimeConfig:
+    """What to measure of every module, and how finely.
+
+    Attributes:
+      ranks: to predict and to step.
+      rules: scaling rules by the name that the results call them; adapters are stepped under the first.
+      optimizers, inits: whose step, from which laws of A.
+      alpha, learning_rate: of every rule and step, above 0.
+      rows: rows of A drawn for each module and init, dealt out as rows / r adapters at every rank; 0 steps none.
+      tokens: of each split at which modules are read, drawn among those that count; 1 or more.
+      mask: leave out held-out tokens that share something with the training batch, and sinks: see `unseen`.
+      seed: of the tokens and the adapters.
+
+    Raises:
+      InputError: a value out of range.
+    """
+
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    rules: Mapping[str, Rule] = field(default_factory=lambda: {"lora": "lora", "rora": "rora", "0.25": 0.25})
+    optimizers: tuple[Optimizer, ...] = OPTIMIZERS
+    inits: tuple[Init, ...] = ("kaiming_uniform", "gaussian")
+    alpha: float = 16.0
+    learning_rate: float = 3e-4
+    rows: int = 4096
+    tokens: int = 64
+    mask: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        accepted = {"optimizers": OPTIMIZERS, "inits": INITS}
+        for name in ("ranks", "rules", "optimizers", "inits"):
+            values = tuple(getattr(self, name))
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are one or more, each once")
+            wrong = [value for value in values if name in accepted and value not in accepted[name]]
+            if wrong:
+                raise InputError(f"{name} has {wrong[0]!r}; accepted are {', '.join(accepted[name])}")
+        for rank in self.ranks:
+            check_rank(rank)
+        for rule in self.rules.values():
+            scaling_factor(rule, alpha=self.alpha, rank=max(self.ranks))
+        check_integer("tokens", self.tokens)
+        check_integer("rows", self.rows, least=0)
+        if self.rows > MOST_ROWS:
+            raise InputError(
+                f"--rows is {self.rows}; accepted are at most {MOST_ROWS:,}: at rank 1 the rms is then known to 0.01% "
+                "of itself, and more would take days a module"
+            )
+        check_seed(self.seed)
+        least = 4 * max(self.ranks)
+        if self.rows and self.rows < least:
+            raise InputError(f"rows is {self.rows}; accepted are 0, or {least} or more: 4 adapters of the largest rank")
+        check_positive("learning_rate", self.learning_rate)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Rows of A in a block (room for the largest rank), and the number of blocks."""
+        size = max(BLOCK_ROWS, max(self.ranks))
+        return size, -(-self.rows // size)
+
+    def scalings(self, rule: Rule) -> list[float]:
+        """Gamma of every rank."""
+        return [scaling_factor(rule, alpha=self.alpha, rank=rank) for rank in self.ranks]
+
+
+class ModuleRegime(NamedTuple):
+    """One module's figures, as rows of tables.
+
+    Attributes:
+      crossings: a row a split, optimizer and init: signal, cross-talk, r* with its quartiles, the linear term.
+      results: a row a split, optimizer, init, rule and rank: predicted and, under the first rule, measured rms.
+      takeover: a row a split, init and rank: the distance at which A leads under Adam.
+    """
+
+    crossings: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+    takeover: list[dict[str, Any]]
+
+
+def measure(config: RegimeConfig, layer: Layer, index: int) -> ModuleRegime:
+    """Crossing ranks, predictions, stepped adapters and takeover distances of one module of layer ``index``."""
+    x = np.concatenate([layer.inputs[split] for split in SPLITS])
+    crossings: list[dict[str, Any]] = []
+    predicted: dict[tuple, float] = {}
+    for init in config.inits:
+        for optimizer in config.optimizers:
+            law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
+            crossings += [_crossing(law, layer, index, split) for split in SPLITS]
+            predicted |= predict(config, layer, law)
+    measured = step(config, layer) if config.rows else {}
+    results = []
+    for row in _cells(config, index, layer.name):
+        key = tuple(row[name] for name in ("init", "optimizer", "rule", "rank", "split"))
+        results.append(row | {"predicted": predicted[key]} | measured.get(key, {}))
+    return ModuleRegime(crossings, results, takeover(config, layer, index) if "adam" in config.optimizers else [])
+
+
+def _cells(config: RegimeConfig, index: int, module: str) -> Iterator[dict[str, Any]]:
+    """A module's rows without figures."""
+    for init in config.inits:
+        for optimizer in config.optimizers:
+            for name, rule in config.rules.items():
+                for rank, scaling in zip(config.ranks, config.scalings(rule), strict=True):
+                    for split in SPLITS:
+                        yield {
+                            "layer": index,
+                            "module": module,
+                            "split": split,
+                            "optimizer": optimizer,
+                            "init": init,
+                            "rule": name,
+                            "kappa": exponent(rule),
+                            "rank": rank,
+                            "alpha": config.alpha,
+                            "scaling": scaling,
+                        }
+
+
+def _places(layer: Layer) -> dict[str, slice]:
+    """Where each split's tokens are in all of them."""
+    edges = np.cumsum([0, *(len(layer.inputs[split]) for split in SPLITS)]).tolist()
+    return {split: slice(*pair) for split, pair in zip(SPLITS, itertools.pairwise(edges), strict=True)}
+
+
+def _crossing(law: terms.Terms, layer: Layer, index: int, split: str) -> dict[str, Any]:
+    found = law.crossing(_places(layer)[split])
+    p_out, p_in = layer.grad.shape
+    return {
+        "layer": index,
+        "module": layer.name,
+        "p_in": p_in,
+        "p_out": p_out,
+        "split": split,
+        "tokens": len(layer.inputs[split]),
+        "optimizer": law.optimizer,
+        "init": law.init,
+        "signal": found.signal,
+        "cross_talk": found.cross_talk,
+        "crossing_rank": found.rank,
+        "lower_quartile": found.quartiles[0],
+        "median": found.quartiles[1],
+        "upper_quartile": found.quartiles[2],
+        "linear_term": found.linear_term,
+    }
+
+
+def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple, float]:
+    """The law's rms by init, optimizer, rule, rank and split.
+
+    Under the first rule, which is stepped, with Adam's epsilon; under the others in the sign limit, where the rms of
+    another gamma is a power of it away.
+    """
+    found = {}
+    for position, (name, rule) in enumerate(config.rules.items()):
+        exact = law.rms(
+            config.ranks,
+            config.scalings(rule),
+            learning_rate=config.learning_rate,
+            epsilon=terms.EPSILON if position == 0 else 0.0,
+        )
+        for rank, row in zip(config.ranks, exact, strict=True):
+            for split, place in _places(layer).items():
+                found[law.init, law.optimizer, name, rank, split] = math.sqrt(float(np.mean(row[place] ** 2)))
+    return found
+
+
+def step(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
+    """The rms that adapters of each rank measure under the first rule, by the keys of `predict`."""
+    name, rule = next(iter(config.rules.items()))
+    size, count = config.blocks
+    found = {}
+    for init in config.inits:
+        stream = terms.steps(
+            layer,
+            _key(config, layer.name, init),
+            ranks=config.ranks,
+            scalings=[[scaling] for scaling in config.scalings(rule)],
+            optimizers=config.optimizers,
+            learning_rate=config.learning_rate,
+            init=init,
+            rows=size,
+        )
+        moments: dict[tuple, Moments] = {}
+        for _ in range(count):
+            for rank, part in zip(config.ranks, next(stream), strict=True):
+                for o, optimizer in enumerate(config.optimizers):
+                    for s, split in enumerate(SPLITS):
+                        key = (init, optimizer, name, rank, split)
+                        moments[key] = moments.get(key, Moments()).add(part[:, 0, o, s])
+        for key, total in moments.items():
+            estimate = root(total.mean)
+            figures = {"measured": estimate.value, "standard_error": estimate.standard_error, "adapters": total.count}
+            found[key] = figures
+    return found
+
+
+def takeover(config: RegimeConfig, layer: Layer, index: int) -> list[dict[str, Any]]:
+    """The distance that A's entries move under Adam until A leads, of `horizon.row_terms`, by split, init and rank.
+
+    Over the learning rate it is t_A, a number of steps. ``turn_5`` to ``turn_95`` are the distances at which so many
+    per cent of the entries of G A^T have turned their sign: far beyond the first the law is only approximate.
+    """
+    found = []
+    for init in config.inits:
+        lora_A = inits.draw(_key(config, layer.name, init, "takeover"), init, rank=TAKEOVER_ROWS, p_in=_p_in(layer))
+        drawn = inits.entries(init, rank=TAKEOVER_ROWS, p_in=_p_in(layer)).deviation
+        for split in SPLITS:
+            rows = horizon.row_terms(layer.grad, layer.inputs[split], np.asarray(lora_A))
+            for rank in TAKEOVER_RANKS:
+                # Signs don't know A's deviation: where it depends on the rank, every distance is proportional to it.
+                relative = inits.entries(init, rank=rank, p_in=_p_in(layer)).deviation / drawn
+                found.append(
+                    {
+                        "layer": index,
+                        "module": layer.name,
+                        "split": split,
+                        "init": init,
+                        "rank": rank,
+                        "takeover": relative * rows.takeover(rank),
+                        **{f"turn_{n}": relative * turn for n, turn in zip(TURNS, rows.turn, strict=True)},
+                    }
+                )
+    return found
+
+
+def _p_in(layer: Layer) -> int:
+    return int(layer.grad.shape[1])
+
+
+def _key(config: RegimeConfig, *words: str) -> PRNGKeyArray:
+    """A stream of draws of its own for what ``words`` name."""
+    digest = hashlib.sha256(" ".join(words).encode()).digest()
+    return jax.random.fold_in(jax.random.key(config.seed), int.from_bytes(digest[:4], "little"))
+
+
+def flat_kappa(optimizer: Optimizer, init: Init, linear_term: float, *, low: int = 8, high: int = 128) -> float:
+    """The kappa of ``gamma = alpha / r**kappa`` whose first step is as large at rank ``high`` as at ``low``.
+
+    Args:
+      optimizer, init: whose step, from which A.
+      linear_term: c, a column of the crossing ranks.
+      low, high: ranks.
+    """
+    carried = transfer(Setting(low, 1.0, 1.0, 0.0, optimizer, init), high, {"module": linear_term})
+    return -math.log(carried.alpha) / math.log(high / low)
+
+
+def judge(results: pd.DataFrame, *, false_alarm: float = 0.01, tolerance: float = 0.02) -> dict[str, Any] | None:
+    """Whether every measured rms lies within its error bar or the tolerance of the predicted one; None: none measured.
+
+    The error bar is Student's for the number of adapters, two-sided, at false_alarm divided by the number of
+    comparisons (Bonferroni): with true laws, and no tolerance, one or more would fail with that probability.
+
+    Args:
+      results: of `ModuleRegime`, of any modules.
+      false_alarm: probability that a true law fails somewhere.
+      tolerance: relative difference that is allowed whatever the error bar.
+    """
+    tried = _tried(results)
+    if tried.empty:
+        return None
+    adapters = tried["adapters"].astype(int)
+    bars = {count: float(stats.t.isf(false_alarm / len(tried) / 2, count - 1)) for count in sorted(set(adapters))}
+    gaps = (tried["measured"] / tried["predicted"] - 1).to_numpy(float)
+    errors = (tried["standard_error"] / tried["predicted"]).to_numpy(float)
+    allowed = np.maximum(tolerance, errors * adapters.map(bars).to_numpy(float))
+    t = gaps / errors
+    outside = np.abs(gaps) > allowed
+    names = ["module", "split", "optimizer", "init", "rank", "predicted", "measured", "standard_error"]
+    worst = tried.iloc[[int(np.argmax(np.abs(gaps) / allowed))]][names].to_dict("records")[0]
+    return {
+        "verdict": "holds" if not outside.any() else "fails",
+        "comparisons": len(tried),
+        "outside": int(np.sum(outside)),
+        "false_alarm": false_alarm,
+        "tolerance": tolerance,
+        "error_bars_in_standard_errors": {str(count): round(bar, 3) for count, bar in bars.items()},
+        "within_tolerance": float(np.mean(np.abs(gaps) <= tolerance)),
+        "largest_deviation": float(np.max(np.abs(gaps))),
+        "largest_t": float(np.max(np.abs(t))),
+        "rms_t": float(np.sqrt(np.mean(t**2))),
+        "median_relative_standard_error": float(np.median(errors)),
+        "nearest_to_failing": worst,
+    }
+
+
+def agreement(results: pd.DataFrame) -> pd.DataFrame:
+    """Measured over predicted by optimizer, init, split and rank: means over modules, whose draws are independent."""
+    found = []
+    keys = ["optimizer", "init", "split", "rank"]
+    for key, own in _tried(results).groupby(keys, sort=False):
+        # Mean squares, which are unbiased; their root halves the deviation.
+        squares = ((own["measured"] / own["predicted"]) ** 2).to_numpy(float)
+        spread = (own["standard_error"] / own["predicted"]).to_numpy(float)
+        ratios, mean = np.sqrt(squares), math.sqrt(float(np.mean(squares)))
+        found.append(
+            dict(zip(keys, key, strict=True))
+            | {
+                "modules": len(own),
+                "mean_ratio": mean,
+                "standard_error": float(np.sqrt(np.sum((spread * ratios) ** 2))) / len(own) / mean,
+                "largest_deviation": float(np.max(np.abs(ratios - 1))),
+                "largest_t": float(np.max(np.abs((ratios - 1) / spread))),
+            }
+        )
+    columns = [*keys, "modules", "mean_ratio", "standard_error", "largest_deviation", "largest_t"]
+    return pd.DataFrame(found, columns=columns).sort_values(keys, key=_in_order, kind="stable", ignore_index=True)
+
+
+def _tried(results: pd.DataFrame) -> pd.DataFrame:
+    return results.dropna(subset=["measured"]) if "measured" in results else results.iloc[:0]
+
+
+def _in_order(column: pd.Series) -> pd.Series:
+    """Of first appearance, so that tables go as the run was asked for."""
+    return pd.Series(pd.factorize(column)[0], index=column.index)

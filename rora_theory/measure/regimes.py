@@ -1,0 +1,168 @@
+"""The regime of every module of a model, from one batch and another that is held out; nothing is trained.
+
+found = measure.regime(model, train, heldout)
+found.crossings.query("optimizer == 'adam' and split == 'heldout'")[["module", "crossing_rank", "median"]]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
+
+from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.adapters.targets import full_name, matched
+from rora_theory.data.batches import Batch
+from rora_theory.errors import InputError
+from rora_theory.llama import MODULES, LlamaConfig, Model
+from rora_theory.measure import unseen
+from rora_theory.measure.layer_data import Layer
+from rora_theory.measure.model_layers import Recording, real_tokens, record
+from rora_theory.measure.module_regime import ModuleRegime, RegimeConfig, measure
+
+
+@dataclass(frozen=True, eq=False)
+class Regime:
+    """What `regime` found, as tidy frames: columns as in `module_regime.ModuleRegime`.
+
+    Attributes:
+      crossings: signal, cross-talk, r* and its quartiles over tokens, by module, split, optimizer and init.
+      results: predicted and measured rms of the first change, by those and rule and rank.
+      takeover: the distance at which A leads under Adam, by module, split, init and rank.
+      tokens: by module and split how many tokens there are, were ``seen``, are ``sinks`` besides, and were ``read``.
+      training_loss, heldout_loss: of the base model, nats a token.
+    """
+
+    crossings: pd.DataFrame
+    results: pd.DataFrame
+    takeover: pd.DataFrame
+    tokens: pd.DataFrame
+    training_loss: float
+    heldout_loss: float
+
+
+class LayerRegime(NamedTuple):
+    """One layer's rows of `Regime`'s tables."""
+
+    crossings: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+    takeover: list[dict[str, Any]]
+    tokens: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A model's modules at two batches, see `read`.
+
+    Attributes:
+      train, heldout: inputs, and of the training batch output gradients too.
+      seen: which of the held-out tokens the training batch has with the same beginning.
+    """
+
+    train: Recording
+    heldout: Recording
+    seen: Bool[np.ndarray, " tokens"]
+
+    def measure(self, config: RegimeConfig, index: int, modules: Sequence[str]) -> LayerRegime:
+        """The modules of layer ``index``.
+
+        Raises:
+          InputError: no held-out token is left.
+        """
+        found = LayerRegime([], [], [], [])
+        for module in modules:
+            layer, tokens = self._layer(config, index, module)
+            own: ModuleRegime = measure(config, layer, index)
+            for table, rows in zip(found, (*own, tokens), strict=True):
+                table += rows
+        return found
+
+    def _layer(self, config: RegimeConfig, index: int, module: str) -> tuple[Layer, list[dict[str, Any]]]:
+        name = full_name(index, module)
+        inputs, tokens = {}, []
+        for split, recording in (("train", self.train), ("heldout", self.heldout)):
+            every = recording.inputs[module][index]
+            seen = sinks = np.zeros(len(every), bool)
+            if config.mask and split == "heldout":
+                seen = self.seen
+                sinks = unseen.sinks(every) & ~seen
+            inputs[split] = recording.sample(module, index, config.tokens, config.seed, seen | sinks)
+            if not len(inputs[split]):
+                raise InputError(
+                    f"of {len(every)} held-out tokens {seen.sum()} begin as the training batch does and {sinks.sum()} "
+                    f"are sinks of {name}, which leaves none; accepted are held-out records that differ, or no mask"
+                )
+            counts = {"all": len(every), "seen": int(seen.sum()), "sinks": int(sinks.sum()), "read": len(inputs[split])}
+            tokens.append({"layer": index, "module": name, "split": split} | counts)
+        return Layer(name, self.train.gradient(module, index), inputs), tokens
+
+
+def read(params: dict[str, Any], config: LlamaConfig, train: Batch, heldout: Batch, modules: Sequence[str]) -> Recorded:
+    """Run both batches through a model.
+
+    Args:
+      params, config: the model.
+      train: the batch that gives the gradient.
+      heldout: what modules are read at besides.
+      modules: names of `rora_theory.llama.MODULES`.
+
+    Raises:
+      InputError: an unknown module, or a loss that is not finite.
+    """
+    return Recorded(
+        record(params, config, train, modules),
+        record(params, config, heldout, modules, gradients=False),
+        unseen.seen(heldout, [train])[real_tokens(heldout)],
+    )
+
+
+def chosen(
+    config: LlamaConfig, target_modules: Sequence[str] | str = PAPER_TARGETS, layers: Sequence[int] | None = None
+) -> dict[int, list[str]]:
+    """The modules of every layer that PEFT's ``target_modules`` name.
+
+    Raises:
+      InputError: as `rora_theory.adapters.targets.matched`.
+    """
+    found: dict[int, list[str]] = {}
+    for name in matched(config, target_modules, layers):
+        found.setdefault(int(name.split(".")[2]), []).append(name.split(".", 3)[3])
+    return dict(sorted(found.items()))
+
+
+def kinds(modules: dict[int, list[str]]) -> list[str]:
+    """Names of the modules of any layer, in the order of `rora_theory.llama.MODULES`."""
+    return [module for module in MODULES if any(module in own for own in modules.values())]
+
+
+def regime(
+    model: Model,
+    train: Batch,
+    heldout: Batch,
+    config: RegimeConfig | None = None,
+    *,
+    target_modules: Sequence[str] | str = PAPER_TARGETS,
+    layers: Sequence[int] | None = None,
+) -> Regime:
+    """Measure every adapted module of a model.
+
+    Args:
+      model: of `rora_theory.llama.load`.
+      train: the batch that gives the gradient.
+      heldout: other records; of these the tokens that share nothing with ``train`` are read, unless the configuration
+        says otherwise.
+      config: what to measure; None is `RegimeConfig` as it stands.
+      target_modules, layers: which modules, as PEFT names them.
+
+    Raises:
+      InputError: a module or layer that the model does not have, a loss that is not finite, no held-out token left.
+    """
+    modules = chosen(model.config, target_modules, layers)
+    recorded = read(model.params, model.config, train, heldout, kinds(modules))
+    parts = [recorded.measure(config or RegimeConfig(), index, own) for index, own in modules.items()]
+    crossings, results, takeover, tokens = (
+        pd.DataFrame([row for part in tables for row in part]) for tables in zip(*parts, strict=True)
+    )
+    return Regime(crossings, results, takeover, tokens, recorded.train.loss, recorded.heldout.loss)

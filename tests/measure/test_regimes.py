@@ -1,0 +1,138 @@
+"""Which held-out tokens count, the frames of a tiny model's regime, and the distance at which A takes over."""
+
+import numpy as np
+import pytest
+from support import checkpoint
+
+from rora_theory import InputError, inits
+from rora_theory.data.batches import Batch
+from rora_theory.llama import Model, load
+from rora_theory.measure import module_regime, regimes, unseen
+from rora_theory.measure.layer_data import Layer
+from rora_theory.measure.model_layers import real_tokens, record
+from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.theory import horizon
+
+TARGETS = ("q_proj", "down_proj")
+SMALL = RegimeConfig(ranks=(1, 4), rules={"lora": "lora"}, rows=0, tokens=9)
+TEMPLATE = [1, 5, 6, 7]
+
+
+def batch(*rows: list[int], width: int = 8) -> Batch:
+    """Rows padded with 0, every token but the last a target's place."""
+    inputs, weights = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.float32)
+    for i, row in enumerate(rows):
+        inputs[i, : len(row)], weights[i, : len(row)] = row, 1
+    return Batch(inputs, np.roll(inputs, -1, axis=1), weights, None)
+
+
+TRAIN = batch([*TEMPLATE, 9, 10], [*TEMPLATE, 11, 12, 13])
+HELD_OUT = batch([*TEMPLATE, 10, 9, 8], [*TEMPLATE, 11, 14], [*TEMPLATE, 9, 10, 0, 3], width=16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    return load(checkpoint.model(tmp_path_factory.mktemp("model")))
+
+
+def test_what_was_seen_is_a_beginning() -> None:
+    """The template, and what goes on as one trained row does; not tokens that stand elsewhere, nor the padding."""
+    found = unseen.seen(HELD_OUT, [TRAIN])
+    np.testing.assert_array_equal(found.sum(axis=1), [4, 5, 6])
+    assert found[:, :4].all()  # beginnings
+    assert not unseen.seen(batch([2, *TEMPLATE]), [TRAIN]).any()
+    both = batch([*TEMPLATE, 11, 12, 13, 15])
+    assert unseen.seen(both, [batch([1, 2]), TRAIN]).sum() == 7
+
+
+def test_the_template_alone_is_masked_whole(model) -> None:
+    """As is the training batch itself: nothing is left, which is said before anything is measured."""
+    for heldout, seen in ((TRAIN, 13), (batch(TEMPLATE), 4)):
+        assert unseen.seen(heldout, [TRAIN])[real_tokens(heldout)].all()
+        with pytest.raises(InputError, match=f"of {seen} held-out tokens {seen} begin as the training batch does"):
+            regimes.regime(model, TRAIN, heldout, SMALL, target_modules=TARGETS)
+
+
+def test_a_sink_is_ten_times_the_median() -> None:
+    x = np.ones((5, 4), np.float32)
+    x[1] *= 9.9
+    x[3] *= 10.1
+    np.testing.assert_array_equal(unseen.sinks(x), [False, False, False, True, False])
+
+
+def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
+    """By hand: the cross-talk of SGD, |G|^2 times the mean |x'|^2, of each split; held out the 6 new tokens less sinks.
+
+    A split in the other's place, a mask on the training batch or none on the held-out one is another mean.
+    """
+    monkeypatch.setattr(unseen, "SINK", 1.05)
+    found = regimes.regime(model, TRAIN, HELD_OUT, SMALL, target_modules=TARGETS)
+    plain = regimes.regime(
+        model, TRAIN, HELD_OUT, RegimeConfig(**vars(SMALL) | {"mask": False}), target_modules=TARGETS
+    )
+    names = ("self_attn.q_proj", "mlp.down_proj")
+    train, heldout = (record(model.params, model.config, each, names) for each in (TRAIN, HELD_OUT))
+    new = np.array([0] * 4 + [1] * 3 + [0] * 5 + [1] + [0] * 6 + [1] * 2, bool)
+    sinks = 0
+    for row in found.tokens.itertuples():
+        layer, module = row.layer, row.module.split(".", 3)[3]
+        gradient = np.sum(np.float64(train.gradient(module, layer)) ** 2)
+        norms = {
+            split: np.linalg.norm(np.float64(each.inputs[module][layer]), axis=1)
+            for split, each in (("train", train), ("heldout", heldout))
+        }
+        kept = new & (norms["heldout"] <= 1.05 * np.median(norms["heldout"]))
+        sinks += int(new.sum() - kept.sum())
+        counts = {"train": (13, 0, 0, 9), "heldout": (21, 15, 6 - kept.sum(), kept.sum())}
+        assert tuple(row)[4:] == counts[row.split]
+        if row.split == "heldout":
+            where = {"module": row.module, "split": "heldout", "optimizer": "sgd", "init": "gaussian"}
+            (one,) = found.crossings.loc[(found.crossings[list(where)] == where).all(axis=1), "cross_talk"]
+            assert one == pytest.approx(gradient * np.mean(norms["heldout"][kept] ** 2), rel=1e-5)
+    assert sinks
+    assert (plain.tokens[["seen", "sinks"]] == 0).all(axis=None)
+    assert set(plain.tokens["read"]) == {9}
+    same = found.crossings["split"] == "train"
+    np.testing.assert_array_equal(found.crossings[same]["signal"], plain.crossings[same]["signal"])
+    assert (found.crossings[~same]["signal"] != plain.crossings[~same]["signal"]).all()
+    assert len(found.results) == 4 * 2 * 2 * 2 * 2
+    assert len(found.takeover) == 4 * 2 * 2 * 3
+    assert found.training_loss == pytest.approx(train.loss)
+    assert found.heldout_loss == pytest.approx(heldout.loss)
+
+
+@pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian"])
+def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
+    """For each split and rank as from rows drawn at that rank's deviation; `gaussian` falls as 1/r."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(6, 20))
+    grad = (random.normal(size=(7, 6)) @ x).astype(np.float32)
+    layer = Layer("m", grad, {"train": x.astype(np.float32), "heldout": random.normal(size=(4, 20)).astype(np.float32)})
+    config = RegimeConfig(inits=(init,), rows=0, seed=3)
+    found = module_regime.takeover(config, layer, 5)
+    assert [(row["layer"], row["split"], row["rank"]) for row in found] == [
+        (5, split, rank) for split in ("train", "heldout") for rank in (8, 32, 128)
+    ]
+    key = module_regime._key(config, "m", init, "takeover")  # the very draws
+    drawn = np.asarray(inits.draw(key, init, rank=256, p_in=20))
+    for row in found:
+        own = drawn * (256 / row["rank"] if init == "gaussian" else 1)
+        law = horizon.row_terms(grad, layer.inputs[row["split"]], own)
+        assert row["takeover"] == pytest.approx(law.takeover(row["rank"]), rel=1e-6)
+        assert [row[f"turn_{n}"] for n in (5, 25, 50, 75, 95)] == pytest.approx(list(law.turn), rel=1e-6)
+    assert len({row["takeover"] for row in found}) == 6
+    other = module_regime.takeover(RegimeConfig(inits=(init,), rows=0, seed=4), layer, 5)
+    assert other[0]["takeover"] == pytest.approx(found[0]["takeover"], rel=0.3)
+    assert other[0]["takeover"] != found[0]["takeover"]
+
+
+def test_only_adam_is_taken_over(model) -> None:
+    config = RegimeConfig(**vars(SMALL) | {"optimizers": ("sgd",)})
+    assert regimes.regime(model, TRAIN, HELD_OUT, config, target_modules=TARGETS, layers=(1,)).takeover.empty
+
+
+def test_modules_go_by_layer(model) -> None:
+    found = regimes.chosen(model.config, TARGETS)
+    assert found == {layer: ["self_attn.q_proj", "mlp.down_proj"] for layer in (0, 1)}
+    assert regimes.kinds(found) == ["self_attn.q_proj", "mlp.down_proj"]
+    assert regimes.chosen(model.config, TARGETS, (1,))[1] == ["self_attn.q_proj", "mlp.down_proj"]
