@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from rora_theory import files
 from rora_theory.errors import InputError
-from sims.common import disk
 from sims.common.disk import owner
 from sims.common.matrix import Cell, Matrix, count, key_of, work_through
 
@@ -311,7 +311,7 @@ def test_a_full_disk_ends_the_work_and_is_no_attempt(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "_write", full)
+        patch.setattr(files, "_write", full)
         with pytest.raises(InputError, match=r"cell\.json: cannot be written .No space left on device"):
             list(work_through(cells, lambda index, path: {}, most=1))
     assert [worked.status.state for worked in work_through(cells, lambda index, path: {}, most=1)] == ["done", "done"]

@@ -1,5 +1,6 @@
 """Run folders: files whole after a full disk, one owner, nothing changed by hand taken over, stopped in one line."""
 
+import errno
 import json
 import os
 import signal
