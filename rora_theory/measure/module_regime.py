@@ -22,6 +22,7 @@ from scipy import stats
 
 from rora_theory import inits
 from rora_theory.advice.transfer import Setting, transfer
+from rora_theory.draws import draw_A
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.measure import terms
@@ -253,7 +254,7 @@ def takeover(config: RegimeConfig, layer: Layer, index: int) -> list[dict[str, A
     """
     found = []
     for init in config.inits:
-        lora_A = inits.draw(_key(config, layer.name, init, "takeover"), init, rank=TAKEOVER_ROWS, p_in=_p_in(layer))
+        lora_A = draw_A(_key(config, layer.name, init, "takeover"), init, rank=TAKEOVER_ROWS, p_in=_p_in(layer))
         drawn = inits.entries(init, rank=TAKEOVER_ROWS, p_in=_p_in(layer)).deviation
         for split in SPLITS:
             rows = horizon.row_terms(layer.grad, layer.inputs[split], np.asarray(lora_A))

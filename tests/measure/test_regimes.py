@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from support import checkpoint
 
-from rora_theory import InputError, inits
+from rora_theory import InputError
 from rora_theory.data.batches import Batch
+from rora_theory.draws import draw_A
 from rora_theory.llama import Model, load
 from rora_theory.measure import module_regime, regimes, unseen
 from rora_theory.measure.layer_data import Layer
@@ -114,7 +115,7 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
         (5, split, rank) for split in ("train", "heldout") for rank in (8, 32, 128)
     ]
     key = module_regime._key(config, "m", init, "takeover")  # the very draws
-    drawn = np.asarray(inits.draw(key, init, rank=256, p_in=20))
+    drawn = np.asarray(draw_A(key, init, rank=256, p_in=20))
     for row in found:
         own = drawn * (256 / row["rank"] if init == "gaussian" else 1)
         law = horizon.row_terms(grad, layer.inputs[row["split"]], own)
