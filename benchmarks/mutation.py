@@ -30,6 +30,7 @@ MODULES = {
     "best_rate": ("rora_theory/stats/rate_optimum.py", "tests/stats/test_rate_optimum.py"),
     "flatness": ("rora_theory/stats/slopes.py", "tests/stats/test_slopes.py"),
     "statistics": ("rora_theory/stats/moments.py", "tests/stats/test_moments.py"),
+    "setting": ("rora_theory/advice/setting.py", "tests/advice/test_transfer.py"),
     "transfer": ("rora_theory/advice/transfer.py", "tests/advice/test_transfer.py"),
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py"),
     "differences": ("sims/differences.py", "tests/sims/test_differences.py"),

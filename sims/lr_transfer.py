@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory.advice.transfer import FAMILY
+from rora_theory.advice.setting import FAMILY
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.scaling import check_positive, exponent, scaling_factor

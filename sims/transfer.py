@@ -1,40 +1,33 @@
-"""What alpha, or what learning rate, keeps the first step the same when the rank changes.
+"""What alpha, or what learning rate, keeps the change of the model the same when the rank changes.
 
     python -m sims.transfer --from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw
+    python -m sims.transfer --from ADAPTER/adapter_config.json --lr 3e-4 --to-rank 128 --to-rule rslora --to-alpha 16
 
-The regime is assumed (signal, the default, whose alpha keeps the whole model's first step, or cross-talk) or
+The first sentence says what to set and for how long it holds. Under Adam the answer has two ends, the first step's and
+a long run's; --steps with --takeover (measured) or --p-in (assumed) gives the value between them. The regime is
+assumed (signal, the default, whose alpha keeps the whole model's first step, or cross-talk) or
 measured: --regime RUN takes a run of sims.regime, and alphas then differ by module and keep each module's own step.
-Printed are a short table, what rules of thumb and `use_rslora` would do, and a PEFT `LoraConfig` to paste. --check
+Then follow a short table, what rules of thumb and `use_rslora` would do, and a PEFT `LoraConfig` to paste;
+--json prints the same as JSON. --check
 MODEL DATA... takes the first real steps of the model at both ranks and writes them to a run folder.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
+import tyro
 
 from rora_theory import seals
-from rora_theory.advice.transfer import (
-    ALL,
-    ALL_LINEAR,
-    FAMILY,
-    PAPER_TARGETS,
-    REGIMES,
-    SIGNAL,
-    Setting,
-    TaskType,
-    Trainer,
-    Transfer,
-    peft_config,
-    peft_targets,
-    step_ratio,
-    transfer,
-)
+from rora_theory.advice.lora_config import ALL_LINEAR, PAPER_TARGETS, TaskType, peft_targets, read_adapter_config
+from rora_theory.advice.setting import FAMILY, REGIMES, SIGNAL, Setting, Trainer, step_ratio
+from rora_theory.advice.transfer import ALL, Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.files import read_json
 from rora_theory.inits import Init
@@ -86,10 +79,10 @@ class Config:
     """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa"""
     to_rule: str | None = None
     """rule at the new rank; left out, it stays as it is"""
-    optimizer: Trainer = "adamw"
-    """whose first step"""
-    init: Init = "kaiming_uniform"
-    """law of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, of deviation 1/r)"""
+    optimizer: str = "adamw"
+    """sgd, momentum, adam or adamw; others have no law here"""
+    init: str = "kaiming_uniform"
+    """law of lora_A: kaiming_uniform (PEFT's default), gaussian (PEFT's, of deviation 1/r), normal or rademacher"""
     regime: str = "signal"
     """signal, cross-talk, or the folder of a sims.regime run"""
     split: Literal["train", "heldout"] = "heldout"
@@ -111,6 +104,37 @@ class Config:
     """of the records' split and of A"""
     out: Path | None = None
     """run folder of --check; none is results/transfer/RUN_ID"""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets"""
+    to_alpha: float | None = None
+    """alpha at the new rank; the learning rate then makes up for it. Left out, alpha makes up and the rate stays"""
+    steps: int | None = None
+    """steps of the planned run, at a constant rate (Adam, regime signal)"""
+    takeover: float | None = None
+    """distance of A at which its part in the change is as large as B's; 1e-3 to 6e-3 in SmolLM2-135M's modules"""
+    p_in: int | None = None
+    """inputs of the modules, in place of --takeover: it is then assumed, as for one sample"""
+    json: bool = False
+    """print the advice as JSON, and nothing else"""
+
+
+def read_from(config: Config) -> Config:
+    """The options with what a saved adapter says in the place of their defaults.
+
+    Raises:
+      InputError: a file that is no LoRA's, or an option that was given and says another thing.
+    """
+    if config.from_ is None:
+        return config
+    saved = read_adapter_config(config.from_)
+    found: dict[str, Any] = {"from_rank": saved.rank, "alpha": saved.alpha, "rule": saved.rule, "init": saved.init}
+    for name, value in found.items():
+        given = getattr(config, name)
+        if given not in (getattr(Config, name), value):
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} is {given!r}, and {config.from_} has {value!r}; accepted is one of the two")
+    cli.tell(saved.remarks)
+    return replace(config, **found, targets=config.targets or saved.targets)
 
 
 def measured(run: Path, *, optimizer: Trainer, init: Init, split: str) -> dict[str, float]:
@@ -139,18 +163,19 @@ def measured(run: Path, *, optimizer: Trainer, init: Init, split: str) -> dict[s
     return found
 
 
-def plan(config: Config) -> tuple[Transfer, str | list[str], str]:
+def plan(config: Config) -> tuple[Advice, str | list[str], str]:
     """The transfer that is asked for, PEFT's ``target_modules``, and what a measured regime leaves open or nothing."""
-    old = Setting(
-        config.from_rank, config.alpha, config.lr, parse_rule(config.rule, "--rule"), config.optimizer, config.init
-    )
+    trainer, init = cast(Trainer, config.optimizer), cast(Init, config.init)  # checked by Setting
+    old = Setting(config.from_rank, config.alpha, config.lr, parse_rule(config.rule, "--rule"), trainer, init)
     rule = None if config.to_rule is None else parse_rule(config.to_rule, "--to-rule")
+    to = {"rule": rule, "alpha": config.to_alpha}
+    run_plan = {"steps": config.steps, "takeover": config.takeover, "p_in": config.p_in}
     asked = None if config.targets is None else peft_targets(config.targets)
     if config.regime in REGIMES:
-        found = transfer(old, config.to_rank, config.regime, rule=rule)  # type: ignore[arg-type]
+        found = transfer(old, config.to_rank, config.regime, **to, **run_plan)  # type: ignore[arg-type]
         return found, asked or list(PAPER_TARGETS), ""
     run = Path(config.regime)
-    terms = measured(run, optimizer=config.optimizer, init=config.init, split=config.split)
+    terms = measured(run, optimizer=trainer, init=init, split=config.split)
     if isinstance(asked, list):
         kept = {name: c for name, c in terms.items() if any(_ends_with(name, target) for target in asked)}
         for target in asked:
@@ -159,7 +184,8 @@ def plan(config: Config) -> tuple[Transfer, str | list[str], str]:
                     f"--targets has {target}, which {run} did not measure; accepted are {' '.join(_types(terms))}"
                 )
         terms = kept
-    return transfer(old, config.to_rank, terms, rule=rule), asked or _types(terms), gaps(run, terms, asked)
+    found = transfer(old, config.to_rank, terms, **to, **run_plan)  # type: ignore[arg-type]
+    return found, asked or _types(terms), gaps(run, terms, asked)
 
 
 def gaps(run: Path, terms: Mapping[str, float], targets: str | list[str] | None) -> str:
@@ -198,9 +224,10 @@ def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def report(config: Config, found: Transfer, targets: str | list[str], thin: str) -> None:
-    """Print the tables and the snippet, and what the regime leaves open."""
+def report(config: Config, found: Advice, targets: str | list[str], thin: str) -> None:
+    """Print the sentence, the tables and the snippet, and what the regime leaves open."""
     old, new = found.old, found.unchanged
+    tables.print_text(found.sentence() + "\n")
     is_measured = found.modules[0].name != ALL
     regime = f"measured at {len(found.modules)} modules, {config.split} tokens" if is_measured else config.regime
     rule = old.rule if isinstance(old.rule, str) else f"kappa {old.rule:g}"
@@ -215,31 +242,31 @@ def report(config: Config, found: Transfer, targets: str | list[str], thin: str)
             rows.append([kind, *_figures(found, names)])
     else:
         other = next(name for name in REGIMES if name != config.regime)
-        against = transfer(old, new.rank, other, rule=new.rule)  # type: ignore[arg-type]
+        against = transfer(old, new.rank, other, rule=new.rule, alpha=config.to_alpha)  # type: ignore[arg-type]
         rows[0][0] = config.regime
         rows.append([other, *_figures(against, [ALL])])
-    heads = ["", f"alpha at rate {old.learning_rate:g}", f"rate at alpha {old.alpha:g}", "step if neither changes"]
+    heads = ["", f"alpha at rate {old.learning_rate:g}", f"rate at alpha {new.alpha:g}", "step if neither changes"]
     tables.print_table(title, heads, rows)
     if thin:
         tables.print_text(thin + "\n")
-    folk = [
-        [
-            each.name,
-            f"{each.setting.scaling:.4g}",
-            _spread(each.step, each.smallest, each.largest) + " x",
-            f"{each.learning_rate:.3g}",
-        ]
-        for each in found.folk()
-    ]
+    planned = found.rates is not None and found.rates.planned is not None
+    heads = ["choice", "gamma", "first step", "rate that undoes it"]
+    heads += [f"at {config.steps} steps"] * planned + ["in a long run"] * (found.rates is not None)
+    choices = []
+    for each in found.rows():
+        later = [] if each.rates is None else [rate for rate in each.rates[1:] if rate is not None]
+        step = _spread(each.step, each.smallest, each.largest) + " x"
+        cells = [f"{each.setting.scaling:.4g}", step, f"{each.learning_rate:.3g}"]
+        choices.append([each.name, *cells, *(f"{rate:.3g}" for rate in later)])
     tables.print_table(
         f"Rules of thumb at rank {new.rank}, {rule} where nothing else is said: the first step against the tuned "
         "one's (range over modules)",
-        ["choice", "gamma", "first step", "rate that undoes it"],
-        folk,
+        heads,
+        choices,
     )
-    print(peft_config(found, target_modules=targets, per=config.per, task_type=config.task_type))
-    if is_measured:
-        whole = step_ratio(replace(new, alpha=found.alpha), old, SIGNAL)
+    print(found.peft_config(target_modules=targets, per=config.per, task_type=config.task_type))
+    if is_measured and not found.fixes_alpha:
+        whole = step_ratio(found.setting, old, SIGNAL)
         tables.print_text(
             "\nThese alphas keep the rms of each module's own output, cross-talk included. Cross-talk does not add up "
             f"over modules, the signal does: where it leads, the whole model's first step is then {whole:.3g} times "
@@ -247,7 +274,7 @@ def report(config: Config, found: Transfer, targets: str | list[str], thin: str)
         )
 
 
-def _figures(found: Transfer, names: Sequence[str]) -> list[str]:
+def _figures(found: Advice, names: Sequence[str]) -> list[str]:
     modules = [module for module in found.modules if module.name in set(names)]
     alphas, rates, steps = ([getattr(m, name) for m in modules] for name in ("alpha", "learning_rate", "unchanged"))
     return [
@@ -261,24 +288,24 @@ def _spread(value: float, low: float, high: float, *, digits: int = 4) -> str:
     return text if high - low < 1e-9 * high else f"{text} ({low:.3g} to {high:.3g})"
 
 
-def plans(found: Transfer) -> dict[str, tuple[Setting, dict[str, float]]]:
+def plans(found: Advice) -> dict[str, tuple[Setting, dict[str, float]]]:
     """Settings whose first steps the check compares, and their alphas by module."""
     new, old = found.unchanged, found.old
     chosen: dict[str, tuple[Setting, dict[str, float]]] = {
         "tuned": (old, {}),
         "neither changed": (new, {}),
-        "one alpha": (replace(new, alpha=found.alpha), {}),
-        "one rate": (replace(new, learning_rate=found.learning_rate), {}),
+        "one alpha": (replace(new, alpha=found.alpha_at_old_rate), {}),
+        "one rate": (replace(new, learning_rate=found.rate_at_alpha), {}),
     }
     if exponent(new.rule) != KAPPAS["rslora"]:
         chosen["neither changed, use_rslora"] = (replace(new, rule="rslora"), {})
     if found.modules[0].name != ALL:
         for per in ("type", "module"):
-            chosen[f"alpha by {per}"] = (replace(new, alpha=found.alpha), found.alpha_pattern(per))
+            chosen[f"alpha by {per}"] = (replace(new, alpha=found.alpha_at_old_rate), found.alpha_pattern(per))
     return chosen
 
 
-def check(config: Config, found: Transfer, targets: str | list[str]) -> None:
+def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     """Take the first real step of every plan, several draws of A each, and report its size against the tuned one's.
 
     Raises:
@@ -303,6 +330,7 @@ def check(config: Config, found: Transfer, targets: str | list[str]) -> None:
     terms = {module.name: module.linear_term for module in found.modules}
     names = ("from_rank", "to_rank", "alpha", "lr", "rule", "to_rule", "optimizer", "init", "items", "seeds", "seed")
     identity: dict[str, Any] = {name: getattr(config, name) for name in names} | {"linear_terms": terms}
+    identity |= {} if config.to_alpha is None else {"to_alpha": config.to_alpha}
     identity |= model.origin.identity() | {"records_sha256": real_batch.digest(data), "targets": targets}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
@@ -412,11 +440,18 @@ def main(config: Config) -> None:
     if config.to_rule in ("none", "None"):
         accepted = f"{', '.join(KAPPAS)} or a finite exponent, and without --to-rule the rule stays as it is"
         raise InputError(f"--to-rule is {config.to_rule!r}; accepted are {accepted}")
+    if config.json and config.check:
+        raise InputError("--json comes with --check; accepted is one of them: the check writes its own files")
+    config = read_from(config)
     found, targets, thin = plan(config)
+    if config.json:
+        said = found.as_dict() | {"target_modules": targets} | ({"remark": thin} if thin else {})
+        print(json.dumps(said, indent=2))
+        return
     report(config, found, targets, thin)
     if config.check:
         check(config, found, targets)
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, description=(__doc__ or "").strip())))
+    cli.run(lambda: main(cli.parse(Config, description=(__doc__ or "").strip(), flags=True)))

@@ -15,7 +15,8 @@ import rora_theory
 ROOT = Path(__file__).parents[1]
 
 WITHOUT_JAX = (
-    *("rora_theory", "rora_theory.inits", "rora_theory.files", "rora_theory.seeds", "rora_theory.advice.transfer"),
+    *("rora_theory", "rora_theory.inits", "rora_theory.files", "rora_theory.seeds"),
+    *(f"rora_theory.advice.{name}" for name in ("setting", "lora_config", "transfer")),
     *(f"rora_theory.theory.{name}" for name in ("laws", "horizon", "starts", "steps", "sign_expectation")),
     *(f"rora_theory.stats.{name}" for name in ("moments", "slopes", "rate_optimum")),
     *(f"rora_theory.paper.{name}" for name in ("equations", "published", "audit")),

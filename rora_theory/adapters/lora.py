@@ -21,7 +21,7 @@ from rora_theory.adapters.base import Norms, Params, Row
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import INITS, Init, init_a
 from rora_theory.adapters.targets import Target, layer_text, resolve
-from rora_theory.advice.transfer import PAPER_TARGETS
+from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import PRODUCT

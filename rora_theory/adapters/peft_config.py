@@ -7,14 +7,13 @@ from typing import Any
 
 from rora_theory.adapters.lora import LoraConfig
 from rora_theory.adapters.targets import Target, deciding, full_name, known_names, matched
+from rora_theory.advice.lora_config import FILE, LARGEST
 from rora_theory.errors import InputError, shown
 from rora_theory.files import read_json
 from rora_theory.llama import LlamaConfig
 from rora_theory.scaling import KAPPAS, alpha_for, exponent, scaling_factor
 
-FILE, LORA = "adapter_config.json", "LORA"
-LARGEST = 1 << 22
-"""Bytes of the largest configuration that is read; a list of every module of the largest models takes a tenth."""
+LORA = "LORA"
 INITS = {"true": "kaiming_uniform", "false": "kaiming_uniform", "none": "kaiming_uniform", "gaussian": "gaussian"} | (
     dict.fromkeys(("eva", "orthogonal"), "kaiming_uniform")
 )

@@ -1,147 +1,33 @@
-r"""What alpha, or what learning rate, keeps the first step the same when the rank changes.
+r"""What alpha, or what learning rate, keeps the change of the model the same when the rank changes.
 
-A rank-r step from B = 0 is a sum of r one-row steps, equal in law and independent, so that its mean square is
+At the first step `rora_theory.advice.setting.step_ratio` is exact in any regime. Under Adam A moves too from then on.
+Where the signal leads, the change after many steps at a constant gradient (`rora_theory.theory.horizon`) is
 
-.. math:: E[w^2] = (\eta \gamma^p s^p)^2 K\, (r^2 + c\, r), \qquad p = 2 \text{ (SGD)},\ 1 \text{ (Adam)}
+.. math:: \propto \gamma r\, \eta\, s\, (1 + \rho)
 
-with s the deviation of A's entries, K a constant of the module and its data, and the **linear term** c the variance of
-a one-row step over its squared mean, both summed over outputs and tokens. c = 0 is signal alone, c = inf cross-talk
-alone; with Gaussian A it is r* + 1 for SGD and r* - 2 for Adam, r* from `laws.crossing_rank`.
-`rora_theory.measure.terms` measures it. All else follows: the step's size changes with the rank by
-
-.. math:: \frac{\eta'}{\eta} \left( \frac{\gamma'}{\gamma} \frac{s'}{s} \right)^p \sqrt{\frac{r'^2 + c r'}{r^2 + c r}}.
-
-This is the law of the first step. What comes later depends on how A moves.
+with s the deviation of A's entries and rho the distance that A has moved over the takeover distance, which is
+proportional to s. So the answer lies between two ends: B-led, the first step's, and A-led, which a long run comes to.
+The planned steps, the rate and a takeover distance give the value between them.
 """
 
-import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import inf, isclose, isinf
 from statistics import geometric_mean
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from rora_theory import inits
+from rora_theory.advice.lora_config import PEFT_INITS, TaskType, peft_targets
+from rora_theory.advice.setting import FAMILY, REGIMES, SIGNAL, Setting, step_ratio
 from rora_theory.errors import InputError
-from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_positive, check_rank, exponent, scaling_factor
-from rora_theory.theory.laws import Optimizer, scaling_power
-
-Trainer = Literal["sgd", "momentum", "adam", "adamw"]
-"""An optimizer as users name it."""
-
-FAMILY: dict[Trainer, Optimizer] = {"sgd": "sgd", "momentum": "sgd", "adam": "adam", "adamw": "adam"}
-"""Whose first step each one takes. Momentum's is SGD's, times a constant where it is Nesterov's. AdamW's is Adam's:
-weight decay does nothing to B = 0 and multiplies A by 1 - eta lambda at any rank."""
-
-SIGNAL, CROSS_TALK = 0.0, math.inf
-"""Linear terms of the two limits."""
-
-REGIMES = {"signal": SIGNAL, "cross-talk": CROSS_TALK}
-
-PEFT_INITS: dict[inits.Init, bool | str] = {"kaiming_uniform": True, "gaussian": "gaussian"}
-"""PEFT's ``init_lora_weights`` of each init that it has."""
+from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, exponent, scaling_factor
+from rora_theory.theory import horizon
 
 ALL = "all modules"
 """Name of the one module of an assumed regime."""
 
-PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-"""The modules that the DoRA and RoRA experiments adapt."""
-
-ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear module but the output head; it stands alone, not in a list."""
-
-TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-"""PEFT's task types."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the size of the first step depends on, the data apart.
-
-    Attributes:
-      rank: r >= 1.
-      alpha: > 0.
-      learning_rate: eta > 0, of the step (a warm-up's factor is the same at every rank).
-      rule: how gamma depends on rank, see `rora_theory.scaling_factor`.
-      optimizer: one of `Trainer`.
-      init: law of A, see `rora_theory.inits.entries`; ``"gaussian"``'s deviation depends on the rank.
-
-    Raises:
-      InputError: a value outside these ranges.
-    """
-
-    rank: int
-    alpha: float
-    learning_rate: float
-    rule: Rule = "lora"
-    optimizer: Trainer = "adamw"
-    init: inits.Init = "kaiming_uniform"
-
-    def __post_init__(self) -> None:
-        check_positive("learning_rate", self.learning_rate)
-        if self.optimizer not in FAMILY:
-            raise InputError(f"optimizer is {self.optimizer!r}; accepted are {', '.join(get_args(Trainer))}")
-        inits.entries(self.init, rank=self.rank, p_in=1)
-        _ = self.scaling
-
-    @property
-    def scaling(self) -> float:
-        """gamma."""
-        return scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
-
-    @property
-    def power(self) -> int:
-        """p, the power of gamma and of s in the step."""
-        return scaling_power(FAMILY[self.optimizer])
-
-    def with_scaling(self, scaling: float) -> "Setting":
-        """The setting whose alpha gives this gamma."""
-        return replace(self, alpha=alpha_for(self.rule, scaling=scaling, rank=self.rank))
-
-
-def growth(old_rank: int, new_rank: int, linear_term: float) -> float:
-    r""":math:`\sqrt{(r'^2 + c r') / (r^2 + c r)}`: what the rank alone does to the rms of the first step.
-
-    Args:
-      old_rank, new_rank: r and r', 1 or more.
-      linear_term: c > -1; 0 is signal alone (r'/r), infinity cross-talk alone (sqrt(r'/r)).
-
-    Raises:
-      InputError: a value outside these ranges.
-
-    Example:
-      >>> growth(8, 128, SIGNAL), growth(8, 128, CROSS_TALK), round(growth(8, 128, 5.0), 3)
-      (16.0, 4.0, 12.794)
-    """
-    check_rank(old_rank)
-    check_rank(new_rank)
-    if not linear_term > -1:  # at -1 or below a rank-1 step would have no mean square
-        raise InputError(f"linear_term is {linear_term!r}; accepted is a number above -1, or inf")
-    if math.isinf(linear_term):
-        return math.sqrt(new_rank / old_rank)
-    return math.sqrt(new_rank * (new_rank + linear_term) / (old_rank * (old_rank + linear_term)))
-
-
-def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
-    """How many times larger the rms of the first step is under ``new`` than under ``old``.
-
-    Args:
-      new, old: of one optimizer and one init; rank, alpha, rate and rule may differ.
-      linear_term: of the module, under that optimizer and init.
-
-    Raises:
-      InputError: another optimizer or init, which changes more than a factor.
-    """
-    for name in ("optimizer", "init"):
-        if getattr(new, name) != getattr(old, name):
-            raise InputError(
-                f"{name} is {getattr(new, name)!r} after {getattr(old, name)!r}; accepted is the same one: what a rank "
-                "does to the step depends on it"
-            )
-    deviation = [inits.entries(each.init, rank=each.rank, p_in=1).deviation for each in (new, old)]
-    strength = new.scaling * deviation[0] / (old.scaling * deviation[1])
-    rate = new.learning_rate / old.learning_rate
-    return rate * strength**new.power * growth(old.rank, new.rank, linear_term)
+NAMES = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
+"""The optimizers as sentences name them."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +49,47 @@ class Module:
     unchanged: float
 
 
+class Span(NamedTuple):
+    """A value that keeps the change, by what leads at the end of the run.
+
+    Attributes:
+      first_step: B alone has moved.
+      planned: at the planned horizon; None where it is not known.
+      A_led: A's motion leads, as in a long run.
+    """
+
+    first_step: float
+    planned: float | None
+    A_led: float
+
+    @property
+    def best(self) -> float:
+        """The planned one where it is known, else the first step's."""
+        return self.first_step if self.planned is None else self.planned
+
+
 @dataclass(frozen=True)
-class Folk:
-    """What another choice would do, over all modules.
+class Plan:
+    """A run that is planned with the tuned setting.
+
+    Attributes:
+      steps: of the run.
+      takeover: distance of A at which its part is as large as B's, at the tuned rank; None where it is not known.
+      is_assumed: whether the takeover distance is one sample's by the law, not a measured one.
+      schedule: whether a schedule was stated; otherwise the rate is constant.
+      rho: A-led over B-led part at the end; None without a takeover distance.
+    """
+
+    steps: int
+    takeover: float | None
+    is_assumed: bool
+    schedule: bool
+    rho: float | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one choice would do, over all modules.
 
     Attributes:
       name: of the choice.
@@ -173,6 +97,7 @@ class Folk:
       step: factor of the first step against the tuned setting's: the geometric mean over modules.
       smallest, largest: of the modules' factors.
       learning_rate: the rate that would undo the mean factor.
+      rates: the rate by horizon, where the law has one (Adam, signal).
     """
 
     name: str
@@ -181,45 +106,99 @@ class Folk:
     smallest: float
     largest: float
     learning_rate: float
+    rates: Span | None
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """A tuned setting carried to another rank.
+class Advice:
+    """A tuned setting carried to another rank. `alpha` and `learning_rate` belong together: set both.
 
     Attributes:
       old: what was tuned.
-      unchanged: its alpha and rate at the new rank and rule.
-      modules: what keeps each module's step.
+      unchanged: its rate, and its alpha or the one that was asked for, at the new rank and rule.
+      modules: what keeps each module's first step.
+      regime: ``"signal"``, ``"cross-talk"`` or ``"measured"``.
+      fixes_alpha: whether an alpha was asked for, so that the rate makes up for it; otherwise the rate stays.
+      plan: the run that is planned, or None.
     """
 
     old: Setting
     unchanged: Setting
     modules: tuple[Module, ...]
+    regime: str
+    fixes_alpha: bool = False
+    plan: Plan | None = None
 
     @property
-    def alpha(self) -> float:
-        """The one alpha for all modules: the geometric mean of theirs."""
+    def alpha_at_old_rate(self) -> float:
+        """The one alpha for all modules that keeps the first step: the geometric mean of theirs."""
         return geometric_mean([module.alpha for module in self.modules])
 
     @property
-    def learning_rate(self) -> float:
-        """The one learning rate for all modules at the old alpha: the geometric mean of theirs."""
+    def rate_at_alpha(self) -> float:
+        """The one learning rate for all modules, at the alpha of `unchanged`, that keeps the first step."""
         return geometric_mean([module.learning_rate for module in self.modules])
+
+    @property
+    def alphas(self) -> Span | None:
+        """The alpha at the old rate by horizon; None where the law is of the first step only."""
+        if not self._has_horizon:
+            return None
+
+        def alpha(rho: float) -> float:
+            factor = 1 / self._strength(self.unchanged, rho)
+            return self.unchanged.with_scaling(self.unchanged.scaling * factor).alpha
+
+        return self._span(alpha)
+
+    @property
+    def rates(self) -> Span | None:
+        """The learning rate at the alpha of `unchanged`, likewise."""
+        return self.rates_of(self.unchanged)
+
+    def rates_of(self, new: Setting) -> Span | None:
+        """The learning rate with which ``new`` keeps the change, by horizon."""
+        if not self._has_horizon:
+            return None
+        ratio = self._deviation(self.old) / self._deviation(new)
+
+        def rate(rho: float) -> float:
+            return self.old.learning_rate * horizon.rate_factor(self._strength(new, rho), rho * ratio)
+
+        return self._span(rate)
+
+    @property
+    def alpha(self) -> float:
+        """The alpha to set."""
+        if self.fixes_alpha:
+            return self.unchanged.alpha
+        return self.alpha_at_old_rate if self.alphas is None else self.alphas.best
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate to set."""
+        if not self.fixes_alpha:
+            return self.old.learning_rate
+        return self.rate_at_alpha if self.rates is None else self.rates.best
+
+    @property
+    def setting(self) -> Setting:
+        """The new setting in full."""
+        return replace(self.unchanged, alpha=self.alpha, learning_rate=self.learning_rate)
 
     def steps(self, new: Setting) -> dict[str, float]:
         """Each module's `step_ratio` under ``new``."""
         return {module.name: step_ratio(new, self.old, module.linear_term) for module in self.modules}
 
-    def judge(self, name: str, new: Setting) -> Folk:
+    def judge(self, name: str, new: Setting) -> Choice:
         """What ``new`` would do."""
         steps = list(self.steps(new).values())
         mean = geometric_mean(steps)
-        return Folk(name, new, mean, min(steps), max(steps), new.learning_rate / mean)
+        return Choice(name, new, mean, min(steps), max(steps), new.learning_rate / mean, self.rates_of(new))
 
-    def folk(self) -> tuple[Folk, ...]:
-        """Rules of thumb at the new rank and old rate: under the tuned rule, which is not named, and with PEFT's
-        ``use_rslora`` set the other way (both ways where the tuned rule is neither of PEFT's two)."""
+    def rows(self) -> tuple[Choice, ...]:
+        """A row for each common choice at the new rank and old rate: under the tuned rule, which is not named, and with
+        PEFT's ``use_rslora`` set the other way (both ways where the tuned rule is neither of PEFT's two)."""
         rank = self.unchanged.rank
         alphas = {f"alpha = {self.old.alpha:g}, as it was": self.old.alpha, "alpha = r": rank, "alpha = 2r": 2 * rank}
         rules: dict[str, Rule] = {"": self.old.rule}
@@ -246,6 +225,176 @@ class Transfer:
             return self.by_type()
         return {module.name.removeprefix("model."): module.alpha for module in self.modules}
 
+    def peft_config(
+        self,
+        *,
+        target_modules: Sequence[str] | str,
+        per: Literal["one", "type", "module"] = "type",
+        task_type: TaskType = "CAUSAL_LM",
+    ) -> str:
+        """Python source of a PEFT ``LoraConfig`` with what `alpha` and `learning_rate` say.
+
+        A rule of another kappa than 1 or 1/2 has no flag in PEFT and is written as ``alpha / r`` of the same gamma,
+        with a comment. PEFT takes any number as alpha.
+
+        Args:
+          target_modules: PEFT's, see `rora_theory.advice.lora_config.peft_targets`.
+          per: which modules share an alpha, see `alpha_pattern`.
+          task_type: PEFT's; without it PEFT wraps a model in its class for none.
+
+        Raises:
+          InputError: an init that PEFT does not have, targets as in `peft_targets`, or a task type that PEFT does not
+            have.
+        """
+        new = self.unchanged
+        if new.init not in PEFT_INITS:
+            raise InputError(f"init is {new.init!r}, which PEFT does not have; accepted are {', '.join(PEFT_INITS)}")
+        if task_type not in get_args(TaskType):
+            raise InputError(f"task_type is {task_type!r}; accepted are {', '.join(get_args(TaskType))}")
+        targets = peft_targets([target_modules] if isinstance(target_modules, str) else target_modules)
+        kappa = exponent(new.rule)
+        flag = kappa == KAPPAS["rslora"]
+        rule: Rule = "rslora" if flag else "lora"
+        remark = "" if kappa in KAPPAS.values() else f"  # alpha / r with the gamma of {self.alpha:.6g} / r^{kappa:g}"
+
+        def written(alpha: float) -> str:
+            scaling = scaling_factor(new.rule, alpha=alpha, rank=new.rank)
+            return f"{alpha_for(rule, scaling=scaling, rank=new.rank):.6g}"
+
+        lines = [
+            "from peft import LoraConfig",
+            "",
+            f"config = LoraConfig(  # learning rate {self.learning_rate:.6g}",
+            f"    task_type={task_type!r},",
+            f"    r={new.rank},",
+            f"    lora_alpha={written(self.alpha)},{remark}",
+            f"    use_rslora={flag},",
+            f"    init_lora_weights={PEFT_INITS[new.init]!r},",
+            f"    target_modules={targets!r},",
+        ]
+        pattern = {} if self.fixes_alpha else self.alpha_pattern(per)
+        if pattern:
+            lines += ["    alpha_pattern={"]
+            lines += [f"        {name!r}: {written(alpha)}," for name, alpha in pattern.items()]
+            lines += ["    },"]
+        return "\n".join([*lines, ")"])
+
+    def sentence(self) -> str:
+        """What to set and for how long it holds, in words.
+
+        Example:
+          >>> carried = transfer(Setting(rank=16, alpha=32, learning_rate=2e-4), 128)
+          >>> print(carried.sentence())  # doctest: +NORMALIZE_WHITESPACE
+          Going from rank 16 to 128 with AdamW: keep alpha 32 under alpha / r and keep the learning rate 0.0002. The law
+          has the model change as much as before, at the first step and later. It takes the signal to lead and the
+          gradient to keep its direction.
+        """
+        old, new = self.old, self.setting
+        same_rule = exponent(new.rule) == exponent(old.rule)
+        alpha_kept = same_rule and isclose(new.alpha, old.alpha)
+        alpha = f"{'keep' if alpha_kept else 'set'} alpha {new.alpha:.6g} under {self._rule}"
+        rate_kept = isclose(new.learning_rate, old.learning_rate)
+        rate = f"{'keep' if rate_kept else 'set'} the learning rate {new.learning_rate:.3g}"
+        do = f"{alpha} and {rate}"
+        return f"Going from rank {old.rank} to {new.rank} with {NAMES[old.optimizer]}: {do}. " + " ".join(self.scope())
+
+    def scope(self) -> list[str]:
+        """For how long the advice holds, and what it takes for granted, a sentence each."""
+        if FAMILY[self.old.optimizer] != "adam":
+            taken = "It takes the signal to lead" if self.regime == "signal" else f"The regime is {self._regime}"
+            return [
+                "That keeps the first step, and later ones as long as gamma times the sum of the rates times the "
+                "gradient's largest singular value is far below 1: then A matters.",
+                f"{taken}; clipping of the gradient changes the law.",
+            ]
+        span = self.rates if self.fixes_alpha else self.alphas
+        if span is None:
+            return [
+                f"That keeps the rms of each module's first step; the regime is {self._regime}.",
+                "It is not known what keeps later steps in this regime: for the model as a whole, ask with the regime "
+                "signal.",
+            ]
+        took = "It takes the signal to lead and the gradient to keep its direction"
+        if max(span.first_step, span.A_led) - min(span.first_step, span.A_led) < 1e-9 * span.A_led:
+            return [f"The law has the model change as much as before, at the first step and later. {took}."]
+        what = "learning rate" if self.fixes_alpha else "alpha"
+        ends = f"the first step asks for the {what} {span.first_step:.3g}, a long run, where A's motion leads, for "
+        ends += f"{span.A_led:.3g}"
+        if span.planned is None or self.plan is None:
+            said = [
+                f"This is the first step's: {ends}.",
+                "The planned steps and a takeover distance give the value between.",
+            ]
+        else:
+            given = "assumed from one sample" if self.plan.is_assumed else "given as measured"
+            said = [
+                f"This is the law's at {self.plan.steps} steps: {ends}.",
+                f"The takeover distance, {self.plan.takeover:.2g}, is {given}, so that A's part is {self.plan.rho:.3g} "
+                f"times B's in the end; the rate is {'as scheduled' if self.plan.schedule else 'taken as constant'}.",
+            ]
+        return [*said, f"{took}."]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as numbers, strings, lists and mappings that JSON has; infinity is the string ``"inf"``."""
+        return _plain(
+            {
+                "sentence": self.sentence(),
+                "alpha": self.alpha,
+                "learning_rate": self.learning_rate,
+                "scaling": self.setting.scaling,
+                "old": asdict(self.old),
+                "new": asdict(self.setting),
+                "regime": self.regime,
+                "alpha_at_old_rate": self.alpha_at_old_rate,
+                "rate_at_alpha": {"alpha": self.unchanged.alpha, "learning_rate": self.rate_at_alpha},
+                "alphas": self.alphas,
+                "rates": self.rates,
+                "plan": None if self.plan is None else asdict(self.plan),
+                "modules": [asdict(module) for module in self.modules],
+                "choices": [asdict(row) | {"scaling": row.setting.scaling, "rates": row.rates} for row in self.rows()],
+            }
+        )
+
+    @property
+    def _has_horizon(self) -> bool:
+        return self.regime == "signal" and FAMILY[self.old.optimizer] == "adam"
+
+    @property
+    def _rule(self) -> str:
+        kappa = exponent(self.unchanged.rule)
+        return {1.0: "alpha / r", 0.5: "alpha / sqrt(r) (use_rslora)"}.get(kappa, f"alpha / r^{kappa:g}")
+
+    @property
+    def _regime(self) -> str:
+        return f"measured at {len(self.modules)} modules" if self.regime == "measured" else f"assumed: {self.regime}"
+
+    def _strength(self, new: Setting, rho: float) -> float:
+        r"""Growth of the change at the old rate, were A's part rho times B's under the old setting.
+
+        :math:`\gamma' r' (s' + s \rho) / (\gamma r (s + s \rho))`: A's own motion does not know how A started.
+        """
+        ratio = self._deviation(self.old) / self._deviation(new)
+        first = step_ratio(replace(new, learning_rate=self.old.learning_rate), self.old, SIGNAL)
+        return first * ratio if isinf(rho) else first * (1 + rho * ratio) / (1 + rho)
+
+    def _span(self, value: Any) -> Span:
+        rho = None if self.plan is None else self.plan.rho
+        return Span(value(0.0), None if rho is None else value(rho), value(inf))
+
+    @staticmethod
+    def _deviation(setting: Setting) -> float:
+        return inits.entries(setting.init, rank=setting.rank, p_in=1).deviation
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, Span):
+        return _plain(value._asdict())
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return "inf" if isinstance(value, float) and isinf(value) else value
+
 
 def transfer(
     old: Setting,
@@ -253,115 +402,96 @@ def transfer(
     regime: Literal["signal", "cross-talk"] | Mapping[str, float] = "signal",
     *,
     rule: Rule | None = None,
-) -> Transfer:
-    r"""Carry a tuned setting to another rank so that the rms of the first step stays the same.
+    alpha: float | None = None,
+    steps: int | None = None,
+    takeover: float | None = None,
+    p_in: int | None = None,
+    schedule: Sequence[float] | None = None,
+) -> Advice:
+    r"""Carry a tuned setting to another rank so that the change of the model stays the same.
 
-    At the old rate gamma becomes :math:`\gamma' = \gamma (s/s') g^{-1/p}`, g the `growth`; at the old alpha the rate is
-    divided by the `step_ratio`.
+    At the old rate the first step asks for :math:`\gamma' = \gamma (s/s') g^{-1/p}`, g the `growth`; at a given alpha
+    the rate is divided by the `step_ratio`. Under Adam, where the signal leads, `Advice.rates` and `Advice.alphas` have
+    the A-led end too, and the value between where the run is planned.
 
     Args:
       old: what was tuned.
       rank: the new rank.
       regime: one of the limits, or the linear term c of each module by name, measured with the same optimizer and init.
       rule: of the new setting; None is the old one's.
+      alpha: of the new setting, where it is fixed; None keeps the rate and finds alpha.
+      steps: of the planned run.
+      takeover: distance of A at which its part is as large as B's (`rora_theory.theory.horizon.RowTerms.takeover`),
+        measured at the old rank; 1e-3 to 6e-3 in the modules of SmolLM2-135M on one batch.
+      p_in: inputs of the modules, in place of ``takeover``: it is then assumed as for one sample,
+        `rora_theory.theory.horizon.one_sample_takeover`.
+      schedule: factor of the rate in each of the ``steps``; None is a constant rate.
 
     Raises:
-      InputError: a regime that is neither, or without modules, or a value out of range.
+      InputError: a regime that is neither, or without modules, a value out of range, or steps where no law has them.
 
     Example:
       >>> carried = transfer(Setting(rank=8, alpha=16, learning_rate=3e-4), 128)
       >>> round(carried.alpha, 6), round(carried.learning_rate, 9)  # LoRA under AdamW, signal alone: nothing changes
       (16.0, 0.0003)
+      >>> found = transfer(Setting(128, 16, 3e-4), 128, rule="rslora", alpha=16, steps=1000, takeover=3e-3)
+      >>> [f"{rate:.2e}" for rate in found.rates]
+      ['2.65e-05', '8.78e-05', '8.92e-05']
     """
     if isinstance(regime, str):
         if regime not in REGIMES:
             raise InputError(f"regime is {regime!r}; accepted are {', '.join(REGIMES)}, or linear terms by module")
-        regime = {ALL: REGIMES[regime]}
-    if not regime:
+        terms = {ALL: REGIMES[regime]}
+    else:
+        terms = dict(regime)
+    if not terms:
         raise InputError("regime has no module; accepted are one or more linear terms by module")
-    unchanged = replace(old, rank=rank, rule=old.rule if rule is None else rule)
+    new_rule = old.rule if rule is None else rule
+    unchanged = replace(old, rank=rank, rule=new_rule, alpha=old.alpha if alpha is None else alpha)
     modules = []
-    for name, linear_term in regime.items():
+    for name, linear_term in terms.items():
         ratio = step_ratio(unchanged, old, linear_term)
         kept = unchanged.with_scaling(unchanged.scaling * ratio ** (-1 / old.power))
         modules.append(Module(name, linear_term, kept.alpha, old.learning_rate / ratio, ratio))
-    return Transfer(old, unchanged, tuple(modules))
+    named = regime if isinstance(regime, str) else "measured"
+    plan = _planned(old, named, steps, takeover, p_in, schedule)
+    return Advice(old, unchanged, tuple(modules), named, alpha is not None, plan)
 
 
-def peft_targets(names: Sequence[str]) -> str | list[str]:
-    """``target_modules`` as PEFT takes them: `ALL_LINEAR` as a string, names of modules as a list.
-
-    Args:
-      names: ``["all-linear"]``, or names such as ``q_proj`` and ``self_attn.q_proj``.
-
-    Raises:
-      InputError: none, one twice, `ALL_LINEAR` beside others, or one that no module's name can be.
-
-    Example:
-      >>> peft_targets(["all-linear"]), peft_targets(["q_proj", "v_proj"])
-      ('all-linear', ['q_proj', 'v_proj'])
-    """
-    accepted = f"names of modules such as q_proj, each by itself, or {ALL_LINEAR} alone"
-    if not names:
-        raise InputError(f"targets is empty; accepted are {accepted}")
-    if list(names) == [ALL_LINEAR]:
-        return ALL_LINEAR
-    for name in names:
-        if name == ALL_LINEAR or not re.fullmatch(r"\w+(\.\w+)*", name) or list(names).count(name) > 1:
-            raise InputError(f"targets has {name!r} in {' '.join(names)!r}; accepted are {accepted}")
-    return list(names)
-
-
-def peft_config(
-    found: Transfer,
-    *,
-    target_modules: Sequence[str] | str,
-    per: Literal["one", "type", "module"] = "type",
-    task_type: TaskType = "CAUSAL_LM",
-) -> str:
-    """Python source of a PEFT ``LoraConfig`` with the alphas that keep the first step at the old rate.
-
-    A rule of another kappa than 1 or 1/2 has no flag in PEFT and is written as ``alpha / r`` of the same gamma, with a
-    comment. PEFT takes any number as alpha.
-
-    Args:
-      found: of `transfer`.
-      target_modules: PEFT's, see `peft_targets`.
-      per: which modules share an alpha, see `Transfer.alpha_pattern`.
-      task_type: PEFT's; without it PEFT wraps a model in its class for none.
-
-    Raises:
-      InputError: an init that PEFT does not have, targets as in `peft_targets`, or a task type that PEFT does not have.
-    """
-    new = found.unchanged
-    if new.init not in PEFT_INITS:
-        raise InputError(f"init is {new.init!r}, which PEFT does not have; accepted are {', '.join(PEFT_INITS)}")
-    if task_type not in get_args(TaskType):
-        raise InputError(f"task_type is {task_type!r}; accepted are {', '.join(get_args(TaskType))}")
-    targets = peft_targets([target_modules] if isinstance(target_modules, str) else target_modules)
-    kappa = exponent(new.rule)
-    flag = kappa == KAPPAS["rslora"]
-    rule: Rule = "rslora" if flag else "lora"
-    remark = "" if kappa in KAPPAS.values() else f"  # alpha / r with the gamma of {found.alpha:.6g} / r^{kappa:g}"
-
-    def written(alpha: float) -> str:
-        scaling = scaling_factor(new.rule, alpha=alpha, rank=new.rank)
-        return f"{alpha_for(rule, scaling=scaling, rank=new.rank):.6g}"
-
-    lines = [
-        "from peft import LoraConfig",
-        "",
-        f"config = LoraConfig(  # learning rate {found.old.learning_rate:g}",
-        f"    task_type={task_type!r},",
-        f"    r={new.rank},",
-        f"    lora_alpha={written(found.alpha)},{remark}",
-        f"    use_rslora={flag},",
-        f"    init_lora_weights={PEFT_INITS[new.init]!r},",
-        f"    target_modules={targets!r},",
-    ]
-    pattern = found.alpha_pattern(per)
-    if pattern:
-        lines += ["    alpha_pattern={"]
-        lines += [f"        {name!r}: {written(alpha)}," for name, alpha in pattern.items()]
-        lines += ["    },"]
-    return "\n".join([*lines, ")"])
+def _planned(
+    old: Setting,
+    regime: str,
+    steps: int | None,
+    takeover: float | None,
+    p_in: int | None,
+    schedule: Sequence[float] | None,
+) -> Plan | None:
+    given = {"steps": steps, "takeover": takeover, "p_in": p_in, "schedule": schedule}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    first = next(iter(given))
+    if FAMILY[old.optimizer] != "adam" or regime != "signal":
+        raise InputError(
+            f"{first} is {given[first]!r} with {NAMES[old.optimizer]} and the regime {regime}; accepted are Adam and "
+            "AdamW with the regime signal: elsewhere the law here is of the first step"
+        )
+    if steps is None:
+        raise InputError(f"{first} is {given[first]!r} without steps; accepted is an integer of 1 or more as steps")
+    check_integer("steps", steps)
+    if takeover is not None and p_in is not None:
+        raise InputError(f"takeover is {takeover!r} and p_in {p_in!r}; accepted is one of them")
+    if takeover is not None:
+        check_positive("takeover", takeover)
+    elif p_in is not None:
+        check_integer("p_in", p_in)
+        deviation = inits.entries(old.init, rank=old.rank, p_in=p_in).deviation
+        takeover = horizon.one_sample_takeover(deviation, p_in)
+    factors = [1.0] * steps if schedule is None else list(schedule)
+    if len(factors) != steps:
+        raise InputError(f"schedule has {len(factors)} factors for {steps} steps; accepted is one a step")
+    rho = None
+    if takeover is not None:
+        moved = horizon.distances([old.learning_rate * factor for factor in factors], takeover=takeover)
+        rho = moved.A / takeover
+    return Plan(steps, takeover, p_in is not None, schedule is not None, rho)

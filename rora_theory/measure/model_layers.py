@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from rora_theory import adapters, llama
 from rora_theory.adapters import LoraAdapter, LoraConfig
-from rora_theory.advice.transfer import Setting, Trainer
+from rora_theory.advice.setting import Setting, Trainer
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.loss import cross_entropy

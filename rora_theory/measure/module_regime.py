@@ -21,7 +21,8 @@ from jaxtyping import PRNGKeyArray
 from scipy import stats
 
 from rora_theory import inits
-from rora_theory.advice.transfer import Setting, transfer
+from rora_theory.advice.setting import Setting
+from rora_theory.advice.transfer import transfer
 from rora_theory.draws import draw_A
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init

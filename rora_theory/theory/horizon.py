@@ -34,7 +34,7 @@ from jaxtyping import Float
 from scipy import optimize
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_positive, check_rank
+from rora_theory.scaling import check_integer, check_positive, check_rank
 from rora_theory.theory.laws import HALF_NORMAL_MEAN
 
 
@@ -283,6 +283,24 @@ def one_sample_terms(
         p_out,
         0,
     )
+
+
+def one_sample_takeover(deviation: float, p_in: int) -> float:
+    r"""A's distance at which it leads, for one sample at its own input, all its entries alike in size.
+
+    :math:`s \sqrt{2/\pi}\, |x|_2 / |x|_1 = s / \sqrt{p_{in}}` where the entries of x are as a Gaussian's: with PEFT's
+    default, :math:`1 / (\sqrt 3\, p_{in})`.
+
+    Args:
+      deviation: s > 0, of A's entries.
+      p_in: inputs, 1 or more.
+
+    Raises:
+      InputError: an argument out of range.
+    """
+    check_positive("deviation", deviation)
+    check_integer("p_in", p_in)
+    return deviation / math.sqrt(p_in)
 
 
 class RateExponents(NamedTuple):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from rora_theory import InputError, scaling_factor
 from rora_theory.adapters import LoraConfig
-from rora_theory.advice.transfer import CROSS_TALK, SIGNAL, Setting, growth, peft_config, step_ratio, transfer
+from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, growth, step_ratio
+from rora_theory.advice.transfer import transfer
 from rora_theory.llama import LlamaConfig
 from rora_theory.theory import laws
 
@@ -73,8 +74,8 @@ def test_step_ratio_is_the_law_s(layer, init, optimizer, rule) -> None:
         rms(new, *layer) / rms(old, *layer), rel=1e-6
     )  # uniform Adam's integral
     found = transfer(old, 128, {"m": c})
-    by_alpha = replace(found.unchanged, alpha=found.alpha)
-    by_rate = replace(found.unchanged, learning_rate=found.learning_rate)
+    by_alpha = replace(found.unchanged, alpha=found.alpha_at_old_rate)
+    by_rate = replace(found.unchanged, learning_rate=found.rate_at_alpha)
     assert rms(by_alpha, *layer) == pytest.approx(rms(old, *layer), rel=1e-6)
     assert rms(by_rate, *layer) == pytest.approx(rms(old, *layer), rel=1e-6)
 
@@ -82,9 +83,9 @@ def test_step_ratio_is_the_law_s(layer, init, optimizer, rule) -> None:
 @given(settings, ranks, linear_terms)
 def test_either_change_keeps_the_step(old: Setting, rank: int, c: float) -> None:
     found = transfer(old, rank, {"m": c})
-    assert step_ratio(replace(found.unchanged, alpha=found.alpha), old, c) == pytest.approx(1, rel=1e-9)
-    assert step_ratio(replace(found.unchanged, learning_rate=found.learning_rate), old, c) == pytest.approx(1, rel=1e-9)
-    back = transfer(replace(found.unchanged, alpha=found.alpha), old.rank, {"m": c})
+    assert step_ratio(replace(found.unchanged, alpha=found.alpha_at_old_rate), old, c) == pytest.approx(1, rel=1e-9)
+    assert step_ratio(replace(found.unchanged, learning_rate=found.rate_at_alpha), old, c) == pytest.approx(1, rel=1e-9)
+    back = transfer(replace(found.unchanged, alpha=found.alpha_at_old_rate), old.rank, {"m": c})
     assert back.alpha == pytest.approx(old.alpha, rel=1e-9)
 
 
@@ -112,7 +113,7 @@ def test_the_four_corners(optimizer, regime, rule, alpha) -> None:
     assert found.alpha == pytest.approx(alpha, rel=1e-12)
     # gamma enters SGD's step twice, the rate once: the rate has to make up the square of what alpha makes up.
     power = 2 if FAMILY[optimizer] == "sgd" else 1
-    assert found.learning_rate == pytest.approx(3e-4 * (alpha / 16) ** power, rel=1e-12)
+    assert found.rate_at_alpha == pytest.approx(3e-4 * (alpha / 16) ** power, rel=1e-12)
 
 
 @pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("sgd", 2)])
@@ -123,13 +124,13 @@ def test_gaussian_init_costs_a_factor_of_the_rank(optimizer, power) -> None:
         for init in ("kaiming_uniform", "gaussian")
     )
     assert gaussian.alpha == pytest.approx(16 * plain.alpha, rel=1e-12)
-    assert gaussian.learning_rate == pytest.approx(16**power * plain.learning_rate, rel=1e-12)
+    assert gaussian.rate_at_alpha == pytest.approx(16**power * plain.rate_at_alpha, rel=1e-12)
 
 
-def test_folk_rules() -> None:
+def test_common_choices() -> None:
     """LoRA, Adam, signal: the step is gamma r. rsLoRA multiplies it by sqrt(r), alpha = 2r by what gamma does."""
     found = transfer(Setting(16, 32.0, 2e-4, "lora", "adamw"), 256)
-    steps = {each.name: each for each in found.folk()}
+    steps = {each.name: each for each in found.rows()}
     assert len(steps) == 6
     fixed, fixed_rs = steps["alpha = 32, as it was"], steps["alpha = 32, as it was, use_rslora"]
     assert fixed.step == pytest.approx(1)
@@ -138,7 +139,7 @@ def test_folk_rules() -> None:
     assert steps["alpha = 2r"].step == pytest.approx(16)
     assert steps["alpha = r"].step == pytest.approx(8)
     assert steps["alpha = 2r, use_rslora"].step == pytest.approx(16**2)  # gamma 2 -> 2 sqrt(256)
-    measured = transfer(Setting(16, 32.0, 2e-4), 256, {"a": 0.0, "b": 1e12}).folk()[0]
+    measured = transfer(Setting(16, 32.0, 2e-4), 256, {"a": 0.0, "b": 1e12}).rows()[0]
     assert (measured.smallest, measured.largest) == pytest.approx((0.25, 1.0))
     assert measured.step == pytest.approx(0.5)  # the geometric mean
 
@@ -163,7 +164,7 @@ def written(text: str) -> dict:
 def test_snippet_gives_every_module_its_scaling(rule, per) -> None:
     """Read by this package's own matching of PEFT's patterns, module by module; six digits are written."""
     found = transfer(Setting(4, 16.0, 3e-4, rule), 32, MEASURED)
-    config = written(peft_config(found, target_modules=["q_proj", "down_proj"], per=per))
+    config = written(found.peft_config(target_modules=["q_proj", "down_proj"], per=per))
     assert config["r"] == 32
     assert config["init_lora_weights"] is True
     lora = LoraConfig(
@@ -196,7 +197,7 @@ def test_snippet_works_in_peft() -> None:
 
     found = transfer(Setting(4, 16.0, 3e-4, "rora"), 32, MEASURED)
     space: dict = {}
-    exec(peft_config(found, target_modules=["q_proj", "down_proj"], per="module"), space)
+    exec(found.peft_config(target_modules=["q_proj", "down_proj"], per="module"), space)
     from peft.tuners.lora import LoraModel
 
     def layer() -> torch.nn.Module:
@@ -230,7 +231,7 @@ def test_snippet_works_in_peft() -> None:
             "optimizer is 'sgd' after 'adamw'",
         ),
         (
-            lambda: peft_config(transfer(Setting(8, 16.0, 1e-3, init="normal"), 16), target_modules=["q_proj"]),
+            lambda: transfer(Setting(8, 16.0, 1e-3, init="normal"), 16).peft_config(target_modules=["q_proj"]),
             "init is 'normal', which PEFT does not have",
         ),
     ],

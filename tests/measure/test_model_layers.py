@@ -11,7 +11,8 @@ import pytest
 
 from rora_theory import InputError, adapters, llama
 from rora_theory.adapters import LoraConfig
-from rora_theory.advice.transfer import Setting, transfer
+from rora_theory.advice.setting import Setting
+from rora_theory.advice.transfer import transfer
 from rora_theory.data.batches import Batch
 from rora_theory.llama import MODULES, LlamaConfig
 from rora_theory.measure import terms

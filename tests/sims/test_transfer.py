@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import checkpoint
 
-from rora_theory.advice.transfer import Setting
+from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer as carry
 from rora_theory.errors import InputError
 from sims import regime, transfer
@@ -58,8 +58,8 @@ def test_as_a_user_runs_it_on_the_core_install() -> None:
     lines = {line.split("  ")[0].strip(): line.split() for line in done.stdout.splitlines() if line.strip()}
     assert lines["signal"][1:] == ["16", "0.0003", "1"]
     assert lines["cross-talk"][1:] == ["64", "0.0012", "0.25"]
-    assert lines["alpha = 2r"][-4:] == ["2", "16", "x", "1.88e-05"]
-    assert lines["alpha = 16, as it was, use_rslora"][-3:-1] == ["11.31", "x"]
+    assert lines["alpha = 2r"][-5:] == ["2", "16", "x", "1.88e-05", "7.5e-05"]
+    assert lines["alpha = 16, as it was, use_rslora"][-4:] == ["11.31", "x", "2.65e-05", "8.92e-05"]
 
 
 def test_check_on_the_core_install_names_the_extra(monkeypatch, capsys) -> None:
@@ -82,8 +82,8 @@ def test_the_tuned_rule_is_kept(capsys) -> None:
     assert (config["use_rslora"], config["lora_alpha"]) == (True, 4)  # 16 / sqrt(16)
     lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
     assert lines["signal"][1] == "4"
-    assert lines["alpha = 16, as it was"][-4:] == ["1.414", "4", "x", "7.5e-05"]  # gamma of 16 / sqrt(128)
-    assert lines["alpha = 16, as it was, without use_rslora"][-4] == "0.125"
+    assert lines["alpha = 16, as it was"][-5:-1] == ["1.414", "4", "x", "7.5e-05"]  # gamma of 16 / sqrt(128)
+    assert lines["alpha = 16, as it was, without use_rslora"][-5] == "0.125"
     transfer.main(transfer.Config(rule="0.25"))
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if "lora_alpha" in line)

@@ -1,0 +1,128 @@
+"""PEFT's ``LoraConfig``: the words that are written into one, and the setting that is read from a saved one."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rora_theory.errors import InputError, shown
+from rora_theory.files import read_object
+from rora_theory.inits import Init
+from rora_theory.scaling import check_positive, check_rank
+
+FILE = "adapter_config.json"
+"""The file in an adapter's folder."""
+
+LARGEST = 1 << 22
+"""Bytes of the largest configuration that is read; a list of every module of the largest models takes a tenth."""
+
+PEFT_INITS: dict[Init, bool | str] = {"kaiming_uniform": True, "gaussian": "gaussian"}
+"""PEFT's ``init_lora_weights`` of each init that it has."""
+
+PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+"""The modules that the DoRA and RoRA experiments adapt."""
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear module but the output head; it stands alone, not in a list."""
+
+TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+"""PEFT's task types."""
+
+
+def peft_targets(names: Sequence[str]) -> str | list[str]:
+    """``target_modules`` as PEFT takes them: `ALL_LINEAR` as a string, names of modules as a list.
+
+    Args:
+      names: ``["all-linear"]``, or names such as ``q_proj`` and ``self_attn.q_proj``.
+
+    Raises:
+      InputError: none, one twice, `ALL_LINEAR` beside others, or one that no module's name can be.
+
+    Example:
+      >>> peft_targets(["all-linear"]), peft_targets(["q_proj", "v_proj"])
+      ('all-linear', ['q_proj', 'v_proj'])
+    """
+    accepted = f"names of modules such as q_proj, each by itself, or {ALL_LINEAR} alone"
+    if not names:
+        raise InputError(f"targets is empty; accepted are {accepted}")
+    if list(names) == [ALL_LINEAR]:
+        return ALL_LINEAR
+    for name in names:
+        if name == ALL_LINEAR or not re.fullmatch(r"\w+(\.\w+)*", name) or list(names).count(name) > 1:
+            raise InputError(f"targets has {name!r} in {' '.join(names)!r}; accepted are {accepted}")
+    return list(names)
+
+
+class Saved(NamedTuple):
+    """What a saved adapter says of itself.
+
+    Attributes:
+      rank: r.
+      alpha: lora_alpha.
+      rule: ``"rslora"`` where use_rslora is set.
+      init: law of A.
+      targets: target_modules for `peft_targets`; None where the file has none or a regular expression.
+      remarks: what the user should know, a sentence each.
+    """
+
+    rank: int
+    alpha: float
+    rule: Literal["lora", "rslora"]
+    init: Init
+    targets: tuple[str, ...] | None
+    remarks: tuple[str, ...]
+
+
+def read_adapter_config(path: str | Path) -> Saved:
+    """The setting in an ``adapter_config.json``, PEFT's defaults where it is silent.
+
+    Args:
+      path: the file, or the adapter's folder.
+
+    Raises:
+      InputError: no such file, not LoRA's, an entry that is wrong, patterns (modules of several ranks or alphas), or an
+        init whose steps have no law here.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    values = read_object(path, LARGEST, accepted="an adapter_config.json as PEFT writes it")
+
+    def entry(name: str, default: Any, kind: type | tuple[type, ...], accepted: str) -> Any:
+        value = values.get(name, default)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{path}: {name} is {shown(value)}; accepted is {accepted}")
+        return value
+
+    if values.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type is {shown(values.get('peft_type'))}; accepted is 'LORA'")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if values.get(name):
+            raise InputError(f"{path}: {name} is {shown(values[name])}; accepted is none: one rank and one alpha")
+    rank = entry("r", 8, int, "an integer of 1 or more")
+    alpha = entry("lora_alpha", 8, (int, float), "a number above 0")
+    try:
+        check_rank(rank)
+        check_positive("lora_alpha", alpha)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    start = values.get("init_lora_weights", True)
+    inits = [init for init, word in PEFT_INITS.items() if type(word) is type(start) and word == start]
+    if not inits:
+        raise InputError(
+            f"{path}: init_lora_weights is {shown(start)}, and how its steps depend on the rank has no law here; "
+            "accepted are true and 'gaussian'"
+        )
+    targets = entry("target_modules", None, (list, str, type(None)), "a list of names, or a regular expression")
+    remarks = []
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        targets = None
+        remarks.append(f"target_modules of {path} is a regular expression, which is not carried over")
+    if values.get("use_dora"):
+        remarks.append(
+            "use_dora is set: the law is of DoRA's direction, its magnitude's step has neither gamma nor the rank in it"
+        )
+    if targets is not None:
+        peft_targets([targets] if isinstance(targets, str) else targets)
+        targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    rslora = entry("use_rslora", False, bool, "true or false")
+    return Saved(rank, float(alpha), "rslora" if rslora else "lora", inits[0], targets, tuple(remarks))
