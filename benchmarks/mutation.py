@@ -41,8 +41,8 @@ MODULES = {
 """Pure modules of the judging layer with the files that test them."""
 
 LEFT_OUT = (
-    "finished or finite_but_diverged or figures or bad_input or interval_covers or errors_cover or error_covers "
-    "or what_is_judged or b_alone or every_equation or small_sweep or another_claim or works_in_peft or goes_on "
+    "finished or finite_but_diverged or figures or interval_covers or errors_cover or error_covers "
+    "or what_is_judged or b_alone or every_equation or small_sweep or works_in_peft or goes_on "
     "or test_rows or frozen_adam"
 )
 """Tests that train, sample or draw: seconds each, for the wiring of a whole command."""
@@ -89,15 +89,18 @@ def mutants(path: Path) -> Iterator[Mutant]:
                 tree = ast.parse(source)
             except SyntaxError:
                 continue
-            if ast.dump(tree) not in seen and _keywords(tree) == _keywords(whole):
+            if ast.dump(tree) not in seen and _fixed(tree) == _fixed(whole):
                 seen.add(ast.dump(tree))
                 lines = difflib.unified_diff(original.splitlines(), source.splitlines(), n=0, lineterm="")
                 yield Mutant(source, "\n".join(line for line in lines if not line.startswith(("---", "+++"))))
 
 
-def _keywords(tree: ast.AST) -> int:
-    """Arguments by keyword alone: a changed ``*`` between parameters is no fault of arithmetic."""
-    return sum(len(node.kwonlyargs) for node in ast.walk(tree) if isinstance(node, ast.arguments))
+def _fixed(tree: ast.AST) -> list[str]:
+    """What is no arithmetic, and changes in no mutant: arguments by keyword alone, and defaults of a class's fields."""
+    nodes = list(ast.walk(tree))
+    keywords = [ast.dump(one) for node in nodes if isinstance(node, ast.arguments) for one in node.kwonlyargs]
+    fields = [one for node in nodes if isinstance(node, ast.ClassDef) for one in node.body]
+    return keywords + [ast.dump(one) for one in fields if isinstance(one, ast.AnnAssign)]
 
 
 @cache
@@ -136,9 +139,8 @@ def prepare(path: Path) -> None:
     install_import_hook("rora_theory", "support.checker.checker")
     apart = dependents(_name(path))
     for name in imports().keys() - apart:
-        importlib.import_module(name)
-    for name in apart:  # a package's own imports can have brought the module along
-        sys.modules.pop(name, None)
+        if not apart & {name[:end] for end, letter in enumerate(name) if letter == "."}:  # a package is imported first
+            importlib.import_module(name)
 
 
 def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from rora_theory.paper import equations, verdicts
 from rora_theory.stats.moments import Moments
-from rora_theory.theory import sampling
+from rora_theory.theory import laws, sampling
 
 EXPECTED = {
     "1": "holds",
@@ -60,6 +60,43 @@ def test_a_small_sweep_gives_the_same_verdicts() -> None:
     assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
 
 
+def stream(mean: float = 0.0, second: float = 1.0, norm2: float = 1.0) -> sampling.Sums:
+    """Ten thousand draws of w with just these moments, and of a squared norm that does not vary."""
+    spread = math.sqrt(second - mean**2)
+    values = np.tile([mean - spread, mean + spread], 5000)
+    return sampling.Sums(Moments().add(values), Moments().add(np.full(10_000, float(norm2))))
+
+
+def exact(setting: sampling.Setting) -> sampling.Sums:
+    """Draws with the law's own moments: sampling decides nothing."""
+    law = laws.random_input_moments(rank=setting.rank, p_in=setting.p_in, overlap=setting.overlap, scaling=1.0)
+    second = float(law.second_moment[0])
+    return stream(float(law.mean[0]), second, setting.p_out * second)
+
+
+def test_the_evidence_is_in_closed_form() -> None:
+    """Ranks 1 to 64 of p = 64 inputs: E w^2 is r p (r + p + 1) at overlap 0; at 0.5 the mean is -r p / 2."""
+    found = judged(ranks=(1, 4, 16, 64), p_in=64, draw=exact)
+    assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
+    half = {r: (r * 32) ** 2 / (r * 64 * (0.25 * (r + 2) * 66 + 0.75 * (r + 65))) for r in (1, 64)}
+    steps = np.array([1, 4, 16, 64])
+    slope = np.polyfit(np.log(steps), np.log(steps * (steps + 65)) / 2, 1)[0]
+    for equation, words in {
+        "5": ("differs by 1e-04",),  # n / (n - 1) of ten thousand draws
+        "6": ("largest |z| 0.0 at overlap 0; at overlap 0.5, r = 64: E[w] = -2048 (exact -2048)",),
+        "7": (f"at overlap 0.5: {half[1]:.3f} at r = 1, {half[64]:.3f} at r = 64",),
+        "8": ("simulated/printed 1.031 ± 0 at r = 1, 513.3 ± 0 at r = 2048, p_in = 4",),
+        "9": ("66 ± 0 at r = 1 (exact 66), 2.016 ± 0 at r = 64 (exact 2.016), 1.002 ± 0 at r = 2048, p_in = 4",),
+        "11": ("rms |w|/printed 1.42 at r = 64, 1.001 at r = 2048, p_in = 4", "inflates it 1.71 times"),
+        "12": ("at eta = 0.001 the printed c is 31.6 ",),
+        "13": (f"over ranks 1-64: {slope:+.3f} ± 0.000 at overlap 0", "+0.984 ± 0.000 at 0.5 from r = 76"),
+        "15": (f"over ranks 1-64: {slope - 1:+.3f} ± 0.000 at overlap 0",),
+    }.items():
+        for text in words:
+            assert text in found[equation].evidence
+    assert "(r* = 4.7 at overlap 0.5); at overlap 0 r* = p_in + 2 = 66" in found["13"].where
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "equation", "status"),
     [
@@ -96,14 +133,7 @@ def test_another_claim_another_verdict(
     monkeypatch: pytest.MonkeyPatch, name: str, wrong: object, equation: str, status: str
 ) -> None:
     monkeypatch.setattr(equations, name, wrong)
-    assert judged()[equation].status == status
-
-
-def stream(mean: float = 0.0, second: float = 1.0, norm2: float = 1.0) -> sampling.Sums:
-    """Ten thousand draws of w with just these moments, and of a squared norm that does not vary."""
-    spread = math.sqrt(second - mean**2)
-    values = np.tile([mean - spread, mean + spread], 5000)
-    return sampling.Sums(Moments().add(values), Moments().add(np.full(10_000, float(norm2))))
+    assert judged(ranks=(1, 4, 16, 64), p_in=64, draw=exact)[equation].status == status
 
 
 def statuses(draw: verdicts.Sample) -> dict[str, str]:

@@ -52,6 +52,8 @@ def test_losses_and_accuracies_are_paired(tmp_path):
     residuals = np.array([-1 + 10 / 12, -1 + 20 / 12, -3 + 30 / 12])
     assert one.loss_error == pytest.approx(math.sqrt((residuals**2).sum() * 3 / 2) / 60, rel=1e-12)
     assert one.answer_loss == pytest.approx(-2.5 / 4, rel=1e-14)
+    residuals = np.array([-0.5, -0.5, -1.5]) + 2.5 / 4 * np.array(ANSWER_TOKENS)
+    assert one.answer_error == pytest.approx(math.sqrt((residuals**2).sum() * 3 / 2) / 4, rel=1e-12)
     assert one.loss_seed_error is None
     assert one.average == pytest.approx((0 - 0.5) / 2)  # task s: +1 and -1 of 4; task t: -1 of 2
     assert one.average_error == pytest.approx(math.sqrt((2 / 3) / 4 + 0.5 / 2) / 2, rel=1e-12)

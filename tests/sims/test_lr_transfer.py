@@ -121,7 +121,12 @@ def test_a_rank_whose_best_rate_is_at_the_edge_is_in_no_slope():
     (row,) = sim.slope_rows([*inside, *beyond])
     assert (row["ranks"], row["slope"], row["verdict"]) == ("4 16 64", pytest.approx(-0.5, abs=1e-4), "shrinks")
     assert row["nearest"] == "signal"
+    assert row["standard_error"] == pytest.approx(0, abs=1e-9)
     assert sim.slope_rows([inside[0], *beyond]) == []
+    (single,) = sim.slope_rows([bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=1) for rank in (4, 16, 64)])
+    assert (single["standard_error"], single["half_width"], single["verdict"]) == (None, None, "undecided")
+    (pair,) = sim.slope_rows([bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=2) for rank in (4, 16, 64)])
+    assert (pair["standard_error"], pair["verdict"]) == (pytest.approx(0, abs=1e-9), "shrinks")
 
 
 @pytest.mark.parametrize("edge", ["first", "second", "both"])
@@ -399,6 +404,9 @@ def test_the_bootstrap_draws_the_same_records_at_every_rate():
     assert len(np.unique(drawn[:, 0])) > 3
     np.testing.assert_array_equal(drawn, matrix_rates.bootstrap(uneven, draws=50), "seeded: methods share their draws")
     assert matrix_rates.bootstrap({0.1: [matrix_rates.Cell("lora", 8, 2.0, 0.1, 0, 1.0, None, None)]}) is None
+    first = {0.1: [matrix_rates.Cell("lora", 8, 2.0, 0.1, 0, 1.0, np.array([1.0, 0.0, 0.0]), np.ones(3))]}
+    shares = matrix_rates.bootstrap(first, draws=50)  # the first record is drawn 0 to 3 times
+    assert set(np.round(3 * shares.ravel()).tolist()) == {0, 1, 2, 3}
     pair = [matrix_rates.Cell("lora", 8, 2.0, 0.1, seed, 1.0, (1 + seed) * tokens, tokens) for seed in range(2)]
     np.testing.assert_allclose(matrix_rates.bootstrap({0.1: pair}, draws=5), 1.5)
 
@@ -406,6 +414,10 @@ def test_the_bootstrap_draws_the_same_records_at_every_rate():
 def test_kappa_of_a_rule():
     cells = [matrix_rates.Cell("rora", rank, 16 / rank**0.5, 1e-3, 0, 1.0, None, None) for rank in (8, 32, 128)]
     assert matrix_rates.kappa_of(cells) == 0.5
+    with pytest.raises(InputError, match="method rora has one rank, 32; accepted are two or more"):
+        matrix_rates.kappa_of(cells[1:2])
+    with pytest.raises(InputError, match="method rora has scalings"):
+        matrix_rates.kappa_of([*cells, matrix_rates.Cell("rora", 256, 1.00001, 1e-3, 0, 1.0, None, None)])
 
 
 def test_bad_matrices(tmp_path, capsys):

@@ -113,6 +113,13 @@ def test_a_line_a_training_in_order(folder) -> None:
         assert list(csv.DictReader(file)) == rank_results.table(folder, ("lora",))
 
 
+def test_lines_of_a_rank_are_in_the_order_of_alpha_before_the_rate(folder) -> None:
+    for alpha, rate in ((64.0, 0.01), (8.0, 0.1), (16.0, 0.03)):
+        one = cell("lora", 8, rate, 0, alpha=alpha)
+        folder.cell(one).work(lambda _: {"status": "complete", "validation_loss": 1.0}, most=1)
+    assert [row["alpha"] for row in rank_results.table(folder, ("lora",))] == ["8.0", "16.0", "64.0"]
+
+
 def test_an_average_of_several_tasks_is_the_one_that_was_made(folder) -> None:
     levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
     folder.cell(cell("lora", 8, 0.1, 0)).work(
