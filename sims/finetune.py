@@ -34,7 +34,6 @@ from rora_theory.finetune import (
     split,
     tokenize,
 )
-from rora_theory.llama import LlamaConfig, Located
 from rora_theory.scaling import check_integer
 from sims.common import cli, tables
 from sims.common.disk import Journal
@@ -156,15 +155,6 @@ class Metrics:
         return self._journal.entries
 
 
-def model_config(found: Located) -> LlamaConfig:
-    """The configuration of a model, without its weights. Raises `InputError` as `rora_theory.llama.load`."""
-    from rora_theory.llama.gguf_file import config_from_gguf, open_gguf
-    from rora_theory.llama.weights import read_config
-
-    source = found.path
-    return read_config(source) if source.is_dir() else config_from_gguf(open_gguf(source), str(source))
-
-
 def finetune(config: Config, model: Any = None) -> Path:
     """Check everything that can be checked, train to the end, and write the adapter; returns the run folder.
 
@@ -191,7 +181,7 @@ def finetune(config: Config, model: Any = None) -> Path:
     records = read_records(config.data)
     parts = split(records, training.validation, training.seed)
     origin = llama.locate(config.model, config.revision) if model is None else model.origin
-    llama_config = model_config(origin) if model is None else model.config
+    llama_config = llama.model_config(origin) if model is None else model.config
     rows = adapters.table(settings, llama_config)
     if first:
         print_table(config, rows)

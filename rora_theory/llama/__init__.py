@@ -21,7 +21,7 @@ from rora_theory.llama.model import (
 if TYPE_CHECKING:
     from rora_theory.llama.hub import Located, locate
     from rora_theory.llama.identity import digest
-    from rora_theory.llama.loading import Model, load
+    from rora_theory.llama.loading import Model, load, model_config
 
 __all__ = [
     "MODULES",
@@ -42,6 +42,7 @@ __all__ = [
     "linear",
     "load",
     "locate",
+    "model_config",
     "output_matrix",
     "unembed",
 ]
@@ -53,6 +54,7 @@ _LATER = {
     "digest": "identity",
     "load": "loading",
     "locate": "hub",
+    "model_config": "loading",
 }
 
 

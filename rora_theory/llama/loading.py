@@ -90,6 +90,14 @@ def load(
     return Model(params, config, tokenizer, origin, ignored)
 
 
+def model_config(found: Located) -> LlamaConfig:
+    """The configuration of a model, without its weights. Raises `InputError` as `load`."""
+    from rora_theory.llama.gguf_file import config_from_gguf, open_gguf
+
+    source = found.path
+    return read_config(source) if source.is_dir() else config_from_gguf(open_gguf(source), str(source))
+
+
 def fitted(tokenizer: Tokenizer, rows: int) -> Tokenizer:
     """The tokenizer as it is used with a model of ``rows`` embeddings.
 

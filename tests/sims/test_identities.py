@@ -61,7 +61,7 @@ def _stop_at_the_folder(monkeypatch) -> None:
     monkeypatch.setattr(RunFolder, "open", run_folder)
     monkeypatch.setattr(rank_sweep.matrix, "Matrix", matrix)
     monkeypatch.setattr(rank_sweep, "check_cells", keep)
-    monkeypatch.setattr(rank_sweep.Workbench, "open", lambda *_: None)
+    monkeypatch.setattr(rank_sweep.Workbench, "open", lambda *_: [])
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -11,24 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from support import checkpoint
 
 from figures import accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, scaling_diagram, style
-from rora_theory.adapters import LoraConfig, PrefixConfig, init, load_peft, merge
-from rora_theory.adapters import replace as adapter_replace
+from rora_theory.adapters import load_peft
 from rora_theory.errors import InputError
-from rora_theory.evaluate.scoring import score as commonsense_score
+from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import mean_per_token, record_losses
-from rora_theory.llama import load, locate
+from rora_theory.llama import load
 from sims import matrix_rates, rank_results, rank_sweep
-from sims.common import matrix
 
 PLAIN = (
     "--batch 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
@@ -44,14 +39,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Two training files, and four questions of two tasks."""
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("one", "two"):
-        (folder / name).mkdir()
-        checkpoint.records(folder / name / "train.json", 30)
-    rows = json.loads((folder / "two" / "train.json").read_text())
-    for row in rows:
-        row["instruction"] = "two " + row["instruction"]
-    (folder / "two" / "train.json").write_text(json.dumps(rows))
+    folder = checkpoint.two_files(tmp_path_factory.mktemp("data"))
     for task, labels in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
         checkpoint.questions(folder, task, labels)
     return folder
@@ -133,70 +121,23 @@ def test_a_cell_s_loss_is_its_adapter_s(swept, model, data, method) -> None:
     assert abs(base[0].loss / found[0].loss - 1) > 1e-3, "the adapter counts"
 
 
-@pytest.fixture(scope="module")
-def bench(model, data) -> rank_sweep.Workbench:
-    """The tiny checkpoint in memory, as a sweep has it."""
-    files = tuple(str(data / name / "train.json") for name in ("one", "two"))
-    config = rank_sweep.Config(
-        data=files, model=(str(model),), held_out=6, train_records=12, batch=4, cutoff=400, widths=1, template="clean",
-        tasks=("boolq", "piqa"), data_dir=str(data), eval_template="clean",
-    )  # fmt: skip
-    located = {str(model): locate(str(model))}
-    found = rank_sweep.Workbench(config, rank_sweep.draw(config), rank_sweep.read_tasks(config)[0], located)
-    found.open(str(model))
-    return found
+def test_what_a_command_sets_reaches_the_workbench(model, data, tmp_path, monkeypatch) -> None:
+    """What the identity of its cells does not hold too."""
+    given = {}
 
+    def workbench(shared, records, tasks, located, **more):
+        given.update(more, dtype=shared.dtype, trained_on=len(records.train), tasks=list(tasks), located=list(located))
+        raise InputError("seen")
 
-def test_methods_of_a_seed_share_init_and_order_and_seeds_do_not(bench) -> None:
-    def begun(method: str, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        design = bench.config.the_design()
-        adapter, batches = bench.begin(rank_sweep.training_of(bench.config, design, method, rank, 1e-3, seed))
-        return np.asarray(adapter.params["mlp.up_proj"]["lora_A"]), np.stack(
-            [b.inputs for b in map(batches.__getitem__, range(3))]
-        )
-
-    first = begun("lora", 4, 0)
-    for method in ("rora", "dora", "quarter", "dora-rora"):
-        for ours, its in zip(first, begun(method, 4, 0), strict=True):
-            np.testing.assert_array_equal(ours, its)
-    np.testing.assert_array_equal(first[1], begun("lora", 2, 0)[1])
-    drawn = [first, begun("lora", 4, 1), begun("lora", 4, 2)]
-    for one, other in itertools.combinations(drawn, 2):
-        assert not np.any(one[0] == other[0])
-        assert not np.array_equal(one[1], other[1])
-    assert len({np.unique(order.reshape(12, -1), axis=0).tobytes() for _, order in drawn}) == 1, "the same records"
-
-
-@pytest.mark.parametrize("kind", ["lora", "prefix"])
-def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch) -> None:
-    """Whatever training left: an adapter that is merged, or runs beside the weights, is in every measurement."""
-    settings, size = {"lora": (LoraConfig(rank=2, alpha=4.0), 1.0), "prefix": (PrefixConfig(3), 30.0)}[kind]
-    fresh = init(jax.random.key(0), settings, bench._model.config, bench._model.params)
-    adapter = adapter_replace(
-        fresh, jax.tree.map(lambda a: a + size * jax.random.normal(jax.random.key(1), a.shape), fresh.params)
-    )
-    monkeypatch.setattr(bench, "_finetune", lambda training, path: rank_sweep.Trained({"steps": 1}, adapter))
-    seen = []
-
-    def score(params, config, tokenizer, items, scoring, **options):
-        assert scoring == bench.config.scoring()
-        seen.append((params, options["adapter"]))
-        return commonsense_score(params, config, tokenizer, items, scoring, **options)
-
-    monkeypatch.setattr(rank_sweep, "score", score)
-    (cell,) = cells(dataclasses.replace(bench.config, methods=(kind,), ranks=(2,), seeds=(0,)))
-    result = bench.run(cell, tmp_path)
-    base = bench._model.params
-    for params, beside in seen:
-        assert beside is (adapter if kind == "prefix" else None)
-        if kind == "lora":
-            jax.tree.map(np.testing.assert_array_equal, params, merge(adapter, base))
-    assert len(seen) == 2, "tasks"
-    losses = record_losses(base, bench._model.config, bench._held_out, adapter=adapter)
-    expected, _ = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
-    assert result["validation_loss"] == pytest.approx(expected, rel=1e-4)
-    plain = record_losses(base, bench._model.config, bench._held_out)
-    assert abs(sum(one.loss for one in plain) / sum(one.loss for one in losses) - 1) > 1e-3
+    monkeypatch.setattr(rank_sweep, "Workbench", workbench)
+    more = ["--ranks", "2", "--eval-template", "clean", "--batch-size", "3", "--dtype", "bfloat16"]
+    more += ["--checkpoint-every", "7"]
+    with pytest.raises(SystemExit):
+        rank_sweep.main(command(model, data, tmp_path / "m", *more))
+    assert given == {
+        "scoring": Scoring("label", "clean"), "score_batch_size": 3, "checkpoint_every": 7, "dtype": "bfloat16",
+        "trained_on": 12, "tasks": ["boolq", "piqa"], "located": [str(model)],
+    }  # fmt: skip
 
 
 def test_the_schedule_ends_at_the_last_step(swept) -> None:
@@ -360,10 +301,8 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     assert {line["method"] for line in printed} == {"Prefix", "Series", "Parallel", "LoRA", "DoRA", "RoRA"}
     text = (tmp_path / "table_II.md").read_text()
     assert "not comparable with this run's" in text
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(InputError, match=r"manifest\.json: no such file; accepted is the file of a run folder"):
         style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
-    assert caught.value.code == 2
-    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> None:
@@ -418,100 +357,6 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     with pytest.raises(SystemExit):
         style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
     assert "has no cell of lora, " in capsys.readouterr().err
-
-
-def cells(config: rank_sweep.Config) -> list[rank_sweep.Cell]:
-    return rank_sweep.cells_of(config, config.the_design(), data={}, evaluation={"protocol": "label"}, stage=0)
-
-
-def test_designs() -> None:
-    """Alpha, rule and rate vary apart; the paper's designs have the paper's cells."""
-    fixed = [cell for cell in cells(rank_sweep.Config(design="fixed_alpha")) if cell.rank]
-    assert {cell.alpha for cell in fixed} == {64.0}
-    assert {cell.gamma for cell in fixed if cell.method == "lora"} == {16.0, 8.0, 4.0, 2.0, 1.0, 0.5}
-    doubled = [cell for cell in cells(rank_sweep.Config(design="alpha_2r")) if cell.rank]
-    assert {cell.gamma for cell in doubled if cell.method == "lora"} == {2.0}
-    assert {cell.gamma for cell in doubled if cell.method == "rora" and cell.rank == 64} == {16.0}
-    tuned = cells(rank_sweep.Config(design="tuned_rate", methods=("prefix", "rora"), ranks=(8,)))
-    assert [cell.learning_rate for cell in tuned if cell.rank] == list(rank_sweep.RATE_GRID)
-    assert [cell.learning_rate for cell in tuned if not cell.rank] == list(rank_sweep.RATE_GRIDS["prefix"])
-    assert {cell.evaluation for cell in tuned} == {None}, "scored at the chosen rate alone"
-    table = cells(rank_sweep.Config(design="table1"))
-    llama = [(c.method, c.rank, c.learning_rate) for c in table if c.model == "yahma/llama-7b-hf" and c.rank != 128]
-    assert llama == [
-        ("base", None, None),
-        ("prefix", None, 3e-2),
-        ("series", None, 3e-4),
-        ("parallel", None, 3e-4),
-        ("lora", 32, 3e-4),
-        ("dora", 32, 2e-4),
-        ("rora", 32, 3e-4),
-    ]
-    assert {c.learning_rate for c in table if c.method == "dora" and "Llama-3" in c.model} == {1e-4}
-    assert {(c.dtype, c.training.dropout) for c in table if c.method in ("lora", "dora", "rora")} == {
-        ("bfloat16", 0.05)
-    }
-    assert {c.training.dropout for c in table if c.method in ("series", "parallel")} == {0.0}
-    assert rank_sweep.Config(design="table1").scoring().protocol == "generate"
-    assert rank_sweep.Config(design="fixed_alpha").scoring().protocol == "label"
-    assert len({matrix.key_of(cell) for cell in table}) == len(table) == 4 * 10
-    assert {cell.rank for cell in cells(rank_sweep.Config(design="fig1"))} == {None, 4, 8, 16, 32, 64, 128, 256}
-    assert {cell.rank for cell in cells(rank_sweep.Config(design="table2"))} == {None, 8, 16, 32, 64, 128}
-
-
-def test_held_out_records_are_in_no_training_set(data) -> None:
-    files = tuple(str(data / name / "train.json") for name in ("one", "two"))
-    sample = rank_sweep.draw(rank_sweep.Config(data=files, held_out=10, train_records=20))
-    held_out = {record.instruction for _, _, record in sample.held_out}
-    assert len(held_out) == 10
-    assert not held_out & {record.instruction for record in sample.train}
-    assert [sum(text.startswith("two ") for text in held_out), len(sample.train)] == [5, 20]
-    again = rank_sweep.draw(rank_sweep.Config(data=files, held_out=10, train_records=20))
-    assert again.summary == sample.summary
-    other = rank_sweep.draw(rank_sweep.Config(data=files, held_out=10, train_records=20, data_seed=1))
-    assert other.summary["held_out_sha256"] != sample.summary["held_out_sha256"]
-
-
-def test_a_repeated_record_is_on_one_side_alone(tmp_path) -> None:
-    """Every instruction twice in one file and once in another: held out once, and nowhere trained on."""
-    rows = [{"instruction": f"say {i}", "output": "a"} for i in range(12)]
-    for name, held in (
-        ("one", rows * 2),
-        ("two", rows[:6] + [{"instruction": f"tell {i}", "output": "a"} for i in range(9)]),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.json").write_text(json.dumps(held))
-    files = tuple(str(tmp_path / name / "train.json") for name in ("one", "two"))
-    sample = rank_sweep.draw(rank_sweep.Config(data=files, held_out=8))
-    held_out = [record.instruction for _, _, record in sample.held_out]
-    assert len(held_out) == len(set(held_out)) == 8
-    trained = {record.instruction for record in sample.train}
-    assert not trained & set(held_out)
-    assert len(trained) == 21 - 8, "everything else is"
-
-
-def test_shares_of_the_files() -> None:
-    assert rank_sweep.share(10, [90, 10, 50], "equal") == [4, 3, 3]
-    assert rank_sweep.share(10, [90, 10, 50], "proportional") == [6, 1, 3]
-
-
-def test_stages_of_a_tuned_design() -> None:
-    """The first seed at every rate, unscored; the others at the chosen one, scored; the base once."""
-    config = rank_sweep.Config(
-        design="tuned_rate", methods=("base", "lora"), ranks=(4, 8), rates=(1e-3, 1e-2), seeds=(3, 4, 5)
-    )
-    make = partial(rank_sweep.cells_of, config, config.the_design(), data={}, evaluation={"protocol": "label"})
-    first = make(stage=0)
-    assert [(c.rank, c.learning_rate, c.seed) for c in first] == [
-        (None,) * 3,
-        *[(r, rate, 3) for r in (4, 8) for rate in (1e-3, 1e-2)],
-    ]
-    assert [c.evaluation is None for c in first] == [False] + [True] * 4
-    rest = make(stage=1, rates={("smollm2-135m", "lora", 4): 1e-2, ("smollm2-135m", "lora", 8): 1e-3})
-    assert [(c.rank, c.learning_rate, c.seed) for c in rest] == [
-        (r, rate, s) for s in (4, 5) for r, rate in ((4, 1e-2), (8, 1e-3))
-    ]
-    assert all(c.evaluation for c in rest)
 
 
 def test_a_killed_cell_is_reported_and_done_again(model, data, tmp_path, capsys) -> None:

@@ -42,6 +42,18 @@ def records(path: Path, count: int = 20) -> Path:
     return path
 
 
+def two_files(folder: Path) -> Path:
+    """Writes thirty records to one/train.json and thirty others to two/train.json."""
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        records(folder / name / "train.json", 30)
+    rows = json.loads((folder / "two" / "train.json").read_text())
+    for row in rows:
+        row["instruction"] = "two " + row["instruction"]
+    (folder / "two" / "train.json").write_text(json.dumps(rows))
+    return folder
+
+
 def questions(folder: Path, task: str, labels: tuple[str, ...]) -> Path:
     """Writes four questions of a task, of which the first label is the answer."""
     items = [

@@ -1,0 +1,174 @@
+"""The cells of a sweep: all that determines one fine-tuned and scored adapter, in the order of work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rora_theory import adapters, llama
+from rora_theory.finetune import FinetuneConfig
+from rora_theory.scaling import scaling_factor
+from rora_theory.sweep.design import BASE, METHODS, Design, rates_of
+from rora_theory.sweep.records import RecordSplit
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that determines one cell's result; its key is the hash of this.
+
+    Attributes:
+      method: a name of `METHODS`, or `BASE`.
+      rank, alpha, gamma, learning_rate, seed: None for `BASE`; the first three also for a method without a rank. gamma
+        follows from the rule, alpha and the rank.
+      model, revision, dtype: the base model.
+      training: the whole fine-tuning run; None for `BASE`.
+      data: digests and sizes of the training and held-out records.
+      evaluation: protocol, tasks, limit and digests of the task files; None where the tasks are not scored.
+    """
+
+    method: str
+    rank: int | None
+    alpha: float | None
+    gamma: float | None
+    learning_rate: float | None
+    seed: int | None
+    model: str
+    revision: str | None
+    dtype: str
+    training: FinetuneConfig | None
+    data: Mapping[str, Any]
+    evaluation: Mapping[str, Any] | None
+
+    @property
+    def label(self) -> str:
+        """In words, for a line of output."""
+        if self.training is None:
+            return f"{self.model}: base"
+        size = f"r={self.rank} alpha={self.alpha:g} gamma={self.gamma:.4g} " if self.rank is not None else ""
+        return f"{self.model}: {self.method} {size}lr={self.learning_rate:g} seed={self.seed}"
+
+
+def cells_of(
+    design: Design,
+    shared: FinetuneConfig,
+    *,
+    revision: str | None = None,
+    data: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    stage: int,
+    rates: Mapping[tuple[str, str, int | None], float] | None = None,
+) -> list[Cell]:
+    """The cells of a design in the order of work: by seed, then rank (those without one first), then method.
+
+    Args:
+      design: what varies.
+      shared: what all fine-tuning runs share, see `training_of`.
+      revision: of the models.
+      data, evaluation: see `Cell`.
+      stage: 0 is everything, or, for a tuned design, the first seed at every rank without accuracy; 1 is the other
+        seeds at the chosen rates.
+      rates: of stage 1, by model, method and rank.
+
+    Raises:
+      InputError: a value out of range.
+    """
+    first = design.tuned and stage == 0
+    seeds = design.seeds[:1] if first else design.seeds[1:] if design.tuned else design.seeds
+    measured = None if first and len(design.seeds) > 1 else evaluation
+    common: dict[str, Any] = {"revision": revision, "dtype": design.dtype, "data": dict(data)}
+    found = []
+    for model in design.models:
+        if BASE in design.methods and stage == 0:
+            nothing: dict[str, Any] = dict.fromkeys(("rank", "alpha", "gamma", "learning_rate", "seed", "training"))
+            found.append(Cell(method=BASE, model=model, evaluation=evaluation, **nothing, **common))
+        for seed in seeds:
+            for rank in (None, *design.ranks):
+                for method in design.methods:
+                    if method == BASE or METHODS[method].ranked == (rank is None):
+                        continue
+                    if stage == 1:
+                        chosen = (rates or {}).get((model, method, rank))
+                        several: tuple[float, ...] = () if chosen is None else (chosen,)
+                    else:
+                        several = design.rates or rates_of(method, model, tuned=design.tuned)
+                    for rate in several:
+                        training = training_of(design, shared, method, rank, rate, seed)
+                        strength: dict[str, Any] = {"alpha": None, "gamma": None}
+                        if rank is not None:
+                            gamma = scaling_factor(training.rule, alpha=training.alpha, rank=rank)
+                            strength = {"alpha": training.alpha, "gamma": gamma}
+                        found.append(
+                            Cell(
+                                method=method,
+                                rank=rank,
+                                learning_rate=rate,
+                                seed=seed,
+                                model=model,
+                                training=training,
+                                evaluation=measured,
+                                **strength,
+                                **common,
+                            )
+                        )
+    return found
+
+
+def training_of(
+    design: Design, shared: FinetuneConfig, method: str, rank: int | None, rate: float, seed: int
+) -> FinetuneConfig:
+    """The fine-tuning run of a cell.
+
+    Args:
+      design: whose rule for alpha and dtype it has.
+      shared: everything else. Its alpha, targets and dropout are those of methods with a rank; the others have their
+        published modules and no dropout.
+      method, rank, rate, seed: the cell's; no rank for a method that has none.
+
+    Raises:
+      InputError: a value out of range.
+    """
+    if rank is None:
+        own: dict[str, Any] = {"alpha": FinetuneConfig.alpha, "targets": None, "dropout": 0.0}
+    else:
+        own = {"rank": rank, "alpha": 2.0 * rank if design.alpha_rule == "2r" else shared.alpha}
+    own |= {"learning_rate": rate, "seed": seed, "dtype": design.dtype, **METHODS[method].settings}
+    training = replace(shared, **own)
+    training.check()
+    return training
+
+
+def check_cells(cells: Sequence[Cell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:
+    """Number of parameters of each model.
+
+    Raises:
+      InputError: a model is not to be had, or an adapter does not fit it.
+    """
+    configs: dict[str, llama.LlamaConfig] = {}
+    for cell in cells:
+        if cell.model not in configs:
+            configs[cell.model] = llama.model_config(located[cell.model])
+        if cell.training is not None:
+            adapters.table(cell.training.adapter(), configs[cell.model])
+    return {name: {"parameters": llama.count_parameters(config)} for name, config in configs.items()}
+
+
+def identity(
+    design: Design,
+    shared: FinetuneConfig,
+    records: RecordSplit,
+    evaluation: Mapping[str, Any] | None,
+    located: Mapping[str, llama.Located],
+    *,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """What all cells of a sweep share; a model enters with what its files hold."""
+    settings = ("warmup", "dropout", "targets", "template", "cutoff", "loss_on", "widths", "accumulation", "remat")
+    return {
+        "models": sorted(design.models),
+        "revision": revision,
+        "commits": {name: found.commit for name, found in located.items()},
+        "model_sha256": {name: found.sha256 for name, found in located.items()},
+        "data": records.summary,
+        "training": {"steps": shared.max_steps, "epochs": shared.epochs, "batch": shared.batch},
+        "settings": {name: getattr(shared, name) for name in settings} | {"dtype": design.dtype},
+        "evaluation": evaluation,
+    }

@@ -1,0 +1,220 @@
+"""What a cell of a sweep does: fine-tune one adapter, then measure its losses and its accuracy."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rora_theory import adapters, llama
+from rora_theory.data.tasks import TASKS
+from rora_theory.data.tasks import Record as TaskRecord
+from rora_theory.errors import InputError
+from rora_theory.evaluate.levels import levels
+from rora_theory.evaluate.scoring import Sample, Scoring, score
+from rora_theory.finetune import (
+    Batches,
+    Examples,
+    FinetuneConfig,
+    NonFiniteLossError,
+    Stepped,
+    Trainer,
+    choose_widths,
+    tokenize,
+)
+from rora_theory.finetune.held_out import RecordLoss, mean_per_token, record_losses
+from rora_theory.finetune.step import SharedSteps
+from rora_theory.sweep.cells import Cell
+from rora_theory.sweep.records import RecordSplit
+
+Follow = Callable[[Trainer], Sequence[float]]
+"""Runs a trainer to its end and does with its events what it likes; returns the loss of every step of the run."""
+
+
+def step_losses(trainer: Trainer) -> list[float]:
+    """Run a trainer to its end, keep nothing else; the losses of the steps taken now."""
+    return [event.loss for event in trainer.run() if isinstance(event, Stepped)]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of a fine-tuning run: entries of the result, and the adapter, None if it diverged."""
+
+    result: dict[str, Any]
+    adapter: Any
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a cell came to.
+
+    Attributes:
+      result: figures by name. ``status`` is ``complete`` or ``diverged``: a loss that is no number is a result.
+      adapter: as it was trained; None for the base model, and where training diverged.
+      losses: of the held-out records in their order; none where training diverged.
+      samples: the scored items in the order of tasks; none where they are not scored.
+    """
+
+    result: dict[str, Any]
+    adapter: Any = None
+    losses: Sequence[RecordLoss] = ()
+    samples: Sequence[Sample] = ()
+
+
+class Workbench:
+    """One model in memory with its tokenized records and compiled steps; does cells.
+
+    Args:
+      shared: what the fine-tuning runs of all cells share; its template, cutoff, widths and loss_on prepare the
+        records, its dtype is the weights'.
+      records: training and held-out records.
+      tasks: items to score.
+      located: where each model lies.
+      scoring: the protocol of the cells that are scored.
+      score_batch_size: of `score`.
+      checkpoint_every: steps between two checkpoints; a shorter run has none.
+    """
+
+    def __init__(
+        self,
+        shared: FinetuneConfig,
+        records: RecordSplit,
+        tasks: Mapping[str, list[TaskRecord]],
+        located: Mapping[str, llama.Located],
+        *,
+        scoring: Scoring,
+        score_batch_size: int = 8,
+        checkpoint_every: int = 500,
+    ) -> None:
+        self.shared, self.records, self.tasks, self.located = shared, records, tasks, located
+        self.scoring, self.score_batch_size, self.checkpoint_every = scoring, score_batch_size, checkpoint_every
+        self._name: str | None = None
+        self.model: Any = None
+        self.steps = SharedSteps()
+
+    def open(self, model: str) -> list[str]:
+        """Load a model, unless it is the one in memory.
+
+        Returns:
+          what a user should be told of it, a line each; nothing where it was in memory.
+
+        Raises:
+          InputError: as `llama.load`, or a held-out record that is longer than the model reads.
+        """
+        if model == self._name:
+            return []
+        self._name = self.model = None  # the old one's memory is free before the new one takes its own
+        self.model = llama.load(self.located[model], jnp.dtype(self.shared.dtype))
+        self._name, self.steps = model, SharedSteps()
+        encode = partial(tokenize, tokenizer=self.model.tokenizer, template=self.shared.template)
+        answer_only = self.shared.loss_on == "answer"
+        self._train: Examples = encode(self.records.train, cutoff=self.shared.cutoff, answer_only=answer_only)
+        self._widths = choose_widths(self._train.sizes, self.shared.widths)
+        longest = self.model.config.max_position_embeddings
+        self.held_out: Examples = encode(
+            [record for _, _, record in self.records.held_out], cutoff=longest, answer_only=True
+        )
+        if self.held_out.skipped:
+            raise InputError(f"a held-out record is longer than the {longest} tokens {model} reads")
+        return list(self.model.remarks)
+
+    def run(self, cell: Cell, checkpoints: Path, follow: Follow = step_losses) -> Measured:
+        """Train and measure a cell.
+
+        Args:
+          cell: which.
+          checkpoints: folder of its checkpoints, where the run is long enough to have them.
+          follow: runs the trainer.
+        """
+        self.open(cell.model)
+        begun = time.perf_counter()
+        params, adapter, kept = self.model.params, None, None
+        result: dict[str, Any] = {"status": "complete"}
+        if cell.training is not None:
+            trained = self.train(cell.training, checkpoints, follow)
+            result |= trained.result
+            if trained.adapter is None:
+                return Measured(result)
+            adapter = kept = trained.adapter
+            if cell.training.adapter().mergeable:  # faster than beside the weights
+                params, adapter = adapter.merge(params), None
+        trained_at = time.perf_counter()
+        losses = record_losses(params, self.model.config, self.held_out, adapter=adapter)
+        result |= {"train_seconds": trained_at - begun} | _mean_losses(losses)
+        if not math.isfinite(result["validation_loss"]):
+            step = result.get("steps", 0)
+            diverged = {"status": "diverged", "diverged_at": step, "steps": step}
+            return Measured(diverged | {"error": "the validation loss is no number"}, kept, losses)
+        lost_at = time.perf_counter()
+        result["loss_seconds"] = lost_at - trained_at
+        samples: list[Sample] = []
+        if cell.evaluation is not None:
+            samples = self._score(params, adapter)
+            found = levels(samples, [record for items in self.tasks.values() for record in items])
+            result["levels"] = [asdict(level) for level in found]
+            result["accuracy_seconds"] = time.perf_counter() - lost_at
+        return Measured(result | {"seconds": time.perf_counter() - begun}, kept, losses, samples)
+
+    def begin(self, training: FinetuneConfig) -> tuple[Any, Batches]:
+        """The fresh adapter of a run and its batches in order: by the seed alone, the same for every rule."""
+        batches = Batches(
+            self._train,
+            self._widths,
+            batch=training.batch,
+            epochs=training.epochs,
+            seed=training.seed,
+            answer_only=training.loss_on == "answer",
+        )
+        key = jax.random.key(training.seed)
+        return adapters.init(key, training.adapter(), self.model.config, self.model.params), batches
+
+    def train(self, training: FinetuneConfig, checkpoints: Path, follow: Follow = step_losses) -> Trained:
+        """Fine-tune the open model; arguments as of `run`."""
+        training = replace(training, checkpoint_every=self.checkpoint_every)
+        adapter, batches = self.begin(training)
+        steps = min(len(batches), training.max_steps or len(batches))
+        folder = checkpoints if steps > self.checkpoint_every else None
+        before, model = self.steps.compilations, self.model
+        trainer = Trainer(model.params, model.config, adapter, training, batches, None, folder, shared=self.steps)
+        result: dict[str, Any] = {"trainable_parameters": adapters.count(adapter), "steps": trainer.steps}
+        try:
+            losses = follow(trainer)
+        except NonFiniteLossError as error:
+            return Trained(result | {"status": "diverged", "diverged_at": error.step, "error": str(error)}, None)
+        finally:
+            trainer.close()
+        result["compilations"] = self.steps.compilations - before
+        result["train_loss"] = float(np.mean(losses[-10:]))
+        return Trained(result, trainer.adapter("last"))
+
+    def _score(self, params: Any, adapter: Any) -> list[Sample]:
+        """The scored items in the order of tasks."""
+        model = self.model
+        samples = [
+            sample
+            for items in self.tasks.values()
+            for sample in score(
+                params,
+                model.config,
+                model.tokenizer,
+                items,
+                self.scoring,
+                adapter=adapter,
+                batch_size=self.score_batch_size,
+            )
+        ]
+        order = list(TASKS)
+        return sorted(samples, key=lambda sample: (order.index(sample.task), sample.index))
+
+
+def _mean_losses(losses: Sequence[RecordLoss]) -> dict[str, float]:
+    """Means a token with their errors."""
+    loss, error = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
+    answer, answer_error = mean_per_token([one.answer_loss for one in losses], [one.answer_tokens for one in losses])
+    return {"validation_loss": loss, "validation_error": error, "answer_loss": answer, "answer_error": answer_error}

@@ -1,0 +1,87 @@
+"""Designs and their cells: alpha, rule and rate vary apart, the paper's designs have the paper's cells, stages."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.finetune import FinetuneConfig
+from rora_theory.sweep.cells import Cell, cells_of, training_of
+from rora_theory.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
+from sims.common.matrix import key_of
+
+SHARED = FinetuneConfig()
+
+
+def cells(design: str, **changes: Any) -> list[Cell]:
+    chosen = replace(DESIGNS[design], **changes)
+    return cells_of(chosen, SHARED, data={}, evaluation={"protocol": "label"}, stage=0)
+
+
+def test_designs() -> None:
+    """Alpha, rule and rate vary apart; the paper's designs have the paper's cells."""
+    fixed = [cell for cell in cells("fixed_alpha") if cell.rank]
+    assert {cell.alpha for cell in fixed} == {64.0}
+    assert {cell.gamma for cell in fixed if cell.method == "lora"} == {16.0, 8.0, 4.0, 2.0, 1.0, 0.5}
+    doubled = [cell for cell in cells("alpha_2r") if cell.rank]
+    assert {cell.gamma for cell in doubled if cell.method == "lora"} == {2.0}
+    assert {cell.gamma for cell in doubled if cell.method == "rora" and cell.rank == 64} == {16.0}
+    tuned = cells("tuned_rate", methods=("prefix", "rora"), ranks=(8,))
+    assert [cell.learning_rate for cell in tuned if cell.rank] == list(RATE_GRID)
+    assert [cell.learning_rate for cell in tuned if not cell.rank] == list(RATE_GRIDS["prefix"])
+    assert {cell.evaluation for cell in tuned} == {None}, "scored at the chosen rate alone"
+    table = cells("table1")
+    llama = [(c.method, c.rank, c.learning_rate) for c in table if c.model == "yahma/llama-7b-hf" and c.rank != 128]
+    assert llama == [
+        ("base", None, None),
+        ("prefix", None, 3e-2),
+        ("series", None, 3e-4),
+        ("parallel", None, 3e-4),
+        ("lora", 32, 3e-4),
+        ("dora", 32, 2e-4),
+        ("rora", 32, 3e-4),
+    ]
+    assert {c.learning_rate for c in table if c.method == "dora" and "Llama-3" in c.model} == {1e-4}
+    assert {(c.dtype, c.training.dropout) for c in table if c.method in ("lora", "dora", "rora")} == {
+        ("bfloat16", 0.05)
+    }
+    assert {c.training.dropout for c in table if c.method in ("series", "parallel")} == {0.0}
+    assert DESIGNS["table1"].protocol == "generate"
+    assert DESIGNS["fixed_alpha"].protocol == "label"
+    assert len({key_of(cell) for cell in table}) == len(table) == 4 * 10
+    assert {cell.rank for cell in cells("fig1")} == {None, 4, 8, 16, 32, 64, 128, 256}
+    assert {cell.rank for cell in cells("table2")} == {None, 8, 16, 32, 64, 128}
+
+
+def test_stages_of_a_tuned_design() -> None:
+    """The first seed at every rate, unscored; the others at the chosen one, scored; the base once."""
+    design = Design(methods=("base", "lora"), ranks=(4, 8), rates=(1e-3, 1e-2), seeds=(3, 4, 5), tuned=True)
+    make = partial(cells_of, design, SHARED, data={}, evaluation={"protocol": "label"})
+    first = make(stage=0)
+    assert [(c.rank, c.learning_rate, c.seed) for c in first] == [
+        (None,) * 3,
+        *[(r, rate, 3) for r in (4, 8) for rate in (1e-3, 1e-2)],
+    ]
+    assert [c.evaluation is None for c in first] == [False] + [True] * 4
+    rest = make(stage=1, rates={("smollm2-135m", "lora", 4): 1e-2, ("smollm2-135m", "lora", 8): 1e-3})
+    assert [(c.rank, c.learning_rate, c.seed) for c in rest] == [
+        (r, rate, s) for s in (4, 5) for r, rate in ((4, 1e-2), (8, 1e-3))
+    ]
+    assert all(c.evaluation for c in rest)
+
+
+def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
+    """Alpha, targets and dropout; everything else reaches every run."""
+    shared = FinetuneConfig(alpha=16.0, targets=("q_proj",), dropout=0.2, cutoff=99, epochs=2, remat="mlp")
+    make = partial(training_of, Design(dtype="bfloat16"), shared, rate=1e-3, seed=7)
+    for method, rank in (("lora", 4), ("dora", 4), ("series", None), ("prefix", None)):
+        found = make(method=method, rank=rank)
+        own = (16.0, ("q_proj",), 0.2) if rank else (FinetuneConfig.alpha, None, 0.0)
+        assert (found.alpha, found.targets, found.dropout) == own
+        assert (found.method, found.cutoff, found.epochs, found.remat) == (method, 99, 2, "mlp")
+        assert (found.learning_rate, found.seed, found.dtype) == (1e-3, 7, "bfloat16")
+    assert make(method="rora", rank=8).rank == 8
+    with pytest.raises(InputError, match="rank is 0"):
+        make(method="lora", rank=0)

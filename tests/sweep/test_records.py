@@ -1,0 +1,50 @@
+"""The records of a sweep: seeded, held out once, trained on nowhere else, each file with its share."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support import checkpoint
+
+from rora_theory.sweep.records import apportion, draw_records
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return checkpoint.two_files(tmp_path_factory.mktemp("data"))
+
+
+def test_held_out_records_are_in_no_training_set(data) -> None:
+    files = tuple(str(data / name / "train.json") for name in ("one", "two"))
+    sample = draw_records(files, held_out=10, train_records=20)
+    held_out = {record.instruction for _, _, record in sample.held_out}
+    assert len(held_out) == 10
+    assert not held_out & {record.instruction for record in sample.train}
+    assert [sum(text.startswith("two ") for text in held_out), len(sample.train)] == [5, 20]
+    again = draw_records(files, held_out=10, train_records=20)
+    assert again.summary == sample.summary
+    other = draw_records(files, held_out=10, train_records=20, seed=1)
+    assert other.summary["held_out_sha256"] != sample.summary["held_out_sha256"]
+
+
+def test_a_repeated_record_is_on_one_side_alone(tmp_path) -> None:
+    """Every instruction twice in one file and once in another: held out once, and nowhere trained on."""
+    rows = [{"instruction": f"say {i}", "output": "a"} for i in range(12)]
+    for name, held in (
+        ("one", rows * 2),
+        ("two", rows[:6] + [{"instruction": f"tell {i}", "output": "a"} for i in range(9)]),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.json").write_text(json.dumps(held))
+    files = tuple(str(tmp_path / name / "train.json") for name in ("one", "two"))
+    sample = draw_records(files, held_out=8)
+    held_out = [record.instruction for _, _, record in sample.held_out]
+    assert len(held_out) == len(set(held_out)) == 8
+    trained = {record.instruction for record in sample.train}
+    assert not trained & set(held_out)
+    assert len(trained) == 21 - 8, "everything else is"
+
+
+def test_shares_of_the_files() -> None:
+    assert apportion(10, [90, 10, 50], "equal") == [4, 3, 3]
+    assert apportion(10, [90, 10, 50], "proportional") == [6, 1, 3]

@@ -1,0 +1,90 @@
+"""What a cell does, on a tiny checkpoint: methods of a seed begin alike, and what is measured is the adapted model."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from support import checkpoint
+
+from rora_theory.adapters import LoraConfig, PrefixConfig, init, merge
+from rora_theory.adapters import replace as adapter_replace
+from rora_theory.data.sources import read_tasks
+from rora_theory.evaluate.scoring import Scoring, score
+from rora_theory.finetune import FinetuneConfig
+from rora_theory.finetune.held_out import mean_per_token, record_losses
+from rora_theory.llama import locate
+from rora_theory.sweep import workbench
+from rora_theory.sweep.cells import cells_of, training_of
+from rora_theory.sweep.design import Design
+from rora_theory.sweep.records import draw_records
+from rora_theory.sweep.workbench import Trained, Workbench
+
+SHARED = FinetuneConfig(batch=4, cutoff=400, widths=1, template="clean", validation=0)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Workbench:
+    """The tiny checkpoint in memory, as a sweep has it."""
+    data = checkpoint.two_files(tmp_path_factory.mktemp("data"))
+    for task, labels in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
+        checkpoint.questions(data, task, labels)
+    model = str(checkpoint.model(tmp_path_factory.mktemp("model")))
+    records = draw_records([str(data / name / "train.json") for name in ("one", "two")], held_out=6, train_records=12)
+    tasks, _ = read_tasks(str(data), ("boolq", "piqa"), None)
+    found = Workbench(SHARED, records, tasks, {model: locate(model)}, scoring=Scoring("label", "clean"))
+    assert found.open(model) == []
+    return found
+
+
+def test_methods_of_a_seed_share_init_and_order_and_seeds_do_not(bench) -> None:
+    def begun(method: str, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        adapter, batches = bench.begin(training_of(Design(), SHARED, method, rank, 1e-3, seed))
+        return np.asarray(adapter.params["mlp.up_proj"]["lora_A"]), np.stack(
+            [b.inputs for b in map(batches.__getitem__, range(3))]
+        )
+
+    first = begun("lora", 4, 0)
+    for method in ("rora", "dora", "quarter", "dora-rora"):
+        for ours, its in zip(first, begun(method, 4, 0), strict=True):
+            np.testing.assert_array_equal(ours, its)
+    np.testing.assert_array_equal(first[1], begun("lora", 2, 0)[1])
+    drawn = [first, begun("lora", 4, 1), begun("lora", 4, 2)]
+    for one, other in itertools.combinations(drawn, 2):
+        assert not np.any(one[0] == other[0])
+        assert not np.array_equal(one[1], other[1])
+    assert len({np.unique(order.reshape(12, -1), axis=0).tobytes() for _, order in drawn}) == 1, "the same records"
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch) -> None:
+    """Whatever training left: an adapter that is merged, or runs beside the weights, is in every measurement."""
+    settings, size = {"lora": (LoraConfig(rank=2, alpha=4.0), 1.0), "prefix": (PrefixConfig(3), 30.0)}[kind]
+    fresh = init(jax.random.key(0), settings, bench.model.config, bench.model.params)
+    adapter = adapter_replace(
+        fresh, jax.tree.map(lambda a: a + size * jax.random.normal(jax.random.key(1), a.shape), fresh.params)
+    )
+    monkeypatch.setattr(bench, "train", lambda *_: Trained({"steps": 1}, adapter))
+    seen = []
+
+    def scored(params, config, tokenizer, items, scoring, **options):
+        assert scoring == bench.scoring
+        seen.append((params, options["adapter"]))
+        return score(params, config, tokenizer, items, scoring, **options)
+
+    monkeypatch.setattr(workbench, "score", scored)
+    design = Design(models=tuple(bench.located), methods=(kind,), ranks=(2,), seeds=(0,))
+    (cell,) = cells_of(design, SHARED, data={}, evaluation={}, stage=0)
+    measured = bench.run(cell, tmp_path)
+    result = measured.result
+    base = bench.model.params
+    for params, beside in seen:
+        assert beside is (adapter if kind == "prefix" else None)
+        if kind == "lora":
+            jax.tree.map(np.testing.assert_array_equal, params, merge(adapter, base))
+    assert len(seen) == 2, "tasks"
+    losses = record_losses(base, bench.model.config, bench.held_out, adapter=adapter)
+    expected, _ = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
+    assert result["validation_loss"] == pytest.approx(expected, rel=1e-4)
+    plain = record_losses(base, bench.model.config, bench.held_out)
+    assert abs(sum(one.loss for one in plain) / sum(one.loss for one in losses) - 1) > 1e-3
