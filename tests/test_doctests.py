@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -25,4 +26,11 @@ def test_examples(name: str) -> None:
     found = sum(len(test.examples) for test in doctest.DocTestFinder().find(module))
     assert found == written  # a wrapper that hides a function from doctest does not hide its example
     failed, _ = doctest.testmod(module)
+    assert not failed
+
+
+def test_the_page_of_examples() -> None:
+    page = Path(__file__).parents[1] / "docs" / "examples.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert tried > 10
     assert not failed
