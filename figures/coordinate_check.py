@@ -1,6 +1,5 @@
 """What adapters of several ranks add to a model, against the rank: a run of sims.coordinate_check."""
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import tyro
 
 from figures import style
+from rora_theory import files
 
 SHORT = {
     "self_attn.q_proj": "q",
@@ -44,7 +44,7 @@ def draw(config: Config) -> Sequence[Path]:
         print(
             f"{config.run}: has no results.csv, each seed's own sizes: coordinate_check is not drawn", file=sys.stderr
         )
-        manifest = json.loads((config.run / "manifest.json").read_text())
+        manifest = files.read_json(config.run / "manifest.json")
         return style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes")
     manifest, rows = style.read_run(config.run, "coordinate_check")
     return [

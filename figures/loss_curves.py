@@ -16,6 +16,7 @@ import tyro
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
+from rora_theory import files
 from sims.common import cli
 
 
@@ -91,9 +92,9 @@ def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     cell = run / "cell.json"
     style.check_as_written(run, "result.json" if cell.exists() else "manifest.json")
     try:
-        settings = json.loads((cell if cell.exists() else run / "manifest.json").read_text())
+        settings = files.read_json(cell if cell.exists() else run / "manifest.json")
         settings = settings["training"] if cell.exists() else settings["config"]
-        text = (run / "metrics.jsonl").read_text()
+        text = files.read_text(run / "metrics.jsonl")
         events = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     except (OSError, ValueError, KeyError) as error:
         style.fail(f"{run}: is not a run folder ({error}); accepted is a folder with manifest.json and metrics.jsonl")

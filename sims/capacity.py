@@ -8,6 +8,7 @@ The training step is traced without weights. ``--compile True`` adds the account
 hand; ``--measure True`` runs two steps here, on random weights, and sets what they took beside the prediction.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def find_model(name: str) -> LlamaConfig:
     """A model's shape, by its name or from its folder."""
     if name in MODELS:
         return MODELS[name]
-    if Path(name).is_dir():
+    if os.path.exists(os.path.join(name, "config.json")):
         return read_config(Path(name))
     raise InputError(f"--model is {name!r}; accepted are {', '.join(MODELS)} or a folder with config.json")
 

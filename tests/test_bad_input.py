@@ -23,7 +23,7 @@ COMMANDS = sorted(
     f"{path.parent.name}.{path.stem}"
     for room in ("sims", "figures")
     for path in (ROOT / room).glob("*.py")
-    if "\nif __name__ ==" in path.read_text() and path.stem != "portable"  # its folders have tests of their own
+    if "\nif __name__ ==" in path.read_text()
 )
 LATIN = os.fsdecode(b"caf\xe9")
 HUGE = "1" + "0" * 30
@@ -35,8 +35,12 @@ GIVEN = {
     "sims.coordinate_check": ["--data", "RECORDS"],
     "sims.prune": ["--text", "RECORDS"],
     "sims.evaluate": ["--data-dir", "FOLDER"],
+    "sims.portable": ["--out", "served"],
 }
-"""What a command can't be called without; a figure also takes a run folder first."""
+"""What a command can't be called without, but for what has no name."""
+
+NAMELESS = ("run", "runs", "adapter")
+"""A run folder, or an adapter's: given without a name."""
 
 
 class BegunError(Exception):
@@ -85,7 +89,7 @@ def options(command: str) -> Iterator[tuple[list[str], str]]:
         option = "--" + name.replace("_", "-")
         found = kinds(hint) - {bool, type(None), Ellipsis}
         kind = next((kind for kind in (str, Path, float, int) if kind in found), None)
-        if name in ("run", "runs"):  # these have no name on the command line
+        if name in NAMELESS:  # these are given as they are
             yield [LATIN], "caf"
         elif kind in (int, float):
             key = ["q_proj"] if typing.get_origin(hint) is dict else []
@@ -146,8 +150,8 @@ def called(command: str, words: list[str]) -> list[str]:
     if words[0] in given:
         at = given.index(words[0])
         given = given[:at] + given[at + 2 :]
-    run = any(name in ("run", "runs") for name, _ in fields_of(command)) and words != [LATIN]
-    return [*(["FOLDER"] if run else []), *given, *words]
+    nameless = any(name in NAMELESS for name, _ in fields_of(command)) and words != [LATIN]
+    return [*(["FOLDER"] if nameless else []), *given, *words]
 
 
 def listing(place: Path) -> list[tuple[str, int]]:
@@ -178,6 +182,7 @@ READ = {
     "sims.lr_transfer": ["--matrix", "{}"],
     "sims.evaluate": ["--tasks", "piqa", "--data-dir", "{}"],
     "sims.capacity": ["--model", "{}"],
+    "sims.portable": ["{}", "--out", "served"],
 } | {command: ["{}"] for command in COMMANDS if command.startswith("figures.")}
 """Where a command takes a file's or folder's name."""
 
@@ -220,5 +225,5 @@ def test_what_is_no_file_is_refused(command: str, place: Path, capsys: pytest.Ca
 
 
 def test_every_command_is_here() -> None:
-    assert len(COMMANDS) >= 22
+    assert len(COMMANDS) >= 23
     assert sorted(set(READ) | {"sims.training_dynamics"}) == COMMANDS

@@ -59,15 +59,15 @@ def test_a_command_looks_before_it_draws(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "results.csv"])
+@pytest.mark.parametrize("name", ["manifest.json", "results.csv", "metrics.jsonl", "cell.json"])
 def test_a_pipe_in_a_run_folder_is_not_waited_for(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], time_limit
 ) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "regime"}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "regime", "config": {}}))
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    with pytest.raises((InputError, SystemExit)) as caught:
-        style.read_run(tmp_path, "regime")
+    with pytest.raises((InputError, SystemExit)) as caught, time_limit(5):
+        loss_curves.read(tmp_path) if name in ("metrics.jsonl", "cell.json") else style.read_run(tmp_path, "regime")
     assert "is a pipe" in str(caught.value) + capsys.readouterr().err
 
 

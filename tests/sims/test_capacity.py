@@ -70,7 +70,7 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--rank 0", "rank is 0; accepted"),
         ("--accumulation 3", "accumulation is 3; accepted is a divisor of batch"),
         ("--measure True", "--compile and --measure take one model"),
-        ("--model EMPTY", "config.json"),
+        ("--model EMPTY", "empty'; accepted are llama-7b, "),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
