@@ -29,6 +29,7 @@ def test_examples(name: str) -> None:
     assert not failed
 
 
+@pytest.mark.usefixtures("unchecked")  # as a user has it, who passes a wrong name
 def test_the_page_of_examples() -> None:
     page = Path(__file__).parents[1] / "docs" / "examples.md"
     failed, tried = doctest.testfile(str(page), module_relative=False)
