@@ -4,8 +4,9 @@ Not all that serves adapters reads what PEFT does: some know no ``use_rslora``, 
 (docs/serving.md). What computes the same without them, for a module of rank r_i and gamma_i:
 
 - one rank r, the largest: rows of A and columns of B beyond r_i are zero;
-- one alpha, :math:`\gamma r` with the gamma of most modules, so that alpha / r is gamma;
-- where gamma_i is another, B is multiplied by gamma_i / gamma: one rounding of float32.
+- one alpha, :math:`\gamma r` with the gamma of most modules, to the next integer of 1 or more: Ollama reads no other
+  number, and llama.cpp leaves an alpha of 0 out;
+- where gamma_i is not alpha / r, B is multiplied by :math:`\gamma_i r / \alpha`: one rounding of float32.
 
 DoRA has no such form, since it scales the base's own weights: it can be merged into them, or refused.
 """
@@ -40,7 +41,8 @@ def portable(
       tensors: by PEFT's names, float32.
 
     Returns:
-      the entries and the tensors. Tensors of a module whose rank and gamma are the common ones are as they were.
+      the entries and the tensors. Those of a module are as they were where its rank is the common one and its gamma r
+      is the common alpha, as in LoRA of an integer alpha.
 
     Raises:
       InputError: not LoRA, or DoRA; an entry that PEFT would follow and that no portable adapter can; a tensor that is
@@ -59,18 +61,19 @@ def portable(
     ranks = {name: a.shape[0] for name, (a, _) in pairs.items()}
     gammas = _gammas(path, entries, ranks)
     rank, gamma = max(ranks.values()), Counter(gammas.values()).most_common(1)[0][0]
+    alpha = max(1, round(alpha_for("lora", scaling=gamma, rank=rank)))
     written: Tensors = {}
     for name, (a, b) in pairs.items():
         missing = rank - ranks[name]
-        if gammas[name] != gamma:
-            b = b * np.float32(gammas[name] / gamma)
+        if (ratio := np.float32(gammas[name] * rank / alpha)) != 1:
+            b = b * ratio
         written[f"{PREFIX}{name}.lora_A.weight"] = np.pad(a, ((0, missing), (0, 0)))
         written[f"{PREFIX}{name}.lora_B.weight"] = np.pad(b, ((0, 0), (0, missing)))
     config = {key: values[key] for key in KEPT if key in values} | {
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "lora_alpha": peft_config.number(alpha_for("lora", scaling=gamma, rank=rank)),
+        "lora_alpha": alpha,
         "peft_type": peft_config.LORA,
         "r": rank,
         "target_modules": _modules(entries, set(pairs)),
