@@ -1,9 +1,9 @@
-"""Crossing ranks over a real model's depth, and predicted lines through measured points, from a run of sims.regime."""
+"""Crossing ranks and takeover over a real model's depth, and predicted lines through measured points: sims.regime."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
 import tyro
@@ -27,12 +27,12 @@ class Config:
     modules: tuple[str, ...] = ()
     """Modules whose rms to draw, by full name; by default the first and last layer's of the first and last type."""
     out: Path | None = None
-    """Folder for regime_depth and regime_rms (.png and .svg); by default the run folder."""
+    """Folder for regime_depth, regime_takeover and regime_rms (.png and .svg); by default the run folder."""
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Both figures."""
-    _, rows = style.read_run(config.run, "regime")
+    """The figures; takeover where the run measured it."""
+    manifest, rows = style.read_run(config.run, "regime")
     crossings = style.read_table(config.run / "crossing_ranks.csv", needed=True)
     init = config.init or rows[0]["init"]
     rows = [row for row in rows if row["split"] == config.split and row["init"] == init]
@@ -40,7 +40,13 @@ def draw(config: Config) -> Sequence[Path]:
     if not rows or not crossings:
         style.fail(f"{config.run}: has no row of split {config.split} and init {init}; accepted are those of the run")
     out = config.out or config.run
-    return [*_depth(crossings, config.split, out), *_rms(rows, config, init, out)]
+    takeover = style.read_table(config.run / "takeover.csv")
+    takeover = [row for row in takeover if row["split"] == config.split and row["init"] == init]
+    return [
+        *_depth(crossings, config.split, out),
+        *(_takeover(takeover, manifest["config"]["learning_rate"], config.split, out) if takeover else ()),
+        *_rms(rows, config, init, out),
+    ]
 
 
 def _kind(row: dict[str, str]) -> str:
@@ -51,9 +57,7 @@ def _depth(rows: list[dict[str, str]], split: str, out: Path) -> list[Path]:
     """A panel a type of module: r* of each layer, band between the quartiles over tokens."""
     kinds = list(dict.fromkeys(map(_kind, rows)))
     optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(kinds), figsize=(max(3.4, 0.5 + 1.35 * len(kinds)), 2.3), sharex=True, sharey=True, squeeze=False
-    )
+    figure, axes = _panels(kinds)
     for axis, kind in zip(axes[0], kinds, strict=True):
         for index, optimizer in enumerate(optimizers):
             own = sorted(
@@ -72,8 +76,6 @@ def _depth(rows: list[dict[str, str]], split: str, out: Path) -> list[Path]:
                 markersize=2,
                 label=style.OPTIMIZERS[optimizer],
             )
-        axis.set(yscale="log", title=kind, xlabel="layer")
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 0].set_ylabel("crossing rank $r^*$")
     tokens = ", ".join(sorted({row["tokens"] for row in rows}))
     handles = style.named(axes.flat)
@@ -83,6 +85,45 @@ def _depth(rows: list[dict[str, str]], split: str, out: Path) -> list[Path]:
         )
     style.legend(figure, handles, f"{tokens} {SPLITS[split]} tokens a module; line: $r^*$ of all of them together")
     return style.save(figure, out, "regime_depth")
+
+
+def _takeover(rows: list[dict[str, str]], learning_rate: float, split: str, out: Path) -> list[Path]:
+    """A panel a type of module: steps after which A leads under Adam, a line a rank; dashes: signs begin to turn."""
+    kinds = list(dict.fromkeys(map(_kind, rows)))
+    ranks = list(dict.fromkeys(row["rank"] for row in rows))
+    figure, axes = _panels(kinds)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        own = sorted((row for row in rows if _kind(row) == kind), key=lambda row: int(row["layer"]))
+        turns = [row for row in own if row["rank"] == ranks[0]]
+        lines = [(f"r = {rank}", "takeover", [row for row in own if row["rank"] == rank]) for rank in ranks]
+        lines += [("5% of the signs of $G A^T$ have turned", "turn_5", turns)]
+        for index, (label, column, line) in enumerate(lines):
+            axis.plot(
+                [int(row["layer"]) for row in line],
+                [float(row[column]) / learning_rate for row in line],
+                color="0.5" if column == "turn_5" else style.COLOURS[index],
+                linestyle="--" if column == "turn_5" else "-",
+                marker="" if column == "turn_5" else style.MARKERS[index],
+                markersize=2,
+                label=label,
+            )
+    axes[0, 0].set_ylabel("steps $t_A$ until A leads")
+    title = (
+        f"Adam, A {rows[0]['init']}, {SPLITS[split]} tokens; steps at rate {learning_rate:g} and a constant gradient"
+    )
+    style.legend(figure, style.named(axes.flat), title)
+    return style.save(figure, out, "regime_takeover")
+
+
+def _panels(kinds: list[str]) -> tuple[plt.Figure, Any]:
+    """A panel a type of module, its layers along the axis, the other axis logarithmic."""
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(max(3.4, 0.5 + 1.35 * len(kinds)), 2.3), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        axis.set(yscale="log", title=kind, xlabel="layer")
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    return figure, axes
 
 
 def _rms(rows: list[dict[str, str]], config: Config, init: str, out: Path) -> list[Path]:

@@ -1,5 +1,26 @@
-"""One batch of a model: the law's terms by module, real steps, and the rank coordinate check."""
+"""One batch of a model: the law's terms by module, real steps, and the rank coordinate check.
+
+`regime` and `coordinate_check` take a loaded model and batches and return data frames; nothing is printed, and nothing
+trained for longer than the few steps of the check. They need the extra ``finetune``.
+"""
+
+from typing import TYPE_CHECKING
 
 from rora_theory import lazily
 
-__getattr__, __dir__ = lazily.attributes(__name__)
+if TYPE_CHECKING:
+    from rora_theory.measure.module_regime import RegimeConfig
+    from rora_theory.measure.rank_check import CheckConfig, coordinate_check
+    from rora_theory.measure.regimes import regime
+
+__all__ = ["CheckConfig", "RegimeConfig", "coordinate_check", "regime"]
+
+__getattr__, __dir__ = lazily.attributes(
+    __name__,
+    {
+        "CheckConfig": "rora_theory.measure.rank_check",
+        "RegimeConfig": "rora_theory.measure.module_regime",
+        "coordinate_check": "rora_theory.measure.rank_check",
+        "regime": "rora_theory.measure.regimes",
+    },
+)

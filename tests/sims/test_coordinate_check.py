@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,9 +14,11 @@ from support import checkpoint
 from figures import coordinate_check as figure
 from figures import style
 from rora_theory import scaling_factor
+from rora_theory.data.batches import Batch
 from rora_theory.llama import load
 from rora_theory.llama.weights import save_hf
-from rora_theory.measure.coordinate_check import Coordinate
+from rora_theory.measure.coordinates import Checker, Coordinate
+from rora_theory.measure.rank_check import Case, CheckConfig, cases, cell_rows, fits
 from sims import coordinate_check as sim
 from sims.common.cells import CELLS
 
@@ -79,8 +82,11 @@ def test_rows(finished, model):
     assert str(model.parent) not in json.dumps(manifest["config"])
 
 
-class Watching:
+class Watching(Checker):
     """In a checker's place: keeps what a cell asks of it and measures nothing."""
+
+    def __init__(self) -> None:
+        pass
 
     def run(self, setting, key, batch_of, held_out, *, steps):
         self.asked = {
@@ -93,21 +99,28 @@ class Watching:
         yield Coordinate("loss", "train", "model", 1), 1.25
 
 
+def batch_of(token: int) -> Batch:
+    tokens = np.full((1, 1), token, np.int32)
+    return Batch(tokens, tokens, np.ones((1, 1), np.float32), None)
+
+
 def test_what_a_cell_asks_for():
     """One A a seed, the same for all ranks and rules; each seed's own batches; each optimizer's own rate."""
-    data = sim.Data(tuple([f"{seed}.{step}" for step in range(3)] for seed in range(3)), ("h0", "h1", "h2"), True)
-    config = sim.Config(data=(), adam_rate=1.0, sgd_rate=2.0, momentum_rate=3.0, gamma=5.0, reference_rank=4)
+    config = CheckConfig(adam_rate=1.0, sgd_rate=2.0, momentum_rate=3.0, gamma=5.0, reference_rank=4)
     keys = set()
     for seed in range(3):
         own = set()
         for optimizer, rate in {"adamw": 1.0, "adam": 1.0, "sgd": 2.0, "momentum": 3.0}.items():
             for rule, rank in itertools.product(("lora", "rora"), (2, 16)):
                 checker = Watching()
-                (row,) = sim.cell_rows(config, checker, data, sim.Case(optimizer, rule, "gaussian", False), seed, rank)
+                case = Case(optimizer, rule, "gaussian", False)
+                held_out = batch_of(seed)
+                (row,) = cell_rows(config, checker, case, seed, rank, partial("{}.{}".format, seed), held_out)
                 asked = checker.asked
                 own.add(tuple(asked["key"]))
                 assert asked["batches"] == [f"{seed}.{step}" for step in range(3)]
-                assert (asked["held_out"], asked["steps"]) == (f"h{seed}", config.steps)
+                assert asked["held_out"] is held_out
+                assert asked["steps"] == config.steps
                 setting = asked["setting"]
                 assert (setting.rank, setting.rule, setting.init, setting.optimizer) == (
                     rank,
@@ -136,8 +149,8 @@ def test_the_exponent_that_would_have_been_flat(optimizer, power):
 
     Ranks in no order; two modules, whose outputs are averaged in the logarithm; two seeds a factor apart.
     """
-    config = sim.Config(
-        data=(), ranks=(32, 2, 8), rules=("lora",), optimizers=(optimizer,), controls=False, steps=(1,), seeds=2
+    config = CheckConfig(
+        ranks=(32, 2, 8), rules={"lora": "lora"}, optimizers=(optimizer,), controls=False, steps=(1,), seeds=2
     )
     frame = {"optimizer": optimizer, "rule": "lora", "init": "kaiming_uniform", "step": 1, "split": "train"}
     rows = []
@@ -152,7 +165,7 @@ def test_the_exponent_that_would_have_been_flat(optimizer, power):
             own | {"module": "a", "quantity": "grad_A", "value": 0.0},
         ]
         rows += [own | {"module": "model", "quantity": "loss", "value": 2.0}]
-    found = {(row["quantity"], row["module"]): row for row in sim.fits(config, rows)}
+    found = {(row["quantity"], row["module"]): row for row in fits(config, rows)}
     assert found.keys() == {("output", "a"), ("output", "b"), ("output", "model"), ("hidden", "model"), ("inner", "a")}
     for key, more in (
         (("output", "a"), 0.2),
@@ -166,14 +179,14 @@ def test_the_exponent_that_would_have_been_flat(optimizer, power):
     assert "kappa_flat" not in found["inner", "a"]
     assert found["inner", "a"]["verdict"] == "flat"
     gone = [row | {"value": float("nan")} if row["quantity"] == "hidden" else row for row in rows]
-    assert {row["module"]: row["verdict"] for row in sim.fits(config, gone) if row["quantity"] == "hidden"} == {
+    assert {row["module"]: row["verdict"] for row in fits(config, gone) if row["quantity"] == "hidden"} == {
         "model": "diverged"
     }
 
 
 def test_controls_are_what_was_not_asked_for():
     def made(**more) -> list[tuple]:
-        return [tuple(case) for case in sim.cases(sim.Config(data=(), **more))]
+        return [tuple(case) for case in cases(sim.check(sim.Config(data=(), **more)))]
 
     plain = [(o, r, "kaiming_uniform", False) for o in ("adamw", "sgd") for r in ("lora", "rora")]
     assert made(controls=False) == plain
@@ -271,7 +284,7 @@ def verdicts_of(config, rows, monkeypatch) -> dict[str, list[str]]:
     """The rows of the table of verdicts, by rule."""
     tables = []
     monkeypatch.setattr(sim.tables, "print_table", lambda title, columns, rows, **_: tables.append((title, list(rows))))
-    sim.report(config, rows, [])
+    sim.report(config, sim.check(config), rows, [])
     title, found = tables[-1]
     assert title.startswith("Verdicts")
     return {row[0]: [*row[1:3], row[7]] for row in found}

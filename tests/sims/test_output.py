@@ -138,7 +138,7 @@ def test_coordinate_check(printed) -> None:
         {**row, "quantity": "loss", "value": 3.5} for row in found if (row["quantity"], row["step"]) == ("hidden", 1)
     ]
     slopes = [known(row) for row in found]
-    coordinate_check.report(config, slopes, rows)
+    coordinate_check.report(config, coordinate_check.check(config), slopes, rows)
     assert "+0.00 ± 0.01" in "\n".join(printed())
 
 

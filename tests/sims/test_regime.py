@@ -204,7 +204,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path
 def test_figures(finished, tmp_path) -> None:
     with figure.plt.rc_context(style.STYLE):
         paths = figure.draw(figure.Config(finished, out=tmp_path))
-    assert [path.name for path in paths] == ["regime_depth.png", "regime_depth.svg", "regime_rms.png", "regime_rms.svg"]
+    names = ("regime_depth", "regime_takeover", "regime_rms")
+    assert [path.name for path in paths] == [name + suffix for name in names for suffix in (".png", ".svg")]
     assert all(path.stat().st_size for path in paths)
 
 

@@ -11,8 +11,8 @@ from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import LlamaConfig, forward, hidden_states, init_params
-from rora_theory.measure import coordinate_check
-from rora_theory.measure.coordinate_check import Checker, Coordinate, Setting
+from rora_theory.measure import coordinates
+from rora_theory.measure.coordinates import Checker, Coordinate, Setting
 
 CONFIG = LlamaConfig(
     vocab_size=40,
@@ -121,7 +121,7 @@ def test_ranks_share_their_noise(checker):
 
 def table(checker, rule, alpha, optimizer, rate, init="kaiming_uniform"):
     settings = [Setting(rank, alpha, rule, init, optimizer, rate) for rank in RANKS]
-    return coordinate_check.check(
+    return coordinates.check(
         checker, settings, lambda seed, _: batch(seed), lambda seed: batch(50 + seed), seeds=8, steps=(1,)
     )
 
@@ -167,7 +167,7 @@ def test_what_a_check_asks_for():
             yield Coordinate("output", "train", "model", 1), float(setting.rank * 10 ** len(asked))
 
     settings = [Setting(rank, 1.0, "lora") for rank in (2, 4)]
-    found = coordinate_check.check(
+    found = coordinates.check(
         Watching(), settings, lambda seed, step: (seed, step), lambda seed: f"h{seed}", seeds=2, steps=(1,), seed=3
     )
     assert [entry[1:] for entry in asked] == [((seed, 7), f"h{seed}", (1,)) for seed in (0, 0, 1, 1)]
@@ -181,9 +181,9 @@ def test_refusals(checker):
     with pytest.raises(InputError, match="accepted is at most the checker's width, 32"):
         checker.adapter(jax.random.key(0), Setting(33, 1.0, "lora"))
     with pytest.raises(InputError, match="ascending"):
-        coordinate_check.check(checker, [Setting(4, 1.0, "lora")] * 2, batch, batch, seeds=2, steps=(1,))
+        coordinates.check(checker, [Setting(4, 1.0, "lora")] * 2, batch, batch, seeds=2, steps=(1,))
     with pytest.raises(InputError, match="learning_rate"):
         Setting(4, 1.0, "lora", learning_rate=0.0)
-    found = coordinate_check.Table((2, 4), {Coordinate("output", "train", "model", 1): np.ones((2, 2))})
+    found = coordinates.Table((2, 4), {Coordinate("output", "train", "model", 1): np.ones((2, 2))})
     with pytest.raises(InputError, match="there is no"):
         found.assert_flat("output", split="train", step=2)
