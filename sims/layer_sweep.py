@@ -1,23 +1,16 @@
 """The sweep on real layers (``sims.variance_sweep --layer-data``): data fixed, adapters drawn."""
 
-import hashlib
-import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-
 from rora_theory import digests
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.measure import layer_data
+from rora_theory.measure import layer_data, layer_rms
 from rora_theory.scaling import Rule, exponent, scaling_factor
-from rora_theory.stats.moments import Moments, log_log_fit, root
-from rora_theory.theory import laws
+from rora_theory.stats.moments import agreement, log_log_fit
 from sims.common import tables
 from sims.common.cells import Cells
 from sims.common.devices import describe, pick
@@ -28,9 +21,6 @@ if TYPE_CHECKING:
     from sims.variance_sweep import Config
 
 NAME = "variance_sweep_layers"
-
-EPSILON = 1e-8
-"""Adam's epsilon, PyTorch's and optax's default."""
 
 RELATIVE_ERROR = 0.01
 
@@ -50,7 +40,7 @@ CROSSING_COLUMNS = (
 UNITS = {
     "rms": "root mean square of w_i over adapters, tokens and outputs; its error is that over adapters",
     "crossing_rank": "rank at which signal and cross-talk, summed over tokens, are equal; quartiles over tokens",
-    "epsilon": EPSILON,
+    "epsilon": layer_rms.EPSILON,
 }
 USER_RANKS = (8, 128)
 """Most users choose among these: the exponent that they would see is fitted over the sweep's ranks between them."""
@@ -85,7 +75,13 @@ def run(config: "Config", rules: dict[str, Rule]) -> None:
     cells = [Cell(layer, init, rank) for layer in layers for init in config.inits for rank in config.ranks]
     kept = Cells(folder)
     rows: list[dict[str, Any]] = []
-    crossings = list(_crossings(config, layers))
+    crossings = [
+        {"layer": layer.name, "split": split, "optimizer": optimizer}
+        | layer_rms.crossing(layer, split, optimizer)._asdict()
+        for layer in layers
+        for split in layer.inputs
+        for optimizer in config.optimizers
+    ]
     folder.write_rows(CROSSING_COLUMNS, crossings, "crossing_ranks.csv")
     with progress_bar("real layers", len(cells), fields="{cell}") as bar:
         for cell in cells:
@@ -131,85 +127,40 @@ def _simulate(config: "Config", rules: dict[str, Rule], cell: Cell) -> list[dict
     """Draw adapters until every rms of the cell is known to the asked relative error."""
     frames = _frames(config, rules, cell)
     steps = [(frame["optimizer"], frame["scaling"]) for frame in frames[:: len(layer_data.SPLITS)]]
-    digest = hashlib.sha256(cell.name.encode()).digest()
-    stream = layer_data.mean_squares(
+    figures, draws = layer_rms.measured(
         cell.layer,
-        jax.random.fold_in(jax.random.key(config.seed), int.from_bytes(digest[:4], "little")),
+        layer_rms.stream_key(config.seed, cell.name),
         rank=cell.rank,
         steps=steps,
         learning_rate=config.learning_rate,
         init=cell.init,
-        epsilon=EPSILON,
+        relative_error=config.relative_error or RELATIVE_ERROR,
+        draws=config.draws,
     )
-    moments = [Moments()] * len(frames)
-    for block in stream:
-        flat = block.reshape(len(block), len(frames))
-        if config.draws is not None:
-            flat = flat[: config.draws - moments[0].count]
-        moments = [total.add(flat[:, column]) for column, total in enumerate(moments)]
-        if config.draws is not None and moments[0].count >= config.draws:
-            break
-        worst = max(total.mean.standard_error / total.mean.value for total in moments) / 2
-        if config.draws is None and moments[0].count >= 64 and worst <= (config.relative_error or RELATIVE_ERROR):
-            break
-    exact = [value for optimizer, scaling in steps for value in _exact(config, cell, optimizer, scaling)]
-    rows = []
-    for frame, total, value in zip(frames, moments, exact, strict=True):
-        estimate = root(total.mean)
-        figures = {"estimate": estimate.value, "standard_error": estimate.standard_error}
-        rows.append(frame | figures | {"exact": value, "draws": total.count})
-    return rows
-
-
-def _exact(config: "Config", cell: Cell, optimizer: laws.Optimizer, scaling: float) -> list[float]:
-    """The law's rms of w for each split."""
-    law = laws.first_step_moments(
-        cell.layer.grad,
-        np.concatenate([cell.layer.inputs[split] for split in layer_data.SPLITS]),
-        rank=cell.rank,
-        scaling=scaling,
-        learning_rate=config.learning_rate,
-        optimizer=optimizer,
-        init=cell.init,
-        epsilon=EPSILON,
-    )
-    ends = np.cumsum([len(cell.layer.inputs[split]) for split in layer_data.SPLITS])[:-1]
-    return [math.sqrt(float(np.mean(part))) for part in np.split(law.second_moment, ends)]
-
-
-def _crossings(config: "Config", layers: list[layer_data.Layer]) -> Iterator[dict[str, Any]]:
-    """Crossing ranks: of the layer (signal and cross-talk summed over tokens), and their quartiles over tokens."""
-    for layer in layers:
-        for split, x in layer.inputs.items():
-            for optimizer in config.optimizers:
-                ranks = laws.crossing_rank(layer.grad, x, optimizer=optimizer)
-                weight = np.sum(np.float64(x) ** 2, axis=1)
-                offset = 0.0 if optimizer == "sgd" else 1.0
-                total = offset + float(np.sum(weight) / np.sum(weight / (ranks - offset)))
-                low, middle, high = (float(value) for value in np.quantile(ranks, [0.25, 0.5, 0.75]))
-                yield {
-                    "layer": layer.name,
-                    "split": split,
-                    "optimizer": optimizer,
-                    "crossing_rank": total,
-                    "lower_quartile": low,
-                    "median": middle,
-                    "upper_quartile": high,
-                }
+    exact = [
+        value
+        for step in steps
+        for value in layer_rms.exact(
+            cell.layer, step, rank=cell.rank, learning_rate=config.learning_rate, init=cell.init
+        )
+    ]
+    return [
+        frame | {"estimate": estimate.value, "standard_error": estimate.standard_error, "exact": value, "draws": draws}
+        for frame, estimate, value in zip(frames, figures, exact, strict=True)
+    ]
 
 
 def report(config: "Config", rows: list[dict[str, Any]], crossings: list[dict[str, Any]]) -> None:
     """Print how far measurement and law agree, and the exponents by layer."""
-    scores = [(row["estimate"] - row["exact"]) / row["standard_error"] for row in rows]
-    gap = max(abs(row["estimate"] / row["exact"] - 1) for row in rows)
+    found = agreement(*([row[name] for row in rows] for name in ("estimate", "standard_error", "exact")))
     tables.print_text(
-        f"rms of w, {len(rows)} figures: measured/law within {gap:.2%}, largest |z| {max(map(abs, scores)):.2f}, "
-        f"rms z {math.sqrt(float(np.mean(np.square(scores)))):.2f}\n"
+        f"rms of w, {len(rows)} figures: measured/law within {found.largest_gap:.2%}, "
+        f"largest |z| {found.largest_score:.2f}, rms z {found.rms_score:.2f}\n"
     )
     ranks = [rank for rank in sorted(config.ranks) if USER_RANKS[0] <= rank <= USER_RANKS[1]]
     if len(ranks) < 2:
         ranks = sorted(config.ranks)
-    found: dict[tuple[str, ...], list[list[str]]] = {}
+    tables_of: dict[tuple[str, ...], list[list[str]]] = {}
     for crossing in crossings:
         for init in dict.fromkeys(row["init"] for row in rows):
             key = (crossing["layer"], crossing["split"], crossing["optimizer"], init)
@@ -232,8 +183,8 @@ def report(config: "Config", rows: list[dict[str, Any]], crossings: list[dict[st
                 fit = log_log_fit(x, [r["estimate"] for r in chosen], [r["standard_error"] for r in chosen])
                 exact = log_log_fit(x, [r["exact"] for r in chosen], [0.0] * len(x))
                 line.append(f"{fit.slope:+.3f} ± {fit.standard_error:.3f} ({exact.slope:+.3f})")
-            found.setdefault((crossing["optimizer"], init, crossing["split"]), []).append(line)
-    for (optimizer, init, split), table in found.items():
+            tables_of.setdefault((crossing["optimizer"], init, crossing["split"]), []).append(line)
+    for (optimizer, init, split), table in tables_of.items():
         tables.print_table(
             f"{optimizer}, A {init}, {split} tokens: r* (quartiles over tokens), and the exponent of the rms of w in "
             f"the rank, r = {ranks[0]}..{ranks[-1]}, under each rule: measured ± s.e. (law)",

@@ -6,7 +6,6 @@ judges Eq. 1-15. One simulation serves all rules: w carries gamma^2 (SGD) or gam
 sampler checks by simulating each rule by itself on part of the grid.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -24,10 +23,10 @@ from rora_theory import seals
 from rora_theory.errors import InputError
 from rora_theory.files import write_whole
 from rora_theory.inits import Init, entries
-from rora_theory.paper import equations, verdicts
+from rora_theory.paper import quantities, verdicts
 from rora_theory.scaling import Rule, check_positive, check_rank, exponent, scaling_factor
 from rora_theory.seeds import check_seed
-from rora_theory.stats.moments import Estimate, Moments, log_log_fit, root
+from rora_theory.stats.moments import Moments, agreement, log_log_fit
 from rora_theory.theory import laws, sampling
 from sims import layer_sweep
 from sims.common import cli, devices, tables
@@ -42,7 +41,6 @@ COLUMNS = (
     "optimizer", "rule", "kappa", "init", "overlap", "p_in", "p_out", "rank", "alpha", "scaling",
     "quantity", "estimate", "standard_error", "exact", "paper", "draws", "sampler",
 )  # fmt: skip
-QUANTITIES = ("mean", "second_moment", "variance", "norm")
 UNITS = {
     "mean": "E[w_i]",
     "second_moment": "E[w_i^2]",
@@ -70,7 +68,7 @@ CHECK_DRAWS = 1024
 class Config:
     """What to sweep. Lists are separated by spaces."""
 
-    ranks: tuple[int, ...] = tuple(2**n for n in range(11))
+    ranks: tuple[int, ...] = verdicts.RANKS
     """Ranks of the adapter, each 1 or more."""
     p_in: int = 4096
     """Inputs of the layer (LLaMA-7B's width)."""
@@ -148,7 +146,7 @@ def run(config: Config) -> None:
         check_rows = sweep.direct_check()
         bar.advance(1, cell="verdicts")
         judged = verdicts.judge(
-            sweep.unit_sums, ranks=verdict_ranks(config.ranks), p_in=config.p_in, p_out=config.p_out
+            sweep.unit_sums, ranks=verdicts.enough_ranks(config.ranks), p_in=config.p_in, p_out=config.p_out
         )
         folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
@@ -211,11 +209,6 @@ def open_folder(name: str, config: Config, places: list[jax.Device], units: dict
     return RunFolder.open(name, identity, out=config.out, seed=config.seed, extra=extra)
 
 
-def verdict_ranks(ranks: Sequence[int]) -> list[int]:
-    """Ascending ranks for the verdicts: the sweep's own, or the default grid's where it has fewer than three."""
-    return sorted(ranks) if len(ranks) >= 3 else list(Config.ranks)
-
-
 class Sweep:
     """The cells of a sweep, the rows of those that are done, and the file that holds them."""
 
@@ -276,43 +269,13 @@ class Sweep:
                 "scaling": gamma,
                 "sampler": sampler,
             }
-            exact, printed = self.exact(cell, gamma), self.printed(cell, gamma)
-            rows += [frame | {"quantity": name, "exact": exact[name], "paper": printed[name]} for name in QUANTITIES]
+            setting = replace(self.setting(cell), scaling=gamma, learning_rate=config.learning_rate)
+            exact, printed = quantities.exact(setting), quantities.printed(setting)
+            rows += [
+                frame | {"quantity": name, "exact": exact[name], "paper": printed[name]}
+                for name in quantities.QUANTITIES
+            ]
         return rows
-
-    def exact(self, cell: Cell, gamma: float) -> dict[str, float]:
-        """The exact law's figures."""
-        law = laws.random_input_moments(
-            rank=cell.rank,
-            p_in=self.config.p_in,
-            scaling=gamma,
-            overlap=cell.overlap,
-            learning_rate=self.config.learning_rate,
-            optimizer=cell.optimizer,
-            init=cell.init,
-        )
-        second = float(law.second_moment[0])
-        return {
-            "mean": float(law.mean[0]),
-            "second_moment": second,
-            "variance": float(law.variance[0]),
-            "norm": math.sqrt(self.config.p_out * second),
-        }
-
-    def printed(self, cell: Cell, gamma: float) -> dict[str, float | None]:
-        """The paper's figures; none for Adam, which its Eq. 3 excludes."""
-        if cell.optimizer != "sgd":
-            return dict.fromkeys(QUANTITIES)
-        config = self.config
-        sizes = {
-            "rank": cell.rank,
-            "p_in": config.p_in,
-            "scaling": gamma,
-            "learning_rate": config.learning_rate,
-        }
-        variance = equations.eq9_variance(1.0, **sizes)  # type: ignore[arg-type]
-        norm = math.sqrt(config.p_out * variance)  # Eq. 11 at delta_i = 1
-        return {"mean": 0.0, "second_moment": variance, "variance": variance, "norm": norm}
 
     def simulate(self, cell: Cell) -> None:
         """Draw a cell to its end, unless an earlier part of the run did, and write the table with it."""
@@ -321,7 +284,7 @@ class Sweep:
             sums = self.sums(self.setting(cell), self.sampler(cell))
             power = laws.scaling_power(cell.optimizer)
             return [
-                row | figures(sums, self.config.learning_rate * row["scaling"] ** power, row["quantity"])
+                row | estimate(sums, self.config.learning_rate * row["scaling"] ** power, row["quantity"])
                 for row in self.frame(cell)
             ]
 
@@ -337,7 +300,7 @@ class Sweep:
     def sums(self, setting: sampling.Setting, sampler: sampling.Sampler, draws: int | None = None) -> sampling.Sums:
         """Sums of one stream; a kill loses a few seconds of them."""
         if setting not in self._sums:
-            key = stream_key(self.config.seed, setting, sampler)
+            key = sampling.stream_key(self.config.seed, setting, sampler)
             path, name = self.folder.path / "partial.json", repr((setting, sampler))
 
             def keep(done: int, sums: sampling.Sums) -> None:
@@ -375,7 +338,7 @@ class Sweep:
             for row in self.frame(cell):
                 setting = replace(self.setting(cell), scaling=row["scaling"], learning_rate=config.learning_rate)
                 sums = self.sums(setting, "direct", draws=CHECK_DRAWS)
-                found.append(row | {"sampler": "direct"} | figures(sums, 1.0, row["quantity"]))
+                found.append(row | {"sampler": "direct"} | estimate(sums, 1.0, row["quantity"]))
             return found
 
         for cell in chosen:
@@ -384,22 +347,10 @@ class Sweep:
         return rows
 
 
-def figures(sums: sampling.Sums, step: float, quantity: str) -> dict[str, Any]:
-    """Estimate, error and number of draws of one quantity, for w = ``step`` times the simulated one."""
-    found: dict[str, tuple[Estimate, int]] = {
-        "mean": (sums.first.mean, 1),
-        "second_moment": (sums.first.second_moment, 2),
-        "variance": (sums.first.variance, 2),
-        "norm": (root(sums.norm2.mean), 1),
-    }
-    (value, error), power = found[quantity]
-    return {"estimate": value * step**power, "standard_error": error * step**power, "draws": sums.count}
-
-
-def stream_key(seed: int, setting: sampling.Setting, sampler: sampling.Sampler) -> jax.Array:
-    """A key for one stream: the same in every sweep that has it, different for every other."""
-    digest = hashlib.sha256(repr((setting, sampler)).encode()).digest()
-    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], "little"))
+def estimate(sums: sampling.Sums, step: float, quantity: quantities.Quantity) -> dict[str, Any]:
+    """A row's estimate, error and number of draws."""
+    value, error = quantities.estimate(sums, quantity, step=step)
+    return {"estimate": value, "standard_error": error, "draws": sums.count}
 
 
 def _partial(path: Path, name: str, identity: str) -> tuple[int, sampling.Sums]:
@@ -515,10 +466,10 @@ def print_exponents(config: Config, rows: list[dict[str, Any]]) -> None:
 def print_check(rows: list[dict[str, Any]]) -> None:
     """The direct sampler's second moments beside the exact law."""
     chosen = [row for row in rows if row["quantity"] == "second_moment"]
-    scores = [(row["estimate"] - row["exact"]) / row["standard_error"] for row in chosen]
+    found = agreement(*(([row[name] for row in chosen]) for name in ("estimate", "standard_error", "exact")))
     tables.print_table(
         f"Direct sampler (draws A, differentiates, steps with optax, reads at x'), {CHECK_DRAWS} draws a cell: "
-        f"{len(scores)} cells, largest |z| {max(map(abs, scores)):.2f}",
+        f"{len(found.scores)} cells, largest |z| {found.largest_score:.2f}",
         ["optimizer", "rule", "overlap", "rank", "estimate ± s.e.", "exact", "z"],
         [
             [
@@ -530,7 +481,7 @@ def print_check(rows: list[dict[str, Any]]) -> None:
                 f"{row['exact']:.4g}",
                 f"{score:+.2f}",
             ]
-            for row, score in zip(chosen, scores, strict=True)
+            for row, score in zip(chosen, found.scores, strict=True)
         ],
         left=2,
     )

@@ -33,6 +33,9 @@ _ROUNDING = 1e-4
 NARROW, WIDE = 4, 4096
 """The p_in at which the limits r >> p_in and r << p_in are within reach, where the sweep's own does not show them."""
 
+RANKS = tuple(2**n for n in range(11))
+"""The ranks that a verdict on growth is given over, unless a sweep has three or more of its own."""
+
 Sample = Callable[[sampling.Setting], sampling.Sums]
 """Gives the sums of a setting (unit scaling and learning rate)."""
 
@@ -65,6 +68,11 @@ def judge(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> lis
       p_in, p_out: the layer's sizes.
     """
     return [*_identities(), *_moments(sample, tuple(ranks), p_in, p_out)]
+
+
+def enough_ranks(ranks: Sequence[int]) -> list[int]:
+    """Ascending ranks for the verdicts: a sweep's own, or `RANKS` where it has fewer than three."""
+    return sorted(ranks) if len(ranks) >= 3 else list(RANKS)
 
 
 def _identities() -> list[Verdict]:

@@ -165,6 +165,40 @@ def log_log_fit(
     return Fit(float(lever @ log_y), float(np.sqrt(np.sum((lever * spread) ** 2))))
 
 
+class Agreement(NamedTuple):
+    """How far estimates lie from a law.
+
+    Attributes:
+      scores: (estimate - exact) / standard error of each.
+      largest_gap: largest relative difference.
+    """
+
+    scores: tuple[float, ...]
+    largest_gap: float
+
+    @property
+    def largest_score(self) -> float:
+        """Largest |z|."""
+        return max(map(abs, self.scores))
+
+    @property
+    def rms_score(self) -> float:
+        """Root mean square of z: near 1 where the errors are right."""
+        return math.sqrt(float(np.mean(np.square(self.scores))))
+
+
+def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequence[float]) -> Agreement:
+    """Estimates with standard errors against exact figures, none of which is 0.
+
+    Example:
+      >>> agreement([1.1, 1.9], [0.1, 0.1], [1.0, 2.0]).largest_gap.__round__(3)
+      0.1
+    """
+    found = [(value - law) / error for value, error, law in zip(estimates, errors, exact, strict=True)]
+    gaps = [abs(value / law - 1) if law else math.inf for value, law in zip(estimates, exact, strict=True)]
+    return Agreement(tuple(found), max(gaps))
+
+
 def threshold(false_alarm: float, comparisons: int = 1) -> float:
     """|z| that a true null exceeds somewhere in ``comparisons`` normal scores with probability <= ``false_alarm``.
 

@@ -14,6 +14,7 @@ The stream is cut into blocks whose size depends on the setting alone; block i d
 numbers do not depend on how many blocks a call takes, on how many devices, or on where a run was interrupted.
 """
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,12 @@ class Sums:
     def count(self) -> int:
         """Draws so far."""
         return self.first.count
+
+
+def stream_key(seed: int, setting: Setting, sampler: Sampler) -> PRNGKeyArray:
+    """A key for one stream: the same in every sweep that has it, different for every other."""
+    digest = hashlib.sha256(repr((setting, sampler)).encode()).digest()
+    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], "little"))
 
 
 def best_sampler(setting: Setting) -> Sampler:

@@ -1,0 +1,61 @@
+"""Mean, second moment, variance and norm of the paper's w: simulated, by the exact law, and as printed."""
+
+import math
+from typing import Literal, get_args
+
+from rora_theory.paper import equations
+from rora_theory.stats.moments import Estimate, root
+from rora_theory.theory import laws
+from rora_theory.theory.sampling import Setting, Sums
+
+Quantity = Literal["mean", "second_moment", "variance", "norm"]
+"""E[w_i], E[w_i^2], Var[w_i], and the root mean square of |w|_2 over draws."""
+
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+
+
+def exact(setting: Setting) -> dict[Quantity, float]:
+    """The exact law's figures, delta_i = 1."""
+    law = laws.random_input_moments(
+        rank=setting.rank,
+        p_in=setting.p_in,
+        scaling=setting.scaling,
+        overlap=setting.overlap,
+        learning_rate=setting.learning_rate,
+        optimizer=setting.optimizer,
+        init=setting.init,
+    )
+    second = float(law.second_moment[0])
+    return {
+        "mean": float(law.mean[0]),
+        "second_moment": second,
+        "variance": float(law.variance[0]),
+        "norm": math.sqrt(setting.p_out * second),
+    }
+
+
+def printed(setting: Setting) -> dict[Quantity, float] | dict[Quantity, None]:
+    """The paper's figures, Eq. 6, 9 and 11; none for Adam, which its Eq. 3 excludes."""
+    if setting.optimizer != "sgd":
+        return dict.fromkeys(QUANTITIES)
+    variance = equations.eq9_variance(
+        1.0,
+        rank=setting.rank,
+        p_in=setting.p_in,
+        scaling=setting.scaling,
+        learning_rate=setting.learning_rate,
+    )
+    norm = math.sqrt(setting.p_out * variance)  # Eq. 11 at delta_i = 1
+    return {"mean": 0.0, "second_moment": variance, "variance": variance, "norm": norm}
+
+
+def estimate(sums: Sums, quantity: Quantity, *, step: float = 1.0) -> Estimate:
+    """One simulated figure, for w = ``step`` times the simulated one: its scaling's power and its rate."""
+    found = {
+        "mean": (sums.first.mean, 1),
+        "second_moment": (sums.first.second_moment, 2),
+        "variance": (sums.first.variance, 2),
+        "norm": (root(sums.norm2.mean), 1),
+    }
+    (value, error), power = found[quantity]
+    return Estimate(value * step**power, error * step**power)
