@@ -170,7 +170,7 @@ class Agreement(NamedTuple):
 
     Attributes:
       scores: (estimate - exact) / standard error of each.
-      largest_gap: largest relative difference.
+      largest_gap: largest relative difference; infinite where an exact figure is 0.
     """
 
     scores: tuple[float, ...]
@@ -188,7 +188,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequence[float]) -> Agreement:
-    """Estimates with standard errors against exact figures, none of which is 0.
+    """Estimates with standard errors against exact figures.
 
     Example:
       >>> agreement([1.1, 1.9], [0.1, 0.1], [1.0, 2.0]).largest_gap.__round__(3)

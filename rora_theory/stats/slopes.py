@@ -25,11 +25,14 @@ class SeedFit(NamedTuple):
       slope: mean over seeds.
       standard_error: of that mean, from the spread over seeds; infinite for one seed.
       seeds: how many.
+      departure: largest distance of a point (mean over seeds of log y) from the line, over the range of log x: in units
+        of a slope, what the curve does beside its slope. 0 for two points, and for a figure that is no fit.
     """
 
     slope: float
     standard_error: float
     seeds: int
+    departure: float = 0.0
 
     def half_width(self, confidence: float = CONFIDENCE) -> float:
         """Half the two-sided confidence interval, by Student's t."""
@@ -41,7 +44,11 @@ class SeedFit(NamedTuple):
 def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, "seeds n"]) -> SeedFit:
     """Mean of `seed_slopes` and its standard error. Points of a seed may share noise (nested factors, one problem):
     the spread over seeds counts it."""
-    return over_seeds(seed_slopes(x, y))
+    fit = over_seeds(seed_slopes(x, y))
+    log_x = np.log(np.asarray(x, np.float64))
+    means = np.mean(np.log(np.atleast_2d(np.asarray(y, np.float64))), axis=0)
+    rest = means - means.mean() - fit.slope * (log_x - log_x.mean())
+    return fit._replace(departure=float(np.max(np.abs(rest)) / np.ptp(log_x)) if len(log_x) > 2 else 0.0)
 
 
 def seed_slopes(
@@ -77,14 +84,17 @@ def judge(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> V
     """``"flat"`` where the whole confidence interval lies within ``band`` of zero, ``"grows"`` or ``"shrinks"`` where
     all of it lies outside, ``"undecided"`` where it lies on both sides.
 
+    The curve must bear it: flat with no point further from the line than ``band`` would move it over the range, growing
+    or shrinking with none further than the slope itself moves it. Else it is undecided.
+
     Example:
       >>> judge(SeedFit(0.02, 0.01, 5)), judge(SeedFit(0.5, 0.01, 5)), judge(SeedFit(0.02, 0.1, 5))
       ('flat', 'grows', 'undecided')
     """
     half = fit.half_width(confidence)
-    if abs(fit.slope) + half <= band:
+    if abs(fit.slope) + half <= band and fit.departure <= band:
         return "flat"
-    if abs(fit.slope) - half > band:
+    if abs(fit.slope) - half > band and fit.departure <= abs(fit.slope):
         return "grows" if fit.slope > 0 else "shrinks"
     return "undecided"
 
@@ -97,7 +107,8 @@ def assert_flat(
     confidence: float = CONFIDENCE,
     what: str = "y",
 ) -> SeedFit:
-    """Pass where the slope of log y against log x is shown to lie within ``band`` of zero; made for tests.
+    """Pass where log y against log x is shown to be flat: its slope lies within ``band`` of zero, and no point further
+    from the line than such a slope would move it; made for tests.
 
     A slope that the seeds do not settle fails too: use more seeds or a wider band.
 
@@ -120,6 +131,7 @@ def assert_flat(
     if found != "flat":
         raise AssertionError(
             f"{what} is not flat but {found}: slope {fit.slope:+.3f} ± {fit.half_width(confidence):.3f} "
-            f"({confidence:.0%}, {fit.seeds} seeds) against a band of ±{band:g}"
+            f"({confidence:.0%}, {fit.seeds} seeds), largest departure from the line {fit.departure:.3f} of a slope, "
+            f"against a band of ±{band:g}"
         )
     return fit

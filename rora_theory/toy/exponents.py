@@ -66,8 +66,7 @@ def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     values = np.array([[row[quantity] for row in group] for group in kept.values()]).T
                     if not (values > 0).all():
                         continue  # nothing has moved yet
-                    by_seed = slopes.seed_slopes(list(kept), values)
-                    fit = slopes.over_seeds(by_seed)
+                    by_seed, fit = (make(list(kept), values) for make in (slopes.seed_slopes, slopes.seed_fit))
                     found.append(
                         {name: kept[min(kept)][0][name] for name in CELL[:6]}
                         | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
@@ -183,7 +182,10 @@ def at_gamma_one(rows: Sequence[dict[str, Any]], power: int) -> str:
 
 
 def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) -> str:
-    """Whether training A changes the exponent, seed by seed, at the last step before the loss is below half."""
+    """Whether training A changes the exponent, seed by seed, at the last step before the loss is below half.
+
+    "small" is a change that is there, its interval clear of 0, and that does not count, the interval within `CHANGE`.
+    """
     pairs = [
         (a, b)
         for a in both
@@ -194,7 +196,8 @@ def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) ->
         return "not settled: the loss is below half of its start at every step"
     a, b = pairs[-1]
     fit = slopes.over_seeds(a["by_seed"] - b["by_seed"])
-    word = {"flat": "no", "undecided": "undecided"}.get(slopes.judge(fit, CHANGE), "yes")
+    there = abs(fit.slope) > fit.half_width()
+    word = {"flat": "small" if there else "no", "undecided": "undecided"}.get(slopes.judge(fit, CHANGE), "yes")
     return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
 
 

@@ -82,7 +82,6 @@ def test_the_evidence_is_in_closed_form() -> None:
     steps = np.array([1, 4, 16, 64])
     slope = np.polyfit(np.log(steps), np.log(steps * (steps + 65)) / 2, 1)[0]
     for equation, words in {
-        "5": ("differs by 1e-04",),  # n / (n - 1) of ten thousand draws
         "6": ("largest |z| 0.0 at overlap 0; at overlap 0.5, r = 64: E[w] = -2048 (exact -2048)",),
         "7": (f"at overlap 0.5: {half[1]:.3f} at r = 1, {half[64]:.3f} at r = 64",),
         "8": ("simulated/printed 1.031 ± 0 at r = 1, 513.3 ± 0 at r = 2048, p_in = 4",),
@@ -95,6 +94,51 @@ def test_the_evidence_is_in_closed_form() -> None:
         for text in words:
             assert text in found[equation].evidence
     assert "(r* = 4.7 at overlap 0.5); at overlap 0 r* = p_in + 2 = 66" in found["13"].where
+    assert float(found["5"].evidence.removeprefix("differs by ")) < 1e-12, "an identity, whatever the number of draws"
+
+
+def test_few_draws_decide_no_second_moment() -> None:
+    """64 draws: their errors reach from Eq. 9's figure to the exact one, 26 times it, and settle nothing."""
+
+    def few(setting: sampling.Setting) -> sampling.Sums:
+        key = jax.random.fold_in(jax.random.key(3), setting.rank + 10_000 * int(10 * setting.overlap))
+        return sampling.estimate(setting, "chi_square", key, relative_error=1.0, draws=64)
+
+    found = {equation: verdict.status for equation, verdict in judged(draw=few).items()}
+    assert found == EXPECTED | dict.fromkeys(("6", "7", "8", "9", "11"), "undecided")
+    near = judged(ranks=(128, 160), p_in=4096, draw=few)  # 33 and 27 times Eq. 9's
+    assert near["9"].status == "undecided"
+
+
+def test_an_identity_holds_for_any_number_of_draws() -> None:
+    """Eq. 5 is of the draws themselves: the unbiased variance of two is twice theirs."""
+    two = sampling.Sums(Moments().add(np.array([1.0, 3.0])), Moments().add(np.array([1.0, 2.0])))
+    assert judged(ranks=(1, 4, 16), p_in=64, draw=lambda _: two)["5"].status == "holds"
+
+
+@pytest.mark.parametrize(
+    ("limit", "others", "status"),
+    [
+        (["agrees"], ["agrees", "agrees"], "holds"),
+        (["agrees"], ["agrees", "open"], "undecided"),
+        (["agrees"], ["differs", "open"], "holds in a limit"),
+        (["open"], ["differs"], "undecided"),
+        (["open", "differs"], ["agrees"], "fails"),
+    ],
+)
+def test_what_cells_decide(limit: list[verdicts.Outcome], others: list[verdicts.Outcome], status: str) -> None:
+    assert verdicts.decide(limit, others) == status
+
+
+@pytest.mark.parametrize(
+    ("gap", "threshold", "found"),
+    [
+        (0.02, 0.0, "agrees"), (0.021, 0.0, "differs"), (0.25, 0.25, "agrees"), (0.26, 0.25, "differs"),
+        (0.26, 0.26, "open"), (0.0, 0.26, "open"),
+    ],
+)  # fmt: skip
+def test_what_a_cell_tells(gap: float, threshold: float, found: str) -> None:
+    assert verdicts.outcome(gap, threshold) == found
 
 
 @pytest.mark.parametrize(

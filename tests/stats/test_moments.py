@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rora_theory.stats.moments import Estimate, Moments, log_log_fit, root, share, threshold
+from rora_theory.stats.moments import Estimate, Moments, agreement, log_log_fit, root, share, threshold
 
 
 def exact_moments(values: list[float]) -> tuple[Fraction, Fraction]:
@@ -155,3 +155,12 @@ def test_a_share_has_the_samples_deviation_inside_and_wilsons_interval_at_the_en
             one_sigma = math.erf(math.sqrt(0.5))
             interval = stats.binomtest(right, n).proportion_ci(confidence_level=one_sigma, method="wilson")
             assert found.standard_error == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)
+
+
+def test_agreement_with_a_law() -> None:
+    """z and the relative gap of each, by hand; a law of 0 has no relative gap."""
+    found = agreement([1.1, 1.5], [0.05, 0.25], [1.0, 2.0])
+    assert found.scores == pytest.approx((2.0, -2.0))
+    assert found.largest_gap == pytest.approx(0.25)
+    assert (found.largest_score, found.rms_score) == pytest.approx((2.0, 2.0))
+    assert agreement([1.0, 5.0], [1.0, 1.0], [0.0, 2.0]).rms_score == pytest.approx(5**0.5)

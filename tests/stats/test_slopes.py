@@ -58,16 +58,16 @@ def test_half_width_is_students():
 
 
 def test_one_seed_has_no_interval_and_two_have_a_wide_one():
-    assert slopes.over_seeds(np.array([3.0])) == (3.0, math.inf, 1)
+    assert slopes.over_seeds(np.array([3.0])) == SeedFit(3.0, math.inf, 1)
     assert SeedFit(0.0, 1.0, 1).half_width() == math.inf
     two = slopes.over_seeds(np.array([1.0, 3.0]))
-    assert two == (2.0, 1.0, 2)
+    assert two == SeedFit(2.0, 1.0, 2)
     assert two.half_width() == pytest.approx(12.706, abs=1e-3)
 
 
 def test_two_ranks_are_a_slope():
     fit = slopes.seed_fit([2, 8], np.array([[1.0, 4.0], [1.0, 4.0]]))
-    assert fit == (pytest.approx(1.0), 0.0, 2)
+    assert fit == (pytest.approx(1.0), 0.0, 2, 0.0)
     assert slopes.judge(SeedFit(0.25, 0.0, 2), band=0.25) == "flat", "the band's own edge is in it"
 
 
@@ -78,6 +78,34 @@ def test_assert_flat():
         slopes.assert_flat(RANKS, powers([0.5, 0.51, 0.49]), what="the loss")
     with pytest.raises(AssertionError, match="undecided"):
         slopes.assert_flat(RANKS, flat[:1])
+
+
+@pytest.mark.parametrize(
+    ("y", "departure", "found"),
+    [
+        ([1, 10, 1], 2 / 3 * math.log(10) / math.log(16), "undecided"),  # no slope, and not flat
+        ([1, 10, 2], None, "undecided"),  # a slope of 1/4, and no growth
+        ([1, 1.1, 1], 2 / 3 * math.log(1.1) / math.log(16), "flat"),
+        ([1, 3, 4], None, "grows"),
+    ],
+)
+def test_what_the_curve_does_beside_its_slope_counts(y, departure, found):
+    """Three ranks, seeds that agree to the digit: the spread over seeds says nothing of the points between."""
+    fit = slopes.seed_fit(RANKS[:3], np.tile(np.array(y, float), (3, 1)))
+    assert slopes.judge(fit) == found
+    if departure is not None:
+        assert fit.slope == pytest.approx(0.0, abs=1e-12)
+        assert fit.departure == pytest.approx(departure, rel=1e-9)
+    if found != "flat":
+        with pytest.raises(AssertionError, match=f"{found}.*largest departure"):
+            slopes.assert_flat(RANKS[:3], np.tile(np.array(y, float), (3, 1)))
+
+
+def test_the_departure_is_of_the_band():
+    """Within the band it is flat, beyond it is not, whatever the interval; and as the slope for a growth."""
+    flat, growing = SeedFit(0.0, 0.0, 3), SeedFit(-0.5, 0.0, 3)
+    assert [slopes.judge(flat._replace(departure=d), band=0.25) for d in (0.25, 0.26)] == ["flat", "undecided"]
+    assert [slopes.judge(growing._replace(departure=d)) for d in (0.5, 0.51)] == ["shrinks", "undecided"]
 
 
 @pytest.mark.parametrize("y", [np.ones((2, 3)), np.zeros((2, 4)), np.full((2, 4), np.nan)])
