@@ -35,7 +35,7 @@ MODULES = {
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py"),
     "differences": ("sims/differences.py", "tests/sims/test_differences.py"),
     "matrix_rates": ("sims/matrix_rates.py", "tests/sims/test_lr_transfer.py"),
-    "rank_results": ("sims/rank_results.py", "tests/sims/test_differences.py tests/sims/test_rank_results.py"),
+    "rank_results": ("rora_theory/sweep/results.py", "tests/sims/test_differences.py tests/sweep/test_results.py"),
     "lr_transfer": ("sims/lr_transfer.py", "tests/sims/test_lr_transfer.py"),
 }
 """Pure modules of the judging layer with the files that test them."""

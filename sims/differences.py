@@ -17,8 +17,8 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.finetune.held_out import mean_per_token
-from sims import rank_results
-from sims.rank_results import BASE
+from rora_theory.sweep import results
+from rora_theory.sweep.design import BASE
 
 AGAINST = "lora"
 Rates = Literal["same", "own", "best"]
@@ -34,7 +34,7 @@ class Difference:
     Attributes:
       model, method, against: as in `results.csv`.
       rates: ``same``: both at one learning rate (the base has none); ``own``: each at the only one it was run at;
-        ``best``: each at the best of those tried, chosen at one seed (`rank_results.best_rates`) on the very records
+        ``best``: each at the best of those tried, chosen at one seed (`results.best_rates`) on the very records
         that the difference is of.
       rank, alpha: of ``method``, or of ``against`` where ``method`` has none.
       learning_rate, against_rate: of both.
@@ -69,7 +69,7 @@ class Difference:
 def as_csv(found: Iterable[Difference]) -> str:
     """A line a difference."""
     names = [field.name for field in fields(Difference)]
-    return rank_results.as_csv(names, [[rank_results.text(value) for value in astuple(one)] for one in found])
+    return results.as_csv(names, [[results.text(value) for value in astuple(one)] for one in found])
 
 
 def differences(rows: Sequence[Row], cells: Path) -> Iterator[Difference]:
@@ -156,7 +156,7 @@ def _loss(
     tokens: list[int] = []
     for row, other in pairs:
         (records, loss, sizes), (other_records, other_loss, _) = (
-            rank_results.read_losses(cells / one["key"] / "losses.csv", kind) for one in (row, other)
+            results.read_losses(cells / one["key"] / "losses.csv", kind) for one in (row, other)
         )
         if records != other_records:
             raise InputError(f"{row['key']} and {other['key']}: were measured on different records")
@@ -186,7 +186,7 @@ def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[float, floa
 def _answers(path: Path) -> dict[str, np.ndarray]:
     found: dict[str, list[int]] = {}
     try:
-        for row in rank_results.read_lines(path):
+        for row in results.read_lines(path):
             found.setdefault(row["task"], []).append(int(row["correct"]))
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path}: is damaged ({error!r}); accepted is the file as sims.rank_sweep wrote it") from error

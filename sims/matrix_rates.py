@@ -12,7 +12,7 @@ import numpy as np
 
 from rora_theory import digests, files, seals
 from rora_theory.errors import InputError
-from sims import rank_results
+from rora_theory.sweep import results
 
 Loss = Literal["validation", "answer"]
 NEEDED = ("key", "status", "model", "method", "rank", "gamma", "learning_rate", "seed")
@@ -153,5 +153,5 @@ def _cell(folder: Path, number: int, row: Mapping[str, Any], column: str) -> Cel
 def _records(path: Path, column: str) -> tuple[np.ndarray | None, np.ndarray | None]:
     if not path.exists():
         return None, None
-    _, losses, tokens = rank_results.read_losses(path, "" if column == "validation_loss" else "answer_")
+    _, losses, tokens = results.read_losses(path, "" if column == "validation_loss" else "answer_")
     return losses, np.array(tokens, np.float64)

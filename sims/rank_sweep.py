@@ -12,8 +12,8 @@ a result, ``diverged``.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,17 +26,17 @@ from rora_theory.data.tasks import TASKS, task_named
 from rora_theory.data.tasks import Record as TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Protocol, Scoring
-from rora_theory.files import write_whole
 from rora_theory.finetune import FinetuneConfig, Trainer
 from rora_theory.finetune.config import BaseDtype, LossOn, TrainTemplate
-from rora_theory.finetune.held_out import RecordLoss
 from rora_theory.scaling import check_integer, check_positive
 from rora_theory.seeds import check_seed
+from rora_theory.sweep import results
 from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity
 from rora_theory.sweep.design import BASE, DESIGNS, METHODS, AlphaRule, Design
 from rora_theory.sweep.records import RecordSplit, Shares, draw_records
+from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Measured, Workbench
-from sims import differences, rank_results
+from sims import differences
 from sims.common import cli, matrix, scalings, tables
 from sims.common.progress import progress_bar
 from sims.finetune import METRICS, Metrics
@@ -225,8 +225,14 @@ def sweep(config: Config) -> bool:
 
 def differences_of(folder: matrix.Matrix) -> str:
     """`differences.csv` from every finished cell in the folder."""
-    rows = rank_results.table(folder, tuple(METHODS))
-    return differences.as_csv(differences.differences(rows, folder.cells_path))
+    return differences.as_csv(differences.differences(results.table(outcomes(folder)), folder.cells_path))
+
+
+def outcomes(folder: matrix.Matrix) -> Iterator[Outcome]:
+    """How far every cell has come that was begun."""
+    for place in folder.begun():
+        result, status = place.result(), place.status()
+        yield Outcome(place.key, place.config, status.state, status.attempts, result)
 
 
 def check(config: Config, design: Design) -> None:
@@ -286,18 +292,21 @@ def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequenc
         keep(path, measured, bench, adapter=config.save_adapters)
         return measured.result
 
+    def table() -> str:
+        return results.table_csv(outcomes(folder))
+
     done = 0
     with progress_bar("cells", len(cells), fields="{cell}") as bar:
         for worked in matrix.work_through(places, run, most=config.attempts, seen=seen):
             done += 1
-            rank_results.write(folder, tuple(METHODS))
+            folder.write_table(table)
             print(
                 f"[{worked.index + 1}/{len(cells)}] {line(cells[worked.index], places[worked.index], worked)}",
                 flush=True,
             )
             bar.advance(1, cell=cells[worked.index].label)
     if not done:
-        rank_results.write(folder, tuple(METHODS))
+        folder.write_table(table)
     return places
 
 
@@ -314,16 +323,9 @@ def keep(path: Path, measured: Measured, bench: Workbench, *, adapter: bool) -> 
     if adapter and measured.adapter is not None:
         adapters.save_peft(path / "adapter", measured.adapter, base_model=bench.model.origin)
     if measured.losses:
-        columns = ("file", "index", *(field.name for field in fields(RecordLoss)))
-        rows = [
-            [source, index, *map(repr, astuple(loss))]
-            for (source, index, _), loss in zip(bench.records.held_out, measured.losses, strict=True)
-        ]
-        write_whole(path / "losses.csv", rank_results.as_csv(columns, rows))
+        results.write_losses(path / results.LOSSES, bench.records.held_out, measured.losses)
     if measured.samples:
-        rows = [[one.task, one.index, one.prediction or "", int(one.correct)] for one in measured.samples]
-        columns = ("task", "index", "prediction", "correct")
-        write_whole(path / "answers.csv", rank_results.as_csv(columns, rows))
+        results.write_answers(path / results.ANSWERS, measured.samples)
 
 
 def place_of(cells: Path, config: Mapping[str, Any], cell: Cell) -> matrix.Cell:
@@ -364,11 +366,11 @@ def line(cell: Cell, place: matrix.Cell, worked: matrix.Worked) -> str:
 
 
 def choose_rates(folder: matrix.Matrix, cells: Sequence[Cell]) -> dict[tuple[str, str, int | None], float]:
-    """The best learning rate of each model, method and rank among the cells, see `rank_results.best_rates`."""
+    """The best learning rate of each model, method and rank among the cells, see `results.best_rates`."""
     keys = {place_of(folder.cells_path, folder.config, cell).key for cell in cells}
-    rows = [row for row in rank_results.table(folder, tuple(METHODS)) if row["key"] in keys]
+    rows = [row for row in results.table(outcomes(folder)) if row["key"] in keys]
     chosen = {}
-    for (model, method, rank, _), (rate, word) in rank_results.best_rates(rows).items():
+    for (model, method, rank, _), (rate, word) in results.best_rates(rows).items():
         size = f" r={rank}" if rank else ""
         edge = "; it is at the edge of the rates tried: the best may lie beyond" if word == "edge" else ""
         print(f"{model}: {method}{size}: learning rate {float(rate):g}{edge}", flush=True)

@@ -23,7 +23,7 @@ from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import mean_per_token, record_losses
 from rora_theory.llama import load
-from sims import matrix_rates, rank_results, rank_sweep
+from sims import matrix_rates, rank_sweep
 
 PLAIN = (
     "--batch 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
@@ -150,11 +150,11 @@ def test_the_schedule_ends_at_the_last_step(swept) -> None:
 
 
 def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
-    results = [json.loads(file.read_text()) for file in sorted(swept.glob("cells/*/result.json"))]
+    done = [json.loads(file.read_text()) for file in sorted(swept.glob("cells/*/result.json"))]
     configs = [json.loads(file.read_text()) for file in sorted(swept.glob("cells/*/cell.json"))]
     compiled = {
         (config["method"], config["rank"]): result["compilations"]
-        for config, result in zip(configs, results, strict=True)
+        for config, result in zip(configs, done, strict=True)
         if config["training"]
     }
     for rank in (2, 4):
@@ -307,7 +307,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
 
 def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> None:
     """A run of three cells by hand: what is drawn, not what was tried, is what the title says."""
-    columns = dict.fromkeys(rank_results.COLUMNS, "")
+    columns = dict.fromkeys(results.COLUMNS, "")
     shared = {
         "status": "complete",
         "model": "runs/half/model",
@@ -327,7 +327,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     def write() -> None:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         lines = [list(row.values()) for row in rows]
-        (tmp_path / "results.csv").write_text(rank_results.as_csv(rank_results.COLUMNS, lines))
+        (tmp_path / "results.csv").write_text(results.as_csv(results.COLUMNS, lines))
 
     write()
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path))
@@ -357,6 +357,22 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     with pytest.raises(SystemExit):
         style.main(accuracy_vs_rank.draw, accuracy_vs_rank.Config(tmp_path))
     assert "has no cell of lora, " in capsys.readouterr().err
+
+
+def test_how_far_the_cells_of_a_folder_have_come(tmp_path) -> None:
+    def fail(_: Path) -> dict:
+        raise RuntimeError("no")
+
+    folder = matrix.Matrix(tmp_path / "m", "rank_sweep", {"steps": 3})
+    failed, done = folder.cell({"a": 1}), folder.cell({"a": 2})
+    failed.work(fail, most=3)
+    done.work(lambda _: {"status": "complete"}, most=3)
+    folder.cell({"a": 3})  # never begun
+    found = {one.key: one for one in rank_sweep.outcomes(folder)}
+    assert found == {
+        failed.key: Outcome(failed.key, {"a": 1}, "failed", 1, None),
+        done.key: Outcome(done.key, {"a": 2}, "done", 1, {"status": "complete"}),
+    }
 
 
 def test_a_killed_cell_is_reported_and_done_again(model, data, tmp_path, capsys) -> None:

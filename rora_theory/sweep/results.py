@@ -1,22 +1,26 @@
-"""`results.csv` of a folder of sims.rank_sweep: a line a cell, and which learning rate was the best of those tried."""
+"""What a sweep's cells came to: a line a cell, the best learning rate of those tried, and each cell's own tables."""
 
 import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from rora_theory import files
+from rora_theory.data.records import Record
 from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
-from sims.common import matrix
+from rora_theory.evaluate.scoring import Sample
+from rora_theory.finetune.held_out import RecordLoss
+from rora_theory.sweep.design import BASE, METHODS
 
-BASE = "base"
-"""The model without an adapter: one cell, neither trained nor repeated."""
+LOSSES, ANSWERS = "losses.csv", "answers.csv"
+"""A cell's losses a held-out record, and its answers an item, in its folder."""
 
 COLUMNS = (
     "key", "status", "model", "method", "rule", "rank", "alpha", "gamma", "learning_rate", "best_rate", "seed",
@@ -34,23 +38,44 @@ Group = tuple[str, str, str, str]
 """Model, method, rank and alpha."""
 
 
-def write(folder: matrix.Matrix, methods: Sequence[str]) -> None:
-    """`results.csv` from every cell in the folder, in the order of ``methods``."""
-    folder.write_table(lambda: as_csv(COLUMNS, [list(row.values()) for row in table(folder, methods)]))
+class Outcome(NamedTuple):
+    """How far a cell has come.
+
+    Attributes:
+      key: the cell's.
+      config: the cell as JSON has it, see `rora_theory.sweep.cells.Cell`.
+      status: a word, where there is no result yet.
+      attempts: how often it was begun.
+      result: see `rora_theory.sweep.workbench.Measured`; None where there is none yet.
+    """
+
+    key: str
+    config: Mapping[str, Any]
+    status: str
+    attempts: int
+    result: Mapping[str, Any] | None
 
 
-def table(folder: matrix.Matrix, methods: Sequence[str]) -> list[dict[str, str]]:
-    """The lines of `results.csv`. Training that was both scored and not has one line, the scored cell's."""
-    found = list(_rows(folder))
+def table(outcomes: Iterable[Outcome]) -> list[dict[str, str]]:
+    """The lines of `results.csv`: the base first, then by method in the order of `METHODS`, rank, alpha, rate and seed.
+
+    Training that was both scored and not has one line, the scored cell's.
+    """
+    found = [_row(outcome) for outcome in outcomes]
     scored = {_training(row) for row in found if row["evaluation"] and row["status"] == "complete"}
     kept = [row for row in found if row["evaluation"] or _training(row) not in scored]
-    kept.sort(key=lambda row: _order(row, methods))
+    kept.sort(key=_order)
     rows = [{column: text(row.get(column)) for column in COLUMNS} for row in kept]
     best = best_rates(rows)
     for row in rows:
         rate, word = best.get(group_of(row), ("", ""))
         row["best_rate"] = word if row["learning_rate"] == rate else ""
     return rows
+
+
+def table_csv(outcomes: Iterable[Outcome]) -> str:
+    """`results.csv`."""
+    return as_csv(COLUMNS, [list(row.values()) for row in table(outcomes)])
 
 
 def best_rates(rows: Sequence[Row]) -> dict[Group, tuple[str, str]]:
@@ -92,6 +117,22 @@ def as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return file.getvalue()
 
 
+def write_losses(path: Path, held_out: Sequence[tuple[str, int, Record]], losses: Sequence[RecordLoss]) -> None:
+    """Write a cell's `LOSSES`: the records with the file and the index each comes from.
+
+    Raises:
+      InputError: as `files.write_whole`.
+    """
+    rows = [[name, i, *map(repr, astuple(loss))] for (name, i, _), loss in zip(held_out, losses, strict=True)]
+    files.write_whole(path, as_csv(("file", "index", *(field.name for field in fields(RecordLoss))), rows))
+
+
+def write_answers(path: Path, samples: Sequence[Sample]) -> None:
+    """Write a cell's `ANSWERS`: the items with what was predicted. Raises `InputError` as `write_losses`."""
+    rows = [[one.task, one.index, one.prediction or "", int(one.correct)] for one in samples]
+    files.write_whole(path, as_csv(("task", "index", "prediction", "correct"), rows))
+
+
 def read_losses(path: Path, kind: Literal["", "answer_"]) -> tuple[list[tuple[str, str]], np.ndarray, list[int]]:
     """Of a cell's `losses.csv`: which records, their summed losses, and their tokens.
 
@@ -117,32 +158,30 @@ def text(value: Any) -> str:
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
-def _rows(folder: matrix.Matrix) -> Iterator[dict[str, Any]]:
-    """One row a cell that was begun: its configuration and its result, as far as there is one."""
-    for place in folder.begun():
-        config = place.config
-        result, status = place.result(), place.status()
-        row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
-        row |= {"key": place.key, "attempts": status.attempts, "status": status.state}
-        row |= {"training": config["training"], "evaluation": config["evaluation"]}
-        row["rule"] = config["training"]["rule"] if config["rank"] is not None else None
-        row["protocol"] = (config["evaluation"] or {}).get("protocol")
-        if result is not None:
-            row |= {name: value for name, value in result.items() if name != "levels"}
-            levels = result.get("levels", [])
-            for level in [*levels, *(level | {"task": "average"} for level in levels[:1] if len(levels) == 1)]:
-                name = level["task"]
-                row |= {name: level["accuracy"], f"{name}_error": level["error"], f"{name}_unparsed": level["unparsed"]}
-                row[f"{name}_chance"] = level["chance"]
-        yield row
+def _row(outcome: Outcome) -> dict[str, Any]:
+    """A cell's configuration and its result, as far as there is one."""
+    config = outcome.config
+    row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
+    row |= {"key": outcome.key, "attempts": outcome.attempts, "status": outcome.status}
+    row |= {"training": config["training"], "evaluation": config["evaluation"]}
+    row["rule"] = config["training"]["rule"] if config["rank"] is not None else None
+    row["protocol"] = (config["evaluation"] or {}).get("protocol")
+    if outcome.result is not None:
+        row |= {name: value for name, value in outcome.result.items() if name != "levels"}
+        levels = outcome.result.get("levels", [])
+        for level in [*levels, *(level | {"task": "average"} for level in levels[:1] if len(levels) == 1)]:
+            name = level["task"]
+            row |= {name: level["accuracy"], f"{name}_error": level["error"], f"{name}_unparsed": level["unparsed"]}
+            row[f"{name}_chance"] = level["chance"]
+    return row
 
 
 def _training(row: Mapping[str, Any]) -> tuple[str, str]:
     return row["model"], json.dumps(row["training"], sort_keys=True)
 
 
-def _order(row: Mapping[str, Any], methods: Sequence[str]) -> tuple[Any, ...]:
-    names = [BASE, *methods]
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = [BASE, *METHODS]
     return (
         row["model"],
         names.index(row["method"]) if row["method"] in names else len(names),

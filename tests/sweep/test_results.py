@@ -1,13 +1,15 @@
-"""`results.csv` of a matrix: which cells have a line, in which order, and which rate was the best of those tried."""
+"""Results of a sweep: which cells have a line, in which order, which rate was the best of those tried, and files."""
 
 import csv
-from pathlib import Path
 
 import pytest
 
+from rora_theory.data.records import Record
 from rora_theory.errors import InputError
-from sims import rank_results
-from sims.common import matrix
+from rora_theory.evaluate.scoring import Sample
+from rora_theory.finetune.held_out import RecordLoss
+from rora_theory.sweep import results
+from rora_theory.sweep.results import Outcome
 
 
 def rate_row(rate: str, loss: float, seed: str = "0", status: str = "complete", **more: str) -> dict[str, str]:
@@ -29,7 +31,7 @@ def rate_row(rate: str, loss: float, seed: str = "0", status: str = "complete", 
     ],
 )
 def test_the_best_rate_is_compared_at_one_seed(rows, expected) -> None:
-    assert list(rank_results.best_rates(rows).values()) == ([] if expected is None else [expected])
+    assert list(results.best_rates(rows).values()) == ([] if expected is None else [expected])
 
 
 def test_of_two_seeds_with_the_most_rates_the_first_counts() -> None:
@@ -38,14 +40,14 @@ def test_of_two_seeds_with_the_most_rates_the_first_counts() -> None:
     ]
     rows[4] |= {"validation_loss": "2.0"}  # at seed 9, 9 before 10, the lowest is at an end
     rows[3] |= {"validation_loss": "0.9"}
-    assert list(rank_results.best_rates([rate_row("0.7", 0.1, "0"), *rows]).values()) == [("0.1", "edge")]
+    assert list(results.best_rates([rate_row("0.7", 0.1, "0"), *rows]).values()) == [("0.1", "edge")]
 
 
 def test_a_tie_is_the_lower_rate_s_and_groups_are_apart() -> None:
     rows = [rate_row(rate, 1.0) for rate in ("0.01", "0.001", "0.1")]
     rows += [rate_row("0.5", 0.1, rank="16"), rate_row("0.6", 0.1, method="rora"), rate_row("0.7", 0.1, model="n")]
     rows += [rate_row("0.8", 0.1, alpha="32.0"), rate_row("", 0.01, method="base")]
-    assert rank_results.best_rates(rows) == {
+    assert results.best_rates(rows) == {
         ("m", "lora", "8", "64.0"): ("0.001", "edge"),
         ("m", "lora", "16", "64.0"): ("0.5", "only"),
         ("m", "rora", "8", "64.0"): ("0.6", "only"),
@@ -63,15 +65,14 @@ def cell(
     return found | {"training": training} | more
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> matrix.Matrix:
-    return matrix.Matrix(tmp_path / "m", "rank_sweep", {"steps": 3})
+def outcome(config: dict, result: dict | None, status: str = "done") -> Outcome:
+    return Outcome("key", config, status, 1, result)
 
 
 LEVEL = {"task": "piqa", "accuracy": 0.75, "error": 0.1, "unparsed": 0.25, "chance": 0.5}
 
 
-def test_a_line_a_training_in_order(folder) -> None:
+def test_a_line_a_training_in_order() -> None:
     """Scored twins stand for unscored ones; the base comes first, then methods, ranks, rates and seeds."""
     scored = {"evaluation": {"protocol": "label"}}
     result = {"status": "complete", "validation_loss": 1.5}
@@ -79,11 +80,10 @@ def test_a_line_a_training_in_order(folder) -> None:
         cell("rora", 8, 0.1, 1), cell("rora", 8, 0.1, 0), cell("rora", 8, 0.01, 0), cell("rora", 4, 0.1, 0),
         cell("lora", 16, 0.1, 0), cell("zeta", 2, 0.1, 0), cell("prefix", None, 0.1, 0), cell("base", **scored),
     ]  # fmt: skip
-    for one in done:
-        folder.cell(one).work(lambda _: result, most=1)
-    folder.cell(cell("rora", 8, 0.1, 1, **scored)).work(lambda _: result | {"levels": [LEVEL]}, most=1)
-    folder.cell(cell("rora", 4, 0.1, 0, **scored)).work(lambda _: {"status": "diverged", "diverged_at": 2}, most=1)
-    rows = rank_results.table(folder, ("prefix", "lora", "rora"))
+    found = [outcome(one, result) for one in done]
+    found.append(outcome(cell("rora", 8, 0.1, 1, **scored), result | {"levels": [LEVEL]}))
+    found.append(outcome(cell("rora", 4, 0.1, 0, **scored), {"status": "diverged", "diverged_at": 2}))
+    rows = results.table(found)
     assert [(row["method"], row["rank"], row["learning_rate"], row["seed"]) for row in rows] == [
         ("base", "", "", ""),
         ("prefix", "", "0.1", "0"),
@@ -108,50 +108,60 @@ def test_a_line_a_training_in_order(folder) -> None:
     assert [row["rule"] for row in rows[:2]] == ["", ""], "of a rank alone"
     marks = {(row["rank"], row["learning_rate"]): row["best_rate"] for row in rows if row["method"] == "rora"}
     assert (marks["8", "0.01"], marks["8", "0.1"]) == ("edge", ""), "a tie"
-    rank_results.write(folder, ("lora",))
-    with (folder.path / "results.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == rank_results.table(folder, ("lora",))
+    assert list(csv.DictReader(results.table_csv(found).splitlines())) == rows
 
 
-def test_lines_of_a_rank_are_in_the_order_of_alpha_before_the_rate(folder) -> None:
-    for alpha, rate in ((64.0, 0.01), (8.0, 0.1), (16.0, 0.03)):
-        one = cell("lora", 8, rate, 0, alpha=alpha)
-        folder.cell(one).work(lambda _: {"status": "complete", "validation_loss": 1.0}, most=1)
-    assert [row["alpha"] for row in rank_results.table(folder, ("lora",))] == ["8.0", "16.0", "64.0"]
+def test_lines_of_a_rank_are_in_the_order_of_alpha_before_the_rate() -> None:
+    done = {"status": "complete", "validation_loss": 1.0}
+    pairs = ((64.0, 0.01), (8.0, 0.1), (16.0, 0.03))
+    rows = results.table([outcome(cell("lora", 8, rate, 0, alpha=alpha), done) for alpha, rate in pairs])
+    assert [row["alpha"] for row in rows] == ["8.0", "16.0", "64.0"]
 
 
-def test_an_average_of_several_tasks_is_the_one_that_was_made(folder) -> None:
+def test_an_average_of_several_tasks_is_the_one_that_was_made() -> None:
     levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
-    folder.cell(cell("lora", 8, 0.1, 0)).work(
-        lambda _: {"status": "complete", "validation_loss": 1.0, "levels": levels}, most=1
-    )
-    (row,) = rank_results.table(folder, ("lora",))
+    result = {"status": "complete", "validation_loss": 1.0, "levels": levels}
+    (row,) = results.table([outcome(cell("lora", 8, 0.1, 0), result)])
     assert (row["average"], row["boolq"]) == ("0.6", "0.75")
 
 
-def test_a_cell_that_failed_has_a_line(folder) -> None:
-    def fail(_: Path) -> dict:
-        raise RuntimeError("no")
-
-    folder.cell(cell("lora", 8, 0.1, 0)).work(fail, most=3)
-    (row,) = rank_results.table(folder, ("lora",))
+def test_a_cell_that_failed_has_a_line() -> None:
+    (row,) = results.table([outcome(cell("lora", 8, 0.1, 0), None, "failed")])
     assert (row["status"], row["attempts"], row["validation_loss"], row["best_rate"]) == ("failed", "1", "", "")
+
+
+def test_what_is_written_of_a_cell_is_read_again(tmp_path) -> None:
+    """To the last digit, with where each record comes from; an answer that could not be read is wrong."""
+    third = 1 / 3
+    losses = [RecordLoss(10, third, 2, 0.5), RecordLoss(20, 2.5, 3, third)]
+    held_out = [("one/a.json", 3, Record("a", "b")), ("two/b.json", 4, Record("c", "d"))]
+    results.write_losses(tmp_path / "l.csv", held_out, losses)
+    records, found, tokens = results.read_losses(tmp_path / "l.csv", "")
+    assert (records, found.tolist(), tokens) == ([("one/a.json", "3"), ("two/b.json", "4")], [third, 2.5], [10, 20])
+    assert results.read_losses(tmp_path / "l.csv", "answer_")[1].tolist() == [0.5, third]
+    results.write_answers(
+        tmp_path / "a.csv", [Sample("piqa", 0, "x,y", "x,y", True), Sample("piqa", 1, "x", None, False)]
+    )
+    assert [list(row.values()) for row in results.read_lines(tmp_path / "a.csv")] == [
+        ["piqa", "0", "x,y", "1"],
+        ["piqa", "1", "", "0"],
+    ]
 
 
 def test_a_file_of_losses(tmp_path) -> None:
     path = tmp_path / "losses.csv"
     path.write_text("file,index,tokens,loss,answer_tokens,answer_loss\na,3,10,1.5,2,0.5\nb,4,20,2.5,3,0.25\n")
     for kind, losses, tokens in (("", [1.5, 2.5], [10, 20]), ("answer_", [0.5, 0.25], [2, 3])):
-        records, found, sizes = rank_results.read_losses(path, kind)
+        records, found, sizes = results.read_losses(path, kind)
         assert (records, found.tolist(), sizes) == ([("a", "3"), ("b", "4")], losses, tokens)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="is not UTF-8"):
-        rank_results.read_losses(path, "")
+        results.read_losses(path, "")
     path.write_text("file,index,tokens,loss\na,3,10\n")
     with pytest.raises(InputError, match="is damaged"):
-        rank_results.read_losses(path, "")
+        results.read_losses(path, "")
 
 
 def test_figures_are_written_to_the_last_digit() -> None:
-    assert [rank_results.text(value) for value in (None, 0.1 + 0.2, 3, "x")] == ["", "0.30000000000000004", "3", "x"]
-    assert rank_results.as_csv(("a", "b"), [(1, "x,y")]) == 'a,b\n1,"x,y"\n'
+    assert [results.text(value) for value in (None, 0.1 + 0.2, 3, "x")] == ["", "0.30000000000000004", "3", "x"]
+    assert results.as_csv(("a", "b"), [(1, "x,y")]) == 'a,b\n1,"x,y"\n'
