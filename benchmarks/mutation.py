@@ -29,13 +29,14 @@ from typing import NamedTuple
 MODULES = {
     "best_rate": ("rora_theory/stats/rate_optimum.py", "tests/stats/test_rate_optimum.py"),
     "flatness": ("rora_theory/stats/slopes.py", "tests/stats/test_slopes.py"),
+    "paired": ("rora_theory/stats/paired.py", "tests/stats/test_paired.py"),
     "statistics": ("rora_theory/stats/moments.py", "tests/stats/test_moments.py"),
     "setting": ("rora_theory/advice/setting.py", "tests/advice/test_transfer.py"),
     "transfer": ("rora_theory/advice/transfer.py", "tests/advice/test_transfer.py"),
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py"),
-    "differences": ("sims/differences.py", "tests/sims/test_differences.py"),
+    "differences": ("rora_theory/sweep/differences.py", "tests/sweep/test_differences.py"),
     "matrix_rates": ("sims/matrix_rates.py", "tests/sims/test_lr_transfer.py"),
-    "rank_results": ("rora_theory/sweep/results.py", "tests/sims/test_differences.py tests/sweep/test_results.py"),
+    "rank_results": ("rora_theory/sweep/results.py", "tests/sweep/test_differences.py tests/sweep/test_results.py"),
     "lr_transfer": ("sims/lr_transfer.py", "tests/sims/test_lr_transfer.py"),
 }
 """Pure modules of the judging layer with the files that test them."""

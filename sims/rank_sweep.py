@@ -30,13 +30,12 @@ from rora_theory.finetune import FinetuneConfig, Trainer
 from rora_theory.finetune.config import BaseDtype, LossOn, TrainTemplate
 from rora_theory.scaling import check_integer, check_positive
 from rora_theory.seeds import check_seed
-from rora_theory.sweep import results
+from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity
 from rora_theory.sweep.design import BASE, DESIGNS, METHODS, AlphaRule, Design
 from rora_theory.sweep.records import RecordSplit, Shares, draw_records
 from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Measured, Workbench
-from sims import differences
 from sims.common import cli, matrix, scalings, tables
 from sims.common.progress import progress_bar
 from sims.finetune import METRICS, Metrics
@@ -225,7 +224,7 @@ def sweep(config: Config) -> bool:
 
 def differences_of(folder: matrix.Matrix) -> str:
     """`differences.csv` from every finished cell in the folder."""
-    return differences.as_csv(differences.differences(results.table(outcomes(folder)), folder.cells_path))
+    return differences.as_csv(differences.method_differences(results.table(outcomes(folder)), folder.cells_path))
 
 
 def outcomes(folder: matrix.Matrix) -> Iterator[Outcome]:

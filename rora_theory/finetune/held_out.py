@@ -4,8 +4,6 @@ One number a record makes two runs comparable record by record: the spread of a 
 of either loss.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,18 +88,6 @@ def record_losses(
                 answers = int(examples.lengths[index] - examples.starts[index])
                 found[index] = RecordLoss(int(sizes[index]), first + loss, answers, answer_loss)
     return [found[index] for index in range(len(examples))]
-
-
-def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
-    r"""Mean loss a token and its standard error over records.
-
-    :math:`R = \sum l_i / \sum t_i` is a ratio of two sums over records drawn together; to first order its error is
-    that of the mean of :math:`(l_i - R t_i) / \bar t`. NaN for one record.
-    """
-    count, total = len(losses), math.fsum(tokens)
-    ratio = math.fsum(losses) / total
-    spread = math.fsum((loss - ratio * size) ** 2 for loss, size in zip(losses, tokens, strict=True))
-    return ratio, math.sqrt(spread * count / (count - 1)) / total if count > 1 else math.nan
 
 
 @partial(jax.jit, static_argnames="llama_config")

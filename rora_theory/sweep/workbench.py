@@ -28,8 +28,9 @@ from rora_theory.finetune import (
     choose_widths,
     tokenize,
 )
-from rora_theory.finetune.held_out import RecordLoss, mean_per_token, record_losses
+from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.finetune.step import SharedSteps
+from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep.cells import Cell
 from rora_theory.sweep.records import RecordSplit
 

@@ -7,7 +7,7 @@ import pytest
 from rora_theory.adapters import LoraConfig, PrefixConfig, init
 from rora_theory.data.batches import Examples
 from rora_theory.errors import InputError
-from rora_theory.finetune.held_out import mean_per_token, record_losses
+from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import LlamaConfig, beginning, forward
 from rora_theory.llama.model import init_params
 
@@ -53,14 +53,3 @@ def test_a_record_that_the_model_can_t_read_is_refused() -> None:
     tokens = np.zeros(98, np.int64)
     with pytest.raises(InputError, match="a record has 98 tokens; accepted are at most 97"):
         record_losses(PARAMS, CONFIG, Examples(tokens, np.array([0, 98]), np.array([90]), 0, 0))
-
-
-def test_the_mean_s_error_is_the_jackknife_s() -> None:
-    """The first-order error of a ratio against leaving each record out: they differ by a part in the record count."""
-    random = np.random.default_rng(0)
-    tokens = random.integers(20, 60, 400)
-    losses = tokens * random.normal(1.0, 0.1, 400)
-    mean, error = mean_per_token(losses.tolist(), tokens.tolist())
-    left = (losses.sum() - losses) / (tokens.sum() - tokens)
-    assert mean == pytest.approx(losses.sum() / tokens.sum(), rel=1e-12)
-    assert error == pytest.approx(np.sqrt(399 * left.var()), rel=5e-3)

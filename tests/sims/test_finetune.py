@@ -26,10 +26,11 @@ from rora_theory.adapters import init, load_peft, merge
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batches, FinetuneConfig, Stepped, read_records, split, tokenize
 from rora_theory.finetune import step as steps
-from rora_theory.finetune.held_out import mean_per_token, record_losses
+from rora_theory.finetune.held_out import record_losses
 from rora_theory.finetune.loop import Validated
 from rora_theory.llama import LlamaConfig, digest, init_params, load
 from rora_theory.llama.weights import save_hf
+from rora_theory.stats.paired import mean_per_token
 from sims import finetune
 from sims.common import cli
 

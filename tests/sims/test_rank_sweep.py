@@ -21,8 +21,9 @@ from rora_theory.adapters import load_peft
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import Record, tokenize
-from rora_theory.finetune.held_out import mean_per_token, record_losses
+from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import load
+from rora_theory.stats.paired import mean_per_token
 from sims import matrix_rates, rank_sweep
 
 PLAIN = (

@@ -12,8 +12,9 @@ from rora_theory.adapters import replace as adapter_replace
 from rora_theory.data.sources import read_tasks
 from rora_theory.evaluate.scoring import Scoring, score
 from rora_theory.finetune import FinetuneConfig
-from rora_theory.finetune.held_out import mean_per_token, record_losses
+from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import locate
+from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import workbench
 from rora_theory.sweep.cells import cells_of, training_of
 from rora_theory.sweep.design import Design

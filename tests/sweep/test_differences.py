@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from sims import differences
+from rora_theory.sweep.differences import Difference, as_csv, method_differences
 
 TOKENS, ANSWER_TOKENS = [10, 20, 30], [1, 2, 1]
 
@@ -31,7 +31,7 @@ def cell(folder: Path, key: str, losses: list[float], right: dict[str, list[int]
         (folder / key / "answers.csv").write_text("\n".join(["task,index,prediction,correct", *answers]) + "\n")
 
 
-def find(found: list[differences.Difference], method: str, against: str, rates: str = "same"):
+def find(found: list[Difference], method: str, against: str, rates: str = "same"):
     (one,) = [d for d in found if (d.method, d.against, d.rates) == (method, against, rates)]
     return one
 
@@ -45,7 +45,7 @@ def test_losses_and_accuracies_are_paired(tmp_path):
         row("lora", "lora", average="0.7"),
         row("rora", "rora", average="0.5"),
     ]
-    found = list(differences.differences(rows, tmp_path))
+    found = list(method_differences(rows, tmp_path))
     assert [(d.method, d.against) for d in found] == [("lora", "base"), ("rora", "base"), ("rora", "lora")]
     one = find(found, "rora", "lora")
     assert one.loss == pytest.approx(-5 / 60, rel=1e-14)  # -1 - 1 - 3 nats over 60 tokens
@@ -70,7 +70,7 @@ def test_seeds_are_averaged_before_the_error_and_only_common_ones_count(tmp_path
     cell(tmp_path, "r1", [13.0, 20.0, 30.0])
     cell(tmp_path, "r2", [0.0, 0.0, 0.0])
     rows = [row(key, {"l": "lora", "r": "rora"}[key[0]], key[1]) for key in ("l0", "l1", "r0", "r1", "r2")]
-    one = find(list(differences.differences(rows, tmp_path)), "rora", "lora")
+    one = find(list(method_differences(rows, tmp_path)), "rora", "lora")
     assert (one.seeds, one.loss, one.loss_error, one.average) == (2, 0.0, 0.0, None)  # -1 and +1 on one record
     assert one.loss_seed_error == pytest.approx(math.sqrt(2) / 60 / math.sqrt(2))  # deviation of -1/60 and 1/60
     assert one.answer_seed_error == pytest.approx(0.5 / 4)
@@ -86,12 +86,12 @@ def test_each_at_its_best_rate(tmp_path):
         row("r1", "rora", rate="0.001", best_rate=""),
         row("r3", "rora", rate="0.003", best_rate="edge"),
     ]
-    found = list(differences.differences(rows, tmp_path))
+    found = list(method_differences(rows, tmp_path))
     best = find(found, "rora", "lora", "best")
     assert (best.learning_rate, best.against_rate) == (0.003, 0.001)
     assert best.loss == pytest.approx(3 / 60)
     rows[2]["best_rate"], rows[3]["best_rate"] = "yes", ""
-    assert find(list(differences.differences(rows, tmp_path)), "rora", "lora", "best").loss == pytest.approx(9 / 60)
+    assert find(list(method_differences(rows, tmp_path)), "rora", "lora", "best").loss == pytest.approx(9 / 60)
     same = {d.learning_rate: d.loss for d in found if d.rates == "same"}
     assert same == {0.001: pytest.approx(9 / 60), 0.003: pytest.approx(-3 / 60)}
 
@@ -100,7 +100,7 @@ def test_each_at_its_only_rate(tmp_path):
     """As published: DoRA's rate is another than LoRA's."""
     cell(tmp_path, "l", [1.0, 1.0, 1.0])
     cell(tmp_path, "d", [3.0, 1.0, 1.0])
-    (one,) = differences.differences([row("l", "lora"), row("d", "dora", rate="0.0002")], tmp_path)
+    (one,) = method_differences([row("l", "lora"), row("d", "dora", rate="0.0002")], tmp_path)
     assert (one.method, one.against, one.rates) == ("dora", "lora", "own")
     assert (one.learning_rate, one.against_rate, one.loss) == (0.0002, 0.001, pytest.approx(2 / 60))
 
@@ -114,10 +114,10 @@ def test_a_method_without_a_rank_meets_every_lora_and_other_ranks_do_not_meet(tm
         row("p", "series", rank=""),
         row("r16", "rora", rank="16"),
     ]
-    found = list(differences.differences(rows, tmp_path))
+    found = list(method_differences(rows, tmp_path))
     assert [(d.method, d.rank) for d in found] == [("series", 8), ("series", 16), ("rora", 16)]
     unfinished = [one | {"status": "diverged"} if one["method"] == "rora" else one for one in rows]
-    assert [d.method for d in differences.differences(unfinished, tmp_path)] == ["series", "series"]
+    assert [d.method for d in method_differences(unfinished, tmp_path)] == ["series", "series"]
 
 
 def test_other_records_or_damaged_files_are_refused(tmp_path):
@@ -127,19 +127,19 @@ def test_other_records_or_damaged_files_are_refused(tmp_path):
     file = tmp_path / "r" / "losses.csv"
     file.write_text(file.read_text().replace("a,0", "d,0"))
     with pytest.raises(InputError, match="different records"):
-        list(differences.differences(rows, tmp_path))
+        list(method_differences(rows, tmp_path))
     file.write_text("file,index\na,0\n")
     with pytest.raises(InputError, match=r"losses\.csv: is damaged"):
-        list(differences.differences(rows, tmp_path))
+        list(method_differences(rows, tmp_path))
     file.unlink()
     with pytest.raises(InputError, match="no such file"):
-        list(differences.differences(rows, tmp_path))
+        list(method_differences(rows, tmp_path))
 
 
 def test_the_table_has_a_line_a_difference(tmp_path):
     cell(tmp_path, "l", [1.0, 1.0, 1.0])
     cell(tmp_path, "r", [2.0, 1.0, 1.0])
-    text = differences.as_csv(differences.differences([row("l", "lora"), row("r", "rora")], tmp_path))
+    text = as_csv(method_differences([row("l", "lora"), row("r", "rora")], tmp_path))
     (line,) = csv.DictReader(text.splitlines())
     assert (line["method"], line["against"], line["average"]) == ("rora", "lora", "")
     assert float(line["loss"]) == 1 / 60

@@ -1,13 +1,12 @@
-r"""One method less another on the same records and items: `differences.csv` of a folder of sims.rank_sweep.
+r"""One method less another on the same records and items: `differences.csv` of a sweep.
 
-Cells of one matrix are measured on the same held-out records and the same items. What makes a record hard for one
+Cells of one sweep are measured on the same held-out records and the same items. What makes a record hard for one
 adapter does for the other, so that the error of a difference of losses is several times below theirs; that of
 accuracies gains little, and against the base, which errs elsewhere, nothing is gained. Standard errors are over records
 or items, of the mean over the seeds that both have: they speak of other records. Those over seeds, given where there
 are two or more, speak of training again.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from rora_theory.errors import InputError
-from rora_theory.finetune.held_out import mean_per_token
+from rora_theory.stats.paired import mean_of_groups, mean_per_token_over_seeds
 from rora_theory.sweep import results
 from rora_theory.sweep.design import BASE
 
@@ -72,7 +71,7 @@ def as_csv(found: Iterable[Difference]) -> str:
     return results.as_csv(names, [[results.text(value) for value in astuple(one)] for one in found])
 
 
-def differences(rows: Sequence[Row], cells: Path) -> Iterator[Difference]:
+def method_differences(rows: Sequence[Row], cells: Path) -> Iterator[Difference]:
     """Every method less the base, and less LoRA of its rank and alpha (one without a rank: of every LoRA).
 
     Args:
@@ -156,31 +155,27 @@ def _loss(
     tokens: list[int] = []
     for row, other in pairs:
         (records, loss, sizes), (other_records, other_loss, _) = (
-            results.read_losses(cells / one["key"] / "losses.csv", kind) for one in (row, other)
+            results.read_losses(cells / one["key"] / results.LOSSES, kind) for one in (row, other)
         )
         if records != other_records:
             raise InputError(f"{row['key']} and {other['key']}: were measured on different records")
         columns.append(loss - other_loss)
         tokens = sizes
-    by_seed = [column.sum() / sum(tokens) for column in columns]
-    seed_error = float(np.std(by_seed, ddof=1)) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else None
-    return *mean_per_token(np.mean(columns, axis=0).tolist(), tokens), seed_error
+    return mean_per_token_over_seeds(np.stack(columns), tokens)
 
 
 def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[float, float]:
     """Difference of the average accuracies and its standard error over items."""
     by_task: dict[str, list[np.ndarray]] = {}
     for row, other in pairs:
-        right, other_right = (_answers(cells / one["key"] / "answers.csv") for one in (row, other))
+        right, other_right = (_answers(cells / one["key"] / results.ANSWERS) for one in (row, other))
         if {task: len(items) for task, items in right.items()} != {
             task: len(items) for task, items in other_right.items()
         }:
             raise InputError(f"{row['key']} and {other['key']}: were scored on different items")
         for task, items in right.items():
             by_task.setdefault(task, []).append(items - other_right[task])
-    means = [np.mean(columns, axis=0) for columns in by_task.values()]
-    error = math.sqrt(sum(np.var(items, ddof=1) / len(items) for items in means)) / len(means)
-    return float(np.mean([np.mean(items) for items in means])), error
+    return mean_of_groups([np.stack(columns) for columns in by_task.values()])
 
 
 def _answers(path: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,76 @@
+"""Means with standard errors over records or items that several runs share and are compared by, one by one.
+
+What makes a record hard for one run does for the other, so that the error of a mean difference is several times below
+those of the two means.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Num
+
+
+def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+    r"""Mean loss a token and its standard error over records.
+
+    :math:`R = \sum l_i / \sum t_i` is a ratio of two sums over records drawn together; to first order its error is
+    that of the mean of :math:`(l_i - R t_i) / \bar t`. NaN for one record.
+
+    Args:
+      losses: summed over each record's tokens, or differences of two such sums.
+      tokens: of each record.
+    """
+    count, total = len(losses), math.fsum(tokens)
+    ratio = math.fsum(losses) / total
+    spread = math.fsum((loss - ratio * size) ** 2 for loss, size in zip(losses, tokens, strict=True))
+    return ratio, math.sqrt(spread * count / (count - 1)) / total if count > 1 else math.nan
+
+
+def mean_per_token_over_seeds(
+    losses: Float[np.ndarray, "seeds records"], tokens: Sequence[int]
+) -> tuple[float, float, float | None]:
+    """Mean loss a token over seeds, its standard error over records (of the seeds' mean) and that over seeds.
+
+    The first speaks of other records, the second of training again.
+
+    Args:
+      losses: of each seed on the same records, see `mean_per_token`.
+      tokens: of each record.
+
+    Returns:
+      mean, error over records, error over seeds; the last is None for one seed.
+    """
+    by_seed = [one.sum() / sum(tokens) for one in losses]
+    seed_error = float(np.std(by_seed, ddof=1)) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else None
+    return *mean_per_token(np.mean(losses, axis=0).tolist(), tokens), seed_error
+
+
+def mean_of_groups(groups: Sequence[Num[np.ndarray, "_seeds _items"]]) -> tuple[float, float]:
+    r"""The unweighted mean of the groups' means, and its standard error over items.
+
+    :math:`\sqrt{\sum_g s_g^2 / n_g}` over the number of groups, :math:`s_g` the sample deviation of the group's items,
+    each averaged over seeds.
+
+    Args:
+      groups: of each group its items, two or more, at every seed.
+    """
+    means = [np.mean(columns, axis=0) for columns in groups]
+    error = math.sqrt(sum(np.var(items, ddof=1) / len(items) for items in means)) / len(means)
+    return float(np.mean([np.mean(items) for items in means])), error
+
+
+def resampled_ratios(
+    sums: Sequence[Float[np.ndarray, " records"]], sizes: Float[np.ndarray, " records"], *, draws: int, seed: int = 0
+) -> Float[np.ndarray, "draws series"]:
+    """Ratios of sums over bootstrap samples of the records, the same records for every series.
+
+    Args:
+      sums: of each series, a figure a record.
+      sizes: of each record, what the figures are divided by.
+      draws: how many samples.
+      seed: of the samples; the same seed draws the same records in every call.
+    """
+    index = np.random.default_rng(seed).integers(0, len(sizes), (draws, len(sizes)))
+    whole = sizes[index].sum(axis=1)
+    return np.stack([one[index].sum(axis=1) / whole for one in sums], axis=1)
