@@ -35,8 +35,11 @@ MODULES = {
     "transfer": ("rora_theory/advice/transfer.py", "tests/advice/test_transfer.py"),
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py"),
     "differences": ("rora_theory/sweep/differences.py", "tests/sweep/test_differences.py"),
-    "matrix_rates": ("sims/matrix_rates.py", "tests/sims/test_lr_transfer.py"),
-    "rank_results": ("rora_theory/sweep/results.py", "tests/sweep/test_differences.py tests/sweep/test_results.py"),
+    "trained_runs": (
+        "rora_theory/sweep/trained_runs.py",
+        "tests/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
+    ),
+    "sweep_results": ("rora_theory/sweep/results.py", "tests/sweep/test_differences.py tests/sweep/test_results.py"),
     "lr_transfer": ("sims/lr_transfer.py", "tests/sims/test_lr_transfer.py"),
 }
 """Pure modules of the judging layer with the files that test them."""

@@ -31,10 +31,10 @@ from rora_theory.seeds import check_seed
 from rora_theory.stats import slopes
 from rora_theory.stats.rate_optimum import Best, best_rate, predicted_slopes
 from rora_theory.stats.slopes import SeedFit
+from rora_theory.sweep import trained_runs
 from rora_theory.theory.laws import scaling_power
 from rora_theory.toy import dynamics
 from rora_theory.toy.dynamics import ProblemConfig
-from sims import matrix_rates
 from sims.common import cli, devices, scalings, tables
 from sims.common.cells import Cells
 from sims.common.progress import progress_bar
@@ -120,7 +120,7 @@ class Config:
     """a folder of sims.rank_sweep: analyse its runs and train nothing"""
     matrix_model: str | None = None
     """which of its models, where it has several"""
-    matrix_loss: matrix_rates.Loss = "validation"
+    matrix_loss: trained_runs.Loss = "validation"
     """its held-out loss on all tokens (validation), or on the answers alone (answer)"""
     seed: int = 0
     """seed of all draws"""
@@ -205,9 +205,9 @@ def run(config: Config) -> None:
     check(config)
     started = time.monotonic()
     if config.matrix is not None:
-        cells = matrix_rates.read(config.matrix, model=config.matrix_model, loss=config.matrix_loss)
+        cells = trained_runs.read(config.matrix, model=config.matrix_model, loss=config.matrix_loss)
         curves = matrix_curves(cells)
-        identity = {"matrix": matrix_rates.digest(cells), "loss": config.matrix_loss, "model": config.matrix_model}
+        identity = {"matrix": trained_runs.digest(cells), "loss": config.matrix_loss, "model": config.matrix_model}
         folder = RunFolder.open(NAME, identity, out=config.out, extra={"units": UNITS, "source": config.matrix.name})
         folder.write_rows(COLUMNS, matrix_rows(cells))
         compared = compare_matrix(curves, cells)
@@ -357,14 +357,14 @@ def curves_of(config: Config, rows: Sequence[dict[str, Any]]) -> list[Curve]:
     return curves
 
 
-def matrix_curves(cells: Sequence[matrix_rates.Cell]) -> list[Curve]:
+def matrix_curves(cells: Sequence[trained_runs.Run]) -> list[Curve]:
     """Curves of a real model's runs: the seeds that ran at every rate that any of them ran at."""
     curves = []
     for method in dict.fromkeys(cell.method for cell in cells):
         own = [cell for cell in cells if cell.method == method]
-        kappa = matrix_rates.kappa_of(own)
+        kappa = trained_runs.kappa_of(own)
         for rank in sorted({cell.rank for cell in own}):
-            by_seed: dict[int, dict[float, matrix_rates.Cell]] = {}
+            by_seed: dict[int, dict[float, trained_runs.Run]] = {}
             for cell in own:
                 if cell.rank == rank:
                     by_seed.setdefault(cell.seed, {})[cell.rate] = cell
@@ -373,7 +373,7 @@ def matrix_curves(cells: Sequence[matrix_rates.Cell]) -> list[Curve]:
             if len(rates) < 3 or not whole:
                 continue
             losses = np.array([[runs[rate].loss for rate in rates] for runs in whole])
-            resampled = matrix_rates.bootstrap({rate: [runs[rate] for runs in whole] for rate in rates})
+            resampled = trained_runs.bootstrap({rate: [runs[rate] for runs in whole] for rate in rates})
             gamma = whole[0][rates[0]].gamma
             curves.append(Curve("adamw", "both", method, kappa, rank, gamma, np.array(rates), losses, resampled))
     if not curves:
@@ -381,10 +381,10 @@ def matrix_curves(cells: Sequence[matrix_rates.Cell]) -> list[Curve]:
     return curves
 
 
-def matrix_rows(cells: Sequence[matrix_rates.Cell]) -> list[dict[str, Any]]:
+def matrix_rows(cells: Sequence[trained_runs.Run]) -> list[dict[str, Any]]:
     """The runs that were read, in this experiment's columns."""
     kappas = {
-        method: matrix_rates.kappa_of([cell for cell in cells if cell.method == method])
+        method: trained_runs.kappa_of([cell for cell in cells if cell.method == method])
         for method in dict.fromkeys(cell.method for cell in cells)
     }
     return [
@@ -494,7 +494,7 @@ def pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
                     yield at[first], at[second]
 
 
-def compare_matrix(curves: Sequence[Curve], cells: Sequence[matrix_rates.Cell]) -> list[Comparison]:
+def compare_matrix(curves: Sequence[Curve], cells: Sequence[trained_runs.Run]) -> list[Comparison]:
     """Rules against each other at the largest rank, at the grid's rate of least mean loss, record by record.
 
     Seeds that ran at both rates are averaged; with two or more of them the error is over seeds or over records,
@@ -512,7 +512,7 @@ def compare_matrix(curves: Sequence[Curve], cells: Sequence[matrix_rates.Cell]) 
             continue
         a, b = ([group[seed] for seed in seeds] for group in groups)
         over = slopes.over_seeds(np.array([p.loss - q.loss for p, q in zip(a, b, strict=True)]))
-        (left, tokens), (right, _) = matrix_rates.stacked(a), matrix_rates.stacked(b)
+        (left, tokens), (right, _) = trained_runs.stacked(a), trained_runs.stacked(b)
         fit, source = over, "seeds" if len(seeds) > 1 else ""
         if left is not None and right is not None and tokens is not None:
             rest = (left - right) - over.slope * tokens  # a ratio of sums, to first order

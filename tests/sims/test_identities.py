@@ -20,12 +20,12 @@ from rora_theory import adapters, llama
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.llama import hub
+from rora_theory.sweep import trained_runs
 from sims import (
     coordinate_check,
     evaluate,
     finetune,
     lr_transfer,
-    matrix_rates,
     prune,
     rank_sweep,
     regime,
@@ -367,10 +367,10 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path, mo
 
 def test_a_matrix_of_runs_is_all_that_is_read_of_it() -> None:
     """The losses of single records too: the errors are over them."""
-    cell = matrix_rates.Cell("lora", 8, 2.0, 1e-3, 0, 1.5, np.array([1.0, 2.0]), np.array([1.0, 1.0]))
+    cell = trained_runs.Run("lora", 8, 2.0, 1e-3, 0, 1.5, np.array([1.0, 2.0]), np.array([1.0, 1.0]))
     others = [
         replace(cell, method="rora"), replace(cell, rank=16), replace(cell, gamma=1.0), replace(cell, rate=1e-4),
         replace(cell, seed=1), replace(cell, loss=1.6), replace(cell, records=np.array([2.0, 1.0])),
         replace(cell, records=None, tokens=None), replace(cell, tokens=np.array([2.0, 1.0])),
     ]  # fmt: skip
-    assert len({matrix_rates.digest([one]) for one in (cell, *others)}) == 10
+    assert len({trained_runs.digest([one]) for one in (cell, *others)}) == 10

@@ -10,10 +10,9 @@ import pytest
 
 from figures import lr_transfer as figure
 from figures import style
-from rora_theory.errors import InputError
+from rora_theory.sweep import trained_runs
 from rora_theory.toy import dynamics
 from sims import lr_transfer as sim
-from sims import matrix_rates
 from sims.common.cells import CELLS
 
 ARGUMENTS = (
@@ -171,7 +170,7 @@ def test_the_larger_error_is_reported(by_seed, over):
                 records = (2 + more + sign * gap) * tokens + sign * noise
                 loss = records.sum() / tokens.sum()
                 cells += [
-                    matrix_rates.Cell(method, rank, 16 / rank, rate, seed, loss, records, tokens) for rank in (4, 8)
+                    trained_runs.Run(method, rank, 16 / rank, rate, seed, loss, records, tokens) for rank in (4, 8)
                 ]
     (found,) = sim.compare_matrix(sim.matrix_curves(cells), cells)
     assert found.error_over == over
@@ -181,8 +180,8 @@ def test_the_larger_error_is_reported(by_seed, over):
 
 
 def test_seeds_that_lack_a_rate_are_no_curve():
-    whole = [matrix_rates.Cell("lora", r, 16 / r, rate, 0, 1.0 + rate, None, None) for r in (4, 8) for rate in RATES]
-    part = [matrix_rates.Cell("lora", r, 16 / r, rate, 1, 9.0, None, None) for r in (4, 8) for rate in RATES[:4]]
+    whole = [trained_runs.Run("lora", r, 16 / r, rate, 0, 1.0 + rate, None, None) for r in (4, 8) for rate in RATES]
+    part = [trained_runs.Run("lora", r, 16 / r, rate, 1, 9.0, None, None) for r in (4, 8) for rate in RATES[:4]]
     curves = sim.matrix_curves([*whole, *part])
     assert [curve.losses.tolist() for curve in curves] == [[[1.0 + rate for rate in RATES]]] * 2
 
@@ -356,14 +355,6 @@ def test_matrix_finds_a_real_difference(tmp_path):
     assert compared["standard_error"] is None
 
 
-def test_matrix_of_alpha_2r_has_kappa_0():
-    cells = [matrix_rates.Cell("lora", rank, 2.0, 1e-3, 0, 1.0, None, None) for rank in (8, 32)]
-    assert matrix_rates.kappa_of(cells) == 0
-    mixed = [*cells, matrix_rates.Cell("lora", 128, 0.1, 1e-3, 0, 1.0, None, None)]
-    with pytest.raises(InputError, match="one rule and alpha"):
-        matrix_rates.kappa_of(mixed)
-
-
 def test_what_is_read_of_a_matrix(tmp_path):
     """The loss that was asked for, infinite where a run diverged, each cell's own records; no base, none unfinished."""
     folder = matrix(tmp_path / "matrix")
@@ -374,7 +365,7 @@ def test_what_is_read_of_a_matrix(tmp_path):
     rows += [rows[1] | {"key": "later", "status": "running", "validation_loss": "", "answer_loss": ""}]
     with (folder / "results.csv").open("w", newline="") as file:
         csv.writer(file).writerows([HEADER, *(row.values() for row in rows)])
-    found = {kind: matrix_rates.read(folder, loss=kind) for kind in ("validation", "answer")}
+    found = {kind: trained_runs.read(folder, loss=kind) for kind in ("validation", "answer")}
     assert len(found["validation"]) == len(rows) - 2
     for plain, answer in zip(*found.values(), strict=True):
         assert answer.loss == pytest.approx(10 * plain.loss) or plain.loss == answer.loss == np.inf
@@ -382,42 +373,6 @@ def test_what_is_read_of_a_matrix(tmp_path):
         if plain.records is not None:
             assert plain.records.sum() / plain.tokens.sum() == pytest.approx(plain.loss)
     assert [(c.method, c.rank, c.rate) for c in found["validation"] if c.loss == np.inf] == [("rora", 128, 1e-2)]
-
-
-def test_the_bootstrap_draws_the_same_records_at_every_rate():
-    """Records that differ widely, and a loss a token that does not: a ratio of sums that no draw changes."""
-    tokens = np.array([1.0, 10.0, 100.0])
-    cells = {
-        rate: [matrix_rates.Cell("lora", 8, 2.0, rate, 0, factor, factor * tokens, tokens)]
-        for rate, factor in ((0.1, 1.0), (0.2, 3.0))
-    }
-    cells[0.3] = [matrix_rates.Cell("lora", 8, 2.0, 0.3, 0, np.inf, None, None)]
-    found = matrix_rates.bootstrap(cells, draws=7)
-    np.testing.assert_allclose(found, [[1.0, 3.0, np.inf]] * 7)
-    level = np.array([5.0, 1.0, 2.0]) * tokens
-    uneven = {
-        rate: [matrix_rates.Cell("lora", 8, 2.0, rate, 0, 1.0, factor * level, tokens)]
-        for rate, factor in ((0.1, 1.0), (0.2, 3.0))
-    }
-    drawn = matrix_rates.bootstrap(uneven, draws=50)
-    np.testing.assert_allclose(drawn[:, 1], 3 * drawn[:, 0])
-    assert len(np.unique(drawn[:, 0])) > 3
-    np.testing.assert_array_equal(drawn, matrix_rates.bootstrap(uneven, draws=50), "seeded: methods share their draws")
-    assert matrix_rates.bootstrap({0.1: [matrix_rates.Cell("lora", 8, 2.0, 0.1, 0, 1.0, None, None)]}) is None
-    first = {0.1: [matrix_rates.Cell("lora", 8, 2.0, 0.1, 0, 1.0, np.array([1.0, 0.0, 0.0]), np.ones(3))]}
-    shares = matrix_rates.bootstrap(first, draws=50)  # the first record is drawn 0 to 3 times
-    assert set(np.round(3 * shares.ravel()).tolist()) == {0, 1, 2, 3}
-    pair = [matrix_rates.Cell("lora", 8, 2.0, 0.1, seed, 1.0, (1 + seed) * tokens, tokens) for seed in range(2)]
-    np.testing.assert_allclose(matrix_rates.bootstrap({0.1: pair}, draws=5), 1.5)
-
-
-def test_kappa_of_a_rule():
-    cells = [matrix_rates.Cell("rora", rank, 16 / rank**0.5, 1e-3, 0, 1.0, None, None) for rank in (8, 32, 128)]
-    assert matrix_rates.kappa_of(cells) == 0.5
-    with pytest.raises(InputError, match="method rora has one rank, 32; accepted are two or more"):
-        matrix_rates.kappa_of(cells[1:2])
-    with pytest.raises(InputError, match="method rora has scalings"):
-        matrix_rates.kappa_of([*cells, matrix_rates.Cell("rora", 256, 1.00001, 1e-3, 0, 1.0, None, None)])
 
 
 def test_bad_matrices(tmp_path, capsys):

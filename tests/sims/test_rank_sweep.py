@@ -24,7 +24,8 @@ from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import load
 from rora_theory.stats.paired import mean_per_token
-from sims import matrix_rates, rank_sweep
+from rora_theory.sweep import trained_runs
+from sims import rank_sweep
 
 PLAIN = (
     "--batch 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
@@ -206,9 +207,9 @@ def test_a_file_changed_by_hand_is_drawn_by_no_figure(swept, tmp_path, capsys) -
     [row, *_] = [row for row in rows_of(out) if row["method"] == "rora"]
     for path, draw in (
         (out / "results.csv", lambda: accuracy_vs_rank.draw(accuracy_vs_rank.Config(out))),
-        (out / "results.csv", lambda: matrix_rates.read(out)),
+        (out / "results.csv", lambda: trained_runs.read(out)),
         (out / "cells" / row["key"] / "metrics.jsonl", lambda: loss_curves.draw(loss_curves.Config((out,), rank=2))),
-        (out / "cells" / row["key"] / "losses.csv", lambda: matrix_rates.read(out)),
+        (out / "cells" / row["key"] / "losses.csv", lambda: trained_runs.read(out)),
     ):
         whole = path.read_text()
         path.write_text(whole.replace("1", "2", 1))
@@ -217,7 +218,7 @@ def test_a_file_changed_by_hand_is_drawn_by_no_figure(swept, tmp_path, capsys) -
         said = capsys.readouterr().err + str(refused.value)
         assert f"{path}: was changed since the run wrote it" in said
         path.write_text(whole)
-    matrix_rates.read(out)
+    trained_runs.read(out)
 
 
 @pytest.mark.parametrize(

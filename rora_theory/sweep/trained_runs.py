@@ -1,10 +1,11 @@
-"""Loss curves over learning rates from a folder of sims.rank_sweep: its results.csv, and each cell's loss a record."""
+"""The fine-tuning runs of a folder of sims.rank_sweep, each with its loss a record, for curves over rates."""
 
 import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from rora_theory import digests, files, seals
 from rora_theory.errors import InputError
+from rora_theory.stats.paired import resampled_ratios
 from rora_theory.sweep import results
 
 Loss = Literal["validation", "answer"]
@@ -20,7 +22,7 @@ BOOTSTRAPS = 400
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
     """One fine-tuning run.
 
     Attributes:
@@ -40,7 +42,7 @@ class Cell:
     tokens: np.ndarray | None
 
 
-def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -> list[Cell]:
+def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -> list[Run]:
     """The finished cells of one model; the base model's and unfinished ones are left out.
 
     Args:
@@ -66,7 +68,7 @@ def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -
         raise InputError(f"{path}: has the models {', '.join(models)}; accepted is one, chosen by --matrix-model")
     if not chosen:
         raise InputError(f"{path}: has no finished cell of model {model or 'any'}; its models are {', '.join(models)}")
-    return [_cell(folder, number, row, column) for number, row in enumerate(chosen, start=2)]
+    return [_run(folder, number, row, column) for number, row in enumerate(chosen, start=2)]
 
 
 def _check(folder: Path, record: str = "manifest.json") -> None:
@@ -75,68 +77,67 @@ def _check(folder: Path, record: str = "manifest.json") -> None:
         raise InputError(f"{problem}; accepted is the file as sims.rank_sweep wrote it")
 
 
-def digest(cells: Sequence[Cell]) -> str:
+def digest(runs: Sequence[Run]) -> str:
     """Of all that was read."""
 
     def plain(values: np.ndarray | None) -> list[float] | None:
         return None if values is None else values.tolist()
 
     return digests.of_json(
-        [(c.method, c.rank, c.gamma, c.rate, c.seed, c.loss, plain(c.records), plain(c.tokens)) for c in cells]
+        [(r.method, r.rank, r.gamma, r.rate, r.seed, r.loss, plain(r.records), plain(r.tokens)) for r in runs]
     )
 
 
-def kappa_of(cells: Sequence[Cell]) -> float:
-    """The exponent of gamma = alpha / r^kappa that the cells of one method really had: 0 for alpha = 2 r.
+def kappa_of(runs: Sequence[Run]) -> float:
+    """The exponent of gamma = alpha / r^kappa that the runs of one method really had: 0 for alpha = 2 r.
 
     Raises:
       InputError: one rank alone, or a gamma that is no power of the rank.
     """
-    gammas = {cell.rank: cell.gamma for cell in cells}
+    gammas = {run.rank: run.gamma for run in runs}
     if len(gammas) < 2:
-        raise InputError(f"method {cells[0].method} has one rank, {cells[0].rank}; accepted are two or more")
+        raise InputError(f"method {runs[0].method} has one rank, {runs[0].rank}; accepted are two or more")
     x, y = np.log(list(gammas)), np.log(list(gammas.values()))
     slope, level = np.polyfit(x, y, 1)
     if np.abs(level + slope * x - y).max() > 1e-6:
-        raise InputError(f"method {cells[0].method} has scalings {gammas}; accepted are those of one rule and alpha")
+        raise InputError(f"method {runs[0].method} has scalings {gammas}; accepted are those of one rule and alpha")
     return round(-float(slope), 6)
 
 
-def bootstrap(cells: Mapping[float, Sequence[Cell]], draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray | None:
+def bootstrap(runs: Mapping[float, Sequence[Run]], draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray | None:
     """Loss curves over resampled held-out records, [draws, rates]; the same records at every rate.
 
     Args:
-      cells: of each rate, ascending; a rate's seeds are averaged a record.
+      runs: of each rate, ascending; a rate's seeds are averaged a record.
       draws, seed: of the bootstrap; the same seed draws the same records in every call.
 
     Returns:
-      None where a cell that did not diverge has no losses a record.
+      None where a run that did not diverge has no losses a record.
     """
-    columns: list[np.ndarray] = []
-    index: np.ndarray | None = None
-    for group in cells.values():
-        kept = [cell for cell in group if math.isfinite(cell.loss)]
-        if len(kept) < len(group):
-            columns.append(np.full(draws, np.inf))
-            continue
+    finite = [all(math.isfinite(run.loss) for run in group) for group in runs.values()]
+    curves = np.full((draws, len(runs)), np.inf)
+    sums: list[np.ndarray] = []
+    sizes = np.zeros(0)
+    for group in compress(runs.values(), finite):
         records, tokens = stacked(group)
         if records is None or tokens is None:
             return None
-        if index is None:
-            index = np.random.default_rng(seed).integers(0, len(tokens), (draws, len(tokens)))
-        columns.append(records[index].sum(axis=1) / tokens[index].sum(axis=1))
-    return np.stack(columns, axis=1)
+        sums.append(records)
+        sizes = tokens
+    if sums:
+        curves[:, finite] = resampled_ratios(sums, sizes, draws=draws, seed=seed)
+    return curves
 
 
-def stacked(cells: Sequence[Cell]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Losses a record averaged over cells, and tokens; None where a cell has none."""
-    known = [cell.records for cell in cells if cell.records is not None]
-    if len(known) < len(cells):
+def stacked(runs: Sequence[Run]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Losses a record averaged over runs, and tokens; None where a run has none."""
+    known = [run.records for run in runs if run.records is not None]
+    if len(known) < len(runs):
         return None, None
-    return np.mean(np.stack(known), axis=0), cells[0].tokens
+    return np.mean(np.stack(known), axis=0), runs[0].tokens
 
 
-def _cell(folder: Path, number: int, row: Mapping[str, Any], column: str) -> Cell:
+def _run(folder: Path, number: int, row: Mapping[str, Any], column: str) -> Run:
     path = folder / "results.csv"
     try:
         value = math.inf if row["status"] == "diverged" else float(row[column])
@@ -146,8 +147,8 @@ def _cell(folder: Path, number: int, row: Mapping[str, Any], column: str) -> Cel
     records = tokens = None
     if math.isfinite(value):
         _check(folder / "cells" / row["key"], "result.json")
-        records, tokens = _records(folder / "cells" / row["key"] / "losses.csv", column)
-    return Cell(row["method"], *figures, value if math.isfinite(value) else math.inf, records, tokens)
+        records, tokens = _records(folder / "cells" / row["key"] / results.LOSSES, column)
+    return Run(row["method"], *figures, value if math.isfinite(value) else math.inf, records, tokens)
 
 
 def _records(path: Path, column: str) -> tuple[np.ndarray | None, np.ndarray | None]:
