@@ -270,7 +270,7 @@ def read_tasks(config: Config) -> tuple[dict[str, list[TaskRecord]], dict[str, A
     return tasks, asdict(config.scoring()) | {"limit": config.limit, "data": digests}
 
 
-def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequence[Cell]) -> list[matrix.Cell]:
+def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequence[Cell]) -> list[matrix.Place]:
     """Do the cells that the matrix lacks, with a line for each; `results.csv` follows."""
     places = [place_of(folder.cells_path, folder.config, cell) for cell in cells]
 
@@ -327,7 +327,7 @@ def keep(path: Path, measured: Measured, bench: Workbench, *, adapter: bool) -> 
         results.write_answers(path / results.ANSWERS, measured.samples)
 
 
-def place_of(cells: Path, config: Mapping[str, Any], cell: Cell) -> matrix.Cell:
+def place_of(cells: Path, config: Mapping[str, Any], cell: Cell) -> matrix.Place:
     """Where a cell is done: for one that is not to be scored, its scored twin where that is done already.
 
     Args:
@@ -337,13 +337,13 @@ def place_of(cells: Path, config: Mapping[str, Any], cell: Cell) -> matrix.Cell:
     """
     scored = config.get("evaluation")
     if cell.evaluation is None and scored is not None:
-        twin = matrix.Cell(cells, replace(cell, evaluation=scored))
+        twin = matrix.Place(cells, replace(cell, evaluation=scored))
         if twin.status().state == "done":
             return twin
-    return matrix.Cell(cells, cell)
+    return matrix.Place(cells, cell)
 
 
-def line(cell: Cell, place: matrix.Cell, worked: matrix.Worked) -> str:
+def line(cell: Cell, place: matrix.Place, worked: matrix.Worked) -> str:
     """A finished cell in words."""
     result = place.result()
     if result is None:

@@ -55,8 +55,8 @@ class Status:
     error: str | None = None
 
 
-class Cell:
-    """One cell's folder.
+class Place:
+    """Where a cell is done: its folder.
 
     Args:
       folder: of all cells.
@@ -243,19 +243,19 @@ class Matrix:
             cell.check()
         stopping.opened(self.stop)
 
-    def cell(self, config: Any) -> Cell:
-        """The cell of a configuration."""
-        return Cell(self.cells_path, config)
+    def place(self, config: Any) -> Place:
+        """The place of the cell of a configuration."""
+        return Place(self.cells_path, config)
 
-    def done(self) -> Iterator[Cell]:
+    def done(self) -> Iterator[Place]:
         """Every finished cell in the folder. Raises `InputError` for a cell whose configuration was changed."""
         yield from (cell for cell in self.begun() if (cell.path / "result.json").exists())
 
-    def begun(self) -> Iterator[Cell]:
+    def begun(self) -> Iterator[Place]:
         """Every cell in the folder that was begun. Raises `InputError` for one whose configuration was changed."""
         for file in sorted(self.cells_path.glob("*/cell.json")):
             try:
-                cell = self.cell(json.loads(file.read_bytes()))
+                cell = self.place(json.loads(file.read_bytes()))
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{file}: is damaged ({error}); accepted is the file as it was written") from error
             if cell.path != file.parent:
@@ -329,7 +329,7 @@ class Worked:
 
 
 def work_through(
-    cells: Sequence[Cell],
+    cells: Sequence[Place],
     run: Callable[[int, Path], Mapping[str, Any]],
     *,
     most: int,

@@ -17,7 +17,7 @@ import pytest
 from rora_theory import files
 from rora_theory.errors import InputError
 from sims.common.disk import owner
-from sims.common.matrix import Cell, Matrix, count, key_of, work_through
+from sims.common.matrix import Matrix, Place, count, key_of, work_through
 
 CELLS = [{"rank": rank, "seed": seed} for rank in (4, 8, 16, 32) for seed in range(4)]
 
@@ -25,10 +25,10 @@ WORKER = """
 import os, sys, time
 from pathlib import Path
 from sims.common import cli
-from sims.common.matrix import Cell, work_through
+from sims.common.matrix import Place, work_through
 
 folder, log, slow, most, wait = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
-cells = [Cell(folder, {"rank": r, "seed": s}) for r in (4, 8, 16, 32) for s in range(4)]
+cells = [Place(folder, {"rank": r, "seed": s}) for r in (4, 8, 16, 32) for s in range(4)]
 
 def run(index, _path):
     with open(log, "a") as file:
@@ -72,8 +72,8 @@ def kill(process: subprocess.Popen) -> None:
     assert process.returncode == -signal.SIGKILL, "killed in the middle"
 
 
-def cell(tmp_path: Path, **config) -> Cell:
-    return Cell(tmp_path / "cells", {"rank": 4} | config)
+def cell(tmp_path: Path, **config) -> Place:
+    return Place(tmp_path / "cells", {"rank": 4} | config)
 
 
 def test_a_cell_is_its_whole_configuration():
@@ -93,7 +93,7 @@ def test_a_done_cell_is_left_alone(tmp_path):
 
 
 def test_a_failing_cell_is_kept_and_the_others_go_on(tmp_path):
-    cells = [Cell(tmp_path, config) for config in CELLS[:3]]
+    cells = [Place(tmp_path, config) for config in CELLS[:3]]
 
     def run(index, _path):
         if index == 1:
@@ -116,7 +116,7 @@ def test_a_beginning_that_was_interrupted_is_no_attempt(tmp_path):
     def failing(_path):
         raise ValueError("no")
 
-    cell = Cell(tmp_path, CELLS[0])
+    cell = Place(tmp_path, CELLS[0])
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             cell.work(_interrupted, most=2)
@@ -136,12 +136,12 @@ def test_two_processes_do_every_cell_once_between_them(tmp_path):
         assert one.returncode == 0
     assert sorted(index for _, index in lines(log)) == list(range(len(CELLS))), "each once"
     assert {process for process, _ in lines(log)} == {one.pid for one in workers}, "both had work"
-    assert {Cell(tmp_path / "cells", c).status().state for c in CELLS} == {"done"}
+    assert {Place(tmp_path / "cells", c).status().state for c in CELLS} == {"done"}
 
 
 def test_a_cell_in_a_living_process_is_running_and_in_a_killed_one_dead(tmp_path):
     log = tmp_path / "log"
-    first = Cell(tmp_path / "cells", CELLS[0])
+    first = Place(tmp_path / "cells", CELLS[0])
     for attempt in (1, 2):
         process = worker(tmp_path / "cells", log, slow=60)
         wait_for(log, attempt)
@@ -165,7 +165,7 @@ def test_a_waiting_process_takes_over_what_a_killed_one_had(tmp_path):
     said, _ = helper.communicate(timeout=60)
     assert said.splitlines() == ["0 dead 1"], "the dead cell is named"
     assert [index for process, index in lines(log) if process == helper.pid][-1] == 0
-    assert Cell(tmp_path / "cells", CELLS[0]).result() == {"done_by": helper.pid}
+    assert Place(tmp_path / "cells", CELLS[0]).result() == {"done_by": helper.pid}
 
 
 def test_half_a_line_of_a_killed_writer_is_no_attempt(tmp_path):
@@ -233,7 +233,7 @@ def test_figures_changed_by_hand_do_not_pass(tmp_path):
         return {"loss": 1.5}
 
     matrix = Matrix(tmp_path, "sweep", {})
-    one, other = (matrix.cell(config) for config in CELLS[:2])
+    one, other = (matrix.place(config) for config in CELLS[:2])
     for each in (one, other):
         each.work(run, most=1)
         each.check()
@@ -287,7 +287,7 @@ def test_a_changed_table_or_manifest_is_refused(tmp_path):
 def test_three_sigterms_are_no_attempts(tmp_path):
     """As a cluster sends them, to a real process in the middle of a cell."""
     log = tmp_path / "log"
-    first = Cell(tmp_path / "cells", CELLS[0])
+    first = Place(tmp_path / "cells", CELLS[0])
     for number in (1, 2, 3):
         process = worker(tmp_path / "cells", log, slow=60)
         wait_for(log, number)
@@ -298,7 +298,7 @@ def test_three_sigterms_are_no_attempts(tmp_path):
 
 
 def test_a_full_disk_ends_the_work_and_is_no_attempt(tmp_path, monkeypatch):
-    cells = [Cell(tmp_path, config) for config in CELLS[:2]]
+    cells = [Place(tmp_path, config) for config in CELLS[:2]]
 
     def run(_index: int, _path: Path) -> dict[str, float]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -354,7 +354,7 @@ from pathlib import Path
 from sims.common.matrix import Matrix, work_through
 
 matrix = Matrix(Path(sys.argv[1]), "sweep", {"model": "a"})
-cells = [matrix.cell({"rank": r, "seed": s}) for r in (4, 8, 16, 32) for s in range(4)]
+cells = [matrix.place({"rank": r, "seed": s}) for r in (4, 8, 16, 32) for s in range(4)]
 for worked in work_through(cells, lambda index, path: {"index": index}, most=3, wait=0.01):
     matrix.write_table(lambda: "".join(f"{cell.result()['index']}\\n" for cell in cells if cell.result()))
 matrix.finish("complete")

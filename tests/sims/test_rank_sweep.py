@@ -366,10 +366,10 @@ def test_how_far_the_cells_of_a_folder_have_come(tmp_path) -> None:
         raise RuntimeError("no")
 
     folder = matrix.Matrix(tmp_path / "m", "rank_sweep", {"steps": 3})
-    failed, done = folder.cell({"a": 1}), folder.cell({"a": 2})
+    failed, done = folder.place({"a": 1}), folder.place({"a": 2})
     failed.work(fail, most=3)
     done.work(lambda _: {"status": "complete"}, most=3)
-    folder.cell({"a": 3})  # never begun
+    folder.place({"a": 3})  # never begun
     found = {one.key: one for one in rank_sweep.outcomes(folder)}
     assert found == {
         failed.key: Outcome(failed.key, {"a": 1}, "failed", 1, None),
