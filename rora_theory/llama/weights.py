@@ -271,6 +271,8 @@ def save_hf(
         dtype = jax.tree.leaves(params)[0].dtype.name
         described = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
         (beside / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        for weights in beside.glob("*.safetensors"):  # which the library keeps from all but their owner
+            shutil.copymode(beside / "config.json", weights)
         for name in TOKENIZER_FILES:
             if tokenizer_from is not None and (tokenizer_from / name).is_file():
                 shutil.copyfile(tokenizer_from / name, beside / name)

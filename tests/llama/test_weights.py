@@ -309,6 +309,16 @@ def test_no_planted_link_is_followed(tiny, draw_params, tmp_path, monkeypatch):
     assert not list(victim.iterdir())
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_permissions_are_the_umask_s(mask, mode, tiny, draw_params, tmp_path):
+    before = os.umask(mask)
+    try:
+        save_hf(tmp_path / "model", draw_params(tiny), tiny, shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {mode}
+
+
 FULL = """
 import resource, signal, sys
 from pathlib import Path
