@@ -32,7 +32,7 @@ from rora_theory.scaling import check_integer, check_positive
 from rora_theory.seeds import check_seed
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity
-from rora_theory.sweep.design import BASE, DESIGNS, METHODS, AlphaRule, Design
+from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import RecordSplit, Shares, draw_records
 from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Measured, Workbench
@@ -236,12 +236,6 @@ def outcomes(folder: matrix.Matrix) -> Iterator[Outcome]:
 
 def check(config: Config, design: Design) -> None:
     """Raise `InputError` for a value out of range."""
-    for name, values in (("model", design.models), ("methods", design.methods), ("seeds", design.seeds)):
-        if not values or len(set(values)) < len(values):
-            raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are one or more, each once")
-    for method in design.methods:
-        if method not in (BASE, *METHODS):
-            raise InputError(f"method is {method!r}; accepted are {', '.join((BASE, *METHODS))}")
     scalings.check_ranks(design.ranks, fewest=1)
     if design.rates is not None:
         scalings.check_list("rates", design.rates)
@@ -250,9 +244,7 @@ def check(config: Config, design: Design) -> None:
     least = {"train_records": 1, "held_out": 2, "steps": 1, "limit": 1, "batch_size": 1, "attempts": 1}
     cli.check_integers(config, **least)
     check_integer("checkpoint_every", config.checkpoint_every)
-    for name, values in (("data_seed", (config.data_seed,)), ("seeds", design.seeds)):
-        for value in values:
-            check_seed(value, name)
+    check_seed(config.data_seed, "data_seed")
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise InputError(f"tasks are {' '.join(config.tasks)!r}; accepted are one or more, each once")
     for key in config.tasks:

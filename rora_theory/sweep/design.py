@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Protocol
 from rora_theory.finetune.config import LEARNING_RATES, BaseDtype
+from rora_theory.seeds import check_seed
 
 BASE = "base"
 """The model without an adapter: one cell, neither trained nor repeated."""
@@ -52,6 +54,9 @@ class Design:
         other seeds at the chosen rate.
       protocol: of scoring.
       dtype: of the frozen base weights.
+
+    Raises:
+      InputError: no model, method or seed, one of them twice, or one that there is not.
     """
 
     models: tuple[str, ...] = ("smollm2-135m",)
@@ -63,6 +68,16 @@ class Design:
     tuned: bool = False
     protocol: Protocol = "label"
     dtype: BaseDtype = "float32"
+
+    def __post_init__(self) -> None:
+        for name, values in (("model", self.models), ("methods", self.methods), ("seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are one or more, each once")
+        for method in self.methods:
+            if method not in (BASE, *METHODS):
+                raise InputError(f"method is {method!r}; accepted are {', '.join((BASE, *METHODS))}")
+        for seed in self.seeds:
+            check_seed(seed, "seeds")
 
 
 RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

@@ -85,3 +85,19 @@ def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
     assert make(method="rora", rank=8).rank == 8
     with pytest.raises(InputError, match="rank is 0"):
         make(method="lora", rank=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("qlora",)}, "method is 'qlora'; accepted are base, prefix"),
+        ({"methods": ("lora", "lora")}, "methods is 'lora lora'; accepted are one or more, each once"),
+        ({"models": ()}, "model is ''"),
+        ({"seeds": (3, 3)}, "seeds is '3 3'"),
+        ({"seeds": (-1,)}, "seeds is -1"),
+    ],
+)
+def test_a_design_of_what_there_is_not_is_refused(changes, message) -> None:
+    with pytest.raises(InputError) as refused:
+        Design(**changes)
+    assert str(refused.value).startswith(message)
