@@ -19,6 +19,12 @@ def test_the_mean_s_error_is_the_jackknife_s() -> None:
     assert error == pytest.approx(np.sqrt(399 * left.var()), rel=5e-3)
 
 
+def test_the_error_of_records_of_one_size_is_that_of_a_mean() -> None:
+    mean, error = mean_per_token([1.0, 2.0, 6.0], [2, 2, 2])
+    assert mean == 1.5
+    assert error == pytest.approx(np.std([0.5, 1.0, 3.0], ddof=1) / math.sqrt(3), rel=1e-12)
+
+
 def test_one_record_has_no_error() -> None:
     mean, error = mean_per_token([3.0], [2])
     assert mean == 1.5

@@ -45,6 +45,18 @@ def test_a_repeated_record_is_on_one_side_alone(tmp_path) -> None:
     assert len(trained) == 21 - 8, "everything else is"
 
 
+def test_a_record_of_two_files_is_held_out_once(tmp_path) -> None:
+    """Both files have the same eight; by chance alone six held-out ones would differ once in five draws."""
+    for name in ("one", "two"):
+        rows = [{"instruction": f"say {i}", "output": "a"} for i in range(8)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    files = [str(tmp_path / f"{name}.json") for name in ("one", "two")]
+    for seed in range(6):
+        sample = draw_records(files, held_out=6, seed=seed)
+        assert len({record.instruction for _, _, record in sample.held_out}) == 6
+        assert len(sample.train) == 2 * 2
+
+
 def test_shares_of_the_files() -> None:
     assert apportion(10, [90, 10, 50], "equal") == [4, 3, 3]
     assert apportion(10, [90, 10, 50], "proportional") == [6, 1, 3]

@@ -25,6 +25,8 @@ def test_the_bootstrap_draws_the_same_records_at_every_rate():
     runs[0.3] = [Run("lora", 8, 2.0, 0.3, 0, np.inf, None, None)]
     found = bootstrap(runs, draws=7)
     np.testing.assert_allclose(found, [[1.0, 3.0, np.inf]] * 7)
+    first, _, last = runs.values()
+    np.testing.assert_allclose(bootstrap({0.1: last, 0.2: first}, draws=2), [[np.inf, 1.0]] * 2)
     level = np.array([5.0, 1.0, 2.0]) * tokens
     uneven = {
         rate: [Run("lora", 8, 2.0, rate, 0, 1.0, factor * level, tokens)] for rate, factor in ((0.1, 1.0), (0.2, 3.0))
