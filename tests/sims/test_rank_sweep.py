@@ -24,8 +24,10 @@ from rora_theory.finetune import Record, tokenize
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import load
 from rora_theory.stats.paired import mean_per_token
-from rora_theory.sweep import trained_runs
+from rora_theory.sweep import results, trained_runs
+from rora_theory.sweep.results import Outcome
 from sims import rank_sweep
+from sims.common import matrix
 
 PLAIN = (
     "--batch 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
