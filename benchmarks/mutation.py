@@ -40,7 +40,7 @@ MODULES = {
         "tests/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
     ),
     "sweep_results": ("rora_theory/sweep/results.py", "tests/sweep/test_differences.py tests/sweep/test_results.py"),
-    "lr_transfer": ("sims/lr_transfer.py", "tests/sims/test_lr_transfer.py"),
+    "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py"),
 }
 """Pure modules of the judging layer with the files that test them."""
 

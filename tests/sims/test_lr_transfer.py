@@ -83,80 +83,6 @@ def test_a_finite_but_diverged_run_is_no_point(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("differences", "word"),
-    [
-        ([0.001, -0.001, 0.0], "equal to 1%"),
-        ([-0.2, -0.21, -0.19], "lora is better by 20.00%"),
-        ([0.2, 0.21, 0.19], "rora is better by 20.00%"),
-        ([0.2, -0.1, 0.05], "undecided"),  # 2 standard errors are no interval at three seeds
-        ([0.1, 0.3, 0.14], "undecided"),
-    ],
-)
-def test_a_comparison_s_verdict(differences, word):
-    """Student's t over seeds: better, equal within 1%, or undecided."""
-    rates = np.array([0.1, 1.0, 10.0])
-    second = np.tile([2.0, 1.0, 2.0], (3, 1))
-    first = second + np.array(differences)[:, None]
-    kinds = (("lora", 1.0, 0.5, first), ("rora", 0.5, 1.0, second))
-    curves = [sim.Curve("sgd", "both", rule, kappa, 4, gamma, rates, losses) for rule, kappa, gamma, losses in kinds]
-    (found,) = sim.compare(curves)
-    assert found.verdict.startswith(word)
-    assert found.scaling_ratio == 4, "gamma squared: what an SGD step is proportional to"
-    assert (found.first_loss, found.second_loss) == pytest.approx((1 + np.mean(differences), 1.0))
-
-
-def bowl(rule: str, kappa: float, rank: int, centre: float, *, least: float = 1.0, seeds: int = 3) -> sim.Curve:
-    """Parabolas in log loss around ``centre``, on the grid `RATES`, no two seeds alike."""
-    level = least * (1 + 0.01 * np.arange(seeds))[:, None]
-    losses = level * np.exp(0.1 * np.log(np.array(RATES) / centre) ** 2)
-    return sim.Curve("adamw", "both", rule, kappa, rank, 16 / rank**kappa, np.array(RATES), losses)
-
-
-def test_a_rank_whose_best_rate_is_at_the_edge_is_in_no_slope():
-    """Three ranks on the line rate = r^-1/2; two more whose best rates lie beyond the grid, below and above."""
-    inside = [bowl("rora", 0.5, rank, 4e-3 * rank**-0.5) for rank in (4, 16, 64)]
-    beyond = [bowl("rora", 0.5, 4096, 1e-6), bowl("rora", 0.5, 1, 1.0)]
-    assert [curve.edge for curve in beyond] == ["low", "high"]
-    (row,) = sim.slope_rows([*inside, *beyond])
-    assert (row["ranks"], row["slope"], row["verdict"]) == ("4 16 64", pytest.approx(-0.5, abs=1e-4), "shrinks")
-    assert row["nearest"] == "signal"
-    assert row["standard_error"] == pytest.approx(0, abs=1e-9)
-    assert sim.slope_rows([inside[0], *beyond]) == []
-    (single,) = sim.slope_rows([bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=1) for rank in (4, 16, 64)])
-    assert (single["standard_error"], single["half_width"], single["verdict"]) == (None, None, "undecided")
-    (pair,) = sim.slope_rows([bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=2) for rank in (4, 16, 64)])
-    assert (pair["standard_error"], pair["verdict"]) == (pytest.approx(0, abs=1e-9), "shrinks")
-
-
-@pytest.mark.parametrize("edge", ["first", "second", "both"])
-def test_a_comparison_with_a_best_rate_at_the_edge_is_not_settled(edge):
-    """However far apart the losses are: the one at the edge may be lower beyond it."""
-    kinds = {"first": (1e-6, 1e-3), "second": (1e-3, 1.0), "both": (1e-6, 1.0)}[edge]
-    first, second = (
-        bowl(rule, 1.0, 8, centre, least=least)
-        for rule, centre, least in zip(("lora", "rora"), kinds, (1, 3), strict=True)
-    )
-    (found,) = sim.compare([first, second])
-    assert found.verdict.endswith("; a best rate at the grid's edge, so not settled")
-    (settled,) = sim.compare([bowl("lora", 1.0, 8, 1e-3), bowl("rora", 1.0, 8, 1e-3, least=3)])
-    assert "settled" not in settled.verdict
-
-
-def test_rules_are_compared_at_the_largest_rank_that_both_have():
-    curves = [bowl("lora", 1.0, rank, 1e-3) for rank in (4, 16, 64)] + [
-        bowl("rora", 0.5, rank, 1e-3) for rank in (4, 16)
-    ]
-    (found,) = sim.compare(curves)
-    assert (found.rank, found.first, found.second, found.scaling_ratio) == (16, "lora", "rora", 4)
-
-
-def test_no_prediction_is_named_that_the_slope_is_far_from():
-    """A best rate that rises, where all three predictions are that it falls or stays."""
-    (row,) = sim.slope_rows([bowl("rora", 0.5, rank, 5e-4 * rank**0.5) for rank in (4, 16)])
-    assert (row["slope"], row["nearest"]) == (pytest.approx(0.5, abs=1e-4), "")
-
-
-@pytest.mark.parametrize(
     ("by_seed", "over"), [((0.1, -0.1, 0.3), "seeds"), ((0.1, 0.1001, 0.0999), "held-out records")]
 )
 def test_the_larger_error_is_reported(by_seed, over):
@@ -184,15 +110,6 @@ def test_seeds_that_lack_a_rate_are_no_curve():
     part = [trained_runs.Run("lora", r, 16 / r, rate, 1, 9.0, None, None) for r in (4, 8) for rate in RATES[:4]]
     curves = sim.matrix_curves([*whole, *part])
     assert [curve.losses.tolist() for curve in curves] == [[[1.0 + rate for rate in RATES]]] * 2
-
-
-def test_a_draw_s_spread_is_the_error_itself():
-    """Of seeds the error is that of their mean; of bootstrap draws of one seed, their deviation."""
-    values = [1.0, 2.0, 4.0, 9.0]
-    assert bowl("lora", 1.0, 4, 1e-3).spread(values) == (4.0, pytest.approx(np.std(values, ddof=1) / 2), 4)
-    one = bowl("lora", 1.0, 4, 1e-3, seeds=1)
-    drawn = sim.Curve(*one.line, 4, 4.0, one.rates, one.losses, np.repeat(one.losses, 4, axis=0))
-    assert drawn.spread(values) == (4.0, pytest.approx(np.std(values, ddof=1)), 4)
 
 
 def test_what_is_judged_is_what_was_asked():
@@ -242,20 +159,6 @@ def test_rates_of_an_optimizer():
     config = sim.Config(adam_rates=(3.0, 1.0, 2.0), sgd_rates=(30.0, 10.0, 20.0))
     found = {name: sim.rates_of(config, name).tolist() for name in dynamics.OPTIMIZERS}
     assert found == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
-
-
-def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
-    """Of one seed's resampled curves 2.5% must end there; of several seeds, one."""
-    rates = np.array([0.1, 1.0, 10.0])
-    inside, end = [2.0, 1.0, 2.0], [3.0, 2.0, 1.0]
-
-    def curve(losses: list[list[float]], draws: list[list[float]] | None) -> sim.Curve:
-        resampled = None if draws is None else np.array(draws)
-        return sim.Curve("adamw", "both", "lora", 1.0, 4, 1.0, rates, np.array(losses), resampled)
-
-    assert curve([inside], [inside] * 97 + [end] * 2).edge == ""
-    assert curve([inside], [inside] * 97 + [end] * 3).edge == "high"
-    assert curve([inside, inside, end], None).edge == "high"
 
 
 def test_goes_on(finished, tmp_path):

@@ -1,0 +1,255 @@
+"""Curves of loss against learning rate: the best rate of each, its slope in the rank, and rules against each other.
+
+A rule transfers where its best rate does not move with the rank. Two rules are compared each at its own best rate: a
+difference that is left is more than a shift of the rate.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from rora_theory.advice.setting import FAMILY
+from rora_theory.stats import slopes
+from rora_theory.stats.rate_optimum import Best, best_rate, predicted_slopes
+from rora_theory.stats.slopes import SeedFit
+from rora_theory.theory.laws import scaling_power
+
+EQUAL = 0.01
+"""Relative difference of two losses that does not count: they are equal where the whole interval lies within it."""
+
+EDGE_SHARE = 0.025
+"""Share of resampled curves with their best rate at the grid's end from which the end counts as reached."""
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss against rate of one rank.
+
+    Attributes:
+      optimizer, trained, rule, kappa, rank, scaling: whose.
+      rates: ascending.
+      losses: of the seeds that ran at every rate.
+      resampled: curves over resampled records, where a single seed gives no spread; None without.
+    """
+
+    optimizer: str
+    trained: str
+    rule: str
+    kappa: float
+    rank: int
+    scaling: float
+    rates: Float[np.ndarray, " rates"]
+    losses: Float[np.ndarray, "seeds rates"]
+    resampled: Float[np.ndarray, "draws rates"] | None = None
+
+    @property
+    def line(self) -> tuple[str, str, str, float]:
+        """The curves of one line over ranks share this."""
+        return (self.optimizer, self.trained, self.rule, self.kappa)
+
+    @property
+    def by_seeds(self) -> bool:
+        """Whether errors are over seeds."""
+        return len(self.losses) > 1
+
+    @property
+    def _by_draws(self) -> bool:
+        """Whether errors are over resampled curves."""
+        return not self.by_seeds and self.resampled is not None
+
+    @property
+    def _spreading(self) -> np.ndarray:
+        """[draws or seeds, rates]: the curves whose spread gives the errors."""
+        return self.resampled if self._by_draws else self.losses  # type: ignore[return-value]
+
+    def bests(self) -> list[Best]:
+        """Of each seed, or of each draw where there is one seed; of that seed where there are no draws."""
+        return [best_rate(self.rates, losses) for losses in self._spreading]
+
+    @property
+    def edge(self) -> str:
+        """Where the best rate is at the grid's end: at any seed, or in more draws than a 95% interval leaves out."""
+        bests = self.bests()
+        ends = [best.edge for best in bests if best.edge]
+        least = EDGE_SHARE * len(bests) if self._by_draws else 1
+        return max(ends, key=ends.count) if ends and len(ends) >= least else ""
+
+    def least(self) -> np.ndarray:
+        """The least measured loss of each seed or draw: a parabola's vertex undershoots."""
+        losses = self._spreading
+        return np.min(np.where(np.isfinite(losses), losses, np.inf), axis=1)
+
+    def spread(self, values: Sequence[float] | np.ndarray) -> SeedFit:
+        """Mean and standard error of a figure of `bests`."""
+        values = np.asarray(values, np.float64)
+        if not self._by_draws:
+            return slopes.over_seeds(values)
+        # The spread of bootstrap draws is the standard error itself.
+        return SeedFit(float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
+
+
+def best_rates(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """The best rate and loss of every curve."""
+    rows = []
+    for curve in curves:
+        bests = curve.bests()
+        logs, losses = curve.spread(np.log2([b.rate for b in bests])), curve.spread(curve.least())
+        known = curve.by_seeds or curve.resampled is not None
+        rows.append(
+            {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
+            | {"rank": curve.rank, "best_rate": float(f"{2**logs.slope:.5g}")}
+            | {"log2_error": float(f"{logs.standard_error:.2g}") if known else None}
+            | {"best_loss": float(f"{losses.slope:.6g}")}
+            | {"best_loss_error": float(f"{losses.standard_error:.2g}") if known else None}
+            | {"seeds": len(curve.losses), "edge": curve.edge}
+            | {"error_over": "seeds" if curve.by_seeds else "held-out records" if known else ""}
+        )
+    return rows
+
+
+def rate_slopes(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """Slope of the best rate against the rank of every line, beside the predictions."""
+    rows = []
+    for line in dict.fromkeys(curve.line for curve in curves):
+        kept = [c for c in curves if c.line == line and not c.edge]
+        if len(kept) < 2 or len({len(curve.bests()) for curve in kept}) > 1:
+            continue
+        x = np.log([curve.rank for curve in kept])
+        lever = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
+        logs = np.log([[best.rate for best in curve.bests()] for curve in kept])
+        fit = kept[0].spread(lever @ logs)
+        known = kept[0].by_seeds or kept[0].resampled is not None
+        optimizer, kappa = line[0], line[3]
+        predicted = predicted_slopes(optimizer, kappa)  # type: ignore[arg-type]
+        nearest = min(predicted, key=lambda name: abs(predicted[name] - fit.slope))
+        if not known or abs(predicted[nearest] - fit.slope) > fit.half_width() + slopes.BAND:
+            nearest = ""
+        row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
+        row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{fit.slope:.4f}")}
+        row |= {"standard_error": float(f"{fit.standard_error:.2g}") if known else None}
+        row |= {"half_width": float(f"{fit.half_width():.2g}") if known else None}
+        row |= {"verdict": slopes.judge(fit) if known else "undecided", **predicted, "nearest": nearest}
+        rows.append(row)
+    return rows
+
+
+class Comparison(NamedTuple):
+    """Two rules at one rank, each at its own best rate.
+
+    Attributes:
+      optimizer, trained, rank: where.
+      first, second: the rules.
+      ratio, ratio_log2_error: best rate of the first over the second's.
+      scaling_ratio: gamma^p of the second over the first's, p = 2 under SGD and 1 under Adam: what the ratio would be
+        if the first step alone counted.
+      first_loss, second_loss: least measured ones.
+      difference, standard_error, half_width: of the losses, first less second, paired; half of the 95% interval.
+      error_over: what the error is over.
+      verdict: in words.
+    """
+
+    optimizer: str
+    trained: str
+    rank: int
+    first: str
+    second: str
+    ratio: float
+    ratio_log2_error: float | None
+    scaling_ratio: float
+    first_loss: float
+    second_loss: float
+    difference: float
+    standard_error: float | None
+    half_width: float | None
+    error_over: str
+    verdict: str
+
+
+def compare(curves: Sequence[Curve]) -> list[Comparison]:
+    """Rules against each other at the largest rank, seed by seed."""
+    found = []
+    for first, second in pairs(curves):
+        losses = first.spread(first.least() - second.least())
+        found.append(comparison(first, second, losses, "seeds"))
+    return found
+
+
+def pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
+    """At the largest rank that both have, every rule with those after it."""
+    for key in dict.fromkeys((curve.optimizer, curve.trained) for curve in curves):
+        own = [curve for curve in curves if (curve.optimizer, curve.trained) == key]
+        rules = list(dict.fromkeys(curve.rule for curve in own))
+        for index, first in enumerate(rules):
+            for second in rules[index + 1 :]:
+                both = {c.rank for c in own if c.rule == first} & {c.rank for c in own if c.rule == second}
+                if both:
+                    at = {c.rule: c for c in own if c.rank == max(both)}
+                    yield at[first], at[second]
+
+
+def paired_losses(
+    first: Float[np.ndarray, " seeds"],
+    second: Float[np.ndarray, " seeds"],
+    records: tuple[Float[np.ndarray, " records"], Float[np.ndarray, " records"]] | None = None,
+    tokens: Float[np.ndarray, " records"] | None = None,
+) -> tuple[SeedFit, str]:
+    """Loss of the first less the second, with the error over seeds or over held-out records, whichever is larger.
+
+    Args:
+      first, second: losses a token of the same seeds.
+      records: summed loss of every held-out record, averaged over those seeds, of the first and the second; or None.
+      tokens: of each record.
+
+    Returns:
+      The difference, and what its error is over: nothing where there is one seed and no record.
+    """
+    fit = slopes.over_seeds(first - second)
+    source = "seeds" if len(first) > 1 else ""
+    if records is not None and tokens is not None:
+        rest = (records[0] - records[1]) - fit.slope * tokens  # a ratio of sums, to first order
+        by_record = float(np.sqrt(len(rest) / (len(rest) - 1) * np.sum(rest**2)) / np.sum(tokens))
+        by_records = SeedFit(fit.slope, by_record, len(rest))
+        if not source or by_records.half_width() > fit.half_width():
+            fit, source = by_records, "held-out records"
+    return fit, source
+
+
+def comparison(first: Curve, second: Curve, losses: SeedFit, source: str) -> Comparison:
+    a, b = first.bests(), second.bests()
+    logs = [np.log2([best.rate for best in part]) for part in (a, b)]
+    paired = len(a) == len(b) > 1
+    ratio = first.spread(logs[0] - logs[1]) if paired else SeedFit(float(logs[0].mean() - logs[1].mean()), math.inf, 1)
+    known = math.isfinite(losses.standard_error)
+    loss_a, loss_b = (float(np.mean(curve.least())) for curve in (first, second))
+    relative, half = losses.slope / loss_b, losses.half_width() / loss_b
+    if not known:
+        verdict = "not settled: one seed, no losses a record"
+    elif abs(relative) > half:
+        better = first.rule if losses.slope < 0 else second.rule
+        verdict = f"{better} is better by {abs(relative):.2%} ± {half:.2%}: more than a shift of the rate"
+    elif abs(relative) + half <= EQUAL:
+        verdict = f"equal to {EQUAL:.0%} ({relative:+.2%} ± {half:.2%}): a shift of the rate"
+    else:
+        verdict = f"undecided ({relative:+.2%} ± {half:.2%})"
+    if first.edge or second.edge:
+        verdict += "; a best rate at the grid's edge, so not settled"
+    return Comparison(
+        first.optimizer,
+        first.trained,
+        first.rank,
+        first.rule,
+        second.rule,
+        float(f"{2**ratio.slope:.4g}"),
+        float(f"{ratio.standard_error:.2g}") if math.isfinite(ratio.standard_error) else None,
+        float(f"{(second.scaling / first.scaling) ** scaling_power(FAMILY[first.optimizer]):.6g}"),  # type: ignore[index]
+        loss_a,
+        loss_b,
+        losses.slope,
+        losses.standard_error if known else None,
+        losses.half_width() if known else None,
+        source,
+        verdict,
+    )
