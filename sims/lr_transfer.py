@@ -35,6 +35,7 @@ from rora_theory.stats.rate_curves import (
     pairs,
     rate_slopes,
 )
+from rora_theory.stats.slopes import SeedFit
 from rora_theory.sweep import trained_runs
 from rora_theory.toy import dynamics, ensemble
 from rora_theory.toy.dynamics import ProblemConfig
@@ -60,6 +61,7 @@ UNITS = {
     "a real model's: nats a token on held-out records",
     "trained": "both factors, or B alone with A frozen",
     "log2_error": "standard error of log2 of the best rate",
+    "half_width": "half of the 95% interval, by Student's t; in comparison.json with what the grid may hide",
     "edge": "the best rate is the grid's lowest or highest: the true one may lie beyond; left out of slopes",
     "signal, cross-talk, A moves": "predicted slopes, rora_theory.stats.rate_optimum",
 }
@@ -351,20 +353,20 @@ def report(found: Sequence[dict[str, Any]], slopes: Sequence[dict[str, Any]], co
     table = {(row["optimizer"], row["trained"], row["rule"], row["rank"]): row for row in found}
     lines = list(dict.fromkeys(key[:3] for key in table))
     tables.print_table(
-        "Best learning rate, × / ÷ one s.e.; < > at the grid's edge",
+        "Best learning rate (parabola through the least three), × / ÷ half of the 95% interval; < > at the grid's edge",
         ["optimizer", "trained", "rule", *[f"r = {rank}" for rank in ranks]],
         [[*line, *[_rate(table.get((*line, rank))) for rank in ranks]] for line in lines],
         left=3,
     )
     tables.print_table(
-        "Slope of the best rate in the rank, ± s.e., beside what would keep the step's size",
+        "Slope in the rank of those best rates, ± half of the 95% interval, beside what would keep the step's size",
         ["optimizer", "trained", "rule", "slope", "verdict", "signal", "cross-talk", "A moves", "nearest"],
         [
             [
                 row["optimizer"],
                 row["trained"],
                 row["rule"],
-                f"{row['slope']:+.3f} ± {row['standard_error'] or math.nan:.2g}",
+                f"{row['slope']:+.3f} ± {row['half_width'] or math.nan:.2g}",
                 {"flat": "transfers"}.get(row["verdict"], row["verdict"]),
                 *[f"{row[name]:+.2f}" if name in row else "" for name in ("signal", "cross-talk", "A moves")],
                 row["nearest"],
@@ -374,7 +376,7 @@ def report(found: Sequence[dict[str, Any]], slopes: Sequence[dict[str, Any]], co
         left=3,
     )
     tables.print_table(
-        "The largest rank, each rule at its own best rate; ± half of the 95% interval",
+        "The largest rank, each rule at its own best rate; ± half of the 95% interval and what the grid may hide",
         ["rules", "trained", "verdict", "rank", "rates' ratio", "losses"],
         [
             [
@@ -395,7 +397,10 @@ def _rate(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     mark = {"low": "<", "high": ">"}.get(row["edge"], "")
-    error = "" if row["log2_error"] is None else f" ({2 ** row['log2_error']:.2f})"
+    error = ""
+    if row["log2_error"] is not None:
+        seeds = row["seeds"] if row["error_over"] == "seeds" else trained_runs.BOOTSTRAPS
+        error = f" ({2 ** SeedFit(0.0, row['log2_error'], seeds).half_width():.2f})"
     return f"{mark}{row['best_rate']:.3g}{error}"
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from rora_theory.advice.setting import FAMILY
 from rora_theory.stats import slopes
-from rora_theory.stats.rate_optimum import Best, best_rate, predicted_slopes
+from rora_theory.stats.rate_optimum import Best, best_rate, grid_gap, predicted_slopes
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.theory.laws import scaling_power
 
@@ -23,6 +23,7 @@ EQUAL = 0.01
 
 EDGE_SHARE = 0.025
 """Share of resampled curves with their best rate at the grid's end from which the end counts as reached."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -81,6 +82,10 @@ class Curve:
         """The least measured loss of each seed or draw: a parabola's vertex undershoots."""
         losses = self._spreading
         return np.min(np.where(np.isfinite(losses), losses, np.inf), axis=1)
+
+    def grid_error(self) -> float:
+        """Mean over seeds or draws of what the grid may hide below `least`, see `rate_optimum.grid_gap`."""
+        return float(np.mean([grid_gap(self.rates, losses) for losses in self._spreading]))
 
     def spread(self, values: Sequence[float] | np.ndarray) -> SeedFit:
         """Mean and standard error of a figure of `bests`."""
@@ -146,9 +151,12 @@ class Comparison(NamedTuple):
       scaling_ratio: gamma^p of the second over the first's, p = 2 under SGD and 1 under Adam: what the ratio would be
         if the first step alone counted.
       first_loss, second_loss: least measured ones.
-      difference, standard_error, half_width: of the losses, first less second, paired; half of the 95% interval.
+      difference, standard_error, half_width: of the losses, first less second, paired; half of the 95% interval, by
+        Student's t, and the grid's part.
       error_over: what the error is over.
       verdict: in words.
+      grid_error: the grid's part of the half width: the larger bound of what either curve may hide between its rates;
+        None where there is none.
     """
 
     optimizer: str
@@ -166,6 +174,7 @@ class Comparison(NamedTuple):
     half_width: float | None
     error_over: str
     verdict: str
+    grid_error: float | None = None
 
 
 def compare(curves: Sequence[Curve]) -> list[Comparison]:
@@ -222,11 +231,15 @@ def comparison(first: Curve, second: Curve, losses: SeedFit, source: str) -> Com
     logs = [np.log2([best.rate for best in part]) for part in (a, b)]
     paired = len(a) == len(b) > 1
     ratio = first.spread(logs[0] - logs[1]) if paired else SeedFit(float(logs[0].mean() - logs[1].mean()), math.inf, 1)
+    grid = max(first.grid_error(), second.grid_error())
     known = math.isfinite(losses.standard_error)
     loss_a, loss_b = (float(np.mean(curve.least())) for curve in (first, second))
-    relative, half = losses.slope / loss_b, losses.half_width() / loss_b
+    half_width = losses.half_width() + grid
+    relative, half = losses.slope / loss_b, half_width / loss_b
     if not known:
         verdict = "not settled: one seed, no losses a record"
+    elif math.isinf(grid):
+        verdict = "undecided: a best rate lies between two that diverged"
     elif abs(relative) > half:
         better = first.rule if losses.slope < 0 else second.rule
         verdict = f"{better} is better by {abs(relative):.2%} ± {half:.2%}: more than a shift of the rate"
@@ -249,7 +262,8 @@ def comparison(first: Curve, second: Curve, losses: SeedFit, source: str) -> Com
         loss_b,
         losses.slope,
         losses.standard_error if known else None,
-        losses.half_width() if known else None,
+        half_width if math.isfinite(half_width) else None,
         source,
         verdict,
+        grid if math.isfinite(grid) else None,
     )

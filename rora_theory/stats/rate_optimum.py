@@ -19,6 +19,10 @@ from rora_theory.errors import InputError
 
 Edge = Literal["", "low", "high"]
 
+HIDDEN = 0.3
+"""Of the chord's height above the least of three even points, what the minimum between them may lie below it. A
+parabola hides a quarter at most; the rest is for curves that are none."""
+
 
 class Best(NamedTuple):
     """The minimum of a loss curve.
@@ -65,6 +69,34 @@ def best_rate(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -
     curvature, tilt, level = np.polyfit(x, np.log(near), 2)
     shift = -tilt / (2 * curvature) if curvature > 0 else 0.0
     return Best(float(rates[index] * math.exp(shift)), float(math.exp(level + tilt * shift / 2)), edge)
+
+
+def grid_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> float:
+    """How far below the least measured loss the minimum between the rates may lie: a bound, in the loss's unit.
+
+    In log loss against log rate, `HIDDEN` of the height of the chord between the two neighbours above the least loss,
+    on an uneven grid times the ratio of the sides. Beside a run that diverged it is what a convex curve can lose there:
+    the step down to the least loss once more. Between two it is infinite. At an edge it is 0: what lies beyond is no
+    matter of the grid's spacing.
+
+    Args:
+      rates, losses: see `best_rate`.
+
+    Example:
+      >>> round(grid_gap(np.array([0.1, 1.0, 10.0]), np.array([1.2, 1.0, 1.2])), 4)
+      0.0547
+    """
+    losses = np.where(np.isfinite(losses), np.asarray(losses, np.float64), np.inf)
+    index = int(np.argmin(losses))
+    if index in (0, len(losses) - 1):
+        return 0.0
+    sides = np.diff(np.log(np.asarray(rates, np.float64)[index - 1 : index + 2]))
+    rises = np.log(losses[[index - 1, index + 1]] / losses[index])
+    known = np.isfinite(rises)
+    if known.all():
+        chord = float(rises @ sides[::-1] / np.sum(sides))
+        return float(losses[index] * HIDDEN * chord * np.max(sides) / np.min(sides))
+    return float(losses[index] * rises[known][0] * sides[~known][0] / sides[known][0]) if known.any() else math.inf
 
 
 def predicted_slopes(optimizer: Literal["sgd", "momentum", "adam", "adamw"], kappa: float) -> dict[str, float]:

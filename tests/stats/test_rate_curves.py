@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rora_theory.stats import rate_curves
+from rora_theory.stats import rate_curves, slopes
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -21,7 +21,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 def test_a_comparison_s_verdict(differences, word):
     """Student's t over seeds: better, equal within 1%, or undecided."""
     rates = np.array([0.1, 1.0, 10.0])
-    second = np.tile([2.0, 1.0, 2.0], (3, 1))
+    second = np.tile([1.002, 1.0, 1.002], (3, 1))  # a grid that may hide 0.06%
     first = second + np.array(differences)[:, None]
     kinds = (("lora", 1.0, 0.5, first), ("rora", 0.5, 1.0, second))
     curves = [
@@ -29,6 +29,9 @@ def test_a_comparison_s_verdict(differences, word):
     ]
     (found,) = rate_curves.compare(curves)
     assert found.verdict.startswith(word)
+    assert found.grid_error == pytest.approx(0.0006, rel=2e-3)
+    half = slopes.over_seeds(np.array(differences)).half_width() + found.grid_error
+    assert found.half_width == pytest.approx(half, rel=1e-9)
     assert found.scaling_ratio == 4, "gamma squared: what an SGD step is proportional to"
     assert (found.first_loss, found.second_loss) == pytest.approx((1 + np.mean(differences), 1.0))
 
@@ -70,6 +73,50 @@ def test_a_comparison_with_a_best_rate_at_the_edge_is_not_settled(edge):
     assert "settled" not in settled.verdict
 
 
+SHAPES = {
+    "a parabola": lambda x: x**2,
+    "steep above": lambda x: np.exp(2 * x) - 2 * x - 1,
+    "steeper above": lambda x: np.exp(4 * x) - 4 * x - 1,
+    "flattening": lambda x: np.sqrt(1 + x**2) - 1,
+    "flat at the bottom": lambda x: x**4,
+}
+"""Curves with their minimum, 0, at 0."""
+
+
+def shifted(rule: str, shape: str, centre: float, step: float) -> rate_curves.Curve:
+    """Three seeds of one curve in the logarithm of the rate, on a grid with this step."""
+    rates = np.exp(step * np.arange(-6, 7))
+    losses = (1 + 0.01 * np.arange(3))[:, None] * (1 + 0.05 * np.minimum(SHAPES[shape](np.log(rates / centre)), 1e3))
+    return rate_curves.Curve("adamw", "both", rule, 1.0, 8, 1.0, rates, losses)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("step", [np.log(10) / 2, np.log(2) / 2])
+def test_a_shift_of_the_rate_is_no_more_than_that(shape, step):
+    """One curve, moved by parts of a grid's step: what is measured at the best rates differs, what is true does not."""
+    curves = [shifted(f"{part:g}", shape, np.exp(part * step), step) for part in np.linspace(0, 1, 9)]
+    found = rate_curves.compare(curves)
+    assert len(found) == 36
+    assert [one.verdict for one in found if "more than a shift" in one.verdict] == []
+    assert all(abs(one.difference) <= one.grid_error for one in found)
+
+
+def test_more_than_a_shift_is_still_found():
+    """A least loss 3% higher, on a half-decade grid that may hide 2%."""
+    first, second = (shifted(rule, "a parabola", centre, np.log(10) / 2) for rule, centre in (("a", 1.0), ("b", 2.0)))
+    higher = rate_curves.Curve(*second.line, 8, 1.0, second.rates, second.losses + 0.03)
+    (found,) = rate_curves.compare([first, higher])
+    assert found.verdict.startswith("a is better by")
+
+
+def test_between_two_diverged_runs_nothing_is_decided():
+    rates, losses = np.array([0.1, 0.5, 1.0, 3.0]), np.tile([np.inf, np.inf, 1.0, np.inf], (2, 1))
+    curves = [rate_curves.Curve("sgd", "both", rule, 1.0, 4, 1.0, rates, losses) for rule in ("a", "b")]
+    (found,) = rate_curves.compare(curves)
+    assert found.verdict == "undecided: a best rate lies between two that diverged"
+    assert (found.half_width, found.grid_error) == (None, None)
+
+
 def test_rules_are_compared_at_the_largest_rank_that_both_have():
     curves = [bowl("lora", 1.0, rank, 1e-3) for rank in (4, 16, 64)] + [
         bowl("rora", 0.5, rank, 1e-3) for rank in (4, 16)
@@ -87,10 +134,10 @@ def test_no_prediction_is_named_that_the_slope_is_far_from():
 def test_a_draw_s_spread_is_the_error_itself():
     """Of seeds the error is that of their mean; of bootstrap draws of one seed, their deviation."""
     values = [1.0, 2.0, 4.0, 9.0]
-    assert bowl("lora", 1.0, 4, 1e-3).spread(values) == (4.0, pytest.approx(np.std(values, ddof=1) / 2), 4)
+    assert bowl("lora", 1.0, 4, 1e-3).spread(values) == (4.0, pytest.approx(np.std(values, ddof=1) / 2), 4, 0.0)
     one = bowl("lora", 1.0, 4, 1e-3, seeds=1)
     drawn = rate_curves.Curve(*one.line, 4, 4.0, one.rates, one.losses, np.repeat(one.losses, 4, axis=0))
-    assert drawn.spread(values) == (4.0, pytest.approx(np.std(values, ddof=1)), 4)
+    assert drawn.spread(values) == (4.0, pytest.approx(np.std(values, ddof=1)), 4, 0.0)
 
 
 def test_a_rare_draw_at_the_grid_s_end_is_no_edge():

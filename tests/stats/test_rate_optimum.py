@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.stats.rate_optimum import best_rate, predicted_slopes
+from rora_theory.stats.rate_optimum import best_rate, grid_gap, predicted_slopes
 from rora_theory.theory import laws
 
 RATES = 2.0 ** np.arange(-6, 3)
@@ -81,3 +81,14 @@ def test_slopes_keep_the_first_step(kappa, optimizer, leads, overlap, ranks):
     ]
     slope = np.log(sizes[1] / sizes[0]) / np.log(ranks[1] / ranks[0]) / 2
     assert abs(slope) < 0.01
+
+
+def test_what_a_grid_hides():
+    """By hand: even and uneven neighbours, a diverged one on either side, two of them, the edges."""
+    rates = np.exp([0.0, 1.0, 3.0])
+    left, right = np.exp([0.3, 0.6])
+    assert grid_gap(rates, 5 * np.array([left, 1.0, right])) == pytest.approx(5 * 0.3 * (0.3 * 2 + 0.6) / 3 * 2)
+    assert grid_gap(rates, np.array([left, 1.0, np.nan])) == pytest.approx(0.3 * 2)
+    assert grid_gap(rates, np.array([np.inf, 1.0, right])) == pytest.approx(0.6 / 2)
+    assert grid_gap(rates, np.array([np.inf, 1.0, np.inf])) == np.inf
+    assert (grid_gap(rates, np.array([1.0, 2.0, 3.0])), grid_gap(rates, np.array([3.0, 2.0, 1.0]))) == (0.0, 0.0)
