@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rora_theory.advice.setting import Setting
+from rora_theory.advice.transfer import transfer
 from rora_theory.stats.moments import log_log_fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -373,6 +375,29 @@ def rates_model_slope() -> str:
 def rates_model_ratio() -> str:
     """Best rate of alpha / r over that of alpha / sqrt(r) at r = 128."""
     return f"{_best('lora', 128) / _best('rora', 128):.1f}"
+
+
+def _by_the_law(schedule: list[float] | None) -> str:
+    """The ratio of `rates_model_ratio` by the law: 16 steps, the takeover distances of the run's modules."""
+    alpha, steps = 64, 16
+    tuned = Setting(rank=128, alpha=alpha, learning_rate=_best("lora", 128))
+    found = []
+    for takeover in (1e-3, 6e-3):
+        plan = {"steps": steps, "takeover": takeover, "schedule": schedule}
+        advice = transfer(tuned, 128, rule="rslora", alpha=alpha, **plan)
+        found.append(tuned.learning_rate / advice.learning_rate)
+    return f"{min(found):.1f} to {max(found):.1f}"
+
+
+@block("rates.model.law.constant")
+def rates_model_law_constant() -> str:
+    return _by_the_law(None)
+
+
+@block("rates.model.law.falling")
+def rates_model_law_falling() -> str:
+    """With a rate that falls to 0 along a line."""
+    return _by_the_law([1 - step / 16 for step in range(16)])
 
 
 @block("rates.model.exponent")

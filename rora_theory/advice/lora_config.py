@@ -122,7 +122,13 @@ def read_adapter_config(path: str | Path) -> Saved:
             "use_dora is set: the law is of DoRA's direction, its magnitude's step has neither gamma nor the rank in it"
         )
     if targets is not None:
-        peft_targets([targets] if isinstance(targets, str) else targets)
-        targets = (targets,) if isinstance(targets, str) else tuple(targets)
+        names = (targets,) if isinstance(targets, str) else tuple(targets)
+        if not all(isinstance(name, str) for name in names):
+            raise InputError(f"{path}: target_modules is {shown(targets)}; accepted is a list of names")
+        try:
+            peft_targets(names)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        targets = names
     rslora = entry("use_rslora", False, bool, "true or false")
     return Saved(rank, float(alpha), "rslora" if rslora else "lora", inits[0], targets, tuple(remarks))

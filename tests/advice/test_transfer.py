@@ -1,5 +1,6 @@
 """Carrying alpha and the learning rate to another rank: against the exact law, in closed cases, as PEFT reads it."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 
 from rora_theory import InputError, scaling_factor
 from rora_theory.adapters import LoraConfig
+from rora_theory.advice.lora_config import FILE, read_adapter_config
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, growth, step_ratio
 from rora_theory.advice.transfer import transfer
 from rora_theory.llama import LlamaConfig
-from rora_theory.theory import laws
+from rora_theory.theory import horizon, laws
 
 ranks = st.integers(1, 4096)
 settings = st.builds(
@@ -223,6 +225,18 @@ def test_snippet_works_in_peft() -> None:
         (lambda: Setting(8, 16.0, 1e-3, init="pissa"), "init is 'pissa'"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 0), "rank is 0"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, "both"), "regime is 'both'"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, alpha=0.0), "alpha is 0.0"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, takeover=1e-3), "takeover is 0.001 without steps"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=0), "steps is 0"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9, takeover=math.nan), "takeover is nan"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9, takeover=1e-3, p_in=9), "takeover is 0.001 and p_in 9"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9, p_in=0), "p_in is 0"),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9, p_in=9, schedule=[1.0]), "schedule has 1 factors for 9"),
+        (
+            lambda: transfer(Setting(8, 16.0, 1e-3), 16, {"m": 1.0}, steps=9),
+            "steps is 9 with AdamW and the regime meas",
+        ),
+        (lambda: transfer(Setting(8, 16.0, 1e-3, optimizer="sgd"), 16, steps=9), "steps is 9 with SGD and the regime"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, {}), "regime has no module"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, {"m": math.nan}), "linear_term is nan"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, {"m": -1.0}), "linear_term is -1.0"),
@@ -241,3 +255,173 @@ def test_bad_input_is_named(call, said) -> None:
         call()
     assert "accepted" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def change(setting: Setting, rate: float, steps: int, start_takeover: float) -> float:
+    """gamma r b (s + a s_old / takeover) of sign descent, summed step by step: the law where the signal leads."""
+    deviation = 1 / setting.rank if setting.init == "gaussian" else 1.0
+    b = a = 0.0
+    for _ in range(steps):
+        a += rate if b > 0 else 0.0
+        b += rate
+    return setting.scaling * setting.rank * b * (deviation + a / start_takeover)
+
+
+@pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian"])
+@pytest.mark.parametrize("rule", ["lora", "rora", 0.25])
+def test_the_planned_horizon_keeps_the_change(init, rule, monkeypatch) -> None:
+    """Against sign descent summed step by step, by alpha and by rate, at a rho where neither part is small."""
+    constant = horizon.distances
+    monkeypatch.setattr(horizon, "distances", lambda rates, **other: constant(rates, **other | {"decay": None}))
+    old = Setting(8, 16.0, 3e-4, "lora", "adamw", init)
+    takeover = 3e-3  # at the old rank
+    deviation = 1 / 8 if init == "gaussian" else 1.0
+    plan = {"steps": 20, "takeover": takeover}
+    wanted = change(old, old.learning_rate, 20, takeover / deviation)
+    by_rate = transfer(old, 128, rule=rule, alpha=24.0, **plan)
+    assert 0.5 < by_rate.plan.rho < 3
+    low, high = sorted([by_rate.rates.first_step, by_rate.rates.A_led])
+    assert low <= by_rate.learning_rate <= high
+    got = change(by_rate.setting, by_rate.learning_rate, 20, takeover / deviation)
+    assert got == pytest.approx(wanted, rel=1e-9)  # the two parts are exactly proportional to the rate and its square
+    by_alpha = transfer(old, 128, rule=rule, **plan)
+    assert by_alpha.learning_rate == old.learning_rate
+    assert change(by_alpha.setting, old.learning_rate, 20, takeover / deviation) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_ends_of_the_horizon() -> None:
+    """use_rslora at r = 128: 11.3 and 3.4; alpha / r: all agree; gaussian: gamma first, alpha / r in the end."""
+    tuned = Setting(128, 16.0, 3e-4)
+    rates = transfer(tuned, 128, rule="rslora", alpha=16.0).rates
+    assert (3e-4 / rates.first_step, 3e-4 / rates.A_led) == pytest.approx((128**0.5, 128**0.25))
+    assert rates.planned is None
+    assert list(transfer(Setting(8, 16.0, 3e-4), 128, steps=9, p_in=576).alphas) == pytest.approx([16.0] * 3)
+    gaussian = transfer(Setting(8, 16.0, 3e-4, init="gaussian"), 128).alphas
+    assert (gaussian.first_step, gaussian.A_led) == pytest.approx((256.0, 16.0))
+    assert transfer(Setting(8, 16.0, 3e-4, optimizer="sgd"), 128).rates is None
+    assert transfer(Setting(8, 16.0, 3e-4), 128, {"m": 1.0}).alphas is None
+
+
+def test_the_first_step_s_end_is_the_first_step_s_advice() -> None:
+    """One law by two routes: `step_ratio`, and the horizon's with nothing of A."""
+    for init in ("kaiming_uniform", "gaussian"):
+        found = transfer(Setting(8, 16.0, 3e-4, init=init), 128, rule="rora", alpha=20.0)
+        assert found.rates.first_step == pytest.approx(found.rate_at_alpha, rel=1e-12)
+        assert found.alphas.first_step == pytest.approx(found.alpha_at_old_rate, rel=1e-12)
+
+
+def test_an_assumed_takeover_distance() -> None:
+    """1 / (sqrt(3) p_in) under PEFT's default: the closed form for a sample of Gaussian entries, to 5%."""
+    plan = transfer(Setting(8, 16.0, 3e-4), 128, steps=16, p_in=4096).plan
+    assert plan.takeover == pytest.approx(1 / (math.sqrt(3) * 4096))
+    assert plan.is_assumed
+    x = np.random.default_rng(0).normal(size=4096)
+    terms = horizon.one_sample_terms(x, x, deviation=1 / math.sqrt(3 * 4096))
+    assert terms.takeover(10**6) == pytest.approx(plan.takeover, rel=0.05)  # |x|_1 varies by 1% or so
+
+
+def test_a_falling_schedule_moves_A_less() -> None:
+    asked = {"rule": "rslora", "alpha": 16.0, "steps": 16, "takeover": 3e-3}
+    constant, falling = (
+        transfer(Setting(8, 16.0, 3e-4), 128, schedule=each, **asked)
+        for each in (None, [1 - step / 16 for step in range(16)])
+    )
+    assert falling.plan.rho < 0.7 * constant.plan.rho
+    assert falling.plan.schedule
+    assert not constant.plan.schedule
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "words"),
+    [
+        ({}, {}, ["keep alpha 16 under alpha / r", "keep the learning rate 0.0003", "at the first step and later"]),
+        ({}, {"rule": "rslora"}, ["set alpha 1.41421 under alpha / sqrt(r) (use_rslora)", "keep the learning rate"]),
+        (
+            {},
+            {"rule": "rslora", "alpha": 16.0},
+            ["set alpha 16", "set the learning rate 2.65e-05", "8.92e-05", "The planned steps and a takeover distance"],
+        ),
+        (
+            {},
+            {"rule": "rslora", "alpha": 16.0, "steps": 50, "takeover": 3e-3},
+            ["at 50 steps", "0.003, is given as measured", "rate is taken as constant"],
+        ),
+        ({}, {"rule": 0.25, "alpha": 16.0, "steps": 50, "p_in": 576}, ["assumed from one sample", "alpha / r^0.25"]),
+        ({"optimizer": "momentum"}, {}, ["SGD with momentum", "set alpha 64", "far below 1", "clipping"]),
+        ({}, {"regime": {"a": 3.0}}, ["measured at 1 modules", "each module's first step", "not known"]),
+        ({}, {"regime": "cross-talk"}, ["set alpha 64", "assumed: cross-talk"]),
+    ],
+)
+def test_the_sentence_says_what_to_set_and_for_how_long(setting, asked, words) -> None:
+    said = transfer(Setting(8, 16.0, 3e-4, **setting), 128, **asked).sentence()
+    assert said.startswith("Going from rank 8 to 128 with ")
+    for word in words:
+        assert word in said
+
+
+def test_what_json_gets_is_json() -> None:
+    """Strict: no infinity, no name of Python's."""
+    for regime in ("cross-talk", {"a": 1.0, "b": math.inf}, "signal"):
+        found = transfer(Setting(8, 16.0, 3e-4), 128, regime)
+        read = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+        assert read["alpha"] == found.alpha
+        assert read["new"]["rank"] == 128
+        assert [row["name"] for row in read["choices"]] == [row.name for row in found.rows()]
+    assert read["rates"] == {"first_step": 3e-4, "planned": None, "A_led": 3e-4}
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({}, (8, 8.0, "lora", "kaiming_uniform", None)),
+        (
+            {"r": 16, "lora_alpha": 32, "use_rslora": True, "target_modules": ["v_proj", "q_proj"]},
+            (16, 32.0, "rslora", "kaiming_uniform", ("v_proj", "q_proj")),
+        ),
+        (
+            {"init_lora_weights": "gaussian", "target_modules": "all-linear"},
+            (8, 8.0, "lora", "gaussian", ("all-linear",)),
+        ),
+    ],
+)
+def test_a_saved_adapter_is_read(tmp_path, entries, expected) -> None:
+    (tmp_path / FILE).write_text(json.dumps({"peft_type": "LORA"} | entries))
+    for path in (tmp_path, tmp_path / FILE):
+        assert read_adapter_config(path)[:5] == expected
+        assert read_adapter_config(path).remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"r": 0}, "rank is 0"),
+        ({"r": True}, "r is True"),
+        ({"lora_alpha": -1}, "lora_alpha is -1"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+        (
+            {"init_lora_weights": "eva"},
+            "init_lora_weights is 'eva', and how its steps depend on the rank has no law here",
+        ),
+        ({"init_lora_weights": "lora_ga"}, "has no law here"),
+        ({"init_lora_weights": False}, "has no law here"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
+        ({"target_modules": ["q_proj", "q_proj"]}, "targets has 'q_proj'"),
+        ({"target_modules": [3]}, "target_modules is"),
+    ],
+)
+def test_a_saved_adapter_without_a_law_is_named(tmp_path, entries, said) -> None:
+    (tmp_path / FILE).write_text(json.dumps({"peft_type": "LORA"} | entries))
+    with pytest.raises(InputError, match=said) as error:
+        read_adapter_config(tmp_path)
+    assert "accepted" in str(error.value)
+    assert FILE in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_carried_over_is_remarked(tmp_path) -> None:
+    text = {"peft_type": "LORA", "use_dora": True, "target_modules": ".*proj"}
+    (tmp_path / FILE).write_text(json.dumps(text))
+    saved = read_adapter_config(tmp_path)
+    assert saved.targets is None
+    assert ["regular expression" in saved.remarks[0], "use_dora" in saved.remarks[1]] == [True, True]

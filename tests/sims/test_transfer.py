@@ -260,6 +260,11 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"targets": ("q_proj", "q_proj")}, "targets has 'q_proj'"),
         ({"targets": ()}, "targets is empty"),
         ({"task_type": "causal"}, "task_type is 'causal'"),
+        ({"optimizer": "muon"}, "optimizer is 'muon'; accepted are sgd, momentum, adam, adamw: Lion and signSGD take"),
+        ({"init": "eva"}, "init is 'eva'"),
+        ({"optimizer": "sgd", "steps": 9}, "steps is 9 with SGD"),
+        ({"json": True, "check": ("smollm2-135m", "x.json")}, "--json comes with --check"),
+        ({"from_": Path("nowhere")}, "nowhere: no such file; accepted is an adapter_config.json"),
         ({"rule": "400"}, "rule is 400.0: 16.0 / 8^400 is not a float above 0"),
     ],
 )
@@ -270,6 +275,38 @@ def test_bad_input(capsys, changed, said) -> None:
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def config_of(arguments: str) -> transfer.Config:
+    return cli.parse(transfer.Config, arguments.split(), description="", flags=True)
+
+
+def test_from_a_saved_adapter_as_json(tmp_path, capsys) -> None:
+    """The old setting is the file's; the figures are the library's, and nothing else is printed."""
+    saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "use_dora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    arguments = f"--from {tmp_path} --lr 2e-4 --to-rule rslora --to-alpha 32 --steps 50 --takeover 3e-3 --json"
+    transfer.main(config_of(arguments))
+    out, err = capsys.readouterr()
+    assert err.startswith("note: use_dora is set")
+    expected = carry(Setting(16, 32.0, 2e-4), 128, rule="rslora", alpha=32.0, steps=50, takeover=3e-3)
+    assert json.loads(out) == expected.as_dict() | {"target_modules": ["q_proj"]}
+    with pytest.raises(transfer.InputError, match=r"--from-rank is 4, and .* has 16; accepted is one of the two"):
+        transfer.main(config_of(arguments + " --from-rank 4"))
+    transfer.main(config_of(arguments + " --from-rank 16"))
+
+
+def test_the_sentence_comes_first_and_the_horizon_has_a_column(capsys) -> None:
+    transfer.main(config_of("--from-rank 128 --to-rule rslora --to-alpha 16 --steps 50 --p-in 576"))
+    text = capsys.readouterr().out
+    assert text.startswith("Going from rank 128 to 128 with AdamW: set alpha 16 under alpha / sqrt(r)")
+    advice = carry(Setting(128, 16.0, 3e-4), 128, rule="rslora", alpha=16.0, steps=50, p_in=576)
+    row = next(
+        line.split() for line in text.splitlines() if line.strip().startswith("alpha = 16, as it was, use_rslora")
+    )
+    assert row[-3:] == [f"{advice.rates[i]:.3g}" for i in (0, 1, 2)]
+    assert f"# learning rate {advice.learning_rate:.6g}" in text
+    assert snippet(text)["use_rslora"]
 
 
 def test_a_run_that_lacks_the_init(run) -> None:
