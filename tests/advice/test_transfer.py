@@ -405,6 +405,7 @@ def test_a_saved_adapter_is_read(tmp_path, entries, expected) -> None:
         ),
         ({"init_lora_weights": "lora_ga"}, "has no law here"),
         ({"init_lora_weights": False}, "has no law here"),
+        ({"init_lora_weights": 1}, "init_lora_weights is 1, "),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
         ({"target_modules": ["q_proj", "q_proj"]}, "targets has 'q_proj'"),
         ({"target_modules": [3]}, "target_modules is"),
