@@ -269,7 +269,7 @@ def _print_crossings(optimizer: Optimizer, init: Init, crossings: pd.DataFrame, 
         f"{optimizer}, A {init}: crossing rank r* of all tokens together (pooled) and of a token (median and quartiles "
         f"over tokens), medians over layers; kappa: the exponent whose first step is as large at rank {high} as at "
         f"{low}, range over layers; left out: held-out tokens of a module that begin as the training batch does + "
-        "sinks, of all",
+        f"sinks (input above {unseen.SINK:g} times the median norm), of all",
         [
             "module",
             "layers",
