@@ -191,6 +191,53 @@ def regime_crossings() -> str:
     )
 
 
+def _held_out(name: str) -> pd.DataFrame:
+    """A table of the run at honestly held-out tokens: default init, held-out split, kinds of module beside."""
+    rows = csv(f"regime_held_out/{name}.csv")
+    rows = rows[rows["split"] == "heldout"]
+    rows = rows[rows["init"] == "kaiming_uniform"] if "init" in rows else rows
+    return rows.assign(kind=rows["module"].str.rpartition(".")[2])
+
+
+def _over_layers(values: pd.Series) -> str:
+    return f"{values.median():.1f} ({values.min():.1f} to {values.max():.1f})"
+
+
+@block("regime.held_out")
+def regime_held_out() -> str:
+    rows = []
+    for (optimizer, kind), found in _held_out("crossing_ranks").groupby(["optimizer", "kind"], sort=False):
+        cells = [_over_layers(found[column]) for column in ("crossing_rank", "median")]
+        counts = [f"{int((found[column] > 8).sum())}" for column in ("crossing_rank", "median")]
+        rows.append([{"sgd": "SGD", "adam": "Adam"}[optimizer], f"`{kind}`", str(len(found)), *cells, *counts])
+    rows.sort(key=lambda row: row[0], reverse=True)
+    heads = ["layers", "r\\*, tokens pooled", "r\\*, median over tokens", "pooled r\\* > 8", "median r\\* > 8"]
+    return table(["optimizer", "module", *heads], rows)
+
+
+@block("regime.takeover")
+def regime_takeover() -> str:
+    rate = read("regime_held_out/manifest.json")["config"]["learning_rate"]
+    rows = []
+    for kind, found in _held_out("takeover").groupby("kind", sort=False):
+        steps = [_over_layers(found.loc[found["rank"] == rank, "takeover"] / rate) for rank in (8, 32, 128)]
+        turned = found.loc[found["rank"] == 8, "turn_5"] / rate
+        rows.append([f"`{kind}`", str(len(turned)), *steps, _over_layers(turned)])
+    heads = [f"steps t_A, r = {rank}" for rank in (8, 32, 128)]
+    return table(["module", "layers", *heads, "5% of the signs have turned"], rows)
+
+
+@block("regime.masked")
+def regime_masked() -> str:
+    found = _held_out("tokens")
+    every, seen = (int(found[name].iloc[0]) for name in ("all", "seen"))
+    sinks = found["sinks"]
+    return (
+        f"Of {every} held-out tokens {seen} begin as a training record does; besides, a module has {sinks.min()} to "
+        f"{sinks.max()} sinks ({int((sinks > 0).sum())} of {len(sinks)} modules have any)"
+    )
+
+
 @block("regime.judge")
 def regime_judge() -> str:
     found = read("regime/verdict.json")

@@ -30,6 +30,7 @@ FIGURES = {
     "variance_sweep": [(norm_vs_rank, {}), (exponent_map, None)],
     "real_layers": [(layers_vs_rank, {})],
     "regime": [(regime, {})],
+    "regime_held_out": [(regime, {})],
     "coordinate_check": [(coordinate_check, {})],
     "lr_transfer": [(lr_transfer, {})],
     "lr_transfer_smollm2": [(lr_transfer, {})],

@@ -28,7 +28,7 @@ def batch(*rows: list[int], width: int = 8) -> Batch:
 
 
 TRAIN = batch([*TEMPLATE, 9, 10], [*TEMPLATE, 11, 12, 13])
-HELD_OUT = batch([*TEMPLATE, 10, 9, 8], [*TEMPLATE, 11, 14], [*TEMPLATE, 9, 10, 0, 3], width=16)
+HELD_OUT = batch([*TEMPLATE, 10, 10, 8], [*TEMPLATE, 11, 14], [*TEMPLATE, 9, 10, 0, 3], width=16)
 
 
 @pytest.fixture(scope="module")

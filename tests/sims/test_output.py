@@ -131,6 +131,21 @@ def test_regime(printed) -> None:
     assert "verdict: holds." in "\n".join(printed())
 
 
+def test_regime_at_new_tokens(printed) -> None:
+    """How many held-out tokens were left out, medians beside pooled figures, and when A leads."""
+    folder = PUBLISHED / "regime_held_out"
+    config = config_of(regime.Config, "regime_held_out")
+    names = ("crossing_ranks", "takeover", "tokens")
+    crossings, takeover, tokens = (pd.DataFrame(typed(folder / f"{name}.csv")) for name in names)
+    regime.report(config, crossings, pd.DataFrame(), takeover, tokens, None)
+    text = "\n".join(printed())
+    where = {"module": "model.layers.29.mlp.down_proj", "split": "heldout"}
+    own = tokens.loc[(tokens[list(where)] == where).all(axis=1)].iloc[0]
+    assert f"{own['seen']}+" in text
+    assert f" of {own['all']}" in text
+    assert "steps t_A at rate 0.0003" in text
+
+
 def test_coordinate_check(printed) -> None:
     config = config_of(coordinate_check.Config, "coordinate_check")
     found = typed(PUBLISHED / "coordinate_check" / "slopes.csv")
