@@ -304,7 +304,7 @@ class Advice:
             taken = "It takes the signal to lead" if self.regime == "signal" else f"The regime is {self._regime}"
             return [
                 "That keeps the first step, and later ones as long as gamma times the sum of the rates times the "
-                "gradient's largest singular value is far below 1: then A matters.",
+                "gradient's largest singular value is far below 1; beyond that A matters too.",
                 f"{taken}; clipping of the gradient changes the law.",
             ]
         span = self.rates if self.fixes_alpha else self.alphas
