@@ -148,7 +148,7 @@ def test_a_transfer_keeps_the_real_step(params, stepper) -> None:
     names = ("self_attn.q_proj", "mlp.down_proj")
     train = record(params, CONFIG, batch(1), names)
     heldout = record(params, CONFIG, batch(2), names, gradients=False)
-    terms = {
+    linear_terms = {
         f"model.layers.{layer}.{name}": terms.terms(
             train.gradient(name, layer), heldout.inputs[name][layer], optimizer="adam"
         )
@@ -157,7 +157,7 @@ def test_a_transfer_keeps_the_real_step(params, stepper) -> None:
         for name in names
         for layer in range(2)
     }
-    found = transfer(old, 8, terms)
+    found = transfer(old, 8, linear_terms)
 
     def size(setting: Setting, pattern: dict[str, float]) -> dict[str, np.ndarray]:
         draws = [stepper.change(setting, jax.random.key(seed), pattern).modules for seed in range(40)]

@@ -136,7 +136,7 @@ def test_killed_and_started_again(finished: Path, tmp_path: Path) -> None:
         (["--alpha", "nan"], "--alpha is nan"),
         (["--alpha", "1e300"], "--alpha 1e+300 and --learning-rate 0.0001 give gamma 1.0e+300"),
         (["--rules", "-40"], "accepted are 1e-18 to 1e18"),
-        (["--draws", "1" + "0" * 12], "--draws is 1000000000000; accepted are at most 1,000,000,000"),
+        (["--draws", "2" + "0" * 9], "--draws is 2000000000; accepted are at most 1,000,000,000"),
         (["--relative-error", "1e-9"], "--relative-error is 1e-09; accepted is 5e-05 or more"),
         (["--overlaps", "1.5"], "overlap is 1.5"),
         (["--rules", "loar"], "--rules has 'loar'"),
@@ -302,4 +302,4 @@ def test_exponent_map(tmp_path: Path) -> None:
 def test_a_figure_of_nothing(tmp_path: Path) -> None:
     drawn = run(str(tmp_path), module="figures.norm_vs_rank")
     assert drawn.returncode == 2
-    assert "is not a run folder" in drawn.stderr
+    assert "manifest.json: no such file; accepted is the file of a run folder" in drawn.stderr
