@@ -46,7 +46,8 @@ def printed(setting: Setting) -> dict[Quantity, float] | dict[Quantity, None]:
         learning_rate=setting.learning_rate,
     )
     norm = math.sqrt(setting.p_out * variance)  # Eq. 11 at delta_i = 1
-    return {"mean": 0.0, "second_moment": variance, "variance": variance, "norm": norm}
+    figures: dict[Quantity, float] = {"mean": 0.0, "second_moment": variance, "variance": variance, "norm": norm}
+    return figures
 
 
 def estimate(sums: Sums, quantity: Quantity, *, step: float = 1.0) -> Estimate:

@@ -66,7 +66,8 @@ def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     values = np.array([[row[quantity] for row in group] for group in kept.values()]).T
                     if not (values > 0).all():
                         continue  # nothing has moved yet
-                    by_seed, fit = (make(list(kept), values) for make in (slopes.seed_slopes, slopes.seed_fit))
+                    by_seed = slopes.seed_slopes(list(kept), values)
+                    fit = slopes.seed_fit(list(kept), values)
                     found.append(
                         {name: kept[min(kept)][0][name] for name in CELL[:6]}
                         | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
