@@ -228,7 +228,7 @@ def test_other_texts_of_a_protocol_are_another_run(name, model, data, monkeypatc
 
 NEUTRAL = {
     "regime": {"false_alarm", "tolerance"},
-    "transfer": {"split", "per", "task_type"},
+    "transfer": {"split", "per", "task_type", "steps"},  # the check takes one step
     "coordinate_check": set(),
     "prune": {"batch"},
     "evaluate": {"batch_size"},
@@ -246,7 +246,10 @@ OTHER: dict[str, Any] = {
     "models": ("mlp",), "model": "mlp", "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
     "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1, "false_alarm": 0.1,
     "regime": {"layers": (0,), "rows": 4096},
-    "transfer": {"split": "train", "regime": "cross-talk", "per": "one", "to_rule": "rora", "task_type": "SEQ_CLS"},
+    "transfer": {
+        "split": "train", "regime": "cross-talk", "per": "one", "to_rule": "rora", "task_type": "SEQ_CLS",
+        "to_alpha": 32.0, "steps": 9,
+    },
     "coordinate_check": {"steps": (1, 3), "batches": "fresh", "template": "train"},
     "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},
     "evaluate": {"tasks": ("boolq",), "protocol": "generate", "template": "eval", "limit": 2},
@@ -278,6 +281,7 @@ def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
 
 
 SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir", "layer_data"}
+SKIPPED |= {"from_", "takeover", "p_in", "json"}  # of sims.transfer: given with others, or printed
 SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
 """What is read, which the other tests change; where it is done; and what another of a command's ways reads."""
 
