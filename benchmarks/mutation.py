@@ -109,7 +109,7 @@ def _fixed(tree: ast.AST) -> list[str]:
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """What each module of the project imports from the project."""
+    """What each module of the project imports from the project, the packages that a module lies in among them."""
     files = {_name(path): path for room in ROOMS for path in Path(room).rglob("*.py")}
     found: dict[str, set[str]] = {}
     for name, path in files.items():
@@ -120,6 +120,7 @@ def imports() -> dict[str, set[str]]:
             elif isinstance(node, ast.ImportFrom):
                 parts = [f"{node.module}.{one.name}" for one in node.names]
                 found[name] |= {part if part in files else str(node.module) for part in parts}
+        found[name] = {other for one in (name, *found[name]) for other in (one, *_packages(one))} - {name}
     return found
 
 
@@ -136,15 +137,17 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def _packages(name: str) -> list[str]:
+    return [name[:end] for end, letter in enumerate(name) if letter == "."]
+
+
 def prepare(path: Path) -> None:
     """Import what does not depend on a module, as the tests do; no device is touched, so that forks are safe."""
     from jaxtyping import install_import_hook
 
     install_import_hook("rora_theory", "support.checker.checker")
-    apart = dependents(_name(path))
-    for name in imports().keys() - apart:
-        if not apart & {name[:end] for end, letter in enumerate(name) if letter == "."}:  # a package is imported first
-            importlib.import_module(name)
+    for name in imports().keys() - dependents(_name(path)):
+        importlib.import_module(name)
 
 
 def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:
