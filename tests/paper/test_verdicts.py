@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rora_theory.paper import equations, verdicts
-from rora_theory.stats.moments import Moments
+from rora_theory.stats.moments import Moments, threshold
 from rora_theory.theory import laws, sampling
 
 EXPECTED = {
@@ -75,24 +75,31 @@ def exact(setting: sampling.Setting) -> sampling.Sums:
 
 
 def test_the_evidence_is_in_closed_form() -> None:
-    """Ranks 1 to 64 of p = 64 inputs: E w^2 is r p (r + p + 1) at overlap 0; at 0.5 the mean is -r p / 2."""
-    found = judged(ranks=(1, 4, 16, 64), p_in=64, draw=exact)
+    """Ranks 2 to 64 of p = 64 inputs: E w^2 is r p (r + p + 1) at overlap 0; at 0.5 the mean is -r p / 2."""
+    found = judged(ranks=(2, 4, 16, 64), p_in=64, draw=exact)
     assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
-    half = {r: (r * 32) ** 2 / (r * 64 * (0.25 * (r + 2) * 66 + 0.75 * (r + 65))) for r in (1, 64)}
-    steps = np.array([1, 4, 16, 64])
+    half = {r: (r * 32) ** 2 / (r * 64 * (0.25 * (r + 2) * 66 + 0.75 * (r + 65))) for r in (2, 64)}
+    steps = np.array([2, 4, 16, 64])
     slope = np.polyfit(np.log(steps), np.log(steps * (steps + 65)) / 2, 1)[0]
     for equation, words in {
         "6": ("largest |z| 0.0 at overlap 0; at overlap 0.5, r = 64: E[w] = -2048 (exact -2048)",),
-        "7": (f"at overlap 0.5: {half[1]:.3f} at r = 1, {half[64]:.3f} at r = 64",),
-        "8": ("simulated/printed 1.031 ± 0 at r = 1, 513.3 ± 0 at r = 2048, p_in = 4",),
-        "9": ("66 ± 0 at r = 1 (exact 66), 2.016 ± 0 at r = 64 (exact 2.016), 1.002 ± 0 at r = 2048, p_in = 4",),
+        "7": (f"at overlap 0.5: {half[2]:.3f} at r = 2, {half[64]:.3f} at r = 64",),
+        "8": ("simulated/printed 1.047 ± 0 at r = 2, 513.3 ± 0 at r = 2048, p_in = 4",),
+        "9": ("33.5 ± 0 at r = 2 (exact 33.5), 2.016 ± 0 at r = 64 (exact 2.016), 1.002 ± 0 at r = 2048, p_in = 4",),
         "11": ("rms |w|/printed 1.42 at r = 64, 1.001 at r = 2048, p_in = 4", "inflates it 1.71 times"),
         "12": ("at eta = 0.001 the printed c is 31.6 ",),
-        "13": (f"over ranks 1-64: {slope:+.3f} ± 0.000 at overlap 0", "+0.984 ± 0.000 at 0.5 from r = 76"),
-        "15": (f"over ranks 1-64: {slope - 1:+.3f} ± 0.000 at overlap 0",),
+        "13": (f"over ranks 2-64: {slope:+.3f} ± 0.000 at overlap 0", "+0.984 ± 0.000 at 0.5 from r = 76"),
+        "15": (f"over ranks 2-64: {slope - 1:+.3f} ± 0.000 at overlap 0",),
     }.items():
         for text in words:
             assert text in found[equation].evidence
+    keys = jax.random.split(jax.random.key(15), 7)  # the identities' layer: Adam's step is the rate times a sign
+    delta, inner = (
+        jax.random.normal(keys[3], (6,)),
+        jax.random.normal(keys[2], (3, 5)) @ jax.random.normal(keys[4], (5,)),
+    )
+    off = float(np.abs(0.7 * np.abs(np.outer(delta, inner)) - 1).max())
+    assert found["3"].evidence.endswith(f"; under Adam off by {off:.1f}x")
     assert "(r* = 4.7 at overlap 0.5); at overlap 0 r* = p_in + 2 = 66" in found["13"].where
     assert float(found["5"].evidence.removeprefix("differs by ")) < 1e-12, "an identity, whatever the number of draws"
 
@@ -192,6 +199,16 @@ def test_a_mean_that_is_not_zero(independent: float, overlapping: float, status:
     """Eq. 6 and 7 by the two means, in units of which the standard error is less than a hundredth."""
     found = statuses(lambda setting: stream(overlapping if setting.overlap else independent))
     assert (found["6"], found["7"]) == (status, status)
+
+
+@pytest.mark.parametrize(("factor", "status"), [(0.99, "holds"), (1.01, "fails")])
+def test_a_mean_is_judged_at_the_threshold_of_all_cells(factor: float, status: str) -> None:
+    """Two for each of three ranks, at overlap 0 and at 0.5; one for each would be a threshold that is 3% lower."""
+    z = threshold(verdicts.FALSE_ALARM, 6)
+    spread = z * factor / 100  # of standard error 1/100, whose variance is 1 - mean^2
+    mean = spread / math.sqrt(1 + spread**2)
+    found = statuses(lambda setting: stream(0.0 if setting.overlap else mean))
+    assert found["6"] == status
 
 
 def limit(inside: float, outside: float, within: Callable[[sampling.Setting], bool]) -> verdicts.Sample:
