@@ -426,3 +426,16 @@ def test_what_is_not_carried_over_is_remarked(tmp_path) -> None:
     saved = read_adapter_config(tmp_path)
     assert saved.targets is None
     assert ["regular expression" in saved.remarks[0], "use_dora" in saved.remarks[1]] == [True, True]
+
+
+def test_an_assumed_regime_has_no_pattern_and_one_module_has_its_own() -> None:
+    """All modules alike need no pattern; a measured one is named, even where it is alone."""
+    old = Setting(rank=8, alpha=16, learning_rate=1e-3, optimizer="sgd")
+    assert transfer(old, 32).alpha_pattern("type") == {}
+    assert transfer(old, 32, {"model.layers.0.mlp.up_proj": 3.0}).alpha_pattern("type").keys() == {"up_proj"}
+
+
+def test_sgd_s_scope_names_its_regime() -> None:
+    old = Setting(rank=8, alpha=16, learning_rate=1e-3, optimizer="sgd")
+    assert "It takes the signal to lead" in transfer(old, 32).sentence()
+    assert "The regime is assumed: cross-talk" in transfer(old, 32, "cross-talk").sentence()
