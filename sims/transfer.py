@@ -31,7 +31,7 @@ from rora_theory.advice.transfer import ALL, Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.files import read_json
 from rora_theory.inits import Init
-from rora_theory.scaling import KAPPAS, check_positive, exponent
+from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.seeds import check_seed
 from sims.common import cli, tables
 from sims.common.cells import Cells
@@ -436,7 +436,7 @@ def main(config: Config) -> None:
         raise InputError(f"--check is {config.check[0]}; accepted are a model and one or more data files")
     cli.check_integers(config, from_rank=1, to_rank=1, items=1, seeds=2)
     check_seed(config.seed, "--seed")
-    check_positive("--lr", config.lr)
+    cli.check_positives(config, "lr", "to_alpha")
     if config.to_rule in ("none", "None"):
         accepted = f"{', '.join(KAPPAS)} or a finite exponent, and without --to-rule the rule stays as it is"
         raise InputError(f"--to-rule is {config.to_rule!r}; accepted are {accepted}")

@@ -81,6 +81,12 @@ TAKEN = {("clip", "1e400"): "no clipping", ("overlaps", "-1"): "opposite inputs"
 """Not bad after all."""
 
 
+def nameless(command: str) -> set[str]:
+    """What the command takes without an option's name; ``--adapter`` has one in sims.evaluate."""
+    own = NAMELESS if command != "sims.evaluate" else ()
+    return {name for name, _ in fields_of(command) if name in own}
+
+
 def options(command: str) -> Iterator[tuple[list[str], str]]:
     """Bad options of a command, and a word that the refusal must have."""
     yield ["--no-such-option"], "--no-such-option"
@@ -89,7 +95,7 @@ def options(command: str) -> Iterator[tuple[list[str], str]]:
         option = "--" + name.replace("_", "-")
         found = kinds(hint) - {bool, type(None), Ellipsis}
         kind = next((kind for kind in (str, Path, float, int) if kind in found), None)
-        if name in NAMELESS:  # these are given as they are
+        if name in nameless(command):  # these are given as they are
             yield [LATIN], "caf"
         elif kind in (int, float):
             key = ["q_proj"] if typing.get_origin(hint) is dict else []
@@ -150,8 +156,8 @@ def called(command: str, words: list[str]) -> list[str]:
     if words[0] in given:
         at = given.index(words[0])
         given = given[:at] + given[at + 2 :]
-    nameless = any(name in NAMELESS for name, _ in fields_of(command)) and words != [LATIN]
-    return [*(["FOLDER"] if nameless else []), *given, *words]
+    first = ["FOLDER"] if nameless(command) and words != [LATIN] else []
+    return [*first, *given, *words]
 
 
 def listing(place: Path) -> list[tuple[str, int]]:
