@@ -489,7 +489,8 @@ def print_check(rows: list[dict[str, Any]]) -> None:
 
 def describe_files(path: Path) -> str:
     """What was written, in words."""
-    return f"written to {path}: " + ", ".join(sorted(file.name for file in path.iterdir() if file.is_file()))
+    written = sorted(file.name for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    return f"written to {path}: " + ", ".join(written)
 
 
 def _equation_order(verdict: verdicts.Verdict) -> float:
