@@ -152,3 +152,48 @@ def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
     assert curve([inside], [inside] * 97 + [end] * 2).edge == ""
     assert curve([inside], [inside] * 97 + [end] * 3).edge == "high"
     assert curve([inside, inside, end], None).edge == "high"
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "records", "over"),
+    [
+        ((0.1, -0.1, 0.3), True, "seeds"),
+        ((0.1, 0.1001, 0.0999), True, "held-out records"),
+        ((0.1,), True, "held-out records"),
+        ((0.1, 0.3), False, "seeds"),
+        ((0.1,), False, ""),
+    ],
+)
+def test_the_larger_of_two_errors_is_kept(by_seed, records, over):
+    """Over seeds, or over four records by hand; over neither where there is one seed and no record."""
+    tokens, noise = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, -2.0, 2.0, -1.0])
+    second = np.full(len(by_seed), 2.0)
+    first = second + np.array(by_seed)
+    summed = (np.mean(first) * tokens + noise, 2 * tokens) if records else None
+    fit, source = rate_curves.paired_losses(first, second, summed, tokens if records else None)
+    assert (source, fit.slope) == (over, pytest.approx(np.mean(by_seed)))
+    over_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else np.inf
+    expected = {"held-out records": np.sqrt(np.sum(noise**2) * 4 / 3) / 100}.get(over, over_seeds)
+    assert fit.standard_error == pytest.approx(expected, rel=1e-9)
+
+
+def test_best_rates_and_their_ratio():
+    """Rates in numbers, errors in powers of two, and what the errors are over."""
+    centres = np.array([1e-3, 2e-3])  # of two seeds: the mean of the logs is in between
+    losses = np.exp(0.1 * np.log(np.array(RATES) / centres[:, None]) ** 2)
+    by_seed = rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, np.array(RATES), losses)
+    drawn = rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, np.array(RATES), losses[:1], losses)
+    alone = rate_curves.Curve("adamw", "both", "rora", 0.5, 8, 4.0, np.array(RATES), losses[:1])
+    rows = rate_curves.best_rates([by_seed, drawn, alone])
+    assert rows[0]["best_rate"] == pytest.approx(2**0.5 * 1e-3, rel=1e-4)
+    assert rows[0]["log2_error"] == pytest.approx(0.5)  # half of log2(2), over sqrt(2) by sqrt(2)
+    assert [row["error_over"] for row in rows] == ["seeds", "held-out records", ""]
+    assert [row["log2_error"] is None for row in rows] == [False, False, True]
+    (found,) = rate_curves.compare(
+        [alone, rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, alone.rates, losses[1:])]
+    )
+    assert (found.first, found.ratio, found.ratio_log2_error) == ("rora", pytest.approx(0.5, rel=1e-3), None)
+    twice = rate_curves.Curve("adamw", "both", "rora", 0.5, 8, 4.0, np.array(RATES), losses[[0, 0]])
+    (found,) = rate_curves.compare([twice, by_seed])
+    assert found.ratio == pytest.approx(2**-0.5, rel=1e-3)
+    assert found.ratio_log2_error == pytest.approx(0.5, rel=1e-2)
