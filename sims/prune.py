@@ -7,7 +7,6 @@ original: its influence, and what was kept of it. The criteria, and their source
 Perplexity before and after is that of text that was not calibrated on. Nothing is retrained.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -212,19 +211,18 @@ def main() -> None:
 
 def show(folder: RunFolder, config: Any, shape: Shape) -> None:
     """Print what was kept."""
-    found = json.loads((folder.path / "manifest.json").read_text())
     own = (config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
     cells = [
         ("layers", own[0], shape.layers),
         ("key/value heads", own[1], shape.kv_heads),
         ("feed-forward width", own[2], shape.width),
-        ("parameters", *(f"{count:,}" for count in found["parameters"])),
+        ("parameters", *(f"{count:,}" for count in folder.entry("parameters"))),
         *(
-            (f"perplexity, {words}", *(f"{float(value):.4g}" for value in found[f"perplexity_{name}"]))
+            (f"perplexity, {words}", *(f"{float(value):.4g}" for value in folder.entry(f"perplexity_{name}")))
             for name, words in (("held_out", "held-out text"), ("calibration", "calibration text"))
         ),
     ]
-    tables.print_table(f"{found['share']:.1%} of the parameters kept", ("", "before", "after"), cells)
+    tables.print_table(f"{folder.entry('share'):.1%} of the parameters kept", ("", "before", "after"), cells)
 
 
 if __name__ == "__main__":

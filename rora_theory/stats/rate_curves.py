@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from rora_theory.advice.setting import FAMILY
 from rora_theory.stats import slopes
+from rora_theory.stats.paired import mean_per_token
 from rora_theory.stats.rate_optimum import Best, best_rate, grid_gap, predicted_slopes
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.theory.laws import scaling_power
@@ -218,9 +219,8 @@ def paired_losses(
     fit = slopes.over_seeds(first - second)
     source = "seeds" if len(first) > 1 else ""
     if records is not None and tokens is not None:
-        rest = (records[0] - records[1]) - fit.slope * tokens  # a ratio of sums, to first order
-        by_record = float(np.sqrt(len(rest) / (len(rest) - 1) * np.sum(rest**2)) / np.sum(tokens))
-        by_records = SeedFit(fit.slope, by_record, len(rest))
+        _, by_record = mean_per_token((records[0] - records[1]).tolist(), tokens.astype(int).tolist())
+        by_records = SeedFit(fit.slope, by_record, len(tokens))
         if not source or by_records.half_width() > fit.half_width():
             fit, source = by_records, "held-out records"
     return fit, source
