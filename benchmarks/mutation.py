@@ -30,6 +30,7 @@ MODULES = {
     "best_rate": ("rora_theory/stats/rate_optimum.py", "tests/stats/test_rate_optimum.py"),
     "flatness": ("rora_theory/stats/slopes.py", "tests/stats/test_slopes.py"),
     "paired": ("rora_theory/stats/paired.py", "tests/stats/test_paired.py"),
+    "estimate": ("rora_theory/stats/estimate.py", "tests/stats/test_estimate.py"),
     "statistics": ("rora_theory/stats/moments.py", "tests/stats/test_moments.py"),
     "setting": ("rora_theory/advice/setting.py", "tests/advice/test_transfer.py"),
     "transfer": ("rora_theory/advice/transfer.py", "tests/advice/test_transfer.py"),

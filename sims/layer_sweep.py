@@ -145,7 +145,7 @@ def _simulate(config: "Config", rules: dict[str, Rule], cell: Cell) -> list[dict
         )
     ]
     return [
-        frame | {"estimate": estimate.value, "standard_error": estimate.standard_error, "exact": value, "draws": draws}
+        frame | {"estimate": estimate.value, "standard_error": estimate.error, "exact": value, "draws": draws}
         for frame, estimate, value in zip(frames, figures, exact, strict=True)
     ]
 

@@ -25,6 +25,7 @@ from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
+from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import (
     Comparison,
     Curve,
@@ -35,7 +36,6 @@ from rora_theory.stats.rate_curves import (
     pairs,
     rate_slopes,
 )
-from rora_theory.stats.slopes import SeedFit
 from rora_theory.sweep import trained_runs
 from rora_theory.toy import dynamics, ensemble
 from rora_theory.toy.dynamics import ProblemConfig
@@ -337,13 +337,13 @@ def compare_matrix(curves: Sequence[Curve], cells: Sequence[trained_runs.Run]) -
             continue
         a, b = ([group[seed] for seed in seeds] for group in groups)
         (left, tokens), (right, _) = trained_runs.stacked(a), trained_runs.stacked(b)
-        fit, source = paired_losses(
+        losses = paired_losses(
             np.array([cell.loss for cell in a]),
             np.array([cell.loss for cell in b]),
             None if left is None or right is None else (left, right),
             tokens,
         )
-        found.append(comparison(first, second, fit, source))
+        found.append(comparison(first, second, losses))
     return found
 
 
@@ -400,7 +400,7 @@ def _rate(row: dict[str, Any] | None) -> str:
     error = ""
     if row["log2_error"] is not None:
         seeds = row["seeds"] if row["error_over"] == "seeds" else trained_runs.BOOTSTRAPS
-        error = f" ({2 ** SeedFit(0.0, row['log2_error'], seeds).half_width():.2f})"
+        error = f" ({2 ** Estimate(0.0, row['log2_error'], seeds, row['error_over']).half_width():.2f})"
     return f"{mark}{row['best_rate']:.3g}{error}"
 
 

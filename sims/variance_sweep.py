@@ -349,8 +349,8 @@ class Sweep:
 
 def estimate(sums: sampling.Sums, step: float, quantity: quantities.Quantity) -> dict[str, Any]:
     """A row's estimate, error and number of draws."""
-    value, error = quantities.estimate(sums, quantity, step=step)
-    return {"estimate": value, "standard_error": error, "draws": sums.count}
+    found = quantities.estimate(sums, quantity, step=step)
+    return {"estimate": found.value, "standard_error": found.error, "draws": found.n}
 
 
 def _partial(path: Path, name: str, identity: str) -> tuple[int, sampling.Sums]:

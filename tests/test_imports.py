@@ -18,7 +18,10 @@ WITHOUT_JAX = (
     *("rora_theory", "rora_theory.inits", "rora_theory.files", "rora_theory.seeds"),
     *(f"rora_theory.advice.{name}" for name in ("setting", "lora_config", "transfer")),
     *(f"rora_theory.theory.{name}" for name in ("laws", "horizon", "starts", "steps", "sign_expectation")),
-    *(f"rora_theory.stats.{name}" for name in ("moments", "slopes", "rate_optimum")),
+    *(
+        f"rora_theory.stats.{name}"
+        for name in ("estimate", "moments", "slopes", "paired", "rate_optimum", "rate_curves")
+    ),
     *(f"rora_theory.paper.{name}" for name in ("equations", "published", "audit")),
 )
 

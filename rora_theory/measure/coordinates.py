@@ -31,7 +31,8 @@ from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
 from rora_theory.scaling import Rule, check_positive
 from rora_theory.seeds import check_seed
 from rora_theory.stats import slopes
-from rora_theory.stats.slopes import BAND, CONFIDENCE, SeedFit
+from rora_theory.stats.estimate import CONFIDENCE
+from rora_theory.stats.slopes import BAND, SeedFit
 from rora_theory.toy import dynamics, nested
 from rora_theory.toy.dynamics import Optimizer
 

@@ -12,7 +12,8 @@ from jaxtyping import PRNGKeyArray
 from rora_theory.inits import Init
 from rora_theory.measure import layer_data
 from rora_theory.measure.layer_data import SPLITS, Layer
-from rora_theory.stats.moments import Estimate, Moments, root
+from rora_theory.stats.estimate import Estimate, root
+from rora_theory.stats.moments import Moments
 from rora_theory.theory import laws
 
 EPSILON = 1e-8
@@ -64,7 +65,7 @@ def measured(
         moments = [total.add(flat[:, column]) for column, total in enumerate(moments)]
         if draws is not None and moments[0].count >= draws:
             break
-        worst = max(total.mean.standard_error / total.mean.value for total in moments) / 2
+        worst = max(total.mean.error / total.mean.value for total in moments) / 2
         if draws is None and moments[0].count >= _LEAST_DRAWS and worst <= relative_error:
             break
     return [root(total.mean) for total in moments], moments[0].count

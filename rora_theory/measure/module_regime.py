@@ -30,7 +30,8 @@ from rora_theory.measure import terms
 from rora_theory.measure.layer_data import SPLITS, Layer
 from rora_theory.scaling import Rule, check_integer, check_positive, check_rank, exponent, scaling_factor
 from rora_theory.seeds import check_seed
-from rora_theory.stats.moments import Moments, root
+from rora_theory.stats.estimate import root
+from rora_theory.stats.moments import Moments
 from rora_theory.theory import horizon
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
 
@@ -242,7 +243,7 @@ def step(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
                         moments[key] = moments.get(key, Moments()).add(part[:, 0, o, s])
         for key, total in moments.items():
             estimate = root(total.mean)
-            figures = {"measured": estimate.value, "standard_error": estimate.standard_error, "adapters": total.count}
+            figures = {"measured": estimate.value, "standard_error": estimate.error, "adapters": total.count}
             found[key] = figures
     return found
 

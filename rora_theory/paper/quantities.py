@@ -4,7 +4,7 @@ import math
 from typing import Literal, get_args
 
 from rora_theory.paper import equations
-from rora_theory.stats.moments import Estimate, root
+from rora_theory.stats.estimate import Estimate, root
 from rora_theory.theory import laws
 from rora_theory.theory.sampling import Setting, Sums
 
@@ -58,5 +58,5 @@ def estimate(sums: Sums, quantity: Quantity, *, step: float = 1.0) -> Estimate:
         "variance": (sums.first.variance, 2),
         "norm": (root(sums.norm2.mean), 1),
     }
-    (value, error), power = found[quantity]
-    return Estimate(value * step**power, error * step**power)
+    simulated, power = found[quantity]
+    return simulated.times(step**power)

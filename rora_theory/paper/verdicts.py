@@ -18,7 +18,8 @@ import numpy as np
 
 from rora_theory.paper import equations
 from rora_theory.scaling import scaling_factor
-from rora_theory.stats.moments import Fit, log_log_fit, root, threshold
+from rora_theory.stats.estimate import Estimate, root
+from rora_theory.stats.moments import Fit, log_log_fit, threshold
 from rora_theory.theory import first_step, laws, sampling
 
 Status = Literal["holds", "holds in a limit", "fails", "undecided"]
@@ -196,7 +197,7 @@ def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> l
     def cell(rank: int, overlap: float, width: int = p_in) -> sampling.Sums:
         return sample(sampling.Setting(rank=rank, p_in=width, p_out=p_out, overlap=overlap))
 
-    def second(rank: int, overlap: float, width: int = p_in) -> tuple[float, float]:
+    def second(rank: int, overlap: float, width: int = p_in) -> Estimate:
         return cell(rank, overlap, width).first.second_moment
 
     independent = {rank: cell(rank, 0.0) for rank in ranks}
@@ -211,10 +212,10 @@ def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> l
 
     # 6, 7: the mean.
     def mean(sums: sampling.Sums) -> Outcome:
-        (value, error), size = sums.first.mean, math.sqrt(sums.first.second_moment.value)
-        return outcome(abs(value) / size, z * error / size, tolerance=0.0)
+        found, size = sums.first.mean, math.sqrt(sums.first.second_moment.value)
+        return outcome(abs(found.value) / size, z * found.error / size, tolerance=0.0)
 
-    scores0 = max(abs(s.first.mean.value / s.first.mean.standard_error) for s in independent.values())
+    scores0 = max(abs(s.first.mean.value / s.first.mean.error) for s in independent.values())
     share = {rank: s.first.mean.value**2 / s.first.second_moment.value for rank, s in overlapping.items()}
     mean_law = laws.random_input_moments(rank=high, p_in=p_in, overlap=0.5, scaling=1.0).mean[0]
     zero_mean = decide(*([mean(sums) for sums in cells.values()] for cells in (independent, overlapping)))
@@ -222,7 +223,7 @@ def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> l
     # 8, 9: the second moment at overlap 0, against the count of terms and against the printed result.
     def ratios(claim: Callable[..., float], cells: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
         found = [(second(rank, 0.0, width), claim(1.0, rank=rank, p_in=width, **unit)) for rank, width in cells]
-        return [(value / printed, error / printed) for (value, error), printed in found]
+        return [(estimate.value / printed, estimate.error / printed) for estimate, printed in found]
 
     def against_one(ratio: tuple[float, float]) -> Outcome:
         return outcome(abs(ratio[0] - 1), z * ratio[1])
@@ -248,7 +249,7 @@ def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> l
     printed = float(equations.eq11_norm(jnp.ones(p_out), rank=high, p_in=p_in, **unit))
     narrow_norm = root(cell(narrow_ranks[-1], 0.0, NARROW).norm2.mean)
     narrow_printed = float(equations.eq11_norm(jnp.ones(p_out), rank=narrow_ranks[-1], p_in=NARROW, **unit))
-    norm_limit = against_one((narrow_norm.value / narrow_printed, narrow_norm.standard_error / narrow_printed))
+    norm_limit = against_one((narrow_norm.value / narrow_printed, narrow_norm.error / narrow_printed))
 
     # 12: the printed constant at a learning rate that is not 1.
     eta = 1e-3
@@ -263,7 +264,7 @@ def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> l
         return log_log_fit(
             list(cells),
             [norm.value * gamma for norm, gamma in zip(norms, gammas, strict=True)],
-            [norm.standard_error * gamma for norm, gamma in zip(norms, gammas, strict=True)],
+            [norm.error * gamma for norm, gamma in zip(norms, gammas, strict=True)],
         )
 
     crossing = laws.random_input_crossing_rank(p_in, 0.5)

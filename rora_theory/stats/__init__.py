@@ -1,4 +1,4 @@
-"""Moments with standard errors, slopes with verdicts, paired differences, the best rate of a grid."""
+"""Estimates with standard errors, moments, slopes with verdicts, paired differences, the best rate of a grid."""
 
 from rora_theory import lazily
 

@@ -9,14 +9,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from rora_theory.stats.estimate import Estimate
+
 _POWERS = 4
-
-
-class Estimate(NamedTuple):
-    """A figure and its standard error (one sigma)."""
-
-    value: float
-    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Moments:
     def mean(self) -> Estimate:
         """The mean and its standard error."""
         first, second, *_ = self._means
-        return Estimate(self.shift + first, _root((second - first**2) / max(self.count - 1, 1)))
+        return self._estimate(self.shift + first, second - first**2)
 
     @property
     def second_moment(self) -> Estimate:
@@ -69,7 +64,7 @@ class Moments:
         d1, d2, d3, d4 = self._means
         c = self.shift
         spread = 4 * c**2 * (d2 - d1**2) + 4 * c * (d3 - d1 * d2) + (d4 - d2**2)
-        return Estimate(c**2 + 2 * c * d1 + d2, _root(spread / max(self.count - 1, 1)))
+        return self._estimate(c**2 + 2 * c * d1 + d2, spread)
 
     @property
     def variance(self) -> Estimate:
@@ -78,7 +73,11 @@ class Moments:
         mu2 = d2 - d1**2
         mu4 = d4 - 4 * d1 * d3 + 6 * d1**2 * d2 - 3 * d1**4
         n = self.count
-        return Estimate(mu2 * n / max(n - 1, 1), _root((mu4 - mu2**2) / max(n - 1, 1)))
+        return self._estimate(mu2 * n / max(n - 1, 1), mu4 - mu2**2)
+
+    def _estimate(self, value: float, spread: float) -> Estimate:
+        """With the error of a mean of numbers of variance ``spread``."""
+        return Estimate(value, math.sqrt(max(spread / max(self.count - 1, 1), 0.0)), self.count, "draws")
 
     def to_json(self) -> dict[str, Any]:
         """Plain types that keep every bit."""
@@ -107,33 +106,6 @@ class Moments:
             sums=tuple(total * factor**n for n, total in enumerate(self.sums, start=1)),
             rests=tuple(rest * factor**n for n, rest in enumerate(self.rests, start=1)),
         )
-
-
-def root(estimate: Estimate) -> Estimate:
-    """The square root of an estimate, its error to first order: root mean squares from mean squares."""
-    value = _root(estimate.value)
-    return Estimate(value, estimate.standard_error / (2 * value) if value else 0.0)
-
-
-def share(right: int, n: int) -> Estimate:
-    r"""The share of successes in ``n`` independent trials, and its standard error.
-
-    :math:`\sqrt{p (1 - p) / (n - 1)}`, the sample deviation over :math:`\sqrt n`. Where none or all succeed that is 0,
-    as if no further trial could come out otherwise: there the error is half of Wilson's interval at one standard
-    deviation, :math:`1 / (2 (n + 1))`; the interval ends at :math:`1 / (n + 1)`, or its complement.
-
-    Args:
-      right: successes, from 0 to ``n``.
-      n: trials, 1 or more.
-
-    Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
-
-    Example:
-      >>> share(0, 8).value, round(share(0, 8).standard_error, 4), round(share(4, 8).standard_error, 4)
-      (0.0, 0.0556, 0.189)
-    """
-    p = right / n
-    return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if 0 < right < n else 1 / (2 * (n + 1)))
 
 
 class Fit(NamedTuple):
@@ -218,7 +190,3 @@ def _two_sum_into(total: float, rest: float, value: float) -> tuple[float, float
     rest += (total - (high - back)) + (value - back)
     new = high + rest
     return new, rest - (new - high)
-
-
-def _root(value: float) -> float:
-    return math.sqrt(max(value, 0.0))

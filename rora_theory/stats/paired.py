@@ -10,12 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Num
 
+from rora_theory.stats.estimate import Estimate, over_seeds
 
-def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
-    r"""Mean loss a token and its standard error over records.
+
+def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> Estimate:
+    r"""Mean loss a token with its standard error over records.
 
     :math:`R = \sum l_i / \sum t_i` is a ratio of two sums over records drawn together; to first order its error is
-    that of the mean of :math:`(l_i - R t_i) / \bar t`. NaN for one record.
+    that of the mean of :math:`(l_i - R t_i) / \bar t`. For one record it is NaN, over nothing.
 
     Args:
       losses: summed over each record's tokens, or differences of two such sums.
@@ -24,30 +26,28 @@ def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> tuple[floa
     count, total = len(losses), math.fsum(tokens)
     ratio = math.fsum(losses) / total
     spread = math.fsum((loss - ratio * size) ** 2 for loss, size in zip(losses, tokens, strict=True))
-    return ratio, math.sqrt(spread * count / (count - 1)) / total if count > 1 else math.nan
+    if count < 2:
+        return Estimate(ratio, math.nan, count, "")
+    return Estimate(ratio, math.sqrt(spread * count / (count - 1)) / total, count, "records")
 
 
 def mean_per_token_over_seeds(
     losses: Float[np.ndarray, "seeds records"], tokens: Sequence[int]
-) -> tuple[float, float, float | None]:
-    """Mean loss a token over seeds, its standard error over records (of the seeds' mean) and that over seeds.
+) -> tuple[Estimate, Estimate]:
+    """Mean loss a token over seeds, with its standard error over records (of the seeds' mean) and with that over seeds.
 
     The first speaks of other records, the second of training again.
 
     Args:
       losses: of each seed on the same records, see `mean_per_token`.
       tokens: of each record.
-
-    Returns:
-      mean, error over records, error over seeds; the last is None for one seed.
     """
-    by_seed = [one.sum() / sum(tokens) for one in losses]
-    seed_error = float(np.std(by_seed, ddof=1)) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else None
-    return *mean_per_token(np.mean(losses, axis=0).tolist(), tokens), seed_error
+    by_seed = np.array([one.sum() / sum(tokens) for one in losses])
+    return mean_per_token(np.mean(losses, axis=0).tolist(), tokens), over_seeds(by_seed)
 
 
-def mean_of_groups(groups: Sequence[Num[np.ndarray, "_seeds _items"]]) -> tuple[float, float]:
-    r"""The unweighted mean of the groups' means, and its standard error over items.
+def mean_of_groups(groups: Sequence[Num[np.ndarray, "_seeds _items"]]) -> Estimate:
+    r"""The unweighted mean of the groups' means, with its standard error over items.
 
     :math:`\sqrt{\sum_g s_g^2 / n_g}` over the number of groups, :math:`s_g` the sample deviation of the group's items,
     each averaged over seeds.
@@ -57,7 +57,8 @@ def mean_of_groups(groups: Sequence[Num[np.ndarray, "_seeds _items"]]) -> tuple[
     """
     means = [np.mean(columns, axis=0) for columns in groups]
     error = math.sqrt(sum(np.var(items, ddof=1) / len(items) for items in means)) / len(means)
-    return float(np.mean([np.mean(items) for items in means])), error
+    mean = float(np.mean([np.mean(items) for items in means]))
+    return Estimate(mean, error, sum(map(len, means)), "items")
 
 
 def resampled_ratios(

@@ -6,7 +6,7 @@ difference that is left is more than a shift of the rate.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from rora_theory.advice.setting import FAMILY
 from rora_theory.stats import slopes
+from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.stats.rate_optimum import Best, best_rate, grid_gap, predicted_slopes
 from rora_theory.stats.slopes import SeedFit
@@ -24,6 +25,8 @@ EQUAL = 0.01
 
 EDGE_SHARE = 0.025
 """Share of resampled curves with their best rate at the grid's end from which the end counts as reached."""
+
+RECORDS = "held-out records"
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,13 @@ class Curve:
         """Mean over seeds or draws of what the grid may hide below `least`, see `rate_optimum.grid_gap`."""
         return float(np.mean([grid_gap(self.rates, losses) for losses in self._spreading]))
 
-    def spread(self, values: Sequence[float] | np.ndarray) -> SeedFit:
-        """Mean and standard error of a figure of `bests`."""
+    def estimate(self, values: Sequence[float] | np.ndarray) -> Estimate:
+        """Mean over seeds of a figure of `bests`; of one seed the mean over its draws, with the error over records."""
         values = np.asarray(values, np.float64)
         if not self._by_draws:
-            return slopes.over_seeds(values)
+            return over_seeds(values)
         # The spread of bootstrap draws is the standard error itself.
-        return SeedFit(float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
+        return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), len(values), RECORDS)
 
 
 def best_rates(curves: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -102,16 +105,15 @@ def best_rates(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     rows = []
     for curve in curves:
         bests = curve.bests()
-        logs, losses = curve.spread(np.log2([b.rate for b in bests])), curve.spread(curve.least())
-        known = curve.by_seeds or curve.resampled is not None
+        logs, losses = curve.estimate(np.log2([b.rate for b in bests])), curve.estimate(curve.least())
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
-            | {"rank": curve.rank, "best_rate": float(f"{2**logs.slope:.5g}")}
-            | {"log2_error": float(f"{logs.standard_error:.2g}") if known else None}
-            | {"best_loss": float(f"{losses.slope:.6g}")}
-            | {"best_loss_error": float(f"{losses.standard_error:.2g}") if known else None}
+            | {"rank": curve.rank, "best_rate": float(f"{2**logs.value:.5g}")}
+            | {"log2_error": float(f"{logs.error:.2g}") if logs.has_error else None}
+            | {"best_loss": float(f"{losses.value:.6g}")}
+            | {"best_loss_error": float(f"{losses.error:.2g}") if losses.has_error else None}
             | {"seeds": len(curve.losses), "edge": curve.edge}
-            | {"error_over": "seeds" if curve.by_seeds else "held-out records" if known else ""}
+            | {"error_over": logs.over}
         )
     return rows
 
@@ -126,18 +128,17 @@ def rate_slopes(curves: Sequence[Curve]) -> list[dict[str, Any]]:
         x = np.log([curve.rank for curve in kept])
         lever = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
         logs = np.log([[best.rate for best in curve.bests()] for curve in kept])
-        fit = kept[0].spread(lever @ logs)
-        known = kept[0].by_seeds or kept[0].resampled is not None
+        slope = kept[0].estimate(lever @ logs)
         optimizer, kappa = line[0], line[3]
         predicted = predicted_slopes(optimizer, kappa)  # type: ignore[arg-type]
-        nearest = min(predicted, key=lambda name: abs(predicted[name] - fit.slope))
-        if not known or abs(predicted[nearest] - fit.slope) > fit.half_width() + slopes.BAND:
+        nearest = min(predicted, key=lambda name: abs(predicted[name] - slope.value))
+        if not slope.has_error or abs(predicted[nearest] - slope.value) > slope.half_width() + slopes.BAND:
             nearest = ""
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
-        row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{fit.slope:.4f}")}
-        row |= {"standard_error": float(f"{fit.standard_error:.2g}") if known else None}
-        row |= {"half_width": float(f"{fit.half_width():.2g}") if known else None}
-        row |= {"verdict": slopes.judge(fit) if known else "undecided", **predicted, "nearest": nearest}
+        row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{slope.value:.4f}")}
+        row |= {"standard_error": float(f"{slope.error:.2g}") if slope.has_error else None}
+        row |= {"half_width": float(f"{slope.half_width():.2g}") if slope.has_error else None}
+        row |= {"verdict": slopes.judge(SeedFit.of(slope)), **predicted, "nearest": nearest}
         rows.append(row)
     return rows
 
@@ -182,8 +183,7 @@ def compare(curves: Sequence[Curve]) -> list[Comparison]:
     """Rules against each other at the largest rank, seed by seed."""
     found = []
     for first, second in pairs(curves):
-        losses = first.spread(first.least() - second.least())
-        found.append(comparison(first, second, losses, "seeds"))
+        found.append(comparison(first, second, first.estimate(first.least() - second.least())))
     return found
 
 
@@ -205,43 +205,45 @@ def paired_losses(
     second: Float[np.ndarray, " seeds"],
     records: tuple[Float[np.ndarray, " records"], Float[np.ndarray, " records"]] | None = None,
     tokens: Float[np.ndarray, " records"] | None = None,
-) -> tuple[SeedFit, str]:
+) -> Estimate:
     """Loss of the first less the second, with the error over seeds or over held-out records, whichever is larger.
+
+    For one seed and no record there is no error.
 
     Args:
       first, second: losses a token of the same seeds.
       records: summed loss of every held-out record, averaged over those seeds, of the first and the second; or None.
       tokens: of each record.
-
-    Returns:
-      The difference, and what its error is over: nothing where there is one seed and no record.
     """
-    fit = slopes.over_seeds(first - second)
-    source = "seeds" if len(first) > 1 else ""
-    if records is not None and tokens is not None:
-        _, by_record = mean_per_token((records[0] - records[1]).tolist(), tokens.astype(int).tolist())
-        by_records = SeedFit(fit.slope, by_record, len(tokens))
-        if not source or by_records.half_width() > fit.half_width():
-            fit, source = by_records, "held-out records"
-    return fit, source
+    by_seeds = over_seeds(first - second)
+    if records is None or tokens is None:
+        return by_seeds
+    over_records = mean_per_token((records[0] - records[1]).tolist(), tokens.astype(int).tolist())
+    by_records = replace(over_records, value=by_seeds.value, over=RECORDS)
+    return by_records if not by_seeds.has_error or by_records.half_width() > by_seeds.half_width() else by_seeds
 
 
-def comparison(first: Curve, second: Curve, losses: SeedFit, source: str) -> Comparison:
+def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
+    """Two curves of one rank, with the difference of their least losses.
+
+    Args:
+      first, second: of two rules.
+      losses: loss of the first less the second, at the best rates.
+    """
     a, b = first.bests(), second.bests()
     logs = [np.log2([best.rate for best in part]) for part in (a, b)]
     paired = len(a) == len(b) > 1
-    ratio = first.spread(logs[0] - logs[1]) if paired else SeedFit(float(logs[0].mean() - logs[1].mean()), math.inf, 1)
+    ratio = first.estimate(logs[0] - logs[1]) if paired else over_seeds(logs[0].mean(keepdims=True) - logs[1].mean())
     grid = max(first.grid_error(), second.grid_error())
-    known = math.isfinite(losses.standard_error)
     loss_a, loss_b = (float(np.mean(curve.least())) for curve in (first, second))
     half_width = losses.half_width() + grid
-    relative, half = losses.slope / loss_b, half_width / loss_b
-    if not known:
+    relative, half = losses.value / loss_b, half_width / loss_b
+    if not losses.has_error:
         verdict = "not settled: one seed, no losses a record"
     elif math.isinf(grid):
         verdict = "undecided: a best rate lies between two that diverged"
     elif abs(relative) > half:
-        better = first.rule if losses.slope < 0 else second.rule
+        better = first.rule if losses.value < 0 else second.rule
         verdict = f"{better} is better by {abs(relative):.2%} ± {half:.2%}: more than a shift of the rate"
     elif abs(relative) + half <= EQUAL:
         verdict = f"equal to {EQUAL:.0%} ({relative:+.2%} ± {half:.2%}): a shift of the rate"
@@ -255,15 +257,15 @@ def comparison(first: Curve, second: Curve, losses: SeedFit, source: str) -> Com
         first.rank,
         first.rule,
         second.rule,
-        float(f"{2**ratio.slope:.4g}"),
-        float(f"{ratio.standard_error:.2g}") if math.isfinite(ratio.standard_error) else None,
+        float(f"{2**ratio.value:.4g}"),
+        float(f"{ratio.error:.2g}") if ratio.has_error else None,
         float(f"{(second.scaling / first.scaling) ** scaling_power(FAMILY[first.optimizer]):.6g}"),  # type: ignore[index]
         loss_a,
         loss_b,
-        losses.slope,
-        losses.standard_error if known else None,
+        losses.value,
+        losses.error if losses.has_error else None,
         half_width if math.isfinite(half_width) else None,
-        source,
+        losses.over,
         verdict,
         grid if math.isfinite(grid) else None,
     )

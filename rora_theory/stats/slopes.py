@@ -1,21 +1,18 @@
 """Does a quantity depend on the rank? Log-log slopes fitted seed by seed, and whether they lie within a band."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from rora_theory.errors import InputError
+from rora_theory.stats.estimate import CONFIDENCE, Estimate, over_seeds
 
 Verdict = Literal["flat", "grows", "shrinks", "undecided"]
 
 BAND = 0.1
 """Slopes within this of zero count as flat: over the ranks 8 to 128 the quantity changes by less than a third."""
-
-CONFIDENCE = 0.95
 
 
 class SeedFit(NamedTuple):
@@ -26,7 +23,7 @@ class SeedFit(NamedTuple):
       standard_error: of that mean, from the spread over seeds; infinite for one seed.
       seeds: how many.
       departure: largest distance of a point (mean over seeds of log y) from the line, over the range of log x: in units
-        of a slope, what the curve does beside its slope. 0 for two points, and for a figure that is no fit.
+        of a slope, what the curve does beside its slope. 0 for two points.
     """
 
     slope: float
@@ -36,19 +33,22 @@ class SeedFit(NamedTuple):
 
     def half_width(self, confidence: float = CONFIDENCE) -> float:
         """Half the two-sided confidence interval, by Student's t."""
-        if self.seeds < 2:
-            return math.inf
-        return float(stats.t.ppf(0.5 + confidence / 2, self.seeds - 1)) * self.standard_error
+        return Estimate(self.slope, self.standard_error, self.seeds, "seeds").half_width(confidence)
+
+    @classmethod
+    def of(cls, slope: Estimate, departure: float = 0.0) -> "SeedFit":
+        """Of a mean over seeds of slopes, or of differences of two."""
+        return cls(slope.value, slope.error, slope.n, departure)
 
 
 def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, "seeds n"]) -> SeedFit:
     """Mean of `seed_slopes` and its standard error. Points of a seed may share noise (nested factors, one problem):
     the spread over seeds counts it."""
-    fit = over_seeds(seed_slopes(x, y))
+    slope = over_seeds(seed_slopes(x, y))
     log_x = np.log(np.asarray(x, np.float64))
     means = np.mean(np.log(np.atleast_2d(np.asarray(y, np.float64))), axis=0)
-    rest = means - means.mean() - fit.slope * (log_x - log_x.mean())
-    return fit._replace(departure=float(np.max(np.abs(rest)) / np.ptp(log_x)) if len(log_x) > 2 else 0.0)
+    rest = means - means.mean() - slope.value * (log_x - log_x.mean())
+    return SeedFit.of(slope, float(np.max(np.abs(rest)) / np.ptp(log_x)) if len(log_x) > 2 else 0.0)
 
 
 def seed_slopes(
@@ -70,14 +70,6 @@ def seed_slopes(
         raise InputError(f"y has shape {y.shape} for {len(log_x)} x or an entry that is not finite and above 0")
     lever = log_x - np.mean(log_x)
     return np.log(y) @ (lever / np.sum(lever**2))
-
-
-def over_seeds(values: Float[np.ndarray, " seeds"]) -> SeedFit:
-    """Mean of a figure over seeds and its standard error."""
-    values = np.asarray(values, np.float64)
-    count = len(values)
-    error = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else math.inf
-    return SeedFit(float(np.mean(values)), error, count)
 
 
 def judge(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> Verdict:

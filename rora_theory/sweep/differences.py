@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from rora_theory.errors import InputError
+from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_of_groups, mean_per_token_over_seeds
 from rora_theory.sweep import results
 from rora_theory.sweep.design import BASE
@@ -122,7 +123,7 @@ def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[
         return
     loss, answer = _loss(pairs, cells, ""), _loss(pairs, cells, "answer_")
     scored = [(row, other) for row, other in pairs if row["average"] and other["average"]]
-    average: tuple[float | None, float | None] = _average(scored, cells) if scored else (None, None)
+    average = _average(scored, cells) if scored else None
     row, other = pairs[0]
     ranked = row if row["rank"] else other
     yield Difference(
@@ -135,22 +136,20 @@ def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[
         learning_rate=float(row["learning_rate"]),
         against_rate=float(other["learning_rate"]) if other["learning_rate"] else None,
         seeds=len(pairs),
-        loss=loss[0],
-        loss_error=loss[1],
-        loss_seed_error=loss[2],
-        answer_loss=answer[0],
-        answer_error=answer[1],
-        answer_seed_error=answer[2],
-        average=average[0],
-        average_error=average[1],
+        loss=loss[0].value,
+        loss_error=loss[0].error,
+        loss_seed_error=loss[1].error if loss[1].has_error else None,
+        answer_loss=answer[0].value,
+        answer_error=answer[0].error,
+        answer_seed_error=answer[1].error if answer[1].has_error else None,
+        average=average.value if average else None,
+        average_error=average.error if average else None,
         average_seeds=len(scored),
     )
 
 
-def _loss(
-    pairs: Sequence[tuple[Row, Row]], cells: Path, kind: Literal["", "answer_"]
-) -> tuple[float, float, float | None]:
-    """Difference of the losses a token, averaged over seeds, and its standard errors over records and over seeds."""
+def _loss(pairs: Sequence[tuple[Row, Row]], cells: Path, kind: Literal["", "answer_"]) -> tuple[Estimate, Estimate]:
+    """Difference of the losses a token, averaged over seeds: with the error over records, and with that over seeds."""
     columns: list[np.ndarray] = []
     tokens: list[int] = []
     for row, other in pairs:
@@ -164,8 +163,8 @@ def _loss(
     return mean_per_token_over_seeds(np.stack(columns), tokens)
 
 
-def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[float, float]:
-    """Difference of the average accuracies and its standard error over items."""
+def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> Estimate:
+    """Difference of the average accuracies, with its standard error over items."""
     by_task: dict[str, list[np.ndarray]] = {}
     for row, other in pairs:
         right, other_right = (_answers(cells / one["key"] / results.ANSWERS) for one in (row, other))

@@ -216,6 +216,9 @@ class Workbench:
 
 def _mean_losses(losses: Sequence[RecordLoss]) -> dict[str, float]:
     """Means a token with their errors."""
-    loss, error = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
-    answer, answer_error = mean_per_token([one.answer_loss for one in losses], [one.answer_tokens for one in losses])
-    return {"validation_loss": loss, "validation_error": error, "answer_loss": answer, "answer_error": answer_error}
+    every = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
+    answer = mean_per_token([one.answer_loss for one in losses], [one.answer_tokens for one in losses])
+    return {"validation_loss": every.value, "validation_error": every.error} | {
+        "answer_loss": answer.value,
+        "answer_error": answer.error,
+    }

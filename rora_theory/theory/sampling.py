@@ -30,7 +30,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory import inits
 from rora_theory.draws import draw_A
 from rora_theory.errors import InputError
-from rora_theory.stats.moments import Estimate, Moments
+from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step
 from rora_theory.theory.laws import Optimizer, check_overlap, check_step
 
@@ -203,7 +204,7 @@ def _enough(sums: Sums, relative_error: float, draws: int | None) -> bool:
     if sums.count < _LEAST_DRAWS:
         return False
     second: Estimate = sums.first.second_moment
-    return second.standard_error <= relative_error * second.value
+    return second.error <= relative_error * second.value
 
 
 @dataclass(frozen=True)

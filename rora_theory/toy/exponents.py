@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rora_theory.stats import slopes
+from rora_theory.stats.estimate import over_seeds
 from rora_theory.toy.dynamics import Measures, Model, Optimizer
 
 CELL = ("model", "start", "trained", "optimizer", "rule", "kappa", "rank", "scaling", "learning_rate")
@@ -35,9 +36,9 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         line = {name: group[0][name] for name in (*CELL, "step")}
         line |= {"seeds": len(group), "diverged": len(group) - len(kept)}
         for name in QUANTITIES if kept else ():
-            fit = slopes.over_seeds(np.array([row[name] for row in kept]))
-            line[name] = float(f"{fit.slope:.4g}")
-            line[f"{name}_se"] = float(f"{fit.standard_error:.2g}") if len(kept) > 1 else None
+            mean = over_seeds(np.array([row[name] for row in kept]))
+            line[name] = float(f"{mean.value:.4g}")
+            line[f"{name}_se"] = float(f"{mean.error:.2g}") if mean.has_error else None
         found.append(line)
     return found
 
@@ -196,7 +197,7 @@ def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) ->
     if not pairs:
         return "not settled: the loss is below half of its start at every step"
     a, b = pairs[-1]
-    fit = slopes.over_seeds(a["by_seed"] - b["by_seed"])
+    fit = slopes.SeedFit.of(over_seeds(a["by_seed"] - b["by_seed"]))
     there = abs(fit.slope) > fit.half_width()
     word = {"flat": "small" if there else "no", "undecided": "undecided"}.get(slopes.judge(fit, CHANGE), "yes")
     return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"

@@ -117,6 +117,6 @@ def test_steps_follow_the_law(layer, init) -> None:
             exact = law.rms(ranks, [each[0] for each in scalings], learning_rate=1.0)
             for r in range(len(ranks)):
                 mean = Moments().add(np.concatenate([block[r][:, 0, o, s] for block in drawn])).mean
-                z = (mean.value - float(np.mean(exact[r] ** 2))) / mean.standard_error
+                z = (mean.value - float(np.mean(exact[r] ** 2))) / mean.error
                 assert abs(z) < threshold(1e-6, 24), (optimizer, s, ranks[r], z)
-                assert mean.standard_error < 0.03 * mean.value
+                assert mean.error < 0.03 * mean.value

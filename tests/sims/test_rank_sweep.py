@@ -119,8 +119,9 @@ def test_a_cell_s_loss_is_its_adapter_s(swept, model, data, method) -> None:
     found = record_losses(whole.params, whole.config, examples, adapter=adapter)
     # Merged and beside the weights: float32 sums in another order.
     np.testing.assert_allclose([one.loss for one in found], [float(r["loss"]) for r in kept], rtol=1e-4)
-    mean, error = mean_per_token([one.loss for one in found], [one.tokens for one in found])
-    assert (float(row["validation_loss"]), float(row["validation_error"])) == pytest.approx((mean, error), rel=1e-4)
+    mean = mean_per_token([one.loss for one in found], [one.tokens for one in found])
+    written = float(row["validation_loss"]), float(row["validation_error"])
+    assert written == pytest.approx((mean.value, mean.error), rel=1e-4)
     base = record_losses(whole.params, whole.config, examples)
     assert abs(base[0].loss / found[0].loss - 1) > 1e-3, "the adapter counts"
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_of_groups, mean_per_token, mean_per_token_over_seeds, resampled_ratios
 
 
@@ -13,43 +14,44 @@ def test_the_mean_s_error_is_the_jackknife_s() -> None:
     random = np.random.default_rng(0)
     tokens = random.integers(20, 60, 400)
     losses = tokens * random.normal(1.0, 0.1, 400)
-    mean, error = mean_per_token(losses.tolist(), tokens.tolist())
+    found = mean_per_token(losses.tolist(), tokens.tolist())
     left = (losses.sum() - losses) / (tokens.sum() - tokens)
-    assert mean == pytest.approx(losses.sum() / tokens.sum(), rel=1e-12)
-    assert error == pytest.approx(np.sqrt(399 * left.var()), rel=5e-3)
+    assert found.value == pytest.approx(losses.sum() / tokens.sum(), rel=1e-12)
+    assert found.error == pytest.approx(np.sqrt(399 * left.var()), rel=5e-3)
+    assert (found.n, found.over) == (400, "records")
 
 
 def test_the_error_of_records_of_one_size_is_that_of_a_mean() -> None:
-    mean, error = mean_per_token([1.0, 2.0, 6.0], [2, 2, 2])
-    assert mean == 1.5
-    assert error == pytest.approx(np.std([0.5, 1.0, 3.0], ddof=1) / math.sqrt(3), rel=1e-12)
+    found = mean_per_token([1.0, 2.0, 6.0], [2, 2, 2])
+    assert found.value == 1.5
+    assert found.error == pytest.approx(np.std([0.5, 1.0, 3.0], ddof=1) / math.sqrt(3), rel=1e-12)
 
 
 def test_one_record_has_no_error() -> None:
-    mean, error = mean_per_token([3.0], [2])
-    assert mean == 1.5
-    assert math.isnan(error)
+    found = mean_per_token([3.0], [2])
+    assert (found.value, found.n, found.over, found.has_error) == (1.5, 1, "", False)
+    assert math.isnan(found.error)
 
 
 def test_seeds_are_averaged_before_the_error_over_records() -> None:
     """-1 and +1 on one record: no error over records, that over seeds is the deviation of -1/60 and 1/60 by sqrt 2."""
     losses = np.array([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
-    mean, error, seed_error = mean_per_token_over_seeds(losses, [10, 20, 30])
-    assert (mean, error) == (0.0, 0.0)
-    assert seed_error == pytest.approx(1 / 60, rel=1e-12)
-    assert mean_per_token_over_seeds(losses[:1], [10, 20, 30]) == (
-        *mean_per_token([-1.0, 0.0, 0.0], [10, 20, 30]),
-        None,
-    )
+    by_record, by_seed = mean_per_token_over_seeds(losses, [10, 20, 30])
+    assert by_record == Estimate(0.0, 0.0, 3, "records")
+    assert (by_seed.value, by_seed.error, by_seed.n) == (0.0, pytest.approx(1 / 60, rel=1e-12), 2)
+    by_record, by_seed = mean_per_token_over_seeds(losses[:1], [10, 20, 30])
+    assert by_record == mean_per_token([-1.0, 0.0, 0.0], [10, 20, 30])
+    assert not by_seed.has_error
 
 
 def test_groups_count_alike_whatever_their_size() -> None:
     """Means 0 and -1/2; variances 2/3 of four items and 1/2 of two; a second seed halves an item that differs."""
     groups = [np.array([[0, 1, 0, -1]]), np.array([[-1, 0]])]
-    mean, error = mean_of_groups(groups)
-    assert mean == -0.25
-    assert error == pytest.approx(math.sqrt((2 / 3) / 4 + (1 / 2) / 2) / 2, rel=1e-12)
-    assert mean_of_groups([np.array([[2, 0], [0, 0]])]) == (0.5, pytest.approx(0.5, rel=1e-12))
+    found = mean_of_groups(groups)
+    assert (found.value, found.n, found.over) == (-0.25, 6, "items")
+    assert found.error == pytest.approx(math.sqrt((2 / 3) / 4 + (1 / 2) / 2) / 2, rel=1e-12)
+    found = mean_of_groups([np.array([[2, 0], [0, 0]])])
+    assert (found.value, found.error) == (0.5, pytest.approx(0.5, rel=1e-12))
 
 
 def test_resampled_ratios() -> None:
@@ -59,7 +61,7 @@ def test_resampled_ratios() -> None:
     drawn = resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000)
     np.testing.assert_allclose(drawn[:, 0], 3.0, rtol=1e-12)
     np.testing.assert_allclose(drawn[:, 2], 2 * drawn[:, 1], rtol=1e-12)
-    _, error = mean_per_token(losses.tolist(), sizes.astype(int).tolist())
+    error = mean_per_token(losses.tolist(), sizes.astype(int).tolist()).error
     # The deviation of 2000 draws is known to 1.6%; 5 of its errors, and a part in 300 for the first order.
     assert np.std(drawn[:, 1]) == pytest.approx(error, rel=0.085)
     np.testing.assert_array_equal(drawn, resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000))

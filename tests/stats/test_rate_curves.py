@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from rora_theory.stats import rate_curves, slopes
+from rora_theory.stats import rate_curves
+from rora_theory.stats.estimate import Estimate, over_seeds
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -30,7 +31,7 @@ def test_a_comparison_s_verdict(differences, word):
     (found,) = rate_curves.compare(curves)
     assert found.verdict.startswith(word)
     assert found.grid_error == pytest.approx(0.0006, rel=2e-3)
-    half = slopes.over_seeds(np.array(differences)).half_width() + found.grid_error
+    half = over_seeds(np.array(differences)).half_width() + found.grid_error
     assert found.half_width == pytest.approx(half, rel=1e-9)
     assert found.scaling_ratio == 4, "gamma squared: what an SGD step is proportional to"
     assert (found.first_loss, found.second_loss) == pytest.approx((1 + np.mean(differences), 1.0))
@@ -134,10 +135,10 @@ def test_no_prediction_is_named_that_the_slope_is_far_from():
 def test_a_draw_s_spread_is_the_error_itself():
     """Of seeds the error is that of their mean; of bootstrap draws of one seed, their deviation."""
     values = [1.0, 2.0, 4.0, 9.0]
-    assert bowl("lora", 1.0, 4, 1e-3).spread(values) == (4.0, pytest.approx(np.std(values, ddof=1) / 2), 4, 0.0)
+    assert bowl("lora", 1.0, 4, 1e-3).estimate(values) == Estimate(4.0, np.std(values, ddof=1) / 2, 4, "seeds")
     one = bowl("lora", 1.0, 4, 1e-3, seeds=1)
     drawn = rate_curves.Curve(*one.line, 4, 4.0, one.rates, one.losses, np.repeat(one.losses, 4, axis=0))
-    assert drawn.spread(values) == (4.0, pytest.approx(np.std(values, ddof=1)), 4, 0.0)
+    assert drawn.estimate(values) == Estimate(4.0, np.std(values, ddof=1), 4, "held-out records")
 
 
 def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
@@ -170,11 +171,11 @@ def test_the_larger_of_two_errors_is_kept(by_seed, records, over):
     second = np.full(len(by_seed), 2.0)
     first = second + np.array(by_seed)
     summed = (np.mean(first) * tokens + noise, 2 * tokens) if records else None
-    fit, source = rate_curves.paired_losses(first, second, summed, tokens if records else None)
-    assert (source, fit.slope) == (over, pytest.approx(np.mean(by_seed)))
-    over_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else np.inf
-    expected = {"held-out records": np.sqrt(np.sum(noise**2) * 4 / 3) / 100}.get(over, over_seeds)
-    assert fit.standard_error == pytest.approx(expected, rel=1e-9)
+    found = rate_curves.paired_losses(first, second, summed, tokens if records else None)
+    assert (found.over, found.value) == (over, pytest.approx(np.mean(by_seed)))
+    by_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else np.inf
+    expected = {"held-out records": np.sqrt(np.sum(noise**2) * 4 / 3) / 100}.get(over, by_seeds)
+    assert found.error == pytest.approx(expected, rel=1e-9)
 
 
 def test_best_rates_and_their_ratio():

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from rora_theory.errors import InputError
 from rora_theory.stats import slopes
@@ -51,18 +50,6 @@ def test_interval_covers():
 )
 def test_verdicts(fit, found):
     assert slopes.judge(fit, band=0.1) == found
-
-
-def test_half_width_is_students():
-    assert SeedFit(0.0, 2.0, 5).half_width(0.9) == pytest.approx(2 * stats.t.ppf(0.95, 4))
-
-
-def test_one_seed_has_no_interval_and_two_have_a_wide_one():
-    assert slopes.over_seeds(np.array([3.0])) == SeedFit(3.0, math.inf, 1)
-    assert SeedFit(0.0, 1.0, 1).half_width() == math.inf
-    two = slopes.over_seeds(np.array([1.0, 3.0]))
-    assert two == SeedFit(2.0, 1.0, 2)
-    assert two.half_width() == pytest.approx(12.706, abs=1e-3)
 
 
 def test_two_ranks_are_a_slope():

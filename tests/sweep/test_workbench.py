@@ -85,7 +85,7 @@ def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch)
             jax.tree.map(np.testing.assert_array_equal, params, merge(adapter, base))
     assert len(seen) == 2, "tasks"
     losses = record_losses(base, bench.model.config, bench.held_out, adapter=adapter)
-    expected, _ = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
+    expected = mean_per_token([one.loss for one in losses], [one.tokens for one in losses]).value
     assert result["validation_loss"] == pytest.approx(expected, rel=1e-4)
     plain = record_losses(base, bench.model.config, bench.held_out)
     assert abs(sum(one.loss for one in plain) / sum(one.loss for one in losses) - 1) > 1e-3

@@ -1,0 +1,89 @@
+"""A figure with its standard error, and what the error is over: the one mean-with-error of the package."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its standard error.
+
+    Attributes:
+      value: the figure, in its own unit.
+      error: one sigma, in the same unit; not finite where one case alone tells nothing of it.
+      n: how many cases the error is from; those of a bootstrap are its draws.
+      over: what they are: ``"draws"``, ``"seeds"``, ``"records"``, ``"items"``, ``"trials"``; empty where one case
+        gives no error.
+    """
+
+    value: float
+    error: float
+    n: int
+    over: str
+
+    @property
+    def has_error(self) -> bool:
+        """Whether the error is known."""
+        return math.isfinite(self.error)
+
+    def half_width(self, confidence: float = CONFIDENCE) -> float:
+        """Half the two-sided confidence interval, by Student's t; infinite for one case.
+
+        Example:
+          >>> [round(Estimate(1.0, 0.1, n, "seeds").half_width(), 3) for n in (2, 400)]
+          [1.271, 0.197]
+        """
+        if self.n < 2:
+            return math.inf
+        return float(stats.t.ppf(0.5 + confidence / 2, self.n - 1)) * self.error
+
+    def times(self, factor: float) -> "Estimate":
+        """The estimate of ``factor`` times the figure, ``factor`` being exact and above 0."""
+        return replace(self, value=self.value * factor, error=self.error * factor)
+
+
+def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:
+    """Mean of a figure over seeds; for one seed its error is infinite, over nothing.
+
+    Example:
+      >>> over_seeds(np.array([1.0, 3.0]))
+      Estimate(value=2.0, error=1.0, n=2, over='seeds')
+    """
+    values = np.asarray(values, np.float64)
+    count = len(values)
+    if count < 2:
+        return Estimate(float(np.mean(values)), math.inf, count, "")
+    return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(count)), count, "seeds")
+
+
+def root(estimate: Estimate) -> Estimate:
+    """The square root of an estimate, its error to first order: root mean squares from mean squares."""
+    value = math.sqrt(max(estimate.value, 0.0))
+    return replace(estimate, value=value, error=estimate.error / (2 * value) if value else 0.0)
+
+
+def share(right: int, n: int) -> Estimate:
+    r"""The share of successes in ``n`` independent trials, and its standard error.
+
+    :math:`\sqrt{p (1 - p) / (n - 1)}`, the sample deviation over :math:`\sqrt n`. Where none or all succeed that is 0,
+    as if no further trial could come out otherwise: there the error is half of Wilson's interval at one standard
+    deviation, :math:`1 / (2 (n + 1))`; the interval ends at :math:`1 / (n + 1)`, or its complement.
+
+    Args:
+      right: successes, from 0 to ``n``.
+      n: trials, 1 or more.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+
+    Example:
+      >>> share(0, 8).value, round(share(0, 8).error, 4), round(share(4, 8).error, 4)
+      (0.0, 0.0556, 0.189)
+    """
+    p = right / n
+    return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if 0 < right < n else 1 / (2 * (n + 1)), n, "trials")

@@ -1,0 +1,49 @@
+"""A figure with its error: means over seeds, Student's interval, roots and shares."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rora_theory.stats.estimate import Estimate, over_seeds, root, share
+from rora_theory.stats.slopes import SeedFit
+
+
+@pytest.mark.parametrize("make", [lambda error, n: Estimate(0.5, error, n, "seeds"), lambda *a: SeedFit(0.5, *a)])
+def test_half_width_is_students(make) -> None:
+    assert make(2.0, 5).half_width(0.9) == pytest.approx(2 * stats.t.ppf(0.95, 4))
+    assert make(1.0, 1).half_width() == math.inf
+
+
+def test_one_seed_has_no_interval_and_two_have_a_wide_one() -> None:
+    one, two = over_seeds(np.array([3.0])), over_seeds(np.array([1.0, 3.0]))
+    assert (one, one.has_error, one.half_width()) == (Estimate(3.0, math.inf, 1, ""), False, math.inf)
+    assert (two, two.has_error) == (Estimate(2.0, 1.0, 2, "seeds"), True)
+    assert two.half_width() == pytest.approx(12.706, abs=1e-3)
+
+
+def test_a_factor_is_the_error_s_too() -> None:
+    assert Estimate(3.0, 0.5, 4, "seeds").times(2.0) == Estimate(6.0, 1.0, 4, "seeds")
+
+
+def test_root_error() -> None:
+    assert root(Estimate(4.0, 0.4, 9, "draws")) == Estimate(2.0, 0.1, 9, "draws")
+    assert root(Estimate(0.0, 0.0, 9, "draws")) == Estimate(0.0, 0.0, 9, "draws")
+    assert root(Estimate(-1e-18, 0.1, 9, "draws")) == Estimate(
+        0.0, 0.0, 9, "draws"
+    )  # what rounding leaves of a variance of zero
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 200])
+def test_a_share_has_the_samples_deviation_inside_and_wilsons_interval_at_the_ends(n) -> None:
+    for right in range(n + 1):
+        found = share(right, n)
+        assert (found.value, found.n, found.over) == (right / n, n, "trials")
+        if 0 < right < n:
+            sample = [1.0] * right + [0.0] * (n - right)
+            assert found.error == pytest.approx(np.std(sample, ddof=1) / math.sqrt(n), rel=1e-12)
+        else:
+            one_sigma = math.erf(math.sqrt(0.5))
+            interval = stats.binomtest(right, n).proportion_ci(confidence_level=one_sigma, method="wilson")
+            assert found.error == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)
