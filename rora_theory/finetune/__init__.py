@@ -3,7 +3,7 @@
 from rora_theory.data.batches import Batch, Batches, Examples, choose_widths, iterate, split, tokenize
 from rora_theory.data.records import Record, read_records
 from rora_theory.finetune.config import FinetuneConfig
-from rora_theory.finetune.loop import NonFiniteLossError, Stepped, Trainer, Validated
+from rora_theory.finetune.loop import NonFiniteLossError, Paused, Stepped, Trainer, Validated
 
 __all__ = [
     "Batch",
@@ -11,6 +11,7 @@ __all__ = [
     "Examples",
     "FinetuneConfig",
     "NonFiniteLossError",
+    "Paused",
     "Record",
     "Stepped",
     "Trainer",

@@ -17,6 +17,7 @@ Method = Literal["lora", "dora", "prefix", "series", "parallel"]
 LossOn = Literal["all", "answer"]
 TrainTemplate = Literal["train", "clean"]
 BaseDtype = Literal["float32", "bfloat16"]
+Schedule = Literal["linear", "constant"]
 
 LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4, "prefix": 3e-2, "series": 3e-4, "parallel": 3e-4}
 """Peak learning rates of the published LLaMA-7B runs, by method. RoRA's is not recorded: LoRA's stands for it."""
@@ -96,7 +97,9 @@ class FinetuneConfig:
     learning_rate: float | None = None
     """peak learning rate; none is the protocol's: 3e-4, for dora 2e-4, for prefix 3e-2"""
     warmup: int = 100
-    """steps of linear warm-up from 0, before the linear decay to 0"""
+    """steps of linear warm-up from 0"""
+    schedule: Schedule = "linear"
+    """learning rate after the warm-up: linear, down to 0 at the last step (the protocol), or constant"""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay"""
     clip: float = 1.0
@@ -119,7 +122,12 @@ class FinetuneConfig:
 
     def check(self) -> None:
         """Raise `InputError` for a value out of range. What depends on the model is checked when there is one."""
-        for name, kind in (("method", Method), ("template", TrainTemplate), ("loss_on", LossOn)):
+        for name, kind in (
+            ("method", Method),
+            ("template", TrainTemplate),
+            ("loss_on", LossOn),
+            ("schedule", Schedule),
+        ):
             _check(name, getattr(self, name), get_args(kind), getattr(self, name) in get_args(kind))
         _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))
         _check("remat", self.remat, REMATS, self.remat in REMATS)

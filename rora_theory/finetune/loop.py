@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,14 @@ class Validated:
     best: bool
 
 
-Event = Stepped | Validated
+@dataclass(frozen=True)
+class Paused:
+    """``step`` steps are taken, the next is not begun: `Trainer.adapter` ``("last")`` is that of this step."""
+
+    step: int
+
+
+Event = Stepped | Validated | Paused
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -86,6 +93,7 @@ class Trainer:
       attention: see `rora_theory.llama.attention.choose_route`.
       layout: of a run on many devices, on which ``params`` lie already; None is one device.
       shared: compiled steps to take part in, of a run on one device; None compiles this run's own.
+      pauses: steps after which `run` yields `Paused`.
 
     Attributes:
       steps: number of steps of the whole run.
@@ -109,8 +117,10 @@ class Trainer:
         attention: str = "auto",
         layout: Layout | None = None,
         shared: steps.SharedSteps | None = None,
+        pauses: Collection[int] = (),
     ) -> None:
         config.check()
+        self._pauses = frozenset(pauses)
         self.steps = min(len(train), config.max_steps or len(train))
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation
@@ -197,6 +207,10 @@ class Trainer:
                     yield self._validated(number)
                 if self._checkpoints is not None:
                     self._checkpoints.save(self._state, self._progress)
+                clock = time.perf_counter()
+            if number in self._pauses:
+                yield from settle()
+                yield Paused(number)
                 clock = time.perf_counter()
         if self._checkpoints is not None:
             self._checkpoints.wait()

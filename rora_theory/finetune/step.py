@@ -53,15 +53,18 @@ class Metrics(NamedTuple):
 
 
 def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = None) -> optax.Schedule:
-    """Learning rate of update t = 0, 1, ...: ``peak * t / warmup`` up to the peak, then down to 0.
+    """Learning rate of update t = 0, 1, ...: ``peak * t / warmup`` up to the peak, then down to 0 or constant.
 
     The first update's rate is 0, as in the published runs. ``peak`` stands in for the configuration's where it is
     given, so that it can be an argument of a compiled step.
     """
     peak = config.peak_learning_rate if peak is None else peak
     rise = optax.linear_schedule(0.0, peak, config.warmup)
-    fall = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
-    return optax.join_schedules([rise, fall], [config.warmup]) if config.warmup else fall
+    if config.schedule == "constant":
+        rest = optax.constant_schedule(peak)  # type: ignore[arg-type]  # an array too
+    else:
+        rest = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
+    return optax.join_schedules([rise, rest], [config.warmup]) if config.warmup else rest
 
 
 def optimizer(config: FinetuneConfig, steps: int, peak: float | Array | None = None) -> optax.GradientTransformation:

@@ -1,0 +1,97 @@
+"""One fine-tuning run, read at several steps: after each, the loss of every held-out record.
+
+At a constant rate the first 16 steps of a run of 256 are a run of 16, so that one run answers for every horizon.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rora_theory.errors import InputError
+from rora_theory.finetune import FinetuneConfig, NonFiniteLossError, Paused, Stepped, Trainer
+from rora_theory.finetune.held_out import RecordLoss, record_losses
+from rora_theory.sweep.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The held-out records after ``step`` steps.
+
+    Attributes:
+      step: 0 is the model before training.
+      losses: summed over each record's tokens, nats; in the order of the records.
+      answer_losses: summed over each record's answer.
+    """
+
+    step: int
+    losses: list[float]
+    answer_losses: list[float]
+
+
+@dataclass(frozen=True)
+class ReadRun:
+    """A run and its readings.
+
+    Attributes:
+      train_losses: of every step taken, before its update, a token.
+      readings: in the order of steps; those after a divergence are missing.
+      diverged_at: the step whose loss, or whose held-out loss, was no number; None where there was none.
+    """
+
+    train_losses: list[float]
+    readings: list[Reading]
+    diverged_at: int | None = None
+
+
+def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -> ReadRun:
+    """Train to the last of ``steps`` and read the held-out records after each.
+
+    Args:
+      bench: with the model open.
+      training: the run; its adapter can be merged. The learning rate must not depend on where the run ends.
+      steps: ascending, 1 or more.
+
+    Raises:
+      InputError: steps that do not ascend, or a schedule that depends on the last.
+    """
+    if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
+        raise InputError(f"read_at is {' '.join(map(str, steps))!r}; accepted are ascending integers of 1 or more")
+    if training.schedule != "constant":
+        raise InputError(f"schedule is {training.schedule!r}; accepted for readings on the way is 'constant'")
+    training = replace(training, max_steps=steps[-1])
+    adapter, batches = bench.begin(training)
+    if len(batches) < steps[-1]:
+        raise InputError(f"read_at ends at {steps[-1]}; accepted are the {len(batches)} steps that the records give")
+    model = bench.model
+    trainer = Trainer(
+        model.params, model.config, adapter, training, batches, None, None, shared=bench.steps, pauses=steps
+    )
+    found = ReadRun([], [])
+    try:
+        for event in trainer.run():
+            if isinstance(event, Stepped):
+                found.train_losses.append(event.loss)
+            elif isinstance(event, Paused):
+                reading = read(bench, event.step, trainer.adapter("last").merge(model.params))
+                if not math.isfinite(math.fsum(reading.losses)):
+                    return replace(found, diverged_at=event.step)
+                found.readings.append(reading)
+    except NonFiniteLossError as error:
+        return replace(found, diverged_at=error.step)
+    finally:
+        trainer.close()
+    return found
+
+
+def read(bench: Workbench, step: int, params: object) -> Reading:
+    """The held-out records under some weights."""
+    losses: list[RecordLoss] = record_losses(params, bench.model.config, bench.held_out)
+    return Reading(step, [one.loss for one in losses], [one.answer_loss for one in losses])
+
+
+def token_counts(bench: Workbench) -> tuple[list[int], list[int]]:
+    """Tokens of every held-out record that a loss is summed over: all, and those of the answer."""
+    answers = np.asarray(bench.held_out.lengths) - np.asarray(bench.held_out.starts)
+    return bench.held_out.sizes.tolist(), answers.tolist()
