@@ -165,7 +165,7 @@ def work(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -> di
 
 def said(found: dict[str, Any], tokens: Sequence[int]) -> str:
     """The losses of a run's readings, in a line."""
-    losses = [f"{mean_per_token(one['losses'], tokens)[0]:.4f} at {one['step']}" for one in found["readings"]]
+    losses = [f"{mean_per_token(one['losses'], tokens).value:.4f} at {one['step']}" for one in found["readings"]]
     if found["diverged_at"] is not None:
         losses.append(f"diverged at {found['diverged_at']}")
     return ", ".join(losses)
