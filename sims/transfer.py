@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 import tyro
 
-from rora_theory import seals
+from rora_theory import frames, seals
 from rora_theory.advice.lora_config import ALL_LINEAR, PAPER_TARGETS, TaskType, peft_targets, read_adapter_config
 from rora_theory.advice.setting import FAMILY, REGIMES, SIGNAL, Setting, Trainer, step_ratio
 from rora_theory.advice.transfer import ALL, Advice, transfer
@@ -37,7 +37,7 @@ from sims.common import cli, tables
 from sims.common.cells import Cells
 from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder, read_rows
+from sims.common.run_folder import RunFolder
 from sims.common.scalings import parse_rule
 
 NAME = "transfer"
@@ -150,13 +150,16 @@ def measured(run: Path, *, optimizer: Trainer, init: Init, split: str) -> dict[s
     if problem is not None:
         raise InputError(f"{problem}; accepted is the run as sims.regime wrote it")
     wanted = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
+    rows = frames.read(path, CROSSING_COLUMNS)
+    rows = rows[(rows[list(wanted)] == list(wanted.values())).all(axis=1)]
     found = {}
-    for number, row in enumerate(read_rows(path, CROSSING_COLUMNS), start=2):
-        if all(row[name] == value for name, value in wanted.items()):
-            try:
-                found[row["module"]] = float(row["linear_term"])
-            except ValueError as error:
-                raise InputError(f"{path}: line {number} has linear_term {row['linear_term']!r}") from error
+    for index, module, term in rows[["module", "linear_term"]].itertuples():
+        try:
+            found[module] = float(term)
+        except ValueError:
+            found[module] = math.nan
+        if math.isnan(found[module]):
+            raise InputError(f"{path}: line {index + 2} has linear_term {term!r}; accepted is a number")
     if not found:
         said = ", ".join(f"{name} {value}" for name, value in wanted.items())
         raise InputError(f"{path}: has no row of {said}; accepted is a run that measured them")

@@ -1,9 +1,7 @@
 """Run folders: ``results/NAME/RUN_ID/`` with `manifest.json` and `results.csv`, whole after any kill."""
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
@@ -14,11 +12,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rora_theory import digests, files, seals
+from rora_theory import digests, files, frames, seals
 from rora_theory.errors import InputError
 from sims.common import disk, stopping
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PACKAGES = ("rora-theory", "jax", "jaxlib", "numpy", "scipy", "optax")
 
@@ -172,14 +173,13 @@ class RunFolder:
         known = self._manifest["files"].items()
         self.update(files={file: digest for file, digest in known if not file.startswith(f"{name}/")})
 
+    def write_frame(self, frame: "pd.DataFrame", name: str = "results.csv") -> Path:
+        """Write a table whole, floats with every digit, see `rora_theory.frames`."""
+        return self.write(name, frames.to_csv(frame))
+
     def write_rows(self, columns: Sequence[str], rows: Iterable[Mapping[Any, Any]], name: str = "results.csv") -> Path:
-        """Write a tidy CSV whole; floats keep every digit (``repr``), None is empty."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        for row in rows:
-            writer.writerow([_cell(row.get(column)) for column in columns])
-        return self.write(name, text.getvalue())
+        """`write_frame` of the frame that `frames.of` makes of some rows."""
+        return self.write_frame(frames.of(rows, columns), name)
 
     def _let_go(self) -> None:
         stopping.closed(self.stop)
@@ -254,35 +254,6 @@ def say_other_versions(path: Path, sessions: Sequence[Mapping[str, Any]], here: 
 def _flat(session: Mapping[str, Any]) -> dict[str, Any]:
     plain = {"python": session.get("python"), "git_revision": session.get("git_revision")}
     return dict(session.get("packages") or {}) | plain
-
-
-def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV that must have exactly ``columns``.
-
-    Raises:
-      InputError: unreadable, other columns, or a line with another number of fields; names the line.
-    """
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: byte {error.start} is not UTF-8; accepted is the file as the run wrote it"
-        ) from error
-    if text and not text.endswith("\n"):
-        raise InputError(f"{path}: line {text.count(chr(10)) + 1} is cut off; accepted is the file as the run wrote it")
-    lines = list(csv.reader(io.StringIO(text)))
-    if not lines or lines[0] != list(columns):
-        raise InputError(f"{path}: line 1 is not the header {','.join(columns)}")
-    for number, line in enumerate(lines[1:], start=2):
-        if len(line) != len(columns):
-            raise InputError(f"{path}: line {number} has {len(line)} fields; accepted are {len(columns)}")
-    return [dict(zip(columns, line, strict=True)) for line in lines[1:]]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return repr(float(value)) if isinstance(value, float) else str(value)
 
 
 def _earlier(path: Path, name: str, config: Any) -> dict[str, Any] | None:

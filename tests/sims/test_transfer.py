@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support import checkpoint
 
+from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer as carry
 from rora_theory.errors import InputError
@@ -131,6 +132,20 @@ def run(tmp_path) -> Path:
     folder.write_rows(regime.CROSSING_COLUMNS, rows, regime.CROSSINGS)
     folder.finish()
     return folder.path
+
+
+@pytest.mark.parametrize("term", ["", "many"])
+def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
+    """Of the rows that are asked for alone."""
+    path = run / regime.CROSSINGS
+    (run / "manifest.json").unlink()
+    table = frames.read(path).astype({"linear_term": object})
+    line = table.index[(table["optimizer"] == "adam") & (table["split"] == "heldout")][2]
+    table.loc[line, "linear_term"] = term
+    path.write_text(frames.to_csv(table))
+    with pytest.raises(InputError, match=rf"{regime.CROSSINGS}: line {line + 2} has linear_term"):
+        transfer.measured(run, optimizer="adamw", init=table["init"][line], split="heldout")
+    transfer.measured(run, optimizer="sgd", init="kaiming_uniform", split="heldout")
 
 
 @pytest.mark.parametrize(("optimizer", "split", "base"), [("adamw", "heldout", 1.0), ("sgd", "train", 60.0)])
