@@ -1,7 +1,7 @@
 """What a method costs: time of a training step and peak memory of all six, in one run.
 
     python benchmarks/methods.py --out methods.json                 SmolLM2-135M, float32, on this machine's cores
-    python benchmarks/methods.py --gpu True --sizes 128             LLaMA-7B shapes, random bfloat16 weights, on a GPU
+    python benchmarks/methods.py --gpu --sizes 128                  LLaMA-7B shapes, random bfloat16 weights, on a GPU
 
 Each method is a process of its own, compiled and warmed up before the first turn; then the methods of a size take
 turns, in an order that turns too, and each is compared with LoRA turn by turn (on a GPU one after the other: it does

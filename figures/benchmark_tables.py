@@ -90,7 +90,7 @@ def draw(config: Config) -> Sequence[Path]:
         rows = [row for row in rows if row["method"] == "base"] + style.at_best_rate(config.run, rows)
     ours = lines_of(rows, manifest.get("models", {}))
     if not any(line.average for line in ours):
-        style.fail(f"{config.run}/results.csv: has no cell with accuracy; accepted is a run without --accuracy False")
+        style.fail(f"{config.run}/results.csv: has no cell with accuracy; accepted is a run without --no-accuracy")
     designs = {run.get("design") for run in manifest["runs"]}
     several = len({line.rank for line in ours if line.rank}) > 1 and "table1" not in designs
     layout = config.layout or ("II" if several or "table2" in designs else "I")

@@ -172,7 +172,7 @@ def command(draw: Callable[[Config], Sequence[Path]], config: type[Config], desc
     """A figure's command line: options from its dataclass, which has the folder ``out``."""
 
     def run() -> None:
-        found = cli.parse(config, description=description or "", flags=True)
+        found = cli.parse(config, description=description or "")
         if (out := getattr(found, "out", None)) is not None:
             check_own(out)
         main(draw, found)

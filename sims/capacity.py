@@ -4,8 +4,8 @@
     python -m sims.capacity --model llama-7b --method dora --rank 128 --device h100 --examples 170420
 
 The first is a table of the paper's five models on a 48 GB A6000, the second one model on another card.
-The training step is traced without weights. ``--compile True`` adds the account of XLA's compiler for the machine at
-hand; ``--measure True`` runs two steps here, on random weights, and sets what they took beside the prediction.
+The training step is traced without weights. ``--compile`` adds the account of XLA's compiler for the machine at
+hand; ``--measure`` runs two steps here, on random weights, and sets what they took beside the prediction.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Fine-tune and score over methods x ranks x learning rates x seeds: one matrix that any number of processes share.
 
     python -m sims.rank_sweep --design fixed_alpha --data DATA/*/train.json --data-dir DATA --train-records 960
-    python -m sims.rank_sweep --design fig1 --list True
+    python -m sims.rank_sweep --design fig1 --list
 
 Every cell fine-tunes one adapter, merges it, and measures the loss on held-out training-distribution records (all
 tokens, and the answers alone) and the accuracy on the eight tasks. A cell that is done is not done again: the same
@@ -257,7 +257,7 @@ def read_tasks(config: Config) -> tuple[dict[str, list[TaskRecord]], dict[str, A
     if not config.accuracy:
         return {}, None
     tasks, digests = sources.read_tasks(
-        config.data_dir, config.tasks, config.limit, otherwise="a folder with TASK/test.json, or --accuracy False"
+        config.data_dir, config.tasks, config.limit, otherwise="a folder with TASK/test.json, or --no-accuracy"
     )
     return tasks, asdict(config.scoring()) | {"limit": config.limit, "data": digests}
 

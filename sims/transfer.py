@@ -457,4 +457,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, description=(__doc__ or "").strip(), flags=True)))
+    cli.run(lambda: main(cli.parse(Config, description=(__doc__ or "").strip())))

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import errno
+import importlib.metadata
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
@@ -18,9 +19,19 @@ import sims
 from rora_theory import files
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_positive
-from sims.common import stopping, tables
+from sims.common import options, stopping, tables
 
 Config = TypeVar("Config")
+
+SHARED: Any = (
+    (
+        "config",
+        Annotated[Path | None, tyro.conf.arg(help="a YAML file of options; the command line overrides it")],
+        None,
+    ),
+    ("version", Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="print versions and end")], False),
+)
+"""Options of every command beside its own."""
 
 LARGEST = 2**63 - 1
 """Largest absolute value of an integer on a command line: what arrays and random keys hold. Options have their own."""
@@ -32,22 +43,23 @@ _WIDE = 10**6
 """Columns in which no message of the option parser is folded."""
 
 
-def parse(config: type[Config], argv: Sequence[str] | None = None, *, description: str, flags: bool = False) -> Config:
+def parse(config: type[Config], argv: Sequence[str] | None = None, *, description: str) -> Config:
     """Parse ``argv`` into the dataclass ``config``.
 
-    Lists are separated by spaces (``--ranks 8 16 32``), names use hyphens, and ``--help`` is drawn from the
-    attribute docstrings.
+    Lists are separated by spaces (``--ranks 8 16 32``), names use hyphens, booleans are flags (``--merge``,
+    ``--no-merge``), and ``--help`` is drawn from the attribute docstrings. Every command takes ``--config FILE.yaml``,
+    whose entries are options by their names and which the command line overrides, and ``--version``.
 
     Args:
       config: what the command line fills.
       argv: None is the process's own.
       description: of the command.
-      flags: whether booleans are flags (``--tuned``, ``--no-tuned``) or take a value (``--merge True``).
 
     Raises:
-      InputError: an unknown option, a value that is missing or can't be read, a word that is not UTF-8, an integer
-        that no array or key holds, or an ``out`` that can't be written to.
-      SystemExit: after ``--help``, with status 0.
+      InputError: an unknown or renamed option, a value that is missing or can't be read, a word that is not UTF-8, an
+        integer that no array or key holds, or an ``out`` that can't be written to; names the file and the key where
+        that stands in a file.
+      SystemExit: after ``--help`` and ``--version``, with status 0.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     for word in words:
@@ -55,36 +67,57 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
             word.encode()
         except UnicodeEncodeError:
             raise InputError(f"{word!a} on the command line is not UTF-8; accepted are names in UTF-8") from None
+    if "--version" in words:
+        print(", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("rora-theory", "jax")))
+        raise SystemExit(0)
+    if {"-h", "--help"} & set(words):
+        return _parse(config, words, description)
+    known = options.of(config)
+    options.check(words, known)
+    words, file = options.expand(words, known)
+    try:
+        found = _parse(config, words, description)
+        for option, value in _integers(found):
+            if abs(value) > LARGEST:
+                raise InputError(f"--{option} is {value}; accepted is an integer of at most {LARGEST:,}")
+        if isinstance(out := getattr(found, "out", None), Path):
+            files.check_folder(out)
+    except InputError as error:
+        raise InputError(file.place(str(error))) from None
+    return found
+
+
+def _parse(config: Any, words: Sequence[str], description: str) -> Any:
+    """What the option parser makes of the words; its box of an error becomes one line."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    settings = (tyro.conf.OmitArgPrefixes, *(() if flags else (tyro.conf.FlagConversionOff,)))
     said = io.StringIO()
     shown = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8")
     asked = {"-h", "--help"} & set(words)
+    # The command's options and these two are one dataclass, so that they stand in one list.
+    whole = dataclasses.make_dataclass(config.__name__, SHARED, bases=(config,), frozen=True, kw_only=True)
     try:
         with (
             _columns(Console().width if asked else _WIDE),
             contextlib.redirect_stderr(said),
             contextlib.redirect_stdout(shown),
         ):
-            found = tyro.cli(
-                config,
+            found: Any = tyro.cli(
+                whole,
                 prog=f"python -m {spec.name}" if spec else None,
                 args=words,
                 description=description,
-                config=settings,
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
         if not stop.code:
             shown.seek(0)
             tables.print_text(shown.read().rstrip())  # the option parser folds its boxes alone
             raise
-        raise InputError(_line(said.getvalue())) from None
-    for option, value in _integers(found):
-        if abs(value) > LARGEST:
-            raise InputError(f"--{option} is {value}; accepted is an integer of at most {LARGEST:,}")
-    if isinstance(out := getattr(found, "out", None), Path):
-        files.check_folder(out)
-    return found
+        cause = stop.__context__  # a `__post_init__` says itself what it refuses
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__context__
+        raise cause or InputError(_line(said.getvalue())) from None
+    return config(**{field.name: getattr(found, field.name) for field in dataclasses.fields(config)})
 
 
 def check_integers(config: object, **least: int) -> None:

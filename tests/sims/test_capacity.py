@@ -38,8 +38,8 @@ def test_the_papers_models_on_an_a6000(capsys):
 
 
 def test_one_model_by_part(folder, capsys):
-    arguments = "--rank 4 --batch 4 --seq 32 --method dora --dtype float32 --device h100 --steps 3600 --compile True"
-    capacity.main(["--model", str(folder), *arguments.split(), "--measure", "True"])
+    arguments = "--rank 4 --batch 4 --seq 32 --method dora --dtype float32 --device h100 --steps 3600 --compile"
+    capacity.main(["--model", str(folder), *arguments.split(), "--measure"])
     out = capsys.readouterr().out
     for part in ("base", "adapter", "optimizer", "gradients", "activations", "working", "total", "logits"):
         assert re.search(rf"{part}\W.*\d\.\d\d\b", out), part
@@ -69,7 +69,7 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--seq 4096 --model llama-7b", "sequence length is 4096; accepted is at most 2048"),
         ("--rank 0", "rank is 0; accepted"),
         ("--accumulation 3", "accumulation is 3; accepted is a divisor of batch"),
-        ("--measure True", "--compile and --measure take one model"),
+        ("--measure", "--compile and --measure take one model"),
         ("--model EMPTY", "empty'; accepted are llama-7b, "),
     ],
 )

@@ -1,10 +1,11 @@
 """How commands begin and end: one line for what the option parser refuses, none for a closed pipe, one for Ctrl-C."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ from sims.common import cli
 class Inner:
     """Options of a part."""
 
+    batch_size: int = 16
+    """records a step"""
     steps: int = 1
     """updates"""
     ranks_of: dict[str, int] = field(default_factory=dict)
@@ -36,9 +39,33 @@ class Config:
     """most items"""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """whose step"""
+    merge: bool = False
+    """whether to merge"""
+    remat: bool | Literal["mlp"] = False
+    """what to make again"""
     inner: Inner = field(default_factory=Inner)
     out: Path | None = None
     """run folder"""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A range."""
+
+    rank: int = 1
+    """of the adapter"""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"--rank is {self.rank} [x]; accepted is 1 or more")
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Ranges of a part."""
+
+    part: Checked = field(default_factory=Checked)
+    """a part"""
 
 
 def refusal(*words: str) -> str:
@@ -65,6 +92,11 @@ def test_what_is_right_is_parsed() -> None:
         (["--ranks", "8", "9" * 19], ["--ranks is 999", "accepted is an integer of at most"]),
         (["--steps", "9" * 19], ["--steps is 999", "accepted is an integer of at most"]),
         (["--ranks-of", "q", "9" * 19], ["--ranks-of is 999", "accepted is an integer of at most"]),
+        (["--batch", "8"], ["--batch was renamed; accepted is --batch-size"]),
+        (["--max-steps=8"], ["--max-steps was renamed; accepted is --steps"]),
+        (["--merge", "True"], ["--merge is a flag and takes no 'True'; accepted are --merge and --no-merge"]),
+        (["--merge=false"], ["--merge is a flag and takes no 'false'"]),
+        (["--config"], ["--config", "accepted is 1 value"]),
         (["--data", os.fsdecode(b"caf\xe9.json")], [r"'caf\udce9.json'", "accepted are names in UTF-8"]),
         (["--out", "/dev/null/run"], ["/dev/null/run", "/dev/null is a file", "accepted is a folder"]),
         (["--out", "/dev/null"], ["/dev/null: is a file", "accepted is a folder"]),
@@ -75,6 +107,78 @@ def test_what_is_right_is_parsed() -> None:
 def test_what_is_wrong_is_named_with_what_is_accepted(words: list[str], parts: list[str]) -> None:
     said = refusal(*words)
     assert [part for part in parts if part not in said] == [], said
+
+
+def parsed(tmp_path: Path, text: str, *words: str) -> Config:
+    (tmp_path / "run.yaml").write_text(text)
+    return cli.parse(Config, ["--config", str(tmp_path / "run.yaml"), *words], description="")
+
+
+def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path: Path) -> None:
+    text = """
+    data: [a b.json, c]
+    ranks: [8, 16]
+    limit: null
+    merge: true
+    remat: mlp
+    batch-size: 4
+    ranks_of: {q: 2, k: 3}
+    steps: 7
+    """
+    whole = Config(("a b.json", "c"), (8, 16), merge=True, remat="mlp", inner=Inner(4, 7, {"q": 2, "k": 3}))
+    assert parsed(tmp_path, text) == whole
+    overridden = parsed(tmp_path, text, "--steps=9", "--no-merge", "--batch_size", "5", "--ranks", "1")
+    assert overridden == replace(whole, ranks=(1,), merge=False, inner=replace(whole.inner, steps=9, batch_size=5))
+    assert parsed(tmp_path, "limit: 3\n", "--data", "a").limit == 3
+    assert parsed(tmp_path, "remat: true\n", "--data", "a").remat is True
+    assert parsed(tmp_path, "merge: false\n", "--data", "a", "--merge").merge
+    assert parsed(tmp_path, "limit: x\n", "--data", "a", "--limit", "3").limit == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epochs: 3", "key epochs: is no option; accepted are data, ranks, limit, optimizer, merge, remat, batch-size"),
+        ("batch: 3", "key batch: was renamed; accepted is batch-size"),
+        ("limit: x", "key limit: --limit: "),
+        ("ranks: [8, 1.5]", "key ranks: --ranks: "),
+        ("ranks: 8 16", "key ranks: --ranks: "),
+        ("optimizer: sgdd", "key optimizer: "),
+        ("merge: maybe", "key merge: is 'maybe'; accepted are true and false"),
+        ("limit: true", "key limit: --limit: "),
+        ("steps: [1, 2]", "key steps: is [1, 2]; accepted is one value"),
+        (f"steps: {2**63}", f"key steps: --steps is {2**63}; accepted is an integer of at most"),
+        ("[1, 2]", "holds [1, 2]; accepted is a YAML file of options"),
+        ("", "holds None; accepted is a YAML file of options"),
+        ("data: [", "is not YAML (while parsing"),
+        ("data: !!python/name:os.system", "is not YAML (could not determine a constructor"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_file_and_key(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parsed(tmp_path, text, "--data", "a")
+    assert str(caught.value).startswith(f"{tmp_path / 'run.yaml'}: {said}")
+    assert "accepted" in str(caught.value)
+
+
+def test_what_is_wrong_on_the_command_line_beside_a_file_is_not_the_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--limit: "):
+        parsed(tmp_path, "steps: 3\nlimit: 4\n", "--data", "a", "--limit", "x")
+    with pytest.raises(InputError, match=r"none\.yaml: no such file; accepted is a YAML file of options"):
+        cli.parse(Config, ["--config", str(tmp_path / "none.yaml")], description="")
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse(Config, ["--version"], description="")
+    assert re.fullmatch(r"rora-theory \d[\w.]*, jax \d[\w.]*\n", capsys.readouterr().out)
+
+
+def test_ranges_are_checked_where_the_configuration_is_made() -> None:
+    """What `__post_init__` refuses is said as it is, of the command's own configuration and of a part."""
+    for config in (Checked, Checks):
+        with pytest.raises(InputError, match=r"^--rank is -1 \[x\]; accepted is 1 or more$"):
+            cli.parse(config, ["--rank", "-1"], description="")
 
 
 def test_a_missing_option_is_named() -> None:

@@ -175,7 +175,7 @@ def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data:
     for name, more in {
         "none": (),
         "merged": ("--adapter", str(tmp_path / "adapter")),
-        "beside": ("--adapter", str(tmp_path / "adapter"), "--merge", "False"),
+        "beside": ("--adapter", str(tmp_path / "adapter"), "--no-merge"),
     }.items():
         arguments = _arguments(model, data, tmp_path / name, "--protocol", "label", "--limit", "2", *more)
         evaluate.main(arguments)

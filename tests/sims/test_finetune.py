@@ -90,7 +90,7 @@ def losses(run: Path) -> list[tuple]:
 def whole(model, data, tmp_path_factory) -> Path:
     """The folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    process = start(arguments(model, data, out, "--merge", "True"))
+    process = start(arguments(model, data, out, "--merge"))
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert stderr == ""

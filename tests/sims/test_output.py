@@ -211,7 +211,7 @@ def options(config: type) -> list[str]:
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
 def test_help(module, printed) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.parse(module.Config, ["--help"], description=module.__doc__, flags=module.__name__.startswith("figures"))
+        cli.parse(module.Config, ["--help"], description=module.__doc__)
     assert not caught.value.code
     lines = printed()
     text = " ".join(lines)

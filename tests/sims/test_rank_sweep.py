@@ -66,7 +66,7 @@ def swept(model, data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sweep") / "matrix"
     methods = ["base", "prefix", "series", "lora", "dora", "rora", "quarter"]
     rank_sweep.main(
-        command(model, data, out, "--methods", *methods, "--ranks", "2", "4", "--seeds", "0", "--save-adapters", "True")
+        command(model, data, out, "--methods", *methods, "--ranks", "2", "4", "--seeds", "0", "--save-adapters")
     )
     return out
 
@@ -170,7 +170,7 @@ def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
 def test_the_same_command_does_nothing_and_a_larger_one_the_rest(swept, model, data, capsys) -> None:
     before = {path: path.stat().st_mtime_ns for path in swept.glob("cells/*/result.json")}
     more = ["--methods", "base", "lora", "--ranks", "2", "4", "--seeds", "0", "1"]
-    rank_sweep.main(command(model, data, swept, *more, "--save-adapters", "True"))
+    rank_sweep.main(command(model, data, swept, *more, "--save-adapters"))
     shown = capsys.readouterr().out
     assert "5 of 5 cells done" in shown
     assert shown.count(", answers") == 2, "the second seed's"
@@ -181,8 +181,8 @@ def test_the_same_command_does_nothing_and_a_larger_one_the_rest(swept, model, d
 
 def test_a_scored_cell_is_not_trained_again_without_accuracy(swept, model, data, capsys) -> None:
     before = sorted(swept.glob("cells/*"))
-    more = ["--methods", "base", "lora", "--ranks", "2", "--seeds", "0", "--save-adapters", "True"]
-    rank_sweep.main([*command(model, data, swept, *more), "--accuracy", "False"])
+    more = ["--methods", "base", "lora", "--ranks", "2", "--seeds", "0", "--save-adapters"]
+    rank_sweep.main([*command(model, data, swept, *more), "--no-accuracy"])
     assert "2 of 2 cells done" in capsys.readouterr().out
     assert sorted(swept.glob("cells/*")) == before
 

@@ -112,9 +112,7 @@ def test_each_optimizer_has_its_rate():
 
 
 def test_diverged_runs_are_reported(tmp_path, capsys):
-    sim.main(
-        [*SMALL, "--optimizers", "sgd", "--freeze-control", "False", "--sgd-rate", "3", "--out", str(tmp_path / "run")]
-    )
+    sim.main([*SMALL, "--optimizers", "sgd", "--no-freeze-control", "--sgd-rate", "3", "--out", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert "diverged by the last step" in shown
     rows = rows_of(tmp_path / "run" / "results.csv")

@@ -293,7 +293,7 @@ def test_bad_input(capsys, changed, said) -> None:
 
 
 def config_of(arguments: str) -> transfer.Config:
-    return cli.parse(transfer.Config, arguments.split(), description="", flags=True)
+    return cli.parse(transfer.Config, arguments.split(), description="")
 
 
 def test_from_a_saved_adapter_as_json(tmp_path, capsys) -> None:

@@ -1,0 +1,143 @@
+"""A command's options by name: those of a YAML file as words of a command line, and spellings of earlier versions."""
+
+import dataclasses
+import itertools
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import tyro
+import yaml
+
+from rora_theory import files
+from rora_theory.errors import InputError, shown
+
+FILE = "--config"
+
+RENAMED: dict[str, tuple[str, ...]] = {
+    "batch": ("batch-size",),
+    "heldout-items": ("held-out",),
+    "items": ("batch-size",),
+    "learning-rate": ("lr", "lrs"),
+    "max-steps": ("steps",),
+    "rate": ("lr",),
+    "rates": ("lrs",),
+    "validation": ("held-out",),
+}
+"""Spellings of earlier versions, each with what it became: the first of them that a command has, where the old spelling
+is no option of that command any more."""
+
+
+def of(config: type) -> dict[str, Any]:
+    """Every option of a dataclass and of the dataclasses in it, with its type; positional arguments are none."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        hint, name = hints[field.name], field.name
+        if dataclasses.is_dataclass(hint):
+            found |= of(typing.cast(type, hint))
+            continue
+        if get_origin(hint) is typing.Annotated:
+            hint, *settings = get_args(hint)
+            if tyro.conf.Positional in settings:
+                continue
+            name = next((one.name for one in settings if getattr(one, "name", None)), name)
+        found[name.replace("_", "-")] = hint
+    return found
+
+
+def check(words: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Refuse spellings of earlier versions: options that were renamed, and flags with a value.
+
+    Raises:
+      InputError: names what is accepted now.
+    """
+    for word, following in itertools.pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            continue
+        option = name[2:].replace("_", "-")
+        new = [one for one in RENAMED.get(option, ()) if one in known]
+        if new and option not in known:
+            raise InputError(f"{name} was renamed; accepted is --{new[0]}")
+        value = value if equals else following
+        if known.get(option) is bool and (equals or value.lower() in ("true", "false")):
+            raise InputError(f"{name} is a flag and takes no {value!r}; accepted are --{option} and --no-{option}")
+
+
+class Read(typing.NamedTuple):
+    """The words that a file's options are, and where they stand."""
+
+    path: Path
+    words: dict[str, list[str]]
+
+    def place(self, message: str) -> str:
+        """An error's message, with the file and the key before it where it is about an option from here."""
+        for key in self.words:
+            if re.search(rf"(?<![\w-])(--)?{key}(?![\w-])", message):
+                return f"{self.path}: key {key}: {message}"
+        return message
+
+
+def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], Read]:
+    """A command line with ``--config FILE`` replaced by the options in it that the words don't give themselves.
+
+    Raises:
+      InputError: a file that is no mapping of options in YAML, or a key that is none; names the file and the key.
+    """
+    read = Read(Path(), {})
+    rest, given = list(words), {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in words}
+    for place, word in enumerate(words):
+        name, equals, path = word.partition("=")
+        if name == FILE and (equals or place + 1 < len(words)):
+            rest[place : place + (1 if equals else 2)] = []
+            read = _read(Path(path if equals else words[place + 1]), known)
+            break
+    for key in list(read.words):
+        if key in given or f"no-{key}" in given:
+            del read.words[key]
+    return rest + [word for part in read.words.values() for word in part], read
+
+
+def _read(path: Path, known: Mapping[str, Any]) -> Read:
+    accepted = "a YAML file of options by their names"
+    try:
+        entries = yaml.safe_load(files.read_text(path, accepted=accepted))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())}); accepted is {accepted}") from None
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: holds {shown(entries)}; accepted is {accepted}")
+    read = Read(path, {})
+    for key, value in entries.items():
+        option = str(key).replace("_", "-")
+        if option not in known:
+            new = [one for one in RENAMED.get(option, ()) if one in known]
+            what = f"was renamed; accepted is {new[0]}" if new else f"is no option; accepted are {', '.join(known)}"
+            raise InputError(f"{path}: key {key}: {what}")
+        read.words[option] = list(_words(path, option, value, known[option]))
+    return read
+
+
+def _words(path: Path, option: str, value: Any, hint: Any) -> Iterator[str]:
+    """One entry as the words that give it on a command line."""
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise InputError(f"{path}: key {option}: is {shown(value)}; accepted are true and false")
+        yield f"--{option}" if value else f"--no-{option}"
+        return
+    if isinstance(value, dict):
+        value = [part for pair in value.items() for part in pair]
+    if isinstance(value, list):
+        if not _takes_several(hint):
+            raise InputError(f"{path}: key {option}: is {shown(value)}; accepted is one value")
+        yield from (f"--{option}", *map(str, value))
+    else:
+        yield f"--{option}={value}"
+
+
+def _takes_several(hint: Any) -> bool:
+    return get_origin(hint) in (tuple, dict) or any(map(_takes_several, get_args(hint)))
