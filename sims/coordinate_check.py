@@ -29,6 +29,7 @@ from rora_theory.measure import rank_check
 from rora_theory.measure.coordinates import MODEL, Checker
 from rora_theory.measure.rank_check import CheckConfig
 from rora_theory.measure.unseen import apart_from
+from rora_theory.rules import alpha_at, check_list, check_ranks
 from rora_theory.stats import slopes
 from rora_theory.toy import dynamics
 from sims.common import cli, devices, scalings, tables
@@ -184,12 +185,12 @@ def check(config: Config) -> CheckConfig:
     Raises:
       InputError: a setting out of range, before anything is read.
     """
-    scalings.check_ranks(config.ranks)
+    check_ranks(config.ranks)
     rules = scalings.parse_rules(config.rules)
     for rule in rules.values():
-        scalings.alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
+        alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
     for name in ("optimizers", "inits"):
-        scalings.check_list(name, getattr(config, name))
+        check_list("--" + name, getattr(config, name))
     cli.check_integers(config, seeds=2, batch=1, held_out=1, cutoff=2)
     names = [field.name for field in fields(CheckConfig) if field.name != "rules"]
     return CheckConfig(rules=rules, **{name: getattr(config, name) for name in names})

@@ -20,11 +20,12 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import LossOn, TrainTemplate
+from rora_theory.rules import check_list
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import readings
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
-from sims.common import cli, devices, scalings, tables
+from sims.common import cli, devices, tables
 from sims.common.cells import Cells
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> None:
     """Do every run that the folder lacks."""
     for name in ("ranks", "strengths", "lrs", "seeds", "read_at"):
-        scalings.check_list(name, getattr(config, name))
+        check_list("--" + name, getattr(config, name))
     runs = list(config.runs())
     for one in runs:
         config.training(*one).check()

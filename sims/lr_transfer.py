@@ -23,6 +23,7 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
+from rora_theory.rules import alpha_at, check_list, check_ranks
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats.estimate import Estimate
@@ -161,10 +162,10 @@ def check(config: Config) -> None:
     Raises:
       InputError: see the options' ranges.
     """
-    scalings.check_ranks(config.ranks)
+    check_ranks(config.ranks)
     for rule in scalings.parse_rules(config.rules).values():
-        scalings.alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
-    scalings.check_list("optimizers", config.optimizers)
+        alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
+    check_list("--optimizers", config.optimizers)
     for name, values, accepted in (
         ("optimizers", config.optimizers, dynamics.OPTIMIZERS),
         ("init", (config.init,), INITS),
@@ -174,7 +175,7 @@ def check(config: Config) -> None:
                 raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
     for name in ("adam_rates", "sgd_rates"):
         option = name.replace("_", "-")
-        scalings.check_list(option, getattr(config, name), fewest=3)
+        check_list(f"--{option}", getattr(config, name), fewest=3)
         for value in getattr(config, name):
             check_positive(f"--{option}", value)
     cli.check_integers(config, seeds=2, steps=1)
@@ -238,7 +239,7 @@ def train(config: Config) -> tuple[RunFolder, list[dict[str, Any]]]:
 def cell_rows(config: Config, cell: Cell) -> list[dict[str, Any]]:
     """Losses of a cell, a row a seed and rate; not finite where the run diverged."""
     rule = scalings.parse_rules(config.rules)[cell.rule]
-    alpha = scalings.alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
+    alpha = alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
     scaling = scaling_factor(rule, alpha=alpha, rank=cell.rank)
     adapters, problems = ensemble.draw(
         problem(config), rank=cell.rank, seeds=config.seeds, seed=config.seed, init=config.init

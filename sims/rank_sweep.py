@@ -28,6 +28,7 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig, Trainer
 from rora_theory.finetune.config import BaseDtype, LossOn, TrainTemplate
+from rora_theory.rules import check_list, check_ranks
 from rora_theory.scaling import check_integer, check_positive
 from rora_theory.seeds import check_seed
 from rora_theory.sweep import differences, results
@@ -36,7 +37,7 @@ from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import RecordSplit, Shares, draw_records
 from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Measured, Workbench
-from sims.common import cli, matrix, scalings, tables
+from sims.common import cli, matrix, tables
 from sims.common.progress import progress_bar
 from sims.finetune import METRICS, Metrics
 
@@ -236,9 +237,9 @@ def outcomes(folder: matrix.Matrix) -> Iterator[Outcome]:
 
 def check(config: Config, design: Design) -> None:
     """Raise `InputError` for a value out of range."""
-    scalings.check_ranks(design.ranks, fewest=1)
+    check_ranks(design.ranks, fewest=1)
     if design.rates is not None:
-        scalings.check_list("rates", design.rates)
+        check_list("--rates", design.rates)
         for rate in design.rates:
             check_positive("--rates", rate)
     least = {"train_records": 1, "held_out": 2, "steps": 1, "limit": 1, "batch_size": 1, "attempts": 1}

@@ -30,6 +30,7 @@ from rora_theory.inits import Init
 from rora_theory.measure import regimes, terms, unseen
 from rora_theory.measure.layer_data import SPLITS
 from rora_theory.measure.module_regime import RegimeConfig, agreement, flat_kappa, judge
+from rora_theory.rules import check_ranks
 from rora_theory.scaling import check_integer, check_positive
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
 from sims.common import cli, tables
@@ -38,7 +39,7 @@ from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
 from sims.common.devices import describe, pick
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
-from sims.common.scalings import check_ranks, parse_rule
+from sims.common.scalings import parse_rule
 
 NAME = "regime"
 TAKEOVER, TOKENS, JUDGE, VERDICT = "takeover.csv", "tokens.csv", "judge.csv", "verdict.json"

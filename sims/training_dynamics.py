@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
+from rora_theory.rules import alpha_at, check_list, check_ranks
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.toy import dynamics, ensemble
@@ -172,15 +173,15 @@ def check(config: Config) -> None:
     Raises:
       InputError: see the options' ranges.
     """
-    scalings.check_ranks(config.ranks)
+    check_ranks(config.ranks)
     for rule in scalings.parse_rules(config.rules).values():
-        scalings.alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
+        alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
     for name, accepted in (
         ("optimizers", dynamics.OPTIMIZERS),
         ("models", dynamics.MODELS),
         ("starts", dynamics.STARTS),
     ):
-        scalings.check_list(name, getattr(config, name))
+        check_list("--" + name, getattr(config, name))
         for value in getattr(config, name):
             if value not in accepted:
                 raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
@@ -225,7 +226,7 @@ def rate(config: Config, optimizer: dynamics.Optimizer) -> float:
 def train(config: Config, cell: Cell) -> list[dict[str, Any]]:
     """The rows of a cell: one a seed and recorded step."""
     rule = scalings.parse_rules(config.rules)[cell.rule]
-    alpha = scalings.alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
+    alpha = alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
     scaling = scaling_factor(rule, alpha=alpha, rank=cell.rank)
     learning_rate = rate(config, cell.optimizer)
     adapters, problems = ensemble.draw(

@@ -1,0 +1,69 @@
+"""Lists of ranks and of scaling rules, which meet at one rank so that their runs differ in the exponent alone."""
+
+from collections.abc import Sequence
+
+from rora_theory.errors import InputError
+from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_positive, check_rank, exponent
+
+
+def name_of(rule: Rule) -> str:
+    """What results call a rule: its name, or its exponent.
+
+    Example:
+      >>> name_of("rora"), name_of(0.25)
+      ('rora', '0.25')
+    """
+    return rule if isinstance(rule, str) else f"{rule:g}"
+
+
+def check_rule(option: str, rule: Rule) -> None:
+    """Raise `InputError` unless ``rule`` is the name of one or a finite exponent."""
+    try:
+        exponent(rule)
+    except InputError:
+        raise InputError(
+            f"{option} has {rule!r}; accepted are {', '.join(KAPPAS)} or a finite exponent such as 0.25"
+        ) from None
+
+
+def check_rules(rules: Sequence[Rule], option: str = "--rules") -> None:
+    """Raise `InputError` unless there is a rule, and none comes twice under whatever name."""
+    if not rules:
+        raise InputError(f"{option} is empty; accepted is at least one rule")
+    for rule in rules:
+        check_rule(option, rule)
+    if len({exponent(rule) for rule in rules}) != len(rules):
+        words = " ".join(map(name_of, rules))
+        raise InputError(f"{option} has one rule twice ({words}); accepted are different rules")
+
+
+def alpha_at(rule: Rule, *, gamma: float, reference_rank: int) -> float:
+    """The alpha with which ``rule`` gives the scaling ``gamma`` at ``reference_rank``.
+
+    Raises:
+      InputError: a gamma or rank out of range.
+    """
+    check_positive("--gamma", gamma)
+    try:
+        check_rank(reference_rank)
+    except InputError as error:
+        raise InputError(f"--reference-rank: {error}") from None
+    return alpha_for(rule, scaling=gamma, rank=reference_rank)
+
+
+def check_list(option: str, values: Sequence[object], *, fewest: int = 1) -> None:
+    """Raise `InputError` unless there are at least ``fewest`` values and none comes twice."""
+    if len(values) < fewest:
+        raise InputError(f"{option} has {len(values)} values; accepted are {fewest} or more")
+    if len(set(values)) != len(values):
+        raise InputError(f"{option} repeats a value ({' '.join(map(str, values))}); accepted are different ones")
+
+
+def check_ranks(ranks: Sequence[int], *, fewest: int = 2) -> None:
+    """Raise `InputError` unless ``ranks`` has at least ``fewest`` different integers of 1 or more."""
+    check_list("--ranks", ranks, fewest=fewest)
+    for rank in ranks:
+        try:
+            check_rank(rank)
+        except InputError as error:
+            raise InputError(f"--ranks: {error}") from None
