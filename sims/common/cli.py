@@ -120,6 +120,10 @@ def _parse(config: Any, words: Sequence[str], description: str) -> Any:
     return config(**{field.name: getattr(found, field.name) for field in dataclasses.fields(config)})
 
 
+class FailedError(Exception):
+    """Work that did not come to its end though the input was good: one line, exit status 1."""
+
+
 def check_integers(config: object, **least: int) -> None:
     """Raise `InputError` unless each named option is None or an integer of ``least`` or more."""
     for name, smallest in least.items():
@@ -184,9 +188,9 @@ def _integers(config: Any) -> Iterator[tuple[str, int]]:
 def run(main: Callable[[], None]) -> None:
     """Run ``main``; what it can't do becomes one line on stderr and an exit status.
 
-    Bad input and files that can't be used or written: 2; no memory: 2; Ctrl-C: 130; SIGTERM: 143. A run that is open by
-    then is marked as failed or interrupted. Where nobody reads the output any more (``| head``), it ends without a
-    word, with the 141 of a process that the closed pipe ends.
+    Bad input and files that can't be used or written: 2; no memory: 2; `FailedError`: 1; Ctrl-C: 130; SIGTERM: 143. A
+    run that is open by then is marked as failed or interrupted. Where nobody reads the output any more (``| head``), it
+    ends without a word, with the 141 of a process that the closed pipe ends.
     """
     if signal.getsignal(signal.SIGINT) is sims.stop:  # the command is imported: from here a run puts itself away
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -202,6 +206,9 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         stopping.end_all("failed", str(error), but=before)
         fail(str(error))
+    except FailedError as error:
+        stopping.end_all("failed", str(error), but=before)
+        fail(str(error), status=1)
     except BrokenPipeError:
         stopping.end_all("interrupted", but=before)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at the exit
@@ -232,10 +239,10 @@ def tell(remarks: Sequence[str]) -> None:
         print(f"note: {remark}", file=sys.stderr)
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line ``error: ...`` on stderr and exit with status 2."""
+def fail(message: str, *, status: int = 2) -> NoReturn:
+    """Print one line ``error: ...`` on stderr and exit."""
     print("error: " + " ".join(map(_word, message.split())), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _word(word: str) -> str:

@@ -67,6 +67,7 @@ class RunFolder:
         out: Path | None = None,
         seed: int | None = None,
         extra: Mapping[str, Any] | None = None,
+        grows: Mapping[str, Any] | None = None,
     ) -> "RunFolder":
         """Open or make the folder of a run, own it, and write its manifest with status ``running``.
 
@@ -79,6 +80,7 @@ class RunFolder:
           out: the folder; None is ``results/NAME/RUN_ID`` with RUN_ID the configuration's hash.
           seed: written to the manifest.
           extra: further entries of the manifest (units, device, protocol).
+          grows: further entries of the configuration that a later part of the run may add: None is not compared.
 
         Raises:
           InputError: the folder can't be written, is another process's, holds another run, holds files but no
@@ -90,26 +92,28 @@ class RunFolder:
         make_folder(path)
         if stale := cls._own.get(path.resolve()):  # this process's own, left by an error
             stale._let_go()
-        _earlier(path, name, plain)  # before anything is written into a folder that may not be this run's
+        later = as_json(dict(grows or {}))
+        _earlier(path, name, plain, later)  # before anything is written into a folder that may not be this run's
         lock = disk.take(path)
         try:
-            manifest = _earlier(path, name, plain)
+            manifest = _earlier(path, name, plain, later)
             resumed = manifest is not None
             for part in path.glob(f".*{files.PART}"):  # what killed processes left, this one alone being at work
                 part.unlink(missing_ok=True)
             here = circumstances()
             if manifest is None:
-                manifest = {"experiment": name, "run_id": identity, "config": plain, "seed": seed}
+                manifest = {"experiment": name, "run_id": identity, "config": later | plain, "seed": seed}
                 manifest |= {"start": disk.now(), "sessions": []}
             else:
                 say_other_versions(path, manifest["sessions"], here)
                 manifest.pop("error", None)
                 for session in manifest["sessions"]:
                     session["status"] = session["status"].replace("running", "killed")
+            manifest["config"] |= {key: value for key, value in later.items() if value is not None}
             manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | here
             manifest |= as_json(dict(extra or {}))
             manifest.setdefault("files", {})
-            session = {"start": disk.now(), "end": None, "status": "running"}
+            session = {"start": disk.now(), "end": None, "status": "running", "command": sys.argv[1:]}
             manifest["sessions"].append(session | {"process": os.getpid(), "host": platform.node()} | here)
             folder = cls(path, identity, manifest, lock, resumed=resumed)
             folder._write_manifest()
@@ -151,6 +155,10 @@ class RunFolder:
         self._written[name] = digest
         return self.path / name
 
+    def wrote(self, written: Mapping[str, str]) -> None:
+        """Have the manifest, when the run ends, hold the digests of files that were written otherwise."""
+        self._written |= written
+
     def record(self, name: str) -> None:
         """Have the manifest hold the digest of a file that was written otherwise, or of all files in a folder."""
         place = self.path / name
@@ -170,8 +178,14 @@ class RunFolder:
     def clear(self, name: str) -> None:
         """Remove a folder of this run's that is not whole, or no longer the one asked for."""
         shutil.rmtree(self.path / name, ignore_errors=True)
-        known = self._manifest["files"].items()
-        self.update(files={file: digest for file, digest in known if not file.startswith(f"{name}/")})
+        self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Have the manifest hold no digest of the files in a folder, which are to be written anew."""
+        known = self._manifest["files"]
+        kept = {file: digest for file, digest in known.items() if not file.startswith(f"{name}/")}
+        if len(kept) < len(known):
+            self.update(files=kept)
 
     def write_frame(self, frame: "pd.DataFrame", name: str = "results.csv") -> Path:
         """Write a table whole, floats with every digit, see `rora_theory.frames`."""
@@ -256,14 +270,17 @@ def _flat(session: Mapping[str, Any]) -> dict[str, Any]:
     return dict(session.get("packages") or {}) | plain
 
 
-def _earlier(path: Path, name: str, config: Any) -> dict[str, Any] | None:
+def _earlier(path: Path, name: str, config: Any, grows: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest of an earlier part of this very run; None where there is none."""
     manifest = read_manifest(path, ("experiment", "config", "sessions"))
     if manifest is None:
         return None
-    if manifest["experiment"] != name or manifest["config"] != config:
+    there, here = manifest["config"], dict(config) | dict(grows)
+    free = {key for key in grows if None in (there.get(key), here[key])}
+    old, new = ({key: value for key, value in one.items() if key not in free} for one in (there, here))
+    if manifest["experiment"] != name or old != new:
         raise InputError(
-            f"{path}: holds a run with other arguments ({_difference(manifest, name, config)}); accepted is an "
+            f"{path}: holds a run with other arguments ({_difference(manifest, name, old, new)}); accepted is an "
             "empty folder or one of the same arguments"
         )
     known = manifest.get("files") or {}
@@ -273,10 +290,9 @@ def _earlier(path: Path, name: str, config: Any) -> dict[str, Any] | None:
     return manifest
 
 
-def _difference(manifest: Mapping[str, Any], name: str, config: Any) -> str:
+def _difference(manifest: Mapping[str, Any], name: str, old: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if manifest["experiment"] != name:
         return f"it is a run of {manifest['experiment']}, this is {name}"
-    old = manifest["config"]
     keys = [key for key in sorted(set(old) | set(config)) if old.get(key) != config.get(key)]
     return "; ".join(f"{key} there {old.get(key)!r}, here {config.get(key)!r}" for key in keys[:3])
 

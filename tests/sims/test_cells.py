@@ -1,0 +1,258 @@
+"""Cells: each done once, a failing one named and the rest done, the same bytes whatever stopped the run."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rora_theory import files
+from rora_theory.errors import InputError
+from sims.common import cells, cli
+from sims.common.cells import CELLS, finished, in_process, key_of, run_cells
+from sims.common.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Square:
+    """A cell."""
+
+    side: int
+    kind: str = "plain"
+
+    def __str__(self) -> str:
+        return f"side {self.side}"
+
+
+SIDES = [Square(side) for side in (3, 1, 2)]
+
+
+def area(cell: Square, _: Path) -> dict[str, Any]:
+    return {"area": np.float64(cell.side) ** 2 / 3, "rows": [{"side": np.int64(cell.side)}]}
+
+
+def drawn(cell: Square, folder: Path) -> float:
+    """A cell with a file, whose result needs what an earlier attempt left."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "1").write_text("half")
+    (folder / "losses.csv").write_text(f"loss\n{cell.side}\n")
+    return cell.side / 3
+
+
+def failing(side: int, work: Callable[..., Any] = area) -> Callable[[Square, Path], Any]:
+    def run(cell: Square, folder: Path) -> Any:
+        if cell.side == side:
+            raise ValueError("no such square")
+        return work(cell, folder)
+
+    return run
+
+
+def stopping(side: int, work: Callable[..., Any] = area) -> Callable[[Square, Path], Any]:
+    """Ctrl-C in the middle of a cell, after what it wrote."""
+
+    def run(cell: Square, folder: Path) -> Any:
+        value = work(cell, folder)
+        if cell.side == side:
+            raise KeyboardInterrupt
+        return value
+
+    return run
+
+
+def never(cell: Square, _: Path) -> None:
+    pytest.fail(f"{cell} is done twice")
+
+
+def opened(path: Path, **config: Any) -> RunFolder:
+    return RunFolder.open("squares", {"unit": "m"} | config, out=path)
+
+
+def table(folder: RunFolder, values: list[Any]) -> None:
+    folder.write("results.csv", "".join(f"{value}\n" for value in values))
+
+
+def test_a_cell_is_all_its_fields() -> None:
+    assert key_of({"a": 1, "b": (1, 2)}) == key_of({"b": [1, 2], "a": 1})
+    assert len({key_of({"a": 1}), key_of({"a": 2}), key_of({"a": 1, "b": None}), key_of({"a": 1.5})}) == 4
+    assert key_of(Square(1)) == key_of({"side": 1, "kind": "plain"}) != key_of(Square(1, "bold"))
+
+
+def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path) -> None:
+    """numpy's numbers become Python's, and are read back to the bit."""
+    folder = opened(tmp_path)
+    ended: list[Any] = []
+    first = run_cells(SIDES, area, folder, each=ended.append)
+    assert [value["area"] for value in first] == [3.0, 1 / 3, 4 / 3]
+    assert type(first[0]["rows"][0]["side"]) is int
+    assert [(one.cell, one.index, one.value, one.error) for one in ended] == [
+        (cell, index, first[index], None) for index, cell in enumerate(SIDES)
+    ]
+    folder.finish()
+    folder = opened(tmp_path)
+    more = [Square(4), *reversed(SIDES), Square(4)]
+    fresh: list[Any] = []
+    again = run_cells(more[1:4], never, folder)
+    assert again == first[::-1]
+    assert run_cells(more, area, folder, each=fresh.append)[1:4] == again
+    assert [(one.cell, one.index) for one in fresh] == [(Square(4), 0)], "once, though it is twice in the list"
+    assert [one.cell["side"] for one in finished(folder).values()] == [3, 1, 2, 4], "all that the folder has"
+
+
+def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
+    """After each of the cells, with what a kill leaves of a line."""
+    whole = opened(tmp_path / "whole")
+    run_cells(SIDES, drawn, whole, write=lambda values: table(whole, values))
+    whole.finish()
+    for stop in (3, 1, 2):
+        folder = opened(tmp_path / str(stop))
+        with pytest.raises(KeyboardInterrupt):
+            run_cells(SIDES, stopping(stop, drawn), folder)
+        left = folder.path / "cells" / key_of(Square(stop)) / "checkpoints" / "1"
+        assert left.read_text() == "half", "the cell goes on from it"
+        folder.stop("interrupted")
+        with (folder.path / CELLS).open("a") as file:
+            file.write('{"key": "')
+        folder = opened(tmp_path / str(stop))
+        run_cells(SIDES, drawn, folder, write=lambda values, folder=folder: table(folder, values))
+        folder.finish()
+        for name in ("results.csv", CELLS, *(f"cells/{key_of(cell)}/losses.csv" for cell in SIDES)):
+            assert (folder.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+        assert not list(folder.path.glob("cells/*/checkpoints")), "a done cell needs none"
+
+
+def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> None:
+    folder, tables = opened(tmp_path), []
+    with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: no such square\)"):
+        run_cells(SIDES, failing(1), folder, write=lambda values: tables.append(len(values)))
+    assert tables == [2], "the table has what is done"
+    own = tmp_path / "cells" / key_of(Square(1))
+    assert (
+        f"side 1 failed (ValueError: no such square); its traceback is in {own}/error.txt\n" in capsys.readouterr().err
+    )
+    assert "in run" in (own / "error.txt").read_text()
+    again: list[Any] = []
+    assert len(run_cells(SIDES, area, folder, each=again.append)) == 3
+    assert [one.cell for one in again] == [Square(1)], "tried again, the others not"
+    assert not own.exists()
+
+
+def test_a_run_with_a_failing_cell_ends_with_status_1(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: run_cells(SIDES, failing(2), opened(tmp_path)) and None)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: 1 of 3 cells failed, the first side 2 ")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["status"], manifest["error"][:5]) == ("failed", "1 of ")
+
+
+def test_a_runner_may_end_cells_in_any_order(tmp_path) -> None:
+    """As one that works on several at once: what is assembled is in the order of the cells all the same."""
+
+    def last_first(work, todo, begun):
+        for place in range(len(todo)):
+            begun(place)
+        for place in reversed(range(len(todo))):
+            yield place, ValueError("lost") if todo[place][0].side == 1 else work(*todo[place])
+
+    folder, ended = opened(tmp_path / "a"), []
+    with pytest.raises(cli.FailedError):
+        run_cells(SIDES, area, folder, runner=last_first, each=ended.append)
+    assert [(one.cell.side, one.index, one.error) for one in ended] == [
+        (2, 2, None), (1, 1, "ValueError: lost"), (3, 0, None)
+    ]  # fmt: skip
+    assert run_cells(SIDES, area, folder) == run_cells(SIDES, area, opened(tmp_path / "b"), runner=in_process)
+
+
+def test_the_tables_follow_every_few_seconds(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cells, "EVERY", -1.0)
+    seen: list[list[float]] = []
+    work = lambda cell, _: cell.side  # noqa: E731
+    run_cells(SIDES, work, opened(tmp_path), write=seen.append)
+    assert seen == [[3], [3, 1], [3, 1, 2], [3, 1, 2]]
+
+
+def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_cell(tmp_path, monkeypatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = opened(tmp_path)
+    key = key_of(Square(1))
+    work = lambda cell, path: full() if cell.side == 1 else area(cell, path)  # noqa: E731
+    with pytest.raises(InputError, match=rf"cells/{key}: cannot be written \(No space left on device\)"):
+        run_cells(SIDES, work, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_write", full)
+        with pytest.raises(InputError, match=r"cells\.jsonl: cannot be written \(No space left on device\)"):
+            run_cells(SIDES, area, folder)
+    assert run_cells(SIDES[:1], never, folder) == [{"area": 3.0, "rows": [{"side": 3}]}]
+    assert len(run_cells(SIDES, area, folder)) == 3
+
+
+def changed(path: Path) -> pytest.RaisesExc:
+    return pytest.raises(InputError, match=rf"{path.name}: (line 1 is damaged or )?was changed since the run wrote it")
+
+
+@pytest.mark.parametrize("end", [lambda folder: folder.finish(), lambda folder: folder._let_go()])
+def test_what_was_changed_by_hand_does_not_pass(tmp_path, end) -> None:
+    """A result, a file, or what a cell is: after a run's end, and after a kill, when no digest is in the manifest."""
+    folder = opened(tmp_path)
+    run_cells(SIDES, drawn, folder)
+    end(folder)
+    own = tmp_path / "cells" / key_of(Square(3))
+    for path, old, new in (
+        (tmp_path / CELLS, "1.0", "1.1"), (own / "losses.csv", "3", "2"), (own / "cell.json", "plain", "bold")
+    ):  # fmt: skip
+        whole = path.read_text()
+        assert old in whole
+        path.write_text(whole.replace(old, new, 1))
+        with changed(path):
+            run_cells(SIDES, never, opened(tmp_path))
+        path.write_text(whole)
+    run_cells(SIDES, never, opened(tmp_path))
+
+
+def test_a_cell_whose_file_was_removed_is_done_again(tmp_path) -> None:
+    folder = opened(tmp_path)
+    run_cells(SIDES, drawn, folder)
+    folder.finish()
+    file = tmp_path / "cells" / key_of(Square(2)) / "losses.csv"
+    file.unlink()
+    folder, again = opened(tmp_path), []
+
+    def otherwise(cell: Square, path: Path) -> float:
+        drawn(cell, path)
+        (path / "losses.csv").write_text("seconds\n9\n")  # as a measured time would differ
+        return 7.0
+
+    assert run_cells(SIDES, otherwise, folder, each=again.append) == [1.0, 1 / 3, 7.0]
+    assert [one.cell for one in again] == [Square(2)]
+    folder._let_go()  # killed: the file before is not taken for the one that was changed
+    assert run_cells(SIDES, never, opened(tmp_path)) == [1.0, 1 / 3, 7.0]
+
+
+def test_a_folder_may_grow_by_what_was_not_known(tmp_path) -> None:
+    """An entry that is None in one part of a run, and the same in all others."""
+
+    def grown(evaluation: Any, **config: Any) -> RunFolder:
+        return RunFolder.open("squares", {"unit": "m"} | config, out=tmp_path, grows={"evaluation": evaluation})
+
+    first = grown(None)
+    run_cells(SIDES, area, first)
+    first.finish()
+    for evaluation in (None, {"limit": 3}, None, {"limit": 3}):
+        folder = grown(evaluation)
+        run_cells(SIDES, never, folder)
+        folder.finish()
+    assert folder.entry("config") == {"unit": "m", "evaluation": {"limit": 3}}
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match=r"evaluation there \{'limit': 3\}, here \{'limit': 4\}"):
+        grown({"limit": 4})
+    with pytest.raises(InputError, match="unit there 'm', here 'km'"):
+        grown(None, unit="km")
+    assert (tmp_path / "manifest.json").read_bytes() == before
