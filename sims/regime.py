@@ -27,9 +27,10 @@ import pandas as pd
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.measure import regimes, terms, unseen
+from rora_theory.measure import regimes, terms
 from rora_theory.measure.layer_data import SPLITS
-from rora_theory.measure.module_regime import RegimeConfig, agreement, flat_kappa, judge
+from rora_theory.measure.module_regime import LayerRegime, RegimeConfig, agreement, flat_kappa, judge
+from rora_theory.measure.tokens import SINK
 from rora_theory.rules import check_ranks
 from rora_theory.scaling import check_integer, check_positive
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
@@ -61,7 +62,7 @@ UNITS = {
     "takeover": "distance that A's entries move, at a constant gradient under Adam, until A leads: steps times rate",
     "turn_5 to turn_95": "distance at which so many per cent of the entries of G A^T have turned their sign",
     "seen": "held-out tokens up to which the record begins as one of the training batch does: not read",
-    "sinks": f"others whose input's norm is above {unseen.SINK:g} times the median of the split's: not read",
+    "sinks": f"others whose input's norm is above {SINK:g} times the median of the split's: not read",
 }
 TAKEOVER_COLUMNS = (
     "layer", "module", "split", "init", "rank", "takeover", "turn_5", "turn_25", "turn_50", "turn_75", "turn_95",
@@ -187,7 +188,7 @@ def run(config: Config) -> None:
     def measure_layer(index: int) -> Any:
         return recorded.measure(measured, index, modules[index])
 
-    found = regimes.LayerRegime([], [], [], [])
+    found = LayerRegime([], [], [], [])
     with progress_bar("layers", len(modules), fields="{module}") as bar:
         for index in modules:
             bar.advance(0, module=f"layer {index}")
@@ -270,7 +271,7 @@ def _print_crossings(optimizer: Optimizer, init: Init, crossings: pd.DataFrame, 
         f"{optimizer}, A {init}: crossing rank r* of all tokens together (pooled) and of a token (median and quartiles "
         f"over tokens), medians over layers; kappa: the exponent whose first step is as large at rank {high} as at "
         f"{low}, range over layers; left out: held-out tokens of a module that begin as the training batch does + "
-        f"sinks (input above {unseen.SINK:g} times the median norm), of all",
+        f"sinks (input above {SINK:g} times the median norm), of all",
         [
             "module",
             "layers",

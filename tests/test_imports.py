@@ -23,12 +23,13 @@ WITHOUT_JAX = (
         for name in ("estimate", "moments", "slopes", "paired", "rate_optimum", "rate_curves")
     ),
     *(f"rora_theory.paper.{name}" for name in ("equations", "published", "audit")),
+    *(f"rora_theory.measure.{name}" for name in ("layer_data", "terms", "module_regime", "tokens")),
 )
 
 CORE = (
     *WITHOUT_JAX,
     *("rora_theory.draws", "rora_theory.theory.first_step", "rora_theory.theory.sampling"),
-    *("rora_theory.paper.verdicts", "rora_theory.measure.layer_data", "rora_theory.measure.terms"),
+    *("rora_theory.paper.verdicts", "rora_theory.measure.layer_rms", "rora_theory.measure.drawn_steps"),
     "rora_theory.toy.dynamics",
 )
 

@@ -2,22 +2,29 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from rora_theory import inits
+from rora_theory.draws import draw_A
 from rora_theory.inits import Init
-from rora_theory.measure import layer_data
 from rora_theory.measure.layer_data import SPLITS, Layer
 from rora_theory.stats.estimate import Estimate, root
 from rora_theory.stats.moments import Moments
-from rora_theory.theory import laws
+from rora_theory.theory import first_step, laws
+from rora_theory.theory.laws import Optimizer
 
 EPSILON = 1e-8
 """Adam's epsilon, PyTorch's and optax's default."""
+
+_DRAW_ROWS = 4096
+"""Rows of A that a block draws (all its adapters together), at least one adapter."""
 
 _LEAST_DRAWS = 64
 """Adapters before a standard error is trusted to end a run."""
@@ -30,6 +37,93 @@ def stream_key(seed: int, name: str) -> PRNGKeyArray:
     """The key of the stream of adapters with this name."""
     digest = hashlib.sha256(name.encode()).digest()
     return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], "little"))
+
+
+def mean_squares(
+    layer: Layer,
+    key: PRNGKeyArray,
+    *,
+    rank: int,
+    steps: Sequence[tuple[Optimizer, float]],
+    learning_rate: float,
+    init: inits.Init,
+    epsilon: float,
+) -> Iterator[Float[np.ndarray, "adapters steps splits"]]:
+    """Without end, blocks of adapters: the mean of w_i^2 over tokens and outputs after one step of each adapter.
+
+    Every adapter is drawn, its loss <G, dM> differentiated, stepped with optax and read at the layer's inputs.
+
+    Args:
+      layer: gradient and inputs.
+      key: of the stream; block i draws from ``fold_in(key, i)``.
+      rank: of the adapters.
+      steps: optimizer and scaling gamma of each first step that is taken from one drawn A.
+      learning_rate, init, epsilon: of the step.
+    """
+    adapters = max(1, _DRAW_ROWS // rank)
+    data = jax.device_put((layer.grad, tuple(layer.inputs[split] for split in SPLITS)))
+    scalings = tuple(jnp.float32(scaling) for _, scaling in steps)
+    names = tuple(name for name, _ in steps)
+    block = 0
+    ahead = None
+    while True:
+        following = _block(
+            jax.random.fold_in(key, block),
+            *data,
+            scalings,
+            jnp.float32(learning_rate),
+            names=names,
+            rank=rank,
+            adapters=adapters,
+            init=init,
+            epsilon=epsilon,
+        )
+        if ahead is not None:
+            yield np.asarray(ahead, np.float64)
+        ahead, block = following, block + 1
+
+
+@partial(jax.jit, static_argnames=("names", "rank", "adapters", "init", "epsilon"))
+def _block(
+    key: PRNGKeyArray,
+    grad: Array,
+    inputs: tuple[Array, ...],
+    scalings: tuple[Array, ...],
+    learning_rate: Array,
+    *,
+    names: tuple[Optimizer, ...],
+    rank: int,
+    adapters: int,
+    init: inits.Init,
+    epsilon: float,
+) -> Float[Array, "adapters steps splits"]:
+    p_out, p_in = grad.shape
+    optimizers = {name: first_step.optimizer(name, learning_rate, epsilon=epsilon) for name in set(names)}
+
+    def one(adapter_key: PRNGKeyArray) -> Array:
+        lora_A = draw_A(adapter_key, init, rank=rank, p_in=p_in)
+        found = []
+        for name, scaling in zip(names, scalings, strict=True):
+            step = first_step.run(
+                lambda dm: dm.inner(grad), lora_A, p_out=p_out, scaling=scaling, optimizer=optimizers[name]
+            )
+            found.append(jnp.stack([_mean_square(step, x) for x in inputs]))
+        return jnp.stack(found)
+
+    return jax.vmap(one)(jax.random.split(key, adapters))
+
+
+def _mean_square(step: first_step.Increment, x: Float[Array, "tokens p_in"]) -> Float[Array, ""]:
+    """Mean of w_i^2 over tokens and outputs, w = gamma B A x.
+
+    At a low rank sum w^2 = gamma^2 <(A X^T)(A X^T)^T, B^T B> costs less than w itself, which is tokens x p_out numbers.
+    """
+    (tokens, p_out), rank = (x.shape[0], step.lora_B.shape[0]), step.lora_A.shape[0]
+    if rank * (tokens + p_out) >= tokens * p_out:
+        return jnp.mean(step(x) ** 2)
+    inner = jnp.einsum("ti,ri->tr", x, step.lora_A)
+    grams = jnp.vdot(jnp.einsum("tr,ts->rs", inner, inner), jnp.einsum("or,os->rs", step.lora_B, step.lora_B))
+    return step.scaling**2 * grams / (tokens * p_out)
 
 
 def measured(
@@ -49,14 +143,12 @@ def measured(
     Args:
       layer: gradient and inputs.
       key: of the stream of adapters.
-      rank, steps, learning_rate, init, epsilon: see `layer_data.mean_squares`.
+      rank, steps, learning_rate, init, epsilon: see `mean_squares`.
       relative_error: adapters are drawn until every rms has this relative standard error or less.
       draws: draw exactly as many adapters instead.
     """
     columns = len(steps) * len(SPLITS)
-    stream = layer_data.mean_squares(
-        layer, key, rank=rank, steps=steps, learning_rate=learning_rate, init=init, epsilon=epsilon
-    )
+    stream = mean_squares(layer, key, rank=rank, steps=steps, learning_rate=learning_rate, init=init, epsilon=epsilon)
     moments = [Moments()] * columns
     for block in stream:
         flat = block.reshape(len(block), columns)

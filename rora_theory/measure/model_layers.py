@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import adapters, llama
 from rora_theory.adapters import LoraAdapter, LoraConfig
@@ -48,18 +48,6 @@ class Recording:
         """G = dL/dm of one module's full weight, summed in float64."""
         delta = self.deltas[module][layer].astype(np.float64)
         return (delta.T @ self.inputs[module][layer].astype(np.float64)).astype(np.float32)
-
-    def sample(
-        self, module: str, layer: int, tokens: int, seed: int, masked: Bool[np.ndarray, " all"] | None = None
-    ) -> Float[np.ndarray, "tokens p_in"]:
-        """Inputs at ``tokens`` tokens, chosen without replacement, the same ones in every module; all if fewer.
-
-        Tokens that are ``masked`` are passed over.
-        """
-        inputs = self.inputs[module][layer]
-        order = np.random.default_rng(seed).permutation(len(inputs))
-        chosen = (order if masked is None else order[~masked[order]])[:tokens]
-        return inputs[np.sort(chosen)].astype(np.float32)
 
 
 def record(

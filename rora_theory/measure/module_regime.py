@@ -7,31 +7,26 @@ under Adam. `rora_theory.measure.regime` goes through a model with it.
 Results are tidy: a row one measured thing, floats with every digit.
 """
 
-import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pandas as pd
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Float
 from scipy import stats
 
 from rora_theory import inits
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
-from rora_theory.draws import draw_A
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.measure import terms
 from rora_theory.measure.layer_data import SPLITS, Layer
 from rora_theory.scaling import Rule, check_integer, check_positive, check_rank, exponent, scaling_factor
 from rora_theory.seeds import check_seed
-from rora_theory.stats.estimate import root
-from rora_theory.stats.moments import Moments
 from rora_theory.theory import horizon
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
 
@@ -62,7 +57,7 @@ class RegimeConfig:
       alpha, learning_rate: of every rule and step, above 0.
       rows: rows of A drawn for each module and init, dealt out as rows / r adapters at every rank; 0 steps none.
       tokens: of each split at which modules are read, drawn among those that count; 1 or more.
-      mask: leave out held-out tokens that share something with the training batch, and sinks: see `unseen`.
+      mask: leave out held-out tokens that share something with the training batch, and sinks: see `tokens`.
       seed: of the tokens and the adapters.
 
     Raises:
@@ -131,8 +126,59 @@ class ModuleRegime(NamedTuple):
     takeover: list[dict[str, Any]]
 
 
-def measure(config: RegimeConfig, layer: Layer, index: int) -> ModuleRegime:
-    """Crossing ranks, predictions, stepped adapters and takeover distances of one module of layer ``index``."""
+class LayerRegime(NamedTuple):
+    """Rows of `Regime`'s tables, of the modules of a layer."""
+
+    crossings: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+    takeover: list[dict[str, Any]]
+    tokens: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Regime:
+    """What was found of a model, as tidy frames: columns as in `ModuleRegime`.
+
+    Attributes:
+      crossings: signal, cross-talk, r* and its quartiles over tokens, by module, split, optimizer and init.
+      results: predicted and measured rms of the first change, by those and rule and rank.
+      takeover: the distance at which A leads under Adam, by module, split, init and rank.
+      tokens: by module and split how many tokens there are, were ``seen``, are ``sinks`` besides, and were ``read``.
+      training_loss, heldout_loss: of the base model, nats a token.
+    """
+
+    crossings: pd.DataFrame
+    results: pd.DataFrame
+    takeover: pd.DataFrame
+    tokens: pd.DataFrame
+    training_loss: float
+    heldout_loss: float
+
+    @classmethod
+    def of(cls, parts: Iterable[LayerRegime], training_loss: float, heldout_loss: float) -> "Regime":
+        """The frames of some layers' rows."""
+        crossings, results, takeover, tokens = (
+            pd.DataFrame([row for part in tables for row in part]) for tables in zip(*parts, strict=True)
+        )
+        return cls(crossings, results, takeover, tokens, training_loss, heldout_loss)
+
+
+def measure(
+    config: RegimeConfig,
+    layer: Layer,
+    index: int,
+    lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]],
+    measured: Mapping[tuple, dict[str, Any]] | None = None,
+) -> ModuleRegime:
+    """Crossing ranks, predictions, stepped adapters and takeover distances of one module of layer ``index``.
+
+    Args:
+      config: what to measure.
+      layer: the module's gradient and inputs.
+      index: of its layer.
+      lora_A: `TAKEOVER_ROWS` rows of A, drawn by a law at that rank, on which the takeover distances rest.
+      measured: of `drawn_steps.measured`, where adapters were stepped.
+    """
     x = np.concatenate([layer.inputs[split] for split in SPLITS])
     crossings: list[dict[str, Any]] = []
     predicted: dict[tuple, float] = {}
@@ -141,12 +187,13 @@ def measure(config: RegimeConfig, layer: Layer, index: int) -> ModuleRegime:
             law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
             crossings += [_crossing(law, layer, index, split) for split in SPLITS]
             predicted |= predict(config, layer, law)
-    measured = step(config, layer) if config.rows else {}
+    measured = measured or {}
     results = []
     for row in _cells(config, index, layer.name):
         key = tuple(row[name] for name in ("init", "optimizer", "rule", "rank", "split"))
         results.append(row | {"predicted": predicted[key]} | measured.get(key, {}))
-    return ModuleRegime(crossings, results, takeover(config, layer, index) if "adam" in config.optimizers else [])
+    led = takeover(config, layer, index, lora_A) if "adam" in config.optimizers else []
+    return ModuleRegime(crossings, results, led)
 
 
 def _cells(config: RegimeConfig, index: int, module: str) -> Iterator[dict[str, Any]]:
@@ -218,37 +265,9 @@ def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple,
     return found
 
 
-def step(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
-    """The rms that adapters of each rank measure under the first rule, by the keys of `predict`."""
-    name, rule = next(iter(config.rules.items()))
-    size, count = config.blocks
-    found = {}
-    for init in config.inits:
-        stream = terms.steps(
-            layer,
-            _key(config, layer.name, init),
-            ranks=config.ranks,
-            scalings=[[scaling] for scaling in config.scalings(rule)],
-            optimizers=config.optimizers,
-            learning_rate=config.learning_rate,
-            init=init,
-            rows=size,
-        )
-        moments: dict[tuple, Moments] = {}
-        for _ in range(count):
-            for rank, part in zip(config.ranks, next(stream), strict=True):
-                for o, optimizer in enumerate(config.optimizers):
-                    for s, split in enumerate(SPLITS):
-                        key = (init, optimizer, name, rank, split)
-                        moments[key] = moments.get(key, Moments()).add(part[:, 0, o, s])
-        for key, total in moments.items():
-            estimate = root(total.mean)
-            figures = {"measured": estimate.value, "standard_error": estimate.error, "adapters": total.count}
-            found[key] = figures
-    return found
-
-
-def takeover(config: RegimeConfig, layer: Layer, index: int) -> list[dict[str, Any]]:
+def takeover(
+    config: RegimeConfig, layer: Layer, index: int, lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]]
+) -> list[dict[str, Any]]:
     """The distance that A's entries move under Adam until A leads, of `horizon.row_terms`, by split, init and rank.
 
     Over the learning rate it is t_A, a number of steps. ``turn_5`` to ``turn_95`` are the distances at which so many
@@ -256,10 +275,10 @@ def takeover(config: RegimeConfig, layer: Layer, index: int) -> list[dict[str, A
     """
     found = []
     for init in config.inits:
-        lora_A = draw_A(_key(config, layer.name, init, "takeover"), init, rank=TAKEOVER_ROWS, p_in=_p_in(layer))
+        rows_of_A = lora_A(init)
         drawn = inits.entries(init, rank=TAKEOVER_ROWS, p_in=_p_in(layer)).deviation
         for split in SPLITS:
-            rows = horizon.row_terms(layer.grad, layer.inputs[split], np.asarray(lora_A))
+            rows = horizon.row_terms(layer.grad, layer.inputs[split], rows_of_A)
             for rank in TAKEOVER_RANKS:
                 # Signs don't know A's deviation: where it depends on the rank, every distance is proportional to it.
                 relative = inits.entries(init, rank=rank, p_in=_p_in(layer)).deviation / drawn
@@ -279,12 +298,6 @@ def takeover(config: RegimeConfig, layer: Layer, index: int) -> list[dict[str, A
 
 def _p_in(layer: Layer) -> int:
     return int(layer.grad.shape[1])
-
-
-def _key(config: RegimeConfig, *words: str) -> PRNGKeyArray:
-    """A stream of draws of its own for what ``words`` name."""
-    digest = hashlib.sha256(" ".join(words).encode()).digest()
-    return jax.random.fold_in(jax.random.key(config.seed), int.from_bytes(digest[:4], "little"))
 
 
 def flat_kappa(optimizer: Optimizer, init: Init, linear_term: float, *, low: int = 8, high: int = 128) -> float:

@@ -6,50 +6,21 @@ found.crossings.query("optimizer == 'adam' and split == 'heldout'")[["module", "
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Bool
 
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.adapters.targets import full_name, matched
 from rora_theory.data.batches import Batch
-from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, Model
-from rora_theory.measure import unseen
+from rora_theory.measure import drawn_steps, unseen
 from rora_theory.measure.layer_data import Layer
 from rora_theory.measure.model_layers import Recording, real_tokens, record
-from rora_theory.measure.module_regime import ModuleRegime, RegimeConfig, measure
-
-
-@dataclass(frozen=True, eq=False)
-class Regime:
-    """What `regime` found, as tidy frames: columns as in `module_regime.ModuleRegime`.
-
-    Attributes:
-      crossings: signal, cross-talk, r* and its quartiles over tokens, by module, split, optimizer and init.
-      results: predicted and measured rms of the first change, by those and rule and rank.
-      takeover: the distance at which A leads under Adam, by module, split, init and rank.
-      tokens: by module and split how many tokens there are, were ``seen``, are ``sinks`` besides, and were ``read``.
-      training_loss, heldout_loss: of the base model, nats a token.
-    """
-
-    crossings: pd.DataFrame
-    results: pd.DataFrame
-    takeover: pd.DataFrame
-    tokens: pd.DataFrame
-    training_loss: float
-    heldout_loss: float
-
-
-class LayerRegime(NamedTuple):
-    """One layer's rows of `Regime`'s tables."""
-
-    crossings: list[dict[str, Any]]
-    results: list[dict[str, Any]]
-    takeover: list[dict[str, Any]]
-    tokens: list[dict[str, Any]]
+from rora_theory.measure.module_regime import LayerRegime, ModuleRegime, Regime, RegimeConfig, measure
+from rora_theory.measure.tokens import choose
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +45,9 @@ class Recorded:
         found = LayerRegime([], [], [], [])
         for module in modules:
             layer, tokens = self._layer(config, index, module)
-            own: ModuleRegime = measure(config, layer, index)
+            stepped = drawn_steps.measured(config, layer) if config.rows else {}
+            lora_A = partial(drawn_steps.takeover_rows, config, layer)
+            own: ModuleRegime = measure(config, layer, index, lora_A, stepped)
             for table, rows in zip(found, (*own, tokens), strict=True):
                 table += rows
         return found
@@ -84,18 +57,15 @@ class Recorded:
         inputs, tokens = {}, []
         for split, recording in (("train", self.train), ("heldout", self.heldout)):
             every = recording.inputs[module][index]
-            seen = sinks = np.zeros(len(every), bool)
-            if config.mask and split == "heldout":
-                seen = self.seen
-                sinks = unseen.sinks(every) & ~seen
-            inputs[split] = recording.sample(module, index, config.tokens, config.seed, seen | sinks)
-            if not len(inputs[split]):
-                raise InputError(
-                    f"of {len(every)} held-out tokens {seen.sum()} begin as the training batch does and {sinks.sum()} "
-                    f"are sinks of {name}, which leaves none; accepted are held-out records that differ, or no mask"
-                )
-            counts = {"all": len(every), "seen": int(seen.sum()), "sinks": int(sinks.sum()), "read": len(inputs[split])}
-            tokens.append({"layer": index, "module": name, "split": split} | counts)
+            found = choose(
+                np.linalg.norm(every.astype(np.float64), axis=1),
+                self.seen if config.mask and split == "heldout" else None,
+                count=config.tokens,
+                seed=config.seed,
+                name=name,
+            )
+            inputs[split] = every[found.indices].astype(np.float32)
+            tokens.append({"layer": index, "module": name, "split": split} | found.counts)
         return Layer(name, self.train.gradient(module, index), inputs), tokens
 
 
@@ -162,7 +132,4 @@ def regime(
     modules = chosen(model.config, target_modules, layers)
     recorded = read(model.params, model.config, train, heldout, kinds(modules))
     parts = [recorded.measure(config or RegimeConfig(), index, own) for index, own in modules.items()]
-    crossings, results, takeover, tokens = (
-        pd.DataFrame([row for part in tables for row in part]) for tables in zip(*parts, strict=True)
-    )
-    return Regime(crossings, results, takeover, tokens, recorded.train.loss, recorded.heldout.loss)
+    return Regime.of(parts, recorded.train.loss, recorded.heldout.loss)

@@ -83,10 +83,6 @@ def test_inputs_are_the_model_s_without_padding(params) -> None:
     _, captured = llama.hidden_states(params, jnp.asarray(given.inputs), CONFIG, capture=("mlp.down_proj",))
     kept = np.asarray(captured["mlp.down_proj"])[:, real_tokens(given)]
     np.testing.assert_allclose(found.inputs["mlp.down_proj"], kept, rtol=1e-6, atol=1e-7)
-    sample = found.sample("mlp.down_proj", 1, 5, seed=0)
-    assert sample.shape == (5, 24)
-    assert all(any(np.array_equal(row, x) for x in found.inputs["mlp.down_proj"][1]) for row in sample)
-    assert len(found.sample("mlp.down_proj", 1, 1000, seed=0)) == sum(LENGTHS)
 
 
 def test_real_tokens() -> None:

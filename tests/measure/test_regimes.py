@@ -1,5 +1,7 @@
 """Which held-out tokens count, the frames of a tiny model's regime, and the distance at which A takes over."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from support import checkpoint
@@ -8,7 +10,7 @@ from rora_theory import InputError
 from rora_theory.data.batches import Batch
 from rora_theory.draws import draw_A
 from rora_theory.llama import Model, load
-from rora_theory.measure import module_regime, regimes, unseen
+from rora_theory.measure import drawn_steps, module_regime, regimes, tokens, unseen
 from rora_theory.measure.layer_data import Layer
 from rora_theory.measure.model_layers import real_tokens, record
 from rora_theory.measure.module_regime import RegimeConfig
@@ -58,7 +60,19 @@ def test_a_sink_is_ten_times_the_median() -> None:
     x = np.ones((5, 4), np.float32)
     x[1] *= 9.9
     x[3] *= 10.1
-    np.testing.assert_array_equal(unseen.sinks(x), [False, False, False, True, False])
+    np.testing.assert_array_equal(tokens.sinks(np.linalg.norm(x, axis=1)), [False, False, False, True, False])
+
+
+def test_a_sample_is_the_same_in_every_module() -> None:
+    """Of the tokens that are not masked, each once, ascending; all of them where there are fewer."""
+    masked = np.array([False, True] * 10)
+    found = tokens.sample(6, 0, masked)
+    assert len(set(found.tolist())) == 6
+    assert not masked[found].any()
+    np.testing.assert_array_equal(found, np.sort(found))
+    np.testing.assert_array_equal(found, tokens.sample(6, 0, masked))
+    assert found.tolist() != tokens.sample(6, 1, masked).tolist()
+    np.testing.assert_array_equal(tokens.sample(64, 0, masked), np.flatnonzero(~masked))
 
 
 def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
@@ -66,7 +80,7 @@ def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
 
     A split in the other's place, a mask on the training batch or none on the held-out one is another mean.
     """
-    monkeypatch.setattr(unseen, "SINK", 1.05)
+    monkeypatch.setattr(tokens, "SINK", 1.05)
     found = regimes.regime(model, TRAIN, HELD_OUT, SMALL, target_modules=TARGETS)
     plain = regimes.regime(
         model, TRAIN, HELD_OUT, RegimeConfig(**vars(SMALL) | {"mask": False}), target_modules=TARGETS
@@ -110,11 +124,11 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
     grad = (random.normal(size=(7, 6)) @ x).astype(np.float32)
     layer = Layer("m", grad, {"train": x.astype(np.float32), "heldout": random.normal(size=(4, 20)).astype(np.float32)})
     config = RegimeConfig(inits=(init,), rows=0, seed=3)
-    found = module_regime.takeover(config, layer, 5)
+    found = module_regime.takeover(config, layer, 5, partial(drawn_steps.takeover_rows, config, layer))
     assert [(row["layer"], row["split"], row["rank"]) for row in found] == [
         (5, split, rank) for split in ("train", "heldout") for rank in (8, 32, 128)
     ]
-    key = module_regime._key(config, "m", init, "takeover")  # the very draws
+    key = drawn_steps._key(config, "m", init, "takeover")  # the very draws
     drawn = np.asarray(draw_A(key, init, rank=256, p_in=20))
     for row in found:
         own = drawn * (256 / row["rank"] if init == "gaussian" else 1)
@@ -122,7 +136,8 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
         assert row["takeover"] == pytest.approx(law.takeover(row["rank"]), rel=1e-6)
         assert [row[f"turn_{n}"] for n in (5, 25, 50, 75, 95)] == pytest.approx(list(law.turn), rel=1e-6)
     assert len({row["takeover"] for row in found}) == 6
-    other = module_regime.takeover(RegimeConfig(inits=(init,), rows=0, seed=4), layer, 5)
+    reseeded = RegimeConfig(inits=(init,), rows=0, seed=4)
+    other = module_regime.takeover(reseeded, layer, 5, partial(drawn_steps.takeover_rows, reseeded, layer))
     assert other[0]["takeover"] == pytest.approx(found[0]["takeover"], rel=0.3)
     assert other[0]["takeover"] != found[0]["takeover"]
 

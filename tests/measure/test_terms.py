@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rora_theory.draws import draw_A
-from rora_theory.measure import terms
+from rora_theory.measure import drawn_steps, terms
 from rora_theory.measure.layer_data import Layer
 from rora_theory.stats.moments import Moments, threshold
 from rora_theory.theory import first_step, laws
@@ -82,7 +82,7 @@ def test_shared_rows_are_adapters_of_autodiff(layer) -> None:
         return jnp.stack([jnp.mean(step(jnp.asarray(x)) ** 2) for x in layer.inputs.values()])
 
     for init in ("kaiming_uniform", "gaussian"):
-        stream = terms.steps(
+        stream = drawn_steps.steps(
             layer, key, ranks=ranks, scalings=scalings, optimizers=laws.OPTIMIZERS, learning_rate=0.3, init=init,
             rows=rows, epsilon=1e-2,
         )  # fmt: skip
@@ -106,7 +106,7 @@ def test_steps_follow_the_law(layer, init) -> None:
     """24 means of thousands of adapters; false alarm 1e-6."""
     ranks, blocks, rows = (1, 4, 16), 40, 1024
     scalings = [[2.0 / rank] for rank in ranks]
-    stream = terms.steps(
+    stream = drawn_steps.steps(
         layer, jax.random.key(0), ranks=ranks, scalings=scalings, optimizers=laws.OPTIMIZERS, learning_rate=1.0,
         init=init, rows=rows,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from figures import style
 from rora_theory import InputError, scaling_factor
 from rora_theory.finetune import read_records, split, tokenize
 from rora_theory.llama import load
-from rora_theory.measure import module_regime, unseen
+from rora_theory.measure import module_regime, tokens, unseen
 from rora_theory.measure.model_layers import real_tokens, record
 from rora_theory.theory import laws
 from sims import regime
@@ -120,9 +120,12 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None
     for row in rows_of(finished / "crossing_ranks.csv"):
         if (row["optimizer"], row["init"]) == ("sgd", "gaussian"):
             module, layer = row["module"].split(".", 3)[3], int(row["layer"])
-            masked = unseen.seen(pair.heldout, [pair.train])[real_tokens(pair.heldout)]
-            masked = masked | unseen.sinks(read["heldout"].inputs[module][layer]) if row["split"] == "heldout" else None
-            grad, x = read["train"].gradient(module, layer), read[row["split"]].sample(module, layer, 16, 0, masked)
+            every = read[row["split"]].inputs[module][layer]
+            masked = np.zeros(len(every), bool)
+            if row["split"] == "heldout":
+                masked = unseen.seen(pair.heldout, [pair.train])[real_tokens(pair.heldout)]
+                masked = masked | tokens.sinks(np.linalg.norm(every, axis=1))
+            grad, x = read["train"].gradient(module, layer), every[tokens.sample(16, 0, masked)]
             expected = np.sum(np.float64(grad) ** 2) * np.mean(np.sum(np.float64(x) ** 2, axis=1))
             assert float(row["cross_talk"]) == pytest.approx(expected, rel=1e-5)
 
