@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
+from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.paired import mean_per_token, resampled_ratios
+from rora_theory.stats.rate_curves import Curve, best_rates
+from rora_theory.sweep.readings import ReadRun
 
 QUANTILES = (0.05, 0.5, 0.95)
 """Of the takeover distances of a model's modules: each module has its own, one rate serves all."""
@@ -47,3 +53,151 @@ def predictions(
         exponent = -math.log(factor) / math.log(strengths[1] / strengths[0])
         rows.append((count, rate, quantile, takeover, factor, exponent))
     return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "takeover", "factor", "exponent"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning run of the grid, as far as it was read.
+
+    Attributes:
+      rank, strength, rate, seed: which; gamma is the strength over the rank.
+      read: its readings.
+    """
+
+    rank: int
+    strength: float
+    rate: float
+    seed: int
+    read: ReadRun
+
+    def losses(self, step: int) -> list[float] | None:
+        """Of every held-out record after a step; None where the run was not read there, or diverged before."""
+        return next((one.losses for one in self.read.readings if one.step == step), None)
+
+    def reaches(self, step: int) -> bool:
+        """Whether the run says something of a step: that it was read there, or diverged on the way."""
+        return self.losses(step) is not None or (self.read.diverged_at is not None and self.read.diverged_at <= step)
+
+
+def table(runs: Sequence[Run], tokens: Sequence[int], answer_tokens: Sequence[int]) -> pd.DataFrame:
+    """A row a run and reading: losses a token with their errors over records; a diverged run has one row more.
+
+    Args:
+      runs: of the grid.
+      tokens, answer_tokens: of every held-out record.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        who = {"rank": run.rank, "strength": run.strength, "gamma": run.strength / run.rank}
+        who |= {"learning_rate": run.rate, "seed": run.seed}
+        for one in run.read.readings:
+            loss, answer = mean_per_token(one.losses, tokens), mean_per_token(one.answer_losses, answer_tokens)
+            rows.append(
+                who
+                | {"step": one.step, "status": "complete"}
+                | {"validation_loss": loss.value, "validation_error": loss.error}
+                | {"answer_loss": answer.value, "answer_error": answer.error}
+            )
+        if run.read.diverged_at is not None:
+            rows.append(who | {"step": run.read.diverged_at, "status": "diverged"})
+    return pd.DataFrame(rows)
+
+
+def curves(runs: Sequence[Run], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
+    """Loss against rate of every rank and strength after a step, where three rates or more reach it.
+
+    Args:
+      runs: of the grid; where two differ in their length alone, either may be given.
+      tokens: of every held-out record.
+      step: the horizon.
+      draws: of the bootstrap over records, where there is one seed.
+    """
+    sizes, found = np.asarray(tokens, np.float64), []
+    reached = [run for run in runs if run.reaches(step)]
+    for rank, strength in sorted({(run.rank, run.strength) for run in reached}):
+        own = {(run.seed, run.rate): run for run in reached if (run.rank, run.strength) == (rank, strength)}
+        seeds = sorted({seed for seed, _ in own})
+        rates = [rate for rate in sorted({rate for _, rate in own}) if all((seed, rate) in own for seed in seeds)]
+        if len(rates) < 3:
+            continue
+        sums = np.full((len(seeds), len(rates), len(sizes)), np.inf)
+        for (i, seed), (j, rate) in product(enumerate(seeds), enumerate(rates)):
+            losses = own[seed, rate].losses(step)
+            if losses is not None:
+                sums[i, j] = losses
+        resampled = resampled_ratios(list(sums.mean(axis=0)), sizes, draws=draws)
+        found.append(
+            Curve(
+                "adamw", "both", "lora", 1.0, rank, strength / rank, np.array(rates), sums.sum(axis=2) / sizes.sum(),
+                resampled,
+            )
+        )  # fmt: skip
+    return found
+
+
+def bests(found: Sequence[Curve], step: int) -> pd.DataFrame:
+    """The best rate and the least loss of every curve after a step."""
+    frame = pd.DataFrame(best_rates(found)).drop(columns=["optimizer", "trained", "rule", "kappa"], errors="ignore")
+    if not len(frame):
+        return frame
+    frame.insert(0, "step", step)
+    frame.insert(2, "strength", [round(curve.scaling * curve.rank, 9) for curve in found])
+    return frame
+
+
+def exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
+    """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, beside the law.
+
+    Args:
+      found: of `curves` after the step.
+      step: the horizon.
+      takeovers, warmup: see `predictions`.
+
+    Returns:
+      ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
+      ``standard_error``, ``half_width`` (95%) and ``error_over``; ``law_low``, ``law``, ``law_high`` (of the modules'
+      takeovers, at the measured best rate); ``verdict``, see `judge`.
+    """
+    rows = []
+    by = {(curve.rank, round(curve.scaling * curve.rank, 9)): curve for curve in found}
+    for over, index in (("strength", 1), ("rank", 0)):
+        for at in sorted({key[1 - index] for key in by}):
+            keys = sorted(key for key in by if key[1 - index] == at)
+            if len(keys) < 2:
+                continue
+            first, second = by[keys[0]], by[keys[-1]]
+            low, high = keys[0][index], keys[-1][index]
+            logs = [np.log([best.rate for best in curve.bests()]) for curve in (first, second)]
+            if len(logs[0]) != len(logs[1]):
+                continue
+            slope = first.estimate((logs[1] - logs[0]) / math.log(high / low))
+            law = (0.0, 0.0, 0.0)
+            if over == "strength":
+                rate = float(np.exp(np.mean(logs[0])))
+                law = tuple(  # type: ignore[assignment]
+                    predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)["exponent"]
+                )
+            edge = bool(first.edge or second.edge)
+            rows.append(
+                {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
+                | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
+                | {"law_low": min(law), "law": law[1], "law_high": max(law)}
+                | {"verdict": judge(slope, (min(law), max(law)), edge=edge)}
+            )
+    return pd.DataFrame(rows)
+
+
+def judge(slope: Estimate, law: tuple[float, float], *, edge: bool) -> str:
+    """Whether a measured exponent of the best rate bears the law out.
+
+    ``agrees``: its 95% interval meets the law's range and leaves out what else is said, -1 (the first step's law) and 0
+    (nothing to change), where the law's range does; ``contradicts``: it misses the law's range; ``undecided``: it
+    could not tell, or a best rate lies at the grid's edge.
+    """
+    if edge or not math.isfinite(slope.half_width()):
+        return "undecided"
+    low, high = slope.value - slope.half_width(), slope.value + slope.half_width()
+    if high < law[0] or low > law[1]:
+        return "contradicts"
+    others = [other for other in (-1.0, 0.0) if not law[0] <= other <= law[1]]
+    return "undecided" if any(low <= other <= high for other in others) else "agrees"

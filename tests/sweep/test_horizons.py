@@ -1,0 +1,137 @@
+"""The judge of the horizon grid: a known best rate is found, and what is planted against the law is told."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rora_theory.stats.estimate import Estimate
+from rora_theory.sweep import horizons
+from rora_theory.sweep.horizons import Run
+from rora_theory.sweep.readings import Reading, ReadRun
+
+RATES = [10 ** (k / 4) for k in range(-18, -7)]
+TOKENS = list(range(40, 72))
+TAKEOVERS = (0.002, 0.004, 0.008)
+
+
+def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float = 1e-3) -> list[Run]:
+    """Runs whose best rate is 1e-3 (strength / 64)^exponent (rank / 8)^in_rank at every step, 2^-seed aside."""
+    random, found = np.random.default_rng(3), []
+    hard = random.normal(size=len(TOKENS))
+    for rank in (8, 128):
+        for strength in (64.0, 724.0):
+            best = 1e-3 * (strength / 64) ** exponent * (rank / 8) ** in_rank
+            for seed in range(seeds):
+                for rate in RATES:
+                    level = 1 + 0.1 * math.log10(rate / best / 1.1**seed) ** 2
+                    losses = (level * np.exp(0.1 * hard + noise * random.normal(size=len(TOKENS)))) * TOKENS
+                    reading = [Reading(step, losses.tolist(), losses.tolist()) for step in (16, 64)]
+                    found.append(Run(rank, strength, rate, seed, ReadRun([], reading)))
+    return found
+
+
+def exponents(runs: list[Run], step: int = 64):
+    found = horizons.exponents(horizons.curves(runs, TOKENS, step), step, takeovers=TAKEOVERS, warmup=4)
+    return found.set_index(["over", "at"])
+
+
+def test_the_law_says_the_exponent_falls_from_one_to_a_half_with_the_horizon() -> None:
+    found = horizons.predictions(TAKEOVERS, (64.0, 724.0), steps=(2, 64, 4096), rates=(1e-5, 1e-3), warmup=0)
+    middle = found[found["quantile"] == 0.5].set_index(["steps", "rate"])["exponent"]
+    assert middle[2, 1e-5] == pytest.approx(-1, abs=0.01)
+    assert middle[4096, 1e-3] == pytest.approx(-0.5, abs=0.01)
+    assert middle.groupby("rate").apply(lambda one: one.is_monotonic_increasing).all()
+    np.testing.assert_allclose(found["factor"], (724 / 64) ** -found["exponent"], rtol=1e-12)
+
+
+def test_a_warm_up_makes_the_takeover_later() -> None:
+    plain, warm = (
+        horizons.predictions(TAKEOVERS, (64.0, 724.0), steps=(16,), rates=(1e-3,), warmup=warmup)["factor"]
+        for warmup in (0, 8)
+    )
+    assert (warm > plain).all()
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_planted_exponent_is_found_and_judged(seeds: int) -> None:
+    found = exponents(grid(-0.53, seeds=seeds))
+    for rank in (8, 128):
+        row = found.loc["strength", rank]
+        assert row["exponent"] == pytest.approx(-0.53, abs=0.02)
+        assert (row["first"], row["second"]) == (64, 724)
+        assert row["error_over"] == ("held-out records" if seeds == 1 else "seeds")
+        assert row["verdict"] == "agrees"
+    for strength in (64, 724):
+        row = found.loc["rank", strength]
+        assert row["exponent"] == pytest.approx(0, abs=0.02)
+        assert row["law"] == 0
+        assert row["verdict"] == "agrees"
+
+
+@pytest.mark.parametrize("planted", [-1.0, -0.8, -0.2, 0.0])
+def test_an_exponent_off_the_law_contradicts_it(planted: float) -> None:
+    assert exponents(grid(planted)).loc["strength", 128]["verdict"] == "contradicts"
+
+
+def test_a_rank_that_moves_the_best_rate_contradicts_it() -> None:
+    found = exponents(grid(-0.53, in_rank=-0.25))
+    assert found.loc["rank", 64]["exponent"] == pytest.approx(-0.25, abs=0.02)
+    assert found.loc["rank", 64]["verdict"] == "contradicts"
+    assert found.loc["strength", 8]["verdict"] == "agrees"
+
+
+def test_the_law_is_taken_at_the_measured_rate_of_the_first_strength() -> None:
+    row = exponents(grid(-0.53)).loc["strength", 8]
+    wanted = horizons.predictions(TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(1e-3,), warmup=4)["exponent"]
+    assert [row["law_low"], row["law"], row["law_high"]] == pytest.approx(sorted(wanted), abs=2e-3)
+
+
+def test_where_the_data_could_not_tell_it_is_undecided() -> None:
+    def judged(value: float, error: float, *, edge: bool = False) -> str:
+        return horizons.judge(Estimate(value, error, 1000, "records"), (-0.55, -0.5), edge=edge)
+
+    assert judged(-0.52, 0.01) == "agrees"
+    assert judged(-0.60, 0.03) == "agrees"
+    assert judged(-0.60, 0.02) == "contradicts"
+    assert judged(-0.45, 0.02) == "contradicts"
+    assert judged(-0.70, 0.20) == "undecided", "-1 is within"
+    assert judged(-0.30, 0.20) == "undecided", "0 is within"
+    assert judged(-0.52, 0.01, edge=True) == "undecided"
+    assert horizons.judge(Estimate(-0.52, math.inf, 1, ""), (-0.55, -0.5), edge=False) == "undecided"
+
+
+def test_a_best_rate_at_the_grids_edge_is_undecided() -> None:
+    runs = [run for run in grid(-0.53) if run.strength == 64 or run.rate > 2.7e-4]
+    assert exponents(runs).loc["strength", 128]["verdict"] == "undecided"
+
+
+def test_diverged_and_shorter_runs() -> None:
+    """A run that diverged is above every loss from then on; one that ended before a step is not in its curve."""
+    runs = grid(-0.53)
+    bare = [run for run in runs if run.rate < 2e-3]
+    (top,) = {run.rate for run in runs if 2e-3 < run.rate < 4e-3}
+    first = [Run(8, s, top, 0, ReadRun([], runs[0].read.readings[:1], diverged_at=20)) for s in (64.0, 724.0)]
+    with_top = {curve.rank: curve for curve in horizons.curves(bare + first, TOKENS, 64)}[8]
+    assert with_top.rates[-1] == top
+    assert np.isinf(with_top.losses[:, -1]).all()
+    short = [Run(run.rank, run.strength, top, 0, ReadRun([], run.read.readings[:1])) for run in first]
+    assert {curve.rates[-1] for curve in horizons.curves(bare + short, TOKENS, 64)} == {max(r.rate for r in bare)}
+    rows = horizons.table(first, TOKENS, TOKENS)
+    assert rows["status"].tolist() == ["complete", "diverged"] * 2
+    assert rows["step"].tolist() == [16, 20] * 2
+
+
+def test_a_rate_that_a_seed_lacks_is_left_out() -> None:
+    runs = [run for run in grid(-0.53, seeds=2) if not (run.seed == 1 and run.rate < 9e-5)]
+    for curve in horizons.curves(runs, TOKENS, 16):
+        assert curve.rates[0] == pytest.approx(1e-4)
+        assert curve.losses.shape[0] == 2
+
+
+def test_the_table_of_best_rates_names_the_arm() -> None:
+    found = horizons.bests(horizons.curves(grid(-0.5), TOKENS, 16), 16)
+    assert found["step"].tolist() == [16] * 4
+    assert list(zip(found["rank"], found["strength"], strict=True)) == [(8, 64), (8, 724), (128, 64), (128, 724)]
+    np.testing.assert_allclose(found["best_rate"], 1e-3 * (found["strength"] / 64) ** -0.5, rtol=0.05)
+    assert not found["edge"].any()
