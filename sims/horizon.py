@@ -8,12 +8,13 @@ further strengths, ranks, rates and seeds extend the folder.
 """
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from rora_theory import llama
 from rora_theory.adapters.lora import PAPER_TARGETS
@@ -22,23 +23,32 @@ from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import LossOn, TrainTemplate
 from rora_theory.rules import check_list
 from rora_theory.stats.paired import mean_per_token
-from rora_theory.sweep import readings
+from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, devices, tables
-from sims.common.cells import Cells
-from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
 
 NAME = "horizon"
-COLUMNS = (
-    "rank", "strength", "gamma", "learning_rate", "seed", "step", "status", "validation_loss", "validation_error",
-    "answer_loss", "answer_error",
-)  # fmt: skip
+OVER = {"strength": "gamma r at r =", "rank": "r at gamma r ="}
 UNITS = {
     "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
     "validation_loss, answer_loss": "nats a token of the held-out records; errors are over records",
 }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its rank, gamma r, rate and seed, and the steps it is read at."""
+
+    rank: int
+    strength: float
+    rate: float
+    seed: int
+    read_at: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"r={self.rank} gamma*r={self.strength:g} lr={self.rate:g} seed={self.seed}"
 
 
 @dataclass(frozen=True)
@@ -77,17 +87,19 @@ class Config:
     """records that no run trains on"""
     data_seed: int = 42
     """seed of the two samples"""
+    regime: Path | None = None
+    """run folder of sims.regime: its takeover distances give the law's exponents"""
     out: Path | None = None
     """run folder; by default results/horizon/ID"""
 
-    def training(self, rank: int, strength: float, rate: float, seed: int) -> FinetuneConfig:
-        """One run."""
+    def training(self, cell: Cell) -> FinetuneConfig:
+        """The fine-tuning run of a cell."""
         return FinetuneConfig(
             rule="lora",
-            rank=rank,
-            alpha=strength,
-            learning_rate=rate,
-            seed=seed,
+            rank=cell.rank,
+            alpha=cell.strength,
+            learning_rate=cell.rate,
+            seed=cell.seed,
             schedule="constant",
             dropout=0.0,
             validation=0,
@@ -100,13 +112,10 @@ class Config:
             cutoff=self.cutoff,
         )
 
-    def runs(self) -> Iterator[tuple[int, float, float, int]]:
-        """Rank, strength, rate and seed of every run, a seed after the other."""
-        for seed in self.seeds:
-            for strength in self.strengths:
-                for rank in self.ranks:
-                    for rate in self.lrs:
-                        yield rank, strength, rate, seed
+    def cells(self) -> Iterator[Cell]:
+        """Every run, a seed after the other."""
+        for seed, strength, rank, rate in product(self.seeds, self.strengths, self.ranks, self.lrs):
+            yield Cell(rank, strength, rate, seed, self.read_at)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,53 +124,80 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> None:
-    """Do every run that the folder lacks."""
+    """Do every run that the folder lacks, then judge all that it has."""
     for name in ("ranks", "strengths", "lrs", "seeds", "read_at"):
-        check_list("--" + name, getattr(config, name))
-    runs = list(config.runs())
-    for one in runs:
-        config.training(*one).check()
+        check_list(f"--{name.replace('_', '-')}", getattr(config, name))
+    takeovers = horizons.read_takeovers(config.regime) if config.regime else []
+    cells = list(config.cells())
+    trainings = {cell: config.training(cell) for cell in cells}
+    for training in trainings.values():
+        training.check()
     split = draw_records(
         config.data, held_out=config.held_out, train_records=config.train_records, seed=config.data_seed
     )
     located = {config.model: llama.locate(config.model)}
-    grows = ("ranks", "strengths", "lrs", "seeds", "read_at", "data", "out")
+    grows = ("ranks", "strengths", "lrs", "seeds", "read_at", "data", "regime", "out")
     identity = {name: value for name, value in asdict(config).items() if name not in grows}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
-    places = devices.pick(1)
-    folder = RunFolder.open(NAME, identity, out=config.out, extra={"units": UNITS, "device": devices.describe(places)})
-    bench = Workbench(config.training(*runs[0]), split, {}, located, scoring=Scoring("label", None))
+    extra = {"units": UNITS, "device": devices.describe(devices.pick(1))}
+    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra)
+    bench = Workbench(trainings[cells[0]], split, {}, located, scoring=Scoring("label", None))
     cli.tell(bench.open(config.model))
     tokens, answers = readings.token_counts(bench)
-    folder.write_rows(
-        ("source", "index", "tokens", "answer_tokens"),
-        [
-            {"source": source, "index": index, "tokens": whole, "answer_tokens": answer}
-            for (source, index, _), whole, answer in zip(split.held_out, tokens, answers, strict=True)
-        ],
-        "records.csv",
-    )
-    kept, last = Cells(folder), config.read_at[-1]
-    with progress_bar("runs", len(runs), fields="{run}") as bar:
-        for number, (rank, strength, rate, seed) in enumerate(runs, start=1):
-            name = f"r={rank} strength={strength:g} lr={rate:g} seed={seed} steps={last}"
-            fresh, begun = name not in kept, time.monotonic()
-            bar.advance(0, run=name)
-            training = config.training(rank, strength, rate, seed)
-            found = kept.do(name, partial(work, bench, training, config.read_at))
-            if fresh:
-                print(
-                    f"[{number}/{len(runs)}] {name}: {said(found, tokens)}, {time.monotonic() - begun:.0f} s",
-                    flush=True,
-                )
-            bar.advance(1, run=name)
-    tables.print_text(f"{len(runs)} runs, written to {folder.path}")
+    names = pd.DataFrame([(source, index) for source, index, _ in split.held_out], columns=["source", "index"])
+    folder.write_frame(names.assign(tokens=tokens, answer_tokens=answers), "records.csv")
+
+    def work(cell: Cell, _: Path) -> dict[str, Any]:
+        return asdict(readings.read_run(bench, trainings[cell], cell.read_at))
+
+    def each(ended: Ended[Cell]) -> None:
+        if ended.error is None:
+            print(f"[{ended.index + 1}/{len(cells)}] {ended.cell}: {said(ended.value, tokens)}", flush=True)
+
+    run_cells(cells, work, folder, title="runs", each=each)
+    runs = [horizons.run_of(one.cell, one.value) for one in finished(folder).values()]
+    report(folder, runs, tokens, answers, takeovers, config.warmup)
     folder.finish()
 
 
-def work(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -> dict[str, Any]:
-    """A run as JSON types."""
-    return asdict(readings.read_run(bench, training, steps))
+def report(
+    folder: RunFolder,
+    runs: Sequence[horizons.Run],
+    tokens: Sequence[int],
+    answers: Sequence[int],
+    takeovers: Sequence[float],
+    warmup: int,
+) -> None:
+    """Judge the runs, write the tables and print the answer."""
+    folder.write_frame(horizons.table(runs, tokens, answers), "results.csv")
+    steps = sorted({one.step for run in runs for one in run.read.readings})
+    curves = {step: horizons.curves(runs, tokens, step) for step in steps}
+    best = pd.concat([horizons.bests(found, step) for step, found in curves.items()])
+    if best.empty:
+        tables.print_text(f"No rank and strength has three rates yet; {len(runs)} runs are in {folder.path}")
+        return
+    folder.write_frame(best, "best.csv")
+    rows = [
+        (row.step, row.rank, f"{row.strength:g}", f"{row.best_rate:.3g}", f"{row.best_loss:.4f}", row.edge)
+        for row in best.itertuples()
+    ]
+    tables.print_table("Best rates", ["steps", "rank", "gamma r", "rate", "loss", "edge"], rows, left=0)
+    if not takeovers:
+        tables.print_text(f"{len(runs)} runs are in {folder.path}; --regime gives the law beside the exponents")
+        return
+    found = pd.concat(
+        [horizons.exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
+    )
+    folder.write_frame(found, "exponents.csv")
+    rows = []
+    for row in found.itertuples():
+        measured, law = f"{row.exponent:+.2f} ± {row.half_width:.2f}", f"{row.law_low:+.2f} to {row.law_high:+.2f}"
+        rows.append((row.step, f"{OVER[row.over]} {row.at:g}", measured, law, row.verdict))
+    heads = ["steps", "best rate against", "exponent, 95%", "the law's", "verdict"]
+    tables.print_table("How the best rate moves", heads, rows, left=2)
+    count = found["verdict"].value_counts().to_dict()
+    words = ", ".join(f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count)
+    tables.print_text(f"The law against {len(runs)} runs: {words}. They are in {folder.path}")
 
 
 def said(found: dict[str, Any], tokens: Sequence[int]) -> str:

@@ -1,20 +1,23 @@
 """The best rate against gamma r at several horizons: what the law says beforehand, and what runs say."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
+from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_per_token, resampled_ratios
 from rora_theory.stats.rate_curves import Curve, best_rates
-from rora_theory.sweep.readings import ReadRun
+from rora_theory.sweep.readings import Reading, ReadRun
 
 QUANTILES = (0.05, 0.5, 0.95)
 """Of the takeover distances of a model's modules: each module has its own, one rate serves all."""
@@ -77,6 +80,31 @@ class Run:
     def reaches(self, step: int) -> bool:
         """Whether the run says something of a step: that it was read there, or diverged on the way."""
         return self.losses(step) is not None or (self.read.diverged_at is not None and self.read.diverged_at <= step)
+
+
+def run_of(cell: Mapping[str, Any], value: Mapping[str, Any]) -> Run:
+    """A finished cell as a `Run`.
+
+    Args:
+      cell: ``rank``, ``strength``, ``rate`` and ``seed``.
+      value: a `ReadRun` in JSON types.
+    """
+    read = ReadRun(value["train_losses"], [Reading(**one) for one in value["readings"]], value["diverged_at"])
+    return Run(cell["rank"], cell["strength"], cell["rate"], cell["seed"], read)
+
+
+def read_takeovers(folder: Path) -> list[float]:
+    """The takeover distances at held-out tokens of all modules, from a run of ``sims.regime`` with PEFT's init.
+
+    Raises:
+      InputError: no such table, or none of it held out.
+    """
+    path = folder / "takeover.csv"
+    found = frames.read(path)
+    own = found[(found["init"] == "kaiming_uniform") & (found["split"] == "heldout")]
+    if own.empty:
+        raise InputError(f"{path}: has no held-out row of kaiming_uniform; accepted is a run of sims.regime")
+    return [float(value) for value in own["takeover"]]
 
 
 def table(runs: Sequence[Run], tokens: Sequence[int], answer_tokens: Sequence[int]) -> pd.DataFrame:
