@@ -232,7 +232,7 @@ def train(config: Config, cell: Cell) -> list[dict[str, Any]]:
     adapters, problems = ensemble.draw(
         problem(config, cell.model),
         rank=cell.rank,
-        seeds=config.seeds,
+        seeds=range(config.seeds),
         seed=config.seed,
         start=cell.start,
         init=config.init,

@@ -7,11 +7,12 @@ difference that is left is more than a shift of the rate.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from rora_theory import frames
 from rora_theory.advice.setting import FAMILY
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import Estimate, over_seeds
@@ -19,6 +20,31 @@ from rora_theory.stats.paired import mean_per_token
 from rora_theory.stats.rate_optimum import Best, best_rate, grid_gap, predicted_slopes
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.theory.laws import scaling_power
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "optimizer", "trained", "rule", "kappa", "rank", "scaling", "learning_rate", "seed", "loss_train", "loss_held_out",
+)  # fmt: skip
+"""Of a table of losses, which curves are made from."""
+BEST_COLUMNS = (
+    "optimizer", "trained", "rule", "kappa", "rank", "best_rate", "log2_error", "best_loss", "best_loss_error", "seeds",
+    "error_over", "edge",
+)  # fmt: skip
+SLOPE_COLUMNS = (
+    "optimizer", "trained", "rule", "kappa", "ranks", "slope", "standard_error", "half_width", "verdict", "signal",
+    "cross-talk", "A moves", "nearest",
+)  # fmt: skip
+UNITS = {
+    "loss": "teacher and student: squared error / 2, summed over outputs, averaged over inputs, after the last step; "
+    "a real model's: nats a token on held-out records",
+    "trained": "both factors, or B alone with A frozen",
+    "log2_error": "standard error of log2 of the best rate",
+    "half_width": "half of the 95% interval, by Student's t; in comparison.json with what the grid may hide",
+    "edge": "the best rate is the grid's lowest or highest: the true one may lie beyond; left out of slopes",
+    "signal, cross-talk, A moves": "predicted slopes, rora_theory.stats.rate_optimum",
+}
 
 EQUAL = 0.01
 """Relative difference of two losses that does not count: they are equal where the whole interval lies within it."""
@@ -100,8 +126,8 @@ class Curve:
         return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), len(values), RECORDS)
 
 
-def best_rates(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """The best rate and loss of every curve."""
+def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
+    """The best rate and loss of every curve, a row each: `BEST_COLUMNS`, in units of `UNITS`."""
     rows = []
     for curve in curves:
         bests = curve.bests()
@@ -115,11 +141,11 @@ def best_rates(curves: Sequence[Curve]) -> list[dict[str, Any]]:
             | {"seeds": len(curve.losses), "edge": curve.edge}
             | {"error_over": logs.over}
         )
-    return rows
+    return frames.of(rows, BEST_COLUMNS)
 
 
-def rate_slopes(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Slope of the best rate against the rank of every line, beside the predictions."""
+def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
+    """Slope of the best rate against the rank of every line, beside the predictions: `SLOPE_COLUMNS`."""
     rows = []
     for line in dict.fromkeys(curve.line for curve in curves):
         kept = [c for c in curves if c.line == line and not c.edge]
@@ -140,7 +166,7 @@ def rate_slopes(curves: Sequence[Curve]) -> list[dict[str, Any]]:
         row |= {"half_width": float(f"{slope.half_width():.2g}") if slope.has_error else None}
         row |= {"verdict": slopes.judge(SeedFit.of(slope)), **predicted, "nearest": nearest}
         rows.append(row)
-    return rows
+    return frames.of(rows, SLOPE_COLUMNS)
 
 
 class Comparison(NamedTuple):

@@ -60,29 +60,26 @@ Adapters = tuple[dict[str, Array], ...]
 
 @dataclass(frozen=True)
 class ProblemConfig:
-    """Size and law of the problem.
-
-    Attributes:
-      model: ``"linear"`` [p_out, p_in] or ``"mlp"`` [p_out, hidden] tanh [hidden, p_in].
-      p_in, hidden, p_out: widths.
-      samples, held_out: inputs to train on, and apart from them.
-      overlap: rho in [0, 1].
-      teacher_rank: rank of each layer's change.
-      noise: standard deviation added to the targets, whose change has root mean square 1 in the linear problem.
-
-    Raises:
-      InputError: a value out of range.
-    """
+    """Size and law of the problem. Raises `InputError` where a value is out of range."""
 
     model: Model = "linear"
+    """linear [p_out, p_in], or mlp [p_out, hidden] tanh [hidden, p_in]"""
     p_in: int = 512
+    """inputs of the model"""
     hidden: int = 128
+    """hidden units of the mlp"""
     p_out: int = 32
+    """outputs of the model"""
     samples: int = 8
+    """training inputs"""
     held_out: int = 32
+    """held-out inputs"""
     overlap: float = 0.0
+    """overlap of any two inputs, from 0 to 1"""
     teacher_rank: int = 4
+    """rank of the change to learn, in each layer: at most the least rank, or capacity decides"""
     noise: float = 0.1
+    """standard deviation of the noise on the targets, whose change has root mean square 1 in the linear problem"""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:

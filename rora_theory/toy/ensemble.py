@@ -13,18 +13,26 @@ from rora_theory.toy.dynamics import Adapters, Optimizer, Problem, ProblemConfig
 
 
 def draw(
-    config: ProblemConfig, *, rank: int, seeds: int, seed: int = 0, start: Start = "A", init: Init = "kaiming_uniform"
+    config: ProblemConfig,
+    *,
+    rank: int,
+    seeds: Sequence[int],
+    seed: int = 0,
+    start: Start = "A",
+    init: Init = "kaiming_uniform",
 ) -> tuple[Adapters, Problem]:
     """Adapters and problems with a leading axis of seeds; those of one seed are the same, or nested, at every rank.
 
     Args:
       config: of the problem.
       rank: of the adapters.
-      seeds: how many.
+      seeds: of the problems and adapters.
       seed: of all draws.
       start, init: see `dynamics.draw_adapters`.
     """
-    keys = jax.vmap(lambda s: jax.random.split(jax.random.fold_in(jax.random.key(seed), s)))(np.arange(seeds))
+    keys = jax.vmap(lambda s: jax.random.split(jax.random.fold_in(jax.random.key(seed), s)))(
+        np.asarray(seeds, np.uint32)
+    )
     problems = jax.vmap(lambda key: dynamics.draw_problem(key, config))(keys[:, 0])
     adapters = jax.vmap(lambda key: dynamics.draw_adapters(key, config, rank=rank, start=start, init=init))(keys[:, 1])
     return adapters, problems

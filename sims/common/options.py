@@ -17,6 +17,7 @@ from rora_theory.errors import InputError, shown
 FILE = "--config"
 
 RENAMED: dict[str, tuple[str, ...]] = {
+    "adam-rates": ("adam-lrs",),
     "batch": ("batch-size",),
     "heldout-items": ("held-out",),
     "items": ("batch-size",),
@@ -24,6 +25,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "max-steps": ("steps",),
     "rate": ("lr",),
     "rates": ("lrs",),
+    "sgd-rates": ("sgd-lrs",),
     "validation": ("held-out",),
 }
 """Spellings of earlier versions, each with what it became: the first of them that a command has, where the old spelling

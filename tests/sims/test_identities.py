@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,9 @@ OTHER: dict[str, Any] = {
         "shares": "proportional", "train_records": 8, "steps": 2, "accumulation": 2, "remat": True, "limit": 2,
         "tasks": ("boolq",), "protocol": "harness", "eval_template": "eval",
     },
-    "lr_transfer": {"steps": 7},
+    "lr_transfer": {
+        "steps": 7, "rules": (0.3,), "seeds": (0, 3), "adam_lrs": (0.1, 0.2, 0.3), "sgd_lrs": (0.1, 0.2, 0.3),
+    },
     "training_dynamics": {"steps": (1, 3)},
 }  # fmt: skip
 """Another value of a setting, of all commands or of one, where its negation or one more is none."""
@@ -275,8 +277,12 @@ def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
     """The configuration with one setting changed, by the setting."""
     found = {}
     for field in fields(config):
-        if field.name not in skip:
-            found[field.name] = replace(config, **{field.name: other(command, field.name, getattr(config, field.name))})
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            inner = changes(command, value, skip)
+            found |= {name: replace(config, **{field.name: changed}) for name, changed in inner.items()}
+        elif field.name not in skip:
+            found[field.name] = replace(config, **{field.name: other(command, field.name, value)})
     return found
 
 

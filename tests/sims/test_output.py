@@ -17,6 +17,7 @@ from rich.console import Console
 
 import figures
 import sims
+from rora_theory import frames
 from rora_theory.evaluate.levels import Level
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.paper.verdicts import Verdict
@@ -169,8 +170,8 @@ def test_training_dynamics(printed) -> None:
 def test_lr_transfer(printed, name) -> None:
     folder = PUBLISHED / name
     compared = [lr_transfer.Comparison(**one) for one in json.loads((folder / "comparison.json").read_text())]
-    slopes = [{"nearest": ""} | known(row) for row in typed(folder / "slopes.csv")]
-    lr_transfer.report(typed(folder / "best.csv"), slopes, compared)
+    slopes = frames.read(folder / "slopes.csv").fillna({"nearest": ""})
+    lr_transfer.report(frames.read(folder / "best.csv"), slopes, compared)
     text = " ".join(printed())
     assert all(word in text for one in compared for word in one.verdict.split())
 

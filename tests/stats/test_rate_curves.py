@@ -1,5 +1,7 @@
 """Best rates of curves, their slopes in the rank, and rules against each other at their best rates."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -44,19 +46,23 @@ def bowl(rule: str, kappa: float, rank: int, centre: float, *, least: float = 1.
     return rate_curves.Curve("adamw", "both", rule, kappa, rank, 16 / rank**kappa, np.array(RATES), losses)
 
 
+def slopes_of(curves: list[rate_curves.Curve]) -> list[dict]:
+    return rate_curves.rate_slopes(curves).to_dict("records")
+
+
 def test_a_rank_whose_best_rate_is_at_the_edge_is_in_no_slope():
     """Three ranks on the line rate = r^-1/2; two more whose best rates lie beyond the grid, below and above."""
     inside = [bowl("rora", 0.5, rank, 4e-3 * rank**-0.5) for rank in (4, 16, 64)]
     beyond = [bowl("rora", 0.5, 4096, 1e-6), bowl("rora", 0.5, 1, 1.0)]
     assert [curve.edge for curve in beyond] == ["low", "high"]
-    (row,) = rate_curves.rate_slopes([*inside, *beyond])
+    (row,) = slopes_of([*inside, *beyond])
     assert (row["ranks"], row["slope"], row["verdict"]) == ("4 16 64", pytest.approx(-0.5, abs=1e-4), "shrinks")
     assert row["nearest"] == "signal"
     assert row["standard_error"] == pytest.approx(0, abs=1e-9)
-    assert rate_curves.rate_slopes([inside[0], *beyond]) == []
-    (single,) = rate_curves.rate_slopes([bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=1) for rank in (4, 16, 64)])
+    assert slopes_of([inside[0], *beyond]) == []
+    (single,) = slopes_of([bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=1) for rank in (4, 16, 64)])
     assert (single["standard_error"], single["half_width"], single["verdict"]) == (None, None, "undecided")
-    (pair,) = rate_curves.rate_slopes([bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=2) for rank in (4, 16, 64)])
+    (pair,) = slopes_of([bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=2) for rank in (4, 16, 64)])
     assert (pair["standard_error"], pair["verdict"]) == (pytest.approx(0, abs=1e-9), "shrinks")
 
 
@@ -128,7 +134,7 @@ def test_rules_are_compared_at_the_largest_rank_that_both_have():
 
 def test_no_prediction_is_named_that_the_slope_is_far_from():
     """A best rate that rises, where all three predictions are that it falls or stays."""
-    (row,) = rate_curves.rate_slopes([bowl("rora", 0.5, rank, 5e-4 * rank**0.5) for rank in (4, 16)])
+    (row,) = slopes_of([bowl("rora", 0.5, rank, 5e-4 * rank**0.5) for rank in (4, 16)])
     assert (row["slope"], row["nearest"]) == (pytest.approx(0.5, abs=1e-4), "")
 
 
@@ -185,11 +191,11 @@ def test_best_rates_and_their_ratio():
     by_seed = rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, np.array(RATES), losses)
     drawn = rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, np.array(RATES), losses[:1], losses)
     alone = rate_curves.Curve("adamw", "both", "rora", 0.5, 8, 4.0, np.array(RATES), losses[:1])
-    rows = rate_curves.best_rates([by_seed, drawn, alone])
+    rows = rate_curves.best_rates([by_seed, drawn, alone]).to_dict("records")
     assert rows[0]["best_rate"] == pytest.approx(2**0.5 * 1e-3, rel=1e-4)
     assert rows[0]["log2_error"] == pytest.approx(0.5)  # half of log2(2), over sqrt(2) by sqrt(2)
     assert [row["error_over"] for row in rows] == ["seeds", "held-out records", ""]
-    assert [row["log2_error"] is None for row in rows] == [False, False, True]
+    assert [math.isnan(row["log2_error"]) for row in rows] == [False, False, True]
     (found,) = rate_curves.compare(
         [alone, rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, alone.rates, losses[1:])]
     )

@@ -1,0 +1,90 @@
+"""Loss against learning rate of a real model's runs: their curves, their table, and rules compared record by record.
+
+runs = trained_runs.read(folder)
+found = best_rates(curves(runs))
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rora_theory import frames
+from rora_theory.errors import InputError
+from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, paired_losses, pairs
+from rora_theory.sweep import trained_runs
+from rora_theory.sweep.trained_runs import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def curves(runs: Sequence[Run]) -> list[Curve]:
+    """By method and rank: the seeds that ran at every rate that any of them ran at.
+
+    Raises:
+      InputError: none has a seed that ran at three or more rates.
+    """
+    found = []
+    for method in dict.fromkeys(run.method for run in runs):
+        own = [run for run in runs if run.method == method]
+        kappa = trained_runs.kappa_of(own)
+        for rank in sorted({run.rank for run in own}):
+            by_seed: dict[int, dict[float, Run]] = {}
+            for run in own:
+                if run.rank == rank:
+                    by_seed.setdefault(run.seed, {})[run.rate] = run
+            rates = sorted({rate for seed in by_seed.values() for rate in seed})
+            whole = [seed for seed in by_seed.values() if len(seed) == len(rates)]
+            if len(rates) < 3 or not whole:
+                continue
+            losses = np.array([[seed[rate].loss for rate in rates] for seed in whole])
+            resampled = trained_runs.bootstrap({rate: [seed[rate] for seed in whole] for rate in rates})
+            gamma = whole[0][rates[0]].gamma
+            found.append(Curve("adamw", "both", method, kappa, rank, gamma, np.array(rates), losses, resampled))
+    if not found:
+        raise InputError("no method and rank has a seed that ran at three or more rates; accepted is such a matrix")
+    return found
+
+
+def table(runs: Sequence[Run]) -> "pd.DataFrame":
+    """The runs, a row each, in the columns of all such tables."""
+    kappas = {
+        method: trained_runs.kappa_of([run for run in runs if run.method == method])
+        for method in dict.fromkeys(run.method for run in runs)
+    }
+    rows = [
+        {"optimizer": "adamw", "trained": "both", "rule": run.method, "kappa": kappas[run.method]}
+        | {"rank": run.rank, "scaling": run.gamma, "learning_rate": run.rate, "seed": run.seed}
+        | {"loss_held_out": run.loss}
+        for run in runs
+    ]
+    return frames.of(rows, COLUMNS)
+
+
+def compare(curves: Sequence[Curve], runs: Sequence[Run]) -> list[Comparison]:
+    """Rules against each other at the largest rank, at the grid's rate of least mean loss, record by record.
+
+    Seeds that ran at both rates are averaged; with two or more of them the error is over seeds or over records,
+    whichever is larger.
+    """
+    found = []
+    for first, second in pairs(curves):
+        rates = [curve.rates[int(np.argmin(np.mean(curve.losses, axis=0)))] for curve in (first, second)]
+        groups = [
+            {run.seed: run for run in runs if (run.method, run.rank, run.rate) == (curve.rule, curve.rank, rate)}
+            for curve, rate in zip((first, second), rates, strict=True)
+        ]
+        seeds = sorted(set(groups[0]) & set(groups[1]))
+        if not seeds:
+            continue
+        a, b = ([group[seed] for seed in seeds] for group in groups)
+        (left, tokens), (right, _) = trained_runs.stacked(a), trained_runs.stacked(b)
+        losses = paired_losses(
+            np.array([run.loss for run in a]),
+            np.array([run.loss for run in b]),
+            None if left is None or right is None else (left, right),
+            tokens,
+        )
+        found.append(comparison(first, second, losses))
+    return found

@@ -1,0 +1,167 @@
+"""The controlled problem trained at every rate of a grid, by rank, scaling rule and optimizer: loss against rate.
+
+    grid = RateGrid(ranks=(4, 16), rules=("lora", "rora"), optimizers=("adam",))
+    found = best_rates(curves(losses(grid)))
+
+Tables are tidy: a row a cell, seed and rate. `rora_theory.stats.rate_curves` has the best rates and their comparison.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+from jaxtyping import Float
+
+from rora_theory import frames
+from rora_theory.errors import InputError
+from rora_theory.inits import INITS, Init
+from rora_theory.rules import alpha_at, check_list, check_ranks, check_rules, name_of
+from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
+from rora_theory.seeds import check_seed
+from rora_theory.stats.rate_curves import COLUMNS, Curve
+from rora_theory.toy import dynamics, ensemble
+from rora_theory.toy.dynamics import ProblemConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Loss = Literal["held_out", "train"]
+
+
+@dataclass(frozen=True)
+class RateGrid:
+    """What to train. Raises `InputError` where a value is out of range."""
+
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    """ranks of the adapter"""
+    rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
+    """scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
+    optimizers: tuple[dynamics.Optimizer, ...] = ("sgd", "adam")
+    """sgd, momentum, adam or adamw"""
+    freeze_control: bool = True
+    """train B alone too, with A frozen"""
+    adam_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-26, 7))
+    """learning rates of adam and adamw, three or more"""
+    sgd_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-14, 22))
+    """learning rates of sgd, and ten times those of momentum; the default grid has every rule's best step at ranks
+    that are powers of two times the reference rank"""
+    steps: int = 100
+    """updates, each on all training inputs"""
+    seeds: tuple[int, ...] = tuple(range(12))
+    """of problems and adapters, 2 or more"""
+    gamma: float = 1.0
+    """scaling of every rule at the reference rank"""
+    reference_rank: int = 4
+    """rank at which the rules meet"""
+    init: Init = "kaiming_uniform"
+    """law of A"""
+    problem: ProblemConfig = field(
+        default_factory=lambda: ProblemConfig(
+            p_in=128, hidden=64, p_out=16, samples=256, held_out=256, overlap=0.3, teacher_rank=4, noise=0.1
+        )
+    )
+    seed: int = 0
+    """seed of all draws"""
+
+    def __post_init__(self) -> None:
+        check_ranks(self.ranks)
+        check_rules(self.rules)
+        for rule in self.rules:
+            alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_list("--optimizers", self.optimizers)
+        for name, values, accepted in (
+            ("optimizers", self.optimizers, dynamics.OPTIMIZERS),
+            ("init", (self.init,), INITS),
+        ):
+            for value in values:
+                if value not in accepted:
+                    raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
+        for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):
+            check_list(option, rates, fewest=3)
+            for rate in rates:
+                check_positive(option, rate)
+        check_list("--seeds", self.seeds, fewest=2)
+        for seed in self.seeds:
+            check_seed(seed, "--seeds")
+        check_integer("--steps", self.steps)
+        check_seed(self.seed, "--seed")
+
+    def lrs(self, optimizer: dynamics.Optimizer) -> Float[np.ndarray, " rates"]:
+        """The rates of an optimizer, ascending."""
+        if optimizer in ("adam", "adamw"):
+            return np.sort(self.adam_lrs)
+        return np.sort(self.sgd_lrs) / (10 if optimizer == "momentum" else 1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One compiled call: all seeds and rates; ``trained`` is both factors, or B alone with A frozen."""
+
+    optimizer: dynamics.Optimizer
+    trained: Literal["both", "B"]
+    rank: int
+    rule: Rule
+
+    def __str__(self) -> str:
+        return f"{self.optimizer}, {name_of(self.rule)}, r = {self.rank}"
+
+
+def cells(grid: RateGrid) -> Iterator[Cell]:
+    """All of a grid."""
+    kinds: tuple[Literal["both", "B"], ...] = ("both", "B") if grid.freeze_control else ("both",)
+    for optimizer in grid.optimizers:
+        for trained in kinds:
+            for rank in sorted(grid.ranks):
+                for rule in grid.rules:
+                    yield Cell(optimizer, trained, rank, rule)
+
+
+def cell_rows(grid: RateGrid, cell: Cell) -> list[dict[str, Any]]:
+    """Losses of a cell, a row a seed and rate; not finite where the run diverged."""
+    alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
+    scaling = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank)
+    adapters, problems = ensemble.draw(grid.problem, rank=cell.rank, seeds=grid.seeds, seed=grid.seed, init=grid.init)
+    rates = grid.lrs(cell.optimizer)
+    loss_train, held_out = ensemble.losses_at_rates(
+        adapters,
+        problems,
+        scaling=scaling,
+        rates=rates,
+        optimizer=cell.optimizer,
+        steps=grid.steps,
+        frozen="A" if cell.trained == "B" else None,
+    )
+    frame: dict[str, Any] = {"optimizer": cell.optimizer, "trained": cell.trained, "rule": name_of(cell.rule)}
+    frame |= {"kappa": exponent(cell.rule), "rank": cell.rank, "scaling": float(f"{scaling:.6g}")}
+    return [
+        frame
+        | {"learning_rate": float(rate), "seed": seed}
+        | {
+            "loss_train": float(f"{loss_train[line, column]:.5g}"),
+            "loss_held_out": float(f"{held_out[line, column]:.5g}"),
+        }
+        for line, seed in enumerate(grid.seeds)
+        for column, rate in enumerate(rates)
+    ]
+
+
+def losses(grid: RateGrid) -> "pd.DataFrame":
+    """Losses of all cells, a row a seed and rate."""
+    return frames.of([row for cell in cells(grid) for row in cell_rows(grid, cell)], COLUMNS)
+
+
+def curves(table: "pd.DataFrame", judge: Loss = "held_out") -> list[Curve]:
+    """The curves of `losses`, in the order of its cells.
+
+    Args:
+      table: of whole cells.
+      judge: which loss.
+    """
+    found = []
+    for key, own in table.groupby(list(COLUMNS[:6]), sort=False):
+        optimizer, trained, rule, kappa, rank, scaling = cast(tuple[Any, ...], key)
+        by_rate = own.pivot(index="seed", columns="learning_rate", values=f"loss_{judge}")
+        rates, values = by_rate.columns.to_numpy(float), by_rate.to_numpy(float)
+        found.append(Curve(optimizer, trained, rule, float(kappa), int(rank), float(scaling), rates, values))
+    return found

@@ -1,0 +1,50 @@
+"""Curves of a real model's runs, and rules compared record by record."""
+
+import numpy as np
+import pytest
+
+from rora_theory.sweep import run_curves
+from rora_theory.sweep.trained_runs import Run
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "over"), [((0.1, -0.1, 0.3), "seeds"), ((0.1, 0.1001, 0.0999), "held-out records")]
+)
+def test_the_larger_error_is_reported(by_seed, over):
+    """Two methods on four records, three seeds: the error by hand over seeds and over records, and the larger one."""
+    tokens = np.array([10.0, 20.0, 30.0, 40.0])
+    noise = np.array([1.0, -2.0, 2.0, -1.0])
+    cells = []
+    for method, sign in (("lora", 0.0), ("rora", 1.0)):
+        for seed, gap in enumerate(by_seed):
+            for rate, more in ((1e-3, 0.5), (3e-3, 0.0), (1e-2, 0.5)):
+                records = (2 + more + sign * gap) * tokens + sign * noise
+                loss = records.sum() / tokens.sum()
+                cells += [Run(method, rank, 16 / rank, rate, seed, loss, records, tokens) for rank in (4, 8)]
+    (found,) = run_curves.compare(run_curves.curves(cells), cells)
+    assert found.error_over == over
+    assert found.difference == pytest.approx(-np.mean(by_seed), rel=1e-9)
+    expected = {"seeds": np.std(by_seed, ddof=1) / 3**0.5, "held-out records": np.sqrt(np.sum(noise**2) * 4 / 3) / 100}
+    assert found.standard_error == pytest.approx(expected[over], rel=1e-6)
+
+
+def test_seeds_that_lack_a_rate_are_no_curve():
+    whole = [Run("lora", r, 16 / r, rate, 0, 1.0 + rate, None, None) for r in (4, 8) for rate in RATES]
+    part = [Run("lora", r, 16 / r, rate, 1, 9.0, None, None) for r in (4, 8) for rate in RATES[:4]]
+    curves = run_curves.curves([*whole, *part])
+    assert [curve.losses.tolist() for curve in curves] == [[[1.0 + rate for rate in RATES]]] * 2
+
+
+def test_the_table_has_every_run_and_the_exponent_of_its_method():
+    runs = [
+        Run(method, rank, 16 / rank**kappa, 1e-3, 0, 1.5, None, None)
+        for method, kappa in (("lora", 1.0), ("rora", 0.5))
+        for rank in (4, 8)
+    ]
+    found = run_curves.table(runs)
+    assert found["kappa"].tolist() == [1.0, 1.0, 0.5, 0.5]
+    assert found["rank"].tolist() == [4, 8, 4, 8]
+    assert found["loss_train"].isna().all()
+    assert (found["loss_held_out"] == 1.5).all()
