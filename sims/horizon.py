@@ -27,6 +27,7 @@ from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, devices, tables
+from sims.common.cells import Ended, finished, run_cells
 from sims.common.run_folder import RunFolder
 
 NAME = "horizon"
