@@ -25,7 +25,7 @@ from rora_theory.errors import InputError
 from sims.common import cli
 from sims.common.disk import Journal
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder, as_json, check_files
+from sims.common.run_folder import RunFolder, as_json, check_files, read_manifest
 
 CELLS = "cells.jsonl"
 FOLDERS = "cells"
@@ -103,22 +103,22 @@ def key_of(cell: Any) -> str:
     return hashlib.sha256(json.dumps(as_json(cell), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finished(folder: RunFolder) -> dict[str, Finished]:
-    """The finished cells of a run folder, by key, in the order they were finished in.
+def finished(path: Path) -> dict[str, Finished]:
+    """The finished cells of a run folder, by key, in the order they were finished in; whoever drives it.
 
     One of which a file was removed is not among them: it is done again.
 
     Raises:
-      InputError: a line or a file is not as the run wrote it; names both.
+      InputError: a line is not as the run wrote it.
     """
+    manifest = read_manifest(path, ("run_id",))
+    if manifest is None:
+        return {}
     found: dict[str, Finished] = {}
-    for entry in Journal(folder.path / CELLS, folder.identity).entries:
+    for entry in Journal(path / CELLS, manifest["run_id"], mend=False).entries:
         if "key" in entry:
             found[entry["key"]] = Finished(entry["key"], entry["cell"], entry["value"], entry["files"])
-    known = folder.entry("files")
-    for one in found.values():  # those in the manifest were looked at when the folder was opened
-        check_files(folder.path, {name: digest for name, digest in one.files.items() if name not in known})
-    return {key: one for key, one in found.items() if all((folder.path / name).exists() for name in one.files)}
+    return {key: one for key, one in found.items() if all((path / name).exists() for name in one.files)}
 
 
 def run_cells(
@@ -150,7 +150,9 @@ def run_cells(
       InputError: a full disk, or a line or file that is not as the run wrote it; the cells before are kept.
     """
     keys = [key_of(cell) for cell in cells]
-    done = finished(folder)
+    done, known = finished(folder.path), folder.entry("files")
+    for one in done.values():  # those in the manifest were looked at when the folder was opened
+        check_files(folder.path, {name: digest for name, digest in one.files.items() if name not in known})
     journal = Journal(folder.path / CELLS, folder.identity)
     todo = [index for index, key in enumerate(keys) if key not in done and key not in keys[:index]]
     failed: list[Ended[Cell]] = []

@@ -25,6 +25,7 @@ class Journal:
     Args:
       path: need not be there.
       identity: of the run the lines belong to.
+      mend: whether such an end is cut off the file too; not where another process may be writing it.
 
     Attributes:
       entries: of all lines, without their digests.
@@ -33,7 +34,7 @@ class Journal:
       InputError: a line is not as it was written; names the file and the line.
     """
 
-    def __init__(self, path: Path, identity: str) -> None:
+    def __init__(self, path: Path, identity: str, *, mend: bool = True) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
         self._digests = [identity]
@@ -54,7 +55,7 @@ class Journal:
                 )
             self._digests.append(entry.pop(seals.DIGEST))
             self.entries.append(entry)
-        if len(whole) < len(data):
+        if mend and len(whole) < len(data):
             os.truncate(path, len(whole))
 
     def append(self, entry: dict[str, Any], *, sync: bool = True) -> None:

@@ -101,7 +101,8 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path) -> N
     assert again == first[::-1]
     assert run_cells(more, area, folder, each=fresh.append)[1:4] == again
     assert [(one.cell, one.index) for one in fresh] == [(Square(4), 0)], "once, though it is twice in the list"
-    assert [one.cell["side"] for one in finished(folder).values()] == [3, 1, 2, 4], "all that the folder has"
+    assert [one.cell["side"] for one in finished(tmp_path).values()] == [3, 1, 2, 4], "all that the folder has"
+    assert finished(tmp_path / "none") == {}
 
 
 def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
@@ -118,6 +119,8 @@ def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
         folder.stop("interrupted")
         with (folder.path / CELLS).open("a") as file:
             file.write('{"key": "')
+        assert len(finished(folder.path)) == SIDES.index(Square(stop))
+        assert (folder.path / CELLS).read_text().endswith('{"key": "'), "to look is to change nothing"
         folder = opened(tmp_path / str(stop))
         run_cells(SIDES, drawn, folder, write=lambda values, folder=folder: table(folder, values))
         folder.finish()
