@@ -90,7 +90,10 @@ def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Settings and events of a run or cell; a missing or damaged file ends the command. A last line cut off is left
     out."""
     cell = run / "cell.json"
-    style.check_as_written(run, "result.json" if cell.exists() else "manifest.json")
+    if cell.exists():
+        style.check_as_written(run.resolve().parents[1], f"cells/{run.resolve().name}")
+    else:
+        style.check_as_written(run)
     try:
         settings = files.read_json(cell if cell.exists() else run / "manifest.json")
         settings = settings["training"] if cell.exists() else settings["config"]

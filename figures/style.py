@@ -161,9 +161,9 @@ def read_run(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any
     return manifest, rows
 
 
-def check_as_written(folder: Path, record: str = "manifest.json") -> None:
-    """End the command where a file of a run or cell is not the one it wrote, by ``record``'s digests."""
-    problem = seals.problem(folder, record)
+def check_as_written(folder: Path, within: str = "") -> None:
+    """End the command where a file of a run, or of the folder ``within`` it, is not the one it wrote."""
+    problem = seals.problem(folder, within)
     if problem is not None:
         fail(f"{problem}; accepted is the file as the run wrote it, which its command makes again")
 

@@ -48,27 +48,26 @@ def changed(folder: Path, known: Any) -> list[str]:
     ]
 
 
-def problem(folder: Path, record: str = "manifest.json") -> str | None:
-    """What in a folder is not as the run wrote it, in words; None where nothing is, or nothing tells.
+def problem(folder: Path, within: str = "") -> str | None:
+    """What in a run's folder is not as the run wrote it, in words; None where nothing is, or nothing tells.
 
-    A run that was killed, or is of a version without digests, tells nothing of its tables. Files in folders within are
-    not looked at.
+    A run that was killed, or is of a version without digests, tells nothing of its files.
 
     Args:
-      folder: of a run, or of a cell.
-      record: the sealed file with the others' digests: a run's ``manifest.json`` or a cell's ``result.json``.
+      folder: of the run, with its sealed ``manifest.json``.
+      within: the folder in it whose files are looked at, ``cells/KEY`` for a cell's; the run's own by default.
     """
-    path = folder / record
+    path = folder / "manifest.json"
     if not os.path.lexists(path):
         return None
     try:
         known = files.read_json(path)
         if DIGEST not in known:
             return None
-        if not is_sealed(known, of="" if record == "manifest.json" else folder.name):
+        if not is_sealed(known):
             return f"{path}: was changed since the run wrote it"
         own = known.get("files") or {}
-        for name in changed(folder, {name: digest for name, digest in own.items() if "/" not in name}):
+        for name in changed(folder, {name: own[name] for name in own if name.rpartition("/")[0] == within}):
             return f"{folder / name}: was changed since the run wrote it"
     except InputError as error:
         reason = str(error).removeprefix(f"{path}: ").partition("; accepted")[0]

@@ -1,24 +1,25 @@
-"""Fine-tune and score over methods x ranks x learning rates x seeds: one matrix that any number of processes share.
+"""Fine-tune and score over methods x ranks x learning rates x seeds: a matrix that goes on and may grow.
 
     python -m sims.rank_sweep --design fixed_alpha --data DATA/*/train.json --data-dir DATA --train-records 960
     python -m sims.rank_sweep --design fig1 --list
 
 Every cell fine-tunes one adapter, merges it, and measures the loss on held-out training-distribution records (all
 tokens, and the answers alone) and the accuracy on the eight tasks. A cell that is done is not done again: the same
-command goes on where it was stopped, further ranks or seeds extend the folder, and further processes with the same
-``--out`` help. `results.csv` has a line a cell, `differences.csv` the methods against the base and LoRA, record by
-record; a cell's folder has its losses a record, its right answers and its training curve. A loss that is no number is
-a result, ``diverged``.
+command goes on where it was stopped, tries again what failed, and further ranks or seeds extend the folder.
+`results.csv` has a line a cell, `differences.csv` the methods against the base and LoRA, record by record; a cell's
+folder has its losses a record, its right answers and its training curve. A loss that is no number is a result,
+``diverged``.
 """
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rora_theory import adapters, llama
+import pandas as pd
+
+from rora_theory import llama
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
@@ -28,17 +29,16 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig, Trainer
 from rora_theory.finetune.config import BaseDtype, LossOn, TrainTemplate
-from rora_theory.rules import check_list, check_ranks
-from rora_theory.scaling import check_integer, check_positive
-from rora_theory.seeds import check_seed
+from rora_theory.scaling import check_integer
 from rora_theory.sweep import differences, results
-from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity
+from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity, stand_ins
 from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import RecordSplit, Shares, draw_records
 from rora_theory.sweep.results import Outcome
-from rora_theory.sweep.workbench import Measured, Workbench
-from sims.common import cli, matrix, tables
-from sims.common.progress import progress_bar
+from rora_theory.sweep.workbench import Workbench
+from sims.common import cli, tables
+from sims.common.cells import CHECKPOINTS, ERROR, FOLDERS, Ended, finished, key_of, run_cells
+from sims.common.run_folder import RunFolder, read_manifest
 from sims.finetune import METRICS, Metrics
 
 NAME = "rank_sweep"
@@ -129,9 +129,6 @@ class Config:
 
     out: Path | None = None
     """folder of the matrix; none is results/rank_sweep/ID. An existing one is continued and may grow"""
-    attempts: int = 3
-    """most attempts at a cell, over all runs and processes; an interrupted one (Ctrl-C, SIGTERM) does not count, a
-    killed one does"""
     list: bool = False
     """print the cells with their state and run nothing"""
 
@@ -169,32 +166,25 @@ class Config:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exit status 1 where cells have failed."""
-
-    def run() -> None:
-        config = cli.parse(Config, argv, description=(__doc__ or "").split("\n", 1)[0])
-        if not sweep(config):
-            sys.exit(1)
-
-    cli.run(run)
+    """Parse, check, run; exit status 1 where cells have failed."""
+    cli.run(lambda: sweep(cli.parse(Config, argv, description=(__doc__ or "").split("\n", 1)[0])))
 
 
-def sweep(config: Config) -> bool:
-    """Check everything that can be checked, then do what the matrix lacks; whether no cell has failed."""
-    design, training = config.the_design(), config.training()
-    check(config, design)
+def sweep(config: Config) -> None:
+    """Check everything that can be checked, then do what the folder lacks."""
+    design, training, revision = config.the_design(), config.training(), config.revision
+    check(config)
     records = config.records()
     tasks, evaluation = read_tasks(config)
-    revision = config.revision
     make = partial(cells_of, design, training, revision=revision, data=records.summary, evaluation=evaluation)
     first = make(stage=0)
     located = {name: llama.locate(name, revision) for name in design.models}
     models = check_cells(first, located)
-    shared = identity(design, training, records, evaluation, located, revision=revision)
-    path = config.out or Path("results") / NAME / matrix.key_of(shared)[:12]
+    shared = identity(design, training, records, located, revision=revision)
+    path = config.out or Path("results") / NAME / key_of(shared | {"evaluation": evaluation})[:12]
     if config.list:
-        show(config, path, first)
-        return True
+        show(config.design, path, first)
+        return
     bench = Workbench(
         training,
         records,
@@ -205,47 +195,27 @@ def sweep(config: Config) -> bool:
         checkpoint_every=config.checkpoint_every,
     )
     cli.tell(bench.open(first[0].model))
-    folder = matrix.Matrix(path, NAME, shared)
-    folder.update({"command": sys.argv[1:], "design": config.design}, models=models)
-    whole = work(config, folder, bench, first)
-    if design.tuned and len(design.seeds) > 1:
-        if all(cell.status().state == "done" for cell in whole):
-            whole += work(config, folder, bench, make(stage=1, rates=choose_rates(folder, first)))
-        else:
-            print("the other seeds wait: not all learning rates have been tried at the first", flush=True)
-    statuses = [cell.status() for cell in whole]
-    failed = [cell for cell, status in zip(whole, statuses, strict=True) if status.state != "done"]
-    for cell in failed:
-        print(f"not done: {cell.path} ({cell.status().error or cell.status().state})", flush=True)
-    folder.write_table(lambda: differences_of(folder), "differences.csv")
-    folder.finish("failed" if failed else "complete")
-    print(f"{path}: {len(whole) - len(failed)} of {len(whole)} cells done; results.csv", flush=True)
-    return not failed
+    extra, grows = {"design": config.design, "models": models}, {"evaluation": evaluation}
+    folder = RunFolder.open(NAME, shared, out=path, seed=config.data_seed, extra=extra, grows=grows)
+    failed = None
+    try:
+        work(config, folder, bench, first)
+        if design.tuned and len(design.seeds) > 1:
+            work(config, folder, bench, make(stage=1, rates=choose_rates(path, first)))
+    except cli.FailedError as error:
+        failed = error
+    rows = table(path)
+    folder.write_frame(differences.table(differences.method_differences(rows, path / FOLDERS)), "differences.csv")
+    if failed is not None:
+        raise failed
+    folder.finish()
+    print(f"{path}: {len(rows)} cells done; results.csv, differences.csv", flush=True)
 
 
-def differences_of(folder: matrix.Matrix) -> str:
-    """`differences.csv` from every finished cell in the folder."""
-    return differences.as_csv(differences.method_differences(results.table(outcomes(folder)), folder.cells_path))
-
-
-def outcomes(folder: matrix.Matrix) -> Iterator[Outcome]:
-    """How far every cell has come that was begun."""
-    for place in folder.begun():
-        result, status = place.result(), place.status()
-        yield Outcome(place.key, place.config, status.state, status.attempts, result)
-
-
-def check(config: Config, design: Design) -> None:
+def check(config: Config) -> None:
     """Raise `InputError` for a value out of range."""
-    check_ranks(design.ranks, fewest=1)
-    if design.rates is not None:
-        check_list("--rates", design.rates)
-        for rate in design.rates:
-            check_positive("--rates", rate)
-    least = {"train_records": 1, "held_out": 2, "steps": 1, "limit": 1, "batch_size": 1, "attempts": 1}
-    cli.check_integers(config, **least)
+    cli.check_integers(config, steps=1, limit=1, batch_size=1)
     check_integer("checkpoint_every", config.checkpoint_every)
-    check_seed(config.data_seed, "data_seed")
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise InputError(f"tasks are {' '.join(config.tasks)!r}; accepted are one or more, each once")
     for key in config.tasks:
@@ -263,43 +233,39 @@ def read_tasks(config: Config) -> tuple[dict[str, list[TaskRecord]], dict[str, A
     return tasks, asdict(config.scoring()) | {"limit": config.limit, "data": digests}
 
 
-def work(config: Config, folder: matrix.Matrix, bench: Workbench, cells: Sequence[Cell]) -> list[matrix.Place]:
-    """Do the cells that the matrix lacks, with a line for each; `results.csv` follows."""
-    places = [place_of(folder.cells_path, folder.config, cell) for cell in cells]
+def known(path: Path, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells as the folder has them: scored, where they were scored already."""
+    done, evaluation = finished(path), (read_manifest(path, ("config",)) or {"config": {}})["config"].get("evaluation")
+    return stand_ins(cells, evaluation, lambda cell: key_of(cell) in done)
 
-    def seen(index: int, status: matrix.Status) -> None:
-        if status.state in ("dead", "failed"):
-            again = (
-                "tried again"
-                if status.attempts < config.attempts
-                else f"given up, most is {config.attempts} (--attempts)"
-            )
-            why = status.error or "its process was gone before it had a result"
-            print(f"{cells[index].label}: attempt {status.attempts}: {why}; {again}", flush=True)
 
-    def run(index: int, path: Path) -> Mapping[str, Any]:
-        cell = cells[index]
+def table(path: Path, cells: Sequence[Cell] | None = None) -> pd.DataFrame:
+    """`results.csv` of all finished cells in the folder, or of some of its cells."""
+    keys = None if cells is None else {key_of(cell) for cell in cells}
+    return results.table(
+        Outcome(one.key, one.cell, one.value) for one in finished(path).values() if keys is None or one.key in keys
+    )
+
+
+def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Cell]) -> None:
+    """Do the cells that the folder lacks, with a line for each; `results.csv` follows."""
+
+    def do(cell: Cell, own: Path) -> Mapping[str, Any]:
         cli.tell(bench.open(cell.model))
-        measured = bench.run(cell, path / "checkpoints", partial(follow, path))
-        keep(path, measured, bench, adapter=config.save_adapters)
+        own.mkdir(parents=True, exist_ok=True)
+        measured = bench.run(cell, own / CHECKPOINTS, partial(follow, own))
+        bench.save(measured, own, adapter=config.save_adapters)
         return measured.result
 
-    def table() -> str:
-        return results.table_csv(outcomes(folder))
+    def say(ended: Ended[Cell]) -> None:
+        if ended.error is None:
+            words = f"{ended.cell}: {results.said(ended.value)}, {ended.seconds:.0f} s"
+            print(f"[{ended.index + 1}/{len(cells)}] {words}", flush=True)
 
-    done = 0
-    with progress_bar("cells", len(cells), fields="{cell}") as bar:
-        for worked in matrix.work_through(places, run, most=config.attempts, seen=seen):
-            done += 1
-            folder.write_table(table)
-            print(
-                f"[{worked.index + 1}/{len(cells)}] {line(cells[worked.index], places[worked.index], worked)}",
-                flush=True,
-            )
-            bar.advance(1, cell=cells[worked.index].label)
-    if not done:
-        folder.write_table(table)
-    return places
+    def write(_: Sequence[Any]) -> None:
+        folder.write_frame(table(folder.path))
+
+    run_cells(known(folder.path, cells), do, folder, each=say, write=write)
 
 
 def follow(path: Path, trainer: Trainer) -> list[float]:
@@ -310,79 +276,26 @@ def follow(path: Path, trainer: Trainer) -> list[float]:
     return [event["loss"] for event in metrics.events]
 
 
-def keep(path: Path, measured: Measured, bench: Workbench, *, adapter: bool) -> None:
-    """Write a cell's losses a record and answers an item, and its adapter where that is asked for."""
-    if adapter and measured.adapter is not None:
-        adapters.save_peft(path / "adapter", measured.adapter, base_model=bench.model.origin)
-    if measured.losses:
-        results.write_losses(path / results.LOSSES, bench.records.held_out, measured.losses)
-    if measured.samples:
-        results.write_answers(path / results.ANSWERS, measured.samples)
-
-
-def place_of(cells: Path, config: Mapping[str, Any], cell: Cell) -> matrix.Place:
-    """Where a cell is done: for one that is not to be scored, its scored twin where that is done already.
-
-    Args:
-      cells: the folder of the cells.
-      config: of the matrix, see `identity`.
-      cell: which.
-    """
-    scored = config.get("evaluation")
-    if cell.evaluation is None and scored is not None:
-        twin = matrix.Place(cells, replace(cell, evaluation=scored))
-        if twin.status().state == "done":
-            return twin
-    return matrix.Place(cells, cell)
-
-
-def line(cell: Cell, place: matrix.Place, worked: matrix.Worked) -> str:
-    """A finished cell in words."""
-    result = place.result()
-    if result is None:
-        return f"{cell.label}: failed ({worked.status.error}) after {worked.seconds:.0f} s"
-    if result["status"] == "diverged":
-        return f"{cell.label}: diverged at step {result['diverged_at']} after {worked.seconds:.0f} s"
-    text = f"{cell.label}: loss {result['validation_loss']:.4f} ± {result['validation_error']:.4f}"
-    text += f", answers {result['answer_loss']:.4f} ± {result['answer_error']:.4f}"
-    if "levels" in result:
-        last = result["levels"][-1]
-        text += f", {last['task']} {100 * last['accuracy']:.1f} ± {100 * last['error']:.1f} %"
-        text += f" ({100 * last['unparsed']:.1f} % unparsed)" if last["unparsed"] else ""
-    parts = [
-        f"{name} {result[f'{name}_seconds']:.0f}"
-        for name in ("train", "loss", "accuracy")
-        if f"{name}_seconds" in result
-    ]
-    return f"{text}, {worked.seconds:.0f} s ({', '.join(parts)})"
-
-
-def choose_rates(folder: matrix.Matrix, cells: Sequence[Cell]) -> dict[tuple[str, str, int | None], float]:
+def choose_rates(path: Path, cells: Sequence[Cell]) -> dict[tuple[str, str, int | None], float]:
     """The best learning rate of each model, method and rank among the cells, see `results.best_rates`."""
-    keys = {place_of(folder.cells_path, folder.config, cell).key for cell in cells}
-    rows = [row for row in results.table(outcomes(folder)) if row["key"] in keys]
-    chosen = {}
-    for (model, method, rank, _), (rate, word) in results.best_rates(rows).items():
-        size = f" r={rank}" if rank else ""
-        edge = "; it is at the edge of the rates tried: the best may lie beyond" if word == "edge" else ""
-        print(f"{model}: {method}{size}: learning rate {float(rate):g}{edge}", flush=True)
-        chosen[model, method, int(rank) if rank else None] = float(rate)
-    return chosen
+    best = results.rows_of(results.best_rates(table(path, known(path, cells))))
+    for row in best:
+        size = f" r={row['rank']}" if row["rank"] else ""
+        edge = "; it is at the edge of the rates tried: the best may lie beyond" if row["best_rate"] == "edge" else ""
+        print(f"{row['model']}: {row['method']}{size}: learning rate {row['learning_rate']:g}{edge}", flush=True)
+    return {(row["model"], row["method"], row["rank"]): row["learning_rate"] for row in best}
 
 
-def show(config: Config, path: Path, cells: Sequence[Cell]) -> None:
+def show(design: str, path: Path, cells: Sequence[Cell]) -> None:
     """Print the cells with their state."""
-    rows = []
-    shared = matrix.config_of(path)
-    for cell in cells:
-        place = place_of(path / "cells", shared, cell)
-        status = place.status()
-        words = [cell.model, cell.method, place.key]
+    rows, done = [], finished(path)
+    for cell in known(path, cells):
+        key = key_of(cell)
+        state = "done" if key in done else "failed" if (path / FOLDERS / key / ERROR).exists() else "new"
         figures = [cell.rank, cell.alpha, cell.gamma, cell.learning_rate, cell.seed]
-        state = f"{status.state}" + (f" ({status.attempts})" if status.attempts > 1 else "")
-        rows.append([*words, *("" if value is None else f"{value:.6g}" for value in figures), state])
+        rows.append([cell.model, cell.method, key, *("" if one is None else f"{one:.6g}" for one in figures), state])
     columns = ("model", "method", "key", "rank", "alpha", "gamma", "learning rate", "seed", "state")
-    tables.print_table(f"{config.design}: {len(cells)} cells in {path}", columns, rows, left=3)
+    tables.print_table(f"{design}: {len(cells)} cells in {path}", columns, rows, left=3)
 
 
 if __name__ == "__main__":

@@ -127,11 +127,10 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     from rora_theory import llama
     from rora_theory.finetune import capacity
     from rora_theory.llama import hub
-    from sims.common import matrix, run_folder
+    from sims.common import run_folder
 
     monkeypatch.setattr(llama, "load", begun)
     monkeypatch.setattr(hub, "locate", begun)
-    monkeypatch.setattr(matrix, "Matrix", begun)
     monkeypatch.setattr(run_folder.RunFolder, "open", begun)
     monkeypatch.setattr(capacity, "account", begun)
     monkeypatch.setattr(plt, "subplots", begun)

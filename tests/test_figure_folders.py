@@ -4,12 +4,13 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from figures import loss_curves, style
-from rora_theory import digests, seals
+from rora_theory import digests
 from rora_theory.errors import InputError
 from sims.common.run_folder import RunFolder
 
@@ -71,24 +72,24 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(
     assert "is a pipe" in str(caught.value) + capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "results.csv", "result.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["manifest.json", "results.csv", "cells/k/cell.json", "cells/k/metrics.jsonl"])
 def test_a_run_or_cell_that_was_changed_is_not_drawn(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run by its manifest, a sweep's cell by its result."""
-    run, cell = RunFolder.open("regime", {}, out=tmp_path / "run"), tmp_path / "cell"
+    """Both by the run's manifest."""
+    run = RunFolder.open("regime", {}, out=tmp_path / "run")
+    cell = run.path / "cells" / "k"
     run.write("results.csv", "rank\n1\n")
-    run.finish(best_loss=1.5)
-    cell.mkdir()
-    (cell / "cell.json").write_text("{}")
+    cell.mkdir(parents=True)
+    (cell / "cell.json").write_text('{"training": 1.5}')
     (cell / "metrics.jsonl").write_text("{}\n")
-    known = {"metrics.jsonl": digests.of_file(cell / "metrics.jsonl")}
-    (cell / "result.json").write_text(json.dumps(seals.seal({"loss": 1.5, "files": known}, of="cell")))
-    read, folder = (style.read_run, run.path) if name in ("manifest.json", "results.csv") else (loss_curves.read, cell)
+    run.wrote({f"cells/k/{file.name}": digests.of_file(file) for file in cell.iterdir()})
+    run.finish(best_loss=1.5)
+    read = partial(loss_curves.read, cell) if "cells" in name else partial(style.read_run, run.path)
     style.check_as_written(run.path)
-    style.check_as_written(cell, "result.json")
-    text = (folder / name).read_text()
-    (folder / name).write_text(text.replace("1.5", "1.4") if "1.5" in text else text + "2\n")
+    style.check_as_written(run.path, "cells/k")
+    text = (run.path / name).read_text()
+    (run.path / name).write_text(text.replace("1.5", "1.4") if "1.5" in text else text + "2\n")
     with pytest.raises(SystemExit, match="2"):
-        read(folder)
-    assert f"{folder / name}: was changed since the run wrote it" in capsys.readouterr().err
+        read()
+    assert f"{run.path / name}: was changed since the run wrote it" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The cells of a sweep: all that determines one fine-tuned and scored adapter, in the order of work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,8 +38,7 @@ class Cell:
     data: Mapping[str, Any]
     evaluation: Mapping[str, Any] | None
 
-    @property
-    def label(self) -> str:
+    def __str__(self) -> str:
         """In words, for a line of output."""
         if self.training is None:
             return f"{self.model}: base"
@@ -112,6 +111,18 @@ def cells_of(
     return found
 
 
+def stand_ins(cells: Sequence[Cell], evaluation: Mapping[str, Any] | None, done: Callable[[Cell], bool]) -> list[Cell]:
+    """The cells, with the scored twin of one that is not to be scored in its place where that is done already.
+
+    Args:
+      cells: which.
+      evaluation: of the folder's scored cells.
+      done: whether a cell is done.
+    """
+    twins = [cell if cell.evaluation else replace(cell, evaluation=evaluation) for cell in cells]
+    return [twin if done(twin) else cell for cell, twin in zip(cells, twins, strict=True)]
+
+
 def training_of(
     design: Design, shared: FinetuneConfig, method: str, rank: int | None, rate: float, seed: int
 ) -> FinetuneConfig:
@@ -155,12 +166,11 @@ def identity(
     design: Design,
     shared: FinetuneConfig,
     records: RecordSplit,
-    evaluation: Mapping[str, Any] | None,
     located: Mapping[str, llama.Located],
     *,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """What all cells of a sweep share; a model enters with what its files hold."""
+    """What all cells of a sweep share, beside how they are scored; a model enters with what its files hold."""
     settings = ("warmup", "dropout", "targets", "template", "cutoff", "loss_on", "widths", "accumulation", "remat")
     return {
         "models": sorted(design.models),
@@ -170,5 +180,4 @@ def identity(
         "data": records.summary,
         "training": {"steps": shared.max_steps, "epochs": shared.epochs, "batch": shared.batch},
         "settings": {name: getattr(shared, name) for name in settings} | {"dtype": design.dtype},
-        "evaluation": evaluation,
     }

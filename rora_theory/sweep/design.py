@@ -7,6 +7,8 @@ from typing import Any, Literal
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Protocol
 from rora_theory.finetune.config import LEARNING_RATES, BaseDtype
+from rora_theory.rules import check_list, check_ranks
+from rora_theory.scaling import check_positive
 from rora_theory.seeds import check_seed
 
 BASE = "base"
@@ -56,7 +58,7 @@ class Design:
       dtype: of the frozen base weights.
 
     Raises:
-      InputError: no model, method or seed, one of them twice, or one that there is not.
+      InputError: no model, method or seed, one of them, a rank or a rate twice, or one that there is not.
     """
 
     models: tuple[str, ...] = ("smollm2-135m",)
@@ -78,6 +80,11 @@ class Design:
                 raise InputError(f"method is {method!r}; accepted are {', '.join((BASE, *METHODS))}")
         for seed in self.seeds:
             check_seed(seed, "seeds")
+        check_ranks(self.ranks, fewest=1)
+        if self.rates is not None:
+            check_list("--rates", self.rates)
+            for rate in self.rates:
+                check_positive("--rates", rate)
 
 
 RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

@@ -8,12 +8,14 @@ are two or more, speak of training again.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
+from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_of_groups, mean_per_token_over_seeds
@@ -22,9 +24,9 @@ from rora_theory.sweep.design import BASE
 
 AGAINST = "lora"
 Rates = Literal["same", "own", "best"]
-Row = Mapping[str, str]
-Group = dict[str, Row]
-"""Cells of one model, method, rank, alpha and learning rate, by seed."""
+Row = Mapping[str, Any]
+Group = dict[int | None, Row]
+"""Cells of one model, method, rank, alpha and learning rate, by seed; the base has none."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,12 @@ class Difference:
     average_seeds: int
 
 
-def as_csv(found: Iterable[Difference]) -> str:
-    """A line a difference."""
-    names = [field.name for field in fields(Difference)]
-    return results.as_csv(names, [[results.text(value) for value in astuple(one)] for one in found])
+def table(found: Iterable[Difference]) -> pd.DataFrame:
+    """`differences.csv`: a row a difference."""
+    return frames.of(map(vars, found), [field.name for field in fields(Difference)])
 
 
-def method_differences(rows: Sequence[Row], cells: Path) -> Iterator[Difference]:
+def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
     """Every method less the base, and less LoRA of its rank and alpha (one without a rank: of every LoRA).
 
     Args:
@@ -82,18 +83,17 @@ def method_differences(rows: Sequence[Row], cells: Path) -> Iterator[Difference]
     Raises:
       InputError: two cells measured on different records, or a cell's file that is missing or damaged.
     """
-    groups: dict[tuple[str, str, str, str], dict[str, Group]] = {}
-    for row in rows:
-        if row["status"] == "complete":
-            key = row["model"], row["method"], row["rank"], row["alpha"]
-            groups.setdefault(key, {}).setdefault(row["learning_rate"], {})[row["seed"]] = row
+    groups: dict[tuple[Any, ...], dict[float | None, Group]] = {}
+    for row in results.rows_of(rows[rows["status"] == "complete"]):
+        key = tuple(row[name] for name in results.GROUP)
+        groups.setdefault(key, {}).setdefault(row["learning_rate"], {})[row["seed"]] = row
     for (model, method, rank, alpha), by_rate in groups.items():
         if method == BASE:
             continue
-        bases = groups.get((model, BASE, "", ""), {})
+        bases = groups.get((model, BASE, None, None), {})
         for group in by_rate.values():
             if bases:
-                yield from compare(group, bases[""], cells, "same")
+                yield from compare(group, bases[None], cells, "same")
         for other_key, others in groups.items():
             other_model, other, other_rank, other_alpha = other_key
             if other_model != model or other != AGAINST or method == AGAINST:
@@ -109,7 +109,7 @@ def method_differences(rows: Sequence[Row], cells: Path) -> Iterator[Difference]
                     yield from compare(by_rate[best[0]], others[other_best[0]], cells, "own" if only else "best")
 
 
-def best_of(by_rate: Mapping[str, Group]) -> tuple[str, str] | None:
+def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] | None:
     """The learning rate that is marked the best, and its mark; None where there is none."""
     marks = {rate: row["best_rate"] for rate, group in by_rate.items() for row in group.values() if row["best_rate"]}
     return next(iter(marks.items()), None)
@@ -117,12 +117,12 @@ def best_of(by_rate: Mapping[str, Group]) -> tuple[str, str] | None:
 
 def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[Difference]:
     """One difference, if both have a seed in common; the base has every seed."""
-    base = others.get("")
+    base = others.get(None)
     pairs = [(row, base or others[seed]) for seed, row in group.items() if base or seed in others]
     if not pairs:
         return
-    loss, answer = _loss(pairs, cells, ""), _loss(pairs, cells, "answer_")
-    scored = [(row, other) for row, other in pairs if row["average"] and other["average"]]
+    loss, answer = _losses(pairs, cells)
+    scored = [(row, other) for row, other in pairs if None not in (row["average"], other["average"])]
     average = _average(scored, cells) if scored else None
     row, other = pairs[0]
     ranked = row if row["rank"] else other
@@ -131,10 +131,10 @@ def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[
         method=row["method"],
         against=other["method"],
         rates=rates,
-        rank=int(ranked["rank"]) if ranked["rank"] else None,
-        alpha=float(ranked["alpha"]) if ranked["alpha"] else None,
-        learning_rate=float(row["learning_rate"]),
-        against_rate=float(other["learning_rate"]) if other["learning_rate"] else None,
+        rank=ranked["rank"],
+        alpha=ranked["alpha"],
+        learning_rate=row["learning_rate"],
+        against_rate=other["learning_rate"],
         seeds=len(pairs),
         loss=loss[0].value,
         loss_error=loss[0].error,
@@ -148,40 +148,30 @@ def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[
     )
 
 
-def _loss(pairs: Sequence[tuple[Row, Row]], cells: Path, kind: Literal["", "answer_"]) -> tuple[Estimate, Estimate]:
-    """Difference of the losses a token, averaged over seeds: with the error over records, and with that over seeds."""
-    columns: list[np.ndarray] = []
-    tokens: list[int] = []
-    for row, other in pairs:
-        (records, loss, sizes), (other_records, other_loss, _) = (
-            results.read_losses(cells / one["key"] / results.LOSSES, kind) for one in (row, other)
+def _losses(pairs: Sequence[tuple[Row, Row]], cells: Path) -> list[tuple[Estimate, Estimate]]:
+    """Differences of the losses a token, over all tokens and over the answers', averaged over seeds: each with the
+    error over records, and with that over seeds.
+    """
+    found = [[results.read_losses(cells / one["key"] / results.LOSSES) for one in pair] for pair in pairs]
+    for pair, (own, other) in zip(pairs, found, strict=True):
+        if not own[["file", "index"]].equals(other[["file", "index"]]):
+            raise InputError(f"{pair[0]['key']} and {pair[1]['key']}: were measured on different records")
+    return [
+        mean_per_token_over_seeds(
+            np.stack([own[f"{kind}loss"] - other[f"{kind}loss"] for own, other in found]),
+            found[-1][0][f"{kind}tokens"].tolist(),
         )
-        if records != other_records:
-            raise InputError(f"{row['key']} and {other['key']}: were measured on different records")
-        columns.append(loss - other_loss)
-        tokens = sizes
-    return mean_per_token_over_seeds(np.stack(columns), tokens)
+        for kind in ("", "answer_")
+    ]
 
 
 def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> Estimate:
     """Difference of the average accuracies, with its standard error over items."""
     by_task: dict[str, list[np.ndarray]] = {}
-    for row, other in pairs:
-        right, other_right = (_answers(cells / one["key"] / results.ANSWERS) for one in (row, other))
-        if {task: len(items) for task, items in right.items()} != {
-            task: len(items) for task, items in other_right.items()
-        }:
-            raise InputError(f"{row['key']} and {other['key']}: were scored on different items")
-        for task, items in right.items():
-            by_task.setdefault(task, []).append(items - other_right[task])
+    for pair in pairs:
+        own, other = (results.read_answers(cells / one["key"] / results.ANSWERS) for one in pair)
+        if not own["task"].equals(other["task"]):
+            raise InputError(f"{pair[0]['key']} and {pair[1]['key']}: were scored on different items")
+        for task, gained in (own["correct"] - other["correct"]).groupby(own["task"], sort=False):
+            by_task.setdefault(task, []).append(gained.to_numpy())
     return mean_of_groups([np.stack(columns) for columns in by_task.values()])
-
-
-def _answers(path: Path) -> dict[str, np.ndarray]:
-    found: dict[str, list[int]] = {}
-    try:
-        for row in results.read_lines(path):
-            found.setdefault(row["task"], []).append(int(row["correct"]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error!r}); accepted is the file as sims.rank_sweep wrote it") from error
-    return {task: np.array(items) for task, items in found.items()}

@@ -11,6 +11,8 @@ import numpy as np
 from rora_theory import digests
 from rora_theory.data.records import Record, read_records
 from rora_theory.errors import InputError
+from rora_theory.scaling import check_integer
+from rora_theory.seeds import check_seed
 
 Shares = Literal["equal", "proportional"]
 """What each file gives: as many records as the others, or in proportion to its size."""
@@ -52,8 +54,12 @@ def draw_records(
       seed: of the order that they are taken in.
 
     Raises:
-      InputError: a file is missing or bad, or has too few records for its share.
+      InputError: a number or seed out of range, a file that is missing or bad or has too few records for its share.
     """
+    check_integer("held_out", held_out, least=2)
+    if train_records is not None:
+        check_integer("train_records", train_records)
+    check_seed(seed, "data_seed")
     files = [read_records([source]) for source in data] or [read_records([])]
     random = np.random.default_rng(seed)
     orders = [random.permutation(len(records)).tolist() for records in files]

@@ -1,17 +1,14 @@
 """What a sweep's cells came to: a line a cell, the best learning rate of those tried, and each cell's own tables."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+import pandas as pd
 
-from rora_theory import files
+from rora_theory import files, frames
 from rora_theory.data.records import Record
 from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
@@ -21,100 +18,97 @@ from rora_theory.sweep.design import BASE, METHODS
 
 LOSSES, ANSWERS = "losses.csv", "answers.csv"
 """A cell's losses a held-out record, and its answers an item, in its folder."""
+LOSS_COLUMNS = ("file", "index", "tokens", "loss", "answer_tokens", "answer_loss")
+ANSWER_COLUMNS = ("task", "index", "prediction", "correct")
+ACCEPTED = "the file as sims.rank_sweep wrote it"
 
 COLUMNS = (
     "key", "status", "model", "method", "rule", "rank", "alpha", "gamma", "learning_rate", "best_rate", "seed",
     "trainable_parameters", "steps", "diverged_at", "train_loss", "validation_loss", "validation_error",
     "answer_loss", "answer_error", "protocol", "average", "average_error", "average_chance", "average_unparsed",
     *(f"{key}{part}" for key in TASKS for part in ("", "_error", "_unparsed")),
-    "seconds", "train_seconds", "loss_seconds", "accuracy_seconds", "attempts",
+    "seconds", "train_seconds", "loss_seconds", "accuracy_seconds",
 )  # fmt: skip
 """``best_rate``: ``only`` where one rate was tried; ``yes``, or ``edge`` where it is the lowest or highest of those
 tried, at the cells of the rate of the lowest validation loss; empty at the others. See `best_rates`. ``average``: over
 the tasks that were scored, be it one."""
 
-Row = Mapping[str, str]
-Group = tuple[str, str, str, str]
-"""Model, method, rank and alpha."""
+GROUP = ["model", "method", "rank", "alpha"]
+"""What a learning rate is chosen for."""
 
 
 class Outcome(NamedTuple):
-    """How far a cell has come.
+    """A finished cell.
 
     Attributes:
-      key: the cell's.
+      key: its own.
       config: the cell as JSON has it, see `rora_theory.sweep.cells.Cell`.
-      status: a word, where there is no result yet.
-      attempts: how often it was begun.
-      result: see `rora_theory.sweep.workbench.Measured`; None where there is none yet.
+      result: see `rora_theory.sweep.workbench.Measured`.
     """
 
     key: str
     config: Mapping[str, Any]
-    status: str
-    attempts: int
-    result: Mapping[str, Any] | None
+    result: Mapping[str, Any]
 
 
-def table(outcomes: Iterable[Outcome]) -> list[dict[str, str]]:
-    """The lines of `results.csv`: the base first, then by method in the order of `METHODS`, rank, alpha, rate and seed.
+def table(outcomes: Iterable[Outcome]) -> pd.DataFrame:
+    """`results.csv`: the base first, then by method in the order of `METHODS`, rank, alpha, rate and seed.
 
     Training that was both scored and not has one line, the scored cell's.
     """
     found = [_row(outcome) for outcome in outcomes]
     scored = {_training(row) for row in found if row["evaluation"] and row["status"] == "complete"}
     kept = [row for row in found if row["evaluation"] or _training(row) not in scored]
-    kept.sort(key=_order)
-    rows = [{column: text(row.get(column)) for column in COLUMNS} for row in kept]
-    best = best_rates(rows)
-    for row in rows:
-        rate, word = best.get(group_of(row), ("", ""))
-        row["best_rate"] = word if row["learning_rate"] == rate else ""
-    return rows
+    rows = frames.of(sorted(kept, key=_order), COLUMNS)
+    marked = rows.drop(columns="best_rate").merge(best_rates(rows), how="left", on=[*GROUP, "learning_rate"])
+    return marked[list(COLUMNS)]
 
 
-def table_csv(outcomes: Iterable[Outcome]) -> str:
-    """`results.csv`."""
-    return as_csv(COLUMNS, [list(row.values()) for row in table(outcomes)])
-
-
-def best_rates(rows: Sequence[Row]) -> dict[Group, tuple[str, str]]:
+def best_rates(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each model, method, rank and alpha the learning rate of the lowest validation loss, and a word for it.
 
     Rates are compared at one seed, the first of those with the most rates, so that a rate is not preferred for the
     seeds it was run at. A cell that diverged loses to all others.
 
+    Args:
+      rows: of `table`.
+
     Returns:
-      rate and ``only``, ``yes`` or ``edge`` (of the rates that were compared, it is the lowest or highest). No entry
-      where every cell diverged or none is done.
+      `GROUP`, ``learning_rate`` and ``best_rate``: ``only``, ``yes`` or ``edge`` (of the rates that were compared, it
+      is the lowest or highest). No row where every cell diverged or none is done.
     """
-    losses: dict[Group, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        if row["learning_rate"] and row["status"] in ("complete", "diverged"):
-            loss = float(row["validation_loss"]) if row["status"] == "complete" else math.inf
-            losses.setdefault(group_of(row), {}).setdefault(row["seed"], {})[row["learning_rate"]] = loss
-    found = {}
-    for group, by_seed in losses.items():
-        tried = by_seed[min(by_seed, key=lambda seed: (-len(by_seed[seed]), int(seed)))]
-        rate = min(tried, key=lambda rate: (tried[rate], float(rate)))
-        if math.isfinite(tried[rate]):
-            ends = min(tried, key=float), max(tried, key=float)
-            found[group] = (rate, "only" if len(tried) == 1 else "edge" if rate in ends else "yes")
-    return found
+    tried = rows[rows["learning_rate"].notna() & rows["status"].isin(("complete", "diverged"))]
+    tried = tried.assign(loss=tried["validation_loss"].where(tried["status"] == "complete", math.inf).astype(float))
+    tried = tried.drop_duplicates([*GROUP, "seed", "learning_rate"], keep="last")
+    found = []
+    for _, group in tried.groupby(GROUP, dropna=False, sort=False):
+        counts = group["seed"].value_counts()
+        own = group[group["seed"] == counts[counts == counts.max()].index.min()]
+        best = own.sort_values(["loss", "learning_rate"]).iloc[0]
+        if math.isfinite(best["loss"]):
+            ends = own["learning_rate"].min(), own["learning_rate"].max()
+            word = "only" if len(own) == 1 else "edge" if best["learning_rate"] in ends else "yes"
+            found.append(best[[*GROUP, "learning_rate"]].to_dict() | {"best_rate": word})
+    columns = [*GROUP, "learning_rate", "best_rate"]
+    return pd.DataFrame(found, columns=columns).astype({name: rows[name].dtype for name in columns[:-1]})
 
 
-def group_of(row: Row) -> Group:
-    """What a learning rate is chosen for."""
-    return row["model"], row["method"], row["rank"], row["alpha"]
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as Python values; None is missing."""
+    names, values = [str(name) for name in frame], frame.astype(object).where(frame.notna(), None).to_numpy()
+    return [dict(zip(names, row, strict=True)) for row in values.tolist()]
 
 
-def as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A head and lines, ending in newlines."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return file.getvalue()
+def said(result: Mapping[str, Any]) -> str:
+    """A result in words."""
+    if result["status"] == "diverged":
+        return f"diverged at step {result['diverged_at']}"
+    text = f"loss {result['validation_loss']:.4f} ± {result['validation_error']:.4f}"
+    text += f", answers {result['answer_loss']:.4f} ± {result['answer_error']:.4f}"
+    for last in result.get("levels", ())[-1:]:
+        text += f", {last['task']} {100 * last['accuracy']:.1f} ± {100 * last['error']:.1f} %"
+        text += f" ({100 * last['unparsed']:.1f} % unparsed)" if last["unparsed"] else ""
+    return text
 
 
 def write_losses(path: Path, held_out: Sequence[tuple[str, int, Record]], losses: Sequence[RecordLoss]) -> None:
@@ -123,56 +117,53 @@ def write_losses(path: Path, held_out: Sequence[tuple[str, int, Record]], losses
     Raises:
       InputError: as `files.write_whole`.
     """
-    rows = [[name, i, *map(repr, astuple(loss))] for (name, i, _), loss in zip(held_out, losses, strict=True)]
-    files.write_whole(path, as_csv(("file", "index", *(field.name for field in fields(RecordLoss))), rows))
+    rows = [{"file": name, "index": i} | vars(loss) for (name, i, _), loss in zip(held_out, losses, strict=True)]
+    files.write_whole(path, frames.to_csv(frames.of(rows, LOSS_COLUMNS)))
 
 
 def write_answers(path: Path, samples: Sequence[Sample]) -> None:
     """Write a cell's `ANSWERS`: the items with what was predicted. Raises `InputError` as `write_losses`."""
-    rows = [[one.task, one.index, one.prediction or "", int(one.correct)] for one in samples]
-    files.write_whole(path, as_csv(("task", "index", "prediction", "correct"), rows))
+    rows = [vars(one) | {"correct": int(one.correct)} for one in samples]
+    files.write_whole(path, frames.to_csv(frames.of(rows, ANSWER_COLUMNS)))
 
 
-def read_losses(path: Path, kind: Literal["", "answer_"]) -> tuple[list[tuple[str, str]], np.ndarray, list[int]]:
-    """Of a cell's `losses.csv`: which records, their summed losses, and their tokens.
+def read_losses(path: Path) -> pd.DataFrame:
+    """Of a cell's `LOSSES`, `LOSS_COLUMNS`: losses are sums over tokens.
 
     Raises:
       InputError: the file is missing or damaged.
     """
-    rows = read_lines(path)
-    try:
-        loss = np.array([float(row[f"{kind}loss"]) for row in rows])
-        return [(row["file"], row["index"]) for row in rows], loss, [int(row[f"{kind}tokens"]) for row in rows]
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error!r}); accepted is the file as sims.rank_sweep wrote it") from error
+    found = frames.read(path, LOSS_COLUMNS, accepted=ACCEPTED)
+    return _numbers(path, found, ("tokens", "answer_tokens"), ("loss", "answer_loss"))
 
 
-def read_lines(path: Path) -> list[dict[str, str]]:
-    """The lines of a cell's CSV file. Raises `InputError` for one that can't be read."""
-    accepted = "the file as sims.rank_sweep wrote it"
-    return list(csv.DictReader(io.StringIO(files.read_text(path, accepted=accepted))))
+def read_answers(path: Path) -> pd.DataFrame:
+    """Of a cell's `ANSWERS`, `ANSWER_COLUMNS`. Raises `InputError` as `read_losses`."""
+    return _numbers(path, frames.read(path, ANSWER_COLUMNS, accepted=ACCEPTED), ("correct",))
 
 
-def text(value: Any) -> str:
-    """A figure to its last digit; nothing for None."""
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+def _numbers(path: Path, frame: pd.DataFrame, whole: Sequence[str], real: Sequence[str] = ()) -> pd.DataFrame:
+    """A frame whose columns ``whole`` hold an integer in every row, and ``real`` numbers."""
+    wrong = [name for name in whole if frame[name].dtype != "int64"]
+    wrong += [name for name in real if frame[name].dtype.kind not in "if"]
+    if wrong:
+        raise InputError(f"{path}: is damaged (column {wrong[0]} has what is no number); accepted is {ACCEPTED}")
+    return frame
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:
-    """A cell's configuration and its result, as far as there is one."""
+    """A cell's configuration and its result."""
     config = outcome.config
     row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
-    row |= {"key": outcome.key, "attempts": outcome.attempts, "status": outcome.status}
-    row |= {"training": config["training"], "evaluation": config["evaluation"]}
+    row |= {"key": outcome.key, "training": config["training"], "evaluation": config["evaluation"]}
     row["rule"] = config["training"]["rule"] if config["rank"] is not None else None
     row["protocol"] = (config["evaluation"] or {}).get("protocol")
-    if outcome.result is not None:
-        row |= {name: value for name, value in outcome.result.items() if name != "levels"}
-        levels = outcome.result.get("levels", [])
-        for level in [*levels, *(level | {"task": "average"} for level in levels[:1] if len(levels) == 1)]:
-            name = level["task"]
-            row |= {name: level["accuracy"], f"{name}_error": level["error"], f"{name}_unparsed": level["unparsed"]}
-            row[f"{name}_chance"] = level["chance"]
+    row |= {name: value for name, value in outcome.result.items() if name != "levels"}
+    levels = outcome.result.get("levels", [])
+    for level in [*levels, *(level | {"task": "average"} for level in levels[:1] if len(levels) == 1)]:
+        name = level["task"]
+        row |= {name: level["accuracy"], f"{name}_error": level["error"], f"{name}_unparsed": level["unparsed"]}
+        row[f"{name}_chance"] = level["chance"]
     return row
 
 

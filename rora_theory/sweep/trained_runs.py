@@ -1,7 +1,5 @@
 """The fine-tuning runs of a folder of sims.rank_sweep, each with its loss a record, for curves over rates."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory import digests, files, seals
+from rora_theory import digests, frames, seals
 from rora_theory.errors import InputError
 from rora_theory.stats.paired import resampled_ratios
 from rora_theory.sweep import results
@@ -55,24 +53,23 @@ def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -
     """
     path = folder / "results.csv"
     _check(folder)
-    rows = list(csv.DictReader(io.StringIO(files.read_text(path, accepted="a folder of sims.rank_sweep"))))
+    rows = frames.read(path, accepted="a folder of sims.rank_sweep")
     column = {"validation": "validation_loss", "answer": "answer_loss"}[loss]
-    missing = [name for name in (*NEEDED, column) if name not in (rows[0] if rows else {})]
+    missing = [name for name in (*NEEDED, column) if name not in rows]
     if missing:
         raise InputError(f"{path}: has no column {missing[0]}; accepted is the results.csv of sims.rank_sweep")
-    chosen = [row for row in rows if row["rank"] and (row[column] or row["status"] == "diverged")]
-    models = sorted({row["model"] for row in chosen})
-    if model is not None:
-        chosen = [row for row in chosen if row["model"] == model]
-    elif len(models) > 1:
+    rows = rows[rows["rank"].notna() & (rows[column].notna() | (rows["status"] == "diverged"))]
+    models = sorted(set(rows["model"]))
+    if model is None and len(models) > 1:
         raise InputError(f"{path}: has the models {', '.join(models)}; accepted is one, chosen by --matrix-model")
+    chosen = results.rows_of(rows if model is None else rows[rows["model"] == model])
     if not chosen:
         raise InputError(f"{path}: has no finished cell of model {model or 'any'}; its models are {', '.join(models)}")
-    return [_run(folder, number, row, column) for number, row in enumerate(chosen, start=2)]
+    return [_run(folder, row, column) for row in chosen]
 
 
-def _check(folder: Path, record: str = "manifest.json") -> None:
-    problem = seals.problem(folder, record)
+def _check(folder: Path, within: str = "") -> None:
+    problem = seals.problem(folder, within)
     if problem is not None:
         raise InputError(f"{problem}; accepted is the file as sims.rank_sweep wrote it")
 
@@ -137,22 +134,23 @@ def stacked(runs: Sequence[Run]) -> tuple[np.ndarray | None, np.ndarray | None]:
     return np.mean(np.stack(known), axis=0), runs[0].tokens
 
 
-def _run(folder: Path, number: int, row: Mapping[str, Any], column: str) -> Run:
-    path = folder / "results.csv"
+def _run(folder: Path, row: Mapping[str, Any], column: str) -> Run:
     try:
         value = math.inf if row["status"] == "diverged" else float(row[column])
-        figures = int(row["rank"]), float(row["gamma"]), float(row["learning_rate"]), int(row["seed"])
+        rank, seed = _whole(row["rank"]), _whole(row["seed"])
+        gamma, rate = float(row["gamma"]), float(row["learning_rate"])
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: cell {row.get('key')!r} (line {number} or later) is damaged ({error})") from error
+        raise InputError(f"{folder / 'results.csv'}: cell {row['key']!r} is damaged ({error})") from error
     records = tokens = None
-    if math.isfinite(value):
-        _check(folder / "cells" / row["key"], "result.json")
-        records, tokens = _records(folder / "cells" / row["key"] / results.LOSSES, column)
-    return Run(row["method"], *figures, value if math.isfinite(value) else math.inf, records, tokens)
+    path = folder / "cells" / row["key"] / results.LOSSES
+    if math.isfinite(value) and path.exists():
+        _check(folder, f"cells/{row['key']}")
+        found, kind = results.read_losses(path), column.removesuffix("loss").removeprefix("validation_")
+        records, tokens = (found[f"{kind}{name}"].to_numpy(np.float64) for name in ("loss", "tokens"))
+    return Run(row["method"], rank, gamma, rate, seed, value if math.isfinite(value) else math.inf, records, tokens)
 
 
-def _records(path: Path, column: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-    if not path.exists():
-        return None, None
-    _, losses, tokens = results.read_losses(path, "" if column == "validation_loss" else "answer_")
-    return losses, np.array(tokens, np.float64)
+def _whole(value: Any) -> int:
+    if not float(value).is_integer():
+        raise ValueError(f"{value!r} is no integer")
+    return int(float(value))

@@ -31,6 +31,7 @@ from rora_theory.finetune import (
 from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.finetune.step import SharedSteps
 from rora_theory.stats.paired import mean_per_token
+from rora_theory.sweep import results
 from rora_theory.sweep.cells import Cell
 from rora_theory.sweep.records import RecordSplit
 
@@ -161,6 +162,19 @@ class Workbench:
             result["levels"] = [asdict(level) for level in found]
             result["accuracy_seconds"] = time.perf_counter() - lost_at
         return Measured(result | {"seconds": time.perf_counter() - begun}, kept, losses, samples)
+
+    def save(self, measured: Measured, folder: Path, *, adapter: bool = False) -> None:
+        """Write a cell's losses a record and answers an item, and ``adapter`` in PEFT's format.
+
+        Raises:
+          InputError: as `files.write_whole`.
+        """
+        if adapter and measured.adapter is not None:
+            adapters.save_peft(folder / "adapter", measured.adapter, base_model=self.model.origin)
+        if measured.losses:
+            results.write_losses(folder / results.LOSSES, self.records.held_out, measured.losses)
+        if measured.samples:
+            results.write_answers(folder / results.ANSWERS, measured.samples)
 
     def begin(self, training: FinetuneConfig) -> tuple[Any, Batches]:
         """The fresh adapter of a run and its batches in order: by the seed alone, the same for every rule."""

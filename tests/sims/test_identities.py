@@ -45,11 +45,8 @@ class Opened(Exception):  # noqa: N818 (a way out, not an error)
 
 @pytest.fixture(autouse=True)
 def _stop_at_the_folder(monkeypatch) -> None:
-    def run_folder(_name: str, config: Any, **_: Any) -> None:
-        raise Opened(config)
-
-    def matrix(_path: Path, _name: str, identity: Any) -> None:
-        raise Opened(identity, cells[-1])
+    def run_folder(_name: str, config: Any, *, grows: Any = None, **_: Any) -> None:
+        raise Opened(as_json(config) | (grows or {}), cells[-1] if cells else None)
 
     cells: list[Any] = []
     check_cells = rank_sweep.check_cells
@@ -59,7 +56,6 @@ def _stop_at_the_folder(monkeypatch) -> None:
         return check_cells(found, *rest)
 
     monkeypatch.setattr(RunFolder, "open", run_folder)
-    monkeypatch.setattr(rank_sweep.matrix, "Matrix", matrix)
     monkeypatch.setattr(rank_sweep, "check_cells", keep)
     monkeypatch.setattr(rank_sweep.Workbench, "open", lambda *_: [])
 
@@ -232,7 +228,7 @@ NEUTRAL = {
     "coordinate_check": set(),
     "prune": {"batch"},
     "evaluate": {"batch_size"},
-    "rank_sweep": {"design", "checkpoint_every", "save_adapters", "batch_size", "attempts"},
+    "rank_sweep": {"design", "checkpoint_every", "save_adapters", "batch_size"},
 }
 """Settings that change no result, or that are in the identity as what they stand for."""
 

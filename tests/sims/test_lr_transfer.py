@@ -130,9 +130,9 @@ def matrix(folder: Path, *, seeds=(0,), records=True, gap=0.0, models=("tiny",))
                         elif records:
                             cell = folder / "cells" / key
                             cell.mkdir(parents=True)
-                            text = ["file,index,loss,tokens,answer_loss,answer_tokens"]
+                            text = ["file,index,tokens,loss,answer_tokens,answer_loss"]
                             text += [
-                                f"f,{i},{a},{b},{a},{b}"
+                                f"f,{i},{b},{a},{b},{a}"
                                 for i, (a, b) in enumerate(zip(per_record, tokens, strict=True))
                             ]
                             (cell / "losses.csv").write_text("\n".join(text) + "\n")

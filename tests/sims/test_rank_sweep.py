@@ -1,15 +1,10 @@
-"""`python -m sims.rank_sweep` on a tiny checkpoint: each cell once, what it measures, designs, kills, bad input."""
+"""`python -m sims.rank_sweep`: what a cell measures, on a tiny checkpoint; each cell once, whatever stops the run."""
 
 import csv
 import dataclasses
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +12,19 @@ import pytest
 from support import checkpoint
 
 from figures import accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, scaling_diagram, style
+from rora_theory import frames
 from rora_theory.adapters import load_peft
 from rora_theory.errors import InputError
-from rora_theory.evaluate.scoring import Scoring
+from rora_theory.evaluate.scoring import Sample, Scoring
 from rora_theory.finetune import Record, tokenize
-from rora_theory.finetune.held_out import record_losses
+from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.llama import load
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results, trained_runs
-from rora_theory.sweep.results import Outcome
+from rora_theory.sweep.workbench import Measured, Workbench
 from sims import rank_sweep
-from sims.common import matrix
+from sims.common import disk
+from sims.common.cells import CELLS, finished, key_of
 
 PLAIN = (
     "--batch 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
@@ -60,25 +57,25 @@ def rows_of(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+SAVED = ("--save-adapters", "--seeds", "0")
+
+
 @pytest.fixture(scope="module")
 def swept(model, data, tmp_path_factory) -> Path:
-    """A matrix of every kind of cell."""
+    """A matrix of every kind of cell, which grew by a rank."""
     out = tmp_path_factory.mktemp("sweep") / "matrix"
     methods = ["base", "prefix", "series", "lora", "dora", "rora", "quarter"]
-    rank_sweep.main(
-        command(model, data, out, "--methods", *methods, "--ranks", "2", "4", "--seeds", "0", "--save-adapters")
-    )
+    rank_sweep.main(command(model, data, out, "--methods", *methods, "--ranks", "4", *SAVED))
+    rank_sweep.main(command(model, data, out, "--methods", "lora", "rora", "--ranks", "2", "4", *SAVED))
     return out
 
 
 def test_cells(swept) -> None:
     rows = rows_of(swept)
     assert [(row["method"], row["rank"]) for row in rows] == [
-        ("base", ""),
-        ("prefix", ""),
-        ("series", ""),
-        *[(method, rank) for method in ("lora", "dora", "rora", "quarter") for rank in ("2", "4")],
-    ]
+        ("base", ""), ("prefix", ""), ("series", ""), ("lora", "2"), ("lora", "4"), ("dora", "4"), ("rora", "2"),
+        ("rora", "4"), ("quarter", "4"),
+    ]  # fmt: skip
     assert {row["status"] for row in rows} == {"complete"}
     gammas = {(row["method"], row["rank"]): row["gamma"] for row in rows}
     assert (gammas["lora", "4"], gammas["dora", "4"], gammas["rora", "4"]) == ("16.0", "16.0", "32.0")
@@ -94,7 +91,7 @@ def test_parameters_are_counted(swept) -> None:
     """Per layer of hidden 16, feed-forward 24, 2 query heads and 1 key/value head of 8."""
     shapes = [(16, 16), (8, 16), (8, 16), (24, 16), (16, 24)]  # q, k, v, up, down
     expected = {("lora", "2"): 2 * sum(2 * (a + b) for a, b in shapes)}
-    expected["dora", "2"] = expected["lora", "2"] + 2 * sum(a for a, _ in shapes)
+    expected["dora", "4"] = 2 * expected["lora", "2"] + 2 * sum(a for a, _ in shapes)
     expected["prefix", ""] = 2 * 10 * 2 * 8
     expected["series", ""] = 2 * 2 * 256 * 2 * 16  # before gate and up: of the model's width
     found = {(row["method"], row["rank"]): int(row["trainable_parameters"] or 0) for row in rows_of(swept)}
@@ -155,52 +152,208 @@ def test_the_schedule_ends_at_the_last_step(swept) -> None:
 
 
 def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
-    done = [json.loads(file.read_text()) for file in sorted(swept.glob("cells/*/result.json"))]
-    configs = [json.loads(file.read_text()) for file in sorted(swept.glob("cells/*/cell.json"))]
-    compiled = {
-        (config["method"], config["rank"]): result["compilations"]
-        for config, result in zip(configs, done, strict=True)
-        if config["training"]
-    }
-    for rank in (2, 4):
-        assert compiled["lora", rank] == 1
-        assert compiled["rora", rank] == compiled["quarter", rank] == 0
+    """But for the second rank, which grew later, with `lora` the first of its own."""
+    done = finished(swept).values()
+    compiled = {(one.cell["method"], one.cell["rank"]): one.value.get("compilations") for one in done}
+    assert [compiled["lora", rank] for rank in (4, 2)] == [1, 1]
+    assert [compiled[method, rank] for method, rank in (("rora", 4), ("rora", 2), ("quarter", 4))] == [0, 0, 0]
 
 
-def test_the_same_command_does_nothing_and_a_larger_one_the_rest(swept, model, data, capsys) -> None:
-    before = {path: path.stat().st_mtime_ns for path in swept.glob("cells/*/result.json")}
-    more = ["--methods", "base", "lora", "--ranks", "2", "4", "--seeds", "0", "1"]
-    rank_sweep.main(command(model, data, swept, *more, "--save-adapters"))
+def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data, tmp_path, monkeypatch) -> None:
+    """Ctrl-C at the last of three steps, behind a checkpoint a step: to the result of one that was not stopped."""
+    out, more = tmp_path / "m", ("--methods", "rora", "--ranks", "4", "--checkpoint-every", "1", *SAVED)
+    steps, add = [], rank_sweep.Metrics.add
+
+    def interrupted(metrics, event) -> None:
+        steps.append(event.step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        add(metrics, event)
+
+    monkeypatch.setattr(rank_sweep.Metrics, "add", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        rank_sweep.main(command(model, data, out, *more))
+    assert stop.value.code == 130
+    assert not (out / "results.csv").exists()
+    rank_sweep.main(command(model, data, out, *more))
+    assert steps == [1, 2, 3, 3], "the first two were not taken again"
+    (key,) = finished(out)
+    assert key in finished(swept), "checkpoints do not determine the result"
+
+    def of(folder: Path, name: str) -> str:
+        text = (folder / "cells" / key / name).read_text()
+        return re.sub(r'"(seconds|digest)": [^,}]*', "", text)
+
+    for name in ("losses.csv", "answers.csv", "metrics.jsonl", "cell.json", "adapter/adapter_config.json"):
+        assert of(out, name) == of(swept, name), name
+    value, whole = (finished(folder)[key].value for folder in (out, swept))
+    assert {name for name in whole if value[name] != whole[name]} <= {
+        "seconds", "train_seconds", "loss_seconds", "accuracy_seconds", "compilations"
+    }  # fmt: skip
+
+
+class Quick(Workbench):
+    """Measures at once what is made of the cell's own hash, so that runs can be compared to the byte."""
+
+    def open(self, _: str) -> list[str]:
+        return []
+
+    def run(self, cell, *_) -> Measured:
+        random = np.random.default_rng(int(key_of(cell), 16))
+        rate = cell.learning_rate or 1.0
+        loss = float(abs(np.log(rate / (1e-3 if cell.method == "lora" else 3e-3))) + 1e-3 * random.random())
+        result = {"status": "complete", "validation_loss": loss, "validation_error": 0.1, "answer_loss": loss}
+        result |= {"answer_error": 0.1, "seconds": 1.0, "steps": 3}
+        losses = [RecordLoss(10, loss + one, 2, loss) for one in random.random(len(self.records.held_out)).tolist()]
+        samples = []
+        if cell.evaluation is not None:
+            level = {"task": "average", "accuracy": 0.5, "error": 0.1, "unparsed": 0.0, "chance": 0.5}
+            result["levels"] = [level]
+            right = random.random(4) < 0.5
+            samples = [Sample("piqa", i, "solution1", "solution1", bool(one)) for i, one in enumerate(right)]
+        return Measured(result, None, losses, samples)
+
+
+@pytest.fixture
+def quick(monkeypatch) -> type[Quick]:
+    """Sweeps whose cells take no time."""
+    monkeypatch.setattr(rank_sweep, "Workbench", Quick)
+    return Quick
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("no such thing")
+
+
+def stopped(number: int, what, words: list[str]) -> int:
+    """The exit status of a sweep in whose cell of that number, from 1, ``what`` happens instead of its work."""
+    begun, run = [], Quick.run
+
+    def work(self, cell, checkpoints, *_) -> Measured:
+        begun.append(cell)
+        if len(begun) == number:
+            checkpoints.mkdir()
+            (checkpoints.parent / "losses.csv").write_text("half")
+            what()
+        return run(self, cell)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Quick, "run", work)
+        with pytest.raises(SystemExit) as stop:
+            rank_sweep.main(words)
+    return stop.value.code
+
+
+FOUR = ("--methods", "base", "lora", "rora", "--ranks", "2", "--seeds", "0", "1")
+FILES = ("results.csv", "differences.csv", CELLS)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, capsys) -> None:
+    """In every one of its five cells, by Ctrl-C or by a failure, after which all other cells are done."""
+    whole = tmp_path / "whole"
+    rank_sweep.main(command(model, data, whole, *FOUR))
+    assert "5 cells done" in capsys.readouterr().out
+    assert len(frames.read(whole / "differences.csv")) == 3  # each less the base, and rora less lora
+    keys = list(finished(whole))
+    for number in range(1, 6):
+        for what, status, done in ((interrupt, 130, number - 1), (fail, 1, 4)):
+            out = tmp_path / f"{what.__name__} {number}"
+            assert stopped(number, what, command(model, data, out, *FOUR)) == status
+            assert len(finished(out)) == done
+            said = capsys.readouterr()
+            if what is fail:
+                assert len(frames.read(out / "results.csv")) == 4
+                assert "failed (RuntimeError: no such thing); its traceback is in " in said.err
+                assert said.err.splitlines()[-1].startswith("error: 1 of 5 cells failed, the first ")
+            rank_sweep.main(command(model, data, out, *FOUR))
+            assert capsys.readouterr().out.count(": loss ") == 5 - done, "what is done is not done again"
+            names = (*FILES[:2], *(f"cells/{key}/{name}" for key in keys for name in ("losses.csv", "cell.json")))
+            for name in (*names, *(FILES[2:] if what is interrupt else ())):  # a cell that failed is done last
+                assert (out / name).read_bytes() == (whole / name).read_bytes(), (out.name, name)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sweep_grows_by_what_it_lacks(model, data, tmp_path, capsys) -> None:
+    """Ranks, seeds and rates; tasks that were not scored at first, and never again without them."""
+    out = tmp_path / "m"
+
+    def run(*more: str) -> int:
+        rank_sweep.main(command(model, data, out, "--methods", "lora", *more))
+        return capsys.readouterr().out.count(": loss ")
+
+    assert run("--ranks", "2", "--seeds", "0", "--no-accuracy") == 1
+    assert run("--ranks", "2", "--seeds", "0") == 1, "scored now"
+    assert run("--ranks", "2", "--seeds", "0", "--no-accuracy") == 0
+    assert run("--ranks", "2", "4", "--seeds", "0", "1") == 3
+    assert run("--ranks", "4", "--seeds", "1", "--rates", "3e-4", "1e-3") == 1
+    rows = rows_of(out)
+    assert [(row["rank"], row["learning_rate"], row["seed"]) for row in rows] == [
+        ("2", "0.0003", "0"), ("2", "0.0003", "1"), ("4", "0.0003", "0"), ("4", "0.0003", "1"), ("4", "0.001", "1"),
+    ]  # fmt: skip
+    assert {row["protocol"] for row in rows} == {"label"}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [session["status"] for session in manifest["sessions"]] == ["complete"] * 5
+    assert manifest["sessions"][0]["command"] == manifest["command"]
+    with pytest.raises(SystemExit):
+        run("--ranks", "2", "--limit", "1")
+    assert "(evaluation there {" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_has_one_driver(model, data, tmp_path, capsys) -> None:
+    """The second is told who the first is; nothing of the first's is touched."""
+    out = tmp_path / "m"
+    rank_sweep.main(command(model, data, out, *FOUR))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != disk.LOCK}
+    lock = disk.take(out)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        rank_sweep.main(command(model, data, out, *FOUR, "--ranks", "4"))
+    said = capsys.readouterr().err
+    assert (stop.value.code, said.count("\n")) == (2, 1)
+    assert re.search(r"is in use by process \d+ on \S+ since \d{4}-", said)
+    rank_sweep.main(command(model, data, out, *FOUR, "--list"))
+    assert capsys.readouterr().out.count(" done") == 5, "it may be looked at"
+    disk.let_go(lock)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != disk.LOCK}
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_cells_are_listed_with_their_state(model, data, tmp_path, capsys) -> None:
+    out = tmp_path / "m"
+    rank_sweep.main(command(model, data, out, *FOUR, "--list"))
+    assert capsys.readouterr().out.count(" new") == 5
+    assert not out.exists()
+    assert stopped(2, fail, command(model, data, out, *FOUR)) == 1
+    capsys.readouterr()
+    rank_sweep.main(command(model, data, out, *FOUR, "--no-accuracy", "--list"))
     shown = capsys.readouterr().out
-    assert "5 of 5 cells done" in shown
-    assert shown.count(", answers") == 2, "the second seed's"
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    losses = {row["validation_loss"] for row in rows_of(swept) if (row["method"], row["rank"]) == ("lora", "2")}
-    assert len(losses) == 2, "seeds differ"
+    assert (shown.count(" done"), shown.count(" failed")) == (4, 0), "unscored, they are the scored ones"
+    rank_sweep.main(command(model, data, out, *FOUR, "--list"))
+    shown = capsys.readouterr().out
+    assert (shown.count(" done"), shown.count(" failed")) == (4, 1)
 
 
-def test_a_scored_cell_is_not_trained_again_without_accuracy(swept, model, data, capsys) -> None:
-    before = sorted(swept.glob("cells/*"))
-    more = ["--methods", "base", "lora", "--ranks", "2", "--seeds", "0", "--save-adapters"]
-    rank_sweep.main([*command(model, data, swept, *more), "--no-accuracy"])
-    assert "2 of 2 cells done" in capsys.readouterr().out
-    assert sorted(swept.glob("cells/*")) == before
-
-
-def test_a_folder_holds_one_way_of_training_and_one_model(swept, model, data, capsys, tmp_path) -> None:
+def test_a_folder_holds_one_way_of_training_and_one_model(swept, model, data, capsys, tmp_path, monkeypatch) -> None:
     """Other settings, or another model at the same place, are refused."""
     for change in (["--warmup", "2"], ["--dropout", "0.1"], ["--cutoff", "300"]):
         with pytest.raises(SystemExit):
             rank_sweep.main([*command(model, data, swept, "--ranks", "2"), *change])
-        assert "another identity (settings there" in capsys.readouterr().err
+        assert "other arguments (settings there" in capsys.readouterr().err
     other, out = tmp_path / "model", tmp_path / "m"
     shutil.copytree(model, other)
+    monkeypatch.setattr(rank_sweep, "Workbench", Quick)
     rank_sweep.main(command(other, data, out, "--methods", "base"))
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     with pytest.raises(SystemExit):
         rank_sweep.main(command(other, data, out, "--methods", "base"))
-    assert "another identity (model_sha256 there" in capsys.readouterr().err
+    assert "other arguments (model_sha256 there" in capsys.readouterr().err
 
 
 def test_a_file_changed_by_hand_is_drawn_by_no_figure(swept, tmp_path, capsys) -> None:
@@ -247,20 +400,23 @@ def test_names_are_no_markup(name, shown) -> None:
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in text.splitlines() if row.startswith("|")}) == 1
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) -> None:
     out = tmp_path / "m"
-    rates = ("1e-4", "3e-2")
+    rates = ("1e-4", "1e-3")
     more = ["--design", "tuned_rate", "--methods", "lora", "--ranks", "2", "--rates", *rates, "--seeds", "0", "1"]
     rank_sweep.main(command(model, data, out, *more))
     rows = rows_of(out)
     first = {row["learning_rate"]: float(row["validation_loss"]) for row in rows if row["seed"] == "0"}
-    assert set(first) == {"0.0001", "0.03"}
+    assert set(first) == {"0.0001", "0.001"}
     [second] = [row for row in rows if row["seed"] == "1"]
     best = min(first, key=lambda rate: first[rate])
     assert second["learning_rate"] == best
     assert second["protocol"] == "label", "the others are scored"
     assert [row["best_rate"] for row in rows] == ["edge" if row["learning_rate"] == best else "" for row in rows]
-    assert f"lora r=2: learning rate {float(best):g}" in capsys.readouterr().out
+    assert f"lora r=2: learning rate {float(best):g}; it is at the edge" in capsys.readouterr().out
+    assert stopped(1, fail, command(model, data, out, *more, "3", "--rates", *rates, "3e-3")) == 1
+    assert len(rows_of(out)) == 3, "the other seeds wait until every rate was tried at the first"
 
 
 def words_of(path) -> str:
@@ -271,8 +427,8 @@ def words_of(path) -> str:
 def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     """Drawn from the folder alone; the tables hold every row of ours and of the paper's."""
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(swept, out=tmp_path))
-    loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=2, out=tmp_path))
-    loss_curves.draw(loss_curves.Config((swept,), rank=2, out=tmp_path))
+    loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, out=tmp_path))
+    loss_curves.draw(loss_curves.Config((swept,), rank=4, out=tmp_path))
     scaling_diagram.draw(scaling_diagram.Config(out=tmp_path))
     for name in ("accuracy_vs_rank", "loss_vs_rate", "loss_curves", "scaling_diagram"):
         for ending in ("png", "svg"):
@@ -282,15 +438,15 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     assert "average accuracy, label" in drawn
     drawn = words_of(tmp_path / "loss_vs_rate.svg")
     assert all(name in drawn for name in ("LoRA", "RoRA", "DoRA", "prefix tuning", "series adapter", "no adapter"))
-    assert "r = 2, " in drawn
+    assert "r = 4, " in drawn
     assert "(above)" not in drawn
-    loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=2, top=0.5, out=tmp_path))  # below every loss
+    loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, top=0.5, out=tmp_path))  # below every loss
     assert "(above)" in (tmp_path / "loss_vs_rate.svg").read_text()
     with pytest.raises(SystemExit):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, out=tmp_path))
     assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"--top is .*; accepted is a finite number above 0"):
-        loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=2, top=0.0, out=tmp_path))
+        loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, top=0.0, out=tmp_path))
     for layout in ("I", "II"):
         benchmark_tables.draw(benchmark_tables.Config(swept, layout=layout, out=tmp_path))
     with (tmp_path / "table_I.csv").open(newline="") as file:
@@ -327,12 +483,11 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     rows += [columns | shared | {"learning_rate": "0.01", "best_rate": ""}]
     rows += [columns | shared | {"rank": "16", "gamma": "16.0", "status": "diverged", "best_rate": ""}]
     config = {"training": {"batch": 4, "steps": 5}, "data": {"held_out": 6, "train_records": 8}}
-    manifest = {"experiment": "rank_sweep", "config": config, "runs": [{"design": "table1"}]}
+    manifest = {"experiment": "rank_sweep", "config": config, "design": "table1"}
 
     def write() -> None:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        lines = [list(row.values()) for row in rows]
-        (tmp_path / "results.csv").write_text(results.as_csv(results.COLUMNS, lines))
+        (tmp_path / "results.csv").write_text(frames.to_csv(frames.of(rows, results.COLUMNS)))
 
     write()
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path))
@@ -364,46 +519,6 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
     assert "has no cell of lora, " in capsys.readouterr().err
 
 
-def test_how_far_the_cells_of_a_folder_have_come(tmp_path) -> None:
-    def fail(_: Path) -> dict:
-        raise RuntimeError("no")
-
-    folder = matrix.Matrix(tmp_path / "m", "rank_sweep", {"steps": 3})
-    failed, done = folder.place({"a": 1}), folder.place({"a": 2})
-    failed.work(fail, most=3)
-    done.work(lambda _: {"status": "complete"}, most=3)
-    folder.place({"a": 3})  # never begun
-    found = {one.key: one for one in rank_sweep.outcomes(folder)}
-    assert found == {
-        failed.key: Outcome(failed.key, {"a": 1}, "failed", 1, None),
-        done.key: Outcome(done.key, {"a": 2}, "done", 1, {"status": "complete"}),
-    }
-
-
-def test_a_killed_cell_is_reported_and_done_again(model, data, tmp_path, capsys) -> None:
-    """SIGKILL in the first cell, a second process beside it; then the rest in this one."""
-    out = tmp_path / "m"
-    more = ["--methods", "lora", "rora", "--ranks", "2", "--seeds", "0", "1"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    arguments = [sys.executable, "-m", "sims.rank_sweep", *command(model, data, out, *more)]
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("cells/*/attempts.jsonl")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "results.csv").exists()
-    rank_sweep.main(command(model, data, out, *more))
-    shown = capsys.readouterr().out
-    assert "attempt 1: its process was gone before it had a result; tried again" in shown
-    rows = rows_of(out)
-    assert len(rows) == 4
-    assert {row["status"] for row in rows} == {"complete"}
-    assert sorted(row["attempts"] for row in rows) == ["1", "1", "1", "2"]
-
-
 def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path, capsys) -> None:
     for more, message in {
         ("--methods", "qlora"): "method is 'qlora'; accepted are base, prefix",
@@ -417,7 +532,6 @@ def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path,
         ("--alpha", "0"): "alpha is 0",
         ("--tasks", "arc"): "arc",
         ("--data-dir", str(tmp_path / "none")): "none",
-        ("--attempts", "0"): "attempts is 0",
     }.items():
         with pytest.raises(SystemExit) as caught:
             rank_sweep.main(command(model, data, tmp_path / "m", *more))

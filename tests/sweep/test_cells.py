@@ -8,9 +8,9 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig
-from rora_theory.sweep.cells import Cell, cells_of, training_of
+from rora_theory.sweep.cells import Cell, cells_of, stand_ins, training_of
 from rora_theory.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
-from sims.common.matrix import key_of
+from sims.common.cells import key_of
 
 SHARED = FinetuneConfig()
 
@@ -72,6 +72,15 @@ def test_stages_of_a_tuned_design() -> None:
     assert all(c.evaluation for c in rest)
 
 
+def test_a_scored_twin_stands_in_where_it_is_done() -> None:
+    label = {"protocol": "label"}
+    make = partial(cells_of, replace(DESIGNS["grid"], methods=("lora",), ranks=(4, 8), seeds=(0,)), SHARED, data={})
+    plain, scored = (make(evaluation=found, stage=0) for found in (None, label))
+    assert stand_ins(plain, label, lambda cell: cell == scored[1]) == [plain[0], scored[1]]
+    assert stand_ins(plain, None, lambda cell: cell == plain[0]) == plain
+    assert stand_ins(scored, None, lambda cell: False) == scored, "one that is to be scored is never left unscored"
+
+
 def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
     """Alpha, targets and dropout; everything else reaches every run."""
     shared = FinetuneConfig(alpha=16.0, targets=("q_proj",), dropout=0.2, cutoff=99, epochs=2, remat="mlp")
@@ -95,6 +104,10 @@ def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
         ({"models": ()}, "model is ''"),
         ({"seeds": (3, 3)}, "seeds is '3 3'"),
         ({"seeds": (-1,)}, "seeds is -1"),
+        ({"ranks": (4, 4)}, "--ranks repeats a value (4 4)"),
+        ({"ranks": (0,)}, "--ranks: rank is 0"),
+        ({"rates": ()}, "--rates has 0 values"),
+        ({"rates": (1e-3, -1.0)}, "--rates is -1"),
     ],
 )
 def test_a_design_of_what_there_is_not_is_refused(changes, message) -> None:

@@ -1,23 +1,32 @@
 """`differences.csv`: one method less another, record by record and item by item, against arithmetic by hand."""
 
-import csv
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from rora_theory import frames
 from rora_theory.errors import InputError
-from rora_theory.sweep.differences import Difference, as_csv, method_differences
+from rora_theory.sweep import differences, results
+from rora_theory.sweep.differences import Difference, table
 
 TOKENS, ANSWER_TOKENS = [10, 20, 30], [1, 2, 1]
 
 
-def row(key: str, method: str, seed: str = "0", rank: str = "8", rate: str = "0.001", **more: str) -> dict[str, str]:
-    alpha = "64.0" if rank else ""
+def row(
+    key: str, method: str, seed: int | None = 0, rank: int | None = 8, rate: float | None = 0.001, **more: Any
+) -> dict[str, Any]:
+    alpha = 64.0 if rank else None
     found = {"key": key, "status": "complete", "model": "m", "method": method, "rank": rank, "alpha": alpha}
-    found |= {"learning_rate": rate, "seed": seed, "best_rate": "only", "average": ""}
+    found |= {"learning_rate": rate, "seed": seed, "best_rate": "only", "average": None}
     return found | more
+
+
+def method_differences(rows: Iterable[dict[str, Any]], cells: Path) -> list[Difference]:
+    return list(differences.method_differences(frames.of(rows, results.COLUMNS), cells))
 
 
 def cell(folder: Path, key: str, losses: list[float], right: dict[str, list[int]] | None = None) -> None:
@@ -41,11 +50,11 @@ def test_losses_and_accuracies_are_paired(tmp_path):
     cell(tmp_path, "lora", [10.0, 25.0, 31.0], {"s": [1, 0, 0, 1], "t": [1, 1]})
     cell(tmp_path, "rora", [9.0, 24.0, 28.0], {"s": [1, 1, 0, 0], "t": [0, 1]})
     rows = [
-        row("base", "base", "", "", "", average="0.4"),
-        row("lora", "lora", average="0.7"),
-        row("rora", "rora", average="0.5"),
+        row("base", "base", None, None, None, average=0.0),
+        row("lora", "lora", average=0.7),
+        row("rora", "rora", average=0.5),
     ]
-    found = list(method_differences(rows, tmp_path))
+    found = method_differences(rows, tmp_path)
     assert [(d.method, d.against) for d in found] == [("lora", "base"), ("rora", "base"), ("rora", "lora")]
     one = find(found, "rora", "lora")
     assert one.loss == pytest.approx(-5 / 60, rel=1e-14)  # -1 - 1 - 3 nats over 60 tokens
@@ -69,8 +78,8 @@ def test_seeds_are_averaged_before_the_error_and_only_common_ones_count(tmp_path
         cell(tmp_path, key, losses)
     cell(tmp_path, "r1", [13.0, 20.0, 30.0])
     cell(tmp_path, "r2", [0.0, 0.0, 0.0])
-    rows = [row(key, {"l": "lora", "r": "rora"}[key[0]], key[1]) for key in ("l0", "l1", "r0", "r1", "r2")]
-    one = find(list(method_differences(rows, tmp_path)), "rora", "lora")
+    rows = [row(key, {"l": "lora", "r": "rora"}[key[0]], int(key[1])) for key in ("l0", "l1", "r0", "r1", "r2")]
+    one = find(method_differences(rows, tmp_path), "rora", "lora")
     assert (one.seeds, one.loss, one.loss_error, one.average) == (2, 0.0, 0.0, None)  # -1 and +1 on one record
     assert one.loss_seed_error == pytest.approx(math.sqrt(2) / 60 / math.sqrt(2))  # deviation of -1/60 and 1/60
     assert one.answer_seed_error == pytest.approx(0.5 / 4)
@@ -81,17 +90,17 @@ def test_each_at_its_best_rate(tmp_path):
         cell(tmp_path, key, losses)
     cell(tmp_path, "r3", [2.0, 2.0, 2.0])
     rows = [
-        row("l1", "lora", rate="0.001", best_rate="edge"),
-        row("l3", "lora", rate="0.003", best_rate=""),
-        row("r1", "rora", rate="0.001", best_rate=""),
-        row("r3", "rora", rate="0.003", best_rate="edge"),
+        row("l1", "lora", rate=0.001, best_rate="edge"),
+        row("l3", "lora", rate=0.003, best_rate=None),
+        row("r1", "rora", rate=0.001, best_rate=None),
+        row("r3", "rora", rate=0.003, best_rate="edge"),
     ]
-    found = list(method_differences(rows, tmp_path))
+    found = method_differences(rows, tmp_path)
     best = find(found, "rora", "lora", "best")
     assert (best.learning_rate, best.against_rate) == (0.003, 0.001)
     assert best.loss == pytest.approx(3 / 60)
-    rows[2]["best_rate"], rows[3]["best_rate"] = "yes", ""
-    assert find(list(method_differences(rows, tmp_path)), "rora", "lora", "best").loss == pytest.approx(9 / 60)
+    rows[2]["best_rate"], rows[3]["best_rate"] = "yes", None
+    assert find(method_differences(rows, tmp_path), "rora", "lora", "best").loss == pytest.approx(9 / 60)
     same = {d.learning_rate: d.loss for d in found if d.rates == "same"}
     assert same == {0.001: pytest.approx(9 / 60), 0.003: pytest.approx(-3 / 60)}
 
@@ -100,7 +109,7 @@ def test_each_at_its_only_rate(tmp_path):
     """As published: DoRA's rate is another than LoRA's."""
     cell(tmp_path, "l", [1.0, 1.0, 1.0])
     cell(tmp_path, "d", [3.0, 1.0, 1.0])
-    (one,) = method_differences([row("l", "lora"), row("d", "dora", rate="0.0002")], tmp_path)
+    (one,) = method_differences([row("l", "lora"), row("d", "dora", rate=0.0002)], tmp_path)
     assert (one.method, one.against, one.rates) == ("dora", "lora", "own")
     assert (one.learning_rate, one.against_rate, one.loss) == (0.0002, 0.001, pytest.approx(2 / 60))
 
@@ -110,11 +119,11 @@ def test_a_method_without_a_rank_meets_every_lora_and_other_ranks_do_not_meet(tm
         cell(tmp_path, key, [1.0, 1.0, 1.0])
     rows = [
         row("l8", "lora"),
-        row("l16", "lora", rank="16"),
-        row("p", "series", rank=""),
-        row("r16", "rora", rank="16"),
+        row("l16", "lora", rank=16),
+        row("p", "series", rank=None),
+        row("r16", "rora", rank=16),
     ]
-    found = list(method_differences(rows, tmp_path))
+    found = method_differences(rows, tmp_path)
     assert [(d.method, d.rank) for d in found] == [("series", 8), ("series", 16), ("rora", 16)]
     unfinished = [one | {"status": "diverged"} if one["method"] == "rora" else one for one in rows]
     assert [d.method for d in method_differences(unfinished, tmp_path)] == ["series", "series"]
@@ -127,19 +136,20 @@ def test_other_records_or_damaged_files_are_refused(tmp_path):
     file = tmp_path / "r" / "losses.csv"
     file.write_text(file.read_text().replace("a,0", "d,0"))
     with pytest.raises(InputError, match="different records"):
-        list(method_differences(rows, tmp_path))
+        method_differences(rows, tmp_path)
     file.write_text("file,index\na,0\n")
-    with pytest.raises(InputError, match=r"losses\.csv: is damaged"):
-        list(method_differences(rows, tmp_path))
+    with pytest.raises(InputError, match=r"losses\.csv: line 1 is not the header file,index,tokens,loss"):
+        method_differences(rows, tmp_path)
     file.unlink()
     with pytest.raises(InputError, match="no such file"):
-        list(method_differences(rows, tmp_path))
+        method_differences(rows, tmp_path)
 
 
 def test_the_table_has_a_line_a_difference(tmp_path):
     cell(tmp_path, "l", [1.0, 1.0, 1.0])
     cell(tmp_path, "r", [2.0, 1.0, 1.0])
-    text = as_csv(method_differences([row("l", "lora"), row("r", "rora")], tmp_path))
-    (line,) = csv.DictReader(text.splitlines())
-    assert (line["method"], line["against"], line["average"]) == ("rora", "lora", "")
-    assert float(line["loss"]) == 1 / 60
+    found = table(method_differences([row("l", "lora"), row("r", "rora")], tmp_path))
+    (one,) = found.itertuples()
+    assert frames.to_csv(found).splitlines()[1] == (
+        f"m,rora,lora,same,8,64.0,0.001,0.001,1,{1 / 60},{one.loss_error},,0.125,{one.answer_error},,,,0"
+    )
