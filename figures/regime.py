@@ -40,11 +40,13 @@ def draw(config: Config) -> Sequence[Path]:
     if not rows or not crossings:
         style.fail(f"{config.run}: has no row of split {config.split} and init {init}; accepted are those of the run")
     out = config.out or config.run
+    used = manifest["config"]
+    rate = used["lr"] if "lr" in used else used["learning_rate"]  # its name in earlier runs
     takeover = style.read_table(config.run / "takeover.csv")
     takeover = [row for row in takeover if row["split"] == config.split and row["init"] == init]
     return [
         *_depth(crossings, config.split, out),
-        *(_takeover(takeover, manifest["config"]["learning_rate"], config.split, out) if takeover else ()),
+        *(_takeover(takeover, rate, config.split, out) if takeover else ()),
         *_rms(rows, config, init, out),
     ]
 

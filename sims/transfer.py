@@ -31,11 +31,11 @@ from rora_theory.advice.transfer import ALL, Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.files import read_json
 from rora_theory.inits import Init
+from rora_theory.measure.regime_tables import CROSSING_COLUMNS, CROSSINGS
 from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.seeds import check_seed
 from sims.common import cli, tables
 from sims.common.cells import Cells
-from sims.common.crossings import CROSSING_COLUMNS, CROSSINGS
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
 from sims.common.scalings import parse_rule

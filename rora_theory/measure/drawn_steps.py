@@ -16,6 +16,7 @@ from rora_theory.inits import Init
 from rora_theory.measure.layer_data import SPLITS, Layer
 from rora_theory.measure.module_regime import TAKEOVER_ROWS, RegimeConfig
 from rora_theory.measure.terms import EPSILON
+from rora_theory.rules import name_of
 from rora_theory.stats.estimate import root
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step
@@ -24,7 +25,7 @@ from rora_theory.theory.laws import Optimizer
 
 def measured(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
     """The rms that adapters of each rank measure under the first rule, by the keys of `predict`."""
-    name, rule = next(iter(config.rules.items()))
+    rule = config.rules[0]
     size, count = config.blocks
     found = {}
     for init in config.inits:
@@ -34,7 +35,7 @@ def measured(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
             ranks=config.ranks,
             scalings=[[scaling] for scaling in config.scalings(rule)],
             optimizers=config.optimizers,
-            learning_rate=config.learning_rate,
+            learning_rate=config.lr,
             init=init,
             rows=size,
         )
@@ -43,7 +44,7 @@ def measured(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
             for rank, part in zip(config.ranks, next(stream), strict=True):
                 for o, optimizer in enumerate(config.optimizers):
                     for s, split in enumerate(SPLITS):
-                        key = (init, optimizer, name, rank, split)
+                        key = (init, optimizer, name_of(rule), rank, split)
                         moments[key] = moments.get(key, Moments()).add(part[:, 0, o, s])
         for key, total in moments.items():
             estimate = root(total.mean)

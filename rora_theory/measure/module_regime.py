@@ -10,22 +10,29 @@ Results are tidy: a row one measured thing, floats with every digit.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy import stats
 
-from rora_theory import inits
-from rora_theory.advice.setting import Setting
-from rora_theory.advice.transfer import transfer
+from rora_theory import frames, inits
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.measure import terms
 from rora_theory.measure.layer_data import SPLITS, Layer
-from rora_theory.scaling import Rule, check_integer, check_positive, check_rank, exponent, scaling_factor
+from rora_theory.measure.regime_tables import (
+    CROSSING_COLUMNS,
+    CROSSINGS,
+    RESULT_COLUMNS,
+    TAKEOVER,
+    TAKEOVER_COLUMNS,
+    TOKEN_COLUMNS,
+    TOKENS,
+)
+from rora_theory.rules import check_ranks, check_rules, name_of
+from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.theory import horizon
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
@@ -48,45 +55,41 @@ MOST_ROWS = 10**8
 
 @dataclass(frozen=True)
 class RegimeConfig:
-    """What to measure of every module, and how finely.
-
-    Attributes:
-      ranks: to predict and to step.
-      rules: scaling rules by the name that the results call them; adapters are stepped under the first.
-      optimizers, inits: whose step, from which laws of A.
-      alpha, learning_rate: of every rule and step, above 0.
-      rows: rows of A drawn for each module and init, dealt out as rows / r adapters at every rank; 0 steps none.
-      tokens: of each split at which modules are read, drawn among those that count; 1 or more.
-      mask: leave out held-out tokens that share something with the training batch, and sinks: see `tokens`.
-      seed: of the tokens and the adapters.
-
-    Raises:
-      InputError: a value out of range.
-    """
+    """What to measure of every module, and how finely. Raises `InputError` where a value is out of range."""
 
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    rules: Mapping[str, Rule] = field(default_factory=lambda: {"lora": "lora", "rora": "rora", "0.25": 0.25})
+    """ranks to predict and to step"""
+    rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
+    """scaling rules to predict; adapters are stepped under the first, whose gamma is a factor of what is measured"""
     optimizers: tuple[Optimizer, ...] = OPTIMIZERS
+    """sgd, adam"""
     inits: tuple[Init, ...] = ("kaiming_uniform", "gaussian")
+    """laws of lora_A: PEFT's default and its gaussian (deviation 1/r); also normal, rademacher"""
     alpha: float = 16.0
-    learning_rate: float = 3e-4
+    """alpha of every rule"""
+    lr: float = 3e-4
+    """learning rate of the step; the change is proportional to it"""
     rows: int = 4096
+    """rows of lora_A drawn for each module and init, dealt out as rows / r adapters at every rank; 0 steps none"""
     tokens: int = 64
+    """tokens of each split at which modules are read, drawn among all of it that the mask leaves"""
     mask: bool = True
+    """leave out held-out tokens that share their whole beginning with the training batch (template, first tokens), and
+    attention sinks: an input whose norm is above 10 times the median of the module's held-out inputs"""
     seed: int = 0
+    """of the records, the tokens and the adapters"""
 
     def __post_init__(self) -> None:
-        accepted = {"optimizers": OPTIMIZERS, "inits": INITS}
-        for name in ("ranks", "rules", "optimizers", "inits"):
-            values = tuple(getattr(self, name))
+        check_ranks(self.ranks, fewest=1)
+        check_rules(self.rules)
+        for name, known in (("optimizers", OPTIMIZERS), ("inits", INITS)):
+            values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are one or more, each once")
-            wrong = [value for value in values if name in accepted and value not in accepted[name]]
+            wrong = [value for value in values if value not in known]
             if wrong:
-                raise InputError(f"{name} has {wrong[0]!r}; accepted are {', '.join(accepted[name])}")
-        for rank in self.ranks:
-            check_rank(rank)
-        for rule in self.rules.values():
+                raise InputError(f"{name} has {wrong[0]!r}; accepted are {', '.join(known)}")
+        for rule in self.rules:
             scaling_factor(rule, alpha=self.alpha, rank=max(self.ranks))
         check_integer("tokens", self.tokens)
         check_integer("rows", self.rows, least=0)
@@ -99,7 +102,7 @@ class RegimeConfig:
         least = 4 * max(self.ranks)
         if self.rows and self.rows < least:
             raise InputError(f"rows is {self.rows}; accepted are 0, or {least} or more: 4 adapters of the largest rank")
-        check_positive("learning_rate", self.learning_rate)
+        check_positive("lr", self.lr)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -137,7 +140,7 @@ class LayerRegime(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Regime:
-    """What was found of a model, as tidy frames: columns as in `ModuleRegime`.
+    """What was found of a model, as tidy frames: columns as in `regime_tables`.
 
     Attributes:
       crossings: signal, cross-talk, r* and its quartiles over tokens, by module, split, optimizer and init.
@@ -157,10 +160,14 @@ class Regime:
     @classmethod
     def of(cls, parts: Iterable[LayerRegime], training_loss: float, heldout_loss: float) -> "Regime":
         """The frames of some layers' rows."""
-        crossings, results, takeover, tokens = (
-            pd.DataFrame([row for part in tables for row in part]) for tables in zip(*parts, strict=True)
-        )
+        columns = (CROSSING_COLUMNS, RESULT_COLUMNS, TAKEOVER_COLUMNS, TOKEN_COLUMNS)
+        found = [[row for part in table for row in part] for table in zip(*parts, strict=True)]
+        crossings, results, takeover, tokens = map(frames.of, found, columns)
         return cls(crossings, results, takeover, tokens, training_loss, heldout_loss)
+
+    def files(self) -> dict[str, pd.DataFrame]:
+        """The frames by the names of a run's files."""
+        return {CROSSINGS: self.crossings, "results.csv": self.results, TAKEOVER: self.takeover, TOKENS: self.tokens}
 
 
 def measure(
@@ -200,7 +207,7 @@ def _cells(config: RegimeConfig, index: int, module: str) -> Iterator[dict[str, 
     """A module's rows without figures."""
     for init in config.inits:
         for optimizer in config.optimizers:
-            for name, rule in config.rules.items():
+            for rule in config.rules:
                 for rank, scaling in zip(config.ranks, config.scalings(rule), strict=True):
                     for split in SPLITS:
                         yield {
@@ -209,7 +216,7 @@ def _cells(config: RegimeConfig, index: int, module: str) -> Iterator[dict[str, 
                             "split": split,
                             "optimizer": optimizer,
                             "init": init,
-                            "rule": name,
+                            "rule": name_of(rule),
                             "kappa": exponent(rule),
                             "rank": rank,
                             "alpha": config.alpha,
@@ -252,16 +259,16 @@ def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple,
     another gamma is a power of it away.
     """
     found = {}
-    for position, (name, rule) in enumerate(config.rules.items()):
+    for position, rule in enumerate(config.rules):
         exact = law.rms(
             config.ranks,
             config.scalings(rule),
-            learning_rate=config.learning_rate,
+            learning_rate=config.lr,
             epsilon=terms.EPSILON if position == 0 else 0.0,
         )
         for rank, row in zip(config.ranks, exact, strict=True):
             for split, place in _places(layer).items():
-                found[law.init, law.optimizer, name, rank, split] = math.sqrt(float(np.mean(row[place] ** 2)))
+                found[law.init, law.optimizer, name_of(rule), rank, split] = math.sqrt(float(np.mean(row[place] ** 2)))
     return found
 
 
@@ -298,86 +305,3 @@ def takeover(
 
 def _p_in(layer: Layer) -> int:
     return int(layer.grad.shape[1])
-
-
-def flat_kappa(optimizer: Optimizer, init: Init, linear_term: float, *, low: int = 8, high: int = 128) -> float:
-    """The kappa of ``gamma = alpha / r**kappa`` whose first step is as large at rank ``high`` as at ``low``.
-
-    Args:
-      optimizer, init: whose step, from which A.
-      linear_term: c, a column of the crossing ranks.
-      low, high: ranks.
-    """
-    carried = transfer(Setting(low, 1.0, 1.0, 0.0, optimizer, init), high, {"module": linear_term})
-    return -math.log(carried.alpha) / math.log(high / low)
-
-
-def judge(results: pd.DataFrame, *, false_alarm: float = 0.01, tolerance: float = 0.02) -> dict[str, Any] | None:
-    """Whether every measured rms lies within its error bar or the tolerance of the predicted one; None: none measured.
-
-    The error bar is Student's for the number of adapters, two-sided, at false_alarm divided by the number of
-    comparisons (Bonferroni): with true laws, and no tolerance, one or more would fail with that probability.
-
-    Args:
-      results: of `ModuleRegime`, of any modules.
-      false_alarm: probability that a true law fails somewhere.
-      tolerance: relative difference that is allowed whatever the error bar.
-    """
-    tried = _tried(results)
-    if tried.empty:
-        return None
-    adapters = tried["adapters"].astype(int)
-    bars = {count: float(stats.t.isf(false_alarm / len(tried) / 2, count - 1)) for count in sorted(set(adapters))}
-    gaps = (tried["measured"] / tried["predicted"] - 1).to_numpy(float)
-    errors = (tried["standard_error"] / tried["predicted"]).to_numpy(float)
-    allowed = np.maximum(tolerance, errors * adapters.map(bars).to_numpy(float))
-    t = gaps / errors
-    outside = np.abs(gaps) > allowed
-    names = ["module", "split", "optimizer", "init", "rank", "predicted", "measured", "standard_error"]
-    worst = tried.iloc[[int(np.argmax(np.abs(gaps) / allowed))]][names].to_dict("records")[0]
-    return {
-        "verdict": "holds" if not outside.any() else "fails",
-        "comparisons": len(tried),
-        "outside": int(np.sum(outside)),
-        "false_alarm": false_alarm,
-        "tolerance": tolerance,
-        "error_bars_in_standard_errors": {str(count): round(bar, 3) for count, bar in bars.items()},
-        "within_tolerance": float(np.mean(np.abs(gaps) <= tolerance)),
-        "largest_deviation": float(np.max(np.abs(gaps))),
-        "largest_t": float(np.max(np.abs(t))),
-        "rms_t": float(np.sqrt(np.mean(t**2))),
-        "median_relative_standard_error": float(np.median(errors)),
-        "nearest_to_failing": worst,
-    }
-
-
-def agreement(results: pd.DataFrame) -> pd.DataFrame:
-    """Measured over predicted by optimizer, init, split and rank: means over modules, whose draws are independent."""
-    found = []
-    keys = ["optimizer", "init", "split", "rank"]
-    for key, own in _tried(results).groupby(keys, sort=False):
-        # Mean squares, which are unbiased; their root halves the deviation.
-        squares = ((own["measured"] / own["predicted"]) ** 2).to_numpy(float)
-        spread = (own["standard_error"] / own["predicted"]).to_numpy(float)
-        ratios, mean = np.sqrt(squares), math.sqrt(float(np.mean(squares)))
-        found.append(
-            dict(zip(keys, key, strict=True))
-            | {
-                "modules": len(own),
-                "mean_ratio": mean,
-                "standard_error": float(np.sqrt(np.sum((spread * ratios) ** 2))) / len(own) / mean,
-                "largest_deviation": float(np.max(np.abs(ratios - 1))),
-                "largest_t": float(np.max(np.abs((ratios - 1) / spread))),
-            }
-        )
-    columns = [*keys, "modules", "mean_ratio", "standard_error", "largest_deviation", "largest_t"]
-    return pd.DataFrame(found, columns=columns).sort_values(keys, key=_in_order, kind="stable", ignore_index=True)
-
-
-def _tried(results: pd.DataFrame) -> pd.DataFrame:
-    return results.dropna(subset=["measured"]) if "measured" in results else results.iloc[:0]
-
-
-def _in_order(column: pd.Series) -> pd.Series:
-    """Of first appearance, so that tables go as the run was asked for."""
-    return pd.Series(pd.factorize(column)[0], index=column.index)

@@ -17,7 +17,7 @@ from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.theory import horizon
 
 TARGETS = ("q_proj", "down_proj")
-SMALL = RegimeConfig(ranks=(1, 4), rules={"lora": "lora"}, rows=0, tokens=9)
+SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), rows=0, tokens=9)
 TEMPLATE = [1, 5, 6, 7]
 
 

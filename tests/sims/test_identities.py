@@ -20,6 +20,7 @@ from rora_theory import adapters, llama
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.llama import hub
+from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.sweep import trained_runs
 from sims import (
     coordinate_check,
@@ -95,7 +96,7 @@ def settings(name: str, model: str, data: Path) -> Any:
     """A command's configuration on the tiny model."""
     train = (str(data / "train.json"),)
     return {
-        "regime": regime.Config(train, model, items=4, heldout_items=4, rows=0),
+        "regime": regime.Config(train, model, batch_size=4, held_out=4, measured=RegimeConfig(rows=0)),
         "transfer": transfer.Config(2, 4, items=4, check=(model, *train)),
         "coordinate_check": coordinate_check.Config(
             train, model, ranks=(2, 4), held_out=6, cutoff=160, template="clean"
@@ -241,7 +242,7 @@ OTHER: dict[str, Any] = {
     "adam_rates": (0.1, 0.2, 0.3), "sgd_rates": (0.1, 0.2, 0.3), "rates": (0.1,), "reference_rank": 6,
     "models": ("mlp",), "model": "mlp", "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
     "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1, "false_alarm": 0.1,
-    "regime": {"layers": (0,), "rows": 4096},
+    "regime": {"layers": (0,), "rows": 4096, "rules": (0.3,)},
     "transfer": {
         "split": "train", "regime": "cross-talk", "per": "one", "to_rule": "rora", "task_type": "SEQ_CLS",
         "to_alpha": 32.0, "steps": 9,

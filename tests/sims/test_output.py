@@ -6,12 +6,12 @@ import importlib
 import inspect
 import io
 import json
+import math
 import pkgutil
 import re
 import typing
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -20,7 +20,9 @@ import sims
 from rora_theory import frames
 from rora_theory.evaluate.levels import Level
 from rora_theory.evaluate.scoring import Scoring
+from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.paper.verdicts import Verdict
+from rora_theory.scaling import KAPPAS
 from sims import capacity, coordinate_check, evaluate, layer_sweep, lr_transfer, regime, training_dynamics, transfer
 from sims import variance_sweep as sweep
 from sims.common import cli, progress, tables
@@ -73,7 +75,10 @@ def config_of(kind: type, name: str):
     """The published run's configuration, as far as it determines the table."""
     used = json.loads((PUBLISHED / name / "manifest.json").read_text())["config"]
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    used |= {new: used[old] for old, new in (("learning_rate", "lr"),) if old in used}  # names of earlier versions
     chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in used.items() if key in fields}
+    if "rules" in chosen and "rora" in str(fields["rules"].type):  # exponents are numbers there
+        chosen["rules"] = tuple(rule if rule in KAPPAS else float(rule) for rule in chosen["rules"])
     needed = {name: () for name, field in fields.items() if field.default is dataclasses.MISSING}
     return kind(**(needed | chosen))
 
@@ -121,24 +126,25 @@ def test_real_layers(printed) -> None:
     assert "21.8 (12.4-95.9)" in text
 
 
+def regime_of(name: str) -> Regime:
+    """A published run's tables; earlier runs have fewer."""
+    found = Regime.of([LayerRegime([], [], [], [])], math.nan, math.nan)
+    names = {"crossings": "crossing_ranks", "results": "results", "takeover": "takeover", "tokens": "tokens"}
+    paths = {field: PUBLISHED / name / f"{file}.csv" for field, file in names.items()}
+    return dataclasses.replace(found, **{field: frames.read(path) for field, path in paths.items() if path.exists()})
+
+
 def test_regime(printed) -> None:
-    folder = PUBLISHED / "regime"
-    config = dataclasses.replace(config_of(regime.Config, "regime"), layers=(0, 29))
-    verdict = json.loads((folder / "verdict.json").read_text())
-    crossings = typed(folder / "crossing_ranks.csv")
-    rows = [known(row) for row in typed(folder / "results.csv")]
-    none = pd.DataFrame()
-    regime.report(config, pd.DataFrame(crossings), pd.DataFrame(rows), none, none, verdict)
+    verdict = json.loads((PUBLISHED / "regime" / "verdict.json").read_text())
+    regime.report(config_of(RegimeConfig, "regime"), regime_of("regime"), verdict)
     assert "verdict: holds." in "\n".join(printed())
 
 
 def test_regime_at_new_tokens(printed) -> None:
     """How many held-out tokens were left out, medians beside pooled figures, and when A leads."""
-    folder = PUBLISHED / "regime_held_out"
-    config = config_of(regime.Config, "regime_held_out")
-    names = ("crossing_ranks", "takeover", "tokens")
-    crossings, takeover, tokens = (pd.DataFrame(typed(folder / f"{name}.csv")) for name in names)
-    regime.report(config, crossings, pd.DataFrame(), takeover, tokens, None)
+    found = regime_of("regime_held_out")
+    regime.report(config_of(RegimeConfig, "regime_held_out"), found, None)
+    tokens = found.tokens
     text = "\n".join(printed())
     where = {"module": "model.layers.29.mlp.down_proj", "split": "heldout"}
     own = tokens.loc[(tokens[list(where)] == where).all(axis=1)].iloc[0]

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from figures import style
 from rora_theory import InputError, scaling_factor
 from rora_theory.finetune import read_records, split, tokenize
 from rora_theory.llama import load
-from rora_theory.measure import module_regime, tokens, unseen
+from rora_theory.measure import regime_tables, tokens, unseen
 from rora_theory.measure.model_layers import real_tokens, record
+from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.theory import laws
 from sims import regime
 from sims.common import cli, real_batch
@@ -27,11 +29,18 @@ from sims.common.cells import CELLS
 SMALL = {
     "ranks": (1, 4, 16),
     "targets": ("q_proj", "down_proj"),
-    "items": 4,
-    "heldout_items": 4,
+    "batch_size": 4,
+    "held_out": 4,
     "tokens": 16,
     "rows": 4096,
 }
+NESTED = [field.name for field in fields(RegimeConfig)]
+
+
+def config_of(**options) -> regime.Config:
+    """The command's configuration, its own options and those of what is measured alike."""
+    measured = {name: options.pop(name) for name in NESTED if name in options}
+    return regime.Config(**options, measured=RegimeConfig(**measured))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -49,7 +58,7 @@ def inputs(tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("regime") / "run"
-    regime.run(regime.Config(**inputs, **SMALL, out=out))
+    regime.run(config_of(**inputs, **SMALL, out=out))
     return out
 
 
@@ -81,7 +90,7 @@ def test_crossings(finished) -> None:
         if row["rule"] == "rora"
     }
     crossings = rows_of(finished / "crossing_ranks.csv")
-    assert tuple(crossings[0]) == regime.CROSSING_COLUMNS
+    assert tuple(crossings[0]) == regime_tables.CROSSING_COLUMNS
     assert json.loads((finished / "manifest.json").read_text())["model_layers"] == 2  # by which a thin run is told
     assert len(crossings) == 2 * 2 * 2 * 2 * 2
     for row in crossings:
@@ -146,7 +155,7 @@ def test_the_judge_can_fail(finished) -> None:
         for row in rows_of(finished / "results.csv")
         if row["measured"]
     ]
-    verdict = module_regime.judge(pd.DataFrame(rows))
+    verdict = regime_tables.judge(pd.DataFrame(rows))
     bars = {int(count): bar for count, bar in verdict["error_bars_in_standard_errors"].items()}
     for factor, word in ((0.99, "holds"), (1.05, "fails")):
         row = max(rows, key=lambda row: row["standard_error"] / row["predicted"])
@@ -155,7 +164,7 @@ def test_the_judge_can_fail(finished) -> None:
             other if other is not row else row | {"measured": row["predicted"] * (1 + factor * allowed)}
             for other in rows
         ]
-        assert module_regime.judge(pd.DataFrame(changed))["verdict"] == word
+        assert regime_tables.judge(pd.DataFrame(changed))["verdict"] == word
 
 
 def judged_row(measured: float, error: float, adapters: int = 1000, **more: object) -> dict:
@@ -175,17 +184,17 @@ def judged_row(measured: float, error: float, adapters: int = 1000, **more: obje
 )
 def test_the_judge_s_two_bars(measured: float, error: float, word: str) -> None:
     """The larger of 2% and the error bar, 2.58 standard errors at one comparison: not their sum, not the smaller."""
-    found = module_regime.judge(pd.DataFrame([judged_row(measured, error)]), false_alarm=0.01)
+    found = regime_tables.judge(pd.DataFrame([judged_row(measured, error)]), false_alarm=0.01)
     assert (found["verdict"], found["outside"]) == (word, int(word == "fails"))
     assert found["error_bars_in_standard_errors"]["1000"] == pytest.approx(2.58, abs=0.01)
-    two = module_regime.judge(pd.DataFrame([judged_row(measured, error), judged_row(1.0, 1.0, adapters=4)]))
+    two = regime_tables.judge(pd.DataFrame([judged_row(measured, error), judged_row(1.0, 1.0, adapters=4)]))
     assert two["error_bars_in_standard_errors"]["4"] == pytest.approx(7.45, abs=0.01)  # Student's t, at half of it
 
 
 def test_agreement_is_a_mean_over_modules() -> None:
     """Its error is that of a mean of independent modules: half of one's for four alike."""
     rows = [judged_row(ratio, 0.02, split=name) for name in ("train", "heldout") for ratio in (1.0, 1.0, 1.0, 1.0)]
-    found = module_regime.agreement(pd.DataFrame(rows))
+    found = regime_tables.agreement(pd.DataFrame(rows))
     assert list(found["split"]) == ["train", "heldout"]
     for line in found.itertuples():
         assert (line.modules, line.mean_ratio, line.largest_deviation) == (4, 1.0, 0.0)
@@ -199,7 +208,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path
     (out / "manifest.json").write_bytes((finished / "manifest.json").read_bytes())
     first, second = (finished / CELLS).read_text().splitlines(keepends=True)
     (out / CELLS).write_text(first + second[:-1])
-    regime.run(regime.Config(**inputs, **SMALL, out=out))
+    regime.run(config_of(**inputs, **SMALL, out=out))
     for name in ("results.csv", "crossing_ranks.csv", "takeover.csv", "tokens.csv", "judge.csv", "verdict.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
@@ -225,6 +234,11 @@ def test_no_path_in_the_files(finished, inputs) -> None:
         ({"ranks": (0,)}, "rank is 0"),
         ({"ranks": (4, 4)}, "--ranks repeats a value (4 4)"),
         ({"rules": ("lore",)}, "--rules has 'lore'"),
+        ({"rules": ("rora", 0.5)}, "--rules has one rule twice (rora 0.5)"),
+        ({"targets": ()}, "targets is ''; accepted are one or more, each once"),
+        ({"held_out": 0}, "--held-out is 0"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"tolerance": -1.0}, "tolerance is -1.0"),
         ({"inits": ("pissa",)}, "inits has 'pissa'"),
         ({"optimizers": ("lion",)}, "optimizers has 'lion'"),
         ({"rows": 32}, "rows is 32; accepted are 0, or 64 or more"),
@@ -233,15 +247,14 @@ def test_no_path_in_the_files(finished, inputs) -> None:
         ({"layers": (-1,)}, "--layers is -1; accepted is an integer of 0 or more"),
         ({"false_alarm": 1.0}, "false_alarm is 1.0"),
         ({"targets": ("c_proj",)}, "target_modules has 'c_proj'"),
-        ({"items": 19}, "hold 20 records; accepted are 23 or more"),
+        ({"batch_size": 19}, "hold 20 records; accepted are 23 or more"),
         ({"data": ("missing.json",)}, "missing.json: no such file"),
     ],
 )
 def test_bad_input(inputs, tmp_path, capsys, changed, said) -> None:
     """One line, exit status 2, nothing written."""
-    config = regime.Config(**(inputs | SMALL | {"out": tmp_path / "run"} | changed))
     with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: regime.run(config))
+        cli.run(lambda: regime.run(config_of(**(inputs | SMALL | {"out": tmp_path / "run"} | changed))))
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert said in error
@@ -257,20 +270,20 @@ def test_a_damaged_file_is_named(inputs, finished, tmp_path) -> None:
         whole = (out / name).read_text()
         (out / name).write_text(whole.replace("kaiming_uniform", "gaussian", 1))
         with pytest.raises(InputError, match=f"{name}: {line}(was changed|is damaged or was changed) since"):
-            regime.run(regime.Config(**inputs, **SMALL, out=out))
+            regime.run(config_of(**inputs, **SMALL, out=out))
         with pytest.raises(SystemExit) if name != CELLS else contextlib.nullcontext():
             style.read_run(out, "regime")
         (out / name).write_text(whole)
     (out / "results.csv").write_text("")
     (out / "results.csv").unlink()
-    regime.run(regime.Config(**inputs, **SMALL, out=out))
+    regime.run(config_of(**inputs, **SMALL, out=out))
     assert (out / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
 
 
 def test_flat_kappa() -> None:
     """The four corners of the table, and the init whose deviation falls as 1/r."""
     flat = {
-        (optimizer, init, c): round(module_regime.flat_kappa(optimizer, init, c), 9)
+        (optimizer, init, c): round(regime_tables.flat_kappa(optimizer, init, c), 9)
         for optimizer in laws.OPTIMIZERS
         for init in ("kaiming_uniform", "gaussian")
         for c in (0.0, math.inf)

@@ -14,6 +14,8 @@ from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer as carry
 from rora_theory.errors import InputError
+from rora_theory.measure import regime_tables
+from rora_theory.measure.module_regime import RegimeConfig
 from sims import regime, transfer
 from sims.common import cli
 from sims.common.run_folder import RunFolder
@@ -120,7 +122,7 @@ def run(tmp_path) -> Path:
     folder = RunFolder.open("regime", {}, out=tmp_path / "run")
     apart = {"adam": 0, "sgd": 50, "heldout": 0, "train": 9}
     rows = [
-        dict.fromkeys(regime.CROSSING_COLUMNS, 1.0)
+        dict.fromkeys(regime_tables.CROSSING_COLUMNS, 1.0)
         | {"module": f"model.layers.{layer}.{name}", "layer": layer, "optimizer": optimizer, "init": init}
         | {"split": split, "linear_term": 1.0 + 5 * layer + 2 * position + apart[optimizer] + apart[split]}
         for layer in (0, 1)
@@ -129,7 +131,7 @@ def run(tmp_path) -> Path:
         for init in ("kaiming_uniform", "gaussian")
         for split in ("train", "heldout")
     ]  # fmt: skip
-    folder.write_rows(regime.CROSSING_COLUMNS, rows, regime.CROSSINGS)
+    folder.write_rows(regime_tables.CROSSING_COLUMNS, rows, regime_tables.CROSSINGS)
     folder.finish()
     return folder.path
 
@@ -137,13 +139,13 @@ def run(tmp_path) -> Path:
 @pytest.mark.parametrize("term", ["", "many"])
 def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
     """Of the rows that are asked for alone."""
-    path = run / regime.CROSSINGS
+    path = run / regime_tables.CROSSINGS
     (run / "manifest.json").unlink()
     table = frames.read(path).astype({"linear_term": object})
     line = table.index[(table["optimizer"] == "adam") & (table["split"] == "heldout")][2]
     table.loc[line, "linear_term"] = term
     path.write_text(frames.to_csv(table))
-    with pytest.raises(InputError, match=rf"{regime.CROSSINGS}: line {line + 2} has linear_term"):
+    with pytest.raises(InputError, match=rf"{regime_tables.CROSSINGS}: line {line + 2} has linear_term"):
         transfer.measured(run, optimizer="adamw", init=table["init"][line], split="heldout")
     transfer.measured(run, optimizer="sgd", init="kaiming_uniform", split="heldout")
 
@@ -215,10 +217,12 @@ def test_own_targets_of_a_measured_regime(run, capsys) -> None:
 def test_check_on_a_model(tmp_path) -> None:
     """SGD in a tiny model: without change the step grows, and the alphas of a measured regime bring it back."""
     model, data = checkpoint.model(tmp_path / "model"), checkpoint.records(tmp_path / "train.json")
-    small = {"items": 4, "heldout_items": 4, "rows": 0, "tokens": 10**6, "targets": ("q_proj", "down_proj")}
     regime.run(
-        regime.Config(data=(str(data),), model=str(model), optimizers=("sgd",), out=tmp_path / "regime", **small)
-    )
+        regime.Config(
+            data=(str(data),), model=str(model), targets=("q_proj", "down_proj"), batch_size=4, held_out=4,
+            measured=RegimeConfig(optimizers=("sgd",), rows=0, tokens=10**6), out=tmp_path / "regime",
+        )
+    )  # fmt: skip
     config = transfer.Config(
         from_rank=2,
         to_rank=8,
@@ -247,10 +251,10 @@ def test_check_on_a_model(tmp_path) -> None:
 
 
 def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
-    path = run / regime.CROSSINGS
+    path = run / regime_tables.CROSSINGS
     path.write_text(path.read_text().replace("6.0", "9.0"))
     with pytest.raises(
-        InputError, match=f"{regime.CROSSINGS}: was changed since the run wrote it; accepted is the run"
+        InputError, match=f"{regime_tables.CROSSINGS}: was changed since the run wrote it; accepted is the run"
     ):
         transfer.plan(transfer.Config(regime=str(run)))
 

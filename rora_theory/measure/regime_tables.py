@@ -1,0 +1,192 @@
+"""Tables of a model's regime: their files and columns, whether the law holds in them, and what they say by depth.
+
+Columns are those of `module_regime`'s rows: a row one measured thing, floats with every digit. Nothing here needs JAX.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from rora_theory.advice.setting import Setting
+from rora_theory.advice.transfer import transfer
+from rora_theory.inits import Init
+from rora_theory.measure.layer_data import SPLITS
+from rora_theory.measure.terms import EPSILON
+from rora_theory.measure.tokens import SINK
+from rora_theory.theory.laws import Optimizer
+
+CROSSINGS, TAKEOVER, TOKENS, JUDGE, VERDICT = (
+    "crossing_ranks.csv", "takeover.csv", "tokens.csv", "judge.csv", "verdict.json",
+)  # fmt: skip
+"""Files of a run of ``sims.regime`` beside `results.csv`."""
+
+CROSSING_COLUMNS = (
+    "layer", "module", "p_in", "p_out", "split", "tokens", "optimizer", "init", "signal", "cross_talk", "crossing_rank",
+    "lower_quartile", "median", "upper_quartile", "linear_term",
+)  # fmt: skip
+RESULT_COLUMNS = (
+    "layer", "module", "split", "optimizer", "init", "rule", "kappa", "rank", "alpha", "scaling", "predicted",
+    "measured", "standard_error", "adapters",
+)  # fmt: skip
+TAKEOVER_COLUMNS = (
+    "layer", "module", "split", "init", "rank", "takeover", "turn_5", "turn_25", "turn_50", "turn_75", "turn_95",
+)  # fmt: skip
+TOKEN_COLUMNS = ("layer", "module", "split", "all", "seen", "sinks", "read")
+JUDGE_COLUMNS = (
+    "optimizer", "init", "split", "rank", "modules", "mean_ratio", "standard_error", "largest_deviation", "largest_t",
+)  # fmt: skip
+UNITS = {
+    "predicted": "root mean square over adapters, tokens and outputs of w = gamma B A x' after the first step: the law",
+    "measured": "the same of adapters drawn and stepped; its standard error is over adapters",
+    "signal": "mean over tokens of |G x'|^2; Adam: rows of G normalised",
+    "cross_talk": "mean over tokens of |G|_F^2 |x'|^2; Adam: rows of G normalised",
+    "crossing_rank": "rank where signal and cross-talk, summed over tokens, are equal; quartiles over tokens",
+    "linear_term": "c: the mean square of w is proportional to r^2 + c r at fixed gamma and deviation of A",
+    "epsilon": EPSILON,
+    "takeover": "distance that A's entries move, at a constant gradient under Adam, until A leads: steps times rate",
+    "turn_5 to turn_95": "distance at which so many per cent of the entries of G A^T have turned their sign",
+    "seen": "held-out tokens up to which the record begins as one of the training batch does: not read",
+    "sinks": f"others whose input's norm is above {SINK:g} times the median of the split's: not read",
+}
+
+
+def flat_kappa(optimizer: Optimizer, init: Init, linear_term: float, *, low: int = 8, high: int = 128) -> float:
+    """The kappa of ``gamma = alpha / r**kappa`` whose first step is as large at rank ``high`` as at ``low``.
+
+    Args:
+      optimizer, init: whose step, from which A.
+      linear_term: c, a column of the crossing ranks.
+      low, high: ranks.
+    """
+    carried = transfer(Setting(low, 1.0, 1.0, 0.0, optimizer, init), high, {"module": linear_term})
+    return -math.log(carried.alpha) / math.log(high / low)
+
+
+def judge(results: pd.DataFrame, *, false_alarm: float = 0.01, tolerance: float = 0.02) -> dict[str, Any] | None:
+    """Whether every measured rms lies within its error bar or the tolerance of the predicted one; None: none measured.
+
+    The error bar is Student's for the number of adapters, two-sided, at false_alarm divided by the number of
+    comparisons (Bonferroni): with true laws, and no tolerance, one or more would fail with that probability.
+
+    Args:
+      results: of `RESULT_COLUMNS`, of any modules.
+      false_alarm: probability that a true law fails somewhere.
+      tolerance: relative difference that is allowed whatever the error bar.
+    """
+    tried = _tried(results)
+    if tried.empty:
+        return None
+    adapters = tried["adapters"].astype(int)
+    bars = {count: float(stats.t.isf(false_alarm / len(tried) / 2, count - 1)) for count in sorted(set(adapters))}
+    gaps = (tried["measured"] / tried["predicted"] - 1).to_numpy(float)
+    errors = (tried["standard_error"] / tried["predicted"]).to_numpy(float)
+    allowed = np.maximum(tolerance, errors * adapters.map(bars).to_numpy(float))
+    t = gaps / errors
+    outside = np.abs(gaps) > allowed
+    names = ["module", "split", "optimizer", "init", "rank", "predicted", "measured", "standard_error"]
+    worst = tried.iloc[[int(np.argmax(np.abs(gaps) / allowed))]][names].to_dict("records")[0]
+    return {
+        "verdict": "holds" if not outside.any() else "fails",
+        "comparisons": len(tried),
+        "outside": int(np.sum(outside)),
+        "false_alarm": false_alarm,
+        "tolerance": tolerance,
+        "error_bars_in_standard_errors": {str(count): round(bar, 3) for count, bar in bars.items()},
+        "within_tolerance": float(np.mean(np.abs(gaps) <= tolerance)),
+        "largest_deviation": float(np.max(np.abs(gaps))),
+        "largest_t": float(np.max(np.abs(t))),
+        "rms_t": float(np.sqrt(np.mean(t**2))),
+        "median_relative_standard_error": float(np.median(errors)),
+        "nearest_to_failing": worst,
+    }
+
+
+def agreement(results: pd.DataFrame) -> pd.DataFrame:
+    """Measured over predicted by optimizer, init, split and rank: means over modules, whose draws are independent.
+
+    Columns are `JUDGE_COLUMNS`.
+    """
+    found = []
+    keys = ["optimizer", "init", "split", "rank"]
+    for key, own in _tried(results).groupby(keys, sort=False):
+        # Mean squares, which are unbiased; their root halves the deviation.
+        squares = ((own["measured"] / own["predicted"]) ** 2).to_numpy(float)
+        spread = (own["standard_error"] / own["predicted"]).to_numpy(float)
+        ratios, mean = np.sqrt(squares), math.sqrt(float(np.mean(squares)))
+        found.append(
+            dict(zip(keys, key, strict=True))
+            | {
+                "modules": len(own),
+                "mean_ratio": mean,
+                "standard_error": float(np.sqrt(np.sum((spread * ratios) ** 2))) / len(own) / mean,
+                "largest_deviation": float(np.max(np.abs(ratios - 1))),
+                "largest_t": float(np.max(np.abs((ratios - 1) / spread))),
+            }
+        )
+    return pd.DataFrame(found, columns=list(JUDGE_COLUMNS)).sort_values(
+        keys, key=_in_order, kind="stable", ignore_index=True
+    )
+
+
+def crossings_by_depth(
+    crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: Optimizer, init: Init, *, low: int = 8, high: int = 128
+) -> pd.DataFrame:
+    """Crossing ranks by type of module, third of the layers and split: medians over the layers of that third.
+
+    Columns are ``kind``, ``layers``, ``split``, those medians by the names of `CROSSING_COLUMNS`, over the layers the
+    ``lowest_kappa`` and the ``highest_kappa`` (`flat_kappa`), and of the held-out tokens how many there are (``all``),
+    were ``seen``, and the least and most that are sinks besides; missing where ``tokens`` is empty.
+    """
+    found = []
+    names = ["crossing_rank", "lower_quartile", "median", "upper_quartile"]
+    own = crossings[(crossings["optimizer"] == optimizer) & (crossings["init"] == init)]
+    for kind, layers, parts in by_depth(own):
+        left_out = tokens[tokens["module"].isin(set(parts["module"])) & (tokens["split"] == "heldout")]
+        counts = {} if left_out.empty else left_out[["all", "seen"]].iloc[0].to_dict()
+        counts |= {"fewest_sinks": left_out["sinks"].min(), "most_sinks": left_out["sinks"].max()} if counts else {}
+        for split in SPLITS:
+            part = parts[parts["split"] == split]
+            kappas = [flat_kappa(optimizer, init, c, low=low, high=high) for c in part["linear_term"]]
+            row = {"kind": kind, "layers": layers, "split": split} | part[names].median().to_dict()
+            found.append(row | {"lowest_kappa": min(kappas), "highest_kappa": max(kappas)} | counts)
+    return pd.DataFrame(found)
+
+
+def takeover_by_depth(takeover: pd.DataFrame, init: Init) -> pd.DataFrame:
+    """Takeover distances by type of module, third of the layers, split and rank.
+
+    Columns are ``kind``, ``layers``, ``split``, ``rank``, over the layers of that third the ``median``, ``smallest``
+    and ``largest`` takeover, and the median ``turn_5`` of all its splits and ranks.
+    """
+    found = []
+    for kind, layers, parts in by_depth(takeover[takeover["init"] == init]):
+        turn = parts["turn_5"].median()
+        for (split, rank), part in parts.groupby(["split", "rank"], sort=False):
+            spread = part["takeover"].agg(["median", "min", "max"]).tolist()
+            row = {"kind": kind, "layers": layers, "split": split, "rank": rank}
+            found.append(row | dict(zip(("median", "smallest", "largest"), spread, strict=True)) | {"turn_5": turn})
+    return pd.DataFrame(found)
+
+
+def by_depth(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Rows by type of module and third of the layers: early, middle and late, named by the first and the last layer."""
+    kinds = table["module"].str.rpartition(".")[2]
+    thirds = [part.tolist() for part in np.array_split(sorted(set(table["layer"])), 3) if len(part)]
+    for kind in dict.fromkeys(kinds):
+        for layers in thirds:
+            part = table[(kinds == kind) & table["layer"].isin(layers)]
+            if len(part):
+                yield kind, str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", part
+
+
+def _tried(results: pd.DataFrame) -> pd.DataFrame:
+    return results.dropna(subset=["measured"]) if "measured" in results else results.iloc[:0]
+
+
+def _in_order(column: pd.Series) -> pd.Series:
+    """Of first appearance, so that tables go as the run was asked for."""
+    return pd.Series(pd.factorize(column)[0], index=column.index)
