@@ -156,7 +156,7 @@ def run(config: Config) -> None:
             print(f"[{ended.index + 1}/{len(cells)}] {ended.cell}: {said(ended.value, tokens)}", flush=True)
 
     run_cells(cells, work, folder, title="runs", each=each)
-    runs = [horizons.run_of(one.cell, one.value) for one in finished(folder).values()]
+    runs = [horizons.run_of(one.cell, one.value) for one in finished(folder.path).values()]
     report(folder, runs, tokens, answers, takeovers, config.warmup)
     folder.finish()
 
