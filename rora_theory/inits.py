@@ -1,6 +1,6 @@
-"""How A starts: iid entries of mean 0, told by variance, kurtosis and characteristic function.
+"""How A starts: iid entries of mean 0, told by variance, kurtosis and characteristic function, and drawn by NumPy.
 
-`rora_theory.draws` draws from them: the laws themselves need no JAX.
+`rora_theory.draws` draws from them on the device, with JAX.
 """
 
 import math
@@ -84,3 +84,21 @@ def entries(init: Init, *, rank: int, p_in: int) -> Entries:
     if init == "gaussian":
         return Entries("normal", 1.0 / rank**2, 3.0)
     raise InputError(f"init is {init!r}; accepted are {', '.join(INITS)}")
+
+
+def draw(random: np.random.Generator, init: Init, *, rank: int, p_in: int) -> Float[np.ndarray, "rank p_in"]:
+    """A of that law, row after row: a generator of one seed gives the same first rows at any rank, up to `Entries`'
+    deviation.
+
+    Example:
+      >>> small, large = (draw(np.random.default_rng(0), "gaussian", rank=r, p_in=4) for r in (2, 8))
+      >>> bool(np.allclose(small / 4, large[:2], rtol=1e-15))
+      True
+    """
+    law = entries(init, rank=rank, p_in=p_in)
+    shape = (rank, p_in)
+    if law.shape == "normal":
+        return law.deviation * random.standard_normal(shape)
+    if law.shape == "uniform":
+        return math.sqrt(3 * law.variance) * (2 * random.random(shape) - 1)
+    return law.deviation * (2.0 * random.integers(0, 2, shape) - 1)

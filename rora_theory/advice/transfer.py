@@ -225,6 +225,36 @@ class Advice:
             return self.by_type()
         return {module.name.removeprefix("model."): module.alpha for module in self.modules}
 
+    def lora_arguments(self, per: Literal["one", "type", "module"] = "type") -> dict[str, Any]:
+        """What a PEFT ``LoraConfig`` is told by `alpha` and `learning_rate`, but for the modules.
+
+        A rule of another kappa than 1 or 1/2 has no flag in PEFT and becomes ``alpha / r`` of the same gamma. PEFT
+        takes any number as alpha.
+
+        Args:
+          per: which modules share an alpha, see `alpha_pattern`.
+
+        Raises:
+          InputError: an init that PEFT does not have.
+        """
+        new = self.unchanged
+        if new.init not in PEFT_INITS:
+            raise InputError(f"init is {new.init!r}, which PEFT does not have; accepted are {', '.join(PEFT_INITS)}")
+        flag = exponent(new.rule) == KAPPAS["rslora"]
+
+        def alpha(value: float) -> float:
+            scaling = scaling_factor(new.rule, alpha=value, rank=new.rank)
+            return alpha_for("rslora" if flag else "lora", scaling=scaling, rank=new.rank)
+
+        pattern = {} if self.fixes_alpha else self.alpha_pattern(per)
+        return {
+            "r": new.rank,
+            "lora_alpha": alpha(self.alpha),
+            "use_rslora": flag,
+            "init_lora_weights": PEFT_INITS[new.init],
+            "alpha_pattern": {name: alpha(value) for name, value in pattern.items()},
+        }
+
     def peft_config(
         self,
         *,
@@ -232,10 +262,7 @@ class Advice:
         per: Literal["one", "type", "module"] = "type",
         task_type: TaskType = "CAUSAL_LM",
     ) -> str:
-        """Python source of a PEFT ``LoraConfig`` with what `alpha` and `learning_rate` say.
-
-        A rule of another kappa than 1 or 1/2 has no flag in PEFT and is written as ``alpha / r`` of the same gamma,
-        with a comment. PEFT takes any number as alpha.
+        """Python source of a PEFT ``LoraConfig`` of `lora_arguments`, with a comment where PEFT has no flag.
 
         Args:
           target_modules: PEFT's, see `rora_theory.advice.lora_config.peft_targets`.
@@ -246,36 +273,26 @@ class Advice:
           InputError: an init that PEFT does not have, targets as in `peft_targets`, or a task type that PEFT does not
             have.
         """
-        new = self.unchanged
-        if new.init not in PEFT_INITS:
-            raise InputError(f"init is {new.init!r}, which PEFT does not have; accepted are {', '.join(PEFT_INITS)}")
+        told = self.lora_arguments(per)
         if task_type not in get_args(TaskType):
             raise InputError(f"task_type is {task_type!r}; accepted are {', '.join(get_args(TaskType))}")
         targets = peft_targets([target_modules] if isinstance(target_modules, str) else target_modules)
-        kappa = exponent(new.rule)
-        flag = kappa == KAPPAS["rslora"]
-        rule: Rule = "rslora" if flag else "lora"
+        kappa = exponent(self.unchanged.rule)
         remark = "" if kappa in KAPPAS.values() else f"  # alpha / r with the gamma of {self.alpha:.6g} / r^{kappa:g}"
-
-        def written(alpha: float) -> str:
-            scaling = scaling_factor(new.rule, alpha=alpha, rank=new.rank)
-            return f"{alpha_for(rule, scaling=scaling, rank=new.rank):.6g}"
-
         lines = [
             "from peft import LoraConfig",
             "",
             f"config = LoraConfig(  # learning rate {self.learning_rate:.6g}",
             f"    task_type={task_type!r},",
-            f"    r={new.rank},",
-            f"    lora_alpha={written(self.alpha)},{remark}",
-            f"    use_rslora={flag},",
-            f"    init_lora_weights={PEFT_INITS[new.init]!r},",
+            f"    r={told['r']},",
+            f"    lora_alpha={told['lora_alpha']:.6g},{remark}",
+            f"    use_rslora={told['use_rslora']},",
+            f"    init_lora_weights={told['init_lora_weights']!r},",
             f"    target_modules={targets!r},",
         ]
-        pattern = {} if self.fixes_alpha else self.alpha_pattern(per)
-        if pattern:
+        if told["alpha_pattern"]:
             lines += ["    alpha_pattern={"]
-            lines += [f"        {name!r}: {written(alpha)}," for name, alpha in pattern.items()]
+            lines += [f"        {name!r}: {alpha:.6g}," for name, alpha in told["alpha_pattern"].items()]
             lines += ["    },"]
         return "\n".join([*lines, ")"])
 

@@ -1,0 +1,27 @@
+"""The measurements of `rora_theory.measure` on any PyTorch model, in its own process, dtype and device, without JAX.
+
+    from rora_theory import Setting
+    from rora_theory.measure import torch as measure
+
+    found = measure.measure(model, batch, held_out)                     # the frames of `measure.regime`
+    config, learning_rate, advice = found.transfer(Setting(16, 32, 2e-4), rank=128)
+
+Needs the extra ``torch`` (torch, transformers, peft).
+"""
+
+from typing import TYPE_CHECKING
+
+from rora_theory import lazily
+
+if TYPE_CHECKING:
+    from rora_theory.measure.torch.regime import Measured, measure
+
+__all__ = ["Measured", "measure"]
+
+__getattr__, __dir__ = lazily.attributes(
+    __name__,
+    {
+        "Measured": "rora_theory.measure.torch.regime",
+        "measure": "rora_theory.measure.torch.regime",
+    },
+)

@@ -1,0 +1,296 @@
+"""The regime of every linear module of a PyTorch model, from one batch and another that is held out.
+
+    found = measure(model, batch, held_out, target_modules=["q_proj", "v_proj"])
+    found.crossings.query("optimizer == 'adam' and split == 'heldout'")[["module", "crossing_rank", "linear_term"]]
+    config, learning_rate, advice = found.transfer(Setting(16, 32, 2e-4), rank=128)
+
+Nothing is trained and nothing of the model changes.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from statistics import geometric_mean
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from peft import LoraConfig
+
+from rora_theory import inits
+from rora_theory.advice.setting import FAMILY, Setting
+from rora_theory.advice.transfer import Advice, transfer
+from rora_theory.errors import InputError
+from rora_theory.inits import Init
+from rora_theory.measure import module_regime
+from rora_theory.measure.layer_data import Layer
+from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.tokens import choose, sample
+from rora_theory.measure.torch import hooks
+from rora_theory.measure.torch.batches import Tokens, moved, tokens
+from rora_theory.measure.torch.modules import (
+    base_model,
+    chosen,
+    layer_index,
+    peft_targets,
+    task_type,
+    unwrapped,
+    without_adapters,
+)
+from rora_theory.scaling import Rule
+from rora_theory.theory.laws import Optimizer
+
+Split = Literal["train", "heldout"]
+Batch = Mapping[str, Any]
+Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
+Draw = Callable[[RegimeConfig, Layer, Init], Float[np.ndarray, "rows p_in"]]
+
+
+class Transfer(NamedTuple):
+    """What to train with at another rank.
+
+    Attributes:
+      config: PEFT's.
+      learning_rate: to go with it.
+      advice: what both come from; ``advice.sentence()`` says for how long they hold.
+    """
+
+    config: LoraConfig
+    learning_rate: float
+    advice: Advice
+
+
+@dataclass(frozen=True, eq=False)
+class Measured(Regime):
+    """What `measure` found: the frames of `Regime`, and what the model is to PEFT.
+
+    Attributes:
+      target_modules, task_type: for PEFT's ``LoraConfig``.
+      left_out: modules that no held-out token or no gradient reached, and which of the two.
+      unmasked: modules that are run on tokens in an order of their own (experts, patches of images), so that padding
+        and what was seen could not be left out of them.
+    """
+
+    target_modules: str | list[str]
+    task_type: str | None
+    left_out: dict[str, str]
+    unmasked: tuple[str, ...]
+
+    def linear_terms(
+        self,
+        optimizer: Optimizer = "adam",
+        init: Init = "kaiming_uniform",
+        split: Split = "heldout",
+    ) -> dict[str, float]:
+        """The linear term of every module, which carries a setting (`rora_theory.advice.transfer`).
+
+        Raises:
+          InputError: they were not measured for this optimizer and init.
+        """
+        wanted = {"optimizer": optimizer, "init": init, "split": split}
+        rows = self.crossings[(self.crossings[list(wanted)] == list(wanted.values())).all(axis=1)]
+        if rows.empty:
+            said = ", ".join(f"{name} {value}" for name, value in wanted.items())
+            raise InputError(f"nothing was measured of {said}; accepted is what the RegimeConfig named")
+        return dict(zip(rows["module"], rows["linear_term"].astype(float), strict=True))
+
+    def takeover_at(self, rank: int, init: Init = "kaiming_uniform") -> float:
+        """The distance at which A leads under Adam: the geometric mean over modules, held out, at the nearest rank that
+        was measured."""
+        own = self.takeover[(self.takeover["init"] == init) & (self.takeover["split"] == "heldout")]
+        nearest = min(own["rank"].unique(), key=lambda each: abs(np.log(each / rank)))
+        return float(geometric_mean(own.loc[own["rank"] == nearest, "takeover"]))
+
+    def transfer(
+        self,
+        setting: Setting,
+        rank: int = 128,
+        *,
+        regime: Literal["measured", "signal"] = "measured",
+        rule: Rule | None = None,
+        alpha: float | None = None,
+        steps: int | None = None,
+        per: Literal["one", "type", "module"] = "type",
+        split: Split = "heldout",
+    ) -> Transfer:
+        """Carry a tuned setting to another rank of this model.
+
+        Args:
+          setting: what was tuned.
+          rank: the new one.
+          regime: ``"measured"`` keeps the rms of each module's own first step; ``"signal"`` keeps the whole model's,
+            where cross-talk averages out, and knows later steps too.
+          rule, alpha: of the new setting, see `rora_theory.transfer`.
+          steps: of the planned run, under Adam and with the regime ``"signal"``: the answer is then the law's at their
+            end, with the takeover distance that was measured.
+          per: which modules share an alpha.
+          split: tokens that are meant by measured.
+
+        Raises:
+          InputError: an optimizer or init that was not measured, or as `rora_theory.transfer`.
+        """
+        family = FAMILY[setting.optimizer]
+        terms = self.linear_terms(family, setting.init, split)
+        takeover = None if steps is None or family != "adam" else self.takeover_at(setting.rank, setting.init)
+        told: Any = terms if regime == "measured" else regime
+        advice = transfer(setting, rank, told, rule=rule, alpha=alpha, steps=steps, takeover=takeover)
+        config: Any = LoraConfig(
+            task_type=self.task_type, target_modules=self.target_modules, **advice.lora_arguments(per)
+        )
+        return Transfer(config, advice.learning_rate, advice)
+
+
+def measure(
+    model: torch.nn.Module,
+    batch: Batch,
+    held_out: Batch,
+    target_modules: Sequence[str] | str | None = None,
+    loss: Loss | None = None,
+    config: RegimeConfig | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    adapters: Literal["off", "on"] = "off",
+    lora_A: Draw | None = None,
+) -> Measured:
+    """Measure every module that would be adapted, in the model's own process, dtype and device.
+
+    One forward pass of ``held_out`` keeps ``config.tokens`` inputs of every module, on the host. One forward and one
+    backward pass of ``batch`` forms the gradient of one module after the other and reduces it at once on the host, in
+    float64: beyond what the passes of a fine-tuning step take, the device holds one module's gradient at a time. Passes
+    are made in the mode (training or evaluation) in which the model is. The generators of random numbers are put back.
+
+    Args:
+      model: any module; of a PEFT model the base is measured. Bare, in `DistributedDataParallel`, spread by
+        ``device_map``, with gradient checkpointing, in bfloat16, or quantised by bitsandbytes.
+      batch: gives the gradient; what the model takes, with labels.
+      held_out: other records, of which the tokens that share nothing with ``batch`` are read (see
+        `rora_theory.measure.tokens`), unless the configuration says otherwise.
+      target_modules: as PEFT takes them; None is what PEFT adapts already, or every linear module but the head.
+      loss: of the model and a batch; None is ``model(**batch).loss``.
+      config: what to measure; None is `RegimeConfig` as it stands, without adapters that are stepped. Where
+        ``rows`` is above 0 they are, by JAX.
+      layers: the first number in a module's name is one of these; a few layers tell the others' in less time.
+      adapters: whether PEFT's adapters are ``"off"``, or ``"on"`` as in a later step of a run: the gradient is then
+        that of the adapted model, and the law that of a fresh adapter put on it.
+      lora_A: draws the rows on which takeover distances rest; None draws them with NumPy.
+
+    Raises:
+      InputError: a module that the model does not have, a batch without labels, a loss that is not finite, no held-out
+        token left, two batches that run the modules differently.
+    """
+    config = config or RegimeConfig(rows=0)
+    model = unwrapped(model)
+    base = base_model(model)
+    modules = chosen(base, target_modules, layers)
+    take = _loss if loss is None else loss
+    with _kept_random(model), ExitStack() as stack:
+        if adapters == "off":
+            stack.enter_context(without_adapters(model))
+        batch, held_out = moved(batch, base), moved(held_out, base)
+        reading = _Reading(config, tokens(base, held_out, batch), config.mask)
+        heldout_loss = hooks.read(modules, lambda: float(take(model, held_out)), reading.keep)
+        reached = {name: module for name, module in modules.items() if name in reading.calls}
+        training = _Reducing(config, tokens(base, batch), reading, lora_A or _drawn)
+        value = hooks.backward(base, reached, lambda: take(model, batch), reading.calls, training.use)
+    left_out = {name: "no held-out token" for name in modules if name not in reached}
+    left_out |= {name: "no gradient" for name in reached if name not in training.found}
+    if not training.found:
+        raise InputError("no gradient reaches a target module; accepted are modules that the loss depends on")
+    found = [training.found[name] for name in modules if name in training.found]
+    frames = Regime.of(found, value, heldout_loss)
+    targets = peft_targets(model) if target_modules is None else target_modules
+    return Measured(
+        **vars(frames),
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type=task_type(base),
+        left_out=left_out,
+        unmasked=tuple(name for name in modules if name in reading.unmasked),
+    )
+
+
+class _Reading:
+    """Inputs of modules at the held-out tokens that count."""
+
+    def __init__(self, config: RegimeConfig, known: Mapping[int, Tokens], mask: bool) -> None:
+        self._config, self._known, self._mask = config, known, mask
+        self.inputs: dict[str, np.ndarray] = {}
+        self.counts: dict[str, dict[str, int]] = {}
+        self.calls: dict[str, int] = {}
+        self.unmasked: set[str] = set()
+
+    def keep(self, name: str, x: hooks.Rows) -> None:
+        if not len(x):
+            return
+        own = self._known.get(len(x))
+        if own is None:
+            self.unmasked.add(name)
+            own = Tokens(np.ones(len(x), bool), np.zeros(len(x), bool))
+        real = np.flatnonzero(own.real)
+        norms = torch.linalg.vector_norm(x.float(), dim=1).cpu().numpy()[real]
+        seen = own.seen[real] if self._mask else None
+        found = choose(norms, seen, count=self._config.tokens, seed=self._config.seed, name=name)
+        before = self.counts.get(name, dict.fromkeys(found.counts, 0))
+        rows = _host(x[torch.from_numpy(real[found.indices]).to(x.device)])
+        every = np.concatenate([self.inputs[name], rows]) if name in self.inputs else rows
+        kept = every[sample(self._config.tokens, self._config.seed, np.zeros(len(every), bool))]
+        self.inputs[name] = kept
+        self.counts[name] = {key: count + before[key] for key, count in found.counts.items()} | {"read": len(kept)}
+        self.calls[name] = self.calls.get(name, 0) + 1
+
+
+class _Reducing:
+    """Each module's gradient made into rows of frames."""
+
+    def __init__(self, config: RegimeConfig, known: Mapping[int, Tokens], reading: _Reading, draw: Draw) -> None:
+        self._config, self._known, self._reading, self._draw = config, known, reading, draw
+        self.found: dict[str, LayerRegime] = {}
+
+    def use(self, name: str, grad: torch.Tensor, every: list[hooks.Rows]) -> None:
+        config, index = self._config, layer_index(name)
+        if not bool(grad.any()):
+            return
+        read = _Reading(replace(config, mask=False), self._known, mask=False)
+        for x in every:
+            read.keep(name, x)
+        inputs = {"train": read.inputs[name], "heldout": self._reading.inputs[name]}
+        layer = Layer(name, _host(grad), inputs)
+        stepped: dict[tuple, dict[str, Any]] = {}
+        if config.rows:
+            from rora_theory.measure import drawn_steps
+
+            stepped = drawn_steps.measured(config, layer)
+        own = module_regime.measure(config, layer, index, lambda init: self._draw(config, layer, init), stepped)
+        rows = [
+            {"layer": index, "module": name, "split": split} | counts
+            for split, counts in (("train", read.counts[name]), ("heldout", self._reading.counts[name]))
+        ]
+        self.found[name] = LayerRegime(*own, rows)
+
+
+def _loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    found = getattr(model(**batch), "loss", None)
+    if found is None:
+        raise InputError(
+            f"the model gives no loss for a batch of {', '.join(batch)}; accepted is one with labels, or a loss="
+        )
+    return found
+
+
+def _drawn(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
+    digest = hashlib.sha256(f"{layer.name} {init} takeover".encode()).digest()
+    random = np.random.default_rng([config.seed, int.from_bytes(digest[:4], "little")])
+    return inits.draw(random, init, rank=TAKEOVER_ROWS, p_in=layer.grad.shape[1])
+
+
+def _host(x: torch.Tensor) -> np.ndarray:
+    return x.detach().float().cpu().numpy()
+
+
+@contextmanager
+def _kept_random(model: torch.nn.Module) -> Iterator[None]:
+    """PyTorch's generators as they were, on the host and on the model's devices."""
+    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices]):
+        yield

@@ -1,0 +1,487 @@
+"""The bridge to PyTorch: every module's G is autograd's own, on all kinds of model, and the model stays as it is."""
+
+import subprocess
+import sys
+import weakref
+from copy import deepcopy
+
+import numpy as np
+import pytest
+
+from rora_theory import InputError, Setting, transfer
+from rora_theory.measure import drawn_steps
+from rora_theory.measure.module_regime import RegimeConfig
+
+torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
+peft = pytest.importorskip("peft", reason="the bridge: the extra torch")
+transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
+
+from support import torch_models  # noqa: E402
+
+from rora_theory.measure.torch import hooks, measure  # noqa: E402
+from rora_theory.measure.torch.modules import base_model, chosen  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
+SMALL = RegimeConfig(ranks=(1, 4), rules={"lora": "lora"}, inits=("gaussian",), rows=0, tokens=9)
+
+
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    """G of every module, as the hooks form it."""
+    modules = chosen(model, None)
+    found: dict[str, torch.Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def count(name, _) -> None:
+        calls[name] = calls.get(name, 0) + 1
+
+    hooks.read(modules, lambda: float(model(**batch).loss), count)
+    hooks.backward(
+        model,
+        modules,
+        lambda: model(**batch).loss,
+        calls,
+        lambda name, grad, _: found.__setitem__(name, grad),
+    )
+    return found
+
+
+def autograd(model, batch) -> dict[str, torch.Tensor]:
+    """The gradient of every linear module's weight, [p_out, p_in], of a plain backward pass."""
+    own = deepcopy(model)
+    for parameter in own.parameters():
+        parameter.requires_grad_(True)
+    own(**batch).loss.backward()
+    found = {}
+    for name, module in chosen(own, None).items():
+        grad = module.weight.grad
+        found[name] = grad.T if isinstance(module, transformers.pytorch_utils.Conv1D) else grad
+    return found
+
+
+def assert_same(found, expected, tolerance=2e-5) -> None:
+    """To rounding of float32 sums, relative to each gradient's largest entry."""
+    assert list(found) != []
+    assert set(found) == set(expected)
+    for name, grad in expected.items():
+        scale = float(grad.abs().max())
+        torch.testing.assert_close(found[name].float(), grad.float(), rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("family", torch_models.CONFIGS)
+def test_every_family(family) -> None:
+    """G is autograd's; the modules are those that PEFT adapts with all-linear; every figure is finite."""
+    model = torch_models.model(family)
+    batch, held_out = (torch_models.batch(family, seed) for seed in (0, 1))
+    assert_same(gradients(model, batch), autograd(model, batch))
+    found = measure(model, batch, held_out, config=SMALL)
+    config = peft.LoraConfig(target_modules="all-linear", task_type=found.task_type)
+    adapted = peft.get_peft_model(deepcopy(model), config)
+    tuners = {  # experts that lie in one parameter are no linear modules
+        name.removeprefix("base_model.model.")
+        for name, module in adapted.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    assert set(found.crossings["module"]) == tuners
+    assert found.left_out == {}
+    assert (found.unmasked != ()) == (family == "vit")
+    for frame, columns in (
+        (found.crossings, ["signal", "cross_talk", "crossing_rank", "linear_term"]),
+        (found.results, ["predicted"]),
+        (found.takeover, ["takeover"]),
+    ):
+        figures = frame[columns].to_numpy()
+        assert np.isfinite(figures).all()
+        assert (figures > (-1 if "linear_term" in columns else 0)).all()
+    assert found.training_loss == pytest.approx(float(model(**batch).loss), rel=1e-6)
+    assert found.heldout_loss == pytest.approx(float(model(**held_out).loss), rel=1e-6)
+
+
+class Calls(torch.nn.Module):
+    """A linear module that is run twice, two that share one weight, and an expert that is never reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice = torch.nn.Linear(6, 6)
+        self.first, self.second = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
+        self.second.weight = self.first.weight
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)])
+
+    def forward(self, x, scale=1.0):
+        x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
+        self.experts[0](x)  # no loss depends on it
+        y = self.first(x) + 2 * self.second(torch.sin(x))
+        y.mul_(scale)  # in place, after the hook has seen it
+        return y
+
+
+def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
+    """A module's G is the sum over its calls; two modules of one weight have their own, which add up to the weight's.
+    What no token or no gradient reaches is named and left out."""
+    model = Calls()
+    x, other = torch.randn(7, 6), torch.randn(8, 6)
+
+    def loss(model, batch):
+        return model(batch["x"]).square().mean()
+
+    grads: dict[str, torch.Tensor] = {}
+    modules = {name: getattr(model, name) for name in ("twice", "first", "second")}
+    calls = {"twice": 2, "first": 1, "second": 1}
+    value = hooks.backward(
+        model, modules, lambda: loss(model, {"x": x}), calls, lambda name, grad, _: grads.__setitem__(name, grad)
+    )
+    loss(model, {"x": x}).backward()
+    torch.testing.assert_close(grads["twice"], model.twice.weight.grad)
+    torch.testing.assert_close(grads["first"] + grads["second"], model.first.weight.grad)
+    assert not torch.allclose(grads["first"], grads["second"])
+    found = measure(model, {"x": x}, {"x": other}, loss=loss, config=SMALL)
+    assert found.training_loss == pytest.approx(value)
+    assert found.left_out == {"experts.1": "no held-out token", "experts.0": "no gradient"}
+    assert set(found.crossings["module"]) == set(modules)
+    counts = found.tokens.set_index(["module", "split"])[["all", "read"]]
+    assert tuple(counts.loc[("twice", "train")]) == (14, 9)
+    assert tuple(counts.loc[("first", "heldout")]) == (8, 8)
+
+    def uneven(model, batch):
+        return loss(model, batch) + (loss(model, batch) if len(batch["x"]) == 7 else 0)
+
+    with pytest.raises(InputError, match="is run more than"):
+        measure(model, {"x": x}, {"x": other}, loss=uneven, config=SMALL)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_gradient_checkpointing(family, reentrant) -> None:
+    """The same G, though a block's inputs are dropped and computed again; also of a model that is frozen."""
+    model, batch = torch_models.model(family), torch_models.batch(family)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    expected = autograd(model, batch)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    runs = []
+    hook = model.get_decoder().register_forward_hook(lambda *_: runs.append(1)) if family == "llama" else None
+    assert_same(gradients(model, batch), expected)
+    assert hook is None or runs
+
+
+def test_one_gradient_at_a_time() -> None:
+    """When a module's G comes, the others' are gone, and so are the inputs of what the backward pass has done."""
+    model, batch = torch_models.model(), torch_models.batch()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    modules = chosen(model, None)
+    seen: list[weakref.ref] = []
+
+    def use(_, grad, inputs) -> None:
+        assert not [ref for ref in seen if ref() is not None]
+        seen.extend((weakref.ref(grad), *(weakref.ref(x) for x in inputs)))
+
+    hooks.backward(model, modules, lambda: model(**batch).loss, dict.fromkeys(modules, 1), use)
+    assert len(seen) == 2 * len(modules)
+
+
+def state(model) -> tuple:
+    """What a measurement must leave as it is."""
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        {name: (each.requires_grad, each.grad is None) for name, each in model.named_parameters()},
+        {name: (len(each._forward_hooks), each.training) for name, each in model.named_modules()},
+        torch.get_rng_state(),
+    )
+
+
+def test_the_base_of_a_peft_model_is_measured() -> None:
+    """To the bit as without PEFT, under its names, whatever the adapters are; with them on it is another gradient. The
+    model, its adapters, what needs a gradient, hooks and the random numbers stay as they are."""
+    model = torch_models.model()
+    batch, held_out = torch_models.batch(seed=0), torch_models.batch(seed=1)
+    targets = ["q_proj", "down_proj"]
+    plain = measure(model, batch, held_out, targets, config=SMALL)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=targets, lora_dropout=0.1, task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.train()
+    before, output = state(adapted), adapted.eval()(**batch).logits
+    adapted.train()
+    found = measure(adapted, batch, held_out, config=SMALL)
+    after = state(adapted)
+    assert before[1:3] == after[1:3]
+    for one, other in ((before[0], after[0]), (before[3], after[3])):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    torch.testing.assert_close(adapted.eval()(**batch).logits, output, rtol=0, atol=0)
+    assert not plain.crossings.compare(found.crossings).size
+    assert set(found.target_modules) == set(targets)
+    with_adapters = measure(adapted, batch, held_out, config=SMALL, adapters="on")
+    assert (with_adapters.crossings["signal"] != plain.crossings["signal"]).all()
+    adapted.merge_adapter()
+    with pytest.raises(InputError, match="an adapter is merged"):
+        measure(adapted, batch, held_out, config=SMALL)
+
+
+def test_bfloat16() -> None:
+    """Products of bfloat16 numbers, added in float32: autograd's own G but for its last rounding, one in 2^8."""
+    model, batch = torch_models.model().to(torch.bfloat16), torch_models.batch()
+    assert_same(gradients(model, batch), autograd(model, batch), tolerance=2.0**-8)
+    found = measure(model, batch, torch_models.batch(seed=1), config=SMALL)
+    assert np.isfinite(found.crossings["crossing_rank"]).all()
+
+
+def test_weights_that_are_loaded_when_needed() -> None:
+    """As `device_map` places them: they lie on the device "meta" between calls."""
+    accelerate = pytest.importorskip("accelerate", reason="device_map: accelerate")
+    model, batch = torch_models.model(), torch_models.batch()
+    expected = autograd(model, batch)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(each.is_meta for each in chosen(model, None)["model.layers.0.self_attn.q_proj"].parameters())
+    assert_same(gradients(model, batch), expected)
+    assert measure(model, batch, torch_models.batch(seed=1), config=SMALL).left_out == {}
+
+
+class Packed(torch.nn.Module):
+    """Stands in for a quantised linear module: whole numbers, unpacked when it is run, of no use to autograd."""
+
+    def __init__(self, linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("scale", scale)
+        self.weight = torch.nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+def quantised(model, make) -> torch.nn.Module:
+    """The model with other modules in place of its linear ones."""
+    own = deepcopy(model)
+    for name, module in chosen(own, None).items():
+        parent, _, last = name.rpartition(".")
+        setattr(own.get_submodule(parent), last, make(module))
+    return own
+
+
+def assert_quantised(model) -> None:
+    """G is that of the model whose weights are the quantised ones: each is read off by running it on the identity."""
+    batch = torch_models.batch()
+    plain = deepcopy(torch_models.model())
+    with torch.no_grad():
+        for name, module in chosen(plain, None).items():
+            own = chosen(model, None)[name]
+            module.weight.copy_(own(torch.eye(own.in_features)).T)
+    assert_same(gradients(model, batch), autograd(plain, batch), tolerance=1e-4)
+    found = measure(model, batch, torch_models.batch(seed=1), config=SMALL)
+    assert len(found.tokens) == 2 * len(chosen(plain, None))
+
+
+def test_quantised_modules() -> None:
+    assert_quantised(quantised(torch_models.model(), Packed))
+
+
+def test_bitsandbytes_of_4_bits() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantised modules: bitsandbytes")
+
+    def packed(linear):
+        own = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=torch.float32)
+        own.load_state_dict({"weight": linear.weight})
+        return own.to("cpu")
+
+    assert_quantised(quantised(torch_models.model(), packed))
+
+
+def test_bitsandbytes_of_8_bits() -> None:
+    """Activations are quantised too, so that no plain model has its gradient: it is near the one of plain weights."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantised modules: bitsandbytes")
+
+    def packed(linear):
+        own = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, False, has_fp16_weights=False)
+        own.load_state_dict({"weight": linear.weight})
+        return own.to("cpu")
+
+    model, batch = torch_models.model(), torch_models.batch()
+    found, expected = gradients(quantised(model, packed), batch), autograd(model, batch)
+    assert set(found) == set(expected)
+    for name, grad in expected.items():
+        assert float(torch.cosine_similarity(found[name].flatten(), grad.flatten(), 0)) > 0.98
+
+
+def test_wrapped_models() -> None:
+    model, batch, held_out = torch_models.model(), torch_models.batch(), torch_models.batch(seed=1)
+    plain = measure(model, batch, held_out, config=SMALL)
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
+        assert measure(wrapped, batch, held_out, config=SMALL).crossings.equals(plain.crossings)
+
+
+def padded(rows: list[list[int]], *, left: bool) -> dict[str, torch.Tensor]:
+    """Rows padded with 0, as a tokenizer and a collator make them."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros((len(rows), width), dtype=torch.long), torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, -100),
+        "position_ids": positions,
+    }
+
+
+TEMPLATE = [1, 5, 6, 7]
+TRAIN = [[*TEMPLATE, 9, 10, 33], [*TEMPLATE, 11, 12, 13, 34]]
+HELD_OUT = [[*TEMPLATE, 10, 10, 8, 35], [*TEMPLATE, 11, 14, 36], [*TEMPLATE, 9, 10, 20, 3, 37]]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_held_out_tokens_that_were_seen_and_padding_are_not_read(left) -> None:
+    """Whichever side is padded: of 21 tokens with a target the template's 12 and 3 more begin as trained rows."""
+    model = torch_models.model()
+    found = measure(model, padded(TRAIN, left=left), padded(HELD_OUT, left=left), ["q_proj"], config=SMALL)
+    counts = found.tokens.set_index("split")[["all", "seen", "read"]]
+    assert {tuple(row) for row in counts.loc["heldout"].to_numpy()} == {(21, 15, 6)}
+    assert {tuple(row) for row in counts.loc["train"].to_numpy()} == {(13, 0, 9)}
+    assert found.unmasked == ()
+    whole = RegimeConfig(**vars(SMALL) | {"mask": False})
+    plain = measure(model, padded(TRAIN, left=left), padded(HELD_OUT, left=left), ["q_proj"], config=whole)
+    assert set(plain.tokens["seen"]) == {0}
+    with pytest.raises(InputError, match="of 13 held-out tokens 13 begin as the training batch does"):
+        measure(model, padded(TRAIN, left=left), padded(TRAIN, left=left), ["q_proj"], config=SMALL)
+
+
+def test_packed_records_begin_where_positions_do() -> None:
+    model = torch_models.model()
+    packed = {
+        "input_ids": torch.tensor([[row for each in HELD_OUT for row in each]]),
+        "position_ids": torch.tensor([[at for each in HELD_OUT for at in range(len(each))]]),
+    }
+    packed["labels"] = packed["input_ids"].clone()
+    found = measure(model, padded(TRAIN, left=False), packed, ["q_proj"], config=SMALL)
+    assert set(found.tokens.query("split == 'heldout'")["seen"]) == {15}
+
+
+def test_equal_to_the_jax_route(tmp_path) -> None:
+    """Module by module on one checkpoint, with one draw of A's rows: the frames agree to float32's rounding."""
+    from support import checkpoint
+
+    from rora_theory.data.batches import Batch
+    from rora_theory.llama import load
+    from rora_theory.measure import regimes
+
+    folder = checkpoint.model(tmp_path)
+    config = transformers.LlamaConfig(**torch_models.TEXT | {"vocab_size": 300, "tie_word_embeddings": True})
+    torch_models.initialised(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
+
+    def both(rows) -> tuple[Batch, dict[str, torch.Tensor]]:
+        own = padded(rows, left=False)
+        ids, weights = own["input_ids"].numpy().astype(np.int32), own["attention_mask"].numpy().astype(np.float32)
+        return Batch(ids[:, :-1], ids[:, 1:], weights[:, 1:], None), own
+
+    train, heldout = both(TRAIN), both(HELD_OUT)
+    config = RegimeConfig(**vars(SMALL) | {"inits": ("kaiming_uniform", "gaussian"), "rows": 16})
+    targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
+    known = load(folder)
+    expected = regimes.regime(known, train[0], heldout[0], config, target_modules=targets)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = drawn_steps.takeover_rows
+    found = measure(model, train[1], heldout[1], targets, config=config, lora_A=rows)
+    assert found.training_loss == pytest.approx(expected.training_loss, rel=1e-5)
+    assert found.heldout_loss == pytest.approx(expected.heldout_loss, rel=1e-5)
+    keys = ["module", "split", "optimizer", "init", "rule", "rank"]
+    for name in ("tokens", "crossings", "results", "takeover"):
+        mine, other = (
+            getattr(each, name).sort_values([key for key in keys if key in getattr(each, name)], ignore_index=True)
+            for each in (found, expected)
+        )
+        assert list(mine.columns) == list(other.columns)
+        for column in mine:
+            if mine[column].dtype.kind == "f":
+                np.testing.assert_allclose(mine[column], other[column], rtol=2e-5, err_msg=f"{name} {column}")
+            else:
+                assert mine[column].tolist() == other[column].tolist()
+
+
+def test_transfer() -> None:
+    """The advice of the measured linear terms; PEFT, told so, scales by the gamma that it names."""
+    model = torch_models.model()
+    found = measure(
+        model, torch_models.batch(), torch_models.batch(seed=1), ["q_proj", "v_proj"], config=RegimeConfig(rows=0)
+    )
+    tuned = Setting(2, 4.0, 3e-4, init="gaussian")
+    config, rate, advice = found.transfer(tuned, rank=8, rule="rslora")
+    terms = found.crossings.query("optimizer == 'adam' and init == 'gaussian' and split == 'heldout'")
+    expected = transfer(tuned, 8, dict(zip(terms["module"], terms["linear_term"], strict=True)), rule="rslora")
+    assert advice == expected
+    assert (config.r, config.use_rslora, config.init_lora_weights, rate) == (8, True, "gaussian", 3e-4)
+    assert config.lora_alpha == pytest.approx(expected.alpha)
+    adapted = peft.get_peft_model(model, config)
+    for name, module in adapted.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            kind = name.rpartition(".")[2]
+            assert module.scaling["default"] == pytest.approx(expected.by_type()[kind] / 8**0.5)
+    whole = found.transfer(tuned, rank=8, regime="signal", alpha=4.0, steps=50)
+    assert whole.config.alpha_pattern == {}
+    assert whole.advice.plan.takeover == pytest.approx(found.takeover_at(2, "gaussian"))
+    assert whole.learning_rate == whole.advice.rates.planned
+    with pytest.raises(InputError, match="nothing was measured of optimizer adam, init rademacher"):
+        found.transfer(Setting(2, 4.0, 3e-4, init="rademacher"), rank=8)
+
+
+def test_bad_input() -> None:
+    model, batch, held_out = torch_models.model(), torch_models.batch(), torch_models.batch(seed=1)
+    unlabelled = {"input_ids": batch["input_ids"]}
+    cases = [
+        (
+            batch,
+            held_out,
+            ["q_proj", "w_proj"],
+            {},
+            "'w_proj', which matches no linear module; accepted are q_proj, k_proj",
+        ),
+        (batch, held_out, ["embed_tokens"], {}, "matches no linear module"),
+        (batch, held_out, r".*\.w_proj", {}, "matches no linear module"),
+        (batch, held_out, None, {"layers": [7]}, "layers \\[7\\] has no linear module"),
+        (
+            unlabelled,
+            held_out,
+            None,
+            {},
+            "the model gives no loss for a batch of input_ids; accepted is one with labels",
+        ),
+        (batch, held_out, None, {"loss": lambda model, batch: model(**batch).loss * np.inf}, "loss is inf"),
+        (batch, held_out, None, {"loss": lambda *_: torch.tensor(1.0)}, "no gradient comes from the loss"),
+    ]
+    for one, other, targets, kwargs, message in cases:
+        with pytest.raises(InputError, match=message):
+            measure(model, one, other, targets, config=SMALL, **kwargs)
+        assert not any(each._forward_hooks for each in model.modules())
+
+
+def test_nothing_of_jax_is_imported() -> None:
+    """A fork of the user's process (a loader of data) must not meet JAX's threads."""
+    code = """
+import sys, torch, transformers
+from rora_theory.measure import torch as bridge
+model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2))
+ids = [torch.randint(3, 64, (2, 9)) for _ in range(2)]
+bridge.measure(model, *({"input_ids": each, "labels": each} for each in ids), ["q_proj"])
+assert "jax" not in sys.modules, "jax was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_layers_are_a_sample_of_the_model() -> None:
+    model, batch, held_out = torch_models.model(), torch_models.batch(), torch_models.batch(seed=1)
+    found = measure(model, batch, held_out, config=SMALL, layers=[1])
+    assert set(found.crossings["layer"]) == {1}
+    assert found.target_modules == "all-linear"
+    assert base_model(model) is model
