@@ -1,10 +1,14 @@
 """The judge of the horizon grid: a known best rate is found, and what is planted against the law is told."""
 
+import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from figures import horizon as figure
+from rora_theory import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.sweep import horizons
 from rora_theory.sweep.horizons import Run
@@ -135,3 +139,16 @@ def test_the_table_of_best_rates_names_the_arm() -> None:
     assert list(zip(found["rank"], found["strength"], strict=True)) == [(8, 64), (8, 724), (128, 64), (128, 724)]
     np.testing.assert_allclose(found["best_rate"], 1e-3 * (found["strength"] / 64) ** -0.5, rtol=0.05)
     assert not found["edge"].any()
+
+
+def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
+    runs = grid(-0.53)
+    found = {step: horizons.curves(runs, TOKENS, step) for step in (16, 64)}
+    judged = [horizons.exponents(one, step, takeovers=TAKEOVERS, warmup=4) for step, one in found.items()]
+    tables = {"results": horizons.table(runs, TOKENS, TOKENS), "exponents": pd.concat(judged)}
+    tables["best"] = pd.concat([horizons.bests(one, step) for step, one in found.items()])
+    for name, table in tables.items():
+        (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))
+    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "horizon", "files": {}}))
+    assert [path.name for path in figure.draw(figure.Config(tmp_path))] == ["horizon.png", "horizon.svg"]
+    assert "16 steps, r = 8" in (tmp_path / "horizon.svg").read_text()

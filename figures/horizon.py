@@ -1,0 +1,86 @@
+"""Best rate against gamma r, and its exponent against the horizon, beside the law: a run of sims.horizon."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from figures import style
+from rora_theory import frames
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which run to draw."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder of sims.horizon, finished with --regime."""
+    out: Path | None = None
+    """Folder for horizon.png and .svg; by default the run folder."""
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Left the best rates with the law's line from the first, right their exponents with its range."""
+    style.read_run(config.run, "horizon")
+    best, exponents = (frames.read(config.run / name) for name in ("best.csv", "exponents.csv"))
+    exponents = exponents[exponents["over"] == "strength"]
+    if exponents.empty:
+        style.fail(f"{config.run}: no rank has two strengths with a best rate; accepted is a run that has")
+    ranks, steps = sorted(set(best["rank"])), sorted(set(best["step"]))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 3.1))
+    for place, step in enumerate(steps):
+        colour = style.COLOURS[place]
+        for index, rank in enumerate(ranks):
+            own = best[(best["rank"] == rank) & (best["step"] == step)]
+            error = 2 ** own["log2_error"].fillna(0)
+            left.errorbar(
+                own["strength"] * 1.03 ** (index - (len(ranks) - 1) / 2),
+                own["best_rate"],
+                yerr=[own["best_rate"] * (1 - 1 / error), own["best_rate"] * (error - 1)],
+                color=colour,
+                marker=style.MARKERS[index],
+                linestyle="none",
+                label=f"{step} steps, r = {rank}",
+            )
+            at_edge = own[own["edge"].notna()]
+            left.plot(at_edge["strength"], at_edge["best_rate"], "x", color="black", markersize=6)
+            law = exponents[(exponents["at"] == rank) & (exponents["step"] == step)]
+            for row in law.itertuples():
+                start = own.loc[own["strength"] == row.first, "best_rate"].iloc[0]
+                x = np.geomspace(row.first, row.second, 2)
+                left.plot(x, start * (x / row.first) ** row.law, color=colour, linewidth=0.8)
+    style.whole_ticks(left, (round(strength) for strength in best["strength"]))
+    left.set(yscale="log", xlabel=r"$\gamma r$", ylabel="best learning rate")
+    for index, rank in enumerate(ranks):
+        own = exponents[exponents["at"] == rank].sort_values("step")
+        if own.empty:
+            continue
+        if index == len(ranks) - 1:
+            right.fill_between(own["step"], own["law_low"], own["law_high"], color=style.BAND_COLOUR)
+        right.errorbar(
+            own["step"] * 1.04 ** (index - (len(ranks) - 1) / 2),
+            own["exponent"],
+            yerr=own["half_width"].replace(np.inf, 0),
+            color=style.COLOURS[index + 3],
+            marker=style.MARKERS[index],
+            label=f"r = {rank}",
+        )
+    for level, text in ((-1.0, "first step's law"), (-0.5, "A leads"), (0.0, "nothing to change")):
+        right.axhline(level, color="black", linewidth=0.6, linestyle=(0, (3, 2)))
+        right.text(steps[0], level + 0.02, text, fontsize=6)
+    style.whole_ticks(right, steps)
+    right.set(xlabel="steps", ylabel=r"$d \log \eta^* / d \log(\gamma r)$", ylim=(-1.15, 0.15))
+    handles = style.named([left, right]) | {"the law, over the modules": style.band_handle()}
+    words = "bars: left ± one s.e., right 95%; lines left: the law from the first point on"
+    if best["edge"].notna().any():
+        words += "; crosses: at the grid's edge"
+    style.legend(figure, handles, words)
+    return style.save(figure, config.out or config.run, "horizon")
+
+
+if __name__ == "__main__":
+    style.command(draw, Config, __doc__)
