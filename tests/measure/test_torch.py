@@ -22,7 +22,7 @@ from rora_theory.measure.torch import hooks, measure  # noqa: E402
 from rora_theory.measure.torch.modules import base_model, chosen  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
-SMALL = RegimeConfig(ranks=(1, 4), rules={"lora": "lora"}, inits=("gaussian",), rows=0, tokens=9)
+SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), inits=("gaussian",), rows=0, tokens=9)
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
