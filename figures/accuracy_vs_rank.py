@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import tyro
 
 from figures import style
-from figures.sweep import Row, beside, chosen_model, draw_line, grouped, levels, marks, measures, model_name, points
+from figures.sweep import at_best_rate, beside, chosen_model, draw_line, levels, marks, measures, model_name, points
+from rora_theory import frames
 from rora_theory.paper import published
 from sims.common import cli
 
@@ -44,21 +46,21 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
     cli.check_positives(config, "alpha", "rate")
-    manifest, rows = style.read_run(config.run, "rank_sweep")
+    manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     panels = measures(rows, config.answers)
     lines = {method: curves(config, rows, method) for method in METHODS}
-    if not any(lines.values()):
+    if all(cells.empty for cells in lines.values()):
         style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}; accepted is a run with at least one")
     paired = differences(config, lines)
-    count = len(panels) + bool(paired) + config.paper
+    count = len(panels) + (not paired.empty) + config.paper
     figure, axes = plt.subplots(1, count, figsize=(0.6 + 3.1 * count, 3.0), squeeze=False)
     axes = axes[0]
-    if paired:
+    if not paired.empty:
         draw_differences(axes[1], paired, config.answers)
         rank_axis(axes[1], lines)
     drawn_lines: list[Any] = []
-    measured = [axes[0], *axes[1 + bool(paired) :]]
+    measured = [axes[0], *axes[1 + (not paired.empty) :]]
     for axis, (column, error, label, unit) in zip(measured, panels, strict=False):
         for method, cells in lines.items():
             line = points(cells, column, error, unit)
@@ -69,62 +71,57 @@ def draw(config: Config) -> Sequence[Path]:
         rank_axis(axis, lines)
     if config.paper:
         printed(axes[-1])
-    drawn = [row for cells in lines.values() for row in cells]
-    words = title(manifest, rows, drawn, tuned=config.tuned)
+    words = title(manifest, pd.concat(lines.values()), tuned=config.tuned)
     style.legend(figure, style.named(axes) | marks(drawn_lines), words)
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
 
-def curves(config: Config, rows: Sequence[Row], method: str) -> list[Row]:
+def curves(config: Config, rows: pd.DataFrame, method: str) -> pd.DataFrame:
     """The cells to draw of a method: of one learning rate, or of the best of each rank."""
-    cells = [row for row in rows if row["method"] == method]
-    if config.rate is not None:
-        return [row for row in cells if float(row["learning_rate"]) == config.rate]
-    if config.tuned:
-        return style.at_best_rate(config.run, cells)
-    return max(grouped(cells, lambda row: row["learning_rate"]).values(), key=len, default=[])
+    cells = rows[rows["method"] == method]
+    if config.tuned and config.rate is None:
+        return at_best_rate(config.run, cells)
+    rate = config.rate
+    if rate is None:
+        rates = cells["learning_rate"].tolist()
+        rate = max(rates, key=rates.count, default=None)
+    return cells[cells["learning_rate"] == rate]
 
 
-def differences(config: Config, lines: dict[str, list[Row]]) -> list[Row]:
+def differences(config: Config, lines: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Lines of the run's differences.csv: a drawn method less LoRA, of a rank, at the learning rates that are drawn."""
-
-    cells = {
-        (method, *(row[name] for name in ("rank", "alpha", "learning_rate")))
-        for method in lines
-        for row in lines[method]
-    }
-
-    def drawn(method: str, row: Row, rate: str) -> bool:
-        return (method, row["rank"], row["alpha"], row[rate]) in cells
-
+    path = config.run / "differences.csv"
+    if not path.exists():
+        return pd.DataFrame()
+    found = frames.read(path, accepted="the file of a finished run")
     kinds = ("best",) if config.tuned else ("same", "own")
-    return [
-        row
-        for row in style.read_table(config.run / "differences.csv")
-        if row["against"] == "lora" and row["rates"] in kinds and config.model in (None, row["model"])
-        if drawn(row["method"], row, "learning_rate") and drawn("lora", row, "against_rate")
-    ]
+    found = found[(found["against"] == "lora") & found["rates"].isin(kinds)]
+    if config.model is not None:
+        found = found[found["model"] == config.model]
+    cell = ["method", "rank", "alpha", "learning_rate"]
+    drawn = pd.concat(lines.values())[cell].drop_duplicates()
+    lora = drawn[drawn["method"] == "lora"].set_axis(["against", "rank", "alpha", "against_rate"], axis=1)
+    return found.merge(drawn, on=cell).merge(lora, on=list(lora))
 
 
-def draw_differences(axis: Any, rows: Sequence[Row], answers: bool) -> None:
+def draw_differences(axis: Any, rows: pd.DataFrame, answers: bool) -> None:
     """Paired over records: the bars are those of the difference, mostly smaller than the markers."""
-    for method, own in grouped(rows, lambda row: row["method"]).items():
+    value, error = ("answer_loss", "answer_error") if answers else ("loss", "loss_error")
+    for method in rows["method"].unique().tolist():
+        own = rows[rows["method"] == method].sort_values("rank", kind="stable")
         label, colour, marker = style.look(method)
-        own = sorted(own, key=lambda row: int(row["rank"]))
-        names = ("answer_loss", "answer_error") if answers else ("loss", "loss_error")
-        values, errors = ([float(row[name]) for row in own] for name in names)
-        ranks = beside([int(row["rank"]) for row in own], METHODS.index(method) - 1)
-        axis.errorbar(ranks, values, yerr=errors, color=colour, marker=marker, label=label, elinewidth=0.8)
+        ranks = beside(own["rank"].tolist(), METHODS.index(method) - 1)
+        axis.errorbar(ranks, own[value], yerr=own[error], color=colour, marker=marker, label=label, elinewidth=0.8)
     axis.axhline(0.0, color=style.look("lora")[1], linewidth=0.9)
     axis.set_ylabel("less LoRA's, paired (nats)")
 
 
-def rank_axis(axis: Any, lines: dict[str, list[Row]]) -> None:
+def rank_axis(axis: Any, lines: dict[str, pd.DataFrame]) -> None:
     """Ranks, and below each the scaling gamma of both rules."""
+    cells = pd.concat(lines.values())
     gammas: dict[str, dict[int, float]] = {}
-    for cells in lines.values():
-        for row in cells:
-            gammas.setdefault(row["rule"], {})[int(row["rank"])] = float(row["gamma"])
+    for rule, rank, gamma in zip(*(cells[name].tolist() for name in ("rule", "rank", "gamma")), strict=True):
+        gammas.setdefault(rule, {})[rank] = gamma
     ranks = sorted({rank for known in gammas.values() for rank in known})
     axis.set_xscale("log", base=2)
     labels = ["\n".join([str(rank), *(_gamma(known.get(rank)) for known in gammas.values())]) for rank in ranks]
@@ -156,20 +153,18 @@ def printed(axis: Any) -> None:
     axis.set_ylabel("printed for LLaMA-7B: average (%)")
 
 
-def title(manifest: dict[str, Any], rows: Sequence[Row], drawn: Sequence[Row], *, tuned: bool) -> str:
+def title(manifest: dict[str, Any], drawn: pd.DataFrame, *, tuned: bool) -> str:
     """What was trained and measured, of the cells that are drawn."""
     found = manifest["config"]
-    steps = next((row["steps"] for row in drawn if row["steps"]), "?")
-    alphas = {row["alpha"] for row in drawn}
-    alpha = rf"$\alpha$ = {float(next(iter(alphas))):g}" if len(alphas) == 1 else r"$\alpha$ varies"
-    rates = {float(row["learning_rate"]) for row in drawn}
-    rate = f"lr {next(iter(rates)):g}" if len(rates) == 1 else "lr varies"
+    steps = next(iter(drawn["steps"].dropna()), "?")
+    alphas, rates = (drawn[name].unique() for name in ("alpha", "learning_rate"))
+    alpha = rf"$\alpha$ = {alphas[0]:g}" if len(alphas) == 1 else r"$\alpha$ varies"
+    rate = f"lr {rates[0]:g}" if len(rates) == 1 else "lr varies"
     if tuned:
-        rate = "best lr of a seed on these records" + (
-            " (some at the grid's edge)" if any(row["best_rate"] == "edge" for row in drawn) else ""
-        )
+        edge = " (some at the grid's edge)" if (drawn["best_rate"] == "edge").any() else ""
+        rate = f"best lr of a seed on these records{edge}"
     return (
-        f"{model_name(rows[0]['model'])}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
+        f"{model_name(drawn['model'].iloc[0])}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
         f"{found['data']['held_out']} held-out records; bars: ± s.e. over items"
     )
 

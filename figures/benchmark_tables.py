@@ -6,9 +6,7 @@ Ours are means over seeds with their standard errors over items; the paper's are
 of ours stand above the Markdown table; alpha, learning rate, seeds and unparsed answers in every row.
 """
 
-import csv
 import html
-import io
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -16,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 import tyro
 
 from figures import style
-from figures.sweep import model_name
+from figures.sweep import at_best_rate, model_name
+from rora_theory import frames
 from rora_theory.data.tasks import TASKS
 from rora_theory.paper import published
-
-Cells = list[dict[str, str]]
 
 HEAD = (
     "source", "model", "protocol", "rank", "method", "alpha", "params_percent", "learning_rate", "rate_choice", "seeds",
@@ -85,9 +83,9 @@ class Line:
 
 def draw(config: Config) -> Sequence[Path]:
     """Write both files of the table."""
-    manifest, rows = style.read_run(config.run, "rank_sweep")
+    manifest, rows = style.read_frame(config.run, "rank_sweep")
     if config.tuned:
-        rows = [row for row in rows if row["method"] == "base"] + style.at_best_rate(config.run, rows)
+        rows = pd.concat([rows[rows["method"] == "base"], at_best_rate(config.run, rows)])
     ours = lines_of(rows, manifest.get("models", {}))
     if not any(line.average for line in ours):
         style.fail(f"{config.run}/results.csv: has no cell with accuracy; accepted is a run without --no-accuracy")
@@ -103,32 +101,30 @@ def draw(config: Config) -> Sequence[Path]:
     return paths
 
 
-def lines_of(rows: Cells, models: dict[str, Any]) -> list[Line]:
+def lines_of(rows: pd.DataFrame, models: dict[str, Any]) -> list[Line]:
     """A line a model, method, rank, alpha and learning rate: the mean over the seeds scored, if any."""
-    groups: dict[tuple[str, ...], Cells] = {}
-    for row in rows:
-        if row["status"] == "diverged" or (row["status"] == "complete" and row["average"]):
-            key = tuple(row[name] for name in ("model", "method", "rank", "alpha", "learning_rate"))
-            groups.setdefault(key, []).append(row)
+    counted = rows[(rows["status"] == "diverged") | ((rows["status"] == "complete") & rows["average"].notna())]
     found = []
-    for (model, method, rank, alpha, rate), group in groups.items():
-        total = models.get(model, {}).get("parameters")
-        own = next((row["trainable_parameters"] for row in group if row["trainable_parameters"]), None)
-        scored = [row for row in group if row["status"] == "complete"]
+    keys = ["model", "method", "rank", "alpha", "learning_rate"]
+    for _, group in counted.groupby(keys, dropna=False, sort=False):
+        first = frames.rows(group[:1])[0]
+        total = models.get(first["model"], {}).get("parameters")
+        own = next(iter(group["trainable_parameters"].dropna()), None)
+        scored = group[group["status"] == "complete"]
         found.append(
             Line(
                 source="this run",
-                model=model_name(model),
-                protocol=next((row["protocol"] for row in scored), ""),
-                rank=int(rank) if rank else None,
-                method=METHODS.get(method, method),
-                alpha=float(alpha) if alpha else None,
+                model=model_name(first["model"]),
+                protocol=next(iter(scored["protocol"]), ""),
+                rank=first["rank"],
+                method=METHODS.get(first["method"], first["method"]),
+                alpha=first["alpha"],
                 params_percent=100 * int(own) / (total + int(own)) if own and total else None,
-                learning_rate=float(rate) if rate else None,
-                rate_choice=group[0].get("best_rate", ""),
+                learning_rate=first["learning_rate"],
+                rate_choice=first.get("best_rate") or "",
                 seeds=len(scored),
                 diverged=len(group) - len(scored),
-                unparsed=100 * _mean(float(row["average_unparsed"]) for row in scored) if scored else None,
+                unparsed=100 * _mean(scored["average_unparsed"]) if len(scored) else None,
                 scores=tuple(measured(scored, key) for key in TASKS),
                 average=measured(scored, "average"),
             )
@@ -136,12 +132,10 @@ def lines_of(rows: Cells, models: dict[str, Any]) -> list[Line]:
     return found
 
 
-def measured(group: Cells, column: str) -> tuple[float, float | None] | None:
+def measured(group: pd.DataFrame, column: str) -> tuple[float, float | None] | None:
     """Mean over seeds in percent, and the standard error over items, which all seeds share."""
-    values = [(float(row[column]), float(row[f"{column}_error"])) for row in group if row[column]]
-    if not values:
-        return None
-    return 100 * _mean(value for value, _ in values), 100 * _mean(error for _, error in values)
+    values = group[group[column].notna()]
+    return (100 * _mean(values[column]), 100 * _mean(values[f"{column}_error"])) if len(values) else None
 
 
 def printed(layout: str) -> list[Line]:
@@ -221,17 +215,15 @@ def escaped(text: str) -> str:
 
 def as_csv(lines: Iterable[Line]) -> str:
     """Tidy: a column a figure, standard errors beside."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     names = [*published.NAMES, "average"]
-    writer.writerow([*HEAD, *(column for name in names for column in (name, f"{name}_error"))])
+    rows = []
     for line in lines:
-        head = [getattr(line, name) for name in HEAD]
-        pairs = [(None, None) if score is None else score for score in (*line.scores, line.average)]
-        writer.writerow(
-            ["" if cell is None else cell for cell in (*head, *(figure for pair in pairs for figure in pair))]
+        scores = zip(names, (*line.scores, line.average), strict=True)
+        pairs = {name: score if score is not None else (None, None) for name, score in scores}
+        rows.append(
+            vars(line) | {f"{name}{end}": pair[end != ""] for name, pair in pairs.items() for end in ("", "_error")}
         )
-    return text.getvalue()
+    return frames.to_csv(frames.of(rows, [*HEAD, *(f"{name}{end}" for name in names for end in ("", "_error"))]))
 
 
 def _source(line: Line) -> str:

@@ -76,11 +76,12 @@ def cells(run: Path, config: Config) -> list[Path]:
     """A run's own folder, or the folders of a sweep's cells that are asked for, in the order of its table."""
     if not (run / "results.csv").exists() or not (run / "cells").is_dir():
         return [run]
-    _, rows = style.read_run(run, "rank_sweep")
-    rows = [row for row in rows if row["rank"] and (config.rank is None or int(row["rank"]) == config.rank)]
-    rows = [row for row in rows if config.rate is None or float(row["learning_rate"]) == config.rate]
-    seed = config.seed if config.seed is not None else min((int(row["seed"]) for row in rows), default=0)
-    found = [run / "cells" / row["key"] for row in rows if int(row["seed"]) == seed]
+    _, rows = style.read_frame(run, "rank_sweep")
+    rows = rows[rows["rank"].notna()]
+    for column, value in (("rank", config.rank), ("learning_rate", config.rate)):
+        rows = rows if value is None else rows[rows[column] == value]
+    seed = config.seed if config.seed is not None else min(rows["seed"], default=0)
+    found = [run / "cells" / key for key in rows.loc[rows["seed"] == seed, "key"]]
     if not found:
         style.fail(f"{run}: has no cell of rank {config.rank}, rate {config.rate}, seed {seed}; results.csv lists them")
     return found

@@ -40,22 +40,22 @@ def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds, crosses what diverged."""
     cli.check_integers(config, rank=1)
     cli.check_positives(config, "alpha", "top")
-    manifest, rows = style.read_run(config.run, "rank_sweep")
+    manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
-    ranks = sorted({int(row["rank"]) for row in rows if row["rank"]})
+    ranks = sorted(rows["rank"].dropna().unique().tolist())
     rank = ranks[0] if config.rank is None and len(ranks) == 1 else config.rank
     if ranks and rank not in ranks:
         style.fail(f"{config.run}: has the ranks {', '.join(map(str, ranks))}; accepted is --rank with one of them")
-    rows = [row for row in rows if not row["rank"] or int(row["rank"]) == rank]
-    panels = measures(rows, config.answers)
-    drawn = [name for name in style.METHODS if any(row["method"] == name and row["learning_rate"] for row in rows)]
-    rates = sorted({float(row["learning_rate"]) for row in rows if row["learning_rate"]})
+    rows = rows[rows["rank"].isna() | (rows["rank"] == rank)]
+    panels, trained = measures(rows, config.answers), rows[rows["learning_rate"].notna()]
+    drawn = [name for name in style.METHODS if (trained["method"] == name).any()]
+    rates = sorted(trained["learning_rate"].unique().tolist())
     size = (0.6 + 3.3 * len(panels), 3.0)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=True)
     lines: list[Any] = []
     for axis, (column, error, label, unit) in zip(axes[0], panels, strict=True):
         for earlier, method in enumerate(drawn):
-            cells = [row for row in rows if row["method"] == method]
+            cells = trained[trained["method"] == method]
             # Where two are the same, the earlier shows around the later.
             marker_size = 3.5 + 0.7 * (len(drawn) - 1 - earlier)
             line = points(cells, column, error, unit, by="learning_rate")
@@ -67,11 +67,10 @@ def draw(config: Config) -> Sequence[Path]:
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axis.minorticks_off()
-    steps = next(row["steps"] for row in rows if row["learning_rate"])
     title = (
-        model_name(rows[0]["model"])
+        model_name(rows["model"].iloc[0])
         + (f", r = {rank}" if ranks else "")
-        + f", {steps} steps of {manifest['config']['training']['batch']}; bars: ± s.e. over items"
+        + f", {trained['steps'].iloc[0]} steps of {manifest['config']['training']['batch']}; bars: ± s.e. over items"
     )
     style.legend(figure, style.named(axes[0]) | marks(lines), title)
     return style.save(figure, config.out or config.run, "loss_vs_rate")

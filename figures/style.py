@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib
 
@@ -14,10 +14,13 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from rora_theory import files, seals
+from rora_theory import files, frames, seals
 from rora_theory.errors import InputError
 from sims.common import cli
 from sims.common.cli import fail
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Config = TypeVar("Config")
 
@@ -143,22 +146,24 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def read_run(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Manifest and rows of a run folder; a missing, damaged or changed one ends the command: one line, status 2."""
+    """`read_frame` with the rows as they are written."""
+    manifest, _ = read_frame(folder, experiment)
+    return manifest, read_table(folder / "results.csv")
+
+
+def read_frame(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], "pd.DataFrame"]:
+    """Manifest and table of a run folder; a missing, damaged or changed one ends the command: one line, status 2."""
     check_as_written(folder)
     accepted = "the file of a run folder"
     manifest = files.read_json(folder / "manifest.json", accepted=accepted)
-    text = files.read_text(folder / "results.csv", accepted=accepted)
-    try:
-        rows = list(csv.DictReader(io.StringIO(text)))
-    except csv.Error as error:
-        fail(f"{folder}/results.csv: is not a table ({error}); accepted is {accepted}")
+    found = frames.read(folder / "results.csv", accepted=accepted)
     if not isinstance(manifest, dict):
         fail(f"{folder}/manifest.json: is damaged; accepted is {accepted}")
     if experiment is not None and manifest.get("experiment") != experiment:
         fail(f"{folder}: is a run of {manifest.get('experiment')}; accepted is a run of {experiment}")
-    if not rows:
+    if found.empty:
         fail(f"{folder}/results.csv: has no rows; accepted is a run with at least one finished cell")
-    return manifest, rows
+    return manifest, found
 
 
 def check_as_written(folder: Path, within: str = "") -> None:
@@ -213,10 +218,3 @@ def read_table(path: Path, *, needed: bool = False) -> list[dict[str, str]]:
     if not needed and not path.exists():
         return []
     return list(csv.DictReader(io.StringIO(files.read_text(path, accepted="the file of a finished run"))))
-
-
-def at_best_rate(run: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The cells of a sims.rank_sweep at the best learning rate of their model, method, rank and alpha, every seed's."""
-    if rows and "best_rate" not in rows[0]:
-        fail(f"{run}/results.csv: has no column best_rate; accepted is a run that sims.rank_sweep went through again")
-    return [row for row in rows if row["best_rate"]]

@@ -1,16 +1,16 @@
 """What figures of a run of sims.rank_sweep share: means over seeds, their lines, and the levels beside them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 
 from figures import style
 
-Row = dict[str, str]
 PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 
 
@@ -34,25 +34,33 @@ class Point:
     diverged: int
 
 
-def chosen_model(run: Path, rows: Sequence[Row], model: str | None, alpha: float | None) -> list[Row]:
+def chosen_model(run: Path, rows: pd.DataFrame, model: str | None, alpha: float | None) -> pd.DataFrame:
     """Finished cells of one model, and of one alpha for each method and rank; other than that ends the command."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = rows["model"].unique().tolist()
     if model is None and len(models) > 1:
         style.fail(f"{run}: has the models {', '.join(models)}; accepted is --model with one of them")
     model = models[0] if model is None else model
     if model not in models:
         style.fail(f"--model is {model!r}; accepted are {', '.join(models)}")
-    found = [row for row in rows if row["model"] == model and row["status"] in ("complete", "diverged")]
+    found = rows[(rows["model"] == model) & rows["status"].isin(("complete", "diverged"))]
     if alpha is not None:
-        found = [row for row in found if not row["alpha"] or float(row["alpha"]) == alpha]
-    if not any(row["learning_rate"] and row["status"] == "complete" for row in found):
+        found = found[found["alpha"].isna() | (found["alpha"] == alpha)]
+    if not (found["learning_rate"].notna() & (found["status"] == "complete")).any():
         style.fail(f"{run}/results.csv: has no finished cell of an adapter; accepted is a run with at least one")
-    for (method, rank), group in grouped(found, lambda row: (row["method"], row["rank"])).items():
-        alphas = sorted({float(row["alpha"]) for row in group if row["alpha"]})
-        if len(alphas) > 1:
-            several = ", ".join(f"{alpha:g}" for alpha in alphas)
+    for (method, rank), alphas in found.groupby(["method", "rank"], sort=False)["alpha"]:
+        if alphas.nunique() > 1:
+            several = ", ".join(f"{alpha:g}" for alpha in sorted(alphas.unique()))
             style.fail(f"{run}: {method} r={rank} has alpha {several}; accepted is --alpha with one of them")
     return found
+
+
+def at_best_rate(run: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """The cells at the best learning rate of their model, method, rank and alpha, every seed's."""
+    if "best_rate" not in rows:
+        style.fail(
+            f"{run}/results.csv: has no column best_rate; accepted is a run that sims.rank_sweep went through again"
+        )
+    return rows[rows["best_rate"].notna()]
 
 
 def model_name(model: str) -> str:
@@ -61,26 +69,26 @@ def model_name(model: str) -> str:
     return path.parent.name if path.name in ("model", "merged") and path.parent.name else path.name
 
 
-def points(cells: Sequence[Row], column: str, error: str, unit: float, by: str = "rank") -> list[Point]:
+def points(cells: pd.DataFrame, column: str, error: str, unit: float, by: str = "rank") -> list[Point]:
     """A method's means over seeds by rank or learning rate, where the column was measured."""
     found = []
-    for place, group in grouped(cells, lambda row: float(row[by])).items():
-        measured = [row for row in group if row["status"] == "complete" and row[column]]
-        diverged = sum(row["status"] == "diverged" for row in group)
-        if measured or diverged:
-            values = tuple(unit * float(row[column]) for row in measured)
-            spread = mean([unit * float(row[error]) for row in measured])
-            found.append(Point(place, mean(values), spread, values, diverged))
-    return sorted(found, key=lambda point: point.place)
+    for place in sorted(cells[by].unique().tolist()):
+        group = cells[cells[by] == place]
+        measured = group[(group["status"] == "complete") & group[column].notna()]
+        diverged = int((group["status"] == "diverged").sum())
+        if len(measured) or diverged:
+            values, errors = ((unit * measured[name]).tolist() for name in (column, error))
+            found.append(Point(place, mean(values), mean(errors), tuple(values), diverged))
+    return found
 
 
-def measures(rows: Sequence[Row], answers: bool) -> list[tuple[str, str, str, float]]:
+def measures(rows: pd.DataFrame, answers: bool) -> list[tuple[str, str, str, float]]:
     """What was measured, a panel each: the columns of the value and its error, the axis label and the unit."""
     loss = "answer" if answers else "validation"
     found = [(f"{loss}_loss", f"{loss}_error", f"{loss} loss per token (nats)", 1.0)]
-    protocol = next((row["protocol"] for row in rows if row["average"] and row["learning_rate"]), None)
-    if protocol is not None:
-        found.append(("average", "average_error", f"average accuracy, {protocol} (%)", 100.0))
+    scored = rows.loc[rows["average"].notna() & rows["learning_rate"].notna(), "protocol"]
+    if len(scored):
+        found.append(("average", "average_error", f"average accuracy, {scored.iloc[0]} (%)", 100.0))
     return found
 
 
@@ -129,15 +137,15 @@ def marks(lines: Iterable[Sequence[Point]]) -> dict[str, Any]:
     }
 
 
-def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
+def levels(axis: Any, rows: pd.DataFrame, column: str, unit: float) -> None:
     """Dashes: the model without an adapter; a level far from the lines is named at the edge. Dots: chance."""
-    base = next((row for row in rows if row["method"] == "base" and row[column]), None)
-    if base is None:
+    bases = rows[(rows["method"] == "base") & rows[column].notna()]
+    if bases.empty:
         return
     label, colour, _ = style.look("base")
-    found = [(unit * float(base[column]), label, colour, "--")]
-    if column == "average" and base["average_chance"]:
-        found.append((unit * float(base["average_chance"]), "chance", "#777777", ":"))
+    found = [(unit * bases[column].iloc[0], label, colour, "--")]
+    if column == "average" and bases["average_chance"].notna().iloc[0]:
+        found.append((unit * bases["average_chance"].iloc[0], "chance", "#777777", ":"))
     low, high = axis.get_ylim()
     beyond = 2 * (high - low) if axis.get_autoscaley_on() else 0.0  # how far the axis may be stretched
     for value, name, shade, dashes in found:
@@ -151,14 +159,6 @@ def levels(axis: Any, rows: Sequence[Row], column: str, unit: float) -> None:
             axis.text(
                 0.03, edge, text, transform=axis.transAxes, ha="left", va=side, fontsize=7, color=shade, bbox=PALE
             )
-
-
-def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """Rows by a key, in order of appearance."""
-    found: dict[Any, list[Row]] = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
 
 
 def mean(values: Sequence[float]) -> float:

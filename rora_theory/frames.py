@@ -46,6 +46,17 @@ def of(rows: Iterable[Mapping[Any, Any]], columns: Sequence[str]) -> "pd.DataFra
     return pd.DataFrame(found, columns=list(columns))
 
 
+def rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:
+    """The rows of a frame as Python's values; None is missing. The other way round is `of`.
+
+    Example:
+      >>> rows(of([{"rank": 8, "loss": 0.5}, {"loss": 1.0}], ["rank", "loss"]))
+      [{'rank': 8, 'loss': 0.5}, {'rank': None, 'loss': 1.0}]
+    """
+    names, values = [str(name) for name in frame], frame.astype(object).where(frame.notna(), None).to_numpy()
+    return [dict(zip(names, row, strict=True)) for row in values.tolist()]
+
+
 def to_csv(frame: "pd.DataFrame") -> str:
     r"""The text of a frame's CSV file: a head and a line a row, each with its newline.
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from rora_theory import llama
+from rora_theory import frames, llama
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
@@ -278,7 +278,7 @@ def follow(path: Path, trainer: Trainer) -> list[float]:
 
 def choose_rates(path: Path, cells: Sequence[Cell]) -> dict[tuple[str, str, int | None], float]:
     """The best learning rate of each model, method and rank among the cells, see `results.best_rates`."""
-    best = results.rows_of(results.best_rates(table(path, known(path, cells))))
+    best = frames.rows(results.best_rates(table(path, known(path, cells))))
     for row in best:
         size = f" r={row['rank']}" if row["rank"] else ""
         edge = "; it is at the edge of the rates tried: the best may lie beyond" if row["best_rate"] == "edge" else ""

@@ -125,7 +125,7 @@ def run(config: Config) -> None:
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.measured.seed, extra=extra)
     folder.update(model_layers=model.config.num_hidden_layers)
     cells = [Cell(index) for index in modules]
-    done = finished(folder)
+    done = finished(folder.path)
     if any(key_of(cell) not in done for cell in cells):
         recorded = regimes.read(model.params, model.config, pair.train, pair.heldout, regimes.kinds(modules))
         folder.update(training_loss=recorded.train.loss, heldout_loss=recorded.heldout.loss)

@@ -84,7 +84,7 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
       InputError: two cells measured on different records, or a cell's file that is missing or damaged.
     """
     groups: dict[tuple[Any, ...], dict[float | None, Group]] = {}
-    for row in results.rows_of(rows[rows["status"] == "complete"]):
+    for row in frames.rows(rows[rows["status"] == "complete"]):
         key = tuple(row[name] for name in results.GROUP)
         groups.setdefault(key, {}).setdefault(row["learning_rate"], {})[row["seed"]] = row
     for (model, method, rank, alpha), by_rate in groups.items():

@@ -93,12 +93,6 @@ def best_rates(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=columns).astype({name: rows[name].dtype for name in columns[:-1]})
 
 
-def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame as Python values; None is missing."""
-    names, values = [str(name) for name in frame], frame.astype(object).where(frame.notna(), None).to_numpy()
-    return [dict(zip(names, row, strict=True)) for row in values.tolist()]
-
-
 def said(result: Mapping[str, Any]) -> str:
     """A result in words."""
     if result["status"] == "diverged":

@@ -62,7 +62,7 @@ def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -
     models = sorted(set(rows["model"]))
     if model is None and len(models) > 1:
         raise InputError(f"{path}: has the models {', '.join(models)}; accepted is one, chosen by --matrix-model")
-    chosen = results.rows_of(rows if model is None else rows[rows["model"] == model])
+    chosen = frames.rows(rows if model is None else rows[rows["model"] == model])
     if not chosen:
         raise InputError(f"{path}: has no finished cell of model {model or 'any'}; its models are {', '.join(models)}")
     return [_run(folder, row, column) for row in chosen]

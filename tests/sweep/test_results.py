@@ -102,7 +102,7 @@ def test_a_line_a_training_in_order() -> None:
     found = [outcome(one, result) for one in done]
     found.append(outcome(cell("rora", 8, 0.1, 1, **scored), result | {"levels": [LEVEL]}))
     found.append(outcome(cell("rora", 4, 0.1, 0, **scored), {"status": "diverged", "diverged_at": 2}))
-    rows = results.rows_of(results.table(found))
+    rows = frames.rows(results.table(found))
     assert [(row["method"], row["rank"], row["learning_rate"], row["seed"]) for row in rows] == [
         ("base", None, None, None),
         ("prefix", None, 0.1, 0),
@@ -137,7 +137,7 @@ def test_lines_of_a_rank_are_in_the_order_of_alpha_before_the_rate() -> None:
 def test_an_average_of_several_tasks_is_the_one_that_was_made() -> None:
     levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
     result = {"status": "complete", "validation_loss": 1.0, "levels": levels}
-    (row,) = results.rows_of(results.table([outcome(cell("lora", 8, 0.1, 0), result)]))
+    (row,) = frames.rows(results.table([outcome(cell("lora", 8, 0.1, 0), result)]))
     assert (row["average"], row["boolq"]) == (0.6, 0.75)
 
 
