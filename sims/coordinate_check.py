@@ -26,7 +26,8 @@ from rora_theory.data.batches import Batch
 from rora_theory.finetune import Batches, choose_widths, read_records, split, tokenize
 from rora_theory.llama import Model, load
 from rora_theory.measure import rank_check
-from rora_theory.measure.coordinates import MODEL, Checker
+from rora_theory.measure.coordinate_table import MODEL
+from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import CheckConfig
 from rora_theory.measure.unseen import apart_from
 from rora_theory.rules import alpha_at, check_list, check_ranks

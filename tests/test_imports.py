@@ -23,7 +23,7 @@ WITHOUT_JAX = (
         for name in ("estimate", "moments", "slopes", "paired", "rate_optimum", "rate_curves")
     ),
     *(f"rora_theory.paper.{name}" for name in ("equations", "published", "audit")),
-    *(f"rora_theory.measure.{name}" for name in ("layer_data", "terms", "module_regime", "tokens")),
+    *(f"rora_theory.measure.{name}" for name in ("layer_data", "terms", "module_regime", "tokens", "coordinate_table")),
 )
 
 CORE = (

@@ -12,10 +12,10 @@ A scaling rule passes where the log-log slope against the rank is within a band 
     table.assert_flat("output", split="train", step=1, module="self_attn.q_proj")
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +28,13 @@ from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
+from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Split, Table
 from rora_theory.scaling import Rule, check_positive
 from rora_theory.seeds import check_seed
-from rora_theory.stats import slopes
-from rora_theory.stats.estimate import CONFIDENCE
-from rora_theory.stats.slopes import BAND, SeedFit
 from rora_theory.toy import dynamics, nested
 from rora_theory.toy.dynamics import Optimizer
 
 Params = dict[str, Any]
-Split = Literal["train", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "held_out")
-
-MODULE_QUANTITIES = ("output", "inner", "delta", "grad_A", "grad_B")
-MODEL_QUANTITIES = ("hidden", "logits", "loss")
-MODEL = "model"
-"""Where a module is named, stands for the whole model."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +57,6 @@ class Setting:
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)
         dynamics.make_optimizer(self.optimizer, self.learning_rate)
-
-
-class Coordinate(NamedTuple):
-    """What is read, where and when.
-
-    Attributes:
-      quantity: of a module, over its adapted layers and the split's tokens: ``output``, root mean square of
-        gamma B A x at the inputs x of the adapted model; ``inner``, of A x; ``delta``, |gamma B A|_F, root mean square
-        over layers; ``grad_A``, ``grad_B``, Frobenius norms over layers together of the gradient that made the last
-        step. Of the model: ``hidden``, ``logits``, root mean square of their change from the base model's; ``loss``,
-        mean cross-entropy of the split's targets.
-      split: ``train``, the batch of the last step, or ``held_out``. ``delta`` and gradients are under ``train``.
-      module: a name of `rora_theory.llama.MODULES`, or ``model``.
-      step: updates made.
-    """
-
-    quantity: str
-    split: str
-    module: str
-    step: int
 
 
 class Checker:
@@ -190,46 +161,6 @@ class Checker:
         before, size = self._known[digest], jnp.float32(rank)
         found = _read(adapter, self.params, batch, before, self._correlation, size, llama_config=self.llama_config)
         return found if split == "train" else {name: found[name] for name in found if name != "delta"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Coordinates of several ranks and seeds.
-
-    Attributes:
-      ranks: ascending.
-      values: [seeds, ranks] of each coordinate.
-    """
-
-    ranks: tuple[int, ...]
-    values: Mapping[Coordinate, Float[np.ndarray, "seeds ranks"]]
-
-    def slope(self, quantity: str, *, split: str, step: int, module: str = MODEL) -> SeedFit:
-        """Log-log slope against the rank, see `slopes.seed_fit`.
-
-        Raises:
-          InputError: no such coordinate, or a value that is not finite and above 0.
-        """
-        coordinate = Coordinate(quantity, split, module, step)
-        if coordinate not in self.values:
-            raise InputError(f"there is no {coordinate}; accepted are {', '.join(map(str, list(self.values)[:3]))} ...")
-        return slopes.seed_fit(self.ranks, self.values[coordinate])
-
-    def assert_flat(
-        self,
-        quantity: str = "output",
-        *,
-        split: str,
-        step: int,
-        module: str = MODEL,
-        band: float = BAND,
-        confidence: float = CONFIDENCE,
-    ) -> SeedFit:
-        """Pass where the slope is shown to lie within ``band`` of zero, see `slopes.assert_flat`."""
-        self.slope(quantity, split=split, step=step, module=module)
-        what = f"{quantity} of {module} on {split} at step {step}"
-        y = self.values[Coordinate(quantity, split, module, step)]
-        return slopes.assert_flat(self.ranks, y, band=band, confidence=confidence, what=what)
 
 
 def check(

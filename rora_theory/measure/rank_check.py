@@ -22,14 +22,12 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.llama import Model
-from rora_theory.measure.coordinates import MODEL, SPLITS, Checker, Coordinate, Setting, Table
+from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Table, in_a_word, whole_model
+from rora_theory.measure.coordinates import Checker, Setting
 from rora_theory.scaling import Rule, alpha_for, check_integer, check_positive, check_rank, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats import slopes
 from rora_theory.toy import dynamics
-
-WHOLE = ((MODEL, "hidden"), (MODEL, "logits"))
-"""What the verdict on a rule is on: modules lose cross-talk with the rank, and it does not add up over them."""
 
 OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
 
@@ -174,28 +172,10 @@ def fits(config: CheckConfig, rows: Sequence[dict[str, Any]]) -> list[dict[str, 
             outputs = np.stack([values[Coordinate("output", split_, module, step)] for module in modules])
             with np.errstate(divide="ignore", invalid="ignore"):
                 values[Coordinate("output", split_, MODEL, step)] = np.exp(np.mean(np.log(outputs), axis=0))
-        table_of_case = Table(ranks, values)
-        for coordinate, value in values.items():
-            if coordinate.quantity == "loss":
-                continue
-            line: dict[str, Any] = {"optimizer": case.optimizer, "rule": case.rule, "init": case.init}
-            line["control"] = int(case.control)
-            line |= {"kappa": exponent(config.rule(case.rule)), **coordinate._asdict()}
-            if not (np.isfinite(value).all() and (value > 0).all()):
-                moved = np.isfinite(value).all()  # the first gradient of A is zero
-                if not moved:
-                    found.append(line | {"seeds": config.seeds, "verdict": "diverged"})
-                continue
-            fit = table_of_case.slope(
-                coordinate.quantity, split=coordinate.split, step=coordinate.step, module=coordinate.module
-            )
-            power = 2 if case.optimizer in ("sgd", "momentum") else 1
-            line |= {"slope": float(f"{fit.slope:.5f}"), "standard_error": float(f"{fit.standard_error:.2g}")}
-            line |= {"half_width": float(f"{fit.half_width():.2g}"), "seeds": fit.seeds}
-            line |= {"verdict": slopes.judge(fit, config.band)}
-            if coordinate.quantity in ("output", "delta", "hidden", "logits"):  # those that carry gamma^power at first
-                line |= {"kappa_flat": float(f"{line['kappa'] + fit.slope / power:.4f}")}
-            found.append(line)
+        kappa, power = exponent(config.rule(case.rule)), 2 if case.optimizer in ("sgd", "momentum") else 1
+        line = {"optimizer": case.optimizer, "rule": case.rule, "init": case.init, "control": int(case.control)}
+        line |= {"kappa": kappa}
+        found += [line | own for own in Table(ranks, values).lines(band=config.band, kappa=kappa, power=power)]
     return found
 
 
@@ -224,7 +204,7 @@ def verdicts(config: CheckConfig, found: Sequence[dict[str, Any]]) -> list[dict[
             for split in SPLITS
             for step in config.steps
         }
-        whole = in_a_word([row["verdict"] for row in group if (row["module"], row["quantity"]) in WHOLE])
+        whole = whole_model(group)
         parts = in_a_word([verdict for each in own.values() for verdict in each])
         if case.control:
             whole, parts = _of_control(whole), _of_control(parts)
@@ -240,15 +220,6 @@ def verdicts(config: CheckConfig, found: Sequence[dict[str, Any]]) -> list[dict[
     return rows
 
 
-def in_a_word(verdicts: Sequence[str]) -> str:
-    """One verdict on several slopes: theirs where they agree, else which of them were found."""
-    found = list(dict.fromkeys(verdicts))
-    if len(found) == 1:
-        return f"{found[0]} with the rank" if found[0] in ("grows", "shrinks") else found[0]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in found)
-    return f"mixed ({counts})" if found else "nothing moved"
-
-
 def _of_control(word: str) -> str:
     if word == "flat":
         return "FLAT: the check has no power"
@@ -260,7 +231,7 @@ class Check:
     """What `coordinate_check` found, as tidy frames.
 
     Attributes:
-      sizes: a row a case, rank, seed, step, split, module and quantity, see `coordinates.Coordinate`.
+      sizes: a row a case, rank, seed, step, split, module and quantity, see `coordinate_table.Coordinate`.
       slopes: a row a case, step, split, module and quantity, with the slope's error and verdict, see `fits`.
       verdicts: a row a case, see `verdicts`.
     """

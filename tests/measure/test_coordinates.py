@@ -12,7 +12,8 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import LlamaConfig, forward, hidden_states, init_params
 from rora_theory.measure import coordinates
-from rora_theory.measure.coordinates import Checker, Coordinate, Setting
+from rora_theory.measure.coordinate_table import Coordinate, Table
+from rora_theory.measure.coordinates import Checker, Setting
 
 CONFIG = LlamaConfig(
     vocab_size=40,
@@ -184,6 +185,6 @@ def test_refusals(checker):
         coordinates.check(checker, [Setting(4, 1.0, "lora")] * 2, batch, batch, seeds=2, steps=(1,))
     with pytest.raises(InputError, match="learning_rate"):
         Setting(4, 1.0, "lora", learning_rate=0.0)
-    found = coordinates.Table((2, 4), {Coordinate("output", "train", "model", 1): np.ones((2, 2))})
+    found = Table((2, 4), {Coordinate("output", "train", "model", 1): np.ones((2, 2))})
     with pytest.raises(InputError, match="there is no"):
         found.assert_flat("output", split="train", step=2)

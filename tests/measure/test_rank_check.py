@@ -7,7 +7,8 @@ from support import checkpoint
 from rora_theory import InputError, measure
 from rora_theory.data.batches import Batch
 from rora_theory.llama import load
-from rora_theory.measure.rank_check import Case, CheckConfig, cases, fits, in_a_word, verdicts
+from rora_theory.measure.coordinate_table import in_a_word
+from rora_theory.measure.rank_check import Case, CheckConfig, cases, fits, verdicts
 
 
 def batch(seed: int) -> Batch:

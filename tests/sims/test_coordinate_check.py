@@ -17,7 +17,8 @@ from rora_theory import scaling_factor
 from rora_theory.data.batches import Batch
 from rora_theory.llama import load
 from rora_theory.llama.weights import save_hf
-from rora_theory.measure.coordinates import Checker, Coordinate
+from rora_theory.measure.coordinate_table import Coordinate
+from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import Case, CheckConfig, cases, cell_rows, fits
 from sims import coordinate_check as sim
 from sims.common.cells import CELLS
