@@ -130,11 +130,12 @@ def _method(settings: dict[str, Any]) -> str:
 def names_of(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Names of runs; the learning rate is in them where two would be the same."""
     plain = [name(settings) for settings in runs]
-    rates = {(label, settings["learning_rate"]) for label, settings in zip(plain, runs, strict=True)}
+    peaks = [settings["lr"] if "lr" in settings else settings["learning_rate"] for settings in runs]  # the earlier name
+    rates = set(zip(plain, peaks, strict=True))
     several = {label for label in plain if sum(label == known for known, _ in rates) > 1}
     return [
-        f"{label}, lr {settings['learning_rate']:g}" if label in several and settings["learning_rate"] else label
-        for label, settings in zip(plain, runs, strict=True)
+        f"{label}, lr {peak:g}" if label in several and peak else label
+        for label, peak in zip(plain, peaks, strict=True)
     ]
 
 

@@ -36,7 +36,7 @@ class Config:
     """lora and rora differ by their scaling alone, so they take the same; dora trains magnitudes too"""
     rank: int = 128
     """rank of the adapter, on q, k, v, up and down"""
-    batch: int = 16
+    batch_size: int = 16
     """records a step"""
     accumulation: int = 1
     """parts a batch is worked in, one after another"""
@@ -70,7 +70,7 @@ class Config:
             method="dora" if self.method == "dora" else "lora",
             rule="lora" if self.method == "lora" else "rora",
             rank=self.rank,
-            batch=self.batch,
+            batch_size=self.batch_size,
             accumulation=self.accumulation,
             dropout=self.dropout,
             dtype=self.dtype,
@@ -81,7 +81,7 @@ class Config:
         """Steps of the whole run; None where the command does not say."""
         if self.examples is None:
             return self.steps
-        return -(-self.examples // self.batch) * self.epochs
+        return -(-self.examples // self.batch_size) * self.epochs
 
 
 def check(config: Config) -> None:
@@ -90,8 +90,8 @@ def check(config: Config) -> None:
         raise InputError(f"--device is {config.device!r}; accepted are {', '.join(DEVICES)}")
     if config.steps is not None and config.examples is not None:
         raise InputError("--steps and --examples are both given; accepted is one of them")
-    cli.check_integers(config, rank=1, batch=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
-    config.finetune().check()
+    cli.check_integers(config, rank=1, batch_size=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
+    config.finetune()
     if not 0 < config.utilisation <= 1:
         raise InputError(f"--utilisation is {config.utilisation}; accepted is a number above 0, at most 1")
     if config.model is None and (config.compile or config.measure):
@@ -180,7 +180,7 @@ def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: 
 def _verdict(found: Account, device: Device) -> str:
     memory = f"{found.total / GB:.1f} GB of {(device.memory - capacity.RESERVE) / GB:.1f} GB"
     if not found.fits(device):
-        return f"does not fit ({memory}); --remat True, a smaller --batch or more --accumulation takes less"
+        return f"does not fit ({memory}); --remat True, a smaller --batch-size or more --accumulation takes less"
     fraction = found.memory_fraction(device)
     note = f"; needs XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} or more" if fraction else ""
     return f"fits ({memory}){note}"
@@ -197,7 +197,7 @@ def _total(config: Config, seconds: float) -> str:
 
 def _describe(config: Config) -> str:
     parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
-    return f"{config.method}, rank {config.rank}, batch {config.batch} x {config.seq}{parts}, {config.dtype} base"
+    return f"{config.method}, rank {config.rank}, batch {config.batch_size} x {config.seq}{parts}, {config.dtype} base"
 
 
 def _basis(config: Config, device: Device) -> str:

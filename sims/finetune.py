@@ -98,7 +98,7 @@ def prepare(parts: tuple[list[Record], list[Record]], tokenizer: Any, config: Fi
     widths = choose_widths(np.concatenate([examples.sizes for examples in found]), config.widths)
 
     def batches(examples: Examples, **order: int) -> Batches:
-        return Batches(examples, widths, batch=config.batch, answer_only=answer_only, **order)
+        return Batches(examples, widths, batch=config.batch_size, answer_only=answer_only, **order)
 
     trained = batches(train, epochs=config.epochs, seed=config.seed)
     summary = {
@@ -170,7 +170,6 @@ def finetune(config: Config, model: Any = None) -> Path:
     from rora_theory import adapters, llama
 
     training, first = config.training, distributed.is_first()
-    training.check()
     check_integer("fsdp", config.fsdp)
     settings = training.adapter()
     if config.merge and not settings.mergeable:
@@ -179,7 +178,7 @@ def finetune(config: Config, model: Any = None) -> Path:
         what = "method lora, or serve_as peft with merge" if settings.mergeable else "serve_as peft"
         raise InputError(f"serve_as is portable with method {training.method}; accepted is {what}")
     records = read_records(config.data)
-    parts = split(records, training.validation, training.seed)
+    parts = split(records, training.held_out, training.seed)
     origin = llama.locate(config.model, config.revision) if model is None else model.origin
     llama_config = llama.model_config(origin) if model is None else model.config
     rows = adapters.table(settings, llama_config)
@@ -188,7 +187,7 @@ def finetune(config: Config, model: Any = None) -> Path:
     layout, shardings = None, None
     if len(jax.devices()) > 1:
         layout = sharding.Layout(sharding.mesh(fsdp=config.fsdp))
-        layout.check_batch(training.batch, training.accumulation)
+        layout.check_batch(training.batch_size, training.accumulation)
         shardings = layout.params_shardings(llama.abstract_params(llama_config, jnp.dtype(training.dtype)))
     if model is None:
         model = llama.load(origin, jnp.dtype(training.dtype), shardings=shardings)

@@ -99,13 +99,13 @@ class Config:
             rule="lora",
             rank=cell.rank,
             alpha=cell.strength,
-            learning_rate=cell.rate,
+            lr=cell.rate,
             seed=cell.seed,
             schedule="constant",
             dropout=0.0,
-            validation=0,
+            held_out=0,
             widths=3,
-            batch=self.batch_size,
+            batch_size=self.batch_size,
             warmup=self.warmup,
             targets=self.targets,
             template=self.template,
@@ -131,8 +131,6 @@ def run(config: Config) -> None:
     takeovers = horizons.read_takeovers(config.regime) if config.regime else []
     cells = list(config.cells())
     trainings = {cell: config.training(cell) for cell in cells}
-    for training in trainings.values():
-        training.check()
     split = draw_records(
         config.data, held_out=config.held_out, train_records=config.train_records, seed=config.data_seed
     )

@@ -61,7 +61,7 @@ class Config:
     """other pieces, for the perplexity"""
     seq: int = 256
     """tokens of a piece"""
-    batch: int = 4
+    batch_size: int = 4
     """pieces worked on at once"""
     seed: int = 0
     """seed of the choice of pieces"""
@@ -75,7 +75,7 @@ def check(config: Config) -> None:
     """Raise `InputError` where a setting is out of range. What depends on the model is checked when there is one."""
     if not config.text:
         raise InputError("text is empty; accepted are .txt files or training records")
-    cli.check_integers(config, windows=1, held_out=1, seq=2, batch=1, layers=1, kv_heads=1, width=1)
+    cli.check_integers(config, windows=1, held_out=1, seq=2, batch_size=1, layers=1, kv_heads=1, width=1)
     if not 0 < config.share <= 1:
         raise InputError(f"--share is {config.share}; accepted is a number above 0, at most 1")
     check_seed(config.seed)
@@ -185,19 +185,19 @@ def main() -> None:
         raise InputError(f"seq is {config.seq}; accepted is at most {longest}, the model's max_position_embeddings")
     windows, held_out = cut(texts, model.tokenizer, config)
     identity = asdict(config) | model.origin.identity() | {"text": digests.of_json(texts)}
-    for name in ("out", "batch", "revision"):
+    for name in ("out", "batch_size", "revision"):
         del identity[name]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
     if not (folder.holds(MODEL) and folder.holds("results.csv")):
         folder.clear(MODEL)
-        statistics = calibrate(model, windows, config.batch)
+        statistics = calibrate(model, windows, config.batch_size)
         scores = pruning.score(model.params, statistics, model.config)
         kept = pruning.choose(scores, shape)
         params, pruned = pruning.prune(model.params, model.config, kept)
         counts = [count_parameters(one) for one in (model.config, pruned)]
         models = ((model.params, model.config), (params, pruned))
         measured = {
-            f"perplexity_{name}": [perplexity(*one, text, config.batch) for one in models]
+            f"perplexity_{name}": [perplexity(*one, text, config.batch_size) for one in models]
             for name, text in (("held_out", held_out), ("calibration", windows))
         }
         folder.write_rows(COLUMNS, rows_of(scores, kept))

@@ -150,9 +150,9 @@ class Config:
 
     def training(self) -> FinetuneConfig:
         """What the fine-tuning runs of all cells share."""
-        names = ("alpha", "targets", "dropout", "template", "cutoff", "loss_on", "widths", "epochs", "batch")
+        names = ("alpha", "targets", "dropout", "template", "cutoff", "loss_on", "widths", "epochs", "steps")
         own = {name: getattr(self, name) for name in (*names, "accumulation", "warmup", "remat")}
-        return FinetuneConfig(validation=0, max_steps=self.steps, dtype=self.the_design().dtype, **own)
+        return FinetuneConfig(held_out=0, batch_size=self.batch, dtype=self.the_design().dtype, **own)
 
     def records(self) -> RecordSplit:
         """Training and held-out records. Raises `InputError` as `draw_records`."""

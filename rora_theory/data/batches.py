@@ -87,18 +87,18 @@ class Examples:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
-def split(records: Sequence[Record], validation: int, seed: int) -> tuple[list[Record], list[Record]]:
+def split(records: Sequence[Record], held_out: int, seed: int) -> tuple[list[Record], list[Record]]:
     """Training and validation records, permuted as `datasets.Dataset.train_test_split` does at this seed.
 
     Raises:
-      InputError: fewer than ``validation + 1`` records.
+      InputError: fewer than ``held_out + 1`` records.
     """
-    if not validation:
+    if not held_out:
         return list(records), []
-    if len(records) <= validation:
-        raise InputError(f"validation is {validation} of {len(records)} records; accepted are fewer than all")
+    if len(records) <= held_out:
+        raise InputError(f"held_out is {held_out} of {len(records)} records; accepted are fewer than all")
     order = np.random.default_rng(seed).permutation(len(records))
-    return [records[i] for i in order[validation:]], [records[i] for i in order[:validation]]
+    return [records[i] for i in order[held_out:]], [records[i] for i in order[:held_out]]
 
 
 def tokenize(

@@ -173,12 +173,11 @@ class Program:
 
 
 def abstract_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int) -> Program:
-    """The step that training runs, for batches of ``config.batch`` rows of ``width`` positions.
+    """The step that training runs, for batches of ``config.batch_size`` rows of ``width`` positions.
 
     Raises:
       InputError: a setting out of range, an adapter that does not fit the model, or a width it does not take.
     """
-    config.check()
     if width < 1:
         raise InputError(f"width is {width}; accepted is an integer of 1 or more")
     base = abstract_params(llama_config, jnp.dtype(config.dtype))
@@ -188,8 +187,8 @@ def abstract_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int)
     state = jax.eval_shape(
         lambda params, k: steps.init_state(adapters.replace(adapter, params), optimizer, k), adapter.params, key
     )
-    integers = jax.ShapeDtypeStruct((config.batch, width), jnp.int32)
-    weights = jax.ShapeDtypeStruct((config.batch, width), jnp.float32)
+    integers = jax.ShapeDtypeStruct((config.batch_size, width), jnp.int32)
+    weights = jax.ShapeDtypeStruct((config.batch_size, width), jnp.float32)
     function = steps.train_step(adapter, llama_config, config, 1)
     return Program(function, state, base, Batch(integers, integers, weights, None))
 
@@ -200,12 +199,12 @@ def account(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
     traced = step.function.trace(step.state, step.base, step.batch)
     held = program.held(traced.jaxpr)
     adapter = _bytes(step.state.params)
-    rows = config.batch // config.accumulation
+    rows = config.batch_size // config.accumulation
     row = 4 * llama_config.vocab_size * rows
     return Account(
         parameters=count(step.base),
         trainable=adapters.count(abstract_adapter(llama_config, config)),
-        tokens=config.batch * width,
+        tokens=config.batch_size * width,
         flops=program.flops(traced.jaxpr),
         passes=(3 if config.remat else 2) * config.accumulation,
         base=_bytes(step.base),
@@ -273,8 +272,8 @@ def measure(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
     state = steps.init_state(adapter, steps.optimizer(config, 1), jax.random.key(2))
     del adapter
     random = np.random.default_rng(0)
-    tokens = random.integers(0, llama_config.vocab_size, (config.batch, width + 1)).astype(np.int32)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((config.batch, width), np.float32), None)
+    tokens = random.integers(0, llama_config.vocab_size, (config.batch_size, width + 1)).astype(np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((config.batch_size, width), np.float32), None)
     jax.block_until_ready((base, state))
     before = 0
     if device.platform != "gpu":

@@ -81,20 +81,20 @@ class FinetuneConfig:
     """longest example in tokens; a longer one keeps its start and loses its end"""
     loss_on: LossOn = "all"
     """tokens in the loss: all (the protocol), or the answer alone"""
-    validation: int = 120
+    held_out: int = 120
     """records set aside for the validation loss; 0 is none"""
     widths: int = 6
     """padded lengths that batches come in, each compiled once"""
 
     epochs: int = 3
     """passes over the training records"""
-    max_steps: int | None = None
+    steps: int | None = None
     """stop after so many steps; the schedule ends there too"""
-    batch: int = 16
+    batch_size: int = 16
     """records a step"""
     accumulation: int = 1
     """parts a batch is worked in, one after another, to save memory"""
-    learning_rate: float | None = None
+    lr: float | None = None
     """peak learning rate; none is the protocol's: 3e-4, for dora 2e-4, for prefix 3e-2"""
     warmup: int = 100
     """steps of linear warm-up from 0"""
@@ -120,7 +120,7 @@ class FinetuneConfig:
     remat: bool | Literal["mlp"] = False
     """made again in the backward pass, to save memory: False elementwise work, mlp the feed-forward too, True all"""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise `InputError` for a value out of range. What depends on the model is checked when there is one."""
         for name, kind in (
             ("method", Method),
@@ -141,11 +141,13 @@ class FinetuneConfig:
         for name, least in _LEAST.items():
             check_integer(name, getattr(self, name), least=least)
         check_seed(self.seed)
-        if self.max_steps is not None:
-            check_integer("max_steps", self.max_steps)
-        if self.batch % self.accumulation:
-            raise InputError(f"accumulation is {self.accumulation}; accepted is a divisor of batch, {self.batch}")
-        check_positive("learning_rate", self.peak_learning_rate)
+        if self.steps is not None:
+            check_integer("steps", self.steps)
+        if self.batch_size % self.accumulation:
+            raise InputError(
+                f"accumulation is {self.accumulation}; accepted is a divisor of batch_size, {self.batch_size}"
+            )
+        check_positive("lr", self.peak_learning_rate)
         decay = self.weight_decay
         _check("weight_decay", decay, "a finite number of 0 or more", 0 <= decay < math.inf)
         _check("clip", self.clip, "a number above 0", self.clip > 0)
@@ -155,7 +157,7 @@ class FinetuneConfig:
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate at the end of the warm-up."""
-        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
+        return LEARNING_RATES[self.method] if self.lr is None else self.lr
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -206,10 +208,10 @@ class FinetuneConfig:
 
 _LEAST = {
     "cutoff": 2,
-    "validation": 0,
+    "held_out": 0,
     "widths": 1,
     "epochs": 1,
-    "batch": 1,
+    "batch_size": 1,
     "accumulation": 1,
     "warmup": 0,
     "evaluate_every": 1,

@@ -119,9 +119,8 @@ class Trainer:
         shared: steps.SharedSteps | None = None,
         pauses: Collection[int] = (),
     ) -> None:
-        config.check()
         self._pauses = frozenset(pauses)
-        self.steps = min(len(train), config.max_steps or len(train))
+        self.steps = min(len(train), config.steps or len(train))
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation
         key = jax.random.key(config.seed)
@@ -131,7 +130,7 @@ class Trainer:
         self._place: Callable[[Batch], Batch] = lambda batch: batch
         shardings = None
         if layout is not None:
-            layout.check_batch(config.batch, config.accumulation)
+            layout.check_batch(config.batch_size, config.accumulation)
             shardings, self._place = layout.state_shardings(self._state), layout.batch
             self._state, adapter = layout.state(self._state), Gathered(adapter, layout)
         self._step: Callable[..., Any]

@@ -61,7 +61,7 @@ def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = No
     peak = config.peak_learning_rate if peak is None else peak
     rise = optax.linear_schedule(0.0, peak, config.warmup)
     if config.schedule == "constant":
-        rest = optax.constant_schedule(peak)  # type: ignore[arg-type]  # an array too
+        rest = optax.constant_schedule(peak)  # an array too
     else:
         rest = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
     return optax.join_schedules([rise, rest], [config.warmup]) if config.warmup else rest
@@ -143,7 +143,8 @@ class SharedSteps:
         logits_bytes: int = LOGITS_BYTES,
     ) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
         """``(state, base, batch) -> (state, metrics)`` of one device; arguments as `train_step`."""
-        plain = replace(config, rule="lora", alpha=1.0, alpha_pattern={}, learning_rate=1.0, seed=0)
+        scaling: dict[str, Any] = {"rule": "lora", "alpha": 1.0, "alpha_pattern": {}}
+        plain = replace(config, lr=1.0, seed=0, **(scaling if config.method in ("lora", "dora") else {}))
         nothing = jax.tree.map(lambda _: None, adapters.trainable(adapter))
         fixed, structure = jax.tree.flatten(adapters.replace(adapter, nothing))
         key = repr((plain, llama_config, steps, attention, logits_bytes, type(adapter), len(fixed)))

@@ -141,10 +141,8 @@ def training_of(
         own: dict[str, Any] = {"alpha": FinetuneConfig.alpha, "targets": None, "dropout": 0.0}
     else:
         own = {"rank": rank, "alpha": 2.0 * rank if design.alpha_rule == "2r" else shared.alpha}
-    own |= {"learning_rate": rate, "seed": seed, "dtype": design.dtype, **METHODS[method].settings}
-    training = replace(shared, **own)
-    training.check()
-    return training
+    own |= {"lr": rate, "seed": seed, "dtype": design.dtype, **METHODS[method].settings}
+    return replace(shared, **own)
 
 
 def check_cells(cells: Sequence[Cell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:
@@ -178,6 +176,6 @@ def identity(
         "commits": {name: found.commit for name, found in located.items()},
         "model_sha256": {name: found.sha256 for name, found in located.items()},
         "data": records.summary,
-        "training": {"steps": shared.max_steps, "epochs": shared.epochs, "batch": shared.batch},
+        "training": {"steps": shared.steps, "epochs": shared.epochs, "batch": shared.batch_size},
         "settings": {name: getattr(shared, name) for name in settings} | {"dtype": design.dtype},
     }

@@ -60,7 +60,7 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
         raise InputError(f"read_at is {' '.join(map(str, steps))!r}; accepted are ascending integers of 1 or more")
     if training.schedule != "constant":
         raise InputError(f"schedule is {training.schedule!r}; accepted for readings on the way is 'constant'")
-    training = replace(training, max_steps=steps[-1])
+    training = replace(training, steps=steps[-1])
     adapter, batches = bench.begin(training)
     if len(batches) < steps[-1]:
         raise InputError(f"read_at ends at {steps[-1]}; accepted are the {len(batches)} steps that the records give")

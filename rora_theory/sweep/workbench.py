@@ -181,7 +181,7 @@ class Workbench:
         batches = Batches(
             self._train,
             self._widths,
-            batch=training.batch,
+            batch=training.batch_size,
             epochs=training.epochs,
             seed=training.seed,
             answer_only=training.loss_on == "answer",
@@ -193,7 +193,7 @@ class Workbench:
         """Fine-tune the open model; arguments as of `run`."""
         training = replace(training, checkpoint_every=self.checkpoint_every)
         adapter, batches = self.begin(training)
-        steps = min(len(batches), training.max_steps or len(batches))
+        steps = min(len(batches), training.steps or len(batches))
         folder = checkpoints if steps > self.checkpoint_every else None
         before, model = self.steps.compilations, self.model
         trainer = Trainer(model.params, model.config, adapter, training, batches, None, folder, shared=self.steps)

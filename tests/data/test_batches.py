@@ -89,7 +89,7 @@ def test_split_is_a_seeded_partition():
     # The permutation of `datasets.Dataset.train_test_split`: numpy's default generator, the first part held out.
     assert validation == [records[i] for i in np.random.default_rng(42).permutation(30)[:7]]
     assert split(records, 0, 1) == (records, [])
-    with pytest.raises(InputError, match="validation is 30 of 30 records"):
+    with pytest.raises(InputError, match="held_out is 30 of 30 records"):
         split(records, 30, 1)
 
 

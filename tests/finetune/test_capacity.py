@@ -14,7 +14,7 @@ from rora_theory.llama import LlamaConfig, init_params
 from rora_theory.llama.model import abstract_params
 
 TINY = LlamaConfig(512, 32, 48, 2, 4, 2, 8, max_position_embeddings=64)
-SMALL = FinetuneConfig(rank=4, batch=4, dropout=0.0)
+SMALL = FinetuneConfig(rank=4, batch_size=4, dropout=0.0)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_time_is_that_of_the_products_or_of_reading_the_weights():
 
 @pytest.mark.parametrize("name", PAPER_MODELS)
 def test_all_of_the_papers_models_fit_a_48_gb_a6000_with_rematerialisation(name):
-    config = FinetuneConfig(rank=128, batch=16, dtype="bfloat16", remat=True)
+    config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True)
     found = capacity.account(MODELS[name], config, 256)
     assert found.base == 2 * found.parameters
     assert found.fits(DEVICES["a6000"])
@@ -117,7 +117,7 @@ def test_all_of_the_papers_models_fit_a_48_gb_a6000_with_rematerialisation(name)
 
 def test_a_step_takes_the_memory_that_was_planned():
     model = LlamaConfig(1024, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
-    config = FinetuneConfig(rank=8, batch=24)
+    config = FinetuneConfig(rank=8, batch_size=24)
     found, xla = capacity.measure(model, config, 128), capacity.compile_here(model, config, 128)
     predicted = xla.arguments + xla.temporaries  # `test_program` compares XLA's account with this package's
     assert predicted > 300e6

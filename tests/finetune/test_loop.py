@@ -31,12 +31,12 @@ CONFIG = FinetuneConfig(
     targets=("q_proj", "down_proj"),
     dropout=0.1,
     template="clean",
-    validation=6,
+    held_out=6,
     widths=2,
     epochs=2,
-    batch=4,
+    batch_size=4,
     warmup=2,
-    learning_rate=0.03,
+    lr=0.03,
     evaluate_every=4,
     checkpoint_every=3,
 )
@@ -75,12 +75,12 @@ def trainer(params, folder, **changes):
     config = dataclasses.replace(CONFIG, **changes)
     train, held_out = (
         tokenize(part, tiny.ByteEncoder(), template=config.template)
-        for part in split(RECORDS, config.validation, config.seed)
+        for part in split(RECORDS, config.held_out, config.seed)
     )
     widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), config.widths)
     adapter = adapters.init(jax.random.key(config.seed), config.lora(), tiny.CONFIG, params)
-    batches = Batches(train, widths, batch=config.batch, epochs=config.epochs, seed=config.seed)
-    held_out = Batches(held_out, widths, batch=config.batch)
+    batches = Batches(train, widths, batch=config.batch_size, epochs=config.epochs, seed=config.seed)
+    held_out = Batches(held_out, widths, batch=config.batch_size)
     return Trainer(params, tiny.CONFIG, adapter, config, batches, held_out, folder), batches, held_out
 
 

@@ -23,7 +23,7 @@ STEPS = 12
 
 
 def settings(method, **changes):
-    common = {"batch": 8, "warmup": 2, "learning_rate": 0.03, "validation": 0}
+    common = {"batch_size": 8, "warmup": 2, "lr": 0.03, "held_out": 0}
     return FinetuneConfig(method=method, **common | OTHERS[method] | changes)
 
 
@@ -91,7 +91,7 @@ def test_no_product_with_a_weight_is_made_again(method):
     """
     targets = ("up_proj", "down_proj")
     config = settings(method, targets=targets)
-    low_rank = FinetuneConfig(rank=4, targets=targets, batch=8, dropout=0.0, validation=0)
+    low_rank = FinetuneConfig(rank=4, targets=targets, batch_size=8, dropout=0.0, held_out=0)
     found, known = (capacity.account(tiny.CONFIG, one, 16) for one in (config, low_rank))
     if method == "parallel":
         assert found.flops == known.flops
@@ -150,7 +150,7 @@ def test_a_run_is_told_by_its_own_method_s_settings():
 @pytest.mark.usefixtures("unchecked")
 def test_refuses(changes, message):
     with pytest.raises(InputError, match=message):
-        FinetuneConfig(**changes).check()
+        FinetuneConfig(**changes)
 
 
 def test_lora_s_settings_are_not_those_of_others():

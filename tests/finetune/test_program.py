@@ -12,7 +12,7 @@ ROWS, WIDTH, RANK = 4, 16, 2
 
 
 def config(**changes):
-    return FinetuneConfig(**{"rank": RANK, "alpha": 4, "batch": ROWS, "dropout": 0.0} | changes)
+    return FinetuneConfig(**{"rank": RANK, "alpha": 4, "batch_size": ROWS, "dropout": 0.0} | changes)
 
 
 def by_hand(*, remat=False):
@@ -101,7 +101,7 @@ def test_memory_of_programs_small_enough_to_see():
 @pytest.mark.parametrize("changes", [{"dropout": 0.05, "method": "dora"}, {"remat": True}])
 def test_memory_of_a_step_is_what_xla_says(changes):
     """XLA's buffers of the same step in float32, where its CPU compiler makes no wider copies."""
-    run, beside, others = config(rank=8, batch=8, **changes), [], []
+    run, beside, others = config(rank=8, batch_size=8, **changes), [], []
     for layers in (4, 16):
         model = LlamaConfig(128, 128, 384, layers, 4, 2, 32)
         found, xla = capacity.account(model, run, 128), capacity.compile_here(model, run, 128)

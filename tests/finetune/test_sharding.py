@@ -21,7 +21,7 @@ from rora_theory.llama import MODULES, LlamaConfig, init_params
 from rora_theory.llama.model import abstract_params
 
 MODEL = LlamaConfig(128, 32, 48, 2, 8, 8, 4, attention_bias=True, max_position_embeddings=64)
-CONFIG = FinetuneConfig(rank=8, alpha=16, batch=8, warmup=0, learning_rate=1e-2, validation=0)
+CONFIG = FinetuneConfig(rank=8, alpha=16, batch_size=8, warmup=0, lr=1e-2, held_out=0)
 STEPS = 4
 
 

@@ -16,7 +16,7 @@ from rora_theory.finetune import step as steps
 
 STEPS = 10
 TARGETS = ("q_proj", "down_proj")
-PLAIN = FinetuneConfig(rank=2, alpha=4, targets=TARGETS, batch=4, dropout=0.0, warmup=2, clip=0.05)
+PLAIN = FinetuneConfig(rank=2, alpha=4, targets=TARGETS, batch_size=4, dropout=0.0, warmup=2, clip=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +65,17 @@ def run(params, config, batches, adapted=None):
 
 
 def test_schedule_is_the_published_one():
-    config = FinetuneConfig(warmup=3, learning_rate=0.5)
+    config = FinetuneConfig(warmup=3, lr=0.5)
     rate = steps.schedule(config, 10)
     expected = [0.5 * min(t / 3, (10 - t) / 7) for t in range(10)]
     np.testing.assert_allclose([float(rate(t)) for t in range(10)], expected, rtol=1e-6, atol=1e-8)
-    assert float(steps.schedule(FinetuneConfig(warmup=0, learning_rate=0.5), 10)(0)) == 0.5
+    assert float(steps.schedule(FinetuneConfig(warmup=0, lr=0.5), 10)(0)) == 0.5
     assert float(steps.schedule(FinetuneConfig(method="dora"), 1000)(100)) == pytest.approx(2e-4)
     assert float(steps.schedule(FinetuneConfig(), 1000)(100)) == pytest.approx(3e-4)
 
 
 def test_steps_are_adamw_on_the_clipped_gradient(params):
-    config = changed(learning_rate=0.01, weight_decay=0.1, betas=(0.8, 0.9))
+    config = changed(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
     start, data = adapter(params, config), [batch(seed=s) for s in range(4)]
     found = run(params, config, data, start)
     gradient = jax.jit(jax.value_and_grad(lambda p, b: direct_loss(params, adapters.replace(start, p), *b[:3])))
@@ -143,7 +143,7 @@ def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
 
 
 def test_dropout_follows_the_key_and_the_step(params):
-    config = changed(dropout=0.3, warmup=0, learning_rate=1e-30)
+    config = changed(dropout=0.3, warmup=0, lr=1e-30)
     data = [batch()] * 2
     losses = [metrics.loss for _, metrics in run(params, config, data)]
     assert losses[0] != losses[1], "another mask at each step"
@@ -153,7 +153,7 @@ def test_dropout_follows_the_key_and_the_step(params):
 
 def test_parts_of_a_batch_have_masks_of_their_own(params):
     """One record in the first part of two or in the second, the other part empty: a loss with another mask."""
-    config = changed(dropout=0.3, accumulation=2, warmup=0, learning_rate=1e-30)
+    config = changed(dropout=0.3, accumulation=2, warmup=0, lr=1e-30)
     one = batch(rows=1)
     losses = []
     for before, after in ((0, 1), (1, 0)):
@@ -166,8 +166,8 @@ def test_shared_steps_are_each_run_s_own(params):
     """One compiled step for runs of other rules, alphas and rates: each as it would be compiled for itself."""
     shared, data = steps.SharedSteps(), [batch(seed=s) for s in range(2)]
     ends = []
-    for changes in ({}, {"learning_rate": 0.03}, {"alpha": 9.0}, {"rule": "lora"}):
-        config = changed(warmup=1, learning_rate=0.01) if not changes else changed(warmup=1, **changes)
+    for changes in ({}, {"lr": 0.03}, {"alpha": 9.0}, {"rule": "lora"}):
+        config = changed(warmup=1, lr=0.01) if not changes else changed(warmup=1, **changes)
         start = adapter(params, config)
         function = shared.train_step(start, tiny.CONFIG, config, STEPS)
         state = steps.init_state(start, steps.optimizer(config, STEPS), jax.random.key(3))

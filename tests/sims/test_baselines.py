@@ -16,8 +16,8 @@ from sims import evaluate, finetune
 from sims.common import cli
 
 METHODS = {
-    "prefix": ("--virtual-tokens", "3", "--learning-rate", "0.1"),
-    "series": ("--bottleneck", "4", "--learning-rate", "0.03", "--targets", "down_proj"),
+    "prefix": ("--virtual-tokens", "3", "--lr", "0.1"),
+    "series": ("--bottleneck", "4", "--lr", "0.03", "--targets", "down_proj"),
 }
 
 
@@ -46,7 +46,9 @@ def data(tmp_path_factory) -> Path:
 
 
 def train(monkeypatch, model, data, out, *more: str) -> None:
-    plain = "--batch 8 --epochs 3 --warmup 2 --validation 8 --evaluate-every 8 --template clean --widths 1 --cutoff 400"
+    plain = (
+        "--batch-size 8 --epochs 3 --warmup 2 --held-out 8 --evaluate-every 8 --template clean --widths 1 --cutoff 400"
+    )
     command = ["--model", str(model), "--data", str(data / "train.json"), "--out", str(out), *plain.split(), *more]
     monkeypatch.setattr(sys, "argv", ["finetune", *command])
     cli.run(finetune.main)

@@ -38,7 +38,7 @@ def test_the_papers_models_on_an_a6000(capsys):
 
 
 def test_one_model_by_part(folder, capsys):
-    arguments = "--rank 4 --batch 4 --seq 32 --method dora --dtype float32 --device h100 --steps 3600 --compile"
+    arguments = "--rank 4 --batch-size 4 --seq 32 --method dora --dtype float32 --device h100 --steps 3600 --compile"
     capacity.main(["--model", str(folder), *arguments.split(), "--measure"])
     out = capsys.readouterr().out
     for part in ("base", "adapter", "optimizer", "gradients", "activations", "working", "total", "logits"):
@@ -52,7 +52,7 @@ def test_one_model_by_part(folder, capsys):
 def test_what_does_not_fit_says_what_takes_less(capsys):
     capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--dtype", "float32"])
     out = capsys.readouterr().out
-    assert re.search(r"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); --remat True, a smaller --batch", out)
+    assert re.search(r"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); --remat True, a smaller --batch-size", out)
     capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--remat", "True"])
     out = capsys.readouterr().out
     assert re.search(r"fits \(.*\); needs XLA_PYTHON_CLIENT_MEM_FRACTION=0\.\d\d or more", out)

@@ -69,8 +69,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    plain = "--rank 2 --alpha 4 --targets q_proj down_proj --batch 4 --epochs 6 --warmup 4 --learning-rate 0.02"
-    every = "--validation 8 --evaluate-every 20 --checkpoint-every 3 --template clean --widths 1 --cutoff 400"
+    plain = "--rank 2 --alpha 4 --targets q_proj down_proj --batch-size 4 --epochs 6 --warmup 4 --lr 0.02"
+    every = "--held-out 8 --evaluate-every 20 --checkpoint-every 3 --template clean --widths 1 --cutoff 400"
     return ["--model", str(model), "--data", str(data), "--out", str(out), *plain.split(), *every.split(), *more]
 
 
@@ -126,7 +126,7 @@ def test_a_run_leaves_its_metrics_its_adapter_and_a_merged_model(whole, model):
 
 def in_this_process(monkeypatch, command: list[str]) -> None:
     """Eight host devices share a batch in the tests' own process."""
-    monkeypatch.setattr(sys, "argv", ["finetune", *command, "--batch", "8", "--dropout", "0"])
+    monkeypatch.setattr(sys, "argv", ["finetune", *command, "--batch-size", "8", "--dropout", "0"])
     cli.run(finetune.main)
 
 
@@ -142,7 +142,7 @@ def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypa
 
     monkeypatch.setattr(steps, "eval_step", growing)
     out, base = tmp_path / "run", load(str(model))
-    command = arguments(model, data, out, "--max-steps", "6", "--warmup", "1", "--evaluate-every", "1")
+    command = arguments(model, data, out, "--steps", "6", "--warmup", "1", "--evaluate-every", "1")
     held_out = split(read_records([str(data)]), 8, 42)[1]
     apart = tokenize(held_out, base.tokenizer, cutoff=400, template="clean", answer_only=True)
     for keep, step, factor in (("best", 2, 1.0), ("last", 6, 5.0)):
@@ -170,8 +170,8 @@ def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeyp
         "widths": 1,
         "cutoff": 400,
     }
-    config = FinetuneConfig(**settings, batch=8, epochs=6, seed=7)
-    command = arguments(model, data, tmp_path / "run", "--max-steps", "1", "--validation", "0", "--seed", "7")
+    config = FinetuneConfig(**settings, batch_size=8, epochs=6, seed=7)
+    command = arguments(model, data, tmp_path / "run", "--steps", "1", "--held-out", "0", "--seed", "7")
     in_this_process(monkeypatch, command)
     base = load(str(model))
     saved = load_peft(tmp_path / "run" / "adapter", base.config, base.params)
@@ -345,13 +345,13 @@ def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
         "no data": (arguments(model, empty, out), "empty.json: holds no records"),
         "bad record": (arguments(model, bad, out), "bad.json: record 1 has no 'output'"),
         "missing data": (arguments(model, tmp_path / "none.json", out), "none.json: no such file"),
-        "too few records": (arguments(model, data, out, "--validation", "60"), "validation is 60 of 60 records"),
+        "too few records": (arguments(model, data, out, "--held-out", "60"), "held_out is 60 of 60 records"),
         "missing model": (arguments(tmp_path / "nowhere", data, out), "nowhere"),
         "truncated weights": (arguments(truncated, data, out), "truncated"),
         "rank above width": (arguments(model, data, out, "--rank", "17"), "rank is 17 at model.layers.0"),
         "pattern of nothing": (arguments(model, data, out, "--rank-pattern", "x_proj", "2"), "matches no adapted"),
         "unknown module": (arguments(model, data, out, "--targets", "w_proj"), "'w_proj', which matches no module"),
-        "rate of zero": (arguments(model, data, out, "--learning-rate", "0"), "learning_rate is 0.0"),
+        "rate of zero": (arguments(model, data, out, "--lr", "0"), "lr is 0.0"),
         "parts of a batch": (arguments(model, data, out, "--accumulation", "3"), "accumulation is 3"),
     }
 
@@ -359,7 +359,7 @@ def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
 def test_bad_input_is_refused_before_anything_is_written(model, data, tmp_path, capsys, monkeypatch):
     for name, (command, message) in bad_input(model, data, tmp_path).items():
         # Eight host devices share a batch in the tests' own process.
-        monkeypatch.setattr(sys, "argv", ["finetune", *command, "--batch", "8"])
+        monkeypatch.setattr(sys, "argv", ["finetune", *command, "--batch-size", "8"])
         with pytest.raises(SystemExit) as caught:
             cli.run(finetune.main)
         stderr = capsys.readouterr().err

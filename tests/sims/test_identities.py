@@ -101,7 +101,7 @@ def settings(name: str, model: str, data: Path) -> Any:
         "coordinate_check": coordinate_check.Config(
             train, model, ranks=(2, 4), held_out=6, cutoff=160, template="clean"
         ),
-        "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch=8, validation=4, warmup=4)),
+        "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)),
         "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
         "evaluate": evaluate.Config(model, tasks=("piqa",), protocol="label", data_dir=str(data)),
         "rank_sweep": rank_sweep.Config(
@@ -227,7 +227,7 @@ NEUTRAL = {
     "regime": {"false_alarm", "tolerance"},
     "transfer": {"split", "per", "task_type", "steps"},  # the check takes one step
     "coordinate_check": set(),
-    "prune": {"batch"},
+    "prune": {"batch_size"},
     "evaluate": {"batch_size"},
     "rank_sweep": {"design", "checkpoint_every", "save_adapters", "batch_size"},
 }
@@ -310,16 +310,16 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data, monk
     config = settings("finetune", str(model), data)
     values = {
         "rule": "lora", "targets": ("q_proj",), "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1.0},
-        "dropout": 0.1, "init": "gaussian", "template": "clean", "loss_on": "answer", "max_steps": 2, "accumulation": 2,
-        "batch": 32, "learning_rate": 0.1, "weight_decay": 0.1, "clip": 2.0, "betas": (0.8, 0.9), "epsilon": 1e-6,
-        "dtype": "bfloat16", "remat": True, "non_linearity": "relu",
+        "dropout": 0.1, "init": "gaussian", "template": "clean", "loss_on": "answer", "steps": 2, "accumulation": 2,
+        "batch_size": 32, "lr": 0.1, "weight_decay": 0.1, "clip": 2.0, "betas": (0.8, 0.9), "epsilon": 1e-6,
+        "dtype": "bfloat16", "remat": True, "non_linearity": "relu", "schedule": "constant",
     }  # fmt: skip
     ranked = {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init"}
     for method, size, missing in (
         ("lora", {"rank": 2}, {"virtual_tokens", "bottleneck", "non_linearity"}),
         ("series", {"bottleneck": 4}, {"virtual_tokens", *ranked}),
     ):
-        own = FinetuneConfig(method=method, batch=16, validation=4, warmup=4, dropout=0.0, **size)
+        own = FinetuneConfig(method=method, batch_size=16, held_out=4, warmup=4, dropout=0.0, **size)
         before = start("finetune", replace(config, training=own), monkeypatch).identity
         for field in fields(own):
             if field.name in missing:

@@ -29,7 +29,7 @@ def text(tmp_path_factory):
 
 
 def run(monkeypatch, model, text, out, *more: str) -> None:
-    plain = "--share 0.85 --windows 10 --held-out 3 --seq 32 --batch 4 --layers 1"
+    plain = "--share 0.85 --windows 10 --held-out 3 --seq 32 --batch-size 4 --layers 1"
     files = ["--text", str(text / "train.json"), str(text / "more.txt")]
     command = [*files, "--model", str(model), "--out", str(out), *plain.split(), *more]
     monkeypatch.setattr(sys, "argv", ["prune", *command])
@@ -53,7 +53,7 @@ def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch
         before, after = manifest[f"perplexity_{name}"]
         assert before != after
         assert min(before, after) > 1
-    config = prune.Config(text=(), windows=10, held_out=3, seq=32, batch=4)
+    config = prune.Config(text=(), windows=10, held_out=3, seq=32, batch_size=4)
     texts = prune.read_texts([str(text / "train.json"), str(text / "more.txt")])
     windows, held_out = prune.cut(texts, whole.tokenizer, config)
     expected = {

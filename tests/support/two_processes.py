@@ -27,9 +27,7 @@ from rora_theory.llama.model import abstract_params
 from rora_theory.llama.weights import load_hf
 from support import tiny
 
-CONFIG = FinetuneConfig(
-    rank=2, alpha=4, template="clean", batch=4, max_steps=3, warmup=0, learning_rate=0.01, evaluate_every=2
-)
+CONFIG = FinetuneConfig(rank=2, alpha=4, template="clean", batch_size=4, steps=3, warmup=0, lr=0.01, evaluate_every=2)
 
 
 def train(folder: Path, params: Any, layout: Layout | None = None) -> list[float]:

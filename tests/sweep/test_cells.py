@@ -90,7 +90,7 @@ def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
         own = (16.0, ("q_proj",), 0.2) if rank else (FinetuneConfig.alpha, None, 0.0)
         assert (found.alpha, found.targets, found.dropout) == own
         assert (found.method, found.cutoff, found.epochs, found.remat) == (method, 99, 2, "mlp")
-        assert (found.learning_rate, found.seed, found.dtype) == (1e-3, 7, "bfloat16")
+        assert (found.lr, found.seed, found.dtype) == (1e-3, 7, "bfloat16")
     assert make(method="rora", rank=8).rank == 8
     with pytest.raises(InputError, match="rank is 0"):
         make(method="lora", rank=0)

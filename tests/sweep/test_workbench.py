@@ -21,7 +21,7 @@ from rora_theory.sweep.design import Design
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Trained, Workbench
 
-SHARED = FinetuneConfig(batch=4, cutoff=400, widths=1, template="clean", validation=0)
+SHARED = FinetuneConfig(batch_size=4, cutoff=400, widths=1, template="clean", held_out=0)
 
 
 @pytest.fixture(scope="module")
