@@ -27,6 +27,7 @@ from rora_theory.finetune import (
     Record,
     Stepped,
     Trainer,
+    Validated,
     choose_widths,
     distributed,
     read_records,
@@ -256,7 +257,7 @@ def follow(trainer: Trainer, folder: RunFolder) -> None:
                 if isinstance(event, Stepped):
                     rate = event.targets / event.seconds
                     bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=rate)
-                else:
+                elif isinstance(event, Validated):
                     mark = " (best)" if event.best else ""
                     print(f"step {event.step}/{trainer.steps}: validation loss {event.loss:.4f}{mark}")
     except NonFiniteLossError as error:

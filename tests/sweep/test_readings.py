@@ -14,8 +14,8 @@ from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 
 TRAINING = FinetuneConfig(
-    rank=2, alpha=4, rule="lora", learning_rate=1e-2, warmup=1, schedule="constant", dropout=0.0, batch=4, cutoff=400,
-    widths=1, template="clean", validation=0, seed=1,
+    rank=2, alpha=4, rule="lora", lr=1e-2, warmup=1, schedule="constant", dropout=0.0, batch_size=4, cutoff=400,
+    widths=1, template="clean", held_out=0, seed=1,
 )  # fmt: skip
 
 
