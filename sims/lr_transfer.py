@@ -20,14 +20,13 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import COLUMNS, UNITS, Comparison, best_rates, compare, rate_slopes
 from rora_theory.sweep import run_curves, trained_runs
 from rora_theory.toy import rate_grid
 from rora_theory.toy.rate_grid import RateGrid
 from sims.common import cli, devices, tables
-from sims.common.cells import run_cells
+from sims.common.cells import run_table
 from sims.common.run_folder import RunFolder
 
 NAME = "lr_transfer"
@@ -84,21 +83,8 @@ def train(config: Config) -> tuple[RunFolder, pd.DataFrame]:
     extra = {"units": UNITS, "device": devices.describe(places), "judge": config.judge}
     grid = config.grid
     folder = RunFolder.open(NAME, asdict(grid), out=config.out, seed=grid.seed, extra=extra)
-
-    def table(parts: list[Any]) -> pd.DataFrame:
-        return frames.of([row for part in parts for row in part], COLUMNS)
-
-    def write(parts: list[Any]) -> None:
-        folder.write_frame(table(parts))
-
-    parts = run_cells(
-        list(rate_grid.cells(grid)),
-        lambda cell, _: rate_grid.cell_rows(grid, cell),
-        folder,
-        title="rates",
-        write=write,
-    )
-    return folder, table(parts)
+    cells = list(rate_grid.cells(grid))
+    return folder, run_table(cells, lambda cell, _: rate_grid.cell_rows(grid, cell), folder, COLUMNS, title="rates")
 
 
 def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparison]) -> None:

@@ -78,7 +78,7 @@ PLACES = ("FILE", "FILE/run", "x" * 300, "x" * 5000, "/dev/null/run")
 """Where no folder can be made."""
 
 TAKEN = {("clip", "1e400"): "no clipping", ("overlaps", "-1"): "opposite inputs", ("rule", "-1"): "kappa"}
-TAKEN |= {("rules", "-1"): "kappa"}
+TAKEN |= {("rules", "-1"): "kappa", ("to_rule", "-1"): "kappa"}
 """Not bad after all."""
 
 

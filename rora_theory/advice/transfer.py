@@ -49,6 +49,43 @@ class Module:
     unchanged: float
 
 
+class Range(NamedTuple):
+    """Of a figure of some modules the geometric mean, the smallest and the largest."""
+
+    mean: float
+    smallest: float
+    largest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Range":
+        """Of one value or more, each above 0."""
+        return cls(geometric_mean(values), min(values), max(values))
+
+    def __format__(self, form: str) -> str:
+        """The mean in this form, and the two ends where they differ.
+
+        Example:
+          >>> f"{Range(4.0, 2.0, 8.0):.2g}, {Range(4.0, 4.0, 4.0):.2g}"
+          '4 (2 to 8), 4'
+        """
+        same = self.largest - self.smallest < 1e-9 * self.largest
+        return format(self.mean, form) + ("" if same else f" ({self.smallest:.3g} to {self.largest:.3g})")
+
+
+class Group(NamedTuple):
+    """What keeps the first step of some modules, see `Module`.
+
+    Attributes:
+      name: `ALL`, or the modules' type.
+      alpha, learning_rate, unchanged: over the modules.
+    """
+
+    name: str
+    alpha: Range
+    learning_rate: Range
+    unchanged: Range
+
+
 class Span(NamedTuple):
     """A value that keeps the change, by what leads at the end of the run.
 
@@ -210,16 +247,24 @@ class Advice:
             for flag, rule in rules.items()
         )
 
+    def groups(self) -> tuple[Group, ...]:
+        """All modules, and of a measured regime each type of module (``q_proj``, ...) over its layers."""
+        kinds: dict[str, list[Module]] = {ALL: list(self.modules)}
+        for module in self.modules if self.regime == "measured" else ():
+            kinds.setdefault(module.name.rpartition(".")[2], []).append(module)
+        names = ("alpha", "learning_rate", "unchanged")
+        return tuple(
+            Group(kind, *(Range.of([getattr(module, name) for module in modules]) for name in names))
+            for kind, modules in kinds.items()
+        )
+
     def by_type(self) -> dict[str, float]:
-        """The alpha of each type of module (``q_proj``, ...): the geometric mean over its layers."""
-        groups: dict[str, list[float]] = {}
-        for module in self.modules:
-            groups.setdefault(module.name.rpartition(".")[2], []).append(module.alpha)
-        return {name: geometric_mean(alphas) for name, alphas in groups.items()}
+        """The alpha of each type of module, see `groups`; empty where the regime is assumed."""
+        return {group.name: group.alpha.mean for group in self.groups()[1:]}
 
     def alpha_pattern(self, per: Literal["one", "type", "module"]) -> dict[str, float]:
         """PEFT's ``alpha_pattern``: one alpha for all (no pattern), for each type, or for each layer's module."""
-        if self.modules[0].name == ALL or per == "one":
+        if self.regime != "measured" or per == "one":
             return {}
         if per == "type":
             return self.by_type()
@@ -350,6 +395,15 @@ class Advice:
                 f"times B's in the end; the rate is {'as scheduled' if self.plan.schedule else 'taken as constant'}.",
             ]
         return [*said, f"{took}."]
+
+    def whole_model(self) -> str:
+        """What alphas that keep each module's own first step do to the whole model's, in words."""
+        whole = step_ratio(self.setting, self.old, SIGNAL)
+        return (
+            "These alphas keep the rms of each module's own output, cross-talk included. Cross-talk does not add up "
+            f"over modules, the signal does: where it leads, the whole model's first step is then {whole:.3g} times "
+            "the tuned one's."
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as numbers, strings, lists and mappings that JSON has; infinity is the string ``"inf"``."""

@@ -1,6 +1,7 @@
 """A figure with its standard error, and what the error is over: the one mean-with-error of the package."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,6 +61,29 @@ def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:
     if count < 2:
         return Estimate(float(np.mean(values)), math.inf, count, "")
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(count)), count, "seeds")
+
+
+def jackknife(figure: Callable[[Sequence[int]], float], n: int, over: str) -> Estimate:
+    r"""A figure of ``n`` cases, with the error that leaving out each of them in turn gives.
+
+    :math:`\sqrt{(n - 1)\, \overline{(f_{-i} - \overline{f_{-i}})^2}}`, of a mean exactly its standard error.
+
+    Args:
+      figure: of the cases with the given numbers.
+      n: how many there are, 2 or more.
+      over: what they are.
+
+    Source: Tukey, Bias and confidence in not-quite large samples, Ann. Math. Statist. 29 (1958).
+
+    Example:
+      >>> values = [1.0, 3.0]
+      >>> jackknife(lambda kept: sum(values[i] for i in kept) / len(kept), 2, "seeds") == over_seeds(np.array(values))
+      True
+    """
+    every = range(n)
+    left_out = np.array([figure([case for case in every if case != out]) for out in every])
+    spread = (n - 1) * float(np.mean((left_out - np.mean(left_out)) ** 2))
+    return Estimate(figure(every), math.sqrt(spread), n, over)
 
 
 def root(estimate: Estimate) -> Estimate:

@@ -18,14 +18,17 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from rora_theory import digests, files
+from rora_theory import digests, files, frames
 from rora_theory.errors import InputError
 from sims.common import cli
 from sims.common.disk import Journal
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder, as_json, check_files, read_manifest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CELLS = "cells.jsonl"
 FOLDERS = "cells"
@@ -195,6 +198,27 @@ def run_cells(
             "are done, and the same command tries these again"
         )
     return values()
+
+
+def run_table(
+    cells: Sequence[Cell],
+    work: Work[Cell],
+    folder: RunFolder,
+    columns: Sequence[str],
+    *,
+    runner: Runner = in_process,
+    title: str = "cells",
+    name: str = "results.csv",
+) -> "pd.DataFrame":
+    """`run_cells` where a cell's result is rows of a table: the table, also written as the cells come."""
+
+    def rows(parts: Sequence[Any]) -> list[Any]:
+        return [row for part in parts for row in part]
+
+    def write(parts: list[Any]) -> None:
+        folder.write_rows(columns, rows(parts), name)
+
+    return frames.of(rows(run_cells(cells, work, folder, runner=runner, title=title, write=write)), columns)
 
 
 def _keep(key: str, cell: Any, own: Path, value: Any, folder: RunFolder) -> Finished:

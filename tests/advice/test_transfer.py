@@ -439,3 +439,17 @@ def test_sgd_s_scope_names_its_regime() -> None:
     old = Setting(rank=8, alpha=16, learning_rate=1e-3, optimizer="sgd")
     assert "It takes the signal to lead" in transfer(old, 32).sentence()
     assert "The regime is assumed: cross-talk" in transfer(old, 32, "cross-talk").sentence()
+
+
+def test_groups_are_over_all_modules_and_by_type() -> None:
+    """Geometric means with their ends; an assumed regime has one group."""
+    terms = {"model.layers.0.q_proj": 0.0, "model.layers.1.q_proj": 5.0, "model.layers.0.up_proj": 50.0}
+    advice = transfer(Setting(8, 16.0, 3e-4), 128, terms)
+    every, q_proj, up_proj = advice.groups()
+    assert [every.name, q_proj.name, up_proj.name] == ["all modules", "q_proj", "up_proj"]
+    alphas = [module.alpha for module in advice.modules]
+    assert q_proj.alpha == pytest.approx((math.sqrt(alphas[0] * alphas[1]), min(alphas[:2]), max(alphas[:2])))
+    assert every.unchanged.smallest == up_proj.unchanged.mean < every.unchanged.largest == q_proj.unchanged.largest
+    assert advice.by_type() == {"q_proj": q_proj.alpha.mean, "up_proj": up_proj.alpha.mean}
+    (only,) = transfer(Setting(8, 16.0, 3e-4), 128).groups()
+    assert (only.name, only.alpha) == ("all modules", pytest.approx((16.0, 16.0, 16.0)))

@@ -97,7 +97,7 @@ def settings(name: str, model: str, data: Path) -> Any:
     train = (str(data / "train.json"),)
     return {
         "regime": regime.Config(train, model, batch_size=4, held_out=4, measured=RegimeConfig(rows=0)),
-        "transfer": transfer.Config(2, 4, items=4, check=(model, *train)),
+        "transfer": transfer.Config(2, 4, batch_size=4, check=(model, *train)),
         "coordinate_check": coordinate_check.Config(
             train, model, ranks=(2, 4), held_out=6, cutoff=160, template="clean"
         ),
@@ -245,7 +245,7 @@ OTHER: dict[str, Any] = {
     "regime": {"layers": (0,), "rows": 4096, "rules": (0.3,)},
     "transfer": {
         "split": "train", "regime": "cross-talk", "per": "one", "to_rule": "rora", "task_type": "SEQ_CLS",
-        "to_alpha": 32.0, "steps": 9,
+        "to_alpha": 32.0, "steps": 9, "rule": 0.3, "seeds": (0, 3),
     },
     "coordinate_check": {"steps": (1, 3), "batches": "fresh", "template": "train"},
     "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},

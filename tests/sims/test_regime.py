@@ -167,40 +167,6 @@ def test_the_judge_can_fail(finished) -> None:
         assert regime_tables.judge(pd.DataFrame(changed))["verdict"] == word
 
 
-def judged_row(measured: float, error: float, adapters: int = 1000, **more: object) -> dict:
-    row = {"module": "m", "split": "train", "optimizer": "sgd", "init": "gaussian", "rank": 1, "predicted": 2.0}
-    return row | {"measured": 2 * measured, "standard_error": 2 * error, "adapters": adapters} | more
-
-
-@pytest.mark.parametrize(
-    ("measured", "error", "word"),
-    [
-        (1.019, 1e-9, "holds"),
-        (0.979, 1e-9, "fails"),
-        (1.1, 0.04, "holds"),
-        (0.88, 0.04, "fails"),
-        (1.03, 0.007, "fails"),
-    ],
-)
-def test_the_judge_s_two_bars(measured: float, error: float, word: str) -> None:
-    """The larger of 2% and the error bar, 2.58 standard errors at one comparison: not their sum, not the smaller."""
-    found = regime_tables.judge(pd.DataFrame([judged_row(measured, error)]), false_alarm=0.01)
-    assert (found["verdict"], found["outside"]) == (word, int(word == "fails"))
-    assert found["error_bars_in_standard_errors"]["1000"] == pytest.approx(2.58, abs=0.01)
-    two = regime_tables.judge(pd.DataFrame([judged_row(measured, error), judged_row(1.0, 1.0, adapters=4)]))
-    assert two["error_bars_in_standard_errors"]["4"] == pytest.approx(7.45, abs=0.01)  # Student's t, at half of it
-
-
-def test_agreement_is_a_mean_over_modules() -> None:
-    """Its error is that of a mean of independent modules: half of one's for four alike."""
-    rows = [judged_row(ratio, 0.02, split=name) for name in ("train", "heldout") for ratio in (1.0, 1.0, 1.0, 1.0)]
-    found = regime_tables.agreement(pd.DataFrame(rows))
-    assert list(found["split"]) == ["train", "heldout"]
-    for line in found.itertuples():
-        assert (line.modules, line.mean_ratio, line.largest_deviation) == (4, 1.0, 0.0)
-        assert line.standard_error == pytest.approx(0.01)
-
-
 def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path) -> None:
     """The second layer is lost: of its line a part is there."""
     out = tmp_path / "run"
@@ -278,18 +244,3 @@ def test_a_damaged_file_is_named(inputs, finished, tmp_path) -> None:
     (out / "results.csv").unlink()
     regime.run(config_of(**inputs, **SMALL, out=out))
     assert (out / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
-
-
-def test_flat_kappa() -> None:
-    """The four corners of the table, and the init whose deviation falls as 1/r."""
-    flat = {
-        (optimizer, init, c): round(regime_tables.flat_kappa(optimizer, init, c), 9)
-        for optimizer in laws.OPTIMIZERS
-        for init in ("kaiming_uniform", "gaussian")
-        for c in (0.0, math.inf)
-    }
-    assert [flat["sgd", "kaiming_uniform", c] for c in (0.0, math.inf)] == [0.5, 0.25]
-    assert [flat["adam", "kaiming_uniform", c] for c in (0.0, math.inf)] == [1.0, 0.5]
-    assert [flat["sgd", "gaussian", c] for c in (0.0, math.inf)] == [-0.5, -0.75]
-    assert [flat["adam", "gaussian", c] for c in (0.0, math.inf)] == [0.0, -0.5]
-    assert np.isfinite(list(flat.values())).all()

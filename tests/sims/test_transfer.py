@@ -8,17 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import checkpoint
+from support import checkpoint, regime_runs
 
-from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer as carry
 from rora_theory.errors import InputError
-from rora_theory.measure import regime_tables
+from rora_theory.measure import regime_run, regime_tables
 from rora_theory.measure.module_regime import RegimeConfig
 from sims import regime, transfer
 from sims.common import cli
-from sims.common.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +85,7 @@ def test_the_tuned_rule_is_kept(capsys) -> None:
     assert lines["signal"][1] == "4"
     assert lines["alpha = 16, as it was"][-5:-1] == ["1.414", "4", "x", "7.5e-05"]  # gamma of 16 / sqrt(128)
     assert lines["alpha = 16, as it was, without use_rslora"][-5] == "0.125"
-    transfer.main(transfer.Config(rule="0.25"))
+    transfer.main(transfer.Config(rule=0.25))
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if "lora_alpha" in line)
     (alpha,) = (float(line.split()[1]) for line in text.splitlines() if re.match(" *signal +[0-9]", line))
@@ -118,36 +116,7 @@ def test_what_is_printed_is_what_peft_takes(capsys, targets, task_type, written,
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A regime run's crossing ranks: two types of module, two layers."""
-    folder = RunFolder.open("regime", {}, out=tmp_path / "run")
-    apart = {"adam": 0, "sgd": 50, "heldout": 0, "train": 9}
-    rows = [
-        dict.fromkeys(regime_tables.CROSSING_COLUMNS, 1.0)
-        | {"module": f"model.layers.{layer}.{name}", "layer": layer, "optimizer": optimizer, "init": init}
-        | {"split": split, "linear_term": 1.0 + 5 * layer + 2 * position + apart[optimizer] + apart[split]}
-        for layer in (0, 1)
-        for position, name in enumerate(("self_attn.q_proj", "mlp.down_proj"))
-        for optimizer in ("sgd", "adam")
-        for init in ("kaiming_uniform", "gaussian")
-        for split in ("train", "heldout")
-    ]  # fmt: skip
-    folder.write_rows(regime_tables.CROSSING_COLUMNS, rows, regime_tables.CROSSINGS)
-    folder.finish()
-    return folder.path
-
-
-@pytest.mark.parametrize("term", ["", "many"])
-def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
-    """Of the rows that are asked for alone."""
-    path = run / regime_tables.CROSSINGS
-    (run / "manifest.json").unlink()
-    table = frames.read(path).astype({"linear_term": object})
-    line = table.index[(table["optimizer"] == "adam") & (table["split"] == "heldout")][2]
-    table.loc[line, "linear_term"] = term
-    path.write_text(frames.to_csv(table))
-    with pytest.raises(InputError, match=rf"{regime_tables.CROSSINGS}: line {line + 2} has linear_term"):
-        transfer.measured(run, optimizer="adamw", init=table["init"][line], split="heldout")
-    transfer.measured(run, optimizer="sgd", init="kaiming_uniform", split="heldout")
+    return regime_runs.write(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("optimizer", "split", "base"), [("adamw", "heldout", 1.0), ("sgd", "train", 60.0)])
@@ -211,7 +180,7 @@ def test_own_targets_of_a_measured_regime(run, capsys) -> None:
     assert written["target_modules"] == ["down_proj"]
     assert written["lora_alpha"] == pytest.approx(expected.alpha, rel=1e-5)
     with pytest.raises(transfer.InputError, match=r"--targets has o_proj, which .* accepted are q_proj down_proj"):
-        transfer.plan(transfer.Config(regime=str(run), targets=("q_proj", "o_proj")))
+        transfer.advise(transfer.Config(regime=str(run), targets=("q_proj", "o_proj")))
 
 
 def test_check_on_a_model(tmp_path) -> None:
@@ -226,19 +195,20 @@ def test_check_on_a_model(tmp_path) -> None:
     config = transfer.Config(
         from_rank=2,
         to_rank=8,
-        rule="0",
+        rule=0.0,
         optimizer="sgd",
         lr=1e-4,
         regime=str(tmp_path / "regime"),
         check=(str(model), str(data)),
-        items=4,
-        seeds=24,
+        batch_size=4,
+        seeds=tuple(range(24)),
         out=tmp_path / "out",
     )
     transfer.main(config)
     with (tmp_path / "out" / "summary.csv").open(newline="") as file:
         rows = {(row["plan"], row["quantity"]): row for row in csv.DictReader(file)}
-    terms = transfer.measured(tmp_path / "regime", optimizer="sgd", init="kaiming_uniform", split="heldout")
+    run = regime_run.read(tmp_path / "regime", optimizer="sgd", init="kaiming_uniform", split="heldout")
+    terms = run.linear_terms
     found = carry(Setting(2, 16.0, 1e-4, 0.0, "sgd"), 8, terms)
     grown = found.judge("", found.unchanged).step
     for plan, expected in (("neither changed", grown), ("one alpha", 1), ("one rate", 1), ("alpha by module", 1)):
@@ -256,7 +226,7 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
     with pytest.raises(
         InputError, match=f"{regime_tables.CROSSINGS}: was changed since the run wrote it; accepted is the run"
     ):
-        transfer.plan(transfer.Config(regime=str(run)))
+        transfer.advise(transfer.Config(regime=str(run)))
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -264,15 +234,12 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
     ("changed", "said"),
     [
         ({"rule": "lore"}, "--rule has 'lore'"),
-        ({"to_rank": 0}, "rank is 0"),
-        (
-            {"to_rule": "none"},
-            "accepted are lora, rora, rslora or a finite exponent, and without --to-rule the rule stays",
-        ),
+        ({"to_rank": 0}, "--to-rank is 0"),
+        ({"to_rule": float("inf")}, "--to-rule has inf; accepted are lora, rora, rslora or a finite exponent"),
         ({"lr": -1.0}, "--lr is -1.0"),
         ({"regime": "nowhere"}, "nowhere: has no crossing_ranks.csv; accepted are signal, cross-talk"),
         ({"check": ("smollm2-135m",)}, "check is smollm2-135m"),
-        ({"check": ("smollm2-135m", "x.json"), "seeds": 1}, "seeds is 1"),
+        ({"check": ("smollm2-135m", "x.json"), "seeds": (1,)}, "--seeds has 1 values; accepted are 2 or more"),
         ({"check": ("smollm2-135m", "x.json"), "seed": -1}, "seed is -1"),
         ({"targets": ("q_proj,v_proj",)}, "targets has 'q_proj,v_proj'"),
         ({"targets": ("q_proj", "all-linear")}, "targets has 'all-linear' in 'q_proj all-linear'"),
@@ -284,7 +251,7 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"optimizer": "sgd", "steps": 9}, "steps is 9 with SGD"),
         ({"json": True, "check": ("smollm2-135m", "x.json")}, "--json comes with --check"),
         ({"from_": Path("nowhere")}, "nowhere: no such file; accepted is an adapter_config.json"),
-        ({"rule": "400"}, "rule is 400.0: 16.0 / 8^400 is not a float above 0"),
+        ({"rule": 400.0}, "rule is 400.0: 16.0 / 8^400 is not a float above 0"),
     ],
 )
 def test_bad_input(capsys, changed, said) -> None:
@@ -326,8 +293,3 @@ def test_the_sentence_comes_first_and_the_horizon_has_a_column(capsys) -> None:
     assert row[-3:] == [f"{advice.rates[i]:.3g}" for i in (0, 1, 2)]
     assert f"# learning rate {advice.learning_rate:.6g}" in text
     assert snippet(text)["use_rslora"]
-
-
-def test_a_run_that_lacks_the_init(run) -> None:
-    with pytest.raises(transfer.InputError, match="has no row of optimizer adam, init normal, split heldout"):
-        transfer.measured(run, optimizer="adamw", init="normal", split="heldout")

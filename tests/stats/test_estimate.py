@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rora_theory.stats.estimate import Estimate, over_seeds, root, share
+from rora_theory.stats.estimate import Estimate, jackknife, over_seeds, root, share
 from rora_theory.stats.slopes import SeedFit
 
 
@@ -47,3 +47,11 @@ def test_a_share_has_the_samples_deviation_inside_and_wilsons_interval_at_the_en
             one_sigma = math.erf(math.sqrt(0.5))
             interval = stats.binomtest(right, n).proportion_ci(confidence_level=one_sigma, method="wilson")
             assert found.error == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.random.default_rng(0).normal(size=7)
+    found = jackknife(lambda kept: float(np.mean(values[list(kept)])), 7, "seeds")
+    exact = over_seeds(values)
+    assert (found.value, found.error) == pytest.approx((exact.value, exact.error), rel=1e-12)
+    assert (found.n, found.over) == (7, "seeds")

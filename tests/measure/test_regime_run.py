@@ -1,0 +1,46 @@
+"""A run of sims.regime that is read for advice: the rows asked for, targets, damage."""
+
+from pathlib import Path
+
+import pytest
+from support import regime_runs
+
+from rora_theory import frames
+from rora_theory.errors import InputError
+from rora_theory.measure import regime_run, regime_tables
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return regime_runs.write(tmp_path / "run")
+
+
+@pytest.mark.parametrize("term", ["", "many"])
+def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
+    """Of the rows that are asked for alone."""
+    path = run / regime_tables.CROSSINGS
+    (run / "manifest.json").write_text("{}")  # as of a version without digests
+    table = frames.read(path).astype({"linear_term": object})
+    line = table.index[(table["optimizer"] == "adam") & (table["split"] == "heldout")][2]
+    table.loc[line, "linear_term"] = term
+    path.write_text(frames.to_csv(table))
+    with pytest.raises(InputError, match=rf"{regime_tables.CROSSINGS}: line {line + 2} has linear_term"):
+        regime_run.read(run, optimizer="adamw", init=table["init"][line], split="heldout")
+    regime_run.read(run, optimizer="sgd", init="kaiming_uniform", split="heldout")
+
+
+def test_a_run_that_lacks_the_init(run) -> None:
+    with pytest.raises(InputError, match="has no row of optimizer adam, init normal, split heldout"):
+        regime_run.read(run, optimizer="adamw", init="normal", split="heldout")
+
+
+def test_targets_are_matched_as_peft_does(run) -> None:
+    """A whole name or what follows a dot; a word such as all-linear, or none, takes every module."""
+    found = regime_run.read(run, optimizer="adamw", init="gaussian", split="heldout")
+    assert found.kinds == ["q_proj", "down_proj"]
+    assert list(found.terms_of(["self_attn.q_proj"])) == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    assert found.terms_of("all-linear") == found.terms_of(None) == found.linear_terms
+    with pytest.raises(
+        InputError, match=r"--targets has proj, which .* did not measure; accepted are q_proj down_proj"
+    ):
+        found.terms_of(["q_proj", "proj"])

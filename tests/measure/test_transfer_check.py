@@ -1,0 +1,64 @@
+"""What is compared when a carried setting is checked, and the sizes against the tuned one's with their errors."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rora_theory import frames
+from rora_theory.advice.setting import Setting
+from rora_theory.advice.transfer import transfer
+from rora_theory.measure import transfer_check
+
+OLD = Setting(8, 16.0, 3e-4, 0.0, "sgd")
+TERMS = {"model.layers.0.q_proj": 0.0, "model.layers.1.q_proj": 5.0}
+
+
+def test_candidates() -> None:
+    """What the advice changes, at the new rank; patterns only where the regime was measured."""
+    advice = transfer(OLD, 32, TERMS)
+    found = transfer_check.candidates(advice)
+    assert found["tuned"].setting == OLD
+    assert found["neither changed"].setting == advice.unchanged
+    assert found["one alpha"].setting.alpha == advice.alpha_at_old_rate
+    assert found["one rate"].setting.learning_rate == advice.rate_at_alpha
+    assert found["neither changed, use_rslora"].setting.rule == "rslora"
+    assert list(found["alpha by module"].alpha_pattern) == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert list(found["alpha by type"].alpha_pattern) == ["q_proj"]
+    assert list(transfer_check.candidates(transfer(Setting(8, 16.0, 3e-4, "rslora"), 32))) == [
+        "tuned", "neither changed", "one alpha", "one rate"
+    ]  # fmt: skip
+
+
+def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackknife_s() -> None:
+    advice, seeds = transfer(OLD, 32), (3, 1, 7)
+    random = np.random.default_rng(0)
+    rows = [
+        {"plan": cell.plan, "seed": cell.seed, "quantity": quantity, "module": module, "layer": 0}
+        | {"rms": (1 if cell.plan == "tuned" else 2) * math.exp(0.1 * random.normal())}
+        for cell in transfer_check.cells(advice, seeds)
+        for quantity, module in (("module", "q_proj"), ("module", "v_proj"), ("hidden", None), ("logits", None))
+    ]
+    table = frames.of(rows, transfer_check.COLUMNS)
+    found = transfer_check.summarise(table, advice)
+    assert list(found.columns) == list(transfer_check.SUMMARY_COLUMNS)
+    tuned = found[found["plan"] == "tuned"]
+    assert (tuned["ratio"] == 1).all()
+    assert (tuned["standard_error"] == 0).all()
+
+    def squares(plan: str, module: str) -> np.ndarray:
+        own = [row for row in rows if (row["plan"], row["quantity"], row["module"]) == (plan, "module", module)]
+        return np.array([row["rms"] ** 2 for row in own])
+
+    def ratio(kept: list[int]) -> float:
+        each = [
+            math.sqrt(squares("one rate", name)[kept].mean() / squares("tuned", name)[kept].mean())
+            for name in ("q_proj", "v_proj")
+        ]
+        return math.sqrt(each[0] * each[1])
+
+    row = found[(found["plan"] == "one rate") & (found["quantity"] == "modules")].iloc[0]
+    left_out = np.array([ratio([1, 2]), ratio([0, 2]), ratio([0, 1])])
+    assert row["ratio"] == pytest.approx(ratio([0, 1, 2]), rel=1e-12)
+    assert row["standard_error"] == pytest.approx(math.sqrt(2 * np.var(left_out)), rel=1e-9)
+    assert row["smallest"] < row["ratio"] < row["largest"]

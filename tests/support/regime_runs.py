@@ -1,0 +1,25 @@
+"""A run folder of sims.regime, written without a model."""
+
+from pathlib import Path
+
+from rora_theory.measure import regime_tables
+from sims.common.run_folder import RunFolder
+
+
+def write(path: Path) -> Path:
+    """Crossing ranks of two types of module in two layers; the linear term tells rows apart."""
+    folder = RunFolder.open("regime", {}, out=path)
+    apart = {"adam": 0, "sgd": 50, "heldout": 0, "train": 9}
+    rows = [
+        dict.fromkeys(regime_tables.CROSSING_COLUMNS, 1.0)
+        | {"module": f"model.layers.{layer}.{name}", "layer": layer, "optimizer": optimizer, "init": init}
+        | {"split": split, "linear_term": 1.0 + 5 * layer + 2 * position + apart[optimizer] + apart[split]}
+        for layer in (0, 1)
+        for position, name in enumerate(("self_attn.q_proj", "mlp.down_proj"))
+        for optimizer in ("sgd", "adam")
+        for init in ("kaiming_uniform", "gaussian")
+        for split in ("train", "heldout")
+    ]  # fmt: skip
+    folder.write_rows(regime_tables.CROSSING_COLUMNS, rows, regime_tables.CROSSINGS)
+    folder.finish()
+    return folder.path
