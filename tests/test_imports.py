@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import json
 import pkgutil
 import subprocess
 import sys
@@ -14,24 +15,27 @@ import rora_theory
 
 ROOT = Path(__file__).parents[1]
 
-WITHOUT_JAX = (
-    *("rora_theory", "rora_theory.inits", "rora_theory.files", "rora_theory.seeds"),
-    *(f"rora_theory.advice.{name}" for name in ("setting", "lora_config", "transfer")),
-    *(f"rora_theory.theory.{name}" for name in ("laws", "horizon", "starts", "steps", "sign_expectation")),
-    *(
-        f"rora_theory.stats.{name}"
-        for name in ("estimate", "moments", "slopes", "paired", "rate_optimum", "rate_curves")
-    ),
-    *(f"rora_theory.paper.{name}" for name in ("equations", "published", "audit")),
-    *(f"rora_theory.measure.{name}" for name in ("layer_data", "terms", "module_regime", "tokens", "coordinate_table")),
-)
+NAMES = {"rora_theory"} | {each.name for each in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
 
-CORE = (
-    *WITHOUT_JAX,
+WITH_EXTRAS = ("adapters", "data", "evaluate", "finetune", "llama", "sweep", "measure.torch")
+"""Rooms beyond the core install."""
+OF_A_MODEL = ("coordinates", "model_layers", "rank_check", "regimes", "transfer_check", "unseen")
+"""Of the room `measure`, what runs a model and needs the extra ``finetune``."""
+WITH_JAX = (
     *("rora_theory.draws", "rora_theory.theory.first_step", "rora_theory.theory.sampling"),
-    *("rora_theory.paper.verdicts", "rora_theory.measure.layer_rms", "rora_theory.measure.drawn_steps"),
-    "rora_theory.toy.dynamics",
+    *("rora_theory.paper.quantities", "rora_theory.paper.verdicts"),
+    *("rora_theory.measure.drawn_steps", "rora_theory.measure.layer_rms"),
+    *(name for name in NAMES if name.startswith("rora_theory.toy")),
 )
+"""Of the core, what has arrays on a device."""
+
+CORE = sorted(
+    name
+    for name in NAMES
+    if not name.startswith(tuple(f"rora_theory.{room}" for room in WITH_EXTRAS))
+    and name not in [f"rora_theory.measure.{module}" for module in OF_A_MODEL]
+)
+WITHOUT_JAX = [name for name in CORE if name not in WITH_JAX]
 
 HIDING = """
 import importlib, importlib.abc, sys
@@ -55,13 +59,30 @@ def fresh(code: str) -> str:
     return done.stdout
 
 
-def test_the_laws_need_no_jax() -> None:
-    """Imported and called: equations of the paper with NumPy's arrays, a law, the exponent after the first step."""
+def test_the_laws_and_advice_need_no_jax() -> None:
+    """Imported and called: equations of the paper with NumPy's arrays, a law, the exponent after the first step, and
+    the command that advises, with a regime that was measured too."""
+    arguments = [
+        "--from-rank",
+        "8",
+        "--to-rank",
+        "128",
+        "--alpha",
+        "16",
+        "--lr",
+        "3e-4",
+        "--rule",
+        "lora",
+        "--optimizer",
+        "adamw",
+        "--json",
+    ]
+    run = str(ROOT / "results" / "published" / "regime")
     code = f"""
 for name in {WITHOUT_JAX}:
     importlib.import_module(name)
     assert "jax" not in sys.modules, name
-import numpy as np, rora_theory as rt
+import runpy, numpy as np, rora_theory as rt
 assert not hasattr(rt, "nothing") and not hasattr(rt.theory, "nothing")
 assert {{*rt.__all__, "llama"}} <= set(dir(rt))
 equations, horizon, laws = rt.paper.equations, rt.theory.horizon, rt.theory.laws
@@ -71,12 +92,25 @@ lora_A, x = np.eye(2, 3), np.ones(3)
 print(float(equations.eq10_norm(np.ones(4), lora_A, x, x, 1.0, 0.5)))
 print(round(float(laws.first_step_moments(np.ones((4, 3)), x, rank=8, scaling=1.0).second_moment[0]), 6))
 print(horizon.rate_exponents(0.0).rank)
+for more in ([], ["--regime", {run!r}]):
+    sys.argv = ["sims.transfer", *{arguments}, *more]
+    runpy.run_module("sims.transfer", run_name="__main__", alter_sys=True)
 assert "jax" not in sys.modules
 """
-    assert fresh(code).split() == ["2.0", "720.0", "-1.0"]  # 720 = r (r + 2) |x|^4
+    said = fresh(code)
+    laws, _, advice = said.partition("{")
+    assert laws.split() == ["2.0", "720.0", "-1.0"]  # 720 = r (r + 2) |x|^4
+    decoder = json.JSONDecoder()
+    assumed, end = decoder.raw_decode("{" + advice)
+    measured, _ = decoder.raw_decode(("{" + advice)[end:].lstrip())
+    assert (assumed["alpha"], assumed["learning_rate"], assumed["regime"]) == (16.0, 3e-4, "signal")
+    assert (measured["regime"], measured["learning_rate"]) == ("measured", 3e-4)
+    assert measured["alpha"] > 16.0
 
 
 def test_the_core_needs_no_extra() -> None:
+    assert len(CORE) > len(WITHOUT_JAX) > 30  # the walk sees something
+    assert {*WITH_JAX, *(f"rora_theory.measure.{module}" for module in OF_A_MODEL)} <= NAMES
     fresh(f"for name in {CORE}: importlib.import_module(name)")
 
 
@@ -102,12 +136,11 @@ def imported(path: Path, names: set[str]) -> Iterator[str]:
 
 def test_nothing_imports_in_a_circle() -> None:
     """An import inside a function is one as well, since it often hides a circle."""
-    names = {"rora_theory"} | {each.name for each in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
     graph = {}
-    for name in names:
+    for name in NAMES:
         path = ROOT.joinpath(*name.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        graph[name] = set(imported(file, names)) - {name}
+        graph[name] = set(imported(file, NAMES)) - {name}
     assert len(graph["rora_theory.theory.laws"]) >= 3  # the walk sees something
     try:
         graphlib.TopologicalSorter(graph).prepare()
