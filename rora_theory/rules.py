@@ -1,9 +1,10 @@
-"""Lists of ranks and of scaling rules, which meet at one rank so that their runs differ in the exponent alone."""
+"""Lists of ranks, of steps, and of scaling rules that meet at one rank, so that runs differ in the exponent alone."""
 
+import itertools
 from collections.abc import Sequence
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_positive, check_rank, exponent
+from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, check_rank, exponent
 
 
 def name_of(rule: Rule) -> str:
@@ -67,3 +68,10 @@ def check_ranks(ranks: Sequence[int], *, fewest: int = 2) -> None:
             check_rank(rank)
         except InputError as error:
             raise InputError(f"--ranks: {error}") from None
+
+
+def check_steps(steps: Sequence[int]) -> None:
+    """Raise `InputError` unless steps ascend strictly from 1 or more."""
+    if not steps or steps[0] < 1 or any(a >= b for a, b in itertools.pairwise(steps)):
+        raise InputError(f"steps are {' '.join(map(str, steps))}; accepted are ascending integers of 1 or more")
+    check_integer("the last of the steps", steps[-1])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
-from rora_theory.rules import alpha_at, check_list, check_ranks
+from rora_theory.rules import alpha_at, check_list, check_ranks, check_steps
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.toy import dynamics, ensemble
@@ -187,7 +187,7 @@ def check(config: Config) -> None:
                 raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
     if config.init not in INITS:
         raise InputError(f"--init is {config.init!r}; accepted are {', '.join(INITS)}")
-    dynamics.check_steps(config.steps)
+    check_steps(config.steps)
     for name in ("sgd_rate", "momentum_rate", "adam_rate"):
         check_positive("--" + name.replace("_", "-"), getattr(config, name))
     cli.check_integers(config, seeds=2)

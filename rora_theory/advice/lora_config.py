@@ -53,6 +53,21 @@ def peft_targets(names: Sequence[str]) -> str | list[str]:
     return list(names)
 
 
+def init_of(word: object) -> Init:
+    """The law of A that PEFT's ``init_lora_weights`` names.
+
+    Raises:
+      InputError: one whose steps have no law here.
+    """
+    for init, known in PEFT_INITS.items():
+        if type(known) is type(word) and known == word:
+            return init
+    raise InputError(
+        f"init_lora_weights is {shown(word)}, and how its steps depend on the rank has no law here; "
+        "accepted are true and 'gaussian'"
+    )
+
+
 class Saved(NamedTuple):
     """What a saved adapter says of itself.
 
@@ -105,13 +120,10 @@ def read_adapter_config(path: str | Path) -> Saved:
         check_positive("lora_alpha", alpha)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    start = values.get("init_lora_weights", True)
-    inits = [init for init, word in PEFT_INITS.items() if type(word) is type(start) and word == start]
-    if not inits:
-        raise InputError(
-            f"{path}: init_lora_weights is {shown(start)}, and how its steps depend on the rank has no law here; "
-            "accepted are true and 'gaussian'"
-        )
+    try:
+        init = init_of(values.get("init_lora_weights", True))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     targets = entry("target_modules", None, (list, str, type(None)), "a list of names, or a regular expression")
     remarks = []
     if isinstance(targets, str) and targets != ALL_LINEAR:
@@ -131,4 +143,4 @@ def read_adapter_config(path: str | Path) -> Saved:
             raise InputError(f"{path}: {error}") from None
         targets = names
     rslora = entry("use_rslora", False, bool, "true or false")
-    return Saved(rank, float(alpha), "rslora" if rslora else "lora", inits[0], targets, tuple(remarks))
+    return Saved(rank, float(alpha), "rslora" if rslora else "lora", init, targets, tuple(remarks))

@@ -29,6 +29,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Split, Table
+from rora_theory.rules import check_steps
 from rora_theory.scaling import Rule, check_positive
 from rora_theory.seeds import check_seed
 from rora_theory.toy import dynamics, nested
@@ -140,7 +141,7 @@ class Checker:
         Yields:
           coordinates with their values; not finite where the run diverged.
         """
-        dynamics.check_steps(steps)
+        check_steps(steps)
         adapter = self.adapter(key, setting)
         state = dynamics.make_optimizer(setting.optimizer, setting.learning_rate).init(adapter.params)
         rate = jnp.float32(setting.learning_rate)

@@ -24,6 +24,7 @@ from rora_theory.errors import InputError
 from rora_theory.llama import Model
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Table, in_a_word, whole_model
 from rora_theory.measure.coordinates import Checker, Setting
+from rora_theory.rules import check_steps
 from rora_theory.scaling import Rule, alpha_for, check_integer, check_positive, check_rank, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats import slopes
@@ -79,7 +80,7 @@ class CheckConfig:
             for value in getattr(self, name):
                 if value not in accepted:
                     raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
-        dynamics.check_steps(self.steps)
+        check_steps(self.steps)
         for name in ("gamma", "adam_rate", "sgd_rate", "momentum_rate", "band"):
             check_positive("--" + name.replace("_", "-"), getattr(self, name))
         check_integer("seeds", self.seeds, least=2)

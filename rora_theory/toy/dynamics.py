@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
+from rora_theory.rules import check_steps
 from rora_theory.scaling import check_integer
 from rora_theory.toy import nested
 
@@ -364,13 +365,6 @@ def spectral_norm(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
     start = gram / jnp.maximum(jnp.trace(gram), jnp.finfo(jnp.float32).tiny)
     power = jax.lax.fori_loop(0, _SQUARINGS, square, start)
     return size * jnp.sqrt(jnp.sum(power * gram))  # traces are normalised to 1
-
-
-def check_steps(steps: Sequence[int]) -> None:
-    """Raise `InputError` unless steps ascend strictly from 1 or more."""
-    if not steps or steps[0] < 1 or any(a >= b for a, b in itertools.pairwise(steps)):
-        raise InputError(f"steps are {' '.join(map(str, steps))}; accepted are ascending integers of 1 or more")
-    check_integer("the last of the steps", steps[-1])
 
 
 def _change(weights: tuple[Array, ...], x: Array, delta: Callable[[int, Array], Array]) -> Array:

@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+torch.set_num_threads(1)  # threads wait for each other longer than so small a model takes
+
 VOCABULARY = 64
 TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

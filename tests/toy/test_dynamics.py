@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
+from rora_theory.rules import check_steps
 from rora_theory.theory import laws
 from rora_theory.toy import dynamics
 from rora_theory.toy.dynamics import ProblemConfig
@@ -192,6 +193,6 @@ def test_bad_settings():
         dynamics.make_optimizer("lion", 0.1)
     for steps in ((), (0, 1), (2, 2), (3, 1)):
         with pytest.raises(InputError, match="ascending"):
-            dynamics.check_steps(steps)
+            check_steps(steps)
     with pytest.raises(InputError, match="start"):
         dynamics.draw_adapters(jax.random.key(0), LINEAR, rank=2, start="C")

@@ -5,6 +5,7 @@
 
     found = measure.measure(model, batch, held_out)                     # the frames of `measure.regime`
     config, learning_rate, advice = found.transfer(Setting(16, 32, 2e-4), rank=128)
+    measure.coordinate_check(make_model, batch, ranks=(2, 8, 32)).assert_flat()    # in a test suite
 
 Needs the extra ``torch`` (torch, transformers, peft).
 """
@@ -14,14 +15,17 @@ from typing import TYPE_CHECKING
 from rora_theory import lazily
 
 if TYPE_CHECKING:
+    from rora_theory.measure.torch.check import Check, coordinate_check
     from rora_theory.measure.torch.regime import Measured, measure
 
-__all__ = ["Measured", "measure"]
+__all__ = ["Check", "Measured", "coordinate_check", "measure"]
 
 __getattr__, __dir__ = lazily.attributes(
     __name__,
     {
+        "Check": "rora_theory.measure.torch.check",
         "Measured": "rora_theory.measure.torch.regime",
+        "coordinate_check": "rora_theory.measure.torch.check",
         "measure": "rora_theory.measure.torch.regime",
     },
 )

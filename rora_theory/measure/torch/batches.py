@@ -1,17 +1,38 @@
 """Which tokens of a batch count: not padding, not what has no target, and of a held-out batch what was not seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
+from rora_theory.errors import InputError
 from rora_theory.measure.tokens import NOTHING, beginnings
 from rora_theory.measure.torch.modules import task_type
 
 IGNORED = -100
 """A label that is not in the loss, as PyTorch and transformers have it."""
+
+Batch = Mapping[str, Any]
+"""What a model takes by name, and labels."""
+
+Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
+"""Of a model and a batch."""
+
+
+def plain_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """``model(**batch).loss``.
+
+    Raises:
+      InputError: the model gives none.
+    """
+    found = getattr(model(**batch), "loss", None)
+    if found is None:
+        raise InputError(
+            f"the model gives no loss for a batch of {', '.join(batch)}; accepted is one with labels, or a loss="
+        )
+    return found
 
 
 class Tokens(NamedTuple):
@@ -21,7 +42,7 @@ class Tokens(NamedTuple):
     seen: Bool[np.ndarray, " tokens"]
 
 
-def moved(batch: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+def moved(batch: Batch, model: torch.nn.Module) -> dict[str, Any]:
     """The batch on the device on which the model begins."""
     device = getattr(model, "device", None) or next((each.device for each in model.parameters()), torch.device("cpu"))
     if device.type == "meta":  # weights that are loaded when they are needed
@@ -29,9 +50,7 @@ def moved(batch: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def tokens(
-    model: torch.nn.Module, batch: Mapping[str, Any], trained: Mapping[str, Any] | None = None
-) -> dict[int, Tokens]:
+def tokens(model: torch.nn.Module, batch: Batch, trained: Batch | None = None) -> dict[int, Tokens]:
     """`Tokens` of each size that a module's input may have; of other sizes nothing is known, as of an expert's.
 
     Real is what ``attention_mask`` says; in a causal model that is given labels, up to a row's last token with a
@@ -63,7 +82,7 @@ def tokens(
     return found
 
 
-def _real(model: torch.nn.Module, ids: Int[np.ndarray, "B S"], batch: Mapping[str, Any]) -> Bool[np.ndarray, "B S"]:
+def _real(model: torch.nn.Module, ids: Int[np.ndarray, "B S"], batch: Batch) -> Bool[np.ndarray, "B S"]:
     labels, mask = _array(batch, "labels"), _array(batch, "attention_mask")
     real = np.ones(ids.shape, bool) if mask is None or mask.shape != ids.shape else mask.astype(bool)
     if task_type(model) == "CAUSAL_LM" and labels is not None and labels.shape == ids.shape:
@@ -90,7 +109,7 @@ def _records(
     return rows, places
 
 
-def _array(batch: Mapping[str, Any], name: str) -> np.ndarray | None:
+def _array(batch: Batch, name: str) -> np.ndarray | None:
     value = batch.get(name)
     if value is None:
         return None

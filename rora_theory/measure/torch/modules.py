@@ -164,3 +164,11 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
                 layer.enable_adapters(True)
         for parameter, requires_grad in needed:
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def kept_random(model: torch.nn.Module) -> Iterator[None]:
+    """PyTorch's generators as they were, on the host and on the model's devices."""
+    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices]):
+        yield

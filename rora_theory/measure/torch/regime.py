@@ -8,8 +8,8 @@ Nothing is trained and nothing of the model changes.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import geometric_mean
 from typing import Any, Literal, NamedTuple
@@ -29,10 +29,11 @@ from rora_theory.measure.layer_data import Layer
 from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.tokens import choose, sample
 from rora_theory.measure.torch import hooks
-from rora_theory.measure.torch.batches import Tokens, moved, tokens
+from rora_theory.measure.torch.batches import Batch, Loss, Tokens, moved, plain_loss, tokens
 from rora_theory.measure.torch.modules import (
     base_model,
     chosen,
+    kept_random,
     layer_index,
     peft_targets,
     task_type,
@@ -43,8 +44,6 @@ from rora_theory.scaling import Rule
 from rora_theory.theory.laws import Optimizer
 
 Split = Literal["train", "heldout"]
-Batch = Mapping[str, Any]
-Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 Draw = Callable[[RegimeConfig, Layer, Init], Float[np.ndarray, "rows p_in"]]
 
 
@@ -184,8 +183,8 @@ def measure(
     model = unwrapped(model)
     base = base_model(model)
     modules = chosen(base, target_modules, layers)
-    take = _loss if loss is None else loss
-    with _kept_random(model), ExitStack() as stack:
+    take = plain_loss if loss is None else loss
+    with kept_random(model), ExitStack() as stack:
         if adapters == "off":
             stack.enter_context(without_adapters(model))
         batch, held_out = moved(batch, base), moved(held_out, base)
@@ -269,15 +268,6 @@ class _Reducing:
         self.found[name] = LayerRegime(*own, rows)
 
 
-def _loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    found = getattr(model(**batch), "loss", None)
-    if found is None:
-        raise InputError(
-            f"the model gives no loss for a batch of {', '.join(batch)}; accepted is one with labels, or a loss="
-        )
-    return found
-
-
 def _drawn(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
     digest = hashlib.sha256(f"{layer.name} {init} takeover".encode()).digest()
     random = np.random.default_rng([config.seed, int.from_bytes(digest[:4], "little")])
@@ -286,11 +276,3 @@ def _drawn(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, 
 
 def _host(x: torch.Tensor) -> np.ndarray:
     return x.detach().float().cpu().numpy()
-
-
-@contextmanager
-def _kept_random(model: torch.nn.Module) -> Iterator[None]:
-    """PyTorch's generators as they were, on the host and on the model's devices."""
-    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices]):
-        yield
