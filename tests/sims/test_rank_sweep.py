@@ -184,7 +184,12 @@ def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data,
         text = (folder / "cells" / key / name).read_text()
         return re.sub(r'"(seconds|digest)": [^,}]*', "", text)
 
-    for name in ("losses.csv", "answers.csv", "metrics.jsonl", "cell.json", "adapter/adapter_config.json"):
+    names = {
+        "losses.csv", "answers.csv", "metrics.jsonl", "cell.json", "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }  # fmt: skip
+    assert set(finished(out)[key].files) == {f"cells/{key}/{name}" for name in names}
+    for name in names - {"adapter/adapter_model.safetensors"}:
         assert of(out, name) == of(swept, name), name
     value, whole = (finished(folder)[key].value for folder in (out, swept))
     assert {name for name in whole if value[name] != whole[name]} <= {
@@ -268,6 +273,7 @@ def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, c
             said = capsys.readouterr()
             if what is fail:
                 assert len(frames.read(out / "results.csv")) == 4
+                assert len(frames.read(out / "differences.csv")) == (1 if number == 1 else 3)
                 assert "failed (RuntimeError: no such thing); its traceback is in " in said.err
                 assert said.err.splitlines()[-1].startswith("error: 1 of 5 cells failed, the first ")
             rank_sweep.main(command(model, data, out, *FOUR))
