@@ -22,7 +22,7 @@ from rora_theory.theory import sampling
 from sims.common import devices
 from sims.common.tables import print_table
 
-SETTING = sampling.Setting(rank=64, p_in=4096, p_out=1, overlap=0.5)
+SETTING = sampling.RandomStep(rank=64, p_in=4096, p_out=1, overlap=0.5)
 REPEATS = 7
 SECONDS = 1.0
 

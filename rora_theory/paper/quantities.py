@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from rora_theory.paper import equations
 from rora_theory.stats.estimate import Estimate, root
 from rora_theory.theory import laws
-from rora_theory.theory.sampling import Setting, Sums
+from rora_theory.theory.sampling import RandomStep, Sums
 
 Quantity = Literal["mean", "second_moment", "variance", "norm"]
 """E[w_i], E[w_i^2], Var[w_i], and the root mean square of |w|_2 over draws."""
@@ -14,7 +14,7 @@ Quantity = Literal["mean", "second_moment", "variance", "norm"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 
-def exact(setting: Setting) -> dict[Quantity, float]:
+def exact(setting: RandomStep) -> dict[Quantity, float]:
     """The exact law's figures, delta_i = 1."""
     law = laws.random_input_moments(
         rank=setting.rank,
@@ -34,7 +34,7 @@ def exact(setting: Setting) -> dict[Quantity, float]:
     }
 
 
-def printed(setting: Setting) -> dict[Quantity, float] | dict[Quantity, None]:
+def printed(setting: RandomStep) -> dict[Quantity, float] | dict[Quantity, None]:
     """The paper's figures, Eq. 6, 9 and 11; none for Adam, which its Eq. 3 excludes."""
     if setting.optimizer != "sgd":
         return dict.fromkeys(QUANTITIES)

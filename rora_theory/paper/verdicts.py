@@ -21,6 +21,7 @@ from rora_theory.scaling import scaling_factor
 from rora_theory.stats.estimate import Estimate, root
 from rora_theory.stats.moments import Fit, log_log_fit, threshold
 from rora_theory.theory import first_step, laws, sampling
+from rora_theory.theory.grid import RANKS
 
 Status = Literal["holds", "holds in a limit", "fails", "undecided"]
 Outcome = Literal["agrees", "differs", "open"]
@@ -43,10 +44,7 @@ _ROUNDING = 1e-4
 NARROW, WIDE = 4, 4096
 """The p_in at which the limits r >> p_in and r << p_in are within reach, where the sweep's own does not show them."""
 
-RANKS = tuple(2**n for n in range(11))
-"""The ranks that a verdict on growth is given over, unless a sweep has three or more of its own."""
-
-Sample = Callable[[sampling.Setting], sampling.Sums]
+Sample = Callable[[sampling.RandomStep], sampling.Sums]
 """Gives the sums of a setting (unit scaling and learning rate)."""
 
 
@@ -107,7 +105,7 @@ def judge(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> lis
     """Judge Eq. 1-15 and both gradients.
 
     Args:
-      sample: gives the sums for a `sampling.Setting` of unit scaling and learning rate, ``"normal"`` A and SGD.
+      sample: gives the sums for a `sampling.RandomStep` of unit scaling and learning rate, ``"normal"`` A and SGD.
       ranks: at least two ranks, ascending.
       p_in, p_out: the layer's sizes.
     """
@@ -117,6 +115,11 @@ def judge(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> lis
 def enough_ranks(ranks: Sequence[int]) -> list[int]:
     """Ascending ranks for the verdicts: a sweep's own, or `RANKS` where it has fewer than three."""
     return sorted(ranks) if len(ranks) >= 3 else list(RANKS)
+
+
+def place(verdict: Verdict) -> float:
+    """Where a verdict stands in the order of the paper: the two gradients are above Eq. 3."""
+    return {"gradient A": 2.1, "gradient B": 2.2}.get(verdict.equation) or float(verdict.equation)
 
 
 def _identities() -> list[Verdict]:
@@ -195,7 +198,7 @@ def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> l
     narrow_ranks = (64 * NARROW, 512 * NARROW)
 
     def cell(rank: int, overlap: float, width: int = p_in) -> sampling.Sums:
-        return sample(sampling.Setting(rank=rank, p_in=width, p_out=p_out, overlap=overlap))
+        return sample(sampling.RandomStep(rank=rank, p_in=width, p_out=p_out, overlap=overlap))
 
     def second(rank: int, overlap: float, width: int = p_in) -> Estimate:
         return cell(rank, overlap, width).first.second_moment

@@ -10,12 +10,6 @@ from rora_theory.scaling import scaling_factor
 from rora_theory.sweep.design import BASE, METHODS, Design, rates_of
 from rora_theory.sweep.records import RecordSplit
 
-NOT_SHARED = (
-    "method", "rule", "rank", "alpha", "lr", "seed", "held_out", "steps", "epochs", "batch_size", "evaluate_every",
-    "checkpoint_every",
-)  # fmt: skip
-"""Settings of a fine-tuning run that are a cell's, change no result, or are in a sweep's identity by another name."""
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -94,7 +88,7 @@ def cells_of(
                         chosen = (rates or {}).get((model, method, rank))
                         several: tuple[float, ...] = () if chosen is None else (chosen,)
                     else:
-                        several = design.lrs or rates_of(method, model, tuned=design.tuned)
+                        several = design.rates or rates_of(method, model, tuned=design.tuned)
                     for rate in several:
                         training = training_of(design, shared, method, rank, rate, seed)
                         strength: dict[str, Any] = {"alpha": None, "gamma": None}
@@ -136,21 +130,19 @@ def training_of(
 
     Args:
       design: whose rule for alpha and dtype it has.
-      shared: everything else, but what changes no result. Its targets and dropout are those of methods with a rank; the
-        others have their published modules and no dropout.
+      shared: everything else. Its alpha, targets and dropout are those of methods with a rank; the others have their
+        published modules and no dropout.
       method, rank, rate, seed: the cell's; no rank for a method that has none.
 
     Raises:
       InputError: a value out of range.
     """
-    own: dict[str, Any] = {"lr": rate, "seed": seed, "dtype": design.dtype} | METHODS[method].settings
     if rank is None:
-        own |= {"targets": None, "dropout": 0.0}
+        own: dict[str, Any] = {"alpha": FinetuneConfig.alpha, "targets": None, "dropout": 0.0}
     else:
-        alpha = 2.0 * rank if design.alpha_rule == "2r" else shared.alpha
-        own |= {"rank": rank, "alpha": alpha, "targets": shared.modules}
-    own |= {"held_out": 0, "checkpoint_every": FinetuneConfig.checkpoint_every}
-    return shared.of_method(**own)
+        own = {"rank": rank, "alpha": 2.0 * rank if design.alpha_rule == "2r" else shared.alpha}
+    own |= {"lr": rate, "seed": seed, "dtype": design.dtype, **METHODS[method].settings}
+    return replace(shared, **own)
 
 
 def check_cells(cells: Sequence[Cell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:
@@ -177,7 +169,7 @@ def identity(
     revision: str | None = None,
 ) -> dict[str, Any]:
     """What all cells of a sweep share, beside how they are scored; a model enters with what its files hold."""
-    settings = {name: value for name, value in vars(shared).items() if name not in NOT_SHARED}
+    settings = ("warmup", "dropout", "targets", "template", "cutoff", "loss_on", "widths", "accumulation", "remat")
     return {
         "models": sorted(design.models),
         "revision": revision,
@@ -185,5 +177,5 @@ def identity(
         "model_sha256": {name: found.sha256 for name, found in located.items()},
         "data": records.summary,
         "training": {"steps": shared.steps, "epochs": shared.epochs, "batch": shared.batch_size},
-        "settings": settings | {"targets": shared.modules, "dtype": design.dtype},
+        "settings": {name: getattr(shared, name) for name in settings} | {"dtype": design.dtype},
     }

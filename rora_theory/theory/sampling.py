@@ -17,10 +17,10 @@ numbers do not depend on how many blocks a call takes, on how many devices, or o
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ _LEAST_DRAWS = 256
 
 
 @dataclass(frozen=True)
-class Setting:
+class RandomStep:
     r"""What is simulated: w = dM x' after one step on :math:`L = \sum_i w_i` (so delta_i = 1) at input x.
 
     Attributes:
@@ -102,21 +102,31 @@ class Sums:
         """Draws so far."""
         return self.first.count
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain types that keep every bit."""
+        return {"first": self.first.to_json(), "norm2": self.norm2.to_json()}
 
-def stream_key(seed: int, setting: Setting, sampler: Sampler) -> PRNGKeyArray:
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Sums":
+        """What `to_json` wrote."""
+        return cls(Moments.from_json(data["first"]), Moments.from_json(data["norm2"]))
+
+
+def stream_key(seed: int, setting: RandomStep, sampler: Sampler) -> PRNGKeyArray:
     """A key for one stream: the same in every sweep that has it, different for every other."""
-    digest = hashlib.sha256(repr((setting, sampler)).encode()).digest()
+    values = ", ".join(f"{name}={value!r}" for name, value in vars(setting).items())
+    digest = hashlib.sha256(f"(Setting({values}), {sampler!r})".encode()).digest()  # the name that published runs have
     return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], "little"))
 
 
-def best_sampler(setting: Setting) -> Sampler:
+def best_sampler(setting: RandomStep) -> Sampler:
     """The cheapest exact sampler of a setting."""
     if not inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in).is_normal:
         return "direct"
     return "chi_square" if setting.optimizer == "sgd" else "pairs"
 
 
-def block_draws(setting: Setting, sampler: Sampler) -> int:
+def block_draws(setting: RandomStep, sampler: Sampler) -> int:
     """Draws in one block."""
     if sampler != "direct":
         return _MOST_DRAWS
@@ -124,7 +134,7 @@ def block_draws(setting: Setting, sampler: Sampler) -> int:
 
 
 def stream(
-    setting: Setting,
+    setting: RandomStep,
     sampler: Sampler,
     key: PRNGKeyArray,
     *,
@@ -161,7 +171,7 @@ def stream(
 
 
 def estimate(
-    setting: Setting,
+    setting: RandomStep,
     sampler: Sampler,
     key: PRNGKeyArray,
     *,
@@ -169,30 +179,20 @@ def estimate(
     draws: int | None = None,
     batch: int = 1,
     devices: Sequence[jax.Device] | None = None,
-    start: tuple[int, Sums] | None = None,
-    on_block: Callable[[int, Sums], None] | None = None,
 ) -> Sums:
     """Draw until E[w_1^2] is known to ``relative_error`` (one standard error), or exactly ``draws`` draws.
 
     Args:
       setting, sampler, key, batch, devices: as `stream` takes them.
       relative_error: of the second moment, > 0; at least 256 draws are taken.
-      draws: an exact number instead.
-      start: blocks already summed, and their sums, to go on from.
-      on_block: called after each block with the number of blocks summed and the sums.
+      draws: an exact number instead, 1 or more.
 
     Returns:
       The sums. They depend on setting, sampler, key and the stopping rule alone.
     """
-    done, sums = start or (0, Sums())
-    if _enough(sums, relative_error, draws):
-        return sums
-    for block in stream(setting, sampler, key, first_block=done, batch=batch, devices=devices):
-        if draws is not None:
-            block = block[:, : draws - sums.count]
-        sums, done = sums.add(block), done + 1
-        if on_block is not None:
-            on_block(done, sums)
+    sums = Sums()
+    for block in stream(setting, sampler, key, batch=batch, devices=devices):
+        sums = sums.add(block if draws is None else block[:, : draws - sums.count])
         if _enough(sums, relative_error, draws):
             break
     return sums
@@ -221,7 +221,7 @@ class _Kind:
     step: int
 
     @classmethod
-    def of(cls, setting: Setting, sampler: Sampler) -> "_Kind":
+    def of(cls, setting: RandomStep, sampler: Sampler) -> "_Kind":
         normal = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in).is_normal
         if sampler != "direct" and not normal:
             raise InputError(
@@ -242,7 +242,7 @@ class _Kind:
             step if sampler == "direct" else draws,
         )
 
-    def numbers(self, setting: Setting) -> dict[str, np.float32]:
+    def numbers(self, setting: RandomStep) -> dict[str, np.float32]:
         law = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in)
         values = {
             "rank": setting.rank,

@@ -39,6 +39,15 @@ def as_json(value: Any) -> Any:
     return value
 
 
+def flat(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass and of the dataclasses in it by their names, which are the options'."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
 class RunFolder:
     """One run's folder: opened by its configuration, resumed by the same configuration, refused to any other.
 

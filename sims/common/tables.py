@@ -1,7 +1,8 @@
 """Tables and sentences on standard output, never wider than the terminal: 80 columns where there is none."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -48,6 +49,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         for row in cells:
             table.add_row(*[Text(row[i]) for i in group])  # Text: brackets are no markup
         console.print(table)
+
+
+def slope(row: Mapping[Any, Any]) -> str:
+    """A fitted exponent with its standard error, and the exact law's."""
+    return f"{row['slope']:+.3f} ± {row['standard_error']:.3f} ({row['exact']:+.3f})"
 
 
 def print_text(text: str) -> None:

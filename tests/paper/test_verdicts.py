@@ -34,7 +34,7 @@ EXPECTED = {
 
 
 @functools.cache
-def sample(setting: sampling.Setting) -> sampling.Sums:
+def sample(setting: sampling.RandomStep) -> sampling.Sums:
     key = jax.random.fold_in(jax.random.key(9), setting.rank + 10_000 * int(10 * setting.overlap))
     return sampling.estimate(setting, "chi_square", key, relative_error=0.01)
 
@@ -67,7 +67,7 @@ def stream(mean: float = 0.0, second: float = 1.0, norm2: float = 1.0) -> sampli
     return sampling.Sums(Moments().add(values), Moments().add(np.full(10_000, float(norm2))))
 
 
-def exact(setting: sampling.Setting) -> sampling.Sums:
+def exact(setting: sampling.RandomStep) -> sampling.Sums:
     """Draws with the law's own moments: sampling decides nothing."""
     law = laws.random_input_moments(rank=setting.rank, p_in=setting.p_in, overlap=setting.overlap, scaling=1.0)
     second = float(law.second_moment[0])
@@ -107,7 +107,7 @@ def test_the_evidence_is_in_closed_form() -> None:
 def test_few_draws_decide_no_second_moment() -> None:
     """64 draws: their errors reach from Eq. 9's figure to the exact one, 26 times it, and settle nothing."""
 
-    def few(setting: sampling.Setting) -> sampling.Sums:
+    def few(setting: sampling.RandomStep) -> sampling.Sums:
         key = jax.random.fold_in(jax.random.key(3), setting.rank + 10_000 * int(10 * setting.overlap))
         return sampling.estimate(setting, "chi_square", key, relative_error=1.0, draws=64)
 
@@ -211,10 +211,10 @@ def test_a_mean_is_judged_at_the_threshold_of_all_cells(factor: float, status: s
     assert found["6"] == status
 
 
-def limit(inside: float, outside: float, within: Callable[[sampling.Setting], bool]) -> verdicts.Sample:
+def limit(inside: float, outside: float, within: Callable[[sampling.RandomStep], bool]) -> verdicts.Sample:
     """Draws whose second moment is Eq. 8's or 9's times one factor where the limit is, and another elsewhere."""
 
-    def draw(setting: sampling.Setting) -> sampling.Sums:
+    def draw(setting: sampling.RandomStep) -> sampling.Sums:
         near = setting.rank * setting.p_in * (setting.p_in if setting.rank < setting.p_in else setting.rank)
         return stream(second=near * (inside if within(setting) else outside))
 
@@ -242,7 +242,7 @@ def test_a_claim_agrees_to_two_percent(
 def test_the_norm_s_limit(factor: float, status: str) -> None:
     """Eq. 11's norm, p_out p_in r^2 when squared, in its limit alone; a norm's error is half of its square's."""
 
-    def draw(setting: sampling.Setting) -> sampling.Sums:
+    def draw(setting: sampling.RandomStep) -> sampling.Sums:
         exact = setting.p_out * setting.p_in * setting.rank**2
         return stream(norm2=exact * (factor if setting.p_in == verdicts.NARROW else 9))
 
@@ -262,7 +262,7 @@ def test_the_norm_s_limit(factor: float, status: str) -> None:
 def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -> None:
     """|w| of these powers of the rank, at overlap 0, at 0.5 and far beyond the crossing rank: Eq. 13 to 15 alike."""
 
-    def draw(setting: sampling.Setting) -> sampling.Sums:
+    def draw(setting: sampling.RandomStep) -> sampling.Sums:
         slope = slopes[0] if not setting.overlap else slopes[1] if setting.rank <= 16 else slopes[2]
         return stream(norm2=float(setting.rank) ** (2 * slope))
 

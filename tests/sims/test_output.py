@@ -21,6 +21,7 @@ from rora_theory import frames
 from rora_theory.evaluate.levels import Level
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
+from rora_theory.paper.simulation import SimulationConfig
 from rora_theory.paper.verdicts import Verdict
 from rora_theory.scaling import KAPPAS
 from sims import capacity, coordinate_check, evaluate, layer_sweep, lr_transfer, regime, training_dynamics, transfer
@@ -79,7 +80,7 @@ def config_of(kind: type, name: str):
     chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in used.items() if key in fields}
     if "rules" in chosen and "rora" in str(fields["rules"].type):  # exponents are numbers there
         chosen["rules"] = tuple(rule if rule in KAPPAS else float(rule) for rule in chosen["rules"])
-    needed = {name: () for name, field in fields.items() if field.default is dataclasses.MISSING}
+    needed = {name: () for name, field in fields.items() if field.default is field.default_factory}
     return kind(**(needed | chosen))
 
 
@@ -110,8 +111,8 @@ def test_sentences_fold_between_words_and_paths_stay_whole(printed, capsys) -> N
 def test_variance_sweep(printed) -> None:
     folder = PUBLISHED / "variance_sweep"
     judged = [Verdict(**verdict) for verdict in json.loads((folder / "verdicts.json").read_text())]
-    config = config_of(sweep.Config, "variance_sweep")
-    sweep.report(config, typed(folder / "results.csv"), typed(folder / "direct_check.csv"), judged)
+    results, check = (frames.read(folder / name) for name in ("results.csv", "direct_check.csv"))
+    sweep.report(config_of(SimulationConfig, "variance_sweep"), results, check, judged)
     text = " ".join(" ".join(printed()).split())
     assert "4084" in text
     assert all(word in text for verdict in judged for word in verdict.claim.split())
@@ -119,8 +120,7 @@ def test_variance_sweep(printed) -> None:
 
 def test_real_layers(printed) -> None:
     folder = PUBLISHED / "real_layers"
-    config = config_of(sweep.Config, "real_layers")
-    layer_sweep.report(config, typed(folder / "results.csv"), typed(folder / "crossing_ranks.csv"))
+    layer_sweep.report(*(frames.read(folder / name) for name in ("results.csv", "crossing_ranks.csv")))
     text = "\n".join(printed())
     assert "-1.208 ± 0.003" in text
     assert "21.8 (12.4-95.9)" in text

@@ -108,7 +108,7 @@ def test_direct_sampler_random_inputs(optimizer: str, init: str) -> None:
     cases = [(1, 4, 0.0), (3, 5, 0.6), (6, 16, -0.3)]
     z = threshold(FALSE_ALARM, 3 * len(cases) * len(INITS) * 2)
     for number, (rank, p_in, overlap) in enumerate(cases):
-        setting = sampling.Setting(
+        setting = sampling.RandomStep(
             rank=rank, p_in=p_in, scaling=0.8, learning_rate=0.5, overlap=overlap, optimizer=optimizer, init=init
         )
         sums = sampling.estimate(setting, "direct", jax.random.key(number), draws=40_000)

@@ -1,5 +1,7 @@
 """Samplers: reduced equal to direct in distribution; blocks, batches, devices and interruptions change no bit."""
 
+import hashlib
+import json
 import math
 
 import jax
@@ -10,10 +12,10 @@ from scipy import stats
 from rora_theory import InputError
 from rora_theory.stats.moments import threshold
 from rora_theory.theory import laws, sampling
-from rora_theory.theory.sampling import Setting
+from rora_theory.theory.sampling import RandomStep
 
 
-def take(setting: Setting, sampler: sampling.Sampler, count: int, seed: int = 0, **options: object) -> np.ndarray:
+def take(setting: RandomStep, sampler: sampling.Sampler, count: int, seed: int = 0, **options: object) -> np.ndarray:
     blocks, found = [], 0
     for block in sampling.stream(setting, sampler, jax.random.key(seed), **options):  # type: ignore[arg-type]
         blocks.append(block)
@@ -24,17 +26,17 @@ def take(setting: Setting, sampler: sampling.Sampler, count: int, seed: int = 0,
 
 
 CASES = [
-    (Setting(rank=3, p_in=5, overlap=0.4, p_out=4), "chi_square"),
-    (Setting(rank=3, p_in=5, overlap=0.4, scaling=0.6, learning_rate=0.5), "pairs"),
-    (Setting(rank=33, p_in=3, overlap=-0.7), "pairs"),
-    (Setting(rank=1, p_in=2, overlap=0.0, scaling=0.6, learning_rate=0.5), "chi_square"),
-    (Setting(rank=2, p_in=1, overlap=1.0), "chi_square"),
-    (Setting(rank=5, p_in=6, overlap=0.3, optimizer="adam", init="gaussian", scaling=0.5), "pairs"),
+    (RandomStep(rank=3, p_in=5, overlap=0.4, p_out=4), "chi_square"),
+    (RandomStep(rank=3, p_in=5, overlap=0.4, scaling=0.6, learning_rate=0.5), "pairs"),
+    (RandomStep(rank=33, p_in=3, overlap=-0.7), "pairs"),
+    (RandomStep(rank=1, p_in=2, overlap=0.0, scaling=0.6, learning_rate=0.5), "chi_square"),
+    (RandomStep(rank=2, p_in=1, overlap=1.0), "chi_square"),
+    (RandomStep(rank=5, p_in=6, overlap=0.3, optimizer="adam", init="gaussian", scaling=0.5), "pairs"),
 ]
 
 
 @pytest.mark.parametrize(("setting", "sampler"), CASES)
-def test_reduced_equals_direct_in_distribution(setting: Setting, sampler: sampling.Sampler) -> None:
+def test_reduced_equals_direct_in_distribution(setting: RandomStep, sampler: sampling.Sampler) -> None:
     """Two-sample Kolmogorov-Smirnov, 30000 draws each; false alarm 1e-6 over all cases."""
     direct = take(setting, "direct", 30_000)[0]
     reduced = take(setting, sampler, 30_000, seed=1)[0]
@@ -44,13 +46,13 @@ def test_reduced_equals_direct_in_distribution(setting: Setting, sampler: sampli
 def test_kolmogorov_smirnov_would_see_a_wrong_sampler() -> None:
     """One pair too many of three, or an overlap off by 0.1, is rejected at the same level."""
     direct = take(CASES[0][0], "direct", 30_000)[0]
-    for wrong in (Setting(rank=4, p_in=5, overlap=0.4), Setting(rank=3, p_in=5, overlap=0.5)):
+    for wrong in (RandomStep(rank=4, p_in=5, overlap=0.4), RandomStep(rank=3, p_in=5, overlap=0.5)):
         assert stats.ks_2samp(direct, take(wrong, "chi_square", 30_000, seed=1)[0]).pvalue < 1e-6 / len(CASES)
 
 
 @pytest.mark.parametrize("sampler", ["direct", "pairs", "chi_square"])
 def test_batch_devices_and_start_change_no_bit(sampler: sampling.Sampler) -> None:
-    setting = Setting(rank=200, p_in=300, p_out=3, overlap=0.2)
+    setting = RandomStep(rank=200, p_in=300, p_out=3, overlap=0.2)
     size = sampling.block_draws(setting, sampler)
     one = take(setting, sampler, 6 * size)
     devices = jax.devices()[:3]
@@ -61,7 +63,7 @@ def test_batch_devices_and_start_change_no_bit(sampler: sampling.Sampler) -> Non
 
 
 def test_blocks_differ() -> None:
-    setting = Setting(rank=4, p_in=8)
+    setting = RandomStep(rank=4, p_in=8)
     size = sampling.block_draws(setting, "chi_square")
     draws = take(setting, "chi_square", 2 * size)[0]
     assert not np.any(draws[:size] == draws[size:])
@@ -70,20 +72,20 @@ def test_blocks_differ() -> None:
 def test_norm_is_of_all_outputs() -> None:
     """|w|^2 = p_out w_1^2 at delta_i = 1, in the direct sampler by computation (float32 sums of 7 terms)."""
     for sampler in ("direct", "pairs"):
-        first, norm2 = take(Setting(rank=2, p_in=6, p_out=7), sampler, 100)
+        first, norm2 = take(RandomStep(rank=2, p_in=6, p_out=7), sampler, 100)
         np.testing.assert_allclose(norm2, 7 * first**2, rtol=2e-6)
 
 
 @pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
 def test_scaling_power(optimizer: laws.Optimizer) -> None:
     """The same draws at another gamma: w carries gamma^2 (SGD) or gamma (Adam), by autodiff and optax."""
-    base = take(Setting(rank=3, p_in=6, optimizer=optimizer), "direct", 500)[0]
-    scaled = take(Setting(rank=3, p_in=6, optimizer=optimizer, scaling=0.3), "direct", 500)[0]
+    base = take(RandomStep(rank=3, p_in=6, optimizer=optimizer), "direct", 500)[0]
+    scaled = take(RandomStep(rank=3, p_in=6, optimizer=optimizer, scaling=0.3), "direct", 500)[0]
     np.testing.assert_allclose(scaled, 0.3 ** laws.scaling_power(optimizer) * base, rtol=2e-5, atol=1e-5)
 
 
 def test_draws_until_the_error_is_reached() -> None:
-    setting = Setting(rank=4, p_in=64, overlap=0.3)
+    setting = RandomStep(rank=4, p_in=64, overlap=0.3)
     for target in (0.03, 0.008):
         sums = sampling.estimate(setting, "chi_square", jax.random.key(2), relative_error=target)
         second = sums.first.second_moment
@@ -93,14 +95,22 @@ def test_draws_until_the_error_is_reached() -> None:
     assert sampling.estimate(setting, "pairs", jax.random.key(2), draws=777).count == 777
 
 
-def test_resuming_changes_no_bit() -> None:
-    setting, key = Setting(rank=2, p_in=9), jax.random.key(4)
-    kept: list[tuple[int, sampling.Sums]] = []
-    whole = sampling.estimate(
-        setting, "chi_square", key, draws=70_000, on_block=lambda done, sums: kept.append((done, sums))
+def test_sums_are_kept_to_the_bit() -> None:
+    sums = sampling.estimate(RandomStep(rank=2, p_in=9), "chi_square", jax.random.key(4), draws=70_000)
+    assert sums.count == 70_000
+    assert sampling.Sums.from_json(json.loads(json.dumps(sums.to_json()))) == sums
+
+
+def test_a_stream_has_the_key_of_published_runs() -> None:
+    """Numbers that were published can be drawn again: the key is that of the text that they were drawn by."""
+    step = RandomStep(rank=4, p_in=64, p_out=8, overlap=0.5, optimizer="adam", init="gaussian")
+    text = (
+        "(Setting(rank=4, p_in=64, p_out=8, scaling=1.0, learning_rate=1.0, overlap=0.5, optimizer='adam', "
+        "init='gaussian'), 'pairs')"
     )
-    assert len(kept) > 3
-    assert sampling.estimate(setting, "chi_square", key, draws=70_000, start=kept[1]) == whole
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+    expected = jax.random.fold_in(jax.random.key(3), number)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (expected, sampling.stream_key(3, step, "pairs"))))
 
 
 def test_estimates_cover_the_law() -> None:
@@ -108,7 +118,7 @@ def test_estimates_cover_the_law() -> None:
 
     At 2000 draws of a second moment with heavy tails coverage is up to 2 points low; that much is allowed for.
     """
-    setting = Setting(rank=16, p_in=256, overlap=0.5)
+    setting = RandomStep(rank=16, p_in=256, overlap=0.5)
     law = laws.random_input_moments(rank=16, p_in=256, overlap=0.5, scaling=1.0).second_moment[0]
     draws = take(setting, "chi_square", 400 * 2000)[0].reshape(400, 2000)
     inside = 0
@@ -127,16 +137,16 @@ def test_memory_is_bounded() -> None:
         (10**6, 1 << 20, "chi_square", 64e6),
         (256, 4096, "direct", 64e6),
     ]:
-        kind = sampling._Kind.of(Setting(rank=rank, p_in=p_in), sampler)  # type: ignore[arg-type]
-        arguments = (jax.random.key(0), kind.numbers(Setting(rank=rank, p_in=p_in)), np.arange(64, dtype=np.uint32))
+        kind = sampling._Kind.of(RandomStep(rank=rank, p_in=p_in), sampler)  # type: ignore[arg-type]
+        arguments = (jax.random.key(0), kind.numbers(RandomStep(rank=rank, p_in=p_in)), np.arange(64, dtype=np.uint32))
         memory = sampling._blocks.lower(*arguments, kind=kind).compile().memory_analysis()
         assert memory.temp_size_in_bytes + memory.output_size_in_bytes < limit
 
 
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="no reduced sampler"):
-        take(Setting(rank=1, p_in=2, init="rademacher"), "pairs", 1)
+        take(RandomStep(rank=1, p_in=2, init="rademacher"), "pairs", 1)
     with pytest.raises(InputError, match="SGD's"):
-        take(Setting(rank=1, p_in=2, optimizer="adam"), "chi_square", 1)
+        take(RandomStep(rank=1, p_in=2, optimizer="adam"), "chi_square", 1)
     with pytest.raises(InputError, match="overlap is 2"):
-        Setting(rank=1, p_in=2, overlap=2.0)
+        RandomStep(rank=1, p_in=2, overlap=2.0)

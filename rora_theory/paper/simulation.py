@@ -1,0 +1,214 @@
+"""The paper's setting simulated: w = dM x', the increment of a layer after one optimizer step, by draws.
+
+For every optimizer, law of A, overlap of the inputs, scaling rule and rank, beside the exact law and the paper's Eq. 9.
+One stream of draws serves all rules: w carries gamma^2 (SGD) or gamma (Adam) as a factor, which the direct sampler
+checks by simulating each rule by itself on part of the grid.
+
+    config = SimulationConfig(StepGrid(ranks=(1, 4, 16)), p_in=64)
+    sums = {cell: draw(config, cell) for cell in cells(config)}
+    table([row for cell in sums for row in rows(config, cell, sums[cell])])
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+import pandas as pd
+
+from rora_theory import frames
+from rora_theory.errors import InputError
+from rora_theory.inits import entries
+from rora_theory.paper import quantities, verdicts
+from rora_theory.rules import check_list, name_of
+from rora_theory.scaling import Rule, check_integer, exponent
+from rora_theory.theory import laws, sampling
+from rora_theory.theory.grid import StepGrid, exponent_of
+
+COLUMNS = (
+    "optimizer", "rule", "kappa", "init", "overlap", "p_in", "p_out", "rank", "alpha", "scaling",
+    "quantity", "estimate", "standard_error", "exact", "paper", "draws", "sampler",
+)  # fmt: skip
+UNITS = {
+    "mean": "E[w_i]",
+    "second_moment": "E[w_i^2]",
+    "variance": "Var[w_i]",
+    "norm": "root mean square of |w|_2 over draws, sqrt(E|w|_2^2)",
+    "exact": "rora_theory.theory.laws",
+    "paper": "Eq. 6 (mean), Eq. 9 (second_moment, variance), Eq. 11 (norm); SGD only",
+    "loss": "L = sum_i w_i, so delta_i = 1",
+}
+
+RELATIVE_ERROR = 0.005
+
+CHECK_RANKS = (1, 8, 64)
+CHECK_OVERLAPS = (0.0, 0.5)
+CHECK_DRAWS = 1024
+"""Where, and by how many draws, the direct sampler checks the reduced ones."""
+
+GROUP = ["optimizer", "init", "overlap", "rule"]
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """What to simulate. Raises `InputError` where a value is out of range."""
+
+    grid: StepGrid = field(default_factory=StepGrid)
+    p_in: int = 4096
+    """inputs of the layer (LLaMA-7B's width)"""
+    p_out: int = 4096
+    """outputs of the layer"""
+    overlaps: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0)
+    """correlation of the inputs before and after the step, each from -1 to 1"""
+    sampler: Literal["auto", "direct", "reduced"] = "auto"
+    """direct draws A and differentiates; reduced draws what w depends on (Gaussian A only); auto takes the cheaper"""
+
+    def __post_init__(self) -> None:
+        check_integer("--p-in", self.p_in)
+        check_integer("--p-out", self.p_out)
+        check_list("--overlaps", self.overlaps)
+        for overlap in self.overlaps:
+            try:
+                laws.check_overlap(overlap)
+            except InputError as error:
+                raise InputError(f"--overlaps: {error}") from None
+        if self.sampler == "reduced":
+            for init in self.grid.inits:
+                if not entries(init, rank=1, p_in=1).is_normal:
+                    raise InputError(f"--sampler reduced has no {init} init; accepted with it are normal and gaussian")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One stream of draws.
+
+    Attributes:
+      setting: what is drawn.
+      sampler: how.
+      rule: whose scaling and learning rate ``setting`` has; None has unit ones, from which every rule's follow.
+    """
+
+    setting: sampling.RandomStep
+    sampler: sampling.Sampler
+    rule: Rule | None = None
+
+    def __str__(self) -> str:
+        alone = "" if self.rule is None else f", {name_of(self.rule)} drawn directly"
+        return f"{self.setting.optimizer}, overlap {self.setting.overlap:g}, r = {self.setting.rank}{alone}"
+
+
+def cells(config: SimulationConfig) -> list[Cell]:
+    """Every stream: of the grid, in the order of the table, then of the direct check."""
+    grid = config.grid
+    units = [
+        sampling.RandomStep(rank, config.p_in, config.p_out, overlap=overlap, optimizer=optimizer, init=init)
+        for optimizer in grid.optimizers
+        for init in grid.inits or ("normal",)
+        for overlap in config.overlaps
+        for rank in grid.ranks
+    ]
+    found = [Cell(unit, "direct" if config.sampler == "direct" else sampling.best_sampler(unit)) for unit in units]
+    return found + [
+        Cell(replace(cell.setting, scaling=gamma, learning_rate=grid.lr), "direct", rule)
+        for cell in found
+        if cell.setting.rank in CHECK_RANKS and cell.setting.overlap in CHECK_OVERLAPS and cell.sampler != "direct"
+        for rule, gamma in grid.scalings(cell.setting.rank)
+    ]
+
+
+def draw(config: SimulationConfig, cell: Cell, devices: Sequence[jax.Device] | None = None) -> sampling.Sums:
+    """The sums of a cell's draws; ``devices`` change no bit of them, see `sampling.stream`."""
+    return sampling.estimate(
+        cell.setting,
+        cell.sampler,
+        sampling.stream_key(config.grid.seed, cell.setting, cell.sampler),
+        relative_error=config.grid.relative_error or RELATIVE_ERROR,
+        draws=config.grid.draws if cell.rule is None else CHECK_DRAWS,
+        devices=devices,
+    )
+
+
+def rows(config: SimulationConfig, cell: Cell, sums: sampling.Sums) -> list[dict[str, Any]]:
+    """What a cell's draws say of each rule that they serve, beside the law and the paper: a row a quantity."""
+    grid, unit = config.grid, cell.setting
+    served = list(grid.scalings(unit.rank)) if cell.rule is None else [(cell.rule, unit.scaling)]
+    found = []
+    for rule, gamma in served:
+        setting = replace(unit, scaling=gamma, learning_rate=grid.lr)
+        step = grid.lr * gamma ** laws.scaling_power(unit.optimizer) if cell.rule is None else 1.0
+        exact, printed = quantities.exact(setting), quantities.printed(setting)
+        for quantity in quantities.QUANTITIES:
+            simulated = quantities.estimate(sums, quantity, step=step)
+            found.append(
+                {
+                    "optimizer": unit.optimizer,
+                    "rule": name_of(rule),
+                    "kappa": exponent(rule),
+                    "init": unit.init,
+                    "overlap": unit.overlap,
+                    "p_in": unit.p_in,
+                    "p_out": unit.p_out,
+                    "rank": unit.rank,
+                    "alpha": grid.alpha,
+                    "scaling": gamma,
+                    "quantity": quantity,
+                    "estimate": simulated.value,
+                    "standard_error": simulated.error,
+                    "exact": exact[quantity],
+                    "paper": printed[quantity],
+                    "draws": sums.count,
+                    "sampler": cell.sampler,
+                }
+            )
+    return found
+
+
+def table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame of some `rows`; ``paper`` is NaN for Adam, which the paper's Eq. 3 excludes."""
+    return frames.of(found, COLUMNS)
+
+
+def judge(
+    config: SimulationConfig,
+    known: Mapping[sampling.RandomStep, sampling.Sums],
+    devices: Sequence[jax.Device] | None = None,
+) -> list[verdicts.Verdict]:
+    """The verdicts on the paper's equations from a simulation.
+
+    Args:
+      config: of the simulation; with fewer than three ranks those of `grid.RANKS` are drawn.
+      known: the sums that are there already, of settings of unit scaling and rate; what is missing is drawn.
+      devices: as `draw` takes them.
+    """
+    found = dict(known)
+
+    def sample(setting: sampling.RandomStep) -> sampling.Sums:
+        if setting not in found:
+            found[setting] = draw(config, Cell(setting, sampling.best_sampler(setting)), devices)
+        return found[setting]
+
+    ranks = verdicts.enough_ranks(config.grid.ranks)
+    return verdicts.judge(sample, ranks=ranks, p_in=config.p_in, p_out=config.p_out)
+
+
+def exponents(results: pd.DataFrame) -> pd.DataFrame:
+    """Log-log slopes of the norm against the rank, over all ranks and over the lower and upper thirds.
+
+    Args:
+      results: of `table`.
+
+    Returns:
+      a row an optimizer, init, overlap, rule and range: ``low`` and ``high`` rank, the simulated ``slope`` with its
+      ``standard_error``, and the exact law's under the same fit, ``exact``; no row where there is one rank alone.
+    """
+    norms = results[results["quantity"] == "norm"]
+    ranks = sorted(set(norms["rank"]))
+    third = max(len(ranks) // 3, 2)
+    parts = [ranks, ranks[:third], ranks[-third:]] if len(ranks) > third else [ranks]
+    found = []
+    for key, group in norms.groupby(GROUP, sort=False) if len(ranks) > 1 else ():
+        for part in parts:
+            own = group[group["rank"].isin(part)]
+            line = dict(zip(GROUP, key, strict=True)) | {"low": part[0], "high": part[-1]}
+            found.append(line | exponent_of(own))
+    return pd.DataFrame(found, columns=[*GROUP, "low", "high", "slope", "standard_error", "exact"])

@@ -1,0 +1,133 @@
+"""The paper's setting simulated: one stream for all rules, beside the law and the paper; exponents; verdicts."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rora_theory import InputError
+from rora_theory.paper import simulation, verdicts
+from rora_theory.paper.simulation import Cell, SimulationConfig
+from rora_theory.theory import laws, sampling
+from rora_theory.theory.grid import StepGrid
+
+CONFIG = SimulationConfig(
+    StepGrid(ranks=(1, 16, 4), relative_error=0.02, alpha=8.0, lr=1e-3), p_in=64, p_out=8, overlaps=(0.0, 0.5)
+)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[Cell, sampling.Sums]:
+    return {cell: simulation.draw(CONFIG, cell) for cell in simulation.cells(CONFIG)}
+
+
+def test_cells_are_the_grid_and_the_direct_check() -> None:
+    """The grid at unit scaling, in the table's order; the check where the grid is not direct itself, a cell a rule."""
+    cells = simulation.cells(CONFIG)
+    grid = [cell for cell in cells if cell.rule is None]
+    assert cells[: len(grid)] == grid
+    assert [(c.setting.optimizer, c.setting.overlap, c.setting.rank) for c in grid] == [
+        (optimizer, overlap, rank) for optimizer in ("sgd", "adam") for overlap in (0.0, 0.5) for rank in (1, 16, 4)
+    ]
+    assert {(c.setting.scaling, c.setting.learning_rate, c.setting.init) for c in grid} == {(1.0, 1.0, "normal")}
+    check = cells[len(grid) :]
+    assert [(c.rule, c.setting.scaling, c.setting.learning_rate) for c in check] == [
+        (rule, 8.0, 1e-3) for _ in range(4) for rule in ("lora", "rora", 0.25)
+    ]
+    assert {(c.setting.rank, c.sampler) for c in check} == {(1, "direct")}
+    assert len({str(cell) for cell in cells}) == len(cells)
+    uniform = SimulationConfig(StepGrid(inits=("kaiming_uniform",)))
+    for config in (uniform, SimulationConfig(CONFIG.grid, sampler="direct")):
+        assert {(cell.sampler, cell.rule) for cell in simulation.cells(config)} == {("direct", None)}
+
+
+def test_rows_are_the_law_s_within_their_errors(drawn: dict[Cell, sampling.Sums]) -> None:
+    """Of every rule, from the one stream; the direct check too, each rule from its own.
+
+    |z| below 5.6: a false alarm of 1e-5 over 288 rows, of which fewer are independent.
+    """
+    table = simulation.table(row for cell, sums in drawn.items() for row in simulation.rows(CONFIG, cell, sums))
+    assert tuple(table) == simulation.COLUMNS
+    assert len(table) == 2 * 2 * 3 * 3 * 4 + 4 * 3 * 4  # optimizers, overlaps, ranks, rules, quantities; the check
+    assert table["scaling"].to_numpy() == pytest.approx(8.0 / table["rank"] ** table["kappa"], rel=1e-12)
+    scores = (table["estimate"] - table["exact"]) / table["standard_error"]
+    assert scores.abs().max() < 5.6
+    for row in table.sample(20, random_state=0).to_dict("records"):
+        law = laws.random_input_moments(
+            rank=row["rank"], p_in=64, scaling=row["scaling"], overlap=row["overlap"], learning_rate=1e-3,
+            optimizer=row["optimizer"],
+        )  # fmt: skip
+        second = law.second_moment[0]
+        exact = {"mean": law.mean[0], "second_moment": second, "variance": law.variance[0], "norm": (8 * second) ** 0.5}
+        assert row["exact"] == pytest.approx(exact[row["quantity"]], rel=1e-12)
+    printed = table[(table["optimizer"] == "sgd") & (table["quantity"] == "variance")]
+    assert printed["paper"].to_numpy() == pytest.approx(1e-6 * printed["scaling"] ** 4 * printed["rank"] ** 2 * 64)
+    assert table["paper"].isna().equals(table["optimizer"] == "adam")
+    second = table[(table["quantity"] == "second_moment") & (table["sampler"] != "direct")]
+    assert (second["standard_error"] <= 0.02 * second["estimate"]).all()
+
+
+@pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
+def test_rules_differ_by_their_power_of_gamma(drawn: dict[Cell, sampling.Sums], optimizer: str, power: int) -> None:
+    """gamma^2 under SGD, gamma under Adam, times the rate: of the norm once, of the variance twice."""
+    cell = next(cell for cell in drawn if cell.setting.optimizer == optimizer and cell.setting.rank == 4)
+    table = simulation.table(simulation.rows(CONFIG, cell, drawn[cell]))
+    for quantity, times in (("norm", 1), ("mean", 1), ("second_moment", 2), ("variance", 2)):
+        own = table[table["quantity"] == quantity]
+        for column in ("estimate", "standard_error"):
+            unit = own[column] / (1e-3 * own["scaling"] ** power) ** times
+            assert unit.to_numpy() == pytest.approx(unit.iloc[0], rel=1e-12)
+
+
+def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
+    """A curve that bends: its slope over each range is that of the range's own ends, ranks in no order."""
+    ranks = np.array([32, 1, 2, 16, 4, 8])
+    norm = np.where(ranks <= 4, ranks, 4.0)
+    line = {"optimizer": "sgd", "init": "normal", "overlap": 0.0, "rule": "lora", "quantity": "norm"}
+    table = simulation.table(
+        line | {"rank": rank, "estimate": value, "standard_error": 0.0, "exact": 1.0}
+        for rank, value in zip(ranks.tolist(), norm.tolist(), strict=True)
+    )
+    found = simulation.exponents(table)
+    assert found[["low", "high"]].to_numpy().tolist() == [[1, 32], [1, 2], [16, 32]]
+    assert found["slope"].tolist()[1:] == pytest.approx([1.0, 0.0], abs=1e-12)
+    assert 0 < found["slope"][0] < 1
+    assert simulation.exponents(table[:1]).empty
+    assert len(simulation.exponents(table[:2])) == 1
+
+
+def test_verdicts_take_the_sums_that_are_known(
+    drawn: dict[Cell, sampling.Sums], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No stream is drawn twice, and what is missing is drawn as the grid's cells are."""
+    asked: list[sampling.RandomStep] = []
+    draw = simulation.draw
+
+    def watched(config: SimulationConfig, cell: Cell, devices: Any = None) -> sampling.Sums:
+        asked.append(cell.setting)
+        return draw(config, cell, devices)
+
+    monkeypatch.setattr(simulation, "draw", watched)
+    known = {cell.setting: sums for cell, sums in drawn.items()}
+    found = simulation.judge(CONFIG, known)
+    assert len(found) == 17
+    assert sorted(found, key=verdicts.place)[2].equation == "gradient A"
+    assert asked
+    assert not set(asked) & set(known)
+    assert len(asked) == len(set(asked))
+    assert simulation.judge(CONFIG, known | {s: draw(CONFIG, Cell(s, "chi_square")) for s in asked}) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"p_in": 0}, "--p-in is 0"),
+        ({"p_out": -1}, "--p-out is -1"),
+        ({"overlaps": (1.5,)}, "--overlaps: overlap is 1.5"),
+        ({"overlaps": ()}, "--overlaps has 0 values"),
+        ({"sampler": "reduced", "grid": StepGrid(inits=("rademacher",))}, "--sampler reduced has no rademacher init"),
+    ],
+)
+def test_what_is_out_of_range_is_named(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        SimulationConfig(**settings)
