@@ -12,28 +12,28 @@ folder has its losses a record, its right answers and its training curve. A loss
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+from tyro.conf import Fixed
 
 from rora_theory import frames, llama
-from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
-from rora_theory.data.tasks import TASKS, task_named
+from rora_theory.data.tasks import TASKS
 from rora_theory.data.tasks import Record as TaskRecord
-from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig, Trainer
-from rora_theory.finetune.config import BaseDtype, LossOn, TrainTemplate
-from rora_theory.scaling import check_integer
+from rora_theory.finetune.config import BaseDtype, Method
+from rora_theory.scaling import Rule, check_integer
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity, stand_ins
 from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
-from rora_theory.sweep.records import RecordSplit, Shares, draw_records
+from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, tables
@@ -42,6 +42,28 @@ from sims.common.run_folder import RunFolder, read_manifest
 from sims.finetune import METRICS, Metrics
 
 NAME = "rank_sweep"
+
+
+@dataclass(frozen=True)
+class Training(FinetuneConfig):
+    """What the fine-tuning runs of all cells share: all but what is a cell's own, or as published."""
+
+    method: Fixed[Method] = "lora"
+    rule: Fixed[Rule] = "rora"
+    rank: Fixed[int] = 32
+    lr: Fixed[float | None] = None
+    seed: Fixed[int] = 42
+    dtype: Fixed[BaseDtype] = "float32"
+    rank_pattern: Fixed[dict[str, int]] = field(default_factory=dict)
+    alpha_pattern: Fixed[dict[str, float]] = field(default_factory=dict)
+    virtual_tokens: Fixed[int] = 10
+    bottleneck: Fixed[int] = 256
+    non_linearity: Fixed[NonLinearity] = "tanh"
+    evaluate_every: Fixed[int] = 80
+    held_out: int = 512
+    """records of the training files set aside for the validation loss, the same for every cell"""
+    checkpoint_every: int = 500
+    """steps between two checkpoints of a cell; a shorter cell has none and begins anew when it is stopped"""
 
 
 @dataclass(frozen=True)
@@ -62,58 +84,29 @@ class Config:
     ranks: tuple[int, ...] | None = None
     """ranks of the adapter"""
     alpha_rule: AlphaRule | None = None
-    """fixed: --alpha at every rank; 2r: twice the rank"""
-    tuned: bool | None = None
-    """choose each method's rate at the first seed by validation loss, and run the other seeds at it"""
-    alpha: float = 64.0
-    """strength of the adapter, before the rule divides it; not read under 2r"""
-    rates: tuple[float, ...] | None = None
+    """fixed: --alpha at every rank; 2r: twice the rank, whatever --alpha is"""
+    tuned: bool = False
+    """choose each method's rate at the first seed by validation loss, and run the other seeds at it, as tuned_rate"""
+    lrs: tuple[float, ...] | None = None
     """peak learning rates; none is the published one of each method: 3e-4, for dora 2e-4 (LLaMA-3: 1e-4), for prefix
     3e-2; or its grid where they are tuned"""
     seeds: tuple[int, ...] | None = None
     """seeds of initialisation, order and dropout; methods of one rank and seed share the first two"""
+    dtype: BaseDtype | None = None
+    """type of the frozen base weights; none is float32, in the paper's designs bfloat16"""
 
     train_records: int | None = None
     """a seeded sample of so many training records; none is all that are not held out"""
-    held_out: int = 512
-    """records of the training files set aside for the validation loss, the same for every cell"""
     shares: Shares = "equal"
-    """what each training file gives to both: as many as the others, or in proportion to its size"""
+    """what each training file gives to both samples: as many as the others, or in proportion to its size"""
     data_seed: int = 42
-    """seed of the two samples"""
-    steps: int | None = None
-    """steps of a cell, at most the epochs'; the learning-rate schedule ends there"""
-    epochs: int = 3
-    """passes over the training records"""
-    batch: int = 16
-    """records a step"""
-    accumulation: int = 1
-    """parts a batch is worked in, one after another, to save memory"""
-    warmup: int = 100
-    """steps of linear warm-up from 0, before the linear decay to 0"""
-    dropout: float = 0.05
-    """dropout of a low-rank adapter's input; the others have none, as published"""
-    targets: tuple[str, ...] = PAPER_TARGETS
-    """adapted modules"""
-    template: TrainTemplate = "train"
-    """training prompt: train (published, to the byte) or clean"""
-    cutoff: int = 256
-    """longest training example in tokens"""
-    loss_on: LossOn = "all"
-    """tokens in the training loss"""
-    widths: int = 6
-    """padded lengths that batches come in, each compiled once"""
-    dtype: BaseDtype | None = None
-    """type of the frozen base weights; none is float32, in the paper's designs bfloat16"""
-    remat: bool | Literal["mlp"] = False
-    """made again in the backward pass, to save memory: False, mlp or True"""
-    checkpoint_every: int = 500
-    """steps between two checkpoints of a cell; a shorter cell has none and begins anew when it is stopped"""
+    """seed of the samples of training and held-out records"""
+    training: Training = field(default_factory=Training)
     save_adapters: bool = False
     """keep each cell's adapter in PEFT's format"""
 
     accuracy: bool = True
-    """score the tasks; False measures the losses alone"""
+    """score the tasks; without it the losses alone are measured"""
     tasks: tuple[str, ...] = tuple(TASKS)
     """tasks to score"""
     protocol: Protocol | None = None
@@ -124,7 +117,7 @@ class Config:
     """score only the first so many items of each task"""
     data_dir: str | None = None
     """folder of the tasks, or hf://datasets/OWNER/NAME; none is the variable RORA_COMMONSENSE_DIR"""
-    batch_size: int = 8
+    score_batch_size: int = 8
     """generate: prompts at once; label and harness: device calls in flight"""
 
     out: Path | None = None
@@ -132,37 +125,16 @@ class Config:
     list: bool = False
     """print the cells with their state and run nothing"""
 
+    def __post_init__(self) -> None:
+        check_integer("score_batch_size", self.score_batch_size)
+        if self.limit is not None:
+            check_integer("limit", self.limit)
+
     def the_design(self) -> Design:
         """The named design with what the command line gives in its place."""
-        given: dict[str, Any] = {
-            "models": self.model,
-            "methods": self.methods,
-            "ranks": self.ranks,
-            "rates": self.rates,
-        }
-        given |= {name: getattr(self, name) for name in ("seeds", "alpha_rule", "tuned", "protocol", "dtype")}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return replace(DESIGNS[self.design], **changes)
-
-    def scoring(self) -> Scoring:
-        """The evaluation protocol with its settings."""
-        return Scoring(self.the_design().protocol, self.eval_template)
-
-    def training(self) -> FinetuneConfig:
-        """What the fine-tuning runs of all cells share."""
-        names = ("alpha", "targets", "dropout", "template", "cutoff", "loss_on", "widths", "epochs", "steps")
-        own = {name: getattr(self, name) for name in (*names, "accumulation", "warmup", "remat")}
-        return FinetuneConfig(held_out=0, batch_size=self.batch, dtype=self.the_design().dtype, **own)
-
-    def records(self) -> RecordSplit:
-        """Training and held-out records. Raises `InputError` as `draw_records`."""
-        return draw_records(
-            self.data,
-            held_out=self.held_out,
-            train_records=self.train_records,
-            shares=self.shares,
-            seed=self.data_seed,
-        )
+        names = ("methods", "ranks", "lrs", "seeds", "alpha_rule", "protocol", "dtype")
+        given = {name: getattr(self, name) for name in names} | {"models": self.model, "tuned": self.tuned or None}
+        return replace(DESIGNS[self.design], **{name: value for name, value in given.items() if value is not None})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -172,10 +144,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sweep(config: Config) -> None:
     """Check everything that can be checked, then do what the folder lacks."""
-    design, training, revision = config.the_design(), config.training(), config.revision
-    check(config)
-    records = config.records()
-    tasks, evaluation = read_tasks(config)
+    design, revision = config.the_design(), config.revision
+    training, scoring = replace(config.training, dtype=design.dtype), Scoring(design.protocol, config.eval_template)
+    records = draw_records(
+        config.data,
+        held_out=training.held_out,
+        train_records=config.train_records,
+        shares=config.shares,
+        seed=config.data_seed,
+    )
+    tasks, evaluation = read_tasks(config, scoring)
     make = partial(cells_of, design, training, revision=revision, data=records.summary, evaluation=evaluation)
     first = make(stage=0)
     located = {name: llama.locate(name, revision) for name in design.models}
@@ -185,15 +163,7 @@ def sweep(config: Config) -> None:
     if config.list:
         show(config.design, path, first)
         return
-    bench = Workbench(
-        training,
-        records,
-        tasks,
-        located,
-        scoring=config.scoring(),
-        score_batch_size=config.batch_size,
-        checkpoint_every=config.checkpoint_every,
-    )
+    bench = Workbench(training, records, tasks, located, scoring=scoring, score_batch_size=config.score_batch_size)
     cli.tell(bench.open(first[0].model))
     extra, grows = {"design": config.design, "models": models}, {"evaluation": evaluation}
     folder = RunFolder.open(NAME, shared, out=path, seed=config.data_seed, extra=extra, grows=grows)
@@ -212,25 +182,14 @@ def sweep(config: Config) -> None:
     print(f"{path}: {len(rows)} cells done; results.csv, differences.csv", flush=True)
 
 
-def check(config: Config) -> None:
-    """Raise `InputError` for a value out of range."""
-    cli.check_integers(config, steps=1, limit=1, batch_size=1)
-    check_integer("checkpoint_every", config.checkpoint_every)
-    if not config.tasks or len(set(config.tasks)) < len(config.tasks):
-        raise InputError(f"tasks are {' '.join(config.tasks)!r}; accepted are one or more, each once")
-    for key in config.tasks:
-        task_named(key)
-    config.scoring()
-
-
-def read_tasks(config: Config) -> tuple[dict[str, list[TaskRecord]], dict[str, Any] | None]:
+def read_tasks(config: Config, scoring: Scoring) -> tuple[dict[str, list[TaskRecord]], dict[str, Any] | None]:
     """Items of each task, and what determines their scoring; nothing and None without accuracy."""
     if not config.accuracy:
         return {}, None
     tasks, digests = sources.read_tasks(
         config.data_dir, config.tasks, config.limit, otherwise="a folder with TASK/test.json, or --no-accuracy"
     )
-    return tasks, asdict(config.scoring()) | {"limit": config.limit, "data": digests}
+    return tasks, asdict(scoring) | {"limit": config.limit, "data": digests}
 
 
 def known(path: Path, cells: Sequence[Cell]) -> list[Cell]:

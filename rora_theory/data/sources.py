@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rora_theory import digests
-from rora_theory.data.tasks import TASKS, Record, Task, read
+from rora_theory.data.tasks import TASKS, Record, Task, read, task_named
 from rora_theory.errors import InputError
 
 HUB = "hf://datasets/"
@@ -28,8 +28,12 @@ def read_tasks(
       otherwise: what is accepted where no data are named, for the error.
 
     Raises:
-      InputError: no data named, a file missing, or a bad record.
+      InputError: no task, one twice or one that there is not, no data named, a file missing, or a bad record.
     """
+    if not keys or len(set(keys)) < len(keys):
+        raise InputError(f"tasks are {' '.join(keys)!r}; accepted are one or more, each once")
+    for key in keys:
+        task_named(key)
     data = data or os.environ.get(VARIABLE)
     if not data:
         raise InputError(f"--data-dir is not given and {VARIABLE} not set; accepted is {otherwise}")

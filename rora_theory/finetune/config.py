@@ -175,6 +175,15 @@ class FinetuneConfig:
                 plain[name] = [list(entry) for entry in plain[name].items()]
         return {name: value for name, value in plain.items() if self.method in _ONLY.get(name, (self.method,))}
 
+    def of_method(self, method: Method, **own: Any) -> "FinetuneConfig":
+        """The run of another method with settings of its ``own``; what it has none of is as by default.
+
+        Raises:
+          InputError: a value out of range.
+        """
+        lacking = {name: _default(name) for name, methods in _ONLY.items() if method not in methods}
+        return FinetuneConfig(**vars(self) | lacking | {"method": method} | own)
+
     def adapter(self) -> AdapterConfig:
         """The adapter's own configuration."""
         if self.method == "prefix":

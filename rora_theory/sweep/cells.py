@@ -10,6 +10,12 @@ from rora_theory.scaling import scaling_factor
 from rora_theory.sweep.design import BASE, METHODS, Design, rates_of
 from rora_theory.sweep.records import RecordSplit
 
+NOT_SHARED = (
+    "method", "rule", "rank", "alpha", "lr", "seed", "held_out", "steps", "epochs", "batch_size", "evaluate_every",
+    "checkpoint_every",
+)  # fmt: skip
+"""Settings of a fine-tuning run that are a cell's, change no result, or are in a sweep's identity by another name."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -88,7 +94,7 @@ def cells_of(
                         chosen = (rates or {}).get((model, method, rank))
                         several: tuple[float, ...] = () if chosen is None else (chosen,)
                     else:
-                        several = design.rates or rates_of(method, model, tuned=design.tuned)
+                        several = design.lrs or rates_of(method, model, tuned=design.tuned)
                     for rate in several:
                         training = training_of(design, shared, method, rank, rate, seed)
                         strength: dict[str, Any] = {"alpha": None, "gamma": None}
@@ -130,19 +136,21 @@ def training_of(
 
     Args:
       design: whose rule for alpha and dtype it has.
-      shared: everything else. Its alpha, targets and dropout are those of methods with a rank; the others have their
-        published modules and no dropout.
+      shared: everything else, but what changes no result. Its targets and dropout are those of methods with a rank; the
+        others have their published modules and no dropout.
       method, rank, rate, seed: the cell's; no rank for a method that has none.
 
     Raises:
       InputError: a value out of range.
     """
+    own: dict[str, Any] = {"lr": rate, "seed": seed, "dtype": design.dtype} | METHODS[method].settings
     if rank is None:
-        own: dict[str, Any] = {"alpha": FinetuneConfig.alpha, "targets": None, "dropout": 0.0}
+        own |= {"targets": None, "dropout": 0.0}
     else:
-        own = {"rank": rank, "alpha": 2.0 * rank if design.alpha_rule == "2r" else shared.alpha}
-    own |= {"lr": rate, "seed": seed, "dtype": design.dtype, **METHODS[method].settings}
-    return replace(shared, **own)
+        alpha = 2.0 * rank if design.alpha_rule == "2r" else shared.alpha
+        own |= {"rank": rank, "alpha": alpha, "targets": shared.modules}
+    own |= {"held_out": 0, "checkpoint_every": FinetuneConfig.checkpoint_every}
+    return shared.of_method(**own)
 
 
 def check_cells(cells: Sequence[Cell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:
@@ -169,7 +177,7 @@ def identity(
     revision: str | None = None,
 ) -> dict[str, Any]:
     """What all cells of a sweep share, beside how they are scored; a model enters with what its files hold."""
-    settings = ("warmup", "dropout", "targets", "template", "cutoff", "loss_on", "widths", "accumulation", "remat")
+    settings = {name: value for name, value in vars(shared).items() if name not in NOT_SHARED}
     return {
         "models": sorted(design.models),
         "revision": revision,
@@ -177,5 +185,5 @@ def identity(
         "model_sha256": {name: found.sha256 for name, found in located.items()},
         "data": records.summary,
         "training": {"steps": shared.steps, "epochs": shared.epochs, "batch": shared.batch_size},
-        "settings": {name: getattr(shared, name) for name in settings} | {"dtype": design.dtype},
+        "settings": settings | {"targets": shared.modules, "dtype": design.dtype},
     }

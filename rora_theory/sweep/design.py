@@ -51,7 +51,7 @@ class Design:
       models: by hub id or built-in name.
       methods, ranks, seeds: every combination of these is a cell.
       alpha_rule: ``fixed``: the same alpha at every rank; ``2r``: twice the rank, which makes alpha/r constant.
-      rates: learning rates; None is each method's published one, or under ``tuned`` its grid, `RATE_GRIDS`.
+      lrs: learning rates; None is each method's published one, or under ``tuned`` its grid, `RATE_GRIDS`.
       tuned: choose among the rates at the first seed by validation loss, a method and rank at a time, and run the
         other seeds at the chosen rate.
       protocol: of scoring.
@@ -65,7 +65,7 @@ class Design:
     methods: tuple[str, ...] = (BASE, "lora", "dora", "rora")
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     alpha_rule: AlphaRule = "fixed"
-    rates: tuple[float, ...] | None = None
+    lrs: tuple[float, ...] | None = None
     seeds: tuple[int, ...] = (0, 1)
     tuned: bool = False
     protocol: Protocol = "label"
@@ -81,10 +81,10 @@ class Design:
         for seed in self.seeds:
             check_seed(seed, "seeds")
         check_ranks(self.ranks, fewest=1)
-        if self.rates is not None:
-            check_list("--rates", self.rates)
-            for rate in self.rates:
-                check_positive("--rates", rate)
+        if self.lrs is not None:
+            check_list("--lrs", self.lrs)
+            for rate in self.lrs:
+                check_positive("--lrs", rate)
 
 
 RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

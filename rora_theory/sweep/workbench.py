@@ -74,13 +74,12 @@ class Workbench:
 
     Args:
       shared: what the fine-tuning runs of all cells share; its template, cutoff, widths and loss_on prepare the
-        records, its dtype is the weights'.
+        records, its dtype is the weights'; a run of no more steps than its checkpoint_every has no checkpoint.
       records: training and held-out records.
       tasks: items to score.
       located: where each model lies.
       scoring: the protocol of the cells that are scored.
       score_batch_size: of `score`.
-      checkpoint_every: steps between two checkpoints; a shorter run has none.
     """
 
     def __init__(
@@ -92,10 +91,9 @@ class Workbench:
         *,
         scoring: Scoring,
         score_batch_size: int = 8,
-        checkpoint_every: int = 500,
     ) -> None:
         self.shared, self.records, self.tasks, self.located = shared, records, tasks, located
-        self.scoring, self.score_batch_size, self.checkpoint_every = scoring, score_batch_size, checkpoint_every
+        self.scoring, self.score_batch_size = scoring, score_batch_size
         self._name: str | None = None
         self.model: Any = None
         self.steps = SharedSteps()
@@ -191,10 +189,10 @@ class Workbench:
 
     def train(self, training: FinetuneConfig, checkpoints: Path, follow: Follow = step_losses) -> Trained:
         """Fine-tune the open model; arguments as of `run`."""
-        training = replace(training, checkpoint_every=self.checkpoint_every)
+        training = replace(training, checkpoint_every=self.shared.checkpoint_every)
         adapter, batches = self.begin(training)
         steps = min(len(batches), training.steps or len(batches))
-        folder = checkpoints if steps > self.checkpoint_every else None
+        folder = checkpoints if steps > training.checkpoint_every else None
         before, model = self.steps.compilations, self.model
         trainer = Trainer(model.params, model.config, adapter, training, batches, None, folder, shared=self.steps)
         result: dict[str, Any] = {"trainable_parameters": adapters.count(adapter), "steps": trainer.steps}

@@ -106,7 +106,7 @@ def _parse(config: Any, words: Sequence[str], description: str) -> Any:
                 prog=f"python -m {spec.name}" if spec else None,
                 args=words,
                 description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
             )
     except SystemExit as stop:
         if not stop.code:

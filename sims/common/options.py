@@ -33,7 +33,7 @@ is no option of that command any more."""
 
 
 def of(config: type) -> dict[str, Any]:
-    """Every option of a dataclass and of the dataclasses in it, with its type; positional arguments are none."""
+    """Every option of a dataclass and of the dataclasses in it, with its type; positional and fixed ones are none."""
     hints = typing.get_type_hints(config, include_extras=True)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -43,7 +43,7 @@ def of(config: type) -> dict[str, Any]:
             continue
         if get_origin(hint) is typing.Annotated:
             hint, *settings = get_args(hint)
-            if tyro.conf.Positional in settings:
+            if tyro.conf.Positional in settings or tyro.conf.Fixed in settings:
                 continue
             name = next((one.name for one in settings if getattr(one, "name", None)), name)
         found[name.replace("_", "-")] = hint

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import numpy as np
 import pytest
 from support import checkpoint
+from tyro.conf import Fixed
 
 from rora_theory import adapters, llama
 from rora_theory.evaluate.scoring import Scoring
@@ -105,8 +106,8 @@ def settings(name: str, model: str, data: Path) -> Any:
         "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
         "evaluate": evaluate.Config(model, tasks=("piqa",), protocol="label", data_dir=str(data)),
         "rank_sweep": rank_sweep.Config(
-            (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,), held_out=6,
-            tasks=("piqa",), data_dir=str(data), batch=8,
+            (*train, str(data / "other.json")), model=(model,), methods=("lora",), ranks=(2,), seeds=(0,),
+            training=rank_sweep.Training(held_out=6, batch_size=8), tasks=("piqa",), data_dir=str(data),
         ),
     }[name]  # fmt: skip
 
@@ -229,17 +230,17 @@ NEUTRAL = {
     "coordinate_check": set(),
     "prune": {"batch_size"},
     "evaluate": {"batch_size"},
-    "rank_sweep": {"design", "checkpoint_every", "save_adapters", "batch_size"},
+    "rank_sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size"},
 }
 """Settings that change no result, or that are in the identity as what they stand for."""
 
-OF_A_CELL = {"methods", "ranks", "alpha_rule", "tuned", "alpha", "rates", "seeds"}
+OF_A_CELL = {"methods", "ranks", "alpha_rule", "tuned", "alpha", "lrs", "seeds"}
 """Settings of sims.rank_sweep that the cells of one folder may differ in."""
 
 OTHER: dict[str, Any] = {
     "dtype": "bfloat16", "targets": ("q_proj",), "loss_on": "answer", "ranks": (2, 8), "rules": (0.3,), "rule": 0.3,
     "optimizers": ("sgd",), "optimizer": "sgd", "inits": ("gaussian",), "init": "gaussian", "template": "clean",
-    "adam_rates": (0.1, 0.2, 0.3), "sgd_rates": (0.1, 0.2, 0.3), "rates": (0.1,), "reference_rank": 6,
+    "adam_rates": (0.1, 0.2, 0.3), "sgd_rates": (0.1, 0.2, 0.3), "lrs": (0.1,), "reference_rank": 6,
     "models": ("mlp",), "model": "mlp", "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
     "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1, "false_alarm": 0.1,
     "regime": {"layers": (0,), "rows": 4096},
@@ -253,7 +254,8 @@ OTHER: dict[str, Any] = {
     "rank_sweep": {
         "design": "fixed_alpha", "methods": ("rora",), "ranks": (4,), "alpha_rule": "2r", "tuned": True, "seeds": (1,),
         "shares": "proportional", "train_records": 8, "steps": 2, "accumulation": 2, "remat": True, "limit": 2,
-        "tasks": ("boolq",), "protocol": "harness", "eval_template": "eval",
+        "tasks": ("boolq",), "protocol": "harness", "eval_template": "eval", "schedule": "constant",
+        "betas": (0.8, 0.9),
     },
     "lr_transfer": {
         "steps": 7, "seeds": (0, 3), "adam_lrs": (0.1, 0.2, 0.3), "sgd_lrs": (0.1, 0.2, 0.3),
@@ -272,8 +274,10 @@ def other(command: str, name: str, value: Any) -> Any:
 
 def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
     """The configuration with one setting changed, by the setting."""
-    found = {}
+    found, hints = {}, get_type_hints(type(config), include_extras=True)
     for field in fields(config):
+        if Fixed in getattr(hints[field.name], "__metadata__", ()):  # no setting of this command
+            continue
         value = getattr(config, field.name)
         if is_dataclass(value):
             inner = changes(command, value, skip)

@@ -27,7 +27,7 @@ from sims.common import disk
 from sims.common.cells import CELLS, finished, key_of
 
 PLAIN = (
-    "--batch 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
+    "--batch-size 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
     "--template clean --cutoff 400"
 )
 
@@ -128,11 +128,18 @@ def test_what_a_command_sets_reaches_the_workbench(model, data, tmp_path, monkey
     given = {}
 
     def workbench(shared, records, tasks, located, **more):
-        given.update(more, dtype=shared.dtype, trained_on=len(records.train), tasks=list(tasks), located=list(located))
+        given.update(
+            more,
+            dtype=shared.dtype,
+            checkpoint_every=shared.checkpoint_every,
+            trained_on=len(records.train),
+            tasks=list(tasks),
+            located=list(located),
+        )
         raise InputError("seen")
 
     monkeypatch.setattr(rank_sweep, "Workbench", workbench)
-    more = ["--ranks", "2", "--eval-template", "clean", "--batch-size", "3", "--dtype", "bfloat16"]
+    more = ["--ranks", "2", "--eval-template", "clean", "--score-batch-size", "3", "--dtype", "bfloat16"]
     more += ["--checkpoint-every", "7"]
     with pytest.raises(SystemExit):
         rank_sweep.main(command(model, data, tmp_path / "m", *more))
@@ -184,7 +191,12 @@ def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data,
         text = (folder / "cells" / key / name).read_text()
         return re.sub(r'"(seconds|digest)": [^,}]*', "", text)
 
-    for name in ("losses.csv", "answers.csv", "metrics.jsonl", "cell.json", "adapter/adapter_config.json"):
+    names = {
+        "losses.csv", "answers.csv", "metrics.jsonl", "cell.json", "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }  # fmt: skip
+    assert set(finished(out)[key].files) == {f"cells/{key}/{name}" for name in names}
+    for name in names - {"adapter/adapter_model.safetensors"}:
         assert of(out, name) == of(swept, name), name
     value, whole = (finished(folder)[key].value for folder in (out, swept))
     assert {name for name in whole if value[name] != whole[name]} <= {
@@ -268,6 +280,7 @@ def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, c
             said = capsys.readouterr()
             if what is fail:
                 assert len(frames.read(out / "results.csv")) == 4
+                assert len(frames.read(out / "differences.csv")) == (1 if number == 1 else 3)
                 assert "failed (RuntimeError: no such thing); its traceback is in " in said.err
                 assert said.err.splitlines()[-1].startswith("error: 1 of 5 cells failed, the first ")
             rank_sweep.main(command(model, data, out, *FOUR))
@@ -290,7 +303,7 @@ def test_a_sweep_grows_by_what_it_lacks(model, data, tmp_path, capsys) -> None:
     assert run("--ranks", "2", "--seeds", "0") == 1, "scored now"
     assert run("--ranks", "2", "--seeds", "0", "--no-accuracy") == 0
     assert run("--ranks", "2", "4", "--seeds", "0", "1") == 3
-    assert run("--ranks", "4", "--seeds", "1", "--rates", "3e-4", "1e-3") == 1
+    assert run("--ranks", "4", "--seeds", "1", "--lrs", "3e-4", "1e-3") == 1
     rows = rows_of(out)
     assert [(row["rank"], row["learning_rate"], row["seed"]) for row in rows] == [
         ("2", "0.0003", "0"), ("2", "0.0003", "1"), ("4", "0.0003", "0"), ("4", "0.0003", "1"), ("4", "0.001", "1"),
@@ -404,7 +417,7 @@ def test_names_are_no_markup(name, shown) -> None:
 def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) -> None:
     out = tmp_path / "m"
     rates = ("1e-4", "1e-3")
-    more = ["--design", "tuned_rate", "--methods", "lora", "--ranks", "2", "--rates", *rates, "--seeds", "0", "1"]
+    more = ["--design", "tuned_rate", "--methods", "lora", "--ranks", "2", "--lrs", *rates, "--seeds", "0", "1"]
     rank_sweep.main(command(model, data, out, *more))
     rows = rows_of(out)
     first = {row["learning_rate"]: float(row["validation_loss"]) for row in rows if row["seed"] == "0"}
@@ -415,7 +428,7 @@ def test_a_tuned_design_goes_on_at_the_best_rate(model, data, tmp_path, capsys) 
     assert second["protocol"] == "label", "the others are scored"
     assert [row["best_rate"] for row in rows] == ["edge" if row["learning_rate"] == best else "" for row in rows]
     assert f"lora r=2: learning rate {float(best):g}; it is at the edge" in capsys.readouterr().out
-    assert stopped(1, fail, command(model, data, out, *more, "3", "--rates", *rates, "3e-3")) == 1
+    assert stopped(1, fail, command(model, data, out, *more, "3", "--lrs", *rates, "3e-3")) == 1
     assert len(rows_of(out)) == 3, "the other seeds wait until every rate was tried at the first"
 
 
@@ -525,7 +538,11 @@ def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path,
         ("--ranks", "4", "4"): "--ranks repeats a value (4 4)",
         ("--ranks", "0"): "rank is 0",
         ("--ranks", "64"): "64",
-        ("--rates", "-1"): "--rates is -1",
+        ("--lrs", "-1"): "--lrs is -1",
+        ("--rates", "1e-3"): "--rates was renamed; accepted is --lrs",
+        ("--rank", "4"): "--rank",
+        ("--score-batch-size", "0"): "score_batch_size is 0",
+        ("--limit", "0"): "limit is 0",
         ("--seeds", "-1"): "seeds is -1",
         ("--held-out", "100"): "records to hold out",
         ("--train-records", "100"): "train_records 100",

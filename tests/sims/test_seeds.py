@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import pkgutil
+import re
 import sys
+from typing import get_type_hints
 
 import jax
 import pytest
@@ -11,7 +13,6 @@ import pytest
 import sims
 from rora_theory import InputError
 from rora_theory.seeds import COUNT, check_seed
-from sims import finetune
 from sims.common import cli
 from sims.common.run_folder import RunFolder
 
@@ -21,19 +22,24 @@ WORK = {"finetune": "finetune", "rank_sweep": "sweep", "transfer": "main"}
 MORE = {"transfer": {"check": ("nowhere", "nowhere.json")}, "prune": {"text": ("nowhere.json",)}}
 
 
-def commands() -> list[tuple[str, str]]:
-    """Every command with every setting of it that is a seed or several."""
-    classes = {
-        module.name: getattr(importlib.import_module(f"sims.{module.name}"), "Config", None)
-        for module in pkgutil.iter_modules(sims.__path__)
-    }
-    lists = {"rank_sweep": ("seeds",)}  # the others' is a number of seeds
-    return [
-        (name, field.name)
-        for name, config in classes.items()
-        for field in (() if config is None else dataclasses.fields(config))
-        if field.name in ("seed", "data_seed", "training", *lists.get(name, ()))
-    ]
+SEEDS = ("seed", "data_seed", "seeds")
+
+
+def commands() -> list[tuple[str, str | None, str]]:
+    """Every command with every setting of it that is a seed or several, and where that is: here, or in which part."""
+    found: list[tuple[str, str | None, str]] = []
+    for module in pkgutil.iter_modules(sims.__path__):
+        config = getattr(importlib.import_module(f"sims.{module.name}"), "Config", None)
+        for setting, hint in ({} if config is None else get_type_hints(config)).items():
+            inner = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {setting: hint}
+            part = setting if dataclasses.is_dataclass(hint) else None
+            # A number of seeds is no seed.
+            found += [
+                (module.name, part, name)
+                for name, kind in inner.items()
+                if name in SEEDS and (name, kind) != ("seeds", int)
+            ]
+    return found
 
 
 def test_the_seeds_that_are_accepted_are_told_apart() -> None:
@@ -45,29 +51,34 @@ def test_the_seeds_that_are_accepted_are_told_apart() -> None:
 
 
 def test_every_command_with_a_seed_is_tried() -> None:
-    named = {name for name, _ in commands()}
+    named = {name for name, _, _ in commands()}
     assert named == {
-        "coordinate_check", "finetune", "lr_transfer", "prune", "rank_sweep", "regime", "training_dynamics", "transfer",
-        "variance_sweep",
+        "coordinate_check", "finetune", "horizon", "lr_transfer", "prune", "rank_sweep", "regime", "training_dynamics",
+        "transfer", "variance_sweep",
     }  # fmt: skip
+    assert {("finetune", "training", "seed"), ("rank_sweep", None, "seeds")} <= set(commands())
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("seed", [2**32, -1, 10**30])
-@pytest.mark.parametrize(("name", "setting"), commands())
-def test_a_seed_beyond_them_is_one_line(name, setting, seed, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("name", "part", "setting"), commands())
+def test_a_seed_beyond_them_is_one_line(name, part, setting, seed, tmp_path, monkeypatch, capsys) -> None:
     module = sys.modules[f"sims.{name}"]
     needed = {field.name: ("nowhere.json",) for field in dataclasses.fields(module.Config) if field.name == "data"}
-    value = {"seeds": (seed,), "training": finetune.FinetuneConfig(seed=seed)}.get(setting, seed)
-    config = module.Config(**needed, **MORE.get(name, {}), **{setting: value, "out": tmp_path / "run"})
-    monkeypatch.setattr(cli, "parse", lambda *_, **__: config)
+
+    def config(*_, **__):
+        given = {setting: (*range(20), seed) if setting == "seeds" else seed}
+        if part is not None:
+            given = {part: get_type_hints(module.Config)[part](**given)}
+        return module.Config(**needed, **MORE.get(name, {}), **given, out=tmp_path / "run")
+
+    monkeypatch.setattr(cli, "parse", config)
     monkeypatch.setattr(RunFolder, "open", lambda *_, **__: pytest.fail("not refused"))
     with pytest.raises(SystemExit) as stopped:
-        cli.run(module.main if name == "prune" else lambda: getattr(module, WORK.get(name, "run"))(config))
+        cli.run(module.main if name == "prune" else lambda: getattr(module, WORK.get(name, "run"))(config()))
     assert stopped.value.code == 2
-    said = {"training": "seed"}.get(setting, setting)
     error = capsys.readouterr().err
-    assert f"{said} is {seed}; accepted is an integer from 0 to 2^32 - 1\n" in error
+    assert re.search(rf"(--)?{setting.rstrip('s')}s? is {seed}; accepted is an integer from 0 to 2\^32 - 1\n", error)
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

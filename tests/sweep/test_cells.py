@@ -57,7 +57,7 @@ def test_designs() -> None:
 
 def test_stages_of_a_tuned_design() -> None:
     """The first seed at every rate, unscored; the others at the chosen one, scored; the base once."""
-    design = Design(methods=("base", "lora"), ranks=(4, 8), rates=(1e-3, 1e-2), seeds=(3, 4, 5), tuned=True)
+    design = Design(methods=("base", "lora"), ranks=(4, 8), lrs=(1e-3, 1e-2), seeds=(3, 4, 5), tuned=True)
     make = partial(cells_of, design, SHARED, data={}, evaluation={"protocol": "label"})
     first = make(stage=0)
     assert [(c.rank, c.learning_rate, c.seed) for c in first] == [
@@ -106,8 +106,8 @@ def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
         ({"seeds": (-1,)}, "seeds is -1"),
         ({"ranks": (4, 4)}, "--ranks repeats a value (4 4)"),
         ({"ranks": (0,)}, "--ranks: rank is 0"),
-        ({"rates": ()}, "--rates has 0 values"),
-        ({"rates": (1e-3, -1.0)}, "--rates is -1"),
+        ({"lrs": ()}, "--lrs has 0 values"),
+        ({"lrs": (1e-3, -1.0)}, "--lrs is -1"),
     ],
 )
 def test_a_design_of_what_there_is_not_is_refused(changes, message) -> None:

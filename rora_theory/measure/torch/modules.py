@@ -117,6 +117,12 @@ def chosen(
     return found
 
 
+def lora_config(model: torch.nn.Module) -> LoraConfig | None:
+    """The configuration of the model's LoRA; None where it has none."""
+    configs = getattr(model, "peft_config", {}).values()
+    return next((config for config in configs if isinstance(config, LoraConfig)), None)
+
+
 def peft_targets(model: torch.nn.Module) -> str | list[str]:
     """``target_modules`` of what PEFT adapts already, or ``"all-linear"``."""
     for config in getattr(model, "peft_config", {}).values():

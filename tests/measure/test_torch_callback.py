@@ -1,0 +1,108 @@
+"""The trainer's callback: what it logs and when, and that the training goes on as without it."""
+
+import logging
+
+import pytest
+
+from rora_theory import InputError, Setting
+
+torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
+peft = pytest.importorskip("peft", reason="the bridge: the extra torch")
+transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
+pytest.importorskip("accelerate", reason="transformers' trainer: accelerate")
+
+from support import torch_models  # noqa: E402
+
+from rora_theory.measure.module_regime import RegimeConfig  # noqa: E402
+from rora_theory.measure.torch import RegimeCallback, measure  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
+BATCHES = torch_models.batch(seed=0), torch_models.batch(seed=1)
+
+
+def lora(**arguments):
+    torch.manual_seed(0)
+    arguments = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.1} | arguments
+    return peft.get_peft_model(torch_models.model(), peft.LoraConfig(task_type="CAUSAL_LM", **arguments))
+
+
+def trained(folder, model, *callbacks, **arguments):
+    """Three steps of two records; the trainer, after a `measure` it may be compared with."""
+    rows = torch_models.batch(seed=5, rows=6)
+    data = [{name: value[i] for name, value in rows.items()} for i in range(6)]
+    arguments = {"learning_rate": 2e-3, "max_steps": 3, "optim": "adamw_torch"} | arguments
+    args = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
+        disable_tqdm=True, seed=0, **arguments,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, args, train_dataset=data)
+    for make in callbacks:
+        trainer.add_callback(make(trainer.log))
+    trainer.train()
+    return trainer
+
+
+def test_logs_beside_the_loss(tmp_path, caplog) -> None:
+    """At steps 0 and 2, what `measure` finds there; the losses are to the bit those of a run without it."""
+    kept = {}
+
+    def watched(log):
+        kept["callback"] = RegimeCallback(log, *BATCHES, to_rank=8, steps=(0, 2))
+        return kept["callback"]
+
+    with caplog.at_level(logging.INFO, "rora_theory.measure.torch.callback"):
+        trainer = trained(tmp_path, lora(), watched)
+    plain = trained(tmp_path, lora())
+    losses = [[row["loss"] for row in each.state.log_history if "loss" in row] for each in (trainer, plain)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+    logged = {row["step"]: row for row in trainer.state.log_history if "regime/crossing_rank" in row}
+    assert list(logged) == [0, 2]
+    config = RegimeConfig(ranks=(2,), rules=("lora",), optimizers=("adam",), inits=("kaiming_uniform",), rows=0)
+    expected = measure(lora().train(), *BATCHES, config=config)  # B = 0: the base
+    callback = kept["callback"]
+    assert set(callback.measured) == {0, 2}
+    tuned = Setting(2, 4.0, 2e-3)
+    carried = expected.transfer(tuned, 8)
+    heldout = expected.crossings.query("split == 'heldout'")["crossing_rank"].median()
+    assert logged[0]["regime/crossing_rank"] == pytest.approx(heldout, rel=1e-5)
+    assert logged[0]["regime/steps_until_A_leads"] == pytest.approx(expected.takeover_at(2) / 2e-3, rel=1e-5)
+    assert logged[0]["regime/alpha"] == pytest.approx(carried.advice.alpha, rel=1e-5)
+    assert logged[0]["regime/learning_rate"] == 2e-3
+    assert logged[2]["regime/crossing_rank"] != logged[0]["regime/crossing_rank"]
+    assert sum("Going from rank 2 to 8 with AdamW" in record.message for record in caplog.records) == 2
+
+
+def test_the_run_s_own_setting(tmp_path) -> None:
+    """Of its LoraConfig and optimizer; or the one that is given."""
+    found = []
+
+    def watched(log):
+        found.append(RegimeCallback(log, *BATCHES, to_rank=8))
+        return found[-1]
+
+    def given(log):
+        found.append(RegimeCallback(log, *BATCHES, setting=Setting(16, 8.0, 1e-3, "lora", "adamw", "gaussian")))
+        return found[-1]
+
+    sgd = {"optim": "sgd", "max_steps": 1}
+    trainer = trained(tmp_path, lora(use_rslora=True, init_lora_weights="gaussian"), watched, given, **sgd)
+    assert found[0].transfers[0].advice.old == Setting(2, 4.0, 2e-3, "rslora", "sgd", "gaussian")
+    assert found[1].transfers[0].advice.old.rank == 16
+    first = next(row for row in trainer.state.log_history if "regime/alpha" in row)
+    assert "regime/steps_until_A_leads" not in first
+
+
+def test_bad_input(tmp_path) -> None:
+    with pytest.raises(InputError, match="rank is 0"):
+        RegimeCallback(print, *BATCHES, to_rank=0)
+    with pytest.raises(InputError, match="steps is -1; accepted is an integer of 0 or more"):
+        RegimeCallback(print, *BATCHES, steps=(-1,))
+    cases = [
+        (torch_models.model(), {}, "the model has no LoRA of PEFT's; accepted is one that has, or a setting="),
+        (lora(), {"optim": "adafactor"}, "optim is 'adafactor'; accepted are kinds of adamw and sgd, or a setting="),
+        (lora(init_lora_weights="orthogonal"), {}, "init_lora_weights is 'orthogonal'"),
+    ]
+    for model, arguments, message in cases:
+        with pytest.raises(InputError, match=message):
+            trained(tmp_path, model, lambda log: RegimeCallback(log, *BATCHES), **arguments)
