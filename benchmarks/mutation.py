@@ -1,7 +1,7 @@
 """Mutation run over the judging layer: how many small faults do the tests see?
 
     python -m benchmarks.mutation                             # all modules, 60 mutants of each, drawn at seed 0
-    python -m benchmarks.mutation flatness best_rate --most 0  # every mutant of two
+    python -m benchmarks.mutation slopes rate_optimum --most 0  # every mutant of two
 
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`).
 It is killed where a test file of the module fails on it, or its time runs out. Everything is imported once, and each
@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 MODULES = {
-    "best_rate": ("rora_theory/stats/rate_optimum.py", "tests/stats/test_rate_optimum.py"),
-    "flatness": ("rora_theory/stats/slopes.py", "tests/stats/test_slopes.py"),
+    "rate_optimum": ("rora_theory/stats/rate_optimum.py", "tests/stats/test_rate_optimum.py"),
+    "slopes": ("rora_theory/stats/slopes.py", "tests/stats/test_slopes.py"),
     "paired": ("rora_theory/stats/paired.py", "tests/stats/test_paired.py"),
     "estimate": ("rora_theory/stats/estimate.py", "tests/stats/test_estimate.py"),
-    "statistics": ("rora_theory/stats/moments.py", "tests/stats/test_moments.py"),
+    "moments": ("rora_theory/stats/moments.py", "tests/stats/test_moments.py"),
     "setting": ("rora_theory/advice/setting.py", "tests/advice/test_transfer.py"),
     "transfer": ("rora_theory/advice/transfer.py", "tests/advice/test_transfer.py"),
     "verdicts": ("rora_theory/paper/verdicts.py", "tests/paper/test_verdicts.py"),

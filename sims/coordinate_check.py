@@ -30,9 +30,9 @@ from rora_theory.measure.coordinate_table import MODEL
 from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import CheckConfig
 from rora_theory.measure.unseen import apart_from
+from rora_theory.optimizers import OptimizerName
 from rora_theory.rules import alpha_at, check_list, check_ranks
 from rora_theory.stats import slopes
-from rora_theory.toy import dynamics
 from sims.common import cli, devices, scalings, tables
 from sims.common.cells import Cells
 from sims.common.progress import progress_bar
@@ -74,7 +74,7 @@ class Config:
     """ranks of the adapter"""
     rules: tuple[str, ...] = ("lora", "rora")
     """scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
-    optimizers: tuple[dynamics.Optimizer, ...] = ("adamw", "sgd")
+    optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
     """sgd, momentum, adam or adamw, at a constant rate and without clipping"""
     inits: tuple[Init, ...] = ("kaiming_uniform",)
     """laws of A"""

@@ -37,7 +37,7 @@ class Config:
     """What to train. Lists are separated by spaces."""
 
     grid: RateGrid = field(default_factory=RateGrid)
-    judge: rate_grid.Loss = "held_out"
+    judge: rate_grid.JudgedLoss = "held_out"
     """which loss decides"""
     matrix: Path | None = None
     """a folder of sims.rank_sweep: analyse its runs and train nothing"""
@@ -63,7 +63,7 @@ def run(config: Config) -> None:
         identity = {"matrix": trained_runs.digest(runs), "loss": config.matrix_loss, "model": config.matrix_model}
         folder = RunFolder.open(NAME, identity, out=config.out, extra={"units": UNITS, "source": config.matrix.name})
         folder.write_frame(run_curves.table(runs))
-        compared = run_curves.compare(curves, runs)
+        compared = run_curves.compare_by_records(curves, runs)
     else:
         folder, losses = train(config)
         curves = rate_grid.curves(losses, config.judge)

@@ -84,7 +84,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Cell:
+class LayerCell:
     """The modules of one layer."""
 
     layer: int
@@ -124,7 +124,7 @@ def run(config: Config) -> None:
     }
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.measured.seed, extra=extra)
     folder.update(model_layers=model.config.num_hidden_layers)
-    cells = [Cell(index) for index in modules]
+    cells = [LayerCell(index) for index in modules]
     done = finished(folder.path)
     if any(key_of(cell) not in done for cell in cells):
         recorded = regimes.read(model.params, model.config, pair.train, pair.heldout, regimes.kinds(modules))
@@ -138,13 +138,13 @@ def run(config: Config) -> None:
         for name, frame in assemble(parts).files().items():
             folder.write_frame(frame, name)
 
-    def work(cell: Cell, _: Path) -> LayerRegime:
+    def work(cell: LayerCell, _: Path) -> LayerRegime:
         return recorded.measure(config.measured, cell.layer, modules[cell.layer])
 
     found = assemble(run_cells(cells, work, folder, title="layers", write=write))
     verdict = regime_tables.judge(found.results, false_alarm=config.false_alarm, tolerance=config.tolerance)
     if verdict is not None:
-        folder.write_frame(regime_tables.agreement(found.results), regime_tables.JUDGE)
+        folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(config.measured, found, verdict)
@@ -187,7 +187,7 @@ def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None) 
         )
     if verdict is None:
         return
-    judged = regime_tables.agreement(found.results).query("split == 'heldout'")
+    judged = regime_tables.measured_over_predicted(found.results).query("split == 'heldout'")
     text = "{mean_ratio:.4f} ± {standard_error:.4f} ({largest_deviation:.1%})".format_map
     judged = judged.assign(text=judged.apply(text, axis=1))
     for optimizer in config.optimizers:

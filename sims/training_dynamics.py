@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
+from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.rules import alpha_at, check_list, check_ranks, check_steps
 from rora_theory.scaling import check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
@@ -56,7 +57,7 @@ class Config:
     """Ranks of the adapter, at least two; they may exceed the layer's width."""
     rules: tuple[str, ...] = ("lora", "rora", "0.25")
     """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa."""
-    optimizers: tuple[dynamics.Optimizer, ...] = ("sgd", "momentum", "adam", "adamw")
+    optimizers: tuple[OptimizerName, ...] = ("sgd", "momentum", "adam", "adamw")
     """Optimizers: momentum is 0.9; adamw decays by 0.01."""
     models: tuple[dynamics.Model, ...] = ("linear", "mlp")
     """The problems."""
@@ -108,7 +109,7 @@ class Cell(NamedTuple):
     model: dynamics.Model
     start: dynamics.Start
     frozen: bool
-    optimizer: dynamics.Optimizer
+    optimizer: OptimizerName
     rank: int
     rule: str
 
@@ -177,7 +178,7 @@ def check(config: Config) -> None:
     for rule in scalings.parse_rules(config.rules).values():
         alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank)
     for name, accepted in (
-        ("optimizers", dynamics.OPTIMIZERS),
+        ("optimizers", OPTIMIZER_NAMES),
         ("models", dynamics.MODELS),
         ("starts", dynamics.STARTS),
     ):
@@ -218,7 +219,7 @@ def frozens(config: Config, start: dynamics.Start) -> tuple[bool, ...]:
     return (False, True) if config.freeze_control and start == "A" else (False,)
 
 
-def rate(config: Config, optimizer: dynamics.Optimizer) -> float:
+def rate(config: Config, optimizer: OptimizerName) -> float:
     """The learning rate of an optimizer."""
     return {"sgd": config.sgd_rate, "momentum": config.momentum_rate}.get(optimizer, config.adam_rate)
 

@@ -20,10 +20,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from rora_theory.advice.lora_config import PAPER_TARGETS, TaskType, peft_targets, read_adapter_config
-from rora_theory.advice.setting import REGIMES, Setting, Trainer
+from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.transfer import ALL, Advice, Range, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
+from rora_theory.optimizers import OptimizerName
 from rora_theory.rules import check_list, check_rule
 from rora_theory.scaling import Rule
 from rora_theory.seeds import check_seed
@@ -50,7 +51,7 @@ class Config:
     """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa"""
     to_rule: Rule | None = None
     """rule at the new rank; left out, it stays as it is"""
-    optimizer: Trainer = "adamw"
+    optimizer: OptimizerName = "adamw"
     """sgd, momentum, adam or adamw; others have no law here (Lion and signSGD take Adam's first step)"""
     init: Init = "kaiming_uniform"
     """law of lora_A: kaiming_uniform (PEFT's default), gaussian (PEFT's, of deviation 1/r), normal or rademacher"""
@@ -166,7 +167,7 @@ def report(config: Config, found: Advice, targets: str | list[str], thin: str) -
     heads = ["choice", "gamma", "first step", "rate that undoes it"]
     heads += [f"at {config.steps} steps"] * planned + ["in a long run"] * (found.rates is not None)
     choices = []
-    for each in found.rows():
+    for each in found.alternatives():
         later = [] if each.rates is None else [rate for rate in each.rates[1:] if rate is not None]
         step = Range(each.step, each.smallest, each.largest)
         cells = [f"{each.setting.scaling:.4g}", f"{step:.4g} x", f"{each.learning_rate:.3g}"]
@@ -210,8 +211,8 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": transfer_check.UNITS})
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
     steps = run_table(
-        list(transfer_check.cells(found, config.seeds)),
-        lambda cell, _: transfer_check.cell_rows(stepper, found, cell, config.seed),
+        list(transfer_check.first_steps(found, config.seeds)),
+        lambda cell, _: transfer_check.first_step_rows(stepper, found, cell, config.seed),
         folder,
         transfer_check.COLUMNS,
         title="first steps",

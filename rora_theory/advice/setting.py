@@ -14,19 +14,12 @@ alone; with Gaussian A it is r* + 1 for SGD and r* - 2 for Adam, r* from `laws.c
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from rora_theory import inits
 from rora_theory.errors import InputError
+from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES, OptimizerName
 from rora_theory.scaling import Rule, alpha_for, check_positive, check_rank, scaling_factor
-from rora_theory.theory.laws import Optimizer, scaling_power
-
-Trainer = Literal["sgd", "momentum", "adam", "adamw"]
-"""An optimizer as users name it."""
-
-FAMILY: dict[Trainer, Optimizer] = {"sgd": "sgd", "momentum": "sgd", "adam": "adam", "adamw": "adam"}
-"""Whose first step each one takes. Momentum's is SGD's, times a constant where it is Nesterov's. AdamW's is Adam's:
-weight decay does nothing to B = 0 and multiplies A by 1 - eta lambda at any rank."""
+from rora_theory.theory.laws import scaling_power
 
 SIGNAL, CROSS_TALK = 0.0, math.inf
 """Linear terms of the two limits."""
@@ -43,7 +36,7 @@ class Setting:
       alpha: > 0.
       learning_rate: eta > 0, of the step (a warm-up's factor is the same at every rank).
       rule: how gamma depends on rank, see `rora_theory.scaling_factor`.
-      optimizer: one of `Trainer`.
+      optimizer: one of `rora_theory.optimizers.OptimizerName`.
       init: law of A, see `rora_theory.inits.entries`; ``"gaussian"``'s deviation depends on the rank.
 
     Raises:
@@ -54,14 +47,14 @@ class Setting:
     alpha: float
     learning_rate: float
     rule: Rule = "lora"
-    optimizer: Trainer = "adamw"
+    optimizer: OptimizerName = "adamw"
     init: inits.Init = "kaiming_uniform"
 
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)
         if self.optimizer not in FAMILY:
             raise InputError(
-                f"optimizer is {self.optimizer!r}; accepted are {', '.join(get_args(Trainer))}: Lion and signSGD take "
+                f"optimizer is {self.optimizer!r}; accepted are {', '.join(OPTIMIZER_NAMES)}: Lion and signSGD take "
                 "Adam's first step, and how another's depends on the rank has no law here"
             )
         inits.entries(self.init, rank=self.rank, p_in=1)

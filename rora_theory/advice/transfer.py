@@ -18,16 +18,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from rora_theory import inits
 from rora_theory.advice.lora_config import PEFT_INITS, TaskType, peft_targets
-from rora_theory.advice.setting import FAMILY, REGIMES, SIGNAL, Setting, step_ratio
+from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, step_ratio
 from rora_theory.errors import InputError
+from rora_theory.optimizers import FAMILY, WORDS
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.theory import horizon
 
 ALL = "all modules"
 """Name of the one module of an assumed regime."""
-
-NAMES = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
-"""The optimizers as sentences name them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Range(NamedTuple):
         return format(self.mean, form) + ("" if same else f" ({self.smallest:.3g} to {self.largest:.3g})")
 
 
-class Group(NamedTuple):
+class ModuleGroup(NamedTuple):
     """What keeps the first step of some modules, see `Module`.
 
     Attributes:
@@ -106,7 +104,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """A run that is planned with the tuned setting.
 
     Attributes:
@@ -125,7 +123,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Alternative:
     """What one choice would do, over all modules.
 
     Attributes:
@@ -164,7 +162,7 @@ class Advice:
     modules: tuple[Module, ...]
     regime: str
     fixes_alpha: bool = False
-    plan: Plan | None = None
+    plan: PlannedRun | None = None
 
     @property
     def alpha_at_old_rate(self) -> float:
@@ -223,17 +221,17 @@ class Advice:
         """The new setting in full."""
         return replace(self.unchanged, alpha=self.alpha, learning_rate=self.learning_rate)
 
-    def steps(self, new: Setting) -> dict[str, float]:
+    def step_ratios(self, new: Setting) -> dict[str, float]:
         """Each module's `step_ratio` under ``new``."""
         return {module.name: step_ratio(new, self.old, module.linear_term) for module in self.modules}
 
-    def judge(self, name: str, new: Setting) -> Choice:
+    def alternative(self, name: str, new: Setting) -> Alternative:
         """What ``new`` would do."""
-        steps = list(self.steps(new).values())
+        steps = list(self.step_ratios(new).values())
         mean = geometric_mean(steps)
-        return Choice(name, new, mean, min(steps), max(steps), new.learning_rate / mean, self.rates_of(new))
+        return Alternative(name, new, mean, min(steps), max(steps), new.learning_rate / mean, self.rates_of(new))
 
-    def rows(self) -> tuple[Choice, ...]:
+    def alternatives(self) -> tuple[Alternative, ...]:
         """A row for each common choice at the new rank and old rate: under the tuned rule, which is not named, and with
         PEFT's ``use_rslora`` set the other way (both ways where the tuned rule is neither of PEFT's two)."""
         rank = self.unchanged.rank
@@ -242,19 +240,19 @@ class Advice:
         flags: dict[str, Rule] = {", without use_rslora": "lora", ", use_rslora": "rslora"}
         rules |= {flag: rule for flag, rule in flags.items() if exponent(rule) != exponent(self.old.rule)}
         return tuple(
-            self.judge(name + flag, replace(self.unchanged, alpha=float(alpha), rule=rule))
+            self.alternative(name + flag, replace(self.unchanged, alpha=float(alpha), rule=rule))
             for name, alpha in alphas.items()
             for flag, rule in rules.items()
         )
 
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[ModuleGroup, ...]:
         """All modules, and of a measured regime each type of module (``q_proj``, ...) over its layers."""
         kinds: dict[str, list[Module]] = {ALL: list(self.modules)}
         for module in self.modules if self.regime == "measured" else ():
             kinds.setdefault(module.name.rpartition(".")[2], []).append(module)
         names = ("alpha", "learning_rate", "unchanged")
         return tuple(
-            Group(kind, *(Range.of([getattr(module, name) for module in modules]) for name in names))
+            ModuleGroup(kind, *(Range.of([getattr(module, name) for module in modules]) for name in names))
             for kind, modules in kinds.items()
         )
 
@@ -358,7 +356,7 @@ class Advice:
         rate_kept = isclose(new.learning_rate, old.learning_rate)
         rate = f"{'keep' if rate_kept else 'set'} the learning rate {new.learning_rate:.3g}"
         do = f"{alpha} and {rate}"
-        return f"Going from rank {old.rank} to {new.rank} with {NAMES[old.optimizer]}: {do}. " + " ".join(self.scope())
+        return f"Going from rank {old.rank} to {new.rank} with {WORDS[old.optimizer]}: {do}. " + " ".join(self.scope())
 
     def scope(self) -> list[str]:
         """For how long the advice holds, and what it takes for granted, a sentence each."""
@@ -422,7 +420,9 @@ class Advice:
                 "rates": self.rates,
                 "plan": None if self.plan is None else asdict(self.plan),
                 "modules": [asdict(module) for module in self.modules],
-                "choices": [asdict(row) | {"scaling": row.setting.scaling, "rates": row.rates} for row in self.rows()],
+                "choices": [
+                    asdict(row) | {"scaling": row.setting.scaling, "rates": row.rates} for row in self.alternatives()
+                ],
             }
         )
 
@@ -536,7 +536,7 @@ def _planned(
     takeover: float | None,
     p_in: int | None,
     schedule: Sequence[float] | None,
-) -> Plan | None:
+) -> PlannedRun | None:
     given = {"steps": steps, "takeover": takeover, "p_in": p_in, "schedule": schedule}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
@@ -544,7 +544,7 @@ def _planned(
     first = next(iter(given))
     if FAMILY[old.optimizer] != "adam" or regime != "signal":
         raise InputError(
-            f"{first} is {given[first]!r} with {NAMES[old.optimizer]} and the regime {regime}; accepted are Adam and "
+            f"{first} is {given[first]!r} with {WORDS[old.optimizer]} and the regime {regime}; accepted are Adam and "
             "AdamW with the regime signal: elsewhere the law here is of the first step"
         )
     if steps is None:
@@ -565,4 +565,4 @@ def _planned(
     if takeover is not None:
         moved = horizon.distances([old.learning_rate * factor for factor in factors], takeover=takeover)
         rho = moved.A / takeover
-    return Plan(steps, takeover, p_in is not None, schedule is not None, rho)
+    return PlannedRun(steps, takeover, p_in is not None, schedule is not None, rho)

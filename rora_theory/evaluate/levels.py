@@ -1,7 +1,7 @@
 r"""From samples to accuracies with standard errors, beside the levels of chance and of the most frequent label.
 
 An accuracy over n items has the standard error :math:`s/\sqrt n`, s the items' sample standard deviation (as
-lm-evaluation-harness reports it), and where none or all are right that of `estimate.share`. The average
+lm-evaluation-harness reports it), and where none or all are right that of `estimate.proportion`. The average
 over tasks is unweighted, as published, with the error :math:`\sqrt{\sum_t \mathrm{se}_t^2}` over their number. Both
 speak of drawing other items, not of training again.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rora_theory.data.tasks import TASKS, Record, chance, majority
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
-from rora_theory.stats.estimate import share
+from rora_theory.stats.estimate import proportion
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Level:
     Attributes:
       task: its key, or ``average``.
       n: items.
-      accuracy, error: share of right answers and its standard error (`rora_theory.stats.estimate.share`).
+      accuracy, error: share of right answers and its standard error (`rora_theory.stats.estimate.proportion`).
       accuracy_norm, error_norm: by log-likelihood per character, None where not reported. In the average,
         tasks without it enter with ``accuracy``; None where no task has it.
       unparsed: share of generated texts without a label; 0 for the log-likelihood protocols.
@@ -63,9 +63,9 @@ def levels(samples: Iterable[Sample], records: Sequence[Record]) -> list[Level]:
         scored = by_task.get(key, [])
         if len(scored) != len(items):
             raise InputError(f"{key}: {len(scored)} samples of {len(items)} records; accepted is one a record")
-        right = share(sum(sample.correct for sample in scored), len(scored))
+        right = proportion(sum(sample.correct for sample in scored), len(scored))
         norms = [sample.correct_norm for sample in scored if sample.correct_norm is not None]
-        right_norm = share(sum(norms), len(norms)) if norms else None
+        right_norm = proportion(sum(norms), len(norms)) if norms else None
         unparsed = sum(sample.prediction is None for sample in scored) / len(scored)
         found.append(
             Level(

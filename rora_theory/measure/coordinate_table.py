@@ -110,7 +110,7 @@ class Table:
             fit = slopes.seed_fit(self.ranks, value)
             line |= {"slope": float(f"{fit.slope:.5f}"), "standard_error": float(f"{fit.standard_error:.2g}")}
             line |= {"half_width": float(f"{fit.half_width():.2g}"), "seeds": fit.seeds}
-            line |= {"verdict": slopes.judge(fit, band)}
+            line |= {"verdict": slopes.trend(fit, band)}
             if kappa is not None and coordinate.quantity in GROWING:
                 line |= {"kappa_flat": float(f"{kappa + fit.slope / power:.4f}")}
             found.append(line)

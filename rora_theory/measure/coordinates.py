@@ -29,11 +29,11 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Split, Table
+from rora_theory.optimizers import OptimizerName
 from rora_theory.rules import check_steps
 from rora_theory.scaling import Rule, check_positive
 from rora_theory.seeds import check_seed
 from rora_theory.toy import dynamics, nested
-from rora_theory.toy.dynamics import Optimizer
 
 Params = dict[str, Any]
 
@@ -52,7 +52,7 @@ class Setting:
     alpha: float
     rule: Rule
     init: Init = "kaiming_uniform"
-    optimizer: Optimizer = "adamw"
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -207,7 +207,7 @@ def _step(
     batch: Batch,
     rate: Array,
     *,
-    optimizer: Optimizer,
+    optimizer: OptimizerName,
     llama_config: LlamaConfig,
 ) -> tuple[LoraAdapter, Any, dict[str, dict[str, Array]]]:
     """One update, and the norms of its gradients by module."""

@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import adapters, llama
 from rora_theory.adapters import LoraAdapter, LoraConfig
-from rora_theory.advice.setting import Setting, Trainer
+from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.loss import cross_entropy
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import LlamaConfig
+from rora_theory.optimizers import OptimizerName
 from rora_theory.toy.dynamics import make_optimizer
 
 Params = dict[str, Any]
@@ -171,7 +172,7 @@ class RealStep:
         self._train, self._heldout = jax.tree.map(jnp.asarray, (train, heldout))
         self._targets = target_modules
         self._real = jnp.asarray(real_tokens(heldout))
-        self._compiled: dict[tuple[int, Trainer], Callable] = {}
+        self._compiled: dict[tuple[int, OptimizerName], Callable] = {}
         names = tuple(target.module for target in self._lora(Setting(1, 1.0, 1.0), {}).targets(config))
         self._before = jax.jit(partial(llama.hidden_states, config=config, capture=names))(params, self._heldout.inputs)
 
@@ -216,7 +217,7 @@ class RealStep:
         before: tuple[Array, dict[str, Array]],
         *,
         template: LoraAdapter,
-        trainer: Trainer,
+        trainer: OptimizerName,
     ) -> tuple[dict[str, Array], Array, Array]:
         adapter = replace(template, params=tensors, scaling=scaling)
         total = jnp.maximum(jnp.sum(self._train.weights), 1)

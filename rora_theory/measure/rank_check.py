@@ -24,13 +24,11 @@ from rora_theory.errors import InputError
 from rora_theory.llama import Model
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Table, in_a_word, whole_model
 from rora_theory.measure.coordinates import Checker, Setting
+from rora_theory.optimizers import OPTIMIZER_NAMES, WORDS, OptimizerName
 from rora_theory.rules import check_steps
 from rora_theory.scaling import Rule, alpha_for, check_integer, check_positive, check_rank, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats import slopes
-from rora_theory.toy import dynamics
-
-OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class CheckConfig:
 
     ranks: tuple[int, ...] = (2, 8, 32, 128)
     rules: Mapping[str, Rule] = field(default_factory=lambda: {"lora": "lora", "rora": "rora"})
-    optimizers: tuple[dynamics.Optimizer, ...] = ("adamw", "sgd")
+    optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
     inits: tuple[Init, ...] = ("kaiming_uniform",)
     controls: bool = True
     steps: tuple[int, ...] = (1, 2, 5, 10)
@@ -76,7 +74,7 @@ class CheckConfig:
                 raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are {fewest} or more, each once")
         for rank in (*self.ranks, self.reference_rank):
             check_rank(rank)
-        for name, accepted in (("optimizers", dynamics.OPTIMIZERS), ("inits", INITS)):
+        for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("inits", INITS)):
             for value in getattr(self, name):
                 if value not in accepted:
                     raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
@@ -94,7 +92,7 @@ class CheckConfig:
 class Case(NamedTuple):
     """One line of the check: everything but the rank and the seed."""
 
-    optimizer: dynamics.Optimizer
+    optimizer: OptimizerName
     rule: str
     init: Init
     control: bool
@@ -103,7 +101,7 @@ class Case(NamedTuple):
     def label(self) -> str:
         """In words."""
         kappa = {"lora": "alpha/r", "rora": "alpha/sqrt(r)", "rslora": "alpha/sqrt(r)"}.get(self.rule)
-        text = f"{OPTIMIZERS[self.optimizer]}, {kappa or f'kappa = {self.rule}'}, A {self.init}"
+        text = f"{WORDS[self.optimizer]}, {kappa or f'kappa = {self.rule}'}, A {self.init}"
         return text + (" (control)" if self.control else "")
 
 

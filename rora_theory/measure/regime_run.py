@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from rora_theory import frames, seals
 from rora_theory.advice.lora_config import ALL_LINEAR
-from rora_theory.advice.setting import FAMILY, REGIMES, Trainer
+from rora_theory.advice.setting import REGIMES
 from rora_theory.errors import InputError
 from rora_theory.files import read_json
 from rora_theory.inits import Init
 from rora_theory.measure.regime_tables import CROSSING_COLUMNS, CROSSINGS
+from rora_theory.optimizers import FAMILY, OptimizerName
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class RegimeRun:
         )
 
 
-def read(folder: Path, *, optimizer: Trainer, init: Init, split: Literal["train", "heldout"]) -> RegimeRun:
+def read(folder: Path, *, optimizer: OptimizerName, init: Init, split: Literal["train", "heldout"]) -> RegimeRun:
     """The linear terms of a run.
 
     Args:

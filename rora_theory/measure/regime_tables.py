@@ -105,7 +105,7 @@ def judge(results: pd.DataFrame, *, false_alarm: float = 0.01, tolerance: float 
     }
 
 
-def agreement(results: pd.DataFrame) -> pd.DataFrame:
+def measured_over_predicted(results: pd.DataFrame) -> pd.DataFrame:
     """Measured over predicted by optimizer, init, split and rank: means over modules, whose draws are independent.
 
     Columns are `JUDGE_COLUMNS`.

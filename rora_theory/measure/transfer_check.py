@@ -65,7 +65,7 @@ def candidates(advice: Advice) -> dict[str, Candidate]:
 
 
 @dataclass(frozen=True)
-class Cell:
+class FirstStep:
     """One first step: of a candidate, with one draw of A."""
 
     plan: str
@@ -75,32 +75,32 @@ class Cell:
         return f"{self.plan}, seed {self.seed}"
 
 
-def cells(advice: Advice, seeds: Sequence[int]) -> Iterator[Cell]:
+def first_steps(advice: Advice, seeds: Sequence[int]) -> Iterator[FirstStep]:
     """All first steps."""
     for plan in candidates(advice):
         for seed in seeds:
-            yield Cell(plan, seed)
+            yield FirstStep(plan, seed)
 
 
-def cell_rows(stepper: RealStep, advice: Advice, cell: Cell, seed: int = 0) -> list[dict[str, Any]]:
+def first_step_rows(stepper: RealStep, advice: Advice, step: FirstStep, seed: int = 0) -> list[dict[str, Any]]:
     """The sizes of one first step, as rows of a table.
 
     Args:
       stepper: the model.
-      advice, cell: whose.
+      advice, step: whose.
       seed: of all draws.
     """
-    candidate = candidates(advice)[cell.plan]
+    candidate = candidates(advice)[step.plan]
     setting, pattern = candidate.setting, dict(candidate.alpha_pattern)
-    change = stepper.change(setting, jax.random.fold_in(jax.random.key(seed), cell.seed), pattern)
+    change = stepper.change(setting, jax.random.fold_in(jax.random.key(seed), step.seed), pattern)
     frame = {
-        "plan": cell.plan,
+        "plan": step.plan,
         "rank": setting.rank,
         "alpha": setting.alpha,
         "learning_rate": setting.learning_rate,
         "scaling": setting.scaling,
         "alpha_pattern": len(pattern),
-        "seed": cell.seed,
+        "seed": step.seed,
     }
     rows = [
         frame | {"quantity": "module", "module": module, "layer": layer, "rms": float(value)}
@@ -115,7 +115,7 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
     """Ratios to the tuned setting's: root mean squares over seeds, standard errors by leaving one out (jackknife).
 
     Args:
-      table: of `cell_rows`, with two seeds or more.
+      table: of `first_step_rows`, with two seeds or more.
       advice: whose candidates.
     """
 
@@ -187,5 +187,6 @@ def check(
       InputError: a rank, init or target that does not fit the model.
     """
     stepper = RealStep(model.params, model.config, train, heldout, target_modules)
-    steps = frames.of([row for cell in cells(advice, seeds) for row in cell_rows(stepper, advice, cell, seed)], COLUMNS)
+    rows = [row for step in first_steps(advice, seeds) for row in first_step_rows(stepper, advice, step, seed)]
+    steps = frames.of(rows, COLUMNS)
     return TransferCheck(steps, summarise(steps, advice))

@@ -92,8 +92,8 @@ def root(estimate: Estimate) -> Estimate:
     return replace(estimate, value=value, error=estimate.error / (2 * value) if value else 0.0)
 
 
-def share(right: int, n: int) -> Estimate:
-    r"""The share of successes in ``n`` independent trials, and its standard error.
+def proportion(right: int, n: int) -> Estimate:
+    r"""The proportion of successes in ``n`` independent trials, and its standard error.
 
     :math:`\sqrt{p (1 - p) / (n - 1)}`, the sample deviation over :math:`\sqrt n`. Where none or all succeed that is 0,
     as if no further trial could come out otherwise: there the error is half of Wilson's interval at one standard
@@ -106,7 +106,7 @@ def share(right: int, n: int) -> Estimate:
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
 
     Example:
-      >>> share(0, 8).value, round(share(0, 8).error, 4), round(share(4, 8).error, 4)
+      >>> proportion(0, 8).value, round(proportion(0, 8).error, 4), round(proportion(4, 8).error, 4)
       (0.0, 0.0556, 0.189)
     """
     p = right / n

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory import frames
-from rora_theory.advice.setting import FAMILY
+from rora_theory.optimizers import FAMILY
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.paired import mean_per_token
@@ -164,7 +164,7 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{slope.value:.4f}")}
         row |= {"standard_error": float(f"{slope.error:.2g}") if slope.has_error else None}
         row |= {"half_width": float(f"{slope.half_width():.2g}") if slope.has_error else None}
-        row |= {"verdict": slopes.judge(SeedFit.of(slope)), **predicted, "nearest": nearest}
+        row |= {"verdict": slopes.trend(SeedFit.of(slope)), **predicted, "nearest": nearest}
         rows.append(row)
     return frames.of(rows, SLOPE_COLUMNS)
 

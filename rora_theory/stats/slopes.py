@@ -9,7 +9,7 @@ from jaxtyping import Float
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import CONFIDENCE, Estimate, over_seeds
 
-Verdict = Literal["flat", "grows", "shrinks", "undecided"]
+Trend = Literal["flat", "grows", "shrinks", "undecided"]
 
 BAND = 0.1
 """Slopes within this of zero count as flat: over the ranks 8 to 128 the quantity changes by less than a third."""
@@ -72,7 +72,7 @@ def seed_slopes(
     return np.log(y) @ (lever / np.sum(lever**2))
 
 
-def judge(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> Verdict:
+def trend(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> Trend:
     """``"flat"`` where the whole confidence interval lies within ``band`` of zero, ``"grows"`` or ``"shrinks"`` where
     all of it lies outside, ``"undecided"`` where it lies on both sides.
 
@@ -80,7 +80,7 @@ def judge(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> V
     or shrinking with none further than the slope itself moves it. Else it is undecided.
 
     Example:
-      >>> judge(SeedFit(0.02, 0.01, 5)), judge(SeedFit(0.5, 0.01, 5)), judge(SeedFit(0.02, 0.1, 5))
+      >>> trend(SeedFit(0.02, 0.01, 5)), trend(SeedFit(0.5, 0.01, 5)), trend(SeedFit(0.02, 0.1, 5))
       ('flat', 'grows', 'undecided')
     """
     half = fit.half_width(confidence)
@@ -119,7 +119,7 @@ def assert_flat(
       InputError: as `seed_slopes`.
     """
     fit = seed_fit(x, y)
-    found = judge(fit, band, confidence)
+    found = trend(fit, band, confidence)
     if found != "flat":
         raise AssertionError(
             f"{what} is not flat but {found}: slope {fit.slope:+.3f} ± {fit.half_width(confidence):.3f} "

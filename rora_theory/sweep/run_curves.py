@@ -62,7 +62,7 @@ def table(runs: Sequence[Run]) -> "pd.DataFrame":
     return frames.of(rows, COLUMNS)
 
 
-def compare(curves: Sequence[Curve], runs: Sequence[Run]) -> list[Comparison]:
+def compare_by_records(curves: Sequence[Curve], runs: Sequence[Run]) -> list[Comparison]:
     """Rules against each other at the largest rank, at the grid's rate of least mean loss, record by record.
 
     Seeds that ran at both rates are averaged; with two or more of them the error is over seeds or over records,

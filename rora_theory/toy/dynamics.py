@@ -28,17 +28,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
+from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.rules import check_steps
 from rora_theory.scaling import check_integer
 from rora_theory.toy import nested
 
 Model = Literal["linear", "mlp"]
-Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 Start = Literal["A", "B"]
 """The factor that starts random; the other starts at zero."""
 
 MODELS: tuple[Model, ...] = get_args(Model)
-OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 STARTS: tuple[Start, ...] = get_args(Start)
 
 MOMENTUM = 0.9
@@ -210,7 +209,7 @@ def loss(
     return jnp.sum((change(adapters, weights, x, scaling) - target) ** 2) / (2 * x.shape[0])
 
 
-def make_optimizer(name: Optimizer, learning_rate: Float[Array, ""] | float) -> optax.GradientTransformation:
+def make_optimizer(name: OptimizerName, learning_rate: Float[Array, ""] | float) -> optax.GradientTransformation:
     """SGD, SGD with momentum 0.9, Adam, or AdamW with decoupled weight decay 0.01, by optax.
 
     Raises:
@@ -224,7 +223,7 @@ def make_optimizer(name: Optimizer, learning_rate: Float[Array, ""] | float) -> 
         return optax.adam(learning_rate, eps=EPSILON)
     if name == "adamw":
         return optax.adamw(learning_rate, eps=EPSILON, weight_decay=WEIGHT_DECAY)
-    raise InputError(f"optimizer is {name!r}; accepted are {', '.join(OPTIMIZERS)}")
+    raise InputError(f"optimizer is {name!r}; accepted are {', '.join(OPTIMIZER_NAMES)}")
 
 
 def trajectory(
@@ -233,7 +232,7 @@ def trajectory(
     *,
     scaling: Float[Array, ""] | float,
     learning_rate: Float[Array, ""] | float,
-    optimizer: Optimizer,
+    optimizer: OptimizerName,
     steps: tuple[int, ...],
     frozen: str | None = None,
 ) -> Measures:
@@ -270,7 +269,7 @@ def trajectories(
     scaling: Float[Array, ""] | float,
     learning_rate: Float[Array, ""] | float,
     *,
-    optimizer: Optimizer,
+    optimizer: OptimizerName,
     steps: tuple[int, ...],
     frozen: str | None = None,
 ) -> Measures:
@@ -302,7 +301,7 @@ def final_losses(
     scaling: Float[Array, ""] | float,
     learning_rates: Float[Array, " rates"],
     *,
-    optimizer: Optimizer,
+    optimizer: OptimizerName,
     steps: int,
     frozen: str | None = None,
 ) -> tuple[Float[Array, "seeds rates"], Float[Array, "seeds rates"]]:

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from rora_theory.inits import Init
+from rora_theory.optimizers import OptimizerName
 from rora_theory.toy import dynamics
-from rora_theory.toy.dynamics import Adapters, Optimizer, Problem, ProblemConfig, Start
+from rora_theory.toy.dynamics import Adapters, Problem, ProblemConfig, Start
 
 
 def draw(
@@ -44,7 +45,7 @@ def trajectories(
     *,
     scaling: float,
     learning_rate: float,
-    optimizer: Optimizer,
+    optimizer: OptimizerName,
     steps: tuple[int, ...],
     frozen: str | None = None,
 ) -> tuple[dict[str, Float[np.ndarray, "seeds moments"]], Bool[np.ndarray, "seeds moments"]]:
@@ -67,7 +68,7 @@ def losses_at_rates(
     *,
     scaling: float,
     rates: Sequence[float] | Float[np.ndarray, " rates"],
-    optimizer: Optimizer,
+    optimizer: OptimizerName,
     steps: int,
     frozen: str | None = None,
 ) -> tuple[Float[np.ndarray, "seeds rates"], Float[np.ndarray, "seeds rates"]]:

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rora_theory.optimizers import WORDS, OptimizerName
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import over_seeds
-from rora_theory.toy.dynamics import Measures, Model, Optimizer
+from rora_theory.toy.dynamics import Measures, Model
 
 CELL = ("model", "start", "trained", "optimizer", "rule", "kappa", "rank", "scaling", "learning_rate")
 QUANTITIES = Measures._fields
 FITTED = ("output_train", "output_held_out", "delta_frobenius", "delta_spectral", "inner", "grad_A", "grad_B")
-NAMES = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW"}
 
 CHANGE = 0.05
 """Least difference of two exponents that counts."""
@@ -74,7 +74,7 @@ def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
                         | {"step": step, "quantity": quantity, "slope": float(f"{fit.slope:.5f}")}
                         | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
-                        | {"verdict": slopes.judge(fit), "loss_left": float(f"{left:.3g}"), "by_seed": by_seed}
+                        | {"verdict": slopes.trend(fit), "loss_left": float(f"{left:.3g}"), "by_seed": by_seed}
                     )
     return found
 
@@ -91,7 +91,7 @@ def answers(
     found: Sequence[dict[str, Any]],
     *,
     models: Sequence[Model],
-    optimizers: Sequence[Optimizer],
+    optimizers: Sequence[OptimizerName],
     kappas: Sequence[float],
     ranks: Sequence[int],
     overlap: float,
@@ -130,7 +130,7 @@ def answers(
             both, frozen = (
                 _line(found, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B")
             )
-            question = f"{model}, {NAMES[optimizer]}: exponent of |dM|_F changes once A moves?"
+            question = f"{model}, {WORDS[optimizer]}: exponent of |dM|_F changes once A moves?"
             shown = f"A trained: {at_gamma_one(both, power)}; A frozen: {at_gamma_one(frozen, power)}"
             listed.append(Answer(question, changed(both, frozen), f"under alpha/r, plus {power}: {shown}"))
     return listed
@@ -199,7 +199,7 @@ def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) ->
     a, b = pairs[-1]
     fit = slopes.SeedFit.of(over_seeds(a["by_seed"] - b["by_seed"]))
     there = abs(fit.slope) > fit.half_width()
-    word = {"flat": "small" if there else "no", "undecided": "undecided"}.get(slopes.judge(fit, CHANGE), "yes")
+    word = {"flat": "small" if there else "no", "undecided": "undecided"}.get(slopes.trend(fit, CHANGE), "yes")
     return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
 
 

@@ -16,17 +16,18 @@ from jaxtyping import Float
 from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
+from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.rules import alpha_at, check_list, check_ranks, check_rules, name_of
 from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats.rate_curves import COLUMNS, Curve
-from rora_theory.toy import dynamics, ensemble
+from rora_theory.toy import ensemble
 from rora_theory.toy.dynamics import ProblemConfig
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Loss = Literal["held_out", "train"]
+JudgedLoss = Literal["held_out", "train"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RateGrid:
     """ranks of the adapter"""
     rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
     """scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
-    optimizers: tuple[dynamics.Optimizer, ...] = ("sgd", "adam")
+    optimizers: tuple[OptimizerName, ...] = ("sgd", "adam")
     """sgd, momentum, adam or adamw"""
     freeze_control: bool = True
     """train B alone too, with A frozen"""
@@ -71,7 +72,7 @@ class RateGrid:
             alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
         check_list("--optimizers", self.optimizers)
         for name, values, accepted in (
-            ("optimizers", self.optimizers, dynamics.OPTIMIZERS),
+            ("optimizers", self.optimizers, OPTIMIZER_NAMES),
             ("init", (self.init,), INITS),
         ):
             for value in values:
@@ -87,7 +88,7 @@ class RateGrid:
         check_integer("--steps", self.steps)
         check_seed(self.seed, "--seed")
 
-    def lrs(self, optimizer: dynamics.Optimizer) -> Float[np.ndarray, " rates"]:
+    def lrs(self, optimizer: OptimizerName) -> Float[np.ndarray, " rates"]:
         """The rates of an optimizer, ascending."""
         if optimizer in ("adam", "adamw"):
             return np.sort(self.adam_lrs)
@@ -95,10 +96,10 @@ class RateGrid:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One compiled call: all seeds and rates; ``trained`` is both factors, or B alone with A frozen."""
 
-    optimizer: dynamics.Optimizer
+    optimizer: OptimizerName
     trained: Literal["both", "B"]
     rank: int
     rule: Rule
@@ -107,17 +108,17 @@ class Cell:
         return f"{self.optimizer}, {name_of(self.rule)}, r = {self.rank}"
 
 
-def cells(grid: RateGrid) -> Iterator[Cell]:
+def cells(grid: RateGrid) -> Iterator[GridCell]:
     """All of a grid."""
     kinds: tuple[Literal["both", "B"], ...] = ("both", "B") if grid.freeze_control else ("both",)
     for optimizer in grid.optimizers:
         for trained in kinds:
             for rank in sorted(grid.ranks):
                 for rule in grid.rules:
-                    yield Cell(optimizer, trained, rank, rule)
+                    yield GridCell(optimizer, trained, rank, rule)
 
 
-def cell_rows(grid: RateGrid, cell: Cell) -> list[dict[str, Any]]:
+def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
     """Losses of a cell, a row a seed and rate; not finite where the run diverged."""
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank)
@@ -151,7 +152,7 @@ def losses(grid: RateGrid) -> "pd.DataFrame":
     return frames.of([row for cell in cells(grid) for row in cell_rows(grid, cell)], COLUMNS)
 
 
-def curves(table: "pd.DataFrame", judge: Loss = "held_out") -> list[Curve]:
+def curves(table: "pd.DataFrame", judge: JudgedLoss = "held_out") -> list[Curve]:
     """The curves of `losses`, in the order of its cells.
 
     Args:

@@ -132,7 +132,7 @@ def test_gaussian_init_costs_a_factor_of_the_rank(optimizer, power) -> None:
 def test_common_choices() -> None:
     """LoRA, Adam, signal: the step is gamma r. rsLoRA multiplies it by sqrt(r), alpha = 2r by what gamma does."""
     found = transfer(Setting(16, 32.0, 2e-4, "lora", "adamw"), 256)
-    steps = {each.name: each for each in found.rows()}
+    steps = {each.name: each for each in found.alternatives()}
     assert len(steps) == 6
     fixed, fixed_rs = steps["alpha = 32, as it was"], steps["alpha = 32, as it was, use_rslora"]
     assert fixed.step == pytest.approx(1)
@@ -141,7 +141,7 @@ def test_common_choices() -> None:
     assert steps["alpha = 2r"].step == pytest.approx(16)
     assert steps["alpha = r"].step == pytest.approx(8)
     assert steps["alpha = 2r, use_rslora"].step == pytest.approx(16**2)  # gamma 2 -> 2 sqrt(256)
-    measured = transfer(Setting(16, 32.0, 2e-4), 256, {"a": 0.0, "b": 1e12}).rows()[0]
+    measured = transfer(Setting(16, 32.0, 2e-4), 256, {"a": 0.0, "b": 1e12}).alternatives()[0]
     assert (measured.smallest, measured.largest) == pytest.approx((0.25, 1.0))
     assert measured.step == pytest.approx(0.5)  # the geometric mean
 
@@ -366,7 +366,7 @@ def test_what_json_gets_is_json() -> None:
         read = json.loads(json.dumps(found.as_dict(), allow_nan=False))
         assert read["alpha"] == found.alpha
         assert read["new"]["rank"] == 128
-        assert [row["name"] for row in read["choices"]] == [row.name for row in found.rows()]
+        assert [row["name"] for row in read["choices"]] == [row.name for row in found.alternatives()]
     assert read["rates"] == {"first_step": 3e-4, "planned": None, "A_led": 3e-4}
 
 

@@ -166,7 +166,7 @@ def test_a_transfer_keeps_the_real_step(params, stepper) -> None:
         # One draw's mean square has a relative deviation of about 0.8 at rank 2, 0.5 at rank 8: 0.08 of the ratio's rms
         # over 40 draws; four sigma.
         np.testing.assert_allclose(after[name] / before[name], 1, atol=0.32)
-        expected = [found.steps(found.unchanged)[f"model.layers.{layer}.{name}"] for layer in range(2)]
+        expected = [found.step_ratios(found.unchanged)[f"model.layers.{layer}.{name}"] for layer in range(2)]
         np.testing.assert_allclose(unchanged[name] / before[name] / expected, 1, atol=0.32)
 
 

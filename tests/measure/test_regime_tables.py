@@ -37,7 +37,7 @@ def test_the_judge_s_two_bars(measured: float, error: float, word: str) -> None:
 def test_agreement_is_a_mean_over_modules() -> None:
     """Its error is that of a mean of independent modules: half of one's for four alike."""
     rows = [judged_row(ratio, 0.02, split=name) for name in ("train", "heldout") for ratio in (1.0, 1.0, 1.0, 1.0)]
-    found = regime_tables.agreement(pd.DataFrame(rows))
+    found = regime_tables.measured_over_predicted(pd.DataFrame(rows))
     assert list(found["split"]) == ["train", "heldout"]
     for line in found.itertuples():
         assert (line.modules, line.mean_ratio, line.largest_deviation) == (4, 1.0, 0.0)

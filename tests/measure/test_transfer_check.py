@@ -36,7 +36,7 @@ def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackkni
     rows = [
         {"plan": cell.plan, "seed": cell.seed, "quantity": quantity, "module": module, "layer": 0}
         | {"rms": (1 if cell.plan == "tuned" else 2) * math.exp(0.1 * random.normal())}
-        for cell in transfer_check.cells(advice, seeds)
+        for cell in transfer_check.first_steps(advice, seeds)
         for quantity, module in (("module", "q_proj"), ("module", "v_proj"), ("hidden", None), ("logits", None))
     ]
     table = frames.of(rows, transfer_check.COLUMNS)

@@ -195,7 +195,7 @@ def test_check_on_a_model(tmp_path) -> None:
     run = regime_run.read(tmp_path / "regime", optimizer="sgd", init="kaiming_uniform", split="heldout")
     terms = run.linear_terms
     found = carry(Setting(2, 16.0, 1e-4, 0.0, "sgd"), 8, terms)
-    grown = found.judge("", found.unchanged).step
+    grown = found.alternative("", found.unchanged).step
     for plan, expected in (("neither changed", grown), ("one alpha", 1), ("one rate", 1), ("alpha by module", 1)):
         row = rows[plan, "modules"]
         error = float(row["standard_error"])

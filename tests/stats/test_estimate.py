@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rora_theory.stats.estimate import Estimate, jackknife, over_seeds, root, share
+from rora_theory.stats.estimate import Estimate, jackknife, over_seeds, proportion, root
 from rora_theory.stats.slopes import SeedFit
 
 
@@ -38,7 +38,7 @@ def test_root_error() -> None:
 @pytest.mark.parametrize("n", [1, 2, 8, 200])
 def test_a_share_has_the_samples_deviation_inside_and_wilsons_interval_at_the_ends(n) -> None:
     for right in range(n + 1):
-        found = share(right, n)
+        found = proportion(right, n)
         assert (found.value, found.n, found.over) == (right / n, n, "trials")
         if 0 < right < n:
             sample = [1.0] * right + [0.0] * (n - right)

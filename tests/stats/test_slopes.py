@@ -49,13 +49,13 @@ def test_interval_covers():
     ],
 )
 def test_verdicts(fit, found):
-    assert slopes.judge(fit, band=0.1) == found
+    assert slopes.trend(fit, band=0.1) == found
 
 
 def test_two_ranks_are_a_slope():
     fit = slopes.seed_fit([2, 8], np.array([[1.0, 4.0], [1.0, 4.0]]))
     assert fit == (pytest.approx(1.0), 0.0, 2, 0.0)
-    assert slopes.judge(SeedFit(0.25, 0.0, 2), band=0.25) == "flat", "the band's own edge is in it"
+    assert slopes.trend(SeedFit(0.25, 0.0, 2), band=0.25) == "flat", "the band's own edge is in it"
 
 
 def test_assert_flat():
@@ -79,7 +79,7 @@ def test_assert_flat():
 def test_what_the_curve_does_beside_its_slope_counts(y, departure, found):
     """Three ranks, seeds that agree to the digit: the spread over seeds says nothing of the points between."""
     fit = slopes.seed_fit(RANKS[:3], np.tile(np.array(y, float), (3, 1)))
-    assert slopes.judge(fit) == found
+    assert slopes.trend(fit) == found
     if departure is not None:
         assert fit.slope == pytest.approx(0.0, abs=1e-12)
         assert fit.departure == pytest.approx(departure, rel=1e-9)
@@ -91,8 +91,8 @@ def test_what_the_curve_does_beside_its_slope_counts(y, departure, found):
 def test_the_departure_is_of_the_band():
     """Within the band it is flat, beyond it is not, whatever the interval; and as the slope for a growth."""
     flat, growing = SeedFit(0.0, 0.0, 3), SeedFit(-0.5, 0.0, 3)
-    assert [slopes.judge(flat._replace(departure=d), band=0.25) for d in (0.25, 0.26)] == ["flat", "undecided"]
-    assert [slopes.judge(growing._replace(departure=d)) for d in (0.5, 0.51)] == ["shrinks", "undecided"]
+    assert [slopes.trend(flat._replace(departure=d), band=0.25) for d in (0.25, 0.26)] == ["flat", "undecided"]
+    assert [slopes.trend(growing._replace(departure=d)) for d in (0.5, 0.51)] == ["shrinks", "undecided"]
 
 
 @pytest.mark.parametrize("y", [np.ones((2, 3)), np.zeros((2, 4)), np.full((2, 4), np.nan)])

@@ -23,7 +23,7 @@ def test_the_larger_error_is_reported(by_seed, over):
                 records = (2 + more + sign * gap) * tokens + sign * noise
                 loss = records.sum() / tokens.sum()
                 cells += [Run(method, rank, 16 / rank, rate, seed, loss, records, tokens) for rank in (4, 8)]
-    (found,) = run_curves.compare(run_curves.curves(cells), cells)
+    (found,) = run_curves.compare_by_records(run_curves.curves(cells), cells)
     assert found.error_over == over
     assert found.difference == pytest.approx(-np.mean(by_seed), rel=1e-9)
     expected = {"seeds": np.std(by_seed, ddof=1) / 3**0.5, "held-out records": np.sqrt(np.sum(noise**2) * 4 / 3) / 100}

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from rora_theory.optimizers import OPTIMIZER_NAMES
 from rora_theory.toy import dynamics, rate_grid
 from rora_theory.toy.dynamics import ProblemConfig
-from rora_theory.toy.rate_grid import Cell, RateGrid
+from rora_theory.toy.rate_grid import GridCell, RateGrid
 
 PROBLEM = ProblemConfig(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
 
@@ -45,14 +46,14 @@ def test_b_alone_is_b_alone():
     }
     assert np.abs(losses["A"] / losses[None] - 1).min() > 1e-3
     for trained, frozen in (("B", "A"), ("both", None)):
-        rows = rate_grid.cell_rows(grid, Cell("sgd", trained, 4, "lora"))
+        rows = rate_grid.cell_rows(grid, GridCell("sgd", trained, 4, "lora"))
         # Five digits are written.
         np.testing.assert_allclose([row["loss_train"] for row in rows], losses[frozen].ravel(), rtol=5e-5)
 
 
 def test_rates_of_an_optimizer():
     grid = RateGrid(adam_lrs=(3.0, 1.0, 2.0), sgd_lrs=(30.0, 10.0, 20.0))
-    found = {name: grid.lrs(name).tolist() for name in dynamics.OPTIMIZERS}
+    found = {name: grid.lrs(name).tolist() for name in OPTIMIZER_NAMES}
     assert found == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
 
 

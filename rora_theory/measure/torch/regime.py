@@ -20,7 +20,7 @@ from jaxtyping import Float
 from peft import LoraConfig
 
 from rora_theory import inits
-from rora_theory.advice.setting import FAMILY, Setting
+from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
@@ -40,6 +40,7 @@ from rora_theory.measure.torch.modules import (
     unwrapped,
     without_adapters,
 )
+from rora_theory.optimizers import FAMILY
 from rora_theory.scaling import Rule
 from rora_theory.theory.laws import Optimizer
 
