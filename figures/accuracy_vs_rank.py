@@ -31,7 +31,7 @@ class Config:
     """Which model, where the run has several."""
     alpha: float | None = None
     """Which alpha, where a method and rank has several."""
-    rate: float | None = None
+    lr: float | None = None
     """Draw the cells of this learning rate. None: each method's rate that has most cells."""
     tuned: bool = False
     """For each method and rank, the best learning rate of those tried instead."""
@@ -45,7 +45,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
-    cli.check_positives(config, "alpha", "rate")
+    cli.check_positives(config, "alpha", "lr")
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     panels = measures(rows, config.answers)
@@ -79,9 +79,9 @@ def draw(config: Config) -> Sequence[Path]:
 def curves(config: Config, rows: pd.DataFrame, method: str) -> pd.DataFrame:
     """The cells to draw of a method: of one learning rate, or of the best of each rank."""
     cells = rows[rows["method"] == method]
-    if config.tuned and config.rate is None:
+    if config.tuned and config.lr is None:
         return at_best_rate(config.run, cells)
-    rate = config.rate
+    rate = config.lr
     if rate is None:
         rates = cells["learning_rate"].tolist()
         rate = max(rates, key=rates.count, default=None)

@@ -30,7 +30,7 @@ class Config:
     """Of a whole sweep, the cells of this rank."""
     seed: int | None = None
     """Of a whole sweep, the cells of this seed; none is the first."""
-    rate: float | None = None
+    lr: float | None = None
     """Of a whole sweep, the cells of this learning rate; none is every one."""
     labels: tuple[str, ...] = ()
     """A name for each run; by default its method, rule and rank, and the learning rate where it differs."""
@@ -43,7 +43,7 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """One colour a run; faint points are single batches, lines their running mean, markers the validation loss."""
     cli.check_integers(config, rank=1, seed=0, smooth=1)
-    cli.check_positives(config, "rate")
+    cli.check_positives(config, "lr")
     if not config.runs:
         style.fail("no runs are given; accepted are one or more run folders of sims.finetune or sims.rank_sweep")
     folders = [cell for run in config.runs for cell in cells(run, config)]
@@ -78,12 +78,12 @@ def cells(run: Path, config: Config) -> list[Path]:
         return [run]
     _, rows = style.read_frame(run, "rank_sweep")
     rows = rows[rows["rank"].notna()]
-    for column, value in (("rank", config.rank), ("learning_rate", config.rate)):
+    for column, value in (("rank", config.rank), ("learning_rate", config.lr)):
         rows = rows if value is None else rows[rows[column] == value]
     seed = config.seed if config.seed is not None else min(rows["seed"], default=0)
     found = [run / "cells" / key for key in rows.loc[rows["seed"] == seed, "key"]]
     if not found:
-        style.fail(f"{run}: has no cell of rank {config.rank}, rate {config.rate}, seed {seed}; results.csv lists them")
+        style.fail(f"{run}: has no cell of rank {config.rank}, rate {config.lr}, seed {seed}; results.csv lists them")
     return found
 
 

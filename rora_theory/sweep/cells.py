@@ -143,7 +143,7 @@ def training_of(
     Raises:
       InputError: a value out of range.
     """
-    own: dict[str, Any] = {"lr": rate, "seed": seed, "dtype": design.dtype} | METHODS[method].settings
+    own: dict[str, Any] = {"lr": rate, "seed": seed, "dtype": design.dtype} | dict(METHODS[method].settings)
     if rank is None:
         own |= {"targets": None, "dropout": 0.0}
     else:
