@@ -36,7 +36,7 @@ FIGURES = {
     "lr_transfer_smollm2": [(lr_transfer, {})],
     "training_dynamics": [(training_dynamics, {})],
     "rank_sweep": [
-        (accuracy_vs_rank, {"rate": 3e-4}),
+        (accuracy_vs_rank, {"lr": 3e-4}),
         (loss_vs_rate, {"rank": 32, "top": 1.7}),
         (loss_curves, {"rank": 128}),
         (scaling_diagram, None),
