@@ -8,18 +8,15 @@ The training step is traced without weights. ``--compile`` adds the account of X
 hand; ``--measure`` runs two steps here, on random weights, and sets what they took beside the prediction.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import capacity
-from rora_theory.finetune.capacity import DEVICES, MODELS, PAPER_MODELS, Account, Device
+from rora_theory.finetune.capacity import DEVICES, MODELS, PAPER_MODELS, Device
 from rora_theory.finetune.config import BaseDtype, FinetuneConfig
 from rora_theory.llama import LlamaConfig
-from rora_theory.llama.weights import read_config
 from sims.common import cli, tables
 
 GB = 1e9
@@ -83,43 +80,31 @@ class Config:
             return self.steps
         return -(-self.examples // self.batch_size) * self.epochs
 
-
-def check(config: Config) -> None:
-    """Raise `InputError` where a setting is out of range."""
-    if config.device not in DEVICES:
-        raise InputError(f"--device is {config.device!r}; accepted are {', '.join(DEVICES)}")
-    if config.steps is not None and config.examples is not None:
-        raise InputError("--steps and --examples are both given; accepted is one of them")
-    cli.check_integers(config, rank=1, batch_size=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
-    config.finetune()
-    if not 0 < config.utilisation <= 1:
-        raise InputError(f"--utilisation is {config.utilisation}; accepted is a number above 0, at most 1")
-    if config.model is None and (config.compile or config.measure):
-        raise InputError("--compile and --measure take one model; accepted is --model NAME with them")
-
-
-def find_model(name: str) -> LlamaConfig:
-    """A model's shape, by its name or from its folder."""
-    if name in MODELS:
-        return MODELS[name]
-    if os.path.exists(os.path.join(name, "config.json")):
-        return read_config(Path(name))
-    raise InputError(f"--model is {name!r}; accepted are {', '.join(MODELS)} or a folder with config.json")
+    def __post_init__(self) -> None:
+        """Raise `InputError` where a setting is out of range."""
+        if self.device not in DEVICES:
+            raise InputError(f"--device is {self.device!r}; accepted are {', '.join(DEVICES)}")
+        if self.steps is not None and self.examples is not None:
+            raise InputError("--steps and --examples are both given; accepted is one of them")
+        cli.check_integers(self, rank=1, batch_size=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
+        self.finetune()
+        if not 0 < self.utilisation <= 1:
+            raise InputError(f"--utilisation is {self.utilisation}; accepted is a number above 0, at most 1")
+        if self.model is None and (self.compile or self.measure):
+            raise InputError("--compile and --measure take one model; accepted is --model NAME with them")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
+    cli.run(lambda: run(cli.parse(Config, argv, description=__doc__ or "")))
 
-    def run() -> None:
-        config = cli.parse(Config, argv, description=__doc__ or "")
-        check(config)
-        run_config, device = config.finetune(), DEVICES[config.device]
-        if config.model is None:
-            show_table(config, run_config, device)
-        else:
-            show_model(config, find_model(config.model), run_config, device)
 
-    cli.run(run)
+def run(config: Config) -> None:
+    """The paper's models, or one by part."""
+    if config.model is None:
+        show_table(config, config.finetune(), DEVICES[config.device])
+    else:
+        show_model(config, capacity.find_model(config.model), config.finetune(), DEVICES[config.device])
 
 
 def show_table(config: Config, run: FinetuneConfig, device: Device) -> None:
@@ -131,17 +116,17 @@ def show_table(config: Config, run: FinetuneConfig, device: Device) -> None:
             fits = found.fits(device)
             if fits:
                 fitting.append(f"{name}{' (remat)' if remat else ''}")
-            sizes = [f"{size / GB:.1f}" for size in (found.base, found.adapter + found.optimizer, found.activations)]
+            sizes = (found.base, found.adapter + found.optimizer, found.activations, found.total)
             seconds = found.seconds(device, run.dtype, config.utilisation)
-            times = [f"{seconds:.2f}", *([total] if (total := _total(config, seconds)) else [])]
             share = f"{100 * found.trainable / found.parameters:.2f}"
-            rows.append([name, "yes" if remat else "no", share, *sizes, f"{found.total / GB:.1f}", _word(fits), *times])
+            cells = [name, "yes" if remat else "no", share, *(f"{size / GB:.1f}" for size in sizes)]
+            rows.append([*cells, "fits" if fits else "does not fit", f"{seconds:.2f}", *hours(config, seconds)])
     columns = [
         "model", "remat", "trained %", "base GB", "adapter + Adam GB", "activations GB", "total GB", "verdict",
         "s a step", *(["whole run"] if config.count_steps() is not None else []),
     ]  # fmt: skip
-    tables.print_table(f"{device.name}, {_describe(config)}", columns, rows, left=2)
-    tables.print_text(f"fit: {', '.join(fitting) or 'none'}\n{_basis(config, device)}")
+    tables.print_table(f"{device.name}, {describe(config)}", columns, rows, left=2)
+    tables.print_text(f"fit: {', '.join(fitting) or 'none'}\n{basis(config, device)}")
 
 
 def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: Device) -> None:
@@ -149,18 +134,21 @@ def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: 
     found = capacity.account(model, run, config.seq)
     rows = [[name, f"{size / GB:.2f}"] for name, size in found.parts().items()]
     rows += [["total", f"{found.total / GB:.2f}"], ["(a block of logits)", f"{found.logits / GB:.2f}"]]
-    tables.print_table(f"{config.model}, {_describe(config)}", ["memory", "GB"], rows)
+    tables.print_table(f"{config.model}, {describe(config)}", ["memory", "GB"], rows)
     seconds = found.seconds(device, run.dtype, config.utilisation)
+    whole = "".join(f"; the whole run {one}" for one in hours(config, seconds))
+    memory = f"{found.total / GB:.1f} GB of {(device.memory - capacity.RESERVE) / GB:.1f} GB"
+    verdict = f"does not fit ({memory}); --remat True, a smaller --batch-size or more --accumulation takes less"
+    if found.fits(device):
+        fraction = found.memory_fraction(device)
+        verdict = f"fits ({memory})"
+        verdict += f"; needs XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} or more" if fraction else ""
     tables.print_text(
-        f"parameters {found.parameters:,}, trained {found.trainable:,} ({found.trainable / found.parameters:.2%})"
+        f"parameters {found.parameters:,}, trained {found.trainable:,} ({found.trainable / found.parameters:.2%})\n"
+        f"products {found.flops / 1e12:.4g} TFLOP a step, {found.flops / found.tokens / 1e9:.3g} GFLOP a token\n"
+        f"{seconds:.3g} s a step, {found.tokens / seconds:.0f} tokens/s{whole}\n"
+        f"{device.name}: {verdict}\n{basis(config, device)}"
     )
-    tables.print_text(
-        f"products {found.flops / 1e12:.4g} TFLOP a step, {found.flops / found.tokens / 1e9:.3g} GFLOP a token"
-    )
-    total = _total(config, seconds)
-    whole = f"; the whole run {total}" if total else ""
-    tables.print_text(f"{seconds:.3g} s a step, {found.tokens / seconds:.0f} tokens/s{whole}")
-    tables.print_text(f"{device.name}: {_verdict(found, device)}\n{_basis(config, device)}")
     if config.compile:
         xla = capacity.compile_here(model, run, config.seq)
         arguments = found.base + found.adapter + found.optimizer + found.batch
@@ -177,30 +165,20 @@ def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: 
         )
 
 
-def _verdict(found: Account, device: Device) -> str:
-    memory = f"{found.total / GB:.1f} GB of {(device.memory - capacity.RESERVE) / GB:.1f} GB"
-    if not found.fits(device):
-        return f"does not fit ({memory}); --remat True, a smaller --batch-size or more --accumulation takes less"
-    fraction = found.memory_fraction(device)
-    note = f"; needs XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} or more" if fraction else ""
-    return f"fits ({memory}){note}"
-
-
-def _word(fits: bool) -> str:
-    return "fits" if fits else "does not fit"
-
-
-def _total(config: Config, seconds: float) -> str:
+def hours(config: Config, seconds: float) -> list[str]:
+    """The whole run's time; nothing where the command does not say how long that is."""
     steps = config.count_steps()
-    return "" if steps is None else f"{steps * seconds / 3600:.1f} h"
+    return [] if steps is None else [f"{steps * seconds / 3600:.1f} h"]
 
 
-def _describe(config: Config) -> str:
+def describe(config: Config) -> str:
+    """The run in words."""
     parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
     return f"{config.method}, rank {config.rank}, batch {config.batch_size} x {config.seq}{parts}, {config.dtype} base"
 
 
-def _basis(config: Config, device: Device) -> str:
+def basis(config: Config, device: Device) -> str:
+    """What the figures rest on."""
     return (
         f"times at {100 * config.utilisation:.0f}% of {device.peak(config.dtype) / 1e12:.0f} TFLOP/s; "
         f"{capacity.RESERVE / GB:.0f} GB of {device.memory / GB:.1f} GB left to the driver and libraries"

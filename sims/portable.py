@@ -43,11 +43,10 @@ def rewrite(config: Config) -> None:
         adapters.rewrite_portable(config.adapter, config.out)
         return
     from rora_theory import llama
-    from sims.finetune import save_merged
 
     model = llama.load(config.model, revision=config.revision)
     adapter = adapters.load_peft(config.adapter, model.config, model.params)
-    save_merged(config.out, adapter, model)
+    adapters.save_merged(config.out, adapter, model)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS
 from rora_theory.data.tasks import Record as TaskRecord
 from rora_theory.evaluate.scoring import Protocol, Scoring
-from rora_theory.finetune import FinetuneConfig, Trainer
+from rora_theory.finetune import FinetuneConfig, Metrics, Trainer, metrics
 from rora_theory.finetune.config import BaseDtype, Method
 from rora_theory.scaling import Rule, check_integer
 from rora_theory.sweep import differences, results
@@ -39,7 +39,6 @@ from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, tables
 from sims.common.cells import CHECKPOINTS, ERROR, FOLDERS, Ended, finished, key_of, run_cells
 from sims.common.run_folder import RunFolder, read_manifest
-from sims.finetune import METRICS, Metrics
 
 NAME = "rank_sweep"
 
@@ -229,10 +228,10 @@ def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Ce
 
 def follow(path: Path, trainer: Trainer) -> list[float]:
     """Run a cell's trainer to its end, its events in the cell's folder; the losses of all its steps."""
-    metrics = Metrics(path / METRICS, trainer, path.name)
+    events = Metrics(path / metrics.FILE, trainer, path.name)
     for event in trainer.run():
-        metrics.add(event)
-    return [event["loss"] for event in metrics.events]
+        events.add(event)
+    return [event["loss"] for event in events.events]
 
 
 def choose_rates(path: Path, cells: Sequence[Cell]) -> dict[tuple[str, str, int | None], float]:

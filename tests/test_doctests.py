@@ -7,6 +7,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+from support import checkpoint
 
 import figures
 import rora_theory
@@ -33,8 +34,15 @@ def test_examples(name: str) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")  # as a user has it, who passes a wrong name
-def test_the_page_of_examples() -> None:
+def test_the_page_of_examples(tmp_path: Path) -> None:
     page = Path(__file__).parents[1] / "docs" / "examples.md"
-    failed, tried = doctest.testfile(str(page), module_relative=False)
+    checkpoint.questions(tmp_path, "boolq", ("true", "false"))
+    names = {
+        "MODEL": str(checkpoint.model(tmp_path / "model")),
+        "RECORDS": str(checkpoint.records(tmp_path / "records.json", 40)),
+        "QUESTIONS": str(tmp_path),
+        "OUT": str(tmp_path),
+    }
+    failed, tried = doctest.testfile(str(page), module_relative=False, globs=names)
     assert tried > 10
     assert not failed

@@ -15,6 +15,7 @@ from rora_theory.adapters.base import (
 )
 from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, norms
+from rora_theory.adapters.merged import merged, save_merged
 from rora_theory.adapters.peft import digest, load_peft, rewrite_portable, save_peft
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 
@@ -33,9 +34,11 @@ __all__ = [
     "init",
     "load_peft",
     "merge",
+    "merged",
     "norms",
     "replace",
     "rewrite_portable",
+    "save_merged",
     "save_peft",
     "share",
     "table",

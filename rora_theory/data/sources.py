@@ -17,7 +17,11 @@ VARIABLE = "RORA_COMMONSENSE_DIR"
 
 
 def read_tasks(
-    data: str | None, keys: Sequence[str], limit: int | None, *, otherwise: str = "a folder with TASK/test.json"
+    data: str | None,
+    keys: Sequence[str],
+    limit: int | None = None,
+    *,
+    otherwise: str = "a folder with TASK/test.json",
 ) -> tuple[dict[str, list[Record]], dict[str, str]]:
     """The test records of several tasks, and the SHA-256 of each task's file.
 

@@ -15,7 +15,7 @@ size, and on a run's having been interrupted, in no bit. ``generate`` computes t
 size up to float rounding, so that only a near tie between two beams could turn out otherwise.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -30,6 +30,7 @@ from rora_theory.evaluate.likelihood import log_likelihoods
 from rora_theory.llama import beginning
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.generate import beam
+from rora_theory.llama.loading import Model
 from rora_theory.llama.model import Adapter
 from rora_theory.llama.tokenizer import Tokenizer
 from rora_theory.scaling import check_integer
@@ -135,6 +136,34 @@ def score(
     found = log_likelihoods(params, config, items, adapter=adapter, batch_size=batch_size, done=skip)
     norm = scoring.protocol == "harness"
     return (_chosen(records[number], asked[number], totals, norm=norm) for number, totals in found)
+
+
+def score_tasks(
+    model: Model,
+    tasks: Mapping[str, Sequence[Record]],
+    scoring: Scoring,
+    *,
+    adapter: Adapter | None = None,
+    batch_size: int = 8,
+    done: Collection[tuple[str, int]] = (),
+) -> Iterator[Sample]:
+    """`score` of one task after another: its own items share calls, so that no other task changes a bit of them."""
+    for records in tasks.values():
+        yield from score(
+            model.params,
+            model.config,
+            model.tokenizer,
+            records,
+            scoring,
+            adapter=adapter,
+            batch_size=batch_size,
+            done=done,
+        )
+
+
+def in_order(samples: Iterable[Sample]) -> list[Sample]:
+    """Samples by task, in the order of `TASKS`, and index."""
+    return sorted(samples, key=lambda sample: (list(TASKS).index(sample.task), sample.index))
 
 
 def _chosen(record: Record, choices: Sequence[Choice], totals: Sequence[float], *, norm: bool) -> Sample:

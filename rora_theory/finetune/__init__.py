@@ -4,20 +4,25 @@ from rora_theory.data.batches import Batch, Batches, Examples, choose_widths, it
 from rora_theory.data.records import Record, read_records
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.finetune.loop import NonFiniteLossError, Paused, Stepped, Trainer, Validated
+from rora_theory.finetune.metrics import Metrics
+from rora_theory.finetune.training_data import TrainingData, prepare
 
 __all__ = [
     "Batch",
     "Batches",
     "Examples",
     "FinetuneConfig",
+    "Metrics",
     "NonFiniteLossError",
     "Paused",
     "Record",
     "Stepped",
     "Trainer",
+    "TrainingData",
     "Validated",
     "choose_widths",
     "iterate",
+    "prepare",
     "read_records",
     "split",
     "tokenize",

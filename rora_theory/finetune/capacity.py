@@ -10,6 +10,7 @@ a layer's elementwise work a little less than is taken here.
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.finetune.loss import LOGITS_BYTES
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.model import abstract_params, init_params
+from rora_theory.llama.weights import read_config
 
 MODELS = {
     "llama-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
@@ -56,6 +58,19 @@ MODELS = {
 
 PAPER_MODELS = ("llama-7b", "llama-13b", "llama2-7b", "llama3-8b", "sheared-llama-1.3b")
 """The models of the paper's experiments."""
+
+
+def find_model(name: str) -> LlamaConfig:
+    """A model's shape: one of `MODELS`, or that of a folder with its config.json.
+
+    Raises:
+      InputError: neither.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if (Path(name) / "config.json").exists():
+        return read_config(Path(name))
+    raise InputError(f"--model is {name!r}; accepted are {', '.join(MODELS)} or a folder with config.json")
 
 
 @dataclass(frozen=True)

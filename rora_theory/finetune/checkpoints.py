@@ -6,11 +6,13 @@ run depends on: adapter, optimizer state, step, dropout key, and with the step t
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -128,6 +130,17 @@ class Checkpoints:
         return InputError(
             f"{self.folder}: a checkpoint cannot be written ({_reason(error)}); accepted is a disk with room"
         )
+
+
+def quiet_writers() -> None:
+    """Leave it to the caller to say what went wrong, in this whole process.
+
+    When a checkpoint cannot be written, each of Orbax's threads logs it at length, and what they leave undone complains
+    of its closed event loop later.
+    """
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda seen: None if str(seen.exc_value) == "Event loop is closed" else report(seen)
 
 
 @jax.jit

@@ -1,9 +1,10 @@
-r"""Losses of single held-out records: over all their tokens, and over the answer alone.
+r"""Losses of single held-out records, over all their tokens and over the answer alone; and perplexity of plain text.
 
 One number a record makes two runs comparable record by record: the spread of a paired difference is far below that
 of either loss.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from rora_theory import llama
 from rora_theory.data.batches import Examples, choose_widths, plan_epoch
 from rora_theory.errors import InputError
+from rora_theory.finetune.loss import cross_entropy
 from rora_theory.llama import LlamaConfig, beginning
 from rora_theory.llama.attention import causal
 
@@ -119,3 +121,19 @@ def _losses(
         return jnp.stack([jnp.sum(loss), jnp.sum(loss * marked.astype(jnp.float32))])
 
     return jax.lax.map(one, (hidden, targets, lengths, answer))
+
+
+def perplexity(
+    params: Any, llama_config: LlamaConfig, windows: Int[np.ndarray, "n s"], *, batch_size: int = 4
+) -> float:
+    """exp of the mean next-token loss over all windows; infinite where float64 does not hold it."""
+
+    @jax.jit
+    def loss(params: Any, rows: Int[Array, "b s"]) -> Float[Array, ""]:
+        hidden = llama.hidden_states(params, rows[:, :-1], llama_config)
+        head = llama.output_matrix(params, llama_config)
+        return cross_entropy(hidden, head, rows[:, 1:], jnp.ones(rows[:, 1:].shape, jnp.float32))
+
+    parts = np.split(windows, range(batch_size, len(windows), batch_size))
+    mean = math.fsum(float(loss(params, rows)) for rows in parts) / (windows.shape[0] * (windows.shape[1] - 1))
+    return math.exp(mean) if mean < 700 else math.inf

@@ -17,7 +17,8 @@ from rora_theory.finetune import step as steps
 from rora_theory.finetune.checkpoints import Checkpoints, Progress
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.finetune.sharding import Gathered, Layout
-from rora_theory.llama import LlamaConfig
+from rora_theory.finetune.training_data import TrainingData
+from rora_theory.llama import LlamaConfig, Model
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,23 @@ class Trainer:
             if self._progress.step > self.steps:
                 path = self._checkpoints.path(latest)
                 raise InputError(f"{path}: is beyond the run's {self.steps} steps; accepted is one of this run")
+
+    @classmethod
+    def start(
+        cls,
+        model: Model,
+        data: TrainingData,
+        config: FinetuneConfig,
+        checkpoints: Path | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> "Trainer":
+        """A run of a loaded model from an adapter that is drawn at the configuration's seed; arguments as above.
+
+        Example: ``trainer = Trainer.start(model, prepare(records, model.tokenizer, config), config)``
+        """
+        adapter = adapters.init(jax.random.key(config.seed), config.adapter(), model.config, model.params)
+        return cls(model.params, model.config, adapter, config, data.train, data.validation, checkpoints, layout=layout)
 
     @property
     def step(self) -> int:

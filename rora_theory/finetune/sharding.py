@@ -13,12 +13,15 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from rora_theory.adapters.base import TrainableAdapter
 from rora_theory.errors import InputError
+from rora_theory.finetune.config import FinetuneConfig
+from rora_theory.llama import LlamaConfig, abstract_params
 
 MESH_AXES = ("data", "fsdp")
 
@@ -218,6 +221,24 @@ class Gathered:
 
     def table(self) -> Any:
         return self._adapter.table()
+
+
+def over_all_devices(llama_config: LlamaConfig, config: FinetuneConfig, *, fsdp: int = 1) -> tuple[Layout | None, Any]:
+    """The layout of a run on all devices, and where its base weights lie; None and None on a single device.
+
+    Args:
+      llama_config: the base model's.
+      config: of the run.
+      fsdp: devices that share one copy of the weights; the others hold further copies.
+
+    Raises:
+      InputError: the devices can't share the batch evenly, or are no multiple of ``fsdp``.
+    """
+    if len(jax.devices()) == 1:
+        return None, None
+    layout = Layout(mesh(fsdp=fsdp))
+    layout.check_batch(config.batch_size, config.accumulation)
+    return layout, layout.params_shardings(abstract_params(llama_config, jnp.dtype(config.dtype)))
 
 
 def place(tree: Any, shardings: Any) -> Any:

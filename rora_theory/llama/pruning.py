@@ -18,21 +18,28 @@ one width for all. The hidden size stays. Nothing is retrained.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.llama import rope
 from rora_theory.llama.attention import attend
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Params, _layer, abstract_params, count_parameters, embed, linear
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("layer", "influence", "kept", "heads", "heads_kept_score", "features_kept_score")
+"""Of `table`."""
 MULTIPLE = 8
 """The feed-forward width that `plan` chooses is a multiple of this, as matrix units like it."""
 TINY = 1e-30
@@ -102,6 +109,15 @@ def measure(params: Params, tokens: Int[Array, "b s"], config: LlamaConfig) -> S
 
     _, sums = jax.lax.scan(body, embed(params, tokens), params["layers"])
     return Statistics(*sums, jnp.int32(tokens.size))
+
+
+def calibrate(params: Params, batches: Iterable[Int[np.ndarray, "b s"]], config: LlamaConfig) -> Statistics:
+    """`measure` of several batches, summed in float64."""
+    sums: list[Any] = [0.0, 0.0, 0.0, 0.0]
+    for tokens in batches:
+        found = measure(params, tokens, config)
+        sums = [total + np.asarray(one, np.float64) for total, one in zip(sums, found, strict=True)]
+    return Statistics(*sums)
 
 
 def score(params: Params, statistics: Statistics, config: LlamaConfig) -> Scores:
@@ -232,3 +248,24 @@ def _positions(blocks: np.ndarray, size: int) -> np.ndarray:
 
 def _widths(most: int) -> list[int]:
     return [*range(MULTIPLE, most, MULTIPLE), most]
+
+
+def table(scores: Scores, kept: Kept) -> "pd.DataFrame":
+    """A row for each layer of the original: its influence, and what was kept of it.
+
+    ``heads`` are indices; ``heads_kept_score`` and ``features_kept_score`` are shares of the layer's squared score.
+    """
+    rows = []
+    for layer, influence in enumerate(scores.layers.tolist()):
+        row: dict[str, Any] = {"layer": layer, "influence": influence, "kept": layer in kept.layers}
+        if row["kept"]:
+            at = kept.layers.tolist().index(layer)
+            row["heads"] = " ".join(map(str, kept.heads[at].tolist()))
+            for name, values, chosen in (
+                ("heads_kept_score", scores.heads[layer], kept.heads[at]),
+                ("features_kept_score", scores.features[layer], kept.features[at]),
+            ):
+                total = float(np.sum(values**2))
+                row[name] = float(np.sum(values[chosen] ** 2)) / total if total else 1.0
+        rows.append(row)
+    return frames.of(rows, COLUMNS)

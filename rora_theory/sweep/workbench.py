@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rora_theory import adapters, llama
-from rora_theory.data.tasks import TASKS
 from rora_theory.data.tasks import Record as TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate.levels import levels
-from rora_theory.evaluate.scoring import Sample, Scoring, score
+from rora_theory.evaluate.scoring import Sample, Scoring, in_order, score_tasks
 from rora_theory.finetune import (
     Batches,
     Examples,
@@ -208,22 +207,14 @@ class Workbench:
 
     def _score(self, params: Any, adapter: Any) -> list[Sample]:
         """The scored items in the order of tasks."""
-        model = self.model
-        samples = [
-            sample
-            for items in self.tasks.values()
-            for sample in score(
-                params,
-                model.config,
-                model.tokenizer,
-                items,
-                self.scoring,
-                adapter=adapter,
-                batch_size=self.score_batch_size,
-            )
-        ]
-        order = list(TASKS)
-        return sorted(samples, key=lambda sample: (order.index(sample.task), sample.index))
+        scored = score_tasks(
+            replace(self.model, params=params),
+            self.tasks,
+            self.scoring,
+            adapter=adapter,
+            batch_size=self.score_batch_size,
+        )
+        return in_order(scored)
 
 
 def _mean_losses(losses: Sequence[RecordLoss]) -> dict[str, float]:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from rora_theory import digests, files, frames
 from rora_theory.errors import InputError
+from rora_theory.journal import Journal
 from sims.common import cli
-from sims.common.disk import Journal
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder, as_json, check_files, read_manifest
 

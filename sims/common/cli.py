@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -19,7 +20,7 @@ import sims
 from rora_theory import files
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_positive
-from sims.common import options, stopping, tables
+from sims.common import options, run_folder, tables
 
 Config = TypeVar("Config")
 
@@ -32,6 +33,8 @@ SHARED: Any = (
     ("version", Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="print versions and end")], False),
 )
 """Options of every command beside its own."""
+
+STOPPED = "stopped; the same command goes on from here"
 
 LARGEST = 2**63 - 1
 """Largest absolute value of an integer on a command line: what arrays and random keys hold. Options have their own."""
@@ -188,49 +191,75 @@ def _integers(config: Any) -> Iterator[tuple[str, int]]:
 def run(main: Callable[[], None]) -> None:
     """Run ``main``; what it can't do becomes one line on stderr and an exit status.
 
-    Bad input and files that can't be used or written: 2; no memory: 2; `FailedError`: 1; Ctrl-C: 130; SIGTERM: 143. A
-    run that is open by then is marked as failed or interrupted. Where nobody reads the output any more (``| head``), it
-    ends without a word, with the 141 of a process that the closed pipe ends.
+    Bad input and files that can't be used or written: 2; no memory: 2; `FailedError`: 1; Ctrl-C: 130; SIGTERM, what a
+    cluster sends: 143. A run that is open by then is marked as failed or interrupted. Where nobody reads the output any
+    more (``| head``), it ends without a word, with the 141 of a process that the closed pipe ends.
     """
     if signal.getsignal(signal.SIGINT) is sims.stop:  # the command is imported: from here a run puts itself away
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = stopping.count()
+    before = run_folder.count_open()
     try:
-        with stopping.terminable():
+        with _terminable():
             try:
                 main()
             except SystemExit:  # after --help
                 sys.stdout.flush()
                 raise
             sys.stdout.flush()
-    except InputError as error:
-        stopping.end_all("failed", str(error), but=before)
-        fail(str(error))
-    except FailedError as error:
-        stopping.end_all("failed", str(error), but=before)
-        fail(str(error), status=1)
-    except BrokenPipeError:
-        stopping.end_all("interrupted", but=before)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at the exit
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        message = f"{error.filename or 'file'}: {error.strerror or error}"
-        if error.errno != errno.ENOSPC:
-            message += "; accepted is a file or folder that can be used"
-        stopping.end_all("failed", message, but=before)
-        fail(message)
-    except KeyboardInterrupt as stop:
-        stopping.end_all("interrupted", but=before)
-        print(stopping.LINE, file=sys.stderr)
-        sys.exit(stopping.status(stop))
-    except Exception as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error)[:100]:  # JAX's word for it
+    except SystemExit:
+        raise
+    except BaseException as error:
+        how, said, status = _ending(error)
+        run_folder.end_all(how, said, but=before)
+        if status is None:
             raise
-        message = f"out of memory ({error}); accepted is what fits: smaller sizes or fewer at once"
-        stopping.end_all("failed", message, but=before)
-        fail(message)
+        if said is not None:
+            fail(said, status=status)
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at the exit
+        else:
+            print(STOPPED, file=sys.stderr)
+        sys.exit(status)
     finally:
-        stopping.end_all("failed", but=before)
+        run_folder.end_all("failed", but=before)
+
+
+def _ending(error: BaseException) -> tuple[str, str | None, int | None]:
+    """How a run ends that raised this, its line of error, and its exit status (128 and the signal's number where one
+    ended it, as shells have it); no status for what is a fault of the program."""
+    if isinstance(error, (InputError, FailedError)):
+        return "failed", str(error), 1 if isinstance(error, FailedError) else 2
+    if isinstance(error, BrokenPipeError):
+        return "interrupted", None, 128 + signal.SIGPIPE
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", None, 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+    if isinstance(error, OSError):
+        accepted = "" if error.errno == errno.ENOSPC else "; accepted is a file or folder that can be used"
+        return "failed", f"{error.filename or 'file'}: {error.strerror or error}{accepted}", 2
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:100]:  # JAX's word for it
+        return "failed", f"out of memory ({error}); accepted is what fits: smaller sizes or fewer at once", 2
+    return "failed", None, None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `_Terminated` in the main thread while the block runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def tell(remarks: Sequence[str]) -> None:

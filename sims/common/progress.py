@@ -48,8 +48,5 @@ class Bar:
 
     def advance(self, steps: float = 1, **values: object) -> None:
         """Move on by ``steps``; ``values`` fill the bar's ``fields``."""
-        text = self._fields.format(**values) if values else None
-        if text is None:
-            self._progress.update(self._task, advance=steps)  # type: ignore[arg-type]
-        else:
-            self._progress.update(self._task, advance=steps, text=text)  # type: ignore[arg-type]
+        text = {"text": self._fields.format(**values)} if values else {}
+        self._progress.update(self._task, advance=steps, **text)  # type: ignore[arg-type]

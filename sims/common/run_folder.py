@@ -1,5 +1,6 @@
 """Run folders: ``results/NAME/RUN_ID/`` with `manifest.json` and `results.csv`, whole after any kill."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,11 +13,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from rora_theory import digests, files, frames, seals
 from rora_theory.errors import InputError
-from sims.common import disk, stopping
+from sims.common import disk
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +49,21 @@ def flat(config: Any) -> dict[str, Any]:
     return found
 
 
+_open: "dict[Path, RunFolder]" = {}
+"""Folders that this process owns now."""
+
+
+def count_open() -> int:
+    """How many run folders this process owns."""
+    return len(_open)
+
+
+def end_all(status: str, error: str | None = None, *, but: int = 0) -> None:
+    """`RunFolder.stop` all that are open, the last first, but for the first ``but``."""
+    for folder in reversed(list(_open.values())[but:]):
+        folder.stop(status, error)
+
+
 class RunFolder:
     """One run's folder: opened by its configuration, resumed by the same configuration, refused to any other.
 
@@ -59,8 +75,6 @@ class RunFolder:
       identity: hash of the experiment's configuration.
       resumed: whether it held an earlier part of the same run.
     """
-
-    _own: ClassVar[dict[Path, "RunFolder"]] = {}
 
     def __init__(self, path: Path, identity: str, manifest: dict[str, Any], lock: int, *, resumed: bool) -> None:
         self.path, self.identity, self.resumed = path, identity, resumed
@@ -99,7 +113,7 @@ class RunFolder:
         identity = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
         path = Path(out) if out is not None else Path("results") / name / identity
         make_folder(path)
-        if stale := cls._own.get(path.resolve()):  # this process's own, left by an error
+        if stale := _open.get(path.resolve()):  # this process's own, left by an error
             stale._let_go()
         later = as_json(dict(grows or {}))
         _earlier(path, name, plain, later)  # before anything is written into a folder that may not be this run's
@@ -129,8 +143,7 @@ class RunFolder:
         except BaseException:
             disk.let_go(lock)
             raise
-        cls._own[path.resolve()] = folder
-        stopping.opened(folder.stop)
+        _open[path.resolve()] = folder
         return folder
 
     def update(self, **entries: Any) -> None:
@@ -205,9 +218,8 @@ class RunFolder:
         return self.write_frame(frames.of(rows, columns), name)
 
     def _let_go(self) -> None:
-        stopping.closed(self.stop)
-        if self._own.get(self.path.resolve()) is self:
-            del self._own[self.path.resolve()]
+        if _open.get(self.path.resolve()) is self:
+            del _open[self.path.resolve()]
             disk.let_go(self._lock)
 
     def _write_manifest(self) -> None:
@@ -314,10 +326,8 @@ def circumstances() -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -115,6 +115,7 @@ def test_all_of_the_papers_models_fit_a_48_gb_a6000_with_rematerialisation(name)
     assert found.flops == pytest.approx(6 * found.tokens * matrices, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_step_takes_the_memory_that_was_planned():
     model = LlamaConfig(1024, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
     config = FinetuneConfig(rank=8, batch_size=24)

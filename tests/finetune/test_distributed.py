@@ -20,6 +20,7 @@ TESTS = Path(__file__).parents[1]
 SCRIPT = TESTS / "support" / "two_processes.py"
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

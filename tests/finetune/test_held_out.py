@@ -1,13 +1,14 @@
 """Losses of single records against a plain forward pass of each."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rora_theory.adapters import LoraConfig, PrefixConfig, init
 from rora_theory.data.batches import Examples
 from rora_theory.errors import InputError
-from rora_theory.finetune.held_out import record_losses
+from rora_theory.finetune.held_out import perplexity, record_losses
 from rora_theory.llama import LlamaConfig, beginning, forward
 from rora_theory.llama.model import init_params
 
@@ -53,3 +54,10 @@ def test_a_record_that_the_model_can_t_read_is_refused() -> None:
     tokens = np.zeros(98, np.int64)
     with pytest.raises(InputError, match="a record has 98 tokens; accepted are at most 97"):
         record_losses(PARAMS, CONFIG, Examples(tokens, np.array([0, 98]), np.array([90]), 0, 0))
+
+
+def test_perplexity_is_that_of_the_logits() -> None:
+    windows = np.random.default_rng(0).integers(0, 61, (3, 12)).astype(np.int32)
+    chances = np.asarray(jax.nn.log_softmax(forward(PARAMS, jnp.asarray(windows[:, :-1]), CONFIG)), np.float64)
+    mean = -np.take_along_axis(chances, windows[:, 1:, None], axis=-1).mean()
+    assert perplexity(PARAMS, CONFIG, windows, batch_size=2) == pytest.approx(np.exp(mean), rel=1e-5)

@@ -11,6 +11,7 @@ from support import checkpoint
 
 from rora_theory.adapters import count, load_peft
 from rora_theory.data.tasks import TASKS, render
+from rora_theory.evaluate import samples
 from rora_theory.llama import load
 from sims import evaluate, finetune
 from sims.common import cli
@@ -57,7 +58,7 @@ def train(monkeypatch, model, data, out, *more: str) -> None:
 def scores(model, data, out, *more: str) -> list[float]:
     common = ["--model", str(model), "--data-dir", str(data), "--tasks", "boolq", "--protocol", "label"]
     evaluate.main([*common, "--out", str(out), "--template", "clean", *more])
-    lines = (out / evaluate.SAMPLES).read_text().splitlines()
+    lines = (out / samples.FILE).read_text().splitlines()
     return [value for line in lines for _, value in json.loads(line)["log_likelihoods"]]
 
 

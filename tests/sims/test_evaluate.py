@@ -12,11 +12,13 @@ import jax
 import pytest
 
 from rora_theory.adapters import LoraConfig, init, replace, save_peft, trainable
+from rora_theory.data import sources
 from rora_theory.data.tasks import TASKS, render
+from rora_theory.errors import InputError
+from rora_theory.evaluate import Samples, samples
 from rora_theory.llama import LlamaConfig, init_params, load
 from rora_theory.llama.weights import save_hf
 from sims import evaluate
-from sims.common.disk import Journal
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "harness.json").read_text())
 KEYS = ("boolq", "piqa", "ARC-Easy")
@@ -59,7 +61,7 @@ def _arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    names = (evaluate.SAMPLES, evaluate.RESULTS, "results.csv")
+    names = (samples.FILE, evaluate.RESULTS, "results.csv")
     return {name: (folder / name).read_bytes() for name in names}
 
 
@@ -70,14 +72,14 @@ def test_a_run_writes_samples_and_results(
     keys = KEYS[:2] if protocol == "generate" else KEYS  # each task's prompts compile once more
     more = ("--tasks", *keys, "--protocol", protocol, "--limit", "3", "--max-new-tokens", "4")
     evaluate.main(_arguments(model, data, tmp_path / "run", *more))
-    samples = [json.loads(line) for line in (tmp_path / "run" / evaluate.SAMPLES).read_text().splitlines()]
-    assert [(s["task"], s["index"]) for s in samples] == [(key, n) for key in keys for n in range(3)]
-    assert {s["protocol"] for s in samples} == {protocol}
+    scored = [json.loads(line) for line in (tmp_path / "run" / samples.FILE).read_text().splitlines()]
+    assert [(s["task"], s["index"]) for s in scored] == [(key, n) for key in keys for n in range(3)]
+    assert {s["protocol"] for s in scored} == {protocol}
     results = json.loads((tmp_path / "run" / evaluate.RESULTS).read_text())
     assert results["scoring"]["protocol"] == protocol
     assert [level["task"] for level in results["levels"]] == [*keys, "average"]
     for level in results["levels"][:-1]:
-        right = [s["correct"] for s in samples if s["task"] == level["task"]]
+        right = [s["correct"] for s in scored if s["task"] == level["task"]]
         assert level["accuracy"] == sum(right) / 3
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert (manifest["status"], manifest["protocol"]) == ("complete", protocol)
@@ -87,36 +89,42 @@ def test_a_run_writes_samples_and_results(
     assert ("BoolQ: these data have no passages" in shown) == (protocol == "harness")
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing(model: Path, data: Path, tmp_path: Path) -> None:
     """Killed by SIGKILL at its first samples, the command goes on; every file is then the uninterrupted run's."""
     more = ("--protocol", "label", "--batch-size", "1")
     evaluate.main(_arguments(model, data, tmp_path / "whole", *more))
     command = [sys.executable, "-m", "sims.evaluate", *_arguments(model, data, tmp_path / "killed", *more)]
-    samples = tmp_path / "killed" / evaluate.SAMPLES
+    path = tmp_path / "killed" / samples.FILE
     process = subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not (samples.exists() and samples.stat().st_size) and process.poll() is None:
+        while not (path.exists() and path.stat().st_size) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert process.returncode == -signal.SIGKILL, "it had ended before"
-    kept = samples.read_bytes()
-    samples.write_bytes(kept[: kept.rfind(b"\n", 0, -1) + 20])  # and its last line half written
+    kept = path.read_bytes()
+    path.write_bytes(kept[: kept.rfind(b"\n", 0, -1) + 20])  # and its last line half written
     evaluate.main(_arguments(model, data, tmp_path / "killed", *more))
     assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
 
 
 def test_half_a_line_is_cut_from_the_file_before_more_is_written(model: Path, data: Path, tmp_path: Path) -> None:
     evaluate.main(_arguments(model, data, tmp_path / "run", "--protocol", "label", "--limit", "2"))
-    path = tmp_path / "run" / evaluate.SAMPLES
+    path = tmp_path / "run" / samples.FILE
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:30])
-    config = evaluate.Config(data_dir=str(data), tasks=KEYS, limit=2)
-    journal = Journal(path, json.loads((tmp_path / "run" / "manifest.json").read_text())["run_id"])
-    assert len(evaluate.read_samples(journal, evaluate.read_records(config)[0], "label")) == 6
+    tasks, _ = sources.read_tasks(str(data), KEYS, 2)
+    records = [record for items in tasks.values() for record in items]
+    identity = json.loads((tmp_path / "run" / "manifest.json").read_text())["run_id"]
+    assert len(Samples(path, identity, records, "label").found) == 6
+    with pytest.raises(InputError, match=r"line 1 is of label \('boolq', 0\), which this run does not score"):
+        Samples(path, identity, records[1:], "label")
+    with pytest.raises(InputError, match=r"line 1 is of label"):
+        Samples(path, identity, records, "harness")
     assert path.read_bytes() == whole
 
 
@@ -130,7 +138,7 @@ def test_what_is_scored_is_not_scored_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(evaluate, "score", refuse)
+    monkeypatch.setattr(evaluate, "score_tasks", refuse)
     evaluate.main(_arguments(model, data, tmp_path / "run", *more, "--batch-size", "2"))
     assert _files(tmp_path / "run") == before
 
@@ -139,8 +147,8 @@ def test_a_task_scores_alike_alone_and_among_others(model: Path, data: Path, tmp
     evaluate.main(_arguments(model, data, tmp_path / "three", "--protocol", "label"))
     alone = ["--model", str(model), "--data-dir", str(data), "--tasks", "piqa", "--protocol", "label"]
     evaluate.main([*alone, "--out", str(tmp_path / "one")])
-    three = (tmp_path / "three" / evaluate.SAMPLES).read_text().splitlines()
-    one = (tmp_path / "one" / evaluate.SAMPLES).read_text().splitlines()
+    three = (tmp_path / "three" / samples.FILE).read_text().splitlines()
+    one = (tmp_path / "one" / samples.FILE).read_text().splitlines()
     assert [plain(line) for line in one] == [plain(line) for line in three[30:60]]
 
 
@@ -155,9 +163,9 @@ def test_what_is_loaded_is_what_was_asked_for(model: Path, dtype: str, monkeypat
     monkeypatch.setattr(
         evaluate, "load", lambda *arguments: asked.append(arguments) or load(arguments[0], arguments[1])
     )
-    subject = evaluate.prepare(evaluate.Config(model=str(model), dtype=dtype, revision="v2"))
+    loaded, _ = evaluate.subject(evaluate.Config(model=str(model), dtype=dtype, revision="v2"))
     assert asked == [(str(model), dtype, "v2")]
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(subject.params)} == {dtype}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {dtype}
 
 
 def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data: Path, tmp_path: Path) -> None:
@@ -179,7 +187,7 @@ def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data:
     }.items():
         arguments = _arguments(model, data, tmp_path / name, "--protocol", "label", "--limit", "2", *more)
         evaluate.main(arguments)
-        lines = (tmp_path / name / evaluate.SAMPLES).read_text().splitlines()
+        lines = (tmp_path / name / samples.FILE).read_text().splitlines()
         scores[name] = [value for line in lines for _, value in json.loads(line)["log_likelihoods"]]
     # Merging rounds the weights once more: float32 log-likelihoods of order 10, to about 1e-5 of their size.
     assert scores["merged"] == pytest.approx(scores["beside"], abs=1e-3)
@@ -190,7 +198,7 @@ def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data:
     ("more", "message"),
     [
         (("--tasks", "piqa", "arc"), "task is 'arc'; accepted are boolq"),
-        (("--tasks", "piqa", "piqa"), "accepted is each one once"),
+        (("--tasks", "piqa", "piqa"), "tasks are 'piqa piqa'; accepted are one or more, each once"),
         (("--limit", "0"), "limit is 0"),
         (("--batch-size", "0"), "--batch-size is 0"),
         (("--num-beams", "0"), "num_beams is 0"),
@@ -261,7 +269,7 @@ def test_damaged_samples_are_named(
 ) -> None:
     arguments = _arguments(model, data, tmp_path / "run", "--protocol", "label", "--limit", "2")
     evaluate.main(arguments)
-    path = tmp_path / "run" / evaluate.SAMPLES
+    path = tmp_path / "run" / samples.FILE
     path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
     with pytest.raises(SystemExit):
         evaluate.main(arguments)

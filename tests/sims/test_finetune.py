@@ -1,7 +1,9 @@
 """`python -m sims.finetune` on a tiny checkpoint: killed and resumed, merged, read back, and bad input in one line."""
 
 import csv
+import dataclasses
 import fcntl
+import io
 import json
 import os
 import re
@@ -11,61 +13,44 @@ import signal
 import subprocess
 import sys
 import time
-import types
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-import tokenizers
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from support import checkpoint
 
 from figures import loss_curves, style
 from rora_theory.adapters import init, load_peft, merge
-from rora_theory.errors import InputError
-from rora_theory.finetune import Batches, FinetuneConfig, Stepped, read_records, split, tokenize
+from rora_theory.finetune import (
+    Batches,
+    FinetuneConfig,
+    prepare,
+    read_records,
+    sharding,
+    split,
+    tokenize,
+)
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.held_out import record_losses
-from rora_theory.finetune.loop import Validated
-from rora_theory.llama import LlamaConfig, digest, init_params, load
-from rora_theory.llama.weights import save_hf
+from rora_theory.llama import digest, load
 from rora_theory.stats.paired import mean_per_token
 from sims import finetune
 from sims.common import cli
 
-CONFIG = LlamaConfig(300, 16, 24, 2, 2, 1, 8, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
-WORDS = [chr(97 + i) * (1 + i % 7) for i in range(16)]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A random checkpoint in Hugging Face layout, with a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>"])
-    (folder / "tokenizer").mkdir()
-    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    params = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_params(jax.random.key(0), CONFIG))
-    save_hf(folder / "hf", params, CONFIG, tokenizer_from=folder / "tokenizer")
-    return folder / "hf"
+    return checkpoint.model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    random = np.random.default_rng(0)
-    rows = [
-        {"instruction": " ".join(random.choice(WORDS, random.integers(1, 12))), "output": f"answer{i % 3}"}
-        for i in range(60)
-    ]
-    path = tmp_path_factory.mktemp("data") / "train.json"
-    path.write_text(json.dumps(rows))
-    return path
+    return checkpoint.records(tmp_path_factory.mktemp("data") / "train.json", 60)
 
 
 def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
@@ -74,11 +59,27 @@ def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     return ["--model", str(model), "--data", str(data), "--out", str(out), *plain.split(), *every.split(), *more]
 
 
-def start(arguments: list[str], **options) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "sims.finetune", *arguments]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **streams, **options)
+def on_one_device(words: list[str]) -> tuple[int, str, str]:
+    """The command in the tests' own process, where it takes one of the eight host devices: a process of its own has
+    one, and computes the same bits. Returns exit status, output and errors."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["finetune", *words])
+        patch.setattr(sharding, "over_all_devices", lambda *_, **__: (None, None))
+        try:
+            cli.run(finetune.main)
+        except SystemExit as stop:
+            return int(stop.code or 0), out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
+
+
+def fails(words: list[str]) -> str:
+    """The command's one line of error; its exit status is 2."""
+    status, _, stderr = on_one_device(words)
+    assert status == 2, stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1, stderr
+    return stderr
 
 
 def losses(run: Path) -> list[tuple]:
@@ -90,10 +91,8 @@ def losses(run: Path) -> list[tuple]:
 def whole(model, data, tmp_path_factory) -> Path:
     """The folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    process = start(arguments(model, data, out, "--merge"))
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    assert stderr == ""
+    status, stdout, stderr = on_one_device(arguments(model, data, out, "--merge"))
+    assert (status, stderr) == (0, "")
     (out / "stdout").write_text(stdout)
     return out
 
@@ -178,8 +177,9 @@ def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeyp
     expected = init(jax.random.key(7), config.lora(), base.config, base.params)
     jax.tree.map(np.testing.assert_array_equal, saved.params, expected.params)
     records = read_records([str(data)])
-    prepared = finetune.prepare((records[8:], records[:8]), base.tokenizer, config)
-    examples = tokenize(records[8:], base.tokenizer, cutoff=400, template="clean")
+    config = dataclasses.replace(config, held_out=8)
+    prepared = prepare(records, base.tokenizer, config)
+    examples = tokenize(split(records, 8, 7)[0], base.tokenizer, cutoff=400, template="clean")
     own = Batches(examples, prepared.summary["widths"], batch=8, epochs=6, seed=7)
     for step in (0, 9):
         np.testing.assert_array_equal(prepared.train[step].inputs, own[step].inputs)
@@ -205,23 +205,23 @@ def test_the_table_comes_before_the_training(whole):
     assert lines[down].split() == ["mlp.down_proj", "0-1", "rora", "2", "4", "2.82843"]
 
 
+@pytest.mark.slow
 def test_killed_twice_it_ends_with_the_same_bits(whole, model, data, tmp_path):
     out = tmp_path / "run"
+    command = [sys.executable, "-m", "sims.finetune", *arguments(model, data, out)]
     for lines in (15, 50):
-        process = start(arguments(model, data, out))
+        process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
         while process.poll() is None and (not (out / "metrics.jsonl").exists() or len(losses_so_far(out)) < lines):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "killed in the middle"
+        assert process.wait() == -signal.SIGKILL, "killed in the middle"
         assert not (out / "adapter").exists()
     missing = tmp_path / "missing"
     shutil.copytree(out, missing)
     (missing / "metrics.jsonl").unlink()
     assert "missing/metrics.jsonl: has 0 lines of the " in fails(arguments(model, data, missing))
-    process = start(arguments(model, data, out))
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+    status, stdout, stderr = on_one_device(arguments(model, data, out))
+    assert status == 0, stderr
     said = [line for line in stdout.splitlines() if line.startswith("goes on after step ")]
     assert len(said) == 1
     assert int(said[0].split()[4]) % 3 == 0, "a checkpoint's"
@@ -235,53 +235,6 @@ def losses_so_far(out: Path) -> list[str]:
     return (out / "metrics.jsonl").read_text().splitlines()
 
 
-class At:
-    """A trainer that stands at a step, validating every second and saving every third."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def validates(self, step: int) -> bool:
-        return step % 2 == 0
-
-    def saves(self, step: int) -> bool:
-        return step % 3 == 0 or self.validates(step)
-
-
-def metrics_of(path: Path, steps: int) -> finetune.Metrics:
-    metrics = finetune.Metrics(path, At(0), "run")
-    for step in range(1, steps + 1):
-        metrics.add(Stepped(step, 0.1, 2.0 / step, 1.0, 0.1, 5, 8, 0.1))
-        if step % 2 == 0:
-            metrics.add(Validated(step, 1.0 / step, best=True))
-    return metrics
-
-
-def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    whole = metrics_of(path, 8).events
-    again = finetune.Metrics(path, At(6), "run")
-    assert again.events == [event for event in whole if event["step"] <= 6]
-    text = path.read_text()
-    lines = text.splitlines(keepends=True)
-    assert len(lines) == 9
-    for damaged, said in {
-        "".join(lines[:-1]): "has 8 lines of the 9 before the checkpoint at step 6",  # the last validation
-        "".join(lines[:4]): "has 4 lines of the 9",
-        text[:-30]: "has 8 lines of the 9",
-        "": "has 0 lines of the 9",
-        text.replace('"loss": 2.0', '"loss": 1.0'): "line 1 is damaged or was changed",
-        "".join(lines[:3] + lines[4:]): "line 4 is damaged or was changed",
-    }.items():
-        path.write_text(damaged)
-        with pytest.raises(InputError, match=f"metrics.jsonl: {said}"):
-            finetune.Metrics(path, At(6), "run")
-    path.unlink()
-    with pytest.raises(InputError, match=r"metrics\.jsonl: has 0 lines of the 9"):
-        finetune.Metrics(path, At(6), "run")
-    assert finetune.Metrics(path, At(0), "run").events == [], "a run that begins anew needs none"
-
-
 @pytest.mark.parametrize(
     ("step", "resumed", "said"),
     [
@@ -292,8 +245,7 @@ def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
     ],
 )
 def test_it_says_where_it_goes_on(step, resumed, said):
-    folder = types.SimpleNamespace(resumed=resumed)
-    assert finetune.resumption(types.SimpleNamespace(step=step, steps=9), folder) == said
+    assert finetune.resumption(step, 9, resumed=resumed) == said
 
 
 def test_a_second_process_in_the_folder_is_refused(whole, model, data, tmp_path):
@@ -313,22 +265,19 @@ def test_other_arguments_do_not_go_on_in_the_same_folder(whole, model, data):
 
 
 def test_a_full_disk_is_one_line(model, data, tmp_path, monkeypatch):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+    """From the first checkpoint on, no file may have more than 8,000 bytes."""
+    save, limits = ocp.CheckpointManager.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # it would warn of the same disk
-    message = fails(arguments(model, data, tmp_path / "run", "--rank", "16"), preexec_fn=limit)
+    def limited(*given, **options):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))
+        return save(*given, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", limited)
+    try:
+        message = fails(arguments(model, data, tmp_path / "run", "--rank", "16"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "run/checkpoints: a checkpoint cannot be written (File too large); accepted is a disk with room" in message
-
-
-def fails(arguments: list[str], **options) -> str:
-    """The command's one line of error; its exit status is 2."""
-    process = start(arguments, **options)
-    _, stderr = process.communicate()
-    assert process.returncode == 2, stderr
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1, stderr
-    return stderr
 
 
 def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:

@@ -112,11 +112,8 @@ def settings(name: str, model: str, data: Path) -> Any:
     }[name]  # fmt: skip
 
 
-def start(name: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> Opened:
+def start(name: str, config: Any) -> Opened:
     """Run a command as far as its folder."""
-    if name in ("prune", "evaluate"):  # their work is in `main`
-        monkeypatch.setattr(f"sims.{name}.cli.parse", lambda *_, **__: config)
-        return opened(sys.modules[f"sims.{name}"].main)
     module = sys.modules[f"sims.{name}"]
     work = {"transfer": "main", "finetune": "finetune", "rank_sweep": "sweep"}.get(name, "run")
     return opened(lambda: getattr(module, work)(config))
@@ -133,23 +130,23 @@ def flip(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
-def test_a_model_is_all_its_weights_and_its_tokenizer(name, model, data, tmp_path, monkeypatch) -> None:
+def test_a_model_is_all_its_weights_and_its_tokenizer(name, model, data, tmp_path) -> None:
     """A bit of the last weight, or a blank in the tokenizer's file, is another model; another place is none."""
     here = tmp_path / "P1" / "hf"
     shutil.copytree(model, here)
-    first = start(name, settings(name, str(here), data), monkeypatch)
+    first = start(name, settings(name, str(here), data))
     flip(here / "model.safetensors", -4)  # the lowest byte of the last float32
-    weights = start(name, settings(name, str(here), data), monkeypatch)
+    weights = start(name, settings(name, str(here), data))
     flip(here / "model.safetensors", -4)
     with (here / "tokenizer.json").open("a") as file:
         file.write(" ")
-    tokenizer = start(name, settings(name, str(here), data), monkeypatch)
+    tokenizer = start(name, settings(name, str(here), data))
     assert first.identity != weights.identity != tokenizer.identity != first.identity
     assert first.identity.keys() == weights.identity.keys()
     differing = [key for key in first.identity if first.identity[key] != weights.identity[key]]
     assert differing == ["model_sha256"]
     if name != "rank_sweep":  # whose folder may hold several models, told apart by their paths
-        there = start(name, settings(name, str(model), data), monkeypatch)
+        there = start(name, settings(name, str(model), data))
         assert there.identity == first.identity
         assert there.identity["model_sha256"] == llama.digest(model)
 
@@ -171,7 +168,7 @@ def test_a_branch_that_moves_is_another_run(name, model, data, monkeypatch) -> N
 
         monkeypatch.setattr(hub, "_download", download)
         named = replace(config, revision=revision) if name != "transfer" else config
-        found.append(start(name, named, monkeypatch).identity)
+        found.append(start(name, named).identity)
     assert asked == ([None] * 3 if name == "transfer" else ["main", "main", "v2"])
     if name != "rank_sweep":
         assert found[2] == found[1]
@@ -184,43 +181,43 @@ def test_a_branch_that_moves_is_another_run(name, model, data, monkeypatch) -> N
 
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)
-def test_records_changed_in_place_are_other_records(name, model, data, tmp_path, monkeypatch) -> None:
+def test_records_changed_in_place_are_other_records(name, model, data, tmp_path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    before = start(name, settings(name, str(model), copy), monkeypatch)
+    before = start(name, settings(name, str(model), copy))
     file = copy / "piqa" / "test.json" if name == "evaluate" else copy / "train.json"
     rows = json.loads(file.read_text())
     rows[-1]["instruction"] = rows[-1]["instruction"].replace("is it", "was it")
     rows[-1]["output"] += "" if name == "evaluate" else "?"
     file.write_text(json.dumps(rows))
-    after = start(name, settings(name, str(model), copy), monkeypatch)
+    after = start(name, settings(name, str(model), copy))
     assert before.identity != after.identity
 
 
-def test_an_adapter_is_both_its_files(model, data, adapter, tmp_path, monkeypatch) -> None:
+def test_an_adapter_is_both_its_files(model, data, adapter, tmp_path) -> None:
     copy = tmp_path / "adapter"
     shutil.copytree(adapter, copy)
     config = replace(settings("evaluate", str(model), data), adapter=copy)
-    found = [start("evaluate", config, monkeypatch).identity]
+    found = [start("evaluate", config).identity]
     flip(copy / "adapter_model.safetensors", -4)
-    found.append(start("evaluate", config, monkeypatch).identity)
+    found.append(start("evaluate", config).identity)
     flip(copy / "adapter_model.safetensors", -4)
     entries = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(entries | {"lora_alpha": 4}))
-    found.append(start("evaluate", config, monkeypatch).identity)
-    alone = start("evaluate", replace(config, adapter=None), monkeypatch).identity
+    found.append(start("evaluate", config).identity)
+    alone = start("evaluate", replace(config, adapter=None)).identity
     assert len({one["adapter_sha256"] for one in found}) == 3
     assert alone.get("adapter_sha256") is None
-    moved = start("evaluate", replace(config, adapter=adapter), monkeypatch).identity
+    moved = start("evaluate", replace(config, adapter=adapter)).identity
     assert moved == found[0], "an adapter is not where it lies"
 
 
 @pytest.mark.parametrize("name", ["evaluate", "rank_sweep"])
 def test_other_texts_of_a_protocol_are_another_run(name, model, data, monkeypatch) -> None:
     config = settings(name, str(model), data)
-    found = [start(name, config, monkeypatch)]
+    found = [start(name, config)]
     monkeypatch.setattr(Scoring, "texts", "another version")
-    found.append(start(name, config, monkeypatch))
+    found.append(start(name, config))
     assert found[0].identity != found[1].identity
 
 
@@ -296,20 +293,20 @@ OF_TRANSFER = {"from_", "takeover", "p_in", "json"}
 
 
 @pytest.mark.parametrize("name", ["regime", "transfer", "coordinate_check", "prune", "evaluate", "rank_sweep"])
-def test_every_setting_that_changes_a_result_is_in_the_identity(name, model, data, monkeypatch) -> None:
+def test_every_setting_that_changes_a_result_is_in_the_identity(name, model, data) -> None:
     config = settings(name, str(model), data)
-    before = start(name, config, monkeypatch)
+    before = start(name, config)
     same, in_cells = set(), set()
     skipped = SKIPPED | (OF_TRANSFER if name == "transfer" else set())
     for setting, changed in changes(name, config, skipped).items():
-        after = start(name, changed, monkeypatch)
+        after = start(name, changed)
         if after.identity == before.identity:
             (same if after.cells == before.cells else in_cells).add(setting)
     assert same == NEUTRAL[name]
     assert in_cells == (OF_A_CELL if name == "rank_sweep" else set())
 
 
-def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data, monkeypatch) -> None:
+def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> None:
     """Of each method, all but the settings that others have alone."""
     config = settings("finetune", str(model), data)
     values = {
@@ -324,7 +321,7 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data, monk
         ("series", {"bottleneck": 4}, {"virtual_tokens", *ranked}),
     ):
         own = FinetuneConfig(method=method, batch_size=16, held_out=4, warmup=4, dropout=0.0, **size)
-        before = start("finetune", replace(config, training=own), monkeypatch).identity
+        before = start("finetune", replace(config, training=own)).identity
         for field in fields(own):
             if field.name in missing:
                 continue
@@ -332,10 +329,10 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data, monk
             value = values.get(field.name, getattr(own, field.name))
             value = value + 1 if field.name not in values else value
             changed = replace(config, training=replace(own, **{field.name: value}))
-            assert start("finetune", changed, monkeypatch).identity != before, (method, field.name)
+            assert start("finetune", changed).identity != before, (method, field.name)
     for name, value in (("keep", "last"), ("merge", True)):
         changed = replace(config, **{name: value})
-        assert start("finetune", changed, monkeypatch).identity == start("finetune", config, monkeypatch).identity
+        assert start("finetune", changed).identity == start("finetune", config).identity
 
 
 @pytest.mark.parametrize(
@@ -346,20 +343,20 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data, monk
         ("variance_sweep", variance_sweep.Config(), set()),
     ],
 )
-def test_every_setting_of_a_simulation_is_in_its_identity(name, config, same, monkeypatch) -> None:
+def test_every_setting_of_a_simulation_is_in_its_identity(name, config, same) -> None:
     """lr_transfer's judge chooses among losses that are all kept."""
-    before = start(name, config, monkeypatch).identity
+    before = start(name, config).identity
     found = {
         setting
         for setting, changed in changes(name, config, SKIPPED - {"model"}).items()
-        if start(name, changed, monkeypatch).identity == before
+        if start(name, changed).identity == before
     }
     assert found == same
     elsewhere = {"variance_sweep": {"devices": 1}}.get(name, {}) | {"out": Path("elsewhere")}
-    assert start(name, replace(config, **elsewhere), monkeypatch).identity == before
+    assert start(name, replace(config, **elsewhere)).identity == before
 
 
-def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path, monkeypatch) -> None:
+def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) -> None:
     """And the file's content; the inputs that it stands in place of are not."""
     path = tmp_path / "layers.npz"
     random = np.random.default_rng(0)
@@ -367,16 +364,16 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path, mo
     arrays["x_heldout"] = random.normal(size=(9, 24))
     np.savez(path, **{f"model.layers.0.mlp.down_proj/{key}": value for key, value in arrays.items()})
     config = variance_sweep.Config(layer_data=path)
-    before = start("variance_sweep", config, monkeypatch).identity
+    before = start("variance_sweep", config).identity
     found = {
         setting
         for setting, changed in changes("variance_sweep", config, SKIPPED - {"model"}).items()
-        if start("variance_sweep", changed, monkeypatch).identity == before
+        if start("variance_sweep", changed).identity == before
     }
     assert found == {"p_in", "p_out", "overlaps", "sampler"}
     arrays["x_heldout"][-1, -1] += 1e-9
     np.savez(path, **{f"model.layers.0.mlp.down_proj/{key}": value for key, value in arrays.items()})
-    assert start("variance_sweep", config, monkeypatch).identity != before
+    assert start("variance_sweep", config).identity != before
 
 
 def test_a_matrix_of_runs_is_all_that_is_read_of_it() -> None:

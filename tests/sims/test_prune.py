@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from support import checkpoint
 
+from rora_theory.data.windows import cut, read_texts
+from rora_theory.finetune.held_out import perplexity
 from rora_theory.llama import forward, load, pruning
 from sims import prune
 from sims.common import cli
@@ -53,18 +55,17 @@ def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch
         before, after = manifest[f"perplexity_{name}"]
         assert before != after
         assert min(before, after) > 1
-    config = prune.Config(text=(), windows=10, held_out=3, seq=32, batch_size=4)
-    texts = prune.read_texts([str(text / "train.json"), str(text / "more.txt")])
-    windows, held_out = prune.cut(texts, whole.tokenizer, config)
+    texts = read_texts([str(text / "train.json"), str(text / "more.txt")])
+    windows, held_out = cut(texts, whole.tokenizer, windows=10, held_out=3, seq=32)
     expected = {
-        name: [prune.perplexity(one.params, one.config, rows, 4) for one in (whole, pruned)]
+        name: [perplexity(one.params, one.config, rows) for one in (whole, pruned)]
         for name, rows in (("held_out", held_out), ("calibration", windows))
     }
     # Each its own text's, and before is before: weights read back are those that were measured.
     assert {name: manifest[f"perplexity_{name}"] for name in expected} == {
         name: pytest.approx(pair, rel=1e-6) for name, pair in expected.items()
     }
-    scores = pruning.score(whole.params, prune.calibrate(whole, windows, 4), whole.config)
+    scores = pruning.score(whole.params, pruning.calibrate(whole.params, [windows], whole.config), whole.config)
     assert f"{sizes[1]:,}" in shown
     with (tmp_path / "run" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -93,28 +94,6 @@ def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         run(monkeypatch, model, text, tmp_path / "run")
     assert f"{weights}: was changed since the run wrote it" in capsys.readouterr().err
-
-
-def test_perplexity_is_that_of_the_logits(model) -> None:
-    whole = load(str(model))
-    windows = np.random.default_rng(0).integers(0, 300, (3, 12)).astype(np.int32)
-    chances = np.asarray(
-        jax.nn.log_softmax(forward(whole.params, jnp.asarray(windows[:, :-1]), whole.config)), np.float64
-    )
-    mean = -np.take_along_axis(chances, windows[:, 1:, None], axis=-1).mean()
-    assert prune.perplexity(whole.params, whole.config, windows, 2) == pytest.approx(np.exp(mean), rel=1e-5)
-
-
-def test_windows_do_not_overlap(model, text) -> None:
-    config = prune.Config(text=(), windows=6, held_out=3, seq=16)
-    tokenizer = load(str(model)).tokenizer
-    texts = prune.read_texts([str(text / "more.txt"), str(text / "train.json")])
-    assert texts[0].startswith("the quick brown fox")
-    assert "### Response:" in texts[1]
-    windows, held_out = prune.cut(texts, tokenizer, config)
-    assert (windows.shape, held_out.shape) == ((6, 16), (3, 16))
-    numbered = prune.cut(["".join(chr(97 + i % 26) + str(i) for i in range(60))], tokenizer, config)
-    assert len({row.tobytes() for part in numbered for row in part}) == 9
 
 
 def test_bad_input_is_one_line_before_anything_is_written(model, text, tmp_path, monkeypatch, capsys) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from rora_theory import files, seals
 from rora_theory.errors import InputError
-from sims.common import cli, disk, run_folder, stopping
+from rora_theory.journal import Journal
+from sims.common import cli, disk, run_folder
 from sims.common.cells import CELLS, Cells
-from sims.common.disk import Journal
 from sims.common.run_folder import RunFolder
 
 
@@ -289,7 +289,7 @@ def test_a_stopped_run_says_so_in_one_line_and_in_its_manifest(tmp_path, capsys,
         stop()
 
     before = signal.getsignal(signal.SIGTERM)
-    assert ended(main, capsys) == (status, stopping.LINE + "\n")
+    assert ended(main, capsys) == (status, cli.STOPPED + "\n")
     assert signal.getsignal(signal.SIGTERM) is before
     found = manifest(tmp_path / "run")
     assert (found["status"], found["sessions"][-1]["status"]) == ("interrupted", "interrupted")

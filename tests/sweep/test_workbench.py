@@ -10,12 +10,12 @@ from support import checkpoint
 from rora_theory.adapters import LoraConfig, PrefixConfig, init, merge
 from rora_theory.adapters import replace as adapter_replace
 from rora_theory.data.sources import read_tasks
+from rora_theory.evaluate import scoring
 from rora_theory.evaluate.scoring import Scoring, score
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import locate
 from rora_theory.stats.paired import mean_per_token
-from rora_theory.sweep import workbench
 from rora_theory.sweep.cells import cells_of, training_of
 from rora_theory.sweep.design import Design
 from rora_theory.sweep.records import draw_records
@@ -68,12 +68,12 @@ def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch)
     monkeypatch.setattr(bench, "train", lambda *_: Trained({"steps": 1}, adapter))
     seen = []
 
-    def scored(params, config, tokenizer, items, scoring, **options):
-        assert scoring == bench.scoring
+    def scored(params, config, tokenizer, items, asked, **options):
+        assert asked == bench.scoring
         seen.append((params, options["adapter"]))
-        return score(params, config, tokenizer, items, scoring, **options)
+        return score(params, config, tokenizer, items, asked, **options)
 
-    monkeypatch.setattr(workbench, "score", scored)
+    monkeypatch.setattr(scoring, "score", scored)
     design = Design(models=tuple(bench.located), methods=(kind,), ranks=(2,), seeds=(0,))
     (cell,) = cells_of(design, SHARED, data={}, evaluation={}, stage=0)
     measured = bench.run(cell, tmp_path)

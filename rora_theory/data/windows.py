@@ -1,0 +1,53 @@
+"""Plain text in windows of one length, for what reads a model on text: calibration and perplexity."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from rora_theory import files
+from rora_theory.data.batches import TextEncoder
+from rora_theory.data.prompts import training_text
+from rora_theory.data.records import read_records
+from rora_theory.errors import InputError
+
+
+def read_texts(sources: Sequence[str]) -> list[str]:
+    """The documents of several files: .txt files whole, and training records as prompts.
+
+    Raises:
+      InputError: a file that is missing, unreadable or empty.
+    """
+    found = []
+    for source in sources:
+        if not source.endswith(".txt"):
+            found += [training_text(r.instruction, r.output, "train", input=r.input) for r in read_records([source])]
+            continue
+        text = files.read_text(source)
+        if not text.strip():
+            raise InputError(f"{source}: is empty; accepted is a text file")
+        found.append(text)
+    return found
+
+
+def cut(
+    texts: Sequence[str], tokenizer: TextEncoder, *, seq: int, windows: int, held_out: int, seed: int = 0
+) -> tuple[Int[np.ndarray, "windows seq"], Int[np.ndarray, "held_out seq"]]:
+    """Windows of ``seq`` tokens, and others held out, chosen at random without overlap.
+
+    Documents follow one another with the end token between them.
+
+    Raises:
+      InputError: too little text.
+    """
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    tokens = [token for ids in tokenizer.encode_batch(list(texts)) for token in (*ids, *end)]
+    count, wanted = len(tokens) // seq, windows + held_out
+    if count < wanted:
+        raise InputError(
+            f"text has {len(tokens):,} tokens, {count} windows of {seq}; accepted is enough for {wanted}, "
+            "--windows and --held-out together"
+        )
+    pieces = np.asarray(tokens[: count * seq], np.int32).reshape(count, seq)
+    order = np.random.default_rng(seed).permutation(count)[:wanted]
+    return pieces[order[:windows]], pieces[order[windows:]]

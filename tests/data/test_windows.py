@@ -1,0 +1,22 @@
+"""Windows of plain text: none has a token of another's, and too little text is refused."""
+
+import pytest
+from support import checkpoint, tiny
+
+from rora_theory.data.windows import cut, read_texts
+from rora_theory.errors import InputError
+
+
+def test_windows_do_not_overlap(tmp_path) -> None:
+    tokenizer, sizes = tiny.ByteEncoder(), {"windows": 6, "held_out": 3, "seq": 16}
+    checkpoint.records(tmp_path / "train.json", 10)
+    (tmp_path / "more.txt").write_text("the quick brown fox " * 20)
+    texts = read_texts([str(tmp_path / "more.txt"), str(tmp_path / "train.json")])
+    assert texts[0].startswith("the quick brown fox")
+    assert "### Response:" in texts[1]
+    windows, held_out = cut(texts, tokenizer, **sizes)
+    assert (windows.shape, held_out.shape) == ((6, 16), (3, 16))
+    numbered = cut(["".join(chr(97 + i % 26) + str(i) for i in range(60))], tokenizer, **sizes)
+    assert len({row.tobytes() for part in numbered for row in part}) == 9
+    with pytest.raises(InputError, match="3 windows of 16; accepted is enough for 9"):
+        cut(["x" * 60], tokenizer, **sizes)

@@ -1,0 +1,57 @@
+"""The file of a run's events: what a checkpoint needs before it, and what is left out."""
+
+from pathlib import Path
+
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.finetune import Metrics, Paused, Stepped, Trainer, Validated
+from rora_theory.finetune.checkpoints import Progress
+
+
+class At(Trainer):
+    """A trainer that stands at a step, validating every second and saving every third."""
+
+    def __init__(self, step: int) -> None:
+        self._progress = Progress(step)
+
+    def validates(self, step: int) -> bool:
+        return step % 2 == 0
+
+    def saves(self, step: int) -> bool:
+        return step % 3 == 0 or self.validates(step)
+
+
+def metrics_of(path: Path, steps: int) -> Metrics:
+    metrics = Metrics(path, At(0), "run")
+    for step in range(1, steps + 1):
+        metrics.add(Stepped(step, 0.1, 2.0 / step, 1.0, 0.1, 5, 8, 0.1))
+        if step % 2 == 0:
+            metrics.add(Validated(step, 1.0 / step, best=True))
+        metrics.add(Paused(step))  # is no event of the run's
+    return metrics
+
+
+def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = metrics_of(path, 8).events
+    again = Metrics(path, At(6), "run")
+    assert again.events == [event for event in whole if event["step"] <= 6]
+    text = path.read_text()
+    lines = text.splitlines(keepends=True)
+    assert len(lines) == 9
+    for damaged, said in {
+        "".join(lines[:-1]): "has 8 lines of the 9 before the checkpoint at step 6",  # the last validation
+        "".join(lines[:4]): "has 4 lines of the 9",
+        text[:-30]: "has 8 lines of the 9",
+        "": "has 0 lines of the 9",
+        text.replace('"loss": 2.0', '"loss": 1.0'): "line 1 is damaged or was changed",
+        "".join(lines[:3] + lines[4:]): "line 4 is damaged or was changed",
+    }.items():
+        path.write_text(damaged)
+        with pytest.raises(InputError, match=f"metrics.jsonl: {said}"):
+            Metrics(path, At(6), "run")
+    path.unlink()
+    with pytest.raises(InputError, match=r"metrics\.jsonl: has 0 lines of the 9"):
+        Metrics(path, At(6), "run")
+    assert Metrics(path, At(0), "run").events == [], "a run that begins anew needs none"
