@@ -19,6 +19,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_papers_models_on_an_a6000(capsys):
     capacity.main(["--examples", "1600", "--epochs", "2"])
     out = capsys.readouterr().out
