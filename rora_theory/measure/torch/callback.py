@@ -9,12 +9,13 @@ import torch
 from transformers import TrainerCallback
 
 from rora_theory.advice.lora_config import init_of
-from rora_theory.advice.setting import FAMILY, Setting, Trainer
+from rora_theory.advice.setting import Setting
 from rora_theory.errors import InputError, shown
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.torch.batches import Batch, Loss
 from rora_theory.measure.torch.modules import lora_config
 from rora_theory.measure.torch.regime import Measured, Transfer, measure
+from rora_theory.optimizers import FAMILY, OptimizerName
 from rora_theory.scaling import check_integer, check_rank
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def setting_of(model: torch.nn.Module, args: Any) -> Setting:
     if config is None:
         raise InputError("the model has no LoRA of PEFT's; accepted is one that has, or a setting=")
     name = str(getattr(args.optim, "value", args.optim))
-    kinds: dict[str, Trainer] = {r"(paged_)?adamw(_.*)?": "adamw", "sgd": "sgd"}
+    kinds: dict[str, OptimizerName] = {r"(paged_)?adamw(_.*)?": "adamw", "sgd": "sgd"}
     found = [trainer for pattern, trainer in kinds.items() if re.fullmatch(pattern, name)]
     if not found:
         raise InputError(f"optim is {shown(name)}; accepted are kinds of adamw and sgd, or a setting=")
