@@ -22,9 +22,9 @@ WITH_EXTRAS = ("adapters", "data", "evaluate", "finetune", "llama", "sweep", "me
 OF_A_MODEL = ("coordinates", "model_layers", "rank_check", "regimes", "transfer_check", "unseen")
 """Of the room `measure`, what runs a model and needs the extra ``finetune``."""
 WITH_JAX = (
-    *("rora_theory.draws", "rora_theory.theory.first_step", "rora_theory.theory.sampling"),
-    *("rora_theory.paper.quantities", "rora_theory.paper.verdicts"),
-    *("rora_theory.measure.drawn_steps", "rora_theory.measure.layer_rms"),
+    *("rora_theory.draws", *(f"rora_theory.theory.{name}" for name in ("first_step", "grid", "sampling"))),
+    *(f"rora_theory.paper.{name}" for name in ("quantities", "simulation", "verdicts")),
+    *(f"rora_theory.measure.{name}" for name in ("drawn_steps", "layer_grid", "layer_rms")),
     *(name for name in NAMES if name.startswith("rora_theory.toy")),
 )
 """Of the core, what has arrays on a device."""
