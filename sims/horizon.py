@@ -27,7 +27,7 @@ from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, devices, tables
-from sims.common.cells import Ended, finished, run_cells
+from sims.common.cells import announce, finished, run_cells
 from sims.common.run_folder import RunFolder
 
 NAME = "horizon"
@@ -149,11 +149,7 @@ def run(config: Config) -> None:
     def work(cell: Cell, _: Path) -> dict[str, Any]:
         return asdict(readings.read_run(bench, trainings[cell], cell.read_at))
 
-    def each(ended: Ended[Cell]) -> None:
-        if ended.error is None:
-            print(f"[{ended.index + 1}/{len(cells)}] {ended.cell}: {said(ended.value, tokens)}", flush=True)
-
-    run_cells(cells, work, folder, title="runs", each=each)
+    run_cells(cells, work, folder, title="runs", each=announce(cells, lambda value: said(value, tokens)))
     runs = [horizons.run_of(one.cell, one.value) for one in finished(folder.path).values()]
     report(folder, runs, tokens, answers, takeovers, config.warmup)
     folder.finish()

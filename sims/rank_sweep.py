@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pandas as pd
 from tyro.conf import Fixed
 
-from rora_theory import frames, llama
+from rora_theory import llama
 from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
@@ -37,7 +37,7 @@ from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, tables
-from sims.common.cells import CHECKPOINTS, ERROR, FOLDERS, Ended, finished, key_of, run_cells
+from sims.common.cells import CHECKPOINTS, ERROR, FOLDERS, announce, finished, key_of, run_cells
 from sims.common.run_folder import RunFolder, read_manifest
 
 NAME = "rank_sweep"
@@ -170,7 +170,10 @@ def sweep(config: Config) -> None:
     try:
         work(config, folder, bench, first)
         if design.tuned and len(design.seeds) > 1:
-            work(config, folder, bench, make(stage=1, rates=choose_rates(path, first)))
+            best = results.best_rates(table(path, known(path, first)))
+            for words in results.chosen(best):
+                print(words, flush=True)
+            work(config, folder, bench, make(stage=1, best=best))
     except cli.FailedError as error:
         failed = error
     rows = table(path)
@@ -215,15 +218,10 @@ def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Ce
         bench.save(measured, own, adapter=config.save_adapters)
         return measured.result
 
-    def say(ended: Ended[Cell]) -> None:
-        if ended.error is None:
-            words = f"{ended.cell}: {results.said(ended.value)}, {ended.seconds:.0f} s"
-            print(f"[{ended.index + 1}/{len(cells)}] {words}", flush=True)
-
     def write(_: Sequence[Any]) -> None:
         folder.write_frame(table(folder.path))
 
-    run_cells(known(folder.path, cells), do, folder, each=say, write=write)
+    run_cells(known(folder.path, cells), do, folder, each=announce(cells, results.said), write=write)
 
 
 def follow(path: Path, trainer: Trainer) -> list[float]:
@@ -232,16 +230,6 @@ def follow(path: Path, trainer: Trainer) -> list[float]:
     for event in trainer.run():
         events.add(event)
     return [event["loss"] for event in events.events]
-
-
-def choose_rates(path: Path, cells: Sequence[Cell]) -> dict[tuple[str, str, int | None], float]:
-    """The best learning rate of each model, method and rank among the cells, see `results.best_rates`."""
-    best = frames.rows(results.best_rates(table(path, known(path, cells))))
-    for row in best:
-        size = f" r={row['rank']}" if row["rank"] else ""
-        edge = "; it is at the edge of the rates tried: the best may lie beyond" if row["best_rate"] == "edge" else ""
-        print(f"{row['model']}: {row['method']}{size}: learning rate {row['learning_rate']:g}{edge}", flush=True)
-    return {(row["model"], row["method"], row["rank"]): row["learning_rate"] for row in best}
 
 
 def show(design: str, path: Path, cells: Sequence[Cell]) -> None:

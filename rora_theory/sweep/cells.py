@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rora_theory import adapters, llama
+import pandas as pd
+
+from rora_theory import adapters, frames, llama
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.scaling import scaling_factor
 from rora_theory.sweep.design import BASE, METHODS, Design, rates_of
@@ -60,7 +62,7 @@ def cells_of(
     data: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
     stage: int,
-    rates: Mapping[tuple[str, str, int | None], float] | None = None,
+    best: pd.DataFrame | None = None,
 ) -> list[Cell]:
     """The cells of a design in the order of work: by seed, then rank (those without one first), then method.
 
@@ -71,7 +73,7 @@ def cells_of(
       data, evaluation: see `Cell`.
       stage: 0 is everything, or, for a tuned design, the first seed at every rank without accuracy; 1 is the other
         seeds at the chosen rates.
-      rates: of stage 1, by model, method and rank.
+      best: of stage 1, the learning rate of each model, method and rank, see `rora_theory.sweep.results.best_rates`.
 
     Raises:
       InputError: a value out of range.
@@ -81,6 +83,10 @@ def cells_of(
     measured = None if first and len(design.seeds) > 1 else evaluation
     common: dict[str, Any] = {"revision": revision, "dtype": design.dtype, "data": dict(data)}
     found = []
+    chosen: dict[Any, tuple[float, ...]] = {
+        (row["model"], row["method"], row["rank"]): (row["learning_rate"],)
+        for row in ([] if best is None else frames.rows(best))
+    }
     for model in design.models:
         if BASE in design.methods and stage == 0:
             nothing: dict[str, Any] = dict.fromkeys(("rank", "alpha", "gamma", "learning_rate", "seed", "training"))
@@ -91,8 +97,7 @@ def cells_of(
                     if method == BASE or METHODS[method].ranked == (rank is None):
                         continue
                     if stage == 1:
-                        chosen = (rates or {}).get((model, method, rank))
-                        several: tuple[float, ...] = () if chosen is None else (chosen,)
+                        several = chosen.get((model, method, rank), ())
                     else:
                         several = design.lrs or rates_of(method, model, tuned=design.tuned)
                     for rate in several:

@@ -93,6 +93,17 @@ def best_rates(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=columns).astype({name: rows[name].dtype for name in columns[:-1]})
 
 
+def chosen(best: pd.DataFrame) -> list[str]:
+    """The best learning rates of `best_rates` in words, a line each."""
+    return [
+        f"{row['model']}: {row['method']}"
+        + (f" r={row['rank']}" if row["rank"] else "")
+        + f": learning rate {row['learning_rate']:g}"
+        + ("; it is at the edge of the rates tried: the best may lie beyond" if row["best_rate"] == "edge" else "")
+        for row in frames.rows(best)
+    ]
+
+
 def said(result: Mapping[str, Any]) -> str:
     """A result in words."""
     if result["status"] == "diverged":

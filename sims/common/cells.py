@@ -200,6 +200,17 @@ def run_cells(
     return values()
 
 
+def announce(cells: Sequence[Cell], words: Callable[[Any], str]) -> Callable[[Ended[Cell]], None]:
+    """What `run_cells` may call with ``each`` cell that ends: it prints a line with the ``words`` of the result."""
+
+    def each(ended: Ended[Cell]) -> None:
+        if ended.error is None:
+            line = f"[{ended.index + 1}/{len(cells)}] {ended.cell}: {words(ended.value)}, {ended.seconds:.0f} s"
+            print(line, flush=True)
+
+    return each
+
+
 def run_table(
     cells: Sequence[Cell],
     work: Work[Cell],

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from rora_theory.errors import InputError
@@ -65,7 +66,9 @@ def test_stages_of_a_tuned_design() -> None:
         *[(r, rate, 3) for r in (4, 8) for rate in (1e-3, 1e-2)],
     ]
     assert [c.evaluation is None for c in first] == [False] + [True] * 4
-    rest = make(stage=1, rates={("smollm2-135m", "lora", 4): 1e-2, ("smollm2-135m", "lora", 8): 1e-3})
+    names = ("model", "method", "rank", "learning_rate")
+    best = pd.DataFrame([("smollm2-135m", "lora", 4, 1e-2), ("smollm2-135m", "lora", 8, 1e-3)], columns=names)
+    rest = make(stage=1, best=best)
     assert [(c.rank, c.learning_rate, c.seed) for c in rest] == [
         (r, rate, s) for s in (4, 5) for r, rate in ((4, 1e-2), (8, 1e-3))
     ]
