@@ -27,7 +27,7 @@ from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS
 from rora_theory.data.tasks import Record as TaskRecord
 from rora_theory.evaluate.scoring import Protocol, Scoring
-from rora_theory.finetune import FinetuneConfig, Metrics, Trainer, metrics
+from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype, Method
 from rora_theory.scaling import Rule, check_integer
 from rora_theory.sweep import differences, results
@@ -37,7 +37,7 @@ from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, tables
-from sims.common.cells import CHECKPOINTS, ERROR, FOLDERS, announce, finished, key_of, run_cells
+from sims.common.cells import ERROR, FOLDERS, announce, finished, key_of, run_cells
 from sims.common.run_folder import RunFolder, read_manifest
 
 NAME = "rank_sweep"
@@ -213,23 +213,12 @@ def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Ce
 
     def do(cell: Cell, own: Path) -> Mapping[str, Any]:
         cli.tell(bench.open(cell.model))
-        own.mkdir(parents=True, exist_ok=True)
-        measured = bench.run(cell, own / CHECKPOINTS, partial(follow, own))
-        bench.save(measured, own, adapter=config.save_adapters)
-        return measured.result
+        return bench.run(cell, own, save_adapter=config.save_adapters)
 
     def write(_: Sequence[Any]) -> None:
         folder.write_frame(table(folder.path))
 
     run_cells(known(folder.path, cells), do, folder, each=announce(cells, results.said), write=write)
-
-
-def follow(path: Path, trainer: Trainer) -> list[float]:
-    """Run a cell's trainer to its end, its events in the cell's folder; the losses of all its steps."""
-    events = Metrics(path / metrics.FILE, trainer, path.name)
-    for event in trainer.run():
-        events.add(event)
-    return [event["loss"] for event in events.events]
 
 
 def show(design: str, path: Path, cells: Sequence[Cell]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,11 @@ from rora_theory.finetune import (
     Batches,
     Examples,
     FinetuneConfig,
+    Metrics,
     NonFiniteLossError,
-    Stepped,
     Trainer,
     choose_widths,
+    metrics,
     tokenize,
 )
 from rora_theory.finetune.held_out import RecordLoss, record_losses
@@ -33,14 +34,6 @@ from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results
 from rora_theory.sweep.cells import Cell
 from rora_theory.sweep.records import RecordSplit
-
-Follow = Callable[[Trainer], Sequence[float]]
-"""Runs a trainer to its end and does with its events what it likes; returns the loss of every step of the run."""
-
-
-def step_losses(trainer: Trainer) -> list[float]:
-    """Run a trainer to its end, keep nothing else; the losses of the steps taken now."""
-    return [event.loss for event in trainer.run() if isinstance(event, Stepped)]
 
 
 @dataclass(frozen=True)
@@ -123,20 +116,39 @@ class Workbench:
             raise InputError(f"a held-out record is longer than the {longest} tokens {model} reads")
         return list(self.model.remarks)
 
-    def run(self, cell: Cell, checkpoints: Path, follow: Follow = step_losses) -> Measured:
-        """Train and measure a cell.
+    def run(self, cell: Cell, folder: Path, *, save_adapter: bool = False) -> dict[str, Any]:
+        """Do a cell: `measure`, and write its losses a record, answers an item and training curve.
 
         Args:
           cell: which.
-          checkpoints: folder of its checkpoints, where the run is long enough to have them.
-          follow: runs the trainer.
+          folder: of its own, for these files and, where the run is long enough to have them, its checkpoints: what was
+            begun there goes on.
+          save_adapter: whether the adapter is written too, in PEFT's format.
+
+        Returns:
+          its result, see `Measured`.
+
+        Raises:
+          InputError: a file can't be written, or is not as it was written; as `open`.
         """
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = self.measure(cell, folder)
+        if save_adapter and measured.adapter is not None:
+            adapters.save_peft(folder / "adapter", measured.adapter, base_model=self.model.origin)
+        if measured.losses:
+            results.write_losses(folder / results.LOSSES, self.records.held_out, measured.losses)
+        if measured.samples:
+            results.write_answers(folder / results.ANSWERS, measured.samples)
+        return measured.result
+
+    def measure(self, cell: Cell, folder: Path) -> Measured:
+        """Train and measure a cell; arguments as of `run`."""
         self.open(cell.model)
         begun = time.perf_counter()
         params, adapter, kept = self.model.params, None, None
         result: dict[str, Any] = {"status": "complete"}
         if cell.training is not None:
-            trained = self.train(cell.training, checkpoints, follow)
+            trained = self.train(cell.training, folder)
             result |= trained.result
             if trained.adapter is None:
                 return Measured(result)
@@ -160,19 +172,6 @@ class Workbench:
             result["accuracy_seconds"] = time.perf_counter() - lost_at
         return Measured(result | {"seconds": time.perf_counter() - begun}, kept, losses, samples)
 
-    def save(self, measured: Measured, folder: Path, *, adapter: bool = False) -> None:
-        """Write a cell's losses a record and answers an item, and ``adapter`` in PEFT's format.
-
-        Raises:
-          InputError: as `files.write_whole`.
-        """
-        if adapter and measured.adapter is not None:
-            adapters.save_peft(folder / "adapter", measured.adapter, base_model=self.model.origin)
-        if measured.losses:
-            results.write_losses(folder / results.LOSSES, self.records.held_out, measured.losses)
-        if measured.samples:
-            results.write_answers(folder / results.ANSWERS, measured.samples)
-
     def begin(self, training: FinetuneConfig) -> tuple[Any, Batches]:
         """The fresh adapter of a run and its batches in order: by the seed alone, the same for every rule."""
         batches = Batches(
@@ -186,23 +185,25 @@ class Workbench:
         key = jax.random.key(training.seed)
         return adapters.init(key, training.adapter(), self.model.config, self.model.params), batches
 
-    def train(self, training: FinetuneConfig, checkpoints: Path, follow: Follow = step_losses) -> Trained:
+    def train(self, training: FinetuneConfig, folder: Path) -> Trained:
         """Fine-tune the open model; arguments as of `run`."""
         training = replace(training, checkpoint_every=self.shared.checkpoint_every)
         adapter, batches = self.begin(training)
         steps = min(len(batches), training.steps or len(batches))
-        folder = checkpoints if steps > training.checkpoint_every else None
+        checkpoints = folder / "checkpoints" if steps > training.checkpoint_every else None
         before, model = self.steps.compilations, self.model
-        trainer = Trainer(model.params, model.config, adapter, training, batches, None, folder, shared=self.steps)
+        trainer = Trainer(model.params, model.config, adapter, training, batches, None, checkpoints, shared=self.steps)
         result: dict[str, Any] = {"trainable_parameters": adapters.count(adapter), "steps": trainer.steps}
         try:
-            losses = follow(trainer)
+            events = Metrics(folder / metrics.FILE, trainer, folder.name)
+            for event in trainer.run():
+                events.add(event)
         except NonFiniteLossError as error:
             return Trained(result | {"status": "diverged", "diverged_at": error.step, "error": str(error)}, None)
         finally:
             trainer.close()
         result["compilations"] = self.steps.compilations - before
-        result["train_loss"] = float(np.mean(losses[-10:]))
+        result["train_loss"] = float(np.mean([event["loss"] for event in events.events[-10:]]))
         return Trained(result, trainer.adapter("last"))
 
     def _score(self, params: Any, adapter: Any) -> list[Sample]:

@@ -16,7 +16,7 @@ from rora_theory import frames
 from rora_theory.adapters import load_peft
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample, Scoring
-from rora_theory.finetune import Record, tokenize
+from rora_theory.finetune import Metrics, Record, tokenize
 from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.llama import load
 from rora_theory.stats.paired import mean_per_token
@@ -169,7 +169,7 @@ def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
 def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data, tmp_path, monkeypatch) -> None:
     """Ctrl-C at the last of three steps, behind a checkpoint a step: to the result of one that was not stopped."""
     out, more = tmp_path / "m", ("--methods", "rora", "--ranks", "4", "--checkpoint-every", "1", *SAVED)
-    steps, add = [], rank_sweep.Metrics.add
+    steps, add = [], Metrics.add
 
     def interrupted(metrics, event) -> None:
         steps.append(event.step)
@@ -177,7 +177,7 @@ def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data,
             raise KeyboardInterrupt
         add(metrics, event)
 
-    monkeypatch.setattr(rank_sweep.Metrics, "add", interrupted)
+    monkeypatch.setattr(Metrics, "add", interrupted)
     with pytest.raises(SystemExit) as stop:
         rank_sweep.main(command(model, data, out, *more))
     assert stop.value.code == 130
@@ -210,7 +210,7 @@ class Quick(Workbench):
     def open(self, _: str) -> list[str]:
         return []
 
-    def run(self, cell, *_) -> Measured:
+    def measure(self, cell, *_) -> Measured:
         random = np.random.default_rng(int(key_of(cell), 16))
         rate = cell.learning_rate or 1.0
         loss = float(abs(np.log(rate / (1e-3 if cell.method == "lora" else 3e-3))) + 1e-3 * random.random())
@@ -243,18 +243,18 @@ def fail(*_: object) -> None:
 
 def stopped(number: int, what, words: list[str]) -> int:
     """The exit status of a sweep in whose cell of that number, from 1, ``what`` happens instead of its work."""
-    begun, run = [], Quick.run
+    begun, measure = [], Quick.measure
 
-    def work(self, cell, checkpoints, *_) -> Measured:
+    def work(self, cell, folder) -> Measured:
         begun.append(cell)
         if len(begun) == number:
-            checkpoints.mkdir()
-            (checkpoints.parent / "losses.csv").write_text("half")
+            (folder / "checkpoints").mkdir()
+            (folder / "losses.csv").write_text("half")
             what()
-        return run(self, cell)
+        return measure(self, cell)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Quick, "run", work)
+        patch.setattr(Quick, "measure", work)
         with pytest.raises(SystemExit) as stop:
             rank_sweep.main(words)
     return stop.value.code

@@ -76,7 +76,7 @@ def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch)
     monkeypatch.setattr(scoring, "score", scored)
     design = Design(models=tuple(bench.located), methods=(kind,), ranks=(2,), seeds=(0,))
     (cell,) = cells_of(design, SHARED, data={}, evaluation={}, stage=0)
-    measured = bench.run(cell, tmp_path)
+    measured = bench.measure(cell, tmp_path)
     result = measured.result
     base = bench.model.params
     for params, beside in seen:
