@@ -1,6 +1,5 @@
 """What adapters of several ranks add to a model, against the rank: a run of sims.coordinate_check."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +8,11 @@ from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import tyro
 
 from figures import style
-from rora_theory import files
+from rora_theory import files, frames
 
 SHORT = {
     "self_attn.q_proj": "q",
@@ -38,7 +38,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Two figures: coordinate_check (sizes against the rank), coordinate_check_slopes (slopes against the step)."""
-    slopes = style.read_table(config.run / "slopes.csv", needed=True)
+    slopes = frames.read(config.run / "slopes.csv", accepted="the file of a finished run")
     folder = config.out or config.run
     if not (config.run / "results.csv").exists():
         print(
@@ -46,52 +46,58 @@ def draw(config: Config) -> Sequence[Path]:
         )
         manifest = files.read_json(config.run / "manifest.json")
         return style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes")
-    manifest, rows = style.read_run(config.run, "coordinate_check")
+    manifest, rows = style.read_frame(config.run, "coordinate_check")
     return [
         *style.save(sizes(manifest, rows), folder, "coordinate_check"),
         *style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes"),
     ]
 
 
-def case_of(row: dict[str, str]) -> tuple[str, str, str, str]:
-    """Optimizer, rule, init, control."""
-    return row["optimizer"], row["rule"], row["init"], row["control"]
+CASE = ["optimizer", "rule", "init", "control"]
 
 
-def name(case: tuple[str, str, str, str]) -> str:
-    """A case as a panel's title."""
+def name(case: Sequence[Any]) -> str:
+    """A case, optimizer, rule, init and control, as a panel's title."""
     optimizer, rule, init, control = case
     text = f"{style.OPTIMIZERS[optimizer]}:\n{style.look(rule)[0]}"
     text += "" if init == "kaiming_uniform" else f",\nA {init}"
-    return text + ("\n(control: must fail)" if control == "1" else "")
+    return text + ("\n(control: must fail)" if control else "")
 
 
-def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
+def seeds_of(manifest: dict[str, Any]) -> int:
+    """How many seeds a run has; earlier runs have their number."""
+    seeds = manifest["config"]["seeds"]
+    return seeds if isinstance(seeds, int) else len(seeds)
+
+
+def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     """Output of every module against the rank: a column a case, a row a split; first and last step."""
-    cases = list(dict.fromkeys(case_of(row) for row in rows))
-    modules = [module for module in SHORT if any(row["module"] == module for row in rows)]
-    steps = sorted({int(row["step"]) for row in rows})
+    rows = rows.assign(value=rows["value"].where(np.isfinite(rows["value"])))
+    cases = dict(list(rows.groupby(CASE, sort=False)))
+    modules = [module for module in SHORT if module in set(rows["module"])]
+    steps = sorted(set(rows["step"]))
     shown: dict[int, Any] = {steps[0]: "-", steps[-1]: (0, (1, 1.5))}
     figure, axes = plt.subplots(
         2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
-        for axis, case in zip(axis_row, cases, strict=True):
+        for axis, (case, of_case) in zip(axis_row, cases.items(), strict=True):
+            own = of_case[(of_case["split"] == split) & (of_case["quantity"] == "output")]
             for position, module in enumerate(modules):
                 colour, marker = style.COLOURS[position], style.MARKERS[position]
                 for step, dashes in shown.items():
-                    ranks, middle, error = _over_seeds(rows, case, split, module, step)
+                    values = own[(own["module"] == module) & (own["step"] == step)].groupby("rank")["value"]
                     axis.errorbar(
-                        ranks,
-                        middle,
-                        yerr=error,
+                        list(values.groups),
+                        values.agg(lambda seeds: seeds.mean(skipna=False)),  # one that diverged has no mean
+                        yerr=values.sem(),
                         color=colour,
                         marker=marker,
                         linestyle=dashes,
                         markerfacecolor=colour if step == steps[0] else "white",
                         label=SHORT[module] if step == steps[0] else None,
                     )
-            style.whole_ticks(axis, (int(row["rank"]) for row in rows), most=5)
+            style.whole_ticks(axis, rows["rank"], most=5)
             axis.set_yscale("log")
             if split == "train":
                 axis.set_title(name(case))
@@ -106,15 +112,15 @@ def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
         figure,
         handles,
         f"{manifest['config']['model']}, {manifest['config']['batches']} batch; mean ± s.e. over "
-        f"{manifest['config']['seeds']} seeds; rules meet at r = {manifest['config']['reference_rank']}",
+        f"{seeds_of(manifest)} seeds; rules meet at r = {manifest['config']['reference_rank']}",
     )
     return figure
 
 
-def exponents(manifest: dict[str, Any], slopes: list[dict[str, str]]) -> plt.Figure:
+def exponents(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
     """Slope against the step: a column a case, a row a split, a line a module; the model's own in black."""
-    cases = list(dict.fromkeys(case_of(row) for row in slopes))
-    modules = [module for module in SHORT if any(row["module"] == module for row in slopes)]
+    cases = dict(list(slopes.groupby(CASE, sort=False)))
+    modules = [module for module in SHORT if module in set(slopes["module"])]
     lines = [("output", module, SHORT[module]) for module in modules]
     lines += [("hidden", "model", "final hidden state"), ("logits", "model", "logits")]
     band = float(manifest["config"]["band"])
@@ -122,27 +128,22 @@ def exponents(manifest: dict[str, Any], slopes: list[dict[str, str]]) -> plt.Fig
         2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
-        for axis, case in zip(axis_row, cases, strict=True):
+        for axis, (case, of_case) in zip(axis_row, cases.items(), strict=True):
+            own = of_case[(of_case["split"] == split) & of_case["slope"].notna()]
             axis.axhspan(-band, band, color=style.BAND_COLOUR, zorder=0)
             for position, (quantity, module, text) in enumerate(lines):
-                points = [
-                    row
-                    for row in slopes
-                    if case_of(row) == case
-                    and (row["quantity"], row["module"], row["split"]) == (quantity, module, split)
-                    and row["slope"]
-                ]
+                points = own[(own["quantity"] == quantity) & (own["module"] == module)]
                 axis.errorbar(
-                    [int(row["step"]) for row in points],
-                    [float(row["slope"]) for row in points],
-                    yerr=[float(row["half_width"]) for row in points],
+                    points["step"],
+                    points["slope"],
+                    yerr=points["half_width"],
                     color=style.COLOURS[position] if module != "model" else "black",
                     marker=style.MARKERS[position % len(style.MARKERS)],
                     markerfacecolor="white" if quantity == "logits" else None,
                     linestyle=(0, (2, 2)) if quantity == "logits" else "-",
                     label=text,
                 )
-            style.whole_ticks(axis, (int(row["step"]) for row in slopes if int(row["step"]) > 0), most=5)
+            style.whole_ticks(axis, slopes["step"], most=5)
             if split == "train":
                 axis.set_title(name(case))
             else:
@@ -153,28 +154,9 @@ def exponents(manifest: dict[str, Any], slopes: list[dict[str, str]]) -> plt.Fig
         figure,
         handles,
         f"{manifest['config']['model']}, {manifest['config']['batches']} batch; log-log slope ± half its 95% "
-        f"interval over {manifest['config']['seeds']} seeds",
+        f"interval over {seeds_of(manifest)} seeds",
     )
     return figure
-
-
-def _over_seeds(
-    rows: list[dict[str, str]], case: tuple[str, str, str, str], split: str, module: str, step: int
-) -> tuple[list[int], list[float], list[float]]:
-    """Ranks, means and standard errors of a module's output."""
-    found: dict[int, list[float]] = {}
-    for row in rows:
-        value = float(row["value"])
-        wanted = (split, module, "output", str(step))
-        if (row["split"], row["module"], row["quantity"], row["step"]) == wanted and case_of(row) == case:
-            found.setdefault(int(row["rank"]), []).append(value if math.isfinite(value) else math.nan)
-    ranks = sorted(found)
-    middle = [float(np.mean(found[rank])) for rank in ranks]
-    error = [
-        float(np.std(found[rank], ddof=1) / math.sqrt(len(found[rank]))) if len(found[rank]) > 1 else 0.0
-        for rank in ranks
-    ]
-    return ranks, middle, error
 
 
 if __name__ == "__main__":

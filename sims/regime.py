@@ -96,20 +96,20 @@ class LayerCell:
 def run(config: Config) -> None:
     """Measure, or go on with, a run; exit status 1 where the judge finds that the law fails."""
     from rora_theory import llama
-    from sims.common import real_batch
+    from rora_theory.measure import record_batches
 
     started = time.monotonic()
-    records = real_batch.digest(config.data)  # before the model, which takes longer
+    records = record_batches.digest(config.data)  # before the model, which takes longer
     places = pick(1)
     model = llama.load(config.model, config.dtype, config.revision)
     cli.tell(model.remarks)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
     modules = regimes.chosen(model.config, targets, config.layers)
-    pair = real_batch.batches(
+    pair = record_batches.pair(
         config.data,
         model.tokenizer,
-        items=config.batch_size,
-        heldout_items=config.held_out,
+        batch_size=config.batch_size,
+        held_out=config.held_out,
         cutoff=config.cutoff,
         loss_on=config.loss_on,
         seed=config.measured.seed,

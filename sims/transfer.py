@@ -191,9 +191,8 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     """
     try:
         from rora_theory.llama import load
-        from rora_theory.measure import transfer_check
+        from rora_theory.measure import record_batches, transfer_check
         from rora_theory.measure.model_layers import RealStep
-        from sims.common import real_batch
     except ImportError as error:
         raise InputError(
             f"--check needs the extra finetune, as in pip install 'rora-theory[finetune]' ({error})"
@@ -203,11 +202,11 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     model = load(model_name)
     cli.tell(model.remarks)
     size = config.batch_size
-    pair = real_batch.batches(data, model.tokenizer, items=size, heldout_items=size, seed=config.seed)
+    pair = record_batches.pair(data, model.tokenizer, batch_size=size, held_out=size, seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
     identity |= {"old": asdict(found.old), "new": asdict(found.unchanged), "targets": targets}
     identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}}
-    identity |= model.origin.identity() | {"records_sha256": real_batch.digest(data)}
+    identity |= model.origin.identity() | {"records_sha256": record_batches.digest(data)}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": transfer_check.UNITS})
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
     steps = run_table(

@@ -117,7 +117,7 @@ class Table:
         return found
 
 
-def whole_model(lines: Sequence[Mapping[str, Any]]) -> str:
+def whole_model(lines: Sequence[Mapping[Any, Any]]) -> str:
     """One verdict on the final hidden states and the logits, of the lines of one `Table`."""
     return in_a_word([line["verdict"] for line in lines if (line["module"], line["quantity"]) in WHOLE])
 

@@ -13,9 +13,9 @@ A scaling rule passes where the log-log slope against the rank is within a band 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.adapters.inits import Init
 from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, LoraConfig
+from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
@@ -31,33 +32,10 @@ from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Split, Table
 from rora_theory.optimizers import OptimizerName
 from rora_theory.rules import check_steps
-from rora_theory.scaling import Rule, check_positive
 from rora_theory.seeds import check_seed
 from rora_theory.toy import dynamics, nested
 
 Params = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One adapter and how it is trained.
-
-    Attributes:
-      rank, alpha, rule, init: see `rora_theory.adapters.LoraConfig`.
-      optimizer: see `rora_theory.toy.dynamics.make_optimizer`; the rate is constant and gradients are not clipped.
-      learning_rate: above 0.
-    """
-
-    rank: int
-    alpha: float
-    rule: Rule
-    init: Init = "kaiming_uniform"
-    optimizer: OptimizerName = "adamw"
-    learning_rate: float = 1e-4
-
-    def __post_init__(self) -> None:
-        check_positive("learning_rate", self.learning_rate)
-        dynamics.make_optimizer(self.optimizer, self.learning_rate)
 
 
 class Checker:
@@ -84,7 +62,8 @@ class Checker:
         target_modules: Sequence[str] | str = PAPER_TARGETS,
     ) -> None:
         self.params, self.llama_config, self.width, self.target_modules = params, llama_config, width, target_modules
-        self._template = self._config(Setting(width, 1.0, 1.0)).build(jax.random.key(0), llama_config, params)
+        widest = self._config(Setting(width, alpha=1.0, learning_rate=1.0))
+        self._template = widest.build(jax.random.key(0), llama_config, params)
         self.modules = tuple(self._template.params)
         self._correlation = _correlation(params, llama_config)
         self._known: dict[bytes, Array] = {}
@@ -94,7 +73,7 @@ class Checker:
             rank=setting.rank,
             alpha=setting.alpha,
             rule=setting.rule,
-            init=setting.init,
+            init=cast(Init, setting.init),  # refused there where an adapter has no such one
             target_modules=self.target_modules,
         )
 

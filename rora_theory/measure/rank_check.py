@@ -8,8 +8,9 @@ flat. Controls must not be: constant gamma grows, the gaussian init shrinks.
     found.verdicts[["rule", "whole_model", "modules"]]
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,92 +18,115 @@ import jax
 import numpy as np
 import pandas as pd
 
+from rora_theory import frames
 from rora_theory.adapters.inits import INITS, Init
 from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.llama import Model
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Table, in_a_word, whole_model
-from rora_theory.measure.coordinates import Checker, Setting
+from rora_theory.measure.coordinates import Checker
 from rora_theory.optimizers import OPTIMIZER_NAMES, WORDS, OptimizerName
-from rora_theory.rules import check_steps
-from rora_theory.scaling import Rule, alpha_for, check_integer, check_positive, check_rank, exponent, scaling_factor
+from rora_theory.rules import alpha_at, check_list, check_ranks, check_rules, check_steps, name_of
+from rora_theory.scaling import Rule, check_positive, exponent
 from rora_theory.seeds import check_seed
 from rora_theory.stats import slopes
+
+COLUMNS = (
+    "optimizer", "rule", "kappa", "init", "control", "rank", "scaling", "learning_rate", "seed", "step", "split",
+    "module", "quantity", "value",
+)  # fmt: skip
+SLOPE_COLUMNS = (
+    "optimizer", "rule", "kappa", "init", "control", "step", "split", "module", "quantity", "slope", "standard_error",
+    "half_width", "seeds", "verdict", "kappa_flat",
+)  # fmt: skip
+UNITS = {
+    "output": "root mean square of gamma B A x over adapted layers, tokens and outputs",
+    "inner": "root mean square of A x",
+    "delta": "|gamma B A|_F, root mean square over layers",
+    "grad_A, grad_B": "Frobenius norm over layers of the gradient that made the step",
+    "hidden, logits": "root mean square of their change from the base model's",
+    "loss": "nats a token",
+    "half_width": "of the 95% interval of the slope, Student's t over seeds",
+    "kappa_flat": "exponent that would have been flat: kappa + slope under Adam, kappa + slope/2 under SGD, if the "
+    "quantity went on as gamma and gamma^2",
+}
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """What to check.
-
-    Attributes:
-      ranks: two or more.
-      rules: scaling rules by the name that the results call them.
-      optimizers: at a constant rate and without clipping.
-      inits: laws of A.
-      controls: whether to check kappa = 0 and the gaussian init under the first optimizer too, which must not be flat.
-      steps: updates after which to read, ascending.
-      seeds: number of adapters, 2 or more for error bars.
-      gamma, reference_rank: scaling of every rule at the rank where they meet.
-      adam_rate, sgd_rate, momentum_rate: learning rates; Adam's is AdamW's too.
-      band: largest absolute slope to call flat.
-      seed: of all draws.
-
-    Raises:
-      InputError: a value out of range.
-    """
+    """What to check. Raises `InputError` where a value is out of range."""
 
     ranks: tuple[int, ...] = (2, 8, 32, 128)
-    rules: Mapping[str, Rule] = field(default_factory=lambda: {"lora": "lora", "rora": "rora"})
+    """ranks of the adapter, two or more"""
+    rules: tuple[Rule, ...] = ("lora", "rora")
+    """scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
+    """sgd, momentum, adam or adamw, at a constant rate and without clipping"""
     inits: tuple[Init, ...] = ("kaiming_uniform",)
+    """laws of A"""
     controls: bool = True
+    """check kappa = 0 and the gaussian init under the first optimizer too, which must not be flat"""
     steps: tuple[int, ...] = (1, 2, 5, 10)
-    seeds: int = 4
+    """updates after which to read, ascending"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """seeds, each of an adapter and of its batches; two or more, for error bars"""
     gamma: float = 2.0
+    """scaling of every rule at the reference rank"""
     reference_rank: int = 8
-    adam_rate: float = 1e-4
-    sgd_rate: float = 0.01
-    momentum_rate: float = 0.001
+    """rank at which the rules meet"""
+    adam_lr: float = 1e-4
+    """learning rate of adam and adamw"""
+    sgd_lr: float = 0.01
+    """learning rate of sgd"""
+    momentum_lr: float = 0.001
+    """learning rate of momentum"""
     band: float = slopes.BAND
-    seed: int = 0
+    """largest absolute slope to call flat"""
 
     def __post_init__(self) -> None:
-        for name, fewest in (("ranks", 2), ("rules", 1), ("optimizers", 1), ("inits", 1)):
-            values = tuple(getattr(self, name))
-            if len(values) < fewest or len(set(values)) < len(values):
-                raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are {fewest} or more, each once")
-        for rank in (*self.ranks, self.reference_rank):
-            check_rank(rank)
+        check_ranks(self.ranks)
+        check_rules(self.rules)
         for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("inits", INITS)):
+            check_list(f"--{name}", getattr(self, name))
             for value in getattr(self, name):
                 if value not in accepted:
                     raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
         check_steps(self.steps)
-        for name in ("gamma", "adam_rate", "sgd_rate", "momentum_rate", "band"):
+        for name in ("adam_lr", "sgd_lr", "momentum_lr", "band"):
             check_positive("--" + name.replace("_", "-"), getattr(self, name))
-        check_integer("seeds", self.seeds, least=2)
-        check_seed(self.seed, "--seed")
-
-    def rule(self, name: str) -> Rule:
-        """Of a case's name: one of ``rules``, or the control's."""
-        return {"0": 0.0, **self.rules}[name]
+        for rule in self.rules:
+            alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_list("--seeds", self.seeds, fewest=2)
+        for seed in self.seeds:
+            check_seed(seed, "--seeds")
 
 
 class Case(NamedTuple):
     """One line of the check: everything but the rank and the seed."""
 
     optimizer: OptimizerName
-    rule: str
+    rule: Rule
     init: Init
     control: bool
 
-    @property
-    def label(self) -> str:
-        """In words."""
-        kappa = {"lora": "alpha/r", "rora": "alpha/sqrt(r)", "rslora": "alpha/sqrt(r)"}.get(self.rule)
-        text = f"{WORDS[self.optimizer]}, {kappa or f'kappa = {self.rule}'}, A {self.init}"
+    def __str__(self) -> str:
+        kappa = {"lora": "alpha/r", "rora": "alpha/sqrt(r)", "rslora": "alpha/sqrt(r)"}.get(name_of(self.rule))
+        text = f"{WORDS[self.optimizer]}, {kappa or f'kappa = {name_of(self.rule)}'}, A {self.init}"
         return text + (" (control)" if self.control else "")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One adapter, trained for some steps."""
+
+    case: Case
+    seed: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.case}, r = {self.rank}, seed {self.seed}"
 
 
 def cases(config: CheckConfig) -> Iterator[Case]:
@@ -113,110 +137,110 @@ def cases(config: CheckConfig) -> Iterator[Case]:
                 yield Case(optimizer, rule, init, False)
     if config.controls:
         first = config.optimizers[0]
-        asked = {exponent(rule) for rule in config.rules.values()}
-        if 0.0 not in asked:
-            yield Case(first, "0", "kaiming_uniform", True)
+        if 0.0 not in map(exponent, config.rules):
+            yield Case(first, 0.0, "kaiming_uniform", True)
         if "gaussian" not in config.inits:
             # Under constant gamma the gaussian init is flat: the rule farthest from that one.
-            steepest = max(config.rules, key=lambda name: exponent(config.rule(name)))
-            yield Case(first, steepest, "gaussian", True)
+            yield Case(first, max(config.rules, key=exponent), "gaussian", True)
 
 
-def cell_rows(
-    config: CheckConfig,
-    checker: Checker,
-    case: Case,
-    seed: int,
-    rank: int,
-    batch_of: Callable[[int], Batch],
-    held_out: Batch,
+def cells(config: CheckConfig) -> list[Cell]:
+    """Every adapter, in the order of the table."""
+    return [Cell(case, seed, rank) for case in cases(config) for seed in config.seeds for rank in config.ranks]
+
+
+def rows(
+    config: CheckConfig, checker: Checker, cell: Cell, batch_of: Callable[[int], Batch], held_out: Batch
 ) -> list[dict[str, Any]]:
     """The sizes that one adapter shows, as rows of a table.
 
     Args:
-      config, checker, case, seed, rank: whose.
+      config, checker, cell: whose.
       batch_of: the batch of step t = 0, 1, ...
       held_out: a batch that is never trained on.
     """
-    rule = config.rule(case.rule)
-    alpha = alpha_for(rule, scaling=config.gamma, rank=config.reference_rank)
-    rates = {"sgd": config.sgd_rate, "momentum": config.momentum_rate}
-    setting = Setting(rank, alpha, rule, case.init, case.optimizer, rates.get(case.optimizer, config.adam_rate))
-    key = jax.random.fold_in(jax.random.key(config.seed), seed)
-    frame = {"optimizer": case.optimizer, "rule": case.rule, "kappa": exponent(rule), "init": case.init}
-    frame |= {"control": int(case.control), "rank": rank, "learning_rate": setting.learning_rate, "seed": seed}
-    frame["scaling"] = scaling_factor(rule, alpha=alpha, rank=rank)
+    (optimizer, rule, init, control), rank = cell.case, cell.rank
+    rates = {"sgd": config.sgd_lr, "momentum": config.momentum_lr}
+    setting = Setting(
+        rank=rank,
+        alpha=alpha_at(rule, gamma=config.gamma, reference_rank=config.reference_rank),
+        learning_rate=rates.get(optimizer, config.adam_lr),
+        rule=rule,
+        optimizer=optimizer,
+        init=init,
+    )
+    key = jax.random.fold_in(jax.random.key(0), cell.seed)
+    frame = {"optimizer": optimizer, "rule": name_of(rule), "kappa": exponent(rule), "init": init}
+    frame |= {"control": int(control), "rank": rank, "learning_rate": setting.learning_rate, "seed": cell.seed}
+    frame["scaling"] = setting.scaling
     run = checker.run(setting, key, batch_of, held_out, steps=config.steps)
-    return [
-        frame
-        | {name: getattr(coordinate, name) for name in ("step", "split", "module", "quantity")}
-        | {"value": float(f"{value:.6g}")}
-        for coordinate, value in run
-    ]
+    return [frame | coordinate._asdict() | {"value": float(f"{value:.6g}")} for coordinate, value in run]
 
 
-def fits(config: CheckConfig, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Slope of every coordinate but the loss, and of the modules' outputs together (their logarithms' mean)."""
-    found = []
+def table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame of some `rows`."""
+    return frames.of(found, COLUMNS)
+
+
+def fits(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
+    """Slope of every coordinate but the loss, and of the modules' outputs together (their logarithms' mean).
+
+    Args:
+      config: of the check.
+      sizes: of `table`, every cell's.
+    """
+    found: list[dict[str, Any]] = []
     ranks = tuple(sorted(config.ranks))
     for case in cases(config):
-        group = of_case(rows, case)
         values: dict[Coordinate, np.ndarray] = {}
-        for row in group:
-            coordinate = Coordinate(row["quantity"], row["split"], row["module"], row["step"])
-            table = values.setdefault(coordinate, np.full((config.seeds, len(ranks)), np.nan))
-            table[row["seed"], ranks.index(row["rank"])] = row["value"]
-        modules = [name for name in dict.fromkeys(row["module"] for row in group) if name != MODEL]
-        for split_, step in dict.fromkeys((row["split"], row["step"]) for row in group):
-            outputs = np.stack([values[Coordinate("output", split_, module, step)] for module in modules])
+        for named, own in of_case(sizes, case).groupby(list(Coordinate._fields), sort=False):
+            by_seed = own.pivot(index="seed", columns="rank", values="value")
+            values[Coordinate._make(named)] = by_seed.reindex(index=config.seeds, columns=ranks).to_numpy(np.float64)
+        outputs: dict[tuple[str, int], list[np.ndarray]] = {}
+        for coordinate, value in values.items():
+            if coordinate.quantity == "output":
+                outputs.setdefault((coordinate.split, coordinate.step), []).append(value)
+        for (split, step), of_modules in outputs.items():
             with np.errstate(divide="ignore", invalid="ignore"):
-                values[Coordinate("output", split_, MODEL, step)] = np.exp(np.mean(np.log(outputs), axis=0))
-        kappa, power = exponent(config.rule(case.rule)), 2 if case.optimizer in ("sgd", "momentum") else 1
-        line = {"optimizer": case.optimizer, "rule": case.rule, "init": case.init, "control": int(case.control)}
-        line |= {"kappa": kappa}
+                values[Coordinate("output", split, MODEL, step)] = np.exp(np.mean(np.log(of_modules), axis=0))
+        kappa, power = exponent(case.rule), 2 if case.optimizer in ("sgd", "momentum") else 1
+        line = {"optimizer": case.optimizer, "rule": name_of(case.rule), "kappa": kappa, "init": case.init}
+        line |= {"control": int(case.control)}
         found += [line | own for own in Table(ranks, values).lines(band=config.band, kappa=kappa, power=power)]
-    return found
+    return frames.of(found, SLOPE_COLUMNS)
 
 
-def of_case(rows: Sequence[dict[str, Any]], case: Case) -> list[dict[str, Any]]:
+def of_case(found: pd.DataFrame, case: Case) -> pd.DataFrame:
     """A table's rows of one case."""
-    return [row for row in rows if (row["optimizer"], row["rule"], row["init"]) == case[:3]]
+    own = {"optimizer": case.optimizer, "rule": name_of(case.rule), "init": case.init}
+    return found[(found[list(own)] == list(own.values())).all(axis=1)]
 
 
-def verdicts(config: CheckConfig, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def verdicts(config: CheckConfig, found: pd.DataFrame) -> pd.DataFrame:
     """What the slopes of `fits` say of each case: of the whole model, and of the modules' own outputs.
 
     Returns:
       a row a case; ``flat SPLIT STEP`` counts the modules whose output is flat, ``kappa_flat`` is of the final hidden
-      state on the training batch after the last step, None where it did not move.
+      state on the training batch after the last step, NaN where it did not move.
     """
-    rows = []
+    lines = []
     for case in cases(config):
         group = of_case(found, case)
-        modules = [name for name in dict.fromkeys(row["module"] for row in group) if name != MODEL]
+        outputs = group[(group["quantity"] == "output") & (group["module"] != MODEL)]
         own = {
-            (split, step): [
-                row["verdict"]
-                for row in group
-                if (row["quantity"], row["split"], row["step"]) == ("output", split, step) and row["module"] in modules
-            ]
+            (split, step): outputs["verdict"][(outputs["split"] == split) & (outputs["step"] == step)].tolist()
             for split in SPLITS
             for step in config.steps
         }
-        whole = whole_model(group)
+        whole = whole_model(group.to_dict("records"))
         parts = in_a_word([verdict for each in own.values() for verdict in each])
         if case.control:
             whole, parts = _of_control(whole), _of_control(parts)
-        last = [
-            row
-            for row in group
-            if (row["quantity"], row["split"], row["step"]) == ("hidden", "train", config.steps[-1])
-        ]
-        row = dict(zip(("optimizer", "rule", "init", "control"), case, strict=True))
-        row |= {"whole_model": whole, "modules": parts}
-        row |= {f"flat {split} {step}": f"{each.count('flat')} of {len(each)}" for (split, step), each in own.items()}
-        rows.append(row | {"kappa_flat": last[0].get("kappa_flat") if last else None})
-    return rows
+        last = group.query("quantity == 'hidden' and split == 'train' and step == @config.steps[-1]")
+        line = case._asdict() | {"rule": name_of(case.rule), "whole_model": whole, "modules": parts}
+        line |= {f"flat {split} {step}": f"{each.count('flat')} of {len(each)}" for (split, step), each in own.items()}
+        lines.append(line | {"kappa_flat": last["kappa_flat"].iloc[0] if len(last) else math.nan})
+    return pd.DataFrame(lines)
 
 
 def _of_control(word: str) -> str:
@@ -263,15 +287,11 @@ def coordinate_check(
     config = config or CheckConfig()
     batches = [train] if isinstance(train, Batch) else list(train)
     checker = Checker(model.params, model.config, width=max(config.ranks), target_modules=target_modules)
-    rows = [
-        row
-        for case in cases(config)
-        for seed in range(config.seeds)
-        for rank in config.ranks
-        for row in cell_rows(config, checker, case, seed, rank, partial(_in_turn, batches), held_out)
-    ]
-    found = fits(config, rows)
-    return Check(*(pd.DataFrame(table) for table in (rows, found, verdicts(config, found))))
+    sizes = table(
+        row for cell in cells(config) for row in rows(config, checker, cell, partial(_in_turn, batches), held_out)
+    )
+    found = fits(config, sizes)
+    return Check(sizes, found, verdicts(config, found))
 
 
 def _in_turn(batches: Sequence[Batch], step: int) -> Batch:

@@ -17,14 +17,18 @@ from rora_theory.errors import InputError, shown
 FILE = "--config"
 
 RENAMED: dict[str, tuple[str, ...]] = {
+    "adam-rate": ("adam-lr",),
     "adam-rates": ("adam-lrs",),
     "batch": ("batch-size",),
     "heldout-items": ("held-out",),
     "items": ("batch-size",),
     "learning-rate": ("lr", "lrs"),
     "max-steps": ("steps",),
+    "momentum-rate": ("momentum-lr",),
     "rate": ("lr",),
     "rates": ("lrs",),
+    "seed": ("seeds",),
+    "sgd-rate": ("sgd-lr",),
     "sgd-rates": ("sgd-lrs",),
     "validation": ("held-out",),
 }

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import LlamaConfig, forward, hidden_states, init_params
 from rora_theory.measure import coordinates
 from rora_theory.measure.coordinate_table import Coordinate, Table
-from rora_theory.measure.coordinates import Checker, Setting
+from rora_theory.measure.coordinates import Checker
 
 CONFIG = LlamaConfig(
     vocab_size=40,
@@ -55,7 +56,7 @@ def run(checker, setting, steps=(1, 3), key=0):
 
 def test_coordinates_are_what_they_say(params, checker):
     """Three steps of SGD written out, then everything read from the plain model's own inputs and logits."""
-    setting = Setting(8, 4.0, "rora", optimizer="sgd", learning_rate=0.05)
+    setting = Setting(8, 4.0, 0.05, "rora", "sgd")
     found = run(checker, setting)
     adapter = checker.adapter(jax.random.key(0), setting)
     tensors, rate = adapter.params, jnp.float32(0.05)
@@ -102,7 +103,7 @@ def test_coordinates_are_what_they_say(params, checker):
 
 def test_padding_is_exact(params, checker):
     """A checker as wide as the rank gives the same coordinates: to 1e-3, Adam dividing by gradients near zero."""
-    setting = Setting(4, 4.0, "lora", optimizer="adamw", learning_rate=1e-3)
+    setting = Setting(4, 4.0, 1e-3)
     own = run(Checker(params, CONFIG, width=4, target_modules=TARGETS), setting)
     padded = run(checker, setting)
     assert own.keys() == padded.keys()
@@ -111,7 +112,7 @@ def test_padding_is_exact(params, checker):
 
 
 def test_ranks_share_their_noise(checker):
-    small, large = (checker.adapter(jax.random.key(1), Setting(r, 1.0, "lora")) for r in (4, 8))
+    small, large = (checker.adapter(jax.random.key(1), Setting(r, 1.0, 1e-4)) for r in (4, 8))
     for module in MODULES:
         a, b = (np.asarray(adapter.params[module]["lora_A"]) for adapter in (small, large))
         np.testing.assert_array_equal(a[:, :4], b[:, :4])
@@ -121,7 +122,7 @@ def test_ranks_share_their_noise(checker):
 
 
 def table(checker, rule, alpha, optimizer, rate, init="kaiming_uniform"):
-    settings = [Setting(rank, alpha, rule, init, optimizer, rate) for rank in RANKS]
+    settings = [Setting(rank, alpha, rate, rule, optimizer, init) for rank in RANKS]
     return coordinates.check(
         checker, settings, lambda seed, _: batch(seed), lambda seed: batch(50 + seed), seeds=8, steps=(1,)
     )
@@ -167,7 +168,7 @@ def test_what_a_check_asks_for():
             asked.append((jax.random.key_data(key).tolist(), batch_of(7), held_out, steps))
             yield Coordinate("output", "train", "model", 1), float(setting.rank * 10 ** len(asked))
 
-    settings = [Setting(rank, 1.0, "lora") for rank in (2, 4)]
+    settings = [Setting(rank, 1.0, 1e-4) for rank in (2, 4)]
     found = coordinates.check(
         Watching(), settings, lambda seed, step: (seed, step), lambda seed: f"h{seed}", seeds=2, steps=(1,), seed=3
     )
@@ -180,11 +181,11 @@ def test_what_a_check_asks_for():
 
 def test_refusals(checker):
     with pytest.raises(InputError, match="accepted is at most the checker's width, 32"):
-        checker.adapter(jax.random.key(0), Setting(33, 1.0, "lora"))
+        checker.adapter(jax.random.key(0), Setting(33, 1.0, 1e-4))
     with pytest.raises(InputError, match="ascending"):
-        coordinates.check(checker, [Setting(4, 1.0, "lora")] * 2, batch, batch, seeds=2, steps=(1,))
+        coordinates.check(checker, [Setting(4, 1.0, 1e-4)] * 2, batch, batch, seeds=2, steps=(1,))
     with pytest.raises(InputError, match="learning_rate"):
-        Setting(4, 1.0, "lora", learning_rate=0.0)
+        Setting(4, 1.0, 0.0)
     found = Table((2, 4), {Coordinate("output", "train", "model", 1): np.ones((2, 2))})
     with pytest.raises(InputError, match="there is no"):
         found.assert_flat("output", split="train", step=2)

@@ -1,14 +1,35 @@
 """The check as a library call: frames of a tiny model, verdicts that follow from the slopes, wrong settings."""
 
+import itertools
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
 import numpy as np
+import pandas as pd
 import pytest
 from support import checkpoint
 
-from rora_theory import InputError, measure
+from figures import coordinate_check as figure
+from rora_theory import InputError, frames, measure, scaling_factor
 from rora_theory.data.batches import Batch
 from rora_theory.llama import load
-from rora_theory.measure.coordinate_table import in_a_word
-from rora_theory.measure.rank_check import Case, CheckConfig, cases, fits, verdicts
+from rora_theory.measure.coordinate_table import Coordinate, in_a_word
+from rora_theory.measure.coordinates import Checker
+from rora_theory.measure.rank_check import (
+    SLOPE_COLUMNS,
+    Case,
+    Cell,
+    CheckConfig,
+    cases,
+    fits,
+    rows,
+    table,
+    verdicts,
+)
+from rora_theory.rules import name_of
 
 
 def batch(seed: int) -> Batch:
@@ -20,7 +41,7 @@ def test_frames(tmp_path, capfd) -> None:
     """Silent; a row a rank, seed and coordinate; slopes are those of the sizes, verdicts those of the slopes."""
     model = load(checkpoint.model(tmp_path))
     config = CheckConfig(
-        ranks=(2, 8), rules={"half": 0.5}, optimizers=("adamw",), controls=False, steps=(1,), seeds=2, adam_rate=1e-5
+        ranks=(2, 8), rules=(0.5,), optimizers=("adamw",), controls=False, steps=(1,), seeds=(0, 1), adam_lr=1e-5
     )
     found = measure.coordinate_check(model, batch(0), batch(1), config, target_modules=["q_proj"])
     assert len(found.sizes) == 2 * 2 * (2 + 4 + 1 + 6)
@@ -30,7 +51,7 @@ def test_frames(tmp_path, capfd) -> None:
     (slope,) = found.slopes.query("quantity == 'output' and split == 'train' and module == 'self_attn.q_proj'")["slope"]
     assert slope == pytest.approx(np.log(outputs[8] / outputs[2]).mean() / np.log(4), abs=1e-4)
     (verdict,) = found.verdicts.itertuples()
-    assert (verdict.optimizer, verdict.rule, verdict.control) == ("adamw", "half", False)
+    assert (verdict.optimizer, verdict.rule, verdict.control) == ("adamw", "0.5", False)
     whole = found.slopes[found.slopes["quantity"].isin(["hidden", "logits"])]["verdict"].tolist()
     assert verdict.whole_model == in_a_word(whole)
     fresh = measure.coordinate_check(model, [batch(0), batch(2)], batch(1), config, target_modules=["q_proj"])
@@ -41,11 +62,12 @@ def test_frames(tmp_path, capfd) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"ranks": (2,)}, "ranks is '2'; accepted are 2 or more, each once"),
+        ({"ranks": (2,)}, "--ranks has 1 values; accepted are 2 or more"),
         ({"ranks": (0, 2)}, "rank is 0"),
         ({"optimizers": ("lion",)}, "--optimizers has 'lion'"),
         ({"inits": ("pissa",)}, "--inits has 'pissa'"),
-        ({"seeds": 1}, "seeds is 1"),
+        ({"seeds": (1,)}, "--seeds has 1 values; accepted are 2 or more"),
+        ({"seeds": (1, -1)}, "--seeds is -1"),
         ({"steps": (2, 1)}, "steps"),
         ({"band": 0.0}, "--band"),
     ],
@@ -57,10 +79,17 @@ def test_settings_out_of_range(changed, said) -> None:
 
 
 def test_a_control_that_is_flat_has_no_power() -> None:
-    config = CheckConfig(ranks=(2, 8), rules={"lora": "lora"}, optimizers=("adamw",), steps=(1,), seeds=2)
+    config = CheckConfig(ranks=(2, 8), rules=("lora",), optimizers=("adamw",), steps=(1,), seeds=(0, 1))
     assert list(cases(config))[-1] == Case("adamw", "lora", "gaussian", True)
-    rows = [
-        {"optimizer": case.optimizer, "rule": case.rule, "init": case.init, "rank": rank, "seed": seed, "step": 1}
+    sizes = [
+        {
+            "optimizer": case.optimizer,
+            "rule": name_of(case.rule),
+            "init": case.init,
+            "rank": rank,
+            "seed": seed,
+            "step": 1,
+        }
         | {"split": split, "module": module, "quantity": quantity, "value": 1.0 + seed}
         for case in cases(config)
         for rank in config.ranks
@@ -68,6 +97,176 @@ def test_a_control_that_is_flat_has_no_power() -> None:
         for split in ("train", "held_out")
         for module, quantity in (("a", "output"), ("model", "hidden"), ("model", "logits"))
     ]
-    found = verdicts(config, fits(config, rows))
-    assert [row["whole_model"] for row in found] == ["flat", *["FLAT: the check has no power"] * 2]
-    assert {row["flat held_out 1"] for row in found} == {"1 of 1"}
+    found = verdicts(config, fits(config, table(sizes)))
+    assert found["whole_model"].tolist() == ["flat", *["FLAT: the check has no power"] * 2]
+    assert set(found["flat held_out 1"]) == {"1 of 1"}
+
+
+class Watching(Checker):
+    """In a checker's place: keeps what a cell asks of it and measures nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def run(self, setting, key, batch_of, held_out, *, steps):
+        self.asked = {
+            "setting": setting,
+            "key": jax.random.key_data(key).tolist(),
+            "held_out": held_out,
+            "steps": steps,
+        }
+        self.asked["batches"] = [batch_of(step) for step in range(3)]
+        yield Coordinate("loss", "train", "model", 1), 1.25
+
+
+def batch_of(token: int) -> Batch:
+    tokens = np.full((1, 1), token, np.int32)
+    return Batch(tokens, tokens, np.ones((1, 1), np.float32), None)
+
+
+def test_what_a_cell_asks_for():
+    """One A a seed, the same for all ranks and rules; each seed's own batches; each optimizer's own rate."""
+    config = CheckConfig(adam_lr=1.0, sgd_lr=2.0, momentum_lr=3.0, gamma=5.0, reference_rank=4)
+    keys = set()
+    for seed in range(3):
+        own = set()
+        for optimizer, rate in {"adamw": 1.0, "adam": 1.0, "sgd": 2.0, "momentum": 3.0}.items():
+            for rule, rank in itertools.product(("lora", "rora"), (2, 16)):
+                checker = Watching()
+                case = Case(optimizer, rule, "gaussian", False)
+                held_out = batch_of(seed)
+                cell = Cell(case, seed, rank)
+                (row,) = rows(config, checker, cell, partial("{}.{}".format, seed), held_out)
+                asked = checker.asked
+                own.add(tuple(asked["key"]))
+                assert asked["batches"] == [f"{seed}.{step}" for step in range(3)]
+                assert asked["held_out"] is held_out
+                assert asked["steps"] == config.steps
+                setting = asked["setting"]
+                assert (setting.rank, setting.rule, setting.init, setting.optimizer) == (
+                    rank,
+                    rule,
+                    "gaussian",
+                    optimizer,
+                )
+                assert setting.learning_rate == row["learning_rate"] == rate
+                gamma = 5 * (4 / rank) ** {"lora": 1, "rora": 0.5}[rule]
+                assert scaling_factor(rule, alpha=setting.alpha, rank=rank) == row["scaling"] == pytest.approx(gamma)
+                assert (row["rank"], row["seed"], row["rule"], row["quantity"], row["value"]) == (
+                    rank,
+                    seed,
+                    rule,
+                    "loss",
+                    1.25,
+                )
+        assert len(own) == 1
+        keys |= own
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("adam", 1), ("sgd", 2), ("momentum", 2)])
+def test_the_exponent_that_would_have_been_flat(optimizer, power):
+    """A change as gamma^p r^(1/2): with gamma = alpha / r^kappa its slope is 1/2 - p kappa, and kappa = 1/(2p) is flat.
+
+    Ranks in no order; two modules, whose outputs are averaged in the logarithm; two seeds a factor apart.
+    """
+    config = CheckConfig(
+        ranks=(32, 2, 8), rules=("lora",), optimizers=(optimizer,), controls=False, steps=(1,), seeds=(0, 1)
+    )
+    frame = {"optimizer": optimizer, "rule": "lora", "init": "kaiming_uniform", "step": 1, "split": "train"}
+    sizes = []
+    for rank, seed in itertools.product(config.ranks, range(2)):
+        own = frame | {"rank": rank, "seed": seed}
+        value = (1 + seed) * rank ** (0.5 - power)
+        sizes += [own | {"module": "a", "quantity": "output", "value": value * rank**0.2}]
+        sizes += [own | {"module": "b", "quantity": "output", "value": 9 * value * rank**-0.2}]
+        sizes += [own | {"module": "model", "quantity": "hidden", "value": value}]
+        sizes += [
+            own | {"module": "a", "quantity": "inner", "value": 1.0},
+            own | {"module": "a", "quantity": "grad_A", "value": 0.0},
+        ]
+        sizes += [own | {"module": "model", "quantity": "loss", "value": 2.0}]
+    found = {(row["quantity"], row["module"]): row for row in fits(config, table(sizes)).to_dict("records")}
+    assert found.keys() == {("output", "a"), ("output", "b"), ("output", "model"), ("hidden", "model"), ("inner", "a")}
+    for key, more in (
+        (("output", "a"), 0.2),
+        (("output", "b"), -0.2),
+        (("output", "model"), 0.0),
+        (("hidden", "model"), 0.0),
+    ):
+        assert found[key]["slope"] == pytest.approx(0.5 - power + more, abs=1e-4)
+        assert found[key]["kappa_flat"] == pytest.approx((0.5 + more) / power, abs=1e-3)
+        assert found[key]["verdict"] == "shrinks"
+    assert math.isnan(found["inner", "a"]["kappa_flat"])
+    assert found["inner", "a"]["verdict"] == "flat"
+    gone = [row | {"value": float("nan")} if row["quantity"] == "hidden" else row for row in sizes]
+    assert fits(config, table(gone)).query("quantity == 'hidden'")["verdict"].tolist() == ["diverged"]
+
+
+def test_controls_are_what_was_not_asked_for():
+    def made(**more) -> list[tuple]:
+        return [tuple(case) for case in cases(CheckConfig(**more))]
+
+    plain = [(o, r, "kaiming_uniform", False) for o in ("adamw", "sgd") for r in ("lora", "rora")]
+    assert made(controls=False) == plain
+    assert made() == [*plain, ("adamw", 0.0, "kaiming_uniform", True), ("adamw", "lora", "gaussian", True)]
+    assert made(rules=(0.25, 0.0))[-1] == ("adamw", 0.25, "gaussian", True)
+    assert not any(case[3] for case in made(rules=(0.0,), inits=("kaiming_uniform", "gaussian")))
+
+
+def published() -> tuple[CheckConfig, pd.DataFrame]:
+    """The published run on SmolLM2-135M: its settings and slopes."""
+    folder = Path(__file__).parents[2] / "results" / "published" / "coordinate_check"
+    used = json.loads((folder / "manifest.json").read_text())["config"]
+    names = ("band", "controls", "inits", "optimizers", "ranks", "rules", "steps")
+    settings = {name: tuple(used[name]) if isinstance(used[name], list) else used[name] for name in names}
+    return CheckConfig(**settings, seeds=tuple(range(used["seeds"]))), frames.read(folder / "slopes.csv", SLOPE_COLUMNS)
+
+
+def verdicts_of(config: CheckConfig, slopes: pd.DataFrame) -> dict[str, dict]:
+    """By the case's name."""
+    return dict(zip(map(str, cases(config)), verdicts(config, slopes).to_dict("records"), strict=True))
+
+
+def test_the_verdict_is_on_the_whole_model() -> None:
+    """The rule that keeps the model's hidden states and logits is called flat, whatever its modules' own outputs do."""
+    found = verdicts_of(*published())
+    row = found["AdamW, alpha/r, A kaiming_uniform"]
+    assert (row["whole_model"], round(row["kappa_flat"], 2)) == ("flat", 1.0)
+    assert row["modules"].startswith("mixed (")
+    assert "shrinks" in row["modules"]
+    assert found["SGD, alpha/sqrt(r), A kaiming_uniform"]["whole_model"] == "flat"
+    assert found["AdamW, alpha/sqrt(r), A kaiming_uniform"]["whole_model"] == "grows with the rank"
+    assert found["SGD, alpha/r, A kaiming_uniform"]["whole_model"] == "shrinks with the rank"
+    controls = [row["whole_model"] for name, row in found.items() if name.endswith("(control)")]
+    assert controls == ["grows with the rank, as a control must", "shrinks with the rank, as a control must"]
+
+
+def test_one_slope_that_is_not_flat_is_enough() -> None:
+    """Of the hidden states or of the logits, on either split, at any step; a control that is flat has no power."""
+    config, slopes = published()
+    own = "optimizer == 'adamw' and rule == 'lora' and control == 0"
+    for quantity, split, step in (("hidden", "train", 2), ("logits", "held_out", 10)):
+        chosen = slopes.query(f"{own} and quantity == '{quantity}' and split == '{split}' and step == {step}").index
+        assert len(chosen) == 1
+        changed = slopes.copy()
+        changed.loc[chosen, "verdict"] = "undecided"
+        found = verdicts_of(config, changed)
+        assert found["AdamW, alpha/r, A kaiming_uniform"]["whole_model"] == "mixed (15 flat, 1 undecided)"
+    row = verdicts_of(config, slopes.assign(verdict=slopes["verdict"].mask(slopes["rule"] == "0", "flat")))[
+        "AdamW, kappa = 0, A kaiming_uniform (control)"
+    ]
+    assert [row["whole_model"], row["modules"]] == ["FLAT: the check has no power"] * 2
+
+
+def test_the_figure_has_the_table_s_intervals() -> None:
+    """Half of the 95% interval, as stored and printed."""
+    config, slopes = published()
+    manifest = {"config": {"model": "m", "batches": "fixed", "seeds": config.seeds, "band": config.band}}
+    drawn = figure.exponents(manifest, slopes)
+    bars = drawn.axes[0].containers[0]  # the first case, trained on, the first module
+    own = slopes.query("split == 'train' and module == 'self_attn.q_proj' and quantity == 'output'")[
+        : len(config.steps)
+    ]
+    half = [(high - low) / 2 for (_, low), (_, high) in bars[2][0].get_segments()]
+    np.testing.assert_allclose(half, own["half_width"], rtol=1e-9)

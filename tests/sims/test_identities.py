@@ -22,6 +22,8 @@ from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.llama import hub
 from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.measure.rank_check import CheckConfig
+from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.sweep import trained_runs
 from sims import (
     coordinate_check,
@@ -100,7 +102,7 @@ def settings(name: str, model: str, data: Path) -> Any:
         "regime": regime.Config(train, model, batch_size=4, held_out=4, measured=RegimeConfig(rows=0)),
         "transfer": transfer.Config(2, 4, batch_size=4, check=(model, *train)),
         "coordinate_check": coordinate_check.Config(
-            train, model, ranks=(2, 4), held_out=6, cutoff=160, template="clean"
+            train, model, check=CheckConfig(ranks=(2, 4)), records=BatchConfig(held_out=6, cutoff=160, template="clean")
         ),
         "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)),
         "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
@@ -245,7 +247,7 @@ OTHER: dict[str, Any] = {
         "split": "train", "regime": "cross-talk", "per": "one", "to_rule": "rora", "task_type": "SEQ_CLS",
         "to_alpha": 32.0, "steps": 9, "rule": 0.3, "seeds": (0, 3),
     },
-    "coordinate_check": {"rules": ("0.3",), "steps": (1, 3), "batches": "fresh", "template": "train"},
+    "coordinate_check": {"steps": (1, 3), "seeds": (0, 3), "batches": "fresh", "template": "train"},
     "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},
     "evaluate": {"tasks": ("boolq",), "protocol": "generate", "template": "eval", "limit": 2},
     "rank_sweep": {

@@ -21,6 +21,7 @@ from rora_theory import frames
 from rora_theory.evaluate.levels import Level
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.rank_check import CheckConfig
 from rora_theory.paper.simulation import SimulationConfig
 from rora_theory.paper.verdicts import Verdict
 from rora_theory.scaling import KAPPAS
@@ -76,7 +77,18 @@ def config_of(kind: type, name: str):
     """The published run's configuration, as far as it determines the table."""
     used = json.loads((PUBLISHED / name / "manifest.json").read_text())["config"]
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    used |= {new: used[old] for old, new in (("learning_rate", "lr"),) if old in used}  # names of earlier versions
+    used |= {
+        new: used[old]
+        for old, new in (
+            ("learning_rate", "lr"),
+            ("adam_rate", "adam_lr"),
+            ("sgd_rate", "sgd_lr"),
+            ("momentum_rate", "momentum_lr"),
+        )
+        if old in used
+    }  # names of earlier versions
+    if isinstance(used.get("seeds"), int):  # a count, in earlier versions
+        used["seeds"] = list(range(used["seeds"]))
     chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in used.items() if key in fields}
     if "rules" in chosen and "rora" in str(fields["rules"].type):  # exponents are numbers there
         chosen["rules"] = tuple(rule if rule in KAPPAS else float(rule) for rule in chosen["rules"])
@@ -154,13 +166,10 @@ def test_regime_at_new_tokens(printed) -> None:
 
 
 def test_coordinate_check(printed) -> None:
-    config = config_of(coordinate_check.Config, "coordinate_check")
-    found = typed(PUBLISHED / "coordinate_check" / "slopes.csv")
-    rows = [
-        {**row, "quantity": "loss", "value": 3.5} for row in found if (row["quantity"], row["step"]) == ("hidden", 1)
-    ]
-    slopes = [known(row) for row in found]
-    coordinate_check.report(config, coordinate_check.check(config), slopes, rows)
+    config = config_of(CheckConfig, "coordinate_check")
+    slopes = frames.read(PUBLISHED / "coordinate_check" / "slopes.csv")
+    sizes = slopes.query("quantity == 'hidden' and step == 1").assign(quantity="loss", value=3.5)
+    coordinate_check.report(config, slopes, sizes, batches="fixed")
     assert "+0.00 ± 0.01" in "\n".join(printed())
 
 

@@ -18,12 +18,12 @@ from figures import style
 from rora_theory import InputError, scaling_factor
 from rora_theory.finetune import read_records, split, tokenize
 from rora_theory.llama import load
-from rora_theory.measure import regime_tables, tokens, unseen
+from rora_theory.measure import record_batches, regime_tables, tokens, unseen
 from rora_theory.measure.model_layers import real_tokens, record
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.theory import laws
 from sims import regime
-from sims.common import cli, real_batch
+from sims.common import cli
 from sims.common.cells import CELLS
 
 SMALL = {
@@ -110,7 +110,7 @@ def test_crossings(finished) -> None:
 def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None:
     """The batch is the records that were not held out; its gradient, and both splits' tokens, are in every figure."""
     model, records = load(inputs["model"]), read_records(inputs["data"])
-    pair = real_batch.batches(inputs["data"], model.tokenizer, items=4, heldout_items=4, seed=0)
+    pair = record_batches.pair(inputs["data"], model.tokenizer, batch_size=4, held_out=4, seed=0)
     rest, held_out = split(records, 4, 0)
     for part, own in ((pair.train, rest[:4]), (pair.heldout, held_out)):
         examples = tokenize(own, model.tokenizer)

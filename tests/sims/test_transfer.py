@@ -49,9 +49,11 @@ def test_as_a_user_runs_it(capsys) -> None:
 
 
 def test_check_on_the_core_install_names_the_extra(monkeypatch, capsys) -> None:
-    for name in [name for name in sys.modules if name.startswith(("rora_theory.finetune", "sims.common.real_batch"))]:
+    for name in [
+        name for name in sys.modules if name.startswith(("rora_theory.finetune", "rora_theory.measure.record_batches"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("sims.common.real_batch", raising=False)
+    monkeypatch.delattr("rora_theory.measure.record_batches", raising=False)
     monkeypatch.setitem(sys.modules, "rora_theory.finetune", None)
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: transfer.main(transfer.Config(check=("smollm2-135m", "x.json"))))

@@ -1,0 +1,134 @@
+"""Batches of real records for what is measured of a model without training it: one to step on, and one held out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from rora_theory import digests
+from rora_theory.data.batches import TextEncoder
+from rora_theory.data.records import Record
+from rora_theory.errors import InputError
+from rora_theory.finetune import Batch, Batches, Examples, choose_widths, read_records, split, tokenize
+from rora_theory.measure.unseen import apart_from
+from rora_theory.scaling import check_integer
+
+LossOn = Literal["all", "answer"]
+
+
+class Pair(NamedTuple):
+    """What a step is taken on, and what it is read at."""
+
+    train: Batch
+    heldout: Batch
+
+
+def digest(data: Sequence[str]) -> str:
+    """SHA-256 of the records of some files. Raises `InputError` as `read_records`."""
+    return digests.of_json(read_records(data))
+
+
+def pair(
+    data: Sequence[str],
+    tokenizer: TextEncoder,
+    *,
+    batch_size: int,
+    held_out: int,
+    cutoff: int = 256,
+    loss_on: LossOn = "all",
+    seed: int = 0,
+) -> Pair:
+    """A training batch of ``batch_size`` records and a batch of ``held_out`` others, each padded to its longest.
+
+    Prompts are the fine-tuning protocol's (template ``train``).
+
+    Raises:
+      InputError: a file or record that can't be read, or fewer records than are asked for.
+    """
+    for name, value in (("batch_size", batch_size), ("held_out", held_out)):
+        check_integer(name, value)
+    records = read_records(data)
+    if len(records) < batch_size + held_out:
+        raise InputError(f"{' '.join(data)}: hold {len(records)} records; accepted are {batch_size + held_out} or more")
+    rest, heldout = split(records, held_out, seed)
+    answer_only = loss_on == "answer"
+
+    def one(part: Any) -> Batch:
+        found: Examples = tokenize(part, tokenizer, cutoff=cutoff, answer_only=answer_only)
+        widths = choose_widths(np.asarray(found.sizes), 1)
+        return Batches(found, widths, batch=len(found), answer_only=answer_only)[0]
+
+    return Pair(one(rest[:batch_size]), one(heldout))
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Which records the steps are taken on and read at. Raises `InputError` where a value is out of range."""
+
+    batches: Literal["fixed", "fresh"] = "fixed"
+    """fixed: every step on one batch; fresh: each on a batch of its own"""
+    batch_size: int = 4
+    """records a batch"""
+    held_out: int = 64
+    """records set aside, from which each seed's held-out batch is taken"""
+    cutoff: int = 64
+    """most tokens of a record"""
+    template: Literal["train", "clean"] = "train"
+    """training prompt"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("held_out", 1), ("cutoff", 2)):
+            check_integer("--" + name.replace("_", "-"), getattr(self, name), least=least)
+
+
+@dataclass(frozen=True)
+class SeedBatches:
+    """The batches of one seed.
+
+    Attributes:
+      train: to step on.
+      held_out: to read at.
+      fresh: whether each step has a batch of its own.
+    """
+
+    train: Batches
+    held_out: Batch
+    fresh: bool
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, from 0."""
+        return self.train[step % len(self.train) if self.fresh else 0]
+
+
+def by_seed(
+    config: BatchConfig, records: Sequence[Record], tokenizer: TextEncoder, *, seeds: Sequence[int], steps: int
+) -> dict[int, SeedBatches]:
+    """Batches of one width, each seed's own; no record is in both splits.
+
+    Where a held-out record begins as a trained one does (the prompt's opening), its inputs are the trained record's
+    own, causal attention seeing nothing else: those tokens are not read.
+
+    Args:
+      config: which batches.
+      records: which are split in one way for all seeds.
+      tokenizer: the model's.
+      seeds: of the batches' order.
+      steps: how many batches a seed trains on, where they are fresh.
+
+    Raises:
+      InputError: too few records, or no held-out token that is apart.
+    """
+    trained, apart = split(list(records), config.held_out, 0)
+    train, held_out = (
+        tokenize(part, tokenizer, cutoff=config.cutoff, template=config.template) for part in (trained, apart)
+    )
+    widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), 1)
+    fresh = config.batches == "fresh"
+    found = {}
+    for seed in seeds:
+        own = Batches(train, widths, batch=config.batch_size, seed=seed)
+        read = Batches(held_out, widths, batch=config.batch_size, seed=seed)[0]
+        seen = [own[step % len(own)] for step in range(steps if fresh else 1)]
+        found[seed] = SeedBatches(own, apart_from(read, seen), fresh)
+    return found
