@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import llama
+from rora_theory import frames, llama
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
@@ -184,12 +184,18 @@ def report(
         [horizons.exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
     )
     folder.write_frame(found, "exponents.csv")
-    rows = []
-    for row in found.itertuples():
-        measured, law = f"{row.exponent:+.2f} ± {row.half_width:.2f}", f"{row.law_low:+.2f} to {row.law_high:+.2f}"
-        rows.append((row.step, f"{OVER[row.over]} {row.at:g}", measured, law, row.verdict))
+    lines = [
+        (
+            row["step"],
+            f"{OVER[row['over']]} {row['at']:g}",
+            f"{row['exponent']:+.2f} ± {row['half_width']:.2f}",
+            f"{row['law_low']:+.2f} to {row['law_high']:+.2f}",
+            row["verdict"],
+        )
+        for row in frames.rows(found)
+    ]
     heads = ["steps", "best rate against", "exponent, 95%", "the law's", "verdict"]
-    tables.print_table("How the best rate moves", heads, rows, left=2)
+    tables.print_table("How the best rate moves", heads, lines, left=2)
     count = found["verdict"].value_counts().to_dict()
     words = ", ".join(f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count)
     tables.print_text(f"The law against {len(runs)} runs: {words}. They are in {folder.path}")

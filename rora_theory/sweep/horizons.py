@@ -199,12 +199,11 @@ def exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], 
             if len(logs[0]) != len(logs[1]):
                 continue
             slope = first.estimate((logs[1] - logs[0]) / math.log(high / low))
-            law = (0.0, 0.0, 0.0)
+            law: tuple[float, ...] = (0.0, 0.0, 0.0)
             if over == "strength":
                 rate = float(np.exp(np.mean(logs[0])))
-                law = tuple(  # type: ignore[assignment]
-                    predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)["exponent"]
-                )
+                told = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
+                law = tuple(told["exponent"])
             edge = bool(first.edge or second.edge)
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
