@@ -9,13 +9,14 @@ draws it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from rora_theory import adapters, digests, llama
+from rora_theory import adapters, llama
+from rora_theory.data.records import DataConfig, read
 from rora_theory.errors import InputError
 from rora_theory.finetune import (
     FinetuneConfig,
@@ -27,13 +28,12 @@ from rora_theory.finetune import (
     distributed,
     metrics,
     prepare,
-    read_records,
     sharding,
     split,
 )
 from rora_theory.finetune.checkpoints import quiet_writers
 from rora_theory.scaling import check_integer
-from sims.common import cli, tables
+from sims.common import cli, prompts, tables
 from sims.common.progress import progress_bar
 from sims.common.run_folder import RunFolder
 
@@ -45,11 +45,13 @@ class Config:
     """What to train, and how."""
 
     data: tuple[str, ...]
-    """.json or .jsonl files in the LLM-Adapters schema, or hf://datasets/OWNER/NAME[@REVISION]/FILE"""
+    """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, as
+    FOLDER:train or hf://datasets/OWNER/NAME:train"""
     model: str = "smollm2-135m"
     """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     revision: str | None = None
     """branch, tag or commit of a model on the hub"""
+    reading: DataConfig = field(default_factory=DataConfig)
     training: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     out: Path | None = None
@@ -85,23 +87,26 @@ def finetune(config: Config) -> Path:
 
     With several processes each calls this, and the first alone prints and writes.
     """
-    training, first = config.training, distributed.is_first()
-    records = read_records(config.data)
-    split(records, training.held_out, training.seed)  # too few are refused before the weights are read
+    found, first = read(config.data, config.reading), distributed.is_first()
+    training = replace(config.training, template=found.template(config.training.template))
+    split(found.records, training.held_out, training.seed)  # too few are refused before the weights are read
     origin = llama.locate(config.model, config.revision)
     llama_config = llama.model_config(origin)
     rows = adapters.table(training.adapter(), llama_config)
     if first:
+        prompts.tell(found, training.template)
         print_table(f"{training.method} on {config.model}", rows)
     layout, shardings = sharding.over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings)
     cli.tell(model.remarks if first else [])
-    data = prepare(records, model.tokenizer, training)
+    chat = found.chat(model.tokenizer, training.template)
+    data = prepare(found.records, model.tokenizer, training, chat)
     folder, path = None, config.out
     if first:
-        identity = origin.identity() | {"data": config.data, "records_sha256": digests.of_json(records)}
+        identity = origin.identity() | {"data": config.data} | found.identity(chat)
         folder = RunFolder.open(NAME, identity | training.settings(), out=config.out, seed=training.seed)
         path = folder.path
+        prompts.keep(folder, data.examples, model.tokenizer, show=config.reading.show)
     assert path is not None
     trainer = Trainer.start(model, data, training, path / "checkpoints", layout=layout)
     if folder is not None:

@@ -9,7 +9,7 @@ further strengths, ranks, rates and seeds extend the folder.
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ import pandas as pd
 
 from rora_theory import frames, llama
 from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.data.formats import TrainTemplate
+from rora_theory.data.records import DataConfig
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
-from rora_theory.finetune.config import LossOn, TrainTemplate
+from rora_theory.finetune.config import LossOn
 from rora_theory.rules import check_list
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
-from sims.common import cli, devices, tables
+from sims.common import cli, devices, prompts, tables
 from sims.common.cells import announce, finished, run_cells
 from sims.common.run_folder import RunFolder
 
@@ -57,7 +59,9 @@ class Config:
     """Which runs, and where they are read."""
 
     data: tuple[str, ...] = ()
-    """training files in the LLM-Adapters schema, .json or .jsonl, or hf://datasets/OWNER/NAME[@REVISION]/FILE"""
+    """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, as
+    FOLDER:train or hf://datasets/OWNER/NAME:train"""
+    reading: DataConfig = field(default_factory=DataConfig)
     model: str = "smollm2-135m"
     """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     ranks: tuple[int, ...] = (8, 128)
@@ -77,7 +81,7 @@ class Config:
     targets: tuple[str, ...] = PAPER_TARGETS
     """adapted modules"""
     template: TrainTemplate = "clean"
-    """training prompt: train (published, to the byte) or clean"""
+    """training prompt: train (published, to the byte), clean, chat (the model's chat template) or plain"""
     loss_on: LossOn = "all"
     """tokens in the training loss"""
     cutoff: int = 96
@@ -132,16 +136,22 @@ def run(config: Config) -> None:
     cells = list(config.cells())
     trainings = {cell: config.training(cell) for cell in cells}
     split = draw_records(
-        config.data, held_out=config.held_out, train_records=config.train_records, seed=config.data_seed
+        config.data,
+        held_out=config.held_out,
+        train_records=config.train_records,
+        seed=config.data_seed,
+        config=config.reading,
     )
     located = {config.model: llama.locate(config.model)}
-    grows = ("ranks", "strengths", "lrs", "seeds", "read_at", "data", "regime", "out")
+    grows = ("ranks", "strengths", "lrs", "seeds", "read_at", "data", "reading", "regime", "out")
     identity = {name: value for name, value in asdict(config).items() if name not in grows}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": UNITS, "device": devices.describe(devices.pick(1))}
     folder = RunFolder.open(NAME, identity, out=config.out, extra=extra)
     bench = Workbench(trainings[cells[0]], split, {}, located, scoring=Scoring("label", None))
     cli.tell(bench.open(config.model))
+    prompts.tell(split.source, split.source.template(config.template))
+    prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     tokens, answers = readings.token_counts(bench)
     names = pd.DataFrame([(source, index) for source, index, _ in split.held_out], columns=["source", "index"])
     folder.write_frame(names.assign(tokens=tokens, answer_tokens=answers), "records.csv")

@@ -24,6 +24,7 @@ from rora_theory import llama
 from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
+from rora_theory.data.records import DataConfig
 from rora_theory.data.tasks import TASKS
 from rora_theory.data.tasks import Record as TaskRecord
 from rora_theory.evaluate.scoring import Protocol, Scoring
@@ -36,7 +37,7 @@ from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Workbench
-from sims.common import cli, tables
+from sims.common import cli, prompts, tables
 from sims.common.cells import ERROR, FOLDERS, announce, finished, key_of, run_cells
 from sims.common.run_folder import RunFolder, read_manifest
 
@@ -70,7 +71,9 @@ class Config:
     """Which cells, and how each is trained and measured. What is not given is the design's."""
 
     data: tuple[str, ...] = ()
-    """training files in the LLM-Adapters schema, .json or .jsonl, or hf://datasets/OWNER/NAME[@REVISION]/FILE"""
+    """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, as
+    FOLDER:train or hf://datasets/OWNER/NAME:train"""
+    reading: DataConfig = field(default_factory=DataConfig)
     design: Literal["grid", "fixed_alpha", "alpha_2r", "tuned_rate", "fig1", "fig3", "table1", "table2"] = "grid"
     """fixed_alpha: alpha the same at every rank; alpha_2r: alpha = 2 r; tuned_rate: the best of several learning rates
     for each method and rank; fig1, fig3, table1, table2: the paper's; grid: whatever is given"""
@@ -151,7 +154,9 @@ def sweep(config: Config) -> None:
         train_records=config.train_records,
         shares=config.shares,
         seed=config.data_seed,
+        config=config.reading,
     )
+    training = replace(training, template=records.source.template(training.template))
     tasks, evaluation = read_tasks(config, scoring)
     make = partial(cells_of, design, training, revision=revision, data=records.summary, evaluation=evaluation)
     first = make(stage=0)
@@ -166,6 +171,8 @@ def sweep(config: Config) -> None:
     cli.tell(bench.open(first[0].model))
     extra, grows = {"design": config.design, "models": models}, {"evaluation": evaluation}
     folder = RunFolder.open(NAME, shared, out=path, seed=config.data_seed, extra=extra, grows=grows)
+    prompts.tell(records.source, training.template)
+    prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     failed = None
     try:
         work(config, folder, bench, first)

@@ -6,27 +6,30 @@ position in the data is the step: a run that goes on at step k asks for batch k 
 left out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
-from rora_theory.data import prompts
-from rora_theory.data.records import Record
+from rora_theory.data import chat as chats
+from rora_theory.data import texts
+from rora_theory.data.formats import AnyRecord, Text
 from rora_theory.errors import InputError
 from rora_theory.llama.beginning import common_length
 
 MULTIPLE = 8
 """Widths are multiples of this, as in the published code."""
 
+T = TypeVar("T")
+
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """What is asked of a tokenizer; `rora_theory.llama.tokenizer.Tokenizer` is one."""
+    """What is asked of a tokenizer; `rora_theory.llama.tokenizer.Tokenizer` is one, and chats ask for one."""
 
     @property
     def eos_id(self) -> int | None: ...
@@ -58,20 +61,34 @@ class Examples:
     Attributes:
       tokens: all tokens.
       offsets: record i is ``tokens[offsets[i]:offsets[i + 1]]``.
-      starts: index within the record of the first token that counts as a target; 1 where all do, since
-        nothing predicts the first.
+      learned: which tokens count as targets; a record's first never does, since nothing predicts it.
       truncated: records cut at the cut-off.
       skipped: records left out because the cut-off left them no target.
     """
 
     tokens: Int[np.ndarray, " N"]
     offsets: Int[np.ndarray, " n_plus_1"]
-    starts: Int[np.ndarray, " n"]
+    learned: Bool[np.ndarray, " N"]
     truncated: int
     skipped: int
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.offsets) - 1
+
+    @cached_property
+    def starts(self) -> Int[np.ndarray, " n"]:
+        """Index within each record of the first token that counts as a target."""
+        first = np.flatnonzero(self.learned)
+        return first[np.searchsorted(first, self.offsets[:-1])] - self.offsets[:-1]
+
+    @property
+    def targets(self) -> Int[np.ndarray, " n"]:
+        """How many tokens of each record count as targets."""
+        return np.add.reduceat(self.learned, self.offsets[:-1], dtype=np.int64)
+
+    def learned_of(self, index: int) -> Bool[np.ndarray, " length"]:
+        """Which tokens of a record count as targets."""
+        return self.learned[self.offsets[index] : self.offsets[index + 1]]
 
     @property
     def lengths(self) -> Int[np.ndarray, " n"]:
@@ -87,7 +104,7 @@ class Examples:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
-def split(records: Sequence[Record], held_out: int, seed: int) -> tuple[list[Record], list[Record]]:
+def split(records: Sequence[T], held_out: int, seed: int) -> tuple[list[T], list[T]]:
     """Training and validation records, permuted as `datasets.Dataset.train_test_split` does at this seed.
 
     Raises:
@@ -102,52 +119,94 @@ def split(records: Sequence[Record], held_out: int, seed: int) -> tuple[list[Rec
 
 
 def tokenize(
-    records: Sequence[Record],
+    records: Sequence[AnyRecord],
     tokenizer: TextEncoder,
     *,
     cutoff: int = 256,
-    template: str = "train",
+    template: str | None = None,
     answer_only: bool = False,
+    chat: chats.ChatTemplate | None = None,
 ) -> Examples:
-    """Prompts as token ids, as the published code makes them.
+    """Prompts as token ids.
 
-    The text is encoded with the checkpoint's own beginning (a BOS token, or none). More than ``cutoff``
-    tokens are cut at the end; the end-of-sequence token is added only to a text that is shorter and does not
-    end in one.
+    In all templates but ``chat`` as the published code makes them: the text is encoded with the checkpoint's own
+    beginning (a BOS token, or none). More than ``cutoff`` tokens are cut at the end; the end-of-sequence token is added
+    only to a text that is shorter and does not end in one. With ``answer_only`` the targets begin at the first token in
+    which the encoded text differs from the encoded prompt: a token that joins the prompt's last space to the answer's
+    first word is the answer's.
 
-    With ``answer_only`` the targets begin at the first token in which the encoded text differs from the
-    encoded prompt: a token that joins the prompt's last space to the answer's first word is the answer's.
+    A chat template writes the special tokens itself, so nothing is added to what it writes. With ``answer_only`` the
+    targets are the tokens of every turn of the assistant's, those that it shares a letter with included.
+
+    Args:
+      records: what to encode.
+      tokenizer: the model's.
+      cutoff: most tokens of a record.
+      template: see `texts.write`; None is that of the kind of record.
+      answer_only: whether only the answer counts as a target.
+      chat: of the template ``chat``; None is the tokenizer's own.
 
     Raises:
-      InputError: no records, or none that the cut-off leaves a target.
+      InputError: no records, none that the cut-off leaves a target, a record that the template can't write, or a text
+        of which the answer is asked for.
     """
-    texts = [prompts.training_text(r.instruction, r.output, template, input=r.input) for r in records]
-    encoded = tokenizer.encode_batch(texts)
-    heads: list[list[int]] = [[]] * len(records)
-    if answer_only:
-        heads = tokenizer.encode_batch([prompts.prompt(r.instruction, template, input=r.input) for r in records])
+    template = texts.default_template(records) if template is None else template
+    if template == "chat":
+        chat = chats.of(tokenizer) if chat is None else chat
+    if answer_only and any(isinstance(record, Text) for record in records):
+        raise InputError("loss_on is answer, and a text has no prompt and answer; accepted is loss_on all")
+    written = [texts.write(record, template, chat) for record in records]
+    encode = _encode_chats if template == "chat" else _encode_texts
     kept: list[list[int]] = []
-    starts: list[int] = []
+    learned: list[Bool[np.ndarray, " length"]] = []
     truncated = 0
-    for whole, head in zip(encoded, heads, strict=True):
-        start = max(1, common_length(whole, head))
+    for whole, answer in encode(written, tokenizer, answer_only):
         ids = whole[:cutoff]
         truncated += len(whole) > cutoff
-        if len(ids) < cutoff and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
+        if template != "chat" and len(ids) < cutoff and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
             ids = [*ids, tokenizer.eos_id]
-        if start < len(ids):
+        counted = np.ones(len(ids), bool)
+        counted[: len(answer)] = answer[: len(ids)]
+        counted[:1] = False
+        if counted.any():
             kept.append(ids)
-            starts.append(start)
+            learned.append(counted)
     if not kept:
         raise InputError(f"none of {len(records)} records has a token to learn within cutoff {cutoff}")
     offsets = np.cumsum([0, *map(len, kept)])
     return Examples(
         tokens=np.fromiter((token for ids in kept for token in ids), np.int32, count=int(offsets[-1])),
         offsets=offsets,
-        starts=np.array(starts),
+        learned=np.concatenate(learned),
         truncated=truncated,
         skipped=len(records) - len(kept),
     )
+
+
+Encoded = Iterator[tuple[list[int], Bool[np.ndarray, " length"]]]
+"""Token ids of each text, and which of them are the answer's."""
+
+
+def _encode_texts(written: Sequence[chats.Written], tokenizer: TextEncoder, answer_only: bool) -> Encoded:
+    encoded = tokenizer.encode_batch([one.text for one in written])
+    heads: list[list[int]] = [[]] * len(written)
+    if answer_only:
+        heads = tokenizer.encode_batch([text[: spans[0][0]] for text, spans in written])
+    for ids, head in zip(encoded, heads, strict=True):
+        yield ids, np.arange(len(ids)) >= common_length(ids, head)
+
+
+def _encode_chats(written: Sequence[chats.Written], tokenizer: Any, answer_only: bool) -> Encoded:
+    if not answer_only:
+        yield from ((ids, np.ones(len(ids), bool)) for ids in tokenizer.encode_batch([w.text for w in written], False))
+        return
+    encoded = tokenizer.encode_with_letters([one.text for one in written])
+    for (ids, letters), (_, spans) in zip(encoded, written, strict=True):
+        begins, ends = letters.T
+        answer = np.zeros(len(ids), bool)
+        for begin, end in spans:
+            answer |= (begins < end) & (ends > begin)
+        yield ids, answer
 
 
 def choose_widths(sizes: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:
@@ -286,21 +345,20 @@ class Batches:
         for row, index in enumerate(rows.tolist()):
             if index < 0:
                 continue
-            tokens, start = self._examples[index], int(self._examples.starts[index])
+            tokens, learned = self._examples[index], np.flatnonzero(self._examples.learned_of(index))
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             if positions is None:
                 targets[row, : len(tokens) - 1] = tokens[1:]
-                weights[row, start - 1 : len(tokens) - 1] = 1
+                weights[row, learned - 1] = 1
             else:
-                count = len(tokens) - start
-                targets[row, :count] = tokens[start:]
-                weights[row, :count] = 1
-                positions[row, :count] = np.arange(start - 1, len(tokens) - 1)
+                targets[row, : len(learned)] = tokens[learned]
+                weights[row, : len(learned)] = 1
+                positions[row, : len(learned)] = learned - 1
         return Batch(inputs, targets, weights, positions)
 
     def _answer_widths(self) -> dict[int, int]:
         """For each padded length the most targets of any record it may hold, as a multiple of `MULTIPLE`."""
-        targets = self._examples.lengths - self._examples.starts
+        targets = self._examples.targets
         most = {width: int(targets[self._sizes <= width].max(initial=1)) for width in self._widths}
         return {width: min(width, -(-count // MULTIPLE) * MULTIPLE) for width, count in most.items()}
 

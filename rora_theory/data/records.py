@@ -1,109 +1,266 @@
-"""Training records in the schema of LLM-Adapters, from files or a hub's data set; a bad one is named."""
+"""Training records from files, folders and the hub's data sets; a bad one is named by file, place and key."""
 
-from collections.abc import Sequence
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast, get_args
 
 from rora_theory import files
+from rora_theory.data import chat as chats
+from rora_theory.data import hub_files
+from rora_theory.data.formats import (
+    FIELDS,
+    FORMATS,
+    TRAIN_TEMPLATES,
+    AnyRecord,
+    FormatName,
+    Item,
+    Record,
+    TrainTemplate,
+    digest,
+    fitting,
+    kind_of,
+)
 from rora_theory.errors import InputError
+from rora_theory.scaling import check_integer
 
-HUB = "hf://datasets/"
-"""Begins a hub file's name, ``hf://datasets/OWNER/NAME[@REVISION]/FILE``, as huggingface_hub writes it."""
+__all__ = ["AnyRecord", "DataConfig", "Record", "RecordSet", "digest", "read", "read_records"]
 
-
-class Record(NamedTuple):
-    """One instruction and the response to learn."""
-
-    instruction: str
-    output: str
-    input: str = ""
+ACCEPTED = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
 
 
-def read_records(sources: Sequence[str | Path]) -> list[Record]:
-    """The records of several files, in order.
+@dataclass(frozen=True)
+class DataConfig:
+    """How training records are written, and how chats become text."""
+
+    format: FormatName | None = None
+    """how records are written: messages (OpenAI's chats), sharegpt, alpaca, prompt-response, prompt-completion or text;
+    none tells it by the keys of the first record"""
+    fields: dict[str, str] = field(default_factory=dict)
+    """your data's own name of a field, where it is another: --fields instruction question output answer"""
+    chat_template: str | None = None
+    """Jinja file of the template that makes a text of a chat, or chatml; none is the model's own"""
+    chat_date: str | None = None
+    """day that a template is told which asks for today's, as YYYY-MM-DD; none is today"""
+    show: int = 0
+    """print so many training prompts as they go in, what is in the loss marked"""
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a value out of range, or a template or date that can't be read."""
+        accepted = get_args(FormatName)
+        if self.format is not None and self.format not in accepted:
+            raise InputError(f"format is {self.format!r}; accepted are {', '.join(accepted)}")
+        for name in self.fields:
+            if name not in FIELDS:
+                raise InputError(f"fields has {name!r}; accepted are your names of {', '.join(FIELDS)}")
+        check_integer("show", self.show, least=0)
+        if self.chat_template is not None:
+            chats.source_of(self.chat_template)
+        _ = self.now
+
+    def identity(self) -> dict[str, str]:
+        """What of it determines prompts beside the records and the model."""
+        digest = self.chat_template and chats.digest_of(chats.source_of(self.chat_template))
+        named = {"chat_template_sha256": digest, "chat_date": self.chat_date}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def now(self) -> datetime:
+        """The time that chat templates are told: noon of the day, so that a day's runs are alike."""
+        try:
+            day = date.today() if self.chat_date is None else date.fromisoformat(self.chat_date)
+        except ValueError:
+            raise InputError(f"chat_date is {self.chat_date!r}; accepted is a day as YYYY-MM-DD") from None
+        return datetime.combine(day, time(12))
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """The records of several sources in order.
+
+    Attributes:
+      records: they.
+      formats: of each source, and how many records it has.
+      config: how they were read.
+      notes: what was told by the keys alone.
+    """
+
+    records: list[AnyRecord]
+    formats: tuple[tuple[FormatName, int], ...]
+    config: DataConfig
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def sha256(self) -> str:
+        """`formats.digest` of all."""
+        return digest(self.records)
+
+    def template(self, asked: str | None) -> TrainTemplate:
+        """The template that is asked for, or the formats' own.
+
+        Raises:
+          InputError: an unknown one; or none is asked for and the sources' formats have different ones.
+        """
+        own = list(dict.fromkeys(FORMATS[name].template for name, _ in self.formats))
+        if asked is None and len(own) > 1:
+            told = ", ".join(f"{name} ({FORMATS[name].template})" for name, _ in dict.fromkeys(self.formats))
+            raise InputError(f"template is not given, and the formats have their own: {told}; accepted is one for all")
+        if asked is not None and asked not in TRAIN_TEMPLATES:
+            raise InputError(f"template is {asked!r}; accepted are {', '.join(TRAIN_TEMPLATES)}")
+        return own[0] if asked is None else cast(TrainTemplate, asked)
+
+    def chat(self, tokenizer: Any, template: str | None) -> chats.ChatTemplate | None:
+        """The chat template where ``template`` is ``chat``: the one that was named, or the model's own.
+
+        Raises:
+          InputError: there is none; names what can be chosen.
+        """
+        if template != "chat":
+            return None
+        return chats.of(tokenizer, self.config.chat_template, self.config.now)
+
+    def identity(self, chat: chats.ChatTemplate | None) -> dict[str, str]:
+        """What a run that reads the records is known by, beside the template's name: they, and the chat template."""
+        return {"records_sha256": self.sha256} | (chat.identity() if chat is not None else {})
+
+    @property
+    def said(self) -> str:
+        """How many records, and how they are written, in a sentence."""
+        counts: Counter[str] = Counter()
+        for name, count in self.formats:
+            counts[name] += count
+        listed = ", ".join(f"{count:,} as {name}" for name, count in counts.items())
+        how = "as --format says" if self.config.format else "told by the first record's keys; --format names another"
+        return f"records: {listed} ({how})"
+
+
+def read(sources: Sequence[str | Path], config: DataConfig | None = None) -> RecordSet:
+    """The records of several sources, in order.
 
     Args:
-      sources: ``.json`` files (a list of objects), ``.jsonl`` files (an object a line), or names that begin
-        with `HUB`, fetched by huggingface_hub or taken from its cache. An object has the strings
-        ``instruction`` and ``output``, may have ``input``, and its other keys are not read.
+      sources: ``.json`` files (a list of objects, or an object a line), ``.jsonl`` files (an object a line),
+        ``.parquet`` files (a row a record), ``.txt`` files (a line a record), of this machine or, as
+        ``hf://datasets/OWNER/NAME[@REVISION]/FILE``, of the hub or its cache; or the split of a data set: a folder's as
+        ``FOLDER:SPLIT``, the hub's as ``hf://datasets/OWNER/NAME[@REVISION][/SUBSET]:SPLIT``. Keys that no field of the
+        format has are not read.
+      config: None is the default.
 
     Raises:
-      InputError: a file that is missing, unreadable or empty, or a record that is not as described; the
-        message has the file and the record's index from 0.
+      InputError: a file that is missing, unreadable or empty, or a record that is not as its format says; the message
+        has the file, the record's index from 0 (the line, from 1, of a file of lines) and the key.
     """
+    config = DataConfig() if config is None else config
     if not sources:
-        raise InputError("no data files are given; accepted are one or more .json or .jsonl files")
-    return [record for source in sources for record in _read(source)]
+        raise InputError(f"no data files are given; accepted are one or more: {ACCEPTED}")
+    records: list[AnyRecord] = []
+    formats: list[tuple[FormatName, int]] = []
+    notes: list[str] = []
+    for source in sources:
+        before, name = len(records), config.format
+        for where, value in _objects(source):
+            if not isinstance(value, dict):
+                raise InputError(f"{where} is {kind_of(value)}; accepted is an object")
+            if name is None:
+                name, also = _recognised(where, value, config)
+                notes += [f"{source}: read as {name}; it fits {', '.join(also)} as well (--format)"] if also else []
+            records.append(FORMATS[name].make(Item(where, value, config.fields)))
+        if name is None or len(records) == before:
+            raise InputError(f"{source}: holds no records; accepted is one or more")
+        formats.append((name, len(records) - before))
+    return RecordSet(records, tuple(formats), config, tuple(notes))
 
 
-def _read(source: str | Path) -> list[Record]:
-    path = _fetch(source) if isinstance(source, str) and source.startswith(HUB) else Path(source)
-    text = files.read_text(path, accepted="a .json or .jsonl file")
-    objects = _lines(source, text) if path.suffix == ".jsonl" else _list(source, text)
-    if not objects:
-        raise InputError(f"{source}: holds no records; accepted is one or more")
-    return [_record(source, index, item) for index, item in enumerate(objects)]
+def read_records(sources: Sequence[str | Path], config: DataConfig | None = None) -> list[AnyRecord]:
+    """The records alone that `read` reads."""
+    return read(sources, config).records
+
+
+def _recognised(where: str, value: dict[str, Any], config: DataConfig) -> tuple[FormatName, list[FormatName]]:
+    """The format of an object, and others that it fits."""
+    found = fitting(value, config.fields)
+    if found:
+        return found[0], found[1:]
+    keys = ", ".join(map(repr, value)) or "none"
+    most = max(FORMATS, key=lambda name: sum(config.fields.get(key, key) in value for key in FORMATS[name].keys))
+    missing = [config.fields.get(key, key) for key in FORMATS[most].keys]
+    missing = [key for key in missing if key not in value]
+    if len(missing) < len(FORMATS[most].keys):
+        raise InputError(f"{where} has no {missing[0]!r}; its keys are {keys}")
+    listed = ", ".join(f"{name} ({', '.join(one.keys)})" for name, one in FORMATS.items())
+    raise InputError(f"{where} has the keys {keys}; accepted are {listed}, or other names with --fields")
+
+
+def _objects(source: str | Path) -> Iterator[tuple[str, Any]]:
+    """Every record of a source as it is written, and where it stands."""
+    part = hub_files.part_of(source) if isinstance(source, str) else None
+    if part is not None:
+        for path in hub_files.locate_split(part):
+            yield from _read(path, path.name if part.place.startswith(hub_files.HUB) else str(path))
+    elif isinstance(source, str) and source.startswith(hub_files.HUB):
+        yield from _read(_fetch(source), source)
+    else:
+        yield from _read(Path(source), str(source))
 
 
 def _fetch(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    parts = source.removeprefix(HUB).split("/", 2)
+    parts = source.removeprefix(hub_files.HUB).split("/", 2)
     if len(parts) < 3 or not all(parts):
-        raise InputError(f"{source}: is not the name of a file; accepted is {HUB}OWNER/NAME[@REVISION]/FILE")
-    name, _, revision = parts[1].partition("@")
-    try:
-        found = hf_hub_download(f"{parts[0]}/{name}", parts[2], repo_type="dataset", revision=revision or None)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{source}: cannot be fetched ({reason}); accepted is a file the hub or its cache has"
-        ) from error
-    return Path(found)
+            f"{source}: is not the name of a file or split; accepted are {hub_files.HUB}OWNER/NAME[@REVISION]/FILE and "
+            f"{hub_files.HUB}OWNER/NAME[@REVISION][/SUBSET]:SPLIT"
+        )
+    name, _, revision = parts[1].partition("@")
+    accepted = "a file the hub or its cache has"
+    return hub_files.fetch(f"{parts[0]}/{name}", parts[2], revision or None, where=f"{source}:", accepted=accepted)
 
 
-def _list(source: str | Path, text: str) -> list[Any]:
-    objects = files.parse_json(text, where=str(source), accepted="a list of records")
-    if not isinstance(objects, list):
-        raise InputError(f"{source}: holds {_name(objects)}; accepted is a list of records")
-    return objects
+def _read(path: Path, where: str) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".parquet":
+        yield from _rows(path, where)
+        return
+    if os.path.isdir(path):
+        raise InputError(f"{where}: is a folder; accepted is {ACCEPTED}")
+    text = files.read_text(path, accepted=ACCEPTED)
+    if path.suffix == ".txt":
+        lines = enumerate(text.splitlines(), start=1)
+        yield from ((f"{where}: line {number}", {"text": line}) for number, line in lines if line.strip())
+    elif path.suffix == ".jsonl" or _is_lines(text):
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                place = f"{where}: line {number}"
+                yield place, files.parse_json(line, where=place, accepted="a record a line")
+    else:
+        found = files.parse_json(text, where=where, accepted="a list of records")
+        if not isinstance(found, list):
+            raise InputError(f"{where}: holds {kind_of(found)}; accepted is a list of records")
+        yield from ((f"{where}: record {index}", value) for index, value in enumerate(found))
 
 
-def _lines(source: str | Path, text: str) -> list[Any]:
-    return [
-        files.parse_json(line, where=f"{source}: line {number}", accepted="a record a line")
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    ]
+def _is_lines(text: str) -> bool:
+    """Whether a text has an object a line though its name says JSON, as many data sets of the hub do."""
+    first, second = [*itertools.islice((line for line in text.split("\n") if line.strip()), 2), "", ""][:2]
+    return first.startswith("{") and first.rstrip().endswith("}") and second.startswith("{")
 
 
-def _record(source: str | Path, index: int, item: Any) -> Record:
-    if not isinstance(item, dict):
-        raise InputError(f"{source}: record {index} is {_name(item)}; accepted is an object")
-    for key in ("instruction", "output"):
-        if key not in item:
-            keys = ", ".join(map(repr, item)) or "none"
-            raise InputError(f"{source}: record {index} has no {key!r}; its keys are {keys}")
-    record = Record(item["instruction"], item["output"], item.get("input", ""))
-    for key, value in record._asdict().items():
-        if not isinstance(value, str):
-            raise InputError(f"{source}: record {index} has {_name(value)} as {key!r}; accepted is a string")
-        if not value and key != "input":
-            raise InputError(f"{source}: record {index} has an empty {key!r}; accepted is a string that is not empty")
-        if not _is_text(value):
-            raise InputError(f"{source}: record {index} has half a surrogate pair in {key!r}; accepted is Unicode text")
-    return record
-
-
-def _is_text(value: str) -> bool:
+def _rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a Parquet file; a null is a key that is not there."""
+    data = files.read_bytes(path, accepted=ACCEPTED)
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _name(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
-    return kinds.get(type(value), "a number")
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            f"{where}: needs the extra finetune; accepted is: pip install 'rora-theory[finetune]'"
+        ) from None
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+        for number, row in enumerate(row for batch in table.to_batches() for row in batch.to_pylist()):
+            yield f"{where}: row {number}", {key: value for key, value in row.items() if value is not None}
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{where}: is not Parquet ({reason}); accepted is {ACCEPTED}") from error

@@ -5,12 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rora_theory import digests
+from rora_theory.data.hub_files import HUB, fetch
 from rora_theory.data.tasks import TASKS, Record, Task, read, task_named
 from rora_theory.errors import InputError
-
-HUB = "hf://datasets/"
-"""Begins a hub dataset's name: ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``."""
-
 
 VARIABLE = "RORA_COMMONSENSE_DIR"
 """Environment variable that names the data where a command does not."""
@@ -64,19 +61,10 @@ def locate(data: str | Path, task: Task, split: str = "test") -> Path:
 
 
 def _fetch(data: str, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     owner, *rest = data.removeprefix(HUB).strip("/").split("/", 2)
     if not owner or not rest:
         raise InputError(f"{data}: is not a dataset; accepted is {HUB}OWNER/NAME[@REVISION][/FOLDER]")
     repository, _, revision = rest[0].partition("@")
     file = "/".join([*rest[1:], name])
-    try:
-        found = hf_hub_download(f"{owner}/{repository}", file, repo_type="dataset", revision=revision or None)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{data}: {file} cannot be fetched ({reason}); accepted is a dataset the hub or its cache has"
-        ) from error
-    return Path(found)
+    accepted = "a dataset the hub or its cache has"
+    return fetch(f"{owner}/{repository}", file, revision or None, where=f"{data}: {file}", accepted=accepted)

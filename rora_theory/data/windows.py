@@ -7,27 +7,37 @@ from jaxtyping import Int
 
 from rora_theory import files
 from rora_theory.data.batches import TextEncoder
+from rora_theory.data.formats import AnyRecord, Chat, Text
 from rora_theory.data.prompts import training_text
 from rora_theory.data.records import read_records
 from rora_theory.errors import InputError
 
 
 def read_texts(sources: Sequence[str]) -> list[str]:
-    """The documents of several files: .txt files whole, and training records as prompts.
+    """The documents of several files: .txt files whole, and training records: a prompt and its response as published,
+    what the turns of a chat say, an empty line between.
 
     Raises:
       InputError: a file that is missing, unreadable or empty.
     """
-    found = []
+    found: list[str] = []
     for source in sources:
         if not source.endswith(".txt"):
-            found += [training_text(r.instruction, r.output, "train", input=r.input) for r in read_records([source])]
+            found += map(_document, read_records([source]))
             continue
         text = files.read_text(source)
         if not text.strip():
             raise InputError(f"{source}: is empty; accepted is a text file")
         found.append(text)
     return found
+
+
+def _document(record: AnyRecord) -> str:
+    if isinstance(record, Text):
+        return record.text
+    if isinstance(record, Chat):
+        return "\n\n".join(message["content"] for message in record.messages)
+    return training_text(record.instruction, record.output, "train", input=record.input)
 
 
 def cut(

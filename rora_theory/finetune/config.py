@@ -8,6 +8,7 @@ from rora_theory.adapters import AdapterConfig, BottleneckConfig, LoraConfig, Pr
 from rora_theory.adapters import bottleneck as bottlenecks
 from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMATS
 from rora_theory.scaling import Rule, check_integer, check_positive
@@ -15,7 +16,6 @@ from rora_theory.seeds import check_seed
 
 Method = Literal["lora", "dora", "prefix", "series", "parallel"]
 LossOn = Literal["all", "answer"]
-TrainTemplate = Literal["train", "clean"]
 BaseDtype = Literal["float32", "bfloat16"]
 Schedule = Literal["linear", "constant"]
 
@@ -75,8 +75,9 @@ class FinetuneConfig:
     non_linearity: NonLinearity = "tanh"
     """function inside a series or parallel adapter"""
 
-    template: TrainTemplate = "train"
-    """prompt: train (published, to the byte) or clean"""
+    template: TrainTemplate | None = None
+    """prompt: train (published, to the byte), clean, chat (the model's chat template) or plain (the response at once
+    behind the prompt); none is the data format's: train for alpaca, chat for chats and prompt-response, else plain"""
     cutoff: int = 256
     """longest example in tokens; a longer one keeps its start and loses its end"""
     loss_on: LossOn = "all"
@@ -124,11 +125,12 @@ class FinetuneConfig:
         """Raise `InputError` for a value out of range. What depends on the model is checked when there is one."""
         for name, kind in (
             ("method", Method),
-            ("template", TrainTemplate),
             ("loss_on", LossOn),
             ("schedule", Schedule),
         ):
             _check(name, getattr(self, name), get_args(kind), getattr(self, name) in get_args(kind))
+        accepted = get_args(TrainTemplate)
+        _check("template", self.template, accepted, self.template is None or self.template in accepted)
         _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))
         _check("remat", self.remat, REMATS, self.remat in REMATS)
         for name, methods in _ONLY.items():

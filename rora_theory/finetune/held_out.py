@@ -51,14 +51,14 @@ def record_losses(
     Args:
       params, llama_config: the model.
       adapter: run beside the weights, dropout off; one that can be merged is faster merged.
-      examples: from `tokenize` with ``answer_only``, which marks where the answers begin.
+      examples: from `tokenize` with ``answer_only``, which marks the answers.
       batch: records worked on together; it changes rounding alone.
       widths: most padded lengths, each compiled once.
 
     Raises:
       InputError: a record longer than the model reads.
     """
-    sizes = examples.sizes
+    sizes, answers = examples.sizes, examples.targets
     longest = llama_config.max_position_embeddings
     if len(examples) and int(sizes.max()) > longest:
         raise InputError(f"a record has {int(sizes.max()) + 1} tokens; accepted are at most {longest + 1}")
@@ -78,17 +78,16 @@ def record_losses(
         inputs, targets, answer = (np.zeros((batch, width), np.int32) for _ in range(3))
         for row, index in enumerate(rows.tolist()):
             if index >= 0:
-                tokens, answers_at = examples[index][shared:], int(examples.starts[index]) - shared
+                tokens, learned = examples[index][shared:], examples.learned_of(index)[shared:]
                 inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
-                answer[row, answers_at - 1 : len(tokens) - 1] = 1
+                answer[row, : len(tokens) - 1] = learned[1:]
         lengths = np.where(rows < 0, 0, rest[rows]).astype(np.int32)
         sums.append(_losses(params, follower, inputs, targets, lengths, answer, start, llama_config=llama_config))
     found: dict[int, RecordLoss] = {}
     for rows, pair in zip(plan.rows, jax.device_get(sums), strict=True):
         for index, (loss, answer_loss) in zip(rows.tolist(), pair.tolist(), strict=True):
             if index >= 0:
-                answers = int(examples.lengths[index] - examples.starts[index])
-                found[index] = RecordLoss(int(sizes[index]), first + loss, answers, answer_loss)
+                found[index] = RecordLoss(int(sizes[index]), first + loss, int(answers[index]), answer_loss)
     return [found[index] for index in range(len(examples))]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from rora_theory.data.batches import Batches, Examples, TextEncoder, choose_widths, split, tokenize
-from rora_theory.data.records import Record
+from rora_theory.data.chat import ChatTemplate
+from rora_theory.data.formats import AnyRecord
 from rora_theory.finetune.config import FinetuneConfig
 
 
@@ -16,25 +17,35 @@ class TrainingData:
     """What a run trains on.
 
     Attributes:
+      examples: the training records as tokens.
       train: batches of all epochs.
       validation: batches of the held-out records, once; None where there are none.
       summary: what became of the records: how many were read, trained on, held out, cut or skipped.
     """
 
+    examples: Examples
     train: Batches
     validation: Batches | None
     summary: dict[str, Any]
 
 
-def prepare(records: Sequence[Record], tokenizer: TextEncoder, config: FinetuneConfig) -> TrainingData:
+def prepare(
+    records: Sequence[AnyRecord], tokenizer: TextEncoder, config: FinetuneConfig, chat: ChatTemplate | None = None
+) -> TrainingData:
     """Hold records out, then tokenize and plan both parts.
+
+    Args:
+      records: all of them.
+      tokenizer: the model's.
+      config: of the run.
+      chat: of the template ``chat``; None is the tokenizer's own.
 
     Raises:
       InputError: no more records than are held out, or none that is left after tokenizing.
     """
     answer_only = config.loss_on == "answer"
     train, held_out = (
-        tokenize(part, tokenizer, cutoff=config.cutoff, template=config.template, answer_only=answer_only)
+        tokenize(part, tokenizer, cutoff=config.cutoff, template=config.template, answer_only=answer_only, chat=chat)
         if part
         else None
         for part in split(records, config.held_out, config.seed)
@@ -57,4 +68,4 @@ def prepare(records: Sequence[Record], tokenizer: TextEncoder, config: FinetuneC
         "widths": widths,
         "padding": trained.padding,
     }
-    return TrainingData(trained, None if held_out is None else batches(held_out), summary)
+    return TrainingData(train, trained, None if held_out is None else batches(held_out), summary)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from gguf import GGUFReader
+from jaxtyping import Int
 
 from rora_theory.errors import InputError
 from rora_theory.files import read_bytes, read_object
@@ -79,7 +81,22 @@ class Tokenizer:
             before, after = ((self.bos_id,) if add_bos and self.bos_id is not None else ()), ()
         with _failing(f"{self.where}: the tokenizer cannot read a text"):
             encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [[*before, *one.ids, *after] for one in encoded]
+        return self._checked([[*before, *one.ids, *after] for one in encoded])
+
+    def encode_with_letters(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "n 2"]]]:
+        """Token ids of texts with nothing before and after them, and the letters that each token stands for: the index
+        of its first, and that after its last. Tokens of one letter's bytes stand for that letter each.
+
+        Raises:
+          InputError: as `encode`.
+        """
+        with _failing(f"{self.where}: the tokenizer cannot read a text"):
+            encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        ids = self._checked([one.ids for one in encoded])
+        return [(own, np.array(one.offsets, int).reshape(-1, 2)) for own, one in zip(ids, encoded, strict=True)]
+
+    def _checked(self, ids: list[list[int]]) -> list[list[int]]:
+        """Raise `InputError` for a token that the model has no embedding for."""
         largest = max(map(max, filter(None, ids)), default=0) if self.rows is not None else 0
         if self.rows is not None and largest >= self.rows:
             raise InputError(

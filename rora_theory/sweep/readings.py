@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, NonFiniteLossError, Paused, Stepped, Trainer
 from rora_theory.finetune.held_out import RecordLoss, record_losses
@@ -93,5 +91,4 @@ def read(bench: Workbench, step: int, params: object) -> Reading:
 
 def token_counts(bench: Workbench) -> tuple[list[int], list[int]]:
     """Tokens of every held-out record that a loss is summed over: all, and those of the answer."""
-    answers = np.asarray(bench.held_out.lengths) - np.asarray(bench.held_out.starts)
-    return bench.held_out.sizes.tolist(), answers.tolist()
+    return bench.held_out.sizes.tolist(), bench.held_out.targets.tolist()

@@ -1,5 +1,6 @@
 """The records of a sweep: a seeded sample of the training files, and held-out ones that no cell trains on."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory import digests
-from rora_theory.data.records import Record, read_records
+from rora_theory.data.formats import AnyRecord, digest, question
+from rora_theory.data.records import DataConfig, RecordSet, read
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer
 from rora_theory.seeds import check_seed
@@ -25,33 +26,42 @@ class RecordSplit:
     Attributes:
       train: training records.
       held_out: records of the validation loss, with the file and the index each comes from.
+      source: all records, and how they were read.
     """
 
-    train: list[Record]
-    held_out: list[tuple[str, int, Record]]
+    train: list[AnyRecord]
+    held_out: list[tuple[str, int, AnyRecord]]
+    source: RecordSet
 
     @property
     def summary(self) -> dict[str, Any]:
         """Sizes and digests."""
         return {
             "train_records": len(self.train),
-            "train_sha256": digests.of_json(self.train),
+            "train_sha256": digest(self.train),
             "held_out": len(self.held_out),
-            "held_out_sha256": digests.of_json([record for _, _, record in self.held_out]),
-        }
+            "held_out_sha256": digest([record for _, _, record in self.held_out]),
+        } | self.source.config.identity()
 
 
 def draw_records(
-    data: Sequence[str], *, held_out: int, train_records: int | None = None, shares: Shares = "equal", seed: int = 42
+    data: Sequence[str],
+    *,
+    held_out: int,
+    train_records: int | None = None,
+    shares: Shares = "equal",
+    seed: int = 42,
+    config: DataConfig | None = None,
 ) -> RecordSplit:
-    """Held-out and training records, seeded, no instruction in both.
+    """Held-out and training records, seeded, no instruction (see `formats.question`) in both.
 
     Args:
-      data: training files, as `rora_theory.data.records.read_records` takes them.
+      data: training files, as `rora_theory.data.records.read` takes them.
       held_out: how many records to set aside.
       train_records: how many of the others; None is all.
       shares: what each file gives to both.
       seed: of the order that they are taken in.
+      config: how the files are read; None is the default.
 
     Raises:
       InputError: a number or seed out of range, a file that is missing or bad or has too few records for its share.
@@ -60,24 +70,27 @@ def draw_records(
     if train_records is not None:
         check_integer("train_records", train_records)
     check_seed(seed, "data_seed")
-    files = [read_records([source]) for source in data] or [read_records([])]
+    found = read(data, config)
+    ends = np.cumsum([0, *(count for _, count in found.formats)]).tolist()
+    files = [found.records[begin:end] for begin, end in itertools.pairwise(ends)]
+    asked = [[question(record) for record in records] for records in files]
     random = np.random.default_rng(seed)
     orders = [random.permutation(len(records)).tolist() for records in files]
     sizes = [len(records) for records in files]
-    kept: list[tuple[str, int, Record]] = []
+    kept: list[tuple[str, int, AnyRecord]] = []
     taken: set[str] = set()
     wanted = apportion(held_out, sizes, shares)
-    for source, records, order, count in zip(data, files, orders, wanted, strict=True):
-        fresh = [i for i in order if records[i].instruction not in taken]
-        fresh = list({records[i].instruction: i for i in reversed(fresh)}.values())[::-1]
+    for source, records, own, order, count in zip(data, files, asked, orders, wanted, strict=True):
+        fresh = [i for i in order if own[i] not in taken]
+        fresh = list({own[i]: i for i in reversed(fresh)}.values())[::-1]
         if len(fresh) < count:
             raise InputError(f"{source}: has {len(fresh)} records to hold out; accepted is {count}, its share")
         kept += [(_short(source), i, records[i]) for i in fresh[:count]]
-        taken |= {records[i].instruction for i in fresh[:count]}
-    train: list[Record] = []
+        taken |= {own[i] for i in fresh[:count]}
+    train: list[AnyRecord] = []
     rest = [
-        [records[i] for i in order if records[i].instruction not in taken]
-        for records, order in zip(files, orders, strict=True)
+        [records[i] for i in order if own[i] not in taken]
+        for records, own, order in zip(files, asked, orders, strict=True)
     ]
     counts = [len(part) for part in rest] if train_records is None else apportion(train_records, sizes, shares)
     for source, part, count in zip(data, rest, counts, strict=True):
@@ -89,7 +102,7 @@ def draw_records(
         train += part[:count]
     if not train:
         raise InputError(f"held_out is {held_out} of {sum(sizes)} records; accepted are fewer than all")
-    return RecordSplit(train, kept)
+    return RecordSplit(train, kept, found)
 
 
 def apportion(total: int, sizes: Sequence[int], shares: Shares) -> list[int]:

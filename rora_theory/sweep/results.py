@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from rora_theory import files, frames
-from rora_theory.data.records import Record
+from rora_theory.data.formats import AnyRecord
 from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
@@ -116,7 +116,7 @@ def said(result: Mapping[str, Any]) -> str:
     return text
 
 
-def write_losses(path: Path, held_out: Sequence[tuple[str, int, Record]], losses: Sequence[RecordLoss]) -> None:
+def write_losses(path: Path, held_out: Sequence[tuple[str, int, AnyRecord]], losses: Sequence[RecordLoss]) -> None:
     """Write a cell's `LOSSES`: the records with the file and the index each comes from.
 
     Raises:

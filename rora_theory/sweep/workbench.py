@@ -97,17 +97,22 @@ class Workbench:
           what a user should be told of it, a line each; nothing where it was in memory.
 
         Raises:
-          InputError: as `llama.load`, or a held-out record that is longer than the model reads.
+          InputError: as `llama.load` and `tokenize`, a held-out record that is longer than the model reads, or a chat
+            template that asks for a day that is not named.
         """
         if model == self._name:
             return []
         self._name = self.model = None  # the old one's memory is free before the new one takes its own
         self.model = llama.load(self.located[model], jnp.dtype(self.shared.dtype))
         self._name, self.steps = model, SharedSteps()
-        encode = partial(tokenize, tokenizer=self.model.tokenizer, template=self.shared.template)
+        template = self.records.source.template(self.shared.template)
+        chat = self.records.source.chat(self.model.tokenizer, template)
+        if chat is not None and chat.dated and self.records.source.config.chat_date is None:
+            raise InputError(f"{chat.where}: the chat template asks for the day; accepted is --chat-date YYYY-MM-DD")
+        encode = partial(tokenize, tokenizer=self.model.tokenizer, template=template, chat=chat)
         answer_only = self.shared.loss_on == "answer"
-        self._train: Examples = encode(self.records.train, cutoff=self.shared.cutoff, answer_only=answer_only)
-        self._widths = choose_widths(self._train.sizes, self.shared.widths)
+        self.train_examples: Examples = encode(self.records.train, cutoff=self.shared.cutoff, answer_only=answer_only)
+        self._widths = choose_widths(self.train_examples.sizes, self.shared.widths)
         longest = self.model.config.max_position_embeddings
         self.held_out: Examples = encode(
             [record for _, _, record in self.records.held_out], cutoff=longest, answer_only=True
@@ -175,7 +180,7 @@ class Workbench:
     def begin(self, training: FinetuneConfig) -> tuple[Any, Batches]:
         """The fresh adapter of a run and its batches in order: by the seed alone, the same for every rule."""
         batches = Batches(
-            self._train,
+            self.train_examples,
             self._widths,
             batch=training.batch_size,
             epochs=training.epochs,

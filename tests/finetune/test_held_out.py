@@ -21,9 +21,9 @@ def examples(shared: int, count: int = 9) -> Examples:
     random = np.random.default_rng(shared)
     beginning = random.integers(0, 61, shared)
     rows = [np.concatenate([beginning, random.integers(0, 61, n)]) for n in random.integers(25, 71 - shared, count)]
-    starts = np.array([len(row) - n for row, n in zip(rows, random.integers(1, 6, count), strict=True)])
+    learned = [np.arange(len(row)) >= len(row) - n for row, n in zip(rows, random.integers(1, 6, count), strict=True)]
     offsets = np.cumsum([0, *map(len, rows)])
-    return Examples(np.concatenate(rows), offsets, starts, 0, 0)
+    return Examples(np.concatenate(rows), offsets, np.concatenate(learned), 0, 0)
 
 
 @pytest.mark.parametrize("shared", [0, 16, 17, 40])
@@ -53,7 +53,7 @@ def test_equal_to_plain_forward_passes(shared: int, adapted, monkeypatch) -> Non
 def test_a_record_that_the_model_can_t_read_is_refused() -> None:
     tokens = np.zeros(98, np.int64)
     with pytest.raises(InputError, match="a record has 98 tokens; accepted are at most 97"):
-        record_losses(PARAMS, CONFIG, Examples(tokens, np.array([0, 98]), np.array([90]), 0, 0))
+        record_losses(PARAMS, CONFIG, Examples(tokens, np.array([0, 98]), np.arange(98) >= 90, 0, 0))
 
 
 def test_perplexity_is_that_of_the_logits() -> None:

@@ -1,17 +1,14 @@
 """What a name stands for: paths, built-in names, and hub ids against a stand-in for the hub on this machine."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
+from support.hub import serving, sha
 
 from rora_theory.errors import InputError
 from rora_theory.llama import hub
@@ -41,70 +38,10 @@ REPOSITORIES = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The three kinds of request that huggingface_hub makes to download files."""
-
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        self.server.asked.append(path)
-        api, _, rest = path.partition("/api/models/")
-        found = None
-        for name, revisions in REPOSITORIES.items():
-            if not api and rest.split("/revision/")[0] == name:
-                revision = rest.partition("/revision/")[2] or "main"
-                found = revisions.get(revision) or by_sha(name, revision)
-                if found:
-                    siblings = [{"rfilename": file} for file in found]
-                    return self.answer({"id": name, "sha": sha(name, found), "siblings": siblings})
-            if not api and rest.startswith(f"{name}/tree/"):
-                found = by_sha(name, rest.rpartition("/")[2])
-                files = [
-                    {"type": "file", "path": file, "size": len(data), "oid": sha(file, data)}
-                    for file, data in found.items()
-                ]
-                return self.answer(files)
-            if path.startswith(f"/{name}/resolve/"):
-                revision, _, file = path.removeprefix(f"/{name}/resolve/").partition("/")
-                found = revisions.get(revision) or by_sha(name, revision)
-                if file in found:
-                    headers = {"X-Repo-Commit": sha(name, found), "ETag": f'"{sha(file, found[file])}"'}
-                    return self.answer(found[file], headers)
-        known = any(name in path for name in REPOSITORIES)
-        return self.answer({"error": "absent"}, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"}, 404)
-
-    do_HEAD = do_GET
-
-    def answer(self, body, headers=(), status=200):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for key, value in dict(headers).items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
-def sha(*parts) -> str:
-    return hashlib.sha1(repr(parts).encode()).hexdigest()
-
-
-def by_sha(name: str, commit: str) -> dict[str, bytes]:
-    return next((files for files in REPOSITORIES[name].values() if sha(name, files) == commit), {})
-
-
 @pytest.fixture(scope="module")
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(REPOSITORIES) as server:
+        yield server
 
 
 LOCATE = """
@@ -127,10 +64,8 @@ def locate(server, home: Path, *asked, **environment) -> list:
     """Run `hub.locate` in a fresh process that takes ``server`` for the hub."""
     settings = {
         "JAX_PLATFORMS": "cpu",
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
         "HF_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
+        **server.environment,
         **environment,
     }
     out = subprocess.run(

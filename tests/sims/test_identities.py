@@ -229,7 +229,7 @@ NEUTRAL = {
     "coordinate_check": set(),
     "prune": {"batch_size"},
     "evaluate": {"batch_size"},
-    "rank_sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size"},
+    "rank_sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size", "format", "fields", "show"},
 }
 """Settings that change no result, or that are in the identity as what they stand for."""
 
@@ -241,6 +241,7 @@ OTHER: dict[str, Any] = {
     "optimizers": ("sgd",), "optimizer": "sgd", "inits": ("gaussian",), "init": "gaussian", "template": "clean",
     "adam_rates": (0.1, 0.2, 0.3), "sgd_rates": (0.1, 0.2, 0.3), "lrs": (0.1,), "reference_rank": 6,
     "models": ("mlp",), "model": "mlp", "starts": ("A",), "overlap": 0.5, "overlaps": (0.25,), "draws": 8,
+    "format": "alpaca", "fields": {"input": "more"}, "chat_template": "chatml", "chat_date": "2026-01-31",
     "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1, "false_alarm": 0.1,
     "regime": {"layers": (0,), "rows": 4096},
     "transfer": {

@@ -1,0 +1,292 @@
+"""Chats as a model's own template writes them, and which letters of the text are the assistant's.
+
+The template is Jinja source that came with a checkpoint, so it runs in Jinja's sandbox, with the names that
+transformers gives templates: ``messages``, ``tools``, ``documents``, ``add_generation_prompt``, the special tokens, the
+functions ``raise_exception`` and ``strftime_now``, the filter ``tojson``, and the block ``{% generation %}`` around
+what the assistant says. Where a template has no such block, what it writes for a turn is found by writing the chat up
+to it.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple, NoReturn
+
+import jinja2
+from jinja2 import ext, nodes, parser, sandbox
+from jinja2.utils import Namespace
+
+from rora_theory import digests, files
+from rora_theory.data.formats import ASSISTANT, Chat, Record
+from rora_theory.errors import InputError
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The turns of OpenAI's ChatML, for a model that brings no template; most tokenizers have no tokens for its marks."""
+
+CHOICES = (
+    "accepted are --chat-template FILE (a Jinja file), --chat-template chatml, or, for one question and its answer, "
+    "--template clean or plain"
+)
+"""What to do where a model has no template."""
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which data keep what an assistant thought; templates read the first two."""
+
+
+class Written(NamedTuple):
+    """A text, and the letters of it that are the assistant's: pairs of begin and end, ascending."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def source_of(name: str) -> str:
+    """The source of a template that is named: ``chatml``, or a file of Jinja source.
+
+    Raises:
+      InputError: no such file, or no Jinja in it.
+    """
+    if name == "chatml":
+        return CHATML
+    source = files.read_text(name, accepted="a file of Jinja source, or chatml")
+    ChatTemplate(source, where=name)
+    return source
+
+
+def digest_of(source: str) -> str:
+    """SHA-256 of a template's source."""
+    return digests.of_json([source])
+
+
+def of(tokenizer: Any, name: str | None = None, now: datetime | None = None) -> "ChatTemplate":
+    """The chat template that is named, or the tokenizer's own, with the tokenizer's special tokens.
+
+    Args:
+      tokenizer: a `rora_theory.llama.tokenizer.Tokenizer`.
+      name: as of `source_of`; None is the tokenizer's own.
+      now: the time that a template is told; None is the present.
+
+    Raises:
+      InputError: the tokenizer has none, or it is no Jinja.
+    """
+    where = tokenizer.where if name is None else name
+    source = tokenizer.chat_template if name is None else source_of(name)
+    if source is None:
+        raise InputError(f"{where}: the model has no chat template; {CHOICES}")
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
+    tokens = {f"{key}_token": tokenizer.backend.id_to_token(one) for key, one in ids.items() if one is not None}
+    return ChatTemplate(source, tokens=tokens, where=where, now=now)
+
+
+class ChatTemplate:
+    """A chat template, compiled.
+
+    Args:
+      source: Jinja source.
+      tokens: special tokens by the names that templates know them by, ``bos_token`` and the like.
+      where: where the source is from, for messages.
+      now: the time that ``strftime_now`` tells; None is the present.
+
+    Attributes:
+      marks: whether the template marks what the assistant says.
+      dated: whether it asks for the time.
+
+    Raises:
+      InputError: the source is no Jinja.
+
+    Example:
+      >>> template = ChatTemplate(CHATML)
+      >>> chat = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
+      >>> text, spans = template.write(chat)
+      >>> [text[begin:end] for begin, end in spans]
+      ['Ho<|im_end|>\\n']
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        tokens: Mapping[str, str] | None = None,
+        where: str = "chat template",
+        now: datetime | None = None,
+    ) -> None:
+        self.source, self.where, self._tokens, self._now = source, where, dict(tokens or {}), now
+        self._environment = _environment(lambda form: (self._now or datetime.now()).strftime(form))
+        try:
+            self._template = self._environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise InputError(f"{where}: the chat template is no Jinja ({_reason(error)}); {CHOICES}") from None
+        self.dated = "strftime_now" in source
+        self.marks = any(self._environment.parse(source).find_all(nodes.ExtensionAttribute))
+
+    def identity(self) -> dict[str, str]:
+        """What prompts depend on: the source's digest, and the day where the template asks for it."""
+        found = {"chat_template_sha256": digest_of(self.source)}
+        if self.dated:
+            found["chat_date"] = f"{self._now or datetime.now():%Y-%m-%d}"
+        return found
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, add_generation_prompt: bool = False
+    ) -> str:
+        """The text of a chat, as transformers' ``apply_chat_template(..., tokenize=False)`` makes it.
+
+        Args:
+          messages: with ``role``, ``content`` and what else the template reads.
+          tools: descriptions of tools.
+          add_generation_prompt: end with what begins a turn of the assistant's.
+
+        Raises:
+          InputError: the template refuses the chat or fails on it.
+        """
+        return "".join(self._blocks(messages, tools, add_generation_prompt, []))
+
+    def write(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> Written:
+        """The text of a chat, and what of it every turn of the assistant's wrote.
+
+        Of a template that marks it, what is marked. Of another, from where the generation prompt ends to where the turn
+        does, its end token included. A template may write a turn otherwise once others follow (it leaves out an earlier
+        thought): then it is the turn's content with what follows it in its own turn.
+
+        Raises:
+          InputError: as `render`, or a turn that is not found in the text.
+        """
+        if self.marks:
+            spans: list[tuple[int, int]] = []
+            text = "".join(self._blocks(messages, tools, False, spans))
+            return Written(text, tuple(spans))
+        text = self.render(messages, tools)
+        found: list[tuple[int, int]] = []
+        for index, message in enumerate(messages):
+            if message.get("role") == ASSISTANT:
+                found.append(self._span(text, messages, tools, index, found[-1][1] if found else 0))
+        return Written(text, tuple(found))
+
+    def _span(
+        self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], index: int, after: int
+    ) -> tuple[int, int]:
+        head = self.render(messages[:index], tools, add_generation_prompt=True) if index else ""
+        whole = text if index + 1 == len(messages) else self.render(messages[: index + 1], tools)
+        leads = text.startswith(head) and len(head) >= after
+        if index and leads and text.startswith(whole) and len(whole) > len(head):
+            return len(head), len(whole)
+        content = str(message_content(messages[index])).strip()
+        at = whole.rfind(content) if content else -1
+        piece = whole[at:]
+        begin = text.find(piece, len(head) if leads else after) if at >= 0 else -1
+        if begin < 0:
+            raise InputError(
+                f"messages {index}: the chat template writes this turn otherwise where others follow, so its tokens "
+                "can't be told; accepted are a template with {% generation %} marks (--chat-template), or --loss-on all"
+            )
+        return len(head) if leads and index else begin, begin + len(piece)
+
+    def _blocks(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any],
+        add_generation_prompt: bool,
+        spans: list[tuple[int, int]],
+    ) -> list[str]:
+        """The text in the pieces that Jinja makes it in; what is marked is noted in ``spans`` meanwhile."""
+        blocks: list[str] = []
+        self._environment.marking = blocks, spans
+        told: dict[str, Any] = {"messages": [_with_reasoning(one) for one in messages], "tools": list(tools) or None}
+        told |= {"documents": None, "add_generation_prompt": add_generation_prompt}
+        try:
+            for block in self._template.generate(told | self._tokens):
+                blocks.append(block)  # noqa: PERF402 (one by one: a mark asks how much there is)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a template's own code may raise
+            raise InputError(
+                f"{self.where}: the chat template refuses it ({_reason(error)}); accepted is a chat that it takes"
+            ) from None
+        return blocks
+
+
+def message_content(message: Mapping[str, Any]) -> Any:
+    """What a message says."""
+    return message.get("content") or ""
+
+
+def of_record(record: Record) -> Chat:
+    """A question and its answer as a chat of two turns; an input stands below the instruction, a line between."""
+    asked = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
+    return Chat(({"role": "user", "content": asked}, {"role": ASSISTANT, "content": record.output}))
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    thought = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    known = {key: value for key, value in message.items() if value is not None}
+    return known if thought is None else {"thinking": thought} | known | {"reasoning_content": thought}
+
+
+class _Generation(ext.Extension):
+    """The block ``{% generation %}``, which notes where its text stands."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, source: parser.Parser) -> nodes.Node:
+        line = next(source.stream).lineno
+        body = source.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        blocks, spans = self.environment.marking  # type: ignore[attr-defined]
+        begin = sum(map(len, blocks))
+        spans.append((begin, begin + len(text)))
+        return text
+
+
+class _Names(Namespace):
+    """What a template keeps between turns; no names through which Python could be reached."""
+
+    def __init__(*args: Any, **named: Any) -> None:
+        self, *given = args
+        found = dict(*given, **named)
+        for name in found:
+            _check_name(name)
+        Namespace.__init__(self, found)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace with the name {name!r}")
+
+
+def _environment(strftime_now: Callable[[str], str]) -> Any:
+    made: Any = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    )
+    made.marking = [], []
+    made.filters["tojson"] = _tojson
+    made.globals |= {"raise_exception": _refuse, "strftime_now": strftime_now, "namespace": _Names}
+    return made
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes what HTML needs; a prompt is no HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,271 @@
+"""Training records: a prompt and the response to learn, a chat, or plain text; and the ways in which files write them.
+
+A way to write records, a format, is a name and the keys that an object must have. The first object of a source tells
+the format where none is named; every object that is not as its format says is refused by its place and key.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+from rora_theory import digests
+from rora_theory.errors import InputError, shown
+
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-response", "prompt-completion", "text"]
+TrainTemplate = Literal["train", "clean", "chat", "plain"]
+TRAIN_TEMPLATES: tuple[str, ...] = get_args(TrainTemplate)
+
+ASSISTANT = "assistant"
+"""The role whose turns are learned."""
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": ASSISTANT,
+    "assistant": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's names of who speaks, and the roles of chat templates."""
+
+
+class Record(NamedTuple):
+    """One instruction and the response to learn."""
+
+    instruction: str
+    output: str
+    input: str = ""
+
+
+class Text(NamedTuple):
+    """A text to learn as it is."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation.
+
+    Attributes:
+      messages: objects with ``role`` and ``content``, and what else a chat template may read of them.
+      tools: descriptions of tools that a chat template may list; none is the usual.
+      where: the file and the place in it, for messages; no part of what the chat is.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[Any, ...] = ()
+    where: str = field(default="a chat", compare=False)
+
+    def as_record(self) -> Record:
+        """The one question and its answer.
+
+        Raises:
+          InputError: other turns than one of a user and one of the assistant.
+        """
+        if [one["role"] for one in self.messages] != ["user", ASSISTANT]:
+            roles = ", ".join(one["role"] for one in self.messages)
+            raise InputError(
+                f"{self.where} has the turns {roles}; accepted for a template that is not chat are user, {ASSISTANT}"
+            )
+        return Record(*(one["content"] for one in self.messages))
+
+
+AnyRecord = Record | Text | Chat
+
+
+def digest(records: Sequence[AnyRecord]) -> str:
+    """SHA-256 of what records hold, wherever they were read from."""
+    return digests.of_json(
+        [{"messages": one.messages, "tools": one.tools} if isinstance(one, Chat) else one for one in records]
+    )
+
+
+def question(record: AnyRecord) -> str:
+    """What two records have in common that ask the same: the instruction, the turns before the last of the
+    assistant's, or the text."""
+    if isinstance(record, Record):
+        return record.instruction
+    if isinstance(record, Text):
+        return record.text
+    last = max(i for i, one in enumerate(record.messages) if one["role"] == ASSISTANT)
+    return digests.of_json(record.messages[:last])
+
+
+@dataclass(frozen=True)
+class Item:
+    """An object of a source, and where it stands.
+
+    Attributes:
+      where: source and place, for messages.
+      value: the object.
+      names: what the source calls the fields that it has other names for.
+    """
+
+    where: str
+    value: dict[str, Any]
+    names: Mapping[str, str]
+
+    def name(self, key: str) -> str:
+        """The source's name of a field."""
+        return self.names.get(key, key)
+
+    def need(self, *keys: str) -> None:
+        """Raise `InputError` unless all fields are there."""
+        for key in keys:
+            if self.name(key) not in self.value:
+                listed = ", ".join(map(repr, self.value)) or "none"
+                raise InputError(f"{self.where} has no {self.name(key)!r}; its keys are {listed}")
+
+    def text(self, key: str, *, empty: bool = False) -> str:
+        """The string of a field; ``empty`` if it may be empty, and then if it may be missing."""
+        name = self.name(key)
+        value = self.value.get(name, "") if empty else self.value[name]
+        if not isinstance(value, str):
+            raise InputError(f"{self.where} has {kind_of(value)} as {name!r}; accepted is a string")
+        if not value and not empty:
+            raise InputError(f"{self.where} has an empty {name!r}; accepted is a string that is not empty")
+        self.check_text(name, value)
+        return value
+
+    def check_text(self, name: str, value: Any) -> None:
+        """Raise `InputError` where a string in a value is none that can be written."""
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{self.where} has half a surrogate pair in {name!r}; accepted is Unicode text"
+                ) from None
+        elif isinstance(value, dict | list):
+            for one in value.values() if isinstance(value, dict) else value:
+                self.check_text(name, one)
+
+    def objects(self, key: str, *, optional: bool = False) -> list[dict[str, Any]]:
+        """The list of objects of a field; one that is ``optional`` may be missing or null."""
+        name = self.name(key)
+        value = self.value.get(name) if optional else self.value[name]
+        if optional and value is None:
+            return []
+        if not isinstance(value, list):
+            raise InputError(f"{self.where} has {kind_of(value)} as {name!r}; accepted is a list of objects")
+        for index, one in enumerate(value):
+            if not isinstance(one, dict):
+                raise InputError(f"{self.where} has {kind_of(one)} in {name!r} at {index}; accepted is an object")
+        return value
+
+    def turns(self, key: str) -> list["Item"]:
+        """The turns of a conversation.
+
+        Keys that are null are left out: chat templates ask whether a key is there.
+        """
+        return [
+            Item(
+                f"{self.where}: {self.name(key)} {index}",
+                {name: value for name, value in one.items() if value is not None},
+                self.names,
+            )
+            for index, one in enumerate(self.objects(key))
+        ]
+
+
+def _pair(prompt: str, response: str, more: str | None = None) -> Callable[[Item], Record]:
+    def make(item: Item) -> Record:
+        item.need(prompt, response)
+        return Record(item.text(prompt), item.text(response), item.text(more, empty=True) if more else "")
+
+    return make
+
+
+def _text(item: Item) -> Text:
+    item.need("text")
+    return Text(item.text("text"))
+
+
+def _messages(item: Item) -> Chat:
+    item.need("messages")
+    found = []
+    for turn in item.turns("messages"):
+        turn.need("role")
+        if "tool_calls" not in turn.value:
+            turn.need("content")
+        content = turn.text("content", empty=True)
+        rest = {k: v for k, v in turn.value.items() if k not in (turn.name("role"), turn.name("content"))}
+        for name, value in rest.items():
+            turn.check_text(name, value)
+        found.append({"role": turn.text("role"), "content": content} | rest)
+    return _chat(item, "messages", found, item.objects("tools", optional=True))
+
+
+def _sharegpt(item: Item) -> Chat:
+    item.need("conversations")
+    found = []
+    if item.value.get(item.name("system")) is not None and (system := item.text("system", empty=True)):
+        found.append({"role": "system", "content": system})
+    for turn in item.turns("conversations"):
+        turn.need("from", "value")
+        speaker = turn.text("from")
+        if speaker not in ROLES:
+            raise InputError(
+                f"{turn.where} has {shown(speaker)} as {turn.name('from')!r}; accepted are {', '.join(ROLES)}"
+            )
+        found.append({"role": ROLES[speaker], "content": turn.text("value", empty=True)})
+    return _chat(item, "conversations", found)
+
+
+def _chat(item: Item, key: str, messages: list[dict[str, Any]], tools: Sequence[Any] = ()) -> Chat:
+    if not any(one["role"] == ASSISTANT for one in messages):
+        raise InputError(
+            f"{item.where} has no turn of the assistant in {item.name(key)!r}; accepted is one or more to learn"
+        )
+    for tool in tools:
+        item.check_text(item.name("tools"), tool)
+    return Chat(tuple(messages), tuple(tools), item.where)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write records.
+
+    Attributes:
+      keys: what an object must have.
+      template: what makes a text of its records where no template is named.
+      make: the record of an object.
+      more: what an object may have besides.
+    """
+
+    keys: tuple[str, ...]
+    template: TrainTemplate
+    make: Callable[[Item], AnyRecord]
+    more: tuple[str, ...] = ()
+
+
+FORMATS: dict[FormatName, Format] = {
+    "messages": Format(("messages",), "chat", _messages, ("role", "content", "tools")),
+    "sharegpt": Format(("conversations",), "chat", _sharegpt, ("from", "value", "system")),
+    "alpaca": Format(("instruction", "output"), "train", _pair("instruction", "output", "input"), ("input",)),
+    "prompt-response": Format(("prompt", "response"), "chat", _pair("prompt", "response")),
+    "prompt-completion": Format(("prompt", "completion"), "plain", _pair("prompt", "completion")),
+    "text": Format(("text",), "plain", _text),
+}
+"""All formats; of several that an object fits, the first is taken."""
+
+FIELDS = tuple(dict.fromkeys(key for one in FORMATS.values() for key in (*one.keys, *one.more)))
+"""Fields that a source may have other names for."""
+
+
+def fitting(value: dict[str, Any], names: Mapping[str, str]) -> list[FormatName]:
+    """The formats whose keys an object has, the first to be taken first.
+
+    A field that the source has another name for is there under that name alone; formats of all named fields go first.
+    """
+    found = [name for name, one in FORMATS.items() if all(names.get(key, key) in value for key in one.keys)]
+    return sorted(found, key=lambda name: -len(set(names) & {*FORMATS[name].keys, *FORMATS[name].more}))
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")

@@ -1,0 +1,210 @@
+"""Chats as text: equal to transformers', every turn of the assistant's told apart, nothing that a template could do."""
+
+from dataclasses import replace
+from datetime import datetime
+
+import numpy as np
+import pytest
+from support import chat_templates, checkpoint
+
+from rora_theory.data import chat, showing, texts
+from rora_theory.data.chat import ChatTemplate
+from rora_theory.data.formats import Chat, Record, Text
+from rora_theory.errors import InputError
+from rora_theory.finetune import Batches, tokenize
+from rora_theory.llama.tokenizer import Tokenizer
+
+CHAT = chat_templates.CHAT
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+WEATHER = [{"type": "function", "function": {"name": "weather", "description": "É <b>"}}]
+
+
+def marked(written) -> str:
+    text, at = "", 0
+    for begin, end in written.spans:
+        text, at = f"{text}{written.text[at:begin]}⟦{written.text[begin:end]}⟧", end
+    return text + written.text[at:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint.model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> Tokenizer:
+    """Of bytes, which puts a beginning token before every text that is no chat."""
+    return replace(Tokenizer.from_folder(folder), chat_template=chat_templates.LLAMA3, prefix=(0,))
+
+
+@pytest.mark.parametrize("name", chat_templates.ALL)
+def test_texts_and_turns_are_the_families(name):
+    written = ChatTemplate(chat_templates.ALL[name], tokens=TOKENS).write(CHAT)
+    assert marked(written) == chat_templates.TEXTS[name]
+
+
+def test_texts_and_masks_equal_transformers(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, **TOKENS)
+    chats = [CHAT, CHAT[:2], CHAT[:3], [{"role": "system", "content": "Be brief."}, *CHAT]]
+    thought = {"role": "assistant", "content": "a", "thinking": "b", "tool_calls": [{"name": "weather"}]}
+    sources = chat_templates.ALL | {"marked": chat_templates.MARKED, "chatml": chat.CHATML}
+    compared = 0
+    for name, source in sources.items():
+        ours = ChatTemplate(source, tokens=TOKENS)
+        for messages in [*chats, [*CHAT[:3], thought]]:
+            for prompt in (False, True):
+                options = {"tools": WEATHER, "chat_template": source, "add_generation_prompt": prompt}
+                try:
+                    expected = peer.apply_chat_template(messages, tokenize=False, **options)
+                except Exception as error:
+                    with pytest.raises(InputError, match=str(error)):
+                        ours.render(messages, WEATHER, add_generation_prompt=prompt)
+                    continue
+                assert ours.render(messages, WEATHER, add_generation_prompt=prompt) == expected, name
+                compared += 1
+    assert compared > 80
+    found = peer.apply_chat_template(
+        CHAT, chat_template=chat_templates.MARKED, return_assistant_tokens_mask=True, return_dict=True
+    )
+    own = ChatTemplate(chat_templates.MARKED)
+    examples = tokenize([Chat(tuple(CHAT))], tokenizer, template="chat", answer_only=True, chat=own)
+    assert examples[0].tolist() == found["input_ids"]
+    assert examples.learned.astype(int).tolist() == found["assistant_masks"]
+    assert 0 < sum(found["assistant_masks"]) < len(found["assistant_masks"])
+
+
+def test_marks_say_what_is_learned():
+    written = ChatTemplate(chat_templates.MARKED).write(CHAT)
+    assert [written.text[begin:end] for begin, end in written.spans] == ["Yes. <|im_end|>", "Sure.<|im_end|>"]
+
+
+def test_what_the_system_says_in_the_last_question():
+    """The first turns are written otherwise as long as they are the last; a question that has the answer's words."""
+    messages = [{"role": "system", "content": "Sure."}, CHAT[0], CHAT[1], {"role": "user", "content": "Sure."}, CHAT[3]]
+    written = ChatTemplate(chat_templates.MISTRAL3, tokens=TOKENS).write(messages)
+    assert marked(written) == "<s>[INST] Is it <b>?[/INST] ⟦Yes.</s>⟧[INST] Sure.\n\nSure.[/INST]⟦ Sure.</s>⟧"
+
+
+def test_a_question_in_the_answers_words_is_not_the_answer():
+    same = [{"role": role, "content": "Yes."} for role in ("user", "assistant", "user", "assistant")]
+    for name in ("qwen3", "llama3", "mistral"):
+        written = ChatTemplate(chat_templates.ALL[name], tokens=TOKENS).write(same)
+        expected = chat_templates.TEXTS[name]
+        for old in ("Yes. ", "Is it <b>?", "Ähm, sure?", "Sure."):
+            expected = expected.replace(old, "Yes.")
+        assert marked(written) == expected
+
+
+def test_a_turn_that_is_not_in_the_text_is_refused():
+    hides = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
+    record = Chat(tuple(CHAT), where="chats.jsonl: line 7")
+    with pytest.raises(InputError, match=r"^chats\.jsonl: line 7: messages 1: .* accepted are a template with"):
+        texts.write(record, "chat", ChatTemplate(hides))
+
+
+def test_the_day_can_be_named():
+    own = ChatTemplate(chat_templates.DATED, now=datetime(2024, 7, 26))
+    assert own.render(CHAT[:1]).startswith("26 Jul 2024<user>")
+    assert own.identity()["chat_date"] == "2024-07-26"
+    assert "chat_date" not in ChatTemplate(chat.CHATML).identity()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('only users') }}", "refuses it .only users."),
+        ("{{ messages[0].content.nothing.more }}", "refuses it"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
+        ("{{ messages.append(1) }}", "not safely callable|unsafe"),
+        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "refuses it .a namespace with the name '_x'"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "[Rr]ange too big"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_a_template_that_fails_or_reaches_further_is_one_line(source, message):
+    with pytest.raises(InputError, match=message) as caught:
+        ChatTemplate(source, where="FOLDER").render(CHAT)
+    assert str(caught.value).startswith("FOLDER: the chat template refuses it")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_template_and_no_jinja_name_the_choices(tmp_path, tokenizer):
+    with pytest.raises(
+        InputError, match=r"has no chat template; accepted are --chat-template FILE .* --template clean"
+    ):
+        chat.of(replace(tokenizer, chat_template=None))
+    path = tmp_path / "t.jinja"
+    path.write_text("{% if %}")
+    with pytest.raises(InputError, match=r"t\.jinja: the chat template is no Jinja"):
+        chat.source_of(str(path))
+    path.write_text("{{ bos_token }}{{ messages[0].content }}")
+    assert chat.of(tokenizer, str(path)).render(CHAT) == "<s>Is it <b>?"
+    assert chat.of(replace(tokenizer, chat_template=None), "chatml").source == chat.CHATML
+
+
+def test_other_templates_take_one_question_and_its_answer():
+    one = Chat(tuple(CHAT[:2]), where="x.json: record 3")
+    assert texts.write(one, "plain").text == "Is it <b>?Yes. "
+    assert texts.write(one, "clean") == texts.write(Record("Is it <b>?", "Yes. "), "clean")
+    with pytest.raises(InputError, match=r"x\.json: record 3 has the turns user, assistant, user, assistant; accepted"):
+        texts.write(Chat(tuple(CHAT), where=one.where), "clean")
+    with pytest.raises(InputError, match="template is train with a text"):
+        texts.write(Text("a"), "train")
+    asked = texts.write(Record("Say.", "It.", "Now"), "chat", ChatTemplate(chat.CHATML))
+    assert marked(asked) == "<|im_start|>user\nSay.\n\nNow<|im_end|>\n<|im_start|>assistant\n⟦It.<|im_end|>\n⟧"
+
+
+def test_a_chats_tokens_are_the_templates_alone(tokenizer):
+    """No second beginning token, no end token; every turn of the assistant's is a target and nothing else."""
+    record = Chat(tuple(CHAT))
+    examples = tokenize([record, record], tokenizer, cutoff=1000, answer_only=True)
+    text = chat_templates.TEXTS["llama3"].replace("⟦", "").replace("⟧", "")
+    assert tokenizer.decode(examples[0].tolist(), skip_special=False) == text
+    assert examples[0].tolist().count(0) == 1
+    assert examples[0].tolist().count(1) == 0
+    assert [one.text for one in showing.prompts(examples, tokenizer, 5)] == [chat_templates.TEXTS["llama3"]] * 2
+    assert showing.prompts(examples, tokenizer, 1)[0].in_loss == examples.learned_of(0).tolist()
+
+    whole = tokenize([record], tokenizer, cutoff=1000)
+    assert whole.learned.tolist() == [False] + [True] * (len(whole.tokens) - 1)
+
+    cut = tokenize([record], tokenizer, cutoff=115, answer_only=True)
+    assert (len(cut.tokens), cut.truncated) == (115, 1)
+    assert cut.learned.tolist() == examples.learned[:115].tolist()
+    with pytest.raises(InputError, match="none of 1 records has a token to learn within cutoff 60"):
+        tokenize([record], tokenizer, cutoff=60, answer_only=True)
+
+
+def test_batches_hold_every_turn(tokenizer):
+    records = [Chat(tuple(CHAT)), Record("Say it.", "It."), Chat(tuple(CHAT[:2]))]
+    found = {
+        only: tokenize(records, tokenizer, cutoff=1000, template="chat", answer_only=only) for only in (True, False)
+    }
+    assert np.array_equal(found[True].tokens, found[False].tokens)
+    few = Batches(found[True], (512,), batch=3, answer_only=True)[0]
+    many = Batches(found[True], (512,), batch=3)[0]
+    for row in range(3):
+        tokens, learned = found[True][row], found[True].learned_of(row)
+        counted = few.weights[row] == 1
+        assert few.targets[row][counted].tolist() == tokens[learned].tolist()
+        assert (few.positions[row][counted] + 1).tolist() == np.flatnonzero(learned).tolist()
+        assert many.targets[row][many.weights[row] == 1].tolist() == tokens[learned].tolist()
+    assert few.targets.shape[1] == -(-int(found[True].targets.max()) // 8) * 8
+    assert found[True].targets.tolist() == [int(found[True].learned_of(i).sum()) for i in range(3)]
+    assert found[True].starts.tolist() == [int(np.argmax(found[True].learned_of(i))) for i in range(3)]
+
+
+def test_letters_of_several_bytes_belong_to_every_of_their_tokens(tokenizer):
+    record = Chat(({"role": "user", "content": "é"}, {"role": "assistant", "content": "日é"}))
+    own = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    examples = tokenize([record], tokenizer, template="chat", answer_only=True, chat=own)
+    assert examples.learned.tolist() == [False] * 2 + [True] * 5
+
+
+def test_plain_texts_have_no_answer(tokenizer):
+    examples = tokenize([Text("ab")], tokenizer)
+    assert examples.tokens.tolist()[0::3] == [0, 1]
+    assert examples.learned.tolist() == [False, True, True, True]
+    with pytest.raises(InputError, match="loss_on is answer, and a text has no prompt"):
+        tokenize([Text("ab")], tokenizer, answer_only=True)

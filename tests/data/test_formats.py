@@ -1,0 +1,283 @@
+"""Formats and files: each reads to its records, is recognised by its keys, and refuses what is not as it says."""
+
+import json
+
+import pandas as pd
+import pytest
+from support.hub import serving
+
+from rora_theory.data import hub_files
+from rora_theory.data.formats import FORMATS, Chat, Record, Text, digest, question
+from rora_theory.data.hub_files import Part
+from rora_theory.data.records import DataConfig, read
+from rora_theory.errors import InputError
+
+MESSAGES = [{"role": "user", "content": "Ähm?"}, {"role": "assistant", "content": "Yes."}]
+SHAREGPT = [{"from": "human", "value": "Ähm?"}, {"from": "gpt", "value": "Yes."}]
+ROWS = {
+    "messages": {"messages": MESSAGES},
+    "sharegpt": {"conversations": SHAREGPT},
+    "alpaca": {"instruction": "Ähm?", "input": "", "output": "Yes."},
+    "prompt-response": {"prompt": "Ähm?", "response": "Yes."},
+    "prompt-completion": {"prompt": "Ähm?", "completion": "Yes."},
+    "text": {"text": "Ähm? Yes."},
+}
+RECORDS = {
+    "messages": Chat(tuple(MESSAGES)),
+    "sharegpt": Chat(tuple(MESSAGES)),
+    "text": Text("Ähm? Yes."),
+} | dict.fromkeys(("alpaca", "prompt-response", "prompt-completion"), Record("Ähm?", "Yes."))
+TEMPLATES = dict(zip(FORMATS, ("chat", "chat", "train", "chat", "plain", "plain"), strict=True))
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_in_every_file_is_recognised(tmp_path, name, suffix):
+    source = write(tmp_path / f"x.{suffix}", [ROWS[name] | {"id": 3}] * 2)
+    found = read([source])
+    assert found.records == [RECORDS[name]] * 2
+    assert found.formats == ((name, 2),)
+    assert found.template(None) == TEMPLATES[name]
+    assert found.template("clean") == "clean"
+    assert found.said == f"records: 2 as {name} (told by the first record's keys; --format names another)"
+    assert found.notes == ()
+    assert read([source], DataConfig(format=name)).records == found.records
+
+
+def test_names_of_their_own(tmp_path):
+    own = {"question": "Q", "context": None, "reply": "A", "text": "T"}
+    source = write(tmp_path / "x.parquet", [own, own | {"context": "C"}])
+    config = DataConfig(fields={"instruction": "question", "input": "context", "output": "reply"})
+    found = read([source], config)
+    assert found.records == [Record("Q", "A"), Record("Q", "A", "C")]
+    assert found.notes == (f"{source}: read as alpaca; it fits text as well (--format)",)
+    assert read([source], DataConfig(fields={"prompt": "question", "response": "reply"})).formats == (
+        ("prompt-response", 2),
+    )
+    turns = [{"who": "user", "said": "Ähm?"}, {"who": "assistant", "said": "Yes."}]
+    source = write(tmp_path / "x.json", [{"conversations": turns}])
+    fields = {"messages": "conversations", "role": "who", "content": "said"}
+    found = read([source], DataConfig(fields=fields))
+    assert found.records == [RECORDS["messages"]]
+    assert found.formats == (("messages", 1),)
+
+
+def test_a_chats_further_keys_reach_the_template(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}
+    tools = [{"name": "weather"}]
+    row = {"messages": [*MESSAGES, call, {"role": "tool", "content": "sun", "name": "weather"}], "tools": tools}
+    (chat,) = read([write(tmp_path / "x.json", [row])]).records
+    assert chat.messages[2] == {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+    assert chat.messages[3]["name"] == "weather"
+    assert chat.tools == tuple(tools)
+    said = {"conversations": SHAREGPT, "system": "Be brief."}
+    (chat,) = read([write(tmp_path / "y.json", [said])]).records
+    assert chat.messages == ({"role": "system", "content": "Be brief."}, *MESSAGES)
+
+
+def test_lines_under_the_name_of_json_and_plain_lines(tmp_path):
+    (tmp_path / "x.json").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    (tmp_path / "x.txt").write_text("one\n\ntwo\n")
+    found = read([str(tmp_path / "x.json"), str(tmp_path / "x.txt")])
+    assert found.records == [Text("a"), Text("b"), Text("one"), Text("two")]
+
+
+def test_formats_that_differ_ask_for_a_template(tmp_path):
+    data = read([write(tmp_path / f"{name}.json", [ROWS[name]]) for name in ("alpaca", "messages")])
+    with pytest.raises(InputError, match=r"template is not given, .*: alpaca \(train\), messages \(chat\); acc"):
+        data.template(None)
+    assert data.template("chat") == "chat"
+    with pytest.raises(InputError, match="template is 'none'; accepted are train, clean, chat, plain"):
+        data.template("none")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("x.jsonl", {"messages": "hi"}, r"x\.jsonl: line 2 has a string as 'messages'; accepted is a list of objects"),
+        ("x.jsonl", {"messages": ["hi"]}, r"line 2 has a string in 'messages' at 0; accepted is an object"),
+        ("x.json", {"messages": [{"content": "a"}]}, r"x\.json: record 1: messages 0 has no 'role'; its keys are"),
+        ("x.json", {"messages": [MESSAGES[0], {"role": "assistant"}]}, r"record 1: messages 1 has no 'content'"),
+        ("x.json", {"messages": [{"role": "user", "content": [1]}]}, r"record 1: messages 0 has a list as 'content'"),
+        ("x.json", {"messages": MESSAGES[:1]}, r"record 1 has no turn of the assistant in 'messages'"),
+        ("x.json", {"messages": []}, r"record 1 has no turn of the assistant"),
+        (
+            "x.json",
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            r"messages 0 has half a surrogate pair",
+        ),
+        ("x.json", {}, r"record 1 has no 'messages'; its keys are none"),
+        ("x.parquet", {"messages": [{"role": "user", "content": "a"}]}, r"x\.parquet: row 1 has no turn of the"),
+    ],
+)
+def test_a_bad_chat_is_named_by_place_and_key(tmp_path, name, row, message):
+    source = write(tmp_path / name, [ROWS["messages"], row])
+    with pytest.raises(InputError, match=message) as caught:
+        read([source])
+    assert "\n" not in str(caught.value)
+
+
+def test_who_speaks_and_what_fits_nothing_is_named(tmp_path):
+    rows = [{"conversations": [*SHAREGPT, {"from": "narrator", "value": "..."}]}]
+    with pytest.raises(InputError, match=r"conversations 2 has 'narrator' as 'from'; accepted are human, user, gpt"):
+        read([write(tmp_path / "x.json", rows)])
+    fits_nothing = r"y\.json: record 0 has the keys 'q', 'a'; accepted are messages \(messages\), .* --fields"
+    with pytest.raises(InputError, match=fits_nothing):
+        read([write(tmp_path / "y.json", [{"q": "1", "a": "2"}])])
+    with pytest.raises(InputError, match=r"y\.json: record 0 has no 'text'; its keys are 'q', 'a'"):
+        read([str(tmp_path / "y.json")], DataConfig(format="text"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fields": {"question": "q"}}, "fields has 'question'; accepted are your names of messages, role"),
+        ({"show": -1}, "show"),
+        ({"chat_date": "today"}, "chat_date is 'today'; accepted is a day"),
+        ({"chat_template": "none.jinja"}, r"none\.jinja: no such file; accepted is a file of Jinja source, or chatml"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        DataConfig(**options)
+    assert DataConfig(chat_date="2024-07-26").now.isoformat() == "2024-07-26T12:00:00"
+
+
+def test_what_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more PAR1")
+    with pytest.raises(InputError, match=r"x\.parquet: is not Parquet \(.*\); accepted is a \.json, ") as caught:
+        read([tmp_path / "x.parquet"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"is a folder; accepted is a \.json.*FOLDER:SPLIT"):
+        read([tmp_path])
+
+
+def test_digests_tell_records_and_not_places():
+    assert digest([RECORDS["alpaca"]]) == digest([Record("Ähm?", "Yes.", "")])
+    one, other = Chat(tuple(MESSAGES), where="a"), Chat(tuple(MESSAGES), where="b")
+    assert (digest([one]), one) == (digest([other]), other)
+    assert digest([one]) != digest([Chat(tuple(MESSAGES), ({"name": "x"},))])
+    assert question(one) == question(Chat((MESSAGES[0], MESSAGES[1] | {"content": "No."})))
+    assert question(one) != question(Chat(({"role": "user", "content": "?"}, MESSAGES[1])))
+    assert (question(Record("Q", "A")), question(Text("T"))) == ("Q", "T")
+
+
+CARD = b"""---
+configs:
+- config_name: english
+  default: true
+  data_files:
+  - split: train
+    path: en/*.jsonl
+  - {split: test, path: [en-test/part.jsonl]}
+- config_name: german
+  data_dir: de
+  data_files: '**/*.jsonl'
+---
+About it.
+"""
+FILES = ["README.md", "en/a.jsonl", "en/b.jsonl", "en/deep/c.jsonl", "en-test/part.jsonl", "de/x/a.jsonl"]
+
+
+def test_a_card_says_which_files_a_split_is():
+    card = {"configs": hub_files.yaml.safe_load(CARD.split(b"---")[1])["configs"]}
+
+    def files(subset, split):
+        return hub_files.choose(FILES, Part("them", subset, split), card)
+
+    assert files(None, "train") == files("english", "train") == ["en/a.jsonl", "en/b.jsonl"]
+    assert files(None, "test") == ["en-test/part.jsonl"]
+    assert files("german", "train") == ["de/x/a.jsonl"]
+    with pytest.raises(InputError, match=r"them: has no split 'dev'; accepted are train, test"):
+        files(None, "dev")
+    with pytest.raises(InputError, match=r"has no subset 'french'; accepted are english, german \(as them/SUBSET"):
+        files("french", "train")
+
+
+def test_names_say_it_where_no_card_does():
+    def files(names, subset=None, split="train"):
+        return hub_files.choose(names, Part("them", subset, split), {})
+
+    parts = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test") for i in (1, 0)]
+    assert files([*parts, "data/train.csv", "train.jsonl"]) == sorted(parts[:2])
+    assert files(["training.jsonl", "constrain.jsonl", "a_train.jsonl"]) == ["a_train.jsonl"]
+    with pytest.raises(InputError, match="them: has 1 of 2 files of split 'train'"):
+        files(parts[:1])
+    assert files(["train/0.jsonl", "test/0.jsonl"]) == ["train/0.jsonl"]
+    both = ["en/train.jsonl", "de/train.jsonl"]
+    assert files(both, "de") == ["de/train.jsonl"]
+    with pytest.raises(InputError, match=r"no subset is named; accepted are de, en \(as them/SUBSET:train\)"):
+        files(both)
+    with pytest.raises(InputError, match=r"no .* file of split 'dev'; it has en/train\.jsonl, de/train\.jsonl; acc"):
+        files(both, split="dev")
+
+
+def test_a_split_of_a_folder(tmp_path):
+    (tmp_path / "en").mkdir()
+    write(tmp_path / "en" / "train-1.jsonl", [ROWS["text"]])
+    write(tmp_path / "en" / "train-2.jsonl", [ROWS["text"] | {"text": "2"}])
+    write(tmp_path / "en" / "test.jsonl", [ROWS["text"]])
+    for name in (f"{tmp_path}:train", f"{tmp_path}/en:train", f"{tmp_path / 'en'}:train"):
+        assert read([name]).records == [RECORDS["text"], Text("2")]
+    write(tmp_path / "en" / "a:train", [ROWS["text"]])
+    assert hub_files.part_of(str(tmp_path / "en" / "a:train")) is None
+    assert hub_files.part_of(str(tmp_path / "none:train")) == Part(str(tmp_path), "none", "train")
+    (tmp_path / "en" / "test.jsonl").write_text('{"text": 3}')
+    with pytest.raises(InputError, match=r"en/test\.jsonl: line 1 has a number as 'text'"):
+        read([f"{tmp_path}:test"])
+
+
+def test_a_split_of_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub.constants as constants
+
+    line = json.dumps(ROWS["messages"]).encode()
+    pd.DataFrame([ROWS["text"]]).to_parquet(tmp_path / "x.parquet")
+    repositories = {
+        "datasets/them/set": {
+            "main": {"README.md": CARD, "en/a.jsonl": line, "en/b.jsonl": line, "de/x/a.jsonl": line},
+            "v1": {"train.jsonl": line + b"\n" + line + b"\n" + line},
+        },
+        "datasets/them/tables": {
+            "main": {"train.csv": b"text\nx\n"},
+            "refs/convert/parquet": {"default/train/0000.parquet": (tmp_path / "x.parquet").read_bytes()},
+        },
+    }
+    with serving(repositories) as server:
+        for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+            end = server.environment["HF_ENDPOINT"]
+            now = end if name == "ENDPOINT" else end + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr(constants, name, now)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert read(["hf://datasets/them/set:train"]).records == [RECORDS["messages"]] * 2
+        assert not [path for path in server.asked if "de/" in path]
+        assert len(read(["hf://datasets/them/set/german:train"]).records) == 1
+        assert len(read(["hf://datasets/them/set@v1:train"]).records) == 3
+        assert read(["hf://datasets/them/tables:train"]).records == [RECORDS["text"]]
+        assert len(read(["hf://datasets/them/set/en/a.jsonl"]).records) == 1
+        with pytest.raises(
+            InputError, match=r"hf://datasets/them/none: cannot be listed \(.*\); accepted is a data set"
+        ):
+            read(["hf://datasets/them/none:train"])
+        with pytest.raises(InputError, match=r"a\.jsonl: line 1 has no 'text'; its keys are 'messages'"):
+            read(["hf://datasets/them/set:train"], DataConfig(format="text"))
+    # The server is gone: what the cache has is read, and what it hasn't is refused.
+    assert len(read(["hf://datasets/them/set@v1:train"]).records) == 3
+    with pytest.raises(InputError, match="cannot be listed"):
+        read(["hf://datasets/them/more:train"])
+
+
+def test_the_names_of_splits():
+    assert hub_files.part_of("hf://datasets/them/set/x.jsonl") is None
+    assert hub_files.part_of("hf://datasets/them:train") is None
+    assert hub_files.part_of("nowhere/at/all:train") is None

@@ -1,0 +1,113 @@
+"""Chat templates that write chats as the families' published ones do, and the texts that they write."""
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+QWEN25 = """{%- if messages[0]['role'] != 'system' %}
+    {{- '<|im_start|>system\\nBe Qwen.<|im_end|>\\n' }}
+{%- endif %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must take turns') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+SMOLLM2 = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe SmolLM.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+QWEN3 = """{%- set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+    {{- m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+"""Writes an empty thought into the last turn alone."""
+
+MISTRAL3 = (
+    "{{ bos_token }}{% set ns = namespace(said='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.said = m.content + '\n\n' %}"
+    "{% elif m.role == 'user' %}[INST] {{ ns.said if loop.index >= messages | length - 1 }}{{ m.content }}[/INST]"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+"""Writes what the system says into the last question."""
+
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+DATED = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson(indent=1) }}{% endfor %}{% for m in messages %}{% if m.role == 'tool' %}"
+    "{% continue %}{% endif %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}{% endfor %}"
+)
+
+ALL = {
+    "llama3": LLAMA3,
+    "qwen2.5": QWEN25,
+    "mistral": MISTRAL,
+    "smollm2": SMOLLM2,
+    "gemma": GEMMA,
+    "qwen3": QWEN3,
+    "mistral3": MISTRAL3,
+    "tools": TOOLS,
+}
+
+CHAT = [
+    {"role": "user", "content": "Is it <b>?"},
+    {"role": "assistant", "content": "Yes. "},
+    {"role": "user", "content": "Ähm, sure?"},
+    {"role": "assistant", "content": "Sure."},
+]
+
+TEXTS = {
+    "llama3": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\nIs it <b>?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Yes.<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nÄhm, sure?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Sure.<|eot_id|>⟧"
+    ),
+    "qwen2.5": (
+        "<|im_start|>system\nBe Qwen.<|im_end|>\n<|im_start|>user\nIs it <b>?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Yes. <|im_end|>\n⟧<|im_start|>user\nÄhm, sure?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Sure.<|im_end|>\n⟧"
+    ),
+    "mistral": "<s>[INST] Is it <b>? [/INST]⟦ Yes. </s>⟧[INST] Ähm, sure? [/INST]⟦ Sure.</s>⟧",
+    "smollm2": (
+        "<|im_start|>system\nBe SmolLM.<|im_end|>\n<|im_start|>user\nIs it <b>?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Yes. <|im_end|>\n⟧<|im_start|>user\nÄhm, sure?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Sure.<|im_end|>\n⟧"
+    ),
+    "gemma": (
+        "<s><start_of_turn>user\nIs it <b>?<end_of_turn>\n<start_of_turn>model\n⟦Yes.<end_of_turn>\n⟧"
+        "<start_of_turn>user\nÄhm, sure?<end_of_turn>\n<start_of_turn>model\n⟦Sure.<end_of_turn>\n⟧"
+    ),
+    "qwen3": (
+        "<|im_start|>user\nIs it <b>?<|im_end|>\n<|im_start|>assistant\n⟦Yes. <|im_end|>\n⟧"
+        "<|im_start|>user\nÄhm, sure?<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nSure.<|im_end|>\n⟧"
+    ),
+    "mistral3": "<s>[INST] Is it <b>?[/INST]⟦ Yes.</s>⟧[INST] Ähm, sure?[/INST]⟦ Sure.</s>⟧",
+    "tools": "<user>Is it <b>?⟦<assistant>Yes. ⟧<user>Ähm, sure?⟦<assistant>Sure.⟧",
+}
+"""What each writes of `CHAT`, the assistant's letters between marks."""

@@ -1,0 +1,85 @@
+"""A stand-in for the hub on this machine, of models and of data sets."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+Repositories = dict[str, dict[str, dict[str, bytes]]]
+"""Files by revision by repository; a data set's name begins with ``datasets/``, as in the hub's addresses."""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The three kinds of request that huggingface_hub makes to download files."""
+
+    def do_GET(self):
+        raw = urlsplit(self.path).path
+        path = unquote(raw)
+        self.server.asked.append(path)
+        for name, revisions in self.server.repositories.items():
+            api = f"/api/{name}" if name.startswith("datasets/") else f"/api/models/{name}"
+            if path == api or path.startswith(f"{api}/revision/"):
+                revision = path.removeprefix(api).removeprefix("/revision/") or "main"
+                if found := revisions.get(revision) or by_sha(revisions, name, revision):
+                    siblings = [{"rfilename": file} for file in found]
+                    return self.answer({"id": name, "sha": sha(name, found), "siblings": siblings})
+            if path.startswith(f"{api}/tree/"):
+                found = by_sha(revisions, name, path.rpartition("/")[2])
+                files = [
+                    {"type": "file", "path": file, "size": len(data), "oid": sha(file, data)}
+                    for file, data in found.items()
+                ]
+                return self.answer(files)
+            if path.startswith(f"/{name}/resolve/"):
+                revision, _, file = raw.removeprefix(f"/{name}/resolve/").partition("/")  # a name may have a slash
+                revision, file = unquote(revision), unquote(file)
+                found = revisions.get(revision) or by_sha(revisions, name, revision)
+                if file in found:
+                    headers = {"X-Repo-Commit": sha(name, found), "ETag": f'"{sha(file, found[file])}"'}
+                    return self.answer(found[file], headers)
+        known = any(name in path for name in self.server.repositories)
+        return self.answer({"error": "absent"}, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"}, 404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body, headers=(), status=200):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for key, value in dict(headers).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def sha(*parts) -> str:
+    return hashlib.sha1(repr(parts).encode()).hexdigest()
+
+
+def by_sha(revisions: dict[str, dict[str, bytes]], name: str, commit: str) -> dict[str, bytes]:
+    return next((files for files in revisions.values() if sha(name, files) == commit), {})
+
+
+@contextmanager
+def serving(repositories: Repositories) -> Iterator[ThreadingHTTPServer]:
+    """A server of these; ``asked`` has the paths that were asked for, ``environment`` what makes it the hub."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.repositories = [], repositories
+    server.environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
