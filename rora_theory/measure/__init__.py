@@ -1,7 +1,7 @@
 """One batch of a model: the law's terms by module, real steps, and the rank coordinate check.
 
-`regime` and `coordinate_check` take a loaded model and batches and return data frames; nothing is printed, and nothing
-trained for longer than the few steps of the check. They need the extra ``finetune``.
+`regime`, `check_transfer` and `coordinate_check` take a loaded model and batches and return data frames; nothing is
+printed, and nothing trained for longer than the few steps of the check. They need the extra ``finetune``.
 """
 
 from typing import TYPE_CHECKING
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from rora_theory.measure.module_regime import RegimeConfig
     from rora_theory.measure.rank_check import CheckConfig, coordinate_check
     from rora_theory.measure.regimes import regime
+    from rora_theory.measure.transfer_check import check_transfer
 
-__all__ = ["CheckConfig", "RegimeConfig", "coordinate_check", "regime"]
+__all__ = ["CheckConfig", "RegimeConfig", "check_transfer", "coordinate_check", "regime"]
 
 __getattr__, __dir__ = lazily.attributes(
     __name__,
@@ -21,6 +22,7 @@ __getattr__, __dir__ = lazily.attributes(
         "CheckConfig": "rora_theory.measure.rank_check",
         "RegimeConfig": "rora_theory.measure.module_regime",
         "coordinate_check": "rora_theory.measure.rank_check",
+        "check_transfer": "rora_theory.measure.transfer_check",
         "regime": "rora_theory.measure.regimes",
     },
 )

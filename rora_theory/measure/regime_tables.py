@@ -54,7 +54,7 @@ UNITS = {
 }
 
 
-def flat_kappa(optimizer: Optimizer, init: Init, linear_term: float, *, low: int = 8, high: int = 128) -> float:
+def flat_kappa_between(optimizer: Optimizer, init: Init, linear_term: float, *, low: int = 8, high: int = 128) -> float:
     """The kappa of ``gamma = alpha / r**kappa`` whose first step is as large at rank ``high`` as at ``low``.
 
     Args:
@@ -138,8 +138,8 @@ def crossings_by_depth(
     """Crossing ranks by type of module, third of the layers and split: medians over the layers of that third.
 
     Columns are ``kind``, ``layers``, ``split``, those medians by the names of `CROSSING_COLUMNS`, over the layers the
-    ``lowest_kappa`` and the ``highest_kappa`` (`flat_kappa`), and of the held-out tokens how many there are (``all``),
-    were ``seen``, and the least and most that are sinks besides; missing where ``tokens`` is empty.
+    ``lowest_kappa`` and the ``highest_kappa`` (`flat_kappa_between`), and of the held-out tokens how many there are
+    (``all``), were ``seen``, and the least and most that are sinks besides; missing where ``tokens`` is empty.
     """
     found = []
     names = ["crossing_rank", "lower_quartile", "median", "upper_quartile"]
@@ -150,7 +150,7 @@ def crossings_by_depth(
         counts |= {"fewest_sinks": left_out["sinks"].min(), "most_sinks": left_out["sinks"].max()} if counts else {}
         for split in SPLITS:
             part = parts[parts["split"] == split]
-            kappas = [flat_kappa(optimizer, init, c, low=low, high=high) for c in part["linear_term"]]
+            kappas = [flat_kappa_between(optimizer, init, c, low=low, high=high) for c in part["linear_term"]]
             row = {"kind": kind, "layers": layers, "split": split} | part[names].median().to_dict()
             found.append(row | {"lowest_kappa": min(kappas), "highest_kappa": max(kappas)} | counts)
     return pd.DataFrame(found)

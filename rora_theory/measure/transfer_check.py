@@ -1,6 +1,6 @@
 """Whether a carried setting keeps the first step: real steps of a model under each choice, against the tuned one's.
 
-found = check(model, transfer(setting, rank=128), train, heldout, target_modules=["q_proj", "v_proj"])
+found = check_transfer(model, transfer(setting, rank=128), train, heldout, target_modules=["q_proj", "v_proj"])
 found.summary[["plan", "quantity", "ratio", "standard_error"]]
 """
 
@@ -156,13 +156,13 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class TransferCheck:
-    """What `check` found: a row a first step and module in ``steps``, a row a candidate and quantity in ``summary``."""
+    """What `check_transfer` found: a row a first step and module, and in ``summary`` a candidate and quantity."""
 
     steps: pd.DataFrame
     summary: pd.DataFrame
 
 
-def check(
+def check_transfer(
     model: Model,
     advice: Advice,
     train: Batch,

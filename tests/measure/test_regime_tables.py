@@ -47,7 +47,7 @@ def test_agreement_is_a_mean_over_modules() -> None:
 def test_flat_kappa() -> None:
     """The four corners of the table, and the init whose deviation falls as 1/r."""
     flat = {
-        (optimizer, init, c): round(regime_tables.flat_kappa(optimizer, init, c), 9)
+        (optimizer, init, c): round(regime_tables.flat_kappa_between(optimizer, init, c), 9)
         for optimizer in laws.OPTIMIZERS
         for init in ("kaiming_uniform", "gaussian")
         for c in (0.0, math.inf)
