@@ -374,6 +374,24 @@ def rates_toy() -> str:
     return table([*heads, "A-led"], rows)
 
 
+@block("rates.toy.horizon")
+def rates_toy_horizon() -> str:
+    """Slopes of the best rate in the rank at every horizon, by either loss."""
+    rows = []
+    for judge, words in (("train", "training"), ("held_out", "held-out")):
+        for folder in sorted(
+            (PUBLISHED / "horizon_toy").glob(f"{judge}_*"), key=lambda one: int(one.name.split("_")[-1])
+        ):
+            found = csv(f"horizon_toy/{folder.name}/slopes.csv").set_index("rule")
+            cells = [
+                signed(found.loc[rule, "slope"], found.loc[rule, "half_width"]) for rule in ("lora", "rora", "0.25")
+            ]
+            apart = found.loc["rora", "slope"] - found.loc["lora", "slope"]
+            rows.append([words, folder.name.split("_")[-1], *cells, f"{apart:+.2f}"])
+    rows.append(["the law, A-led", "", "+0.00", "-0.25", "-0.38", "-0.25"])
+    return table(["loss", "steps", *list(RULES.values())[:3], "second less first"], rows)
+
+
 @block("rates.toy.comparison")
 def rates_toy_comparison() -> str:
     rows = []
