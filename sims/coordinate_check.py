@@ -13,23 +13,22 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from rora_theory import digests
 from rora_theory.adapters.lora import PAPER_TARGETS
-from rora_theory.finetune import read_records
+from rora_theory.data.records import DataConfig, read
 from rora_theory.llama import load
 from rora_theory.measure import rank_check, record_batches
 from rora_theory.measure.coordinate_table import MODEL
 from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import Cell, CheckConfig
 from rora_theory.measure.record_batches import BatchConfig
-from sims.common import cli, devices, tables
+from sims.common import cli, devices, prompts, tables
 from sims.common.cells import run_cells
 from sims.common.run_folder import RunFolder, flat
 
@@ -42,11 +41,13 @@ class Config:
     """What to check. Lists are separated by spaces."""
 
     data: tuple[str, ...]
-    """.json or .jsonl files in the LLM-Adapters schema"""
+    """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, as
+    FOLDER:train or hf://datasets/OWNER/NAME:train"""
     model: str = "smollm2-135m"
     """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     revision: str | None = None
     """branch, tag or commit of a model on the hub"""
+    reading: DataConfig = field(default_factory=DataConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
     targets: tuple[str, ...] = PAPER_TARGETS
     """adapted modules"""
@@ -63,19 +64,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> None:
     """Run every cell that an earlier part of the run left, fit, judge, print."""
     started, checked = time.monotonic(), config.check
-    records = read_records(config.data)
+    records = read(config.data, config.reading)
+    chosen = replace(config.records, template=records.template(config.records.template))
     places = devices.pick(1)
     model = load(config.model, revision=config.revision)
     cli.tell(model.remarks)
+    prompts.tell(records, chosen.template)
+    chat = records.chat(model.tokenizer, chosen.template)
     steps = max(checked.steps)
-    batches = record_batches.by_seed(config.records, records, model.tokenizer, seeds=checked.seeds, steps=steps)
+    batches = record_batches.by_seed(
+        chosen, records.records, model.tokenizer, seeds=checked.seeds, steps=steps, chat=chat
+    )
     checker = Checker(model.params, model.config, width=max(checked.ranks), target_modules=config.targets)
     # Named by what they are, not by where they lie: the run may go on elsewhere.
-    identity = flat(checked) | flat(config.records) | {"targets": config.targets}
-    identity |= model.origin.identity() | {"records_sha256": digests.of_json(records)}
+    identity = flat(checked) | flat(chosen) | {"targets": config.targets}
+    identity |= model.origin.identity() | records.identity(chat)
     sources = ["/".join(Path(source).parts[-2:]) for source in config.data]
     extra = {"units": rank_check.UNITS, "device": devices.describe(places), "data": sources}
     folder = RunFolder.open(NAME, identity, out=config.out, extra=extra)
+    prompts.keep(folder, batches[checked.seeds[0]].train.examples, model.tokenizer, show=config.reading.show)
     cells = rank_check.cells(checked)
 
     def work(cell: Cell, _: Path) -> list[dict[str, Any]]:

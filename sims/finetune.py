@@ -106,7 +106,7 @@ def finetune(config: Config) -> Path:
         identity = origin.identity() | {"data": config.data} | found.identity(chat)
         folder = RunFolder.open(NAME, identity | training.settings(), out=config.out, seed=training.seed)
         path = folder.path
-        prompts.keep(folder, data.examples, model.tokenizer, show=config.reading.show)
+        prompts.keep(folder, data.train.examples, model.tokenizer, show=config.reading.show)
     assert path is not None
     trainer = Trainer.start(model, data, training, path / "checkpoints", layout=layout)
     if folder is not None:

@@ -24,13 +24,15 @@ from typing import Any, Literal
 import pandas as pd
 
 from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.data.formats import TrainTemplate
+from rora_theory.data.records import DataConfig, read
 from rora_theory.errors import InputError
 from rora_theory.measure import regime_tables, regimes
 from rora_theory.measure.layer_data import SPLITS
 from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.tokens import SINK
 from rora_theory.scaling import check_integer, check_positive
-from sims.common import cli, tables
+from sims.common import cli, prompts, tables
 from sims.common.cells import finished, key_of, run_cells
 from sims.common.devices import describe, pick
 from sims.common.run_folder import RunFolder
@@ -45,11 +47,16 @@ class Config:
     """What to measure, and how finely."""
 
     data: tuple[str, ...]
-    """.json or .jsonl files in the LLM-Adapters schema"""
+    """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, as
+    FOLDER:train or hf://datasets/OWNER/NAME:train"""
     model: str = "smollm2-135m"
     """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     revision: str | None = None
     """branch, tag or commit of a model on the hub"""
+    reading: DataConfig = field(default_factory=DataConfig)
+    template: TrainTemplate | None = None
+    """prompt: train (the published one), clean, chat (the model's chat template) or plain (the response at once behind
+    the prompt); none is the data format's: train for alpaca, chat for chats and prompt-response, else plain"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the weights and activations"""
     targets: tuple[str, ...] = PAPER_TARGETS
@@ -99,30 +106,38 @@ def run(config: Config) -> None:
     from rora_theory.measure import record_batches
 
     started = time.monotonic()
-    records = record_batches.digest(config.data)  # before the model, which takes longer
+    records = read(config.data, config.reading)  # before the model, which takes longer
+    template = records.template(config.template)
     places = pick(1)
     model = llama.load(config.model, config.dtype, config.revision)
     cli.tell(model.remarks)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
     modules = regimes.chosen(model.config, targets, config.layers)
+    prompts.tell(records, template)
+    chat = records.chat(model.tokenizer, template)
     pair = record_batches.pair(
-        config.data,
+        records.records,
         model.tokenizer,
         batch_size=config.batch_size,
         held_out=config.held_out,
         cutoff=config.cutoff,
+        template=template,
+        chat=chat,
         loss_on=config.loss_on,
         seed=config.measured.seed,
     )
     names = ("dtype", "targets", "layers", "batch_size", "held_out", "cutoff", "loss_on")
     identity = {name: getattr(config, name) for name in names} | vars(config.measured)
-    identity |= model.origin.identity() | {"records_sha256": records}
+    identity |= model.origin.identity() | records.identity(chat)
+    if template != "train":
+        identity["template"] = template
     extra = {
         "units": regime_tables.UNITS,
         "device": describe(places),
         "data": [Path(name).name for name in config.data],
     }
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.measured.seed, extra=extra)
+    prompts.keep(folder, pair.examples, model.tokenizer, show=config.reading.show)
     folder.update(model_layers=model.config.num_hidden_layers)
     cells = [LayerCell(index) for index in modules]
     done = finished(folder.path)

@@ -190,6 +190,7 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
       InputError: settings of the check, or the extra ``finetune`` is not installed.
     """
     try:
+        from rora_theory.data.records import read
         from rora_theory.llama import load
         from rora_theory.measure import record_batches, transfer_check
         from rora_theory.measure.model_layers import RealStep
@@ -199,14 +200,25 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
         ) from error
 
     model_name, *data = config.check
+    records = read(data)
     model = load(model_name)
-    cli.tell(model.remarks)
+    cli.tell([*records.notes, *model.remarks])
     size = config.batch_size
-    pair = record_batches.pair(data, model.tokenizer, batch_size=size, held_out=size, seed=config.seed)
+    template = records.template(None)
+    chat = records.chat(model.tokenizer, template)
+    pair = record_batches.pair(
+        records.records,
+        model.tokenizer,
+        batch_size=size,
+        held_out=size,
+        template=template,
+        chat=chat,
+        seed=config.seed,
+    )
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
     identity |= {"old": asdict(found.old), "new": asdict(found.unchanged), "targets": targets}
     identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}}
-    identity |= model.origin.identity() | {"records_sha256": record_batches.digest(data)}
+    identity |= model.origin.identity() | records.identity(chat)
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": transfer_check.UNITS})
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
     steps = run_table(

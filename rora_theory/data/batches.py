@@ -298,6 +298,7 @@ class Batches:
       answer_only: whether batches name the answer's positions.
 
     Attributes:
+      examples: the records.
       steps_per_epoch: batches of one epoch.
     """
 
@@ -311,7 +312,7 @@ class Batches:
         seed: int | None = None,
         answer_only: bool = False,
     ) -> None:
-        self._examples, self._widths, self._epochs = examples, tuple(widths), epochs
+        self.examples, self._widths, self._epochs = examples, tuple(widths), epochs
         self._sizes = examples.sizes
         self._plan: Callable[[int], Plan] = lru_cache(maxsize=2)(
             lambda epoch: plan_epoch(self._sizes, self._widths, batch, seed=seed, epoch=epoch)
@@ -345,7 +346,7 @@ class Batches:
         for row, index in enumerate(rows.tolist()):
             if index < 0:
                 continue
-            tokens, learned = self._examples[index], np.flatnonzero(self._examples.learned_of(index))
+            tokens, learned = self.examples[index], np.flatnonzero(self.examples.learned_of(index))
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             if positions is None:
                 targets[row, : len(tokens) - 1] = tokens[1:]
@@ -358,7 +359,7 @@ class Batches:
 
     def _answer_widths(self) -> dict[int, int]:
         """For each padded length the most targets of any record it may hold, as a multiple of `MULTIPLE`."""
-        targets = self._examples.targets
+        targets = self.examples.targets
         most = {width: int(targets[self._sizes <= width].max(initial=1)) for width in self._widths}
         return {width: min(width, -(-count // MULTIPLE) * MULTIPLE) for width, count in most.items()}
 

@@ -17,13 +17,11 @@ class TrainingData:
     """What a run trains on.
 
     Attributes:
-      examples: the training records as tokens.
       train: batches of all epochs.
       validation: batches of the held-out records, once; None where there are none.
       summary: what became of the records: how many were read, trained on, held out, cut or skipped.
     """
 
-    examples: Examples
     train: Batches
     validation: Batches | None
     summary: dict[str, Any]
@@ -68,4 +66,4 @@ def prepare(
         "widths": widths,
         "padding": trained.padding,
     }
-    return TrainingData(train, trained, None if held_out is None else batches(held_out), summary)
+    return TrainingData(trained, None if held_out is None else batches(held_out), summary)

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rora_theory import digests
 from rora_theory.data.batches import TextEncoder
-from rora_theory.data.records import Record
+from rora_theory.data.chat import ChatTemplate
+from rora_theory.data.formats import AnyRecord, TrainTemplate
 from rora_theory.errors import InputError
-from rora_theory.finetune import Batch, Batches, Examples, choose_widths, read_records, split, tokenize
+from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split, tokenize
 from rora_theory.measure.unseen import apart_from
 from rora_theory.scaling import check_integer
 
@@ -18,48 +18,51 @@ LossOn = Literal["all", "answer"]
 
 
 class Pair(NamedTuple):
-    """What a step is taken on, and what it is read at."""
+    """What a step is taken on, what it is read at, and the records of the first as tokens."""
 
     train: Batch
     heldout: Batch
-
-
-def digest(data: Sequence[str]) -> str:
-    """SHA-256 of the records of some files. Raises `InputError` as `read_records`."""
-    return digests.of_json(read_records(data))
+    examples: Examples
 
 
 def pair(
-    data: Sequence[str],
+    records: Sequence[AnyRecord],
     tokenizer: TextEncoder,
     *,
     batch_size: int,
     held_out: int,
     cutoff: int = 256,
+    template: str | None = None,
+    chat: ChatTemplate | None = None,
     loss_on: LossOn = "all",
     seed: int = 0,
 ) -> Pair:
     """A training batch of ``batch_size`` records and a batch of ``held_out`` others, each padded to its longest.
 
-    Prompts are the fine-tuning protocol's (template ``train``).
+    Args:
+      records: which are split.
+      tokenizer, cutoff, template, chat: see `tokenize`.
+      batch_size, held_out: records of each batch.
+      loss_on: what counts as a target.
+      seed: of the split.
 
     Raises:
-      InputError: a file or record that can't be read, or fewer records than are asked for.
+      InputError: fewer records than are asked for, or as `tokenize`.
     """
     for name, value in (("batch_size", batch_size), ("held_out", held_out)):
         check_integer(name, value)
-    records = read_records(data)
     if len(records) < batch_size + held_out:
-        raise InputError(f"{' '.join(data)}: hold {len(records)} records; accepted are {batch_size + held_out} or more")
+        raise InputError(f"data hold {len(records)} records; accepted are {batch_size + held_out} or more")
     rest, heldout = split(records, held_out, seed)
     answer_only = loss_on == "answer"
 
-    def one(part: Any) -> Batch:
-        found: Examples = tokenize(part, tokenizer, cutoff=cutoff, answer_only=answer_only)
+    def one(part: Sequence[AnyRecord]) -> Batches:
+        found = tokenize(part, tokenizer, cutoff=cutoff, template=template, answer_only=answer_only, chat=chat)
         widths = choose_widths(np.asarray(found.sizes), 1)
-        return Batches(found, widths, batch=len(found), answer_only=answer_only)[0]
+        return Batches(found, widths, batch=len(found), answer_only=answer_only)
 
-    return Pair(one(rest[:batch_size]), one(heldout))
+    train = one(rest[:batch_size])
+    return Pair(train[0], one(heldout)[0], train.examples)
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,10 @@ class BatchConfig:
     """records set aside, from which each seed's held-out batch is taken"""
     cutoff: int = 64
     """most tokens of a record"""
-    template: Literal["train", "clean"] = "train"
-    """training prompt"""
+    template: TrainTemplate | None = None
+    """training prompt: train (published, to the byte), clean, chat (the model's chat template) or plain (the response
+    at once behind the prompt); none is the data format's: train for alpaca, chat for chats and prompt-response, else
+    plain"""
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("held_out", 1), ("cutoff", 2)):
@@ -102,7 +107,13 @@ class SeedBatches:
 
 
 def by_seed(
-    config: BatchConfig, records: Sequence[Record], tokenizer: TextEncoder, *, seeds: Sequence[int], steps: int
+    config: BatchConfig,
+    records: Sequence[AnyRecord],
+    tokenizer: TextEncoder,
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    chat: ChatTemplate | None = None,
 ) -> dict[int, SeedBatches]:
     """Batches of one width, each seed's own; no record is in both splits.
 
@@ -115,13 +126,15 @@ def by_seed(
       tokenizer: the model's.
       seeds: of the batches' order.
       steps: how many batches a seed trains on, where they are fresh.
+      chat: of the template ``chat``; None is the tokenizer's own.
 
     Raises:
       InputError: too few records, or no held-out token that is apart.
     """
     trained, apart = split(list(records), config.held_out, 0)
     train, held_out = (
-        tokenize(part, tokenizer, cutoff=config.cutoff, template=config.template) for part in (trained, apart)
+        tokenize(part, tokenizer, cutoff=config.cutoff, template=config.template, chat=chat)
+        for part in (trained, apart)
     )
     widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), 1)
     fresh = config.batches == "fresh"

@@ -33,11 +33,11 @@ def test_fixed_and_fresh_batches(tmp_path) -> None:
 
 def test_too_few_records(tmp_path) -> None:
     tokenizer = load(checkpoint.model(tmp_path)).tokenizer
-    data = [str(checkpoint.records(tmp_path / "train.json", 4))]
+    records = read_records([str(checkpoint.records(tmp_path / "train.json", 4))])
     with pytest.raises(InputError, match="hold 4 records; accepted are 5 or more"):
-        pair(data, tokenizer, batch_size=2, held_out=3)
+        pair(records, tokenizer, batch_size=2, held_out=3)
     with pytest.raises(InputError, match="batch_size is 0"):
-        pair(data, tokenizer, batch_size=0, held_out=3)
+        pair(records, tokenizer, batch_size=0, held_out=3)
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("held_out", 0), ("cutoff", 1)])

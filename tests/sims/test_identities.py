@@ -223,10 +223,13 @@ def test_other_texts_of_a_protocol_are_another_run(name, model, data, monkeypatc
     assert found[0].identity != found[1].identity
 
 
+OF_CHATS = {"chat_template", "chat_date"}
+"""Settings that change what the template ``chat`` makes."""
+
 NEUTRAL = {
-    "regime": {"false_alarm", "tolerance"},
+    "regime": {"false_alarm", "tolerance", *OF_CHATS, "show", "format", "fields"},
     "transfer": {"split", "per", "task_type", "steps"},  # the check takes one step
-    "coordinate_check": set(),
+    "coordinate_check": {*OF_CHATS, "show", "format", "fields"},
     "prune": {"batch_size"},
     "evaluate": {"batch_size"},
     "rank_sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size", "format", "fields", "show"},

@@ -15,7 +15,8 @@ from rora_theory.data.formats import Chat
 from rora_theory.finetune import sharding, tokenize
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import load
-from sims import finetune
+from rora_theory.measure.record_batches import pair
+from sims import coordinate_check, finetune, regime
 from sims.common import cli
 
 CHATS = [
@@ -139,3 +140,43 @@ def test_a_chat_that_its_template_refuses_is_named(bare, tmp_path) -> None:
     )
     assert "no system role" in errors
     assert errors.count("\n") == 1
+
+
+def test_the_regime_of_chats(model, data, tmp_path) -> None:
+    """It is read on the chats as the model reads them; another template is another run."""
+    words = ["--data", data, "--batch-size", "2", "--held-out", "2", "--layers", "0", "--targets", "q_proj"]
+    words += ["--rows", "0", "--loss-on", "answer", "--model", model, "--no-mask"]
+    main = lambda: regime.run(cli.parse(regime.Config, description=""))  # noqa: E731
+    status, said, errors = run(main, *words, "--out", tmp_path / "run", "--show", "1")
+    assert (status, errors) == (0, "")
+    assert "6 as messages" in " ".join(said.split())
+    assert said.count("⟦") == said.count("⟧") >= 2
+    base = load(str(model))
+    expected = pair(
+        [Chat(tuple(chat)) for chat in CHATS], base.tokenizer, batch_size=2, held_out=2, loss_on="answer", seed=0
+    )
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    counts = (expected.examples.targets, expected.examples.lengths)
+    kept = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
+    assert [[sum(one["in_loss"]) for one in kept], [len(one["tokens"]) for one in kept]] == [c.tolist() for c in counts]
+    losses = record_losses(base.params, base.config, expected.examples)
+    mean = sum(one.answer_loss for one in losses) / sum(one.answer_tokens for one in losses)
+    assert manifest["training_loss"] == pytest.approx(mean, rel=1e-5)
+    assert manifest["config"]["template"] == "chat"
+    status, _, errors = run(main, *words, "--out", tmp_path / "run", "--chat-template", "chatml")
+    assert status == 2
+    assert "holds a run with other arguments (chat_template_sha256" in errors
+
+
+def test_the_coordinate_check_on_chats(model, bare, data, tmp_path) -> None:
+    words = ["--data", data, "--batch-size", "2", "--held-out", "2", "--targets", "q_proj", "--ranks", "2", "4"]
+    words += ["--seeds", "0", "1", "--steps", "1", "--no-controls", "--rules", "rora", "--optimizers", "sgd"]
+    words += ["--cutoff", "400", "--show", "1", "--out", tmp_path / "run", "--reference-rank", "2"]
+    status, _, errors = run(coordinate_check.main, *words, "--model", bare)
+    assert status == 2
+    assert "the model has no chat template; accepted are" in errors
+    status, said, errors = run(coordinate_check.main, *words, "--model", model)
+    assert (status, errors) == (0, "")
+    assert "template chat" in " ".join(said.split())
+    assert said.count("<|start_header_id|>user") >= 1
+    assert len((tmp_path / "run" / "prompts.jsonl").read_text().splitlines()) == 3

@@ -110,7 +110,7 @@ def test_crossings(finished) -> None:
 def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None:
     """The batch is the records that were not held out; its gradient, and both splits' tokens, are in every figure."""
     model, records = load(inputs["model"]), read_records(inputs["data"])
-    pair = record_batches.pair(inputs["data"], model.tokenizer, batch_size=4, held_out=4, seed=0)
+    pair = record_batches.pair(records, model.tokenizer, batch_size=4, held_out=4, seed=0)
     rest, held_out = split(records, 4, 0)
     for part, own in ((pair.train, rest[:4]), (pair.heldout, held_out)):
         examples = tokenize(own, model.tokenizer)
