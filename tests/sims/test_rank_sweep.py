@@ -70,6 +70,7 @@ def swept(model, data, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_cells(swept) -> None:
     rows = rows_of(swept)
     assert [(row["method"], row["rank"]) for row in rows] == [
@@ -87,6 +88,7 @@ def test_cells(swept) -> None:
         assert float(row["validation_error"]) > 0
 
 
+@pytest.mark.slow
 def test_parameters_are_counted(swept) -> None:
     """Per layer of hidden 16, feed-forward 24, 2 query heads and 1 key/value head of 8."""
     shapes = [(16, 16), (8, 16), (8, 16), (24, 16), (16, 24)]  # q, k, v, up, down
@@ -101,6 +103,7 @@ def test_parameters_are_counted(swept) -> None:
     assert total == 2 * 300 * 16 + 16 + 2 * (sum(a * b for a, b in shapes) + 16 * 16 + 24 * 16 + 2 * 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rora", "prefix"])
 def test_a_cell_s_loss_is_its_adapter_s(swept, model, data, method) -> None:
     """The saved adapter beside the weights, on the held-out records that the cell names."""
@@ -149,6 +152,7 @@ def test_what_a_command_sets_reaches_the_workbench(model, data, tmp_path, monkey
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_schedule_ends_at_the_last_step(swept) -> None:
     """Three steps of nine, one of them warm-up: the rate is 0, the peak, half of it, and the peak is the cell's own."""
     for row in rows_of(swept):
@@ -158,6 +162,7 @@ def test_the_schedule_ends_at_the_last_step(swept) -> None:
             assert [event["learning_rate"] for event in events] == pytest.approx([0, peak, peak / 2], rel=1e-6), row
 
 
+@pytest.mark.slow
 def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
     """But for the second rank, which grew later, with `lora` the first of its own."""
     done = finished(swept).values()
@@ -166,6 +171,7 @@ def test_rules_of_a_rank_share_a_compiled_step(swept) -> None:
     assert [compiled[method, rank] for method, rank in (("rora", 4), ("rora", 2), ("quarter", 4))] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data, tmp_path, monkeypatch) -> None:
     """Ctrl-C at the last of three steps, behind a checkpoint a step: to the result of one that was not stopped."""
     out, more = tmp_path / "m", ("--methods", "rora", "--ranks", "4", "--checkpoint-every", "1", *SAVED)
@@ -352,6 +358,7 @@ def test_the_cells_are_listed_with_their_state(model, data, tmp_path, capsys) ->
     assert (shown.count(" done"), shown.count(" failed")) == (4, 1)
 
 
+@pytest.mark.slow
 def test_a_folder_holds_one_way_of_training_and_one_model(swept, model, data, capsys, tmp_path, monkeypatch) -> None:
     """Other settings, or another model at the same place, are refused."""
     for change in (["--warmup", "2"], ["--dropout", "0.1"], ["--cutoff", "300"]):
@@ -369,6 +376,7 @@ def test_a_folder_holds_one_way_of_training_and_one_model(swept, model, data, ca
     assert "other arguments (model_sha256 there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_changed_by_hand_is_drawn_by_no_figure(swept, tmp_path, capsys) -> None:
     """The table's, and a cell's own."""
     out = tmp_path / "m"
@@ -437,6 +445,7 @@ def words_of(path) -> str:
     return " ".join(re.sub(r"<!--|-->|<[^>]*>", " ", path.read_text()).split())
 
 
+@pytest.mark.slow
 def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     """Drawn from the folder alone; the tables hold every row of ours and of the paper's."""
     accuracy_vs_rank.draw(accuracy_vs_rank.Config(swept, out=tmp_path))
