@@ -75,9 +75,12 @@ def main(config: Config) -> None:
     check_integer("cutoff", config.cutoff, least=2)
     found = agreement(config) if config.what == "agreement" else cost(config)
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "jax")}
-    report = {"config": asdict(config) | {"out": None}, "packages": packages} | found
+    apart = {"out", *(("rounds", "device") if config.what == "agreement" else ())}
+    said = {name: value for name, value in asdict(config).items() if name not in apart}
+    said["data"] = ["/".join(Path(name).parts[-2:]) for name in config.data]
+    report = {"config": said, "packages": packages} | found
     if config.out is not None:
-        write_whole(config.out, (json.dumps(report, indent=2, default=str) + "\n").encode())
+        write_whole(config.out, (json.dumps(report, indent=2) + "\n").encode())
     if found.get("outside"):
         print(f"outside its bound: {', '.join(found['outside'])}", file=sys.stderr)
         sys.exit(1)

@@ -730,6 +730,12 @@ def parity_harness() -> str:
     )
 
 
+@block("bridge.agreement")
+def bridge_agreement() -> str:
+    found = read("bridge/agreement.json")
+    return f"{found['modules']} modules to {max(found['differences'].values()):.1e} of itself"
+
+
 def fill(text: str, where: str) -> str:
     """The text with every place filled."""
 

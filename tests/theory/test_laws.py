@@ -123,12 +123,12 @@ def test_direct_sampler_random_inputs(optimizer: str, init: str) -> None:
         )
         # The uniform Adam law is a series: its stated error, 0.6%, is added to the sampling error.
         slack = 0.006 if (optimizer, init) == ("adam", "kaiming_uniform") else 0.0
-        for (value, error), exact in [
+        for found, exact in [
             (sums.first.mean, law.mean[0]),
             (sums.first.second_moment, law.second_moment[0]),
             (sums.first.variance, law.variance[0]),
         ]:
-            assert abs(value - exact) <= z * error + slack * abs(exact), (rank, p_in, overlap)
+            assert abs(found.value - exact) <= z * found.error + slack * abs(exact), (rank, p_in, overlap)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])

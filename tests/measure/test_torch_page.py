@@ -1,0 +1,47 @@
+"""The how-to page's example runs as it stands, on a tiny model in the place of the one that it names."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
+pytest.importorskip("peft", reason="the bridge: the extra torch")
+transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
+pytest.importorskip("accelerate", reason="transformers' trainer: accelerate")
+
+import tokenizers  # noqa: E402
+from support import torch_models  # noqa: E402
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "measure-my-pytorch-model.md"
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and peft
+def test_the_page(tmp_path, monkeypatch, capsys) -> None:
+    vocabulary = {letter: i for i, letter in enumerate("~" + "abcdefghijklmnopqrstuvwxyz ")}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=" "))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="~")
+
+    def load(name, dtype=torch.float32, device_map=None):
+        assert (name, device_map) in (("Qwen/Qwen2.5-0.5B", "auto"), ("Qwen/Qwen2.5-0.5B", None))
+        return torch_models.model("qwen2").to(dtype)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names = {"texts": [f"{chr(97 + i)} record of some {'words ' * (1 + i % 3)}" for i in range(16)]}
+    for block in blocks[:3]:
+        exec(block, names)
+    said = capsys.readouterr().out
+    assert "Going from rank 16 to 128 with AdamW" in said
+    assert "What a step changes of the whole model:" in said
+    assert names["config"].r == 128
+    assert names["found"].left_out == {}
+    args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    rows = [{name: value[i] for name, value in names["batch"].items()} for i in range(8)]
+    names["trainer"] = transformers.Trainer(names["make_model"](2), args, train_dataset=rows)
+    exec(blocks[3], names)
+    names["trainer"].train()
+    assert "regime/crossing_rank" in names["trainer"].state.log_history[0]
