@@ -33,7 +33,8 @@ SIDES = [Square(side) for side in (3, 1, 2)]
 
 
 def area(cell: Square, _: Path) -> dict[str, Any]:
-    return {"area": np.float64(cell.side) ** 2 / 3, "rows": [{"side": np.int64(cell.side)}]}
+    row = {"side": np.int64(cell.side), "gone": float("inf"), "note": None, "kept": np.bool_(True)}
+    return {"area": np.float64(cell.side) ** 2 / 3, "rows": [row]}
 
 
 def drawn(cell: Square, folder: Path) -> float:
@@ -89,7 +90,9 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path) -> N
     ended: list[Any] = []
     first = run_cells(SIDES, area, folder, each=ended.append)
     assert [value["area"] for value in first] == [3.0, 1 / 3, 4 / 3]
-    assert type(first[0]["rows"][0]["side"]) is int
+    row = first[0]["rows"][0]
+    assert row == {"side": 3, "gone": float("inf"), "note": None, "kept": True}
+    assert (type(row["side"]), type(row["kept"])) == (int, bool)
     assert [(one.cell, one.index, one.value, one.error) for one in ended] == [
         (cell, index, first[index], None) for index, cell in enumerate(SIDES)
     ]
@@ -193,7 +196,7 @@ def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_cell(tmp_path, monkeypatc
         patch.setattr(files, "_write", full)
         with pytest.raises(InputError, match=r"cells\.jsonl: cannot be written \(No space left on device\)"):
             run_cells(SIDES, area, folder)
-    assert run_cells(SIDES[:1], never, folder) == [{"area": 3.0, "rows": [{"side": 3}]}]
+    assert [value["area"] for value in run_cells(SIDES[:1], never, folder)] == [3.0]
     assert len(run_cells(SIDES, area, folder)) == 3
 
 

@@ -14,7 +14,7 @@ from rora_theory import files, seals
 from rora_theory.errors import InputError
 from rora_theory.journal import Journal
 from sims.common import cli, disk, run_folder
-from sims.common.cells import CELLS, Cells
+from sims.common.cells import CELLS, run_cells
 from sims.common.run_folder import RunFolder
 
 
@@ -81,24 +81,6 @@ def test_lines_of_another_run_are_refused_and_a_cut_end_is_dropped(tmp_path):
     assert path.read_text() == "".join(lines), "cut from the file, or the next line would follow half a line"
     journal.append({"step": 4})
     assert len(Journal(path, "run").entries) == 5
-
-
-def test_a_cell_is_done_once_and_read_back_to_the_bit(tmp_path):
-    import numpy as np
-
-    folder = opened(tmp_path / "run")
-    cells = Cells(folder)
-    row = {"loss": np.float64(1) / 3, "count": np.int64(3), "gone": float("inf"), "note": None, "kept": np.bool_(True)}
-    first = cells.do("r = 4", lambda: [row])
-    assert (first, type(first[0]["count"]), type(first[0]["kept"])) == ([row], int, bool)
-    assert ("r = 4" in cells, "r = 8" in cells, len(cells)) == (True, False, 1)
-    folder.finish()
-    again = Cells(opened(tmp_path / "run"))
-    assert again.do("r = 4", lambda: pytest.fail("done twice")) == first
-    path = tmp_path / "run" / CELLS
-    path.write_text(path.read_text().replace('"count": 3', '"count": 4'))
-    with pytest.raises(InputError, match=r"cells\.jsonl: line 1 is damaged or was changed"):
-        Cells(opened(tmp_path / "run"))
 
 
 # ---- one owner
@@ -319,13 +301,12 @@ def test_a_failed_run_says_why(tmp_path, capsys):
 
 
 def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, full_disk):
-    def main() -> None:
-        cells = Cells(opened(tmp_path / "run"))
-        cells.do("one", lambda: 1)
-        full_disk()
-        cells.do("two", lambda: 2)
+    def work(cell: str, _: Path) -> str:
+        if cell == "two":
+            full_disk()
+        return cell
 
-    code, said = ended(main, capsys)
+    code, said = ended(lambda: run_cells(["one", "two"], work, opened(tmp_path / "run")) and None, capsys)
     assert code == 2
     assert said.startswith(f"error: {tmp_path / 'run' / CELLS}: cannot be written (No space left on device)")
     assert said.count("\n") == 1
@@ -334,9 +315,12 @@ def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, full_disk):
 def test_the_cells_before_a_full_disk_are_kept(tmp_path, monkeypatch, capsys):
     test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, lambda: monkeypatch.setattr(files, "_write", _full))
     monkeypatch.undo()
-    cells = Cells(opened(tmp_path / "run"))
-    assert cells.do("one", lambda: pytest.fail("done twice")) == 1
-    assert cells.do("two", lambda: 2) == 2
+
+    def work(cell: str, _: Path) -> str:
+        assert cell == "two", "done twice"
+        return cell
+
+    assert run_cells(["one", "two"], work, opened(tmp_path / "run")) == ["one", "two"]
 
 
 def _full(*_: object) -> None:
