@@ -27,8 +27,8 @@ class Config:
     """The run to fit. The defaults are the paper's protocol at its largest rank."""
 
     model: str | None = None
-    """llama-7b, llama-13b, llama2-7b, llama3-8b, sheared-llama-1.3b, smollm2-135m, or a folder with config.json; none
-    is the table of the paper's five"""
+    """llama-7b, llama-13b, llama2-7b, llama3-8b, sheared-llama-1.3b, mistral-7b, qwen2.5-7b, qwen3-8b, smollm2-135m, or
+    a folder with config.json; none is the table of the paper's five"""
     method: Literal["lora", "rora", "dora"] = "rora"
     """lora and rora differ by their scaling alone, so they take the same; dora trains magnitudes too"""
     rank: int = 128

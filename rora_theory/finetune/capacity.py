@@ -40,6 +40,25 @@ MODELS = {
     "sheared-llama-1.3b": LlamaConfig(
         32000, 2048, 5504, 24, 16, 16, 128, rms_norm_eps=1e-5, max_position_embeddings=4096
     ),
+    "mistral-7b": LlamaConfig(
+        32000,
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        128,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=32768,
+        model_type="mistral",
+        sliding_window=4096,
+    ),
+    "qwen2.5-7b": LlamaConfig(
+        152064, 3584, 18944, 28, 28, 4, 128, rope_theta=1e6, max_position_embeddings=131072, model_type="qwen2"
+    ),
+    "qwen3-8b": LlamaConfig(
+        151936, 4096, 12288, 36, 32, 8, 128, rope_theta=1e6, max_position_embeddings=40960, model_type="qwen3"
+    ),
     "smollm2-135m": LlamaConfig(
         49152,
         576,

@@ -1,5 +1,5 @@
-"""The shape of a LLaMA model, from Hugging Face's `config.json`: every field is used, known to change nothing, or
-refused by name."""
+"""The shape of a LLaMA, Mistral, Qwen2 or Qwen3 model, from Hugging Face's `config.json`: every field is used, known to
+change nothing, or refused by name."""
 
 import dataclasses
 import math
@@ -20,6 +20,17 @@ MODULES = (
     "mlp.down_proj",
 )
 """The linear modules of one layer, by the names Hugging Face and PEFT give them."""
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""Hugging Face's ``model_type`` of the models that are supported, and the class that reads each."""
+
+OTHER_MODELS = "any PyTorch model can be measured with rora_theory.measure.torch"
+"""What a refusal of another architecture names as the way out."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,11 @@ ROPE_KINDS: dict[str, type[LinearRope | Llama3Rope]] = {"linear": LinearRope, "l
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What determines the function a LLaMA model computes, apart from its weights. Hashable: static in jit.
+    """What determines the function a model computes, apart from its weights. Hashable: static in jit.
+
+    One model serves LLaMA and what differs from it in little: Qwen2 has biases on q, k and v; Qwen3 norms each head of
+    q and k; and a query of a layer that has a sliding window attends to the last ``sliding_window`` positions alone,
+    its own among them.
 
     Attributes:
       vocab_size, hidden_size, intermediate_size, num_hidden_layers: sizes.
@@ -75,10 +90,13 @@ class LlamaConfig:
       rope_theta: base of the rotary frequencies.
       rope_scaling: None is the default rotary embedding.
       tie_word_embeddings: the output projection is the embedding matrix.
-      attention_bias, mlp_bias: whether q, k, v, o (gate, up, down) have biases.
+      attention_bias, mlp_bias: whether q, k, v, o (gate, up, down) have biases. False for Qwen2, see `has_bias`.
       max_position_embeddings: longest sequence; longer ones are refused.
       bos_token_id, eos_token_id, pad_token_id: for tokenization and generation; several end tokens are a
         tuple.
+      model_type: one of `ARCHITECTURES`, and what the model is saved as.
+      sliding_window: how many positions a query attends to; None is all. Not for LLaMA.
+      max_window_layers: how many layers, the first ones, have no window nevertheless. For Qwen alone.
     """
 
     vocab_size: int
@@ -98,9 +116,17 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
+    model_type: str = "llama"
+    sliding_window: int | None = None
+    max_window_layers: int = 0
 
     def __post_init__(self) -> None:
         _check(vars(self))
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether every head's query and key is normed, as Qwen3's are, before it turns with its position."""
+        return self.model_type == "qwen3"
 
     def module_shape(self, name: str) -> tuple[int, int]:
         """Shape ``(p_out, p_in)`` of a module's weight.
@@ -124,6 +150,8 @@ class LlamaConfig:
 
     def has_bias(self, name: str) -> bool:
         """Whether a module has a bias vector of length ``p_out``."""
+        if self.model_type == "qwen2":
+            return name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         return self.attention_bias if name.startswith("self_attn.") else self.mlp_bias
 
     @classmethod
@@ -143,17 +171,25 @@ class LlamaConfig:
             raise InputError(f"config is {type(hf).__name__}; accepted is a JSON object")
         names = {field.name for field in dataclasses.fields(cls)}
         found = {key: value for key, value in hf.items() if key in names or not _says_nothing(key, value)}
+        try:
+            model_type = _model_type(found.pop("model_type", "llama"))
+        except InputError as error:
+            raise InputError(f"config: {error}") from None
         for key, accepted in _ONLY.items():
             if key in found and (value := found.pop(key)) not in accepted:
                 raise InputError(f"config: {key} is {shown(value)}; accepted is {' or '.join(map(repr, accepted))}")
-        kinds = found.pop("layer_types", None)
-        if kinds is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
-            raise InputError(f"config: layer_types is {shown(kinds)}; accepted is 'full_attention' for every layer")
         missing = [name for name in _REQUIRED if found.get(name) is None]
         if missing:
-            raise InputError(f"config: {', '.join(missing)} missing; accepted is the config.json of a LLaMA model")
+            raise InputError(
+                f"config: {', '.join(missing)} missing; accepted is the config.json of a model of type {model_type}"
+            )
         for name in _REQUIRED:
             _positive(f"config: {name}", found[name], int)
+        for name in _NULL_IS_DEFAULT:
+            if found.get(name, ...) is None:
+                del found[name]
+        found = _DEFAULTS[model_type] | found
+        window, full = _window(found, model_type)
         theta, scaling = _rope(found)
         heads, hidden = found["num_attention_heads"], found["hidden_size"]
         head_dim = found.pop("head_dim", None)
@@ -168,15 +204,6 @@ class LlamaConfig:
             raise InputError(f"config: {key} is {shown(value)}; no such field is supported")
         kv_heads = found.pop("num_key_value_heads", None)
         eos = found.pop("eos_token_id", 2)
-        for name in (
-            "rms_norm_eps",
-            "tie_word_embeddings",
-            "attention_bias",
-            "mlp_bias",
-            "max_position_embeddings",
-        ):
-            if found.get(name, ...) is None:
-                del found[name]  # null means the default
         fields = {
             **{field.name: field.default for field in dataclasses.fields(cls)},
             **found,
@@ -185,6 +212,9 @@ class LlamaConfig:
             "rope_theta": theta,
             "rope_scaling": scaling,
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
+            "model_type": model_type,
+            "sliding_window": window,
+            "max_window_layers": full,
         }
         try:
             _check(fields)
@@ -199,6 +229,11 @@ class LlamaConfig:
         """
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         scaling = plain.pop("rope_scaling")
+        for name in _NOT_ALL_HAVE:
+            if name not in _OWN[self.model_type]:
+                del plain[name]
+        if "max_window_layers" in plain:
+            plain["use_sliding_window"] = self.sliding_window is not None
         if isinstance(plain["eos_token_id"], tuple):
             plain["eos_token_id"] = list(plain["eos_token_id"])
         rope: dict[str, Any] = {"rope_type": "default"}
@@ -206,8 +241,7 @@ class LlamaConfig:
             kind = "linear" if isinstance(self.rope_scaling, LinearRope) else "llama3"
             rope = {"rope_type": kind, **dataclasses.asdict(self.rope_scaling)}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [ARCHITECTURES[self.model_type]],
             "hidden_act": "silu",
             **plain,
             "rope_scaling": None if scaling is None else dict(rope),
@@ -225,6 +259,39 @@ _SIZES = (
     "head_dim",
 )
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NULL_IS_DEFAULT = (
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "max_position_embeddings",
+    "max_window_layers",
+)
+
+_NOT_ALL_HAVE = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "max_window_layers": 0}
+_OWN = {
+    "llama": ("attention_bias", "mlp_bias"),
+    "mistral": ("sliding_window",),
+    "qwen2": ("sliding_window", "max_window_layers"),
+    "qwen3": ("attention_bias", "sliding_window", "max_window_layers"),
+}
+"""Of the fields that not all types have, with what is said where there is none, those of each type."""
+
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}
+"""What a ``config.json`` that is silent means, where that is not LLaMA's."""
 
 _MOST_LAYERS = 10_000  # every layer's tensors are named before any is looked for
 _LARGEST = 2**31 - 1  # sizes and ids are int32 on the device
@@ -253,7 +320,6 @@ _HABITS = frozenset(
 )
 # Keys with one meaning this model implements; any other value is refused by name.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
     "hidden_act": ("silu",),
     "pretraining_tp": (1, None),
     "attention_dropout": (0, None),
@@ -263,8 +329,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
     "partial_rotary_factor": (1, None),
     "embd_pdrop": (0, None),
     "resid_pdrop": (0, None),
@@ -298,7 +363,40 @@ def _says_nothing(key: str, value: Any) -> bool:
         return True
     # Private notes of a library, versions of libraries, ids for other purposes than those this model has.
     private = key.startswith("_") or key.endswith(("_version", "_token_id"))
-    return private or (value is None and key not in _ONLY and key not in ("rope_parameters", "layer_types"))
+    return private or (value is None and key not in _ONLY and key not in _TAKEN_APART)
+
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_TAKEN_APART = ("rope_parameters", "layer_types", "use_sliding_window")  # keys that are no fields, but become some
+
+
+def _model_type(value: Any) -> str:
+    """The value, a key of `ARCHITECTURES`."""
+    if not isinstance(value, str) or value not in ARCHITECTURES:
+        raise InputError(f"model_type is {shown(value)}; accepted are {', '.join(ARCHITECTURES)}; {OTHER_MODELS}")
+    return value
+
+
+def _window(found: dict[str, Any], model_type: str) -> tuple[int | None, int]:
+    """Take the keys of a sliding window out of ``found``: its length, and how many layers attend to all positions."""
+    window, full = found.pop("sliding_window", None), found.pop("max_window_layers", 0)
+    used, kinds = found.pop("use_sliding_window", None), found.pop("layer_types", None)
+    layers = found["num_hidden_layers"]
+    where_named = "max_window_layers" in _OWN[model_type]  # Qwen: whether there is a window and in which layers
+    accepted = (True, False, None) if where_named else (window is not None, None)
+    if not any(used is one for one in accepted):
+        raise InputError(f"config: use_sliding_window is {shown(used)}; accepted is {' or '.join(map(repr, accepted))}")
+    if window is None or (where_named and not used):
+        window, full = None, layers
+    else:
+        _positive("config: sliding_window", window, int)
+        _count("config: max_window_layers", full)
+        full = kinds.count(_FULL) if where_named and isinstance(kinds, list) else min(full, layers)
+    as_written = [_FULL if layer < full else _SLIDING for layer in range(len(kinds) if isinstance(kinds, list) else 0)]
+    if kinds is not None and (kinds != as_written or len(kinds) != layers):
+        one = f"{_FULL!r} for every layer" if window is None else f"first {_FULL!r}, then {_SLIDING!r}, one a layer"
+        raise InputError(f"config: layer_types is {shown(kinds)}; accepted is {one}")
+    return (window, full) if full < layers else (None, 0)
 
 
 def _rope(found: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -362,6 +460,19 @@ def _check(fields: Mapping[str, Any]) -> None:
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(fields[name], bool):
             raise InputError(f"{name} is {shown(fields[name])}; accepted is true or false")
+    model_type = _model_type(fields["model_type"])
+    for name, without in _NOT_ALL_HAVE.items():
+        if name not in _OWN[model_type] and fields[name] != without:
+            raise InputError(f"{name} is {shown(fields[name])}; accepted for model_type {model_type} is {without}")
+    full, layers = fields["max_window_layers"], fields["num_hidden_layers"]
+    _count("max_window_layers", full)
+    if fields["sliding_window"] is not None:
+        _positive("sliding_window", fields["sliding_window"], int)
+    if full and (fields["sliding_window"] is None or full >= layers):
+        raise InputError(
+            f"max_window_layers is {shown(full)}; accepted is below {layers}, the model's layers, and 0 without a "
+            "sliding_window"
+        )
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     if heads % kv_heads:
         raise InputError(f"num_key_value_heads is {kv_heads}; accepted is a divisor of num_attention_heads {heads}")
@@ -384,6 +495,11 @@ def _is_number(value: Any) -> bool:
     return (isinstance(value, int) and not isinstance(value, bool)) or (
         isinstance(value, float) and math.isfinite(value)
     )
+
+
+def _count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InputError(f"{name} is {shown(value)}; accepted is an integer of 0 or more")
 
 
 def _positive(name: str, value: Any, kind: type) -> None:

@@ -36,7 +36,10 @@ from rora_theory.llama.model import (
     forward_cached,
     init_cache,
     rms_norm,
+    slot_positions,
     unembed,
+    windowed_layers,
+    within_window,
 )
 
 NEVER_CHOSEN = -1e9
@@ -212,6 +215,7 @@ def _greedy(
     logits, cache, real = _read_prompts(params, adapter, beginning, tokens, real, config, count)
     batch, length = real.shape
     read = jnp.sum(real.astype(jnp.int32), axis=1)
+    slots_at = _slot_positions(config, real, count, 1)
 
     def choose(logits: Array, out: Array, lengths: Array, running: Array, step: Array) -> tuple[Array, ...]:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -224,7 +228,7 @@ def _greedy(
         filled = jnp.arange(count)[None, None] < step
         visible = jnp.concatenate([real[:, None], jnp.broadcast_to(filled, (batch, 1, count))], axis=-1)
         logits, cache = _read(
-            params, adapter, token[:, None], read + step - 1, cache, length + step - 1, visible, config
+            params, adapter, token[:, None], read + step - 1, slots_at, cache, length + step - 1, visible, config
         )
         return choose(logits[:, 0], out, lengths, running, step), cache
 
@@ -258,6 +262,7 @@ def _beam(
     logits, cache, real = _read_prompts(params, adapter, beginning, tokens, real, config, count * beams)
     batch, length = real.shape
     read = jnp.sum(real.astype(jnp.int32), axis=1)
+    slots_at = _slot_positions(config, real, count, beams)
     choose = functools.partial(
         _choose, eos=eos, penalties=penalties, supposed=supposed, beams=beams, stop_when_full=stop_when_full
     )
@@ -268,7 +273,7 @@ def _beam(
         token = jax.lax.dynamic_index_in_dim(search.tokens, last, 2, keepdims=False)
         visible = _visible(real, search.ancestry)
         slot = length + last * beams
-        logits, cache = _read(params, adapter, token, read + last, cache, slot, visible, config)
+        logits, cache = _read(params, adapter, token, read + last, slots_at, cache, slot, visible, config)
         return choose(search, logits), cache
 
     def unfinished(state: tuple[_Beams, Any]) -> Array:
@@ -362,6 +367,15 @@ def _visible(real: Bool[Array, "b s"], ancestry: Int[Array, "b w t"]) -> Bool[Ar
     return jnp.concatenate([prompt, through.reshape(batch, beams, count * beams)], axis=-1)
 
 
+def _slot_positions(config: LlamaConfig, real: Bool[Array, "b s"], count: int, beams: int) -> Int[Array, "b n"] | None:
+    """Position of the token in each of the s + t w slots, the prompt's, then one a step for every beam; None where no
+    sliding window asks."""
+    if config.sliding_window is None:
+        return None
+    prompt = slot_positions(real)
+    return jnp.concatenate([prompt, prompt[:, -1:] + 1 + jnp.repeat(jnp.arange(count), beams)[None]], axis=1)
+
+
 def _read_prompts(
     params: Params,
     adapter: Adapter | None,
@@ -391,6 +405,7 @@ def _read(
     adapter: Adapter | None,
     tokens: Int[Array, "b w"],
     positions: Int[Array, " b"],
+    slots_at: Int[Array, "b n"] | None,
     cache: tuple[Float[Array, "l b n k d"], Float[Array, "l b n k d"]],
     slot: Int[Array, ""],
     visible: Bool[Array, "b w n"],
@@ -398,12 +413,13 @@ def _read(
 ) -> tuple[Float[Array, "b w v"], tuple[Array, Array]]:
     """Logits after one more token of every beam, whose keys and values go to the w slots from ``slot`` on."""
     adapter = NoAdapter() if adapter is None else adapter
-    cos, sin = rope.angles(config, jnp.broadcast_to(positions[:, None], tokens.shape))
+    queries_at = jnp.broadcast_to(positions[:, None], tokens.shape)
+    cos, sin = rope.angles(config, queries_at)
     mask = visible[:, None]
 
-    def body(carry: tuple[Array, Array, Array], xs: tuple[Array, Params, Any]) -> tuple[Any, None]:
+    def body(carry: tuple[Array, Array, Array], xs: tuple[Array, Params, Any, Array | None]) -> tuple[Any, None]:
         x, keys, values = carry
-        layer, weights, slices = xs
+        layer, weights, slices, windowed = xs
 
         def apply(name: str, u: Array) -> Array:
             module = weights[name]
@@ -418,13 +434,15 @@ def _read(
             k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
             k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
+            wide = within_window(config, wide, queries_at, slots_at, k.shape[1], windowed)
             return attend(q, k, v, wide, route="blocked")
 
         return (_layer(x, weights, config, cos, sin, apply, attend_all), keys, values), None
 
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     carry = (embed(params, tokens), *cache)
-    (x, keys, values), _ = jax.lax.scan(body, carry, (index, params["layers"], adapter.layers()))
+    xs = (index, params["layers"], adapter.layers(), windowed_layers(config))
+    (x, keys, values), _ = jax.lax.scan(body, carry, xs)
     return unembed(params, rms_norm(x, params["norm"], config.rms_norm_eps), config), (keys, values)
 
 

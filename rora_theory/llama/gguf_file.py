@@ -1,5 +1,5 @@
-"""GGUF files of the ``llama`` architecture: metadata to a configuration, quantised blocks to the weights of
-`model`.
+"""GGUF files of the architectures ``llama``, ``qwen2`` and ``qwen3``: metadata to a configuration, quantised blocks to
+the weights of `model`. Mistral's are of ``llama``, and say nothing of a sliding window: they are read without one.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks are dequantised by the `gguf`
 package.
@@ -18,12 +18,15 @@ from jax.typing import DTypeLike
 from rora_theory.errors import InputError
 from rora_theory.files import check_regular
 from rora_theory.llama import rope
-from rora_theory.llama.config import LinearRope, Llama3Rope, LlamaConfig, RopeScaling, shown
+from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, shown
 from rora_theory.llama.model import Params
 from rora_theory.llama.weights import assemble, check_finite, check_shapes
 
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 """Types of a tensor that are read."""
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""Values of ``general.architecture`` that are read."""
 
 _MODULES = {
     "attn_q": "self_attn.q_proj",
@@ -33,6 +36,8 @@ _MODULES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
@@ -43,7 +48,7 @@ _TOP = {
 }
 _FREQUENCIES = "rope_freqs.weight"
 # Keys of the architecture that say nothing about the function computed.
-_PASSED_OVER = {"llama.vocab_size", "llama.tensor_data_layout", "llama.rope.scaling.finetuned"}
+_PASSED_OVER = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
 _CHUNK = 1 << 24  # elements dequantised at once: 64 MiB in float32
 _MOST_PARTS = 1 << 22  # parts of a header, each an object in memory; 128 000 tokens with their merges make one million
 
@@ -120,56 +125,62 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     Raises:
       InputError: another architecture, a key or a value that is not supported, or one that is missing.
     """
-    keys = {name: field for name, field in reader.fields.items() if name.startswith("llama.")}
-    used = set(_PASSED_OVER)
+    used: set[str] = set()
 
     def get(name: str, kind: type, default: Any = ...) -> Any:
         used.add(name)
         return read_value(reader, where, name, kind, default)
 
     architecture = get("general.architecture", str)
-    if architecture != "llama":
-        raise InputError(f"{where}: architecture is {shown(architecture)}; accepted is 'llama'")
+    if architecture not in ARCHITECTURES:
+        raise InputError(
+            f"{where}: architecture is {shown(architecture)}; accepted are {', '.join(ARCHITECTURES)}; {OTHER_MODELS}"
+        )
+    keys = {name for name in reader.fields if name.startswith(f"{architecture}.")}
+    used.update(f"{architecture}.{name}" for name in _PASSED_OVER)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise InputError(f"{where}: lacks token_embd.weight")
-    heads, hidden = get("llama.attention.head_count", int), get("llama.embedding_length", int)
-    for name, value in (("llama.attention.head_count", heads), ("llama.embedding_length", hidden)):
+    heads, hidden = get(f"{architecture}.attention.head_count", int), get(f"{architecture}.embedding_length", int)
+    for name, value in ((f"{architecture}.attention.head_count", heads), (f"{architecture}.embedding_length", hidden)):
         if value < 1:
             raise InputError(f"{where}: {name} is {value!r}; accepted is an integer of 1 or more")
-    head_dim = get("llama.attention.key_length", int, hidden // heads)
-    for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    head_dim = get(f"{architecture}.attention.key_length", int, hidden // heads)
+    for name in (f"{architecture}.attention.value_length", f"{architecture}.rope.dimension_count"):
         if (value := get(name, int, head_dim)) != head_dim:
             raise InputError(f"{where}: {name} is {value!r}; accepted is the head's length {head_dim}")
-    for name in ("llama.expert_count", "llama.expert_used_count"):
+    for name in (f"{architecture}.expert_count", f"{architecture}.expert_used_count"):
         if value := get(name, int, 0):
             raise InputError(f"{where}: {name} is {value!r}; mixtures of experts are not supported")
-    scaling_type = get("llama.rope.scaling.type", str, "none")
-    factor = get("llama.rope.scaling.factor", float, 1.0)
-    original = get("llama.rope.scaling.original_context_length", int, None)
+    scaling_type = get(f"{architecture}.rope.scaling.type", str, "none")
+    factor = get(f"{architecture}.rope.scaling.factor", float, 1.0)
+    original = get(f"{architecture}.rope.scaling.original_context_length", int, None)
     if scaling_type not in ("none", "linear"):
-        raise InputError(f"{where}: llama.rope.scaling.type is {shown(scaling_type)}; accepted are none, linear")
-    theta = _decimal(get("llama.rope.freq_base", float, 10000.0))
+        raise InputError(
+            f"{where}: {architecture}.rope.scaling.type is {shown(scaling_type)}; accepted are none, linear"
+        )
+    theta = _decimal(get(f"{architecture}.rope.freq_base", float, 10000.0))
     ends = dict.fromkeys(end for name in END_TOKENS if (end := get(name, int, None)) is not None)
     parts = {
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": hidden,
-        "intermediate_size": get("llama.feed_forward_length", int),
-        "num_hidden_layers": get("llama.block_count", int),
+        "intermediate_size": get(f"{architecture}.feed_forward_length", int),
+        "num_hidden_layers": get(f"{architecture}.block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("llama.attention.head_count_kv", int, heads),
+        "num_key_value_heads": get(f"{architecture}.attention.head_count_kv", int, heads),
         "head_dim": head_dim,
-        "rms_norm_eps": _decimal(get("llama.attention.layer_norm_rms_epsilon", float)),
+        "rms_norm_eps": _decimal(get(f"{architecture}.attention.layer_norm_rms_epsilon", float)),
         "rope_theta": theta,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": architecture != "qwen2" and "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "max_position_embeddings": get("llama.context_length", int),
+        "max_position_embeddings": get(f"{architecture}.context_length", int),
         "bos_token_id": get("tokenizer.ggml.bos_token_id", int, None),
         "eos_token_id": tuple(ends) if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": get("tokenizer.ggml.padding_token_id", int, None),
+        "model_type": architecture,
     }
-    unknown = sorted(set(keys) - used)
+    unknown = sorted(keys - used)
     if unknown:
         value = read_value(reader, where, unknown[0], Any)
         raise InputError(f"{where}: metadata {unknown[0]} is {shown(value)}; not supported")
@@ -212,7 +223,7 @@ def load_gguf(
             continue
         name = _hf_name(tensor.name)
         if name is None:
-            raise InputError(f"{path}: holds {tensor.name}, no part of a llama model")
+            raise InputError(f"{path}: holds {tensor.name}, no part of a {config.model_type} model")
         if tensor.tensor_type.name not in QUANTISATIONS:
             raise InputError(
                 f"{path}: {tensor.name} is of type {tensor.tensor_type.name}; accepted are {', '.join(QUANTISATIONS)}"
@@ -220,7 +231,7 @@ def load_gguf(
         found[name] = tensor
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in found.items()}
     check_shapes(str(path), shapes, config)
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads} if config.model_type == "llama" else {}
 
     def read(names: list[str], out: np.ndarray) -> None:
         for i, name in enumerate(names):
@@ -228,7 +239,7 @@ def load_gguf(
             interleaved = heads.get(projection[0]) if projection[1:].startswith("_proj") else None
             rows = _file_rows(config.head_dim, interleaved, len(out[i]))
             for start, block in _dequantised(path, found[name]):
-                # Rows of a head are stored as rotary pairs side by side; here a pair lies half a head apart.
+                # LLaMA's rows of a head are stored as rotary pairs side by side; here a pair lies half a head apart.
                 at = slice(start, start + len(block)) if rows is None else rows[start : start + len(block)]
                 with np.errstate(over="ignore"):  # of float16: infinite here, and refused
                     out[i][at] = block
@@ -262,7 +273,7 @@ def _dequantised(path: Path, tensor: ReaderTensor) -> Iterator[tuple[int, np.nda
 
 
 def _hf_name(name: str) -> str | None:
-    """Hugging Face's name of a GGUF tensor; None for one that a llama model does not have."""
+    """Hugging Face's name of a GGUF tensor; None for one that no model here has."""
     if name in _TOP:
         return _TOP[name]
     parts = name.split(".")

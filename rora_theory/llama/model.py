@@ -1,15 +1,17 @@
-r"""The LLaMA transformer as pure functions over a dictionary of arrays.
+r"""The LLaMA transformer, and what differs from it in little, as pure functions over a dictionary of arrays.
 
 A layer maps the residual stream x by :math:`x \leftarrow x + W_o\,\mathrm{attn}(W_q u, W_k u, W_v u)` with
 :math:`u = \mathrm{norm}(x)`, then :math:`x \leftarrow x + W_{down}(\mathrm{silu}(W_{gate} u) \odot W_{up} u)`
-(Touvron et al. 2023). Weights keep Hugging Face's orientation [out, in]; the layers are stacked on a leading
-axis and scanned, so that a model compiles in the time of one layer.
+(Touvron et al. 2023). Where the configuration says so, every head's queries and keys are normed, and a query sees the
+last positions alone. Weights keep Hugging Face's orientation [out, in]; the layers are stacked on a leading axis and
+scanned, so that a model compiles in the time of one layer.
 
     params = {
         "embed_tokens": [V, d],
         "layers": {
             "input_layernorm": [L, d],
             "post_attention_layernorm": [L, d],
+            "self_attn.q_norm", "self_attn.k_norm": [L, head_dim] (where the configuration has them),
             "self_attn.q_proj": {"weight": [L, out, in], "bias": [L, out] (where the configuration has it)},
             ...
         },
@@ -190,8 +192,10 @@ def hidden_states(
 
     Args:
       positions: each token's position in its own sequence, where a row holds several sequences or a tree of
-        continuations; given together with ``visible``, in place of ``attention_mask``.
-      visible: [b, query, key], True where a query may attend to a key, never a later one: the whole mask.
+        continuations; given together with ``visible``, in place of ``attention_mask``. A row's first position is the
+        one that follows what ``adapter.prefix`` holds.
+      visible: [b, query, key], True where a query may attend to a key, never a later one: the whole mask, but for the
+        sliding window of layers that have one.
     """
     adapter = NoAdapter() if adapter is None else adapter
     unknown = sorted(set(capture or ()) - set(MODULES))
@@ -214,8 +218,8 @@ def hidden_states(
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
     cos, sin = rope.angles(config, positions)
 
-    def body(x: Array, xs: tuple[Params, Any, PRNGKeyArray | None]) -> tuple[Array, dict[str, Array]]:
-        weights, slices, layer_key = xs
+    def body(x: Array, xs: tuple[Params, Any, PRNGKeyArray | None, Array | None]) -> tuple[Array, dict[str, Array]]:
+        weights, slices, layer_key, windowed = xs
         inputs: dict[str, Array] = {}
 
         def apply(name: str, u: Array) -> Array:
@@ -226,12 +230,15 @@ def hidden_states(
 
         def attend_all(q: Array, k: Array, v: Array) -> Array:
             k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
-            return attend(q, k, v, wide, route=attention)
+            return attend(
+                q, k, v, within_window(config, wide, positions, positions, k.shape[1], windowed), route=attention
+            )
 
         return _layer(x, weights, config, cos, sin, apply, attend_all), inputs
 
     keys = None if key is None else jax.random.split(key, config.num_hidden_layers)
-    x, captured = jax.lax.scan(_checkpointed(body, remat), x, (params["layers"], adapter.layers(), keys))
+    xs = (params["layers"], adapter.layers(), keys, windowed_layers(config))
+    x, captured = jax.lax.scan(_checkpointed(body, remat), x, xs)
     hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
     return hidden if capture is None else (hidden, captured)
 
@@ -306,12 +313,13 @@ def forward_cached(
     cos, sin = rope.angles(config, positions)
     all_real = jax.lax.dynamic_update_slice_in_dim(cache["real"], real, start, axis=1)
     mask = causal(new, total, start)[None, None] & all_real[:, None, None, :]
+    slots_at = None if config.sliding_window is None else slot_positions(all_real)
 
     def body(
-        carry: tuple[Array, Array, Array], xs: tuple[Array, Params, Any]
+        carry: tuple[Array, Array, Array], xs: tuple[Array, Params, Any, Array | None]
     ) -> tuple[tuple[Array, Array, Array], None]:
         x, keys, values = carry
-        layer, weights, slices = xs
+        layer, weights, slices, windowed = xs
 
         def apply(name: str, u: Array) -> Array:
             module = weights[name]
@@ -328,6 +336,7 @@ def forward_cached(
             k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False).astype(q.dtype)
             v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False).astype(q.dtype)
             k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
+            wide = within_window(config, wide, positions, slots_at, k.shape[1], windowed)
             return attend(q, k, v, wide, route="blocked")
 
         x = _layer(x, weights, config, cos, sin, apply, attend_all)
@@ -335,7 +344,8 @@ def forward_cached(
 
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     carry = (embed(params, tokens), cache["k"], cache["v"])
-    (x, keys, values), _ = jax.lax.scan(body, carry, (index, params["layers"], adapter.layers()))
+    xs = (index, params["layers"], adapter.layers(), windowed_layers(config))
+    (x, keys, values), _ = jax.lax.scan(body, carry, xs)
     hidden = rms_norm(x[:, -1], params["norm"], config.rms_norm_eps)
     return unembed(params, hidden, config), {"k": keys, "v": values, "real": all_real, "length": start + new}
 
@@ -353,6 +363,8 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Para
         layers[name] = {"weight": array(count, *shape)}
         if config.has_bias(name):
             layers[name]["bias"] = array(count, shape[0])
+    if config.qk_norm:
+        layers |= {name: array(count, config.head_dim) for name in ("self_attn.q_norm", "self_attn.k_norm")}
     params = {"embed_tokens": array(config.vocab_size, width), "layers": layers, "norm": array(width)}
     if not config.tie_word_embeddings:
         params["lm_head"] = array(config.vocab_size, width)
@@ -396,6 +408,9 @@ def _layer(
     q = apply("self_attn.q_proj", u).reshape(batch, length, heads, config.head_dim)
     k = apply("self_attn.k_proj", u).reshape(batch, length, kv_heads, config.head_dim)
     v = apply("self_attn.v_proj", u).reshape(batch, length, kv_heads, config.head_dim)
+    if config.qk_norm:
+        q = rms_norm(q, weights["self_attn.q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, weights["self_attn.k_norm"], config.rms_norm_eps)
     q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
     q, k, v = (checkpoint_name(a, name) for a, name in ((q, "query"), (k, "key"), (v, "value")))
     mixed = attend_all(q, k, v).reshape(batch, length, heads * config.head_dim)
@@ -439,6 +454,45 @@ def _with_prefix(
     if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (count, 0)), constant_values=True)
     return k, v, mask
+
+
+def windowed_layers(config: LlamaConfig) -> Bool[Array, " layers"] | None:
+    """Which layers have the sliding window, where some have and some not; None where all are alike."""
+    return jnp.arange(config.num_hidden_layers) >= config.max_window_layers if config.max_window_layers else None
+
+
+def slot_positions(real: Bool[Array, "b n"]) -> Int[Array, "b n"]:
+    """Position of the token in each slot of a cache, counted over the real ones."""
+    return jnp.maximum(jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def within_window(
+    config: LlamaConfig,
+    mask: Bool[Array, "#b 1 s t"] | None,
+    at: Int[Array, "#b s"],
+    keys_at: Int[Array, "#b n"] | None,
+    keys: int,
+    windowed: Bool[Array, ""] | None,
+) -> Bool[Array, "#b 1 s t"] | None:
+    """The mask of one layer: what lies ``sliding_window`` positions or more before a query is hidden from it.
+
+    Args:
+      config: without a window, the mask is returned as it is.
+      mask: True where a query may attend to a key; None is all up to its own, and positions that all rows share.
+      at, keys_at: positions of queries and keys; None where there is no window.
+      keys: number of keys t, which may begin with t - n of a prefix, whose positions end where ``keys_at`` begins.
+      windowed: whether this layer has the window, of `windowed_layers`.
+    """
+    window = config.sliding_window
+    if window is None or keys_at is None or (mask is None and keys <= window):
+        return mask
+    before = keys - keys_at.shape[1]
+    if mask is None:
+        mask = causal(at.shape[1], keys, before)[None, None]
+        at, keys_at = at[:1], keys_at[:1]
+    first = keys_at[:, :1] - jnp.arange(before, 0, -1, dtype=jnp.int32)[None]
+    near = jnp.concatenate([first, keys_at], axis=1)[:, None, None, :] > at[:, None, :, None] - window
+    return mask & (near if windowed is None else near | ~windowed)
 
 
 def _check_length(length: int, config: LlamaConfig) -> None:

@@ -33,7 +33,16 @@ from rora_theory.errors import InputError
 from rora_theory.llama import rope
 from rora_theory.llama.attention import attend
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.model import Params, _layer, abstract_params, count_parameters, embed, linear
+from rora_theory.llama.model import (
+    Params,
+    _layer,
+    abstract_params,
+    count_parameters,
+    embed,
+    linear,
+    windowed_layers,
+    within_window,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,20 +103,24 @@ def measure(params: Params, tokens: Int[Array, "b s"], config: LlamaConfig) -> S
     def squares(u: Array) -> Array:
         return jnp.sum(jnp.square(u.astype(jnp.float32)), axis=(0, 1))
 
-    def body(x: Array, weights: Params) -> tuple[Array, tuple[Array, Array, Array]]:
+    def body(x: Array, xs: tuple[Params, Array | None]) -> tuple[Array, tuple[Array, Array, Array]]:
+        weights, windowed = xs
         seen: dict[str, Array] = {}
 
         def apply(name: str, u: Array) -> Array:
             seen[name] = u
             return linear(u, weights[name]["weight"], weights[name].get("bias"))
 
-        y = _layer(x, weights, config, cos, sin, apply, attend)
+        def attend_all(q: Array, k: Array, v: Array) -> Array:
+            return attend(q, k, v, within_window(config, None, positions, positions, k.shape[1], windowed))
+
+        y = _layer(x, weights, config, cos, sin, apply, attend_all)
         before, after = x.astype(jnp.float32), y.astype(jnp.float32)
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
         cosine = jnp.sum(before * after, axis=-1) / jnp.maximum(norms, TINY)
         return y, (squares(seen["self_attn.o_proj"]), squares(seen["mlp.down_proj"]), jnp.sum(1.0 - cosine))
 
-    _, sums = jax.lax.scan(body, embed(params, tokens), params["layers"])
+    _, sums = jax.lax.scan(body, embed(params, tokens), (params["layers"], windowed_layers(config)))
     return Statistics(*sums, jnp.int32(tokens.size))
 
 
@@ -187,15 +200,18 @@ def choose(scores: Scores, shape: Shape) -> Kept:
     return Kept(layers, heads, features)
 
 
-def pruned_config(config: LlamaConfig, shape: Shape) -> LlamaConfig:
-    """The configuration of a model of this shape."""
+def pruned_config(config: LlamaConfig, shape: Shape, full: int = 0) -> LlamaConfig:
+    """The configuration of a model of this shape, of whose layers ``full`` have no sliding window where others have."""
     shared = config.num_attention_heads // config.num_key_value_heads
+    window = config.sliding_window if full < shape.layers else None
     return replace(
         config,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.kv_heads * shared,
         num_key_value_heads=shape.kv_heads,
         intermediate_size=shape.width,
+        sliding_window=window,
+        max_window_layers=0 if window is None else full,
     )
 
 
@@ -230,7 +246,8 @@ def prune(params: Params, config: LlamaConfig, kept: Kept) -> tuple[Params, Llam
                 own = jnp.take_along_axis(own, jnp.asarray(index), axis=axis)
             layers[name][kind] = own
     shape = Shape(len(kept.layers), kept.heads.shape[1], kept.features.shape[1])
-    return {**params, "layers": layers}, pruned_config(config, shape)
+    full = int(np.sum(kept.layers < config.max_window_layers))
+    return {**params, "layers": layers}, pruned_config(config, shape, full)
 
 
 def _count(tree: Params) -> int:

@@ -1,12 +1,12 @@
 r"""Tokenizers rebuilt from what is not a `tokenizer.json`: a sentencepiece model, or the metadata of a GGUF
 file.
 
-Two families cover the checkpoints of the `llama` architecture:
+Two families cover the checkpoints of the architectures that are read:
 
 * *sentencepiece* (LLaMA 1 and 2): a space is written ``▁``, one more is put before the text, and characters
   that are not in the vocabulary become their UTF-8 bytes. Sentencepiece joins the neighbours whose union has
   the best score; as a list of merges that is every way to cut a piece in two, best score first.
-* *byte-level* (LLaMA 3, SmolLM2): the text is cut by a regular expression, the pieces are spelled in 256
+* *byte-level* (LLaMA 3, SmolLM2, Qwen): the text is cut by a regular expression, the pieces are spelled in 256
   printable characters, one a byte, and merged by a list. A GGUF file names the expression
   (``tokenizer.ggml.pre``) instead of holding it.
 """
@@ -173,6 +173,8 @@ def byte_level_tokenizer(pieces: Sequence[Piece], merges: Iterable[str], split: 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     _add_whole_tokens(tokenizer, pieces)
     return tokenizer
@@ -180,6 +182,7 @@ def byte_level_tokenizer(pieces: Sequence[Piece], merges: Iterable[str], split: 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_CUT = ((_LLAMA3,), True)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
 
 SPLITS: dict[str, tuple[tuple[str, ...], bool]] = {
     # SmolLM2's tokenizer.json cuts out single digits before GPT-2's expression sees the text, so that a run
@@ -189,6 +192,7 @@ SPLITS: dict[str, tuple[tuple[str, ...], bool]] = {
     "llama3": _LLAMA3_CUT,
     "llama-v3": _LLAMA3_CUT,
     "falcon3": _LLAMA3_CUT,
+    "qwen2": ((_QWEN2,), False),
     "gpt-2": ((_GPT2,), False),
     "default": ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False),
 }

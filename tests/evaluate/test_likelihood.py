@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import forward, init_params
 
 CONFIG = LlamaConfig(61, 16, 24, 2, 4, 2, 4, max_position_embeddings=96)
+WINDOWED = replace(CONFIG, model_type="mistral", sliding_window=7)
 PARAMS = init_params(jax.random.key(0), CONFIG)
 SHAPE = (64, 16)
 
@@ -44,14 +46,16 @@ def _items(seed: int, count: int) -> list[list[Scored]]:
     return [*items, [Scored(long + some(3, 3), 3), Scored(long + some(4, 4), 4)]]
 
 
-def _plain(items: Sequence[Sequence[Scored]], adapter: PrefixAdapter | None = None) -> list[list[float]]:
+def _plain(
+    items: Sequence[Sequence[Scored]], adapter: PrefixAdapter | None = None, config: LlamaConfig = CONFIG
+) -> list[list[float]]:
     """One forward pass a choice, right-padded to one length, log-softmax over every position."""
     length = 96
     rows = [choice for item in items for choice in item]
     tokens = np.zeros((len(rows), length), np.int32)
     for row, choice in zip(tokens, rows, strict=True):
         row[: len(choice.tokens)] = choice.tokens
-    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, CONFIG, adapter))(tokens)
+    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, config, adapter))(tokens)
     logp = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
     totals = iter(
         sum(
@@ -77,16 +81,17 @@ def test_equal_to_plain_forward_passes() -> None:
 
 @pytest.mark.parametrize("length", [15, 16, 40])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_beginning_that_all_items_share_is_read_once(length: int, adapted: bool) -> None:
-    """Of 40 tokens 32 are taken out of every row; with a trained prefix before them too."""
+@pytest.mark.parametrize("config", [CONFIG, WINDOWED])
+def test_a_beginning_that_all_items_share_is_read_once(length: int, adapted: bool, config: LlamaConfig) -> None:
+    """Of 40 tokens 32 are taken out of every row; with a trained prefix before them too, and in a sliding window."""
     rng = np.random.default_rng(5)
     shared = tuple(rng.integers(0, CONFIG.vocab_size, length).tolist())
     items = [
         [Scored(shared + choice.tokens[: 96 - length], choice.count) for choice in item] for item in _items(4, 12)[:-1]
     ]
-    adapter = init(jax.random.key(1), PrefixConfig(3), CONFIG, PARAMS) if adapted else None
-    found = dict(log_likelihoods(PARAMS, CONFIG, items, shape=SHAPE, adapter=adapter))
-    for index, plain in enumerate(_plain(items, adapter)):
+    adapter = init(jax.random.key(1), PrefixConfig(3), config, PARAMS) if adapted else None
+    found = dict(log_likelihoods(PARAMS, config, items, shape=SHAPE, adapter=adapter))
+    for index, plain in enumerate(_plain(items, adapter, config)):
         np.testing.assert_allclose(found[index], plain, rtol=0, atol=1e-5)
     contexts = [choice.tokens[: -choice.count - 1] for item in items for choice in item]
     assert shared_length(contexts) == length // 16 * 16

@@ -25,6 +25,9 @@ SMALL = FinetuneConfig(rank=4, batch_size=4, dropout=0.0)
         ("llama2-7b", 6_738_415_616),
         ("llama3-8b", 8_030_261_248),
         ("sheared-llama-1.3b", 1_345_423_360),
+        ("mistral-7b", 7_241_732_096),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-8b", 8_190_735_360),
         ("smollm2-135m", 134_515_008),
     ],
 )

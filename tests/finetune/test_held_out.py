@@ -1,5 +1,7 @@
 """Losses of single records against a plain forward pass of each."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from rora_theory.llama import LlamaConfig, beginning, forward
 from rora_theory.llama.model import init_params
 
 CONFIG = LlamaConfig(61, 16, 24, 2, 4, 2, 4, max_position_embeddings=96)
+WINDOWED = replace(CONFIG, model_type="mistral", sliding_window=7)
 PARAMS = init_params(jax.random.key(0), CONFIG)
 
 
@@ -26,20 +29,25 @@ def examples(shared: int, count: int = 9) -> Examples:
     return Examples(np.concatenate(rows), offsets, np.concatenate(learned), 0, 0)
 
 
+LORA = LoraConfig(rule="rora", rank=2, alpha=4.0)
+
+
 @pytest.mark.parametrize("shared", [0, 16, 17, 40])
-@pytest.mark.parametrize("adapted", [None, LoraConfig(rule="rora", rank=2, alpha=4.0), PrefixConfig(3)])
-def test_equal_to_plain_forward_passes(shared: int, adapted, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("config", "adapted"), [(CONFIG, None), (CONFIG, LORA), (CONFIG, PrefixConfig(3)), (WINDOWED, PrefixConfig(3))]
+)
+def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, adapted, monkeypatch) -> None:
     """Of 17 shared tokens 16 are read once, of 16 none: the last must stay to predict what differs."""
     asked = []
     monkeypatch.setattr(beginning, "read", lambda *args, read=beginning.read: asked.append(len(args[1])) or read(*args))
     held_out = examples(shared)
-    adapter = None if adapted is None else init(jax.random.key(1), adapted, CONFIG, PARAMS)
-    found = record_losses(PARAMS, CONFIG, held_out, adapter=adapter, batch=4, widths=2)
+    adapter = None if adapted is None else init(jax.random.key(1), adapted, config, PARAMS)
+    found = record_losses(PARAMS, config, held_out, adapter=adapter, batch=4, widths=2)
     assert asked == {0: [], 16: [], 17: [16], 40: [32]}[shared]
     whole = np.zeros((len(held_out), 96), np.int32)
     for row, index in zip(whole, range(len(held_out)), strict=True):
         row[: held_out.lengths[index]] = held_out[index]
-    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, CONFIG, adapter))(whole)
+    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, config, adapter))(whole)
     logp = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
     for index, one in enumerate(found):
         tokens = held_out[index]

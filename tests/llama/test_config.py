@@ -150,10 +150,11 @@ def test_written_config_reads_back(scaling, eos):
 
 def test_every_field_is_written():
     """A field that changes is not lost on the way to `config.json` and back."""
-    config = LlamaConfig.from_hf(SMALL)
-    for field in dataclasses.fields(config):
+    for field in dataclasses.fields(LlamaConfig):
+        config = dataclasses.replace(LlamaConfig.from_hf(SMALL), **BESIDE.get(field.name, {}))
         changed = dataclasses.replace(config, **{field.name: CHANGED[field.name]})
         assert changed.to_hf() != config.to_hf(), field.name
+        assert LlamaConfig.from_hf(changed.to_hf()) == changed, field.name
 
 
 CHANGED = {
@@ -174,13 +175,80 @@ CHANGED = {
     "bos_token_id": 5,
     "eos_token_id": 6,
     "pad_token_id": 7,
+    "model_type": "mistral",
+    "sliding_window": 8,
+    "max_window_layers": 1,
 }
+BESIDE = {
+    "sliding_window": {"model_type": "mistral"},
+    "max_window_layers": {"model_type": "qwen2", "sliding_window": 8},
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("change", "window", "full"),
+    [
+        ({"model_type": "mistral"}, 4096, 0),
+        ({"model_type": "mistral", "sliding_window": None}, None, 0),
+        ({"model_type": "mistral", "sliding_window": 8, "layer_types": [SLIDING] * 2}, 8, 0),
+        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1}, None, 0),
+        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1, "use_sliding_window": True}, 8, 1),
+        ({"model_type": "qwen3", "sliding_window": 8, "max_window_layers": 2, "use_sliding_window": True}, None, 0),
+        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True}, None, 0),  # from layer 28 on
+        ({"model_type": "qwen2", "sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, None, 0),
+        (
+            {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "layer_types": [FULL, SLIDING]},
+            8,
+            1,
+        ),
+        ({"model_type": "qwen3", "sliding_window": None, "layer_types": [FULL, FULL]}, None, 0),
+        ({"max_window_layers": 28, "use_sliding_window": False}, None, 0),
+    ],
+)
+def test_where_there_is_a_sliding_window(change, window, full):
+    config = LlamaConfig.from_hf(SMALL | {"num_key_value_heads": 2} | change)
+    assert (config.sliding_window, config.max_window_layers) == (window, full)
+    assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_silence_means_what_it_does_in_hugging_faces_classes():
+    least = SMALL | {"hidden_size": 64, "num_attention_heads": 32}
+    mistral, qwen2, qwen3 = (
+        LlamaConfig.from_hf(least | {"model_type": name}) for name in ("mistral", "qwen2", "qwen3")
+    )
+    assert (mistral.num_key_value_heads, mistral.max_position_embeddings, mistral.eos_token_id) == (8, 131072, 2)
+    assert (qwen2.num_key_value_heads, qwen2.max_position_embeddings, qwen2.bos_token_id) == (32, 32768, None)
+    assert (qwen2.eos_token_id, qwen2.head_dim, qwen3.head_dim) == (None, 2, 128)
+    biased = {
+        name: [module for module in MODULES if config.has_bias(module)]
+        for name, config in (("mistral", mistral), ("qwen2", qwen2), ("qwen3", qwen3))
+    }
+    assert biased == {"mistral": [], "qwen2": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "qwen3": []}
+    assert [config.qk_norm for config in (mistral, qwen2, qwen3)] == [False, False, True]
+
+
+QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 8, "use_sliding_window": True}
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": "gemma2"}, "model_type is 'gemma2'; accepted are llama, mistral, .*rora_theory.measure.torch"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias is True; .* mistral is False"),
+        ({"model_type": "qwen2", "attention_bias": True}, "attention_bias is True; .* qwen2 is False"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "mistral", "sliding_window": 8, "max_window_layers": 1}, "max_window_layers is 1"),
+        ({"model_type": "mistral", "sliding_window": 8, "use_sliding_window": False}, "use_sliding_window is False"),
+        ({"model_type": "mistral", "sliding_window": 8, "layer_types": [FULL, SLIDING]}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": [SLIDING, SLIDING]}, "layer_types"),
+        ({**QWEN_WINDOW, "layer_types": [SLIDING, FULL]}, "layer_types"),
+        ({**QWEN_WINDOW, "layer_types": [FULL, SLIDING, SLIDING]}, "layer_types"),
+        ({**QWEN_WINDOW, "layer_types": [FULL, "chunked_attention"]}, "layer_types"),
+        ({**QWEN_WINDOW, "max_window_layers": -1}, "max_window_layers is -1"),
+        ({**QWEN_WINDOW, "use_sliding_window": 1}, "use_sliding_window is 1"),
+        ({"model_type": "qwen2", "use_mrope": True}, "use_mrope"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"pretraining_tp": 2}, "pretraining_tp"),
         ({"attention_dropout": 0.1}, "attention_dropout"),

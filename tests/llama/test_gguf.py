@@ -38,6 +38,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -67,7 +69,7 @@ def write(tmp_path, draw_tensors):
 
     def make(config=CONFIG, quantise=lambda name, a: (a, None), metadata=(), change=lambda tensors: None) -> Path:
         path = tmp_path / "model.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
+        writer = gguf.GGUFWriter(path, config.model_type)
         fields = {
             "block_count": config.num_hidden_layers,
             "context_length": config.max_position_embeddings,
@@ -80,7 +82,7 @@ def write(tmp_path, draw_tensors):
             "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
             "vocab_size": config.vocab_size,
         }
-        fields = {f"llama.{key}": value for key, value in fields.items()}
+        fields = {f"{config.model_type}.{key}": value for key, value in fields.items()}
         fields |= {
             "tokenizer.ggml.bos_token_id": 1,
             "tokenizer.ggml.eos_token_id": 2,
@@ -94,7 +96,7 @@ def write(tmp_path, draw_tensors):
             kinds[type(value)](key, value)
         tensors = {}
         for name, array in draw_tensors(config).items():
-            if "q_proj" in name or "k_proj" in name:
+            if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
                 heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
                 array = interleave(array, heads)
             tensors[stored_name(name)] = quantise(name, array)
@@ -128,6 +130,21 @@ def test_tied_biased_and_an_explicit_head_dim(write, draw_params):
     )
     lengths = {"llama.attention.key_length": 32, "llama.attention.value_length": 32}
     config, params = read(write(changed, metadata=lengths | {"tokenizer.ggml.padding_token_id": None}))
+    assert config == changed
+    jax.tree.map(np.testing.assert_array_equal, params, draw_params(changed))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dataclasses.replace(CONFIG, model_type="qwen2", tie_word_embeddings=True),
+        dataclasses.replace(CONFIG, model_type="qwen3", head_dim=32),
+    ],
+)
+def test_qwen(changed, write, draw_params):
+    """Biases or norms, and the rows of q and k in Hugging Face's order."""
+    lengths = {f"{changed.model_type}.attention.{kind}_length": changed.head_dim for kind in ("key", "value")}
+    config, params = read(write(changed, metadata=lengths))
     assert config == changed
     jax.tree.map(np.testing.assert_array_equal, params, draw_params(changed))
 

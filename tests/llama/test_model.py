@@ -143,6 +143,14 @@ CHANGES = {
     "attention_bias": True,
     "mlp_bias": True,
     "max_position_embeddings": 10,
+    "model_type": "qwen2",
+    "sliding_window": 4,
+    "max_window_layers": 1,
+}
+# What a field needs beside it to be there.
+BESIDE = {
+    "sliding_window": {"model_type": "mistral"},
+    "max_window_layers": {"model_type": "qwen3", "sliding_window": 4},
 }
 # They reach tokenization and generation, not the logits; that each is carried there is tested in test_config.
 TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -154,8 +162,9 @@ def test_every_field_has_a_change():
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_changes_the_output(field, draw_params, params, tokens, tiny):
-    changed = dataclasses.replace(tiny, **{field: CHANGES[field]})
-    before = np.asarray(run(params, tokens, tiny))
+    plain = dataclasses.replace(tiny, **BESIDE.get(field, {}))
+    changed = dataclasses.replace(plain, **{field: CHANGES[field]})
+    before = np.asarray(run(draw_params(plain), tokens, plain))
     if field == "max_position_embeddings":
         with pytest.raises(InputError, match="length is 11; accepted is at most 10"):
             forward(params, tokens, changed)

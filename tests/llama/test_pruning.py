@@ -114,6 +114,28 @@ def test_the_best_are_kept_in_order() -> None:
     assert kept.features.tolist() == [[3, 4, 5], [0, 1, 2]]
 
 
+QWEN = LlamaConfig(50, 24, 40, 4, 6, 3, 4, model_type="qwen3", sliding_window=3, max_window_layers=2)
+
+
+def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens) -> None:
+    """Layers 0 and 2 of a model whose layers from 2 on have a window: the second of the two has it. With all heads and
+    features kept, that is the model of these two layers."""
+    params = init_params(jax.random.key(3), QWEN)
+    params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(4), a.shape), params)
+    kept = Kept(np.array([0, 2]), np.tile(np.arange(3), (2, 1)), np.tile(np.arange(40), (2, 1)))
+    pruned, config = pruning.prune(params, QWEN, kept)
+    assert config == dataclasses.replace(QWEN, num_hidden_layers=2, max_window_layers=1)
+    jax.tree.map(np.testing.assert_array_equal, pruned["layers"], jax.tree.map(lambda a: a[::2], params["layers"]))
+    assert pruning.prune(params, QWEN, kept._replace(layers=np.array([0, 1])))[1].sliding_window is None
+    # The stream after all layers is not that of the same weights without a window: statistics see it.
+    without = dataclasses.replace(QWEN, sliding_window=None, max_window_layers=0)
+    found, other = (pruning.measure(params, tokens, config).attended for config in (QWEN, without))
+    _, seen = forward(params, tokens, QWEN, capture=("self_attn.o_proj",))
+    np.testing.assert_allclose(found, np.square(seen["self_attn.o_proj"]).sum(axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_array_equal(found[:2], other[:2])
+    assert np.abs(found[2:] / other[2:] - 1).max() > 1e-2
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 1.0])
 def test_a_plan_keeps_the_share_and_no_more(share) -> None:
     shape = pruning.plan(SMOLLM, share)

@@ -1,0 +1,121 @@
+"""What transformers and peft compute with tiny random models beside LLaMA: `families.json` and `families.npz`.
+
+    python tests/golden/make_families.py
+
+needs the extra ``peers``. Of every variant: logits; the gradient of the loss in every weight, a matrix's times a random
+vector; the last logits under a LoRA adapter on every linear module, and the adapter's tensors by name; what is
+generated, greedily and with beams. Weights are drawn as `make_llama` draws them.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+from make_llama import SIZES, draw
+
+HERE = Path(__file__).parent
+WINDOW = {"sliding_window": 5, "use_sliding_window": True, "num_hidden_layers": 3}
+VARIANTS: dict[str, dict] = {
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5},
+    "mistral_padded": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
+    "mistral_no_window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+    "qwen2": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "sliding_window": 5,
+        "use_sliding_window": False,
+        "max_window_layers": 1,
+    },
+    "qwen2_window": {"model_type": "qwen2", "num_key_value_heads": 2, **WINDOW, "max_window_layers": 2},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True},
+    "qwen3_window_padded": {
+        "model_type": "qwen3",
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "attention_bias": True,
+        **WINDOW,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+}
+BATCH, LENGTH, LAST = 2, 24, 4
+RANK, ALPHA = 4, 8.0
+NEW_TOKENS = 10
+BEAMS = 3
+
+
+def batch(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and attention mask of a variant: int32 [BATCH, LENGTH]."""
+    tokens = np.random.default_rng(zlib.crc32(name.encode())).integers(0, SIZES["vocab_size"], (BATCH, LENGTH))
+    mask = np.ones((BATCH, LENGTH), np.int32)
+    if name.endswith("padded"):
+        mask[1, :9] = 0
+    return tokens.astype(np.int32), mask
+
+
+def prompts(name: str) -> list[list[int]]:
+    """Three prompts, the first longer than the window and the second shorter; token 0 pads."""
+    random = np.random.default_rng(zlib.crc32(name.encode()) + 1)
+    return [random.integers(3, SIZES["vocab_size"], count).tolist() for count in (14, 2, 6)]
+
+
+def reduced(name: str, gradient: np.ndarray) -> np.ndarray:
+    """A weight's gradient as it is stored: a matrix [out, in] times a vector drawn by name, [out]."""
+    return gradient if gradient.ndim == 1 else gradient @ draw(f"direction:{name}", gradient.shape[1:])
+
+
+def main() -> None:
+    import peft
+    import torch
+    import transformers
+
+    def tensors(module: torch.nn.Module, keep: str = "") -> dict[str, torch.Tensor]:
+        """Random values of the parameters whose names contain ``keep``."""
+        found = {name: value for name, value in module.named_parameters() if keep in name}
+        return {name: torch.tensor(draw(name, tuple(value.shape))) for name, value in found.items()}
+
+    arrays, variants = {}, {}
+    for name, change in VARIANTS.items():
+        config = SIZES | change
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**json.loads(json.dumps(config))), attn_implementation="eager"
+        )
+        model.load_state_dict(tensors(model), strict=not config["tie_word_embeddings"])
+        model.eval().generation_config = transformers.GenerationConfig()
+        tokens, mask = (torch.tensor(part).long() for part in batch(name))
+        # Positions count real tokens, as they do in generation.
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        logits = model(tokens, **inputs).logits
+        each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        (each * mask[:, :-1]).sum().backward()
+        arrays[f"{name}/logits"] = logits.detach().numpy()
+        for key, value in model.named_parameters():
+            arrays[f"{name}/gradient/{key}"] = reduced(key, value.grad.numpy())
+        texts = prompts(name)
+        longest = max(map(len, texts))
+        padded = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
+        real = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+        generated = {}
+        for beams in (1, BEAMS):
+            settings = transformers.GenerationConfig(
+                do_sample=False, max_new_tokens=NEW_TOKENS, num_beams=beams, eos_token_id=None, pad_token_id=0
+            )
+            with torch.no_grad():
+                out = model.generate(padded, attention_mask=real, generation_config=settings)
+            generated[str(beams)] = out[:, longest:].tolist()
+        settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, use_rslora=True, target_modules="all-linear")
+        adapted = peft.get_peft_model(model, settings).eval()
+        adapted.load_state_dict(tensors(adapted, "lora_"), strict=False)
+        with torch.no_grad():
+            arrays[f"{name}/adapted"] = adapted(tokens, **inputs).logits[:, -LAST:].numpy()
+        names = {key: list(value.shape) for key, value in peft.get_peft_model_state_dict(adapted).items()}
+        variants[name] = {"config": config, "generated": generated, "adapter": names}
+    np.savez_compressed(HERE / "families.npz", **arrays)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    (HERE / "families.json").write_text(json.dumps({"made_with": versions, "variants": variants}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

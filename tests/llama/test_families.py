@@ -1,0 +1,213 @@
+"""Mistral, Qwen2 and Qwen3 against transformers and peft (`tests/golden/make_families.py`)."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rora_theory import adapters
+from rora_theory.adapters import LoraConfig, PrefixConfig, load_peft, save_peft
+from rora_theory.llama import LlamaConfig, count_parameters, forward, generate, hidden_states, init_cache
+from rora_theory.llama.config import MODULES
+from rora_theory.llama.model import forward_cached
+from rora_theory.llama.weights import expected_shapes, load_hf, read_config, save_hf, tensor_names
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = json.loads((GOLDEN / "families.json").read_text())["variants"]
+EXPECTED = np.load(GOLDEN / "families.npz")
+run = jax.jit(forward, static_argnames=("config", "attention"))
+
+
+@cache
+def script():
+    """The script that makes the golden file, which draws its weights as `make_llama` does."""
+    sys.path.insert(0, str(GOLDEN))
+    try:
+        spec = importlib.util.spec_from_file_location("make_families", GOLDEN / "make_families.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(GOLDEN))
+    return module
+
+
+@pytest.fixture(params=CASES)
+def case(request, draw_params):
+    """Name, configuration, weights, tokens and mask (None where every token is real)."""
+    name = request.param
+    config = LlamaConfig.from_hf(CASES[name]["config"])
+    tokens, mask = script().batch(name)
+    return name, config, draw_params(config), jnp.asarray(tokens), None if mask.all() else jnp.asarray(mask)
+
+
+def test_every_variant_is_there():
+    assert set(CASES) == set(script().VARIANTS)
+    assert {name: case["config"] for name, case in CASES.items()} == {
+        name: script().SIZES | change for name, change in script().VARIANTS.items()
+    }
+
+
+def test_logits_and_gradients_equal_transformers(case):
+    name, config, params, tokens, mask = case
+
+    def loss(params):
+        logits = forward(params, tokens, config, attention_mask=mask)
+        logp = jax.nn.log_softmax(logits[:, :-1])
+        each = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        return jnp.sum(each if mask is None else each * mask[:, :-1].astype(jnp.float32)), logits
+
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    real = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+    # As for LLaMA: float32 sums in another order, of logits that reach 4 (25 where the embeddings are tied).
+    np.testing.assert_allclose(np.asarray(logits)[real], EXPECTED[f"{name}/logits"][real], rtol=0, atol=2e-5)
+    seen = 0
+    for path, leaf in jax.tree.leaves_with_path(gradient):
+        keys = tuple(entry.key for entry in path)
+        for layer, key in enumerate(tensor_names(keys, config.num_hidden_layers)):
+            own = script().reduced(key, np.asarray(leaf[layer] if keys[0] == "layers" else leaf))
+            expected = EXPECTED[f"{name}/gradient/{key}"]
+            # A bias of k adds the same to all scores of a query up to the rotation: small, so measured by the largest.
+            np.testing.assert_allclose(own, expected, rtol=0, atol=1e-4 * max(1.0, np.abs(expected).max()), err_msg=key)
+            seen += 1
+    assert seen == sum(key.startswith(f"{name}/gradient/") for key in EXPECTED.files)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2_window", "qwen3_window_padded"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_equals_transformers(name, beams, draw_params):
+    """Prompts longer and shorter than the window in one padded batch; a beginning read once changes nothing."""
+    config = LlamaConfig.from_hf(CASES[name]["config"])
+    params, prompts = draw_params(config), script().prompts(name)
+    settings = {"max_new_tokens": script().NEW_TOKENS, "eos_ids": ()}
+
+    def search(texts, **more):
+        if beams == 1:
+            return generate.greedy(params, config, texts, **settings, **more)
+        return generate.beam(params, config, texts, num_beams=beams, **settings, **more)
+
+    assert search(prompts) == CASES[name]["generated"][str(beams)]
+    assert search(prompts[:1], shared=11) == CASES[name]["generated"][str(beams)][:1]
+
+
+def test_adapters_equal_pefts(case, tmp_path):
+    """Logits with LoRA on every linear module, biased or not; the same merged; PEFT's names in the file."""
+    name, config, params, tokens, mask = case
+    settings = LoraConfig(rank=script().RANK, alpha=script().ALPHA, rule="rora", target_modules="all-linear")
+    adapter = adapters.init(jax.random.key(0), settings, config, params)
+    drawn = {
+        module: {
+            kind: np.stack(
+                [
+                    script().draw(f"base_model.model.model.layers.{i}.{module}.{kind}.default.weight", tensor.shape[1:])
+                    for i in range(config.num_hidden_layers)
+                ]
+            )
+            for kind, tensor in tensors.items()
+        }
+        for module, tensors in adapter.params.items()
+    }
+    adapter = adapter.replace(jax.tree.map(jnp.asarray, drawn))
+    save_peft(tmp_path, adapter)
+    names = {key: list(value.shape) for key, value in load_file(tmp_path / "adapter_model.safetensors").items()}
+    assert names == CASES[name]["adapter"]
+    adapter = load_peft(tmp_path, config)
+    expected = EXPECTED[f"{name}/adapted"]
+    plain, last = EXPECTED[f"{name}/logits"][:, -script().LAST :], slice(-script().LAST, None)
+    assert np.abs(expected - plain).max() > 1  # the adapter does something
+    tolerance = {"rtol": 0, "atol": 1e-5 * np.abs(expected).max()}
+    found = run(params, tokens, config, adapter, attention_mask=mask)[:, last]
+    np.testing.assert_allclose(found, expected, **tolerance)
+    merged = run(adapters.merge(adapter, params), tokens, config, attention_mask=mask)[:, last]
+    np.testing.assert_allclose(merged, expected, **tolerance)
+
+
+def test_a_saved_folder_is_the_same_model(case, tmp_path):
+    _, config, params, *_ = case
+    save_hf(tmp_path / "saved", params, config)
+    assert read_config(tmp_path / "saved") == config
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == config.model_type
+    again = load_hf(tmp_path / "saved", config)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert count_parameters(config) == sum(np.prod(shape) for shape in expected_shapes(config).values())
+
+
+WINDOWED = LlamaConfig(
+    48, 32, 40, 3, 4, 2, 8, max_position_embeddings=128, model_type="qwen3", sliding_window=5, max_window_layers=1
+)
+
+
+@pytest.fixture(scope="module")
+def windowed(draw_params):
+    """Weights and tokens."""
+    return draw_params(WINDOWED), jax.random.randint(jax.random.key(1), (2, 24), 0, 48)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_query_sees_the_window_and_no_more(layers, windowed):
+    """In layers that have it: with n of them, what is n (window - 1) tokens back reaches a token, and one more does
+    not."""
+    params, tokens = windowed
+    config = dataclasses.replace(WINDOWED, max_window_layers=layers)
+    before = hidden_states(params, tokens, config)
+    for back, reaches in ((12, True), (13, layers > 0)):
+        changed = hidden_states(params, tokens.at[:, 23 - back].add(1), config)
+        assert bool(np.any(before[:, 23] != changed[:, 23])) == reaches
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_every_route_hides_the_same(prefixed, windowed):
+    """A causal pass, one under a mask, the plain route, the cache, and a prefix that ends where the tokens begin."""
+    params, tokens = windowed
+    adapter = adapters.init(jax.random.key(2), PrefixConfig(7), WINDOWED, params) if prefixed else None
+    whole = run(params, tokens, WINDOWED, adapter)
+    for other in (
+        run(params, tokens, WINDOWED, adapter, attention_mask=jnp.ones_like(tokens)),
+        run(params, tokens, WINDOWED, adapter, attention="xla"),
+    ):
+        np.testing.assert_allclose(other, whole, rtol=0, atol=1e-5)
+    padded = jnp.concatenate([jnp.zeros((2, 3), tokens.dtype), tokens], axis=1)
+    mask = (jnp.arange(27) >= 3).astype(jnp.int32)[None] * jnp.ones((2, 1), jnp.int32)
+    np.testing.assert_allclose(
+        run(params, padded, WINDOWED, adapter, attention_mask=mask)[:, 3:], whole, rtol=0, atol=1e-5
+    )
+    step = jax.jit(forward_cached, static_argnames="config")
+    cache = init_cache(WINDOWED, 2, 30)
+    logits, cache = step(params, padded[:, :12], cache, WINDOWED, adapter, attention_mask=mask[:, :12])
+    for i in range(12, 15):
+        np.testing.assert_allclose(logits, whole[:, i - 4], rtol=0, atol=1e-5)
+        logits, cache = step(params, padded[:, i : i + 1], cache, WINDOWED, adapter)
+
+
+def test_a_prefix_leaves_the_window_as_tokens_do(windowed):
+    """With windows in all layers, the last of 24 tokens knows nothing of a prefix that the first ones see."""
+    params, tokens = windowed
+    config = dataclasses.replace(WINDOWED, max_window_layers=0, num_hidden_layers=1)
+    params = params | {"layers": jax.tree.map(lambda a: a[:1], params["layers"])}
+    adapter = adapters.init(jax.random.key(2), PrefixConfig(2), config, params)
+    moved = np.abs(run(params, tokens, config, adapter) - run(params, tokens, config)).max(axis=(0, 2))
+    np.testing.assert_array_equal(moved > 1e-3, np.arange(24) < 4)
+    assert moved[4:].max() < 1e-5
+
+
+def test_short_sequences_need_no_mask(windowed):
+    """Where no key is out of the window, the program is the one without it."""
+    params, tokens = windowed
+    plain = dataclasses.replace(WINDOWED, sliding_window=None, max_window_layers=0)
+    short = dataclasses.replace(plain, sliding_window=24)
+    programs = [str(jax.make_jaxpr(lambda t, c=c: hidden_states(params, t, c))(tokens)) for c in (plain, short)]
+    assert programs[0].split("let", 1)[1] == programs[1].split("let", 1)[1]
+
+
+def test_norms_are_not_targets():
+    """Of a model with norms of q and k, the linear modules alone can be adapted."""
+    assert {name for name in MODULES if "norm" in name} == set()
+    rows = adapters.table(LoraConfig(rank=2, alpha=2.0, target_modules="all-linear"), WINDOWED)
+    assert {row.module for row in rows} == set(MODULES)
