@@ -131,7 +131,7 @@ class Item:
         return value
 
     def check_text(self, name: str, value: Any) -> None:
-        """Raise `InputError` where a string in a value is none that can be written."""
+        """Raise `InputError` where a value is none of JSON, or a string in it none that can be written."""
         if isinstance(value, str):
             try:
                 value.encode()
@@ -142,6 +142,8 @@ class Item:
         elif isinstance(value, dict | list):
             for one in value.values() if isinstance(value, dict) else value:
                 self.check_text(name, one)
+        elif not isinstance(value, int | float | None):
+            raise InputError(f"{self.where} has {kind_of(value)} in {name!r}; accepted are values that JSON has")
 
     def objects(self, key: str, *, optional: bool = False) -> list[dict[str, Any]]:
         """The list of objects of a field; one that is ``optional`` may be missing or null."""

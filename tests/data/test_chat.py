@@ -86,6 +86,15 @@ def test_what_the_system_says_in_the_last_question():
     assert marked(written) == "<s>[INST] Is it <b>?[/INST] ⟦Yes.</s>⟧[INST] Sure.\n\nSure.[/INST]⟦ Sure.</s>⟧"
 
 
+def test_the_same_answer_three_times_is_three_turns():
+    messages = [{"role": "system", "content": "Be brief."}]
+    for _ in range(3):
+        messages += [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
+    written = ChatTemplate(chat_templates.MISTRAL3, tokens=TOKENS).write(messages)
+    first = "[INST] Well?[/INST] ⟦Yes.</s>⟧"
+    assert marked(written) == f"<s>{first}{first}[INST] Be brief.\n\nWell?[/INST]⟦ Yes.</s>⟧"
+
+
 def test_a_question_in_the_answers_words_is_not_the_answer():
     same = [{"role": role, "content": "Yes."} for role in ("user", "assistant", "user", "assistant")]
     for name in ("qwen3", "llama3", "mistral"):

@@ -64,6 +64,10 @@ def test_names_of_their_own(tmp_path):
     assert read([source], DataConfig(fields={"prompt": "question", "response": "reply"})).formats == (
         ("prompt-response", 2),
     )
+    source = write(tmp_path / "both.json", [{"question": "Q", "reply": "A"} | ROWS["alpaca"]])
+    assert read([source], DataConfig(fields={"prompt": "question", "response": "reply"})).formats[0][0] == (
+        "prompt-response"
+    )
     turns = [{"who": "user", "said": "Ähm?"}, {"who": "assistant", "said": "Yes."}]
     source = write(tmp_path / "x.json", [{"conversations": turns}])
     fields = {"messages": "conversations", "role": "who", "content": "said"}
@@ -83,6 +87,12 @@ def test_a_chats_further_keys_reach_the_template(tmp_path):
     said = {"conversations": SHAREGPT, "system": "Be brief."}
     (chat,) = read([write(tmp_path / "y.json", [said])]).records
     assert chat.messages == ({"role": "system", "content": "Be brief."}, *MESSAGES)
+
+
+def test_what_no_template_can_read_is_refused(tmp_path):
+    late = [MESSAGES[0] | {"sent": pd.Timestamp("2026-01-31")}, MESSAGES[1] | {"sent": pd.Timestamp("2026-01-31")}]
+    with pytest.raises(InputError, match=r"row 0: messages 0 has a \w+ in 'sent'; accepted are values that JSON has"):
+        read([write(tmp_path / "x.parquet", [{"messages": late}])])
 
 
 def test_lines_under_the_name_of_json_and_plain_lines(tmp_path):
@@ -198,6 +208,8 @@ def test_a_card_says_which_files_a_split_is():
     assert files(None, "train") == files("english", "train") == ["en/a.jsonl", "en/b.jsonl"]
     assert files(None, "test") == ["en-test/part.jsonl"]
     assert files("german", "train") == ["de/x/a.jsonl"]
+    turned = {"configs": card["configs"][::-1]}
+    assert hub_files.choose(FILES, Part("them", None, "train"), turned) == files("english", "train")
     with pytest.raises(InputError, match=r"them: has no split 'dev'; accepted are train, test"):
         files(None, "dev")
     with pytest.raises(InputError, match=r"has no subset 'french'; accepted are english, german \(as them/SUBSET"):

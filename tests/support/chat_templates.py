@@ -57,6 +57,15 @@ MARKED = (
     "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
 )
 DATED = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+INDENTED = """
+{% for m in messages %}
+    {% if m.role == 'assistant' %}
+    A: {{ m.content }}
+    {% else %}
+Q: {{ m.content }}
+    {% endif %}
+{% endfor %}
+"""
 TOOLS = (
     "{% for t in tools or [] %}{{ t | tojson(indent=1) }}{% endfor %}{% for m in messages %}{% if m.role == 'tool' %}"
     "{% continue %}{% endif %}<{{ m.role }}>{{ m.content }}"
@@ -72,6 +81,7 @@ ALL = {
     "qwen3": QWEN3,
     "mistral3": MISTRAL3,
     "tools": TOOLS,
+    "indented": INDENTED,
 }
 
 CHAT = [
@@ -108,6 +118,7 @@ TEXTS = {
         "<|im_start|>user\nÄhm, sure?<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nSure.<|im_end|>\n⟧"
     ),
     "mistral3": "<s>[INST] Is it <b>?[/INST]⟦ Yes.</s>⟧[INST] Ähm, sure?[/INST]⟦ Sure.</s>⟧",
+    "indented": "\nQ: Is it <b>?\n⟦    A: Yes. \n⟧Q: Ähm, sure?\n⟦    A: Sure.\n⟧",
     "tools": "<user>Is it <b>?⟦<assistant>Yes. ⟧<user>Ähm, sure?⟦<assistant>Sure.⟧",
 }
 """What each writes of `CHAT`, the assistant's letters between marks."""

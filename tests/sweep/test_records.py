@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from support import checkpoint
 
+from rora_theory.data.records import DataConfig
 from rora_theory.sweep.records import apportion, draw_records
 
 
@@ -55,6 +56,21 @@ def test_a_record_of_two_files_is_held_out_once(tmp_path) -> None:
         sample = draw_records(files, held_out=6, seed=seed)
         assert len({record.instruction for _, _, record in sample.held_out}) == 6
         assert len(sample.train) == 2 * 2
+
+
+def test_chats_that_ask_the_same_are_on_one_side(tmp_path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i % 8}"}, {"role": "assistant", "content": str(i)}]}
+        for i in range(16)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = draw_records([str(tmp_path / "chats.jsonl")], held_out=4)
+    asked = [{one.messages[0]["content"] for one in part} for part in (sample.train, [r for *_, r in sample.held_out])]
+    assert not asked[0] & asked[1]
+    assert [len(part) for part in asked] == [4, 4]
+    assert sample.source.template(None) == "chat"
+    named = draw_records([str(tmp_path / "chats.jsonl")], held_out=4, config=DataConfig(chat_date="2026-01-31"))
+    assert named.summary == sample.summary | {"chat_date": "2026-01-31"}
 
 
 def test_shares_of_the_files() -> None:
