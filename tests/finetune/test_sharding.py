@@ -164,9 +164,27 @@ def test_shardings_of_abstract_weights_follow_the_rules():
     assert layers.params_shardings(abstract_params(model))["layers"]["input_layernorm"].spec == P("fsdp")
 
 
+def test_a_run_takes_all_devices(monkeypatch):
+    layout, shardings = sharding.over_all_devices(MODEL, CONFIG, fsdp=4)
+    assert layout is not None
+    assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 4}
+    assert jax.tree.leaves(shardings)[0].mesh == layout.mesh
+    assert (
+        shardings["layers"]["mlp.down_proj"]["weight"].spec
+        == layout.params_shardings(abstract_params(MODEL))["layers"]["mlp.down_proj"]["weight"].spec
+    )
+    monkeypatch.setattr(jax, "devices", lambda: [None])
+    assert sharding.over_all_devices(MODEL, CONFIG) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (
+            lambda: sharding.over_all_devices(MODEL, dataclasses.replace(CONFIG, batch_size=12)),
+            "batch is 12; .* multiple of the 8 devices",
+        ),
+        (lambda: sharding.over_all_devices(MODEL, CONFIG, fsdp=3), "fsdp is 3; accepted is a divisor of the 8"),
         (lambda: Rules(inputs=("fsdp",)), "mesh axis 'fsdp' splits both outputs and inputs"),
         (lambda: Rules(batch=("data", "data")), "splits both batch and batch"),
         (lambda: Rules(vocab=("model",)), "vocab names mesh axis 'model'; accepted are data, fsdp"),
