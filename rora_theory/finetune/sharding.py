@@ -154,7 +154,7 @@ class Layout:
         if batch % (self.parts * accumulation):
             times = "" if accumulation == 1 else f" times the {accumulation} parts of accumulation"
             raise InputError(
-                f"batch is {batch}; accepted is a multiple of the {self.parts} devices that share it{times}"
+                f"batch_size is {batch}; accepted is a multiple of the {self.parts} devices that share it{times}"
             )
 
     def _devices(self, axes: tuple[str, ...]) -> int:

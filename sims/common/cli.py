@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import importlib.metadata
 import io
 import os
 import signal
@@ -17,7 +16,7 @@ import tyro
 from rich.console import Console
 
 import sims
-from rora_theory import files
+from rora_theory import files, software
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_positive
 from sims.common import options, run_folder, tables
@@ -71,7 +70,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
         except UnicodeEncodeError:
             raise InputError(f"{word!a} on the command line is not UTF-8; accepted are names in UTF-8") from None
     if "--version" in words:
-        print(", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("rora-theory", "jax")))
+        print(", ".join(" ".join(one) for one in software.versions().items()))
         raise SystemExit(0)
     if {"-h", "--help"} & set(words):
         return _parse(config, words, description)

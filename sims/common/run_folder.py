@@ -1,6 +1,5 @@
 """Run folders: ``results/NAME/RUN_ID/`` with `manifest.json` and `results.csv`, whole after any kill."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,21 +7,17 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rora_theory import digests, files, frames, seals
+from rora_theory import digests, files, frames, seals, software
 from rora_theory.errors import InputError
 from sims.common import disk
 
 if TYPE_CHECKING:
     import pandas as pd
-
-PACKAGES = ("rora-theory", "jax", "jaxlib", "numpy", "scipy", "optax")
 
 
 def as_json(value: Any) -> Any:
@@ -123,12 +118,13 @@ class RunFolder:
             resumed = manifest is not None
             for part in path.glob(f".*{files.PART}"):  # what killed processes left, this one alone being at work
                 part.unlink(missing_ok=True)
-            here = circumstances()
+            here = software.circumstances()
             if manifest is None:
                 manifest = {"experiment": name, "run_id": identity, "config": later | plain, "seed": seed}
                 manifest |= {"start": disk.now(), "sessions": []}
             else:
-                say_other_versions(path, manifest["sessions"], here)
+                if changed := software.differences((manifest["sessions"] or [here])[-1], here):
+                    print(f"note: {path} goes on with {changed}; its manifest.json names both", file=sys.stderr)
                 manifest.pop("error", None)
                 for session in manifest["sessions"]:
                     session["status"] = session["status"].replace("running", "killed")
@@ -275,22 +271,6 @@ def check_files(folder: Path, known: Any) -> None:
         )
 
 
-def say_other_versions(path: Path, sessions: Sequence[Mapping[str, Any]], here: Mapping[str, Any]) -> None:
-    """A line on standard error where a run goes on with other versions than its last part had."""
-    if not sessions:
-        return
-    before, after = (_flat(one) for one in (sessions[-1], here))
-    differing = [name for name in after if before.get(name) != after[name]]
-    if differing:
-        what = ", ".join(f"{name} {after[name]} (was {before.get(name)})" for name in differing)
-        print(f"note: {path} goes on with {what}; its manifest.json names both", file=sys.stderr)
-
-
-def _flat(session: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {"python": session.get("python"), "git_revision": session.get("git_revision")}
-    return dict(session.get("packages") or {}) | plain
-
-
 def _earlier(path: Path, name: str, config: Any, grows: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest of an earlier part of this very run; None where there is none."""
     manifest = read_manifest(path, ("experiment", "config", "sessions"))
@@ -316,26 +296,3 @@ def _difference(manifest: Mapping[str, Any], name: str, old: Mapping[str, Any], 
         return f"it is a run of {manifest['experiment']}, this is {name}"
     keys = [key for key in sorted(set(old) | set(config)) if old.get(key) != config.get(key)]
     return "; ".join(f"{key} there {old.get(key)!r}, here {config.get(key)!r}" for key in keys[:3])
-
-
-def circumstances() -> dict[str, Any]:
-    """What a manifest says of the software: Python, packages, revision of the source tree."""
-    return {"python": platform.python_version(), "packages": _versions(), "git_revision": _git_revision()}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _git_revision() -> str | None:
-    """Revision of the source tree, with ``+changes`` where the tree differs from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent
-    try:
-        describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
-        return subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -182,7 +182,7 @@ def test_a_run_takes_all_devices(monkeypatch):
     [
         (
             lambda: sharding.over_all_devices(MODEL, dataclasses.replace(CONFIG, batch_size=12)),
-            "batch is 12; .* multiple of the 8 devices",
+            "batch_size is 12; .* multiple of the 8 devices",
         ),
         (lambda: sharding.over_all_devices(MODEL, CONFIG, fsdp=3), "fsdp is 3; accepted is a divisor of the 8"),
         (lambda: Rules(inputs=("fsdp",)), "mesh axis 'fsdp' splits both outputs and inputs"),
@@ -190,8 +190,11 @@ def test_a_run_takes_all_devices(monkeypatch):
         (lambda: Rules(vocab=("model",)), "vocab names mesh axis 'model'; accepted are data, fsdp"),
         (lambda: sharding.mesh(fsdp=3), "fsdp is 3; accepted is a divisor of the 8 devices"),
         (lambda: sharding.mesh(data=3, fsdp=4), "data is 3 with fsdp 4; accepted is 2"),
-        (lambda: Layout(sharding.mesh()).batch(next(batches(rows=12))), "batch is 12; .* multiple of the 8 devices"),
-        (lambda: Layout(sharding.mesh()).check_batch(24, 2), "batch is 24; .* times the 2 parts"),
+        (
+            lambda: Layout(sharding.mesh()).batch(next(batches(rows=12))),
+            "batch_size is 12; .* multiple of the 8 devices",
+        ),
+        (lambda: Layout(sharding.mesh()).check_batch(24, 2), "batch_size is 24; .* times the 2 parts"),
     ],
 )
 def test_refused_by_name(make, match):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rora_theory import files, seals
+from rora_theory import files, seals, software
 from rora_theory.errors import InputError
 from rora_theory.journal import Journal
-from sims.common import cli, disk, run_folder
+from sims.common import cli, disk
 from sims.common.cells import CELLS, run_cells
 from sims.common.run_folder import RunFolder
 
@@ -233,9 +233,9 @@ def test_other_versions_are_said_and_both_kept(tmp_path, monkeypatch, capsys):
     opened(tmp_path / "run").finish()
     opened(tmp_path / "run").finish()
     assert capsys.readouterr().err == "", "the same ones are not"
-    here = run_folder.circumstances()
+    here = software.circumstances()
     newer = here | {"packages": here["packages"] | {"rora-theory": "99.0"}}
-    monkeypatch.setattr(run_folder, "circumstances", lambda: newer)
+    monkeypatch.setattr(software, "circumstances", lambda: newer)
     opened(tmp_path / "run").finish()
     said = capsys.readouterr().err
     old = here["packages"]["rora-theory"]
