@@ -20,10 +20,13 @@ from rora_theory import frames, llama
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.data.records import DataConfig
+from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import LossOn
-from rora_theory.rules import check_list
+from rora_theory.rules import check_list, check_ranks, check_steps
+from rora_theory.scaling import check_positive
+from rora_theory.seeds import check_seed
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.records import draw_records
@@ -97,6 +100,21 @@ class Config:
     out: Path | None = None
     """run folder; by default results/horizon/ID"""
 
+    def __post_init__(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        check_ranks(self.ranks, fewest=1)
+        for option, values in (("--strengths", self.strengths), ("--lrs", self.lrs)):
+            check_list(option, values)
+            for value in values:
+                check_positive(option, value)
+        check_list("--seeds", self.seeds)
+        for seed in self.seeds:
+            check_seed(seed, "--seeds")
+        try:
+            check_steps(self.read_at)
+        except InputError as error:
+            raise InputError(f"--read-at: {error}") from None
+
     def training(self, cell: Cell) -> FinetuneConfig:
         """The fine-tuning run of a cell."""
         return FinetuneConfig(
@@ -130,8 +148,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> None:
     """Do every run that the folder lacks, then judge all that it has."""
-    for name in ("ranks", "strengths", "lrs", "seeds", "read_at"):
-        check_list(f"--{name.replace('_', '-')}", getattr(config, name))
     takeovers = horizons.read_takeovers(config.regime) if config.regime else []
     cells = list(config.cells())
     trainings = {cell: config.training(cell) for cell in cells}

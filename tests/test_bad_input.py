@@ -31,6 +31,7 @@ HUGE = "1" + "0" * 30
 GIVEN = {
     "sims.finetune": ["--data", "RECORDS"],
     "sims.rank_sweep": ["--data", "RECORDS", "--held-out", "2", "--no-accuracy"],
+    "sims.horizon": ["--data", "RECORDS", "--held-out", "2", "--train-records", "8"],
     "sims.regime": ["--data", "RECORDS"],
     "sims.coordinate_check": ["--data", "RECORDS"],
     "sims.prune": ["--text", "RECORDS"],
@@ -180,6 +181,7 @@ def test_a_bad_option_is_refused(command: str, place: Path, capsys: pytest.Captu
 READ = {
     "sims.finetune": ["--data", "{}"],
     "sims.rank_sweep": ["--no-accuracy", "--data", "{}"],
+    "sims.horizon": ["--data", "{}"],
     "sims.regime": ["--data", "{}"],
     "sims.coordinate_check": ["--data", "{}"],
     "sims.prune": ["--text", "{}"],

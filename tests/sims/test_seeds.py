@@ -5,7 +5,8 @@ import importlib
 import pkgutil
 import re
 import sys
-from typing import get_type_hints
+from collections.abc import Iterator
+from typing import Any, get_type_hints
 
 import jax
 import pytest
@@ -25,21 +26,27 @@ MORE = {"transfer": {"check": ("nowhere", "nowhere.json")}, "prune": {"text": ("
 SEEDS = ("seed", "data_seed", "seeds")
 
 
-def commands() -> list[tuple[str, str | None, str]]:
-    """Every command with every setting of it that is a seed or several, and where that is: here, or in which part."""
-    found: list[tuple[str, str | None, str]] = []
-    for module in pkgutil.iter_modules(sims.__path__):
-        config = getattr(importlib.import_module(f"sims.{module.name}"), "Config", None)
-        for setting, hint in ({} if config is None else get_type_hints(config)).items():
-            inner = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {setting: hint}
-            part = setting if dataclasses.is_dataclass(hint) else None
-            # A number of seeds is no seed.
-            found += [
-                (module.name, part, name)
-                for name, kind in inner.items()
-                if name in SEEDS and (name, kind) != ("seeds", int)
-            ]
-    return found
+def commands() -> list[tuple[str, tuple[str, ...]]]:
+    """Every command with every setting of it that is a seed or several, by the parts of its configuration it is in."""
+
+    def walk(config: type) -> Iterator[tuple[str, ...]]:
+        for setting, hint in get_type_hints(config).items():
+            if dataclasses.is_dataclass(hint):
+                yield from ((setting, *rest) for rest in walk(hint))
+            elif setting in SEEDS and (setting, hint) != ("seeds", int):  # a number of seeds is no seed
+                yield (setting,)
+
+    configs = {
+        module.name: getattr(importlib.import_module(f"sims.{module.name}"), "Config", None)
+        for module in pkgutil.iter_modules(sims.__path__)
+    }
+    return [(name, path) for name, config in configs.items() if config is not None for path in walk(config)]
+
+
+def changed(config: Any, path: tuple[str, ...], value: Any) -> Any:
+    """A configuration with one of its settings, or of its parts', changed."""
+    inner = value if len(path) == 1 else changed(getattr(config, path[0]), path[1:], value)
+    return dataclasses.replace(config, **{path[0]: inner})
 
 
 def test_the_seeds_that_are_accepted_are_told_apart() -> None:
@@ -51,31 +58,29 @@ def test_the_seeds_that_are_accepted_are_told_apart() -> None:
 
 
 def test_every_command_with_a_seed_is_tried() -> None:
-    named = {name for name, _, _ in commands()}
+    named = {name for name, _ in commands()}
     assert named == {
         "coordinate_check", "finetune", "horizon", "lr_transfer", "prune", "rank_sweep", "regime", "training_dynamics",
         "transfer", "variance_sweep",
     }  # fmt: skip
-    assert {("finetune", "training", "seed"), ("rank_sweep", None, "seeds")} <= set(commands())
+    assert {("finetune", ("training", "seed")), ("rank_sweep", ("seeds",))} <= set(commands())
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("seed", [2**32, -1, 10**30])
-@pytest.mark.parametrize(("name", "part", "setting"), commands())
-def test_a_seed_beyond_them_is_one_line(name, part, setting, seed, tmp_path, monkeypatch, capsys) -> None:
-    module = sys.modules[f"sims.{name}"]
+@pytest.mark.parametrize(("name", "path"), commands())
+def test_a_seed_beyond_them_is_one_line(name, path, seed, tmp_path, monkeypatch, capsys) -> None:
+    module, setting = sys.modules[f"sims.{name}"], path[-1]
     needed = {field.name: ("nowhere.json",) for field in dataclasses.fields(module.Config) if field.name == "data"}
 
-    def config(*_, **__):
-        given = {setting: (*range(20), seed) if setting == "seeds" else seed}
-        if part is not None:
-            given = {part: get_type_hints(module.Config)[part](**given)}
-        return module.Config(**needed, **MORE.get(name, {}), **given, out=tmp_path / "run")
+    def begin() -> None:
+        config = module.Config(**needed, **MORE.get(name, {}), out=tmp_path / "run")
+        value = (*range(20), seed) if setting == "seeds" else seed
+        getattr(module, WORK.get(name, "run"))(changed(config, path, value))
 
-    monkeypatch.setattr(cli, "parse", config)
     monkeypatch.setattr(RunFolder, "open", lambda *_, **__: pytest.fail("not refused"))
     with pytest.raises(SystemExit) as stopped:
-        cli.run(module.main if name == "prune" else lambda: getattr(module, WORK.get(name, "run"))(config()))
+        cli.run(begin)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert re.search(rf"(--)?{setting.rstrip('s')}s? is {seed}; accepted is an integer from 0 to 2\^32 - 1\n", error)
