@@ -41,6 +41,8 @@ class Config:
     """whose step"""
     merge: bool = False
     """whether to merge"""
+    accuracy: bool = True
+    """whether to score"""
     remat: bool | Literal["mlp"] = False
     """what to make again"""
     inner: Inner = field(default_factory=Inner)
@@ -132,13 +134,14 @@ def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path: Path) 
     assert parsed(tmp_path, "limit: 3\n", "--data", "a").limit == 3
     assert parsed(tmp_path, "remat: true\n", "--data", "a").remat is True
     assert parsed(tmp_path, "merge: false\n", "--data", "a", "--merge").merge
+    assert not parsed(tmp_path, "accuracy: false\n", "--data", "a").accuracy
     assert parsed(tmp_path, "limit: x\n", "--data", "a", "--limit", "3").limit == 3
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("epochs: 3", "key epochs: is no option; accepted are data, ranks, limit, optimizer, merge, remat, batch-size"),
+        ("epochs: 3", "key epochs: is no option; accepted are data, ranks, limit, optimizer, merge, accuracy, remat, batch-size"),
         ("batch: 3", "key batch: was renamed; accepted is batch-size"),
         ("limit: x", "key limit: --limit: "),
         ("ranks: [8, 1.5]", "key ranks: --ranks: "),

@@ -300,6 +300,20 @@ def test_a_failed_run_says_why(tmp_path, capsys):
     assert manifest(tmp_path / "run")["status"] == "failed"
 
 
+def test_a_command_ends_its_own_runs_alone(tmp_path, capsys):
+    """Those that were open before it began go on."""
+    before = opened(tmp_path / "before")
+
+    def main() -> None:
+        opened(tmp_path / "run")
+        raise InputError("no such thing")
+
+    assert ended(main, capsys)[0] == 2
+    assert [manifest(tmp_path / name)["status"] for name in ("run", "before")] == ["failed", "running"]
+    before.finish()
+    assert manifest(tmp_path / "before")["status"] == "complete"
+
+
 def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, full_disk):
     def work(cell: str, _: Path) -> str:
         if cell == "two":
