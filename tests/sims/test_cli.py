@@ -141,7 +141,7 @@ def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("epochs: 3", "key epochs: is no option; accepted are data, ranks, limit, optimizer, merge, accuracy, remat, batch-size"),
+        ("epochs: 3", "key epochs: is no option; accepted are data, ranks, limit, optimizer, merge, accuracy, remat"),
         ("batch: 3", "key batch: was renamed; accepted is batch-size"),
         ("limit: x", "key limit: --limit: "),
         ("ranks: [8, 1.5]", "key ranks: --ranks: "),
