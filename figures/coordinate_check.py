@@ -64,12 +64,6 @@ def name(case: Sequence[Any]) -> str:
     return text + ("\n(control: must fail)" if control else "")
 
 
-def seeds_of(manifest: dict[str, Any]) -> int:
-    """How many seeds a run has; earlier runs have their number."""
-    seeds = manifest["config"]["seeds"]
-    return seeds if isinstance(seeds, int) else len(seeds)
-
-
 def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     """Output of every module against the rank: a column a case, a row a split; first and last step."""
     rows = rows.assign(value=rows["value"].where(np.isfinite(rows["value"])))
@@ -112,7 +106,7 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
         figure,
         handles,
         f"{manifest['config']['model']}, {manifest['config']['batches']} batch; mean ± s.e. over "
-        f"{seeds_of(manifest)} seeds; rules meet at r = {manifest['config']['reference_rank']}",
+        f"{style.seeds_of(manifest)} seeds; rules meet at r = {manifest['config']['reference_rank']}",
     )
     return figure
 
@@ -154,7 +148,7 @@ def exponents(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
         figure,
         handles,
         f"{manifest['config']['model']}, {manifest['config']['batches']} batch; log-log slope ± half its 95% "
-        f"interval over {seeds_of(manifest)} seeds",
+        f"interval over {style.seeds_of(manifest)} seeds",
     )
     return figure
 

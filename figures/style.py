@@ -166,6 +166,12 @@ def read_frame(folder: Path, experiment: str | None = None) -> tuple[dict[str, A
     return manifest, found
 
 
+def seeds_of(manifest: dict[str, Any]) -> int:
+    """How many seeds a run has; earlier runs have their number."""
+    seeds = manifest["config"]["seeds"]
+    return seeds if isinstance(seeds, int) else len(seeds)
+
+
 def check_as_written(folder: Path, within: str = "") -> None:
     """End the command where a file of a run, or of the folder ``within`` it, is not the one it wrote."""
     problem = seals.problem(folder, within)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import tyro
 
 from figures import style
+from rora_theory import frames
 
 QUANTITIES = {
     "output_train": "output change,\ntraining inputs",
@@ -35,12 +37,13 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Two figures, training_dynamics_MODEL_START_exponents and _rms."""
-    manifest, rows = style.read_run(config.run, "training_dynamics")
-    chosen = [row for row in rows if (row["model"], row["start"]) == (config.model, config.start)]
-    if not chosen:
+    manifest, rows = style.read_frame(config.run, "training_dynamics")
+    chosen = rows[(rows["model"] == config.model) & (rows["start"] == config.start)]
+    if chosen.empty:
         style.fail(f"{config.run}: has no {config.model} with {config.start} random at the start")
-    fits = style.read_table(config.run / "exponents.csv", needed=True)
-    fits = [row for row in fits if (row["model"], row["start"], row["range"]) == (config.model, config.start, "all")]
+    fits = frames.read(config.run / "exponents.csv", accepted="the file of a finished run")
+    where = (fits[["model", "start", "range"]] == [config.model, config.start, "all"]).all(axis=1)
+    fits = fits[where & (fits["step"] > 0)]
     name = f"training_dynamics_{config.model}_{config.start}"
     folder = config.out or config.run
     return [
@@ -49,10 +52,10 @@ def draw(config: Config) -> Sequence[Path]:
     ]
 
 
-def exponents(manifest: dict[str, Any], fits: list[dict[str, str]]) -> plt.Figure:
+def exponents(manifest: dict[str, Any], fits: pd.DataFrame) -> plt.Figure:
     """Slope in the rank against the step: a row an optimizer, a column a quantity, a colour a rule."""
-    optimizers = [name for name in style.OPTIMIZERS if any(row["optimizer"] == name for row in fits)]
-    rules = list(dict.fromkeys(row["rule"] for row in fits))
+    optimizers = [name for name in style.OPTIMIZERS if name in set(fits["optimizer"])]
+    rules = list(dict.fromkeys(fits["rule"]))
     figure, axes = plt.subplots(
         len(optimizers),
         len(QUANTITIES),
@@ -67,45 +70,40 @@ def exponents(manifest: dict[str, Any], fits: list[dict[str, str]]) -> plt.Figur
             for position, rule in enumerate(rules):
                 label, colour, marker = style.look(rule, position)
                 for trained, dashes, face in (("both", "-", colour), ("frozen", (0, (3, 2)), "white")):
-                    points = [
-                        row
-                        for row in fits
-                        if (row["optimizer"], row["quantity"], row["rule"]) == (optimizer, quantity, rule)
-                        and (row["trained"] == "both") == (trained == "both")
-                        and int(row["step"]) > 0
-                    ]
+                    own = (fits[["optimizer", "quantity", "rule"]] == [optimizer, quantity, rule]).all(axis=1)
+                    points = fits[own & ((fits["trained"] == "both") == (trained == "both"))]
                     axis.errorbar(
-                        [int(row["step"]) for row in points],
-                        [float(row["slope"]) for row in points],
-                        yerr=[float(row["standard_error"]) for row in points],
+                        points["step"],
+                        points["slope"],
+                        yerr=points["standard_error"],
                         color=colour,
                         marker=marker,
                         markerfacecolor=face,
                         linestyle=dashes,
                         label=label if trained == "both" else None,
                     )
-            style.whole_ticks(axis, (int(row["step"]) for row in fits if int(row["step"]) > 0))
+            style.whole_ticks(axis, fits["step"])
             if optimizer == optimizers[0]:
                 axis.set_title(title)
             if optimizer == optimizers[-1]:
                 axis.set_xlabel("step")
         axis_row[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}\nslope in $r$")
     handles = style.named(axes.flat)
-    frozen = next((row["trained"] for row in fits if row["trained"] != "both"), None)
+    frozen = next(iter(set(fits["trained"]) - {"both"}), None)
     if frozen is not None:
         handles[f"only ${frozen}$ trained"] = plt.Line2D(
             [], [], color="black", linestyle=(0, (3, 2)), marker="o", markerfacecolor="white"
         )
     handles[f"flat: within ±{BAND:g}"] = style.band_handle()
-    style.legend(figure, handles, f"log-log slope over ranks ± s.e. over {manifest['config']['seeds']} seeds")
+    style.legend(figure, handles, f"log-log slope over ranks ± s.e. over {style.seeds_of(manifest)} seeds")
     return figure
 
 
-def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
+def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
     """Output change on training inputs against the rank: a row an optimizer, a column a step, a colour a rule."""
-    optimizers = [name for name in style.OPTIMIZERS if any(row["optimizer"] == name for row in rows)]
-    rules = list(dict.fromkeys(row["rule"] for row in rows))
-    steps = sorted({int(row["step"]) for row in rows} - {0})
+    optimizers = [name for name in style.OPTIMIZERS if name in set(rows["optimizer"])]
+    rules = list(dict.fromkeys(rows["rule"]))
+    steps = sorted(set(rows["step"]) - {0})
     steps = list(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
     figure, axes = plt.subplots(
         len(optimizers),
@@ -123,27 +121,21 @@ def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
                     ("output_train", "-", colour),
                     ("output_held_out", (0, (1, 1.5)), "white"),
                 ):
-                    points = sorted(
-                        (
-                            row
-                            for row in rows
-                            if (row["optimizer"], row["rule"], row["trained"]) == (optimizer, rule, "both")
-                            and int(row["step"]) == step
-                            and row[quantity]
-                        ),
-                        key=lambda row: int(row["rank"]),
+                    own = (rows[["optimizer", "rule", "trained", "step"]] == [optimizer, rule, "both", step]).all(
+                        axis=1
                     )
+                    points = rows[own & rows[quantity].notna()].sort_values("rank")
                     axis.errorbar(
-                        [int(row["rank"]) for row in points],
-                        [float(row[quantity]) for row in points],
-                        yerr=[float(row[f"{quantity}_se"] or 0) for row in points],
+                        points["rank"],
+                        points[quantity],
+                        yerr=points[f"{quantity}_se"].fillna(0),
                         color=colour,
                         marker=marker,
                         markerfacecolor=face,
                         linestyle=dashes,
                         label=label if quantity == "output_train" else None,
                     )
-            style.whole_ticks(axis, (int(row["rank"]) for row in rows))
+            style.whole_ticks(axis, rows["rank"])
             axis.set_yscale("log")
             if optimizer == optimizers[0]:
                 axis.set_title(f"step {step}")
@@ -157,7 +149,7 @@ def sizes(manifest: dict[str, Any], rows: list[dict[str, str]]) -> plt.Figure:
     style.legend(
         figure,
         handles,
-        f"mean ± s.e. over {manifest['config']['seeds']} seeds; rules meet at r = "
+        f"mean ± s.e. over {style.seeds_of(manifest)} seeds; rules meet at r = "
         f"{manifest['config']['reference_rank']}; the target's rms is about 1",
     )
     return figure

@@ -59,11 +59,9 @@ Adapters = tuple[dict[str, Array], ...]
 
 
 @dataclass(frozen=True)
-class ProblemConfig:
+class ProblemSize:
     """Size and law of the problem. Raises `InputError` where a value is out of range."""
 
-    model: Model = "linear"
-    """linear [p_out, p_in], or mlp [p_out, hidden] tanh [hidden, p_in]"""
     p_in: int = 512
     """inputs of the model"""
     hidden: int = 128
@@ -71,7 +69,7 @@ class ProblemConfig:
     p_out: int = 32
     """outputs of the model"""
     samples: int = 8
-    """training inputs"""
+    """training inputs, all in every step"""
     held_out: int = 32
     """held-out inputs"""
     overlap: float = 0.0
@@ -82,14 +80,25 @@ class ProblemConfig:
     """standard deviation of the noise on the targets, whose change has root mean square 1 in the linear problem"""
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise InputError(f"model is {self.model!r}; accepted are {', '.join(MODELS)}")
         for name in ("p_in", "hidden", "p_out", "samples", "held_out", "teacher_rank"):
             check_integer(name, getattr(self, name))
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise InputError(f"noise is {self.noise!r}; accepted is a finite number of 0 or more")
         if not 0 <= self.overlap <= 1:
             raise InputError(f"overlap is {self.overlap!r}; accepted is a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class ProblemConfig(ProblemSize):
+    """The problem: its size and its model."""
+
+    model: Model = "linear"
+    """linear [p_out, p_in], or mlp [p_out, hidden] tanh [hidden, p_in]"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model not in MODELS:
+            raise InputError(f"model is {self.model!r}; accepted are {', '.join(MODELS)}")
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:

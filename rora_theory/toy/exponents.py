@@ -1,14 +1,16 @@
 """How the change of an adapted layer depends on the rank along training: exponents by step, and what they answer.
 
-Rows are those of `sims.training_dynamics`: of a cell (`CELL`), a seed and a step, every one of `dynamics.Measures` and
-whether the run has diverged.
+Rows are those of `training_grid`: of a cell (`CELL`), a seed and a step, every one of `dynamics.Measures` and whether
+the run has diverged.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
+from rora_theory import frames
 from rora_theory.optimizers import WORDS, OptimizerName
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import over_seeds
@@ -16,6 +18,11 @@ from rora_theory.toy.dynamics import Measures, Model
 
 CELL = ("model", "start", "trained", "optimizer", "rule", "kappa", "rank", "scaling", "learning_rate")
 QUANTITIES = Measures._fields
+MEAN_COLUMNS = (*CELL, "step", "seeds", "diverged", *(name for q in QUANTITIES for name in (q, f"{q}_se")))
+FIT_COLUMNS = (
+    "model", "start", "trained", "optimizer", "rule", "kappa", "range", "lowest_rank", "highest_rank", "ranks", "step",
+    "quantity", "slope", "standard_error", "seeds", "verdict", "loss_left",
+)  # fmt: skip
 FITTED = ("output_train", "output_held_out", "delta_frobenius", "delta_spectral", "inner", "grad_A", "grad_B")
 
 CHANGE = 0.05
@@ -25,10 +32,10 @@ SATURATED = 0.5
 """Below this share of its start, the training loss bounds the output change and no longer the step does."""
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds with their standard errors, a row a cell and step; diverged seeds are counted and left out."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
+    groups: dict[tuple[Any, ...], list[dict[Any, Any]]] = {}
+    for row in table.to_dict("records"):
         groups.setdefault((_key(row), row["step"]), []).append(row)
     found = []
     for group in groups.values():
@@ -40,12 +47,17 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             line[name] = float(f"{mean.value:.4g}")
             line[f"{name}_se"] = float(f"{mean.error:.2g}") if mean.has_error else None
         found.append(line)
-    return found
+    return frames.of(found, MEAN_COLUMNS)
 
 
-def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Slopes against the rank, over all ranks and over the upper half; ranks with a diverged seed are left out."""
-    lines: dict[tuple[str, ...], dict[tuple[int, int, int], dict[str, Any]]] = {}
+def fits(table: pd.DataFrame) -> pd.DataFrame:
+    """Slopes against the rank, over all ranks and over the upper half; ranks with a diverged seed are left out.
+
+    Returns:
+      `FIT_COLUMNS`, and ``by_seed``, each seed's own slope.
+    """
+    rows = table.to_dict("records")
+    lines: dict[tuple[str, ...], dict[tuple[int, int, int], dict[Any, Any]]] = {}
     for row in rows:
         lines.setdefault(_key(row)[:5], {})[row["rank"], row["step"], row["seed"]] = row
     ranks, steps, seeds = (sorted({row[name] for row in rows}) for name in ("rank", "step", "seed"))
@@ -76,7 +88,7 @@ def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
                         | {"verdict": slopes.trend(fit), "loss_left": float(f"{left:.3g}"), "by_seed": by_seed}
                     )
-    return found
+    return pd.DataFrame(found, columns=[*FIT_COLUMNS, "by_seed"])
 
 
 class Answer(NamedTuple):
@@ -88,7 +100,7 @@ class Answer(NamedTuple):
 
 
 def answers(
-    found: Sequence[dict[str, Any]],
+    found: pd.DataFrame,
     *,
     models: Sequence[Model],
     optimizers: Sequence[OptimizerName],
@@ -105,13 +117,14 @@ def answers(
       freeze_control: whether B was trained alone too.
     """
     listed: list[Answer] = []
+    fitted = found.to_dict("records")
 
     ranks = sorted(ranks)
     far = f"from r = {ranks[len(ranks) // 2]} on" if len(ranks) >= 4 else ""
 
     def add(model: str, optimizer: str, quantity: str, kappa: float, question: str, span: str = "all") -> None:
         if optimizer in optimizers and kappa in kappas:
-            rows = _line(found, model, optimizer, quantity, kappa, span=span)
+            rows = _line(fitted, model, optimizer, quantity, kappa, span=span)
             listed.append(Answer(f"{model}, {question}", by_step(rows), slopes_by_step(rows)))
 
     apart = f"output change on held-out inputs (overlap {overlap:g})"
@@ -128,7 +141,7 @@ def answers(
             if optimizer not in optimizers or not freeze_control or 1.0 not in kappas:
                 continue
             both, frozen = (
-                _line(found, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B")
+                _line(fitted, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B")
             )
             question = f"{model}, {WORDS[optimizer]}: exponent of |dM|_F changes once A moves?"
             shown = f"A trained: {at_gamma_one(both, power)}; A frozen: {at_gamma_one(frozen, power)}"
@@ -137,14 +150,14 @@ def answers(
 
 
 def _line(
-    found: Sequence[dict[str, Any]],
+    found: Sequence[dict[Any, Any]],
     model: str,
     optimizer: str,
     quantity: str,
     kappa: float,
     trained: str = "both",
     span: str = "all",
-) -> list[dict[str, Any]]:
+) -> list[dict[Any, Any]]:
     """The fits of one curve, A random at the start, along the steps."""
     return [
         row
@@ -155,7 +168,7 @@ def _line(
     ]
 
 
-def by_step(rows: Sequence[dict[str, Any]]) -> str:
+def by_step(rows: Sequence[dict[Any, Any]]) -> str:
     """The verdicts along the steps, in words; steps at which the loss has come below half are named so."""
     if not rows:
         return "not measured: the runs diverged"
@@ -171,19 +184,19 @@ def by_step(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(f"{verdict} at step{'s' if len(steps) > 1 else ''} {' '.join(steps)}" for verdict, steps in groups)
 
 
-def slopes_by_step(rows: Sequence[dict[str, Any]]) -> str:
+def slopes_by_step(rows: Sequence[dict[Any, Any]]) -> str:
     """Slopes with standard errors along the steps."""
     return ", ".join(f"{row['step']}: {row['slope']:+.3f} ± {row['standard_error']:.3f}" for row in rows)
 
 
-def at_gamma_one(rows: Sequence[dict[str, Any]], power: int) -> str:
+def at_gamma_one(rows: Sequence[dict[Any, Any]], power: int) -> str:
     """Exponents with the first step's power of gamma divided out."""
     return ", ".join(
         f"{row['step']}: {row['slope'] + power * row['kappa']:.2f} ± {row['standard_error']:.2f}" for row in rows
     )
 
 
-def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) -> str:
+def changed(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, Any]]) -> str:
     """Whether training A changes the exponent, seed by seed, at the last step before the loss is below half.
 
     "small" is a change that is there, its interval clear of 0, and that does not count, the interval within `CHANGE`.
@@ -203,5 +216,5 @@ def changed(both: Sequence[dict[str, Any]], frozen: Sequence[dict[str, Any]]) ->
     return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
 
 
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
+def _key(row: dict[Any, Any]) -> tuple[str, ...]:
     return (row["model"], row["start"], row["trained"], row["optimizer"], row["rule"], str(row["rank"]))

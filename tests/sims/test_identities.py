@@ -263,7 +263,7 @@ OTHER: dict[str, Any] = {
     "lr_transfer": {
         "steps": 7, "seeds": (0, 3), "adam_lrs": (0.1, 0.2, 0.3), "sgd_lrs": (0.1, 0.2, 0.3),
     },
-    "training_dynamics": {"rules": ("0.3",), "steps": (1, 3)},
+    "training_dynamics": {"steps": (1, 3), "seeds": (0, 3)},
 }  # fmt: skip
 """Another value of a setting, of all commands or of one, where its negation or one more is none."""
 

@@ -25,6 +25,7 @@ from rora_theory.measure.rank_check import CheckConfig
 from rora_theory.paper.simulation import SimulationConfig
 from rora_theory.paper.verdicts import Verdict
 from rora_theory.scaling import KAPPAS
+from rora_theory.toy.training_grid import TrainingGrid
 from sims import capacity, coordinate_check, evaluate, layer_sweep, lr_transfer, regime, training_dynamics, transfer
 from sims import variance_sweep as sweep
 from sims.common import cli, progress, tables
@@ -176,8 +177,8 @@ def test_coordinate_check(printed) -> None:
 def test_training_dynamics(printed) -> None:
     folder = PUBLISHED / "training_dynamics"
     answers = [tuple(answer.values()) for answer in json.loads((folder / "answers.json").read_text())]
-    config = config_of(training_dynamics.Config, "training_dynamics")
-    training_dynamics.report(config, typed(folder / "results.csv"), typed(folder / "exponents.csv"), answers)
+    found = (frames.read(folder / name) for name in ("results.csv", "exponents.csv"))
+    training_dynamics.report(config_of(TrainingGrid, "training_dynamics"), *found, answers)
     assert "-0.56 ± 0.00" in "\n".join(printed())
 
 

@@ -1,6 +1,5 @@
 """The experiment at small size: rows, slopes and answers, going on after an interruption, diverged runs, bad input."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,19 +7,17 @@ import pytest
 
 from figures import style
 from figures import training_dynamics as figure
+from rora_theory import frames
+from rora_theory.toy import exponents, training_grid
 from sims import training_dynamics as sim
 from sims.common.cells import CELLS
 
 ARGUMENTS = (
-    "--ranks 4 64 --optimizers sgd adam --models linear --starts A --steps 1 4 --seeds 16 --p-in 64 --p-out 6 "
-    "--samples 1 --held-out 4 --sgd-rate 1e-4 --adam-rate 1e-6"
+    "--ranks 4 64 --optimizers sgd adam --models linear --starts A --steps 1 4 "
+    "--seeds 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 --p-in 64 --p-out 6 --samples 1 --held-out 4 "
+    "--sgd-lr 1e-4 --adam-lr 1e-6"
 )
 SMALL = ARGUMENTS.split()
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +27,9 @@ def finished(tmp_path_factory) -> Path:
     return out
 
 
-def slope(rows, **wanted):
-    found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    assert len(found) == 1
-    return float(found[0]["slope"]), float(found[0]["standard_error"]), found[0]["verdict"]
+def slope(table, **wanted):
+    (row,) = table[(table[list(wanted)] == list(wanted.values())).all(axis=1)].to_dict("records")
+    return row["slope"], row["standard_error"], row["verdict"]
 
 
 def test_slopes_are_the_table(finished):
@@ -42,8 +38,8 @@ def test_slopes_are_the_table(finished):
     The exact law's slopes over these ranks are within 0.03 of the limit on the training input (r* is 1 and 2.6); the
     rest is the sampling error.
     """
-    rows = rows_of(finished / "exponents.csv")
-    common = {"trained": "both", "range": "all", "step": "1"}
+    rows = frames.read(finished / "exponents.csv", exponents.FIT_COLUMNS)
+    common = {"trained": "both", "range": "all", "step": 1}
     for optimizer, power, flat in (("sgd", 2, 0.5), ("adam", 1, 1.0)):
         for rule, kappa in (("lora", 1.0), ("rora", 0.5), ("0.25", 0.25)):
             value, error, verdict = slope(rows, optimizer=optimizer, rule=rule, quantity="output_train", **common)
@@ -56,18 +52,13 @@ def test_slopes_are_the_table(finished):
 
 
 def test_files(finished):
-    rows = rows_of(finished / "seeds.csv")
+    seeds = frames.read(finished / "seeds.csv", training_grid.COLUMNS)
     cells = 2 * 2 * 3 * 2  # optimizers, ranks, rules, A trained or frozen
-    assert len(rows) == cells * 16 * 3
-    assert tuple(rows[0]) == sim.SEED_COLUMNS
-    first = [row for row in rows if row["step"] == "0"]
-    assert {row["output_train"] for row in first} == {"0.0"}
-    for row in rows:
-        kappa = {"lora": 1, "rora": 0.5, "0.25": 0.25}[row["rule"]]
-        assert float(row["scaling"]) == pytest.approx((4 / int(row["rank"])) ** kappa)
-    means = rows_of(finished / "results.csv")
-    assert len(means) == cells * 3
-    assert tuple(means[0]) == sim.COLUMNS
+    assert len(seeds) == cells * 16 * 3
+    assert set(seeds["output_train"][seeds["step"] == 0]) == {0.0}
+    assert dict(zip(seeds["rule"], seeds["kappa"], strict=True)) == {"lora": 1, "rora": 0.5, "0.25": 0.25}
+    assert seeds["scaling"].to_numpy() == pytest.approx((4 / seeds["rank"]) ** seeds["kappa"])
+    assert len(frames.read(finished / "results.csv", exponents.MEAN_COLUMNS)) == cells * 3
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["status"] == "complete"
     assert manifest["config"]["samples"] == 1
@@ -92,32 +83,21 @@ def test_goes_on(finished, tmp_path):
 
 def test_the_frozen_control_trains_b_alone(finished):
     """With A frozen, A x stays bit for bit while the output moves; trained, Adam moves it in the fifth digit."""
-    rows = {
-        tuple(row[name] for name in ("trained", "optimizer", "rule", "rank", "seed", "step")): row
-        for row in rows_of(finished / "seeds.csv")
-    }
-    for (trained, optimizer, *rest, step), row in rows.items():
-        if step == "4":
-            assert float(row["output_train"]) > 0
-            before = float(rows[trained, optimizer, *rest, "0"]["inner"])
-            if trained == "B":
-                assert float(row["inner"]) == before
-            elif optimizer == "adam":
-                assert float(row["inner"]) != before
-
-
-def test_each_optimizer_has_its_rate():
-    config = sim.Config(sgd_rate=1.0, momentum_rate=2.0, adam_rate=3.0)
-    assert [sim.rate(config, name) for name in ("sgd", "momentum", "adam", "adamw")] == [1, 2, 3, 3]
+    seeds = frames.read(finished / "seeds.csv").set_index(["trained", "optimizer", "rule", "rank", "seed", "step"])
+    late, start = (seeds.xs(step, level="step") for step in (4, 0))
+    assert (late["output_train"] > 0).all()
+    moved = (late["inner"] != start["inner"]).sort_index()
+    assert not moved["B"].any()
+    assert moved["both", "adam"].all()
 
 
 def test_diverged_runs_are_reported(tmp_path, capsys):
-    sim.main([*SMALL, "--optimizers", "sgd", "--no-freeze-control", "--sgd-rate", "3", "--out", str(tmp_path / "run")])
+    sim.main([*SMALL, "--optimizers", "sgd", "--no-freeze-control", "--sgd-lr", "3", "--out", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert "diverged by the last step" in shown
-    rows = rows_of(tmp_path / "run" / "results.csv")
-    assert any(int(row["diverged"]) for row in rows if row["step"] == "4")
-    assert not any(int(row["diverged"]) for row in rows if row["step"] == "0")
+    means = frames.read(tmp_path / "run" / "results.csv").set_index("step")
+    assert means["diverged"][4].any()
+    assert not means["diverged"][0].any()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +112,8 @@ def test_diverged_runs_are_reported(tmp_path, capsys):
         ("--seeds 1", "--seeds"),
         ("--gamma 0", "--gamma"),
         ("--reference-rank 0", "--reference-rank"),
-        ("--adam-rate nan", "--adam-rate"),
+        ("--adam-lr nan", "--adam-lr"),
+        ("--momentum-rate 1", "--momentum-rate was renamed; accepted is --momentum-lr"),
         ("--overlap 2", "overlap"),
         ("--samples 0", "samples"),
     ],

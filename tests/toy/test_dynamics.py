@@ -12,7 +12,7 @@ from rora_theory.toy import dynamics
 from rora_theory.toy.dynamics import ProblemConfig
 
 LINEAR = ProblemConfig(p_in=24, p_out=6, samples=4, held_out=5, overlap=0.5, teacher_rank=2)
-MLP = ProblemConfig("mlp", p_in=12, hidden=9, p_out=4, samples=5, held_out=3, teacher_rank=2)
+MLP = ProblemConfig(model="mlp", p_in=12, hidden=9, p_out=4, samples=5, held_out=3, teacher_rank=2)
 
 
 def drawn(config, rank=4, seed=0, start="A"):

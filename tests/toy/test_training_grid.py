@@ -1,0 +1,70 @@
+"""The grid of trajectories: its cells, what each trains, and what is out of range."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rora_theory import InputError
+from rora_theory.toy import exponents, training_grid
+from rora_theory.toy.dynamics import ProblemSize
+from rora_theory.toy.training_grid import Cell, TrainingGrid
+
+GRID = TrainingGrid(
+    ranks=(8, 2), optimizers=("sgd",), models=("linear", "mlp"), steps=(1, 3), seeds=(0, 5), rules=("rora", 0.0),
+    problem=ProblemSize(p_in=6, hidden=4, p_out=3, samples=2, held_out=2, teacher_rank=1), sgd_lr=0.05,
+)  # fmt: skip
+
+
+def test_each_optimizer_has_its_rate() -> None:
+    grid = TrainingGrid(sgd_lr=1.0, momentum_lr=2.0, adam_lr=3.0)
+    assert [grid.lr(name) for name in ("sgd", "momentum", "adam", "adamw")] == [1, 2, 3, 3]
+
+
+def test_cells() -> None:
+    """Ranks ascending; B alone is trained where A starts random, as a control."""
+    cells = training_grid.cells(GRID)
+    assert len(cells) == len(set(cells)) == 2 * 2 * 3 * 2
+    assert [cell.rank for cell in cells[:12]] == [2] * 6 + [8] * 6
+    assert [(cell.start, cell.trained) for cell in cells[:6:2]] == [("A", "both"), ("A", "B"), ("B", "both")]
+    assert {cell.trained for cell in training_grid.cells(TrainingGrid(freeze_control=False))} == {"both"}
+
+
+@pytest.mark.parametrize(("start", "trained", "moves"), [("A", "both", True), ("A", "B", False), ("B", "both", True)])
+def test_rows(start: Any, trained: Any, moves: bool) -> None:
+    """A row a seed and step; a seed's are its own, whichever others are asked for; A x moves where A is trained."""
+    cell = Cell("linear", start, trained, "sgd", 8, "rora")
+    table = training_grid.table(training_grid.rows(GRID, cell))
+    assert tuple(table) == training_grid.COLUMNS
+    assert list(zip(table["seed"], table["step"], strict=True)) == [(s, t) for s in (0, 5) for t in (0, 1, 3)]
+    assert table["scaling"].to_numpy() == pytest.approx((4 / 8) ** 0.5, rel=1e-15)
+    inner = table.pivot(index="seed", columns="step", values="inner")
+    assert ((inner[3] != inner[0]) == moves).all()
+    alone = TrainingGrid(**{**vars(GRID), "seeds": (5, 6)})
+    other = training_grid.table(training_grid.rows(alone, cell))
+    own = table[table["seed"] == 5][list(exponents.QUANTITIES)]
+    np.testing.assert_allclose(other[other["seed"] == 5][list(exponents.QUANTITIES)], own, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ranks": (4,)}, "--ranks has 1 values; accepted are 2 or more"),
+        ({"rules": ("lora", 1.0)}, "--rules has one rule twice"),
+        ({"optimizers": ("lion",)}, "--optimizers has 'lion'"),
+        ({"models": ()}, "--models has 0 values"),
+        ({"starts": ("C",)}, "--starts has 'C'"),
+        ({"init": "xavier"}, "--init is 'xavier'"),
+        ({"steps": (2, 1)}, "steps are 2 1"),
+        ({"seeds": (1,)}, "--seeds has 1 values"),
+        ({"seeds": (0, 2**32)}, "--seeds is 4294967296"),
+        ({"gamma": 0.0}, "--gamma is 0.0"),
+        ({"reference_rank": 0}, "--reference-rank: rank is 0"),
+        ({"adam_lr": float("nan")}, "--adam-lr is nan"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_what_is_out_of_range_is_named(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        TrainingGrid(**settings)
