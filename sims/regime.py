@@ -27,15 +27,18 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.data.records import DataConfig, read
 from rora_theory.errors import InputError
-from rora_theory.measure import regime_tables, regimes
+from rora_theory.llama import load
+from rora_theory.measure import record_batches, regime_tables, regimes
 from rora_theory.measure.layer_data import SPLITS
 from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.record_batches import PairConfig
+from rora_theory.measure.regime_tables import JudgeConfig
 from rora_theory.measure.tokens import SINK
-from rora_theory.scaling import check_integer, check_positive
+from rora_theory.scaling import check_integer
 from sims.common import cli, prompts, tables
 from sims.common.cells import finished, key_of, run_cells
 from sims.common.devices import describe, pick
-from sims.common.run_folder import RunFolder
+from sims.common.run_folder import RunFolder, flat
 
 NAME = "regime"
 LOW, HIGH = 8, 128
@@ -63,31 +66,17 @@ class Config:
     """modules to measure, as target_modules; all-linear is every one"""
     layers: tuple[int, ...] | None = None
     """layers to measure; none is all. Not with --targets all-linear, which is every layer"""
-    batch_size: int = 8
-    """records of the batch that gives the gradient"""
-    held_out: int = 8
-    """records it is read at"""
-    cutoff: int = 256
-    """longest record in tokens"""
-    loss_on: Literal["all", "answer"] = "all"
-    """tokens in the loss: all (the protocol), or the answer alone"""
+    batches: PairConfig = field(default_factory=PairConfig)
     measured: RegimeConfig = field(default_factory=RegimeConfig)
-    tolerance: float = 0.02
-    """measured may differ from predicted by this much, or by its error bar where that is larger"""
-    false_alarm: float = 0.01
-    """probability that a true law fails somewhere: it sets the error bars' width"""
+    judged: JudgeConfig = field(default_factory=JudgeConfig)
     out: Path | None = None
     """run folder; none is results/regime/RUN_ID"""
 
     def __post_init__(self) -> None:
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise InputError(f"targets is {' '.join(self.targets)!r}; accepted are one or more, each once")
-        cli.check_integers(self, batch_size=1, held_out=1, cutoff=2)
         for layer in self.layers or ():
             check_integer("--layers", layer, least=0)
-        check_positive("tolerance", self.tolerance)
-        if not 0 < self.false_alarm < 1:
-            raise InputError(f"false_alarm is {self.false_alarm}; accepted is a number between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -102,41 +91,27 @@ class LayerCell:
 
 def run(config: Config) -> None:
     """Measure, or go on with, a run; exit status 1 where the judge finds that the law fails."""
-    from rora_theory import llama
-    from rora_theory.measure import record_batches
-
     started = time.monotonic()
     records = read(config.data, config.reading)  # before the model, which takes longer
     template = records.template(config.template)
     places = pick(1)
-    model = llama.load(config.model, config.dtype, config.revision)
+    model = load(config.model, config.dtype, config.revision)
     cli.tell(model.remarks)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
     modules = regimes.chosen(model.config, targets, config.layers)
     prompts.tell(records, template)
     chat = records.chat(model.tokenizer, template)
+    seed = config.measured.seed
     pair = record_batches.pair(
-        records.records,
-        model.tokenizer,
-        batch_size=config.batch_size,
-        held_out=config.held_out,
-        cutoff=config.cutoff,
-        template=template,
-        chat=chat,
-        loss_on=config.loss_on,
-        seed=config.measured.seed,
+        config.batches, records.records, model.tokenizer, template=template, chat=chat, seed=seed
     )
-    names = ("dtype", "targets", "layers", "batch_size", "held_out", "cutoff", "loss_on")
-    identity = {name: getattr(config, name) for name in names} | vars(config.measured)
-    identity |= model.origin.identity() | records.identity(chat)
+    identity = flat(config.batches) | flat(config.measured) | model.origin.identity() | records.identity(chat)
+    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")}
     if template != "train":
         identity["template"] = template
-    extra = {
-        "units": regime_tables.UNITS,
-        "device": describe(places),
-        "data": [Path(name).name for name in config.data],
-    }
-    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.measured.seed, extra=extra)
+    extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(places)}
+    extra["data"] = [Path(name).name for name in config.data]
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra)
     prompts.keep(folder, pair.examples, model.tokenizer, show=config.reading.show)
     folder.update(model_layers=model.config.num_hidden_layers)
     cells = [LayerCell(index) for index in modules]
@@ -157,7 +132,7 @@ def run(config: Config) -> None:
         return recorded.measure(config.measured, cell.layer, modules[cell.layer])
 
     found = assemble(run_cells(cells, work, folder, title="layers", write=write))
-    verdict = regime_tables.judge(found.results, false_alarm=config.false_alarm, tolerance=config.tolerance)
+    verdict = regime_tables.judge(found.results, config.judged)
     if verdict is not None:
         folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")

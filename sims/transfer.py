@@ -203,18 +203,10 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     records = read(data)
     model = load(model_name)
     cli.tell([*records.notes, *model.remarks])
-    size = config.batch_size
     template = records.template(None)
     chat = records.chat(model.tokenizer, template)
-    pair = record_batches.pair(
-        records.records,
-        model.tokenizer,
-        batch_size=size,
-        held_out=size,
-        template=template,
-        chat=chat,
-        seed=config.seed,
-    )
+    size = record_batches.PairConfig(config.batch_size, config.batch_size)
+    pair = record_batches.pair(size, records.records, model.tokenizer, template=template, chat=chat, seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
     identity |= {"old": asdict(found.old), "new": asdict(found.unchanged), "targets": targets}
     identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}}

@@ -17,6 +17,24 @@ from rora_theory.scaling import check_integer
 LossOn = Literal["all", "answer"]
 
 
+@dataclass(frozen=True)
+class PairConfig:
+    """How many records of what length. Raises `InputError` where a value is out of range."""
+
+    batch_size: int = 8
+    """records of the batch that gives the gradient"""
+    held_out: int = 8
+    """records it is read at"""
+    cutoff: int = 256
+    """longest record in tokens"""
+    loss_on: LossOn = "all"
+    """tokens in the loss: all (the protocol), or the answer alone"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("held_out", 1), ("cutoff", 2)):
+            check_integer("--" + name.replace("_", "-"), getattr(self, name), least=least)
+
+
 class Pair(NamedTuple):
     """What a step is taken on, what it is read at, and the records of the first as tokens."""
 
@@ -26,42 +44,37 @@ class Pair(NamedTuple):
 
 
 def pair(
+    config: PairConfig,
     records: Sequence[AnyRecord],
     tokenizer: TextEncoder,
     *,
-    batch_size: int,
-    held_out: int,
-    cutoff: int = 256,
     template: str | None = None,
     chat: ChatTemplate | None = None,
-    loss_on: LossOn = "all",
     seed: int = 0,
 ) -> Pair:
-    """A training batch of ``batch_size`` records and a batch of ``held_out`` others, each padded to its longest.
+    """A training batch and a batch of other records, each padded to its longest.
 
     Args:
+      config: of how many records.
       records: which are split.
-      tokenizer, cutoff, template, chat: see `tokenize`.
-      batch_size, held_out: records of each batch.
-      loss_on: what counts as a target.
+      tokenizer, template, chat: see `tokenize`.
       seed: of the split.
 
     Raises:
       InputError: fewer records than are asked for, or as `tokenize`.
     """
-    for name, value in (("batch_size", batch_size), ("held_out", held_out)):
-        check_integer(name, value)
-    if len(records) < batch_size + held_out:
-        raise InputError(f"data hold {len(records)} records; accepted are {batch_size + held_out} or more")
-    rest, heldout = split(records, held_out, seed)
-    answer_only = loss_on == "answer"
+    needed = config.batch_size + config.held_out
+    if len(records) < needed:
+        raise InputError(f"data hold {len(records)} records; accepted are {needed} or more")
+    rest, heldout = split(records, config.held_out, seed)
+    answer_only = config.loss_on == "answer"
 
     def one(part: Sequence[AnyRecord]) -> Batches:
-        found = tokenize(part, tokenizer, cutoff=cutoff, template=template, answer_only=answer_only, chat=chat)
+        found = tokenize(part, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat)
         widths = choose_widths(np.asarray(found.sizes), 1)
         return Batches(found, widths, batch=len(found), answer_only=answer_only)
 
-    train = one(rest[:batch_size])
+    train = one(rest[: config.batch_size])
     return Pair(train[0], one(heldout)[0], train.examples)
 
 

@@ -5,6 +5,7 @@ Columns are those of `module_regime`'s rows: a row one measured thing, floats wi
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from scipy import stats
 
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
+from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.measure.layer_data import SPLITS
 from rora_theory.measure.terms import EPSILON
 from rora_theory.measure.tokens import SINK
+from rora_theory.scaling import check_positive
 from rora_theory.theory.laws import Optimizer
 
 CROSSINGS, TAKEOVER, TOKENS, JUDGE, VERDICT = (
@@ -66,7 +69,22 @@ def flat_kappa_between(optimizer: Optimizer, init: Init, linear_term: float, *, 
     return -math.log(carried.alpha) / math.log(high / low)
 
 
-def judge(results: pd.DataFrame, *, false_alarm: float = 0.01, tolerance: float = 0.02) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class JudgeConfig:
+    """When a law fails. Raises `InputError` where a value is out of range."""
+
+    tolerance: float = 0.02
+    """measured may differ from predicted by this much, or by its error bar where that is larger"""
+    false_alarm: float = 0.01
+    """probability that a true law fails somewhere: it sets the error bars' width"""
+
+    def __post_init__(self) -> None:
+        check_positive("tolerance", self.tolerance)
+        if not 0 < self.false_alarm < 1:
+            raise InputError(f"false_alarm is {self.false_alarm}; accepted is a number between 0 and 1")
+
+
+def judge(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str, Any] | None:
     """Whether every measured rms lies within its error bar or the tolerance of the predicted one; None: none measured.
 
     The error bar is Student's for the number of adapters, two-sided, at false_alarm divided by the number of
@@ -74,9 +92,10 @@ def judge(results: pd.DataFrame, *, false_alarm: float = 0.01, tolerance: float 
 
     Args:
       results: of `RESULT_COLUMNS`, of any modules.
-      false_alarm: probability that a true law fails somewhere.
-      tolerance: relative difference that is allowed whatever the error bar.
+      config: how much may differ; None is `JudgeConfig` as it stands.
     """
+    config = config or JudgeConfig()
+    false_alarm, tolerance = config.false_alarm, config.tolerance
     tried = _tried(results)
     if tried.empty:
         return None

@@ -7,7 +7,7 @@ from support import checkpoint
 from rora_theory import InputError
 from rora_theory.finetune import read_records
 from rora_theory.llama import load
-from rora_theory.measure.record_batches import BatchConfig, by_seed, pair
+from rora_theory.measure.record_batches import BatchConfig, PairConfig, by_seed, pair
 
 
 def test_fixed_and_fresh_batches(tmp_path) -> None:
@@ -35,12 +35,11 @@ def test_too_few_records(tmp_path) -> None:
     tokenizer = load(checkpoint.model(tmp_path)).tokenizer
     records = read_records([str(checkpoint.records(tmp_path / "train.json", 4))])
     with pytest.raises(InputError, match="hold 4 records; accepted are 5 or more"):
-        pair(records, tokenizer, batch_size=2, held_out=3)
-    with pytest.raises(InputError, match="batch_size is 0"):
-        pair(records, tokenizer, batch_size=0, held_out=3)
+        pair(PairConfig(batch_size=2, held_out=3), records, tokenizer)
 
 
+@pytest.mark.parametrize("config", [BatchConfig, PairConfig])
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("held_out", 0), ("cutoff", 1)])
-def test_what_is_out_of_range_is_named(name: str, value: int) -> None:
+def test_what_is_out_of_range_is_named(config: type, name: str, value: int) -> None:
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is {value}"):
-        BatchConfig(**{name: value})
+        config(**{name: value})

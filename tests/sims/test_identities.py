@@ -23,7 +23,7 @@ from rora_theory.finetune import FinetuneConfig
 from rora_theory.llama import hub
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.rank_check import CheckConfig
-from rora_theory.measure.record_batches import BatchConfig
+from rora_theory.measure.record_batches import BatchConfig, PairConfig
 from rora_theory.sweep import trained_runs
 from sims import (
     coordinate_check,
@@ -99,7 +99,7 @@ def settings(name: str, model: str, data: Path) -> Any:
     """A command's configuration on the tiny model."""
     train = (str(data / "train.json"),)
     return {
-        "regime": regime.Config(train, model, batch_size=4, held_out=4, measured=RegimeConfig(rows=0)),
+        "regime": regime.Config(train, model, batches=PairConfig(4, 4), measured=RegimeConfig(rows=0)),
         "transfer": transfer.Config(2, 4, batch_size=4, check=(model, *train)),
         "coordinate_check": coordinate_check.Config(
             train, model, check=CheckConfig(ranks=(2, 4)), records=BatchConfig(held_out=6, cutoff=160, template="clean")

@@ -21,6 +21,8 @@ from rora_theory.llama import load
 from rora_theory.measure import record_batches, regime_tables, tokens, unseen
 from rora_theory.measure.model_layers import real_tokens, record
 from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.measure.record_batches import PairConfig
+from rora_theory.measure.regime_tables import JudgeConfig
 from rora_theory.theory import laws
 from sims import regime
 from sims.common import cli
@@ -34,13 +36,15 @@ SMALL = {
     "tokens": 16,
     "rows": 4096,
 }
-NESTED = [field.name for field in fields(RegimeConfig)]
+PARTS = {"batches": PairConfig, "measured": RegimeConfig, "judged": JudgeConfig}
 
 
 def config_of(**options) -> regime.Config:
     """The command's configuration, its own options and those of what is measured alike."""
-    measured = {name: options.pop(name) for name in NESTED if name in options}
-    return regime.Config(**options, measured=RegimeConfig(**measured))
+    for part, kind in PARTS.items():
+        own = [field.name for field in fields(kind) if field.name in options]
+        options[part] = kind(**{name: options.pop(name) for name in own})
+    return regime.Config(**options)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -110,7 +114,7 @@ def test_crossings(finished) -> None:
 def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None:
     """The batch is the records that were not held out; its gradient, and both splits' tokens, are in every figure."""
     model, records = load(inputs["model"]), read_records(inputs["data"])
-    pair = record_batches.pair(records, model.tokenizer, batch_size=4, held_out=4, seed=0)
+    pair = record_batches.pair(PairConfig(4, 4), records, model.tokenizer)
     rest, held_out = split(records, 4, 0)
     for part, own in ((pair.train, rest[:4]), (pair.heldout, held_out)):
         examples = tokenize(own, model.tokenizer)

@@ -14,6 +14,7 @@ from rora_theory.advice.transfer import transfer as carry
 from rora_theory.errors import InputError
 from rora_theory.measure import regime_run, regime_tables
 from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.measure.record_batches import PairConfig
 from sims import regime, transfer
 from sims.common import cli
 
@@ -175,7 +176,7 @@ def test_check_on_a_model(tmp_path) -> None:
     model, data = checkpoint.model(tmp_path / "model"), checkpoint.records(tmp_path / "train.json")
     regime.run(
         regime.Config(
-            data=(str(data),), model=str(model), targets=("q_proj", "down_proj"), batch_size=4, held_out=4,
+            data=(str(data),), model=str(model), targets=("q_proj", "down_proj"), batches=PairConfig(4, 4),
             measured=RegimeConfig(optimizers=("sgd",), rows=0, tokens=10**6), out=tmp_path / "regime",
         )
     )  # fmt: skip
