@@ -101,7 +101,7 @@ def prepared(config: Config, folder: Path) -> tuple[Any, list[Any], list[dict[st
     ours, theirs = [], []
     for part in (rest[: config.batch_size], apart):
         examples = tokenize(part, model.tokenizer, cutoff=config.cutoff)
-        ours.append(Batches(examples, choose_widths(examples.sizes, 1), batch=len(examples))[0])
+        ours.append(Batches(examples, choose_widths(examples.sizes, 1), batch_size=len(examples))[0])
         ids = np.zeros((len(examples), int(examples.lengths.max())), np.int64)
         mask = np.zeros_like(ids)
         for i in range(len(examples)):

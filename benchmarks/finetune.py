@@ -200,7 +200,7 @@ def prepare(config: Config, folder: Path) -> None:
     save(folder / "tokens_peer.npz", [(w, np.ones_like(w), w) for w in ids])
 
     widths = choose_widths(examples.sizes, 6)
-    batches = Batches(examples, widths, batch=16, seed=42)
+    batches = Batches(examples, widths, batch_size=16, seed=42)
     whole = [batches[step] for step in range(len(batches)) if batches[step].weights.any(axis=1).all()]
     whole.sort(key=lambda batch: batch.inputs.shape[1])
     save(folder / "text_ours.npz", [batch[:3] for batch in spread(whole, config.batches)])

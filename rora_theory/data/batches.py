@@ -253,7 +253,7 @@ class Plan(NamedTuple):
 
 
 def plan_epoch(
-    sizes: Int[np.ndarray, " n"], widths: Sequence[int], batch: int, *, seed: int | None, epoch: int
+    sizes: Int[np.ndarray, " n"], widths: Sequence[int], batch_size: int, *, seed: int | None, epoch: int
 ) -> Plan:
     """Batches of one epoch: each record once, every batch full but one.
 
@@ -263,7 +263,7 @@ def plan_epoch(
     Args:
       sizes: positions each record takes.
       widths: padded lengths, ascending, the last of which holds every record.
-      batch: records a batch.
+      batch_size: records a batch.
       seed: with ``epoch`` determines the order; None keeps the records' order (validation).
       epoch: from 0.
     """
@@ -275,12 +275,12 @@ def plan_epoch(
     left = np.empty(0, order.dtype)
     for index, width in enumerate(widths):
         members = np.concatenate([left, order[bucket == index]])
-        full = len(members) // batch
-        rows.extend(members[: full * batch].reshape(full, batch))
+        full = len(members) // batch_size
+        rows.extend(members[: full * batch_size].reshape(full, batch_size))
         chosen.extend([width] * full)
-        left = members[full * batch :]
+        left = members[full * batch_size :]
     if len(left):
-        rows.append(np.concatenate([left, np.full(batch - len(left), -1, order.dtype)]))
+        rows.append(np.concatenate([left, np.full(batch_size - len(left), -1, order.dtype)]))
         chosen.append(widths[-1])
     shuffled = np.arange(len(rows)) if random is None else random.permutation(len(rows))
     return Plan(np.array(rows)[shuffled], np.array(chosen)[shuffled])
@@ -292,7 +292,7 @@ class Batches:
     Args:
       examples: the records.
       widths: padded lengths, see `choose_widths`.
-      batch: records a batch.
+      batch_size: records a batch.
       epochs: passes over the records.
       seed: of the order; None keeps the records' order.
       answer_only: whether batches name the answer's positions.
@@ -307,7 +307,7 @@ class Batches:
         examples: Examples,
         widths: Sequence[int],
         *,
-        batch: int,
+        batch_size: int,
         epochs: int = 1,
         seed: int | None = None,
         answer_only: bool = False,
@@ -315,9 +315,9 @@ class Batches:
         self.examples, self._widths, self._epochs = examples, tuple(widths), epochs
         self._sizes = examples.sizes
         self._plan: Callable[[int], Plan] = lru_cache(maxsize=2)(
-            lambda epoch: plan_epoch(self._sizes, self._widths, batch, seed=seed, epoch=epoch)
+            lambda epoch: plan_epoch(self._sizes, self._widths, batch_size, seed=seed, epoch=epoch)
         )
-        self.steps_per_epoch = -(-len(examples) // batch)
+        self.steps_per_epoch = -(-len(examples) // batch_size)
         self._answers = self._answer_widths() if answer_only else None
 
     def __len__(self) -> int:

@@ -43,7 +43,7 @@ def record_losses(
     examples: Examples,
     *,
     adapter: llama.Adapter | None = None,
-    batch: int = 16,
+    batch_size: int = 16,
     widths: int = 6,
 ) -> list[RecordLoss]:
     """The loss of every record, in the order of ``examples``.
@@ -52,7 +52,7 @@ def record_losses(
       params, llama_config: the model.
       adapter: run beside the weights, dropout off; one that can be merged is faster merged.
       examples: from `tokenize` with ``answer_only``, which marks the answers.
-      batch: records worked on together; it changes rounding alone.
+      batch_size: records worked on together; it changes rounding alone.
       widths: most padded lengths, each compiled once.
 
     Raises:
@@ -72,10 +72,10 @@ def record_losses(
         first = float(_losses(params, adapter, *whole, llama_config=llama_config)[0, 0])
         follower, start = beginning.read(params, tokens[0, :-1].tolist(), llama_config, adapter), np.int32(shared)
     rest = sizes - shared
-    plan = plan_epoch(rest, choose_widths(rest, widths), batch, seed=None, epoch=0)
+    plan = plan_epoch(rest, choose_widths(rest, widths), batch_size, seed=None, epoch=0)
     sums = []
     for rows, width in zip(plan.rows, plan.widths.tolist(), strict=True):
-        inputs, targets, answer = (np.zeros((batch, width), np.int32) for _ in range(3))
+        inputs, targets, answer = (np.zeros((batch_size, width), np.int32) for _ in range(3))
         for row, index in enumerate(rows.tolist()):
             if index >= 0:
                 tokens, learned = examples[index][shared:], examples.learned_of(index)[shared:]

@@ -53,7 +53,7 @@ def prepare(
     widths = choose_widths(np.concatenate([examples.sizes for examples in found]), config.widths)
 
     def batches(examples: Examples, **order: int) -> Batches:
-        return Batches(examples, widths, batch=config.batch_size, answer_only=answer_only, **order)
+        return Batches(examples, widths, batch_size=config.batch_size, answer_only=answer_only, **order)
 
     trained = batches(train, epochs=config.epochs, seed=config.seed)
     summary = {

@@ -72,7 +72,7 @@ def pair(
     def one(part: Sequence[AnyRecord]) -> Batches:
         found = tokenize(part, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat)
         widths = choose_widths(np.asarray(found.sizes), 1)
-        return Batches(found, widths, batch=len(found), answer_only=answer_only)
+        return Batches(found, widths, batch_size=len(found), answer_only=answer_only)
 
     train = one(rest[: config.batch_size])
     return Pair(train[0], one(heldout)[0], train.examples)
@@ -153,8 +153,8 @@ def by_seed(
     fresh = config.batches == "fresh"
     found = {}
     for seed in seeds:
-        own = Batches(train, widths, batch=config.batch_size, seed=seed)
-        read = Batches(held_out, widths, batch=config.batch_size, seed=seed)[0]
+        own = Batches(train, widths, batch_size=config.batch_size, seed=seed)
+        read = Batches(held_out, widths, batch_size=config.batch_size, seed=seed)[0]
         seen = [own[step % len(own)] for step in range(steps if fresh else 1)]
         found[seed] = SeedBatches(own, apart_from(read, seen), fresh)
     return found

@@ -182,7 +182,7 @@ class Workbench:
         batches = Batches(
             self.train_examples,
             self._widths,
-            batch=training.batch_size,
+            batch_size=training.batch_size,
             epochs=training.epochs,
             seed=training.seed,
             answer_only=training.loss_on == "answer",

@@ -127,7 +127,7 @@ def batches(count=22, batch=4, epochs=2, seed=3, **options):
     found = examples(tiny.records(count), **options)
     widths = choose_widths(found.sizes, 3)
     answer_only = options.get("answer_only", False)
-    return Batches(found, widths, batch=batch, epochs=epochs, seed=seed, answer_only=answer_only), found
+    return Batches(found, widths, batch_size=batch, epochs=epochs, seed=seed, answer_only=answer_only), found
 
 
 def contents(batch):

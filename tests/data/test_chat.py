@@ -191,8 +191,8 @@ def test_batches_hold_every_turn(tokenizer):
         only: tokenize(records, tokenizer, cutoff=1000, template="chat", answer_only=only) for only in (True, False)
     }
     assert np.array_equal(found[True].tokens, found[False].tokens)
-    few = Batches(found[True], (512,), batch=3, answer_only=True)[0]
-    many = Batches(found[True], (512,), batch=3)[0]
+    few = Batches(found[True], (512,), batch_size=3, answer_only=True)[0]
+    many = Batches(found[True], (512,), batch_size=3)[0]
     for row in range(3):
         tokens, learned = found[True][row], found[True].learned_of(row)
         counted = few.weights[row] == 1

@@ -42,7 +42,7 @@ def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, adapted
     monkeypatch.setattr(beginning, "read", lambda *args, read=beginning.read: asked.append(len(args[1])) or read(*args))
     held_out = examples(shared)
     adapter = None if adapted is None else init(jax.random.key(1), adapted, config, PARAMS)
-    found = record_losses(PARAMS, config, held_out, adapter=adapter, batch=4, widths=2)
+    found = record_losses(PARAMS, config, held_out, adapter=adapter, batch_size=4, widths=2)
     assert asked == {0: [], 16: [], 17: [16], 40: [32]}[shared]
     whole = np.zeros((len(held_out), 96), np.int32)
     for row, index in zip(whole, range(len(held_out)), strict=True):

@@ -79,8 +79,8 @@ def trainer(params, folder, **changes):
     )
     widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), config.widths)
     adapter = adapters.init(jax.random.key(config.seed), config.lora(), tiny.CONFIG, params)
-    batches = Batches(train, widths, batch=config.batch_size, epochs=config.epochs, seed=config.seed)
-    held_out = Batches(held_out, widths, batch=config.batch_size)
+    batches = Batches(train, widths, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
+    held_out = Batches(held_out, widths, batch_size=config.batch_size)
     return Trainer(params, tiny.CONFIG, adapter, config, batches, held_out, folder), batches, held_out
 
 

@@ -132,8 +132,8 @@ def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
     records = tiny.records(8)
     few = tokenize(records, tiny.ByteEncoder(), template="clean", answer_only=True)
     widths = choose_widths(few.sizes, 1)
-    item = Batches(few, widths, batch=8, answer_only=True)[0]
-    whole = Batches(few, widths, batch=8)[0]
+    item = Batches(few, widths, batch_size=8, answer_only=True)[0]
+    whole = Batches(few, widths, batch_size=8)[0]
     adapted = adapter(params, PLAIN)
     loss, count = steps.eval_step(adapted, tiny.CONFIG)(adapted.params, params, item)
     assert item.targets.shape[1] < whole.targets.shape[1]

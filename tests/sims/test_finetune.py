@@ -180,7 +180,7 @@ def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeyp
     config = dataclasses.replace(config, held_out=8)
     prepared = prepare(records, base.tokenizer, config)
     examples = tokenize(split(records, 8, 7)[0], base.tokenizer, cutoff=400, template="clean")
-    own = Batches(examples, prepared.summary["widths"], batch=8, epochs=6, seed=7)
+    own = Batches(examples, prepared.summary["widths"], batch_size=8, epochs=6, seed=7)
     for step in (0, 9):
         np.testing.assert_array_equal(prepared.train[step].inputs, own[step].inputs)
     assert len(prepared.train) == len(own)

@@ -35,7 +35,7 @@ def train(folder: Path, params: Any, layout: Layout | None = None) -> list[float
     examples = tokenize(tiny.records(12), tiny.ByteEncoder(), template=CONFIG.template)
     widths = choose_widths(examples.sizes, 1)
     adapter = adapters.init(jax.random.key(1), CONFIG.lora(), tiny.CONFIG, params)
-    train, held_out = (Batches(examples, widths, batch=4, seed=seed) for seed in (1, None))
+    train, held_out = (Batches(examples, widths, batch_size=4, seed=seed) for seed in (1, None))
     run = Trainer(params, tiny.CONFIG, adapter, CONFIG, train, held_out, folder, layout=layout)
     losses = [event.loss for event in run.run()]
     run.close()
