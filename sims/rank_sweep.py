@@ -26,11 +26,10 @@ from rora_theory.data import sources
 from rora_theory.data.prompts import Template
 from rora_theory.data.records import DataConfig
 from rora_theory.data.tasks import TASKS
-from rora_theory.data.tasks import Record as TaskRecord
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype, Method
-from rora_theory.scaling import Rule, check_integer
+from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity, stand_ins
 from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
@@ -128,9 +127,7 @@ class Config:
     """print the cells with their state and run nothing"""
 
     def __post_init__(self) -> None:
-        check_integer("score_batch_size", self.score_batch_size)
-        if self.limit is not None:
-            check_integer("limit", self.limit)
+        cli.check_integers(self, limit=1, score_batch_size=1)
 
     def the_design(self) -> Design:
         """The named design with what the command line gives in its place."""
@@ -157,7 +154,12 @@ def sweep(config: Config) -> None:
         config=config.reading,
     )
     training = replace(training, template=records.source.template(training.template))
-    tasks, evaluation = read_tasks(config, scoring)
+    tasks: dict[str, Any] = {}
+    evaluation: dict[str, Any] | None = None
+    if config.accuracy:
+        otherwise = "a folder with TASK/test.json, or --no-accuracy"
+        tasks, digests = sources.read_tasks(config.data_dir, config.tasks, config.limit, otherwise=otherwise)
+        evaluation = asdict(scoring) | {"limit": config.limit, "data": digests}
     make = partial(cells_of, design, training, revision=revision, data=records.summary, evaluation=evaluation)
     first = make(stage=0)
     located = {name: llama.locate(name, revision) for name in design.models}
@@ -189,16 +191,6 @@ def sweep(config: Config) -> None:
         raise failed
     folder.finish()
     print(f"{path}: {len(rows)} cells done; results.csv, differences.csv", flush=True)
-
-
-def read_tasks(config: Config, scoring: Scoring) -> tuple[dict[str, list[TaskRecord]], dict[str, Any] | None]:
-    """Items of each task, and what determines their scoring; nothing and None without accuracy."""
-    if not config.accuracy:
-        return {}, None
-    tasks, digests = sources.read_tasks(
-        config.data_dir, config.tasks, config.limit, otherwise="a folder with TASK/test.json, or --no-accuracy"
-    )
-    return tasks, asdict(scoring) | {"limit": config.limit, "data": digests}
 
 
 def known(path: Path, cells: Sequence[Cell]) -> list[Cell]:

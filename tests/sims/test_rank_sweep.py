@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +215,7 @@ class Quick(Workbench):
     """Measures at once what is made of the cell's own hash, so that runs can be compared to the byte."""
 
     def open(self, _: str) -> list[str]:
+        self.train_examples, self.model = None, SimpleNamespace(tokenizer=None)
         return []
 
     def measure(self, cell, *_) -> Measured:
@@ -235,8 +237,13 @@ class Quick(Workbench):
 @pytest.fixture
 def quick(monkeypatch) -> type[Quick]:
     """Sweeps whose cells take no time."""
-    monkeypatch.setattr(rank_sweep, "Workbench", Quick)
+    quicken(monkeypatch)
     return Quick
+
+
+def quicken(monkeypatch) -> None:
+    monkeypatch.setattr(rank_sweep, "Workbench", Quick)
+    monkeypatch.setattr(rank_sweep.prompts, "keep", lambda *_, **__: None)  # which a tokenizer is needed for
 
 
 def interrupt(*_: object) -> None:
@@ -367,7 +374,7 @@ def test_a_folder_holds_one_way_of_training_and_one_model(swept, model, data, ca
         assert "other arguments (settings there" in capsys.readouterr().err
     other, out = tmp_path / "model", tmp_path / "m"
     shutil.copytree(model, other)
-    monkeypatch.setattr(rank_sweep, "Workbench", Quick)
+    quicken(monkeypatch)
     rank_sweep.main(command(other, data, out, "--methods", "base"))
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
@@ -550,8 +557,8 @@ def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path,
         ("--lrs", "-1"): "--lrs is -1",
         ("--rates", "1e-3"): "--rates was renamed; accepted is --lrs",
         ("--rank", "4"): "--rank",
-        ("--score-batch-size", "0"): "score_batch_size is 0",
-        ("--limit", "0"): "limit is 0",
+        ("--score-batch-size", "0"): "--score-batch-size is 0",
+        ("--limit", "0"): "--limit is 0",
         ("--seeds", "-1"): "seeds is -1",
         ("--held-out", "100"): "records to hold out",
         ("--train-records", "100"): "train_records 100",
