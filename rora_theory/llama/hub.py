@@ -135,7 +135,7 @@ def _download(repository: str, revision: str | None, *, cached: bool = False) ->
             repository,
             revision=commit,  # not the branch: it may have moved since
             allow_patterns=_FILES,
-            ignore_patterns=["*/*"],
+            ignore_patterns=["*/*", "consolidated*"],  # Mistral's: the weights again, in another layout
             local_files_only=cached,
         )
     except InputError as error:

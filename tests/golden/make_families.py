@@ -3,8 +3,8 @@
     python tests/golden/make_families.py
 
 needs the extra ``peers``. Of every variant: logits; the gradient of the loss in every weight, a matrix's times a random
-vector; the last logits under a LoRA adapter on every linear module, and the adapter's tensors by name; what is
-generated, greedily and with beams. Weights are drawn as `make_llama` draws them.
+vector; the last logits under a LoRA adapter on every linear module, and the adapter's tensors by name; the logits under
+a prefix; what is generated, greedily and with beams. Weights are drawn as `make_llama` draws them.
 """
 
 import json
@@ -41,7 +41,8 @@ VARIANTS: dict[str, dict] = {
     },
 }
 BATCH, LENGTH, LAST = 2, 24, 4
-RANK, ALPHA = 4, 8.0
+RANK, ALPHA, PREFIX = 4, 8.0, 3
+PREFIXED = ("mistral", "qwen2_window")
 NEW_TOKENS = 10
 BEAMS = 3
 
@@ -105,6 +106,13 @@ def main() -> None:
             with torch.no_grad():
                 out = model.generate(padded, attention_mask=real, generation_config=settings)
             generated[str(beams)] = out[:, longest:].tolist()
+        if name in PREFIXED:  # tokens that leave the window as any other
+            prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX)
+            with torch.no_grad():
+                prefixed = peft.get_peft_model(model, prefix).eval()
+                (embedding,) = prefixed.prompt_encoder["default"].parameters()
+                embedding.copy_(torch.tensor(draw("prefix", tuple(embedding.shape))))
+                arrays[f"{name}/prefixed"] = prefixed(tokens, attention_mask=mask).logits.numpy()
         settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, use_rslora=True, target_modules="all-linear")
         adapted = peft.get_peft_model(model, settings).eval()
         adapted.load_state_dict(tensors(adapted, "lora_"), strict=False)

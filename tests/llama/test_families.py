@@ -129,6 +129,21 @@ def test_adapters_equal_pefts(case, tmp_path):
     np.testing.assert_allclose(merged, expected, **tolerance)
 
 
+@pytest.mark.parametrize("name", script().PREFIXED)
+def test_a_prefix_equals_pefts(name, draw_params):
+    """Its tokens lie before the first, and leave the window as any other."""
+    config = LlamaConfig.from_hf(CASES[name]["config"])
+    params, tokens = draw_params(config), jnp.asarray(script().batch(name)[0])
+    adapter = adapters.init(jax.random.key(0), PrefixConfig(script().PREFIX), config, params)
+    layers, count, heads, width = adapter.params["key"].shape
+    # As peft has it: a row a token, in it key and value of every layer.
+    drawn = script().draw("prefix", (count, layers * 2 * heads * width)).reshape(count, layers, 2, heads, width)
+    key, value = (jnp.asarray(drawn[:, :, part].swapaxes(0, 1)) for part in (0, 1))
+    found = run(params, tokens, config, adapter.replace({"key": key, "value": value}))
+    np.testing.assert_allclose(found, EXPECTED[f"{name}/prefixed"], rtol=0, atol=2e-5)
+    assert np.abs(found - EXPECTED[f"{name}/logits"])[:, 0].max() > 0.1
+
+
 def test_a_saved_folder_is_the_same_model(case, tmp_path):
     _, config, params, *_ = case
     save_hf(tmp_path / "saved", params, config)

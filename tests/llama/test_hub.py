@@ -30,6 +30,7 @@ FILES = {
     "README.md": b"text",
     "original/params.json": b"{}",
     "onnx/model.safetensors": b"other",
+    "consolidated.safetensors": b"the weights again",
 }
 REPOSITORIES = {
     "org/tiny": {"main": FILES, "v2": FILES | {"model.safetensors": b"weights of v2"}},
@@ -90,7 +91,7 @@ def test_hub_ids(server, tmp_path):
         ("org/tiny", "v3"),
         ("smollm2-135m", None),
     )
-    assert first[1] == wanted  # no pickle, no read-me, no sub-folder
+    assert first[1] == wanted  # no pickle, no read-me, no sub-folder, no second copy of the weights
     assert pinned[1] == wanted | {"model.safetensors": "weights of v2"}
     assert other[0] == absent[0] == gone[0] == "refused"
     assert "org/other" in other[1]
