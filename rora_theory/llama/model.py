@@ -230,9 +230,8 @@ def hidden_states(
 
         def attend_all(q: Array, k: Array, v: Array) -> Array:
             k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
-            return attend(
-                q, k, v, within_window(config, wide, positions, positions, k.shape[1], windowed), route=attention
-            )
+            wide = within_window(config, wide, positions, positions, k.shape[1], windowed)
+            return attend(q, k, v, wide, route=attention)
 
         return _layer(x, weights, config, cos, sin, apply, attend_all), inputs
 

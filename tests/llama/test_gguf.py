@@ -502,7 +502,7 @@ def test_another_architecture_is_refused(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(InputError, match="'gemma2'; .*rora_theory.measure.torch"):
+    with pytest.raises(InputError, match=r"'gemma2'; .*rora_theory\.measure\.torch"):
         read(tmp_path / "m.gguf")
 
 
