@@ -25,6 +25,7 @@ def made(family="llama", **arguments):
     def make_model(rank):
         return peft.get_peft_model(base, peft.LoraConfig(r=rank, **arguments))
 
+    make_model.base = base
     return make_model
 
 
@@ -40,7 +41,7 @@ def test_the_first_step_by_hand() -> None:
     """What one step of Adam changes of hidden states and logits, and what a module's adapter adds, from PEFT's own
     forward pass; A is nested over ranks, uniform within PEFT's bound, another one for another seed."""
     batch, held_out = torch_models.batch(seed=0), torch_models.batch(seed=1)
-    make_model = made(target_modules=["q_proj"])
+    make_model = made(target_modules=["q_proj"], lora_alpha=8)
     starts, trained = [], []
 
     def optimizer(parameters, rank):  # noqa: ARG001
@@ -54,6 +55,7 @@ def test_the_first_step_by_hand() -> None:
     assert not torch.equal(small, other)
     assert not torch.equal(small, starts[0][2])  # of the next layer
     assert 0.2 < float(large.abs().max()) <= 0.25  # 1 / sqrt(p_in)
+    assert not [name for name, _ in make_model.base.named_modules() if "lora" in name]
     again = make_model(16)  # on the base that the check has left as it was
     own = [each for each in again.parameters() if each.requires_grad]
     before = again(**batch, output_hidden_states=True)
@@ -70,7 +72,7 @@ def test_the_first_step_by_hand() -> None:
     expected = {
         "hidden": (after.hidden_states[-1] - before.hidden_states[-1])[real],
         "logits": (after.logits - before.logits)[real],
-        "output": torch.stack(added)[:, :, :-1],  # gamma is alpha / r = 1
+        "output": 8 / 16 * torch.stack(added)[:, :, :-1],
     }
     for name, change in expected.items():
         assert values[name] == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
