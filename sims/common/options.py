@@ -82,7 +82,7 @@ class Read(typing.NamedTuple):
     def place(self, message: str) -> str:
         """An error's message, with the file and the key before it where it is about an option from here."""
         for key in self.words:
-            if re.search(rf"(?<![\w-])(--)?{key}(?![\w-])", message):
+            if re.search(rf"(^|--){key.replace('-', '[-_]')}(?![\w-])", message):
                 return f"{self.path}: key {key}: {message}"
         return message
 
@@ -94,7 +94,7 @@ def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], R
       InputError: a file that is no mapping of options in YAML, or a key that is none; names the file and the key.
     """
     read = Read(Path(), {})
-    rest, given = list(words), {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in words}
+    rest, given = list(words), {word[2:].partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"}
     for place, word in enumerate(words):
         name, equals, path = word.partition("=")
         if name == FILE and (equals or place + 1 < len(words)):
@@ -110,16 +110,20 @@ def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], R
 def _read(path: Path, known: Mapping[str, Any]) -> Read:
     accepted = "a YAML file of options by their names"
     try:
-        entries = yaml.safe_load(files.read_text(path, accepted=accepted))
+        text = files.read_text(path, accepted=accepted)
+        entries = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())}); accepted is {accepted}") from None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: holds {shown(entries)}; accepted is {accepted}")
+    options = [str(key.value).replace("_", "-") for key, _ in yaml.compose(text).value]
     read = Read(path, {})
     for key, value in entries.items():
         option = str(key).replace("_", "-")
+        if options.count(option) > 1:  # the parser would take the last
+            raise InputError(f"{path}: key {option}: is there {options.count(option)} times; accepted is once")
         if option not in known:
             new = [one for one in RENAMED.get(option, ()) if one in known]
             what = f"was renamed; accepted is {new[0]}" if new else f"is no option; accepted are {', '.join(known)}"

@@ -151,6 +151,8 @@ def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path: Path) 
         ("limit: true", "key limit: --limit: "),
         ("steps: [1, 2]", "key steps: is [1, 2]; accepted is one value"),
         (f"steps: {2**63}", f"key steps: --steps is {2**63}; accepted is an integer of at most"),
+        ("batch-size: 3\nbatch_size: 4", "key batch-size: is there 2 times; accepted is once"),
+        ("steps: 3\nlimit: 1\nsteps: 3", "key steps: is there 2 times; accepted is once"),
         ("[1, 2]", "holds [1, 2]; accepted is a YAML file of options"),
         ("", "holds None; accepted is a YAML file of options"),
         ("data: [", "is not YAML (while parsing"),
@@ -167,6 +169,9 @@ def test_what_is_wrong_in_a_file_is_named_with_file_and_key(tmp_path: Path, text
 def test_what_is_wrong_on_the_command_line_beside_a_file_is_not_the_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^--limit: "):
         parsed(tmp_path, "steps: 3\nlimit: 4\n", "--data", "a", "--limit", "x")
+    with pytest.raises(InputError, match=r"^--limit: "):
+        parsed(tmp_path, "steps: 3\n", "--data", "steps", "--limit", "steps")
+    assert parsed(tmp_path, "steps: 3\n", "--data", "steps").inner.steps == 3, "a value is no option"
     with pytest.raises(InputError, match=r"none\.yaml: no such file; accepted is a YAML file of options"):
         cli.parse(Config, ["--config", str(tmp_path / "none.yaml")], description="")
 
@@ -177,11 +182,14 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"rora-theory \d[\w.]*, jax \d[\w.]*(, \w+ \d[\w.]*)*\n", capsys.readouterr().out)
 
 
-def test_ranges_are_checked_where_the_configuration_is_made() -> None:
+def test_ranges_are_checked_where_the_configuration_is_made(tmp_path: Path) -> None:
     """What `__post_init__` refuses is said as it is, of the command's own configuration and of a part."""
     for config in (Checked, Checks):
         with pytest.raises(InputError, match=r"^--rank is -1 \[x\]; accepted is 1 or more$"):
             cli.parse(config, ["--rank", "-1"], description="")
+    (tmp_path / "run.yaml").write_text("rank: -1")
+    with pytest.raises(InputError, match=r"^.*run\.yaml: key rank: --rank is -1 \[x\]; accepted is 1 or more$"):
+        cli.parse(Checks, ["--config", str(tmp_path / "run.yaml")], description="")
 
 
 def test_a_missing_option_is_named() -> None:
