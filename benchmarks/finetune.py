@@ -300,7 +300,7 @@ def work(spec: dict[str, Any]) -> None:
     state = steps.init_state(adapter, steps.optimizer(config, 1000), jax.random.key(1))
     function = steps.train_step(adapter, model_config, config, 1000)
     if spec.get("gpu"):
-        from rora_theory.finetune.program import flops
+        from rora_theory.finetune.traced_cost import flops
 
         plain = steps.train_step(adapter, model_config, dataclasses.replace(config, remat=False), 1000)
         setup["model_flops"] = flops(plain.trace(state, params, batches[0]).jaxpr)

@@ -17,7 +17,7 @@ from rora_theory.data import sources
 from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS, Record
 from rora_theory.errors import InputError
-from rora_theory.evaluate import Level, Protocol, Samples, Scoring, levels, samples, score_tasks
+from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples, score_tasks
 from rora_theory.llama import Adapter, Model, load
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
@@ -25,7 +25,7 @@ from sims.common.run_folder import RunFolder, as_json
 
 NAME = "evaluate"
 RESULTS = "results.json"
-COLUMNS = ("protocol", "template", *(field.name for field in fields(Level)))
+COLUMNS = ("protocol", "template", *(field.name for field in fields(TaskAccuracy)))
 UNITS = "accuracies are shares of 1; error is one standard error"
 
 
@@ -94,7 +94,7 @@ def subject(config: Config) -> tuple[Model, Adapter | None]:
 
 def evaluate(
     config: Config, folder: RunFolder, tasks: dict[str, list[Record]], model: Model, adapter: Adapter | None
-) -> list[Level]:
+) -> list[TaskAccuracy]:
     """Score the records that the folder lacks, and write its results."""
     scoring, records = config.scoring(), [record for items in tasks.values() for record in items]
     kept = Samples(folder.path / samples.FILE, folder.identity, records, config.protocol)
@@ -109,7 +109,7 @@ def evaluate(
                 bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(kept.found))
     kept.sort()
     folder.record(samples.FILE)
-    found = levels(kept.found, records)
+    found = accuracies(kept.found, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}
     folder.write_rows(COLUMNS, [heads | asdict(level) for level in found])
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
@@ -130,7 +130,7 @@ def identity(config: Config, data: dict[str, str], model: Model) -> dict[str, An
     return plain | {"data": data}
 
 
-def show(found: Sequence[Level], scoring: Scoring) -> None:
+def show(found: Sequence[TaskAccuracy], scoring: Scoring) -> None:
     """Print the table of a run: percentages, ± one standard error."""
     normed = any(level.accuracy_norm is not None for level in found)
     columns = [

@@ -179,7 +179,7 @@ def sweep(config: Config) -> None:
     try:
         work(config, folder, bench, first)
         if design.tuned and len(design.seeds) > 1:
-            best = results.best_rates(table(path, known(path, first)))
+            best = results.marked_rates(table(path, known(path, first)))
             for words in results.chosen(best):
                 print(words, flush=True)
             work(config, folder, bench, make(stage=1, best=best))

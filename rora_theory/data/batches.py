@@ -19,7 +19,7 @@ from rora_theory.data import chat as chats
 from rora_theory.data import texts
 from rora_theory.data.formats import AnyRecord, Text
 from rora_theory.errors import InputError
-from rora_theory.llama.beginning import common_length
+from rora_theory.llama.shared_prompt import common_length
 
 MULTIPLE = 8
 """Widths are multiples of this, as in the published code."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rora_theory.evaluate.choices import Scored
 from rora_theory.evaluate.packing import Block, grow, plan
-from rora_theory.llama import beginning
+from rora_theory.llama import shared_prompt
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Adapter, hidden_states, output_matrix
 
@@ -53,14 +53,14 @@ def log_likelihoods(
     skip = set(done)
     # Up to the last token of the context: that one predicts.
     contexts = [choice.tokens[: -choice.count - 1] for choices in items for choice in choices]
-    shared = beginning.shared_length(contexts) if items else 0
+    shared = shared_prompt.shared_length(contexts) if items else 0
     blocks = [
         block
         for block in plan(grow(items, shared), block_tokens=block_tokens, chunk=chunk, start=shared)
         if not skip.issuperset(block.items)
     ]
     if shared and blocks:
-        adapter = beginning.read(params, contexts[0][:shared], config, adapter)
+        adapter = shared_prompt.read(params, contexts[0][:shared], config, adapter)
     for start in range(0, len(blocks), batch_size):
         group = blocks[start : start + batch_size]
         scores = [_score(params, adapter, block, config, chunk) for block in group]

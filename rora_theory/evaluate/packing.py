@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rora_theory.evaluate.choices import Scored
-from rora_theory.llama.beginning import common_length
+from rora_theory.llama.shared_prompt import common_length
 
 SHORTEST_ROW, STEP = 64, 8
 """Rows have a multiple of ``STEP`` slots."""

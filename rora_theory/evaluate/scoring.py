@@ -27,7 +27,7 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate.answers import parse_answer, response
 from rora_theory.evaluate.choices import TEXTS, Choice, encode_choices, harness_choices, label_choices
 from rora_theory.evaluate.likelihood import log_likelihoods
-from rora_theory.llama import beginning
+from rora_theory.llama import shared_prompt
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.generate import beam
 from rora_theory.llama.loading import Model
@@ -211,7 +211,7 @@ def _generated(
                 f"{record.task} record {record.index} has {len(tokens)} tokens of prompt; accepted are at "
                 f"most {room}, max_position_embeddings less max_new_tokens"
             )
-    shared = beginning.shared_length(prompts, spare=1) if len(prompts) > 1 else 0
+    shared = shared_prompt.shared_length(prompts, spare=1) if len(prompts) > 1 else 0
     order = sorted(range(len(records)), key=lambda number: (-len(prompts[number]), number))
     groups = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
     waiting = (group for group in groups if not set(group) <= set(skip))

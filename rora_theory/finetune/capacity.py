@@ -1,7 +1,7 @@
 """Does a fine-tuning run fit, and how long does it take? From shapes alone: no weights, no accelerator.
 
 The step that training runs is traced on abstract arrays. Weights, adapter and optimizer state are counted from their
-shapes, the rest from the traced program (`program`). XLA's own account of the same step, of the backend at hand, is
+shapes, the rest from the traced program (`traced_cost`). XLA's own account of the same step, of the backend at hand, is
 there to compare: `compile_here`. Its GPU compiler, run for an A6000 without one, says 30.1 GB for LLaMA-7B in bfloat16
 at rank 128 and 16 x 256 tokens where this says 30.0, and with rematerialisation 19.7 where this says 19.5: it fuses
 a layer's elementwise work a little less than is taken here.
@@ -22,8 +22,8 @@ from rora_theory import adapters
 from rora_theory.adapters.lora import assemble
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
-from rora_theory.finetune import program
 from rora_theory.finetune import step as steps
+from rora_theory.finetune import traced_cost
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.finetune.loss import LOGITS_BYTES
 from rora_theory.llama import LlamaConfig
@@ -231,7 +231,7 @@ def account(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
     """Trace a run's step and account for it. Raises as `abstract_step`."""
     step = abstract_step(llama_config, config, width)
     traced = step.function.trace(step.state, step.base, step.batch)
-    held = program.held(traced.jaxpr)
+    held = traced_cost.held(traced.jaxpr)
     adapter = _bytes(step.state.params)
     rows = config.batch_size // config.accumulation
     row = 4 * llama_config.vocab_size * rows
@@ -239,7 +239,7 @@ def account(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
         parameters=count(step.base),
         trainable=adapters.count(abstract_adapter(llama_config, config)),
         tokens=config.batch_size * width,
-        flops=program.flops(traced.jaxpr),
+        flops=traced_cost.flops(traced.jaxpr),
         passes=(3 if config.remat else 2) * config.accumulation,
         base=_bytes(step.base),
         adapter=adapter,
@@ -338,7 +338,7 @@ def count(tree: Any) -> int:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(program.size_in_bytes(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(traced_cost.size_in_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _resident(what: str) -> int:

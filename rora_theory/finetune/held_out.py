@@ -18,7 +18,7 @@ from rora_theory import llama
 from rora_theory.data.batches import Examples, choose_widths, plan_epoch
 from rora_theory.errors import InputError
 from rora_theory.finetune.loss import cross_entropy
-from rora_theory.llama import LlamaConfig, beginning
+from rora_theory.llama import LlamaConfig, shared_prompt
 from rora_theory.llama.attention import causal
 
 
@@ -64,13 +64,13 @@ def record_losses(
         raise InputError(f"a record has {int(sizes.max()) + 1} tokens; accepted are at most {longest + 1}")
     # What all records begin with is read once; the last of it is left to the rows, for it predicts what differs.
     prompts = [examples[i][: int(examples.starts[i]) - 1].tolist() for i in range(len(examples))]
-    shared = beginning.shared_length(prompts, spare=1) if prompts else 0
+    shared = shared_prompt.shared_length(prompts, spare=1) if prompts else 0
     first, follower, start = 0.0, adapter, None
     if shared:
         tokens = np.asarray(examples[0][: shared + 1][None], np.int32)
         whole = (tokens[:, :-1], tokens[:, 1:], np.array([shared], np.int32), np.zeros((1, shared), np.int32), None)
         first = float(_losses(params, adapter, *whole, llama_config=llama_config)[0, 0])
-        follower, start = beginning.read(params, tokens[0, :-1].tolist(), llama_config, adapter), np.int32(shared)
+        follower, start = shared_prompt.read(params, tokens[0, :-1].tolist(), llama_config, adapter), np.int32(shared)
     rest = sizes - shared
     plan = plan_epoch(rest, choose_widths(rest, widths), batch_size, seed=None, epoch=0)
     sums = []

@@ -67,7 +67,7 @@ def greedy(
       eos_ids: tokens that end a text; may be empty.
       pad_id: fills up short prompts. It is never looked at, so it changes no result; None is 0.
       shared: how many tokens, with which all prompts begin, to read once for all; each number compiles anew, so give
-        every call of a task the same (`beginning.shared_length` with ``spare=1``).
+        every call of a task the same (`shared_prompt.shared_length` with ``spare=1``).
       adapter: run beside the weights; a pytree.
 
     Returns:

@@ -73,7 +73,7 @@ def cells_of(
       data, evaluation: see `Cell`.
       stage: 0 is everything, or, for a tuned design, the first seed at every rank without accuracy; 1 is the other
         seeds at the chosen rates.
-      best: of stage 1, the learning rate of each model, method and rank, see `rora_theory.sweep.results.best_rates`.
+      best: of stage 1, the learning rate of each model, method and rank, see `rora_theory.sweep.results.marked_rates`.
 
     Raises:
       InputError: a value out of range.

@@ -36,7 +36,7 @@ class Difference:
     Attributes:
       model, method, against: as in `results.csv`.
       rates: ``same``: both at one learning rate (the base has none); ``own``: each at the only one it was run at;
-        ``best``: each at the best of those tried, chosen at one seed (`results.best_rates`) on the very records
+        ``best``: each at the best of those tried, chosen at one seed (`results.marked_rates`) on the very records
         that the difference is of.
       rank, alpha: of ``method``, or of ``against`` where ``method`` has none.
       learning_rate, against_rate: of both.

@@ -60,11 +60,11 @@ def table(outcomes: Iterable[Outcome]) -> pd.DataFrame:
     scored = {_training(row) for row in found if row["evaluation"] and row["status"] == "complete"}
     kept = [row for row in found if row["evaluation"] or _training(row) not in scored]
     rows = frames.of(sorted(kept, key=_order), COLUMNS)
-    marked = rows.drop(columns="best_rate").merge(best_rates(rows), how="left", on=[*GROUP, "learning_rate"])
+    marked = rows.drop(columns="best_rate").merge(marked_rates(rows), how="left", on=[*GROUP, "learning_rate"])
     return marked[list(COLUMNS)]
 
 
-def best_rates(rows: pd.DataFrame) -> pd.DataFrame:
+def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each model, method, rank and alpha the learning rate of the lowest validation loss, and a word for it.
 
     Rates are compared at one seed, the first of those with the most rates, so that a rate is not preferred for the

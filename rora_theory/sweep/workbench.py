@@ -15,7 +15,7 @@ import numpy as np
 from rora_theory import adapters, llama
 from rora_theory.data.tasks import Record as TaskRecord
 from rora_theory.errors import InputError
-from rora_theory.evaluate.levels import levels
+from rora_theory.evaluate.accuracies import accuracies
 from rora_theory.evaluate.scoring import Sample, Scoring, in_order, score_tasks
 from rora_theory.finetune import (
     Batches,
@@ -172,7 +172,7 @@ class Workbench:
         samples: list[Sample] = []
         if cell.evaluation is not None:
             samples = self._score(params, adapter)
-            found = levels(samples, [record for items in self.tasks.values() for record in items])
+            found = accuracies(samples, [record for items in self.tasks.values() for record in items])
             result["levels"] = [asdict(level) for level in found]
             result["accuracy_seconds"] = time.perf_counter() - lost_at
         return Measured(result | {"seconds": time.perf_counter() - begun}, kept, losses, samples)

@@ -13,10 +13,10 @@ from rora_theory.adapters import PrefixAdapter, PrefixConfig, init
 from rora_theory.evaluate.choices import Scored
 from rora_theory.evaluate.likelihood import log_likelihoods, visible
 from rora_theory.evaluate.packing import grow, plan
-from rora_theory.llama import beginning
-from rora_theory.llama.beginning import shared_length
+from rora_theory.llama import shared_prompt
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import forward, init_params
+from rora_theory.llama.shared_prompt import shared_length
 
 CONFIG = LlamaConfig(61, 16, 24, 2, 4, 2, 4, max_position_embeddings=96)
 WINDOWED = replace(CONFIG, model_type="mistral", sliding_window=7)
@@ -100,7 +100,9 @@ def test_a_beginning_that_all_items_share_is_read_once(length: int, adapted: boo
 def test_a_token_that_predicts_is_no_beginning(monkeypatch) -> None:
     """Items of 34 tokens, two scored: 32 are context, the last of which predicts, so that 16 are read once."""
     asked = []
-    monkeypatch.setattr(beginning, "read", lambda *args, read=beginning.read: asked.append(len(args[1])) or read(*args))
+    monkeypatch.setattr(
+        shared_prompt, "read", lambda *args, read=shared_prompt.read: asked.append(len(args[1])) or read(*args)
+    )
     tokens = tuple(range(34))
     items = [[Scored(tokens, 2), Scored((*tokens[:-2], 60, 59), 2)]] * 2
     for packed, plain in zip(_packed(items), _plain(items), strict=True):

@@ -18,7 +18,7 @@ from rich.console import Console
 import figures
 import sims
 from rora_theory import frames
-from rora_theory.evaluate.levels import Level
+from rora_theory.evaluate.accuracies import TaskAccuracy
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.rank_check import CheckConfig
@@ -211,7 +211,7 @@ def test_capacity_says_one_figure_for_one_thing(printed, monkeypatch) -> None:
 
 
 def test_evaluate(printed) -> None:
-    level = Level("hellaswag", 10042, 0.0, 0.05, 0.5, 0.01, 0.0, 0.25, 0.2510)
+    level = TaskAccuracy("hellaswag", 10042, 0.0, 0.05, 0.5, 0.01, 0.0, 0.25, 0.2510)
     evaluate.show([level, dataclasses.replace(level, task="average")], Scoring(protocol="harness"))
     printed()
 

@@ -23,7 +23,7 @@ def rate_row(rate: float | None, loss: float, seed: int = 0, status: str = "comp
 
 
 def best_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    found = results.best_rates(frames.of(rows, results.COLUMNS))
+    found = results.marked_rates(frames.of(rows, results.COLUMNS))
     assert list(found) == ["model", "method", "rank", "alpha", "learning_rate", "best_rate"]
     return list(found.itertuples(index=False, name=None))
 
@@ -70,7 +70,7 @@ def test_the_best_rates_of_the_published_runs_are_those_in_their_tables(run) -> 
     """Of methods without a rank too."""
     rows = frames.read(PUBLISHED / run / "results.csv")
     plain = rows.drop(columns="best_rate")
-    again = plain.merge(results.best_rates(plain), how="left", on=[*results.GROUP, "learning_rate"])
+    again = plain.merge(results.marked_rates(plain), how="left", on=[*results.GROUP, "learning_rate"])
     pd.testing.assert_series_equal(again["best_rate"], rows["best_rate"])
     assert rows["best_rate"].notna().sum() > 10
 

@@ -17,7 +17,7 @@ from rora_theory.stats.estimate import proportion
 
 
 @dataclass(frozen=True)
-class Level:
+class TaskAccuracy:
     """Accuracy on one task, or the average of several.
 
     Attributes:
@@ -42,7 +42,7 @@ class Level:
     majority: float
 
 
-def levels(samples: Iterable[Sample], records: Sequence[Record]) -> list[Level]:
+def accuracies(samples: Iterable[Sample], records: Sequence[Record]) -> list[TaskAccuracy]:
     """One level a task that has records, in the order of `TASKS`, and the average last where there are several.
 
     Args:
@@ -68,7 +68,7 @@ def levels(samples: Iterable[Sample], records: Sequence[Record]) -> list[Level]:
         right_norm = proportion(sum(norms), len(norms)) if norms else None
         unparsed = sum(sample.prediction is None for sample in scored) / len(scored)
         found.append(
-            Level(
+            TaskAccuracy(
                 key,
                 len(items),
                 right.value,
@@ -83,7 +83,7 @@ def levels(samples: Iterable[Sample], records: Sequence[Record]) -> list[Level]:
     return [*found, average(found)] if len(found) > 1 else found
 
 
-def average(tasks: Sequence[Level]) -> Level:
+def average(tasks: Sequence[TaskAccuracy]) -> TaskAccuracy:
     """The unweighted average over tasks."""
     count = len(tasks)
 
@@ -100,7 +100,7 @@ def average(tasks: Sequence[Level]) -> Level:
         else (level.accuracy_norm, level.error_norm)
         for level in tasks
     ]
-    return Level(
+    return TaskAccuracy(
         "average",
         sum(level.n for level in tasks),
         mean(level.accuracy for level in tasks),

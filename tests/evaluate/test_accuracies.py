@@ -7,7 +7,7 @@ import pytest
 
 from rora_theory.data.tasks import TASKS, Record
 from rora_theory.errors import InputError
-from rora_theory.evaluate.levels import levels
+from rora_theory.evaluate.accuracies import accuracies
 from rora_theory.evaluate.scoring import Sample
 
 
@@ -45,7 +45,7 @@ SAMPLES = [
 
 
 def test_levels() -> None:
-    boolq, piqa, average = levels(SAMPLES, RECORDS)
+    boolq, piqa, average = accuracies(SAMPLES, RECORDS)
     assert (boolq.task, piqa.task, average.task) == ("boolq", "piqa", "average")
     assert (boolq.n, piqa.n, average.n) == (4, 3, 7)
     assert boolq.accuracy == 0.5
@@ -58,7 +58,7 @@ def test_levels() -> None:
 
 
 def test_average_is_unweighted() -> None:
-    boolq, piqa, average = levels(SAMPLES, RECORDS)
+    boolq, piqa, average = accuracies(SAMPLES, RECORDS)
     assert average.accuracy == pytest.approx((1 / 2 + 2 / 3) / 2)  # not 4/7
     assert average.error == pytest.approx(math.hypot(boolq.error, piqa.error) / 2)
     assert average.accuracy_norm == pytest.approx((1 / 2 + 1 / 3) / 2)  # boolq enters with its accuracy
@@ -66,29 +66,29 @@ def test_average_is_unweighted() -> None:
 
 
 def test_one_task_has_no_average_and_one_item_an_error() -> None:
-    (level,) = levels(SAMPLES[:1], RECORDS[:1])
+    (level,) = accuracies(SAMPLES[:1], RECORDS[:1])
     assert level.accuracy == 1.0
     assert level.error == 1 / 4
 
 
 def test_none_or_all_right_is_not_certain() -> None:
     records = [_record("boolq", n, 0) for n in range(8)]
-    none, every = (levels([_sample(record, text) for record in records], records)[0] for text in ("false", "true"))
+    none, every = (accuracies([_sample(record, text) for record in records], records)[0] for text in ("false", "true"))
     assert (none.accuracy, every.accuracy) == (0.0, 1.0)
     assert none.error == every.error == pytest.approx(1 / 18)
 
 
 def test_no_norm_anywhere_is_none() -> None:
-    found = levels([*SAMPLES[:4], *(_sample(record, None) for record in RECORDS[4:])], RECORDS)
+    found = accuracies([*SAMPLES[:4], *(_sample(record, None) for record in RECORDS[4:])], RECORDS)
     assert [level.accuracy_norm for level in found] == [None, None, None]
 
 
 def test_chance_follows_each_items_choices() -> None:
     records = [_record("ARC-Easy", 0, 0, 4), _record("ARC-Easy", 1, 0, 5)]
-    (level,) = levels([_sample(record, "answer1") for record in records], records)
+    (level,) = accuracies([_sample(record, "answer1") for record in records], records)
     assert level.chance == pytest.approx((1 / 4 + 1 / 5) / 2)
 
 
 def test_a_missing_sample_is_refused() -> None:
     with pytest.raises(InputError, match="boolq: 3 samples of 4 records"):
-        levels(SAMPLES[1:], RECORDS)
+        accuracies(SAMPLES[1:], RECORDS)

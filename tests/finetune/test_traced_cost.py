@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rora_theory.finetune import FinetuneConfig, capacity, program
+from rora_theory.finetune import FinetuneConfig, capacity, traced_cost
 from rora_theory.llama import LlamaConfig
 
 MODEL = LlamaConfig(128, 32, 48, 3, 4, 2, 8, max_position_embeddings=64)
@@ -52,18 +52,18 @@ def test_a_loop_counts_as_often_as_it_runs_where_xla_counts_it_once():
 
     x, w = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
     once = 2 * 8 * 16 * 16
-    assert program.flops(jax.make_jaxpr(loop)(x, w)) == 10 * once
+    assert traced_cost.flops(jax.make_jaxpr(loop)(x, w)) == 10 * once
     assert jax.jit(lambda x, w: x @ w).lower(x, w).compile().cost_analysis()["flops"] == once
     assert jax.jit(loop).lower(x, w).compile().cost_analysis()["flops"] < 2 * once + 1000
 
 
 def test_products_with_batches_calls_and_branches():
     a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
-    assert program.flops(jax.make_jaxpr(lambda a, b: jax.jit(jnp.matmul)(a, b))(a, b)) == 2 * 3 * 4 * 5 * 6
+    assert traced_cost.flops(jax.make_jaxpr(lambda a, b: jax.jit(jnp.matmul)(a, b))(a, b)) == 2 * 3 * 4 * 5 * 6
     gradient = jax.make_jaxpr(jax.grad(lambda a, b: jnp.sum(jax.checkpoint(jnp.matmul)(a, b)), argnums=(0, 1)))
-    assert program.flops(gradient(a, b)) in (2 * 2 * 3 * 4 * 5 * 6, 3 * 2 * 3 * 4 * 5 * 6)
+    assert traced_cost.flops(gradient(a, b)) in (2 * 2 * 3 * 4 * 5 * 6, 3 * 2 * 3 * 4 * 5 * 6)
     with pytest.raises(ValueError, match="loop of unknown length"):
-        program.flops(
+        traced_cost.flops(
             jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: jnp.max(x) < 9, lambda x: x @ x, x))(jnp.ones((2, 2)))
         )
 
@@ -78,22 +78,24 @@ def test_memory_of_programs_small_enough_to_see():
         return jnp.sum(x)
 
     # A product and, in its place, the fused work on it; the next product's result beside what it reads.
-    assert program.held(jax.make_jaxpr(chain)(x, w)).total == 2 * size
+    assert traced_cost.held(jax.make_jaxpr(chain)(x, w)).total == 2 * size
 
     def fused(x, w):
         y = x @ w
         return jnp.sum(jnp.tanh(y) * jnp.sin(y) + jnp.cos(y))
 
-    assert program.held(jax.make_jaxpr(fused)(x, w)).total == size
+    assert traced_cost.held(jax.make_jaxpr(fused)(x, w)).total == size
 
     def layers(x, w):
         return jnp.sum(jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, w)[0])
 
     stack = jnp.ones((7, 128, 128))
-    held = program.held(jax.make_jaxpr(jax.value_and_grad(layers, argnums=1))(x, stack))
+    held = traced_cost.held(jax.make_jaxpr(jax.value_and_grad(layers, argnums=1))(x, stack))
     # Of each layer sin's derivative and the product's input are kept; the gradient has the weights' shape.
     assert held.kept == 7 * 2 * size
-    dead = program.held(jax.make_jaxpr(lambda x, w: (jax.lax.scan(lambda x, w: (x @ w, x @ w), x, w)[0],))(x, stack))
+    dead = traced_cost.held(
+        jax.make_jaxpr(lambda x, w: (jax.lax.scan(lambda x, w: (x @ w, x @ w), x, w)[0],))(x, stack)
+    )
     assert dead.stacked == 0, "a result that nothing reads is not held"
     assert dead.total == size, "nor made: the carry alone has a next value"
 
