@@ -27,13 +27,11 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """One panel a layer and optimizer; each rule's curve is divided by its value at the smallest rank."""
-    _, rows = style.read_run(config.run, "variance_sweep_layers")
-    rows = [row for row in rows if row["split"] == config.split]
-    if config.split not in SPLITS or not rows:
+    _, rows = style.read_frame(config.run, "variance_sweep_layers")
+    rows = rows[rows["split"] == config.split]
+    if config.split not in SPLITS or rows.empty:
         style.fail(f"--split is {config.split!r}; accepted are train and heldout")
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
-    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    layers, optimizers, rules = (list(dict.fromkeys(rows[name])) for name in ("layer", "optimizer", "rule"))
     figure, axes = plt.subplots(
         len(optimizers), 1, figsize=(3.4, 0.6 + 2.1 * len(optimizers)), sharex=True, squeeze=False
     )
@@ -41,16 +39,14 @@ def draw(config: Config) -> Sequence[Path]:
         for position, rule in enumerate(rules):
             label, colour, marker = style.look(rule, position)
             for layer in layers:
-                key = (layer, optimizer, rule)
-                chosen = [row for row in rows if (row["layer"], row["optimizer"], row["rule"]) == key]
-                chosen.sort(key=lambda row: int(row["rank"]))
-                ranks = [int(row["rank"]) for row in chosen]
-                first = float(chosen[0]["exact"])
-                axis.plot(ranks, [float(row["exact"]) / first for row in chosen], color=colour, linewidth=0.7)
+                where = {"layer": layer, "optimizer": optimizer, "rule": rule}
+                chosen = rows[(rows[list(where)] == list(where.values())).all(axis=1)].sort_values("rank")
+                first = chosen["exact"].iloc[0]
+                axis.plot(chosen["rank"], chosen["exact"] / first, color=colour, linewidth=0.7)
                 axis.errorbar(
-                    ranks,
-                    [float(row["estimate"]) / first for row in chosen],
-                    yerr=[float(row["standard_error"]) / first for row in chosen],
+                    chosen["rank"],
+                    chosen["estimate"] / first,
+                    yerr=chosen["standard_error"] / first,
                     color=colour,
                     marker=marker,
                     markersize=2.2,
@@ -59,7 +55,7 @@ def draw(config: Config) -> Sequence[Path]:
                 )
         axis.axhline(1, color="black", linewidth=0.6)
         axis.set(yscale="log", ylabel="rms of $w$ relative to the first rank", title=style.OPTIMIZERS[optimizer])
-        style.whole_ticks(axis, (int(row["rank"]) for row in rows))
+        style.whole_ticks(axis, rows["rank"])
     axes[-1, 0].set_xlabel("rank $r$")
     style.legend(
         figure,

@@ -23,11 +23,10 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Points are simulated (with standard errors), lines exact, dashes the paper's Eq. 11."""
-    manifest, rows = style.read_run(config.run, "variance_sweep")
-    rows = [row for row in rows if row["quantity"] == "norm"]
-    overlaps = list(dict.fromkeys(row["overlap"] for row in rows))
-    panels = list(dict.fromkeys((row["optimizer"], row["init"]) for row in rows))
-    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    manifest, rows = style.read_frame(config.run, "variance_sweep")
+    rows = rows[rows["quantity"] == "norm"]
+    overlaps, rules = (list(dict.fromkeys(rows[name])) for name in ("overlap", "rule"))
+    panels = list(dict.fromkeys(zip(rows["optimizer"], rows["init"], strict=True)))
     figure, axes = plt.subplots(
         len(panels),
         len(overlaps),
@@ -39,40 +38,29 @@ def draw(config: Config) -> Sequence[Path]:
     for axis_row, (optimizer, init) in zip(axes, panels, strict=True):
         for axis, overlap in zip(axis_row, overlaps, strict=True):
             for position, rule in enumerate(rules):
-                chosen = [
-                    row
-                    for row in rows
-                    if (row["optimizer"], row["init"], row["overlap"], row["rule"]) == (optimizer, init, overlap, rule)
-                ]
-                chosen.sort(key=lambda row: int(row["rank"]))
-                ranks = [int(row["rank"]) for row in chosen]
+                where = {"optimizer": optimizer, "init": init, "overlap": overlap, "rule": rule}
+                chosen = rows[(rows[list(where)] == list(where.values())).all(axis=1)].sort_values("rank")
                 label, colour, marker = style.look(rule, position)
-                axis.plot(ranks, [float(row["exact"]) for row in chosen], color=colour)
-                if all(row["paper"] for row in chosen):
-                    axis.plot(
-                        ranks,
-                        [float(row["paper"]) for row in chosen],
-                        color=colour,
-                        linestyle=(0, (4, 3)),
-                        linewidth=0.9,
-                    )
+                axis.plot(chosen["rank"], chosen["exact"], color=colour)
+                if chosen["paper"].notna().all():
+                    axis.plot(chosen["rank"], chosen["paper"], color=colour, linestyle=(0, (4, 3)), linewidth=0.9)
                 axis.errorbar(
-                    ranks,
-                    [float(row["estimate"]) for row in chosen],
-                    yerr=[float(row["standard_error"]) for row in chosen],
+                    chosen["rank"],
+                    chosen["estimate"],
+                    yerr=chosen["standard_error"],
                     color=colour,
                     marker=marker,
                     linestyle="none",
                     label=label,
                 )
-            axis.set(yscale="log", title=f"{style.OPTIMIZERS[optimizer]}, overlap {float(overlap):g}")
-            style.whole_ticks(axis, (int(row["rank"]) for row in rows))
+            axis.set(yscale="log", title=f"{style.OPTIMIZERS[optimizer]}, overlap {overlap:g}")
+            style.whole_ticks(axis, rows["rank"])
         named = f", A {init}" if len({init for _, init in panels}) > 1 else ""
         axis_row[0].set_ylabel(rf"rms of $\|w\|_2$ (output units){named}")
     for axis in axes[-1]:
         axis.set_xlabel("rank $r$")
     handles = style.named(axes.flat) | {"exact law": plt.Line2D([], [], color="black")}
-    if any(row["paper"] for row in rows):
+    if rows["paper"].notna().any():
         handles["paper, Eq. 11 (SGD)"] = plt.Line2D([], [], color="black", linestyle=(0, (4, 3)), linewidth=0.9)
     config_of = manifest["config"]
     rate = config_of["lr"] if "lr" in config_of else config_of["learning_rate"]  # its name in earlier runs

@@ -8,7 +8,7 @@ differs in that limit, and is undecided else.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rora_theory.paper import equations
-from rora_theory.scaling import scaling_factor
+from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.stats.estimate import Estimate, root
 from rora_theory.stats.moments import Fit, log_log_fit, threshold
 from rora_theory.theory import first_step, laws, sampling
@@ -109,7 +109,10 @@ def judge(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> lis
       ranks: at least two ranks, ascending.
       p_in, p_out: the layer's sizes.
     """
-    return [*_identities(), *_moments(sample, tuple(ranks), p_in, p_out)]
+    layer, draws = Layer(), Draws(sample, tuple(ranks), p_in, p_out)
+    identities = (eq1, eq2, gradient_A, gradient_B, eq3, eq4, eq10)
+    moments = (eq5, eq6, eq7, eq8, eq9, eq11, eq12, eq13, eq14, eq15)
+    return [*(one(layer) for one in identities), *(one(draws) for one in moments)]
 
 
 def enough_ranks(ranks: Sequence[int]) -> list[int]:
@@ -122,237 +125,313 @@ def place(verdict: Verdict) -> float:
     return {"gradient A": 2.1, "gradient B": 2.2}.get(verdict.equation) or float(verdict.equation)
 
 
-def _identities() -> list[Verdict]:
-    """Equations that must equal what autodiff gives, on one random layer (p_out 6, rank 3, p_in 5)."""
-    keys = jax.random.split(jax.random.key(15), 7)
-    p_out, rank, p_in, gamma, eta = 6, 3, 5, 0.7, 0.3
-    m0, B = jax.random.normal(keys[0], (p_out, p_in)), jax.random.normal(keys[1], (p_out, rank))
-    A, delta = jax.random.normal(keys[2], (rank, p_in)), jax.random.normal(keys[3], (p_out,))
-    x, x_next = jax.random.normal(keys[4], (p_in,)), jax.random.normal(keys[5], (p_in,))
+class Layer:
+    """One random layer (p_out 6, rank 3, p_in 5) with what automatic differentiation and optax make of it."""
 
-    def loss(dm: first_step.Increment) -> jax.Array:
-        return jnp.vdot(delta, m0 @ x + dm(x))
+    def __init__(self) -> None:
+        keys = jax.random.split(jax.random.key(15), 7)
+        p_out, rank, p_in, self.gamma, self.eta = 6, 3, 5, 0.7, 0.3
+        self.m0, self.B = jax.random.normal(keys[0], (p_out, p_in)), jax.random.normal(keys[1], (p_out, rank))
+        self.A, self.delta = jax.random.normal(keys[2], (rank, p_in)), jax.random.normal(keys[3], (p_out,))
+        self.x, self.x_next = jax.random.normal(keys[4], (p_in,)), jax.random.normal(keys[5], (p_in,))
 
-    grad_A, grad_B = jax.grad(lambda pair: loss(first_step.Increment(pair[0], pair[1], gamma)))((A, B))
-    merged = m0 + first_step.Increment(A, B, gamma)(jnp.eye(p_in)).T
-    steps = {
-        name: first_step.run(loss, A, p_out=p_out, scaling=gamma, optimizer=first_step.optimizer(name, eta))
-        for name in laws.OPTIMIZERS
-    }
-    sgd, adam = steps["sgd"], steps["adam"]
-    eq3 = equations.eq3_first_step_B(delta, A, x, gamma, eta)
-    eq4 = equations.eq4_increment(delta, A, x, x_next, gamma, eta)
+        def loss(dm: first_step.Increment) -> jax.Array:
+            return jnp.vdot(self.delta, self.m0 @ self.x + dm(self.x))
 
-    def identity(equation: str, claim: str, found: jax.Array, truth: jax.Array, where: str, more: str = "") -> Verdict:
-        error = float(jnp.max(jnp.abs(found - truth)) / jnp.max(jnp.abs(truth)))
-        status: Status = "holds" if error < _ROUNDING else "fails"
-        return Verdict(equation, claim, status, where, f"autodiff differs by {error:.0e} of the largest entry{more}")
-
-    adam_gap = float(jnp.max(jnp.abs(eq3 - adam.lora_B)) / jnp.max(jnp.abs(adam.lora_B)))
-    adam_w = float(jnp.max(jnp.abs(eq4 - adam(x_next))) / jnp.max(jnp.abs(adam(x_next))))
-    return [
-        identity("1", "H(x) = (m0 + gamma B A) x", equations.eq1_output(m0, B, A, x, gamma), merged @ x, "definition"),
-        identity("2", "w = gamma B A x", equations.eq2_increment(B, A, x, gamma), (merged - m0) @ x, "definition"),
-        identity(
-            "gradient A",
-            "dL/dA = gamma B^T delta x^T",
-            equations.gradient_A(delta, B, x, gamma),
-            grad_A,
-            "one sample",
-        ),
-        identity(
-            "gradient B",
-            "dL/dB = gamma delta (A x)^T",
-            equations.gradient_B(delta, A, x, gamma),
-            grad_B,
-            "one sample",
-        ),
-        identity(
-            "3",
-            "B1 = -eta gamma delta (A x)^T",
-            eq3,
-            sgd.lora_B,
-            "SGD only",
-            f"; under Adam off by {adam_gap:.1f}x",
-        ),
-        identity(
-            "4",
-            "w = -eta gamma^2 delta x^T A^T A x'",
-            eq4,
-            sgd(x_next),
-            "SGD only",
-            f"; under Adam off by {adam_w:.1f}x",
-        ),
-        identity(
-            "10",
-            "|w| = root of the sum of squares of Eq. 4",
-            equations.eq10_norm(delta, A, x, x_next, gamma, eta)[None],
-            jnp.linalg.norm(sgd(x_next))[None],
-            "definition, with Eq. 4",
-        ),
-    ]
+        pair = self.A, self.B
+        self.grad_A, self.grad_B = jax.grad(lambda pair: loss(first_step.Increment(pair[0], pair[1], self.gamma)))(pair)
+        self.merged = self.m0 + first_step.Increment(self.A, self.B, self.gamma)(jnp.eye(p_in)).T
+        self.sgd, self.adam = (
+            first_step.run(
+                loss, self.A, p_out=p_out, scaling=self.gamma, optimizer=first_step.optimizer(name, self.eta)
+            )
+            for name in laws.OPTIMIZERS
+        )
 
 
-def _moments(sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> list[Verdict]:
-    low, high = ranks[0], ranks[-1]
-    narrow_ranks = (64 * NARROW, 512 * NARROW)
+def _identity(equation: str, claim: str, found: jax.Array, truth: jax.Array, where: str, more: str = "") -> Verdict:
+    """The verdict on an equation that must equal what autodiff gives."""
+    error = _gap(found, truth)
+    status: Status = "holds" if error < _ROUNDING else "fails"
+    return Verdict(equation, claim, status, where, f"autodiff differs by {error:.0e} of the largest entry{more}")
 
-    def cell(rank: int, overlap: float, width: int = p_in) -> sampling.Sums:
-        return sample(sampling.RandomStep(rank=rank, p_in=width, p_out=p_out, overlap=overlap))
 
-    def second(rank: int, overlap: float, width: int = p_in) -> Estimate:
-        return cell(rank, overlap, width).first.second_moment
+def _gap(found: jax.Array, truth: jax.Array) -> float:
+    """The largest difference, relative to the largest entry."""
+    return float(jnp.max(jnp.abs(found - truth)) / jnp.max(jnp.abs(truth)))
 
-    independent = {rank: cell(rank, 0.0) for rank in ranks}
-    overlapping = {rank: cell(rank, 0.5) for rank in ranks}
-    z = threshold(FALSE_ALARM, 2 * len(ranks))
-    unit = {"scaling": 1.0, "learning_rate": 1.0}
 
-    # 5: Var = E w^2 - (E w)^2, of the draws themselves: the unbiased variance is n/(n-1) times theirs.
-    sums = overlapping[low].first
+def eq1(layer: Layer) -> Verdict:
+    """Eq. 1."""
+    found = equations.eq1_output(layer.m0, layer.B, layer.A, layer.x, layer.gamma)
+    return _identity("1", "H(x) = (m0 + gamma B A) x", found, layer.merged @ layer.x, "definition")
+
+
+def eq2(layer: Layer) -> Verdict:
+    """Eq. 2."""
+    found = equations.eq2_increment(layer.B, layer.A, layer.x, layer.gamma)
+    return _identity("2", "w = gamma B A x", found, (layer.merged - layer.m0) @ layer.x, "definition")
+
+
+def gradient_A(layer: Layer) -> Verdict:
+    """The first formula above Eq. 3."""
+    found = equations.gradient_A(layer.delta, layer.B, layer.x, layer.gamma)
+    return _identity("gradient A", "dL/dA = gamma B^T delta x^T", found, layer.grad_A, "one sample")
+
+
+def gradient_B(layer: Layer) -> Verdict:
+    """The second formula above Eq. 3."""
+    found = equations.gradient_B(layer.delta, layer.A, layer.x, layer.gamma)
+    return _identity("gradient B", "dL/dB = gamma delta (A x)^T", found, layer.grad_B, "one sample")
+
+
+def eq3(layer: Layer) -> Verdict:
+    """Eq. 3."""
+    found = equations.eq3_first_step_B(layer.delta, layer.A, layer.x, layer.gamma, layer.eta)
+    off = f"; under Adam off by {_gap(found, layer.adam.lora_B):.1f}x"
+    return _identity("3", "B1 = -eta gamma delta (A x)^T", found, layer.sgd.lora_B, "SGD only", off)
+
+
+def eq4(layer: Layer) -> Verdict:
+    """Eq. 4."""
+    found = equations.eq4_increment(layer.delta, layer.A, layer.x, layer.x_next, layer.gamma, layer.eta)
+    off = f"; under Adam off by {_gap(found, layer.adam(layer.x_next)):.1f}x"
+    claim = "w = -eta gamma^2 delta x^T A^T A x'"
+    return _identity("4", claim, found, layer.sgd(layer.x_next), "SGD only", off)
+
+
+def eq10(layer: Layer) -> Verdict:
+    """Eq. 10."""
+    found = equations.eq10_norm(layer.delta, layer.A, layer.x, layer.x_next, layer.gamma, layer.eta)[None]
+    truth = jnp.linalg.norm(layer.sgd(layer.x_next))[None]
+    return _identity("10", "|w| = root of the sum of squares of Eq. 4", found, truth, "definition, with Eq. 4")
+
+
+UNIT = {"scaling": 1.0, "learning_rate": 1.0}
+
+
+class Draws:
+    """The sums that the verdicts on moments are from, at unit scaling and rate, and every threshold's |z|.
+
+    Attributes:
+      independent, overlapping: of each rank, at overlap 0 and 0.5.
+      low, high: the least and the largest rank.
+      tall: the rank at which r >> `NARROW` inputs.
+    """
+
+    tall = 512 * NARROW
+
+    def __init__(self, sample: Sample, ranks: tuple[int, ...], p_in: int, p_out: int) -> None:
+        self._sample, self.ranks, self.p_in, self.p_out = sample, ranks, p_in, p_out
+        self.low, self.high = ranks[0], ranks[-1]
+        self.independent = {rank: self.sums(rank, 0.0) for rank in ranks}
+        self.overlapping = {rank: self.sums(rank, 0.5) for rank in ranks}
+        self.z = threshold(FALSE_ALARM, 2 * len(ranks))
+
+    def sums(self, rank: int, overlap: float, p_in: int | None = None) -> sampling.Sums:
+        """Of one setting; None is the layer's own p_in."""
+        width = self.p_in if p_in is None else p_in
+        return self._sample(sampling.RandomStep(rank=rank, p_in=width, p_out=self.p_out, overlap=overlap))
+
+    def by_means(self, one: Callable[[int, sampling.Sums], Outcome]) -> Status:
+        """The verdict on a claim about the mean, which may hold at overlap 0 alone."""
+        cells = (self.independent, self.overlapping)
+        return decide(*([one(rank, sums) for rank, sums in own.items()] for own in cells))
+
+    def against(self, claim: Callable[..., float], rank: int, p_in: int | None = None) -> Estimate:
+        """The second moment at overlap 0, over what is claimed."""
+        printed = claim(1.0, rank=rank, p_in=self.p_in if p_in is None else p_in, **UNIT)
+        return self.sums(rank, 0.0, p_in).first.second_moment.times(1 / printed)
+
+    def near_one(self, ratio: Estimate) -> Outcome:
+        """Whether a ratio is 1."""
+        return outcome(abs(ratio.value - 1), self.z * ratio.error)
+
+    def everywhere(self, claim: Callable[..., float]) -> list[Outcome]:
+        """Whether the second moment is what is claimed: at every rank, and where the rank is far above p_in."""
+        cells = [(rank, self.p_in) for rank in self.ranks] + [(rank, NARROW) for rank in (64 * NARROW, self.tall)]
+        return [self.near_one(self.against(claim, *cell)) for cell in cells]
+
+
+def eq5(draws: Draws) -> Verdict:
+    """Eq. 5, of the draws themselves: the unbiased variance is n/(n-1) times theirs."""
+    sums = draws.overlapping[draws.low].first
     drawn = sums.variance.value * (sums.count - 1) / sums.count
     gap = abs(drawn / equations.eq5_variance(sums.second_moment.value, sums.mean.value) - 1)
+    status: Status = "holds" if gap < _ROUNDING else "fails"
+    return Verdict("5", "Var = E[w^2] - E[w]^2", status, "identity", f"differs by {gap:.0e}")
 
-    # 6, 7: the mean.
-    def mean(sums: sampling.Sums) -> Outcome:
+
+def eq6(draws: Draws) -> Verdict:
+    """Eq. 6."""
+
+    def one(rank: int, sums: sampling.Sums) -> Outcome:
+        claimed = equations.eq6_mean(1.0, rank=rank, p_in=draws.p_in, **UNIT)
         found, size = sums.first.mean, math.sqrt(sums.first.second_moment.value)
-        return outcome(abs(found.value) / size, z * found.error / size, tolerance=0.0)
+        return outcome(abs(found.value - claimed) / size, draws.z * found.error / size, tolerance=0.0)
 
-    scores0 = max(abs(s.first.mean.value / s.first.mean.error) for s in independent.values())
-    share = {rank: s.first.mean.value**2 / s.first.second_moment.value for rank, s in overlapping.items()}
-    mean_law = laws.random_input_moments(rank=high, p_in=p_in, overlap=0.5, scaling=1.0).mean[0]
-    zero_mean = decide(*([mean(sums) for sums in cells.values()] for cells in (independent, overlapping)))
+    largest = max(abs(sums.first.mean.value / sums.first.mean.error) for sums in draws.independent.values())
+    law = laws.random_input_moments(rank=draws.high, p_in=draws.p_in, overlap=0.5, scaling=1.0).mean[0]
+    return Verdict(
+        "6",
+        "E[w] = 0",
+        draws.by_means(one),
+        "overlap 0 only; E[A_kl A_kj] is not 0 at l = j",
+        f"largest |z| {largest:.1f} at overlap 0; at overlap 0.5, r = {draws.high}: E[w] = "
+        f"{draws.overlapping[draws.high].first.mean.value:.4g} (exact {law:.4g})",
+    )
 
-    # 8, 9: the second moment at overlap 0, against the count of terms and against the printed result.
-    def ratios(claim: Callable[..., float], cells: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
-        found = [(second(rank, 0.0, width), claim(1.0, rank=rank, p_in=width, **unit)) for rank, width in cells]
-        return [(estimate.value / printed, estimate.error / printed) for estimate, printed in found]
 
-    def against_one(ratio: tuple[float, float]) -> Outcome:
-        return outcome(abs(ratio[0] - 1), z * ratio[1])
+def eq7(draws: Draws) -> Verdict:
+    """Eq. 7: what is missing of the claimed variance is the mean's square, judged as the mean is."""
 
-    wide, narrow = [(rank, p_in) for rank in ranks], [(rank, NARROW) for rank in narrow_ranks]
-    thin = [(rank, p_in) for rank in ranks if rank <= TOLERANCE * p_in / 2] or [(1, WIDE)]
-    eq8 = {
-        "all": ratios(equations.eq8_second_moment, wide + narrow),
-        "limit": ratios(equations.eq8_second_moment, thin),
-    }
-    eq9 = {"all": ratios(equations.eq9_variance, wide + narrow), "limit": ratios(equations.eq9_variance, narrow[-1:])}
+    def missing(sums: sampling.Sums) -> float:
+        second = sums.first.second_moment.value
+        claimed = equations.eq7_variance(second)
+        return 1 - equations.eq5_variance(second, sums.first.mean.value) / claimed
 
-    def status(found: dict[str, list[tuple[float, float]]]) -> Status:
-        return decide(*([against_one(ratio) for ratio in found[cells]] for cells in ("limit", "all")))
+    def one(_: int, sums: sampling.Sums) -> Outcome:
+        size = math.sqrt(sums.first.second_moment.value)
+        gap = math.sqrt(max(missing(sums), 0.0))
+        return outcome(gap, draws.z * sums.first.mean.error / size, tolerance=0.0)
 
-    def shown(ratio: tuple[float, float]) -> str:
-        return f"{ratio[0]:.4g} ± {ratio[1]:.1g}"
+    low, high = (missing(draws.overlapping[rank]) for rank in (draws.low, draws.high))
+    return Verdict(
+        "7",
+        "Var = E[w^2]",
+        draws.by_means(one),
+        "where Eq. 6 holds: overlap 0",
+        f"E[w]^2 / E[w^2] at overlap 0.5: {low:.3f} at r = {draws.low}, {high:.3f} at r = {draws.high}",
+    )
 
-    # 11: the norm, for equal and for spread |delta_i| (Eq. 4: w is delta times one number).
+
+def eq8(draws: Draws) -> Verdict:
+    """Eq. 8, whose limit is a rank far below p_in."""
+    claim = equations.eq8_second_moment
+    thin = [(rank, draws.p_in) for rank in draws.ranks if rank <= TOLERANCE * draws.p_in / 2] or [(1, WIDE)]
+    limit = [draws.near_one(draws.against(claim, *cell)) for cell in thin]
+    return Verdict(
+        "8",
+        "E[w^2] = eta^2 delta^2 gamma^4 r p_in^2 (its sum, counted)",
+        decide(limit, draws.everywhere(claim)),
+        "r << p_in, overlap 0: drops the terms k != k'",
+        f"simulated/printed {_shown(draws.against(claim, draws.low))} at r = {draws.low}, "
+        f"{_shown(draws.against(claim, draws.tall, NARROW))} at r = {draws.tall}, p_in = {NARROW}",
+    )
+
+
+def eq9(draws: Draws) -> Verdict:
+    """Eq. 9, whose limit is a rank far above p_in."""
+    claim, p_in, low, high = equations.eq9_variance, draws.p_in, draws.low, draws.high
+    limit = draws.against(claim, draws.tall, NARROW)
+    return Verdict(
+        "9",
+        "Var = eta^2 delta^2 gamma^4 r^2 p_in",
+        decide([draws.near_one(limit)], draws.everywhere(claim)),
+        "r >> p_in, overlap 0; does not follow from Eq. 8, whose sum has r p_in^2 terms",
+        f"simulated/printed {_shown(draws.against(claim, low))} at r = {low} (exact {(p_in + low + 1) / low:.4g}), "
+        f"{_shown(draws.against(claim, high))} at r = {high} (exact {(p_in + high + 1) / high:.4g}), "
+        f"{_shown(limit)} at r = {draws.tall}, p_in = {NARROW}",
+    )
+
+
+def eq11(draws: Draws) -> Verdict:
+    """Eq. 11, for equal and for spread |delta_i| (Eq. 4: w is delta times one number)."""
+
+    def ratio(rank: int, p_in: int) -> Estimate:
+        printed = float(equations.eq11_norm(jnp.ones(draws.p_out), rank=rank, p_in=p_in, **UNIT))
+        return root(draws.sums(rank, 0.0, p_in).norm2.mean).times(1 / printed)
+
     spread = np.linspace(-1.0, 1.0, 101)
     inflation = math.sqrt(spread.size * np.max(spread**2) / np.sum(spread**2))
-    wide_norm = root(independent[high].norm2.mean)
-    printed = float(equations.eq11_norm(jnp.ones(p_out), rank=high, p_in=p_in, **unit))
-    narrow_norm = root(cell(narrow_ranks[-1], 0.0, NARROW).norm2.mean)
-    narrow_printed = float(equations.eq11_norm(jnp.ones(p_out), rank=narrow_ranks[-1], p_in=NARROW, **unit))
-    norm_limit = against_one((narrow_norm.value / narrow_printed, narrow_norm.error / narrow_printed))
+    wide, narrow = ratio(draws.high, draws.p_in), ratio(draws.tall, NARROW)
+    return Verdict(
+        "11",
+        "|w| = sqrt(p_out) times the largest term of Eq. 9",
+        decide([draws.near_one(narrow)], ["differs"]),  # for other delta_i always: a maximum is no mean
+        "r >> p_in and all |delta_i| equal; else an upper bound of the signal term alone",
+        f"rms |w|/printed {wide.value:.4g} at r = {draws.high}, {narrow.value:.4g} at r = {draws.tall}, p_in = {NARROW}"
+        f"; delta_i even over [-1, 1] inflates it {inflation:.2f} times",
+    )
 
-    # 12: the printed constant at a learning rate that is not 1.
-    eta = 1e-3
-    constant = equations.eq12_constant(1.0, p_out=p_out, p_in=p_in, learning_rate=eta)
-    from_eq11 = float(equations.eq11_norm(jnp.ones(p_out), rank=high, p_in=p_in, scaling=1.0, learning_rate=eta))
-    excess = equations.eq12_norm(constant, rank=high, scaling=1.0) / from_eq11
 
-    # 13-15: growth of |w| with the rank.
-    def slope(cells: dict[int, sampling.Sums], rule: float | str) -> Fit:
-        gammas = [scaling_factor(rule, alpha=1.0, rank=rank) ** 2 for rank in cells]  # type: ignore[arg-type]
-        norms = [root(s.norm2.mean) for s in cells.values()]
-        return log_log_fit(
-            list(cells),
-            [norm.value * gamma for norm, gamma in zip(norms, gammas, strict=True)],
-            [norm.error * gamma for norm, gamma in zip(norms, gammas, strict=True)],
-        )
+def eq12(draws: Draws) -> Verdict:
+    """Eq. 12: its printed constant, at a learning rate that is not 1."""
+    eta, p_in, rank = 1e-3, draws.p_in, draws.high
+    printed = equations.eq12_constant(1.0, p_out=draws.p_out, p_in=p_in, learning_rate=eta)
+    from_eq11 = equations.eq11_norm(jnp.ones(draws.p_out), rank=rank, p_in=p_in, scaling=1.0, learning_rate=eta)
+    excess = equations.eq12_norm(printed, rank=rank, scaling=1.0) / float(from_eq11)
+    return Verdict(
+        "12",
+        "|w| = c gamma^2 r, c = sqrt(p_out p_in eta) delta_m",
+        "holds" if abs(excess - 1) < 1e-6 else "fails",
+        "c must be eta sqrt(p_out p_in) delta_m: eta does not belong under the root",
+        f"at eta = {eta:g} the printed c is {excess:.1f} = eta^(-1/2) times Eq. 11's",
+    )
 
-    crossing = laws.random_input_crossing_rank(p_in, 0.5)
-    beyond = {rank: sums for rank, sums in overlapping.items() if rank >= 10 * crossing}
+
+def eq13(draws: Draws) -> Verdict:
+    """Eq. 13, at a constant gamma."""
+
+    def printed(rank: int) -> float:
+        return equations.eq13_norm(1.0, rank=rank, scaling=1.0)
+
+    return _growth(draws, "13", "|w| grows as gamma^2 r", 0.0, printed)
+
+
+def eq14(draws: Draws) -> Verdict:
+    """Eq. 14."""
+
+    def printed(rank: int) -> float:
+        return equations.eq14_lora_norm(1.0, alpha=1.0, rank=rank)
+
+    return _growth(draws, "14", "under alpha/r, |w| falls as 1/r", "lora", printed)
+
+
+def eq15(draws: Draws) -> Verdict:
+    """Eq. 15."""
+
+    def printed(rank: int) -> float:
+        return equations.eq15_rora_norm(1.0, alpha=1.0, rank=rank)
+
+    claim = "under alpha/sqrt(r), |w| does not depend on r"
+    return _growth(draws, "15", claim, "rora", printed)
+
+
+def _growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: Callable[[int], float]) -> Verdict:
+    """The verdict on a printed norm's growth with the rank: at overlap 0, at 0.5, and far beyond the crossing rank."""
+
+    def slope(cells: Mapping[int, sampling.Sums]) -> Fit:
+        gammas = [scaling_factor(rule, alpha=1.0, rank=rank) ** 2 for rank in cells]
+        norms = [root(sums.norm2.mean).times(gamma) for sums, gamma in zip(cells.values(), gammas, strict=True)]
+        return log_log_fit(list(cells), [norm.value for norm in norms], [norm.error for norm in norms])
+
+    crossing = laws.random_input_crossing_rank(draws.p_in, 0.5)
+    beyond = {rank: sums for rank, sums in draws.overlapping.items() if rank >= 10 * crossing}
     if len(beyond) < 2:  # the sweep's own ranks don't reach the limit: two that do
-        beyond = {rank: cell(rank, 0.5) for rank in (math.ceil(16 * crossing), math.ceil(64 * crossing))}
-
-    def growth(equation: str, claim: str, rule: float | str, claimed: float, where: str) -> Verdict:
-        fits = [slope(independent, rule), slope(overlapping, rule), slope(beyond, rule)]
-        outcomes = [
-            outcome(
-                abs(fit.slope - claimed),
-                z * fit.standard_error,
-                tolerance=SLOPE_TOLERANCE,
-                resolution=SLOPE_RESOLUTION,
-            )
-            for fit in fits
-        ]
-        zero, half, limit = (f"{fit.slope:+.3f} ± {fit.standard_error:.3f}" for fit in fits)
-        return Verdict(
-            equation,
-            claim,
-            decide(outcomes[-1:], outcomes[:-1]),
-            where,
-            f"slope of |w| over ranks {low}-{high}: {zero} at overlap 0, {half} at 0.5, "
-            f"{limit} at 0.5 from r = {min(beyond)}",
+        beyond = {rank: draws.sums(rank, 0.5) for rank in (math.ceil(16 * crossing), math.ceil(64 * crossing))}
+    ranks = (draws.low, draws.high)
+    claimed = log_log_fit(ranks, [printed(rank) for rank in ranks], [0.0, 0.0]).slope
+    fits = [slope(draws.independent), slope(draws.overlapping), slope(beyond)]
+    outcomes = [
+        outcome(
+            abs(fit.slope - claimed),
+            draws.z * fit.standard_error,
+            tolerance=SLOPE_TOLERANCE,
+            resolution=SLOPE_RESOLUTION,
         )
-
-    regime = f"r >> r* (r* = {crossing:.1f} at overlap 0.5); at overlap 0 r* = p_in + 2 = {p_in + 2}"
-    return [
-        Verdict(
-            "5",
-            "Var = E[w^2] - E[w]^2",
-            "holds" if gap < _ROUNDING else "fails",
-            "identity",
-            f"differs by {gap:.0e}",
-        ),
-        Verdict(
-            "6",
-            "E[w] = 0",
-            zero_mean,
-            "overlap 0 only; E[A_kl A_kj] is not 0 at l = j",
-            f"largest |z| {scores0:.1f} at overlap 0; at overlap 0.5, r = {high}: E[w] = "
-            f"{overlapping[high].first.mean.value:.4g} (exact {mean_law:.4g})",
-        ),
-        Verdict(
-            "7",
-            "Var = E[w^2]",
-            zero_mean,
-            "where Eq. 6 holds: overlap 0",
-            f"E[w]^2 / E[w^2] at overlap 0.5: {share[low]:.3f} at r = {low}, {share[high]:.3f} at r = {high}",
-        ),
-        Verdict(
-            "8",
-            "E[w^2] = eta^2 delta^2 gamma^4 r p_in^2 (its sum, counted)",
-            status(eq8),
-            "r << p_in, overlap 0: drops the terms k != k'",
-            f"simulated/printed {shown(eq8['all'][0])} at r = {low}, "
-            f"{shown(ratios(equations.eq8_second_moment, narrow[-1:])[0])} at r = {narrow[-1][0]}, p_in = {NARROW}",
-        ),
-        Verdict(
-            "9",
-            "Var = eta^2 delta^2 gamma^4 r^2 p_in",
-            status(eq9),
-            "r >> p_in, overlap 0; does not follow from Eq. 8, whose sum has r p_in^2 terms",
-            f"simulated/printed {shown(eq9['all'][0])} at r = {low} (exact {(p_in + low + 1) / low:.4g}), "
-            f"{shown(eq9['all'][len(ranks) - 1])} at r = {high} (exact {(p_in + high + 1) / high:.4g}), "
-            f"{shown(eq9['limit'][0])} at r = {narrow[-1][0]}, p_in = {NARROW}",
-        ),
-        Verdict(
-            "11",
-            "|w| = sqrt(p_out) times the largest term of Eq. 9",
-            decide([norm_limit], ["differs"]),  # for other delta_i always: a maximum is no mean
-            "r >> p_in and all |delta_i| equal; else an upper bound of the signal term alone",
-            f"rms |w|/printed {wide_norm.value / printed:.4g} at r = {high}, {narrow_norm.value / narrow_printed:.4g} "
-            f"at r = {narrow_ranks[-1]}, p_in = {NARROW}; delta_i even over [-1, 1] inflates it {inflation:.2f} times",
-        ),
-        Verdict(
-            "12",
-            "|w| = c gamma^2 r, c = sqrt(p_out p_in eta) delta_m",
-            "holds" if abs(excess - 1) < 1e-6 else "fails",
-            "c must be eta sqrt(p_out p_in) delta_m: eta does not belong under the root",
-            f"at eta = {eta:g} the printed c is {excess:.1f} = eta^(-1/2) times Eq. 11's",
-        ),
-        growth("13", "|w| grows as gamma^2 r", 0.0, 1.0, regime),
-        growth("14", "under alpha/r, |w| falls as 1/r", "lora", -1.0, regime),
-        growth("15", "under alpha/sqrt(r), |w| does not depend on r", "rora", 0.0, regime),
+        for fit in fits
     ]
+    zero, half, limit = (f"{fit.slope:+.3f} ± {fit.standard_error:.3f}" for fit in fits)
+    return Verdict(
+        equation,
+        claim,
+        decide(outcomes[-1:], outcomes[:-1]),
+        f"r >> r* (r* = {crossing:.1f} at overlap 0.5); at overlap 0 r* = p_in + 2 = {draws.p_in + 2}",
+        f"slope of |w| over ranks {draws.low}-{draws.high}: {zero} at overlap 0, {half} at 0.5, "
+        f"{limit} at 0.5 from r = {min(beyond)}",
+    )
+
+
+def _shown(ratio: Estimate) -> str:
+    return f"{ratio.value:.4g} ± {ratio.error:.1g}"

@@ -178,6 +178,13 @@ def test_what_a_cell_tells(gap: float, threshold: float, found: str) -> None:
         ),
         ("eq9_variance", lambda delta, *, rank, p_in, scaling, learning_rate: rank**3 * p_in, "9", "fails"),
         ("eq8_second_moment", lambda delta, *, rank, p_in, scaling, learning_rate: rank * p_in, "8", "fails"),
+        ("eq6_mean", lambda delta, *, rank, p_in, scaling, learning_rate: rank, "6", "fails"),
+        ("eq7_variance", lambda second: 2 * second, "7", "fails"),
+        ("eq11_norm", lambda delta, *, rank, p_in, scaling, learning_rate: rank * p_in**0.5, "11", "fails"),
+        ("eq12_norm", lambda constant, *, rank, scaling: constant * rank * 1e-3**0.5, "12", "holds"),
+        ("eq13_norm", lambda constant, *, rank, scaling: rank**0.5, "13", "fails"),
+        ("eq14_lora_norm", lambda constant, *, alpha, rank: rank**-0.5, "14", "fails"),
+        ("eq15_rora_norm", lambda constant, *, alpha, rank: rank**0.5, "15", "fails"),
     ],
 )
 def test_another_claim_another_verdict(
@@ -185,6 +192,13 @@ def test_another_claim_another_verdict(
 ) -> None:
     monkeypatch.setattr(equations, name, wrong)
     assert judged(ranks=(1, 4, 16, 64), p_in=64, draw=exact)[equation].status == status
+
+
+def test_no_equation_is_left_out() -> None:
+    """Each function of the paper's equations has a case above, which changes it and its verdict."""
+    printed = {name for name in vars(equations) if name.startswith(("eq", "gradient_"))}
+    (cases,) = [mark.args[1] for mark in test_another_claim_another_verdict.pytestmark]  # type: ignore[attr-defined]
+    assert {case[0] for case in cases} == printed
 
 
 def statuses(draw: verdicts.Sample) -> dict[str, str]:
