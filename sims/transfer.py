@@ -194,6 +194,7 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
         from rora_theory.llama import load
         from rora_theory.measure import record_batches, transfer_check
         from rora_theory.measure.model_layers import RealStep
+        from sims.common import prompts
     except ImportError as error:
         raise InputError(
             f"--check needs the extra finetune, as in pip install 'rora-theory[finetune]' ({error})"
@@ -202,9 +203,10 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     model_name, *data = config.check
     records = read(data)
     model = load(model_name)
-    cli.tell([*records.notes, *model.remarks])
+    cli.tell(model.remarks)
     template = records.template(None)
     chat = records.chat(model.tokenizer, template)
+    prompts.tell(records, template)
     size = record_batches.PairConfig(config.batch_size, config.batch_size)
     pair = record_batches.pair(size, records.records, model.tokenizer, template=template, chat=chat, seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
@@ -212,6 +214,7 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}}
     identity |= model.origin.identity() | records.identity(chat)
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": transfer_check.UNITS})
+    prompts.keep(folder, pair.examples, model.tokenizer, show=0)
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
     steps = run_table(
         list(transfer_check.first_steps(found, config.seeds)),

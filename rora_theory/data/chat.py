@@ -18,7 +18,7 @@ from jinja2.utils import Namespace
 
 from rora_theory import digests, files
 from rora_theory.data.formats import ASSISTANT, Chat, Record
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -216,7 +216,8 @@ def message_content(message: Mapping[str, Any]) -> Any:
 def of_record(record: Record) -> Chat:
     """A question and its answer as a chat of two turns; an input stands below the instruction, a line between."""
     asked = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
-    return Chat(({"role": "user", "content": asked}, {"role": ASSISTANT, "content": record.output}))
+    turns = {"role": "user", "content": asked}, {"role": ASSISTANT, "content": record.output}
+    return Chat(turns, where=f"the record {shown(record.instruction)}")
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:

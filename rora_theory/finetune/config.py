@@ -81,7 +81,7 @@ class FinetuneConfig:
     cutoff: int = 256
     """longest example in tokens; a longer one keeps its start and loses its end"""
     loss_on: LossOn = "all"
-    """tokens in the loss: all (the protocol), or the answer alone"""
+    """tokens in the loss: all (the protocol), or the answer alone: of a chat every turn of the assistant's"""
     held_out: int = 120
     """records set aside for the validation loss; 0 is none"""
     widths: int = 6

@@ -64,13 +64,20 @@ def draw_records(
       config: how the files are read; None is the default.
 
     Raises:
-      InputError: a number or seed out of range, a file that is missing or bad or has too few records for its share.
+      InputError: a number or seed out of range, a file that is missing or bad, has too few records for its share, or
+        texts without answers.
     """
     check_integer("held_out", held_out, least=2)
     if train_records is not None:
         check_integer("train_records", train_records)
     check_seed(seed, "data_seed")
     found = read(data, config)
+    for source, (name, _) in zip(data, found.formats, strict=True):
+        if name == "text":
+            raise InputError(
+                f"{source}: holds texts, and a sweep measures losses on answers; accepted are prompts with responses, "
+                "or chats"
+            )
     ends = np.cumsum([0, *(count for _, count in found.formats)]).tolist()
     files = [found.records[begin:end] for begin, end in itertools.pairwise(ends)]
     asked = [[question(record) for record in records] for records in files]

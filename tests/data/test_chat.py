@@ -160,6 +160,8 @@ def test_other_templates_take_one_question_and_its_answer():
         texts.write(Chat(tuple(CHAT), where=one.where), "clean")
     with pytest.raises(InputError, match="template is train with a text"):
         texts.write(Text("a"), "train")
+    with pytest.raises(InputError, match=r"^the record 'Say\.': .* refuses it \(no\)"):
+        texts.write(Record("Say.", "It."), "chat", ChatTemplate("{{ raise_exception('no') }}"))
     asked = texts.write(Record("Say.", "It.", "Now"), "chat", ChatTemplate(chat.CHATML))
     assert marked(asked) == "<|im_start|>user\nSay.\n\nNow<|im_end|>\n<|im_start|>assistant\n⟦It.<|im_end|>\n⟧"
 

@@ -7,6 +7,7 @@ import pytest
 from support import checkpoint
 
 from rora_theory.data.records import DataConfig
+from rora_theory.errors import InputError
 from rora_theory.sweep.records import apportion, draw_records
 
 
@@ -71,6 +72,12 @@ def test_chats_that_ask_the_same_are_on_one_side(tmp_path) -> None:
     assert sample.source.template(None) == "chat"
     named = draw_records([str(tmp_path / "chats.jsonl")], held_out=4, config=DataConfig(chat_date="2026-01-31"))
     assert named.summary == sample.summary | {"chat_date": "2026-01-31"}
+
+
+def test_texts_have_no_answers_to_measure(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    with pytest.raises(InputError, match=r"a\.txt: holds texts, and a sweep measures losses on answers; accepted are"):
+        draw_records([str(tmp_path / "a.txt")], held_out=2)
 
 
 def test_shares_of_the_files() -> None:

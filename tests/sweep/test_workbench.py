@@ -1,15 +1,19 @@
 """What a cell does, on a tiny checkpoint: methods of a seed begin alike, and what is measured is the adapted model."""
 
 import itertools
+import json
 
 import jax
 import numpy as np
 import pytest
-from support import checkpoint
+from support import chat_templates, checkpoint
 
 from rora_theory.adapters import LoraConfig, PrefixConfig, init, merge
 from rora_theory.adapters import replace as adapter_replace
+from rora_theory.data import showing
+from rora_theory.data.records import DataConfig
 from rora_theory.data.sources import read_tasks
+from rora_theory.errors import InputError
 from rora_theory.evaluate import scoring
 from rora_theory.evaluate.scoring import Scoring, score
 from rora_theory.finetune import FinetuneConfig
@@ -89,3 +93,31 @@ def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch)
     assert result["validation_loss"] == pytest.approx(expected, rel=1e-4)
     plain = record_losses(base, bench.model.config, bench.held_out)
     assert abs(sum(one.loss for one in plain) / sum(one.loss for one in losses) - 1) > 1e-3
+
+
+def test_chats_go_through_the_models_template(tmp_path) -> None:
+    """A template that asks for the day is refused where none is named: cells of one folder are done on many days."""
+    model = checkpoint.model(tmp_path)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    chats = [
+        {"conversations": [{"from": "human", "value": word}, {"from": "gpt", "value": "yes"}]}
+        for word in checkpoint.WORDS[:6]
+    ]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+
+    def opened(template: str, **config: str) -> Workbench:
+        (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+        records = draw_records([str(tmp_path / "chats.json")], held_out=2, config=DataConfig(**config))
+        shared = FinetuneConfig(loss_on="answer", held_out=2, batch_size=4)
+        found = Workbench(shared, records, {}, {"model": locate(model)}, scoring=Scoring("label", None))
+        found.open("model")
+        return found
+
+    bench = opened(chat_templates.LLAMA3)
+    for examples, count in ((bench.train_examples, 4), (bench.held_out, 2)):
+        shown = showing.prompts(examples, bench.model.tokenizer, 9)
+        assert [one.text.endswith("assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧") for one in shown] == [True] * count
+    with pytest.raises(InputError, match="the chat template asks for the day; accepted is --chat-date"):
+        opened(chat_templates.DATED)
+    bench = opened(chat_templates.DATED, chat_date="2026-01-31")
+    assert showing.prompts(bench.train_examples, bench.model.tokenizer, 1)[0].text.startswith("31 Jan 2026<user>")
