@@ -50,11 +50,11 @@ def test_as_a_user_runs_it(capsys) -> None:
 
 
 def test_check_on_the_core_install_names_the_extra(monkeypatch, capsys) -> None:
+    monkeypatch.delattr("rora_theory.measure.record_batches", raising=False)  # which imports it, where nothing has
     for name in [
         name for name in sys.modules if name.startswith(("rora_theory.finetune", "rora_theory.measure.record_batches"))
     ]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("rora_theory.measure.record_batches", raising=False)
     monkeypatch.setitem(sys.modules, "rora_theory.finetune", None)
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: transfer.main(transfer.Config(check=("smollm2-135m", "x.json"))))
