@@ -15,7 +15,7 @@ from rora_theory.data.formats import Chat
 from rora_theory.finetune import sharding, tokenize
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import load
-from rora_theory.measure.record_batches import pair
+from rora_theory.measure.record_batches import PairConfig, pair
 from sims import coordinate_check, finetune, regime
 from sims.common import cli
 
@@ -152,9 +152,7 @@ def test_the_regime_of_chats(model, data, tmp_path) -> None:
     assert "6 as messages" in " ".join(said.split())
     assert said.count("⟦") == said.count("⟧") >= 2
     base = load(str(model))
-    expected = pair(
-        [Chat(tuple(chat)) for chat in CHATS], base.tokenizer, batch_size=2, held_out=2, loss_on="answer", seed=0
-    )
+    expected = pair(PairConfig(2, 2, loss_on="answer"), [Chat(tuple(chat)) for chat in CHATS], base.tokenizer, seed=0)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     counts = (expected.examples.targets, expected.examples.lengths)
     kept = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
