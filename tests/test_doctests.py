@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,13 @@ def test_the_page_of_examples(tmp_path: Path) -> None:
     failed, tried = doctest.testfile(str(page), module_relative=False, globs=names)
     assert tried > 10
     assert not failed
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_lines_that_a_newcomer_copies(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+    assert "keep alpha 32 under alpha / r and keep the learning rate 0.0002" in capsys.readouterr().out
