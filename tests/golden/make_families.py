@@ -3,8 +3,8 @@
     python tests/golden/make_families.py
 
 needs the extra ``peers``. Of every variant: logits; the gradient of the loss in every weight, a matrix's times a random
-vector; the last logits under a LoRA adapter on every linear module, and the adapter's tensors by name; the logits under
-a prefix; what is generated, greedily and with beams. Weights are drawn as `make_llama` draws them.
+vector. Of some: the last logits under a LoRA adapter on every linear module, and the adapter's tensors by name; the
+logits under a prefix; what is generated, greedily and with beams. Weights are drawn as `make_llama` draws them.
 """
 
 import json
@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict] = {
 }
 BATCH, LENGTH, LAST = 2, 24, 4
 RANK, ALPHA, PREFIX = 4, 8.0, 3
+ADAPTED = ("mistral", "qwen2", "qwen3_window_padded")  # no biases, some, and one on every module but the feed-forward's
+GENERATED = ("mistral", "qwen2_window", "qwen3_window_padded")
 PREFIXED = ("mistral", "qwen2_window")
 NEW_TOKENS = 10
 BEAMS = 3
@@ -94,18 +96,18 @@ def main() -> None:
         arrays[f"{name}/logits"] = logits.detach().numpy()
         for key, value in model.named_parameters():
             arrays[f"{name}/gradient/{key}"] = reduced(key, value.grad.numpy())
+        variants[name] = {"config": config, "generated": {}}
         texts = prompts(name)
         longest = max(map(len, texts))
         padded = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
         real = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-        generated = {}
-        for beams in (1, BEAMS):
+        for beams in (1, BEAMS) if name in GENERATED else ():
             settings = transformers.GenerationConfig(
                 do_sample=False, max_new_tokens=NEW_TOKENS, num_beams=beams, eos_token_id=None, pad_token_id=0
             )
             with torch.no_grad():
                 out = model.generate(padded, attention_mask=real, generation_config=settings)
-            generated[str(beams)] = out[:, longest:].tolist()
+            variants[name]["generated"][str(beams)] = out[:, longest:].tolist()
         if name in PREFIXED:  # tokens that leave the window as any other
             prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX)
             with torch.no_grad():
@@ -113,13 +115,15 @@ def main() -> None:
                 (embedding,) = prefixed.prompt_encoder["default"].parameters()
                 embedding.copy_(torch.tensor(draw("prefix", tuple(embedding.shape))))
                 arrays[f"{name}/prefixed"] = prefixed(tokens, attention_mask=mask).logits.numpy()
+        if name not in ADAPTED:
+            continue
         settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, use_rslora=True, target_modules="all-linear")
         adapted = peft.get_peft_model(model, settings).eval()
         adapted.load_state_dict(tensors(adapted, "lora_"), strict=False)
         with torch.no_grad():
             arrays[f"{name}/adapted"] = adapted(tokens, **inputs).logits[:, -LAST:].numpy()
         names = {key: list(value.shape) for key, value in peft.get_peft_model_state_dict(adapted).items()}
-        variants[name] = {"config": config, "generated": generated, "adapter": names}
+        variants[name]["adapter"] = names
     np.savez_compressed(HERE / "families.npz", **arrays)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     (HERE / "families.json").write_text(json.dumps({"made_with": versions, "variants": variants}) + "\n")
