@@ -29,7 +29,7 @@ from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import Cell, CheckConfig
 from rora_theory.measure.record_batches import BatchConfig
 from sims.common import cli, devices, prompts, tables
-from sims.common.cells import run_cells
+from sims.common.cells import run_table
 from sims.common.run_folder import RunFolder, flat
 
 NAME = "coordinate_check"
@@ -89,11 +89,7 @@ def run(config: Config) -> None:
         own = batches[cell.seed]
         return rank_check.rows(checked, checker, cell, own.at, own.held_out)
 
-    def write(values: list[Any]) -> None:
-        folder.write_frame(rank_check.table(row for rows in values for row in rows))
-
-    values = run_cells(cells, work, folder, title="coordinate check", write=write)
-    sizes = rank_check.table(row for rows in values for row in rows)
+    sizes = run_table(cells, work, folder, rank_check.COLUMNS, title="coordinate check")
     slopes = rank_check.fits(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))

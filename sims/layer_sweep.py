@@ -12,7 +12,7 @@ from rora_theory.measure import layer_data, layer_grid
 from rora_theory.stats.moments import agreement
 from rora_theory.theory.grid import StepGrid
 from sims.common import tables
-from sims.common.cells import run_cells
+from sims.common.cells import run_table
 from sims.common.devices import describe, pick
 from sims.common.run_folder import RunFolder, flat
 
@@ -35,12 +35,9 @@ def run(path: Path, grid: StepGrid, *, out: Path | None = None) -> None:
     def work(cell: layer_grid.Cell, _: Path) -> list[dict[str, Any]]:
         return layer_grid.rows(grid, layers, cell)
 
-    def write(values: list[Any]) -> None:
-        folder.write_frame(layer_grid.table(row for one in values for row in one))
-
-    values = run_cells(cells, work, folder, title="real layers", write=write)
+    results = run_table(cells, work, folder, layer_grid.COLUMNS, title="real layers")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
-    report(layer_grid.table(row for one in values for row in one), crossings)
+    report(results, crossings)
     tables.print_text(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}")
 
 

@@ -21,7 +21,7 @@ from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
 from rora_theory.toy.training_grid import Cell, TrainingGrid
 from sims.common import cli, devices, tables
-from sims.common.cells import run_cells
+from sims.common.cells import run_table
 from sims.common.run_folder import RunFolder, flat
 
 NAME = "training_dynamics"
@@ -52,11 +52,7 @@ def run(config: Config) -> None:
     def work(cell: Cell, _: Path) -> list[dict[str, Any]]:
         return training_grid.rows(grid, cell)
 
-    def write(values: list[Any]) -> None:
-        folder.write_frame(training_grid.table(row for rows in values for row in rows), "seeds.csv")
-
-    values = run_cells(cells, work, folder, title="training dynamics", write=write)
-    seeds = training_grid.table(row for rows in values for row in rows)
+    seeds = run_table(cells, work, folder, training_grid.COLUMNS, title="training dynamics", name="seeds.csv")
     folder.write_frame(exponents.summarise(seeds))
     found = exponents.fits(seeds)
     folder.write_frame(found[list(FIT_COLUMNS)], "exponents.csv")
