@@ -15,6 +15,7 @@ from rora_theory import frames
 from rora_theory.inits import Init
 from rora_theory.measure import layer_rms
 from rora_theory.measure.layer_data import SPLITS, Layer
+from rora_theory.measure.terms import EPSILON
 from rora_theory.rules import name_of
 from rora_theory.scaling import exponent
 from rora_theory.theory.grid import StepGrid, exponent_of
@@ -27,7 +28,7 @@ CROSSINGS = "crossing_ranks.csv"
 UNITS = {
     "rms": "root mean square of w_i over adapters, tokens and outputs; its error is that over adapters",
     "crossing_rank": "rank at which signal and cross-talk, summed over tokens, are equal; quartiles over tokens",
-    "epsilon": layer_rms.EPSILON,
+    "epsilon": EPSILON,
 }
 
 RELATIVE_ERROR = 0.01

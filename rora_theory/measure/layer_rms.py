@@ -15,13 +15,11 @@ from rora_theory import inits
 from rora_theory.draws import draw_A
 from rora_theory.inits import Init
 from rora_theory.measure.layer_data import SPLITS, Layer
+from rora_theory.measure.terms import EPSILON
 from rora_theory.stats.estimate import Estimate, root
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step, laws
 from rora_theory.theory.laws import Optimizer
-
-EPSILON = 1e-8
-"""Adam's epsilon, PyTorch's and optax's default."""
 
 _DRAW_ROWS = 4096
 """Rows of A that a block draws (all its adapters together), at least one adapter."""
@@ -182,7 +180,7 @@ def exact(
     return [math.sqrt(float(np.mean(part))) for part in np.split(law.second_moment, ends)]
 
 
-class Crossing(NamedTuple):
+class CrossingRanks(NamedTuple):
     """A layer's crossing rank (signal and cross-talk summed over tokens), and its quartiles over tokens."""
 
     crossing_rank: float
@@ -191,7 +189,7 @@ class Crossing(NamedTuple):
     upper_quartile: float
 
 
-def crossing(layer: Layer, split: str, optimizer: laws.Optimizer) -> Crossing:
+def crossing(layer: Layer, split: str, optimizer: laws.Optimizer) -> CrossingRanks:
     """The crossing rank of a layer on the tokens of a split."""
     x = layer.inputs[split]
     ranks = laws.crossing_rank(layer.grad, x, optimizer=optimizer)
@@ -199,4 +197,4 @@ def crossing(layer: Layer, split: str, optimizer: laws.Optimizer) -> Crossing:
     offset = 0.0 if optimizer == "sgd" else 1.0
     total = offset + float(np.sum(weight) / np.sum(weight / (ranks - offset)))
     low, middle, high = (float(value) for value in np.quantile(ranks, [0.25, 0.5, 0.75]))
-    return Crossing(total, low, middle, high)
+    return CrossingRanks(total, low, middle, high)
