@@ -133,6 +133,21 @@ def test_beginning_and_end_of_a_sentencepiece_folder(config: dict | None, prefix
     assert (tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (2, None, None)
 
 
+def test_qwens_way_to_cut_text_is_transformers(tmp_path: Path):
+    """On LLaMA 3's tiny vocabulary: digits one by one, composed letters, whole words through merges alone."""
+    transformers = pytest.importorskip("transformers")
+    tiny = TINY["llama-bpe"]
+    ours = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama-bpe", pre="qwen2"))
+    vocab = {token: i for i, token in enumerate(tiny["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in tiny["merges"]]
+    theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, unk_token=tiny["tokens"][0])
+    texts = ["three words here", "12345 it's  7\n\n  x", "cafe\u0301 \u00e9", " a1b22\tc", "I'LL   go\r\n"]
+    for text in texts:
+        assert ours.encode(text, add_bos=False) == theirs(text, add_special_tokens=False)["input_ids"], text
+    llama3 = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama-bpe"))
+    assert ours.encode(texts[2], add_bos=False) != llama3.encode(texts[2], add_bos=False)
+
+
 def test_tokenizer_json_decides_beginning_and_end(tmp_path: Path):
     from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
