@@ -219,7 +219,7 @@ def work(case: str, folder: str, batches: list[dict[str, np.ndarray]], device: s
         )
 
     def whole() -> None:
-        measure(model, batch, held_out, config=RegimeConfig(rows=0))
+        measure(model, batch, held_out)
 
     turn: Callable[[], None] = dict(zip(CASES, (step, alone, whole), strict=True))[case]
     if case != CASES[2]:

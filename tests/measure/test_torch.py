@@ -336,13 +336,8 @@ def padded(rows: list[list[int]], *, left: bool) -> dict[str, torch.Tensor]:
     for i, row in enumerate(rows):
         place = slice(width - len(row), width) if left else slice(len(row))
         ids[i, place], mask[i, place] = torch.tensor(row), 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": ids.masked_fill(mask == 0, -100),
-        "position_ids": positions,
-    }
+    found = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return found if left else found | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 TEMPLATE = [1, 5, 6, 7]

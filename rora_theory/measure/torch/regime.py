@@ -45,6 +45,9 @@ from rora_theory.scaling import Rule
 from rora_theory.theory.laws import Optimizer
 
 Split = Literal["train", "heldout"]
+DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
+"""No adapter is stepped, and the step's size is predicted at two ranks: Adam's epsilon makes each a law of its own."""
+
 Draw = Callable[[RegimeConfig, Layer, Init], Float[np.ndarray, "rows p_in"]]
 
 
@@ -169,8 +172,7 @@ def measure(
         `rora_theory.measure.tokens`), unless the configuration says otherwise.
       target_modules: as PEFT takes them; None is what PEFT adapts already, or every linear module but the head.
       loss: of the model and a batch; None is ``model(**batch).loss``.
-      config: what to measure; None is `RegimeConfig` as it stands, without adapters that are stepped. Where
-        ``rows`` is above 0 they are, by JAX.
+      config: what to measure; None is `DEFAULT`. Where ``rows`` is above 0 adapters are stepped too, by JAX.
       layers: the first number in a module's name is one of these; a few layers tell the others' in less time.
       adapters: whether PEFT's adapters are ``"off"``, or ``"on"`` as in a later step of a run: the gradient is then
         that of the adapted model, and the law that of a fresh adapter put on it.
@@ -180,7 +182,7 @@ def measure(
       InputError: a module that the model does not have, a batch without labels, a loss that is not finite, no held-out
         token left, two batches that run the modules differently.
     """
-    config = config or RegimeConfig(rows=0)
+    config = config or DEFAULT
     model = unwrapped(model)
     base = base_model(model)
     modules = chosen(base, target_modules, layers)
