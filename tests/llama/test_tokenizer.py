@@ -137,15 +137,23 @@ def test_qwens_way_to_cut_text_is_transformers(tmp_path: Path):
     """On LLaMA 3's tiny vocabulary: digits one by one, composed letters, whole words through merges alone."""
     transformers = pytest.importorskip("transformers")
     tiny = TINY["llama-bpe"]
-    ours = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama-bpe", pre="qwen2"))
-    vocab = {token: i for i, token in enumerate(tiny["tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in tiny["merges"]]
+    # Beside it digits that could be merged, and a word that no merges lead to.
+    more = {
+        "tokens": [*tiny["tokens"], "12", "Ġxyz"],
+        "merges": [*tiny["merges"], "1 2"],
+        "kinds": [*tiny["kinds"], 1, 1],
+    }
+    ours, llama3 = (
+        Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama-bpe", pre=pre, **more)) for pre in ("qwen2", "llama3")
+    )
+    vocab = {token: i for i, token in enumerate(more["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in more["merges"]]
     theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, unk_token=tiny["tokens"][0])
-    texts = ["three words here", "12345 it's  7\n\n  x", "cafe\u0301 \u00e9", " a1b22\tc", "I'LL   go\r\n"]
+    texts = ["three words here", "12345 it's  7\n\n  x", "cafe\u0301 \u00e9", " a1b22\tc", "I'LL   go\r\n", " xyz"]
     for text in texts:
         assert ours.encode(text, add_bos=False) == theirs(text, add_special_tokens=False)["input_ids"], text
-    llama3 = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama-bpe"))
-    assert ours.encode(texts[2], add_bos=False) != llama3.encode(texts[2], add_bos=False)
+    for text in (texts[1], texts[2], texts[5]):
+        assert ours.encode(text, add_bos=False) != llama3.encode(text, add_bos=False), text
 
 
 def test_tokenizer_json_decides_beginning_and_end(tmp_path: Path):
