@@ -34,6 +34,7 @@ def test_examples(name: str) -> None:
     assert not failed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # as a user has it, who passes a wrong name
 def test_the_page_of_examples(tmp_path: Path) -> None:
     page = Path(__file__).parents[1] / "docs" / "examples.md"
