@@ -25,7 +25,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Left the best rates with the law's line from the first, right their exponents with its range."""
-    style.read_run(config.run, "horizon")
+    style.read_frame(config.run, "horizon")
     best, exponents = (frames.read(config.run / name) for name in ("best.csv", "exponents.csv"))
     exponents = exponents[exponents["over"] == "strength"]
     if exponents.empty:

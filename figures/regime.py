@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import tyro
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
+from rora_theory import frames
 
 SPLITS = {"train": "training", "heldout": "held-out"}
+FINISHED = "the file of a finished run"
 
 
 @dataclass(frozen=True)
@@ -32,54 +35,49 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """The figures; takeover where the run measured it."""
-    manifest, rows = style.read_run(config.run, "regime")
-    crossings = style.read_table(config.run / "crossing_ranks.csv", needed=True)
-    init = config.init or rows[0]["init"]
-    rows = [row for row in rows if row["split"] == config.split and row["init"] == init]
-    crossings = [row for row in crossings if row["split"] == config.split and row["init"] == init]
-    if not rows or not crossings:
+    manifest, rows = style.read_frame(config.run, "regime")
+    init = config.init or rows["init"].iloc[0]
+
+    def own(table: pd.DataFrame) -> pd.DataFrame:
+        chosen = table[(table["split"] == config.split) & (table["init"] == init)]
+        return chosen.assign(kind=chosen["module"].str.rpartition(".")[2])
+
+    rows, crossings = own(rows), own(frames.read(config.run / "crossing_ranks.csv", accepted=FINISHED))
+    if rows.empty or crossings.empty:
         style.fail(f"{config.run}: has no row of split {config.split} and init {init}; accepted are those of the run")
     out = config.out or config.run
     used = manifest["config"]
     rate = used["lr"] if "lr" in used else used["learning_rate"]  # its name in earlier runs
-    takeover = style.read_table(config.run / "takeover.csv")
-    takeover = [row for row in takeover if row["split"] == config.split and row["init"] == init]
+    path = config.run / "takeover.csv"
+    takeover = own(frames.read(path, accepted=FINISHED)) if path.exists() else None
     return [
         *_depth(crossings, config.split, out),
-        *(_takeover(takeover, rate, config.split, out) if takeover else ()),
+        *(_takeover(takeover, rate, config.split, out) if takeover is not None and len(takeover) else ()),
         *_rms(rows, config, init, out),
     ]
 
 
-def _kind(row: dict[str, str]) -> str:
-    return row["module"].rpartition(".")[2]
-
-
-def _depth(rows: list[dict[str, str]], split: str, out: Path) -> list[Path]:
+def _depth(rows: pd.DataFrame, split: str, out: Path) -> list[Path]:
     """A panel a type of module: r* of each layer, band between the quartiles over tokens."""
-    kinds = list(dict.fromkeys(map(_kind, rows)))
-    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
+    kinds, optimizers = (list(dict.fromkeys(rows[name])) for name in ("kind", "optimizer"))
     figure, axes = _panels(kinds)
     for axis, kind in zip(axes[0], kinds, strict=True):
         for index, optimizer in enumerate(optimizers):
-            own = sorted(
-                (row for row in rows if (_kind(row), row["optimizer"]) == (kind, optimizer)),
-                key=lambda row: int(row["layer"]),
+            own = rows[(rows["kind"] == kind) & (rows["optimizer"] == optimizer)].sort_values("layer")
+            colour, layers = style.COLOURS[index], own["layer"]
+            axis.fill_between(
+                layers, own["lower_quartile"], own["upper_quartile"], color=colour, alpha=0.2, linewidth=0
             )
-            layers = [int(row["layer"]) for row in own]
-            colour = style.COLOURS[index]
-            low, high = ([float(row[name]) for row in own] for name in ("lower_quartile", "upper_quartile"))
-            axis.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
             axis.plot(
                 layers,
-                [float(row["crossing_rank"]) for row in own],
+                own["crossing_rank"],
                 color=colour,
                 marker=style.MARKERS[index],
                 markersize=2,
                 label=style.OPTIMIZERS[optimizer],
             )
     axes[0, 0].set_ylabel("crossing rank $r^*$")
-    tokens = ", ".join(sorted({row["tokens"] for row in rows}))
+    tokens = ", ".join(map(str, sorted(set(rows["tokens"]))))
     handles = style.named(axes.flat)
     for optimizer, handle in list(handles.items()):
         handles[f"{optimizer}, quartiles over tokens"] = plt.Rectangle(
@@ -89,20 +87,19 @@ def _depth(rows: list[dict[str, str]], split: str, out: Path) -> list[Path]:
     return style.save(figure, out, "regime_depth")
 
 
-def _takeover(rows: list[dict[str, str]], learning_rate: float, split: str, out: Path) -> list[Path]:
+def _takeover(rows: pd.DataFrame, learning_rate: float, split: str, out: Path) -> list[Path]:
     """A panel a type of module: steps after which A leads under Adam, a line a rank; dashes: signs begin to turn."""
-    kinds = list(dict.fromkeys(map(_kind, rows)))
-    ranks = list(dict.fromkeys(row["rank"] for row in rows))
+    kinds, ranks = (list(dict.fromkeys(rows[name])) for name in ("kind", "rank"))
     figure, axes = _panels(kinds)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        own = sorted((row for row in rows if _kind(row) == kind), key=lambda row: int(row["layer"]))
-        turns = [row for row in own if row["rank"] == ranks[0]]
-        lines = [(f"r = {rank}", "takeover", [row for row in own if row["rank"] == rank]) for rank in ranks]
+        own = rows[rows["kind"] == kind].sort_values("layer")
+        turns = own[own["rank"] == ranks[0]]
+        lines = [(f"r = {rank}", "takeover", own[own["rank"] == rank]) for rank in ranks]
         lines += [("5% of the signs of $G A^T$ have turned", "turn_5", turns)]
         for index, (label, column, line) in enumerate(lines):
             axis.plot(
-                [int(row["layer"]) for row in line],
-                [float(row[column]) / learning_rate for row in line],
+                line["layer"],
+                line[column] / learning_rate,
                 color="0.5" if column == "turn_5" else style.COLOURS[index],
                 linestyle="--" if column == "turn_5" else "-",
                 marker="" if column == "turn_5" else style.MARKERS[index],
@@ -110,9 +107,8 @@ def _takeover(rows: list[dict[str, str]], learning_rate: float, split: str, out:
                 label=label,
             )
     axes[0, 0].set_ylabel("steps $t_A$ until A leads")
-    title = (
-        f"Adam, A {rows[0]['init']}, {SPLITS[split]} tokens; steps at rate {learning_rate:g} and a constant gradient"
-    )
+    title = f"Adam, A {rows['init'].iloc[0]}, {SPLITS[split]} tokens; "
+    title += f"steps at rate {learning_rate:g} and a constant gradient"
     style.legend(figure, style.named(axes.flat), title)
     return style.save(figure, out, "regime_takeover")
 
@@ -128,15 +124,13 @@ def _panels(kinds: list[str]) -> tuple[plt.Figure, Any]:
     return figure, axes
 
 
-def _rms(rows: list[dict[str, str]], config: Config, init: str, out: Path) -> list[Path]:
+def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]:
     """A row an optimizer, a panel a module: the law's lines of every rule, the points of the one that was stepped."""
-    every = list(dict.fromkeys(row["module"] for row in rows))
+    every, optimizers, rules = (list(dict.fromkeys(rows[name])) for name in ("module", "optimizer", "rule"))
     modules = config.modules or _default(every)
     unknown = [name for name in modules if name not in every]
     if unknown:
         style.fail(f"--modules has {unknown[0]}; accepted are the run's, such as {every[0]}")
-    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
-    rules = list(dict.fromkeys(row["rule"] for row in rows))
     figure, axes = plt.subplots(
         len(optimizers),
         len(modules),
@@ -145,37 +139,33 @@ def _rms(rows: list[dict[str, str]], config: Config, init: str, out: Path) -> li
         sharey="row",
         squeeze=False,
     )
-    measured = any(row["measured"] for row in rows if row["module"] in modules)
+    measured = rows["measured"][rows["module"].isin(modules)].notna().any()
     for line, optimizer in zip(axes, optimizers, strict=True):
         for axis, module in zip(line, modules, strict=True):
             for position, rule in enumerate(rules):
                 label, colour, marker = style.look(rule, position)
-                key = (module, optimizer, rule)
-                own = sorted(
-                    (row for row in rows if (row["module"], row["optimizer"], row["rule"]) == key),
-                    key=lambda row: int(row["rank"]),
-                )
-                first = float(own[0]["predicted"])
-                ranks = [int(row["rank"]) for row in own]
-                axis.plot(ranks, [float(row["predicted"]) / first for row in own], color=colour, label=label)
-                seen = [row for row in own if row["measured"]]
-                if seen:
+                where = {"module": module, "optimizer": optimizer, "rule": rule}
+                own = rows[(rows[list(where)] == list(where.values())).all(axis=1)].sort_values("rank")
+                first = own["predicted"].iloc[0]
+                axis.plot(own["rank"], own["predicted"] / first, color=colour, label=label)
+                seen = own[own["measured"].notna()]
+                if len(seen):
                     axis.errorbar(
-                        [int(row["rank"]) for row in seen],
-                        [float(row["measured"]) / first for row in seen],
-                        yerr=[float(row["standard_error"]) / first for row in seen],
+                        seen["rank"],
+                        seen["measured"] / first,
+                        yerr=seen["standard_error"] / first,
                         color=colour,
                         marker=marker,
                         markersize=2.5,
                         linestyle="none",
                     )
             axis.set(yscale="log")
-            style.whole_ticks(axis, (int(row["rank"]) for row in rows), most=5)
+            style.whole_ticks(axis, rows["rank"], most=5)
             if optimizer == optimizers[0]:
                 axis.set_title(module.removeprefix("model.layers."))
             if optimizer == optimizers[-1]:
                 axis.set_xlabel("rank $r$")
-        line[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}: rms of $w$,\nin units of $r = {ranks[0]}$")
+        line[0].set_ylabel(f"{style.OPTIMIZERS[optimizer]}: rms of $w$,\nin units of $r = {min(rows['rank'])}$")
     shown = "lines: the law" + (", points: adapters drawn and stepped, ± s.e." if measured else "")
     style.legend(figure, style.named(axes.flat), f"{SPLITS[config.split]} tokens, A {init}; {shown}")
     return style.save(figure, out, "regime_rms")

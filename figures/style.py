@@ -1,7 +1,5 @@
 """How figures look and where they go: colour-blind safe, print size, PNG and SVG."""
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -145,12 +143,6 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def read_run(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """`read_frame` with the rows as they are written."""
-    manifest, _ = read_frame(folder, experiment)
-    return manifest, read_table(folder / "results.csv")
-
-
 def read_frame(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], "pd.DataFrame"]:
     """Manifest and table of a run folder; a missing, damaged or changed one ends the command: one line, status 2."""
     check_as_written(folder)
@@ -217,10 +209,3 @@ def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
     with plt.rc_context(STYLE):
         for path in draw(*arguments):
             print(path)
-
-
-def read_table(path: Path, *, needed: bool = False) -> list[dict[str, str]]:
-    """Rows of a further CSV of a run; none where the run has no such file, unless it is ``needed``."""
-    if not needed and not path.exists():
-        return []
-    return list(csv.DictReader(io.StringIO(files.read_text(path, accepted="the file of a finished run"))))

@@ -242,7 +242,7 @@ def test_a_damaged_file_is_named(inputs, finished, tmp_path) -> None:
         with pytest.raises(InputError, match=f"{name}: {line}(was changed|is damaged or was changed) since"):
             regime.run(config_of(**inputs, **SMALL, out=out))
         with pytest.raises(SystemExit) if name != CELLS else contextlib.nullcontext():
-            style.read_run(out, "regime")
+            style.read_frame(out, "regime")
         (out / name).write_text(whole)
     (out / "results.csv").write_text("")
     (out / "results.csv").unlink()
