@@ -108,12 +108,12 @@ class Calls(torch.nn.Module):
         self.second.weight = self.first.weight
         self.experts = torch.nn.ModuleList([torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)])
 
-    def forward(self, x, scale=1.0):
+    def forward(self, x):
         x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
         self.experts[0](x)  # no loss depends on it
-        y = self.first(x) + 2 * self.second(torch.sin(x))
-        y.mul_(scale)  # in place, after the hook has seen it
-        return y
+        y = self.first(x)
+        y.mul_(0.5)  # in place, after the hook has seen it
+        return y + 2 * self.second(torch.sin(x))
 
 
 def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
@@ -382,6 +382,7 @@ def test_equal_to_the_jax_route(tmp_path) -> None:
 
     folder = checkpoint.model(tmp_path)
     config = transformers.LlamaConfig(**torch_models.TEXT | {"vocab_size": 300, "tie_word_embeddings": True})
+    torch.manual_seed(0)
     torch_models.initialised(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
 
     def both(rows) -> tuple[Batch, dict[str, torch.Tensor]]:
@@ -406,9 +407,10 @@ def test_equal_to_the_jax_route(tmp_path) -> None:
             for each in (found, expected)
         )
         assert list(mine.columns) == list(other.columns)
+        tolerance = 2e-4 if name == "takeover" else 2e-5  # quotients of sums in which much cancels
         for column in mine:
             if mine[column].dtype.kind == "f":
-                np.testing.assert_allclose(mine[column], other[column], rtol=2e-5, err_msg=f"{name} {column}")
+                np.testing.assert_allclose(mine[column], other[column], rtol=tolerance, err_msg=f"{name} {column}")
             else:
                 assert mine[column].tolist() == other[column].tolist()
 
