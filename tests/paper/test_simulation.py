@@ -67,6 +67,13 @@ def test_rows_are_the_law_s_within_their_errors(drawn: dict[Cell, sampling.Sums]
     assert (second["standard_error"] <= 0.02 * second["estimate"]).all()
 
 
+def test_an_asked_number_of_draws_is_the_grid_s() -> None:
+    """The direct check, which has no stopping rule, keeps its own."""
+    config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)
+    first, *_, last = simulation.cells(config)
+    assert (simulation.draw(config, first).count, simulation.draw(config, last).count) == (300, simulation.CHECK_DRAWS)
+
+
 @pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
 def test_rules_differ_by_their_power_of_gamma(drawn: dict[Cell, sampling.Sums], optimizer: str, power: int) -> None:
     """gamma^2 under SGD, gamma under Adam, times the rate: of the norm once, of the variance twice."""
