@@ -193,7 +193,7 @@ def report(
     folder.write_frame(horizons.table(runs, tokens, answers), "results.csv")
     steps = sorted({one.step for run in runs for one in run.read.readings})
     curves = {step: horizons.curves(runs, tokens, step) for step in steps}
-    best = pd.concat([horizons.bests(found, step) for step, found in curves.items()])
+    best = pd.concat([pd.DataFrame(), *(horizons.bests(found, step) for step, found in curves.items())])
     if best.empty:
         tables.print_text(f"No rank and strength has three rates yet; {len(runs)} runs are in {folder.path}")
         return
@@ -209,6 +209,9 @@ def report(
     found = pd.concat(
         [horizons.exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
     )
+    if found.empty:
+        tables.print_text(f"{len(runs)} runs are in {folder.path}; no two of their best rates can be compared yet")
+        return
     folder.write_frame(found, "exponents.csv")
     lines = [
         (

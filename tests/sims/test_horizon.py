@@ -1,0 +1,76 @@
+"""The command on tiny weights: it goes on, grows, judges what the folder has, and says what is missing."""
+
+from pathlib import Path
+
+import pytest
+from support import checkpoint
+
+from rora_theory import frames
+from sims import horizon as sim
+from sims.common.cells import CELLS
+
+LRS = ("1e-3", "1e-2", "1e-1")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> list[str]:
+    data = checkpoint.two_files(tmp_path_factory.mktemp("data"))
+    model = checkpoint.model(tmp_path_factory.mktemp("model"))
+    words = ["--data", *(str(data / name / "train.json") for name in ("one", "two")), "--model", str(model)]
+    words += [
+        "--ranks",
+        "2",
+        "--read-at",
+        "1",
+        "2",
+        "--train-records",
+        "12",
+        "--held-out",
+        "6",
+        "--cutoff",
+        "400",
+        "--warmup",
+        "0",
+    ]
+    regime = tmp_path_factory.mktemp("regime")
+    rows = [("0", "q_proj", split, "kaiming_uniform", 2, size) for split, size in (("heldout", 0.01), ("train", 9.0))]
+    table = [dict(zip(("layer", "module", "split", "init", "rank", "takeover"), row, strict=True)) for row in rows]
+    (regime / "takeover.csv").write_text(frames.to_csv(frames.of(table, list(table[0]))))
+    return [*words, "--regime", str(regime)]
+
+
+def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    sim.main([*base, "--strengths", "4", "--lrs", *LRS[:2], "--out", str(out)])
+    assert "No rank and strength has three rates yet; 2 runs" in " ".join(capsys.readouterr().out.split())
+    sim.main([*base, "--strengths", "4", "--lrs", *LRS, "--out", str(out)])
+    assert "no two of their best rates can be compared yet" in " ".join(capsys.readouterr().out.split())
+    first = (out / CELLS).read_text()
+    sim.main([*base, "--strengths", "40", "--lrs", *LRS, "--out", str(out)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The law against 6 runs:" in said
+    assert (out / CELLS).read_text().startswith(first), "what was done is not done again"
+    rows = frames.read(out / "results.csv")
+    assert len(rows) == 2 * 3 * 2
+    assert set(rows["strength"]) == {4, 40}
+    assert (rows["gamma"] == rows["strength"] / 2).all()
+    found = frames.read(out / "exponents.csv")
+    assert found["step"].tolist() == [1, 2]
+    assert (found["over"] == "strength").all()
+    assert Path(out / "records.csv").read_text().count("\n") == 7
+
+
+def test_only_held_out_takeovers_count(base) -> None:
+    assert sim.horizons.read_takeovers(Path(base[-1])) == [0.01]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("--lrs 1e-3 1e-3", "lrs"), ("--read-at 2 1", "read"), ("--strengths -1", "strengths"), ("--ranks 0", "rank")],
+)
+def test_bad_input(base, words, said, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        sim.main([*base, *words.split(), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
