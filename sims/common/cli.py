@@ -33,6 +33,9 @@ SHARED: Any = (
 )
 """Options of every command beside its own."""
 
+PROGRAM: str | None = None
+"""What the process was started as, for ``--help``; None is ``python -m NAME``."""
+
 STOPPED = "stopped; the same command goes on from here"
 
 LARGEST = 2**63 - 1
@@ -70,7 +73,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
         except UnicodeEncodeError:
             raise InputError(f"{word!a} on the command line is not UTF-8; accepted are names in UTF-8") from None
     if "--version" in words:
-        print(", ".join(" ".join(one) for one in software.versions().items()))
+        tell_versions()
         raise SystemExit(0)
     if {"-h", "--help"} & set(words):
         return _parse(config, words, description)
@@ -89,6 +92,11 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
     return found
 
 
+def tell_versions() -> None:
+    """Print the versions of the package and of what its results depend on."""
+    print(", ".join(" ".join(one) for one in software.versions().items()))
+
+
 def _parse(config: Any, words: Sequence[str], description: str) -> Any:
     """What the option parser makes of the words; its box of an error becomes one line."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -105,7 +113,7 @@ def _parse(config: Any, words: Sequence[str], description: str) -> Any:
         ):
             found: Any = tyro.cli(
                 whole,
-                prog=f"python -m {spec.name}" if spec else None,
+                prog=PROGRAM or (f"python -m {spec.name}" if spec else None),
                 args=words,
                 description=description,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),

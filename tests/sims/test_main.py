@@ -1,0 +1,51 @@
+"""One name for all commands: what it lists, hands over and refuses."""
+
+import sys
+
+import pytest
+
+from sims import __main__ as main
+from sims.common import cli
+
+
+def run(monkeypatch, *words: str, program: str = "rora") -> None:
+    monkeypatch.setattr(cli, "PROGRAM", None)
+    monkeypatch.setattr(sys, "argv", [f"/usr/bin/{program}", *words])
+    main.main()
+
+
+def test_every_command_is_listed_with_its_sentence(monkeypatch, capsys) -> None:
+    found = main.names("sims")
+    assert {"transfer", "regime", "finetune", "variance_sweep", "rank_sweep", "horizon"} <= set(found)
+    assert not {"common", "__main__"} & set(found)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert all(says.endswith((".", "?")) for says in (*found.values(), *main.names("figures").values()))
+    run(monkeypatch)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*found, "figures"))
+    assert max(map(len, shown.splitlines())) <= 80
+    run(monkeypatch, "figures")
+    assert "norm_vs_rank" in capsys.readouterr().out
+
+
+def test_it_is_the_command_of_that_name(monkeypatch, capsys) -> None:
+    words = ["--from-rank", "16", "--to-rank", "128", "--lr", "2e-4"]
+    run(monkeypatch, "transfer", *words)
+    ours = capsys.readouterr().out
+    assert "keep alpha 16" in " ".join(ours.split())
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "variance-sweep", "--help")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: rora variance-sweep")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "figures", "exponent_map", "--help")
+    assert capsys.readouterr().out.startswith("usage: rora figures exponent_map")
+
+
+def test_what_is_no_command_is_refused_by_name(monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "transfre")
+    assert stop.value.code == 2
+    assert "error: transfre is no command; accepted are" in capsys.readouterr().err
+    run(monkeypatch, "--version")
+    assert capsys.readouterr().out.startswith("rora-theory ")
