@@ -23,7 +23,7 @@ COMMANDS = sorted(
     f"{path.parent.name}.{path.stem}"
     for room in ("sims", "figures")
     for path in (ROOT / room).glob("*.py")
-    if "\nif __name__ ==" in path.read_text()
+    if path.stem != "__main__" and "\nif __name__ ==" in path.read_text()
 )
 LATIN = os.fsdecode(b"caf\xe9")
 HUGE = "1" + "0" * 30
