@@ -11,6 +11,9 @@ from sims.common import cli
 def run(monkeypatch, *words: str, program: str = "rora") -> None:
     monkeypatch.setattr(cli, "PROGRAM", None)
     monkeypatch.setattr(sys, "argv", [f"/usr/bin/{program}", *words])
+    for name in [name for name in sys.modules if name.startswith(("sims.", "figures."))]:
+        if name.count(".") == 1 and "__main__" not in name:
+            monkeypatch.delitem(sys.modules, name)  # a process of its own has not imported the command
     main.main()
 
 
