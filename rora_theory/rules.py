@@ -1,10 +1,11 @@
 """Lists of ranks, of steps, and of scaling rules that meet at one rank, so that runs differ in the exponent alone."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rora_theory.errors import InputError
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, check_rank, exponent
+from rora_theory.seeds import check_seed
 
 
 def name_of(rule: Rule) -> str:
@@ -58,6 +59,21 @@ def check_list(option: str, values: Sequence[object], *, fewest: int = 1) -> Non
         raise InputError(f"{option} has {len(values)} values; accepted are {fewest} or more")
     if len(set(values)) != len(values):
         raise InputError(f"{option} repeats a value ({' '.join(map(str, values))}); accepted are different ones")
+
+
+def check_choices(option: str, values: Sequence[str], accepted: Collection[str], *, fewest: int = 1) -> None:
+    """`check_list`, and raise `InputError` for a value that is not among ``accepted``."""
+    check_list(option, values, fewest=fewest)
+    for value in values:
+        if value not in accepted:
+            raise InputError(f"{option} has {value!r}; accepted are {', '.join(accepted)}")
+
+
+def check_seeds(seeds: Sequence[int], *, fewest: int = 1) -> None:
+    """`check_list`, and raise `InputError` for a seed out of range."""
+    check_list("--seeds", seeds, fewest=fewest)
+    for seed in seeds:
+        check_seed(seed, "--seeds")
 
 
 def check_ranks(ranks: Sequence[int], *, fewest: int = 2) -> None:

@@ -24,9 +24,8 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import LossOn
-from rora_theory.rules import check_list, check_ranks, check_steps
+from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
 from rora_theory.scaling import check_positive
-from rora_theory.seeds import check_seed
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.records import draw_records
@@ -107,9 +106,7 @@ class Config:
             check_list(option, values)
             for value in values:
                 check_positive(option, value)
-        check_list("--seeds", self.seeds)
-        for seed in self.seeds:
-            check_seed(seed, "--seeds")
+        check_seeds(self.seeds)
         try:
             check_steps(self.read_at)
         except InputError as error:

@@ -25,7 +25,7 @@ from rora_theory.advice.transfer import ALL, Advice, Range, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName
-from rora_theory.rules import check_list, check_rule
+from rora_theory.rules import check_rule, check_seeds
 from rora_theory.scaling import Rule
 from rora_theory.seeds import check_seed
 from sims.common import cli, tables
@@ -93,9 +93,7 @@ class Config:
         if len(self.check) == 1:
             raise InputError(f"--check is {self.check[0]}; accepted are a model and one or more data files")
         cli.check_integers(self, from_rank=1, to_rank=1, batch_size=1)
-        check_list("--seeds", self.seeds, fewest=2)
-        for seed in self.seeds:
-            check_seed(seed, "--seeds")
+        check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
         cli.check_positives(self, "lr", "to_alpha")
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):

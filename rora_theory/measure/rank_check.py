@@ -23,14 +23,20 @@ from rora_theory.adapters.inits import INITS, Init
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
-from rora_theory.errors import InputError
 from rora_theory.llama import Model
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Table, in_a_word, whole_model
 from rora_theory.measure.coordinates import Checker
 from rora_theory.optimizers import OPTIMIZER_NAMES, WORDS, OptimizerName
-from rora_theory.rules import alpha_at, check_list, check_ranks, check_rules, check_steps, name_of
+from rora_theory.rules import (
+    alpha_at,
+    check_choices,
+    check_ranks,
+    check_rules,
+    check_seeds,
+    check_steps,
+    name_of,
+)
 from rora_theory.scaling import Rule, check_positive, exponent
-from rora_theory.seeds import check_seed
 from rora_theory.stats import slopes
 
 COLUMNS = (
@@ -89,18 +95,13 @@ class CheckConfig:
         check_ranks(self.ranks)
         check_rules(self.rules)
         for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("inits", INITS)):
-            check_list(f"--{name}", getattr(self, name))
-            for value in getattr(self, name):
-                if value not in accepted:
-                    raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
+            check_choices(f"--{name}", getattr(self, name), accepted)
         check_steps(self.steps)
         for name in ("adam_lr", "sgd_lr", "momentum_lr", "band"):
             check_positive("--" + name.replace("_", "-"), getattr(self, name))
         for rule in self.rules:
             alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
-        check_list("--seeds", self.seeds, fewest=2)
-        for seed in self.seeds:
-            check_seed(seed, "--seeds")
+        check_seeds(self.seeds, fewest=2)
 
 
 class Case(NamedTuple):

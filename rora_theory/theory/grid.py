@@ -10,7 +10,7 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
-from rora_theory.rules import check_list, check_ranks, check_rules
+from rora_theory.rules import check_choices, check_ranks, check_rules
 from rora_theory.scaling import Rule, check_integer, check_positive, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats.moments import log_log_fit
@@ -58,10 +58,7 @@ class StepGrid:
         check_ranks(self.ranks, fewest=1)
         check_rules(self.rules)
         for name, known, fewest in (("optimizers", laws.OPTIMIZERS, 1), ("inits", INITS, 0)):
-            check_list(f"--{name}", getattr(self, name), fewest=fewest)
-            for value in getattr(self, name):
-                if value not in known:
-                    raise InputError(f"--{name} has {value!r}; accepted are {', '.join(known)}")
+            check_choices(f"--{name}", getattr(self, name), known, fewest=fewest)
         check_positive("--alpha", self.alpha)
         check_positive("--lr", self.lr)
         if self.relative_error is not None:

@@ -14,10 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory import frames
-from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
-from rora_theory.rules import alpha_at, check_list, check_ranks, check_rules, name_of
+from rora_theory.rules import alpha_at, check_choices, check_list, check_ranks, check_rules, check_seeds, name_of
 from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats.rate_curves import COLUMNS, Curve
@@ -70,21 +69,13 @@ class RateGrid:
         check_rules(self.rules)
         for rule in self.rules:
             alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
-        check_list("--optimizers", self.optimizers)
-        for name, values, accepted in (
-            ("optimizers", self.optimizers, OPTIMIZER_NAMES),
-            ("init", (self.init,), INITS),
-        ):
-            for value in values:
-                if value not in accepted:
-                    raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
+        check_choices("--optimizers", self.optimizers, OPTIMIZER_NAMES)
+        check_choices("--init", (self.init,), INITS)
         for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):
             check_list(option, rates, fewest=3)
             for rate in rates:
                 check_positive(option, rate)
-        check_list("--seeds", self.seeds, fewest=2)
-        for seed in self.seeds:
-            check_seed(seed, "--seeds")
+        check_seeds(self.seeds, fewest=2)
         check_integer("--steps", self.steps)
         check_seed(self.seed, "--seed")
 

@@ -15,7 +15,15 @@ from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
-from rora_theory.rules import alpha_at, check_list, check_ranks, check_rules, check_steps, name_of
+from rora_theory.rules import (
+    alpha_at,
+    check_choices,
+    check_ranks,
+    check_rules,
+    check_seeds,
+    check_steps,
+    name_of,
+)
 from rora_theory.scaling import Rule, check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.toy import ensemble, exponents
@@ -77,18 +85,13 @@ class TrainingGrid:
         for rule in self.rules:
             alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
         for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
-            check_list(f"--{name}", getattr(self, name))
-            for value in getattr(self, name):
-                if value not in accepted:
-                    raise InputError(f"--{name} has {value!r}; accepted are {', '.join(accepted)}")
+            check_choices(f"--{name}", getattr(self, name), accepted)
         if self.init not in INITS:
             raise InputError(f"--init is {self.init!r}; accepted are {', '.join(INITS)}")
         check_steps(self.steps)
         for name in ("sgd_lr", "momentum_lr", "adam_lr"):
             check_positive("--" + name.replace("_", "-"), getattr(self, name))
-        check_list("--seeds", self.seeds, fewest=2)
-        for seed in self.seeds:
-            check_seed(seed, "--seeds")
+        check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
 
     def lr(self, optimizer: OptimizerName) -> float:

@@ -136,7 +136,7 @@ def _embeddings_with_graph(model: torch.nn.Module) -> Iterator[None]:
     """The embeddings' output in a graph: a reentrant checkpoint passes on no gradient where its input needs none."""
     try:
         embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # a plain module, or a model without one such layer, has none
         embeddings = None
     if embeddings is None:
         yield
