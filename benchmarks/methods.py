@@ -117,8 +117,8 @@ def lines(figures: dict[str, Any], size: int) -> Iterator[str]:
 
 def main() -> None:
     from rora_theory.files import write_whole
+    from rora_theory.run_files import as_json
     from sims.common import cli
-    from sims.common.run_folder import as_json
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     check(config)

@@ -19,9 +19,10 @@ from rora_theory.data.tasks import TASKS, Record
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples, score_tasks
 from rora_theory.llama import Adapter, Model, load
+from rora_theory.run_files import as_json
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder, as_json
+from sims.common.run_folder import RunFolder
 
 NAME = "evaluate"
 RESULTS = "results.json"

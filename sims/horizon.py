@@ -25,13 +25,14 @@ from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import LossOn
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
+from rora_theory.run_files import finished
 from rora_theory.scaling import check_positive
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, devices, prompts, tables
-from sims.common.cells import announce, finished, run_cells
+from sims.common.cells import run_cells
 from sims.common.run_folder import RunFolder
 
 NAME = "horizon"
@@ -172,7 +173,7 @@ def run(config: Config) -> None:
     def work(cell: Cell, _: Path) -> dict[str, Any]:
         return asdict(readings.read_run(bench, trainings[cell], cell.read_at))
 
-    run_cells(cells, work, folder, title="runs", each=announce(cells, lambda value: said(value, tokens)))
+    run_cells(cells, work, folder, title="runs", words=lambda value: said(value, tokens))
     runs = [horizons.run_of(one.cell, one.value) for one in finished(folder.path).values()]
     report(folder, runs, tokens, answers, takeovers, config.warmup)
     folder.finish()

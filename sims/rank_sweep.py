@@ -29,6 +29,7 @@ from rora_theory.data.tasks import TASKS
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype, Method
+from rora_theory.run_files import finished, key_of, read_manifest
 from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity, stand_ins
@@ -37,8 +38,8 @@ from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, prompts, tables
-from sims.common.cells import ERROR, FOLDERS, announce, finished, key_of, run_cells
-from sims.common.run_folder import RunFolder, read_manifest
+from sims.common.cells import ERROR, FOLDERS, run_cells
+from sims.common.run_folder import RunFolder
 
 NAME = "rank_sweep"
 
@@ -217,7 +218,7 @@ def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Ce
     def write(_: Sequence[Any]) -> None:
         folder.write_frame(table(folder.path))
 
-    run_cells(known(folder.path, cells), do, folder, each=announce(cells, results.said), write=write)
+    run_cells(known(folder.path, cells), do, folder, words=results.said, write=write)
 
 
 def show(design: str, path: Path, cells: Sequence[Cell]) -> None:

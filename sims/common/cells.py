@@ -1,6 +1,6 @@
 """Cells, the parts of an experiment that are each done once: the one place that experiments resume from.
 
-    FOLDER/cells.jsonl   a sealed line a finished cell: its key, what it is, its result, the digests of its files
+    FOLDER/cells.jsonl   a sealed line a finished cell, see `rora_theory.run_files`
     FOLDER/cells/KEY/    files of a cell that has any, with cell.json, what it is; error.txt of one that failed
 
 A cell is a frozen dataclass: beside what the run folder is known by, all that determines its result. Its key is the
@@ -10,27 +10,25 @@ where cells are worked on is the runner's: one after another in this process, or
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rora_theory import digests, files, frames
 from rora_theory.errors import InputError
 from rora_theory.journal import Journal
+from rora_theory.run_files import CELLS, Finished, as_json, check_files, finished, key_of
 from sims.common import cli
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder, as_json, check_files, read_manifest
+from sims.common.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CELLS = "cells.jsonl"
 FOLDERS = "cells"
 CHECKPOINTS = "checkpoints"
 """Of a cell's folder: what an interrupted cell goes on from; removed when the cell is done."""
@@ -72,58 +70,6 @@ def in_process(
         yield place, result
 
 
-@dataclass(frozen=True)
-class Ended(Generic[Cell]):
-    """A cell that this run worked on.
-
-    Attributes:
-      cell: which.
-      index: its place among all cells of the call.
-      value: its result, as it is kept; None where it failed.
-      error: what it raised, in words; None where it is done.
-      seconds: that it took.
-    """
-
-    cell: Cell
-    index: int
-    value: Any
-    error: str | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished cell as its folder has it: its key, what it is in JSON types, its result, digests of its files."""
-
-    key: str
-    cell: Mapping[str, Any]
-    value: Any
-    files: Mapping[str, str]
-
-
-def key_of(cell: Any) -> str:
-    """The hash of a cell, of 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(as_json(cell), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def finished(path: Path) -> dict[str, Finished]:
-    """The finished cells of a run folder, by key, in the order they were finished in; whoever drives it.
-
-    One of which a file was removed is not among them: it is done again.
-
-    Raises:
-      InputError: a line is not as the run wrote it.
-    """
-    manifest = read_manifest(path, ("run_id",))
-    if manifest is None:
-        return {}
-    found: dict[str, Finished] = {}
-    for entry in Journal(path / CELLS, manifest["run_id"], mend=False).entries:
-        if "key" in entry:
-            found[entry["key"]] = Finished(entry["key"], entry["cell"], entry["value"], entry["files"])
-    return {key: one for key, one in found.items() if all((path / name).exists() for name in one.files)}
-
-
 def run_cells(
     cells: Sequence[Cell],
     work: Work[Cell],
@@ -131,8 +77,8 @@ def run_cells(
     *,
     runner: Runner = in_process,
     title: str = "cells",
-    each: Callable[[Ended[Cell]], None] = lambda ended: None,
-    write: Callable[[list[Any]], None] = lambda values: None,
+    words: Callable[[Any], str] | None = None,
+    write: Callable[[list[Any]], object] = lambda values: None,
 ) -> list[Any]:
     """The results of all cells, in their order: those of earlier parts of the run, and of ``work``, which are kept.
 
@@ -145,7 +91,7 @@ def run_cells(
       folder: of the run, which this process owns.
       runner: where cells are worked on.
       title: of the progress bar, beside which the cell's name is.
-      each: called with each cell that ends.
+      words: of a result, for a line that is printed with each cell that is done; None prints none.
       write: called with the results so far, in the order of the cells: at the end and, meanwhile, every few seconds.
 
     Raises:
@@ -158,7 +104,7 @@ def run_cells(
         check_files(folder.path, {name: digest for name, digest in one.files.items() if name not in known})
     journal = Journal(folder.path / CELLS, folder.identity)
     todo = [index for index, key in enumerate(keys) if key not in done and key not in keys[:index]]
-    failed: list[Ended[Cell]] = []
+    failed: list[str] = []
 
     def values() -> list[Any]:
         return [done[key].value for key in keys if key in done]
@@ -175,18 +121,15 @@ def run_cells(
             bar.advance(0, cell=tasks[place][0])
 
         for place, result in runner(work, tasks, begun):
-            seconds = time.monotonic() - started[place]
-            (cell, own), index, error = tasks[place], todo[place], None
+            seconds, (cell, own), index = time.monotonic() - started[place], tasks[place], todo[place]
             if isinstance(result, Exception):
-                error, result = _failure(cell, own, result), None
+                failed.append(f"{cell} ({_failure(cell, own, result)})")
             else:
-                one = _keep(keys[index], cell, own, result, folder)
+                one = done[keys[index]] = _keep(keys[index], cell, own, result, folder)
                 journal.append(vars(one))
                 shutil.rmtree(own / CHECKPOINTS, ignore_errors=True)
-                done[one.key], result = one, one.value
-            ended = Ended(cell, index, result, error, seconds)
-            failed += [ended] if error is not None else []
-            each(ended)
+                if words is not None:
+                    print(f"[{index + 1}/{len(cells)}] {cell}: {words(one.value)}, {seconds:.0f} s", flush=True)
             if time.monotonic() - written > EVERY:
                 write(values())
                 written = time.monotonic()
@@ -194,21 +137,10 @@ def run_cells(
     write(values())
     if failed:
         raise cli.FailedError(
-            f"{len(failed)} of {len(cells)} cells failed, the first {failed[0].cell} ({failed[0].error}); the others "
-            "are done, and the same command tries these again"
+            f"{len(failed)} of {len(cells)} cells failed, the first {failed[0]}; the others are done, and the same "
+            "command tries these again"
         )
     return values()
-
-
-def announce(cells: Sequence[Cell], words: Callable[[Any], str]) -> Callable[[Ended[Cell]], None]:
-    """What `run_cells` may call with ``each`` cell that ends: it prints a line with the ``words`` of the result."""
-
-    def each(ended: Ended[Cell]) -> None:
-        if ended.error is None:
-            line = f"[{ended.index + 1}/{len(cells)}] {ended.cell}: {words(ended.value)}, {ended.seconds:.0f} s"
-            print(line, flush=True)
-
-    return each
 
 
 def run_table(
@@ -217,19 +149,17 @@ def run_table(
     folder: RunFolder,
     columns: Sequence[str],
     *,
-    runner: Runner = in_process,
-    title: str = "cells",
+    title: str,
     name: str = "results.csv",
 ) -> "pd.DataFrame":
     """`run_cells` where a cell's result is rows of a table: the table, also written as the cells come."""
 
-    def rows(parts: Sequence[Any]) -> list[Any]:
-        return [row for part in parts for row in part]
+    def table(parts: list[Any]) -> "pd.DataFrame":
+        return frames.of((row for part in parts for row in part), columns)
 
-    def write(parts: list[Any]) -> None:
-        folder.write_rows(columns, rows(parts), name)
-
-    return frames.of(rows(run_cells(cells, work, folder, runner=runner, title=title, write=write)), columns)
+    return table(
+        run_cells(cells, work, folder, title=title, write=lambda parts: folder.write_frame(table(parts), name))
+    )
 
 
 def _keep(key: str, cell: Any, own: Path, value: Any, folder: RunFolder) -> Finished:

@@ -1,9 +1,7 @@
 """Run folders: ``results/NAME/RUN_ID/`` with `manifest.json` and `results.csv`, whole after any kill."""
 
-import dataclasses
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -14,34 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rora_theory import digests, files, frames, seals, software
 from rora_theory.errors import InputError
+from rora_theory.run_files import as_json, check_files, read_manifest
 from sims.common import disk
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-def as_json(value: Any) -> Any:
-    """``value`` as plain JSON types: dataclasses to dicts, paths to strings, tuples to lists, non-finite to text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    return value
-
-
-def flat(config: Any) -> dict[str, Any]:
-    """The settings of a dataclass and of the dataclasses in it by their names, which are the options'."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
-    return found
 
 
 _open: "dict[Path, RunFolder]" = {}
@@ -230,45 +205,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be made ({error.strerror}); accepted is a writable folder") from error
-
-
-def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
-    """A run's manifest, with at least ``keys``; None where a folder holds nothing yet.
-
-    Raises:
-      InputError: it is damaged, was changed, is of a version that kept no digests, or is missing beside other files.
-    """
-    file = path / "manifest.json"
-    try:
-        manifest = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        if path.is_dir() and any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
-            raise InputError(
-                f"{path}: holds files but no manifest.json; accepted is an empty folder or a run's own"
-            ) from None
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: is damaged ({error}); accepted is the file as the run wrote it") from error
-    missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
-    if missing:
-        raise InputError(f"{file}: is damaged (it has no {missing[0]}); accepted is the file as the run wrote it")
-    if seals.DIGEST not in manifest:
-        raise InputError(
-            f"{file}: has no digest, as a run of an earlier version has none; accepted is another folder (--out)"
-        )
-    if not seals.is_sealed(manifest):
-        raise InputError(f"{file}: was changed since the run wrote it; accepted is the file as the run wrote it")
-    del manifest[seals.DIGEST]
-    return dict(manifest)
-
-
-def check_files(folder: Path, known: Any) -> None:
-    """Raise `InputError` where one of a folder's files is not the one of the digests ``known``; names it."""
-    for name in seals.changed(folder, known):
-        raise InputError(
-            f"{folder / name}: was changed since the run wrote it; accepted is the file as the run wrote it, or none: "
-            "removed, it is made again by the same command"
-        )
 
 
 def _earlier(path: Path, name: str, config: Any, grows: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -13,8 +13,9 @@ import pytest
 
 from rora_theory import files
 from rora_theory.errors import InputError
+from rora_theory.run_files import CELLS, finished, key_of
 from sims.common import cells, cli
-from sims.common.cells import CELLS, finished, in_process, key_of, run_cells
+from sims.common.cells import in_process, run_cells
 from sims.common.run_folder import RunFolder
 
 
@@ -84,26 +85,24 @@ def test_a_cell_is_all_its_fields() -> None:
     assert key_of(Square(1)) == key_of({"side": 1, "kind": "plain"}) != key_of(Square(1, "bold"))
 
 
-def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path) -> None:
+def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, capsys) -> None:
     """numpy's numbers become Python's, and are read back to the bit."""
     folder = opened(tmp_path)
-    ended: list[Any] = []
-    first = run_cells(SIDES, area, folder, each=ended.append)
+    first = run_cells(SIDES, area, folder, words=lambda value: f"{value['area']:.2f} m")
     assert [value["area"] for value in first] == [3.0, 1 / 3, 4 / 3]
     row = first[0]["rows"][0]
     assert row == {"side": 3, "gone": float("inf"), "note": None, "kept": True}
     assert (type(row["side"]), type(row["kept"])) == (int, bool)
-    assert [(one.cell, one.index, one.value, one.error) for one in ended] == [
-        (cell, index, first[index], None) for index, cell in enumerate(SIDES)
-    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "[1/3] side 3: 3.00 m, 0 s", "[2/3] side 1: 0.33 m, 0 s", "[3/3] side 2: 1.33 m, 0 s"
+    ]  # fmt: skip
     folder.finish()
     folder = opened(tmp_path)
     more = [Square(4), *reversed(SIDES), Square(4)]
-    fresh: list[Any] = []
     again = run_cells(more[1:4], never, folder)
     assert again == first[::-1]
-    assert run_cells(more, area, folder, each=fresh.append)[1:4] == again
-    assert [(one.cell, one.index) for one in fresh] == [(Square(4), 0)], "once, though it is twice in the list"
+    assert run_cells(more, area, folder, words=lambda _: "new")[1:4] == again
+    assert capsys.readouterr().out == "[1/5] side 4: new, 0 s\n", "once, though it is twice in the list"
     assert [one.cell["side"] for one in finished(tmp_path).values()] == [3, 1, 2, 4], "all that the folder has"
     assert finished(tmp_path / "none") == {}
 
@@ -142,9 +141,8 @@ def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> No
         f"side 1 failed (ValueError: no such square); its traceback is in {own}/error.txt\n" in capsys.readouterr().err
     )
     assert "in run" in (own / "error.txt").read_text()
-    again: list[Any] = []
-    assert len(run_cells(SIDES, area, folder, each=again.append)) == 3
-    assert [one.cell for one in again] == [Square(1)], "tried again, the others not"
+    assert len(run_cells(SIDES, area, folder, words=lambda _: "done")) == 3
+    assert capsys.readouterr().out == "[2/3] side 1: done, 0 s\n", "tried again, the others not"
     assert not own.exists()
 
 
@@ -157,7 +155,7 @@ def test_a_run_with_a_failing_cell_ends_with_status_1(tmp_path, capsys) -> None:
     assert (manifest["status"], manifest["error"][:5]) == ("failed", "1 of ")
 
 
-def test_a_runner_may_end_cells_in_any_order(tmp_path) -> None:
+def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
     """As one that works on several at once: what is assembled is in the order of the cells all the same."""
 
     def last_first(work, todo, begun):
@@ -166,12 +164,12 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path) -> None:
         for place in reversed(range(len(todo))):
             yield place, ValueError("lost") if todo[place][0].side == 1 else work(*todo[place])
 
-    folder, ended = opened(tmp_path / "a"), []
-    with pytest.raises(cli.FailedError):
-        run_cells(SIDES, area, folder, runner=last_first, each=ended.append)
-    assert [(one.cell.side, one.index, one.error) for one in ended] == [
-        (2, 2, None), (1, 1, "ValueError: lost"), (3, 0, None)
-    ]  # fmt: skip
+    folder = opened(tmp_path / "a")
+    with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: lost\)"):
+        run_cells(SIDES, area, folder, runner=last_first, words=lambda value: f"{value['area']:.2f} m")
+    said = capsys.readouterr()
+    assert said.out == "[3/3] side 2: 1.33 m, 0 s\n[1/3] side 3: 3.00 m, 0 s\n"
+    assert said.err.startswith("note: side 1 failed (ValueError: lost)")
     assert run_cells(SIDES, area, folder) == run_cells(SIDES, area, opened(tmp_path / "b"), runner=in_process)
 
 
@@ -223,21 +221,21 @@ def test_what_was_changed_by_hand_does_not_pass(tmp_path, end) -> None:
     run_cells(SIDES, never, opened(tmp_path))
 
 
-def test_a_cell_whose_file_was_removed_is_done_again(tmp_path) -> None:
+def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
     folder = opened(tmp_path)
     run_cells(SIDES, drawn, folder)
     folder.finish()
     file = tmp_path / "cells" / key_of(Square(2)) / "losses.csv"
     file.unlink()
-    folder, again = opened(tmp_path), []
+    folder = opened(tmp_path)
 
     def otherwise(cell: Square, path: Path) -> float:
         drawn(cell, path)
         (path / "losses.csv").write_text("seconds\n9\n")  # as a measured time would differ
         return 7.0
 
-    assert run_cells(SIDES, otherwise, folder, each=again.append) == [1.0, 1 / 3, 7.0]
-    assert [one.cell for one in again] == [Square(2)]
+    assert run_cells(SIDES, otherwise, folder, words=lambda _: "again") == [1.0, 1 / 3, 7.0]
+    assert capsys.readouterr().out == "[3/3] side 2: again, 0 s\n"
     folder._let_go()  # killed: the file before is not taken for the one that was changed
     assert run_cells(SIDES, never, opened(tmp_path)) == [1.0, 1 / 3, 7.0]
 

@@ -13,8 +13,8 @@ from rora_theory import frames
 from rora_theory.llama import load
 from rora_theory.llama.weights import save_hf
 from rora_theory.measure import rank_check
+from rora_theory.run_files import CELLS
 from sims import coordinate_check as sim
-from sims.common.cells import CELLS
 
 ARGUMENTS = (
     "--ranks 2 4 16 --rules lora --optimizers adamw --targets q_proj down_proj --steps 1 3 "

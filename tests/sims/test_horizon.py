@@ -6,8 +6,8 @@ import pytest
 from support import checkpoint
 
 from rora_theory import frames
+from rora_theory.run_files import CELLS
 from sims import horizon as sim
-from sims.common.cells import CELLS
 
 LRS = ("1e-3", "1e-2", "1e-1")
 

@@ -24,6 +24,7 @@ from rora_theory.llama import hub
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.rank_check import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig, PairConfig
+from rora_theory.run_files import as_json
 from rora_theory.sweep import trained_runs
 from sims import (
     coordinate_check,
@@ -37,7 +38,7 @@ from sims import (
     transfer,
     variance_sweep,
 )
-from sims.common.run_folder import RunFolder, as_json
+from sims.common.run_folder import RunFolder
 
 
 class Opened(Exception):  # noqa: N818 (a way out, not an error)

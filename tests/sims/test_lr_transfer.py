@@ -9,11 +9,11 @@ import pytest
 
 from figures import lr_transfer as figure
 from figures import style
+from rora_theory.run_files import CELLS
 from rora_theory.stats.rate_curves import COLUMNS
 from rora_theory.sweep import trained_runs
 from rora_theory.toy import dynamics
 from sims import lr_transfer as sim
-from sims.common.cells import CELLS
 
 SMALL = ["--ranks", "4", "16", "64", "--optimizers", "adam", "--steps", "8", "--seeds", "0", "1", "2"]
 SMALL += ["--p-in", "32", "--p-out", "4", "--samples", "16", "--held-out", "16", "--overlap", "0.9"]

@@ -20,12 +20,12 @@ from rora_theory.evaluate.scoring import Sample, Scoring
 from rora_theory.finetune import Metrics, Record, tokenize
 from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.llama import load
+from rora_theory.run_files import CELLS, finished, key_of
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results, trained_runs
 from rora_theory.sweep.workbench import Measured, Workbench
 from sims import rank_sweep
 from sims.common import disk
-from sims.common.cells import CELLS, finished, key_of
 
 PLAIN = (
     "--batch-size 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "

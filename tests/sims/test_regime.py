@@ -23,10 +23,10 @@ from rora_theory.measure.model_layers import real_tokens, record
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regime_tables import JudgeConfig
+from rora_theory.run_files import CELLS
 from rora_theory.theory import laws
 from sims import regime
 from sims.common import cli
-from sims.common.cells import CELLS
 
 SMALL = {
     "ranks": (1, 4, 16),

@@ -13,8 +13,9 @@ import pytest
 from rora_theory import files, seals, software
 from rora_theory.errors import InputError
 from rora_theory.journal import Journal
+from rora_theory.run_files import CELLS
 from sims.common import cli, disk
-from sims.common.cells import CELLS, run_cells
+from sims.common.cells import run_cells
 from sims.common.run_folder import RunFolder
 
 

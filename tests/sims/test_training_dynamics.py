@@ -8,9 +8,9 @@ import pytest
 from figures import style
 from figures import training_dynamics as figure
 from rora_theory import frames
+from rora_theory.run_files import CELLS
 from rora_theory.toy import exponents, training_grid
 from sims import training_dynamics as sim
-from sims.common.cells import CELLS
 
 ARGUMENTS = (
     "--ranks 4 64 --optimizers sgd adam --models linear --starts A --steps 1 4 "

@@ -16,9 +16,9 @@ from figures import exponent_map, layers_vs_rank, norm_vs_rank, style
 from rora_theory import frames
 from rora_theory.measure import layer_grid
 from rora_theory.paper import simulation
+from rora_theory.run_files import CELLS
 from rora_theory.theory import laws
 from sims import variance_sweep
-from sims.common.cells import CELLS
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = "--ranks 1 4 16 --p-in 64 --p-out 8 --overlaps 0 0.5 --relative-error 0.02"

@@ -1,0 +1,116 @@
+"""What the folder of a run holds, read by whoever wants its results: the manifest, and the cells that are finished.
+
+manifest.json        what the run is, sealed, with the digests of its files
+cells.jsonl          a sealed line a finished cell: its key, what it is, its result, the digests of its files
+cells/KEY/           files of a cell that has any
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rora_theory import seals
+from rora_theory.errors import InputError
+from rora_theory.journal import Journal
+
+CELLS = "cells.jsonl"
+
+
+def as_json(value: Any) -> Any:
+    """``value`` as plain JSON types: dataclasses to dicts, paths to strings, tuples to lists, non-finite to text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass and of the dataclasses in it by their names, which are the options'."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A finished cell as its folder has it: its key, what it is in JSON types, its result, digests of its files."""
+
+    key: str
+    cell: Any
+    value: Any
+    files: Mapping[str, str]
+
+
+def key_of(cell: Any) -> str:
+    """The hash of a cell, of 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(as_json(cell), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished(path: Path) -> dict[str, Finished]:
+    """The finished cells of a run folder, by key, in the order they were finished in; whoever drives it.
+
+    One of which a file was removed is not among them: it is done again.
+
+    Raises:
+      InputError: a line is not as the run wrote it.
+    """
+    manifest = read_manifest(path, ("run_id",))
+    if manifest is None:
+        return {}
+    found: dict[str, Finished] = {}
+    for entry in Journal(path / CELLS, manifest["run_id"], mend=False).entries:
+        if "key" in entry:
+            found[entry["key"]] = Finished(entry["key"], entry["cell"], entry["value"], entry["files"])
+    return {key: one for key, one in found.items() if all((path / name).exists() for name in one.files)}
+
+
+def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
+    """A run's manifest, with at least ``keys``; None where a folder holds nothing yet.
+
+    Raises:
+      InputError: it is damaged, was changed, is of a version that kept no digests, or is missing beside other files.
+    """
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        if path.is_dir() and any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
+            raise InputError(
+                f"{path}: holds files but no manifest.json; accepted is an empty folder or a run's own"
+            ) from None
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is damaged ({error}); accepted is the file as the run wrote it") from error
+    missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
+    if missing:
+        raise InputError(f"{file}: is damaged (it has no {missing[0]}); accepted is the file as the run wrote it")
+    if seals.DIGEST not in manifest:
+        raise InputError(
+            f"{file}: has no digest, as a run of an earlier version has none; accepted is another folder (--out)"
+        )
+    if not seals.is_sealed(manifest):
+        raise InputError(f"{file}: was changed since the run wrote it; accepted is the file as the run wrote it")
+    del manifest[seals.DIGEST]
+    return dict(manifest)
+
+
+def check_files(folder: Path, known: Any) -> None:
+    """Raise `InputError` where one of a folder's files is not the one of the digests ``known``; names it."""
+    for name in seals.changed(folder, known):
+        raise InputError(
+            f"{folder / name}: was changed since the run wrote it; accepted is the file as the run wrote it, or none: "
+            "removed, it is made again by the same command"
+        )
