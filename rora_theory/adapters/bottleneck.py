@@ -33,6 +33,7 @@ from rora_theory.adapters.base import Norms, Params, Row
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import init_a
 from rora_theory.adapters.targets import full_name, layer_text, matched
+from rora_theory.adapters.widen import widen
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import PRODUCT
@@ -208,7 +209,7 @@ class BottleneckAdapter:
             fed = dropout(jax.random.fold_in(key, MODULES.index(name)), fed, config.dropout)
         inner = checkpoint_name(linear(fed, tensors["adapter_down"].astype(fed.dtype)), PRODUCT)
         up = config.scaling * tensors["adapter_up"]
-        return linear(FUNCTIONS[config.non_linearity](inner), up.astype(fed.dtype))
+        return widen(FUNCTIONS[config.non_linearity](inner), up.astype(fed.dtype))
 
     def prefix(self, layer: Any) -> None:
         """None: no prefix."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from rora_theory.adapters.widen import widen
 from rora_theory.llama import linear
 from rora_theory.llama.model import PRODUCT, SMALL
 
@@ -47,7 +48,7 @@ def apply(
     """
     c = factor(magnitude, checkpoint_name(row_norms(weight, scaled_A, B), SMALL), adapted)
     inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), PRODUCT)
-    update = linear(inner, B.astype(x.dtype))
+    update = widen(inner, B.astype(x.dtype))
     base = linear(x, weight)
     c = jnp.broadcast_to(c, base.shape)
     wide_base, wide_update = base.astype(jnp.float32), update.astype(jnp.float32)

@@ -21,6 +21,7 @@ from rora_theory.adapters.base import Norms, Params, Row
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import INITS, Init, init_a
 from rora_theory.adapters.targets import Target, layer_text, resolve
+from rora_theory.adapters.widen import widen
 from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
@@ -164,7 +165,7 @@ class LoraAdapter:
             magnitude = tensors["lora_magnitude_vector"]
             return dora.apply(x, dropped, weight, bias, scaled_A, B, magnitude, gamma > 0)
         inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), PRODUCT)
-        return linear(x, weight, bias) + linear(inner, B.astype(x.dtype))
+        return linear(x, weight, bias) + widen(inner, B.astype(x.dtype))
 
     def prefix(self, layer: Any) -> None:
         """None: no prefix."""
