@@ -117,7 +117,7 @@ def lines(figures: dict[str, Any], size: int) -> Iterator[str]:
 
 def main() -> None:
     from rora_theory.files import write_whole
-    from rora_theory.run_files import as_json
+    from rora_theory.runs.reading import as_json
     from sims.common import cli
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])

@@ -28,10 +28,10 @@ from rora_theory.measure.coordinate_table import MODEL
 from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import Cell, CheckConfig
 from rora_theory.measure.record_batches import BatchConfig
-from rora_theory.run_files import flat
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import flat
 from sims.common import cli, devices, prompts, tables
 from sims.common.cells import run_table
-from sims.common.run_folder import RunFolder
 
 NAME = "coordinate_check"
 SPLITS = {"train": "trained on", "held_out": "held out"}

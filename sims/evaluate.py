@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from rora_theory import adapters
+from rora_theory import adapters, frames
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS, Record
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples, score_tasks
 from rora_theory.llama import Adapter, Model, load
-from rora_theory.run_files import as_json
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import as_json
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder
 
 NAME = "evaluate"
 RESULTS = "results.json"
@@ -112,7 +112,7 @@ def evaluate(
     folder.record(samples.FILE)
     found = accuracies(kept.found, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}
-    folder.write_rows(COLUMNS, [heads | asdict(level) for level in found])
+    folder.write_frame(frames.of([heads | asdict(level) for level in found], COLUMNS))
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
     summary = {"scoring": asdict(scoring), **settings, "levels": found}
     folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")

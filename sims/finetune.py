@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax
 
-from rora_theory import adapters, llama
+from rora_theory import adapters, frames, llama
 from rora_theory.data.records import DataConfig, read
 from rora_theory.errors import InputError
 from rora_theory.finetune import (
@@ -32,10 +32,10 @@ from rora_theory.finetune import (
     split,
 )
 from rora_theory.finetune.checkpoints import quiet_writers
+from rora_theory.runs.folder import RunFolder
 from rora_theory.scaling import check_integer
 from sims.common import cli, prompts, tables
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder
 
 NAME = "finetune"
 
@@ -153,7 +153,7 @@ def follow(trainer: Trainer, folder: RunFolder) -> None:
     except NonFiniteLossError as error:
         folder.finish("failed", error=str(error))
         cli.fail(str(error))
-    folder.write_rows(metrics.COLUMNS, events.events)
+    folder.write_frame(frames.of(events.events, metrics.COLUMNS))
     folder.record(metrics.FILE)
 
 

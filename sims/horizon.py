@@ -25,7 +25,8 @@ from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import LossOn
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
-from rora_theory.run_files import finished
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import finished
 from rora_theory.scaling import check_positive
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import horizons, readings
@@ -33,7 +34,6 @@ from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, devices, prompts, tables
 from sims.common.cells import run_cells
-from sims.common.run_folder import RunFolder
 
 NAME = "horizon"
 OVER = {"strength": "gamma r at r =", "rank": "r at gamma r ="}

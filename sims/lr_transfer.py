@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 
+from rora_theory.runs.folder import RunFolder
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import COLUMNS, UNITS, Comparison, best_rates, compare, rate_slopes
 from rora_theory.sweep import run_curves, trained_runs
@@ -27,7 +28,6 @@ from rora_theory.toy import rate_grid
 from rora_theory.toy.rate_grid import RateGrid
 from sims.common import cli, devices, tables
 from sims.common.cells import run_table
-from sims.common.run_folder import RunFolder
 
 NAME = "lr_transfer"
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from rora_theory import digests
 from rora_theory.data import windows as text_windows
 from rora_theory.errors import InputError
+from rora_theory.runs.folder import RunFolder
 from rora_theory.seeds import check_seed
 from sims.common import cli, tables
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,7 +29,8 @@ from rora_theory.data.tasks import TASKS
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype, Method
-from rora_theory.run_files import finished, key_of, read_manifest
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import finished, key_of, read_manifest
 from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity, stand_ins
@@ -39,7 +40,6 @@ from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, prompts, tables
 from sims.common.cells import ERROR, FOLDERS, run_cells
-from sims.common.run_folder import RunFolder
 
 NAME = "rank_sweep"
 

@@ -34,12 +34,12 @@ from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regime_tables import JudgeConfig
 from rora_theory.measure.tokens import SINK
-from rora_theory.run_files import finished, flat, key_of
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import finished, flat, key_of
 from rora_theory.scaling import check_integer
 from sims.common import cli, prompts, tables
 from sims.common.cells import run_cells
 from sims.common.devices import describe, pick
-from sims.common.run_folder import RunFolder
 
 NAME = "regime"
 LOW, HIGH = 8, 128

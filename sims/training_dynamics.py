@@ -17,13 +17,13 @@ from typing import Any
 import pandas as pd
 
 from rora_theory.rules import name_of
-from rora_theory.run_files import flat
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import flat
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
 from rora_theory.toy.training_grid import Cell, TrainingGrid
 from sims.common import cli, devices, tables
 from sims.common.cells import run_table
-from sims.common.run_folder import RunFolder
 
 NAME = "training_dynamics"
 SHOWN = {"output_train": "training", "output_held_out": "held-out", "delta_frobenius": "|dM|_F"}

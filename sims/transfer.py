@@ -26,11 +26,11 @@ from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName
 from rora_theory.rules import check_rule, check_seeds
+from rora_theory.runs.folder import RunFolder
 from rora_theory.scaling import Rule
 from rora_theory.seeds import check_seed
 from sims.common import cli, tables
 from sims.common.cells import run_table
-from sims.common.run_folder import RunFolder
 
 NAME = "transfer"
 

@@ -20,13 +20,13 @@ import pandas as pd
 from rora_theory.errors import InputError
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import Cell, SimulationConfig
-from rora_theory.run_files import flat
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import flat
 from rora_theory.stats.moments import agreement
 from rora_theory.theory.sampling import Sums
 from sims import layer_sweep
 from sims.common import cli, devices, tables
 from sims.common.cells import run_cells
-from sims.common.run_folder import RunFolder
 
 NAME = "variance_sweep"
 

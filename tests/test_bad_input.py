@@ -128,11 +128,11 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     from rora_theory import llama
     from rora_theory.finetune import capacity
     from rora_theory.llama import hub
-    from sims.common import run_folder
+    from rora_theory.runs.folder import RunFolder
 
     monkeypatch.setattr(llama, "load", begun)
     monkeypatch.setattr(hub, "locate", begun)
-    monkeypatch.setattr(run_folder.RunFolder, "open", begun)
+    monkeypatch.setattr(RunFolder, "open", begun)
     monkeypatch.setattr(capacity, "account", begun)
     monkeypatch.setattr(plt, "subplots", begun)
     monkeypatch.setattr(jax, "devices", begun)

@@ -12,7 +12,7 @@ import pytest
 from figures import loss_curves, style
 from rora_theory import digests
 from rora_theory.errors import InputError
-from sims.common.run_folder import RunFolder
+from rora_theory.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize("names", [[], ["a.png", "a.svg", "table.md", "table.csv"], ["notes.txt", "manifest.json"]])

@@ -1,6 +1,6 @@
 """Cells, the parts of an experiment that are each done once: the one place that experiments resume from.
 
-    FOLDER/cells.jsonl   a sealed line a finished cell, see `rora_theory.run_files`
+    FOLDER/cells.jsonl   a sealed line a finished cell, see `rora_theory.runs.reading`
     FOLDER/cells/KEY/    files of a cell that has any, with cell.json, what it is; error.txt of one that failed
 
 A cell is a frozen dataclass: beside what the run folder is known by, all that determines its result. Its key is the
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from rora_theory import digests, files, frames
 from rora_theory.errors import InputError
 from rora_theory.journal import Journal
-from rora_theory.run_files import CELLS, Finished, as_json, check_files, finished, key_of
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import CELLS, Finished, as_json, check_files, finished, key_of
 from sims.common import cli
 from sims.common.progress import progress_bar
-from sims.common.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd

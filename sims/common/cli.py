@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -18,8 +19,9 @@ from rich.console import Console
 import sims
 from rora_theory import files, software
 from rora_theory.errors import InputError
+from rora_theory.runs import folder
 from rora_theory.scaling import check_integer, check_positive
-from sims.common import options, run_folder, tables
+from sims.common import options, tables
 
 Config = TypeVar("Config")
 
@@ -204,7 +206,7 @@ def run(main: Callable[[], None]) -> None:
     """
     if signal.getsignal(signal.SIGINT) is sims.stop:  # the command is imported: from here a run puts itself away
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = run_folder.count_open()
+    before = folder.count_open()
     try:
         with _terminable():
             try:
@@ -217,7 +219,7 @@ def run(main: Callable[[], None]) -> None:
         raise
     except BaseException as error:
         how, said, status = _ending(error)
-        run_folder.end_all(how, said, but=before)
+        folder.end_all(how, said, but=before)
         if status is None:
             raise
         if said is not None:
@@ -228,7 +230,7 @@ def run(main: Callable[[], None]) -> None:
             print(STOPPED, file=sys.stderr)
         sys.exit(status)
     finally:
-        run_folder.end_all("failed", but=before)
+        folder.end_all("failed", but=before)
 
 
 def _ending(error: BaseException) -> tuple[str, str | None, int | None]:
@@ -273,6 +275,16 @@ def tell(remarks: Sequence[str]) -> None:
     """Print what the user should know though the work goes on, a line each, on standard error."""
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
+
+
+class _Notes(logging.Handler):
+    """Tells what the library warns of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell([record.getMessage()])
+
+
+logging.getLogger("rora_theory").addHandler(_Notes(logging.WARNING))
 
 
 def fail(message: str, *, status: int = 2) -> NoReturn:

@@ -7,8 +7,8 @@ from typing import Any
 from rora_theory.data import showing
 from rora_theory.data.batches import Examples
 from rora_theory.data.records import RecordSet
+from rora_theory.runs.folder import RunFolder
 from sims.common import cli, tables
-from sims.common.run_folder import RunFolder
 
 FILE = "prompts.jsonl"
 KEPT = 3

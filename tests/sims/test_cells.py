@@ -13,10 +13,10 @@ import pytest
 
 from rora_theory import files
 from rora_theory.errors import InputError
-from rora_theory.run_files import CELLS, finished, key_of
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import CELLS, finished, key_of
 from sims.common import cells, cli
 from sims.common.cells import in_process, run_cells
-from sims.common.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rora_theory import frames
 from rora_theory.llama import load
 from rora_theory.llama.weights import save_hf
 from rora_theory.measure import rank_check
-from rora_theory.run_files import CELLS
+from rora_theory.runs.reading import CELLS
 from sims import coordinate_check as sim
 
 ARGUMENTS = (

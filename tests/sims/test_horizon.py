@@ -6,7 +6,7 @@ import pytest
 from support import checkpoint
 
 from rora_theory import frames
-from rora_theory.run_files import CELLS
+from rora_theory.runs.reading import CELLS
 from sims import horizon as sim
 
 LRS = ("1e-3", "1e-2", "1e-1")

@@ -24,7 +24,8 @@ from rora_theory.llama import hub
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.rank_check import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig, PairConfig
-from rora_theory.run_files import as_json
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import as_json
 from rora_theory.sweep import trained_runs
 from sims import (
     coordinate_check,
@@ -38,7 +39,6 @@ from sims import (
     transfer,
     variance_sweep,
 )
-from sims.common.run_folder import RunFolder
 
 
 class Opened(Exception):  # noqa: N818 (a way out, not an error)

@@ -9,7 +9,7 @@ import pytest
 
 from figures import lr_transfer as figure
 from figures import style
-from rora_theory.run_files import CELLS
+from rora_theory.runs.reading import CELLS
 from rora_theory.stats.rate_curves import COLUMNS
 from rora_theory.sweep import trained_runs
 from rora_theory.toy import dynamics

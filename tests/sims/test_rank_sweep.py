@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,12 +21,12 @@ from rora_theory.evaluate.scoring import Sample, Scoring
 from rora_theory.finetune import Metrics, Record, tokenize
 from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.llama import load
-from rora_theory.run_files import CELLS, finished, key_of
+from rora_theory.runs import lock as folder_lock
+from rora_theory.runs.reading import CELLS, finished, key_of
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results, trained_runs
 from rora_theory.sweep.workbench import Measured, Workbench
 from sims import rank_sweep
-from sims.common import disk
 
 PLAIN = (
     "--batch-size 4 --steps 3 --warmup 1 --widths 1 --held-out 6 --train-records 12 --dropout 0 "
@@ -335,8 +336,8 @@ def test_a_folder_has_one_driver(model, data, tmp_path, capsys) -> None:
     """The second is told who the first is; nothing of the first's is touched."""
     out = tmp_path / "m"
     rank_sweep.main(command(model, data, out, *FOUR))
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != disk.LOCK}
-    lock = disk.take(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != folder_lock.LOCK}
+    lock = folder_lock.take(out)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         rank_sweep.main(command(model, data, out, *FOUR, "--ranks", "4"))
@@ -345,8 +346,10 @@ def test_a_folder_has_one_driver(model, data, tmp_path, capsys) -> None:
     assert re.search(r"is in use by process \d+ on \S+ since \d{4}-", said)
     rank_sweep.main(command(model, data, out, *FOUR, "--list"))
     assert capsys.readouterr().out.count(" done") == 5, "it may be looked at"
-    disk.let_go(lock)
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != disk.LOCK}
+    os.close(lock)
+    assert before == {
+        path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != folder_lock.LOCK
+    }
 
 
 @pytest.mark.usefixtures("quick")

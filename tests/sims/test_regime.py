@@ -23,7 +23,7 @@ from rora_theory.measure.model_layers import real_tokens, record
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regime_tables import JudgeConfig
-from rora_theory.run_files import CELLS
+from rora_theory.runs.reading import CELLS
 from rora_theory.theory import laws
 from sims import regime
 from sims.common import cli

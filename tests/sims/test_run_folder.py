@@ -13,10 +13,11 @@ import pytest
 from rora_theory import files, seals, software
 from rora_theory.errors import InputError
 from rora_theory.journal import Journal
-from rora_theory.run_files import CELLS
-from sims.common import cli, disk
+from rora_theory.runs import lock as folder_lock
+from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.reading import CELLS
+from sims.common import cli
 from sims.common.cells import run_cells
-from sims.common.run_folder import RunFolder
 
 
 def opened(path: Path, **config) -> RunFolder:
@@ -89,7 +90,7 @@ def test_lines_of_another_run_are_refused_and_a_cut_end_is_dropped(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from sims.common.run_folder import RunFolder
+from rora_theory.runs.folder import RunFolder
 RunFolder.open("sweep", {"rank": 4}, out=Path(sys.argv[1]))
 print("open", flush=True)
 time.sleep(float(sys.argv[2]))
@@ -123,13 +124,13 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
 def test_a_run_that_ended_while_this_one_waited_is_gone_on_from(tmp_path, monkeypatch):
     """Looked at before the lock, the folder was empty; by the time it is held, another process has done a part."""
     opened(tmp_path / "other").finish()
-    real = disk.take
+    real = folder_lock.take
 
     def take(folder: Path) -> int:
         (folder / "manifest.json").write_bytes((tmp_path / "other" / "manifest.json").read_bytes())
         return real(folder)
 
-    monkeypatch.setattr(disk, "take", take)
+    monkeypatch.setattr(folder_lock, "take", take)
     folder = opened(tmp_path / "run")
     assert folder.resumed
     folder.finish()
@@ -147,7 +148,7 @@ def test_a_folder_that_is_no_run_gets_nothing(tmp_path):
     (tmp_path / "thesis" / "text").write_text("mine")
     other = opened(tmp_path / "run")
     other.finish()
-    (tmp_path / "run" / disk.LOCK).unlink()
+    (tmp_path / "run" / folder_lock.LOCK).unlink()
     for path, said in (
         (tmp_path / "thesis", "holds files but no manifest"),
         (tmp_path / "run", "rank there 4, here 5"),

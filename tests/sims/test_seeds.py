@@ -13,9 +13,9 @@ import pytest
 
 import sims
 from rora_theory import InputError
+from rora_theory.runs.folder import RunFolder
 from rora_theory.seeds import COUNT, check_seed
 from sims.common import cli
-from sims.common.run_folder import RunFolder
 
 WORK = {"finetune": "finetune", "rank_sweep": "sweep", "transfer": "main"}
 """A command's function of its configuration, where it is not ``run``."""

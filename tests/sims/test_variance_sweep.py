@@ -16,7 +16,7 @@ from figures import exponent_map, layers_vs_rank, norm_vs_rank, style
 from rora_theory import frames
 from rora_theory.measure import layer_grid
 from rora_theory.paper import simulation
-from rora_theory.run_files import CELLS
+from rora_theory.runs.reading import CELLS
 from rora_theory.theory import laws
 from sims import variance_sweep
 

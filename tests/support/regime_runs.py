@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from rora_theory import frames
 from rora_theory.measure import regime_tables
-from sims.common.run_folder import RunFolder
+from rora_theory.runs.folder import RunFolder
 
 
 def write(path: Path) -> Path:
@@ -20,6 +21,6 @@ def write(path: Path) -> Path:
         for init in ("kaiming_uniform", "gaussian")
         for split in ("train", "heldout")
     ]  # fmt: skip
-    folder.write_rows(regime_tables.CROSSING_COLUMNS, rows, regime_tables.CROSSINGS)
+    folder.write_frame(frames.of(rows, regime_tables.CROSSING_COLUMNS), regime_tables.CROSSINGS)
     folder.finish()
     return folder.path

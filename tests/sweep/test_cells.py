@@ -9,7 +9,7 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig
-from rora_theory.run_files import key_of
+from rora_theory.runs.reading import key_of
 from rora_theory.sweep.cells import Cell, cells_of, stand_ins, training_of
 from rora_theory.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
 

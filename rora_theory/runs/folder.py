@@ -2,22 +2,25 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rora_theory import digests, files, frames, seals, software
 from rora_theory.errors import InputError
-from rora_theory.run_files import as_json, check_files, read_manifest
-from sims.common import disk
+from rora_theory.runs import lock
+from rora_theory.runs.reading import as_json, check_files, read_manifest
 
 if TYPE_CHECKING:
     import pandas as pd
 
+
+logger = logging.getLogger(__name__)
 
 _open: "dict[Path, RunFolder]" = {}
 """Folders that this process owns now."""
@@ -46,9 +49,9 @@ class RunFolder:
       resumed: whether it held an earlier part of the same run.
     """
 
-    def __init__(self, path: Path, identity: str, manifest: dict[str, Any], lock: int, *, resumed: bool) -> None:
+    def __init__(self, path: Path, identity: str, manifest: dict[str, Any], held: int, *, resumed: bool) -> None:
         self.path, self.identity, self.resumed = path, identity, resumed
-        self._manifest, self._lock = manifest, lock
+        self._manifest, self._lock = manifest, held
         self._written: dict[str, str] = {}
 
     @classmethod
@@ -64,7 +67,7 @@ class RunFolder:
     ) -> "RunFolder":
         """Open or make the folder of a run, own it, and write its manifest with status ``running``.
 
-        A run that goes on with other versions than it was begun with says so on standard error.
+        A run that goes on with other versions than it was begun with says so by a warning of `logging`.
 
         Args:
           name: the experiment, ``results/NAME``.
@@ -82,12 +85,16 @@ class RunFolder:
         plain = as_json(config)
         identity = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
         path = Path(out) if out is not None else Path("results") / name / identity
-        make_folder(path)
+        files.check_folder(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be made ({error.strerror}); accepted is a writable folder") from error
         if stale := _open.get(path.resolve()):  # this process's own, left by an error
             stale._let_go()
         later = as_json(dict(grows or {}))
         _earlier(path, name, plain, later)  # before anything is written into a folder that may not be this run's
-        lock = disk.take(path)
+        held = lock.take(path)
         try:
             manifest = _earlier(path, name, plain, later)
             resumed = manifest is not None
@@ -96,10 +103,10 @@ class RunFolder:
             here = software.circumstances()
             if manifest is None:
                 manifest = {"experiment": name, "run_id": identity, "config": later | plain, "seed": seed}
-                manifest |= {"start": disk.now(), "sessions": []}
+                manifest |= {"start": lock.now(), "sessions": []}
             else:
                 if changed := software.differences((manifest["sessions"] or [here])[-1], here):
-                    print(f"note: {path} goes on with {changed}; its manifest.json names both", file=sys.stderr)
+                    logger.warning("%s goes on with %s; its manifest.json names both", path, changed)
                 manifest.pop("error", None)
                 for session in manifest["sessions"]:
                     session["status"] = session["status"].replace("running", "killed")
@@ -107,12 +114,12 @@ class RunFolder:
             manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | here
             manifest |= as_json(dict(extra or {}))
             manifest.setdefault("files", {})
-            session = {"start": disk.now(), "end": None, "status": "running", "command": sys.argv[1:]}
+            session = {"start": lock.now(), "end": None, "status": "running", "command": sys.argv[1:]}
             manifest["sessions"].append(session | {"process": os.getpid(), "host": platform.node()} | here)
-            folder = cls(path, identity, manifest, lock, resumed=resumed)
+            folder = cls(path, identity, manifest, held, resumed=resumed)
             folder._write_manifest()
         except BaseException:
-            disk.let_go(lock)
+            os.close(held)
             raise
         _open[path.resolve()] = folder
         return folder
@@ -125,7 +132,7 @@ class RunFolder:
     def finish(self, status: str = "complete", **entries: Any) -> None:
         """Mark the run as ended, with its end time and its files' digests, and give the folder back."""
         self._manifest["files"] |= self._written
-        end = {"status": status, "end": disk.now()}
+        end = {"status": status, "end": lock.now()}
         self._manifest["sessions"][-1] |= end
         self.update(**end, **entries)
         self._let_go()
@@ -184,27 +191,14 @@ class RunFolder:
         """Write a table whole, floats with every digit, see `rora_theory.frames`."""
         return self.write(name, frames.to_csv(frame))
 
-    def write_rows(self, columns: Sequence[str], rows: Iterable[Mapping[Any, Any]], name: str = "results.csv") -> Path:
-        """`write_frame` of the frame that `frames.of` makes of some rows."""
-        return self.write_frame(frames.of(rows, columns), name)
-
     def _let_go(self) -> None:
         if _open.get(self.path.resolve()) is self:
             del _open[self.path.resolve()]
-            disk.let_go(self._lock)
+            os.close(self._lock)
 
     def _write_manifest(self) -> None:
         sealed = seals.seal(self._manifest)
         files.write_whole(self.path / "manifest.json", json.dumps(sealed, indent=2, sort_keys=True) + "\n")
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder to write to. Raises `InputError` where that can't be."""
-    files.check_folder(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made ({error.strerror}); accepted is a writable folder") from error
 
 
 def _earlier(path: Path, name: str, config: Any, grows: Mapping[str, Any]) -> dict[str, Any] | None:

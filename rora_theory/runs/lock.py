@@ -16,7 +16,7 @@ LOCK = ".lock"
 
 
 def take(folder: Path) -> int:
-    """Make this process the owner of a folder, until `let_go` or its end.
+    """Make this process the owner of a folder, until it closes the lock or ends.
 
     Returns:
       the open lock.
@@ -55,11 +55,6 @@ def _owner(lock: Path) -> str:
             return f"process {who['process']} on {who['host']} since {who['since']}"
         time.sleep(0.01)
     return "another process"
-
-
-def let_go(descriptor: int) -> None:
-    """Give a folder back."""
-    os.close(descriptor)
 
 
 def now() -> str:
