@@ -655,6 +655,17 @@ def speed_finetune() -> str:
     return table(["", "here", "torch + peft", "ratio"], rows)
 
 
+@block("speed.intel")
+def speed_intel() -> str:
+    rows = []
+    for name, file in (("as it was", "before"), ("as it is", "benchmark")):
+        found = read(f"finetune_speed_intel/{file}.json")["tokens"]
+        ours, peer = (found[side]["tokens_per_second"] for side in ("ours", "peer"))
+        memory = f"{found['memory_ratio']:.2f}"
+        rows.append([name, f"{ours:.0f}", f"{peer:.0f}", f"{ours / peer:.2f}", memory])
+    return table(["LoRA r = 8, 4 x 256 tokens", "here: tokens/s", "torch + peft", "ratio", "memory ratio"], rows)
+
+
 @block("speed.machine")
 def speed_machine() -> str:
     machine = read("finetune_speed/benchmark.json")["machine"]
