@@ -44,6 +44,12 @@ def main() -> None:
 
         cli.tell_versions()
         return
+    if name == "__print_completion":
+        from sims.common import cli, completion
+
+        every = {each: names(each) for each in ("sims", ROOM)}
+        cli.run(lambda: print(completion.script(" ".join(words[1:]), every)))
+        return
     if name not in commands:
         known = ", ".join(commands) + (f", {ROOM}" if package == "sims" else "")
         print(f"error: {words[0]} is no command; accepted are {known}", file=sys.stderr)

@@ -35,6 +35,9 @@ SHARED: Any = (
 )
 """Options of every command beside its own."""
 
+FORM = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.SuppressFixed)
+"""How options are named: without the names of the dataclasses that they are in."""
+
 PROGRAM: str | None = None
 """What the process was started as, for ``--help``; None is ``python -m NAME``."""
 
@@ -94,6 +97,11 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
     return found
 
 
+def whole(config: type) -> Any:
+    """A command's options and the shared ones as one dataclass, so that they stand in one list."""
+    return dataclasses.make_dataclass(config.__name__, SHARED, bases=(config,), frozen=True, kw_only=True)
+
+
 def tell_versions() -> None:
     """Print the versions of the package and of what its results depend on."""
     print(", ".join(" ".join(one) for one in software.versions().items()))
@@ -105,8 +113,6 @@ def _parse(config: Any, words: Sequence[str], description: str) -> Any:
     said = io.StringIO()
     shown = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8")
     asked = {"-h", "--help"} & set(words)
-    # The command's options and these two are one dataclass, so that they stand in one list.
-    whole = dataclasses.make_dataclass(config.__name__, SHARED, bases=(config,), frozen=True, kw_only=True)
     try:
         with (
             _columns(Console().width if asked else _WIDE),
@@ -114,11 +120,11 @@ def _parse(config: Any, words: Sequence[str], description: str) -> Any:
             contextlib.redirect_stdout(shown),
         ):
             found: Any = tyro.cli(
-                whole,
+                whole(config),
                 prog=PROGRAM or (f"python -m {spec.name}" if spec else None),
                 args=words,
                 description=description,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
+                config=FORM,
             )
     except SystemExit as stop:
         if not stop.code:

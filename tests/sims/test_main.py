@@ -1,5 +1,8 @@
 """One name for all commands: what it lists, hands over and refuses."""
 
+import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -52,3 +55,33 @@ def test_what_is_no_command_is_refused_by_name(monkeypatch, capsys) -> None:
     assert "error: transfre is no command; accepted are" in capsys.readouterr().err
     run(monkeypatch, "--version")
     assert capsys.readouterr().out.startswith("rora-theory ")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash, to complete in")
+def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -> None:
+    """As bash asks: words so far, of which the last is begun."""
+    run(monkeypatch, "--print-completion", "bash")
+    script = tmp_path / "rora.bash"
+    script.write_text(capsys.readouterr().out)
+    asked = {
+        ("",): {*main.names("sims"), "figures"},
+        ("tra",): {"transfer", "training_dynamics"},
+        ("transfer", "--optimizer", ""): {"sgd", "momentum", "adam", "adamw"},
+        ("rank_sweep", "--desig"): {"--design"},  # its description has more than one line
+        ("figures", "norm_vs_rank", "--ou"): {"--out"},
+        ("variance_sweep", "--conf"): {"--config"},
+    }
+    lines = [f"source {script}"]
+    for words in asked:
+        lines += [f"COMP_WORDS=(rora {' '.join(map(shlex.quote, words))}) COMP_CWORD={len(words)} COMPREPLY=()"]
+        lines += ["_tyro_rora", 'echo "${COMPREPLY[@]}"']
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    found = [set(line.split()) - {"-h", "--help"} for line in done.stdout.splitlines()]
+    assert found == list(asked.values())
+    run(monkeypatch, "--print-completion", "zsh")
+    assert capsys.readouterr().out.startswith("#compdef rora")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--print-completion", "fish")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --print-completion is fish; accepted are bash, zsh\n"
