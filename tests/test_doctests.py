@@ -50,7 +50,7 @@ def test_the_page_of_examples(tmp_path: Path) -> None:
     assert not failed
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("page", ["README.md"])
 def test_the_lines_that_a_newcomer_copies(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parents[1] / page).read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)

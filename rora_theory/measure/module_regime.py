@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,11 +31,15 @@ from rora_theory.measure.regime_tables import (
     TOKEN_COLUMNS,
     TOKENS,
 )
+from rora_theory.optimizers import WORDS
 from rora_theory.rules import check_ranks, check_rules, name_of
 from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.theory import horizon
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
+
+Split = Literal["train", "heldout"]
+"""Tokens at which a module is read: of the batch that gave the gradient, or of text that it does not contain."""
 
 TAKEOVER_RANKS = (8, 32, 128)
 """Ranks whose takeover distance is told."""
@@ -164,6 +168,34 @@ class Regime:
         found = [[row for part in table for row in part] for table in zip(*parts, strict=True)]
         crossings, results, takeover, tokens = map(frames.of, found, columns)
         return cls(crossings, results, takeover, tokens, training_loss, heldout_loss)
+
+    def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
+        """From which rank on the signal leads, in words.
+
+        Raises:
+          InputError: nothing was measured of them.
+        """
+        rows = self.crossings_of(optimizer, init, split)
+        pooled, token = rows["crossing_rank"].astype(float), rows["median"].astype(float).median()
+        read = {"train": "tokens that were trained on", "heldout": "held-out tokens"}[split]
+        return (
+            f"The signal leads above rank {pooled.median():.3g} ({WORDS[optimizer]}, {init}, {read}): the median of "
+            f"{len(rows)} modules' crossing ranks, which go from {pooled.min():.3g} to {pooled.max():.3g}; a typical "
+            f"token's is {token:.3g}."
+        )
+
+    def crossings_of(self, optimizer: Optimizer, init: Init, split: Split) -> pd.DataFrame:
+        """The rows of `crossings` of one optimizer, law of A and split.
+
+        Raises:
+          InputError: nothing was measured of them.
+        """
+        wanted = {"optimizer": optimizer, "init": init, "split": split}
+        rows = self.crossings[(self.crossings[list(wanted)] == list(wanted.values())).all(axis=1)]
+        if rows.empty:
+            said = ", ".join(f"{name} {value}" for name, value in wanted.items())
+            raise InputError(f"nothing was measured of {said}; accepted is what the RegimeConfig named")
+        return rows
 
     def files(self) -> dict[str, pd.DataFrame]:
         """The frames by the names of a run's files."""

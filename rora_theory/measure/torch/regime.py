@@ -26,7 +26,7 @@ from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.measure import module_regime
 from rora_theory.measure.layer_data import Layer
-from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig, Split
 from rora_theory.measure.tokens import choose, sample
 from rora_theory.measure.torch import hooks
 from rora_theory.measure.torch.batches import Batch, Loss, Tokens, moved, plain_loss, tokens
@@ -44,7 +44,6 @@ from rora_theory.optimizers import FAMILY
 from rora_theory.scaling import Rule
 from rora_theory.theory.laws import Optimizer
 
-Split = Literal["train", "heldout"]
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
 """No adapter is stepped, and the step's size is predicted at two ranks: Adam's epsilon makes each a law of its own."""
 
@@ -92,11 +91,7 @@ class Measured(Regime):
         Raises:
           InputError: they were not measured for this optimizer and init.
         """
-        wanted = {"optimizer": optimizer, "init": init, "split": split}
-        rows = self.crossings[(self.crossings[list(wanted)] == list(wanted.values())).all(axis=1)]
-        if rows.empty:
-            said = ", ".join(f"{name} {value}" for name, value in wanted.items())
-            raise InputError(f"nothing was measured of {said}; accepted is what the RegimeConfig named")
+        rows = self.crossings_of(optimizer, init, split)
         return dict(zip(rows["module"], rows["linear_term"].astype(float), strict=True))
 
     def takeover_at(self, rank: int, init: Init = "kaiming_uniform") -> float:
