@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gallery  # beside this file
 import numpy as np
 import pandas as pd
 
@@ -739,6 +740,9 @@ def parity_harness() -> str:
         f"{texts} of {items} items differ in text, {choice} of {choices} items in the choice, and {beyond} of "
         f"{requests} log-likelihoods by more than 1e-3"
     )
+
+
+block("gallery")(gallery.markdown)
 
 
 @block("bridge.agreement")

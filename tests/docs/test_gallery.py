@@ -1,0 +1,64 @@
+"""The gallery has every published figure with its command, and the commands are today's."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from sims.common import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def gallery():
+    spec = importlib.util.spec_from_file_location("gallery", ROOT / "docs" / "gallery.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for themselves
+    yield module if spec.loader.exec_module(module) is None else None
+    del sys.modules[spec.name]
+
+
+def test_every_published_figure_is_in_it(gallery) -> None:
+    written = (ROOT / "docs" / "gallery.md").read_text()
+    assert gallery.markdown() in written, "python docs/fill.py writes it anew"
+    shown = re.findall(r"!\[[^]]+\]\((published/[^)]+)\)", written)
+    published = {path.relative_to(ROOT / "results").as_posix() for path in (ROOT / "results/published").rglob("*.png")}
+    assert sorted(shown) == sorted(published)
+    for target in re.findall(r"\]\(([^)]+)\)", written):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_its_commands_have_the_options_of_today(gallery) -> None:
+    parsed = 0
+    for figure in gallery.figures():
+        for words in (figure.redraw, *figure.commands):
+            package, at = ("figures", 3) if words[1] == "figures" else ("sims", 2)
+            config = importlib.import_module(f"{package}.{words[at - 1]}").Config
+            found = cli.parse(config, words[at:], description="")
+            assert dataclasses.is_dataclass(found)
+            parsed += 1
+    assert parsed > 40
+    drawn = {figure.path.stem: figure.drawing for figure in gallery.figures()}
+    assert drawn["regime_takeover"].command == "regime"
+    assert "steps after which A leads under Adam" in drawn["regime_takeover"].caption
+    assert "Slope in the rank" in drawn["training_dynamics_linear_A_exponents"].caption
+    assert drawn["coordinate_check"].caption != drawn["coordinate_check_slopes"].caption
+
+
+def test_a_figure_that_nothing_draws_or_that_has_no_run_is_refused(gallery, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(gallery, "PUBLISHED", tmp_path)
+    (tmp_path / "norm_vs_rank.png").touch()
+    with pytest.raises(ValueError, match=r"norm_vs_rank.png: has no manifest.json beside it"):
+        gallery.figures()
+    (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "variance_sweep"}))
+    assert [figure.drawing.command for figure in gallery.figures()] == ["norm_vs_rank"]
+    (tmp_path / "pie.png").touch()
+    with pytest.raises(
+        ValueError, match=r"pie.png: no command of rora figures draws it; accepted are accuracy_vs_rank"
+    ):
+        gallery.figures()
