@@ -27,7 +27,13 @@ HEAD = (
     "source", "model", "protocol", "rank", "method", "alpha", "params_percent", "learning_rate", "rate_choice", "seeds",
     "diverged", "unparsed",
 )  # fmt: skip
-METHODS = {"base": "none", "prefix": "Prefix", "series": "Series", "parallel": "Parallel"} | {
+METHODS = {
+    "base": "none",
+    "full": "full fine-tuning",
+    "prefix": "Prefix",
+    "series": "Series",
+    "parallel": "Parallel",
+} | {
     "lora": "LoRA",
     "dora": "DoRA",
     "rora": "RoRA",

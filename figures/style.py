@@ -35,6 +35,7 @@ METHODS = {
     "prefix": ("prefix tuning", 5),
     "series": ("series adapter", 10),
     "parallel": ("parallel adapter", 11),
+    "full": ("full fine-tuning", 12),
 }
 """Label, and place in the palette, of every method and every scaling rule that has a name."""
 KAPPAS = {1.0: "lora", 0.5: "rora", 0.25: "quarter"}

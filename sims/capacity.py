@@ -10,7 +10,7 @@ hand; ``--measure`` runs two steps here, on random weights, and sets what they t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import capacity
@@ -29,10 +29,11 @@ class Config:
     model: str | None = None
     """llama-7b, llama-13b, llama2-7b, llama3-8b, sheared-llama-1.3b, mistral-7b, qwen2.5-7b, qwen3-8b, smollm2-135m, or
     a folder with config.json; none is the table of the paper's five"""
-    method: Literal["lora", "rora", "dora"] = "rora"
-    """lora and rora differ by their scaling alone, so they take the same; dora trains magnitudes too"""
+    method: Literal["lora", "rora", "dora", "full"] = "rora"
+    """lora and rora differ by their scaling alone, so they take the same; dora trains magnitudes too; full the weights
+    themselves, in float32, beside the frozen ones that they started from"""
     rank: int = 128
-    """rank of the adapter, on q, k, v, up and down"""
+    """rank of the adapter, on q, k, v, up and down; full, on the same modules, has none"""
     batch_size: int = 16
     """records a step"""
     accumulation: int = 1
@@ -63,10 +64,10 @@ class Config:
 
     def finetune(self) -> FinetuneConfig:
         """The run's own configuration."""
+        low_rank: dict[str, Any] = {"rule": "lora" if self.method == "lora" else "rora", "rank": self.rank}
         return FinetuneConfig(
-            method="dora" if self.method == "dora" else "lora",
-            rule="lora" if self.method == "lora" else "rora",
-            rank=self.rank,
+            method="lora" if self.method == "rora" else self.method,
+            **({} if self.method == "full" else low_rank),
             batch_size=self.batch_size,
             accumulation=self.accumulation,
             dropout=self.dropout,
@@ -122,7 +123,7 @@ def show_table(config: Config, run: FinetuneConfig, device: Device) -> None:
             cells = [name, "yes" if remat else "no", share, *(f"{size / GB:.1f}" for size in sizes)]
             rows.append([*cells, "fits" if fits else "does not fit", f"{seconds:.2f}", *hours(config, seconds)])
     columns = [
-        "model", "remat", "trained %", "base GB", "adapter + Adam GB", "activations GB", "total GB", "verdict",
+        "model", "remat", "trained %", "base GB", "trained + Adam GB", "activations GB", "total GB", "verdict",
         "s a step", *(["whole run"] if config.count_steps() is not None else []),
     ]  # fmt: skip
     tables.print_table(f"{device.name}, {describe(config)}", columns, rows, left=2)
@@ -174,7 +175,8 @@ def hours(config: Config, seconds: float) -> list[str]:
 def describe(config: Config) -> str:
     """The run in words."""
     parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
-    return f"{config.method}, rank {config.rank}, batch {config.batch_size} x {config.seq}{parts}, {config.dtype} base"
+    size = "" if config.method == "full" else f" rank {config.rank},"
+    return f"{config.method},{size} batch {config.batch_size} x {config.seq}{parts}, {config.dtype} base"
 
 
 def basis(config: Config, device: Device) -> str:

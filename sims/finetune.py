@@ -1,9 +1,10 @@
-"""Fine-tune a LLaMA model with LoRA, RoRA, DoRA, prefix tuning, or series or parallel adapters.
+"""Fine-tune a LLaMA model with LoRA, RoRA, DoRA, prefix tuning, series or parallel adapters, or in full.
 
     python -m sims.finetune --model smollm2-135m --data DATA/ARC-Easy/train.json DATA/ARC-Challenge/train.json
 
 The defaults are the published protocol. The run folder holds `metrics.jsonl` (a line a step and a validation),
-`results.csv` (the same as a table), `checkpoints/` and, at the end, `adapter/` in PEFT's format. A run that was
+`results.csv` (the same as a table), `checkpoints/` and, at the end, `adapter/` in PEFT's format (`--method full`:
+`merged/`, a model). A run that was
 stopped or killed goes on where its last checkpoint was, to the same numbers; `python -m figures.loss_curves RUN`
 draws it.
 """
@@ -59,7 +60,8 @@ class Config:
     keep: Literal["best", "last"] = "best"
     """which adapter to write at the end: best by validation loss (as published), or last"""
     merge: bool = False
-    """write merged/ too: the model with the adapter (LoRA, RoRA or DoRA) added in, in Hugging Face layout"""
+    """write merged/ too: the model with the adapter (LoRA, RoRA or DoRA) added in, in Hugging Face layout; with method
+    full it is all that is written"""
     serve_as: Literal["peft", "portable"] = "peft"
     """how to write adapter/: with all of PEFT's entries, or so that clients that know fewer compute the same too"""
     fsdp: int = 1
@@ -76,7 +78,7 @@ class Config:
         check_integer("fsdp", self.fsdp)
         method, mergeable = self.training.method, self.training.adapter().mergeable
         if self.merge and not mergeable:
-            raise InputError(f"merge is True with method {method}; accepted are methods lora, dora")
+            raise InputError(f"merge is True with method {method}; accepted are methods lora, dora, full")
         if self.serve_as == "portable" and method != "lora":
             what = "method lora, or serve_as peft with merge" if mergeable else "serve_as peft"
             raise InputError(f"serve_as is portable with method {method}; accepted is {what}")
@@ -172,11 +174,12 @@ def write(folder: RunFolder, config: Config, kept: Any, model: llama.Model) -> N
         for name in ("adapter", "merged"):
             folder.clear(name)
         folder.update(kept=config.keep, serve_as=config.serve_as)
-    if not folder.holds("adapter"):
+    replaces = config.training.adapter().replaces
+    if not replaces and not folder.holds("adapter"):
         portable = config.serve_as == "portable"
         adapters.save_peft(folder.path / "adapter", kept, base_model=model.origin, portable=portable)
         folder.record("adapter")
-    if config.merge and not folder.holds("merged"):
+    if (config.merge or replaces) and not folder.holds("merged"):
         folder.clear("merged")
         adapters.save_merged(folder.path / "merged", kept, model)
         folder.record("merged")
@@ -198,12 +201,16 @@ def main() -> None:
     """Join the other processes, if there are any, and train."""
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
     several = distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    if several and (config.out is None or config.merge):
-        raise InputError("several processes: accepted is --out, and no --merge (one process can merge afterwards)")
+    if several and (config.out is None or config.merge or config.training.adapter().replaces):
+        raise InputError(
+            "several processes: accepted is --out, no --merge (one process can merge afterwards) and no method full"
+        )
     quiet_writers()
     path = finetune(config)
     if distributed.is_first():
-        print(f"{path}: metrics.jsonl, results.csv, adapter/" + (", merged/" if config.merge else ""))
+        replaces = config.training.adapter().replaces
+        written = ([] if replaces else ["adapter/"]) + (["merged/"] if config.merge or replaces else [])
+        print(f"{path}: {', '.join(['metrics.jsonl', 'results.csv', *written])}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
     python -m sims.horizon --data DATA/*/train.json --ranks 8 128 --strengths 64 724 --lrs 3e-4 1e-3 3e-3
 
 A real model is fine-tuned at every rank, strength gamma r and rate, at a constant rate after a short warm-up, and the
-held-out records are read after each of ``--read-at`` steps of the same run. A cell that is done is not done again:
-further strengths, ranks, rates and seeds extend the folder.
+held-out records are read after each of ``--read-at`` steps of the same run. ``--full-lrs`` trains the same modules in
+full beside them. A cell that is done is not done again: further strengths, ranks, rates and seeds extend the folder.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -45,16 +45,17 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its rank, gamma r, rate and seed, and the steps it is read at."""
+    """One run: its rank, gamma r, rate and seed, and the steps it is read at; full fine-tuning has no rank."""
 
-    rank: int
-    strength: float
+    rank: int | None
+    strength: float | None
     rate: float
     seed: int
     read_at: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"r={self.rank} gamma*r={self.strength:g} lr={self.rate:g} seed={self.seed}"
+        size = "full" if self.rank is None else f"r={self.rank} gamma*r={self.strength:g}"
+        return f"{size} lr={self.rate:g} seed={self.seed}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Config:
     """gamma r of the adapter: gamma is the strength over the rank"""
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """learning rates after the warm-up"""
+    full_lrs: tuple[float, ...] = ()
+    """learning rates of full fine-tuning of the same modules; none is no such run"""
     seeds: tuple[int, ...] = (0,)
     """seeds of initialisation and order"""
     read_at: tuple[int, ...] = (16, 64, 256)
@@ -103,8 +106,9 @@ class Config:
     def __post_init__(self) -> None:
         """Raise `InputError` where a value is out of range."""
         check_ranks(self.ranks, fewest=1)
-        for option, values in (("--strengths", self.strengths), ("--lrs", self.lrs)):
-            check_list(option, values)
+        for option, values in (("--strengths", self.strengths), ("--lrs", self.lrs), ("--full-lrs", self.full_lrs)):
+            if values or option != "--full-lrs":
+                check_list(option, values)
             for value in values:
                 check_positive(option, value)
         check_seeds(self.seeds)
@@ -115,10 +119,11 @@ class Config:
 
     def training(self, cell: Cell) -> FinetuneConfig:
         """The fine-tuning run of a cell."""
+        own: dict[str, Any] = {"method": "full"}
+        if cell.rank is not None:
+            own = {"rule": "lora", "rank": cell.rank, "alpha": cell.strength}
         return FinetuneConfig(
-            rule="lora",
-            rank=cell.rank,
-            alpha=cell.strength,
+            **own,
             lr=cell.rate,
             seed=cell.seed,
             schedule="constant",
@@ -137,6 +142,8 @@ class Config:
         """Every run, a seed after the other."""
         for seed, strength, rank, rate in product(self.seeds, self.strengths, self.ranks, self.lrs):
             yield Cell(rank, strength, rate, seed, self.read_at)
+        for seed, rate in product(self.seeds, self.full_lrs):
+            yield Cell(None, None, rate, seed, self.read_at)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -157,7 +164,7 @@ def run(config: Config) -> None:
         config=config.reading,
     )
     located = {config.model: llama.locate(config.model)}
-    grows = ("ranks", "strengths", "lrs", "seeds", "read_at", "data", "reading", "regime", "out")
+    grows = ("ranks", "strengths", "lrs", "full_lrs", "seeds", "read_at", "data", "reading", "regime", "out")
     identity = {name: value for name, value in asdict(config).items() if name not in grows}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": UNITS, "device": devices.describe(devices.pick(1))}
@@ -197,10 +204,16 @@ def report(
         return
     folder.write_frame(best, "best.csv")
     rows = [
-        (row.step, row.rank, f"{row.strength:g}", f"{row.best_rate:.3g}", f"{row.best_loss:.4f}", row.edge)
-        for row in best.itertuples()
+        (row["step"], *size(row), f"{row['best_rate']:.3g}", f"{row['best_loss']:.4f}", row["edge"] or "")
+        for row in frames.rows(best)
     ]
     tables.print_table("Best rates", ["steps", "rank", "gamma r", "rate", "loss", "edge"], rows, left=0)
+    full = pd.concat([pd.DataFrame(), *(horizons.beside_full(found, step) for step, found in curves.items())])
+    if not full.empty:
+        folder.write_frame(full, "full.csv")
+        heads = ["steps", "rank", "gamma r", "best rate over full's", "verdict"]
+        beside = [(row["step"], *size(row), f"{row['ratio']:.3g}", row["verdict"]) for row in frames.rows(full)]
+        tables.print_table("Beside full fine-tuning", heads, beside, left=0)
     if not takeovers:
         tables.print_text(f"{len(runs)} runs are in {folder.path}; --regime gives the law beside the exponents")
         return
@@ -226,6 +239,11 @@ def report(
     count = found["verdict"].value_counts().to_dict()
     words = ", ".join(f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count)
     tables.print_text(f"The law against {len(runs)} runs: {words}. They are in {folder.path}")
+
+
+def size(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Rank and gamma r in words; full fine-tuning has neither."""
+    return ("full", "") if row["rank"] is None else (str(row["rank"]), f"{row['strength']:g}")
 
 
 def said(found: dict[str, Any], tokens: Sequence[int]) -> str:

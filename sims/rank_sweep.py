@@ -82,7 +82,8 @@ class Config:
     revision: str | None = None
     """branch, tag or commit of a model on the hub"""
     methods: tuple[str, ...] | None = None
-    """any of base prefix series parallel lora dora rora quarter dora-rora; base is the model alone"""
+    """any of base full prefix series parallel lora dora rora quarter dora-rora; base is the model alone, full trains
+    the targets' own weights"""
     ranks: tuple[int, ...] | None = None
     """ranks of the adapter"""
     alpha_rule: AlphaRule | None = None
@@ -91,7 +92,7 @@ class Config:
     """choose each method's rate at the first seed by validation loss, and run the other seeds at it, as tuned_rate"""
     lrs: tuple[float, ...] | None = None
     """peak learning rates; none is the published one of each method: 3e-4, for dora 2e-4 (LLaMA-3: 1e-4), for prefix
-    3e-2; or its grid where they are tuned"""
+    3e-2, for full 2e-5; or its grid where they are tuned"""
     seeds: tuple[int, ...] | None = None
     """seeds of initialisation, order and dropout; methods of one rank and seed share the first two"""
     dtype: BaseDtype | None = None
@@ -105,7 +106,7 @@ class Config:
     """seed of the samples of training and held-out records"""
     training: Training = field(default_factory=Training)
     save_adapters: bool = False
-    """keep each cell's adapter in PEFT's format"""
+    """keep each cell's adapter in PEFT's format; of full, the model"""
 
     accuracy: bool = True
     """score the tasks; without it the losses alone are measured"""

@@ -5,7 +5,8 @@
 For each module: signal, cross-talk and crossing rank r* under SGD and Adam, on the batch itself and on held-out
 records, the predicted rms of the first output change against rank, and the steps after which A leads under Adam. Then
 the judge: adapters are drawn and stepped at every rank, and what they measure must agree with the prediction.
-Held-out tokens that the training batch has with the same beginning, and attention sinks, are left out.
+Held-out tokens that the training batch has with the same beginning, and attention sinks, are left out. `--adapter`
+measures the model with a trained adapter in its weights; of a model trained in full name the folder.
 
 `results.csv` has a row a module, split, optimizer, init, rule and rank; `crossing_ranks.csv` what `sims.transfer
 --regime` reads; `takeover.csv` the distances at which A leads; `tokens.csv` how many tokens were read and left out;
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from rora_theory import adapters
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.data.records import DataConfig, read
@@ -57,6 +59,8 @@ class Config:
     """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     revision: str | None = None
     """branch, tag or commit of a model on the hub"""
+    adapter: Path | None = None
+    """folder of a trained adapter in PEFT's format, added into the weights first: the regime after that training"""
     reading: DataConfig = field(default_factory=DataConfig)
     template: TrainTemplate | None = None
     """prompt: train (the published one), clean, chat (the model's chat template) or plain (the response at once behind
@@ -78,6 +82,8 @@ class Config:
             raise InputError(f"targets is {' '.join(self.targets)!r}; accepted are one or more, each once")
         for layer in self.layers or ():
             check_integer("--layers", layer, least=0)
+        if self.adapter is not None and not self.adapter.is_dir():
+            raise InputError(f"{self.adapter}: is not a folder; accepted is an adapter in PEFT's format")
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ def run(config: Config) -> None:
     places = pick(1)
     model = load(config.model, config.dtype, config.revision)
     cli.tell(model.remarks)
+    if config.adapter is not None:
+        model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
     modules = regimes.chosen(model.config, targets, config.layers)
     prompts.tell(records, template)
@@ -110,6 +118,8 @@ def run(config: Config) -> None:
     identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")}
     if template != "train":
         identity["template"] = template
+    if config.adapter is not None:
+        identity["adapter_sha256"] = adapters.digest(config.adapter)
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(places)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra)

@@ -1,4 +1,4 @@
-"""Adapters of LLaMA models: LoRA, RoRA, DoRA, prefix tuning, series, parallel; and PEFT's file format."""
+"""Adapters of LLaMA models: LoRA, RoRA, DoRA, prefix tuning, series, parallel; trained weights; PEFT's file format."""
 
 from rora_theory.adapters.base import (
     AdapterConfig,
@@ -14,6 +14,7 @@ from rora_theory.adapters.base import (
     unmerge,
 )
 from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
+from rora_theory.adapters.full import FullAdapter, FullConfig
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, norms
 from rora_theory.adapters.merged import merged, save_merged
 from rora_theory.adapters.peft import digest, load_peft, rewrite_portable, save_peft
@@ -23,6 +24,8 @@ __all__ = [
     "AdapterConfig",
     "BottleneckAdapter",
     "BottleneckConfig",
+    "FullAdapter",
+    "FullConfig",
     "LoraAdapter",
     "LoraConfig",
     "PrefixAdapter",

@@ -6,6 +6,7 @@ and that training, merging and reporting handle through the methods below. A new
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -38,6 +39,8 @@ class TrainableAdapter(Adapter, Protocol):
 
     @property
     def params(self) -> Any: ...
+    @property
+    def config(self) -> "AdapterConfig": ...
     def replace(self, params: Any) -> "TrainableAdapter": ...
     def merge(self, params: Params) -> Params: ...
     def unmerge(self, params: Params, norms: Norms | None = None) -> Params: ...
@@ -49,11 +52,14 @@ class TrainableAdapter(Adapter, Protocol):
 class AdapterConfig(Protocol):
     """A frozen, hashable description of an adapter, before there is a model.
 
-    ``mergeable``: whether weights of a plain model can compute what the base with the adapter does.
+    ``mergeable``: whether weights of a plain model can compute what the base with the adapter does. ``replaces``:
+    whether its parameters take the place of weights, so that there is nothing beside the model to write.
     """
 
     @property
     def mergeable(self) -> bool: ...
+    @property
+    def replaces(self) -> bool: ...
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter: ...
     def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]: ...
 
@@ -109,8 +115,16 @@ def count(adapter: TrainableAdapter) -> int:
 
 def share(adapter: TrainableAdapter, params: Params) -> float:
     """Trainable parameters over all, the base's and the adapter's, as PEFT and the published tables count."""
-    own = adapter.count()
-    return own / (own + sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)))
+    own, base = adapter.count(), sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    return own / (base if adapter.config.replaces else own + base)
+
+
+def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:
+    """A model's parameters with other weights of some modules, ``{module: [layers, out, in]}``."""
+    layers = {**params["layers"]}
+    for name, weight in weights.items():
+        layers[name] = {**layers[name], "weight": weight}
+    return {**params, "layers": layers}
 
 
 def table(adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None) -> tuple[Row, ...]:

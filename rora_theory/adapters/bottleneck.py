@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory.adapters.base import Norms, Params, Row
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import init_a
-from rora_theory.adapters.targets import full_name, layer_text, matched
+from rora_theory.adapters.targets import in_all_layers, layer_text
 from rora_theory.adapters.widen import widen
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
@@ -86,6 +86,7 @@ class BottleneckConfig:
     init: Init = "bert"
 
     mergeable: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", Init)):
@@ -110,19 +111,7 @@ class BottleneckConfig:
           InputError: a name that matches nothing, or not in every layer.
         """
         assert self.target_modules is not None
-        chosen = set(matched(llama_config, self.target_modules, None))
-        count = llama_config.num_hidden_layers
-        found = []
-        for module in MODULES:
-            layers = [layer for layer in range(count) if full_name(layer, module) in chosen]
-            if layers and len(layers) < count:
-                raise InputError(
-                    f"target_modules choose {module} in layers {layer_text(layers)} of {count}; accepted for a "
-                    f"{self.placement} adapter is a module in all layers"
-                )
-            if layers:
-                found.append(module)
-        return tuple(found)
+        return in_all_layers(llama_config, self.target_modules, f"a {self.placement} adapter")
 
     def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]:
         """See `base.table`."""

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.adapters import dora
-from rora_theory.adapters.base import Norms, Params, Row
+from rora_theory.adapters.base import Norms, Params, Row, with_weights
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import INITS, Init, init_a
 from rora_theory.adapters.targets import Target, layer_text, resolve
@@ -61,6 +61,7 @@ class LoraConfig:
     use_dora: bool = False
 
     mergeable: ClassVar[bool] = True
+    replaces: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", _as_float(self.alpha))
@@ -176,7 +177,7 @@ class LoraAdapter:
 
     def merge(self, params: Params) -> Params:
         """See `base.merge`."""
-        return _with_weights(params, _merged(self, params))
+        return with_weights(params, _merged(self, params))
 
     def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
         """See `base.unmerge`.
@@ -187,7 +188,7 @@ class LoraAdapter:
         """
         if self.config.use_dora and norms is None:
             raise InputError("norms is None for a DoRA adapter; accepted is norms(adapter, params) of before the merge")
-        return _with_weights(params, _unmerged(self, params, norms))
+        return with_weights(params, _unmerged(self, params, norms))
 
     def count(self) -> int:
         """See `base.count`."""
@@ -275,13 +276,6 @@ def _delta(tensors: dict[str, Array]) -> Float[Array, "o i"]:
 
 def _factor(tensors: dict[str, Array], norm: Float[Array, " o"]) -> Float[Array, "o 1"]:
     return dora.factor(tensors["lora_magnitude_vector"], norm, tensors["scaling"] > 0)[:, None]
-
-
-def _with_weights(params: Params, weights: dict[str, Array]) -> Params:
-    layers = {**params["layers"]}
-    for name, weight in weights.items():
-        layers[name] = {**layers[name], "weight": weight}
-    return {**params, "layers": layers}
 
 
 def _rows(config: LoraConfig, targets: Sequence[Target]) -> tuple[Row, ...]:

@@ -75,6 +75,8 @@ def save_peft(
       InputError: ``folder`` is a file or can't be written (a full disk); no part of a file is left. With ``portable``,
         an adapter that has no such form: DoRA, and what is not LoRA.
     """
+    if adapter.config.replaces:
+        raise InputError(f"{folder}: trained weights are no adapter; accepted is the whole model, by save_merged")
     folder = Path(folder)
     base = base_model.base if isinstance(base_model, Located) else base_model
     if isinstance(adapter, LoraAdapter):

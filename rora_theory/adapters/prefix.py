@@ -48,6 +48,7 @@ class PrefixConfig:
     init: PrefixInit = "normal"
 
     mergeable: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_integer("virtual_tokens", self.virtual_tokens)

@@ -141,6 +141,27 @@ def matched(
     return kept
 
 
+def in_all_layers(llama_config: LlamaConfig, target_modules: Sequence[str], what: str) -> tuple[str, ...]:
+    """The modules that ``target_modules`` choose, in the order of `MODULES`, for ``what`` has them in all layers.
+
+    Raises:
+      InputError: a name that matches nothing, or not in every layer.
+    """
+    chosen = set(matched(llama_config, target_modules, None))
+    count = llama_config.num_hidden_layers
+    found = []
+    for module in MODULES:
+        layers = [layer for layer in range(count) if full_name(layer, module) in chosen]
+        if layers and len(layers) < count:
+            raise InputError(
+                f"target_modules choose {module} in layers {layer_text(layers)} of {count}; accepted for {what} is a "
+                "module in all layers"
+            )
+        if layers:
+            found.append(module)
+    return tuple(found)
+
+
 def known_names(llama_config: LlamaConfig, modules: Sequence[str]) -> tuple[str, ...]:
     """Those of ``modules`` that name a module of the model, whole or from a dot on."""
     layers = range(llama_config.num_hidden_layers)

@@ -4,7 +4,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from rora_theory.adapters import AdapterConfig, BottleneckConfig, LoraConfig, PrefixConfig
+from rora_theory.adapters import AdapterConfig, BottleneckConfig, FullConfig, LoraConfig, PrefixConfig
 from rora_theory.adapters import bottleneck as bottlenecks
 from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.adapters.lora import PAPER_TARGETS
@@ -14,18 +14,20 @@ from rora_theory.llama.model import REMATS
 from rora_theory.scaling import Rule, check_integer, check_positive
 from rora_theory.seeds import check_seed
 
-Method = Literal["lora", "dora", "prefix", "series", "parallel"]
+Method = Literal["lora", "dora", "prefix", "series", "parallel", "full"]
 LossOn = Literal["all", "answer"]
 BaseDtype = Literal["float32", "bfloat16"]
 Schedule = Literal["linear", "constant"]
 
-LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4, "prefix": 3e-2, "series": 3e-4, "parallel": 3e-4}
-"""Peak learning rates of the published LLaMA-7B runs, by method. RoRA's is not recorded: LoRA's stands for it."""
+LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4, "prefix": 3e-2, "series": 3e-4, "parallel": 3e-4, "full": 2e-5}
+"""Peak learning rates of the published LLaMA-7B runs, by method. RoRA's is not recorded: LoRA's stands for it. Full
+fine-tuning is not among those runs: its rate is that of Stanford Alpaca's recorded command (Taori et al. 2023)."""
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "lora": PAPER_TARGETS,
     "dora": PAPER_TARGETS,
     "prefix": (),
+    "full": PAPER_TARGETS,
     **bottlenecks.TARGETS,
 }
 """Published modules, by method."""
@@ -34,7 +36,7 @@ _LOW_RANK, _BOTTLENECK = ("lora", "dora"), ("series", "parallel")
 _ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init"), _LOW_RANK),
     **dict.fromkeys(("bottleneck", "non_linearity"), _BOTTLENECK),
-    "targets": (*_LOW_RANK, *_BOTTLENECK),
+    "targets": (*_LOW_RANK, *_BOTTLENECK, "full"),
     "virtual_tokens": ("prefix",),
 }
 """Settings that not all methods have, and the methods that do."""
@@ -50,7 +52,8 @@ class FinetuneConfig:
 
     method: Method = "lora"
     """lora, or dora: a trained magnitude a row beside the low-rank update; either goes with either rule. prefix:
-    trained keys and values; series, parallel: bottlenecks in line with a module or beside it"""
+    trained keys and values; series, parallel: bottlenecks in line with a module or beside it; full: the targets'
+    own weights"""
     rule: Rule = "rora"
     """scaling alpha / rank**kappa: lora (kappa 1), rora (1/2; rslora is the same) or kappa itself"""
     rank: int = 32
@@ -58,14 +61,15 @@ class FinetuneConfig:
     alpha: float = 64.0
     """strength of the adapter, before the rule divides it"""
     targets: tuple[str, ...] | None = None
-    """adapted modules; none is the published scripts': q, k, v, up and down_proj (lora, dora), up and gate_proj
+    """adapted modules; none is the published scripts': q, k, v, up and down_proj (lora, dora, full), up and gate_proj
     (series), up and down_proj (parallel)"""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """rank of the modules a regular expression matches, where it differs"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """alpha of the modules a regular expression matches, where it differs"""
     dropout: float = 0.05
-    """dropout of the adapter's input; a prefix has none, and LLM-Adapters' series and parallel adapters are run at 0"""
+    """dropout of the adapter's input; a prefix and full have none, LLM-Adapters' series and parallel adapters are run
+    at 0"""
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
     """initialisation of lora_A; lora_B begins at zero"""
     virtual_tokens: int = 10
@@ -96,7 +100,7 @@ class FinetuneConfig:
     accumulation: int = 1
     """parts a batch is worked in, one after another, to save memory"""
     lr: float | None = None
-    """peak learning rate; none is the protocol's: 3e-4, for dora 2e-4, for prefix 3e-2"""
+    """peak learning rate; none is the protocol's: 3e-4, for dora 2e-4, for prefix 3e-2, for full 2e-5"""
     warmup: int = 100
     """steps of linear warm-up from 0"""
     schedule: Schedule = "linear"
@@ -117,7 +121,7 @@ class FinetuneConfig:
     seed: int = 42
     """seed of the validation split, the order, the initialisation and the dropout"""
     dtype: BaseDtype = "float32"
-    """type of the frozen base weights; adapter and optimizer state are always float32"""
+    """type of the frozen base weights; what is trained and the optimizer state are always float32"""
     remat: bool | Literal["mlp"] = False
     """made again in the backward pass, to save memory: False elementwise work, mlp the feed-forward too, True all"""
 
@@ -190,6 +194,8 @@ class FinetuneConfig:
         """The adapter's own configuration."""
         if self.method == "prefix":
             return PrefixConfig(self.virtual_tokens)
+        if self.method == "full":
+            return FullConfig(self.modules)
         if self.method in ("series", "parallel"):
             return BottleneckConfig(
                 self.method,

@@ -2,7 +2,8 @@
 
 A mesh has two axes. Along ``"data"`` the base weights are whole on every device; along ``"fsdp"`` they are
 split, and the compiler gathers each layer's just before it is used (Rajbhandari et al. 2020, "ZeRO", stage 3).
-The batch is split along both. The adapter and its optimizer state, a hundredth of the base, are whole everywhere.
+The batch is split along both. The adapter and its optimizer state, a hundredth of the base, are whole everywhere;
+weights that are trained themselves, and their optimizer state, are split as the base is.
 Everything else is JAX's: arrays carry their `NamedSharding`, and one jitted step serves any mesh.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from rora_theory.adapters.base import TrainableAdapter
+from rora_theory.adapters.base import AdapterConfig, TrainableAdapter
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.llama import LlamaConfig, abstract_params
@@ -122,7 +123,8 @@ class Layout:
         return self._tree(params)
 
     def state_shardings(self, state: Any) -> Any:
-        """The tree of shardings of a training state: whole everywhere but for adapter tensors' ``rank``."""
+        """The tree of shardings of a training state: whole everywhere but for adapter tensors' ``rank`` and
+        for trained weights, which lie as the base's."""
         return self._tree(state)
 
     def params(self, params: Any) -> Any:
@@ -192,6 +194,10 @@ class Gathered:
     @property
     def params(self) -> Any:
         return self._adapter.params
+
+    @property
+    def config(self) -> AdapterConfig:
+        return self._adapter.config
 
     def replace(self, params: Any) -> "Gathered":
         return Gathered(self._adapter.replace(params), self._layout)

@@ -142,7 +142,7 @@ def training_of(
     Args:
       design: whose rule for alpha and dtype it has.
       shared: everything else, but what changes no result. Its targets and dropout are those of methods with a rank; the
-        others have their published modules and no dropout.
+        others have their published modules, full fine-tuning these targets, and no dropout.
       method, rank, rate, seed: the cell's; no rank for a method that has none.
 
     Raises:
@@ -150,7 +150,8 @@ def training_of(
     """
     own: dict[str, Any] = {"lr": rate, "seed": seed, "dtype": design.dtype} | dict(METHODS[method].settings)
     if rank is None:
-        own |= {"targets": None, "dropout": 0.0}
+        # Full fine-tuning is beside the adapters of the same modules; the others have their own.
+        own |= {"targets": shared.modules if own["method"] == "full" else None, "dropout": 0.0}
     else:
         alpha = 2.0 * rank if design.alpha_rule == "2r" else shared.alpha
         own |= {"rank": rank, "alpha": alpha, "targets": shared.modules}

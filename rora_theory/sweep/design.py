@@ -32,6 +32,7 @@ METHODS = {
     "prefix": Method("Prefix", {"method": "prefix"}),
     "series": Method("Series", {"method": "series"}),
     "parallel": Method("Parallel", {"method": "parallel"}),
+    "full": Method("Full fine-tuning", {"method": "full"}),
     "lora": Method("LoRA", {"method": "lora", "rule": "lora"}),
     "dora": Method("DoRA", {"method": "dora", "rule": "lora"}),
     "rora": Method("RoRA", {"method": "lora", "rule": "rora"}),
@@ -88,7 +89,7 @@ class Design:
 
 
 RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-RATE_GRIDS = {"prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
+RATE_GRIDS = {"prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)}
 """Learning rates of a tuned design, around the published one; `RATE_GRID` for a method that is not named."""
 
 _PAPER = Design(("yahma/llama-7b-hf",), seeds=(42,), protocol="generate", dtype="bfloat16")

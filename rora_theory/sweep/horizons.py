@@ -16,11 +16,14 @@ from rora_theory.advice.transfer import transfer
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_per_token, resampled_ratios
-from rora_theory.stats.rate_curves import Curve, best_rates
+from rora_theory.stats.rate_curves import Curve, best_rates, comparison
 from rora_theory.sweep.readings import Reading, ReadRun
 
 QUANTILES = (0.05, 0.5, 0.95)
 """Of the takeover distances of a model's modules: each module has its own, one rate serves all."""
+
+FULL = "full"
+"""The rule of a curve of full fine-tuning, which has none."""
 
 
 def predictions(
@@ -63,12 +66,12 @@ class Run:
     """One fine-tuning run of the grid, as far as it was read.
 
     Attributes:
-      rank, strength, rate, seed: which; gamma is the strength over the rank.
+      rank, strength, rate, seed: which; gamma is the strength over the rank. Full fine-tuning has neither.
       read: its readings.
     """
 
-    rank: int
-    strength: float
+    rank: int | None
+    strength: float | None
     rate: float
     seed: int
     read: ReadRun
@@ -116,7 +119,8 @@ def table(runs: Sequence[Run], tokens: Sequence[int], answer_tokens: Sequence[in
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
-        who = {"rank": run.rank, "strength": run.strength, "gamma": run.strength / run.rank}
+        gamma = run.strength / run.rank if run.strength and run.rank else None
+        who: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "gamma": gamma}
         who |= {"learning_rate": run.rate, "seed": run.seed}
         for one in run.read.readings:
             loss, answer = mean_per_token(one.losses, tokens), mean_per_token(one.answer_losses, answer_tokens)
@@ -128,11 +132,12 @@ def table(runs: Sequence[Run], tokens: Sequence[int], answer_tokens: Sequence[in
             )
         if run.read.diverged_at is not None:
             rows.append(who | {"step": run.read.diverged_at, "status": "diverged"})
-    return pd.DataFrame(rows)
+    return frames.of(rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 def curves(runs: Sequence[Run], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
-    """Loss against rate of every rank and strength after a step, where three rates or more reach it.
+    """Loss against rate of every rank and strength after a step, and of full fine-tuning (rule ``full``, rank 0 and
+    gamma 1), where three rates or more reach it.
 
     Args:
       runs: of the grid; where two differ in their length alone, either may be given.
@@ -142,8 +147,8 @@ def curves(runs: Sequence[Run], tokens: Sequence[int], step: int, *, draws: int 
     """
     sizes, found = np.asarray(tokens, np.float64), []
     reached = [run for run in runs if run.reaches(step)]
-    for rank, strength in sorted({(run.rank, run.strength) for run in reached}):
-        own = {(run.seed, run.rate): run for run in reached if (run.rank, run.strength) == (rank, strength)}
+    for rank, strength in sorted({(run.rank or 0, run.strength or 0.0) for run in reached}):
+        own = {(run.seed, run.rate): run for run in reached if (run.rank or 0, run.strength or 0.0) == (rank, strength)}
         seeds = sorted({seed for seed, _ in own})
         rates = [rate for rate in sorted({rate for _, rate in own}) if all((seed, rate) in own for seed in seeds)]
         if len(rates) < 3:
@@ -156,8 +161,8 @@ def curves(runs: Sequence[Run], tokens: Sequence[int], step: int, *, draws: int 
         resampled = resampled_ratios(list(sums.mean(axis=0)), sizes, draws=draws)
         found.append(
             Curve(
-                "adamw", "both", "lora", 1.0, rank, strength / rank, np.array(rates), sums.sum(axis=2) / sizes.sum(),
-                resampled,
+                "adamw", "both", "lora" if rank else FULL, 1.0, rank, strength / rank if rank else 1.0, np.array(rates),
+                sums.sum(axis=2) / sizes.sum(), resampled,
             )
         )  # fmt: skip
     return found
@@ -169,8 +174,38 @@ def bests(found: Sequence[Curve], step: int) -> pd.DataFrame:
     if not len(frame):
         return frame
     frame.insert(0, "step", step)
-    frame.insert(2, "strength", [round(curve.scaling * curve.rank, 9) for curve in found])
-    return frame
+    frame.insert(2, "strength", [_strength(curve) if curve.rank else None for curve in found])
+    frame["rank"] = [curve.rank or None for curve in found]
+    return frames.of(frames.rows(frame), list(frame))
+
+
+def _strength(curve: Curve) -> float:
+    return round(curve.scaling * curve.rank, 9)
+
+
+def beside_full(found: Sequence[Curve], step: int) -> pd.DataFrame:
+    """Every adapter against full fine-tuning of the same modules after a step, each at its own best rate.
+
+    Args:
+      found: of `curves` after the step.
+      step: the horizon.
+
+    Returns:
+      ``step``, ``rank``, ``strength``; ``ratio``, the adapter's best rate over full fine-tuning's, with
+      ``ratio_log2_error``; ``difference`` of the least losses, the adapter's less full fine-tuning's, with its 95%
+      ``half_width``, in which is what the grid may hide (``grid_error``), ``error_over`` and ``verdict``, see
+      `stats.rate_curves.comparison`. Empty where either lacks three rates, or the two share no number of seeds.
+    """
+    rows = []
+    full = next((curve for curve in found if curve.rule == FULL), None)
+    for curve in found:
+        if full is None or curve is full or len(curve.bests()) != len(full.bests()):
+            continue
+        own = comparison(curve, full, curve.estimate(curve.least() - full.least()))
+        names = ("ratio", "ratio_log2_error", "difference", "half_width", "grid_error", "error_over", "verdict")
+        who = {"step": step, "rank": curve.rank, "strength": _strength(curve)}
+        rows.append(who | {name: getattr(own, name) for name in names})
+    return pd.DataFrame(rows)
 
 
 def exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
@@ -187,7 +222,7 @@ def exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], 
       takeovers, at the measured best rate); ``verdict``, see `judge`.
     """
     rows = []
-    by = {(curve.rank, round(curve.scaling * curve.rank, 9)): curve for curve in found}
+    by = {(curve.rank, _strength(curve)): curve for curve in found if curve.rank}
     for over, index in (("strength", 1), ("rank", 0)):
         for at in sorted({key[1 - index] for key in by}):
             keys = sorted(key for key in by if key[1 - index] == at)

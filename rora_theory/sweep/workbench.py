@@ -128,7 +128,8 @@ class Workbench:
           cell: which.
           folder: of its own, for these files and, where the run is long enough to have them, its checkpoints: what was
             begun there goes on.
-          save_adapter: whether the adapter is written too, in PEFT's format.
+          save_adapter: whether what was trained is written too: an adapter in PEFT's format, trained weights as a
+            model.
 
         Returns:
           its result, see `Measured`.
@@ -139,7 +140,10 @@ class Workbench:
         folder.mkdir(parents=True, exist_ok=True)
         measured = self.measure(cell, folder)
         if save_adapter and measured.adapter is not None:
-            adapters.save_peft(folder / "adapter", measured.adapter, base_model=self.model.origin)
+            if measured.adapter.config.replaces:
+                adapters.save_merged(folder / "merged", measured.adapter, self.model)
+            else:
+                adapters.save_peft(folder / "adapter", measured.adapter, base_model=self.model.origin)
         if measured.losses:
             results.write_losses(folder / results.LOSSES, self.records.held_out, measured.losses)
         if measured.samples:

@@ -72,9 +72,9 @@ def test_devices_that_share_the_weights_train_the_same(params):
     np.testing.assert_allclose(shared[0], alone[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", [*OTHERS, "full"])
 def test_capacity_counts_them(method, params):
-    config = settings(method)
+    config = FinetuneConfig(method="full", batch_size=8) if method == "full" else settings(method)
     found = capacity.account(tiny.CONFIG, config, 16)
     adapter = adapters.init(jax.random.key(1), config.adapter(), tiny.CONFIG, params)
     assert found.adapter == 4 * found.trainable == 4 * adapters.count(adapter)
@@ -144,7 +144,7 @@ def test_a_run_is_told_by_its_own_method_s_settings():
         ({"method": "prefix", "virtual_tokens": 0}, "virtual_tokens is 0; accepted is an integer of 1 or more"),
         ({"method": "parallel", "bottleneck": 0}, "bottleneck width is 0"),
         ({"method": "parallel", "dropout": 1.0}, "dropout is 1.0"),
-        ({"method": "ia3"}, "method is 'ia3'; accepted is lora, dora, prefix, series, parallel"),
+        ({"method": "ia3"}, "method is 'ia3'; accepted is lora, dora, prefix, series, parallel, full"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -60,6 +60,23 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     assert Path(out / "records.csv").read_text().count("\n") == 7
 
 
+def test_full_fine_tuning_is_beside_the_adapters(base, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    rates = ["1e-4", "1e-3", "1e-2"]
+    command = [*base, "--strengths", "4", "--lrs", *LRS, "--full-lrs", *rates, "--out", str(out)]
+    command[command.index("--read-at") + 1 : command.index("--train-records")] = ["2"]
+    sim.main(command)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Beside full fine-tuning" in said
+    rows = frames.read(out / "results.csv")
+    full = rows[rows["rank"].isna()]
+    assert full["learning_rate"].tolist() == [1e-4, 1e-3, 1e-2]
+    assert full["strength"].isna().all()
+    assert full["validation_loss"].nunique() == 3
+    found = frames.read(out / "full.csv")
+    assert found[["step", "rank", "strength"]].to_numpy().tolist() == [[2, 2, 4]]
+
+
 def test_only_held_out_takeovers_count(base) -> None:
     assert sim.horizons.read_takeovers(Path(base[-1])) == [0.01]
 

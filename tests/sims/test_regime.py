@@ -8,6 +8,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +16,7 @@ from support import checkpoint
 
 from figures import regime as figure
 from figures import style
-from rora_theory import InputError, scaling_factor
+from rora_theory import InputError, adapters, scaling_factor
 from rora_theory.finetune import read_records, split, tokenize
 from rora_theory.llama import load
 from rora_theory.measure import record_batches, regime_tables, tokens, unseen
@@ -219,6 +220,7 @@ def test_no_path_in_the_files(finished, inputs) -> None:
         ({"targets": ("c_proj",)}, "target_modules has 'c_proj'"),
         ({"batch_size": 19}, "hold 20 records; accepted are 23 or more"),
         ({"data": ("missing.json",)}, "missing.json: no such file"),
+        ({"adapter": Path("missing")}, "missing: is not a folder; accepted is an adapter in PEFT's format"),
     ],
 )
 def test_bad_input(inputs, tmp_path, capsys, changed, said) -> None:
@@ -230,6 +232,43 @@ def test_bad_input(inputs, tmp_path, capsys, changed, said) -> None:
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_adapter_is_measured_in_the_weights(inputs, finished, tmp_path) -> None:
+    """As the model with it merged, to the byte; and elsewhere than before the training."""
+    base, lora = load(inputs["model"]), adapters.LoraConfig(rank=2, alpha=4, rule="lora")
+    fresh = adapters.init(jax.random.key(0), lora, base.config, base.params)
+    trained = adapters.replace(fresh, jax.tree.map(lambda one: one + 0.1, fresh.params))
+    adapters.save_peft(tmp_path / "adapter", trained)
+    adapters.save_merged(tmp_path / "merged", trained, base)
+    thin = SMALL | {"rows": 0, "layers": (1,)}
+    cases = {
+        "beside": inputs | {"adapter": tmp_path / "adapter"},
+        "inside": inputs | {"model": str(tmp_path / "merged")},
+    }
+    tables = {}
+    for name, one in cases.items():
+        regime.run(config_of(**one, **thin, out=tmp_path / name))
+        tables[name] = [(tmp_path / name / file).read_bytes() for file in (regime_tables.CROSSINGS, "takeover.csv")]
+    assert tables["beside"] == tables["inside"]
+    ranks = [
+        pd.read_csv(folder / regime_tables.CROSSINGS).query("layer == 1")["crossing_rank"].to_numpy()
+        for folder in (tmp_path / "beside", finished)
+    ]
+    assert (np.abs(ranks[0] / ranks[1] - 1) > 1e-3).all()
+    manifest = json.loads((tmp_path / "beside" / "manifest.json").read_text())
+    assert manifest["config"]["adapter_sha256"] == adapters.digest(tmp_path / "adapter")
+
+
+def test_plain_text_is_read_a_line_a_record(inputs, tmp_path) -> None:
+    random = np.random.default_rng(1)
+    lines = [" ".join(random.choice(checkpoint.WORDS, 9)) for _ in range(12)]
+    (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
+    text = inputs | {"data": (str(tmp_path / "text.txt"),)}
+    regime.run(config_of(**text, **SMALL | {"rows": 0, "layers": (1,)}, out=tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["template"] == "plain"
+    counts = pd.read_csv(tmp_path / "run" / "tokens.csv").query("split == 'heldout'")
+    assert (counts["seen"] < 4 * 3).all(), "no template: of each record the beginning token and a letter or two"
 
 
 def test_a_damaged_file_is_named(inputs, finished, tmp_path) -> None:

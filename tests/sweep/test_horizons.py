@@ -105,6 +105,30 @@ def test_where_the_data_could_not_tell_it_is_undecided() -> None:
     assert horizons.judge(Estimate(-0.52, math.inf, 1, ""), (-0.55, -0.5), edge=False) == "undecided"
 
 
+def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> None:
+    """Planted a twentieth of their rate and 5% of their loss below; without three rates of its own it is left out."""
+    runs = grid(-0.53)
+    own = [run for run in runs if (run.rank, run.strength) == (8, 64)]
+    for run, rate in zip(own, np.array(RATES) / 20, strict=True):
+        reading = [Reading(one.step, [0.95 * loss for loss in one.losses], one.losses) for one in run.read.readings]
+        runs.append(Run(None, None, float(rate), 0, ReadRun([], reading)))
+    curves = horizons.curves(runs, TOKENS, 64)
+    found = horizons.beside_full(curves, 64).set_index(["rank", "strength"])
+    assert len(found) == 4
+    row = found.loc[8, 64]
+    assert row["ratio"] == pytest.approx(20, rel=0.05)
+    assert row["difference"] == pytest.approx(0.05, rel=0.05)
+    assert row["verdict"].startswith("full is better by 5.")
+    assert found.loc[128, 724]["ratio"] == pytest.approx(20 * (724 / 64) ** -0.53, rel=0.05)
+    bests = frames.rows(horizons.bests(curves, 64))
+    assert [row["strength"] for row in bests if row["rank"] is None] == [None]
+    assert len(bests) == 5
+    pd.testing.assert_frame_equal(exponents(runs), exponents(grid(-0.53)))
+    table = frames.rows(horizons.table(runs, TOKENS, TOKENS))
+    assert [row["gamma"] for row in table[-1:]] == [None]
+    assert horizons.beside_full(horizons.curves(runs[:-9], TOKENS, 64), 64).empty
+
+
 def test_a_best_rate_at_the_grids_edge_is_undecided() -> None:
     runs = [run for run in grid(-0.53) if run.strength == 64 or run.rate > 2.7e-4]
     assert exponents(runs).loc["strength", 128]["verdict"] == "undecided"
