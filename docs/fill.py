@@ -22,6 +22,7 @@ import pandas as pd
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
 from rora_theory.stats.moments import log_log_fit
+from rora_theory.sweep import results
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -578,11 +579,32 @@ def _best_differences(run: str) -> str:
             f"{row['loss']:+.4f} ± {row['loss_error']:.4f}",
             "" if pd.isna(row["loss_seed_error"]) else f"{row['loss_seed_error']:.4f}",
             f"{int(row['seeds'])}",
+            f"{_hidden(run, row['method']):.3f}",
         ]
         for _, row in frame.iterrows()
     ]
-    heads = ["less LoRA, each at its best", "its rate", "LoRA's", "nats, ± over records", "± over seeds", "seeds"]
-    return table(heads, rows)
+    heads = ["less LoRA, each at its best", "its rate", "LoRA's", "nats, ± s.e. over records", "s.e. over seeds"]
+    return table([*heads, "seeds", "the grid of rates may hide"], rows)
+
+
+def _hidden(run: str, method: str) -> float:
+    """What the grids of rates of a method and of LoRA at r = 32 may hide of the difference of their best losses."""
+    marked = results.marked_rates(csv(f"{run}/results.csv"))
+    own = marked[marked["method"].isin(["lora", method]) & (marked["rank"].isna() | (marked["rank"] == 32))]
+    if len(own) != (1 if method == "lora" else 2) or own["grid_error"].isna().any():
+        raise SystemExit(f"error: {run}: {method} or lora has no bound of what its grid hides")
+    return float(own["grid_error"].max())
+
+
+block("sweep.gap.grid")(lambda: f"{_hidden('rank_sweep', 'rora'):.2f}")
+block("pruned.gap.grid")(lambda: f"{_hidden('rank_sweep_pruned', 'rora'):.2f}")
+
+
+@block("rates.toy.sgd")
+def rates_toy_sgd() -> str:
+    """How the best rate of SGD under `alpha / sqrt(r)` moves with the rank in the controlled problem."""
+    row = one(csv("lr_transfer/slopes.csv"), optimizer="sgd", trained="both", rule="rora")
+    return signed(row["slope"], row["half_width"])
 
 
 @block("sweep.best")

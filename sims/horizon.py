@@ -207,7 +207,12 @@ def report(
         (row["step"], *size(row), f"{row['best_rate']:.3g}", f"{row['best_loss']:.4f}", row["edge"] or "")
         for row in frames.rows(best)
     ]
-    tables.print_table("Best rates", ["steps", "rank", "gamma r", "rate", "loss", "edge"], rows, left=0)
+    tables.print_table(
+        "Best rates (parabola through the least three)",
+        ["steps", "rank", "gamma r", "rate", "loss", "edge"],
+        rows,
+        left=0,
+    )
     full = pd.concat([pd.DataFrame(), *(horizons.beside_full(found, step) for step, found in curves.items())])
     if not full.empty:
         folder.write_frame(full, "full.csv")

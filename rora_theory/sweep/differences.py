@@ -8,7 +8,7 @@ are two or more, speak of training again.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from rora_theory import frames
+from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_of_groups, mean_per_token_over_seeds
@@ -44,8 +45,11 @@ class Difference:
       loss, loss_error, loss_seed_error: nats a token over all tokens, its standard error over records, and that over
         seeds, None for one.
       answer_loss, answer_error, answer_seed_error: over the answers' tokens.
+      grid_error: of ``best`` what the grids may hide besides: the larger bound of how far below its loss the minimum
+        between either's rates may lie (`results.marked_rates`); None where nothing bounds it, and of the others.
       average, average_error: accuracy, the unweighted mean over tasks; None where either is not scored.
       average_seeds: how many seeds of both are scored.
+      tasks: accuracy by task; empty where either is not scored.
     """
 
     model: str
@@ -60,17 +64,25 @@ class Difference:
     loss: float
     loss_error: float
     loss_seed_error: float | None
+    grid_error: float | None
     answer_loss: float
     answer_error: float
     answer_seed_error: float | None
     average: float | None
     average_error: float | None
     average_seeds: int
+    tasks: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 def table(found: Iterable[Difference]) -> pd.DataFrame:
-    """`differences.csv`: a row a difference."""
-    return frames.of(map(vars, found), [field.name for field in fields(Difference)])
+    """`differences.csv`: a row a difference, the tasks' accuracies as ``TASK`` and ``TASK_error``."""
+    rows = []
+    for one in found:
+        rows.append(dict(vars(one)))
+        for task, gained in one.tasks.items():
+            rows[-1] |= {task: gained.value, f"{task}_error": gained.error}
+    names = [one.name for one in fields(Difference) if one.name != "tasks"]
+    return frames.of(rows, [*names, *(f"{task}{part}" for task in TASKS for part in ("", "_error"))])
 
 
 def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
@@ -83,6 +95,8 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
     Raises:
       InputError: two cells measured on different records, or a cell's file that is missing or damaged.
     """
+    marked = frames.rows(results.marked_rates(rows))
+    hidden = {tuple(row[name] for name in results.GROUP): row["grid_error"] for row in marked}
     groups: dict[tuple[Any, ...], dict[float | None, Group]] = {}
     for row in frames.rows(rows[rows["status"] == "complete"]):
         key = tuple(row[name] for name in results.GROUP)
@@ -106,7 +120,10 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
             if best and other_best:
                 only = {best[1], other_best[1]} == {"only"}
                 if not only or best[0] != other_best[0]:
-                    yield from compare(by_rate[best[0]], others[other_best[0]], cells, "own" if only else "best")
+                    gaps = [hidden.get(one) for one in ((model, method, rank, alpha), other_key)]
+                    grid = None if only or None in gaps else max(gap for gap in gaps if gap is not None)
+                    kind: Rates = "own" if only else "best"
+                    yield from compare(by_rate[best[0]], others[other_best[0]], cells, kind, grid)
 
 
 def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] | None:
@@ -115,7 +132,9 @@ def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] |
     return next(iter(marks.items()), None)
 
 
-def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[Difference]:
+def compare(
+    group: Group, others: Group, cells: Path, rates: Rates, grid_error: float | None = None
+) -> Iterator[Difference]:
     """One difference, if both have a seed in common; the base has every seed."""
     base = others.get(None)
     pairs = [(row, base or others[seed]) for seed, row in group.items() if base or seed in others]
@@ -123,7 +142,7 @@ def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[
         return
     loss, answer = _losses(pairs, cells)
     scored = [(row, other) for row, other in pairs if None not in (row["average"], other["average"])]
-    average = _average(scored, cells) if scored else None
+    average, tasks = _accuracies(scored, cells) if scored else (None, {})
     row, other = pairs[0]
     ranked = row if row["rank"] else other
     yield Difference(
@@ -139,12 +158,14 @@ def compare(group: Group, others: Group, cells: Path, rates: Rates) -> Iterator[
         loss=loss[0].value,
         loss_error=loss[0].error,
         loss_seed_error=loss[1].error if loss[1].has_error else None,
+        grid_error=grid_error,
         answer_loss=answer[0].value,
         answer_error=answer[0].error,
         answer_seed_error=answer[1].error if answer[1].has_error else None,
         average=average.value if average else None,
         average_error=average.error if average else None,
         average_seeds=len(scored),
+        tasks=tasks,
     )
 
 
@@ -165,8 +186,8 @@ def _losses(pairs: Sequence[tuple[Row, Row]], cells: Path) -> list[tuple[Estimat
     ]
 
 
-def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> Estimate:
-    """Difference of the average accuracies, with its standard error over items."""
+def _accuracies(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[Estimate, dict[str, Estimate]]:
+    """Differences of the average accuracy and of each task's, with their standard errors over items."""
     by_task: dict[str, list[np.ndarray]] = {}
     for pair in pairs:
         own, other = (results.read_answers(cells / one["key"] / results.ANSWERS) for one in pair)
@@ -174,4 +195,5 @@ def _average(pairs: Sequence[tuple[Row, Row]], cells: Path) -> Estimate:
             raise InputError(f"{pair[0]['key']} and {pair[1]['key']}: were scored on different items")
         for task, gained in (own["correct"] - other["correct"]).groupby(own["task"], sort=False):
             by_task.setdefault(task, []).append(gained.to_numpy())
-    return mean_of_groups([np.stack(columns) for columns in by_task.values()])
+    groups = {task: np.stack(columns) for task, columns in by_task.items()}
+    return mean_of_groups(list(groups.values())), {task: mean_of_groups([own]) for task, own in groups.items()}

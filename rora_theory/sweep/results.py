@@ -14,6 +14,7 @@ from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
+from rora_theory.stats.rate_optimum import grid_gap
 from rora_theory.sweep.design import BASE, METHODS
 
 LOSSES, ANSWERS = "losses.csv", "answers.csv"
@@ -75,7 +76,8 @@ def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
       `GROUP`, ``learning_rate`` and ``best_rate``: ``only``, ``yes`` or ``edge`` (of the rates that were compared, it
-      is the lowest or highest). No row where every cell diverged or none is done.
+      is the lowest or highest); ``grid_error``: how far below that loss the minimum between the rates may lie, see
+      `rate_optimum.grid_gap`, NaN where nothing bounds it. No row where every cell diverged or none is done.
     """
     tried = rows[rows["learning_rate"].notna() & rows["status"].isin(("complete", "diverged"))]
     tried = tried.assign(loss=tried["validation_loss"].where(tried["status"] == "complete", math.inf).astype(float))
@@ -88,9 +90,12 @@ def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
         if math.isfinite(best["loss"]):
             ends = own["learning_rate"].min(), own["learning_rate"].max()
             word = "only" if len(own) == 1 else "edge" if best["learning_rate"] in ends else "yes"
-            found.append(best[[*GROUP, "learning_rate"]].to_dict() | {"best_rate": word})
-    columns = [*GROUP, "learning_rate", "best_rate"]
-    return pd.DataFrame(found, columns=columns).astype({name: rows[name].dtype for name in columns[:-1]})
+            by_rate = own.sort_values("learning_rate")
+            hidden = grid_gap(by_rate["learning_rate"].to_numpy(float), by_rate["loss"].to_numpy(float))
+            hidden = hidden if word == "yes" and math.isfinite(hidden) else math.nan
+            found.append(best[[*GROUP, "learning_rate"]].to_dict() | {"best_rate": word, "grid_error": hidden})
+    columns = [*GROUP, "learning_rate", "best_rate", "grid_error"]
+    return pd.DataFrame(found, columns=columns).astype({name: rows[name].dtype for name in columns[:-2]})
 
 
 def chosen(best: pd.DataFrame) -> list[str]:

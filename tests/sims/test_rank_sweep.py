@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import checkpoint
 
-from figures import accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, scaling_diagram, style
+from figures import accuracy, accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, scaling_diagram, style
 from rora_theory import frames
 from rora_theory.adapters import load_peft
 from rora_theory.errors import InputError
@@ -462,6 +462,12 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, out=tmp_path))
     loss_curves.draw(loss_curves.Config((swept,), rank=4, out=tmp_path))
     scaling_diagram.draw(scaling_diagram.Config(out=tmp_path))
+    accuracy.draw(accuracy.Config(swept, rank=4, out=tmp_path))
+    drawn = words_of(tmp_path / "accuracy.svg")
+    assert all(name in drawn for name in ("LoRA", "no adapter", "less the model alone", "less LoRA", "average"))
+    with pytest.raises(SystemExit):
+        accuracy.draw(accuracy.Config(swept, rank=3, out=tmp_path))
+    assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
     for name in ("accuracy_vs_rank", "loss_vs_rate", "loss_curves", "scaling_diagram"):
         for ending in ("png", "svg"):
             assert (tmp_path / f"{name}.{ending}").stat().st_size > 1000

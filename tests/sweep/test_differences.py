@@ -10,6 +10,7 @@ import pytest
 
 from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.stats.rate_optimum import grid_gap
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.differences import Difference, table
 
@@ -67,6 +68,9 @@ def test_losses_and_accuracies_are_paired(tmp_path):
     assert one.average == pytest.approx((0 - 0.5) / 2)  # task s: +1 and -1 of 4; task t: -1 of 2
     assert one.average_error == pytest.approx(math.sqrt((2 / 3) / 4 + 0.5 / 2) / 2, rel=1e-12)
     assert (one.seeds, one.average_seeds, one.rank, one.alpha) == (1, 1, 8, 64.0)
+    assert {task: gained.value for task, gained in one.tasks.items()} == {"s": 0.0, "t": -0.5}
+    assert one.tasks["s"].error == pytest.approx(math.sqrt((2 / 3) / 4), rel=1e-12)  # +1, -1, 0 and 0: of the pairs
+    assert one.tasks["t"].error == pytest.approx(math.sqrt(0.5 / 2), rel=1e-12)
     gained = find(found, "lora", "base")
     assert gained.loss == pytest.approx(-104 / 60, rel=1e-14)
     assert gained.average == pytest.approx((0.25 + 0.5) / 2)
@@ -103,6 +107,28 @@ def test_each_at_its_best_rate(tmp_path):
     assert find(method_differences(rows, tmp_path), "rora", "lora", "best").loss == pytest.approx(9 / 60)
     same = {d.learning_rate: d.loss for d in found if d.rates == "same"}
     assert same == {0.001: pytest.approx(9 / 60), 0.003: pytest.approx(-3 / 60)}
+
+
+def test_what_the_grids_may_hide_is_said_with_the_best_losses(tmp_path):
+    """Rates a decade apart around a loss of 1: the larger bound of the two, none at an edge or beside two runs that
+    diverged.
+    """
+    curves = {"lora": [1.2, 1.0, 1.3], "rora": [1.1, 1.0, 1.1], "dora": [1.2, 1.1, 1.0], "quarter": [None, 1.0, None]}
+    rates, rows = (1e-4, 1e-3, 1e-2), []
+    for method, losses in curves.items():
+        for rate, loss in zip(rates, losses, strict=True):
+            key, least = f"{method}{rate:g}", min(one for one in losses if one)
+            cell(tmp_path, key, [1.0, 1.0, 1.0])
+            status = {} if loss else {"status": "diverged"}
+            mark = None if loss != least else "edge" if method == "dora" else "yes"
+            rows.append(row(key, method, rate=rate, validation_loss=loss, best_rate=mark, **status))
+    found = method_differences(rows, tmp_path)
+    best = {method: find(found, method, "lora", "best") for method in ("rora", "dora", "quarter")}
+    bounds = [grid_gap(np.array(rates), np.array(curves[method])) for method in ("lora", "rora")]
+    assert bounds[0] > bounds[1] > 0
+    assert best["rora"].grid_error == pytest.approx(bounds[0], rel=1e-12)
+    assert best["dora"].grid_error is best["quarter"].grid_error is None
+    assert {one.grid_error for one in found if one.rates == "same"} == {None}
 
 
 def test_each_at_its_only_rate(tmp_path):
@@ -151,5 +177,11 @@ def test_the_table_has_a_line_a_difference(tmp_path):
     found = table(method_differences([row("l", "lora"), row("r", "rora")], tmp_path))
     (one,) = found.itertuples()
     assert frames.to_csv(found).splitlines()[1] == (
-        f"m,rora,lora,same,8,64.0,0.001,0.001,1,{1 / 60},{one.loss_error},,0.125,{one.answer_error},,,,0"
+        f"m,rora,lora,same,8,64.0,0.001,0.001,1,{1 / 60},{one.loss_error},,,0.125,{one.answer_error},,,,0" + 16 * ","
     )
+    cell(tmp_path, "b", [2.0, 1.0, 1.0], {"piqa": [1, 0]})
+    cell(tmp_path, "p", [1.0, 1.0, 1.0], {"piqa": [1, 1]})
+    rows = [row("b", "base", None, None, None, average=0.5), row("p", "lora", average=1.0)]
+    (one,) = table(method_differences(rows, tmp_path)).to_dict("records")
+    assert (one["piqa"], one["piqa_error"], one["average"]) == (0.5, 0.5, 0.5)
+    assert math.isnan(one["boolq"])

@@ -1,0 +1,98 @@
+"""Accuracy of every method, and paired differences from the model alone and from LoRA, from a run of sims.rank_sweep.
+
+python -m figures.accuracy RUN
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import tyro
+
+from figures import style
+from figures.sweep import at_best_rate, chosen_model, mean, model_name
+from rora_theory import frames
+from rora_theory.data.tasks import TASKS
+from sims.common import cli
+
+APART = 0.13
+"""Between two methods of one task, in units of the distance of two tasks."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which run to draw, and which of its cells."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of sims.rank_sweep."""
+    rank: int | None = None
+    """Of methods that have one; may be left out where the run has one rank."""
+    model: str | None = None
+    """Which model, where the run has several."""
+    out: Path | None = None
+    """Folder for accuracy.png and .svg; by default the run folder."""
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Left accuracies at each method's best rate, right what is gained over the model alone and over LoRA."""
+    cli.check_integers(config, rank=1)
+    manifest, rows = style.read_frame(config.run, "rank_sweep")
+    rows = chosen_model(config.run, rows, config.model, None)
+    best = at_best_rate(config.run, rows)
+    ranks = sorted(best["rank"].dropna().unique().tolist())
+    rank = ranks[0] if config.rank is None and len(ranks) == 1 else config.rank
+    if ranks and rank not in ranks:
+        style.fail(f"{config.run}: has the ranks {', '.join(map(str, ranks))}; accepted is --rank with one of them")
+    best = best[(best["rank"].isna() | (best["rank"] == rank)) & best["average"].notna()]
+    base = rows[(rows["method"] == "base") & rows["average"].notna()]
+    drawn = [name for name in style.METHODS if (best["method"] == name).any()]
+    if base.empty or not drawn:
+        style.fail(f"{config.run}: has no scored base and adapter; accepted is a run with both")
+    gained = frames.read(config.run / "differences.csv")
+    gained = gained[(gained["model"] == base["model"].iloc[0]) & (gained["rank"].isna() | (gained["rank"] == rank))]
+    tasks = [task for task in TASKS if base[task].notna().iloc[0]]
+    columns = [*tasks, "average"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0))
+    for place, method in enumerate(["base", *drawn]):
+        own = base if method == "base" else best[best["method"] == method]
+        label, colour, marker = style.look(method)
+        shift = APART * (place - len(drawn) / 2)
+        values, errors = ([100 * mean(own[f"{name}{part}"].tolist()) for name in columns] for part in ("", "_error"))
+        x = [position + shift for position in range(len(columns))]
+        left.errorbar(x, values, errors, color=colour, marker=marker, linestyle="none", markersize=4, label=label)
+        for against, face in (("base", colour), ("lora", "white")):
+            pair = gained[(gained["method"] == method) & (gained["against"] == against)]
+            pair = pair[pair["learning_rate"].isin(own["learning_rate"]) & pair["average"].notna()]
+            if against != "base":
+                pair = pair[pair["against_rate"].isin(best.loc[best["method"] == against, "learning_rate"])]
+            if pair.empty:
+                continue
+            row = pair.iloc[0]
+            values, errors = ([100 * row[f"{name}{part}"] for name in columns] for part in ("", "_error"))
+            x = [position + shift + (0.05 if against == "lora" else 0.0) for position in range(len(columns))]
+            right.errorbar(
+                x, values, errors, color=colour, marker=marker, markerfacecolor=face, linestyle="none", markersize=4
+            )
+    right.axhline(0, color="black", linewidth=0.6)
+    left.axhline(100 * base["average_chance"].iloc[0], color="#777777", linestyle=":", label="chance, of the average")
+    names = [TASKS[task].name for task in tasks] + ["average"]
+    for axis, text in ((left, f"accuracy, {base['protocol'].iloc[0]} (%)"), (right, "paired difference (points)")):
+        axis.set_xticks(range(len(columns)), names)
+        axis.set(ylabel=text, xlim=(-0.5, len(columns) - 0.5))
+    handles = style.named([left]) | {
+        text: plt.Line2D([], [], color="#555555", marker="o", linestyle="none", markerfacecolor=face)
+        for text, face in (("less the model alone", "#555555"), ("less LoRA", "white"))
+    }
+    batch, steps = manifest["config"]["training"]["batch"], int(best["steps"].iloc[0])
+    title = (
+        f"{model_name(base['model'].iloc[0])}" + (f", r = {rank}" if rank else "") + f", {steps} steps of {batch}; "
+        "bars: ± one standard error over items, right of the paired difference"
+    )
+    style.legend(figure, handles, title)
+    return style.save(figure, config.out or config.run, "accuracy")
+
+
+if __name__ == "__main__":
+    style.command(draw, Config, __doc__)
