@@ -10,6 +10,7 @@ from rora_theory.runs.reading import CELLS
 from sims import horizon as sim
 
 LRS = ("1e-3", "1e-2", "1e-1")
+FULL_LRS = ("1e-4", "1e-3", "1e-2")
 
 
 @pytest.fixture(scope="module")
@@ -46,35 +47,27 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     sim.main([*base, "--strengths", "4", "--lrs", *LRS, "--out", str(out)])
     assert "no two of their best rates can be compared yet" in " ".join(capsys.readouterr().out.split())
     first = (out / CELLS).read_text()
-    sim.main([*base, "--strengths", "40", "--lrs", *LRS, "--out", str(out)])
+    sim.main([*base, "--strengths", "40", "--lrs", *LRS, "--full-lrs", *FULL_LRS, "--out", str(out)])
     said = " ".join(capsys.readouterr().out.split())
-    assert "The law against 6 runs:" in said
+    assert "The law against 9 runs:" in said
+    assert "Beside full fine-tuning" in said
     assert (out / CELLS).read_text().startswith(first), "what was done is not done again"
     rows = frames.read(out / "results.csv")
+    full, rows = rows[rows["rank"].isna()], rows[rows["rank"].notna()]
     assert len(rows) == 2 * 3 * 2
     assert set(rows["strength"]) == {4, 40}
     assert (rows["gamma"] == rows["strength"] / 2).all()
+    assert full["learning_rate"].tolist() == [float(rate) for rate in FULL_LRS for _ in (1, 2)]
+    assert full["strength"].isna().all()
+    assert full.query("step == 2")["validation_loss"].nunique() == 3
+    beside = frames.read(out / "full.csv")
+    assert sorted(beside[["step", "rank", "strength"]].to_numpy().tolist()) == [
+        [s, 2, g] for s in (1, 2) for g in (4, 40)
+    ]
     found = frames.read(out / "exponents.csv")
     assert found["step"].tolist() == [1, 2]
     assert (found["over"] == "strength").all()
     assert Path(out / "records.csv").read_text().count("\n") == 7
-
-
-def test_full_fine_tuning_is_beside_the_adapters(base, tmp_path, capsys) -> None:
-    out = tmp_path / "run"
-    rates = ["1e-4", "1e-3", "1e-2"]
-    command = [*base, "--strengths", "4", "--lrs", *LRS, "--full-lrs", *rates, "--out", str(out)]
-    command[command.index("--read-at") + 1 : command.index("--train-records")] = ["2"]
-    sim.main(command)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Beside full fine-tuning" in said
-    rows = frames.read(out / "results.csv")
-    full = rows[rows["rank"].isna()]
-    assert full["learning_rate"].tolist() == [1e-4, 1e-3, 1e-2]
-    assert full["strength"].isna().all()
-    assert full["validation_loss"].nunique() == 3
-    found = frames.read(out / "full.csv")
-    assert found[["step", "rank", "strength"]].to_numpy().tolist() == [[2, 2, 4]]
 
 
 def test_only_held_out_takeovers_count(base) -> None:
