@@ -82,7 +82,7 @@ def run(config: Config) -> None:
     identity |= model.origin.identity() | records.identity(chat)
     sources = ["/".join(Path(source).parts[-2:]) for source in config.data]
     extra = {"units": rank_check.UNITS, "device": devices.describe(places), "data": sources}
-    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra)
+    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[model.origin])
     prompts.keep(folder, batches[checked.seeds[0]].train.examples, model.tokenizer, show=config.reading.show)
     cells = rank_check.cells(checked)
 

@@ -172,7 +172,8 @@ def run(config: Config) -> None:
     tasks, data = sources.read_tasks(config.data_dir, config.tasks, config.limit)
     model, adapter = subject(config)
     extra = {"protocol": config.protocol, "units": UNITS}
-    folder = RunFolder.open(NAME, identity(config, data, model), out=config.out, extra=extra)
+    known = identity(config, data, model)
+    folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[model.origin])
     show(evaluate(config, folder, tasks, model, adapter), config.scoring())
     print(f"results in {folder.path}")
 

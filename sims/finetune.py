@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 
 from rora_theory import adapters, frames, llama
+from rora_theory.adapters.card import Trained
 from rora_theory.data.records import DataConfig, read
 from rora_theory.errors import InputError
 from rora_theory.finetune import (
@@ -26,6 +27,7 @@ from rora_theory.finetune import (
     Stepped,
     Trainer,
     Validated,
+    card,
     distributed,
     metrics,
     prepare,
@@ -59,6 +61,8 @@ class Config:
     """run folder; none is results/finetune/RUN_ID"""
     keep: Literal["best", "last"] = "best"
     """which adapter to write at the end: best by validation loss (as published), or last"""
+    license: str | None = None
+    """licence of the adapter in its model card, as the hub names it; none is the base's, where its files say so"""
     merge: bool = False
     """write merged/ too: the model with the adapter (LoRA, RoRA or DoRA) added in, in Hugging Face layout; with method
     full it is all that is written"""
@@ -106,21 +110,24 @@ def finetune(config: Config) -> Path:
     folder, path = None, config.out
     if first:
         identity = origin.identity() | {"data": config.data} | found.identity(chat)
-        folder = RunFolder.open(NAME, identity | training.settings(), out=config.out, seed=training.seed)
+        identity |= training.settings()
+        folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed, models=[origin])
         path = folder.path
         prompts.keep(folder, data.train.examples, model.tokenizer, show=config.reading.show)
     assert path is not None
     trainer = Trainer.start(model, data, training, path / "checkpoints", layout=layout)
     if folder is not None:
         begin(folder, trainer, model, data.summary)
-        follow(trainer, folder)
+        events = follow(trainer, folder)
     else:
         for _ in trainer.run():
             pass
     kept = trainer.adapter(config.keep)
     trainer.close()
     if folder is not None:
-        write(folder, config, kept, model)
+        best = trainer.best_step if config.keep == "best" else None
+        own = card.of_run(training, found, config.data, data.summary, events, best, config.license)
+        write(folder, config, kept, model, own)
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
     return path
 
@@ -136,8 +143,8 @@ def begin(folder: RunFolder, trainer: Trainer, model: llama.Model, summary: Mapp
     print(f"{summary['trained_on']} records, {trainer.steps} steps")
 
 
-def follow(trainer: Trainer, folder: RunFolder) -> None:
-    """Run to the end: every event to `metrics.jsonl`, then all of them to `results.csv`."""
+def follow(trainer: Trainer, folder: RunFolder) -> list[dict[str, Any]]:
+    """Run to the end: every event to `metrics.jsonl`, then all of them, which it returns, to `results.csv`."""
     events = Metrics(folder.path / metrics.FILE, trainer, folder.identity)
     print(resumption(trainer.step, trainer.steps, resumed=folder.resumed))
     fields = "loss {loss:.3f}  lr {lr:.1e}  {rate:,.0f} tokens/s"
@@ -157,6 +164,7 @@ def follow(trainer: Trainer, folder: RunFolder) -> None:
         cli.fail(str(error))
     folder.write_frame(frames.of(events.events, metrics.COLUMNS))
     folder.record(metrics.FILE)
+    return events.events
 
 
 def resumption(step: int, steps: int, *, resumed: bool) -> str:
@@ -168,7 +176,7 @@ def resumption(step: int, steps: int, *, resumed: bool) -> str:
     return f"goes on after step {step} of {steps}, its last checkpoint"
 
 
-def write(folder: RunFolder, config: Config, kept: Any, model: llama.Model) -> None:
+def write(folder: RunFolder, config: Config, kept: Any, model: llama.Model, own: Trained) -> None:
     """Write what was asked for and is not there yet: the adapter, and the model with it added in."""
     if folder.entry("kept") != config.keep or (folder.entry("serve_as") or "peft") != config.serve_as:
         for name in ("adapter", "merged"):
@@ -177,7 +185,7 @@ def write(folder: RunFolder, config: Config, kept: Any, model: llama.Model) -> N
     replaces = config.training.adapter().replaces
     if not replaces and not folder.holds("adapter"):
         portable = config.serve_as == "portable"
-        adapters.save_peft(folder.path / "adapter", kept, base_model=model.origin, portable=portable)
+        adapters.save_peft(folder.path / "adapter", kept, base_model=model.origin, portable=portable, trained=own)
         folder.record("adapter")
     if (config.merge or replaces) and not folder.holds("merged"):
         folder.clear("merged")

@@ -168,7 +168,7 @@ def run(config: Config) -> None:
     identity = {name: value for name, value in asdict(config).items() if name not in grows}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": UNITS, "device": devices.describe(devices.pick(1))}
-    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra)
+    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=located.values())
     bench = Workbench(trainings[cells[0]], split, {}, located, scoring=Scoring("label", None))
     cli.tell(bench.open(config.model))
     prompts.tell(split.source, split.source.template(config.template))

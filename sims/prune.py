@@ -100,7 +100,9 @@ def run(config: Config) -> None:
     identity = asdict(config) | model.origin.identity() | {"text": digests.of_json(texts)}
     for name in ("out", "batch_size", "revision"):
         del identity[name]
-    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS})
+    folder = RunFolder.open(
+        NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS}, models=[model.origin]
+    )
     if not (folder.holds(MODEL) and folder.holds("results.csv")):
         folder.clear(MODEL)
         statistics = pruning.calibrate(model.params, batches(windows, config.batch_size), model.config)

@@ -174,7 +174,9 @@ def sweep(config: Config) -> None:
     bench = Workbench(training, records, tasks, located, scoring=scoring, score_batch_size=config.score_batch_size)
     cli.tell(bench.open(first[0].model))
     extra, grows = {"design": config.design, "models": models}, {"evaluation": evaluation}
-    folder = RunFolder.open(NAME, shared, out=path, seed=config.data_seed, extra=extra, grows=grows)
+    folder = RunFolder.open(
+        NAME, shared, out=path, seed=config.data_seed, extra=extra, grows=grows, models=located.values()
+    )
     prompts.tell(records.source, training.template)
     prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     failed = None

@@ -122,7 +122,7 @@ def run(config: Config) -> None:
         identity["adapter_sha256"] = adapters.digest(config.adapter)
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(places)}
     extra["data"] = [Path(name).name for name in config.data]
-    folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra)
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])
     prompts.keep(folder, pair.examples, model.tokenizer, show=config.reading.show)
     folder.update(model_layers=model.config.num_hidden_layers)
     cells = [LayerCell(index) for index in modules]

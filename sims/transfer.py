@@ -211,7 +211,8 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     identity |= {"old": asdict(found.old), "new": asdict(found.unchanged), "targets": targets}
     identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}}
     identity |= model.origin.identity() | records.identity(chat)
-    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra={"units": transfer_check.UNITS})
+    extra = {"units": transfer_check.UNITS}
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[model.origin])
     prompts.keep(folder, pair.examples, model.tokenizer, show=0)
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
     steps = run_table(

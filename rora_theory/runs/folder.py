@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from rora_theory.runs.reading import as_json, check_files, read_manifest
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from rora_theory.llama import Located
 
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class RunFolder:
         seed: int | None = None,
         extra: Mapping[str, Any] | None = None,
         grows: Mapping[str, Any] | None = None,
+        models: Collection["Located"] = (),
     ) -> "RunFolder":
         """Open or make the folder of a run, own it, and write its manifest with status ``running``.
 
@@ -77,6 +80,7 @@ class RunFolder:
           seed: written to the manifest.
           extra: further entries of the manifest (units, device, protocol).
           grows: further entries of the configuration that a later part of the run may add: None is not compared.
+          models: that the run reads: how their weights are stored is logged, and kept in the manifest.
 
         Raises:
           InputError: the folder can't be written, is another process's, holds another run, holds files but no
@@ -113,6 +117,10 @@ class RunFolder:
             manifest["config"] |= {key: value for key, value in later.items() if value is not None}
             manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | here
             manifest |= as_json(dict(extra or {}))
+            if described := [model.described() for model in models]:
+                manifest["weights"] = described
+            for model in models:
+                logger.info(model.sentence)
             manifest.setdefault("files", {})
             session = {"start": lock.now(), "end": None, "status": "running", "command": sys.argv[1:]}
             manifest["sessions"].append(session | {"process": os.getpid(), "host": platform.node()} | here)
@@ -160,9 +168,11 @@ class RunFolder:
         self._written |= written
 
     def record(self, name: str) -> None:
-        """Have the manifest hold the digest of a file that was written otherwise, or of all files in a folder."""
+        """Have the manifest hold the digest of a file that was written otherwise, or of all files in a folder but a
+        model card, which is its owner's to go on writing."""
         place = self.path / name
         found = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+        found = [path for path in found if path.name != "README.md"]
         self._manifest["files"] |= {str(path.relative_to(self.path)): digests.of_file(path) for path in found}
         self._write_manifest()
 

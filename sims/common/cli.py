@@ -284,13 +284,18 @@ def tell(remarks: Sequence[str]) -> None:
 
 
 class _Notes(logging.Handler):
-    """Tells what the library warns of."""
+    """Tells what the library warns of, and prints what it says besides."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tell([record.getMessage()])
+        if record.levelno >= logging.WARNING:
+            tell([record.getMessage()])
+        else:
+            tables.print_text(record.getMessage())
 
 
-logging.getLogger("rora_theory").addHandler(_Notes(logging.WARNING))
+_library = logging.getLogger("rora_theory")
+_library.addHandler(_Notes())
+_library.setLevel(logging.INFO)
 
 
 def fail(message: str, *, status: int = 2) -> NoReturn:

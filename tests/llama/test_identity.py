@@ -2,7 +2,10 @@
 
 import shutil
 
+import gguf
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support import checkpoint
 
@@ -36,9 +39,49 @@ def test_every_byte_of_every_file_that_is_read_counts(folder, tmp_path):
 def test_what_is_not_read_does_not_count(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    for name in ("README.md", "training_args.json", "pytorch_model.bin", "extra.safetensors"):
-        (copy / name).write_bytes(b"text")
-    assert llama.digest(copy) == llama.digest(folder)
+    save_hf(tmp_path / "sharded", *unpacked(folder), tokenizer_from=folder, shard_bytes=4000)
+    for own in (copy, tmp_path / "sharded"):
+        before = llama.digest(own)
+        for name in ("README.md", "training_args.json", "pytorch_model.bin", "consolidated.safetensors"):
+            (own / name).write_bytes(b"text")
+        assert llama.digest(own) == before
+
+
+def unpacked(folder):
+    model = llama.load(folder)
+    return model.params, model.config
+
+
+def quantised(path):
+    """A GGUF file of two tensors, a matrix of 4-bit blocks and a vector of floats."""
+    writer = gguf.GGUFWriter(path, "llama")
+    kind = gguf.GGMLQuantizationType.Q4_1
+    writer.add_tensor("token_embd.weight", gguf.quantize(np.ones((3, 64), np.float32), kind), raw_dtype=kind)
+    writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
+    """A built-in name may be the hub's weights or 4-bit blocks made from them: which, in a sentence and in numbers."""
+    whole = Located("org/hf", folder, "org/hf", "c0ffee00")
+    made = Located("org", quantised(tmp_path / "m.gguf"), "org/hf")
+    digests_of = {whole: llama.digest(folder), made: llama.digest(made.path)}
+    assert whole.sentence == (
+        f"model org/hf: safetensors, not quantised (F32), org/hf at c0ffee0; sha256 {digests_of[whole][:12]}"
+    )
+    assert made.sentence == (
+        f"model org: GGUF, quantised (Q4_1 75%, F32 25%), made from org/hf; sha256 {digests_of[made][:12]}"
+    )
+    assert made.described() == {
+        "model": "org", "repository": "org/hf", "commit": None, "sha256": digests_of[made],
+        "container": "GGUF", "quantised": True, "types": {"Q4_1": 192, "F32": 64},
+    }  # fmt: skip
+    assert whole.described()["types"] == {"F32": sum(leaf.size for leaf in jax.tree.leaves(unpacked(folder)[0]))}
+    assert Located(str(folder), folder).sentence.startswith("model hf: safetensors, not quantised (F32); sha256 ")
 
 
 def test_a_gguf_file_is_its_own_bytes(tmp_path):

@@ -44,14 +44,15 @@ from sims import (
 class Opened(Exception):  # noqa: N818 (a way out, not an error)
     """A command has come as far as its folder."""
 
-    def __init__(self, identity: Any, cells: Any = None) -> None:
+    def __init__(self, identity: Any, cells: Any = None, models: Any = ()) -> None:
         self.identity, self.cells = json.loads(json.dumps(as_json(identity))), cells
+        self.models = [one.sha256 for one in models]
 
 
 @pytest.fixture(autouse=True)
 def _stop_at_the_folder(monkeypatch) -> None:
-    def run_folder(_name: str, config: Any, *, grows: Any = None, **_: Any) -> None:
-        raise Opened(as_json(config) | (grows or {}), cells[-1] if cells else None)
+    def run_folder(_name: str, config: Any, *, grows: Any = None, models: Any = (), **_: Any) -> None:
+        raise Opened(as_json(config) | (grows or {}), cells[-1] if cells else None, models)
 
     cells: list[Any] = []
     check_cells = rank_sweep.check_cells
@@ -138,6 +139,7 @@ def test_a_model_is_all_its_weights_and_its_tokenizer(name, model, data, tmp_pat
     here = tmp_path / "P1" / "hf"
     shutil.copytree(model, here)
     first = start(name, settings(name, str(here), data))
+    assert first.models == [llama.digest(model)], "how they are stored is told"
     flip(here / "model.safetensors", -4)  # the lowest byte of the last float32
     weights = start(name, settings(name, str(here), data))
     flip(here / "model.safetensors", -4)

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import checkpoint
 
-from rora_theory import files, seals, software
+from rora_theory import files, llama, seals, software
 from rora_theory.errors import InputError
 from rora_theory.journal import Journal
 from rora_theory.runs import lock as folder_lock
@@ -37,6 +38,14 @@ def test_a_line_half_written_on_a_full_disk_is_taken_back(tmp_path, full_disk):
         journal.append({"step": 2})
     assert journal.path.read_bytes() == before
     assert journal.entries == [{"step": 1}]
+
+
+def test_the_weights_that_a_run_reads_are_named(tmp_path, capsys):
+    model = checkpoint.model(tmp_path / "model")
+    RunFolder.open("sweep", {}, out=tmp_path / "run", models=[llama.locate(model)]).finish()
+    assert capsys.readouterr().out.startswith("model hf: safetensors, not quantised (F32); sha256 ")
+    (own,) = manifest(tmp_path / "run")["weights"]
+    assert (own["sha256"], own["quantised"]) == (llama.digest(model), False)
 
 
 # ---- sealed lines
