@@ -1,4 +1,4 @@
-r"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read and written.
+r"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read and written, with a model card.
 
 A tensor of layer i is ``base_model.model.model.layers.{i}.{module}.lora_A.weight`` [r, p_in],
 ``.lora_B.weight`` [p_out, r] and, under DoRA, ``.lora_magnitude_vector`` [p_out]. The scaling is in no
@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from rora_theory import digests
-from rora_theory.adapters import peft_baselines, peft_config
+from rora_theory.adapters import card, peft_baselines, peft_config
 from rora_theory.adapters.base import Params
 from rora_theory.adapters.bottleneck import BottleneckAdapter
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, assemble
@@ -53,14 +53,16 @@ def save_peft(
     *,
     base_model: str | Located | None = None,
     portable: bool = False,
+    trained: card.Trained | None = None,
 ) -> None:
     """Write an adapter so that PEFT opens it and computes the same; series and parallel ones PEFT does not know.
 
     A rule that PEFT has no flag for (kappa neither 1 nor 1/2) is written as LoRA with the alphas that give
     the same scaling, see `peft_config.to_peft`, and so reads back as LoRA.
 
-    Both files are written beside and renamed. Over an older adapter its configuration goes first and the new
-    one comes last: killed between, the folder is refused by every reader rather than read as a mixture.
+    `README.md` is its model card, see `card`. All files are written beside and renamed. Over an older adapter
+    its configuration goes first and the new one comes last: killed between, the folder is refused by every
+    reader rather than read as a mixture.
 
     Args:
       folder: made where it is missing.
@@ -70,6 +72,7 @@ def save_peft(
         which may be a GGUF file made from the hub's: ``base_model_sha256`` in the metadata of the safetensors file,
         PEFT having no entry for it.
       portable: write LoRA and RoRA so that readers with less than PEFT's entries compute the same, see `portable`.
+      trained: what the model card says of the run; None is nothing.
 
     Raises:
       InputError: ``folder`` is a file or can't be written (a full disk); no part of a file is left. With ``portable``,
@@ -88,7 +91,7 @@ def save_peft(
         config["revision"], metadata["base_model_sha256"] = base_model.commit, base_model.sha256
     if portable:
         config, tensors = portable_form(folder / CONFIG, config, tensors)
-    _write(folder, config, tensors, metadata)
+    _write(folder, config, tensors, metadata, card.text(config, base_model, trained))
 
 
 def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
@@ -105,17 +108,18 @@ def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[s
     config, tensors = portable_form(path, peft_config.load(path), _read_tensors(weights))
     with safetensors.safe_open(weights, framework="numpy") as file:
         metadata = file.metadata() or {"format": "pt"}
-    _write(Path(folder), config, tensors, metadata)
+    _write(Path(folder), config, tensors, metadata, card.text(config, config.get("base_model_name_or_path")))
 
 
 def _write(
-    folder: Path, config: Mapping[str, Any], tensors: dict[str, np.ndarray], metadata: Mapping[str, str]
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, np.ndarray], metadata: Mapping[str, str], readme: str
 ) -> None:
-    """Both files, as `save_peft` says."""
+    """All files, as `save_peft` says."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; accepted is a folder to write the adapter to")
     contents = {
         WEIGHTS: _sorted(safetensors.numpy.save(tensors, metadata=dict(metadata))),
+        card.FILE: readme.encode(),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     parts = {name: name_beside(folder / name) for name in contents}

@@ -91,6 +91,7 @@ def test_writes_what_peft_wrote(name: str, golden, config, tmp_path) -> None:
     source = golden.FOLDER / name
     save_peft(tmp_path, load_peft(source, config), base_model="tiny")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

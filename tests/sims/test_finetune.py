@@ -26,6 +26,7 @@ from support import checkpoint
 
 from figures import loss_curves, style
 from rora_theory.adapters import init, load_peft, merge
+from rora_theory.data import records
 from rora_theory.finetune import (
     Batches,
     FinetuneConfig,
@@ -194,6 +195,31 @@ def test_manifest_and_adapter_say_which_weights_were_used(whole, model):
     assert (entries["base_model_name_or_path"], entries["revision"]) == (str(model), None)
     with safe_open(whole / "adapter" / "adapter_model.safetensors", "numpy") as file:
         assert file.metadata()["base_model_sha256"] == digest(model)
+
+
+def test_the_adapter_has_a_model_card(whole, model, data):
+    """What was trained on what, how long and to which losses: all as the run's own files have it."""
+    text = (whole / "adapter" / "README.md").read_text()
+    said = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE))
+    found = losses(whole)
+    steps = [loss for kind, _, loss in found if kind == "step"]
+    tested = {step: loss for kind, step, loss in found if kind == "validation"}
+    best = min(tested, key=tested.__getitem__)
+    assert said["training loss"] == (
+        f"{steps[0]:.4f} nats a token on the batch of step 1, before any update; {np.mean(steps[-10:]):.4f}, the mean "
+        "of the last 10 steps"
+    )
+    assert said["validation loss"] == (
+        f"{tested[20]:.4f} at step 20 (first), {tested[best]:.4f} at step {best} (best), {tested[78]:.4f} at step 78 "
+        "(last); nats a token of 8 held-out records"
+    )
+    assert said["records"] == f"60, SHA-256 `{records.digest(read_records([str(data)]))}`"
+    assert (said["data"], said["trained on"]) == ("`train.json`", "52; held out for the validation loss: 8")
+    assert said["horizon"] == f"78 steps of 4 records; adapter of step {best}"
+    assert said["learning rate"] == "0.02 after 4 steps of warm-up, then linearly to 0 at the last step"
+    assert said["their SHA-256"] == f"`{digest(model)}`"
+    assert said["scaling gamma"] == "alpha / sqrt(r) = 2.82843 (`use_rslora` is true)"
+    assert "adapter/README.md" not in json.loads((whole / "manifest.json").read_text())["files"], "free to be edited"
 
 
 def test_the_table_comes_before_the_training(whole):

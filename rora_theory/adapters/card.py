@@ -1,0 +1,148 @@
+"""The model card of an adapter's folder, `README.md` in the hub's format: YAML entries, then what a reader asks first.
+
+Format: https://huggingface.co/docs/hub/model-cards. The entries are those that PEFT writes, and the licence.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rora_theory import software
+from rora_theory.adapters import peft_baselines, peft_config
+from rora_theory.llama.hub import HUB_ID, Located
+from rora_theory.scaling import scaling_factor
+
+FILE = "README.md"
+HERE = "THIS_FOLDER_OR_ITS_HUB_ID"
+"""Stands for the adapter in the lines that load it."""
+
+_KINDS = {peft_config.LORA: "lora", peft_baselines.PREFIX: "prefix-tuning"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a card says of the run that an adapter comes from.
+
+    Attributes:
+      rows: lines of a table, each with what it tells.
+      datasets: hub ids of the data sets that it was trained on.
+      license: of the adapter, as the hub names it; None is the base's, where its files say so.
+    """
+
+    rows: Sequence[tuple[str, str]] = ()
+    datasets: Sequence[str] = ()
+    license: str | None = None
+
+
+def text(entries: Mapping[str, Any], base: str | Located | None, trained: Trained | None = None) -> str:
+    """The model card of an adapter.
+
+    Args:
+      entries: of `adapter_config.json`.
+      base: where the base model was loaded from, or its name or path.
+      trained: the run; None is not known.
+    """
+    from huggingface_hub import ModelCardData
+
+    trained = trained or Trained()
+    repository = _repository(base)
+    kind = "dora" if entries.get("use_dora") else _KINDS.get(entries["peft_type"], entries["peft_type"].lower())
+    tags = [f"base_model:adapter:{repository}"] if repository else []
+    tags += [kind, *(["rslora"] if entries.get("use_rslora") else []), "rora-theory"]
+    data = ModelCardData(
+        base_model=repository,
+        library_name="peft" if entries["peft_type"] in _KINDS else None,
+        pipeline_tag="text-generation",
+        datasets=list(trained.datasets) or None,
+        tags=tags,
+        **_license(repository, trained.license or (base.license if isinstance(base, Located) else None)),
+    )
+    name = base.label if isinstance(base, Located) else base if isinstance(base, str) else ""
+    name = repository or " ".join(name.split()) or "a model that was not named"
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_title(entries, kind)} for {name}",
+        _table([*_of_base(name, base), *_of_adapter(entries)]),
+    ]
+    if trained.rows:
+        parts += ["## Training", _table(trained.rows)]
+    own = software.versions().get("rora-theory", "of a source tree")
+    parts += ["## How to load it", _loading(entries, repository, base), f"Written by rora-theory {own}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _repository(base: str | Located | None) -> str | None:
+    if isinstance(base, Located):
+        return base.repository
+    return base if isinstance(base, str) and HUB_ID.fullmatch(base) and not os.path.exists(base) else None
+
+
+def _license(repository: str | None, known: str | None) -> dict[str, str]:
+    """The hub's licence entries: one that is known, else a reference to the base's, which binds an adapter of it."""
+    if known or repository is None:
+        return {"license": known or "unknown"}
+    link = f"https://huggingface.co/{repository}"
+    return {"license": "other", "license_name": "that-of-the-base-model", "license_link": link}
+
+
+def _title(entries: Mapping[str, Any], kind: str) -> str:
+    if entries["peft_type"] != peft_config.LORA:
+        return f"{kind.replace('_', ' ').capitalize()} adapter"
+    return f"{'DoRA' if kind == 'dora' else 'LoRA'} adapter of rank {entries['r']}"
+
+
+def _of_base(name: str, base: str | Located | None) -> list[tuple[str, str]]:
+    rows = [("base model", f"`{name}`")]
+    if isinstance(base, Located):
+        rows += [("its commit", f"`{base.commit}`")] if base.commit else []
+        made = f" made from `{base.repository}`" if base.repository and not base.commit else ""
+        rows += [("its weights", f"{base.storage}{made}"), ("their SHA-256", f"`{base.sha256}`")]
+    return rows
+
+
+def _of_adapter(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
+    modules = entries.get("target_modules")
+    listed = [("modules", _code(modules))] if modules else []
+    if entries["peft_type"] == peft_baselines.PREFIX:
+        return [("virtual tokens", str(entries["num_virtual_tokens"]))]
+    if entries["peft_type"] != peft_config.LORA:
+        return [("bottleneck", str(entries["bottleneck_size"])), *listed]
+    rank, alpha = entries["r"], entries["lora_alpha"]
+    rule, form = ("rora", "alpha / sqrt(r)") if entries["use_rslora"] else ("lora", "alpha / r")
+    gamma = scaling_factor(rule, alpha=alpha, rank=rank)  # type: ignore[arg-type]
+    some = ", other modules by `rank_pattern` and `alpha_pattern`"
+    more = some if entries.get("rank_pattern") or entries.get("alpha_pattern") else ""
+    return [
+        ("rank r", f"{rank}{more}"),
+        ("alpha", f"{alpha:g}"),
+        ("scaling gamma", f"{form} = {gamma:.6g} (`use_rslora` is {str(entries['use_rslora']).lower()})"),
+        *listed,
+    ]
+
+
+def _loading(entries: Mapping[str, Any], repository: str | None, base: str | Located | None) -> str:
+    if entries["peft_type"] not in _KINDS:
+        return "PEFT has no such adapter: `rora_theory.adapters.load_peft` reads it."
+    name = json.dumps(repository or (str(base.path) if isinstance(base, Located) else base) or "THE_BASE_MODEL")
+    at = f", revision={json.dumps(entries['revision'])}" if entries.get("revision") else ""
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        f"base = AutoModelForCausalLM.from_pretrained({name}{at})",
+        f'model = PeftModel.from_pretrained(base, "{HERE}")',
+    ]
+    said = "```python\n" + "\n".join(lines) + "\n```"
+    if isinstance(base, Located) and base.storage.quantised:
+        said += "\n\nIt was trained beside quantised weights, so that beside others its outputs differ a little."
+    return said
+
+
+def _code(modules: str | Sequence[str]) -> str:
+    return ", ".join(f"`{one}`" for one in ([modules] if isinstance(modules, str) else modules))
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    lines = [f"| {what} | {' '.join(value.split()).replace('|', '&#124;')} |" for what, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])

@@ -1,0 +1,83 @@
+"""What a model card says of a fine-tuning run: its data, its optimizer, its rate, its length and its losses."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rora_theory.adapters.card import Trained
+from rora_theory.data.hub_files import HUB
+from rora_theory.data.records import RecordSet
+from rora_theory.finetune.config import FinetuneConfig
+
+LAST = 10
+"""Steps whose mean loss is called that of the end: of one batch it would be that batch's."""
+
+
+def of_run(
+    config: FinetuneConfig,
+    records: RecordSet,
+    sources: Sequence[str],
+    summary: Mapping[str, Any],
+    events: Sequence[Mapping[str, Any]],
+    kept: int | None = None,
+    license: str | None = None,  # noqa: A002 (the hub's name of it)
+) -> Trained:
+    """What a run's card has to say.
+
+    Args:
+      config: the run's.
+      records, sources: what it read, and from where.
+      summary: `TrainingData.summary`.
+      events: of `metrics.Metrics`, all of the run.
+      kept: step of the adapter that is written; None is the last.
+      license: of the adapter, as the hub names it.
+    """
+    steps = [event for event in events if event["event"] == "step"]
+    tested = [event for event in events if event["event"] == "validation"]
+    names = [source if source.startswith(HUB) else Path(source).name for source in sources]
+    counts = f"{summary['records']:,}, SHA-256 `{records.sha256}`"
+    held_out = summary["validated_on"]
+    decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
+    clip = "" if config.clip == float("inf") else f", gradients clipped at norm {config.clip:g}"
+    shape = "linearly to 0 at the last step" if config.schedule == "linear" else "constant"
+    rows = [
+        ("data", ", ".join(f"`{name}`" for name in names)),
+        ("records", counts),
+        ("trained on", f"{summary['trained_on']:,}; held out for the validation loss: {held_out:,}"),
+        ("prompt", f"template {config.template}, at most {config.cutoff} tokens, loss on {config.loss_on} tokens"),
+        (
+            "optimizer",
+            f"AdamW, betas {config.betas[0]:g} and {config.betas[1]:g}, epsilon {config.epsilon:g}{decay}{clip}",
+        ),
+        ("learning rate", f"{config.peak_learning_rate:g} after {config.warmup} steps of warm-up, then {shape}"),
+        ("horizon", f"{len(steps):,} steps of {config.batch_size} records; adapter of step {kept or len(steps):,}"),
+        (
+            "rule as it was asked for",
+            f"{config.rule}, alpha {config.alpha:g}" if config.method in ("lora", "dora") else "",
+        ),
+        ("training loss", _training_loss(steps)),
+        ("validation loss", _validation_loss(tested, held_out)),
+    ]
+    datasets = dict.fromkeys(found[1] for source in sources if (found := re.match(rf"{HUB}([^/@:]+/[^/@:]+)", source)))
+    return Trained([row for row in rows if row[1]], tuple(datasets), license)
+
+
+def _training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
+    if not steps:
+        return ""
+    last = steps[-LAST:]
+    return (
+        f"{steps[0]['loss']:.4f} nats a token on the batch of step 1, before any update; "
+        f"{fmean(step['loss'] for step in last):.4f}, the mean of the last {len(last)} steps"
+    )
+
+
+def _validation_loss(tested: Sequence[Mapping[str, Any]], held_out: int) -> str:
+    if not tested:
+        return "not measured: no record was held out"
+    best = min(tested, key=lambda event: event["loss"])
+    named = {"first": tested[0], "best": best, "last": tested[-1]}
+    said = ", ".join(f"{event['loss']:.4f} at step {event['step']} ({name})" for name, event in named.items())
+    return f"{said}; nats a token of {held_out:,} held-out records"

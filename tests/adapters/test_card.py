@@ -1,0 +1,119 @@
+"""The model card of an adapter's folder: the hub's entries read back, what it says of base and scaling, how to load."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from huggingface_hub import ModelCard
+from support import checkpoint, tiny
+
+from rora_theory import llama
+from rora_theory.adapters import BottleneckConfig, LoraConfig, PrefixConfig, init, rewrite_portable, save_peft
+from rora_theory.adapters.card import HERE, Trained
+from rora_theory.llama.hub import Located
+
+BUILT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return checkpoint.model(tmp_path_factory.mktemp("base"))
+
+
+def written(folder: Path, base: Any, config: Any = None, **more: Any) -> ModelCard:
+    """The card of a fresh adapter of the tiny model."""
+    config = config or LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
+    save_peft(folder, init(jax.random.key(0), config, tiny.CONFIG, tiny.params()), base_model=base, **more)
+    return ModelCard.load(folder / "README.md")
+
+
+def rows(card: ModelCard) -> dict[str, str]:
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card.text, re.MULTILINE))
+
+
+def test_the_hubs_entries(base, tmp_path) -> None:
+    origin = Located(BUILT, base, BUILT, "c0ffee00")
+    card = written(tmp_path / "a", origin, trained=Trained([("horizon", "9 steps")], ["me/chats"]))
+    link = f"https://huggingface.co/{BUILT}"
+    assert card.data.to_dict() == {
+        "base_model": BUILT, "library_name": "peft", "pipeline_tag": "text-generation", "datasets": ["me/chats"],
+        "license": "other", "license_name": "that-of-the-base-model", "license_link": link,
+        "tags": [f"base_model:adapter:{BUILT}", "lora", "rslora", "rora-theory"],
+    }  # fmt: skip
+    assert rows(card)["horizon"] == "9 steps"
+    assert written(tmp_path / "b", origin, trained=Trained(license="mit")).data.to_dict()["license"] == "mit"
+
+
+def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
+    card = written(tmp_path / "a", Located(BUILT, base, BUILT, "c0ffee00"))
+    assert rows(card) == {
+        "base model": f"`{BUILT}`", "its commit": "`c0ffee00`", "its weights": "safetensors, not quantised (F32)",
+        "their SHA-256": f"`{llama.digest(base)}`", "rank r": "4", "alpha": "8",
+        "scaling gamma": "alpha / sqrt(r) = 4 (`use_rslora` is true)", "modules": "`q_proj`",
+    }  # fmt: skip
+    assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", revision="c0ffee00")' in card.text
+    patterned = LoraConfig(rank=4, alpha=8.0, rule="lora", target_modules=("q_proj", "v_proj"), rank_pattern={"v": 2})
+    card = written(tmp_path / "b", "somewhere/else", patterned)
+    assert rows(card)["scaling gamma"] == "alpha / r = 2 (`use_rslora` is false)"
+    assert rows(card)["rank r"] == "4, other modules by `rank_pattern` and `alpha_pattern`"
+    assert card.data.base_model == "somewhere/else"
+    assert "rslora" not in card.data.tags
+
+
+def test_a_quantised_base_is_called_one(tmp_path, monkeypatch) -> None:
+    """And its licence is the file's, which the hub's folders do not say."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"weights")
+    monkeypatch.setattr(Located, "storage", llama.identity.Storage("GGUF", {"Q4_1": 3, "F32": 1}))
+    monkeypatch.setattr(Located, "license", "apache-2.0")
+    card = written(tmp_path / "a", Located("smollm2-135m", path, BUILT))
+    assert rows(card)["its weights"] == f"GGUF, quantised (Q4_1 75%, F32 25%) made from `{BUILT}`"
+    assert card.data.license == "apache-2.0"
+    assert "trained beside quantised weights" in card.text
+
+
+@pytest.mark.parametrize(("name", "said"), [(None, "a model that was not named"), ("a\n# b|`c", "a # b|`c")])
+def test_a_base_that_the_hub_has_not_is_no_entry(name, said, tmp_path) -> None:
+    """And no name makes lines of its own."""
+    card = written(tmp_path / "a", name)
+    assert card.data.base_model is None
+    assert (card.data.license, card.data.library_name) == ("unknown", "peft")
+    assert f"# LoRA adapter of rank 4 for {said}\n" in card.text
+    assert "\n# b" not in card.text
+
+
+def test_methods_that_peft_has_not(tmp_path) -> None:
+    card = written(tmp_path / "a", None, PrefixConfig(3))
+    assert (rows(card)["virtual tokens"], card.data.library_name) == ("3", "peft")
+    card = written(tmp_path / "b", None, BottleneckConfig("series", width=3, target_modules=("up_proj",)))
+    assert (rows(card)["bottleneck"], card.data.library_name) == ("3", None)
+    assert "rora_theory.adapters.load_peft" in card.text
+    card = written(tmp_path / "c", None, LoraConfig(rank=2, alpha=8.0, target_modules=("q_proj",), use_dora=True))
+    assert "dora" in card.data.tags
+    assert "# DoRA adapter of rank 2" in card.text
+
+
+def test_the_portable_form_has_its_own_card(tmp_path) -> None:
+    """gamma = 8 / sqrt(4) is written as alpha / r with alpha 16."""
+    written(tmp_path / "a", BUILT)
+    rewrite_portable(tmp_path / "a", tmp_path / "b")
+    card = ModelCard.load(tmp_path / "b" / "README.md")
+    assert rows(card)["scaling gamma"] == "alpha / r = 4 (`use_rslora` is false)"
+    assert card.data.base_model == BUILT
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_its_lines_load_the_adapter(base, tmp_path) -> None:
+    pytest.importorskip("peft", reason="the extra torch")
+    model = llama.load(base)
+    config = LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
+    save_peft(tmp_path / "a", init(jax.random.key(0), config, model.config, model.params), base_model=model.origin)
+    card = ModelCard.load(tmp_path / "a" / "README.md")
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert code.count("\n") == 4
+    names: dict[str, Any] = {}
+    exec(code.replace(json.dumps(HERE), json.dumps(str(tmp_path / "a"))), names)
+    assert names["model"].peft_config["default"].r == 4
