@@ -8,12 +8,13 @@ Perplexity before and after is that of text that was not calibrated on. Nothing 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rora_theory import digests
 from rora_theory.data import windows as text_windows
+from rora_theory.data.records import FormatConfig
 from rora_theory.errors import InputError
 from rora_theory.runs.folder import RunFolder
 from rora_theory.seeds import check_seed
@@ -40,6 +41,7 @@ class Config:
 
     text: tuple[str, ...]
     """calibration text: .txt files, or training records (.json, .jsonl, hf://datasets/...) as prompts"""
+    reading: FormatConfig = field(default_factory=FormatConfig)
     model: str = "smollm2-135m"
     """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     revision: str | None = None
@@ -88,7 +90,7 @@ def run(config: Config) -> None:
     from rora_theory.llama import count_parameters, load, pruning
     from rora_theory.llama.saving import save_model
 
-    texts = text_windows.read_texts(config.text)
+    texts = text_windows.read_texts(config.text, config.reading)
     model = load(config.model, config.dtype, config.revision)
     cli.tell(model.remarks)
     shape = pruning.plan(model.config, config.share, layers=config.layers, kv_heads=config.kv_heads, width=config.width)
@@ -98,7 +100,7 @@ def run(config: Config) -> None:
     sizes = {"seq": config.seq, "windows": config.windows, "held_out": config.held_out}
     windows, held_out = text_windows.cut(texts, model.tokenizer, **sizes, seed=config.seed)
     identity = asdict(config) | model.origin.identity() | {"text": digests.of_json(texts)}
-    for name in ("out", "batch_size", "revision"):
+    for name in ("out", "batch_size", "revision", "reading"):
         del identity[name]
     folder = RunFolder.open(
         NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS}, models=[model.origin]

@@ -13,7 +13,7 @@ MODEL DATA... takes the first real steps of the model at both ranks and writes t
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ import tyro
 from rora_theory.advice.lora_config import PAPER_TARGETS, TaskType, peft_targets, read_adapter_config
 from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.transfer import ALL, Advice, Range, transfer
+from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName
@@ -68,6 +69,7 @@ class Config:
     """task_type of the LoraConfig"""
     check: tuple[str, ...] = ()
     """a model and data files: take the first real steps at both ranks"""
+    reading: DataConfig = field(default_factory=DataConfig)
     batch_size: int = 8
     """records of --check's batch, and as many held-out ones"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
@@ -199,7 +201,7 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
         ) from error
 
     model_name, *data = config.check
-    records = read(data)
+    records = read(data, config.reading)
     model = load(model_name)
     cli.tell(model.remarks)
     template = records.template(None)
@@ -213,7 +215,7 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     identity |= model.origin.identity() | records.identity(chat)
     extra = {"units": transfer_check.UNITS}
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[model.origin])
-    prompts.keep(folder, pair.examples, model.tokenizer, show=0)
+    prompts.keep(folder, pair.examples, model.tokenizer, show=config.reading.show)
     stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
     steps = run_table(
         list(transfer_check.first_steps(found, config.seeds)),

@@ -144,8 +144,9 @@ class ChatTemplate:
         """
         return "".join(self._blocks(messages, tools, add_generation_prompt, []))
 
-    def write(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> Written:
-        """The text of a chat, and what of it every turn of the assistant's wrote.
+    def write(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, context: int = 0) -> Written:
+        """The text of a chat, and what of it every turn of the assistant's wrote that is not among the first
+        ``context``.
 
         Of a template that marks it, what is marked. Of another, from where the generation prompt ends to where the turn
         does, its end token included. A template may write a turn otherwise once others follow (it leaves out an earlier
@@ -154,16 +155,22 @@ class ChatTemplate:
         Raises:
           InputError: as `render`, or a turn that is not found in the text.
         """
+        given = sum(message.get("role") == ASSISTANT for message in messages[:context])
         if self.marks:
             spans: list[tuple[int, int]] = []
             text = "".join(self._blocks(messages, tools, False, spans))
-            return Written(text, tuple(spans))
+            if given and len(spans) != sum(message.get("role") == ASSISTANT for message in messages):
+                raise InputError(
+                    f"{self.where}: the template marks {len(spans)} parts of the chat, so those of the given turns "
+                    "can't be told; accepted is one mark a turn of the assistant's"
+                )
+            return Written(text, tuple(spans[given:]))
         text = self.render(messages, tools)
         found: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message.get("role") == ASSISTANT:
                 found.append(self._span(text, messages, tools, index, found[-1][1] if found else 0))
-        return Written(text, tuple(found))
+        return Written(text, tuple(found[given:]))
 
     def _span(
         self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], index: int, after: int

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from rora_theory import digests
 from rora_theory.errors import InputError, shown
 
-FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-response", "prompt-completion", "text"]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-response", "prompt-completion", "conversational", "text"]
 TrainTemplate = Literal["train", "clean", "chat", "plain"]
 TRAIN_TEMPLATES: tuple[str, ...] = get_args(TrainTemplate)
 
@@ -29,6 +29,9 @@ ROLES = {
     "observation": "tool",
 }
 """ShareGPT's names of who speaks, and the roles of chat templates."""
+
+TEXTS = ("text", "input_text", "output_text")
+"""Types of a part of a message that are text, in OpenAI's two interfaces."""
 
 
 class Record(NamedTuple):
@@ -52,11 +55,13 @@ class Chat:
     Attributes:
       messages: objects with ``role`` and ``content``, and what else a chat template may read of them.
       tools: descriptions of tools that a chat template may list; none is the usual.
+      context: how many of the messages are given: of these the assistant's turns are not learned either.
       where: the file and the place in it, for messages; no part of what the chat is.
     """
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[Any, ...] = ()
+    context: int = 0
     where: str = field(default="a chat", compare=False)
 
     def as_record(self) -> Record:
@@ -78,16 +83,19 @@ AnyRecord = Record | Text | Chat
 
 def digest(records: Sequence[AnyRecord]) -> str:
     """SHA-256 of what records hold, wherever they were read from."""
-    return digests.of_json(
-        [{"messages": one.messages, "tools": one.tools} if isinstance(one, Chat) else one for one in records]
-    )
+    return digests.of_json([_held(one) if isinstance(one, Chat) else one for one in records])
+
+
+def _held(chat: Chat) -> dict[str, Any]:
+    given = {"context": chat.context} if chat.context else {}
+    return {"messages": chat.messages, "tools": chat.tools} | given
 
 
 def question(record: AnyRecord) -> str:
-    """What two records have in common that ask the same: the instruction, the turns before the last of the
-    assistant's, or the text."""
+    """What two records have in common that ask the same: the instruction and its input, the turns before the last of
+    the assistant's, or the text."""
     if isinstance(record, Record):
-        return record.instruction
+        return digests.of_json([record.instruction, record.input]) if record.input else record.instruction
     if isinstance(record, Text):
         return record.text
     last = max(i for i, one in enumerate(record.messages) if one["role"] == ASSISTANT)
@@ -188,17 +196,41 @@ def _text(item: Item) -> Text:
 
 def _messages(item: Item) -> Chat:
     item.need("messages")
-    found = []
-    for turn in item.turns("messages"):
-        turn.need("role")
-        if "tool_calls" not in turn.value:
-            turn.need("content")
-        content = turn.text("content", empty=True)
-        rest = {k: v for k, v in turn.value.items() if k not in (turn.name("role"), turn.name("content"))}
-        for name, value in rest.items():
-            turn.check_text(name, value)
-        found.append({"role": turn.text("role"), "content": content} | rest)
-    return _chat(item, "messages", found, item.objects("tools", optional=True))
+    return _chat(item, "messages", [_message(turn) for turn in item.turns("messages")])
+
+
+def _conversational(item: Item) -> Chat:
+    """TRL's prompt and completion, each a list of messages: of the completion alone the turns are learned."""
+    item.need("prompt", "completion")
+    given, learned = ([_message(turn) for turn in item.turns(key)] for key in ("prompt", "completion"))
+    return _chat(item, "completion", learned, given)
+
+
+def _message(turn: Item) -> dict[str, Any]:
+    turn.need("role")
+    if "tool_calls" not in turn.value:
+        turn.need("content")
+    rest = {k: v for k, v in turn.value.items() if k not in (turn.name("role"), turn.name("content"))}
+    for name, value in rest.items():
+        turn.check_text(name, value)
+    return {"role": turn.text("role"), "content": _content(turn)} | rest
+
+
+def _content(turn: Item) -> str:
+    """What a message says: a string, or parts, the texts of which follow one another."""
+    name = turn.name("content")
+    if not isinstance(turn.value.get(name), list):
+        return turn.text("content", empty=True)
+    texts = []
+    for index, part in enumerate(turn.objects("content")):
+        if part.get("type") not in TEXTS or not isinstance(part.get("text"), str):
+            kind = shown(part.get("type"))
+            raise InputError(
+                f"{turn.where} has a part of type {kind} in {name!r} at {index}; accepted are parts of text"
+            )
+        texts.append(part["text"])
+    turn.check_text(name, texts)
+    return "".join(texts)
 
 
 def _sharegpt(item: Item) -> Chat:
@@ -217,14 +249,15 @@ def _sharegpt(item: Item) -> Chat:
     return _chat(item, "conversations", found)
 
 
-def _chat(item: Item, key: str, messages: list[dict[str, Any]], tools: Sequence[Any] = ()) -> Chat:
+def _chat(item: Item, key: str, messages: list[dict[str, Any]], given: Sequence[dict[str, Any]] = ()) -> Chat:
     if not any(one["role"] == ASSISTANT for one in messages):
         raise InputError(
             f"{item.where} has no turn of the assistant in {item.name(key)!r}; accepted is one or more to learn"
         )
+    tools = [] if key == "conversations" else item.objects("tools", optional=True)
     for tool in tools:
         item.check_text(item.name("tools"), tool)
-    return Chat(tuple(messages), tuple(tools), item.where)
+    return Chat((*given, *messages), tuple(tools), len(given), item.where)
 
 
 @dataclass(frozen=True)
@@ -236,12 +269,14 @@ class Format:
       template: what makes a text of its records where no template is named.
       make: the record of an object.
       more: what an object may have besides.
+      listed: whether the first of the keys has a list; None is any value.
     """
 
     keys: tuple[str, ...]
     template: TrainTemplate
     make: Callable[[Item], AnyRecord]
     more: tuple[str, ...] = ()
+    listed: bool | None = None
 
 
 FORMATS: dict[FormatName, Format] = {
@@ -249,7 +284,10 @@ FORMATS: dict[FormatName, Format] = {
     "sharegpt": Format(("conversations",), "chat", _sharegpt, ("from", "value", "system")),
     "alpaca": Format(("instruction", "output"), "train", _pair("instruction", "output", "input"), ("input",)),
     "prompt-response": Format(("prompt", "response"), "chat", _pair("prompt", "response")),
-    "prompt-completion": Format(("prompt", "completion"), "plain", _pair("prompt", "completion")),
+    "prompt-completion": Format(("prompt", "completion"), "plain", _pair("prompt", "completion"), listed=False),
+    "conversational": Format(
+        ("prompt", "completion"), "chat", _conversational, ("role", "content", "tools"), listed=True
+    ),
     "text": Format(("text",), "plain", _text),
 }
 """All formats; of several that an object fits, the first is taken."""
@@ -263,7 +301,12 @@ def fitting(value: dict[str, Any], names: Mapping[str, str]) -> list[FormatName]
 
     A field that the source has another name for is there under that name alone; formats of all named fields go first.
     """
-    found = [name for name, one in FORMATS.items() if all(names.get(key, key) in value for key in one.keys)]
+
+    def fits(one: Format) -> bool:
+        first = value.get(names.get(one.keys[0], one.keys[0]))
+        return all(names.get(key, key) in value for key in one.keys) and one.listed in (None, isinstance(first, list))
+
+    found = [name for name, one in FORMATS.items() if fits(one)]
     return sorted(found, key=lambda name: -len(set(names) & {*FORMATS[name].keys, *FORMATS[name].more}))
 
 

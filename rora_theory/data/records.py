@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from rora_theory import files
-from rora_theory.data import chat as chats
 from rora_theory.data import hub_files
 from rora_theory.data.formats import (
     FIELDS,
@@ -29,20 +28,38 @@ from rora_theory.data.formats import (
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer
 
-__all__ = ["AnyRecord", "DataConfig", "Record", "RecordSet", "digest", "read", "read_records"]
+if TYPE_CHECKING:  # it needs Jinja, which records do not
+    from rora_theory.data.chat import ChatTemplate
+
+__all__ = ["AnyRecord", "DataConfig", "FormatConfig", "Record", "RecordSet", "digest", "read", "read_records"]
 
 ACCEPTED = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """How training records are written, and how chats become text."""
+class FormatConfig:
+    """How training records are written."""
 
     format: FormatName | None = None
-    """how records are written: messages (OpenAI's chats), sharegpt, alpaca, prompt-response, prompt-completion or text;
-    none tells it by the keys of the first record"""
+    """how records are written: messages (OpenAI's chats), sharegpt, alpaca, prompt-response, prompt-completion,
+    conversational (prompt and completion as lists of messages) or text; none tells it by the first record's keys"""
     fields: dict[str, str] = field(default_factory=dict)
     """your data's own name of a field, where it is another: --fields instruction question output answer"""
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a format or field that there is not."""
+        accepted = get_args(FormatName)
+        if self.format is not None and self.format not in accepted:
+            raise InputError(f"format is {self.format!r}; accepted are {', '.join(accepted)}")
+        for name in self.fields:
+            if name not in FIELDS:
+                raise InputError(f"fields has {name!r}; accepted are your names of {', '.join(FIELDS)}")
+
+
+@dataclass(frozen=True)
+class DataConfig(FormatConfig):
+    """How training records are written, and how chats become text."""
+
     chat_template: str | None = None
     """Jinja file of the template that makes a text of a chat, or chatml; none is the model's own"""
     chat_date: str | None = None
@@ -52,20 +69,21 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raise `InputError` for a value out of range, or a template or date that can't be read."""
-        accepted = get_args(FormatName)
-        if self.format is not None and self.format not in accepted:
-            raise InputError(f"format is {self.format!r}; accepted are {', '.join(accepted)}")
-        for name in self.fields:
-            if name not in FIELDS:
-                raise InputError(f"fields has {name!r}; accepted are your names of {', '.join(FIELDS)}")
+        super().__post_init__()
         check_integer("show", self.show, least=0)
         if self.chat_template is not None:
+            from rora_theory.data import chat as chats
+
             chats.source_of(self.chat_template)
         _ = self.now
 
     def identity(self) -> dict[str, str]:
         """What of it determines prompts beside the records and the model."""
-        digest = self.chat_template and chats.digest_of(chats.source_of(self.chat_template))
+        digest = None
+        if self.chat_template is not None:
+            from rora_theory.data import chat as chats
+
+            digest = chats.digest_of(chats.source_of(self.chat_template))
         named = {"chat_template_sha256": digest, "chat_date": self.chat_date}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -114,7 +132,7 @@ class RecordSet:
             raise InputError(f"template is {asked!r}; accepted are {', '.join(TRAIN_TEMPLATES)}")
         return own[0] if asked is None else cast(TrainTemplate, asked)
 
-    def chat(self, tokenizer: Any, template: str | None) -> chats.ChatTemplate | None:
+    def chat(self, tokenizer: Any, template: str | None) -> "ChatTemplate | None":
         """The chat template where ``template`` is ``chat``: the one that was named, or the model's own.
 
         Raises:
@@ -122,9 +140,11 @@ class RecordSet:
         """
         if template != "chat":
             return None
+        from rora_theory.data import chat as chats
+
         return chats.of(tokenizer, self.config.chat_template, self.config.now)
 
-    def identity(self, chat: chats.ChatTemplate | None) -> dict[str, str]:
+    def identity(self, chat: "ChatTemplate | None") -> dict[str, str]:
         """What a run that reads the records is known by, beside the template's name: they, and the chat template."""
         return {"records_sha256": self.sha256} | (chat.identity() if chat is not None else {})
 
@@ -139,7 +159,7 @@ class RecordSet:
         return f"records: {listed} ({how})"
 
 
-def read(sources: Sequence[str | Path], config: DataConfig | None = None) -> RecordSet:
+def read(sources: Sequence[str | Path], config: FormatConfig | None = None) -> RecordSet:
     """The records of several sources, in order.
 
     Args:
@@ -154,7 +174,7 @@ def read(sources: Sequence[str | Path], config: DataConfig | None = None) -> Rec
       InputError: a file that is missing, unreadable or empty, or a record that is not as its format says; the message
         has the file, the record's index from 0 (the line, from 1, of a file of lines) and the key.
     """
-    config = DataConfig() if config is None else config
+    config = config if isinstance(config, DataConfig) else DataConfig(**vars(config or FormatConfig()))
     if not sources:
         raise InputError(f"no data files are given; accepted are one or more: {ACCEPTED}")
     records: list[AnyRecord] = []
@@ -175,12 +195,12 @@ def read(sources: Sequence[str | Path], config: DataConfig | None = None) -> Rec
     return RecordSet(records, tuple(formats), config, tuple(notes))
 
 
-def read_records(sources: Sequence[str | Path], config: DataConfig | None = None) -> list[AnyRecord]:
+def read_records(sources: Sequence[str | Path], config: FormatConfig | None = None) -> list[AnyRecord]:
     """The records alone that `read` reads."""
     return read(sources, config).records
 
 
-def _recognised(where: str, value: dict[str, Any], config: DataConfig) -> tuple[FormatName, list[FormatName]]:
+def _recognised(where: str, value: dict[str, Any], config: FormatConfig) -> tuple[FormatName, list[FormatName]]:
     """The format of an object, and others that it fits."""
     found = fitting(value, config.fields)
     if found:

@@ -42,7 +42,7 @@ def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None) ->
             raise InputError(f"template is chat and there is no chat template; {chats.CHOICES}")
         whole = chats.of_record(record) if isinstance(record, Record) else record
         try:
-            return chat.write(whole.messages, whole.tools)
+            return chat.write(whole.messages, whole.tools, context=whole.context)
         except InputError as error:
             raise InputError(f"{whole.where}: {error}") from None
     if template not in {*TRAIN_TEMPLATES, *prompts.TEMPLATES}:

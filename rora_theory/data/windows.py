@@ -9,13 +9,17 @@ from rora_theory import files
 from rora_theory.data.batches import TextEncoder
 from rora_theory.data.formats import AnyRecord, Chat, Text
 from rora_theory.data.prompts import training_text
-from rora_theory.data.records import read_records
+from rora_theory.data.records import FormatConfig, read_records
 from rora_theory.errors import InputError
 
 
-def read_texts(sources: Sequence[str]) -> list[str]:
+def read_texts(sources: Sequence[str], config: FormatConfig | None = None) -> list[str]:
     """The documents of several files: .txt files whole, and training records: a prompt and its response as published,
     what the turns of a chat say, an empty line between.
+
+    Args:
+      sources: the files.
+      config: how records are written; None is told by the first one's keys.
 
     Raises:
       InputError: a file that is missing, unreadable or empty.
@@ -23,7 +27,7 @@ def read_texts(sources: Sequence[str]) -> list[str]:
     found: list[str] = []
     for source in sources:
         if not source.endswith(".txt"):
-            found += map(_document, read_records([source]))
+            found += map(_document, read_records([source], config))
             continue
         text = files.read_text(source)
         if not text.strip():

@@ -79,6 +79,24 @@ def test_marks_say_what_is_learned():
     assert [written.text[begin:end] for begin, end in written.spans] == ["Yes. <|im_end|>", "Sure.<|im_end|>"]
 
 
+@pytest.mark.parametrize("name", ["MARKED", "MISTRAL3", "LLAMA3"])
+def test_given_turns_are_not_learned(name):
+    """Of three answers, the two in the prompt: as if what is learned were the last one's alone."""
+    template = ChatTemplate(getattr(chat_templates, name), tokens=TOKENS)
+    messages = [*CHAT, {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
+    whole, given = template.write(messages), template.write(messages, context=5)
+    assert (len(whole.spans), given) == (3, whole._replace(spans=whole.spans[2:]))
+    assert texts.write(Chat(tuple(messages), context=5), "chat", template) == given
+
+
+def test_what_is_marked_otherwise_than_by_turns_is_no_context():
+    twice = (
+        "{% for m in messages %}{% generation %}a{% endgeneration %}{% generation %}b{% endgeneration %}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="the template marks 8 parts of the chat, so those of the given turns"):
+        ChatTemplate(twice).write(CHAT, context=2)
+
+
 def test_what_the_system_says_in_the_last_question():
     """The first turns are written otherwise as long as they are the last; a question that has the answer's words."""
     messages = [{"role": "system", "content": "Sure."}, CHAT[0], CHAT[1], {"role": "user", "content": "Sure."}, CHAT[3]]

@@ -20,14 +20,16 @@ ROWS = {
     "alpaca": {"instruction": "Ähm?", "input": "", "output": "Yes."},
     "prompt-response": {"prompt": "Ähm?", "response": "Yes."},
     "prompt-completion": {"prompt": "Ähm?", "completion": "Yes."},
+    "conversational": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
     "text": {"text": "Ähm? Yes."},
 }
 RECORDS = {
     "messages": Chat(tuple(MESSAGES)),
     "sharegpt": Chat(tuple(MESSAGES)),
+    "conversational": Chat(tuple(MESSAGES), context=1),
     "text": Text("Ähm? Yes."),
 } | dict.fromkeys(("alpaca", "prompt-response", "prompt-completion"), Record("Ähm?", "Yes."))
-TEMPLATES = dict(zip(FORMATS, ("chat", "chat", "train", "chat", "plain", "plain"), strict=True))
+TEMPLATES = dict(zip(FORMATS, ("chat", "chat", "train", "chat", "plain", "chat", "plain"), strict=True))
 
 
 def write(path, rows):
@@ -89,6 +91,29 @@ def test_a_chats_further_keys_reach_the_template(tmp_path):
     assert chat.messages == ({"role": "system", "content": "Be brief."}, *MESSAGES)
 
 
+def test_a_prompt_of_several_turns_is_context(tmp_path):
+    """TRL's: the assistant's turns in the prompt are given, and the record says so."""
+    row = {"prompt": [*MESSAGES, {"role": "user", "content": "Sure?"}], "completion": [MESSAGES[1]], "tools": [{}]}
+    (chat,) = read([write(tmp_path / "x.json", [row])]).records
+    assert chat == Chat((*row["prompt"], MESSAGES[1]), ({},), context=3)
+    assert digest([chat]) != digest([Chat(chat.messages, chat.tools)])
+    with pytest.raises(InputError, match=r"record 0 has no turn of the assistant in 'completion'"):
+        read([write(tmp_path / "y.json", [row | {"completion": MESSAGES[:1]}])])
+    with pytest.raises(InputError, match=r"record 0 has a list as 'completion'; accepted is a string"):
+        read([write(tmp_path / "z.json", [row | {"prompt": "Sure?"}])])
+
+
+def test_the_parts_of_a_message_are_one_text(tmp_path):
+    """OpenAI's lists of parts; a picture is none that a text model reads."""
+    parts = [{"type": "text", "text": "Ähm"}, {"type": "input_text", "text": "?"}]
+    source = write(tmp_path / "x.jsonl", [{"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}])
+    assert read([source]).records == [RECORDS["messages"]]
+    picture = {"type": "image_url", "image_url": {"url": "x.png"}}
+    source = write(tmp_path / "y.jsonl", [{"messages": [{"role": "user", "content": [*parts, picture]}, MESSAGES[1]]}])
+    with pytest.raises(InputError, match=r"line 1: messages 0 has a part of type 'image_url' in 'content' at 2; acc"):
+        read([source])
+
+
 def test_what_no_template_can_read_is_refused(tmp_path):
     late = [MESSAGES[0] | {"sent": pd.Timestamp("2026-01-31")}, MESSAGES[1] | {"sent": pd.Timestamp("2026-01-31")}]
     with pytest.raises(InputError, match=r"row 0: messages 0 has a \w+ in 'sent'; accepted are values that JSON has"):
@@ -118,7 +143,7 @@ def test_formats_that_differ_ask_for_a_template(tmp_path):
         ("x.jsonl", {"messages": ["hi"]}, r"line 2 has a string in 'messages' at 0; accepted is an object"),
         ("x.json", {"messages": [{"content": "a"}]}, r"x\.json: record 1: messages 0 has no 'role'; its keys are"),
         ("x.json", {"messages": [MESSAGES[0], {"role": "assistant"}]}, r"record 1: messages 1 has no 'content'"),
-        ("x.json", {"messages": [{"role": "user", "content": [1]}]}, r"record 1: messages 0 has a list as 'content'"),
+        ("x.json", {"messages": [{"role": "user", "content": [1]}]}, r"messages 0 has a number in 'content' at 0"),
         ("x.json", {"messages": MESSAGES[:1]}, r"record 1 has no turn of the assistant in 'messages'"),
         ("x.json", {"messages": []}, r"record 1 has no turn of the assistant"),
         (

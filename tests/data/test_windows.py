@@ -3,6 +3,7 @@
 import pytest
 from support import checkpoint, tiny
 
+from rora_theory.data.records import FormatConfig
 from rora_theory.data.windows import cut, read_texts
 from rora_theory.errors import InputError
 
@@ -14,6 +15,9 @@ def test_windows_do_not_overlap(tmp_path) -> None:
     texts = read_texts([str(tmp_path / "more.txt"), str(tmp_path / "train.json")])
     assert texts[0].startswith("the quick brown fox")
     assert "### Response:" in texts[1]
+    (tmp_path / "own.jsonl").write_text('{"q": "Who?", "a": "I."}\n')
+    own = FormatConfig(fields={"instruction": "q", "output": "a"})
+    assert "Who?" in read_texts([str(tmp_path / "own.jsonl")], own)[0]
     windows, held_out = cut(texts, tokenizer, **sizes)
     assert (windows.shape, held_out.shape) == ((6, 16), (3, 16))
     numbered = cut(["".join(chr(97 + i % 26) + str(i) for i in range(60))], tokenizer, **sizes)

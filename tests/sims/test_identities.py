@@ -199,6 +199,18 @@ def test_records_changed_in_place_are_other_records(name, model, data, tmp_path)
     assert before.identity != after.identity
 
 
+@pytest.mark.parametrize("name", ["transfer", "prune"])
+def test_records_under_other_names_are_the_same_records(name, model, data, tmp_path) -> None:
+    rows = [{"ask": row["instruction"], "say": row["output"]} for row in json.loads((data / "train.json").read_text())]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    config = settings(name, str(model), tmp_path)
+    kind = type(config.reading)
+    renamed = replace(config, reading=kind(format="alpaca", fields={"instruction": "ask", "output": "say"}))
+    found, expected = start(name, renamed).identity, start(name, settings(name, str(model), data)).identity
+    assert found | {"text": 0} == expected | {"text": 0}
+    assert name == "transfer" or found["text"] != [str(tmp_path / "train.json")], "the texts themselves"
+
+
 def test_an_adapter_is_both_its_files(model, data, adapter, tmp_path) -> None:
     copy = tmp_path / "adapter"
     shutil.copytree(adapter, copy)
@@ -231,9 +243,9 @@ OF_CHATS = {"chat_template", "chat_date"}
 
 NEUTRAL = {
     "regime": {"false_alarm", "tolerance", *OF_CHATS, "show", "format", "fields"},
-    "transfer": {"split", "per", "task_type", "steps"},  # the check takes one step
+    "transfer": {"split", "per", "task_type", "steps", *OF_CHATS, "show", "format", "fields"},  # of one step
     "coordinate_check": {*OF_CHATS, "show", "format", "fields"},
-    "prune": {"batch_size"},
+    "prune": {"batch_size", "format", "fields"},
     "evaluate": {"batch_size"},
     "rank_sweep": {"design", "checkpoint_every", "save_adapters", "score_batch_size", "format", "fields", "show"},
 }

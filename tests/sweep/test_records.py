@@ -47,6 +47,16 @@ def test_a_repeated_record_is_on_one_side_alone(tmp_path) -> None:
     assert len(trained) == 21 - 8, "everything else is"
 
 
+def test_one_instruction_with_other_inputs_is_other_records(tmp_path) -> None:
+    """Alpaca's: of eight records with one instruction four are held out, and the other four are trained on."""
+    rows = [{"instruction": "Translate", "input": str(i), "output": "a"} for i in range(8)]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    sample = draw_records([str(tmp_path / "x.json")], held_out=4)
+    parts = [{one.input for one in part} for part in (sample.train, [record for *_, record in sample.held_out])]
+    assert [len(part) for part in parts] == [4, 4]
+    assert not parts[0] & parts[1]
+
+
 def test_a_record_of_two_files_is_held_out_once(tmp_path) -> None:
     """Both files have the same eight; by chance alone six held-out ones would differ once in five draws."""
     for name in ("one", "two"):
