@@ -23,7 +23,7 @@ import pandas as pd
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.records import DataConfig, read
 from rora_theory.llama import load
-from rora_theory.measure import rank_check, record_batches
+from rora_theory.measure import rank_check, record_batches, thin
 from rora_theory.measure.coordinate_table import MODEL
 from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import Cell, CheckConfig
@@ -93,7 +93,10 @@ def run(config: Config) -> None:
     sizes = run_table(cells, work, folder, rank_check.COLUMNS, title="coordinate check")
     slopes = rank_check.fits(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
-    folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
+    words = thin.of_ranks(checked.ranks)
+    folder.finish(last_session_seconds=round(time.monotonic() - started, 1), warnings=words)
+    for one in words:
+        tables.print_text(one)
     report(checked, slopes, sizes, batches=config.records.batches)
     tables.print_text(f"{len(cells)} cells in {time.monotonic() - started:.0f} s, written to {folder.path}")
 

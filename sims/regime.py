@@ -30,7 +30,7 @@ from rora_theory.data.formats import TrainTemplate
 from rora_theory.data.records import DataConfig, read
 from rora_theory.errors import InputError
 from rora_theory.llama import load
-from rora_theory.measure import record_batches, regime_tables, regimes
+from rora_theory.measure import record_batches, regime_tables, regimes, thin, unseen
 from rora_theory.measure.layer_data import SPLITS
 from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.record_batches import PairConfig
@@ -114,6 +114,8 @@ def run(config: Config) -> None:
     pair = record_batches.pair(
         config.batches, records.records, model.tokenizer, template=template, chat=chat, seed=seed
     )
+    if config.measured.mask:
+        unseen.check(pair.heldout, [pair.train])
     identity = flat(config.batches) | flat(config.measured) | model.origin.identity() | records.identity(chat)
     identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")}
     if template != "train":
@@ -147,8 +149,11 @@ def run(config: Config) -> None:
     if verdict is not None:
         folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
-    folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
+    words = thin.of_regime(found.crossings, model.config.num_hidden_layers)
+    folder.finish(last_session_seconds=round(time.monotonic() - started, 1), warnings=words)
     report(config.measured, found, verdict)
+    for one in words:
+        tables.print_text(one)
     count = sum(map(len, modules.values()))
     tables.print_text(f"{count} modules in {time.monotonic() - started:.0f} s, written to {folder.path}")
     if verdict is not None and verdict["verdict"] == "fails":

@@ -24,6 +24,7 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.llama import Model
+from rora_theory.measure import thin
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Table, in_a_word, whole_model
 from rora_theory.measure.coordinates import Checker
 from rora_theory.optimizers import OPTIMIZER_NAMES, WORDS, OptimizerName
@@ -292,7 +293,9 @@ def coordinate_check(
         row for cell in cells(config) for row in rows(config, checker, cell, partial(_in_turn, batches), held_out)
     )
     found = fits(config, sizes)
-    return Check(sizes, found, verdicts(config, found))
+    judged = verdicts(config, found)
+    thin.warn((sizes, found, judged), thin.of_ranks(config.ranks))
+    return Check(sizes, found, judged)
 
 
 def _in_turn(batches: Sequence[Batch], step: int) -> Batch:

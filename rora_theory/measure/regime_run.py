@@ -11,6 +11,7 @@ from rora_theory.advice.setting import REGIMES
 from rora_theory.errors import InputError
 from rora_theory.files import read_json
 from rora_theory.inits import Init
+from rora_theory.measure import thin
 from rora_theory.measure.regime_tables import CROSSING_COLUMNS, CROSSINGS
 from rora_theory.optimizers import FAMILY, OptimizerName
 
@@ -23,11 +24,13 @@ class RegimeRun:
       folder: of the run.
       linear_terms: by the modules' full names.
       manifest: the run's.
+      few_tokens: `thin.of_tokens`.
     """
 
     folder: Path
     linear_terms: Mapping[str, float]
     manifest: Mapping[str, Any]
+    few_tokens: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> list[str]:
@@ -51,7 +54,7 @@ class RegimeRun:
         return kept
 
     def gaps(self, targets: str | list[str] | None) -> str:
-        """One sentence on what the run did not measure of the targets; empty where it measured all."""
+        """What the run did not measure of the targets, or measured badly; empty where it measured all well."""
         terms, settings = self.terms_of(targets), self.manifest.get("config", {})
         layers = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in terms if ".layers." in name})
         of_all = self.manifest.get("model_layers")
@@ -64,12 +67,13 @@ class RegimeRun:
             missing.append("it has not ended")
         if targets == ALL_LINEAR and settings.get("targets") != [ALL_LINEAR]:
             missing.append(f"{ALL_LINEAR} adapts more than the modules that it has ({' '.join(_kinds(terms))})")
-        if not missing:
-            return ""
-        return (
-            f"This regime is thin: {', and '.join(missing)}. What it has not measured gets the mean of what it has; "
-            "nothing here says how far that is off."
-        )
+        said = list(self.few_tokens)
+        if missing:
+            said.append(
+                f"This regime is thin: {', and '.join(missing)}. What it has not measured gets the mean of what it "
+                "has; nothing here says how far that is off."
+            )
+        return " ".join(said)
 
 
 def read(folder: Path, *, optimizer: OptimizerName, init: Init, split: Literal["train", "heldout"]) -> RegimeRun:
@@ -106,7 +110,8 @@ def read(folder: Path, *, optimizer: OptimizerName, init: Init, split: Literal["
         said = ", ".join(f"{name} {value}" for name, value in wanted.items())
         raise InputError(f"{path}: has no row of {said}; accepted is a run that measured them")
     manifest = read_json(folder / "manifest.json", accepted="the manifest of a run of sims.regime")
-    return RegimeRun(folder, found, manifest if isinstance(manifest, dict) else {})
+    few_tokens = tuple(thin.of_tokens(rows))
+    return RegimeRun(folder, found, manifest if isinstance(manifest, dict) else {}, few_tokens)
 
 
 def _kinds(names: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.adapters.targets import full_name, matched
 from rora_theory.data.batches import Batch
 from rora_theory.llama import MODULES, LlamaConfig, Model
-from rora_theory.measure import drawn_steps, unseen
+from rora_theory.measure import drawn_steps, thin, unseen
 from rora_theory.measure.layer_data import Layer
 from rora_theory.measure.model_layers import Recording, real_tokens, record
 from rora_theory.measure.module_regime import LayerRegime, ModuleRegime, Regime, RegimeConfig, measure
@@ -118,6 +118,8 @@ def regime(
 ) -> Regime:
     """Measure every adapted module of a model.
 
+    Where the result is thin, a warning and the frames' ``attrs`` say so, see `thin`.
+
     Args:
       model: of `rora_theory.llama.load`.
       train: the batch that gives the gradient.
@@ -132,4 +134,6 @@ def regime(
     modules = chosen(model.config, target_modules, layers)
     recorded = read(model.params, model.config, train, heldout, kinds(modules))
     parts = [recorded.measure(config or RegimeConfig(), index, own) for index, own in modules.items()]
-    return Regime.of(parts, recorded.train.loss, recorded.heldout.loss)
+    found = Regime.of(parts, recorded.train.loss, recorded.heldout.loss)
+    thin.warn(found.files().values(), thin.of_regime(found.crossings, model.config.num_hidden_layers))
+    return found

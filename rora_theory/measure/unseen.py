@@ -17,6 +17,16 @@ def seen(batch: Batch, trained: Sequence[Batch]) -> Bool[np.ndarray, "B S"]:
     return beginnings(np.asarray(batch.inputs), rows)
 
 
+def check(batch: Batch, trained: Sequence[Batch]) -> None:
+    """Raise `InputError` where every token of ``batch`` is, so far, the beginning of a trained row."""
+    real, known = real_tokens(batch), seen(batch, trained)
+    if not (real & ~known).any():
+        raise InputError(
+            f"all {int(real.sum())} held-out tokens begin as the training batch does, and none tells of other text; "
+            "accepted are records that differ, a larger --cutoff, or --no-mask"
+        )
+
+
 def apart_from(batch: Batch, trained: Sequence[Batch]) -> Batch:
     """``batch`` with weight 0 wherever a row is, so far, the beginning of a trained row.
 

@@ -14,7 +14,8 @@ def write(path: Path) -> Path:
     rows = [
         dict.fromkeys(regime_tables.CROSSING_COLUMNS, 1.0)
         | {"module": f"model.layers.{layer}.{name}", "layer": layer, "optimizer": optimizer, "init": init}
-        | {"split": split, "linear_term": 1.0 + 5 * layer + 2 * position + apart[optimizer] + apart[split]}
+        | {"split": split, "tokens": 64}
+        | {"linear_term": 1.0 + 5 * layer + 2 * position + apart[optimizer] + apart[split]}
         for layer in (0, 1)
         for position, name in enumerate(("self_attn.q_proj", "mlp.down_proj"))
         for optimizer in ("sgd", "adam")

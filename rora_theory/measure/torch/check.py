@@ -25,6 +25,7 @@ from peft.tuners.lora import LoraLayer
 from rora_theory import inits
 from rora_theory.advice.lora_config import init_of
 from rora_theory.errors import InputError
+from rora_theory.measure import thin
 from rora_theory.measure.coordinate_table import MODEL, WHOLE, Coordinate, Split, Table, whole_model
 from rora_theory.measure.torch.batches import Batch, Loss, moved, plain_loss, tokens
 from rora_theory.measure.torch.modules import base_model, kept_random, unwrapped
@@ -162,7 +163,9 @@ def coordinate_check(
         f"{'; '.join(dict.fromkeys(scope))}, {seeds} draws of A, {len(batches)} training batch(es) and "
         f"{'one' if held_out else 'none'} held out; flat is a slope within ±{band:g}, its 95% interval and all."
     )
-    return Check(table, sizes, pd.DataFrame(lines), whole_model(lines), said, band)
+    slopes = pd.DataFrame(lines)
+    thin.warn((sizes, slopes), thin.of_ranks(ranks))
+    return Check(table, sizes, slopes, whole_model(lines), said, band)
 
 
 def _fresh_layers(model: torch.nn.Module, rank: int) -> dict[str, tuple[LoraLayer, str]]:

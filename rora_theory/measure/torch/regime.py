@@ -24,7 +24,7 @@ from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.measure import module_regime
+from rora_theory.measure import module_regime, thin
 from rora_theory.measure.layer_data import Layer
 from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig, Split
 from rora_theory.measure.tokens import choose, sample
@@ -173,6 +173,8 @@ def measure(
         that of the adapted model, and the law that of a fresh adapter put on it.
       lora_A: draws the rows on which takeover distances rest; None draws them with NumPy.
 
+    Where the result is thin, a warning and the frames' ``attrs`` say so, see `rora_theory.measure.thin`.
+
     Raises:
       InputError: a module that the model does not have, a batch without labels, a loss that is not finite, no held-out
         token left, two batches that run the modules differently.
@@ -197,6 +199,9 @@ def measure(
         raise InputError("no gradient reaches a target module; accepted are modules that the loss depends on")
     found = [training.found[name] for name in modules if name in training.found]
     frames = Regime.of(found, value, heldout_loss)
+    every = modules if layers is None else chosen(base, target_modules)
+    words = thin.of_regime(frames.crossings, len({layer_index(name) for name in every}))
+    thin.warn(frames.files().values(), words)
     targets = peft_targets(model) if target_modules is None else target_modules
     return Measured(
         **vars(frames),

@@ -1,0 +1,90 @@
+"""What is called thin, by the error of the estimate: beside draws of known spread, on both sides of each threshold."""
+
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rora_theory import Setting, transfer
+from rora_theory.measure import thin
+
+
+def crossings(logs: np.ndarray, ratio: float = 2.0, tokens: int = 64) -> pd.DataFrame:
+    """Rows of one kind of module; ``logs``: ln c by layer; ``ratio``: of the quartiles of r* over tokens."""
+    rows = {"module": [f"model.layers.{i}.mlp.up_proj" for i in range(len(logs))], "layer": range(len(logs))}
+    rows |= {"optimizer": "adam", "init": "gaussian", "split": "heldout", "tokens": tokens}
+    return pd.DataFrame(rows).assign(linear_term=np.exp(logs), lower_quartile=1.0, upper_quartile=ratio)
+
+
+def test_an_error_of_a_fifth_moves_alpha_by_a_tenth() -> None:
+    """Under Adam, whatever the ranks and the linear term: d ln alpha / d ln c is at most 1/2."""
+    for low, high in ((1, 10**6), (8, 128), (128, 2)):
+        for c in (1e-3, 3.0, 1e4):
+            alphas = [
+                transfer(Setting(low, 16.0, 1e-4), high, {"m": c * factor}).alpha
+                for factor in (1, math.exp(thin.WORST))
+            ]
+            assert abs(math.log(alphas[1] / alphas[0])) <= thin.WORST / 2
+
+
+def test_the_error_over_tokens_is_that_of_draws() -> None:
+    """The sample median's standard deviation over 4000 samples of 64 (known to 1.1%, here to 4 of its errors, and 1.5%
+    for what 64 is short of many), for a normal ln r* whose quartiles are an eighth apart."""
+    deviation = math.log(8) / (2 * 0.674490)
+    drawn = np.random.default_rng(0).normal(0, deviation, (4000, 64))
+    (said,) = thin.of_tokens(crossings(np.zeros(1), 8.0))
+    told = thin._OF_QUARTILES * math.log(8) / 8
+    assert np.median(drawn, axis=1).std() == pytest.approx(told, rel=0.06)
+    assert f"to {told:.0%} at best" in said
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        (crossings(np.zeros(2), 5.5), ""),  # 0.929 ln 5.5 / 8 = 0.198
+        (crossings(np.zeros(2), 5.7), "read at 64 held-out tokens, which tells the crossing rank of half"),
+        (crossings(np.zeros(2), 1.5, 16), ""),
+        (crossings(np.zeros(2), 1.5, 15), "read at 15 held-out tokens, and of fewer than 16"),
+    ],
+)
+def test_few_tokens(frame, said) -> None:
+    found = thin.of_regime(frame, 2)
+    assert [said in one for one in found] == [True] * bool(said)
+
+
+@pytest.mark.parametrize(
+    ("count", "spread", "of_all", "said"),
+    [
+        (30, 9.0, 30, None),  # all are measured
+        (2, 0.0, 30, "2 of the model's 30 layers were measured; accepted are 3 or more"),
+        (3, 0.3, 30, None),  # 0.3 / sqrt(3) sqrt(0.9) = 0.16
+        (3, 0.6, 30, "the mean over layers of up_proj's linear term is known to 33%"),
+        (10, 0.6, 30, None),  # 0.15
+        (3, 9.0, None, None),
+    ],
+)
+def test_few_layers(count, spread, of_all, said) -> None:
+    steps = np.linspace(-1, 1, count)
+    logs = spread * steps / steps.std(ddof=1)
+    found = thin.of_regime(crossings(logs, 1.5), of_all)
+    assert [said in one for one in found] == [True] * (said is not None)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "is_thin"), [((2, 8, 32), False), ((2, 16), True), ((4, 8, 16), True), ((1, 3, 8), False)]
+)
+def test_few_ranks(ranks, is_thin) -> None:
+    assert bool(thin.of_ranks(ranks)) == is_thin
+
+
+def test_a_frame_says_it_and_so_does_a_warning() -> None:
+    frames = [crossings(np.zeros(1)), crossings(np.zeros(1))]
+    with pytest.warns(thin.ThinWarning, match="^thin: a$"):
+        thin.warn(frames, ["thin: a"])
+    assert [frame.attrs["warnings"] for frame in frames] == [["thin: a"]] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        thin.warn(frames, [])
+    assert frames[0].attrs["warnings"] == []
