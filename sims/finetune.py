@@ -33,8 +33,10 @@ from rora_theory.finetune import (
     prepare,
     sharding,
     split,
+    trackers,
 )
 from rora_theory.finetune.checkpoints import quiet_writers
+from rora_theory.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder
 from rora_theory.scaling import check_integer
 from sims.common import cli, prompts, tables
@@ -61,6 +63,9 @@ class Config:
     """run folder; none is results/finetune/RUN_ID"""
     keep: Literal["best", "last"] = "best"
     """which adapter to write at the end: best by validation loss (as published), or last"""
+    log_to: TrackerName | None = None
+    """show losses, rate, gradient norm and tokens/s in TensorBoard (event files in the run folder) or Weights & Biases
+    too"""
     license: str | None = None
     """licence of the adapter in its model card, as the hub names it; none is the base's, where its files say so"""
     merge: bool = False
@@ -80,6 +85,7 @@ class Config:
     def __post_init__(self) -> None:
         """Raise `InputError` for what does not go together."""
         check_integer("fsdp", self.fsdp)
+        trackers.check(self.log_to)
         method, mergeable = self.training.method, self.training.adapter().mergeable
         if self.merge and not mergeable:
             raise InputError(f"merge is True with method {method}; accepted are methods lora, dora, full")
@@ -118,7 +124,7 @@ def finetune(config: Config) -> Path:
     trainer = Trainer.start(model, data, training, path / "checkpoints", layout=layout)
     if folder is not None:
         begin(folder, trainer, model, data.summary)
-        events = follow(trainer, folder)
+        events = follow(trainer, folder, config.log_to)
     else:
         for _ in trainer.run():
             pass
@@ -143,16 +149,18 @@ def begin(folder: RunFolder, trainer: Trainer, model: llama.Model, summary: Mapp
     print(f"{summary['trained_on']} records, {trainer.steps} steps")
 
 
-def follow(trainer: Trainer, folder: RunFolder) -> list[dict[str, Any]]:
+def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:
     """Run to the end: every event to `metrics.jsonl`, then all of them, which it returns, to `results.csv`."""
     events = Metrics(folder.path / metrics.FILE, trainer, folder.identity)
     print(resumption(trainer.step, trainer.steps, resumed=folder.resumed))
     fields = "loss {loss:.3f}  lr {lr:.1e}  {rate:,.0f} tokens/s"
+    tracked = trackers.track(log_to, folder.path, run=folder.identity, config=folder.entry("config"), step=trainer.step)
     try:
-        with progress_bar("training", trainer.steps, fields=fields) as bar:
+        with tracked as tracker, progress_bar("training", trainer.steps, fields=fields) as bar:
             bar.advance(trainer.step)
             for event in trainer.run():
                 events.add(event)
+                tracker.add(event)
                 if isinstance(event, Stepped):
                     rate = event.targets / event.seconds
                     bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=rate)

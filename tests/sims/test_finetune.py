@@ -23,6 +23,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from support import checkpoint
+from support.event_files import logged
 
 from figures import loss_curves, style
 from rora_theory.adapters import init, load_peft, merge
@@ -158,6 +159,16 @@ def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypa
     assert made["last"] < 0.99 * made["best"], "the adapters differ"
     rates = [event["learning_rate"] for event in events if event["event"] == "step"]
     assert rates == pytest.approx([0, 0.02, 0.016, 0.012, 0.008, 0.004], rel=1e-5)
+
+
+def test_the_curves_in_tensorboard_are_those_of_the_run(model, data, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX", reason="the extra logging")
+    in_this_process(monkeypatch, arguments(model, data, tmp_path / "run", "--steps", "2", "--log-to", "tensorboard"))
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = {("train" if one["event"] == "step" else one["event"], one["step"]): one["loss"] for one in events}
+    found = logged(tmp_path / "run" / "tensorboard")
+    assert {(name, step): found[f"{name}/loss", step] for name, step in expected} == pytest.approx(expected, rel=1e-6)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"].get("log_to") is None
 
 
 def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeypatch):

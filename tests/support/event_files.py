@@ -1,0 +1,22 @@
+"""TensorBoard's event files read back, without TensorBoard."""
+
+import struct
+from pathlib import Path
+
+import pytest
+
+
+def logged(folder: Path) -> dict[tuple[str, int], float]:
+    """The scalars of event files, by name and step; what a later session takes back is gone, as in TensorBoard."""
+    proto = pytest.importorskip("tensorboardX.proto.event_pb2", reason="the extra logging")
+    found: dict[tuple[str, int], float] = {}
+    for path in sorted(folder.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = proto.Event.FromString(data[at + 12 : at + 12 + size])
+            at += size + 16
+            if event.session_log.status == proto.SessionLog.START:
+                found = {key: value for key, value in found.items() if key[1] < event.step}
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    return found
