@@ -41,11 +41,11 @@ class Config:
 
     text: tuple[str, ...]
     """calibration text: .txt files, or training records (.json, .jsonl, hf://datasets/...) as prompts"""
-    reading: FormatConfig = field(default_factory=FormatConfig)
     model: str = "smollm2-135m"
     """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     revision: str | None = None
     """branch, tag or commit of a model on the hub"""
+    reading: FormatConfig = field(default_factory=FormatConfig)
     share: float = 0.5
     """parameters to keep, embeddings counted"""
     layers: int | None = None

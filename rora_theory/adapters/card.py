@@ -3,6 +3,7 @@
 Format: https://huggingface.co/docs/hub/model-cards. The entries are those that PEFT writes, and the licence.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from rora_theory import software
 from rora_theory.adapters import peft_baselines, peft_config
+from rora_theory.errors import InputError
 from rora_theory.llama.hub import HUB_ID, Located
 from rora_theory.scaling import scaling_factor
 
@@ -57,7 +59,7 @@ def text(entries: Mapping[str, Any], base: str | Located | None, trained: Traine
         pipeline_tag="text-generation",
         datasets=list(trained.datasets) or None,
         tags=tags,
-        **_license(repository, trained.license or (base.license if isinstance(base, Located) else None)),
+        **_license(repository, trained.license or _read(base, "license")),
     )
     name = base.label if isinstance(base, Located) else base if isinstance(base, str) else ""
     name = repository or " ".join(name.split()) or "a model that was not named"
@@ -79,7 +81,14 @@ def _repository(base: str | Located | None) -> str | None:
     return base if isinstance(base, str) and HUB_ID.fullmatch(base) and not os.path.exists(base) else None
 
 
-def _license(repository: str | None, known: str | None) -> dict[str, str]:
+def _read(base: str | Located | None, name: str) -> Any:
+    """What a base's files say of themselves; None where they can't be asked any more: no reason to lose an adapter."""
+    with contextlib.suppress(InputError):
+        return getattr(base, name, None)
+    return None
+
+
+def _license(repository: str | None, known: str | None) -> dict[str, Any]:
     """The hub's licence entries: one that is known, else a reference to the base's, which binds an adapter of it."""
     if known or repository is None:
         return {"license": known or "unknown"}
@@ -98,7 +107,8 @@ def _of_base(name: str, base: str | Located | None) -> list[tuple[str, str]]:
     if isinstance(base, Located):
         rows += [("its commit", f"`{base.commit}`")] if base.commit else []
         made = f" made from `{base.repository}`" if base.repository and not base.commit else ""
-        rows += [("its weights", f"{base.storage}{made}"), ("their SHA-256", f"`{base.sha256}`")]
+        rows += [("its weights", f"{stored}{made}")] if (stored := _read(base, "storage")) else []
+        rows += [("their SHA-256", f"`{base.sha256}`")]
     return rows
 
 
@@ -134,7 +144,7 @@ def _loading(entries: Mapping[str, Any], repository: str | None, base: str | Loc
         f'model = PeftModel.from_pretrained(base, "{HERE}")',
     ]
     said = "```python\n" + "\n".join(lines) + "\n```"
-    if isinstance(base, Located) and base.storage.quantised:
+    if (stored := _read(base, "storage")) and stored.quantised:
         said += "\n\nIt was trained beside quantised weights, so that beside others its outputs differ a little."
     return said
 

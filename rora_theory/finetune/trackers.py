@@ -101,7 +101,9 @@ def track(
     check(name)
     if name == "tensorboard":
         kind = importlib.import_module(_writer() or "").SummaryWriter
-        writer = kind(str(folder / FOLDER), purge_step=step + 1 if step else None)
+        # A name of its own: files are told apart by the second, and a run may go on within one.
+        purge = step + 1 if step else None
+        writer = kind(str(folder / FOLDER), purge_step=purge, filename_suffix=f".from-{step + 1}")
         try:
             yield _TensorBoard(writer)
         finally:

@@ -63,7 +63,8 @@ class Located:
         A built-in model may be the hub's, or a quantised GGUF file made from it: ``commit`` and ``container`` tell.
         """
         stored = self.storage
-        found = {"model": self.label, "repository": self.repository, "commit": self.commit, "sha256": self.sha256}
+        found: dict[str, Any] = {"model": self.label, "repository": self.repository, "commit": self.commit}
+        found |= {"sha256": self.sha256, "license": self.license}
         return found | {"container": stored.container, "quantised": stored.quantised, "types": dict(stored.types)}
 
     @cached_property

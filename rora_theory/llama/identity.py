@@ -1,12 +1,13 @@
 """Which model it is: not the name it was asked for by, but what its files hold, and how they store it."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rora_theory import digests
-from rora_theory.llama.weights import INDEX, SINGLE, TOKENIZER_FILES, headers
+from rora_theory.llama.weights import INDEX, SINGLE, TOKENIZER_FILES, headers, weight_map
 
 GGUF, SAFETENSORS = "GGUF", "safetensors"
 
@@ -23,13 +24,14 @@ def digest(source: Path) -> str:
       as Mistral's ``consolidated.safetensors``.
 
     Raises:
-      InputError: a file that can't be read, or as `weights.load_hf` of the index and the shards.
+      InputError: a file that can't be read, or as `weights.weight_map`.
     """
     if not source.is_dir():
         return digests.of_file(source)
     weights = [source / SINGLE]
     if not weights[0].is_file():
-        weights = [source / INDEX, *dict.fromkeys(tensor.file for tensor in headers(source).values())]
+        names = {os.path.basename(str(name)) for name in weight_map(source).values()}
+        weights = [source / INDEX, *(source / name for name in names)]
     others = (source / name for name in ("config.json", *TOKENIZER_FILES))
     return digests.of_files(path for path in (*weights, *others) if path.is_file())
 
@@ -71,6 +73,6 @@ def storage(source: Path) -> Storage:
         return Storage(SAFETENSORS, dict(counts.most_common()))
     from rora_theory.llama.gguf_file import open_gguf
 
-    for tensor in open_gguf(source).tensors:
-        counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    for own in open_gguf(source).tensors:
+        counts[own.tensor_type.name] += int(own.n_elements)
     return Storage(GGUF, dict(counts.most_common()))

@@ -328,6 +328,21 @@ def _write_weights(folder: Path, params: Params, config: LlamaConfig, shard_byte
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def weight_map(folder: Path) -> dict[str, Any]:
+    """The index of a folder with shards: the file of each tensor.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
+    index = folder / INDEX
+    if not os.path.exists(index):
+        raise InputError(_no_weights(folder))
+    where = read_object(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise InputError(f"{index}: weight_map is missing or empty; accepted is an object of tensor to file")
+    return where
+
+
 def headers(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors, from the files' headers; of the files that `load_hf` reads.
 
@@ -336,12 +351,7 @@ def headers(folder: Path) -> dict[str, Stored]:
     """
     if os.path.exists(folder / SINGLE):
         return dict(_header(folder / SINGLE))
-    if not os.path.exists(folder / INDEX):
-        raise InputError(_no_weights(folder))
-    index = folder / INDEX
-    where = read_object(index).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise InputError(f"{index}: weight_map is missing or empty; accepted is an object of tensor to file")
+    index, where = folder / INDEX, weight_map(folder)
     stored: dict[str, Stored] = {}
     for file in sorted({str(file) for file in where.values()}):
         if file != os.path.basename(file) or "\\" in file or not file.endswith(".safetensors"):

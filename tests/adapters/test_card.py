@@ -55,7 +55,9 @@ def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
         "scaling gamma": "alpha / sqrt(r) = 4 (`use_rslora` is true)", "modules": "`q_proj`",
     }  # fmt: skip
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", revision="c0ffee00")' in card.text
-    patterned = LoraConfig(rank=4, alpha=8.0, rule="lora", target_modules=("q_proj", "v_proj"), rank_pattern={"v": 2})
+    patterned = LoraConfig(
+        rank=4, alpha=8.0, rule="lora", target_modules=("q_proj", "v_proj"), rank_pattern={"v_proj": 2}
+    )
     card = written(tmp_path / "b", "somewhere/else", patterned)
     assert rows(card)["scaling gamma"] == "alpha / r = 2 (`use_rslora` is false)"
     assert rows(card)["rank r"] == "4, other modules by `rank_pattern` and `alpha_pattern`"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import checkpoint
 
-from rora_theory import digests, llama
+from rora_theory import InputError, digests, llama
 from rora_theory.llama.hub import Located
 from rora_theory.llama.weights import save_hf
 
@@ -17,6 +17,14 @@ from rora_theory.llama.weights import save_hf
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return checkpoint.model(tmp_path_factory.mktemp("model"))
+
+
+def told(source):
+    """None where an index is no index any more."""
+    try:
+        return llama.digest(source)
+    except InputError:
+        return None
 
 
 def test_every_byte_of_every_file_that_is_read_counts(folder, tmp_path):
@@ -31,7 +39,7 @@ def test_every_byte_of_every_file_that_is_read_counts(folder, tmp_path):
             whole = file.read_bytes()
             for at in (0, len(whole) // 2, len(whole) - 1):
                 file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-                assert llama.digest(source) != found, (file, at)
+                assert told(source) != found, (file, at)
             file.write_bytes(whole)
         assert llama.digest(source) == found
 
@@ -55,6 +63,7 @@ def unpacked(folder):
 def quantised(path):
     """A GGUF file of two tensors, a matrix of 4-bit blocks and a vector of floats."""
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_license("mit")
     kind = gguf.GGMLQuantizationType.Q4_1
     writer.add_tensor("token_embd.weight", gguf.quantize(np.ones((3, 64), np.float32), kind), raw_dtype=kind)
     writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
@@ -77,7 +86,7 @@ def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
         f"model org: GGUF, quantised (Q4_1 75%, F32 25%), made from org/hf; sha256 {digests_of[made][:12]}"
     )
     assert made.described() == {
-        "model": "org", "repository": "org/hf", "commit": None, "sha256": digests_of[made],
+        "model": "org", "repository": "org/hf", "commit": None, "sha256": digests_of[made], "license": "mit",
         "container": "GGUF", "quantised": True, "types": {"Q4_1": 192, "F32": 64},
     }  # fmt: skip
     assert whole.described()["types"] == {"F32": sum(leaf.size for leaf in jax.tree.leaves(unpacked(folder)[0]))}

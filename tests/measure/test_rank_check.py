@@ -29,6 +29,7 @@ from rora_theory.measure.rank_check import (
     table,
     verdicts,
 )
+from rora_theory.measure.thin import ThinWarning
 from rora_theory.rules import name_of
 
 
@@ -37,13 +38,16 @@ def batch(seed: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((2, 6), np.float32), None)
 
 
+@pytest.mark.filterwarnings("ignore::rora_theory.measure.thin.ThinWarning")
 def test_frames(tmp_path, capfd) -> None:
     """Silent; a row a rank, seed and coordinate; slopes are those of the sizes, verdicts those of the slopes."""
     model = load(checkpoint.model(tmp_path))
     config = CheckConfig(
         ranks=(2, 8), rules=(0.5,), optimizers=("adamw",), controls=False, steps=(1,), seeds=(0, 1), adam_lr=1e-5
     )
-    found = measure.coordinate_check(model, batch(0), batch(1), config, target_modules=["q_proj"])
+    with pytest.warns(ThinWarning, match="slopes rest on ranks 2 8"):
+        found = measure.coordinate_check(model, batch(0), batch(1), config, target_modules=["q_proj"])
+    assert all(frame.attrs["warnings"] for frame in (found.sizes, found.slopes, found.verdicts))
     assert len(found.sizes) == 2 * 2 * (2 + 4 + 1 + 6)
     outputs = found.sizes.query("quantity == 'output' and split == 'train'").pivot(
         index="seed", columns="rank", values="value"

@@ -14,8 +14,10 @@ from rora_theory.measure import drawn_steps, module_regime, regimes, tokens, uns
 from rora_theory.measure.layer_data import Layer
 from rora_theory.measure.model_layers import real_tokens, record
 from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.measure.thin import ThinWarning
 from rora_theory.theory import horizon
 
+pytestmark = pytest.mark.filterwarnings("ignore::rora_theory.measure.thin.ThinWarning")  # so few tokens
 TARGETS = ("q_proj", "down_proj")
 SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), rows=0, tokens=9)
 TEMPLATE = [1, 5, 6, 7]
@@ -144,7 +146,14 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
 
 def test_only_adam_is_taken_over(model) -> None:
     config = RegimeConfig(**vars(SMALL) | {"optimizers": ("sgd",)})
-    assert regimes.regime(model, TRAIN, HELD_OUT, config, target_modules=TARGETS, layers=(1,)).takeover.empty
+    with pytest.warns(ThinWarning) as told:
+        found = regimes.regime(model, TRAIN, HELD_OUT, config, target_modules=TARGETS, layers=(1,))
+    assert found.takeover.empty
+    for frame in found.files().values():
+        words = frame.attrs["warnings"]
+        assert [str(one.message) for one in told] == words
+    assert "read at 6 held-out tokens" in words[0]
+    assert "1 of the model's 2 layers" in words[1]
 
 
 def test_modules_go_by_layer(model) -> None:
