@@ -18,7 +18,7 @@ from rora_theory.errors import InputError
 from rora_theory.inits import INITS
 from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES
 
-MODULE = Path(__file__).parents[2] / "docs" / "assets" / "calculator.mjs"
+MODULE = Path(__file__).parents[2] / "docs" / "assets" / "transfer.mjs"
 MEASURED = {
     "model.layers.0.self_attn.q_proj": 7.81, "model.layers.1.self_attn.q_proj": 3.5,
     "model.layers.0.mlp.down_proj": 54.3, "model.layers.1.mlp.down_proj": -0.5, "model.layers.1.mlp.up_proj": math.inf,

@@ -1,0 +1,303 @@
+"""Calculator and gallery in a real browser: keyboard, names for screen readers, phone, dark mode, files, bad input."""
+
+import functools
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rora_theory.advice.setting import Setting
+from rora_theory.advice.transfer import transfer
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="a browser: the extra browser")
+build = pytest.importorskip("mkdocs.commands.build", reason="the site: the extra docs")
+from mkdocs.config import load_config  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(None in PROGRAMS, reason="a browser: chromium and chromedriver"),
+    pytest.mark.filterwarnings("ignore"),  # of mkdocs
+]
+CONTRAST = """
+const parse = (text) => { const c = text.match(/[\\d.]+/g).map(Number); return [...c.slice(0, 3), c[3] ?? 1]; };
+const over = (top, under) => top.slice(0, 3).map((each, i) => each * top[3] + under[i] * (1 - top[3]));
+function background(node) {
+  if (!node) return [255, 255, 255];
+  const own = parse(getComputedStyle(node).backgroundColor);
+  return own[3] === 1 ? own.slice(0, 3) : over(own, background(node.parentElement));
+}
+const light = (c) => c.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+const luminance = (c) => { const [r, g, b] = light(c); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const [selector, property] = arguments;
+return [...document.querySelectorAll(selector)].filter((node) => node.getClientRects().length).map((node) => {
+  const under = background(node);
+  const top = over(parse(getComputedStyle(node)[property]), under);
+  const pair = [luminance(top), luminance(under)].sort((a, b) => b - a);
+  return (pair[0] + 0.05) / (pair[1] + 0.05);
+});
+"""
+BEYOND = """
+return [...document.querySelectorAll("article *")].filter((node) => {
+  if (getComputedStyle(node).position === "absolute") return false;
+  if (node.closest("pre, [hidden], .md-typeset__scrollwrap, thead")) return false;  // heads are heard alone
+  return node.getBoundingClientRect().right > innerWidth + 0.5;
+}).map((node) => node.outerHTML.slice(0, 80));
+"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The documents as they are served, but for the reference's docstrings."""
+    folder = tmp_path_factory.mktemp("site")
+    build.build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), plugins=[]))
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = PROGRAMS[0]
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
+        options.add_argument(word)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(PROGRAMS[1]))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(started, site) -> Iterator[Any]:
+    """The calculator, as it opens; no error may be left on the browser's console."""
+    open_page(started, f"{site}/calculator/")
+    yield started
+    assert [line for line in started.get_log("browser") if "favicon.ico" not in line["message"]] == []
+
+
+def open_page(browser: Any, address: str) -> None:
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    browser.get(address)
+
+
+def said(browser: Any) -> str:
+    return browser.find_element(By.ID, "calculator-said").text
+
+
+def answer(old: Setting, rank: int, regime: Any = "signal", **to: Any) -> str:
+    return transfer(old, rank, regime, **to).sentence()
+
+
+def put(browser: Any, name: str, text: str) -> None:
+    """Type into a field in the place of what it holds."""
+    field = browser.find_element(By.NAME, name)
+    field.send_keys(Keys.CONTROL + "a", Keys.NULL, text or Keys.BACKSPACE)
+
+
+def test_by_keyboard_alone(page) -> None:
+    assert said(page) == answer(Setting(16, 32.0, 2e-4), 128)
+    reached, keys = [], webdriver.ActionChains(page)
+    typed = {"from-rank": "8", "to-rank": "256", "to-alpha": "16", "steps": "300", "takeover": "3e-3"}
+    page.execute_script(
+        "document.querySelector('#calculator-form legend').tabIndex = -1; document.activeElement.blur()"
+    )
+    page.execute_script("document.querySelector('#calculator-form legend').focus()")
+    for _ in range(16):
+        keys.send_keys(Keys.TAB).perform()
+        name = page.switch_to.active_element.get_attribute("name")
+        reached.append(name)
+        if name == "to-rule":
+            keys.send_keys("alpha / s").perform()
+        if name in typed:
+            keys.key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL).send_keys(typed[name]).perform()
+        outline = page.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
+        assert name is None or outline != "none", f"one does not see that {name} has the focus"
+        if name == "file":
+            break
+    inputs = ["optimizer", "init", "rule", "from-rank", "alpha", "lr", "to-rank", "to-rule", "to-alpha"]
+    assert reached == [*inputs, "steps", "p-in", "takeover", "regime", "file"]  # the file's tokens: with a file alone
+    expected = answer(Setting(8, 32.0, 2e-4), 256, rule="rslora", alpha=16.0, steps=300, takeover=3e-3)
+    assert said(page) == expected
+    address = page.current_url
+    assert "to-rank=256" in address
+    page.get("about:blank")
+    page.get(address)  # as someone else does with whom it is shared
+    assert said(page) == expected
+
+
+def test_what_a_screen_reader_is_told(page) -> None:
+    fields = page.find_elements(By.CSS_SELECTOR, "#calculator-form :is(input, select)")
+    heard = [each.accessible_name for each in fields]
+    assert len(set(heard)) == len(heard) == 15
+    assert all(heard)
+    assert "Width: inputs of the modules" in heard
+    drawings = page.find_elements(By.CSS_SELECTOR, "#calculator-result svg")
+    assert [each.aria_role for each in drawings] == ["image", "image"]
+    assert (
+        "at rank 128 it is 1 times the tuned one's where the signal leads, 0.354 times" in drawings[0].accessible_name
+    )
+    assert "at rank 128 0.0002 (first step), 0.0002 (long run)" in drawings[1].accessible_name
+    live = page.find_element(By.ID, "calculator-said")
+    assert (live.get_attribute("aria-live"), live.aria_role) == ("polite", "status")
+    table = page.find_element(By.CSS_SELECTOR, "#calculator-result table")
+    assert table.accessible_name.startswith("What common choices do at rank 128")
+    cells = [cell.text for cell in table.find_elements(By.CSS_SELECTOR, "tbody tr:nth-child(2) > *")]
+    assert cells == ["alpha = 32, as it was, use_rslora", "2.828", "11.31 x", "1.77e-05", "5.95e-05"]
+    assert len(page.find_elements(By.CSS_SELECTOR, "fieldset > legend")) == 3
+
+
+@pytest.mark.parametrize("width", [375, 320])
+@pytest.mark.parametrize("place", ["calculator/?steps=500&p-in=576&to-alpha=32&to-rule=rslora", "gallery/", ""])
+def test_a_phone_scrolls_down_alone(page, site, width, place) -> None:
+    metrics = {"width": width, "height": 700, "deviceScaleFactor": 2, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page.get(f"{site}/{place}")
+    assert page.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [width, width]
+    assert page.execute_script(BEYOND) == []
+    if place.startswith("calculator"):
+        table = page.find_element(By.CSS_SELECTOR, "#calculator-result table")
+        assert table.aria_role == "table"
+        heads = page.execute_script(
+            "return getComputedStyle(arguments[0], '::before').content", table.find_element(By.TAG_NAME, "td")
+        )
+        assert heads == '"gamma"'
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(page, site, scheme) -> None:
+    """WCAG's least ratios: 4.5 for text, 3 for lines that say something."""
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    page.get(f"{site}/assets/site.css")  # without the theme, which keeps the scheme that it showed
+    page.execute_script("localStorage.clear()")
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    page.get(f"{site}/calculator/?steps=500&p-in=576")
+    assert (
+        page.execute_script("return document.body.dataset.mdColorScheme")
+        == {"light": "default", "dark": "slate"}[scheme]
+    )
+
+    def least(selector: str, value: str = "color") -> float:
+        return min(page.execute_script(CONTRAST, selector, value))
+
+    enabled = "#calculator-form :is(label, legend, input:enabled, select:enabled)"
+    for selector in (
+        enabled,
+        "#calculator-said",
+        ".calculator-table :is(th, td, caption)",
+        "#calculator-result pre code",
+    ):
+        assert least(selector) >= 4.5, selector
+    assert least("#calculator-result figcaption") >= 4.5
+    assert least("#calculator-result svg text", "fill") >= 4.5
+    for number in range(3):
+        assert least(f".line-{number}", "stroke") >= 3
+    assert least("#calculator-form input", "borderTopColor") >= 3
+    put(page, "alpha", "0")
+    assert least("#calculator-said") >= 4.5
+
+
+def test_a_file_is_chosen_or_dropped(page, tmp_path) -> None:
+    head = "layer,module,p_in,p_out,split,tokens,optimizer,init,linear_term\n"
+    terms = {
+        "model.layers.0.self_attn.q_proj": 7.5,
+        "model.layers.0.mlp.down_proj": 120.0,
+        "model.layers.1.mlp.down_proj": 3.0,
+    }
+    rows = [f"0,{name},8,8,heldout,9,adam,kaiming_uniform,{c}" for name, c in terms.items()]
+    rows += [f"0,{name},8,8,train,9,adam,kaiming_uniform,{2 * c}" for name, c in terms.items()]
+    (tmp_path / "crossing_ranks.csv").write_text(head + "\n".join(rows) + "\n")
+    page.find_element(By.NAME, "file").send_keys(str(tmp_path / "crossing_ranks.csv"))
+    expected = answer(Setting(16, 32.0, 2e-4), 128, terms)
+    WebDriverWait(page, 5).until(lambda _: said(page) == expected)
+    kinds = page.find_elements(By.CSS_SELECTOR, "#calculator-result table:nth-of-type(2) tbody th")
+    assert [each.text for each in kinds] == ["all modules", "q_proj", "down_proj"]
+    assert "alpha_pattern" in page.find_element(By.CSS_SELECTOR, "#calculator-result pre").text
+    assert len(page.find_elements(By.CSS_SELECTOR, "#calculator-result figure:nth-of-type(1) polyline")) == 3
+    page.find_element(By.NAME, "split").send_keys("the training")
+    assert said(page) == answer(Setting(16, 32.0, 2e-4), 128, {name: 2 * c for name, c in terms.items()})
+    page.refresh()
+    assert "Regime is measured and no file is here; accepted is a crossing_ranks.csv" in said(page)
+    drop = """
+        const data = new DataTransfer();
+        data.items.add(new File([arguments[0]], arguments[1]));
+        const form = document.getElementById("calculator-form");
+        form.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+    """
+    for name, text, line in (
+        ("crossing_ranks.csv", head + "\n".join(rows), "measured at 3 modules"),
+        (
+            "photo.png",
+            "\x89PNG\x00",
+            "crossing_ranks.csv has no column module; accepted is the file that rora regime writes.",
+        ),
+        ("crossing_ranks.csv", head, "has no row of optimizer adam, init kaiming_uniform, split train"),
+    ):
+        page.execute_script(drop, text, name)
+        WebDriverWait(page, 5).until(lambda _, line=line: line in said(page))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("from-rank", "0", "Tuned rank is 0; accepted is an integer of 1 or more."),
+        ("to-rank", "", "New rank is empty; accepted is an integer of 1 or more."),
+        ("lr", "2e", "Learning rate is 2e; accepted is a finite number above 0."),
+        ("alpha", "0,5", "Tuned alpha is 0,5; accepted is a finite number above 0."),
+        ("p-in", "576", "Width is 576 without steps; accepted is planned steps beside it."),
+    ],
+)
+def test_bad_input_is_one_line(page, name, text, line) -> None:
+    before = said(page)
+    old = page.find_element(By.NAME, name).get_attribute("value")
+    put(page, name, text)
+    assert said(page) == line
+    assert page.find_element(By.NAME, name).get_attribute("aria-invalid") == "true"
+    assert page.find_element(By.ID, "calculator-result").text == ""
+    put(page, name, old)
+    assert said(page) == before
+    assert page.find_element(By.NAME, name).get_attribute("aria-invalid") is None
+
+
+def test_an_address_with_what_is_not_there_is_refused(page, site) -> None:
+    page.get(f"{site}/calculator/?optimizer=muon&nothing=1")
+    assert said(page) == "Optimizer is muon; accepted is one of sgd, momentum, adam, adamw."
+    page.get(f"{site}/calculator/?rule=0.3&lr=<b>")
+    assert said(page) == "Learning rate is <b>; accepted is a finite number above 0."
+
+
+def test_the_gallery_shows_a_questions_figures(page, site) -> None:
+    page.get(f"{site}/gallery/")
+    assert len(page.find_elements(By.CSS_SELECTOR, ".gallery img")) == len(
+        list((ROOT / "results/published").rglob("*.png"))
+    )
+    page.find_element(By.ID, "gallery-filter").send_keys("Real layers")
+    shown = [part for part in page.find_elements(By.CSS_SELECTOR, ".gallery") if part.is_displayed()]
+    assert [part.get_attribute("data-question") for part in shown] == ["layers"]
+    address = page.current_url
+    page.get("about:blank")
+    page.get(address)
+    shown = [part for part in page.find_elements(By.CSS_SELECTOR, ".gallery") if part.is_displayed()]
+    assert [part.get_attribute("data-question") for part in shown] == ["layers"]
+    assert all(image.get_attribute("alt") for image in page.find_elements(By.CSS_SELECTOR, ".gallery img"))
+    shown[0].find_element(By.TAG_NAME, "img").click()
+    assert page.current_url.endswith("published/real_layers/layers_vs_rank.png")
+    kept = json.loads((ROOT / "results/published/real_layers/manifest.json").read_text())
+    page.get(f"{site}/published/real_layers/manifest.json")
+    assert json.loads(page.find_element(By.TAG_NAME, "pre").text) == kept
