@@ -107,6 +107,8 @@ def markdown() -> str:
             lines += [f"### {run.relative_to(PUBLISHED).as_posix()}", "", *_run(own[0])]
             for figure in own:
                 lines += _shown(figure)
+            drawn = dict.fromkeys(shlex.join(figure.redraw) for figure in own)
+            lines += ["Drawn by", "", "```", *drawn, "```", ""]
         lines += ["</section>", ""]
     return "\n".join(lines)
 
@@ -126,8 +128,7 @@ def _run(figure: Figure) -> list[str]:
 def _shown(figure: Figure) -> list[str]:
     image = f"published/{figure.path.relative_to(PUBLISHED).as_posix()}"
     alt = f"{figure.path.stem} of {figure.run.name}".replace("_", " ")
-    lines = [f"[![{alt}]({image})]({image})", "", figure.drawing.caption, ""]
-    return [*lines, "```", shlex.join(figure.redraw), "```", ""]
+    return [f"[![{alt}]({image})]({image})", "", figure.drawing.caption, ""]
 
 
 @cache
