@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rora_theory import devices
 from rora_theory.theory import sampling
-from sims.common import devices
 from sims.common.tables import print_table
 
 SETTING = sampling.RandomStep(rank=64, p_in=4096, p_out=1, overlap=0.5)

@@ -15,7 +15,7 @@ from figures import style
 from figures.sweep import at_best_rate, chosen_model, mean, model_name
 from rora_theory import frames
 from rora_theory.data.tasks import TASKS
-from sims.common import cli
+from rora_theory.rules import check_integers
 
 APART = 0.13
 """Between two methods of one task, in units of the distance of two tasks."""
@@ -37,7 +37,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Left accuracies at each method's best rate, right what is gained over the model alone and over LoRA."""
-    cli.check_integers(config, rank=1)
+    check_integers(config, rank=1)
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, None)
     best = at_best_rate(config.run, rows)

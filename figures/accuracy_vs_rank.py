@@ -16,7 +16,7 @@ from figures import style
 from figures.sweep import at_best_rate, beside, chosen_model, draw_line, levels, marks, measures, model_name, points
 from rora_theory import frames
 from rora_theory.paper import published
-from sims.common import cli
+from rora_theory.rules import check_positives
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 
@@ -45,7 +45,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
-    cli.check_positives(config, "alpha", "lr")
+    check_positives(config, "alpha", "lr")
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     panels = measures(rows, config.answers)

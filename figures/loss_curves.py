@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from figures import style
 from rora_theory import files
-from sims.common import cli
+from rora_theory.rules import check_integers, check_positives
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """One colour a run; faint points are single batches, lines their running mean, markers the validation loss."""
-    cli.check_integers(config, rank=1, seed=0, smooth=1)
-    cli.check_positives(config, "lr")
+    check_integers(config, rank=1, seed=0, smooth=1)
+    check_positives(config, "lr")
     if not config.runs:
         style.fail("no runs are given; accepted are one or more run folders of sims.finetune or sims.rank_sweep")
     folders = [cell for run in config.runs for cell in cells(run, config)]

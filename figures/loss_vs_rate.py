@@ -13,7 +13,7 @@ import tyro
 
 from figures import style
 from figures.sweep import chosen_model, draw_line, levels, marks, measures, model_name, points
-from sims.common import cli
+from rora_theory.rules import check_integers, check_positives
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds, crosses what diverged."""
-    cli.check_integers(config, rank=1)
-    cli.check_positives(config, "alpha", "top")
+    check_integers(config, rank=1)
+    check_positives(config, "alpha", "top")
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     ranks = sorted(rows["rank"].dropna().unique().tolist())

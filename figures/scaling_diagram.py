@@ -13,9 +13,8 @@ import numpy as np
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
 from figures import style
-from rora_theory.rules import check_ranks
+from rora_theory.rules import check_integers, check_positives, check_ranks
 from rora_theory.scaling import scaling_factor
-from sims.common import cli
 
 FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 
@@ -36,8 +35,8 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Two schemes of W x + gamma B A x, and gamma against the rank under both rules."""
-    cli.check_positives(config, "alpha")
-    cli.check_integers(config, rank=1)
+    check_positives(config, "alpha")
+    check_integers(config, rank=1)
     check_ranks(config.ranks, fewest=1)
     gammas = {
         rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]

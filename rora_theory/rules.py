@@ -53,6 +53,20 @@ def alpha_at(rule: Rule, *, gamma: float, reference_rank: int) -> float:
     return alpha_for(rule, scaling=gamma, rank=reference_rank)
 
 
+def check_integers(config: object, **least: int) -> None:
+    """Raise `InputError` unless each named option is None or an integer of ``least`` or more."""
+    for name, smallest in least.items():
+        if (value := getattr(config, name)) is not None:
+            check_integer("--" + name.replace("_", "-"), value, least=smallest)
+
+
+def check_positives(config: object, *names: str) -> None:
+    """Raise `InputError` unless each named option is None or a finite number above 0."""
+    for name in names:
+        if (value := getattr(config, name)) is not None:
+            check_positive("--" + name.replace("_", "-"), value)
+
+
 def check_list(option: str, values: Sequence[object], *, fewest: int = 1) -> None:
     """Raise `InputError` unless there are at least ``fewest`` values and none comes twice."""
     if len(values) < fewest:

@@ -8,7 +8,7 @@ The training step is traced without weights. ``--compile`` adds the account of X
 hand; ``--measure`` runs two steps here, on random weights, and sets what they took beside the prediction.
 """
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from rora_theory.finetune import capacity
 from rora_theory.finetune.capacity import DEVICES, MODELS, PAPER_MODELS, Device
 from rora_theory.finetune.config import BaseDtype, FinetuneConfig
 from rora_theory.llama import LlamaConfig
+from rora_theory.rules import check_integers
 from sims.common import cli, tables
 
 GB = 1e9
@@ -87,17 +88,12 @@ class Config:
             raise InputError(f"--device is {self.device!r}; accepted are {', '.join(DEVICES)}")
         if self.steps is not None and self.examples is not None:
             raise InputError("--steps and --examples are both given; accepted is one of them")
-        cli.check_integers(self, rank=1, batch_size=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
+        check_integers(self, rank=1, batch_size=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
         self.finetune()
         if not 0 < self.utilisation <= 1:
             raise InputError(f"--utilisation is {self.utilisation}; accepted is a number above 0, at most 1")
         if self.model is None and (self.compile or self.measure):
             raise InputError("--compile and --measure take one model; accepted is --model NAME with them")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    cli.run(lambda: run(cli.parse(Config, argv, description=__doc__ or "")))
 
 
 def run(config: Config) -> None:
@@ -110,23 +106,21 @@ def run(config: Config) -> None:
 
 def show_table(config: Config, run: FinetuneConfig, device: Device) -> None:
     """The paper's models, with and without rematerialisation."""
-    rows, fitting = [], []
-    for name in PAPER_MODELS:
-        for remat in (False, True):
-            found = capacity.account(MODELS[name], replace(run, remat=remat), config.seq)
-            fits = found.fits(device)
-            if fits:
-                fitting.append(f"{name}{' (remat)' if remat else ''}")
-            sizes = (found.base, found.adapter + found.optimizer, found.activations, found.total)
-            seconds = found.seconds(device, run.dtype, config.utilisation)
-            share = f"{100 * found.trainable / found.parameters:.2f}"
-            cells = [name, "yes" if remat else "no", share, *(f"{size / GB:.1f}" for size in sizes)]
-            rows.append([*cells, "fits" if fits else "does not fit", f"{seconds:.2f}", *hours(config, seconds)])
-    columns = [
-        "model", "remat", "trained %", "base GB", "trained + Adam GB", "activations GB", "total GB", "verdict",
-        "s a step", *(["whole run"] if config.count_steps() is not None else []),
-    ]  # fmt: skip
-    tables.print_table(f"{device.name}, {describe(config)}", columns, rows, left=2)
+    rows = []
+    for name, remat in itertools.product(PAPER_MODELS, (False, True)):
+        found = capacity.account(MODELS[name], replace(run, remat=remat), config.seq)
+        seconds = found.seconds(device, run.dtype, config.utilisation)
+        sizes = (found.base, found.adapter + found.optimizer, found.activations, found.total)
+        row = {"model": name, "remat": "yes" if remat else "no", "share": 100 * found.trainable / found.parameters}
+        row |= dict(zip(("base", "own", "activations", "total"), (size / GB for size in sizes), strict=True))
+        row |= {"fits": "fits" if found.fits(device) else "does not fit", "seconds": seconds}
+        rows.append(row | {"whole": " ".join(hours(config, seconds))})
+    forms = {"model": "{model}", "remat": "{remat}", "trained %": "{share:.2f}", "base GB": "{base:.1f}"}
+    forms |= {"trained + Adam GB": "{own:.1f}", "activations GB": "{activations:.1f}", "total GB": "{total:.1f}"}
+    forms |= {"verdict": "{fits}", "s a step": "{seconds:.2f}"}
+    forms |= {"whole run": "{whole}"} if config.count_steps() is not None else {}
+    tables.print_records(f"{device.name}, {describe(config)}", rows, forms, left=2)
+    fitting = [f"{row['model']}{' (remat)' * (row['remat'] == 'yes')}" for row in rows if row["fits"] == "fits"]
     tables.print_text(f"fit: {', '.join(fitting) or 'none'}\n{basis(config, device)}")
 
 
@@ -186,6 +180,8 @@ def basis(config: Config, device: Device) -> str:
         f"{capacity.RESERVE / GB:.0f} GB of {device.memory / GB:.1f} GB left to the driver and libraries"
     )
 
+
+main = cli.command(Config, run, __doc__)
 
 if __name__ == "__main__":
     main()

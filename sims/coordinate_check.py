@@ -9,10 +9,7 @@ when the rank changes. The verdict on a rule is on the whole model, its final hi
 own outputs have one beside it. Controls are run too: they must not be flat.
 """
 
-import math
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rora_theory import devices
 from rora_theory.adapters.lora import PAPER_TARGETS
-from rora_theory.data.records import DataConfig, read
-from rora_theory.llama import load
+from rora_theory.data.records import DataConfig
 from rora_theory.measure import rank_check, record_batches, thin
 from rora_theory.measure.coordinate_table import MODEL
 from rora_theory.measure.coordinates import Checker
@@ -30,7 +27,7 @@ from rora_theory.measure.rank_check import Cell, CheckConfig
 from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
-from sims.common import cli, devices, prompts, tables
+from sims.common import cli, prompts, tables
 from sims.common.cells import run_table
 
 NAME = "coordinate_check"
@@ -41,13 +38,9 @@ SPLITS = {"train": "trained on", "held_out": "held out"}
 class Config:
     """What to check. Lists are separated by spaces."""
 
-    data: tuple[str, ...]
-    """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, as
-    FOLDER:train or hf://datasets/OWNER/NAME:train"""
-    model: str = "smollm2-135m"
-    """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
-    revision: str | None = None
-    """branch, tag or commit of a model on the hub"""
+    data: cli.Data
+    model: cli.ModelName = "smollm2-135m"
+    revision: cli.Revision = None
     reading: DataConfig = field(default_factory=DataConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
     targets: tuple[str, ...] = PAPER_TARGETS
@@ -57,33 +50,22 @@ class Config:
     """run folder; none is results/coordinate_check/ID"""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, check, run."""
-    cli.run(lambda: run(cli.parse(Config, argv, description=__doc__ or "")))
-
-
 def run(config: Config) -> None:
     """Run every cell that an earlier part of the run left, fit, judge, print."""
     started, checked = time.monotonic(), config.check
-    records = read(config.data, config.reading)
-    chosen = replace(config.records, template=records.template(config.records.template))
-    places = devices.pick(1)
-    model = load(config.model, revision=config.revision)
-    cli.tell(model.remarks)
-    prompts.tell(records, chosen.template)
-    chat = records.chat(model.tokenizer, chosen.template)
-    steps = max(checked.steps)
-    batches = record_batches.by_seed(
-        chosen, records.records, model.tokenizer, seeds=checked.seeds, steps=steps, chat=chat
+    read = prompts.read(
+        config.data, config.model, config.reading, template=config.records.template, revision=config.revision
     )
-    checker = Checker(model.params, model.config, width=max(checked.ranks), target_modules=config.targets)
+    chosen = replace(config.records, template=read.template)
+    data, tokenizer, steps = read.records.records, read.model.tokenizer, max(checked.steps)
+    batches = record_batches.by_seed(chosen, data, tokenizer, seeds=checked.seeds, steps=steps, chat=read.chat)
+    checker = Checker(read.model.params, read.model.config, width=max(checked.ranks), target_modules=config.targets)
     # Named by what they are, not by where they lie: the run may go on elsewhere.
-    identity = flat(checked) | flat(chosen) | {"targets": config.targets}
-    identity |= model.origin.identity() | records.identity(chat)
+    identity = flat(checked) | flat(chosen) | {"targets": config.targets} | read.identity
     sources = ["/".join(Path(source).parts[-2:]) for source in config.data]
-    extra = {"units": rank_check.UNITS, "device": devices.describe(places), "data": sources}
-    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[model.origin])
-    prompts.keep(folder, batches[checked.seeds[0]].train.examples, model.tokenizer, show=config.reading.show)
+    extra = {"units": rank_check.UNITS, "device": devices.describe(read.places), "data": sources}
+    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[read.model.origin])
+    prompts.keep(folder, batches[checked.seeds[0]].train.examples, tokenizer, show=config.reading.show)
     cells = rank_check.cells(checked)
 
     def work(cell: Cell, _: Path) -> list[dict[str, Any]]:
@@ -103,14 +85,11 @@ def run(config: Config) -> None:
 
 def report(config: CheckConfig, slopes: pd.DataFrame, sizes: pd.DataFrame, *, batches: str) -> None:
     """Print the slopes of each case by module, and what they say."""
-    ends = [(split, step) for split in SPLITS for step in (config.steps[0], config.steps[-1])]
-    summary = []
-    for case, verdict in zip(
-        rank_check.cases(config), rank_check.verdicts(config, slopes).to_dict("records"), strict=True
-    ):
+    cases, losses = list(rank_check.cases(config)), []
+    for case in cases:
         group = rank_check.of_case(slopes, case)
         modules = [name for name in dict.fromkeys(group["module"]) if name != MODEL]
-        lines = {"output": [*modules, MODEL], "hidden": [MODEL], "logits": [MODEL]}
+        lines = [*(("output", name) for name in (*modules, MODEL)), ("hidden", MODEL), ("logits", MODEL)]
         for split, label in SPLITS.items():
             own = {
                 (row["quantity"], row["module"], row["step"]): _slope(row)
@@ -119,43 +98,25 @@ def report(config: CheckConfig, slopes: pd.DataFrame, sizes: pd.DataFrame, *, ba
             tables.print_table(
                 f"{case}, batch {label}: slope in the rank ± half of its 95% interval, = within ±{config.band:g}",
                 ["", *[f"step {step}" for step in config.steps]],
-                [
-                    [
-                        quantity if quantity != "output" else _short(module),
-                        *(own.get((quantity, module, step), "") for step in config.steps),
-                    ]
-                    for quantity, of in lines.items()
-                    for module in of
-                ],
+                [[_short(*line), *(own.get((*line, step), "") for step in config.steps)] for line in lines],
             )
         loss = rank_check.of_case(sizes, case).query("quantity == 'loss'")["value"]
-        kappa = verdict["kappa_flat"]
-        summary.append(
-            [
-                case,
-                verdict["whole_model"],
-                verdict["modules"],
-                *[verdict[f"flat {split} {step}"] for split, step in ends],
-                "" if math.isnan(kappa) else f"{kappa:.2f}",
-                f"{loss.min():.2f} to {loss.max():.2f}" if len(loss) and np.isfinite(loss).all() else "not finite",
-            ]
-        )
-    tables.print_table(
+        whole = len(loss) and np.isfinite(loss).all()
+        losses.append(f"{loss.min():.2f} to {loss.max():.2f}" if whole else "not finite")
+    ends = [(split, step) for split in SPLITS for step in (config.steps[0], config.steps[-1])]
+    tables.print_records(
         f"Verdicts ({batches} batch, {len(config.seeds)} seeds, ranks {' '.join(map(str, sorted(config.ranks)))})",
-        [
-            "rule",
-            "whole model",
-            "modules' own outputs",
-            *[f"flat modules, {SPLITS[split]}, step {step}" for split, step in ends],
-            f"flat kappa of the whole model, step {config.steps[-1]}",
-            "losses",
-        ],
-        summary,
+        rank_check.verdicts(config, slopes).assign(rule=[str(case) for case in cases], losses=losses),
+        {"rule": "{rule}", "whole model": "{whole_model}", "modules' own outputs": "{modules}"}
+        | {f"flat modules, {SPLITS[split]}, step {step}": f"{{flat {split} {step}}}" for split, step in ends}
+        | {f"flat kappa of the whole model, step {config.steps[-1]}": "{kappa_flat:.2f}", "losses": "{losses}"},
         left=3,
     )
 
 
-def _short(module: str) -> str:
+def _short(quantity: str, module: str) -> str:
+    if quantity != "output":
+        return quantity
     return "all modules" if module == MODEL else module.rpartition(".")[2]
 
 
@@ -165,5 +126,7 @@ def _slope(row: dict[Any, Any]) -> str:
     return f"{row['slope']:+.2f} ± {row['half_width']:.2f}" + (" =" if row["verdict"] == "flat" else "")
 
 
+main = cli.command(Config, run, __doc__)
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

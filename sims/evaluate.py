@@ -19,6 +19,7 @@ from rora_theory.data.tasks import TASKS, Record
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples, score_tasks
 from rora_theory.llama import Adapter, Model, load
+from rora_theory.rules import check_integers
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import as_json
 from sims.common import cli, tables
@@ -34,8 +35,7 @@ UNITS = "accuracies are shares of 1; error is one standard error"
 class Config:
     """What to score, and how."""
 
-    model: str = "smollm2-135m"
-    """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
+    model: cli.ModelName = "smollm2-135m"
     adapter: Path | None = None
     """folder in PEFT's format; none scores the model alone"""
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -60,14 +60,13 @@ class Config:
     """beams of generate"""
     max_new_tokens: int = 32
     """longest answer of generate, in tokens"""
-    revision: str | None = None
-    """branch, tag or commit of a model on the hub"""
+    revision: cli.Revision = None
     out: Path | None = None
     """run folder; none is results/evaluate/RUN_ID"""
 
     def __post_init__(self) -> None:
         """Raise `InputError` where a setting is out of range."""
-        cli.check_integers(self, limit=1, batch_size=1)
+        check_integers(self, limit=1, batch_size=1)
         if self.adapter is not None and not self.adapter.is_dir():
             raise InputError(f"{self.adapter}: is not a folder; accepted is an adapter in PEFT's format")
         self.scoring()
@@ -133,38 +132,22 @@ def identity(config: Config, data: dict[str, str], model: Model) -> dict[str, An
 
 def show(found: Sequence[TaskAccuracy], scoring: Scoring) -> None:
     """Print the table of a run: percentages, ± one standard error."""
-    normed = any(level.accuracy_norm is not None for level in found)
-    columns = [
-        "task",
-        "n",
-        "accuracy %",
-        *(["per character %"] if normed else []),
-        "unparsed %",
-        "chance %",
-        "majority %",
-    ]
+    forms = {"task": "{name}", "n": "{n}", "accuracy %": "{accuracy:.1f} ± {error:.1f}"}
+    if any(level.accuracy_norm is not None for level in found):
+        forms["per character %"] = "{accuracy_norm:.1f} ± {error_norm:.1f}"
+    forms |= {f"{name} %": f"{{{name}:.1f}}" for name in ("unparsed", "chance", "majority")}
     rows = []
     for level in found:
+        percent = {name: 100 * value for name, value in vars(level).items() if isinstance(value, float)}
         name = TASKS[level.task].name if level.task in TASKS else level.task
-        norm = [_percent(level.accuracy_norm, level.error_norm)] if normed else []
-        rest = [f"{100 * value:.1f}" for value in (level.unparsed, level.chance, level.majority)]
-        rows.append([name, level.n, _percent(level.accuracy, level.error), *norm, *rest])
+        rows.append(vars(level) | percent | {"name": name})
     template = f", template {scoring.template}" if scoring.template else ""
-    tables.print_table(f"{scoring.protocol}{template}; ± one standard error", columns, rows)
+    tables.print_records(f"{scoring.protocol}{template}; ± one standard error", rows, forms, missing="-")
     if scoring.protocol == "harness" and any(level.task == "boolq" for level in found):
         tables.print_text(
             "BoolQ: these data have no passages, and lm-evaluation-harness's template is filled with an empty one; its "
             "published BoolQ accuracies are with the passage."
         )
-
-
-def _percent(value: float | None, error: float | None) -> str:
-    return "-" if value is None or error is None else f"{100 * value:.1f} ± {100 * error:.1f}"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    cli.run(lambda: run(cli.parse(Config, argv, description=__doc__ or "")))
 
 
 def run(config: Config) -> None:
@@ -177,6 +160,8 @@ def run(config: Config) -> None:
     show(evaluate(config, folder, tasks, model, adapter), config.scoring())
     print(f"results in {folder.path}")
 
+
+main = cli.command(Config, run, __doc__)
 
 if __name__ == "__main__":
     main()

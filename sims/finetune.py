@@ -9,7 +9,7 @@ stopped or killed goes on where its last checkpoint was, to the same numbers; `p
 draws it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -49,13 +49,9 @@ NAME = "finetune"
 class Config:
     """What to train, and how."""
 
-    data: tuple[str, ...]
-    """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, as
-    FOLDER:train or hf://datasets/OWNER/NAME:train"""
-    model: str = "smollm2-135m"
-    """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
-    revision: str | None = None
-    """branch, tag or commit of a model on the hub"""
+    data: cli.Data
+    model: cli.ModelName = "smollm2-135m"
+    revision: cli.Revision = None
     reading: DataConfig = field(default_factory=DataConfig)
     training: FinetuneConfig = field(default_factory=FinetuneConfig)
 
@@ -94,20 +90,29 @@ class Config:
             raise InputError(f"serve_as is portable with method {method}; accepted is {what}")
 
 
-def finetune(config: Config) -> Path:
-    """Check everything that can be checked, train to the end, and write the adapter; returns the run folder.
+def run(config: Config) -> None:
+    """Check everything that can be checked, train to the end, and write the adapter.
 
-    With several processes each calls this, and the first alone prints and writes.
+    With several processes each calls this and joins the others; the first alone prints and writes.
     """
+    several = distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    if several and (config.out is None or config.merge or config.training.adapter().replaces):
+        raise InputError(
+            "several processes: accepted is --out, no --merge (one process can merge afterwards) and no method full"
+        )
+    quiet_writers()
     found, first = read(config.data, config.reading), distributed.is_first()
     training = replace(config.training, template=found.template(config.training.template))
     split(found.records, training.held_out, training.seed)  # too few are refused before the weights are read
     origin = llama.locate(config.model, config.revision)
     llama_config = llama.model_config(origin)
-    rows = adapters.table(training.adapter(), llama_config)
+    adapted = adapters.table(training.adapter(), llama_config)
     if first:
         prompts.tell(found, training.template)
-        print_table(f"{training.method} on {config.model}", rows)
+        forms = {name: f"{{{name}}}" for name in ("module", "layers", "rule", "rank")}
+        forms |= {"alpha": "{alpha:g}", "scaling": "{scaling:.6g}"}
+        rows = [row._asdict() for row in adapted]
+        tables.print_records(f"{training.method} on {config.model}", rows, forms, left=3, missing="-")
     layout, shardings = sharding.over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings)
     cli.tell(model.remarks if first else [])
@@ -122,12 +127,12 @@ def finetune(config: Config) -> Path:
         prompts.keep(folder, data.train.examples, model.tokenizer, show=config.reading.show)
     assert path is not None
     trainer = Trainer.start(model, data, training, path / "checkpoints", layout=layout)
-    if folder is not None:
-        begin(folder, trainer, model, data.summary)
-        events = follow(trainer, folder, config.log_to)
-    else:
+    if folder is None:
         for _ in trainer.run():
             pass
+    else:
+        begin(folder, trainer, model, data.summary)
+        events = follow(trainer, folder, config.log_to)
     kept = trainer.adapter(config.keep)
     trainer.close()
     if folder is not None:
@@ -135,7 +140,9 @@ def finetune(config: Config) -> Path:
         own = card.of_run(training, found, config.data, data.summary, events, best, config.license)
         write(folder, config, kept, model, own)
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
-    return path
+        replaces = training.adapter().replaces
+        written = ([] if replaces else ["adapter/"]) + (["merged/"] if config.merge or replaces else [])
+        print(f"{path}: {', '.join(['metrics.jsonl', 'results.csv', *written])}")
 
 
 def begin(folder: RunFolder, trainer: Trainer, model: llama.Model, summary: Mapping[str, Any]) -> None:
@@ -201,33 +208,7 @@ def write(folder: RunFolder, config: Config, kept: Any, model: llama.Model, own:
         folder.record("merged")
 
 
-def print_table(title: str, rows: Sequence[adapters.Row]) -> None:
-    """What is adapted, how strongly."""
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    cells = [
-        (row.module, row.layers, row.rule, row.rank, number(row.alpha, "g"), number(row.scaling, ".6g")) for row in rows
-    ]
-    tables.print_table(title, ("module", "layers", "rule", "rank", "alpha", "scaling"), cells, left=3)
-
-
-def main() -> None:
-    """Join the other processes, if there are any, and train."""
-    config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
-    several = distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    if several and (config.out is None or config.merge or config.training.adapter().replaces):
-        raise InputError(
-            "several processes: accepted is --out, no --merge (one process can merge afterwards) and no method full"
-        )
-    quiet_writers()
-    path = finetune(config)
-    if distributed.is_first():
-        replaces = config.training.adapter().replaces
-        written = ([] if replaces else ["adapter/"]) + (["merged/"] if config.merge or replaces else [])
-        print(f"{path}: {', '.join(['metrics.jsonl', 'results.csv', *written])}")
-
+main = cli.command(Config, run, __doc__)
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

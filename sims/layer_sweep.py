@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory import digests
+from rora_theory.devices import describe, pick
 from rora_theory.measure import layer_data, layer_grid
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
@@ -15,7 +16,6 @@ from rora_theory.stats.moments import agreement
 from rora_theory.theory.grid import StepGrid
 from sims.common import tables
 from sims.common.cells import run_table
-from sims.common.devices import describe, pick
 
 NAME = "variance_sweep_layers"
 

@@ -10,8 +10,6 @@ shift of the rate.
 """
 
 import json
-import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,13 +18,14 @@ from typing import Any
 
 import pandas as pd
 
+from rora_theory import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import COLUMNS, UNITS, Comparison, best_rates, compare, rate_slopes
 from rora_theory.sweep import run_curves, trained_runs
 from rora_theory.toy import rate_grid
 from rora_theory.toy.rate_grid import RateGrid
-from sims.common import cli, devices, tables
+from sims.common import cli, tables
 from sims.common.cells import run_table
 
 NAME = "lr_transfer"
@@ -47,11 +46,6 @@ class Config:
     """its held-out loss on all tokens (validation), or on the answers alone (answer)"""
     out: Path | None = None
     """run folder; none is results/lr_transfer/ID"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, run."""
-    cli.run(lambda: run(cli.parse(Config, argv, description=__doc__ or "")))
 
 
 def run(config: Config) -> None:
@@ -97,35 +91,28 @@ def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Compari
         [[*key, *cells.loc[key]] for key in found[line].drop_duplicates().itertuples(index=False, name=None)],
         left=3,
     )
-    tables.print_table(
+    half = slopes["half_width"].astype(float).map("{:.2g}".format)
+    words = slopes.assign(word=slopes["verdict"].replace("flat", "transfers"), half=half)
+    tables.print_records(
         "Slope in the rank of those best rates, ± half of the 95% interval, beside what would keep the step's size",
-        [*line, "slope", "verdict", "signal", "cross-talk", "A moves", "nearest"],
-        [
-            [
-                *row[line],
-                f"{row['slope']:+.3f} ± {math.nan if pd.isna(row['half_width']) else row['half_width']:.2g}",
-                {"flat": "transfers"}.get(row["verdict"], row["verdict"]),
-                *["" if pd.isna(row[name]) else f"{row[name]:+.2f}" for name in ("signal", "cross-talk", "A moves")],
-                row["nearest"],
-            ]
-            for _, row in slopes.iterrows()
-        ],
+        words.fillna({"nearest": ""}),
+        {name: f"{{{name}}}" for name in line}
+        | {"slope": "{slope:+.3f} ± {half}", "verdict": "{word}"}
+        | {name: f"{{{name}:+.2f}}" for name in ("signal", "cross-talk", "A moves")}
+        | {"nearest": "{nearest}"},
         left=3,
     )
-    tables.print_table(
+    tables.print_records(
         "The largest rank, each rule at its own best rate; ± half of the 95% interval and what the grid may hide",
-        ["rules", "trained", "verdict", "rank", "rates' ratio", "losses"],
-        [
-            [
-                f"{one.first}, {one.second}",
-                f"{one.optimizer}, {one.trained}",
-                one.verdict,
-                one.rank,
-                f"{one.ratio:.3g}",
-                f"{one.first_loss:.4g}, {one.second_loss:.4g}",
-            ]
-            for one in compared
-        ],
+        [one._asdict() for one in compared],
+        {
+            "rules": "{first}, {second}",
+            "trained": "{optimizer}, {trained}",
+            "verdict": "{verdict}",
+            "rank": "{rank}",
+            "rates' ratio": "{ratio:.3g}",
+            "losses": "{first_loss:.4g}, {second_loss:.4g}",
+        },
         left=3,
     )
 
@@ -139,5 +126,7 @@ def _rate(row: Any) -> str:
     return f"{mark}{row['best_rate']:.3g}{error}"
 
 
+main = cli.command(Config, run, __doc__)
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

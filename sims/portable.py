@@ -27,36 +27,29 @@ class Config:
     """a new or empty folder"""
     model: str | None = None
     """merge into this model, and write that: a folder, a .gguf file, a hub id or a built-in name"""
-    revision: str | None = None
-    """branch, tag or commit of a model on the hub"""
+    revision: cli.Revision = None
 
 
-def rewrite(config: Config) -> None:
+def run(config: Config) -> None:
     """Write the adapter, or the model it was merged into. Raises `InputError` before anything is written."""
     from rora_theory import adapters
 
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise InputError(f"{config.out}: is not empty; accepted is a new or empty folder")
-    if config.model is None:
-        if config.revision is not None:
-            raise InputError("revision is given without model; accepted is both")
-        adapters.rewrite_portable(config.adapter, config.out)
+    if config.model is not None:
+        from rora_theory import llama
+
+        model = llama.load(config.model, revision=config.revision)
+        adapters.save_merged(config.out, adapters.load_peft(config.adapter, model.config, model.params), model)
+        print(f"{config.out}: the model")
         return
-    from rora_theory import llama
+    if config.revision is not None:
+        raise InputError("revision is given without model; accepted is both")
+    adapters.rewrite_portable(config.adapter, config.out)
+    print(f"{config.out}: adapter_config.json, adapter_model.safetensors")
 
-    model = llama.load(config.model, revision=config.revision)
-    adapter = adapters.load_peft(config.adapter, model.config, model.params)
-    adapters.save_merged(config.out, adapter, model)
 
-
-def main() -> None:
-    """Rewrite one adapter."""
-    config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
-    rewrite(config)
-    print(
-        f"{config.out}: " + ("adapter_config.json, adapter_model.safetensors" if config.model is None else "the model")
-    )
-
+main = cli.command(Config, run, __doc__)
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

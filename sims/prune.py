@@ -16,6 +16,7 @@ from rora_theory import digests
 from rora_theory.data import windows as text_windows
 from rora_theory.data.records import FormatConfig
 from rora_theory.errors import InputError
+from rora_theory.rules import check_integers
 from rora_theory.runs.folder import RunFolder
 from rora_theory.seeds import check_seed
 from sims.common import cli, tables
@@ -41,10 +42,8 @@ class Config:
 
     text: tuple[str, ...]
     """calibration text: .txt files, or training records (.json, .jsonl, hf://datasets/...) as prompts"""
-    model: str = "smollm2-135m"
-    """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
-    revision: str | None = None
-    """branch, tag or commit of a model on the hub"""
+    model: cli.ModelName = "smollm2-135m"
+    revision: cli.Revision = None
     reading: FormatConfig = field(default_factory=FormatConfig)
     share: float = 0.5
     """parameters to keep, embeddings counted"""
@@ -73,15 +72,10 @@ class Config:
         """Raise `InputError` where a setting is out of range; what depends on the model is checked with it."""
         if not self.text:
             raise InputError("text is empty; accepted are .txt files or training records")
-        cli.check_integers(self, windows=1, held_out=1, seq=2, batch_size=1, layers=1, kv_heads=1, width=1)
+        check_integers(self, windows=1, held_out=1, seq=2, batch_size=1, layers=1, kv_heads=1, width=1)
         if not 0 < self.share <= 1:
             raise InputError(f"--share is {self.share}; accepted is a number above 0, at most 1")
         check_seed(self.seed)
-
-
-def main() -> None:
-    """Run the command."""
-    run(cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0]))
 
 
 def run(config: Config) -> None:
@@ -150,5 +144,7 @@ def show(folder: RunFolder, config: Any, shape: "Shape") -> None:
     tables.print_table(f"{folder.entry('share'):.1%} of the parameters kept", ("", "before", "after"), cells)
 
 
+main = cli.command(Config, run, __doc__)
+
 if __name__ == "__main__":
-    cli.run(main)
+    main()

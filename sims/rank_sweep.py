@@ -29,6 +29,7 @@ from rora_theory.data.tasks import TASKS
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype, Method
+from rora_theory.rules import check_integers
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import finished, key_of, read_manifest
 from rora_theory.scaling import Rule
@@ -36,7 +37,6 @@ from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity, stand_ins
 from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import Shares, draw_records
-from rora_theory.sweep.results import Outcome
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, prompts, tables
 from sims.common.cells import ERROR, FOLDERS, run_cells
@@ -70,17 +70,14 @@ class Training(FinetuneConfig):
 class Config:
     """Which cells, and how each is trained and measured. What is not given is the design's."""
 
-    data: tuple[str, ...] = ()
-    """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, as
-    FOLDER:train or hf://datasets/OWNER/NAME:train"""
+    data: cli.Data = ()
     reading: DataConfig = field(default_factory=DataConfig)
     design: Literal["grid", "fixed_alpha", "alpha_2r", "tuned_rate", "fig1", "fig3", "table1", "table2"] = "grid"
     """fixed_alpha: alpha the same at every rank; alpha_2r: alpha = 2 r; tuned_rate: the best of several learning rates
     for each method and rank; fig1, fig3, table1, table2: the paper's; grid: whatever is given"""
     model: tuple[str, ...] | None = None
     """one or more: a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
-    revision: str | None = None
-    """branch, tag or commit of a model on the hub"""
+    revision: cli.Revision = None
     methods: tuple[str, ...] | None = None
     """any of base full prefix series parallel lora dora rora quarter dora-rora; base is the model alone, full trains
     the targets' own weights"""
@@ -129,7 +126,7 @@ class Config:
     """print the cells with their state and run nothing"""
 
     def __post_init__(self) -> None:
-        cli.check_integers(self, limit=1, score_batch_size=1)
+        check_integers(self, limit=1, score_batch_size=1)
 
     def the_design(self) -> Design:
         """The named design with what the command line gives in its place."""
@@ -138,23 +135,13 @@ class Config:
         return replace(DESIGNS[self.design], **{name: value for name, value in given.items() if value is not None})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, check, run; exit status 1 where cells have failed."""
-    cli.run(lambda: sweep(cli.parse(Config, argv, description=(__doc__ or "").split("\n", 1)[0])))
-
-
-def sweep(config: Config) -> None:
+def run(config: Config) -> None:
     """Check everything that can be checked, then do what the folder lacks."""
     design, revision = config.the_design(), config.revision
     training, scoring = replace(config.training, dtype=design.dtype), Scoring(design.protocol, config.eval_template)
-    records = draw_records(
-        config.data,
-        held_out=training.held_out,
-        train_records=config.train_records,
-        shares=config.shares,
-        seed=config.data_seed,
-        config=config.reading,
-    )
+    sample: dict[str, Any] = {name: getattr(config, name) for name in ("train_records", "shares")}
+    sample |= {"held_out": training.held_out, "seed": config.data_seed}
+    records = draw_records(config.data, **sample, config=config.reading)
     training = replace(training, template=records.source.template(training.template))
     tasks: dict[str, Any] = {}
     evaluation: dict[str, Any] | None = None
@@ -206,9 +193,7 @@ def known(path: Path, cells: Sequence[Cell]) -> list[Cell]:
 def table(path: Path, cells: Sequence[Cell] | None = None) -> pd.DataFrame:
     """`results.csv` of all finished cells in the folder, or of some of its cells."""
     keys = None if cells is None else {key_of(cell) for cell in cells}
-    return results.table(
-        Outcome(one.key, one.cell, one.value) for one in finished(path).values() if keys is None or one.key in keys
-    )
+    return results.table(one for one in finished(path).values() if keys is None or one.key in keys)
 
 
 def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Cell]) -> None:
@@ -235,6 +220,8 @@ def show(design: str, path: Path, cells: Sequence[Cell]) -> None:
     columns = ("model", "method", "key", "rank", "alpha", "gamma", "learning rate", "seed", "state")
     tables.print_table(f"{design}: {len(cells)} cells in {path}", columns, rows, left=3)
 
+
+main = cli.command(Config, run, __doc__)
 
 if __name__ == "__main__":
     main()

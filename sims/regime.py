@@ -27,21 +27,21 @@ import pandas as pd
 from rora_theory import adapters
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
-from rora_theory.data.records import DataConfig, read
+from rora_theory.data.records import DataConfig
+from rora_theory.devices import describe
 from rora_theory.errors import InputError
-from rora_theory.llama import load
 from rora_theory.measure import record_batches, regime_tables, regimes, thin, unseen
 from rora_theory.measure.layer_data import SPLITS
 from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regime_tables import JudgeConfig
+from rora_theory.measure.regimes import RegimeCell
 from rora_theory.measure.tokens import SINK
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import finished, flat, key_of
 from rora_theory.scaling import check_integer
 from sims.common import cli, prompts, tables
 from sims.common.cells import run_cells
-from sims.common.devices import describe, pick
 
 NAME = "regime"
 LOW, HIGH = 8, 128
@@ -52,13 +52,9 @@ LOW, HIGH = 8, 128
 class Config:
     """What to measure, and how finely."""
 
-    data: tuple[str, ...]
-    """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, as
-    FOLDER:train or hf://datasets/OWNER/NAME:train"""
-    model: str = "smollm2-135m"
-    """a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
-    revision: str | None = None
-    """branch, tag or commit of a model on the hub"""
+    data: cli.Data
+    model: cli.ModelName = "smollm2-135m"
+    revision: cli.Revision = None
     adapter: Path | None = None
     """folder of a trained adapter in PEFT's format, added into the weights first: the regime after that training"""
     reading: DataConfig = field(default_factory=DataConfig)
@@ -86,48 +82,31 @@ class Config:
             raise InputError(f"{self.adapter}: is not a folder; accepted is an adapter in PEFT's format")
 
 
-@dataclass(frozen=True)
-class LayerCell:
-    """The modules of one layer."""
-
-    layer: int
-
-    def __str__(self) -> str:
-        return f"layer {self.layer}"
-
-
 def run(config: Config) -> None:
     """Measure, or go on with, a run; exit status 1 where the judge finds that the law fails."""
     started = time.monotonic()
-    records = read(config.data, config.reading)  # before the model, which takes longer
-    template = records.template(config.template)
-    places = pick(1)
-    model = load(config.model, config.dtype, config.revision)
-    cli.tell(model.remarks)
+    options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
+    read = prompts.read(config.data, config.model, config.reading, **options)
+    model, seed = read.model, config.measured.seed
     if config.adapter is not None:
         model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
     modules = regimes.chosen(model.config, targets, config.layers)
-    prompts.tell(records, template)
-    chat = records.chat(model.tokenizer, template)
-    seed = config.measured.seed
-    pair = record_batches.pair(
-        config.batches, records.records, model.tokenizer, template=template, chat=chat, seed=seed
-    )
+    pair = record_batches.pair(config.batches, **read.texts(), seed=seed)
     if config.measured.mask:
         unseen.check(pair.heldout, [pair.train])
-    identity = flat(config.batches) | flat(config.measured) | model.origin.identity() | records.identity(chat)
+    identity = flat(config.batches) | flat(config.measured) | read.identity
     identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")}
-    if template != "train":
-        identity["template"] = template
+    if read.template != "train":
+        identity["template"] = read.template
     if config.adapter is not None:
         identity["adapter_sha256"] = adapters.digest(config.adapter)
-    extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(places)}
+    extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(read.places)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])
     prompts.keep(folder, pair.examples, model.tokenizer, show=config.reading.show)
     folder.update(model_layers=model.config.num_hidden_layers)
-    cells = [LayerCell(index) for index in modules]
+    cells = [RegimeCell(index) for index in modules]
     done = finished(folder.path)
     if any(key_of(cell) not in done for cell in cells):
         recorded = regimes.read(model.params, model.config, pair.train, pair.heldout, regimes.kinds(modules))
@@ -141,7 +120,7 @@ def run(config: Config) -> None:
         for name, frame in assemble(parts).files().items():
             folder.write_frame(frame, name)
 
-    def work(cell: LayerCell, _: Path) -> LayerRegime:
+    def work(cell: RegimeCell, _: Path) -> LayerRegime:
         return recorded.measure(config.measured, cell.layer, modules[cell.layer])
 
     found = assemble(run_cells(cells, work, folder, title="layers", write=write))
@@ -162,7 +141,7 @@ def run(config: Config) -> None:
 
 def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None) -> None:
     """Print crossing ranks and takeover by type and depth, and the judge's verdict."""
-    init = config.inits[0]
+    init, ranks = config.inits[0], [f"r* {what} {split}" for split in SPLITS for what in ("pooled", "median")]
     for optimizer in config.optimizers:
         table = regime_tables.crossings_by_depth(found.crossings, found.tokens, optimizer, init, low=LOW, high=HIGH)
         tables.print_table(
@@ -170,13 +149,7 @@ def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None) 
             f"quartiles over tokens), medians over layers; kappa: the exponent whose first step is as large at rank "
             f"{HIGH} as at {LOW}, range over layers; left out: held-out tokens of a module that begin as the training "
             f"batch does + sinks (input above {SINK:g} times the median norm), of all",
-            [
-                "module",
-                "layers",
-                *(f"r* {what} {split}" for split in SPLITS for what in ("pooled", "median")),
-                *(f"kappa {split}" for split in SPLITS),
-                "left out",
-            ],
+            ["module", "layers", *ranks, *(f"kappa {split}" for split in SPLITS), "left out"],
             _by_place(table, _crossings),
             left=2,
         )
@@ -204,12 +177,7 @@ def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None) 
             ["rank", *config.inits],
             [[rank, *own.loc[rank, list(config.inits)]] for rank in config.ranks],
         )
-    tables.print_text(
-        f"verdict: {verdict['verdict']}. {verdict['comparisons'] - verdict['outside']} of {verdict['comparisons']} "
-        f"figures within {verdict['tolerance']:.0%} or their error bar (false alarm {verdict['false_alarm']:g} over "
-        f"all); {verdict['within_tolerance']:.1%} within {verdict['tolerance']:.0%}; largest deviation "
-        f"{verdict['largest_deviation']:.1%}, largest |t| {verdict['largest_t']:.2f}, rms t {verdict['rms_t']:.3f}"
-    )
+    tables.print_text(regime_tables.in_words(verdict))
 
 
 def _by_place(table: pd.DataFrame, cells: Callable[[list[dict[Any, Any]]], list[str]]) -> list[list[str]]:
@@ -237,5 +205,7 @@ def _steps(lr: float, distances: list[dict[Any, Any]]) -> list[str]:
     return [*texts, turn]
 
 
+main = cli.command(Config, run, __doc__)
+
 if __name__ == "__main__":
-    cli.run(lambda: run(cli.parse(Config, description=(__doc__ or "").strip())))
+    main()

@@ -7,7 +7,6 @@ slope of 0 is what a rule promises.
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,13 +15,14 @@ from typing import Any
 
 import pandas as pd
 
+from rora_theory import devices
 from rora_theory.rules import name_of
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
 from rora_theory.toy.training_grid import Cell, TrainingGrid
-from sims.common import cli, devices, tables
+from sims.common import cli, tables
 from sims.common.cells import run_table
 
 NAME = "training_dynamics"
@@ -36,11 +36,6 @@ class Config:
     grid: TrainingGrid = field(default_factory=TrainingGrid)
     out: Path | None = None
     """run folder; by default results/training_dynamics/ID with ID from the arguments"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, check, run."""
-    cli.run(lambda: run(cli.parse(Config, argv, description=__doc__ or "")))
 
 
 def run(config: Config) -> None:
@@ -67,35 +62,24 @@ def run(config: Config) -> None:
 def report(grid: TrainingGrid, rows: pd.DataFrame, found: pd.DataFrame, answered: Sequence[Answer]) -> None:
     """Print slopes at the first, a middle and the last step, the diverged cells, and the answers."""
     steps = dict.fromkeys((grid.steps[0], grid.steps[len(grid.steps) // 2], grid.steps[-1]))
-    for model in grid.models:
-        for start in grid.starts:
-            for trained in grid.trained(start):
-                own = found[
-                    (found[["model", "start", "trained", "range"]] == [model, start, trained, "all"]).all(axis=1)
-                ]
-                table = {
-                    (row["optimizer"], row["rule"], row["quantity"], row["step"]): _slope(row, len(grid.ranks))
-                    for row in own.to_dict("records")
-                }
-                tables.print_table(
-                    f"{model}, {start} random at the start, {trained} trained: slope in the rank of the output change "
-                    "and of |dM|_F, ± s.e., by step; * loss below half its start, † ranks left out as diverged",
-                    ["optimizer", "rule", *[f"{label} {step}" for label in SHOWN.values() for step in steps]],
-                    [
-                        [
-                            optimizer,
-                            rule,
-                            *(
-                                table.get((optimizer, rule, quantity, step), "diverged")
-                                for quantity in SHOWN
-                                for step in steps
-                            ),
-                        ]
-                        for optimizer in grid.optimizers
-                        for rule in map(name_of, grid.rules)
-                    ],
-                    left=2,
-                )
+    kinds = [
+        (model, start, trained) for model in grid.models for start in grid.starts for trained in grid.trained(start)
+    ]
+    lines = [(optimizer, name_of(rule)) for optimizer in grid.optimizers for rule in grid.rules]
+    for model, start, trained in kinds:
+        own = found[(found[["model", "start", "trained", "range"]] == [model, start, trained, "all"]).all(axis=1)]
+        table = {
+            (row["optimizer"], row["rule"], row["quantity"], row["step"]): _slope(row, len(grid.ranks))
+            for row in own.to_dict("records")
+        }
+        figures = [(quantity, step) for quantity in SHOWN for step in steps]
+        tables.print_table(
+            f"{model}, {start} random at the start, {trained} trained: slope in the rank of the output change "
+            "and of |dM|_F, ± s.e., by step; * loss below half its start, † ranks left out as diverged",
+            ["optimizer", "rule", *[f"{SHOWN[quantity]} {step}" for quantity, step in figures]],
+            [[*line, *(table.get((*line, *figure), "diverged") for figure in figures)] for line in lines],
+            left=2,
+        )
     gone = rows[(rows["step"] == grid.steps[-1]) & (rows["diverged"] > 0)]
     if len(gone):
         tables.print_text("diverged by the last step (model, start, trained, optimizer, rule, rank): ")
@@ -111,5 +95,7 @@ def _slope(row: dict[Any, Any], ranks: int) -> str:
     return f"{row['slope']:+.2f} ± {row['standard_error']:.2f}{marks}"
 
 
+main = cli.command(Config, run, __doc__)
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

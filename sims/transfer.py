@@ -21,12 +21,12 @@ import tyro
 
 from rora_theory.advice.lora_config import PAPER_TARGETS, TaskType, peft_targets, read_adapter_config
 from rora_theory.advice.setting import REGIMES, Setting
-from rora_theory.advice.transfer import ALL, Advice, Range, transfer
+from rora_theory.advice.transfer import ALL, Advice, transfer
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName
-from rora_theory.rules import check_rule, check_seeds
+from rora_theory.rules import check_integers, check_positives, check_rule, check_seeds
 from rora_theory.runs.folder import RunFolder
 from rora_theory.scaling import Rule
 from rora_theory.seeds import check_seed
@@ -94,10 +94,10 @@ class Config:
     def __post_init__(self) -> None:
         if len(self.check) == 1:
             raise InputError(f"--check is {self.check[0]}; accepted are a model and one or more data files")
-        cli.check_integers(self, from_rank=1, to_rank=1, batch_size=1)
+        check_integers(self, from_rank=1, to_rank=1, batch_size=1)
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
-        cli.check_positives(self, "lr", "to_alpha")
+        check_positives(self, "lr", "to_alpha")
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
                 check_rule(option, rule)
@@ -142,8 +142,7 @@ def advise(config: Config) -> tuple[Advice, str | list[str], str]:
 
 def report(config: Config, found: Advice, targets: str | list[str], thin: str) -> None:
     """Print the sentence, the tables and the snippet, and what the regime leaves open."""
-    old, new = found.old, found.unchanged
-    is_measured = found.regime == "measured"
+    old, new, is_measured = found.old, found.unchanged, found.regime == "measured"
     tables.print_text(found.sentence() + "\n")
     regime = f"measured at {len(found.modules)} modules, {config.split} tokens" if is_measured else config.regime
     rule = old.rule if isinstance(old.rule, str) else f"kappa {old.rule:g}"
@@ -152,31 +151,30 @@ def report(config: Config, found: Advice, targets: str | list[str], thin: str) -
         other = next(name for name in REGIMES if name != config.regime)
         against = transfer(old, new.rank, other, rule=new.rule, alpha=config.to_alpha)  # type: ignore[arg-type]
         groups = {config.regime: groups[ALL], other: against.groups()[0]}
-    tables.print_table(
+    tables.print_records(
         f"Rank {old.rank} to {new.rank}, {rule}, alpha {old.alpha:g}, rate {old.learning_rate:g}, {old.optimizer}, "
         f"{old.init}; regime: {regime}",
-        ["", f"alpha at rate {old.learning_rate:g}", f"rate at alpha {new.alpha:g}", "step if neither changes"],
-        [
-            [name, f"{group.alpha:.6g}", f"{group.learning_rate:.4g}", f"{group.unchanged:.4g}"]
-            for name, group in groups.items()  # alphas with as many digits as the snippet has
-        ],
+        [group._asdict() | {"name": name} for name, group in groups.items()],
+        {
+            "": "{name}",
+            f"alpha at rate {old.learning_rate:g}": "{alpha:.6g}",  # as many digits as the snippet has
+            f"rate at alpha {new.alpha:g}": "{learning_rate:.4g}",
+            "step if neither changes": "{unchanged:.4g}",
+        },
     )
     if thin:
         tables.print_text(thin + "\n")
-    planned = found.rates is not None and found.rates.planned is not None
-    heads = ["choice", "gamma", "first step", "rate that undoes it"]
-    heads += [f"at {config.steps} steps"] * planned + ["in a long run"] * (found.rates is not None)
-    choices = []
-    for each in found.alternatives():
-        later = [] if each.rates is None else [rate for rate in each.rates[1:] if rate is not None]
-        step = Range(each.step, each.smallest, each.largest)
-        cells = [f"{each.setting.scaling:.4g}", f"{step:.4g} x", f"{each.learning_rate:.3g}"]
-        choices.append([each.name, *cells, *(f"{rate:.3g}" for rate in later)])
-    tables.print_table(
+    forms = {"choice": "{name}", "gamma": "{gamma:.4g}", "first step": "{steps:.4g} x"}
+    forms["rate that undoes it"] = "{learning_rate:.3g}"
+    if found.rates is not None and found.rates.planned is not None:
+        forms[f"at {config.steps} steps"] = "{rates.planned:.3g}"
+    if found.rates is not None:
+        forms["in a long run"] = "{rates.A_led:.3g}"
+    tables.print_records(
         f"Rules of thumb at rank {new.rank}, {rule} where nothing else is said: the first step against the tuned "
         "one's (range over modules)",
-        heads,
-        choices,
+        [vars(each) | {"gamma": each.setting.scaling, "steps": each.steps} for each in found.alternatives()],
+        forms,
     )
     print(found.peft_config(target_modules=targets, per=config.per, task_type=config.task_type))
     if is_measured and not found.fixes_alpha:
@@ -190,8 +188,6 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
       InputError: settings of the check, or the extra ``finetune`` is not installed.
     """
     try:
-        from rora_theory.data.records import read
-        from rora_theory.llama import load
         from rora_theory.measure import record_batches, transfer_check
         from rora_theory.measure.model_layers import RealStep
         from sims.common import prompts
@@ -200,23 +196,16 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
             f"--check needs the extra finetune, as in pip install 'rora-theory[finetune]' ({error})"
         ) from error
 
-    model_name, *data = config.check
-    records = read(data, config.reading)
-    model = load(model_name)
-    cli.tell(model.remarks)
-    template = records.template(None)
-    chat = records.chat(model.tokenizer, template)
-    prompts.tell(records, template)
+    read = prompts.read(config.check[1:], config.check[0], config.reading)
     size = record_batches.PairConfig(config.batch_size, config.batch_size)
-    pair = record_batches.pair(size, records.records, model.tokenizer, template=template, chat=chat, seed=config.seed)
+    pair = record_batches.pair(size, **read.texts(), seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
     identity |= {"old": asdict(found.old), "new": asdict(found.unchanged), "targets": targets}
-    identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}}
-    identity |= model.origin.identity() | records.identity(chat)
-    extra = {"units": transfer_check.UNITS}
-    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[model.origin])
-    prompts.keep(folder, pair.examples, model.tokenizer, show=config.reading.show)
-    stepper = RealStep(model.params, model.config, pair.train, pair.heldout, targets)
+    identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}} | read.identity
+    extra, models = {"units": transfer_check.UNITS}, [read.model.origin]
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
+    prompts.keep(folder, pair.examples, read.model.tokenizer, show=config.reading.show)
+    stepper = RealStep(read.model.params, read.model.config, pair.train, pair.heldout, targets)
     steps = run_table(
         list(transfer_check.first_steps(found, config.seeds)),
         lambda cell, _: transfer_check.first_step_rows(stepper, found, cell, config.seed),
@@ -227,23 +216,24 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     summary = transfer_check.summarise(steps, found)
     folder.write_frame(summary, "summary.csv")
     folder.finish()
-    lines: dict[str, list[str]] = {}
-    for row in summary.to_dict("records"):
-        text = f"{row['ratio']:.3f} ± {row['standard_error']:.3f}"
-        if row["quantity"] == "modules":
-            text += f" ({row['smallest']:.2f} to {row['largest']:.2f})"
-        lines.setdefault(row["plan"], [f"{row['alpha']:.4g}", f"{row['learning_rate']:.3g}"]).append(text)
+    ratio = "{ratio:.3f} ± {standard_error:.3f}".format_map
+    lines = []
+    for plan, own in summary[summary["plan"] != transfer_check.TUNED].groupby("plan", sort=False):
+        modules, hidden, logits = own.to_dict("records")
+        spread = "{smallest:.2f} to {largest:.2f}".format_map(modules)
+        strength = f"{modules['alpha']:.4g}", f"{modules['learning_rate']:.3g}"
+        lines.append([plan, *strength, f"{ratio(modules)} ({spread})", ratio(hidden), ratio(logits)])
     print()
     tables.print_table(
-        f"The first step really taken on {model_name}: rms of the change against the tuned setting's, "
+        f"The first step really taken on {config.check[0]}: rms of the change against the tuned setting's, "
         f"{len(config.seeds)} draws of A ± s.e.",
         ["plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits"],
-        [[name, *cells] for name, cells in lines.items() if name != transfer_check.TUNED],
+        lines,
     )
     tables.print_text(f"written to {folder.path}")
 
 
-def main(config: Config) -> None:
+def run(config: Config) -> None:
     """Report, and check where asked."""
     config = read_from(config)
     found, targets, thin = advise(config)
@@ -256,5 +246,7 @@ def main(config: Config) -> None:
         check(config, found, targets)
 
 
+main = cli.command(Config, run, __doc__)
+
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, description=(__doc__ or "").strip())))
+    main()

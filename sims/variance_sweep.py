@@ -7,8 +7,6 @@ sampler checks by simulating each rule by itself on part of the grid.
 """
 
 import json
-import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from rora_theory import devices
 from rora_theory.errors import InputError
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import Cell, SimulationConfig
@@ -25,7 +24,7 @@ from rora_theory.runs.reading import flat
 from rora_theory.stats.moments import agreement
 from rora_theory.theory.sampling import Sums
 from sims import layer_sweep
-from sims.common import cli, devices, tables
+from sims.common import cli, tables
 from sims.common.cells import run_cells
 
 NAME = "variance_sweep"
@@ -46,11 +45,6 @@ class Config:
     def __post_init__(self) -> None:
         if self.layer_data is not None and self.simulation.sampler == "reduced":
             raise InputError("--sampler reduced has no fixed data; accepted with --layer-data are direct and auto")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, check, run."""
-    cli.run(lambda: run(cli.parse(Config, argv, description=__doc__ or "")))
 
 
 def run(config: Config) -> None:
@@ -93,24 +87,23 @@ def report(
 ) -> None:
     """Print the tables: second moments, exponents, the direct check, the verdicts."""
     seconds = results[results["quantity"] == "second_moment"]
+    seconds = seconds.assign(
+        ratio=seconds["estimate"] / seconds["exact"], of_paper=seconds["estimate"] / seconds["paper"]
+    )
     for (optimizer, init, overlap), group in seconds.groupby(["optimizer", "init", "overlap"], sort=False):
-        tables.print_table(
+        tables.print_records(
             f"E[w_i^2], {optimizer}, A {init}, overlap {overlap:g}, p_in = {config.p_in}",
-            ["rule", "rank", "scaling", "estimate ± s.e.", "exact", "estimate / exact", "Eq. 9", "estimate / Eq. 9"],
-            [
-                [
-                    row["rule"],
-                    row["rank"],
-                    f"{row['scaling']:.4g}",
-                    f"{row['estimate']:.4g} ± {row['standard_error']:.1g}",
-                    f"{row['exact']:.4g}",
-                    f"{row['estimate'] / row['exact']:.4f}",
-                    f"{row['paper']:.4g}" if math.isfinite(row["paper"]) else "",
-                    f"{row['estimate'] / row['paper']:.4g}" if math.isfinite(row["paper"]) else "",
-                ]
-                for _, rule in group.groupby("rule", sort=False)
-                for row in rule.to_dict("records")
-            ],
+            pd.concat([rows for _, rows in group.groupby("rule", sort=False)]),
+            {
+                "rule": "{rule}",
+                "rank": "{rank}",
+                "scaling": "{scaling:.4g}",
+                "estimate ± s.e.": "{estimate:.4g} ± {standard_error:.1g}",
+                "exact": "{exact:.4g}",
+                "estimate / exact": "{ratio:.4f}",
+                "Eq. 9": "{paper:.4g}",
+                "estimate / Eq. 9": "{of_paper:.4g}",
+            },
         )
     slopes = simulation.exponents(results)
     for (optimizer, init), group in slopes.groupby(["optimizer", "init"], sort=False):
@@ -119,11 +112,7 @@ def report(
             f"{optimizer}, A {init}: exponent of the rms norm |w| in the rank, fitted ± s.e. (exact law, same fit)",
             ["overlap", "rule", *(f"r = {low}..{high}" for low, high in ranges.itertuples(index=False))],
             [
-                [
-                    f"{overlap:g}",
-                    rule,
-                    *map(tables.slope, line.to_dict("records")),
-                ]
+                [f"{overlap:g}", rule, *map(tables.slope, line.to_dict("records"))]
                 for (overlap, rule), line in group.groupby(["overlap", "rule"], sort=False)
             ],
             left=2,
@@ -144,25 +133,24 @@ def report(
 def print_check(seconds: pd.DataFrame) -> None:
     """The direct sampler's second moments beside the exact law."""
     found = agreement(*(seconds[name].tolist() for name in ("estimate", "standard_error", "exact")))
-    tables.print_table(
+    tables.print_records(
         f"Direct sampler (draws A, differentiates, steps with optax, reads at x'), {simulation.CHECK_DRAWS} draws a "
         f"cell: {len(found.scores)} cells, largest |z| {found.largest_score:.2f}",
-        ["optimizer", "rule", "overlap", "rank", "estimate ± s.e.", "exact", "z"],
-        [
-            [
-                row["optimizer"],
-                row["rule"],
-                f"{row['overlap']:g}",
-                row["rank"],
-                f"{row['estimate']:.4g} ± {row['standard_error']:.1g}",
-                f"{row['exact']:.4g}",
-                f"{score:+.2f}",
-            ]
-            for row, score in zip(seconds.to_dict("records"), found.scores, strict=True)
-        ],
+        seconds.assign(z=found.scores),
+        {
+            "optimizer": "{optimizer}",
+            "rule": "{rule}",
+            "overlap": "{overlap:g}",
+            "rank": "{rank}",
+            "estimate ± s.e.": "{estimate:.4g} ± {standard_error:.1g}",
+            "exact": "{exact:.4g}",
+            "z": "{z:+.2f}",
+        },
         left=2,
     )
 
 
+main = cli.command(Config, run, __doc__)
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

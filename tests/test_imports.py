@@ -22,7 +22,11 @@ WITH_EXTRAS = ("adapters", "data", "evaluate", "finetune", "llama", "sweep", "me
 OF_A_MODEL = ("coordinates", "model_layers", "rank_check", "record_batches", "regimes", "transfer_check", "unseen")
 """Of the room `measure`, what runs a model and needs the extra ``finetune``."""
 WITH_JAX = (
-    *("rora_theory.draws", *(f"rora_theory.theory.{name}" for name in ("first_step", "grid", "sampling"))),
+    *(
+        "rora_theory.devices",
+        "rora_theory.draws",
+        *(f"rora_theory.theory.{name}" for name in ("first_step", "grid", "sampling")),
+    ),
     *(f"rora_theory.paper.{name}" for name in ("quantities", "simulation", "verdicts")),
     *(f"rora_theory.measure.{name}" for name in ("drawn_steps", "layer_grid", "layer_rms")),
     *(name for name in NAMES if name.startswith("rora_theory.toy")),

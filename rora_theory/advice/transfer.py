@@ -154,6 +154,11 @@ class Alternative:
     learning_rate: float
     rates: Span | None
 
+    @property
+    def steps(self) -> Range:
+        """The factor with its two ends."""
+        return Range(self.step, self.smallest, self.largest)
+
 
 @dataclass(frozen=True)
 class Advice:

@@ -31,13 +31,14 @@ from rora_theory.optimizers import OPTIMIZER_NAMES, WORDS, OptimizerName
 from rora_theory.rules import (
     alpha_at,
     check_choices,
+    check_positives,
     check_ranks,
     check_rules,
     check_seeds,
     check_steps,
     name_of,
 )
-from rora_theory.scaling import Rule, check_positive, exponent
+from rora_theory.scaling import Rule, exponent
 from rora_theory.stats import slopes
 
 COLUMNS = (
@@ -98,8 +99,7 @@ class CheckConfig:
         for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("inits", INITS)):
             check_choices(f"--{name}", getattr(self, name), accepted)
         check_steps(self.steps)
-        for name in ("adam_lr", "sgd_lr", "momentum_lr", "band"):
-            check_positive("--" + name.replace("_", "-"), getattr(self, name))
+        check_positives(self, "adam_lr", "sgd_lr", "momentum_lr", "band")
         for rule in self.rules:
             alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
         check_seeds(self.seeds, fewest=2)

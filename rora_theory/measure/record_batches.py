@@ -12,7 +12,7 @@ from rora_theory.data.formats import AnyRecord, TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split, tokenize
 from rora_theory.measure.unseen import apart_from
-from rora_theory.scaling import check_integer
+from rora_theory.rules import check_integers
 
 LossOn = Literal["all", "answer"]
 
@@ -31,8 +31,7 @@ class PairConfig:
     """tokens in the loss: all (the protocol), or the answer alone"""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("held_out", 1), ("cutoff", 2)):
-            check_integer("--" + name.replace("_", "-"), getattr(self, name), least=least)
+        check_integers(self, batch_size=1, held_out=1, cutoff=2)
 
 
 class Pair(NamedTuple):
@@ -96,8 +95,7 @@ class BatchConfig:
     plain"""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("held_out", 1), ("cutoff", 2)):
-            check_integer("--" + name.replace("_", "-"), getattr(self, name), least=least)
+        check_integers(self, batch_size=1, held_out=1, cutoff=2)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Columns are those of `module_regime`'s rows: a row one measured thing, floats wi
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,16 @@ def judge(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str,
         "median_relative_standard_error": float(np.median(errors)),
         "nearest_to_failing": worst,
     }
+
+
+def in_words(verdict: Mapping[str, Any]) -> str:
+    """What `judge` found, in a sentence."""
+    return (
+        f"verdict: {verdict['verdict']}. {verdict['comparisons'] - verdict['outside']} of {verdict['comparisons']} "
+        f"figures within {verdict['tolerance']:.0%} or their error bar (false alarm {verdict['false_alarm']:g} over "
+        f"all); {verdict['within_tolerance']:.1%} within {verdict['tolerance']:.0%}; largest deviation "
+        f"{verdict['largest_deviation']:.1%}, largest |t| {verdict['largest_t']:.2f}, rms t {verdict['rms_t']:.3f}"
+    )
 
 
 def measured_over_predicted(results: pd.DataFrame) -> pd.DataFrame:

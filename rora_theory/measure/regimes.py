@@ -23,6 +23,16 @@ from rora_theory.measure.module_regime import LayerRegime, ModuleRegime, Regime,
 from rora_theory.measure.tokens import choose
 
 
+@dataclass(frozen=True)
+class RegimeCell:
+    """The modules of one layer, which are measured together."""
+
+    layer: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}"
+
+
 @dataclass(frozen=True, eq=False)
 class Recorded:
     """A model's modules at two batches, see `read`.

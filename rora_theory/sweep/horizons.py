@@ -1,7 +1,7 @@
 """The best rate against gamma r at several horizons: what the law says beforehand, and what runs say."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,19 +11,107 @@ import numpy as np
 import pandas as pd
 
 from rora_theory import frames
+from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
+from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
+from rora_theory.finetune.config import FinetuneConfig, LossOn
+from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
+from rora_theory.scaling import check_positive
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_per_token, resampled_ratios
 from rora_theory.stats.rate_curves import Curve, best_rates, comparison
 from rora_theory.sweep.readings import Reading, ReadRun
 
+UNITS = {
+    "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
+    "validation_loss, answer_loss": "nats a token of the held-out records; errors are over records",
+}
+SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
+"""Settings of a grid that all its runs have."""
 QUANTILES = (0.05, 0.5, 0.95)
 """Of the takeover distances of a model's modules: each module has its own, one rate serves all."""
 
 FULL = "full"
 """The rule of a curve of full fine-tuning, which has none."""
+
+
+@dataclass(frozen=True)
+class HorizonCell:
+    """One fine-tuning run to do, and the steps it is read at; full fine-tuning has no rank and no strength, gamma r."""
+
+    rank: int | None
+    strength: float | None
+    rate: float
+    seed: int
+    read_at: tuple[int, ...]
+
+    def __str__(self) -> str:
+        size = "full" if self.rank is None else f"r={self.rank} gamma*r={self.strength:g}"
+        return f"{size} lr={self.rate:g} seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class HorizonGrid:
+    """Which runs, and where they are read. Raises `InputError` where a value is out of range."""
+
+    ranks: tuple[int, ...] = (8, 128)
+    """ranks of the adapter"""
+    strengths: tuple[float, ...] = (64.0, 724.0)
+    """gamma r of the adapter: gamma is the strength over the rank"""
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """learning rates after the warm-up"""
+    full_lrs: tuple[float, ...] = ()
+    """learning rates of full fine-tuning of the same modules; none is no such run"""
+    seeds: tuple[int, ...] = (0,)
+    """seeds of initialisation and order"""
+    read_at: tuple[int, ...] = (16, 64, 256)
+    """steps after which the held-out records are read, ascending; the last ends the run"""
+    batch_size: int = 4
+    """records a step"""
+    warmup: int = 4
+    """steps of linear warm-up from 0"""
+    targets: tuple[str, ...] = PAPER_TARGETS
+    """adapted modules"""
+    template: TrainTemplate = "clean"
+    """training prompt: train (published, to the byte), clean, chat (the model's chat template) or plain"""
+    loss_on: LossOn = "all"
+    """tokens in the training loss"""
+    cutoff: int = 96
+    """longest training example in tokens"""
+
+    def __post_init__(self) -> None:
+        check_ranks(self.ranks, fewest=1)
+        for option, values, fewest in (
+            ("--strengths", self.strengths, 1), ("--lrs", self.lrs, 1), ("--full-lrs", self.full_lrs, 0)
+        ):  # fmt: skip
+            check_list(option, values, fewest=fewest)
+            for value in values:
+                check_positive(option, value)
+        check_seeds(self.seeds)
+        try:
+            check_steps(self.read_at)
+        except InputError as error:
+            raise InputError(f"--read-at: {error}") from None
+        self.training(next(self.cells()))
+
+    def training(self, cell: HorizonCell) -> FinetuneConfig:
+        """The fine-tuning run of a cell."""
+        own: dict[str, Any] = {"method": "full"}
+        if cell.rank is not None:
+            own = {"rule": "lora", "rank": cell.rank, "alpha": cell.strength}
+        own |= {name: getattr(self, name) for name in SHARED}
+        return FinetuneConfig(
+            **own, lr=cell.rate, seed=cell.seed, schedule="constant", dropout=0.0, held_out=0, widths=3
+        )
+
+    def cells(self) -> Iterator[HorizonCell]:
+        """Every run, a seed after the other; then those of full fine-tuning."""
+        for seed, strength, rank, rate in product(self.seeds, self.strengths, self.ranks, self.lrs):
+            yield HorizonCell(rank, strength, rate, seed, self.read_at)
+        for seed, rate in product(self.seeds, self.full_lrs):
+            yield HorizonCell(None, None, rate, seed, self.read_at)
 
 
 def predictions(

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -14,6 +14,7 @@ from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
+from rora_theory.runs.reading import Finished
 from rora_theory.stats.rate_optimum import grid_gap
 from rora_theory.sweep.design import BASE, METHODS
 
@@ -38,26 +39,12 @@ GROUP = ["model", "method", "rank", "alpha"]
 """What a learning rate is chosen for."""
 
 
-class Outcome(NamedTuple):
-    """A finished cell.
-
-    Attributes:
-      key: its own.
-      config: the cell as JSON has it, see `rora_theory.sweep.cells.Cell`.
-      result: see `rora_theory.sweep.workbench.Measured`.
-    """
-
-    key: str
-    config: Mapping[str, Any]
-    result: Mapping[str, Any]
-
-
-def table(outcomes: Iterable[Outcome]) -> pd.DataFrame:
+def table(cells: Iterable[Finished]) -> pd.DataFrame:
     """`results.csv`: the base first, then by method in the order of `METHODS`, rank, alpha, rate and seed.
 
     Training that was both scored and not has one line, the scored cell's.
     """
-    found = [_row(outcome) for outcome in outcomes]
+    found = [_row(cell) for cell in cells]
     scored = {_training(row) for row in found if row["evaluation"] and row["status"] == "complete"}
     kept = [row for row in found if row["evaluation"] or _training(row) not in scored]
     rows = frames.of(sorted(kept, key=_order), COLUMNS)
@@ -161,15 +148,15 @@ def _numbers(path: Path, frame: pd.DataFrame, whole: Sequence[str], real: Sequen
     return frame
 
 
-def _row(outcome: Outcome) -> dict[str, Any]:
+def _row(cell: Finished) -> dict[str, Any]:
     """A cell's configuration and its result."""
-    config = outcome.config
+    config = cell.cell
     row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
-    row |= {"key": outcome.key, "training": config["training"], "evaluation": config["evaluation"]}
+    row |= {"key": cell.key, "training": config["training"], "evaluation": config["evaluation"]}
     row["rule"] = config["training"]["rule"] if config["rank"] is not None else None
     row["protocol"] = (config["evaluation"] or {}).get("protocol")
-    row |= {name: value for name, value in outcome.result.items() if name != "levels"}
-    levels = outcome.result.get("levels", [])
+    row |= {name: value for name, value in cell.value.items() if name != "levels"}
+    levels = cell.value.get("levels", [])
     for level in [*levels, *(level | {"task": "average"} for level in levels[:1] if len(levels) == 1)]:
         name = level["task"]
         row |= {name: level["accuracy"], f"{name}_error": level["error"], f"{name}_unparsed": level["unparsed"]}

@@ -18,13 +18,14 @@ from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.rules import (
     alpha_at,
     check_choices,
+    check_positives,
     check_ranks,
     check_rules,
     check_seeds,
     check_steps,
     name_of,
 )
-from rora_theory.scaling import Rule, check_positive, exponent, scaling_factor
+from rora_theory.scaling import Rule, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.toy import ensemble, exponents
 from rora_theory.toy.dynamics import MODELS, STARTS, Model, ProblemConfig, ProblemSize, Start
@@ -89,8 +90,7 @@ class TrainingGrid:
         if self.init not in INITS:
             raise InputError(f"--init is {self.init!r}; accepted are {', '.join(INITS)}")
         check_steps(self.steps)
-        for name in ("sgd_lr", "momentum_lr", "adam_lr"):
-            check_positive("--" + name.replace("_", "-"), getattr(self, name))
+        check_positives(self, "sgd_lr", "momentum_lr", "adam_lr")
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
 

@@ -20,7 +20,6 @@ import sims
 from rora_theory import files, software
 from rora_theory.errors import InputError
 from rora_theory.runs import folder
-from rora_theory.scaling import check_integer, check_positive
 from sims.common import options, tables
 
 Config = TypeVar("Config")
@@ -37,6 +36,18 @@ SHARED: Any = (
 
 FORM = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.SuppressFixed)
 """How options are named: without the names of the dataclasses that they are in."""
+Data = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        help=".json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a "
+        "split, as FOLDER:train or hf://datasets/OWNER/NAME:train"
+    ),
+]
+"""Training records, of any command that reads them."""
+ModelName = Annotated[
+    str, tyro.conf.arg(help="a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name")
+]
+Revision = Annotated[str | None, tyro.conf.arg(help="branch, tag or commit of a model on the hub")]
 
 PROGRAM: str | None = None
 """What the process was started as, for ``--help``; None is ``python -m NAME``."""
@@ -142,33 +153,16 @@ class FailedError(Exception):
     """Work that did not come to its end though the input was good: one line, exit status 1."""
 
 
-def check_integers(config: object, **least: int) -> None:
-    """Raise `InputError` unless each named option is None or an integer of ``least`` or more."""
-    for name, smallest in least.items():
-        if (value := getattr(config, name)) is not None:
-            check_integer("--" + name.replace("_", "-"), value, least=smallest)
-
-
-def check_positives(config: object, *names: str) -> None:
-    """Raise `InputError` unless each named option is None or a finite number above 0."""
-    for name in names:
-        if (value := getattr(config, name)) is not None:
-            check_positive("--" + name.replace("_", "-"), value)
-
-
 @contextlib.contextmanager
-def _columns(count: int | None) -> Iterator[None]:
-    """The width that the option parser takes the terminal to have; None is the terminal's own."""
-    before = os.environ.get("COLUMNS")
-    if count is not None:
-        os.environ["COLUMNS"] = str(count)
+def _columns(count: int) -> Iterator[None]:
+    """The width that the option parser takes the terminal to have."""
+    before = os.environ.pop("COLUMNS", None)
+    os.environ["COLUMNS"] = str(count)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("COLUMNS", None)
-        else:
-            os.environ["COLUMNS"] = before
+        del os.environ["COLUMNS"]
+        os.environ |= {} if before is None else {"COLUMNS": before}
 
 
 def _line(box: str) -> str:
@@ -203,7 +197,16 @@ def _integers(config: Any) -> Iterator[tuple[str, int]]:
         yield from ((field.name.replace("_", "-"), one) for one in several if isinstance(one, int))
 
 
-def run(main: Callable[[], None]) -> None:
+def command(config: type[Config], work: Callable[[Config], object], description: str | None) -> Callable[..., None]:
+    """A command's ``main``: parses the command line, or the words it is given, and does the work, see `run`."""
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        run(lambda: work(parse(config, argv, description=(description or "").strip())))
+
+    return main
+
+
+def run(main: Callable[[], object]) -> None:
     """Run ``main``; what it can't do becomes one line on stderr and an exit status.
 
     Bad input and files that can't be used or written: 2; no memory: 2; `FailedError`: 1; Ctrl-C: 130; SIGTERM, what a
@@ -305,6 +308,6 @@ def fail(message: str, *, status: int = 2) -> NoReturn:
 
 
 def _word(word: str) -> str:
-    """A word as a terminal may show it: no control characters, and of a very long one the ends."""
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in word)
+    """A word as `tables.printable` has it, and of a very long one the ends."""
+    shown = tables.printable(word)
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]}...{shown[-_LONGEST // 4 :]}"

@@ -1,18 +1,66 @@
-"""How a command tells what records it read, and shows and keeps prompts as they go into the model."""
+"""How a command reads records and a model and says what it read, and shows and keeps prompts as they go in."""
 
 import json
-import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from rora_theory import devices, llama
+from rora_theory.data import records as training_records
 from rora_theory.data import showing
 from rora_theory.data.batches import Examples
-from rora_theory.data.records import RecordSet
+from rora_theory.data.formats import TrainTemplate
+from rora_theory.data.records import DataConfig, RecordSet
 from rora_theory.runs.folder import RunFolder
 from sims.common import cli, tables
 
 FILE = "prompts.jsonl"
 KEPT = 3
 """Prompts that every run keeps."""
+
+
+class Read(NamedTuple):
+    """Records, and the model that they go into.
+
+    Attributes:
+      places: the device that the model is on.
+    """
+
+    records: RecordSet
+    template: TrainTemplate
+    model: llama.Model
+    chat: Any
+    places: list[Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run that reads them is known by."""
+        return self.model.origin.identity() | self.records.identity(self.chat)
+
+    def texts(self) -> dict[str, Any]:
+        """What makes batches of them, see `rora_theory.measure.record_batches`."""
+        return {
+            "records": self.records.records, "tokenizer": self.model.tokenizer, "template": self.template,
+            "chat": self.chat,
+        }  # fmt: skip
+
+
+def read(
+    data: Sequence[str],
+    model: str,
+    config: DataConfig | None = None,
+    *,
+    template: str | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> Read:
+    """Read records, then a model, which takes longer, and tell what was read. Raises `InputError` as they do."""
+    found = training_records.read(data, config)
+    chosen = found.template(template)
+    places = devices.pick(1)
+    loaded = llama.load(model, dtype, revision)
+    cli.tell(loaded.remarks)
+    tell(found, chosen)
+    return Read(found, chosen, loaded, found.chat(loaded.tokenizer, chosen), places)
 
 
 def tell(found: RecordSet, template: str | None) -> None:
@@ -27,11 +75,4 @@ def keep(folder: RunFolder, examples: Examples, tokenizer: Any, *, show: int) ->
     folder.write(FILE, "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in found))
     for number, one in enumerate(found[:show], start=1):
         counts = f"{len(one.tokens)} tokens, {sum(one.in_loss)} in the loss, between {showing.BEGIN} and {showing.END}"
-        print(_printable(f"prompt {number} of {len(examples)}: {counts}\n{one.text}\n"))
-
-
-def _printable(text: str) -> str:
-    """A text as a terminal may show it: no control characters but line ends and tabs, and no letter it has not."""
-    plain = "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return plain.encode(encoding, "backslashreplace").decode(encoding)
+        print(tables.printable(f"prompt {number} of {len(examples)}: {counts}\n{one.text}\n", but="\n\t"))

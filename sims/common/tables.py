@@ -1,13 +1,20 @@
 """Tables and sentences on standard output, never wider than the terminal: 80 columns where there is none."""
 
+import string
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from rora_theory import frames
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WORDS = 24
 """Columns of words are not made narrower than this for the sake of further figures beside them."""
@@ -51,6 +58,29 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         console.print(table)
 
 
+def print_records(
+    title: str,
+    records: "pd.DataFrame | Sequence[Mapping[str, Any]]",
+    columns: Mapping[str, str],
+    *,
+    left: int = 1,
+    missing: str = "",
+) -> None:
+    """`print_table` of rows by name: ``columns`` has of each head the form of its cells, as for ``str.format``.
+
+    A cell with a figure that is None or NaN is ``missing``.
+    """
+    rows = records if isinstance(records, Sequence) else frames.rows(records)
+    cells = [[_cell(form, row) or missing for form in columns.values()] for row in rows]
+    print_table(title, list(columns), cells, left=left)
+
+
+def _cell(form: str, row: Mapping[str, Any]) -> str:
+    """The form filled with a row's entries; empty where one of them is missing."""
+    names = [name.partition(".")[0] for _, name, _, _ in string.Formatter().parse(form) if name is not None]
+    return "" if any(row[name] is None or row[name] != row[name] for name in names) else form.format_map(row)
+
+
 def slope(row: Mapping[Any, Any]) -> str:
     """A fitted exponent with its standard error, and the exact law's."""
     return f"{row['slope']:+.3f} ± {row['standard_error']:.3f} ({row['exact']:+.3f})"
@@ -75,6 +105,13 @@ def print_text(text: str) -> None:
                 )
             )
         )
+
+
+def printable(text: str, *, but: str = "") -> str:
+    """A text as a terminal may show it: no control characters ``but`` these, and no letter that it has not."""
+    plain = "".join(one if one.isprintable() or one in but else ascii(one)[1:-1] for one in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _width(head: str, cells: Sequence[str], *, words: bool) -> int:

@@ -119,8 +119,7 @@ def settings(name: str, model: str, data: Path) -> Any:
 def start(name: str, config: Any) -> Opened:
     """Run a command as far as its folder."""
     module = sys.modules[f"sims.{name}"]
-    work = {"transfer": "main", "finetune": "finetune", "rank_sweep": "sweep"}.get(name, "run")
-    return opened(lambda: getattr(module, work)(config))
+    return opened(lambda: module.run(config))
 
 
 WITH_A_MODEL = ("regime", "transfer", "coordinate_check", "finetune", "prune", "evaluate", "rank_sweep")

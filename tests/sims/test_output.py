@@ -9,10 +9,10 @@ import json
 import math
 import pkgutil
 import re
-import typing
 from pathlib import Path
 
 import pytest
+import tyro
 from rich.console import Console
 
 import figures
@@ -222,7 +222,7 @@ def options(config: type) -> list[str]:
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(field.type):
             found += options(field.type)
-        elif typing.get_origin(field.type) is not typing.Annotated:  # positional
+        elif not {tyro.conf.Positional, tyro.conf.Fixed} & {*getattr(field.type, "__metadata__", ())}:
             found.append(field.name)
     return found
 

@@ -17,9 +17,6 @@ from rora_theory.runs.folder import RunFolder
 from rora_theory.seeds import COUNT, check_seed
 from sims.common import cli
 
-WORK = {"finetune": "finetune", "rank_sweep": "sweep", "transfer": "main"}
-"""A command's function of its configuration, where it is not ``run``."""
-
 MORE = {"transfer": {"check": ("nowhere", "nowhere.json")}, "prune": {"text": ("nowhere.json",)}}
 
 
@@ -76,7 +73,7 @@ def test_a_seed_beyond_them_is_one_line(name, path, seed, tmp_path, monkeypatch,
     def begin() -> None:
         config = module.Config(**needed, **MORE.get(name, {}), out=tmp_path / "run")
         value = (*range(20), seed) if setting == "seeds" else seed
-        getattr(module, WORK.get(name, "run"))(changed(config, path, value))
+        module.run(changed(config, path, value))
 
     monkeypatch.setattr(RunFolder, "open", lambda *_, **__: pytest.fail("not refused"))
     with pytest.raises(SystemExit) as stopped:

@@ -34,7 +34,7 @@ def config_of(arguments: str) -> transfer.Config:
 
 def test_as_a_user_runs_it(capsys) -> None:
     """The question of most users: LoRA under AdamW, signal alone, keeps alpha; alpha = 2r is 16 times too strong."""
-    transfer.main(config_of("--from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw"))
+    transfer.run(config_of("--from-rank 8 --to-rank 128 --alpha 16 --lr 3e-4 --rule lora --optimizer adamw"))
     said = capsys.readouterr()
     assert said.err == ""
     config = snippet(said.out)
@@ -57,7 +57,7 @@ def test_check_on_the_core_install_names_the_extra(monkeypatch, capsys) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rora_theory.finetune", None)
     with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: transfer.main(transfer.Config(check=("smollm2-135m", "x.json"))))
+        cli.run(lambda: transfer.run(transfer.Config(check=("smollm2-135m", "x.json"))))
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: --check needs the extra finetune")
 
@@ -65,7 +65,7 @@ def test_check_on_the_core_install_names_the_extra(monkeypatch, capsys) -> None:
 def test_the_tuned_rule_is_kept(capsys) -> None:
     """Under rora the row 'as it was' has use_rslora, and the config too; under another kappa a comment says whose
     alpha it is."""
-    transfer.main(transfer.Config(rule="rora"))
+    transfer.run(transfer.Config(rule="rora"))
     text = capsys.readouterr().out
     config = snippet(text)
     assert (config["use_rslora"], config["lora_alpha"]) == (True, 4)  # 16 / sqrt(16)
@@ -73,7 +73,7 @@ def test_the_tuned_rule_is_kept(capsys) -> None:
     assert lines["signal"][1] == "4"
     assert lines["alpha = 16, as it was"][-5:-1] == ["1.414", "4", "x", "7.5e-05"]  # gamma of 16 / sqrt(128)
     assert lines["alpha = 16, as it was, without use_rslora"][-5] == "0.125"
-    transfer.main(transfer.Config(rule=0.25))
+    transfer.run(transfer.Config(rule=0.25))
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if "lora_alpha" in line)
     (alpha,) = (float(line.split()[1]) for line in text.splitlines() if re.match(" *signal +[0-9]", line))
@@ -91,7 +91,7 @@ def test_the_tuned_rule_is_kept(capsys) -> None:
 @pytest.mark.parametrize("rule", ["lora", "rora"])
 def test_what_is_printed_is_what_peft_takes(capsys, targets, task_type, written, rule) -> None:
     """The user's targets and task type, as PEFT's own LoraConfig reads them."""
-    transfer.main(transfer.Config(targets=targets, task_type=task_type, rule=rule))
+    transfer.run(transfer.Config(targets=targets, task_type=task_type, rule=rule))
     text = capsys.readouterr().out
     config = snippet(text)
     assert (config["target_modules"], config["task_type"]) == (written, task_type)
@@ -111,7 +111,7 @@ def run(tmp_path) -> Path:
 def test_a_measured_regime(run, capsys, optimizer, split, base) -> None:
     """The terms of the asked optimizer and split, a pattern by type."""
     config = transfer.Config(regime=str(run), optimizer=optimizer, split=split)
-    transfer.main(config)
+    transfer.run(config)
     written = snippet(capsys.readouterr().out)
     terms = {
         f"model.layers.{layer}.{name}": base + 5 * layer + 2 * position
@@ -126,7 +126,7 @@ def test_a_measured_regime(run, capsys, optimizer, split, base) -> None:
 
 def test_a_measured_regime_prints_one_alpha(run, capsys) -> None:
     """The table's and the snippet's; what it does to the whole model's step is said, another alpha is not advised."""
-    transfer.main(transfer.Config(regime=str(run), optimizer="adamw"))
+    transfer.run(transfer.Config(regime=str(run), optimizer="adamw"))
     text = capsys.readouterr().out
     alpha = snippet(text)["lora_alpha"]
     assert (
@@ -151,7 +151,7 @@ def test_a_measured_regime_prints_one_alpha(run, capsys) -> None:
 )
 def test_a_thin_regime_is_said_to_be_thin(run, capsys, manifest, config, said) -> None:
     (run / "manifest.json").write_text(json.dumps({"experiment": "regime", "config": {}} | manifest))
-    transfer.main(transfer.Config(regime=str(run), **config))
+    transfer.run(transfer.Config(regime=str(run), **config))
     text = capsys.readouterr().out
     if said is None:
         assert "is thin" not in text
@@ -161,7 +161,7 @@ def test_a_thin_regime_is_said_to_be_thin(run, capsys, manifest, config, said) -
 
 def test_own_targets_of_a_measured_regime(run, capsys) -> None:
     """Their terms alone decide; one that was not measured is refused."""
-    transfer.main(transfer.Config(regime=str(run), targets=("down_proj",)))
+    transfer.run(transfer.Config(regime=str(run), targets=("down_proj",)))
     written = snippet(capsys.readouterr().out)
     terms = {f"model.layers.{layer}.mlp.down_proj": 3.0 + 5 * layer for layer in (0, 1)}
     expected = carry(Setting(8, 16.0, 3e-4, "lora", "adamw"), 128, terms)
@@ -193,7 +193,7 @@ def test_check_on_a_model(tmp_path) -> None:
         seeds=tuple(range(24)),
         out=tmp_path / "out",
     )
-    transfer.main(config)
+    transfer.run(config)
     with (tmp_path / "out" / "summary.csv").open(newline="") as file:
         rows = {(row["plan"], row["quantity"]): row for row in csv.DictReader(file)}
     run = regime_run.read(tmp_path / "regime", optimizer="sgd", init="kaiming_uniform", split="heldout")
@@ -245,7 +245,7 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
 )
 def test_bad_input(capsys, changed, said) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: transfer.main(transfer.Config(**changed)))
+        cli.run(lambda: transfer.run(transfer.Config(**changed)))
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert said in error
@@ -257,18 +257,18 @@ def test_from_a_saved_adapter_as_json(tmp_path, capsys) -> None:
     saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "use_dora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
     arguments = f"--from {tmp_path} --lr 2e-4 --to-rule rslora --to-alpha 32 --steps 50 --takeover 3e-3 --json"
-    transfer.main(config_of(arguments))
+    transfer.run(config_of(arguments))
     out, err = capsys.readouterr()
     assert err.startswith("note: use_dora is set")
     expected = carry(Setting(16, 32.0, 2e-4), 128, rule="rslora", alpha=32.0, steps=50, takeover=3e-3)
     assert json.loads(out) == expected.as_dict() | {"target_modules": ["q_proj"]}
     with pytest.raises(transfer.InputError, match=r"--from-rank is 4, and .* has 16; accepted is one of the two"):
-        transfer.main(config_of(arguments + " --from-rank 4"))
-    transfer.main(config_of(arguments + " --from-rank 16"))
+        transfer.run(config_of(arguments + " --from-rank 4"))
+    transfer.run(config_of(arguments + " --from-rank 16"))
 
 
 def test_the_sentence_comes_first_and_the_horizon_has_a_column(capsys) -> None:
-    transfer.main(config_of("--from-rank 128 --to-rule rslora --to-alpha 16 --steps 50 --p-in 576"))
+    transfer.run(config_of("--from-rank 128 --to-rule rslora --to-alpha 16 --steps 50 --p-in 576"))
     text = capsys.readouterr().out
     assert text.startswith("Going from rank 128 to 128 with AdamW: set alpha 16 under alpha / sqrt(r)")
     advice = carry(Setting(128, 16.0, 3e-4), 128, rule="rslora", alpha=16.0, steps=50, p_in=576)

@@ -11,8 +11,8 @@ from rora_theory.data.records import Record
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
+from rora_theory.runs.reading import Finished
 from rora_theory.sweep import results
-from rora_theory.sweep.results import Outcome
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 
@@ -84,8 +84,8 @@ def cell(
     return found | {"training": training} | more
 
 
-def outcome(config: dict, result: dict) -> Outcome:
-    return Outcome("key", config, result)
+def outcome(config: dict, result: dict) -> Finished:
+    return Finished("key", config, result, {})
 
 
 LEVEL = {"task": "piqa", "accuracy": 0.75, "error": 0.1, "unparsed": 0.25, "chance": 0.5}
