@@ -63,7 +63,7 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
         task = tasks.task_named(key)
         records = tasks.read(sources.locate(config.data_dir, task), task)[: config.items]
 
-        def ours(records: list[tasks.Record] = records) -> int:
+        def ours(records: list[tasks.TaskRecord] = records) -> int:
             return sum(1 for _ in score(model.params, model.config, model.tokenizer, records, Scoring("harness")))
 
         cold, _ = timed(ours)
@@ -126,7 +126,7 @@ def generate(config: Config, model: Model) -> list[dict[str, Any]]:
     return rows
 
 
-def transformers_texts(peer: Any, tokenizer: Any, records: list[tasks.Record], size: int) -> list[str]:
+def transformers_texts(peer: Any, tokenizer: Any, records: list[tasks.TaskRecord], size: int) -> list[str]:
     """The published protocol by transformers: 4 beams, 32 new tokens; prompts of like length together."""
     texts = [prompts.prompt(record.instruction, "eval") for record in records]
     order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))

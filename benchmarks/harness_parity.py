@@ -52,7 +52,7 @@ class Config:
             raise InputError(f"--items is {self.items}; accepted is an integer of 0 or more")
 
 
-def local_gaps(records: list[tasks.Record]) -> str:
+def local_gaps(records: list[tasks.TaskRecord]) -> str:
     """What the local data of a task do not have of the hub's dataset; empty where nothing is missing."""
     if records[0].task == "boolq":
         return (
@@ -70,7 +70,7 @@ def local_gaps(records: list[tasks.Record]) -> str:
     return ""
 
 
-def compare_texts(key: str, records: list[tasks.Record]) -> dict[str, Any]:
+def compare_texts(key: str, records: list[tasks.TaskRecord]) -> dict[str, Any]:
     """How many records have another context or continuation than lm-eval's own task asks about."""
     asked = [
         [(choice.context, choice.continuation) for choice in choices.harness_choices(record)] for record in records
@@ -84,7 +84,7 @@ def compare_texts(key: str, records: list[tasks.Record]) -> dict[str, Any]:
 
 
 def compare_choices(
-    config: Config, key: str, records: list[tasks.Record], model: Model, peer: Any, exact: Any
+    config: Config, key: str, records: list[tasks.TaskRecord], model: Model, peer: Any, exact: Any
 ) -> dict[str, Any]:
     """One task: how far the two sides are apart, and on the worst choices how far each is from float64."""
     task = tasks.task_named(key)

@@ -24,7 +24,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from rora_theory.data.tasks import Record
+from rora_theory.data.tasks import TaskRecord
 from rora_theory.evaluate.choices import hellaswag_parts
 from rora_theory.llama import Model
 
@@ -40,7 +40,7 @@ FOLDERS = {
 }
 
 
-def hub_document(record: Record) -> dict[str, Any]:
+def hub_document(record: TaskRecord) -> dict[str, Any]:
     """A record in the schema of the dataset that lm-eval reads for its task."""
     question, choices, gold = record.question, list(record.choices), record.gold
     letters = [chr(ord("A") + number) for number in range(len(choices))]
@@ -68,7 +68,7 @@ def hub_document(record: Record) -> dict[str, Any]:
             return {"question": question, "choices": listed, "answerKey": letters[gold]}
 
 
-def task(key: str, records: list[Record]) -> ConfigurableTask:
+def task(key: str, records: list[TaskRecord]) -> ConfigurableTask:
     """lm-eval's task over these records, its requests built."""
     path = Path(lm_eval.tasks.__file__).parent / FOLDERS[key]
     config = load_yaml(path)

@@ -49,7 +49,7 @@ def draw(config: Config) -> Sequence[Path]:
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     panels = measures(rows, config.answers)
-    lines = {method: curves(config, rows, method) for method in METHODS}
+    lines = {method: curves_of_method(config, rows, method) for method in METHODS}
     if all(cells.empty for cells in lines.values()):
         style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}; accepted is a run with at least one")
     paired = differences(config, lines)
@@ -76,7 +76,7 @@ def draw(config: Config) -> Sequence[Path]:
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
 
-def curves(config: Config, rows: pd.DataFrame, method: str) -> pd.DataFrame:
+def curves_of_method(config: Config, rows: pd.DataFrame, method: str) -> pd.DataFrame:
     """The cells to draw of a method: of one learning rate, or of the best of each rank."""
     cells = rows[rows["method"] == method]
     if config.tuned and config.lr is None:

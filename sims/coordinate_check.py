@@ -23,7 +23,7 @@ from rora_theory.data.records import DataConfig
 from rora_theory.measure import rank_check, record_batches, thin
 from rora_theory.measure.coordinate_table import MODEL
 from rora_theory.measure.coordinates import Checker
-from rora_theory.measure.rank_check import Cell, CheckConfig
+from rora_theory.measure.rank_check import CheckConfig, CoordinateCell
 from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
@@ -68,7 +68,7 @@ def run(config: Config) -> None:
     prompts.keep(folder, batches[checked.seeds[0]].train.examples, tokenizer, show=config.reading.show)
     cells = rank_check.cells(checked)
 
-    def work(cell: Cell, _: Path) -> list[dict[str, Any]]:
+    def work(cell: CoordinateCell, _: Path) -> list[dict[str, Any]]:
         own = batches[cell.seed]
         return rank_check.rows(checked, checker, cell, own.at, own.held_out)
 

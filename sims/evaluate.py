@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rora_theory import adapters, frames
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
-from rora_theory.data.tasks import TASKS, Record
+from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples, score_tasks
 from rora_theory.llama import Adapter, Model, load
@@ -93,7 +93,7 @@ def subject(config: Config) -> tuple[Model, Adapter | None]:
 
 
 def evaluate(
-    config: Config, folder: RunFolder, tasks: dict[str, list[Record]], model: Model, adapter: Adapter | None
+    config: Config, folder: RunFolder, tasks: dict[str, list[TaskRecord]], model: Model, adapter: Adapter | None
 ) -> list[TaskAccuracy]:
     """Score the records that the folder lacks, and write its results."""
     scoring, records = config.scoring(), [record for items in tasks.values() for record in items]

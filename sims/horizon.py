@@ -85,7 +85,7 @@ def run(config: Config) -> None:
 
 def report(
     folder: RunFolder,
-    runs: Sequence[horizons.Run],
+    runs: Sequence[horizons.HorizonRun],
     tokens: Sequence[int],
     answers: Sequence[int],
     takeovers: Sequence[float],
@@ -94,7 +94,7 @@ def report(
     """Judge the runs, write the tables and print the answer."""
     folder.write_frame(horizons.table(runs, tokens, answers), "results.csv")
     steps = sorted({one.step for run in runs for one in run.read.readings})
-    curves = {step: horizons.curves(runs, tokens, step) for step in steps}
+    curves = {step: horizons.curves_at(runs, tokens, step) for step in steps}
     best = pd.concat([pd.DataFrame(), *(horizons.bests(found, step) for step, found in curves.items())])
     if best.empty:
         tables.print_text(f"No rank and strength has three rates yet; {len(runs)} runs are in {folder.path}")

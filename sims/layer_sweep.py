@@ -33,7 +33,7 @@ def run(path: Path, grid: StepGrid, *, out: Path | None = None) -> None:
     cells, crossings = layer_grid.cells(grid, layers), layer_grid.crossings(grid, layers)
     folder.write_frame(crossings, layer_grid.CROSSINGS)
 
-    def work(cell: layer_grid.Cell, _: Path) -> list[dict[str, Any]]:
+    def work(cell: layer_grid.LayerCell, _: Path) -> list[dict[str, Any]]:
         return layer_grid.rows(grid, layers, cell)
 
     results = run_table(cells, work, folder, layer_grid.COLUMNS, title="real layers")

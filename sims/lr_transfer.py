@@ -21,7 +21,7 @@ import pandas as pd
 from rora_theory import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.stats.estimate import Estimate
-from rora_theory.stats.rate_curves import COLUMNS, UNITS, Comparison, best_rates, compare, rate_slopes
+from rora_theory.stats.rate_curves import COLUMNS, UNITS, Comparison, best_rates, compare_rules, rate_slopes
 from rora_theory.sweep import run_curves, trained_runs
 from rora_theory.toy import rate_grid
 from rora_theory.toy.rate_grid import RateGrid
@@ -53,15 +53,15 @@ def run(config: Config) -> None:
     started = time.monotonic()
     if config.matrix is not None:
         runs = trained_runs.read(config.matrix, model=config.matrix_model, loss=config.matrix_loss)
-        curves = run_curves.curves(runs)
+        curves = run_curves.curves_of_runs(runs)
         identity = {"matrix": trained_runs.digest(runs), "loss": config.matrix_loss, "model": config.matrix_model}
         folder = RunFolder.open(NAME, identity, out=config.out, extra={"units": UNITS, "source": config.matrix.name})
         folder.write_frame(run_curves.table(runs))
         compared = run_curves.compare_by_records(curves, runs)
     else:
         folder, losses = train(config)
-        curves = rate_grid.curves(losses, config.judge)
-        compared = compare(curves)
+        curves = rate_grid.curves_of_losses(losses, config.judge)
+        compared = compare_rules(curves)
     found, slopes = best_rates(curves), rate_slopes(curves)
     folder.write_frame(found, "best.csv")
     folder.write_frame(slopes, "slopes.csv")

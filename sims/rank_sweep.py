@@ -34,7 +34,7 @@ from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import finished, key_of, read_manifest
 from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
-from rora_theory.sweep.cells import Cell, cells_of, check_cells, identity, stand_ins
+from rora_theory.sweep.cells import SweepCell, cells_of, check_cells, identity, stand_ins
 from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.workbench import Workbench
@@ -184,22 +184,22 @@ def run(config: Config) -> None:
     print(f"{path}: {len(rows)} cells done; results.csv, differences.csv", flush=True)
 
 
-def known(path: Path, cells: Sequence[Cell]) -> list[Cell]:
+def known(path: Path, cells: Sequence[SweepCell]) -> list[SweepCell]:
     """The cells as the folder has them: scored, where they were scored already."""
     done, evaluation = finished(path), (read_manifest(path, ("config",)) or {"config": {}})["config"].get("evaluation")
     return stand_ins(cells, evaluation, lambda cell: key_of(cell) in done)
 
 
-def table(path: Path, cells: Sequence[Cell] | None = None) -> pd.DataFrame:
+def table(path: Path, cells: Sequence[SweepCell] | None = None) -> pd.DataFrame:
     """`results.csv` of all finished cells in the folder, or of some of its cells."""
     keys = None if cells is None else {key_of(cell) for cell in cells}
     return results.table(one for one in finished(path).values() if keys is None or one.key in keys)
 
 
-def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Cell]) -> None:
+def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell]) -> None:
     """Do the cells that the folder lacks, with a line for each; `results.csv` follows."""
 
-    def do(cell: Cell, own: Path) -> Mapping[str, Any]:
+    def do(cell: SweepCell, own: Path) -> Mapping[str, Any]:
         cli.tell(bench.open(cell.model))
         return bench.run(cell, own, save_adapter=config.save_adapters)
 
@@ -209,7 +209,7 @@ def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Ce
     run_cells(known(folder.path, cells), do, folder, words=results.said, write=write)
 
 
-def show(design: str, path: Path, cells: Sequence[Cell]) -> None:
+def show(design: str, path: Path, cells: Sequence[SweepCell]) -> None:
     """Print the cells with their state."""
     rows, done = [], finished(path)
     for cell in known(path, cells):

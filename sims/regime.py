@@ -124,7 +124,7 @@ def run(config: Config) -> None:
         return recorded.measure(config.measured, cell.layer, modules[cell.layer])
 
     found = assemble(run_cells(cells, work, folder, title="layers", write=write))
-    verdict = regime_tables.judge(found.results, config.judged)
+    verdict = regime_tables.judge_regime(found.results, config.judged)
     if verdict is not None:
         folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")

@@ -21,7 +21,7 @@ from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
-from rora_theory.toy.training_grid import Cell, TrainingGrid
+from rora_theory.toy.training_grid import TrainingCell, TrainingGrid
 from sims.common import cli, tables
 from sims.common.cells import run_table
 
@@ -45,7 +45,7 @@ def run(config: Config) -> None:
     folder = RunFolder.open(NAME, flat(grid), out=config.out, seed=grid.seed, extra=extra)
     cells = training_grid.cells(grid)
 
-    def work(cell: Cell, _: Path) -> list[dict[str, Any]]:
+    def work(cell: TrainingCell, _: Path) -> list[dict[str, Any]]:
         return training_grid.rows(grid, cell)
 
     seeds = run_table(cells, work, folder, training_grid.COLUMNS, title="training dynamics", name="seeds.csv")

@@ -18,7 +18,7 @@ import pandas as pd
 from rora_theory import devices
 from rora_theory.errors import InputError
 from rora_theory.paper import simulation, verdicts
-from rora_theory.paper.simulation import Cell, SimulationConfig
+from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.stats.moments import agreement
@@ -59,7 +59,7 @@ def run(config: Config) -> None:
     folder = RunFolder.open(NAME, flat(simulated), out=config.out, seed=simulated.grid.seed, extra=extra)
     cells = simulation.cells(simulated)
 
-    def work(cell: Cell, _: Path) -> dict[str, Any]:
+    def work(cell: SimulationCell, _: Path) -> dict[str, Any]:
         sums = simulation.draw(simulated, cell, places)
         return {"rows": simulation.rows(simulated, cell, sums), "direct": cell.rule is not None, "sums": sums.to_json()}
 
@@ -69,7 +69,7 @@ def run(config: Config) -> None:
 
     values = run_cells(cells, work, folder, title="variance sweep", write=write)
     known = {cell.setting: Sums.from_json(one["sums"]) for cell, one in zip(cells, values, strict=True)}
-    judged = simulation.judge(simulated, known, places)
+    judged = simulation.judge_simulation(simulated, known, places)
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(simulated, frame_of(values), frame_of(values, direct=True), judged)

@@ -1,8 +1,8 @@
 """Adapters of LLaMA models: LoRA, RoRA, DoRA, prefix tuning, series, parallel; trained weights; PEFT's file format."""
 
 from rora_theory.adapters.base import (
+    AdaptedModule,
     AdapterConfig,
-    Row,
     TrainableAdapter,
     count,
     init,
@@ -21,6 +21,7 @@ from rora_theory.adapters.peft import digest, load_peft, rewrite_portable, save_
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 
 __all__ = [
+    "AdaptedModule",
     "AdapterConfig",
     "BottleneckAdapter",
     "BottleneckConfig",
@@ -30,7 +31,6 @@ __all__ = [
     "LoraConfig",
     "PrefixAdapter",
     "PrefixConfig",
-    "Row",
     "TrainableAdapter",
     "count",
     "digest",

@@ -18,7 +18,7 @@ Params = dict[str, Any]
 Norms = dict[str, Float[Array, "layers out"]]
 
 
-class Row(NamedTuple):
+class AdaptedModule(NamedTuple):
     """One line of the resolved table: layers of a module that share a rank, an alpha and hence a scaling.
 
     Of a series or parallel adapter the rank is the bottleneck's width, of a prefix the number of virtual tokens; the
@@ -45,7 +45,7 @@ class TrainableAdapter(Adapter, Protocol):
     def merge(self, params: Params) -> Params: ...
     def unmerge(self, params: Params, norms: Norms | None = None) -> Params: ...
     def count(self) -> int: ...
-    def table(self) -> tuple[Row, ...]: ...
+    def table(self) -> tuple[AdaptedModule, ...]: ...
 
 
 @runtime_checkable
@@ -61,7 +61,7 @@ class AdapterConfig(Protocol):
     @property
     def replaces(self) -> bool: ...
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter: ...
-    def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]: ...
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]: ...
 
 
 AnyAdapter = TypeVar("AnyAdapter", bound=TrainableAdapter)
@@ -127,7 +127,9 @@ def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:
     return {**params, "layers": layers}
 
 
-def table(adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None) -> tuple[Row, ...]:
+def table(
+    adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None
+) -> tuple[AdaptedModule, ...]:
     """What is adapted and how strongly: one row for the layers of a module that share rank and alpha.
 
     Args:

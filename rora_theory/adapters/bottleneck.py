@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory.adapters.base import Norms, Params, Row
+from rora_theory.adapters.base import AdaptedModule, Norms, Params
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import init_a
 from rora_theory.adapters.targets import in_all_layers, layer_text
@@ -113,11 +113,13 @@ class BottleneckConfig:
         assert self.target_modules is not None
         return in_all_layers(llama_config, self.target_modules, f"a {self.placement} adapter")
 
-    def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]:
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""
         layers = layer_text(range(llama_config.num_hidden_layers))
         modules = self.modules(llama_config)
-        return tuple(Row(module, layers, self.width, None, self.placement, self.scaling) for module in modules)
+        return tuple(
+            AdaptedModule(module, layers, self.width, None, self.placement, self.scaling) for module in modules
+        )
 
     def shapes(self, module: str, llama_config: LlamaConfig) -> dict[str, tuple[int, int]]:
         """Shapes of one layer's D and U."""
@@ -222,7 +224,7 @@ class BottleneckAdapter:
         """See `base.count`."""
         return sum(math.prod(tensor.shape) for tensor in jax.tree.leaves(self.params))
 
-    def table(self) -> tuple[Row, ...]:
+    def table(self) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""
         return self.config.table(self.llama_config)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory.adapters.base import Norms, Params, Row, with_weights
+from rora_theory.adapters.base import AdaptedModule, Norms, Params, with_weights
 from rora_theory.adapters.targets import in_all_layers, layer_text
 from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
@@ -41,11 +41,11 @@ class FullConfig:
             raise InputError(f"target_modules is {self.target_modules!r} for full fine-tuning; accepted are names")
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
-    def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]:
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
         """See `base.table`; the rank is that of a whole weight."""
         layers = layer_text(range(llama_config.num_hidden_layers))
         return tuple(
-            Row(module, layers, min(llama_config.module_shape(module)), None, "full", None)
+            AdaptedModule(module, layers, min(llama_config.module_shape(module)), None, "full", None)
             for module in in_all_layers(llama_config, self.target_modules, "full fine-tuning")
         )
 
@@ -111,6 +111,6 @@ class FullAdapter:
         """See `base.count`."""
         return sum(own["weight"].size for own in self.params.values())
 
-    def table(self) -> tuple[Row, ...]:
+    def table(self) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""
         return self.config.table(self.llama_config)

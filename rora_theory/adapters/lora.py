@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.adapters import dora
-from rora_theory.adapters.base import Norms, Params, Row, with_weights
+from rora_theory.adapters.base import AdaptedModule, Norms, Params, with_weights
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import INITS, Init, init_a
 from rora_theory.adapters.targets import Target, layer_text, resolve
@@ -94,7 +94,7 @@ class LoraConfig:
             bounded=bounded,
         )
 
-    def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]:
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""
         return _rows(self, self.targets(llama_config))
 
@@ -200,7 +200,7 @@ class LoraAdapter:
             total += sum(rank * (p_in + p_out) + own for rank in target.ranks if rank)
         return total
 
-    def table(self) -> tuple[Row, ...]:
+    def table(self) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""
         return _rows(self.config, self.targets)
 
@@ -278,7 +278,7 @@ def _factor(tensors: dict[str, Array], norm: Float[Array, " o"]) -> Float[Array,
     return dora.factor(tensors["lora_magnitude_vector"], norm, tensors["scaling"] > 0)[:, None]
 
 
-def _rows(config: LoraConfig, targets: Sequence[Target]) -> tuple[Row, ...]:
+def _rows(config: LoraConfig, targets: Sequence[Target]) -> tuple[AdaptedModule, ...]:
     rows = []
     for target in targets:
         groups: dict[tuple[int, float], list[int]] = {}
@@ -287,5 +287,5 @@ def _rows(config: LoraConfig, targets: Sequence[Target]) -> tuple[Row, ...]:
                 groups.setdefault((rank, alpha), []).append(layer)
         for (rank, alpha), layers in groups.items():
             gamma = scaling_factor(config.rule, alpha=alpha, rank=rank)
-            rows.append(Row(target.module, layer_text(layers), rank, alpha, str(config.rule), gamma))
+            rows.append(AdaptedModule(target.module, layer_text(layers), rank, alpha, str(config.rule), gamma))
     return tuple(rows)

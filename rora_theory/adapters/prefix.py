@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory.adapters.base import Norms, Params, Row
+from rora_theory.adapters.base import AdaptedModule, Norms, Params
 from rora_theory.adapters.targets import layer_text
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig, linear, rope
@@ -55,10 +55,10 @@ class PrefixConfig:
         if self.init not in get_args(PrefixInit):
             raise InputError(f"init is {self.init!r}; accepted are {', '.join(get_args(PrefixInit))}")
 
-    def table(self, llama_config: LlamaConfig) -> tuple[Row, ...]:
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""
         layers = layer_text(range(llama_config.num_hidden_layers))
-        return (Row("self_attn", layers, self.virtual_tokens, None, "prefix", None),)
+        return (AdaptedModule("self_attn", layers, self.virtual_tokens, None, "prefix", None),)
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "PrefixAdapter":  # noqa: ARG002
         """A fresh adapter, see `base.init`."""
@@ -130,6 +130,6 @@ class PrefixAdapter:
         """See `base.count`."""
         return sum(math.prod(tensor.shape) for tensor in self.params.values())
 
-    def table(self) -> tuple[Row, ...]:
+    def table(self) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""
         return self.config.table(self.llama_config)

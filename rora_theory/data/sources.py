@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rora_theory import digests
 from rora_theory.data.hub_files import HUB, fetch
-from rora_theory.data.tasks import TASKS, Record, Task, read, task_named
+from rora_theory.data.tasks import TASKS, Task, TaskRecord, read, task_named
 from rora_theory.errors import InputError
 
 VARIABLE = "RORA_COMMONSENSE_DIR"
@@ -19,7 +19,7 @@ def read_tasks(
     limit: int | None = None,
     *,
     otherwise: str = "a folder with TASK/test.json",
-) -> tuple[dict[str, list[Record]], dict[str, str]]:
+) -> tuple[dict[str, list[TaskRecord]], dict[str, str]]:
     """The test records of several tasks, and the SHA-256 of each task's file.
 
     Args:

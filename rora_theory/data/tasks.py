@@ -84,7 +84,7 @@ TASKS: dict[str, Task] = {task.key: task for task in _ROWS}
 
 
 @dataclass(frozen=True)
-class Record:
+class TaskRecord:
     """One item of a task.
 
     Attributes:
@@ -153,7 +153,7 @@ def parse(task: Task, instruction: str) -> tuple[str, tuple[str, ...]]:
     return question, choices
 
 
-def read(path: Path, task: Task) -> list[Record]:
+def read(path: Path, task: Task) -> list[TaskRecord]:
     """All records of a task's file, in its order.
 
     Raises:
@@ -172,7 +172,7 @@ def _read_list(path: Path) -> list[Any]:
 KEYS = ("instruction", "input", "output", "answer")
 
 
-def _record(task: Task, index: int, row: Any, path: Path) -> Record:
+def _record(task: Task, index: int, row: Any, path: Path) -> TaskRecord:
     where = f"{path}: record {index}"
     if not isinstance(row, dict):
         raise InputError(f"{where} is {type(row).__name__}; accepted is an object with the keys {', '.join(KEYS)}")
@@ -192,14 +192,14 @@ def _record(task: Task, index: int, row: Any, path: Path) -> Record:
         raise InputError(f"{where}: output is {row['output']!r}; accepted is {ANSWER_PREFIX + row['answer']!r}")
     if task.key == "winogrande" and question.count("_") != 1:
         raise InputError(f"{where}: the sentence has {question.count('_')} blanks '_'; accepted is one")
-    return Record(task.key, index, row["instruction"], question, choices, labels, labels.index(row["answer"]))
+    return TaskRecord(task.key, index, row["instruction"], question, choices, labels, labels.index(row["answer"]))
 
 
-def chance(records: Sequence[Record]) -> float:
+def chance(records: Sequence[TaskRecord]) -> float:
     """Accuracy of guessing evenly among each item's own choices: the mean of 1/choices."""
     return math.fsum(1.0 / len(record.choices) for record in records) / len(records)
 
 
-def majority(records: Sequence[Record]) -> float:
+def majority(records: Sequence[TaskRecord]) -> float:
     """Accuracy of always giving the most frequent label of these records."""
     return Counter(record.answer for record in records).most_common(1)[0][1] / len(records)

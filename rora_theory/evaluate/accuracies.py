@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rora_theory.data.tasks import TASKS, Record, chance, majority
+from rora_theory.data.tasks import TASKS, TaskRecord, chance, majority
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.stats.estimate import proportion
@@ -42,7 +42,7 @@ class TaskAccuracy:
     majority: float
 
 
-def accuracies(samples: Iterable[Sample], records: Sequence[Record]) -> list[TaskAccuracy]:
+def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list[TaskAccuracy]:
     """One level a task that has records, in the order of `TASKS`, and the average last where there are several.
 
     Args:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rora_theory.data.prompts import ANSWER_PREFIX, prompt
-from rora_theory.data.tasks import Record
+from rora_theory.data.tasks import TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.llama.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ class Scored:
     count: int
 
 
-def harness_choices(record: Record) -> tuple[Choice, ...]:
+def harness_choices(record: TaskRecord) -> tuple[Choice, ...]:
     """The choices of an item as lm-evaluation-harness asks about them, in its order."""
     question, texts = record.question, record.choices
     if record.task == "boolq":
@@ -76,7 +76,7 @@ def harness_choices(record: Record) -> tuple[Choice, ...]:
     )
 
 
-def label_choices(record: Record, template: str) -> tuple[Choice, ...]:
+def label_choices(record: TaskRecord, template: str) -> tuple[Choice, ...]:
     """The label strings of an item after the prompt and ``the correct answer is``; ``template`` as in
     `prompt`."""
     context = prompt(record.instruction, template) + ANSWER_PREFIX

@@ -55,7 +55,7 @@ class Trie:
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Items that share a row, and the nodes on their paths."""
 
     items: list[int]
@@ -137,7 +137,7 @@ def plan(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[B
             short.append(index)
         else:
             length = math.ceil(sizes[index] / block_tokens) * block_tokens
-            blocks.append(_block([Row([index], set(trie.items[index]))], 1, length, trie, chunk, start))
+            blocks.append(_block([PackedRow([index], set(trie.items[index]))], 1, length, trie, chunk, start))
     if not short:
         return blocks
     shortest = -(-max(SHORTEST_ROW, *(sizes[index] for index in short)) // STEP) * STEP
@@ -162,10 +162,10 @@ def plan(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[B
     ]
 
 
-def _fill(items: Sequence[int], trie: Trie, length: int) -> list[Row]:
+def _fill(items: Sequence[int], trie: Trie, length: int) -> list[PackedRow]:
     """Rows of at most ``length`` slots and twice as many scored tokens: large items first, neighbours in the trie among
     those of like size; each goes where it adds the fewest nodes, and of such rows to the fullest."""
-    rows: list[Row] = []
+    rows: list[PackedRow] = []
     scored: list[int] = []
     for index in sorted(items, key=lambda index: (-(len(trie.items[index]) // 16), max(trie.items[index]), index)):
         nodes, count = sorted(trie.items[index]), trie.scored(index)
@@ -178,7 +178,7 @@ def _fill(items: Sequence[int], trie: Trie, length: int) -> list[Row]:
                     best = min(best, (added, room, number))
         number = best[2]
         if number == len(rows):
-            rows.append(Row([], set()))
+            rows.append(PackedRow([], set()))
             scored.append(0)
         rows[number].items.append(index)
         rows[number].nodes.update(nodes)
@@ -194,7 +194,7 @@ def _begun(nodes: list[int], present: set[int]) -> int:
     return len(nodes)
 
 
-def _block(rows: Sequence[Row], count: int, length: int, trie: Trie, chunk: int, start: int) -> Block:
+def _block(rows: Sequence[PackedRow], count: int, length: int, trie: Trie, chunk: int, start: int) -> Block:
     """The arrays of ``count`` rows, the last ones empty where there are fewer."""
     tokens, position = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
     end = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rora_theory.data.tasks import Record
+from rora_theory.data.tasks import TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample, in_order
 from rora_theory.journal import Journal
@@ -29,7 +29,7 @@ class Samples:
       InputError: a line is damaged, or of a record or protocol that this run does not score; names the line.
     """
 
-    def __init__(self, path: Path, identity: str, records: Sequence[Record], protocol: str) -> None:
+    def __init__(self, path: Path, identity: str, records: Sequence[TaskRecord], protocol: str) -> None:
         self._journal, self._protocol = Journal(path, identity), protocol
         gold = {(record.task, record.index): record.answer for record in records}
         found: dict[tuple[str, int], Sample] = {}

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rora_theory.data.prompts import TEMPLATES, prompt
-from rora_theory.data.tasks import TASKS, Record
+from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate.answers import parse_answer, response
 from rora_theory.evaluate.choices import TEXTS, Choice, encode_choices, harness_choices, label_choices
@@ -102,7 +102,7 @@ def score(
     params: dict[str, Any],
     config: LlamaConfig,
     tokenizer: Tokenizer,
-    records: Sequence[Record],
+    records: Sequence[TaskRecord],
     scoring: Scoring,
     *,
     adapter: Adapter | None = None,
@@ -140,7 +140,7 @@ def score(
 
 def score_tasks(
     model: Model,
-    tasks: Mapping[str, Sequence[Record]],
+    tasks: Mapping[str, Sequence[TaskRecord]],
     scoring: Scoring,
     *,
     adapter: Adapter | None = None,
@@ -166,7 +166,7 @@ def in_order(samples: Iterable[Sample]) -> list[Sample]:
     return sorted(samples, key=lambda sample: (list(TASKS).index(sample.task), sample.index))
 
 
-def _chosen(record: Record, choices: Sequence[Choice], totals: Sequence[float], *, norm: bool) -> Sample:
+def _chosen(record: TaskRecord, choices: Sequence[Choice], totals: Sequence[float], *, norm: bool) -> Sample:
     """The likeliest choice, the first of equals; per character of the choice too where the harness reports it."""
     if not np.isfinite(totals).all():
         raise InputError(
@@ -195,7 +195,7 @@ def _generated(
     params: dict[str, Any],
     config: LlamaConfig,
     tokenizer: Tokenizer,
-    records: Sequence[Record],
+    records: Sequence[TaskRecord],
     scoring: Scoring,
     adapter: Adapter | None,
     batch_size: int,
@@ -236,7 +236,7 @@ def _generated(
     return run()
 
 
-def _parsed(record: Record, text: str) -> Sample:
+def _parsed(record: TaskRecord, text: str) -> Sample:
     """The first label in the text."""
     label = parse_answer(TASKS[record.task], text)
     return Sample(record.task, record.index, record.answer, label, label == record.answer, text=text)

@@ -277,7 +277,7 @@ def compile_here(llama_config: LlamaConfig, config: FinetuneConfig, width: int =
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredStep:
     """A step that was run, on random weights.
 
     Attributes:
@@ -289,7 +289,7 @@ class Measured:
     seconds: float
 
 
-def measure(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> Measured:
+def measure(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> MeasuredStep:
     """Run two steps on the default device, on random weights and tokens, and see what they take.
 
     On a GPU the allocator's own peak. On a CPU what the process's resident memory grew by in the first step, and the
@@ -318,8 +318,8 @@ def measure(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
     jax.block_until_ready(compiled(state, base, batch))
     seconds = time.perf_counter() - start
     if device.platform == "gpu":
-        return Measured(int(device.memory_stats()["peak_bytes_in_use"]), seconds)
-    return Measured(_resident("VmHWM") - before, seconds)
+        return MeasuredStep(int(device.memory_stats()["peak_bytes_in_use"]), seconds)
+    return MeasuredStep(_resident("VmHWM") - before, seconds)
 
 
 def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:

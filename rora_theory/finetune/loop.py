@@ -200,7 +200,7 @@ class Trainer:
         start = self.step
         batches = iterate(self._train, start=start)
         clock = time.perf_counter()
-        pending: tuple[int, steps.Metrics, int] | None = None
+        pending: tuple[int, steps.StepMetrics, int] | None = None
 
         def settle() -> Iterator[Stepped]:
             nonlocal pending, clock
@@ -244,7 +244,7 @@ class Trainer:
         if self._checkpoints is not None:
             self._checkpoints.close()
 
-    def _stepped(self, number: int, metrics: steps.Metrics, positions: int) -> Stepped:
+    def _stepped(self, number: int, metrics: steps.StepMetrics, positions: int) -> Stepped:
         loss, norm, rate, targets = (float(value) for value in jax.device_get(metrics))
         for what, value in (("loss", loss), ("gradient norm", norm)):
             self._check_finite(what, value, number)

@@ -36,7 +36,7 @@ class State(NamedTuple):
     key: PRNGKeyArray
 
 
-class Metrics(NamedTuple):
+class StepMetrics(NamedTuple):
     """Scalars of one step, on the device.
 
     Attributes:
@@ -109,7 +109,7 @@ def train_step(
     """
     take = _step(llama_config, config, steps, attention=attention, logits_bytes=logits_bytes)
 
-    def step(state: State, base: Params, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, base: Params, batch: Batch) -> tuple[State, StepMetrics]:
         return take(state, base, batch, adapter, None)
 
     return _jit(step, state_shardings)
@@ -141,7 +141,7 @@ class SharedSteps:
         *,
         attention: str = "auto",
         logits_bytes: int = LOGITS_BYTES,
-    ) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
+    ) -> Callable[[State, Params, Batch], tuple[State, StepMetrics]]:
         """``(state, base, batch) -> (state, metrics)`` of one device; arguments as `train_step`."""
         scaling: dict[str, Any] = {"rule": "lora", "alpha": 1.0, "alpha_pattern": {}}
         plain = replace(config, lr=1.0, seed=0, **(scaling if config.method in ("lora", "dora") else {}))
@@ -166,7 +166,7 @@ class SharedSteps:
 
 def _step(
     llama_config: LlamaConfig, config: FinetuneConfig, steps: int, *, attention: str, logits_bytes: int
-) -> Callable[[State, Params, Batch, TrainableAdapter, Array | None], tuple[State, Metrics]]:
+) -> Callable[[State, Params, Batch, TrainableAdapter, Array | None], tuple[State, StepMetrics]]:
     """One step, to be compiled: ``(state, base, batch, adapter, peak)``, where the adapter's trainable arrays are not
     read, and ``peak`` is the learning rate at the end of the warm-up, None the configuration's.
     """
@@ -206,14 +206,14 @@ def _step(
 
     def step(
         state: State, base: Params, batch: Batch, adapter: TrainableAdapter, peak: Array | None
-    ) -> tuple[State, Metrics]:
+    ) -> tuple[State, StepMetrics]:
         loss, grads, total = gradient(state, base, adapter, batch)
         transformation, rate = optimizer(config, steps, peak), schedule(config, steps, peak)
         # Optax leans on type promotion; this package's own code passes under the strict rules too.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = transformation.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-            metrics = Metrics(loss, optax.tree.norm(grads), jnp.float32(rate(state.step)), total)
+            metrics = StepMetrics(loss, optax.tree.norm(grads), jnp.float32(rate(state.step)), total)
         return State(state.step + 1, params, moments, state.key), metrics
 
     return step

@@ -37,7 +37,7 @@ GROUP = ["optimizer", "init", "split", "layer", "rule"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class LayerCell:
     """One stream of adapters: it serves every optimizer, rule and split."""
 
     layer: str
@@ -48,13 +48,13 @@ class Cell:
         return f"{self.layer}, r = {self.rank}"
 
 
-def cells(grid: StepGrid, layers: Sequence[Layer]) -> list[Cell]:
+def cells(grid: StepGrid, layers: Sequence[Layer]) -> list[LayerCell]:
     """Every stream, in the order of the table."""
     inits: tuple[Init, ...] = grid.inits or ("kaiming_uniform",)
-    return [Cell(layer.name, init, rank) for layer in layers for init in inits for rank in grid.ranks]
+    return [LayerCell(layer.name, init, rank) for layer in layers for init in inits for rank in grid.ranks]
 
 
-def rows(grid: StepGrid, layers: Sequence[Layer], cell: Cell) -> list[dict[str, Any]]:
+def rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list[dict[str, Any]]:
     """Rms of w of each optimizer, rule and split, drawn to the asked precision, beside the law's."""
     (layer,) = (layer for layer in layers if layer.name == cell.layer)
     rules = {name_of(rule): (exponent(rule), gamma) for rule, gamma in grid.scalings(cell.rank)}

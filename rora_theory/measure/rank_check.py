@@ -120,7 +120,7 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cell:
+class CoordinateCell:
     """One adapter, trained for some steps."""
 
     case: Case
@@ -146,13 +146,15 @@ def cases(config: CheckConfig) -> Iterator[Case]:
             yield Case(first, max(config.rules, key=exponent), "gaussian", True)
 
 
-def cells(config: CheckConfig) -> list[Cell]:
+def cells(config: CheckConfig) -> list[CoordinateCell]:
     """Every adapter, in the order of the table."""
-    return [Cell(case, seed, rank) for case in cases(config) for seed in config.seeds for rank in config.ranks]
+    return [
+        CoordinateCell(case, seed, rank) for case in cases(config) for seed in config.seeds for rank in config.ranks
+    ]
 
 
 def rows(
-    config: CheckConfig, checker: Checker, cell: Cell, batch_of: Callable[[int], Batch], held_out: Batch
+    config: CheckConfig, checker: Checker, cell: CoordinateCell, batch_of: Callable[[int], Batch], held_out: Batch
 ) -> list[dict[str, Any]]:
     """The sizes that one adapter shows, as rows of a table.
 
@@ -252,7 +254,7 @@ def _of_control(word: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Check:
+class CoordinateCheck:
     """What `coordinate_check` found, as tidy frames.
 
     Attributes:
@@ -273,7 +275,7 @@ def coordinate_check(
     config: CheckConfig | None = None,
     *,
     target_modules: Sequence[str] | str = PAPER_TARGETS,
-) -> Check:
+) -> CoordinateCheck:
     """Check scaling rules on a model.
 
     Args:
@@ -295,7 +297,7 @@ def coordinate_check(
     found = fits(config, sizes)
     judged = verdicts(config, found)
     thin.warn((sizes, found, judged), thin.of_ranks(config.ranks))
-    return Check(sizes, found, judged)
+    return CoordinateCheck(sizes, found, judged)
 
 
 def _in_turn(batches: Sequence[Batch], step: int) -> Batch:

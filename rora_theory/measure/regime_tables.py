@@ -84,7 +84,7 @@ class JudgeConfig:
             raise InputError(f"false_alarm is {self.false_alarm}; accepted is a number between 0 and 1")
 
 
-def judge(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str, Any] | None:
+def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str, Any] | None:
     """Whether every measured rms lies within its error bar or the tolerance of the predicted one; None: none measured.
 
     The error bar is Student's for the number of adapters, two-sided, at false_alarm divided by the number of
@@ -125,7 +125,7 @@ def judge(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str,
 
 
 def in_words(verdict: Mapping[str, Any]) -> str:
-    """What `judge` found, in a sentence."""
+    """What `judge_regime` found, in a sentence."""
     return (
         f"verdict: {verdict['verdict']}. {verdict['comparisons'] - verdict['outside']} of {verdict['comparisons']} "
         f"figures within {verdict['tolerance']:.0%} or their error bar (false alarm {verdict['false_alarm']:g} over "

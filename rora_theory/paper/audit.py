@@ -19,7 +19,7 @@ from fractions import Fraction
 
 from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
-from rora_theory.paper.published import NAMES, Claim, Row
+from rora_theory.paper.published import NAMES, Claim, PublishedRow
 
 SIZES = tuple(task.full_size for task in TASKS.values())
 CHANCE = tuple(100.0 / task.full_choices for task in TASKS.values())
@@ -63,7 +63,7 @@ def average_error(scores: Sequence[float], sizes: Sequence[int] = SIZES) -> floa
     return math.sqrt(variance) / len(scores)
 
 
-def averages(rows: Sequence[Row]) -> list[Finding]:
+def averages(rows: Sequence[PublishedRow]) -> list[Finding]:
     """Printed averages that no eight counts of right answers give which print as the row's entries."""
     found = []
     for row in rows:
@@ -77,7 +77,7 @@ def averages(rows: Sequence[Row]) -> list[Finding]:
     return found
 
 
-def mean_bounds(row: Row) -> tuple[Fraction, Fraction]:
+def mean_bounds(row: PublishedRow) -> tuple[Fraction, Fraction]:
     """Least and largest average of the eight accuracies, in percent: each is k/n of its test set and prints as it does.
 
     An entry that is no such count (`impossible`) counts with all that rounds to it.
@@ -101,7 +101,7 @@ def possible_counts(percent: float, size: int) -> range:
     return range(math.ceil(low * size / 100), math.floor(high * size / 100) + 1)
 
 
-def differences(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Finding]:
+def differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[Finding]:
     """Quoted differences that are not the difference of the printed averages, or not that of the rows' entries.
 
     A difference of two means of eight rounded entries is known to 0.1; printing it adds 0.05.
@@ -121,19 +121,19 @@ def differences(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Finding]:
     return found
 
 
-def mean(row: Row) -> float:
+def mean(row: PublishedRow) -> float:
     """Average of a row's eight printed entries."""
     return math.fsum(row.scores) / len(row.scores)
 
 
-def claimed_rows(rows: Sequence[Row], claim: Claim) -> tuple[Row, Row]:
+def claimed_rows(rows: Sequence[PublishedRow], claim: Claim) -> tuple[PublishedRow, PublishedRow]:
     """The two rows a claim compares.
 
     Raises:
       InputError: a row is missing or not unique.
     """
 
-    def pick(method: str, rank: int | None) -> Row:
+    def pick(method: str, rank: int | None) -> PublishedRow:
         fits = [row for row in rows if (row.model, row.method, row.rank) == (claim.model, method, rank) and row.table]
         if len(fits) != 1:
             raise InputError(f"{len(fits)} rows are {claim.model} {method} rank {rank}; accepted is one")
@@ -142,7 +142,7 @@ def claimed_rows(rows: Sequence[Row], claim: Claim) -> tuple[Row, Row]:
     return pick(claim.method, claim.rank), pick(claim.against, claim.against_rank)
 
 
-def best_marks(rows: Sequence[Row]) -> list[Finding]:
+def best_marks(rows: Sequence[PublishedRow]) -> list[Finding]:
     """Rows marked best that are not the best average of their model and method, or the reverse."""
     found = []
     for key, group in _grouped(rows, lambda row: (row.model, row.method)).items():
@@ -157,7 +157,7 @@ def best_marks(rows: Sequence[Row]) -> list[Finding]:
     return found
 
 
-def below_chance(rows: Sequence[Row], *, z: float = 2.0) -> list[Finding]:
+def below_chance(rows: Sequence[PublishedRow], *, z: float = 2.0) -> list[Finding]:
     """Entries more than ``z`` standard errors below guessing evenly among the choices.
 
     Under the published protocol such an entry counts unparsed answers as wrong, or the run is broken;
@@ -173,7 +173,7 @@ def below_chance(rows: Sequence[Row], *, z: float = 2.0) -> list[Finding]:
     return found
 
 
-def repeated(rows: Sequence[Row], *, least: int = 4) -> list[Finding]:
+def repeated(rows: Sequence[PublishedRow], *, least: int = 4) -> list[Finding]:
     """Pairs of rows of one model and source with at least ``least`` of the eight entries equal to the digit.
 
     Two runs of equal true accuracy and independent errors print the same 0.1 with a probability of about 0.1
@@ -189,7 +189,7 @@ def repeated(rows: Sequence[Row], *, least: int = 4) -> list[Finding]:
     return found
 
 
-def copied(rows: Sequence[Row], anchors: Sequence[Row], *, least: int = 4) -> list[Finding]:
+def copied(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, least: int = 4) -> list[Finding]:
     """Rows with at least ``least`` entries of one earlier published row of their model: numbers carried over, not run
     again. Of several such rows the one with the most equal entries counts, the first published where they tie.
 
@@ -212,7 +212,7 @@ def copied(rows: Sequence[Row], anchors: Sequence[Row], *, least: int = 4) -> li
     return found
 
 
-def impossible(rows: Sequence[Row]) -> list[Finding]:
+def impossible(rows: Sequence[PublishedRow]) -> list[Finding]:
     """Entries that no number of right answers out of the full set gives (only OBQA's 500 items are this coarse)."""
     found = []
     for row in rows:
@@ -223,7 +223,7 @@ def impossible(rows: Sequence[Row]) -> list[Finding]:
     return found
 
 
-def within_noise(rows: Sequence[Row], method: str = "RoRA", *, z: float = 2.0) -> list[Finding]:
+def within_noise(rows: Sequence[PublishedRow], method: str = "RoRA", *, z: float = 2.0) -> list[Finding]:
     """Entries and averages whose gap to the best other row of the group is below ``z`` standard errors of a gap.
 
     A group is one table, model and rank. Positive and negative gaps count alike; test sets as if independent
@@ -274,7 +274,7 @@ STATED_RANKS = {("LLaMA-7B", "RoRA"): 128}
 
 
 def parameter_shares(
-    rows: Sequence[Row], *, stated: Mapping[tuple[str, str], int] = STATED_RANKS, method: str = "RoRA"
+    rows: Sequence[PublishedRow], *, stated: Mapping[tuple[str, str], int] = STATED_RANKS, method: str = "RoRA"
 ) -> list[Finding]:
     """Ranks that the printed parameter shares of ``method`` are those of, and the stated rank where there is another.
 
@@ -302,7 +302,7 @@ def parameter_shares(
     return found
 
 
-def audit(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Finding]:
+def audit(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[Finding]:
     """Every check of this module on the paper's rows, those published before serving as anchors."""
     paper = [row for row in rows if row.source == "RoRA paper"]
     anchors = [row for row in rows if row.source != "RoRA paper"]
@@ -328,8 +328,10 @@ def _spread(low: Fraction, high: Fraction) -> str:
     return f"{float(low):.4f} to {float(high):.4f}"
 
 
-def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple[object, ...]]) -> dict[tuple, list[Row]]:
-    groups: dict[tuple, list[Row]] = {}
+def _grouped(
+    rows: Sequence[PublishedRow], key: Callable[[PublishedRow], tuple[object, ...]]
+) -> dict[tuple, list[PublishedRow]]:
+    groups: dict[tuple, list[PublishedRow]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups

@@ -18,7 +18,7 @@ NAMES = tuple(task.name for task in TASKS.values())
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """One printed row.
 
     Attributes:
@@ -67,10 +67,10 @@ class Claim:
     printed: float
 
 
-def rows(source: str | None = None) -> list[Row]:
-    """Every stored row, or those of one source (see `Row`), sources in order of publication but the paper's first."""
+def rows(source: str | None = None) -> list[PublishedRow]:
+    """Every `PublishedRow`, or those of one source; sources in order of publication but the paper's first."""
     found = [
-        Row(
+        PublishedRow(
             source=row["source"],
             address=row.get("address", ""),
             table=row.get("table", ""),

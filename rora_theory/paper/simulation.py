@@ -79,7 +79,7 @@ class SimulationConfig:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SimulationCell:
     """One stream of draws.
 
     Attributes:
@@ -97,7 +97,7 @@ class Cell:
         return f"{self.setting.optimizer}, overlap {self.setting.overlap:g}, r = {self.setting.rank}{alone}"
 
 
-def cells(config: SimulationConfig) -> list[Cell]:
+def cells(config: SimulationConfig) -> list[SimulationCell]:
     """Every stream: of the grid, in the order of the table, then of the direct check."""
     grid = config.grid
     units = [
@@ -107,16 +107,18 @@ def cells(config: SimulationConfig) -> list[Cell]:
         for overlap in config.overlaps
         for rank in grid.ranks
     ]
-    found = [Cell(unit, "direct" if config.sampler == "direct" else sampling.best_sampler(unit)) for unit in units]
+    found = [
+        SimulationCell(unit, "direct" if config.sampler == "direct" else sampling.best_sampler(unit)) for unit in units
+    ]
     return found + [
-        Cell(replace(cell.setting, scaling=gamma, learning_rate=grid.lr), "direct", rule)
+        SimulationCell(replace(cell.setting, scaling=gamma, learning_rate=grid.lr), "direct", rule)
         for cell in found
         if cell.setting.rank in CHECK_RANKS and cell.setting.overlap in CHECK_OVERLAPS and cell.sampler != "direct"
         for rule, gamma in grid.scalings(cell.setting.rank)
     ]
 
 
-def draw(config: SimulationConfig, cell: Cell, devices: Sequence[jax.Device] | None = None) -> sampling.Sums:
+def draw(config: SimulationConfig, cell: SimulationCell, devices: Sequence[jax.Device] | None = None) -> sampling.Sums:
     """The sums of a cell's draws; ``devices`` change no bit of them, see `sampling.stream`."""
     return sampling.estimate(
         cell.setting,
@@ -128,7 +130,7 @@ def draw(config: SimulationConfig, cell: Cell, devices: Sequence[jax.Device] | N
     )
 
 
-def rows(config: SimulationConfig, cell: Cell, sums: sampling.Sums) -> list[dict[str, Any]]:
+def rows(config: SimulationConfig, cell: SimulationCell, sums: sampling.Sums) -> list[dict[str, Any]]:
     """What a cell's draws say of each rule that they serve, beside the law and the paper: a row a quantity."""
     grid, unit = config.grid, cell.setting
     served = list(grid.scalings(unit.rank)) if cell.rule is None else [(cell.rule, unit.scaling)]
@@ -168,7 +170,7 @@ def table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return frames.of(found, COLUMNS)
 
 
-def judge(
+def judge_simulation(
     config: SimulationConfig,
     known: Mapping[sampling.RandomStep, sampling.Sums],
     devices: Sequence[jax.Device] | None = None,
@@ -184,11 +186,11 @@ def judge(
 
     def sample(setting: sampling.RandomStep) -> sampling.Sums:
         if setting not in found:
-            found[setting] = draw(config, Cell(setting, sampling.best_sampler(setting)), devices)
+            found[setting] = draw(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
         return found[setting]
 
     ranks = verdicts.enough_ranks(config.grid.ranks)
-    return verdicts.judge(sample, ranks=ranks, p_in=config.p_in, p_out=config.p_out)
+    return verdicts.judge_equations(sample, ranks=ranks, p_in=config.p_in, p_out=config.p_out)
 
 
 def exponents(results: pd.DataFrame) -> pd.DataFrame:

@@ -101,7 +101,7 @@ def decide(limit: Sequence[Outcome], others: Sequence[Outcome]) -> Status:
     return "undecided" if "open" in others else "holds"
 
 
-def judge(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> list[Verdict]:
+def judge_equations(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> list[Verdict]:
     """Judge Eq. 1-15 and both gradients.
 
     Args:
@@ -109,7 +109,7 @@ def judge(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> lis
       ranks: at least two ranks, ascending.
       p_in, p_out: the layer's sizes.
     """
-    layer, draws = Layer(), Draws(sample, tuple(ranks), p_in, p_out)
+    layer, draws = RandomLayer(), Draws(sample, tuple(ranks), p_in, p_out)
     identities = (eq1, eq2, gradient_A, gradient_B, eq3, eq4, eq10)
     moments = (eq5, eq6, eq7, eq8, eq9, eq11, eq12, eq13, eq14, eq15)
     return [*(one(layer) for one in identities), *(one(draws) for one in moments)]
@@ -125,7 +125,7 @@ def place(verdict: Verdict) -> float:
     return {"gradient A": 2.1, "gradient B": 2.2}.get(verdict.equation) or float(verdict.equation)
 
 
-class Layer:
+class RandomLayer:
     """One random layer (p_out 6, rank 3, p_in 5) with what automatic differentiation and optax make of it."""
 
     def __init__(self) -> None:
@@ -161,38 +161,38 @@ def _gap(found: jax.Array, truth: jax.Array) -> float:
     return float(jnp.max(jnp.abs(found - truth)) / jnp.max(jnp.abs(truth)))
 
 
-def eq1(layer: Layer) -> Verdict:
+def eq1(layer: RandomLayer) -> Verdict:
     """Eq. 1."""
     found = equations.eq1_output(layer.m0, layer.B, layer.A, layer.x, layer.gamma)
     return _identity("1", "H(x) = (m0 + gamma B A) x", found, layer.merged @ layer.x, "definition")
 
 
-def eq2(layer: Layer) -> Verdict:
+def eq2(layer: RandomLayer) -> Verdict:
     """Eq. 2."""
     found = equations.eq2_increment(layer.B, layer.A, layer.x, layer.gamma)
     return _identity("2", "w = gamma B A x", found, (layer.merged - layer.m0) @ layer.x, "definition")
 
 
-def gradient_A(layer: Layer) -> Verdict:
+def gradient_A(layer: RandomLayer) -> Verdict:
     """The first formula above Eq. 3."""
     found = equations.gradient_A(layer.delta, layer.B, layer.x, layer.gamma)
     return _identity("gradient A", "dL/dA = gamma B^T delta x^T", found, layer.grad_A, "one sample")
 
 
-def gradient_B(layer: Layer) -> Verdict:
+def gradient_B(layer: RandomLayer) -> Verdict:
     """The second formula above Eq. 3."""
     found = equations.gradient_B(layer.delta, layer.A, layer.x, layer.gamma)
     return _identity("gradient B", "dL/dB = gamma delta (A x)^T", found, layer.grad_B, "one sample")
 
 
-def eq3(layer: Layer) -> Verdict:
+def eq3(layer: RandomLayer) -> Verdict:
     """Eq. 3."""
     found = equations.eq3_first_step_B(layer.delta, layer.A, layer.x, layer.gamma, layer.eta)
     off = f"; under Adam off by {_gap(found, layer.adam.lora_B):.1f}x"
     return _identity("3", "B1 = -eta gamma delta (A x)^T", found, layer.sgd.lora_B, "SGD only", off)
 
 
-def eq4(layer: Layer) -> Verdict:
+def eq4(layer: RandomLayer) -> Verdict:
     """Eq. 4."""
     found = equations.eq4_increment(layer.delta, layer.A, layer.x, layer.x_next, layer.gamma, layer.eta)
     off = f"; under Adam off by {_gap(found, layer.adam(layer.x_next)):.1f}x"
@@ -200,7 +200,7 @@ def eq4(layer: Layer) -> Verdict:
     return _identity("4", claim, found, layer.sgd(layer.x_next), "SGD only", off)
 
 
-def eq10(layer: Layer) -> Verdict:
+def eq10(layer: RandomLayer) -> Verdict:
     """Eq. 10."""
     found = equations.eq10_norm(layer.delta, layer.A, layer.x, layer.x_next, layer.gamma, layer.eta)[None]
     truth = jnp.linalg.norm(layer.sgd(layer.x_next))[None]

@@ -205,7 +205,7 @@ class Comparison(NamedTuple):
     grid_error: float | None = None
 
 
-def compare(curves: Sequence[Curve]) -> list[Comparison]:
+def compare_rules(curves: Sequence[Curve]) -> list[Comparison]:
     """Rules against each other at the largest rank, seed by seed."""
     found = []
     for first, second in pairs(curves):

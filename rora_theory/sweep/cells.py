@@ -20,7 +20,7 @@ NOT_SHARED = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """Everything that determines one cell's result; its key is the hash of this.
 
     Attributes:
@@ -63,14 +63,14 @@ def cells_of(
     evaluation: Mapping[str, Any] | None,
     stage: int,
     best: pd.DataFrame | None = None,
-) -> list[Cell]:
+) -> list[SweepCell]:
     """The cells of a design in the order of work: by seed, then rank (those without one first), then method.
 
     Args:
       design: what varies.
       shared: what all fine-tuning runs share, see `training_of`.
       revision: of the models.
-      data, evaluation: see `Cell`.
+      data, evaluation: see `SweepCell`.
       stage: 0 is everything, or, for a tuned design, the first seed at every rank without accuracy; 1 is the other
         seeds at the chosen rates.
       best: of stage 1, the learning rate of each model, method and rank, see `rora_theory.sweep.results.marked_rates`.
@@ -90,7 +90,7 @@ def cells_of(
     for model in design.models:
         if BASE in design.methods and stage == 0:
             nothing: dict[str, Any] = dict.fromkeys(("rank", "alpha", "gamma", "learning_rate", "seed", "training"))
-            found.append(Cell(method=BASE, model=model, evaluation=evaluation, **nothing, **common))
+            found.append(SweepCell(method=BASE, model=model, evaluation=evaluation, **nothing, **common))
         for seed in seeds:
             for rank in (None, *design.ranks):
                 for method in design.methods:
@@ -107,7 +107,7 @@ def cells_of(
                             gamma = scaling_factor(training.rule, alpha=training.alpha, rank=rank)
                             strength = {"alpha": training.alpha, "gamma": gamma}
                         found.append(
-                            Cell(
+                            SweepCell(
                                 method=method,
                                 rank=rank,
                                 learning_rate=rate,
@@ -122,7 +122,9 @@ def cells_of(
     return found
 
 
-def stand_ins(cells: Sequence[Cell], evaluation: Mapping[str, Any] | None, done: Callable[[Cell], bool]) -> list[Cell]:
+def stand_ins(
+    cells: Sequence[SweepCell], evaluation: Mapping[str, Any] | None, done: Callable[[SweepCell], bool]
+) -> list[SweepCell]:
     """The cells, with the scored twin of one that is not to be scored in its place where that is done already.
 
     Args:
@@ -159,7 +161,7 @@ def training_of(
     return shared.of_method(**own)
 
 
-def check_cells(cells: Sequence[Cell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:
+def check_cells(cells: Sequence[SweepCell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:
     """Number of parameters of each model.
 
     Raises:

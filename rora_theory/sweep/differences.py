@@ -107,7 +107,7 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
         bases = groups.get((model, BASE, None, None), {})
         for group in by_rate.values():
             if bases:
-                yield from compare(group, bases[None], cells, "same")
+                yield from compare_cells(group, bases[None], cells, "same")
         for other_key, others in groups.items():
             other_model, other, other_rank, other_alpha = other_key
             if other_model != model or other != AGAINST or method == AGAINST:
@@ -115,7 +115,7 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
             if rank and (other_rank, other_alpha) != (rank, alpha):
                 continue
             for rate in [rate for rate in by_rate if rate in others]:
-                yield from compare(by_rate[rate], others[rate], cells, "same")
+                yield from compare_cells(by_rate[rate], others[rate], cells, "same")
             best, other_best = best_of(by_rate), best_of(others)
             if best and other_best:
                 only = {best[1], other_best[1]} == {"only"}
@@ -123,7 +123,7 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
                     gaps = [hidden.get(one) for one in ((model, method, rank, alpha), other_key)]
                     grid = None if only or None in gaps else max(gap for gap in gaps if gap is not None)
                     kind: Rates = "own" if only else "best"
-                    yield from compare(by_rate[best[0]], others[other_best[0]], cells, kind, grid)
+                    yield from compare_cells(by_rate[best[0]], others[other_best[0]], cells, kind, grid)
 
 
 def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] | None:
@@ -132,7 +132,7 @@ def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] |
     return next(iter(marks.items()), None)
 
 
-def compare(
+def compare_cells(
     group: Group, others: Group, cells: Path, rates: Rates, grid_error: float | None = None
 ) -> Iterator[Difference]:
     """One difference, if both have a seed in common; the base has every seed."""

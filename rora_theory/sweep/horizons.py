@@ -150,7 +150,7 @@ def predictions(
 
 
 @dataclass(frozen=True)
-class Run:
+class HorizonRun:
     """One fine-tuning run of the grid, as far as it was read.
 
     Attributes:
@@ -173,15 +173,15 @@ class Run:
         return self.losses(step) is not None or (self.read.diverged_at is not None and self.read.diverged_at <= step)
 
 
-def run_of(cell: Mapping[str, Any], value: Mapping[str, Any]) -> Run:
-    """A finished cell as a `Run`.
+def run_of(cell: Mapping[str, Any], value: Mapping[str, Any]) -> HorizonRun:
+    """A finished cell as a `HorizonRun`.
 
     Args:
       cell: ``rank``, ``strength``, ``rate`` and ``seed``.
       value: a `ReadRun` in JSON types.
     """
     read = ReadRun(value["train_losses"], [Reading(**one) for one in value["readings"]], value["diverged_at"])
-    return Run(cell["rank"], cell["strength"], cell["rate"], cell["seed"], read)
+    return HorizonRun(cell["rank"], cell["strength"], cell["rate"], cell["seed"], read)
 
 
 def read_takeovers(folder: Path) -> list[float]:
@@ -198,7 +198,7 @@ def read_takeovers(folder: Path) -> list[float]:
     return [float(value) for value in own["takeover"]]
 
 
-def table(runs: Sequence[Run], tokens: Sequence[int], answer_tokens: Sequence[int]) -> pd.DataFrame:
+def table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_tokens: Sequence[int]) -> pd.DataFrame:
     """A row a run and reading: losses a token with their errors over records; a diverged run has one row more.
 
     Args:
@@ -223,7 +223,7 @@ def table(runs: Sequence[Run], tokens: Sequence[int], answer_tokens: Sequence[in
     return frames.of(rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
-def curves(runs: Sequence[Run], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
+def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
     """Loss against rate of every rank and strength after a step, and of full fine-tuning (rule ``full``, rank 0 and
     gamma 1), where three rates or more reach it.
 
@@ -275,7 +275,7 @@ def beside_full(found: Sequence[Curve], step: int) -> pd.DataFrame:
     """Every adapter against full fine-tuning of the same modules after a step, each at its own best rate.
 
     Args:
-      found: of `curves` after the step.
+      found: of `curves_at` the step.
       step: the horizon.
 
     Returns:
@@ -300,14 +300,14 @@ def exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], 
     """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, beside the law.
 
     Args:
-      found: of `curves` after the step.
+      found: of `curves_at` the step.
       step: the horizon.
       takeovers, warmup: see `predictions`.
 
     Returns:
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
       ``standard_error``, ``half_width`` (95%) and ``error_over``; ``law_low``, ``law``, ``law_high`` (of the modules'
-      takeovers, at the measured best rate); ``verdict``, see `judge`.
+      takeovers, at the measured best rate); ``verdict``, see `judge_exponent`.
     """
     rows = []
     by = {(curve.rank, _strength(curve)): curve for curve in found if curve.rank}
@@ -332,12 +332,12 @@ def exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], 
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
                 | {"law_low": min(law), "law": law[1], "law_high": max(law)}
-                | {"verdict": judge(slope, (min(law), max(law)), edge=edge)}
+                | {"verdict": judge_exponent(slope, (min(law), max(law)), edge=edge)}
             )
     return pd.DataFrame(rows)
 
 
-def judge(slope: Estimate, law: tuple[float, float], *, edge: bool) -> str:
+def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool) -> str:
     """Whether a measured exponent of the best rate bears the law out.
 
     ``agrees``: its 95% interval meets the law's range and leaves out what else is said, -1 (the first step's law) and 0

@@ -1,7 +1,7 @@
 """Loss against learning rate of a real model's runs: their curves, their table, and rules compared record by record.
 
 runs = trained_runs.read(folder)
-found = best_rates(curves(runs))
+found = best_rates(curves_of_runs(runs))
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, paired_losses, pairs
 from rora_theory.sweep import trained_runs
-from rora_theory.sweep.trained_runs import Run
+from rora_theory.sweep.trained_runs import TrainedRun
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def curves(runs: Sequence[Run]) -> list[Curve]:
+def curves_of_runs(runs: Sequence[TrainedRun]) -> list[Curve]:
     """By method and rank: the seeds that ran at every rate that any of them ran at.
 
     Raises:
@@ -30,7 +30,7 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
         own = [run for run in runs if run.method == method]
         kappa = trained_runs.kappa_of(own)
         for rank in sorted({run.rank for run in own}):
-            by_seed: dict[int, dict[float, Run]] = {}
+            by_seed: dict[int, dict[float, TrainedRun]] = {}
             for run in own:
                 if run.rank == rank:
                     by_seed.setdefault(run.seed, {})[run.rate] = run
@@ -47,7 +47,7 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
     return found
 
 
-def table(runs: Sequence[Run]) -> "pd.DataFrame":
+def table(runs: Sequence[TrainedRun]) -> "pd.DataFrame":
     """The runs, a row each, in the columns of all such tables."""
     kappas = {
         method: trained_runs.kappa_of([run for run in runs if run.method == method])
@@ -62,7 +62,7 @@ def table(runs: Sequence[Run]) -> "pd.DataFrame":
     return frames.of(rows, COLUMNS)
 
 
-def compare_by_records(curves: Sequence[Curve], runs: Sequence[Run]) -> list[Comparison]:
+def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> list[Comparison]:
     """Rules against each other at the largest rank, at the grid's rate of least mean loss, record by record.
 
     Seeds that ran at both rates are averaged; with two or more of them the error is over seeds or over records,

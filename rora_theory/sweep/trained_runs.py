@@ -20,7 +20,7 @@ BOOTSTRAPS = 400
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """One fine-tuning run.
 
     Attributes:
@@ -40,7 +40,7 @@ class Run:
     tokens: np.ndarray | None
 
 
-def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -> list[Run]:
+def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -> list[TrainedRun]:
     """The finished cells of one model; the base model's and unfinished ones are left out.
 
     Args:
@@ -74,7 +74,7 @@ def _check(folder: Path, within: str = "") -> None:
         raise InputError(f"{problem}; accepted is the file as sims.rank_sweep wrote it")
 
 
-def digest(runs: Sequence[Run]) -> str:
+def digest(runs: Sequence[TrainedRun]) -> str:
     """Of all that was read."""
 
     def plain(values: np.ndarray | None) -> list[float] | None:
@@ -85,7 +85,7 @@ def digest(runs: Sequence[Run]) -> str:
     )
 
 
-def kappa_of(runs: Sequence[Run]) -> float:
+def kappa_of(runs: Sequence[TrainedRun]) -> float:
     """The exponent of gamma = alpha / r^kappa that the runs of one method really had: 0 for alpha = 2 r.
 
     Raises:
@@ -101,7 +101,7 @@ def kappa_of(runs: Sequence[Run]) -> float:
     return round(-float(slope), 6)
 
 
-def bootstrap(runs: Mapping[float, Sequence[Run]], draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray | None:
+def bootstrap(runs: Mapping[float, Sequence[TrainedRun]], draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray | None:
     """Loss curves over resampled held-out records, [draws, rates]; the same records at every rate.
 
     Args:
@@ -126,7 +126,7 @@ def bootstrap(runs: Mapping[float, Sequence[Run]], draws: int = BOOTSTRAPS, seed
     return curves
 
 
-def stacked(runs: Sequence[Run]) -> tuple[np.ndarray | None, np.ndarray | None]:
+def stacked(runs: Sequence[TrainedRun]) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Losses a record averaged over runs, and tokens; None where a run has none."""
     known = [run.records for run in runs if run.records is not None]
     if len(known) < len(runs):
@@ -134,7 +134,7 @@ def stacked(runs: Sequence[Run]) -> tuple[np.ndarray | None, np.ndarray | None]:
     return np.mean(np.stack(known), axis=0), runs[0].tokens
 
 
-def _run(folder: Path, row: Mapping[str, Any], column: str) -> Run:
+def _run(folder: Path, row: Mapping[str, Any], column: str) -> TrainedRun:
     try:
         value = math.inf if row["status"] == "diverged" else float(row[column])
         rank, seed = _whole(row["rank"]), _whole(row["seed"])
@@ -147,7 +147,9 @@ def _run(folder: Path, row: Mapping[str, Any], column: str) -> Run:
         _check(folder, f"cells/{row['key']}")
         found, kind = results.read_losses(path), column.removesuffix("loss").removeprefix("validation_")
         records, tokens = (found[f"{kind}{name}"].to_numpy(np.float64) for name in ("loss", "tokens"))
-    return Run(row["method"], rank, gamma, rate, seed, value if math.isfinite(value) else math.inf, records, tokens)
+    return TrainedRun(
+        row["method"], rank, gamma, rate, seed, value if math.isfinite(value) else math.inf, records, tokens
+    )
 
 
 def _whole(value: Any) -> int:

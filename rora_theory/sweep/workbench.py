@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rora_theory import adapters, llama
-from rora_theory.data.tasks import Record as TaskRecord
+from rora_theory.data.tasks import TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate.accuracies import accuracies
 from rora_theory.evaluate.scoring import Sample, Scoring, in_order, score_tasks
@@ -32,7 +32,7 @@ from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.finetune.step import SharedSteps
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results
-from rora_theory.sweep.cells import Cell
+from rora_theory.sweep.cells import SweepCell
 from rora_theory.sweep.records import RecordSplit
 
 
@@ -45,7 +45,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CellOutcome:
     """What a cell came to.
 
     Attributes:
@@ -121,7 +121,7 @@ class Workbench:
             raise InputError(f"a held-out record is longer than the {longest} tokens {model} reads")
         return list(self.model.remarks)
 
-    def run(self, cell: Cell, folder: Path, *, save_adapter: bool = False) -> dict[str, Any]:
+    def run(self, cell: SweepCell, folder: Path, *, save_adapter: bool = False) -> dict[str, Any]:
         """Do a cell: `measure`, and write its losses a record, answers an item and training curve.
 
         Args:
@@ -132,7 +132,7 @@ class Workbench:
             model.
 
         Returns:
-          its result, see `Measured`.
+          its result, see `CellOutcome`.
 
         Raises:
           InputError: a file can't be written, or is not as it was written; as `open`.
@@ -150,7 +150,7 @@ class Workbench:
             results.write_answers(folder / results.ANSWERS, measured.samples)
         return measured.result
 
-    def measure(self, cell: Cell, folder: Path) -> Measured:
+    def measure(self, cell: SweepCell, folder: Path) -> CellOutcome:
         """Train and measure a cell; arguments as of `run`."""
         self.open(cell.model)
         begun = time.perf_counter()
@@ -160,7 +160,7 @@ class Workbench:
             trained = self.train(cell.training, folder)
             result |= trained.result
             if trained.adapter is None:
-                return Measured(result)
+                return CellOutcome(result)
             adapter = kept = trained.adapter
             if cell.training.adapter().mergeable:  # faster than beside the weights
                 params, adapter = adapter.merge(params), None
@@ -170,7 +170,7 @@ class Workbench:
         if not math.isfinite(result["validation_loss"]):
             step = result.get("steps", 0)
             diverged = {"status": "diverged", "diverged_at": step, "steps": step}
-            return Measured(diverged | {"error": "the validation loss is no number"}, kept, losses)
+            return CellOutcome(diverged | {"error": "the validation loss is no number"}, kept, losses)
         lost_at = time.perf_counter()
         result["loss_seconds"] = lost_at - trained_at
         samples: list[Sample] = []
@@ -179,7 +179,7 @@ class Workbench:
             found = accuracies(samples, [record for items in self.tasks.values() for record in items])
             result["levels"] = [asdict(level) for level in found]
             result["accuracy_seconds"] = time.perf_counter() - lost_at
-        return Measured(result | {"seconds": time.perf_counter() - begun}, kept, losses, samples)
+        return CellOutcome(result | {"seconds": time.perf_counter() - begun}, kept, losses, samples)
 
     def begin(self, training: FinetuneConfig) -> tuple[Any, Batches]:
         """The fresh adapter of a run and its batches in order: by the seed alone, the same for every rule."""

@@ -1,7 +1,7 @@
 """The controlled problem trained at every rate of a grid, by rank, scaling rule and optimizer: loss against rate.
 
     grid = RateGrid(ranks=(4, 16), rules=("lora", "rora"), optimizers=("adam",))
-    found = best_rates(curves(losses(grid)))
+    found = best_rates(curves_of_losses(losses(grid)))
 
 Tables are tidy: a row a cell, seed and rate. `rora_theory.stats.rate_curves` has the best rates and their comparison.
 """
@@ -143,7 +143,7 @@ def losses(grid: RateGrid) -> "pd.DataFrame":
     return frames.of([row for cell in cells(grid) for row in cell_rows(grid, cell)], COLUMNS)
 
 
-def curves(table: "pd.DataFrame", judge: JudgedLoss = "held_out") -> list[Curve]:
+def curves_of_losses(table: "pd.DataFrame", judge: JudgedLoss = "held_out") -> list[Curve]:
     """The curves of `losses`, in the order of its cells.
 
     Args:

@@ -104,7 +104,7 @@ class TrainingGrid:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TrainingCell:
     """One compiled scan over all seeds; ``trained`` is both factors, or B alone with A frozen."""
 
     model: Model
@@ -118,10 +118,10 @@ class Cell:
         return f"{self.model}, {self.optimizer}, {self.start} random, r = {self.rank}"
 
 
-def cells(grid: TrainingGrid) -> list[Cell]:
+def cells(grid: TrainingGrid) -> list[TrainingCell]:
     """All of a grid; those that share a compiled function follow each other."""
     return [
-        Cell(model, start, trained, optimizer, rank, rule)
+        TrainingCell(model, start, trained, optimizer, rank, rule)
         for model in grid.models
         for optimizer in grid.optimizers
         for rank in sorted(grid.ranks)
@@ -131,7 +131,7 @@ def cells(grid: TrainingGrid) -> list[Cell]:
     ]
 
 
-def rows(grid: TrainingGrid, cell: Cell) -> list[dict[str, Any]]:
+def rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]]:
     """What a cell shows: a row a seed and recorded step."""
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling, lr = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank), grid.lr(cell.optimizer)

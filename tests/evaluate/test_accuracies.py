@@ -5,18 +5,18 @@ import statistics
 
 import pytest
 
-from rora_theory.data.tasks import TASKS, Record
+from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate.accuracies import accuracies
 from rora_theory.evaluate.scoring import Sample
 
 
-def _record(task: str, index: int, gold: int, count: int = 2) -> Record:
+def _record(task: str, index: int, gold: int, count: int = 2) -> TaskRecord:
     labels = TASKS[task].labels[:count]
-    return Record(task, index, "", "", ("a",) * count, labels, gold)
+    return TaskRecord(task, index, "", "", ("a",) * count, labels, gold)
 
 
-def _sample(record: Record, prediction: str | None, norm: str | None = None) -> Sample:
+def _sample(record: TaskRecord, prediction: str | None, norm: str | None = None) -> Sample:
     return Sample(
         record.task,
         record.index,

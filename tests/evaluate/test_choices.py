@@ -8,7 +8,7 @@ import tokenizers
 
 from rora_theory import digests
 from rora_theory.data.prompts import TEMPLATES, prompt
-from rora_theory.data.tasks import TASKS, Record, render
+from rora_theory.data.tasks import TASKS, TaskRecord, render
 from rora_theory.errors import InputError
 from rora_theory.evaluate import choices
 from rora_theory.evaluate.choices import (
@@ -29,11 +29,11 @@ TOKENIZERS = {
 }
 
 
-def _record(key: str, index: int = 0) -> Record:
+def _record(key: str, index: int = 0) -> TaskRecord:
     question, choices, gold = GOLDEN["items"][key][index]
     task = TASKS[key]
     instruction = render(task, question, choices)
-    return Record(key, index, instruction, question, tuple(choices), task.labels[: len(choices)], gold)
+    return TaskRecord(key, index, instruction, question, tuple(choices), task.labels[: len(choices)], gold)
 
 
 @pytest.mark.parametrize("key", TASKS)
@@ -105,7 +105,7 @@ def test_lengths_are_characters_of_the_choice_without_the_space_before() -> None
 def test_lengths_are_not_bytes(key: str) -> None:
     """Each of these letters is two or three bytes of UTF-8."""
     question = "_ is" if key == "winogrande" else "is it"
-    found = harness_choices(Record(key, 0, "", question, ("é", "über", "日本"), ("a", "b", "c"), 0))
+    found = harness_choices(TaskRecord(key, 0, "", question, ("é", "über", "日本"), ("a", "b", "c"), 0))
     assert [c.length for c in found] == [1, 4, 2]
 
 

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from rora_theory.data.prompts import prompt
-from rora_theory.data.tasks import TASKS, Record, render
+from rora_theory.data.tasks import TASKS, TaskRecord, render
 from rora_theory.errors import InputError
 from rora_theory.evaluate import scoring
 from rora_theory.evaluate.choices import Scored, encode_choices, harness_choices, label_choices
@@ -32,10 +32,10 @@ PARAMS = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, init_pa
 FORWARD = jax.jit(forward, static_argnums=2)
 
 
-def _records(key: str) -> list[Record]:
+def _records(key: str) -> list[TaskRecord]:
     task = TASKS[key]
     return [
-        Record(key, n, render(task, q, c), q, tuple(c), task.labels[: len(c)], gold)
+        TaskRecord(key, n, render(task, q, c), q, tuple(c), task.labels[: len(c)], gold)
         for n, (q, c, gold) in enumerate(GOLDEN["items"][key])
     ]
 
@@ -43,7 +43,7 @@ def _records(key: str) -> list[Record]:
 RECORDS = [record for key in TASKS for record in _records(key)]
 
 
-def _score(records: list[Record], protocol: Scoring, **options: object) -> dict[tuple[str, int], Sample]:
+def _score(records: list[TaskRecord], protocol: Scoring, **options: object) -> dict[tuple[str, int], Sample]:
     samples = score(PARAMS, CONFIG, TOKENIZER, records, protocol, **options)  # type: ignore[arg-type]
     return {(sample.task, sample.index): sample for sample in samples}
 
@@ -126,7 +126,7 @@ def test_generate_is_beam_search_after_the_prompt() -> None:
     task, protocol = TASKS["boolq"], Scoring("generate", max_new_tokens=5)
     questions = [f"is the sky {'very ' * number}blue?" for number in range(4)]
     records = [
-        Record("boolq", n, render(task, question, task.labels), question, task.labels, task.labels, 0)
+        TaskRecord("boolq", n, render(task, question, task.labels), question, task.labels, task.labels, 0)
         for n, question in enumerate(questions)
     ]
     whole = _score(records, protocol, batch_size=4)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
 import lm_eval_peer  # noqa: E402
 
-from rora_theory.data.tasks import TASKS, Record, render  # noqa: E402
+from rora_theory.data.tasks import TASKS, TaskRecord, render  # noqa: E402
 from rora_theory.llama import load  # noqa: E402
 
 # (question, choices, gold): trailing and doubled spaces, brackets, a blank at the start, five choices, non-ASCII.
@@ -64,10 +64,10 @@ PAIRS = [
 ]
 
 
-def records(key: str) -> list[Record]:
+def records(key: str) -> list[TaskRecord]:
     task = TASKS[key]
     return [
-        Record(key, index, render(task, *item[:2]), item[0], item[1], task.labels[: len(item[1])], item[2])
+        TaskRecord(key, index, render(task, *item[:2]), item[0], item[1], task.labels[: len(item[1])], item[2])
         for index, item in enumerate(ITEMS[key])
     ]
 

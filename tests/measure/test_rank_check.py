@@ -21,8 +21,8 @@ from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import (
     SLOPE_COLUMNS,
     Case,
-    Cell,
     CheckConfig,
+    CoordinateCell,
     cases,
     fits,
     rows,
@@ -139,7 +139,7 @@ def test_what_a_cell_asks_for():
                 checker = Watching()
                 case = Case(optimizer, rule, "gaussian", False)
                 held_out = batch_of(seed)
-                cell = Cell(case, seed, rank)
+                cell = CoordinateCell(case, seed, rank)
                 (row,) = rows(config, checker, cell, partial("{}.{}".format, seed), held_out)
                 asked = checker.asked
                 own.add(tuple(asked["key"]))

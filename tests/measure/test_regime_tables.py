@@ -28,10 +28,10 @@ def judged_row(measured: float, error: float, adapters: int = 1000, **more: obje
 )
 def test_the_judge_s_two_bars(measured: float, error: float, word: str) -> None:
     """The larger of 2% and the error bar, 2.58 standard errors at one comparison: not their sum, not the smaller."""
-    found = regime_tables.judge(pd.DataFrame([judged_row(measured, error)]), JudgeConfig(false_alarm=0.01))
+    found = regime_tables.judge_regime(pd.DataFrame([judged_row(measured, error)]), JudgeConfig(false_alarm=0.01))
     assert (found["verdict"], found["outside"]) == (word, int(word == "fails"))
     assert found["error_bars_in_standard_errors"]["1000"] == pytest.approx(2.58, abs=0.01)
-    two = regime_tables.judge(pd.DataFrame([judged_row(measured, error), judged_row(1.0, 1.0, adapters=4)]))
+    two = regime_tables.judge_regime(pd.DataFrame([judged_row(measured, error), judged_row(1.0, 1.0, adapters=4)]))
     assert two["error_bars_in_standard_errors"]["4"] == pytest.approx(7.45, abs=0.01)  # Student's t, at half of it
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.paper import audit, published
-from rora_theory.paper.published import Row
+from rora_theory.paper.published import PublishedRow
 
 ROWS = published.rows()
 PAPER = published.rows("RoRA paper")
@@ -18,7 +18,7 @@ ANCHORS = published.rows("DoRA repository")
 EARLIER = [row for row in ROWS if row.source != "RoRA paper"]
 
 
-def _row(model: str, method: str, rank: int | None = None, source: str = "RoRA paper") -> Row:
+def _row(model: str, method: str, rank: int | None = None, source: str = "RoRA paper") -> PublishedRow:
     (found,) = [r for r in ROWS if (r.model, r.method, r.rank, r.source) == (model, method, rank, source)]
     return found
 

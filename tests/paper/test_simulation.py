@@ -7,7 +7,7 @@ import pytest
 
 from rora_theory import InputError
 from rora_theory.paper import simulation, verdicts
-from rora_theory.paper.simulation import Cell, SimulationConfig
+from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.theory import laws, sampling
 from rora_theory.theory.grid import StepGrid
 
@@ -17,7 +17,7 @@ CONFIG = SimulationConfig(
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[Cell, sampling.Sums]:
+def drawn() -> dict[SimulationCell, sampling.Sums]:
     return {cell: simulation.draw(CONFIG, cell) for cell in simulation.cells(CONFIG)}
 
 
@@ -41,7 +41,7 @@ def test_cells_are_the_grid_and_the_direct_check() -> None:
         assert {(cell.sampler, cell.rule) for cell in simulation.cells(config)} == {("direct", None)}
 
 
-def test_rows_are_the_law_s_within_their_errors(drawn: dict[Cell, sampling.Sums]) -> None:
+def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, sampling.Sums]) -> None:
     """Of every rule, from the one stream; the direct check too, each rule from its own.
 
     |z| below 5.6: a false alarm of 1e-5 over 288 rows, of which fewer are independent.
@@ -75,7 +75,9 @@ def test_an_asked_number_of_draws_is_the_grid_s() -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
-def test_rules_differ_by_their_power_of_gamma(drawn: dict[Cell, sampling.Sums], optimizer: str, power: int) -> None:
+def test_rules_differ_by_their_power_of_gamma(
+    drawn: dict[SimulationCell, sampling.Sums], optimizer: str, power: int
+) -> None:
     """gamma^2 under SGD, gamma under Adam, times the rate: of the norm once, of the variance twice."""
     cell = next(cell for cell in drawn if cell.setting.optimizer == optimizer and cell.setting.rank == 4)
     table = simulation.table(simulation.rows(CONFIG, cell, drawn[cell]))
@@ -104,25 +106,28 @@ def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
 
 
 def test_verdicts_take_the_sums_that_are_known(
-    drawn: dict[Cell, sampling.Sums], monkeypatch: pytest.MonkeyPatch
+    drawn: dict[SimulationCell, sampling.Sums], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No stream is drawn twice, and what is missing is drawn as the grid's cells are."""
     asked: list[sampling.RandomStep] = []
     draw = simulation.draw
 
-    def watched(config: SimulationConfig, cell: Cell, devices: Any = None) -> sampling.Sums:
+    def watched(config: SimulationConfig, cell: SimulationCell, devices: Any = None) -> sampling.Sums:
         asked.append(cell.setting)
         return draw(config, cell, devices)
 
     monkeypatch.setattr(simulation, "draw", watched)
     known = {cell.setting: sums for cell, sums in drawn.items()}
-    found = simulation.judge(CONFIG, known)
+    found = simulation.judge_simulation(CONFIG, known)
     assert len(found) == 17
     assert sorted(found, key=verdicts.place)[2].equation == "gradient A"
     assert asked
     assert not set(asked) & set(known)
     assert len(asked) == len(set(asked))
-    assert simulation.judge(CONFIG, known | {s: draw(CONFIG, Cell(s, "chi_square")) for s in asked}) == found
+    assert (
+        simulation.judge_simulation(CONFIG, known | {s: draw(CONFIG, SimulationCell(s, "chi_square")) for s in asked})
+        == found
+    )
 
 
 @pytest.mark.parametrize(

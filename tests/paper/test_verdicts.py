@@ -42,7 +42,7 @@ def sample(setting: sampling.RandomStep) -> sampling.Sums:
 def judged(
     ranks: Sequence[int] = tuple(2**n for n in range(11)), p_in: int = 4096, draw: verdicts.Sample = sample
 ) -> dict[str, verdicts.Verdict]:
-    found = verdicts.judge(draw, ranks=ranks, p_in=p_in, p_out=4096)
+    found = verdicts.judge_equations(draw, ranks=ranks, p_in=p_in, p_out=4096)
     return {verdict.equation: verdict for verdict in found}
 
 

@@ -398,7 +398,7 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) ->
 
 def test_a_matrix_of_runs_is_all_that_is_read_of_it() -> None:
     """The losses of single records too: the errors are over them."""
-    cell = trained_runs.Run("lora", 8, 2.0, 1e-3, 0, 1.5, np.array([1.0, 2.0]), np.array([1.0, 1.0]))
+    cell = trained_runs.TrainedRun("lora", 8, 2.0, 1e-3, 0, 1.5, np.array([1.0, 2.0]), np.array([1.0, 1.0]))
     others = [
         replace(cell, method="rora"), replace(cell, rank=16), replace(cell, gamma=1.0), replace(cell, rate=1e-4),
         replace(cell, seed=1), replace(cell, loss=1.6), replace(cell, records=np.array([2.0, 1.0])),

@@ -25,7 +25,7 @@ from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.reading import CELLS, finished, key_of
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import results, trained_runs
-from rora_theory.sweep.workbench import Measured, Workbench
+from rora_theory.sweep.workbench import CellOutcome, Workbench
 from sims import rank_sweep
 
 PLAIN = (
@@ -219,7 +219,7 @@ class Quick(Workbench):
         self.train_examples, self.model = None, SimpleNamespace(tokenizer=None)
         return []
 
-    def measure(self, cell, *_) -> Measured:
+    def measure(self, cell, *_) -> CellOutcome:
         random = np.random.default_rng(int(key_of(cell), 16))
         rate = cell.learning_rate or 1.0
         loss = float(abs(np.log(rate / (1e-3 if cell.method == "lora" else 3e-3))) + 1e-3 * random.random())
@@ -232,7 +232,7 @@ class Quick(Workbench):
             result["levels"] = [level]
             right = random.random(4) < 0.5
             samples = [Sample("piqa", i, "solution1", "solution1", bool(one)) for i, one in enumerate(right)]
-        return Measured(result, None, losses, samples)
+        return CellOutcome(result, None, losses, samples)
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def stopped(number: int, what, words: list[str]) -> int:
     """The exit status of a sweep in whose cell of that number, from 1, ``what`` happens instead of its work."""
     begun, measure = [], Quick.measure
 
-    def work(self, cell, folder) -> Measured:
+    def work(self, cell, folder) -> CellOutcome:
         begun.append(cell)
         if len(begun) == number:
             (folder / "checkpoints").mkdir()

@@ -160,7 +160,7 @@ def test_the_judge_can_fail(finished) -> None:
         for row in rows_of(finished / "results.csv")
         if row["measured"]
     ]
-    verdict = regime_tables.judge(pd.DataFrame(rows))
+    verdict = regime_tables.judge_regime(pd.DataFrame(rows))
     bars = {int(count): bar for count, bar in verdict["error_bars_in_standard_errors"].items()}
     for factor, word in ((0.99, "holds"), (1.05, "fails")):
         row = max(rows, key=lambda row: row["standard_error"] / row["predicted"])
@@ -169,7 +169,7 @@ def test_the_judge_can_fail(finished) -> None:
             other if other is not row else row | {"measured": row["predicted"] * (1 + factor * allowed)}
             for other in rows
         ]
-        assert regime_tables.judge(pd.DataFrame(changed))["verdict"] == word
+        assert regime_tables.judge_regime(pd.DataFrame(changed))["verdict"] == word
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path) -> None:

@@ -67,10 +67,10 @@ def test_the_tables_are_printed_and_nothing_is_drawn_again(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the middle, on another number of devices, then on: the same bytes, each cell drawn once."""
-    drawn: list[simulation.Cell] = []
+    drawn: list[simulation.SimulationCell] = []
     draw, out = simulation.draw, tmp_path / "run"
 
-    def stopping(config: simulation.SimulationConfig, cell: simulation.Cell, *rest: object) -> object:
+    def stopping(config: simulation.SimulationConfig, cell: simulation.SimulationCell, *rest: object) -> object:
         if len(drawn) == 5:
             raise KeyboardInterrupt
         drawn.append(cell)

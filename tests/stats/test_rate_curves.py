@@ -30,7 +30,7 @@ def test_a_comparison_s_verdict(differences, word):
     curves = [
         rate_curves.Curve("sgd", "both", rule, kappa, 4, gamma, rates, losses) for rule, kappa, gamma, losses in kinds
     ]
-    (found,) = rate_curves.compare(curves)
+    (found,) = rate_curves.compare_rules(curves)
     assert found.verdict.startswith(word)
     assert found.grid_error == pytest.approx(0.0006, rel=2e-3)
     half = over_seeds(np.array(differences)).half_width() + found.grid_error
@@ -74,9 +74,9 @@ def test_a_comparison_with_a_best_rate_at_the_edge_is_not_settled(edge):
         bowl(rule, 1.0, 8, centre, least=least)
         for rule, centre, least in zip(("lora", "rora"), kinds, (1, 3), strict=True)
     )
-    (found,) = rate_curves.compare([first, second])
+    (found,) = rate_curves.compare_rules([first, second])
     assert found.verdict.endswith("; a best rate at the grid's edge, so not settled")
-    (settled,) = rate_curves.compare([bowl("lora", 1.0, 8, 1e-3), bowl("rora", 1.0, 8, 1e-3, least=3)])
+    (settled,) = rate_curves.compare_rules([bowl("lora", 1.0, 8, 1e-3), bowl("rora", 1.0, 8, 1e-3, least=3)])
     assert "settled" not in settled.verdict
 
 
@@ -102,7 +102,7 @@ def shifted(rule: str, shape: str, centre: float, step: float) -> rate_curves.Cu
 def test_a_shift_of_the_rate_is_no_more_than_that(shape, step):
     """One curve, moved by parts of a grid's step: what is measured at the best rates differs, what is true does not."""
     curves = [shifted(f"{part:g}", shape, np.exp(part * step), step) for part in np.linspace(0, 1, 9)]
-    found = rate_curves.compare(curves)
+    found = rate_curves.compare_rules(curves)
     assert len(found) == 36
     assert [one.verdict for one in found if "more than a shift" in one.verdict] == []
     assert all(abs(one.difference) <= one.grid_error for one in found)
@@ -112,14 +112,14 @@ def test_more_than_a_shift_is_still_found():
     """A least loss 3% higher, on a half-decade grid that may hide 2%."""
     first, second = (shifted(rule, "a parabola", centre, np.log(10) / 2) for rule, centre in (("a", 1.0), ("b", 2.0)))
     higher = rate_curves.Curve(*second.line, 8, 1.0, second.rates, second.losses + 0.03)
-    (found,) = rate_curves.compare([first, higher])
+    (found,) = rate_curves.compare_rules([first, higher])
     assert found.verdict.startswith("a is better by")
 
 
 def test_between_two_diverged_runs_nothing_is_decided():
     rates, losses = np.array([0.1, 0.5, 1.0, 3.0]), np.tile([np.inf, np.inf, 1.0, np.inf], (2, 1))
     curves = [rate_curves.Curve("sgd", "both", rule, 1.0, 4, 1.0, rates, losses) for rule in ("a", "b")]
-    (found,) = rate_curves.compare(curves)
+    (found,) = rate_curves.compare_rules(curves)
     assert found.verdict == "undecided: a best rate lies between two that diverged"
     assert (found.half_width, found.grid_error) == (None, None)
 
@@ -128,7 +128,7 @@ def test_rules_are_compared_at_the_largest_rank_that_both_have():
     curves = [bowl("lora", 1.0, rank, 1e-3) for rank in (4, 16, 64)] + [
         bowl("rora", 0.5, rank, 1e-3) for rank in (4, 16)
     ]
-    (found,) = rate_curves.compare(curves)
+    (found,) = rate_curves.compare_rules(curves)
     assert (found.rank, found.first, found.second, found.scaling_ratio) == (16, "lora", "rora", 4)
 
 
@@ -196,11 +196,11 @@ def test_best_rates_and_their_ratio():
     assert rows[0]["log2_error"] == pytest.approx(0.5)  # half of log2(2), over sqrt(2) by sqrt(2)
     assert [row["error_over"] for row in rows] == ["seeds", "held-out records", ""]
     assert [math.isnan(row["log2_error"]) for row in rows] == [False, False, True]
-    (found,) = rate_curves.compare(
+    (found,) = rate_curves.compare_rules(
         [alone, rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, alone.rates, losses[1:])]
     )
     assert (found.first, found.ratio, found.ratio_log2_error) == ("rora", pytest.approx(0.5, rel=1e-3), None)
     twice = rate_curves.Curve("adamw", "both", "rora", 0.5, 8, 4.0, np.array(RATES), losses[[0, 0]])
-    (found,) = rate_curves.compare([twice, by_seed])
+    (found,) = rate_curves.compare_rules([twice, by_seed])
     assert found.ratio == pytest.approx(2**-0.5, rel=1e-3)
     assert found.ratio_log2_error == pytest.approx(0.5, rel=1e-2)

@@ -10,13 +10,13 @@ import pytest
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs.reading import key_of
-from rora_theory.sweep.cells import Cell, cells_of, stand_ins, training_of
+from rora_theory.sweep.cells import SweepCell, cells_of, stand_ins, training_of
 from rora_theory.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
 
 SHARED = FinetuneConfig()
 
 
-def cells(design: str, **changes: Any) -> list[Cell]:
+def cells(design: str, **changes: Any) -> list[SweepCell]:
     chosen = replace(DESIGNS[design], **changes)
     return cells_of(chosen, SHARED, data={}, evaluation={"protocol": "label"}, stage=0)
 

@@ -11,7 +11,7 @@ from figures import horizon as figure
 from rora_theory import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.sweep import horizons
-from rora_theory.sweep.horizons import Run
+from rora_theory.sweep.horizons import HorizonRun
 from rora_theory.sweep.readings import Reading, ReadRun
 
 RATES = [10 ** (k / 4) for k in range(-18, -7)]
@@ -19,7 +19,7 @@ TOKENS = list(range(40, 72))
 TAKEOVERS = (0.002, 0.004, 0.008)
 
 
-def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float = 1e-3) -> list[Run]:
+def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float = 1e-3) -> list[HorizonRun]:
     """Runs whose best rate is 1e-3 (strength / 64)^exponent (rank / 8)^in_rank at every step, 2^-seed aside."""
     random, found = np.random.default_rng(3), []
     hard = random.normal(size=len(TOKENS))
@@ -31,12 +31,12 @@ def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float 
                     level = 1 + 0.1 * math.log10(rate / best / 1.1**seed) ** 2
                     losses = (level * np.exp(0.1 * hard + noise * random.normal(size=len(TOKENS)))) * TOKENS
                     reading = [Reading(step, losses.tolist(), losses.tolist()) for step in (16, 64)]
-                    found.append(Run(rank, strength, rate, seed, ReadRun([], reading)))
+                    found.append(HorizonRun(rank, strength, rate, seed, ReadRun([], reading)))
     return found
 
 
-def exponents(runs: list[Run], step: int = 64):
-    found = horizons.exponents(horizons.curves(runs, TOKENS, step), step, takeovers=TAKEOVERS, warmup=4)
+def exponents(runs: list[HorizonRun], step: int = 64):
+    found = horizons.exponents(horizons.curves_at(runs, TOKENS, step), step, takeovers=TAKEOVERS, warmup=4)
     return found.set_index(["over", "at"])
 
 
@@ -93,7 +93,7 @@ def test_the_law_is_taken_at_the_measured_rate_of_the_first_strength() -> None:
 
 def test_where_the_data_could_not_tell_it_is_undecided() -> None:
     def judged(value: float, error: float, *, edge: bool = False) -> str:
-        return horizons.judge(Estimate(value, error, 1000, "records"), (-0.55, -0.5), edge=edge)
+        return horizons.judge_exponent(Estimate(value, error, 1000, "records"), (-0.55, -0.5), edge=edge)
 
     assert judged(-0.52, 0.01) == "agrees"
     assert judged(-0.60, 0.03) == "agrees"
@@ -102,7 +102,7 @@ def test_where_the_data_could_not_tell_it_is_undecided() -> None:
     assert judged(-0.70, 0.20) == "undecided", "-1 is within"
     assert judged(-0.30, 0.20) == "undecided", "0 is within"
     assert judged(-0.52, 0.01, edge=True) == "undecided"
-    assert horizons.judge(Estimate(-0.52, math.inf, 1, ""), (-0.55, -0.5), edge=False) == "undecided"
+    assert horizons.judge_exponent(Estimate(-0.52, math.inf, 1, ""), (-0.55, -0.5), edge=False) == "undecided"
 
 
 def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> None:
@@ -111,8 +111,8 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     own = [run for run in runs if (run.rank, run.strength) == (8, 64)]
     for run, rate in zip(own, np.array(RATES) / 20, strict=True):
         reading = [Reading(one.step, [0.95 * loss for loss in one.losses], one.losses) for one in run.read.readings]
-        runs.append(Run(None, None, float(rate), 0, ReadRun([], reading)))
-    curves = horizons.curves(runs, TOKENS, 64, draws=50)
+        runs.append(HorizonRun(None, None, float(rate), 0, ReadRun([], reading)))
+    curves = horizons.curves_at(runs, TOKENS, 64, draws=50)
     found = horizons.beside_full(curves, 64).set_index(["rank", "strength"])
     assert len(found) == 4
     row = found.loc[8, 64]
@@ -128,7 +128,7 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     pd.testing.assert_frame_equal(horizons.exponents(curves, 64, **law), horizons.exponents(lora, 64, **law))
     table = frames.rows(horizons.table(runs, TOKENS, TOKENS))
     assert [row["gamma"] for row in table[-1:]] == [None]
-    assert horizons.beside_full(horizons.curves([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
+    assert horizons.beside_full(horizons.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
 
 
 def test_a_best_rate_at_the_grids_edge_is_undecided() -> None:
@@ -141,12 +141,12 @@ def test_diverged_and_shorter_runs() -> None:
     runs = grid(-0.53)
     bare = [run for run in runs if run.rate < 2e-3]
     (top,) = {run.rate for run in runs if 2e-3 < run.rate < 4e-3}
-    first = [Run(8, s, top, 0, ReadRun([], runs[0].read.readings[:1], diverged_at=20)) for s in (64.0, 724.0)]
-    with_top = {curve.rank: curve for curve in horizons.curves(bare + first, TOKENS, 64)}[8]
+    first = [HorizonRun(8, s, top, 0, ReadRun([], runs[0].read.readings[:1], diverged_at=20)) for s in (64.0, 724.0)]
+    with_top = {curve.rank: curve for curve in horizons.curves_at(bare + first, TOKENS, 64)}[8]
     assert with_top.rates[-1] == top
     assert np.isinf(with_top.losses[:, -1]).all()
-    short = [Run(run.rank, run.strength, top, 0, ReadRun([], run.read.readings[:1])) for run in first]
-    assert {curve.rates[-1] for curve in horizons.curves(bare + short, TOKENS, 64)} == {max(r.rate for r in bare)}
+    short = [HorizonRun(run.rank, run.strength, top, 0, ReadRun([], run.read.readings[:1])) for run in first]
+    assert {curve.rates[-1] for curve in horizons.curves_at(bare + short, TOKENS, 64)} == {max(r.rate for r in bare)}
     rows = horizons.table(first, TOKENS, TOKENS)
     assert rows["status"].tolist() == ["complete", "diverged"] * 2
     assert rows["step"].tolist() == [16, 20] * 2
@@ -154,13 +154,13 @@ def test_diverged_and_shorter_runs() -> None:
 
 def test_a_rate_that_a_seed_lacks_is_left_out() -> None:
     runs = [run for run in grid(-0.53, seeds=2) if not (run.seed == 1 and run.rate < 9e-5)]
-    for curve in horizons.curves(runs, TOKENS, 16):
+    for curve in horizons.curves_at(runs, TOKENS, 16):
         assert curve.rates[0] == pytest.approx(1e-4)
         assert curve.losses.shape[0] == 2
 
 
 def test_the_table_of_best_rates_names_the_arm() -> None:
-    found = horizons.bests(horizons.curves(grid(-0.5), TOKENS, 16), 16)
+    found = horizons.bests(horizons.curves_at(grid(-0.5), TOKENS, 16), 16)
     assert found["step"].tolist() == [16] * 4
     assert list(zip(found["rank"], found["strength"], strict=True)) == [(8, 64), (8, 724), (128, 64), (128, 724)]
     np.testing.assert_allclose(found["best_rate"], 1e-3 * (found["strength"] / 64) ** -0.5, rtol=0.05)
@@ -169,7 +169,7 @@ def test_the_table_of_best_rates_names_the_arm() -> None:
 
 def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
     runs = grid(-0.53)
-    found = {step: horizons.curves(runs, TOKENS, step) for step in (16, 64)}
+    found = {step: horizons.curves_at(runs, TOKENS, step) for step in (16, 64)}
     judged = [horizons.exponents(one, step, takeovers=TAKEOVERS, warmup=4) for step, one in found.items()]
     tables = {"results": horizons.table(runs, TOKENS, TOKENS), "exponents": pd.concat(judged)}
     tables["best"] = pd.concat([horizons.bests(one, step) for step, one in found.items()])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rora_theory.sweep import run_curves
-from rora_theory.sweep.trained_runs import Run
+from rora_theory.sweep.trained_runs import TrainedRun
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -22,8 +22,8 @@ def test_the_larger_error_is_reported(by_seed, over):
             for rate, more in ((1e-3, 0.5), (3e-3, 0.0), (1e-2, 0.5)):
                 records = (2 + more + sign * gap) * tokens + sign * noise
                 loss = records.sum() / tokens.sum()
-                cells += [Run(method, rank, 16 / rank, rate, seed, loss, records, tokens) for rank in (4, 8)]
-    (found,) = run_curves.compare_by_records(run_curves.curves(cells), cells)
+                cells += [TrainedRun(method, rank, 16 / rank, rate, seed, loss, records, tokens) for rank in (4, 8)]
+    (found,) = run_curves.compare_by_records(run_curves.curves_of_runs(cells), cells)
     assert found.error_over == over
     assert found.difference == pytest.approx(-np.mean(by_seed), rel=1e-9)
     expected = {"seeds": np.std(by_seed, ddof=1) / 3**0.5, "held-out records": np.sqrt(np.sum(noise**2) * 4 / 3) / 100}
@@ -31,15 +31,15 @@ def test_the_larger_error_is_reported(by_seed, over):
 
 
 def test_seeds_that_lack_a_rate_are_no_curve():
-    whole = [Run("lora", r, 16 / r, rate, 0, 1.0 + rate, None, None) for r in (4, 8) for rate in RATES]
-    part = [Run("lora", r, 16 / r, rate, 1, 9.0, None, None) for r in (4, 8) for rate in RATES[:4]]
-    curves = run_curves.curves([*whole, *part])
+    whole = [TrainedRun("lora", r, 16 / r, rate, 0, 1.0 + rate, None, None) for r in (4, 8) for rate in RATES]
+    part = [TrainedRun("lora", r, 16 / r, rate, 1, 9.0, None, None) for r in (4, 8) for rate in RATES[:4]]
+    curves = run_curves.curves_of_runs([*whole, *part])
     assert [curve.losses.tolist() for curve in curves] == [[[1.0 + rate for rate in RATES]]] * 2
 
 
 def test_the_table_has_every_run_and_the_exponent_of_its_method():
     runs = [
-        Run(method, rank, 16 / rank**kappa, 1e-3, 0, 1.5, None, None)
+        TrainedRun(method, rank, 16 / rank**kappa, 1e-3, 0, 1.5, None, None)
         for method, kappa in (("lora", 1.0), ("rora", 0.5))
         for rank in (4, 8)
     ]

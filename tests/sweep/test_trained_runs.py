@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.sweep.trained_runs import Run, bootstrap, kappa_of
+from rora_theory.sweep.trained_runs import TrainedRun, bootstrap, kappa_of
 
 
 def test_alpha_2r_has_kappa_0():
-    runs = [Run("lora", rank, 2.0, 1e-3, 0, 1.0, None, None) for rank in (8, 32)]
+    runs = [TrainedRun("lora", rank, 2.0, 1e-3, 0, 1.0, None, None) for rank in (8, 32)]
     assert kappa_of(runs) == 0
-    mixed = [*runs, Run("lora", 128, 0.1, 1e-3, 0, 1.0, None, None)]
+    mixed = [*runs, TrainedRun("lora", 128, 0.1, 1e-3, 0, 1.0, None, None)]
     with pytest.raises(InputError, match="one rule and alpha"):
         kappa_of(mixed)
 
@@ -19,34 +19,35 @@ def test_the_bootstrap_draws_the_same_records_at_every_rate():
     """Records that differ widely, and a loss a token that does not: a ratio of sums that no draw changes."""
     tokens = np.array([1.0, 10.0, 100.0])
     runs = {
-        rate: [Run("lora", 8, 2.0, rate, 0, factor, factor * tokens, tokens)]
+        rate: [TrainedRun("lora", 8, 2.0, rate, 0, factor, factor * tokens, tokens)]
         for rate, factor in ((0.1, 1.0), (0.2, 3.0))
     }
-    runs[0.3] = [Run("lora", 8, 2.0, 0.3, 0, np.inf, None, None)]
+    runs[0.3] = [TrainedRun("lora", 8, 2.0, 0.3, 0, np.inf, None, None)]
     found = bootstrap(runs, draws=7)
     np.testing.assert_allclose(found, [[1.0, 3.0, np.inf]] * 7)
     first, _, last = runs.values()
     np.testing.assert_allclose(bootstrap({0.1: last, 0.2: first}, draws=2), [[np.inf, 1.0]] * 2)
     level = np.array([5.0, 1.0, 2.0]) * tokens
     uneven = {
-        rate: [Run("lora", 8, 2.0, rate, 0, 1.0, factor * level, tokens)] for rate, factor in ((0.1, 1.0), (0.2, 3.0))
+        rate: [TrainedRun("lora", 8, 2.0, rate, 0, 1.0, factor * level, tokens)]
+        for rate, factor in ((0.1, 1.0), (0.2, 3.0))
     }
     drawn = bootstrap(uneven, draws=50)
     np.testing.assert_allclose(drawn[:, 1], 3 * drawn[:, 0])
     assert len(np.unique(drawn[:, 0])) > 3
     np.testing.assert_array_equal(drawn, bootstrap(uneven, draws=50), "seeded: methods share their draws")
-    assert bootstrap({0.1: [Run("lora", 8, 2.0, 0.1, 0, 1.0, None, None)]}) is None
-    first = {0.1: [Run("lora", 8, 2.0, 0.1, 0, 1.0, np.array([1.0, 0.0, 0.0]), np.ones(3))]}
+    assert bootstrap({0.1: [TrainedRun("lora", 8, 2.0, 0.1, 0, 1.0, None, None)]}) is None
+    first = {0.1: [TrainedRun("lora", 8, 2.0, 0.1, 0, 1.0, np.array([1.0, 0.0, 0.0]), np.ones(3))]}
     shares = bootstrap(first, draws=50)  # the first record is drawn 0 to 3 times
     assert set(np.round(3 * shares.ravel()).tolist()) == {0, 1, 2, 3}
-    pair = [Run("lora", 8, 2.0, 0.1, seed, 1.0, (1 + seed) * tokens, tokens) for seed in range(2)]
+    pair = [TrainedRun("lora", 8, 2.0, 0.1, seed, 1.0, (1 + seed) * tokens, tokens) for seed in range(2)]
     np.testing.assert_allclose(bootstrap({0.1: pair}, draws=5), 1.5)
 
 
 def test_kappa_of_a_rule():
-    runs = [Run("rora", rank, 16 / rank**0.5, 1e-3, 0, 1.0, None, None) for rank in (8, 32, 128)]
+    runs = [TrainedRun("rora", rank, 16 / rank**0.5, 1e-3, 0, 1.0, None, None) for rank in (8, 32, 128)]
     assert kappa_of(runs) == 0.5
     with pytest.raises(InputError, match="method rora has one rank, 32; accepted are two or more"):
         kappa_of(runs[1:2])
     with pytest.raises(InputError, match="method rora has scalings"):
-        kappa_of([*runs, Run("rora", 256, 1.00001, 1e-3, 0, 1.0, None, None)])
+        kappa_of([*runs, TrainedRun("rora", 256, 1.00001, 1e-3, 0, 1.0, None, None)])

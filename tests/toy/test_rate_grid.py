@@ -25,7 +25,7 @@ def test_what_is_judged_is_what_was_asked():
         drawn = dynamics.draw_problem(key, PROBLEM)
         for name, target in (("train", drawn.target_train), ("held_out", drawn.target_held_out)):
             expected = np.sum(np.square(target)) / (2 * len(target))
-            found = rate_grid.curves(table, name)
+            found = rate_grid.curves_of_losses(table, name)
             assert [curve.rank for curve in found] == [4, 8]
             for curve in found:
                 assert curve.losses[line] == pytest.approx([expected] * 3, rel=1e-4), (seed, name)
@@ -63,7 +63,7 @@ def test_curves_keep_the_order_of_the_cells_and_of_the_rates():
         ranks=(8, 4), rules=("rora", 0.25), optimizers=("sgd",), sgd_lrs=(1e9, 0.2, 0.1), steps=3, seeds=(1, 0),
         problem=PROBLEM,
     )  # fmt: skip
-    found = rate_grid.curves(rate_grid.losses(grid))
+    found = rate_grid.curves_of_losses(rate_grid.losses(grid))
     assert [(c.trained, c.rank, c.rule) for c in found] == [
         (trained, rank, rule) for trained in ("both", "B") for rank in (4, 8) for rule in ("rora", "0.25")
     ]

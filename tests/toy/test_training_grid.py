@@ -8,7 +8,7 @@ import pytest
 from rora_theory import InputError
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.dynamics import ProblemSize
-from rora_theory.toy.training_grid import Cell, TrainingGrid
+from rora_theory.toy.training_grid import TrainingCell, TrainingGrid
 
 GRID = TrainingGrid(
     ranks=(8, 2), optimizers=("sgd",), models=("linear", "mlp"), steps=(1, 3), seeds=(0, 5), rules=("rora", 0.0),
@@ -33,7 +33,7 @@ def test_cells() -> None:
 @pytest.mark.parametrize(("start", "trained", "moves"), [("A", "both", True), ("A", "B", False), ("B", "both", True)])
 def test_rows(start: Any, trained: Any, moves: bool) -> None:
     """A row a seed and step; a seed's are its own, whichever others are asked for; A x moves where A is trained."""
-    cell = Cell("linear", start, trained, "sgd", 8, "rora")
+    cell = TrainingCell("linear", start, trained, "sgd", 8, "rora")
     table = training_grid.table(training_grid.rows(GRID, cell))
     assert tuple(table) == training_grid.COLUMNS
     assert list(zip(table["seed"], table["step"], strict=True)) == [(s, t) for s in (0, 5) for t in (0, 1, 3)]

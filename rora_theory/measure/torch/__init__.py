@@ -16,16 +16,16 @@ from rora_theory import lazily
 
 if TYPE_CHECKING:
     from rora_theory.measure.torch.callback import RegimeCallback
-    from rora_theory.measure.torch.check import Check, coordinate_check
-    from rora_theory.measure.torch.regime import Measured, measure
+    from rora_theory.measure.torch.check import TorchCheck, coordinate_check
+    from rora_theory.measure.torch.regime import TorchRegime, measure
 
-__all__ = ["Check", "Measured", "RegimeCallback", "coordinate_check", "measure"]
+__all__ = ["RegimeCallback", "TorchCheck", "TorchRegime", "coordinate_check", "measure"]
 
 __getattr__, __dir__ = lazily.attributes(
     __name__,
     {
-        "Check": "rora_theory.measure.torch.check",
-        "Measured": "rora_theory.measure.torch.regime",
+        "TorchCheck": "rora_theory.measure.torch.check",
+        "TorchRegime": "rora_theory.measure.torch.regime",
         "RegimeCallback": "rora_theory.measure.torch.callback",
         "coordinate_check": "rora_theory.measure.torch.check",
         "measure": "rora_theory.measure.torch.regime",

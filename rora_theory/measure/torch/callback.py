@@ -14,7 +14,7 @@ from rora_theory.errors import InputError, shown
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.torch.batches import Batch, Loss
 from rora_theory.measure.torch.modules import lora_config
-from rora_theory.measure.torch.regime import Measured, Transfer, measure
+from rora_theory.measure.torch.regime import TorchRegime, Transfer, measure
 from rora_theory.optimizers import FAMILY, OptimizerName
 from rora_theory.scaling import check_integer, check_rank
 
@@ -72,7 +72,7 @@ class RegimeCallback(TrainerCallback):
         self._log, self._batch, self._held_out, self._loss = log, batch, held_out, loss
         self._to_rank, self._setting, self._steps = to_rank, setting, frozenset(steps)
         self._layers, self._tokens = layers, tokens
-        self.measured: dict[int, Measured] = {}
+        self.measured: dict[int, TorchRegime] = {}
         self.transfers: dict[int, Transfer] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002

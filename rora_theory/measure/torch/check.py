@@ -43,7 +43,7 @@ def adamw(parameters: Iterable[torch.nn.Parameter], rank: int) -> torch.optim.Op
 
 
 @dataclass(frozen=True, eq=False)
-class Check:
+class TorchCheck:
     """What `coordinate_check` found.
 
     Attributes:
@@ -101,7 +101,7 @@ def coordinate_check(
     seeds: int = 3,
     band: float = BAND,
     seed: int = 0,
-) -> Check:
+) -> TorchCheck:
     """Take the user's own steps at several ranks and see whether the model's outputs change by the same amount.
 
     Args:
@@ -165,7 +165,7 @@ def coordinate_check(
     )
     slopes = pd.DataFrame(lines)
     thin.warn((sizes, slopes), thin.of_ranks(ranks))
-    return Check(table, sizes, slopes, whole_model(lines), said, band)
+    return TorchCheck(table, sizes, slopes, whole_model(lines), said, band)
 
 
 def _fresh_layers(model: torch.nn.Module, rank: int) -> dict[str, tuple[LoraLayer, str]]:

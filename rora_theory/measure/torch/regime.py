@@ -65,7 +65,7 @@ class Transfer(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Measured(Regime):
+class TorchRegime(Regime):
     """What `measure` found: the frames of `Regime`, and what the model is to PEFT.
 
     Attributes:
@@ -151,7 +151,7 @@ def measure(
     layers: Sequence[int] | None = None,
     adapters: Literal["off", "on"] = "off",
     lora_A: Draw | None = None,
-) -> Measured:
+) -> TorchRegime:
     """Measure every module that would be adapted, in the model's own process, dtype and device.
 
     One forward pass of ``held_out`` keeps ``config.tokens`` inputs of every module, on the host. One forward and one
@@ -203,7 +203,7 @@ def measure(
     words = thin.of_regime(frames.crossings, len({layer_index(name) for name in every}))
     thin.warn(frames.files().values(), words)
     targets = peft_targets(model) if target_modules is None else target_modules
-    return Measured(
+    return TorchRegime(
         **vars(frames),
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type=task_type(base),
