@@ -45,7 +45,7 @@ def test_as_a_user_runs_it(capsys) -> None:
     lines = {line.split("  ")[0].strip(): line.split() for line in said.out.splitlines() if line.strip()}
     assert lines["signal"][1:] == ["16", "0.0003", "1"]
     assert lines["cross-talk"][1:] == ["64", "0.0012", "0.25"]
-    assert lines["alpha = 2r"][-5:] == ["2", "16", "x", "1.88e-05", "7.5e-05"]
+    assert lines["alpha = 2r"][-5:] == ["2", "16", "x", "1.87e-05", "7.5e-05"]
     assert lines["alpha = 16, as it was, use_rslora"][-4:] == ["11.31", "x", "2.65e-05", "8.92e-05"]
 
 
