@@ -103,8 +103,9 @@ def manifest(run: str) -> str:
     return f"`results/published/{run}`: {device}{versions}; revision {revision[:10]}; ended {end[:10]}."
 
 
-for _run in sorted(path.parent.name for path in PUBLISHED.glob("*/manifest.json")):
-    block(f"run:{_run}")(lambda run=_run: manifest(run))
+for _path in sorted([*PUBLISHED.glob("*/manifest.json"), *PUBLISHED.glob("*/*/manifest.json")]):
+    _run = str(_path.parent.relative_to(PUBLISHED))
+    block(f"run:{_run.replace('/', '.')}")(lambda run=_run: manifest(run))
 
 
 # The verdicts on the paper's equations.
@@ -193,9 +194,9 @@ def regime_crossings() -> str:
     )
 
 
-def _held_out(name: str) -> pd.DataFrame:
-    """A table of the run at honestly held-out tokens: default init, held-out split, kinds of module beside."""
-    rows = csv(f"regime_held_out/{name}.csv")
+def _held_out(name: str, run: str = "regime_held_out") -> pd.DataFrame:
+    """A table of a run at honestly held-out tokens: default init, held-out split, kinds of module beside."""
+    rows = csv(f"{run}/{name}.csv")
     rows = rows[rows["split"] == "heldout"]
     rows = rows[rows["init"] == "kaiming_uniform"] if "init" in rows else rows
     return rows.assign(kind=rows["module"].str.rpartition(".")[2])
@@ -238,6 +239,55 @@ def regime_masked() -> str:
         f"Of {every} held-out tokens {seen} begin as a training record does; besides, a module has {sinks.min()} to "
         f"{sinks.max()} sinks ({int((sinks > 0).sum())} of {len(sinks)} modules have any)"
     )
+
+
+def _after(text: str) -> pd.DataFrame:
+    """By kind of module, in columns by steps of training: r* under Adam, pooled and of the median token, and the steps
+    t_A of r = 32; the rows are layers.
+    """
+    found = {}
+    for steps in (0, 16):
+        run = f"regime_after/{text}_{steps}"
+        ranks = _held_out("crossing_ranks", run)
+        ranks = ranks[ranks["optimizer"] == "adam"].set_index(["kind", "layer"])
+        moved = _held_out("takeover", run)
+        moved = moved[moved["rank"] == 32].set_index(["kind", "layer"])["takeover"]
+        found |= {("r*", steps): ranks["median"]}
+        found |= {("t_A", steps): moved / read(f"{run}/manifest.json")["config"]["lr"]}
+    return pd.DataFrame(found)
+
+
+TEXTS = {"templated": "questions in the template", "plain": "a novel"}
+
+
+@block("regime.after")
+def regime_after() -> str:
+    rows = []
+    for text, words in TEXTS.items():
+        for kind, layers in _after(text).groupby(level="kind", sort=False):
+            cells = [_over_layers(layers[name, steps]) for name in ("r*", "t_A") for steps in (0, 16)]
+            rows.append([words, f"`{kind}`", *cells])
+    heads = ["r\\* before", "r\\* after 16 steps", "t_A before, steps", "t_A after 16 steps"]
+    return table(["text", "module", *heads], rows)
+
+
+@block("regime.after.ratio")
+def regime_after_ratio() -> str:
+    """The largest change of a median over layers, either way."""
+    changes = []
+    for text in TEXTS:
+        medians = _after(text).groupby(level="kind").median()
+        changes += [abs(np.log(medians[name, 16] / medians[name, 0])).max() for name in ("r*", "t_A")]
+    return f"{np.exp(max(changes)):.1f}"
+
+
+@block("regime.after.losses")
+def regime_after_losses() -> str:
+    parts = []
+    for text, words in TEXTS.items():
+        losses = [read(f"regime_after/{text}_{steps}/manifest.json")["heldout_loss"] for steps in (0, 16)]
+        parts.append(f"{losses[0]:.2f} to {losses[1]:.2f} nats a token ({words})")
+    return " and from ".join(parts)
 
 
 @block("regime.judge")
@@ -641,6 +691,29 @@ def sweep_accuracy() -> str:
         f"the model alone has {100 * row['average']:.1f}% ± {100 * row['average_error']:.1f}%, "
         f"guessing {100 * row['average_chance']:.1f}%"
     )
+
+
+def _points(row: pd.Series, name: str, form: str = ".1f") -> str:
+    """A share and its standard error, in per cent or points."""
+    return f"{100 * row[name]:{form}} ± {100 * row[f'{name}_error']:.1f}"
+
+
+@block("accuracy.table")
+def accuracy_table() -> str:
+    """Accuracies by the harness protocol, and paired differences of the average."""
+    frame, gained = _sweep("accuracy"), csv("accuracy/differences.csv")
+    rows = []
+    for method in ("base", "lora", "rora", "dora"):
+        own = one(frame, method=method)
+        cells = ["the model alone", ""] if method == "base" else [METHODS[method], f"{own['learning_rate']:g}"]
+        cells += [f"{own['validation_loss']:.3f} ± {own['validation_error']:.3f}"]
+        cells += [_points(own, name) for name in ("ARC-Easy", "piqa", "average")]
+        for against in ("base", "lora"):
+            pair = gained[(gained["method"] == method) & (gained["against"] == against)]
+            cells.append("" if pair.empty else _points(one(pair), "average", "+.1f"))
+        rows.append(cells)
+    heads = ["", "rate", "held-out loss (nats)", "ARC-Easy %", "PIQA %", "average %"]
+    return table([*heads, "average less the model alone", "average less LoRA"], rows)
 
 
 @block("prune.facts")
