@@ -310,7 +310,7 @@ def exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], 
       takeovers, at the measured best rate); ``verdict``, see `judge_exponent`.
     """
     rows = []
-    by = {(curve.rank, _strength(curve)): curve for curve in found if curve.rank}
+    by = {(curve.rank, _strength(curve)): curve for curve in found}
     for over, index in (("strength", 1), ("rank", 0)):
         for at in sorted({key[1 - index] for key in by}):
             keys = sorted(key for key in by if key[1 - index] == at)
