@@ -11,8 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time is compilation: it optimises less, and what one process has compiled all others read.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Most of the suite's time is compilation: it optimises nothing, and what one process has compiled all others read.
+# `optimised` is for tests that draw much, or that compare programs to the bit.
+QUICK = "--xla_flags_reset=true --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+OPTIMISED = "--xla_flags_reset=true --xla_backend_optimization_level=1"
+os.environ.setdefault("XLA_FLAGS", QUICK)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rora-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -40,6 +43,18 @@ def _folder(variable: str) -> Path:
     if not value or not Path(value).exists():
         pytest.skip(f"{variable} does not name an existing path")
     return Path(value)
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs compiled with optimisation and fusion, as a user's are, here and in processes that a test starts."""
+    before = os.environ["XLA_FLAGS"]
+    if before == QUICK:
+        os.environ["XLA_FLAGS"] = OPTIMISED  # which the compiler reads anew each time
+    jax.clear_caches()
+    yield
+    os.environ["XLA_FLAGS"] = before
+    jax.clear_caches()
 
 
 @pytest.fixture
