@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -36,6 +37,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Seeded (derandomized): a test passes or fails the same way everywhere.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ci")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live to the end: the garbage collector need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _folder(variable: str) -> Path:
