@@ -13,13 +13,13 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation: it optimises nothing, and what one process has compiled all others read.
-# `optimised` is for tests that draw much, or that compare programs to the bit.
-QUICK = "--xla_flags_reset=true --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-OPTIMISED = "--xla_flags_reset=true --xla_backend_optimization_level=1"
-os.environ.setdefault("XLA_FLAGS", QUICK)
+# Flags are read anew at each compilation: `optimised` is for what draws much, or compares programs to the bit.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_flags_reset=true --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rora-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
@@ -53,12 +53,11 @@ def _folder(variable: str) -> Path:
     return Path(value)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
-    """Programs compiled with optimisation and fusion, as a user's are, here and in processes that a test starts."""
+    """A module's programs compiled with optimisation and fusion, as a user's are, also in processes that it starts."""
     before = os.environ["XLA_FLAGS"]
-    if before == QUICK:
-        os.environ["XLA_FLAGS"] = OPTIMISED  # which the compiler reads anew each time
+    os.environ["XLA_FLAGS"] = before.replace("level=0", "level=1").replace("emitters=false", "emitters=true")
     jax.clear_caches()
     yield
     os.environ["XLA_FLAGS"] = before

@@ -11,6 +11,8 @@ from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.theory import laws, sampling
 from rora_theory.theory.grid import StepGrid
 
+pytestmark = pytest.mark.usefixtures("optimised")  # many draws
+
 CONFIG = SimulationConfig(
     StepGrid(ranks=(1, 16, 4), relative_error=0.02, alpha=8.0, lr=1e-3), p_in=64, p_out=8, overlaps=(0.0, 0.5)
 )

@@ -12,6 +12,8 @@ from rora_theory.paper import equations, verdicts
 from rora_theory.stats.moments import Moments, threshold
 from rora_theory.theory import laws, sampling
 
+pytestmark = pytest.mark.usefixtures("optimised")  # many draws
+
 EXPECTED = {
     "1": "holds",
     "2": "holds",

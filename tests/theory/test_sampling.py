@@ -1,4 +1,4 @@
-"""Samplers: reduced equal to direct in distribution; blocks, batches, devices and interruptions change no bit."""
+"""Samplers: reduced equal to direct in distribution, errors that cover the law, keys of streams, memory."""
 
 import hashlib
 import json
@@ -8,22 +8,12 @@ import jax
 import numpy as np
 import pytest
 from scipy import stats
+from support.streams import take
 
 from rora_theory import InputError
 from rora_theory.stats.moments import threshold
 from rora_theory.theory import laws, sampling
 from rora_theory.theory.sampling import RandomStep
-
-
-def take(setting: RandomStep, sampler: sampling.Sampler, count: int, seed: int = 0, **options: object) -> np.ndarray:
-    blocks, found = [], 0
-    for block in sampling.stream(setting, sampler, jax.random.key(seed), **options):  # type: ignore[arg-type]
-        blocks.append(block)
-        found += block.shape[1]
-        if found >= count:
-            return np.concatenate(blocks, axis=1)[:, :count]
-    raise AssertionError("a stream has no end")
-
 
 CASES = [
     (RandomStep(rank=3, p_in=5, overlap=0.4, p_out=4), "chi_square"),
@@ -49,19 +39,6 @@ def test_kolmogorov_smirnov_would_see_a_wrong_sampler() -> None:
     sizes = {"p_in": 5, "p_out": 4}
     for wrong in (RandomStep(rank=4, overlap=0.4, **sizes), RandomStep(rank=3, overlap=0.5, **sizes)):
         assert stats.ks_2samp(direct, take(wrong, "chi_square", 30_000, seed=1)[0]).pvalue < 1e-6 / len(CASES)
-
-
-@pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("sampler", ["direct", "pairs", "chi_square"])
-def test_batch_devices_and_start_change_no_bit(sampler: sampling.Sampler) -> None:
-    """One block after the other on the first device, against several at once on two others."""
-    setting = RandomStep(rank=100, p_in=600, p_out=3, overlap=0.2)
-    size = sampling.block_draws(setting, sampler)
-    one = take(setting, sampler, 6 * size)
-    devices = jax.devices()[1:3]
-    assert len(devices) == 2
-    np.testing.assert_array_equal(one, take(setting, sampler, 6 * size, batch=2, devices=devices))
-    np.testing.assert_array_equal(one[:, 2 * size :], take(setting, sampler, 4 * size, first_block=2))
 
 
 def test_blocks_differ() -> None:

@@ -1,0 +1,17 @@
+"""The first draws of a sampler's stream."""
+
+import jax
+import numpy as np
+
+from rora_theory.theory import sampling
+from rora_theory.theory.sampling import RandomStep
+
+
+def take(setting: RandomStep, sampler: sampling.Sampler, count: int, seed: int = 0, **options: object) -> np.ndarray:
+    blocks, found = [], 0
+    for block in sampling.stream(setting, sampler, jax.random.key(seed), **options):  # type: ignore[arg-type]
+        blocks.append(block)
+        found += block.shape[1]
+        if found >= count:
+            return np.concatenate(blocks, axis=1)[:, :count]
+    raise AssertionError("a stream has no end")
