@@ -114,6 +114,7 @@ def said(figure) -> str:
     return " ".join(" ".join(texts).split())
 
 
+@pytest.mark.slow
 def test_published_figures_are_drawn_again(published) -> None:
     figures, lacks = published
     names = {(path.parent.name, path.stem) for path in PUBLISHED.glob("*/*.png")}
@@ -125,6 +126,7 @@ def test_published_figures_are_drawn_again(published) -> None:
     assert lacks.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_nothing_published_is_cut(published) -> None:
     for figure in published[0].values():
         check(figure)
@@ -159,6 +161,7 @@ def test_few_cases_clip_no_legend(optimizers, drawn, tmp_path) -> None:
     check(drawn["coordinate_check_slopes"])
 
 
+@pytest.mark.slow
 def test_a_rule_has_one_colour_and_one_label_in_all_figures(published) -> None:
     looks: dict[str, set] = {}
     for axis in [axis for figure in published[0].values() for axis in figure.axes]:
@@ -180,6 +183,7 @@ def test_names_of_one_rule_look_the_same(name, same) -> None:
     assert style.look("0.3", 0) != style.look("0.3", 1), "a rule without a name takes its colour by position"
 
 
+@pytest.mark.slow
 def test_ticks_of_ranks_and_steps_are_whole_numbers_that_were_run(published) -> None:
     figures, _ = published
     last = {name: figure.axes[-1] for (folder, name), figure in figures.items() if folder == "training_dynamics"}
@@ -223,6 +227,7 @@ def test_contours_are_whole_and_their_labels_stand_upright_on_them(drawn) -> Non
             assert (((line - label) ** 2).sum(axis=1) ** 0.5).min() < 3, "within 3 pixels of its line"
 
 
+@pytest.mark.slow
 def test_crosses_and_bands_have_a_word_in_the_legend(published) -> None:
     figures, _ = published
     assert "at the grid's edge" in said(figures["lr_transfer", "lr_transfer"])
@@ -235,6 +240,7 @@ def test_crosses_and_bands_have_a_word_in_the_legend(published) -> None:
         assert "flat: within ±0.1" in said(figures[folder, name])
 
 
+@pytest.mark.slow
 def test_a_run_that_stepped_nothing_promises_no_points(published, drawn, tmp_path) -> None:
     run = part(PUBLISHED / "regime", tmp_path / "run")
     with (run / "results.csv").open(newline="") as file:

@@ -112,6 +112,7 @@ assert "jax" not in sys.modules
     assert measured["alpha"] > 16.0
 
 
+@pytest.mark.slow
 def test_the_core_needs_no_extra() -> None:
     assert len(CORE) > len(WITHOUT_JAX) > 30  # the walk sees something
     assert {*WITH_JAX, *(f"rora_theory.measure.{module}" for module in OF_A_MODEL)} <= NAMES

@@ -61,6 +61,7 @@ def loss_of(params, tokens, config, adapter):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_fresh_mam_adapter_changes_nothing_and_learns(placement, config, params, tokens, run) -> None:
     adapter = init(jax.random.key(0), BottleneckConfig(placement, 5, init="mam_adapter"), config, params)

@@ -32,6 +32,7 @@ def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     )
 
 
+@pytest.mark.slow
 @given(
     pattern=st.recursive(atoms, grow, max_leaves=8),
     flags=st.sampled_from(["", "(?i)", "(?s)"]),

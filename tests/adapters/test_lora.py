@@ -39,6 +39,7 @@ def test_modules_and_layers_of_one_shape_start_apart(config, params) -> None:
     assert all(not np.any(a == b) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_merging_is_applying_and_unmerging_undoes_it(dora, params, tokens, perturbed, run) -> None:
     adapter = perturbed(**settings(use_dora=dora, target_modules="all-linear"))
@@ -154,6 +155,7 @@ def test_modules_draw_their_own_masks(params, perturbed) -> None:
     assert not jnp.array_equal(*outputs)
 
 
+@pytest.mark.slow
 def test_bfloat16_base_with_float32_adapter(config, params, tokens, perturbed) -> None:
     """Gradients are float32 arrays; logits are the float32 model's to bfloat16's 8 bits over three layers."""
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)

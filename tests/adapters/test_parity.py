@@ -22,6 +22,7 @@ def test_every_case_is_tested(golden) -> None:
     assert set(CASES) == set(golden.CASES) == {path.name for path in golden.FOLDER.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_peft(name: str, golden, config, params, tokens) -> None:
     """Logits to 1e-5, gradients and 20 AdamW losses to 1e-4 relative: float32 sums in another order."""

@@ -452,6 +452,7 @@ patterns = st.lists(
 ).map(dict)  # fmt: skip
 
 
+@pytest.mark.slow
 @given(ranks=patterns, alphas=patterns, rule=st.sampled_from(["lora", "rora", 0.25]))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_overlapping_patterns_keep_their_order(ranks, alphas, rule, config) -> None:

@@ -83,6 +83,7 @@ def test_padding_on_the_left_changes_nothing(config, params, tokens, adapter, ex
     assert np.abs(logits - expected["logits"])[0].max() > 0.01, "the padding hides something"
 
 
+@pytest.mark.slow
 def test_greedy_generation_is_peft_s_and_that_without_a_cache(config, params, tokens, adapter, expected) -> None:
     prompts = [np.asarray(tokens)[0, 4:].tolist(), np.asarray(tokens)[1].tolist()]
     settings = {"max_new_tokens": expected["generated"].shape[1], "eos_ids": ()}
@@ -98,6 +99,7 @@ def test_greedy_generation_is_peft_s_and_that_without_a_cache(config, params, to
     assert found == again
 
 
+@pytest.mark.slow
 def test_beams_read_the_prefix_too(config, params, tokens, adapter) -> None:
     """The best of 4 beams is at least as likely as greedy's tokens, by the model without a cache."""
     prompt = np.asarray(tokens)[1].tolist()
@@ -113,6 +115,7 @@ def test_beams_read_the_prefix_too(config, params, tokens, adapter) -> None:
     assert scores[0] >= scores[1] - 1e-4
 
 
+@pytest.mark.slow
 def test_a_cache_holds_what_is_computed_without_one(config, params, tokens, fresh) -> None:
     whole = forward(params, tokens, config, fresh)
     cache = init_cache(config, *tokens.shape)
@@ -228,6 +231,7 @@ def test_refuses_settings_and_merging(params, adapter) -> None:
             undo(adapter, params)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_runs_it(config, params, tokens, fresh) -> None:
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     found = forward(half, tokens, config, fresh)

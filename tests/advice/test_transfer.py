@@ -191,6 +191,7 @@ def test_snippet_gives_every_module_its_scaling(rule, per) -> None:
     assert seen == len(MEASURED)
 
 
+@pytest.mark.slow
 def test_snippet_works_in_peft() -> None:
     """Pasted as it is, on a torch model: PEFT's own scaling of each module."""
     pytest.importorskip("torch")

@@ -209,6 +209,7 @@ def test_plan_holds_every_item_once_in_few_shapes(count: int) -> None:
         assert len(block.owners) == sum(trie.scored(index) for index in block.items)
 
 
+@pytest.mark.slow
 def test_plan_wastes_little() -> None:
     """Under a tenth of the slots of many short items stay empty; of items that begin alike, the beginning is there once
     a row."""

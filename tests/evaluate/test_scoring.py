@@ -79,6 +79,7 @@ def test_log_likelihood_protocols(protocol: str) -> None:
         assert sample.correct is (sample.prediction == record.answer)
 
 
+@pytest.mark.slow
 def test_smollm2_scores_as_lm_eval_scores_it() -> None:
     """A real model, float32 on both sides: sums of up to 40 log-probabilities, which differ by their rounding."""
     try:
@@ -122,6 +123,7 @@ def test_no_bit_depends_on_batch_size_or_interruption(protocol: str) -> None:
     assert rest == {key: sample for key, sample in whole.items() if key not in done}
 
 
+@pytest.mark.slow
 def test_generate_is_beam_search_after_the_prompt() -> None:
     task, protocol = TASKS["boolq"], Scoring("generate", max_new_tokens=5)
     questions = [f"is the sky {'very ' * number}blue?" for number in range(4)]

@@ -105,6 +105,7 @@ def whole(params, tmp_path_factory):
     run.close()
 
 
+@pytest.mark.slow
 def test_a_run_takes_every_step_and_validates_on_time(whole):
     events, run, _, _ = whole
     taken = [event for event in events if isinstance(event, Stepped)]
@@ -116,6 +117,7 @@ def test_a_run_takes_every_step_and_validates_on_time(whole):
     assert taken[0].targets < taken[0].positions
 
 
+@pytest.mark.slow
 def test_each_width_is_compiled_once(whole):
     _, _, held_out, traces = whole
     widths = {shape[1] for shape in traces}
@@ -124,6 +126,7 @@ def test_each_width_is_compiled_once(whole):
     assert len(traces) == len(widths) + len(validated), "one trace a width of training, one of validation"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 7])
 def test_a_stopped_run_goes_on_to_the_same_bits(params, whole, tmp_path, stop):
     expected = timeless(whole[0])
@@ -153,6 +156,7 @@ def test_the_seed_decides_the_dropout(params):
     assert norms[0] != pytest.approx(norms[2], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_to_do(params, whole, tmp_path):
     folder = shutil.copytree(whole[1]._checkpoints.folder, tmp_path / "copy")
     again, *_ = trainer(params, folder)
@@ -161,6 +165,7 @@ def test_a_finished_run_has_nothing_left_to_do(params, whole, tmp_path):
     again.close()
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole, tmp_path):
     run, _, held_out = trainer(params, tmp_path)
     real, taken = run._evaluate, []

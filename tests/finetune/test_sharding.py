@@ -84,6 +84,7 @@ def single(params):
     return train(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fsdp", "rules"),
     [
@@ -135,6 +136,7 @@ def test_each_module_gathers_one_layer_and_keeps_nothing(params):
     assert not [shape for shape in shapes if f"f32[2,{shape}]" in text], "not kept for the backward pass either"
 
 
+@pytest.mark.slow
 def test_dora_in_parts_over_devices(params):
     config = dataclasses.replace(CONFIG, method="dora", accumulation=2, dropout=0.0, remat=True)
     layout = Layout(sharding.mesh(fsdp=2, devices=jax.devices()[:4]))

@@ -74,6 +74,7 @@ def test_schedule_is_the_published_one():
     assert float(steps.schedule(FinetuneConfig(), 1000)(100)) == pytest.approx(3e-4)
 
 
+@pytest.mark.slow
 def test_steps_are_adamw_on_the_clipped_gradient(params):
     config = changed(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
     start, data = adapter(params, config), [batch(seed=s) for s in range(4)]
@@ -104,6 +105,7 @@ def test_steps_are_adamw_on_the_clipped_gradient(params):
     assert found[0][1].grad_norm > config.clip, "clipping is put to the test"
 
 
+@pytest.mark.slow
 def test_a_batch_worked_in_parts_gives_the_same_step(params):
     data = [batch(seed=s) for s in range(3)]
     whole = run(params, PLAIN, data)
@@ -151,6 +153,7 @@ def test_dropout_follows_the_key_and_the_step(params):
     assert min(abs(loss - still) for loss in losses) > 1e-4 * still, "a mask at every step"
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_have_masks_of_their_own(params):
     """One record in the first part of two or in the second, the other part empty: a loss with another mask."""
     config = changed(dropout=0.3, accumulation=2, warmup=0, lr=1e-30)
@@ -162,6 +165,7 @@ def test_parts_of_a_batch_have_masks_of_their_own(params):
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_shared_steps_are_each_run_s_own(params):
     """One compiled step for runs of other rules, alphas and rates: each as it would be compiled for itself."""
     shared, data = steps.SharedSteps(), [batch(seed=s) for s in range(2)]
@@ -193,6 +197,7 @@ def test_each_shape_is_compiled_once_and_the_state_is_donated(params):
     assert not any(a.is_deleted() for a in jax.tree.leaves((adapted.params, params)))
 
 
+@pytest.mark.slow
 def test_bfloat16_base_trains_a_float32_adapter(params):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     config = changed(dtype="bfloat16", method="dora")

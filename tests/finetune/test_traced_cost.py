@@ -100,6 +100,7 @@ def test_memory_of_programs_small_enough_to_see():
     assert dead.total == size, "nor made: the carry alone has a next value"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"dropout": 0.05, "method": "dora"}, {"remat": True}])
 def test_memory_of_a_step_is_what_xla_says(changes):
     """XLA's buffers of the same step in float32, where its CPU compiler makes no wider copies."""

@@ -80,6 +80,7 @@ def test_logits_and_gradients_equal_transformers(case):
     assert seen == sum(key.startswith(f"{name}/gradient/") for key in EXPECTED.files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", script().GENERATED)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_equals_transformers(name, beams, draw_params):
@@ -97,6 +98,7 @@ def test_generation_equals_transformers(name, beams, draw_params):
     assert search(prompts[:1], shared=11) == CASES[name]["generated"][str(beams)][:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", script().ADAPTED, indirect=True)
 def test_adapters_equal_pefts(case, tmp_path):
     """Logits with LoRA on every linear module, biased or not; the same merged; PEFT's names in the file."""
@@ -178,6 +180,7 @@ def test_a_query_sees_the_window_and_no_more(layers, windowed):
         assert bool(np.any(before[:, 23] != changed[:, 23])) == reaches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_every_route_hides_the_same(prefixed, windowed):
     """A causal pass, one under a mask, the plain route, the cache, and a prefix that ends where the tokens begin."""

@@ -99,6 +99,7 @@ def test_a_result_depends_neither_on_its_company_nor_on_padding(settings: dict):
     assert run(case, long)[1:] == case["new"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, SCRIPT.BEAM])
 @pytest.mark.parametrize("shared", [1, 16, 20])
 def test_what_all_prompts_begin_with_is_read_once(settings: dict, shared: int):
@@ -172,6 +173,7 @@ class Spy:
 jax.tree_util.register_pytree_node(Spy, lambda _: ((), None), lambda *_: Spy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", [generate.greedy, generate.beam])
 def test_the_adapter_is_used_and_the_loop_ends_early(search):
     """With one beam both searches follow the argmax of the adapted forward pass, here up to the second token."""

@@ -519,6 +519,7 @@ def test_a_missing_file_is_refused(tmp_path):
         open_gguf(tmp_path / "absent.gguf")
 
 
+@pytest.mark.slow
 def test_smollm2_by_its_name():
     """The real model of the installed package: what comes after a sentence that it knows."""
     try:

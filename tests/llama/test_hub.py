@@ -79,6 +79,7 @@ def locate(server, home: Path, *asked, **environment) -> list:
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_hub_ids(server, tmp_path):
     wanted = {name: FILES[name].decode() for name in list(FILES)[:4]}
     first, pinned, other, absent, gone, built_in = locate(
@@ -123,6 +124,7 @@ def test_hub_ids(server, tmp_path):
     assert server.asked == []
 
 
+@pytest.mark.slow
 def test_a_branch_that_moves_is_another_model(server, tmp_path, monkeypatch):
     """The name and the revision asked for stay; commit and content do not, whatever the cache holds."""
     before = locate(server, tmp_path, ("org/tiny", "main"))[0][3]

@@ -387,6 +387,7 @@ def test_dropout_keys_differ_by_layer_and_by_key(params, probe, tokens, tiny):
     assert 0.4 < (dropped[0] == dropped[1]).mean() < 0.6
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient_and_keeps_less(params, probe, tokens, tiny):
     def loss(probe, remat):
         return jnp.mean(jnp.square(forward(params, tokens, tiny, probe, key=jax.random.key(1), remat=remat)))
@@ -431,6 +432,7 @@ def test_capture_returns_the_modules_inputs(params, tokens, tiny):
         forward(params, tokens, tiny, capture=("lm_head",))
 
 
+@pytest.mark.slow
 def test_a_tree_of_continuations_in_one_row_equals_its_sequences(params, tokens, tiny):
     """Two continuations after a common start: positions and the mask say which sees which."""
     common, a, b = 5, 3, 3

@@ -51,6 +51,7 @@ def statistics(params, tokens):
     return pruning.measure(params, tokens, CONFIG)
 
 
+@pytest.mark.slow
 def test_statistics_are_sums_over_tokens(params, tokens, statistics) -> None:
     _, seen = forward(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
     for name, found in (("self_attn.o_proj", statistics.attended), ("mlp.down_proj", statistics.gated)):

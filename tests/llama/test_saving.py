@@ -112,6 +112,7 @@ def test_a_folders_own_files_are_copied_with_other_weights(source, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "copy").params, doubled)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_pipeline_of_transformers_chats_with_it(source, tmp_path):
     pytest.importorskip("torch")

@@ -399,6 +399,7 @@ def _vocabulary_file(name: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3"])
 def test_all_texts_of_the_commonsense_data(name: str, commonsense_dir: Path):
     """Every instruction, output and published training prompt of every file; SHA-256 of all ids."""

@@ -338,6 +338,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path / "model")],
@@ -369,6 +370,7 @@ print((peak() - before) / size, size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize(("dtype", "shards"), [("float32", 1), ("bfloat16", 2)])
 def test_loading_needs_less_than_twice_the_model(dtype, shards, write):

@@ -54,6 +54,7 @@ def run(checker, setting, steps=(1, 3), key=0):
     return dict(found)
 
 
+@pytest.mark.slow
 def test_coordinates_are_what_they_say(params, checker):
     """Three steps of SGD written out, then everything read from the plain model's own inputs and logits."""
     setting = Setting(8, 4.0, 0.05, "rora", "sgd")
@@ -101,6 +102,7 @@ def test_coordinates_are_what_they_say(params, checker):
         assert found[Coordinate("loss", split, "model", 3)] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_is_exact(params, checker):
     """A checker as wide as the rank gives the same coordinates: to 1e-3, Adam dividing by gradients near zero."""
     setting = Setting(4, 4.0, 1e-3)
@@ -128,6 +130,7 @@ def table(checker, rule, alpha, optimizer, rate, init="kaiming_uniform"):
     )
 
 
+@pytest.mark.slow
 def test_flat_rules_pass_and_controls_fail(checker):
     """Four tokens, so r* is about 4 for SGD and 7 for Adam: the table's right column, in part.
 

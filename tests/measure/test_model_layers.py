@@ -52,6 +52,7 @@ def params():
     return jax.tree.map_with_path(lambda path, a: a if path[-1].key.endswith("norm") else 10.0 * a, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer_only", [False, True])
 def test_gradient_is_autodiff_s_in_the_weight(params, answer_only) -> None:
     """Every module of every layer, by the plain formula of the loss; float32 sums of 26 tokens."""
@@ -97,6 +98,7 @@ def stepper(params) -> RealStep:
     return RealStep(params, CONFIG, batch(1), batch(2), ("q_proj", "down_proj"))
 
 
+@pytest.mark.slow
 def test_real_step_by_hand(params, stepper) -> None:
     """SGD's increment is -eta gamma^2 G A^T A x', from the recorded G and the adapter's own A; and the model's."""
     setting = Setting(4, 8.0, 1e-3, "rora", "sgd")
@@ -138,6 +140,7 @@ def test_power_of_gamma(stepper, optimizer, power) -> None:
         np.testing.assert_allclose(scaled[name], 2 * 3**power * values, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_a_transfer_keeps_the_real_step(params, stepper) -> None:
     """Rank 2 to 8 with the measured linear terms, 40 draws: each module's rms comes back; else it grows as told."""
     old = Setting(2, 8.0, 1e-4, "lora", "adamw")

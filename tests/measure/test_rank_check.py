@@ -38,6 +38,7 @@ def batch(seed: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((2, 6), np.float32), None)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rora_theory.measure.thin.ThinWarning")
 def test_frames(tmp_path, capfd) -> None:
     """Silent; a row a rank, seed and coordinate; slopes are those of the sizes, verdicts those of the slopes."""

@@ -43,6 +43,7 @@ def test_cells_are_the_grid_and_the_direct_check() -> None:
         assert {(cell.sampler, cell.rule) for cell in simulation.cells(config)} == {("direct", None)}
 
 
+@pytest.mark.slow
 def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, sampling.Sums]) -> None:
     """Of every rule, from the one stream; the direct check too, each rule from its own.
 
@@ -69,6 +70,7 @@ def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, samp
     assert (second["standard_error"] <= 0.02 * second["estimate"]).all()
 
 
+@pytest.mark.slow
 def test_an_asked_number_of_draws_is_the_grid_s() -> None:
     """The direct check, which has no stopping rule, keeps its own."""
     config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)
@@ -76,6 +78,7 @@ def test_an_asked_number_of_draws_is_the_grid_s() -> None:
     assert (simulation.draw(config, first).count, simulation.draw(config, last).count) == (300, simulation.CHECK_DRAWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
 def test_rules_differ_by_their_power_of_gamma(
     drawn: dict[SimulationCell, sampling.Sums], optimizer: str, power: int
@@ -107,6 +110,7 @@ def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
     assert len(simulation.exponents(table[:2])) == 1
 
 
+@pytest.mark.slow
 def test_verdicts_take_the_sums_that_are_known(
     drawn: dict[SimulationCell, sampling.Sums], monkeypatch: pytest.MonkeyPatch
 ) -> None:

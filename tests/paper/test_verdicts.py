@@ -48,6 +48,7 @@ def judged(
     return {verdict.equation: verdict for verdict in found}
 
 
+@pytest.mark.slow
 def test_every_equation_has_its_verdict() -> None:
     found = judged()
     assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
@@ -56,6 +57,7 @@ def test_every_equation_has_its_verdict() -> None:
     assert all(verdict.where and verdict.evidence for verdict in found.values())
 
 
+@pytest.mark.slow
 def test_a_small_sweep_gives_the_same_verdicts() -> None:
     """A limit that the sweep's own ranks and width don't reach is looked for where it is."""
     found = judged(ranks=(1, 4, 16), p_in=64)
@@ -106,6 +108,7 @@ def test_the_evidence_is_in_closed_form() -> None:
     assert float(found["5"].evidence.removeprefix("differs by ")) < 1e-12, "an identity, whatever the number of draws"
 
 
+@pytest.mark.slow
 def test_few_draws_decide_no_second_moment() -> None:
     """64 draws: their errors reach from Eq. 9's figure to the exact one, 26 times it, and settle nothing."""
 

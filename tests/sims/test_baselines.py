@@ -67,6 +67,7 @@ def base_scores(model, data, tmp_path_factory) -> list[float]:
     return scores(model, data, tmp_path_factory.mktemp("base") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_trained_saved_and_scored(method, model, data, base_scores, tmp_path, monkeypatch, capsys) -> None:
     train(monkeypatch, model, data, tmp_path / "run", "--method", method, *METHODS[method])

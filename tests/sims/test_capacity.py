@@ -38,6 +38,7 @@ def test_the_papers_models_on_an_a6000(capsys):
     assert hours == pytest.approx(200 * float(seven[-3]) / 3600, abs=0.06)
 
 
+@pytest.mark.slow
 def test_one_model_by_part(folder, capsys):
     arguments = "--rank 4 --batch-size 4 --seq 32 --method dora --dtype float32 --device h100 --steps 3600 --compile"
     capacity.main(["--model", str(folder), *arguments.split(), "--measure"])

@@ -46,6 +46,7 @@ def verdict(finished, **wanted):
     return row["slope"], row["verdict"]
 
 
+@pytest.mark.slow
 def test_rules_and_controls(finished):
     """alpha/r is flat under AdamW at the first step; kappa = 0 grows by one power more, and gaussian A shrinks."""
     wanted = {"split": "train", "step": 1, "quantity": "output"}
@@ -58,6 +59,7 @@ def test_rules_and_controls(finished):
         assert verdict(finished, init="gaussian", module=module, **wanted)[1] == "shrinks"
 
 
+@pytest.mark.slow
 def test_rows(finished, model):
     sizes = frames.read(finished / "results.csv", rank_check.COLUMNS)
     # Of each of 2 modules: 2 gradients, output and inner on two splits, delta; of the model 3 on two splits.
@@ -70,6 +72,7 @@ def test_rows(finished, model):
     assert str(model.parent) not in json.dumps(manifest["config"])
 
 
+@pytest.mark.slow
 def test_goes_on_and_refuses_another_model(finished, model, data, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -116,6 +119,7 @@ def test_bad_input(arguments, named, model, data, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_figures(finished, tmp_path, capsys):
     style.main(figure.draw, figure.Config(finished, out=tmp_path))
     assert len(capsys.readouterr().out.split()) == 4

@@ -65,6 +65,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["label", "harness", "generate"])
 def test_a_run_writes_samples_and_results(
     protocol: str, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -168,6 +169,7 @@ def test_what_is_loaded_is_what_was_asked_for(model: Path, dtype: str, monkeypat
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {dtype}
 
 
+@pytest.mark.slow
 def test_an_adapter_changes_the_scores_alike_merged_or_beside(model: Path, data: Path, tmp_path: Path) -> None:
     base = load(model)
     adapter = init(

@@ -99,6 +99,7 @@ def whole(model, data, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_metrics_its_adapter_and_a_merged_model(whole, model):
     found = losses(whole)
     assert [step for kind, step, _ in found if kind == "step"] == list(range(1, 79))
@@ -131,6 +132,7 @@ def in_this_process(monkeypatch, command: list[str]) -> None:
     cli.run(finetune.main)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypatch):
     """With validation losses that are made to grow after step 2, on top of what they are; and the schedule ends where
     the run does, at step 6 of 42."""
@@ -171,6 +173,7 @@ def test_the_curves_in_tensorboard_are_those_of_the_run(model, data, tmp_path, m
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"].get("log_to") is None
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeypatch):
     """The first update's rate is 0: what one step leaves is the initial adapter."""
     settings = {
@@ -199,6 +202,7 @@ def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeyp
     assert len(prepared.validation) == 1
 
 
+@pytest.mark.slow
 def test_manifest_and_adapter_say_which_weights_were_used(whole, model):
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["config"]["model_sha256"] == digest(model)
@@ -208,6 +212,7 @@ def test_manifest_and_adapter_say_which_weights_were_used(whole, model):
         assert file.metadata()["base_model_sha256"] == digest(model)
 
 
+@pytest.mark.slow
 def test_the_adapter_has_a_model_card(whole, model, data):
     """What was trained on what, how long and to which losses: all as the run's own files have it."""
     text = (whole / "adapter" / "README.md").read_text()
@@ -233,6 +238,7 @@ def test_the_adapter_has_a_model_card(whole, model, data):
     assert "adapter/README.md" not in json.loads((whole / "manifest.json").read_text())["files"], "free to be edited"
 
 
+@pytest.mark.slow
 def test_the_table_comes_before_the_training(whole):
     lines = (whole / "stdout").read_text().splitlines()
     down = next(i for i, line in enumerate(lines) if "mlp.down_proj" in line)
@@ -285,6 +291,7 @@ def test_it_says_where_it_goes_on(step, resumed, said):
     assert finetune.resumption(step, 9, resumed=resumed) == said
 
 
+@pytest.mark.slow
 def test_a_second_process_in_the_folder_is_refused(whole, model, data, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -296,11 +303,13 @@ def test_a_second_process_in_the_folder_is_refused(whole, model, data, tmp_path)
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_other_arguments_do_not_go_on_in_the_same_folder(whole, model, data):
     message = fails(arguments(model, data, whole, "--seed", "7"))
     assert f"{whole}: holds a run with other arguments (seed there 42, here 7)" in message
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(model, data, tmp_path, monkeypatch):
     """From the first checkpoint on, no file may have more than 8,000 bytes."""
     save, limits = ocp.CheckpointManager.save, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -356,6 +365,7 @@ def test_bad_input_is_refused_before_anything_is_written(model, data, tmp_path, 
         assert not (tmp_path / "run").exists(), name
 
 
+@pytest.mark.slow
 def test_loss_curves_are_drawn_from_runs(whole, tmp_path, capsys):
     style.main(loss_curves.draw, loss_curves.Config((whole, whole), out=tmp_path))
     assert capsys.readouterr().out.split() == [str(tmp_path / f"loss_curves.{kind}") for kind in ("png", "svg")]

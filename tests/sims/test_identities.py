@@ -312,6 +312,7 @@ OF_TRANSFER = {"from_", "takeover", "p_in", "json"}
 """Settings of sims.transfer that are given with others, or that change what is printed alone."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["regime", "transfer", "coordinate_check", "prune", "evaluate", "rank_sweep"])
 def test_every_setting_that_changes_a_result_is_in_the_identity(name, model, data) -> None:
     config = settings(name, str(model), data)
@@ -326,6 +327,7 @@ def test_every_setting_that_changes_a_result_is_in_the_identity(name, model, dat
     assert in_cells == (OF_A_CELL if name == "rank_sweep" else set())
 
 
+@pytest.mark.slow
 def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> None:
     """Of each method, all but the settings that others have alone."""
     config = settings("finetune", str(model), data)

@@ -34,6 +34,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_rows(finished):
     rows = rows_of(finished / "results.csv")
     assert tuple(rows[0]) == COLUMNS
@@ -42,6 +43,7 @@ def test_rows(finished):
         assert float(row["scaling"]) == pytest.approx((4 / int(row["rank"])) ** float(row["kappa"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_adam_moves_as_the_signal_predicts(finished):
     """B alone under Adam: only gamma times the rate counts, so best rates of two rules differ by their gammas.
 
@@ -80,6 +82,7 @@ def test_a_finite_but_diverged_run_is_no_point(tmp_path):
         assert np.isfinite(float(row["loss_train"])) == np.isfinite(float(row["loss_held_out"]))
 
 
+@pytest.mark.slow
 def test_goes_on(finished, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -245,6 +248,7 @@ def test_bad_input(arguments, named, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_figures(finished, tmp_path, capsys):
     style.main(figure.draw, figure.Config(finished, out=tmp_path / "controlled"))
     folder = matrix(tmp_path / "matrix")

@@ -199,6 +199,7 @@ def test_transfer(printed, run) -> None:
     printed()
 
 
+@pytest.mark.slow
 def test_capacity_says_one_figure_for_one_thing(printed, monkeypatch) -> None:
     """The largest of the paper's models without rematerialisation: in the table (here with that of the longest name
     alone, for others are traced elsewhere), on its own, in the documents."""

@@ -80,6 +80,7 @@ def run(main: Callable[[], None], *words: object) -> tuple[int, str, str]:
     return 0, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_chats(model, data, tmp_path) -> None:
     """The first step's loss is the mean over every turn of the assistant's and nothing else."""
     words = ["--model", model, "--data", data, *SMALL, "--out", tmp_path, "--loss-on", "answer", "--show", "2"]
@@ -142,6 +143,7 @@ def test_a_chat_that_its_template_refuses_is_named(bare, tmp_path) -> None:
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_regime_of_chats(model, data, tmp_path) -> None:
     """It is read on the chats as the model reads them; another template is another run."""
     words = ["--data", data, "--batch-size", "2", "--held-out", "2", "--layers", "0", "--targets", "q_proj"]
@@ -166,6 +168,7 @@ def test_the_regime_of_chats(model, data, tmp_path) -> None:
     assert "holds a run with other arguments (chat_template_sha256" in errors
 
 
+@pytest.mark.slow
 def test_the_coordinate_check_on_chats(model, bare, data, tmp_path) -> None:
     words = ["--data", data, "--batch-size", "2", "--held-out", "2", "--targets", "q_proj", "--ranks", "2", "4"]
     words += ["--seeds", "0", "1", "--steps", "1", "--no-controls", "--rules", "rora", "--optimizers", "sgd"]

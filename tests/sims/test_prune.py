@@ -38,6 +38,7 @@ def run(monkeypatch, model, text, out, *more: str) -> None:
     cli.run(prune.main)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch, capsys) -> None:
     run(monkeypatch, model, text, tmp_path / "run")
     shown = capsys.readouterr().out

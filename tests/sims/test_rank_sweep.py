@@ -278,6 +278,7 @@ FOUR = ("--methods", "base", "lora", "rora", "--ranks", "2", "--seeds", "0", "1"
 FILES = ("results.csv", "differences.csv", CELLS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, capsys) -> None:
     """In every one of its five cells, by Ctrl-C or by a failure, after which all other cells are done."""

@@ -67,6 +67,7 @@ def finished(inputs, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_results(finished) -> None:
     """Every module, split, optimizer, init, rule and rank; measured under the first rule; others by gamma's power."""
     rows = rows_of(finished / "results.csv")
@@ -86,6 +87,7 @@ def test_results(finished) -> None:
         assert float(row["predicted"]) == pytest.approx(expected, rel=1e-3)  # Adam's epsilon, under lora alone
 
 
+@pytest.mark.slow
 def test_crossings(finished) -> None:
     """The linear term carries the predictions from rank to rank, and r* is the definition's ratio."""
     rows = rows_of(finished / "results.csv")
@@ -112,6 +114,7 @@ def test_crossings(finished) -> None:
         assert float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"])
 
 
+@pytest.mark.slow
 def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None:
     """The batch is the records that were not held out; its gradient, and both splits' tokens, are in every figure."""
     model, records = load(inputs["model"]), read_records(inputs["data"])
@@ -144,6 +147,7 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None
             assert float(row["cross_talk"]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_verdict(finished) -> None:
     """The law holds: 96 comparisons at false alarm 0.01 in all, seeded; the mean over modules lies in its own error."""
     verdict = json.loads((finished / "verdict.json").read_text())
@@ -152,6 +156,7 @@ def test_verdict(finished) -> None:
         assert abs(float(row["mean_ratio"]) - 1) < 5 * float(row["standard_error"])  # 24 means, false alarm 1e-5
 
 
+@pytest.mark.slow
 def test_the_judge_can_fail(finished) -> None:
     """A law that is wrong by a twentieth more than the error bar, in one figure, is found."""
     rows = [
@@ -172,6 +177,7 @@ def test_the_judge_can_fail(finished) -> None:
         assert regime_tables.judge_regime(pd.DataFrame(changed))["verdict"] == word
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path) -> None:
     """The second layer is lost: of its line a part is there."""
     out = tmp_path / "run"
@@ -184,6 +190,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_figures(finished, tmp_path) -> None:
     with figure.plt.rc_context(style.STYLE):
         paths = figure.draw(figure.Config(finished, out=tmp_path))
@@ -192,6 +199,7 @@ def test_figures(finished, tmp_path) -> None:
     assert all(path.stat().st_size for path in paths)
 
 
+@pytest.mark.slow
 def test_no_path_in_the_files(finished, inputs) -> None:
     for path in finished.iterdir():
         text = path.read_text()
@@ -234,6 +242,7 @@ def test_bad_input(inputs, tmp_path, capsys, changed, said) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_is_measured_in_the_weights(inputs, finished, tmp_path) -> None:
     """As the model with it merged, to the byte; and elsewhere than before the training."""
     base, lora = load(inputs["model"]), adapters.LoraConfig(rank=2, alpha=4, rule="lora")
@@ -271,6 +280,7 @@ def test_plain_text_is_read_a_line_a_record(inputs, tmp_path) -> None:
     assert (counts["seen"] < 4 * 3).all(), "no template: of each record the beginning token and a letter or two"
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named(inputs, finished, tmp_path) -> None:
     out = tmp_path / "run"
     out.mkdir()

@@ -32,6 +32,7 @@ def slope(table, **wanted):
     return row["slope"], row["standard_error"], row["verdict"]
 
 
+@pytest.mark.slow
 def test_slopes_are_the_table(finished):
     """One training input, so the signal leads on it: kappa = 1/2 and 1 are flat; ranks up to p_in, held-out apart.
 
@@ -51,6 +52,7 @@ def test_slopes_are_the_table(finished):
         assert value - 4 * error < 0.75 - power / 2
 
 
+@pytest.mark.slow
 def test_files(finished):
     seeds = frames.read(finished / "seeds.csv", training_grid.COLUMNS)
     cells = 2 * 2 * 3 * 2  # optimizers, ranks, rules, A trained or frozen
@@ -65,6 +67,7 @@ def test_files(finished):
     assert len(json.loads((finished / "answers.json").read_text())) == 6
 
 
+@pytest.mark.slow
 def test_goes_on(finished, tmp_path):
     """What an interrupted run left is kept, the rest done, to the same bytes; another command is refused."""
     out = tmp_path / "run"
@@ -81,6 +84,7 @@ def test_goes_on(finished, tmp_path):
     assert stopped.value.code == 2
 
 
+@pytest.mark.slow
 def test_the_frozen_control_trains_b_alone(finished):
     """With A frozen, A x stays bit for bit while the output moves; trained, Adam moves it in the fifth digit."""
     seeds = frames.read(finished / "seeds.csv").set_index(["trained", "optimizer", "rule", "rank", "seed", "step"])
@@ -129,6 +133,7 @@ def test_bad_input(arguments, named, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_figures(finished, tmp_path, capsys):
     style.main(figure.draw, figure.Config(finished, out=tmp_path))
     assert len(capsys.readouterr().out.split()) == 4

@@ -20,6 +20,8 @@ from rora_theory.runs.reading import CELLS
 from rora_theory.theory import laws
 from sims import variance_sweep
 
+pytestmark = pytest.mark.usefixtures("optimised")  # many draws
+
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = "--ranks 1 4 16 --p-in 64 --p-out 8 --overlaps 0 0.5 --relative-error 0.02"
 SMALL = ARGUMENTS.split()
@@ -48,6 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_files(finished: Path) -> None:
     results, check = (frames.read(finished / name, simulation.COLUMNS) for name in ("results.csv", "direct_check.csv"))
     assert len(results) == 2 * 3 * 2 * 3 * 4  # optimizers x rules x overlaps x ranks x quantities
@@ -63,6 +66,7 @@ def test_files(finished: Path) -> None:
     assert len(json.loads((finished / "verdicts.json").read_text())) == 17
 
 
+@pytest.mark.slow
 def test_the_tables_are_printed_and_nothing_is_drawn_again(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +139,7 @@ def test_bad_arguments(arguments: str, said: str, capsys: pytest.CaptureFixture[
     assert said in refused(capsys, *arguments.split())
 
 
+@pytest.mark.slow
 def test_run_folders_are_not_overwritten(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     error = refused(capsys, *SMALL, "--alpha", "8", "--out", finished)
@@ -148,6 +153,7 @@ def test_run_folders_are_not_overwritten(finished: Path, tmp_path: Path, capsys:
     assert [path.name for path in stray.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [lambda text: text[:-20], lambda text: text.replace("lora", "lore", 1), lambda text: text[:600]]
 )
@@ -174,6 +180,7 @@ def layers(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_layers_against_the_law(layers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     arguments = ["--layer-data", layers, "--ranks", 1, 8, 32, "--out", out, "--relative-error", 0.02]
@@ -225,6 +232,7 @@ def test_bad_layer_data(
     assert "bad.npz" in error
 
 
+@pytest.mark.slow
 def test_real_layers(layer_data: Path) -> None:
     """Real layers of a real model: their regime, from the law, with the figures the README quotes."""
     from rora_theory.measure.layer_data import read
@@ -240,6 +248,7 @@ def test_real_layers(layer_data: Path) -> None:
             assert sgd < adam < 64
 
 
+@pytest.mark.slow
 def test_norm_figure(finished: Path, tmp_path: Path) -> None:
     for _ in range(2):
         style.main(norm_vs_rank.draw, norm_vs_rank.Config(finished, out=tmp_path))
@@ -248,6 +257,7 @@ def test_norm_figure(finished: Path, tmp_path: Path) -> None:
     assert all(word in svg for word in ("SGD, overlap 0", "exact law", "paper, Eq. 11"))
 
 
+@pytest.mark.slow
 def test_exponent_map(tmp_path: Path) -> None:
     style.main(exponent_map.draw, exponent_map.Config(out=tmp_path, p_in=256))
     assert (tmp_path / "exponent_map.png").exists()

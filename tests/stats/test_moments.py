@@ -32,6 +32,7 @@ def test_moments_match_exact_arithmetic(values: list[float], block: int) -> None
     assert moments.variance.value == pytest.approx(variance, rel=1e-9, abs=1e-12 * scale**2)
 
 
+@pytest.mark.slow
 def test_a_billion_draws_keep_float64_accuracy() -> None:
     """10^5 blocks of 10^4 draws, each block's sums known exactly: plain float64 running sums would drift by 1e-12.
 

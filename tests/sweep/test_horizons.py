@@ -167,6 +167,7 @@ def test_the_table_of_best_rates_names_the_arm() -> None:
     assert not found["edge"].any()
 
 
+@pytest.mark.slow
 def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
     runs = grid(-0.53)
     found = {step: horizons.curves_at(runs, TOKENS, step) for step in (16, 64)}

@@ -29,6 +29,7 @@ def bench(tmp_path_factory) -> Workbench:
     return found
 
 
+@pytest.mark.slow
 def test_a_reading_on_the_way_is_that_of_a_run_which_ends_there(bench) -> None:
     whole = readings.read_run(bench, TRAINING, (2, 3, 5))
     assert [one.step for one in whole.readings] == [2, 3, 5]

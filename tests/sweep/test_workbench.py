@@ -61,6 +61,7 @@ def test_methods_of_a_seed_share_init_and_order_and_seeds_do_not(bench) -> None:
     assert len({np.unique(order.reshape(12, -1), axis=0).tobytes() for _, order in drawn}) == 1, "the same records"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch) -> None:
     """Whatever training left: an adapter that is merged, or runs beside the weights, is in every measurement."""

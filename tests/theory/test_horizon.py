@@ -236,6 +236,7 @@ def test_one_sample_adam(rates: list[float], ratio: float) -> None:
             assert terms.rms(rank, scaling=1.0, moved=plain) < 0.7 * measured
 
 
+@pytest.mark.slow
 def test_many_tokens_adam() -> None:
     """The first step is exact; where A's motion turns signs the law is a guide: within 1.5 times here, to step 64."""
     fresh = np.random.default_rng(3).normal(size=(16, P_IN))

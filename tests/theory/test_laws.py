@@ -101,6 +101,7 @@ def test_algebra_random_inputs() -> None:
     assert sp.expand(symbolic.subs({variance_symbol: 1, kurtosis_symbol: 3}) - gaussian) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
 def test_direct_sampler_random_inputs(optimizer: str, init: str) -> None:

@@ -72,6 +72,7 @@ def closed_form(
     return -step * weights @ (A @ x), float(np.max(step * size @ (np.abs(A) @ np.abs(x))))
 
 
+@pytest.mark.slow
 @given(layers)
 def test_autodiff_equals_the_closed_form(layer: dict) -> None:
     scaling = scaling_factor(layer["rule"], alpha=layer["alpha"], rank=layer["rank"])
@@ -186,6 +187,7 @@ def test_the_two_by_two_table(optimizer: laws.Optimizer, regime: str, overlap: f
             assert abs(two / one - 1) > 0.15
 
 
+@pytest.mark.slow
 @given(layers)
 def test_only_B_moves_at_the_first_step(layer: dict) -> None:
     keys = jax.random.split(jax.random.key(layer["seed"]), 2)

@@ -25,6 +25,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "sampler"), CASES)
 def test_reduced_equals_direct_in_distribution(setting: RandomStep, sampler: sampling.Sampler) -> None:
     """Two-sample Kolmogorov-Smirnov, 30000 draws each; false alarm 1e-6 over all cases."""
@@ -33,6 +34,7 @@ def test_reduced_equals_direct_in_distribution(setting: RandomStep, sampler: sam
     assert stats.ks_2samp(direct, reduced).pvalue > 1e-6 / len(CASES)
 
 
+@pytest.mark.slow
 def test_kolmogorov_smirnov_would_see_a_wrong_sampler() -> None:
     """One pair too many of three, or an overlap off by 0.1, is rejected at the same level."""
     direct = take(CASES[0][0], "direct", 30_000)[0]
@@ -48,6 +50,7 @@ def test_blocks_differ() -> None:
     assert not np.any(draws[:size] == draws[size:])
 
 
+@pytest.mark.slow
 def test_norm_is_of_all_outputs() -> None:
     """|w|^2 = p_out w_1^2 at delta_i = 1, in the direct sampler by computation (float32 sums of 7 terms)."""
     for sampler in ("direct", "pairs"):
@@ -63,6 +66,7 @@ def test_scaling_power(optimizer: laws.Optimizer) -> None:
     np.testing.assert_allclose(scaled, 0.3 ** laws.scaling_power(optimizer) * base, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_draws_until_the_error_is_reached() -> None:
     setting = RandomStep(rank=4, p_in=256, overlap=0.3)
     for target in (0.03, 0.008):
@@ -74,6 +78,7 @@ def test_draws_until_the_error_is_reached() -> None:
     assert sampling.estimate(setting, "pairs", jax.random.key(2), draws=777).count == 777
 
 
+@pytest.mark.slow
 def test_sums_are_kept_to_the_bit() -> None:
     sums = sampling.estimate(RandomStep(rank=2, p_in=5, p_out=4), "chi_square", jax.random.key(4), draws=70_000)
     assert sums.count == 70_000
@@ -92,6 +97,7 @@ def test_a_stream_has_the_key_of_published_runs() -> None:
     np.testing.assert_array_equal(*map(jax.random.key_data, (expected, sampling.stream_key(3, step, "pairs"))))
 
 
+@pytest.mark.slow
 def test_estimates_cover_the_law() -> None:
     """400 independent runs: the law is inside +-2 s.e. as often as a binomial allows (false alarm 1e-6).
 
@@ -109,6 +115,7 @@ def test_estimates_cover_the_law() -> None:
     assert nominal - 0.02 - spread <= inside / 400 <= 1
 
 
+@pytest.mark.slow
 def test_memory_is_bounded() -> None:
     """A block's live memory, by XLA's own account, does not grow with draws, and with r p_in only by one adapter."""
     for rank, p_in, sampler, limit in [

@@ -11,6 +11,7 @@ from rora_theory.theory.sampling import RandomStep
 pytestmark = pytest.mark.usefixtures("optimised")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["direct", "pairs", "chi_square"])
 def test_batch_devices_and_start_change_no_bit(sampler: sampling.Sampler) -> None:
     """One block after the other on the first device, against several at once on two others."""

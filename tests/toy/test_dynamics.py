@@ -43,6 +43,7 @@ def output(weights, adapters, x, scaling):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 3.0])
 @pytest.mark.parametrize("config", [LINEAR, MLP])
 def test_change_is_the_difference_of_outputs(config, size):
@@ -157,6 +158,7 @@ def test_start_of_b():
     assert np.all(np.diff(np.asarray(found.loss_train)) < 0)
 
 
+@pytest.mark.slow
 def test_final_losses_are_the_trajectories_ends():
     keys = jax.random.split(jax.random.key(7), 2)
     problem = jax.vmap(lambda key: dynamics.draw_problem(key, LINEAR))(keys)

@@ -12,6 +12,7 @@ from rora_theory.toy.rate_grid import GridCell, RateGrid
 PROBLEM = ProblemConfig(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
 
 
+@pytest.mark.slow
 def test_what_is_judged_is_what_was_asked():
     """Each loss in its own column and curve: at rates that move nothing, those of each seed's own problem."""
     rates, seeds = (1e-12, 2e-12, 3e-12), (0, 4)
