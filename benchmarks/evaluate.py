@@ -61,7 +61,7 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
     peers = {size: lm_eval_peer.harness_model(model, size) for size in config.harness_batches}
     for key in config.tasks:
         task = tasks.task_named(key)
-        records = tasks.read(sources.locate(config.data_dir, task), task)[: config.items]
+        records = tasks.read_task(sources.locate_task(config.data_dir, task), task)[: config.items]
 
         def ours(records: list[tasks.TaskRecord] = records) -> int:
             return sum(1 for _ in score(model.params, model.config, model.tokenizer, records, Scoring("harness")))
@@ -95,7 +95,7 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
 def generate(config: Config, model: Model) -> list[dict[str, Any]]:
     """Rows of the generate part: our batch sizes, then transformers'."""
     both = [
-        tasks.read(sources.locate(config.data_dir, tasks.TASKS[key]), tasks.TASKS[key])
+        tasks.read_task(sources.locate_task(config.data_dir, tasks.TASKS[key]), tasks.TASKS[key])
         for key in ("boolq", "openbookqa")
     ]
     records = [record for pair in zip(*both, strict=False) for record in pair][: config.generated]

@@ -297,7 +297,7 @@ def work(spec: dict[str, Any]) -> None:
         batches = [Batch(*arrays, None) for arrays in read(spec["batches"])]
     adapter = adapters.init(jax.random.key(0), config.adapter(), model_config, params)
     setup["trainable_parameters"], setup["trainable_share"] = adapters.count(adapter), adapters.share(adapter, params)
-    state = steps.init_state(adapter, steps.optimizer(config, 1000), jax.random.key(1))
+    state = steps.init_state(adapter, steps.finetune_optimizer(config, 1000), jax.random.key(1))
     function = steps.train_step(adapter, model_config, config, 1000)
     if spec.get("gpu"):
         from rora_theory.finetune.traced_cost import flops

@@ -149,7 +149,7 @@ def main(config: Config) -> bool:
     all_records = {}
     for key in config.tasks:
         task = tasks.task_named(key)
-        all_records[key] = tasks.read(sources.locate(config.data_dir, task), task)
+        all_records[key] = tasks.read_task(sources.locate_task(config.data_dir, task), task)
     rows = {key: {"task": key} | compare_texts(key, records) for key, records in all_records.items()}
     for row in rows.values():
         print(json.dumps(row), flush=True)

@@ -138,11 +138,11 @@ def _gamma(value: float | None) -> str:
 def printed(axis: Any) -> None:
     """The published averages on LLaMA-7B: others' numbers, another model, another protocol."""
     for method in ("LoRA", "DoRA"):
-        rows = [r for r in published.rows("DoRA repository") if (r.model, r.method) == ("LLaMA-7B", method)]
+        rows = [r for r in published.published_rows("DoRA repository") if (r.model, r.method) == ("LLaMA-7B", method)]
         _, colour, marker = style.look(method.lower())
         ranks, averages = [r.rank for r in rows], [r.average for r in rows]
         axis.plot(ranks, averages, color=colour, marker=marker, markerfacecolor="white")
-    for row in published.rows("RoRA paper"):
+    for row in published.published_rows("RoRA paper"):
         if (row.table, row.model) == ("I", "LLaMA-7B") and row.method in ("LoRA", "DoRA", "RoRA"):
             _, colour, marker = style.look(row.method.lower())
             axis.plot([128], [row.average], marker, color=colour, markerfacecolor="white", markersize=6)

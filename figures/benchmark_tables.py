@@ -163,7 +163,7 @@ def printed(layout: str) -> list[Line]:
             scores=tuple((score, None) for score in row.scores),
             average=(row.average, None),
         )
-        for row in published.rows("RoRA paper")
+        for row in published.published_rows("RoRA paper")
         if row.table == layout
     ]
 

@@ -1,5 +1,6 @@
-"""Draws of A from the laws of `rora_theory.inits`, on the device."""
+"""Keys of streams by name, and draws of A from the laws of `rora_theory.inits`, on the device."""
 
+import hashlib
 import math
 
 import jax
@@ -7,6 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.inits import Init, entries
+
+
+def stream_key(seed: int, name: str) -> PRNGKeyArray:
+    """The key of the stream of draws with this name: the same in every run that has it, different for every other."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], "little"))
 
 
 def draw_A(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Array, "rank p_in"]:

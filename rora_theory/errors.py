@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class FailedError(Exception):
+    """Work that did not come to its end though the input was good: of a command one line, exit status 1."""
+
+
 def shown(value: object) -> str:
     """A found value as a message shows it: on one line, cut where it is long or deep."""
     return _SHOWN.repr(value)

@@ -7,6 +7,9 @@ from rora_theory.errors import InputError
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, check_rank, exponent
 from rora_theory.seeds import check_seed
 
+USUAL_RANKS = (8, 128)
+"""Most users choose among these: exponents in the rank are told between them."""
+
 
 def name_of(rule: Rule) -> str:
     """What results call a rule: its name, or its exponent.

@@ -35,7 +35,7 @@ def is_sealed(entry: Any, *, of: str = "") -> bool:
     return isinstance(entry, Mapping) and DIGEST in entry and seal(entry, of=of)[DIGEST] == entry[DIGEST]
 
 
-def changed(folder: Path, known: Any) -> list[str]:
+def changed_files(folder: Path, known: Any) -> list[str]:
     """Which of a folder's files differ from their SHA-256 in ``known``; one that is not there does not.
 
     Raises:
@@ -67,7 +67,7 @@ def problem(folder: Path, within: str = "") -> str | None:
         if not is_sealed(known):
             return f"{path}: was changed since the run wrote it"
         own = known.get("files") or {}
-        for name in changed(folder, {name: own[name] for name in own if name.rpartition("/")[0] == within}):
+        for name in changed_files(folder, {name: own[name] for name in own if name.rpartition("/")[0] == within}):
             return f"{folder / name}: was changed since the run wrote it"
     except InputError as error:
         reason = str(error).removeprefix(f"{path}: ").partition("; accepted")[0]

@@ -31,7 +31,7 @@ def circumstances() -> dict[str, Any]:
     return {"python": platform.python_version(), "packages": versions(), "git_revision": revision}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def version_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What of ``now``'s circumstances was another before, in words; empty where nothing was."""
     old, new = (
         dict(one.get("packages") or {}) | {name: one.get(name) for name in ("python", "git_revision")}

@@ -31,6 +31,8 @@ def names(package: str) -> dict[str, str]:
 
 def main() -> None:
     """Hand the command line over to the command that its first word names."""
+    from sims.common import cli, completion
+
     package, words = "sims", sys.argv[1:]
     if words[:1] == [ROOM]:
         package, words = ROOM, words[1:]
@@ -40,13 +42,9 @@ def main() -> None:
         show(package, commands)
         return
     if name == "__version":
-        from sims.common import cli
-
         cli.tell_versions()
         return
     if name == "__print_completion":
-        from sims.common import cli, completion
-
         every = {each: names(each) for each in ("sims", ROOM)}
         cli.run(lambda: print(completion.script(" ".join(words[1:]), every)))
         return
@@ -55,8 +53,6 @@ def main() -> None:
         print(f"error: {words[0]} is no command; accepted are {known}", file=sys.stderr)
         sys.exit(2)
     if Path(sys.argv[0]).stem == "rora":
-        from sims.common import cli
-
         cli.PROGRAM = " ".join(["rora", *sys.argv[1 : len(sys.argv) - len(words) + 1]])
     sys.argv = [f"{package}.{name}", *words[1:]]
     runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)

@@ -8,19 +8,16 @@ The training step is traced without weights. ``--compile`` adds the account of X
 hand; ``--measure`` runs two steps here, on random weights, and sets what they took beside the prediction.
 """
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import capacity
-from rora_theory.finetune.capacity import DEVICES, MODELS, PAPER_MODELS, Device
+from rora_theory.finetune.capacity import DEVICES, GB, PAPER_MODELS, Device
 from rora_theory.finetune.config import BaseDtype, FinetuneConfig
 from rora_theory.llama import LlamaConfig
 from rora_theory.rules import check_integers
 from sims.common import cli, tables
-
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,6 @@ class Config:
         return -(-self.examples // self.batch_size) * self.epochs
 
     def __post_init__(self) -> None:
-        """Raise `InputError` where a setting is out of range."""
         if self.device not in DEVICES:
             raise InputError(f"--device is {self.device!r}; accepted are {', '.join(DEVICES)}")
         if self.steps is not None and self.examples is not None:
@@ -106,21 +102,19 @@ def run(config: Config) -> None:
 
 def show_table(config: Config, run: FinetuneConfig, device: Device) -> None:
     """The paper's models, with and without rematerialisation."""
-    rows = []
-    for name, remat in itertools.product(PAPER_MODELS, (False, True)):
-        found = capacity.account(MODELS[name], replace(run, remat=remat), config.seq)
-        seconds = found.seconds(device, run.dtype, config.utilisation)
-        sizes = (found.base, found.adapter + found.optimizer, found.activations, found.total)
-        row = {"model": name, "remat": "yes" if remat else "no", "share": 100 * found.trainable / found.parameters}
-        row |= dict(zip(("base", "own", "activations", "total"), (size / GB for size in sizes), strict=True))
-        row |= {"fits": "fits" if found.fits(device) else "does not fit", "seconds": seconds}
-        rows.append(row | {"whole": " ".join(hours(config, seconds))})
-    forms = {"model": "{model}", "remat": "{remat}", "trained %": "{share:.2f}", "base GB": "{base:.1f}"}
-    forms |= {"trained + Adam GB": "{own:.1f}", "activations GB": "{activations:.1f}", "total GB": "{total:.1f}"}
-    forms |= {"verdict": "{fits}", "s a step": "{seconds:.2f}"}
-    forms |= {"whole run": "{whole}"} if config.count_steps() is not None else {}
-    tables.print_records(f"{device.name}, {describe(config)}", rows, forms, left=2)
-    fitting = [f"{row['model']}{' (remat)' * (row['remat'] == 'yes')}" for row in rows if row["fits"] == "fits"]
+    found = capacity.fit_table(PAPER_MODELS, run, device, width=config.seq, utilisation=config.utilisation)
+    count = config.count_steps()
+    forms = {"model": "{model}", "remat": "{remat}", "trained %": "{trained:.2f}", "base GB": "{base:.1f}"}
+    forms |= {"trained + Adam GB": "{state:.1f}", "activations GB": "{activations:.1f}", "total GB": "{total:.1f}"}
+    forms |= {"verdict": "{verdict}", "s a step": "{seconds:.2f}"}
+    forms |= {} if count is None else {"whole run": "{hours:.1f} h"}
+    shown = found.assign(
+        remat=found["remat"].map({False: "no", True: "yes"}),
+        verdict=found["fits"].map({False: "does not fit", True: "fits"}),
+        hours=found["seconds"] * (count or 0) / 3600,
+    )
+    tables.print_records(f"{device.name}, {describe(config)}", shown, forms, left=2)
+    fitting = [f"{row.model}{' (remat)' * row.remat}" for row in found[found["fits"]].itertuples()]
     tables.print_text(f"fit: {', '.join(fitting) or 'none'}\n{basis(config, device)}")
 
 
@@ -131,18 +125,13 @@ def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: 
     rows += [["total", f"{found.total / GB:.2f}"], ["(a block of logits)", f"{found.logits / GB:.2f}"]]
     tables.print_table(f"{config.model}, {describe(config)}", ["memory", "GB"], rows)
     seconds = found.seconds(device, run.dtype, config.utilisation)
-    whole = "".join(f"; the whole run {one}" for one in hours(config, seconds))
-    memory = f"{found.total / GB:.1f} GB of {(device.memory - capacity.RESERVE) / GB:.1f} GB"
-    verdict = f"does not fit ({memory}); --remat True, a smaller --batch-size or more --accumulation takes less"
-    if found.fits(device):
-        fraction = found.memory_fraction(device)
-        verdict = f"fits ({memory})"
-        verdict += f"; needs XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} or more" if fraction else ""
+    count = config.count_steps()
+    whole = "" if count is None else f"; the whole run {count * seconds / 3600:.1f} h"
     tables.print_text(
         f"parameters {found.parameters:,}, trained {found.trainable:,} ({found.trainable / found.parameters:.2%})\n"
         f"products {found.flops / 1e12:.4g} TFLOP a step, {found.flops / found.tokens / 1e9:.3g} GFLOP a token\n"
         f"{seconds:.3g} s a step, {found.tokens / seconds:.0f} tokens/s{whole}\n"
-        f"{device.name}: {verdict}\n{basis(config, device)}"
+        f"{device.name}: {found.verdict(device)}\n{basis(config, device)}"
     )
     if config.compile:
         xla = capacity.compile_here(model, run, config.seq)
@@ -153,17 +142,11 @@ def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: 
             f"{(found.total - arguments) / GB:.2f}). A CPU's compiler widens bfloat16 products, a GPU's does not."
         )
     if config.measure:
-        own = capacity.measure(model, run, config.seq)
+        own = capacity.measure_step(model, run, config.seq)
         tables.print_text(
             f"measured here: peak {own.peak / GB:.3f} GB, predicted {found.total / GB:.3f} GB "
             f"(predicted / measured {found.total / own.peak:.3f}); {own.seconds:.2f} s a step"
         )
-
-
-def hours(config: Config, seconds: float) -> list[str]:
-    """The whole run's time; nothing where the command does not say how long that is."""
-    steps = config.count_steps()
-    return [] if steps is None else [f"{steps * seconds / 3600:.1f} h"]
 
 
 def describe(config: Config) -> str:

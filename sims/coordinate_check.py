@@ -46,8 +46,7 @@ class Config:
     targets: tuple[str, ...] = PAPER_TARGETS
     """adapted modules"""
     records: BatchConfig = field(default_factory=BatchConfig)
-    out: Path | None = None
-    """run folder; none is results/coordinate_check/ID"""
+    out: cli.Out = None
 
 
 def run(config: Config) -> None:
@@ -66,14 +65,14 @@ def run(config: Config) -> None:
     extra = {"units": rank_check.UNITS, "device": devices.describe(read.places), "data": sources}
     folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[read.model.origin])
     prompts.keep(folder, batches[checked.seeds[0]].train.examples, tokenizer, show=config.reading.show)
-    cells = rank_check.cells(checked)
+    cells = rank_check.coordinate_cells(checked)
 
     def work(cell: CoordinateCell, _: Path) -> list[dict[str, Any]]:
         own = batches[cell.seed]
-        return rank_check.rows(checked, checker, cell, own.at, own.held_out)
+        return rank_check.coordinate_rows(checked, checker, cell, own.at, own.held_out)
 
     sizes = run_table(cells, work, folder, rank_check.COLUMNS, title="coordinate check")
-    slopes = rank_check.fits(checked, sizes)
+    slopes = rank_check.coordinate_slopes(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
     words = thin.of_ranks(checked.ranks)
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1), warnings=words)

@@ -8,7 +8,7 @@ its standard error a task, and their average). A run that was stopped goes on at
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples, score_tasks
+from rora_theory.evaluate.accuracies import RESULT_COLUMNS, RESULT_UNITS
 from rora_theory.llama import Adapter, Model, load
 from rora_theory.rules import check_integers
 from rora_theory.runs.folder import RunFolder
@@ -27,8 +28,6 @@ from sims.common.progress import progress_bar
 
 NAME = "evaluate"
 RESULTS = "results.json"
-COLUMNS = ("protocol", "template", *(field.name for field in fields(TaskAccuracy)))
-UNITS = "accuracies are shares of 1; error is one standard error"
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,9 @@ class Config:
     max_new_tokens: int = 32
     """longest answer of generate, in tokens"""
     revision: cli.Revision = None
-    out: Path | None = None
-    """run folder; none is results/evaluate/RUN_ID"""
+    out: cli.Out = None
 
     def __post_init__(self) -> None:
-        """Raise `InputError` where a setting is out of range."""
         check_integers(self, limit=1, batch_size=1)
         if self.adapter is not None and not self.adapter.is_dir():
             raise InputError(f"{self.adapter}: is not a folder; accepted is an adapter in PEFT's format")
@@ -111,7 +108,7 @@ def evaluate(
     folder.record(samples.FILE)
     found = accuracies(kept.found, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}
-    folder.write_frame(frames.of([heads | asdict(level) for level in found], COLUMNS))
+    folder.write_frame(frames.of([heads | asdict(level) for level in found], RESULT_COLUMNS))
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
     summary = {"scoring": asdict(scoring), **settings, "levels": found}
     folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")
@@ -154,7 +151,7 @@ def run(config: Config) -> None:
     """Read the records, then the model; score, print, and say where the results are."""
     tasks, data = sources.read_tasks(config.data_dir, config.tasks, config.limit)
     model, adapter = subject(config)
-    extra = {"protocol": config.protocol, "units": UNITS}
+    extra = {"protocol": config.protocol, "units": RESULT_UNITS}
     known = identity(config, data, model)
     folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[model.origin])
     show(evaluate(config, folder, tasks, model, adapter), config.scoring())

@@ -11,7 +11,6 @@ draws it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -55,8 +54,7 @@ class Config:
     reading: DataConfig = field(default_factory=DataConfig)
     training: FinetuneConfig = field(default_factory=FinetuneConfig)
 
-    out: Path | None = None
-    """run folder; none is results/finetune/RUN_ID"""
+    out: cli.Out = None
     keep: Literal["best", "last"] = "best"
     """which adapter to write at the end: best by validation loss (as published), or last"""
     log_to: TrackerName | None = None
@@ -79,7 +77,6 @@ class Config:
     """number of this process"""
 
     def __post_init__(self) -> None:
-        """Raise `InputError` for what does not go together."""
         check_integer("fsdp", self.fsdp)
         trackers.check(self.log_to)
         method, mergeable = self.training.method, self.training.adapter().mergeable

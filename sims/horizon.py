@@ -49,8 +49,7 @@ class Config:
     """seed of the two samples"""
     regime: Path | None = None
     """run folder of sims.regime: its takeover distances give the law's exponents"""
-    out: Path | None = None
-    """run folder; by default results/horizon/ID"""
+    out: cli.Out = None
 
 
 def run(config: Config) -> None:
@@ -92,7 +91,7 @@ def report(
     warmup: int,
 ) -> None:
     """Judge the runs, write the tables and print the answer."""
-    folder.write_frame(horizons.table(runs, tokens, answers), "results.csv")
+    folder.write_frame(horizons.horizon_table(runs, tokens, answers), "results.csv")
     steps = sorted({one.step for run in runs for one in run.read.readings})
     curves = {step: horizons.curves_at(runs, tokens, step) for step in steps}
     best = pd.concat([pd.DataFrame(), *(horizons.bests(found, step) for step, found in curves.items())])
@@ -120,7 +119,7 @@ def report(
         tables.print_text(f"{len(runs)} runs are in {folder.path}; --regime gives the law beside the exponents")
         return
     found = pd.concat(
-        [horizons.exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
+        [horizons.horizon_exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
     )
     if found.empty:
         tables.print_text(f"{len(runs)} runs are in {folder.path}; no two of their best rates can be compared yet")

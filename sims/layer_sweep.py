@@ -1,6 +1,5 @@
 """The sweep on real layers (``sims.variance_sweep --layer-data``): data fixed, adapters drawn."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pandas as pd
 from rora_theory import digests
 from rora_theory.devices import describe, pick
 from rora_theory.measure import layer_data, layer_grid
+from rora_theory.rules import USUAL_RANKS
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.stats.moments import agreement
@@ -19,22 +19,19 @@ from sims.common.cells import run_table
 
 NAME = "variance_sweep_layers"
 
-LOW, HIGH = 8, 128
-"""Most users choose among these ranks: the exponent that they would see is fitted over the sweep's between them."""
-
 
 def run(path: Path, grid: StepGrid, *, out: Path | None = None) -> None:
     """Run the sweep on the layers of an .npz, or go on with it."""
     started = time.monotonic()
-    layers = layer_data.read(path)
+    layers = layer_data.read_layers(path)
     identity = {"layer_data": digests.of_file(path)} | flat(grid)
     extra = {"units": layer_grid.UNITS, "device": describe(pick(1)), "layer_data": path.name}
     folder = RunFolder.open(NAME, identity, out=out, seed=grid.seed, extra=extra)
-    cells, crossings = layer_grid.cells(grid, layers), layer_grid.crossings(grid, layers)
+    cells, crossings = layer_grid.layer_cells(grid, layers), layer_grid.crossings(grid, layers)
     folder.write_frame(crossings, layer_grid.CROSSINGS)
 
     def work(cell: layer_grid.LayerCell, _: Path) -> list[dict[str, Any]]:
-        return layer_grid.rows(grid, layers, cell)
+        return layer_grid.layer_rows(grid, layers, cell)
 
     results = run_table(cells, work, folder, layer_grid.COLUMNS, title="real layers")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
@@ -49,30 +46,20 @@ def report(results: pd.DataFrame, crossings: pd.DataFrame) -> None:
         f"rms of w, {len(results)} figures: measured/law within {found.largest_gap:.2%}, "
         f"largest |z| {found.largest_score:.2f}, rms z {found.rms_score:.2f}\n"
     )
-    slopes = layer_grid.exponents(results, low=LOW, high=HIGH)
+    slopes = layer_grid.layer_exponents(results, low=USUAL_RANKS[0], high=USUAL_RANKS[1])
+    quartiles = "{crossing_rank:.1f} ({lower_quartile:.1f}-{upper_quartile:.1f})".format_map
     where = crossings.set_index(["layer", "split", "optimizer"])
     for split, optimizer in crossings[["split", "optimizer"]].drop_duplicates().itertuples(index=False):
         own = slopes[(slopes["split"] == split) & (slopes["optimizer"] == optimizer)]
         for init, group in own.groupby("init", sort=False):
+            lines = []
+            for layer, fits in group.groupby("layer", sort=False):
+                at = quartiles(where.T[layer, split, optimizer])
+                lines.append([layer.removeprefix("model.layers."), at, *map(tables.slope, fits.to_dict("records"))])
             tables.print_table(
                 f"{optimizer}, A {init}, {split} tokens: r* (quartiles over tokens), and the exponent of the rms of w "
                 f"in the rank, r = {group['low'].iloc[0]}..{group['high'].iloc[0]}, under each rule: measured ± s.e. "
                 "(law)",
                 ["layer", "r*", *dict.fromkeys(group["rule"])],
-                [
-                    [
-                        layer.removeprefix("model.layers."),
-                        _rank(where.T[layer, split, optimizer]),
-                        *map(_slope, fits.to_dict("records")),
-                    ]
-                    for layer, fits in group.groupby("layer", sort=False)
-                ],
+                lines,
             )
-
-
-def _rank(row: Any) -> str:
-    return f"{row['crossing_rank']:.1f} ({row['lower_quartile']:.1f}-{row['upper_quartile']:.1f})"
-
-
-def _slope(fit: Any) -> str:
-    return "" if math.isnan(fit["slope"]) else tables.slope(fit)

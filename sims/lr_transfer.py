@@ -44,22 +44,24 @@ class Config:
     """which of its models, where it has several"""
     matrix_loss: trained_runs.Loss = "validation"
     """its held-out loss on all tokens (validation), or on the answers alone (answer)"""
-    out: Path | None = None
-    """run folder; none is results/lr_transfer/ID"""
+    out: cli.Out = None
 
 
 def run(config: Config) -> None:
     """Train or read, find the best rates, compare, print."""
     started = time.monotonic()
     if config.matrix is not None:
-        runs = trained_runs.read(config.matrix, model=config.matrix_model, loss=config.matrix_loss)
+        runs = trained_runs.read_runs(config.matrix, model=config.matrix_model, loss=config.matrix_loss)
         curves = run_curves.curves_of_runs(runs)
-        identity = {"matrix": trained_runs.digest(runs), "loss": config.matrix_loss, "model": config.matrix_model}
+        identity = {"matrix": trained_runs.runs_digest(runs), "loss": config.matrix_loss, "model": config.matrix_model}
         folder = RunFolder.open(NAME, identity, out=config.out, extra={"units": UNITS, "source": config.matrix.name})
-        folder.write_frame(run_curves.table(runs))
+        folder.write_frame(run_curves.rate_loss_table(runs))
         compared = run_curves.compare_by_records(curves, runs)
     else:
-        folder, losses = train(config)
+        grid, extra = config.grid, {"units": UNITS, "device": devices.describe(devices.pick(1)), "judge": config.judge}
+        folder = RunFolder.open(NAME, asdict(grid), out=config.out, seed=grid.seed, extra=extra)
+        cells = list(rate_grid.rate_cells(grid))
+        losses = run_table(cells, lambda cell, _: rate_grid.cell_rows(grid, cell), folder, COLUMNS, title="rates")
         curves = rate_grid.curves_of_losses(losses, config.judge)
         compared = compare_rules(curves)
     found, slopes = best_rates(curves), rate_slopes(curves)
@@ -69,16 +71,6 @@ def run(config: Config) -> None:
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(found, slopes, compared)
     tables.print_text(f"{len(curves)} curves in {time.monotonic() - started:.1f} s, written to {folder.path}")
-
-
-def train(config: Config) -> tuple[RunFolder, pd.DataFrame]:
-    """The run folder, and the losses of every cell, trained or read from an earlier part of the run."""
-    places = devices.pick(1)
-    extra = {"units": UNITS, "device": devices.describe(places), "judge": config.judge}
-    grid = config.grid
-    folder = RunFolder.open(NAME, asdict(grid), out=config.out, seed=grid.seed, extra=extra)
-    cells = list(rate_grid.cells(grid))
-    return folder, run_table(cells, lambda cell, _: rate_grid.cell_rows(grid, cell), folder, COLUMNS, title="rates")
 
 
 def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparison]) -> None:

@@ -8,8 +8,7 @@ Perplexity before and after is that of text that was not calibrated on. Nothing 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rora_theory import digests
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
     from rora_theory.llama.pruning import Shape
 
 NAME, MODEL = "prune", "model"
-UNITS = {
-    "influence": "mean over tokens of 1 - cosine between the residual stream before and after the layer",
-    "heads": "indices of the key/value heads kept",
-    "heads_kept_score": "share of the layer's squared score in the heads kept",
-    "features_kept_score": "share of the layer's squared score in the feed-forward features kept",
-}
 
 
 @dataclass(frozen=True)
@@ -65,11 +58,9 @@ class Config:
     """seed of the choice of pieces"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the weights, read and written"""
-    out: Path | None = None
-    """run folder; none is results/prune/RUN_ID"""
+    out: cli.Out = None
 
     def __post_init__(self) -> None:
-        """Raise `InputError` where a setting is out of range; what depends on the model is checked with it."""
         if not self.text:
             raise InputError("text is empty; accepted are .txt files or training records")
         check_integers(self, windows=1, held_out=1, seq=2, batch_size=1, layers=1, kv_heads=1, width=1)
@@ -87,7 +78,9 @@ def run(config: Config) -> None:
     texts = text_windows.read_texts(config.text, config.reading)
     model = load(config.model, config.dtype, config.revision)
     cli.tell(model.remarks)
-    shape = pruning.plan(model.config, config.share, layers=config.layers, kv_heads=config.kv_heads, width=config.width)
+    shape = pruning.plan_shape(
+        model.config, config.share, layers=config.layers, kv_heads=config.kv_heads, width=config.width
+    )
     longest = model.config.max_position_embeddings
     if config.seq > longest:
         raise InputError(f"seq is {config.seq}; accepted is at most {longest}, the model's max_position_embeddings")
@@ -97,23 +90,20 @@ def run(config: Config) -> None:
     for name in ("out", "batch_size", "revision", "reading"):
         del identity[name]
     folder = RunFolder.open(
-        NAME, identity, out=config.out, seed=config.seed, extra={"units": UNITS}, models=[model.origin]
+        NAME, identity, out=config.out, seed=config.seed, extra={"units": pruning.UNITS}, models=[model.origin]
     )
     if not (folder.holds(MODEL) and folder.holds("results.csv")):
         folder.clear(MODEL)
-        statistics = pruning.calibrate(model.params, batches(windows, config.batch_size), model.config)
-        scores = pruning.score(model.params, statistics, model.config)
-        kept = pruning.choose(scores, shape)
-        params, pruned = pruning.prune(model.params, model.config, kept)
-        counts = [count_parameters(one) for one in (model.config, pruned)]
-        models = ((model.params, model.config), (params, pruned))
+        pruned, kept = pruning.pruned_model(model, batches(windows, config.batch_size), shape)
+        models = [(one.params, one.config) for one in (model, pruned)]
+        counts = [count_parameters(shape_of) for _, shape_of in models]
         measured = {
             f"perplexity_{name}": [perplexity(*one, text, batch_size=config.batch_size) for one in models]
             for name, text in (("held_out", held_out), ("calibration", windows))
         }
-        folder.write_frame(pruning.table(scores, kept))
+        folder.write_frame(kept)
         folder.update(shape=shape._asdict(), parameters=counts, share=counts[1] / counts[0], **measured)
-        save_model(folder.path / MODEL, replace(model, params=params, config=pruned))
+        save_model(folder.path / MODEL, pruned)
         folder.record(MODEL)
     folder.finish()
     show(folder, model.config, shape)

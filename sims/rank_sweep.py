@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 from tyro.conf import Fixed
 
 from rora_theory import llama
@@ -26,20 +25,22 @@ from rora_theory.data import sources
 from rora_theory.data.prompts import Template
 from rora_theory.data.records import DataConfig
 from rora_theory.data.tasks import TASKS
+from rora_theory.errors import FailedError
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype, Method
 from rora_theory.rules import check_integers
+from rora_theory.runs.cells import ERROR, FOLDERS
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import finished, key_of, read_manifest
+from rora_theory.runs.reading import finished, key_of
 from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
-from rora_theory.sweep.cells import SweepCell, cells_of, check_cells, identity, stand_ins
+from rora_theory.sweep.cells import SweepCell, cells_of, check_cells, stand_ins, sweep_identity
 from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import cli, prompts, tables
-from sims.common.cells import ERROR, FOLDERS, run_cells
+from sims.common.cells import run_cells
 
 NAME = "rank_sweep"
 
@@ -153,7 +154,7 @@ def run(config: Config) -> None:
     first = make(stage=0)
     located = {name: llama.locate(name, revision) for name in design.models}
     models = check_cells(first, located)
-    shared = identity(design, training, records, located, revision=revision)
+    shared = sweep_identity(design, training, records, located, revision=revision)
     path = config.out or Path("results") / NAME / key_of(shared | {"evaluation": evaluation})[:12]
     if config.list:
         show(config.design, path, first)
@@ -170,30 +171,20 @@ def run(config: Config) -> None:
     try:
         work(config, folder, bench, first)
         if design.tuned and len(design.seeds) > 1:
-            best = results.marked_rates(table(path, known(path, first)))
-            for words in results.chosen(best):
+            best = results.marked_rates(results.read_results(path, stand_ins(first, path)))
+            for words in results.rates_in_words(best):
                 print(words, flush=True)
             work(config, folder, bench, make(stage=1, best=best))
-    except cli.FailedError as error:
+    except FailedError as error:
         failed = error
-    rows = table(path)
-    folder.write_frame(differences.table(differences.method_differences(rows, path / FOLDERS)), "differences.csv")
+    rows = results.read_results(path)
+    folder.write_frame(
+        differences.difference_table(differences.method_differences(rows, path / FOLDERS)), "differences.csv"
+    )
     if failed is not None:
         raise failed
     folder.finish()
     print(f"{path}: {len(rows)} cells done; results.csv, differences.csv", flush=True)
-
-
-def known(path: Path, cells: Sequence[SweepCell]) -> list[SweepCell]:
-    """The cells as the folder has them: scored, where they were scored already."""
-    done, evaluation = finished(path), (read_manifest(path, ("config",)) or {"config": {}})["config"].get("evaluation")
-    return stand_ins(cells, evaluation, lambda cell: key_of(cell) in done)
-
-
-def table(path: Path, cells: Sequence[SweepCell] | None = None) -> pd.DataFrame:
-    """`results.csv` of all finished cells in the folder, or of some of its cells."""
-    keys = None if cells is None else {key_of(cell) for cell in cells}
-    return results.table(one for one in finished(path).values() if keys is None or one.key in keys)
 
 
 def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell]) -> None:
@@ -204,21 +195,21 @@ def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Sw
         return bench.run(cell, own, save_adapter=config.save_adapters)
 
     def write(_: Sequence[Any]) -> None:
-        folder.write_frame(table(folder.path))
+        folder.write_frame(results.read_results(folder.path))
 
-    run_cells(known(folder.path, cells), do, folder, words=results.said, write=write)
+    run_cells(stand_ins(cells, folder.path), do, folder, words=results.result_in_words, write=write)
 
 
 def show(design: str, path: Path, cells: Sequence[SweepCell]) -> None:
     """Print the cells with their state."""
     rows, done = [], finished(path)
-    for cell in known(path, cells):
+    for cell in stand_ins(cells, path):
         key = key_of(cell)
         state = "done" if key in done else "failed" if (path / FOLDERS / key / ERROR).exists() else "new"
-        figures = [cell.rank, cell.alpha, cell.gamma, cell.learning_rate, cell.seed]
-        rows.append([cell.model, cell.method, key, *("" if one is None else f"{one:.6g}" for one in figures), state])
-    columns = ("model", "method", "key", "rank", "alpha", "gamma", "learning rate", "seed", "state")
-    tables.print_table(f"{design}: {len(cells)} cells in {path}", columns, rows, left=3)
+        rows.append(vars(cell) | {"key": key, "state": state})
+    forms = {name.replace("_", " "): f"{{{name}}}" for name in ("model", "method", "key")}
+    forms |= {name.replace("_", " "): f"{{{name}:.6g}}" for name in ("rank", "alpha", "gamma", "learning_rate", "seed")}
+    tables.print_records(f"{design}: {len(cells)} cells in {path}", rows, forms | {"state": "{state}"}, left=3)
 
 
 main = cli.command(Config, run, __doc__)

@@ -37,6 +37,7 @@ from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regime_tables import JudgeConfig
 from rora_theory.measure.regimes import RegimeCell
 from rora_theory.measure.tokens import SINK
+from rora_theory.rules import USUAL_RANKS
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import finished, flat, key_of
 from rora_theory.scaling import check_integer
@@ -44,8 +45,6 @@ from sims.common import cli, prompts, tables
 from sims.common.cells import run_cells
 
 NAME = "regime"
-LOW, HIGH = 8, 128
-"""Most users choose among these ranks: the flat kappa is told between them."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ class Config:
     batches: PairConfig = field(default_factory=PairConfig)
     measured: RegimeConfig = field(default_factory=RegimeConfig)
     judged: JudgeConfig = field(default_factory=JudgeConfig)
-    out: Path | None = None
-    """run folder; none is results/regime/RUN_ID"""
+    out: cli.Out = None
 
     def __post_init__(self) -> None:
         if not self.targets or len(set(self.targets)) < len(self.targets):
@@ -91,10 +89,10 @@ def run(config: Config) -> None:
     if config.adapter is not None:
         model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
-    modules = regimes.chosen(model.config, targets, config.layers)
+    modules = regimes.chosen_modules(model.config, targets, config.layers)
     pair = record_batches.pair(config.batches, **read.texts(), seed=seed)
     if config.measured.mask:
-        unseen.check(pair.heldout, [pair.train])
+        unseen.check_unseen(pair.heldout, [pair.train])
     identity = flat(config.batches) | flat(config.measured) | read.identity
     identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")}
     if read.template != "train":
@@ -109,7 +107,7 @@ def run(config: Config) -> None:
     cells = [RegimeCell(index) for index in modules]
     done = finished(folder.path)
     if any(key_of(cell) not in done for cell in cells):
-        recorded = regimes.read(model.params, model.config, pair.train, pair.heldout, regimes.kinds(modules))
+        recorded = regimes.record_modules(model.params, model.config, pair.train, pair.heldout, regimes.kinds(modules))
         folder.update(training_loss=recorded.train.loss, heldout_loss=recorded.heldout.loss)
 
     def assemble(parts: list[Any]) -> Regime:
@@ -141,13 +139,14 @@ def run(config: Config) -> None:
 
 def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None) -> None:
     """Print crossing ranks and takeover by type and depth, and the judge's verdict."""
+    low, high = USUAL_RANKS
     init, ranks = config.inits[0], [f"r* {what} {split}" for split in SPLITS for what in ("pooled", "median")]
     for optimizer in config.optimizers:
-        table = regime_tables.crossings_by_depth(found.crossings, found.tokens, optimizer, init, low=LOW, high=HIGH)
+        table = regime_tables.crossings_by_depth(found.crossings, found.tokens, optimizer, init, low=low, high=high)
         tables.print_table(
             f"{optimizer}, A {init}: crossing rank r* of all tokens together (pooled) and of a token (median and "
             f"quartiles over tokens), medians over layers; kappa: the exponent whose first step is as large at rank "
-            f"{HIGH} as at {LOW}, range over layers; left out: held-out tokens of a module that begin as the training "
+            f"{high} as at {low}, range over layers; left out: held-out tokens of a module that begin as the training "
             f"batch does + sinks (input above {SINK:g} times the median norm), of all",
             ["module", "layers", *ranks, *(f"kappa {split}" for split in SPLITS), "left out"],
             _by_place(table, _crossings),

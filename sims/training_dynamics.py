@@ -34,8 +34,7 @@ class Config:
     """What to train. Lists are separated by spaces."""
 
     grid: TrainingGrid = field(default_factory=TrainingGrid)
-    out: Path | None = None
-    """run folder; by default results/training_dynamics/ID with ID from the arguments"""
+    out: cli.Out = None
 
 
 def run(config: Config) -> None:
@@ -43,16 +42,16 @@ def run(config: Config) -> None:
     started, grid = time.monotonic(), config.grid
     extra = {"units": training_grid.UNITS, "device": devices.describe(devices.pick(1))}
     folder = RunFolder.open(NAME, flat(grid), out=config.out, seed=grid.seed, extra=extra)
-    cells = training_grid.cells(grid)
+    cells = training_grid.training_cells(grid)
 
     def work(cell: TrainingCell, _: Path) -> list[dict[str, Any]]:
-        return training_grid.rows(grid, cell)
+        return training_grid.training_rows(grid, cell)
 
     seeds = run_table(cells, work, folder, training_grid.COLUMNS, title="training dynamics", name="seeds.csv")
-    folder.write_frame(exponents.summarise(seeds))
-    found = exponents.fits(seeds)
+    folder.write_frame(exponents.summarise_seeds(seeds))
+    found = exponents.exponent_fits(seeds)
     folder.write_frame(found[list(FIT_COLUMNS)], "exponents.csv")
-    answered = training_grid.answers(grid, found)
+    answered = training_grid.grid_answers(grid, found)
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(grid, seeds, found, answered)

@@ -133,7 +133,9 @@ def advise(config: Config) -> tuple[Advice, str | list[str], str]:
     if config.regime not in REGIMES:
         from rora_theory.measure import regime_run  # and with it pandas, which takes as long as all the rest
 
-        run = regime_run.read(Path(config.regime), optimizer=old.optimizer, init=old.init, split=config.split)
+        run = regime_run.read_regime_run(
+            Path(config.regime), optimizer=old.optimizer, init=old.init, split=config.split
+        )
         regime, targets, thin = run.terms_of(asked), asked or run.kinds, run.gaps(asked)
     to: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
     planned: dict[str, Any] = {"steps": config.steps, "takeover": config.takeover, "p_in": config.p_in}

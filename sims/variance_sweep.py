@@ -35,8 +35,7 @@ class Config:
     """What to sweep. Lists are separated by spaces."""
 
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
-    out: Path | None = None
-    """run folder; by default results/variance_sweep/ID with ID from the arguments"""
+    out: cli.Out = None
     devices: int | None = None
     """devices to use; by default all accelerators, or one host device a core. Does not change the results"""
     layer_data: Path | None = None
@@ -57,11 +56,15 @@ def run(config: Config) -> None:
     places = devices.pick(config.devices)
     extra = {"units": simulation.UNITS, "device": devices.describe(places)}
     folder = RunFolder.open(NAME, flat(simulated), out=config.out, seed=simulated.grid.seed, extra=extra)
-    cells = simulation.cells(simulated)
+    cells = simulation.simulation_cells(simulated)
 
     def work(cell: SimulationCell, _: Path) -> dict[str, Any]:
-        sums = simulation.draw(simulated, cell, places)
-        return {"rows": simulation.rows(simulated, cell, sums), "direct": cell.rule is not None, "sums": sums.to_json()}
+        sums = simulation.draw_cell(simulated, cell, places)
+        return {
+            "rows": simulation.simulation_rows(simulated, cell, sums),
+            "direct": cell.rule is not None,
+            "sums": sums.to_json(),
+        }
 
     def write(values: list[Any]) -> None:
         for name, direct in (("results.csv", False), ("direct_check.csv", True)):
@@ -79,7 +82,7 @@ def run(config: Config) -> None:
 
 def frame_of(values: list[Any], *, direct: bool = False) -> pd.DataFrame:
     """The table of finished cells: those of the grid, or of the direct check."""
-    return simulation.table(row for one in values if one["direct"] == direct for row in one["rows"])
+    return simulation.simulation_table(row for one in values if one["direct"] == direct for row in one["rows"])
 
 
 def report(
@@ -105,7 +108,7 @@ def report(
                 "estimate / Eq. 9": "{of_paper:.4g}",
             },
         )
-    slopes = simulation.exponents(results)
+    slopes = simulation.simulated_exponents(results)
     for (optimizer, init), group in slopes.groupby(["optimizer", "init"], sort=False):
         ranges = group[["low", "high"]].drop_duplicates()
         tables.print_table(
@@ -124,7 +127,7 @@ def report(
         ["Eq.", "verdict", "claim; where it holds; figures"],
         [
             [v.equation, v.status, "\n".join(filter(None, (v.claim, v.where, v.evidence)))]
-            for v in sorted(judged, key=verdicts.place)
+            for v in sorted(judged, key=verdicts.order_in_paper)
         ],
         left=3,
     )

@@ -84,8 +84,8 @@ TAKEN |= {("rules", "-1"): "kappa", ("to_rule", "-1"): "kappa"}
 
 
 def nameless(command: str) -> set[str]:
-    """What the command takes without an option's name; ``--adapter`` has one in sims.evaluate."""
-    own = NAMELESS if command != "sims.evaluate" else ()
+    """What the command takes without an option's name; ``--adapter`` has one but in sims.portable."""
+    own = NAMELESS if command not in ("sims.evaluate", "sims.regime") else ()
     return {name for name, _ in fields_of(command) if name in own}
 
 

@@ -113,7 +113,7 @@ class LoraConfig:
                 weight = params["layers"][target.module]["weight"]
                 magnitude = jax.lax.map(lambda w: jnp.linalg.norm(w.astype(jnp.float32), axis=1), weight)
                 tensors[target.module]["lora_magnitude_vector"] = magnitude
-        return assemble(self, targets, tensors)
+        return assemble_lora(self, targets, tensors)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "scaling"], meta_fields=["config", "targets"])
@@ -205,7 +205,7 @@ class LoraAdapter:
         return _rows(self.config, self.targets)
 
 
-def assemble(config: LoraConfig, targets: Sequence[Target], tensors: dict[str, dict[str, Any]]) -> LoraAdapter:
+def assemble_lora(config: LoraConfig, targets: Sequence[Target], tensors: dict[str, dict[str, Any]]) -> LoraAdapter:
     """The adapter with these padded tensors, its scaling from `scaling_factor`."""
     scaling = {
         target.module: jnp.asarray(

@@ -24,7 +24,7 @@ from rora_theory import digests
 from rora_theory.adapters import card, peft_baselines, peft_config
 from rora_theory.adapters.base import Params
 from rora_theory.adapters.bottleneck import BottleneckAdapter
-from rora_theory.adapters.lora import LoraAdapter, LoraConfig, assemble
+from rora_theory.adapters.lora import LoraAdapter, LoraConfig, assemble_lora
 from rora_theory.adapters.portable import portable as portable_form
 from rora_theory.adapters.prefix import PrefixAdapter
 from rora_theory.adapters.targets import Target, full_name
@@ -85,7 +85,7 @@ def save_peft(
     if isinstance(adapter, LoraAdapter):
         config, tensors = peft_config.to_peft(adapter.config, adapter.targets, base), _tensors(adapter)
     else:
-        config, tensors = peft_baselines.to_peft(adapter, base), peft_baselines.tensors(adapter)
+        config, tensors = peft_baselines.baseline_to_peft(adapter, base), peft_baselines.tensors(adapter)
     metadata = {"format": "pt"}
     if isinstance(base_model, Located):
         config["revision"], metadata["base_model_sha256"] = base_model.commit, base_model.sha256
@@ -105,7 +105,7 @@ def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[s
       InputError: as `load_peft`, but for what depends on the model, and as `save_peft`.
     """
     path, weights = Path(source) / CONFIG, Path(source) / WEIGHTS
-    config, tensors = portable_form(path, peft_config.load(path), _read_tensors(weights))
+    config, tensors = portable_form(path, peft_config.read_entries(path), _read_tensors(weights))
     with safetensors.safe_open(weights, framework="numpy") as file:
         metadata = file.metadata() or {"format": "pt"}
     _write(Path(folder), config, tensors, metadata, card.text(config, config.get("base_model_name_or_path")))
@@ -168,17 +168,17 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder; accepted is one with {CONFIG} and {WEIGHTS}")
-    path, values = folder / CONFIG, peft_config.load(folder / CONFIG)
+    path, values = folder / CONFIG, peft_config.read_entries(folder / CONFIG)
     kind = values["peft_type"]
     if kind in peft_baselines.READ:
-        baseline = peft_baselines.read(path, values, llama_config)
+        baseline = peft_baselines.read_baseline(path, values, llama_config)
         found = _read_tensors(folder / WEIGHTS)
         _check(folder / WEIGHTS, found, peft_baselines.shapes(baseline, llama_config), llama_config.num_hidden_layers)
-        return peft_baselines.assemble(baseline, found, llama_config)
+        return peft_baselines.assemble_baseline(baseline, found, llama_config)
     if kind != peft_config.LORA:
         accepted = ", ".join(map(repr, (peft_config.LORA, *peft_baselines.READ)))
         raise InputError(f"{path}: peft_type is {kind!r}; accepted is {accepted}")
-    config, targets = peft_config.read(path, values, llama_config)
+    config, targets = peft_config.lora_config_of(path, values, llama_config)
     found = _read_tensors(folder / WEIGHTS)
     shapes = {target.module: _module_shape(target.module, llama_config, params) for target in targets}
     _check(folder / WEIGHTS, found, _expected(config, targets, shapes), llama_config.num_hidden_layers)
@@ -190,7 +190,7 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
                 tensor = found[_tensor_name(layer, target.module, name)]
                 stack[layer][tuple(slice(size) for size in tensor.shape)] = tensor
         tensors[target.module] = {name: jnp.asarray(stack) for name, stack in stacks.items()}
-    return assemble(config, targets, tensors)
+    return assemble_lora(config, targets, tensors)
 
 
 def digest(folder: str | os.PathLike[str]) -> str:

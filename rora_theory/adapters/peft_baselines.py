@@ -71,7 +71,7 @@ READ: dict[str, Entries] = {PREFIX: _PREFIX, **dict.fromkeys(PLACEMENTS, _BOTTLE
 """Entries of each ``peft_type``."""
 
 
-def to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any]:
+def baseline_to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any]:
     """The configuration file's entries."""
     shared = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM"}
     if isinstance(adapter, PrefixAdapter):
@@ -116,7 +116,7 @@ def tensors(adapter: Baseline) -> dict[str, np.ndarray]:
     }
 
 
-def read(path: Path, values: Mapping[str, Any], llama_config: LlamaConfig) -> BaselineConfig:
+def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConfig) -> BaselineConfig:
     """The configuration in a file's entries.
 
     Raises:
@@ -160,7 +160,7 @@ def shapes(config: BaselineConfig, llama_config: LlamaConfig) -> dict[str, tuple
     }
 
 
-def assemble(config: BaselineConfig, found: Mapping[str, np.ndarray], llama_config: LlamaConfig) -> Baseline:
+def assemble_baseline(config: BaselineConfig, found: Mapping[str, np.ndarray], llama_config: LlamaConfig) -> Baseline:
     """The adapter with these tensors, whose shapes are those of `shapes`."""
     if isinstance(config, PrefixConfig):
         count, tokens, heads, width = config.shape(llama_config)

@@ -146,7 +146,7 @@ def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | Non
     }
 
 
-def load(path: Path) -> Mapping[str, Any]:
+def read_entries(path: Path) -> Mapping[str, Any]:
     """The entries of a configuration file.
 
     Raises:
@@ -164,7 +164,7 @@ def load(path: Path) -> Mapping[str, Any]:
 
 
 def checked(path: Path, values: Mapping[str, Any], read: Entries) -> dict[str, Any]:
-    """The entries in ``read``, with PEFT's defaults where the file has none.
+    """The entries in ``lora_config_of``, with PEFT's defaults where the file has none.
 
     Raises:
       InputError: an entry that is wrong, or another that asks for what this package does not compute.
@@ -184,7 +184,9 @@ def checked(path: Path, values: Mapping[str, Any], read: Entries) -> dict[str, A
     return entries
 
 
-def read(path: Path, values: Mapping[str, Any], llama_config: LlamaConfig) -> tuple[LoraConfig, tuple[Target, ...]]:
+def lora_config_of(
+    path: Path, values: Mapping[str, Any], llama_config: LlamaConfig
+) -> tuple[LoraConfig, tuple[Target, ...]]:
     """LoRA's configuration in a file's entries, resolved for a model.
 
     Raises:

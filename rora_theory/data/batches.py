@@ -152,7 +152,7 @@ def tokenize(
     """
     template = texts.default_template(records) if template is None else template
     if template == "chat":
-        chat = chats.of(tokenizer) if chat is None else chat
+        chat = chats.chat_template_of(tokenizer) if chat is None else chat
     if answer_only and any(isinstance(record, Text) for record in records):
         raise InputError("loss_on is answer, and a text has no prompt and answer; accepted is loss_on all")
     written = [texts.write(record, template, chat) for record in records]

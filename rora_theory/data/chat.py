@@ -61,7 +61,7 @@ def digest_of(source: str) -> str:
     return digests.of_json([source])
 
 
-def of(tokenizer: Any, name: str | None = None, now: datetime | None = None) -> "ChatTemplate":
+def chat_template_of(tokenizer: Any, name: str | None = None, now: datetime | None = None) -> "ChatTemplate":
     """The chat template that is named, or the tokenizer's own, with the tokenizer's special tokens.
 
     Args:

@@ -81,7 +81,7 @@ class Chat:
 AnyRecord = Record | Text | Chat
 
 
-def digest(records: Sequence[AnyRecord]) -> str:
+def records_digest(records: Sequence[AnyRecord]) -> str:
     """SHA-256 of what records hold, wherever they were read from."""
     return digests.of_json([_held(one) if isinstance(one, Chat) else one for one in records])
 

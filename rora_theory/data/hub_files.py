@@ -85,7 +85,7 @@ def locate_split(part: Part) -> list[Path]:
     if not part.place.startswith(HUB):
         root = Path(part.place)
         names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
-        return [root / name for name in choose(names, part, _read_card(root / CARD) if CARD in names else {})]
+        return [root / name for name in choose_files(names, part, _read_card(root / CARD) if CARD in names else {})]
     repository, _, revision = part.place.removeprefix(HUB).partition("@")
     names, commit = _listing(repository, revision or None, part.place)
     accepted = "a data set the hub or its cache has"
@@ -97,12 +97,12 @@ def locate_split(part: Part) -> list[Path]:
     if not revision and not any(name.endswith(SUFFIXES) for name in names):
         revision, card = CONVERTED, {}
         names, commit = _listing(repository, revision, part.place)
-    found = choose(names, part, card)
+    found = choose_files(names, part, card)
     get(found[0], revision or None)  # by its name, so that the cache knows the branch where the hub can't be asked
     return [get(name, commit) for name in found]
 
 
-def choose(names: Sequence[str], part: Part, card: Mapping[str, Any]) -> list[str]:
+def choose_files(names: Sequence[str], part: Part, card: Mapping[str, Any]) -> list[str]:
     """The files of a split.
 
     Args:

@@ -21,9 +21,9 @@ from rora_theory.data.formats import (
     Item,
     Record,
     TrainTemplate,
-    digest,
     fitting,
     kind_of,
+    records_digest,
 )
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer
@@ -31,7 +31,7 @@ from rora_theory.scaling import check_integer
 if TYPE_CHECKING:  # it needs Jinja, which records do not
     from rora_theory.data.chat import ChatTemplate
 
-__all__ = ["AnyRecord", "DataConfig", "FormatConfig", "Record", "RecordSet", "digest", "read", "read_records"]
+__all__ = ["AnyRecord", "DataConfig", "FormatConfig", "Record", "RecordSet", "read", "read_records", "records_digest"]
 
 ACCEPTED = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
 
@@ -115,8 +115,8 @@ class RecordSet:
 
     @cached_property
     def sha256(self) -> str:
-        """`formats.digest` of all."""
-        return digest(self.records)
+        """`formats.records_digest` of all."""
+        return records_digest(self.records)
 
     def template(self, asked: str | None) -> TrainTemplate:
         """The template that is asked for, or the formats' own.
@@ -142,7 +142,7 @@ class RecordSet:
             return None
         from rora_theory.data import chat as chats
 
-        return chats.of(tokenizer, self.config.chat_template, self.config.now)
+        return chats.chat_template_of(tokenizer, self.config.chat_template, self.config.now)
 
     def identity(self, chat: "ChatTemplate | None") -> dict[str, str]:
         """What a run that reads the records is known by, beside the template's name: they, and the chat template."""

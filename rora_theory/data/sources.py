@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rora_theory import digests
 from rora_theory.data.hub_files import HUB, fetch
-from rora_theory.data.tasks import TASKS, Task, TaskRecord, read, task_named
+from rora_theory.data.tasks import TASKS, Task, TaskRecord, read_task, task_named
 from rora_theory.errors import InputError
 
 VARIABLE = "RORA_COMMONSENSE_DIR"
@@ -23,7 +23,7 @@ def read_tasks(
     """The test records of several tasks, and the SHA-256 of each task's file.
 
     Args:
-      data: as `locate`; None is what `VARIABLE` names.
+      data: as `locate_task`; None is what `VARIABLE` names.
       keys: of `TASKS`.
       limit: only the first so many of each.
       otherwise: what is accepted where no data are named, for the error.
@@ -38,12 +38,12 @@ def read_tasks(
     data = data or os.environ.get(VARIABLE)
     if not data:
         raise InputError(f"--data-dir is not given and {VARIABLE} not set; accepted is {otherwise}")
-    files = {key: locate(data, TASKS[key]) for key in keys}
-    records = {key: read(file, TASKS[key])[:limit] for key, file in files.items()}
+    files = {key: locate_task(data, TASKS[key]) for key in keys}
+    records = {key: read_task(file, TASKS[key])[:limit] for key, file in files.items()}
     return records, {key: digests.of_file(file) for key, file in files.items()}
 
 
-def locate(data: str | Path, task: Task, split: str = "test") -> Path:
+def locate_task(data: str | Path, task: Task, split: str = "test") -> Path:
     """The file ``TASK/SPLIT.json`` of a folder, or of a hub dataset (fetched, or taken from the hub's cache).
 
     Raises:

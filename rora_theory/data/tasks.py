@@ -153,7 +153,7 @@ def parse(task: Task, instruction: str) -> tuple[str, tuple[str, ...]]:
     return question, choices
 
 
-def read(path: Path, task: Task) -> list[TaskRecord]:
+def read_task(path: Path, task: Task) -> list[TaskRecord]:
     """All records of a task's file, in its order.
 
     Raises:

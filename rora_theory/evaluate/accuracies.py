@@ -8,7 +8,7 @@ speak of drawing other items, not of training again.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from rora_theory.data.tasks import TASKS, TaskRecord, chance, majority
 from rora_theory.errors import InputError
@@ -40,6 +40,11 @@ class TaskAccuracy:
     unparsed: float
     chance: float
     majority: float
+
+
+RESULT_COLUMNS = ("protocol", "template", *(field.name for field in fields(TaskAccuracy)))
+RESULT_UNITS = "accuracies are shares of 1; error is one standard error"
+"""Of a run's `results.csv`."""
 
 
 def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list[TaskAccuracy]:

@@ -60,7 +60,7 @@ def log_likelihoods(
         if not skip.issuperset(block.items)
     ]
     if shared and blocks:
-        adapter = shared_prompt.read(params, contexts[0][:shared], config, adapter)
+        adapter = shared_prompt.read_prompt(params, contexts[0][:shared], config, adapter)
     for start in range(0, len(blocks), batch_size):
         group = blocks[start : start + batch_size]
         scores = [_score(params, adapter, block, config, chunk) for block in group]

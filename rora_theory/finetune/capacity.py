@@ -7,19 +7,22 @@ at rank 128 and 16 x 256 tokens where this says 30.0, and with rematerialisation
 a layer's elementwise work a little less than is taken here.
 """
 
+import itertools
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from jax.typing import DTypeLike
 
 from rora_theory import adapters
-from rora_theory.adapters.lora import assemble
+from rora_theory.adapters.lora import assemble_lora
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune import step as steps
@@ -29,6 +32,8 @@ from rora_theory.finetune.loss import LOGITS_BYTES
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.model import abstract_params, init_params
 from rora_theory.llama.weights import read_config
+
+GB = 1e9
 
 MODELS = {
     "llama-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
@@ -180,6 +185,15 @@ class Account:
         """Whether the device has the memory, its `RESERVE` left out."""
         return self.total <= device.memory - RESERVE
 
+    def verdict(self, device: Device) -> str:
+        """Whether it fits, in words, with what helps where it does not and what JAX must be told where it does."""
+        memory = f"{self.total / GB:.1f} GB of {(device.memory - RESERVE) / GB:.1f} GB"
+        if not self.fits(device):
+            return f"does not fit ({memory}); --remat True, a smaller --batch-size or more --accumulation takes less"
+        fraction = self.memory_fraction(device)
+        need = f"; needs XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} or more" if fraction else ""
+        return f"fits ({memory}){need}"
+
     def memory_fraction(self, device: Device) -> float | None:
         """The XLA_PYTHON_CLIENT_MEM_FRACTION that the run needs; None where JAX's own share is enough."""
         share = self.total / device.memory
@@ -217,7 +231,7 @@ def abstract_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int)
     base = abstract_params(llama_config, jnp.dtype(config.dtype))
     key = jax.eval_shape(lambda: jax.random.key(0))
     adapter = abstract_adapter(llama_config, config)
-    optimizer = steps.optimizer(config, 1)
+    optimizer = steps.finetune_optimizer(config, 1)
     state = jax.eval_shape(
         lambda params, k: steps.init_state(adapters.replace(adapter, params), optimizer, k), adapter.params, key
     )
@@ -236,7 +250,7 @@ def account(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
     rows = config.batch_size // config.accumulation
     row = 4 * llama_config.vocab_size * rows
     return Account(
-        parameters=count(step.base),
+        parameters=count_elements(step.base),
         trainable=adapters.count(abstract_adapter(llama_config, config)),
         tokens=config.batch_size * width,
         flops=traced_cost.flops(traced.jaxpr),
@@ -250,6 +264,26 @@ def account(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
         working=held.working,
         logits=min(row * width, max(row, LOGITS_BYTES // row * row)),
     )
+
+
+def fit_table(
+    models: Sequence[str], config: FinetuneConfig, device: Device, *, width: int = 256, utilisation: float = 0.4
+) -> pd.DataFrame:
+    """Whether a run of several of `MODELS` fits on a device, without rematerialisation and with it.
+
+    Returns:
+      ``model``, ``remat``; ``trained`` in per cent of all parameters; ``base``, ``state`` (what is trained, and Adam's
+      moments of it), ``activations`` and ``total`` in GB; ``fits``; ``seconds`` a step.
+    """
+    rows = []
+    for name, remat in itertools.product(models, (False, True)):
+        found = account(MODELS[name], replace(config, remat=remat), width)
+        sizes = {"base": found.base, "state": found.adapter + found.optimizer, "activations": found.activations}
+        row = {"model": name, "remat": remat, "trained": 100 * found.trainable / found.parameters}
+        row |= {part: size / GB for part, size in (sizes | {"total": found.total}).items()}
+        seconds = found.seconds(device, config.dtype, utilisation)
+        rows.append(row | {"fits": found.fits(device), "seconds": seconds})
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
@@ -289,7 +323,7 @@ class MeasuredStep:
     seconds: float
 
 
-def measure(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> MeasuredStep:
+def measure_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> MeasuredStep:
     """Run two steps on the default device, on random weights and tokens, and see what they take.
 
     On a GPU the allocator's own peak. On a CPU what the process's resident memory grew by in the first step, and the
@@ -303,7 +337,7 @@ def measure(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
     device = jax.devices()[0]
     base = jax.jit(init_params, static_argnums=(1, 2))(jax.random.key(0), llama_config, jnp.dtype(config.dtype))
     adapter = adapters.init(jax.random.key(1), config.adapter(), llama_config, base)
-    state = steps.init_state(adapter, steps.optimizer(config, 1), jax.random.key(2))
+    state = steps.init_state(adapter, steps.finetune_optimizer(config, 1), jax.random.key(2))
     del adapter
     random = np.random.default_rng(0)
     tokens = random.integers(0, llama_config.vocab_size, (config.batch_size, width + 1)).astype(np.int32)
@@ -328,11 +362,11 @@ def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:
     base = abstract_params(llama_config, jnp.dtype(config.dtype))
     shapes = jax.eval_shape(lambda k, b: adapters.init(k, config.adapter(), llama_config, b), key, base)
     if isinstance(shapes, adapters.LoraAdapter):
-        return assemble(shapes.config, shapes.targets, shapes.params)
+        return assemble_lora(shapes.config, shapes.targets, shapes.params)
     return shapes
 
 
-def count(tree: Any) -> int:
+def count_elements(tree: Any) -> int:
     """Number of elements in a tree of arrays, abstract or not."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 

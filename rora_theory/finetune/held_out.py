@@ -70,7 +70,10 @@ def record_losses(
         tokens = np.asarray(examples[0][: shared + 1][None], np.int32)
         whole = (tokens[:, :-1], tokens[:, 1:], np.array([shared], np.int32), np.zeros((1, shared), np.int32), None)
         first = float(_losses(params, adapter, *whole, llama_config=llama_config)[0, 0])
-        follower, start = shared_prompt.read(params, tokens[0, :-1].tolist(), llama_config, adapter), np.int32(shared)
+        follower, start = (
+            shared_prompt.read_prompt(params, tokens[0, :-1].tolist(), llama_config, adapter),
+            np.int32(shared),
+        )
     rest = sizes - shared
     plan = plan_epoch(rest, choose_widths(rest, widths), batch_size, seed=None, epoch=0)
     sums = []

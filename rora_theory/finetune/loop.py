@@ -125,7 +125,7 @@ class Trainer:
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation
         key = jax.random.key(config.seed)
-        self._state = steps.init_state(adapter, steps.optimizer(config, self.steps), key)
+        self._state = steps.init_state(adapter, steps.finetune_optimizer(config, self.steps), key)
         # Committed to its device, as a restored state is: a run that goes on compiles nothing else.
         self._state = jax.tree.map(lambda a: jax.device_put(a, a.sharding), self._state)
         self._place: Callable[[Batch], Batch] = lambda batch: batch

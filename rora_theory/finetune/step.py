@@ -67,7 +67,9 @@ def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = No
     return optax.join_schedules([rise, rest], [config.warmup]) if config.warmup else rest
 
 
-def optimizer(config: FinetuneConfig, steps: int, peak: float | Array | None = None) -> optax.GradientTransformation:
+def finetune_optimizer(
+    config: FinetuneConfig, steps: int, peak: float | Array | None = None
+) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW with decoupled weight decay, on `schedule`."""
     rate = schedule(config, steps, peak)
     return optax.chain(
@@ -208,7 +210,7 @@ def _step(
         state: State, base: Params, batch: Batch, adapter: TrainableAdapter, peak: Array | None
     ) -> tuple[State, StepMetrics]:
         loss, grads, total = gradient(state, base, adapter, batch)
-        transformation, rate = optimizer(config, steps, peak), schedule(config, steps, peak)
+        transformation, rate = finetune_optimizer(config, steps, peak), schedule(config, steps, peak)
         # Optax leans on type promotion; this package's own code passes under the strict rules too.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = transformation.update(grads, state.optimizer, state.params)

@@ -3,12 +3,11 @@ change nothing, or refused by name."""
 
 import dataclasses
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 
 MODULES = (
     "self_attn.q_proj",
@@ -509,12 +508,3 @@ def _positive(name: str, value: Any, kind: type) -> None:
         what = "an integer of 1 or more" if kind is int else "a finite number above 0"
         limit = f", up to {most}" if _is_number(value) and value > most else ""
         raise InputError(f"{name} is {shown(value)}; accepted is {what}{limit}")
-
-
-def shown(value: Any) -> str:
-    """A found value as a message shows it: on one line, cut where it is long or deep."""
-    return _SHOWN.repr(value)
-
-
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = 80

@@ -47,10 +47,18 @@ from rora_theory.llama.model import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from rora_theory.llama.loading import Model
+
 COLUMNS = ("layer", "influence", "kept", "heads", "heads_kept_score", "features_kept_score")
-"""Of `table`."""
+"""Of `pruning_table`."""
+UNITS = {
+    "influence": "mean over tokens of 1 - cosine between the residual stream before and after the layer",
+    "heads": "indices of the key/value heads kept",
+    "heads_kept_score": "share of the layer's squared score in the heads kept",
+    "features_kept_score": "share of the layer's squared score in the feed-forward features kept",
+}
 MULTIPLE = 8
-"""The feed-forward width that `plan` chooses is a multiple of this, as matrix units like it."""
+"""The feed-forward width that `plan_shape` chooses is a multiple of this, as matrix units like it."""
 TINY = 1e-30
 
 
@@ -95,7 +103,7 @@ class Kept(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="config")
-def measure(params: Params, tokens: Int[Array, "b s"], config: LlamaConfig) -> Statistics:
+def batch_statistics(params: Params, tokens: Int[Array, "b s"], config: LlamaConfig) -> Statistics:
     """Sums over the tokens of a batch of whole sequences; those of several batches add up."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     cos, sin = rope.angles(config, positions)
@@ -125,15 +133,15 @@ def measure(params: Params, tokens: Int[Array, "b s"], config: LlamaConfig) -> S
 
 
 def calibrate(params: Params, batches: Iterable[Int[np.ndarray, "b s"]], config: LlamaConfig) -> Statistics:
-    """`measure` of several batches, summed in float64."""
+    """`batch_statistics` of several batches, summed in float64."""
     sums: list[Any] = [0.0, 0.0, 0.0, 0.0]
     for tokens in batches:
-        found = measure(params, tokens, config)
+        found = batch_statistics(params, tokens, config)
         sums = [total + np.asarray(one, np.float64) for total, one in zip(sums, found, strict=True)]
     return Statistics(*sums)
 
 
-def score(params: Params, statistics: Statistics, config: LlamaConfig) -> Scores:
+def part_scores(params: Params, statistics: Statistics, config: LlamaConfig) -> Scores:
     """The contribution of every part (module docstring)."""
 
     def columns(module: str, squares: Any) -> np.ndarray:
@@ -148,7 +156,7 @@ def score(params: Params, statistics: Statistics, config: LlamaConfig) -> Scores
     return Scores(np.maximum(influence, 0.0), np.sqrt(heads), np.sqrt(features))
 
 
-def plan(
+def plan_shape(
     config: LlamaConfig,
     share: float,
     *,
@@ -192,7 +200,7 @@ def plan(
     return Shape(layers, kv_heads, width)
 
 
-def choose(scores: Scores, shape: Shape) -> Kept:
+def choose_parts(scores: Scores, shape: Shape) -> Kept:
     """The parts that contribute most; between equals the earlier."""
     layers = _best(scores.layers, shape.layers)
     heads = np.stack([_best(scores.heads[layer], shape.kv_heads) for layer in layers])
@@ -250,6 +258,17 @@ def prune(params: Params, config: LlamaConfig, kept: Kept) -> tuple[Params, Llam
     return {**params, "layers": layers}, pruned_config(config, shape, full)
 
 
+def pruned_model(
+    model: "Model", batches: Iterable[Int[np.ndarray, "b s"]], shape: Shape
+) -> "tuple[Model, pd.DataFrame]":
+    """A model's parts that contribute most to some batches of text, as a model, and the `pruning_table` of them."""
+    statistics = calibrate(model.params, batches, model.config)
+    scores = part_scores(model.params, statistics, model.config)
+    kept = choose_parts(scores, shape)
+    params, config = prune(model.params, model.config, kept)
+    return replace(model, params=params, config=config), pruning_table(scores, kept)
+
+
 def _count(tree: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
@@ -267,7 +286,7 @@ def _widths(most: int) -> list[int]:
     return [*range(MULTIPLE, most, MULTIPLE), most]
 
 
-def table(scores: Scores, kept: Kept) -> "pd.DataFrame":
+def pruning_table(scores: Scores, kept: Kept) -> "pd.DataFrame":
     """A row for each layer of the original: its influence, and what was kept of it.
 
     ``heads`` are indices; ``heads_kept_score`` and ``features_kept_score`` are shares of the layer's squared score.

@@ -64,7 +64,7 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def read(params: Params, tokens: Sequence[int], config: LlamaConfig, adapter: Adapter | None) -> Continuation:
+def read_prompt(params: Params, tokens: Sequence[int], config: LlamaConfig, adapter: Adapter | None) -> Continuation:
     """The continuation of a beginning of one token or more."""
     key, value = _read(params, jnp.asarray([tokens], jnp.int32), adapter, config=config)
     return Continuation(adapter, key, value)

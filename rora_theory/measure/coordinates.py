@@ -29,10 +29,9 @@ from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
-from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Split, Table
+from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Split
 from rora_theory.optimizers import OptimizerName
 from rora_theory.rules import check_steps
-from rora_theory.seeds import check_seed
 from rora_theory.toy import dynamics, nested
 
 Params = dict[str, Any]
@@ -141,41 +140,6 @@ class Checker:
         before, size = self._known[digest], jnp.float32(rank)
         found = _read(adapter, self.params, batch, before, self._correlation, size, llama_config=self.llama_config)
         return found if split == "train" else {name: found[name] for name in found if name != "delta"}
-
-
-def check(
-    checker: Checker,
-    settings: Sequence[Setting],
-    batch_of: Callable[[int, int], Batch],
-    held_out: Callable[[int], Batch],
-    *,
-    seeds: int,
-    steps: Sequence[int],
-    seed: int = 0,
-) -> Table:
-    """Run every setting and seed.
-
-    Args:
-      checker: the model.
-      settings: one a rank, ranks ascending.
-      batch_of: of a seed's number and a step.
-      held_out: of a seed's number.
-      seeds: how many.
-      steps: updates after which to read.
-      seed: of the adapters; all ranks of a seed share theirs.
-    """
-    ranks = tuple(setting.rank for setting in settings)
-    if list(ranks) != sorted(set(ranks)) or len(ranks) < 2:
-        raise InputError(f"ranks are {' '.join(map(str, ranks))}; accepted are two or more, ascending")
-    values: dict[Coordinate, np.ndarray] = {}
-    check_seed(seed)
-    for number in range(seeds):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        for column, setting in enumerate(settings):
-            run = checker.run(setting, key, partial(batch_of, number), held_out(number), steps=steps)
-            for coordinate, value in run:
-                values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[number, column] = value
-    return Table(ranks, values)
 
 
 @partial(jax.jit, static_argnames=("optimizer", "llama_config"), donate_argnames=("adapter", "state"))

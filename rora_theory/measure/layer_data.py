@@ -39,7 +39,7 @@ class Layer:
     inputs: dict[str, Float[np.ndarray, "tokens p_in"]]
 
 
-def read(path: Path) -> list[Layer]:
+def read_layers(path: Path) -> list[Layer]:
     """Read layers from an .npz with arrays ``NAME/grad``, ``NAME/x_train`` and ``NAME/x_heldout``, sorted by name.
 
     Raises:

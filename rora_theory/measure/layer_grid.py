@@ -1,8 +1,8 @@
 """The first steps of a grid of adapters in real layers, their data held fixed: measured, and by the law.
 
-grid, layers = StepGrid(ranks=(8, 32)), layer_data.read("layers.npz")
+grid, layers = StepGrid(ranks=(8, 32)), layer_data.read_layers("layers.npz")
 crossings(grid, layers)
-table([row for cell in cells(grid, layers) for row in rows(grid, layers, cell)])
+layer_table([row for cell in layer_cells(grid, layers) for row in layer_rows(grid, layers, cell)])
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory import frames
+from rora_theory.draws import stream_key
 from rora_theory.inits import Init
 from rora_theory.measure import layer_rms
 from rora_theory.measure.layer_data import SPLITS, Layer
@@ -48,21 +49,21 @@ class LayerCell:
         return f"{self.layer}, r = {self.rank}"
 
 
-def cells(grid: StepGrid, layers: Sequence[Layer]) -> list[LayerCell]:
+def layer_cells(grid: StepGrid, layers: Sequence[Layer]) -> list[LayerCell]:
     """Every stream, in the order of the table."""
     inits: tuple[Init, ...] = grid.inits or ("kaiming_uniform",)
     return [LayerCell(layer.name, init, rank) for layer in layers for init in inits for rank in grid.ranks]
 
 
-def rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list[dict[str, Any]]:
+def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list[dict[str, Any]]:
     """Rms of w of each optimizer, rule and split, drawn to the asked precision, beside the law's."""
     (layer,) = (layer for layer in layers if layer.name == cell.layer)
     rules = {name_of(rule): (exponent(rule), gamma) for rule, gamma in grid.scalings(cell.rank)}
     named = [(optimizer, rule) for optimizer in grid.optimizers for rule in rules]
     steps = [(optimizer, rules[rule][1]) for optimizer, rule in named]
-    figures, draws = layer_rms.measured(
+    figures, draws = layer_rms.measured_rms(
         layer,
-        layer_rms.stream_key(grid.seed, f"{cell.layer} {cell.init} {cell.rank}"),
+        stream_key(grid.seed, f"{cell.layer} {cell.init} {cell.rank}"),
         rank=cell.rank,
         steps=steps,
         learning_rate=grid.lr,
@@ -73,7 +74,7 @@ def rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list[dict[
     exact = [
         value
         for step in steps
-        for value in layer_rms.exact(layer, step, rank=cell.rank, learning_rate=grid.lr, init=cell.init)
+        for value in layer_rms.exact_rms(layer, step, rank=cell.rank, learning_rate=grid.lr, init=cell.init)
     ]
     p_out, p_in = layer.grad.shape
     found: list[dict[str, Any]] = []
@@ -105,8 +106,8 @@ def rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list[dict[
     return found
 
 
-def table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of some `rows`."""
+def layer_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame of some `layer_rows`."""
     return frames.of(found, COLUMNS)
 
 
@@ -121,7 +122,7 @@ def crossings(grid: StepGrid, layers: Sequence[Layer]) -> pd.DataFrame:
     )
 
 
-def exponents(results: pd.DataFrame, *, low: int, high: int) -> pd.DataFrame:
+def layer_exponents(results: pd.DataFrame, *, low: int, high: int) -> pd.DataFrame:
     """Log-log slopes of the rms against the rank, over the ranks from ``low`` to ``high``.
 
     Returns:

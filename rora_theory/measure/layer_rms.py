@@ -1,6 +1,5 @@
 """The rms of a first step in a real layer, its data held fixed: measured from drawn adapters, and by the law."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -29,12 +28,6 @@ _LEAST_DRAWS = 64
 
 Step = tuple[laws.Optimizer, float]
 """Optimizer and scaling gamma."""
-
-
-def stream_key(seed: int, name: str) -> PRNGKeyArray:
-    """The key of the stream of adapters with this name."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], "little"))
 
 
 def mean_squares(
@@ -124,7 +117,7 @@ def _mean_square(step: first_step.Increment, x: Float[Array, "tokens p_in"]) -> 
     return step.scaling**2 * grams / (tokens * p_out)
 
 
-def measured(
+def measured_rms(
     layer: Layer,
     key: PRNGKeyArray,
     *,
@@ -161,7 +154,7 @@ def measured(
     return [root(total.mean) for total in moments], moments[0].count
 
 
-def exact(
+def exact_rms(
     layer: Layer, step: Step, *, rank: int, learning_rate: float, init: Init, epsilon: float = EPSILON
 ) -> list[float]:
     """The law's rms of w for each of `SPLITS`."""

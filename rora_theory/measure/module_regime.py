@@ -202,7 +202,7 @@ class Regime:
         return {CROSSINGS: self.crossings, "results.csv": self.results, TAKEOVER: self.takeover, TOKENS: self.tokens}
 
 
-def measure(
+def measure_module(
     config: RegimeConfig,
     layer: Layer,
     index: int,

@@ -146,14 +146,14 @@ def cases(config: CheckConfig) -> Iterator[Case]:
             yield Case(first, max(config.rules, key=exponent), "gaussian", True)
 
 
-def cells(config: CheckConfig) -> list[CoordinateCell]:
+def coordinate_cells(config: CheckConfig) -> list[CoordinateCell]:
     """Every adapter, in the order of the table."""
     return [
         CoordinateCell(case, seed, rank) for case in cases(config) for seed in config.seeds for rank in config.ranks
     ]
 
 
-def rows(
+def coordinate_rows(
     config: CheckConfig, checker: Checker, cell: CoordinateCell, batch_of: Callable[[int], Batch], held_out: Batch
 ) -> list[dict[str, Any]]:
     """The sizes that one adapter shows, as rows of a table.
@@ -181,17 +181,17 @@ def rows(
     return [frame | coordinate._asdict() | {"value": float(f"{value:.6g}")} for coordinate, value in run]
 
 
-def table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of some `rows`."""
+def size_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame of some `coordinate_rows`."""
     return frames.of(found, COLUMNS)
 
 
-def fits(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
+def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
     """Slope of every coordinate but the loss, and of the modules' outputs together (their logarithms' mean).
 
     Args:
       config: of the check.
-      sizes: of `table`, every cell's.
+      sizes: of `size_table`, every cell's.
     """
     found: list[dict[str, Any]] = []
     ranks = tuple(sorted(config.ranks))
@@ -221,7 +221,7 @@ def of_case(found: pd.DataFrame, case: Case) -> pd.DataFrame:
 
 
 def verdicts(config: CheckConfig, found: pd.DataFrame) -> pd.DataFrame:
-    """What the slopes of `fits` say of each case: of the whole model, and of the modules' own outputs.
+    """What the slopes of `coordinate_slopes` say of each case: of the whole model, and of the modules' own outputs.
 
     Returns:
       a row a case; ``flat SPLIT STEP`` counts the modules whose output is flat, ``kappa_flat`` is of the final hidden
@@ -259,7 +259,7 @@ class CoordinateCheck:
 
     Attributes:
       sizes: a row a case, rank, seed, step, split, module and quantity, see `coordinate_table.Coordinate`.
-      slopes: a row a case, step, split, module and quantity, with the slope's error and verdict, see `fits`.
+      slopes: a row a case, step, split, module and quantity, with error and verdict, see `coordinate_slopes`.
       verdicts: a row a case, see `verdicts`.
     """
 
@@ -291,10 +291,12 @@ def coordinate_check(
     config = config or CheckConfig()
     batches = [train] if isinstance(train, Batch) else list(train)
     checker = Checker(model.params, model.config, width=max(config.ranks), target_modules=target_modules)
-    sizes = table(
-        row for cell in cells(config) for row in rows(config, checker, cell, partial(_in_turn, batches), held_out)
+    sizes = size_table(
+        row
+        for cell in coordinate_cells(config)
+        for row in coordinate_rows(config, checker, cell, partial(_in_turn, batches), held_out)
     )
-    found = fits(config, sizes)
+    found = coordinate_slopes(config, sizes)
     judged = verdicts(config, found)
     thin.warn((sizes, found, judged), thin.of_ranks(config.ranks))
     return CoordinateCheck(sizes, found, judged)

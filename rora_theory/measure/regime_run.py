@@ -18,7 +18,7 @@ from rora_theory.optimizers import FAMILY, OptimizerName
 
 @dataclass(frozen=True)
 class RegimeRun:
-    """What a run says of one optimizer, law of A and split, see `read`.
+    """What a run says of one optimizer, law of A and split, see `read_regime_run`.
 
     Attributes:
       folder: of the run.
@@ -76,7 +76,9 @@ class RegimeRun:
         return " ".join(said)
 
 
-def read(folder: Path, *, optimizer: OptimizerName, init: Init, split: Literal["train", "heldout"]) -> RegimeRun:
+def read_regime_run(
+    folder: Path, *, optimizer: OptimizerName, init: Init, split: Literal["train", "heldout"]
+) -> RegimeRun:
     """The linear terms of a run.
 
     Args:

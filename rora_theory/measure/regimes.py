@@ -19,8 +19,8 @@ from rora_theory.llama import MODULES, LlamaConfig, Model
 from rora_theory.measure import drawn_steps, thin, unseen
 from rora_theory.measure.layer_data import Layer
 from rora_theory.measure.model_layers import Recording, real_tokens, record
-from rora_theory.measure.module_regime import LayerRegime, ModuleRegime, Regime, RegimeConfig, measure
-from rora_theory.measure.tokens import choose
+from rora_theory.measure.module_regime import LayerRegime, ModuleRegime, Regime, RegimeConfig, measure_module
+from rora_theory.measure.tokens import choose_tokens
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RegimeCell:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A model's modules at two batches, see `read`.
+    """A model's modules at two batches, see `record_modules`.
 
     Attributes:
       train, heldout: inputs, and of the training batch output gradients too.
@@ -57,7 +57,7 @@ class Recorded:
             layer, tokens = self._layer(config, index, module)
             stepped = drawn_steps.measured(config, layer) if config.rows else {}
             lora_A = partial(drawn_steps.takeover_rows, config, layer)
-            own: ModuleRegime = measure(config, layer, index, lora_A, stepped)
+            own: ModuleRegime = measure_module(config, layer, index, lora_A, stepped)
             for table, rows in zip(found, (*own, tokens), strict=True):
                 table += rows
         return found
@@ -67,7 +67,7 @@ class Recorded:
         inputs, tokens = {}, []
         for split, recording in (("train", self.train), ("heldout", self.heldout)):
             every = recording.inputs[module][index]
-            found = choose(
+            found = choose_tokens(
                 np.linalg.norm(every.astype(np.float64), axis=1),
                 self.seen if config.mask and split == "heldout" else None,
                 count=config.tokens,
@@ -79,7 +79,9 @@ class Recorded:
         return Layer(name, self.train.gradient(module, index), inputs), tokens
 
 
-def read(params: dict[str, Any], config: LlamaConfig, train: Batch, heldout: Batch, modules: Sequence[str]) -> Recorded:
+def record_modules(
+    params: dict[str, Any], config: LlamaConfig, train: Batch, heldout: Batch, modules: Sequence[str]
+) -> Recorded:
     """Run both batches through a model.
 
     Args:
@@ -98,7 +100,7 @@ def read(params: dict[str, Any], config: LlamaConfig, train: Batch, heldout: Bat
     )
 
 
-def chosen(
+def chosen_modules(
     config: LlamaConfig, target_modules: Sequence[str] | str = PAPER_TARGETS, layers: Sequence[int] | None = None
 ) -> dict[int, list[str]]:
     """The modules of every layer that PEFT's ``target_modules`` name.
@@ -141,8 +143,8 @@ def regime(
     Raises:
       InputError: a module or layer that the model does not have, a loss that is not finite, no held-out token left.
     """
-    modules = chosen(model.config, target_modules, layers)
-    recorded = read(model.params, model.config, train, heldout, kinds(modules))
+    modules = chosen_modules(model.config, target_modules, layers)
+    recorded = record_modules(model.params, model.config, train, heldout, kinds(modules))
     parts = [recorded.measure(config or RegimeConfig(), index, own) for index, own in modules.items()]
     found = Regime.of(parts, recorded.train.loss, recorded.heldout.loss)
     thin.warn(found.files().values(), thin.of_regime(found.crossings, model.config.num_hidden_layers))

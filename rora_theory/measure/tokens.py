@@ -59,7 +59,7 @@ def sample(count: int, seed: int, masked: Bool[np.ndarray, " all"]) -> Int[np.nd
     return np.sort(order[~masked[order]][:count])
 
 
-def choose(
+def choose_tokens(
     norms: Float[np.ndarray, " tokens"],
     seen: Bool[np.ndarray, " tokens"] | None,
     *,

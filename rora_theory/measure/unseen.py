@@ -17,7 +17,7 @@ def seen(batch: Batch, trained: Sequence[Batch]) -> Bool[np.ndarray, "B S"]:
     return beginnings(np.asarray(batch.inputs), rows)
 
 
-def check(batch: Batch, trained: Sequence[Batch]) -> None:
+def check_unseen(batch: Batch, trained: Sequence[Batch]) -> None:
     """Raise `InputError` where every token of ``batch`` is, so far, the beginning of a trained row."""
     real, known = real_tokens(batch), seen(batch, trained)
     if not (real & ~known).any():

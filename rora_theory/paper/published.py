@@ -67,7 +67,7 @@ class Claim:
     printed: float
 
 
-def rows(source: str | None = None) -> list[PublishedRow]:
+def published_rows(source: str | None = None) -> list[PublishedRow]:
     """Every `PublishedRow`, or those of one source; sources in order of publication but the paper's first."""
     found = [
         PublishedRow(

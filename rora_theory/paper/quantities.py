@@ -50,7 +50,7 @@ def printed(setting: RandomStep) -> dict[Quantity, float] | dict[Quantity, None]
     return figures
 
 
-def estimate(sums: Sums, quantity: Quantity, *, step: float = 1.0) -> Estimate:
+def quantity_estimate(sums: Sums, quantity: Quantity, *, step: float = 1.0) -> Estimate:
     """One simulated figure, for w = ``step`` times the simulated one: its scaling's power and its rate."""
     found = {
         "mean": (sums.first.mean, 1),

@@ -5,8 +5,8 @@ One stream of draws serves all rules: w carries gamma^2 (SGD) or gamma (Adam) as
 checks by simulating each rule by itself on part of the grid.
 
     config = SimulationConfig(StepGrid(ranks=(1, 4, 16)), p_in=64)
-    sums = {cell: draw(config, cell) for cell in cells(config)}
-    table([row for cell in sums for row in rows(config, cell, sums[cell])])
+    sums = {cell: draw_cell(config, cell) for cell in simulation_cells(config)}
+    simulation_table([row for cell in sums for row in simulation_rows(config, cell, sums[cell])])
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,7 +97,7 @@ class SimulationCell:
         return f"{self.setting.optimizer}, overlap {self.setting.overlap:g}, r = {self.setting.rank}{alone}"
 
 
-def cells(config: SimulationConfig) -> list[SimulationCell]:
+def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
     """Every stream: of the grid, in the order of the table, then of the direct check."""
     grid = config.grid
     units = [
@@ -118,19 +118,21 @@ def cells(config: SimulationConfig) -> list[SimulationCell]:
     ]
 
 
-def draw(config: SimulationConfig, cell: SimulationCell, devices: Sequence[jax.Device] | None = None) -> sampling.Sums:
+def draw_cell(
+    config: SimulationConfig, cell: SimulationCell, devices: Sequence[jax.Device] | None = None
+) -> sampling.Sums:
     """The sums of a cell's draws; ``devices`` change no bit of them, see `sampling.stream`."""
     return sampling.estimate(
         cell.setting,
         cell.sampler,
-        sampling.stream_key(config.grid.seed, cell.setting, cell.sampler),
+        sampling.setting_key(config.grid.seed, cell.setting, cell.sampler),
         relative_error=config.grid.relative_error or RELATIVE_ERROR,
         draws=config.grid.draws if cell.rule is None else CHECK_DRAWS,
         devices=devices,
     )
 
 
-def rows(config: SimulationConfig, cell: SimulationCell, sums: sampling.Sums) -> list[dict[str, Any]]:
+def simulation_rows(config: SimulationConfig, cell: SimulationCell, sums: sampling.Sums) -> list[dict[str, Any]]:
     """What a cell's draws say of each rule that they serve, beside the law and the paper: a row a quantity."""
     grid, unit = config.grid, cell.setting
     served = list(grid.scalings(unit.rank)) if cell.rule is None else [(cell.rule, unit.scaling)]
@@ -140,7 +142,7 @@ def rows(config: SimulationConfig, cell: SimulationCell, sums: sampling.Sums) ->
         step = grid.lr * gamma ** laws.scaling_power(unit.optimizer) if cell.rule is None else 1.0
         exact, printed = quantities.exact(setting), quantities.printed(setting)
         for quantity in quantities.QUANTITIES:
-            simulated = quantities.estimate(sums, quantity, step=step)
+            simulated = quantities.quantity_estimate(sums, quantity, step=step)
             found.append(
                 {
                     "optimizer": unit.optimizer,
@@ -165,8 +167,8 @@ def rows(config: SimulationConfig, cell: SimulationCell, sums: sampling.Sums) ->
     return found
 
 
-def table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of some `rows`; ``paper`` is NaN for Adam, which the paper's Eq. 3 excludes."""
+def simulation_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame of some `simulation_rows`; ``paper`` is NaN for Adam, which the paper's Eq. 3 excludes."""
     return frames.of(found, COLUMNS)
 
 
@@ -180,24 +182,24 @@ def judge_simulation(
     Args:
       config: of the simulation; with fewer than three ranks those of `grid.RANKS` are drawn.
       known: the sums that are there already, of settings of unit scaling and rate; what is missing is drawn.
-      devices: as `draw` takes them.
+      devices: as `draw_cell` takes them.
     """
     found = dict(known)
 
     def sample(setting: sampling.RandomStep) -> sampling.Sums:
         if setting not in found:
-            found[setting] = draw(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
+            found[setting] = draw_cell(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
         return found[setting]
 
     ranks = verdicts.enough_ranks(config.grid.ranks)
     return verdicts.judge_equations(sample, ranks=ranks, p_in=config.p_in, p_out=config.p_out)
 
 
-def exponents(results: pd.DataFrame) -> pd.DataFrame:
+def simulated_exponents(results: pd.DataFrame) -> pd.DataFrame:
     """Log-log slopes of the norm against the rank, over all ranks and over the lower and upper thirds.
 
     Args:
-      results: of `table`.
+      results: of `simulation_table`.
 
     Returns:
       a row an optimizer, init, overlap, rule and range: ``low`` and ``high`` rank, the simulated ``slope`` with its

@@ -110,7 +110,7 @@ def judge_equations(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: i
       p_in, p_out: the layer's sizes.
     """
     layer, draws = RandomLayer(), Draws(sample, tuple(ranks), p_in, p_out)
-    identities = (eq1, eq2, gradient_A, gradient_B, eq3, eq4, eq10)
+    identities = (eq1, eq2, eq_gradient_A, eq_gradient_B, eq3, eq4, eq10)
     moments = (eq5, eq6, eq7, eq8, eq9, eq11, eq12, eq13, eq14, eq15)
     return [*(one(layer) for one in identities), *(one(draws) for one in moments)]
 
@@ -120,7 +120,7 @@ def enough_ranks(ranks: Sequence[int]) -> list[int]:
     return sorted(ranks) if len(ranks) >= 3 else list(RANKS)
 
 
-def place(verdict: Verdict) -> float:
+def order_in_paper(verdict: Verdict) -> float:
     """Where a verdict stands in the order of the paper: the two gradients are above Eq. 3."""
     return {"gradient A": 2.1, "gradient B": 2.2}.get(verdict.equation) or float(verdict.equation)
 
@@ -173,13 +173,13 @@ def eq2(layer: RandomLayer) -> Verdict:
     return _identity("2", "w = gamma B A x", found, (layer.merged - layer.m0) @ layer.x, "definition")
 
 
-def gradient_A(layer: RandomLayer) -> Verdict:
+def eq_gradient_A(layer: RandomLayer) -> Verdict:
     """The first formula above Eq. 3."""
     found = equations.gradient_A(layer.delta, layer.B, layer.x, layer.gamma)
     return _identity("gradient A", "dL/dA = gamma B^T delta x^T", found, layer.grad_A, "one sample")
 
 
-def gradient_B(layer: RandomLayer) -> Verdict:
+def eq_gradient_B(layer: RandomLayer) -> Verdict:
     """The second formula above Eq. 3."""
     found = equations.gradient_B(layer.delta, layer.A, layer.x, layer.gamma)
     return _identity("gradient B", "dL/dB = gamma delta (A x)^T", found, layer.grad_B, "one sample")

@@ -1,4 +1,4 @@
-"""Run folders, ``results/NAME/RUN_ID/``: written whole, owned by one process, gone on with, and read.
+"""Run folders, ``results/NAME/RUN_ID/``: written whole, owned by one process, gone on with cell by cell, and read.
 
 Example:
   >>> import tempfile
@@ -12,7 +12,8 @@ Example:
   ('complete', True)
 """
 
+from rora_theory.runs.cells import run_cells
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import Finished, finished, read_manifest
 
-__all__ = ["Finished", "RunFolder", "finished", "read_manifest"]
+__all__ = ["Finished", "RunFolder", "finished", "read_manifest", "run_cells"]

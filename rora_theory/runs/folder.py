@@ -109,7 +109,7 @@ class RunFolder:
                 manifest = {"experiment": name, "run_id": identity, "config": later | plain, "seed": seed}
                 manifest |= {"start": lock.now(), "sessions": []}
             else:
-                if changed := software.differences((manifest["sessions"] or [here])[-1], here):
+                if changed := software.version_differences((manifest["sessions"] or [here])[-1], here):
                     logger.warning("%s goes on with %s; its manifest.json names both", path, changed)
                 manifest.pop("error", None)
                 for session in manifest["sessions"]:

@@ -109,7 +109,7 @@ def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
 
 def check_files(folder: Path, known: Any) -> None:
     """Raise `InputError` where one of a folder's files is not the one of the digests ``known``; names it."""
-    for name in seals.changed(folder, known):
+    for name in seals.changed_files(folder, known):
         raise InputError(
             f"{folder / name}: was changed since the run wrote it; accepted is the file as the run wrote it, or none: "
             "removed, it is made again by the same command"

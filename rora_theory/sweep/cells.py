@@ -1,13 +1,15 @@
 """The cells of a sweep: all that determines one fine-tuned and scored adapter, in the order of work."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from rora_theory import adapters, frames, llama
 from rora_theory.finetune import FinetuneConfig
+from rora_theory.runs.reading import finished, key_of, read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.sweep.design import BASE, METHODS, Design, rates_of
 from rora_theory.sweep.records import RecordSplit
@@ -122,18 +124,12 @@ def cells_of(
     return found
 
 
-def stand_ins(
-    cells: Sequence[SweepCell], evaluation: Mapping[str, Any] | None, done: Callable[[SweepCell], bool]
-) -> list[SweepCell]:
-    """The cells, with the scored twin of one that is not to be scored in its place where that is done already.
-
-    Args:
-      cells: which.
-      evaluation: of the folder's scored cells.
-      done: whether a cell is done.
-    """
+def stand_ins(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
+    """The cells, with the scored twin of one that is not to be scored in its place where a run folder has that."""
+    manifest = read_manifest(folder, ("config",))
+    evaluation, done = manifest and manifest["config"].get("evaluation"), finished(folder)
     twins = [cell if cell.evaluation else replace(cell, evaluation=evaluation) for cell in cells]
-    return [twin if done(twin) else cell for cell, twin in zip(cells, twins, strict=True)]
+    return [twin if key_of(twin) in done else cell for cell, twin in zip(cells, twins, strict=True)]
 
 
 def training_of(
@@ -176,7 +172,7 @@ def check_cells(cells: Sequence[SweepCell], located: Mapping[str, llama.Located]
     return {name: {"parameters": llama.count_parameters(config)} for name, config in configs.items()}
 
 
-def identity(
+def sweep_identity(
     design: Design,
     shared: FinetuneConfig,
     records: RecordSplit,

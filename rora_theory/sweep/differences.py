@@ -74,7 +74,7 @@ class Difference:
     tasks: Mapping[str, Estimate] = field(default_factory=dict)
 
 
-def table(found: Iterable[Difference]) -> pd.DataFrame:
+def difference_table(found: Iterable[Difference]) -> pd.DataFrame:
     """`differences.csv`: a row a difference, the tasks' accuracies as ``TASK`` and ``TASK_error``."""
     rows = []
     for one in found:

@@ -198,7 +198,7 @@ def read_takeovers(folder: Path) -> list[float]:
     return [float(value) for value in own["takeover"]]
 
 
-def table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_tokens: Sequence[int]) -> pd.DataFrame:
+def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_tokens: Sequence[int]) -> pd.DataFrame:
     """A row a run and reading: losses a token with their errors over records; a diverged run has one row more.
 
     Args:
@@ -296,7 +296,7 @@ def beside_full(found: Sequence[Curve], step: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
+def horizon_exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
     """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, beside the law.
 
     Args:

@@ -72,7 +72,7 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
             if isinstance(event, Stepped):
                 found.train_losses.append(event.loss)
             elif isinstance(event, Paused):
-                reading = read(bench, event.step, trainer.adapter("last").merge(model.params))
+                reading = read_held_out(bench, event.step, trainer.adapter("last").merge(model.params))
                 if not math.isfinite(math.fsum(reading.losses)):
                     return replace(found, diverged_at=event.step)
                 found.readings.append(reading)
@@ -83,7 +83,7 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
     return found
 
 
-def read(bench: Workbench, step: int, params: object) -> Reading:
+def read_held_out(bench: Workbench, step: int, params: object) -> Reading:
     """The held-out records under some weights."""
     losses: list[RecordLoss] = record_losses(params, bench.model.config, bench.held_out)
     return Reading(step, [one.loss for one in losses], [one.answer_loss for one in losses])

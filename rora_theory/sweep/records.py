@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory.data.formats import AnyRecord, digest, question
+from rora_theory.data.formats import AnyRecord, question, records_digest
 from rora_theory.data.records import DataConfig, RecordSet, read
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer
@@ -38,9 +38,9 @@ class RecordSplit:
         """Sizes and digests."""
         return {
             "train_records": len(self.train),
-            "train_sha256": digest(self.train),
+            "train_sha256": records_digest(self.train),
             "held_out": len(self.held_out),
-            "held_out_sha256": digest([record for _, _, record in self.held_out]),
+            "held_out_sha256": records_digest([record for _, _, record in self.held_out]),
         } | self.source.config.identity()
 
 

@@ -14,8 +14,9 @@ from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
-from rora_theory.runs.reading import Finished
+from rora_theory.runs.reading import Finished, finished, key_of
 from rora_theory.stats.rate_optimum import grid_gap
+from rora_theory.sweep.cells import SweepCell
 from rora_theory.sweep.design import BASE, METHODS
 
 LOSSES, ANSWERS = "losses.csv", "answers.csv"
@@ -39,7 +40,7 @@ GROUP = ["model", "method", "rank", "alpha"]
 """What a learning rate is chosen for."""
 
 
-def table(cells: Iterable[Finished]) -> pd.DataFrame:
+def results_table(cells: Iterable[Finished]) -> pd.DataFrame:
     """`results.csv`: the base first, then by method in the order of `METHODS`, rank, alpha, rate and seed.
 
     Training that was both scored and not has one line, the scored cell's.
@@ -52,6 +53,12 @@ def table(cells: Iterable[Finished]) -> pd.DataFrame:
     return marked[list(COLUMNS)]
 
 
+def read_results(folder: Path, cells: Sequence[SweepCell] | None = None) -> pd.DataFrame:
+    """`results_table` of the finished cells of a run folder, all or those among ``cells``."""
+    keys = None if cells is None else {key_of(cell) for cell in cells}
+    return results_table(one for key, one in finished(folder).items() if keys is None or key in keys)
+
+
 def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each model, method, rank and alpha the learning rate of the lowest validation loss, and a word for it.
 
@@ -59,7 +66,7 @@ def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
     seeds it was run at. A cell that diverged loses to all others.
 
     Args:
-      rows: of `table`.
+      rows: of `results_table`.
 
     Returns:
       `GROUP`, ``learning_rate`` and ``best_rate``: ``only``, ``yes`` or ``edge`` (of the rates that were compared, it
@@ -85,7 +92,7 @@ def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=columns).astype({name: rows[name].dtype for name in columns[:-2]})
 
 
-def chosen(best: pd.DataFrame) -> list[str]:
+def rates_in_words(best: pd.DataFrame) -> list[str]:
     """The best learning rates of `best_rates` in words, a line each."""
     return [
         f"{row['model']}: {row['method']}"
@@ -96,7 +103,7 @@ def chosen(best: pd.DataFrame) -> list[str]:
     ]
 
 
-def said(result: Mapping[str, Any]) -> str:
+def result_in_words(result: Mapping[str, Any]) -> str:
     """A result in words."""
     if result["status"] == "diverged":
         return f"diverged at step {result['diverged_at']}"

@@ -1,6 +1,6 @@
 """Loss against learning rate of a real model's runs: their curves, their table, and rules compared record by record.
 
-runs = trained_runs.read(folder)
+runs = trained_runs.read_runs(folder)
 found = best_rates(curves_of_runs(runs))
 """
 
@@ -47,7 +47,7 @@ def curves_of_runs(runs: Sequence[TrainedRun]) -> list[Curve]:
     return found
 
 
-def table(runs: Sequence[TrainedRun]) -> "pd.DataFrame":
+def rate_loss_table(runs: Sequence[TrainedRun]) -> "pd.DataFrame":
     """The runs, a row each, in the columns of all such tables."""
     kappas = {
         method: trained_runs.kappa_of([run for run in runs if run.method == method])

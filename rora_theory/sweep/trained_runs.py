@@ -40,7 +40,7 @@ class TrainedRun:
     tokens: np.ndarray | None
 
 
-def read(folder: Path, *, model: str | None = None, loss: Loss = "validation") -> list[TrainedRun]:
+def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validation") -> list[TrainedRun]:
     """The finished cells of one model; the base model's and unfinished ones are left out.
 
     Args:
@@ -74,7 +74,7 @@ def _check(folder: Path, within: str = "") -> None:
         raise InputError(f"{problem}; accepted is the file as sims.rank_sweep wrote it")
 
 
-def digest(runs: Sequence[TrainedRun]) -> str:
+def runs_digest(runs: Sequence[TrainedRun]) -> str:
     """Of all that was read."""
 
     def plain(values: np.ndarray | None) -> list[float] | None:

@@ -37,7 +37,7 @@ from rora_theory.sweep.records import RecordSplit
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedAdapter:
     """What became of a fine-tuning run: entries of the result, and the adapter, None if it diverged."""
 
     result: dict[str, Any]
@@ -194,7 +194,7 @@ class Workbench:
         key = jax.random.key(training.seed)
         return adapters.init(key, training.adapter(), self.model.config, self.model.params), batches
 
-    def train(self, training: FinetuneConfig, folder: Path) -> Trained:
+    def train(self, training: FinetuneConfig, folder: Path) -> TrainedAdapter:
         """Fine-tune the open model; arguments as of `run`."""
         training = replace(training, checkpoint_every=self.shared.checkpoint_every)
         adapter, batches = self.begin(training)
@@ -208,12 +208,12 @@ class Workbench:
             for event in trainer.run():
                 events.add(event)
         except NonFiniteLossError as error:
-            return Trained(result | {"status": "diverged", "diverged_at": error.step, "error": str(error)}, None)
+            return TrainedAdapter(result | {"status": "diverged", "diverged_at": error.step, "error": str(error)}, None)
         finally:
             trainer.close()
         result["compilations"] = self.steps.compilations - before
         result["train_loss"] = float(np.mean([event["loss"] for event in events.events[-10:]]))
-        return Trained(result, trainer.adapter("last"))
+        return TrainedAdapter(result, trainer.adapter("last"))
 
     def _score(self, params: Any, adapter: Any) -> list[Sample]:
         """The scored items in the order of tasks."""

@@ -14,7 +14,6 @@ The stream is cut into blocks whose size depends on the setting alone; block i d
 numbers do not depend on how many blocks a call takes, on how many devices, or on where a run was interrupted.
 """
 
-import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
-from rora_theory.draws import draw_A
+from rora_theory.draws import draw_A, stream_key
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import Moments
@@ -112,11 +111,10 @@ class Sums:
         return cls(Moments.from_json(data["first"]), Moments.from_json(data["norm2"]))
 
 
-def stream_key(seed: int, setting: RandomStep, sampler: Sampler) -> PRNGKeyArray:
-    """A key for one stream: the same in every sweep that has it, different for every other."""
+def setting_key(seed: int, setting: RandomStep, sampler: Sampler) -> PRNGKeyArray:
+    """`rora_theory.draws.stream_key` of one setting's stream."""
     values = ", ".join(f"{name}={value!r}" for name, value in vars(setting).items())
-    digest = hashlib.sha256(f"(Setting({values}), {sampler!r})".encode()).digest()  # the name that published runs have
-    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], "little"))
+    return stream_key(seed, f"(Setting({values}), {sampler!r})")  # the name that published runs have
 
 
 def best_sampler(setting: RandomStep) -> Sampler:

@@ -265,7 +265,7 @@ def trajectory(
 
     def segment(carry: tuple[Adapters, Any], length: Array) -> tuple[tuple[Adapters, Any], Measures]:
         carry = jax.lax.fori_loop(0, length, update, carry)
-        return carry, measure(carry[0], problem, scaling)
+        return carry, measure_student(carry[0], problem, scaling)
 
     lengths = jnp.asarray([end - begin for begin, end in itertools.pairwise((0, 0, *steps))], jnp.int32)
     return jax.lax.scan(segment, (adapters, transformation.init(adapters)), lengths)[1]
@@ -328,7 +328,7 @@ def final_losses(
     return jax.vmap(jax.vmap(one, in_axes=(None, None, 0)), in_axes=(0, 0, None))(adapters, problem, learning_rates)
 
 
-def measure(adapters: Adapters, problem: Problem, scaling: Float[Array, ""] | float) -> Measures:
+def measure_student(adapters: Adapters, problem: Problem, scaling: Float[Array, ""] | float) -> Measures:
     """`Measures` of one moment, without the axis of steps."""
     grads = jax.grad(loss)(adapters, problem.weights, problem.x_train, problem.target_train, scaling)
     train, held_out = (change(adapters, problem.weights, x, scaling) for x in (problem.x_train, problem.x_held_out))

@@ -13,7 +13,7 @@ from rora_theory.toy import dynamics
 from rora_theory.toy.dynamics import Adapters, Problem, ProblemConfig, Start
 
 
-def draw(
+def draw_ensemble(
     config: ProblemConfig,
     *,
     rank: int,
@@ -39,7 +39,7 @@ def draw(
     return adapters, problems
 
 
-def trajectories(
+def ensemble_trajectories(
     adapters: Adapters,
     problems: Problem,
     *,

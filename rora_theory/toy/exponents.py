@@ -32,7 +32,7 @@ SATURATED = 0.5
 """Below this share of its start, the training loss bounds the output change and no longer the step does."""
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
+def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds with their standard errors, a row a cell and step; diverged seeds are counted and left out."""
     groups: dict[tuple[Any, ...], list[dict[Any, Any]]] = {}
     for row in table.to_dict("records"):
@@ -50,7 +50,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return frames.of(found, MEAN_COLUMNS)
 
 
-def fits(table: pd.DataFrame) -> pd.DataFrame:
+def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
     """Slopes against the rank, over all ranks and over the upper half; ranks with a diverged seed are left out.
 
     Returns:
@@ -112,7 +112,7 @@ def answers(
     """What the slopes say of the claims in the literature, for every model with A random at the start.
 
     Args:
-      found: of `fits`.
+      found: of `exponent_fits`.
       models, optimizers, kappas, ranks, overlap: what was trained; A was random at the start.
       freeze_control: whether B was trained alone too.
     """

@@ -99,7 +99,7 @@ class GridCell:
         return f"{self.optimizer}, {name_of(self.rule)}, r = {self.rank}"
 
 
-def cells(grid: RateGrid) -> Iterator[GridCell]:
+def rate_cells(grid: RateGrid) -> Iterator[GridCell]:
     """All of a grid."""
     kinds: tuple[Literal["both", "B"], ...] = ("both", "B") if grid.freeze_control else ("both",)
     for optimizer in grid.optimizers:
@@ -113,7 +113,9 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
     """Losses of a cell, a row a seed and rate; not finite where the run diverged."""
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank)
-    adapters, problems = ensemble.draw(grid.problem, rank=cell.rank, seeds=grid.seeds, seed=grid.seed, init=grid.init)
+    adapters, problems = ensemble.draw_ensemble(
+        grid.problem, rank=cell.rank, seeds=grid.seeds, seed=grid.seed, init=grid.init
+    )
     rates = grid.lrs(cell.optimizer)
     loss_train, held_out = ensemble.losses_at_rates(
         adapters,
@@ -140,7 +142,7 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
 
 def losses(grid: RateGrid) -> "pd.DataFrame":
     """Losses of all cells, a row a seed and rate."""
-    return frames.of([row for cell in cells(grid) for row in cell_rows(grid, cell)], COLUMNS)
+    return frames.of([row for cell in rate_cells(grid) for row in cell_rows(grid, cell)], COLUMNS)
 
 
 def curves_of_losses(table: "pd.DataFrame", judge: JudgedLoss = "held_out") -> list[Curve]:

@@ -1,8 +1,9 @@
 """The controlled problem trained by rank, scaling rule and optimizer: what is measured after some steps.
 
 grid = TrainingGrid(ranks=(4, 64), optimizers=("sgd",), models=("linear",))
-found = exponents.fits(table([row for cell in cells(grid) for row in rows(grid, cell)]))
-answers(grid, found)
+rows = [row for cell in training_cells(grid) for row in training_rows(grid, cell)]
+found = exponents.exponent_fits(training_table(rows))
+grid_answers(grid, found)
 """
 
 from collections.abc import Iterable, Mapping
@@ -118,7 +119,7 @@ class TrainingCell:
         return f"{self.model}, {self.optimizer}, {self.start} random, r = {self.rank}"
 
 
-def cells(grid: TrainingGrid) -> list[TrainingCell]:
+def training_cells(grid: TrainingGrid) -> list[TrainingCell]:
     """All of a grid; those that share a compiled function follow each other."""
     return [
         TrainingCell(model, start, trained, optimizer, rank, rule)
@@ -131,11 +132,11 @@ def cells(grid: TrainingGrid) -> list[TrainingCell]:
     ]
 
 
-def rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]]:
+def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]]:
     """What a cell shows: a row a seed and recorded step."""
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling, lr = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank), grid.lr(cell.optimizer)
-    adapters, problems = ensemble.draw(
+    adapters, problems = ensemble.draw_ensemble(
         ProblemConfig(model=cell.model, **asdict(grid.problem)),
         rank=cell.rank,
         seeds=grid.seeds,
@@ -143,7 +144,7 @@ def rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]]:
         start=cell.start,
         init=grid.init,
     )
-    values, diverged = ensemble.trajectories(
+    values, diverged = ensemble.ensemble_trajectories(
         adapters,
         problems,
         scaling=scaling,
@@ -163,13 +164,13 @@ def rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]]:
     ]
 
 
-def table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of some `rows`."""
+def training_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame of some `training_rows`."""
     return frames.of(found, COLUMNS)
 
 
-def answers(grid: TrainingGrid, found: pd.DataFrame) -> list[Answer]:
-    """What the slopes of `exponents.fits` say of the claims in the literature, where A was random at the start."""
+def grid_answers(grid: TrainingGrid, found: pd.DataFrame) -> list[Answer]:
+    """What the slopes of `exponents.exponent_fits` say of the claims in the literature, where A began at random."""
     return exponents.answers(
         found,
         models=grid.models if "A" in grid.starts else (),

@@ -15,39 +15,32 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
+from tyro.conf import arg
 
 import sims
 from rora_theory import files, software
-from rora_theory.errors import InputError
+from rora_theory.errors import FailedError, InputError
 from rora_theory.runs import folder
+from rora_theory.runs.reading import flat
 from sims.common import options, tables
 
 Config = TypeVar("Config")
 
 SHARED: Any = (
-    (
-        "config",
-        Annotated[Path | None, tyro.conf.arg(help="a YAML file of options; the command line overrides it")],
-        None,
-    ),
-    ("version", Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="print versions and end")], False),
+    ("config", Annotated[Path | None, arg(help="a YAML file of options; the command line overrides it")], None),
+    ("version", Annotated[bool, tyro.conf.FlagCreatePairsOff, arg(help="print versions and end")], False),
 )
 """Options of every command beside its own."""
 
 FORM = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.SuppressFixed)
 """How options are named: without the names of the dataclasses that they are in."""
-Data = Annotated[
-    tuple[str, ...],
-    tyro.conf.arg(
-        help=".json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a "
-        "split, as FOLDER:train or hf://datasets/OWNER/NAME:train"
-    ),
-]
+_DATA = """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, \
+as FOLDER:train or hf://datasets/OWNER/NAME:train"""
+Data = Annotated[tuple[str, ...], arg(help=_DATA)]
 """Training records, of any command that reads them."""
-ModelName = Annotated[
-    str, tyro.conf.arg(help="a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name")
-]
-Revision = Annotated[str | None, tyro.conf.arg(help="branch, tag or commit of a model on the hub")]
+ModelName = Annotated[str, arg(help="a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name")]
+Revision = Annotated[str | None, arg(help="branch, tag or commit of a model on the hub")]
+Out = Annotated[Path | None, arg(help="run folder; none is results/COMMAND/ID with ID from the arguments")]
 
 PROGRAM: str | None = None
 """What the process was started as, for ``--help``; None is ``python -m NAME``."""
@@ -98,9 +91,11 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
     words, file = options.expand(words, known)
     try:
         found = _parse(config, words, description)
-        for option, value in _integers(found):
-            if abs(value) > LARGEST:
-                raise InputError(f"--{option} is {value}; accepted is an integer of at most {LARGEST:,}")
+        for name, value in flat(found).items():
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            if large := [one for one in several if isinstance(one, int) and abs(one) > LARGEST]:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} is {large[0]}; accepted is an integer of at most {LARGEST:,}")
         if isinstance(out := getattr(found, "out", None), Path):
             files.check_folder(out)
     except InputError as error:
@@ -149,10 +144,6 @@ def _parse(config: Any, words: Sequence[str], description: str) -> Any:
     return config(**{field.name: getattr(found, field.name) for field in dataclasses.fields(config)})
 
 
-class FailedError(Exception):
-    """Work that did not come to its end though the input was good: one line, exit status 1."""
-
-
 @contextlib.contextmanager
 def _columns(count: int) -> Iterator[None]:
     """The width that the option parser takes the terminal to have."""
@@ -184,17 +175,6 @@ def _line(box: str) -> str:
     elif form and "Perhaps you meant:" in box:
         wrong += f", perhaps {', '.join(form)}"
     return wrong if "; accepted" in wrong else f"{wrong}; accepted is what --help lists"
-
-
-def _integers(config: Any) -> Iterator[tuple[str, int]]:
-    """Every integer of a configuration, with its option."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _integers(value)
-            continue
-        several = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-        yield from ((field.name.replace("_", "-"), one) for one in several if isinstance(one, int))
 
 
 def command(config: type[Config], work: Callable[[Config], object], description: str | None) -> Callable[..., None]:

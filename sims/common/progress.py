@@ -46,6 +46,10 @@ class Bar:
     def __init__(self, progress: Progress, task: int, fields: str) -> None:
         self._progress, self._task, self._fields = progress, task, fields
 
+    def reach(self, steps: float, **values: object) -> None:
+        """Have ``steps`` behind, not fewer than before."""
+        self.advance(max(steps - self._progress.tasks[self._task].completed, 0), **values)
+
     def advance(self, steps: float = 1, **values: object) -> None:
         """Move on by ``steps``; ``values`` fill the bar's ``fields``."""
         text = {"text": self._fields.format(**values)} if values else {}

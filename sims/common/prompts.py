@@ -38,10 +38,8 @@ class Read(NamedTuple):
 
     def texts(self) -> dict[str, Any]:
         """What makes batches of them, see `rora_theory.measure.record_batches`."""
-        return {
-            "records": self.records.records, "tokenizer": self.model.tokenizer, "template": self.template,
-            "chat": self.chat,
-        }  # fmt: skip
+        texts = {"records": self.records.records, "tokenizer": self.model.tokenizer}
+        return texts | {"template": self.template, "chat": self.chat}
 
 
 def read(

@@ -82,8 +82,12 @@ def _cell(form: str, row: Mapping[str, Any]) -> str:
 
 
 def slope(row: Mapping[Any, Any]) -> str:
-    """A fitted exponent with its standard error, and the exact law's."""
-    return f"{row['slope']:+.3f} ± {row['standard_error']:.3f} ({row['exact']:+.3f})"
+    """A fitted exponent with its standard error, and the exact law's; empty where there is none."""
+    return (
+        ""
+        if row["slope"] != row["slope"]
+        else f"{row['slope']:+.3f} ± {row['standard_error']:.3f} ({row['exact']:+.3f})"
+    )
 
 
 def print_text(text: str) -> None:

@@ -28,7 +28,7 @@ from rora_theory.adapters import (
     save_peft,
 )
 from rora_theory.adapters import peft as files
-from rora_theory.adapters.lora import assemble
+from rora_theory.adapters.lora import assemble_lora
 from rora_theory.adapters.targets import deciding, full_name
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig
@@ -402,7 +402,7 @@ def test_pickles_and_missing_files_are_refused(config, folder) -> None:
 def test_the_rule_is_carried_not_typed_twice(config, golden) -> None:
     """Assembled with another rule, the same tensors get another scaling; nothing else holds one."""
     read_back = load_peft(golden.FOLDER / "lora", config)
-    other = assemble(LoraConfig(rank=4, alpha=8.0, rule="rora"), read_back.targets, read_back.params)
+    other = assemble_lora(LoraConfig(rank=4, alpha=8.0, rule="rora"), read_back.targets, read_back.params)
     for name, scaling in read_back.scaling.items():
         np.testing.assert_allclose(other.scaling[name], 2 * scaling, rtol=1e-7)  # 8/sqrt(4) against 8/4
 
@@ -466,7 +466,7 @@ def test_overlapping_patterns_keep_their_order(ranks, alphas, rule, config) -> N
     own = LoraConfig(4, 8, rule, modules, rank_pattern=ranks, alpha_pattern=alphas)
     targets = own.targets(config)
     written = json.loads(json.dumps(peft_config.to_peft(own, targets, None), sort_keys=True))
-    read_back, again = peft_config.read(Path("here"), written, config)
+    read_back, again = peft_config.lora_config_of(Path("here"), written, config)
     assert len(targets) == len(modules)
     for target, other in zip(targets, again, strict=True):
         for layer in range(3):

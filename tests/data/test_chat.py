@@ -160,14 +160,14 @@ def test_no_template_and_no_jinja_name_the_choices(tmp_path, tokenizer):
     with pytest.raises(
         InputError, match=r"has no chat template; accepted are --chat-template FILE .* --template clean"
     ):
-        chat.of(replace(tokenizer, chat_template=None))
+        chat.chat_template_of(replace(tokenizer, chat_template=None))
     path = tmp_path / "t.jinja"
     path.write_text("{% if %}")
     with pytest.raises(InputError, match=r"t\.jinja: the chat template is no Jinja"):
         chat.source_of(str(path))
     path.write_text("{{ bos_token }}{{ messages[0].content }}")
-    assert chat.of(tokenizer, str(path)).render(CHAT) == "<s>Is it <b>?"
-    assert chat.of(replace(tokenizer, chat_template=None), "chatml").source == chat.CHATML
+    assert chat.chat_template_of(tokenizer, str(path)).render(CHAT) == "<s>Is it <b>?"
+    assert chat.chat_template_of(replace(tokenizer, chat_template=None), "chatml").source == chat.CHATML
 
 
 def test_other_templates_take_one_question_and_its_answer():

@@ -7,7 +7,7 @@ import pytest
 from support.hub import serving
 
 from rora_theory.data import hub_files
-from rora_theory.data.formats import FORMATS, Chat, Record, Text, digest, question
+from rora_theory.data.formats import FORMATS, Chat, Record, Text, question, records_digest
 from rora_theory.data.hub_files import Part
 from rora_theory.data.records import DataConfig, read
 from rora_theory.errors import InputError
@@ -96,7 +96,7 @@ def test_a_prompt_of_several_turns_is_context(tmp_path):
     row = {"prompt": [*MESSAGES, {"role": "user", "content": "Sure?"}], "completion": [MESSAGES[1]], "tools": [{}]}
     (chat,) = read([write(tmp_path / "x.json", [row])]).records
     assert chat == Chat((*row["prompt"], MESSAGES[1]), ({},), context=3)
-    assert digest([chat]) != digest([Chat(chat.messages, chat.tools)])
+    assert records_digest([chat]) != records_digest([Chat(chat.messages, chat.tools)])
     with pytest.raises(InputError, match=r"record 0 has no turn of the assistant in 'completion'"):
         read([write(tmp_path / "y.json", [row | {"completion": MESSAGES[:1]}])])
     with pytest.raises(InputError, match=r"record 0 has a list as 'completion'; accepted is a string"):
@@ -198,10 +198,10 @@ def test_what_is_no_parquet_is_named(tmp_path):
 
 
 def test_digests_tell_records_and_not_places():
-    assert digest([RECORDS["alpaca"]]) == digest([Record("Ähm?", "Yes.", "")])
+    assert records_digest([RECORDS["alpaca"]]) == records_digest([Record("Ähm?", "Yes.", "")])
     one, other = Chat(tuple(MESSAGES), where="a"), Chat(tuple(MESSAGES), where="b")
-    assert (digest([one]), one) == (digest([other]), other)
-    assert digest([one]) != digest([Chat(tuple(MESSAGES), ({"name": "x"},))])
+    assert (records_digest([one]), one) == (records_digest([other]), other)
+    assert records_digest([one]) != records_digest([Chat(tuple(MESSAGES), ({"name": "x"},))])
     assert question(one) == question(Chat((MESSAGES[0], MESSAGES[1] | {"content": "No."})))
     assert question(one) != question(Chat(({"role": "user", "content": "?"}, MESSAGES[1])))
     assert (question(Record("Q", "A")), question(Text("T"))) == ("Q", "T")
@@ -228,13 +228,13 @@ def test_a_card_says_which_files_a_split_is():
     card = {"configs": hub_files.yaml.safe_load(CARD.split(b"---")[1])["configs"]}
 
     def files(subset, split):
-        return hub_files.choose(FILES, Part("them", subset, split), card)
+        return hub_files.choose_files(FILES, Part("them", subset, split), card)
 
     assert files(None, "train") == files("english", "train") == ["en/a.jsonl", "en/b.jsonl"]
     assert files(None, "test") == ["en-test/part.jsonl"]
     assert files("german", "train") == ["de/x/a.jsonl"]
     turned = {"configs": card["configs"][::-1]}
-    assert hub_files.choose(FILES, Part("them", None, "train"), turned) == files("english", "train")
+    assert hub_files.choose_files(FILES, Part("them", None, "train"), turned) == files("english", "train")
     with pytest.raises(InputError, match=r"them: has no split 'dev'; accepted are train, test"):
         files(None, "dev")
     with pytest.raises(InputError, match=r"has no subset 'french'; accepted are english, german \(as them/SUBSET"):
@@ -243,7 +243,7 @@ def test_a_card_says_which_files_a_split_is():
 
 def test_names_say_it_where_no_card_does():
     def files(names, subset=None, split="train"):
-        return hub_files.choose(names, Part("them", subset, split), {})
+        return hub_files.choose_files(names, Part("them", subset, split), {})
 
     parts = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test") for i in (1, 0)]
     assert files([*parts, "data/train.csv", "train.jsonl"]) == sorted(parts[:2])

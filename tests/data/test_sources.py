@@ -5,7 +5,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from rora_theory.data.sources import locate
+from rora_theory.data.sources import locate_task
 from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 
@@ -13,9 +13,9 @@ from rora_theory.errors import InputError
 def test_a_folder_holds_one_folder_a_task(tmp_path: Path) -> None:
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / "test.json").write_text("[]")
-    assert locate(tmp_path, TASKS["piqa"]) == tmp_path / "piqa" / "test.json"
+    assert locate_task(tmp_path, TASKS["piqa"]) == tmp_path / "piqa" / "test.json"
     with pytest.raises(InputError, match=r"boolq/test\.json: no such file; accepted is a folder"):
-        locate(tmp_path, TASKS["boolq"])
+        locate_task(tmp_path, TASKS["boolq"])
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_hub_dataset_of_the_same_layout(
         return str(tmp_path / "found")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert locate(name, TASKS["ARC-Easy"]) == tmp_path / "found"
+    assert locate_task(name, TASKS["ARC-Easy"]) == tmp_path / "found"
     assert calls == [asked]
 
 
@@ -46,6 +46,6 @@ def test_what_the_hub_lacks_or_refuses_is_named(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(InputError, match=r"piqa/test\.json cannot be fetched \(no connection\)"):
-        locate("hf://datasets/owner/name", TASKS["piqa"])
+        locate_task("hf://datasets/owner/name", TASKS["piqa"])
     with pytest.raises(InputError, match="is not a dataset"):
-        locate("hf://datasets/owner", TASKS["piqa"])
+        locate_task("hf://datasets/owner", TASKS["piqa"])

@@ -55,7 +55,7 @@ def test_parse_inverts_render(key: str) -> None:
 @pytest.mark.parametrize("key", TASKS)
 def test_parsed_parts_equal_the_prepared_ones(key: str, commonsense_dir: Path) -> None:
     """Every record of the data, against the same items parsed by whoever prepared them."""
-    records = tasks.read(commonsense_dir / key / "test.json", TASKS[key])
+    records = tasks.read_task(commonsense_dir / key / "test.json", TASKS[key])
     lines = (commonsense_dir / key / "test_mc.jsonl").read_text().splitlines()
     prepared = [json.loads(line) for line in lines]
     assert [(r.question, list(r.choices), r.gold) for r in records] == [
@@ -77,7 +77,7 @@ def test_chance_and_majority_of_the_data(commonsense_dir: Path) -> None:
         "openbookqa": (25.00, 28.40),
     }
     for key, levels in stated.items():
-        records = tasks.read(commonsense_dir / key / "test.json", TASKS[key])
+        records = tasks.read_task(commonsense_dir / key / "test.json", TASKS[key])
         found = 100 * tasks.chance(records), 100 * tasks.majority(records)
         assert found == pytest.approx(levels, abs=0.005)
 
@@ -96,7 +96,7 @@ def _row(**changes: object) -> dict[str, object]:
 
 def test_a_good_record_reads(tmp_path: Path) -> None:
     _write(tmp_path, [_row()])
-    (record,) = tasks.read(tmp_path / "piqa" / "test.json", TASKS["piqa"])
+    (record,) = tasks.read_task(tmp_path / "piqa" / "test.json", TASKS["piqa"])
     assert (record.answer, record.gold, record.labels) == ("solution2", 1, ("solution1", "solution2"))
 
 
@@ -116,7 +116,7 @@ def test_a_good_record_reads(tmp_path: Path) -> None:
 def test_bad_records_are_named_by_file_and_index(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     path = _write(tmp_path, [_row(), _row(**changes)])
     with pytest.raises(InputError) as caught:
-        tasks.read(tmp_path / "piqa" / "test.json", TASKS["piqa"])
+        tasks.read_task(tmp_path / "piqa" / "test.json", TASKS["piqa"])
     assert str(caught.value).startswith(f"{path}: record 1")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -135,13 +135,13 @@ def test_bad_records_are_named_by_file_and_index(changes: dict[str, object], mes
 def test_bad_files_are_named(value: object, message: str, tmp_path: Path) -> None:
     path = _write(tmp_path, value)
     with pytest.raises(InputError, match=message) as caught:
-        tasks.read(tmp_path / "piqa" / "test.json", TASKS["piqa"])
+        tasks.read_task(tmp_path / "piqa" / "test.json", TASKS["piqa"])
     assert str(path) in str(caught.value)
 
 
 def test_a_missing_task_and_an_unknown_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"piqa/test.json: no such file"):
-        tasks.read(tmp_path / "piqa" / "test.json", TASKS["piqa"])
+        tasks.read_task(tmp_path / "piqa" / "test.json", TASKS["piqa"])
     with pytest.raises(InputError, match=r"task is 'arc'; accepted are boolq, piqa"):
         tasks.task_named("arc")
 
@@ -154,4 +154,4 @@ def test_winogrande_needs_exactly_one_blank(tmp_path: Path) -> None:
     )
     _write(tmp_path, [row], "winogrande")
     with pytest.raises(InputError, match=r"record 0: the sentence has 2 blanks"):
-        tasks.read(tmp_path / "winogrande" / "test.json", TASKS["winogrande"])
+        tasks.read_task(tmp_path / "winogrande" / "test.json", TASKS["winogrande"])

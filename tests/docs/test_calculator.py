@@ -226,7 +226,9 @@ def test_it_reads_the_file_of_a_run() -> None:
     calls, expected = [], []
     for optimizer, init, split in (("adamw", "kaiming_uniform", "heldout"), ("sgd", "gaussian", "train")):
         calls.append(["readCrossings", text, {"optimizer": optimizer, "init": init, "split": split}])
-        expected.append(dict(regime_run.read(folder, optimizer=optimizer, init=init, split=split).linear_terms))
+        expected.append(
+            dict(regime_run.read_regime_run(folder, optimizer=optimizer, init=init, split=split).linear_terms)
+        )
     assert ask(calls) == expected
     head = "module,split,optimizer,init,linear_term\r\n"
     wanted = {"optimizer": "adam", "init": "gaussian", "split": "train"}

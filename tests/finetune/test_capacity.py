@@ -32,7 +32,7 @@ SMALL = FinetuneConfig(rank=4, batch_size=4, dropout=0.0)
     ],
 )
 def test_named_models_have_their_published_sizes(name, parameters):
-    assert capacity.count(abstract_params(MODELS[name])) == parameters
+    assert capacity.count_elements(abstract_params(MODELS[name])) == parameters
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_named_models_have_their_published_sizes(name, parameters):
 def test_adapters_have_the_papers_share_of_the_weights(model, method, rank, percent):
     config = FinetuneConfig(method=method, rank=rank)
     trained = adapters.count(capacity.abstract_adapter(MODELS[model], config))
-    base = capacity.count(abstract_params(MODELS[model]))
+    base = capacity.count_elements(abstract_params(MODELS[model]))
     # PEFT counts the adapter among all parameters; the tables have two decimals, some cut and some rounded.
     assert 100 * trained / (base + trained) == pytest.approx(percent, abs=0.01)
 
@@ -122,7 +122,7 @@ def test_all_of_the_papers_models_fit_a_48_gb_a6000_with_rematerialisation(name)
 def test_a_step_takes_the_memory_that_was_planned():
     model = LlamaConfig(1024, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
     config = FinetuneConfig(rank=8, batch_size=24)
-    found, xla = capacity.measure(model, config, 128), capacity.compile_here(model, config, 128)
+    found, xla = capacity.measure_step(model, config, 128), capacity.compile_here(model, config, 128)
     predicted = xla.arguments + xla.temporaries  # `test_program` compares XLA's account with this package's
     assert predicted > 300e6
     # A first step also brings in code, threads' stacks and packed operands, some 60 MB.

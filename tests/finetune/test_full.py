@@ -40,7 +40,7 @@ def train(params, batches, layout=None):
     """Losses and gradient norms of the steps, and the adapter after the last."""
     adapter = adapters.init(jax.random.key(1), CONFIG.adapter(), tiny.CONFIG, params)
     state, place, base, shardings = (
-        steps.init_state(adapter, steps.optimizer(CONFIG, STEPS), jax.random.key(2)),
+        steps.init_state(adapter, steps.finetune_optimizer(CONFIG, STEPS), jax.random.key(2)),
         None,
         params,
         None,

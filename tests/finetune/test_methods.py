@@ -38,7 +38,7 @@ def train(params, config, layout=None):
     """Losses of `STEPS` steps on one batch, and the adapter before and after."""
     adapter = adapters.init(jax.random.key(1), config.adapter(), tiny.CONFIG, params)
     before = jax.tree.map(np.asarray, adapter.params)
-    state = steps.init_state(adapter, steps.optimizer(config, STEPS), jax.random.key(2))
+    state = steps.init_state(adapter, steps.finetune_optimizer(config, STEPS), jax.random.key(2))
     shardings, item, base = None, batch(), params
     if layout is not None:
         shardings, item, base = layout.state_shardings(state), layout.batch(item), layout.params(params)

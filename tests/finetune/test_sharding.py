@@ -42,7 +42,7 @@ def train(params, config=CONFIG, layout=None):
     """Losses and the last adapter of a few steps; with the function, its base weights and state."""
     base = params if layout is None else layout.params(params)
     adapter = adapters.init(jax.random.key(1), config.lora(), MODEL, base)
-    state = steps.init_state(adapter, steps.optimizer(config, STEPS), jax.random.key(2))
+    state = steps.init_state(adapter, steps.finetune_optimizer(config, STEPS), jax.random.key(2))
     shardings = None
     if layout is not None:
         shardings = layout.state_shardings(state)

@@ -56,7 +56,7 @@ def run(params, config, batches, adapted=None):
     """The states and metrics of steps on ``batches``."""
     adapted = adapter(params, config) if adapted is None else adapted
     function = steps.train_step(adapted, tiny.CONFIG, config, STEPS)
-    state = steps.init_state(adapted, steps.optimizer(config, STEPS), jax.random.key(3))
+    state = steps.init_state(adapted, steps.finetune_optimizer(config, STEPS), jax.random.key(3))
     found = []
     for item in batches:
         state, metrics = function(state, params, item)
@@ -174,7 +174,7 @@ def test_shared_steps_are_each_run_s_own(params):
         config = changed(warmup=1, lr=0.01) if not changes else changed(warmup=1, **changes)
         start = adapter(params, config)
         function = shared.train_step(start, tiny.CONFIG, config, STEPS)
-        state = steps.init_state(start, steps.optimizer(config, STEPS), jax.random.key(3))
+        state = steps.init_state(start, steps.finetune_optimizer(config, STEPS), jax.random.key(3))
         for item, (expected, metrics) in zip(data, run(params, config, data, start), strict=True):
             state, found = function(state, params, item)
             np.testing.assert_allclose(jax.tree.map(float, found), metrics, rtol=1e-5)
@@ -188,7 +188,7 @@ def test_shared_steps_are_each_run_s_own(params):
 def test_each_shape_is_compiled_once_and_the_state_is_donated(params):
     adapted = adapter(params, PLAIN)
     function = steps.train_step(adapted, tiny.CONFIG, PLAIN, STEPS)
-    state = steps.init_state(adapted, steps.optimizer(PLAIN, STEPS), jax.random.key(3))
+    state = steps.init_state(adapted, steps.finetune_optimizer(PLAIN, STEPS), jax.random.key(3))
     for item in (batch(width=16), batch(width=24), batch(width=16, seed=1), batch(width=24, seed=2)):
         before = state
         state, _ = function(state, params, item)
@@ -221,7 +221,7 @@ def test_the_whole_step_lowers_for_cuda(changes, monkeypatch):
 
     def start(params):
         fresh = adapters.init(jax.random.key(0), config.lora(), model, params)
-        return fresh, steps.init_state(fresh, steps.optimizer(config, STEPS), jax.random.key(0))
+        return fresh, steps.init_state(fresh, steps.finetune_optimizer(config, STEPS), jax.random.key(0))
 
     fresh = start(llama.init_params(jax.random.key(0), model, jnp.bfloat16))[0]
     state = jax.eval_shape(start, shapes)[1]

@@ -170,12 +170,12 @@ def check_exponent() -> float:
     from peft import PeftModel
 
     from rora_theory.adapters import load_peft, save_peft
-    from rora_theory.adapters.lora import assemble
+    from rora_theory.adapters.lora import assemble_lora
     from rora_theory.llama import LlamaConfig, forward
 
     config = LlamaConfig(**SHAPE)
     read = load_peft(FOLDER / "lora_patterns", config)
-    adapter = assemble(dataclasses.replace(read.config, rule=0.25), read.targets, read.params)
+    adapter = assemble_lora(dataclasses.replace(read.config, rule=0.25), read.targets, read.params)
     ours = forward(base_params(), jnp.asarray(TOKENS), config, adapter)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         save_peft(folder, adapter)

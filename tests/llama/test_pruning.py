@@ -48,7 +48,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def statistics(params, tokens):
-    return pruning.measure(params, tokens, CONFIG)
+    return pruning.batch_statistics(params, tokens, CONFIG)
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_statistics_are_sums_over_tokens(params, tokens, statistics) -> None:
 
 
 def test_a_score_is_what_the_module_s_outputs_lose(params, tokens, statistics) -> None:
-    scores = pruning.score(params, statistics, CONFIG)
+    scores = pruning.part_scores(params, statistics, CONFIG)
     _, seen = forward(params, tokens, CONFIG, capture=("self_attn.o_proj", "mlp.down_proj"))
     layer, weight = 2, params["layers"]["mlp.down_proj"]["weight"]
     x = seen["mlp.down_proj"][layer]
@@ -109,7 +109,7 @@ def test_the_best_are_kept_in_order() -> None:
         np.array([[1.0, 1.0, 2.0], [0, 0, 0], [3, 2, 1], [0, 0, 0]]),
         np.stack([np.arange(6.0), np.zeros(6), -np.arange(6.0), np.zeros(6)]),
     )
-    kept = pruning.choose(scores, Shape(2, 2, 3))
+    kept = pruning.choose_parts(scores, Shape(2, 2, 3))
     assert kept.layers.tolist() == [0, 2]
     assert kept.heads.tolist() == [[0, 2], [0, 1]], "between equals the earlier"
     assert kept.features.tolist() == [[3, 4, 5], [0, 1, 2]]
@@ -130,7 +130,7 @@ def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens) -> 
     assert pruning.prune(params, QWEN, kept._replace(layers=np.array([0, 1])))[1].sliding_window is None
     # The stream after all layers is not that of the same weights without a window: statistics see it.
     without = dataclasses.replace(QWEN, sliding_window=None, max_window_layers=0)
-    found, other = (pruning.measure(params, tokens, config).attended for config in (QWEN, without))
+    found, other = (pruning.batch_statistics(params, tokens, config).attended for config in (QWEN, without))
     _, seen = forward(params, tokens, QWEN, capture=("self_attn.o_proj",))
     np.testing.assert_allclose(found, np.square(seen["self_attn.o_proj"]).sum(axis=(1, 2)), rtol=1e-5)
     np.testing.assert_array_equal(found[:2], other[:2])
@@ -139,15 +139,15 @@ def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens) -> 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 1.0])
 def test_a_plan_keeps_the_share_and_no_more(share) -> None:
-    shape = pruning.plan(SMOLLM, share)
+    shape = pruning.plan_shape(SMOLLM, share)
     kept = count_parameters(pruning.pruned_config(SMOLLM, shape)) / count_parameters(SMOLLM)
     assert share - 0.01 < kept <= share
     assert shape.width % 8 == 0
     if share == 1.0:
         assert shape == Shape(30, 3, 1536)
     if share == 0.5:
-        assert shape == pruning.plan(SMOLLM, share, layers=shape.layers, kv_heads=shape.kv_heads)
-    given = pruning.plan(SMOLLM, 0.9, layers=20, kv_heads=2, width=100)
+        assert shape == pruning.plan_shape(SMOLLM, share, layers=shape.layers, kv_heads=shape.kv_heads)
+    given = pruning.plan_shape(SMOLLM, 0.9, layers=20, kv_heads=2, width=100)
     assert given == Shape(20, 2, 100)
 
 
@@ -164,4 +164,4 @@ def test_a_plan_keeps_the_share_and_no_more(share) -> None:
 )
 def test_refuses(arguments, message) -> None:
     with pytest.raises(InputError, match=message):
-        pruning.plan(SMOLLM, **arguments)
+        pruning.plan_shape(SMOLLM, **arguments)

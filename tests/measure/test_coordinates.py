@@ -1,6 +1,7 @@
 """The rank coordinate check on a tiny model: what it reads, that padding is exact, what is flat and what must fail."""
 
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import LlamaConfig, forward, hidden_states, init_params
-from rora_theory.measure import coordinates
 from rora_theory.measure.coordinate_table import Coordinate, Table
 from rora_theory.measure.coordinates import Checker
 
@@ -124,10 +124,14 @@ def test_ranks_share_their_noise(checker):
 
 
 def table(checker, rule, alpha, optimizer, rate, init="kaiming_uniform"):
-    settings = [Setting(rank, alpha, rate, rule, optimizer, init) for rank in RANKS]
-    return coordinates.check(
-        checker, settings, lambda seed, _: batch(seed), lambda seed: batch(50 + seed), seeds=8, steps=(1,)
-    )
+    """Eight seeds of every rank; a seed's adapters share a key and its batches."""
+    values = {}
+    for seed, (column, rank) in product(range(8), enumerate(RANKS)):
+        setting, key = Setting(rank, alpha, rate, rule, optimizer, init), jax.random.fold_in(jax.random.key(0), seed)
+        run = checker.run(setting, key, lambda _, seed=seed: batch(seed), batch(50 + seed), steps=(1,))
+        for coordinate, value in run:
+            values.setdefault(coordinate, np.full((8, len(RANKS)), np.nan))[seed, column] = value
+    return Table(RANKS, values)
 
 
 @pytest.mark.slow
@@ -161,32 +165,9 @@ def test_flat_rules_pass_and_controls_fail(checker):
         assert slopes[1] - slopes[0] == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.usefixtures("unchecked")
-def test_what_a_check_asks_for():
-    """One key a seed, shared by the ranks and by no other seed; its own batches; a value in its row and column."""
-    asked = []
-
-    class Watching:
-        def run(self, setting, key, batch_of, held_out, *, steps):
-            asked.append((jax.random.key_data(key).tolist(), batch_of(7), held_out, steps))
-            yield Coordinate("output", "train", "model", 1), float(setting.rank * 10 ** len(asked))
-
-    settings = [Setting(rank, 1.0, 1e-4) for rank in (2, 4)]
-    found = coordinates.check(
-        Watching(), settings, lambda seed, step: (seed, step), lambda seed: f"h{seed}", seeds=2, steps=(1,), seed=3
-    )
-    assert [entry[1:] for entry in asked] == [((seed, 7), f"h{seed}", (1,)) for seed in (0, 0, 1, 1)]
-    keys = [tuple(entry[0]) for entry in asked]
-    assert keys[0] == keys[1] != keys[2] == keys[3]
-    assert found.ranks == (2, 4)
-    assert found.values[Coordinate("output", "train", "model", 1)].tolist() == [[20.0, 400.0], [2000.0, 40000.0]]
-
-
 def test_refusals(checker):
     with pytest.raises(InputError, match="accepted is at most the checker's width, 32"):
         checker.adapter(jax.random.key(0), Setting(33, 1.0, 1e-4))
-    with pytest.raises(InputError, match="ascending"):
-        coordinates.check(checker, [Setting(4, 1.0, 1e-4)] * 2, batch, batch, seeds=2, steps=(1,))
     with pytest.raises(InputError, match="learning_rate"):
         Setting(4, 1.0, 0.0)
     found = Table((2, 4), {Coordinate("output", "train", "model", 1): np.ones((2, 2))})

@@ -21,7 +21,7 @@ def arrays(**changed: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_layers_are_read_in_float32(tmp_path: Path) -> None:
     np.savez(path := tmp_path / "a.npz", **arrays())
-    (layer,) = layer_data.read(path)
+    (layer,) = layer_data.read_layers(path)
     assert (layer.name, layer.grad.dtype, sorted(layer.inputs)) == ("layer", np.float32, ["heldout", "train"])
     np.testing.assert_array_equal(layer.inputs["train"], arrays()["layer/x_train"].astype(np.float32))
 
@@ -49,7 +49,7 @@ ONES = np.ones((4, 5))
 def test_arrays_that_a_law_can_not_read_are_refused(tmp_path: Path, changed: dict, message: str) -> None:
     np.savez(path := tmp_path / "a.npz", **arrays(**changed))
     with pytest.raises(InputError, match=f"a.npz: {message}"):
-        layer_data.read(path)
+        layer_data.read_layers(path)
 
 
 def header(shape: str) -> bytes:
@@ -70,7 +70,7 @@ def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> Non
         data[at + 24 : at + 28] = (0xFFFFFFF0).to_bytes(4, "little")
     (path := tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(InputError, match=r"a.npz: unpacks to 8,589,934,560 bytes; accepted is .* of at most 4,294,967"):
-        layer_data.read(path)
+        layer_data.read_layers(path)
 
 
 def test_an_array_that_claims_more_than_it_has_is_given_no_memory(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_an_array_that_claims_more_than_it_has_is_given_no_memory(tmp_path: Path
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("layer/grad.npy", header("(1099511627776, 1048576)"))
     with pytest.raises(InputError, match=r"layer/grad.npy: claims shape \[1099511627776, 1048576\], but has 128 bytes"):
-        layer_data.read(path)
+        layer_data.read_layers(path)
 
 
 def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
@@ -96,4 +96,4 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
         ("../../../../../../../../dev/zero", "is a device"),
     ):
         with pytest.raises(InputError, match=rf"{said}.*; accepted is an .npz of layers' gradients and inputs"):
-            layer_data.read(tmp_path / name)
+            layer_data.read_layers(tmp_path / name)

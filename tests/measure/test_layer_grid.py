@@ -23,8 +23,8 @@ GRID = StepGrid(ranks=(2, 8, 32), draws=300, lr=1e-3, alpha=4.0)
 
 def test_rows_are_the_law_s_within_their_errors() -> None:
     """Every optimizer, rule and split, each beside its own law. |z| below 5: a false alarm of 1e-4 over all rows."""
-    cells = layer_grid.cells(GRID, LAYERS)
-    table = layer_grid.table(row for cell in cells for row in layer_grid.rows(GRID, LAYERS, cell))
+    cells = layer_grid.layer_cells(GRID, LAYERS)
+    table = layer_grid.layer_table(row for cell in cells for row in layer_grid.layer_rows(GRID, LAYERS, cell))
     assert tuple(table) == layer_grid.COLUMNS
     assert len(table) == 2 * 3 * 2 * 3 * 2  # layers, ranks, optimizers, rules, splits
     assert ((table["estimate"] - table["exact"]) / table["standard_error"]).abs().max() < 5
@@ -39,21 +39,21 @@ def test_rows_are_the_law_s_within_their_errors() -> None:
         )  # fmt: skip
         assert row["exact"] == pytest.approx(np.sqrt(np.mean(law.second_moment)), rel=1e-9)
     # Rules are factors of one step: their exponents differ by gamma's alone.
-    slopes = layer_grid.exponents(table, low=8, high=32).set_index(layer_grid.GROUP).sort_index()
+    slopes = layer_grid.layer_exponents(table, low=8, high=32).set_index(layer_grid.GROUP).sort_index()
     assert set(zip(slopes["low"], slopes["high"], strict=True)) == {(8, 32)}
     for optimizer, power in (("sgd", 2), ("adam", 1)):
         own = slopes.loc[optimizer, "kaiming_uniform", "heldout", "two"]
         apart = own.loc["rora"] - own.loc["lora"]
         assert (apart["slope"], apart["exact"]) == pytest.approx((power / 2, power / 2), abs=1e-3)
-    alone = layer_grid.exponents(table[table["rank"] == 8], low=8, high=128)
+    alone = layer_grid.layer_exponents(table[table["rank"] == 8], low=8, high=128)
     assert alone["slope"].isna().all()
     assert len(alone) == len(slopes)
-    assert set(layer_grid.exponents(table, low=16, high=128)["low"]) == {2}  # one rank between: over all
+    assert set(layer_grid.layer_exponents(table, low=16, high=128)["low"]) == {2}  # one rank between: over all
 
 
 def test_an_asked_init_is_taken() -> None:
     grid = StepGrid(ranks=(4,), inits=("normal", "gaussian"))
-    assert [(cell.layer, cell.init) for cell in layer_grid.cells(grid, LAYERS)] == [
+    assert [(cell.layer, cell.init) for cell in layer_grid.layer_cells(grid, LAYERS)] == [
         (layer, init) for layer in ("one", "two") for init in ("normal", "gaussian")
     ]
 

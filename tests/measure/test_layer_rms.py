@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rora_theory.draws import stream_key
 from rora_theory.measure import layer_data, layer_rms
 from rora_theory.theory import laws
 
@@ -18,12 +19,12 @@ def test_measured_is_the_law_s() -> None:
     """Two optimizers, two splits: |z| below 5.1 in all four, a false alarm of 1e-6; draws are as asked."""
     steps = [("sgd", 2.0), ("adam", 0.5)]
     common = {"rank": 8, "learning_rate": 1e-3, "init": "kaiming_uniform"}
-    key = layer_rms.stream_key(0, "a stream")
-    found, draws = layer_rms.measured(LAYER, key, steps=steps, relative_error=1.0, draws=600, **common)
-    exact = [value for step in steps for value in layer_rms.exact(LAYER, step, **common)]
+    key = stream_key(0, "a stream")
+    found, draws = layer_rms.measured_rms(LAYER, key, steps=steps, relative_error=1.0, draws=600, **common)
+    exact = [value for step in steps for value in layer_rms.exact_rms(LAYER, step, **common)]
     assert draws == 600
     assert max(abs(a.value - b) / a.error for a, b in zip(found, exact, strict=True)) < 5.1
-    found, _ = layer_rms.measured(LAYER, key, steps=steps, relative_error=0.05, **common)
+    found, _ = layer_rms.measured_rms(LAYER, key, steps=steps, relative_error=0.05, **common)
     assert max(a.error / a.value for a in found) <= 0.05
 
 

@@ -24,9 +24,9 @@ from rora_theory.measure.rank_check import (
     CheckConfig,
     CoordinateCell,
     cases,
-    fits,
-    rows,
-    table,
+    coordinate_rows,
+    coordinate_slopes,
+    size_table,
     verdicts,
 )
 from rora_theory.measure.thin import ThinWarning
@@ -102,7 +102,7 @@ def test_a_control_that_is_flat_has_no_power() -> None:
         for split in ("train", "held_out")
         for module, quantity in (("a", "output"), ("model", "hidden"), ("model", "logits"))
     ]
-    found = verdicts(config, fits(config, table(sizes)))
+    found = verdicts(config, coordinate_slopes(config, size_table(sizes)))
     assert found["whole_model"].tolist() == ["flat", *["FLAT: the check has no power"] * 2]
     assert set(found["flat held_out 1"]) == {"1 of 1"}
 
@@ -141,7 +141,7 @@ def test_what_a_cell_asks_for():
                 case = Case(optimizer, rule, "gaussian", False)
                 held_out = batch_of(seed)
                 cell = CoordinateCell(case, seed, rank)
-                (row,) = rows(config, checker, cell, partial("{}.{}".format, seed), held_out)
+                (row,) = coordinate_rows(config, checker, cell, partial("{}.{}".format, seed), held_out)
                 asked = checker.asked
                 own.add(tuple(asked["key"]))
                 assert asked["batches"] == [f"{seed}.{step}" for step in range(3)]
@@ -191,7 +191,9 @@ def test_the_exponent_that_would_have_been_flat(optimizer, power):
             own | {"module": "a", "quantity": "grad_A", "value": 0.0},
         ]
         sizes += [own | {"module": "model", "quantity": "loss", "value": 2.0}]
-    found = {(row["quantity"], row["module"]): row for row in fits(config, table(sizes)).to_dict("records")}
+    found = {
+        (row["quantity"], row["module"]): row for row in coordinate_slopes(config, size_table(sizes)).to_dict("records")
+    }
     assert found.keys() == {("output", "a"), ("output", "b"), ("output", "model"), ("hidden", "model"), ("inner", "a")}
     for key, more in (
         (("output", "a"), 0.2),
@@ -205,7 +207,7 @@ def test_the_exponent_that_would_have_been_flat(optimizer, power):
     assert math.isnan(found["inner", "a"]["kappa_flat"])
     assert found["inner", "a"]["verdict"] == "flat"
     gone = [row | {"value": float("nan")} if row["quantity"] == "hidden" else row for row in sizes]
-    assert fits(config, table(gone)).query("quantity == 'hidden'")["verdict"].tolist() == ["diverged"]
+    assert coordinate_slopes(config, size_table(gone)).query("quantity == 'hidden'")["verdict"].tolist() == ["diverged"]
 
 
 def test_controls_are_what_was_not_asked_for():

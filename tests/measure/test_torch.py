@@ -34,7 +34,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
     def count(name, _) -> None:
         calls[name] = calls.get(name, 0) + 1
 
-    hooks.read(modules, lambda: float(model(**batch).loss), count)
+    hooks.read_modules(modules, lambda: float(model(**batch).loss), count)
     hooks.backward(
         model,
         modules,

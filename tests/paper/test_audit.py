@@ -12,9 +12,9 @@ from rora_theory.errors import InputError
 from rora_theory.paper import audit, published
 from rora_theory.paper.published import PublishedRow
 
-ROWS = published.rows()
-PAPER = published.rows("RoRA paper")
-ANCHORS = published.rows("DoRA repository")
+ROWS = published.published_rows()
+PAPER = published.published_rows("RoRA paper")
+ANCHORS = published.published_rows("DoRA repository")
 EARLIER = [row for row in ROWS if row.source != "RoRA paper"]
 
 

@@ -20,12 +20,12 @@ CONFIG = SimulationConfig(
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[SimulationCell, sampling.Sums]:
-    return {cell: simulation.draw(CONFIG, cell) for cell in simulation.cells(CONFIG)}
+    return {cell: simulation.draw_cell(CONFIG, cell) for cell in simulation.simulation_cells(CONFIG)}
 
 
 def test_cells_are_the_grid_and_the_direct_check() -> None:
     """The grid at unit scaling, in the table's order; the check where the grid is not direct itself, a cell a rule."""
-    cells = simulation.cells(CONFIG)
+    cells = simulation.simulation_cells(CONFIG)
     grid = [cell for cell in cells if cell.rule is None]
     assert cells[: len(grid)] == grid
     assert [(c.setting.optimizer, c.setting.overlap, c.setting.rank) for c in grid] == [
@@ -40,7 +40,7 @@ def test_cells_are_the_grid_and_the_direct_check() -> None:
     assert len({str(cell) for cell in cells}) == len(cells)
     uniform = SimulationConfig(StepGrid(inits=("kaiming_uniform",)))
     for config in (uniform, SimulationConfig(CONFIG.grid, sampler="direct")):
-        assert {(cell.sampler, cell.rule) for cell in simulation.cells(config)} == {("direct", None)}
+        assert {(cell.sampler, cell.rule) for cell in simulation.simulation_cells(config)} == {("direct", None)}
 
 
 @pytest.mark.slow
@@ -49,7 +49,9 @@ def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, samp
 
     |z| below 5.6: a false alarm of 1e-5 over 288 rows, of which fewer are independent.
     """
-    table = simulation.table(row for cell, sums in drawn.items() for row in simulation.rows(CONFIG, cell, sums))
+    table = simulation.simulation_table(
+        row for cell, sums in drawn.items() for row in simulation.simulation_rows(CONFIG, cell, sums)
+    )
     assert tuple(table) == simulation.COLUMNS
     assert len(table) == 2 * 2 * 3 * 3 * 4 + 4 * 3 * 4  # optimizers, overlaps, ranks, rules, quantities; the check
     assert table["scaling"].to_numpy() == pytest.approx(8.0 / table["rank"] ** table["kappa"], rel=1e-12)
@@ -74,8 +76,11 @@ def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, samp
 def test_an_asked_number_of_draws_is_the_grid_s() -> None:
     """The direct check, which has no stopping rule, keeps its own."""
     config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)
-    first, *_, last = simulation.cells(config)
-    assert (simulation.draw(config, first).count, simulation.draw(config, last).count) == (300, simulation.CHECK_DRAWS)
+    first, *_, last = simulation.simulation_cells(config)
+    assert (simulation.draw_cell(config, first).count, simulation.draw_cell(config, last).count) == (
+        300,
+        simulation.CHECK_DRAWS,
+    )
 
 
 @pytest.mark.slow
@@ -85,7 +90,7 @@ def test_rules_differ_by_their_power_of_gamma(
 ) -> None:
     """gamma^2 under SGD, gamma under Adam, times the rate: of the norm once, of the variance twice."""
     cell = next(cell for cell in drawn if cell.setting.optimizer == optimizer and cell.setting.rank == 4)
-    table = simulation.table(simulation.rows(CONFIG, cell, drawn[cell]))
+    table = simulation.simulation_table(simulation.simulation_rows(CONFIG, cell, drawn[cell]))
     for quantity, times in (("norm", 1), ("mean", 1), ("second_moment", 2), ("variance", 2)):
         own = table[table["quantity"] == quantity]
         for column in ("estimate", "standard_error"):
@@ -98,16 +103,16 @@ def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
     ranks = np.array([32, 1, 2, 16, 4, 8])
     norm = np.where(ranks <= 4, ranks, 4.0)
     line = {"optimizer": "sgd", "init": "normal", "overlap": 0.0, "rule": "lora", "quantity": "norm"}
-    table = simulation.table(
+    table = simulation.simulation_table(
         line | {"rank": rank, "estimate": value, "standard_error": 0.0, "exact": 1.0}
         for rank, value in zip(ranks.tolist(), norm.tolist(), strict=True)
     )
-    found = simulation.exponents(table)
+    found = simulation.simulated_exponents(table)
     assert found[["low", "high"]].to_numpy().tolist() == [[1, 32], [1, 2], [16, 32]]
     assert found["slope"].tolist()[1:] == pytest.approx([1.0, 0.0], abs=1e-12)
     assert 0 < found["slope"][0] < 1
-    assert simulation.exponents(table[:1]).empty
-    assert len(simulation.exponents(table[:2])) == 1
+    assert simulation.simulated_exponents(table[:1]).empty
+    assert len(simulation.simulated_exponents(table[:2])) == 1
 
 
 @pytest.mark.slow
@@ -116,7 +121,7 @@ def test_verdicts_take_the_sums_that_are_known(
 ) -> None:
     """No stream is drawn twice, and what is missing is drawn as the grid's cells are."""
     asked: list[sampling.RandomStep] = []
-    draw = simulation.draw
+    draw = simulation.draw_cell
 
     def watched(config: SimulationConfig, cell: SimulationCell, devices: Any = None) -> sampling.Sums:
         asked.append(cell.setting)
@@ -126,7 +131,7 @@ def test_verdicts_take_the_sums_that_are_known(
     known = {cell.setting: sums for cell, sums in drawn.items()}
     found = simulation.judge_simulation(CONFIG, known)
     assert len(found) == 17
-    assert sorted(found, key=verdicts.place)[2].equation == "gradient A"
+    assert sorted(found, key=verdicts.order_in_paper)[2].equation == "gradient A"
     assert asked
     assert not set(asked) & set(known)
     assert len(asked) == len(set(asked))

@@ -13,10 +13,12 @@ import pytest
 
 from rora_theory import files
 from rora_theory.errors import InputError
+from rora_theory.runs import cells
+from rora_theory.runs.cells import in_process
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import CELLS, finished, key_of
-from sims.common import cells, cli
-from sims.common.cells import in_process, run_cells
+from sims.common import cli
+from sims.common.cells import run_cells
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def test_the_adapter_has_a_model_card(whole, model, data):
         f"{tested[20]:.4f} at step 20 (first), {tested[best]:.4f} at step {best} (best), {tested[78]:.4f} at step 78 "
         "(last); nats a token of 8 held-out records"
     )
-    assert said["records"] == f"60, SHA-256 `{records.digest(read_records([str(data)]))}`"
+    assert said["records"] == f"60, SHA-256 `{records.records_digest(read_records([str(data)]))}`"
     assert (said["data"], said["trained on"]) == ("`train.json`", "52; held out for the validation loss: 8")
     assert said["horizon"] == f"78 steps of 4 records; adapter of step {best}"
     assert said["learning rate"] == "0.02 after 4 steps of warm-up, then linearly to 0 at the last step"

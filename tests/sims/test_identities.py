@@ -406,4 +406,4 @@ def test_a_matrix_of_runs_is_all_that_is_read_of_it() -> None:
         replace(cell, seed=1), replace(cell, loss=1.6), replace(cell, records=np.array([2.0, 1.0])),
         replace(cell, records=None, tokens=None), replace(cell, tokens=np.array([2.0, 1.0])),
     ]  # fmt: skip
-    assert len({trained_runs.digest([one]) for one in (cell, *others)}) == 10
+    assert len({trained_runs.runs_digest([one]) for one in (cell, *others)}) == 10

@@ -190,7 +190,7 @@ def test_what_is_read_of_a_matrix(tmp_path):
     rows += [rows[1] | {"key": "later", "status": "running", "validation_loss": "", "answer_loss": ""}]
     with (folder / "results.csv").open("w", newline="") as file:
         csv.writer(file).writerows([HEADER, *(row.values() for row in rows)])
-    found = {kind: trained_runs.read(folder, loss=kind) for kind in ("validation", "answer")}
+    found = {kind: trained_runs.read_runs(folder, loss=kind) for kind in ("validation", "answer")}
     assert len(found["validation"]) == len(rows) - 2
     for plain, answer in zip(*found.values(), strict=True):
         assert answer.loss == pytest.approx(10 * plain.loss) or plain.loss == answer.loss == np.inf

@@ -66,7 +66,7 @@ def test_a_run_leaves_a_model_and_its_figures(model, text, tmp_path, monkeypatch
     assert {name: manifest[f"perplexity_{name}"] for name in expected} == {
         name: pytest.approx(pair, rel=1e-6) for name, pair in expected.items()
     }
-    scores = pruning.score(whole.params, pruning.calibrate(whole.params, [windows], whole.config), whole.config)
+    scores = pruning.part_scores(whole.params, pruning.calibrate(whole.params, [windows], whole.config), whole.config)
     assert f"{sizes[1]:,}" in shown
     with (tmp_path / "run" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -395,9 +395,9 @@ def test_a_file_changed_by_hand_is_drawn_by_no_figure(swept, tmp_path, capsys) -
     [row, *_] = [row for row in rows_of(out) if row["method"] == "rora"]
     for path, draw in (
         (out / "results.csv", lambda: accuracy_vs_rank.draw(accuracy_vs_rank.Config(out))),
-        (out / "results.csv", lambda: trained_runs.read(out)),
+        (out / "results.csv", lambda: trained_runs.read_runs(out)),
         (out / "cells" / row["key"] / "metrics.jsonl", lambda: loss_curves.draw(loss_curves.Config((out,), rank=2))),
-        (out / "cells" / row["key"] / "losses.csv", lambda: trained_runs.read(out)),
+        (out / "cells" / row["key"] / "losses.csv", lambda: trained_runs.read_runs(out)),
     ):
         whole = path.read_text()
         path.write_text(whole.replace("1", "2", 1))
@@ -406,7 +406,7 @@ def test_a_file_changed_by_hand_is_drawn_by_no_figure(swept, tmp_path, capsys) -
         said = capsys.readouterr().err + str(refused.value)
         assert f"{path}: was changed since the run wrote it" in said
         path.write_text(whole)
-    trained_runs.read(out)
+    trained_runs.read_runs(out)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_check_on_a_model(tmp_path) -> None:
     transfer.run(config)
     with (tmp_path / "out" / "summary.csv").open(newline="") as file:
         rows = {(row["plan"], row["quantity"]): row for row in csv.DictReader(file)}
-    run = regime_run.read(tmp_path / "regime", optimizer="sgd", init="kaiming_uniform", split="heldout")
+    run = regime_run.read_regime_run(tmp_path / "regime", optimizer="sgd", init="kaiming_uniform", split="heldout")
     terms = run.linear_terms
     found = carry(Setting(2, 16.0, 1e-4, 0.0, "sgd"), 8, terms)
     grown = found.alternative("", found.unchanged).step

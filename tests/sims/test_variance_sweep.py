@@ -72,7 +72,7 @@ def test_the_tables_are_printed_and_nothing_is_drawn_again(
 ) -> None:
     """Stopped in the middle, on another number of devices, then on: the same bytes, each cell drawn once."""
     drawn: list[simulation.SimulationCell] = []
-    draw, out = simulation.draw, tmp_path / "run"
+    draw, out = simulation.draw_cell, tmp_path / "run"
 
     def stopping(config: simulation.SimulationConfig, cell: simulation.SimulationCell, *rest: object) -> object:
         if len(drawn) == 5:
@@ -93,7 +93,7 @@ def test_the_tables_are_printed_and_nothing_is_drawn_again(
     assert "Verdicts on the paper's equations" in shown.out
     assert "E[w_i^2], adam, A normal, overlap 0.5" in shown.out
     assert shown.err == ""  # quiet where there is no terminal
-    own = [cell for cell in drawn if cell in simulation.cells(simulation.SimulationConfig())]
+    own = [cell for cell in drawn if cell in simulation.simulation_cells(simulation.SimulationConfig())]
     assert len(own) == len(set(own))
     for name in ("results.csv", "direct_check.csv", "verdicts.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
@@ -235,9 +235,9 @@ def test_bad_layer_data(
 @pytest.mark.slow
 def test_real_layers(layer_data: Path) -> None:
     """Real layers of a real model: their regime, from the law, with the figures the README quotes."""
-    from rora_theory.measure.layer_data import read
+    from rora_theory.measure.layer_data import read_layers
 
-    found = read(layer_data)
+    found = read_layers(layer_data)
     assert len(found) == 9
     for layer in found:
         for x in layer.inputs.values():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig
+from rora_theory.runs import RunFolder, run_cells
 from rora_theory.runs.reading import key_of
 from rora_theory.sweep.cells import SweepCell, cells_of, stand_ins, training_of
 from rora_theory.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
@@ -75,13 +77,19 @@ def test_stages_of_a_tuned_design() -> None:
     assert all(c.evaluation for c in rest)
 
 
-def test_a_scored_twin_stands_in_where_it_is_done() -> None:
+def test_a_scored_twin_stands_in_where_it_is_done(tmp_path) -> None:
+    def folder(name: str, evaluation: object, done: list[SweepCell]) -> Path:
+        run = RunFolder.open("rank_sweep", {}, out=tmp_path / name, grows={"evaluation": evaluation})
+        run_cells(done, lambda cell, _: cell.rank, run)
+        run.finish()
+        return run.path
+
     label = {"protocol": "label"}
     make = partial(cells_of, replace(DESIGNS["grid"], methods=("lora",), ranks=(4, 8), seeds=(0,)), SHARED, data={})
     plain, scored = (make(evaluation=found, stage=0) for found in (None, label))
-    assert stand_ins(plain, label, lambda cell: cell == scored[1]) == [plain[0], scored[1]]
-    assert stand_ins(plain, None, lambda cell: cell == plain[0]) == plain
-    assert stand_ins(scored, None, lambda cell: False) == scored, "one that is to be scored is never left unscored"
+    assert stand_ins(plain, folder("a", label, scored[1:])) == [plain[0], scored[1]]
+    assert stand_ins(plain, folder("b", None, plain[:1])) == stand_ins(plain, tmp_path / "none") == plain
+    assert stand_ins(scored, folder("c", None, [])) == scored, "one that is to be scored is never left unscored"
 
 
 def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:

@@ -12,7 +12,7 @@ from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.stats.rate_optimum import grid_gap
 from rora_theory.sweep import differences, results
-from rora_theory.sweep.differences import Difference, table
+from rora_theory.sweep.differences import Difference, difference_table
 
 TOKENS, ANSWER_TOKENS = [10, 20, 30], [1, 2, 1]
 
@@ -174,7 +174,7 @@ def test_other_records_or_damaged_files_are_refused(tmp_path):
 def test_the_table_has_a_line_a_difference(tmp_path):
     cell(tmp_path, "l", [1.0, 1.0, 1.0])
     cell(tmp_path, "r", [2.0, 1.0, 1.0])
-    found = table(method_differences([row("l", "lora"), row("r", "rora")], tmp_path))
+    found = difference_table(method_differences([row("l", "lora"), row("r", "rora")], tmp_path))
     (one,) = found.itertuples()
     assert frames.to_csv(found).splitlines()[1] == (
         f"m,rora,lora,same,8,64.0,0.001,0.001,1,{1 / 60},{one.loss_error},,,0.125,{one.answer_error},,,,0" + 16 * ","
@@ -182,6 +182,6 @@ def test_the_table_has_a_line_a_difference(tmp_path):
     cell(tmp_path, "b", [2.0, 1.0, 1.0], {"piqa": [1, 0]})
     cell(tmp_path, "p", [1.0, 1.0, 1.0], {"piqa": [1, 1]})
     rows = [row("b", "base", None, None, None, average=0.5), row("p", "lora", average=1.0)]
-    (one,) = frames.rows(table(method_differences(rows, tmp_path)))
+    (one,) = frames.rows(difference_table(method_differences(rows, tmp_path)))
     assert (one["piqa"], one["piqa_error"], one["average"]) == (0.5, 0.5, 0.5)
     assert one["boolq"] is None

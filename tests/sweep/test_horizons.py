@@ -36,7 +36,7 @@ def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float 
 
 
 def exponents(runs: list[HorizonRun], step: int = 64):
-    found = horizons.exponents(horizons.curves_at(runs, TOKENS, step), step, takeovers=TAKEOVERS, warmup=4)
+    found = horizons.horizon_exponents(horizons.curves_at(runs, TOKENS, step), step, takeovers=TAKEOVERS, warmup=4)
     return found.set_index(["over", "at"])
 
 
@@ -125,8 +125,10 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     assert len(bests) == 5
     law = {"takeovers": TAKEOVERS, "warmup": 4}
     lora = [curve for curve in curves if curve.rule == "lora"]
-    pd.testing.assert_frame_equal(horizons.exponents(curves, 64, **law), horizons.exponents(lora, 64, **law))
-    table = frames.rows(horizons.table(runs, TOKENS, TOKENS))
+    pd.testing.assert_frame_equal(
+        horizons.horizon_exponents(curves, 64, **law), horizons.horizon_exponents(lora, 64, **law)
+    )
+    table = frames.rows(horizons.horizon_table(runs, TOKENS, TOKENS))
     assert [row["gamma"] for row in table[-1:]] == [None]
     assert horizons.beside_full(horizons.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
 
@@ -147,7 +149,7 @@ def test_diverged_and_shorter_runs() -> None:
     assert np.isinf(with_top.losses[:, -1]).all()
     short = [HorizonRun(run.rank, run.strength, top, 0, ReadRun([], run.read.readings[:1])) for run in first]
     assert {curve.rates[-1] for curve in horizons.curves_at(bare + short, TOKENS, 64)} == {max(r.rate for r in bare)}
-    rows = horizons.table(first, TOKENS, TOKENS)
+    rows = horizons.horizon_table(first, TOKENS, TOKENS)
     assert rows["status"].tolist() == ["complete", "diverged"] * 2
     assert rows["step"].tolist() == [16, 20] * 2
 
@@ -171,8 +173,8 @@ def test_the_table_of_best_rates_names_the_arm() -> None:
 def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
     runs = grid(-0.53)
     found = {step: horizons.curves_at(runs, TOKENS, step) for step in (16, 64)}
-    judged = [horizons.exponents(one, step, takeovers=TAKEOVERS, warmup=4) for step, one in found.items()]
-    tables = {"results": horizons.table(runs, TOKENS, TOKENS), "exponents": pd.concat(judged)}
+    judged = [horizons.horizon_exponents(one, step, takeovers=TAKEOVERS, warmup=4) for step, one in found.items()]
+    tables = {"results": horizons.horizon_table(runs, TOKENS, TOKENS), "exponents": pd.concat(judged)}
     tables["best"] = pd.concat([horizons.bests(one, step) for step, one in found.items()])
     for name, table in tables.items():
         (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))

@@ -102,7 +102,7 @@ def test_a_line_a_training_in_order() -> None:
     found = [outcome(one, result) for one in done]
     found.append(outcome(cell("rora", 8, 0.1, 1, **scored), result | {"levels": [LEVEL]}))
     found.append(outcome(cell("rora", 4, 0.1, 0, **scored), {"status": "diverged", "diverged_at": 2}))
-    rows = frames.rows(results.table(found))
+    rows = frames.rows(results.results_table(found))
     assert [(row["method"], row["rank"], row["learning_rate"], row["seed"]) for row in rows] == [
         ("base", None, None, None),
         ("prefix", None, 0.1, 0),
@@ -122,22 +122,22 @@ def test_a_line_a_training_in_order() -> None:
     assert [row["rule"] for row in rows[:2]] == [None, None], "of a rank alone"
     marks = {(row["rank"], row["learning_rate"]): row["best_rate"] for row in rows if row["method"] == "rora"}
     assert (marks[8, 0.01], marks[8, 0.1]) == ("edge", None), "a tie"
-    assert tuple(results.table(found)) == results.COLUMNS
-    lines = frames.to_csv(results.table(found)).splitlines()
+    assert tuple(results.results_table(found)) == results.COLUMNS
+    lines = frames.to_csv(results.results_table(found)).splitlines()
     assert lines[7].startswith("key,complete,m,rora,rora,8,64.0,8.0,0.1,,0,,,,,1.5,")
 
 
 def test_lines_of_a_rank_are_in_the_order_of_alpha_before_the_rate() -> None:
     done = {"status": "complete", "validation_loss": 1.0}
     pairs = ((64.0, 0.01), (8.0, 0.1), (16.0, 0.03))
-    rows = results.table([outcome(cell("lora", 8, rate, 0, alpha=alpha), done) for alpha, rate in pairs])
+    rows = results.results_table([outcome(cell("lora", 8, rate, 0, alpha=alpha), done) for alpha, rate in pairs])
     assert rows["alpha"].tolist() == [8.0, 16.0, 64.0]
 
 
 def test_an_average_of_several_tasks_is_the_one_that_was_made() -> None:
     levels = [LEVEL, LEVEL | {"task": "boolq"}, LEVEL | {"task": "average", "accuracy": 0.6}]
     result = {"status": "complete", "validation_loss": 1.0, "levels": levels}
-    (row,) = frames.rows(results.table([outcome(cell("lora", 8, 0.1, 0), result)]))
+    (row,) = frames.rows(results.results_table([outcome(cell("lora", 8, 0.1, 0), result)]))
     assert (row["average"], row["boolq"]) == (0.6, 0.75)
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_file_of_losses_is_named(tmp_path, text, said) -> None:
 def test_a_result_in_words() -> None:
     result = {"status": "complete", "validation_loss": 1.5, "validation_error": 0.01, "answer_loss": 0.5}
     result |= {"answer_error": 0.02, "levels": [LEVEL, LEVEL | {"task": "average"}]}
-    assert results.said(result) == (
+    assert results.result_in_words(result) == (
         "loss 1.5000 ± 0.0100, answers 0.5000 ± 0.0200, average 75.0 ± 10.0 % (25.0 % unparsed)"
     )
-    assert results.said({"status": "diverged", "diverged_at": 7}) == "diverged at step 7"
+    assert results.result_in_words({"status": "diverged", "diverged_at": 7}) == "diverged at step 7"

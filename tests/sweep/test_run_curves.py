@@ -43,7 +43,7 @@ def test_the_table_has_every_run_and_the_exponent_of_its_method():
         for method, kappa in (("lora", 1.0), ("rora", 0.5))
         for rank in (4, 8)
     ]
-    found = run_curves.table(runs)
+    found = run_curves.rate_loss_table(runs)
     assert found["kappa"].tolist() == [1.0, 1.0, 0.5, 0.5]
     assert found["rank"].tolist() == [4, 8, 4, 8]
     assert found["loss_train"].isna().all()

@@ -23,7 +23,7 @@ from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep.cells import cells_of, training_of
 from rora_theory.sweep.design import Design
 from rora_theory.sweep.records import draw_records
-from rora_theory.sweep.workbench import Trained, Workbench
+from rora_theory.sweep.workbench import TrainedAdapter, Workbench
 
 SHARED = FinetuneConfig(batch_size=4, cutoff=400, widths=1, template="clean", held_out=0)
 
@@ -70,7 +70,7 @@ def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch)
     adapter = adapter_replace(
         fresh, jax.tree.map(lambda a: a + size * jax.random.normal(jax.random.key(1), a.shape), fresh.params)
     )
-    monkeypatch.setattr(bench, "train", lambda *_: Trained({"steps": 1}, adapter))
+    monkeypatch.setattr(bench, "train", lambda *_: TrainedAdapter({"steps": 1}, adapter))
     seen = []
 
     def scored(params, config, tokenizer, items, asked, **options):

@@ -94,7 +94,7 @@ def test_a_stream_has_the_key_of_published_runs() -> None:
     )
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
     expected = jax.random.fold_in(jax.random.key(3), number)
-    np.testing.assert_array_equal(*map(jax.random.key_data, (expected, sampling.stream_key(3, step, "pairs"))))
+    np.testing.assert_array_equal(*map(jax.random.key_data, (expected, sampling.setting_key(3, step, "pairs"))))
 
 
 @pytest.mark.slow

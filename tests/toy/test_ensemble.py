@@ -12,6 +12,6 @@ def test_a_diverged_run_stays_so(monkeypatch):
     losses = np.array([[1.0, 20.0, 0.5], [1.0, 9.0, 0.5]])
     measures = dynamics.Measures(*[losses] * len(dynamics.Measures._fields))
     monkeypatch.setattr(dynamics, "trajectories", lambda *_, **__: measures)
-    drawn = ensemble.draw(CONFIG, rank=4, seeds=range(2))
-    _, diverged = ensemble.trajectories(*drawn, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 2))
+    drawn = ensemble.draw_ensemble(CONFIG, rank=4, seeds=range(2))
+    _, diverged = ensemble.ensemble_trajectories(*drawn, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 2))
     assert diverged.tolist() == [[False, True, True], [False, False, False]]

@@ -57,7 +57,7 @@ def test_fits_leave_out_diverged_ranks_and_take_the_upper_half():
         gone = int((rank, seed, step) == (4, 1, 1))
         left = 1.0 if (rank, step) == (64, 1) else 8.0
         rows.append(made(rank, seed, step, gone, output_train=value(rank, step), loss_train=left))
-    fitted = exponents.fits(pd.DataFrame(rows)).to_dict("records")
+    fitted = exponents.exponent_fits(pd.DataFrame(rows)).to_dict("records")
     found = {(row["range"], row["step"]): row for row in fitted if row["quantity"] == "output_train"}
     assert found["upper", 1]["slope"] == pytest.approx(1.0, abs=1e-4)
     assert (found["upper", 1]["lowest_rank"], found["upper", 1]["ranks"]) == (64, 2)
@@ -70,6 +70,6 @@ def test_fits_leave_out_diverged_ranks_and_take_the_upper_half():
 
 def test_means_leave_out_diverged_seeds():
     rows = [made(4, seed, 1, diverged=int(seed == 2), inner=float(10**seed)) for seed in range(3)]
-    (line_,) = exponents.summarise(pd.DataFrame(rows)).to_dict("records")
+    (line_,) = exponents.summarise_seeds(pd.DataFrame(rows)).to_dict("records")
     assert (line_["seeds"], line_["diverged"], line_["inner"]) == (3, 1, 5.5)
     assert line_["inner_se"] == 4.5  # |10 - 1| / sqrt(2) / sqrt(2)

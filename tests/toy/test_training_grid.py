@@ -23,25 +23,25 @@ def test_each_optimizer_has_its_rate() -> None:
 
 def test_cells() -> None:
     """Ranks ascending; B alone is trained where A starts random, as a control."""
-    cells = training_grid.cells(GRID)
+    cells = training_grid.training_cells(GRID)
     assert len(cells) == len(set(cells)) == 2 * 2 * 3 * 2
     assert [cell.rank for cell in cells[:12]] == [2] * 6 + [8] * 6
     assert [(cell.start, cell.trained) for cell in cells[:6:2]] == [("A", "both"), ("A", "B"), ("B", "both")]
-    assert {cell.trained for cell in training_grid.cells(TrainingGrid(freeze_control=False))} == {"both"}
+    assert {cell.trained for cell in training_grid.training_cells(TrainingGrid(freeze_control=False))} == {"both"}
 
 
 @pytest.mark.parametrize(("start", "trained", "moves"), [("A", "both", True), ("A", "B", False), ("B", "both", True)])
 def test_rows(start: Any, trained: Any, moves: bool) -> None:
     """A row a seed and step; a seed's are its own, whichever others are asked for; A x moves where A is trained."""
     cell = TrainingCell("linear", start, trained, "sgd", 8, "rora")
-    table = training_grid.table(training_grid.rows(GRID, cell))
+    table = training_grid.training_table(training_grid.training_rows(GRID, cell))
     assert tuple(table) == training_grid.COLUMNS
     assert list(zip(table["seed"], table["step"], strict=True)) == [(s, t) for s in (0, 5) for t in (0, 1, 3)]
     assert table["scaling"].to_numpy() == pytest.approx((4 / 8) ** 0.5, rel=1e-15)
     inner = table.pivot(index="seed", columns="step", values="inner")
     assert ((inner[3] != inner[0]) == moves).all()
     alone = TrainingGrid(**{**vars(GRID), "seeds": (5, 6)})
-    other = training_grid.table(training_grid.rows(alone, cell))
+    other = training_grid.training_table(training_grid.training_rows(alone, cell))
     own = table[table["seed"] == 5][list(exponents.QUANTITIES)]
     np.testing.assert_allclose(other[other["seed"] == 5][list(exponents.QUANTITIES)], own, rtol=1e-4)
 

@@ -19,7 +19,9 @@ from rora_theory.errors import InputError
 Rows = Float[torch.Tensor, "tokens _features"]
 
 
-def read(modules: Mapping[str, torch.nn.Module], run: Callable[[], float], keep: Callable[[str, Rows], None]) -> float:
+def read_modules(
+    modules: Mapping[str, torch.nn.Module], run: Callable[[], float], keep: Callable[[str, Rows], None]
+) -> float:
     """Run a forward pass without gradients and show ``keep`` the input of every module, call by call.
 
     Returns:

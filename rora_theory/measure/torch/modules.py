@@ -123,7 +123,7 @@ def lora_config(model: torch.nn.Module) -> LoraConfig | None:
     return next((config for config in configs if isinstance(config, LoraConfig)), None)
 
 
-def peft_targets(model: torch.nn.Module) -> str | list[str]:
+def adapted_targets(model: torch.nn.Module) -> str | list[str]:
     """``target_modules`` of what PEFT adapts already, or ``"all-linear"``."""
     for config in getattr(model, "peft_config", {}).values():
         targets = getattr(config, "target_modules", None)

@@ -27,15 +27,15 @@ from rora_theory.inits import Init
 from rora_theory.measure import module_regime, thin
 from rora_theory.measure.layer_data import Layer
 from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig, Split
-from rora_theory.measure.tokens import choose, sample
+from rora_theory.measure.tokens import choose_tokens, sample
 from rora_theory.measure.torch import hooks
 from rora_theory.measure.torch.batches import Batch, Loss, Tokens, moved, plain_loss, tokens
 from rora_theory.measure.torch.modules import (
+    adapted_targets,
     base_model,
     chosen,
     kept_random,
     layer_index,
-    peft_targets,
     task_type,
     unwrapped,
     without_adapters,
@@ -189,7 +189,7 @@ def measure(
             stack.enter_context(without_adapters(model))
         batch, held_out = moved(batch, base), moved(held_out, base)
         reading = _Reading(config, tokens(base, held_out, batch), config.mask)
-        heldout_loss = hooks.read(modules, lambda: float(take(model, held_out)), reading.keep)
+        heldout_loss = hooks.read_modules(modules, lambda: float(take(model, held_out)), reading.keep)
         reached = {name: module for name, module in modules.items() if name in reading.calls}
         training = _Reducing(config, tokens(base, batch), reading, lora_A or _drawn)
         value = hooks.backward(base, reached, lambda: take(model, batch), reading.calls, training.use)
@@ -202,7 +202,7 @@ def measure(
     every = modules if layers is None else chosen(base, target_modules)
     words = thin.of_regime(frames.crossings, len({layer_index(name) for name in every}))
     thin.warn(frames.files().values(), words)
-    targets = peft_targets(model) if target_modules is None else target_modules
+    targets = adapted_targets(model) if target_modules is None else target_modules
     return TorchRegime(
         **vars(frames),
         target_modules=targets if isinstance(targets, str) else list(targets),
@@ -232,7 +232,7 @@ class _Reading:
         real = np.flatnonzero(own.real)
         norms = torch.linalg.vector_norm(x.float(), dim=1).cpu().numpy()[real]
         seen = own.seen[real] if self._mask else None
-        found = choose(norms, seen, count=self._config.tokens, seed=self._config.seed, name=name)
+        found = choose_tokens(norms, seen, count=self._config.tokens, seed=self._config.seed, name=name)
         before = self.counts.get(name, dict.fromkeys(found.counts, 0))
         rows = _host(x[torch.from_numpy(real[found.indices]).to(x.device)])
         every = np.concatenate([self.inputs[name], rows]) if name in self.inputs else rows
@@ -263,7 +263,7 @@ class _Reducing:
             from rora_theory.measure import drawn_steps
 
             stepped = drawn_steps.measured(config, layer)
-        own = module_regime.measure(config, layer, index, lambda init: self._draw(config, layer, init), stepped)
+        own = module_regime.measure_module(config, layer, index, lambda init: self._draw(config, layer, init), stepped)
         rows = [
             {"layer": index, "module": name, "split": split} | counts
             for split, counts in (("train", read.counts[name]), ("heldout", self._reading.counts[name]))
