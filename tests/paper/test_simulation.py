@@ -127,7 +127,7 @@ def test_verdicts_take_the_sums_that_are_known(
         asked.append(cell.setting)
         return draw(config, cell, devices)
 
-    monkeypatch.setattr(simulation, "draw", watched)
+    monkeypatch.setattr(simulation, "draw_cell", watched)
     known = {cell.setting: sums for cell, sums in drawn.items()}
     found = simulation.judge_simulation(CONFIG, known)
     assert len(found) == 17

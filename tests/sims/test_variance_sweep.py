@@ -80,7 +80,7 @@ def test_the_tables_are_printed_and_nothing_is_drawn_again(
         drawn.append(cell)
         return draw(config, cell, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(simulation, "draw", stopping)
+    monkeypatch.setattr(simulation, "draw_cell", stopping)
     with pytest.raises(SystemExit) as stopped:
         run(*SMALL, "--out", out, "--devices", 1)
     assert stopped.value.code == 130

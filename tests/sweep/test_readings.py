@@ -52,7 +52,7 @@ def test_a_run_that_diverges_keeps_what_was_read_before(bench, monkeypatch) -> N
         found = real(bench, step, params)
         return readings.Reading(step, [float("nan")] * len(found.losses), []) if step == 2 else found
 
-    monkeypatch.setattr(readings, "read", spoilt)
+    monkeypatch.setattr(readings, "read_held_out", spoilt)
     found = readings.read_run(bench, TRAINING, (1, 2))
     assert found.readings == whole.readings[:1]
     assert found.diverged_at == 2
