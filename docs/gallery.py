@@ -57,10 +57,17 @@ class Figure:
 
     @property
     def redraw(self) -> list[str]:
-        """The command line that draws it again from what is published."""
+        """The command line that draws it again, with the options that the manifest's ``figures`` keeps of it."""
         fields = {field.name for field in dataclasses.fields(_config("figures", self.drawing.command))}
         place = self.run.relative_to(ROOT).as_posix()
-        return ["rora", "figures", self.drawing.command, *([place] if fields & {"run", "runs"} else ["--out", place])]
+        words = [place] if fields & {"run", "runs"} else ["--out", place]
+        return [
+            "rora",
+            "figures",
+            self.drawing.command,
+            *words,
+            *self.manifest.get("figures", {}).get(self.path.stem, []),
+        ]
 
     @cached_property
     def commands(self) -> list[list[str]]:

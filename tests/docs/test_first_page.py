@@ -21,8 +21,9 @@ TEMPLATE = (
 
 
 def test_it_is_ten_lines() -> None:
-    statements = [each for each in ast.parse(PYTHON).body if not isinstance(each, (ast.Import, ast.ImportFrom))]
-    assert len(SHELL.splitlines()) + len(statements) == 10
+    imports = [each for each in ast.parse(PYTHON).body if isinstance(each, (ast.Import, ast.ImportFrom))]
+    lines = [line for line in (SHELL + PYTHON).splitlines() if line]
+    assert len(lines) - len(imports) == 10
 
 
 def test_the_first_answer(monkeypatch, capsys) -> None:
@@ -39,11 +40,11 @@ def test_the_first_answer(monkeypatch, capsys) -> None:
     assert "set alpha 11.3137 under" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
 def test_measured_checked_and_trained(tmp_path, monkeypatch, capsys) -> None:
-    torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
     transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
-    for package in ("peft", "accelerate"):
+    for package in ("torch", "peft", "accelerate"):
         pytest.importorskip(package, reason="the bridge: the extra torch")
     import tokenizers
     from support import torch_models
@@ -67,15 +68,12 @@ def test_measured_checked_and_trained(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(PYTHON, names)
-    first, advice, check = capsys.readouterr().out.split("\n\n")[:3]
-    assert first.startswith("The signal leads above rank ")
-    assert "(Adam, kaiming_uniform, held-out tokens): the median of 14 modules" in first
-    assert "set alpha 2.82843 under alpha / sqrt(r) (use_rslora) and keep the learning rate 0.0002" in advice
-    assert check.startswith("What a step changes of the whole model: ")
-    assert "at ranks 16 128" in check
-    config = names["to_rank"](128).config
-    assert (config.r, config.use_rslora, config.lora_alpha) == (128, True, pytest.approx(8**0.5))
-    assert len(names["chats"]) == 20
-    steps = list((tmp_path / "tuned").glob("checkpoint-*")) or [None]
-    assert isinstance(names["model"], torch.nn.Module)
-    assert steps
+    said = capsys.readouterr().out
+    assert said.startswith("The signal leads above rank ")
+    assert "(Adam, kaiming_uniform, held-out tokens): the median of 14 modules" in said
+    assert "What a step changes of the whole model: " in said
+    assert "at ranks 16 32 128" in said
+    trained = json.loads(next((tmp_path / "tuned").glob("checkpoint-*/adapter_config.json")).read_text())
+    assert (trained["r"], trained["use_rslora"], trained["lora_alpha"]) == (128, True, pytest.approx(8**0.5))
+    assert next((tmp_path / "tuned").glob("checkpoint-*/adapter_model.safetensors")).stat().st_size > 0
+    assert names["to_rank"](128).learning_rate == 2e-4
