@@ -16,6 +16,7 @@ from rora_theory.finetune import capacity
 from rora_theory.finetune.capacity import DEVICES, GB, PAPER_MODELS, Device
 from rora_theory.finetune.config import BaseDtype, FinetuneConfig
 from rora_theory.llama import LlamaConfig
+from rora_theory.llama.quantised import Quantization
 from rora_theory.rules import check_integers
 from sims.common import cli, tables
 
@@ -25,8 +26,8 @@ class Config:
     """The run to fit. The defaults are the paper's protocol at its largest rank."""
 
     model: str | None = None
-    """llama-7b, llama-13b, llama2-7b, llama3-8b, sheared-llama-1.3b, mistral-7b, qwen2.5-7b, qwen3-8b, smollm2-135m, or
-    a folder with config.json; none is the table of the paper's five"""
+    """llama-7b, llama-13b, llama2-7b, llama2-70b, llama3-8b, sheared-llama-1.3b, mistral-7b, qwen2.5-7b, qwen3-8b,
+    smollm2-135m, or a folder with config.json; none is the table of the paper's five"""
     method: Literal["lora", "rora", "dora", "full"] = "rora"
     """lora and rora differ by their scaling alone, so they take the same; dora trains magnitudes too; full the weights
     themselves, in float32, beside the frozen ones that they started from"""
@@ -42,6 +43,8 @@ class Config:
     """a6000, rtx4090, l40s, a100-40gb, a100-80gb, h100 or h200"""
     dtype: BaseDtype = "bfloat16"
     """type of the frozen base weights"""
+    quantization: Quantization = "none"
+    """how the base's linear weights are held, made dense a layer at a time: none, q8_0, q4_0 or q4_1"""
     remat: bool | Literal["mlp"] = False
     """made again in the backward pass: False elementwise work, mlp the feed-forward too, True all; the table shows
     False and True"""
@@ -70,6 +73,7 @@ class Config:
             accumulation=self.accumulation,
             dropout=self.dropout,
             dtype=self.dtype,
+            quantization=self.quantization,
             remat=self.remat,
         )
 
@@ -153,7 +157,8 @@ def describe(config: Config) -> str:
     """The run in words."""
     parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
     size = "" if config.method == "full" else f" rank {config.rank},"
-    return f"{config.method},{size} batch {config.batch_size} x {config.seq}{parts}, {config.dtype} base"
+    base = config.dtype if config.quantization == "none" else f"{config.quantization} (multiplied in {config.dtype})"
+    return f"{config.method},{size} batch {config.batch_size} x {config.seq}{parts}, {base} base"
 
 
 def basis(config: Config, device: Device) -> str:

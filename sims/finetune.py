@@ -111,7 +111,7 @@ def run(config: Config) -> None:
         rows = [row._asdict() for row in adapted]
         tables.print_records(f"{training.method} on {config.model}", rows, forms, left=3, missing="-")
     layout, shardings = sharding.over_all_devices(llama_config, training, fsdp=config.fsdp)
-    model = llama.load(origin, training.dtype, shardings=shardings)
+    model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
     cli.tell(model.remarks if first else [])
     chat = found.chat(model.tokenizer, training.template)
     data = prepare(found.records, model.tokenizer, training, chat)

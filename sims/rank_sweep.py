@@ -29,6 +29,7 @@ from rora_theory.errors import FailedError
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype, Method
+from rora_theory.llama.quantised import Quantization
 from rora_theory.rules import check_integers
 from rora_theory.runs.cells import ERROR, FOLDERS
 from rora_theory.runs.folder import RunFolder
@@ -55,6 +56,7 @@ class Training(FinetuneConfig):
     lr: Fixed[float | None] = None
     seed: Fixed[int] = 42
     dtype: Fixed[BaseDtype] = "float32"
+    quantization: Fixed[Quantization] = "none"
     rank_pattern: Fixed[dict[str, int]] = field(default_factory=dict)
     alpha_pattern: Fixed[dict[str, float]] = field(default_factory=dict)
     virtual_tokens: Fixed[int] = 10

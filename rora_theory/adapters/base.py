@@ -13,6 +13,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.llama import Adapter, LlamaConfig
+from rora_theory.llama.quantised import dense_params, is_quantised
 
 Params = dict[str, Any]
 Norms = dict[str, Float[Array, "layers out"]]
@@ -95,7 +96,7 @@ def replace(adapter: AnyAdapter, params: Any) -> AnyAdapter:
 def merge(adapter: TrainableAdapter, params: Params) -> Params:
     """Weights of a plain model that computes what ``params`` with the adapter does (dropout off).
 
-    Computed in float32 and rounded once to the weights' dtype.
+    Computed in float32 and rounded once to the weights' dtype. Weights held in blocks come out dense.
 
     Raises:
       InputError: an adapter whose config is not ``mergeable``.
@@ -115,16 +116,17 @@ def count(adapter: TrainableAdapter) -> int:
 
 def share(adapter: TrainableAdapter, params: Params) -> float:
     """Trainable parameters over all, the base's and the adapter's, as PEFT and the published tables count."""
-    own, base = adapter.count(), sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    own = adapter.count()
+    base = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantised))
     return own / (base if adapter.config.replaces else own + base)
 
 
 def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:
-    """A model's parameters with other weights of some modules, ``{module: [layers, out, in]}``."""
+    """A model's parameters, all of them arrays, with other weights of some modules, ``{module: [layers, out, in]}``."""
     layers = {**params["layers"]}
     for name, weight in weights.items():
         layers[name] = {**layers[name], "weight": weight}
-    return {**params, "layers": layers}
+    return dense_params({**params, "layers": layers})
 
 
 def table(

@@ -26,6 +26,7 @@ from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import PRODUCT
+from rora_theory.llama.quantised import dense
 from rora_theory.scaling import Rule, scaling_factor
 
 
@@ -111,7 +112,7 @@ class LoraConfig:
             }
             if self.use_dora:
                 weight = params["layers"][target.module]["weight"]
-                magnitude = jax.lax.map(lambda w: jnp.linalg.norm(w.astype(jnp.float32), axis=1), weight)
+                magnitude = jax.lax.map(lambda w: jnp.linalg.norm(dense(w).astype(jnp.float32), axis=1), weight)
                 tensors[target.module]["lora_magnitude_vector"] = magnitude
         return assemble_lora(self, targets, tensors)
 
@@ -259,7 +260,7 @@ def _by_layer(
     found = {}
     for name, tensors in adapter.layers().items():
         xs = (params["layers"][name]["weight"], tensors, *(() if norms is None else (norms[name],)))
-        found[name] = jax.lax.map(lambda slices: one(*slices), xs)
+        found[name] = jax.lax.map(lambda slices: one(dense(slices[0]), *slices[1:]), xs)
     return found
 
 

@@ -30,7 +30,7 @@ from rora_theory.finetune import traced_cost
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.finetune.loss import LOGITS_BYTES
 from rora_theory.llama import LlamaConfig
-from rora_theory.llama.model import abstract_params, init_params
+from rora_theory.llama.model import abstract_params, count_parameters, init_params
 from rora_theory.llama.weights import read_config
 
 GB = 1e9
@@ -39,6 +39,7 @@ MODELS = {
     "llama-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
     "llama-13b": LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128),
     "llama2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama2-70b": LlamaConfig(32000, 8192, 28672, 80, 64, 8, 128, rms_norm_eps=1e-5, max_position_embeddings=4096),
     "llama3-8b": LlamaConfig(
         128256, 4096, 14336, 32, 32, 8, 128, rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=8192
     ),
@@ -228,7 +229,7 @@ def abstract_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int)
     """
     if width < 1:
         raise InputError(f"width is {width}; accepted is an integer of 1 or more")
-    base = abstract_params(llama_config, jnp.dtype(config.dtype))
+    base = abstract_params(llama_config, jnp.dtype(config.dtype), config.quantization)
     key = jax.eval_shape(lambda: jax.random.key(0))
     adapter = abstract_adapter(llama_config, config)
     optimizer = steps.finetune_optimizer(config, 1)
@@ -250,7 +251,7 @@ def account(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
     rows = config.batch_size // config.accumulation
     row = 4 * llama_config.vocab_size * rows
     return Account(
-        parameters=count_elements(step.base),
+        parameters=count_parameters(llama_config),
         trainable=adapters.count(abstract_adapter(llama_config, config)),
         tokens=config.batch_size * width,
         flops=traced_cost.flops(traced.jaxpr),
@@ -335,7 +336,8 @@ def measure_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int =
     step = abstract_step(llama_config, config, width)
     compiled = step.function.lower(step.state, step.base, step.batch).compile()
     device = jax.devices()[0]
-    base = jax.jit(init_params, static_argnums=(1, 2))(jax.random.key(0), llama_config, jnp.dtype(config.dtype))
+    draw = jax.jit(init_params, static_argnums=(1, 2, 3))
+    base = draw(jax.random.key(0), llama_config, jnp.dtype(config.dtype), config.quantization)
     adapter = adapters.init(jax.random.key(1), config.adapter(), llama_config, base)
     state = steps.init_state(adapter, steps.finetune_optimizer(config, 1), jax.random.key(2))
     del adapter

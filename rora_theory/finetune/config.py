@@ -11,6 +11,8 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMATS
+from rora_theory.llama.quantised import Quantization, check_quantization
+from rora_theory.runs.reading import LATER, as_json
 from rora_theory.scaling import Rule, check_integer, check_positive
 from rora_theory.seeds import check_seed
 
@@ -122,6 +124,9 @@ class FinetuneConfig:
     """seed of the validation split, the order, the initialisation and the dropout"""
     dtype: BaseDtype = "float32"
     """type of the frozen base weights; what is trained and the optimizer state are always float32"""
+    quantization: Quantization = field(default="none", metadata={LATER: True})
+    """how the frozen base's linear weights are held, to save memory (as QLoRA does): none, or GGUF's blocks q8_0, q4_0
+    or q4_1 (8.5, 4.5, 5 bits a weight), made dense in dtype a layer at a time; a .gguf file of that type keeps its own"""
     remat: bool | Literal["mlp"] = False
     """made again in the backward pass, to save memory: False elementwise work, mlp the feed-forward too, True all"""
 
@@ -136,6 +141,9 @@ class FinetuneConfig:
         accepted = get_args(TrainTemplate)
         _check("template", self.template, accepted, self.template is None or self.template in accepted)
         _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))
+        check_quantization(self.quantization)
+        if self.method == "full" and self.quantization != "none":
+            raise InputError(f"quantization is {self.quantization!r} with method full; accepted is none")
         _check("remat", self.remat, REMATS, self.remat in REMATS)
         for name, methods in _ONLY.items():
             if self.method not in methods and getattr(self, name) != _default(name):
@@ -173,9 +181,11 @@ class FinetuneConfig:
     def settings(self) -> dict[str, Any]:
         """What determines the run, by name: without the settings of other methods.
 
-        A pattern is a list of its entries, whose order decides which comes first; an object has none in JSON.
+        A pattern is a list of its entries, whose order decides which comes first; an object has none in JSON. What
+        `as_json` leaves out is no entry.
         """
-        plain = asdict(self) | {"targets": self.modules}
+        plain = {name: value for name, value in asdict(self).items() if name in as_json(self)}
+        plain["targets"] = self.modules
         for name in ("rank_pattern", "alpha_pattern"):
             if plain[name]:
                 plain[name] = [list(entry) for entry in plain[name].items()]

@@ -244,7 +244,7 @@ def over_all_devices(llama_config: LlamaConfig, config: FinetuneConfig, *, fsdp:
         return None, None
     layout = Layout(mesh(fsdp=fsdp))
     layout.check_batch(config.batch_size, config.accumulation)
-    return layout, layout.params_shardings(abstract_params(llama_config, jnp.dtype(config.dtype)))
+    return layout, layout.params_shardings(abstract_params(llama_config, jnp.dtype(config.dtype), config.quantization))
 
 
 def place(tree: Any, shardings: Any) -> Any:

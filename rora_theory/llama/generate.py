@@ -41,6 +41,7 @@ from rora_theory.llama.model import (
     windowed_layers,
     within_window,
 )
+from rora_theory.llama.quantised import dense
 
 NEVER_CHOSEN = -1e9
 """Added to a score to take it out of the running: the reference's own constant, so that even its ties are
@@ -423,7 +424,7 @@ def _read(
 
         def apply(name: str, u: Array) -> Array:
             module = weights[name]
-            return adapter.linear(name, u, module["weight"], module.get("bias"), slices, key=None)
+            return adapter.linear(name, u, dense(module["weight"]), module.get("bias"), slices, key=None)
 
         def attend_all(q: Array, k: Array, v: Array) -> Array:
             nonlocal keys, values

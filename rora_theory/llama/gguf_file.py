@@ -204,14 +204,18 @@ def load_gguf(
     config: LlamaConfig,
     dtype: DTypeLike = jnp.float32,
     shardings: Params | None = None,
+    quantization: str = "none",
 ) -> Params:
     """The weights of a GGUF file, dequantised in float32 and converted to ``dtype``.
+
+    With ``quantization``, a module's weights that the file has in such blocks keep them bit for bit.
 
     Args:
       reader, path: the file.
       config: of `config_from_gguf`.
       dtype: float32, bfloat16 or float16.
       shardings: where to put each leaf; None is the default device.
+      quantization: of the modules' weights, see `weights.assemble`.
 
     Raises:
       InputError: tensors that are missing, unknown, of another shape than the configuration's, or quantised
@@ -233,19 +237,33 @@ def load_gguf(
     check_shapes(str(path), shapes, config)
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads} if config.model_type == "llama" else {}
 
+    def order(name: str) -> np.ndarray | None:
+        projection = name.rpartition(".self_attn.")[2]
+        interleaved = heads.get(projection[0]) if projection[1:].startswith("_proj") else None
+        return _file_rows(config.head_dim, interleaved, shapes[name][0])
+
+    def stored(name: str) -> np.ndarray | None:
+        if found[name].tensor_type.name != quantization.upper():
+            return None
+        rows, blocks = order(name), np.concatenate([raw for _, raw in _raw(path, found[name])])
+        if rows is None:
+            return blocks
+        ordered = np.empty_like(blocks)
+        ordered[rows] = blocks
+        return ordered
+
     def read(names: list[str], out: np.ndarray) -> None:
         for i, name in enumerate(names):
-            projection = name.rpartition(".self_attn.")[2]
-            interleaved = heads.get(projection[0]) if projection[1:].startswith("_proj") else None
-            rows = _file_rows(config.head_dim, interleaved, len(out[i]))
-            for start, block in _dequantised(path, found[name]):
+            rows = order(name)
+            for start, raw in _raw(path, found[name]):
+                block = dequantize(raw, GGMLQuantizationType(found[name].tensor_type))
                 # LLaMA's rows of a head are stored as rotary pairs side by side; here a pair lies half a head apart.
                 at = slice(start, start + len(block)) if rows is None else rows[start : start + len(block)]
                 with np.errstate(over="ignore"):  # of float16: infinite here, and refused
                     out[i][at] = block
             check_finite(f"{path}: {found[name].name}", out[i])
 
-    return assemble(config, dtype, read, shardings)
+    return assemble(config, dtype, read, shardings, quantization, stored)
 
 
 def _file_rows(head_dim: int, heads: int | None, count: int) -> np.ndarray | None:
@@ -255,8 +273,8 @@ def _file_rows(head_dim: int, heads: int | None, count: int) -> np.ndarray | Non
     return np.arange(count).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _dequantised(path: Path, tensor: ReaderTensor) -> Iterator[tuple[int, np.ndarray]]:
-    """A tensor in float32, a block of rows at a time: (first row, rows).
+def _raw(path: Path, tensor: ReaderTensor) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor as it is stored, some rows at a time: (first row, rows).
 
     Read from the file, not through the reader's map, whose pages would stay in memory beside the weights.
     """
@@ -266,10 +284,8 @@ def _dequantised(path: Path, tensor: ReaderTensor) -> Iterator[tuple[int, np.nda
     row = stored.nbytes // len(stored)
     for start in range(0, len(stored), step):
         shape = (min(step, len(stored) - start), *stored.shape[1:])
-        raw = np.fromfile(
-            path, stored.dtype, count=int(np.prod(shape)), offset=tensor.data_offset + start * row
-        ).reshape(shape)
-        yield start, dequantize(raw, GGMLQuantizationType(tensor.tensor_type))
+        count, offset = int(np.prod(shape)), tensor.data_offset + start * row
+        yield start, np.fromfile(path, stored.dtype, count=count, offset=offset).reshape(shape)
 
 
 def _hf_name(name: str) -> str | None:

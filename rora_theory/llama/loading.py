@@ -11,6 +11,7 @@ from rora_theory.files import read_object
 from rora_theory.llama.config import LlamaConfig, ignored_keys
 from rora_theory.llama.hub import Located, locate
 from rora_theory.llama.model import Params
+from rora_theory.llama.quantised import check_quantization
 from rora_theory.llama.tokenizer import Tokenizer
 from rora_theory.llama.weights import check_dtype, load_hf, read_config, some
 
@@ -51,6 +52,7 @@ def load(
     dtype: DTypeLike = jnp.float32,
     revision: str | None = None,
     shardings: Params | None = None,
+    quantization: str = "none",
 ) -> Model:
     """Load a model.
 
@@ -60,6 +62,9 @@ def load(
       dtype: of the weights in memory: float32, bfloat16 or float16.
       revision: of a hub id.
       shardings: a tree of shardings like the weights'; None puts them on the default device.
+      quantization: how the weights of linear modules are held, one of `quantised.QUANTIZATIONS`. ``q8_0``, ``q4_0`` and
+        ``q4_1`` are blocks of 32 weights, made dense where they are multiplied: those of a GGUF file of that type as
+        they are, else made of the weights as llama.cpp does.
 
     Raises:
       InputError: nothing there, pickled, truncated, or not a model that is supported; see `hub.locate`,
@@ -72,13 +77,14 @@ def load(
       (1, 2, 49152)
     """
     check_dtype(dtype)
+    check_quantization(quantization)
     origin = path_or_repo if isinstance(path_or_repo, Located) else locate(path_or_repo, revision)
     source = origin.path
     if source.is_dir():
         config = read_config(source)
         tokenizer = fitted(Tokenizer.from_folder(source), config.vocab_size)
         ignored = ignored_keys(read_object(source / "config.json"))
-        params = load_hf(source, config, dtype, shardings)
+        params = load_hf(source, config, dtype, shardings, quantization)
     else:
         from rora_theory.llama.gguf_file import config_from_gguf, load_gguf, open_gguf
 
@@ -86,7 +92,7 @@ def load(
         config = config_from_gguf(reader, str(source))
         tokenizer = fitted(Tokenizer.from_gguf(reader, str(source)), config.vocab_size)
         ignored = ()
-        params = load_gguf(reader, source, config, dtype, shardings)
+        params = load_gguf(reader, source, config, dtype, shardings, quantization)
     return Model(params, config, tokenizer, origin, ignored)
 
 

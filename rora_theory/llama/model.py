@@ -18,6 +18,8 @@ scanned, so that a model compiles in the time of one layer.
         "norm": [d],
         "lm_head": [V, d] (absent when the embeddings are tied)
     }
+
+A module's weight may be held in blocks of few bits in place of an array, see `quantised`.
 """
 
 import math
@@ -34,6 +36,7 @@ from rora_theory.errors import InputError
 from rora_theory.llama import rope
 from rora_theory.llama.attention import attend, causal
 from rora_theory.llama.config import MODULES, LlamaConfig
+from rora_theory.llama.quantised import Quantised, abstract, check_quantization, dense, is_quantised, random
 
 REMATS = (False, "mlp", True)
 """What of a layer is made again in the backward pass: what is elementwise; the feed-forward network's products too;
@@ -226,7 +229,7 @@ def hidden_states(
             if capture is not None and name in capture:
                 inputs[name] = u
             module = weights[name]
-            return adapter.linear(name, u, module["weight"], module.get("bias"), slices, key=layer_key)
+            return adapter.linear(name, u, dense(module["weight"]), module.get("bias"), slices, key=layer_key)
 
         def attend_all(q: Array, k: Array, v: Array) -> Array:
             k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
@@ -322,7 +325,7 @@ def forward_cached(
 
         def apply(name: str, u: Array) -> Array:
             module = weights[name]
-            return adapter.linear(name, u, module["weight"], module.get("bias"), slices, key=None)
+            return adapter.linear(name, u, dense(module["weight"]), module.get("bias"), slices, key=None)
 
         def attend_all(q: Array, k: Array, v: Array) -> Array:
             nonlocal keys, values
@@ -349,8 +352,17 @@ def forward_cached(
     return unembed(params, hidden, config), {"k": keys, "v": values, "real": all_real, "length": start + new}
 
 
-def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Params:
-    """The tree of `jax.ShapeDtypeStruct` that the weights of this configuration have."""
+def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantization: str = "none") -> Params:
+    """The tree of `jax.ShapeDtypeStruct` that the weights of this configuration have.
+
+    Args:
+      dtype: of all weights, or of what they are multiplied as.
+      quantization: one of `quantised.QUANTIZATIONS`, of the modules' weights; embeddings and norms stay arrays.
+
+    Raises:
+      InputError: another quantization, or a module that has no whole number of blocks.
+    """
+    check_quantization(quantization)
     count, width = config.num_hidden_layers, config.hidden_size
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -360,6 +372,8 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Para
     for name in MODULES:
         shape = config.module_shape(name)
         layers[name] = {"weight": array(count, *shape)}
+        if quantization != "none":
+            layers[name]["weight"] = abstract(name, (count, *shape), jnp.dtype(dtype), quantization)
         if config.has_bias(name):
             layers[name]["bias"] = array(count, shape[0])
     if config.qk_norm:
@@ -375,12 +389,19 @@ def count_parameters(config: LlamaConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def init_params(key: PRNGKeyArray, config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Params:
-    """Random weights for tests and benchmarks: normal with standard deviation 0.02, norms 1, biases 0."""
-    leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype))
+def init_params(
+    key: PRNGKeyArray, config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantization: str = "none"
+) -> Params:
+    """Random weights for tests and benchmarks: normal with standard deviation 0.02, norms 1, biases 0.
+
+    In blocks, weights are uniform with the same deviation; arguments and errors as of `abstract_params`.
+    """
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype, quantization), is_leaf=is_quantised)
     keys = jax.random.split(key, len(leaves))
 
-    def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, key: PRNGKeyArray) -> Array:
+    def make(path: tuple[Any, ...], leaf: Any, key: PRNGKeyArray) -> Any:
+        if isinstance(leaf, Quantised):
+            return random(key, leaf, 0.02)
         name = path[-1].key
         if name.endswith("norm"):
             return jnp.ones(leaf.shape, leaf.dtype)

@@ -25,6 +25,7 @@ from rora_theory.errors import InputError
 from rora_theory.files import check_regular, name_beside, read_object
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Params, abstract_params
+from rora_theory.llama.quantised import Quantised, dense_params, fill, is_quantised, quantise
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -152,6 +153,8 @@ def assemble(
     dtype: DTypeLike,
     read: Callable[[list[str], np.ndarray], None],
     shardings: Params | None = None,
+    quantization: str = "none",
+    stored: Callable[[str], np.ndarray | None] = lambda _: None,
 ) -> Params:
     """Build the tree of weights leaf by leaf.
 
@@ -160,29 +163,64 @@ def assemble(
       dtype: float32, bfloat16 or float16.
       read: ``read(names, out)`` fills ``out[i]`` with the tensor ``names[i]``, converted.
       shardings: a tree of `jax.sharding.Sharding` like the weights', or None for the default device.
+      quantization: of the modules' weights, see `abstract_params`.
+      stored: ``stored(name)`` is a tensor's own blocks where they are of that type, [out, bytes]; None where they are
+        to be made of its weights.
 
     Raises:
-      InputError: another dtype.
+      InputError: another dtype or quantization, or weights that are beyond a block's float16 scale.
     """
     kind = check_dtype(dtype)
-    abstract = abstract_params(config, kind)
-    places = [None] * len(jax.tree.leaves(abstract)) if shardings is None else jax.tree.leaves(shardings)
-    leaves = []
-    for (path, leaf), place in zip(_leaves(abstract), places, strict=True):
-        names = tensor_names(path, config.num_hidden_layers)
-        host = np.empty(leaf.shape, leaf.dtype)
-        read(names, host if path[0] == "layers" else host[None])
+    abstract = abstract_params(config, kind, quantization)
+    leaves, structure = jax.tree.flatten_with_path(abstract, is_leaf=is_quantised)
+    places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings, is_leaf=is_quantised)
+    built = []
+    for (path, leaf), place in zip(leaves, places, strict=True):
+        keys = tuple(entry.key for entry in path)
+        names = tensor_names(keys, config.num_hidden_layers)
+        host = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), leaf)
+        if isinstance(leaf, Quantised):
+            _read_blocks(names, host, read, stored)
+        else:
+            read(names, host if keys[0] == "layers" else host[None])
         # Waiting lets the host's copy go before the next leaf is allocated.
-        leaves.append(jax.block_until_ready(_put(host, place)))
+        built.append(jax.block_until_ready(_put(host, place)))
         del host
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return jax.tree.unflatten(structure, built)
 
 
-def _put(host: np.ndarray, place: Any) -> jax.Array:
-    """The array on its devices; with several processes each places its own part, and nothing is sent."""
-    if place is None or place.is_fully_addressable:
-        return jax.device_put(host, place)
-    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+def _read_blocks(
+    names: Sequence[str],
+    out: Quantised,
+    read: Callable[[list[str], np.ndarray], None],
+    stored: Callable[[str], np.ndarray | None],
+) -> None:
+    """Fill the layers of a module's blocks: with the file's own, or with what ggml makes of its weights."""
+    for layer, name in enumerate(names):
+        blocks = stored(name)
+        if blocks is None:
+            wide = np.empty((1, *out.shape[1:]), np.float32)
+            read([name], wide)
+            with np.errstate(over="ignore"):  # of a float16 scale: infinite here, and refused
+                blocks = quantise(wide[0], out.kind)
+        fill(out, layer, blocks)
+        for numbers in (out.scales, out.mins):
+            if numbers is not None:
+                check_finite(f"a block's scale of {name}", numbers[layer])
+
+
+def _put(host: Any, place: Any) -> Any:
+    """An array, or the parts of one in blocks, on its devices; with several processes each places its own part, and
+    nothing is sent."""
+    if place is None:
+        return jax.device_put(host)
+
+    def one(part: np.ndarray, sharding: Any) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(part, sharding)
+        return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
+
+    return jax.tree.map(one, host, place)
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -199,7 +237,11 @@ def read_config(folder: Path) -> LlamaConfig:
 
 
 def load_hf(
-    folder: Path, config: LlamaConfig, dtype: DTypeLike = jnp.float32, shardings: Params | None = None
+    folder: Path,
+    config: LlamaConfig,
+    dtype: DTypeLike = jnp.float32,
+    shardings: Params | None = None,
+    quantization: str = "none",
 ) -> Params:
     """The weights of a folder in Hugging Face layout: ``model.safetensors``, or shards and their index.
 
@@ -207,6 +249,7 @@ def load_hf(
       folder, config: as `read_config` reads it.
       dtype: float32, bfloat16 or float16, whatever the type on disk.
       shardings: where to put each leaf; None is the default device.
+      quantization: of the modules' weights, made as they are read, see `assemble`.
 
     Raises:
       InputError: pickled weights alone; files that are missing, truncated or outside the folder; tensors that
@@ -236,7 +279,7 @@ def load_hf(
                     out[i] = files[stored[name].file].get_tensor(name)
                 check_finite(f"{stored[name].file}: {name}", out[i])
 
-    return assemble(config, dtype, read, shardings)
+    return assemble(config, dtype, read, shardings, quantization)
 
 
 def save_hf(
@@ -254,7 +297,7 @@ def save_hf(
 
     Args:
       folder: new, or empty.
-      params: weights, written in the dtype they have.
+      params: weights, written in the dtype they have; those held in blocks are written dense.
       config: theirs.
       tokenizer_from: a folder whose tokenizer files to copy.
       files: further files by their names.
@@ -267,7 +310,7 @@ def save_hf(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there already; accepted is a new or empty folder")
-    expected = abstract_params(config)
+    expected, params = abstract_params(config), dense_params(params)
     if {path: leaf.shape for path, leaf in _leaves(params)} != {path: leaf.shape for path, leaf in _leaves(expected)}:
         raise InputError(f"{folder}: not written; the weights are not those of a model of this config")
     beside = name_beside(folder)

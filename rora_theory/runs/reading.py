@@ -19,11 +19,22 @@ from rora_theory.journal import Journal
 
 CELLS = "cells.jsonl"
 
+LATER = "later"
+"""Metadata of a field of a configuration that was not there from the start."""
+
 
 def as_json(value: Any) -> Any:
-    """``value`` as plain JSON types: dataclasses to dicts, paths to strings, tuples to lists, non-finite to text."""
+    """``value`` as plain JSON types: dataclasses to dicts, paths to strings, tuples to lists, non-finite to text.
+
+    A field whose metadata has `LATER` is left out at its default: what was done before there was one is still done.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        own = {field: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {
+            field.name: as_json(item)
+            for field, item in own.items()
+            if LATER not in field.metadata or item != field.default
+        }
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

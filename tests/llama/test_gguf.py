@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from rora_theory.errors import InputError
 from rora_theory.llama import LinearRope, Llama3Rope, LlamaConfig, forward, load, rope
 from rora_theory.llama.gguf_file import config_from_gguf, load_gguf, open_gguf
+from rora_theory.llama.quantised import Quantised, dense_params
 
 # Rows of 256: one block of the K-quantisations.
 CONFIG = LlamaConfig(
@@ -237,6 +238,33 @@ def test_quantised_weights_equal_their_definition(kind, write):
         # The order of two products may round the last bit.
         np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-8, err_msg=name)
     assert config == CONFIG
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1])
+def test_blocks_of_the_type_that_is_asked_for_are_kept_to_the_bit(kind, write):
+    """Random bits, which no quantiser makes: made anew of the weights they would be others. Those of another type are
+    made anew, and rows of q and k are put in order either way."""
+
+    def quantise(name, array):
+        if array.ndim == 1 or name == "lm_head.weight":
+            return array, None
+        if name == "model.layers.1.mlp.up_proj.weight":
+            return array, None
+        raw = np.random.default_rng(len(name)).integers(0, 256, (array.size // 32, gguf.GGML_QUANT_SIZES[kind][1]))
+        raw[..., 1] &= 0x3F  # finite scales, and minima below
+        raw[..., 3] &= 0x3F if kind == Type.Q4_1 else 0xFF
+        return raw.astype(np.uint8).reshape(len(array), -1), kind
+
+    path = write(quantise=quantise)
+    _, plain = read(path)
+    reader = open_gguf(path)
+    held = load_gguf(reader, path, CONFIG, jnp.float32, quantization=kind.name.lower())
+    made = held["layers"]["mlp.up_proj"].pop("weight").dense()
+    weight = plain["layers"]["mlp.up_proj"].pop("weight")
+    np.testing.assert_array_equal(made[0], weight[0])
+    np.testing.assert_array_equal(made[1], gguf.dequantize(gguf.quantize(np.asarray(weight[1]), kind), kind))
+    assert isinstance(held["layers"]["mlp.down_proj"]["weight"], Quantised)
+    jax.tree.map(np.testing.assert_array_equal, dense_params(held), plain)
 
 
 def test_conversion_to_bfloat16(write):

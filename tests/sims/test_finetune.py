@@ -26,7 +26,7 @@ from support import checkpoint
 from support.event_files import logged
 
 from figures import loss_curves, style
-from rora_theory.adapters import init, load_peft, merge
+from rora_theory.adapters import init, load_peft, merge, share
 from rora_theory.data import records
 from rora_theory.finetune import (
     Batches,
@@ -39,7 +39,8 @@ from rora_theory.finetune import (
 )
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.held_out import record_losses
-from rora_theory.llama import digest, load
+from rora_theory.llama import LlamaConfig, digest, load
+from rora_theory.llama.quantised import dense_params
 from rora_theory.stats.paired import mean_per_token
 from sims import finetune
 from sims.common import cli
@@ -124,6 +125,45 @@ def test_a_run_leaves_its_metrics_its_adapter_and_a_merged_model(whole, model):
     jax.tree.map(np.testing.assert_array_equal, merged.params, expected)
     assert not np.array_equal(*(m["layers"]["mlp.down_proj"]["weight"] for m in (merged.params, base.params)))
     assert merged.tokenizer.encode("fox</s>") == base.tokenizer.encode("fox</s>")
+
+
+def test_a_base_in_blocks_is_trained_stopped_gone_on_with_and_merged(model, data, tmp_path, monkeypatch):
+    """The numbers of a run that was not stopped; merged/ is its dense base with the adapter."""
+    monkeypatch.setattr(checkpoint, "CONFIG", LlamaConfig(300, 32, 64, 2, 4, 2, 8, max_position_embeddings=512))
+    wide = checkpoint.model(tmp_path / "wide")
+    made, real, taken = [], steps.train_step, []
+
+    def train_step(*given, **options):
+        made.append(made[0] if made else real(*given, **options))
+
+        def step(*state):
+            taken.append(len(made))
+            if taken.count(2) == 3:  # the second run's third step
+                raise KeyboardInterrupt
+            return made[0](*state)
+
+        return step
+
+    monkeypatch.setattr(steps, "train_step", train_step)
+    more = ["--steps", "4", "--checkpoint-every", "2", "--held-out", "0", "--quantization", "q4_0"]
+    for name, expected in (("whole", 0), ("stopped", 130), ("stopped", 0)):
+        words = arguments(wide, data, tmp_path / name, *more, "--merge")
+        status, _, stderr = on_one_device(words)
+        assert status == expected, stderr
+    assert taken == [1] * 4 + [2] * 3 + [3] * 2
+    runs = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped")]
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+    manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text())
+    assert manifest["config"]["quantization"] == "q4_0"
+    base, merged = load(wide, quantization="q4_0"), load(tmp_path / "whole" / "merged")
+    adapter = load_peft(tmp_path / "whole" / "adapter", base.config, base.params)
+    expected = merge(adapter, dense_params(base.params))
+    jax.tree.map(np.testing.assert_array_equal, merged.params, expected)
+    assert manifest["trainable_share"] == share(adapter, expected)
+    assert "is another run" in fails(arguments(wide, data, tmp_path / "whole", *more[:-1], "q8_0"))
+    assert "quantization" in fails(arguments(wide, data, tmp_path / "none", *more[:-1], "int4"))
+    narrow = fails(arguments(model, data, tmp_path / "none", *more))
+    assert "self_attn.q_proj has 16 inputs; accepted are multiples of 32, or none" in narrow
 
 
 def in_this_process(monkeypatch, command: list[str]) -> None:

@@ -345,7 +345,7 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> N
         own = FinetuneConfig(method=method, batch_size=16, held_out=4, warmup=4, dropout=0.0, **size)
         before = start("finetune", replace(config, training=own)).identity
         for field in fields(own):
-            if field.name in missing:
+            if field.name in missing | {"quantization"}:  # this model has no blocks; `test_quantised` has one that does
                 continue
             values["method"] = {"lora": "dora", "series": "parallel"}[method]
             value = values.get(field.name, getattr(own, field.name))

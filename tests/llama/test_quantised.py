@@ -1,0 +1,101 @@
+"""Weights in blocks: what they stand for, where they come from, and what is refused."""
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from rora_theory.errors import InputError
+from rora_theory.llama import LlamaConfig, abstract_params
+from rora_theory.llama.quantised import QUANTIZATIONS, abstract, dense, dense_params, fill, quantise, random
+from rora_theory.llama.weights import assemble, load_hf, save_hf
+
+KINDS = QUANTIZATIONS[1:]
+CONFIG = LlamaConfig(48, 32, 64, 2, 4, 2, 8, max_position_embeddings=64)
+
+
+def drawn(shape, seed=0):
+    """Rows of every size a float16 scale takes, down to its subnormal numbers; one of zeros."""
+    rng = np.random.default_rng(seed)
+    sizes = 10.0 ** rng.uniform(-7, 4, (*shape[:-1], 1))
+    sizes[0] = 0
+    return (rng.normal(size=shape) * sizes).astype(np.float32)
+
+
+def held(blocks, kind, shape, dtype):
+    """A file's blocks as one layer of weights in memory."""
+    out = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract("a", (1, *shape), jnp.dtype(dtype), kind))
+    fill(out, 0, blocks)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_weights_are_gguf_s_own_to_the_bit(kind):
+    """Also where every bit of a block is random, as in no file; rounded once in bfloat16."""
+    kinds, shape = Type[kind.upper()], (40, 96)
+    made = quantise(drawn(shape), kind)
+    bits = np.random.default_rng(1).integers(0, 256, made.shape).astype(np.uint8)
+    scales = bits.reshape(40, 3, -1)[..., : 4 if kind == "q4_1" else 2].view(np.uint16)
+    scales &= np.uint16(0xBFFF)  # of which none is infinite
+    for blocks in (made, bits):
+        expected = gguf.dequantize(blocks, kinds)
+        for dtype in (jnp.float32, jnp.bfloat16):
+            ours = jax.jit(dense)(held(blocks, kind, shape, dtype))
+            assert ours.shape == (1, *shape)
+            assert ours.dtype == dtype
+            theirs = expected.astype(dtype)
+            unsigned = np.uint32 if dtype == jnp.float32 else np.uint16
+            zeros = (np.asarray(ours[0]) == 0) & (theirs == 0)  # of either sign
+            same = np.asarray(ours[0]).view(unsigned) == theirs.view(unsigned)
+            assert np.all(same | zeros)
+
+
+def read(names, out):
+    """Weights for `assemble`."""
+    for i, name in enumerate(names):
+        out[i] = np.random.default_rng(list(name.encode())).normal(size=out[i].shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_s_weights_are_quantised_as_they_are_read_and_written_dense(kind, tmp_path):
+    """What ggml's reference makes of the weights in float32, before they are rounded to the dtype."""
+    plain = assemble(CONFIG, jnp.float32, read)
+    save_hf(tmp_path / "a", plain, CONFIG)
+    found = load_hf(tmp_path / "a", CONFIG, jnp.bfloat16, quantization=kind)
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        for layer in range(2):
+            weight, of = np.asarray(plain["layers"][name]["weight"][layer]), Type[kind.upper()]
+            expected = gguf.dequantize(gguf.quantize(weight, of), of).astype(jnp.bfloat16)
+            np.testing.assert_array_equal(found["layers"][name]["weight"].dense()[layer], expected)
+    np.testing.assert_array_equal(found["embed_tokens"], plain["embed_tokens"].astype(jnp.bfloat16))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), abstract_params(CONFIG, jnp.bfloat16, kind)
+    )
+    save_hf(tmp_path / "b", found, CONFIG)
+    again = load_hf(tmp_path / "b", CONFIG, jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, again, dense_params(found))
+
+
+def test_random_blocks_have_the_deviation_that_is_asked_for():
+    found = random(jax.random.key(0), abstract("a", (1, 256, 64), jnp.dtype("float32"), "q4_1"), 0.02).dense()
+    # Of n = 16,384 uniform weights the deviation has a relative error of sqrt(0.2 / n), 0.35%; the mean has 0.00016.
+    assert float(jnp.std(found)) == pytest.approx(0.02, rel=0.02)
+    assert abs(float(jnp.mean(found))) < 1e-3
+
+
+def test_what_is_refused():
+    with pytest.raises(InputError, match="quantization is 'nf4'; accepted is none, q8_0, q4_0, q4_1"):
+        abstract_params(CONFIG, jnp.float32, "nf4")
+    narrow = LlamaConfig(48, 32, 40, 2, 4, 2, 8)
+    with pytest.raises(InputError, match=r"'q4_0' and mlp\.down_proj has 40 inputs; accepted are multiples of 32, or"):
+        abstract_params(narrow, jnp.float32, "q4_0")
+
+    def too_large(names, out):
+        out[:] = 1e7 if "up_proj" in names[0] else 1.0
+
+    with pytest.raises(
+        InputError, match=r"scale of model\.layers\.0\.mlp\.up_proj\.weight is -inf at \[0, 0\] in float16"
+    ):
+        assemble(CONFIG, jnp.float32, too_large, quantization="q4_0")
