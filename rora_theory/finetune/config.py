@@ -125,8 +125,8 @@ class FinetuneConfig:
     dtype: BaseDtype = "float32"
     """type of the frozen base weights; what is trained and the optimizer state are always float32"""
     quantization: Quantization = field(default="none", metadata={LATER: True})
-    """how the frozen base's linear weights are held, to save memory (as QLoRA does): none, or GGUF's blocks q8_0, q4_0
-    or q4_1 (8.5, 4.5, 5 bits a weight), made dense in dtype a layer at a time; a .gguf file of that type keeps its own"""
+    """how the frozen base's linear weights are held, to save memory as QLoRA does: none, or GGUF's blocks q8_0, q4_0 or
+    q4_1 (8.5, 4.5, 5 bits a weight), made dense in dtype a layer at a time; a .gguf file of that type keeps its own"""
     remat: bool | Literal["mlp"] = False
     """made again in the backward pass, to save memory: False elementwise work, mlp the feed-forward too, True all"""
 
@@ -184,8 +184,8 @@ class FinetuneConfig:
         A pattern is a list of its entries, whose order decides which comes first; an object has none in JSON. What
         `as_json` leaves out is no entry.
         """
-        plain = {name: value for name, value in asdict(self).items() if name in as_json(self)}
-        plain["targets"] = self.modules
+        kept = as_json(self)
+        plain = {name: value for name, value in asdict(self).items() if name in kept} | {"targets": self.modules}
         for name in ("rank_pattern", "alpha_pattern"):
             if plain[name]:
                 plain[name] = [list(entry) for entry in plain[name].items()]
