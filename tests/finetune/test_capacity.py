@@ -1,6 +1,7 @@
 """Shapes of published models, the parts of an account, devices, and what fits on them."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ SMALL = FinetuneConfig(rank=4, batch_size=4, dropout=0.0)
         ("llama-7b", 6_738_415_616),
         ("llama-13b", 13_015_864_320),
         ("llama2-7b", 6_738_415_616),
+        ("llama2-70b", 68_976_648_192),
         ("llama3-8b", 8_030_261_248),
         ("sheared-llama-1.3b", 1_345_423_360),
         ("mistral-7b", 7_241_732_096),
@@ -116,6 +118,21 @@ def test_all_of_the_papers_models_fit_a_48_gb_a6000_with_rematerialisation(name)
     # and attention add some; the head, of llama3 8% of the weights, and each layer's last product are not made again.
     matrices = found.parameters - MODELS[name].vocab_size * MODELS[name].hidden_size
     assert found.flops == pytest.approx(6 * found.tokens * matrices, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "planned"),
+    [("llama-13b", "rtx4090", "17.2 GB of the 24.8"), ("llama2-70b", "h100", "67.0 GB of the 84.5")],
+)
+def test_what_fits_in_four_bits(name, device, planned):
+    """And is told where the memory is."""
+    config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True, quantization="q4_0")
+    found, card = capacity.account(MODELS[name], config, 256), DEVICES[device]
+    assert found.fits(card)
+    assert 2 * found.parameters > card.memory
+    assert planned == f"{found.total / 1e9:.1f} GB of the {(card.memory - capacity.RESERVE) / 1e9:.1f}"
+    page = Path(__file__).parents[2] / "docs" / "results" / "speed.md"
+    assert planned in page.read_text().replace("\n", " ").replace(" that are usable", "")
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -74,17 +73,6 @@ def test_devices_share_the_blocks():
     weight = Layout(mesh(fsdp=2, devices=jax.devices()[:2])).params(held)["layers"]["mlp.up_proj"]["weight"]
     assert weight.codes.addressable_shards[0].data.shape == (2, 32, 16)
     assert weight.scales.addressable_shards[0].data.shape == (2, 32, 1)
-
-
-def test_a_merged_model_is_dense_and_computes_what_the_adapted_one_does():
-    held, plain = base()
-    adapter = adapters.init(jax.random.key(1), PLAIN.lora(), MODEL, held)
-    adapter = adapters.replace(adapter, jax.tree.map(lambda a: a + 0.1, adapter.params))
-    merged = adapters.merge(adapter, held)
-    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, plain)
-    jax.tree.map(np.testing.assert_array_equal, merged, adapters.merge(adapter, plain))
-    np.testing.assert_array_equal(merged["layers"]["mlp.up_proj"]["weight"], plain["layers"]["mlp.up_proj"]["weight"])
-    assert adapters.share(adapter, held) == adapters.share(adapter, plain)
 
 
 def test_the_program_takes_the_memory_of_the_blocks_and_makes_one_layer_dense():

@@ -138,7 +138,7 @@ def test_a_base_in_blocks_is_trained_stopped_gone_on_with_and_merged(model, data
 
         def step(*state):
             taken.append(len(made))
-            if taken.count(2) == 3:  # the second run's third step
+            if taken[4:] == [2, 2, 2]:  # the second run's third step
                 raise KeyboardInterrupt
             return made[0](*state)
 
