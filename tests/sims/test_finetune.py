@@ -160,7 +160,8 @@ def test_a_base_in_blocks_is_trained_stopped_gone_on_with_and_merged(model, data
     expected = merge(adapter, dense_params(base.params))
     jax.tree.map(np.testing.assert_array_equal, merged.params, expected)
     assert manifest["trainable_share"] == share(adapter, expected)
-    assert "is another run" in fails(arguments(wide, data, tmp_path / "whole", *more[:-1], "q8_0"))
+    other = fails(arguments(wide, data, tmp_path / "whole", *more[:-1], "q8_0"))
+    assert "quantization there 'q4_0', here 'q8_0'" in other
     assert "quantization" in fails(arguments(wide, data, tmp_path / "none", *more[:-1], "int4"))
     narrow = fails(arguments(model, data, tmp_path / "none", *more))
     assert "self_attn.q_proj has 16 inputs; accepted are multiples of 32, or none" in narrow
