@@ -47,7 +47,7 @@ def batches(count=STEPS, rows=4, width=16):
 def train(params, config):
     """Losses, norms of gradients, and the adapter after some steps."""
     adapter = adapters.init(jax.random.key(1), config.lora(), MODEL, params)
-    state = steps.init_state(adapter, steps.optimizer(config, STEPS), jax.random.key(2))
+    state = steps.init_state(adapter, steps.finetune_optimizer(config, STEPS), jax.random.key(2))
     function = steps.train_step(adapter, MODEL, config, STEPS)
     found = []
     for batch in batches():
