@@ -5,7 +5,7 @@ rora figures norm_vs_rank RUN
 """
 
 import ast
-import importlib.util
+import importlib
 import pkgutil
 import runpy
 import sys
@@ -16,11 +16,8 @@ ROOM = "figures"
 
 def names(package: str) -> dict[str, str]:
     """The commands of a package with what each says of itself, read without importing any of them."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
     found = {}
-    for folder in spec.submodule_search_locations:
+    for folder in importlib.import_module(package).__path__:
         for module in pkgutil.iter_modules([folder]):
             path = Path(folder) / f"{module.name}.py"
             if module.ispkg or module.name.startswith("_") or '__name__ == "__main__"' not in path.read_text("utf-8"):
@@ -37,9 +34,10 @@ def main() -> None:
     if words[:1] == [ROOM]:
         package, words = ROOM, words[1:]
     commands = names(package)
+    listed = commands | ({ROOM: "Plots of saved runs; rora figures lists them."} if package == "sims" else {})
     name = words[0].replace("-", "_") if words else "--help"
     if name in ("_h", "__help", "--help"):
-        show(package, commands)
+        show(package, listed)
         return
     if name == "__version":
         cli.tell_versions()
@@ -49,8 +47,7 @@ def main() -> None:
         cli.run(lambda: print(completion.script(" ".join(words[1:]), every)))
         return
     if name not in commands:
-        known = ", ".join(commands) + (f", {ROOM}" if package == "sims" else "")
-        print(f"error: {words[0]} is no command; accepted are {known}", file=sys.stderr)
+        print(f"error: {words[0]} is no command; accepted are {', '.join(listed)}", file=sys.stderr)
         sys.exit(2)
     if Path(sys.argv[0]).stem == "rora":
         cli.PROGRAM = " ".join(["rora", *sys.argv[1 : len(sys.argv) - len(words) + 1]])
@@ -63,10 +60,9 @@ def show(package: str, commands: dict[str, str]) -> None:
     from sims.common import tables
 
     start = "rora" if package == "sims" else f"rora {ROOM}"
-    rows = [*commands.items()] + (
-        [(ROOM, "Plots of saved runs; rora figures lists them.")] if package == "sims" else []
+    tables.print_table(
+        f"{start} NAME --help says what a command takes.", ["command", "what it does"], commands.items(), left=2
     )
-    tables.print_table(f"{start} NAME --help says what a command takes.", ["command", "what it does"], rows, left=2)
 
 
 if __name__ == "__main__":

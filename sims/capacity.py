@@ -9,7 +9,7 @@ hand; ``--measure`` runs two steps here, on random weights, and sets what they t
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import capacity
@@ -65,17 +65,11 @@ class Config:
 
     def finetune(self) -> FinetuneConfig:
         """The run's own configuration."""
-        low_rank: dict[str, Any] = {"rule": "lora" if self.method == "lora" else "rora", "rank": self.rank}
-        return FinetuneConfig(
-            method="lora" if self.method == "rora" else self.method,
-            **({} if self.method == "full" else low_rank),
-            batch_size=self.batch_size,
-            accumulation=self.accumulation,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            quantization=self.quantization,
-            remat=self.remat,
-        )
+        names = ("batch_size", "accumulation", "dropout", "dtype", "quantization", "remat")
+        own = {name: getattr(self, name) for name in names}
+        if self.method != "full":
+            own |= {"rule": "lora" if self.method == "lora" else "rora", "rank": self.rank}
+        return FinetuneConfig(method="lora" if self.method == "rora" else self.method, **own)
 
     def count_steps(self) -> int | None:
         """Steps of the whole run; None where the command does not say."""

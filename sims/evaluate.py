@@ -17,7 +17,7 @@ from rora_theory.data import sources
 from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
-from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples, score_tasks
+from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
 from rora_theory.evaluate.accuracies import RESULT_COLUMNS, RESULT_UNITS
 from rora_theory.llama import Adapter, Model, load
 from rora_theory.rules import check_integers
@@ -95,16 +95,12 @@ def evaluate(
     """Score the records that the folder lacks, and write its results."""
     scoring, records = config.scoring(), [record for items in tasks.values() for record in items]
     kept = Samples(folder.path / samples.FILE, folder.identity, records, config.protocol)
-    done = {(sample.task, sample.index) for sample in kept.found}
     right = sum(sample.correct for sample in kept.found)
     with progress_bar("scoring", len(records), fields="{task}  accuracy {accuracy:.1%}") as bar:
-        bar.advance(len(done))
-        if len(done) < len(records):
-            for sample in score_tasks(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size, done=done):
-                kept.add(sample)
-                right += sample.correct
-                bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(kept.found))
-    kept.sort()
+        bar.advance(len(kept.found))
+        for sample in kept.score(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size):
+            right += sample.correct
+            bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(kept.found))
     folder.record(samples.FILE)
     found = accuracies(kept.found, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}

@@ -1,13 +1,14 @@
 """The file of a run's scored items, a sealed line each, kept as they come."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rora_theory.data.tasks import TaskRecord
 from rora_theory.errors import InputError
-from rora_theory.evaluate.scoring import Sample, in_order
+from rora_theory.evaluate.scoring import Sample, Scoring, in_order, score_tasks
 from rora_theory.journal import Journal
+from rora_theory.llama import Adapter, Model
 
 FILE = "samples.jsonl"
 """Its name in a run's folder."""
@@ -50,6 +51,23 @@ class Samples:
         """Write one sample more."""
         self._journal.append({"protocol": self._protocol} | asdict(sample), sync=False)
         self.found.append(sample)
+
+    def score(
+        self,
+        model: Model,
+        tasks: Mapping[str, Sequence[TaskRecord]],
+        scoring: Scoring,
+        *,
+        adapter: Adapter | None = None,
+        batch_size: int = 8,
+    ) -> Iterator[Sample]:
+        """Score what is lacking, see `score_tasks`: each sample is kept before it is yielded; then all are in order."""
+        done = {(sample.task, sample.index) for sample in self.found}
+        if len(done) < sum(map(len, tasks.values())):
+            for sample in score_tasks(model, tasks, scoring, adapter=adapter, batch_size=batch_size, done=done):
+                self.add(sample)
+                yield sample
+        self.sort()
 
     def sort(self) -> None:
         """Put all in order, so that the file is the same however often the run was stopped."""

@@ -139,7 +139,7 @@ def test_what_is_scored_is_not_scored_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(evaluate, "score_tasks", refuse)
+    monkeypatch.setattr(evaluate.samples, "score_tasks", refuse)
     evaluate.main(_arguments(model, data, tmp_path / "run", *more, "--batch-size", "2"))
     assert _files(tmp_path / "run") == before
 
