@@ -46,7 +46,7 @@ import importlib, importlib.abc, sys
 class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {
-            "safetensors", "tokenizers", "gguf", "orbax", "grain", "huggingface_hub", "torch", "transformers", "peft"
+            "safetensors", "tokenizers", "gguf", "orbax", "huggingface_hub", "torch", "transformers", "peft"
         }:
             raise ImportError(f"hidden: {name}")
 sys.meta_path.insert(0, Hidden())

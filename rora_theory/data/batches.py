@@ -6,12 +6,14 @@ position in the data is the step: a run that goes on at step k asks for batch k 
 left out.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
@@ -287,7 +289,7 @@ def plan_epoch(
 
 
 class Batches:
-    """All batches of a run by step: a random-access source for grain.
+    """All batches of a run by step.
 
     Args:
       examples: the records.
@@ -364,9 +366,16 @@ class Batches:
         return {width: min(width, -(-count // MULTIPLE) * MULTIPLE) for width, count in most.items()}
 
 
-def iterate(batches: Batches, *, start: int = 0) -> grain.DatasetIterator[Batch]:
+AHEAD = 2
+"""Batches that are made before they are asked for."""
+
+
+def iterate(batches: Batches, *, start: int = 0) -> Iterator[Batch]:
     """Batches from step ``start`` on, made ahead in a thread of their own."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
-    return iterator
+    steps = iter(range(start, len(batches)))
+    with ThreadPoolExecutor(1) as thread:
+        made = deque(thread.submit(batches.__getitem__, step) for step in islice(steps, AHEAD))
+        while made:
+            batch = made.popleft().result()
+            made.extend(thread.submit(batches.__getitem__, step) for step in islice(steps, 1))
+            yield batch

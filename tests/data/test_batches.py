@@ -1,6 +1,7 @@
 """Tokens as the published code makes them, little padding, and an order that any step can be asked for."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -169,6 +170,29 @@ def test_a_stream_begun_at_a_step_goes_on_as_the_whole_one():
     assert len(late) == 7
     for a, b in zip(whole[5:], late, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+def test_batches_are_made_ahead_and_fail_in_their_turn(monkeypatch, time_limit):
+    data, _ = batches()
+    made, real = [], Batches.__getitem__
+
+    def watched(self, step):
+        made.append(step)
+        if step == 11:
+            raise ValueError("record 11")
+        return real(self, step)
+
+    monkeypatch.setattr(Batches, "__getitem__", watched)
+    stream = iterate(data, start=8)
+    next(stream)
+    with time_limit(20):
+        while len(made) < 3:
+            time.sleep(0.001)
+    assert made == [8, 9, 10], "two are made while the first is worked on"
+    next(stream)
+    next(stream)
+    with pytest.raises(ValueError, match="record 11"):
+        next(stream)
 
 
 def test_answer_batches_name_the_positions_of_their_targets():
