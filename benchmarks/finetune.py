@@ -10,8 +10,6 @@ take turns on the same cores, and medians over the turns are compared. Parts:
            are random and padded to their longest, as the published code does it. Every k-th batch of an epoch, in order
            of padded length, so that a few stand for all
   methods  LoRA and DoRA of rank 128, batches of 4 x 256, without and with dropout: time of a step
-  gpu      LLaMA-7B shapes, random bfloat16 weights, rank 128, 16 x 256 tokens: tokens/s, peak memory, and the share of
-           the card's own measured rate of matrix products that the model's FLOPs are done at
 
 The modules adapted are the paper's five. Run it on a quiet machine; it uses the first ``--cores`` cores.
 """
@@ -35,29 +33,25 @@ import numpy as np
 HERE = Path(__file__).parent
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 PACKAGES = ("rora-theory", "jax", "jaxlib", "optax", "torch", "transformers", "peft")
-Part = Literal["tokens", "text", "methods", "gpu"]
+Part = Literal["tokens", "text", "methods"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     data: tuple[str, ...] = ()
-    """training files in the LLM-Adapters schema; unused by gpu"""
+    """training files in the LLM-Adapters schema"""
     model: str = "smollm2-135m"
-    """model of both sides; unused by gpu"""
+    """model of both sides"""
     parts: tuple[Part, ...] = ("tokens", "text", "methods")
     """parts to run"""
     rounds: int = 5
     """turns of each side"""
     steps: int = 3
-    """steps a turn (tokens, methods, gpu)"""
+    """steps a turn (tokens, methods)"""
     batches: int = 10
     """batches of an epoch that a turn works (text)"""
     cores: int = 2
     """cores that both sides run on"""
-    remat: Literal["False", "mlp", "True"] = "mlp"
-    """what this side makes again in the backward pass (gpu)"""
-    gpu_peer_checkpointing: bool = True
-    """whether the peer checkpoints its layers (gpu)"""
     out: Path | None = None
     """JSON file for the figures"""
 
@@ -160,30 +154,6 @@ def run_methods(config: Config, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def run_gpu(config: Config) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    shared = {"gpu": True, "rank": 128, "dropout": 0.0, "remat": config.remat}
-    shared |= {"checkpointing": config.gpu_peer_checkpointing, "cores": os.cpu_count()}
-    for side in ("ours", "peer"):
-        for method in ("lora", "rora", "dora"):
-            worker = Worker(side, shared | {"method": method})
-            turns = [worker.steps(config.steps) for _ in range(config.rounds)]
-            step = middle([one for turn in turns for one in turn])
-            report = worker.finish()
-            rate = worker.setup["model_flops"] / step["median"] if "model_flops" in worker.setup else None
-            figures[f"{side} {method}"] = report | {
-                "seconds_a_step": step,
-                "tokens_per_second": 16 * 256 / step["median"],
-                "model_tflops_per_second": None if rate is None else rate / 1e12,
-            }
-    # Both sides train the same model: one count of its FLOPs and one measured rate of the card serve both.
-    flops, peak = (figures["ours lora"][name] for name in ("model_flops", "product_flops_per_second"))
-    for name, found in figures.items():
-        flops = figures[name.replace("peer", "ours")]["model_flops"]
-        found["utilisation"] = flops / found["seconds_a_step"]["median"] / peak
-    return figures
-
-
 def prepare(config: Config, folder: Path) -> None:
     """Write the model's folder and both sides' batches of ``tokens`` and ``text``."""
     from rora_theory.finetune import Batches, choose_widths, read_records, tokenize
@@ -271,12 +241,8 @@ def peak_memory_gb() -> float:
 def work(spec: dict[str, Any]) -> None:
     """This package's side."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec["cores"]])
-    if spec.get("gpu"):
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # else the peak is what was set aside
-    else:
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
-    import jax.numpy as jnp
 
     from rora_theory import adapters, llama
     from rora_theory.finetune import Batch, FinetuneConfig
@@ -285,25 +251,13 @@ def work(spec: dict[str, Any]) -> None:
     remat = {"False": False, "mlp": "mlp", "True": True}[spec.get("remat", "False")]
     config = FinetuneConfig(**own_settings(spec["method"], spec["rank"]), dropout=spec["dropout"], remat=remat)
     setup: dict[str, Any] = {}
-    if spec.get("gpu"):
-        model_config = llama_7b()
-        params = jax.jit(lambda key: llama.init_params(key, model_config, jnp.bfloat16))(jax.random.key(0))
-        tokens = np.random.default_rng(0).integers(0, 32000, (16, 257)).astype(np.int32)
-        batches = [Batch(tokens[:, :-1], tokens[:, 1:], np.ones((16, 256), np.float32), None)]
-        setup["product_flops_per_second"] = product_rate()
-    else:
-        model = llama.load(spec["model"])
-        params, model_config = model.params, model.config
-        batches = [Batch(*arrays, None) for arrays in read(spec["batches"])]
+    model = llama.load(spec["model"])
+    params, model_config = model.params, model.config
+    batches = [Batch(*arrays, None) for arrays in read(spec["batches"])]
     adapter = adapters.init(jax.random.key(0), config.adapter(), model_config, params)
     setup["trainable_parameters"], setup["trainable_share"] = adapters.count(adapter), adapters.share(adapter, params)
     state = steps.init_state(adapter, steps.finetune_optimizer(config, 1000), jax.random.key(1))
     function = steps.train_step(adapter, model_config, config, 1000)
-    if spec.get("gpu"):
-        from rora_theory.finetune.traced_cost import flops
-
-        plain = steps.train_step(adapter, model_config, dataclasses.replace(config, remat=False), 1000)
-        setup["model_flops"] = flops(plain.trace(state, params, batches[0]).jaxpr)
     loss = None
 
     def step(index: int) -> None:
@@ -318,10 +272,7 @@ def work(spec: dict[str, Any]) -> None:
         step(index)
 
     def report() -> dict[str, Any]:
-        memory = peak_memory_gb()
-        if spec.get("gpu"):
-            memory = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
-        return setup | {"peak_memory_gb": memory, "loss": float(loss)}
+        return setup | {"peak_memory_gb": peak_memory_gb(), "loss": float(loss)}
 
     serve(setup, step, report)
 
@@ -337,27 +288,6 @@ def own_settings(method: str, size: int) -> dict[str, Any]:
         "series": {"method": "series", "bottleneck": size},
         "parallel": {"method": "parallel", "bottleneck": size},
     }[method]
-
-
-def llama_7b() -> Any:
-    """The shapes of LLaMA-7B."""
-    from rora_theory.llama import LlamaConfig
-
-    return LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
-
-
-def product_rate() -> float:
-    """Floating-point operations a second of this device on products of 8192 x 8192 bfloat16 matrices."""
-    import jax
-    import jax.numpy as jnp
-
-    size, many = 8192, 20
-    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, many, lambda _, x: (x @ b) * jnp.bfloat16(0.01), a))
-    chain(a, a).block_until_ready()
-    begin = time.perf_counter()
-    chain(a, a).block_until_ready()
-    return many * 2 * size**3 / (time.perf_counter() - begin)
 
 
 def machine(cores: int) -> dict[str, Any]:
@@ -393,11 +323,6 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
             f"methods: {name}: LoRA {one['lora']['median']:.3f} s, DoRA {one['dora']['median']:.3f} s a step, "
             f"ratio {one['dora_over_lora']:.2f}"
         )
-    for name, one in figures.get("gpu", {}).items():
-        yield (
-            f"gpu: {name}: {one['tokens_per_second']:.0f} tokens/s, peak {one['peak_memory_gb']:.1f} GB, "
-            f"{one['utilisation']:.0%} of the card's rate of products"
-        )
 
 
 def main() -> None:
@@ -406,15 +331,14 @@ def main() -> None:
     from sims.common import cli
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])
-    if set(config.parts) - {"gpu"} and not config.data:
+    if not config.data:
         raise InputError("--data is missing; accepted are training files in the LLM-Adapters schema")
     figures: dict[str, Any] = {"machine": machine(config.cores)}
     with tempfile.TemporaryDirectory() as folder:
-        if set(config.parts) - {"gpu"}:
-            prepare(config, Path(folder))
+        prepare(config, Path(folder))
         runs = {"tokens": run_tokens, "text": run_text, "methods": run_methods}
         for part in config.parts:
-            figures[part] = run_gpu(config) if part == "gpu" else runs[part](config, Path(folder))
+            figures[part] = runs[part](config, Path(folder))
             for line in lines({part: figures[part]}):
                 print(line, flush=True)
             if config.out is not None:

@@ -1,18 +1,16 @@
 """What a method costs: time of a training step and peak memory of all six, in one run.
 
     python benchmarks/methods.py --out methods.json                 SmolLM2-135M, float32, on this machine's cores
-    python benchmarks/methods.py --gpu --sizes 128                  LLaMA-7B shapes, random bfloat16 weights, on a GPU
 
 Each method is a process of its own, compiled and warmed up before the first turn; then the methods of a size take
-turns, in an order that turns too, and each is compared with LoRA turn by turn (on a GPU one after the other: it does
-not hold six 7B models). A size is the rank of LoRA, RoRA and DoRA, the width of a series or parallel adapter, and the
-number of a prefix's virtual tokens. Modules are the published ones of each method.
+turns, in an order that turns too, and each is compared with LoRA turn by turn. A size is the rank of LoRA, RoRA and
+DoRA, the width of a series or parallel adapter, and the number of a prefix's virtual tokens. Modules are the published
+ones of each method.
 
 The paper reports 3 h 45 min of training for LoRA and RoRA and 5 h 35 min for DoRA: 1.49 times LoRA's.
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,7 +30,7 @@ BOUND = 1.15
 @dataclass(frozen=True)
 class Config:
     model: str = "smollm2-135m"
-    """model to train; unused on a GPU"""
+    """model to train"""
     methods: tuple[str, ...] = METHODS
     """any of lora rora dora prefix series parallel"""
     sizes: tuple[int, ...] = (8, 128)
@@ -42,15 +40,13 @@ class Config:
     steps: int = 3
     """steps a turn"""
     rows: int = 4
-    """records a step; a GPU takes 16"""
+    """records a step"""
     seq: int = 256
-    """tokens a record; a GPU takes 256"""
+    """tokens a record"""
     dropout: float = 0.0
     """dropout of the adapter's input"""
     cores: int = 2
     """cores that the methods run on"""
-    gpu: bool = False
-    """LLaMA-7B shapes on a GPU"""
     remat: Literal["False", "mlp", "True"] = "False"
     """what is made again in the backward pass"""
     out: Path | None = None
@@ -76,19 +72,11 @@ def check(config: Config) -> None:
 def run_size(config: Config, size: int, batches: Path) -> dict[str, Any]:
     """Figures of every method at a size."""
     spec = {"model": config.model, "cores": config.cores, "rank": size, "dropout": config.dropout}
-    spec |= {"batches": str(batches), "remat": config.remat, "gpu": config.gpu}
-    reports, seconds = {}, {}
-    if config.gpu:
-        spec["cores"] = os.cpu_count()
-        for method in config.methods:
-            worker = Worker("ours", spec | {"method": method})
-            seconds[method] = [worker.steps(config.steps) for _ in range(config.rounds)]
-            reports[method] = worker.finish()
-    else:
-        workers = {method: Worker("ours", spec | {"method": method}) for method in config.methods}
-        seconds = take_turns(workers, config.rounds, config.steps)
-        reports = {method: worker.finish() for method, worker in workers.items()}
-    tokens = 16 * 256 if config.gpu else config.rows * config.seq
+    spec |= {"batches": str(batches), "remat": config.remat}
+    workers = {method: Worker("ours", spec | {"method": method}) for method in config.methods}
+    seconds = take_turns(workers, config.rounds, config.steps)
+    reports = {method: worker.finish() for method, worker in workers.items()}
+    tokens = config.rows * config.seq
     figures: dict[str, Any] = {}
     for method in config.methods:
         step = middle([one for turn in seconds[method] for one in turn])
