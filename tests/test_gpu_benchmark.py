@@ -109,6 +109,7 @@ def test_every_section_has_its_time_and_its_own_failure(gpu, tmp_path, monkeypat
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_cell_is_timed_and_set_beside_its_plan(load):
     ours, gpu = load("gpu_ours"), load("gpu")
     (cell, *_) = gpu.REHEARSAL.cells((2, 16))
