@@ -43,6 +43,12 @@ def of_run(
     clip = "" if config.clip == float("inf") else f", gradients clipped at norm {config.clip:g}"
     shape = "linearly to 0 at the last step" if config.schedule == "linear" else "constant"
     rows = [
+        (
+            "quantization",
+            f"the base's linear weights in {config.quantization} blocks, multiplied in {config.dtype}"
+            if config.quantization != "none"
+            else "",
+        ),
         ("data", ", ".join(f"`{name}`" for name in names)),
         ("records", counts),
         ("trained on", f"{summary['trained_on']:,}; held out for the validation loss: {held_out:,}"),
