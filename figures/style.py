@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from rora_theory import files, frames, seals
 from rora_theory.errors import InputError
-from sims.common import cli
+from sims.common import answers, cli
 from sims.common.cli import fail
 
 if TYPE_CHECKING:
@@ -208,5 +208,4 @@ def check_own(folder: Path) -> None:
 def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
     """Draw with this package's style and print the files' paths."""
     with plt.rc_context(STYLE):
-        for path in draw(*arguments):
-            print(path)
+        answers.list_files(draw(*arguments))

@@ -18,7 +18,7 @@ from rora_theory.finetune.config import BaseDtype, FinetuneConfig
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.quantised import Quantization
 from rora_theory.rules import check_integers
-from sims.common import cli, tables
+from sims.common import answers, cli, tables
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ def show_table(config: Config, run: FinetuneConfig, device: Device) -> None:
         verdict=found["fits"].map({False: "does not fit", True: "fits"}),
         hours=found["seconds"] * (count or 0) / 3600,
     )
-    tables.print_records(f"{device.name}, {describe(config)}", shown, forms, left=2)
     fitting = [f"{row.model}{' (remat)' * row.remat}" for row in found[found["fits"]].itertuples()]
-    tables.print_text(f"fit: {', '.join(fitting) or 'none'}\n{basis(config, device)}")
+    answers.say(f"On {device.name} fit: {', '.join(fitting) or 'none'}.")
+    tables.print_records(f"{device.name}, {describe(config)}", shown, forms, left=2)
+    tables.print_text(basis(config, device))
 
 
 def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: Device) -> None:
@@ -121,15 +122,16 @@ def show_model(config: Config, model: LlamaConfig, run: FinetuneConfig, device: 
     found = capacity.account(model, run, config.seq)
     rows = [[name, f"{size / GB:.2f}"] for name, size in found.parts().items()]
     rows += [["total", f"{found.total / GB:.2f}"], ["(a block of logits)", f"{found.logits / GB:.2f}"]]
-    tables.print_table(f"{config.model}, {describe(config)}", ["memory", "GB"], rows)
     seconds = found.seconds(device, run.dtype, config.utilisation)
     count = config.count_steps()
     whole = "" if count is None else f"; the whole run {count * seconds / 3600:.1f} h"
+    answers.say(f"{config.model} on {device.name}: {found.verdict(device)}.")
+    tables.print_table(f"{config.model}, {describe(config)}", ["memory", "GB"], rows)
     tables.print_text(
         f"parameters {found.parameters:,}, trained {found.trainable:,} ({found.trainable / found.parameters:.2%})\n"
         f"products {found.flops / 1e12:.4g} TFLOP a step, {found.flops / found.tokens / 1e9:.3g} GFLOP a token\n"
         f"{seconds:.3g} s a step, {found.tokens / seconds:.0f} tokens/s{whole}\n"
-        f"{device.name}: {found.verdict(device)}\n{basis(config, device)}"
+        f"{basis(config, device)}"
     )
     if config.compile:
         xla = capacity.compile_here(model, run, config.seq)

@@ -27,7 +27,7 @@ from rora_theory.measure.rank_check import CheckConfig, CoordinateCell
 from rora_theory.measure.record_batches import BatchConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
-from sims.common import cli, prompts, tables
+from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_table
 
 NAME = "coordinate_check"
@@ -74,16 +74,15 @@ def run(config: Config) -> None:
     sizes = run_table(cells, work, folder, rank_check.COLUMNS, title="coordinate check")
     slopes = rank_check.coordinate_slopes(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
-    words = thin.of_ranks(checked.ranks)
-    folder.finish(last_session_seconds=round(time.monotonic() - started, 1), warnings=words)
-    for one in words:
-        tables.print_text(one)
+    folder.finish(last_session_seconds=round(time.monotonic() - started, 1), warnings=thin.of_ranks(checked.ranks))
     report(checked, slopes, sizes, batches=config.records.batches)
-    tables.print_text(f"{len(cells)} cells in {time.monotonic() - started:.0f} s, written to {folder.path}")
+    answers.tell_files(folder.path)
 
 
 def report(config: CheckConfig, slopes: pd.DataFrame, sizes: pd.DataFrame, *, batches: str) -> None:
-    """Print the slopes of each case by module, and what they say."""
+    """Print what the slopes say, and the slopes of each case by module."""
+    judged = rank_check.verdicts(config, slopes)
+    answers.say(rank_check.check_in_words(config, judged), thin.of_ranks(config.ranks))
     cases, losses = list(rank_check.cases(config)), []
     for case in cases:
         group = rank_check.of_case(slopes, case)
@@ -105,7 +104,7 @@ def report(config: CheckConfig, slopes: pd.DataFrame, sizes: pd.DataFrame, *, ba
     ends = [(split, step) for split in SPLITS for step in (config.steps[0], config.steps[-1])]
     tables.print_records(
         f"Verdicts ({batches} batch, {len(config.seeds)} seeds, ranks {' '.join(map(str, sorted(config.ranks)))})",
-        rank_check.verdicts(config, slopes).assign(rule=[str(case) for case in cases], losses=losses),
+        judged.assign(rule=[str(case) for case in cases], losses=losses),
         {"rule": "{rule}", "whole model": "{whole_model}", "modules' own outputs": "{modules}"}
         | {f"flat modules, {SPLITS[split]}, step {step}": f"{{flat {split} {step}}}" for split, step in ends}
         | {f"flat kappa of the whole model, step {config.steps[-1]}": "{kappa_flat:.2f}", "losses": "{losses}"},

@@ -18,12 +18,12 @@ from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
-from rora_theory.evaluate.accuracies import RESULT_COLUMNS, RESULT_UNITS
+from rora_theory.evaluate.accuracies import RESULT_COLUMNS, RESULT_UNITS, accuracies_in_words
 from rora_theory.llama import Adapter, Model, load
 from rora_theory.rules import check_integers
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import as_json
-from sims.common import cli, tables
+from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
 
 NAME = "evaluate"
@@ -124,7 +124,8 @@ def identity(config: Config, data: dict[str, str], model: Model) -> dict[str, An
 
 
 def show(found: Sequence[TaskAccuracy], scoring: Scoring) -> None:
-    """Print the table of a run: percentages, ± one standard error."""
+    """Print the average and the table of a run: percentages, ± one standard error."""
+    answers.say(accuracies_in_words(found, scoring.protocol))
     forms = {"task": "{name}", "n": "{n}", "accuracy %": "{accuracy:.1f} ± {error:.1f}"}
     if any(level.accuracy_norm is not None for level in found):
         forms["per character %"] = "{accuracy_norm:.1f} ± {error_norm:.1f}"
@@ -151,7 +152,7 @@ def run(config: Config) -> None:
     known = identity(config, data, model)
     folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[model.origin])
     show(evaluate(config, folder, tasks, model, adapter), config.scoring())
-    print(f"results in {folder.path}")
+    answers.tell_files(folder.path)
 
 
 main = cli.command(Config, run, __doc__)

@@ -36,9 +36,9 @@ from rora_theory.finetune import (
 )
 from rora_theory.finetune.checkpoints import quiet_writers
 from rora_theory.finetune.trackers import TrackerName
-from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.folder import RunFolder, check_free
 from rora_theory.scaling import check_integer
-from sims.common import cli, prompts, tables
+from sims.common import answers, cli, prompts, tables
 from sims.common.progress import progress_bar
 
 NAME = "finetune"
@@ -98,7 +98,9 @@ def run(config: Config) -> None:
             "several processes: accepted is --out, no --merge (one process can merge afterwards) and no method full"
         )
     quiet_writers()
-    found, first = read(config.data, config.reading), distributed.is_first()
+    if (first := distributed.is_first()) and config.out is not None:
+        check_free(config.out)
+    found = read(config.data, config.reading)
     training = replace(config.training, template=found.template(config.training.template))
     split(found.records, training.held_out, training.seed)  # too few are refused before the weights are read
     origin = llama.locate(config.model, config.revision)
@@ -137,9 +139,8 @@ def run(config: Config) -> None:
         own = card.of_run(training, found, config.data, data.summary, events, best, config.license)
         write(folder, config, kept, model, own)
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
-        replaces = training.adapter().replaces
-        written = ([] if replaces else ["adapter/"]) + (["merged/"] if config.merge or replaces else [])
-        print(f"{path}: {', '.join(['metrics.jsonl', 'results.csv', *written])}")
+        answers.say(card.losses_in_words(events, data.summary["validated_on"]))
+        answers.tell_files(folder.path)
 
 
 def begin(folder: RunFolder, trainer: Trainer, model: llama.Model, summary: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.horizons import HorizonCell, HorizonGrid
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
-from sims.common import cli, prompts, tables
+from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_cells
 
 NAME = "horizon"
@@ -69,34 +69,37 @@ def run(config: Config) -> None:
     cli.tell(bench.open(config.model))
     prompts.tell(split.source, split.source.template(grid.template))
     prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
-    tokens, answers = readings.token_counts(bench)
+    tokens, answered = readings.token_counts(bench)
     names = pd.DataFrame([(source, index) for source, index, _ in split.held_out], columns=["source", "index"])
-    folder.write_frame(names.assign(tokens=tokens, answer_tokens=answers), "records.csv")
+    folder.write_frame(names.assign(tokens=tokens, answer_tokens=answered), "records.csv")
 
     def work(cell: HorizonCell, _: Path) -> dict[str, Any]:
         return asdict(readings.read_run(bench, grid.training(cell), cell.read_at))
 
     run_cells(cells, work, folder, title="runs", words=lambda value: said(value, tokens))
     runs = [horizons.run_of(one.cell, one.value) for one in finished(folder.path).values()]
-    report(folder, runs, tokens, answers, takeovers, grid.warmup)
+    report(folder, runs, tokens, answered, takeovers, grid.warmup)
     folder.finish()
+    answers.tell_files(folder.path)
 
 
 def report(
     folder: RunFolder,
     runs: Sequence[horizons.HorizonRun],
     tokens: Sequence[int],
-    answers: Sequence[int],
+    answered: Sequence[int],
     takeovers: Sequence[float],
     warmup: int,
 ) -> None:
     """Judge the runs, write the tables and print the answer."""
-    folder.write_frame(horizons.horizon_table(runs, tokens, answers), "results.csv")
+    folder.write_frame(horizons.horizon_table(runs, tokens, answered), "results.csv")
     steps = sorted({one.step for run in runs for one in run.read.readings})
     curves = {step: horizons.curves_at(runs, tokens, step) for step in steps}
     best = pd.concat([pd.DataFrame(), *(horizons.bests(found, step) for step, found in curves.items())])
+    laws = [horizons.horizon_exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
+    found = pd.concat([pd.DataFrame(), *laws]) if takeovers and not best.empty else pd.DataFrame()
+    answers.say(horizons.horizon_in_words(len(runs), best, found, law=bool(takeovers)))
     if best.empty:
-        tables.print_text(f"No rank and strength has three rates yet; {len(runs)} runs are in {folder.path}")
         return
     folder.write_frame(best, "best.csv")
     size = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
@@ -115,14 +118,7 @@ def report(
             size | {"best rate over full's": "{ratio:.3g}", "verdict": "{verdict}"},
             left=0,
         )
-    if not takeovers:
-        tables.print_text(f"{len(runs)} runs are in {folder.path}; --regime gives the law beside the exponents")
-        return
-    found = pd.concat(
-        [horizons.horizon_exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
-    )
     if found.empty:
-        tables.print_text(f"{len(runs)} runs are in {folder.path}; no two of their best rates can be compared yet")
         return
     folder.write_frame(found, "exponents.csv")
     tables.print_records(
@@ -137,9 +133,6 @@ def report(
         },
         left=2,
     )
-    count = found["verdict"].value_counts().to_dict()
-    words = ", ".join(f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count)
-    tables.print_text(f"The law against {len(runs)} runs: {words}. They are in {folder.path}")
 
 
 def said(found: dict[str, Any], tokens: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.stats.moments import agreement
 from rora_theory.theory.grid import StepGrid
-from sims.common import tables
+from sims.common import answers, tables
 from sims.common.cells import run_table
 
 NAME = "variance_sweep_layers"
@@ -36,15 +36,15 @@ def run(path: Path, grid: StepGrid, *, out: Path | None = None) -> None:
     results = run_table(cells, work, folder, layer_grid.COLUMNS, title="real layers")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(results, crossings)
-    tables.print_text(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}")
+    answers.tell_files(folder.path)
 
 
 def report(results: pd.DataFrame, crossings: pd.DataFrame) -> None:
     """Print how far measurement and law agree, and the exponents by layer."""
     found = agreement(*(results[name].tolist() for name in ("estimate", "standard_error", "exact")))
-    tables.print_text(
-        f"rms of w, {len(results)} figures: measured/law within {found.largest_gap:.2%}, "
-        f"largest |z| {found.largest_score:.2f}, rms z {found.rms_score:.2f}\n"
+    answers.say(
+        f"On real layers measured and exact rms of w agree within {found.largest_gap:.2%} in {len(results)} figures "
+        f"(largest |z| {found.largest_score:.2f}, rms z {found.rms_score:.2f})."
     )
     slopes = layer_grid.layer_exponents(results, low=USUAL_RANKS[0], high=USUAL_RANKS[1])
     quartiles = "{crossing_rank:.1f} ({lower_quartile:.1f}-{upper_quartile:.1f})".format_map

@@ -21,11 +21,19 @@ import pandas as pd
 from rora_theory import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.stats.estimate import Estimate
-from rora_theory.stats.rate_curves import COLUMNS, UNITS, Comparison, best_rates, compare_rules, rate_slopes
+from rora_theory.stats.rate_curves import (
+    COLUMNS,
+    UNITS,
+    Comparison,
+    best_rates,
+    compare_rules,
+    rate_slopes,
+    slopes_in_words,
+)
 from rora_theory.sweep import run_curves, trained_runs
 from rora_theory.toy import rate_grid
 from rora_theory.toy.rate_grid import RateGrid
-from sims.common import cli, tables
+from sims.common import answers, cli, tables
 from sims.common.cells import run_table
 
 NAME = "lr_transfer"
@@ -70,11 +78,12 @@ def run(config: Config) -> None:
     folder.write("comparison.json", json.dumps([one._asdict() for one in compared], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(found, slopes, compared)
-    tables.print_text(f"{len(curves)} curves in {time.monotonic() - started:.1f} s, written to {folder.path}")
+    answers.tell_files(folder.path)
 
 
 def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparison]) -> None:
-    """Print best rates, slopes and comparisons."""
+    """Print where the best rate keeps still; best rates, slopes and comparisons."""
+    answers.say(slopes_in_words(slopes))
     ranks, line = sorted(set(found["rank"])), ["optimizer", "trained", "rule"]
     cells = found.assign(text=found.apply(_rate, axis=1)).pivot(index=line, columns="rank", values="text").fillna("")
     tables.print_table(

@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from rora_theory.errors import InputError
-from sims.common import cli
+from sims.common import answers, cli
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ def run(config: Config) -> None:
 
         model = llama.load(config.model, revision=config.revision)
         adapters.save_merged(config.out, adapters.load_peft(config.adapter, model.config, model.params), model)
-        print(f"{config.out}: the model")
+        answers.say("The adapter is merged into the model.")
+        answers.tell_files(config.out)
         return
     if config.revision is not None:
         raise InputError("revision is given without model; accepted is both")
     adapters.rewrite_portable(config.adapter, config.out)
-    print(f"{config.out}: adapter_config.json, adapter_model.safetensors")
+    answers.say("The adapter has one rank, one alpha and no use_rslora: every client serves it alike.")
+    answers.tell_files(config.out)
 
 
 main = cli.command(Config, run, __doc__)

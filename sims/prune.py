@@ -18,7 +18,7 @@ from rora_theory.errors import InputError
 from rora_theory.rules import check_integers
 from rora_theory.runs.folder import RunFolder
 from rora_theory.seeds import check_seed
-from sims.common import cli, tables
+from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def run(config: Config) -> None:
         folder.record(MODEL)
     folder.finish()
     show(folder, model.config, shape)
-    print(f"{folder.path}: model/, results.csv, manifest.json")
+    answers.tell_files(folder.path)
 
 
 def batches(windows: "np.ndarray", size: int) -> "Iterator[np.ndarray]":
@@ -119,7 +119,12 @@ def batches(windows: "np.ndarray", size: int) -> "Iterator[np.ndarray]":
 
 
 def show(folder: RunFolder, config: Any, shape: "Shape") -> None:
-    """Print what was kept."""
+    """Print what was kept, and at what price."""
+    before, after = map(float, folder.entry("perplexity_held_out"))
+    answers.say(
+        f"{folder.entry('share'):.1%} of the parameters are kept; the perplexity of held-out text goes from "
+        f"{before:.4g} to {after:.4g}."
+    )
     own = (config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
     cells = [
         ("layers", own[0], shape.layers),
@@ -131,7 +136,7 @@ def show(folder: RunFolder, config: Any, shape: "Shape") -> None:
             for name, words in (("held_out", "held-out text"), ("calibration", "calibration text"))
         ),
     ]
-    tables.print_table(f"{folder.entry('share'):.1%} of the parameters kept", ("", "before", "after"), cells)
+    tables.print_table("What was kept", ("", "before", "after"), cells)
 
 
 main = cli.command(Config, run, __doc__)

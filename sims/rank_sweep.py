@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 from tyro.conf import Fixed
 
 from rora_theory import llama
@@ -32,15 +33,15 @@ from rora_theory.finetune.config import BaseDtype, Method
 from rora_theory.llama.quantised import Quantization
 from rora_theory.rules import check_integers
 from rora_theory.runs.cells import ERROR, FOLDERS
-from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.folder import RunFolder, check_free
 from rora_theory.runs.reading import finished, key_of
 from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import SweepCell, cells_of, check_cells, stand_ins, sweep_identity
-from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
+from rora_theory.sweep.design import BASE, DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.workbench import Workbench
-from sims.common import cli, prompts, tables
+from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_cells
 
 NAME = "rank_sweep"
@@ -161,6 +162,7 @@ def run(config: Config) -> None:
     if config.list:
         show(config.design, path, first)
         return
+    check_free(path)
     bench = Workbench(training, records, tasks, located, scoring=scoring, score_batch_size=config.score_batch_size)
     cli.tell(bench.open(first[0].model))
     extra, grows = {"design": config.design, "models": models}, {"evaluation": evaluation}
@@ -186,7 +188,8 @@ def run(config: Config) -> None:
     if failed is not None:
         raise failed
     folder.finish()
-    print(f"{path}: {len(rows)} cells done; results.csv, differences.csv", flush=True)
+    report(rows)
+    answers.tell_files(path)
 
 
 def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell]) -> None:
@@ -202,6 +205,17 @@ def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Sw
     run_cells(stand_ins(cells, folder.path), do, folder, words=results.result_in_words, write=write)
 
 
+def report(rows: pd.DataFrame) -> None:
+    """Print the lowest validation loss, and that of each method and rank at its best rate."""
+    answers.say(results.results_in_words(rows))
+    forms = {"model": "{model}", "method": "{method}", "rank": "{rank}", "alpha": "{alpha:g}", "seed": "{seed}"}
+    forms |= {"rate": "{learning_rate:.3g}", "of those tried": "{best_rate}"}
+    forms |= {"validation loss": "{validation_loss:.4f} ± {validation_error:.4f}"}
+    forms |= {"answers": "{answer_loss:.4f} ± {answer_error:.4f}", "accuracy": "{average:.3f} ± {average_error:.3f}"}
+    best = rows[rows["best_rate"].notna() | (rows["method"] == BASE)]
+    tables.print_records("Each method and rank at its best rate (± over records and items)", best, forms, left=2)
+
+
 def show(design: str, path: Path, cells: Sequence[SweepCell]) -> None:
     """Print the cells with their state."""
     rows, done = [], finished(path)
@@ -211,6 +225,7 @@ def show(design: str, path: Path, cells: Sequence[SweepCell]) -> None:
         rows.append(vars(cell) | {"key": key, "state": state})
     forms = {name.replace("_", " "): f"{{{name}}}" for name in ("model", "method", "key")}
     forms |= {name.replace("_", " "): f"{{{name}:.6g}}" for name in ("rank", "alpha", "gamma", "learning_rate", "seed")}
+    answers.say(f"{sum(row['state'] == 'done' for row in rows)} of {len(cells)} cells are there.")
     tables.print_records(f"{design}: {len(cells)} cells in {path}", rows, forms | {"state": "{state}"}, left=3)
 
 

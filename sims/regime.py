@@ -16,7 +16,7 @@ measures the model with a trained adapter in its weights; of a model trained in 
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from rora_theory.rules import USUAL_RANKS
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import finished, flat, key_of
 from rora_theory.scaling import check_integer
-from sims.common import cli, prompts, tables
+from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_cells
 
 NAME = "regime"
@@ -128,17 +128,16 @@ def run(config: Config) -> None:
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
     words = thin.of_regime(found.crossings, model.config.num_hidden_layers)
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1), warnings=words)
-    report(config.measured, found, verdict)
-    for one in words:
-        tables.print_text(one)
-    count = sum(map(len, modules.values()))
-    tables.print_text(f"{count} modules in {time.monotonic() - started:.0f} s, written to {folder.path}")
+    report(config.measured, found, verdict, words)
+    answers.tell_files(folder.path)
     if verdict is not None and verdict["verdict"] == "fails":
         sys.exit(1)
 
 
-def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None) -> None:
-    """Print crossing ranks and takeover by type and depth, and the judge's verdict."""
+def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None, words: Sequence[str] = ()) -> None:
+    """Print which part leads, the judge's verdict and what is thin; crossing ranks and takeover by type and depth."""
+    said = [found.sentence(optimizer, config.inits[0]) for optimizer in config.optimizers]
+    answers.say(" ".join(said + ([] if verdict is None else [f"{regime_tables.in_words(verdict)}."])), words)
     low, high = USUAL_RANKS
     init, ranks = config.inits[0], [f"r* {what} {split}" for split in SPLITS for what in ("pooled", "median")]
     for optimizer in config.optimizers:
@@ -176,7 +175,6 @@ def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None) 
             ["rank", *config.inits],
             [[rank, *own.loc[rank, list(config.inits)]] for rank in config.ranks],
         )
-    tables.print_text(regime_tables.in_words(verdict))
 
 
 def _by_place(table: pd.DataFrame, cells: Callable[[list[dict[Any, Any]]], list[str]]) -> list[list[str]]:

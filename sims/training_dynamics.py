@@ -22,7 +22,7 @@ from rora_theory.runs.reading import flat
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
 from rora_theory.toy.training_grid import TrainingCell, TrainingGrid
-from sims.common import cli, tables
+from sims.common import answers, cli, tables
 from sims.common.cells import run_table
 
 NAME = "training_dynamics"
@@ -55,11 +55,13 @@ def run(config: Config) -> None:
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(grid, seeds, found, answered)
-    tables.print_text(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}")
+    answers.tell_files(folder.path)
 
 
 def report(grid: TrainingGrid, rows: pd.DataFrame, found: pd.DataFrame, answered: Sequence[Answer]) -> None:
-    """Print slopes at the first, a middle and the last step, the diverged cells, and the answers."""
+    """Print the first answer; slopes at the first, a middle and the last step, diverged cells, and all answers."""
+    first = f", the first: {answered[0][0]} {answered[0][1]}" if answered else ""
+    answers.say(f"{len(answered)} questions are answered below{first}.")
     steps = dict.fromkeys((grid.steps[0], grid.steps[len(grid.steps) // 2], grid.steps[-1]))
     kinds = [
         (model, start, trained) for model in grid.models for start in grid.starts for trained in grid.trained(start)

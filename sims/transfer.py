@@ -7,12 +7,10 @@ The first sentence says what to set and for how long it holds. Under Adam the an
 a long run's; --steps with --takeover (measured) or --p-in (assumed) gives the value between them. The regime is
 assumed (signal, the default, whose alpha keeps the whole model's first step, or cross-talk) or
 measured: --regime RUN takes a run of sims.regime, and alphas then differ by module and keep each module's own step.
-Then follow a short table, what rules of thumb and `use_rslora` would do, and a PEFT `LoraConfig` to paste;
---json prints the same as JSON. --check
+Then follow a short table, what rules of thumb and `use_rslora` would do, and a PEFT `LoraConfig` to paste. --check
 MODEL DATA... takes the first real steps of the model at both ranks and writes them to a run folder.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +28,7 @@ from rora_theory.rules import check_integers, check_positives, check_rule, check
 from rora_theory.runs.folder import RunFolder
 from rora_theory.scaling import Rule
 from rora_theory.seeds import check_seed
-from sims.common import cli, tables
+from sims.common import answers, cli, tables
 from sims.common.cells import run_table
 
 NAME = "transfer"
@@ -88,8 +86,6 @@ class Config:
     """distance of A at which its part in the change is as large as B's; 1e-3 to 6e-3 in SmolLM2-135M's modules"""
     p_in: int | None = None
     """inputs of the modules, in place of --takeover: it is then assumed, as for one sample"""
-    json: bool = False
-    """print the advice as JSON, and nothing else"""
 
     def __post_init__(self) -> None:
         if len(self.check) == 1:
@@ -101,8 +97,6 @@ class Config:
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
                 check_rule(option, rule)
-        if self.json and self.check:
-            raise InputError("--json comes with --check; accepted is one of them: the check writes its own files")
 
 
 def read_from(config: Config) -> Config:
@@ -145,7 +139,8 @@ def advise(config: Config) -> tuple[Advice, str | list[str], str]:
 def report(config: Config, found: Advice, targets: str | list[str], thin: str) -> None:
     """Print the sentence, the tables and the snippet, and what the regime leaves open."""
     old, new, is_measured = found.old, found.unchanged, found.regime == "measured"
-    tables.print_text(found.sentence() + "\n")
+    answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=targets)
+    print()
     regime = f"measured at {len(found.modules)} modules, {config.split} tokens" if is_measured else config.regime
     rule = old.rule if isinstance(old.rule, str) else f"kappa {old.rule:g}"
     groups = {group.name: group for group in found.groups()}
@@ -164,8 +159,6 @@ def report(config: Config, found: Advice, targets: str | list[str], thin: str) -
             "step if neither changes": "{unchanged:.4g}",
         },
     )
-    if thin:
-        tables.print_text(thin + "\n")
     forms = {"choice": "{name}", "gamma": "{gamma:.4g}", "first step": "{steps:.4g} x"}
     forms["rate that undoes it"] = "{learning_rate:.3g}"
     if found.rates is not None and found.rates.planned is not None:
@@ -232,17 +225,13 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
         ["plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits"],
         lines,
     )
-    tables.print_text(f"written to {folder.path}")
+    answers.tell_files(folder.path)
 
 
 def run(config: Config) -> None:
     """Report, and check where asked."""
     config = read_from(config)
     found, targets, thin = advise(config)
-    if config.json:
-        said = found.as_dict() | {"target_modules": targets} | ({"remark": thin} if thin else {})
-        print(json.dumps(said, indent=2))
-        return
     report(config, found, targets, thin)
     if config.check:
         check(config, found, targets)

@@ -24,7 +24,7 @@ from rora_theory.runs.reading import flat
 from rora_theory.stats.moments import agreement
 from rora_theory.theory.sampling import Sums
 from sims import layer_sweep
-from sims.common import cli, tables
+from sims.common import answers, cli, tables
 from sims.common.cells import run_cells
 
 NAME = "variance_sweep"
@@ -76,8 +76,7 @@ def run(config: Config) -> None:
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(simulated, frame_of(values), frame_of(values, direct=True), judged)
-    written = ", ".join(sorted(file.name for file in folder.path.iterdir() if file.name[0] != "." and file.is_file()))
-    tables.print_text(f"{len(cells)} cells in {time.monotonic() - started:.1f} s, written to {folder.path}: {written}")
+    answers.tell_files(folder.path)
 
 
 def frame_of(values: list[Any], *, direct: bool = False) -> pd.DataFrame:
@@ -88,7 +87,8 @@ def frame_of(values: list[Any], *, direct: bool = False) -> pd.DataFrame:
 def report(
     config: SimulationConfig, results: pd.DataFrame, check: pd.DataFrame, judged: Sequence[verdicts.Verdict]
 ) -> None:
-    """Print the tables: second moments, exponents, the direct check, the verdicts."""
+    """Print how many equations hold, then the tables: second moments, exponents, the direct check, the verdicts."""
+    answers.say(verdicts.verdicts_in_words(judged))
     seconds = results[results["quantity"] == "second_moment"]
     seconds = seconds.assign(
         ratio=seconds["estimate"] / seconds["exact"], of_paper=seconds["estimate"] / seconds["paper"]

@@ -116,3 +116,13 @@ def average(tasks: Sequence[TaskAccuracy]) -> TaskAccuracy:
         mean(level.chance for level in tasks),
         mean(level.majority for level in tasks),
     )
+
+
+def accuracies_in_words(found: Sequence[TaskAccuracy], protocol: str) -> str:
+    """The last level, the average where there are several, beside chance."""
+    last, named = found[-1], [level for level in found if level.task in TASKS]
+    where = f"on average over {len(named)} tasks" if last.task not in TASKS else f"on {TASKS[last.task].name}"
+    return (
+        f"{100 * last.accuracy:.1f} ± {100 * last.error:.1f} % of the answers are right {where}, by the protocol "
+        f"{protocol}; chance is {100 * last.chance:.1f} %."
+    )

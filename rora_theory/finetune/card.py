@@ -70,6 +70,21 @@ def of_run(
     return Trained([row for row in rows if row[1]], tuple(datasets), license)
 
 
+def losses_in_words(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
+    """How far the losses came, in a sentence.
+
+    Args:
+      events: of `metrics.Metrics`, all of the run.
+      held_out: records of the validation loss.
+    """
+    steps = [event for event in events if event["event"] == "step"]
+    tested = [event for event in events if event["event"] == "validation"]
+    said = (
+        f"validation loss {_validation_loss(tested, held_out)}" if tested else f"training loss {_training_loss(steps)}"
+    )
+    return f"Trained for {len(steps):,} steps: {said}."
+
+
 def _training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     if not steps:
         return ""

@@ -247,6 +247,18 @@ def verdicts(config: CheckConfig, found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def check_in_words(config: CheckConfig, judged: pd.DataFrame) -> str:
+    """The verdicts on the whole model, controls last, in a sentence.
+
+    Args:
+      config: of the check.
+      judged: of `verdicts`.
+    """
+    words = [f"{case}: {word}" for case, word in zip(cases(config), judged["whole_model"], strict=True)]
+    steps = " ".join(map(str, config.steps))
+    return f"What {steps} steps change of the whole model, against the rank: {'; '.join(words)}."
+
+
 def _of_control(word: str) -> str:
     if word == "flat":
         return "FLAT: the check has no power"

@@ -10,7 +10,7 @@ differs in that limit, and is undecided else.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -260,6 +260,21 @@ def eq5(draws: Draws) -> Verdict:
     gap = abs(drawn / equations.eq5_variance(sums.second_moment.value, sums.mean.value) - 1)
     status: Status = "holds" if gap < _ROUNDING else "fails"
     return Verdict("5", "Var = E[w^2] - E[w]^2", status, "identity", f"differs by {gap:.0e}")
+
+
+def verdicts_in_words(judged: Sequence[Verdict]) -> str:
+    """How many equations hold, and which do not, in a sentence."""
+    names = {
+        status: [v.equation for v in sorted(judged, key=order_in_paper) if v.status == status]
+        for status in get_args(Status)
+    }
+    parts = [
+        f"{len(found)} {status if len(found) == 1 else status.replace('holds', 'hold').replace('fails', 'fail')}"
+        + (f" ({', '.join(found)})" if status != "holds" else "")
+        for status, found in names.items()
+        if found
+    ]
+    return f"Of {len(judged)} claims of the paper's equations {', '.join(parts)}."
 
 
 def eq6(draws: Draws) -> Verdict:

@@ -33,6 +33,16 @@ def count_open() -> int:
     return len(_open)
 
 
+def check_free(path: Path) -> None:
+    """Refuse a folder that another process drives, before records and weights are read for nothing.
+
+    Raises:
+      InputError: it is another process's, which is named.
+    """
+    if path.resolve() not in _open:
+        lock.check(path)
+
+
 def end_all(status: str, error: str | None = None, *, but: int = 0) -> None:
     """`RunFolder.stop` all that are open, the last first, but for the first ``but``."""
     for folder in reversed(list(_open.values())[but:]):

@@ -24,6 +24,21 @@ def take(folder: Path) -> int:
     Raises:
       InputError: another process owns it, which is named, or the file system has no locks.
     """
+    descriptor = _hold(folder)
+    who = {"process": os.getpid(), "host": platform.node(), "since": now()}
+    with contextlib.suppress(OSError):  # a full disk must not keep a run from being looked at
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(who).encode(), 0)
+    return descriptor
+
+
+def check(folder: Path) -> None:
+    """Raise `InputError` where another process owns a folder, which is left as it is."""
+    if (folder / LOCK).is_file():
+        os.close(_hold(folder))
+
+
+def _hold(folder: Path) -> int:
     path = folder / LOCK
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -40,10 +55,6 @@ def take(folder: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         raise InputError(f"{path}: cannot be locked ({error.strerror}); accepted is a disk with file locks") from error
-    who = {"process": os.getpid(), "host": platform.node(), "since": now()}
-    with contextlib.suppress(OSError):  # a full disk must not keep a run from being looked at
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(who).encode(), 0)
     return descriptor
 
 

@@ -169,6 +169,19 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
     return frames.of(rows, SLOPE_COLUMNS)
 
 
+def slopes_in_words(slopes: "pd.DataFrame") -> str:
+    """Of how many lines the best rate keeps still when the rank changes, and of which."""
+    flat = [
+        f"{row['optimizer']} {row['rule']} ({row['trained']})"
+        for row in frames.rows(slopes)
+        if row["verdict"] == "flat"
+    ]
+    if slopes.empty:
+        return "No line has two ranks whose best rate is inside the grid: more rates tell more."
+    which = f": {', '.join(flat)}" if flat else ""
+    return f"The best rate does not move with the rank in {len(flat)} of {len(slopes)} lines{which}."
+
+
 class Comparison(NamedTuple):
     """Two rules at one rank, each at its own best rate.
 

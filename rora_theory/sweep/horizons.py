@@ -351,3 +351,23 @@ def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool) -> 
         return "contradicts"
     others = [other for other in (-1.0, 0.0) if not law[0] <= other <= law[1]]
     return "undecided" if any(low <= other <= high for other in others) else "agrees"
+
+
+def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law: bool) -> str:
+    """What the runs say of the law, or what they lack to say it.
+
+    Args:
+      runs: how many.
+      best: of `bests`, at every step.
+      found: of `horizon_exponents`, at every step.
+      law: whether takeover distances were known.
+    """
+    if best.empty:
+        return f"No rank and strength has three rates yet; {runs} runs are there."
+    if not law:
+        return f"{runs} runs tell {len(best)} best rates; --regime gives the law beside their exponents."
+    if found.empty:
+        return f"{runs} runs are there; no two of their best rates can be compared yet."
+    count = found["verdict"].value_counts().to_dict()
+    words = [f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count]
+    return f"The law against {runs} runs: {', '.join(words)}."

@@ -103,6 +103,20 @@ def rates_in_words(best: pd.DataFrame) -> list[str]:
     ]
 
 
+def results_in_words(rows: pd.DataFrame) -> str:
+    """The cell of the lowest validation loss, of each model, in words."""
+    parts = []
+    done = rows[rows["status"] == "complete"]
+    for model, group in done.groupby("model", sort=False):
+        best = group.sort_values(["validation_loss", "key"]).iloc[0]
+        how = "" if pd.isna(best["rank"]) else f" r={best['rank']:g}"
+        how += "" if pd.isna(best["learning_rate"]) else f" at {best['learning_rate']:g}"
+        parts.append(f"{model}: {best['validation_loss']:.4f} ± {best['validation_error']:.4f}, {best['method']}{how}")
+    diverged = int((rows["status"] == "diverged").sum())
+    more = f" {diverged} diverged." if diverged else ""
+    return f"Lowest validation loss of {len(rows)} cells: {'; '.join(parts) or 'none'} (± over records).{more}"
+
+
 def result_in_words(result: Mapping[str, Any]) -> str:
     """A result in words."""
     if result["status"] == "diverged":

@@ -22,12 +22,21 @@ from rora_theory import files, software
 from rora_theory.errors import FailedError, InputError
 from rora_theory.runs import folder
 from rora_theory.runs.reading import flat
-from sims.common import options, tables
+from sims.common import answers, options, tables
 
 Config = TypeVar("Config")
 
 SHARED: Any = (
     ("config", Annotated[Path | None, arg(help="a YAML file of options; the command line overrides it")], None),
+    (
+        "json",
+        Annotated[
+            bool,
+            tyro.conf.FlagCreatePairsOff,
+            arg(help="print the answer, the tables' rows and the files as one JSON object, nothing else"),
+        ],
+        False,
+    ),
     ("version", Annotated[bool, tyro.conf.FlagCreatePairsOff, arg(help="print versions and end")], False),
 )
 """Options of every command beside its own."""
@@ -98,8 +107,12 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
                 raise InputError(f"--{option} is {large[0]}; accepted is an integer of at most {LARGEST:,}")
         if isinstance(out := getattr(found, "out", None), Path):
             files.check_folder(out)
+            if not getattr(found, "list", False) and not hasattr(found, "num_processes"):  # which look on, or take part
+                folder.check_free(out)
     except InputError as error:
         raise InputError(file.place(str(error))) from None
+    if "--json" in words:
+        answers.ask()
     return found
 
 
@@ -197,7 +210,7 @@ def run(main: Callable[[], object]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = folder.count_open()
     try:
-        with _terminable():
+        with _terminable(), answers.reported():
             try:
                 main()
             except SystemExit:  # after --help

@@ -3,7 +3,7 @@
 import string
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -20,19 +20,34 @@ WORDS = 24
 """Columns of words are not made narrower than this for the sake of further figures beside them."""
 LEAST = 8
 """Nor than this for the sake of the widest figure."""
+collect: Callable[[Mapping[str, Any]], None] | None = None
+"""Takes every table that is printed, where one is set (see `answers`)."""
 HEAD = 10
 """Heads of figures fold to no less than this."""
 GAP = 2
 """Spaces between columns; the box has one more at either end."""
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    left: int = 1,
+    records: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
     """Print a table; the first ``left`` columns are words, which fold, the others figures, which are never cut.
+
+    ``records`` is what a machine is given in place of the cells.
 
     Columns of figures that find no room follow in a further table, beside the same words.
     """
     console = Console()
-    cells = [[str(cell) for cell in row] for row in rows]
+    given = [list(row) for row in rows]
+    cells = [[str(cell) for cell in row] for row in given]
+    if collect is not None:
+        own = [dict(zip(columns, row, strict=True)) for row in given] if records is None else records
+        collect({"title": title, "rows": own})
     widths = [_width(column, [row[i] for row in cells], words=i < left) for i, column in enumerate(columns)]
     room = console.width - max((widths[i] + GAP for i in range(left, len(columns))), default=0)
     while left and sum(widths[i] + GAP for i in range(left)) > room and max(widths[:left]) > LEAST:
@@ -72,13 +87,28 @@ def print_records(
     """
     rows = records if isinstance(records, Sequence) else frames.rows(records)
     cells = [[_cell(form, row) or missing for form in columns.values()] for row in rows]
-    print_table(title, list(columns), cells, left=left)
+    figures = [_figures(columns, row) for row in rows]
+    print_table(title, list(columns), cells, left=left, records=figures)
+
+
+def _figures(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a row that its cells are made of, as they are; a cell that is made of others in its own words."""
+    found: dict[str, Any] = {}
+    for head, form in columns.items():
+        own = {name: row[name] for name in _names(form)}
+        simple = all(value is None or isinstance(value, (str, int, float)) for value in own.values())
+        found |= own if simple else {head: _cell(form, row)}
+    return found
+
+
+def _names(form: str) -> list[str]:
+    return [name.partition(".")[0] for _, name, _, _ in string.Formatter().parse(form) if name is not None]
 
 
 def _cell(form: str, row: Mapping[str, Any]) -> str:
     """The form filled with a row's entries; empty where one of them is missing."""
-    names = [name.partition(".")[0] for _, name, _, _ in string.Formatter().parse(form) if name is not None]
-    return "" if any(row[name] is None or row[name] != row[name] for name in names) else form.format_map(row)
+    empty = any(row[name] is None or row[name] != row[name] for name in _names(form))
+    return "" if empty else form.format_map(row)
 
 
 def slope(row: Mapping[Any, Any]) -> str:

@@ -112,6 +112,10 @@ def test_the_parts_of_a_message_are_one_text(tmp_path):
     source = write(tmp_path / "y.jsonl", [{"messages": [{"role": "user", "content": [*parts, picture]}, MESSAGES[1]]}])
     with pytest.raises(InputError, match=r"line 1: messages 0 has a part of type 'image_url' in 'content' at 2; acc"):
         read([source])
+    thought = {"type": "thinking", "text": "Hm."}
+    source = write(tmp_path / "z.jsonl", [{"messages": [MESSAGES[0], MESSAGES[1] | {"content": [thought, *parts]}]}])
+    with pytest.raises(InputError, match="messages 1 has a part of type 'thinking'"):
+        read([source])
 
 
 def test_what_no_template_can_read_is_refused(tmp_path):

@@ -308,8 +308,8 @@ SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir", 
 SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
 """What is read, which the other tests change; where it is done; and what another of a command's ways reads."""
 
-OF_TRANSFER = {"from_", "takeover", "p_in", "json"}
-"""Settings of sims.transfer that are given with others, or that change what is printed alone."""
+OF_TRANSFER = {"from_", "takeover", "p_in"}
+"""Settings of sims.transfer that are given with others."""
 
 
 @pytest.mark.slow

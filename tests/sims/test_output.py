@@ -10,6 +10,7 @@ import math
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -24,11 +25,12 @@ from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.rank_check import CheckConfig
 from rora_theory.paper.simulation import SimulationConfig
 from rora_theory.paper.verdicts import Verdict
+from rora_theory.runs.reading import as_json
 from rora_theory.scaling import KAPPAS
 from rora_theory.toy.training_grid import TrainingGrid
 from sims import capacity, coordinate_check, evaluate, layer_sweep, lr_transfer, regime, training_dynamics, transfer
 from sims import variance_sweep as sweep
-from sims.common import cli, progress, tables
+from sims.common import answers, cli, progress, tables
 
 COMMANDS = [
     module
@@ -37,13 +39,31 @@ COMMANDS = [
     if hasattr(module := importlib.import_module(found.name), "Config") and "__main__" in inspect.getsource(module)
 ]
 
+OF_NO_COMMAND = ("A title of many words " * 8, "t")
+"""Titles of tables that are printed here alone."""
+
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 
 
 @pytest.fixture
 def printed(capsys, monkeypatch):
-    """The lines printed since the last call, at 80 columns; none is wider."""
+    """The lines printed since the last call, at 80 columns; none is wider. Of a command's report the answer comes
+    first, and the tables are such that JSON has them."""
     monkeypatch.setenv("COLUMNS", "80")
+    said: list[Any] = []
+    say = answers.say
+
+    def noted(sentence: str, warnings: Any = (), /, **more: Any) -> None:
+        assert re.fullmatch(r"[A-Za-z0-9].*[.)]", sentence), "a sentence"
+        said.append(sentence)
+        say(sentence, warnings, **more)
+
+    def collect(table: Any) -> None:
+        assert said or table["title"] in OF_NO_COMMAND, "the answer comes before the tables"
+        json.dumps(as_json(table), allow_nan=False, default=lambda value: value.item())
+
+    monkeypatch.setattr(answers, "say", noted)
+    monkeypatch.setattr(tables, "collect", collect)
 
     def read() -> list[str]:
         lines = capsys.readouterr().out.splitlines()

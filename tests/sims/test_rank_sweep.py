@@ -284,7 +284,7 @@ def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, c
     """In every one of its five cells, by Ctrl-C or by a failure, after which all other cells are done."""
     whole = tmp_path / "whole"
     rank_sweep.main(command(model, data, whole, *FOUR))
-    assert "5 cells done" in capsys.readouterr().out
+    assert "Lowest validation loss of 5 cells: " in capsys.readouterr().out
     assert len(frames.read(whole / "differences.csv")) == 3  # each less the base, and rora less lora
     keys = list(finished(whole))
     for number in range(1, 6):

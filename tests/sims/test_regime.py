@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from figures import style
 from rora_theory import InputError, adapters, scaling_factor
 from rora_theory.finetune import read_records, split, tokenize
 from rora_theory.llama import load
-from rora_theory.measure import record_batches, regime_tables, tokens, unseen
+from rora_theory.measure import record_batches, regime_tables, thin, tokens, unseen
 from rora_theory.measure.model_layers import real_tokens, record
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.record_batches import PairConfig
@@ -278,6 +279,24 @@ def test_plain_text_is_read_a_line_a_record(inputs, tmp_path) -> None:
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["template"] == "plain"
     counts = pd.read_csv(tmp_path / "run" / "tokens.csv").query("split == 'heldout'")
     assert (counts["seen"] < 4 * 3).all(), "no template: of each record the beginning token and a letter or two"
+
+
+def test_held_out_text_that_is_all_masked_is_bad_input(inputs, tmp_path, capsys) -> None:
+    """It tells nothing of other text: refused before the run, and no cell that failed."""
+    (tmp_path / "same.json").write_text(json.dumps([{"instruction": "Say it.", "output": "It."}] * 8))
+    own = inputs | SMALL | {"data": (str(tmp_path / "same.json"),), "out": tmp_path / "run"}
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: regime.run(config_of(**own)))
+    error = capsys.readouterr().err
+    assert (stopped.value.code, error.count("\n")) == (2, 1)
+    assert re.search(r"error: all \d+ held-out tokens begin as the training batch does, .* or --no-mask", error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_thin_run_says_so_in_its_manifest(finished) -> None:
+    """Sixteen tokens a module are enough to tell a spread, which here is too wide; both layers are there."""
+    words = json.loads((finished / "manifest.json").read_text())["warnings"]
+    assert words == thin.of_regime(pd.read_csv(finished / "crossing_ranks.csv"), 2)
 
 
 @pytest.mark.slow

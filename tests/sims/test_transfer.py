@@ -238,7 +238,6 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"optimizer": "muon"}, "optimizer is 'muon'; accepted are sgd, momentum, adam, adamw: Lion and signSGD take"),
         ({"init": "eva"}, "init is 'eva'"),
         ({"optimizer": "sgd", "steps": 9}, "steps is 9 with SGD"),
-        ({"json": True, "check": ("smollm2-135m", "x.json")}, "--json comes with --check"),
         ({"from_": Path("nowhere")}, "nowhere: no such file; accepted is an adapter_config.json"),
         ({"rule": 400.0}, "rule is 400.0: 16.0 / 8^400 is not a float above 0"),
     ],
@@ -253,15 +252,23 @@ def test_bad_input(capsys, changed, said) -> None:
 
 
 def test_from_a_saved_adapter_as_json(tmp_path, capsys) -> None:
-    """The old setting is the file's; the figures are the library's, and nothing else is printed."""
+    """The old setting is the file's; the figures are the library's, beside the answer and the tables' rows."""
     saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "use_dora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
-    arguments = f"--from {tmp_path} --lr 2e-4 --to-rule rslora --to-alpha 32 --steps 50 --takeover 3e-3 --json"
-    transfer.run(config_of(arguments))
+    arguments = f"--from {tmp_path} --lr 2e-4 --to-rule rslora --to-alpha 32 --steps 50 --takeover 3e-3"
+    transfer.main([*arguments.split(), "--json"])
     out, err = capsys.readouterr()
     assert err.startswith("note: use_dora is set")
     expected = carry(Setting(16, 32.0, 2e-4), 128, rule="rslora", alpha=32.0, steps=50, takeover=3e-3)
-    assert json.loads(out) == expected.as_dict() | {"target_modules": ["q_proj"]}
+    found = json.loads(out)
+    own = {name: found.pop(name) for name in ("answer", "warnings", "tables", "files")}
+    assert found == expected.as_dict() | {"target_modules": ["q_proj"]}
+    assert (own["answer"], own["warnings"], own["files"]) == (expected.sentence(), [], [])
+    assert own["tables"][0]["rows"][0]["name"] == "signal"
+    assert [row["gamma"] for row in own["tables"][1]["rows"]] == [
+        one.setting.scaling for one in expected.alternatives()
+    ]
+    assert len(own["tables"]) == 2
     with pytest.raises(transfer.InputError, match=r"--from-rank is 4, and .* has 16; accepted is one of the two"):
         transfer.run(config_of(arguments + " --from-rank 4"))
     transfer.run(config_of(arguments + " --from-rank 16"))

@@ -1,0 +1,115 @@
+"""How commands end: the answer, the tables, the files; and the one JSON object of these that --json prints."""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rora_theory.errors import InputError
+from sims.common import answers, cli, tables
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a command is told."""
+
+    rank: int = 8
+    """the rank"""
+    out: Path | None = None
+    """folder"""
+
+
+def command(config: Config) -> None:
+    """Work, and an end as every command's."""
+    tables.print_text("beginning")
+    if config.rank == 0:
+        raise InputError("rank is 0; accepted is 1 or more")
+    answers.say("Rank 8 is enough.", ["thin: one seed"], rates=(0.5, math.inf))
+    tables.print_table("Losses", ["rule", "loss"], [["lora", np.float32(0.5)], ["rora", math.nan]])
+    if config.out is not None:
+        answers.tell_files(config.out)
+    if config.rank == 1:
+        sys.exit(1)
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    """Exit status, output, errors."""
+    status = 0
+    try:
+        cli.run(lambda: command(cli.parse(Config, list(words), description="")))
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "results.csv").write_text("")
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / "cells").mkdir()
+    return tmp_path
+
+
+def test_a_sentence_then_the_table_then_the_files(capsys, folder) -> None:
+    status, out, err = run(capsys, "--out", str(folder))
+    lines = [line for line in out.splitlines() if line.strip()]
+    assert (status, err) == (0, "")
+    assert lines[:4] == ["beginning", "Rank 8 is enough.", "thin: one seed", "Losses"]
+    assert lines[-1] == f"files in {folder}: cells/, results.csv"
+
+
+def test_json_is_all_there_is_on_standard_output(capsys, folder) -> None:
+    """Figures are numbers, and what JSON has no number for is a text; the rest goes to standard error."""
+    before = sys.stdout
+    status, out, err = run(capsys, "--json", "--out", str(folder))
+    assert status == 0
+    assert json.loads(out, parse_constant=lambda name: pytest.fail(name)) == {
+        "answer": "Rank 8 is enough.", "warnings": ["thin: one seed"], "rates": [0.5, "inf"],
+        "tables": [{"title": "Losses", "rows": [{"rule": "lora", "loss": 0.5}, {"rule": "rora", "loss": "nan"}]}],
+        "files": [f"{folder}/cells/", f"{folder}/results.csv"],
+    }  # fmt: skip
+    assert err.splitlines()[:2] == ["beginning", "Rank 8 is enough."]
+    assert (sys.stdout, tables.collect) == (before, None)
+    _, out, err = run(capsys)
+    assert "Rank 8 is enough." in out, "the next command is as ever"
+
+
+def test_figures_are_files_alone(capsys) -> None:
+    paths = [Path("a.png"), Path("a.svg")]
+    answers.list_files(paths)
+    assert capsys.readouterr().out == "a.png\na.svg\n"
+    answers.ask()
+    with answers.reported():
+        answers.list_files(paths)
+    assert json.loads(capsys.readouterr().out)["files"] == ["a.png", "a.svg"]
+
+
+def test_an_answer_that_is_no_good_is_an_answer(capsys) -> None:
+    """And bad input is none: one line of error, and nothing for the machine to take for a result."""
+    status, out, _ = run(capsys, "--json", "--rank", "1")
+    assert (status, json.loads(out)["answer"]) == (1, "Rank 8 is enough.")
+    status, out, err = run(capsys, "--json", "--rank", "0")
+    assert (status, out) == (2, "")
+    assert err == "beginning\nerror: rank is 0; accepted is 1 or more\n"
+    assert tables.collect is None
+
+
+def test_a_folder_in_use_is_refused_before_any_work(capsys, tmp_path) -> None:
+    """By whoever holds its lock; not where a command of this process holds it, nor to list what is there."""
+    import fcntl
+
+    (tmp_path / ".lock").write_text(json.dumps({"process": 7, "host": "h", "since": "s"}))
+    with (tmp_path / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, out, err = run(capsys, "--out", str(tmp_path))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path}: is in use by process 7 on h since s; accepted is to wait")
+    before = (tmp_path / ".lock").read_text()
+    assert run(capsys, "--out", str(tmp_path))[0] == 0
+    assert (tmp_path / ".lock").read_text() == before
+    assert os.listdir(tmp_path) == [".lock"]
