@@ -698,6 +698,24 @@ def _points(row: pd.Series, name: str, form: str = ".1f") -> str:
     return f"{100 * row[name]:{form}} ± {100 * row[f'{name}_error']:.1f}"
 
 
+def _gain(method: str, against: str) -> pd.Series:
+    gained = csv("accuracy/differences.csv")
+    return one(gained, method=method, against=against)
+
+
+@block("accuracy.gain")
+def accuracy_gain() -> str:
+    return _points(_gain("lora", "base"), "average", "+.1f")
+
+
+@block("accuracy.apart")
+def accuracy_apart() -> str:
+    """Of the other adapters less LoRA."""
+    frame = csv("accuracy/differences.csv")
+    names = [name for name in ("rora", "dora") if name in set(frame["method"])]
+    return " and ".join(f"{_points(_gain(name, 'lora'), 'average', '+.1f')} ({METHODS[name]})" for name in names)
+
+
 @block("accuracy.table")
 def accuracy_table() -> str:
     """Accuracies by the harness protocol, and paired differences of the average."""

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from figures import (
+    accuracy,
     accuracy_vs_rank,
     coordinate_check,
     exponent_map,
@@ -41,6 +42,7 @@ FIGURES = {
         (loss_curves, {"rank": 128}),
         (scaling_diagram, None),
     ],
+    "accuracy": [(accuracy, {})],
     "rank_sweep_pruned": [(accuracy_vs_rank, {}), (loss_vs_rate, {"rank": 32})],
     "finetune_arc": [(loss_curves, {})],
 }
