@@ -19,6 +19,7 @@ import pandas as pd
 
 from rora_theory import devices
 from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.measure import rank_check, record_batches, thin
 from rora_theory.measure.coordinate_table import MODEL
@@ -46,12 +47,13 @@ class Config:
     targets: tuple[str, ...] = PAPER_TARGETS
     """adapted modules"""
     records: BatchConfig = field(default_factory=BatchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
 
 
 def run(config: Config) -> None:
     """Run every cell that an earlier part of the run left, fit, judge, print."""
-    started, checked = time.monotonic(), config.check
+    started, checked, runner = time.monotonic(), config.check, config.cluster.runner()
     read = prompts.read(
         config.data, config.model, config.reading, template=config.records.template, revision=config.revision
     )
@@ -71,7 +73,7 @@ def run(config: Config) -> None:
         own = batches[cell.seed]
         return rank_check.coordinate_rows(checked, checker, cell, own.at, own.held_out)
 
-    sizes = run_table(cells, work, folder, rank_check.COLUMNS, title="coordinate check")
+    sizes = run_table(cells, work, folder, rank_check.COLUMNS, runner=runner, title="coordinate check")
     slopes = rank_check.coordinate_slopes(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1), warnings=thin.of_ranks(checked.ranks))

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory import devices, llama
+from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.runs.folder import RunFolder
@@ -41,6 +42,7 @@ class Config:
     reading: DataConfig = field(default_factory=DataConfig)
     model: cli.ModelName = "smollm2-135m"
     grid: HorizonGrid = field(default_factory=HorizonGrid)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train_records: int = 2048
     """a seeded sample of so many training records"""
     held_out: int = 96
@@ -54,7 +56,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Do every run that the folder lacks, then judge all that it has."""
-    grid = config.grid
+    grid, runner, model = config.grid, config.cluster.runner(), config.model
     takeovers = horizons.read_takeovers(config.regime) if config.regime else []
     cells = list(grid.cells())
     sample = {name: getattr(config, name) for name in ("held_out", "train_records")}
@@ -74,9 +76,10 @@ def run(config: Config) -> None:
     folder.write_frame(names.assign(tokens=tokens, answer_tokens=answered), "records.csv")
 
     def work(cell: HorizonCell, _: Path) -> dict[str, Any]:
+        bench.open(model)
         return asdict(readings.read_run(bench, grid.training(cell), cell.read_at))
 
-    run_cells(cells, work, folder, title="runs", words=lambda value: said(value, tokens))
+    run_cells(cells, work, folder, runner=runner, title="runs", words=lambda value: said(value, tokens))
     runs = [horizons.run_of(one.cell, one.value) for one in finished(folder.path).values()]
     report(folder, runs, tokens, answered, takeovers, grid.warmup)
     folder.finish()

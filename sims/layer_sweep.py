@@ -15,12 +15,12 @@ from rora_theory.runs.reading import flat
 from rora_theory.stats.moments import agreement
 from rora_theory.theory.grid import StepGrid
 from sims.common import answers, tables
-from sims.common.cells import run_table
+from sims.common.cells import Runner, in_process, run_table
 
 NAME = "variance_sweep_layers"
 
 
-def run(path: Path, grid: StepGrid, *, out: Path | None = None) -> None:
+def run(path: Path, grid: StepGrid, *, out: Path | None = None, runner: Runner = in_process) -> None:
     """Run the sweep on the layers of an .npz, or go on with it."""
     started = time.monotonic()
     layers = layer_data.read_layers(path)
@@ -33,7 +33,7 @@ def run(path: Path, grid: StepGrid, *, out: Path | None = None) -> None:
     def work(cell: layer_grid.LayerCell, _: Path) -> list[dict[str, Any]]:
         return layer_grid.layer_rows(grid, layers, cell)
 
-    results = run_table(cells, work, folder, layer_grid.COLUMNS, title="real layers")
+    results = run_table(cells, work, folder, layer_grid.COLUMNS, runner=runner, title="real layers")
     folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
     report(results, crossings)
     answers.tell_files(folder.path)

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory import devices
+from rora_theory.cluster import ClusterConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import (
@@ -44,6 +45,7 @@ class Config:
     """What to train. Lists are separated by spaces."""
 
     grid: RateGrid = field(default_factory=RateGrid)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     judge: rate_grid.JudgedLoss = "held_out"
     """which loss decides"""
     matrix: Path | None = None
@@ -66,10 +68,12 @@ def run(config: Config) -> None:
         folder.write_frame(run_curves.rate_loss_table(runs))
         compared = run_curves.compare_by_records(curves, runs)
     else:
+        runner = config.cluster.runner()
         grid, extra = config.grid, {"units": UNITS, "device": devices.describe(devices.pick(1)), "judge": config.judge}
         folder = RunFolder.open(NAME, asdict(grid), out=config.out, seed=grid.seed, extra=extra)
         cells = list(rate_grid.rate_cells(grid))
-        losses = run_table(cells, lambda cell, _: rate_grid.cell_rows(grid, cell), folder, COLUMNS, title="rates")
+        work = lambda cell, _: rate_grid.cell_rows(grid, cell)  # noqa: E731
+        losses = run_table(cells, work, folder, COLUMNS, runner=runner, title="rates")
         curves = rate_grid.curves_of_losses(losses, config.judge)
         compared = compare_rules(curves)
     found, slopes = best_rates(curves), rate_slopes(curves)

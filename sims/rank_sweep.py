@@ -22,6 +22,7 @@ from tyro.conf import Fixed
 
 from rora_theory import llama
 from rora_theory.adapters.bottleneck import NonLinearity
+from rora_theory.cluster import ClusterConfig
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
 from rora_theory.data.records import DataConfig
@@ -42,7 +43,7 @@ from rora_theory.sweep.design import BASE, DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
-from sims.common.cells import run_cells
+from sims.common.cells import Runner, run_cells
 
 NAME = "rank_sweep"
 
@@ -106,6 +107,7 @@ class Config:
     data_seed: int = 42
     """seed of the samples of training and held-out records"""
     training: Training = field(default_factory=Training)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     save_adapters: bool = False
     """keep each cell's adapter in PEFT's format; of full, the model"""
 
@@ -163,6 +165,7 @@ def run(config: Config) -> None:
         show(config.design, path, first)
         return
     check_free(path)
+    runner = config.cluster.runner()
     bench = Workbench(training, records, tasks, located, scoring=scoring, score_batch_size=config.score_batch_size)
     cli.tell(bench.open(first[0].model))
     extra, grows = {"design": config.design, "models": models}, {"evaluation": evaluation}
@@ -173,12 +176,12 @@ def run(config: Config) -> None:
     prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     failed = None
     try:
-        work(config, folder, bench, first)
+        work(config, folder, bench, first, runner)
         if design.tuned and len(design.seeds) > 1:
             best = results.marked_rates(results.read_results(path, stand_ins(first, path)))
             for words in results.rates_in_words(best):
                 print(words, flush=True)
-            work(config, folder, bench, make(stage=1, best=best))
+            work(config, folder, bench, make(stage=1, best=best), runner)
     except FailedError as error:
         failed = error
     rows = results.read_results(path)
@@ -192,17 +195,18 @@ def run(config: Config) -> None:
     answers.tell_files(path)
 
 
-def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell]) -> None:
+def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[SweepCell], runner: Runner) -> None:
     """Do the cells that the folder lacks, with a line for each; `results.csv` follows."""
+    save_adapter = config.save_adapters
 
     def do(cell: SweepCell, own: Path) -> Mapping[str, Any]:
         cli.tell(bench.open(cell.model))
-        return bench.run(cell, own, save_adapter=config.save_adapters)
+        return bench.run(cell, own, save_adapter=save_adapter)
 
     def write(_: Sequence[Any]) -> None:
         folder.write_frame(results.read_results(folder.path))
 
-    run_cells(stand_ins(cells, folder.path), do, folder, words=results.result_in_words, write=write)
+    run_cells(stand_ins(cells, folder.path), do, folder, runner=runner, words=results.result_in_words, write=write)
 
 
 def report(rows: pd.DataFrame) -> None:

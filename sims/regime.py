@@ -26,6 +26,7 @@ import pandas as pd
 
 from rora_theory import adapters
 from rora_theory.adapters.lora import PAPER_TARGETS
+from rora_theory.cluster import ClusterConfig
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.data.records import DataConfig
 from rora_theory.devices import describe
@@ -69,6 +70,7 @@ class Config:
     batches: PairConfig = field(default_factory=PairConfig)
     measured: RegimeConfig = field(default_factory=RegimeConfig)
     judged: JudgeConfig = field(default_factory=JudgeConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
 
     def __post_init__(self) -> None:
@@ -82,7 +84,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Measure, or go on with, a run; exit status 1 where the judge finds that the law fails."""
-    started = time.monotonic()
+    started, runner = time.monotonic(), config.cluster.runner()
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
     read = prompts.read(config.data, config.model, config.reading, **options)
     model, seed = read.model, config.measured.seed
@@ -121,7 +123,7 @@ def run(config: Config) -> None:
     def work(cell: RegimeCell, _: Path) -> LayerRegime:
         return recorded.measure(config.measured, cell.layer, modules[cell.layer])
 
-    found = assemble(run_cells(cells, work, folder, title="layers", write=write))
+    found = assemble(run_cells(cells, work, folder, runner=runner, title="layers", write=write))
     verdict = regime_tables.judge_regime(found.results, config.judged)
     if verdict is not None:
         folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)

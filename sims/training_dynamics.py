@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory import devices
+from rora_theory.cluster import ClusterConfig
 from rora_theory.rules import name_of
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
@@ -34,12 +35,13 @@ class Config:
     """What to train. Lists are separated by spaces."""
 
     grid: TrainingGrid = field(default_factory=TrainingGrid)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
 
 
 def run(config: Config) -> None:
     """Train every cell, or those that an earlier part of the run left; fit, judge and print."""
-    started, grid = time.monotonic(), config.grid
+    started, grid, runner = time.monotonic(), config.grid, config.cluster.runner()
     extra = {"units": training_grid.UNITS, "device": devices.describe(devices.pick(1))}
     folder = RunFolder.open(NAME, flat(grid), out=config.out, seed=grid.seed, extra=extra)
     cells = training_grid.training_cells(grid)
@@ -47,7 +49,9 @@ def run(config: Config) -> None:
     def work(cell: TrainingCell, _: Path) -> list[dict[str, Any]]:
         return training_grid.training_rows(grid, cell)
 
-    seeds = run_table(cells, work, folder, training_grid.COLUMNS, title="training dynamics", name="seeds.csv")
+    seeds = run_table(
+        cells, work, folder, training_grid.COLUMNS, runner=runner, title="training dynamics", name="seeds.csv"
+    )
     folder.write_frame(exponents.summarise_seeds(seeds))
     found = exponents.exponent_fits(seeds)
     folder.write_frame(found[list(FIT_COLUMNS)], "exponents.csv")

@@ -20,6 +20,7 @@ import tyro
 from rora_theory.advice.lora_config import PAPER_TARGETS, TaskType, peft_targets, read_adapter_config
 from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.transfer import ALL, Advice, transfer
+from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
@@ -68,6 +69,7 @@ class Config:
     check: tuple[str, ...] = ()
     """a model and data files: take the first real steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     batch_size: int = 8
     """records of --check's batch, and as many held-out ones"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
@@ -191,6 +193,7 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
             f"--check needs the extra finetune, as in pip install 'rora-theory[finetune]' ({error})"
         ) from error
 
+    runner, seed = config.cluster.runner(), config.seed
     read = prompts.read(config.check[1:], config.check[0], config.reading)
     size = record_batches.PairConfig(config.batch_size, config.batch_size)
     pair = record_batches.pair(size, **read.texts(), seed=config.seed)
@@ -203,9 +206,10 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
     stepper = RealStep(read.model.params, read.model.config, pair.train, pair.heldout, targets)
     steps = run_table(
         list(transfer_check.first_steps(found, config.seeds)),
-        lambda cell, _: transfer_check.first_step_rows(stepper, found, cell, config.seed),
+        lambda cell, _: transfer_check.first_step_rows(stepper, found, cell, seed),
         folder,
         transfer_check.COLUMNS,
+        runner=runner,
         title="first steps",
     )
     summary = transfer_check.summarise(steps, found)

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from rora_theory import devices
+from rora_theory.cluster import ClusterConfig
 from rora_theory.errors import InputError
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
@@ -35,6 +36,7 @@ class Config:
     """What to sweep. Lists are separated by spaces."""
 
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
     devices: int | None = None
     """devices to use; by default all accelerators, or one host device a core. Does not change the results"""
@@ -48,18 +50,18 @@ class Config:
 
 def run(config: Config) -> None:
     """Run the sweep that ``config`` describes, or go on with it."""
-    simulated = config.simulation
+    simulated, runner = config.simulation, config.cluster.runner()
     if config.layer_data is not None:
-        layer_sweep.run(config.layer_data, simulated.grid, out=config.out)
+        layer_sweep.run(config.layer_data, simulated.grid, out=config.out, runner=runner)
         return
-    started = time.monotonic()
-    places = devices.pick(config.devices)
+    started, count = time.monotonic(), config.devices
+    places = devices.pick(count)
     extra = {"units": simulation.UNITS, "device": devices.describe(places)}
     folder = RunFolder.open(NAME, flat(simulated), out=config.out, seed=simulated.grid.seed, extra=extra)
     cells = simulation.simulation_cells(simulated)
 
     def work(cell: SimulationCell, _: Path) -> dict[str, Any]:
-        sums = simulation.draw_cell(simulated, cell, places)
+        sums = simulation.draw_cell(simulated, cell, devices.pick(count))
         return {
             "rows": simulation.simulation_rows(simulated, cell, sums),
             "direct": cell.rule is not None,
@@ -70,7 +72,7 @@ def run(config: Config) -> None:
         for name, direct in (("results.csv", False), ("direct_check.csv", True)):
             folder.write_frame(frame_of(values, direct=direct), name)
 
-    values = run_cells(cells, work, folder, title="variance sweep", write=write)
+    values = run_cells(cells, work, folder, runner=runner, title="variance sweep", write=write)
     known = {cell.setting: Sums.from_json(one["sums"]) for cell, one in zip(cells, values, strict=True)}
     judged = simulation.judge_simulation(simulated, known, places)
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")

@@ -1,13 +1,15 @@
 """From what a user calls a model to files on this machine: a path, a hub id, or a built-in name."""
 
+import contextlib
 import importlib.metadata
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rora_theory.cluster.models import LackingError, kept_in
 from rora_theory.errors import InputError
 from rora_theory.files import check_regular, read_object
 from rora_theory.llama.config import LlamaConfig
@@ -90,6 +92,25 @@ class Located:
         """What a run that depends on the model records of it, and is known by: ``model``, the label, ``commit`` and
         ``model_sha256``."""
         return {"model": self.label, "commit": self.commit, "model_sha256": self.sha256}
+
+    def here(self) -> "Located":
+        """The same files on this machine, after the model was located on another and its `sha256` asked for there.
+
+        They are where they were there, or came through Ray's object store, or are had from the hub.
+
+        Raises:
+          LackingError: they are nowhere here.
+        """
+        for path in (self.path, kept_in(self.sha256) / self.path.name):
+            with contextlib.suppress(InputError):  # another folder of that name, which is no model
+                if os.path.exists(path) and digest(path) == self.sha256:
+                    return replace(self, path=path)
+        if self.repository is not None:
+            with contextlib.suppress(InputError):
+                found = locate(self.name, self.commit)
+                if found.sha256 == self.sha256:
+                    return found
+        raise LackingError(self.path, self.sha256)
 
 
 def locate(name: str | Path, revision: str | None = None) -> Located:

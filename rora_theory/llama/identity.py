@@ -26,14 +26,19 @@ def digest(source: Path) -> str:
     Raises:
       InputError: a file that can't be read, or as `weights.weight_map`.
     """
+    return digests.of_files(parts(source)) if source.is_dir() else digests.of_file(source)
+
+
+def parts(source: Path) -> list[Path]:
+    """The files that a model is read from: a GGUF file, or of a folder those of `digest`."""
     if not source.is_dir():
-        return digests.of_file(source)
+        return [source]
     weights = [source / SINGLE]
     if not weights[0].is_file():
         names = {os.path.basename(str(name)) for name in weight_map(source).values()}
         weights = [source / INDEX, *(source / name for name in names)]
     others = (source / name for name in ("config.json", *TOKENIZER_FILES))
-    return digests.of_files(path for path in (*weights, *others) if path.is_file())
+    return [path for path in (*weights, *others) if path.is_file()]
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,11 @@ from rora_theory import digests, files
 from rora_theory.errors import FailedError, InputError
 from rora_theory.journal import Journal
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import CELLS, Finished, as_json, check_files, finished, key_of
+from rora_theory.runs.reading import CELLS, CHECKPOINTS, Finished, as_json, check_files, finished, key_of
 
 logger = logging.getLogger(__name__)
 
 FOLDERS = "cells"
-CHECKPOINTS = "checkpoints"
-"""Of a cell's folder: what an interrupted cell goes on from; removed when the cell is done."""
 ERROR = "error.txt"
 EVERY = 5.0
 """Seconds between two writings of the tables while cells are worked on."""
@@ -129,6 +127,10 @@ def run_cells(
         if time.monotonic() - written > EVERY:
             write(values())
             written = time.monotonic()
+    order = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+    lines = sorted(journal.entries, key=lambda line: order.get(line.get("key"), -1))
+    if todo and lines != journal.entries:  # the file is the same in whatever order they ended
+        journal.rewrite(lines)
     write(values())
     if failed:
         raise FailedError(

@@ -10,9 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rora_theory.errors import InputError
-
-LOCK = ".lock"
-"""Held (flock) by the process that owns a folder, and says which; the kernel lets go of it when that dies."""
+from rora_theory.runs.reading import LOCK
 
 
 def take(folder: Path) -> int:

@@ -18,6 +18,10 @@ from rora_theory.errors import InputError
 from rora_theory.journal import Journal
 
 CELLS = "cells.jsonl"
+CHECKPOINTS = "checkpoints"
+"""Of a cell's folder: what an interrupted cell goes on from; removed when the cell is done."""
+LOCK = ".lock"
+"""Held (flock) by the process that owns a folder, and says which; the kernel lets go of it when that dies."""
 
 LATER = "later"
 """Metadata of a field of a configuration that was not there from the start."""

@@ -72,6 +72,7 @@ class Workbench:
       located: where each model lies.
       scoring: the protocol of the cells that are scored.
       score_batch_size: of `score`.
+      elsewhere: whether the models were located on another machine.
     """
 
     def __init__(
@@ -83,12 +84,20 @@ class Workbench:
         *,
         scoring: Scoring,
         score_batch_size: int = 8,
+        elsewhere: bool = False,
     ) -> None:
         self.shared, self.records, self.tasks, self.located = shared, records, tasks, located
-        self.scoring, self.score_batch_size = scoring, score_batch_size
+        self.scoring, self.score_batch_size, self.elsewhere = scoring, score_batch_size, elsewhere
         self._name: str | None = None
         self.model: Any = None
         self.steps = SharedSteps()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On another machine it is one without a model, which it opens there."""
+        for located in self.located.values():
+            located.sha256  # noqa: B018 (known there too)
+        options = {"scoring": self.scoring, "score_batch_size": self.score_batch_size, "elsewhere": True}
+        return partial(Workbench, **options), (self.shared, self.records, self.tasks, self.located)
 
     def open(self, model: str) -> list[str]:
         """Load a model, unless it is the one in memory.
@@ -97,13 +106,15 @@ class Workbench:
           what a user should be told of it, a line each; nothing where it was in memory.
 
         Raises:
+          LackingError: the model was located elsewhere, and is not here.
           InputError: as `llama.load` and `tokenize`, a held-out record that is longer than the model reads, or a chat
             template that asks for a day that is not named.
         """
         if model == self._name:
             return []
         self._name = self.model = None  # the old one's memory is free before the new one takes its own
-        self.model = llama.load(self.located[model], jnp.dtype(self.shared.dtype))
+        located = self.located[model].here() if self.elsewhere else self.located[model]
+        self.model = llama.load(located, jnp.dtype(self.shared.dtype))
         self._name, self.steps = model, SharedSteps()
         template = self.records.source.template(self.shared.template)
         chat = self.records.source.chat(self.model.tokenizer, template)

@@ -45,6 +45,7 @@ def run_table(
     folder: RunFolder,
     columns: Sequence[str],
     *,
+    runner: Runner = in_process,
     title: str,
     name: str = "results.csv",
 ) -> "pd.DataFrame":
@@ -53,6 +54,7 @@ def run_table(
     def table(parts: list[Any]) -> "pd.DataFrame":
         return frames.of((row for part in parts for row in part), columns)
 
-    return table(
-        run_cells(cells, work, folder, title=title, write=lambda parts: folder.write_frame(table(parts), name))
-    )
+    def write(parts: list[Any]) -> None:
+        folder.write_frame(table(parts), name)
+
+    return table(run_cells(cells, work, folder, runner=runner, title=title, write=write))

@@ -18,7 +18,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 import sims
-from rora_theory import files, software
+from rora_theory import cluster, files, software
 from rora_theory.errors import FailedError, InputError
 from rora_theory.runs import folder
 from rora_theory.runs.reading import flat
@@ -233,6 +233,7 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(status)
     finally:
         folder.end_all("failed", but=before)
+        cluster.leave()
 
 
 def _ending(error: BaseException) -> tuple[str, str | None, int | None]:
@@ -243,7 +244,7 @@ def _ending(error: BaseException) -> tuple[str, str | None, int | None]:
     if isinstance(error, BrokenPipeError):
         return "interrupted", None, 128 + signal.SIGPIPE
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", None, 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+        return "interrupted", None, 128 + (signal.SIGTERM if _terminated else signal.SIGINT)
     if isinstance(error, OSError):
         accepted = "" if error.errno == errno.ENOSPC else "; accepted is a file or folder that can be used"
         return "failed", f"{error.filename or 'file'}: {error.strerror or error}{accepted}", 2
@@ -252,19 +253,21 @@ def _ending(error: BaseException) -> tuple[str, str | None, int | None]:
     return "failed", None, None
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+_terminated: list[int] = []
+"""Not empty after SIGTERM, which is as Ctrl-C but for the exit status. Libraries that wait make another error of it."""
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises `_Terminated` in the main thread while the block runs."""
+    """SIGTERM raises `KeyboardInterrupt` in the main thread while the block runs."""
+    _terminated.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: object) -> None:
-        raise _Terminated
+    def stop(number: int, _: object) -> None:
+        _terminated.append(number)
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

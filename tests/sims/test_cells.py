@@ -105,7 +105,7 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, caps
     assert again == first[::-1]
     assert run_cells(more, area, folder, words=lambda _: "new")[1:4] == again
     assert capsys.readouterr().out == "[1/5] side 4: new, 0 s\n", "once, though it is twice in the list"
-    assert [one.cell["side"] for one in finished(tmp_path).values()] == [3, 1, 2, 4], "all that the folder has"
+    assert [one.cell["side"] for one in finished(tmp_path).values()] == [4, 2, 1, 3], "all, in the order of the cells"
     assert finished(tmp_path / "none") == {}
 
 
@@ -173,6 +173,7 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
     assert said.out == "[3/3] side 2: 1.33 m, 0 s\n[1/3] side 3: 3.00 m, 0 s\n"
     assert said.err.startswith("note: side 1 failed (ValueError: lost)")
     assert run_cells(SIDES, area, folder) == run_cells(SIDES, area, opened(tmp_path / "b"), runner=in_process)
+    assert (folder.path / CELLS).read_bytes() == (tmp_path / "b" / CELLS).read_bytes()
 
 
 def test_the_tables_follow_every_few_seconds(tmp_path, monkeypatch) -> None:

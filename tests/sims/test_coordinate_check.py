@@ -73,6 +73,7 @@ def test_rows(finished, model):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("carried")
 def test_goes_on_and_refuses_another_model(finished, model, data, tmp_path):
     out = tmp_path / "run"
     out.mkdir()

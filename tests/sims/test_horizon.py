@@ -41,6 +41,7 @@ def base(tmp_path_factory) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("carried")
 def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     sim.main([*base, "--strengths", "4", "--lrs", *LRS[:2], "--out", str(out)])

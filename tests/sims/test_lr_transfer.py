@@ -83,6 +83,7 @@ def test_a_finite_but_diverged_run_is_no_point(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("carried")
 def test_goes_on(finished, tmp_path):
     out = tmp_path / "run"
     out.mkdir()

@@ -179,6 +179,7 @@ def test_the_judge_can_fail(finished) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("carried")
 def test_an_interrupted_run_goes_on_to_the_same_bytes(inputs, finished, tmp_path) -> None:
     """The second layer is lost: of its line a part is there."""
     out = tmp_path / "run"

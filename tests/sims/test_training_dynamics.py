@@ -68,6 +68,7 @@ def test_files(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("carried")
 def test_goes_on(finished, tmp_path):
     """What an interrupted run left is kept, the rest done, to the same bytes; another command is refused."""
     out = tmp_path / "run"

@@ -172,6 +172,7 @@ def test_own_targets_of_a_measured_regime(run, capsys) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("carried")
 def test_check_on_a_model(tmp_path) -> None:
     """SGD in a tiny model: without change the step grows, and the alphas of a measured regime bring it back."""
     model, data = checkpoint.model(tmp_path / "model"), checkpoint.records(tmp_path / "train.json")

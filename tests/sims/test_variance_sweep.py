@@ -117,6 +117,18 @@ def test_killed_and_started_again(finished: Path, tmp_path: Path) -> None:
         assert (out / name).read_bytes() == (finished / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_two_workers_leave_the_same_bytes(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="the extra cluster (Ray) is not installed")
+    out = tmp_path / "run"
+    run(*SMALL, "--out", out, "--devices", 1, "--workers", 2)
+    assert capfd.readouterr().err == ""
+    names = {path.name for path in finished.iterdir() if path.is_file()} - {"manifest.json", ".lock"}
+    assert names == {"results.csv", "direct_check.csv", "verdicts.json", CELLS}
+    for name in names:
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -181,6 +193,7 @@ def layers(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("carried")
 def test_layers_against_the_law(layers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     arguments = ["--layer-data", layers, "--ranks", 1, 8, 32, "--out", out, "--relative-error", 0.02]

@@ -1,0 +1,51 @@
+"""What the options refuse before any work, with and without Ray."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from support import squares
+
+from rora_theory.cluster import ClusterConfig, leave
+from rora_theory.errors import InputError
+from rora_theory.runs.cells import in_process
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"workers": 0}, r"--workers is 0; accepted is an integer of 1 or more"),
+        ({"cell_cpus": 0.0}, r"--cell-cpus is 0\.0; accepted is a finite number above 0"),
+        ({"cell_gpus": -1.0}, r"--cell-gpus is -1\.0"),
+        ({"cell_memory": float("nan")}, r"--cell-memory is nan"),
+        ({"workers": 2, "address": "auto"}, r"accepted is one of them"),
+        ({"address": "ray://head:10001"}, r"--address is 'ray://head:10001'; accepted is HOST:PORT"),
+        ({"address": "head"}, r"--address is 'head'; accepted is HOST:PORT of `ray start --head`, or auto"),
+    ],
+)
+def test_bad_options(options, said) -> None:
+    with pytest.raises(InputError, match=said):
+        ClusterConfig(**options)
+
+
+def test_one_process_needs_no_ray(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert ClusterConfig().runner() is in_process
+    for options in ({"workers": 2}, {"address": "127.0.0.1:1"}):
+        with pytest.raises(InputError, match=r"need the extra cluster, as in pip install 'rora-theory\[cluster\]'"):
+            ClusterConfig(**options).runner()
+    leave()  # nothing to leave
+
+
+def test_no_cluster_at_the_address(tmp_path, capsys) -> None:
+    """One line, before the run folder is made."""
+    pytest.importorskip("ray", reason="the extra cluster (Ray) is not installed")
+    with pytest.raises(SystemExit) as stop:
+        squares.main(str(tmp_path / "out"), str(tmp_path), "--address", "127.0.0.1:1")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: --address 127.0.0.1:1: nothing answers there (Connection refused); accepted is HOST:PORT"
+    )
+    assert said.count("\n") == 1
+    assert not Path(tmp_path / "out").exists()

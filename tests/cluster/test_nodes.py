@@ -1,0 +1,240 @@
+"""Clusters of several nodes on one machine: nodes and drivers that die, cells that fail, and always the same bytes."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import squares
+
+from rora_theory.cluster import ClusterConfig, driver, leave, worker
+from rora_theory.cluster.connection import QUIET, RETRIES
+from rora_theory.llama import locate
+from sims.common import cli
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="the extra cluster (Ray) is not installed"),
+]
+
+ROOT = Path(__file__).parents[2]
+STORE = 80 << 20
+"""Bytes of a node's object store."""
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory) -> Iterator[Any]:
+    """A cluster: a head, which works on no cells, and two nodes that work on one each."""
+    with pytest.MonkeyPatch.context() as patch:
+        paths = {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "XDG_CACHE_HOME": tmp_path_factory.mktemp("cache"),
+        }
+        for name, value in (QUIET | paths).items():
+            patch.setenv(name, str(value))
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=STORE)
+        yield cluster
+        leave()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def whole(tmp_path) -> dict[str, bytes]:
+    """What one process without Ray leaves."""
+    squares.main(str(tmp_path / "whole"), str(tmp_path))
+    for mark in tmp_path.glob("*.begun"):
+        mark.unlink()
+    return files(tmp_path / "whole")
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """All files of a run by name, but for the times in its manifest and lock."""
+    names = [path for path in out.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in names}
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for it, a minute at most."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Another thread does this."""
+    thread = threading.Thread(target=act)
+    thread.start()
+    yield
+    thread.join()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, shared) -> None:
+    """Of workers that see the run folder, and of such that see none: their files come through Ray."""
+    if not shared:
+        monkeypatch.setattr(driver, "lock_of", lambda _: "another")
+    out = tmp_path / "out"
+    squares.main(str(out), str(tmp_path), "--address", nodes.address)
+    assert files(out) == whole
+    places = [place for side in range(1, 7) for place in squares.attempts(tmp_path, side)]
+    assert len(places) == 6
+    assert {place.startswith(str(out)) for place in places} == {shared}
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert sorted(line.split(":")[0] for line in said.out.splitlines()[-6:]) == [
+        f"[{i}/6] side {i}" for i in range(1, 7)
+    ]
+    assert not os.path.exists(places[0].split()[0]) or shared, "a worker's own folder is gone"
+
+
+def test_a_node_killed_in_the_middle_loses_nothing(nodes, whole, tmp_path) -> None:
+    """Three cells wait, one on each node; of one node all processes are killed."""
+    node = nodes.add_node(num_cpus=1, object_store_memory=STORE)
+    waits = [tmp_path / f"{side}.wait" for side in (1, 2, 3)]
+    for wait in waits:
+        wait.touch()
+
+    def kill() -> None:
+        until(lambda: all(squares.attempts(tmp_path, side) for side in (1, 2, 3)))
+        nodes.remove_node(node, allow_graceful=False)
+        pids = [path.name.split("-")[1] for path in tmp_path.glob("*.begun")]
+        until(lambda: not all(Path(f"/proc/{pid}").exists() for pid in pids))
+        for wait in waits:
+            wait.unlink()
+
+    with meanwhile(kill):
+        squares.main(str(tmp_path / "out"), str(tmp_path), "--address", nodes.address)
+    assert files(tmp_path / "out") == whole
+    assert sorted(len(squares.attempts(tmp_path, side)) for side in range(1, 7)) == [1, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(("ended", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path, ended, status) -> None:
+    """With all cells done but one, which is being worked on; its worker ends too."""
+    out, wait = tmp_path / "out", tmp_path / "3.wait"
+    wait.touch()
+    words = [str(out), str(tmp_path), "--address", nodes.address]
+    process = subprocess.Popen([sys.executable, "-m", "support.squares", *words], stderr=subprocess.PIPE, text=True)
+    until(lambda: squares.attempts(tmp_path, 3) and len(lines(out)) == 5)
+    process.send_signal(ended)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert said == ("" if ended == signal.SIGKILL else f"{cli.STOPPED}\n")
+    (at_work,) = tmp_path.glob("3-*.begun")
+    until(lambda: not Path(f"/proc/{at_work.name.split('-')[1]}").exists())
+    wait.unlink()
+    squares.main(*words)
+    assert files(out) == whole
+    assert [len(squares.attempts(tmp_path, side)) for side in range(1, 7)] == [1, 1, 2, 1, 1, 1]
+
+
+def lines(out: Path) -> list[str]:
+    """Of the finished cells."""
+    file = out / "cells.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_path, capfd) -> None:
+    """One raises an error, which is not tried again; one ends its worker, which Ray begins again."""
+    out, marks = tmp_path / "out", [tmp_path / "2.fail", tmp_path / "5.die"]
+    for mark in marks:
+        mark.touch()
+    with pytest.raises(SystemExit) as stop:
+        squares.main(str(out), str(tmp_path), "--address", nodes.address)
+    assert stop.value.code == 1
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert any(
+        line.startswith("note: side 2 failed (ValueError: no square of side 2); its traceback is in") for line in said
+    )
+    assert any(line.startswith("note: side 5 failed (RuntimeError: WorkerCrashedError: ") for line in said)
+    assert said[-1].startswith("error: 2 of 6 cells failed, the first side ")
+    (error,) = [path for path in out.glob("cells/*/error.txt") if "no square" in path.read_text()]
+    assert "in work" in error.read_text(), "the worker's traceback"
+    assert [len(squares.attempts(tmp_path, side)) for side in range(1, 7)] == [1, 1, 1, 1, 1 + RETRIES, 1]
+    assert len(lines(out)) == 4
+    for mark in marks:
+        mark.unlink()
+    squares.main(str(out), str(tmp_path), "--address", nodes.address)
+    assert files(out) == whole
+
+
+def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
+    """Ray's word for it is enough: the node says that it has GPUs. By default a cell takes one."""
+    node = nodes.add_node(num_cpus=2, num_gpus=2, object_store_memory=STORE)
+    for gpus, seen in ((2.0, {"0,1"}), (None, {"0", "1"})):
+        runner = ClusterConfig(address=nodes.address, cell_gpus=gpus).runner()
+        assert runner is not None
+        todo = [(cell, tmp_path / str(gpus) / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 2)]
+        assert sorted(place for place, _ in runner(squares.work, todo, lambda _: None)) == [0, 1]
+        assert {place.split()[1] for side in (1, 2) for place in squares.attempts(tmp_path, side)} <= seen
+        for mark in tmp_path.glob("*.begun"):
+            mark.unlink()
+    nodes.remove_node(node)
+
+
+def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> None:
+    """A path that is another folder in every process; arrays of the work arrive as they were."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for name, content in (("config.json", b"{}"), ("model.safetensors", os.urandom(1 << 20)), ("tokenizer.json", b"")):
+        (folder / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    located = locate("/proc/self/cwd/tiny")
+    sha256 = located.sha256
+    arrays = (jnp.arange(3, dtype=jnp.bfloat16), jnp.asarray(2.0))
+
+    def work(_: squares.Square, __: Path) -> Any:
+        path = located.here().path
+        half, weak = arrays
+        return str(path), (path / "model.safetensors").read_bytes(), str(half.dtype), weak.weak_type, half.tolist()
+
+    put: list[Path] = []
+    real = driver.put_model
+    monkeypatch.setattr(driver, "put_model", lambda source: put.append(source) or real(source))
+    runner = ClusterConfig(address=nodes.address).runner()
+    assert runner is not None
+    begun: list[int] = []
+    todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path)]
+    found = dict(runner(work, todo, begun.append))
+    assert sorted(found) == sorted(begun) == list(range(6)), "begun is said once"
+    kept = Path(os.environ["XDG_CACHE_HOME"]) / "rora-theory" / "models" / sha256 / "tiny"
+    expected = (str(kept), (folder / "model.safetensors").read_bytes(), "bfloat16", True, [0, 1, 2])
+    assert list(found.values()) == [expected] * 6
+    assert put == [located.path]
+    assert sorted(path.name for path in kept.parents[1].iterdir()) == [sha256], "nothing half is left"
+
+
+def test_what_a_worker_raises_can_be_carried() -> None:
+    """An error that can't be, and one of the node's own disk, as their words."""
+
+    class OddError(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(f"{one} and {two}")
+
+    for error, words in (
+        (OddError(1, 2), "OddError: 1 and 2"),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28]"),
+    ):
+        failed = worker._failed(error)
+        assert type(failed.error) is RuntimeError
+        assert words in str(failed.error)
+    assert type(worker._failed(KeyError("x")).error) is KeyError
+    np.testing.assert_array_equal(driver._to_device(driver._to_host(jnp.arange(3))), [0, 1, 2])

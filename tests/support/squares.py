@@ -1,0 +1,89 @@
+"""Cells that take no time, for tests of where cells are worked on: ``python -m support.squares OUT [OPTIONS]`` drives.
+
+What a cell does besides is said by files beside OUT, so that a test can have it wait, fail or end its process.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Square:
+    """A cell; ``marks`` is the test's folder."""
+
+    side: int
+    marks: str
+
+    def __str__(self) -> str:
+        return f"side {self.side}"
+
+
+def cells(marks: Path, count: int = 6) -> list[Square]:
+    """``count`` squares."""
+    return [Square(side, str(marks)) for side in range(1, count + 1)]
+
+
+def work(cell: Square, folder: Path) -> dict[str, Any]:
+    """The area, and a file; each attempt is noted in the test's folder."""
+    marks = Path(cell.marks)
+    mark = marks / f"{cell.side}-{os.getpid()}-{time.time_ns()}.begun"
+    mark.write_text(f"{folder} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+    while (marks / f"{cell.side}.wait").exists():
+        time.sleep(0.02)
+    if (marks / f"{cell.side}.die").exists():
+        os._exit(7)
+    if (marks / f"{cell.side}.fail").exists():
+        raise ValueError(f"no square of side {cell.side}")
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "half").write_text("half")
+    (folder / "losses.csv").write_text(f"loss\n{cell.side / 3}\n")
+    return {"area": cell.side**2 / 3}
+
+
+def attempts(marks: Path, side: int) -> list[str]:
+    """Where a cell was begun, and with which GPUs, once for each time."""
+    return [mark.read_text() for mark in sorted(marks.glob(f"{side}-*.begun"))]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the driver."""
+
+    out: Path
+    marks: Path
+    cluster: Any
+    count: int = 6
+
+
+def run(config: Config) -> None:
+    """As an experiment does."""
+    from rora_theory.runs.folder import RunFolder
+    from sims.common.cells import run_cells
+
+    runner = config.cluster.runner()
+    folder = RunFolder.open("squares", {"unit": "m"}, out=config.out)
+
+    def write(values: list[Any]) -> None:
+        folder.write("results.csv", "".join(f"{one['area']}\n" for one in values))
+
+    def said(value: Any) -> str:
+        return f"area {value['area']:.3f}"
+
+    run_cells(cells(config.marks, config.count), work, folder, runner=runner, words=said, write=write)
+    folder.finish()
+
+
+def main(out: str, marks: str, *options: str) -> None:
+    """Drive."""
+    from rora_theory.cluster import ClusterConfig
+    from sims.common import cli
+
+    cli.run(lambda: run(Config(Path(out), Path(marks), cli.parse(ClusterConfig, options, description=""))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
