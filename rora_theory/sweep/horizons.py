@@ -342,9 +342,10 @@ def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool) -> 
 
     ``agrees``: its 95% interval meets the law's range and leaves out what else is said, -1 (the first step's law) and 0
     (nothing to change), where the law's range does; ``contradicts``: it misses the law's range; ``undecided``: it
-    could not tell, or a best rate lies at the grid's edge.
+    could not tell, a best rate lies at the grid's edge, or there is one seed: its error is over records and leaves out
+    how one training run differs from the next.
     """
-    if edge or not math.isfinite(slope.half_width()):
+    if edge or slope.over != "seeds" or not math.isfinite(slope.half_width()):
         return "undecided"
     low, high = slope.value - slope.half_width(), slope.value + slope.half_width()
     if high < law[0] or low > law[1]:
