@@ -4,15 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column
 
 
@@ -25,32 +18,27 @@ def progress_bar(description: str, total: float, *, fields: str = "") -> Iterato
     console = Console(file=sys.stderr)
     # The live figures take what room is left, so that the times stay on a narrow terminal.
     room = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}", table_column=room, markup=False),
-        console=console,
-        expand=True,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        yield Bar(progress, progress.add_task(description, total=total, text=""), fields)
+    live = progress.TextColumn("{task.fields[text]}", table_column=room, markup=False)
+    times = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+    size = progress.TextColumn("{task.description}"), progress.BarColumn(bar_width=16), progress.MofNCompleteColumn()
+    shown = console.is_terminal
+    with progress.Progress(
+        *size, *times, live, console=console, expand=True, transient=True, disable=not shown
+    ) as bars:
+        yield Bar(bars, bars.add_task(description, total=total, text=""), fields)
 
 
 class Bar:
     """Handle of a `progress_bar`."""
 
-    def __init__(self, progress: Progress, task: int, fields: str) -> None:
-        self._progress, self._task, self._fields = progress, task, fields
+    def __init__(self, bars: progress.Progress, task: int, fields: str) -> None:
+        self._bars, self._task, self._fields = bars, task, fields
 
     def reach(self, steps: float, **values: object) -> None:
         """Have ``steps`` behind, not fewer than before."""
-        self.advance(max(steps - self._progress.tasks[self._task].completed, 0), **values)
+        self.advance(max(steps - self._bars.tasks[self._task].completed, 0), **values)
 
     def advance(self, steps: float = 1, **values: object) -> None:
         """Move on by ``steps``; ``values`` fill the bar's ``fields``."""
         text = {"text": self._fields.format(**values)} if values else {}
-        self._progress.update(self._task, advance=steps, **text)  # type: ignore[arg-type]
+        self._bars.update(self._task, advance=steps, **text)  # type: ignore[arg-type]

@@ -16,16 +16,12 @@ from rora_theory import frames
 if TYPE_CHECKING:
     import pandas as pd
 
-WORDS = 24
-"""Columns of words are not made narrower than this for the sake of further figures beside them."""
-LEAST = 8
-"""Nor than this for the sake of the widest figure."""
+WORDS = 24  # columns of words are not made narrower than this for the sake of further figures beside them,
+LEAST = 8  # nor than this for the sake of the widest figure
+HEAD = 10  # heads of figures fold to no less than this
+GAP = 2  # spaces between columns; the box has one more at either end
 collect: Callable[[Mapping[str, Any]], None] | None = None
 """Takes every table that is printed, where one is set (see `answers`)."""
-HEAD = 10
-"""Heads of figures fold to no less than this."""
-GAP = 2
-"""Spaces between columns; the box has one more at either end."""
 
 
 def print_table(
