@@ -1,0 +1,87 @@
+"""The sentences that commands answer with: each from figures that are told here."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from rora_theory.evaluate.accuracies import TaskAccuracy, accuracies_in_words
+from rora_theory.finetune.card import losses_in_words
+from rora_theory.measure.rank_check import CheckConfig, check_in_words
+from rora_theory.paper.verdicts import Verdict, verdicts_in_words
+from rora_theory.stats.rate_curves import slopes_in_words
+from rora_theory.sweep.horizons import horizon_in_words
+from rora_theory.sweep.results import results_in_words
+
+
+def test_accuracies() -> None:
+    one = TaskAccuracy("piqa", 200, 0.6, 0.034, None, None, 0.0, 0.5, 0.51)
+    assert accuracies_in_words([one], "label") == (
+        "60.0 ± 3.4 % of the answers are right on PIQA, by the protocol label; chance is 50.0 %."
+    )
+    several = [one, one, TaskAccuracy("average", 400, 0.55, 0.02, None, None, 0.0, 0.4, 0.41)]
+    assert accuracies_in_words(several, "harness").startswith("55.0 ± 2.0 % of the answers are right on average over 2")
+
+
+def test_losses() -> None:
+    steps = [{"event": "step", "step": i, "loss": 3.0 - i / 10} for i in range(1, 13)]
+    assert losses_in_words(steps, 0) == (
+        "Trained for 12 steps: training loss 2.9000 nats a token on the batch of step 1, before any update; 2.2500, "
+        "the mean of the last 10 steps."
+    )
+    tested = [{"event": "validation", "step": i, "loss": loss} for i, loss in ((4, 2.5), (8, 2.0), (12, 2.25))]
+    assert losses_in_words(steps + tested, 6) == (
+        "Trained for 12 steps: validation loss 2.5000 at step 4 (first), 2.0000 at step 8 (best), 2.2500 at step 12 "
+        "(last); nats a token of 6 held-out records."
+    )
+
+
+def test_a_check() -> None:
+    config = CheckConfig(optimizers=("sgd",), steps=(1, 5), controls=False)
+    assert check_in_words(config, pd.DataFrame({"whole_model": ["flat", "grows with the rank"]})) == (
+        "What 1 5 steps change of the whole model, against the rank: SGD, alpha/r, A kaiming_uniform: flat; SGD, "
+        "alpha/sqrt(r), A kaiming_uniform: grows with the rank."
+    )
+
+
+def test_verdicts() -> None:
+    judged = [Verdict(str(9 - i), "", status, "", "") for i, status in enumerate(("fails", "holds", "fails", "holds"))]
+    assert verdicts_in_words(judged) == "Of 4 claims of the paper's equations 2 hold, 2 fail (7, 9)."
+
+
+def test_slopes() -> None:
+    rows = {
+        "optimizer": ["adam", "adam"],
+        "rule": ["lora", "rora"],
+        "trained": ["both"] * 2,
+        "verdict": ["flat", "shrinks"],
+    }
+    assert slopes_in_words(pd.DataFrame(rows)) == (
+        "The best rate does not move with the rank in 1 of 2 lines: adam lora (both)."
+    )
+    assert slopes_in_words(pd.DataFrame(rows).iloc[:0]).startswith("No line has two ranks")
+
+
+def test_a_sweep() -> None:
+    rows = {"status": ["complete", "complete", "diverged"], "model": ["m"] * 3, "method": ["base", "rora", "lora"]}
+    rows |= {"key": ["a", "b", "c"], "rank": [None, 8, 8], "learning_rate": [math.nan, 3e-4, 1.0]}
+    rows |= {"validation_loss": [2.0, 1.5, math.nan], "validation_error": [0.1, 0.05, math.nan]}
+    assert results_in_words(pd.DataFrame(rows)) == (
+        "Lowest validation loss of 3 cells: m: 1.5000 ± 0.0500, rora r=8 at 0.0003 (± over records). 1 diverged."
+    )
+
+
+@pytest.mark.parametrize(
+    ("best", "found", "law", "said"),
+    [
+        (0, [], True, "No rank and strength has three rates yet; 5 runs are there."),
+        (2, [], False, "5 runs tell 2 best rates; --regime gives the law beside their exponents."),
+        (2, [], True, "5 runs are there; no two of their best rates can be compared yet."),
+        (2, ["agrees", "undecided", "agrees"], True, "The law against 5 runs: agrees 2 times, undecided 1 times."),
+    ],
+)
+def test_a_horizon(best, found, law, said) -> None:
+    assert (
+        horizon_in_words(5, pd.DataFrame(index=range(best)).assign(step=1), pd.DataFrame({"verdict": found}), law=law)
+        == said
+    )
