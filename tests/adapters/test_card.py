@@ -107,6 +107,7 @@ def test_the_portable_form_has_its_own_card(tmp_path) -> None:
     assert card.data.base_model == BUILT
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_its_lines_load_the_adapter(base, tmp_path) -> None:
     pytest.importorskip("peft", reason="the extra torch")
