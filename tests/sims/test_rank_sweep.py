@@ -202,7 +202,7 @@ def test_a_cell_that_was_stopped_goes_on_from_its_checkpoint(swept, model, data,
 
     names = {
         "losses.csv", "answers.csv", "metrics.jsonl", "cell.json", "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
+        "adapter/adapter_model.safetensors", "adapter/README.md",
     }  # fmt: skip
     assert set(finished(out)[key].files) == {f"cells/{key}/{name}" for name in names}
     for name in names - {"adapter/adapter_model.safetensors"}:
