@@ -74,7 +74,7 @@ class OnRay:
                         said = RuntimeError(_words(error))
                     if isinstance(said, Begun):
                         start(place)
-                        if said.host not in hosts and (other := software.differences(here, said.software)):
+                        if said.host not in hosts and (other := software.version_differences(here, said.software)):
                             logger.warning("%s works with %s", said.host, other)
                         hosts.add(said.host)
                         continue
