@@ -51,6 +51,15 @@ def test_one_model_by_part(folder, capsys):
     assert re.search(r"measured here: peak .* predicted .* s a step", out)
 
 
+def test_full_fine_tuning_trains_the_modules_weights(folder, capsys):
+    """Twelve bytes a trained weight: float32 and its two moments, without a rank; dropout 0.05 has no part in it."""
+    capacity.main(["--model", str(folder), "--method", "full", "--batch-size", "4", "--seq", "16"])
+    out = capsys.readouterr().out
+    weights = 2 * (32 * (32 + 16 + 16) + 2 * 32 * 48)  # q, k, v, up and down of two layers
+    assert f"trained {weights:,} (" in out
+    assert "full, batch 4 x 16, bfloat16 base" in out
+
+
 def test_what_does_not_fit_says_what_takes_less(capsys):
     capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--dtype", "float32"])
     out = capsys.readouterr().out
