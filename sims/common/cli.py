@@ -209,6 +209,7 @@ def run(main: Callable[[], object]) -> None:
     if signal.getsignal(signal.SIGINT) is sims.stop:  # the command is imported: from here a run puts itself away
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = folder.count_open()
+    _library.propagate = False  # a library may have given the root logger a handler, which would say it again
     try:
         with _terminable(), answers.reported():
             try:
@@ -232,6 +233,7 @@ def run(main: Callable[[], object]) -> None:
             print(STOPPED, file=sys.stderr)
         sys.exit(status)
     finally:
+        _library.propagate = True
         folder.end_all("failed", but=before)
         cluster.leave()
 

@@ -1,5 +1,6 @@
 """How commands begin and end: one line for what the option parser refuses, none for a closed pipe, one for Ctrl-C."""
 
+import logging
 import os
 import re
 import signal
@@ -209,6 +210,16 @@ def ending(run: object, capsys: pytest.CaptureFixture[str]) -> tuple[object, str
     with pytest.raises(SystemExit) as caught:
         cli.run(run)  # type: ignore[arg-type]
     return caught.value.code, capsys.readouterr().err
+
+
+def test_what_the_library_says_is_said_once_whoever_else_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    other = logging.StreamHandler(sys.stderr)  # as absl gives the root logger one
+    logging.getLogger().addHandler(other)
+    try:
+        cli.run(lambda: logging.getLogger("rora_theory.runs").warning("two versions"))
+    finally:
+        logging.getLogger().removeHandler(other)
+    assert capsys.readouterr().err == "note: two versions\n"
 
 
 def test_what_can_not_be_done_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
