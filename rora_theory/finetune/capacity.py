@@ -1,10 +1,12 @@
 """Does a fine-tuning run fit, and how long does it take? From shapes alone: no weights, no accelerator.
 
 The step that training runs is traced on abstract arrays. Weights, adapter and optimizer state are counted from their
-shapes, the rest from the traced program (`traced_cost`). XLA's own account of the same step, of the backend at hand, is
-there to compare: `compile_here`. Its GPU compiler, run for an A6000 without one, says 30.1 GB for LLaMA-7B in bfloat16
-at rank 128 and 16 x 256 tokens where this says 30.0, and with rematerialisation 19.7 where this says 19.5: it fuses
-a layer's elementwise work a little less than is taken here.
+shapes, the rest from the traced program (`traced_cost`). On several devices (`rora_theory.finetune.sharding`) the
+account is that of each: its rows of the batch, its part of the weights, and the weights that it gathers for a product.
+XLA's own account of the same step, of the backend at hand, is there to compare: `compile_here`. Its GPU compiler, run
+for an A6000 without one, says 30.1 GB for LLaMA-7B in bfloat16 at rank 128 and 16 x 256 tokens where this says 30.0,
+and with rematerialisation 19.7 where this says 19.5: it fuses a layer's elementwise work a little less than is taken
+here.
 """
 
 import itertools
@@ -29,9 +31,11 @@ from rora_theory.finetune import step as steps
 from rora_theory.finetune import traced_cost
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.finetune.loss import LOGITS_BYTES
+from rora_theory.finetune.sharding import Gathered, Layout
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.model import abstract_params, count_parameters, init_params
 from rora_theory.llama.weights import read_config
+from rora_theory.scaling import check_positive
 
 GB = 1e9
 
@@ -119,6 +123,26 @@ class Device:
         """Operations a second of products of ``dtype``."""
         return self.bfloat16 if jnp.dtype(dtype).itemsize == 2 else self.float32
 
+    @classmethod
+    def of(cls, memory: float, rate: float, bandwidth: float | None = None) -> "Device":
+        """Any device by its figures.
+
+        Args:
+          memory: bytes.
+          rate: operations a second of products in the run's type.
+          bandwidth: bytes a second of its memory; None leaves the time of reading the weights out.
+
+        Raises:
+          InputError: a figure that is not a finite number above 0, or no more memory than `RESERVE`.
+        """
+        for name, value in (("memory", memory), ("rate", rate), ("bandwidth", bandwidth)):
+            if value is not None:
+                check_positive(name, value)
+        if memory <= RESERVE:
+            raise InputError(f"memory is {memory / 1e9:g} GB; accepted is more than {RESERVE / 1e9:g} GB")
+        found = f"{memory / 1e9:g} GB and {rate / 1e12:g} TFLOP/s"
+        return cls(f"a device of {found}", round(memory), rate, rate, math.inf if bandwidth is None else bandwidth)
+
 
 # NVIDIA's data sheets: Ampere GA102 whitepaper (2021) for the RTX A6000; A100 80GB (2021); Ada whitepaper v2.1 for the
 # RTX 4090; L40S (2023); H100 (2023) and H200 (2024), SXM. Rates without sparsity. Memory as `nvidia-smi` reports it.
@@ -143,20 +167,22 @@ PREALLOCATED = 0.75
 
 @dataclass(frozen=True)
 class Account:
-    """What one step of a run needs. Bytes, unless said otherwise; `total` is the sum of the seven parts.
+    """What one step of a run needs of each device. Bytes, unless said otherwise; `total` is the sum of the eight parts.
 
     Attributes:
-      parameters: number of the base's weights.
+      parameters: number of the base's weights, of all devices.
       trainable: number of the adapter's.
-      tokens: positions a step.
-      flops: operations of the step's products.
-      base: weights, read by ``passes`` passes a step.
+      tokens: positions a step, of all devices.
+      flops: operations of a device's products.
+      base: a device's weights, read by ``passes`` passes a step.
       adapter, optimizer: float32; the optimizer's two moments are twice the adapter.
       batch: tokens, targets and their weights.
       gradients: of the adapter.
       activations: kept for the backward pass; with rematerialisation the layers' inputs alone.
       working: what the fullest moment holds besides: a layer's own intermediates, or a block of logits.
+      gathered: weights of other devices that a product has for a while.
       logits: the block of logits held at once, here to see; a part of ``working`` when it is there.
+      devices: how many there are.
     """
 
     parameters: int
@@ -172,6 +198,8 @@ class Account:
     activations: int
     working: int
     logits: int
+    gathered: int = 0
+    devices: int = 1
 
     @property
     def total(self) -> int:
@@ -179,7 +207,7 @@ class Account:
 
     def parts(self) -> dict[str, int]:
         """Bytes by part."""
-        names = ("base", "adapter", "optimizer", "batch", "gradients", "activations", "working")
+        names = ("base", "adapter", "optimizer", "batch", "gradients", "activations", "working", "gathered")
         return {name: getattr(self, name) for name in names}
 
     def fits(self, device: Device) -> bool:
@@ -221,11 +249,27 @@ class Program:
     batch: Any
 
 
-def abstract_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int) -> Program:
+def abstract_step(
+    llama_config: LlamaConfig,
+    config: FinetuneConfig,
+    width: int,
+    *,
+    attention: str = "auto",
+    logits_bytes: int = LOGITS_BYTES,
+    layout: Layout | None = None,
+) -> Program:
     """The step that training runs, for batches of ``config.batch_size`` rows of ``width`` positions.
 
+    Args:
+      llama_config, config: of the run.
+      width: positions a row.
+      attention: see `rora_theory.llama.attention.choose_route`.
+      logits_bytes: most bytes of logits held at once, on all devices together.
+      layout: of a run on several devices; None is one.
+
     Raises:
-      InputError: a setting out of range, an adapter that does not fit the model, or a width it does not take.
+      InputError: a setting out of range, an adapter that does not fit the model, a width it does not take, or a batch
+        that the devices can't share evenly.
     """
     if width < 1:
         raise InputError(f"width is {width}; accepted is an integer of 1 or more")
@@ -238,17 +282,59 @@ def abstract_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int)
     )
     integers = jax.ShapeDtypeStruct((config.batch_size, width), jnp.int32)
     weights = jax.ShapeDtypeStruct((config.batch_size, width), jnp.float32)
-    function = steps.train_step(adapter, llama_config, config, 1)
-    return Program(function, state, base, Batch(integers, integers, weights, None))
+    batch = Batch(integers, integers, weights, None)
+    shardings = None
+    if layout is not None:
+        layout.check_batch(config.batch_size, config.accumulation)
+        shardings = layout.state_shardings(state)
+        adapter = Gathered(adapter, layout)
+        base, state = _placed(base, layout.params_shardings(base)), _placed(state, shardings)
+        batch = _placed(batch, jax.tree.map(lambda _: layout.rows, batch))
+    function = steps.train_step(
+        adapter, llama_config, config, 1, attention=attention, logits_bytes=logits_bytes, state_shardings=shardings
+    )
+    return Program(function, state, base, batch)
 
 
-def account(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> Account:
-    """Trace a run's step and account for it. Raises as `abstract_step`."""
-    step = abstract_step(llama_config, config, width)
+def _placed(tree: Any, shardings: Any) -> Any:
+    """Abstract arrays, with where they lie."""
+    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), tree, shardings)
+
+
+def account(
+    llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256, layout: Layout | None = None
+) -> Account:
+    """Trace a run's step and account for it.
+
+    Each of several devices works its own rows, so what it computes and keeps is that of a smaller batch; of the base
+    it has what `placement` says, and for a product it gathers the whole weight of one module, or a table. The account
+    is that of `attention`'s plain routes, which every device has: a fused kernel takes no more.
+
+    Args:
+      llama_config, config: of the run.
+      width: positions a row.
+      layout: of a run on several devices, its mesh real or abstract (`sharding.abstract_mesh`); None is one device.
+
+    Raises:
+      InputError: as `abstract_step`.
+    """
+    parts, devices = 1, 1
+    if layout is not None:
+        layout.check_batch(config.batch_size, config.accumulation)
+        parts, devices = layout.parts, math.prod(layout.mesh.shape.values())
+    own = replace(config, batch_size=config.batch_size // parts)
+    logits_bytes = LOGITS_BYTES // parts
+    step = abstract_step(llama_config, own, width, attention="blocked", logits_bytes=logits_bytes)
     traced = step.function.trace(step.state, step.base, step.batch)
     held = traced_cost.held(traced.jaxpr)
-    adapter = _bytes(step.state.params)
-    rows = config.batch_size // config.accumulation
+    base, adapter, state = _bytes(step.base), _bytes(step.state.params), _bytes(step.state)
+    gathered = 0
+    if layout is not None:
+        base = _bytes(step.base, layout.params_shardings(step.base))
+        shardings = layout.state_shardings(step.state)
+        adapter, state = _bytes(step.state.params, shardings.params), _bytes(step.state, shardings)
+        gathered = _gathered(step.base, layout)
+    rows = own.batch_size // config.accumulation
     row = 4 * llama_config.vocab_size * rows
     return Account(
         parameters=count_parameters(llama_config),
@@ -256,21 +342,30 @@ def account(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256)
         tokens=config.batch_size * width,
         flops=traced_cost.flops(traced.jaxpr),
         passes=(3 if config.remat else 2) * config.accumulation,
-        base=_bytes(step.base),
+        base=base,
         adapter=adapter,
-        optimizer=_bytes(step.state) - adapter,
+        optimizer=state - adapter,
         batch=_bytes(step.batch),
         gradients=held.stacked,
         activations=held.kept,
         working=held.working,
-        logits=min(row * width, max(row, LOGITS_BYTES // row * row)),
+        logits=min(row * width, max(row, logits_bytes // row * row)),
+        gathered=gathered,
+        devices=devices,
     )
 
 
 def fit_table(
-    models: Sequence[str], config: FinetuneConfig, device: Device, *, width: int = 256, utilisation: float = 0.4
+    models: Sequence[str],
+    config: FinetuneConfig,
+    device: Device,
+    *,
+    width: int = 256,
+    utilisation: float = 0.4,
+    layout: Layout | None = None,
 ) -> pd.DataFrame:
-    """Whether a run of several of `MODELS` fits on a device, without rematerialisation and with it.
+    """Whether a run of several of `MODELS` fits on a device, or on each of a layout's, without rematerialisation and
+    with it.
 
     Returns:
       ``model``, ``remat``; ``trained`` in per cent of all parameters; ``base``, ``state`` (what is trained, and Adam's
@@ -278,13 +373,60 @@ def fit_table(
     """
     rows = []
     for name, remat in itertools.product(models, (False, True)):
-        found = account(MODELS[name], replace(config, remat=remat), width)
+        found = account(MODELS[name], replace(config, remat=remat), width, layout)
         sizes = {"base": found.base, "state": found.adapter + found.optimizer, "activations": found.activations}
         row = {"model": name, "remat": remat, "trained": 100 * found.trainable / found.parameters}
         row |= {part: size / GB for part, size in (sizes | {"total": found.total}).items()}
         seconds = found.seconds(device, config.dtype, utilisation)
         rows.append(row | {"fits": found.fits(device), "seconds": seconds})
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where arrays of one kind of the base lie.
+
+    Attributes:
+      name: what they are.
+      ways: into how many parts each is split; 1 is whole on every device.
+      bytes_whole, bytes_each: of all of them, and a device's.
+    """
+
+    name: str
+    ways: int
+    bytes_whole: int
+    bytes_each: int
+
+
+def placement(llama_config: LlamaConfig, config: FinetuneConfig, layout: Layout) -> list[Placed]:
+    """What of the base is split over a layout's devices, and what is whole on each, as a table whose length is no
+    multiple of the devices is.
+    """
+    base = abstract_params(llama_config, jnp.dtype(config.dtype), config.quantization)
+    shardings = layout.params_shardings(base)
+    found: dict[tuple[str, int], list[int]] = {}
+    for (path, leaf), sharding in zip(jax.tree.leaves_with_path(base), jax.tree.leaves(shardings), strict=True):
+        whole, each = _bytes(leaf), _bytes(leaf, sharding)
+        key = next(entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
+        sizes = found.setdefault((_KINDS.get(key, "norms"), whole // each), [0, 0])
+        sizes[0] += whole
+        sizes[1] += each
+    return [Placed(name, ways, *sizes) for (name, ways), sizes in found.items()]
+
+
+_KINDS = {
+    "weight": "weights of modules",
+    "bias": "biases of modules",
+    "embed_tokens": "embeddings",
+    "lm_head": "unembeddings",
+}
+
+
+def _gathered(base: Any, layout: Layout) -> int:
+    """The largest array that is gathered at a time: a layer's weight, or a whole table."""
+    shardings = jax.tree.leaves(layout.params_shardings(base))
+    split = [a for a, at in zip(jax.tree.leaves(base), shardings, strict=True) if not at.is_fully_replicated]
+    return max((_bytes(a) // (a.shape[0] if a.ndim == 3 else 1) for a in split), default=0)
 
 
 @dataclass(frozen=True)
@@ -303,9 +445,11 @@ class Compiled:
     seconds: float
 
 
-def compile_here(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> Compiled:
-    """Compile a run's step for the default backend, without weights. Raises as `abstract_step`."""
-    step = abstract_step(llama_config, config, width)
+def compile_here(
+    llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256, layout: Layout | None = None
+) -> Compiled:
+    """Compile a run's step for the default backend, without weights; each device's account. Raises as `account`."""
+    step = abstract_step(llama_config, config, width, layout=layout)
     start = time.perf_counter()
     found = step.function.lower(step.state, step.base, step.batch).compile().memory_analysis()
     return Compiled(found.argument_size_in_bytes, found.temp_size_in_bytes, time.perf_counter() - start)
@@ -316,7 +460,7 @@ class MeasuredStep:
     """A step that was run, on random weights.
 
     Attributes:
-      peak: bytes at the fullest moment, weights and all.
+      peak: bytes of a device at the fullest moment, weights and all.
       seconds: of a step after the first.
     """
 
@@ -324,38 +468,43 @@ class MeasuredStep:
     seconds: float
 
 
-def measure_step(llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256) -> MeasuredStep:
-    """Run two steps on the default device, on random weights and tokens, and see what they take.
+def measure_step(
+    llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256, layout: Layout | None = None
+) -> MeasuredStep:
+    """Run two steps on the default device, or on a layout's, on random weights and tokens, and see what they take.
 
-    On a GPU the allocator's own peak. On a CPU what the process's resident memory grew by in the first step, and the
-    arrays that were there before; Linux alone tells.
+    On GPUs the highest of the allocators' own peaks. On a CPU what the process's resident memory grew by in the first
+    step, and the arrays that were there before, an equal share for each device; Linux alone tells.
 
     Raises:
-      InputError: as `abstract_step`, or a system that does not tell.
+      InputError: as `account`, or a system that does not tell.
     """
-    step = abstract_step(llama_config, config, width)
+    step = abstract_step(llama_config, config, width, layout=layout)
     compiled = step.function.lower(step.state, step.base, step.batch).compile()
-    device = jax.devices()[0]
-    draw = jax.jit(init_params, static_argnums=(1, 2, 3))
+    devices = [jax.devices()[0]] if layout is None else list(layout.mesh.devices.flat)
+    shardings = None if layout is None else layout.params_shardings(step.base)
+    draw = jax.jit(init_params, static_argnums=(1, 2, 3), out_shardings=shardings)
     base = draw(jax.random.key(0), llama_config, jnp.dtype(config.dtype), config.quantization)
     adapter = adapters.init(jax.random.key(1), config.adapter(), llama_config, base)
     state = steps.init_state(adapter, steps.finetune_optimizer(config, 1), jax.random.key(2))
-    del adapter
     random = np.random.default_rng(0)
     tokens = random.integers(0, llama_config.vocab_size, (config.batch_size, width + 1)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((config.batch_size, width), np.float32), None)
+    if layout is not None:
+        state, batch = layout.state(state), layout.batch(batch)
+    del adapter
     jax.block_until_ready((base, state))
     before = 0
-    if device.platform != "gpu":
+    if devices[0].platform != "gpu":
         _forget_peak()
-        before = _resident("VmRSS") - _bytes((base, state))
+        before = _resident("VmRSS") - _bytes_on_devices((base, state))
     state, _ = jax.block_until_ready(compiled(state, base, batch))
     start = time.perf_counter()
     jax.block_until_ready(compiled(state, base, batch))
     seconds = time.perf_counter() - start
-    if device.platform == "gpu":
-        return MeasuredStep(int(device.memory_stats()["peak_bytes_in_use"]), seconds)
-    return MeasuredStep(_resident("VmHWM") - before, seconds)
+    if devices[0].platform == "gpu":
+        return MeasuredStep(max(int(device.memory_stats()["peak_bytes_in_use"]) for device in devices), seconds)
+    return MeasuredStep((_resident("VmHWM") - before) // len(devices), seconds)
 
 
 def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:
@@ -373,8 +522,25 @@ def count_elements(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _bytes(tree: Any) -> int:
-    return sum(traced_cost.size_in_bytes(leaf) for leaf in jax.tree.leaves(tree))
+def _bytes(tree: Any, shardings: Any = None) -> int:
+    """Bytes of arrays, abstract or not; with their shardings those of one device."""
+    leaves = jax.tree.leaves(tree)
+    if shardings is None:
+        return sum(map(traced_cost.size_in_bytes, leaves))
+    shares = [
+        math.prod(at.shard_shape(a.shape)) / math.prod(a.shape)
+        for a, at in zip(leaves, jax.tree.leaves(shardings), strict=True)
+    ]
+    return round(sum(traced_cost.size_in_bytes(a) * share for a, share in zip(leaves, shares, strict=True)))
+
+
+def _bytes_on_devices(tree: Any) -> int:
+    """Bytes of arrays, those of every device counted."""
+    keys = [
+        jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a
+        for a in jax.tree.leaves(tree)
+    ]
+    return sum(shard.data.nbytes for a in keys for shard in a.addressable_shards)
 
 
 def _resident(what: str) -> int:

@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from rora_theory.adapters.base import AdapterConfig, TrainableAdapter
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.llama import LlamaConfig, abstract_params
+from rora_theory.scaling import check_integer
 
 MESH_AXES = ("data", "fsdp")
 
@@ -47,6 +48,17 @@ def mesh(data: int | None = None, fsdp: int = 1, *, devices: Sequence[jax.Device
             f"data is {data} with fsdp {fsdp}; accepted is {copies}, to make up the {len(devices)} devices"
         )
     return jax.make_mesh((copies, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1) -> AbstractMesh:
+    """A mesh of devices that need not be there, to plan with.
+
+    Raises:
+      InputError: a number below 1.
+    """
+    for name, value in (("data", data), ("fsdp", fsdp)):
+        check_integer(name, value)
+    return AbstractMesh((data, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 @dataclass(frozen=True)
@@ -105,13 +117,18 @@ class Layout:
     is refused instead.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: Rules = Rules()
 
     @cached_property
     def replicated(self) -> NamedSharding:
         """Whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
+
+    @cached_property
+    def rows(self) -> NamedSharding:
+        """Split by rows, as batches are."""
+        return NamedSharding(self.mesh, PartitionSpec(_spec(self.rules.batch)))
 
     @property
     def parts(self) -> int:
@@ -143,9 +160,8 @@ class Layout:
         """
         rows = jax.tree.leaves(batch)[0].shape[0]
         self.check_batch(rows)
-        sharding = NamedSharding(self.mesh, PartitionSpec(_spec(self.rules.batch)))
         # With the global shape stated, each process takes what its devices hold out of the whole.
-        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a, a.shape), batch)
+        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(self.rows, a, a.shape), batch)
 
     def check_batch(self, batch: int, accumulation: int = 1) -> None:
         """Refuse a batch that the devices can't share evenly.
@@ -206,8 +222,7 @@ class Gathered:
         return self._adapter.layers()
 
     def linear(self, name: str, x: Array, weight: Array, bias: Array | None, layer: Any, *, key: Array | None) -> Array:
-        rows = NamedSharding(self._layout.mesh, PartitionSpec(_spec(self._layout.rules.batch)))
-
+        rows = self._layout.rows
         x = jax.lax.with_sharding_constraint(x, rows)
         weight = jax.lax.with_sharding_constraint(weight, self._layout.replicated)
         y = self._adapter.linear(name, x, weight, bias, layer, key=key)

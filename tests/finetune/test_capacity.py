@@ -9,8 +9,9 @@ import pytest
 
 from rora_theory import adapters
 from rora_theory.errors import InputError
-from rora_theory.finetune import FinetuneConfig, capacity
-from rora_theory.finetune.capacity import DEVICES, MODELS, PAPER_MODELS, Account
+from rora_theory.finetune import FinetuneConfig, capacity, sharding
+from rora_theory.finetune.capacity import DEVICES, MODELS, PAPER_MODELS, Account, Device
+from rora_theory.finetune.sharding import Layout
 from rora_theory.llama import LlamaConfig, init_params
 from rora_theory.llama.model import abstract_params
 
@@ -135,16 +136,74 @@ def test_what_fits_in_four_bits(name, device, planned):
     assert planned in page.read_text().replace("\n", " ").replace(" that are usable", "")
 
 
+def layout(data, fsdp):
+    return None if data * fsdp == 1 else Layout(sharding.mesh(data, fsdp, devices=jax.devices()[: data * fsdp]))
+
+
 @pytest.mark.slow
-def test_a_step_takes_the_memory_that_was_planned():
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (1, 2), (2, 2)])
+def test_a_step_takes_the_memory_that_was_planned(data, fsdp):
+    """On 1, 2 and 4 devices, each of which works its own rows and holds its own part of the weights."""
+    devices, place = data * fsdp, layout(data, fsdp)
     model = LlamaConfig(1024, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
     config = FinetuneConfig(rank=8, batch_size=24)
-    found, xla = capacity.measure_step(model, config, 128), capacity.compile_here(model, config, 128)
-    predicted = xla.arguments + xla.temporaries  # `test_program` compares XLA's account with this package's
-    assert predicted > 300e6
-    # A first step also brings in code, threads' stacks and packed operands, some 60 MB.
-    assert 0.95 * predicted < found.peak < 1.05 * predicted + 80e6
+    planned = capacity.account(model, config, 128, place)
+    found, xla = capacity.measure_step(model, config, 128, place), capacity.compile_here(model, config, 128, place)
+    assert planned.devices == devices
+    assert xla.arguments == planned.base + planned.adapter + planned.optimizer + planned.batch
+    predicted = xla.arguments + xla.temporaries  # `test_traced_cost` compares XLA's account with this package's
+    assert predicted * devices > 300e6
+    # A first step also brings in code, threads' stacks and packed operands, some 60 MB, shared by the devices.
+    assert 0.95 * predicted < found.peak < 1.05 * predicted + 80e6 / devices
+    # On a CPU less of a layer's elementwise work is fused than is taken here.
+    assert planned.total < found.peak < 1.6 * planned.total
     assert found.seconds > 0
+
+
+def test_each_of_several_devices_has_its_part():
+    """Half of the rows on each, half of the weights where two share a copy, and the rest whole."""
+    one, copies, shared = (capacity.account(TINY, SMALL, 32, abstract(*shape)) for shape in ((1, 1), (2, 1), (1, 2)))
+    for found in (copies, shared):
+        assert (found.devices, one.devices) == (2, 1)
+        assert found.tokens == one.tokens
+        for part in ("flops", "activations", "batch", "logits"):
+            assert 2 * getattr(found, part) == getattr(one, part), part
+        assert (found.adapter, found.optimizer) == (one.adapter, one.optimizer)
+        assert (found.parameters, found.trainable) == (one.parameters, one.trainable)
+    assert (copies.base, copies.gathered) == (one.base, 0)
+    norms = 4 * 32 * 5
+    assert shared.base == (one.base - norms) // 2 + norms, "the norms of two layers and the last are whole"
+    assert shared.gathered == 4 * 512 * 32, "a table of 512 words"
+    assert one.gathered == 0
+    odd = dataclasses.replace(TINY, vocab_size=511)
+    table = {part.name: part for part in capacity.placement(odd, SMALL, abstract(1, 2))}
+    assert (table["embeddings"].ways, table["weights of modules"].ways, table["norms"].ways) == (1, 2, 1)
+    assert table["embeddings"].bytes_each == table["embeddings"].bytes_whole == 4 * 511 * 32
+    assert sum(part.bytes_each for part in table.values()) == capacity.account(odd, SMALL, 32, abstract(1, 2)).base
+
+
+def abstract(data, fsdp):
+    return None if data * fsdp == 1 else Layout(sharding.abstract_mesh(data, fsdp))
+
+
+def test_a_plan_does_not_depend_on_the_machine_it_is_made_on(monkeypatch):
+    """A fused kernel is no product of the program, so a plan that is made on a GPU would miss attention's."""
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    here = capacity.account(TINY, config, 16)
+    monkeypatch.setattr("rora_theory.llama.attention._has_fused_kernel", lambda: True)
+    assert capacity.account(TINY, config, 16) == here
+
+
+def test_any_device_by_its_figures():
+    made = Account(1, 1, 100, int(50e12), 2, 20 * 10**9, 0, 0, 0, 0, 0, 0, 0)
+    mine = Device.of(24e9, 100e12)
+    assert made.fits(mine)
+    assert not dataclasses.replace(made, base=24 * 10**9).fits(mine)
+    assert made.seconds(mine, "bfloat16", 0.5) == made.seconds(mine, "float32", 0.5) == pytest.approx(1)
+    assert made.seconds(Device.of(24e9, 100e12, 1e10), "bfloat16", 0.5) == pytest.approx(4), "reading the weights"
+    for figures, name in (((0.9e9, 1e12), "memory"), ((24e9, 0.0), "rate"), ((24e9, 1e12, -1.0), "bandwidth")):
+        with pytest.raises(InputError, match=f"{name} is .*; accepted"):
+            Device.of(*figures)
 
 
 @pytest.mark.parametrize(
@@ -158,3 +217,10 @@ def test_a_step_takes_the_memory_that_was_planned():
 def test_refused_by_name(config, width, match):
     with pytest.raises(InputError, match=match):
         capacity.account(TINY, config, width)
+
+
+def test_devices_that_cannot_share_a_batch_are_refused():
+    with pytest.raises(InputError, match="batch_size is 4; accepted is a multiple of the 3 devices"):
+        capacity.account(TINY, SMALL, 16, abstract(3, 1))
+    with pytest.raises(InputError, match="fsdp is 0"):
+        sharding.abstract_mesh(1, 0)

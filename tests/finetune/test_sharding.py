@@ -66,7 +66,7 @@ def count_compilations():
     class Handler(logging.Handler):
         def emit(self, record):
             if record.msg.startswith("Compiling "):
-                names.append(record.args[0])
+                names.append(record.args[0].removeprefix("jit(").removesuffix(")"))  # JAX 0.6 has the name alone
 
     logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Handler(logging.DEBUG)
     level = logger.level
@@ -111,7 +111,7 @@ def test_the_steps_of_one_device(params, single, fsdp, rules):
         assert np.mean(difference > 1e-5) < 0.01
         assert np.max(difference) < 2 * STEPS * CONFIG.peak_learning_rate
     assert layout.batch(next(batches())).inputs.addressable_shards[0].data.shape == (8 // layout.parts, 16)
-    assert compiled.count("jit(step)") == 1, "the state comes back as it went in"
+    assert compiled.count("step") == 1, "the state comes back as it went in"
     for name, (p_out, p_in) in (("self_attn.q_proj", (32, 32)), ("mlp.down_proj", (32, 48))):
         weight = base["layers"][name]["weight"]
         over_out, over_in = (8 // (8 // fsdp) if axes else 1 for axes in (rules.outputs, rules.inputs))

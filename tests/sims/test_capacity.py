@@ -60,6 +60,17 @@ def test_full_fine_tuning_trains_the_modules_weights(folder, capsys):
     assert "full, batch 4 x 16, bfloat16 base" in out
 
 
+def test_several_devices_of_ones_own(folder, capsys):
+    arguments = "--rank 4 --batch-size 8 --seq 32 --memory 24 --rate 120 --data 2 --fsdp 2"
+    capacity.main(["--model", str(folder), *arguments.split()])
+    out = capsys.readouterr().out
+    assert "4 devices (data 2 x fsdp 2)" in out
+    assert re.search(r"weights of modules\W+in 2\W", out)
+    assert re.search(r"norms\W+whole\W", out)
+    assert "split in 4: 2 rows a device" in out
+    assert "a device of 24 GB and 120 TFLOP/s: fits (0.0 GB of 23.0 GB)" in " ".join(out.split())
+
+
 def test_what_does_not_fit_says_what_takes_less(capsys):
     capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--dtype", "float32"])
     out = capsys.readouterr().out
@@ -78,6 +89,9 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--steps 5 --examples 5", "--steps and --examples are both given"),
         ("--seq 0", "--seq is 0; accepted"),
         ("--seq 4096 --model llama-7b", "sequence length is 4096; accepted is at most 2048"),
+        ("--memory 24", "--memory and --rate; accepted are both"),
+        ("--memory 0.5 --rate 100", "memory is 0.5 GB; accepted is more than 1 GB"),
+        ("--fsdp 3 --model llama-7b", "batch_size is 16; accepted is a multiple of the 3 devices"),
         ("--rank 0", "rank is 0; accepted"),
         ("--accumulation 3", "accumulation is 3; accepted is a divisor of batch"),
         ("--measure", "--compile and --measure take one model"),
