@@ -141,6 +141,7 @@ def layout(data, fsdp):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (1, 2), (2, 2)])
 def test_a_step_takes_the_memory_that_was_planned(data, fsdp):
     """On 1, 2 and 4 devices, each of which works its own rows and holds its own part of the weights."""
@@ -160,6 +161,7 @@ def test_a_step_takes_the_memory_that_was_planned(data, fsdp):
     assert found.seconds > 0
 
 
+@pytest.mark.slow
 def test_each_of_several_devices_has_its_part():
     """Half of the rows on each, half of the weights where two share a copy, and the rest whole."""
     one, copies, shared = (capacity.account(TINY, SMALL, 32, abstract(*shape)) for shape in ((1, 1), (2, 1), (1, 2)))
