@@ -1,7 +1,7 @@
 """The gallery of published figures, from their folders' manifests, the code that draws them and pages that use them.
 
-Nothing is listed by hand: a figure that is published is in the gallery, under the first page of the documents that
-shows its run (or, where none does, speaks of its command).
+Nothing is listed by hand: a figure that is published is in the gallery, under the page of the documents that shows
+its run (or, where none does, speaks of its command) most often.
 """
 
 import ast
@@ -170,10 +170,11 @@ def _sentence(text: str | None) -> str:
 
 def _page_of(figure: Figure) -> Path:
     run = figure.run.relative_to(PUBLISHED).as_posix()
-    for words in (rf"published/{run}\b(?!/\w*\.md)", rf"= run:{run} ", rf"(rora|sims)[ .]{figure.experiment}\b"):
-        for page in PAGES:
-            if re.search(words, page.read_text()):
-                return page
+    for words in (rf"published/{run}\b", rf"= run:{run} ", rf"(rora|sims)[ .]{figure.experiment}\b"):
+        often = {page: len(re.findall(words, page.read_text())) for page in PAGES}
+        page = max(PAGES, key=lambda each: often[each])
+        if often[page]:
+            return page
     raise ValueError(f"{figure.path}: no page of the documents speaks of it")
 
 
