@@ -96,7 +96,8 @@ class Workbench:
         """On another machine it is one without a model, which it opens there."""
         for located in self.located.values():
             located.sha256  # noqa: B018 (known there too)
-        options = {"scoring": self.scoring, "score_batch_size": self.score_batch_size, "elsewhere": True}
+        options: dict[str, Any] = {"scoring": self.scoring, "score_batch_size": self.score_batch_size}
+        options["elsewhere"] = True
         return partial(Workbench, **options), (self.shared, self.records, self.tasks, self.located)
 
     def open(self, model: str) -> list[str]:
