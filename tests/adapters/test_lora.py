@@ -92,6 +92,7 @@ def test_a_padded_layer_is_the_layer_at_its_own_rank(dora, params, perturbed) ->
     assert np.abs(np.asarray(found - linear(x, weight, bias))).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_layers_left_out_are_the_base_and_learn_nothing(dora, params, tokens, perturbed, run) -> None:
     adapter = perturbed(rank=4, alpha=3.0, layers=[1], use_dora=dora)

@@ -79,6 +79,7 @@ def test_equal_to_plain_forward_passes() -> None:
         np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [15, 16, 40])
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("config", [CONFIG, WINDOWED])

@@ -92,6 +92,7 @@ def test_the_gradient_is_that_of_the_loss_in_the_weights(params, batches):
     assert (ahead - behind) / (2 * size) == pytest.approx(squared, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_three_steps_are_torch_s_adamw_on_the_same_modules(params, batches, trained):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

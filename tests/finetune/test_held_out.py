@@ -32,6 +32,7 @@ def examples(shared: int, count: int = 9) -> Examples:
 LORA = LoraConfig(rule="rora", rank=2, alpha=4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [0, 16, 17, 40])
 @pytest.mark.parametrize(
     ("config", "adapted"), [(CONFIG, None), (CONFIG, LORA), (CONFIG, PrefixConfig(3)), (WINDOWED, PrefixConfig(3))]

@@ -27,6 +27,7 @@ def direct(hidden, head, targets, weights):
     return -jnp.sum(weights * jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 100])
 def test_equals_the_direct_formula_and_its_gradient(chunk):
     arguments = inputs()

@@ -88,6 +88,7 @@ def test_the_golden_cases_tell_the_settings_apart():
         assert any(a != b for a, b in pairs), (first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, SCRIPT.BEAM])
 def test_a_result_depends_neither_on_its_company_nor_on_padding(settings: dict):
     case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")

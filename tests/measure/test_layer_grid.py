@@ -21,6 +21,7 @@ LAYERS = [
 GRID = StepGrid(ranks=(2, 8, 32), draws=300, lr=1e-3, alpha=4.0)
 
 
+@pytest.mark.slow
 def test_rows_are_the_law_s_within_their_errors() -> None:
     """Every optimizer, rule and split, each beside its own law. |z| below 5: a false alarm of 1e-4 over all rows."""
     cells = layer_grid.layer_cells(GRID, LAYERS)

@@ -77,6 +77,7 @@ def test_a_sample_is_the_same_in_every_module() -> None:
     np.testing.assert_array_equal(tokens.sample(64, 0, masked), np.flatnonzero(~masked))
 
 
+@pytest.mark.slow
 def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
     """By hand: the cross-talk of SGD, |G|^2 times the mean |x'|^2, of each split; held out the 6 new tokens less sinks.
 

@@ -64,6 +64,7 @@ def test_crossing(layer, optimizer) -> None:
     assert found.quartiles == pytest.approx(tuple(np.quantile(ranks, [0.25, 0.5, 0.75])), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_shared_rows_are_adapters_of_autodiff(layer) -> None:
     """One block, dealt out by hand and stepped by `first_step.run`, which knows no shortcut: equal to float32."""
     key, ranks, rows = jax.random.key(3), (1, 3, 8), 8

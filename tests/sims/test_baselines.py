@@ -96,6 +96,7 @@ def stop_at_3(events, event, add=finetune.Metrics.add) -> None:
     add(events, event)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_writes_a_model(model, data, tmp_path, monkeypatch, capsys) -> None:
     """After it was stopped and went on from its checkpoint, too."""
     command = ("--method", "full", "--lr", "0.01", "--targets", "q_proj", "down_proj", "--steps", "4")

@@ -206,6 +206,7 @@ def test_what_is_written_is_the_best_or_the_last(model, data, tmp_path, monkeypa
     assert rates == pytest.approx([0, 0.02, 0.016, 0.012, 0.008, 0.004], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_curves_in_tensorboard_are_those_of_the_run(model, data, tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX", reason="the extra logging")
     in_this_process(monkeypatch, arguments(model, data, tmp_path / "run", "--steps", "2", "--log-to", "tensorboard"))
