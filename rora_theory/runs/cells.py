@@ -128,7 +128,7 @@ def run_cells(
             write(values())
             written = time.monotonic()
     order = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
-    lines = sorted(journal.entries, key=lambda line: order.get(line.get("key"), -1))
+    lines = sorted(journal.entries, key=lambda line: order.get(line.get("key", ""), -1))
     if todo and lines != journal.entries:  # the file is the same in whatever order they ended
         journal.rewrite(lines)
     write(values())
