@@ -75,6 +75,7 @@ def test_devices_share_the_blocks():
     assert weight.scales.addressable_shards[0].data.shape == (2, 32, 1)
 
 
+@pytest.mark.slow
 def test_the_program_takes_the_memory_of_the_blocks_and_makes_one_layer_dense():
     """By XLA's own account, which on this machine's processor keeps wide copies of a dense bfloat16 base."""
     model = LlamaConfig(64, 256, 512, 16, 4, 2, 64, max_position_embeddings=64)

@@ -127,6 +127,7 @@ def test_a_run_leaves_its_metrics_its_adapter_and_a_merged_model(whole, model):
     assert merged.tokenizer.encode("fox</s>") == base.tokenizer.encode("fox</s>")
 
 
+@pytest.mark.slow
 def test_a_base_in_blocks_is_trained_stopped_gone_on_with_and_merged(model, data, tmp_path, monkeypatch):
     """The numbers of a run that was not stopped; merged/ is its dense base with the adapter."""
     monkeypatch.setattr(checkpoint, "CONFIG", LlamaConfig(300, 32, 64, 2, 4, 2, 8, max_position_embeddings=512))
