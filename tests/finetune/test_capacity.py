@@ -162,8 +162,9 @@ def test_a_step_takes_the_memory_that_was_planned(data, fsdp):
 
 
 @pytest.mark.slow
-def test_each_of_several_devices_has_its_part():
+def test_each_of_several_devices_has_its_part(monkeypatch):
     """Half of the rows on each, half of the weights where two share a copy, and the rest whole."""
+    monkeypatch.setattr(capacity, "LOGITS_BYTES", 4 * 512 * 4 * 8)  # 8 of 32 positions at once, on all devices together
     one, copies, shared = (capacity.account(TINY, SMALL, 32, abstract(*shape)) for shape in ((1, 1), (2, 1), (1, 2)))
     for found in (copies, shared):
         assert (found.devices, one.devices) == (2, 1)
