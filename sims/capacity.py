@@ -112,7 +112,8 @@ class Config:
             raise InputError("--steps and --examples are both given; accepted is one of them")
         if (self.memory is None) != (self.rate is None) or (self.bandwidth is not None and self.memory is None):
             raise InputError(
-                "a device of your own has --memory and --rate; accepted are both, or neither with --device"
+                "--memory, --rate and --bandwidth are of a device of your own; accepted are the first two together, or "
+                "none of them, with --device"
             )
         check_positives(self, "memory", "rate", "bandwidth")
         check_integers(self, data=1, fsdp=1)

@@ -115,7 +115,7 @@ def choose_files(names: Sequence[str], part: Part, card: Mapping[str, Any]) -> l
 
     Example:
       >>> files = ["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "README.md"]
-      >>> choose(files, Part("them/set", None, "train"), {})
+      >>> choose_files(files, Part("them/set", None, "train"), {})
       ['data/train-00000-of-00001.parquet']
     """
     subsets = _subsets(card)

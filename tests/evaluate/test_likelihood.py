@@ -102,7 +102,9 @@ def test_a_token_that_predicts_is_no_beginning(monkeypatch) -> None:
     """Items of 34 tokens, two scored: 32 are context, the last of which predicts, so that 16 are read once."""
     asked = []
     monkeypatch.setattr(
-        shared_prompt, "read", lambda *args, read=shared_prompt.read_prompt: asked.append(len(args[1])) or read(*args)
+        shared_prompt,
+        "read_prompt",
+        lambda *args, read=shared_prompt.read_prompt: asked.append(len(args[1])) or read(*args),
     )
     tokens = tuple(range(34))
     items = [[Scored(tokens, 2), Scored((*tokens[:-2], 60, 59), 2)]] * 2

@@ -18,6 +18,7 @@ from support import checkpoint
 from tyro.conf import Fixed
 
 from rora_theory import adapters, llama
+from rora_theory.cluster.config import ClusterConfig
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.llama import hub
@@ -305,6 +306,7 @@ def changes(command: str, config: Any, skip: set[str]) -> dict[str, Any]:
 
 
 SKIPPED = {"data", "text", "model", "adapter", "revision", "check", "data_dir", "layer_data"}
+SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the same: tests/cluster
 SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
 """What is read, which the other tests change; where it is done; and what another of a command's ways reads."""
 
