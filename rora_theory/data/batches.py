@@ -7,10 +7,10 @@ left out.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -316,9 +316,8 @@ class Batches:
     ) -> None:
         self.examples, self._widths, self._epochs = examples, tuple(widths), epochs
         self._sizes = examples.sizes
-        self._plan: Callable[[int], Plan] = lru_cache(maxsize=2)(
-            lambda epoch: plan_epoch(self._sizes, self._widths, batch_size, seed=seed, epoch=epoch)
-        )
+        self._plan_of = partial(plan_epoch, self._sizes, self._widths, batch_size, seed=seed)
+        self._plans: dict[int, Plan] = {}
         self.steps_per_epoch = -(-len(examples) // batch_size)
         self._answers = self._answer_widths() if answer_only else None
 
@@ -333,6 +332,13 @@ class Batches:
 
     def __repr__(self) -> str:
         return f"Batches({len(self)} steps of {self.steps_per_epoch} an epoch, widths {self._widths})"
+
+    def _plan(self, epoch: int) -> Plan:
+        """The order of an epoch, kept with that of the one before: batches are made ahead of the steps."""
+        if (plan := self._plans.get(epoch)) is None:
+            plan = self._plan_of(epoch=epoch)
+            self._plans = {one: kept for one, kept in self._plans.items() if one == epoch - 1} | {epoch: plan}
+        return plan
 
     def __getitem__(self, step: int) -> Batch:
         epoch, index = divmod(step, self.steps_per_epoch)
