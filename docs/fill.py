@@ -19,6 +19,7 @@ import gallery  # beside this file
 import numpy as np
 import pandas as pd
 
+from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
 from rora_theory.stats.moments import log_log_fit
@@ -442,6 +443,49 @@ def rates_toy_horizon() -> str:
             rows.append([words, folder.name.split("_")[-1], *cells, f"{apart:+.2f}"])
     rows.append(["the law, A-led", "", "+0.00", "-0.25", "-0.38", "-0.25"])
     return table(["loss", "steps", *list(RULES.values())[:3], "second less first"], rows)
+
+
+@block("rates.model.horizon")
+def rates_model_horizon() -> str:
+    """Exponents of the best rate in gamma r and in the rank of the real model, at every horizon."""
+    rows = []
+    for row in frames.rows(csv("horizon/exponents.csv")):
+        by_strength = row["over"] == "strength"
+        what = (
+            "r = {at:g}: from gamma r = {first:g} to {second:g}",
+            "gamma r = {at:g}: from r = {first:g} to {second:g}",
+        )
+        law = f"{row['law']:+.2f} ({row['law_low']:+.2f} to {row['law_high']:+.2f})" if by_strength else "0"
+        rows.append(
+            [str(row["step"]), what[not by_strength].format(**row), signed(row["exponent"], row["half_width"]), law]
+        )
+    return table(["steps", "compared", "exponent of the best rate", "the law's"], rows)
+
+
+@block("rates.model.horizon.best")
+def rates_model_horizon_best() -> str:
+    rows = [
+        [
+            str(row["step"]),
+            str(row["rank"]),
+            f"{row['strength']:g}",
+            f"{row['best_rate']:.2g}",
+            f"{row['best_loss']:.3f}",
+            row["edge"] or "",
+        ]
+        for row in frames.rows(csv("horizon/best.csv"))
+    ]
+    return table(["steps", "rank", "gamma r", "best rate", "least loss", "at the grid's edge"], rows)
+
+
+def _exponents_at(step: int) -> str:
+    found = csv("horizon/exponents.csv")
+    found = found[(found["over"] == "strength") & (found["step"] == step)].sort_values("at")
+    return " and ".join(signed(row["exponent"], row["half_width"]) for row in frames.rows(found))
+
+
+for _step in (16, 64):
+    block(f"rates.model.horizon.{_step}")(lambda step=_step: _exponents_at(step))
 
 
 @block("rates.toy.comparison")
