@@ -41,7 +41,9 @@ def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, adapted
     """Of 17 shared tokens 16 are read once, of 16 none: the last must stay to predict what differs."""
     asked = []
     monkeypatch.setattr(
-        shared_prompt, "read", lambda *args, read=shared_prompt.read_prompt: asked.append(len(args[1])) or read(*args)
+        shared_prompt,
+        "read_prompt",
+        lambda *args, read=shared_prompt.read_prompt: asked.append(len(args[1])) or read(*args),
     )
     held_out = examples(shared)
     adapter = None if adapted is None else init(jax.random.key(1), adapted, config, PARAMS)

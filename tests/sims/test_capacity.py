@@ -89,7 +89,7 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--steps 5 --examples 5", "--steps and --examples are both given"),
         ("--seq 0", "--seq is 0; accepted"),
         ("--seq 4096 --model llama-7b", "sequence length is 4096; accepted is at most 2048"),
-        ("--memory 24", "--memory and --rate; accepted are both"),
+        ("--memory 24", "--memory, --rate and --bandwidth are of a device of your own"),
         ("--memory 0.5 --rate 100", "memory is 0.5 GB; accepted is more than 1 GB"),
         ("--fsdp 3 --model llama-7b", "batch_size is 16; accepted is a multiple of the 3 devices"),
         ("--rank 0", "rank is 0; accepted"),
