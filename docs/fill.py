@@ -467,8 +467,7 @@ def rates_model_horizon_best() -> str:
     rows = [
         [
             str(row["step"]),
-            str(row["rank"]),
-            f"{row['strength']:g}",
+            *((f"{row['rank']:g}", f"{row['strength']:g}") if row["rank"] else ("full", "")),
             f"{row['best_rate']:.2g}",
             f"{row['best_loss']:.3f}",
             row["edge"] or "",
@@ -476,6 +475,21 @@ def rates_model_horizon_best() -> str:
         for row in frames.rows(csv("horizon/best.csv"))
     ]
     return table(["steps", "rank", "gamma r", "best rate", "least loss", "at the grid's edge"], rows)
+
+
+@block("rates.model.full")
+def rates_model_full() -> str:
+    """Adapters at their best rates beside full fine-tuning of the same modules."""
+    rows = [
+        [
+            *(f"{row[name]:g}" for name in ("step", "rank", "strength")),
+            f"{row['ratio']:.1f}",
+            signed(row["difference"], row["half_width"], 3),
+        ]
+        for row in frames.rows(csv("horizon/full.csv"))
+    ]
+    heads = ["steps", "rank", "gamma r", "best rate over full fine-tuning's", "least loss less full fine-tuning's"]
+    return table(heads, rows)
 
 
 def _exponents_at(step: int) -> str:
