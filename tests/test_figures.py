@@ -15,6 +15,7 @@ from figures import (
     accuracy_vs_rank,
     coordinate_check,
     exponent_map,
+    horizon,
     layers_vs_rank,
     loss_curves,
     loss_vs_rate,
@@ -43,6 +44,7 @@ FIGURES = {
         (scaling_diagram, None),
     ],
     "accuracy": [(accuracy, {})],
+    "horizon": [(horizon, {})],
     "rank_sweep_pruned": [(accuracy_vs_rank, {}), (loss_vs_rate, {"rank": 32})],
     "finetune_arc": [(loss_curves, {})],
 }
