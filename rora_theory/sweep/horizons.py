@@ -263,7 +263,7 @@ def bests(found: Sequence[Curve], step: int) -> pd.DataFrame:
         return frame
     frame.insert(0, "step", step)
     frame.insert(2, "strength", [_strength(curve) if curve.rank else None for curve in found])
-    frame["rank"] = [curve.rank or None for curve in found]
+    frame["rank"] = pd.array([curve.rank or None for curve in found], dtype="Int64")
     return frames.of(frames.rows(frame), list(frame))
 
 

@@ -124,6 +124,8 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     bests = frames.rows(horizons.bests(curves, 64))
     assert [row["strength"] for row in bests if row["rank"] is None] == [None]
     assert len(bests) == 5
+    assert {row["rank"] for row in bests} == {None, 8, 128}
+    assert all(isinstance(row["rank"], int) for row in bests if row["rank"]), "8, not 8.0, in the file"
     law = {"takeovers": TAKEOVERS, "warmup": 4}
     lora = [curve for curve in curves if curve.rule == "lora"]
     pd.testing.assert_frame_equal(
