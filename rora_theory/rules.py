@@ -56,6 +56,12 @@ def alpha_at(rule: Rule, *, gamma: float, reference_rank: int) -> float:
     return alpha_for(rule, scaling=gamma, rank=reference_rank)
 
 
+def check_alphas(rules: Sequence[Rule], *, gamma: float, reference_rank: int) -> None:
+    """Raise `InputError` unless every rule has an alpha that gives the scaling ``gamma``, see `alpha_at`."""
+    for rule in rules:
+        alpha_at(rule, gamma=gamma, reference_rank=reference_rank)
+
+
 def check_integers(config: object, **least: int) -> None:
     """Raise `InputError` unless each named option is None or an integer of ``least`` or more."""
     for name, smallest in least.items():

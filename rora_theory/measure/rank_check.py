@@ -30,6 +30,7 @@ from rora_theory.measure.coordinates import Checker
 from rora_theory.optimizers import OPTIMIZER_NAMES, WORDS, OptimizerName
 from rora_theory.rules import (
     alpha_at,
+    check_alphas,
     check_choices,
     check_positives,
     check_ranks,
@@ -100,8 +101,7 @@ class CheckConfig:
             check_choices(f"--{name}", getattr(self, name), accepted)
         check_steps(self.steps)
         check_positives(self, "adam_lr", "sgd_lr", "momentum_lr", "band")
-        for rule in self.rules:
-            alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         check_seeds(self.seeds, fewest=2)
 
 

@@ -16,7 +16,16 @@ from jaxtyping import Float
 from rora_theory import frames
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
-from rora_theory.rules import alpha_at, check_choices, check_list, check_ranks, check_rules, check_seeds, name_of
+from rora_theory.rules import (
+    alpha_at,
+    check_alphas,
+    check_choices,
+    check_list,
+    check_ranks,
+    check_rules,
+    check_seeds,
+    name_of,
+)
 from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats.rate_curves import COLUMNS, Curve
@@ -67,8 +76,7 @@ class RateGrid:
     def __post_init__(self) -> None:
         check_ranks(self.ranks)
         check_rules(self.rules)
-        for rule in self.rules:
-            alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         check_choices("--optimizers", self.optimizers, OPTIMIZER_NAMES)
         check_choices("--init", (self.init,), INITS)
         for option, rates in (("--adam-lrs", self.adam_lrs), ("--sgd-lrs", self.sgd_lrs)):

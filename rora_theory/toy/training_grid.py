@@ -18,6 +18,7 @@ from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
 from rora_theory.rules import (
     alpha_at,
+    check_alphas,
     check_choices,
     check_positives,
     check_ranks,
@@ -84,8 +85,7 @@ class TrainingGrid:
     def __post_init__(self) -> None:
         check_ranks(self.ranks)
         check_rules(self.rules)
-        for rule in self.rules:
-            alpha_at(rule, gamma=self.gamma, reference_rank=self.reference_rank)
+        check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
             check_choices(f"--{name}", getattr(self, name), accepted)
         if self.init not in INITS:
