@@ -130,6 +130,21 @@ def layer_data() -> Path:
 
 
 @pytest.fixture
+def prompts_read(monkeypatch) -> list[int]:
+    """The length of every shared prompt that is read once for all its continuations, as the test goes on."""
+    from rora_theory.llama import shared_prompt
+
+    lengths: list[int] = []
+
+    def counted(*args, read=shared_prompt.read_prompt):
+        lengths.append(len(args[1]))
+        return read(*args)
+
+    monkeypatch.setattr(shared_prompt, "read_prompt", counted)
+    return lengths
+
+
+@pytest.fixture
 def full_disk(monkeypatch):
     """From the call on, a write takes half of what it is given, and the next one nothing."""
 

@@ -13,7 +13,6 @@ from rora_theory.adapters import PrefixAdapter, PrefixConfig, init
 from rora_theory.evaluate.choices import Scored
 from rora_theory.evaluate.likelihood import log_likelihoods, visible
 from rora_theory.evaluate.packing import grow, plan
-from rora_theory.llama import shared_prompt
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import forward, init_params
 from rora_theory.llama.shared_prompt import shared_length
@@ -98,19 +97,13 @@ def test_a_beginning_that_all_items_share_is_read_once(length: int, adapted: boo
     assert shared_length(contexts) == length // 16 * 16
 
 
-def test_a_token_that_predicts_is_no_beginning(monkeypatch) -> None:
+def test_a_token_that_predicts_is_no_beginning(prompts_read) -> None:
     """Items of 34 tokens, two scored: 32 are context, the last of which predicts, so that 16 are read once."""
-    asked = []
-    monkeypatch.setattr(
-        shared_prompt,
-        "read_prompt",
-        lambda *args, read=shared_prompt.read_prompt: asked.append(len(args[1])) or read(*args),
-    )
     tokens = tuple(range(34))
     items = [[Scored(tokens, 2), Scored((*tokens[:-2], 60, 59), 2)]] * 2
     for packed, plain in zip(_packed(items), _plain(items), strict=True):
         np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
-    assert asked == [16]
+    assert prompts_read == [16]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from rora_theory.adapters import LoraConfig, PrefixConfig, init
 from rora_theory.data.batches import Examples
 from rora_theory.errors import InputError
 from rora_theory.finetune.held_out import perplexity, record_losses
-from rora_theory.llama import LlamaConfig, forward, shared_prompt
+from rora_theory.llama import LlamaConfig, forward
 from rora_theory.llama.model import init_params
 
 CONFIG = LlamaConfig(61, 16, 24, 2, 4, 2, 4, max_position_embeddings=96)
@@ -37,18 +37,12 @@ LORA = LoraConfig(rule="rora", rank=2, alpha=4.0)
 @pytest.mark.parametrize(
     ("config", "adapted"), [(CONFIG, None), (CONFIG, LORA), (CONFIG, PrefixConfig(3)), (WINDOWED, PrefixConfig(3))]
 )
-def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, adapted, monkeypatch) -> None:
+def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, adapted, prompts_read) -> None:
     """Of 17 shared tokens 16 are read once, of 16 none: the last must stay to predict what differs."""
-    asked = []
-    monkeypatch.setattr(
-        shared_prompt,
-        "read_prompt",
-        lambda *args, read=shared_prompt.read_prompt: asked.append(len(args[1])) or read(*args),
-    )
     held_out = examples(shared)
     adapter = None if adapted is None else init(jax.random.key(1), adapted, config, PARAMS)
     found = record_losses(PARAMS, config, held_out, adapter=adapter, batch_size=4, widths=2)
-    assert asked == {0: [], 16: [], 17: [16], 40: [32]}[shared]
+    assert prompts_read == {0: [], 16: [], 17: [16], 40: [32]}[shared]
     whole = np.zeros((len(held_out), 96), np.int32)
     for row, index in zip(whole, range(len(held_out)), strict=True):
         row[: held_out.lengths[index]] = held_out[index]
