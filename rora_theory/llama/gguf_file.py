@@ -7,6 +7,7 @@ package.
 
 import dataclasses
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,13 +75,19 @@ class _Reader(GGUFReader):
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """Map a GGUF file and parse its header.
+    """Map a GGUF file and parse its header, once for all that ask one after another about the same file.
 
     Raises:
       InputError: no such file, not a regular one, not a GGUF file, or one that is truncated or claims more than
         it has.
     """
     check_regular(path)
+    found = path.stat()
+    return _opened(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, version: tuple[int, ...]) -> GGUFReader:  # noqa: ARG001 (another version is another file)
     try:
         return _Reader(path)
     except (OSError, ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:

@@ -471,11 +471,18 @@ def test_the_smallest_such_header():
 
 
 def test_a_header_has_a_largest_number_of_parts(write, monkeypatch):
-    path = write()
-    open_gguf(path)
+    open_gguf(write())
     monkeypatch.setattr("rora_theory.llama.gguf_file._MOST_PARTS", 50)
     with pytest.raises(InputError, match="more than 50 parts"):
-        open_gguf(path)
+        open_gguf(write())
+
+
+def test_a_header_is_parsed_once_and_that_of_a_file_written_anew_again(write):
+    path = write()
+    reader = open_gguf(path)
+    assert open_gguf(path) is reader
+    assert write() == path
+    assert open_gguf(path) is not reader
 
 
 def odd_divisors(tensors):
