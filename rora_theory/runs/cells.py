@@ -99,6 +99,8 @@ def run_cells(
     kept, known = finished(folder.path), folder.entry("files")
     for one in kept.values():  # those in the manifest were looked at when the folder was opened
         check_files(folder.path, {name: digest for name, digest in one.files.items() if name not in known})
+        # Where the run ended after a cell was kept and before its checkpoints went, they are still there.
+        shutil.rmtree(folder.path / FOLDERS / one.key / CHECKPOINTS, ignore_errors=True)
     journal = Journal(folder.path / CELLS, folder.identity)
     todo = [index for index, key in enumerate(keys) if key not in kept and key not in keys[:index]]
     for index in todo:

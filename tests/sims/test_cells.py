@@ -133,6 +133,16 @@ def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
         assert not list(folder.path.glob("cells/*/checkpoints")), "a done cell needs none"
 
 
+def test_a_run_that_ended_before_a_done_cell_s_checkpoints_went_clears_them(tmp_path) -> None:
+    folder = opened(tmp_path)
+    run_cells(SIDES, drawn, folder)
+    folder.finish()
+    drawn(SIDES[0], tmp_path / "cells" / key_of(SIDES[0]))
+    run_cells(SIDES, never, opened(tmp_path))
+    assert not list(tmp_path.glob("cells/*/checkpoints"))
+    assert len(list(tmp_path.glob("cells/*/losses.csv"))) == 3
+
+
 def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> None:
     folder, tables = opened(tmp_path), []
     with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: no such square\)"):
