@@ -10,6 +10,7 @@ draws it.
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -125,15 +126,15 @@ def run(config: Config) -> None:
         path = folder.path
         prompts.keep(folder, data.train.examples, model.tokenizer, show=config.reading.show)
     assert path is not None
-    trainer = Trainer.start(model, data, training, path / "checkpoints", layout=layout)
-    if folder is None:
-        for _ in trainer.run():
-            pass
-    else:
-        begin(folder, trainer, model, data.summary)
-        events = follow(trainer, folder, config.log_to)
-    kept = trainer.adapter(config.keep)
-    trainer.close()
+    # Closed whatever happens: a run that is interrupted has the checkpoint that was being written.
+    with closing(Trainer.start(model, data, training, path / "checkpoints", layout=layout)) as trainer:
+        if folder is None:
+            for _ in trainer.run():
+                pass
+        else:
+            begin(folder, trainer, model, data.summary)
+            events = follow(trainer, folder, config.log_to)
+        kept = trainer.adapter(config.keep)
     if folder is not None:
         best = trainer.best_step if config.keep == "best" else None
         own = card.of_run(training, found, config.data, data.summary, events, best, config.license)

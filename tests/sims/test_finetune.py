@@ -38,6 +38,7 @@ from rora_theory.finetune import (
     tokenize,
 )
 from rora_theory.finetune import step as steps
+from rora_theory.finetune.checkpoints import Checkpoints
 from rora_theory.finetune.held_out import record_losses
 from rora_theory.llama import LlamaConfig, digest, load
 from rora_theory.llama.quantised import dense_params
@@ -146,11 +147,14 @@ def test_a_base_in_blocks_is_trained_stopped_gone_on_with_and_merged(model, data
         return step
 
     monkeypatch.setattr(steps, "train_step", train_step)
+    close, closed = Checkpoints.close, []
+    monkeypatch.setattr(Checkpoints, "close", lambda self: (closed.append(self.latest), close(self)))
     more = ["--steps", "4", "--checkpoint-every", "2", "--held-out", "0", "--quantization", "q4_0"]
     for name, expected in (("whole", 0), ("stopped", 130), ("stopped", 0)):
         words = arguments(wide, data, tmp_path / name, *more, *(["--merge"] if name == "whole" else []))
         status, _, stderr = on_one_device(words)
         assert status == expected, stderr
+    assert closed == [4, 2, 4], "the checkpoint that was being written is there when the interrupted run has ended"
     assert taken == [1] * 4 + [2] * 3 + [3] * 2
     runs = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped")]
     jax.tree.map(np.testing.assert_array_equal, *runs)
