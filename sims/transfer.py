@@ -11,23 +11,19 @@ Then follow a short table, what rules of thumb and `use_rslora` would do, and a 
 MODEL DATA... takes the first real steps of the model at both ranks and writes them to a run folder.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from rora_theory.advice.lora_config import PAPER_TARGETS, TaskType, peft_targets, read_adapter_config
-from rora_theory.advice.setting import REGIMES, Setting
-from rora_theory.advice.transfer import ALL, Advice, transfer
+from rora_theory.advice.transfer import Advice
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
-from rora_theory.inits import Init
-from rora_theory.optimizers import OptimizerName
-from rora_theory.rules import check_integers, check_positives, check_rule, check_seeds
+from rora_theory.measure.transfer_request import TransferConfig, advise, with_saved
+from rora_theory.rules import check_integers, check_seeds
 from rora_theory.runs.folder import RunFolder
-from rora_theory.scaling import Rule
 from rora_theory.seeds import check_seed
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
@@ -36,36 +32,11 @@ NAME = "transfer"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TransferConfig):
     """What was tuned, and where it is to go."""
 
-    from_rank: int = 8
-    """the rank that was tuned"""
-    to_rank: int = 128
-    """the new rank"""
-    alpha: float = 16.0
-    """alpha at the old rank"""
-    lr: float = 3e-4
-    """learning rate at the old rank"""
-    rule: Rule = "lora"
-    """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa"""
-    to_rule: Rule | None = None
-    """rule at the new rank; left out, it stays as it is"""
-    optimizer: OptimizerName = "adamw"
-    """sgd, momentum, adam or adamw; others have no law here (Lion and signSGD take Adam's first step)"""
-    init: Init = "kaiming_uniform"
-    """law of lora_A: kaiming_uniform (PEFT's default), gaussian (PEFT's, of deviation 1/r), normal or rademacher"""
-    regime: str = "signal"
-    """signal, cross-talk, or the folder of a sims.regime run"""
-    split: Literal["train", "heldout"] = "heldout"
-    """tokens of a measured regime: other text (heldout) or the batch that gave the gradient (train)"""
-    per: Literal["one", "type", "module"] = "type"
-    """which modules of a measured regime share an alpha: one for all, one a type, or one for each layer's module"""
-    targets: tuple[str, ...] | None = None
-    """target_modules of the LoraConfig: names separated by spaces, or all-linear; none is a measured regime's own, and
-    the paper's five where the regime is assumed"""
-    task_type: TaskType = "CAUSAL_LM"
-    """task_type of the LoraConfig"""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets"""
     check: tuple[str, ...] = ()
     """a model and data files: take the first real steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
@@ -78,82 +49,28 @@ class Config:
     """of the records' split and of all draws"""
     out: Path | None = None
     """run folder of --check; none is results/transfer/RUN_ID"""
-    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets"""
-    to_alpha: float | None = None
-    """alpha at the new rank; the learning rate then makes up for it. Left out, alpha makes up and the rate stays"""
-    steps: int | None = None
-    """steps of the planned run, at a constant rate (Adam, regime signal)"""
-    takeover: float | None = None
-    """distance of A at which its part in the change is as large as B's; 1e-3 to 6e-3 in SmolLM2-135M's modules"""
-    p_in: int | None = None
-    """inputs of the modules, in place of --takeover: it is then assumed, as for one sample"""
 
     def __post_init__(self) -> None:
         if len(self.check) == 1:
             raise InputError(f"--check is {self.check[0]}; accepted are a model and one or more data files")
-        check_integers(self, from_rank=1, to_rank=1, batch_size=1)
+        check_integers(self, batch_size=1)
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
-        check_positives(self, "lr", "to_alpha")
-        for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
-            if rule is not None:
-                check_rule(option, rule)
-
-
-def read_from(config: Config) -> Config:
-    """The options with what a saved adapter says in the place of their defaults.
-
-    Raises:
-      InputError: a file that is no LoRA's, or an option that was given and says another thing.
-    """
-    if config.from_ is None:
-        return config
-    saved = read_adapter_config(config.from_)
-    found: dict[str, Any] = {"from_rank": saved.rank, "alpha": saved.alpha, "rule": saved.rule, "init": saved.init}
-    for name, value in found.items():
-        given = getattr(config, name)
-        if given not in (getattr(Config, name), value):
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{option} is {given!r}, and {config.from_} has {value!r}; accepted is one of the two")
-    cli.tell(saved.remarks)
-    return replace(config, **found, targets=config.targets or saved.targets)
-
-
-def advise(config: Config) -> tuple[Advice, str | list[str], str]:
-    """The transfer that is asked for, PEFT's ``target_modules``, and what a measured regime leaves open or nothing."""
-    old = Setting(config.from_rank, config.alpha, config.lr, config.rule, config.optimizer, config.init)
-    asked = None if config.targets is None else peft_targets(config.targets)
-    regime: Any = config.regime
-    targets, thin = asked or list(PAPER_TARGETS), ""
-    if config.regime not in REGIMES:
-        from rora_theory.measure import regime_run  # and with it pandas, which takes as long as all the rest
-
-        run = regime_run.read_regime_run(
-            Path(config.regime), optimizer=old.optimizer, init=old.init, split=config.split
-        )
-        regime, targets, thin = run.terms_of(asked), asked or run.kinds, run.gaps(asked)
-    to: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
-    planned: dict[str, Any] = {"steps": config.steps, "takeover": config.takeover, "p_in": config.p_in}
-    return transfer(old, config.to_rank, regime, **to, **planned), targets, thin
+        super().__post_init__()
 
 
 def report(config: Config, found: Advice, targets: str | list[str], thin: str) -> None:
     """Print the sentence, the tables and the snippet, and what the regime leaves open."""
+    snippet = found.peft_config(target_modules=targets, per=config.per, task_type=config.task_type)  # refused first
     old, new, is_measured = found.old, found.unchanged, found.regime == "measured"
     answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=targets)
     print()
     regime = f"measured at {len(found.modules)} modules, {config.split} tokens" if is_measured else config.regime
     rule = old.rule if isinstance(old.rule, str) else f"kappa {old.rule:g}"
-    groups = {group.name: group for group in found.groups()}
-    if not is_measured:
-        other = next(name for name in REGIMES if name != config.regime)
-        against = transfer(old, new.rank, other, rule=new.rule, alpha=config.to_alpha)  # type: ignore[arg-type]
-        groups = {config.regime: groups[ALL], other: against.groups()[0]}
     tables.print_records(
         f"Rank {old.rank} to {new.rank}, {rule}, alpha {old.alpha:g}, rate {old.learning_rate:g}, {old.optimizer}, "
         f"{old.init}; regime: {regime}",
-        [group._asdict() | {"name": name} for name, group in groups.items()],
+        [group._asdict() for group in found.groups_by_regime()],
         {
             "": "{name}",
             f"alpha at rate {old.learning_rate:g}": "{alpha:.6g}",  # as many digits as the snippet has
@@ -173,7 +90,7 @@ def report(config: Config, found: Advice, targets: str | list[str], thin: str) -
         [vars(each) | {"gamma": each.setting.scaling, "steps": each.steps} for each in found.alternatives()],
         forms,
     )
-    print(found.peft_config(target_modules=targets, per=config.per, task_type=config.task_type))
+    print(snippet)
     if is_measured and not found.fixes_alpha:
         tables.print_text(f"\n{found.whole_model()} --check takes the steps.")
 
@@ -234,7 +151,7 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
 
 def run(config: Config) -> None:
     """Report, and check where asked."""
-    config = read_from(config)
+    config = with_saved(config)
     found, targets, thin = advise(config)
     report(config, found, targets, thin)
     if config.check:

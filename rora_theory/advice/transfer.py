@@ -272,6 +272,17 @@ class Advice:
             for kind, modules in kinds.items()
         )
 
+    def groups_by_regime(self) -> tuple[ModuleGroup, ...]:
+        """`groups` of a measured regime; of an assumed one all modules in it and in the other limit, by their names."""
+        if self.regime == "measured":
+            return self.groups()
+        found = []
+        for name in sorted(REGIMES, key=lambda name: name != self.regime):
+            alpha = self.unchanged.alpha if self.fixes_alpha else None
+            there = transfer(self.old, self.unchanged.rank, name, rule=self.unchanged.rule, alpha=alpha)  # type: ignore[arg-type]
+            found.append(there.groups()[0]._replace(name=name))
+        return tuple(found)
+
     def by_type(self) -> dict[str, float]:
         """The alpha of each type of module, see `groups`; empty where the regime is assumed."""
         return {group.name: group.alpha.mean for group in self.groups()[1:]}

@@ -238,6 +238,7 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"task_type": "causal"}, "task_type is 'causal'"),
         ({"optimizer": "muon"}, "optimizer is 'muon'; accepted are sgd, momentum, adam, adamw: Lion and signSGD take"),
         ({"init": "eva"}, "init is 'eva'"),
+        ({"init": "normal"}, "init is 'normal'"),
         ({"optimizer": "sgd", "steps": 9}, "steps is 9 with SGD"),
         ({"from_": Path("nowhere")}, "nowhere: no such file; accepted is an adapter_config.json"),
         ({"rule": 400.0}, "rule is 400.0: 16.0 / 8^400 is not a float above 0"),
@@ -247,9 +248,10 @@ def test_bad_input(capsys, changed, said) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: transfer.run(transfer.Config(**changed)))
     assert stopped.value.code == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert said in error
     assert error.count("\n") == 1
+    assert not out, "refused before anything is said"
 
 
 def test_from_a_saved_adapter_as_json(tmp_path, capsys) -> None:
