@@ -5,7 +5,7 @@ difference that is left is more than a shift of the rate.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,7 +63,8 @@ class Curve:
       optimizer, trained, rule, kappa, rank, scaling: whose.
       rates: ascending.
       losses: of the seeds that ran at every rate.
-      resampled: curves over resampled records, where a single seed gives no spread; None without.
+      resampled: of the same seeds over resampled records, the same records for every curve; None without.
+      seeds: which; empty numbers them from 0.
     """
 
     optimizer: str
@@ -74,7 +75,8 @@ class Curve:
     scaling: float
     rates: Float[np.ndarray, " rates"]
     losses: Float[np.ndarray, "seeds rates"]
-    resampled: Float[np.ndarray, "draws rates"] | None = None
+    resampled: Float[np.ndarray, "draws seeds rates"] | None = None
+    seeds: tuple[int, ...] = ()
 
     @property
     def line(self) -> tuple[str, str, str, float]:
@@ -82,56 +84,98 @@ class Curve:
         return (self.optimizer, self.trained, self.rule, self.kappa)
 
     @property
-    def by_seeds(self) -> bool:
-        """Whether errors are over seeds."""
-        return len(self.losses) > 1
+    def by_seed(self) -> dict[int, int]:
+        """The place of every seed in ``losses``."""
+        return {seed: place for place, seed in enumerate(self.seeds or range(len(self.losses)))}
+
+    def of_seeds(self, seeds: Sequence[int]) -> "Curve":
+        """The curve of some of its seeds."""
+        places = [self.by_seed[seed] for seed in seeds]
+        resampled = None if self.resampled is None else self.resampled[:, places]
+        return replace(self, losses=self.losses[places], resampled=resampled, seeds=tuple(seeds))
+
+    def drawn(self) -> "Curve | None":
+        """The seeds' mean over resampled records, a draw in place of a seed; None without."""
+        if self.resampled is None:
+            return None
+        return replace(self, losses=self.resampled.mean(axis=1), resampled=None, seeds=())
 
     @property
-    def _by_draws(self) -> bool:
-        """Whether errors are over resampled curves."""
-        return not self.by_seeds and self.resampled is not None
-
-    @property
-    def _spreading(self) -> np.ndarray:
-        """[draws or seeds, rates]: the curves whose spread gives the errors."""
-        return self.resampled if self._by_draws else self.losses  # type: ignore[return-value]
+    def spread(self) -> "Curve":
+        """The curve itself, or where a single seed gives no spread and records do, `drawn`."""
+        return (self.drawn() if len(self.losses) == 1 else None) or self
 
     def bests(self) -> list[Best]:
-        """Of each seed, or of each draw where there is one seed; of that seed where there are no draws."""
-        return [best_rate(self.rates, losses) for losses in self._spreading]
+        """Of each seed."""
+        return [best_rate(self.rates, losses) for losses in self.losses]
 
     @property
     def edge(self) -> str:
-        """Where the best rate is at the grid's end: at any seed, or in more draws than a 95% interval leaves out."""
-        bests = self.bests()
-        ends = [best.edge for best in bests if best.edge]
-        least = EDGE_SHARE * len(bests) if self._by_draws else 1
-        return max(ends, key=ends.count) if ends and len(ends) >= least else ""
+        """Where the best rate is at the grid's end: at any of several seeds, or in more draws of the records than a 95%
+        interval leaves out."""
+        drawn = self.drawn()
+        ends = [] if drawn is not None and len(self.losses) == 1 else [best.edge for best in self.bests() if best.edge]
+        if drawn is not None:
+            ends_drawn = [best.edge for best in drawn.bests() if best.edge]
+            ends += ends_drawn if len(ends_drawn) >= EDGE_SHARE * len(drawn.losses) else []
+        return max(ends, key=ends.count) if ends else ""
 
     def least(self) -> np.ndarray:
-        """The least measured loss of each seed or draw: a parabola's vertex undershoots."""
-        losses = self._spreading
-        return np.min(np.where(np.isfinite(losses), losses, np.inf), axis=1)
+        """The least measured loss of each seed: a parabola's vertex undershoots."""
+        return np.min(np.where(np.isfinite(self.losses), self.losses, np.inf), axis=1)
 
     def grid_error(self) -> float:
-        """Mean over seeds or draws of what the grid may hide below `least`, see `rate_optimum.grid_gap`."""
-        return float(np.mean([grid_gap(self.rates, losses) for losses in self._spreading]))
+        """Mean over seeds, or over the draws of one, of what the grid may hide below `least`, see
+        `rate_optimum.grid_gap`."""
+        return float(np.mean([grid_gap(self.rates, losses) for losses in self.spread.losses]))
 
-    def estimate(self, values: Sequence[float] | np.ndarray) -> Estimate:
-        """Mean over seeds of a figure of `bests`; of one seed the mean over its draws, with the error over records."""
-        values = np.asarray(values, np.float64)
-        if not self._by_draws:
-            return over_seeds(values)
-        # The spread of bootstrap draws is the standard error itself.
-        return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), len(values), RECORDS)
+
+def at_shared_seeds(*curves: Curve) -> tuple[Curve, ...]:
+    """The curves at the seeds that all of them have, in one order; none where they share no seed."""
+    shared = [seed for seed in curves[0].by_seed if all(seed in curve.by_seed for curve in curves)]
+    return tuple(curve.of_seeds(shared) for curve in curves) if shared else ()
+
+
+def estimate(figure: Callable[..., Sequence[float] | np.ndarray], *curves: Curve) -> Estimate:
+    """A figure of curves of the same seeds, with its error over seeds or over held-out records, whichever is larger.
+
+    Of one seed it is the mean over the draws of the records, with their spread; where there are none there is no error.
+
+    Args:
+      figure: of the curves; gives a value a seed.
+      curves: see `at_shared_seeds`.
+    """
+    by_seeds, drawn = over_seeds(np.asarray(figure(*curves), np.float64)), [curve.drawn() for curve in curves]
+    if any(curve is None for curve in drawn):
+        return by_seeds
+    values = np.asarray(figure(*drawn), np.float64)
+    # The spread of bootstrap draws is the standard error itself.
+    by_records = Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), len(values), RECORDS)
+    return by_records if not by_seeds.has_error else _larger(by_seeds, by_records)
+
+
+def _larger(by_seeds: Estimate, by_records: Estimate) -> Estimate:
+    """The mean over seeds, with the larger of two errors."""
+    if by_seeds.has_error and by_seeds.half_width() >= by_records.half_width():
+        return by_seeds
+    return replace(by_records, value=by_seeds.value)
+
+
+def less(first: Curve, second: Curve) -> Estimate:
+    """The least loss of the first less that of the second, of curves of the same seeds."""
+    return estimate(lambda a, b: a.least() - b.least(), first, second)
+
+
+def log2_rates(curve: Curve) -> np.ndarray:
+    """log2 of the best rate of each seed."""
+    return np.log2([best.rate for best in curve.bests()])
 
 
 def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     """The best rate and loss of every curve, a row each: `BEST_COLUMNS`, in units of `UNITS`."""
     rows = []
     for curve in curves:
-        bests = curve.bests()
-        logs, losses = curve.estimate(np.log2([b.rate for b in bests])), curve.estimate(curve.least())
+        logs, losses = estimate(log2_rates, curve), estimate(Curve.least, curve)
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
             | {"rank": curve.rank, "best_rate": float(f"{2**logs.value:.5g}")}
@@ -148,13 +192,13 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
     """Slope of the best rate against the rank of every line, beside the predictions: `SLOPE_COLUMNS`."""
     rows = []
     for line in dict.fromkeys(curve.line for curve in curves):
-        kept = [c for c in curves if c.line == line and not c.edge]
-        if len(kept) < 2 or len({len(curve.bests()) for curve in kept}) > 1:
+        inside = [c for c in curves if c.line == line and not c.edge]
+        kept = at_shared_seeds(*inside) if inside else ()
+        if len(kept) < 2:
             continue
         x = np.log([curve.rank for curve in kept])
         lever = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
-        logs = np.log([[best.rate for best in curve.bests()] for curve in kept])
-        slope = kept[0].estimate(lever @ logs)
+        slope = estimate(lambda *own, lever=lever: lever @ [math.log(2) * log2_rates(one) for one in own], *kept)
         optimizer, kappa = line[0], line[3]
         predicted = predicted_slopes(optimizer, kappa)  # type: ignore[arg-type]
         nearest = min(predicted, key=lambda name: abs(predicted[name] - slope.value))
@@ -220,10 +264,8 @@ class Comparison(NamedTuple):
 
 def compare_rules(curves: Sequence[Curve]) -> list[Comparison]:
     """Rules against each other at the largest rank, seed by seed."""
-    found = []
-    for first, second in pairs(curves):
-        found.append(comparison(first, second, first.estimate(first.least() - second.least())))
-    return found
+    shared = [at_shared_seeds(*pair) for pair in pairs(curves)]
+    return [comparison(pair[0], pair[1], less(pair[0], pair[1])) for pair in shared if pair]
 
 
 def pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
@@ -258,23 +300,22 @@ def paired_losses(
     if records is None or tokens is None:
         return by_seeds
     over_records = mean_per_token((records[0] - records[1]).tolist(), tokens.astype(int).tolist())
-    by_records = replace(over_records, value=by_seeds.value, over=RECORDS)
-    return by_records if not by_seeds.has_error or by_records.half_width() > by_seeds.half_width() else by_seeds
+    return _larger(by_seeds, replace(over_records, over=RECORDS))
 
 
 def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     """Two curves of one rank, with the difference of their least losses.
 
     Args:
-      first, second: of two rules.
+      first, second: of two rules. Without a seed that both have, the ratio of their best rates has no error.
       losses: loss of the first less the second, at the best rates.
     """
-    a, b = first.bests(), second.bests()
-    logs = [np.log2([best.rate for best in part]) for part in (a, b)]
-    paired = len(a) == len(b) > 1
-    ratio = first.estimate(logs[0] - logs[1]) if paired else over_seeds(logs[0].mean(keepdims=True) - logs[1].mean())
+    if shared := at_shared_seeds(first, second):
+        ratio = estimate(lambda a, b: log2_rates(a) - log2_rates(b), *shared)
+    else:
+        ratio = over_seeds(np.array([np.mean(log2_rates(first.spread)) - np.mean(log2_rates(second.spread))]))
     grid = max(first.grid_error(), second.grid_error())
-    loss_a, loss_b = (float(np.mean(curve.least())) for curve in (first, second))
+    loss_a, loss_b = (float(np.mean(curve.spread.least())) for curve in (first, second))
     half_width = losses.half_width() + grid
     relative, half = losses.value / loss_b, half_width / loss_b
     if not losses.has_error:

@@ -21,7 +21,7 @@ from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
 from rora_theory.scaling import check_positive
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_per_token, resampled_ratios
-from rora_theory.stats.rate_curves import Curve, best_rates, comparison
+from rora_theory.stats.rate_curves import Curve, at_shared_seeds, best_rates, comparison, estimate, less, log2_rates
 from rora_theory.sweep.readings import Reading, ReadRun
 
 UNITS = {
@@ -231,7 +231,7 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
       runs: of the grid; where two differ in their length alone, either may be given.
       tokens: of every held-out record.
       step: the horizon.
-      draws: of the bootstrap over records, where there is one seed.
+      draws: of the bootstrap over records.
     """
     sizes, found = np.asarray(tokens, np.float64), []
     reached = [run for run in runs if run.reaches(step)]
@@ -246,11 +246,11 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
             losses = own[seed, rate].losses(step)
             if losses is not None:
                 sums[i, j] = losses
-        resampled = resampled_ratios(list(sums.mean(axis=0)), sizes, draws=draws)
+        drawn = [resampled_ratios(list(one), sizes, draws=draws) for one in sums]  # the same records for every seed
         found.append(
             Curve(
                 "adamw", "both", "lora" if rank else FULL, 1.0, rank, strength / rank if rank else 1.0, np.array(rates),
-                sums.sum(axis=2) / sizes.sum(), resampled,
+                sums.sum(axis=2) / sizes.sum(), np.stack(drawn, axis=1), tuple(seeds),
             )
         )  # fmt: skip
     return found
@@ -282,14 +282,15 @@ def beside_full(found: Sequence[Curve], step: int) -> pd.DataFrame:
       ``step``, ``rank``, ``strength``; ``ratio``, the adapter's best rate over full fine-tuning's, with
       ``ratio_log2_error``; ``difference`` of the least losses, the adapter's less full fine-tuning's, with its 95%
       ``half_width``, in which is what the grid may hide (``grid_error``), ``error_over`` and ``verdict``, see
-      `stats.rate_curves.comparison`. Empty where either lacks three rates, or the two share no number of seeds.
+      `stats.rate_curves.comparison`. Empty where either lacks three rates, or the two share no seed.
     """
     rows = []
     full = next((curve for curve in found if curve.rule == FULL), None)
     for curve in found:
-        if full is None or curve is full or len(curve.bests()) != len(full.bests()):
+        shared = () if full is None or curve is full else at_shared_seeds(curve, full)
+        if not shared:
             continue
-        own = comparison(curve, full, curve.estimate(curve.least() - full.least()))
+        own = comparison(shared[0], shared[1], less(shared[0], shared[1]))
         names = ("ratio", "ratio_log2_error", "difference", "half_width", "grid_error", "error_over", "verdict")
         who = {"step": step, "rank": curve.rank, "strength": _strength(curve)}
         rows.append(who | {name: getattr(own, name) for name in names})
@@ -306,8 +307,8 @@ def horizon_exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[
 
     Returns:
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
-      ``standard_error``, ``half_width`` (95%) and ``error_over``; ``law_low``, ``law``, ``law_high`` (of the modules'
-      takeovers, at the measured best rate); ``verdict``, see `judge_exponent`.
+      ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both ends have; ``law_low``,
+      ``law``, ``law_high`` (of the modules' takeovers, at the measured best rate); ``verdict``, see `judge_exponent`.
     """
     rows = []
     by = {(curve.rank, _strength(curve)): curve for curve in found}
@@ -316,28 +317,27 @@ def horizon_exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[
             keys = sorted(key for key in by if key[1 - index] == at)
             if len(keys) < 2:
                 continue
-            first, second = by[keys[0]], by[keys[-1]]
-            low, high = keys[0][index], keys[-1][index]
-            logs = [np.log([best.rate for best in curve.bests()]) for curve in (first, second)]
-            if len(logs[0]) != len(logs[1]):
+            ends = at_shared_seeds(by[keys[0]], by[keys[-1]])
+            if not ends:
                 continue
-            slope = first.estimate((logs[1] - logs[0]) / math.log(high / low))
+            low, high = keys[0][index], keys[-1][index]
+            slope = estimate(lambda a, b: log2_rates(b) - log2_rates(a), *ends).times(1 / math.log2(high / low))
             law: tuple[float, ...] = (0.0, 0.0, 0.0)
             if over == "strength":
-                rate = float(np.exp(np.mean(logs[0])))
+                rate = 2 ** float(np.mean(log2_rates(ends[0].spread)))
                 told = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
                 law = tuple(told["exponent"])
-            edge = bool(first.edge or second.edge)
+            edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
-                | {"law_low": min(law), "law": law[1], "law_high": max(law)}
-                | {"verdict": judge_exponent(slope, (min(law), max(law)), edge=edge)}
+                | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
+                | {"verdict": judge_exponent(slope, (min(law), max(law)), edge=edge, seeds=seeds)}
             )
     return pd.DataFrame(rows)
 
 
-def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool) -> str:
+def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool, seeds: int) -> str:
     """Whether a measured exponent of the best rate bears the law out.
 
     ``agrees``: its 95% interval meets the law's range and leaves out what else is said, -1 (the first step's law) and 0
@@ -345,7 +345,7 @@ def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool) -> 
     could not tell, a best rate lies at the grid's edge, or there is one seed: its error is over records and leaves out
     how one training run differs from the next.
     """
-    if edge or slope.over != "seeds" or not math.isfinite(slope.half_width()):
+    if edge or seeds < 2 or not math.isfinite(slope.half_width()):
         return "undecided"
     low, high = slope.value - slope.half_width(), slope.value + slope.half_width()
     if high < law[0] or low > law[1]:

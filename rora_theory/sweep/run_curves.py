@@ -35,13 +35,14 @@ def curves_of_runs(runs: Sequence[TrainedRun]) -> list[Curve]:
                 if run.rank == rank:
                     by_seed.setdefault(run.seed, {})[run.rate] = run
             rates = sorted({rate for seed in by_seed.values() for rate in seed})
-            whole = [seed for seed in by_seed.values() if len(seed) == len(rates)]
+            whole = {seed: by_seed[seed] for seed in sorted(by_seed) if len(by_seed[seed]) == len(rates)}
             if len(rates) < 3 or not whole:
                 continue
-            losses = np.array([[seed[rate].loss for rate in rates] for seed in whole])
-            resampled = trained_runs.bootstrap({rate: [seed[rate] for seed in whole] for rate in rates})
-            gamma = whole[0][rates[0]].gamma
-            found.append(Curve("adamw", "both", method, kappa, rank, gamma, np.array(rates), losses, resampled))
+            losses = np.array([[one[rate].loss for rate in rates] for one in whole.values()])
+            drawn = [trained_runs.bootstrap([one[rate] for rate in rates]) for one in whole.values()]
+            resampled = None if any(one is None for one in drawn) else np.stack(drawn, axis=1)  # type: ignore[arg-type]
+            gamma, seeds = next(iter(whole.values()))[rates[0]].gamma, tuple(whole)
+            found.append(Curve("adamw", "both", method, kappa, rank, gamma, np.array(rates), losses, resampled, seeds))
     if not found:
         raise InputError("no method and rank has a seed that ran at three or more rates; accepted is such a matrix")
     return found

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,29 +100,25 @@ def kappa_of(runs: Sequence[TrainedRun]) -> float:
     return round(-float(slope), 6)
 
 
-def bootstrap(runs: Mapping[float, Sequence[TrainedRun]], draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray | None:
-    """Loss curves over resampled held-out records, [draws, rates]; the same records at every rate.
+def bootstrap(runs: Sequence[TrainedRun], draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray | None:
+    """Losses over resampled held-out records, [draws, runs]; the same records for every run.
 
     Args:
-      runs: of each rate, ascending; a rate's seeds are averaged a record.
+      runs: of one set of records.
       draws, seed: of the bootstrap; the same seed draws the same records in every call.
 
     Returns:
       None where a run that did not diverge has no losses a record.
     """
-    finite = [all(math.isfinite(run.loss) for run in group) for group in runs.values()]
-    curves = np.full((draws, len(runs)), np.inf)
-    sums: list[np.ndarray] = []
-    sizes = np.zeros(0)
-    for group in compress(runs.values(), finite):
-        records, tokens = stacked(group)
-        if records is None or tokens is None:
-            return None
-        sums.append(records)
-        sizes = tokens
-    if sums:
-        curves[:, finite] = resampled_ratios(sums, sizes, draws=draws, seed=seed)
-    return curves
+    finite = [run for run in runs if math.isfinite(run.loss)]
+    known = [run.records for run in finite if run.records is not None]
+    if len(known) < len(finite):
+        return None
+    found = np.full((draws, len(runs)), np.inf)
+    if finite:
+        columns = [math.isfinite(run.loss) for run in runs]
+        found[:, columns] = resampled_ratios(known, np.asarray(finite[0].tokens), draws=draws, seed=seed)
+    return found
 
 
 def stacked(runs: Sequence[TrainedRun]) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -1,5 +1,6 @@
 """Best rates of curves, their slopes in the rank, and rules against each other at their best rates."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -138,13 +139,44 @@ def test_no_prediction_is_named_that_the_slope_is_far_from():
     assert (row["slope"], row["nearest"]) == (pytest.approx(0.5, abs=1e-4), "")
 
 
+def levels(by_seed: list[float], by_draw: list[float] | None = None, seeds: tuple[int, ...] = ()) -> rate_curves.Curve:
+    """Flat curves whose least losses are these, of seeds, and of draws of their mean."""
+    three = np.ones(3)
+    drawn = None if by_draw is None else np.repeat(np.outer(by_draw, three)[:, None], len(by_seed), axis=1)
+    rates = np.array([0.1, 1.0, 10.0])
+    return rate_curves.Curve("adamw", "both", "lora", 1.0, 4, 1.0, rates, np.outer(by_seed, three), drawn, seeds)
+
+
 def test_a_draw_s_spread_is_the_error_itself():
-    """Of seeds the error is that of their mean; of bootstrap draws of one seed, their deviation."""
+    """Of seeds the error is that of their mean; of bootstrap draws, their deviation; the larger interval is told."""
     values = [1.0, 2.0, 4.0, 9.0]
-    assert bowl("lora", 1.0, 4, 1e-3).estimate(values) == Estimate(4.0, np.std(values, ddof=1) / 2, 4, "seeds")
-    one = bowl("lora", 1.0, 4, 1e-3, seeds=1)
-    drawn = rate_curves.Curve(*one.line, 4, 4.0, one.rates, one.losses, np.repeat(one.losses, 4, axis=0))
-    assert drawn.estimate(values) == Estimate(4.0, np.std(values, ddof=1), 4, "held-out records")
+    wide, near = np.std(values, ddof=1), [3.999, 4.0, 4.001]
+    least = rate_curves.Curve.least
+    assert rate_curves.estimate(least, levels(values)) == Estimate(4.0, wide / 2, 4, "seeds")
+    assert rate_curves.estimate(least, levels([7.0], values)) == Estimate(4.0, wide, 4, "held-out records")
+    assert rate_curves.estimate(least, levels([7.0])).over == ""
+    assert rate_curves.estimate(least, levels(values, near)) == Estimate(4.0, wide / 2, 4, "seeds")
+    assert rate_curves.estimate(least, levels(near, values)) == Estimate(4.0, wide, 4, "held-out records")
+
+
+def test_curves_are_paired_by_their_seeds():
+    """What seed 1 has in common with itself goes out of the difference, wherever it stands; seed 2's stays out."""
+    first, second = levels([5.0, 1.0, 9.0], seeds=(1, 0, 2)), levels([0.5, 4.5], seeds=(0, 1))
+    both = rate_curves.at_shared_seeds(first, second)
+    assert [curve.seeds for curve in both] == [(1, 0)] * 2
+    assert rate_curves.less(*both) == Estimate(0.5, 0.0, 2, "seeds")
+    assert rate_curves.at_shared_seeds(first, levels([1.0], seeds=(3,))) == ()
+    assert rate_curves.at_shared_seeds(first, levels([1.0]))[0].seeds == (0,), "unnamed seeds are numbered from 0"
+    drawn = levels([5.0, 1.0], [1.0, 2.0], seeds=(4, 7)).of_seeds([7])
+    assert (drawn.losses.tolist(), drawn.resampled.shape) == ([[1.0] * 3], (2, 1, 3))
+    lora, rora = (bowl(rule, kappa, 8, 1e-3, seeds=2) for rule, kappa in (("lora", 1.0), ("rora", 0.5)))
+    apart = [dataclasses.replace(lora, seeds=(0, 1)), dataclasses.replace(rora, seeds=(2, 3))]
+    assert rate_curves.compare_rules(apart) == []
+    turned = dataclasses.replace(rora, losses=rora.losses[::-1] + 0.5, seeds=(1, 0))
+    (found,) = rate_curves.compare_rules([dataclasses.replace(lora, seeds=(0, 1)), turned])
+    assert (found.difference, found.standard_error) == (pytest.approx(-0.5), pytest.approx(0, abs=1e-12))
+    line = [bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=2) for rank in (4, 16)]
+    assert slopes_of([dataclasses.replace(one, seeds=(at, at + 2)) for at, one in enumerate(line)]) == []
 
 
 def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
@@ -153,12 +185,15 @@ def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
     inside, end = [2.0, 1.0, 2.0], [3.0, 2.0, 1.0]
 
     def curve(losses: list[list[float]], draws: list[list[float]] | None) -> rate_curves.Curve:
-        resampled = None if draws is None else np.array(draws)
+        resampled = None if draws is None else np.repeat(np.array(draws)[:, None], len(losses), axis=1)
         return rate_curves.Curve("adamw", "both", "lora", 1.0, 4, 1.0, rates, np.array(losses), resampled)
 
     assert curve([inside], [inside] * 97 + [end] * 2).edge == ""
     assert curve([inside], [inside] * 97 + [end] * 3).edge == "high"
     assert curve([inside, inside, end], None).edge == "high"
+    assert curve([inside, inside, end], [inside] * 100).edge == "high"
+    assert curve([inside, inside], [inside] * 97 + [end] * 2).edge == ""
+    assert curve([inside, inside], [inside] * 97 + [end] * 3).edge == "high", "the mean of the seeds may end there"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +224,7 @@ def test_best_rates_and_their_ratio():
     centres = np.array([1e-3, 2e-3])  # of two seeds: the mean of the logs is in between
     losses = np.exp(0.1 * np.log(np.array(RATES) / centres[:, None]) ** 2)
     by_seed = rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, np.array(RATES), losses)
-    drawn = rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, np.array(RATES), losses[:1], losses)
+    drawn = rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, np.array(RATES), losses[:1], losses[:, None])
     alone = rate_curves.Curve("adamw", "both", "rora", 0.5, 8, 4.0, np.array(RATES), losses[:1])
     rows = rate_curves.best_rates([by_seed, drawn, alone]).to_dict("records")
     assert rows[0]["best_rate"] == pytest.approx(2**0.5 * 1e-3, rel=1e-4)

@@ -92,8 +92,8 @@ def test_the_law_is_taken_at_the_measured_rate_of_the_first_strength() -> None:
 
 
 def test_where_the_data_could_not_tell_it_is_undecided() -> None:
-    def judged(value: float, error: float, *, edge: bool = False, over: str = "seeds") -> str:
-        return horizons.judge_exponent(Estimate(value, error, 1000, over), (-0.55, -0.5), edge=edge)
+    def judged(value: float, error: float, *, edge: bool = False, seeds: int = 2) -> str:
+        return horizons.judge_exponent(Estimate(value, error, 1000, "seeds"), (-0.55, -0.5), edge=edge, seeds=seeds)
 
     assert judged(-0.52, 0.01) == "agrees"
     assert judged(-0.60, 0.03) == "agrees"
@@ -102,8 +102,8 @@ def test_where_the_data_could_not_tell_it_is_undecided() -> None:
     assert judged(-0.70, 0.20) == "undecided", "-1 is within"
     assert judged(-0.30, 0.20) == "undecided", "0 is within"
     assert judged(-0.52, 0.01, edge=True) == "undecided"
-    assert judged(-0.52, 0.01, over="held-out records") == judged(-0.70, 0.01, over="held-out records") == "undecided"
-    assert horizons.judge_exponent(Estimate(-0.52, math.inf, 1, ""), (-0.55, -0.5), edge=False) == "undecided"
+    assert judged(-0.52, 0.01, seeds=1) == judged(-0.70, 0.01, seeds=1) == "undecided"
+    assert judged(-0.52, math.inf) == "undecided"
 
 
 def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> None:
@@ -134,6 +134,28 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     table = frames.rows(horizons.horizon_table(runs, TOKENS, TOKENS))
     assert [row["gamma"] for row in table[-1:]] == [None]
     assert horizons.beside_full(horizons.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
+
+
+def test_a_folder_that_has_not_grown_evenly_is_judged_by_the_seeds_that_both_ends_have() -> None:
+    """Seeds 0 and 1 of one arm, 0 of another: seed 0 alone, undecided; seeds that no other arm has change nothing."""
+    runs = grid(-0.53, seeds=2)
+    part = [run for run in runs if run.seed == 0 or (run.rank, run.strength) != (128, 724)]
+    found, whole = exponents(part), exponents(runs)
+    assert found.loc["strength", 128]["seeds"] == found.loc["rank", 724]["seeds"] == 1
+    assert found.loc["strength", 128]["verdict"] == "undecided"
+    pd.testing.assert_series_equal(found.loc["strength", 8], whole.loc["strength", 8])
+    alone = exponents([run for run in runs if run.seed == 0]).loc["strength", 128]
+    pd.testing.assert_series_equal(found.loc["strength", 128], alone)
+
+
+def test_the_error_of_an_exponent_is_the_larger_of_two() -> None:
+    """Two seeds that agree to the last digit on records that do not: the records' error is told, and judged by."""
+    runs = [run for run in grid(-0.53, noise=0.1) if run.seed == 0]
+    twice = [*runs, *(HorizonRun(run.rank, run.strength, run.rate, 1, run.read) for run in runs)]
+    alone, found = (exponents(one).loc["strength", 8] for one in (runs, twice))
+    assert (found["error_over"], found["seeds"]) == ("held-out records", 2)
+    assert found["standard_error"] == pytest.approx(alone["standard_error"])
+    assert found["half_width"] > 0.02
 
 
 def test_a_best_rate_at_the_grids_edge_is_undecided() -> None:

@@ -35,6 +35,24 @@ def test_seeds_that_lack_a_rate_are_no_curve():
     part = [TrainedRun("lora", r, 16 / r, rate, 1, 9.0, None, None) for r in (4, 8) for rate in RATES[:4]]
     curves = run_curves.curves_of_runs([*whole, *part])
     assert [curve.losses.tolist() for curve in curves] == [[[1.0 + rate for rate in RATES]]] * 2
+    assert [curve.seeds for curve in curves] == [(0,), (0,)]
+
+
+def test_a_curve_has_the_draws_of_each_of_its_seeds():
+    """In the order of the seeds, whatever the order of the runs; drawn, they are averaged."""
+    tokens = np.array([10.0, 20.0, 30.0, 40.0])
+    runs = [
+        TrainedRun("lora", rank, 16 / rank, rate, seed, float(seed), seed * tokens, tokens)
+        for seed in (3, 1)
+        for rank in (4, 8)
+        for rate in RATES
+    ]
+    for curve in run_curves.curves_of_runs(runs):
+        assert curve.seeds == (1, 3)
+        np.testing.assert_allclose(curve.losses, [[1.0] * 5, [3.0] * 5])
+        np.testing.assert_allclose(curve.resampled[:, 0], 1.0)
+        np.testing.assert_allclose(curve.resampled[:, 1], 3.0)
+        np.testing.assert_allclose(curve.drawn().losses, 2.0)
 
 
 def test_the_table_has_every_run_and_the_exponent_of_its_method():

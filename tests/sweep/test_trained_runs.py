@@ -18,30 +18,25 @@ def test_alpha_2r_has_kappa_0():
 def test_the_bootstrap_draws_the_same_records_at_every_rate():
     """Records that differ widely, and a loss a token that does not: a ratio of sums that no draw changes."""
     tokens = np.array([1.0, 10.0, 100.0])
-    runs = {
-        rate: [TrainedRun("lora", 8, 2.0, rate, 0, factor, factor * tokens, tokens)]
+    runs = [
+        TrainedRun("lora", 8, 2.0, rate, 0, factor, factor * tokens, tokens)
         for rate, factor in ((0.1, 1.0), (0.2, 3.0))
-    }
-    runs[0.3] = [TrainedRun("lora", 8, 2.0, 0.3, 0, np.inf, None, None)]
-    found = bootstrap(runs, draws=7)
-    np.testing.assert_allclose(found, [[1.0, 3.0, np.inf]] * 7)
-    first, _, last = runs.values()
-    np.testing.assert_allclose(bootstrap({0.1: last, 0.2: first}, draws=2), [[np.inf, 1.0]] * 2)
+    ]
+    runs.append(TrainedRun("lora", 8, 2.0, 0.3, 0, np.inf, None, None))
+    np.testing.assert_allclose(bootstrap(runs, draws=7), [[1.0, 3.0, np.inf]] * 7)
+    np.testing.assert_allclose(bootstrap([runs[2], runs[0]], draws=2), [[np.inf, 1.0]] * 2)
     level = np.array([5.0, 1.0, 2.0]) * tokens
-    uneven = {
-        rate: [TrainedRun("lora", 8, 2.0, rate, 0, 1.0, factor * level, tokens)]
-        for rate, factor in ((0.1, 1.0), (0.2, 3.0))
-    }
+    uneven = [
+        TrainedRun("lora", 8, 2.0, rate, 0, 1.0, factor * level, tokens) for rate, factor in ((0.1, 1.0), (0.2, 3.0))
+    ]
     drawn = bootstrap(uneven, draws=50)
     np.testing.assert_allclose(drawn[:, 1], 3 * drawn[:, 0])
     assert len(np.unique(drawn[:, 0])) > 3
     np.testing.assert_array_equal(drawn, bootstrap(uneven, draws=50), "seeded: methods share their draws")
-    assert bootstrap({0.1: [TrainedRun("lora", 8, 2.0, 0.1, 0, 1.0, None, None)]}) is None
-    first = {0.1: [TrainedRun("lora", 8, 2.0, 0.1, 0, 1.0, np.array([1.0, 0.0, 0.0]), np.ones(3))]}
+    assert bootstrap([TrainedRun("lora", 8, 2.0, 0.1, 0, 1.0, None, None)]) is None
+    first = [TrainedRun("lora", 8, 2.0, 0.1, 0, 1.0, np.array([1.0, 0.0, 0.0]), np.ones(3))]
     shares = bootstrap(first, draws=50)  # the first record is drawn 0 to 3 times
     assert set(np.round(3 * shares.ravel()).tolist()) == {0, 1, 2, 3}
-    pair = [TrainedRun("lora", 8, 2.0, 0.1, seed, 1.0, (1 + seed) * tokens, tokens) for seed in range(2)]
-    np.testing.assert_allclose(bootstrap({0.1: pair}, draws=5), 1.5)
 
 
 def test_kappa_of_a_rule():
