@@ -41,8 +41,8 @@ class TransferConfig:
     optimizer: OptimizerName = "adamw"
     """sgd, momentum, adam or adamw; others have no law here (Lion and signSGD take Adam's first step)"""
     init: Init = "kaiming_uniform"
-    """law of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, of deviation 1/r); normal and rademacher have a
-    law, but no LoraConfig"""
+    """law of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, of deviation 1/r); normal and rademacher
+    have a law, but no LoraConfig"""
     regime: str = "signal"
     """signal, cross-talk, or the folder of a sims.regime run"""
     split: Literal["train", "heldout"] = "heldout"
