@@ -20,6 +20,11 @@ from rora_theory.finetune.sharding import Layout
 from rora_theory.llama import LlamaConfig
 from sims.common import answers, cli, tables
 
+ON_CPU = (
+    "A CPU's compiler fuses less of a layer's elementwise work and random draws, up to "
+    f"{capacity.CPU_WORKING:g} times the working set, and widens bfloat16; a GPU's does not."
+)
+
 
 @dataclass(frozen=True)
 class Config(PlanConfig):
@@ -93,13 +98,14 @@ def show_model(config: Config, model: LlamaConfig) -> None:
         tables.print_text(
             f"XLA for this machine ({xla.seconds:.0f} s): arguments {xla.arguments / GB:.2f} GB (here "
             f"{arguments / GB:.2f}), temporaries {xla.temporaries / GB:.2f} GB (here "
-            f"{(found.total - arguments) / GB:.2f}). A CPU's compiler widens bfloat16 products, a GPU's does not."
+            f"{(found.total - arguments) / GB:.2f}). {ON_CPU}"
         )
     if config.measure:
         own = capacity.measure_step(model, run, config.seq, layout)
         tables.print_text(
             f"measured here: peak{each} {own.peak / GB:.3f} GB, predicted {found.total / GB:.3f} GB "
-            f"(predicted / measured {found.total / own.peak:.3f}); {own.seconds:.2f} s a step"
+            f"(predicted / measured {found.total / own.peak:.3f}); {own.seconds:.2f} s a step. XLA's own account of "
+            f"it is {own.program / GB:.3f} GB; the rest is code, stacks and packed operands of products. {ON_CPU}"
         )
 
 

@@ -18,11 +18,13 @@ from rora_theory import devices, llama
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.evaluate.scoring import Scoring
+from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import finished, flat
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.horizons import HorizonCell, HorizonGrid
+from rora_theory.sweep.memory import cell_memory
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
@@ -56,12 +58,17 @@ class Config:
 
 def run(config: Config) -> None:
     """Do every run that the folder lacks, then judge all that it has."""
-    grid, runner, model = config.grid, config.cluster.runner(), config.model
+    grid, model = config.grid, config.model
+    located = {model: llama.locate(model)}
+
+    def plan(cell: HorizonCell) -> int:
+        return cell_memory(llama.model_config(located[model]), grid.training(cell), FinetuneConfig.dtype)
+
+    runner = config.cluster.runner(plan)
     takeovers = horizons.read_takeovers(config.regime) if config.regime else []
     cells = list(grid.cells())
     sample = {name: getattr(config, name) for name in ("held_out", "train_records")}
     split = draw_records(config.data, **sample, seed=config.data_seed, config=config.reading)
-    located = {config.model: llama.locate(config.model)}
     identity = {name: value for name, value in flat(grid).items() if name not in GROWS} | sample
     identity |= {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}

@@ -40,6 +40,7 @@ from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import SweepCell, cells_of, check_cells, stand_ins, sweep_identity
 from rora_theory.sweep.design import BASE, DESIGNS, AlphaRule, Design
+from rora_theory.sweep.memory import cell_memory
 from rora_theory.sweep.records import Shares, draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
@@ -165,7 +166,8 @@ def run(config: Config) -> None:
         show(config.design, path, first)
         return
     check_free(path)
-    runner = config.cluster.runner()
+    configs = {name: llama.model_config(found) for name, found in located.items()}
+    runner = config.cluster.runner(lambda cell: cell_memory(configs[cell.model], cell.training, cell.dtype))
     bench = Workbench(training, records, tasks, located, scoring=scoring, score_batch_size=config.score_batch_size)
     cli.tell(bench.open(first[0].model))
     extra, grows = {"design": config.design, "models": models}, {"evaluation": evaluation}

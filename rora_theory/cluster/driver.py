@@ -10,9 +10,10 @@ from typing import Any
 
 from rora_theory import files, software
 from rora_theory.cluster import worker
-from rora_theory.cluster.connection import leave, the_ray
+from rora_theory.cluster.connection import RETRIES, leave, the_ray
 from rora_theory.cluster.models import put_model
 from rora_theory.cluster.worker import Begun, Done, Failed, Lacking, lock_of
+from rora_theory.runs.cells import Ended
 
 logger = logging.getLogger(__name__)
 
@@ -22,15 +23,15 @@ class OnRay:
     """The runner of `rora_theory.runs.cells` that has Ray work on the cells.
 
     Attributes:
-      needs: what a cell takes, as options of `ray.remote`.
+      needs: of a cell, what it takes, as options of `ray.remote`.
     """
 
-    needs: Mapping[str, Any]
+    needs: Callable[[Any], Mapping[str, Any]]
 
     def __call__(
         self, work: Callable[[Any, Path], Any], todo: Sequence[tuple[Any, Path]], begun: Callable[[int], None]
-    ) -> Iterator[tuple[int, Any]]:
-        """Yield each cell's place in the list, and its result or the error that it raised, as it ends.
+    ) -> Iterator[Ended]:
+        """Yield each cell as it ends.
 
         Args:
           work: of a cell and its folder; it is carried to the workers with all that it refers to.
@@ -46,7 +47,7 @@ class OnRay:
         here = software.circumstances()
         lock = lock_of(todo[0][1])
         held = _put(work)
-        attempt = ray.remote(**self.needs)(worker.attempt)
+        attempt = ray.remote(max_retries=RETRIES)(worker.attempt)
         sent: dict[str, list[tuple[str, Any]]] = {}
         waiting: dict[Any, int] = {}
         started: set[int] = set()
@@ -54,7 +55,8 @@ class OnRay:
 
         def submit(place: int) -> None:
             cell, folder = todo[place]
-            waiting[attempt.remote([held], cell, folder.resolve(), lock, dict(sent))] = place
+            placed = attempt.options(**self.needs(cell))
+            waiting[placed.remote([held], cell, folder.resolve(), lock, dict(sent))] = place
 
         def start(place: int) -> None:
             if place not in started:
@@ -85,7 +87,7 @@ class OnRay:
                         submit(place)
                     else:
                         start(place)
-                        yield place, _received(said, todo[place][1])
+                        yield _ended(place, said, todo[place][1])
         except BaseException:
             leave()  # ends what is being worked on
             raise
@@ -101,19 +103,19 @@ class _WorkerTraceError(Exception):
     """The traceback of a worker, as text: the cause of the error that it raised."""
 
 
-def _received(said: Done | Failed | Exception, folder: Path) -> Any:
+def _ended(place: int, said: Done | Failed | Exception, folder: Path) -> Ended:
     """A result, once the files that came with it are in the cell's folder; or the error, with its traceback."""
     if isinstance(said, Failed):
         said.error.__cause__ = _WorkerTraceError(f"on {said.host}:\n{said.trace}")
-        return said.error
+        return Ended(place, said.error)
     if isinstance(said, Exception):
-        return said
+        return Ended(place, said)
     if said.files:
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt before
         for name, content in said.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             files.write_whole(folder / name, content)
-    return said.value
+    return Ended(place, said.value, said.seconds, said.node)
 
 
 def _put(work: Callable[..., Any]) -> Any:

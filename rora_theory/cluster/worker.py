@@ -4,6 +4,7 @@ import contextlib
 import functools
 import platform
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,17 @@ class Begun(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A result, and the files that are part of it, by name; none where the worker wrote into the run folder."""
+    """A result, and the files that are part of it, by name; none where the worker wrote into the run folder.
+
+    Attributes:
+      seconds: of the work, the model's loading with it.
+      node: Ray's id of the worker's.
+    """
 
     value: Any
     files: Mapping[str, bytes]
+    seconds: float
+    node: str
 
 
 class Failed(NamedTuple):
@@ -42,6 +50,9 @@ class Lacking(NamedTuple):
     source: Path
     sha256: str
 
+
+_LETTERS = 12
+"""Of Ray's id of a node, of 56."""
 
 _held: list[tuple[Any, Callable[[Any, Path], Any]]] = []
 """The work that this process had last, with its reference: models and compiled functions stay for the next cell."""
@@ -99,13 +110,18 @@ def _fetched(held: Any) -> Callable[[Any, Path], Any]:
 
 
 def _work(work: Callable[[Any, Path], Any], cell: Any, folder: Path, lock: str | None) -> Done:
+    import ray
+
+    started, node = time.monotonic(), ray.get_runtime_context().get_node_id()[:_LETTERS]
     if lock is not None and lock_of(folder) == lock:
-        return Done(work(cell, folder), {})
+        return Done(work(cell, folder), {}, time.monotonic() - started, node)
     with tempfile.TemporaryDirectory(prefix="rora-cell-", ignore_cleanup_errors=True) as scratch:
         own = Path(scratch) / folder.name
         value = work(cell, own)
+        seconds = time.monotonic() - started
         names = [path.relative_to(own) for path in sorted(own.rglob("*")) if path.is_file()]
-        return Done(value, {str(name): (own / name).read_bytes() for name in names if name.parts[0] != CHECKPOINTS})
+        kept = {str(name): (own / name).read_bytes() for name in names if name.parts[0] != CHECKPOINTS}
+        return Done(value, kept, seconds, node)
 
 
 def _failed(error: Exception) -> Failed:

@@ -161,6 +161,10 @@ DEVICES = {
 RESERVE = 1_000_000_000
 """Bytes that the driver's context, the libraries' workspaces and the compiled code take on a device."""
 
+CPU_WORKING = 2.5
+"""What a layer's working set takes at most on a CPU, where it is 1 here: XLA's compiler for CPUs fuses less of its
+elementwise work and random draws. A GPU's does."""
+
 PREALLOCATED = 0.75
 """Share of a device that JAX takes unless the variable XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
@@ -209,6 +213,12 @@ class Account:
         """Bytes by part."""
         names = ("base", "adapter", "optimizer", "batch", "gradients", "activations", "working", "gathered")
         return {name: getattr(self, name) for name in names}
+
+    def on_cpu(self, dtype: DTypeLike) -> int:
+        """Bytes that XLA's program takes at most on a CPU, with a base of ``dtype``: see `CPU_WORKING`; and of a
+        bfloat16 base, and of what is kept in bfloat16, it makes float32 copies."""
+        copies = 2 * (self.base + self.activations) if jnp.dtype(dtype).itemsize == 2 else 0
+        return self.total + round((CPU_WORKING - 1) * self.working) + copies
 
     def fits(self, device: Device) -> bool:
         """Whether the device has the memory, its `RESERVE` left out."""
@@ -435,8 +445,7 @@ class Compiled:
 
     Attributes:
       arguments: weights, state and batch.
-      temporaries: everything else. A CPU's compiler multiplies bfloat16 as float32, of which it makes and keeps
-        copies: in bfloat16 this is far above what a GPU takes.
+      temporaries: everything else. On a CPU more than a GPU takes, see `Account.on_cpu`.
       seconds: the compiler's time.
     """
 
@@ -461,10 +470,13 @@ class MeasuredStep:
 
     Attributes:
       peak: bytes of a device at the fullest moment, weights and all.
+      program: of these, what the compiler's account of the step says; what a first step brings in besides is code,
+        threads' stacks and packed operands of products, shared by the devices of a CPU.
       seconds: of a step after the first.
     """
 
     peak: int
+    program: int
     seconds: float
 
 
@@ -481,6 +493,8 @@ def measure_step(
     """
     step = abstract_step(llama_config, config, width, layout=layout)
     compiled = step.function.lower(step.state, step.base, step.batch).compile()
+    account = compiled.memory_analysis()
+    program = account.argument_size_in_bytes + account.temp_size_in_bytes
     devices = [jax.devices()[0]] if layout is None else list(layout.mesh.devices.flat)
     shardings = None if layout is None else layout.params_shardings(step.base)
     draw = jax.jit(init_params, static_argnums=(1, 2, 3), out_shardings=shardings)
@@ -503,8 +517,9 @@ def measure_step(
     jax.block_until_ready(compiled(state, base, batch))
     seconds = time.perf_counter() - start
     if devices[0].platform == "gpu":
-        return MeasuredStep(max(int(device.memory_stats()["peak_bytes_in_use"]) for device in devices), seconds)
-    return MeasuredStep((_resident("VmHWM") - before) // len(devices), seconds)
+        peak = max(int(device.memory_stats()["peak_bytes_in_use"]) for device in devices)
+        return MeasuredStep(peak, program, seconds)
+    return MeasuredStep((_resident("VmHWM") - before) // len(devices), program, seconds)
 
 
 def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from rora_theory import digests, files
 from rora_theory.errors import FailedError, InputError
@@ -40,31 +40,45 @@ rows of many. It may use the folder it is given, which it makes itself: for chec
 the result."""
 
 
+class Ended(NamedTuple):
+    """A cell that has ended.
+
+    Attributes:
+      place: its place in the list.
+      result: or the error that it raised.
+      seconds: that it took.
+      node: of a cluster, by its id there; None is this process.
+    """
+
+    place: int
+    result: Any
+    seconds: float = 0.0
+    node: str | None = None
+
+
 @runtime_checkable
 class Runner(Protocol):
     """Where and in which order cells are worked on.
 
     Called with the work, the cells with their folders, and what to call with a cell's place in that list when it is
-    begun. Yields, as each cell ends, that place, and the cell's result or the error that it raised. What else it
-    raises, such as `KeyboardInterrupt`, ends the run.
+    begun. Yields each cell as it ends. What else it raises, such as `KeyboardInterrupt`, ends the run.
     """
 
     def __call__(
         self, work: Work[Cell], todo: Sequence[tuple[Cell, Path]], begun: Callable[[int], None]
-    ) -> Iterator[tuple[int, Any]]: ...
+    ) -> Iterator[Ended]: ...
 
 
-def in_process(
-    work: Work[Cell], todo: Sequence[tuple[Cell, Path]], begun: Callable[[int], None]
-) -> Iterator[tuple[int, Any]]:
+def in_process(work: Work[Cell], todo: Sequence[tuple[Cell, Path]], begun: Callable[[int], None]) -> Iterator[Ended]:
     """The `Runner` that works on one cell after another in this process."""
     for place, (cell, folder) in enumerate(todo):
         begun(place)
+        started = time.monotonic()
         try:
             result = work(cell, folder)
         except Exception as error:
             result = error
-        yield place, result
+        yield Ended(place, result, time.monotonic() - started)
 
 
 def run_cells(
@@ -74,7 +88,7 @@ def run_cells(
     *,
     runner: Runner = in_process,
     begun: Callable[[Cell, int], object] = lambda cell, passed: None,
-    done: Callable[[int, Any, float], object] = lambda index, value, seconds: None,
+    done: Callable[[int, Any, Ended], object] = lambda index, value, ended: None,
     write: Callable[[list[Any]], object] = lambda values: None,
 ) -> list[Any]:
     """The results of all cells, in their order: those of earlier parts of the run, and of ``work``, which are kept.
@@ -88,7 +102,7 @@ def run_cells(
       folder: of the run, which this process owns.
       runner: where cells are worked on.
       begun: called with each cell that is begun, and how many are behind it, done or failed.
-      done: called with the place of each cell that is done now, its result, and the seconds that it took.
+      done: called with the place in ``cells`` of each that is done now, its result as it is kept, and how it ended.
       write: called with the results so far, in the order of the cells: at the end and, meanwhile, every few seconds.
 
     Raises:
@@ -107,25 +121,25 @@ def run_cells(
         folder.forget(f"{FOLDERS}/{keys[index]}")
     tasks = [(cells[index], folder.path / FOLDERS / keys[index]) for index in todo]
     failed: list[str] = []
-    passed, written, started = len(cells) - len(todo), time.monotonic(), {}
+    passed, written = len(cells) - len(todo), time.monotonic()
 
     def values() -> list[Any]:
         return [kept[key].value for key in keys if key in kept]
 
     def start(place: int) -> None:
-        started[place] = time.monotonic()
         begun(tasks[place][0], passed)
 
-    for place, result in runner(work, tasks, start):
-        seconds, (cell, own), index = time.monotonic() - started[place], tasks[place], todo[place]
+    for ended in runner(work, tasks, start):
+        (cell, own), index = tasks[ended.place], todo[ended.place]
         passed += 1
-        if isinstance(result, Exception):
-            failed.append(f"{cell} ({_failure(cell, own, result)})")
+        if isinstance(ended.result, Exception):
+            failed.append(f"{cell} ({_failure(cell, own, ended.result)})")
         else:
-            one = kept[keys[index]] = _keep(keys[index], cell, own, result, folder)
+            one = kept[keys[index]] = _keep(keys[index], cell, own, ended.result, folder)
             journal.append(vars(one))
             shutil.rmtree(own / CHECKPOINTS, ignore_errors=True)
-            done(index, one.value, seconds)
+            folder.ran(keys[index], ended.seconds, ended.node)
+            done(index, one.value, ended)
         if time.monotonic() - written > EVERY:
             write(values())
             written = time.monotonic()

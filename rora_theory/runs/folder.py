@@ -177,6 +177,11 @@ class RunFolder:
         """Have the manifest, when the run ends, hold the digests of files that were written otherwise."""
         self._written |= written
 
+    def ran(self, key: str, seconds: float, node: str | None = None) -> None:
+        """Have the manifest, when the run ends, say of this session's cell where it ran and how long."""
+        nodes = self._manifest["sessions"][-1].setdefault("cells", {})
+        nodes.setdefault(node or "this process", {})[key] = round(seconds, 3)
+
     def record(self, name: str) -> None:
         """Have the manifest hold the digest of a file that was written otherwise, or of all files in a folder but a
         model card, which is its owner's to go on writing."""

@@ -1,11 +1,12 @@
 """Cells as a command works on them: `rora_theory.runs.cells` with a progress bar, and a line for each that is done."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rora_theory import frames
 from rora_theory.runs import cells as engine
-from rora_theory.runs.cells import Cell, Runner, Work, in_process
+from rora_theory.runs.cells import Cell, Ended, Runner, Work, in_process
 from rora_theory.runs.folder import RunFolder
 from sims.common.progress import progress_bar
 
@@ -25,18 +26,24 @@ def run_cells(
 ) -> list[Any]:
     """`rora_theory.runs.cells.run_cells`, beside a bar with this ``title``.
 
-    With ``words`` of a result, a line is printed with each cell that is done.
+    With ``words`` of a result, a line is printed with each cell that is done; where a cluster worked, one at the end.
     """
+    nodes: Counter[str] = Counter()
 
-    def done(index: int, value: Any, seconds: float) -> None:
+    def done(index: int, value: Any, ended: Ended) -> None:
+        nodes.update([ended.node] if ended.node else [])
         if words is not None:
-            print(f"[{index + 1}/{len(cells)}] {cells[index]}: {words(value)}, {seconds:.0f} s", flush=True)
+            print(f"[{index + 1}/{len(cells)}] {cells[index]}: {words(value)}, {ended.seconds:.0f} s", flush=True)
 
     with progress_bar(title, len(cells), fields="{cell}") as bar:
-        return engine.run_cells(
+        found = engine.run_cells(
             cells, work, folder, runner=runner, begun=lambda cell, passed: bar.reach(passed, cell=cell), done=done,
             write=write,
         )  # fmt: skip
+    if nodes:
+        shares = ", ".join(f"{count} on node {node}" for node, count in nodes.most_common())
+        print(f"{title} done here: {shares}; the session's entry in manifest.json says which, and seconds", flush=True)
+    return found
 
 
 def run_table(

@@ -37,6 +37,13 @@ def test_one_process_needs_no_ray(monkeypatch) -> None:
     leave()  # nothing to leave
 
 
+def test_an_experiment_without_a_plan_has_none() -> None:
+    with pytest.raises(
+        InputError, match="--cell-memory is plan, and cells of this experiment have none; accepted is a"
+    ):
+        ClusterConfig(workers=2, cell_memory="plan").runner()
+
+
 def test_no_cluster_at_the_address(tmp_path, capsys) -> None:
     """One line, before the run folder is made."""
     pytest.importorskip("ray", reason="the extra cluster (Ray) is not installed")

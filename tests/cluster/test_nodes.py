@@ -1,6 +1,7 @@
 """Clusters of several nodes on one machine: nodes and drivers that die, cells that fail, and always the same bytes."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from support import squares
 
 from rora_theory.cluster import ClusterConfig, driver, leave, worker
 from rora_theory.cluster.connection import QUIET, RETRIES
+from rora_theory.errors import InputError
 from rora_theory.llama import locate
+from rora_theory.runs.reading import key_of
 from sims.common import cli
 
 pytestmark = [
@@ -98,9 +101,13 @@ def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, sh
     assert {place.startswith(str(out)) for place in places} == {shared}
     said = capfd.readouterr()
     assert said.err == ""
-    assert sorted(line.split(":")[0] for line in said.out.splitlines()[-6:]) == [
-        f"[{i}/6] side {i}" for i in range(1, 7)
-    ]
+    *each, told = said.out.splitlines()[-7:]
+    assert sorted(line.split(":")[0] for line in each) == [f"[{i}/6] side {i}" for i in range(1, 7)]
+    ran = json.loads((out / "manifest.json").read_text())["sessions"][-1]["cells"]
+    assert sorted(key for cells in ran.values() for key in cells) == sorted(map(key_of, squares.cells(tmp_path)))
+    at_work = {node.node_id[:12] for node in nodes.worker_nodes}
+    assert set(ran) <= at_work
+    assert all(f"{len(cells)} on node {node}" in told for node, cells in ran.items())
     assert not os.path.exists(places[0].split()[0]) or shared, "a worker's own folder is gone"
 
 
@@ -183,10 +190,36 @@ def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
         runner = ClusterConfig(address=nodes.address, cell_gpus=gpus).runner()
         assert runner is not None
         todo = [(cell, tmp_path / str(gpus) / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 2)]
-        assert sorted(place for place, _ in runner(squares.work, todo, lambda _: None)) == [0, 1]
+        assert sorted(one.place for one in runner(squares.work, todo, lambda _: None)) == [0, 1]
         assert {place.split()[1] for side in (1, 2) for place in squares.attempts(tmp_path, side)} <= seen
         for mark in tmp_path.glob("*.begun"):
             mark.unlink()
+    with pytest.raises(InputError, match="--cell-memory is plan, and cells take GPUs; accepted is a number"):
+        ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
+    nodes.remove_node(node)
+
+
+def test_cells_take_the_memory_that_is_planned_for_each(nodes, tmp_path) -> None:
+    """On a node that says it has 100 GiB two cells of 60 wait for one another, and one of 500 is worked on alone."""
+    node = nodes.add_node(num_cpus=2, memory=100 << 30, object_store_memory=STORE)
+    plan = {1: 60 << 30, 2: 60 << 30, 3: 1 << 30, 4: 500 << 30}
+    runner = ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda cell: plan[cell.side])
+    large = {1, 2, 4}
+    waits = [tmp_path / f"{side}.wait" for side in large]
+    for wait in waits:
+        wait.touch()
+    todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 4)]
+    ended = {}
+    for one in runner(squares.work, todo, lambda _: None):
+        ended[one.place + 1] = one.node
+        if one.place + 1 == 3:
+            until(lambda: any(squares.attempts(tmp_path, side) for side in large))
+            time.sleep(0.5)
+            assert sum(len(squares.attempts(tmp_path, side)) for side in large) == 1
+            for wait in waits:
+                wait.unlink()
+    assert sorted(ended) == [1, 2, 3, 4]
+    assert {ended[side] for side in large} == {node.node_id[:12]}
     nodes.remove_node(node)
 
 
@@ -213,7 +246,7 @@ def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> 
     assert runner is not None
     begun: list[int] = []
     todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path)]
-    found = dict(runner(work, todo, begun.append))
+    found = {one.place: one.result for one in runner(work, todo, begun.append)}
     assert sorted(found) == sorted(begun) == list(range(6)), "begun is said once"
     kept = Path(os.environ["XDG_CACHE_HOME"]) / "rora-theory" / "models" / sha256 / "tiny"
     expected = (str(kept), (folder / "model.safetensors").read_bytes(), "bfloat16", True, [0, 1, 2])

@@ -14,7 +14,7 @@ import pytest
 from rora_theory import files
 from rora_theory.errors import InputError
 from rora_theory.runs import cells
-from rora_theory.runs.cells import in_process
+from rora_theory.runs.cells import Ended, in_process
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import CELLS, finished, key_of
 from sims.common import cli
@@ -174,13 +174,14 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
         for place in range(len(todo)):
             begun(place)
         for place in reversed(range(len(todo))):
-            yield place, ValueError("lost") if todo[place][0].side == 1 else work(*todo[place])
+            result = ValueError("lost") if todo[place][0].side == 1 else work(*todo[place])
+            yield Ended(place, result, 2.4, f"n{place % 2}")
 
     folder = opened(tmp_path / "a")
     with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: lost\)"):
         run_cells(SIDES, area, folder, runner=last_first, words=lambda value: f"{value['area']:.2f} m")
     said = capsys.readouterr()
-    assert said.out == "[3/3] side 2: 1.33 m, 0 s\n[1/3] side 3: 3.00 m, 0 s\n"
+    assert said.out == "[3/3] side 2: 1.33 m, 2 s\n[1/3] side 3: 3.00 m, 2 s\n"
     assert said.err.startswith("note: side 1 failed (ValueError: lost)")
     assert run_cells(SIDES, area, folder) == run_cells(SIDES, area, opened(tmp_path / "b"), runner=in_process)
     assert (folder.path / CELLS).read_bytes() == (tmp_path / "b" / CELLS).read_bytes()

@@ -1,0 +1,32 @@
+"""What a cell takes of a node: by its rank and method, not by its rate and seed."""
+
+from dataclasses import replace
+
+from rora_theory.finetune import FinetuneConfig, capacity
+from rora_theory.finetune.loss import LOGITS_BYTES
+from rora_theory.llama import LlamaConfig
+from rora_theory.sweep import memory
+
+MODEL = LlamaConfig(512, 256, 1024, 2, 4, 2, 64, max_position_embeddings=64)
+RUN = FinetuneConfig(rank=4, batch_size=16, cutoff=96, dropout=0.0)
+
+
+def test_cells_differ_by_what_takes_memory(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "LOGITS_BYTES", 0)
+    small, large, full = (
+        memory.cell_memory(MODEL, replace(RUN, **own), "float32")
+        for own in ({}, {"rank": 32}, {"method": "full", "rank": FinetuneConfig.rank})
+    )
+    assert small < large < full
+    planned = capacity.account(MODEL, RUN, 64)
+    assert small == planned.on_cpu("float32") + capacity.RESERVE, "no wider than the model reads"
+    monkeypatch.setattr(capacity, "account", None)  # known
+    assert memory.cell_memory(MODEL, replace(RUN, lr=1.0, seed=7), "float32") == small
+
+
+def test_measuring_takes_the_weights_twice() -> None:
+    """As they are and merged, and a block of logits."""
+    base = 4 * capacity.count_elements(memory.abstract_params(MODEL))
+    assert memory.cell_memory(MODEL, None, "float32") == 2 * base + LOGITS_BYTES + capacity.RESERVE
+    half = memory.cell_memory(MODEL, None, "bfloat16")
+    assert half == base + LOGITS_BYTES + capacity.RESERVE
