@@ -9,6 +9,7 @@ import pandas as pd
 
 from rora_theory import adapters, frames, llama
 from rora_theory.finetune import FinetuneConfig
+from rora_theory.runs.cells import ERROR, FOLDERS
 from rora_theory.runs.reading import finished, key_of, read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.sweep.design import BASE, METHODS, Design, rates_of
@@ -130,6 +131,16 @@ def stand_ins(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
     evaluation, done = manifest and manifest["config"].get("evaluation"), finished(folder)
     twins = [cell if cell.evaluation else replace(cell, evaluation=evaluation) for cell in cells]
     return [twin if key_of(twin) in done else cell for cell, twin in zip(cells, twins, strict=True)]
+
+
+def cell_states(cells: Sequence[SweepCell], folder: Path) -> list[dict[str, Any]]:
+    """The cells, or their `stand_ins`, each with its ``key`` and its ``state`` in a run folder: done, failed or new."""
+    rows, done = [], finished(folder)
+    for cell in stand_ins(cells, folder):
+        key = key_of(cell)
+        state = "done" if key in done else "failed" if (folder / FOLDERS / key / ERROR).exists() else "new"
+        rows.append(vars(cell) | {"key": key, "state": state})
+    return rows
 
 
 def training_of(
