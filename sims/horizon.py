@@ -59,7 +59,6 @@ class Config:
 def run(config: Config) -> None:
     """Do every run that the folder lacks, then judge all that it has."""
     grid, model = config.grid, config.model
-    located = {model: llama.locate(model)}
 
     def plan(cell: HorizonCell) -> int:
         return cell_memory(llama.model_config(located[model]), grid.training(cell), FinetuneConfig.dtype)
@@ -69,6 +68,7 @@ def run(config: Config) -> None:
     cells = list(grid.cells())
     sample = {name: getattr(config, name) for name in ("held_out", "train_records")}
     split = draw_records(config.data, **sample, seed=config.data_seed, config=config.reading)
+    located = {model: llama.locate(model)}
     identity = {name: value for name, value in flat(grid).items() if name not in GROWS} | sample
     identity |= {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}

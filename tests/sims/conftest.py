@@ -29,4 +29,4 @@ def carried(monkeypatch):
     def runner(work: Callable[..., Any], todo: Sequence[Any], begun: Callable[[int], None]) -> Iterator[Any]:
         yield from in_process(cloudpickle.loads(cloudpickle.dumps(work)), todo, begun)
 
-    monkeypatch.setattr(ClusterConfig, "runner", lambda _: runner)
+    monkeypatch.setattr(ClusterConfig, "runner", lambda *_: runner)
