@@ -9,15 +9,14 @@ stopped or killed goes on where its last checkpoint was, to the same numbers; `p
 draws it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from rora_theory import adapters, frames, llama
-from rora_theory.adapters.card import Trained
 from rora_theory.data.records import DataConfig, read
 from rora_theory.errors import InputError
 from rora_theory.finetune import (
@@ -36,6 +35,8 @@ from rora_theory.finetune import (
     trackers,
 )
 from rora_theory.finetune.checkpoints import quiet_writers
+from rora_theory.finetune.loop import resumption
+from rora_theory.finetune.outputs import OutputConfig, write_outputs
 from rora_theory.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder, check_free
 from rora_theory.scaling import check_integer
@@ -56,18 +57,10 @@ class Config:
     training: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     out: cli.Out = None
-    keep: Literal["best", "last"] = "best"
-    """which adapter to write at the end: best by validation loss (as published), or last"""
     log_to: TrackerName | None = None
     """show losses, rate, gradient norm and tokens/s in TensorBoard (event files in the run folder) or Weights & Biases
     too"""
-    license: str | None = None
-    """licence of the adapter in its model card, as the hub names it; none is the base's, where its files say so"""
-    merge: bool = False
-    """write merged/ too: the model with the adapter (LoRA, RoRA or DoRA) added in, in Hugging Face layout; with method
-    full it is all that is written"""
-    serve_as: Literal["peft", "portable"] = "peft"
-    """how to write adapter/: with all of PEFT's entries, or so that clients that know fewer compute the same too"""
+    output: OutputConfig = field(default_factory=OutputConfig)
     fsdp: int = 1
     """devices that share one copy of the base weights; the others hold further copies"""
     coordinator: str | None = None
@@ -80,12 +73,7 @@ class Config:
     def __post_init__(self) -> None:
         check_integer("fsdp", self.fsdp)
         trackers.check(self.log_to)
-        method, mergeable = self.training.method, self.training.adapter().mergeable
-        if self.merge and not mergeable:
-            raise InputError(f"merge is True with method {method}; accepted are methods lora, dora, full")
-        if self.serve_as == "portable" and method != "lora":
-            what = "method lora, or serve_as peft with merge" if mergeable else "serve_as peft"
-            raise InputError(f"serve_as is portable with method {method}; accepted is {what}")
+        self.output.check(self.training)
 
 
 def run(config: Config) -> None:
@@ -94,7 +82,7 @@ def run(config: Config) -> None:
     With several processes each calls this and joins the others; the first alone prints and writes.
     """
     several = distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    if several and (config.out is None or config.merge or config.training.adapter().replaces):
+    if several and (config.out is None or config.output.merge or config.training.adapter().replaces):
         raise InputError(
             "several processes: accepted is --out, no --merge (one process can merge afterwards) and no method full"
         )
@@ -134,13 +122,13 @@ def run(config: Config) -> None:
         else:
             begin(folder, trainer, model, data.summary)
             events = follow(trainer, folder, config.log_to)
-        kept = trainer.adapter(config.keep)
+        kept = trainer.adapter(config.output.keep)
     if folder is not None:
-        best = trainer.best_step if config.keep == "best" else None
-        own = card.of_run(training, found, config.data, data.summary, events, best, config.license)
-        write(folder, config, kept, model, own)
+        best = trainer.best_step if config.output.keep == "best" else None
+        own = card.of_run(training, found, config.data, data.summary, events, best, config.output.license)
+        write_outputs(folder, config.output, kept, model, own)
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
-        answers.say(card.losses_in_words(events, data.summary["validated_on"]))
+        report(folder, events, data.summary["validated_on"])
         answers.tell_files(folder.path)
 
 
@@ -181,30 +169,12 @@ def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = Non
     return events.events
 
 
-def resumption(step: int, steps: int, *, resumed: bool) -> str:
-    """Where the run begins or goes on, in words."""
-    if not step:
-        return "no checkpoint yet: begins with step 1" if resumed else "begins with step 1"
-    if step == steps:
-        return f"all {steps} steps are done already"
-    return f"goes on after step {step} of {steps}, its last checkpoint"
-
-
-def write(folder: RunFolder, config: Config, kept: Any, model: llama.Model, own: Trained) -> None:
-    """Write what was asked for and is not there yet: the adapter, and the model with it added in."""
-    if folder.entry("kept") != config.keep or (folder.entry("serve_as") or "peft") != config.serve_as:
-        for name in ("adapter", "merged"):
-            folder.clear(name)
-        folder.update(kept=config.keep, serve_as=config.serve_as)
-    replaces = config.training.adapter().replaces
-    if not replaces and not folder.holds("adapter"):
-        portable = config.serve_as == "portable"
-        adapters.save_peft(folder.path / "adapter", kept, base_model=model.origin, portable=portable, trained=own)
-        folder.record("adapter")
-    if (config.merge or replaces) and not folder.holds("merged"):
-        folder.clear("merged")
-        adapters.save_merged(folder.path / "merged", kept, model)
-        folder.record("merged")
+def report(folder: RunFolder, events: Sequence[Mapping[str, Any]], held_out: int) -> None:
+    """Print how far the losses came, and the run's figures."""
+    answers.say(card.losses_in_words(events, held_out))
+    rows = card.figures(events, folder.entry("trainable_parameters"))
+    cells = [(row["what"], row["step"] or "", f"{row['value']:{'.4f' if row['step'] else ',.0f'}}") for row in rows]
+    tables.print_table("The run in figures; losses in nats a token", ["", "step", "value"], cells, records=rows)
 
 
 main = cli.command(Config, run, __doc__)

@@ -1,6 +1,9 @@
-"""The model card of an adapter's folder, `README.md` in the hub's format: YAML entries, then what a reader asks first.
+"""The model card of an adapter's folder, or of a model that one was merged into: `README.md` in the hub's format.
 
-Format: https://huggingface.co/docs/hub/model-cards. The entries are those that PEFT writes, and the licence.
+YAML entries come first, then what a reader asks first.
+
+Format: https://huggingface.co/docs/hub/model-cards. The entries of an
+adapter are those that PEFT writes, and the licence.
 """
 
 import contextlib
@@ -8,29 +11,35 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rora_theory import software
 from rora_theory.adapters import peft_baselines, peft_config
 from rora_theory.errors import InputError
+from rora_theory.files import write_whole
 from rora_theory.llama.hub import HUB_ID, Located
 from rora_theory.scaling import scaling_factor
 
 FILE = "README.md"
 HERE = "THIS_FOLDER_OR_ITS_HUB_ID"
-"""Stands for the adapter in the lines that load it."""
+"""Stands for the folder in the lines that load it."""
+
+FULL = "FULL"
+"""``peft_type`` of what PEFT has not: weights that were themselves trained."""
 
 _KINDS = {peft_config.LORA: "lora", peft_baselines.PREFIX: "prefix-tuning"}
+"""What PEFT has."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a card says of the run that an adapter comes from.
+    """What a card says of the run that an adapter, or a model, comes from.
 
     Attributes:
       rows: lines of a table, each with what it tells.
       datasets: hub ids of the data sets that it was trained on.
-      license: of the adapter, as the hub names it; None is the base's, where its files say so.
+      license: as the hub names it; None is the base's, where its files say so.
     """
 
     rows: Sequence[tuple[str, str]] = ()
@@ -38,24 +47,39 @@ class Trained:
     license: str | None = None
 
 
-def text(entries: Mapping[str, Any], base: str | Located | None, trained: Trained | None = None) -> str:
-    """The model card of an adapter.
+def save(
+    folder: Path,
+    entries: Mapping[str, Any],
+    base: str | Located | None,
+    trained: Trained | None = None,
+    *,
+    merged: bool = False,
+) -> None:
+    """Write a folder's card, see `text`. Raises `InputError` where the disk does not take it."""
+    write_whole(folder / FILE, text(entries, base, trained, merged=merged))
+
+
+def text(
+    entries: Mapping[str, Any], base: str | Located | None, trained: Trained | None = None, *, merged: bool = False
+) -> str:
+    """The model card of an adapter, or of the whole model that it is merged into.
 
     Args:
-      entries: of `adapter_config.json`.
+      entries: of `adapter_config.json`; of trained weights `FULL` and their modules, see `peft.entries_of`.
       base: where the base model was loaded from, or its name or path.
       trained: the run; None is not known.
+      merged: whether the folder holds the whole model.
     """
     from huggingface_hub import ModelCardData
 
     trained = trained or Trained()
     repository = _repository(base)
     kind = "dora" if entries.get("use_dora") else _KINDS.get(entries["peft_type"], entries["peft_type"].lower())
-    tags = [f"base_model:adapter:{repository}"] if repository else []
+    tags = [f"base_model:{'finetune' if merged else 'adapter'}:{repository}"] if repository else []
     tags += [kind, *(["rslora"] if entries.get("use_rslora") else []), "rora-theory"]
     data = ModelCardData(
         base_model=repository,
-        library_name="peft" if entries["peft_type"] in _KINDS else None,
+        library_name="transformers" if merged else "peft" if entries["peft_type"] in _KINDS else None,
         pipeline_tag="text-generation",
         datasets=list(trained.datasets) or None,
         tags=tags,
@@ -65,13 +89,14 @@ def text(entries: Mapping[str, Any], base: str | Located | None, trained: Traine
     name = repository or " ".join(name.split()) or "a model that was not named"
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {_title(entries, kind)} for {name}",
+        f"# {_title(entries, kind, name, merged=merged)}",
         _table([*_of_base(name, base), *_of_adapter(entries)]),
     ]
     if trained.rows:
         parts += ["## Training", _table(trained.rows)]
     own = software.versions().get("rora-theory", "of a source tree")
-    parts += ["## How to load it", _loading(entries, repository, base), f"Written by rora-theory {own}."]
+    loading = _loading_merged() if merged else _loading(entries, repository, base)
+    parts += ["## How to load it", loading, f"Written by rora-theory {own}."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -96,10 +121,13 @@ def _license(repository: str | None, known: str | None) -> dict[str, Any]:
     return {"license": "other", "license_name": "that-of-the-base-model", "license_link": link}
 
 
-def _title(entries: Mapping[str, Any], kind: str) -> str:
-    if entries["peft_type"] != peft_config.LORA:
-        return f"{kind.replace('_', ' ').capitalize()} adapter"
-    return f"{'DoRA' if kind == 'dora' else 'LoRA'} adapter of rank {entries['r']}"
+def _title(entries: Mapping[str, Any], kind: str, name: str, *, merged: bool) -> str:
+    if entries["peft_type"] == FULL:
+        return f"{name}, trained in full"
+    what = f"{kind.replace('_', ' ').capitalize()} adapter"
+    if entries["peft_type"] == peft_config.LORA:
+        what = f"{'DoRA' if kind == 'dora' else 'LoRA'} adapter of rank {entries['r']}"
+    return f"{name} with a {what} merged in" if merged else f"{what} for {name}"
 
 
 def _of_base(name: str, base: str | Located | None) -> list[tuple[str, str]]:
@@ -115,6 +143,8 @@ def _of_base(name: str, base: str | Located | None) -> list[tuple[str, str]]:
 def _of_adapter(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
     modules = entries.get("target_modules")
     listed = [("modules", _code(modules))] if modules else []
+    if entries["peft_type"] == FULL:
+        return listed
     if entries["peft_type"] == peft_baselines.PREFIX:
         return [("virtual tokens", str(entries["num_virtual_tokens"]))]
     if entries["peft_type"] != peft_config.LORA:
@@ -147,6 +177,15 @@ def _loading(entries: Mapping[str, Any], repository: str | None, base: str | Loc
     if (stored := _read(base, "storage")) and stored.quantised:
         said += "\n\nIt was trained beside quantised weights, so that beside others its outputs differ a little."
     return said
+
+
+def _loading_merged() -> str:
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("{HERE}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")',
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _code(modules: str | Sequence[str]) -> str:

@@ -4,7 +4,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from rora_theory.adapters import card
 from rora_theory.adapters.base import TrainableAdapter, merge
+from rora_theory.adapters.peft import entries_of
 from rora_theory.llama.loading import Model
 from rora_theory.llama.saving import save_model
 
@@ -18,10 +20,18 @@ def merged(adapter: TrainableAdapter, model: Model) -> Model:
     return replace(model, params=merge(adapter, model.params))
 
 
-def save_merged(folder: str | os.PathLike[str], adapter: TrainableAdapter, model: Model) -> None:
-    """Write the model with the adapter added in, and its tokenizer, in Hugging Face layout.
+def save_merged(
+    folder: str | os.PathLike[str], adapter: TrainableAdapter, model: Model, *, trained: card.Trained | None = None
+) -> None:
+    """Write the model with the adapter added in, its tokenizer and its model card, in Hugging Face layout.
+
+    Args:
+      folder: made where it is missing.
+      adapter, model: of `merged`.
+      trained: what the model card says of the run; None is nothing.
 
     Raises:
       InputError: as `merged`, or as `llama.weights.save_hf`.
     """
     save_model(Path(folder), merged(adapter, model))
+    card.save(Path(folder), entries_of(adapter, model.origin), model.origin, trained, merged=True)

@@ -22,8 +22,9 @@ import safetensors.numpy
 
 from rora_theory import digests
 from rora_theory.adapters import card, peft_baselines, peft_config
-from rora_theory.adapters.base import Params
+from rora_theory.adapters.base import Params, TrainableAdapter
 from rora_theory.adapters.bottleneck import BottleneckAdapter
+from rora_theory.adapters.full import FullAdapter
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, assemble_lora
 from rora_theory.adapters.portable import portable as portable_form
 from rora_theory.adapters.prefix import PrefixAdapter
@@ -80,18 +81,25 @@ def save_peft(
     """
     if adapter.config.replaces:
         raise InputError(f"{folder}: trained weights are no adapter; accepted is the whole model, by save_merged")
-    folder = Path(folder)
-    base = base_model.base if isinstance(base_model, Located) else base_model
-    if isinstance(adapter, LoraAdapter):
-        config, tensors = peft_config.to_peft(adapter.config, adapter.targets, base), _tensors(adapter)
-    else:
-        config, tensors = peft_baselines.baseline_to_peft(adapter, base), peft_baselines.tensors(adapter)
+    folder, config = Path(folder), entries_of(adapter, base_model)
+    tensors = _tensors(adapter) if isinstance(adapter, LoraAdapter) else peft_baselines.tensors(adapter)
     metadata = {"format": "pt"}
     if isinstance(base_model, Located):
         config["revision"], metadata["base_model_sha256"] = base_model.commit, base_model.sha256
     if portable:
         config, tensors = portable_form(folder / CONFIG, config, tensors)
     _write(folder, config, tensors, metadata, card.text(config, base_model, trained))
+
+
+def entries_of(adapter: TrainableAdapter, base_model: str | Located | None = None) -> dict[str, Any]:
+    """The entries of an adapter's `adapter_config.json`; of trained weights, which have none, what a `card` needs."""
+    base = base_model.base if isinstance(base_model, Located) else base_model
+    if isinstance(adapter, FullAdapter):
+        return {"peft_type": card.FULL, "target_modules": list(adapter.config.target_modules)}
+    if isinstance(adapter, LoraAdapter):
+        return peft_config.to_peft(adapter.config, adapter.targets, base)
+    assert isinstance(adapter, PrefixAdapter | BottleneckAdapter)
+    return peft_baselines.baseline_to_peft(adapter, base)
 
 
 def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:

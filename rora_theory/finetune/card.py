@@ -1,9 +1,9 @@
-"""What a model card says of a fine-tuning run: its data, its optimizer, its rate, its length and its losses."""
+"""What is said of a fine-tuning run, in its model card and at its end: data, optimizer, rate, length and losses."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from rora_theory.adapters.card import Trained
@@ -31,8 +31,8 @@ def of_run(
       records, sources: what it read, and from where.
       summary: `TrainingData.summary`.
       events: of `metrics.Metrics`, all of the run.
-      kept: step of the adapter that is written; None is the last.
-      license: of the adapter, as the hub names it.
+      kept: step of the adapter, or of the weights, that are written; None is the last.
+      license: as the hub names it.
     """
     steps = [event for event in events if event["event"] == "step"]
     tested = [event for event in events if event["event"] == "validation"]
@@ -41,6 +41,7 @@ def of_run(
     held_out = summary["validated_on"]
     decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
     clip = "" if config.clip == float("inf") else f", gradients clipped at norm {config.clip:g}"
+    what = "weights" if config.method == "full" else "adapter"
     shape = "linearly to 0 at the last step" if config.schedule == "linear" else "constant"
     rows = [
         (
@@ -58,7 +59,7 @@ def of_run(
             f"AdamW, betas {config.betas[0]:g} and {config.betas[1]:g}, epsilon {config.epsilon:g}{decay}{clip}",
         ),
         ("learning rate", f"{config.peak_learning_rate:g} after {config.warmup} steps of warm-up, then {shape}"),
-        ("horizon", f"{len(steps):,} steps of {config.batch_size} records; adapter of step {kept or len(steps):,}"),
+        ("horizon", f"{len(steps):,} steps of {config.batch_size} records; {what} of step {kept or len(steps):,}"),
         (
             "rule as it was asked for",
             f"{config.rule}, alpha {config.alpha:g}" if config.method in ("lora", "dora") else "",
@@ -85,6 +86,36 @@ def losses_in_words(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
     return f"Trained for {len(steps):,} steps: {said}."
 
 
+def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[str, Any]]:
+    """What a run came to, a row a figure: ``what``, ``step`` (None of one that is of no step) and ``value``.
+
+    Losses are nats a token: the training loss of the first batch and the mean of the last steps', the validation loss
+    at first, best and last where there is one; then the median of tokens in the loss a second, and what was trained.
+
+    Args:
+      events: of `metrics.Metrics`, all of the run.
+      trainable: parameters that were trained.
+    """
+    steps = [event for event in events if event["event"] == "step"]
+    tested = [event for event in events if event["event"] == "validation"]
+    rows: list[tuple[str, int | None, float]] = []
+    if steps:
+        last = steps[-LAST:]
+        rows += [("training loss, first", steps[0]["step"], steps[0]["loss"])]
+        rows += [(f"training loss, mean of the last {len(last)}", last[-1]["step"], fmean(s["loss"] for s in last))]
+    if tested:
+        found = {"first": tested[0], "best": _best(tested), "last": tested[-1]}
+        rows += [(f"validation loss, {name}", one["step"], one["loss"]) for name, one in found.items()]
+    if steps:
+        rows += [("tokens/s, median", None, median(one["targets"] / one["seconds"] for one in steps))]
+    rows += [("trainable parameters", None, trainable)]
+    return [dict(zip(("what", "step", "value"), row, strict=True)) for row in rows]
+
+
+def _best(tested: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return min(tested, key=lambda event: event["loss"])
+
+
 def _training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     if not steps:
         return ""
@@ -98,7 +129,6 @@ def _training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
 def _validation_loss(tested: Sequence[Mapping[str, Any]], held_out: int) -> str:
     if not tested:
         return "not measured: no record was held out"
-    best = min(tested, key=lambda event: event["loss"])
-    named = {"first": tested[0], "best": best, "last": tested[-1]}
+    named = {"first": tested[0], "best": _best(tested), "last": tested[-1]}
     said = ", ".join(f"{event['loss']:.4f} at step {event['step']} ({name})" for name, event in named.items())
     return f"{said}; nats a token of {held_out:,} held-out records"

@@ -270,3 +270,12 @@ class Trainer:
             if self._checkpoints is not None and (latest := self._checkpoints.latest) is not None:
                 kept = self._checkpoints.path(latest)
             raise NonFiniteLossError(what, value, number, kept)
+
+
+def resumption(step: int, steps: int, *, resumed: bool) -> str:
+    """Where the run begins or goes on, in words."""
+    if not step:
+        return "no checkpoint yet: begins with step 1" if resumed else "begins with step 1"
+    if step == steps:
+        return f"all {steps} steps are done already"
+    return f"goes on after step {step} of {steps}, its last checkpoint"

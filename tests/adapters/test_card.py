@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from huggingface_hub import ModelCard
 from support import checkpoint, tiny
 
 from rora_theory import llama
-from rora_theory.adapters import BottleneckConfig, LoraConfig, PrefixConfig, init, rewrite_portable, save_peft
+from rora_theory.adapters import (
+    BottleneckConfig,
+    FullConfig,
+    LoraConfig,
+    PrefixConfig,
+    init,
+    rewrite_portable,
+    save_merged,
+    save_peft,
+)
 from rora_theory.adapters.card import HERE, Trained
 from rora_theory.llama.hub import Located
 
@@ -105,6 +115,31 @@ def test_the_portable_form_has_its_own_card(tmp_path) -> None:
     card = ModelCard.load(tmp_path / "b" / "README.md")
     assert rows(card)["scaling gamma"] == "alpha / r = 4 (`use_rslora` is false)"
     assert card.data.base_model == BUILT
+
+
+def test_a_merged_model_says_what_was_merged_into_what(base, tmp_path) -> None:
+    """By the function that writes an adapter's card; of trained weights there is no rank to name."""
+    model = llama.load(base)
+    model = replace(model, origin=Located(BUILT, base, BUILT, "c0ffee00"))
+    known = Trained([("training loss", "2.5 nats a token")], ["me/chats"], "mit")
+    adapter = LoraConfig(rank=4, alpha=8.0, rule="rora", target_modules=("q_proj",))
+    cards = {}
+    for name, config in (("lora", adapter), ("full", FullConfig(("q_proj",)))):
+        kept = init(jax.random.key(0), config, model.config, model.params)
+        save_merged(tmp_path / name, kept, model, trained=known)
+        cards[name] = ModelCard.load(tmp_path / name / "README.md")
+        assert llama.load(tmp_path / name).config == model.config
+    assert cards["lora"].data.to_dict() == {
+        "base_model": BUILT, "library_name": "transformers", "pipeline_tag": "text-generation", "license": "mit",
+        "datasets": ["me/chats"], "tags": [f"base_model:finetune:{BUILT}", "lora", "rslora", "rora-theory"],
+    }  # fmt: skip
+    assert f"# {BUILT} with a LoRA adapter of rank 4 merged in\n" in cards["lora"].text
+    alone = written(tmp_path / "a", model.origin, trained=known)
+    assert rows(cards["lora"]) == rows(alone), "base, rank, alpha, gamma, modules and losses"
+    assert f"# {BUILT}, trained in full\n" in cards["full"].text
+    unranked = {name: text for name, text in rows(alone).items() if name not in ("rank r", "alpha", "scaling gamma")}
+    assert rows(cards["full"]) == unranked
+    assert "PeftModel" not in cards["lora"].text + cards["full"].text
 
 
 @pytest.mark.slow

@@ -287,6 +287,56 @@ def test_the_adapter_has_a_model_card(whole, model, data):
     assert "adapter/README.md" not in json.loads((whole / "manifest.json").read_text())["files"], "free to be edited"
 
 
+def test_another_licence_is_written_to_the_cards_of_a_run_that_has_ended(model, data, tmp_path, monkeypatch):
+    """Of the adapter and of the merged model; what its owner wrote into a card stays where no licence is given."""
+    out = tmp_path / "run"
+    command = [*arguments(model, data, out, "--merge", "--serve-as", "portable"), "--steps", "2", "--warmup", "1"]
+    cards = [out / name / "README.md" for name in ("adapter", "merged")]
+    in_this_process(monkeypatch, [*command, "--license", "mit"])
+    texts = [card.read_text() for card in cards]
+    assert all("\nlicense: mit\n" in text for text in texts)
+    assert all("| training loss | " in text and "| rank r | 2 |" in text for text in texts)
+    weights = (out / "merged" / "model.safetensors").stat().st_mtime_ns
+    in_this_process(monkeypatch, [*command, "--license", "apache-2.0"])
+    assert [card.read_text() for card in cards] == [
+        text.replace("license: mit", "license: apache-2.0") for text in texts
+    ]
+    cards[0].write_text("my own words")
+    for more in ([], ["--license", "apache-2.0"]):
+        in_this_process(monkeypatch, [*command, *more])
+        assert cards[0].read_text() == "my own words"
+    assert (out / "merged" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_run_ends_with_its_figures_in_a_table(model, data, tmp_path, monkeypatch, capsys):
+    """And as JSON, those of the run's own files."""
+    out = tmp_path / "run"
+    command = [*arguments(model, data, out), "--steps", "3", "--warmup", "1", "--evaluate-every", "1"]
+    in_this_process(monkeypatch, command)
+    lines = capsys.readouterr().out.splitlines()
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps, tested = ([one for one in events if one["event"] == kind] for kind in ("step", "validation"))
+    best = min(tested, key=lambda one: one["loss"])
+    speed = sorted(one["targets"] / one["seconds"] for one in steps)[1]
+    expected = [
+        ("training loss, first", 1, steps[0]["loss"]),
+        ("training loss, mean of the last 3", 3, pytest.approx(np.mean([one["loss"] for one in steps]))),
+        ("validation loss, first", 1, tested[0]["loss"]),
+        ("validation loss, best", best["step"], best["loss"]),
+        ("validation loss, last", 3, tested[2]["loss"]),
+        ("tokens/s, median", None, speed),
+        ("trainable parameters", None, 288),
+    ]
+    table = "\n".join(lines[lines.index("The run in figures; losses in nats a token") :])
+    assert re.search(rf"validation loss, best +{best['step']} +{best['loss']:.4f}\b", table)
+    assert re.search(rf"tokens/s, median +{speed:,.0f}\n", table.replace(" \n", "\n"))
+    assert re.search(r"trainable parameters +288\b", table)
+    assert lines[-1].startswith("files in ") or table.index("files in ") > table.index("288")
+    in_this_process(monkeypatch, [*command, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert [tuple(row.values()) for row in told["tables"][-1]["rows"]] == expected
+
+
 @pytest.mark.slow
 def test_the_table_comes_before_the_training(whole):
     lines = (whole / "stdout").read_text().splitlines()

@@ -355,7 +355,7 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> N
             changed = replace(config, training=replace(own, **{field.name: value}))
             assert start("finetune", changed).identity != before, (method, field.name)
     for name, value in (("keep", "last"), ("merge", True)):
-        changed = replace(config, **{name: value})
+        changed = replace(config, output=replace(config.output, **{name: value}))
         assert start("finetune", changed).identity == start("finetune", config).identity
 
 
