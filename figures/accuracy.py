@@ -50,7 +50,7 @@ def draw(config: Config) -> Sequence[Path]:
     drawn = [name for name in style.METHODS if (best["method"] == name).any()]
     if base.empty or not drawn:
         style.fail(f"{config.run}: has no scored base and adapter; accepted is a run with both")
-    gained = frames.read(config.run / "differences.csv")
+    gained = frames.read_csv(config.run / "differences.csv")
     gained = gained[(gained["model"] == base["model"].iloc[0]) & (gained["rank"].isna() | (gained["rank"] == rank))]
     tasks = [task for task in TASKS if base[task].notna().iloc[0]]
     columns = [*tasks, "average"]

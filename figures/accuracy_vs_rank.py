@@ -93,7 +93,7 @@ def differences(config: Config, lines: dict[str, pd.DataFrame]) -> pd.DataFrame:
     path = config.run / "differences.csv"
     if not path.exists():
         return pd.DataFrame()
-    found = frames.read(path, accepted="the file of a finished run")
+    found = frames.read_csv(path, accepted="the file of a finished run")
     kinds = ("best",) if config.tuned else ("same", "own")
     found = found[(found["against"] == "lora") & found["rates"].isin(kinds)]
     if config.model is not None:

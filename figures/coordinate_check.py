@@ -38,7 +38,7 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Two figures: coordinate_check (sizes against the rank), coordinate_check_slopes (slopes against the step)."""
-    slopes = frames.read(config.run / "slopes.csv", accepted="the file of a finished run")
+    slopes = frames.read_csv(config.run / "slopes.csv", accepted="the file of a finished run")
     folder = config.out or config.run
     if not (config.run / "results.csv").exists():
         print(

@@ -26,7 +26,7 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """Left the best rates with the law's line from the first, right their exponents with its range."""
     style.read_frame(config.run, "horizon")
-    best, exponents = (frames.read(config.run / name) for name in ("best.csv", "exponents.csv"))
+    best, exponents = (frames.read_csv(config.run / name) for name in ("best.csv", "exponents.csv"))
     best = best[best["rank"].notna()]  # full fine-tuning has no gamma r
     exponents = exponents[exponents["over"] == "strength"]
     if exponents.empty:

@@ -49,7 +49,7 @@ def draw(config: Config) -> Sequence[Path]:
     folders = [cell for run in config.runs for cell in cells(run, config)]
     if config.labels and len(config.labels) != len(folders):
         style.fail(f"--labels has {len(config.labels)} names for {len(folders)} runs; accepted is one each")
-    found = [read(folder) for folder in folders]
+    found = [read_events(folder) for folder in folders]
     names = config.labels or names_of([settings for settings, _ in found])
     figure, axis = plt.subplots(figsize=(3.6, 2.8))
     words = "points: single batches; lines: their running mean"
@@ -87,7 +87,7 @@ def cells(run: Path, config: Config) -> list[Path]:
     return found
 
 
-def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Settings and events of a run or cell; a missing or damaged file ends the command. A last line cut off is left
     out."""
     cell = run / "cell.json"

@@ -34,7 +34,7 @@ def draw(config: Config) -> Sequence[Path]:
     """A column an optimizer: above the best rates with their slopes, below the losses at the largest rank."""
     manifest, rows = style.read_frame(config.run, "lr_transfer")
     accepted = "the file of a finished run"
-    bests, slopes = (frames.read(config.run / name, accepted=accepted) for name in ("best.csv", "slopes.csv"))
+    bests, slopes = (frames.read_csv(config.run / name, accepted=accepted) for name in ("best.csv", "slopes.csv"))
     optimizers = [name for name in style.OPTIMIZERS if name in set(bests["optimizer"])]
     rules = list(dict.fromkeys(bests["rule"]))
     figure, axes = plt.subplots(2, len(optimizers), figsize=(1.0 + 2.8 * len(optimizers), 6.4), squeeze=False)

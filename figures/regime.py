@@ -42,14 +42,14 @@ def draw(config: Config) -> Sequence[Path]:
         chosen = table[(table["split"] == config.split) & (table["init"] == init)]
         return chosen.assign(kind=chosen["module"].str.rpartition(".")[2])
 
-    rows, crossings = own(rows), own(frames.read(config.run / "crossing_ranks.csv", accepted=FINISHED))
+    rows, crossings = own(rows), own(frames.read_csv(config.run / "crossing_ranks.csv", accepted=FINISHED))
     if rows.empty or crossings.empty:
         style.fail(f"{config.run}: has no row of split {config.split} and init {init}; accepted are those of the run")
     out = config.out or config.run
     used = manifest["config"]
     rate = used["lr"] if "lr" in used else used["learning_rate"]  # its name in earlier runs
     path = config.run / "takeover.csv"
-    takeover = own(frames.read(path, accepted=FINISHED)) if path.exists() else None
+    takeover = own(frames.read_csv(path, accepted=FINISHED)) if path.exists() else None
     return [
         *_depth(crossings, config.split, out),
         *(_takeover(takeover, rate, config.split, out) if takeover is not None and len(takeover) else ()),

@@ -149,7 +149,7 @@ def read_frame(folder: Path, experiment: str | None = None) -> tuple[dict[str, A
     check_as_written(folder)
     accepted = "the file of a run folder"
     manifest = files.read_json(folder / "manifest.json", accepted=accepted)
-    found = frames.read(folder / "results.csv", accepted=accepted)
+    found = frames.read_csv(folder / "results.csv", accepted=accepted)
     if not isinstance(manifest, dict):
         fail(f"{folder}/manifest.json: is damaged; accepted is {accepted}")
     if experiment is not None and manifest.get("experiment") != experiment:

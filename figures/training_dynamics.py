@@ -41,7 +41,7 @@ def draw(config: Config) -> Sequence[Path]:
     chosen = rows[(rows["model"] == config.model) & (rows["start"] == config.start)]
     if chosen.empty:
         style.fail(f"{config.run}: has no {config.model} with {config.start} random at the start")
-    fits = frames.read(config.run / "exponents.csv", accepted="the file of a finished run")
+    fits = frames.read_csv(config.run / "exponents.csv", accepted="the file of a finished run")
     where = (fits[["model", "start", "range"]] == [config.model, config.start, "all"]).all(axis=1)
     fits = fits[where & (fits["step"] > 0)]
     name = f"training_dynamics_{config.model}_{config.start}"

@@ -67,7 +67,7 @@ def to_csv(frame: "pd.DataFrame") -> str:
     return frame.to_csv(index=False, lineterminator="\n")
 
 
-def read(
+def read_csv(
     path: Path,
     columns: Sequence[str] | None = None,
     *,

@@ -54,7 +54,7 @@ class Config:
 def run(config: Config) -> None:
     """Run every cell that an earlier part of the run left, fit, judge, print."""
     started, checked, runner = time.monotonic(), config.check, config.cluster.runner()
-    read = prompts.read(
+    read = prompts.read_inputs(
         config.data, config.model, config.reading, template=config.records.template, revision=config.revision
     )
     chosen = replace(config.records, template=read.template)

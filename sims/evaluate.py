@@ -119,7 +119,7 @@ def identity(config: Config, data: dict[str, str], model: Model) -> dict[str, An
         del plain[name]
     plain |= asdict(config.scoring()) | model.origin.identity()
     if config.adapter is not None:
-        plain["adapter_sha256"] = adapters.digest(config.adapter)
+        plain["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     return plain | {"data": data}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from rora_theory import adapters, frames, llama
-from rora_theory.data.records import DataConfig, read
+from rora_theory.data.records import DataConfig, read_record_set
 from rora_theory.errors import InputError
 from rora_theory.finetune import (
     FinetuneConfig,
@@ -72,8 +72,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_integer("fsdp", self.fsdp)
-        trackers.check(self.log_to)
-        self.output.check(self.training)
+        trackers.check_tracker(self.log_to)
+        self.output.check_training(self.training)
 
 
 def run(config: Config) -> None:
@@ -89,7 +89,7 @@ def run(config: Config) -> None:
     quiet_writers()
     if (first := distributed.is_first()) and config.out is not None:
         check_free(config.out)
-    found = read(config.data, config.reading)
+    found = read_record_set(config.data, config.reading)
     training = replace(config.training, template=found.template(config.training.template))
     split(found.records, training.held_out, training.seed)  # too few are refused before the weights are read
     origin = llama.locate(config.model, config.revision)

@@ -86,7 +86,7 @@ def run(config: Config) -> None:
     """Measure, or go on with, a run; exit status 1 where the judge finds that the law fails."""
     started, runner = time.monotonic(), config.cluster.runner()
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
-    read = prompts.read(config.data, config.model, config.reading, **options)
+    read = prompts.read_inputs(config.data, config.model, config.reading, **options)
     model, seed = read.model, config.measured.seed
     if config.adapter is not None:
         model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
@@ -100,7 +100,7 @@ def run(config: Config) -> None:
     if read.template != "train":
         identity["template"] = read.template
     if config.adapter is not None:
-        identity["adapter_sha256"] = adapters.digest(config.adapter)
+        identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(read.places)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])

@@ -95,7 +95,7 @@ def report(config: Config, found: Advice, targets: str | list[str], thin: str) -
         tables.print_text(f"\n{found.whole_model()} --check takes the steps.")
 
 
-def check(config: Config, found: Advice, targets: str | list[str]) -> None:
+def take_first_steps(config: Config, found: Advice, targets: str | list[str]) -> None:
     """Take the first real step of every candidate, and report its size against the tuned one's.
 
     Raises:
@@ -111,7 +111,7 @@ def check(config: Config, found: Advice, targets: str | list[str]) -> None:
         ) from error
 
     runner, seed = config.cluster.runner(), config.seed
-    read = prompts.read(config.check[1:], config.check[0], config.reading)
+    read = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
     size = record_batches.PairConfig(config.batch_size, config.batch_size)
     pair = record_batches.pair(size, **read.texts(), seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
@@ -155,7 +155,7 @@ def run(config: Config) -> None:
     found, targets, thin = advise(config)
     report(config, found, targets, thin)
     if config.check:
-        check(config, found, targets)
+        take_first_steps(config, found, targets)
 
 
 main = cli.command(Config, run, __doc__)

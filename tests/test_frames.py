@@ -17,7 +17,7 @@ TABLES = sorted(path for path in PUBLISHED.glob("*/*.csv") if not path.name.star
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_published_table_is_written_again_to_the_byte(path: Path) -> None:
     text = path.read_text()
-    assert frames.to_csv(frames.read(path, text.splitlines()[0].split(","))) == text
+    assert frames.to_csv(frames.read_csv(path, text.splitlines()[0].split(","))) == text
 
 
 def test_floats_are_written_as_python_does_and_read_to_the_bit(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_floats_are_written_as_python_does_and_read_to_the_bit(tmp_path: Path) -
     text = frames.to_csv(pd.DataFrame({"value": values}))
     assert text.splitlines() == ["value", *map(repr, values)]
     (tmp_path / "a.csv").write_text(text)
-    assert frames.read(tmp_path / "a.csv")["value"].tolist() == values
+    assert frames.read_csv(tmp_path / "a.csv")["value"].tolist() == values
 
 
 def test_rows_become_a_frame_of_the_asked_columns(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_rows_become_a_frame_of_the_asked_columns(tmp_path: Path) -> None:
     text = 'loss,rank,rule,control,said,none\n0.5,8,0.25,True,"a, ""b""",\n,,0.5,False,,\n,16,1,True,,\n'
     assert frames.to_csv(frame) == text
     (tmp_path / "a.csv").write_text(text)
-    again = frames.read(tmp_path / "a.csv", columns)
+    again = frames.read_csv(tmp_path / "a.csv", columns)
     assert frames.to_csv(again) == text
     assert again["rule"].tolist() == ["0.25", "0.5", "1"]
     assert again["rank"].isna().tolist() == [False, True, False]
@@ -74,9 +74,9 @@ def test_a_damaged_table_is_named(tmp_path: Path, content: bytes, said: str) -> 
     path = tmp_path / "a.csv"
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"a\.csv: {said}"):
-        frames.read(path, ["a", "b"])
+        frames.read_csv(path, ["a", "b"])
 
 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.csv: no such file; accepted is a run's table"):
-        frames.read(tmp_path / "a.csv", accepted="a run's table")
+        frames.read_csv(tmp_path / "a.csv", accepted="a run's table")

@@ -17,7 +17,7 @@ from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from rora_theory.adapters.full import FullAdapter, FullConfig
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, norms
 from rora_theory.adapters.merged import merged, save_merged
-from rora_theory.adapters.peft import digest, load_peft, rewrite_portable, save_peft
+from rora_theory.adapters.peft import adapter_digest, load_peft, rewrite_portable, save_peft
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
     "PrefixAdapter",
     "PrefixConfig",
     "TrainableAdapter",
+    "adapter_digest",
     "count",
-    "digest",
     "init",
     "load_peft",
     "merge",

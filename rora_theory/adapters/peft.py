@@ -201,7 +201,7 @@ def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params:
     return assemble_lora(config, targets, tensors)
 
 
-def digest(folder: str | os.PathLike[str]) -> str:
+def adapter_digest(folder: str | os.PathLike[str]) -> str:
     """The SHA-256 of an adapter, see `digests.of_files`: of the two files that `load_peft` reads.
 
     Raises:

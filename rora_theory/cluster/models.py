@@ -16,7 +16,7 @@ class LackingError(InputError):
 
     Attributes:
       source: where they are on the machine that asked for it.
-      sha256: `rora_theory.llama.identity.digest` of them.
+      sha256: `rora_theory.llama.identity.model_digest` of them.
     """
 
     def __init__(self, source: Path, sha256: str) -> None:

@@ -31,7 +31,16 @@ from rora_theory.scaling import check_integer
 if TYPE_CHECKING:  # it needs Jinja, which records do not
     from rora_theory.data.chat import ChatTemplate
 
-__all__ = ["AnyRecord", "DataConfig", "FormatConfig", "Record", "RecordSet", "read", "read_records", "records_digest"]
+__all__ = [
+    "AnyRecord",
+    "DataConfig",
+    "FormatConfig",
+    "Record",
+    "RecordSet",
+    "read_record_set",
+    "read_records",
+    "records_digest",
+]
 
 ACCEPTED = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
 
@@ -159,7 +168,7 @@ class RecordSet:
         return f"records: {listed} ({how})"
 
 
-def read(sources: Sequence[str | Path], config: FormatConfig | None = None) -> RecordSet:
+def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None = None) -> RecordSet:
     """The records of several sources, in order.
 
     Args:
@@ -196,8 +205,8 @@ def read(sources: Sequence[str | Path], config: FormatConfig | None = None) -> R
 
 
 def read_records(sources: Sequence[str | Path], config: FormatConfig | None = None) -> list[AnyRecord]:
-    """The records alone that `read` reads."""
-    return read(sources, config).records
+    """The records alone that `read_record_set` reads."""
+    return read_record_set(sources, config).records
 
 
 def _recognised(where: str, value: dict[str, Any], config: FormatConfig) -> tuple[FormatName, list[FormatName]]:

@@ -33,7 +33,7 @@ class OutputConfig:
     serve_as: Literal["peft", "portable"] = "peft"
     """how to write adapter/: with all of PEFT's entries, or so that clients that know fewer compute the same too"""
 
-    def check(self, training: FinetuneConfig) -> None:
+    def check_training(self, training: FinetuneConfig) -> None:
         """Raise `InputError` where what is trained can't be written so."""
         method, mergeable = training.method, training.adapter().mergeable
         if self.merge and not mergeable:

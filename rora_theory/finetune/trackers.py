@@ -74,7 +74,7 @@ def values(event: Event) -> dict[str, float]:
     }
 
 
-def check(name: TrackerName | None) -> None:
+def check_tracker(name: TrackerName | None) -> None:
     """Raise `InputError` where a tracker's package is not installed."""
     if name == "tensorboard" and _writer() is None:
         raise _missing(name, "tensorboardX (or torch and tensorboard)")
@@ -96,9 +96,9 @@ def track(
       step: steps taken already: what an earlier part of the run logged after them is done again, and shown once.
 
     Raises:
-      InputError: as `check`.
+      InputError: as `check_tracker`.
     """
-    check(name)
+    check_tracker(name)
     if name == "tensorboard":
         kind = importlib.import_module(_writer() or "").SummaryWriter
         # A name of its own: files are told apart by the second, and a run may go on within one.

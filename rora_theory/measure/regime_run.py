@@ -98,7 +98,7 @@ def read_regime_run(
     if problem is not None:
         raise InputError(f"{problem}; accepted is the run as sims.regime wrote it")
     wanted = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
-    rows = frames.read(path, CROSSING_COLUMNS)
+    rows = frames.read_csv(path, CROSSING_COLUMNS)
     rows = rows[(rows[list(wanted)] == list(wanted.values())).all(axis=1)]
     found = {}
     for index, module, term in rows[["module", "linear_term"]].itertuples():

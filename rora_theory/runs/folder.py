@@ -40,7 +40,7 @@ def check_free(path: Path) -> None:
       InputError: it is another process's, which is named.
     """
     if path.resolve() not in _open:
-        lock.check(path)
+        lock.check_unowned(path)
 
 
 def end_all(status: str, error: str | None = None, *, but: int = 0) -> None:

@@ -30,7 +30,7 @@ def take(folder: Path) -> int:
     return descriptor
 
 
-def check(folder: Path) -> None:
+def check_unowned(folder: Path) -> None:
     """Raise `InputError` where another process owns a folder, which is left as it is."""
     if (folder / LOCK).is_file():
         os.close(_hold(folder))

@@ -191,7 +191,7 @@ def read_takeovers(folder: Path) -> list[float]:
       InputError: no such table, or none of it held out.
     """
     path = folder / "takeover.csv"
-    found = frames.read(path)
+    found = frames.read_csv(path)
     own = found[(found["init"] == "kaiming_uniform") & (found["split"] == "heldout")]
     if own.empty:
         raise InputError(f"{path}: has no held-out row of kaiming_uniform; accepted is a run of sims.regime")

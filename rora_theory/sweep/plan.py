@@ -38,7 +38,7 @@ class SweepConfig:
     """
 
     data: tuple[str, ...] = ()
-    """training files, as `rora_theory.data.records.read` takes them"""
+    """training files, as `rora_theory.data.records.read_record_set` takes them"""
     reading: DataConfig = field(default_factory=DataConfig)
     design: Literal["grid", "fixed_alpha", "alpha_2r", "tuned_rate", "fig1", "fig3", "table1", "table2"] = "grid"
     """fixed_alpha: alpha the same at every rank; alpha_2r: alpha = 2 r; tuned_rate: the best of several learning rates

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rora_theory.data.formats import AnyRecord, question, records_digest
-from rora_theory.data.records import DataConfig, RecordSet, read
+from rora_theory.data.records import DataConfig, RecordSet, read_record_set
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer
 from rora_theory.seeds import check_seed
@@ -56,7 +56,7 @@ def draw_records(
     """Held-out and training records, seeded, no instruction (see `formats.question`) in both.
 
     Args:
-      data: training files, as `rora_theory.data.records.read` takes them.
+      data: training files, as `rora_theory.data.records.read_record_set` takes them.
       held_out: how many records to set aside.
       train_records: how many of the others; None is all.
       shares: what each file gives to both.
@@ -71,7 +71,7 @@ def draw_records(
     if train_records is not None:
         check_integer("train_records", train_records)
     check_seed(seed, "data_seed")
-    found = read(data, config)
+    found = read_record_set(data, config)
     for source, (name, _) in zip(data, found.formats, strict=True):
         if name == "text":
             raise InputError(

@@ -151,13 +151,13 @@ def read_losses(path: Path) -> pd.DataFrame:
     Raises:
       InputError: the file is missing or damaged.
     """
-    found = frames.read(path, LOSS_COLUMNS, accepted=ACCEPTED)
+    found = frames.read_csv(path, LOSS_COLUMNS, accepted=ACCEPTED)
     return _numbers(path, found, ("tokens", "answer_tokens"), ("loss", "answer_loss"))
 
 
 def read_answers(path: Path) -> pd.DataFrame:
     """Of a cell's `ANSWERS`, `ANSWER_COLUMNS`. Raises `InputError` as `read_losses`."""
-    return _numbers(path, frames.read(path, ANSWER_COLUMNS, accepted=ACCEPTED), ("correct",))
+    return _numbers(path, frames.read_csv(path, ANSWER_COLUMNS, accepted=ACCEPTED), ("correct",))
 
 
 def _numbers(path: Path, frame: pd.DataFrame, whole: Sequence[str], real: Sequence[str] = ()) -> pd.DataFrame:

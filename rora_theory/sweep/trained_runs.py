@@ -52,7 +52,7 @@ def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validatio
     """
     path = folder / "results.csv"
     _check(folder)
-    rows = frames.read(path, accepted="a folder of sims.rank_sweep")
+    rows = frames.read_csv(path, accepted="a folder of sims.rank_sweep")
     column = {"validation": "validation_loss", "answer": "answer_loss"}[loss]
     missing = [name for name in (*NEEDED, column) if name not in rows]
     if missing:

@@ -96,7 +96,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
     if {"-h", "--help"} & set(words):
         return _parse(config, words, description)
     known = options.of(config)
-    options.check(words, known)
+    options.check_words(words, known)
     words, file = options.expand(words, known)
     try:
         found = _parse(config, words, description)

@@ -54,7 +54,7 @@ def of(config: type) -> dict[str, Any]:
     return found
 
 
-def check(words: Sequence[str], known: Mapping[str, Any]) -> None:
+def check_words(words: Sequence[str], known: Mapping[str, Any]) -> None:
     """Refuse spellings of earlier versions: options that were renamed, and flags with a value.
 
     Raises:
@@ -73,7 +73,7 @@ def check(words: Sequence[str], known: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is a flag and takes no {value!r}; accepted are --{option} and --no-{option}")
 
 
-class Read(typing.NamedTuple):
+class FileOptions(typing.NamedTuple):
     """The words that a file's options are, and where they stand."""
 
     path: Path
@@ -87,13 +87,13 @@ class Read(typing.NamedTuple):
         return message
 
 
-def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], Read]:
+def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], FileOptions]:
     """A command line with ``--config FILE`` replaced by the options in it that the words don't give themselves.
 
     Raises:
       InputError: a file that is no mapping of options in YAML, or a key that is none; names the file and the key.
     """
-    read = Read(Path(), {})
+    read = FileOptions(Path(), {})
     rest, given = list(words), {word[2:].partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"}
     for place, word in enumerate(words):
         name, equals, path = word.partition("=")
@@ -107,7 +107,7 @@ def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], R
     return rest + [word for part in read.words.values() for word in part], read
 
 
-def _read(path: Path, known: Mapping[str, Any]) -> Read:
+def _read(path: Path, known: Mapping[str, Any]) -> FileOptions:
     accepted = "a YAML file of options by their names"
     try:
         text = files.read_text(path, accepted=accepted)
@@ -119,7 +119,7 @@ def _read(path: Path, known: Mapping[str, Any]) -> Read:
     if not isinstance(entries, dict):
         raise InputError(f"{path}: holds {shown(entries)}; accepted is {accepted}")
     options = [str(key.value).replace("_", "-") for key, _ in yaml.compose(text).value]
-    read = Read(path, {})
+    read = FileOptions(path, {})
     for key, value in entries.items():
         option = str(key).replace("_", "-")
         if options.count(option) > 1:  # the parser would take the last

@@ -18,7 +18,7 @@ KEPT = 3
 """Prompts that every run keeps."""
 
 
-class Read(NamedTuple):
+class Inputs(NamedTuple):
     """Records, and the model that they go into.
 
     Attributes:
@@ -42,7 +42,7 @@ class Read(NamedTuple):
         return texts | {"template": self.template, "chat": self.chat}
 
 
-def read(
+def read_inputs(
     data: Sequence[str],
     model: str,
     config: DataConfig | None = None,
@@ -50,15 +50,15 @@ def read(
     template: str | None = None,
     dtype: str = "float32",
     revision: str | None = None,
-) -> Read:
+) -> Inputs:
     """Read records, then a model, which takes longer, and tell what was read. Raises `InputError` as they do."""
-    found = training_records.read(data, config)
+    found = training_records.read_record_set(data, config)
     chosen = found.template(template)
     places = devices.pick(1)
     loaded = llama.load(model, dtype, revision)
     cli.tell(loaded.remarks)
     tell(found, chosen)
-    return Read(found, chosen, loaded, found.chat(loaded.tokenizer, chosen), places)
+    return Inputs(found, chosen, loaded, found.chat(loaded.tokenizer, chosen), places)
 
 
 def tell(found: RecordSet, template: str | None) -> None:

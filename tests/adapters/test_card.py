@@ -61,7 +61,7 @@ def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
     card = written(tmp_path / "a", Located(BUILT, base, BUILT, "c0ffee00"))
     assert rows(card) == {
         "base model": f"`{BUILT}`", "its commit": "`c0ffee00`", "its weights": "safetensors, not quantised (F32)",
-        "their SHA-256": f"`{llama.digest(base)}`", "rank r": "4", "alpha": "8",
+        "their SHA-256": f"`{llama.model_digest(base)}`", "rank r": "4", "alpha": "8",
         "scaling gamma": "alpha / sqrt(r) = 4 (`use_rslora` is true)", "modules": "`q_proj`",
     }  # fmt: skip
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", revision="c0ffee00")' in card.text

@@ -24,7 +24,7 @@ def content(out: Path) -> dict[str, str]:
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name = str(path.relative_to(out))
         if name == "results.csv":
-            rows = frames.read(path)
+            rows = frames.read_csv(path)
             found[name] = frames.to_csv(rows.drop(columns=[column for column in rows if "seconds" in column]))
         elif name not in ("manifest.json", ".lock"):
             found[name] = MEASURED.sub("", path.read_text())

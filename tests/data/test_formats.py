@@ -9,7 +9,7 @@ from support.hub import serving
 from rora_theory.data import hub_files
 from rora_theory.data.formats import FORMATS, Chat, Record, Text, question, records_digest
 from rora_theory.data.hub_files import Part
-from rora_theory.data.records import DataConfig, read
+from rora_theory.data.records import DataConfig, read_record_set
 from rora_theory.errors import InputError
 
 MESSAGES = [{"role": "user", "content": "Ähm?"}, {"role": "assistant", "content": "Yes."}]
@@ -46,34 +46,34 @@ def write(path, rows):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_in_every_file_is_recognised(tmp_path, name, suffix):
     source = write(tmp_path / f"x.{suffix}", [ROWS[name] | {"id": 3}] * 2)
-    found = read([source])
+    found = read_record_set([source])
     assert found.records == [RECORDS[name]] * 2
     assert found.formats == ((name, 2),)
     assert found.template(None) == TEMPLATES[name]
     assert found.template("clean") == "clean"
     assert found.said == f"records: 2 as {name} (told by the first record's keys; --format names another)"
     assert found.notes == ()
-    assert read([source], DataConfig(format=name)).records == found.records
+    assert read_record_set([source], DataConfig(format=name)).records == found.records
 
 
 def test_names_of_their_own(tmp_path):
     own = {"question": "Q", "context": None, "reply": "A", "text": "T"}
     source = write(tmp_path / "x.parquet", [own, own | {"context": "C"}])
     config = DataConfig(fields={"instruction": "question", "input": "context", "output": "reply"})
-    found = read([source], config)
+    found = read_record_set([source], config)
     assert found.records == [Record("Q", "A"), Record("Q", "A", "C")]
     assert found.notes == (f"{source}: read as alpaca; it fits text as well (--format)",)
-    assert read([source], DataConfig(fields={"prompt": "question", "response": "reply"})).formats == (
+    assert read_record_set([source], DataConfig(fields={"prompt": "question", "response": "reply"})).formats == (
         ("prompt-response", 2),
     )
     source = write(tmp_path / "both.json", [{"question": "Q", "reply": "A"} | ROWS["alpaca"]])
-    assert read([source], DataConfig(fields={"prompt": "question", "response": "reply"})).formats[0][0] == (
+    assert read_record_set([source], DataConfig(fields={"prompt": "question", "response": "reply"})).formats[0][0] == (
         "prompt-response"
     )
     turns = [{"who": "user", "said": "Ähm?"}, {"who": "assistant", "said": "Yes."}]
     source = write(tmp_path / "x.json", [{"conversations": turns}])
     fields = {"messages": "conversations", "role": "who", "content": "said"}
-    found = read([source], DataConfig(fields=fields))
+    found = read_record_set([source], DataConfig(fields=fields))
     assert found.records == [RECORDS["messages"]]
     assert found.formats == (("messages", 1),)
 
@@ -82,57 +82,57 @@ def test_a_chats_further_keys_reach_the_template(tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}
     tools = [{"name": "weather"}]
     row = {"messages": [*MESSAGES, call, {"role": "tool", "content": "sun", "name": "weather"}], "tools": tools}
-    (chat,) = read([write(tmp_path / "x.json", [row])]).records
+    (chat,) = read_record_set([write(tmp_path / "x.json", [row])]).records
     assert chat.messages[2] == {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
     assert chat.messages[3]["name"] == "weather"
     assert chat.tools == tuple(tools)
     said = {"conversations": SHAREGPT, "system": "Be brief."}
-    (chat,) = read([write(tmp_path / "y.json", [said])]).records
+    (chat,) = read_record_set([write(tmp_path / "y.json", [said])]).records
     assert chat.messages == ({"role": "system", "content": "Be brief."}, *MESSAGES)
 
 
 def test_a_prompt_of_several_turns_is_context(tmp_path):
     """TRL's: the assistant's turns in the prompt are given, and the record says so."""
     row = {"prompt": [*MESSAGES, {"role": "user", "content": "Sure?"}], "completion": [MESSAGES[1]], "tools": [{}]}
-    (chat,) = read([write(tmp_path / "x.json", [row])]).records
+    (chat,) = read_record_set([write(tmp_path / "x.json", [row])]).records
     assert chat == Chat((*row["prompt"], MESSAGES[1]), ({},), context=3)
     assert records_digest([chat]) != records_digest([Chat(chat.messages, chat.tools)])
     with pytest.raises(InputError, match=r"record 0 has no turn of the assistant in 'completion'"):
-        read([write(tmp_path / "y.json", [row | {"completion": MESSAGES[:1]}])])
+        read_record_set([write(tmp_path / "y.json", [row | {"completion": MESSAGES[:1]}])])
     with pytest.raises(InputError, match=r"record 0 has a list as 'completion'; accepted is a string"):
-        read([write(tmp_path / "z.json", [row | {"prompt": "Sure?"}])])
+        read_record_set([write(tmp_path / "z.json", [row | {"prompt": "Sure?"}])])
 
 
 def test_the_parts_of_a_message_are_one_text(tmp_path):
     """OpenAI's lists of parts; a picture is none that a text model reads."""
     parts = [{"type": "text", "text": "Ähm"}, {"type": "input_text", "text": "?"}]
     source = write(tmp_path / "x.jsonl", [{"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}])
-    assert read([source]).records == [RECORDS["messages"]]
+    assert read_record_set([source]).records == [RECORDS["messages"]]
     picture = {"type": "image_url", "image_url": {"url": "x.png"}}
     source = write(tmp_path / "y.jsonl", [{"messages": [{"role": "user", "content": [*parts, picture]}, MESSAGES[1]]}])
     with pytest.raises(InputError, match=r"line 1: messages 0 has a part of type 'image_url' in 'content' at 2; acc"):
-        read([source])
+        read_record_set([source])
     thought = {"type": "thinking", "text": "Hm."}
     source = write(tmp_path / "z.jsonl", [{"messages": [MESSAGES[0], MESSAGES[1] | {"content": [thought, *parts]}]}])
     with pytest.raises(InputError, match="messages 1 has a part of type 'thinking'"):
-        read([source])
+        read_record_set([source])
 
 
 def test_what_no_template_can_read_is_refused(tmp_path):
     late = [MESSAGES[0] | {"sent": pd.Timestamp("2026-01-31")}, MESSAGES[1] | {"sent": pd.Timestamp("2026-01-31")}]
     with pytest.raises(InputError, match=r"row 0: messages 0 has a \w+ in 'sent'; accepted are values that JSON has"):
-        read([write(tmp_path / "x.parquet", [{"messages": late}])])
+        read_record_set([write(tmp_path / "x.parquet", [{"messages": late}])])
 
 
 def test_lines_under_the_name_of_json_and_plain_lines(tmp_path):
     (tmp_path / "x.json").write_text('{"text": "a"}\n\n{"text": "b"}\n')
     (tmp_path / "x.txt").write_text("one\n\ntwo\n")
-    found = read([str(tmp_path / "x.json"), str(tmp_path / "x.txt")])
+    found = read_record_set([str(tmp_path / "x.json"), str(tmp_path / "x.txt")])
     assert found.records == [Text("a"), Text("b"), Text("one"), Text("two")]
 
 
 def test_formats_that_differ_ask_for_a_template(tmp_path):
-    data = read([write(tmp_path / f"{name}.json", [ROWS[name]]) for name in ("alpaca", "messages")])
+    data = read_record_set([write(tmp_path / f"{name}.json", [ROWS[name]]) for name in ("alpaca", "messages")])
     with pytest.raises(InputError, match=r"template is not given, .*: alpaca \(train\), messages \(chat\); acc"):
         data.template(None)
     assert data.template("chat") == "chat"
@@ -162,19 +162,19 @@ def test_formats_that_differ_ask_for_a_template(tmp_path):
 def test_a_bad_chat_is_named_by_place_and_key(tmp_path, name, row, message):
     source = write(tmp_path / name, [ROWS["messages"], row])
     with pytest.raises(InputError, match=message) as caught:
-        read([source])
+        read_record_set([source])
     assert "\n" not in str(caught.value)
 
 
 def test_who_speaks_and_what_fits_nothing_is_named(tmp_path):
     rows = [{"conversations": [*SHAREGPT, {"from": "narrator", "value": "..."}]}]
     with pytest.raises(InputError, match=r"conversations 2 has 'narrator' as 'from'; accepted are human, user, gpt"):
-        read([write(tmp_path / "x.json", rows)])
+        read_record_set([write(tmp_path / "x.json", rows)])
     fits_nothing = r"y\.json: record 0 has the keys 'q', 'a'; accepted are messages \(messages\), .* --fields"
     with pytest.raises(InputError, match=fits_nothing):
-        read([write(tmp_path / "y.json", [{"q": "1", "a": "2"}])])
+        read_record_set([write(tmp_path / "y.json", [{"q": "1", "a": "2"}])])
     with pytest.raises(InputError, match=r"y\.json: record 0 has no 'text'; its keys are 'q', 'a'"):
-        read([str(tmp_path / "y.json")], DataConfig(format="text"))
+        read_record_set([str(tmp_path / "y.json")], DataConfig(format="text"))
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_bad_options_are_refused(options, message):
 def test_what_is_no_parquet_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more PAR1")
     with pytest.raises(InputError, match=r"x\.parquet: is not Parquet \(.*\); accepted is a \.json, ") as caught:
-        read([tmp_path / "x.parquet"])
+        read_record_set([tmp_path / "x.parquet"])
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"is a folder; accepted is a \.json.*FOLDER:SPLIT"):
-        read([tmp_path])
+        read_record_set([tmp_path])
 
 
 def test_digests_tell_records_and_not_places():
@@ -269,13 +269,13 @@ def test_a_split_of_a_folder(tmp_path):
     write(tmp_path / "en" / "train-2.jsonl", [ROWS["text"] | {"text": "2"}])
     write(tmp_path / "en" / "test.jsonl", [ROWS["text"]])
     for name in (f"{tmp_path}:train", f"{tmp_path}/en:train", f"{tmp_path / 'en'}:train"):
-        assert read([name]).records == [RECORDS["text"], Text("2")]
+        assert read_record_set([name]).records == [RECORDS["text"], Text("2")]
     write(tmp_path / "en" / "a:train", [ROWS["text"]])
     assert hub_files.part_of(str(tmp_path / "en" / "a:train")) is None
     assert hub_files.part_of(str(tmp_path / "none:train")) == Part(str(tmp_path), "none", "train")
     (tmp_path / "en" / "test.jsonl").write_text('{"text": 3}')
     with pytest.raises(InputError, match=r"en/test\.jsonl: line 1 has a number as 'text'"):
-        read([f"{tmp_path}:test"])
+        read_record_set([f"{tmp_path}:test"])
 
 
 def test_a_split_of_the_hub(tmp_path, monkeypatch):
@@ -300,22 +300,22 @@ def test_a_split_of_the_hub(tmp_path, monkeypatch):
             monkeypatch.setattr(constants, name, now)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        assert read(["hf://datasets/them/set:train"]).records == [RECORDS["messages"]] * 2
+        assert read_record_set(["hf://datasets/them/set:train"]).records == [RECORDS["messages"]] * 2
         assert not [path for path in server.asked if "de/" in path]
-        assert len(read(["hf://datasets/them/set/german:train"]).records) == 1
-        assert len(read(["hf://datasets/them/set@v1:train"]).records) == 3
-        assert read(["hf://datasets/them/tables:train"]).records == [RECORDS["text"]]
-        assert len(read(["hf://datasets/them/set/en/a.jsonl"]).records) == 1
+        assert len(read_record_set(["hf://datasets/them/set/german:train"]).records) == 1
+        assert len(read_record_set(["hf://datasets/them/set@v1:train"]).records) == 3
+        assert read_record_set(["hf://datasets/them/tables:train"]).records == [RECORDS["text"]]
+        assert len(read_record_set(["hf://datasets/them/set/en/a.jsonl"]).records) == 1
         with pytest.raises(
             InputError, match=r"hf://datasets/them/none: cannot be listed \(.*\); accepted is a data set"
         ):
-            read(["hf://datasets/them/none:train"])
+            read_record_set(["hf://datasets/them/none:train"])
         with pytest.raises(InputError, match=r"a\.jsonl: line 1 has no 'text'; its keys are 'messages'"):
-            read(["hf://datasets/them/set:train"], DataConfig(format="text"))
+            read_record_set(["hf://datasets/them/set:train"], DataConfig(format="text"))
     # The server is gone: what the cache has is read, and what it hasn't is refused.
-    assert len(read(["hf://datasets/them/set@v1:train"]).records) == 3
+    assert len(read_record_set(["hf://datasets/them/set@v1:train"]).records) == 3
     with pytest.raises(InputError, match="cannot be listed"):
-        read(["hf://datasets/them/more:train"])
+        read_record_set(["hf://datasets/them/more:train"])
 
 
 def test_the_names_of_splits():

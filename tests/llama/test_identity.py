@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 def told(source):
     """None where an index is no index any more."""
     try:
-        return llama.digest(source)
+        return llama.model_digest(source)
     except InputError:
         return None
 
@@ -32,7 +32,7 @@ def test_every_byte_of_every_file_that_is_read_counts(folder, tmp_path):
     save_hf(tmp_path / "sharded", model.params, model.config, tokenizer_from=folder, shard_bytes=4000)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
     for source in (folder, tmp_path / "sharded"):
-        found = llama.digest(source)
+        found = llama.model_digest(source)
         files = sorted(source.iterdir())
         assert found == digests.of_files(files)
         for file in files:
@@ -41,7 +41,7 @@ def test_every_byte_of_every_file_that_is_read_counts(folder, tmp_path):
                 file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
                 assert told(source) != found, (file, at)
             file.write_bytes(whole)
-        assert llama.digest(source) == found
+        assert llama.model_digest(source) == found
 
 
 def test_what_is_not_read_does_not_count(folder, tmp_path):
@@ -49,10 +49,10 @@ def test_what_is_not_read_does_not_count(folder, tmp_path):
     shutil.copytree(folder, copy)
     save_hf(tmp_path / "sharded", *unpacked(folder), tokenizer_from=folder, shard_bytes=4000)
     for own in (copy, tmp_path / "sharded"):
-        before = llama.digest(own)
+        before = llama.model_digest(own)
         for name in ("README.md", "training_args.json", "pytorch_model.bin", "consolidated.safetensors"):
             (own / name).write_bytes(b"text")
-        assert llama.digest(own) == before
+        assert llama.model_digest(own) == before
 
 
 def unpacked(folder):
@@ -78,7 +78,7 @@ def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
     """A built-in name may be the hub's weights or 4-bit blocks made from them: which, in a sentence and in numbers."""
     whole = Located("org/hf", folder, "org/hf", "c0ffee00")
     made = Located("org", quantised(tmp_path / "m.gguf"), "org/hf")
-    digests_of = {whole: llama.digest(folder), made: llama.digest(made.path)}
+    digests_of = {whole: llama.model_digest(folder), made: llama.model_digest(made.path)}
     assert whole.sentence == (
         f"model org/hf: safetensors, not quantised (F32), org/hf at c0ffee0; sha256 {digests_of[whole][:12]}"
     )
@@ -96,11 +96,11 @@ def test_a_model_says_how_its_weights_are_stored(folder, tmp_path):
 def test_a_gguf_file_is_its_own_bytes(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"weights")
-    assert llama.digest(path) == digests.of_file(path)
+    assert llama.model_digest(path) == digests.of_file(path)
 
 
 def test_a_model_is_known_by_its_name_its_commit_and_its_content(folder, monkeypatch):
-    content = llama.digest(folder)
+    content = llama.model_digest(folder)
     assert llama.locate(folder).identity() == {"model": "hf", "commit": None, "model_sha256": content}
     monkeypatch.chdir(folder)
     assert llama.locate(".").identity()["model"] == "hf"

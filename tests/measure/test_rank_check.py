@@ -227,7 +227,9 @@ def published() -> tuple[CheckConfig, pd.DataFrame]:
     used = json.loads((folder / "manifest.json").read_text())["config"]
     names = ("band", "controls", "inits", "optimizers", "ranks", "rules", "steps")
     settings = {name: tuple(used[name]) if isinstance(used[name], list) else used[name] for name in names}
-    return CheckConfig(**settings, seeds=tuple(range(used["seeds"]))), frames.read(folder / "slopes.csv", SLOPE_COLUMNS)
+    return CheckConfig(**settings, seeds=tuple(range(used["seeds"]))), frames.read_csv(
+        folder / "slopes.csv", SLOPE_COLUMNS
+    )
 
 
 def verdicts_of(config: CheckConfig, slopes: pd.DataFrame) -> dict[str, dict]:

@@ -41,7 +41,7 @@ def finished(model, data, tmp_path_factory) -> Path:
 
 
 def verdict(finished, **wanted):
-    slopes = frames.read(finished / "slopes.csv", rank_check.SLOPE_COLUMNS)
+    slopes = frames.read_csv(finished / "slopes.csv", rank_check.SLOPE_COLUMNS)
     (row,) = slopes[(slopes[list(wanted)] == list(wanted.values())).all(axis=1)].to_dict("records")
     return row["slope"], row["verdict"]
 
@@ -61,7 +61,7 @@ def test_rules_and_controls(finished):
 
 @pytest.mark.slow
 def test_rows(finished, model):
-    sizes = frames.read(finished / "results.csv", rank_check.COLUMNS)
+    sizes = frames.read_csv(finished / "results.csv", rank_check.COLUMNS)
     # Of each of 2 modules: 2 gradients, output and inner on two splits, delta; of the model 3 on two splits.
     assert len(sizes) == 3 * 8 * 3 * 2 * (2 * (2 + 4 + 1) + 6)
     assert set(sizes["control"][(sizes["rule"] == "0") | (sizes["init"] == "gaussian")]) == {1}

@@ -40,7 +40,7 @@ from rora_theory.finetune import (
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.checkpoints import Checkpoints
 from rora_theory.finetune.held_out import record_losses
-from rora_theory.llama import LlamaConfig, digest, load
+from rora_theory.llama import LlamaConfig, load, model_digest
 from rora_theory.llama.quantised import dense_params
 from rora_theory.stats.paired import mean_per_token
 from sims import finetune
@@ -254,11 +254,11 @@ def test_the_seed_decides_the_start_and_the_order(model, data, tmp_path, monkeyp
 @pytest.mark.slow
 def test_manifest_and_adapter_say_which_weights_were_used(whole, model):
     manifest = json.loads((whole / "manifest.json").read_text())
-    assert manifest["config"]["model_sha256"] == digest(model)
+    assert manifest["config"]["model_sha256"] == model_digest(model)
     entries = json.loads((whole / "adapter" / "adapter_config.json").read_text())
     assert (entries["base_model_name_or_path"], entries["revision"]) == (str(model), None)
     with safe_open(whole / "adapter" / "adapter_model.safetensors", "numpy") as file:
-        assert file.metadata()["base_model_sha256"] == digest(model)
+        assert file.metadata()["base_model_sha256"] == model_digest(model)
 
 
 @pytest.mark.slow
@@ -282,7 +282,7 @@ def test_the_adapter_has_a_model_card(whole, model, data):
     assert (said["data"], said["trained on"]) == ("`train.json`", "52; held out for the validation loss: 8")
     assert said["horizon"] == f"78 steps of 4 records; adapter of step {best}"
     assert said["learning rate"] == "0.02 after 4 steps of warm-up, then linearly to 0 at the last step"
-    assert said["their SHA-256"] == f"`{digest(model)}`"
+    assert said["their SHA-256"] == f"`{model_digest(model)}`"
     assert said["scaling gamma"] == "alpha / sqrt(r) = 2.82843 (`use_rslora` is true)"
     assert "adapter/README.md" not in json.loads((whole / "manifest.json").read_text())["files"], "free to be edited"
 

@@ -54,7 +54,7 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     assert "The law against 9 runs:" in said
     assert "Beside full fine-tuning" in said
     assert (out / CELLS).read_text().startswith(first), "what was done is not done again"
-    rows = frames.read(out / "results.csv")
+    rows = frames.read_csv(out / "results.csv")
     full, rows = rows[rows["rank"].isna()], rows[rows["rank"].notna()]
     assert len(rows) == 2 * 3 * 2
     assert set(rows["strength"]) == {4, 40}
@@ -62,11 +62,11 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     assert full["learning_rate"].tolist() == [float(rate) for rate in FULL_LRS for _ in (1, 2)]
     assert full["strength"].isna().all()
     assert full.query("step == 2")["validation_loss"].nunique() == 3
-    beside = frames.read(out / "full.csv")
+    beside = frames.read_csv(out / "full.csv")
     assert sorted(beside[["step", "rank", "strength"]].to_numpy().tolist()) == [
         [s, 2, g] for s in (1, 2) for g in (4, 40)
     ]
-    found = frames.read(out / "exponents.csv")
+    found = frames.read_csv(out / "exponents.csv")
     assert found["step"].tolist() == [1, 2]
     assert (found["over"] == "strength").all()
     assert Path(out / "records.csv").read_text().count("\n") == 7

@@ -139,7 +139,7 @@ def test_a_model_is_all_its_weights_and_its_tokenizer(name, model, data, tmp_pat
     here = tmp_path / "P1" / "hf"
     shutil.copytree(model, here)
     first = start(name, settings(name, str(here), data))
-    assert first.models == [llama.digest(model)], "how they are stored is told"
+    assert first.models == [llama.model_digest(model)], "how they are stored is told"
     flip(here / "model.safetensors", -4)  # the lowest byte of the last float32
     weights = start(name, settings(name, str(here), data))
     flip(here / "model.safetensors", -4)
@@ -153,7 +153,7 @@ def test_a_model_is_all_its_weights_and_its_tokenizer(name, model, data, tmp_pat
     if name != "rank_sweep":  # whose folder may hold several models, told apart by their paths
         there = start(name, settings(name, str(model), data))
         assert there.identity == first.identity
-        assert there.identity["model_sha256"] == llama.digest(model)
+        assert there.identity["model_sha256"] == llama.model_digest(model)
 
 
 @pytest.mark.parametrize("name", WITH_A_MODEL)

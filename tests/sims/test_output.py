@@ -144,7 +144,7 @@ def test_sentences_fold_between_words_and_paths_stay_whole(printed, capsys) -> N
 def test_variance_sweep(printed) -> None:
     folder = PUBLISHED / "variance_sweep"
     judged = [Verdict(**verdict) for verdict in json.loads((folder / "verdicts.json").read_text())]
-    results, check = (frames.read(folder / name) for name in ("results.csv", "direct_check.csv"))
+    results, check = (frames.read_csv(folder / name) for name in ("results.csv", "direct_check.csv"))
     sweep.report(config_of(SimulationConfig, "variance_sweep"), results, check, judged)
     text = " ".join(" ".join(printed()).split())
     assert "4084" in text
@@ -153,7 +153,7 @@ def test_variance_sweep(printed) -> None:
 
 def test_real_layers(printed) -> None:
     folder = PUBLISHED / "real_layers"
-    layer_sweep.report(*(frames.read(folder / name) for name in ("results.csv", "crossing_ranks.csv")))
+    layer_sweep.report(*(frames.read_csv(folder / name) for name in ("results.csv", "crossing_ranks.csv")))
     text = "\n".join(printed())
     assert "-1.208 ± 0.003" in text
     assert "21.8 (12.4-95.9)" in text
@@ -164,7 +164,9 @@ def regime_of(name: str) -> Regime:
     found = Regime.of([LayerRegime([], [], [], [])], math.nan, math.nan)
     names = {"crossings": "crossing_ranks", "results": "results", "takeover": "takeover", "tokens": "tokens"}
     paths = {field: PUBLISHED / name / f"{file}.csv" for field, file in names.items()}
-    return dataclasses.replace(found, **{field: frames.read(path) for field, path in paths.items() if path.exists()})
+    return dataclasses.replace(
+        found, **{field: frames.read_csv(path) for field, path in paths.items() if path.exists()}
+    )
 
 
 def test_regime(printed) -> None:
@@ -188,7 +190,7 @@ def test_regime_at_new_tokens(printed) -> None:
 
 def test_coordinate_check(printed) -> None:
     config = config_of(CheckConfig, "coordinate_check")
-    slopes = frames.read(PUBLISHED / "coordinate_check" / "slopes.csv")
+    slopes = frames.read_csv(PUBLISHED / "coordinate_check" / "slopes.csv")
     sizes = slopes.query("quantity == 'hidden' and step == 1").assign(quantity="loss", value=3.5)
     coordinate_check.report(config, slopes, sizes, batches="fixed")
     assert "+0.00 ± 0.01" in "\n".join(printed())
@@ -197,7 +199,7 @@ def test_coordinate_check(printed) -> None:
 def test_training_dynamics(printed) -> None:
     folder = PUBLISHED / "training_dynamics"
     answers = [tuple(answer.values()) for answer in json.loads((folder / "answers.json").read_text())]
-    found = (frames.read(folder / name) for name in ("results.csv", "exponents.csv"))
+    found = (frames.read_csv(folder / name) for name in ("results.csv", "exponents.csv"))
     training_dynamics.report(config_of(TrainingGrid, "training_dynamics"), *found, answers)
     assert "-0.56 ± 0.00" in "\n".join(printed())
 
@@ -206,8 +208,8 @@ def test_training_dynamics(printed) -> None:
 def test_lr_transfer(printed, name) -> None:
     folder = PUBLISHED / name
     compared = [lr_transfer.Comparison(**one) for one in json.loads((folder / "comparison.json").read_text())]
-    slopes = frames.read(folder / "slopes.csv").fillna({"nearest": ""})
-    lr_transfer.report(frames.read(folder / "best.csv"), slopes, compared)
+    slopes = frames.read_csv(folder / "slopes.csv").fillna({"nearest": ""})
+    lr_transfer.report(frames.read_csv(folder / "best.csv"), slopes, compared)
     text = " ".join(printed())
     assert all(word in text for one in compared for word in one.verdict.split())
 

@@ -286,7 +286,7 @@ def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, c
     whole = tmp_path / "whole"
     rank_sweep.main(command(model, data, whole, *FOUR))
     assert "Lowest validation loss of 5 cells: " in capsys.readouterr().out
-    assert len(frames.read(whole / "differences.csv")) == 3  # each less the base, and rora less lora
+    assert len(frames.read_csv(whole / "differences.csv")) == 3  # each less the base, and rora less lora
     keys = list(finished(whole))
     for number in range(1, 6):
         for what, status, done in ((interrupt, 130, number - 1), (fail, 1, 4)):
@@ -295,8 +295,8 @@ def test_a_sweep_that_was_stopped_leaves_the_same_bytes(model, data, tmp_path, c
             assert len(finished(out)) == done
             said = capsys.readouterr()
             if what is fail:
-                assert len(frames.read(out / "results.csv")) == 4
-                assert len(frames.read(out / "differences.csv")) == (1 if number == 1 else 3)
+                assert len(frames.read_csv(out / "results.csv")) == 4
+                assert len(frames.read_csv(out / "differences.csv")) == (1 if number == 1 else 3)
                 assert "failed (RuntimeError: no such thing); its traceback is in " in said.err
                 assert said.err.splitlines()[-1].startswith("error: 1 of 5 cells failed, the first ")
             rank_sweep.main(command(model, data, out, *FOUR))

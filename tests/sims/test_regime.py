@@ -268,7 +268,7 @@ def test_a_trained_adapter_is_measured_in_the_weights(inputs, finished, tmp_path
     ]
     assert (np.abs(ranks[0] / ranks[1] - 1) > 1e-3).all()
     manifest = json.loads((tmp_path / "beside" / "manifest.json").read_text())
-    assert manifest["config"]["adapter_sha256"] == adapters.digest(tmp_path / "adapter")
+    assert manifest["config"]["adapter_sha256"] == adapters.adapter_digest(tmp_path / "adapter")
 
 
 def test_plain_text_is_read_a_line_a_record(inputs, tmp_path) -> None:

@@ -45,7 +45,7 @@ def test_the_weights_that_a_run_reads_are_named(tmp_path, capsys):
     RunFolder.open("sweep", {}, out=tmp_path / "run", models=[llama.locate(model)]).finish()
     assert capsys.readouterr().out.startswith("model hf: safetensors, not quantised (F32); sha256 ")
     (own,) = manifest(tmp_path / "run")["weights"]
-    assert (own["sha256"], own["quantised"]) == (llama.digest(model), False)
+    assert (own["sha256"], own["quantised"]) == (llama.model_digest(model), False)
 
 
 # ---- sealed lines

@@ -39,7 +39,7 @@ def test_slopes_are_the_table(finished):
     The exact law's slopes over these ranks are within 0.03 of the limit on the training input (r* is 1 and 2.6); the
     rest is the sampling error.
     """
-    rows = frames.read(finished / "exponents.csv", exponents.FIT_COLUMNS)
+    rows = frames.read_csv(finished / "exponents.csv", exponents.FIT_COLUMNS)
     common = {"trained": "both", "range": "all", "step": 1}
     for optimizer, power, flat in (("sgd", 2, 0.5), ("adam", 1, 1.0)):
         for rule, kappa in (("lora", 1.0), ("rora", 0.5), ("0.25", 0.25)):
@@ -54,13 +54,13 @@ def test_slopes_are_the_table(finished):
 
 @pytest.mark.slow
 def test_files(finished):
-    seeds = frames.read(finished / "seeds.csv", training_grid.COLUMNS)
+    seeds = frames.read_csv(finished / "seeds.csv", training_grid.COLUMNS)
     cells = 2 * 2 * 3 * 2  # optimizers, ranks, rules, A trained or frozen
     assert len(seeds) == cells * 16 * 3
     assert set(seeds["output_train"][seeds["step"] == 0]) == {0.0}
     assert dict(zip(seeds["rule"], seeds["kappa"], strict=True)) == {"lora": 1, "rora": 0.5, "0.25": 0.25}
     assert seeds["scaling"].to_numpy() == pytest.approx((4 / seeds["rank"]) ** seeds["kappa"])
-    assert len(frames.read(finished / "results.csv", exponents.MEAN_COLUMNS)) == cells * 3
+    assert len(frames.read_csv(finished / "results.csv", exponents.MEAN_COLUMNS)) == cells * 3
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["status"] == "complete"
     assert manifest["config"]["samples"] == 1
@@ -88,7 +88,7 @@ def test_goes_on(finished, tmp_path):
 @pytest.mark.slow
 def test_the_frozen_control_trains_b_alone(finished):
     """With A frozen, A x stays bit for bit while the output moves; trained, Adam moves it in the fifth digit."""
-    seeds = frames.read(finished / "seeds.csv").set_index(["trained", "optimizer", "rule", "rank", "seed", "step"])
+    seeds = frames.read_csv(finished / "seeds.csv").set_index(["trained", "optimizer", "rule", "rank", "seed", "step"])
     late, start = (seeds.xs(step, level="step") for step in (4, 0))
     assert (late["output_train"] > 0).all()
     moved = (late["inner"] != start["inner"]).sort_index()
@@ -100,7 +100,7 @@ def test_diverged_runs_are_reported(tmp_path, capsys):
     sim.main([*SMALL, "--optimizers", "sgd", "--no-freeze-control", "--sgd-lr", "3", "--out", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert "diverged by the last step" in shown
-    means = frames.read(tmp_path / "run" / "results.csv").set_index("step")
+    means = frames.read_csv(tmp_path / "run" / "results.csv").set_index("step")
     assert means["diverged"][4].any()
     assert not means["diverged"][0].any()
 

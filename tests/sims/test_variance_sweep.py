@@ -52,7 +52,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_files(finished: Path) -> None:
-    results, check = (frames.read(finished / name, simulation.COLUMNS) for name in ("results.csv", "direct_check.csv"))
+    results, check = (
+        frames.read_csv(finished / name, simulation.COLUMNS) for name in ("results.csv", "direct_check.csv")
+    )
     assert len(results) == 2 * 3 * 2 * 3 * 4  # optimizers x rules x overlaps x ranks x quantities
     for table in (results, check):
         assert ((table["estimate"] - table["exact"]) / table["standard_error"]).abs().max() < 5.6  # as in the library's
@@ -200,11 +202,11 @@ def test_layers_against_the_law(layers: Path, tmp_path: Path, capsys: pytest.Cap
     run(*arguments)
     first = capsys.readouterr().out
     assert "adam, A kaiming_uniform, heldout tokens: r*" in first
-    results = frames.read(out / "results.csv", layer_grid.COLUMNS)
+    results = frames.read_csv(out / "results.csv", layer_grid.COLUMNS)
     assert len(results) == 2 * 3 * 2 * 2 * 3  # layers x ranks x optimizers x splits x rules
     assert ((results["estimate"] - results["exact"]) / results["standard_error"]).abs().max() < 5
     assert (results["standard_error"] <= 0.02 * results["estimate"]).all()
-    assert (frames.read(out / layer_grid.CROSSINGS)["crossing_rank"] >= 1).all()
+    assert (frames.read_csv(out / layer_grid.CROSSINGS)["crossing_rank"] >= 1).all()
     before = (out / "results.csv").read_bytes()
     run(*arguments)  # it is finished: printed again
     assert capsys.readouterr().out == first
@@ -218,7 +220,7 @@ def test_one_rank_has_a_crossing_rank_and_no_exponent(
 ) -> None:
     arguments = ["--layer-data", layers, "--ranks", 4, "--inits", "normal", "gaussian", "--draws", 64]
     run(*arguments, "--out", tmp_path / "run")
-    assert set(frames.read(tmp_path / "run" / "results.csv")["init"]) == {"normal", "gaussian"}
+    assert set(frames.read_csv(tmp_path / "run" / "results.csv")["init"]) == {"normal", "gaussian"}
     shown = capsys.readouterr().out
     assert "sgd, A gaussian, train tokens: r*" in shown
     assert "nan" not in shown

@@ -68,7 +68,7 @@ def test_a_tie_is_the_lower_rate_s_and_groups_are_apart() -> None:
 @pytest.mark.parametrize("run", ["rank_sweep", "rank_sweep_pruned"])
 def test_the_best_rates_of_the_published_runs_are_those_in_their_tables(run) -> None:
     """Of methods without a rank too."""
-    rows = frames.read(PUBLISHED / run / "results.csv")
+    rows = frames.read_csv(PUBLISHED / run / "results.csv")
     plain = rows.drop(columns="best_rate")
     again = plain.merge(results.marked_rates(plain), how="left", on=[*results.GROUP, "learning_rate"])
     pd.testing.assert_series_equal(again["best_rate"], rows["best_rate"])
