@@ -88,61 +88,47 @@ def run(config: Config) -> None:
 
     run_cells(cells, work, folder, runner=runner, title="runs", words=lambda value: said(value, tokens))
     runs = [horizons.run_of(one.cell, one.value) for one in finished(folder.path).values()]
-    report(folder, runs, tokens, answered, takeovers, grid.warmup)
+    folder.write_frame(horizons.horizon_table(runs, tokens, answered), "results.csv")
+    judged = horizons.judge_runs(runs, tokens, takeovers=takeovers, warmup=grid.warmup)
+    for name, frame in judged.files().items():
+        folder.write_frame(frame, name)
+    report(len(runs), judged, law=bool(takeovers))
     folder.finish()
     answers.tell_files(folder.path)
 
 
-def report(
-    folder: RunFolder,
-    runs: Sequence[horizons.HorizonRun],
-    tokens: Sequence[int],
-    answered: Sequence[int],
-    takeovers: Sequence[float],
-    warmup: int,
-) -> None:
-    """Judge the runs, write the tables and print the answer."""
-    folder.write_frame(horizons.horizon_table(runs, tokens, answered), "results.csv")
-    steps = sorted({one.step for run in runs for one in run.read.readings})
-    curves = {step: horizons.curves_at(runs, tokens, step) for step in steps}
-    best = pd.concat([pd.DataFrame(), *(horizons.bests(found, step) for step, found in curves.items())])
-    laws = [horizons.horizon_exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
-    found = pd.concat([pd.DataFrame(), *laws]) if takeovers and not best.empty else pd.DataFrame()
-    answers.say(horizons.horizon_in_words(len(runs), best, found, law=bool(takeovers)))
-    if best.empty:
-        return
-    folder.write_frame(best, "best.csv")
+def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) -> None:
+    """Print the answer; best rates, beside full fine-tuning too, and how they move."""
+    best, full, found = judged.best, judged.full, judged.exponents
+    answers.say(horizons.horizon_in_words(runs, best, found, law=law))
     size = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
-    tables.print_records(
-        "Best rates (parabola through the least three)",
-        best.assign(size=best["rank"].map("{:g}".format, na_action="ignore").fillna("full")),
-        size | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"},
-        left=0,
-    )
-    full = pd.concat([pd.DataFrame(), *(horizons.beside_full(found, step) for step, found in curves.items())])
+    if not best.empty:
+        tables.print_records(
+            "Best rates (parabola through the least three)",
+            best.assign(size=best["rank"].map("{:g}".format, na_action="ignore").fillna("full")),
+            size | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"},
+            left=0,
+        )
     if not full.empty:
-        folder.write_frame(full, "full.csv")
         tables.print_records(
             "Beside full fine-tuning",
             full.assign(size=full["rank"].map("{:g}".format)),
             size | {"best rate over full's": "{ratio:.3g}", "verdict": "{verdict}"},
             left=0,
         )
-    if found.empty:
-        return
-    folder.write_frame(found, "exponents.csv")
-    tables.print_records(
-        "How the best rate moves",
-        found.assign(against=found["over"].map(OVER)),
-        {
-            "steps": "{step}",
-            "best rate against": "{against} {at:g}",
-            "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
-            "the law's": "{law_low:+.2f} to {law_high:+.2f}",
-            "verdict": "{verdict}",
-        },
-        left=2,
-    )
+    if not found.empty:
+        tables.print_records(
+            "How the best rate moves",
+            found.assign(against=found["over"].map(OVER)),
+            {
+                "steps": "{step}",
+                "best rate against": "{against} {at:g}",
+                "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
+                "the law's": "{law_low:+.2f} to {law_high:+.2f}",
+                "verdict": "{verdict}",
+            },
+            left=2,
+        )
 
 
 def said(found: dict[str, Any], tokens: Sequence[int]) -> str:

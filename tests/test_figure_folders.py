@@ -68,7 +68,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     with pytest.raises((InputError, SystemExit)) as caught, time_limit(5):
-        loss_curves.read(tmp_path) if name in ("metrics.jsonl", "cell.json") else style.read_frame(tmp_path, "regime")
+        loss_curves.read_events(tmp_path) if name in ("metrics.jsonl", "cell.json") else style.read_frame(tmp_path, "regime")
     assert "is a pipe" in str(caught.value) + capsys.readouterr().err
 
 
@@ -85,7 +85,7 @@ def test_a_run_or_cell_that_was_changed_is_not_drawn(
     (cell / "metrics.jsonl").write_text("{}\n")
     run.wrote({f"cells/k/{file.name}": digests.of_file(file) for file in cell.iterdir()})
     run.finish(best_loss=1.5)
-    read = partial(loss_curves.read, cell) if "cells" in name else partial(style.read_frame, run.path)
+    read = partial(loss_curves.read_events, cell) if "cells" in name else partial(style.read_frame, run.path)
     style.check_as_written(run.path)
     style.check_as_written(run.path, "cells/k")
     text = (run.path / name).read_text()

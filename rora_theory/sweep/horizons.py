@@ -354,6 +354,43 @@ def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool, see
     return "undecided" if any(low <= other <= high for other in others) else "agrees"
 
 
+@dataclass(frozen=True, eq=False)
+class HorizonJudgement:
+    """What runs come to: best rates (`bests`), beside full fine-tuning's (`beside_full`), and how they move
+    (`horizon_exponents`), of every step that was read; a frame is empty where nothing can be said."""
+
+    best: pd.DataFrame
+    full: pd.DataFrame
+    exponents: pd.DataFrame
+
+    def files(self) -> dict[str, pd.DataFrame]:
+        """The frames that are not empty, by the names of their files."""
+        found = {"best.csv": self.best, "full.csv": self.full, "exponents.csv": self.exponents}
+        return {name: frame for name, frame in found.items() if not frame.empty}
+
+
+def judge_runs(
+    runs: Sequence[HorizonRun], tokens: Sequence[int], *, takeovers: Sequence[float], warmup: int
+) -> HorizonJudgement:
+    """Find the best rates at every step that was read, and judge them.
+
+    Args:
+      runs: of one grid.
+      tokens: of each held-out record.
+      takeovers: of a model's modules, for the law's exponents; none leaves these out.
+      warmup: steps.
+    """
+    steps = sorted({one.step for run in runs for one in run.read.readings})
+    curves = {step: curves_at(runs, tokens, step) for step in steps}
+    best = pd.concat([pd.DataFrame(), *(bests(found, step) for step, found in curves.items())])
+    if best.empty:
+        return HorizonJudgement(best, pd.DataFrame(), pd.DataFrame())
+    full = [beside_full(found, step) for step, found in curves.items()]
+    laws = [horizon_exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
+    found = pd.concat([pd.DataFrame(), *laws]) if takeovers else pd.DataFrame()
+    return HorizonJudgement(best, pd.concat([pd.DataFrame(), *full]), found)
+
+
 def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law: bool) -> str:
     """What the runs say of the law, or what they lack to say it.
 

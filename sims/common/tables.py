@@ -36,7 +36,8 @@ def print_table(
 
     ``records`` is what a machine is given in place of the cells.
 
-    Columns of figures that find no room follow in a further table, beside the same words.
+    Columns of figures that find no room follow in a further table, beside the same words. One that finds none there
+    either has words in it, and folds too.
     """
     console = Console()
     given = [list(row) for row in rows]
@@ -45,6 +46,9 @@ def print_table(
         own = [dict(zip(columns, row, strict=True)) for row in given] if records is None else records
         collect({"title": title, "rows": own})
     widths = [_width(column, [row[i] for row in cells], words=i < left) for i, column in enumerate(columns)]
+    widest = console.width - left * (LEAST + GAP) - GAP  # of a column beside the narrowest words
+    folds = {i for i in range(left, len(columns)) if widths[i] > widest}
+    widths = [WORDS if i in folds else width for i, width in enumerate(widths)]
     room = console.width - max((widths[i] + GAP for i in range(left, len(columns))), default=0)
     while left and sum(widths[i] + GAP for i in range(left)) > room and max(widths[:left]) > LEAST:
         widths[widths.index(max(widths[:left]))] -= 1
@@ -57,10 +61,14 @@ def print_table(
         groups[-1] = wider
     print_text(title)
     for group in groups:
+        spare = console.width - sum(widths[i] + GAP for i in group)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0))
         for i in group:
             if i < left:
                 table.add_column(columns[i], overflow="fold", min_width=widths[i])
+            elif i in folds:
+                table.add_column(columns[i], overflow="fold", width=widths[i] + max(spare, 0))
+                spare = 0
             else:
                 head = "\n".join(textwrap.wrap(columns[i], widths[i]))
                 table.add_column(head, justify="right", no_wrap=True, min_width=widths[i])

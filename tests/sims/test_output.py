@@ -27,8 +27,19 @@ from rora_theory.paper.simulation import SimulationConfig
 from rora_theory.paper.verdicts import Verdict
 from rora_theory.runs.reading import as_json
 from rora_theory.scaling import KAPPAS
+from rora_theory.sweep.horizons import HorizonJudgement
 from rora_theory.toy.training_grid import TrainingGrid
-from sims import capacity, coordinate_check, evaluate, layer_sweep, lr_transfer, regime, training_dynamics, transfer
+from sims import (
+    capacity,
+    coordinate_check,
+    evaluate,
+    horizon,
+    layer_sweep,
+    lr_transfer,
+    regime,
+    training_dynamics,
+    transfer,
+)
 from sims import variance_sweep as sweep
 from sims.common import answers, cli, progress, tables
 
@@ -39,7 +50,7 @@ COMMANDS = [
     if hasattr(module := importlib.import_module(found.name), "Config") and "__main__" in inspect.getsource(module)
 ]
 
-OF_NO_COMMAND = ("A title of many words " * 8, "t")
+OF_NO_COMMAND = ("A title of many words " * 8, "t", "OF_WORDS")
 """Titles of tables that are printed here alone."""
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
@@ -125,6 +136,38 @@ def test_columns_that_find_no_room_follow_in_a_further_table(printed) -> None:
     assert all(figure in text for figure in figures), "no figure is cut"
     assert sum(line.strip().startswith("lora") for line in lines) > 1, "each table has the row's words"
     assert "…" not in text
+
+
+LONG = "full is better by 1.77% ± 1.57%: more than a shift of the rate; a best rate at the grid's edge, so not settled"
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+@pytest.mark.parametrize("last", ["verdict", "0.5"])
+def test_long_words_among_the_figures_fold(printed, left, last) -> None:
+    """Whole words, each row's in one piece, wherever the column stands; a short figure beside them is not folded."""
+    columns = ["steps", "rank", "ratio", "verdict", "more"]
+    texts = [LONG, LONG.replace("full", "lora").replace("shift", "move")]
+    rows = [[step, 8, "9.993 ± 0.1", text, last] for step, text in zip((16, 64), texts, strict=True)]
+    tables.print_table("OF_WORDS", columns, rows, left=left)
+    lines = printed()
+    words = [word for line in lines for word in line.split()]
+    assert all(words.count(word) >= text.split().count(word) for text in texts for word in text.split())
+    assert sum("9.993 ± 0.1" in line for line in lines) == 2
+    assert "…" not in "".join(words)
+
+
+def test_a_verdict_beside_full_fine_tuning_is_whole(printed) -> None:
+    full = frames.read_csv(PUBLISHED / "horizon" / "full.csv")
+    best, found = (frames.read_csv(PUBLISHED / "horizon" / name) for name in ("best.csv", "exponents.csv"))
+    horizon.report(9, HorizonJudgement(best, full, found))
+    lines = printed()
+    title = lines.index("Beside full fine-tuning")
+    lines = lines[title : lines.index("How the best rate moves")]
+    starts = [i for i, line in enumerate(lines) if re.match(r" *\d+ ", line)]
+    said = [" ".join(" ".join(lines[a:b]).split()) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    assert len(said) == len(full)
+    assert all(row.split()[-1] in text for row, text in zip(full["verdict"], said, strict=True))
+    assert all(word in text for row, text in zip(full["verdict"], said, strict=True) for word in row.split())
 
 
 def test_a_wider_terminal_is_used(capsys, monkeypatch) -> None:
