@@ -68,7 +68,8 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     with pytest.raises((InputError, SystemExit)) as caught, time_limit(5):
-        loss_curves.read_events(tmp_path) if name in ("metrics.jsonl", "cell.json") else style.read_frame(tmp_path, "regime")
+        of_training = name in ("metrics.jsonl", "cell.json")
+        loss_curves.read_events(tmp_path) if of_training else style.read_frame(tmp_path, "regime")
     assert "is a pipe" in str(caught.value) + capsys.readouterr().err
 
 
