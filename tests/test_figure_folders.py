@@ -67,8 +67,8 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(
     (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "regime", "config": {}}))
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
+    of_training = name in ("metrics.jsonl", "cell.json")
     with pytest.raises((InputError, SystemExit)) as caught, time_limit(5):
-        of_training = name in ("metrics.jsonl", "cell.json")
         loss_curves.read_events(tmp_path) if of_training else style.read_frame(tmp_path, "regime")
     assert "is a pipe" in str(caught.value) + capsys.readouterr().err
 
