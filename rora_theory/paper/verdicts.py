@@ -10,7 +10,7 @@ differs in that limit, and is undecided else.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def judge_equations(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: i
       ranks: at least two ranks, ascending.
       p_in, p_out: the layer's sizes.
     """
-    layer, draws = RandomLayer(), Draws(sample, tuple(ranks), p_in, p_out)
+    layer, draws = RandomLayer.draw(), Draws(sample, tuple(ranks), p_in, p_out)
     identities = (eq1, eq2, eq_gradient_A, eq_gradient_B, eq3, eq4, eq10)
     moments = (eq5, eq6, eq7, eq8, eq9, eq11, eq12, eq13, eq14, eq15)
     return [*(one(layer) for one in identities), *(one(draws) for one in moments)]
@@ -125,85 +125,116 @@ def order_in_paper(verdict: Verdict) -> float:
     return {"gradient A": 2.1, "gradient B": 2.2}.get(verdict.equation) or float(verdict.equation)
 
 
-class RandomLayer:
-    """One random layer (p_out 6, rank 3, p_in 5) with what automatic differentiation and optax make of it."""
-
-    def __init__(self) -> None:
-        keys = jax.random.split(jax.random.key(15), 7)
-        p_out, rank, p_in, self.gamma, self.eta = 6, 3, 5, 0.7, 0.3
-        self.m0, self.B = jax.random.normal(keys[0], (p_out, p_in)), jax.random.normal(keys[1], (p_out, rank))
-        self.A, self.delta = jax.random.normal(keys[2], (rank, p_in)), jax.random.normal(keys[3], (p_out,))
-        self.x, self.x_next = jax.random.normal(keys[4], (p_in,)), jax.random.normal(keys[5], (p_in,))
-
-        def loss(dm: first_step.Increment) -> jax.Array:
-            return jnp.vdot(self.delta, self.m0 @ self.x + dm(self.x))
-
-        pair = self.A, self.B
-        self.grad_A, self.grad_B = jax.grad(lambda pair: loss(first_step.Increment(pair[0], pair[1], self.gamma)))(pair)
-        self.merged = self.m0 + first_step.Increment(self.A, self.B, self.gamma)(jnp.eye(p_in)).T
-        self.sgd, self.adam = (
-            first_step.run(
-                loss, self.A, p_out=p_out, scaling=self.gamma, optimizer=first_step.optimizer(name, self.eta)
-            )
-            for name in laws.OPTIMIZERS
-        )
+GAMMA, ETA = 0.7, 0.3
+"""The random layer's scaling and learning rate."""
 
 
-def _identity(equation: str, claim: str, found: jax.Array, truth: jax.Array, where: str, more: str = "") -> Verdict:
+class RandomLayer(NamedTuple):
+    """One random layer (p_out 6, rank 3, p_in 5) with what automatic differentiation and optax make of it.
+
+    Attributes:
+      m0, B, A, delta, x, x_next: its numbers, by the paper's names.
+      grad_A, grad_B: dL/dA and dL/dB.
+      merged: m0 + gamma B A.
+      sgd_B, adam_B: B after the first step from B = 0.
+      sgd_w, adam_w: [p_out], the increment at x' after that step.
+    """
+
+    m0: np.ndarray
+    B: np.ndarray
+    A: np.ndarray
+    delta: np.ndarray
+    x: np.ndarray
+    x_next: np.ndarray
+    grad_A: np.ndarray
+    grad_B: np.ndarray
+    merged: np.ndarray
+    sgd_B: np.ndarray
+    adam_B: np.ndarray
+    sgd_w: np.ndarray
+    adam_w: np.ndarray
+
+    @classmethod
+    def draw(cls) -> "RandomLayer":
+        """The layer of seed 15."""
+        return cls(*jax.device_get(_random_layer()))
+
+
+@jax.jit
+def _random_layer() -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(15), 7)
+    p_out, rank, p_in = 6, 3, 5
+    m0, B = jax.random.normal(keys[0], (p_out, p_in)), jax.random.normal(keys[1], (p_out, rank))
+    A, delta = jax.random.normal(keys[2], (rank, p_in)), jax.random.normal(keys[3], (p_out,))
+    x, x_next = jax.random.normal(keys[4], (p_in,)), jax.random.normal(keys[5], (p_in,))
+
+    def loss(dm: first_step.Increment) -> jax.Array:
+        return jnp.vdot(delta, m0 @ x + dm(x))
+
+    gradients = jax.grad(lambda pair: loss(first_step.Increment(pair[0], pair[1], GAMMA)))((A, B))
+    merged = m0 + first_step.Increment(A, B, GAMMA)(jnp.eye(p_in)).T
+    sgd, adam = (
+        first_step.run(loss, A, p_out=p_out, scaling=GAMMA, optimizer=first_step.optimizer(name, ETA))
+        for name in laws.OPTIMIZERS
+    )
+    return (m0, B, A, delta, x, x_next, *gradients, merged, sgd.lora_B, adam.lora_B, sgd(x_next), adam(x_next))
+
+
+def _identity(equation: str, claim: str, found: np.ndarray, truth: np.ndarray, where: str, more: str = "") -> Verdict:
     """The verdict on an equation that must equal what autodiff gives."""
     error = _gap(found, truth)
     status: Status = "holds" if error < _ROUNDING else "fails"
     return Verdict(equation, claim, status, where, f"autodiff differs by {error:.0e} of the largest entry{more}")
 
 
-def _gap(found: jax.Array, truth: jax.Array) -> float:
+def _gap(found: np.ndarray, truth: np.ndarray) -> float:
     """The largest difference, relative to the largest entry."""
-    return float(jnp.max(jnp.abs(found - truth)) / jnp.max(jnp.abs(truth)))
+    return float(np.max(np.abs(found - truth)) / np.max(np.abs(truth)))
 
 
 def eq1(layer: RandomLayer) -> Verdict:
     """Eq. 1."""
-    found = equations.eq1_output(layer.m0, layer.B, layer.A, layer.x, layer.gamma)
+    found = equations.eq1_output(layer.m0, layer.B, layer.A, layer.x, GAMMA)
     return _identity("1", "H(x) = (m0 + gamma B A) x", found, layer.merged @ layer.x, "definition")
 
 
 def eq2(layer: RandomLayer) -> Verdict:
     """Eq. 2."""
-    found = equations.eq2_increment(layer.B, layer.A, layer.x, layer.gamma)
+    found = equations.eq2_increment(layer.B, layer.A, layer.x, GAMMA)
     return _identity("2", "w = gamma B A x", found, (layer.merged - layer.m0) @ layer.x, "definition")
 
 
 def eq_gradient_A(layer: RandomLayer) -> Verdict:
     """The first formula above Eq. 3."""
-    found = equations.gradient_A(layer.delta, layer.B, layer.x, layer.gamma)
+    found = equations.gradient_A(layer.delta, layer.B, layer.x, GAMMA)
     return _identity("gradient A", "dL/dA = gamma B^T delta x^T", found, layer.grad_A, "one sample")
 
 
 def eq_gradient_B(layer: RandomLayer) -> Verdict:
     """The second formula above Eq. 3."""
-    found = equations.gradient_B(layer.delta, layer.A, layer.x, layer.gamma)
+    found = equations.gradient_B(layer.delta, layer.A, layer.x, GAMMA)
     return _identity("gradient B", "dL/dB = gamma delta (A x)^T", found, layer.grad_B, "one sample")
 
 
 def eq3(layer: RandomLayer) -> Verdict:
     """Eq. 3."""
-    found = equations.eq3_first_step_B(layer.delta, layer.A, layer.x, layer.gamma, layer.eta)
-    off = f"; under Adam off by {_gap(found, layer.adam.lora_B):.1f}x"
-    return _identity("3", "B1 = -eta gamma delta (A x)^T", found, layer.sgd.lora_B, "SGD only", off)
+    found = equations.eq3_first_step_B(layer.delta, layer.A, layer.x, GAMMA, ETA)
+    off = f"; under Adam off by {_gap(found, layer.adam_B):.1f}x"
+    return _identity("3", "B1 = -eta gamma delta (A x)^T", found, layer.sgd_B, "SGD only", off)
 
 
 def eq4(layer: RandomLayer) -> Verdict:
     """Eq. 4."""
-    found = equations.eq4_increment(layer.delta, layer.A, layer.x, layer.x_next, layer.gamma, layer.eta)
-    off = f"; under Adam off by {_gap(found, layer.adam(layer.x_next)):.1f}x"
+    found = equations.eq4_increment(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)
+    off = f"; under Adam off by {_gap(found, layer.adam_w):.1f}x"
     claim = "w = -eta gamma^2 delta x^T A^T A x'"
-    return _identity("4", claim, found, layer.sgd(layer.x_next), "SGD only", off)
+    return _identity("4", claim, found, layer.sgd_w, "SGD only", off)
 
 
 def eq10(layer: RandomLayer) -> Verdict:
     """Eq. 10."""
-    found = equations.eq10_norm(layer.delta, layer.A, layer.x, layer.x_next, layer.gamma, layer.eta)[None]
-    truth = jnp.linalg.norm(layer.sgd(layer.x_next))[None]
+    found = equations.eq10_norm(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)[None]
+    truth = np.linalg.norm(layer.sgd_w)[None]
     return _identity("10", "|w| = root of the sum of squares of Eq. 4", found, truth, "definition, with Eq. 4")
 
 
@@ -354,7 +385,7 @@ def eq11(draws: Draws) -> Verdict:
     """Eq. 11, for equal and for spread |delta_i| (Eq. 4: w is delta times one number)."""
 
     def ratio(rank: int, p_in: int) -> Estimate:
-        printed = float(equations.eq11_norm(jnp.ones(draws.p_out), rank=rank, p_in=p_in, **UNIT))
+        printed = float(equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, **UNIT))
         return root(draws.sums(rank, 0.0, p_in).norm2.mean).times(1 / printed)
 
     spread = np.linspace(-1.0, 1.0, 101)
@@ -374,7 +405,7 @@ def eq12(draws: Draws) -> Verdict:
     """Eq. 12: its printed constant, at a learning rate that is not 1."""
     eta, p_in, rank = 1e-3, draws.p_in, draws.high
     printed = equations.eq12_constant(1.0, p_out=draws.p_out, p_in=p_in, learning_rate=eta)
-    from_eq11 = equations.eq11_norm(jnp.ones(draws.p_out), rank=rank, p_in=p_in, scaling=1.0, learning_rate=eta)
+    from_eq11 = equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, scaling=1.0, learning_rate=eta)
     excess = equations.eq12_norm(printed, rank=rank, scaling=1.0) / float(from_eq11)
     return Verdict(
         "12",

@@ -137,16 +137,18 @@ def stream(
     key: PRNGKeyArray,
     *,
     first_block: int = 0,
+    blocks: int | None = None,
     batch: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Iterator[Float[np.ndarray, "2 n"]]:
-    """Yield blocks ``first_block``, ``first_block + 1``, ... without end: rows w_1 and |w|_2^2, in float64.
+    """Yield blocks ``first_block``, ``first_block + 1``, ...: rows w_1 and |w|_2^2, in float64.
 
     Args:
       setting: what to simulate.
       sampler: see the module.
       key: the stream's key.
       first_block: where to go on from.
+      blocks: how many, rounded up to whole batches; None is without end.
       batch: blocks a device call computes.
       devices: the devices that share the blocks; None is the default device.
 
@@ -158,7 +160,7 @@ def stream(
     places = list(devices) if devices else [jax.devices()[0]]
     at = [jax.device_put((key, numbers), place) for place in places]
     pending: deque[Array] = deque()
-    for turn in itertools.count():
+    for turn in itertools.count() if blocks is None else range(-(-blocks // batch)):
         start = first_block + turn * batch
         place = turn % len(places)
         indices = jax.device_put(np.arange(start, start + batch, dtype=np.uint32), places[place])
@@ -166,6 +168,8 @@ def stream(
         # Two calls a device in flight keep every device busy while the host sums.
         if len(pending) >= 2 * len(places):
             yield from np.asarray(pending.popleft(), np.float64)
+    for found in pending:
+        yield from np.asarray(found, np.float64)
 
 
 def estimate(
@@ -189,7 +193,8 @@ def estimate(
       The sums. They depend on setting, sampler, key and the stopping rule alone.
     """
     sums = Sums()
-    for block in stream(setting, sampler, key, batch=batch, devices=devices):
+    blocks = None if draws is None else -(-draws // block_draws(setting, sampler))
+    for block in stream(setting, sampler, key, blocks=blocks, batch=batch, devices=devices):
         sums = sums.add(block if draws is None else block[:, : draws - sums.count])
         if _enough(sums, relative_error, draws):
             break
@@ -207,16 +212,16 @@ def _enough(sums: Sums, relative_error: float, draws: int | None) -> bool:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a compiled block depends on; all else is passed as numbers."""
+    """What a compiled block depends on, of all sizes p_in alone for the reduced samplers; the rest are numbers."""
 
     sampler: Sampler
     optimizer: Optimizer
-    init: inits.Init
-    rank: int | None
     p_in: int
-    p_out: int
-    draws: int
-    step: int
+    init: inits.Init = "normal"
+    rank: int = 1
+    p_out: int = 1
+    draws: int = _MOST_DRAWS
+    step: int = _MOST_DRAWS
 
     @classmethod
     def of(cls, setting: RandomStep, sampler: Sampler) -> "_Kind":
@@ -227,23 +232,17 @@ class _Kind:
             )
         if sampler == "chi_square" and setting.optimizer != "sgd":
             raise InputError("the chi_square sampler is SGD's; accepted for adam are pairs and direct")
+        if sampler != "direct":
+            return cls(sampler, setting.optimizer, setting.p_in)
         draws = block_draws(setting, sampler)
         step = int(np.clip(_STEP_NUMBERS // (setting.rank * setting.p_in), 1, draws))
-        return cls(
-            sampler,
-            setting.optimizer,
-            setting.init if sampler == "direct" else "normal",
-            setting.rank if sampler == "direct" else None,
-            setting.p_in,
-            setting.p_out,
-            draws,
-            step if sampler == "direct" else draws,
-        )
+        return cls(sampler, setting.optimizer, setting.p_in, setting.init, setting.rank, setting.p_out, draws, step)
 
     def numbers(self, setting: RandomStep) -> dict[str, np.float32]:
         law = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in)
         values = {
             "rank": setting.rank,
+            "p_out": setting.p_out,
             "scaling": setting.scaling,
             "learning_rate": setting.learning_rate,
             "overlap": setting.overlap,
@@ -262,14 +261,12 @@ def _blocks(
 
 
 def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
-    rank = kind.rank
-    assert rank is not None
     optimizer = first_step.optimizer(kind.optimizer, numbers["learning_rate"])
     delta = jnp.ones(kind.p_out, jnp.float32)
 
     def one(draw_key: PRNGKeyArray) -> Float[Array, "2"]:
         key_A, key_x, key_z = jax.random.split(draw_key, 3)
-        lora_A = draw_A(key_A, kind.init, rank=rank, p_in=kind.p_in)
+        lora_A = draw_A(key_A, kind.init, rank=kind.rank, p_in=kind.p_in)
         x = jax.random.normal(key_x, (kind.p_in,), jnp.float32)
         x_next = numbers["overlap"] * x + numbers["fresh"] * jax.random.normal(key_z, (kind.p_in,), jnp.float32)
         step = first_step.run(
@@ -339,4 +336,4 @@ def _finish(total: Float[Array, " draws"], numbers: dict[str, Array], kind: _Kin
     gamma = numbers["scaling"]
     step = numbers["learning_rate"] * (gamma**2 if kind.optimizer == "sgd" else gamma)
     w = -step * total
-    return jnp.stack([w, kind.p_out * w**2])
+    return jnp.stack([w, numbers["p_out"] * w**2])

@@ -78,6 +78,31 @@ def test_draws_until_the_error_is_reached() -> None:
     assert sampling.estimate(setting, "pairs", jax.random.key(2), draws=777).count == 777
 
 
+def test_several_devices_take_turns_and_compute_no_block_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """41 draws of blocks of 20: two blocks and one for the last draw, in order; a batch is computed whole."""
+    computed: list[int] = []
+    used: set[jax.Device] = set()
+
+    def blocks(_key: object, _numbers: object, indices: jax.Array, **_: object) -> np.ndarray:
+        computed.extend(np.asarray(indices).tolist())
+        used.update(indices.devices())
+        return np.broadcast_to(np.float32(np.asarray(indices))[:, None, None], (len(indices), 2, 20))
+
+    monkeypatch.setattr(sampling, "_MOST_DRAWS", 20)
+    monkeypatch.setattr(sampling, "_blocks", blocks)
+    setting, expected = RandomStep(rank=2, p_in=5), [0.0] * 20 + [1.0] * 20 + [2.0]
+    for number, batch, count in ((1, 1, 3), (2, 1, 3), (4, 1, 3), (1, 2, 4), (2, 2, 4)):
+        computed.clear()
+        used.clear()
+        devices = jax.devices()[:number]
+        sums = sampling.estimate(setting, "chi_square", jax.random.key(0), draws=41, batch=batch, devices=devices)
+        assert (sums.count, computed) == (41, list(range(count)))
+        assert sums.first.mean.value == pytest.approx(np.mean(expected))
+        assert used == set(devices[: count // batch])
+        options = {"batch": batch, "devices": devices}
+        assert take(setting, "chi_square", 41, **options)[0].tolist() == expected, "blocks without end, in order"
+
+
 @pytest.mark.slow
 def test_sums_are_kept_to_the_bit() -> None:
     sums = sampling.estimate(RandomStep(rank=2, p_in=5, p_out=4), "chi_square", jax.random.key(4), draws=70_000)
