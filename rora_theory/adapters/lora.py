@@ -112,9 +112,14 @@ class LoraConfig:
             }
             if self.use_dora:
                 weight = params["layers"][target.module]["weight"]
-                magnitude = jax.lax.map(lambda w: jnp.linalg.norm(dense(w).astype(jnp.float32), axis=1), weight)
-                tensors[target.module]["lora_magnitude_vector"] = magnitude
+                tensors[target.module]["lora_magnitude_vector"] = _row_norms(weight)
         return assemble_lora(self, targets, tensors)
+
+
+@jax.jit
+def _row_norms(weight: Any) -> Float[Array, "layers p_out"]:
+    """Of every layer's weight, one layer dense at a time."""
+    return jax.lax.map(lambda w: jnp.linalg.norm(dense(w).astype(jnp.float32), axis=1), weight)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "scaling"], meta_fields=["config", "targets"])

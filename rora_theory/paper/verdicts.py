@@ -234,7 +234,7 @@ def eq4(layer: RandomLayer) -> Verdict:
 def eq10(layer: RandomLayer) -> Verdict:
     """Eq. 10."""
     found = equations.eq10_norm(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)[None]
-    truth = np.linalg.norm(layer.sgd_w)[None]
+    truth = np.sqrt(np.sum(layer.sgd_w**2, keepdims=True))
     return _identity("10", "|w| = root of the sum of squares of Eq. 4", found, truth, "definition, with Eq. 4")
 
 

@@ -11,11 +11,13 @@ import pytest
 import safetensors.numpy
 from support import numpy_llama
 
+from rora_theory import llama
 from rora_theory.adapters import PrefixConfig, count, init, load_peft, merge, save_peft, share, table, unmerge
 from rora_theory.errors import InputError
-from rora_theory.llama import LlamaConfig, abstract_params, forward, forward_cached, generate, init_cache
+from rora_theory.llama import LlamaConfig, abstract_params, generate, init_cache
 
 FOLDER = Path(__file__).parents[1] / "golden" / "prefix"
+forward, forward_cached = (jax.jit(one, static_argnames="config") for one in (llama.forward, llama.forward_cached))
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rora_theory import llama
 from rora_theory.errors import InputError
 from rora_theory.llama import (
     MODULES,
     LlamaConfig,
     count_parameters,
-    forward,
-    hidden_states,
     init_params,
     linear,
     pruning,
 )
 from rora_theory.llama.pruning import Kept, Scores, Shape
 
+STATIC = ("config", "capture")
+forward, hidden_states = (jax.jit(one, static_argnames=STATIC) for one in (llama.forward, llama.hidden_states))
 CONFIG = LlamaConfig(50, 24, 40, 4, 6, 3, 4, attention_bias=True, mlp_bias=True)
 SMOLLM = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
 KEPT = Kept(

@@ -13,20 +13,21 @@ from rora_theory.toy.dynamics import ProblemConfig
 
 LINEAR = ProblemConfig(p_in=24, p_out=6, samples=4, held_out=5, overlap=0.5, teacher_rank=2)
 MLP = ProblemConfig(model="mlp", p_in=12, hidden=9, p_out=4, samples=5, held_out=3, teacher_rank=2)
+draw_problem = jax.jit(dynamics.draw_problem, static_argnames="config")
+draw_adapters = jax.jit(dynamics.draw_adapters, static_argnames=("config", "rank", "start"))
+change, spectral_norm = jax.jit(dynamics.change), jax.jit(dynamics.spectral_norm)
 
 
 def drawn(config, rank=4, seed=0, start="A"):
     problem_key, adapter_key = jax.random.split(jax.random.key(seed))
-    return dynamics.draw_problem(problem_key, config), dynamics.draw_adapters(
-        adapter_key, config, rank=rank, start=start
-    )
+    return draw_problem(problem_key, config), draw_adapters(adapter_key, config, rank=rank, start=start)
 
 
 def stacked(config, rank, seeds):
     """One problem, many adapters: what the laws take the mean over."""
-    problem = dynamics.draw_problem(jax.random.key(1), config)
+    problem = draw_problem(jax.random.key(1), config)
     keys = jax.random.split(jax.random.key(2), seeds)
-    adapters = jax.vmap(lambda key: dynamics.draw_adapters(key, config, rank=rank))(keys)
+    adapters = jax.vmap(lambda key: draw_adapters(key, config, rank=rank))(keys)
     many = jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (seeds, *a.shape)), problem)
     return problem, many, adapters
 
@@ -56,14 +57,14 @@ def test_change_is_the_difference_of_outputs(config, size):
     zero = tuple({**t, "lora_B": 0 * t["lora_B"]} for t in wide(adapters))
     weights, x = wide(problem.weights), wide(problem.x_train)
     exact = output(weights, wide(adapters), x, 0.7) - output(weights, zero, x, 0.7)
-    found = np.asarray(dynamics.change(adapters, problem.weights, problem.x_train, 0.7))
+    found = np.asarray(change(adapters, problem.weights, problem.x_train, 0.7))
     np.testing.assert_allclose(found, exact, rtol=0, atol=3e-6 * np.abs(exact).max())
 
 
 def test_problem():
     """Inputs overlap as asked, the linear target has unit variance and the teacher's rank, and noise comes on top."""
     config = ProblemConfig(p_in=400, p_out=300, samples=60, held_out=2, overlap=0.3, teacher_rank=3, noise=0.0)
-    problem = dynamics.draw_problem(jax.random.key(0), config)
+    problem = draw_problem(jax.random.key(0), config)
     x, target = wide(problem.x_train), wide(problem.target_train)
     cosines = (x @ x.T)[np.triu_indices(60, 1)] / 400
     assert np.mean(cosines) == pytest.approx(0.3, abs=5 * 0.3 * np.sqrt(2 / 400))  # fluctuation of |m|^2
@@ -71,7 +72,7 @@ def test_problem():
     assert np.linalg.matrix_rank(target, tol=1e-4 * np.linalg.norm(target)) == 3
     # Var over the rows of D's factor: three directions, each x's projection of variance 1 with overlap.
     assert 0.3 < np.mean(target**2) < 3
-    noisy = dynamics.draw_problem(jax.random.key(0), ProblemConfig(**{**vars(config), "noise": 0.5}))
+    noisy = draw_problem(jax.random.key(0), ProblemConfig(**{**vars(config), "noise": 0.5}))
     difference = wide(noisy.target_train) - target
     assert np.std(difference) == pytest.approx(0.5, rel=5 / np.sqrt(2 * difference.size))
 
@@ -161,8 +162,8 @@ def test_start_of_b():
 @pytest.mark.slow
 def test_final_losses_are_the_trajectories_ends():
     keys = jax.random.split(jax.random.key(7), 2)
-    problem = jax.vmap(lambda key: dynamics.draw_problem(key, LINEAR))(keys)
-    adapters = jax.vmap(lambda key: dynamics.draw_adapters(key, LINEAR, rank=3))(keys)
+    problem = jax.vmap(lambda key: draw_problem(key, LINEAR))(keys)
+    adapters = jax.vmap(lambda key: draw_adapters(key, LINEAR, rank=3))(keys)
     rates = jnp.array([0.01, 0.1])
     losses = dynamics.final_losses(adapters, problem, 0.5, rates, optimizer="adam", steps=4)
     path = dynamics.trajectories(adapters, problem, 0.5, 0.1, optimizer="adam", steps=(4,))
@@ -176,14 +177,14 @@ def test_final_losses_are_the_trajectories_ends():
 def test_spectral_norm(shape, size):
     """To float32 rounding; nothing for nothing."""
     matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    found = float(dynamics.spectral_norm(jnp.asarray(size * matrix)))
+    found = float(spectral_norm(jnp.asarray(size * matrix)))
     assert found == pytest.approx(size * np.linalg.norm(matrix.astype(np.float64), 2), rel=5e-6)
-    assert float(dynamics.spectral_norm(jnp.zeros(shape))) == 0.0
+    assert float(spectral_norm(jnp.zeros(shape))) == 0.0
 
 
 def test_spectral_norm_of_equal_singular_values():
     matrix = np.linalg.qr(np.random.default_rng(0).normal(size=(30, 30)))[0].astype(np.float32)
-    assert float(dynamics.spectral_norm(jnp.asarray(matrix))) == pytest.approx(1, rel=30 / (5 * 2**12))
+    assert float(spectral_norm(jnp.asarray(matrix))) == pytest.approx(1, rel=30 / (5 * 2**12))
 
 
 @pytest.mark.usefixtures("unchecked")
