@@ -317,7 +317,7 @@ def account(
     """Trace a run's step and account for it.
 
     Each of several devices works its own rows, so what it computes and keeps is that of a smaller batch; of the base
-    it has what `placement` says, and for a product it gathers the whole weight of one module, or a table. The account
+    it has what `placement` says, and for a product it gathers the whole weights of one layer. The account
     is that of `attention`'s plain routes, which every device has: a fused kernel takes no more.
 
     Args:
@@ -343,7 +343,7 @@ def account(
         base = _bytes(step.base, layout.params_shardings(step.base))
         shardings = layout.state_shardings(step.state)
         adapter, state = _bytes(step.state.params, shardings.params), _bytes(step.state, shardings)
-        gathered = _gathered(step.base, layout)
+        gathered = _gathered(abstract_params(llama_config, jnp.dtype(config.dtype)), layout)
     rows = own.batch_size // config.accumulation
     row = 4 * llama_config.vocab_size * rows
     return Account(
@@ -433,10 +433,11 @@ _KINDS = {
 
 
 def _gathered(base: Any, layout: Layout) -> int:
-    """The largest array that is gathered at a time: a layer's weight, or a whole table."""
+    """A layer's weights, dense: the compiler may gather them before the first product. Of a table each device works its
+    own words, on all rows' hidden states, which take less."""
     shardings = jax.tree.leaves(layout.params_shardings(base))
     split = [a for a, at in zip(jax.tree.leaves(base), shardings, strict=True) if not at.is_fully_replicated]
-    return max((_bytes(a) // (a.shape[0] if a.ndim == 3 else 1) for a in split), default=0)
+    return sum(_bytes(a) // a.shape[0] for a in split if a.ndim == 3)
 
 
 @dataclass(frozen=True)
@@ -510,8 +511,8 @@ def measure_step(
     jax.block_until_ready((base, state))
     before = 0
     if devices[0].platform != "gpu":
-        _forget_peak()
-        before = _resident("VmRSS") - _bytes_on_devices((base, state))
+        forget_peak()
+        before = resident("VmRSS") - _bytes_on_devices((base, state))
     state, _ = jax.block_until_ready(compiled(state, base, batch))
     start = time.perf_counter()
     jax.block_until_ready(compiled(state, base, batch))
@@ -519,7 +520,7 @@ def measure_step(
     if devices[0].platform == "gpu":
         peak = max(int(device.memory_stats()["peak_bytes_in_use"]) for device in devices)
         return MeasuredStep(peak, program, seconds)
-    return MeasuredStep((_resident("VmHWM") - before) // len(devices), program, seconds)
+    return MeasuredStep((resident("VmHWM") - before) // len(devices), program, seconds)
 
 
 def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:
@@ -558,7 +559,7 @@ def _bytes_on_devices(tree: Any) -> int:
     return sum(shard.data.nbytes for a in keys for shard in a.addressable_shards)
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     """A line of Linux's account of this process, in bytes."""
     try:
         with open("/proc/self/status") as file:
@@ -567,7 +568,7 @@ def _resident(what: str) -> int:
         raise InputError("measure: this system does not tell a process's peak memory; accepted is Linux") from error
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let the peak of resident memory start from now."""
     try:
         with open("/proc/self/clear_refs", "w") as file:

@@ -197,7 +197,9 @@ class Gathered:
 
     Left to itself the compiler finds it cheaper, for a short batch, to send the activations round and to leave the
     weights where they are. A module's weight is gathered for its product and dropped, and gathered again in the
-    backward pass: kept, the gathered weights of all layers would be the whole model on every device.
+    backward pass: kept, the gathered weights of all layers would be the whole model on every device. The barrier before
+    it has the compiler gather a matrix: it gathers a layer of the stack in another order of axes, of which it makes a
+    copy of all that the device has of the weights.
 
     Args:
       adapter: any trainable adapter; this one is used in its place in a step.
@@ -224,7 +226,7 @@ class Gathered:
     def linear(self, name: str, x: Array, weight: Array, bias: Array | None, layer: Any, *, key: Array | None) -> Array:
         rows = self._layout.rows
         x = jax.lax.with_sharding_constraint(x, rows)
-        weight = jax.lax.with_sharding_constraint(weight, self._layout.replicated)
+        weight = jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(weight), self._layout.replicated)
         y = self._adapter.linear(name, x, weight, bias, layer, key=key)
         return jax.lax.with_sharding_constraint(y, rows)
 

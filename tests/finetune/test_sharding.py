@@ -126,14 +126,17 @@ def test_the_steps_of_one_device(params, single, fsdp, rules):
 
 
 def test_each_module_gathers_one_layer_and_keeps_nothing(params):
-    """Forward and backward, each of 7 weights is gathered inside the scan: [1, out, in], never all [2, out, in]."""
+    """Forward and backward, each of 7 weights is gathered inside the scan: [out, in], never all [2, out, in]."""
     layout = Layout(sharding.mesh(fsdp=8))
     _, _, (function, base, state) = train(params, layout=layout)
     text = function.lower(state, base, layout.batch(next(batches()))).compile().as_text()
     found = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)
     shapes = [",".join(map(str, MODEL.module_shape(name))) for name in MODULES]
-    assert sorted(shape for shape in found if shape.startswith("1,")) == sorted(2 * [f"1,{shape}" for shape in shapes])
+    assert sorted(shape for shape in found if shape in shapes) == sorted(2 * shapes)
     assert not [shape for shape in shapes if f"f32[2,{shape}]" in text], "not kept for the backward pass either"
+    parts = {f"f32[2,{p_out // 8},{p_in}]" for p_out, p_in in map(MODEL.module_shape, MODULES)}
+    orders = {order for part, order in re.findall(r"(f32\[2,\d+,\d+\])(\{[\d,]+\})", text) if part in parts}
+    assert orders == {"{2,1,0}"}, "as they lie: in another order a device's part is copied"
 
 
 @pytest.mark.slow
