@@ -46,10 +46,14 @@ settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Workers begin with the files of most slow tests, so that none is left alone with one at the end."""
+    """Workers begin with the files of most slow tests, so that none is left alone with one at the end.
+
+    Before all others those of `optimised`, which drops the programs that are there: a few in place of thousands.
+    """
     if hasattr(config, "workerinput"):
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-        items.sort(key=lambda item: -slow[item.path])
+        first = {item.path for item in items if "optimised" in getattr(item, "fixturenames", ())}
+        items.sort(key=lambda item: (item.path not in first, -slow[item.path]))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -63,6 +63,7 @@ def fresh(code: str, *, silent: bool = True) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_laws_and_advice_need_no_jax() -> None:
     """Imported and called: equations of the paper with NumPy's arrays, a law, the exponent after the first step, and
     the command that advises, with a regime that was measured too."""

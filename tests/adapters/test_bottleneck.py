@@ -257,6 +257,7 @@ def test_no_merging(placement, config, params) -> None:
             undo(adapter, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_bfloat16_base_runs_it(placement, config, params, tokens) -> None:
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)

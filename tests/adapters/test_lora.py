@@ -62,6 +62,7 @@ def test_dora_can_not_be_unmerged_without_its_norms(params, perturbed) -> None:
         unmerge(adapter, merge(adapter, params))
 
 
+@pytest.mark.slow
 def test_merging_into_bfloat16_rounds_once(params, perturbed) -> None:
     adapter = perturbed(**settings())
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
@@ -109,6 +110,7 @@ def test_layers_left_out_are_the_base_and_learn_nothing(dora, params, tokens, pe
             assert not value[2].any()
 
 
+@pytest.mark.slow
 def test_lora_and_rora_differ_by_gamma_alone(params, tokens, perturbed, run) -> None:
     """The same tensors under either rule, and the same logits to the bit where alpha gives the same gamma."""
     lora = perturbed(rank=4, alpha=6.0, rule="lora")
@@ -130,6 +132,7 @@ def test_every_layer_has_the_scaling_of_its_own_rank(rule, kappa, config, params
     np.testing.assert_allclose(adapter.scaling["mlp.down_proj"], [3 / 7**kappa] * 3, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_dropout_acts_on_the_branch_alone_and_by_key(config, params, tokens, perturbed, run) -> None:
     drop = {"rank": 4, "alpha": 3.0, "dropout": 0.5}
     fresh = init(jax.random.key(0), LoraConfig(**drop), config, params)

@@ -415,6 +415,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dora_rora_patterns", "prefix", "series"])
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)

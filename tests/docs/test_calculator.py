@@ -150,6 +150,7 @@ def asked() -> list[dict[str, Any]]:
     return grid()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # which is faster
 def test_it_answers_as_the_library_does(asked) -> None:
     said = [page(one) for one in ask([["advise", one] for one in asked])]

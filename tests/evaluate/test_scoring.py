@@ -164,6 +164,7 @@ def test_broken_weights_are_not_scored() -> None:
         list(score(broken, CONFIG, TOKENIZER, _records("boolq")[:1], Scoring("label")))
 
 
+@pytest.mark.slow
 def test_templates_of_the_protocols() -> None:
     assert [Scoring(name).template for name in ("generate", "label", "harness")] == ["eval", "train", None]
     texts = {

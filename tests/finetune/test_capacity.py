@@ -57,6 +57,7 @@ def test_adapters_have_the_papers_share_of_the_weights(model, method, rank, perc
     assert 100 * trained / (base + trained) == pytest.approx(percent, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"method": "dora", "dtype": "bfloat16"}, {"accumulation": 2, "remat": True}])
 def test_parts_are_the_real_arrays_and_sum_up(changes):
     config = dataclasses.replace(SMALL, **changes)

@@ -96,6 +96,7 @@ def test_a_damaged_checkpoint_is_named(checkpoints):
         checkpoints.restore(1, state())
 
 
+@pytest.mark.slow
 # What a reader gave up may complain of its closed event loop later.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_byte_is_named(checkpoints):

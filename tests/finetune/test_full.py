@@ -62,6 +62,7 @@ def trained(params, batches):
     return train(params, batches)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_loss_in_the_weights(params, batches):
     """By the model's own logits, and by the loss itself a little along the gradient and against it."""
     batch = jax.tree.map(jnp.asarray, batches[0])
@@ -129,6 +130,7 @@ def test_three_steps_are_torch_s_adamw_on_the_same_modules(params, batches, trai
             assert off.max() < CONFIG.lr
 
 
+@pytest.mark.slow
 def test_devices_that_share_the_weights_share_their_training_too(params, batches, trained):
     layout = sharding.Layout(sharding.mesh(fsdp=4))
     found, _, state = train(params, batches, layout)

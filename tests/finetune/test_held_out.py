@@ -63,6 +63,7 @@ def test_a_record_that_the_model_can_t_read_is_refused() -> None:
         record_losses(PARAMS, CONFIG, Examples(tokens, np.array([0, 98]), np.arange(98) >= 90, 0, 0))
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_logits() -> None:
     windows = np.random.default_rng(0).integers(0, 61, (3, 12)).astype(np.int32)
     chances = np.asarray(jax.nn.log_softmax(forward(PARAMS, jnp.asarray(windows[:, :-1]), CONFIG)), np.float64)

@@ -65,6 +65,7 @@ def test_a_step_changes_every_tensor_for_the_better(method, params):
         assert changed.all(), "of every layer"
 
 
+@pytest.mark.slow
 def test_devices_that_share_the_weights_train_the_same(params):
     """To float32 sums in another order, through as many Adam steps. A prefix: what no linear module takes part in."""
     layout = sharding.Layout(sharding.mesh(fsdp=4))

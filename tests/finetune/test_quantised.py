@@ -56,6 +56,7 @@ def train(params, config):
     return np.array(found), jax.tree.map(np.asarray, state.params)
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_dense_weights():
     """DoRA's: losses, gradients, row norms and magnitudes. Both multiply the same numbers in the same order."""
     config = dataclasses.replace(PLAIN, method="dora")

@@ -144,6 +144,7 @@ def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
     assert float(loss / count) == pytest.approx(float(direct_loss(params, adapted, *whole[:3])), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_key_and_the_step(params):
     config = changed(dropout=0.3, warmup=0, lr=1e-30)
     data = [batch()] * 2
@@ -185,6 +186,7 @@ def test_shared_steps_are_each_run_s_own(params):
     assert min(np.abs(a - b).max() for a, b in itertools.combinations(ends, 2)) > 1e-4
 
 
+@pytest.mark.slow
 def test_each_shape_is_compiled_once_and_the_state_is_donated(params):
     adapted = adapter(params, PLAIN)
     function = steps.train_step(adapted, tiny.CONFIG, PLAIN, STEPS)

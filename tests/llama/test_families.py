@@ -168,6 +168,7 @@ def windowed(draw_params):
     return draw_params(WINDOWED), jax.random.randint(jax.random.key(1), (2, 24), 0, 48)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [0, 1])
 def test_a_query_sees_the_window_and_no_more(layers, windowed):
     """In layers that have it: with n of them, what is n (window - 1) tokens back reaches a token, and one more does

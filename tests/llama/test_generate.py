@@ -67,6 +67,7 @@ def _groups() -> dict[str, list[dict]]:
     return groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", _groups())
 def test_equals_transformers(group: str):
     for case in _groups()[group]:

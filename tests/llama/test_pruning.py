@@ -119,6 +119,7 @@ def test_the_best_are_kept_in_order() -> None:
 QWEN = LlamaConfig(50, 24, 40, 4, 6, 3, 4, model_type="qwen3", sliding_window=3, max_window_layers=2)
 
 
+@pytest.mark.slow
 def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens) -> None:
     """Layers 0 and 2 of a model whose layers from 2 on have a window: the second of the two has it. With all heads and
     features kept, that is the model of these two layers."""

@@ -108,6 +108,7 @@ def smollm() -> Tokenizer:
     return Tokenizer(vocabulary.byte_level_tokenizer(pieces, tiny["merges"], "smollm"))
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_byte_level_round_trip(text: str):
     assert smollm().decode(smollm().encode(text), skip_special=False) == text

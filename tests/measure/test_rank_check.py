@@ -251,6 +251,7 @@ def test_the_verdict_is_on_the_whole_model() -> None:
     assert controls == ["grows with the rank, as a control must", "shrinks with the rank, as a control must"]
 
 
+@pytest.mark.slow
 def test_one_slope_that_is_not_flat_is_enough() -> None:
     """Of the hidden states or of the logits, on either split, at any step; a control that is flat has no power."""
     config, slopes = published()

@@ -50,6 +50,7 @@ def test_what_was_seen_is_a_beginning() -> None:
     assert unseen.seen(both, [batch([1, 2]), TRAIN]).sum() == 7
 
 
+@pytest.mark.slow
 def test_the_template_alone_is_masked_whole(model) -> None:
     """As is the training batch itself: nothing is left, which is said before anything is measured."""
     for heldout, seen in ((TRAIN, 13), (batch(TEMPLATE), 4)):

@@ -322,6 +322,7 @@ def test_bitsandbytes_of_8_bits() -> None:
         assert float(torch.cosine_similarity(found[name].flatten(), grad.flatten(), 0)) > 0.98
 
 
+@pytest.mark.slow
 def test_wrapped_models() -> None:
     model, batch, held_out = torch_models.model(), torch_models.batch(), torch_models.batch(seed=1)
     plain = measure(model, batch, held_out, config=SMALL)
@@ -472,6 +473,7 @@ def test_bad_input() -> None:
         assert not any(each._forward_hooks for each in model.modules())
 
 
+@pytest.mark.slow
 def test_nothing_of_jax_is_imported() -> None:
     """A fork of the user's process (a loader of data) must not meet JAX's threads."""
     code = """

@@ -42,6 +42,7 @@ def trained(folder, model, *callbacks, **arguments):
     return trainer
 
 
+@pytest.mark.slow
 def test_logs_beside_the_loss(tmp_path, caplog) -> None:
     """At steps 0 and 2, what `measure` finds there; the losses are to the bit those of a run without it."""
     kept = {}
@@ -73,6 +74,7 @@ def test_logs_beside_the_loss(tmp_path, caplog) -> None:
     assert sum("Going from rank 2 to 8 with AdamW" in record.message for record in caplog.records) == 2
 
 
+@pytest.mark.slow
 def test_the_run_s_own_setting(tmp_path) -> None:
     """Of its LoraConfig and optimizer; or the one that is given."""
     found = []

@@ -146,6 +146,7 @@ def test_a_held_out_batch_is_read_where_it_is_new() -> None:
     assert np.isfinite(found.sizes["value"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "t5", "vit"])
 def test_other_families(family) -> None:
     task = {"t5": "SEQ_2_SEQ_LM", "vit": None}.get(family, "CAUSAL_LM")

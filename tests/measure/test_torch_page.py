@@ -16,6 +16,7 @@ from support import torch_models  # noqa: E402
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "measure-my-pytorch-model.md"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
 def test_the_page(tmp_path, monkeypatch, capsys) -> None:
     vocabulary = {letter: i for i, letter in enumerate("~" + "abcdefghijklmnopqrstuvwxyz ")}

@@ -71,6 +71,7 @@ def test_several_devices_of_ones_own(folder, capsys):
     assert "a device of 24 GB and 120 TFLOP/s: fits (0.0 GB of 23.0 GB)" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_takes_less(capsys):
     capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--dtype", "float32"])
     out = capsys.readouterr().out

@@ -113,6 +113,7 @@ def test_a_kill_loses_nothing(model: Path, data: Path, tmp_path: Path) -> None:
     assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_half_a_line_is_cut_from_the_file_before_more_is_written(model: Path, data: Path, tmp_path: Path) -> None:
     evaluate.main(_arguments(model, data, tmp_path / "run", "--protocol", "label", "--limit", "2"))
     path = tmp_path / "run" / samples.FILE
@@ -129,6 +130,7 @@ def test_half_a_line_is_cut_from_the_file_before_more_is_written(model: Path, da
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_what_is_scored_is_not_scored_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_frozen_adam_moves_as_the_signal_predicts(finished):
     assert abs(frozen["difference"]) < 0.01 * frozen["second_loss"]
 
 
+@pytest.mark.slow
 def test_a_finite_but_diverged_run_is_no_point(tmp_path):
     """SGD far beyond its stable rate: a loss of 1e9 times its start is finite and would bend every parabola."""
     rates = "0.01 0.1 1 10 100 1000"
@@ -166,6 +167,7 @@ def test_matrix(tmp_path, seeds):
     assert compared["scaling_ratio"] == pytest.approx(128**0.5)
 
 
+@pytest.mark.slow
 def test_matrix_finds_a_real_difference(tmp_path):
     """2% more at the best rate, the same records in every run: found although the records' own spread is 30%."""
     folder = matrix(tmp_path / "matrix", gap=0.02)

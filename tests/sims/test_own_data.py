@@ -112,6 +112,7 @@ def test_fine_tuning_on_chats(model, data, tmp_path) -> None:
     assert "chat_template_sha256" in config
 
 
+@pytest.mark.slow
 def test_the_template_is_part_of_the_run(bare, data, tmp_path) -> None:
     """A model without one is told what to choose; another template is another run."""
     words = ["--data", data, *SMALL, "--out", tmp_path / "run"]

@@ -271,6 +271,7 @@ def test_a_trained_adapter_is_measured_in_the_weights(inputs, finished, tmp_path
     assert manifest["config"]["adapter_sha256"] == adapters.adapter_digest(tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_plain_text_is_read_a_line_a_record(inputs, tmp_path) -> None:
     random = np.random.default_rng(1)
     lines = [" ".join(random.choice(checkpoint.WORDS, 9)) for _ in range(12)]

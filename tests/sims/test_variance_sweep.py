@@ -215,6 +215,7 @@ def test_layers_against_the_law(layers: Path, tmp_path: Path, capsys: pytest.Cap
     assert (out / "layers_vs_rank.svg").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_one_rank_has_a_crossing_rank_and_no_exponent(
     layers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

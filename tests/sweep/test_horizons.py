@@ -57,6 +57,7 @@ def test_a_warm_up_makes_the_takeover_later() -> None:
     assert (warm > plain).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_a_planted_exponent_is_found_and_judged(seeds: int) -> None:
     found = exponents(grid(-0.53, seeds=seeds))
@@ -85,6 +86,7 @@ def test_a_rank_that_moves_the_best_rate_contradicts_it() -> None:
     assert found.loc["strength", 8]["verdict"] == "agrees"
 
 
+@pytest.mark.slow
 def test_the_law_is_taken_at_the_measured_rate_of_the_first_strength() -> None:
     row = exponents(grid(-0.53)).loc["strength", 8]
     wanted = horizons.predictions(TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(1e-3,), warmup=4)["exponent"]

@@ -198,6 +198,7 @@ def test_sgd_equals_optax(momentum: float) -> None:
     assert abs(np.mean(squares) - np.mean(law.second_moment)) < 4.9 * error  # a false alarm of 1e-6
 
 
+@pytest.mark.slow
 def test_one_sample_closed_form() -> None:
     """The integral over Gaussian rows against rows drawn: every coefficient within its sampling error."""
     rng = np.random.default_rng(5)

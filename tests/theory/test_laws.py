@@ -132,6 +132,7 @@ def test_direct_sampler_random_inputs(optimizer: str, init: str) -> None:
             assert abs(found.value - exact) <= z * found.error + slack * abs(exact), (rank, p_in, overlap)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform", "rademacher"])
 def test_adam_fixed_data(init: str, epsilon: float) -> None:

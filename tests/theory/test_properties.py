@@ -82,6 +82,7 @@ def test_autodiff_equals_the_closed_form(layer: dict) -> None:
     close(w, expected, size, adam=layer["optimizer"] == "adam")
 
 
+@pytest.mark.slow
 @given(layers)
 def test_w_carries_gamma_squared_or_gamma(layer: dict) -> None:
     scaling = scaling_factor(layer["rule"], alpha=layer["alpha"], rank=layer["rank"])
@@ -97,6 +98,7 @@ def test_w_carries_gamma_squared_or_gamma(layer: dict) -> None:
     np.testing.assert_allclose(twice.second_moment, 4.0**power * law.second_moment, rtol=1e-12)
 
 
+@pytest.mark.slow
 @given(layers)
 def test_rotation(layer: dict) -> None:
     """Turning A, x and x' together leaves w; so for Gaussian A the law depends on angles and lengths alone."""

@@ -58,6 +58,7 @@ def test_norm_is_of_all_outputs() -> None:
         np.testing.assert_allclose(norm2, 7 * first**2, rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
 def test_scaling_power(optimizer: laws.Optimizer) -> None:
     """The same draws at another gamma: w carries gamma^2 (SGD) or gamma (Adam), by autodiff and optax."""
