@@ -9,7 +9,6 @@ when the rank changes. The verdict on a rule is on the whole model, its final hi
 own outputs have one beside it. Controls are run too: they must not be flat.
 """
 
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from rora_theory.measure.coordinate_table import MODEL
 from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import CheckConfig, CoordinateCell
 from rora_theory.measure.record_batches import BatchConfig
-from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import flat
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_table
@@ -53,19 +52,20 @@ class Config:
 
 def run(config: Config) -> None:
     """Run every cell that an earlier part of the run left, fit, judge, print."""
-    started, checked, runner = time.monotonic(), config.check, config.cluster.runner()
+    checked, runner = config.check, config.cluster.runner()
     read = prompts.read_inputs(
         config.data, config.model, config.reading, template=config.records.template, revision=config.revision
     )
     chosen = replace(config.records, template=read.template)
-    data, tokenizer, steps = read.records.records, read.model.tokenizer, max(checked.steps)
-    batches = record_batches.by_seed(chosen, data, tokenizer, seeds=checked.seeds, steps=steps, chat=read.chat)
-    checker = Checker(read.model.params, read.model.config, width=max(checked.ranks), target_modules=config.targets)
     # Named by what they are, not by where they lie: the run may go on elsewhere.
     identity = flat(checked) | flat(chosen) | {"targets": config.targets} | read.identity
+    check_free(path_of(NAME, identity, config.out))
+    data, tokenizer, steps = read.records.records, read.tokenizer, max(checked.steps)
+    batches = record_batches.by_seed(chosen, data, tokenizer, seeds=checked.seeds, steps=steps, chat=read.chat)
+    checker = Checker(read.model.params, read.model.config, width=max(checked.ranks), target_modules=config.targets)
     sources = ["/".join(Path(source).parts[-2:]) for source in config.data]
     extra = {"units": rank_check.UNITS, "device": devices.describe(read.places), "data": sources}
-    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[read.model.origin])
+    folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=[read.origin])
     prompts.keep(folder, batches[checked.seeds[0]].train.examples, tokenizer, show=config.reading.show)
     cells = rank_check.coordinate_cells(checked)
 
@@ -76,7 +76,7 @@ def run(config: Config) -> None:
     sizes = run_table(cells, work, folder, rank_check.COLUMNS, runner=runner, title="coordinate check")
     slopes = rank_check.coordinate_slopes(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
-    folder.finish(last_session_seconds=round(time.monotonic() - started, 1), warnings=thin.of_ranks(checked.ranks))
+    folder.finish(warnings=thin.of_ranks(checked.ranks))
     report(checked, slopes, sizes, batches=config.records.batches)
     answers.tell_files(folder.path)
 

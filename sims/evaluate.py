@@ -19,9 +19,9 @@ from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
 from rora_theory.evaluate.accuracies import RESULT_COLUMNS, RESULT_UNITS, accuracies_in_words
-from rora_theory.llama import Adapter, Model, load
+from rora_theory.llama import Adapter, Located, Model, load, locate
 from rora_theory.rules import check_integers
-from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import as_json
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
@@ -73,20 +73,15 @@ class Config:
         return Scoring(self.protocol, self.template, self.num_beams, self.max_new_tokens)
 
 
-def subject(config: Config) -> tuple[Model, Adapter | None]:
+def subject(config: Config, origin: Located) -> tuple[Model, Adapter | None]:
     """The model that is scored, and an adapter where it runs beside the weights.
 
     Raises:
       InputError: either cannot be read.
     """
-    model = load(config.model, config.dtype, config.revision)
+    model = load(origin, config.dtype)
     cli.tell(model.remarks)
-    if config.adapter is None:
-        return model, None
-    adapter = adapters.load_peft(config.adapter, model.config, model.params)
-    if config.merge and adapter.config.mergeable:
-        return adapters.merged(adapter, model), None
-    return model, adapter
+    return (model, None) if config.adapter is None else adapters.with_adapter(config.adapter, model, merge=config.merge)
 
 
 def evaluate(
@@ -112,12 +107,12 @@ def evaluate(
     return found
 
 
-def identity(config: Config, data: dict[str, str], model: Model) -> dict[str, Any]:
+def identity(config: Config, data: dict[str, str], origin: Located) -> dict[str, Any]:
     """What determines the results: the settings, and the content of data, adapter and model."""
     plain = asdict(config)
     for name in ("out", "batch_size", "data_dir", "adapter", "revision"):
         del plain[name]
-    plain |= asdict(config.scoring()) | model.origin.identity()
+    plain |= asdict(config.scoring()) | origin.identity()
     if config.adapter is not None:
         plain["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     return plain | {"data": data}
@@ -130,11 +125,7 @@ def show(found: Sequence[TaskAccuracy], scoring: Scoring) -> None:
     if any(level.accuracy_norm is not None for level in found):
         forms["per character %"] = "{accuracy_norm:.1f} ± {error_norm:.1f}"
     forms |= {f"{name} %": f"{{{name}:.1f}}" for name in ("unparsed", "chance", "majority")}
-    rows = []
-    for level in found:
-        percent = {name: 100 * value for name, value in vars(level).items() if isinstance(value, float)}
-        name = TASKS[level.task].name if level.task in TASKS else level.task
-        rows.append(vars(level) | percent | {"name": name})
+    rows = [level.in_percent() for level in found]
     template = f", template {scoring.template}" if scoring.template else ""
     tables.print_records(f"{scoring.protocol}{template}; ± one standard error", rows, forms, missing="-")
     if scoring.protocol == "harness" and any(level.task == "boolq" for level in found):
@@ -147,10 +138,12 @@ def show(found: Sequence[TaskAccuracy], scoring: Scoring) -> None:
 def run(config: Config) -> None:
     """Read the records, then the model; score, print, and say where the results are."""
     tasks, data = sources.read_tasks(config.data_dir, config.tasks, config.limit)
-    model, adapter = subject(config)
+    origin = locate(config.model, config.revision)
+    known = identity(config, data, origin)
+    check_free(path_of(NAME, known, config.out))
+    model, adapter = subject(config, origin)
     extra = {"protocol": config.protocol, "units": RESULT_UNITS}
-    known = identity(config, data, model)
-    folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[model.origin])
+    folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[origin])
     show(evaluate(config, folder, tasks, model, adapter), config.scoring())
     answers.tell_files(folder.path)
 

@@ -35,10 +35,11 @@ from rora_theory.finetune import (
     trackers,
 )
 from rora_theory.finetune.checkpoints import quiet_writers
+from rora_theory.finetune.distributed import ProcessConfig
 from rora_theory.finetune.loop import resumption
 from rora_theory.finetune.outputs import OutputConfig, write_outputs
 from rora_theory.finetune.trackers import TrackerName
-from rora_theory.runs.folder import RunFolder, check_free
+from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.scaling import check_integer
 from sims.common import answers, cli, prompts, tables
 from sims.common.progress import progress_bar
@@ -63,12 +64,7 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     fsdp: int = 1
     """devices that share one copy of the base weights; the others hold further copies"""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, for several processes outside SLURM"""
-    num_processes: int | None = None
-    """how many processes take part"""
-    process_id: int | None = None
-    """number of this process"""
+    processes: ProcessConfig = field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
         check_integer("fsdp", self.fsdp)
@@ -81,7 +77,7 @@ def run(config: Config) -> None:
 
     With several processes each calls this and joins the others; the first alone prints and writes.
     """
-    several = distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    several = config.processes.join()
     if several and (config.out is None or config.output.merge or config.training.adapter().replaces):
         raise InputError(
             "several processes: accepted is --out, no --merge (one process can merge afterwards) and no method full"
@@ -101,15 +97,16 @@ def run(config: Config) -> None:
         forms |= {"alpha": "{alpha:g}", "scaling": "{scaling:.6g}"}
         rows = [row._asdict() for row in adapted]
         tables.print_records(f"{training.method} on {config.model}", rows, forms, left=3, missing="-")
+    chat = found.chat(llama.model_tokenizer(origin), training.template)
+    identity = origin.identity() | {"data": config.data} | found.identity(chat) | training.settings()
+    if first:
+        check_free(path_of(NAME, identity, config.out))
     layout, shardings = sharding.over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
     cli.tell(model.remarks if first else [])
-    chat = found.chat(model.tokenizer, training.template)
     data = prepare(found.records, model.tokenizer, training, chat)
     folder, path = None, config.out
     if first:
-        identity = origin.identity() | {"data": config.data} | found.identity(chat)
-        identity |= training.settings()
         folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed, models=[origin])
         path = folder.path
         prompts.keep(folder, data.train.examples, model.tokenizer, show=config.reading.show)

@@ -1,6 +1,5 @@
 """The sweep on real layers (``sims.variance_sweep --layer-data``): data fixed, adapters drawn."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ NAME = "variance_sweep_layers"
 
 def run(path: Path, grid: StepGrid, *, out: Path | None = None, runner: Runner = in_process) -> None:
     """Run the sweep on the layers of an .npz, or go on with it."""
-    started = time.monotonic()
     layers = layer_data.read_layers(path)
     identity = {"layer_data": digests.of_file(path)} | flat(grid)
     extra = {"units": layer_grid.UNITS, "device": describe(pick(1)), "layer_data": path.name}
@@ -34,7 +32,7 @@ def run(path: Path, grid: StepGrid, *, out: Path | None = None, runner: Runner =
         return layer_grid.layer_rows(grid, layers, cell)
 
     results = run_table(cells, work, folder, layer_grid.COLUMNS, runner=runner, title="real layers")
-    folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
+    folder.finish()
     report(results, crossings)
     answers.tell_files(folder.path)
 

@@ -10,7 +10,6 @@ shift of the rate.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,7 +58,6 @@ class Config:
 
 def run(config: Config) -> None:
     """Train or read, find the best rates, compare, print."""
-    started = time.monotonic()
     if config.matrix is not None:
         runs = trained_runs.read_runs(config.matrix, model=config.matrix_model, loss=config.matrix_loss)
         curves = run_curves.curves_of_runs(runs)
@@ -80,7 +78,7 @@ def run(config: Config) -> None:
     folder.write_frame(found, "best.csv")
     folder.write_frame(slopes, "slopes.csv")
     folder.write("comparison.json", json.dumps([one._asdict() for one in compared], indent=2) + "\n")
-    folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
+    folder.finish()
     report(found, slopes, compared)
     answers.tell_files(folder.path)
 

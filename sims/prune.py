@@ -16,7 +16,7 @@ from rora_theory.data import windows as text_windows
 from rora_theory.data.records import FormatConfig
 from rora_theory.errors import InputError
 from rora_theory.rules import check_integers
-from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.seeds import check_seed
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
@@ -72,11 +72,16 @@ class Config:
 def run(config: Config) -> None:
     """Measure, prune, measure again; what an earlier part of the run finished stays."""
     from rora_theory.finetune.held_out import perplexity
-    from rora_theory.llama import count_parameters, load, pruning
+    from rora_theory.llama import count_parameters, load, locate, pruning
     from rora_theory.llama.saving import save_model
 
     texts = text_windows.read_texts(config.text, config.reading)
-    model = load(config.model, config.dtype, config.revision)
+    origin = locate(config.model, config.revision)
+    identity = asdict(config) | origin.identity() | {"text": digests.of_json(texts)}
+    for name in ("out", "batch_size", "revision", "reading"):
+        del identity[name]
+    check_free(path_of(NAME, identity, config.out))
+    model = load(origin, config.dtype)
     cli.tell(model.remarks)
     shape = pruning.plan_shape(
         model.config, config.share, layers=config.layers, kv_heads=config.kv_heads, width=config.width
@@ -86,12 +91,8 @@ def run(config: Config) -> None:
         raise InputError(f"seq is {config.seq}; accepted is at most {longest}, the model's max_position_embeddings")
     sizes = {"seq": config.seq, "windows": config.windows, "held_out": config.held_out}
     windows, held_out = text_windows.cut(texts, model.tokenizer, **sizes, seed=config.seed)
-    identity = asdict(config) | model.origin.identity() | {"text": digests.of_json(texts)}
-    for name in ("out", "batch_size", "revision", "reading"):
-        del identity[name]
-    folder = RunFolder.open(
-        NAME, identity, out=config.out, seed=config.seed, extra={"units": pruning.UNITS}, models=[model.origin]
-    )
+    extra = {"units": pruning.UNITS}
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=[origin])
     if not (folder.holds(MODEL) and folder.holds("results.csv")):
         folder.clear(MODEL)
         pruned, kept = pruning.pruned_model(model, batches(windows, config.batch_size), shape)

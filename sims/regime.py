@@ -15,7 +15,6 @@ measures the model with a trained adapter in its weights; of a model trained in 
 
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +38,7 @@ from rora_theory.measure.regime_tables import JudgeConfig
 from rora_theory.measure.regimes import RegimeCell
 from rora_theory.measure.tokens import SINK
 from rora_theory.rules import USUAL_RANKS
-from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import finished, flat, key_of
 from rora_theory.scaling import check_integer
 from sims.common import answers, cli, prompts, tables
@@ -84,10 +83,17 @@ class Config:
 
 def run(config: Config) -> None:
     """Measure, or go on with, a run; exit status 1 where the judge finds that the law fails."""
-    started, runner = time.monotonic(), config.cluster.runner()
+    runner = config.cluster.runner()
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
     read = prompts.read_inputs(config.data, config.model, config.reading, **options)
-    model, seed = read.model, config.measured.seed
+    identity, seed = flat(config.batches) | flat(config.measured) | read.identity, config.measured.seed
+    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")}
+    if read.template != "train":
+        identity["template"] = read.template
+    if config.adapter is not None:
+        identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
+    check_free(path_of(NAME, identity, config.out))
+    model = read.model
     if config.adapter is not None:
         model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
@@ -95,12 +101,6 @@ def run(config: Config) -> None:
     pair = record_batches.pair(config.batches, **read.texts(), seed=seed)
     if config.measured.mask:
         unseen.check_unseen(pair.heldout, [pair.train])
-    identity = flat(config.batches) | flat(config.measured) | read.identity
-    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")}
-    if read.template != "train":
-        identity["template"] = read.template
-    if config.adapter is not None:
-        identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(read.places)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])
@@ -129,7 +129,7 @@ def run(config: Config) -> None:
         folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
     words = thin.of_regime(found.crossings, model.config.num_hidden_layers)
-    folder.finish(last_session_seconds=round(time.monotonic() - started, 1), warnings=words)
+    folder.finish(warnings=words)
     report(config.measured, found, verdict, words)
     answers.tell_files(folder.path)
     if verdict is not None and verdict["verdict"] == "fails":

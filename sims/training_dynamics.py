@@ -7,7 +7,6 @@ slope of 0 is what a rule promises.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Train every cell, or those that an earlier part of the run left; fit, judge and print."""
-    started, grid, runner = time.monotonic(), config.grid, config.cluster.runner()
+    grid, runner = config.grid, config.cluster.runner()
     extra = {"units": training_grid.UNITS, "device": devices.describe(devices.pick(1))}
     folder = RunFolder.open(NAME, flat(grid), out=config.out, seed=grid.seed, extra=extra)
     cells = training_grid.training_cells(grid)
@@ -57,7 +56,7 @@ def run(config: Config) -> None:
     folder.write_frame(found[list(FIT_COLUMNS)], "exponents.csv")
     answered = training_grid.grid_answers(grid, found)
     folder.write("answers.json", json.dumps([answer._asdict() for answer in answered], indent=2) + "\n")
-    folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
+    folder.finish()
     report(grid, seeds, found, answered)
     answers.tell_files(folder.path)
 

@@ -23,7 +23,7 @@ from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.measure.transfer_request import TransferConfig, advise, with_saved
 from rora_theory.rules import check_integers, check_seeds
-from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.seeds import check_seed
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
@@ -117,10 +117,11 @@ def take_first_steps(config: Config, found: Advice, targets: str | list[str]) ->
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
     identity |= {"old": asdict(found.old), "new": asdict(found.unchanged), "targets": targets}
     identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}} | read.identity
-    extra, models = {"units": transfer_check.UNITS}, [read.model.origin]
-    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
-    prompts.keep(folder, pair.examples, read.model.tokenizer, show=config.reading.show)
+    check_free(path_of(NAME, identity, config.out))
     stepper = RealStep(read.model.params, read.model.config, pair.train, pair.heldout, targets)
+    extra, models = {"units": transfer_check.UNITS}, [read.origin]
+    folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
+    prompts.keep(folder, pair.examples, read.tokenizer, show=config.reading.show)
     steps = run_table(
         list(transfer_check.first_steps(found, config.seeds)),
         lambda cell, _: transfer_check.first_step_rows(stepper, found, cell, seed),

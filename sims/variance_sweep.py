@@ -7,7 +7,6 @@ sampler checks by simulating each rule by itself on part of the grid.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +53,7 @@ def run(config: Config) -> None:
     if config.layer_data is not None:
         layer_sweep.run(config.layer_data, simulated.grid, out=config.out, runner=runner)
         return
-    started, count = time.monotonic(), config.devices
+    count = config.devices
     places = devices.pick(count)
     extra = {"units": simulation.UNITS, "device": devices.describe(places)}
     folder = RunFolder.open(NAME, flat(simulated), out=config.out, seed=simulated.grid.seed, extra=extra)
@@ -76,7 +75,7 @@ def run(config: Config) -> None:
     known = {cell.setting: Sums.from_json(one["sums"]) for cell, one in zip(cells, values, strict=True)}
     judged = simulation.judge_simulation(simulated, known, places)
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
-    folder.finish(last_session_seconds=round(time.monotonic() - started, 1))
+    folder.finish()
     report(simulated, frame_of(values), frame_of(values, direct=True), judged)
     answers.tell_files(folder.path)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rora_theory.adapters import card
 from rora_theory.adapters.base import TrainableAdapter, merge
-from rora_theory.adapters.peft import entries_of
+from rora_theory.adapters.peft import entries_of, load_peft
 from rora_theory.llama.loading import Model
 from rora_theory.llama.saving import save_model
 
@@ -18,6 +18,18 @@ def merged(adapter: TrainableAdapter, model: Model) -> Model:
       InputError: an adapter that can't be merged (prefix, series, parallel).
     """
     return replace(model, params=merge(adapter, model.params))
+
+
+def with_adapter(
+    folder: str | os.PathLike[str], model: Model, *, merge: bool = True
+) -> tuple[Model, TrainableAdapter | None]:
+    """The model with the adapter of a folder in its weights; beside it where it can't be there, or not ``merge``.
+
+    Raises:
+      InputError: as `load_peft`.
+    """
+    adapter = load_peft(folder, model.config, model.params)
+    return (merged(adapter, model), None) if merge and adapter.config.mergeable else (model, adapter)
 
 
 def save_merged(

@@ -9,6 +9,7 @@ speak of drawing other items, not of training again.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from rora_theory.data.tasks import TASKS, TaskRecord, chance, majority
 from rora_theory.errors import InputError
@@ -40,6 +41,17 @@ class TaskAccuracy:
     unparsed: float
     chance: float
     majority: float
+
+    def in_percent(self) -> dict[str, Any]:
+        """Its entries with shares in per cent, and the task's printed ``name``.
+
+        Example:
+          >>> row = TaskAccuracy("boolq", 4, 0.5, 0.25, None, None, 0.0, 0.5, 0.75).in_percent()
+          >>> row["name"], row["n"], row["accuracy"], row["accuracy_norm"]
+          ('BoolQ', 4, 50.0, None)
+        """
+        percent = {name: 100 * value for name, value in vars(self).items() if isinstance(value, float)}
+        return vars(self) | percent | {"name": TASKS[self.task].name if self.task in TASKS else self.task}
 
 
 RESULT_COLUMNS = ("protocol", "template", *(field.name for field in fields(TaskAccuracy)))

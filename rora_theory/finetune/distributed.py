@@ -1,6 +1,7 @@
 """Several processes: JAX's own runtime, started from options, from the environment, or by its cluster detection."""
 
 import os
+from dataclasses import dataclass
 
 import jax
 
@@ -8,6 +9,22 @@ from rora_theory.errors import InputError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Environment variables that stand for the three options."""
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """Who takes part, where neither the environment nor SLURM says it."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for several processes outside SLURM"""
+    num_processes: int | None = None
+    """how many processes take part"""
+    process_id: int | None = None
+    """number of this process"""
+
+    def join(self) -> bool:
+        """`initialize` with these."""
+        return initialize(self.coordinator, self.num_processes, self.process_id)
 
 
 def initialize(

@@ -21,7 +21,7 @@ from rora_theory.llama.model import (
 if TYPE_CHECKING:
     from rora_theory.llama.hub import Located, locate
     from rora_theory.llama.identity import model_digest
-    from rora_theory.llama.loading import Model, load, model_config
+    from rora_theory.llama.loading import Model, load, model_config, model_tokenizer
 
 __all__ = [
     "MODULES",
@@ -43,6 +43,7 @@ __all__ = [
     "locate",
     "model_config",
     "model_digest",
+    "model_tokenizer",
     "output_matrix",
     "unembed",
 ]
@@ -55,6 +56,7 @@ _LATER = {
     "load": "loading",
     "locate": "hub",
     "model_config": "loading",
+    "model_tokenizer": "loading",
 }
 
 

@@ -79,20 +79,15 @@ def load(
     check_dtype(dtype)
     check_quantization(quantization)
     origin = path_or_repo if isinstance(path_or_repo, Located) else locate(path_or_repo, revision)
-    source = origin.path
+    source, config, tokenizer = origin.path, model_config(origin), model_tokenizer(origin)
+    ignored: tuple[str, ...] = ()
     if source.is_dir():
-        config = read_config(source)
-        tokenizer = fitted(Tokenizer.from_folder(source), config.vocab_size)
         ignored = ignored_keys(read_object(source / "config.json"))
         params = load_hf(source, config, dtype, shardings, quantization)
     else:
-        from rora_theory.llama.gguf_file import config_from_gguf, load_gguf, open_gguf
+        from rora_theory.llama.gguf_file import load_gguf, open_gguf
 
-        reader = open_gguf(source)
-        config = config_from_gguf(reader, str(source))
-        tokenizer = fitted(Tokenizer.from_gguf(reader, str(source)), config.vocab_size)
-        ignored = ()
-        params = load_gguf(reader, source, config, dtype, shardings, quantization)
+        params = load_gguf(open_gguf(source), source, config, dtype, shardings, quantization)
     return Model(params, config, tokenizer, origin, ignored)
 
 
@@ -102,6 +97,16 @@ def model_config(found: Located) -> LlamaConfig:
 
     source = found.path
     return read_config(source) if source.is_dir() else config_from_gguf(open_gguf(source), str(source))
+
+
+def model_tokenizer(found: Located) -> Tokenizer:
+    """The tokenizer of a model, without its weights. Raises `InputError` as `load`."""
+    from rora_theory.llama.gguf_file import open_gguf
+
+    source, rows = found.path, model_config(found).vocab_size
+    if source.is_dir():
+        return fitted(Tokenizer.from_folder(source), rows)
+    return fitted(Tokenizer.from_gguf(open_gguf(source), str(source)), rows)
 
 
 def fitted(tokenizer: Tokenizer, rows: int) -> Tokenizer:

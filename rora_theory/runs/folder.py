@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,15 @@ def check_free(path: Path) -> None:
         lock.check_unowned(path)
 
 
+def path_of(name: str, config: Any, out: Path | None = None) -> Path:
+    """The folder of a run that `RunFolder.open` opens: ``out``, or ``results/NAME/RUN_ID``."""
+    return Path(out) if out is not None else Path("results") / name / _identity(as_json(config))
+
+
+def _identity(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def end_all(status: str, error: str | None = None, *, but: int = 0) -> None:
     """`RunFolder.stop` all that are open, the last first, but for the first ``but``."""
     for folder in reversed(list(_open.values())[but:]):
@@ -65,6 +75,7 @@ class RunFolder:
         self.path, self.identity, self.resumed = path, identity, resumed
         self._manifest, self._lock = manifest, held
         self._written: dict[str, str] = {}
+        self._opened = time.monotonic()
 
     @classmethod
     def open(
@@ -97,8 +108,7 @@ class RunFolder:
             readable manifest, or files that are not as the run wrote them.
         """
         plain = as_json(config)
-        identity = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
-        path = Path(out) if out is not None else Path("results") / name / identity
+        identity, path = _identity(plain), path_of(name, plain, out)
         files.check_folder(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -148,11 +158,12 @@ class RunFolder:
         self._write_manifest()
 
     def finish(self, status: str = "complete", **entries: Any) -> None:
-        """Mark the run as ended, with its end time and its files' digests, and give the folder back."""
+        """Mark the run as ended, with its end time, how long its last part took and its files' digests, and give the
+        folder back."""
         self._manifest["files"] |= self._written
         end = {"status": status, "end": lock.now()}
         self._manifest["sessions"][-1] |= end
-        self.update(**end, **entries)
+        self.update(**end, last_session_seconds=round(time.monotonic() - self._opened, 1), **entries)
         self._let_go()
 
     def stop(self, status: str, error: str | None = None) -> None:

@@ -107,7 +107,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
                 raise InputError(f"--{option} is {large[0]}; accepted is an integer of at most {LARGEST:,}")
         if isinstance(out := getattr(found, "out", None), Path):
             files.check_folder(out)
-            if not getattr(found, "list", False) and not hasattr(found, "num_processes"):  # which look on, or take part
+            if not getattr(found, "list", False) and not hasattr(found, "processes"):  # which look on, or take part
                 folder.check_free(out)
     except InputError as error:
         raise InputError(file.place(str(error))) from None

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from rora_theory import devices, llama
 from rora_theory.data import records as training_records
@@ -18,27 +20,38 @@ KEPT = 3
 """Prompts that every run keeps."""
 
 
-class Inputs(NamedTuple):
-    """Records, and the model that they go into.
+@dataclass(frozen=True)
+class Inputs:
+    """Records, and the model that they go into, whose weights are read when they are asked for.
 
     Attributes:
+      origin, tokenizer, dtype: the model's.
       places: the device that the model is on.
     """
 
     records: RecordSet
     template: TrainTemplate
-    model: llama.Model
+    origin: llama.Located
+    tokenizer: Any
+    dtype: str
     chat: Any
     places: list[Any]
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a run that reads them is known by."""
-        return self.model.origin.identity() | self.records.identity(self.chat)
+        return self.origin.identity() | self.records.identity(self.chat)
+
+    @cached_property
+    def model(self) -> llama.Model:
+        """The model, and what is to be told of it is told. Raises `InputError` as `llama.load`."""
+        loaded = llama.load(self.origin, self.dtype)
+        cli.tell(loaded.remarks)
+        return loaded
 
     def texts(self) -> dict[str, Any]:
         """What makes batches of them, see `rora_theory.measure.record_batches`."""
-        texts = {"records": self.records.records, "tokenizer": self.model.tokenizer}
+        texts = {"records": self.records.records, "tokenizer": self.tokenizer}
         return texts | {"template": self.template, "chat": self.chat}
 
 
@@ -51,14 +64,14 @@ def read_inputs(
     dtype: str = "float32",
     revision: str | None = None,
 ) -> Inputs:
-    """Read records, then a model, which takes longer, and tell what was read. Raises `InputError` as they do."""
+    """Read records, then a model but for its weights, and tell what was read. Raises `InputError` as they do."""
     found = training_records.read_record_set(data, config)
     chosen = found.template(template)
     places = devices.pick(1)
-    loaded = llama.load(model, dtype, revision)
-    cli.tell(loaded.remarks)
+    origin = llama.locate(model, revision)
+    tokenizer = llama.model_tokenizer(origin)
     tell(found, chosen)
-    return Inputs(found, chosen, loaded, found.chat(loaded.tokenizer, chosen), places)
+    return Inputs(found, chosen, origin, tokenizer, dtype, found.chat(tokenizer, chosen), places)
 
 
 def tell(found: RecordSet, template: str | None) -> None:

@@ -16,7 +16,7 @@ from rora_theory.data import sources
 from rora_theory.data.tasks import TASKS, render
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Samples, samples
-from rora_theory.llama import LlamaConfig, init_params, load
+from rora_theory.llama import LlamaConfig, init_params, load, locate
 from rora_theory.llama.weights import save_hf
 from sims import evaluate
 
@@ -166,8 +166,9 @@ def test_what_is_loaded_is_what_was_asked_for(model: Path, dtype: str, monkeypat
     monkeypatch.setattr(
         evaluate, "load", lambda *arguments: asked.append(arguments) or load(arguments[0], arguments[1])
     )
-    loaded, _ = evaluate.subject(evaluate.Config(model=str(model), dtype=dtype, revision="v2"))
-    assert asked == [(str(model), dtype, "v2")]
+    origin = locate(model)
+    loaded, _ = evaluate.subject(evaluate.Config(model=str(model), dtype=dtype), origin)
+    assert asked == [(origin, dtype)]
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {dtype}
 
 

@@ -4,6 +4,7 @@ Each command is stopped where it opens its folder; the configuration it opens wi
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,13 +20,15 @@ from tyro.conf import Fixed
 
 from rora_theory import adapters, llama
 from rora_theory.cluster.config import ClusterConfig
+from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
-from rora_theory.llama import hub
+from rora_theory.llama import hub, loading
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.rank_check import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig, PairConfig
-from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.folder import RunFolder, path_of
+from rora_theory.runs.lock import take
 from rora_theory.runs.reading import as_json
 from rora_theory.sweep import trained_runs
 from sims import (
@@ -124,6 +127,26 @@ def start(name: str, config: Any) -> Opened:
 
 
 WITH_A_MODEL = ("regime", "transfer", "coordinate_check", "finetune", "prune", "evaluate", "rank_sweep")
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_A_MODEL if name != "rank_sweep"])
+def test_a_folder_in_use_is_refused_before_weights_are_read(name, model, data, tmp_path, monkeypatch) -> None:
+    """Without --out too: the folder's name is known from what the weights are, not from what is in memory."""
+    monkeypatch.chdir(tmp_path)
+    config = settings(name, str(model), data)
+    path = path_of(name, start(name, config).identity)
+    path.mkdir(parents=True)
+    lock = take(path)
+
+    def load_hf(*_: Any) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(loading, "load_hf", load_hf)
+    with pytest.raises(InputError, match=rf"^{path}: is in use by process"):
+        sys.modules[f"sims.{name}"].run(config)
+    os.close(lock)
+    with pytest.raises(AssertionError, match="weights are read"):
+        sys.modules[f"sims.{name}"].run(config)
 
 
 def flip(file: Path, at: int) -> None:
