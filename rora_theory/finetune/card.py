@@ -106,8 +106,8 @@ def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[st
     if tested:
         found = {"first": tested[0], "best": _best(tested), "last": tested[-1]}
         rows += [(f"validation loss, {name}", one["step"], one["loss"]) for name, one in found.items()]
-    if steps:
-        rows += [("tokens/s, median", None, median(one["targets"] / one["seconds"] for one in steps))]
+    if speeds := [one["targets"] / one["seconds"] for one in steps if one["seconds"]]:
+        rows += [("tokens/s, median", None, median(speeds))]
     rows += [("trainable parameters", None, trainable)]
     return [dict(zip(("what", "step", "value"), row, strict=True)) for row in rows]
 
