@@ -128,6 +128,7 @@ def test_hub_ids(server, tmp_path):
 def test_a_branch_that_moves_is_another_model(server, tmp_path, monkeypatch):
     """The name and the revision asked for stay; commit and content do not, whatever the cache holds."""
     before = locate(server, tmp_path, ("org/tiny", "main"))[0][3]
+    monkeypatch.setitem(REPOSITORIES["org/tiny"], "earlier", FILES)  # the hub keeps a branch's earlier commits
     monkeypatch.setitem(REPOSITORIES["org/tiny"], "main", FILES | {"tokenizer.json": b'{"other": 1}'})
     after, pinned = (one[3] for one in locate(server, tmp_path, ("org/tiny", "main"), ("org/tiny", before["commit"])))
     assert {name for name in before if before[name] != after[name]} == {"commit", "model_sha256"}

@@ -83,7 +83,7 @@ def test_every_family(family) -> None:
     }
     assert set(found.crossings["module"]) == tuners
     assert found.left_out == {}
-    assert (found.unmasked != ()) == (family == "vit")
+    assert (found.unmasked != ()) == (family == "vit" or any(".experts." in name for name in tuners))  # transformers 4
     for frame, columns in (
         (found.crossings, ["signal", "cross_talk", "crossing_rank", "linear_term"]),
         (found.results, ["predicted"]),
@@ -166,7 +166,7 @@ def test_gradient_checkpointing(family, reentrant) -> None:
     for hook in model.get_input_embeddings()._forward_hooks.copy():
         del model.get_input_embeddings()._forward_hooks[hook]  # transformers' own help, which not every model has
     runs = []
-    hook = model.get_decoder().register_forward_hook(lambda *_: runs.append(1)) if family == "llama" else None
+    hook = model.base_model.register_forward_hook(lambda *_: runs.append(1)) if family == "llama" else None
     assert_same(gradients(model, batch), expected)
     assert hook is None or runs
 

@@ -69,7 +69,9 @@ def backward(
                 "held-out one; accepted are two batches of one kind"
             )
         # Unpacking recomputes what gradient checkpointing dropped; the node is let go, and with it the inputs.
-        x = _rows(kept.pop().saved_tensors[0].detach())
+        held = kept.pop()  # by its output: in torch 2.6 the node alone does not keep what it saved
+        x = _rows(held.grad_fn.saved_tensors[0].detach())
+        del held
         with torch.no_grad(), _full_precision():
             grad = _rows(delta).float().T @ x.float()
             if name in partial_sums:
@@ -87,7 +89,7 @@ def backward(
         if not isinstance(y, torch.Tensor):
             raise InputError(f"{name} returns a {type(y).__name__}; accepted is a module that returns a tensor")
         y = _with_graph(y)
-        y.register_hook(partial(arrived, name, [_Keep.apply(_input(args, kwargs), _anchor(y)).grad_fn]))
+        y.register_hook(partial(arrived, name, [_Keep.apply(_input(args, kwargs), _anchor(y))]))
         return y
 
     with _frozen(model), _hooked(modules, hook), _embeddings_with_graph(model), torch.enable_grad():
