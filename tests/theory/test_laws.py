@@ -1,5 +1,6 @@
 """The exact laws by three routes: enumeration in integers, algebra over index coincidences, and the direct sampler."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -132,6 +133,12 @@ def test_direct_sampler_random_inputs(optimizer: str, init: str) -> None:
             assert abs(found.value - exact) <= z * found.error + slack * abs(exact), (rank, p_in, overlap)
 
 
+@functools.cache
+def drawn_A(init: str, count: int, rank: int, p_in: int) -> np.ndarray:
+    keys = jax.random.split(jax.random.key(1), count)
+    return np.asarray(jax.vmap(lambda key: draw_A(key, init, rank=rank, p_in=p_in))(keys), np.float64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform", "rademacher"])
@@ -147,8 +154,7 @@ def test_adam_fixed_data(init: str, epsilon: float) -> None:
     law = laws.first_step_moments(
         grad, x, rank=rank, scaling=gamma, optimizer="adam", init=init, epsilon=epsilon * gamma * scale
     )
-    keys = jax.random.split(jax.random.key(1), n)
-    A = np.asarray(jax.vmap(lambda key: draw_A(key, init, rank=rank, p_in=p_in))(keys), np.float64)
+    A = drawn_A(init, n, rank, p_in)
     u = A @ grad.T
     f = np.divide(u, np.abs(u) + epsilon * scale, out=np.zeros_like(u), where=u != 0)
     dm = -gamma * np.einsum("nri,nrj->nij", f, A)
