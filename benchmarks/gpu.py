@@ -238,6 +238,13 @@ def stream(
         return status, messages.read()[-2000:]
 
 
+def how(status: int, until: float) -> str:
+    """How a command of `stream` ended."""
+    if status == -signal.SIGKILL and time.monotonic() >= until:
+        return "out of time"
+    return "failed" if status else "done"
+
+
 def end(process: subprocess.Popen[str]) -> None:
     """End a process and all that it started."""
     if process.poll() is None:
@@ -329,9 +336,7 @@ def run_tests(log: Log, sizes: Sizes, until: float) -> None:
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]) if lines else []
     figures = {what: int(count) for count, what in counts}
     output = "" if status == 0 else "\n".join(lines)[-6000:] + last
-    log.write(
-        "tests", "pytest", status="done" if status == 0 else "failed", exit_status=status, output=output, **figures
-    )
+    log.write("tests", "pytest", status=how(status, until), exit_status=status, output=output, **figures)
 
 
 def run_training(log: Log, sizes: Sizes, until: float) -> None:
@@ -379,7 +384,7 @@ def run_sweep(log: Log, sizes: Sizes, until: float) -> None:
             figures |= {name: told.get(name) for name in ("device", "last_session_seconds")}
             held = json.loads((Path(folder) / "verdicts.json").read_text())
             figures["verdicts"] = [one["status"] for one in held]
-        log.write("sweep", "variance_sweep", status="done" if status == 0 else "failed", output=last[-600:], **figures)
+        log.write("sweep", "variance_sweep", status=how(status, until), output=last[-600:], **figures)
 
 
 RUNS: dict[str, Callable[[Log, Sizes, float], None]] = {

@@ -78,6 +78,16 @@ def test_what_hangs_is_ended_in_time(done):
     }  # fmt: skip
 
 
+def test_a_command_that_is_not_done_in_time_has_not_failed(gpu, tmp_path, capsys):
+    """One that another kills, or that ends with an error, has."""
+    log = gpu.Log(tmp_path / "gpu.jsonl")
+    gpu.run_sweep(log, gpu.REHEARSAL, time.monotonic() + 0.1)
+    assert log.find("sweep", "variance_sweep")["status"] == "out of time"
+    later = time.monotonic() + 60
+    assert [gpu.how(status, later) for status in (0, 1, -9)] == ["done", "failed", "failed"]
+    capsys.readouterr()
+
+
 def test_every_section_has_its_time_and_its_own_failure(gpu, tmp_path, monkeypatch, capsys):
     given = {}
 
