@@ -109,6 +109,23 @@ for _path in sorted([*PUBLISHED.glob("*/manifest.json"), *PUBLISHED.glob("*/*/ma
     block(f"run:{_run.replace('/', '.')}")(lambda run=_run: manifest(run))
 
 
+# The suite on other versions.
+
+
+@block("versions")
+def versions() -> str:
+    """What `.ci/versions` wrote, a line for each time that it ran the suite."""
+    which = {"floor": "every direct dependency at its floor of then", "newest": "everything at its newest"}
+    rows = [
+        [row["python"], row["jax"], row["numpy"], which.get(row["which"], "this JAX, the rest at its newest")]
+        + [row[name] for name in ("tests", "passed", "failed", "skipped", "revision", "date")]
+        for row in frames.rows(pd.read_csv(PUBLISHED / "versions.csv", dtype=str))
+    ]
+    return table(
+        ["Python", "JAX", "NumPy", "packages", "tests", "passed", "failed", "skipped", "revision", "date"], rows
+    )
+
+
 # The verdicts on the paper's equations.
 
 
