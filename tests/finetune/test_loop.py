@@ -143,6 +143,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(params, whole, tmp_path, stop):
     second.close()
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_dropout(params):
     """Another seed with the same adapter and the same batches: other masks, which the first step's gradient of B shows
     (B itself is still 0, so that its loss shows none)."""

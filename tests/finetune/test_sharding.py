@@ -125,6 +125,7 @@ def test_the_steps_of_one_device(params, single, fsdp, rules):
     assert all(leaf.sharding.is_equivalent_to(a.sharding, 3) for leaf in moments)
 
 
+@pytest.mark.slow
 def test_each_module_gathers_one_layer_and_keeps_nothing(params):
     """Forward and backward, each of 7 weights is gathered inside the scan: [out, in], never all [2, out, in]."""
     layout = Layout(sharding.mesh(fsdp=8))

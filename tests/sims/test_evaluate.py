@@ -146,6 +146,7 @@ def test_what_is_scored_is_not_scored_again(
     assert _files(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_task_scores_alike_alone_and_among_others(model: Path, data: Path, tmp_path: Path) -> None:
     evaluate.main(_arguments(model, data, tmp_path / "three", "--protocol", "label"))
     alone = ["--model", str(model), "--data-dir", str(data), "--tasks", "piqa", "--protocol", "label"]

@@ -295,6 +295,7 @@ def test_held_out_text_that_is_all_masked_is_bad_input(inputs, tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_thin_run_says_so_in_its_manifest(finished) -> None:
     """Sixteen tokens a module are enough to tell a spread, which here is too wide; both layers are there."""
     words = json.loads((finished / "manifest.json").read_text())["warnings"]

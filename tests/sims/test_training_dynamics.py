@@ -96,6 +96,7 @@ def test_the_frozen_control_trains_b_alone(finished):
     assert moved["both", "adam"].all()
 
 
+@pytest.mark.slow
 def test_diverged_runs_are_reported(tmp_path, capsys):
     sim.main([*SMALL, "--optimizers", "sgd", "--no-freeze-control", "--sgd-lr", "3", "--out", str(tmp_path / "run")])
     shown = capsys.readouterr().out
