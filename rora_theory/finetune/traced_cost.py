@@ -142,8 +142,7 @@ class _Computation:
                 for buffer in source.get(value, ()):
                     last[buffer] = max(last.get(buffer, -1), at)
             if node.name == "scan":
-                skip = node.eqn.params["num_consts"] + node.eqn.params["num_carry"]
-                stacked = [v for v in node.eqn.invars[skip:] if _is_var(v)]
+                stacked = [v for v in node.eqn.invars[sum(_loop_inputs(node.eqn)) :] if _is_var(v)]
                 tail = node.reads[len(node.reads) - len(stacked) :]
                 reads_by_loops.update(b for value in tail for b in source.get(value, ()))
         for value in self._last:
@@ -197,13 +196,13 @@ class _Computation:
         return best
 
     def _kind(self, node: _Node, index: int, value: Any, reads_by_loops: set[Any]) -> str:
-        if node.name != "scan" or index < node.eqn.params["num_carry"]:
+        if node.name != "scan" or index < _loop_inputs(node.eqn)[1]:
             return "working"
         return "kept" if value in reads_by_loops else "stacked"
 
     def _inside(self, node: _Node) -> Held:
         if node.name == "scan":
-            carried = node.eqn.params["num_carry"]
+            _, carried = _loop_inputs(node.eqn)
             needed = [True] * carried + [w in self.wanted for w in node.writes[carried:]]
             return _Computation(_open(node.eqn.params["jaxpr"]), needed, carried=carried).fullest()
         parts = [_Computation(_open(sub), [True] * len(_open(sub).outvars)).fullest() for sub in _inner(node.eqn)]
@@ -215,6 +214,14 @@ class _Value:
 
     def __init__(self, aval: Any) -> None:
         self.aval = aval
+
+
+def _loop_inputs(scan: Any) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried; the rest are stacked."""
+    if "num_carry" in scan.params:
+        return scan.params["num_consts"], scan.params["num_carry"]
+    constants, carried, _ = scan.params["ft_in"].unpack()  # from JAX 0.12 on
+    return len(constants.vals), len(carried.vals)
 
 
 def _product(eqn: Any) -> int:
