@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ import torch
 import transformers
 import tyro
 
+from benchmarks.hardware import Others, in_words, machine
 from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.files import write_whole
@@ -73,12 +73,14 @@ def main(config: Config) -> None:
     for name in ("batch_size", "rounds"):
         check_integer(name, getattr(config, name))
     check_integer("cutoff", config.cutoff, least=2)
+    here, others = machine(packages=("torch", "transformers", "peft", "jax")), Others()
+    print(in_words(here), flush=True)
     found = agreement(config) if config.what == "agreement" else cost(config)
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "jax")}
+    print(others.in_words())
     apart = {"out", *(("rounds", "device") if config.what == "agreement" else ())}
     said = {name: value for name, value in asdict(config).items() if name not in apart}
     said["data"] = ["/".join(Path(name).parts[-2:]) for name in config.data]
-    report = {"config": said, "packages": packages} | found
+    report = {"config": said, "machine": here, "others": others.share()} | found
     if config.out is not None:
         write_whole(config.out, (json.dumps(report, indent=2) + "\n").encode())
     if found.get("outside"):

@@ -11,16 +11,14 @@ compilation is not counted (`cold` has that first run); the peers compile nothin
 import dataclasses
 import functools
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lm_eval_peer
 import torch
+from hardware import Others, in_words, machine
 
 from rora_theory.data import prompts, sources, tasks
 from rora_theory.evaluate.scoring import Scoring, score
@@ -146,23 +144,19 @@ def transformers_texts(peer: Any, tokenizer: Any, records: list[tasks.TaskRecord
 
 def main(config: Config) -> None:
     model = load(config.model)
-    figures = {"config": dataclasses.asdict(config), "machine": machine()}
+    names = ("jax", "torch", "transformers", "lm-eval", "tokenizers")
+    figures = {"config": dataclasses.asdict(config), "machine": machine(packages=names)}
+    figures["machine"]["torch_threads"] = torch.get_num_threads()
+    others = Others()
+    print(in_words(figures["machine"]), flush=True)
     figures["harness"] = harness(config, model)
     figures["generate"] = generate(config, model)
     for row in figures["generate"]:
         print(json.dumps(row))
+    figures["others"] = others.share()
+    print(others.in_words())
     if config.out is not None:
         write_whole(config.out, json.dumps(figures, indent=2, default=str) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    names = ("jax", "torch", "transformers", "lm-eval", "tokenizers")
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in names},
-    }
 
 
 if __name__ == "__main__":

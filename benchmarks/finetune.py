@@ -17,22 +17,20 @@ The modules adapted are the paper's five. Run it on a quiet machine; it uses the
 import dataclasses
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from hardware import Others, in_words, machine
 
 HERE = Path(__file__).parent
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-PACKAGES = ("rora-theory", "jax", "jaxlib", "optax", "torch", "transformers", "peft")
 Part = Literal["tokens", "text", "methods"]
 
 
@@ -290,19 +288,6 @@ def own_settings(method: str, size: int) -> dict[str, Any]:
     }[method]
 
 
-def machine(cores: int) -> dict[str, Any]:
-    """The machine in general terms, and the packages."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*: (.*)", info)
-    installed = {found.metadata["Name"] for found in distributions()}  # `methods.py` needs no peer
-    return {
-        "processor": model.group(1) if model else platform.machine(),
-        "cores": cores,
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES if name in installed},
-    }
-
-
 def lines(figures: dict[str, Any]) -> Iterator[str]:
     """The figures in words."""
     if "tokens" in figures:
@@ -334,6 +319,8 @@ def main() -> None:
     if not config.data:
         raise InputError("--data is missing; accepted are training files in the LLM-Adapters schema")
     figures: dict[str, Any] = {"machine": machine(config.cores)}
+    others = Others()
+    print(in_words(figures["machine"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         prepare(config, Path(folder))
         runs = {"tokens": run_tokens, "text": run_text, "methods": run_methods}
@@ -341,8 +328,10 @@ def main() -> None:
             figures[part] = runs[part](config, Path(folder))
             for line in lines({part: figures[part]}):
                 print(line, flush=True)
+            figures["others"] = others.share()
             if config.out is not None:
                 write_whole(config.out, json.dumps(figures, indent=2) + "\n")
+    print(others.in_words())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune import HERE, TARGETS, machine, middle
+from finetune import HERE, TARGETS, middle
+from hardware import in_words, machine
 
 OURS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
 PEER = ("float32", "bfloat16", "int8", "nf4")
@@ -161,6 +162,7 @@ def main() -> None:
     check_integers(config, rounds=1, rows=1, seq=1, rank=1, cores=1)
     packages = {"bitsandbytes": _installed("bitsandbytes")}
     figures: dict[str, Any] = {"machine": machine(config.cores)}
+    print(in_words(figures["machine"]), flush=True)
     figures["machine"]["packages"] |= {name: found for name, found in packages.items() if found}
     figures["config"] = {name: getattr(config, name) for name in ("model", "rows", "seq", "rank")}
     spec = {name: getattr(config, name) for name in ("model", "rows", "seq", "rank", "cores")}

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from finetune import Worker, machine, middle, save, take_turns
+from finetune import Worker, middle, save, take_turns
+from hardware import Others, in_words, machine
 
 METHODS = ("lora", "rora", "dora", "prefix", "series", "parallel")
 PAPER_MINUTES = {"lora": 225, "rora": 225, "dora": 335}
@@ -115,6 +116,8 @@ def main() -> None:
         "config": as_json(asdict(config) | {"out": None}),
         "sizes": {},
     }
+    others = Others()
+    print(in_words(figures["machine"]), flush=True)
     figures["paper"] = {"minutes": PAPER_MINUTES, "dora_over_lora": PAPER_RATIO}
     with tempfile.TemporaryDirectory() as folder:
         batches = Path(folder) / "batches.npz"
@@ -130,8 +133,10 @@ def main() -> None:
                     f"size {size}: DoRA over LoRA {ratio:.2f}; at most {BOUND} is asked; the paper's is 1.49",
                     flush=True,
                 )
+            figures["others"] = others.share()
             if config.out is not None:
                 write_whole(config.out, json.dumps(figures, indent=2) + "\n")
+    print(others.in_words())
 
 
 if __name__ == "__main__":

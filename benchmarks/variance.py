@@ -7,19 +7,21 @@ standard error depend on the setting alone, not on the sampler, so the ratio of 
 standard error. Run it on a quiet machine.
 """
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.hardware import Others, in_words, machine
 from rora_theory import devices
 from rora_theory.theory import sampling
+from sims.common import cli
 from sims.common.tables import print_table
 
 SETTING = sampling.RandomStep(rank=64, p_in=4096, p_out=1, overlap=0.5)
@@ -92,8 +94,14 @@ def normals(places: list[jax.Device]) -> Iterator[int]:
         yield kind.draws
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Config:
+    """Nothing to choose."""
+
+
+def main(_: Config) -> None:
     """Time all five and print the table."""
+    others = Others()
     places = devices.pick(None)
     cores = len(places)
     runs = {
@@ -105,7 +113,8 @@ def main() -> None:
     }
     times = {name: per_draw(start) for name, start in runs.items()}
     medians = {name: statistics.median(found) for name, found in times.items()}
-    print(f"{cores} cores, {platform.machine()}, jax {jax.__version__}, numpy {np.__version__}")
+    print(in_words(machine(packages=("jax", "jaxlib", "numpy"))))
+    print(others.in_words())
     print_table(
         f"p_in = {SETTING.p_in}, rank = {SETTING.rank}: microseconds a draw over {REPEATS} timings",
         ["sampler", "median", "min", "max", "NumPy / this", "this / normals alone"],
@@ -122,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(lambda: main(cli.parse(Config, description=__doc__)))
