@@ -9,6 +9,7 @@ registered below. What stands between the marks is replaced.
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -473,10 +474,11 @@ def rates_model_horizon() -> str:
             "gamma r = {at:g}: from r = {first:g} to {second:g}",
         )
         law = f"{row['law']:+.2f} ({row['law_low']:+.2f} to {row['law_high']:+.2f})" if by_strength else "0"
+        found = signed(row["exponent"], row["half_width"])
         rows.append(
-            [str(row["step"]), what[not by_strength].format(**row), signed(row["exponent"], row["half_width"]), law]
+            [str(row["step"]), what[not by_strength].format(**row), found, law, str(row["seeds"]), row["verdict"]]
         )
-    return table(["steps", "compared", "exponent of the best rate", "the law's"], rows)
+    return table(["steps", "compared", "exponent of the best rate", "the law's", "seeds", "verdict"], rows)
 
 
 @block("rates.model.horizon.best")
@@ -487,11 +489,12 @@ def rates_model_horizon_best() -> str:
             *((f"{row['rank']:g}", f"{row['strength']:g}") if row["rank"] else ("full", "")),
             f"{row['best_rate']:.2g}",
             f"{row['best_loss']:.3f}",
+            f"{row['seeds']}",
             row["edge"] or "",
         ]
         for row in frames.rows(csv("horizon/best.csv"))
     ]
-    return table(["steps", "rank", "gamma r", "best rate", "least loss", "at the grid's edge"], rows)
+    return table(["steps", "rank", "gamma r", "best rate", "least loss", "seeds", "at the grid's edge"], rows)
 
 
 @block("rates.model.full")
@@ -509,14 +512,27 @@ def rates_model_full() -> str:
     return table(heads, rows)
 
 
-def _exponents_at(step: int) -> str:
+def _exponents_at(step: int, rank: int | None = None) -> str:
     found = csv("horizon/exponents.csv")
     found = found[(found["over"] == "strength") & (found["step"] == step)].sort_values("at")
+    if rank is not None:
+        found = found[found["at"] == rank]
     return " and ".join(signed(row["exponent"], row["half_width"]) for row in frames.rows(found))
+
+
+@block("rates.model.horizon.factor")
+def rates_model_horizon_factor() -> str:
+    """By what the best rate fell between the two strengths at r = 8 after 64 steps, with its 95% interval."""
+    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", 64, 8]
+    grows = found["second"] / found["first"]
+    low, value, high = (grows ** -(found["exponent"] + sign * found["half_width"]) for sign in (1, 0, -1))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 for _step in (16, 64):
     block(f"rates.model.horizon.{_step}")(lambda step=_step: _exponents_at(step))
+    for _rank in (8, 128):
+        block(f"rates.model.horizon.{_step}.r{_rank}")(lambda step=_step, rank=_rank: _exponents_at(step, rank))
 
 
 @block("rates.toy.comparison")
@@ -905,6 +921,59 @@ def speed_methods() -> str:
     return table(["size", "", "LoRA", "RoRA", "DoRA", "prefix", "series", "parallel"], rows)
 
 
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+@block("memory.devices")
+def memory_devices() -> str:
+    rows = []
+    for found in read("memory/benchmark.json")["measurements"]:
+        if (found["side"], found["base"]) == ("ours", "float32"):
+            planned, program, peak = found["planned"], found["program"], found["peak"]["median"]
+            ratios = [f"{size / planned:.2f}" for size in (program, peak)]
+            rows.append([f"{found['devices']}", *map(_gb, (planned, program, peak)), *ratios])
+    heads = [
+        "devices",
+        "planned: GB a device",
+        "XLA's account",
+        "measured peak",
+        "XLA's over the plan",
+        "measured over it",
+    ]
+    return table(heads, rows)
+
+
+BASES = {"int8": "int8 (bitsandbytes)", "nf4": "NF4 (bitsandbytes)"}
+
+
+@block("memory.bases")
+def memory_bases() -> str:
+    found = {
+        (one["side"], one["base"]): [
+            _gb(one["held" if one["side"] == "peer" else "base_bytes"]),
+            _gb(one["peak"]["median"]),
+        ]
+        for one in read("memory/benchmark.json")["measurements"]
+        if one["devices"] == 1
+    }
+    rows = [
+        [BASES.get(base, base), *(found.get(("ours", base)) or ["", ""]), *(found.get(("peer", base)) or ["", ""])]
+        for base in dict.fromkeys(base for _, base in found)
+    ]
+    return table(["base", "here: weights (GB)", "peak of a step", "torch + peft: weights", "peak of a step"], rows)
+
+
+@block("memory.machine")
+def memory_machine() -> str:
+    found = read("memory/benchmark.json")
+    run = found["config"]
+    return (
+        f"{found['machine']['processor']}, LoRA r = {run['rank']}, {run['rows']} x {run['seq']} tokens, "
+        f"{found['measurements'][0]['peak']['count']} process a figure"
+    )
+
+
 @block("parity.model")
 def parity_model() -> str:
     rows = read("parity/parity.json")["rows"]
@@ -937,6 +1006,25 @@ block("gallery")(gallery.markdown)
 def bridge_agreement() -> str:
     found = read("bridge/agreement.json")
     return f"{found['modules']} modules to {max(found['differences'].values()):.1e} of itself"
+
+
+@block("bridge.cost")
+def bridge_cost() -> str:
+    found = read("bridge/cost.json")
+    medians = {case: statistics.median(times) for case, times in found["seconds"].items()}
+    peaks = {case: statistics.median(sizes) / 2**30 for case, sizes in found["peak_bytes_above_the_model"].items()}
+    rows = [
+        [case, f"{took:.1f}", f"{took / medians['training step']:.2f}", f"{peaks[case]:.2f}"]
+        for case, took in medians.items()
+    ]
+    return table(["", "seconds", "over a training step", "peak above the model (GiB)"], rows)
+
+
+@block("bridge.cost.machine")
+def bridge_cost_machine() -> str:
+    found = read("bridge/cost.json")
+    rounds = found["config"]["rounds"]
+    return f"{found['machine']['processor']}, {found['machine']['cores']} cores, medians of {rounds} turns"
 
 
 def fill(text: str, where: str) -> str:
