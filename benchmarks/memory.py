@@ -17,12 +17,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from finetune import HERE, TARGETS, middle
-from hardware import in_words, machine
+from hardware import PACKAGES, in_words, machine
 
 OURS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
 PEER = ("float32", "bfloat16", "int8", "nf4")
@@ -117,7 +117,7 @@ def _scales(model: Any) -> Iterator[Any]:
 def measurements() -> list[dict[str, Any]]:
     """Which, in the order of a round."""
     ours = [("float32", 1), ("float32", 2), ("float32", 4), *((base, 1) for base in OURS[1:])]
-    peers = PEER if _installed("bitsandbytes") else PEER[:2]
+    peers = PEER if find_spec("bitsandbytes") else PEER[:2]
     found = [{"side": "ours", "base": base, "devices": count} for base, count in ours]
     return found + [{"side": "peer", "base": base, "devices": 1} for base in peers]
 
@@ -132,13 +132,6 @@ def measure(one: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     ]
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(said.splitlines()[-1])
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def line(found: dict[str, Any]) -> str:
@@ -160,10 +153,8 @@ def main() -> None:
 
     config = cli.parse(Config, description=__doc__ or "")
     check_integers(config, rounds=1, rows=1, seq=1, rank=1, cores=1)
-    packages = {"bitsandbytes": _installed("bitsandbytes")}
-    figures: dict[str, Any] = {"machine": machine(config.cores)}
+    figures: dict[str, Any] = {"machine": machine(config.cores, (*PACKAGES, "bitsandbytes"))}
     print(in_words(figures["machine"]), flush=True)
-    figures["machine"]["packages"] |= {name: found for name, found in packages.items() if found}
     figures["config"] = {name: getattr(config, name) for name in ("model", "rows", "seq", "rank")}
     spec = {name: getattr(config, name) for name in ("model", "rows", "seq", "rank", "cores")}
     ones = measurements()

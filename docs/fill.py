@@ -512,12 +512,9 @@ def rates_model_full() -> str:
     return table(heads, rows)
 
 
-def _exponents_at(step: int, rank: int | None = None) -> str:
-    found = csv("horizon/exponents.csv")
-    found = found[(found["over"] == "strength") & (found["step"] == step)].sort_values("at")
-    if rank is not None:
-        found = found[found["at"] == rank]
-    return " and ".join(signed(row["exponent"], row["half_width"]) for row in frames.rows(found))
+def _exponent_at(step: int, rank: int) -> str:
+    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", step, rank]
+    return signed(found["exponent"], found["half_width"])
 
 
 @block("rates.model.horizon.factor")
@@ -530,9 +527,8 @@ def rates_model_horizon_factor() -> str:
 
 
 for _step in (16, 64):
-    block(f"rates.model.horizon.{_step}")(lambda step=_step: _exponents_at(step))
     for _rank in (8, 128):
-        block(f"rates.model.horizon.{_step}.r{_rank}")(lambda step=_step, rank=_rank: _exponents_at(step, rank))
+        block(f"rates.model.horizon.{_step}.r{_rank}")(lambda step=_step, rank=_rank: _exponent_at(step, rank))
 
 
 @block("rates.toy.comparison")
