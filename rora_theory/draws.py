@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.inits import Init, entries
+from rora_theory.normals import standard_normal
 
 
 def stream_key(seed: int, name: str) -> PRNGKeyArray:
@@ -21,7 +22,7 @@ def draw_A(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
     law = entries(init, rank=rank, p_in=p_in)
     shape = (rank, p_in)
     if law.shape == "normal":
-        return law.deviation * jax.random.normal(key, shape, jnp.float32)
+        return law.deviation * standard_normal(key, shape)
     if law.shape == "uniform":
         half = math.sqrt(3 * law.variance)
         return jax.random.uniform(key, shape, jnp.float32, -half, half)

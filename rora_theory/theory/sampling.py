@@ -24,11 +24,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
 from rora_theory.draws import draw_A, stream_key
 from rora_theory.errors import InputError
+from rora_theory.normals import standard_normal
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step
@@ -156,20 +158,27 @@ def stream(
       InputError: a reduced sampler for an init it is not exact for.
     """
     kind = _Kind.of(setting, sampler)
-    numbers = kind.numbers(setting)
-    places = list(devices) if devices else [jax.devices()[0]]
-    at = [jax.device_put((key, numbers), place) for place in places]
-    pending: deque[Array] = deque()
-    for turn in itertools.count() if blocks is None else range(-(-blocks // batch)):
-        start = first_block + turn * batch
-        place = turn % len(places)
-        indices = jax.device_put(np.arange(start, start + batch, dtype=np.uint32), places[place])
-        pending.append(_blocks(*at[place], indices, kind=kind))
-        # Two calls a device in flight keep every device busy while the host sums.
-        if len(pending) >= 2 * len(places):
-            yield from np.asarray(pending.popleft(), np.float64)
+    wanted = None if blocks is None else -(-blocks // batch) * batch
+    places = list(devices or jax.devices()[:1])[: None if wanted is None else max(wanted // batch, 1)]
+    mesh = Mesh(np.array(places), "places")
+    everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("places",)))
+    arguments = jax.device_put((key, kind.numbers(setting)), everywhere)
+    pending: deque[tuple[int, Array]] = deque()
+    size = len(places) * batch  # of a turn, in which all devices run one program
+    for turn in itertools.count() if wanted is None else range(-(-wanted // size)):
+        start = turn * size
+        kept = size if wanted is None else min(size, wanted - start)
+        indices = jax.device_put(np.arange(size, dtype=np.uint32) + np.uint32(first_block + start), shared)
+        pending.append((kept, _blocks(*arguments, indices, kind=kind, mesh=mesh)))
+        # Two turns in flight keep every device busy while the host sums.
+        if len(pending) >= 2:
+            yield from _read(*pending.popleft())
     for found in pending:
-        yield from np.asarray(found, np.float64)
+        yield from _read(*found)
+
+
+def _read(kept: int, found: Float[Array, "blocks 2 draws"]) -> Float[np.ndarray, "kept 2 draws"]:
+    return np.asarray(found[:kept] if kept < len(found) else found, np.float64)
 
 
 def estimate(
@@ -212,13 +221,13 @@ def _enough(sums: Sums, relative_error: float, draws: int | None) -> bool:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a compiled block depends on, of all sizes p_in alone for the reduced samplers; the rest are numbers."""
+    """What a compiled block depends on: no size for the reduced samplers, to which they are numbers."""
 
     sampler: Sampler
     optimizer: Optimizer
-    p_in: int
     init: inits.Init = "normal"
     rank: int = 1
+    p_in: int = 1
     p_out: int = 1
     draws: int = _MOST_DRAWS
     step: int = _MOST_DRAWS
@@ -233,15 +242,16 @@ class _Kind:
         if sampler == "chi_square" and setting.optimizer != "sgd":
             raise InputError("the chi_square sampler is SGD's; accepted for adam are pairs and direct")
         if sampler != "direct":
-            return cls(sampler, setting.optimizer, setting.p_in)
+            return cls(sampler, setting.optimizer)
         draws = block_draws(setting, sampler)
         step = int(np.clip(_STEP_NUMBERS // (setting.rank * setting.p_in), 1, draws))
-        return cls(sampler, setting.optimizer, setting.p_in, setting.init, setting.rank, setting.p_out, draws, step)
+        return cls(sampler, setting.optimizer, setting.init, setting.rank, setting.p_in, setting.p_out, draws, step)
 
     def numbers(self, setting: RandomStep) -> dict[str, np.float32]:
         law = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in)
         values = {
             "rank": setting.rank,
+            "p_in": setting.p_in,
             "p_out": setting.p_out,
             "scaling": setting.scaling,
             "learning_rate": setting.learning_rate,
@@ -252,12 +262,24 @@ class _Kind:
         return {name: np.float32(value) for name, value in values.items()}
 
 
-@partial(jax.jit, static_argnames="kind")
+@partial(jax.jit, static_argnames=("kind", "mesh"))
 def _blocks(
-    key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, *, kind: _Kind
-) -> Float[Array, "batch 2 draws"]:
+    key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, *, kind: _Kind, mesh: Mesh
+) -> Float[Array, "blocks 2 draws"]:
+    """Blocks of these indices, an equal part on each device of the mesh."""
     sample = {"direct": _direct, "pairs": _pairs, "chi_square": _chi_square}[kind.sampler]
-    return jax.lax.map(lambda index: sample(jax.random.fold_in(key, index), numbers, kind), indices)
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("places")),
+        out_specs=PartitionSpec("places"),
+        check_vma=False,
+    )
+    def own(key: PRNGKeyArray, numbers: dict[str, Array], indices: Array) -> Array:
+        return jax.lax.map(lambda index: sample(jax.random.fold_in(key, index), numbers, kind), indices)
+
+    return own(key, numbers, indices)
 
 
 def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
@@ -267,8 +289,8 @@ def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[
     def one(draw_key: PRNGKeyArray) -> Float[Array, "2"]:
         key_A, key_x, key_z = jax.random.split(draw_key, 3)
         lora_A = draw_A(key_A, kind.init, rank=kind.rank, p_in=kind.p_in)
-        x = jax.random.normal(key_x, (kind.p_in,), jnp.float32)
-        x_next = numbers["overlap"] * x + numbers["fresh"] * jax.random.normal(key_z, (kind.p_in,), jnp.float32)
+        x = standard_normal(key_x, (kind.p_in,))
+        x_next = numbers["overlap"] * x + numbers["fresh"] * standard_normal(key_z, (kind.p_in,))
         step = first_step.run(
             lambda dm: jnp.vdot(delta, dm(x)),
             lora_A,
@@ -286,12 +308,11 @@ def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> tuple[
     """|x|, and the components of x' along x and across it, for each draw."""
     key_x, key_along, key_across = jax.random.split(key, 3)
     shape = (kind.draws,)
-    length = jnp.sqrt(jax.random.chisquare(key_x, jnp.float32(kind.p_in), shape, jnp.float32))
-    along = numbers["overlap"] * length + numbers["fresh"] * jax.random.normal(key_along, shape, jnp.float32)
-    if kind.p_in == 1:
-        return length, along, jnp.zeros(shape, jnp.float32)
-    across2 = jax.random.chisquare(key_across, jnp.float32(kind.p_in - 1), shape, jnp.float32)
-    return length, along, numbers["fresh"] * jnp.sqrt(across2)
+    length = jnp.sqrt(jax.random.chisquare(key_x, numbers["p_in"], shape, jnp.float32))
+    along = numbers["overlap"] * length + numbers["fresh"] * standard_normal(key_along, shape)
+    freedom = numbers["p_in"] - 1  # with none, x' has no part across x
+    across2 = jax.random.chisquare(key_across, jnp.maximum(freedom, 1), shape, jnp.float32)
+    return length, along, numbers["fresh"] * jnp.sqrt(jnp.where(freedom > 0, across2, 0))
 
 
 def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
@@ -302,10 +323,10 @@ def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[A
 
     def some_pairs(turn: Array, total: Float[Array, " draws"]) -> Float[Array, " draws"]:
         counted = turn * _PAIRS_AT_ONCE + jnp.arange(_PAIRS_AT_ONCE) < rank.astype(jnp.int32)
-        u = jax.random.normal(jax.random.fold_in(key_u, turn), shape, jnp.float32)  # a_k . x / (s |x|)
+        u = standard_normal(jax.random.fold_in(key_u, turn), shape)  # a_k . x / (s |x|)
         if kind.optimizer == "adam":
             return total + jnp.sum(jnp.abs(u), axis=0, where=counted[:, None])
-        fresh = jax.random.normal(jax.random.fold_in(key_v, turn), shape, jnp.float32)
+        fresh = standard_normal(jax.random.fold_in(key_v, turn), shape)
         v = along[None] * u + across[None] * fresh  # a_k . x' / s
         return total + jnp.sum(u * v, axis=0, where=counted[:, None])
 
@@ -314,7 +335,7 @@ def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[A
     if kind.optimizer == "sgd":
         return _finish(s**2 * length * total, numbers, kind)
     # sum_k sign(u_k) v_k: the across part is a sum of r independent normals, one normal of variance r.
-    rest = jnp.sqrt(rank) * jax.random.normal(key_v, (kind.draws,), jnp.float32)
+    rest = jnp.sqrt(rank) * standard_normal(key_v, (kind.draws,))
     return _finish(s * (along * total + across * rest), numbers, kind)
 
 

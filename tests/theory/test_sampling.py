@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -79,20 +80,20 @@ def test_draws_until_the_error_is_reached() -> None:
     assert sampling.estimate(setting, "chi_square", jax.random.key(2), draws=777).count == 777
 
 
-def test_several_devices_take_turns_and_compute_no_block_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """41 draws of blocks of 20: two blocks and one for the last draw, in order; a batch is computed whole."""
+def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """41 draws of blocks of 20: two blocks and one for the last draw, in order; a turn of all devices is whole."""
     computed: list[int] = []
     used: set[jax.Device] = set()
 
-    def blocks(_key: object, _numbers: object, indices: jax.Array, **_: object) -> np.ndarray:
+    def blocks(_key: object, _numbers: object, indices: jax.Array, **_: object) -> jax.Array:
         computed.extend(np.asarray(indices).tolist())
         used.update(indices.devices())
-        return np.broadcast_to(np.float32(np.asarray(indices))[:, None, None], (len(indices), 2, 20))
+        return jnp.broadcast_to(jnp.float32(np.asarray(indices))[:, None, None], (len(indices), 2, 20))
 
     monkeypatch.setattr(sampling, "_MOST_DRAWS", 20)
     monkeypatch.setattr(sampling, "_blocks", blocks)
     setting, expected = RandomStep(rank=2, p_in=5), [0.0] * 20 + [1.0] * 20 + [2.0]
-    for number, batch, count in ((1, 1, 3), (2, 1, 3), (4, 1, 3), (1, 2, 4), (2, 2, 4)):
+    for number, batch, count in ((1, 1, 3), (2, 1, 4), (4, 1, 3), (1, 2, 4), (2, 2, 4)):
         computed.clear()
         used.clear()
         devices = jax.devices()[:number]
@@ -102,6 +103,8 @@ def test_several_devices_take_turns_and_compute_no_block_more(monkeypatch: pytes
         assert used == set(devices[: count // batch])
         options = {"batch": batch, "devices": devices}
         assert take(setting, "chi_square", 41, **options)[0].tolist() == expected, "blocks without end, in order"
+        asked = list(sampling.stream(setting, "chi_square", jax.random.key(0), blocks=3, first_block=5, **options))
+        assert [one[0, 0] for one in asked] == list(range(5, 5 + -(-3 // batch) * batch)), "whole batches, no more"
 
 
 @pytest.mark.slow
@@ -151,7 +154,8 @@ def test_memory_is_bounded() -> None:
     ]:
         kind = sampling._Kind.of(RandomStep(rank=rank, p_in=p_in), sampler)  # type: ignore[arg-type]
         arguments = (jax.random.key(0), kind.numbers(RandomStep(rank=rank, p_in=p_in)), np.arange(64, dtype=np.uint32))
-        memory = sampling._blocks.lower(*arguments, kind=kind).compile().memory_analysis()
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "places")
+        memory = sampling._blocks.lower(*arguments, kind=kind, mesh=mesh).compile().memory_analysis()
         assert memory.temp_size_in_bytes + memory.output_size_in_bytes < limit
 
 
