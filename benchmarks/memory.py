@@ -62,7 +62,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
     planned = capacity.account(model, run, spec["seq"], layout)
     found = capacity.measure_step(model, run, spec["seq"], layout)
     most = planned.on_cpu(run.dtype)
-    figures = {"planned": planned.total, "on_cpu": most, "program": found.program, "peak": found.peak}
+    figures = {"planned": planned.total, "on_cpu": most, "program": found.program.total, "peak": found.peak}
     return figures | {f"{name}_bytes": size for name, size in planned.parts().items()}
 
 

@@ -92,21 +92,23 @@ def show_model(config: Config, model: LlamaConfig) -> None:
         f"{seconds:.3g} s a step, {found.tokens / seconds:.0f} tokens/s{whole}\n"
         f"{config.basis()}"
     )
+    own = capacity.measure_step(model, run, config.seq, layout) if config.measure else None
     if config.compile:
-        xla = capacity.compile_here(model, run, config.seq, layout)
+        xla = own.program if own else capacity.compile_here(model, run, config.seq, layout)
         arguments = found.base + found.adapter + found.optimizer + found.batch
         tables.print_text(
             f"XLA for this machine ({xla.seconds:.0f} s): arguments {xla.arguments / GB:.2f} GB (here "
             f"{arguments / GB:.2f}), temporaries {xla.temporaries / GB:.2f} GB (here "
-            f"{(found.total - arguments) / GB:.2f}). {ON_CPU}"
+            f"{(found.total - arguments) / GB:.2f})."
         )
-    if config.measure:
-        own = capacity.measure_step(model, run, config.seq, layout)
+    if own:
         tables.print_text(
             f"measured here: peak{each} {own.peak / GB:.3f} GB, predicted {found.total / GB:.3f} GB "
             f"(predicted / measured {found.total / own.peak:.3f}); {own.seconds:.2f} s a step. XLA's own account of "
-            f"it is {own.program / GB:.3f} GB; the rest is code, stacks and packed operands of products. {ON_CPU}"
+            f"it is {own.program.total / GB:.3f} GB; the rest is code, stacks and packed operands of products."
         )
+    if config.compile or own:
+        tables.print_text(ON_CPU)
 
 
 def show_placement(config: Config, model: LlamaConfig, layout: Layout) -> None:

@@ -454,15 +454,24 @@ class Compiled:
     temporaries: int
     seconds: float
 
+    @property
+    def total(self) -> int:
+        """Bytes of a device at the fullest moment."""
+        return self.arguments + self.temporaries
+
 
 def compile_here(
     llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256, layout: Layout | None = None
 ) -> Compiled:
     """Compile a run's step for the default backend, without weights; each device's account. Raises as `account`."""
-    step = abstract_step(llama_config, config, width, layout=layout)
+    return _compile(abstract_step(llama_config, config, width, layout=layout))[1]
+
+
+def _compile(step: Program) -> tuple[jax.stages.Compiled, Compiled]:
     start = time.perf_counter()
-    found = step.function.lower(step.state, step.base, step.batch).compile().memory_analysis()
-    return Compiled(found.argument_size_in_bytes, found.temp_size_in_bytes, time.perf_counter() - start)
+    program = step.function.lower(step.state, step.base, step.batch).compile()
+    found = program.memory_analysis()
+    return program, Compiled(found.argument_size_in_bytes, found.temp_size_in_bytes, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -471,13 +480,13 @@ class MeasuredStep:
 
     Attributes:
       peak: bytes of a device at the fullest moment, weights and all.
-      program: of these, what the compiler's account of the step says; what a first step brings in besides is code,
-        threads' stacks and packed operands of products, shared by the devices of a CPU.
+      program: what the compiler's account says of it; what a first step brings in besides is code, threads' stacks and
+        packed operands of products, shared by the devices of a CPU.
       seconds: of a step after the first.
     """
 
     peak: int
-    program: int
+    program: Compiled
     seconds: float
 
 
@@ -493,9 +502,7 @@ def measure_step(
       InputError: as `account`, or a system that does not tell.
     """
     step = abstract_step(llama_config, config, width, layout=layout)
-    compiled = step.function.lower(step.state, step.base, step.batch).compile()
-    account = compiled.memory_analysis()
-    program = account.argument_size_in_bytes + account.temp_size_in_bytes
+    run, program = _compile(step)
     devices = [jax.devices()[0]] if layout is None else list(layout.mesh.devices.flat)
     shardings = None if layout is None else layout.params_shardings(step.base)
     draw = jax.jit(init_params, static_argnums=(1, 2, 3), out_shardings=shardings)
@@ -513,9 +520,9 @@ def measure_step(
     if devices[0].platform != "gpu":
         forget_peak()
         before = resident("VmRSS") - _bytes_on_devices((base, state))
-    state, _ = jax.block_until_ready(compiled(state, base, batch))
+    state, _ = jax.block_until_ready(run(state, base, batch))
     start = time.perf_counter()
-    jax.block_until_ready(compiled(state, base, batch))
+    jax.block_until_ready(run(state, base, batch))
     seconds = time.perf_counter() - start
     if devices[0].platform == "gpu":
         peak = max(int(device.memory_stats()["peak_bytes_in_use"]) for device in devices)

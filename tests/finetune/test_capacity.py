@@ -150,14 +150,14 @@ def test_a_step_takes_the_memory_that_was_planned(data, fsdp):
     model = LlamaConfig(1024, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
     config = FinetuneConfig(rank=8, batch_size=24)
     planned = capacity.account(model, config, 128, place)
-    found, xla = capacity.measure_step(model, config, 128, place), capacity.compile_here(model, config, 128, place)
+    found = capacity.measure_step(model, config, 128, place)
+    xla = found.program
     assert planned.devices == devices
     assert xla.arguments == planned.base + planned.adapter + planned.optimizer + planned.batch
-    predicted = xla.arguments + xla.temporaries  # `test_traced_cost` compares XLA's account with this package's
+    predicted = xla.total  # `test_traced_cost` compares XLA's account with this package's
     assert predicted * devices > 300e6
     # A first step also brings in code, threads' stacks and packed operands, some 60 MB, shared by the devices.
     assert 0.95 * predicted < found.peak < 1.05 * predicted + 80e6 / devices
-    assert found.program == predicted
     # On a CPU less of a layer's elementwise work is fused than is taken here.
     assert planned.total < predicted < planned.on_cpu("float32")
     assert planned.total < found.peak < 1.6 * planned.total
@@ -172,7 +172,7 @@ def test_no_copy_is_made_of_the_weights(fsdp):
     config = FinetuneConfig(rank=8, batch_size=4, dropout=0.0)
     planned, xla = (make(model, config, 8, layout(1, fsdp)) for make in (capacity.account, capacity.compile_here))
     assert planned.base * fsdp == pytest.approx(44.1e6, rel=0.01)
-    assert xla.arguments + xla.temporaries == pytest.approx(planned.total, rel=0.06)
+    assert xla.total == pytest.approx(planned.total, rel=0.06)
 
 
 @pytest.mark.slow
