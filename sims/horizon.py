@@ -130,6 +130,22 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
             left=2,
         )
 
+    if not judged.led.empty:
+        tables.print_records(
+            "Which part of the change leads, median over modules (5% to 95%)",
+            judged.led,
+            {
+                "gamma r": "{strength:g}",
+                "rank": "{rank}",
+                "rate": "{learning_rate:.3g}",
+                "seed": "{seed}",
+                "steps": "{step}",
+                "A-led over B-led": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
+                "exponent that keeps the change": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
+            },
+            left=0,
+        )
+
 
 def said(found: dict[str, Any], tokens: Sequence[int]) -> str:
     """The losses of a run's readings, in a line."""

@@ -17,12 +17,14 @@ from rora_theory.advice.transfer import transfer
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
+from rora_theory.measure.led import PARTS, keeping_exponent
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
 from rora_theory.scaling import check_positive
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_per_token, resampled_ratios
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, best_rates, comparison, estimate, less, log2_rates
 from rora_theory.sweep.readings import Reading, ReadRun
+from rora_theory.theory import horizon
 
 UNITS = {
     "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
@@ -223,6 +225,37 @@ def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_toke
     return frames.of(rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
+def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
+    """Which part of the change leads in every run and reading where this was measured, beside the law.
+
+    Args:
+      runs: of the grid.
+      takeovers, warmup: see `predictions`; no takeovers leave the law's column out.
+
+    Returns:
+      ``rank``, ``strength``, ``learning_rate``, ``seed``, ``step``; over the modules the median and the 5% and 95%
+      quantiles of ``ratio``, A-led over B-led rms, and of ``exponent``, see `measure.led.keeping_exponent`;
+      ``law_ratio``, of the median takeover at a constant gradient.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        for one in run.read.readings:
+            if one.parts is None:
+                continue
+            b, a, w = (np.asarray(one.parts[name]) for name in PARTS)
+            row: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "learning_rate": run.rate}
+            row |= {"seed": run.seed, "step": one.step}
+            for name, values in (("ratio", a / b), ("exponent", keeping_exponent(b, a, w))):
+                low, middle, high = np.quantile(values, QUANTILES).tolist()
+                row |= {name: middle, f"{name}_low": low, f"{name}_high": high}
+            if takeovers:
+                takeover = float(np.median(takeovers))
+                rates = [run.rate * min(1.0, step / warmup) if warmup else run.rate for step in range(one.step)]
+                row["law_ratio"] = horizon.distances(rates, takeover=takeover).A / takeover
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
     """Loss against rate of every rank and strength after a step, and of full fine-tuning (rule ``full``, rank 0 and
     gamma 1), where three rates or more reach it.
@@ -357,15 +390,17 @@ def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool, see
 @dataclass(frozen=True, eq=False)
 class HorizonJudgement:
     """What runs come to: best rates (`bests`), beside full fine-tuning's (`beside_full`), and how they move
-    (`horizon_exponents`), of every step that was read; a frame is empty where nothing can be said."""
+    (`horizon_exponents`), of every step that was read; and which part of the change leads in every run (`led_table`).
+    A frame is empty where nothing can be said."""
 
     best: pd.DataFrame
     full: pd.DataFrame
     exponents: pd.DataFrame
+    led: pd.DataFrame
 
     def files(self) -> dict[str, pd.DataFrame]:
         """The frames that are not empty, by the names of their files."""
-        found = {"best.csv": self.best, "full.csv": self.full, "exponents.csv": self.exponents}
+        found = {"best.csv": self.best, "full.csv": self.full, "exponents.csv": self.exponents, "led.csv": self.led}
         return {name: frame for name, frame in found.items() if not frame.empty}
 
 
@@ -383,12 +418,13 @@ def judge_runs(
     steps = sorted({one.step for run in runs for one in run.read.readings})
     curves = {step: curves_at(runs, tokens, step) for step in steps}
     best = pd.concat([pd.DataFrame(), *(bests(found, step) for step, found in curves.items())])
+    led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
-        return HorizonJudgement(best, pd.DataFrame(), pd.DataFrame())
+        return HorizonJudgement(best, pd.DataFrame(), pd.DataFrame(), led)
     full = [beside_full(found, step) for step, found in curves.items()]
     laws = [horizon_exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
     found = pd.concat([pd.DataFrame(), *laws]) if takeovers else pd.DataFrame()
-    return HorizonJudgement(best, pd.concat([pd.DataFrame(), *full]), found)
+    return HorizonJudgement(best, pd.concat([pd.DataFrame(), *full]), found, led)
 
 
 def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law: bool) -> str:

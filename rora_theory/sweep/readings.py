@@ -6,10 +6,15 @@ At a constant rate the first 16 steps of a run of 256 are a run of 16, so that o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
+
+from rora_theory.adapters import LoraAdapter
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, NonFiniteLossError, Paused, Stepped, Trainer
 from rora_theory.finetune.held_out import RecordLoss, record_losses
+from rora_theory.measure import led
 from rora_theory.sweep.workbench import Workbench
 
 
@@ -21,11 +26,14 @@ class Reading:
       step: 0 is the model before training.
       losses: summed over each record's tokens, nats; in the order of the records.
       answer_losses: summed over each record's answer.
+      parts: columns of `measure.led.led_parts`, to five figures; None where the run has no A and B of its own change
+        (full fine-tuning, DoRA), or was read before this was measured.
     """
 
     step: int
     losses: list[float]
     answer_losses: list[float]
+    parts: dict[str, list[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,10 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
     if len(batches) < steps[-1]:
         raise InputError(f"read_at ends at {steps[-1]}; accepted are the {len(batches)} steps that the records give")
     model = bench.model
+    inputs = None
+    if isinstance(adapter, LoraAdapter) and not adapter.config.use_dora:
+        start = adapter.replace(jax.device_get(adapter.params))  # training takes the arrays' memory
+        inputs = led.module_inputs(model.params, model.config, bench.held_out, adapter)
     trainer = Trainer(
         model.params, model.config, adapter, training, batches, None, None, shared=bench.steps, pauses=steps
     )
@@ -72,9 +84,13 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
             if isinstance(event, Stepped):
                 found.train_losses.append(event.loss)
             elif isinstance(event, Paused):
-                reading = read_held_out(bench, event.step, trainer.adapter("last").merge(model.params))
+                trained = trainer.adapter("last")
+                reading = read_held_out(bench, event.step, trained.merge(model.params))
                 if not math.isfinite(math.fsum(reading.losses)):
                     return replace(found, diverged_at=event.step)
+                if inputs is not None:
+                    parts = led.led_parts(start, trained, inputs).map(five_figures)
+                    reading = replace(reading, parts=parts.to_dict("list"))
                 found.readings.append(reading)
     except NonFiniteLossError as error:
         return replace(found, diverged_at=error.step)
@@ -87,6 +103,11 @@ def read_held_out(bench: Workbench, step: int, params: object) -> Reading:
     """The held-out records under some weights."""
     losses: list[RecordLoss] = record_losses(params, bench.model.config, bench.held_out)
     return Reading(step, [one.loss for one in losses], [one.answer_loss for one in losses])
+
+
+def five_figures(value: Any) -> Any:
+    """A float as it is kept in a cell's file; anything else as it is."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def token_counts(bench: Workbench) -> tuple[list[int], list[int]]:

@@ -13,6 +13,7 @@ from rora_theory.stats.estimate import Estimate
 from rora_theory.sweep import horizons
 from rora_theory.sweep.horizons import HorizonRun
 from rora_theory.sweep.readings import Reading, ReadRun
+from rora_theory.theory.horizon import distances
 
 RATES = [10 ** (k / 4) for k in range(-18, -7)]
 TOKENS = list(range(40, 72))
@@ -208,3 +209,26 @@ def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "horizon", "files": {}}))
     assert [path.name for path in figure.draw(figure.Config(tmp_path))] == ["horizon.png", "horizon.svg"]
     assert "16 steps, r = 8" in (tmp_path / "horizon.svg").read_text()
+
+
+def test_which_part_leads_is_told_of_each_reading_beside_the_law() -> None:
+    """Quantiles over modules; nothing of a run in which it was not measured; the law's ratio is A's distance over the
+    takeover."""
+    parts = {"layer": [0, 0, 1], "module": ["q_proj", "v_proj", "q_proj"]}
+    parts |= {"led_B": [1.0, 2.0, 4.0], "led_A": [2.0, 2.0, 2.0], "whole": [3.0, 4.0, 6.0]}
+    read = ReadRun([], [Reading(16, [1.0], [1.0], parts), Reading(64, [1.0], [1.0])])
+    runs = [
+        HorizonRun(8, 64.0, 1e-3, 2, read),
+        HorizonRun(None, None, 1e-4, 0, ReadRun([], [Reading(16, [1.0], [1.0])])),
+    ]
+    found = horizons.led_table(runs, takeovers=TAKEOVERS, warmup=4).to_dict("records")
+    assert len(found) == 1
+    (row,) = found
+    assert [row[name] for name in ("rank", "strength", "learning_rate", "seed", "step")] == [8, 64.0, 1e-3, 2, 16]
+    assert (row["ratio"], row["exponent"]) == (1.0, pytest.approx(-2 / 3))
+    assert 0.5 < row["ratio_low"] < 0.6 < 1.8 < row["ratio_high"] < 2
+    assert row["exponent_low"] < row["exponent"] < row["exponent_high"], "the least is B's alone, -1"
+    rates = [0, 2.5e-4, 5e-4, 7.5e-4] + 12 * [1e-3]
+    assert row["law_ratio"] == pytest.approx(distances(rates, takeover=0.004).A / 0.004)
+    assert "law_ratio" not in horizons.led_table(runs, takeovers=[], warmup=4)
+    assert horizons.led_table(runs[1:], takeovers=TAKEOVERS, warmup=4).empty

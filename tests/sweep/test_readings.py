@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from support import checkpoint
 
@@ -9,6 +10,7 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.llama import locate
+from rora_theory.measure import led
 from rora_theory.sweep import readings
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
@@ -39,6 +41,11 @@ def test_a_reading_on_the_way_is_that_of_a_run_which_ends_there(bench) -> None:
         part = readings.read_run(bench, TRAINING, (step,))
         assert part.readings == [whole.readings[reading]]
         assert part.train_losses == whole.train_losses[:step]
+    first, _, last = (pd.DataFrame(one.parts) for one in whole.readings)
+    assert list(first) == ["layer", "module", *led.PARTS]
+    assert (first["led_A"] == 0).all(), "the first rate is 0, and while B = 0 A has no gradient"
+    assert (first["led_B"] > 0).all()
+    assert ((last["led_A"] > 0) & (last["led_A"] < last["led_B"])).all()
     tokens, answers = readings.token_counts(bench)
     assert len(tokens) == len(answers) == len(whole.readings[0].losses) == 6
     assert all(0 < answer < count for count, answer in zip(tokens, answers, strict=True))

@@ -1,0 +1,117 @@
+r"""Which part of a trained adapter's change leads, B's or A's: the takeover after training, measured.
+
+The change of a module's output at input x' is the sum of two parts, :math:`A_0` being A at the start:
+
+.. math:: w = \gamma B A x' = \underbrace{\gamma B A_0 x'}_{\text{B-led}}
+          + \underbrace{\gamma B (A - A_0) x'}_{\text{A-led}}
+
+At a constant gradient (`rora_theory.theory.horizon`) both grow with the rate, the first as it, the second as its
+square. Where that holds of a real run, rates that keep the rms of the change at the run's end move with gamma r by the
+exponent of `keeping_exponent`, which needs nothing but the rms of the parts and of their sum.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from rora_theory import llama
+from rora_theory.adapters import LoraAdapter
+from rora_theory.data.batches import Examples
+from rora_theory.errors import InputError
+from rora_theory.llama import LlamaConfig
+from rora_theory.llama.shared_prompt import common_length
+from rora_theory.measure.tokens import sinks
+
+PARTS = ("led_B", "led_A", "whole")
+
+
+def module_inputs(
+    params: Any, config: LlamaConfig, examples: Examples, adapter: LoraAdapter, *, records: int = 8
+) -> dict[str, Float[np.ndarray, "layers tokens p_in"]]:
+    """The base model's inputs to an adapter's modules at the tokens of the first records, those left out with which
+    all of these begin.
+
+    Args:
+      params, config: the base model.
+      examples: tokenized records; their last tokens are only ever predicted.
+      adapter: whose modules are read.
+      records: how many.
+
+    Raises:
+      InputError: no record, or none that differs from the others.
+    """
+    rows = [examples[index][:-1].tolist() for index in range(min(records, len(examples)))]
+    shared = common_length(min(rows), max(rows)) if len(rows) > 1 else 0
+    width = max(map(len, rows), default=0)
+    if width <= shared:
+        raise InputError(f"{len(rows)} records have no token of their own; accepted are records that differ")
+    tokens = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
+    read = np.array([[shared <= at < len(row) for at in range(width)] for row in rows])
+    _, inputs = _captured(params, tokens, config=config, modules=tuple(adapter.params))
+    return {module: np.asarray(found)[:, read] for module, found in inputs.items()}
+
+
+_captured = jax.jit(
+    lambda params, tokens, *, config, modules: llama.hidden_states(params, tokens, config, capture=modules),
+    static_argnames=("config", "modules"),
+)
+
+
+def led_parts(
+    start: LoraAdapter, trained: LoraAdapter, inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]]
+) -> pd.DataFrame:
+    """Rms over tokens and outputs of both parts of a trained adapter's change, and of the change.
+
+    Args:
+      start: the adapter before training, B = 0.
+      trained: the same after it.
+      inputs: of the modules, see `module_inputs`; attention sinks are left out.
+
+    Returns:
+      a row an adapted module: ``layer``, ``module``, ``led_B``, ``led_A`` and ``whole``.
+
+    Raises:
+      InputError: DoRA, whose change is not the product of A and B alone.
+    """
+    if trained.config.use_dora:
+        raise InputError("use_dora is true; accepted is LoRA, whose change is gamma B A x")
+    rows: list[dict[str, Any]] = []
+    for module in (target.module for target in trained.targets):
+        tensors = trained.params[module]
+        first, last, B = (np.asarray(a, np.float64) for a in (
+            start.params[module]["lora_A"], tensors["lora_A"], tensors["lora_B"]
+        ))  # fmt: skip
+        for layer, gamma in enumerate(np.asarray(trained.scaling[module], np.float64)):
+            if gamma == 0:
+                continue
+            x = inputs[module][layer].astype(np.float64)
+            x = x[~sinks(np.linalg.norm(x, axis=1))]
+            led_B, led_A = x @ first[layer].T, x @ (last[layer] - first[layer]).T
+            gram = B[layer].T @ B[layer]  # |B u|^2 = u' B'B u
+            squares = [np.einsum("tr,rs,ts->", u, gram, u, optimize=True) for u in (led_B, led_A, led_B + led_A)]
+            rms = gamma * np.sqrt(np.maximum(squares, 0) / (len(x) * B.shape[1]))
+            rows.append({"layer": layer, "module": module} | dict(zip(PARTS, rms.tolist(), strict=True)))
+    return pd.DataFrame(rows, columns=["layer", "module", *PARTS])
+
+
+def keeping_exponent(
+    led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], whole: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    r"""The exponent of the rate in gamma r that keeps the rms of the change: B's part grows as the rate, A's as its
+    square.
+
+    With the rate times y the mean square is :math:`y^2 (b^2 + 2 c y + a^2 y^2)`, :math:`c = (w^2 - a^2 - b^2) / 2`, and
+
+    .. math:: \frac{d \log \eta}{d \log \gamma r} = -\left[ 1 + \frac{c + a^2}{w^2} \right]^{-1}
+
+    -1 where B leads, -1/2 where A does; where the parts have one direction it is `theory.horizon.rate_exponents`.
+
+    Args:
+      led_B, led_A, whole: rms b, a and w of the parts and of their sum, w > 0.
+    """
+    b, a, w = (np.asarray(each, np.float64) for each in (led_B, led_A, whole))
+    c = (w**2 - a**2 - b**2) / 2
+    return -1 / (1 + (c + a**2) / w**2)

@@ -1,0 +1,108 @@
+"""The parts of a trained adapter's change, against weights that are formed whole, and the exponent that they give."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import tiny
+
+from rora_theory import adapters, llama
+from rora_theory.adapters import LoraAdapter, LoraConfig
+from rora_theory.data.batches import Examples
+from rora_theory.errors import InputError
+from rora_theory.measure import led
+from rora_theory.theory import horizon
+
+CONFIG = tiny.CONFIG
+PARAMS = tiny.params()
+
+
+def examples(rows: list[list[int]]) -> Examples:
+    tokens, offsets = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+    return Examples(tokens, offsets, np.ones(len(tokens), bool), truncated=0, skipped=0)
+
+
+def drawn(seed: int, adapter: LoraAdapter) -> LoraAdapter:
+    """The adapter with every entry drawn anew."""
+    random = np.random.default_rng(seed)
+    return adapter.replace(jax.tree.map(lambda a: random.normal(size=a.shape).astype(np.float32), adapter.params))
+
+
+@pytest.fixture(scope="module")
+def start() -> LoraAdapter:
+    config = LoraConfig(3, 6, rule="lora", target_modules=("q_proj", "down_proj"), layers=(1,))
+    return drawn(1, adapters.init(jax.random.key(1), config, CONFIG, PARAMS))
+
+
+@pytest.fixture(scope="module")
+def inputs(start) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(2)
+    layers = CONFIG.num_hidden_layers
+    return {name: random.normal(size=(layers, 11, CONFIG.module_shape(name)[1])) for name in start.params}
+
+
+def test_parts_are_those_of_the_whole_products(start, inputs) -> None:
+    """A sink, whose input is a hundred times the others', is left out; a layer without an adapter has no row."""
+    trained = drawn(3, start)
+    with_sink = {name: np.concatenate([x, 100 * x[:, :1]], axis=1) for name, x in inputs.items()}
+    found = led.led_parts(start, trained, with_sink)
+    assert found[["layer", "module"]].to_numpy().tolist() == [[1, "self_attn.q_proj"], [1, "mlp.down_proj"]]
+    for row in found.to_dict("records"):
+        first, last = (one.params[row["module"]] for one in (start, trained))
+        B, x = last["lora_B"][1], inputs[row["module"]][1]
+        for part, A in (
+            ("led_B", first["lora_A"][1]),
+            ("led_A", last["lora_A"][1] - first["lora_A"][1]),
+            ("whole", last["lora_A"][1]),
+        ):
+            change = 2.0 * x @ (B.astype(np.float64) @ A).T  # gamma = 6 / 3
+            assert row[part] == pytest.approx(np.sqrt(np.mean(change**2)), rel=1e-5), part
+
+
+def test_where_A_has_not_moved_B_leads_alone(start, inputs) -> None:
+    moved = start.replace(
+        {name: one | {"lora_B": one["lora_B"] + 1} for name, one in start.params.items()},
+    )
+    found = led.led_parts(start, moved, inputs)
+    assert (found["led_A"] == 0).all()
+    np.testing.assert_allclose(found["led_B"], found["whole"])
+    assert (found["led_B"] > 0).all()
+
+
+def test_the_exponent_is_the_laws_where_the_parts_have_one_direction() -> None:
+    for rho in (0.0, 0.3, 1.0, 20.0):
+        found = led.keeping_exponent(*(np.array([size]) for size in (2.0, 2 * rho, 2 * (1 + rho))))
+        assert found[0] == pytest.approx(horizon.rate_exponents(rho).scaling)
+
+
+def test_the_exponent_keeps_the_change_of_two_parts_at_any_angle() -> None:
+    """A small factor of gamma r, and the factor of the rate that it asks for, leave the rms as it was."""
+    b, a = np.random.default_rng(4).normal(size=(2, 50))
+    slope = led.keeping_exponent(*(np.array([np.sqrt(np.mean(one**2))]) for one in (b, a, a + b)))[0]
+
+    def size(strength: float, rate: float) -> float:
+        return strength * np.sqrt(np.mean((rate * b + rate**2 * a) ** 2))
+
+    step = 1e-5
+    assert np.log(size(1 + step, (1 + step) ** slope) / size(1.0, 1.0)) == pytest.approx(0, abs=1e-9)
+    assert -1 < slope < -0.5
+
+
+def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
+    """The base model's inputs at the tokens behind what all records begin with; the last token is only predicted."""
+    rows = [[5, 6, 7, 8, 9, 1], [5, 6, 3, 8], [5, 6, 3, 2, 4]]
+    found = led.module_inputs(PARAMS, CONFIG, examples(rows), start)
+    _, whole = llama.hidden_states(PARAMS, jnp.array([rows[0][:-1]]), CONFIG, capture=("mlp.down_proj",))
+    assert found["mlp.down_proj"].shape[1] == 3 + 1 + 2
+    np.testing.assert_allclose(found["mlp.down_proj"][:, :3], whole["mlp.down_proj"][:, 0, 2:], rtol=2e-5, atol=1e-6)
+    alone = led.module_inputs(PARAMS, CONFIG, examples(rows), start, records=2)
+    assert alone["mlp.down_proj"].shape[1] == 3 + 1
+    with pytest.raises(InputError, match="no token of their own"):
+        led.module_inputs(PARAMS, CONFIG, examples([rows[0], rows[0]]), start)
+
+
+def test_dora_is_refused(start, inputs) -> None:
+    with pytest.raises(InputError, match="use_dora is true"):
+        led.led_parts(start, replace(start, config=replace(start.config, use_dora=True)), inputs)
