@@ -141,7 +141,8 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
                 "seed": "{seed}",
                 "steps": "{step}",
                 "A-led over B-led": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
-                "exponent that keeps the change": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
+                "rms change": "{change:.3g}",
+                "exponent that keeps it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
             },
             left=0,
         )

@@ -235,7 +235,8 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
     Returns:
       ``rank``, ``strength``, ``learning_rate``, ``seed``, ``step``; over the modules the median and the 5% and 95%
       quantiles of ``ratio``, A-led over B-led rms, and of ``exponent``, see `measure.led.keeping_exponent`;
-      ``law_ratio``, of the median takeover at a constant gradient.
+      ``change``, the root of the mean square over modules of their outputs' change; ``law_ratio``, of the median
+      takeover at a constant gradient.
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
@@ -248,6 +249,7 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
             for name, values in (("ratio", a / b), ("exponent", keeping_exponent(b, a, w))):
                 low, middle, high = np.quantile(values, QUANTILES).tolist()
                 row |= {name: middle, f"{name}_low": low, f"{name}_high": high}
+            row["change"] = float(np.sqrt(np.mean(w**2)))
             if takeovers:
                 takeover = float(np.median(takeovers))
                 rates = [run.rate * min(1.0, step / warmup) if warmup else run.rate for step in range(one.step)]

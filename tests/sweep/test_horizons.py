@@ -226,6 +226,7 @@ def test_which_part_leads_is_told_of_each_reading_beside_the_law() -> None:
     (row,) = found
     assert [row[name] for name in ("rank", "strength", "learning_rate", "seed", "step")] == [8, 64.0, 1e-3, 2, 16]
     assert (row["ratio"], row["exponent"]) == (1.0, pytest.approx(-2 / 3))
+    assert row["change"] == pytest.approx(math.sqrt((9 + 16 + 36) / 3))
     assert 0.5 < row["ratio_low"] < 0.6 < 1.8 < row["ratio_high"] < 2
     assert row["exponent_low"] < row["exponent"] < row["exponent_high"], "the least is B's alone, -1"
     rates = [0, 2.5e-4, 5e-4, 7.5e-4] + 12 * [1e-3]
