@@ -17,7 +17,7 @@ from rora_theory.optimizers import FAMILY
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.paired import mean_per_token
-from rora_theory.stats.rate_optimum import Best, best_rate, grid_gap, predicted_slopes
+from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.theory.laws import scaling_power
 
@@ -107,7 +107,7 @@ class Curve:
 
     def bests(self) -> list[Best]:
         """Of each seed."""
-        return [best_rate(self.rates, losses) for losses in self.losses]
+        return minima(self.rates, self.losses)
 
     @property
     def edge(self) -> str:

@@ -54,21 +54,33 @@ def best_rate(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -
       >>> round(best_rate(np.array([0.1, 1.0, 10.0]), np.array([2.0, 1.0, 2.0])).rate, 6)
       1.0
     """
+    losses = np.asarray(losses, np.float64)
+    return minima(rates, losses.reshape(1, -1))[0]
+
+
+def minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]) -> list[Best]:
+    """`best_rate` of every curve over the same rates; raises as it."""
     rates, losses = np.asarray(rates, np.float64), np.asarray(losses, np.float64)
-    if len(rates) < 3 or rates.shape != losses.shape or not (np.diff(rates) > 0).all() or rates[0] <= 0:
+    if len(rates) < 3 or len(rates) != losses.shape[1] or not (np.diff(rates) > 0).all() or rates[0] <= 0:
         raise InputError(f"rates are {rates.tolist()}; accepted are three or more, ascending, above 0, one a loss")
     losses = np.where(np.isfinite(losses), losses, np.inf)
-    index = int(np.argmin(losses))
-    if not np.isfinite(losses[index]):
+    index = np.argmin(losses, axis=1)
+    every = np.arange(len(losses))
+    if not np.isfinite(losses[every, index]).all():
         raise InputError("every run diverged; accepted is a grid with a rate that trains")
-    edge: Edge = "low" if index == 0 else "high" if index == len(rates) - 1 else ""
-    near = losses[max(index - 1, 0) : index + 2]
-    if edge or not np.isfinite(near).all():
-        return Best(float(rates[index]), float(losses[index]), edge)
-    x = np.log(rates[index - 1 : index + 2]) - math.log(rates[index])
-    curvature, tilt, level = np.polyfit(x, np.log(near), 2)
-    shift = -tilt / (2 * curvature) if curvature > 0 else 0.0
-    return Best(float(rates[index] * math.exp(shift)), float(math.exp(level + tilt * shift / 2)), edge)
+    inner = np.clip(index, 1, len(rates) - 2)
+    logs, (y0, y1, y2) = np.log(rates), np.log([losses[every, inner + side] for side in (-1, 0, 1)])
+    left, right = logs[inner] - logs[inner - 1], logs[inner + 1] - logs[inner]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Of y1 + tilt x + curvature x^2 through (-left, y0) and (right, y2).
+        curvature = ((y2 - y1) / right - (y1 - y0) / left) / (left + right)
+        tilt = (y1 - y0) / left + curvature * left
+        shift = np.where(curvature > 0, -tilt / (2 * curvature), 0.0)
+        vertex = (inner == index) & np.isfinite(y0 + y2)
+        found = np.where(vertex, rates[index] * np.exp(shift), rates[index])
+        least = np.where(vertex, np.exp(y1 + tilt * shift / 2), losses[every, index])
+    edges: list[Edge] = ["low" if i == 0 else "high" if i == len(rates) - 1 else "" for i in index.tolist()]
+    return [Best(*one) for one in zip(found.tolist(), least.tolist(), edges, strict=True)]
 
 
 def grid_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.stats.rate_optimum import best_rate, grid_gap, predicted_slopes
+from rora_theory.stats.rate_optimum import best_rate, grid_gap, minima, predicted_slopes
 from rora_theory.theory import laws
 
 RATES = 2.0 ** np.arange(-6, 3)
@@ -49,6 +49,22 @@ def test_edges_and_diverged_runs():
     assert best_rate(RATES, falling[::-1]) == (RATES[0], 1.0, "low")
     falling[-2:] = np.nan, np.inf  # the rate below the first that diverges is no edge, and no parabola passes there
     assert best_rate(RATES, falling) == (RATES[-3], falling[-3], "")
+
+
+def test_many_curves_are_each_its_own():
+    """Vertices as NumPy's fit of three points has them; beside them an edge, and a neighbour that diverged."""
+    curves = np.exp(np.random.default_rng(0).normal(size=(50, len(RATES))))
+    curves[7, :] = np.linspace(2, 1, len(RATES))
+    curves[8, int(np.argmin(curves[8])) - 1] = np.inf
+    found = minima(RATES, curves)
+    assert found == [best_rate(RATES, one) for one in curves]
+    inner = [(best, one) for best, one in zip(found, curves, strict=True) if best.rate not in RATES]
+    assert 25 < len(inner) < 50
+    for best, one in inner:
+        at = int(np.argmin(one))
+        fit = np.polynomial.Polynomial.fit(np.log(RATES[at - 1 : at + 2]), np.log(one[at - 1 : at + 2]), 2)
+        vertex = fit.deriv().roots()[0]
+        assert (np.log(best.rate), np.log(best.loss)) == pytest.approx((vertex, fit(vertex)), abs=1e-9)
 
 
 def test_bad_curves():
