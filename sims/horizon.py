@@ -146,6 +146,14 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
             },
             left=0,
         )
+    if not judged.change.empty:
+        tables.print_records(
+            "Size of the change at the best rate: equal where the best rate keeps it",
+            judged.change.assign(factor=2 ** judged.change["log2_error"]),
+            {"steps": "{step}", "rank": "{rank}", "gamma r": "{strength:g}", "rate": "{best_rate:.3g}"}
+            | {"rms change": "{change:.3g}", "times or over, s.e.": "{factor:.3g}", "seeds": "{seeds}"},
+            left=0,
+        )
 
 
 def said(found: dict[str, Any], tokens: Sequence[int]) -> str:

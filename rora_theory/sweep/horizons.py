@@ -258,6 +258,39 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
     return pd.DataFrame(rows)
 
 
+def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
+    """The size of the change at each best rate: equal ones bear out that the best rate is the one that keeps it.
+
+    Args:
+      best: of `bests`, at every step.
+      led: of `led_table`.
+
+    Returns:
+      ``step``, ``rank``, ``strength``, ``best_rate``; ``change`` there, between the two nearest rates along a line in
+      logs, the mean of the logs over ``seeds``; ``log2_error``, a standard error: that of the best rate times the slope
+      of that line. No row where the best rate lies outside the rates at which the change was measured.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in frames.rows(best[best["rank"].notna()]) if len(led) else ():
+        own = led[(led["rank"] == row["rank"]) & (led["strength"] == row["strength"]) & (led["step"] == row["step"])]
+        found, slopes = [], []
+        for _, one in own.groupby("seed"):
+            x, y = (np.log2(one.sort_values("learning_rate")[name].to_numpy()) for name in ("learning_rate", "change"))
+            at = math.log2(row["best_rate"])
+            if len(x) > 1 and x[0] <= at <= x[-1]:
+                right = max(int(np.searchsorted(x, at)), 1)
+                slopes.append((y[right] - y[right - 1]) / (x[right] - x[right - 1]))
+                found.append(y[right] + (at - x[right]) * slopes[-1])
+        if found:
+            error = row["log2_error"]
+            rows.append(
+                {name: row[name] for name in ("step", "rank", "strength", "best_rate")}
+                | {"change": float(2 ** np.mean(found))}
+                | {"log2_error": None if error is None else float(np.mean(slopes)) * error, "seeds": len(found)}
+            )
+    return pd.DataFrame(rows)
+
+
 def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
     """Loss against rate of every rank and strength after a step, and of full fine-tuning (rule ``full``, rank 0 and
     gamma 1), where three rates or more reach it.
@@ -392,17 +425,19 @@ def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool, see
 @dataclass(frozen=True, eq=False)
 class HorizonJudgement:
     """What runs come to: best rates (`bests`), beside full fine-tuning's (`beside_full`), and how they move
-    (`horizon_exponents`), of every step that was read; and which part of the change leads in every run (`led_table`).
-    A frame is empty where nothing can be said."""
+    (`horizon_exponents`), of every step that was read; which part of the change leads in every run (`led_table`), and
+    how large the change is at the best rates (`change_at_best`). A frame is empty where nothing can be said."""
 
     best: pd.DataFrame
     full: pd.DataFrame
     exponents: pd.DataFrame
     led: pd.DataFrame
+    change: pd.DataFrame
 
     def files(self) -> dict[str, pd.DataFrame]:
         """The frames that are not empty, by the names of their files."""
-        found = {"best.csv": self.best, "full.csv": self.full, "exponents.csv": self.exponents, "led.csv": self.led}
+        found = {"best.csv": self.best, "full.csv": self.full, "exponents.csv": self.exponents}
+        found |= {"led.csv": self.led, "change.csv": self.change}
         return {name: frame for name, frame in found.items() if not frame.empty}
 
 
@@ -422,11 +457,11 @@ def judge_runs(
     best = pd.concat([pd.DataFrame(), *(bests(found, step) for step, found in curves.items())])
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
-        return HorizonJudgement(best, pd.DataFrame(), pd.DataFrame(), led)
+        return HorizonJudgement(best, pd.DataFrame(), pd.DataFrame(), led, pd.DataFrame())
     full = [beside_full(found, step) for step, found in curves.items()]
     laws = [horizon_exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
     found = pd.concat([pd.DataFrame(), *laws]) if takeovers else pd.DataFrame()
-    return HorizonJudgement(best, pd.concat([pd.DataFrame(), *full]), found, led)
+    return HorizonJudgement(best, pd.concat([pd.DataFrame(), *full]), found, led, change_at_best(best, led))
 
 
 def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law: bool) -> str:

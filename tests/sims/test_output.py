@@ -160,7 +160,7 @@ def test_long_words_among_the_figures_fold(printed, left, last) -> None:
 def test_a_verdict_beside_full_fine_tuning_is_whole(printed) -> None:
     full = frames.read_csv(PUBLISHED / "horizon" / "full.csv")
     best, found = (frames.read_csv(PUBLISHED / "horizon" / name) for name in ("best.csv", "exponents.csv"))
-    horizon.report(9, HorizonJudgement(best, full, found, pd.DataFrame()))
+    horizon.report(9, HorizonJudgement(best, full, found, pd.DataFrame(), pd.DataFrame()))
     lines = printed()
     title = lines.index("Beside full fine-tuning")
     lines = lines[title : lines.index("How the best rate moves")]

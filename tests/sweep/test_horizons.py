@@ -233,3 +233,21 @@ def test_which_part_leads_is_told_of_each_reading_beside_the_law() -> None:
     assert row["law_ratio"] == pytest.approx(distances(rates, takeover=0.004).A / 0.004)
     assert "law_ratio" not in horizons.led_table(runs, takeovers=[], warmup=4)
     assert horizons.led_table(runs[1:], takeovers=TAKEOVERS, warmup=4).empty
+
+
+def test_the_change_at_the_best_rate_lies_between_its_neighbours() -> None:
+    """A change that grows as the rate to the power 1.5, of two seeds a factor of four apart; no row beyond the rates
+    at which it was measured, none of full fine-tuning."""
+    led = pd.DataFrame(
+        {"rank": 8, "strength": 64.0, "learning_rate": rate, "seed": seed, "step": 64, "change": 4.0**seed * rate**1.5}
+        for seed in (0, 1)
+        for rate in (1e-3, 1e-4, 3e-4)
+    )
+    best = pd.DataFrame(
+        [(64, 8, 64.0, 2e-4, 0.2), (64, 8, 64.0, 2e-3, 0.2), (16, 8, 64.0, 2e-4, 0.2), (64, None, None, 2e-4, 0.2)],
+        columns=["step", "rank", "strength", "best_rate", "log2_error"],
+    )
+    (row,) = horizons.change_at_best(best, led).to_dict("records")
+    assert row["change"] == pytest.approx(2 * 2e-4**1.5, rel=1e-9)
+    assert (row["log2_error"], row["seeds"], row["step"], row["rank"]) == (pytest.approx(0.3), 2, 64, 8)
+    assert horizons.change_at_best(best, led.iloc[:0]).empty
