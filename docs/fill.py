@@ -765,6 +765,31 @@ block("pruned.gap.same")(lambda: _gap("rank_sweep_pruned", "same", 3e-4))
 block("pruned.gap.best")(lambda: _gap("rank_sweep_pruned", "best", 1e-3))
 
 
+@block("sweep.gap.seeds")
+def sweep_gap_seeds() -> str:
+    """Half a 95% interval, by Student's t over two seeds, of RoRA less LoRA at each one's best rate."""
+    found = _difference("rank_sweep", "rora", 32, 1e-3, "best")
+    assert found["seeds"] == 2
+    return f"{12.706 * found['loss_seed_error']:.2f}"
+
+
+@block("sweep.boolq")
+def sweep_boolq() -> str:
+    """BoolQ's accuracies by `label` in the runs at 3e-4: how many have one of the two that one label for all items gives."""
+    rows = _sweep("rank_sweep")
+    rows = rows[rows["boolq"].notna() & (rows["learning_rate"] == 3e-4) & rows["method"].isin(["lora", "dora", "rora"])]
+    most = float(rows["boolq"].mode().iloc[0])
+    same, other = int(np.isclose(rows["boolq"], most).sum()), int(np.isclose(rows["boolq"], 1 - most).sum())
+    return f"{100 * most:.1f}% in {same} and {100 * (1 - most):.1f}% in {other} of {len(rows)} runs at 3e-4"
+
+
+@block("regime.takeover.range")
+def regime_takeover_range() -> str:
+    """The takeover distances of the modules at held-out tokens, all ranks: 5% and 95%."""
+    low, high = _held_out("takeover")["takeover"].quantile([0.05, 0.95])
+    return f"{low:.4f} to {high:.4f}"
+
+
 @block("sweep.base")
 def sweep_base() -> str:
     row = one(_sweep("rank_sweep"), method="base")

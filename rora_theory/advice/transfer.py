@@ -520,7 +520,7 @@ def transfer(
       alpha: of the new setting, where it is fixed; None keeps the rate and finds alpha.
       steps: of the planned run.
       takeover: distance of A at which its part is as large as B's (`rora_theory.theory.horizon.RowTerms.takeover`),
-        measured at the old rank; 1e-3 to 6e-3 in the modules of SmolLM2-135M on one batch.
+        measured at the old rank; 1e-3 to 9e-3 in nine modules of ten of SmolLM2-135M on one batch.
       p_in: inputs of the modules, in place of ``takeover``: it is then assumed as for one sample,
         `rora_theory.theory.horizon.one_sample_takeover`.
       schedule: factor of the rate in each of the ``steps``; None is a constant rate.

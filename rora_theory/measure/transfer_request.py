@@ -61,7 +61,7 @@ class TransferConfig:
     steps: int | None = None
     """steps of the planned run, at a constant rate (Adam, regime signal)"""
     takeover: float | None = None
-    """distance of A at which its part in the change is as large as B's; 1e-3 to 6e-3 in SmolLM2-135M's modules"""
+    """distance of A at which its part in the change is as large as B's; 1e-3 to 9e-3 in most modules of SmolLM2-135M"""
     p_in: int | None = None
     """inputs of the modules, in place of --takeover: it is then assumed, as for one sample"""
 
