@@ -775,7 +775,7 @@ def sweep_gap_seeds() -> str:
 
 @block("sweep.boolq")
 def sweep_boolq() -> str:
-    """BoolQ's accuracies by `label` in the runs at 3e-4: how many have one of the two that one label for all items gives."""
+    """BoolQ's accuracies by `label` at 3e-4: how many are one of the two that one label for all items gives."""
     rows = _sweep("rank_sweep")
     rows = rows[rows["boolq"].notna() & (rows["learning_rate"] == 3e-4) & rows["method"].isin(["lora", "dora", "rora"])]
     most = float(rows["boolq"].mode().iloc[0])
