@@ -8,6 +8,7 @@ registered below. What stands between the marks is replaced.
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -510,6 +511,46 @@ def rates_model_full() -> str:
     ]
     heads = ["steps", "rank", "gamma r", "best rate over full fine-tuning's", "least loss less full fine-tuning's"]
     return table(heads, rows)
+
+
+def _nearest_best(step: int, rank: int, strength: float) -> pd.Series:
+    """Which part leads in the run whose rate is nearest the best one, of the seed that has it."""
+    rate = one(csv("horizon/best.csv"), step=step, rank=rank, strength=strength)["best_rate"]
+    led = csv("horizon/led.csv")
+    own = led[(led["step"] == step) & (led["rank"] == rank) & (led["strength"] == strength)]
+    return own.loc[np.abs(np.log(own["learning_rate"] / rate)).idxmin()]
+
+
+@block("rates.model.led")
+def rates_model_led() -> str:
+    """A-led over B-led part of the change near the best rates, beside the law's, and the exponent that it gives."""
+    led, rows = csv("horizon/led.csv"), []
+    for step, rank, strength in sorted(set(led[["step", "rank", "strength"]].itertuples(index=False, name=None))):
+        row = _nearest_best(step, rank, strength)
+        ratio, exponent = (
+            f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
+            for name, form in (("ratio", ".2g"), ("exponent", "+.2f"))
+        )
+        rate, law = (f"{row[name]:.2g}" for name in ("learning_rate", "law_ratio"))
+        rows.append([f"{step}", f"{rank}", f"{strength:g}", rate, ratio, law, exponent])
+    heads = ["steps", "rank", "gamma r", "rate", "A-led over B-led", "by the law", "exponent that keeps the change"]
+    return table(heads, rows)
+
+
+@block("rates.model.change")
+def rates_model_change() -> str:
+    """How much larger the change is at the best rate of gamma r = 724 than at that of 64."""
+    found, rows = csv("horizon/change.csv"), []
+    for (step, rank), own in found.groupby(["step", "rank"]):
+        ends = own.sort_values("strength")
+        if len(ends) < 2:
+            continue
+        first, last = ends.iloc[0], ends.iloc[-1]
+        error = 2 ** math.hypot(first["log2_error"], last["log2_error"])
+        cells = [f"{row['change']:.3g} at {row['best_rate']:.2g}" for row in (first, last)]
+        rows.append([f"{step}", f"{rank:g}", *cells, f"{last['change'] / first['change']:.2f}", f"{error:.2f}"])
+    heads = ["steps", "rank", "rms change, gamma r = 64", "gamma r = 724", "second over first"]
+    return table([*heads, "times or over, one s.e. of the best rates"], rows)
 
 
 def _exponent_at(step: int, rank: int) -> str:

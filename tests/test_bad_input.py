@@ -6,6 +6,7 @@ a model, opening a run folder and drawing are forbidden.
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -52,7 +53,8 @@ def begun(*_: Any, **__: Any) -> NoReturn:
     raise BegunError
 
 
-def fields_of(command: str) -> Iterator[tuple[str, Any]]:
+@functools.cache
+def fields_of(command: str) -> tuple[tuple[str, Any], ...]:
     """Names and types of a command's options, nested ones too."""
 
     def walk(config: type) -> Iterator[tuple[str, Any]]:
@@ -63,7 +65,7 @@ def fields_of(command: str) -> Iterator[tuple[str, Any]]:
             else:
                 yield field.name, hints[field.name]
 
-    yield from walk(importlib.import_module(command).Config)
+    return tuple(walk(importlib.import_module(command).Config))
 
 
 def kinds(hint: Any) -> set[Any]:
