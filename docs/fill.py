@@ -443,7 +443,7 @@ def rates_toy() -> str:
         "first step, signal",
         "first step, cross-talk",
     ]
-    return table([*heads, "A-led"], rows)
+    return table([*heads, "long run, A-led"], rows)
 
 
 @block("rates.toy.horizon")
@@ -778,11 +778,24 @@ block("sweep.gap.grid")(lambda: f"{_hidden('rank_sweep', 'rora'):.2f}")
 block("pruned.gap.grid")(lambda: f"{_hidden('rank_sweep_pruned', 'rora'):.2f}")
 
 
-@block("rates.toy.sgd")
-def rates_toy_sgd() -> str:
-    """How the best rate of SGD under `alpha / sqrt(r)` moves with the rank in the controlled problem."""
-    row = one(csv("lr_transfer/slopes.csv"), optimizer="sgd", trained="both", rule="rora")
+def _toy_sgd(rule: str) -> str:
+    """How the best rate of SGD under a rule moves with the rank in the controlled problem."""
+    row = one(csv("lr_transfer/slopes.csv"), optimizer="sgd", trained="both", rule=rule)
     return signed(row["slope"], row["half_width"])
+
+
+block("rates.toy.sgd")(lambda: _toy_sgd("rora"))
+block("rates.toy.sgd.lora")(lambda: _toy_sgd("lora"))
+block("rates.toy.sgd.quarter")(lambda: _toy_sgd("0.25"))
+
+
+@block("rates.toy.sgd.product")
+def rates_toy_sgd_product() -> str:
+    """Gamma times SGD's best rate over all ranks and rules of the controlled problem: the ends, and how many."""
+    found, config = csv("lr_transfer/best.csv"), read("lr_transfer/manifest.json")["config"]
+    own = found[(found["optimizer"] == "sgd") & (found["trained"] == "both")]
+    products = own["best_rate"] * config["gamma"] * (config["reference_rank"] / own["rank"]) ** own["kappa"]
+    return f"{products.min():.3f} to {products.max():.3f} over {len(products)} ranks and rules"
 
 
 @block("sweep.best")

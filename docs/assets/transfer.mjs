@@ -176,7 +176,9 @@ export function advise(asked) {
     return { name, c, alpha: alphaFor(kept.rule, gamma, kept.rank), learning_rate: old.lr / unchanged, unchanged };
   });
   const plan = planOf(asked, old);
-  const hasHorizon = family === "adam" && asked.regime === "signal";
+  const hasHorizon = asked.regime === "signal";
+  // Under SGD only the product of gamma and the rate counts in a long run.
+  const spanOf = (first, last) => (hasHorizon ? { first_step: first, planned: null, A_led: last } : null);
   const span = (value) =>
     hasHorizon ? { first_step: value(0), planned: plan?.rho == null ? null : value(plan.rho), A_led: value(Infinity) } : null;
   const ratio = (next) => deviation(old) / deviation(next);
@@ -184,12 +186,18 @@ export function advise(asked) {
     const first = stepRatio({ ...next, lr: old.lr }, old, 0);
     return rho === Infinity ? first * ratio(next) : (first * (1 + rho * ratio(next))) / (1 + rho);
   };
-  const ratesOf = (next) => span((rho) => old.lr * rateFactor(strength(next, rho), rho * ratio(next)));
+  const ratesOf = (next) =>
+    family === "sgd"
+      ? spanOf(old.lr / stepRatio({ ...next, lr: old.lr }, old, 0), (old.lr * scaling(old)) / scaling(next))
+      : span((rho) => old.lr * rateFactor(strength(next, rho), rho * ratio(next)));
   const stepsOf = (next) => rangeOf(modules.map((module) => stepRatio(next, old, module.c)));
-  const alphas = span((rho) => alphaFor(kept.rule, scaling(kept) / strength(kept, rho), kept.rank));
+  const mean = (name) => rangeOf(modules.map((module) => module[name])).mean;
+  const alphas =
+    family === "sgd"
+      ? spanOf(mean("alpha"), alphaFor(kept.rule, scaling(old), kept.rank))
+      : span((rho) => alphaFor(kept.rule, scaling(kept) / strength(kept, rho), kept.rank));
   const rates = ratesOf(kept);
   const best = (ends) => ends.planned ?? ends.first_step;
-  const mean = (name) => rangeOf(modules.map((module) => module[name])).mean;
   const alpha = fixesAlpha ? kept.alpha : alphas ? best(alphas) : mean("alpha");
   const learningRate = !fixesAlpha ? old.lr : rates ? best(rates) : mean("learning_rate");
   const found = { old, kept, alpha, learning_rate: learningRate, alphas, rates, plan, modules, fixesAlpha, ratesOf, stepsOf };
@@ -200,7 +208,7 @@ export function advise(asked) {
     ...Object.fromEntries(["alpha", "learning_rate", "unchanged"].map((part) => [part, rangeOf(own.map((m) => m[part]))])),
   }));
   found.choices = choicesOf(found);
-  found.sentence = sentenceOf(found, isMeasured ? `measured at ${modules.length} modules` : `assumed: ${asked.regime}`, asked.regime);
+  found.sentence = sentenceOf(found, isMeasured ? `measured at ${modules.length} modules` : `assumed: ${asked.regime}`);
   found.config = configOf(found);
   return found;
 }
@@ -223,27 +231,29 @@ export function ruleInWords(rule) {
   return { 1: "alpha / r", 0.5: "alpha / sqrt(r) (use_rslora)" }[kappa] ?? `alpha / r^${g(kappa, 6)}`;
 }
 
-function sentenceOf(found, regime, named) {
+function sentenceOf(found, regime) {
   const { old, kept, alpha, learning_rate: rate } = found;
   const alphaKept = kappaOf(kept.rule) === kappaOf(old.rule) && isClose(alpha, old.alpha);
   const verb = (isKept) => (isKept ? "keep" : "set");
   const what = `${verb(alphaKept)} alpha ${g(alpha, 6)} under ${ruleInWords(kept.rule)} and ${verb(isClose(rate, old.lr))}`;
   const said = [`Going from rank ${old.rank} to ${kept.rank} with ${WORDS[old.optimizer]}: ${what} the learning rate ${g(rate, 3)}.`];
   const span = found.fixesAlpha ? found.rates : found.alphas;
-  const took = "It takes the signal to lead and the gradient to keep its direction.";
-  if (FAMILY[old.optimizer] !== "adam") {
-    said.push("That keeps the first step, and later ones as long as gamma times the sum of the rates times the " +
-      "gradient's largest singular value is far below 1; beyond that A matters too.");
-    said.push(`${named === "signal" ? "It takes the signal to lead" : `The regime is ${regime}`}; clipping of the gradient changes the law.`);
-  } else if (!span) {
+  const isSgd = FAMILY[old.optimizer] === "sgd";
+  const clipping = isSgd ? "; clipping of the gradient changes the law." : ".";
+  const took = `It takes the signal to lead and the gradient to keep its direction${clipping}`;
+  if (!span) {
     said.push(`That keeps the rms of each module's first step; the regime is ${regime}.`);
-    said.push("It is not known what keeps later steps in this regime: for the model as a whole, ask with the regime signal.");
+    said.push(`It is not known what keeps later steps in this regime: for the model as a whole, ask with the regime signal${clipping}`);
   } else if (Math.abs(span.first_step - span.A_led) < 1e-9 * span.A_led) {
     said.push(`The law has the model change as much as before, at the first step and later. ${took}`);
   } else {
     const ends = `the first step asks for the ${found.fixesAlpha ? "learning rate" : "alpha"} ${g(span.first_step, 3)}, a long run, ` +
       `where A's motion leads, for ${g(span.A_led, 3)}.`;
-    if (span.planned === null) {
+    if (isSgd) {
+      said.push(`This is the first step's: ${ends} A run is long where gamma times the sum of the rates times the ` +
+        `gradient's singular values is above 1. Alpha ${g(scaling(old) * old.rank, 6)} under alpha / r and the rate ` +
+        `${g((old.lr * kept.rank) / old.rank, 3)} serve both.`);
+    } else if (span.planned === null) {
       said.push(`This is the first step's: ${ends} The planned steps and a takeover distance give the value between.`);
     } else {
       const { steps, takeover, isAssumed, rho } = found.plan;

@@ -7,7 +7,9 @@ Where the signal leads, the change after many steps at a constant gradient (`ror
 
 with s the deviation of A's entries and rho the distance that A has moved over the takeover distance, which is
 proportional to s. So the answer lies between two ends: B-led, the first step's, and A-led, which a long run comes to.
-The planned steps, the rate and a takeover distance give the value between them.
+The planned steps, the rate and a takeover distance give the value between them. Under SGD both factors grow as the
+exponential of :math:`\gamma \eta` times the steps and a singular value of the gradient: in a long run only the product
+of gamma and the rate counts (`horizon.sgd_rate_exponents`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -143,7 +145,7 @@ class Alternative:
       step: factor of the first step against the tuned setting's: the geometric mean over modules.
       smallest, largest: of the modules' factors.
       learning_rate: the rate that would undo the mean factor.
-      rates: the rate by horizon, where the law has one (Adam, signal).
+      rates: the rate by horizon, where the law has one (the signal leads).
     """
 
     name: str
@@ -195,6 +197,8 @@ class Advice:
         """The alpha at the old rate by horizon; None where the law is of the first step only."""
         if not self._has_horizon:
             return None
+        if self._is_sgd:
+            return Span(self.alpha_at_old_rate, None, self.unchanged.with_scaling(self.old.scaling).alpha)
 
         def alpha(rho: float) -> float:
             factor = 1 / self._strength(self.unchanged, rho)
@@ -211,6 +215,10 @@ class Advice:
         """The learning rate with which ``new`` keeps the change, by horizon."""
         if not self._has_horizon:
             return None
+        if self._is_sgd:
+            tuned = self.old.learning_rate
+            first = tuned / step_ratio(replace(new, learning_rate=tuned), self.old, SIGNAL)
+            return Span(first, None, tuned * self.old.scaling / new.scaling)
         ratio = self._deviation(self.old) / self._deviation(new)
 
         def rate(rho: float) -> float:
@@ -387,27 +395,31 @@ class Advice:
 
     def scope(self) -> list[str]:
         """For how long the advice holds, and what it takes for granted, a sentence each."""
-        if FAMILY[self.old.optimizer] != "adam":
-            taken = "It takes the signal to lead" if self.regime == "signal" else f"The regime is {self._regime}"
-            return [
-                "That keeps the first step, and later ones as long as gamma times the sum of the rates times the "
-                "gradient's largest singular value is far below 1; beyond that A matters too.",
-                f"{taken}; clipping of the gradient changes the law.",
-            ]
-        span = self.rates if self.fixes_alpha else self.alphas
+        old, span = self.old, self.rates if self.fixes_alpha else self.alphas
+        clipping = "clipping of the gradient changes the law"
         if span is None:
+            later = (
+                "It is not known what keeps later steps in this regime: for the model as a whole, ask with the regime "
+            )
             return [
                 f"That keeps the rms of each module's first step; the regime is {self._regime}.",
-                "It is not known what keeps later steps in this regime: for the model as a whole, ask with the regime "
-                "signal.",
+                f"{later}signal{f'; {clipping}' if self._is_sgd else ''}.",
             ]
         took = "It takes the signal to lead and the gradient to keep its direction"
+        took += f"; {clipping}." if self._is_sgd else "."
         if max(span.first_step, span.A_led) - min(span.first_step, span.A_led) < 1e-9 * span.A_led:
-            return [f"The law has the model change as much as before, at the first step and later. {took}."]
+            return ["The law has the model change as much as before, at the first step and later.", took]
         what = "learning rate" if self.fixes_alpha else "alpha"
         ends = f"the first step asks for the {what} {span.first_step:.3g}, a long run, where A's motion leads, for "
         ends += f"{span.A_led:.3g}"
-        if span.planned is None or self.plan is None:
+        if self._is_sgd:
+            said = [
+                f"This is the first step's: {ends}.",
+                "A run is long where gamma times the sum of the rates times the gradient's singular values is above 1.",
+                f"Alpha {old.scaling * old.rank:.6g} under alpha / r and the rate "
+                f"{old.learning_rate * self.unchanged.rank / old.rank:.3g} serve both.",
+            ]
+        elif span.planned is None or self.plan is None:
             said = [
                 f"This is the first step's: {ends}.",
                 "The planned steps and a takeover distance give the value between.",
@@ -419,7 +431,7 @@ class Advice:
                 f"The takeover distance, {self.plan.takeover:.2g}, is {given}, so that A's part is {self.plan.rho:.3g} "
                 f"times B's in the end; the rate is {'as scheduled' if self.plan.schedule else 'taken as constant'}.",
             ]
-        return [*said, f"{took}."]
+        return [*said, took]
 
     def whole_model(self) -> str:
         """What alphas that keep each module's own first step do to the whole model's, in words."""
@@ -455,7 +467,11 @@ class Advice:
 
     @property
     def _has_horizon(self) -> bool:
-        return self.regime == "signal" and FAMILY[self.old.optimizer] == "adam"
+        return self.regime == "signal"
+
+    @property
+    def _is_sgd(self) -> bool:
+        return FAMILY[self.old.optimizer] == "sgd"
 
     @property
     def _rule(self) -> str:
@@ -572,7 +588,7 @@ def _planned(
     if FAMILY[old.optimizer] != "adam" or regime != "signal":
         raise InputError(
             f"{first} is {given[first]!r} with {WORDS[old.optimizer]} and the regime {regime}; accepted are Adam and "
-            "AdamW with the regime signal: elsewhere the law here is of the first step"
+            "AdamW with the regime signal: elsewhere the law here has no value for a number of steps"
         )
     if steps is None:
         raise InputError(f"{first} is {given[first]!r} without steps; accepted is an integer of 1 or more as steps")

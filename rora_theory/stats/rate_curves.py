@@ -199,11 +199,15 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         x = np.log([curve.rank for curve in kept])
         lever = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
         slope = estimate(lambda *own, lever=lever: lever @ [math.log(2) * log2_rates(one) for one in own], *kept)
-        optimizer, kappa = line[0], line[3]
+        optimizer, trained, _, kappa = line
         predicted = predicted_slopes(optimizer, kappa)  # type: ignore[arg-type]
-        nearest = min(predicted, key=lambda name: abs(predicted[name] - slope.value))
-        if not slope.has_error or abs(predicted[nearest] - slope.value) > slope.half_width() + slopes.BAND:
-            nearest = ""
+        if trained == "B":
+            del predicted["A moves"]
+        apart = {name: abs(value - slope.value) for name, value in predicted.items()}
+        near = min(apart.values()) if slope.has_error else math.inf
+        fits = slope.has_error and near <= slope.half_width() + slopes.BAND
+        # Predictions may be the same number, which one slope can't tell apart.
+        nearest = " or ".join(name for name, each in apart.items() if each - near < 1e-9) if fits else ""
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
         row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{slope.value:.4f}")}
         row |= {"standard_error": float(f"{slope.error:.2g}") if slope.has_error else None}

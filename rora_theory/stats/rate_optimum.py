@@ -5,8 +5,9 @@ For a scaling :math:`\gamma = \alpha/r^\kappa` and a rate :math:`\eta`, the firs
 - SGD: :math:`\eta \gamma^2 r` where the signal leads, :math:`\eta \gamma^2 \sqrt r` where cross-talk does;
 - Adam: :math:`\eta \gamma r` and :math:`\eta \gamma \sqrt r`.
 
-A best rate that keeps it constant moves as the power of r below. Once A has moved further than it started, Adam's step
-is of size :math:`\eta^2 \gamma r`, and the best rate moves half as fast.
+A best rate that keeps it constant moves as the power of r below. Once A has moved further than it started, Adam's
+change is of size :math:`\eta^2 \gamma r`, and the best rate moves half as fast; SGD's grows as the exponential of
+:math:`\gamma \eta`, and the best rate moves as :math:`1/\gamma` (`rora_theory.theory.horizon`).
 """
 
 import math
@@ -115,12 +116,12 @@ def predicted_slopes(optimizer: Literal["sgd", "momentum", "adam", "adamw"], kap
     """d log (best rate) / d log r that keeps the step's size, by what leads it (module docstring).
 
     Returns:
-      ``"signal"`` and ``"cross-talk"``: the first step, B alone moving; for Adam ``"A moves"`` too, signal led.
+      ``"signal"`` and ``"cross-talk"``: the first step, B alone moving; ``"A moves"``: a long run, signal led.
 
     Example:
       >>> predicted_slopes("adam", 0.5)
       {'signal': -0.5, 'cross-talk': 0.0, 'A moves': -0.25}
     """
     if optimizer in ("sgd", "momentum"):
-        return {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5}
+        return {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5, "A moves": kappa}
     return {"signal": kappa - 1, "cross-talk": kappa - 0.5, "A moves": (kappa - 1) / 2}

@@ -335,6 +335,35 @@ def rate_exponents(rho: float) -> RateExponents:
     return RateExponents(slope, slope)
 
 
+def sgd_rate_exponents(growth: float) -> RateExponents:
+    r"""`rate_exponents` of SGD: of the rate that keeps the change in a singular direction of the gradient.
+
+    With :math:`\tau = \gamma \sigma \sum \eta`, small steps and the signal leading, the change is
+    :math:`\propto \gamma r \sinh(2\tau)` (`sgd_equivalent`: :math:`\sigma_t c_t = \sinh(2\tau) / 2`). Keeping it, with
+    :math:`q = 2\tau \coth 2\tau`,
+
+    .. math:: \frac{d \log \eta^*}{d \log \gamma} = -1 - \frac1q, \qquad
+              \frac{d \log \eta^*}{d \log r} = -\frac1q
+
+    -2 and -1 at the first step (q = 1); -1 and 0 in a long run, in which both factors grow as
+    :math:`e^\tau` and only the product of gamma and the rate counts, whatever the rank.
+
+    Args:
+      growth: tau, 0 or more, or infinite.
+
+    Raises:
+      InputError: a growth below 0 or not a number.
+
+    Example:
+      >>> sgd_rate_exponents(0.0), sgd_rate_exponents(math.inf)
+      (RateExponents(scaling=-2.0, rank=-1.0), RateExponents(scaling=-1.0, rank=0.0))
+    """
+    if not growth >= 0:
+        raise InputError(f"growth is {growth!r}; accepted is a number of 0 or more, or inf")
+    inverse = math.tanh(2 * growth) / (2 * growth) if growth else 1.0
+    return RateExponents(-1 - inverse, -inverse or 0.0)
+
+
 def rate_factor(strength: float, rho: float) -> float:
     r"""The factor of the rate that keeps the change at the horizon where :math:`\gamma r` grows ``strength`` times.
 

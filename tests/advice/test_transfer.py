@@ -299,8 +299,28 @@ def test_ends_of_the_horizon() -> None:
     assert list(transfer(Setting(8, 16.0, 3e-4), 128, steps=9, p_in=576).alphas) == pytest.approx([16.0] * 3)
     gaussian = transfer(Setting(8, 16.0, 3e-4, init="gaussian"), 128).alphas
     assert (gaussian.first_step, gaussian.A_led) == pytest.approx((256.0, 16.0))
-    assert transfer(Setting(8, 16.0, 3e-4, optimizer="sgd"), 128).rates is None
     assert transfer(Setting(8, 16.0, 3e-4), 128, {"m": 1.0}).alphas is None
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_ends_of_sgd_s_horizon(optimizer) -> None:
+    """Gamma^2 r at the first step, gamma alone in a long run; under alpha / r the rate times r' / r serves both."""
+    old = Setting(8, 16.0, 3e-4, optimizer=optimizer)
+    alphas = transfer(old, 128).alphas
+    assert (alphas.first_step, alphas.planned, alphas.A_led) == (pytest.approx(64.0), None, pytest.approx(256.0))
+    assert list(transfer(old, 128, alpha=16.0).rates) == [pytest.approx(4.8e-3), None, pytest.approx(4.8e-3)]
+    rates = transfer(old, 128, rule="rora", alpha=16.0).rates
+    gamma = 16 / 128**0.5
+    assert rates.first_step == pytest.approx(3e-4 * 2**2 * 8 / (gamma**2 * 128))
+    assert rates.A_led == pytest.approx(3e-4 * 2 / gamma)
+    said = transfer(old, 128).sentence()
+    assert "the first step asks for the alpha 64, a long run, where A's motion leads, for 256." in said
+    assert "Alpha 16 under alpha / r and the rate 0.0048 serve both." in said
+    assert "serve both" not in transfer(old, 128, alpha=16.0).sentence()
+    assert transfer(old, 128, {"m": 1.0}).alphas is None
+    other = transfer(Setting(8, 16.0, 3e-4, "rora", optimizer), 128).sentence()
+    strength = 16 / 8**0.5 * 8
+    assert f"Alpha {strength:.6g} under alpha / r and the rate 0.0048 serve both." in other
 
 
 def test_the_first_step_s_end_is_the_first_step_s_advice() -> None:
@@ -348,7 +368,7 @@ def test_a_falling_schedule_moves_A_less() -> None:
             ["at 50 steps", "0.003, is given as measured", "rate is taken as constant"],
         ),
         ({}, {"rule": 0.25, "alpha": 16.0, "steps": 50, "p_in": 576}, ["assumed from one sample", "alpha / r^0.25"]),
-        ({"optimizer": "momentum"}, {}, ["SGD with momentum", "set alpha 64", "far below 1", "clipping"]),
+        ({"optimizer": "momentum"}, {}, ["SGD with momentum", "set alpha 64", "is above 1", "clipping"]),
         ({}, {"regime": {"a": 3.0}}, ["measured at 1 modules", "each module's first step", "not known"]),
         ({}, {"regime": "cross-talk"}, ["set alpha 64", "assumed: cross-talk"]),
     ],
@@ -439,7 +459,9 @@ def test_an_assumed_regime_has_no_pattern_and_one_module_has_its_own() -> None:
 def test_sgd_s_scope_names_its_regime() -> None:
     old = Setting(rank=8, alpha=16, learning_rate=1e-3, optimizer="sgd")
     assert "It takes the signal to lead" in transfer(old, 32).sentence()
-    assert "The regime is assumed: cross-talk" in transfer(old, 32, "cross-talk").sentence()
+    cross = transfer(old, 32, "cross-talk").sentence()
+    assert "the regime is assumed: cross-talk" in cross
+    assert cross.endswith("clipping of the gradient changes the law.")
 
 
 def test_groups_are_over_all_modules_and_by_type() -> None:

@@ -139,6 +139,15 @@ def test_no_prediction_is_named_that_the_slope_is_far_from():
     assert (row["slope"], row["nearest"]) == (pytest.approx(0.5, abs=1e-4), "")
 
 
+def test_predictions_that_are_one_number_are_all_named():
+    """Under alpha / r Adam's best rate stays by the signal of the first step and by that of a long run alike."""
+    (row,) = slopes_of([bowl("lora", 1.0, rank, 1e-3) for rank in (4, 16)])
+    assert row["nearest"] == "signal or A moves"
+    frozen = [dataclasses.replace(bowl("lora", 1.0, rank, 1e-3), trained="B") for rank in (4, 16)]
+    (row,) = slopes_of(frozen)
+    assert (row["nearest"], row["A moves"]) == ("signal", None), "A does not move"
+
+
 def levels(by_seed: list[float], by_draw: list[float] | None = None, seeds: tuple[int, ...] = ()) -> rate_curves.Curve:
     """Flat curves whose least losses are these, of seeds, and of draws of their mean."""
     three = np.ones(3)

@@ -31,8 +31,9 @@ def test_three_rates_are_enough():
 
 @pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
 def test_predicted_slopes(kappa):
-    """What keeps eta gamma^2 r, eta gamma^2 sqrt(r), eta gamma r, eta gamma sqrt(r) and eta^2 gamma r as r grows."""
-    sgd = {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5}
+    """What keeps eta gamma^2 r, eta gamma^2 sqrt(r), eta gamma r, eta gamma sqrt(r), eta^2 gamma r (Adam) and eta gamma
+    (SGD) as r grows."""
+    sgd = {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5, "A moves": kappa}
     adam = {"signal": kappa - 1, "cross-talk": kappa - 0.5, "A moves": kappa / 2 - 0.5}
     found = [predicted_slopes(name, kappa) for name in ("sgd", "momentum", "adam", "adamw")]
     assert found == [sgd, sgd, adam, adam]

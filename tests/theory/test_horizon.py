@@ -289,6 +289,47 @@ def test_rate_exponents_are_the_slopes_of_the_factor() -> None:
     assert horizon.rate_factor(9.0, math.inf) == pytest.approx(1 / 3)
 
 
+def test_sgd_exponents_by_algebra() -> None:
+    """Implicit derivatives of gamma r sinh(2 gamma eta s) = constant, and the two ends."""
+    gamma, rank, eta, sigma = sp.symbols("gamma r eta sigma", positive=True)
+    change = gamma * rank * sp.sinh(2 * gamma * eta * sigma)
+    for tau in (0.05, 1.0, 6.0):
+        at = {gamma: 0.7, rank: 16, sigma: 3.0, eta: tau / (0.7 * 3.0)}
+        found = horizon.sgd_rate_exponents(tau)
+        for symbol, exponent in ((gamma, found.scaling), (rank, found.rank)):
+            slope = -sp.diff(change, symbol) / sp.diff(change, eta) * symbol / eta
+            assert float(slope.subs(at)) == pytest.approx(exponent, rel=1e-9)
+    assert horizon.sgd_rate_exponents(0.0) == (-2.0, -1.0)
+    assert horizon.sgd_rate_exponents(math.inf) == (-1.0, 0.0)
+    for kappa_one in (0.0, 0.3, 4.0, math.inf):  # under alpha / r gamma falls as 1 / r: the rate grows as r, always
+        found = horizon.sgd_rate_exponents(kappa_one)
+        assert found.rank - found.scaling == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("tau", [0.02, 1.0, 4.0])
+def test_the_change_that_sgd_s_exponents_keep_is_that_of_real_steps(tau: float) -> None:
+    """gamma r sinh(2 tau), whose slopes they are, at other gammas, ranks and rates, by 1000 steps of optax's SGD on a
+    gradient of one direction, which every row of A reads alike. The law has exp(tau), real steps (1 + tau / n)^n: less
+    by a factor of exp(tau^2 / 2n)."""
+    rng = np.random.default_rng(5)
+    left, right = (v / np.linalg.norm(v) for v in (rng.normal(size=P_OUT), rng.normal(size=P_IN)))
+    sigma, steps = 2.0, 1000
+    rows = kaiming(7, 32)
+    rows += np.outer(0.05 - rows @ right, right)
+
+    def size(rank: int, scaling: float, rate: float) -> float:
+        grad, rates = sigma * np.outer(left, right), [rate] * steps
+        increment = descend(grad, rows[:rank], rates, scaling=scaling, optimizer=optax.sgd)
+        return float(np.linalg.norm(np.asarray(increment(jnp.asarray(right[None], jnp.float32)))))
+
+    base, rate = 0.5, tau / (0.5 * sigma * steps)
+    first = size(16, base, rate)
+    for rank, scaling, factor in ((16, 1.5 * base, 1.0), (32, base, 1.0), (32, base / 2, 1.3)):
+        grown = tau * factor * scaling / base
+        expected = scaling * rank / (base * 16) * math.sinh(2 * grown) / math.sinh(2 * tau)
+        assert size(rank, scaling, factor * rate) / first == pytest.approx(expected, rel=2 * tau**2 / steps + 1e-3)
+
+
 def test_matching_rate() -> None:
     """The rate that keeps the change: alpha / r keeps it in the signal-led limit; a larger gamma lies in between."""
     rng = np.random.default_rng(9)
