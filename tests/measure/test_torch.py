@@ -424,7 +424,7 @@ def test_transfer() -> None:
         model, torch_models.batch(), torch_models.batch(seed=1), ["q_proj", "v_proj"], config=RegimeConfig(rows=0)
     )
     tuned = Setting(2, 4.0, 3e-4, init="gaussian")
-    config, rate, advice = found.transfer(tuned, rank=8, rule="rslora")
+    config, rate, advice = found.transfer(tuned, rank=8, rule="rslora", regime="measured")
     terms = found.crossings.query("optimizer == 'adam' and init == 'gaussian' and split == 'heldout'")
     expected = transfer(tuned, 8, dict(zip(terms["module"], terms["linear_term"], strict=True)), rule="rslora")
     assert advice == expected
@@ -435,7 +435,7 @@ def test_transfer() -> None:
         if isinstance(module, peft.tuners.lora.LoraLayer):
             kind = name.rpartition(".")[2]
             assert module.scaling["default"] == pytest.approx(expected.by_type()[kind] / 8**0.5)
-    whole = found.transfer(tuned, rank=8, regime="signal", alpha=4.0, steps=50)
+    whole = found.transfer(tuned, rank=8, alpha=4.0, steps=50)
     assert whole.config.alpha_pattern == {}
     assert whole.advice.plan.takeover == pytest.approx(found.takeover_at(2, "gaussian"))
     assert whole.learning_rate == whole.advice.rates.planned

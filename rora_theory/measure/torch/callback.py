@@ -29,8 +29,9 @@ class RegimeCallback(TrainerCallback):
 
     Logged are ``regime/crossing_rank``, r* of the held-out tokens, the median over modules;
     ``regime/steps_until_A_leads``, t_A at the run's learning rate, under Adam; and ``regime/alpha`` and
-    ``regime/learning_rate``, which keep each module's first step at ``to_rank``. The advice in words goes to Python's
-    ``logging``.
+    ``regime/learning_rate``, which keep the whole model's change at ``to_rank``: under Adam at the run's last step, by
+    the law with the measured takeover distance and a constant rate, under SGD at the first. The advice in words goes to
+    Python's ``logging``.
 
     The training goes on as without it. The model is measured as it is at that step, adapters and all; after the first
     the law is that of a fresh adapter put on it.
@@ -101,7 +102,7 @@ class RegimeCallback(TrainerCallback):
             layers=self._layers,
             adapters="on",
         )
-        carried = found.transfer(own, self._to_rank)
+        carried = found.transfer(own, self._to_rank, steps=state.max_steps if family == "adam" else None)
         self.measured[step], self.transfers[step] = found, carried
         heldout = found.crossings[found.crossings["split"] == "heldout"]
         figures = {"crossing_rank": float(heldout["crossing_rank"].median())}

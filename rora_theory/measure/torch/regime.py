@@ -106,7 +106,7 @@ class TorchRegime(Regime):
         setting: Setting,
         rank: int = 128,
         *,
-        regime: Literal["measured", "signal"] = "measured",
+        regime: Literal["measured", "signal"] = "signal",
         rule: Rule | None = None,
         alpha: float | None = None,
         steps: int | None = None,
@@ -118,8 +118,8 @@ class TorchRegime(Regime):
         Args:
           setting: what was tuned.
           rank: the new one.
-          regime: ``"measured"`` keeps the rms of each module's own first step; ``"signal"`` keeps the whole model's,
-            where cross-talk averages out, and knows later steps too.
+          regime: ``"signal"`` keeps the whole model's change, in which cross-talk averages out, and knows later steps
+            too; ``"measured"`` keeps the rms of each module's own first step.
           rule, alpha: of the new setting, see `rora_theory.transfer`.
           steps: of the planned run, under Adam and with the regime ``"signal"``: the answer is then the law's at their
             end, with the takeover distance that was measured.
