@@ -623,11 +623,12 @@ def rates_model_ratio() -> str:
 
 
 def _by_the_law(schedule: list[float] | None) -> str:
-    """The ratio of `rates_model_ratio` by the law: 16 steps, the takeover distances of the run's modules."""
+    """The ratio of `rates_model_ratio` by the law: 16 steps, 5% and 95% of the modules' takeover distances."""
     alpha, steps = 64, 16
     tuned = Setting(rank=128, alpha=alpha, learning_rate=_best("lora", 128))
     found = []
-    for takeover in (1e-3, 6e-3):
+    moved = _held_out("takeover")
+    for takeover in moved.loc[moved["rank"] == 128, "takeover"].quantile([0.05, 0.95]):
         plan = {"steps": steps, "takeover": takeover, "schedule": schedule}
         advice = transfer(tuned, 128, rule="rslora", alpha=alpha, **plan)
         found.append(tuned.learning_rate / advice.learning_rate)
