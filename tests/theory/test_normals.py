@@ -7,7 +7,7 @@ import pytest
 from rora_theory.normals import standard_normal
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7, 3), (4096,), (4097,), (3, 5000), (33, 4096)])
+@pytest.mark.parametrize("shape", [(), (1,), (7, 3), (65,), (4096,), (4097,), (3, 5000), (33, 4096)])
 def test_normals_are_jaxs_own(shape: tuple[int, ...]) -> None:
     """In one piece, in several, and with a last piece that is not whole; alone and under vmap."""
     keys = jax.random.split(jax.random.key(len(shape) + 11), 2)
