@@ -126,6 +126,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
                 "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
                 "the law's": "{law_low:+.2f} to {law_high:+.2f}",
                 "verdict": "{verdict}",
+                **({"by measured parts": "{by_parts:+.2f}"} if found["by_parts"].notna().any() else {}),
             },
             left=2,
         )

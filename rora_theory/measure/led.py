@@ -10,12 +10,14 @@ square. Where that holds of a real run, rates that keep the rms of the change at
 exponent of `keeping_exponent`, which needs nothing but the rms of the parts and of their sum.
 """
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from scipy import optimize
 
 from rora_theory import llama
 from rora_theory.adapters import LoraAdapter
@@ -115,3 +117,35 @@ def keeping_exponent(
     b, a, w = (np.asarray(each, np.float64) for each in (led_B, led_A, whole))
     c = (w**2 - a**2 - b**2) / 2
     return -1 / (1 + (c + a**2) / w**2)
+
+
+def keeping_factor(
+    strength: float, led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], whole: Float[np.ndarray, " n"]
+) -> float:
+    r"""The factor of the rate that keeps the rms of the change of all modules together where gamma r grows ``strength``
+    times: y > 0 with
+
+    .. math:: \mathrm{strength}^2\, y^2 \textstyle\sum (b^2 + 2 c y + a^2 y^2) = \sum w^2
+
+    in the letters of `keeping_exponent`, which is its slope at a strength of 1; where the parts have one direction it
+    is `theory.horizon.rate_factor`.
+
+    Args:
+      strength: above 0.
+      led_B, led_A, whole: of each module, see `led_parts`.
+
+    Raises:
+      InputError: a strength of 0 or below, or no change.
+    """
+    b, a, w = (float(np.sum(np.asarray(each, np.float64) ** 2)) for each in (led_B, led_A, whole))
+    if not (strength > 0 and w > 0):
+        raise InputError(f"strength is {strength!r} and the change {math.sqrt(w)!r}; accepted are numbers above 0")
+
+    def excess(y: float) -> float:
+        return math.log(strength**2 * y**2 * (b + (w - a - b) * y + a * y**2) / w)
+
+    # The two parts together are no less than what is left where they point against each other.
+    low, high = 1e-9 / strength, 1.0
+    while excess(high) < 0:
+        high *= 2
+    return float(optimize.brentq(excess, low, high, xtol=1e-12, rtol=1e-10))

@@ -17,7 +17,7 @@ from rora_theory.advice.transfer import transfer
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
-from rora_theory.measure.led import PARTS, keeping_exponent
+from rora_theory.measure.led import PARTS, keeping_exponent, keeping_factor
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
 from rora_theory.scaling import check_positive
 from rora_theory.stats.estimate import Estimate
@@ -365,18 +365,53 @@ def beside_full(found: Sequence[Curve], step: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def horizon_exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
+def exponent_of_parts(
+    runs: Sequence[HorizonRun], step: int, *, rank: int, strengths: tuple[float, float], rate: float
+) -> float | None:
+    """The exponent of the rate in gamma r that keeps the change of all modules together, by the parts that were
+    measured in runs at the first strength (`measure.led.keeping_factor`): the mean over the seeds' runs that are
+    nearest the rate. None where none was measured within half a grid step, an eighth of a decade, of it.
+
+    Args:
+      runs: of the grid.
+      step: the horizon.
+      rank: of the runs.
+      strengths: gamma r of the runs, and the other.
+      rate: the best one at the first.
+    """
+    nearest: dict[int, tuple[float, float]] = {}
+    for run in runs:
+        parts = next((one.parts for one in run.read.readings if one.step == step), None)
+        apart = abs(math.log10(run.rate / rate))
+        if parts is None or (run.rank, run.strength) != (rank, strengths[0]) or apart > 1 / 8 + 1e-3:
+            continue
+        grows = strengths[1] / strengths[0]
+        factor = keeping_factor(grows, *(np.asarray(parts[name]) for name in PARTS))
+        nearest[run.seed] = min(nearest.get(run.seed, (math.inf, 0.0)), (apart, math.log(factor) / math.log(grows)))
+    return float(np.mean([slope for _, slope in nearest.values()])) if nearest else None
+
+
+def horizon_exponents(
+    found: Sequence[Curve],
+    step: int,
+    *,
+    takeovers: Sequence[float],
+    warmup: int,
+    runs: Sequence[HorizonRun] = (),
+) -> pd.DataFrame:
     """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, beside the law.
 
     Args:
       found: of `curves_at` the step.
       step: the horizon.
       takeovers, warmup: see `predictions`.
+      runs: whose parts were measured, see `exponent_of_parts`.
 
     Returns:
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
       ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both ends have; ``law_low``,
       ``law``, ``law_high`` (of the modules' takeovers, at the measured best rate); ``verdict``, see `judge_exponent`.
+      Over the strength ``by_parts``, see `exponent_of_parts`, and ``by_parts_verdict`` on that in place of the law's.
     """
     rows = []
     by = {(curve.rank, _strength(curve)): curve for curve in found}
@@ -391,17 +426,21 @@ def horizon_exponents(found: Sequence[Curve], step: int, *, takeovers: Sequence[
             low, high = keys[0][index], keys[-1][index]
             slope = estimate(lambda a, b: log2_rates(b) - log2_rates(a), *ends).times(1 / math.log2(high / low))
             law: tuple[float, ...] = (0.0, 0.0, 0.0)
+            by_parts = None
             if over == "strength":
                 rate = 2 ** float(np.mean(log2_rates(ends[0].spread)))
                 told = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
                 law = tuple(told["exponent"])
+                by_parts = exponent_of_parts(runs, step, rank=int(at), strengths=(low, high), rate=rate)
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
                 | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
-                | {"verdict": judge_exponent(slope, (min(law), max(law)), edge=edge, seeds=seeds)}
+                | {"verdict": judge_exponent(slope, (min(law), max(law)), edge=edge, seeds=seeds), "by_parts": by_parts}
             )
+            if by_parts is not None:
+                rows[-1]["by_parts_verdict"] = judge_exponent(slope, (by_parts, by_parts), edge=edge, seeds=seeds)
     return pd.DataFrame(rows)
 
 
@@ -459,7 +498,7 @@ def judge_runs(
     if best.empty:
         return HorizonJudgement(best, pd.DataFrame(), pd.DataFrame(), led, pd.DataFrame())
     full = [beside_full(found, step) for step, found in curves.items()]
-    laws = [horizon_exponents(one, step, takeovers=takeovers, warmup=warmup) for step, one in curves.items()]
+    laws = [horizon_exponents(one, step, takeovers=takeovers, warmup=warmup, runs=runs) for step, one in curves.items()]
     found = pd.concat([pd.DataFrame(), *laws]) if takeovers else pd.DataFrame()
     return HorizonJudgement(best, pd.concat([pd.DataFrame(), *full]), found, led, change_at_best(best, led))
 

@@ -90,6 +90,21 @@ def test_the_exponent_keeps_the_change_of_two_parts_at_any_angle() -> None:
     assert -1 < slope < -0.5
 
 
+def test_the_factor_keeps_the_change_of_all_modules() -> None:
+    """Against the two parts of three modules themselves; the law's where they point one way, and its slope at 1."""
+    b, a = np.random.default_rng(5).normal(size=(2, 3, 40))
+    parts = [np.sqrt(np.mean(one**2, axis=1)) for one in (b, a, a + b)]
+    for strength in (11.3, 1.0, 0.2):
+        y = led.keeping_factor(strength, *parts)
+        assert strength * np.sqrt(np.mean((y * b + y**2 * a) ** 2)) == pytest.approx(np.sqrt(np.mean((a + b) ** 2)))
+    alike = [np.array([size, 2 * size]) for size in (1.0, 0.7, 1.7)]
+    assert led.keeping_factor(11.3, *alike) == pytest.approx(horizon.rate_factor(11.3, 0.7))
+    slope = np.log(led.keeping_factor(1 + 1e-6, *alike)) / 1e-6
+    assert slope == pytest.approx(led.keeping_exponent(*alike)[0], abs=1e-5)
+    with pytest.raises(InputError, match="strength is 0"):
+        led.keeping_factor(0.0, *parts)
+
+
 def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
     """The base model's inputs at the tokens behind what all records begin with; the last token is only predicted."""
     rows = [[5, 6, 7, 8, 9, 1], [5, 6, 3, 8], [5, 6, 3, 2, 4]]

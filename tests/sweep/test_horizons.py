@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from rora_theory.stats.estimate import Estimate
 from rora_theory.sweep import horizons
 from rora_theory.sweep.horizons import HorizonRun
 from rora_theory.sweep.readings import Reading, ReadRun
-from rora_theory.theory.horizon import distances
+from rora_theory.theory.horizon import distances, rate_factor
 
 RATES = [10 ** (k / 4) for k in range(-18, -7)]
 TOKENS = list(range(40, 72))
@@ -251,3 +252,47 @@ def test_the_change_at_the_best_rate_lies_between_its_neighbours() -> None:
     assert row["change"] == pytest.approx(2 * 2e-4**1.5, rel=1e-9)
     assert (row["log2_error"], row["seeds"], row["step"], row["rank"]) == (pytest.approx(0.3), 2, 64, 8)
     assert horizons.change_at_best(best, led.iloc[:0]).empty
+
+
+def with_parts(runs: list[HorizonRun], ratio: float) -> list[HorizonRun]:
+    """Every reading with two modules whose A-led part is so many times the B-led one, in one direction with it."""
+    parts = {"layer": [0, 1], "module": ["q_proj"] * 2, "led_B": [1.0, 3.0]}
+    parts |= {"led_A": [ratio, 3 * ratio], "whole": [1 + ratio, 3 + 3 * ratio]}
+    found = []
+    for run in runs:
+        readings = [replace(one, parts=parts) for one in run.read.readings]
+        found.append(replace(run, read=replace(run.read, readings=readings)))
+    return found
+
+
+def test_measured_parts_judge_in_place_of_the_laws_takeover() -> None:
+    """Best rates that move as the parts say agree with them, where the law's own takeover is contradicted; and not
+    with parts that say something else. Runs without parts say nothing."""
+    ratio = 1.2
+    exponent = math.log(rate_factor(724 / 64, ratio)) / math.log(724 / 64)
+    runs = grid(exponent, seeds=3, noise=3e-3)
+    for planted, verdict in ((ratio, "agrees"), (50.0, "contradicts")):
+        own = with_parts(runs, planted)
+        curves = horizons.curves_at(own, TOKENS, 64)
+        found = horizons.horizon_exponents(curves, 64, takeovers=TAKEOVERS, warmup=4, runs=own)
+        row = found.set_index(["over", "at"]).loc["strength", 8.0]
+        expected = math.log(rate_factor(724 / 64, planted)) / math.log(724 / 64)
+        assert row["by_parts"] == pytest.approx(expected, rel=1e-6)
+        assert (row["by_parts_verdict"], row["verdict"]) == (verdict, "contradicts")
+        assert found.loc[found["over"] == "rank", "by_parts"].isna().all()
+    assert horizons.exponent_of_parts(runs, 64, rank=8, strengths=(64.0, 724.0), rate=1e-3) is None
+
+
+def test_parts_are_those_of_the_runs_nearest_the_best_rate() -> None:
+    """One run a seed; none beyond an eighth of a decade, none of another rank, strength or step."""
+    runs = [
+        run
+        for seed, rate, ratio in ((0, 1e-3, 1.0), (0, 1.2e-3, 9.0), (1, 1.1e-3, 2.0), (2, 2e-3, 30.0))
+        for run in with_parts([HorizonRun(8, 64.0, rate, seed, ReadRun([], [Reading(64, [1.0], [1.0])]))], ratio)
+    ]
+    runs += with_parts([HorizonRun(16, 64.0, 1e-3, 3, ReadRun([], [Reading(64, [1.0], [1.0])]))], 30.0)
+    runs += with_parts([HorizonRun(8, 32.0, 1e-3, 4, ReadRun([], [Reading(64, [1.0], [1.0])]))], 30.0)
+    runs += with_parts([HorizonRun(8, 64.0, 1e-3, 5, ReadRun([], [Reading(16, [1.0], [1.0])]))], 30.0)
+    found = horizons.exponent_of_parts(runs, 64, rank=8, strengths=(64.0, 724.0), rate=1e-3)
+    slopes = [math.log(rate_factor(724 / 64, ratio)) / math.log(724 / 64) for ratio in (1.0, 2.0)]
+    assert found == pytest.approx(np.mean(slopes), rel=1e-6)
