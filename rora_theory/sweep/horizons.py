@@ -284,7 +284,8 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
         if found:
             error = row["log2_error"]
             rows.append(
-                {name: row[name] for name in ("step", "rank", "strength", "best_rate")}
+                {"step": int(row["step"]), "rank": int(row["rank"])}
+                | {name: row[name] for name in ("strength", "best_rate")}
                 | {"change": float(2 ** np.mean(found))}
                 | {"log2_error": None if error is None else float(np.mean(slopes)) * error, "seeds": len(found)}
             )
