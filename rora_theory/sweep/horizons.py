@@ -1,7 +1,7 @@
 """The best rate against gamma r at several horizons: what the law says beforehand, and what runs say."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -494,14 +494,20 @@ def judge_runs(
     """
     steps = sorted({one.step for run in runs for one in run.read.readings})
     curves = {step: curves_at(runs, tokens, step) for step in steps}
-    best = pd.concat([pd.DataFrame(), *(bests(found, step) for step, found in curves.items())])
+    best = _joined(bests(found, step) for step, found in curves.items())
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
         return HorizonJudgement(best, pd.DataFrame(), pd.DataFrame(), led, pd.DataFrame())
     full = [beside_full(found, step) for step, found in curves.items()]
     laws = [horizon_exponents(one, step, takeovers=takeovers, warmup=warmup, runs=runs) for step, one in curves.items()]
-    found = pd.concat([pd.DataFrame(), *laws]) if takeovers else pd.DataFrame()
-    return HorizonJudgement(best, pd.concat([pd.DataFrame(), *full]), found, led, change_at_best(best, led))
+    found = _joined(laws) if takeovers else pd.DataFrame()
+    return HorizonJudgement(best, _joined(full), found, led, change_at_best(best, led))
+
+
+def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Those that have rows, one below the other: an empty one would make floats of whole numbers."""
+    kept = [part for part in parts if len(part)]
+    return pd.concat(kept) if kept else pd.DataFrame()
 
 
 def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law: bool) -> str:

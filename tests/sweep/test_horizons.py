@@ -296,3 +296,14 @@ def test_parts_are_those_of_the_runs_nearest_the_best_rate() -> None:
     found = horizons.exponent_of_parts(runs, 64, rank=8, strengths=(64.0, 724.0), rate=1e-3)
     slopes = [math.log(rate_factor(724 / 64, ratio)) / math.log(724 / 64) for ratio in (1.0, 2.0)]
     assert found == pytest.approx(np.mean(slopes), rel=1e-6)
+
+
+def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
+    """One run that goes on to 256 steps makes no curve there, and no floats of the steps before."""
+    runs = grid(-0.7, seeds=2)
+    longer = runs[0].read.readings[-1]
+    runs[0] = replace(runs[0], read=replace(runs[0].read, readings=[*runs[0].read.readings, replace(longer, step=256)]))
+    judged = horizons.judge_runs(runs, TOKENS, takeovers=TAKEOVERS, warmup=4)
+    for frame in (judged.best, judged.exponents):
+        assert sorted(set(frame["step"])) == [16, 64]
+        assert frame["step"].dtype.kind == "i"
