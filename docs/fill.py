@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -476,10 +476,11 @@ def rates_model_horizon() -> str:
         )
         law = f"{row['law']:+.2f} ({row['law_low']:+.2f} to {row['law_high']:+.2f})" if by_strength else "0"
         found = signed(row["exponent"], row["half_width"])
-        rows.append(
-            [str(row["step"]), what[not by_strength].format(**row), found, law, str(row["seeds"]), row["verdict"]]
-        )
-    return table(["steps", "compared", "exponent of the best rate", "the law's", "seeds", "verdict"], rows)
+        cells = [str(row["step"]), what[not by_strength].format(**row), found, str(row["seeds"])]
+        parts = f"{row['by_parts']:+.2f}: {row['by_parts_verdict']}" if row["by_parts"] is not None else ""
+        rows.append([*cells, f"{law}: {row['verdict']}", parts])
+    heads = ["steps", "compared", "exponent of the best rate", "seeds", "the law's: verdict"]
+    return table([*heads, "by the measured parts: verdict"], rows)
 
 
 @block("rates.model.horizon.best")
@@ -514,8 +515,10 @@ def rates_model_full() -> str:
 
 
 def _nearest_best(step: int, rank: int, strength: float) -> pd.Series:
-    """Which part leads in the run whose rate is nearest the best one, of the seed that has it."""
-    rate = one(csv("horizon/best.csv"), step=step, rank=rank, strength=strength)["best_rate"]
+    """Which part leads in the run whose rate is nearest the best one, that of the last horizon which has one."""
+    best = csv("horizon/best.csv")
+    best = best[(best["rank"] == rank) & (best["strength"] == strength) & (best["step"] <= step)]
+    rate = best.sort_values("step")["best_rate"].iloc[-1]
     led = csv("horizon/led.csv")
     own = led[(led["step"] == step) & (led["rank"] == rank) & (led["strength"] == strength)]
     return own.loc[np.abs(np.log(own["learning_rate"] / rate)).idxmin()]
@@ -558,18 +561,50 @@ def _exponent_at(step: int, rank: int) -> str:
     return signed(found["exponent"], found["half_width"])
 
 
-@block("rates.model.horizon.factor")
-def rates_model_horizon_factor() -> str:
-    """By what the best rate fell between the two strengths at r = 8 after 64 steps, with its 95% interval."""
-    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", 64, 8]
+def _horizon_factor(rank: int) -> str:
+    """By what the best rate fell between the two strengths after 64 steps, with its 95% interval."""
+    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", 64, rank]
     grows = found["second"] / found["first"]
     low, value, high = (grows ** -(found["exponent"] + sign * found["half_width"]) for sign in (1, 0, -1))
     return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
+block("rates.model.horizon.factor")(lambda: _horizon_factor(8))
+block("rates.model.horizon.factor.r128")(lambda: _horizon_factor(128))
+
+
+@block("rates.model.rank")
+def rates_model_rank() -> str:
+    """How the best rate of `alpha / r` (alpha 64: gamma r = 64) moves with the rank after 64 steps."""
+    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["rank", 64, 64]
+    return signed(found["exponent"], found["half_width"])
+
+
+@block("rates.model.horizon.law")
+def rates_model_horizon_law() -> str:
+    """The law's exponents after 64 steps at both ranks: the median module, and 5% and 95% of all."""
+    found = csv("horizon/exponents.csv")
+    own = found[(found["over"] == "strength") & (found["step"] == 64)]
+    return f"{own['law'].mean():+.2f} ({own['law_low'].min():+.2f} to {own['law_high'].max():+.2f})"
+
+
+def _parts_at(step: int, rank: int) -> str:
+    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", step, rank]
+    return f"{found['by_parts']:+.2f}"
+
+
+def _ratio_at(step: int, rank: int) -> str:
+    """Measured and the law's ratio of the parts near the best rate at gamma r = 64."""
+    row = _nearest_best(step, rank, 64.0)
+    return f"{row['ratio']:.1f} where the law had {row['law_ratio']:.0f}"
+
+
 for _step in (16, 64):
     for _rank in (8, 128):
-        block(f"rates.model.horizon.{_step}.r{_rank}")(lambda step=_step, rank=_rank: _exponent_at(step, rank))
+        _at = {"step": _step, "rank": _rank}
+        block(f"rates.model.horizon.{_step}.r{_rank}")(partial(_exponent_at, **_at))
+        block(f"rates.model.parts.{_step}.r{_rank}")(partial(_parts_at, **_at))
+        block(f"rates.model.ratio.{_step}.r{_rank}")(partial(_ratio_at, **_at))
 
 
 @block("rates.toy.comparison")

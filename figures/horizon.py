@@ -70,6 +70,17 @@ def draw(config: Config) -> Sequence[Path]:
             marker=style.MARKERS[index],
             label=f"r = {rank}",
         )
+        if "by_parts" in own and own["by_parts"].notna().any():
+            right.plot(
+                own["step"] * 1.04 ** (index - (len(ranks) - 1) / 2),
+                own["by_parts"],
+                linestyle="none",
+                marker="_",
+                markersize=11,
+                markeredgewidth=1.6,
+                color=style.COLOURS[index + 3],
+                label=f"by the measured parts, r = {rank}",
+            )
     for level, text in ((-1.0, "first step's law"), (-0.5, "A leads"), (0.0, "nothing to change")):
         right.axhline(level, color="black", linewidth=0.6, linestyle=(0, (3, 2)))
         right.text(steps[0], level + 0.02, text, fontsize=6)
