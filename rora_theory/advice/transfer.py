@@ -29,6 +29,12 @@ from rora_theory.theory import horizon
 ALL = "all modules"
 """Name of the one module of an assumed regime."""
 
+MEASURED = (
+    "In SmolLM2-135M, the one model that was measured, the best rate after 64 steps lay between these ends, and not at "
+    "the law's value between them."
+)
+"""What is known of the ends under Adam beside the law: ``results/published/horizon``."""
+
 
 @dataclass(frozen=True)
 class Module:
@@ -431,7 +437,7 @@ class Advice:
                 f"The takeover distance, {self.plan.takeover:.2g}, is {given}, so that A's part is {self.plan.rho:.3g} "
                 f"times B's in the end; the rate is {'as scheduled' if self.plan.schedule else 'taken as constant'}.",
             ]
-        return [*said, took]
+        return [*said, took] if self._is_sgd else [*said, took, MEASURED]
 
     def whole_model(self) -> str:
         """What alphas that keep each module's own first step do to the whole model's, in words."""
