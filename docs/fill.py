@@ -900,28 +900,25 @@ def _points(row: pd.Series, name: str, form: str = ".1f") -> str:
     return f"{100 * row[name]:{form}} ± {100 * row[f'{name}_error']:.1f}"
 
 
-def _gain(method: str, against: str) -> pd.Series:
-    gained = csv("accuracy/differences.csv")
-    return one(gained, method=method, against=against)
+def _gain(run: str, method: str, against: str) -> str:
+    """Points of the average accuracy of a method less another's, paired."""
+    return _points(one(csv(f"{run}/differences.csv"), method=method, against=against), "average", "+.1f")
 
 
-@block("accuracy.gain")
-def accuracy_gain() -> str:
-    return _points(_gain("lora", "base"), "average", "+.1f")
-
-
-@block("accuracy.apart")
-def accuracy_apart() -> str:
+def _apart(run: str) -> str:
     """Of the other adapters less LoRA."""
-    frame = csv("accuracy/differences.csv")
-    names = [name for name in ("rora", "dora") if name in set(frame["method"])]
-    return " and ".join(f"{_points(_gain(name, 'lora'), 'average', '+.1f')} ({METHODS[name]})" for name in names)
+    found = set(csv(f"{run}/differences.csv")["method"])
+    return " and ".join(f"{_gain(run, name, 'lora')} ({METHODS[name]})" for name in ("rora", "dora") if name in found)
 
 
-@block("accuracy.table")
-def accuracy_table() -> str:
+for _name, _run in (("accuracy", "accuracy"), ("pruned.accuracy", "accuracy_pruned")):
+    block(f"{_name}.gain")(partial(_gain, _run, "lora", "base"))
+    block(f"{_name}.apart")(partial(_apart, _run))
+
+
+def _accuracies(run: str) -> str:
     """Accuracies by the harness protocol, and paired differences of the average."""
-    frame, gained = _sweep("accuracy"), csv("accuracy/differences.csv")
+    frame, gained = _sweep(run), csv(f"{run}/differences.csv")
     rows = []
     for method in [name for name in ("base", "lora", "rora", "dora") if name in set(frame["method"])]:
         own = one(frame, method=method)
@@ -934,6 +931,17 @@ def accuracy_table() -> str:
         rows.append(cells)
     heads = ["", "rate", "held-out loss (nats)", "ARC-Easy %", "PIQA %", "average %"]
     return table([*heads, "average less the model alone", "average less LoRA"], rows)
+
+
+block("accuracy.table")(partial(_accuracies, "accuracy"))
+block("pruned.accuracy.table")(partial(_accuracies, "accuracy_pruned"))
+
+
+@block("pruned.accuracy.lost")
+def pruned_accuracy_lost() -> str:
+    """Points of the average accuracy between the model and its pruned half, both alone."""
+    whole, half = (one(_sweep(run), method="base")["average"] for run in ("accuracy", "accuracy_pruned"))
+    return f"{100 * (whole - half):.0f}"
 
 
 @block("prune.facts")
