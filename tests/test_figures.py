@@ -44,6 +44,7 @@ FIGURES = {
         (scaling_diagram, None),
     ],
     "accuracy": [(accuracy, {})],
+    "accuracy_pruned": [(accuracy, {})],
     "horizon": [(horizon, {})],
     "rank_sweep_pruned": [(accuracy_vs_rank, {}), (loss_vs_rate, {"rank": 32})],
     "finetune_arc": [(loss_curves, {})],
