@@ -10,7 +10,7 @@ import pandas as pd
 from rora_theory import adapters, frames, llama
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs.cells import ERROR, FOLDERS
-from rora_theory.runs.reading import finished, key_of, read_manifest
+from rora_theory.runs.reading import as_json, finished, key_of, read_manifest
 from rora_theory.scaling import scaling_factor
 from rora_theory.sweep.design import BASE, METHODS, Design, rates_of
 from rora_theory.sweep.records import RecordSplit
@@ -192,7 +192,7 @@ def sweep_identity(
     revision: str | None = None,
 ) -> dict[str, Any]:
     """What all cells of a sweep share, beside how they are scored; a model enters with what its files hold."""
-    settings = {name: value for name, value in vars(shared).items() if name not in NOT_SHARED}
+    settings = {name: value for name, value in as_json(shared).items() if name not in NOT_SHARED}
     return {
         "models": sorted(design.models),
         "revision": revision,
