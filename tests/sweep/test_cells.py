@@ -128,6 +128,7 @@ def test_a_design_of_what_there_is_not_is_refused(changes, message) -> None:
     assert str(refused.value).startswith(message)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_folder_of_before_a_setting_was_there_goes_on() -> None:
     """A setting that came later is told where it is not at its default alone."""
     design, records = Design(), SimpleNamespace(summary={})
