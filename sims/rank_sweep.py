@@ -28,7 +28,7 @@ from rora_theory.finetune.config import BaseDtype, Method
 from rora_theory.llama.quantised import Quantization
 from rora_theory.runs.cells import FOLDERS
 from rora_theory.runs.folder import RunFolder, check_free
-from rora_theory.runs.reading import key_of
+from rora_theory.runs.reading import LATER, key_of
 from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import SweepCell, cell_states, check_cells, stand_ins
@@ -52,7 +52,7 @@ class Training(FinetuneConfig):
     lr: Fixed[float | None] = None
     seed: Fixed[int] = 42
     dtype: Fixed[BaseDtype] = "float32"
-    quantization: Fixed[Quantization] = "none"
+    quantization: Fixed[Quantization] = field(default="none", metadata={LATER: True})
     rank_pattern: Fixed[dict[str, int]] = field(default_factory=dict)
     alpha_pattern: Fixed[dict[str, float]] = field(default_factory=dict)
     virtual_tokens: Fixed[int] = 10

@@ -15,6 +15,7 @@ from rora_theory.runs import RunFolder, run_cells
 from rora_theory.runs.reading import key_of
 from rora_theory.sweep.cells import SweepCell, cells_of, stand_ins, sweep_identity, training_of
 from rora_theory.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
+from sims.rank_sweep import Training
 
 SHARED = FinetuneConfig()
 
@@ -132,8 +133,9 @@ def test_a_design_of_what_there_is_not_is_refused(changes, message) -> None:
 def test_a_folder_of_before_a_setting_was_there_goes_on() -> None:
     """A setting that came later is told where it is not at its default alone."""
     design, records = Design(), SimpleNamespace(summary={})
-    settings = [
-        sweep_identity(design, FinetuneConfig(quantization=kind), records, {})["settings"] for kind in ("none", "q8_0")
-    ]
-    assert "quantization" not in settings[0]
-    assert settings[1] == settings[0] | {"quantization": "q8_0"}
+    for config in (FinetuneConfig, Training):
+        settings = [
+            sweep_identity(design, config(quantization=kind), records, {})["settings"] for kind in ("none", "q8_0")
+        ]
+        assert "quantization" not in settings[0]
+        assert settings[1] == settings[0] | {"quantization": "q8_0"}
