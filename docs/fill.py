@@ -261,12 +261,16 @@ def regime_masked() -> str:
     )
 
 
+AFTER = (0, 16, 256)
+"""Steps of training after which the regime of a fresh adapter was measured."""
+
+
 def _after(text: str) -> pd.DataFrame:
     """By kind of module, in columns by steps of training: r* under Adam, pooled and of the median token, and the steps
     t_A of r = 32; the rows are layers.
     """
     found = {}
-    for steps in (0, 16):
+    for steps in AFTER:
         run = f"regime_after/{text}_{steps}"
         ranks = _held_out("crossing_ranks", run)
         ranks = ranks[ranks["optimizer"] == "adam"].set_index(["kind", "layer"])
@@ -285,28 +289,31 @@ def regime_after() -> str:
     rows = []
     for text, words in TEXTS.items():
         for kind, layers in _after(text).groupby(level="kind", sort=False):
-            cells = [_over_layers(layers[name, steps]) for name in ("r*", "t_A") for steps in (0, 16)]
+            cells = [_over_layers(layers[name, steps]) for name in ("r*", "t_A") for steps in AFTER]
             rows.append([words, f"`{kind}`", *cells])
-    heads = ["r\\* before", "r\\* after 16 steps", "t_A before, steps", "t_A after 16 steps"]
+    heads = [f"{name}{f' after {steps}' if steps else ' before'}" for name in ("r\\*", "t_A") for steps in AFTER]
     return table(["text", "module", *heads], rows)
 
 
-@block("regime.after.ratio")
-def regime_after_ratio() -> str:
-    """The largest change of a median over layers, either way."""
+def _after_ratio(steps: int) -> str:
+    """The largest change of a median over layers after so many steps, either way."""
     changes = []
     for text in TEXTS:
         medians = _after(text).groupby(level="kind").median()
-        changes += [abs(np.log(medians[name, 16] / medians[name, 0])).max() for name in ("r*", "t_A")]
+        changes += [abs(np.log(medians[name, steps] / medians[name, 0])).max() for name in ("r*", "t_A")]
     return f"{np.exp(max(changes)):.1f}"
+
+
+block("regime.after.ratio")(partial(_after_ratio, 16))
+block("regime.after.ratio.256")(partial(_after_ratio, 256))
 
 
 @block("regime.after.losses")
 def regime_after_losses() -> str:
     parts = []
     for text, words in TEXTS.items():
-        losses = [read(f"regime_after/{text}_{steps}/manifest.json")["heldout_loss"] for steps in (0, 16)]
-        parts.append(f"{losses[0]:.2f} to {losses[1]:.2f} nats a token ({words})")
+        losses = [read(f"regime_after/{text}_{steps}/manifest.json")["heldout_loss"] for steps in AFTER]
+        parts.append(f"{losses[0]:.2f} to {losses[1]:.2f} and {losses[2]:.2f} nats a token ({words})")
     return " and from ".join(parts)
 
 
