@@ -98,63 +98,43 @@ def run(config: Config) -> None:
 
 
 def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) -> None:
-    """Print the answer; best rates, beside full fine-tuning too, and how they move."""
-    best, full, found = judged.best, judged.full, judged.exponents
-    answers.say(horizons.horizon_in_words(runs, best, found, law=law))
-    size = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
-    if not best.empty:
-        tables.print_records(
-            "Best rates (parabola through the least three)",
-            best.assign(size=best["rank"].map("{:g}".format, na_action="ignore").fillna("full")),
-            size | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"},
-            left=0,
-        )
-    if not full.empty:
-        tables.print_records(
-            "Beside full fine-tuning",
-            full.assign(size=full["rank"].map("{:g}".format)),
-            size | {"best rate over full's": "{ratio:.3g}", "verdict": "{verdict}"},
-            left=0,
-        )
-    if not found.empty:
-        tables.print_records(
-            "How the best rate moves",
-            found.assign(against=found["over"].map(OVER)),
-            {
-                "steps": "{step}",
-                "best rate against": "{against} {at:g}",
-                "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
-                "the law's": "{law_low:+.2f} to {law_high:+.2f}",
-                "verdict": "{verdict}",
-                **({"by measured parts": "{by_parts:+.2f}"} if found["by_parts"].notna().any() else {}),
-            },
-            left=2,
-        )
+    """Print the answer, then a table of each frame of the judgement that has rows."""
+    answers.say(horizons.horizon_in_words(runs, judged.best, judged.exponents, law=law))
+    who = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
+    found = judged.exponents
+    exponents = {
+        "steps": "{step}",
+        "best rate against": "{against} {at:g}",
+        "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
+        "the law's": "{law_low:+.2f} to {law_high:+.2f}",
+        "verdict": "{verdict}",
+    } | ({"by measured parts": "{by_parts:+.2f}"} if "by_parts" in found and found["by_parts"].notna().any() else {})
+    led = who | {
+        "rate": "{learning_rate:.3g}",
+        "seed": "{seed}",
+        "A-led over B-led": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
+        "rms change": "{change:.3g}",
+        "exponent that keeps it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
+    }
+    full = who | {"best rate over full's": "{ratio:.3g}", "verdict": "{verdict}"}
+    change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
+    for title, frame, columns in (
+        ("Best rates (parabola through the least three)", judged.best,
+         who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}),
+        ("Beside full fine-tuning", judged.full, full),
+        ("How the best rate moves", found, exponents),
+        ("Which part of the change leads, median over modules (5% to 95%)", judged.led, led),
+        ("Size of the change at the best rate: equal where the best rate keeps it", judged.change, who | change),
+    ):  # fmt: skip
+        if not frame.empty:
+            tables.print_records(title, in_words(frame), columns, left=2 if frame is found else 0)
 
-    if not judged.led.empty:
-        tables.print_records(
-            "Which part of the change leads, median over modules (5% to 95%)",
-            judged.led,
-            {
-                "gamma r": "{strength:g}",
-                "rank": "{rank}",
-                "rate": "{learning_rate:.3g}",
-                "seed": "{seed}",
-                "steps": "{step}",
-                "A-led over B-led": "{ratio:.2g} ({ratio_low:.2g} to {ratio_high:.2g})",
-                "rms change": "{change:.3g}",
-                "exponent that keeps it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
-            },
-            left=0,
-        )
-    if not judged.change.empty:
-        tables.print_records(
-            "Size of the change at the best rate: equal where the best rate keeps it",
-            judged.change.assign(factor=2 ** judged.change["log2_error"]),
-            {"steps": "{step}", "rank": "{rank}", "gamma r": "{strength:g}", "rate": "{best_rate:.3g}"}
-            | {"rms change": "{change:.3g}", "times or over, s.e.": "{factor:.3g}", "seeds": "{seeds}"},
-            left=0,
-        )
+
+def in_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """With what a rate is compared over, or the size of an adapter, as a table says it."""
+    if "over" in frame:
+        return frame.assign(against=frame["over"].map(OVER))
+    return frame.assign(size=frame["rank"].map("{:g}".format, na_action="ignore").fillna("full"))
 
 
 def said(found: dict[str, Any], tokens: Sequence[int]) -> str:
