@@ -400,7 +400,8 @@ def horizon_exponents(
     warmup: int,
     runs: Sequence[HorizonRun] = (),
 ) -> pd.DataFrame:
-    """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, beside the law.
+    """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, each from every other to
+    the largest, beside the law.
 
     Args:
       found: of `curves_at` the step.
@@ -417,14 +418,15 @@ def horizon_exponents(
     rows = []
     by = {(curve.rank, _strength(curve)): curve for curve in found}
     for over, index in (("strength", 1), ("rank", 0)):
-        for at in sorted({key[1 - index] for key in by}):
-            keys = sorted(key for key in by if key[1 - index] == at)
-            if len(keys) < 2:
-                continue
-            ends = at_shared_seeds(by[keys[0]], by[keys[-1]])
+        pairs = [
+            (key, max(other for other in by if other[1 - index] == key[1 - index]))
+            for key in sorted(by, key=lambda key: (key[1 - index], key[index]))
+        ]
+        for first, last in pairs:
+            ends = at_shared_seeds(by[first], by[last]) if first != last else ()
             if not ends:
                 continue
-            low, high = keys[0][index], keys[-1][index]
+            at, low, high = first[1 - index], first[index], last[index]
             slope = estimate(lambda a, b: log2_rates(b) - log2_rates(a), *ends).times(1 / math.log2(high / low))
             law: tuple[float, ...] = (0.0, 0.0, 0.0)
             by_parts = None

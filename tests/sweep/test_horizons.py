@@ -254,6 +254,15 @@ def test_the_change_at_the_best_rate_lies_between_its_neighbours() -> None:
     assert horizons.change_at_best(best, led.iloc[:0]).empty
 
 
+def test_every_rank_is_compared_with_the_largest() -> None:
+    """A rank with one seed beside two with three leaves theirs as it is."""
+    runs = grid(-0.7, seeds=3)
+    lone = [replace(run, rank=1) for run in runs if (run.rank, run.seed) == (8, 0)]
+    found = exponents([*runs, *lone]).loc["rank"]
+    assert found.loc[64.0, ["first", "second", "seeds"]].to_numpy().tolist() == [[1, 128, 1], [8, 128, 3]]
+    assert exponents(runs).loc["rank"].equals(found[found["first"] == 8])
+
+
 def with_parts(runs: list[HorizonRun], ratio: float) -> list[HorizonRun]:
     """Every reading with two modules whose A-led part is so many times the B-led one, in one direction with it."""
     parts = {"layer": [0, 1], "module": ["q_proj"] * 2, "led_B": [1.0, 3.0]}
