@@ -19,7 +19,16 @@ NAMES = {"rora_theory"} | {each.name for each in pkgutil.walk_packages(rora_theo
 
 WITH_EXTRAS = ("adapters", "data", "evaluate", "finetune", "llama", "sweep", "measure.torch")
 """Rooms beyond the core install."""
-OF_A_MODEL = ("coordinates", "model_layers", "rank_check", "record_batches", "regimes", "transfer_check", "unseen")
+OF_A_MODEL = (
+    "coordinates",
+    "led",
+    "model_layers",
+    "rank_check",
+    "record_batches",
+    "regimes",
+    "transfer_check",
+    "unseen",
+)
 """Of the room `measure`, what runs a model and needs the extra ``finetune``."""
 WITH_JAX = (
     *(

@@ -33,7 +33,7 @@ def content(out: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="the extra cluster (Ray) is not installed")
-@pytest.mark.parametrize(("main", "words", "files"), [(rank_sweep.main, SWEEP, 10), (horizon.main, HORIZON, 4)])
+@pytest.mark.parametrize(("main", "words", "files"), [(rank_sweep.main, SWEEP, 10), (horizon.main, HORIZON, 5)])
 def test_two_workers_leave_the_bytes_of_one_process(main, words, files, tmp_path, capfd) -> None:
     data, model = checkpoint.two_files(tmp_path), checkpoint.model(tmp_path / "model")
     records = [str(data / name / "train.json") for name in ("one", "two")]
