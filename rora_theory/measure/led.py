@@ -144,7 +144,7 @@ def keeping_factor(
     def excess(y: float) -> float:
         return math.log(strength**2 * y**2 * (b + (w - a - b) * y + a * y**2) / w)
 
-    # The two parts together are no less than what is left where they point against each other.
+    # It grows from 0 without bound, whatever the angle between the parts.
     low, high = 1e-9 / strength, 1.0
     while excess(high) < 0:
         high *= 2

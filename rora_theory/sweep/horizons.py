@@ -116,6 +116,11 @@ class HorizonGrid:
             yield HorizonCell(None, None, rate, seed, self.read_at)
 
 
+def warmed_up(steps: int, warmup: int) -> list[float]:
+    """Factor of the rate in each step of a run of the grid: constant after a linear warm-up from 0."""
+    return [min(1.0, step / warmup) if warmup else 1.0 for step in range(steps)]
+
+
 def predictions(
     takeovers: Sequence[float],
     strengths: tuple[float, float],
@@ -142,7 +147,7 @@ def predictions(
     rows = []
     for count, rate, quantile in product(steps, rates, QUANTILES):
         takeover = float(np.quantile(takeovers, quantile))
-        schedule = [min(1.0, step / warmup) if warmup else 1.0 for step in range(count)]
+        schedule = warmed_up(count, warmup)
         old = Setting(rank=1, alpha=strengths[0], learning_rate=rate, rule="lora")
         advice = transfer(old, 1, rule="lora", alpha=strengths[1], steps=count, takeover=takeover, schedule=schedule)
         factor = rate / advice.learning_rate
@@ -239,6 +244,7 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
       takeover at a constant gradient.
     """
     rows: list[dict[str, Any]] = []
+    takeover = float(np.median(takeovers)) if takeovers else None
     for run in runs:
         for one in run.read.readings:
             if one.parts is None:
@@ -250,9 +256,8 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
                 low, middle, high = np.quantile(values, QUANTILES).tolist()
                 row |= {name: middle, f"{name}_low": low, f"{name}_high": high}
             row["change"] = float(np.sqrt(np.mean(w**2)))
-            if takeovers:
-                takeover = float(np.median(takeovers))
-                rates = [run.rate * min(1.0, step / warmup) if warmup else run.rate for step in range(one.step)]
+            if takeover is not None:
+                rates = [run.rate * factor for factor in warmed_up(one.step, warmup)]
                 row["law_ratio"] = horizon.distances(rates, takeover=takeover).A / takeover
             rows.append(row)
     return pd.DataFrame(rows)

@@ -178,7 +178,7 @@ def stream(
 
 
 def _read(kept: int, found: Float[Array, "blocks 2 draws"]) -> Float[np.ndarray, "kept 2 draws"]:
-    return np.asarray(found[:kept] if kept < len(found) else found, np.float64)
+    return np.asarray(found, np.float64)[:kept]
 
 
 def estimate(
