@@ -52,6 +52,7 @@ def test_row_norms_in_bfloat16_are_those_of_what_is_multiplied() -> None:
     np.testing.assert_allclose(found, np.linalg.norm(w + b @ a, axis=1), rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_row_of_zeros_stays_finite() -> None:
     weight, A, B, m = draw(3)
     weight, B, m = weight.at[0].set(0.0), B.at[0].set(0.0), m.at[0].set(0.0)

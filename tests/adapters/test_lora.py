@@ -21,6 +21,7 @@ def settings(**changes):
     return {"rank": 4, "alpha": 3.0, "rank_pattern": RAGGED} | changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_fresh_adapter_changes_nothing(dora, config, params, tokens, run) -> None:
     adapter = init(jax.random.key(0), LoraConfig(**settings(use_dora=dora)), config, params)

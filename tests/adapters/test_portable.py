@@ -50,6 +50,7 @@ def served(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_reader_of_rank_and_alpha_alone_computes_the_same(
     name, config, params, perturbed, tokens, run, tmp_path

@@ -35,6 +35,7 @@ def fresh(config, params):
     return init(jax.random.key(3), PrefixConfig(4), config, params)
 
 
+@pytest.mark.slow
 def test_agrees_with_peft(golden, config, params, tokens, adapter, expected) -> None:
     """Logits to 1e-5, the gradient and 20 AdamW losses to 1e-4 relative: float32 sums in another order."""
 

@@ -9,6 +9,7 @@ from rora_theory.adapters.widen import widen
 from rora_theory.llama import linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_are_those_of_the_plain_product(dtype):
     inner, B, weights = (

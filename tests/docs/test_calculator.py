@@ -219,6 +219,7 @@ def test_what_the_library_refuses_is_refused_in_one_line() -> None:
         assert "\n" not in line, (one, line)
 
 
+@pytest.mark.slow
 def test_it_reads_the_file_of_a_run() -> None:
     from rora_theory.measure import regime_run
 

@@ -71,6 +71,7 @@ def _packed(items: Sequence[Sequence[Scored]], **options: object) -> list[list[f
     return [found[index] for index in range(len(items))]
 
 
+@pytest.mark.slow
 def test_equal_to_plain_forward_passes() -> None:
     """Float32 both ways, logits of order 0.1 and sums of at most 6 terms of about 4: 2e-6 each."""
     items = _items(0, 40)
@@ -143,6 +144,7 @@ def test_many_equal_choices_have_room_for_all_their_scored_tokens() -> None:
         np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_untied_embeddings_use_the_output_matrix() -> None:
     params = {**PARAMS, "lm_head": 2.0 * PARAMS["embed_tokens"]}
     items = [[Scored((1, 2, 3), 1), Scored((1, 2, 4), 1)]]

@@ -62,6 +62,7 @@ def _plain(rows: list[Scored]) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["label", "harness"])
 def test_log_likelihood_protocols(protocol: str) -> None:
     records = [_records(key)[0] for key in ("boolq", "piqa", "winogrande")]

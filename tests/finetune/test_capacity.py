@@ -76,6 +76,7 @@ def test_parts_are_the_real_arrays_and_sum_up(changes):
     assert min(found.activations, found.working) > 0
 
 
+@pytest.mark.slow
 def test_what_takes_less_memory():
     whole = capacity.account(TINY, SMALL, 32)
     parts = capacity.account(TINY, dataclasses.replace(SMALL, accumulation=4), 32)
@@ -122,6 +123,7 @@ def test_all_of_the_papers_models_fit_a_48_gb_a6000_with_rematerialisation(name)
     assert found.flops == pytest.approx(6 * found.tokens * matrices, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "device", "planned"),
     [("llama-13b", "rtx4090", "17.2 GB of the 24.8"), ("llama2-70b", "h100", "67.0 GB of the 84.5")],

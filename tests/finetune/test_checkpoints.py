@@ -144,6 +144,7 @@ def test_every_byte_counts_in_the_checksum():
         assert checksum(plain._replace(params=plain.params | {name: moved})) != whole
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_another_adapters_checkpoint_is_refused(checkpoints):
     checkpoints.save(state(), Progress(1))

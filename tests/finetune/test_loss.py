@@ -31,6 +31,7 @@ chunked_loss = jax.jit(jax.value_and_grad(cross_entropy), static_argnames="logit
 direct_loss = jax.jit(jax.value_and_grad(direct))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 100])
 def test_equals_the_direct_formula_and_its_gradient(chunk):
     arguments = inputs()
@@ -43,6 +44,7 @@ def test_equals_the_direct_formula_and_its_gradient(chunk):
     np.testing.assert_allclose(alone, loss, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_scaled_by_what_follows():
     arguments = inputs()
     plain = jax.grad(cross_entropy)(*arguments)
@@ -70,6 +72,7 @@ def test_large_logits_do_not_overflow():
     np.testing.assert_allclose(loss, direct(100 * hidden, 10 * head, targets, weights), rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_positions_of_weight_zero_count_for_nothing():
     hidden, head, targets, weights = inputs()
     out = weights == 0

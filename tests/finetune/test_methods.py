@@ -56,6 +56,7 @@ def params():
     return tiny.params()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OTHERS)
 def test_a_step_changes_every_tensor_for_the_better(method, params):
     losses, before, after = train(params, settings(method))

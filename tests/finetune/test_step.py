@@ -115,6 +115,7 @@ def test_a_batch_worked_in_parts_gives_the_same_step(params):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_weights, weights)
 
 
+@pytest.mark.slow
 def test_padding_and_empty_rows_change_nothing(params):
     short = batch(rows=3)
     padded = Batch(*(np.pad(a, ((0, 1), (0, 8))) for a in short[:3]), None)
@@ -210,6 +211,7 @@ def test_bfloat16_base_trains_a_float32_adapter(params):
     assert metrics.loss == pytest.approx(expected, rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"method": "dora", "dropout": 0.05, "remat": True, "accumulation": 2}])
 def test_the_whole_step_lowers_for_cuda(changes, monkeypatch):
     """The program for an NVIDIA GPU, from abstract shapes: bfloat16 base, fused attention both ways, products in

@@ -115,6 +115,7 @@ def test_what_all_prompts_begin_with_is_read_once(settings: dict, shared: int):
         assert run(case, other, shared=shared, **more) != whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", [generate.greedy, generate.beam])
 def test_one_compilation_a_shape_bucket(search):
     program = generate._beam if search is generate.beam else generate._greedy

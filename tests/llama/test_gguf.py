@@ -240,6 +240,7 @@ def test_quantised_weights_equal_their_definition(kind, write):
     assert config == CONFIG
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1])
 def test_blocks_of_the_type_that_is_asked_for_are_kept_to_the_bit(kind, write):
     """Random bits, which no quantiser makes: made anew of the weights they would be others. Those of another type are

@@ -355,6 +355,7 @@ def probe(tiny):
     return Probe(jnp.array([1.25, 0.75]), keys, values)
 
 
+@pytest.mark.slow
 def test_adapters_get_their_layers_slice_and_prefix(params, probe, tokens, tiny):
     # Scaling a module's output scales its weight: the reference can do it.
     scaled = dict(params["layers"])
@@ -409,6 +410,7 @@ def test_remat_changes_no_gradient_and_keeps_less(params, probe, tokens, tiny):
         forward(params, tokens, tiny, remat="all")
 
 
+@pytest.mark.slow
 def test_capture_returns_the_modules_inputs(params, tokens, tiny):
     names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
     logits, inputs = run(params, tokens, tiny, capture=names)

@@ -84,6 +84,7 @@ def test_a_score_is_what_the_module_s_outputs_lose(params, tokens, statistics) -
     np.testing.assert_allclose(scores.layers, np.asarray(statistics.influence) / 18, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_left_computes_as_the_whole_with_the_rest_at_zero(params, tokens) -> None:
     """Query heads 2g and 2g + 1, of width 4, share key/value head g."""
     zeroed = {name: dict(params["layers"][name]) for name in MODULES}

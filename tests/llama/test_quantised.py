@@ -78,6 +78,7 @@ def test_a_folder_s_weights_are_quantised_as_they_are_read_and_written_dense(kin
     jax.tree.map(np.testing.assert_array_equal, again, dense_params(found))
 
 
+@pytest.mark.slow
 def test_random_blocks_have_the_deviation_that_is_asked_for():
     found = random(jax.random.key(0), abstract("a", (1, 256, 64), jnp.dtype("float32"), "q4_1"), 0.02).dense()
     # Of n = 16,384 uniform weights the deviation has a relative error of sqrt(0.2 / n), 0.35%; the mean has 0.00016.

@@ -131,6 +131,7 @@ def test_a_pipeline_of_transformers_chats_with_it(source, tmp_path):
     assert reply[0] == MESSAGES[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_that_transformers_saved_is_loaded(source, tmp_path):
     """Its `config.json`, as written and with every key of the configuration, as older versions did."""

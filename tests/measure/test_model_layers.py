@@ -77,6 +77,7 @@ def test_gradient_is_autodiff_s_in_the_weight(params, answer_only) -> None:
             np.testing.assert_allclose(grad, expected[name][layer], rtol=0, atol=2e-5 * scale)
 
 
+@pytest.mark.slow
 def test_inputs_are_the_model_s_without_padding(params) -> None:
     given = batch(1)
     found = record(params, CONFIG, given, ("mlp.down_proj",), gradients=False)
@@ -128,6 +129,7 @@ def test_real_step_by_hand(params, stepper) -> None:
         assert value == pytest.approx(np.sqrt(np.mean((after - before) ** 2)), rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "power"), [("momentum", 2), ("adamw", 1)])
 def test_power_of_gamma(stepper, optimizer, power) -> None:
     """The real step, of one A, follows gamma^2 under SGD and gamma under Adam, and the rate in both."""

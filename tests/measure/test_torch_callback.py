@@ -95,6 +95,7 @@ def test_the_run_s_own_setting(tmp_path) -> None:
     assert "regime/steps_until_A_leads" not in first
 
 
+@pytest.mark.slow
 def test_bad_input(tmp_path) -> None:
     with pytest.raises(InputError, match="rank is 0"):
         RegimeCallback(print, *BATCHES, to_rank=0)

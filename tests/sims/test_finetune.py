@@ -287,6 +287,7 @@ def test_the_adapter_has_a_model_card(whole, model, data):
     assert "adapter/README.md" not in json.loads((whole / "manifest.json").read_text())["files"], "free to be edited"
 
 
+@pytest.mark.slow
 def test_another_licence_is_written_to_the_cards_of_a_run_that_has_ended(model, data, tmp_path, monkeypatch):
     """Of the adapter and of the merged model; what its owner wrote into a card stays where no licence is given."""
     out = tmp_path / "run"
@@ -308,6 +309,7 @@ def test_another_licence_is_written_to_the_cards_of_a_run_that_has_ended(model, 
     assert (out / "merged" / "model.safetensors").stat().st_mtime_ns == weights
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_figures_in_a_table(model, data, tmp_path, monkeypatch, capsys):
     """And as JSON, those of the run's own files."""
     out = tmp_path / "run"

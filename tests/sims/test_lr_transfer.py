@@ -148,6 +148,7 @@ def matrix(folder: Path, *, seeds=(0,), records=True, gap=0.0, models=("tiny",))
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
 def test_matrix(tmp_path, seeds):
     """The parabolas that the losses were made from are found, over seeds or over records."""

@@ -219,6 +219,7 @@ def test_regime(printed) -> None:
     assert "verdict: holds." in "\n".join(printed())
 
 
+@pytest.mark.slow
 def test_regime_at_new_tokens(printed) -> None:
     """How many held-out tokens were left out, medians beside pooled figures, and when A leads."""
     found = regime_of("regime_held_out")
@@ -232,6 +233,7 @@ def test_regime_at_new_tokens(printed) -> None:
     assert "steps t_A at rate 0.0003" in text
 
 
+@pytest.mark.slow
 def test_coordinate_check(printed) -> None:
     config = config_of(CheckConfig, "coordinate_check")
     slopes = frames.read_csv(PUBLISHED / "coordinate_check" / "slopes.csv")

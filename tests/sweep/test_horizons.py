@@ -81,6 +81,7 @@ def test_an_exponent_off_the_law_contradicts_it(planted: float) -> None:
     assert exponents(grid(planted, seeds=2)).loc["strength", 128]["verdict"] == "contradicts"
 
 
+@pytest.mark.slow
 def test_a_rank_that_moves_the_best_rate_contradicts_it() -> None:
     found = exponents(grid(-0.53, in_rank=-0.25, seeds=2))
     assert found.loc["rank", 64]["exponent"] == pytest.approx(-0.25, abs=0.02)
@@ -140,6 +141,7 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     assert horizons.beside_full(horizons.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
 
 
+@pytest.mark.slow
 def test_a_folder_that_has_not_grown_evenly_is_judged_by_the_seeds_that_both_ends_have() -> None:
     """Seeds 0 and 1 of one arm, 0 of another: seed 0 alone, undecided; seeds that no other arm has change nothing."""
     runs = grid(-0.53, seeds=2)
@@ -152,6 +154,7 @@ def test_a_folder_that_has_not_grown_evenly_is_judged_by_the_seeds_that_both_end
     pd.testing.assert_series_equal(found.loc["strength", 128], alone)
 
 
+@pytest.mark.slow
 def test_the_error_of_an_exponent_is_the_larger_of_two() -> None:
     """Two seeds that agree to the last digit on records that do not: the records' error is told, and judged by."""
     runs = [run for run in grid(-0.53, noise=0.1) if run.seed == 0]
@@ -162,6 +165,7 @@ def test_the_error_of_an_exponent_is_the_larger_of_two() -> None:
     assert found["half_width"] > 0.02
 
 
+@pytest.mark.slow
 def test_a_best_rate_at_the_grids_edge_is_undecided() -> None:
     runs = [run for run in grid(-0.53, seeds=2) if run.strength == 64 or run.rate > 2.7e-4]
     assert exponents(runs).loc["strength", 128]["verdict"] == "undecided"

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from rora_theory.finetune import FinetuneConfig, capacity
 from rora_theory.finetune.loss import LOGITS_BYTES
 from rora_theory.llama import LlamaConfig
@@ -11,6 +13,7 @@ MODEL = LlamaConfig(512, 256, 1024, 2, 4, 2, 64, max_position_embeddings=64)
 RUN = FinetuneConfig(rank=4, batch_size=16, cutoff=96, dropout=0.0)
 
 
+@pytest.mark.slow
 def test_cells_differ_by_what_takes_memory(monkeypatch) -> None:
     monkeypatch.setattr(memory, "LOGITS_BYTES", 0)
     small, large, full = (

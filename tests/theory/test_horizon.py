@@ -256,6 +256,7 @@ def test_many_tokens_adam() -> None:
                     assert 1 / bound < law / math.sqrt(np.mean(squares)) < bound, (tokens, rank, steps)
 
 
+@pytest.mark.slow
 def test_turning_gradient() -> None:
     """A gradient that turns by theta over the horizon: the law holds to a few per cent up to theta = 0.5."""
     first, x = data(21, 1)

@@ -160,6 +160,7 @@ def test_muon() -> None:
     )
 
 
+@pytest.mark.slow
 def test_dora() -> None:
     """Autodiff of DoRA's layer, its norm held as a constant, and optax's Adam on A, B and the magnitude."""
     grad, x = data()

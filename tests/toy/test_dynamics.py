@@ -61,6 +61,7 @@ def test_change_is_the_difference_of_outputs(config, size):
     np.testing.assert_allclose(found, exact, rtol=0, atol=3e-6 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_problem():
     """Inputs overlap as asked, the linear target has unit variance and the teacher's rank, and noise comes on top."""
     config = ProblemConfig(p_in=400, p_out=300, samples=60, held_out=2, overlap=0.3, teacher_rank=3, noise=0.0)
@@ -147,6 +148,7 @@ def test_steps_by_hand(optimizer, frozen):
         assert float(getattr(found, name)[2]) == pytest.approx(value, rel=2e-4), name
 
 
+@pytest.mark.slow
 def test_start_of_b():
     """A = 0 and B random: nothing changes at first, A alone has a gradient, and freezing B keeps it."""
     problem, adapters = drawn(MLP, start="B")

@@ -1,12 +1,14 @@
 """Several seeds at once: what has diverged, and which factor is trained."""
 
 import numpy as np
+import pytest
 
 from rora_theory.toy import dynamics, ensemble
 
 CONFIG = dynamics.ProblemConfig(p_in=8, p_out=2, samples=2, held_out=2)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stays_so(monkeypatch):
     """It counts as diverged from the first recorded step on at which its loss is too high, whatever comes after."""
     losses = np.array([[1.0, 20.0, 0.5], [1.0, 9.0, 0.5]])

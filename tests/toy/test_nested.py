@@ -20,6 +20,7 @@ def test_law(init):
     assert abs(np.mean(a)) < 5 * np.sqrt(law.variance / a.size)
 
 
+@pytest.mark.slow
 def test_rows_are_shared_up_to_the_deviation():
     small, large = (np.asarray(nested.draw_a(KEY, "gaussian", rank=r, p_in=7)) for r in (4, 16))
     np.testing.assert_allclose(small, 4 * large[:4], rtol=1e-6)  # standard deviation 1/r; float32

@@ -30,6 +30,7 @@ def test_cells() -> None:
     assert {cell.trained for cell in training_grid.training_cells(TrainingGrid(freeze_control=False))} == {"both"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "trained", "moves"), [("A", "both", True), ("A", "B", False), ("B", "both", True)])
 def test_rows(start: Any, trained: Any, moves: bool) -> None:
     """A row a seed and step; a seed's are its own, whichever others are asked for; A x moves where A is trained."""
