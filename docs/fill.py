@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ import pandas as pd
 from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
+from rora_theory.finetune import FinetuneConfig, capacity
+from rora_theory.paper import audit, published
 from rora_theory.stats.moments import log_log_fit
 from rora_theory.sweep import results
 
@@ -698,11 +701,95 @@ def rates_model_exponent() -> str:
     return f"{slope:.2f}"
 
 
+@block("rates.model.losses.lora")
+def rates_model_losses() -> str:
+    """LoRA's loss at its best rate, r = 8, 32, 128."""
+    best = csv("lr_transfer_smollm2/best.csv")
+    return ", ".join(f"{one(best, rule='lora', rank=rank)['best_loss']:.3f}" for rank in (8, 32, 128))
+
+
 @block("rates.model.comparison")
 def rates_model_comparison() -> str:
     found = next(c for c in read("lr_transfer_smollm2/comparison.json") if c["second"] == "rora")
     relative, half = (100 * found[name] / found["second_loss"] for name in ("difference", "half_width"))
     return f"{relative:+.1f}% ± {half:.1f}%"
+
+
+# The paper's tables.
+
+
+def _findings(check: Callable[..., list[audit.Finding]], source: str | None = "RoRA paper") -> list[audit.Finding]:
+    rows = published.published_rows(source)
+    return check(rows, published.claims()) if check is audit.differences else check(rows)
+
+
+@block("audit.averages")
+def audit_averages() -> str:
+    """Printed averages that the entries do not allow, the paper's and then the others'."""
+    texts = []
+    for row in sorted(published.published_rows(), key=lambda row: row.source != "RoRA paper"):
+        if audit.averages([row]):
+            low, high = (
+                math.ceil(1e4 * audit.mean_bounds(row)[0]) / 1e4,
+                math.floor(1e4 * audit.mean_bounds(row)[1]) / 1e4,
+            )
+            texts.append(f"{row.label} prints {row.average:.1f} ({low:.4f} to {high:.4f})")
+    return "; ".join(texts)
+
+
+@block("audit.difference")
+def audit_difference() -> str:
+    """Quoted differences beside those of the printed entries."""
+    texts = [f"{one.text.split(';')[0]}: {one.expected:.2f} by the entries" for one in _findings(audit.differences)]
+    return "; ".join(dict.fromkeys(texts))
+
+
+@block("audit.repeated")
+def audit_repeated() -> str:
+    """Rows of one model that share most of their entries."""
+    texts = [f"{one.where.replace(' = ', ' and ')}: {one.printed:.0f}" for one in _findings(audit.repeated)]
+    return "; ".join(text.replace("Table II, Sheared-LLaMA-1.3B ", "") for text in texts)
+
+
+@block("audit.impossible")
+def audit_impossible() -> str:
+    found = _findings(audit.impossible)
+    return f"{len(found)} of the paper's OpenBookQA entries, {', '.join(f'{one.printed:.1f}' for one in found)}"
+
+
+@block("audit.chance")
+def audit_chance() -> str:
+    found = _findings(audit.below_chance)
+    distances = [-one.z for one in found if one.z is not None]
+    tables = {one.where.split(",")[0] for one in found}
+    return (
+        f"{len(found)} entries of {' and '.join(sorted(tables))} are below guessing by {min(distances):.1f} to "
+        f"{max(distances):.1f} standard errors"
+    )
+
+
+@block("audit.error")
+def audit_error() -> str:
+    errors = [audit.average_error(row.scores) for row in published.published_rows("RoRA paper")]
+    return f"{min(errors):.2f} to {max(errors):.2f} points"
+
+
+# What fits on a card.
+
+
+def _planned(model: str, device: str, config: FinetuneConfig) -> str:
+    """Of r = 128, 16 x 256 tokens and a bfloat16 base or blocks."""
+    found, card = capacity.account(capacity.MODELS[model], config, 256), capacity.DEVICES[device]
+    verdict = "of" if found.fits(card) else "beyond"
+    return f"{found.total / 1e9:.1f} GB {verdict} the {(card.memory - capacity.RESERVE) / 1e9:.1f} that are usable"
+
+
+_WIDE = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True)
+_BLOCKS = replace(_WIDE, quantization="q4_0")
+block("capacity.13b")(partial(_planned, "llama-13b", "a6000", _WIDE))
+block("capacity.13b.kept")(partial(_planned, "llama-13b", "a6000", replace(_WIDE, remat=False)))
+block("capacity.13b.q4")(partial(_planned, "llama-13b", "rtx4090", _BLOCKS))
+block("capacity.70b.q4")(partial(_planned, "llama2-70b", "h100", _BLOCKS))
 
 
 # Benchmarks.
@@ -746,10 +833,38 @@ def _by_rank(run: str, ranks: tuple[int, ...]) -> str:
             digits = 4 if method == "dora" else 3
             cells.append(f"{found['loss']:+.{digits}f} ± {found['loss_error']:.{digits + 1}f}{seed}")
         answers = [f"{_mean(_losses(run, method, rank, 3e-4, 'answer_loss')):.2f}" for method in ("lora", "rora")]
-        accuracy = [f"{100 * row['average']:.1f} ± {100 * row['average_error']:.1f}" for row in (lora, rora)]
-        rows.append([*cells, ", ".join(answers), *accuracy])
+        rows.append([*cells, ", ".join(answers)])
     heads = ["r", "seeds", "gamma: LoRA, RoRA", "LoRA: held-out loss", "DoRA less LoRA", "RoRA less LoRA"]
-    return table([*heads, "on answers: LoRA, RoRA", "accuracy (%): LoRA", "RoRA"], rows)
+    return table([*heads, "on answers: LoRA, RoRA"], rows)
+
+
+def _ends(run: str, ranks: tuple[int, int]) -> str:
+    """RoRA less LoRA at 3e-4, at two ranks, without sign."""
+    return " to ".join(f"{-_difference(run, 'rora', rank, 3e-4)['loss']:.2f}" for rank in ranks)
+
+
+def _rising(run: str) -> str:
+    """Whether RoRA less LoRA at 3e-4 grows from each rank to the next."""
+    found = csv(f"{run}/differences.csv").query("rates == 'same' and against == 'lora' and method == 'rora'")
+    found = found[np.isclose(found["learning_rate"], 3e-4)].sort_values("rank")
+    return "grew with the rank" if (np.diff(found["loss"]) < 0).all() else "did not grow with every rank"
+
+
+def _accuracies_by_label(run: str) -> str:
+    """Least and largest average accuracy of LoRA and of RoRA at 3e-4, seed 0, over ranks; the largest error."""
+    rows = _sweep(run).query("seed == 0 and method in ('lora', 'rora')")
+    rows = 100 * rows[np.isclose(rows["learning_rate"], 3e-4)].set_index("method")[["average", "average_error"]]
+    ends = {method: rows.loc[method, "average"].agg(["min", "max"]) for method in ("lora", "rora")}
+    texts = [f"{METHODS[method]}'s {low:.1f} to {high:.1f}%" for method, (low, high) in ends.items()]
+    return f"{' and '.join(texts)} (each ± {rows['average_error'].max():.1f})"
+
+
+for _run in ("rank_sweep", "rank_sweep_pruned"):
+    _name = "sweep" if _run == "rank_sweep" else "pruned"
+    _least = 4 if _run == "rank_sweep" else 8
+    block(f"{_name}.ends")(partial(_ends, _run, (_least, 128)))
+    block(f"{_name}.rising")(partial(_rising, _run))
+    block(f"{_name}.by-label")(partial(_accuracies_by_label, _run))
 
 
 @block("sweep.by-rank")
