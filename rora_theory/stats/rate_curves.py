@@ -200,9 +200,7 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         lever = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
         slope = estimate(lambda *own, lever=lever: lever @ [math.log(2) * log2_rates(one) for one in own], *kept)
         optimizer, trained, _, kappa = line
-        predicted = predicted_slopes(optimizer, kappa)  # type: ignore[arg-type]
-        if trained == "B":
-            del predicted["A moves"]
+        predicted = predicted_slopes(optimizer, kappa, trained=trained)  # type: ignore[arg-type]
         apart = {name: abs(value - slope.value) for name, value in predicted.items()}
         near = min(apart.values()) if slope.has_error else math.inf
         fits = slope.has_error and near <= slope.half_width() + slopes.BAND

@@ -112,8 +112,15 @@ def grid_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
     return float(losses[index] * rises[known][0] * sides[~known][0] / sides[known][0]) if known.any() else math.inf
 
 
-def predicted_slopes(optimizer: Literal["sgd", "momentum", "adam", "adamw"], kappa: float) -> dict[str, float]:
+def predicted_slopes(
+    optimizer: Literal["sgd", "momentum", "adam", "adamw"], kappa: float, *, trained: Literal["both", "B"] = "both"
+) -> dict[str, float]:
     """d log (best rate) / d log r that keeps the step's size, by what leads it (module docstring).
+
+    Args:
+      optimizer: its family decides.
+      kappa: the rule's power, gamma = alpha / r^kappa.
+      trained: the factors that are; with B alone there is no long run in which A moves.
 
     Returns:
       ``"signal"`` and ``"cross-talk"``: the first step, B alone moving; ``"A moves"``: a long run, signal led.
@@ -123,5 +130,7 @@ def predicted_slopes(optimizer: Literal["sgd", "momentum", "adam", "adamw"], kap
       {'signal': -0.5, 'cross-talk': 0.0, 'A moves': -0.25}
     """
     if optimizer in ("sgd", "momentum"):
-        return {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5, "A moves": kappa}
-    return {"signal": kappa - 1, "cross-talk": kappa - 0.5, "A moves": (kappa - 1) / 2}
+        found = {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5, "A moves": kappa}
+    else:
+        found = {"signal": kappa - 1, "cross-talk": kappa - 0.5, "A moves": (kappa - 1) / 2}
+    return {leads: slope for leads, slope in found.items() if trained == "both" or leads != "A moves"}

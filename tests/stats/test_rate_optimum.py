@@ -37,6 +37,8 @@ def test_predicted_slopes(kappa):
     adam = {"signal": kappa - 1, "cross-talk": kappa - 0.5, "A moves": kappa / 2 - 0.5}
     found = [predicted_slopes(name, kappa) for name in ("sgd", "momentum", "adam", "adamw")]
     assert found == [sgd, sgd, adam, adam]
+    del sgd["A moves"], adam["A moves"]
+    assert [predicted_slopes(name, kappa, trained="B") for name in ("sgd", "adam")] == [sgd, adam]
 
 
 def test_uneven_grid():
