@@ -1,7 +1,9 @@
 """Lists of ranks, of steps, and of scaling rules that meet at one rank, so that runs differ in the exponent alone."""
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
 
 from rora_theory.errors import InputError
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, check_rank, exponent
@@ -62,18 +64,56 @@ def check_alphas(rules: Sequence[Rule], *, gamma: float, reference_rank: int) ->
         alpha_at(rule, gamma=gamma, reference_rank=reference_rank)
 
 
+def option_of(name: str) -> str:
+    """What the option of a dataclass's field is called."""
+    return "--" + name.replace("_", "-")
+
+
+def as_words(value: object) -> str:
+    """A value as a command line has it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def check_integers(config: object, **least: int) -> None:
     """Raise `InputError` unless each named option is None or an integer of ``least`` or more."""
     for name, smallest in least.items():
         if (value := getattr(config, name)) is not None:
-            check_integer("--" + name.replace("_", "-"), value, least=smallest)
+            check_integer(option_of(name), value, least=smallest)
 
 
 def check_positives(config: object, *names: str) -> None:
     """Raise `InputError` unless each named option is None or a finite number above 0."""
     for name in names:
         if (value := getattr(config, name)) is not None:
-            check_positive("--" + name.replace("_", "-"), value)
+            check_positive(option_of(name), value)
+
+
+def check_unread(config: Any, *names: str, without: str = "", beside: str = "") -> None:
+    """Raise `InputError` where an option that nothing would read is not at its default.
+
+    Args:
+      config: a dataclass.
+      names: of its fields; of one that is a dataclass every option is meant.
+      without: what is not given, but would have them read; or
+      beside: what is given, and is read in their place.
+    """
+    why = (
+        f"without {without}; accepted is {without} with it" if without else f"beside {beside}; accepted is one of them"
+    )
+    for field in fields(config):
+        if field.name in names:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            for name, value in _changed(field.name, getattr(config, field.name), default):
+                raise InputError(f"{option_of(name)} is {as_words(value)}, which nothing reads {why}")
+
+
+def _changed(name: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
+    """The options of a value that are not as in its default."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from _changed(field.name, getattr(value, field.name), getattr(default, field.name))
+    elif value != default:
+        yield name, value
 
 
 def check_list(option: str, values: Sequence[object], *, fewest: int = 1) -> None:

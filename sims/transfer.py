@@ -21,8 +21,8 @@ from rora_theory.advice.transfer import Advice
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
-from rora_theory.measure.transfer_request import TransferConfig, advise, with_saved
-from rora_theory.rules import check_integers, check_seeds
+from rora_theory.measure.transfer_request import TransferConfig, advise
+from rora_theory.rules import check_integers, check_seeds, check_unread
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.seeds import check_seed
 from sims.common import answers, cli, tables
@@ -36,7 +36,8 @@ class Config(TransferConfig):
     """What was tuned, and where it is to go."""
 
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets"""
+    """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets,
+    none of which may then be another"""
     check: tuple[str, ...] = ()
     """a model and data files: take the first real steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
@@ -56,6 +57,8 @@ class Config(TransferConfig):
         check_integers(self, batch_size=1)
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
+        if not self.check:
+            check_unread(self, "reading", "cluster", "batch_size", "seeds", "seed", "out", without="--check")
         super().__post_init__()
 
 
@@ -95,8 +98,8 @@ def report(config: Config, found: Advice, targets: str | list[str], thin: str) -
         tables.print_text(f"\n{found.whole_model()} --check takes the steps.")
 
 
-def take_first_steps(config: Config, found: Advice, targets: str | list[str]) -> None:
-    """Take the first real step of every candidate, and report its size against the tuned one's.
+def take_first_steps(config: Config, found: Advice, targets: str | list[str], thin: str) -> None:
+    """Report, take the first real step of every candidate, and report its size against the tuned one's.
 
     Raises:
       InputError: settings of the check, or the extra ``finetune`` is not installed.
@@ -118,6 +121,7 @@ def take_first_steps(config: Config, found: Advice, targets: str | list[str]) ->
     identity |= {"old": asdict(found.old), "new": asdict(found.unchanged), "targets": targets}
     identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}} | read.identity
     check_free(path_of(NAME, identity, config.out))
+    report(config, found, targets, thin)
     stepper = RealStep(read.model.params, read.model.config, pair.train, pair.heldout, targets)
     extra, models = {"units": transfer_check.UNITS}, [read.origin]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
@@ -152,11 +156,7 @@ def take_first_steps(config: Config, found: Advice, targets: str | list[str]) ->
 
 def run(config: Config) -> None:
     """Report, and check where asked."""
-    config = with_saved(config)
-    found, targets, thin = advise(config)
-    report(config, found, targets, thin)
-    if config.check:
-        take_first_steps(config, found, targets)
+    (take_first_steps if config.check else report)(config, *advise(config))
 
 
 main = cli.command(Config, run, __doc__)

@@ -1,23 +1,24 @@
 """A transfer as it is asked for: a setting in figures or from a saved adapter, in a regime that is assumed or measured.
 
-asked = with_saved(TransferConfig(from_=Path("adapter"), lr=2e-4, to_rank=128, regime="results/regime/RUN"))
+asked = TransferConfig(from_=Path("adapter"), lr=2e-4, to_rank=128, regime="results/regime/RUN")
 advice, targets, thin = advise(asked)
 print(advice.peft_config(target_modules=targets))
 """
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from rora_theory.advice.lora_config import PAPER_TARGETS, TaskType, peft_targets, read_adapter_config
+from rora_theory.advice.lora_config import PAPER_TARGETS, Saved, TaskType, peft_targets, read_adapter_config
 from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.transfer import Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.optimizers import OptimizerName
-from rora_theory.rules import check_integers, check_positives, check_rule
-from rora_theory.scaling import Rule
+from rora_theory.optimizers import FAMILY, OptimizerName
+from rora_theory.rules import as_words, check_integers, check_positives, check_rule, check_unread, option_of
+from rora_theory.scaling import Rule, exponent
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +27,23 @@ logger = logging.getLogger(__name__)
 class TransferConfig:
     """What was tuned, and where it is to go. Raises `InputError` where a value is out of range."""
 
-    from_rank: int = 8
-    """the rank that was tuned"""
+    from_rank: int | None = None
+    """the rank that was tuned; none is 8, or what --from has"""
     to_rank: int = 128
     """the new rank"""
-    alpha: float = 16.0
-    """alpha at the old rank"""
+    alpha: float | None = None
+    """alpha at the old rank; none is 16, or what --from has"""
     lr: float = 3e-4
     """learning rate at the old rank"""
-    rule: Rule = "lora"
-    """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa"""
+    rule: Rule | None = None
+    """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa; none is lora, or what --from has"""
     to_rule: Rule | None = None
     """rule at the new rank; left out, it stays as it is"""
     optimizer: OptimizerName = "adamw"
     """sgd, momentum, adam or adamw; others have no law here (Lion and signSGD take Adam's first step)"""
-    init: Init = "kaiming_uniform"
+    init: Init | None = None
     """law of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, of deviation 1/r); normal and rademacher
-    have a law, but no LoraConfig"""
+    have a law, but no LoraConfig; none is kaiming_uniform, or what --from has"""
     regime: str = "signal"
     """signal, cross-talk, or the folder of a sims.regime run"""
     split: Literal["train", "heldout"] = "heldout"
@@ -55,11 +56,12 @@ class TransferConfig:
     task_type: TaskType = "CAUSAL_LM"
     """task_type of the LoraConfig"""
     from_: Path | None = None
-    """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets"""
+    """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets,
+    none of which may then be another"""
     to_alpha: float | None = None
     """alpha at the new rank; the learning rate then makes up for it. Left out, alpha makes up and the rate stays"""
     steps: int | None = None
-    """steps of the planned run, at a constant rate (Adam, regime signal)"""
+    """steps of the planned run, at a constant rate (Adam, regime signal); with --takeover or --p-in"""
     takeover: float | None = None
     """distance of A at which its part in the change is as large as B's; 1e-3 to 9e-3 in most modules of SmolLM2-135M"""
     p_in: int | None = None
@@ -71,39 +73,50 @@ class TransferConfig:
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
                 check_rule(option, rule)
+        if self.regime in REGIMES:
+            check_unread(self, "split", "per", without="--regime RUN")
+        has_law = self.regime == "signal" and FAMILY.get(self.optimizer) == "adam"  # else `transfer` refuses steps
+        if has_law and self.takeover is None and self.p_in is None:
+            check_unread(self, "steps", without="--takeover or --p-in")
 
 
-Asked = TypeVar("Asked", bound=TransferConfig)
+DEFAULT = Saved(8, 16.0, "lora", "kaiming_uniform", None, ())
+"""What was tuned where neither the caller nor a saved adapter says."""
+
+SAME: dict[str, Callable[[Any], object]] = {"rule": exponent, "targets": frozenset}
+"""What two values of an option are the same by: a rule under whatever name, targets in whatever order."""
 
 
-def with_saved(config: Asked) -> Asked:
-    """The same with what a saved adapter says in the place of the defaults; its remarks are warnings of `logging`.
+def read_old(config: TransferConfig) -> tuple[Setting, tuple[str, ...] | None]:
+    """The setting that was tuned and its targets: as given, else as the saved adapter has it, else as in `DEFAULT`.
+
+    The adapter's remarks are warnings of `logging`.
 
     Raises:
       InputError: a file that is no LoRA's, or a value that was given where the file has another.
     """
-    if config.from_ is None:
-        return config
-    saved = read_adapter_config(config.from_)
-    found: dict[str, Any] = {"from_rank": saved.rank, "alpha": saved.alpha, "rule": saved.rule, "init": saved.init}
+    saved = DEFAULT if config.from_ is None else read_adapter_config(config.from_)
+    found: dict[str, Any] = dict(zip(("from_rank", "alpha", "rule", "init", "targets"), saved, strict=False))
     for name, value in found.items():
-        given = getattr(config, name)
-        if given not in (getattr(TransferConfig, name), value):
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{option} is {given!r}, and {config.from_} has {value!r}; accepted is one of the two")
+        given, same = getattr(config, name), SAME.get(name, lambda value: value)
+        if config.from_ is not None and None not in (given, value) and same(given) != same(value):
+            told = f"{option_of(name)} is {as_words(given)}, and {config.from_} has {as_words(value)}"
+            raise InputError(f"{told}; accepted is one of the two")
+        found[name] = value if given is None else given
     for remark in saved.remarks:
         logger.warning(remark)
-    return replace(config, **found, targets=config.targets or saved.targets)
+    rank, alpha, rule, init, targets = found.values()
+    return Setting(rank, alpha, config.lr, rule, config.optimizer, init), targets
 
 
 def advise(config: TransferConfig) -> tuple[Advice, str | list[str], str]:
     """The transfer that is asked for, PEFT's ``target_modules``, and what a measured regime leaves open or nothing.
 
     Raises:
-      InputError: as `transfer`, `peft_targets` and `regime_run.read_regime_run`.
+      InputError: as `read_old`, `transfer`, `peft_targets` and `regime_run.read_regime_run`.
     """
-    old = Setting(config.from_rank, config.alpha, config.lr, config.rule, config.optimizer, config.init)
-    asked = None if config.targets is None else peft_targets(config.targets)
+    old, named = read_old(config)
+    asked = None if named is None else peft_targets(named)
     regime: Any = config.regime
     targets, thin = asked or list(PAPER_TARGETS), ""
     if config.regime not in REGIMES:

@@ -266,7 +266,7 @@ OF_CHATS = {"chat_template", "chat_date"}
 
 NEUTRAL = {
     "regime": {"false_alarm", "tolerance", *OF_CHATS, "show", "format", "fields"},
-    "transfer": {"split", "per", "task_type", "steps", *OF_CHATS, "show", "format", "fields"},  # of one step
+    "transfer": {"task_type", *OF_CHATS, "show", "format", "fields"},
     "coordinate_check": {*OF_CHATS, "show", "format", "fields"},
     "prune": {"batch_size", "format", "fields"},
     "evaluate": {"batch_size"},
@@ -286,8 +286,8 @@ OTHER: dict[str, Any] = {
     "relative_error": 0.1, "sampler": "direct", "judge": "train", "noise": 0.2, "dropout": 0.1, "false_alarm": 0.1,
     "regime": {"layers": (0,), "rows": 4096},
     "transfer": {
-        "split": "train", "regime": "cross-talk", "per": "one", "to_rule": "rora", "task_type": "SEQ_CLS",
-        "to_alpha": 32.0, "steps": 9, "rule": 0.3, "seeds": (0, 3),
+        "regime": "cross-talk", "to_rule": "rora", "task_type": "SEQ_CLS", "to_alpha": 32.0, "alpha": 8.0,
+        "seeds": (0, 3),
     },
     "coordinate_check": {"steps": (1, 3), "seeds": (0, 3), "batches": "fresh", "template": "train"},
     "prune": {"layers": None, "kv_heads": 1, "width": 8, "share": 0.9, "seq": 30},
@@ -333,7 +333,7 @@ SKIPPED |= {field.name for field in fields(ClusterConfig)}  # the files are the 
 SKIPPED |= {"out", "devices", "list", "matrix", "matrix_model", "matrix_loss"}
 """What is read, which the other tests change; where it is done; and what another of a command's ways reads."""
 
-OF_TRANSFER = {"from_", "takeover", "p_in"}
+OF_TRANSFER = {"from_", "steps", "takeover", "p_in", "split", "per"}
 """Settings of sims.transfer that are given with others."""
 
 

@@ -11,10 +11,12 @@ from support import checkpoint, regime_runs
 
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer as carry
+from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.measure import regime_run, regime_tables
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.record_batches import PairConfig
+from rora_theory.measure.transfer_request import TransferConfig, advise
 from sims import regime, transfer
 from sims.common import cli
 
@@ -240,6 +242,21 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"init": "eva"}, "init is 'eva'"),
         ({"init": "normal"}, "init is 'normal'"),
         ({"optimizer": "sgd", "steps": 9}, "steps is 9 with SGD"),
+        (
+            {"steps": 9},
+            "--steps is 9, which nothing reads without --takeover or --p-in; accepted is both",
+        ),
+        ({"batch_size": 4}, "--batch-size is 4, which nothing reads without --check; accepted is both"),
+        ({"seeds": (0, 1)}, "--seeds is 0 1, which nothing reads without --check"),
+        ({"seed": 1}, "--seed is 1, which nothing reads without --check"),
+        ({"out": Path("new")}, "--out is new, which nothing reads without --check"),
+        ({"reading": DataConfig(format="text")}, "--format is text, which nothing reads without --check"),
+        (
+            {"split": "train"},
+            "--split is train, which nothing reads without --regime RUN; accepted is both",
+        ),
+        ({"per": "one", "regime": "cross-talk"}, "--per is one, which nothing reads without --regime RUN"),
+        ({"check": ("smollm2-135m", "no.json")}, "no.json: no such file"),
         ({"from_": Path("nowhere")}, "nowhere: no such file; accepted is an adapter_config.json"),
         ({"rule": 400.0}, "rule is 400.0: 16.0 / 8^400 is not a float above 0"),
     ],
@@ -275,6 +292,41 @@ def test_from_a_saved_adapter_as_json(tmp_path, capsys) -> None:
     with pytest.raises(transfer.InputError, match=r"--from-rank is 4, and .* has 16; accepted is one of the two"):
         transfer.run(config_of(arguments + " --from-rank 4"))
     transfer.run(config_of(arguments + " --from-rank 16"))
+
+
+SAVED = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"from_rank": 8}, "--from-rank is 8, and {} has 16"),
+        ({"alpha": 16.0}, "--alpha is 16.0, and {} has 32.0"),
+        ({"rule": "lora"}, "--rule is lora, and {} has rslora"),
+        ({"init": "gaussian"}, "--init is gaussian, and {} has kaiming_uniform"),
+        ({"targets": ("q_proj",)}, "--targets is q_proj, and {} has q_proj v_proj"),
+    ],
+)
+def test_what_contradicts_a_saved_adapter_is_refused(tmp_path, given, said) -> None:
+    """The defaults too, which used to count as not given: on the command line and in the library."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(SAVED))
+    expected = rf"^{re.escape(said.format(tmp_path))}; accepted is one of the two$"
+    with pytest.raises(InputError, match=expected):
+        advise(TransferConfig(from_=tmp_path, **given))
+    words = [f"--{name.replace('_', '-')}={value[0] if name == 'targets' else value}" for name, value in given.items()]
+    with pytest.raises(InputError, match=expected):
+        transfer.run(cli.parse(transfer.Config, [f"--from={tmp_path}", *words], description=""))
+
+
+def test_what_a_saved_adapter_says_too_is_accepted(tmp_path) -> None:
+    """A rule is its exponent, targets are a set; a regular expression is no list that could contradict."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(SAVED))
+    given = {"from_rank": 16, "alpha": 32.0, "rule": "rora", "init": "kaiming_uniform", "targets": ("v_proj", "q_proj")}
+    found, targets, _ = advise(TransferConfig(from_=tmp_path, to_rank=64, **given))
+    assert (found.old, targets) == (Setting(16, 32.0, 3e-4, "rora"), ["v_proj", "q_proj"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(SAVED | {"target_modules": "q_.*"}))
+    found, targets, _ = advise(TransferConfig(from_=tmp_path, to_rank=64, targets=("v_proj",)))
+    assert (found.old, targets) == (Setting(16, 32.0, 3e-4, "rslora"), ["v_proj"])
 
 
 def test_the_sentence_comes_first_and_the_horizon_has_a_column(capsys) -> None:
