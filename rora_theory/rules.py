@@ -97,9 +97,7 @@ def check_unread(config: Any, *names: str, without: str = "", beside: str = "") 
       without: what is not given, but would have them read; or
       beside: what is given, and is read in their place.
     """
-    why = (
-        f"without {without}; accepted is {without} with it" if without else f"beside {beside}; accepted is one of them"
-    )
+    why = f"beside {beside}; accepted is one of them" if beside else f"without {without}; accepted are both, or none"
     for field in fields(config):
         if field.name in names:
             default = field.default if field.default_factory is MISSING else field.default_factory()
