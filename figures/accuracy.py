@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import at_best_rate, chosen_model, mean, model_name
+from figures.sweep import at_best_rate, check_columns, chosen_model, chosen_rank, mean, model_name
 from rora_theory import frames
 from rora_theory.data.tasks import TASKS
 from rora_theory.rules import check_integers
@@ -41,19 +41,17 @@ def draw(config: Config) -> Sequence[Path]:
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, None)
     best = at_best_rate(config.run, rows)
-    ranks = sorted(best["rank"].dropna().unique().tolist())
-    rank = ranks[0] if config.rank is None and len(ranks) == 1 else config.rank
-    if ranks and rank not in ranks:
-        style.fail(f"{config.run}: has the ranks {', '.join(map(str, ranks))}; accepted is --rank with one of them")
+    rank = chosen_rank(config.run, best, config.rank)
     best = best[(best["rank"].isna() | (best["rank"] == rank)) & best["average"].notna()]
     base = rows[(rows["method"] == "base") & rows["average"].notna()]
     drawn = [name for name in style.METHODS if (best["method"] == name).any()]
     if base.empty or not drawn:
         style.fail(f"{config.run}: has no scored base and adapter; accepted is a run with both")
-    gained = frames.read_csv(config.run / "differences.csv")
-    gained = gained[(gained["model"] == base["model"].iloc[0]) & (gained["rank"].isna() | (gained["rank"] == rank))]
     tasks = [task for task in TASKS if base[task].notna().iloc[0]]
     columns = [*tasks, "average"]
+    gained = frames.read_csv(config.run / "differences.csv")
+    check_columns(config.run / "differences.csv", gained, columns)
+    gained = gained[(gained["model"] == base["model"].iloc[0]) & (gained["rank"].isna() | (gained["rank"] == rank))]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0))
     for place, method in enumerate(["base", *drawn]):
         own = base if method == "base" else best[best["method"] == method]

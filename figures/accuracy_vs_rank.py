@@ -16,7 +16,7 @@ from figures import style
 from figures.sweep import at_best_rate, beside, chosen_model, draw_line, levels, marks, measures, model_name, points
 from rora_theory import frames
 from rora_theory.paper import published
-from rora_theory.rules import check_positives
+from rora_theory.rules import check_positives, check_unread
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 
@@ -46,8 +46,11 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
     check_positives(config, "alpha", "lr")
+    if config.tuned:
+        check_unread(config, "lr", beside="--tuned")
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
+    style.check_among("--lr", config.lr, rows.loc[rows["method"].isin(METHODS), "learning_rate"])
     panels = measures(rows, config.answers)
     lines = {method: curves_of_method(config, rows, method) for method in METHODS}
     if all(cells.empty for cells in lines.values()):
@@ -79,7 +82,7 @@ def draw(config: Config) -> Sequence[Path]:
 def curves_of_method(config: Config, rows: pd.DataFrame, method: str) -> pd.DataFrame:
     """The cells to draw of a method: of one learning rate, or of the best of each rank."""
     cells = rows[rows["method"] == method]
-    if config.tuned and config.lr is None:
+    if config.tuned:
         return at_best_rate(config.run, cells)
     rate = config.lr
     if rate is None:

@@ -12,7 +12,7 @@ import pandas as pd
 import tyro
 
 from figures import style
-from rora_theory import files, frames
+from rora_theory import frames
 
 SHORT = {
     "self_attn.q_proj": "q",
@@ -38,15 +38,15 @@ class Config:
 
 def draw(config: Config) -> Sequence[Path]:
     """Two figures: coordinate_check (sizes against the rank), coordinate_check_slopes (slopes against the step)."""
+    manifest = style.read_manifest(config.run, "coordinate_check")
     slopes = frames.read_csv(config.run / "slopes.csv", accepted="the file of a finished run")
     folder = config.out or config.run
     if not (config.run / "results.csv").exists():
         print(
             f"{config.run}: has no results.csv, each seed's own sizes: coordinate_check is not drawn", file=sys.stderr
         )
-        manifest = files.read_json(config.run / "manifest.json")
         return style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes")
-    manifest, rows = style.read_frame(config.run, "coordinate_check")
+    _, rows = style.read_frame(config.run)
     return [
         *style.save(sizes(manifest, rows), folder, "coordinate_check"),
         *style.save(exponents(manifest, slopes), folder, "coordinate_check_slopes"),

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from figures import style
 from rora_theory import files
-from rora_theory.rules import check_integers, check_positives
+from rora_theory.rules import check_integers, check_positives, check_unread
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def draw(config: Config) -> Sequence[Path]:
     check_positives(config, "lr")
     if not config.runs:
         style.fail("no runs are given; accepted are one or more run folders of sims.finetune or sims.rank_sweep")
+    if not any(map(is_sweep, config.runs)):
+        check_unread(config, "rank", "seed", "lr", without="the folder of a whole sweep")
     folders = [cell for run in config.runs for cell in cells(run, config)]
     if config.labels and len(config.labels) != len(folders):
         style.fail(f"--labels has {len(config.labels)} names for {len(folders)} runs; accepted is one each")
@@ -72,19 +74,28 @@ def draw(config: Config) -> Sequence[Path]:
     return style.save(figure, config.out or config.runs[0], "loss_curves")
 
 
+def is_sweep(run: Path) -> bool:
+    """Whether a folder is a whole sweep's."""
+    return (run / "results.csv").exists() and (run / "cells").is_dir()
+
+
 def cells(run: Path, config: Config) -> list[Path]:
     """A run's own folder, or the folders of a sweep's cells that are asked for, in the order of its table."""
-    if not (run / "results.csv").exists() or not (run / "cells").is_dir():
+    if not is_sweep(run):
         return [run]
     _, rows = style.read_frame(run, "rank_sweep")
     rows = rows[rows["rank"].notna()]
-    for column, value in (("rank", config.rank), ("learning_rate", config.lr)):
-        rows = rows if value is None else rows[rows[column] == value]
-    seed = config.seed if config.seed is not None else min(rows["seed"], default=0)
-    found = [run / "cells" / key for key in rows.loc[rows["seed"] == seed, "key"]]
-    if not found:
-        style.fail(f"{run}: has no cell of rank {config.rank}, rate {config.lr}, seed {seed}; results.csv lists them")
-    return found
+    if rows.empty:
+        style.fail(f"{run}/results.csv: has no cell with a rank; accepted is a sweep with at least one")
+    for option, column, value in (
+        ("--rank", "rank", config.rank),
+        ("--lr", "learning_rate", config.lr),
+        ("--seed", "seed", config.seed),
+    ):
+        style.check_among(option, value, rows[column])  # of the cells that those before leave
+        chosen = rows["seed"].min() if option == "--seed" and value is None else value
+        rows = rows if chosen is None else rows[rows[column] == chosen]
+    return [run / "cells" / key for key in rows["key"]]
 
 
 def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

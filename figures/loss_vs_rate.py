@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
-from figures.sweep import chosen_model, draw_line, levels, marks, measures, model_name, points
+from figures.sweep import chosen_model, chosen_rank, draw_line, levels, marks, measures, model_name, points
 from rora_theory.rules import check_integers, check_positives
 
 
@@ -42,10 +42,7 @@ def draw(config: Config) -> Sequence[Path]:
     check_positives(config, "alpha", "top")
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
-    ranks = sorted(rows["rank"].dropna().unique().tolist())
-    rank = ranks[0] if config.rank is None and len(ranks) == 1 else config.rank
-    if ranks and rank not in ranks:
-        style.fail(f"{config.run}: has the ranks {', '.join(map(str, ranks))}; accepted is --rank with one of them")
+    rank = chosen_rank(config.run, rows, config.rank)
     rows = rows[rows["rank"].isna() | (rows["rank"] == rank)]
     panels, trained = measures(rows, config.answers), rows[rows["learning_rate"].notna()]
     drawn = [name for name in style.METHODS if (trained["method"] == name).any()]
@@ -69,7 +66,7 @@ def draw(config: Config) -> Sequence[Path]:
         axis.minorticks_off()
     title = (
         model_name(rows["model"].iloc[0])
-        + (f", r = {rank}" if ranks else "")
+        + (f", r = {rank}" if rank else "")
         + f", {trained['steps'].iloc[0]} steps of {manifest['config']['training']['batch']}; bars: ± s.e. over items"
     )
     style.legend(figure, style.named(axes[0]) | marks(lines), title)

@@ -36,15 +36,18 @@ class Config:
 def draw(config: Config) -> Sequence[Path]:
     """The figures; takeover where the run measured it."""
     manifest, rows = style.read_frame(config.run, "regime")
-    init = config.init or rows["init"].iloc[0]
+    init, every = config.init or rows["init"].iloc[0], set(rows["module"])
+    style.check_among("--init", init, rows["init"])
+    if unknown := [name for name in config.modules if name not in every]:
+        style.fail(f"--modules has {unknown[0]}; accepted are the run's, such as {rows['module'].iloc[0]}")
 
     def own(table: pd.DataFrame) -> pd.DataFrame:
         chosen = table[(table["split"] == config.split) & (table["init"] == init)]
-        return chosen.assign(kind=chosen["module"].str.rpartition(".")[2])
+        return chosen.assign(kind=chosen["module"].str.split(".").str[-1])
 
     rows, crossings = own(rows), own(frames.read_csv(config.run / "crossing_ranks.csv", accepted=FINISHED))
     if rows.empty or crossings.empty:
-        style.fail(f"{config.run}: has no row of split {config.split} and init {init}; accepted are those of the run")
+        style.fail(f"{config.run}: has no row of split {config.split}; accepted is --split with one that it has")
     out = config.out or config.run
     used = manifest["config"]
     rate = used["lr"] if "lr" in used else used["learning_rate"]  # its name in earlier runs
@@ -128,9 +131,6 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
     """A row an optimizer, a panel a module: the law's lines of every rule, the points of the one that was stepped."""
     every, optimizers, rules = (list(dict.fromkeys(rows[name])) for name in ("module", "optimizer", "rule"))
     modules = config.modules or _default(every)
-    unknown = [name for name in modules if name not in every]
-    if unknown:
-        style.fail(f"--modules has {unknown[0]}; accepted are the run's, such as {every[0]}")
     figure, axes = plt.subplots(
         len(optimizers),
         len(modules),

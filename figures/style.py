@@ -144,19 +144,35 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def read_frame(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], "pd.DataFrame"]:
-    """Manifest and table of a run folder; a missing, damaged or changed one ends the command: one line, status 2."""
+OF_A_RUN = "the file of a run folder"
+
+
+def read_manifest(folder: Path, experiment: str | None = None) -> dict[str, Any]:
+    """A run's manifest; a missing, damaged or changed file or another experiment's ends the command."""
     check_as_written(folder)
-    accepted = "the file of a run folder"
-    manifest = files.read_json(folder / "manifest.json", accepted=accepted)
-    found = frames.read_csv(folder / "results.csv", accepted=accepted)
+    manifest = files.read_json(folder / "manifest.json", accepted=OF_A_RUN)
     if not isinstance(manifest, dict):
-        fail(f"{folder}/manifest.json: is damaged; accepted is {accepted}")
+        fail(f"{folder}/manifest.json: is damaged; accepted is {OF_A_RUN}")
     if experiment is not None and manifest.get("experiment") != experiment:
         fail(f"{folder}: is a run of {manifest.get('experiment')}; accepted is a run of {experiment}")
+    return manifest
+
+
+def read_frame(folder: Path, experiment: str | None = None) -> tuple[dict[str, Any], "pd.DataFrame"]:
+    """Manifest and table of a run folder; a missing, damaged or changed one ends the command: one line, status 2."""
+    manifest = read_manifest(folder, experiment)
+    found = frames.read_csv(folder / "results.csv", accepted=OF_A_RUN)
     if found.empty:
         fail(f"{folder}/results.csv: has no rows; accepted is a run with at least one finished cell")
     return manifest, found
+
+
+def check_among(option: str, value: Any, values: Iterable[Any]) -> None:
+    """End the command where an option is given, and a run has no such value."""
+    known = [one if isinstance(one, str) else f"{one:g}" for one in sorted(set(values))]
+    word = value if isinstance(value, str | None) else f"{value:g}"
+    if value is not None and word not in known:
+        fail(f"{option} is {word}; accepted are those that are there: {', '.join(known)}")
 
 
 def seeds_of(manifest: dict[str, Any]) -> int:

@@ -40,9 +40,9 @@ def chosen_model(run: Path, rows: pd.DataFrame, model: str | None, alpha: float 
     if model is None and len(models) > 1:
         style.fail(f"{run}: has the models {', '.join(models)}; accepted is --model with one of them")
     model = models[0] if model is None else model
-    if model not in models:
-        style.fail(f"--model is {model!r}; accepted are {', '.join(models)}")
+    style.check_among("--model", model, models)
     found = rows[(rows["model"] == model) & rows["status"].isin(("complete", "diverged"))]
+    style.check_among("--alpha", alpha, found["alpha"].dropna())
     if alpha is not None:
         found = found[found["alpha"].isna() | (found["alpha"] == alpha)]
     if not (found["learning_rate"].notna() & (found["status"] == "complete")).any():
@@ -54,12 +54,24 @@ def chosen_model(run: Path, rows: pd.DataFrame, model: str | None, alpha: float 
     return found
 
 
+def chosen_rank(run: Path, rows: pd.DataFrame, rank: int | None) -> int | None:
+    """The rank that is asked for, or a run's only one; None where none has a rank. Other than that ends the command."""
+    ranks = sorted(rows["rank"].dropna().unique().tolist())
+    rank = ranks[0] if rank is None and len(ranks) == 1 else rank
+    if ranks and rank not in ranks:
+        style.fail(f"{run}: has the ranks {', '.join(map(str, ranks))}; accepted is --rank with one of them")
+    return rank if ranks else None
+
+
+def check_columns(path: Path, rows: pd.DataFrame, names: Iterable[str]) -> None:
+    """End the command where a table of an earlier version lacks a column."""
+    if missing := [name for name in names if name not in rows]:
+        style.fail(f"{path}: has no column {missing[0]}; accepted is a run that sims.rank_sweep went through again")
+
+
 def at_best_rate(run: Path, rows: pd.DataFrame) -> pd.DataFrame:
     """The cells at the best learning rate of their model, method, rank and alpha, every seed's."""
-    if "best_rate" not in rows:
-        style.fail(
-            f"{run}/results.csv: has no column best_rate; accepted is a run that sims.rank_sweep went through again"
-        )
+    check_columns(run / "results.csv", rows, ["best_rate"])
     return rows[rows["best_rate"].notna()]
 
 

@@ -26,6 +26,7 @@ from figures import (
     style,
     training_dynamics,
 )
+from sims.common import cli
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 FIGURES = {
@@ -135,6 +136,46 @@ def test_published_figures_are_drawn_again(published) -> None:
 def test_nothing_published_is_cut(published) -> None:
     for figure in published[0].values():
         check(figure)
+
+
+@pytest.mark.parametrize(
+    ("module", "folder", "options", "line"),
+    [
+        (regime, "regime", {"init": "foo"}, "--init is foo; accepted are those that are there: gaussian, kaiming_unif"),
+        (regime, "regime", {"modules": ("foo",)}, "--modules has foo; accepted are the run's, such as model.layers.0"),
+        (
+            coordinate_check,
+            "horizon_toy/train_10",
+            {},
+            "{}: is a run of lr_transfer; accepted is a run of coordinate_c",
+        ),
+        (coordinate_check, "regime", {}, "{}: is a run of regime; accepted is a run of coordinate_check"),
+        (accuracy, "rank_sweep", {"rank": 8}, "{}/differences.csv: has no column boolq; accepted is a run that"),
+        (accuracy, "accuracy", {"rank": 7}, "{}: has the ranks 32; accepted is --rank with one of them"),
+        (accuracy_vs_rank, "rank_sweep", {"lr": 5.0}, "--lr is 5; accepted are those that are there: 0.0003, 0.001"),
+        (accuracy_vs_rank, "rank_sweep", {"alpha": 7.0}, "--alpha is 7; accepted are those that are there: 64"),
+        (accuracy_vs_rank, "rank_sweep", {"model": "foo"}, "--model is foo; accepted are those that are there: smol"),
+        (accuracy_vs_rank, "rank_sweep", {"tuned": True, "lr": 3e-4}, "--lr is 0.0003, which nothing reads beside --t"),
+        (loss_curves, "rank_sweep", {"rank": 7}, "--rank is 7; accepted are those that are there: 4, 8, 16, 32, 64"),
+        (loss_curves, "rank_sweep", {"rank": 8, "lr": 7.0}, "--lr is 7; accepted are those that are there: 0.0003\n"),
+        (loss_curves, "rank_sweep", {"rank": 8, "seed": 9}, "--seed is 9; accepted are those that are there: 0, 1\n"),
+        (
+            loss_curves,
+            "finetune_arc",
+            {"rank": 8},
+            "--rank is 8, which nothing reads without the folder of a whole swe",
+        ),
+    ],
+)
+def test_what_a_run_has_not_is_refused_before_anything_is_drawn(
+    module, folder, options, line, tmp_path, capsys
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: draw(module, PUBLISHED / folder, options | {"out": tmp_path / "new"}))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("error: " + line.format(PUBLISHED / folder))
+    assert (said.count("\n"), "accepted" in said, (tmp_path / "new").exists()) == (1, True, False)
 
 
 def part(source: Path, target: Path, **chosen) -> Path:
