@@ -54,7 +54,7 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
     """Slopes against the rank, over all ranks and over the upper half; ranks with a diverged seed are left out.
 
     Returns:
-      `FIT_COLUMNS`, and ``by_seed``, each seed's own slope.
+      `FIT_COLUMNS`, and ``kept``, the ranks that were fitted, and ``by_seed``, each seed's own slope.
     """
     rows = table.to_dict("records")
     lines: dict[tuple[str, ...], dict[tuple[int, int, int], dict[Any, Any]]] = {}
@@ -86,9 +86,10 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
                         | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
                         | {"step": step, "quantity": quantity, "slope": float(f"{fit.slope:.5f}")}
                         | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
-                        | {"verdict": slopes.trend(fit), "loss_left": float(f"{left:.3g}"), "by_seed": by_seed}
+                        | {"verdict": slopes.trend(fit), "loss_left": float(f"{left:.3g}")}
+                        | {"kept": tuple(kept), "by_seed": by_seed}
                     )
-    return pd.DataFrame(found, columns=[*FIT_COLUMNS, "by_seed"])
+    return pd.DataFrame(found, columns=[*FIT_COLUMNS, "kept", "by_seed"])
 
 
 class Answer(NamedTuple):
@@ -199,6 +200,7 @@ def at_gamma_one(rows: Sequence[dict[Any, Any]], power: int) -> str:
 def changed(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, Any]]) -> str:
     """Whether training A changes the exponent, seed by seed, at the last step before the loss is below half.
 
+    Only slopes over the same ranks are compared: a curve that bends has another slope without the ranks that diverged.
     "small" is a change that is there, its interval clear of 0, and that does not count, the interval within `CHANGE`.
     """
     pairs = [
@@ -209,7 +211,10 @@ def changed(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, Any]]) ->
     ]
     if not pairs:
         return "not settled: the loss is below half of its start at every step"
-    a, b = pairs[-1]
+    alike = [(a, b) for a, b in pairs if a["kept"] == b["kept"]]
+    if not alike:
+        return "not settled: other ranks diverged with A trained than with A frozen, at every step"
+    a, b = alike[-1]
     fit = slopes.SeedFit.of(over_seeds(a["by_seed"] - b["by_seed"]))
     there = abs(fit.slope) > fit.half_width()
     word = {"flat": "small" if there else "no", "undecided": "undecided"}.get(slopes.trend(fit, CHANGE), "yes")

@@ -9,8 +9,8 @@ import pytest
 from rora_theory.toy import exponents
 
 
-def line(step: int, by_seed: list[float], left: float = 0.9) -> dict:
-    return {"step": step, "by_seed": np.array(by_seed), "loss_left": left}
+def line(step: int, by_seed: list[float], left: float = 0.9, kept: tuple[int, ...] = (4, 16, 64)) -> dict:
+    return {"step": step, "by_seed": np.array(by_seed), "loss_left": left, "kept": kept}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,67 @@ def test_whether_the_exponent_changes(both, frozen, said):
     early, late = line(1, [9.0] * 3), line(100, [5.0, 6.0, 7.0], left=0.4)
     assert exponents.changed([early, line(10, both), line(100, [1.0] * 3)], [early, line(10, frozen), late]) == said
     assert exponents.changed([early, line(10, both), late], [early, line(10, frozen), line(100, [1.0] * 3)]) == said
-    assert exponents.changed([late], [late]).startswith("not settled")
+    assert exponents.changed([late], [late]) == "not settled: the loss is below half of its start at every step"
+
+
+def test_an_exponent_changes_between_slopes_over_the_same_ranks_alone():
+    """A curve that bends from 1/2 to 1, the same with A trained and frozen, has another slope without its last rank.
+
+    That rank diverged with A trained. The last step at which both have the same ranks is the one that tells.
+    """
+    rows = []
+    for trained, rank, seed, step in itertools.product(("both", "B"), (4, 16, 64, 256), range(3), (0, 1, 2)):
+        value = (rank**0.5 if rank <= 64 else rank / 8) * (1 + seed)
+        gone = int((trained, rank, step) == ("both", 256, 2))
+        rows.append(made(rank, seed, step, gone, trained=trained, loss_train=1.0, delta_frobenius=value))
+    fitted = exponents.exponent_fits(pd.DataFrame(rows))
+    fitted = fitted[(fitted["quantity"] == "delta_frobenius") & (fitted["range"] == "all") & (fitted["step"] > 0)]
+    both, frozen = (fitted[fitted["trained"] == trained].to_dict("records") for trained in ("both", "B"))
+    assert [one["kept"] for one in both] == [(4, 16, 64, 256), (4, 16, 64)]
+    assert frozen[1]["slope"] - both[1]["slope"] == pytest.approx(0.15, abs=1e-3), "what the lost rank alone makes"
+    assert exponents.changed(both, frozen) == "no: by +0.000 ± 0.000 at step 1"
+    assert exponents.changed(both[1:], frozen) == (
+        "not settled: other ranks diverged with A trained than with A frozen, at every step"
+    )
+    middle = [line(1, [1.0, 1.1], kept=(4, 64, 256)), line(1, [0.5, 0.6], kept=(4, 16, 256))]
+    assert exponents.changed(middle[:1], middle[1:]).startswith("not settled"), "as many, between the same ends"
+
+
+def test_each_answer_is_of_its_own_curve():
+    """Every curve has a slope of its own, from its place in the list: each answer shows those that it is to be of."""
+    curves = list(itertools.product(("sgd", "adam"), (0.25, 0.5, 1.0), ("both", "B"), exponents.FITTED))
+    slopes = {curve: round(0.01 * place, 2) for place, curve in enumerate(curves, start=1)}
+    rows = []
+    for rank, seed, step, (optimizer, kappa, trained) in itertools.product(
+        (4, 16, 64, 256), range(2), (0, 1), dict.fromkeys(curve[:3] for curve in curves)
+    ):
+        values = {name: rank ** slopes[optimizer, kappa, trained, name] for name in exponents.FITTED}
+        row = made(rank, seed, step, loss_train=1.0, **values)
+        rows.append(row | {"optimizer": optimizer, "kappa": kappa, "rule": str(kappa), "trained": trained})
+    answers = exponents.answers(
+        exponents.exponent_fits(pd.DataFrame(rows)),
+        models=("linear",),
+        optimizers=("sgd", "adam"),
+        kappas=(0.25, 0.5, 1.0),
+        ranks=(4, 16, 64, 256),
+        overlap=0.0,
+        freeze_control=True,
+    )
+    train, held_out, delta = "output_train", "output_held_out", "delta_frobenius"
+    expected = [
+        *[("sgd", 0.5, "both", train), ("adam", 1.0, "both", train)] * 2,  # over all ranks, and the upper half
+        ("sgd", 0.25, "both", held_out),
+        ("adam", 0.5, "both", held_out),
+    ]
+    assert [one.figures for one in answers[:6]] == [f"1: {slopes[curve]:+.3f} ± 0.000" for curve in expected]
+    for one, optimizer, power in zip(answers[6:], ("sgd", "adam"), (2, 1), strict=True):
+        a, b = (slopes[optimizer, 1.0, trained, delta] for trained in ("both", "B"))
+        shown = f"A trained: 1: {a + power:.2f} ± 0.00; A frozen: 1: {b + power:.2f} ± 0.00"
+        assert one.figures == f"under alpha/r, plus {power}: {shown}"
+        assert one.answer == f"yes: by {a - b:+.3f} ± 0.000 at step 1"
+    words = [one.question for one in answers]
+    assert ["from r = 64 on" in text for text in words] == [False, False, True, True, *[False] * 4]
+    assert ["held-out" in text for text in words] == [*[False] * 4, True, True, False, False]
 
 
 def test_exponents_at_constant_gamma():
@@ -36,7 +96,7 @@ def test_exponents_at_constant_gamma():
     assert exponents.at_gamma_one(rows, 2) == "1: 1.50 ± 0.01"
 
 
-def made(rank: int, seed: int, step: int, diverged: int = 0, **values: float) -> dict:
+def made(rank: int, seed: int, step: int, diverged: int = 0, **values: float | str) -> dict:
     """A row of seeds.csv: every quantity as r^(1/2) times a factor of the seed, unless ``values`` says otherwise."""
     row = {"model": "linear", "start": "A", "trained": "both", "optimizer": "sgd", "rule": "lora", "kappa": 1.0}
     row |= {"rank": rank, "scaling": 4 / rank, "learning_rate": 0.1, "seed": seed, "step": step, "diverged": diverged}
