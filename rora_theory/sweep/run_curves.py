@@ -4,6 +4,7 @@ runs = trained_runs.read_runs(folder)
 found = best_rates(curves_of_runs(runs))
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, paired_losses, pairs
 from rora_theory.sweep import trained_runs
 from rora_theory.sweep.trained_runs import TrainedRun
@@ -66,8 +68,9 @@ def rate_loss_table(runs: Sequence[TrainedRun]) -> "pd.DataFrame":
 def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> list[Comparison]:
     """Rules against each other at the largest rank, at the grid's rate of least mean loss, record by record.
 
-    Seeds that ran at both rates are averaged; with two or more of them the error is over seeds or over records,
-    whichever is larger.
+    Seeds that ran at both rates are averaged, those of no curve too; with two or more of them the error is over seeds
+    or over records, whichever is larger. Where one of these runs diverged, the verdict names it and settles nothing:
+    the losses are of the seeds that finished both, or where none did the curves' least ones, without an error.
     """
     found = []
     for first, second in pairs(curves):
@@ -79,13 +82,31 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
         seeds = sorted(set(groups[0]) & set(groups[1]))
         if not seeds:
             continue
-        a, b = ([group[seed] for seed in seeds] for group in groups)
-        (left, tokens), (right, _) = trained_runs.stacked(a), trained_runs.stacked(b)
-        losses = paired_losses(
-            np.array([run.loss for run in a]),
-            np.array([run.loss for run in b]),
-            None if left is None or right is None else (left, right),
-            tokens,
-        )
-        found.append(comparison(first, second, losses))
+        gone = [
+            f"{curve.rule} at seed {seed}"
+            for curve, group in zip((first, second), groups, strict=True)
+            for seed in seeds
+            if not math.isfinite(group[seed].loss)
+        ]
+        ended = [seed for seed in seeds if all(math.isfinite(group[seed].loss) for group in groups)]
+        if ended:
+            losses = _difference(*([group[seed] for seed in ended] for group in groups))
+        else:
+            losses = over_seeds(np.array([np.mean(first.least()) - np.mean(second.least())]))
+        one = comparison(first, second, losses)
+        if gone:
+            said = f"{one.verdict}; " if ended else ""
+            one = one._replace(verdict=f"{said}diverged at the best rates: {', '.join(gone)}, so not settled")
+        found.append(one)
     return found
+
+
+def _difference(a: Sequence[TrainedRun], b: Sequence[TrainedRun]) -> Estimate:
+    """Loss of the first runs less the second's, of the same seeds."""
+    (left, tokens), (right, _) = trained_runs.stacked(a), trained_runs.stacked(b)
+    return paired_losses(
+        np.array([run.loss for run in a]),
+        np.array([run.loss for run in b]),
+        None if left is None or right is None else (left, right),
+        tokens,
+    )

@@ -52,6 +52,13 @@ def test_of_two_seeds_with_the_most_rates_the_first_counts() -> None:
     assert [one[4:] for one in best_of([rate_row(0.7, 0.1, 0), *rows])] == [(0.1, "edge")]
 
 
+def test_of_two_lines_of_one_rate_and_seed_the_last_counts() -> None:
+    rows = [rate_row(rate, loss) for rate, loss in ((0.1, 1.0), (0.2, 0.5), (0.2, 2.0), (0.3, 1.1))]
+    assert [one[4:] for one in best_of(rows)] == [(0.1, "edge")]
+    rows[2] |= {"status": "diverged"}
+    assert [one[4:] for one in best_of(rows)] == [(0.1, "edge")]
+
+
 def test_a_tie_is_the_lower_rate_s_and_groups_are_apart() -> None:
     rows = [rate_row(rate, 1.0) for rate in (0.01, 0.001, 0.1)]
     rows += [rate_row(0.5, 0.1, rank=16), rate_row(0.6, 0.1, method="rora"), rate_row(0.7, 0.1, model="n")]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rora_theory.stats.rate_curves import Comparison
 from rora_theory.sweep import run_curves
 from rora_theory.sweep.trained_runs import TrainedRun
 
@@ -28,6 +29,66 @@ def test_the_larger_error_is_reported(by_seed, over):
     assert found.difference == pytest.approx(-np.mean(by_seed), rel=1e-9)
     expected = {"seeds": np.std(by_seed, ddof=1) / 3**0.5, "held-out records": np.sqrt(np.sum(noise**2) * 4 / 3) / 100}
     assert found.standard_error == pytest.approx(expected[over], rel=1e-6)
+
+
+def runs_of(method: str, losses: dict[int, dict[float, float]], records: bool = True) -> list[TrainedRun]:
+    """Of seeds and rates, at two ranks; of those that did not diverge four records that differ."""
+    tokens, noise = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, -2.0, 2.0, -1.0])
+    return [
+        TrainedRun(method, rank, 16 / rank, rate, seed, loss, *found)
+        for rank in (4, 8)
+        for seed, by_rate in losses.items()
+        for rate, loss in by_rate.items()
+        for found in [(loss * tokens + noise * loss, tokens) if records and loss < np.inf else (None, None)]
+    ]
+
+
+def compared(*runs: TrainedRun) -> Comparison:
+    (found,) = run_curves.compare_by_records(run_curves.curves_of_runs(runs), runs)
+    return found
+
+
+def test_the_best_rate_is_that_of_the_seeds_mean():
+    """By itself either seed would take a rate at which the methods are 0.2 apart; at the best on average it is 0.3."""
+    by_seed = {0: (4.0, 1.0, 1.1, 2.0, 4.0), 1: (4.0, 2.0, 1.1, 1.0, 4.0)}
+    gaps = (0.2, 0.2, 0.3, 0.2, 0.2)
+    lora = {seed: dict(zip(RATES, own, strict=True)) for seed, own in by_seed.items()}
+    rora = {seed: dict(zip(RATES, np.add(own, gaps).tolist(), strict=True)) for seed, own in by_seed.items()}
+    found = compared(*runs_of("lora", lora), *runs_of("rora", rora))
+    assert found.difference == pytest.approx(-0.3)
+
+
+def test_a_seed_beside_the_curves_counts_where_it_ran_at_both_best_rates():
+    by_rate = dict(zip(RATES, (3.0, 2.0, 1.0, 2.0, 3.0), strict=True))
+    lora = runs_of("lora", {0: by_rate, 7: {1e-3: 1.2}, 8: {1e-3: 9.0}})
+    rora = runs_of("rora", {0: {rate: loss + 0.5 for rate, loss in by_rate.items()}, 7: {1e-3: 1.3}, 9: {1e-3: 0.1}})
+    assert compared(*lora, *rora).difference == pytest.approx(-0.3)
+
+
+@pytest.mark.parametrize("method", ["lora", "rora"])
+def test_a_run_that_diverged_at_the_best_rate_settles_nothing_and_is_named(method):
+    """Of a seed beside the curves; the figures are those of the seed that finished both, with its records' error."""
+    by_rate = dict(zip(RATES, (3.0, 2.0, 1.0, 2.0, 3.0), strict=True))
+    whole = {"lora": {0: by_rate}, "rora": {0: {rate: loss + 0.5 for rate, loss in by_rate.items()}}}
+    plain = compared(*runs_of("lora", whole["lora"]), *runs_of("rora", whole["rora"]))
+    assert plain.verdict.startswith("lora is better by")
+    for name, own in whole.items():
+        own[7] = {1e-3: np.inf if name == method else 1.0}
+    found = compared(*runs_of("lora", whole["lora"]), *runs_of("rora", whole["rora"]))
+    said = f"{plain.verdict}; diverged at the best rates: {method} at seed 7, so not settled"
+    assert found == plain._replace(verdict=said)
+    bare = compared(*runs_of("lora", whole["lora"], records=False), *runs_of("rora", whole["rora"], records=False))
+    assert bare.verdict.startswith("not settled: one seed, no losses a record; diverged")
+
+
+def test_where_every_seed_of_both_best_rates_diverged_once_the_least_losses_are_shown():
+    """Each curve has a seed of its own; the ones that they share ran at the best rates alone, and none finished."""
+    by_rate = dict(zip(RATES, (3.0, 2.0, 1.0, 2.0, 3.0), strict=True))
+    lora = runs_of("lora", {0: by_rate, 7: {1e-3: np.inf}, 8: {1e-3: np.inf}})
+    rora = runs_of("rora", {1: {rate: loss + 0.5 for rate, loss in by_rate.items()}, 7: {1e-3: 1.0}, 8: {1e-3: np.inf}})
+    found = compared(*lora, *rora)
+    assert found.verdict == "diverged at the best rates: lora at seed 7, lora at seed 8, rora at seed 8, so not settled"
+    assert (found.difference, found.standard_error, found.half_width) == (pytest.approx(-0.5, abs=0.05), None, None)
 
 
 def test_seeds_that_lack_a_rate_are_no_curve():
