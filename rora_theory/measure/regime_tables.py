@@ -69,6 +69,11 @@ def flat_kappa_between(optimizer: Optimizer, init: Init, linear_term: float, *, 
     return -math.log(carried.alpha) / math.log(high / low)
 
 
+RESOLUTION = 0.5
+"""Relative width of an error bar above which a figure outside the tolerance can't tell: it would pass at half of what
+is predicted."""
+
+
 @dataclass(frozen=True)
 class JudgeConfig:
     """When a law fails. Raises `InputError` where a value is out of range."""
@@ -85,7 +90,11 @@ class JudgeConfig:
 
 
 def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str, Any] | None:
-    """Whether every measured rms lies within its error bar or the tolerance of the predicted one; None: none measured.
+    """Whether every measured rms lies within its error bar or the tolerance of the predicted one; None: none tried.
+
+    One outside both, or that is no finite number, fails. One within an error bar that is wider than `RESOLUTION`, but
+    outside the tolerance, is undecided. The verdict is ``fails`` where one fails, else ``undecided`` where one is, else
+    ``holds``.
 
     The error bar is Student's for the number of adapters, two-sided, at false_alarm divided by the number of
     comparisons (Bonferroni): with true laws, and no tolerance, one or more would fail with that probability.
@@ -93,6 +102,10 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
     Args:
       results: of `RESULT_COLUMNS`, of any modules.
       config: how much may differ; None is `JudgeConfig` as it stands.
+
+    Returns:
+      the verdict, how many figures it is of, are ``outside``, ``undecided`` and ``not_finite``, and how far those that
+      are finite lie apart: None where none is.
     """
     config = config or JudgeConfig()
     false_alarm, tolerance = config.false_alarm, config.tolerance
@@ -101,37 +114,54 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
         return None
     adapters = tried["adapters"].astype(int)
     bars = {count: float(stats.t.isf(false_alarm / len(tried) / 2, count - 1)) for count in sorted(set(adapters))}
-    gaps = (tried["measured"] / tried["predicted"] - 1).to_numpy(float)
+    gaps = np.abs((tried["measured"] / tried["predicted"] - 1).to_numpy(float))
     errors = (tried["standard_error"] / tried["predicted"]).to_numpy(float)
-    allowed = np.maximum(tolerance, errors * adapters.map(bars).to_numpy(float))
-    t = gaps / errors
-    outside = np.abs(gaps) > allowed
-    names = ["module", "split", "optimizer", "init", "rank", "predicted", "measured", "standard_error"]
-    worst = tried.iloc[[int(np.argmax(np.abs(gaps) / allowed))]][names].to_dict("records")[0]
-    return {
-        "verdict": "holds" if not outside.any() else "fails",
+    widths = errors * adapters.map(bars).to_numpy(float)
+    allowed = np.maximum(tolerance, widths)
+    finite = np.isfinite(gaps) & np.isfinite(errors)
+    outside = ~finite | (gaps > allowed)
+    undecided = ~outside & (gaps > tolerance) & (widths > RESOLUTION)
+    judged: dict[str, Any] = {
+        "verdict": "fails" if outside.any() else "undecided" if undecided.any() else "holds",
         "comparisons": len(tried),
         "outside": int(np.sum(outside)),
+        "undecided": int(np.sum(undecided)),
+        "not_finite": int(np.sum(~finite)),
         "false_alarm": false_alarm,
         "tolerance": tolerance,
         "error_bars_in_standard_errors": {str(count): round(bar, 3) for count, bar in bars.items()},
-        "within_tolerance": float(np.mean(np.abs(gaps) <= tolerance)),
-        "largest_deviation": float(np.max(np.abs(gaps))),
-        "largest_t": float(np.max(np.abs(t))),
-        "rms_t": float(np.sqrt(np.mean(t**2))),
-        "median_relative_standard_error": float(np.median(errors)),
-        "nearest_to_failing": worst,
+        "within_tolerance": float(np.mean(gaps <= tolerance)),
     }
+    tried, gaps, errors, allowed = tried[finite], gaps[finite], errors[finite], allowed[finite]
+    if tried.empty:
+        return judged | dict.fromkeys(_APART)
+    t = gaps / errors
+    names = ["module", "split", "optimizer", "init", "rank", "predicted", "measured", "standard_error"]
+    apart = (np.max(gaps), np.max(t), np.sqrt(np.mean(t**2)), np.median(errors))
+    worst = tried.iloc[[int(np.argmax(gaps / allowed))]][names].to_dict("records")[0]
+    return judged | dict(zip(_APART, (*map(float, apart), worst), strict=True))
+
+
+_APART = ("largest_deviation", "largest_t", "rms_t", "median_relative_standard_error", "nearest_to_failing")
+"""What `judge_regime` says of the figures that are finite."""
 
 
 def in_words(verdict: Mapping[str, Any]) -> str:
     """What `judge_regime` found, in a sentence."""
-    return (
+    text = (
         f"verdict: {verdict['verdict']}. {verdict['comparisons'] - verdict['outside']} of {verdict['comparisons']} "
         f"figures within {verdict['tolerance']:.0%} or their error bar (false alarm {verdict['false_alarm']:g} over "
-        f"all); {verdict['within_tolerance']:.1%} within {verdict['tolerance']:.0%}; largest deviation "
-        f"{verdict['largest_deviation']:.1%}, largest |t| {verdict['largest_t']:.2f}, rms t {verdict['rms_t']:.3f}"
+        f"all)"
     )
+    if undecided := verdict.get("undecided"):  # earlier runs have none
+        text += f", {undecided} of them in an error bar wider than {RESOLUTION:.0%}, which decides nothing"
+    if not_finite := verdict.get("not_finite"):
+        text += f"; {not_finite} measured no finite number"
+    text += f"; {verdict['within_tolerance']:.1%} within {verdict['tolerance']:.0%}"
+    if verdict["largest_deviation"] is not None:
+        text += f"; largest deviation {verdict['largest_deviation']:.1%}, largest |t| {verdict['largest_t']:.2f}"
+        text += f", rms t {verdict['rms_t']:.3f}"
+    return text
 
 
 def measured_over_predicted(results: pd.DataFrame) -> pd.DataFrame:
@@ -213,7 +243,8 @@ def by_depth(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def _tried(results: pd.DataFrame) -> pd.DataFrame:
-    return results.dropna(subset=["measured"]) if "measured" in results else results.iloc[:0]
+    """Rows of which adapters were drawn, whatever they measured."""
+    return results.dropna(subset=["adapters"]) if "adapters" in results else results.iloc[:0]
 
 
 def _in_order(column: pd.Series) -> pd.Series:

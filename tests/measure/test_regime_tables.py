@@ -1,11 +1,14 @@
 """Whether the law holds in a table, the kappa that is flat, and summaries by type of module and depth."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from rora_theory import frames
 from rora_theory.measure import regime_tables
 from rora_theory.measure.regime_tables import JudgeConfig
 from rora_theory.theory import laws
@@ -35,6 +38,77 @@ def test_the_judge_s_two_bars(measured: float, error: float, word: str) -> None:
     assert two["error_bars_in_standard_errors"]["4"] == pytest.approx(7.45, abs=0.01)  # Student's t, at half of it
 
 
+def judged(*rows: dict) -> dict:
+    return regime_tables.judge_regime(pd.DataFrame(rows))
+
+
+WIDE = 0.51 / 2.58
+"""A standard error whose bar is wider than half of what is predicted, at one comparison of many adapters."""
+
+
+@pytest.mark.parametrize(
+    ("measured", "error", "verdict", "undecided"),
+    [
+        (1.4, WIDE, "undecided", 1),
+        (0.6, WIDE, "undecided", 1),
+        (1.4, 0.49 / 2.58, "holds", 0),  # the bar could have told a figure that is half as large again
+        (1.019, WIDE, "holds", 0),  # within the tolerance
+        (1.52, 0.505 / 2.58, "fails", 0),  # outside a bar that is wide
+    ],
+)
+def test_a_bar_wider_than_half_decides_nothing(measured: float, error: float, verdict: str, undecided: int) -> None:
+    found = judged(judged_row(measured, error))
+    assert (found["verdict"], found["undecided"], found["outside"]) == (verdict, undecided, int(verdict == "fails"))
+
+
+def test_few_adapters_and_many_comparisons_tell_nothing() -> None:
+    """Four adapters at a thousandth of a hundredth have a bar of 60 standard errors: twice the law lies within it."""
+    rows = [judged_row(2.0, 0.05, adapters=4)] + [judged_row(1.0, 0.05, adapters=4)] * 999
+    found = judged(*rows)
+    assert found["error_bars_in_standard_errors"]["4"] > 55
+    assert (found["verdict"], found["undecided"], found["outside"]) == ("undecided", 1, 0)
+    assert judged(*rows, judged_row(9.0, 0.05, adapters=4))["verdict"] == "fails", "before undecided"
+    assert regime_tables.in_words(found).startswith(
+        "verdict: undecided. 1000 of 1000 figures within 2% or their error bar (false alarm 0.01 over all), 1 of them "
+        "in an error bar wider than 50%, which decides nothing; 99.9% within 2%; largest deviation 100.0%"
+    )
+
+
+@pytest.mark.parametrize(
+    ("measured", "error"), [(math.nan, math.nan), (math.inf, math.nan), (1.0, math.nan), (1.0, math.inf)]
+)
+def test_a_measurement_that_is_no_finite_number_fails(measured: float, error: float) -> None:
+    """Where adapters were drawn; rows without any were not tried. The other figures are of what is finite."""
+    wrong = judged_row(measured, error)
+    found = judged(judged_row(1.01, 0.01), wrong, judged_row(math.nan, math.nan, adapters=math.nan))
+    assert (found["verdict"], found["comparisons"], found["outside"], found["not_finite"]) == ("fails", 2, 1, 1)
+    assert (found["largest_deviation"], found["largest_t"]) == pytest.approx((0.01, 1.0))
+    assert found["nearest_to_failing"]["measured"] == 2.02
+    said = "verdict: fails. 1 of 2 figures within 2% or their error bar (false alarm 0.01 over all); 1 measured no "
+    assert regime_tables.in_words(found).startswith(said + "finite number; ")
+    alone = judged(wrong)
+    assert (alone["verdict"], alone["largest_deviation"], alone["nearest_to_failing"]) == ("fails", None, None)
+    assert regime_tables.in_words(alone).endswith(" within 2%")
+    assert not any(isinstance(value, float) and not math.isfinite(value) for value in alone.values())
+    table = regime_tables.measured_over_predicted(pd.DataFrame([judged_row(1.0, 0.01), wrong]))
+    assert not np.isfinite(table[["mean_ratio", "standard_error"]].to_numpy(float)).all(), "it does not vanish"
+
+
+def test_what_was_not_tried_has_no_verdict() -> None:
+    assert judged(judged_row(math.nan, math.nan, adapters=math.nan)) is None
+    assert regime_tables.judge_regime(pd.DataFrame([{"predicted": 1.0}])) is None
+
+
+def test_the_published_verdict_stands() -> None:
+    """Of the rows that are published, a fifteenth of those measured."""
+    folder = Path(__file__).parents[2] / "results" / "published" / "regime"
+    published = json.loads((folder / "verdict.json").read_text())
+    found = regime_tables.judge_regime(frames.read_csv(folder / "results.csv"))
+    assert (found["verdict"], found["outside"], found["undecided"]) == (published["verdict"], 0, 0)
+    widest = max(published["error_bars_in_standard_errors"].values()) * found["median_relative_standard_error"]
+    assert widest < regime_tables.RESOLUTION, "at as many comparisons as the whole run has too"
+
+
 def test_agreement_is_a_mean_over_modules() -> None:
     """Its error is that of a mean of independent modules: half of one's for four alike."""
     rows = [judged_row(ratio, 0.02, split=name) for name in ("train", "heldout") for ratio in (1.0, 1.0, 1.0, 1.0)]
@@ -43,6 +117,16 @@ def test_agreement_is_a_mean_over_modules() -> None:
     for line in found.itertuples():
         assert (line.modules, line.mean_ratio, line.largest_deviation) == (4, 1.0, 0.0)
         assert line.standard_error == pytest.approx(0.01)
+
+
+def test_agreement_of_modules_that_differ() -> None:
+    """The root of the mean square, its error to first order: m = sqrt((1/4 + 4) / 2) of 1/2 ± 0.03 and 2 ± 0.01."""
+    rows = [judged_row(0.5, 0.03), judged_row(2.0, 0.01)]
+    (line,) = regime_tables.measured_over_predicted(pd.DataFrame(rows)).itertuples()
+    mean = math.sqrt((0.25 + 4.0) / 2)
+    assert line.mean_ratio == pytest.approx(mean)
+    assert line.standard_error == pytest.approx(math.hypot(0.5 * 0.03, 2.0 * 0.01) / 2 / mean)
+    assert (line.largest_deviation, line.largest_t) == pytest.approx((1.0, 100.0))
 
 
 def test_flat_kappa() -> None:
@@ -92,6 +176,28 @@ def test_crossings_by_depth() -> None:
     assert "all" not in regime_tables.crossings_by_depth(
         pd.DataFrame(rows), pd.DataFrame(tokens).iloc[:0], "sgd", "normal"
     )
+
+
+def test_medians_by_depth_are_no_means() -> None:
+    """Of three layers the last is far from the others; of one third, as they have the same number."""
+    far = {0: 1.0, 1: 2.0, 2: 30.0}
+    own = [{"layer": 0, "module": f"model.layers.{layer}.mlp.up_proj", "split": "train"} for layer in far]
+    names = ("crossing_rank", "lower_quartile", "median", "upper_quartile")
+    rows = [
+        row | {"optimizer": "sgd", "init": "normal", "linear_term": 1.0} | dict.fromkeys(names, value)
+        for row, value in zip(own, far.values(), strict=True)
+    ]
+    rows += [row | {"split": "heldout"} for row in rows]
+    found = regime_tables.crossings_by_depth(
+        pd.DataFrame(rows), pd.DataFrame(columns=regime_tables.TOKEN_COLUMNS), "sgd", "normal"
+    )
+    assert found[list(names)].to_numpy().tolist() == [[2.0] * 4] * 2
+    moved = [
+        row | {"init": "normal", "rank": 8, "takeover": value, "turn_5": 10 * value}
+        for row, value in zip(own, far.values(), strict=True)
+    ]
+    (line,) = regime_tables.takeover_by_depth(pd.DataFrame(moved), "normal").to_dict("records")
+    assert [line[name] for name in ("median", "smallest", "largest", "turn_5")] == [2.0, 1.0, 30.0, 20.0]
 
 
 def test_takeover_by_depth() -> None:
