@@ -92,6 +92,8 @@ class Table:
     def lines(self, *, band: float = BAND, kappa: float | None = None, power: int = 1) -> list[dict[str, Any]]:
         """The slope of every coordinate but the loss, and its verdict; without what did not move at all.
 
+        What moved at some ranks or seeds and not at others has no slope: it is undecided.
+
         Args:
           band: largest absolute slope to call flat.
           kappa, power: exponent of the rule and power of gamma in the first step, which tell the exponent that would
@@ -102,10 +104,11 @@ class Table:
             if coordinate.quantity == "loss":
                 continue
             line: dict[str, Any] = coordinate._asdict()
+            if not value.any():
+                continue  # the first gradient of A is zero
             if not (np.isfinite(value).all() and (value > 0).all()):
-                moved = np.isfinite(value).all()  # the first gradient of A is zero
-                if not moved:
-                    found.append(line | {"seeds": len(value), "verdict": "diverged"})
+                verdict = "undecided" if np.isfinite(value).all() else "diverged"
+                found.append(line | {"seeds": len(value), "verdict": verdict})
                 continue
             fit = slopes.seed_fit(self.ranks, value)
             line |= {"slope": float(f"{fit.slope:.5f}"), "standard_error": float(f"{fit.standard_error:.2g}")}

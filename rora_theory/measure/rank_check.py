@@ -2,7 +2,7 @@
 
 Adapters of several ranks, nested, take the same few steps (`coordinates.Checker`). The rules meet at a reference rank,
 so that they differ in the exponent alone. A log-log slope against the rank within the band of zero, seeds and all, is
-flat. Controls must not be: constant gamma grows, the gaussian init shrinks.
+flat. Controls must not be: constant gamma grows, the gaussian init shrinks (`control_direction`).
 
     found = measure.coordinate_check(model, train, held_out)
     found.verdicts[["rule", "whole_model", "modules"]]
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from rora_theory.llama import Model
 from rora_theory.measure import thin
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Table, in_a_word, whole_model
 from rora_theory.measure.coordinates import Checker
-from rora_theory.optimizers import OPTIMIZER_NAMES, WORDS, OptimizerName
+from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES, WORDS, OptimizerName
 from rora_theory.rules import (
     alpha_at,
     check_alphas,
@@ -41,6 +41,8 @@ from rora_theory.rules import (
 )
 from rora_theory.scaling import Rule, exponent
 from rora_theory.stats import slopes
+from rora_theory.stats.rate_optimum import predicted_slopes
+from rora_theory.theory.laws import scaling_power
 
 COLUMNS = (
     "optimizer", "rule", "kappa", "init", "control", "rank", "scaling", "learning_rate", "seed", "step", "split",
@@ -207,7 +209,7 @@ def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
         for (split, step), of_modules in outputs.items():
             with np.errstate(divide="ignore", invalid="ignore"):
                 values[Coordinate("output", split, MODEL, step)] = np.exp(np.mean(np.log(of_modules), axis=0))
-        kappa, power = exponent(case.rule), 2 if case.optimizer in ("sgd", "momentum") else 1
+        kappa, power = exponent(case.rule), scaling_power(FAMILY[case.optimizer])
         line = {"optimizer": case.optimizer, "rule": name_of(case.rule), "kappa": kappa, "init": case.init}
         line |= {"control": int(case.control)}
         found += [line | own for own in Table(ranks, values).lines(band=config.band, kappa=kappa, power=power)]
@@ -239,7 +241,7 @@ def verdicts(config: CheckConfig, found: pd.DataFrame) -> pd.DataFrame:
         whole = whole_model(group.to_dict("records"))
         parts = in_a_word([verdict for each in own.values() for verdict in each])
         if case.control:
-            whole, parts = _of_control(whole), _of_control(parts)
+            whole, parts = _of_control(case, whole), _of_control(case, parts)
         last = group.query("quantity == 'hidden' and split == 'train' and step == @config.steps[-1]")
         line = case._asdict() | {"rule": name_of(case.rule), "whole_model": whole, "modules": parts}
         line |= {f"flat {split} {step}": f"{each.count('flat')} of {len(each)}" for (split, step), each in own.items()}
@@ -259,10 +261,24 @@ def check_in_words(config: CheckConfig, judged: pd.DataFrame) -> str:
     return f"What {steps} steps change of the whole model, against the rank: {'; '.join(words)}."
 
 
-def _of_control(word: str) -> str:
+def control_direction(case: Case) -> Literal["grows", "shrinks", ""]:
+    """Where the law has a control's first step go with the rank, whichever part leads; empty where that decides.
+
+    The gaussian A falls as 1/r, and the step carries A to the power of gamma.
+    """
+    smaller = scaling_power(FAMILY[case.optimizer]) if case.init == "gaussian" else 0
+    kept = predicted_slopes(case.optimizer, exponent(case.rule), trained="B")  # by a rate that moves the other way
+    growth = [-slope - smaller for slope in kept.values()]
+    return "grows" if min(growth) >= 0 else "shrinks" if max(growth) <= 0 else ""
+
+
+def _of_control(case: Case, word: str) -> str:
     if word == "flat":
         return "FLAT: the check has no power"
-    return f"{word}, as a control must" if word.startswith(("grows", "shrinks")) else word
+    must, found = control_direction(case), word.partition(" ")[0]
+    if not must or found not in ("grows", "shrinks"):
+        return word
+    return f"{word}, as a control must" if found == must else f"{word}, AGAINST THE LAW: this control {must}"
 
 
 @dataclass(frozen=True, eq=False)

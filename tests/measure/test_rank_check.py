@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from rora_theory.measure.rank_check import (
     CheckConfig,
     CoordinateCell,
     cases,
+    control_direction,
     coordinate_rows,
     coordinate_slopes,
     size_table,
@@ -105,6 +107,80 @@ def test_a_control_that_is_flat_has_no_power() -> None:
     found = verdicts(config, coordinate_slopes(config, size_table(sizes)))
     assert found["whole_model"].tolist() == ["flat", *["FLAT: the check has no power"] * 2]
     assert set(found["flat held_out 1"]) == {"1 of 1"}
+
+
+def sizes_of(config: CheckConfig, value: Callable[[Case, str, str, int, int], float]) -> pd.DataFrame:
+    """Sizes of a module's output and the whole model: ``value`` of a case, a split, a quantity, a rank and a seed."""
+    return size_table(
+        {"optimizer": case.optimizer, "rule": name_of(case.rule), "init": case.init, "rank": rank, "seed": seed}
+        | {"step": config.steps[0], "split": split, "module": module, "quantity": quantity}
+        | {"value": value(case, split, quantity, rank, seed)}
+        for case in cases(config)
+        for rank in config.ranks
+        for seed in config.seeds
+        for split in ("train", "held_out")
+        for module, quantity in (("a", "output"), ("model", "hidden"), ("model", "logits"))
+    )
+
+
+def test_a_quantity_that_is_zero_at_some_rank_is_undecided() -> None:
+    """It has no slope, and does not leave the verdict to the others; one that is 0 everywhere did not move."""
+    config = CheckConfig(
+        ranks=(2, 8, 32), rules=("lora",), optimizers=("adamw",), controls=False, steps=(1,), seeds=(0, 1)
+    )
+
+    def verdict(zero: Callable[[str, str, int, int], bool]) -> dict:
+        sizes = sizes_of(config, lambda _, *own: 0.0 if zero(*own) else 1.0)
+        found = coordinate_slopes(config, sizes)
+        return verdicts(config, found).to_dict("records")[0] | {"lines": len(found)}
+
+    whole = verdict(lambda *_: False)
+    assert (whole["whole_model"], whole["modules"], whole["lines"]) == ("flat", "flat", 8)
+    found = verdict(lambda split, name, rank, seed: (split, name, rank) == ("train", "hidden", 32))
+    assert (found["whole_model"], found["modules"], found["lines"]) == ("mixed (1 undecided, 3 flat)", "flat", 8)
+    assert math.isnan(found["kappa_flat"])
+    found = verdict(lambda split, name, rank, seed: (split, name, rank, seed) == ("held_out", "output", 8, 1))
+    assert (found["whole_model"], found["modules"], found["lines"]) == ("flat", "mixed (1 flat, 1 undecided)", 8)
+    found = verdict(lambda split, name, rank, seed: (split, name) == ("train", "hidden"))
+    assert (found["whole_model"], found["modules"], found["lines"]) == ("flat", "flat", 7)
+
+
+RIGHT, WRONG = "with the rank, as a control must", "with the rank, AGAINST THE LAW: this control"
+
+
+@pytest.mark.parametrize(
+    ("powers", "constant", "gaussian"),
+    [
+        ((0.5, 0.51), f"grows {RIGHT}", f"grows {WRONG} shrinks"),
+        ((-0.5, -0.51), f"shrinks {WRONG} grows", f"shrinks {RIGHT}"),
+        ((0.0, 0.0), "FLAT: the check has no power", "FLAT: the check has no power"),
+        ((0.0, 0.3), "undecided", "undecided"),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_control_goes_where_the_law_has_it_go(optimizer, powers, constant: str, gaussian: str) -> None:
+    """Constant gamma grows and the gaussian init shrinks, of whole model and modules; nothing else will do."""
+    config = CheckConfig(ranks=(2, 8, 32), optimizers=(optimizer,), rules=("lora",), steps=(1,), seeds=(0, 1))
+    sizes = sizes_of(config, lambda case, split, quantity, rank, seed: rank ** powers[seed])
+    found = verdicts(config, coordinate_slopes(config, sizes))
+    assert found["whole_model"].tolist()[1:] == found["modules"].tolist()[1:] == [constant, gaussian]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rule", "init", "direction"),
+    [
+        *((name, 0.0, "kaiming_uniform", "grows") for name in ("sgd", "momentum", "adam", "adamw")),
+        *((name, rule, "gaussian", "shrinks") for name in ("sgd", "adam") for rule in (0.0, "rora", "lora", 3.0)),
+        ("sgd", -1.0, "gaussian", "grows"),
+        ("adam", -1.0, "gaussian", "grows"),
+        ("adam", -0.25, "gaussian", ""),  # r^(1/4) where the signal leads, r^(-1/4) where cross-talk does
+        ("sgd", -0.6, "gaussian", ""),
+        ("sgd", -0.3, "gaussian", "shrinks"),
+    ],
+)
+def test_the_direction_of_a_control(optimizer, rule, init, direction: str) -> None:
+    """By the first step's powers, gamma and A's deviation squared under SGD: 1 - 2 kappa - 2 a and half a rank less."""
+    assert control_direction(Case(optimizer, rule, init, True)) == direction
 
 
 class Watching(Checker):
