@@ -287,3 +287,28 @@ def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -
 
     found = statuses(draw)
     assert [found[equation] for equation in ("13", "14", "15")] == [status] * 3
+
+
+@pytest.mark.parametrize(
+    ("width", "gap", "status"),
+    [
+        (0.09, 0.089, "holds"),
+        (0.09, 0.091, "fails"),
+        (0.11, 0.0, "undecided"),  # a slope that is off by a tenth would not have been seen
+        (0.11, 0.109, "undecided"),
+        (0.11, 0.111, "fails"),
+    ],
+)
+def test_growth_is_judged_at_the_threshold_of_all_cells(width: float, gap: float, status: str) -> None:
+    """Of three ranks, two cells each: the limit's slope may lie that many standard errors off, at most a tenth."""
+    low, high = (math.ceil(far * laws.random_input_crossing_rank(1600, 0.5)) for far in (16, 64))
+    error = width / threshold(verdicts.FALSE_ALARM, 6)  # of a slope between two points
+    spread = error * math.log(high / low) / math.sqrt(2) * 2 * math.sqrt(99)  # of the square, a hundred draws
+
+    def draw(setting: sampling.RandomStep) -> sampling.Sums:
+        square = float(setting.rank) ** (2 * (1 + gap * (setting.rank in (low, high))))
+        draws = square * (1 + spread * np.tile([-1.0, 1.0], 50))
+        return sampling.Sums(Moments().add(np.tile([-1.0, 1.0], 50)), Moments().add(draws))
+
+    found = statuses(draw)
+    assert [found[equation] for equation in ("13", "14", "15")] == [status] * 3
