@@ -87,7 +87,7 @@ def run(config: Config) -> None:
         return asdict(readings.read_run(bench, grid.training(cell), cell.read_at))
 
     run_cells(cells, work, folder, runner=runner, title="runs", words=lambda value: said(value, tokens))
-    runs = [horizons.run_of(one.cell, one.value) for one in finished(folder.path).values()]
+    runs = horizons.distinct(horizons.run_of(one.cell, one.value) for one in finished(folder.path).values())
     folder.write_frame(horizons.horizon_table(runs, tokens, answered), "results.csv")
     judged = horizons.judge_runs(runs, tokens, takeovers=takeovers, warmup=grid.warmup)
     for name, frame in judged.files().items():

@@ -23,6 +23,7 @@ from rora_theory.runs.folder import RunFolder
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import (
     COLUMNS,
+    RECORDS,
     UNITS,
     Comparison,
     best_rates,
@@ -124,7 +125,7 @@ def _rate(row: Any) -> str:
     mark = {"low": "<", "high": ">"}.get(row["edge"], "")
     error = ""
     if not pd.isna(row["log2_error"]):
-        n = row["seeds"] if row["error_over"] == "seeds" else trained_runs.BOOTSTRAPS
+        n = trained_runs.BOOTSTRAPS if row["error_over"] == RECORDS else row["seeds"]
         error = f" ({2 ** Estimate(0.0, row['log2_error'], n, row['error_over']).half_width():.2f})"
     return f"{mark}{row['best_rate']:.3g}{error}"
 

@@ -21,12 +21,14 @@ class Estimate:
       n: how many cases the error is from; those of a bootstrap are its draws.
       over: what they are: ``"draws"``, ``"seeds"``, ``"records"``, ``"items"``, ``"trials"``; empty where one case
         gives no error.
+      bound: what may be hidden besides and does not average out, such as a grid's spacing: added to every half width.
     """
 
     value: float
     error: float
     n: int
     over: str
+    bound: float = 0.0
 
     @property
     def has_error(self) -> bool:
@@ -34,7 +36,7 @@ class Estimate:
         return math.isfinite(self.error)
 
     def half_width(self, confidence: float = CONFIDENCE) -> float:
-        """Half the two-sided confidence interval, by Student's t; infinite for one case.
+        """Half the two-sided confidence interval, by Student's t, and the bound; infinite for one case.
 
         Example:
           >>> [round(Estimate(1.0, 0.1, n, "seeds").half_width(), 3) for n in (2, 400)]
@@ -42,11 +44,11 @@ class Estimate:
         """
         if self.n < 2:
             return math.inf
-        return float(stats.t.ppf(0.5 + confidence / 2, self.n - 1)) * self.error
+        return float(stats.t.ppf(0.5 + confidence / 2, self.n - 1)) * self.error + self.bound
 
     def times(self, factor: float) -> "Estimate":
         """The estimate of ``factor`` times the figure, ``factor`` being exact and above 0."""
-        return replace(self, value=self.value * factor, error=self.error * factor)
+        return replace(self, value=self.value * factor, error=self.error * factor, bound=self.bound * factor)
 
 
 def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:

@@ -17,7 +17,7 @@ from rora_theory.optimizers import FAMILY
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.paired import mean_per_token
-from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes
+from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes, rate_gap
 from rora_theory.stats.slopes import SeedFit
 from rora_theory.theory.laws import scaling_power
 
@@ -129,6 +129,10 @@ class Curve:
         `rate_optimum.grid_gap`."""
         return float(np.mean([grid_gap(self.rates, losses) for losses in self.spread.losses]))
 
+    def rate_error(self) -> float:
+        """Mean over seeds, or over the draws of one, of `rate_optimum.rate_gap`: in log2 of the rate."""
+        return float(np.mean([rate_gap(self.rates, losses) for losses in self.spread.losses]))
+
 
 def at_shared_seeds(*curves: Curve) -> tuple[Curve, ...]:
     """The curves at the seeds that all of them have, in one order; none where they share no seed."""
@@ -137,7 +141,7 @@ def at_shared_seeds(*curves: Curve) -> tuple[Curve, ...]:
 
 
 def estimate(figure: Callable[..., Sequence[float] | np.ndarray], *curves: Curve) -> Estimate:
-    """A figure of curves of the same seeds, with its error over seeds or over held-out records, whichever is larger.
+    """A figure of curves of the same seeds, with its error over seeds and over held-out records, see `joint`.
 
     Of one seed it is the mean over the draws of the records, with their spread; where there are none there is no error.
 
@@ -151,14 +155,26 @@ def estimate(figure: Callable[..., Sequence[float] | np.ndarray], *curves: Curve
     values = np.asarray(figure(*drawn), np.float64)
     # The spread of bootstrap draws is the standard error itself.
     by_records = Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), len(values), RECORDS)
-    return by_records if not by_seeds.has_error else _larger(by_seeds, by_records)
+    return joint(by_seeds, by_records) if by_seeds.has_error else by_records
 
 
-def _larger(by_seeds: Estimate, by_records: Estimate) -> Estimate:
-    """The mean over seeds, with the larger of two errors."""
-    if by_seeds.has_error and by_seeds.half_width() >= by_records.half_width():
-        return by_seeds
-    return replace(by_records, value=by_seeds.value)
+def joint(by_seeds: Estimate, by_records: Estimate) -> Estimate:
+    r"""The mean over seeds with both errors, a over n seeds and b over records.
+
+    All seeds are scored on the same records, so that their spread leaves out what other records would change, and
+    :math:`\sqrt{a^2 + b^2}` is the error of both. Its degrees of freedom are Welch and Satterthwaite's,
+    :math:`(a^2 + b^2)^2 / (a^4 / (n - 1) + b^4 / (m - 1))`, rounded down. Where its interval is narrower than either
+    error's alone, which so few cases can bring about, that one is taken.
+    """
+    by_records = replace(by_records, value=by_seeds.value)
+    if not by_seeds.has_error:
+        return by_records
+    a, b = by_seeds.error**2, by_records.error**2
+    if not a or not b:
+        return by_seeds if a else by_records
+    freedom = math.floor((a + b) ** 2 / (a**2 / (by_seeds.n - 1) + b**2 / (by_records.n - 1)))
+    both = Estimate(by_seeds.value, math.sqrt(a + b), max(freedom, 1) + 1, f"{by_seeds.over} and {by_records.over}")
+    return max((both, by_seeds, by_records), key=Estimate.half_width)
 
 
 def less(first: Curve, second: Curve) -> Estimate:
@@ -171,11 +187,18 @@ def log2_rates(curve: Curve) -> np.ndarray:
     return np.log2([best.rate for best in curve.bests()])
 
 
+def of_log2_rates(weights: Sequence[float] | Float[np.ndarray, " n"], *curves: Curve) -> Estimate:
+    """A weighted sum of the curves' log2 best rates, of the same seeds; its bound is what the grids may hide of it."""
+    found = estimate(lambda *own: np.asarray(weights) @ [log2_rates(one) for one in own], *curves)
+    hidden = sum(abs(weight) * curve.rate_error() for weight, curve in zip(weights, curves, strict=True))
+    return replace(found, bound=float(hidden))
+
+
 def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     """The best rate and loss of every curve, a row each: `BEST_COLUMNS`, in units of `UNITS`."""
     rows = []
     for curve in curves:
-        logs, losses = estimate(log2_rates, curve), estimate(Curve.least, curve)
+        logs, losses = of_log2_rates((1.0,), curve), estimate(Curve.least, curve)
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
             | {"rank": curve.rank, "best_rate": float(f"{2**logs.value:.5g}")}
@@ -198,7 +221,9 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
             continue
         x = np.log([curve.rank for curve in kept])
         lever = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
-        slope = estimate(lambda *own, lever=lever: lever @ [math.log(2) * log2_rates(one) for one in own], *kept)
+        slope = of_log2_rates(math.log(2) * lever, *kept)
+        means = np.array([np.mean(log2_rates(one.spread)) for one in kept]) * math.log(2)
+        fit = SeedFit.of(slope, slopes.departure(x, means, slope.value))
         optimizer, trained, _, kappa = line
         predicted = predicted_slopes(optimizer, kappa, trained=trained)  # type: ignore[arg-type]
         apart = {name: abs(value - slope.value) for name, value in predicted.items()}
@@ -210,7 +235,9 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{slope.value:.4f}")}
         row |= {"standard_error": float(f"{slope.error:.2g}") if slope.has_error else None}
         row |= {"half_width": float(f"{slope.half_width():.2g}") if slope.has_error else None}
-        row |= {"verdict": slopes.trend(SeedFit.of(slope)), **predicted, "nearest": nearest}
+        # One seed's error is over records: it leaves out how one training run differs from the next.
+        row |= {"verdict": slopes.trend(fit) if len(kept[0].losses) > 1 else "undecided"}
+        row |= {**predicted, "nearest": nearest}
         rows.append(row)
     return frames.of(rows, SLOPE_COLUMNS)
 
@@ -289,7 +316,7 @@ def paired_losses(
     records: tuple[Float[np.ndarray, " records"], Float[np.ndarray, " records"]] | None = None,
     tokens: Float[np.ndarray, " records"] | None = None,
 ) -> Estimate:
-    """Loss of the first less the second, with the error over seeds or over held-out records, whichever is larger.
+    """Loss of the first less the second, with the error over seeds and over held-out records, see `joint`.
 
     For one seed and no record there is no error.
 
@@ -302,7 +329,7 @@ def paired_losses(
     if records is None or tokens is None:
         return by_seeds
     over_records = mean_per_token((records[0] - records[1]).tolist(), tokens.astype(int).tolist())
-    return _larger(by_seeds, replace(over_records, over=RECORDS))
+    return joint(by_seeds, replace(over_records, over=RECORDS))
 
 
 def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
@@ -313,7 +340,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
       losses: loss of the first less the second, at the best rates.
     """
     if shared := at_shared_seeds(first, second):
-        ratio = estimate(lambda a, b: log2_rates(a) - log2_rates(b), *shared)
+        ratio = of_log2_rates((1.0, -1.0), *shared)
     else:
         ratio = over_seeds(np.array([np.mean(log2_rates(first.spread)) - np.mean(log2_rates(second.spread))]))
     grid = max(first.grid_error(), second.grid_error())

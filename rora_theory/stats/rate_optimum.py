@@ -112,6 +112,27 @@ def grid_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
     return float(losses[index] * rises[known][0] * sides[~known][0] / sides[known][0]) if known.any() else math.inf
 
 
+def rate_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> float:
+    """How far from the least measured loss's rate the best rate may lie where `best_rate` has no parabola: a bound, in
+    log2 of the rate.
+
+    Beside a run that diverged it is half of the wider step to a neighbour, which is how far a parabola's vertex can
+    lie; elsewhere 0, the vertex being found. At an edge it is 0 too: what lies beyond is no matter of the spacing.
+
+    Args:
+      rates, losses: see `best_rate`.
+
+    Example:
+      >>> rate_gap(np.array([1.0, 2.0, 8.0]), np.array([1.2, 1.0, np.nan]))
+      1.0
+    """
+    losses = np.where(np.isfinite(losses), np.asarray(losses, np.float64), np.inf)
+    index = int(np.argmin(losses))
+    if index in (0, len(losses) - 1) or np.isfinite(losses[[index - 1, index + 1]]).all():
+        return 0.0
+    return float(np.max(np.diff(np.log2(np.asarray(rates, np.float64)[index - 1 : index + 2]))) / 2)
+
+
 def predicted_slopes(
     optimizer: Literal["sgd", "momentum", "adam", "adamw"], kappa: float, *, trained: Literal["both", "B"] = "both"
 ) -> dict[str, float]:

@@ -24,21 +24,23 @@ class SeedFit(NamedTuple):
       seeds: how many.
       departure: largest distance of a point (mean over seeds of log y) from the line, over the range of log x: in units
         of a slope, what the curve does beside its slope. 0 for two points.
+      bound: see `Estimate`.
     """
 
     slope: float
     standard_error: float
     seeds: int
     departure: float = 0.0
+    bound: float = 0.0
 
     def half_width(self, confidence: float = CONFIDENCE) -> float:
-        """Half the two-sided confidence interval, by Student's t."""
-        return Estimate(self.slope, self.standard_error, self.seeds, "seeds").half_width(confidence)
+        """Half the two-sided confidence interval, by Student's t, and the bound."""
+        return Estimate(self.slope, self.standard_error, self.seeds, "seeds", self.bound).half_width(confidence)
 
     @classmethod
     def of(cls, slope: Estimate, departure: float = 0.0) -> "SeedFit":
         """Of a mean over seeds of slopes, or of differences of two."""
-        return cls(slope.value, slope.error, slope.n, departure)
+        return cls(slope.value, slope.error, slope.n, departure, slope.bound)
 
 
 def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, "seeds n"]) -> SeedFit:
@@ -47,8 +49,13 @@ def seed_fit(x: Sequence[float] | Float[np.ndarray, " n"], y: Float[np.ndarray, 
     slope = over_seeds(seed_slopes(x, y))
     log_x = np.log(np.asarray(x, np.float64))
     means = np.mean(np.log(np.atleast_2d(np.asarray(y, np.float64))), axis=0)
-    rest = means - means.mean() - slope.value * (log_x - log_x.mean())
-    return SeedFit.of(slope, float(np.max(np.abs(rest)) / np.ptp(log_x)) if len(log_x) > 2 else 0.0)
+    return SeedFit.of(slope, departure(log_x, means, slope.value))
+
+
+def departure(log_x: Float[np.ndarray, " n"], log_y: Float[np.ndarray, " n"], slope: float) -> float:
+    """Of `SeedFit`: the largest distance of a point from the line of that slope through the mean, over the range."""
+    rest = log_y - log_y.mean() - slope * (log_x - log_x.mean())
+    return float(np.max(np.abs(rest)) / np.ptp(log_x)) if len(log_x) > 2 else 0.0
 
 
 def seed_slopes(

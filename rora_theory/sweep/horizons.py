@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,20 @@ from rora_theory.advice.transfer import transfer
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
-from rora_theory.measure.led import PARTS, keeping_exponent, keeping_factor
+from rora_theory.measure.led import PARTS, at_rate, keeping_exponent, keeping_factor
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
 from rora_theory.scaling import check_positive
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_per_token, resampled_ratios
-from rora_theory.stats.rate_curves import Curve, at_shared_seeds, best_rates, comparison, estimate, less, log2_rates
+from rora_theory.stats.rate_curves import (
+    Curve,
+    at_shared_seeds,
+    best_rates,
+    comparison,
+    less,
+    log2_rates,
+    of_log2_rates,
+)
 from rora_theory.sweep.readings import Reading, ReadRun
 from rora_theory.theory import horizon
 
@@ -191,6 +200,26 @@ def run_of(cell: Mapping[str, Any], value: Mapping[str, Any]) -> HorizonRun:
     return HorizonRun(cell["rank"], cell["strength"], cell["rate"], cell["seed"], read)
 
 
+def distinct(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
+    """A run for each rank, strength, rate and seed: the longest, with the readings of all of them.
+
+    At a constant rate runs that differ in their length alone are one run, up to rounding. Of two readings at one step
+    that of the longer run is kept, or one that has the parts of the change where the other has not.
+    """
+    by: dict[tuple[Any, ...], list[HorizonRun]] = {}
+    for run in runs:
+        by.setdefault((run.rank, run.strength, run.rate, run.seed), []).append(run)
+    found = []
+    for same in by.values():
+        same = sorted(same, key=lambda run: len(run.read.train_losses))
+        kept: dict[int, Reading] = {}
+        for one in (one for run in same for one in run.read.readings):
+            if one.step not in kept or one.parts is not None or kept[one.step].parts is None:
+                kept[one.step] = one
+        found.append(replace(same[-1], read=replace(same[-1].read, readings=[kept[step] for step in sorted(kept)])))
+    return found
+
+
 def read_takeovers(folder: Path) -> list[float]:
     """The takeover distances at held-out tokens of all modules, from a run of ``sims.regime`` with PEFT's init.
 
@@ -277,13 +306,14 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for row in frames.rows(best[best["rank"].notna()]) if len(led) else ():
-        own = led[(led["rank"] == row["rank"]) & (led["strength"] == row["strength"]) & (led["step"] == row["step"])]
+        own = led[(led["rank"] == row["rank"]) & np.isclose(led["strength"], row["strength"])]
+        own = own[own["step"] == row["step"]]
         found, slopes = [], []
         for _, one in own.groupby("seed"):
             x, y = (np.log2(one.sort_values("learning_rate")[name].to_numpy()) for name in ("learning_rate", "change"))
-            at = math.log2(row["best_rate"])
-            if len(x) > 1 and x[0] <= at <= x[-1]:
-                right = max(int(np.searchsorted(x, at)), 1)
+            at = math.log2(row["best_rate"])  # of five digits: at the end of the grid it may lie a little beyond
+            if len(x) > 1 and x[0] - 1e-4 <= at <= x[-1] + 1e-4:
+                right = min(max(int(np.searchsorted(x, at)), 1), len(x) - 1)
                 slopes.append((y[right] - y[right - 1]) / (x[right] - x[right - 1]))
                 found.append(y[right] + (at - x[right]) * slopes[-1])
         if found:
@@ -299,10 +329,10 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
 
 def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
     """Loss against rate of every rank and strength after a step, and of full fine-tuning (rule ``full``, rank 0 and
-    gamma 1), where three rates or more reach it.
+    gamma 1), where three rates or more reach it; see `_shared_grid`.
 
     Args:
-      runs: of the grid; where two differ in their length alone, either may be given.
+      runs: of the grid, `distinct`.
       tokens: of every held-out record.
       step: the horizon.
       draws: of the bootstrap over records.
@@ -311,9 +341,8 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
     reached = [run for run in runs if run.reaches(step)]
     for rank, strength in sorted({(run.rank or 0, run.strength or 0.0) for run in reached}):
         own = {(run.seed, run.rate): run for run in reached if (run.rank or 0, run.strength or 0.0) == (rank, strength)}
-        seeds = sorted({seed for seed, _ in own})
-        rates = [rate for rate in sorted({rate for _, rate in own}) if all((seed, rate) in own for seed in seeds)]
-        if len(rates) < 3:
+        seeds, rates = _shared_grid({key: run.losses(step) is not None for key, run in own.items()})
+        if not seeds:
             continue
         sums = np.full((len(seeds), len(rates), len(sizes)), np.inf)
         for (i, seed), (j, rate) in product(enumerate(seeds), enumerate(rates)):
@@ -328,6 +357,27 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
             )
         )  # fmt: skip
     return found
+
+
+def _shared_grid(trained: Mapping[tuple[int, float], bool]) -> tuple[list[int], list[float]]:
+    """The seeds of a curve and the rates that all of them ran at, both ascending; none where there is no such curve.
+
+    A seed with more rates comes first. One that leaves fewer than three rates, or no rate at which it trained, is left
+    out: a folder grows seed by seed, and what diverged in a short run says nothing of the rates beside it.
+
+    Args:
+      trained: by seed and rate whether the run was read, not diverged.
+    """
+    by_seed: dict[int, set[float]] = {}
+    for seed, rate in trained:
+        by_seed.setdefault(seed, set()).add(rate)
+    seeds: list[int] = []
+    rates: set[float] = set()
+    for seed in sorted(by_seed, key=lambda seed: (-len(by_seed[seed]), seed)):
+        both = rates & by_seed[seed] if seeds else by_seed[seed]
+        if len(both) >= 3 and all(any(trained[each, rate] for rate in both) for each in (*seeds, seed)):
+            seeds, rates = [*seeds, seed], both
+    return sorted(seeds), sorted(rates)
 
 
 def bests(found: Sequence[Curve], step: int) -> pd.DataFrame:
@@ -372,11 +422,18 @@ def beside_full(found: Sequence[Curve], step: int) -> pd.DataFrame:
 
 
 def exponent_of_parts(
-    runs: Sequence[HorizonRun], step: int, *, rank: int, strengths: tuple[float, float], rate: float
-) -> float | None:
+    runs: Sequence[HorizonRun],
+    step: int,
+    *,
+    rank: int,
+    strengths: tuple[float, float],
+    rate: float,
+    seeds: Sequence[int],
+) -> list[float]:
     """The exponent of the rate in gamma r that keeps the change of all modules together, by the parts that were
-    measured in runs at the first strength (`measure.led.keeping_factor`): the mean over the seeds' runs that are
-    nearest the rate. None where none was measured within half a grid step, an eighth of a decade, of it.
+    measured in runs at the first strength (`measure.led.keeping_factor`): of each seed in whose run nearest the rate
+    they were, moved to that rate as a constant gradient moves them (`measure.led.at_rate`). None of a seed without a
+    run within half a grid step, an eighth of a decade, of it.
 
     Args:
       runs: of the grid.
@@ -384,17 +441,20 @@ def exponent_of_parts(
       rank: of the runs.
       strengths: gamma r of the runs, and the other.
       rate: the best one at the first.
+      seeds: whose runs.
     """
     nearest: dict[int, tuple[float, float]] = {}
     for run in runs:
         parts = next((one.parts for one in run.read.readings if one.step == step), None)
         apart = abs(math.log10(run.rate / rate))
-        if parts is None or (run.rank, run.strength) != (rank, strengths[0]) or apart > 1 / 8 + 1e-3:
+        if parts is None or run.rank != rank or run.seed not in seeds or apart > 1 / 8 + 1e-3:
+            continue
+        if run.strength is None or not math.isclose(run.strength, strengths[0], rel_tol=1e-6):
             continue
         grows = strengths[1] / strengths[0]
-        factor = keeping_factor(grows, *(np.asarray(parts[name]) for name in PARTS))
+        factor = keeping_factor(grows, *at_rate(rate / run.rate, *(np.asarray(parts[name]) for name in PARTS)))
         nearest[run.seed] = min(nearest.get(run.seed, (math.inf, 0.0)), (apart, math.log(factor) / math.log(grows)))
-    return float(np.mean([slope for _, slope in nearest.values()])) if nearest else None
+    return [nearest[seed][1] for seed in sorted(nearest)]
 
 
 def horizon_exponents(
@@ -418,7 +478,8 @@ def horizon_exponents(
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
       ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both ends have; ``law_low``,
       ``law``, ``law_high`` (of the modules' takeovers, at the measured best rate); ``verdict``, see `judge_exponent`.
-      Over the strength ``by_parts``, see `exponent_of_parts`, and ``by_parts_verdict`` on that in place of the law's.
+      Over the strength ``by_parts``, the mean of `exponent_of_parts` over seeds, ``by_parts_low`` and ``by_parts_high``
+      their range, and ``by_parts_verdict`` on that in place of the law's.
     """
     rows = []
     by = {(curve.rank, _strength(curve)): curve for curve in found}
@@ -432,40 +493,60 @@ def horizon_exponents(
             if not ends:
                 continue
             at, low, high = first[1 - index], first[index], last[index]
-            slope = estimate(lambda a, b: log2_rates(b) - log2_rates(a), *ends).times(1 / math.log2(high / low))
+            slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / math.log2(high / low))
             law: tuple[float, ...] = (0.0, 0.0, 0.0)
-            by_parts = None
+            by_parts: list[float] = []
+            rivals = RIVALS[over]
             if over == "strength":
                 rate = 2 ** float(np.mean(log2_rates(ends[0].spread)))
                 told = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
                 law = tuple(told["exponent"])
-                by_parts = exponent_of_parts(runs, step, rank=int(at), strengths=(low, high), rate=rate)
+                by_parts = exponent_of_parts(
+                    runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
+                )
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
+            judged = partial(judge_exponent, slope, edge=edge, seeds=seeds)
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
                 | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
-                | {"verdict": judge_exponent(slope, (min(law), max(law)), edge=edge, seeds=seeds), "by_parts": by_parts}
+                | {"verdict": judged((min(law), max(law)), rivals)}
+                | {"by_parts": float(np.mean(by_parts)) if by_parts else None}
             )
-            if by_parts is not None:
-                rows[-1]["by_parts_verdict"] = judge_exponent(slope, (by_parts, by_parts), edge=edge, seeds=seeds)
+            if by_parts:
+                ends_of_parts = min(by_parts), max(by_parts)
+                rows[-1] |= dict(zip(("by_parts_low", "by_parts_high"), ends_of_parts, strict=True))
+                rows[-1]["by_parts_verdict"] = judged(ends_of_parts, (*rivals, law[1]))
     return pd.DataFrame(rows)
 
 
-def judge_exponent(slope: Estimate, law: tuple[float, float], *, edge: bool, seeds: int) -> str:
+RIVALS = {"strength": (-1.0, 0.0), "rank": (0.5,)}
+"""What else is said of the exponent: in gamma r, -1 (the first step's law) and 0 (nothing to change); in the rank at
+one gamma r, 1/2 (cross-talk leads, so that the step falls as the root of the rank)."""
+
+
+def judge_exponent(
+    slope: Estimate, law: tuple[float, float], rivals: Sequence[float], *, edge: bool, seeds: int
+) -> str:
     """Whether a measured exponent of the best rate bears the law out.
 
-    ``agrees``: its 95% interval meets the law's range and leaves out what else is said, -1 (the first step's law) and 0
-    (nothing to change), where the law's range does; ``contradicts``: it misses the law's range; ``undecided``: it
-    could not tell, a best rate lies at the grid's edge, or there is one seed: its error is over records and leaves out
-    how one training run differs from the next.
+    ``agrees``: its 95% interval meets the law's range and leaves out what else is said, where the law's range does;
+    ``contradicts``: it misses the law's range; ``undecided``: it could not tell, a best rate lies at the grid's edge,
+    or there is one seed: its error is over records and leaves out how one training run differs from the next.
+
+    Args:
+      slope: measured.
+      law: the range of what is judged.
+      rivals: what else is said, see `RIVALS`.
+      edge: whether a best rate is at the grid's edge.
+      seeds: whose curves both ends have.
     """
     if edge or seeds < 2 or not math.isfinite(slope.half_width()):
         return "undecided"
     low, high = slope.value - slope.half_width(), slope.value + slope.half_width()
     if high < law[0] or low > law[1]:
         return "contradicts"
-    others = [other for other in (-1.0, 0.0) if not law[0] <= other <= law[1]]
+    others = [other for other in rivals if not law[0] <= other <= law[1]]
     return "undecided" if any(low <= other <= high for other in others) else "agrees"
 
 
@@ -494,11 +575,12 @@ def judge_runs(
     """Find the best rates at every step that was read, and judge them.
 
     Args:
-      runs: of one grid.
+      runs: of one grid; those of one setting are taken as one, see `distinct`.
       tokens: of each held-out record.
       takeovers: of a model's modules, for the law's exponents; none leaves these out.
       warmup: steps.
     """
+    runs = distinct(runs)
     steps = sorted({one.step for run in runs for one in run.read.readings})
     curves = {step: curves_at(runs, tokens, step) for step in steps}
     best = _joined(bests(found, step) for step, found in curves.items())

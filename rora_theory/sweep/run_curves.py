@@ -68,9 +68,9 @@ def rate_loss_table(runs: Sequence[TrainedRun]) -> "pd.DataFrame":
 def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> list[Comparison]:
     """Rules against each other at the largest rank, at the grid's rate of least mean loss, record by record.
 
-    Seeds that ran at both rates are averaged, those of no curve too; with two or more of them the error is over seeds
-    or over records, whichever is larger. Where one of these runs diverged, the verdict names it and settles nothing:
-    the losses are of the seeds that finished both, or where none did the curves' least ones, without an error.
+    Seeds that ran at both rates are averaged, those of no curve too; the error is over seeds and over records, see
+    `rate_curves.joint`. Where one of these runs diverged, the verdict names it and settles nothing: the losses are of
+    the seeds that finished both, or where none did the curves' least ones, without an error.
     """
     found = []
     for first, second in pairs(curves):

@@ -157,15 +157,60 @@ def levels(by_seed: list[float], by_draw: list[float] | None = None, seeds: tupl
 
 
 def test_a_draw_s_spread_is_the_error_itself():
-    """Of seeds the error is that of their mean; of bootstrap draws, their deviation; the larger interval is told."""
+    """Of seeds the error is that of their mean; of bootstrap draws, their deviation; with both, both are told of, by
+    hand: the error is their root sum of squares, and the interval no narrower than either's alone."""
     values = [1.0, 2.0, 4.0, 9.0]
     wide, near = np.std(values, ddof=1), [3.999, 4.0, 4.001]
     least = rate_curves.Curve.least
     assert rate_curves.estimate(least, levels(values)) == Estimate(4.0, wide / 2, 4, "seeds")
     assert rate_curves.estimate(least, levels([7.0], values)) == Estimate(4.0, wide, 4, "held-out records")
     assert rate_curves.estimate(least, levels([7.0])).over == ""
-    assert rate_curves.estimate(least, levels(values, near)) == Estimate(4.0, wide / 2, 4, "seeds")
-    assert rate_curves.estimate(least, levels(near, values)) == Estimate(4.0, wide, 4, "held-out records")
+    narrow = np.std(near, ddof=1)
+    both = rate_curves.estimate(least, levels(values, near))
+    assert (both.value, both.over, both.n) == (4.0, "seeds and held-out records", 4)  # 3.0000 degrees of freedom
+    assert both.error == pytest.approx(np.hypot(wide / 2, narrow), rel=1e-12)
+    both = rate_curves.estimate(least, levels(near, values))
+    assert both.error == pytest.approx(np.hypot(narrow / 3**0.5, wide), rel=1e-12)
+    assert (both.value, both.n) == (4.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "records", "n", "over"),
+    [
+        ((0.3, 3), (0.2, 1000), 5, "seeds"),  # 4.17 degrees of freedom: sqrt(0.13) by 2.78 is less than 0.3 by 4.30
+        ((0.3, 3), (0.1, 1000), 3, "seeds and held-out records"),
+        ((0.3, 12), (0.3, 1000), 44, "seeds and held-out records"),  # 43.5
+        ((0.1, 12), (0.5, 1000), 944, "seeds and held-out records"),
+        ((0.0, 3), (0.2, 1000), 1000, "held-out records"),
+        ((0.3, 3), (0.0, 1000), 3, "seeds"),
+        ((math.inf, 1), (0.2, 1000), 1000, "held-out records"),
+    ],
+)
+def test_seeds_and_records_are_two_sources_of_error(seeds, records, n, over):
+    """Errors add in squares, degrees of freedom by Welch and Satterthwaite; the value is the mean over seeds."""
+    by_seeds = Estimate(2.0, *seeds, "seeds" if seeds[1] > 1 else "")
+    by_records = Estimate(2.1, *records, "held-out records")
+    found = rate_curves.joint(by_seeds, by_records)
+    assert (found.value, found.over) == (2.0, over)
+    if over == "seeds and held-out records":
+        assert (found.error, found.n) == (pytest.approx(np.hypot(seeds[0], records[0])), n)
+    known = [one.half_width() for one in (by_seeds, by_records) if one.has_error]
+    assert found.half_width() >= max(known)
+
+
+def test_both_errors_cover_what_seeds_and_records_draw():
+    """The mean over three seeds scored on the same records: its 95% interval holds the truth in 95% of 4000 worlds or
+    more, in which either error alone holds it less often."""
+    random, worlds, n = np.random.default_rng(0), 4000, 8
+    seeds, shared = random.normal(size=(worlds, n)), random.normal(size=worlds) / n**0.5  # both errors alike
+    held = {"both": 0, "seeds": 0}
+    for own, common in zip(seeds, shared, strict=True):
+        by_seeds = Estimate(own.mean() + common, own.std(ddof=1) / n**0.5, n, "seeds")
+        both = rate_curves.joint(by_seeds, Estimate(0.0, 1 / n**0.5, 1000, "held-out records"))
+        for name, one in (("both", both), ("seeds", by_seeds)):
+            held[name] += abs(one.value) <= one.half_width()
+    assert held["both"] / worlds > 0.94  # 0.95 less three standard errors
+    assert held["seeds"] / worlds < 0.90
 
 
 def test_curves_are_paired_by_their_seeds():
@@ -208,15 +253,15 @@ def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
 @pytest.mark.parametrize(
     ("by_seed", "records", "over"),
     [
-        ((0.1, -0.1, 0.3), True, "seeds"),
-        ((0.1, 0.1001, 0.0999), True, "held-out records"),
+        ((0.1, -0.1, 0.3), True, "seeds and held-out records"),
+        ((0.1, 0.1001, 0.0999), True, "seeds and held-out records"),
         ((0.1,), True, "held-out records"),
         ((0.1, 0.3), False, "seeds"),
         ((0.1,), False, ""),
     ],
 )
-def test_the_larger_of_two_errors_is_kept(by_seed, records, over):
-    """Over seeds, or over four records by hand; over neither where there is one seed and no record."""
+def test_both_errors_are_kept(by_seed, records, over):
+    """Over seeds, and over four records by hand; over neither where there is one seed and no record."""
     tokens, noise = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, -2.0, 2.0, -1.0])
     second = np.full(len(by_seed), 2.0)
     first = second + np.array(by_seed)
@@ -224,7 +269,9 @@ def test_the_larger_of_two_errors_is_kept(by_seed, records, over):
     found = rate_curves.paired_losses(first, second, summed, tokens if records else None)
     assert (found.over, found.value) == (over, pytest.approx(np.mean(by_seed)))
     by_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else np.inf
-    expected = {"held-out records": np.sqrt(np.sum(noise**2) * 4 / 3) / 100}.get(over, by_seeds)
+    by_records = np.sqrt(np.sum(noise**2) * 4 / 3) / 100
+    both = {"held-out records": by_records, "seeds and held-out records": np.hypot(by_seeds, by_records)}
+    expected = both.get(over, by_seeds)
     assert found.error == pytest.approx(expected, rel=1e-9)
 
 
@@ -248,3 +295,79 @@ def test_best_rates_and_their_ratio():
     (found,) = rate_curves.compare_rules([twice, by_seed])
     assert found.ratio == pytest.approx(2**-0.5, rel=1e-3)
     assert found.ratio_log2_error == pytest.approx(0.5, rel=1e-2)
+
+
+def gone_above(rate, rank, seeds=3):
+    """Least at a rate whose upper neighbour diverged, at every seed."""
+    losses = np.array([[1 + 0.1 * math.log(each / rate) ** 2 if each <= rate else np.nan for each in RATES]] * seeds)
+    return rate_curves.Curve("adamw", "both", "lora", 1.0, rank, 8 / rank, np.array(RATES), losses)
+
+
+def test_a_slope_beside_runs_that_diverged_is_known_to_the_grid():
+    """Three seeds that take the grid's own rate agree to the last digit; what the grid hides is in the interval."""
+    (row,) = rate_curves.rate_slopes([gone_above(1e-3, rank) for rank in (8, 32)]).to_dict("records")
+    hidden = 2 * math.log(1e-3 / 3e-4) / 2 / math.log(4)  # half of the wider step, at either end
+    assert (row["slope"], row["half_width"]) == (0.0, pytest.approx(hidden, abs=0.01))
+    assert row["verdict"] == "undecided"
+
+
+def test_best_rates_that_turn_back_are_not_flat():
+    """4, 32, 4 at three ranks have a slope of nothing that no line bears."""
+    curves = [bowl("lora", 1.0, rank, best, seeds=3) for rank, best in ((4, 5e-4), (16, 4e-3), (64, 5e-4))]
+    (row,) = rate_curves.rate_slopes(curves).to_dict("records")
+    assert abs(row["slope"]) + row["half_width"] < 0.1
+    assert row["verdict"] == "undecided"
+
+
+def test_one_seed_decides_no_slope():
+    flat = [levels_at(rank, seeds) for seeds in (2, 1) for rank in (8, 64)]
+    assert [rate_curves.rate_slopes(one)["verdict"].tolist() for one in (flat[:2], flat[2:])] == [
+        ["flat"],
+        ["undecided"],
+    ]
+
+
+def levels_at(rank, seeds):
+    """A bowl about 1e-3 of so many seeds, and three draws of the records that say the same."""
+    losses = np.exp(0.1 * np.log(np.array(RATES) / 1e-3) ** 2)
+    resampled = np.tile(losses, (3, seeds, 1)) * np.array([1.0, 1.001, 0.999])[:, None, None]
+    return rate_curves.Curve(
+        "adamw", "both", "lora", 1.0, rank, 8 / rank, np.array(RATES), np.tile(losses, (seeds, 1)), resampled
+    )
+
+
+@pytest.mark.parametrize(("slope", "nearest"), [(0.08, "signal or A moves"), (0.25, ""), (0.42, "cross-talk")])
+def test_a_slope_is_near_what_lies_within_the_band(slope, nearest):
+    """Of the predictions 0 and 1/2 under Adam and alpha / r, seeds without spread: within 0.1 and no further."""
+    curves = [bowl("lora", 1.0, rank, 1e-3 * (rank / 8) ** slope, seeds=3) for rank in (8, 16, 32)]
+    (row,) = rate_curves.rate_slopes(curves).to_dict("records")
+    assert row["slope"] == pytest.approx(slope, abs=0.005)
+    assert row["half_width"] < 0.01
+    assert row["nearest"] == nearest
+
+
+def test_what_a_grid_hides_is_the_mean_over_seeds_or_draws():
+    rates = np.array([1e-3, 3e-3, 1e-2])
+    shallow, steep = np.array([1.1, 1.0, 1.1]), np.array([1.4, 1.0, 1.4])
+    of = {
+        "optimizer": "adamw",
+        "trained": "both",
+        "rule": "lora",
+        "kappa": 1.0,
+        "rank": 8,
+        "scaling": 1.0,
+        "rates": rates,
+    }
+    alone = [rate_curves.Curve(**of, losses=one[None]).grid_error() for one in (shallow, steep)]
+    assert alone[0] < alone[1] / 2
+    both = rate_curves.Curve(**of, losses=np.array([shallow, steep]))
+    assert both.grid_error() == pytest.approx(np.mean(alone), rel=1e-12)
+    drawn = rate_curves.Curve(**of, losses=shallow[None], resampled=np.array([[shallow], [steep], [steep]]))
+    assert drawn.grid_error() == pytest.approx((alone[0] + 2 * alone[1]) / 3, rel=1e-12)
+
+
+def test_the_value_is_the_mean_over_seeds_where_there_are_seeds():
+    """Draws of the records have another mean; of one seed alone theirs is told."""
+    losses, drawn = [1.0, 3.0], [5.0, 7.0, 9.0]
+    assert rate_curves.estimate(rate_curves.Curve.least, levels(losses, drawn)).value == 2.0
+    assert rate_curves.estimate(rate_curves.Curve.least, levels(losses[:1], drawn)).value == 7.0

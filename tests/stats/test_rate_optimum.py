@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.stats.rate_optimum import best_rate, grid_gap, minima, predicted_slopes
+from rora_theory.stats.rate_optimum import best_rate, grid_gap, minima, predicted_slopes, rate_gap
 from rora_theory.theory import laws
 
 RATES = 2.0 ** np.arange(-6, 3)
@@ -111,3 +111,15 @@ def test_what_a_grid_hides():
     assert grid_gap(rates, np.array([np.inf, 1.0, right])) == pytest.approx(0.6 / 2)
     assert grid_gap(rates, np.array([np.inf, 1.0, np.inf])) == np.inf
     assert (grid_gap(rates, np.array([1.0, 2.0, 3.0])), grid_gap(rates, np.array([3.0, 2.0, 1.0]))) == (0.0, 0.0)
+
+
+def test_how_far_the_best_rate_may_lie_beside_a_run_that_diverged():
+    """By hand, in log2: half the wider side beside one or two, nothing where a parabola passes or at an edge."""
+    rates = np.array([1.0, 2.0, 16.0, 32.0])
+    gone = np.nan
+    for losses, gap in (
+        ([2, 1, 2, 3], 0), ([2, 1, gone, 3], 1.5), ([gone, 1, 2, 3], 1.5), ([3, 2, 1, gone], 1.5),
+        ([3, gone, 1, 2], 1.5), ([1, gone, 2, 3], 0), ([gone, gone, gone, 1], 0), ([gone, 3, 1, 2], 0),
+    ):  # fmt: skip
+        assert rate_gap(rates, np.array(losses, float)) == gap
+    assert rate_gap(rates[:3], np.array([gone, 1, gone])) == 1.5
