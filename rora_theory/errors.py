@@ -17,7 +17,15 @@ class FailedError(Exception):
 
 def shown(value: object) -> str:
     """A found value as a message shows it: on one line, cut where it is long or deep."""
-    return _SHOWN.repr(value)
+    try:
+        return _SHOWN.repr(value)
+    except ValueError:  # Python writes no integer of thousands of digits
+        return f"one {type(value).__name__} too long to write"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _SHOWN = reprlib.Repr()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -162,3 +163,29 @@ def test_nothing_imports_in_a_circle() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" imports ".join(error.args[1]))
+
+
+def private(path: Path) -> Iterator[str]:
+    """Names with an underscore that a file takes from another module of the repository, a named tuple's own apart."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    rooms = ("rora_theory", "sims", "figures", "benchmarks")
+    taken = [
+        alias
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in rooms
+        for alias in node.names
+    ]
+    bound = {alias.asname or alias.name for alias in taken}
+    reached = (node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
+    attributes = [node.attr for node in reached if node.value.id in bound]
+    for name in (*(alias.name for alias in taken), *attributes):
+        if name.startswith("_") and not name.startswith("__") and name not in dir(NamedTuple("Any", [])):
+            yield name
+
+
+def test_modules_take_from_each_other_what_is_public(tmp_path) -> None:
+    files = [path for room in ("rora_theory", "sims", "figures", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+    assert len(files) > 200  # the walk sees something
+    assert {str(path): names for path in files if (names := list(private(path)))} == {}
+    (tmp_path / "one.py").write_text("from rora_theory.theory import laws\nfrom sims.common import _cli\nlaws._law\n")
+    assert list(private(tmp_path / "one.py")) == ["_cli", "_law"]

@@ -18,7 +18,7 @@ from jinja2.utils import Namespace
 
 from rora_theory import digests, files
 from rora_theory.data.formats import ASSISTANT, Chat, Record
-from rora_theory.errors import InputError, shown
+from rora_theory.errors import InputError, first_line, shown
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -118,7 +118,7 @@ class ChatTemplate:
         try:
             self._template = self._environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise InputError(f"{where}: the chat template is no Jinja ({_reason(error)}); {CHOICES}") from None
+            raise InputError(f"{where}: the chat template is no Jinja ({first_line(error)}); {CHOICES}") from None
         self.dated = "strftime_now" in source
         self.marks = any(self._environment.parse(source).find_all(nodes.ExtensionAttribute))
 
@@ -210,7 +210,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # whatever a template's own code may raise
             raise InputError(
-                f"{self.where}: the chat template refuses it ({_reason(error)}); accepted is a chat that it takes"
+                f"{self.where}: the chat template refuses it ({first_line(error)}); accepted is a chat that it takes"
             ) from None
         return blocks
 
@@ -294,7 +294,3 @@ def _tojson(
 
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

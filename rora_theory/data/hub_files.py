@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from rora_theory import files
-from rora_theory.errors import InputError, shown
+from rora_theory.errors import InputError, first_line, shown
 
 HUB = "hf://datasets/"
 """Begins the name of a data set of the hub, or of what is in it."""
@@ -42,7 +42,7 @@ def fetch(repository: str, file: str, revision: str | None, *, where: str, accep
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{where} cannot be fetched ({_reason(error)}); accepted is {accepted}") from error
+        raise InputError(f"{where} cannot be fetched ({first_line(error)}); accepted is {accepted}") from error
 
 
 class Part(NamedTuple):
@@ -167,7 +167,7 @@ def _listing(repository: str, revision: str | None, where: str) -> tuple[list[st
         found = HfApi().dataset_info(repository, revision=revision)
         return [one.rfilename for one in found.siblings or []], found.sha
     except Exception as error:  # of the hub's HTTP client, which differs between versions of huggingface_hub
-        reason = _reason(error)
+        reason = first_line(error)
     with contextlib.suppress(Exception):
         root = Path(snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True))
         return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()], root.name
@@ -221,7 +221,3 @@ def _any(names: Sequence[str], suffix: str) -> bool:
 
 def _example(part: Part) -> str:
     return f"{part.place}/SUBSET:{part.split}"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

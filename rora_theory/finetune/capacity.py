@@ -540,11 +540,6 @@ def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:
     return shapes
 
 
-def count_elements(tree: Any) -> int:
-    """Number of elements in a tree of arrays, abstract or not."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
 def _bytes(tree: Any, shardings: Any = None) -> int:
     """Bytes of arrays, abstract or not; with their shardings those of one device."""
     leaves = jax.tree.leaves(tree)

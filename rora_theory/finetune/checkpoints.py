@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from rora_theory import seals
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, first_line
 from rora_theory.finetune.step import State
 
 
@@ -191,4 +191,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     system = re.search(r": ([^:\[]+) \[os_error_code", str(error))
-    return system.group(1) if system else (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return system.group(1) if system else first_line(error)[:200]

@@ -30,8 +30,7 @@ from rora_theory.llama.model import (
     Adapter,
     NoAdapter,
     Params,
-    _layer,
-    _with_prefix,
+    decoder_layer,
     embed,
     forward_cached,
     init_cache,
@@ -39,6 +38,7 @@ from rora_theory.llama.model import (
     slot_positions,
     unembed,
     windowed_layers,
+    with_prefix,
     within_window,
 )
 from rora_theory.llama.quantised import dense
@@ -434,11 +434,11 @@ def _read(
             values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
             k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
-            k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
+            k, v, wide = with_prefix(adapter.prefix(slices), k, v, mask)
             wide = within_window(config, wide, queries_at, slots_at, k.shape[1], windowed)
             return attend(q, k, v, wide, route="blocked")
 
-        return (_layer(x, weights, config, cos, sin, apply, attend_all), keys, values), None
+        return (decoder_layer(x, weights, config, cos, sin, apply, attend_all), keys, values), None
 
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     carry = (embed(params, tokens), *cache)

@@ -232,11 +232,11 @@ def hidden_states(
             return adapter.linear(name, u, dense(module["weight"]), module.get("bias"), slices, key=layer_key)
 
         def attend_all(q: Array, k: Array, v: Array) -> Array:
-            k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
+            k, v, wide = with_prefix(adapter.prefix(slices), k, v, mask)
             wide = within_window(config, wide, positions, positions, k.shape[1], windowed)
             return attend(q, k, v, wide, route=attention)
 
-        return _layer(x, weights, config, cos, sin, apply, attend_all), inputs
+        return decoder_layer(x, weights, config, cos, sin, apply, attend_all), inputs
 
     keys = None if key is None else jax.random.split(key, config.num_hidden_layers)
     xs = (params["layers"], adapter.layers(), keys, windowed_layers(config))
@@ -337,11 +337,11 @@ def forward_cached(
             values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
             k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False).astype(q.dtype)
             v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False).astype(q.dtype)
-            k, v, wide = _with_prefix(adapter.prefix(slices), k, v, mask)
+            k, v, wide = with_prefix(adapter.prefix(slices), k, v, mask)
             wide = within_window(config, wide, positions, slots_at, k.shape[1], windowed)
             return attend(q, k, v, wide, route="blocked")
 
-        x = _layer(x, weights, config, cos, sin, apply, attend_all)
+        x = decoder_layer(x, weights, config, cos, sin, apply, attend_all)
         return (x, keys, values), None
 
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
@@ -412,7 +412,7 @@ def init_params(
     return jax.tree.unflatten(tree, [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)])
 
 
-def _layer(
+def decoder_layer(
     x: Array,
     weights: Params,
     config: LlamaConfig,
@@ -421,7 +421,16 @@ def _layer(
     apply: Callable[[str, Array], Array],
     attend_all: Callable[[Array, Array, Array], Array],
 ) -> Array:
-    """One layer: ``apply(name, u)`` is a module, ``attend_all(q, k, v)`` attention over all it may see."""
+    """One layer of the residual stream, the one place that has its mathematics.
+
+    Args:
+      x: [b, s, d].
+      weights: the layer's own.
+      config: the model's.
+      cos, sin: of `rope.angles`.
+      apply: ``apply(name, u)`` is a module, adapted or not.
+      attend_all: ``attend_all(q, k, v)`` is attention over all that the queries may see.
+    """
     batch, length, _ = x.shape
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     u = rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
@@ -459,10 +468,11 @@ def _checkpointed(body: Callable, remat: bool | str) -> Callable:
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def _with_prefix(
+def with_prefix(
     prefix: tuple[Array, Array] | None, k: Array, v: Array, mask: Array | None
 ) -> tuple[Array, Array, Array | None]:
-    """Keys, values and mask with a prefix that every query sees before them."""
+    """Keys and values [b, n, kv heads, head_dim] and the mask of attention, with a prefix before them that every query
+    sees; as they are where there is none."""
     if prefix is None:
         return k, v, mask
     count = prefix[0].shape[0]

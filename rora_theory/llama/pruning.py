@@ -35,9 +35,9 @@ from rora_theory.llama.attention import attend
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import (
     Params,
-    _layer,
     abstract_params,
     count_parameters,
+    decoder_layer,
     embed,
     linear,
     windowed_layers,
@@ -122,7 +122,7 @@ def batch_statistics(params: Params, tokens: Int[Array, "b s"], config: LlamaCon
         def attend_all(q: Array, k: Array, v: Array) -> Array:
             return attend(q, k, v, within_window(config, None, positions, positions, k.shape[1], windowed))
 
-        y = _layer(x, weights, config, cos, sin, apply, attend_all)
+        y = decoder_layer(x, weights, config, cos, sin, apply, attend_all)
         before, after = x.astype(jnp.float32), y.astype(jnp.float32)
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
         cosine = jnp.sum(before * after, axis=-1) / jnp.maximum(norms, TINY)

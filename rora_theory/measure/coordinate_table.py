@@ -19,7 +19,6 @@ from rora_theory.stats.slopes import BAND, SeedFit
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
-MODEL_QUANTITIES = ("hidden", "logits", "loss")
 MODEL = "model"
 """Where a module is named, stands for the whole model."""
 

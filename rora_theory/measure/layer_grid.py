@@ -2,16 +2,15 @@
 
 grid, layers = StepGrid(ranks=(8, 32)), layer_data.read_layers("layers.npz")
 crossings(grid, layers)
-layer_table([row for cell in layer_cells(grid, layers) for row in layer_rows(grid, layers, cell)])
+frames.of([row for cell in layer_cells(grid, layers) for row in layer_rows(grid, layers, cell)], COLUMNS)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from rora_theory import frames
 from rora_theory.draws import stream_key
 from rora_theory.inits import Init
 from rora_theory.measure import layer_rms
@@ -104,11 +103,6 @@ def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list
             }
         )
     return found
-
-
-def layer_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of some `layer_rows`."""
-    return frames.of(found, COLUMNS)
 
 
 def crossings(grid: StepGrid, layers: Sequence[Layer]) -> pd.DataFrame:

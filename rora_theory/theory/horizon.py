@@ -35,7 +35,9 @@ from scipy import optimize
 
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_positive, check_rank
-from rora_theory.theory.laws import HALF_NORMAL_MEAN
+
+GROWTH = 1e100
+"""The most that B's gradient may grow: its squares must be numbers."""
 
 
 class Distances(NamedTuple):
@@ -73,7 +75,8 @@ def distances(
         grows under Adam; infinite: it stays.
 
     Raises:
-      InputError: no steps, unequal numbers of them, a negative rate or a decay outside [0, 1).
+      InputError: no steps, unequal numbers of them, a negative rate, a decay outside [0, 1), or a takeover that is not
+        above 0 or is next to nothing beside A's rates.
 
     Example:
       >>> distances([0.1] * 4, decay=None)
@@ -91,6 +94,11 @@ def distances(
         raise InputError("a rate is negative or not finite; accepted are numbers of 0 or more")
     if not takeover > 0:
         raise InputError(f"takeover is {takeover!r}; accepted is a number above 0, or inf")
+    if (reach := float(each_A.sum())) / takeover > GROWTH:
+        raise InputError(
+            f"takeover is {takeover!r} where A's rates add up to {reach:.3g}; accepted is {1 / GROWTH:g} of that or "
+            "more"
+        )
     paces = [_Pace(decay), _Pace(decay)]
     b = a = 0.0
     for rate_B, rate_A in zip(each_B.tolist(), each_A.tolist(), strict=True):
@@ -143,7 +151,7 @@ class RowTerms:
       turn: quantiles 0.05, 0.25, 0.5, 0.75, 0.95 of the distance at which an entry of :math:`G A^\top` changes its
         sign (infinite where it never does): far below the first the law is exact.
       p_out: outputs.
-      rows: of A that the terms rest on; 0 for a closed form.
+      rows: of A that the terms rest on.
     """
 
     coherent: Quadratic
@@ -242,47 +250,6 @@ def _pairs(first: np.ndarray, second: np.ndarray) -> list[tuple[np.ndarray, np.n
 def _quadratic(parts: Sequence[float]) -> Quadratic:
     """Of (u + a v)^2 from uu, uv and vv."""
     return Quadratic(parts[0], 2 * parts[1], parts[2])
-
-
-def one_sample_terms(
-    x: Float[np.ndarray, " p_in"], read_at: Float[np.ndarray, " p_in"], *, deviation: float, p_out: int = 1
-) -> RowTerms:
-    r"""The terms of sign descent on one sample, :math:`G = \delta x^\top`, in closed form for Gaussian A.
-
-    Every row has :math:`q = \pm (|a \cdot \hat x| \ldots)`: with s the deviation of A's entries and
-    :math:`\beta = \mathrm{sign}(x) \cdot x'`, in every output with :math:`\delta_i \neq 0`
-
-    .. math:: E[q] = s \sqrt{2/\pi}\, \hat x \cdot x' + a \beta, \qquad
-              E[q^2] = s^2 |x'|^2 + 2 a \beta s \sqrt{2/\pi}\, \hat x \cdot x' + a^2 \beta^2
-
-    so that at x' = x A leads from :math:`a = s \sqrt{2/\pi}\, |x|_2 / |x|_1` on (r large), about
-    :math:`s / \sqrt{p_{in}}`: exact at every distance, since no sign ever turns.
-
-    Args:
-      x: the sample's input, not zero.
-      read_at: x'.
-      deviation: s > 0.
-      p_out: outputs with a gradient.
-
-    Raises:
-      InputError: an x of zeros, shapes that differ, or a deviation out of range.
-    """
-    check_positive("deviation", deviation)
-    x, read_at = np.asarray(x, np.float64), np.asarray(read_at, np.float64)
-    norm = float(np.linalg.norm(x))
-    if x.ndim != 1 or x.shape != read_at.shape or not norm > 0:
-        raise InputError(f"x has shape {x.shape} and norm {norm}, x' {read_at.shape}; accepted are vectors, x not zero")
-    mean = deviation * HALF_NORMAL_MEAN * float(x @ read_at) / norm
-    slope = float(np.sign(x) @ read_at)
-    coherent = [mean**2, mean * slope, slope**2]
-    total = [deviation**2 * float(read_at @ read_at), mean * slope, slope**2]
-    return RowTerms(
-        _quadratic([p_out * each for each in coherent]),
-        _quadratic([p_out * each for each in total]),
-        (math.inf,) * 5,
-        p_out,
-        0,
-    )
 
 
 def one_sample_takeover(deviation: float, p_in: int) -> float:

@@ -157,7 +157,7 @@ def stream(
     Raises:
       InputError: a reduced sampler for an init it is not exact for.
     """
-    kind = _Kind.of(setting, sampler)
+    kind = BlockKind.of(setting, sampler)
     wanted = None if blocks is None else -(-blocks // batch) * batch
     places = list(devices or jax.devices()[:1])[: None if wanted is None else max(wanted // batch, 1)]
     mesh = Mesh(np.array(places), "places")
@@ -220,8 +220,14 @@ def _enough(sums: Sums, relative_error: float, draws: int | None) -> bool:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a compiled block depends on: no size for the reduced samplers, to which they are numbers."""
+class BlockKind:
+    """What a compiled block depends on: no size for the reduced samplers, to which they are numbers.
+
+    Attributes:
+      sampler, optimizer, init, rank, p_in, p_out: as `RandomStep` and `stream` have them.
+      draws: of a block.
+      step: draws that are made at once, so that their numbers stay in a core's cache.
+    """
 
     sampler: Sampler
     optimizer: Optimizer
@@ -233,7 +239,8 @@ class _Kind:
     step: int = _MOST_DRAWS
 
     @classmethod
-    def of(cls, setting: RandomStep, sampler: Sampler) -> "_Kind":
+    def of(cls, setting: RandomStep, sampler: Sampler) -> "BlockKind":
+        """The blocks of a setting; raises `InputError` for a reduced sampler that is not exact for it."""
         normal = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in).is_normal
         if sampler != "direct" and not normal:
             raise InputError(
@@ -248,6 +255,7 @@ class _Kind:
         return cls(sampler, setting.optimizer, setting.init, setting.rank, setting.p_in, setting.p_out, draws, step)
 
     def numbers(self, setting: RandomStep) -> dict[str, np.float32]:
+        """What a block is given beside its key and index, by name."""
         law = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in)
         values = {
             "rank": setting.rank,
@@ -264,7 +272,7 @@ class _Kind:
 
 @partial(jax.jit, static_argnames=("kind", "mesh"))
 def _blocks(
-    key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, *, kind: _Kind, mesh: Mesh
+    key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, *, kind: BlockKind, mesh: Mesh
 ) -> Float[Array, "blocks 2 draws"]:
     """Blocks of these indices, an equal part on each device of the mesh."""
     sample = {"direct": _direct, "pairs": _pairs, "chi_square": _chi_square}[kind.sampler]
@@ -282,7 +290,7 @@ def _blocks(
     return own(key, numbers, indices)
 
 
-def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
+def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
     optimizer = first_step.optimizer(kind.optimizer, numbers["learning_rate"])
     delta = jnp.ones(kind.p_out, jnp.float32)
 
@@ -304,7 +312,7 @@ def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[
     return jax.lax.map(one, jax.random.split(key, kind.draws), batch_size=kind.step).T
 
 
-def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> tuple[Array, Array, Array]:
+def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> tuple[Array, Array, Array]:
     """|x|, and the components of x' along x and across it, for each draw."""
     key_x, key_along, key_across = jax.random.split(key, 3)
     shape = (kind.draws,)
@@ -315,7 +323,7 @@ def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> tuple[
     return length, along, numbers["fresh"] * jnp.sqrt(jnp.where(freedom > 0, across2, 0))
 
 
-def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
+def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
     key_inputs, key_u, key_v = jax.random.split(key, 3)
     length, along, across = _inputs(key_inputs, numbers, kind)
     rank, s = numbers["rank"], numbers["deviation"]
@@ -339,7 +347,7 @@ def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[A
     return _finish(s * (along * total + across * rest), numbers, kind)
 
 
-def _chi_square(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
+def _chi_square(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
     key_inputs, key_plus, key_minus = jax.random.split(key, 3)
     length, along, across = _inputs(key_inputs, numbers, kind)
     size = jnp.hypot(along, across)
@@ -352,7 +360,7 @@ def _chi_square(key: PRNGKeyArray, numbers: dict[str, Array], kind: _Kind) -> Fl
     return _finish(numbers["deviation"] ** 2 * length / 2 * total, numbers, kind)
 
 
-def _finish(total: Float[Array, " draws"], numbers: dict[str, Array], kind: _Kind) -> Float[Array, "2 draws"]:
+def _finish(total: Float[Array, " draws"], numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
     """w_1 and |w|^2 from sum_k of (gradient or its sign) times (a_k . x'), delta_i = 1."""
     gamma = numbers["scaling"]
     step = numbers["learning_rate"] * (gamma**2 if kind.optimizer == "sgd" else gamma)

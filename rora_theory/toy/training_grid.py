@@ -2,17 +2,15 @@
 
 grid = TrainingGrid(ranks=(4, 64), optimizers=("sgd",), models=("linear",))
 rows = [row for cell in training_cells(grid) for row in training_rows(grid, cell)]
-found = exponents.exponent_fits(training_table(rows))
+found = exponents.exponent_fits(frames.of(rows, COLUMNS))
 grid_answers(grid, found)
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
 
-from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
@@ -162,11 +160,6 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
         for line, seed in enumerate(grid.seeds)
         for index, step in enumerate((0, *grid.steps))
     ]
-
-
-def training_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of some `training_rows`."""
-    return frames.of(found, COLUMNS)
 
 
 def grid_answers(grid: TrainingGrid, found: pd.DataFrame) -> list[Answer]:

@@ -12,7 +12,7 @@ from rora_theory.finetune import FinetuneConfig, capacity, sharding
 from rora_theory.finetune.capacity import DEVICES, MODELS, PAPER_MODELS, Account, Device
 from rora_theory.finetune.sharding import Layout
 from rora_theory.llama import LlamaConfig, init_params
-from rora_theory.llama.model import abstract_params
+from rora_theory.llama.model import count_parameters
 
 TINY = LlamaConfig(512, 32, 48, 2, 4, 2, 8, max_position_embeddings=64)
 SMALL = FinetuneConfig(rank=4, batch_size=4, dropout=0.0)
@@ -34,7 +34,7 @@ SMALL = FinetuneConfig(rank=4, batch_size=4, dropout=0.0)
     ],
 )
 def test_named_models_have_their_published_sizes(name, parameters):
-    assert capacity.count_elements(abstract_params(MODELS[name])) == parameters
+    assert count_parameters(MODELS[name]) == parameters
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_named_models_have_their_published_sizes(name, parameters):
 def test_adapters_have_the_papers_share_of_the_weights(model, method, rank, percent):
     config = FinetuneConfig(method=method, rank=rank)
     trained = adapters.count(capacity.abstract_adapter(MODELS[model], config))
-    base = capacity.count_elements(abstract_params(MODELS[model]))
+    base = count_parameters(MODELS[model])
     # PEFT counts the adapter among all parameters; the tables have two decimals, some cut and some rounded.
     assert 100 * trained / (base + trained) == pytest.approx(percent, abs=0.01)
 

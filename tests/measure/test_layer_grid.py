@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rora_theory import frames
 from rora_theory.measure import layer_grid, layer_rms
 from rora_theory.measure.layer_data import SPLITS, Layer
 from rora_theory.scaling import scaling_factor
@@ -25,8 +26,9 @@ GRID = StepGrid(ranks=(2, 8, 32), draws=300, lr=1e-3, alpha=4.0)
 def test_rows_are_the_law_s_within_their_errors() -> None:
     """Every optimizer, rule and split, each beside its own law. |z| below 5: a false alarm of 1e-4 over all rows."""
     cells = layer_grid.layer_cells(GRID, LAYERS)
-    table = layer_grid.layer_table(row for cell in cells for row in layer_grid.layer_rows(GRID, LAYERS, cell))
-    assert tuple(table) == layer_grid.COLUMNS
+    rows = [row for cell in cells for row in layer_grid.layer_rows(GRID, LAYERS, cell)]
+    assert {tuple(row) for row in rows} == {layer_grid.COLUMNS}
+    table = frames.of(rows, layer_grid.COLUMNS)
     assert len(table) == 2 * 3 * 2 * 3 * 2  # layers, ranks, optimizers, rules, splits
     assert ((table["estimate"] - table["exact"]) / table["standard_error"]).abs().max() < 5
     assert set(table["init"]) == {"kaiming_uniform"}

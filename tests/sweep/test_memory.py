@@ -6,7 +6,7 @@ import pytest
 
 from rora_theory.finetune import FinetuneConfig, capacity
 from rora_theory.finetune.loss import LOGITS_BYTES
-from rora_theory.llama import LlamaConfig
+from rora_theory.llama import LlamaConfig, count_parameters
 from rora_theory.sweep import memory
 
 MODEL = LlamaConfig(512, 256, 1024, 2, 4, 2, 64, max_position_embeddings=64)
@@ -29,7 +29,7 @@ def test_cells_differ_by_what_takes_memory(monkeypatch) -> None:
 
 def test_measuring_takes_the_weights_twice() -> None:
     """As they are and merged, and a block of logits."""
-    base = 4 * capacity.count_elements(memory.abstract_params(MODEL))
+    base = 4 * count_parameters(MODEL)
     assert memory.cell_memory(MODEL, None, "float32") == 2 * base + LOGITS_BYTES + capacity.RESERVE
     half = memory.cell_memory(MODEL, None, "bfloat16")
     assert half == base + LOGITS_BYTES + capacity.RESERVE

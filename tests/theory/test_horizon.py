@@ -87,6 +87,19 @@ def data(seed: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(tokens, P_OUT)).T @ x / tokens, x
 
 
+def one_sample_terms(x: np.ndarray, read_at: np.ndarray, *, deviation: float, p_out: int = 1) -> horizon.RowTerms:
+    """On one sample, G = delta x^T, in closed form for Gaussian A: the integral over rows, no row drawn.
+
+    With s the deviation, m = sqrt(2 / pi) x . x' / |x| and beta = sign(x) . x', in every output of delta_i other than
+    0: E[q] = s m + a beta and E[q^2] = s^2 |x'|^2 + 2 a beta s m + a^2 beta^2.
+    """
+    mean = deviation * laws.HALF_NORMAL_MEAN * float(x @ read_at) / float(np.linalg.norm(x))
+    slope = float(np.sign(x) @ read_at)
+    coherent = [p_out * each for each in (mean**2, 2 * mean * slope, slope**2)]
+    total = [p_out * each for each in (deviation**2 * float(read_at @ read_at), 2 * mean * slope, slope**2)]
+    return horizon.RowTerms(horizon.Quadratic(*coherent), horizon.Quadratic(*total), (math.inf,) * 5, p_out, 0)
+
+
 def sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
@@ -203,7 +216,7 @@ def test_one_sample_closed_form() -> None:
     """The integral over Gaussian rows against rows drawn: every coefficient within its sampling error."""
     rng = np.random.default_rng(5)
     x, read_at, delta = rng.normal(size=P_IN), rng.normal(size=P_IN) + 0.2, rng.normal(size=P_OUT)
-    exact = horizon.one_sample_terms(x, read_at, deviation=0.3, p_out=P_OUT)
+    exact = one_sample_terms(x, read_at, deviation=0.3, p_out=P_OUT)
     blocks = [
         horizon.row_terms(np.outer(delta, x), read_at[None], 0.3 * rng.normal(size=(500, P_IN))) for _ in range(60)
     ]
@@ -335,7 +348,7 @@ def test_matching_rate() -> None:
     """The rate that keeps the change: alpha / r keeps it in the signal-led limit; a larger gamma lies in between."""
     rng = np.random.default_rng(9)
     x = rng.normal(size=P_IN)
-    terms = horizon.one_sample_terms(x, x, deviation=1 / math.sqrt(3 * P_IN), p_out=P_OUT)
+    terms = one_sample_terms(x, x, deviation=1 / math.sqrt(3 * P_IN), p_out=P_OUT)
     kept = horizon.matching_rate(terms, old=(64, 1 / 64, 1e-4), new=(128, 1 / 128), steps=100)
     assert kept == pytest.approx(1e-4, rel=0.02)
     for steps, low, high in ((1, 0.99, 1.01), (20, 1.1, 3.3), (1000, 3.0, 3.5)):
@@ -356,12 +369,18 @@ def test_matching_rate() -> None:
         (lambda: horizon.rate_exponents(-1.0), "rho"),
         (lambda: horizon.row_terms(np.ones((2, 3)), np.ones((1, 3)), np.ones((1, 3))), "2 or more"),
         (lambda: horizon.sgd_equivalent(np.ones((2, 3)), np.ones(3), rates=[1.0], scaling=1.0, momentum=1), "momentum"),
-        (lambda: horizon.one_sample_terms(np.zeros(3), np.ones(3), deviation=1.0), "not zero"),
+        (lambda: horizon.distances([1e-3] * 3, takeover=1e-300), "takeover is 1e-300 where A's rates add up to 0.003"),
     ],
 )
 def test_bad_input(call: Callable, words: str) -> None:
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_a_takeover_next_to_nothing_is_refused_where_its_squares_would_be_no_numbers() -> None:
+    """At the bound the step is still the limit's: B's gradient a ramp from step 3 on, whatever its slope."""
+    least = 3e-3 / horizon.GROWTH * (1 + 1e-9)
+    assert horizon.distances([1e-3] * 3, takeover=least) == pytest.approx(horizon.distances([1e-3] * 3, takeover=1e-50))
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -152,7 +152,7 @@ def test_memory_is_bounded() -> None:
         (10**6, 1 << 20, "chi_square", 64e6),
         (256, 4096, "direct", 64e6),
     ]:
-        kind = sampling._Kind.of(RandomStep(rank=rank, p_in=p_in), sampler)  # type: ignore[arg-type]
+        kind = sampling.BlockKind.of(RandomStep(rank=rank, p_in=p_in), sampler)  # type: ignore[arg-type]
         arguments = (jax.random.key(0), kind.numbers(RandomStep(rank=rank, p_in=p_in)), np.arange(64, dtype=np.uint32))
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "places")
         memory = sampling._blocks.lower(*arguments, kind=kind, mesh=mesh).compile().memory_analysis()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rora_theory import InputError
+from rora_theory import InputError, frames
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.dynamics import ProblemSize
 from rora_theory.toy.training_grid import TrainingCell, TrainingGrid
@@ -35,14 +35,15 @@ def test_cells() -> None:
 def test_rows(start: Any, trained: Any, moves: bool) -> None:
     """A row a seed and step; a seed's are its own, whichever others are asked for; A x moves where A is trained."""
     cell = TrainingCell("linear", start, trained, "sgd", 8, "rora")
-    table = training_grid.training_table(training_grid.training_rows(GRID, cell))
-    assert tuple(table) == training_grid.COLUMNS
+    rows = training_grid.training_rows(GRID, cell)
+    assert {tuple(row) for row in rows} == {training_grid.COLUMNS}
+    table = frames.of(rows, training_grid.COLUMNS)
     assert list(zip(table["seed"], table["step"], strict=True)) == [(s, t) for s in (0, 5) for t in (0, 1, 3)]
     assert table["scaling"].to_numpy() == pytest.approx((4 / 8) ** 0.5, rel=1e-15)
     inner = table.pivot(index="seed", columns="step", values="inner")
     assert ((inner[3] != inner[0]) == moves).all()
     alone = TrainingGrid(**{**vars(GRID), "seeds": (5, 6)})
-    other = training_grid.training_table(training_grid.training_rows(alone, cell))
+    other = frames.of(training_grid.training_rows(alone, cell), training_grid.COLUMNS)
     own = table[table["seed"] == 5][list(exponents.QUANTITIES)]
     np.testing.assert_allclose(other[other["seed"] == 5][list(exponents.QUANTITIES)], own, rtol=1e-4)
 
