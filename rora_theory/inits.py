@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_rank
+from rora_theory.scaling import check_integer, check_rank
 
 Init = Literal["normal", "kaiming_uniform", "rademacher", "gaussian"]
 """Name of A's initial distribution; see `entries`."""
@@ -72,9 +72,10 @@ def entries(init: Init, *, rank: int, p_in: int) -> Entries:
       p_in: columns of A, >= 1.
 
     Raises:
-      InputError: an unknown name or a size below 1.
+      InputError: an unknown name, or a size that is no integer of 1 or more.
     """
     check_rank(rank)
+    check_integer("p_in", p_in)
     if init == "normal":
         return Entries("normal", 1.0, 3.0)
     if init == "kaiming_uniform":

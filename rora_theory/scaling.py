@@ -4,7 +4,7 @@ import math
 import numbers
 from typing import Literal
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 
 Rule = Literal["lora", "rora", "rslora"] | float
 """A named rule, or the exponent kappa itself of ``gamma = alpha / rank**kappa``."""
@@ -26,8 +26,8 @@ def exponent(rule: Rule) -> float:
         if rule not in KAPPAS:
             raise InputError(f"rule is {rule!r}; accepted are {', '.join(KAPPAS)} or a finite exponent kappa")
         return KAPPAS[rule]
-    if isinstance(rule, bool) or not isinstance(rule, numbers.Real) or not math.isfinite(rule):
-        raise InputError(f"rule is {rule!r}; accepted are {', '.join(KAPPAS)} or a finite exponent kappa")
+    if not is_finite(rule):
+        raise InputError(f"rule is {shown(rule)}; accepted are {', '.join(KAPPAS)} or a finite exponent kappa")
     return float(rule)
 
 
@@ -80,9 +80,9 @@ def alpha_for(rule: Rule, *, scaling: float, rank: int) -> float:
 def check_integer(name: str, value: int, *, least: int = 1, most: int = LARGEST) -> None:
     """Raise `InputError` unless ``value`` is an integer from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise InputError(f"{name} is {value!r}; accepted is an integer of {least} or more")
+        raise InputError(f"{name} is {shown(value)}; accepted is an integer of {least} or more")
     if value > most:
-        raise InputError(f"{name} is {value!r}; accepted is an integer of at most {most:,}")
+        raise InputError(f"{name} is {shown(value)}; accepted is an integer of at most {most:,}")
 
 
 def check_rank(rank: int) -> None:
@@ -90,7 +90,15 @@ def check_rank(rank: int) -> None:
     check_integer("rank", rank)
 
 
+def is_finite(value: object) -> bool:
+    """Whether ``value`` is a real number that a float holds: no truth value, NaN, infinity, or integer beyond."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def check_positive(name: str, value: float) -> None:
-    """Raise `InputError` unless ``value`` is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value <= 0:
-        raise InputError(f"{name} is {value!r}; accepted is a finite number above 0")
+    """Raise `InputError` unless ``value`` is a finite number > 0, as a float too."""
+    if not is_finite(value) or float(value) <= 0:
+        raise InputError(f"{name} is {shown(value)}; accepted is a finite number above 0")

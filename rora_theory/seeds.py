@@ -1,5 +1,7 @@
 """The seeds that are told apart."""
 
+import numbers
+
 from rora_theory.errors import InputError
 
 COUNT = 2**32
@@ -8,5 +10,5 @@ COUNT = 2**32
 
 def check_seed(value: int, name: str = "seed") -> None:
     """Raise `InputError` unless ``value`` is an integer from 0 to 2^32 - 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < COUNT:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < COUNT:
         raise InputError(f"{name} is {value!r}; accepted is an integer from 0 to 2^32 - 1")

@@ -1,6 +1,7 @@
 """The scaling rule, and that nothing else computes one."""
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -45,6 +46,11 @@ def test_alpha_for_inverts_scaling_factor(rank: int, alpha: float, rule: str | f
         ("lora", 1.0, 2.5, "rank is 2.5"),
         ("lora", 1.0, 2**31, "rank is 2147483648; accepted is an integer of at most 2,147,483,647"),
         ("lora", 1.0, True, "rank is True"),
+        ("lora", 10**400, 1, r"alpha is 10+\.\.\.0+; accepted is a finite number above 0"),
+        pytest.param("lora", 10**5000, 1, "alpha is one int too long to write", id="thousands of digits"),
+        ("lora", Fraction(1, 10**400), 1, "alpha is Fraction"),
+        ("lora", 1.0, 10**400, r"rank is 10+\.\.\.0+; accepted is an integer of at most"),
+        (-(10**400), 1.0, 1, r"rule is -10+\.\.\.0+; accepted are lora"),
     ],
 )
 def test_bad_input_is_named(rule: object, alpha: float, rank: object, said: str) -> None:

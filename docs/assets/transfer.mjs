@@ -11,6 +11,7 @@ const PEFT_INITS = { kaiming_uniform: "True", gaussian: "'gaussian'" };
 const REGIMES = { signal: 0, "cross-talk": Infinity };
 const TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"];
 const LARGEST = 2 ** 31 - 1;
+const GROWTH = 1e100; // the most that B's gradient may grow
 const MOST_STEPS = 10_000_000; // more than a browser counts through while one types
 export const FILE = "crossing_ranks.csv";
 export const LABELS = {
@@ -153,6 +154,10 @@ function planOf(asked, old) {
     const wide = old.init === "kaiming_uniform" ? Math.sqrt(1 / (3 * asked["p-in"])) : deviation(old);
     takeover = wide / Math.sqrt(asked["p-in"]);
   }
+  const reach = old.lr * asked.steps;
+  if (takeover !== null && reach / takeover > GROWTH) {
+    throw new InputError("takeover", `is ${takeover} where A's rates add up to ${g(reach, 3)}`, `${1 / GROWTH} of that or more`);
+  }
   const rho = takeover === null ? null : distanceOfA(old.lr, asked.steps, takeover) / takeover;
   return { steps: asked.steps, takeover, isAssumed: asked["p-in"] != null, rho };
 }
@@ -210,7 +215,7 @@ export function advise(asked) {
     ...Object.fromEntries(["alpha", "learning_rate", "unchanged"].map((part) => [part, rangeOf(own.map((m) => m[part]))])),
   }));
   found.choices = choicesOf(found);
-  found.sentence = sentenceOf(found, isMeasured ? `measured at ${modules.length} modules` : `assumed: ${asked.regime}`);
+  found.sentence = sentenceOf(found, isMeasured ? `measured at ${modules.length} module${modules.length > 1 ? "s" : ""}` : `assumed: ${asked.regime}`);
   found.config = configOf(found);
   return found;
 }
@@ -249,17 +254,19 @@ function sentenceOf(found, regime) {
   } else if (Math.abs(span.first_step - span.A_led) < 1e-9 * span.A_led) {
     said.push(`The law has the model change as much as before, at the first step and later. ${took}`);
   } else {
-    const ends = `the first step asks for the ${found.fixesAlpha ? "learning rate" : "alpha"} ${g(span.first_step, 3)}, a long run, ` +
-      `where A's motion leads, for ${g(span.A_led, 3)}.`;
+    const thing = found.fixesAlpha ? "learning rate" : "alpha";
+    const longRun = "a long run, where A's motion leads,";
+    const first = `The first step asks for this ${thing}; ${longRun} asks for ${g(span.A_led, 3)}.`;
     if (isSgd) {
-      said.push(`This is the first step's: ${ends} A run is long where gamma times the sum of the rates times the ` +
+      said.push(`${first} A run is long where gamma times the sum of the rates times the ` +
         `gradient's singular values is above 1. Alpha ${g(scaling(old) * old.rank, 6)} under alpha / r and the rate ` +
         `${g((old.lr * kept.rank) / old.rank, 3)} serve both.`);
     } else if (span.planned === null) {
-      said.push(`This is the first step's: ${ends} The planned steps and a takeover distance give the value between.`);
+      said.push(`${first} The planned steps and a takeover distance give the value between.`);
     } else {
       const { steps, takeover, isAssumed, rho } = found.plan;
-      said.push(`This is the law's at ${steps} steps: ${ends} The takeover distance, ${g(takeover, 2)}, is ` +
+      said.push(`This is the law's at ${steps} steps: the first step asks for the ${thing} ${g(span.first_step, 3)}, ` +
+        `${longRun} for ${g(span.A_led, 3)}. The takeover distance, ${g(takeover, 2)}, is ` +
         `${isAssumed ? "assumed from one sample" : "given as measured"}, so that A's part is ${g(rho, 3)} times B's in the end; ` +
         "the rate is taken as constant.");
     }

@@ -37,7 +37,7 @@ from rora_theory.adapters.widen import widen
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import PRODUCT
-from rora_theory.scaling import check_integer
+from rora_theory.scaling import check_integer, check_positive, is_finite
 
 Placement = Literal["series", "parallel"]
 NonLinearity = Literal["tanh", "relu", "silu", "gelu"]
@@ -93,9 +93,8 @@ class BottleneckConfig:
             if getattr(self, name) not in get_args(kind):
                 raise InputError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(get_args(kind))}")
         check_integer("bottleneck width", self.width)
-        if not _is_number(self.scaling) or not 0 < self.scaling < math.inf:
-            raise InputError(f"scaling is {self.scaling!r}; accepted is a finite number above 0")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        check_positive("scaling", self.scaling)
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout!r}; accepted is a number from 0 to below 1")
         modules = TARGETS[self.placement] if self.target_modules is None else self.target_modules
         if isinstance(modules, str):
@@ -227,7 +226,3 @@ class BottleneckAdapter:
     def table(self) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""
         return self.config.table(self.llama_config)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -27,7 +27,7 @@ from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
 from rora_theory.llama.model import PRODUCT
 from rora_theory.llama.quantised import dense
-from rora_theory.scaling import Rule, scaling_factor
+from rora_theory.scaling import Rule, is_finite, scaling_factor
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _by_layer(
 
 def _as_float(value: Any) -> Any:
     """A whole number as a float, so that 8 and 8.0 are one configuration; anything else as it is."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return float(value) if isinstance(value, int) and is_finite(value) else value
 
 
 def _delta(tensors: dict[str, Array]) -> Float[Array, "o i"]:

@@ -9,7 +9,6 @@ Series and parallel adapters PEFT does not have. They are written in its layout,
 PEFT refuses the type by its name.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +22,7 @@ from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 from rora_theory.adapters.targets import full_name
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig
+from rora_theory.scaling import is_finite
 
 PREFIX, TENSOR = "PREFIX_TUNING", "prompt_embeddings"
 PLACEMENTS = {"SERIES_ADAPTER": "series", "PARALLEL_ADAPTER": "parallel"}
@@ -33,10 +33,6 @@ BaselineConfig = PrefixConfig | BottleneckConfig
 
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _names(value: Any) -> bool:
@@ -60,11 +56,11 @@ _PREFIX: Entries = {
 _BOTTLENECK: Entries = {
     **_TASK,
     "peft_type": (None, lambda v: v in PLACEMENTS, ", ".join(PLACEMENTS)),
-    "adapter_dropout": (0.0, lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+    "adapter_dropout": (0.0, lambda v: is_finite(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "bottleneck_size": (None, _count, _INTEGER),
     "init_weights": ("bert", lambda v: v in get_args(Init), ", ".join(get_args(Init))),
     "non_linearity": ("tanh", lambda v: v in get_args(NonLinearity), ", ".join(get_args(NonLinearity))),
-    "scaling": (1.0, lambda v: _number(v) and 0 < v <= sys.float_info.max, "a number above 0"),
+    "scaling": (1.0, lambda v: is_finite(v) and v > 0, "a number above 0"),
     "target_modules": (None, _names, "a list of names"),
 }
 READ: dict[str, Entries] = {PREFIX: _PREFIX, **dict.fromkeys(PLACEMENTS, _BOTTLENECK)}

@@ -16,9 +16,9 @@ import math
 from dataclasses import dataclass, replace
 
 from rora_theory import inits
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES, OptimizerName
-from rora_theory.scaling import Rule, alpha_for, check_positive, check_rank, scaling_factor
+from rora_theory.scaling import Rule, alpha_for, check_positive, check_rank, is_finite, scaling_factor
 from rora_theory.theory.laws import scaling_power
 
 SIGNAL, CROSS_TALK = 0.0, math.inf
@@ -29,7 +29,7 @@ REGIMES = {"signal": SIGNAL, "cross-talk": CROSS_TALK}
 
 @dataclass(frozen=True)
 class Setting:
-    """What the size of the first step depends on, the data apart.
+    """What the size of the first step depends on, the data apart. Numbers of NumPy become Python's.
 
     Attributes:
       rank: r >= 1.
@@ -52,13 +52,16 @@ class Setting:
 
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)
-        if self.optimizer not in FAMILY:
+        if self.optimizer not in OPTIMIZER_NAMES:
             raise InputError(
-                f"optimizer is {self.optimizer!r}; accepted are {', '.join(OPTIMIZER_NAMES)}: Lion and signSGD take "
-                "Adam's first step, and how another's depends on the rank has no law here"
+                f"optimizer is {shown(self.optimizer)}; accepted are {', '.join(OPTIMIZER_NAMES)}: Lion and signSGD "
+                "take Adam's first step, and how another's depends on the rank has no law here"
             )
         inits.entries(self.init, rank=self.rank, p_in=1)
         _ = self.scaling
+        rule = {} if isinstance(self.rule, str) else {"rule": float}
+        for name, kind in {"rank": int, "alpha": float, "learning_rate": float, **rule}.items():
+            object.__setattr__(self, name, kind(getattr(self, name)))
 
     @property
     def scaling(self) -> float:
@@ -73,6 +76,12 @@ class Setting:
     def with_scaling(self, scaling: float) -> "Setting":
         """The setting whose alpha gives this gamma."""
         return replace(self, alpha=alpha_for(self.rule, scaling=scaling, rank=self.rank))
+
+
+def check_linear_term(name: str, value: float) -> None:
+    """Raise `InputError` unless ``value`` is a number above -1, at which a rank-1 step has no mean square, or inf."""
+    if not (is_finite(value) or value == math.inf) or value <= -1:
+        raise InputError(f"{name} is {shown(value)}; accepted is a number above -1, or inf")
 
 
 def growth(old_rank: int, new_rank: int, linear_term: float) -> float:
@@ -91,9 +100,8 @@ def growth(old_rank: int, new_rank: int, linear_term: float) -> float:
     """
     check_rank(old_rank)
     check_rank(new_rank)
-    if not linear_term > -1:  # at -1 or below a rank-1 step would have no mean square
-        raise InputError(f"linear_term is {linear_term!r}; accepted is a number above -1, or inf")
-    if math.isinf(linear_term):
+    check_linear_term("linear_term", linear_term)
+    if linear_term > 1e100:  # the ranks beside it are no digit of a float, and its products may be none
         return math.sqrt(new_rank / old_rank)
     return math.sqrt(new_rank * (new_rank + linear_term) / (old_rank * (old_rank + linear_term)))
 
@@ -106,7 +114,7 @@ def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
       linear_term: of the module, under that optimizer and init.
 
     Raises:
-      InputError: another optimizer or init, which changes more than a factor.
+      InputError: another optimizer or init, which changes more than a factor, or a factor that no float holds.
     """
     for name in ("optimizer", "init"):
         if getattr(new, name) != getattr(old, name):
@@ -117,4 +125,13 @@ def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
     deviation = [inits.entries(each.init, rank=each.rank, p_in=1).deviation for each in (new, old)]
     strength = new.scaling * deviation[0] / (old.scaling * deviation[1])
     rate = new.learning_rate / old.learning_rate
-    return rate * strength**new.power * growth(old.rank, new.rank, linear_term)
+    try:
+        ratio = rate * strength**new.power * growth(old.rank, new.rank, linear_term)
+    except OverflowError:
+        ratio = math.inf
+    if not 0 < ratio < math.inf:
+        raise InputError(
+            f"alpha is {new.alpha:g} after {old.alpha:g} and learning_rate {new.learning_rate:g} after "
+            f"{old.learning_rate:g}: the step's factor is not a float above 0; accepted are nearer values"
+        )
+    return ratio

@@ -18,10 +18,12 @@ from math import inf, isclose, isinf
 from statistics import geometric_mean
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from rora_theory import inits
 from rora_theory.advice.lora_config import PEFT_INITS, TaskType, peft_targets
-from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, step_ratio
-from rora_theory.errors import InputError
+from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, check_linear_term, step_ratio
+from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import FAMILY, WORDS
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, exponent, scaling_factor
 from rora_theory.theory import horizon
@@ -34,6 +36,9 @@ MEASURED = (
     "the law's value between them."
 )
 """What is known of the ends under Adam beside the law: ``results/published/horizon``."""
+
+Per = Literal["one", "type", "module"]
+"""Which modules share an alpha: all, those of a type, or each layer's module has its own."""
 
 
 @dataclass(frozen=True)
@@ -301,15 +306,21 @@ class Advice:
         """The alpha of each type of module, see `groups`; empty where the regime is assumed."""
         return {group.name: group.alpha.mean for group in self.groups()[1:]}
 
-    def alpha_pattern(self, per: Literal["one", "type", "module"]) -> dict[str, float]:
-        """PEFT's ``alpha_pattern``: one alpha for all (no pattern), for each type, or for each layer's module."""
+    def alpha_pattern(self, per: Per) -> dict[str, float]:
+        """PEFT's ``alpha_pattern``: one alpha for all (no pattern), for each type, or for each layer's module.
+
+        Raises:
+          InputError: a ``per`` that is none of these.
+        """
+        if per not in get_args(Per):
+            raise InputError(f"per is {shown(per)}; accepted are {', '.join(get_args(Per))}")
         if self.regime != "measured" or per == "one":
             return {}
         if per == "type":
             return self.by_type()
         return {module.name.removeprefix("model."): module.alpha for module in self.modules}
 
-    def lora_arguments(self, per: Literal["one", "type", "module"] = "type") -> dict[str, Any]:
+    def lora_arguments(self, per: Per = "type") -> dict[str, Any]:
         """What a PEFT ``LoraConfig`` is told by `alpha` and `learning_rate`, but for the modules.
 
         A rule of another kappa than 1 or 1/2 has no flag in PEFT and becomes ``alpha / r`` of the same gamma. PEFT
@@ -319,7 +330,7 @@ class Advice:
           per: which modules share an alpha, see `alpha_pattern`.
 
         Raises:
-          InputError: an init that PEFT does not have.
+          InputError: an init that PEFT does not have, or as `alpha_pattern`.
         """
         new = self.unchanged
         if new.init not in PEFT_INITS:
@@ -330,7 +341,8 @@ class Advice:
             scaling = scaling_factor(new.rule, alpha=value, rank=new.rank)
             return alpha_for("rslora" if flag else "lora", scaling=scaling, rank=new.rank)
 
-        pattern = {} if self.fixes_alpha else self.alpha_pattern(per)
+        own = self.alpha_pattern(per)  # refuses another word where alpha is fixed too
+        pattern = {} if self.fixes_alpha else own
         return {
             "r": new.rank,
             "lora_alpha": alpha(self.alpha),
@@ -343,7 +355,7 @@ class Advice:
         self,
         *,
         target_modules: Sequence[str] | str,
-        per: Literal["one", "type", "module"] = "type",
+        per: Per = "type",
         task_type: TaskType = "CAUSAL_LM",
     ) -> str:
         """Python source of a PEFT ``LoraConfig`` of `lora_arguments`, with a comment where PEFT has no flag.
@@ -354,12 +366,11 @@ class Advice:
           task_type: PEFT's; without it PEFT wraps a model in its class for none.
 
         Raises:
-          InputError: an init that PEFT does not have, targets as in `peft_targets`, or a task type that PEFT does not
-            have.
+          InputError: as `lora_arguments` and `peft_targets`, or a task type that PEFT does not have.
         """
         told = self.lora_arguments(per)
         if task_type not in get_args(TaskType):
-            raise InputError(f"task_type is {task_type!r}; accepted are {', '.join(get_args(TaskType))}")
+            raise InputError(f"task_type is {shown(task_type)}; accepted are {', '.join(get_args(TaskType))}")
         targets = peft_targets([target_modules] if isinstance(target_modules, str) else target_modules)
         kappa = exponent(self.unchanged.rule)
         remark = "" if kappa in KAPPAS.values() else f"  # alpha / r with the gamma of {self.alpha:.6g} / r^{kappa:g}"
@@ -415,25 +426,22 @@ class Advice:
         took += f"; {clipping}." if self._is_sgd else "."
         if max(span.first_step, span.A_led) - min(span.first_step, span.A_led) < 1e-9 * span.A_led:
             return ["The law has the model change as much as before, at the first step and later.", took]
-        what = "learning rate" if self.fixes_alpha else "alpha"
-        ends = f"the first step asks for the {what} {span.first_step:.3g}, a long run, where A's motion leads, for "
-        ends += f"{span.A_led:.3g}"
+        what, long_run = "learning rate" if self.fixes_alpha else "alpha", "a long run, where A's motion leads,"
+        first = f"The first step asks for this {what}; {long_run} asks for {span.A_led:.3g}."
         if self._is_sgd:
             said = [
-                f"This is the first step's: {ends}.",
+                first,
                 "A run is long where gamma times the sum of the rates times the gradient's singular values is above 1.",
                 f"Alpha {old.scaling * old.rank:.6g} under alpha / r and the rate "
                 f"{old.learning_rate * self.unchanged.rank / old.rank:.3g} serve both.",
             ]
         elif span.planned is None or self.plan is None:
-            said = [
-                f"This is the first step's: {ends}.",
-                "The planned steps and a takeover distance give the value between.",
-            ]
+            said = [first, "The planned steps and a takeover distance give the value between."]
         else:
             given = "assumed from one sample" if self.plan.is_assumed else "given as measured"
             said = [
-                f"This is the law's at {self.plan.steps} steps: {ends}.",
+                f"This is the law's at {self.plan.steps} steps: the first step asks for the {what} "
+                f"{span.first_step:.3g}, {long_run} for {span.A_led:.3g}.",
                 f"The takeover distance, {self.plan.takeover:.2g}, is {given}, so that A's part is {self.plan.rho:.3g} "
                 f"times B's in the end; the rate is {'as scheduled' if self.plan.schedule else 'taken as constant'}.",
             ]
@@ -486,7 +494,9 @@ class Advice:
 
     @property
     def _regime(self) -> str:
-        return f"measured at {len(self.modules)} modules" if self.regime == "measured" else f"assumed: {self.regime}"
+        if self.regime != "measured":
+            return f"assumed: {self.regime}"
+        return f"measured at {len(self.modules)} module{'s' * (len(self.modules) > 1)}"
 
     def _strength(self, new: Setting, rho: float) -> float:
         r"""Growth of the change at the old rate, were A's part rho times B's under the old setting.
@@ -548,7 +558,8 @@ def transfer(
       schedule: factor of the rate in each of the ``steps``; None is a constant rate.
 
     Raises:
-      InputError: a regime that is neither, or without modules, a value out of range, or steps where no law has them.
+      InputError: a regime that is neither, or without modules, a value out of range (of a measured regime it names the
+        module), or steps where no law has them.
 
     Example:
       >>> carried = transfer(Setting(rank=8, alpha=16, learning_rate=3e-4), 128)
@@ -558,14 +569,7 @@ def transfer(
       >>> [f"{rate:.2e}" for rate in found.rates]
       ['2.65e-05', '7.42e-05', '8.92e-05']
     """
-    if isinstance(regime, str):
-        if regime not in REGIMES:
-            raise InputError(f"regime is {regime!r}; accepted are {', '.join(REGIMES)}, or linear terms by module")
-        terms = {ALL: REGIMES[regime]}
-    else:
-        terms = dict(regime)
-    if not terms:
-        raise InputError("regime has no module; accepted are one or more linear terms by module")
+    terms = _terms(regime)
     new_rule = old.rule if rule is None else rule
     unchanged = replace(old, rank=rank, rule=new_rule, alpha=old.alpha if alpha is None else alpha)
     modules = []
@@ -576,6 +580,21 @@ def transfer(
     named = regime if isinstance(regime, str) else "measured"
     plan = _planned(old, named, steps, takeover, p_in, schedule)
     return Advice(old, unchanged, tuple(modules), named, alpha is not None, plan)
+
+
+def _terms(regime: str | Mapping[str, float]) -> dict[str, float]:
+    """The linear term of each module; raises `InputError`."""
+    if isinstance(regime, str) and regime in REGIMES:
+        return {ALL: REGIMES[regime]}
+    if not isinstance(regime, Mapping):
+        raise InputError(f"regime is {shown(regime)}; accepted are {', '.join(REGIMES)}, or linear terms by module")
+    if not regime:
+        raise InputError("regime has no module; accepted are one or more linear terms by module")
+    for name, linear_term in regime.items():
+        if not isinstance(name, str):
+            raise InputError(f"regime has the module {shown(name)}; accepted are names")
+        check_linear_term(f"regime: linear_term of {name}", linear_term)
+    return {name: float(linear_term) for name, linear_term in regime.items()}
 
 
 def _planned(
@@ -593,25 +612,41 @@ def _planned(
     first = next(iter(given))
     if FAMILY[old.optimizer] != "adam" or regime != "signal":
         raise InputError(
-            f"{first} is {given[first]!r} with {WORDS[old.optimizer]} and the regime {regime}; accepted are Adam and "
-            "AdamW with the regime signal: elsewhere the law here has no value for a number of steps"
+            f"{first} is {shown(given[first])} with {WORDS[old.optimizer]} and the regime {regime}; accepted are Adam "
+            "and AdamW with the regime signal: elsewhere the law here has no value for a number of steps"
         )
     if steps is None:
-        raise InputError(f"{first} is {given[first]!r} without steps; accepted is an integer of 1 or more as steps")
+        raise InputError(f"{first} is {shown(given[first])} without steps; accepted are steps of 1 or more beside it")
     check_integer("steps", steps)
+    steps = int(steps)
+    factors = [1.0] * steps if schedule is None else _factors(schedule, steps)
     if takeover is not None and p_in is not None:
-        raise InputError(f"takeover is {takeover!r} and p_in {p_in!r}; accepted is one of them")
+        raise InputError(f"takeover is {shown(takeover)} and p_in {shown(p_in)}; accepted is one of them")
     if takeover is not None:
         check_positive("takeover", takeover)
+        takeover = float(takeover)
     elif p_in is not None:
-        check_integer("p_in", p_in)
         deviation = inits.entries(old.init, rank=old.rank, p_in=p_in).deviation
         takeover = horizon.one_sample_takeover(deviation, p_in)
-    factors = [1.0] * steps if schedule is None else list(schedule)
-    if len(factors) != steps:
-        raise InputError(f"schedule has {len(factors)} factors for {steps} steps; accepted is one a step")
     rho = None
     if takeover is not None:
         moved = horizon.distances([old.learning_rate * factor for factor in factors], takeover=takeover)
         rho = moved.A / takeover
     return PlannedRun(steps, takeover, p_in is not None, schedule is not None, rho)
+
+
+def _factors(schedule: Sequence[float], steps: int) -> list[float]:
+    """The rate's factor in each step; raises `InputError`."""
+    try:
+        factors = np.asarray(list(schedule))
+    except (TypeError, ValueError):  # nothing that has factors, or lists of several lengths
+        factors = np.empty(0, object)
+    if factors.dtype.kind not in "iuf" or factors.ndim != 1:
+        raise InputError(f"schedule is {shown(schedule)}; accepted is a factor of the rate a step")
+    if len(factors) != steps:
+        raise InputError(f"schedule has {len(factors)} factors for {steps} steps; accepted is one a step")
+    found: list[float] = factors.astype(np.float64).tolist()
+    for step, factor in enumerate(found, 1):
+        if not 0 <= factor < inf:
+            raise InputError(f"schedule has {factor!r} at step {step}; accepted are finite numbers of 0 or more")
+    return found

@@ -8,6 +8,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from rora_theory.errors import InputError
+from rora_theory.scaling import check_integer
+
 CONFIDENCE = 0.95
 
 
@@ -54,12 +57,17 @@ class Estimate:
 def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:
     """Mean of a figure over seeds; for one seed its error is infinite, over nothing.
 
+    Raises:
+      InputError: no seed.
+
     Example:
       >>> over_seeds(np.array([1.0, 3.0]))
       Estimate(value=2.0, error=1.0, n=2, over='seeds')
     """
     values = np.asarray(values, np.float64)
     count = len(values)
+    if not count:
+        raise InputError("values is empty; accepted is a figure a seed, 1 seed or more")
     if count < 2:
         return Estimate(float(np.mean(values)), math.inf, count, "")
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(count)), count, "seeds")
@@ -68,12 +76,16 @@ def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:
 def jackknife(figure: Callable[[Sequence[int]], float], n: int, over: str) -> Estimate:
     r"""A figure of ``n`` cases, with the error that leaving out each of them in turn gives.
 
-    :math:`\sqrt{(n - 1)\, \overline{(f_{-i} - \overline{f_{-i}})^2}}`, of a mean exactly its standard error.
+    :math:`\sqrt{(n - 1)\, \overline{(f_{-i} - \overline{f_{-i}})^2}}`, of a mean exactly its standard error; for one
+    case it is infinite, over nothing.
 
     Args:
       figure: of the cases with the given numbers.
-      n: how many there are, 2 or more.
+      n: how many there are, 1 or more.
       over: what they are.
+
+    Raises:
+      InputError: no case.
 
     Source: Tukey, Bias and confidence in not-quite large samples, Ann. Math. Statist. 29 (1958).
 
@@ -82,7 +94,10 @@ def jackknife(figure: Callable[[Sequence[int]], float], n: int, over: str) -> Es
       >>> jackknife(lambda kept: sum(values[i] for i in kept) / len(kept), 2, "seeds") == over_seeds(np.array(values))
       True
     """
+    check_integer("n", n)
     every = range(n)
+    if n < 2:
+        return Estimate(figure(every), math.inf, n, "")
     left_out = np.array([figure([case for case in every if case != out]) for out in every])
     spread = (n - 1) * float(np.mean((left_out - np.mean(left_out)) ** 2))
     return Estimate(figure(every), math.sqrt(spread), n, over)
@@ -105,11 +120,16 @@ def proportion(right: int, n: int) -> Estimate:
       right: successes, from 0 to ``n``.
       n: trials, 1 or more.
 
+    Raises:
+      InputError: a number out of these ranges.
+
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
 
     Example:
       >>> proportion(0, 8).value, round(proportion(0, 8).error, 4), round(proportion(4, 8).error, 4)
       (0.0, 0.0556, 0.189)
     """
+    check_integer("n", n)
+    check_integer("right", right, least=0, most=n)
     p = right / n
     return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)) if 0 < right < n else 1 / (2 * (n + 1)), n, "trials")

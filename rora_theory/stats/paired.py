@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Num
 
+from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate, over_seeds
 
 
@@ -21,8 +22,16 @@ def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> Estimate:
 
     Args:
       losses: summed over each record's tokens, or differences of two such sums.
-      tokens: of each record.
+      tokens: of each record, some of them above 0.
+
+    Raises:
+      InputError: no token, or another number of records in one of the two.
     """
+    if len(losses) != len(tokens) or not sum(tokens) > 0:
+        raise InputError(
+            f"losses has {len(losses)} records and tokens {len(tokens)}, of {sum(tokens)} tokens; accepted are as many "
+            "records, of 1 token or more together"
+        )
     count, total = len(losses), math.fsum(tokens)
     ratio = math.fsum(losses) / total
     spread = math.fsum((loss - ratio * size) ** 2 for loss, size in zip(losses, tokens, strict=True))

@@ -68,11 +68,12 @@ def seed_slopes(
       y: positive, a row a seed.
 
     Raises:
-      InputError: fewer than two different x, or a y that is not finite and positive.
+      InputError: fewer than two different x, or an x or y that is not finite and positive.
     """
-    log_x, y = np.log(np.asarray(x, np.float64)), np.atleast_2d(np.asarray(y, np.float64))
-    if len(set(np.asarray(x).tolist())) < 2:
-        raise InputError(f"x is {list(x)}; accepted are at least two different values")
+    x, y = np.asarray(x, np.float64), np.atleast_2d(np.asarray(y, np.float64))
+    if len(set(x.tolist())) < 2 or not (np.isfinite(x).all() and (x > 0).all()):
+        raise InputError(f"x is {x.tolist()}; accepted are at least two different values, finite and above 0")
+    log_x = np.log(x)
     if y.shape[1] != len(log_x) or not (np.isfinite(y).all() and (y > 0).all()):
         raise InputError(f"y has shape {y.shape} for {len(log_x)} x or an entry that is not finite and above 0")
     lever = log_x - np.mean(log_x)

@@ -247,6 +247,8 @@ def test_count_is_of_true_ranks(config, params) -> None:
         ({"rank": 0}, "rank is 0"),
         ({"alpha": -1.0}, "alpha is -1.0"),
         ({"alpha": float("nan")}, "alpha is nan"),
+        ({"alpha": 10**400}, "alpha is 10"),
+        ({"dropout": 10**400}, "dropout is 10"),
         ({"dropout": 1.0}, "dropout is 1.0; accepted is a number from 0 to below 1"),
         ({"dropout": -0.1}, "dropout is -0.1"),
     ],

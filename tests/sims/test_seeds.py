@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 import jax
+import numpy as np
 import pytest
 
 import sims
@@ -52,6 +53,17 @@ def test_the_seeds_that_are_accepted_are_told_apart() -> None:
     assert COUNT == 2**32
     for seed in (0, 1, 2**32 - 1):
         check_seed(seed)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [np.int64, np.uint64])
+def test_a_seed_of_numpy_is_the_seed_of_its_value(kind) -> None:
+    for seed in (0, 3, 2**32 - 1):
+        check_seed(kind(seed))
+        keys = [jax.random.key_data(jax.random.key(one)).tolist() for one in (seed, kind(seed))]
+        assert keys[0] == keys[1]
+    with pytest.raises(InputError, match="seed is "):
+        check_seed(kind(2**32))
 
 
 def test_every_command_with_a_seed_is_tried() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate, jackknife, over_seeds, proportion, root
 from rora_theory.stats.slopes import SeedFit
 
@@ -55,3 +56,26 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     exact = over_seeds(values)
     assert (found.value, found.error) == pytest.approx((exact.value, exact.error), rel=1e-12)
     assert (found.n, found.over) == (7, "seeds")
+
+
+def test_the_jackknife_of_one_case_has_no_error() -> None:
+    """There is nothing to leave out: as of one seed, and not as of a figure that is known exactly."""
+    found = jackknife(lambda kept: 3.0 + len(kept), 1, "seeds")
+    assert (found, found.has_error) == (Estimate(4.0, math.inf, 1, ""), False)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: proportion(9, 8), "right is 9; accepted is an integer of at most 8"),
+        (lambda: proportion(-1, 8), "right is -1; accepted is an integer of 0 or more"),
+        (lambda: proportion(0, 0), "n is 0; accepted is an integer of 1 or more"),
+        (lambda: proportion(0.5, 8), "right is 0.5"),
+        (lambda: jackknife(lambda kept: 0.0, 0, "seeds"), "n is 0; accepted is an integer of 1 or more"),
+        (lambda: over_seeds(np.array([])), "values is empty; accepted is a figure a seed"),
+    ],
+)
+def test_what_has_no_cases_is_refused(call, said) -> None:
+    with pytest.raises(InputError, match=said):
+        call()

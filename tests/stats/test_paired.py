@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_of_groups, mean_per_token, mean_per_token_over_seeds, resampled_ratios
 
@@ -66,3 +67,11 @@ def test_resampled_ratios() -> None:
     assert np.std(drawn[:, 1]) == pytest.approx(error, rel=0.085)
     np.testing.assert_array_equal(drawn, resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000))
     assert not np.array_equal(drawn, resampled_ratios([3 * sizes, losses, 2 * losses], sizes, draws=2000, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("losses", "tokens"), [([], []), ([1.0], [0]), ([1.0], []), ([1.0, 2.0], [3]), ([1.0, 2.0], [-3, 3])]
+)
+def test_a_mean_of_no_tokens_is_refused(losses, tokens) -> None:
+    with pytest.raises(InputError, match=f"losses has {len(losses)} records and tokens {len(tokens)}, of .*; accepted"):
+        mean_per_token(losses, tokens)

@@ -101,6 +101,13 @@ def test_bad_values(y):
         slopes.seed_fit(RANKS, y)
 
 
+@pytest.mark.parametrize("x", [[0, 4, 16, 64], [-4, 4, 16, 64], [4, 16, 64, math.inf], [4, 16, 64, math.nan]])
+@pytest.mark.parametrize("fit", [slopes.seed_fit, slopes.seed_slopes])
+def test_bad_ranks(fit, x):
+    with pytest.raises(InputError, match=r"x is .*; accepted are at least two different values, finite and above 0"):
+        fit([float(each) for each in x], np.ones((2, 4)))
+
+
 def test_one_rank_is_no_slope():
     with pytest.raises(InputError, match="two different"):
         slopes.seed_fit([4, 4], np.ones((2, 2)))

@@ -3,6 +3,7 @@
 import functools
 import math
 from fractions import Fraction
+from typing import Any
 
 import jax
 import numpy as np
@@ -250,6 +251,15 @@ def test_inits_are_those_of_their_names() -> None:
     }
     largest = float(np.max(np.abs(np.asarray(draw_A(jax.random.key(0), "kaiming_uniform", rank=4000, p_in=25)))))
     assert 0.2 * (1 - 1e-3) < largest <= 0.2  # the largest of 10^5: below by 1e-3 with probability e^-100
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("sizes", [{"rank": 0}, {"p_in": 0}, {"p_in": -1}, {"p_in": 2.5}, {"p_in": True}])
+def test_sizes_that_no_matrix_has_are_refused(init: str, sizes: dict[str, Any]) -> None:
+    (name, value), whole = *sizes.items(), {"rank": 2, "p_in": 3}
+    with pytest.raises(InputError, match=f"{name} is {value}; accepted is an integer of 1 or more"):
+        entries(init, **whole | sizes)
 
 
 @pytest.mark.parametrize("init", INITS)

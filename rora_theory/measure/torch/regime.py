@@ -21,7 +21,7 @@ from peft import LoraConfig
 
 from rora_theory import inits
 from rora_theory.advice.setting import Setting
-from rora_theory.advice.transfer import Advice, transfer
+from rora_theory.advice.transfer import Advice, Per, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.measure import module_regime, thin
@@ -110,7 +110,7 @@ class TorchRegime(Regime):
         rule: Rule | None = None,
         alpha: float | None = None,
         steps: int | None = None,
-        per: Literal["one", "type", "module"] = "type",
+        per: Per = "type",
         split: Split = "heldout",
     ) -> Transfer:
         """Carry a tuned setting to another rank of this model.
