@@ -1,7 +1,7 @@
 """PEFT's ``LoraConfig``: the words that are written into one, and the setting that is read from a saved one."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,13 +36,15 @@ def peft_targets(names: Sequence[str]) -> str | list[str]:
       names: ``["all-linear"]``, or names such as ``q_proj`` and ``self_attn.q_proj``.
 
     Raises:
-      InputError: none, one twice, `ALL_LINEAR` beside others, or one that no module's name can be.
+      InputError: none, what is no name, one twice, `ALL_LINEAR` beside others, or one that no module's name can be.
 
     Example:
       >>> peft_targets(["all-linear"]), peft_targets(["q_proj", "v_proj"])
       ('all-linear', ['q_proj', 'v_proj'])
     """
     accepted = f"names of modules such as q_proj, each by itself, or {ALL_LINEAR} alone"
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"targets is {shown(names)}; accepted are {accepted}")
     if not names:
         raise InputError(f"targets is empty; accepted are {accepted}")
     if list(names) == [ALL_LINEAR]:

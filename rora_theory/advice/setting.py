@@ -13,6 +13,7 @@ alone; with Gaussian A it is r* + 1 for SGD and r* - 2 for Adam, r* from `laws.c
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 
 from rora_theory import inits
@@ -123,15 +124,15 @@ def step_ratio(new: Setting, old: Setting, linear_term: float) -> float:
                 "does to the step depends on it"
             )
     deviation = [inits.entries(each.init, rank=each.rank, p_in=1).deviation for each in (new, old)]
-    strength = new.scaling * deviation[0] / (old.scaling * deviation[1])
-    rate = new.learning_rate / old.learning_rate
+    rate, grown = new.learning_rate / old.learning_rate, growth(old.rank, new.rank, linear_term)
     try:
-        ratio = rate * strength**new.power * growth(old.rank, new.rank, linear_term)
-    except OverflowError:
+        strength = new.scaling * deviation[0] / (old.scaling * deviation[1])
+        ratio = rate * strength**new.power * grown
+    except (OverflowError, ZeroDivisionError):
         ratio = math.inf
-    if not 0 < ratio < math.inf:
+    if not sys.float_info.min <= ratio < math.inf:
         raise InputError(
             f"alpha is {new.alpha:g} after {old.alpha:g} and learning_rate {new.learning_rate:g} after "
-            f"{old.learning_rate:g}: the step's factor is not a float above 0; accepted are nearer values"
+            f"{old.learning_rate:g}: the step's factor or its inverse is not a float; accepted are nearer values"
         )
     return ratio

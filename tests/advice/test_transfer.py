@@ -254,6 +254,10 @@ def test_snippet_works_in_peft() -> None:
         (lambda: Setting(8, 10**400, 1e-3), "alpha is 10"),
         (lambda: Setting(8, 16.0, 1e-3, optimizer=["adam"]), r"optimizer is \['adam'\]"),
         (lambda: transfer(Setting(8, 1e-100, 1e-3, optimizer="sgd"), 16, alpha=1e100), "alpha is 1e.100 after 1e-100"),
+        (lambda: transfer(Setting(8, 4e-323, 1e-3, init="gaussian"), 4), "alpha is 3.95253e-323 after 3.95253e-323"),
+        (lambda: transfer(Setting(8, 1.0, 1.0), 8, alpha=5e-323), "alpha is 4.94066e-323 after 1"),
+        (lambda: transfer(Setting(8, 16.0, 3e-4), 16).peft_config(target_modules=0.5), "targets is 0.5; accepted"),
+        (lambda: transfer(Setting(8, 16.0, 3e-4), 16).peft_config(target_modules=[3]), r"targets is \[3\]; accepted"),
         (lambda: transfer(Setting(8, 16.0, 3e-4), 16, steps=3, takeover=1e-300), "takeover is 1e-300 where A's rates"),
         (lambda: transfer(Setting(8, 16.0, 3e-4), 16, steps=3, takeover=5e-324), "takeover is 5e-324 where A's rates"),
         *[
