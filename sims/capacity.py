@@ -20,11 +20,6 @@ from rora_theory.finetune.sharding import Layout
 from rora_theory.llama import LlamaConfig
 from sims.common import answers, cli, tables
 
-ON_CPU = (
-    "A CPU's compiler fuses less of a layer's elementwise work and random draws, up to "
-    f"{capacity.CPU_WORKING:g} times the working set, and widens bfloat16; a GPU's does not."
-)
-
 
 @dataclass(frozen=True)
 class Config(PlanConfig):
@@ -108,7 +103,7 @@ def show_model(config: Config, model: LlamaConfig) -> None:
             f"it is {own.program.total / GB:.3f} GB; the rest is code, stacks and packed operands of products."
         )
     if config.compile or own:
-        tables.print_text(ON_CPU)
+        tables.print_text(capacity.ON_CPU)
 
 
 def show_placement(config: Config, model: LlamaConfig, layout: Layout) -> None:

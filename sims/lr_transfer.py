@@ -13,17 +13,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from rora_theory import devices
 from rora_theory.cluster import ClusterConfig
+from rora_theory.rules import check_unread
 from rora_theory.runs.folder import RunFolder
-from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import (
     COLUMNS,
-    RECORDS,
     UNITS,
     Comparison,
     best_rates,
@@ -55,6 +53,12 @@ class Config:
     matrix_loss: trained_runs.Loss = "validation"
     """its held-out loss on all tokens (validation), or on the answers alone (answer)"""
     out: cli.Out = None
+
+    def __post_init__(self) -> None:
+        if self.matrix is None:
+            check_unread(self, "matrix_model", "matrix_loss", without="--matrix")
+        else:
+            check_unread(self, "grid", "cluster", "judge", beside="--matrix")
 
 
 def run(config: Config) -> None:
@@ -88,7 +92,11 @@ def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Compari
     """Print where the best rate keeps still; best rates, slopes and comparisons."""
     answers.say(slopes_in_words(slopes))
     ranks, line = sorted(set(found["rank"])), ["optimizer", "trained", "rule"]
-    cells = found.assign(text=found.apply(_rate, axis=1)).pivot(index=line, columns="rank", values="text").fillna("")
+    cells = (
+        found.assign(text=found.apply(run_curves.best_in_words, axis=1))
+        .pivot(index=line, columns="rank", values="text")
+        .fillna("")
+    )
     tables.print_table(
         "Best learning rate (parabola through the least three), × / ÷ half of the 95% interval; < > at the grid's edge",
         [*line, *[f"r = {rank}" for rank in ranks]],
@@ -119,15 +127,6 @@ def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Compari
         },
         left=3,
     )
-
-
-def _rate(row: Any) -> str:
-    mark = {"low": "<", "high": ">"}.get(row["edge"], "")
-    error = ""
-    if not pd.isna(row["log2_error"]):
-        n = trained_runs.BOOTSTRAPS if row["error_over"] == RECORDS else row["seeds"]
-        error = f" ({2 ** Estimate(0.0, row['log2_error'], n, row['error_over']).half_width():.2f})"
-    return f"{mark}{row['best_rate']:.3g}{error}"
 
 
 main = cli.command(Config, run, __doc__)

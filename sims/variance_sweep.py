@@ -19,12 +19,12 @@ from rora_theory.cluster import ClusterConfig
 from rora_theory.errors import InputError
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
+from rora_theory.rules import check_unread
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.stats.moments import agreement
 from rora_theory.theory.sampling import Sums
-from sims import layer_sweep
-from sims.common import answers, cli, tables
+from sims.common import answers, cli, layer_sweep, tables
 from sims.common.cells import run_cells
 
 NAME = "variance_sweep"
@@ -45,6 +45,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.layer_data is not None and self.simulation.sampler == "reduced":
             raise InputError("--sampler reduced has no fixed data; accepted with --layer-data are direct and auto")
+        if self.layer_data is not None:
+            check_unread(self, "devices", beside="--layer-data")
+            check_unread(self.simulation, "p_in", "p_out", "overlaps", beside="--layer-data")
 
 
 def run(config: Config) -> None:

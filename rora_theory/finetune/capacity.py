@@ -165,6 +165,12 @@ CPU_WORKING = 2.5
 """What a layer's working set takes at most on a CPU, where it is 1 here: XLA's compiler for CPUs fuses less of its
 elementwise work and random draws. A GPU's does."""
 
+ON_CPU = (
+    "A CPU's compiler fuses less of a layer's elementwise work and random draws, up to "
+    f"{CPU_WORKING:g} times the working set, and widens bfloat16; a GPU's does not."
+)
+"""The same in words, for who sets a CPU's account beside a plan."""
+
 PREALLOCATED = 0.75
 """Share of a device that JAX takes unless the variable XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 

@@ -14,7 +14,7 @@ from rora_theory.finetune.capacity import DEVICES, GB, RESERVE, Device
 from rora_theory.finetune.config import BaseDtype, FinetuneConfig
 from rora_theory.finetune.sharding import Layout
 from rora_theory.llama.quantised import Quantization
-from rora_theory.rules import check_integers, check_positives
+from rora_theory.rules import check_integers, check_positives, check_unread
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,11 @@ class PlanConfig:
         check_positives(self, "memory", "rate", "bandwidth")
         check_integers(self, data=1, fsdp=1)
         self.place()
+        if self.memory is not None:
+            check_unread(self, "device", beside="--memory")
         check_integers(self, rank=1, batch_size=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
+        if self.examples is None:
+            check_unread(self, "epochs", without="--examples")
         self.finetune()
         if not 0 < self.utilisation <= 1:
             raise InputError(f"--utilisation is {self.utilisation}; accepted is a number above 0, at most 1")

@@ -18,6 +18,7 @@ from rora_theory.measure.layer_data import SPLITS, Layer
 from rora_theory.measure.terms import EPSILON
 from rora_theory.rules import name_of
 from rora_theory.scaling import exponent
+from rora_theory.stats.moments import agreement
 from rora_theory.theory.grid import StepGrid, exponent_of
 
 COLUMNS = (
@@ -113,6 +114,15 @@ def crossings(grid: StepGrid, layers: Sequence[Layer]) -> pd.DataFrame:
         for layer in layers
         for split in layer.inputs
         for optimizer in grid.optimizers
+    )
+
+
+def layers_in_words(results: pd.DataFrame) -> str:
+    """How far measurement and law agree."""
+    found = agreement(*(results[name].tolist() for name in ("estimate", "standard_error", "exact")))
+    return (
+        f"On real layers measured and exact rms of w agree within {found.largest_gap:.2%} in {len(results)} figures "
+        f"(largest |z| {found.largest_score:.2f}, rms z {found.rms_score:.2f})."
     )
 
 

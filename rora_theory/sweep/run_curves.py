@@ -6,19 +6,29 @@ found = best_rates(curves_of_runs(runs))
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate, over_seeds
-from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, paired_losses, pairs
+from rora_theory.stats.rate_curves import COLUMNS, RECORDS, Comparison, Curve, comparison, paired_losses, pairs
 from rora_theory.sweep import trained_runs
 from rora_theory.sweep.trained_runs import TrainedRun
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def best_in_words(row: Any) -> str:
+    """A row of `rate_curves.best_rates`: < or > at the grid's edge, the rate, and × / ÷ half of its 95% interval."""
+    mark = {"low": "<", "high": ">"}.get(row["edge"], "")
+    error = ""
+    if row["log2_error"] is not None and not np.isnan(row["log2_error"]):
+        n = trained_runs.BOOTSTRAPS if row["error_over"] == RECORDS else row["seeds"]
+        error = f" ({2 ** Estimate(0.0, row['log2_error'], n, row['error_over']).half_width():.2f})"
+    return f"{mark}{row['best_rate']:.3g}{error}"
 
 
 def curves_of_runs(runs: Sequence[TrainedRun]) -> list[Curve]:

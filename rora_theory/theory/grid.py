@@ -10,7 +10,7 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
-from rora_theory.rules import check_choices, check_ranks, check_rules
+from rora_theory.rules import check_choices, check_ranks, check_rules, check_unread
 from rora_theory.scaling import Rule, check_integer, check_positive, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats.moments import log_log_fit
@@ -75,6 +75,7 @@ class StepGrid:
                     f"--draws is {self.draws}; accepted are at most {MOST_DRAWS:,}: E[w^2] is then known to "
                     f"{LEAST_ERROR:.0e} of itself, a hundred times finer than by default"
                 )
+            check_unread(self, "relative_error", beside="--draws")
         check_seed(self.seed, "--seed")
         for rank, optimizer in itertools.product(self.ranks, self.optimizers):
             for _, gamma in self.scalings(rank):

@@ -87,6 +87,12 @@ class ProblemSize:
         if not 0 <= self.overlap <= 1:
             raise InputError(f"overlap is {self.overlap!r}; accepted is a number from 0 to 1")
 
+    def check_ranks(self, ranks: Sequence[int]) -> None:
+        """Raise `InputError` where the teacher's change is of a higher rank than the least of the adapters'."""
+        if self.teacher_rank > min(ranks):
+            least = f"at most the least rank, {min(ranks)}, below which capacity decides"
+            raise InputError(f"--teacher-rank is {self.teacher_rank}; accepted is {least}")
+
 
 @dataclass(frozen=True)
 class ProblemConfig(ProblemSize):

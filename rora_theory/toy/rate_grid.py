@@ -86,6 +86,7 @@ class RateGrid:
         check_seeds(self.seeds, fewest=2)
         check_integer("--steps", self.steps)
         check_seed(self.seed, "--seed")
+        self.problem.check_ranks(self.ranks)
 
     def lrs(self, optimizer: OptimizerName) -> Float[np.ndarray, " rates"]:
         """The rates of an optimizer, ascending."""

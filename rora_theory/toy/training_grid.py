@@ -92,6 +92,7 @@ class TrainingGrid:
         check_positives(self, "sgd_lr", "momentum_lr", "adam_lr")
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
+        self.problem.check_ranks(self.ranks)
 
     def lr(self, optimizer: OptimizerName) -> float:
         """The learning rate of an optimizer."""

@@ -92,6 +92,8 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--seq 4096 --model llama-7b", "sequence length is 4096; accepted is at most 2048"),
         ("--memory 24", "--memory, --rate and --bandwidth are of a device of your own"),
         ("--memory 0.5 --rate 100", "memory is 0.5 GB; accepted is more than 1 GB"),
+        ("--device h100 --memory 24 --rate 120", "--device is h100, which nothing reads beside --memory; accepted is"),
+        ("--epochs 2", "--epochs is 2, which nothing reads without --examples; accepted are both, or none"),
         ("--fsdp 3 --model llama-7b", "batch_size is 16; accepted is a multiple of the 3 devices"),
         ("--rank 0", "rank is 0; accepted"),
         ("--accumulation 3", "accumulation is 3; accepted is a divisor of batch"),

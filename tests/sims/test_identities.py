@@ -299,9 +299,10 @@ OTHER: dict[str, Any] = {
         "betas": (0.8, 0.9),
     },
     "lr_transfer": {
+        "ranks": (4, 8), "teacher_rank": 2,
         "steps": 7, "seeds": (0, 3), "adam_lrs": (0.1, 0.2, 0.3), "sgd_lrs": (0.1, 0.2, 0.3),
     },
-    "training_dynamics": {"steps": (1, 3), "seeds": (0, 3)},
+    "training_dynamics": {"ranks": (4, 8), "teacher_rank": 2, "steps": (1, 3), "seeds": (0, 3)},
 }  # fmt: skip
 """Another value of a setting, of all commands or of one, where its negation or one more is none."""
 
@@ -404,7 +405,7 @@ def test_every_setting_of_a_simulation_is_in_its_identity(name, config, same) ->
 
 
 def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) -> None:
-    """And the file's content; the inputs that it stands in place of are not."""
+    """And the file's content; the inputs that it stands in place of are refused."""
     path = tmp_path / "layers.npz"
     random = np.random.default_rng(0)
     arrays = {"grad": random.normal(size=(6, 24)), "x_train": random.normal(size=(12, 24))}
@@ -412,12 +413,17 @@ def test_every_setting_of_a_sweep_on_real_layers_is_in_its_identity(tmp_path) ->
     np.savez(path, **{f"model.layers.0.mlp.down_proj/{key}": value for key, value in arrays.items()})
     config = variance_sweep.Config(layer_data=path)
     before = start("variance_sweep", config).identity
+    inputs = {"p_in", "p_out", "overlaps"}
+    for name in inputs:
+        given = replace(config.simulation, **{name: other("variance_sweep", name, getattr(config.simulation, name))})
+        with pytest.raises(InputError, match="which nothing reads beside --layer-data"):
+            replace(config, simulation=given)
     found = {
         setting
-        for setting, changed in changes("variance_sweep", config, SKIPPED - {"model"}).items()
+        for setting, changed in changes("variance_sweep", config, SKIPPED - {"model"} | inputs).items()
         if start("variance_sweep", changed).identity == before
     }
-    assert found == {"p_in", "p_out", "overlaps", "sampler"}
+    assert found == {"sampler"}
     arrays["x_heldout"][-1, -1] += 1e-9
     np.savez(path, **{f"model.layers.0.mlp.down_proj/{key}": value for key, value in arrays.items()})
     assert start("variance_sweep", config).identity != before

@@ -240,6 +240,15 @@ def test_bad_matrices(tmp_path, capsys):
         ("--rules 0.5 rora", "--rules has one rule twice (0.5 rora)"),
         ("--rules lore", "--rules"),
         ("--teacher-rank 0", "teacher_rank"),
+        ("--teacher-rank 999", "--teacher-rank is 999; accepted is at most the least rank, 4, below"),
+        ("--ranks 2 8", "--teacher-rank is 4; accepted is at most the least rank, 2"),
+        ("--matrix-model tiny", "--matrix-model is tiny, which nothing reads without --matrix; accepted are both"),
+        ("--matrix-loss answer", "--matrix-loss is answer, which nothing reads without --matrix"),
+        ("--matrix . --ranks 8 16", "--ranks is 8 16, which nothing reads beside --matrix; accepted is one of them"),
+        ("--matrix . --no-freeze-control", "--freeze-control is False, which nothing reads beside --matrix"),
+        ("--matrix . --noise 0.2", "--noise is 0.2, which nothing reads beside --matrix"),
+        ("--matrix . --judge train", "--judge is train, which nothing reads beside --matrix"),
+        ("--matrix . --workers 2", "--workers is 2, which nothing reads beside --matrix"),
     ],
 )
 def test_bad_input(arguments, named, tmp_path, capsys):

@@ -35,14 +35,13 @@ from sims import (
     coordinate_check,
     evaluate,
     horizon,
-    layer_sweep,
     lr_transfer,
     regime,
     training_dynamics,
     transfer,
 )
 from sims import variance_sweep as sweep
-from sims.common import answers, cli, progress, tables
+from sims.common import answers, cli, layer_sweep, progress, tables
 
 COMMANDS = [
     module

@@ -146,6 +146,11 @@ def test_two_workers_leave_the_same_bytes(finished: Path, tmp_path: Path, capfd:
         ("--p-in 0", "--p-in is 0"),
         ("--devices 0", "--devices is 0"),
         ("--layer-data nowhere.npz", "nowhere.npz: no such file"),
+        ("--layer-data nowhere.npz --p-in 64", "--p-in is 64, which nothing reads beside --layer-data"),
+        ("--layer-data nowhere.npz --p-out 64", "--p-out is 64, which nothing reads beside --layer-data"),
+        ("--layer-data nowhere.npz --overlaps 0 0.5", "--overlaps is 0.0 0.5, which nothing reads beside --layer-data"),
+        ("--layer-data nowhere.npz --devices 1", "--devices is 1, which nothing reads beside --layer-data"),
+        ("--draws 64 --relative-error 0.1", "--relative-error is 0.1, which nothing reads beside --draws; accepted is"),
         ("--out /proc/none", "/proc/none"),
     ],
 )

@@ -65,6 +65,7 @@ def test_rows(start: Any, trained: Any, moves: bool) -> None:
         ({"reference_rank": 0}, "--reference-rank: rank is 0"),
         ({"adam_lr": float("nan")}, "--adam-lr is nan"),
         ({"seed": -1}, "--seed is -1"),
+        ({"ranks": (2, 8)}, "--teacher-rank is 4; accepted is at most the least rank, 2"),
     ],
 )
 def test_what_is_out_of_range_is_named(settings: dict[str, Any], said: str) -> None:

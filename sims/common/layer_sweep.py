@@ -11,7 +11,6 @@ from rora_theory.measure import layer_data, layer_grid
 from rora_theory.rules import USUAL_RANKS
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
-from rora_theory.stats.moments import agreement
 from rora_theory.theory.grid import StepGrid
 from sims.common import answers, tables
 from sims.common.cells import Runner, in_process, run_table
@@ -39,11 +38,7 @@ def run(path: Path, grid: StepGrid, *, out: Path | None = None, runner: Runner =
 
 def report(results: pd.DataFrame, crossings: pd.DataFrame) -> None:
     """Print how far measurement and law agree, and the exponents by layer."""
-    found = agreement(*(results[name].tolist() for name in ("estimate", "standard_error", "exact")))
-    answers.say(
-        f"On real layers measured and exact rms of w agree within {found.largest_gap:.2%} in {len(results)} figures "
-        f"(largest |z| {found.largest_score:.2f}, rms z {found.rms_score:.2f})."
-    )
+    answers.say(layer_grid.layers_in_words(results))
     slopes = layer_grid.layer_exponents(results, low=USUAL_RANKS[0], high=USUAL_RANKS[1])
     quartiles = "{crossing_rank:.1f} ({lower_quartile:.1f}-{upper_quartile:.1f})".format_map
     where = crossings.set_index(["layer", "split", "optimizer"])
