@@ -165,6 +165,9 @@ def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequen
     Example:
       >>> agreement([1.1, 1.9], [0.1, 0.1], [1.0, 2.0]).largest_gap.__round__(3)
       0.1
+      >>> found = agreement([1.1, 1.7, 0.1], [0.1, 0.1, 0.1], [1.0, 2.0, 0.0])
+      >>> round(found.largest_score, 3), found.largest_gap  # of the second; of the third, whose exact figure is 0
+      (3.0, inf)
     """
     found = [(value - law) / error for value, error, law in zip(estimates, errors, exact, strict=True)]
     gaps = [abs(value / law - 1) if law else math.inf for value, law in zip(estimates, exact, strict=True)]

@@ -288,6 +288,12 @@ def test_snippet_works_in_peft() -> None:
             "optimizer is 'sgd' after 'adamw'",
         ),
         (
+            lambda: step_ratio(Setting(8, 16.0, 1e-3, init="gaussian"), Setting(8, 16.0, 1e-3), 0.0),
+            "init is 'gaussian' after 'kaiming_uniform'",
+        ),
+        (lambda: growth(0, 8, 0.0), "rank is 0"),
+        (lambda: growth(8, 0, 0.0), "rank is 0"),
+        (
             lambda: transfer(Setting(8, 16.0, 1e-3, init="normal"), 16).peft_config(target_modules=["q_proj"]),
             "init is 'normal', which PEFT does not have",
         ),

@@ -1,7 +1,9 @@
 """What is compared when a carried setting is checked, and the sizes against the tuned one's with their errors."""
 
 import math
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
 from rora_theory.measure import transfer_check
+from rora_theory.measure.model_layers import Change, RealStep
 
 OLD = Setting(8, 16.0, 3e-4, 0.0, "sgd")
 TERMS = {"model.layers.0.q_proj": 0.0, "model.layers.1.q_proj": 5.0}
@@ -21,13 +24,47 @@ def test_candidates() -> None:
     assert found["tuned"].setting == OLD
     assert found["neither changed"].setting == advice.unchanged
     assert found["one alpha"].setting.alpha == advice.alpha_at_old_rate
-    assert found["one rate"].setting.learning_rate == advice.rate_at_alpha
-    assert found["neither changed, use_rslora"].setting.rule == "rslora"
+    assert found["one alpha"].setting == replace(advice.unchanged, alpha=advice.alpha_at_old_rate)
+    assert found["one rate"].setting == replace(advice.unchanged, learning_rate=advice.rate_at_alpha)
+    assert found["neither changed, use_rslora"].setting == replace(advice.unchanged, rule="rslora")
+    assert found["alpha by module"].setting == found["alpha by type"].setting == found["one alpha"].setting
     assert list(found["alpha by module"].alpha_pattern) == ["layers.0.q_proj", "layers.1.q_proj"]
     assert list(found["alpha by type"].alpha_pattern) == ["q_proj"]
     assert list(transfer_check.candidates(transfer(Setting(8, 16.0, 3e-4, "rslora"), 32))) == [
         "tuned", "neither changed", "one alpha", "one rate"
     ]  # fmt: skip
+
+
+class Watching(RealStep):
+    """In a stepper's place: keeps what a step asks of it and changes nothing."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple] = []
+
+    def change(self, setting, key, alpha_pattern=None):
+        self.asked.append((setting, jax.random.key_data(key).tolist(), alpha_pattern))
+        return Change({"q_proj": np.array([1.0, 2.0]), "v_proj": np.array([3.0, 4.0])}, 5.0, 6.0)
+
+
+def test_what_a_first_step_asks_for_and_where_its_sizes_go() -> None:
+    """One A a seed of all, each with its own setting and alphas; a row a module and layer, and the whole."""
+    advice, stepper = transfer(OLD, 32, TERMS), Watching()
+    steps = list(transfer_check.first_steps(advice, (0, 5)))
+    assert [step.seed for step in steps[:2]] == [0, 5]
+    tables = [transfer_check.first_step_rows(stepper, advice, step, 9) for step in steps]
+    plans = transfer_check.candidates(advice)
+    for step, (setting, key, pattern), rows in zip(steps, stepper.asked, tables, strict=True):
+        assert key == jax.random.key_data(jax.random.fold_in(jax.random.key(9), step.seed)).tolist()
+        assert (setting, pattern) == (plans[step.plan].setting, dict(plans[step.plan].alpha_pattern))
+        who = (step.plan, step.seed, setting.alpha, setting.scaling, len(pattern))
+        names = ("plan", "seed", "alpha", "scaling", "alpha_pattern")
+        assert {tuple(row[name] for name in names) for row in rows} == {who}
+        found = [(row["quantity"], row.get("module"), row.get("layer"), row["rms"]) for row in rows]
+        assert found == [
+            ("module", "q_proj", 0, 1.0), ("module", "q_proj", 1, 2.0), ("module", "v_proj", 0, 3.0),
+            ("module", "v_proj", 1, 4.0), ("hidden", None, None, 5.0), ("logits", None, None, 6.0),
+        ]  # fmt: skip
+    assert {len(pattern) for _, _, pattern in stepper.asked} == {0, 1, 2}
 
 
 def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackknife_s() -> None:
@@ -62,3 +99,10 @@ def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackkni
     assert row["ratio"] == pytest.approx(ratio([0, 1, 2]), rel=1e-12)
     assert row["standard_error"] == pytest.approx(math.sqrt(2 * np.var(left_out)), rel=1e-9)
     assert row["smallest"] < row["ratio"] < row["largest"]
+    for name in ("hidden", "logits"):
+        top, bottom = (
+            [one["rms"] ** 2 for one in rows if (one["plan"], one["quantity"]) == (plan, name)]
+            for plan in ("one rate", "tuned")
+        )
+        (ratio_,) = found[(found["plan"] == "one rate") & (found["quantity"] == name)]["ratio"]
+        assert ratio_ == pytest.approx(math.sqrt(sum(top) / sum(bottom)), rel=1e-12)

@@ -140,6 +140,46 @@ def test_each_at_its_only_rate(tmp_path):
     assert (one.learning_rate, one.against_rate, one.loss) == (0.0002, 0.001, pytest.approx(2 / 60))
 
 
+def test_the_only_rate_of_one_against_the_best_of_several_is_the_best_of_both(tmp_path):
+    """Only where neither was tried at another rate is the difference of each one's own."""
+    for key, losses in (("l", [1.0, 1.0, 1.0]), ("r1", [4.0, 4.0, 4.0]), ("r3", [2.0, 2.0, 2.0])):
+        cell(tmp_path, key, losses)
+    rows = [row("l", "lora"), row("r1", "rora", best_rate=None), row("r3", "rora", rate=0.003, best_rate="edge")]
+    found = method_differences(rows, tmp_path)
+    assert [one.rates for one in found] == ["same", "best"]
+    assert find(found, "rora", "lora", "best").loss == pytest.approx(3 / 60)
+
+
+def test_models_and_alphas_do_not_meet(tmp_path):
+    """Two models, each with a base, and LoRA at two alphas of one rank: a difference is of one model and one alpha."""
+    rows = []
+    for model, level in (("m", 0.0), ("n", 100.0)):
+        for place, (method, alpha) in enumerate((("base", None), ("lora", 64.0), ("lora", 32.0), ("rora", 64.0))):
+            key = f"{model}{place}"
+            cell(tmp_path, key, [level - place**2, 1.0, 1.0])
+            more = {"rank": None, "rate": None, "seed": None} if alpha is None else {"alpha": alpha}
+            rows.append(row(key, method, model=model, **more))
+    found = method_differences(rows, tmp_path)
+    for model in ("m", "n"):
+        own = [(one.method, one.against, one.alpha, one.loss * 60) for one in found if one.model == model]
+        expected = [("lora", "base", 64.0, -1), ("lora", "base", 32.0, -4)]
+        expected += [("rora", "base", 64.0, -9), ("rora", "lora", 64.0, -8)]
+        assert own == [(*names, pytest.approx(loss)) for *names, loss in expected]
+
+
+def test_a_difference_of_accuracies_needs_both_scored_and_may_be_none(tmp_path):
+    """Against a base that is not scored there is none, and no answer is read; one of 0 has its error."""
+    cell(tmp_path, "base", [1.0, 1.0, 1.0])
+    cell(tmp_path, "l", [1.0, 1.0, 1.0], {"s": [1, 0]})
+    cell(tmp_path, "r", [1.0, 1.0, 1.0], {"s": [0, 1]})
+    rows = [row("base", "base", None, None, None), row("l", "lora", average=0.5), row("r", "rora", average=0.5)]
+    found = method_differences(rows, tmp_path)
+    against = find(found, "rora", "base")
+    assert (against.average, against.average_error, against.average_seeds, against.tasks) == (None, None, 0, {})
+    one = find(found, "rora", "lora")
+    assert (one.average, one.average_error, one.average_seeds) == (0.0, pytest.approx(1.0), 1)
+
+
 def test_a_method_without_a_rank_meets_every_lora_and_other_ranks_do_not_meet(tmp_path):
     for key in ("l8", "l16", "p", "r16"):
         cell(tmp_path, key, [1.0, 1.0, 1.0])
@@ -160,15 +200,24 @@ def test_other_records_or_damaged_files_are_refused(tmp_path):
     cell(tmp_path, "r", [1.0, 1.0, 1.0])
     rows = [row("l", "lora"), row("r", "rora")]
     file = tmp_path / "r" / "losses.csv"
-    file.write_text(file.read_text().replace("a,0", "d,0"))
-    with pytest.raises(InputError, match="different records"):
-        method_differences(rows, tmp_path)
+    whole = file.read_text()
+    for other in ("d,0", "a,7"):  # of another file, or another record of it
+        file.write_text(whole.replace("a,0", other))
+        with pytest.raises(InputError, match="different records"):
+            method_differences(rows, tmp_path)
     file.write_text("file,index\na,0\n")
     with pytest.raises(InputError, match=r"losses\.csv: line 1 is not the header file,index,tokens,loss"):
         method_differences(rows, tmp_path)
     file.unlink()
     with pytest.raises(InputError, match="no such file"):
         method_differences(rows, tmp_path)
+
+
+def test_other_items_are_refused(tmp_path):
+    cell(tmp_path, "l", [1.0, 1.0, 1.0], {"s": [1, 0], "t": [1]})
+    cell(tmp_path, "r", [1.0, 1.0, 1.0], {"s": [1], "t": [1, 0]})
+    with pytest.raises(InputError, match="r and l: were scored on different items"):
+        method_differences([row("l", "lora", average=0.5), row("r", "rora", average=0.5)], tmp_path)
 
 
 def test_the_table_has_a_line_a_difference(tmp_path):

@@ -4,7 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from rora_theory import frames
+from rora_theory.errors import InputError
 from rora_theory.optimizers import OPTIMIZER_NAMES
+from rora_theory.stats.rate_curves import COLUMNS
 from rora_theory.toy import dynamics, rate_grid
 from rora_theory.toy.dynamics import ProblemConfig
 from rora_theory.toy.rate_grid import GridCell, RateGrid
@@ -56,6 +59,33 @@ def test_rates_of_an_optimizer():
     grid = RateGrid(adam_lrs=(3.0, 1.0, 2.0), sgd_lrs=(30.0, 10.0, 20.0))
     found = {name: grid.lrs(name).tolist() for name in OPTIMIZER_NAMES}
     assert found == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
+
+
+def test_a_curve_is_of_the_loss_that_was_asked_for():
+    rows = [
+        {"optimizer": "sgd", "trained": "both", "rule": "lora", "kappa": 1.0, "rank": 4, "scaling": 1.0}
+        | {"learning_rate": rate, "seed": seed, "loss_train": rate + seed, "loss_held_out": 10 * rate + seed}
+        for seed in (0, 1)
+        for rate in (1.0, 2.0, 3.0)
+    ]
+    table = frames.of(rows, COLUMNS)
+    for name, factor in (("train", 1), ("held_out", 10)):
+        (curve,) = rate_grid.curves_of_losses(table, name)
+        assert curve.losses.tolist() == [[factor * rate + seed for rate in (1.0, 2.0, 3.0)] for seed in (0, 1)]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"adam_lrs": (1.0, 2.0)}, "--adam-lrs"),
+        ({"sgd_lrs": (1.0, 2.0, -1.0)}, "--sgd-lrs"),
+        ({"seeds": (1,)}, "--seeds"),
+    ],
+)
+def test_settings_out_of_range(changed, said):
+    with pytest.raises(InputError, match=said):
+        RateGrid(**changed)
 
 
 def test_curves_keep_the_order_of_the_cells_and_of_the_rates():
