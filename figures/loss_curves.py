@@ -1,7 +1,9 @@
 """Loss against steps: training and validation of runs of sims.finetune, or cells of a sims.rank_sweep.
 
-python -m figures.loss_curves RUN [RUN ...] --labels LoRA RoRA DoRA
-python -m figures.loss_curves SWEEP --rank 128
+    python -m figures.loss_curves RUN [RUN ...] --labels LoRA RoRA DoRA
+    python -m figures.loss_curves SWEEP --rank 128
+
+The first draws runs, the second a sweep's cells of one rank.
 """
 
 import json
@@ -19,12 +21,14 @@ from figures import style
 from rora_theory import files
 from rora_theory.rules import check_integers, check_positives, check_unread
 
+REQUIRED = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")  # the parser takes none too
+
 
 @dataclass(frozen=True)
 class Config:
     """Which runs to draw."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED]
     """Run folders of sims.finetune, cells of a sims.rank_sweep, or its whole folder."""
     rank: int | None = None
     """Of a whole sweep, the cells of this rank."""

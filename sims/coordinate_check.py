@@ -25,6 +25,7 @@ from rora_theory.measure.coordinate_table import MODEL
 from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import CheckConfig, CoordinateCell
 from rora_theory.measure.record_batches import BatchConfig
+from rora_theory.rules import check_list
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import flat
 from sims.common import answers, cli, prompts, tables
@@ -48,6 +49,9 @@ class Config:
     records: BatchConfig = field(default_factory=BatchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     out: cli.Out = None
+
+    def __post_init__(self) -> None:
+        check_list("--targets", self.targets)
 
 
 def run(config: Config) -> None:

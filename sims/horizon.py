@@ -40,7 +40,7 @@ GROWS = ("ranks", "strengths", "lrs", "full_lrs", "seeds", "read_at")
 class Config:
     """Which runs, and on which records."""
 
-    data: cli.Data = ()
+    data: cli.Data
     reading: DataConfig = field(default_factory=DataConfig)
     model: cli.ModelName = "smollm2-135m"
     grid: HorizonGrid = field(default_factory=HorizonGrid)

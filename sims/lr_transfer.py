@@ -92,11 +92,8 @@ def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Compari
     """Print where the best rate keeps still; best rates, slopes and comparisons."""
     answers.say(slopes_in_words(slopes))
     ranks, line = sorted(set(found["rank"])), ["optimizer", "trained", "rule"]
-    cells = (
-        found.assign(text=found.apply(run_curves.best_in_words, axis=1))
-        .pivot(index=line, columns="rank", values="text")
-        .fillna("")
-    )
+    cells = found.assign(text=found.apply(run_curves.best_in_words, axis=1))
+    cells = cells.pivot(index=line, columns="rank", values="text").fillna("")
     tables.print_table(
         "Best learning rate (parabola through the least three), × / ÷ half of the 95% interval; < > at the grid's edge",
         [*line, *[f"r = {rank}" for rank in ranks]],

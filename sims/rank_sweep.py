@@ -1,7 +1,7 @@
 """Fine-tune and score over methods x ranks x learning rates x seeds: a matrix that goes on and may grow.
 
     python -m sims.rank_sweep --design fixed_alpha --data DATA/*/train.json --data-dir DATA --train-records 960
-    python -m sims.rank_sweep --design fig1 --list
+    python -m sims.rank_sweep --design fig1 --data DATA/*/train.json --data-dir DATA --list
 
 Every cell fine-tunes one adapter, merges it, and measures the loss on held-out training-distribution records (all
 tokens, and the answers alone) and the accuracy on the eight tasks. A cell that is done is not done again: the same
@@ -69,7 +69,7 @@ class Training(FinetuneConfig):
 class Config(SweepConfig):
     """Which cells, and how each is trained and measured. What is not given is the design's."""
 
-    data: cli.Data = ()
+    data: cli.Data
     revision: cli.Revision = None
     training: Training = field(default_factory=Training)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

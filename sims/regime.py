@@ -37,7 +37,7 @@ from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regime_tables import JudgeConfig
 from rora_theory.measure.regimes import RegimeCell
 from rora_theory.measure.tokens import SINK
-from rora_theory.rules import USUAL_RANKS
+from rora_theory.rules import USUAL_RANKS, check_list
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import finished, flat, key_of
 from rora_theory.scaling import check_integer
@@ -73,8 +73,7 @@ class Config:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        if not self.targets or len(set(self.targets)) < len(self.targets):
-            raise InputError(f"targets is {' '.join(self.targets)!r}; accepted are one or more, each once")
+        check_list("--targets", self.targets)
         for layer in self.layers or ():
             check_integer("--layers", layer, least=0)
         if self.adapter is not None and not self.adapter.is_dir():

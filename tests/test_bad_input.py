@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import runpy
 import sys
 import typing
@@ -234,6 +235,27 @@ def test_what_is_no_file_is_refused(command: str, place: Path, capsys: pytest.Ca
     assert listing(place) == before
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_for_who_calls_the_command(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no word of exceptions; what a command can't be called without is required there, and its examples stand
+    on lines of their own."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+    said = capsys.readouterr().out
+    assert "InputError" not in said
+    assert "[[PATH" not in said
+    for option in {"--data", "--text", "--out"} & set(GIVEN.get(command, [])):
+        assert re.search(rf"(?m)^\W*{option} (?s:.*?)\((required|default: .*?)\)", said)[1] == "required"  # type: ignore[index]
+    assert not re.search(r"python -m .* python -m ", said)
+
+
 def test_every_command_is_here() -> None:
     assert len(COMMANDS) >= 23
+    experiments = {path.stem for path in (ROOT / "sims").glob("*.py")} - {"__init__", "__main__"}
+    assert {f"sims.{name}" for name in experiments} <= set(COMMANDS), "a file of sims that no one can run"
     assert sorted(set(READ) | {"sims.training_dynamics"}) == COMMANDS

@@ -59,7 +59,11 @@ MOST_ROWS = 10**8
 
 @dataclass(frozen=True)
 class RegimeConfig:
-    """What to measure of every module, and how finely. Raises `InputError` where a value is out of range."""
+    """What to measure of every module, and how finely.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     """ranks to predict and to step"""

@@ -67,7 +67,11 @@ UNITS = {
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """What to check. Raises `InputError` where a value is out of range."""
+    """What to check.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     ranks: tuple[int, ...] = (2, 8, 32, 128)
     """ranks of the adapter, two or more"""

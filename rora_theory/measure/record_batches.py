@@ -19,7 +19,11 @@ LossOn = Literal["all", "answer"]
 
 @dataclass(frozen=True)
 class PairConfig:
-    """How many records of what length. Raises `InputError` where a value is out of range."""
+    """How many records of what length.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     batch_size: int = 8
     """records of the batch that gives the gradient"""
@@ -79,7 +83,11 @@ def pair(
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Which records the steps are taken on and read at. Raises `InputError` where a value is out of range."""
+    """Which records the steps are taken on and read at.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     batches: Literal["fixed", "fresh"] = "fixed"
     """fixed: every step on one batch; fresh: each on a batch of its own"""

@@ -76,7 +76,11 @@ is predicted."""
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """When a law fails. Raises `InputError` where a value is out of range."""
+    """When a law fails.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     tolerance: float = 0.02
     """measured may differ from predicted by this much, or by its error bar where that is larger"""

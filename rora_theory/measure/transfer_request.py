@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """What was tuned, and where it is to go. Raises `InputError` where a value is out of range."""
+    """What was tuned, and where it is to go.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     from_rank: int | None = None
     """the rank that was tuned; none is 8, or what --from has"""

@@ -51,7 +51,11 @@ GROUP = ["optimizer", "init", "overlap", "rule"]
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """What to simulate. Raises `InputError` where a value is out of range."""
+    """What to simulate.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     grid: StepGrid = field(default_factory=StepGrid)
     p_in: int = 4096

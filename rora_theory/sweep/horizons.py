@@ -65,7 +65,11 @@ class HorizonCell:
 
 @dataclass(frozen=True)
 class HorizonGrid:
-    """Which runs, and where they are read. Raises `InputError` where a value is out of range."""
+    """Which runs, and where they are read.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     ranks: tuple[int, ...] = (8, 128)
     """ranks of the adapter"""

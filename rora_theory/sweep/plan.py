@@ -37,7 +37,7 @@ class SweepConfig:
       InputError: a value out of range.
     """
 
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...]
     """training files, as `rora_theory.data.records.read_record_set` takes them"""
     reading: DataConfig = field(default_factory=DataConfig)
     design: Literal["grid", "fixed_alpha", "alpha_2r", "tuned_rate", "fig1", "fig3", "table1", "table2"] = "grid"

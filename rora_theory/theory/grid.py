@@ -31,7 +31,11 @@ LARGEST_POWER = 18
 
 @dataclass(frozen=True)
 class StepGrid:
-    """Adapters, and the precision their steps are to be known to. Raises `InputError` where a value is out of range."""
+    """Adapters, and the precision their steps are to be known to.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     ranks: tuple[int, ...] = RANKS
     """ranks of the adapter, each 1 or more"""

@@ -60,7 +60,11 @@ Adapters = tuple[dict[str, Array], ...]
 
 @dataclass(frozen=True)
 class ProblemSize:
-    """Size and law of the problem. Raises `InputError` where a value is out of range."""
+    """Size and law of the problem.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     p_in: int = 512
     """inputs of the model"""

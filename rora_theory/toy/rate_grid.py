@@ -40,7 +40,11 @@ JudgedLoss = Literal["held_out", "train"]
 
 @dataclass(frozen=True)
 class RateGrid:
-    """What to train. Raises `InputError` where a value is out of range."""
+    """What to train.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     """ranks of the adapter"""

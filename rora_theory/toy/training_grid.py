@@ -46,7 +46,11 @@ UNITS = {
 
 @dataclass(frozen=True)
 class TrainingGrid:
-    """What to train. Raises `InputError` where a value is out of range."""
+    """What to train.
+
+    Raises:
+      InputError: a value out of range.
+    """
 
     ranks: tuple[int, ...] = (4, 16, 64, 256, 1024)
     """ranks of the adapter, at least two; they may exceed the layer's width"""

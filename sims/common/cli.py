@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -182,7 +183,12 @@ def _line(box: str) -> str:
         parts = parts[1:] or parts
     wrong = " ".join(" ".join(parts[0]).partition("Got errors:")[0].split()).rstrip(".")
     wrong = wrong.removeprefix("Error parsing ").replace(". Expected", "; accepted is")
+    wrong, one, choices = wrong.partition("one of (")  # of a set, whose order is another each time
+    wrong += one and "one of " + ", ".join(sorted(choices.rstrip(")").replace("'", "").split(", ")))
     form = [row.strip() for part in parts[1:] for row in part if row.startswith("     ") and row[5] != " "]
+    option, _, takes = form[0].partition(" ") if form else ("", "", "")
+    if "..." in takes and (commas := re.search(r"'([^' ]+,[^' ]+)'", wrong)):
+        return f"{option} has {commas[0]}; accepted are values apart by spaces: {option} {commas[1].replace(',', ' ')}"
     if form and "Argument helptext:" in box:
         wrong += f"; accepted is {': '.join(form)}"
     elif form and "Perhaps you meant:" in box:

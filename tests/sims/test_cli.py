@@ -47,6 +47,10 @@ class Config:
     remat: bool | Literal["mlp"] = False
     """what to make again"""
     inner: Inner = field(default_factory=Inner)
+    seeds: tuple[int, ...] | None = None
+    """seeds"""
+    rules: tuple[Literal["lora"] | float, ...] = ()
+    """rules"""
     out: Path | None = None
     """run folder"""
 
@@ -87,7 +91,13 @@ def test_what_is_right_is_parsed() -> None:
     [
         (["--limit", "x"], ["--limit", "'x'", "accepted is --limit {None}|INT: most items"]),
         (["--ranks", "8", "1.5"], ["--ranks", "'1.5'", "accepted is --ranks [INT [INT ...]]: ranks of the adapter"]),
-        (["--optimizer", "sgdd"], ["--optimizer", "'sgdd'", "accepted is one of ('sgd', 'adam')"]),
+        (["--optimizer", "sgdd"], ["--optimizer", "'sgdd'", "accepted is one of adam, sgd"]),
+        (["--remat", "maybe"], ["--remat", "'maybe'", "accepted is one of False, True, mlp"]),
+        (["--ranks", "8,16"], ["--ranks has '8,16'; accepted are values apart by spaces: --ranks 8 16"]),
+        (["--rules", "lora,0.5"], ["--rules has 'lora,0.5'; accepted are values apart by spaces: --rules lora 0.5"]),
+        (["--seeds", "0,1"], ["--seeds has '0,1'; accepted are values apart by spaces: --seeds 0 1"]),
+        (["--limit", "8,16"], ["--limit", "'8,16'", "accepted is --limit {None}|INT: most items"]),
+        (["--optimizer", "sgd,adam"], ["'sgd,adam'", "accepted is one of adam, sgd"]),
         (["--limit"], ["--limit", "accepted is 1 value"]),
         (["--rank", "8"], ["--rank, 8", "perhaps --ranks [INT [INT ...]]", "accepted is what --help lists"]),
         (["--limit", "1" + "0" * 30], ["--limit is 1" + "0" * 30, "accepted is an integer of at most"]),
