@@ -62,7 +62,7 @@ def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:
 
     Example:
       >>> over_seeds(np.array([1.0, 3.0]))
-      Estimate(value=2.0, error=1.0, n=2, over='seeds')
+      Estimate(value=2.0, error=1.0, n=2, over='seeds', bound=0.0)
     """
     values = np.asarray(values, np.float64)
     count = len(values)
