@@ -80,6 +80,10 @@ def resampled_ratios(
       sizes: of each record, what the figures are divided by.
       draws: how many samples.
       seed: of the samples; the same seed draws the same records in every call.
+
+    Example:
+      >>> resampled_ratios([np.array([3.0])], np.array([2.0]), draws=2).tolist()
+      [[1.5], [1.5]]
     """
     index = np.random.default_rng(seed).integers(0, len(sizes), (draws, len(sizes)))
     whole = sizes[index].sum(axis=1)
