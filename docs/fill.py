@@ -609,8 +609,15 @@ def _ratio_at(step: int, rank: int) -> str:
     return f"{row['ratio']:.1f} where the law had {row['law_ratio']:.0f}"
 
 
-for _step in (16, 64):
-    for _rank in (8, 128):
+@block("rates.model.horizon.law.256")
+def rates_model_horizon_law_long() -> str:
+    """The law's exponent after 256 steps at r = 8."""
+    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", 256, 8]
+    return f"{found['law']:+.2f} ({found['law_low']:+.2f} to {found['law_high']:+.2f})"
+
+
+for _step in (16, 64, 256):
+    for _rank in (8, 128) if _step < 256 else (8,):
         _at = {"step": _step, "rank": _rank}
         block(f"rates.model.horizon.{_step}.r{_rank}")(partial(_exponent_at, **_at))
         block(f"rates.model.parts.{_step}.r{_rank}")(partial(_parts_at, **_at))

@@ -37,6 +37,8 @@ def draw(config: Config) -> Sequence[Path]:
         colour = style.COLOURS[place]
         for index, rank in enumerate(ranks):
             own = best[(best["rank"] == rank) & (best["step"] == step)]
+            if own.empty:
+                continue
             error = 2 ** own["log2_error"].fillna(0)
             left.errorbar(
                 own["strength"] * 1.03 ** (index - (len(ranks) - 1) / 2),
@@ -56,12 +58,12 @@ def draw(config: Config) -> Sequence[Path]:
                 left.plot(x, start * (x / row.first) ** row.law, color=colour, linewidth=0.8)
     style.whole_ticks(left, (round(strength) for strength in best["strength"]))
     left.set(yscale="log", xlabel=r"$\gamma r$", ylabel="best learning rate")
+    law = exponents.groupby("step").agg({"law_low": "min", "law_high": "max"})
+    right.fill_between(law.index, law["law_low"], law["law_high"], color=style.BAND_COLOUR)
     for index, rank in enumerate(ranks):
         own = exponents[exponents["at"] == rank].sort_values("step")
         if own.empty:
             continue
-        if index == len(ranks) - 1:
-            right.fill_between(own["step"], own["law_low"], own["law_high"], color=style.BAND_COLOUR)
         right.errorbar(
             own["step"] * 1.04 ** (index - (len(ranks) - 1) / 2),
             own["exponent"],

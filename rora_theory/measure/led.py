@@ -99,21 +99,6 @@ def led_parts(
     return pd.DataFrame(rows, columns=["layer", "module", *PARTS])
 
 
-def at_rate(
-    factor: float, led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], whole: Float[np.ndarray, " n"]
-) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """The parts and the change at a rate ``factor`` times as high, at a constant gradient: B's part grows as the rate,
-    A's as its square.
-
-    Args:
-      factor: above 0.
-      led_B, led_A, whole: see `led_parts`.
-    """
-    b, a, w = (np.asarray(each, np.float64) for each in (led_B, led_A, whole))
-    square = b**2 + factor * (w**2 - a**2 - b**2) + (factor * a) ** 2
-    return factor * b, factor**2 * a, factor * np.sqrt(np.maximum(square, 0))
-
-
 def keeping_exponent(
     led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], whole: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:

@@ -18,7 +18,7 @@ from rora_theory.advice.transfer import transfer
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
-from rora_theory.measure.led import PARTS, at_rate, keeping_exponent, keeping_factor
+from rora_theory.measure.led import PARTS, keeping_exponent, keeping_factor
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
 from rora_theory.scaling import check_positive
 from rora_theory.stats.estimate import Estimate
@@ -306,29 +306,35 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
     Returns:
       ``step``, ``rank``, ``strength``, ``best_rate``; ``change`` there, between the two nearest rates along a line in
       logs, the mean of the logs over ``seeds``; ``log2_error``, a standard error: that of the best rate times the slope
-      of that line. No row where the best rate lies outside the rates at which the change was measured.
+      of that line. The seeds are those of which it was measured at every strength of the rank. No row without such a
+      seed, and none where the best rate lies outside the rates at which the change was measured.
     """
-    rows: list[dict[str, Any]] = []
-    for row in frames.rows(best[best["rank"].notna()]) if len(led) else ():
+    found: dict[tuple[int, int], dict[float, dict[int, tuple[float, float]]]] = {}
+    rows = frames.rows(best[best["rank"].notna()]) if len(led) else []
+    for row in rows:
         own = led[(led["rank"] == row["rank"]) & np.isclose(led["strength"], row["strength"])]
-        own = own[own["step"] == row["step"]]
-        found, slopes = [], []
-        for _, one in own.groupby("seed"):
+        for seed, one in own[own["step"] == row["step"]].groupby("seed"):
             x, y = (np.log2(one.sort_values("learning_rate")[name].to_numpy()) for name in ("learning_rate", "change"))
             at = math.log2(row["best_rate"])  # of five digits: at the end of the grid it may lie a little beyond
             if len(x) > 1 and x[0] - 1e-4 <= at <= x[-1] + 1e-4:
                 right = min(max(int(np.searchsorted(x, at)), 1), len(x) - 1)
-                slopes.append((y[right] - y[right - 1]) / (x[right] - x[right - 1]))
-                found.append(y[right] + (at - x[right]) * slopes[-1])
-        if found:
+                slope = (y[right] - y[right - 1]) / (x[right] - x[right - 1])
+                by_seed = found.setdefault((row["step"], row["rank"]), {}).setdefault(row["strength"], {})
+                by_seed[int(seed)] = (y[right] + (at - x[right]) * slope, slope)
+    table: list[dict[str, Any]] = []
+    for row in rows:
+        measured = found.get((row["step"], row["rank"]), {})
+        seeds = set.intersection(*map(set, measured.values())) if row["strength"] in measured else set()
+        if seeds:
+            logs, slopes = np.mean([measured[row["strength"]][seed] for seed in sorted(seeds)], axis=0)
             error = row["log2_error"]
-            rows.append(
+            table.append(
                 {"step": int(row["step"]), "rank": int(row["rank"])}
                 | {name: row[name] for name in ("strength", "best_rate")}
-                | {"change": float(2 ** np.mean(found))}
-                | {"log2_error": None if error is None else float(np.mean(slopes)) * error, "seeds": len(found)}
+                | {"change": float(2**logs)}
+                | {"log2_error": None if error is None else float(slopes) * error, "seeds": len(seeds)}
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(table)
 
 
 def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
@@ -435,9 +441,9 @@ def exponent_of_parts(
     seeds: Sequence[int],
 ) -> list[float]:
     """The exponent of the rate in gamma r that keeps the change of all modules together, by the parts that were
-    measured in runs at the first strength (`measure.led.keeping_factor`): of each seed in whose run nearest the rate
-    they were, moved to that rate as a constant gradient moves them (`measure.led.at_rate`). None of a seed without a
-    run within half a grid step, an eighth of a decade, of it.
+    measured in runs at the first strength (`measure.led.keeping_factor`), a seed each: along a line in the log of the
+    rate between the two runs beside it, no further apart than a grid step, or of the one within half a step, an eighth
+    of a decade. None of a seed without such a run.
 
     Args:
       runs: of the grid.
@@ -447,18 +453,24 @@ def exponent_of_parts(
       rate: the best one at the first.
       seeds: whose runs.
     """
-    nearest: dict[int, tuple[float, float]] = {}
+    measured: dict[int, dict[float, float]] = {}
     for run in runs:
         parts = next((one.parts for one in run.read.readings if one.step == step), None)
-        apart = abs(math.log10(run.rate / rate))
-        if parts is None or run.rank != rank or run.seed not in seeds or apart > 1 / 8 + 1e-3:
+        if parts is None or run.strength is None or run.rank != rank or run.seed not in seeds:
             continue
-        if run.strength is None or not math.isclose(run.strength, strengths[0], rel_tol=1e-6):
-            continue
-        grows = strengths[1] / strengths[0]
-        factor = keeping_factor(grows, *at_rate(rate / run.rate, *(np.asarray(parts[name]) for name in PARTS)))
-        nearest[run.seed] = min(nearest.get(run.seed, (math.inf, 0.0)), (apart, math.log(factor) / math.log(grows)))
-    return [nearest[seed][1] for seed in sorted(nearest)]
+        if math.isclose(run.strength, strengths[0], rel_tol=1e-6):
+            grows = strengths[1] / strengths[0]
+            factor = keeping_factor(grows, *(np.asarray(parts[name]) for name in PARTS))
+            measured.setdefault(run.seed, {})[math.log10(run.rate / rate)] = math.log(factor) / math.log(grows)
+    found = []
+    for seed in sorted(measured):
+        apart, slopes = zip(*sorted(measured[seed].items()), strict=True)
+        right = int(np.searchsorted(apart, 0.0))
+        if 0 < right < len(apart) and apart[right] - apart[right - 1] <= 1 / 4 + 1e-3:
+            found.append(float(np.interp(0.0, apart, slopes)))
+        elif abs(nearest := min(apart, key=abs)) <= 1 / 8 + 1e-3:
+            found.append(measured[seed][nearest])
+    return found
 
 
 def horizon_exponents(

@@ -276,6 +276,7 @@ def test_the_table_of_best_rates_names_the_arm() -> None:
 def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
     runs = grid(-0.53)
     found = {step: horizons.curves_at(runs, TOKENS, step) for step in (16, 64)}
+    found[64] = [curve for curve in found[64] if curve.rank == 8]
     judged = [horizons.horizon_exponents(one, step, takeovers=TAKEOVERS, warmup=4) for step, one in found.items()]
     tables = {"results": horizons.horizon_table(runs, TOKENS, TOKENS), "exponents": pd.concat(judged)}
     tables["best"] = pd.concat([horizons.bests(one, step) for step, one in found.items()])
@@ -283,7 +284,9 @@ def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
         (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))
     (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "horizon", "files": {}}))
     assert [path.name for path in figure.draw(figure.Config(tmp_path))] == ["horizon.png", "horizon.svg"]
-    assert "16 steps, r = 8" in (tmp_path / "horizon.svg").read_text()
+    drawn = (tmp_path / "horizon.svg").read_text()
+    assert ("16 steps, r = 128" in drawn, "64 steps, r = 8" in drawn) == (True, True)
+    assert "64 steps, r = 128" not in drawn, "no name of what is not there"
 
 
 def test_which_part_leads_is_told_of_each_reading_beside_the_law() -> None:
@@ -322,13 +325,23 @@ def test_the_change_at_the_best_rate_lies_between_its_neighbours() -> None:
         [(64, 8, 64.0, 2e-4, 0.2), (64, 8, 64.0, 2e-3, 0.2), (16, 8, 64.0, 2e-4, 0.2), (64, None, None, 2e-4, 0.2)],
         columns=["step", "rank", "strength", "best_rate", "log2_error"],
     )
-    ends = pd.DataFrame([(64, 8, 64.0 + 1e-10, float(f"{rate:.5g}"), 0.2) for rate in (1e-3, 1e-4)])
-    at_ends = horizons.change_at_best(ends.set_axis(best.columns, axis=1), led.replace({1e-4: 1.000001e-4}))
-    assert at_ends["change"].tolist() == pytest.approx([2 * 1e-3**1.5, 2 * 1e-4**1.5], rel=1e-4)
+    near = led.replace({1e-4: 1.000001e-4})
+    for rate in (1e-3, 1e-4):
+        end = best.iloc[:1].assign(strength=64.0 + 1e-10, best_rate=rate)
+        assert horizons.change_at_best(end, near)["change"].tolist() == pytest.approx([2 * rate**1.5], rel=1e-4)
+    best = best.drop(1)
+    beyond = best.iloc[:1].assign(best_rate=2e-3)
+    assert horizons.change_at_best(beyond, led).empty
     (row,) = horizons.change_at_best(best, led).to_dict("records")
     assert row["change"] == pytest.approx(2 * 2e-4**1.5, rel=1e-9)
     assert (row["log2_error"], row["seeds"], row["step"], row["rank"]) == (pytest.approx(0.3), 2, 64, 8)
     assert horizons.change_at_best(best, led.iloc[:0]).empty
+    other = led[led["seed"] == 1].assign(strength=724.0)
+    two = pd.concat([best.iloc[:1], best.iloc[:1].assign(strength=724.0)])
+    rows = horizons.change_at_best(two, pd.concat([led, other])).to_dict("records")
+    assert [(row["seeds"], row["change"]) for row in rows] == [(1, pytest.approx(4 * 2e-4**1.5, rel=1e-9))] * 2
+    apart = horizons.change_at_best(two, pd.concat([led[led["seed"] == 0], other]))
+    assert apart.empty, "no seed of both"
 
 
 def test_every_rank_is_compared_with_the_largest() -> None:
@@ -341,13 +354,11 @@ def test_every_rank_is_compared_with_the_largest() -> None:
 
 
 def with_parts(runs: list[HorizonRun], ratio: float) -> list[HorizonRun]:
-    """Every reading with two modules whose A-led part is so many times the B-led one at the rate 1e-3, in one
-    direction with it; at other rates as a constant gradient has it."""
+    """Every reading with two modules whose A-led part is so many times the B-led one, in one direction with it."""
+    parts = {"layer": [0, 1], "module": ["q_proj"] * 2, "led_B": [1.0, 3.0]}
+    parts |= {"led_A": [ratio, 3 * ratio], "whole": [1 + ratio, 3 + 3 * ratio]}
     found = []
     for run in runs:
-        b, a = 1e3 * run.rate, 1e6 * run.rate**2 * ratio
-        parts = {"layer": [0, 1], "module": ["q_proj"] * 2, "led_B": [b, 3 * b]}
-        parts |= {"led_A": [a, 3 * a], "whole": [b + a, 3 * b + 3 * a]}
         readings = [replace(one, parts=parts) for one in run.read.readings]
         found.append(replace(run, read=replace(run.read, readings=readings)))
     return found
@@ -364,9 +375,8 @@ def test_measured_parts_judge_in_place_of_the_laws_takeover() -> None:
         curves = horizons.curves_at(own, TOKENS, 64)
         found = horizons.horizon_exponents(curves, 64, takeovers=TAKEOVERS, warmup=4, runs=own)
         row = found.set_index(["over", "at"]).loc["strength", 8.0]
-        best = horizons.bests(curves, 64).set_index(["rank", "strength"])["best_rate"].loc[8, 64]
-        expected = math.log(rate_factor(724 / 64, planted * best / 1e-3)) / math.log(724 / 64)
-        assert row["by_parts"] == pytest.approx(expected, rel=1e-4)
+        expected = math.log(rate_factor(724 / 64, planted)) / math.log(724 / 64)
+        assert row["by_parts"] == pytest.approx(expected, rel=1e-6)
         assert row["by_parts_low"] == pytest.approx(row["by_parts_high"], rel=1e-9)
         assert (row["by_parts_verdict"], row["verdict"]) == (verdict, "contradicts")
         assert found.loc[found["over"] == "rank", "by_parts"].isna().all()
@@ -394,22 +404,22 @@ def test_parts_decide_no_more_than_the_runs_do() -> None:
     assert row["by_parts_verdict"] != "contradicts"
 
 
-def test_parts_are_those_of_the_runs_nearest_the_best_rate() -> None:
-    """One run a seed; none beyond an eighth of a decade, none of another rank, strength or step."""
-    runs = [
-        run
-        for seed, rate, ratio in (
-            (0, 1e-3, 1.0), (0, 1.2e-3, 9.0), (1, 1.1e-3, 2.0), (2, 1.5e-3, 30.0), (6, 1e-3, 30.0)
-        )
-        for run in with_parts([HorizonRun(8, 64 + 1e-9, rate, seed, ReadRun([], [Reading(64, [1.0], [1.0])]))], ratio)
-    ]  # fmt: skip
-    runs += with_parts([HorizonRun(16, 64.0, 1e-3, 3, ReadRun([], [Reading(64, [1.0], [1.0])]))], 30.0)
-    runs += with_parts([HorizonRun(8, 32.0, 1e-3, 4, ReadRun([], [Reading(64, [1.0], [1.0])]))], 30.0)
-    runs += with_parts([HorizonRun(8, 64.0, 1e-3, 5, ReadRun([], [Reading(16, [1.0], [1.0])]))], 30.0)
+def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
+    """Along a line between two a grid step apart at most; of one within half a step; none of another seed, rank,
+    strength or step."""
+
+    def run(seed: int, rate: float, ratio: float, rank: int = 8, strength: float = 64 + 1e-9, step: int = 64):
+        bare = HorizonRun(rank, strength, rate, seed, ReadRun([], [Reading(step, [1.0], [1.0])]))
+        return with_parts([bare], ratio)[0]
+
+    runs = [run(0, 1e-3 * 10 ** (-1 / 16), 1.0), run(0, 1e-3 * 10 ** (3 / 16), 9.0), run(0, 5e-3, 30.0)]
+    runs += [run(1, 1.1e-3, 2.0), run(2, 1.5e-3, 30.0), run(6, 1e-3, 30.0)]
+    runs += [run(3, 0.9e-3, 3.0), run(3, 3e-3, 30.0)]  # too far apart for a line
+    runs += [run(4, 1e-3, 30.0, rank=16), run(4, 1e-3, 30.0, strength=32.0), run(5, 1e-3, 30.0, step=16)]
     where = {"rank": 8, "strengths": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2, 3, 4, 5)}
     found = horizons.exponent_of_parts(runs, 64, **where)
-    slopes = [math.log(rate_factor(724 / 64, ratio)) / math.log(724 / 64) for ratio in (1.0, 2.0)]
-    assert found == pytest.approx(slopes, rel=1e-6), "moved to the best rate"
+    one, nine, two, three = (math.log(rate_factor(724 / 64, q)) / math.log(724 / 64) for q in (1.0, 9.0, 2.0, 3.0))
+    assert found == pytest.approx([0.75 * one + 0.25 * nine, two, three], rel=1e-6)
 
 
 def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
