@@ -68,7 +68,8 @@ def report(config: Config, found: Advice, targets: str | list[str], thin: str) -
     old, new, is_measured = found.old, found.unchanged, found.regime == "measured"
     answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=targets)
     print()
-    regime = f"measured at {len(found.modules)} modules, {config.split} tokens" if is_measured else config.regime
+    count = len(found.modules)
+    regime = f"measured at {count} module{'s' * (count > 1)}, {config.split} tokens" if is_measured else config.regime
     rule = old.rule if isinstance(old.rule, str) else f"kappa {old.rule:g}"
     tables.print_records(
         f"Rank {old.rank} to {new.rank}, {rule}, alpha {old.alpha:g}, rate {old.learning_rate:g}, {old.optimizer}, "
