@@ -275,7 +275,7 @@ def test_capacity_says_one_figure_for_one_thing(printed, monkeypatch) -> None:
     assert re.search(r"llama-13b +no .* 51\.9", "\n".join(printed()))
     capacity.main(["--model", "llama-13b"])
     assert "does not fit (51.9 GB of 50.0 GB)" in " ".join(" ".join(printed()).split())
-    assert "51.9 without" in (PUBLISHED.parents[1] / "docs" / "results" / "speed.md").read_text()
+    assert "51.9 GB beyond the 50.0" in (PUBLISHED.parents[1] / "docs" / "results" / "speed.md").read_text()
 
 
 def test_evaluate(printed) -> None:
