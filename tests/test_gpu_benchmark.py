@@ -69,6 +69,7 @@ def test_a_worker_that_cannot_start_is_started_once(done):
     assert "cannot import it" in found["b"]["output"]
 
 
+@pytest.mark.slow
 def test_what_hangs_is_ended_in_time(done):
     begin = time.monotonic()
     found = done(["a", "hangs", "b"], 2)

@@ -57,6 +57,7 @@ def test_merging_is_applying_and_unmerging_undoes_it(dora, params, tokens, pertu
         assert merged["layers"][name]["bias"] is params["layers"][name]["bias"]
 
 
+@pytest.mark.slow
 def test_dora_can_not_be_unmerged_without_its_norms(params, perturbed) -> None:
     adapter = perturbed(**settings(use_dora=True))
     with pytest.raises(InputError, match="norms is None for a DoRA adapter"):

@@ -110,6 +110,7 @@ def test_time_is_that_of_the_products_or_of_reading_the_weights():
             made.seconds(a6000, "bfloat16", wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER_MODELS)
 def test_all_of_the_papers_models_fit_a_48_gb_a6000_with_rematerialisation(name):
     config = FinetuneConfig(rank=128, batch_size=16, dtype="bfloat16", remat=True)

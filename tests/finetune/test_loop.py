@@ -196,6 +196,7 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole
     assert checkpoints(tmp_path) == [4, 10]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(params, tmp_path):
     # One byte's embedding is no number; a record with that byte comes in the batch of some step.
     _, batches, _ = trainer(params, tmp_path / "unused")

@@ -148,6 +148,7 @@ def test_dora_in_parts_over_devices(params):
     np.testing.assert_allclose(losses, train(params, config)[0], rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_validation_loss_on_devices(params):
     adapter = adapters.init(jax.random.key(1), CONFIG.lora(), MODEL, params)
     layout = Layout(sharding.mesh(fsdp=8))

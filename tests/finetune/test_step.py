@@ -131,6 +131,7 @@ def test_padding_and_empty_rows_change_nothing(params):
     assert float(other) == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_on_the_answer_is_the_loss_at_its_positions(params):
     records = tiny.records(8)
     few = tokenize(records, tiny.ByteEncoder(), template="clean", answer_only=True)

@@ -117,6 +117,7 @@ def test_padding_is_exact(params, checker):
         assert padded[coordinate] == pytest.approx(value, rel=1e-3, abs=1e-8), coordinate
 
 
+@pytest.mark.slow
 def test_ranks_share_their_noise(checker):
     small, large = (checker.adapter(jax.random.key(1), Setting(r, 1.0, 1e-4)) for r in (4, 8))
     for module in MODULES:

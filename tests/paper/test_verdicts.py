@@ -78,6 +78,7 @@ def exact(setting: sampling.RandomStep) -> sampling.Sums:
     return stream(float(law.mean[0]), second, setting.p_out * second)
 
 
+@pytest.mark.slow
 def test_the_evidence_is_in_closed_form() -> None:
     """Ranks 2 to 64 of p = 64 inputs: E w^2 is r p (r + p + 1) at overlap 0; at 0.5 the mean is -r p / 2."""
     found = judged(ranks=(2, 4, 16, 64), p_in=64, draw=exact)

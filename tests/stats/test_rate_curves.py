@@ -198,6 +198,7 @@ def test_seeds_and_records_are_two_sources_of_error(seeds, records, n, over):
     assert found.half_width() >= max(known)
 
 
+@pytest.mark.slow
 def test_both_errors_cover_what_seeds_and_records_draw():
     """The mean over three seeds scored on the same records: its 95% interval holds the truth in 95% of 4000 worlds or
     more, in which either error alone holds it less often."""

@@ -51,6 +51,7 @@ def test_a_reading_on_the_way_is_that_of_a_run_which_ends_there(bench) -> None:
     assert all(0 < answer < count for count, answer in zip(tokens, answers, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_keeps_what_was_read_before(bench, monkeypatch) -> None:
     whole = readings.read_run(bench, TRAINING, (1, 2))
     real = readings.read_held_out

@@ -44,6 +44,7 @@ def test_kolmogorov_smirnov_would_see_a_wrong_sampler() -> None:
         assert stats.ks_2samp(direct, take(wrong, "chi_square", 30_000, seed=1)[0]).pvalue < 1e-6 / len(CASES)
 
 
+@pytest.mark.slow
 def test_blocks_differ() -> None:
     setting = RandomStep(rank=4, p_in=5, p_out=4)
     size = sampling.block_draws(setting, "chi_square")

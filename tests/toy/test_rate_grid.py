@@ -35,6 +35,7 @@ def test_what_is_judged_is_what_was_asked():
                 assert curve.losses[line] == pytest.approx([expected] * 3, rel=1e-4), (seed, name)
 
 
+@pytest.mark.slow
 def test_b_alone_is_b_alone():
     """A cell of the control has the losses of training with A frozen; the other has not."""
     grid = RateGrid(ranks=(4, 8), optimizers=("sgd",), sgd_lrs=(0.1, 0.2, 0.3), steps=3, seeds=(0, 1), problem=PROBLEM)
