@@ -725,9 +725,8 @@ def rates_model_comparison() -> str:
 # The paper's tables.
 
 
-def _findings(check: Callable[..., list[audit.Finding]], source: str | None = "RoRA paper") -> list[audit.Finding]:
-    rows = published.published_rows(source)
-    return check(rows, published.claims()) if check is audit.differences else check(rows)
+def _findings(check: Callable[..., list[audit.Finding]], *more: Any) -> list[audit.Finding]:
+    return check(published.published_rows("RoRA paper"), *more)
 
 
 @block("audit.averages")
@@ -747,7 +746,8 @@ def audit_averages() -> str:
 @block("audit.difference")
 def audit_difference() -> str:
     """Quoted differences beside those of the printed entries."""
-    texts = [f"{one.text.split(';')[0]}: {one.expected:.2f} by the entries" for one in _findings(audit.differences)]
+    found = _findings(audit.differences, published.claims())
+    texts = [f"{one.text.split(';')[0]}: {one.expected:.2f} by the entries" for one in found]
     return "; ".join(dict.fromkeys(texts))
 
 
@@ -850,9 +850,10 @@ def _ends(run: str, ranks: tuple[int, int]) -> str:
     return " to ".join(f"{-_difference(run, 'rora', rank, 3e-4)['loss']:.2f}" for rank in ranks)
 
 
-def _rising(run: str) -> str:
+@block("sweep.rising")
+def sweep_rising() -> str:
     """Whether RoRA less LoRA at 3e-4 grows from each rank to the next."""
-    found = csv(f"{run}/differences.csv").query("rates == 'same' and against == 'lora' and method == 'rora'")
+    found = csv("rank_sweep/differences.csv").query("rates == 'same' and against == 'lora' and method == 'rora'")
     found = found[np.isclose(found["learning_rate"], 3e-4)].sort_values("rank")
     return "grew with the rank" if (np.diff(found["loss"]) < 0).all() else "did not grow with every rank"
 
@@ -870,7 +871,6 @@ for _run in ("rank_sweep", "rank_sweep_pruned"):
     _name = "sweep" if _run == "rank_sweep" else "pruned"
     _least = 4 if _run == "rank_sweep" else 8
     block(f"{_name}.ends")(partial(_ends, _run, (_least, 128)))
-    block(f"{_name}.rising")(partial(_rising, _run))
     block(f"{_name}.by-label")(partial(_accuracies_by_label, _run))
 
 

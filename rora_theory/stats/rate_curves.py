@@ -198,7 +198,7 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     """The best rate and loss of every curve, a row each: `BEST_COLUMNS`, in units of `UNITS`."""
     rows = []
     for curve in curves:
-        logs, losses = of_log2_rates((1.0,), curve), estimate(Curve.least, curve)
+        logs, losses = estimate(log2_rates, curve), estimate(Curve.least, curve)
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
             | {"rank": curve.rank, "best_rate": float(f"{2**logs.value:.5g}")}
@@ -340,7 +340,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
       losses: loss of the first less the second, at the best rates.
     """
     if shared := at_shared_seeds(first, second):
-        ratio = of_log2_rates((1.0, -1.0), *shared)
+        ratio = estimate(lambda a, b: log2_rates(a) - log2_rates(b), *shared)
     else:
         ratio = over_seeds(np.array([np.mean(log2_rates(first.spread)) - np.mean(log2_rates(second.spread))]))
     grid = max(first.grid_error(), second.grid_error())

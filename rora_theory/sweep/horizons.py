@@ -453,13 +453,13 @@ def exponent_of_parts(
       rate: the best one at the first.
       seeds: whose runs.
     """
+    grows = strengths[1] / strengths[0]
     measured: dict[int, dict[float, float]] = {}
     for run in runs:
         parts = next((one.parts for one in run.read.readings if one.step == step), None)
         if parts is None or run.strength is None or run.rank != rank or run.seed not in seeds:
             continue
         if math.isclose(run.strength, strengths[0], rel_tol=1e-6):
-            grows = strengths[1] / strengths[0]
             factor = keeping_factor(grows, *(np.asarray(parts[name]) for name in PARTS))
             measured.setdefault(run.seed, {})[math.log10(run.rate / rate)] = math.log(factor) / math.log(grows)
     found = []
