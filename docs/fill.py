@@ -517,11 +517,52 @@ def rates_model_full() -> str:
             *(f"{row[name]:g}" for name in ("step", "rank", "strength")),
             f"{row['ratio']:.1f}",
             signed(row["difference"], row["half_width"], 3),
+            f"{row['seeds']}",
         ]
-        for row in frames.rows(csv("horizon/full.csv"))
+        for row in _beside("horizon", "full")
     ]
     heads = ["steps", "rank", "gamma r", "best rate over full fine-tuning's", "least loss less full fine-tuning's"]
-    return table(heads, rows)
+    return table([*heads, "seeds"], rows)
+
+
+def _beside(run: str, start: str) -> list[dict[str, Any]]:
+    """Rows of a run of sims.horizon that stand beside what starts so."""
+    found = csv(f"{run}/beside.csv")
+    return frames.rows(found[found["beside"].str.startswith(start)])
+
+
+@block("rates.model.ranks")
+def rates_model_ranks() -> str:
+    """Lower ranks beside the largest at one gamma r, each at its own best rate."""
+    rows = [
+        [
+            *(f"{row[name]:g}" for name in ("step", "rank", "strength")),
+            row["beside"],
+            f"{row['ratio']:.2f}",
+            signed(row["difference"], row["half_width"], 3),
+            f"{row['seeds']}",
+        ]
+        for row in _beside("horizon", "r = ")
+    ]
+    return table(["steps", "rank", "gamma r", "beside", "ratio of best rates", "least loss less", "seeds"], rows)
+
+
+@block("rates.model.attention")
+def rates_model_attention() -> str:
+    """Adapters in the attention alone beside those in all modules, each at its own best rate."""
+    best = csv("horizon_attention/best.csv").set_index(["step", "rank", "strength"])
+    rows = [
+        [
+            *(f"{row[name]:g}" for name in ("step", "rank", "strength")),
+            f"{best.loc[(row['step'], row['rank'], row['strength'])]['best_rate']:.2g}",
+            f"{row['ratio']:.2f}",
+            signed(row["difference"], row["half_width"], 3),
+            f"{row['seeds']}",
+        ]
+        for row in _beside("horizon_attention", "targets")
+    ]
+    heads = ["steps", "rank", "gamma r", "best rate", "over that of all modules", "least loss less that of all modules"]
+    return table([*heads, "seeds"], rows)
 
 
 def _nearest_best(step: int, rank: int, strength: float) -> pd.Series:

@@ -53,6 +53,8 @@ class Config:
     """seed of the two samples"""
     regime: Path | None = None
     """run folder of sims.regime: its takeover distances give the law's exponents"""
+    beside: Path | None = None
+    """run folder of this command on the same records, other in one setting, as in --targets: its runs beside these"""
     out: cli.Out = None
 
 
@@ -73,6 +75,7 @@ def run(config: Config) -> None:
     identity |= {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": horizons.UNITS, "device": devices.describe(devices.pick(1))}
+    others = dict([horizons.read_beside(config.beside, identity)] if config.beside else [])
     folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=located.values())
     bench = Workbench(grid.training(cells[0]), split, {}, located, scoring=Scoring("label", None))
     cli.tell(bench.open(config.model))
@@ -89,7 +92,7 @@ def run(config: Config) -> None:
     run_cells(cells, work, folder, runner=runner, title="runs", words=lambda value: said(value, tokens))
     runs = horizons.distinct(horizons.run_of(one.cell, one.value) for one in finished(folder.path).values())
     folder.write_frame(horizons.horizon_table(runs, tokens, answered), "results.csv")
-    judged = horizons.judge_runs(runs, tokens, takeovers=takeovers, warmup=grid.warmup)
+    judged = horizons.judge_runs(runs, tokens, takeovers=takeovers, warmup=grid.warmup, others=others)
     for name, frame in judged.files().items():
         folder.write_frame(frame, name)
     report(len(runs), judged, law=bool(takeovers))
@@ -116,12 +119,12 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         "rms change": "{change:.3g}",
         "exponent that keeps it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
     }
-    full = who | {"best rate over full's": "{ratio:.3g}", "verdict": "{verdict}"}
+    beside = who | {"beside": "{beside}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
     for title, frame, columns in (
         ("Best rates (parabola through the least three)", judged.best,
          who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}),
-        ("Beside full fine-tuning", judged.full, full),
+        ("Beside others, each at its own best rate", judged.beside, beside),
         ("How the best rate moves", found, exponents),
         ("Which part of the change leads, median over modules (5% to 95%)", judged.led, led),
         ("Size of the change at the best rate: equal where the best rate keeps it", judged.change, who | change),

@@ -37,6 +37,9 @@ MEASURED = (
 )
 """What is known of the ends under Adam beside the law: ``results/published/horizon``."""
 
+MOST_STEPS = 10**7
+"""Of a planned run: each is reckoned."""
+
 Per = Literal["one", "type", "module"]
 """Which modules share an alpha: all, those of a type, or each layer's module has its own."""
 
@@ -617,7 +620,7 @@ def _planned(
         )
     if steps is None:
         raise InputError(f"{first} is {shown(given[first])} without steps; accepted are steps of 1 or more beside it")
-    check_integer("steps", steps)
+    check_integer("steps", steps, most=MOST_STEPS)
     steps = int(steps)
     factors = [1.0] * steps if schedule is None else _factors(schedule, steps)
     if takeover is not None and p_in is not None:

@@ -92,6 +92,8 @@ class PlanConfig:
         check_integers(self, rank=1, batch_size=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
         if self.examples is None:
             check_unread(self, "epochs", without="--examples")
+        if self.method == "full":
+            check_unread(self, "rank", beside="--method full")
         self.finetune()
         if not 0 < self.utilisation <= 1:
             raise InputError(f"--utilisation is {self.utilisation}; accepted is a number above 0, at most 1")

@@ -265,19 +265,26 @@ def check_in_words(config: CheckConfig, judged: pd.DataFrame) -> str:
     return f"What {steps} steps change of the whole model, against the rank: {'; '.join(words)}."
 
 
-def control_direction(case: Case) -> Literal["grows", "shrinks", ""]:
-    """Where the law has a control's first step go with the rank, whichever part leads; empty where that decides.
+def control_growth(case: Case) -> list[float]:
+    """The powers of the rank that the law gives a control's first step, of whichever part leads.
 
     The gaussian A falls as 1/r, and the step carries A to the power of gamma.
     """
     smaller = scaling_power(FAMILY[case.optimizer]) if case.init == "gaussian" else 0
     kept = predicted_slopes(case.optimizer, exponent(case.rule), trained="B")  # by a rate that moves the other way
-    growth = [-slope - smaller for slope in kept.values()]
+    return [-slope - smaller for slope in kept.values()]
+
+
+def control_direction(case: Case) -> Literal["grows", "shrinks", ""]:
+    """Where the law has a control's first step go with the rank, whichever part leads; empty where that decides."""
+    growth = control_growth(case)
     return "grows" if min(growth) >= 0 else "shrinks" if max(growth) <= 0 else ""
 
 
 def _of_control(case: Case, word: str) -> str:
     if word == "flat":
+        if 0 in control_growth(case):
+            return "flat, as the law has it where one of its parts leads: no control"
         return "FLAT: the check has no power"
     must, found = control_direction(case), word.partition(" ")[0]
     if not must or found not in ("grows", "shrinks"):

@@ -20,6 +20,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
 from rora_theory.measure.led import PARTS, keeping_exponent, keeping_factor
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
+from rora_theory.runs.reading import as_json, finished, read_manifest
 from rora_theory.scaling import check_positive
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_per_token, resampled_ratios
@@ -405,30 +406,72 @@ def _strength(curve: Curve) -> float:
     return round(curve.scaling * curve.rank, 9)
 
 
-def beside_full(found: Sequence[Curve], step: int) -> pd.DataFrame:
-    """Every adapter against full fine-tuning of the same modules after a step, each at its own best rate.
+def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curve]] | None = None) -> pd.DataFrame:
+    """Every curve beside others after a step, each at its own best rate: an adapter beside full fine-tuning of the same
+    modules and beside the largest rank at its strength; any curve beside the same one of other runs.
 
     Args:
       found: of `curves_at` the step.
       step: the horizon.
+      others: of `curves_at` the step, by what tells those runs from these, see `read_beside`.
 
     Returns:
-      ``step``, ``rank``, ``strength``; ``ratio``, the adapter's best rate over full fine-tuning's, with
-      ``ratio_log2_error``; ``difference`` of the least losses, the adapter's less full fine-tuning's, with its 95%
-      ``half_width``, in which is what the grid may hide (``grid_error``), ``error_over`` and ``verdict``, see
-      `stats.rate_curves.comparison`. Empty where either lacks three rates, or the two share no seed.
+      ``step``, ``rank``, ``strength``, ``beside``; ``ratio``, the best rate over that of what it stands beside, with
+      ``ratio_log2_error``; ``difference`` of the least losses, with its 95% ``half_width``, in which is what the grid
+      may hide (``grid_error``), ``error_over``, ``seeds`` and ``verdict``, see `stats.rate_curves.comparison`. No row
+      where either lacks three rates, or the two share no seed.
     """
+    adapters = [curve for curve in found if curve.rule != FULL]
+    pairs = [(curve, full, FULL) for curve in adapters for full in found if full.rule == FULL]
+    for curve in adapters:
+        largest = max((one for one in adapters if _strength(one) == _strength(curve)), key=lambda one: one.rank)
+        if largest is not curve:
+            pairs.append((curve, largest, f"r = {largest.rank}"))
+    for name, curves in (others or {}).items():
+        by = {(one.rank, one.scaling): one for one in curves}
+        pairs += [(one, by[key], name) for one in found if (key := (one.rank, one.scaling)) in by]
     rows = []
-    full = next((curve for curve in found if curve.rule == FULL), None)
-    for curve in found:
-        shared = () if full is None or curve is full else at_shared_seeds(curve, full)
-        if not shared:
-            continue
-        own = comparison(shared[0], shared[1], less(shared[0], shared[1]))
-        names = ("ratio", "ratio_log2_error", "difference", "half_width", "grid_error", "error_over", "verdict")
-        who = {"step": step, "rank": curve.rank, "strength": _strength(curve)}
-        rows.append(who | {name: getattr(own, name) for name in names})
-    return pd.DataFrame(rows)
+    for first, second, name in pairs:
+        shared = at_shared_seeds(first, second)
+        if shared:
+            one, other = (
+                replace(shared[0], rule=f"r = {first.rank}" if first.rank else FULL),
+                replace(shared[1], rule=name),
+            )
+            own = comparison(one, other, less(one, other))
+            names = ("ratio", "ratio_log2_error", "difference", "half_width", "grid_error", "error_over")
+            who = {"step": step, "rank": first.rank or None, "strength": _strength(first) if first.rank else None}
+            who |= {"beside": name} | {name: getattr(own, name) for name in names}
+            rows.append(who | {"seeds": len(one.losses), "verdict": own.verdict})
+    return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+def read_beside(path: Path, identity: Mapping[str, Any]) -> tuple[str, list[HorizonRun]]:
+    """The runs of another folder of ``sims.horizon``, of the same model and records, and what they differ in.
+
+    Args:
+      path: the folder.
+      identity: the settings of these runs, as their own manifest has them.
+
+    Returns:
+      The settings of those runs that differ, in words, and the runs.
+
+    Raises:
+      InputError: no such run, one of another model or of other records, or one that differs in nothing.
+    """
+    manifest = read_manifest(path, ("experiment", "config"))
+    if manifest is None or manifest["experiment"] != "horizon":
+        raise InputError(f"--beside {path}: accepted is a run folder of sims.horizon")
+    other, own = manifest["config"], as_json(identity)
+    for name in ("model_sha256", "records"):
+        if other.get(name) != own[name]:
+            raise InputError(f"--beside {path}: has another {name}; accepted is a run of the same model and records")
+    differ = [name for name in own if name != "model" and own[name] != other.get(name)]
+    if not differ:
+        raise InputError(f"--beside {path}: differs in no setting; accepted is a run that does, as in --targets")
+    values = {name: other.get(name) for name in differ}
+    words = [f"{key} {' '.join(each) if isinstance(each, list) else each}" for key, each in values.items()]
+    return ", ".join(words), [run_of(one.cell, one.value) for one in finished(path).values()]
 
 
 def exponent_of_parts(
@@ -568,25 +611,30 @@ def judge_exponent(
 
 @dataclass(frozen=True, eq=False)
 class HorizonJudgement:
-    """What runs come to: best rates (`bests`), beside full fine-tuning's (`beside_full`), and how they move
+    """What runs come to: best rates (`bests`), each beside others (`beside`), and how they move
     (`horizon_exponents`), of every step that was read; which part of the change leads in every run (`led_table`), and
     how large the change is at the best rates (`change_at_best`). A frame is empty where nothing can be said."""
 
     best: pd.DataFrame
-    full: pd.DataFrame
+    beside: pd.DataFrame
     exponents: pd.DataFrame
     led: pd.DataFrame
     change: pd.DataFrame
 
     def files(self) -> dict[str, pd.DataFrame]:
         """The frames that are not empty, by the names of their files."""
-        found = {"best.csv": self.best, "full.csv": self.full, "exponents.csv": self.exponents}
+        found = {"best.csv": self.best, "beside.csv": self.beside, "exponents.csv": self.exponents}
         found |= {"led.csv": self.led, "change.csv": self.change}
         return {name: frame for name, frame in found.items() if not frame.empty}
 
 
 def judge_runs(
-    runs: Sequence[HorizonRun], tokens: Sequence[int], *, takeovers: Sequence[float], warmup: int
+    runs: Sequence[HorizonRun],
+    tokens: Sequence[int],
+    *,
+    takeovers: Sequence[float],
+    warmup: int,
+    others: Mapping[str, Sequence[HorizonRun]] | None = None,
 ) -> HorizonJudgement:
     """Find the best rates at every step that was read, and judge them.
 
@@ -595,6 +643,7 @@ def judge_runs(
       tokens: of each held-out record.
       takeovers: of a model's modules, for the law's exponents; none leaves these out.
       warmup: steps.
+      others: runs to stand beside these, see `read_beside`.
     """
     runs = distinct(runs)
     steps = sorted({one.step for run in runs for one in run.read.readings})
@@ -603,10 +652,14 @@ def judge_runs(
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
         return HorizonJudgement(best, pd.DataFrame(), pd.DataFrame(), led, pd.DataFrame())
-    full = [beside_full(found, step) for step, found in curves.items()]
+    other = {name: distinct(own) for name, own in (others or {}).items()}
+    pairs = [
+        beside(found, step, {name: curves_at(own, tokens, step) for name, own in other.items()})
+        for step, found in curves.items()
+    ]
     laws = [horizon_exponents(one, step, takeovers=takeovers, warmup=warmup, runs=runs) for step, one in curves.items()]
     found = _joined(laws) if takeovers else pd.DataFrame()
-    return HorizonJudgement(best, _joined(full), found, led, change_at_best(best, led))
+    return HorizonJudgement(best, _joined(pairs), found, led, change_at_best(best, led))
 
 
 def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:

@@ -163,13 +163,14 @@ def stream(
     mesh = Mesh(np.array(places), "places")
     everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("places",)))
     arguments = jax.device_put((key, kind.numbers(setting)), everywhere)
+    turns = jax.device_put(np.int32(batch), everywhere)
     pending: deque[tuple[int, Array]] = deque()
     size = len(places) * batch  # of a turn, in which all devices run one program
     for turn in itertools.count() if wanted is None else range(-(-wanted // size)):
         start = turn * size
         kept = size if wanted is None else min(size, wanted - start)
         indices = jax.device_put(np.arange(size, dtype=np.uint32) + np.uint32(first_block + start), shared)
-        pending.append((kept, _blocks(*arguments, indices, kind=kind, mesh=mesh)))
+        pending.append((kept, _blocks(*arguments, indices, turns, kind=kind, mesh=mesh)))
         # Two turns in flight keep every device busy while the host sums.
         if len(pending) >= 2:
             yield from _read(*pending.popleft())
@@ -272,22 +273,32 @@ class BlockKind:
 
 @partial(jax.jit, static_argnames=("kind", "mesh"))
 def _blocks(
-    key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, *, kind: BlockKind, mesh: Mesh
+    key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, turns: Array, *, kind: BlockKind, mesh: Mesh
 ) -> Float[Array, "blocks 2 draws"]:
-    """Blocks of these indices, an equal part on each device of the mesh."""
+    """Blocks of these indices, an equal part on each device of the mesh, one after the other.
+
+    How many a device makes is ``turns``, an argument: a compiler that knew it would make one block alone of other
+    programs than several in a loop, whose sums round otherwise.
+    """
     sample = {"direct": _direct, "pairs": _pairs, "chi_square": _chi_square}[kind.sampler]
 
     @partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("places")),
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("places"), PartitionSpec()),
         out_specs=PartitionSpec("places"),
         check_vma=False,
     )
-    def own(key: PRNGKeyArray, numbers: dict[str, Array], indices: Array) -> Array:
-        return jax.lax.map(lambda index: sample(jax.random.fold_in(key, index), numbers, kind), indices)
+    def own(key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, turns: Array) -> Array:
+        def one(turn: Array, found: Float[Array, "blocks_and_one 2 draws"]) -> Float[Array, "blocks_and_one 2 draws"]:
+            block = sample(jax.random.fold_in(key, more[turn]), numbers, kind)
+            return found.at[turn].set(jax.lax.optimization_barrier(block))
 
-    return own(key, numbers, indices)
+        more = jnp.append(indices, indices[-1])  # of two or more: the place of a lone block would be known too
+        found = jnp.zeros((len(more), 2, kind.draws), jnp.float32)
+        return jax.lax.fori_loop(0, turns, one, found)[: len(indices)]
+
+    return own(key, numbers, indices, turns)
 
 
 def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:

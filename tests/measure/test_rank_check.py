@@ -109,6 +109,14 @@ def test_a_control_that_is_flat_has_no_power() -> None:
     assert set(found["flat held_out 1"]) == {"1 of 1"}
 
 
+def test_a_control_that_the_law_has_flat_is_none() -> None:
+    """Constant gamma with the gaussian init: where the signal leads under Adam the one undoes the other."""
+    config = CheckConfig(ranks=(2, 8), optimizers=("adamw",), rules=(0.0,), steps=(1,), seeds=(0, 1))
+    found = verdicts(config, coordinate_slopes(config, sizes_of(config, lambda case, *_: 1.0)))
+    gaussian = found[found["init"] == "gaussian"]
+    assert gaussian["whole_model"].tolist() == ["flat, as the law has it where one of its parts leads: no control"]
+
+
 def sizes_of(config: CheckConfig, value: Callable[[Case, str, str, int, int], float]) -> pd.DataFrame:
     """Sizes of a module's output and the whole model: ``value`` of a case, a split, a quantity, a rank and a seed."""
     return size_table(

@@ -93,6 +93,7 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--memory 24", "--memory, --rate and --bandwidth are of a device of your own"),
         ("--memory 0.5 --rate 100", "memory is 0.5 GB; accepted is more than 1 GB"),
         ("--device h100 --memory 24 --rate 120", "--device is h100, which nothing reads beside --memory; accepted is"),
+        ("--method full --rank 64", "--rank is 64, which nothing reads beside --method full; accepted is one of them"),
         ("--epochs 2", "--epochs is 2, which nothing reads without --examples; accepted are both, or none"),
         ("--fsdp 3 --model llama-7b", "batch_size is 16; accepted is a multiple of the 3 devices"),
         ("--rank 0", "rank is 0; accepted"),

@@ -52,7 +52,7 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     sim.main([*base, "--strengths", "40", "--lrs", *LRS, "--full-lrs", *FULL_LRS, "--out", str(out)])
     said = " ".join(capsys.readouterr().out.split())
     assert "The law against 9 runs:" in said
-    assert "Beside full fine-tuning" in said
+    assert "Beside others, each at its own best rate" in said
     assert (out / CELLS).read_text().startswith(first), "what was done is not done again"
     rows = frames.read_csv(out / "results.csv")
     full, rows = rows[rows["rank"].isna()], rows[rows["rank"].notna()]
@@ -62,7 +62,8 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     assert full["learning_rate"].tolist() == [float(rate) for rate in FULL_LRS for _ in (1, 2)]
     assert full["strength"].isna().all()
     assert full.query("step == 2")["validation_loss"].nunique() == 3
-    beside = frames.read_csv(out / "full.csv")
+    beside = frames.read_csv(out / "beside.csv")
+    assert set(beside["beside"]) == {"full"}
     assert sorted(beside[["step", "rank", "strength"]].to_numpy().tolist()) == [
         [s, 2, g] for s in (1, 2) for g in (4, 40)
     ]
@@ -70,6 +71,30 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     assert found["step"].tolist() == [1, 2]
     assert (found["over"] == "strength").all()
     assert Path(out / "records.csv").read_text().count("\n") == 7
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("carried")
+def test_a_folder_of_another_setting_stands_beside_it(base, tmp_path, capsys) -> None:
+    """Of the same records; the same setting and other records are refused before anything is trained."""
+    words = [*base, "--strengths", "4", "--lrs", *LRS]
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    sim.main([*words, "--out", one])
+    sim.main([*words, "--targets", "q_proj", "--beside", one, "--out", other])
+    beside = frames.read_csv(Path(other) / "beside.csv")
+    name = "targets q_proj k_proj v_proj up_proj down_proj"
+    assert beside[["step", "rank", "strength", "beside"]].to_numpy().tolist() == [[s, 2, 4, name] for s in (1, 2)]
+    assert (beside["difference"] != 0).all()
+    own, all_modules = (frames.read_csv(Path(path) / "best.csv").set_index("step") for path in (other, one))
+    difference = (own["best_loss"] - all_modules["best_loss"]).to_numpy()
+    assert beside["difference"].to_numpy() == pytest.approx(difference, abs=2e-5), "these less those"
+    capsys.readouterr()
+    for more, said in ((["--beside", one], "differs in no setting"), (["--held-out", "5"], "has another records")):
+        with pytest.raises(SystemExit) as stop:
+            sim.main([*words, "--beside", one, *more, "--out", str(tmp_path / "new")])
+        assert stop.value.code == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "new").exists()
 
 
 def test_only_held_out_takeovers_count(base) -> None:

@@ -156,18 +156,18 @@ def test_long_words_among_the_figures_fold(printed, left, last) -> None:
     assert "…" not in "".join(words)
 
 
-def test_a_verdict_beside_full_fine_tuning_is_whole(printed) -> None:
-    full = frames.read_csv(PUBLISHED / "horizon" / "full.csv")
+def test_a_verdict_beside_another_run_is_whole(printed) -> None:
+    beside = frames.read_csv(PUBLISHED / "horizon" / "beside.csv")
     best, found = (frames.read_csv(PUBLISHED / "horizon" / name) for name in ("best.csv", "exponents.csv"))
-    horizon.report(9, HorizonJudgement(best, full, found, pd.DataFrame(), pd.DataFrame()))
+    horizon.report(9, HorizonJudgement(best, beside, found, pd.DataFrame(), pd.DataFrame()))
     lines = printed()
-    title = lines.index("Beside full fine-tuning")
+    title = lines.index("Beside others, each at its own best rate")
     lines = lines[title : lines.index("How the best rate moves")]
     starts = [i for i, line in enumerate(lines) if re.match(r" *\d+ ", line)]
     said = [" ".join(" ".join(lines[a:b]).split()) for a, b in zip(starts, [*starts[1:], None], strict=True)]
-    assert len(said) == len(full)
-    assert all(row.split()[-1] in text for row, text in zip(full["verdict"], said, strict=True))
-    assert all(word in text for row, text in zip(full["verdict"], said, strict=True) for word in row.split())
+    assert len(said) == len(beside)
+    assert all(row.split()[-1] in text for row, text in zip(beside["verdict"], said, strict=True))
+    assert all(word in text for row, text in zip(beside["verdict"], said, strict=True) for word in row.split())
 
 
 def test_a_wider_terminal_is_used(capsys, monkeypatch) -> None:

@@ -135,7 +135,7 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
         reading = [Reading(one.step, [0.95 * loss for loss in one.losses], one.losses) for one in run.read.readings]
         runs.append(HorizonRun(None, None, float(rate), 0, ReadRun([], reading)))
     curves = horizons.curves_at(runs, TOKENS, 64, draws=50)
-    found = horizons.beside_full(curves, 64).set_index(["rank", "strength"])
+    found = horizons.beside(curves, 64).query("beside == 'full'").set_index(["rank", "strength"])
     assert len(found) == 4
     row = found.loc[8, 64]
     assert row["ratio"] == pytest.approx(20, rel=0.05)
@@ -154,7 +154,45 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     )
     table = frames.rows(horizons.horizon_table(runs, TOKENS, TOKENS))
     assert [row["gamma"] for row in table[-1:]] == [None]
-    assert horizons.beside_full(horizons.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
+    assert horizons.beside(horizons.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
+
+
+def worse(runs: list[HorizonRun], factor: float, rate: float = 1.0) -> list[HorizonRun]:
+    """The same runs with losses and rates a factor higher."""
+    found = []
+    for run in runs:
+        reading = [Reading(one.step, [factor * x for x in one.losses], one.losses) for one in run.read.readings]
+        found.append(replace(run, rate=rate * run.rate, read=ReadRun([], reading)))
+    return found
+
+
+def test_a_low_rank_stands_beside_the_largest_at_its_strength() -> None:
+    """5% planted on the losses of r = 8 at one strength: it is behind there, by so much, and not at the other."""
+    runs = grid(-0.53, seeds=3)
+    low = [run for run in runs if (run.rank, run.strength) == (8, 64)]
+    runs = [run for run in runs if run not in low] + worse(low, 1.05)
+    found = horizons.beside(horizons.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(["rank", "strength"])
+    assert found.index.tolist() == [(8, 64), (8, 724)], "the largest rank stands beside nothing"
+    assert (found["beside"] == "r = 128").all()
+    assert (found["seeds"] == 3).all()
+    behind, equal = found.loc[8, 64], found.loc[8, 724]
+    assert behind["difference"] == pytest.approx(0.05, rel=0.1)
+    assert behind["verdict"].startswith("r = 128 is better by 5.")
+    assert abs(equal["difference"]) < equal["half_width"]
+    assert equal["ratio"] == pytest.approx(1, abs=0.1)
+
+
+def test_runs_stand_beside_those_of_another_setting() -> None:
+    """Twice the rate and 3% less loss are planted in the others; full fine-tuning has its own beside it."""
+    runs = [run for run in grid(-0.53, seeds=2) if (run.rank, run.strength) == (8, 64)]
+    runs += [replace(run, rank=None, strength=None) for run in runs]
+    others = worse(runs, 0.97, rate=2.0)
+    found = horizons.judge_runs(runs, TOKENS, takeovers=(), warmup=4, others={"targets all": others}).beside
+    found = found[(found["step"] == 64) & (found["beside"] == "targets all")]
+    assert found["rank"].fillna(0).tolist() == [0, 8], "full fine-tuning has its own beside it"
+    assert found["ratio"].to_numpy() == pytest.approx(0.5, rel=0.02)
+    assert found["difference"].to_numpy() == pytest.approx(0.03, rel=0.1)
+    assert all(one.startswith("targets all is better by 3.") for one in found["verdict"])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Results of a sweep: which cells have a line, in which order, which rate was the best of those tried, and files."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from rora_theory.data.records import Record
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
+from rora_theory.runs.cells import run_cells
+from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import Finished
 from rora_theory.sweep import results
+from rora_theory.sweep.cells import SweepCell
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 
@@ -203,3 +207,15 @@ def test_a_result_in_words() -> None:
         "loss 1.5000 ± 0.0100, answers 0.5000 ± 0.0200, average 75.0 ± 10.0 % (25.0 % unparsed)"
     )
     assert results.result_in_words({"status": "diverged", "diverged_at": 7}) == "diverged at step 7"
+
+
+def test_of_a_folder_only_the_asked_cells_are_read(tmp_path) -> None:
+    """Not those of an earlier grid, nor those that are not done; without a question all."""
+    own = SweepCell("base", None, None, None, None, None, "m", None, "float32", None, {}, None)
+    cells = [replace(own, model=name) for name in ("one", "two", "three")]
+    folder = RunFolder.open("sweep", {}, out=tmp_path / "run")
+    run_cells(cells[:2], lambda cell, _: {"status": "complete", "validation_loss": len(cell.model)}, folder)
+    folder.finish()
+    assert results.read_results(folder.path)["model"].tolist() == ["one", "two"]
+    assert results.read_results(folder.path, cells[1:])["model"].tolist() == ["two"]
+    assert results.read_results(folder.path, []).empty

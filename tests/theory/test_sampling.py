@@ -86,7 +86,7 @@ def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: 
     computed: list[int] = []
     used: set[jax.Device] = set()
 
-    def blocks(_key: object, _numbers: object, indices: jax.Array, **_: object) -> jax.Array:
+    def blocks(_key: object, _numbers: object, indices: jax.Array, _turns: object, **_: object) -> jax.Array:
         computed.extend(np.asarray(indices).tolist())
         used.update(indices.devices())
         return jnp.broadcast_to(jnp.float32(np.asarray(indices))[:, None, None], (len(indices), 2, 20))
@@ -154,7 +154,8 @@ def test_memory_is_bounded() -> None:
         (256, 4096, "direct", 64e6),
     ]:
         kind = sampling.BlockKind.of(RandomStep(rank=rank, p_in=p_in), sampler)  # type: ignore[arg-type]
-        arguments = (jax.random.key(0), kind.numbers(RandomStep(rank=rank, p_in=p_in)), np.arange(64, dtype=np.uint32))
+        numbers = kind.numbers(RandomStep(rank=rank, p_in=p_in))
+        arguments = (jax.random.key(0), numbers, np.arange(64, dtype=np.uint32), np.int32(64))
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "places")
         memory = sampling._blocks.lower(*arguments, kind=kind, mesh=mesh).compile().memory_analysis()
         assert memory.temp_size_in_bytes + memory.output_size_in_bytes < limit
