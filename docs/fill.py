@@ -547,6 +547,30 @@ def rates_model_ranks() -> str:
     return table(["steps", "rank", "gamma r", "beside", "ratio of best rates", "least loss less", "seeds"], rows)
 
 
+@block("rates.model.steps")
+def rates_model_steps() -> str:
+    """How the best rate moves with the steps of the run."""
+    rows = [
+        [
+            *((f"{row['rank']:g}", f"{row['strength']:g}") if row["rank"] else ("full", "")),
+            f"{row['first']} to {row['second']}",
+            signed(row["exponent"], row["half_width"], 2),
+            f"{row['seeds']}",
+            f"{row['law']:+.2f}: {row['verdict']}",
+        ]
+        for row in frames.rows(csv("horizon/steps.csv"))
+    ]
+    heads = [
+        "rank",
+        "gamma r",
+        "steps",
+        "exponent of the best rate in the steps",
+        "seeds",
+        "a constant gradient's: verdict",
+    ]
+    return table(heads, rows)
+
+
 @block("rates.model.attention")
 def rates_model_attention() -> str:
     """Adapters in the attention alone beside those in all modules, each at its own best rate."""
