@@ -119,6 +119,14 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         "rms change": "{change:.3g}",
         "exponent that keeps it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
     }
+    steps = {
+        "rank": "{size}",
+        "gamma r": "{strength:g}",
+        "steps": "{first} to {second}",
+        "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
+        "constant gradient's": "{law:+.2f}",
+        "verdict": "{verdict}",
+    }
     beside = who | {"beside": "{beside}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
     for title, frame, columns in (
@@ -126,6 +134,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
          who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}),
         ("Beside others, each at its own best rate", judged.beside, beside),
         ("How the best rate moves", found, exponents),
+        ("How the best rate moves with the steps; -1/2 where entries walk at random", judged.steps, steps),
         ("Which part of the change leads, median over modules (5% to 95%)", judged.led, led),
         ("Size of the change at the best rate: equal where the best rate keeps it", judged.change, who | change),
     ):  # fmt: skip

@@ -579,9 +579,51 @@ def horizon_exponents(
     return pd.DataFrame(rows)
 
 
-RIVALS = {"strength": (-1.0, 0.0), "rank": (0.5,)}
+def step_exponents(curves: Mapping[int, Sequence[Curve]], *, warmup: int) -> pd.DataFrame:
+    """How the best rate moves with the number of steps, from each horizon to the longest, beside a constant gradient's.
+
+    Along constant signs both factors move by the sum of the rates, so that the rate that keeps the change at one gamma
+    r falls as one over that sum, whichever part leads. Entries that walk at random move by its root: -1/2.
+
+    Args:
+      curves: of `curves_at`, by step.
+      warmup: steps.
+
+    Returns:
+      ``rank``, ``strength``, ``first``, ``second`` (steps); ``exponent`` of the best rate in the steps, with
+      ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both have; ``law``, a constant
+      gradient's, and ``verdict`` on it, see `judge_exponent`.
+    """
+    rows = []
+    by: dict[tuple[int, float], dict[int, Curve]] = {}
+    for step in sorted(curves):
+        for curve in curves[step]:
+            by.setdefault((curve.rank, curve.scaling), {})[step] = curve
+    for own in by.values():
+        *earlier, second = own
+        for first in earlier:
+            curve = own[first]
+            ends = at_shared_seeds(curve, own[second])
+            if not ends:
+                continue
+            octaves = math.log2(second / first)
+            slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
+            law = -math.log2(sum(warmed_up(second, warmup)) / sum(warmed_up(first, warmup))) / octaves
+            edge, seeds = any(one.edge for one in ends), len(ends[0].losses)
+            rows.append(
+                {"rank": curve.rank or None, "strength": _strength(curve) if curve.rank else None}
+                | {"first": first, "second": second, "exponent": slope.value}
+                | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
+                | {"seeds": seeds, "law": law}
+                | {"verdict": judge_exponent(slope, (law, law), RIVALS["step"], edge=edge, seeds=seeds)}
+            )
+    return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+RIVALS = {"strength": (-1.0, 0.0), "rank": (0.5,), "step": (-0.5,)}
 """What else is said of the exponent: in gamma r, -1 (the first step's law) and 0 (nothing to change); in the rank at
-one gamma r, 1/2 (cross-talk leads, so that the step falls as the root of the rank)."""
+one gamma r, 1/2 (cross-talk leads, so that the step falls as the root of the rank); in the steps, -1/2 (entries walk
+at random)."""
 
 
 def judge_exponent(
@@ -612,19 +654,21 @@ def judge_exponent(
 @dataclass(frozen=True, eq=False)
 class HorizonJudgement:
     """What runs come to: best rates (`bests`), each beside others (`beside`), and how they move
-    (`horizon_exponents`), of every step that was read; which part of the change leads in every run (`led_table`), and
-    how large the change is at the best rates (`change_at_best`). A frame is empty where nothing can be said."""
+    (`horizon_exponents`), of every step that was read; how they move with the steps (`step_exponents`); which part of
+    the change leads in every run (`led_table`), and how large the change is at the best rates (`change_at_best`). A
+    frame is empty where nothing can be said."""
 
     best: pd.DataFrame
     beside: pd.DataFrame
     exponents: pd.DataFrame
+    steps: pd.DataFrame
     led: pd.DataFrame
     change: pd.DataFrame
 
     def files(self) -> dict[str, pd.DataFrame]:
         """The frames that are not empty, by the names of their files."""
         found = {"best.csv": self.best, "beside.csv": self.beside, "exponents.csv": self.exponents}
-        found |= {"led.csv": self.led, "change.csv": self.change}
+        found |= {"steps.csv": self.steps, "led.csv": self.led, "change.csv": self.change}
         return {name: frame for name, frame in found.items() if not frame.empty}
 
 
@@ -651,7 +695,7 @@ def judge_runs(
     best = _joined(bests(found, step) for step, found in curves.items())
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
-        return HorizonJudgement(best, pd.DataFrame(), pd.DataFrame(), led, pd.DataFrame())
+        return HorizonJudgement(*[pd.DataFrame()] * 4, led, pd.DataFrame())
     other = {name: distinct(own) for name, own in (others or {}).items()}
     pairs = [
         beside(found, step, {name: curves_at(own, tokens, step) for name, own in other.items()})
@@ -659,7 +703,8 @@ def judge_runs(
     ]
     laws = [horizon_exponents(one, step, takeovers=takeovers, warmup=warmup, runs=runs) for step, one in curves.items()]
     found = _joined(laws) if takeovers else pd.DataFrame()
-    return HorizonJudgement(best, _joined(pairs), found, led, change_at_best(best, led))
+    moved = step_exponents(curves, warmup=warmup)
+    return HorizonJudgement(best, _joined(pairs), found, moved, led, change_at_best(best, led))
 
 
 def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:

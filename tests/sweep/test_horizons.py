@@ -157,6 +157,23 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     assert horizons.beside(horizons.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
 
 
+CONSTANT = -math.log(61.5 / 13.5, 4)
+"""The power of the steps at a constant gradient, from 16 to 64 after a warm-up of 4: 13.5 and 61.5 whole steps."""
+
+
+@pytest.mark.parametrize(("planted", "verdict"), [(CONSTANT, "agrees"), (-0.5, "contradicts"), (-1.0, "contradicts")])
+def test_how_the_best_rate_falls_with_the_steps(planted: float, verdict: str) -> None:
+    early = [run for run in grid(-0.53, seeds=3) if (run.rank, run.strength) == (8, 64)]
+    by_step = {16: early, 64: [replace(run, rate=run.rate * 4**planted) for run in early]}
+    curves = {step: horizons.curves_at(runs, TOKENS, 64, draws=50) for step, runs in by_step.items()}
+    (row,) = frames.rows(horizons.step_exponents(curves, warmup=4))
+    assert (row["rank"], row["strength"], row["first"], row["second"], row["seeds"]) == (8, 64, 16, 64, 3)
+    assert row["exponent"] == pytest.approx(planted, abs=0.01)
+    assert row["law"] == pytest.approx(CONSTANT)
+    assert row["half_width"] < 0.05
+    assert row["verdict"] == verdict
+
+
 def worse(runs: list[HorizonRun], factor: float, rate: float = 1.0) -> list[HorizonRun]:
     """The same runs with losses and rates a factor higher."""
     found = []
