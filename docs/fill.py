@@ -628,12 +628,22 @@ def rates_model_change() -> str:
         cells = [f"{row['change']:.3g} at {row['best_rate']:.2g}" for row in (first, last)]
         rows.append([f"{step}", f"{rank:g}", *cells, f"{last['change'] / first['change']:.2f}", f"{error:.2f}"])
     heads = ["steps", "rank", "rms change, gamma r = 64", "gamma r = 724", "second over first"]
-    return table([*heads, "times or over, one s.e. of the best rates"], rows)
+    return table([*heads, "factor of one standard error (of the best rates)"], rows)
 
 
 def _exponent_at(step: int, rank: int) -> str:
     found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", step, rank]
     return signed(found["exponent"], found["half_width"])
+
+
+def _steps_at(strength: float) -> str:
+    """The exponent of the best rate in the steps at r = 8, from the shortest to the longest run."""
+    found = one(csv("horizon/steps.csv"), rank=8, strength=strength, first=16, second=256)
+    return signed(found["exponent"], found["half_width"])
+
+
+block("rates.model.steps.64")(lambda: _steps_at(64))
+block("rates.model.steps.724")(lambda: _steps_at(724))
 
 
 def _horizon_factor(rank: int) -> str:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import tyro
+from matplotlib.axes import Axes
 
 from figures import style
 from rora_theory import frames
@@ -24,7 +26,8 @@ class Config:
 
 
 def draw(config: Config) -> Sequence[Path]:
-    """Left the best rates with the law's line from the first, right their exponents with its range."""
+    """Left the best rates with the law's line from the first, in the middle their exponents with its range, right the
+    best rates against the steps."""
     style.read_frame(config.run, "horizon")
     best, exponents = (frames.read_csv(config.run / name) for name in ("best.csv", "exponents.csv"))
     best = best[best["rank"].notna()]  # full fine-tuning has no gamma r
@@ -32,7 +35,7 @@ def draw(config: Config) -> Sequence[Path]:
     if exponents.empty:
         style.fail(f"{config.run}: no rank has two strengths with a best rate; accepted is a run that has")
     ranks, steps = sorted(set(best["rank"])), sorted(set(best["step"]))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 3.1))
+    figure, (left, right, last) = plt.subplots(1, 3, figsize=(9.6, 3.1))
     for place, step in enumerate(steps):
         colour = style.COLOURS[place]
         for index, rank in enumerate(ranks):
@@ -88,12 +91,37 @@ def draw(config: Config) -> Sequence[Path]:
         right.text(steps[0], level + 0.02, text, fontsize=6)
     style.whole_ticks(right, steps)
     right.set(xlabel="steps", ylabel=r"$d \log \eta^* / d \log(\gamma r)$", ylim=(-1.15, 0.15))
+    against_steps(last, best, ranks)
     handles = style.named([left, right]) | {"the law, over the modules": style.band_handle()}
-    words = "bars: left ± one s.e., right 95%; lines left: the law from the first point on"
+    words = "bars of rates ± one s.e., of exponents 95%; lines left: the law from the first point on"
     if best["edge"].notna().any():
         words += "; crosses: at the grid's edge"
     style.legend(figure, handles, words)
     return style.save(figure, config.out or config.run, "horizon")
+
+
+def against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
+    """The best rates of every rank and gamma r against the number of steps, between two straight lines."""
+    for (rank, strength), own in best.groupby(["rank", "strength"]):
+        error, place = 2 ** own["log2_error"].fillna(0), ranks.index(rank)
+        axes.errorbar(
+            own["step"] * 1.04 ** (place - (len(ranks) - 1) / 2),
+            own["best_rate"],
+            yerr=[own["best_rate"] * (1 - 1 / error), own["best_rate"] * (error - 1)],
+            color="black" if strength == best["strength"].min() else "grey",
+            marker=style.MARKERS[place],
+            linewidth=0.8,
+        )
+    steps = np.array(sorted(set(best["step"])))
+    for strength, own in best.groupby("strength"):
+        start = np.exp(np.log(own.loc[own["step"] == steps[0], "best_rate"]).mean())
+        for power, line in ((-1.0, (0, (3, 2))), (-0.5, (0, (1, 1)))):
+            axes.plot(steps, start * (steps / steps[0]) ** power, color="black", linewidth=0.6, linestyle=line)
+        axes.text(steps[0], start * 1.25, rf"$\gamma r$ = {strength:g}", fontsize=6)
+    axes.text(0.02, 0.02, "dashes: as 1 / steps; dots: as 1 / root of steps", transform=axes.transAxes, fontsize=6)
+    style.whole_ticks(axes, steps)
+    axes.margins(y=0.12)
+    axes.set(yscale="log", xlabel="steps", ylabel="best learning rate")
 
 
 if __name__ == "__main__":
