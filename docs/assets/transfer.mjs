@@ -5,7 +5,7 @@ const KAPPAS = { lora: 1, rora: 0.5, rslora: 0.5 };
 export const FAMILY = { sgd: "sgd", momentum: "sgd", adam: "adam", adamw: "adam" };
 const WORDS = { sgd: "SGD", momentum: "SGD with momentum", adam: "Adam", adamw: "AdamW" };
 const DEVIATION = { kaiming_uniform: () => Math.sqrt(1 / 3), gaussian: (r) => 1 / r, normal: () => 1, rademacher: () => 1 };
-const MEASURED = "In SmolLM2-135M, the one model that was measured, the best rate after 64 steps lay between these ends, and not at " +
+const MEASURED = "In SmolLM2-135M, the one model that was measured, the best rate after 64 and 256 steps lay between these ends, and not at " +
   "the law's value between them.";
 const PEFT_INITS = { kaiming_uniform: "True", gaussian: "'gaussian'" };
 const REGIMES = { signal: 0, "cross-talk": Infinity };

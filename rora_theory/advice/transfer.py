@@ -32,8 +32,8 @@ ALL = "all modules"
 """Name of the one module of an assumed regime."""
 
 MEASURED = (
-    "In SmolLM2-135M, the one model that was measured, the best rate after 64 steps lay between these ends, and not at "
-    "the law's value between them."
+    "In SmolLM2-135M, the one model that was measured, the best rate after 64 and 256 steps lay between these ends, "
+    "and not at the law's value between them."
 )
 """What is known of the ends under Adam beside the law: ``results/published/horizon``."""
 
