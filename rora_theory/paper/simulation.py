@@ -146,7 +146,7 @@ def compile_ahead(
     Returns:
       A daemon thread, which ends when all is compiled.
     """
-    kinds = {}
+    kinds: dict[tuple[sampling.BlockKind, int | None], SimulationCell] = {}
     for cell in cells:
         blocks = None
         if (count := _draws(config, cell)) is not None:

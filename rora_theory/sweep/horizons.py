@@ -695,7 +695,8 @@ def judge_runs(
     best = _joined(bests(found, step) for step, found in curves.items())
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
-        return HorizonJudgement(*[pd.DataFrame()] * 4, led, pd.DataFrame())
+        none = pd.DataFrame()
+        return HorizonJudgement(best, none, none, none, led, none)
     other = {name: distinct(own) for name, own in (others or {}).items()}
     pairs = [
         beside(found, step, {name: curves_at(own, tokens, step) for name, own in other.items()})
