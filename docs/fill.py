@@ -642,6 +642,16 @@ def _steps_at(strength: float) -> str:
     return signed(found["exponent"], found["half_width"])
 
 
+def _change_growth(first: int, second: int) -> str:
+    """The exponent of the change in the steps within one run at r = 8, over all runs that were read at both."""
+    led = csv("horizon/led.csv").query("rank == 8").set_index(["strength", "learning_rate", "seed"])
+    early, late = (led[led["step"] == step]["change"] for step in (first, second))
+    powers = (np.log(late / early) / math.log(second / first)).dropna()
+    return f"{powers.min():.2f} to {powers.max():.2f} (median {powers.median():.2f}, {len(powers)} runs)"
+
+
+block("rates.model.growth.early")(lambda: _change_growth(16, 64))
+block("rates.model.growth.late")(lambda: _change_growth(64, 256))
 block("rates.model.steps.64")(lambda: _steps_at(64))
 block("rates.model.steps.724")(lambda: _steps_at(724))
 
