@@ -1,7 +1,7 @@
 """Fine-tuning: records to batches, the loss, the jitted step, and a loop that survives being killed."""
 
 from rora_theory.data.batches import Batch, Batches, Examples, choose_widths, iterate, split, tokenize
-from rora_theory.data.records import Record, read_records
+from rora_theory.data.records import Record, RecordSet, read_record_set, read_records
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.finetune.loop import NonFiniteLossError, Paused, Stepped, Trainer, Validated
 from rora_theory.finetune.metrics import Metrics
@@ -16,6 +16,7 @@ __all__ = [
     "NonFiniteLossError",
     "Paused",
     "Record",
+    "RecordSet",
     "Stepped",
     "Trainer",
     "TrainingData",
@@ -23,6 +24,7 @@ __all__ = [
     "choose_widths",
     "iterate",
     "prepare",
+    "read_record_set",
     "read_records",
     "split",
     "tokenize",

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from rora_theory.data import texts
 from rora_theory.data.batches import Batches, Examples, TextEncoder, choose_widths, split, tokenize
 from rora_theory.data.chat import ChatTemplate
-from rora_theory.data.formats import AnyRecord
+from rora_theory.data.formats import TRAIN_TEMPLATES, AnyRecord, Record
+from rora_theory.data.records import RecordSet
+from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig
 
 
@@ -28,22 +31,30 @@ class TrainingData:
 
 
 def prepare(
-    records: Sequence[AnyRecord], tokenizer: TextEncoder, config: FinetuneConfig, chat: ChatTemplate | None = None
+    records: RecordSet | Sequence[AnyRecord],
+    tokenizer: TextEncoder,
+    config: FinetuneConfig,
+    chat: ChatTemplate | None = None,
 ) -> TrainingData:
     """Hold records out, then tokenize and plan both parts.
 
     Args:
-      records: all of them.
+      records: all of them. A `RecordSet` knows its formats' template, which counts where the configuration names none.
       tokenizer: the model's.
       config: of the run.
-      chat: of the template ``chat``; None is the tokenizer's own.
+      chat: of the template ``chat``; None is the record set's, or the tokenizer's own.
 
     Raises:
-      InputError: no more records than are held out, or none that is left after tokenizing.
+      InputError: no more records than are held out, none that is left after tokenizing, or no template named that only
+        a format could tell.
     """
+    template = records.template(config.template) if isinstance(records, RecordSet) else _template(records, config)
+    if isinstance(records, RecordSet):
+        chat = records.chat(tokenizer, template) if chat is None else chat
+        records = records.records
     answer_only = config.loss_on == "answer"
     train, held_out = (
-        tokenize(part, tokenizer, cutoff=config.cutoff, template=config.template, answer_only=answer_only, chat=chat)
+        tokenize(part, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat)
         if part
         else None
         for part in split(records, config.held_out, config.seed)
@@ -67,3 +78,14 @@ def prepare(
         "padding": trained.padding,
     }
     return TrainingData(trained, None if held_out is None else batches(held_out), summary)
+
+
+def _template(records: Sequence[AnyRecord], config: FinetuneConfig) -> str:
+    """The template that is named, or that of the one kind of record: pairs are of formats that have different ones."""
+    kinds = {type(record) for record in records}
+    if config.template is None and (Record in kinds or len(kinds) > 1):
+        raise InputError(
+            f"template is not given, and a list of records does not tell its format's; accepted are "
+            f"{', '.join(TRAIN_TEMPLATES)}, or records as read_record_set reads them"
+        )
+    return config.template or texts.default_template(records)

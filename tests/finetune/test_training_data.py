@@ -1,0 +1,56 @@
+"""The prompt that is trained on is the one that was named, or the data format's."""
+
+import json
+
+import pytest
+from support import checkpoint, tiny
+
+from rora_theory.data import prompts
+from rora_theory.data.formats import Text
+from rora_theory.data.records import DataConfig
+from rora_theory.errors import InputError
+from rora_theory.finetune import FinetuneConfig, Record, prepare, read_record_set, read_records
+from rora_theory.llama.tokenizer import Tokenizer
+
+CONFIG = FinetuneConfig(held_out=1, widths=1, batch_size=2)
+
+
+def first(data):
+    """The text of the first training record, without its first and last token."""
+    return bytes(data.train.examples[0][1:-1].tolist()).decode()
+
+
+@pytest.fixture
+def completions(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"prompt": "2 + 2 = ", "completion": "4"}] * 3))
+    return path
+
+
+def test_a_record_set_knows_its_formats_prompt(completions):
+    found = read_record_set([completions])
+    assert first(prepare(found, tiny.ByteEncoder(), CONFIG)) == "2 + 2 = 4"
+    expected = prompts.training_text("2 + 2 = ", "4", "clean")
+    assert first(prepare(found, tiny.ByteEncoder(), FinetuneConfig(held_out=1, template="clean"))) == expected
+
+
+@pytest.mark.slow
+def test_a_record_set_knows_its_chat_template(tmp_path):
+    """The one that it was read with, of a tokenizer that has none."""
+    (tmp_path / "x.json").write_text(json.dumps([{"prompt": "fox", "response": "dog"}] * 3))
+    found = read_record_set([tmp_path / "x.json"], DataConfig(chat_template="chatml"))
+    tokenizer = Tokenizer.from_folder(checkpoint.model(tmp_path / "model"))
+    assert tokenizer.chat_template is None
+    data = prepare(found, tokenizer, CONFIG)
+    assert "assistant" in tokenizer.decode(data.train.examples[0].tolist())
+
+
+def test_a_list_of_pairs_does_not_tell_its_prompt(completions):
+    pairs = read_records([completions])
+    for records in (pairs, [Text("a"), *pairs]):
+        with pytest.raises(InputError, match=r"^template is not given, .* accepted are train, clean, chat, plain, or"):
+            prepare(records, tiny.ByteEncoder(), CONFIG)
+    assert first(prepare([Text("abc")] * 3, tiny.ByteEncoder(), CONFIG)) == "abc", "texts have one prompt"
+    named = FinetuneConfig(held_out=1, template="train")
+    expected = prompts.training_text("q", "a", "train")
+    assert first(prepare([Record("q", "a")] * 3, tiny.ByteEncoder(), named)) == expected
