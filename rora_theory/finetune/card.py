@@ -42,7 +42,6 @@ def of_run(
     decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
     clip = "" if config.clip == float("inf") else f", gradients clipped at norm {config.clip:g}"
     what = "weights" if config.method == "full" else "adapter"
-    shape = "linearly to 0 at the last step" if config.schedule == "linear" else "constant"
     rows = [
         (
             "quantization",
@@ -58,7 +57,7 @@ def of_run(
             "optimizer",
             f"AdamW, betas {config.betas[0]:g} and {config.betas[1]:g}, epsilon {config.epsilon:g}{decay}{clip}",
         ),
-        ("learning rate", f"{config.peak_learning_rate:g} after {config.warmup} steps of warm-up, then {shape}"),
+        ("learning rate", _learning_rate(config, len(steps))),
         ("horizon", f"{len(steps):,} steps of {config.batch_size} records; {what} of step {kept or len(steps):,}"),
         (
             "rule as it was asked for",
@@ -110,6 +109,16 @@ def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[st
         rows += [("tokens/s, median", None, median(speeds))]
     rows += [("trainable parameters", None, trainable)]
     return [dict(zip(("what", "step", "value"), row, strict=True)) for row in rows]
+
+
+def _learning_rate(config: FinetuneConfig, steps: int) -> str:
+    """How the rate of `step.schedule` went over all steps of a run."""
+    peak, warmup = config.peak_learning_rate, config.warmup
+    if 0 < steps <= warmup:
+        last = peak * (steps - 1) / warmup
+        return f"from 0 to {last:g} at the last step, within the {warmup} steps of warm-up to {peak:g}"
+    shape = "linearly, to be 0 after the last step" if config.schedule == "linear" else "constant"
+    return f"{peak:g} after {warmup} steps of warm-up, then {shape}"
 
 
 def _best(tested: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -106,7 +106,7 @@ class FinetuneConfig:
     warmup: int = 100
     """steps of linear warm-up from 0"""
     schedule: Schedule = "linear"
-    """learning rate after the warm-up: linear, down to 0 at the last step (the protocol), or constant"""
+    """learning rate after the warm-up: linear, down to 0 after the last step (the protocol), or constant"""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay"""
     clip: float = 1.0
