@@ -53,7 +53,8 @@ class StepMetrics(NamedTuple):
 
 
 def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = None) -> optax.Schedule:
-    """Learning rate of update t = 0, 1, ...: ``peak * t / warmup`` up to the peak, then down to 0 or constant.
+    """Learning rate of update t = 0, 1, ...: ``peak * t / warmup`` up to the peak, then constant or down to 0 at
+    t = ``steps``, one after the last.
 
     The first update's rate is 0, as in the published runs. ``peak`` stands in for the configuration's where it is
     given, so that it can be an argument of a compiled step.
@@ -149,7 +150,10 @@ class SharedSteps:
         plain = replace(config, lr=1.0, seed=0, **(scaling if config.method in ("lora", "dora") else {}))
         nothing = jax.tree.map(lambda _: None, adapters.trainable(adapter))
         fixed, structure = jax.tree.flatten(adapters.replace(adapter, nothing))
-        key = repr((plain, llama_config, steps, attention, logits_bytes, type(adapter), len(fixed)))
+        # The adapter may be of other settings than the run's, which its structure holds: all but the scaling counts.
+        own = adapter.config
+        own = replace(own, **scaling) if isinstance(own, adapters.LoraConfig) else own
+        key = repr((plain, own, llama_config, steps, attention, logits_bytes, type(adapter), len(fixed)))
         if key not in self._made:
             take = _step(llama_config, plain, steps, attention=attention, logits_bytes=logits_bytes)
 

@@ -189,6 +189,21 @@ def test_shared_steps_are_each_run_s_own(params):
 
 
 @pytest.mark.slow
+def test_shared_steps_are_of_the_adapter_that_they_are_asked_for(params):
+    """Of other settings than the run's: of its own dropout, and of its own rule and alpha without another program."""
+    config, shared, losses = changed(dropout=0.3, lr=1e-30), steps.SharedSteps(), []
+    for changes in ({}, {"dropout": 0.0}, {"dropout": 0.0, "rule": "lora"}):
+        start = adapter(params, dataclasses.replace(config, **changes))
+        function = shared.train_step(start, tiny.CONFIG, config, STEPS)
+        state = steps.init_state(start, steps.finetune_optimizer(config, STEPS), jax.random.key(3))
+        losses.append(float(function(state, params, batch())[1].loss))
+        if changes:
+            assert losses[-1] == pytest.approx(float(direct_loss(params, start, *batch()[:3])), rel=1e-5)
+    assert len(set(losses)) == 3
+    assert shared.compilations == 2
+
+
+@pytest.mark.slow
 def test_each_shape_is_compiled_once_and_the_state_is_donated(params):
     adapted = adapter(params, PLAIN)
     function = steps.train_step(adapted, tiny.CONFIG, PLAIN, STEPS)
