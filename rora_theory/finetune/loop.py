@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rora_theory import adapters
 from rora_theory.adapters.base import TrainableAdapter
@@ -98,7 +99,7 @@ class Trainer:
 
     Attributes:
       steps: number of steps of the whole run.
-      step: steps taken so far.
+      step: steps taken so far, be they of a checkpoint; one whose event is yet to come counts.
       best_step, best_loss: the lowest validation loss so far; None before the first.
 
     Raises:
@@ -149,6 +150,7 @@ class Trainer:
             if self._progress.step > self.steps:
                 path = self._checkpoints.path(latest)
                 raise InputError(f"{path}: is beyond the run's {self.steps} steps; accepted is one of this run")
+        self.step = self._progress.step
 
     @classmethod
     def start(
@@ -166,10 +168,6 @@ class Trainer:
         """
         adapter = adapters.init(jax.random.key(config.seed), config.adapter(), model.config, model.params)
         return cls(model.params, model.config, adapter, config, data.train, data.validation, checkpoints, layout=layout)
-
-    @property
-    def step(self) -> int:
-        return self._progress.step
 
     @property
     def best_step(self) -> int | None:
@@ -215,6 +213,7 @@ class Trainer:
         for number in range(start + 1, self.steps + 1):
             batch = next(batches)
             self._state, metrics = self._step(self._state, self._params, self._place(batch))
+            self.step = number
             yield from settle()
             pending = (number, metrics, batch.inputs.size)
             if self.saves(number):
@@ -233,11 +232,16 @@ class Trainer:
             self._checkpoints.wait()
 
     def adapter(self, which: str = "best") -> Any:
-        """The trained adapter: ``"last"``, or ``"best"`` by validation loss (last where there was none)."""
-        state = self._state
+        """The trained adapter: ``"last"``, or ``"best"`` by validation loss (last where there was none).
+
+        Its arrays are the caller's: no later step takes their memory.
+        """
         if which == "best" and self._checkpoints is not None and self.best_step not in (None, self.step):
+            self._checkpoints.wait()  # the best may be the one that is being written
             state, _ = self._checkpoints.restore(self.best_step, self._state)
-        return adapters.replace(self._adapter, state.params)
+            return adapters.replace(self._adapter, state.params)
+        params = self._state.params
+        return adapters.replace(self._adapter, params if self.step == self.steps else jax.tree.map(_copy, params))
 
     def close(self) -> None:
         """Finish writing checkpoints."""
@@ -270,6 +274,12 @@ class Trainer:
             if self._checkpoints is not None and (latest := self._checkpoints.latest) is not None:
                 kept = self._checkpoints.path(latest)
             raise NonFiniteLossError(what, value, number, kept)
+
+
+def _copy(array: jax.Array) -> jax.Array:
+    """On the same devices; nothing is computed across them, so that one process of several may ask for it."""
+    parts = [jnp.copy(shard.data) for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
 def resumption(step: int, steps: int, *, resumed: bool) -> str:

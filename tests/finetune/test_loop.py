@@ -15,6 +15,7 @@ from rora_theory.finetune import (
     Batches,
     FinetuneConfig,
     NonFiniteLossError,
+    Paused,
     Record,
     Stepped,
     Trainer,
@@ -71,7 +72,7 @@ def params():
 RECORDS = [*tiny.records(24), Record("~" * 30, "answer0")]
 
 
-def trainer(params, folder, **changes):
+def trainer(params, folder, pauses=(), **changes):
     config = dataclasses.replace(CONFIG, **changes)
     train, held_out = (
         tokenize(part, tiny.ByteEncoder(), template=config.template)
@@ -81,7 +82,8 @@ def trainer(params, folder, **changes):
     adapter = adapters.init(jax.random.key(config.seed), config.lora(), tiny.CONFIG, params)
     batches = Batches(train, widths, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
     held_out = Batches(held_out, widths, batch_size=config.batch_size)
-    return Trainer(params, tiny.CONFIG, adapter, config, batches, held_out, folder), batches, held_out
+    run = Trainer(params, tiny.CONFIG, adapter, config, batches, held_out, folder, pauses=pauses)
+    return run, batches, held_out
 
 
 def timeless(events):
@@ -194,6 +196,25 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole
     assert loss("last") == pytest.approx(true[10], rel=1e-6)
     run.close()
     assert checkpoints(tmp_path) == [4, 10]
+
+
+@pytest.mark.slow
+def test_an_adapter_is_of_the_steps_taken_and_outlives_the_next(params, tmp_path):
+    """Between two checkpoints, at 4 and 6, the best is not the last."""
+    run, *_ = trainer(params, tmp_path, pauses=(4, 5))
+    held = {}
+    for event in run.run():
+        if isinstance(event, Paused):
+            assert run.step == event.step
+            held |= {(event.step, which): run.adapter(which).params for which in ("best", "last")}
+        if event.step == 6:
+            break
+    run.close()
+    assert run.best_step == 4
+    for one in ((4, "best"), (5, "best")):
+        jax.tree.map(np.testing.assert_array_equal, held[one], held[4, "last"])
+    four, five = (held[step, "last"]["self_attn.q_proj"]["lora_B"] for step in (4, 5))
+    assert not np.array_equal(four, five)
 
 
 @pytest.mark.slow

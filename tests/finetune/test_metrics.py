@@ -1,19 +1,19 @@
 """The file of a run's events: what a checkpoint needs before it, and what is left out."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import Metrics, Paused, Stepped, Trainer, Validated
-from rora_theory.finetune.checkpoints import Progress
 
 
 class At(Trainer):
     """A trainer that stands at a step, validating every second and saving every third."""
 
     def __init__(self, step: int) -> None:
-        self._progress = Progress(step)
+        self.step = step
 
     def validates(self, step: int) -> bool:
         return step % 2 == 0
@@ -55,3 +55,16 @@ def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
     with pytest.raises(InputError, match=r"metrics\.jsonl: has 0 lines of the 9"):
         Metrics(path, At(6), "run")
     assert Metrics(path, At(0), "run").events == [], "a run that begins anew needs none"
+
+
+def test_events_are_on_the_disk_before_a_checkpoint_that_follows_them(tmp_path, monkeypatch):
+    """Of steps 2, 3, 4 and 6, with the validation losses of 2, 4 and 6; the others are left to the next of these."""
+    path, real, synced = tmp_path / "metrics.jsonl", os.fsync, []
+
+    def fsync(descriptor):
+        synced.append(path.read_text().count("\n"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    metrics_of(path, 6)
+    assert synced == [2, 3, 4, 5, 6, 8, 9]

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from support import tiny
 
 from rora_theory import adapters
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
-from rora_theory.finetune import FinetuneConfig, sharding
+from rora_theory.finetune import Batches, FinetuneConfig, Trainer, choose_widths, sharding, tokenize
 from rora_theory.finetune import step as steps
 from rora_theory.finetune.sharding import Gathered, Layout, Rules
 from rora_theory.llama import MODULES, LlamaConfig, init_params
@@ -182,6 +183,22 @@ def test_a_run_takes_all_devices(monkeypatch):
     )
     monkeypatch.setattr(jax, "devices", lambda: [None])
     assert sharding.over_all_devices(MODEL, CONFIG) == (None, None)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_handed_out_lies_where_the_run_s_does(params):
+    """In memory of its own."""
+    layout = Layout(sharding.mesh(data=2, fsdp=4))
+    adapter = adapters.init(jax.random.key(1), CONFIG.lora(), MODEL, params)
+    examples = tokenize(tiny.records(8), tiny.ByteEncoder(), template="clean")
+    data = Batches(examples, choose_widths(examples.sizes, 1), batch_size=8)
+    run = Trainer(layout.params(params), MODEL, adapter, CONFIG, data, None, None, layout=layout)
+    own, given = jax.tree.leaves(run._state.params), jax.tree.leaves(run.adapter("last").params)
+    for mine, copy in zip(own, given, strict=True):
+        assert copy.sharding == mine.sharding
+        np.testing.assert_array_equal(copy, mine)
+        mine.delete()
+        assert not copy.is_deleted()
 
 
 @pytest.mark.parametrize(
