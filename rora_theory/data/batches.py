@@ -6,6 +6,7 @@ position in the data is the step: a run that goes on at step k asks for batch k 
 left out.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -289,7 +290,7 @@ def plan_epoch(
 
 
 class Batches:
-    """All batches of a run by step.
+    """All batches of a run by step, from 0.
 
     Args:
       examples: the records.
@@ -316,6 +317,7 @@ class Batches:
     ) -> None:
         self.examples, self._widths, self._epochs = examples, tuple(widths), epochs
         self._sizes = examples.sizes
+        self._order = (batch_size, seed, answer_only)
         self._plan_of = partial(plan_epoch, self._sizes, self._widths, batch_size, seed=seed)
         self._plans: dict[int, Plan] = {}
         self.steps_per_epoch = -(-len(examples) // batch_size)
@@ -323,6 +325,14 @@ class Batches:
 
     def __len__(self) -> int:
         return self._epochs * self.steps_per_epoch
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all that decides the batch of a step; passes that may follow change none."""
+        found = hashlib.sha256(repr((self._widths, *self._order)).encode())
+        for array in (self.examples.tokens, self.examples.offsets, self.examples.learned):
+            found.update(array.tobytes())
+        return found.hexdigest()
 
     @property
     def padding(self) -> float:
@@ -341,7 +351,9 @@ class Batches:
         return plan
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, index = divmod(step, self.steps_per_epoch)
+        if not -len(self) <= step < len(self):  # which also ends a loop over the batches
+            raise IndexError(f"step is {step}; accepted is below {len(self)}")
+        epoch, index = divmod(step % len(self), self.steps_per_epoch)
         plan = self._plan(epoch)
         return self._assemble(plan.rows[index], int(plan.widths[index]))
 

@@ -30,11 +30,14 @@ class Progress:
       step: steps taken; the next batch is the one of this index.
       best_step: step of the lowest validation loss so far; None before the first.
       best_loss: that loss.
+      settings, data: digests of what the run is of; None in a checkpoint of a version before these.
     """
 
     step: int
     best_step: int | None = None
     best_loss: float | None = None
+    settings: str | None = None
+    data: str | None = None
 
 
 class Checkpoints:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rora_theory import adapters
+from rora_theory import adapters, digests
 from rora_theory.adapters.base import TrainableAdapter
 from rora_theory.data.batches import Batch, Batches, iterate
 from rora_theory.errors import InputError
@@ -103,7 +103,8 @@ class Trainer:
       best_step, best_loss: the lowest validation loss so far; None before the first.
 
     Raises:
-      InputError: a checkpoint that can't be restored, or a batch that the devices can't share evenly.
+      InputError: a checkpoint that can't be restored or is of another run, or a batch that the devices can't share
+        evenly.
     """
 
     def __init__(
@@ -145,11 +146,12 @@ class Trainer:
         self._evaluate = steps.eval_step(adapter, llama_config, attention=attention)
         self._progress = Progress(0)
         self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints)
-        if self._checkpoints is not None and (latest := self._checkpoints.latest) is not None:
-            self._state, self._progress = self._checkpoints.restore(latest, self._state)
-            if self._progress.step > self.steps:
-                path = self._checkpoints.path(latest)
-                raise InputError(f"{path}: is beyond the run's {self.steps} steps; accepted is one of this run")
+        if self._checkpoints is not None:
+            self._progress = Progress(0, settings=_settings_digest(config, self.steps), data=train.digest)
+            if (latest := self._checkpoints.latest) is not None:
+                self._state, found = self._checkpoints.restore(latest, self._state)
+                self._check_own(found, self._checkpoints.path(latest))
+                self._progress = replace(found, settings=self._progress.settings, data=self._progress.data)
         self.step = self._progress.step
 
     @classmethod
@@ -248,6 +250,17 @@ class Trainer:
         if self._checkpoints is not None:
             self._checkpoints.close()
 
+    def _check_own(self, found: Progress, path: Path) -> None:
+        """Refuse a checkpoint of another run; one of an earlier version does not tell."""
+        if found.step > self.steps:
+            raise InputError(f"{path}: is beyond the run's {self.steps} steps; accepted is one of this run")
+        for what, there, here in (
+            ("settings", found.settings, self._progress.settings),
+            ("training data", found.data, self._progress.data),
+        ):
+            if there not in (None, here):
+                raise InputError(f"{path}: is of a run with other {what}; accepted is one of this run")
+
     def _stepped(self, number: int, metrics: steps.StepMetrics, positions: int) -> Stepped:
         loss, norm, rate, targets = (float(value) for value in jax.device_get(metrics))
         for what, value in (("loss", loss), ("gradient norm", norm)):
@@ -280,6 +293,19 @@ def _copy(array: jax.Array) -> jax.Array:
     """On the same devices; nothing is computed across them, so that one process of several may ask for it."""
     parts = [jnp.copy(shard.data) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+
+
+_NO_NUMBERS = ("epochs", "steps", "evaluate_every", "checkpoint_every")
+"""Settings that change no step's numbers, but for the schedule that ends with the run."""
+_IN_DATA = ("template", "cutoff", "loss_on", "held_out", "widths", "batch_size")
+"""Settings that decide the batches, of which there is a digest."""
+
+
+def _settings_digest(config: FinetuneConfig, steps: int) -> str:
+    """Of the settings that a run can't go on without; its length is one where the learning rate depends on it."""
+    named = replace(config, lr=config.peak_learning_rate).settings()
+    kept = {name: value for name, value in named.items() if name not in _NO_NUMBERS + _IN_DATA}
+    return digests.of_json([*sorted(kept.items()), steps if config.schedule == "linear" else None])
 
 
 def resumption(step: int, steps: int, *, resumed: bool) -> str:

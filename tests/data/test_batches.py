@@ -163,6 +163,35 @@ def test_order_is_a_function_of_seed_and_step():
     assert any(not np.array_equal(data[s].inputs, other[s].inputs) for s in steps)
 
 
+def test_a_loop_over_the_batches_ends_with_them():
+    data, _ = batches()
+    for step in (12, -13):
+        with pytest.raises(IndexError, match=f"step is {step}; accepted is below 12"):
+            data[step]
+    looped = [batch.inputs.tolist() for batch in data]
+    assert looped == [batch.inputs.tolist() for batch in iterate(data)]
+    assert data[-1].inputs.tolist() == looped[-1]
+
+
+def test_the_digest_is_of_all_that_decides_a_batch():
+    pair = (Record("q", "a"), Record("qq", "a"))
+
+    def digest(records=pair, widths=(64, 72), size=2, seed=3, epochs=1, **options):
+        found = examples(records, **options)
+        return Batches(found, widths, batch_size=size, seed=seed, epochs=epochs, **options).digest
+
+    assert digest() == digest() == digest(epochs=2)
+    others = (
+        digest((pair[0], Record("qq", "b"))),
+        digest(pair[::-1]),
+        digest(widths=(72,)),
+        digest(size=1),
+        digest(seed=4),
+        digest(answer_only=True),
+    )
+    assert len({digest(), *others}) == 7
+
+
 def test_a_stream_begun_at_a_step_goes_on_as_the_whole_one():
     data, _ = batches()
     whole, late = list(iterate(data)), list(iterate(data, start=5))

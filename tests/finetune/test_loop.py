@@ -11,6 +11,7 @@ from support import tiny
 
 from rora_theory import adapters
 from rora_theory.data.batches import iterate
+from rora_theory.errors import InputError
 from rora_theory.finetune import (
     Batches,
     FinetuneConfig,
@@ -25,6 +26,7 @@ from rora_theory.finetune import (
     tokenize,
 )
 from rora_theory.finetune import step as steps
+from rora_theory.finetune.checkpoints import Progress
 
 CONFIG = FinetuneConfig(
     rank=2,
@@ -215,6 +217,45 @@ def test_an_adapter_is_of_the_steps_taken_and_outlives_the_next(params, tmp_path
         jax.tree.map(np.testing.assert_array_equal, held[one], held[4, "last"])
     four, five = (held[step, "last"]["self_attn.q_proj"]["lora_B"] for step in (4, 5))
     assert not np.array_equal(four, five)
+
+
+def save(params, folder, progress=None, **changes):
+    """A checkpoint of step 3, that no run has come to."""
+    run, *_ = trainer(params, folder, **changes)
+    run._checkpoints.save(run._state, progress or dataclasses.replace(run._progress, step=3))
+    run.close()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_refused(params, tmp_path):
+    """Though its arrays are of the same shapes. How often a run looks and saves may change; how long it is where the
+    learning rate does not depend on it."""
+    save(params, tmp_path)
+    others = ({"lr": 0.01}, {"seed": 1}, {"rule": "lora"}, {"alpha": 8}, {"weight_decay": 0.1}, {"steps": 9})
+    for changes, what in [(one, "settings") for one in others] + [({"template": "train"}, "training data")]:
+        with pytest.raises(InputError, match=f"/3: is of a run with other {what}; accepted is one of this run"):
+            trainer(params, tmp_path, **changes)
+    with pytest.raises(InputError, match="/3: is beyond the run's 2 steps"):
+        trainer(params, tmp_path, steps=2)
+    for changes in ({"evaluate_every": 2, "checkpoint_every": 5}, {"steps": 10}):
+        run, *_ = trainer(params, tmp_path, **changes)
+        assert run.step == 3
+        run.close()
+    save(params, tmp_path / "constant", schedule="constant")
+    run, *_ = trainer(params, tmp_path / "constant", schedule="constant", epochs=3, steps=12)
+    assert (run.step, run.steps) == (3, 12)
+    run.close()
+
+
+def test_a_checkpoint_that_does_not_tell_its_run_is_taken(params, tmp_path):
+    """As versions before wrote it; the next one tells."""
+    save(params, tmp_path, Progress(3, 3, 0.7))
+    run, *_ = trainer(params, tmp_path, lr=0.01)
+    assert (run.step, run.best_step) == (3, 3)
+    run._checkpoints.save(run._state, dataclasses.replace(run._progress, step=4))
+    run.close()
+    with pytest.raises(InputError, match="/4: is of a run with other settings"):
+        trainer(params, tmp_path)
 
 
 @pytest.mark.slow
