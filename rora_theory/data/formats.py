@@ -42,6 +42,18 @@ class Record(NamedTuple):
     input: str = ""
 
 
+class Exchange(Record):
+    """A record of the format prompt-response: a user's turn and the assistant's, where no template is named."""
+
+    __slots__ = ()
+
+
+class Completion(Record):
+    """A record of the format prompt-completion: a text that goes on, where no template is named."""
+
+    __slots__ = ()
+
+
 class Text(NamedTuple):
     """A text to learn as it is."""
 
@@ -181,10 +193,12 @@ class Item:
         ]
 
 
-def _pair(prompt: str, response: str, more: str | None = None) -> Callable[[Item], Record]:
+def _pair(
+    prompt: str, response: str, more: str | None = None, *, kind: type[Record] = Record
+) -> Callable[[Item], Record]:
     def make(item: Item) -> Record:
         item.need(prompt, response)
-        return Record(item.text(prompt), item.text(response), item.text(more, empty=True) if more else "")
+        return kind(item.text(prompt), item.text(response), item.text(more, empty=True) if more else "")
 
     return make
 
@@ -283,8 +297,10 @@ FORMATS: dict[FormatName, Format] = {
     "messages": Format(("messages",), "chat", _messages, ("role", "content", "tools")),
     "sharegpt": Format(("conversations",), "chat", _sharegpt, ("from", "value", "system")),
     "alpaca": Format(("instruction", "output"), "train", _pair("instruction", "output", "input"), ("input",)),
-    "prompt-response": Format(("prompt", "response"), "chat", _pair("prompt", "response")),
-    "prompt-completion": Format(("prompt", "completion"), "plain", _pair("prompt", "completion"), listed=False),
+    "prompt-response": Format(("prompt", "response"), "chat", _pair("prompt", "response", kind=Exchange)),
+    "prompt-completion": Format(
+        ("prompt", "completion"), "plain", _pair("prompt", "completion", kind=Completion), listed=False
+    ),
     "conversational": Format(
         ("prompt", "completion"), "chat", _conversational, ("role", "content", "tools"), listed=True
     ),

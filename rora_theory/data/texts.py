@@ -5,14 +5,23 @@ from collections.abc import Sequence
 from rora_theory.data import chat as chats
 from rora_theory.data import prompts
 from rora_theory.data.chat import ChatTemplate, Written
-from rora_theory.data.formats import TRAIN_TEMPLATES, AnyRecord, Chat, Record, Text
+from rora_theory.data.formats import TRAIN_TEMPLATES, AnyRecord, Chat, Completion, Exchange, Record, Text
 from rora_theory.errors import InputError
 
 
 def default_template(records: Sequence[AnyRecord]) -> str:
-    """The template of records where none is named: that of the first one's kind."""
-    kinds = {Record: "train", Chat: "chat", Text: "plain"}
-    return kinds[type(records[0])] if records else "train"
+    """The template of records where none is named: that of their kind.
+
+    Raises:
+      InputError: kinds with different ones.
+    """
+    kinds = {Record: "train", Exchange: "chat", Completion: "plain", Chat: "chat", Text: "plain"}
+    own = list(dict.fromkeys(kinds[type(record)] for record in records))
+    if len(own) > 1:
+        raise InputError(
+            f"template is not given, and the records' kinds have their own: {', '.join(own)}; accepted is one"
+        )
+    return own[0] if own else "train"
 
 
 def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None) -> Written:

@@ -9,9 +9,8 @@ import numpy as np
 from rora_theory.data import texts
 from rora_theory.data.batches import Batches, Examples, TextEncoder, choose_widths, split, tokenize
 from rora_theory.data.chat import ChatTemplate
-from rora_theory.data.formats import TRAIN_TEMPLATES, AnyRecord, Record
+from rora_theory.data.formats import AnyRecord
 from rora_theory.data.records import RecordSet
-from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig
 
 
@@ -39,19 +38,22 @@ def prepare(
     """Hold records out, then tokenize and plan both parts.
 
     Args:
-      records: all of them. A `RecordSet` knows its formats' template, which counts where the configuration names none.
+      records: all of them. A `RecordSet` knows its formats' template, which counts where the configuration names none;
+        of a list it is that of the records' kind.
       tokenizer: the model's.
       config: of the run.
       chat: of the template ``chat``; None is the record set's, or the tokenizer's own.
 
     Raises:
-      InputError: no more records than are held out, none that is left after tokenizing, or no template named that only
-        a format could tell.
+      InputError: no more records than are held out, none that is left after tokenizing, or records of kinds
+        with different templates where none is named.
     """
-    template = records.template(config.template) if isinstance(records, RecordSet) else _template(records, config)
+    template: str | None = config.template
     if isinstance(records, RecordSet):
+        template = records.template(template)
         chat = records.chat(tokenizer, template) if chat is None else chat
         records = records.records
+    template = template or texts.default_template(records)
     answer_only = config.loss_on == "answer"
     train, held_out = (
         tokenize(part, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat)
@@ -78,14 +80,3 @@ def prepare(
         "padding": trained.padding,
     }
     return TrainingData(trained, None if held_out is None else batches(held_out), summary)
-
-
-def _template(records: Sequence[AnyRecord], config: FinetuneConfig) -> str:
-    """The template that is named, or that of the one kind of record: pairs are of formats that have different ones."""
-    kinds = {type(record) for record in records}
-    if config.template is None and (Record in kinds or len(kinds) > 1):
-        raise InputError(
-            f"template is not given, and a list of records does not tell its format's; accepted are "
-            f"{', '.join(TRAIN_TEMPLATES)}, or records as read_record_set reads them"
-        )
-    return config.template or texts.default_template(records)

@@ -45,12 +45,13 @@ def test_a_record_set_knows_its_chat_template(tmp_path):
     assert "assistant" in tokenizer.decode(data.train.examples[0].tolist())
 
 
-def test_a_list_of_pairs_does_not_tell_its_prompt(completions):
+def test_a_list_s_prompt_is_that_of_the_records_kind(completions):
     pairs = read_records([completions])
-    for records in (pairs, [Text("a"), *pairs]):
-        with pytest.raises(InputError, match=r"^template is not given, .* accepted are train, clean, chat, plain, or"):
+    assert first(prepare(pairs, tiny.ByteEncoder(), CONFIG)) == "2 + 2 = 4"
+    assert first(prepare([Text("abc")] * 3, tiny.ByteEncoder(), CONFIG)) == "abc"
+    for named in (CONFIG, FinetuneConfig(held_out=1, template="train")):
+        expected = prompts.training_text("q", "a", "train")
+        assert first(prepare([Record("q", "a")] * 3, tiny.ByteEncoder(), named)) == expected
+    for records in ([Text("a"), *pairs, Record("q", "a")], [*pairs, Record("q", "a")]):
+        with pytest.raises(InputError, match=r"^template is not given, and the records' kinds have their own: .*plain"):
             prepare(records, tiny.ByteEncoder(), CONFIG)
-    assert first(prepare([Text("abc")] * 3, tiny.ByteEncoder(), CONFIG)) == "abc", "texts have one prompt"
-    named = FinetuneConfig(held_out=1, template="train")
-    expected = prompts.training_text("q", "a", "train")
-    assert first(prepare([Record("q", "a")] * 3, tiny.ByteEncoder(), named)) == expected
