@@ -603,7 +603,10 @@ def _nearest_best(step: int, rank: int, strength: float) -> pd.Series:
 def rates_model_led() -> str:
     """A-led over B-led part of the change near the best rates, beside the law's, and the exponent that it gives."""
     led, rows = csv("horizon/led.csv"), []
+    known = set(csv("horizon/best.csv")[["rank", "strength"]].dropna().itertuples(index=False, name=None))
     for step, rank, strength in sorted(set(led[["step", "rank", "strength"]].itertuples(index=False, name=None))):
+        if (rank, strength) not in known:
+            continue
         row = _nearest_best(step, rank, strength)
         ratio, exponent = (
             f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
@@ -673,6 +676,37 @@ def rates_model_rank() -> str:
     """How the best rate of `alpha / r` (alpha 64: gamma r = 64) moves from rank 8 to 128 after 64 steps."""
     found = one(csv("horizon/exponents.csv"), over="rank", step=64, at=64, first=8)
     return signed(found["exponent"], found["half_width"])
+
+
+@block("rates.model.rank.1")
+def rates_model_rank_1() -> str:
+    """The same from rank 1 to 128."""
+    found = one(csv("horizon/exponents.csv"), over="rank", step=64, at=64, first=1)
+    return signed(found["exponent"], found["half_width"])
+
+
+def _attention_loss(run: str, rank: int) -> str:
+    """Least loss after 64 steps at gamma r = 64."""
+    return f"{one(csv(f'{run}/best.csv'), step=64, rank=rank, strength=64)['best_loss']:.3f}"
+
+
+block("rates.model.attention.128")(lambda: _attention_loss("horizon_attention", 128))
+block("rates.model.attention.all")(lambda: _attention_loss("horizon", 8))
+
+
+@block("rates.model.behind")
+def rates_model_behind() -> str:
+    """How far r = 1 and r = 8 are behind r = 128 after 64 steps at gamma r = 64."""
+    found = csv("horizon/beside.csv").query("step == 64 and strength == 64 and beside == 'r = 128'").set_index("rank")
+    parts = (f"{signed(found['difference'][rank], found['half_width'][rank], 3)} (r = {rank})" for rank in (1, 8))
+    return " and ".join(parts)
+
+
+@block("rates.model.full.ratio")
+def rates_model_full_ratio() -> str:
+    """An adapter's best rate over full fine-tuning's after 64 steps at gamma r = 64, over ranks."""
+    found = csv("horizon/beside.csv").query("step == 64 and strength == 64 and beside == 'full'")["ratio"]
+    return f"{found.min():.1f} to {found.max():.1f}"
 
 
 @block("rates.model.horizon.law")
