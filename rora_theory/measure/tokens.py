@@ -53,7 +53,7 @@ def sinks(norms: Float[np.ndarray, " tokens"]) -> Bool[np.ndarray, " tokens"]:
     return norms > SINK * np.median(norms)
 
 
-def sample(count: int, seed: int, masked: Bool[np.ndarray, " all"]) -> Int[np.ndarray, " read"]:
+def sample(count: int, seed: int | Sequence[int], masked: Bool[np.ndarray, " all"]) -> Int[np.ndarray, " read"]:
     """At most ``count`` tokens that are not masked, without replacement, the same ones for the same mask and seed."""
     order = np.random.default_rng(seed).permutation(len(masked))
     return np.sort(order[~masked[order]][:count])
@@ -64,7 +64,7 @@ def choose_tokens(
     seen: Bool[np.ndarray, " tokens"] | None,
     *,
     count: int,
-    seed: int,
+    seed: int | Sequence[int],
     name: str,
 ) -> Chosen:
     """The tokens at which a module is read.

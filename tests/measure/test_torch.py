@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rora_theory import InputError, Setting, transfer
-from rora_theory.measure import drawn_steps
+from rora_theory.measure import drawn_steps, tokens
 from rora_theory.measure.module_regime import RegimeConfig
 
 torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="the bridge: the extra
 
 from support import torch_models  # noqa: E402
 
-from rora_theory.measure.torch import hooks, measure  # noqa: E402
+from rora_theory.measure.torch import hooks, measure, regime  # noqa: E402
 from rora_theory.measure.torch.modules import base_model, chosen  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
@@ -330,6 +330,33 @@ def test_wrapped_models() -> None:
         assert measure(wrapped, batch, held_out, config=SMALL).crossings.equals(plain.crossings)
 
 
+def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
+    """Of 40 draws of 32 tokens from 8 calls of 20 to 160 tokens, the shares within 4 of a binomial's deviations; no
+    place of a call is tied to that place in another. A single call's are those of `choose_tokens`."""
+    sizes = range(20, 180, 20)
+    shares, pairs = np.zeros(len(sizes)), 0
+    for seed in range(40):
+        reading = regime._Reading(RegimeConfig(rows=0, tokens=32, seed=seed), {}, mask=False)
+        for call, size in enumerate(sizes):
+            at = torch.arange(size, dtype=torch.float32)
+            reading.keep("again", torch.stack([torch.full_like(at, call), at, torch.ones_like(at)], dim=1))
+        read = reading.inputs["again"]
+        assert reading.counts["again"] == {"all": 720, "seen": 0, "sinks": 0, "read": 32}
+        assert len(np.unique(read, axis=0)) == 32
+        shares += np.bincount(read[:, 0].astype(int), minlength=len(sizes))
+        pairs += 32 - len(np.unique(read[:, 1]))
+    expected = np.array(sizes) / sum(sizes)
+    deviations = np.sqrt(40 * 32 * expected * (1 - expected))
+    assert (np.abs(shares - 40 * 32 * expected) < 4 * deviations).all()
+    drawn = [np.random.default_rng(i).choice(np.concatenate([range(n) for n in sizes]), 32, False) for i in range(400)]
+    assert pairs / 40 == pytest.approx(np.mean([32 - len(np.unique(each)) for each in drawn]), abs=1.5)
+    once = regime._Reading(RegimeConfig(rows=0, tokens=32), {}, mask=False)
+    x = torch.randn(100, 3)
+    once.keep("once", x)
+    chosen_ones = tokens.choose_tokens(x.norm(dim=1).numpy(), None, count=32, seed=0, name="once").indices
+    np.testing.assert_array_equal(once.inputs["once"], x.numpy()[chosen_ones])
+
+
 def padded(rows: list[list[int]], *, left: bool) -> dict[str, torch.Tensor]:
     """Rows padded with 0, as a tokenizer and a collator make them."""
     width = max(map(len, rows))
@@ -439,6 +466,8 @@ def test_transfer() -> None:
     assert whole.config.alpha_pattern == {}
     assert whole.advice.plan.takeover == pytest.approx(found.takeover_at(2, "gaussian"))
     assert whole.learning_rate == whole.advice.rates.planned
+    with pytest.raises(InputError, match="no takeover distance was measured of init 'rademacher'; accepted is what"):
+        found.takeover_at(2, "rademacher")
     with pytest.raises(InputError, match="nothing was measured of optimizer adam, init rademacher"):
         found.transfer(Setting(2, 4.0, 3e-4, init="rademacher"), rank=8)
 

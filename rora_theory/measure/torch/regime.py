@@ -22,12 +22,12 @@ from peft import LoraConfig
 from rora_theory import inits
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice, Per, transfer
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.measure import module_regime, thin
 from rora_theory.measure.layer_data import Layer
 from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig, Split
-from rora_theory.measure.tokens import choose_tokens, sample
+from rora_theory.measure.tokens import choose_tokens
 from rora_theory.measure.torch import hooks
 from rora_theory.measure.torch.batches import Batch, Loss, Tokens, moved, plain_loss, tokens
 from rora_theory.measure.torch.modules import (
@@ -96,8 +96,17 @@ class TorchRegime(Regime):
 
     def takeover_at(self, rank: int, init: Init = "kaiming_uniform") -> float:
         """The distance at which A leads under Adam: the geometric mean over modules, held out, at the nearest rank that
-        was measured."""
+        was measured.
+
+        Raises:
+          InputError: it was not measured for this init.
+        """
         own = self.takeover[(self.takeover["init"] == init) & (self.takeover["split"] == "heldout")]
+        if own.empty:
+            raise InputError(
+                f"no takeover distance was measured of init {shown(init)}; accepted is what the RegimeConfig named, "
+                "with the optimizer adam"
+            )
         nearest = min(own["rank"].unique(), key=lambda each: abs(np.log(each / rank)))
         return float(geometric_mean(own.loc[own["rank"] == nearest, "takeover"]))
 
@@ -213,7 +222,7 @@ def measure(
 
 
 class _Reading:
-    """Inputs of modules at the held-out tokens that count."""
+    """Inputs of modules at the held-out tokens that count: of all calls of a module in a pass, each token alike."""
 
     def __init__(self, config: RegimeConfig, known: Mapping[int, Tokens], mask: bool) -> None:
         self._config, self._known, self._mask = config, known, mask
@@ -221,6 +230,7 @@ class _Reading:
         self.counts: dict[str, dict[str, int]] = {}
         self.calls: dict[str, int] = {}
         self.unmasked: set[str] = set()
+        self._keys: dict[str, np.ndarray] = {}
 
     def keep(self, name: str, x: hooks.Rows) -> None:
         if not len(x):
@@ -232,14 +242,18 @@ class _Reading:
         real = np.flatnonzero(own.real)
         norms = torch.linalg.vector_norm(x.float(), dim=1).cpu().numpy()[real]
         seen = own.seen[real] if self._mask else None
-        found = choose_tokens(norms, seen, count=self._config.tokens, seed=self._config.seed, name=name)
-        before = self.counts.get(name, dict.fromkeys(found.counts, 0))
+        call, count = self.calls.get(name, 0), self._config.tokens
+        seed = [self._config.seed, call] if call else self._config.seed
+        found = choose_tokens(norms, seen, count=count, seed=seed, name=name)
         rows = _host(x[torch.from_numpy(real[found.indices]).to(x.device)])
-        every = np.concatenate([self.inputs[name], rows]) if name in self.inputs else rows
-        kept = every[sample(self._config.tokens, self._config.seed, np.zeros(len(every), bool))]
-        self.inputs[name] = kept
-        self.counts[name] = {key: count + before[key] for key, count in found.counts.items()} | {"read": len(kept)}
-        self.calls[name] = self.calls.get(name, 0) + 1
+        keys = _smallest_keys(found.counts, [self._config.seed, call, 1])
+        if call:
+            rows, keys = np.concatenate([self.inputs[name], rows]), np.concatenate([self._keys[name], keys])
+        kept = np.sort(np.argsort(keys)[:count])
+        self.inputs[name], self._keys[name] = rows[kept], keys[kept]
+        before = self.counts.get(name, dict.fromkeys(found.counts, 0))
+        self.counts[name] = {key: own + before[key] for key, own in found.counts.items()} | {"read": len(kept)}
+        self.calls[name] = call + 1
 
 
 class _Reducing:
@@ -269,6 +283,14 @@ class _Reducing:
             for split, counts in (("train", read.counts[name]), ("heldout", self._reading.counts[name]))
         ]
         self.found[name] = LayerRegime(*own, rows)
+
+
+def _smallest_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray, " read"]:
+    """Keys of the tokens that `choose_tokens` read, were each that it could read given one of U(0, 1) and the smallest
+    taken: the smallest over several calls are then a fair sample of all their tokens."""
+    random = np.random.default_rng(seed)
+    keys = random.random(counts["all"] - counts["seen"] - counts["sinks"])
+    return random.permutation(np.sort(keys)[: counts["read"]])
 
 
 def _drawn(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
