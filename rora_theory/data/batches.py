@@ -340,6 +340,11 @@ class Batches:
         plan = self._plan(0)
         return 1 - float(self._sizes.sum() / (plan.widths * plan.rows.shape[1]).sum())
 
+    @property
+    def full_steps(self) -> list[int]:
+        """The first epoch's steps whose batch has a record in every row."""
+        return np.flatnonzero((self._plan(0).rows >= 0).all(axis=1)).tolist()
+
     def __repr__(self) -> str:
         return f"Batches({len(self)} steps of {self.steps_per_epoch} an epoch, widths {self._widths})"
 

@@ -1,7 +1,7 @@
 """Batches of real records for what is measured of a model without training it: one to step on, and one held out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -64,7 +64,7 @@ def pair(
       seed: of the split.
 
     Raises:
-      InputError: fewer records than are asked for, or as `tokenize`.
+      InputError: fewer records than are asked for, or than the cutoff leaves a token to learn of; or as `tokenize`.
     """
     needed = config.batch_size + config.held_out
     if len(records) < needed:
@@ -74,6 +74,11 @@ def pair(
 
     def one(part: Sequence[AnyRecord]) -> Batches:
         found = tokenize(part, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat)
+        if len(found) < len(part):
+            raise InputError(
+                f"{len(found)} of {len(part)} records of a batch have a token to learn within --cutoff {config.cutoff}; "
+                "accepted are all: a larger --cutoff, or --loss-on all"
+            )
         widths = choose_widths(np.asarray(found.sizes), 1)
         return Batches(found, widths, batch_size=len(found), answer_only=answer_only)
 
@@ -108,7 +113,7 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class SeedBatches:
-    """The batches of one seed.
+    """The batches of one seed; a last one that is not full is left out.
 
     Attributes:
       train: to step on.
@@ -121,8 +126,15 @@ class SeedBatches:
     fresh: bool
 
     def at(self, step: int) -> Batch:
-        """The batch of a step, from 0."""
-        return self.train[step % len(self.train) if self.fresh else 0]
+        """The batch of a step, from 0.
+
+        Raises:
+          InputError: there are fewer batches.
+        """
+        steps, index = self.train.full_steps, step if self.fresh else 0
+        if index >= len(steps):
+            raise InputError(f"step {index} of {len(steps)} fresh batches; accepted are fewer steps or more records")
+        return self.train[steps[index]]
 
 
 def by_seed(
@@ -148,19 +160,27 @@ def by_seed(
       chat: of the template ``chat``; None is the tokenizer's own.
 
     Raises:
-      InputError: too few records, or no held-out token that is apart.
+      InputError: fewer records than all batches have rows, or no held-out token that is apart.
     """
     trained, apart = split(list(records), config.held_out, 0)
     train, held_out = (
         tokenize(part, tokenizer, cutoff=config.cutoff, template=config.template, chat=chat)
         for part in (trained, apart)
     )
-    widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), 1)
     fresh = config.batches == "fresh"
+    count, size = (steps if fresh else 1), config.batch_size
+    if len(train) < count * size:
+        raise InputError(
+            f"data leave {len(train)} records to train on; accepted are {count * size} or more, {count} batches of "
+            f"--batch-size {size}"
+        )
+    if len(held_out) < size:
+        raise InputError(f"data have {len(held_out)} held-out records; accepted are --batch-size {size} or more")
+    widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), 1)
     found = {}
     for seed in seeds:
-        own = Batches(train, widths, batch_size=config.batch_size, seed=seed)
-        read = Batches(held_out, widths, batch_size=config.batch_size, seed=seed)[0]
-        seen = [own[step % len(own)] for step in range(steps if fresh else 1)]
-        found[seed] = SeedBatches(own, apart_from(read, seen), fresh)
+        own, read = (Batches(part, widths, batch_size=size, seed=seed) for part in (train, held_out))
+        batches = SeedBatches(own, read[read.full_steps[0]], fresh)
+        seen = [batches.at(step) for step in range(count)]
+        found[seed] = replace(batches, held_out=apart_from(batches.held_out, seen))
     return found

@@ -1,5 +1,7 @@
 """Batches of records to step on and to read at: fixed or fresh, each seed's own, no record in both."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support import checkpoint
@@ -7,12 +9,22 @@ from support import checkpoint
 from rora_theory import InputError
 from rora_theory.finetune import read_records
 from rora_theory.llama import load
+from rora_theory.llama.tokenizer import Tokenizer
 from rora_theory.measure.record_batches import BatchConfig, PairConfig, by_seed, pair
 
 
-def test_fixed_and_fresh_batches(tmp_path) -> None:
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return load(checkpoint.model(tmp_path_factory.mktemp("model"))).tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list:
+    return read_records([str(checkpoint.records(tmp_path_factory.mktemp("data") / "train.json", 17))])
+
+
+def test_fixed_and_fresh_batches(tmp_path, tokenizer) -> None:
     """Fixed: one batch in every step; fresh: another in each; no held-out record is trained on."""
-    tokenizer = load(checkpoint.model(tmp_path)).tokenizer
     records = read_records([str(checkpoint.records(tmp_path / "train.json", 40))])
     found = {}
     for kind in ("fixed", "fresh"):
@@ -22,6 +34,7 @@ def test_fixed_and_fresh_batches(tmp_path) -> None:
     np.testing.assert_array_equal(fixed[0].at(0).inputs, fixed[0].at(3).inputs)
     assert not np.array_equal(fresh[0].at(0).inputs, fresh[0].at(3).inputs)
     assert not np.array_equal(fixed[0].at(0).inputs, fixed[7].at(0).inputs)
+    assert not np.array_equal(fixed[0].held_out.inputs, fixed[7].held_out.inputs)
     trained = {row.tobytes() for step in range(17) for row in fresh[0].at(step).inputs}
     assert len(trained) == 34
     for row, weights in zip(fresh[0].held_out.inputs, fresh[0].held_out.weights, strict=True):
@@ -31,11 +44,39 @@ def test_fixed_and_fresh_batches(tmp_path) -> None:
         assert not any(row[: first + 1].tobytes() == other[: (first + 1) * row.itemsize] for other in trained)
 
 
-def test_too_few_records(tmp_path) -> None:
-    tokenizer = load(checkpoint.model(tmp_path)).tokenizer
-    records = read_records([str(checkpoint.records(tmp_path / "train.json", 4))])
+def test_every_row_of_every_batch_is_a_record(tokenizer, data) -> None:
+    """Of 11 records to train on there are two batches of 4, of 6 held out one: what is left is in no batch."""
+    config = BatchConfig(batches="fresh", batch_size=4, held_out=6, cutoff=160, template="clean")
+    for own in by_seed(config, data, tokenizer, seeds=range(8), steps=2).values():
+        trained = np.concatenate([own.at(step).inputs for step in range(2)])
+        assert len({row.tobytes() for row in trained if row.any()}) == 8
+        assert own.held_out.inputs.any(axis=1).tolist() == [True] * 4
+        with pytest.raises(InputError, match="step 2 of 2 fresh batches; accepted are fewer steps or more records"):
+            own.at(2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, "leave 11 records to train on; accepted are 12 or more, 3 batches of --batch-size 4"),
+        ({"batches": "fixed", "batch_size": 12, "held_out": 12}, "leave 5 .* accepted are 12 or more, 1 batches of"),
+        ({"held_out": 3}, "have 3 held-out records; accepted are --batch-size 4 or more"),
+    ],
+)
+def test_too_few_records_for_batches_of_their_own(changed, message, tokenizer, data) -> None:
+    named = {"batches": "fresh", "batch_size": 4, "held_out": 6, "cutoff": 160, "template": "clean"} | changed
+    with pytest.raises(InputError, match=message):
+        by_seed(BatchConfig(**named), data, tokenizer, seeds=(0,), steps=3)
+
+
+def test_too_few_records_for_a_pair(tokenizer, data) -> None:
     with pytest.raises(InputError, match="hold 4 records; accepted are 5 or more"):
-        pair(PairConfig(batch_size=2, held_out=3), records, tokenizer)
+        pair(PairConfig(batch_size=2, held_out=3), data[:4], tokenizer)
+    asked = [record._replace(instruction="a " * 40) if i % 2 else record for i, record in enumerate(data)]
+    config = PairConfig(batch_size=8, held_out=8, cutoff=80, loss_on="answer")
+    with pytest.raises(InputError, match="of 8 records of a batch have a token to learn within --cutoff 80; accepted"):
+        pair(config, asked, tokenizer, template="plain")
+    assert len(pair(replace(config, cutoff=160), asked, tokenizer, template="plain").train.inputs) == 8
 
 
 @pytest.mark.parametrize("config", [BatchConfig, PairConfig])

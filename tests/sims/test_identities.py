@@ -105,10 +105,11 @@ def settings(name: str, model: str, data: Path) -> Any:
     """A command's configuration on the tiny model."""
     train = (str(data / "train.json"),)
     return {
-        "regime": regime.Config(train, model, batches=PairConfig(4, 4), measured=RegimeConfig(rows=0)),
+        "regime": regime.Config(train, model, batches=PairConfig(4, 4, 400), measured=RegimeConfig(rows=0)),
         "transfer": transfer.Config(2, 4, batch_size=4, check=(model, *train)),
         "coordinate_check": coordinate_check.Config(
-            train, model, check=CheckConfig(ranks=(2, 4)), records=BatchConfig(held_out=6, cutoff=160, template="clean")
+            train, model, check=CheckConfig(ranks=(2, 4)),
+            records=BatchConfig(batch_size=2, held_out=6, cutoff=160, template="clean"),
         ),
         "finetune": finetune.Config(train, model, training=FinetuneConfig(rank=2, batch_size=8, held_out=4, warmup=4)),
         "prune": prune.Config(train, model, share=0.85, layers=1, windows=10, held_out=3, seq=32),
