@@ -32,6 +32,9 @@ CHOICES = (
 )
 """What to do where a model has no template."""
 
+OTHER = "another9"
+"""Stands in a turn's place where its own content is sought."""
+
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which data keep what an assistant thought; templates read the first two."""
 
@@ -180,16 +183,28 @@ class ChatTemplate:
         leads = text.startswith(head) and len(head) >= after
         if index and leads and text.startswith(whole) and len(whole) > len(head):
             return len(head), len(whole)
-        content = str(message_content(messages[index])).strip()
-        at = whole.rfind(content) if content else -1
-        piece = whole[at:]
-        begin = text.find(piece, len(head) if leads else after) if at >= 0 else -1
-        if begin < 0:
-            raise InputError(
-                f"messages {index}: the chat template writes this turn otherwise where others follow, so its tokens "
-                "can't be told; accepted are a template with {% generation %} marks (--chat-template), or --loss-on all"
-            )
-        return len(head) if leads and index else begin, begin + len(piece)
+        before, behind = self._around(text, messages, tools, index)
+        _, rest = self._around(whole, messages[: index + 1], tools, index)
+        begin, least = len(before), len(head) if leads else after
+        said = text[begin : len(text) - len(behind)]
+        if begin < least or not behind.startswith(rest):
+            raise _untold(index)
+        return least if leads and index else begin + len(said) - len(said.lstrip()), begin + len(said) + len(rest)
+
+    def _around(
+        self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], index: int
+    ) -> tuple[str, str]:
+        """What stands in a chat's text before and behind a turn's content, told by another content in its place: the
+        content may be there elsewhere too, and be part of an end token."""
+        other = OTHER
+        while other in text:
+            other += OTHER
+        changed = {**messages[index], "content": other}
+        before, *behind = self.render([*messages[:index], changed, *messages[index + 1 :]], tools).split(other)
+        here = len(behind) == 1 and text.startswith(before) and text.endswith(behind[0])
+        if not here or len(before) + len(behind[0]) > len(text):
+            raise _untold(index)
+        return before, behind[0]
 
     def _blocks(
         self,
@@ -231,6 +246,13 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     thought = next((message[key] for key in REASONING if message.get(key) is not None), None)
     known = {key: value for key, value in message.items() if value is not None}
     return known if thought is None else {"thinking": thought} | known | {"reasoning_content": thought}
+
+
+def _untold(index: int) -> InputError:
+    return InputError(
+        f"messages {index}: the chat template writes this turn otherwise where others follow, so its tokens can't be "
+        "told; accepted are a template with {% generation %} marks (--chat-template), or --loss-on all"
+    )
 
 
 class _Generation(ext.Extension):

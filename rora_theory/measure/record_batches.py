@@ -76,8 +76,8 @@ def pair(
         found = tokenize(part, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat)
         if len(found) < len(part):
             raise InputError(
-                f"{len(found)} of {len(part)} records of a batch have a token to learn within --cutoff {config.cutoff}; "
-                "accepted are all: a larger --cutoff, or --loss-on all"
+                f"{len(found)} of {len(part)} records of a batch have a token to learn within --cutoff "
+                f"{config.cutoff}; accepted are all: a larger --cutoff, or --loss-on all"
             )
         widths = choose_widths(np.asarray(found.sizes), 1)
         return Batches(found, widths, batch_size=len(found), answer_only=answer_only)

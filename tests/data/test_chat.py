@@ -123,6 +123,23 @@ def test_a_question_in_the_answers_words_is_not_the_answer():
         assert marked(written) == expected
 
 
+def test_a_turn_is_told_from_others_of_the_same_words_and_from_the_end_token():
+    """Where the first turns are written otherwise as long as they are the last, and every role's turn ends alike."""
+    said = [{"role": "system", "content": "Be brief."}]
+    for _ in range(2):
+        said += [{"role": role, "content": "end"} for role in ("user", "assistant")]
+    source = chat_templates.MISTRAL3.replace("[/INST]", "<|end|>").replace("eos_token", "'<|end|>'")
+    written = ChatTemplate(source, tokens=TOKENS).write(said)
+    assert marked(written) == "<s>[INST] end<|end|> ⟦end<|end|>⟧[INST] Be brief.\n\nend<|end|>⟦ end<|end|>⟧"
+
+
+def test_a_turn_that_is_left_out_is_not_a_later_one_of_its_words():
+    hides = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
+    same = [{"role": role, "content": "Yes."} for role in ("user", "assistant", "user")]
+    with pytest.raises(InputError, match="messages 1: the chat template writes this turn otherwise where others"):
+        ChatTemplate(hides).write(same)
+
+
 def test_a_turn_that_is_not_in_the_text_is_refused():
     hides = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
     record = Chat(tuple(CHAT), where="chats.jsonl: line 7")
