@@ -128,13 +128,14 @@ def _is_there(path: Path) -> bool:
 
 
 def read_text(path: str | Path, limit: int = LARGEST, *, accepted: str = "a text file in UTF-8") -> str:
-    """The text of a regular file in UTF-8, line ends as they are.
+    """The text of a regular file in UTF-8, line ends as they are, without the byte-order mark that some programs begin
+    a file with.
 
     Raises:
       InputError: as `read_bytes`, or a byte that is not UTF-8; names the byte.
     """
     try:
-        return read_bytes(path, limit, accepted=accepted).decode()
+        return read_bytes(path, limit, accepted=accepted).decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; accepted is {accepted}") from error
 

@@ -256,8 +256,9 @@ def _read(path: Path, where: str) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{where}: is a folder; accepted is {ACCEPTED}")
     text = files.read_text(path, accepted=ACCEPTED)
     if path.suffix == ".txt":
-        lines = enumerate(text.splitlines(), start=1)
-        yield from ((f"{where}: line {number}", {"text": line}) for number, line in lines if line.strip())
+        lines = enumerate(text.split("\n"), start=1)  # str.splitlines would cut at U+2028 and others within a text
+        said = ((number, line.removesuffix("\r")) for number, line in lines if line.strip())
+        yield from ((f"{where}: line {number}", {"text": line}) for number, line in said)
     elif path.suffix == ".jsonl" or _is_lines(text):
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -273,7 +274,7 @@ def _read(path: Path, where: str) -> Iterator[tuple[str, Any]]:
 def _is_lines(text: str) -> bool:
     """Whether a text has an object a line though its name says JSON, as many data sets of the hub do."""
     first, second = [*itertools.islice((line for line in text.split("\n") if line.strip()), 2), "", ""][:2]
-    return first.startswith("{") and first.rstrip().endswith("}") and second.startswith("{")
+    return first.startswith("{") and first.rstrip().endswith("}") and (not second or second.startswith("{"))
 
 
 def _rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:

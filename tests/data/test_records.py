@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from rora_theory.data.formats import Text
 from rora_theory.errors import InputError
 from rora_theory.finetune import Record, read_records
 
@@ -26,6 +27,24 @@ def test_reads_several_files_in_order(tmp_path):
     ]
 
 
+def test_one_object_on_one_line_is_an_object_a_line(tmp_path):
+    assert read_records([write(tmp_path / "a.json", json.dumps(GOOD) + "\n")]) == [Record("Say it.", "It.")]
+
+
+def test_a_line_ends_where_its_file_says(tmp_path):
+    """At a newline, with a carriage return or without, and at no other sign that Python takes for a line's end."""
+    lines = ["a\u2028b", "c\x85d\x0be\x0cf\x1cg\rh", "", "i"]
+    for end in ("\n", "\r\n"):
+        path = write(tmp_path / "a.txt", end.join(lines))
+        assert [record.text for record in read_records([path])] == [*lines[:2], "i"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "It."), ("a.jsonl", '{"text": "It."}')])
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    path = write(tmp_path / name, b"\xef\xbb\xbf" + content.encode())
+    assert read_records([path]) == [Text("It.")]
+
+
 def test_reads_the_commonsense_data(commonsense_dir):
     files = [commonsense_dir / task / "train.json" for task in ("ARC-Easy", "ARC-Challenge", "openbookqa")]
     records = read_records(files)
@@ -44,7 +63,7 @@ def test_reads_the_commonsense_data(commonsense_dir):
         ([GOOD | {"input": None}], r"record 0 has null as 'input'"),
         ([GOOD | {"instruction": ""}], r"record 0 has an empty 'instruction'"),
         ([GOOD | {"output": "\ud800"}], r"record 0 has half a surrogate pair in 'output'"),
-        (GOOD, r"holds an object; accepted is a list of records"),
+        ({"data": [GOOD]}, r"bad\.json: line 1 has the keys 'data'; accepted are"),
         ([], r"holds no records"),
     ],
 )
@@ -58,6 +77,7 @@ def test_bad_records_are_named(tmp_path, content, message):
     ("name", "content", "message"),
     [
         ("cut.json", json.dumps([GOOD])[:-9], r"cut\.json: is not JSON .*; accepted is a list"),
+        ("lines.json", json.dumps(GOOD, indent=1), r"lines\.json: holds an object; accepted is a list of records"),
         ("empty.json", "", r"empty\.json: is not JSON"),
         ("deep.json", "[" * 100_000, r"deep\.json: is JSON more than 64 lists and objects deep"),
         ("cut.jsonl", json.dumps(GOOD) + "\n{", r"cut\.jsonl: line 2: is not JSON"),
