@@ -1,7 +1,7 @@
 """PEFT's ``LoraConfig``: the words that are written into one, and the setting that is read from a saved one."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,9 @@ LARGEST = 1 << 22
 
 PEFT_INITS: dict[Init, bool | str] = {"kaiming_uniform": True, "gaussian": "gaussian"}
 """PEFT's ``init_lora_weights`` of each init that it has."""
+
+OF_DORA = "use_dora is set: the law is of DoRA's direction, its magnitude's step has neither gamma nor the rank in it"
+"""What the user should know of a DoRA adapter's setting."""
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 """The modules that the DoRA and RoRA experiments adapt."""
@@ -70,6 +73,13 @@ def init_of(word: object) -> Init:
     )
 
 
+def check_uniform(values: Mapping[str, Any]) -> None:
+    """Raise `InputError` where ``values``, the entries of a ``LoraConfig``, give modules several ranks or alphas."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        if values.get(name):
+            raise InputError(f"{name} is {shown(values[name])}; accepted is none: one rank and one alpha")
+
+
 class Saved(NamedTuple):
     """What a saved adapter says of itself.
 
@@ -112,9 +122,10 @@ def read_adapter_config(path: str | Path) -> Saved:
 
     if values.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type is {shown(values.get('peft_type'))}; accepted is 'LORA'")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if values.get(name):
-            raise InputError(f"{path}: {name} is {shown(values[name])}; accepted is none: one rank and one alpha")
+    try:
+        check_uniform(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     rank = entry("r", 8, int, "an integer of 1 or more")
     alpha = entry("lora_alpha", 8, (int, float), "a number above 0")
     try:
@@ -132,9 +143,7 @@ def read_adapter_config(path: str | Path) -> Saved:
         targets = None
         remarks.append(f"target_modules of {path} is a regular expression, which is not carried over")
     if values.get("use_dora"):
-        remarks.append(
-            "use_dora is set: the law is of DoRA's direction, its magnitude's step has neither gamma nor the rank in it"
-        )
+        remarks.append(OF_DORA)
     if targets is not None:
         names = (targets,) if isinstance(targets, str) else tuple(targets)
         if not all(isinstance(name, str) for name in names):

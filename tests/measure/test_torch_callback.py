@@ -1,6 +1,7 @@
 """The trainer's callback: what it logs and when, and that the training goes on as without it."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from support import torch_models  # noqa: E402
 
 from rora_theory.measure.module_regime import RegimeConfig  # noqa: E402
 from rora_theory.measure.torch import RegimeCallback, measure  # noqa: E402
+from rora_theory.measure.torch.callback import setting_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 BATCHES = torch_models.batch(seed=0), torch_models.batch(seed=1)
@@ -93,6 +95,42 @@ def test_the_run_s_own_setting(tmp_path) -> None:
     assert found[1].transfers[0].advice.old.rank == 16
     first = next(row for row in trainer.state.log_history if "regime/alpha" in row)
     assert "regime/steps_until_A_leads" not in first
+
+
+def told(optim: str = "adamw_torch", **arguments) -> SimpleNamespace:
+    """In the place of a trainer's arguments."""
+    return SimpleNamespace(optim=optim, learning_rate=2e-3, **arguments)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw"])
+def test_paged_optimizers_are_what_they_page(name) -> None:
+    assert setting_of(lora(), told(name)) == Setting(2, 4.0, 2e-3, "lora", "adamw")
+    with pytest.raises(InputError, match="optim is 'paged_lion_8bit'; accepted are kinds of adamw and sgd"):
+        setting_of(lora(), told("paged_lion_8bit"))
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_modules_of_several_ranks_or_alphas_have_no_one_setting(name) -> None:
+    with pytest.raises(InputError, match=f"^{name} is {{'q_proj': 8}}; accepted is none: one rank and one alpha$"):
+        setting_of(lora(**{name: {"q_proj": 8}}), told())
+
+
+def test_the_active_adapter_is_the_one_that_learns(caplog) -> None:
+    model = lora()
+    model.add_adapter("other", peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], use_dora=True))
+    assert setting_of(model, told()).rank == 2
+    assert not caplog.records
+    model.set_adapter("other")
+    assert setting_of(model, told()) == Setting(4, 6.0, 2e-3, "lora", "adamw")
+    assert "use_dora is set: the law is of DoRA's direction" in caplog.text
+    assert setting_of(model.get_base_model(), told()).rank == 4
+
+
+@pytest.mark.parametrize("spread", [{"fsdp": ["full_shard"]}, {"deepspeed": "zero3.json"}])
+def test_weights_that_are_spread_over_processes_are_refused(spread) -> None:
+    callback = RegimeCallback(print, *BATCHES, setting=Setting(2, 4.0, 2e-3))
+    with pytest.raises(InputError, match=r"spread over processes \(FSDP or DeepSpeed\); accepted are whole ones"):
+        callback.on_train_begin(told(**spread), None, None, model=None)
 
 
 @pytest.mark.slow

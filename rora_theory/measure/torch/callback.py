@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rora_theory.advice.lora_config import init_of
+from rora_theory.advice.lora_config import OF_DORA, check_uniform, init_of
 from rora_theory.advice.setting import Setting
 from rora_theory.errors import InputError, shown
 from rora_theory.measure.module_regime import RegimeConfig
@@ -114,14 +114,18 @@ class RegimeCallback(TrainerCallback):
 
 
 def setting_of(model: torch.nn.Module, args: Any) -> Setting:
-    """The setting of a run: of its model's ``LoraConfig`` and its ``TrainingArguments``.
+    """The setting of a run: of its model's ``LoraConfig`` and its ``TrainingArguments``; of DoRA's a warning is logged.
 
     Raises:
-      InputError: a model without LoRA, or an optimizer or init that has no law here.
+      InputError: a model without LoRA, patterns (modules of several ranks or alphas), or an optimizer or init that has
+        no law here.
     """
     config = lora_config(model)
     if config is None:
         raise InputError("the model has no LoRA of PEFT's; accepted is one that has, or a setting=")
+    check_uniform(vars(config))
+    if config.use_dora:
+        logger.warning(OF_DORA)
     name = str(getattr(args.optim, "value", args.optim))
     kinds: dict[str, OptimizerName] = {r"(paged_)?adamw(_.*)?": "adamw", "sgd": "sgd"}
     found = [trainer for pattern, trainer in kinds.items() if re.fullmatch(pattern, name)]

@@ -118,9 +118,12 @@ def chosen(
 
 
 def lora_config(model: torch.nn.Module) -> LoraConfig | None:
-    """The configuration of the model's LoRA; None where it has none."""
-    configs = getattr(model, "peft_config", {}).values()
-    return next((config for config in configs if isinstance(config, LoraConfig)), None)
+    """The configuration of the model's LoRA, the active one of several; None where it has none."""
+    configs = getattr(model, "peft_config", {})
+    layer = next((each for each in model.modules() if isinstance(each, BaseTunerLayer)), None)
+    active = [] if layer is None else layer.active_adapters
+    ordered = [*(configs[name] for name in active if name in configs), *configs.values()]
+    return next((config for config in ordered if isinstance(config, LoraConfig)), None)
 
 
 def adapted_targets(model: torch.nn.Module) -> str | list[str]:
