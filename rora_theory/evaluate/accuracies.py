@@ -67,7 +67,7 @@ def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list
       records: the items scored, whose choices and labels give chance and majority.
 
     Raises:
-      InputError: a task with more or fewer samples than records.
+      InputError: a task whose samples are not one of each of its records.
     """
     by_task: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -80,6 +80,11 @@ def accuracies(samples: Iterable[Sample], records: Sequence[TaskRecord]) -> list
         scored = by_task.get(key, [])
         if len(scored) != len(items):
             raise InputError(f"{key}: {len(scored)} samples of {len(items)} records; accepted is one a record")
+        wrong = {sample.index for sample in scored} ^ {record.index for record in items}
+        if wrong:
+            raise InputError(
+                f"{key}: samples and records differ at index {min(wrong)}; accepted is one sample a record"
+            )
         right = proportion(sum(sample.correct for sample in scored), len(scored))
         norms = [sample.correct_norm for sample in scored if sample.correct_norm is not None]
         right_norm = proportion(sum(norms), len(norms)) if norms else None

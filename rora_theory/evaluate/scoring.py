@@ -125,7 +125,8 @@ def score(
         log-likelihood that is not finite.
     """
     check_integer("batch_size", batch_size)
-    skip = {number for number, record in enumerate(records) if (record.task, record.index) in set(done)}
+    known = set(done)
+    skip = {number for number, record in enumerate(records) if (record.task, record.index) in known}
     if scoring.protocol == "generate":
         return _generated(params, config, tokenizer, records, scoring, adapter, batch_size, skip)
     if scoring.protocol == "harness":

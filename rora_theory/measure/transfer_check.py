@@ -19,6 +19,7 @@ from rora_theory.advice.transfer import Advice
 from rora_theory.data.batches import Batch
 from rora_theory.llama import Model
 from rora_theory.measure.model_layers import RealStep
+from rora_theory.rules import check_seeds
 from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.stats.estimate import jackknife
 
@@ -184,8 +185,9 @@ def check_transfer(
       seed: of all draws.
 
     Raises:
-      InputError: a rank, init or target that does not fit the model.
+      InputError: fewer than two seeds, one twice or out of range; a rank, init or target that does not fit the model.
     """
+    check_seeds(seeds, fewest=2)
     stepper = RealStep(model.params, model.config, train, heldout, target_modules)
     rows = [row for step in first_steps(advice, seeds) for row in first_step_rows(stepper, advice, step, seed)]
     steps = frames.of(rows, COLUMNS)

@@ -62,6 +62,8 @@ def test_average_is_unweighted() -> None:
     assert average.accuracy == pytest.approx((1 / 2 + 2 / 3) / 2)  # not 4/7
     assert average.error == pytest.approx(math.hypot(boolq.error, piqa.error) / 2)
     assert average.accuracy_norm == pytest.approx((1 / 2 + 1 / 3) / 2)  # boolq enters with its accuracy
+    assert average.unparsed == 1 / 8
+    assert average.chance == 1 / 2  # not the majority's
     assert average.majority == pytest.approx((3 / 4 + 2 / 3) / 2)
 
 
@@ -92,3 +94,12 @@ def test_chance_follows_each_items_choices() -> None:
 def test_a_missing_sample_is_refused() -> None:
     with pytest.raises(InputError, match="boolq: 3 samples of 4 records"):
         accuracies(SAMPLES[1:], RECORDS)
+
+
+@pytest.mark.parametrize("other", [_sample(_record("boolq", 9, 0), "true"), SAMPLES[1]])
+def test_samples_of_other_records_are_refused(other: Sample) -> None:
+    """As many as there are records, one of them of another record or twice of one."""
+    with pytest.raises(
+        InputError, match="boolq: samples and records differ at index 0; accepted is one sample a record"
+    ):
+        accuracies([other, *SAMPLES[1:]], RECORDS)

@@ -124,6 +124,23 @@ def test_no_bit_depends_on_batch_size_or_interruption(protocol: str) -> None:
     assert rest == {key: sample for key, sample in whole.items() if key not in done}
 
 
+def test_what_is_done_is_read_once() -> None:
+    """Not once a record: of a large task that took longer than what was left to score."""
+    read: list[int] = []
+
+    class Watched(list):
+        def __iter__(self):
+            read.append(1)
+            return super().__iter__()
+
+    counts = []
+    for records in (RECORDS[:1], RECORDS):
+        read.clear()
+        score(PARAMS, CONFIG, TOKENIZER, records, Scoring("label"), done=Watched([("piqa", 0)]))
+        counts.append(len(read))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.slow
 def test_generate_is_beam_search_after_the_prompt() -> None:
     task, protocol = TASKS["boolq"], Scoring("generate", max_new_tokens=5)

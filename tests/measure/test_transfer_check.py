@@ -10,6 +10,9 @@ import pytest
 from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
+from rora_theory.data.batches import Batch
+from rora_theory.errors import InputError
+from rora_theory.llama import Model
 from rora_theory.measure import transfer_check
 from rora_theory.measure.model_layers import Change, RealStep
 
@@ -65,6 +68,16 @@ def test_what_a_first_step_asks_for_and_where_its_sizes_go() -> None:
             ("module", "v_proj", 1, 4.0), ("hidden", None, None, 5.0), ("logits", None, None, 6.0),
         ]  # fmt: skip
     assert {len(pattern) for _, _, pattern in stepper.asked} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [((0,), "--seeds has 1 values; accepted are 2 or more"), ((0, 0), "--seeds repeats a value"), ((0, -1), "--seeds")],
+)
+def test_seeds_that_give_no_error_are_refused_before_any_step(seeds, message) -> None:
+    model, batch = object.__new__(Model), Batch(*np.zeros((2, 1, 4), int), np.zeros((1, 4), np.float32), None)
+    with pytest.raises(InputError, match=message):
+        transfer_check.check_transfer(model, transfer(OLD, 32), batch, batch, target_modules=["q_proj"], seeds=seeds)
 
 
 def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackknife_s() -> None:
