@@ -54,6 +54,22 @@ def test_few_tokens(frame, said) -> None:
     assert [said in one for one in found] == [True] * bool(said)
 
 
+def test_the_fewest_tokens_and_the_middle_error_count() -> None:
+    """Of three modules: one read at fewer tokens than the others; two of which the error is told, one of which not."""
+    frame = crossings(np.zeros(3), 1.5)
+    (said,) = thin.of_tokens(frame.assign(tokens=[64, 15, 64]))
+    assert "read at 15 held-out tokens, and of fewer than 16" in said
+    assert not thin.of_tokens(frame.assign(upper_quartile=[1.5, 1.5, 100.0]))
+    assert thin.of_tokens(frame.assign(upper_quartile=[1.5, 100.0, 100.0]))
+
+
+def test_a_kind_that_one_measured_layer_has_is_not_known() -> None:
+    frame = crossings(np.zeros(3), 1.5)
+    frame["module"] = ["layers.0.up_proj", "layers.1.up_proj", "layers.2.router"]
+    (said,) = thin.of_layers(frame, 30)
+    assert "3 of the model's 30 layers were measured; the mean over layers of router's linear term is known to" in said
+
+
 @pytest.mark.parametrize(
     ("count", "spread", "of_all", "said"),
     [

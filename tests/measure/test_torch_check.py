@@ -55,6 +55,8 @@ def test_the_first_step_by_hand() -> None:
     assert not torch.equal(small, other)
     assert not torch.equal(small, starts[0][2])  # of the next layer
     assert 0.2 < float(large.abs().max()) <= 0.25  # 1 / sqrt(p_in)
+    coordinate_check(make_model, batch, RANKS[:2], make_optimizer=optimizer, steps=(1,), seeds=2, seed=5)
+    assert not torch.equal(starts[6][0], small)  # other draws
     assert not [name for name, _ in make_model.base.named_modules() if "lora" in name]
     again = make_model(16)  # on the base that the check has left as it was
     own = [each for each in again.parameters() if each.requires_grad]
