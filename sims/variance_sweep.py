@@ -20,9 +20,8 @@ from rora_theory.errors import InputError
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
 from rora_theory.rules import check_unread
-from rora_theory.runs.cells import in_process
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import finished, flat, key_of
+from rora_theory.runs.reading import flat
 from rora_theory.stats.moments import agreement
 from rora_theory.theory.sampling import Sums
 from sims.common import answers, cli, layer_sweep, tables
@@ -62,10 +61,6 @@ def run(config: Config) -> None:
     extra = {"units": simulation.UNITS, "device": devices.describe(places)}
     folder = RunFolder.open(NAME, flat(simulated), out=config.out, seed=simulated.grid.seed, extra=extra)
     cells = simulation.simulation_cells(simulated)
-
-    done = finished(folder.path)
-    if runner is in_process and (todo := [cell for cell in cells if key_of(cell) not in done]):
-        simulation.compile_ahead(simulated, todo, places)
 
     def work(cell: SimulationCell, _: Path) -> dict[str, Any]:
         sums = simulation.draw_cell(simulated, cell, devices.pick(count))

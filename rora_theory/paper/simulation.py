@@ -9,7 +9,6 @@ checks by simulating each rule by itself on part of the grid.
     simulation_table([row for cell in sums for row in simulation_rows(config, cell, sums[cell])])
 """
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -132,40 +131,9 @@ def draw_cell(
         cell.sampler,
         sampling.setting_key(config.grid.seed, cell.setting, cell.sampler),
         relative_error=config.grid.relative_error or RELATIVE_ERROR,
-        draws=_draws(config, cell),
+        draws=config.grid.draws if cell.rule is None else CHECK_DRAWS,
         devices=devices,
     )
-
-
-def compile_ahead(
-    config: SimulationConfig, cells: Sequence[SimulationCell], devices: Sequence[jax.Device] | None = None
-) -> threading.Thread:
-    """Begin to compile, beside the drawing, what all cells but those like the first are drawn with: it takes a third of
-    the time of a short sweep, on one core.
-
-    Returns:
-      A daemon thread, which ends when all is compiled.
-    """
-    kinds: dict[tuple[sampling.BlockKind, int | None], SimulationCell] = {}
-    for cell in cells:
-        blocks = None
-        if (count := _draws(config, cell)) is not None:
-            blocks = -(-count // sampling.block_draws(cell.setting, cell.sampler))
-        kinds.setdefault((sampling.BlockKind.of(cell.setting, cell.sampler), blocks), cell)
-    later = list(kinds.items())[1:]
-
-    def work() -> None:
-        for (_, blocks), cell in later:
-            sampling.compile_stream(cell.setting, cell.sampler, blocks=blocks, devices=devices)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
-
-
-def _draws(config: SimulationConfig, cell: SimulationCell) -> int | None:
-    """An exact number of draws of a cell; None goes by the relative error."""
-    return config.grid.draws if cell.rule is None else CHECK_DRAWS
 
 
 def simulation_rows(config: SimulationConfig, cell: SimulationCell, sums: sampling.Sums) -> list[dict[str, Any]]:

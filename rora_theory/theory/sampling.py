@@ -16,7 +16,7 @@ numbers do not depend on how many blocks a call takes, on how many devices, or o
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -157,50 +157,25 @@ def stream(
     Raises:
       InputError: a reduced sampler for an init it is not exact for.
     """
+    kind = BlockKind.of(setting, sampler)
     wanted = None if blocks is None else -(-blocks // batch) * batch
-    size, turn_of = _turns(setting, sampler, key, blocks=wanted, batch=batch, devices=devices)
+    places = list(devices or jax.devices()[:1])[: None if wanted is None else max(wanted // batch, 1)]
+    mesh = Mesh(np.array(places), "places")
+    everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("places",)))
+    arguments = jax.device_put((key, kind.numbers(setting)), everywhere)
+    turns = jax.device_put(np.int32(batch), everywhere)
     pending: deque[tuple[int, Array]] = deque()
+    size = len(places) * batch  # of a turn, in which all devices run one program
     for turn in itertools.count() if wanted is None else range(-(-wanted // size)):
         start = turn * size
         kept = size if wanted is None else min(size, wanted - start)
-        pending.append((kept, turn_of(first_block + start, batch)))
+        indices = jax.device_put(np.arange(size, dtype=np.uint32) + np.uint32(first_block + start), shared)
+        pending.append((kept, _blocks(*arguments, indices, turns, kind=kind, mesh=mesh)))
         # Two turns in flight keep every device busy while the host sums.
         if len(pending) >= 2:
             yield from _read(*pending.popleft())
     for found in pending:
         yield from _read(*found)
-
-
-def compile_stream(
-    setting: RandomStep, sampler: Sampler, *, blocks: int | None = None, devices: Sequence[jax.Device] | None = None
-) -> None:
-    """Have the program ready that `stream` of the same arguments runs, at a batch of 1; it draws nothing."""
-    _, turn_of = _turns(setting, sampler, jax.random.key(0), blocks=blocks, batch=1, devices=devices)
-    turn_of(0, 0)
-
-
-def _turns(
-    setting: RandomStep,
-    sampler: Sampler,
-    key: PRNGKeyArray,
-    *,
-    blocks: int | None,
-    batch: int,
-    devices: Sequence[jax.Device] | None,
-) -> tuple[int, Callable[[int, int], Array]]:
-    """The blocks of a turn, in which all devices run one program, and what makes so many from one on, a device."""
-    kind = BlockKind.of(setting, sampler)
-    places = list(devices or jax.devices()[:1])[: None if blocks is None else max(blocks // batch, 1)]
-    mesh = Mesh(np.array(places), "places")
-    everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("places",)))
-    arguments = jax.device_put((key, kind.numbers(setting)), everywhere)
-    size = len(places) * batch
-
-    def turn_of(first: int, count: int) -> Float[Array, "blocks 2 draws"]:
-        indices = jax.device_put(np.arange(size, dtype=np.uint32) + np.uint32(first), shared)
-        return _blocks(*arguments, indices, jax.device_put(np.int32(count), everywhere), kind=kind, mesh=mesh)
-
-    return size, turn_of
 
 
 def _read(kept: int, found: Float[Array, "blocks 2 draws"]) -> Float[np.ndarray, "kept 2 draws"]:

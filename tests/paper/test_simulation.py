@@ -73,21 +73,6 @@ def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, samp
 
 
 @pytest.mark.slow
-def test_each_program_of_later_cells_is_compiled_ahead_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that of the first cell, which is drawn meanwhile; the direct check's by its own number of draws."""
-    asked: list[tuple[str, str, int, int | None]] = []
-    monkeypatch.setattr(
-        sampling,
-        "compile_stream",
-        lambda setting, sampler, *, blocks, devices: asked.append((setting.optimizer, sampler, setting.rank, blocks)),
-    )
-    config = SimulationConfig(StepGrid(ranks=(1, 8)), p_in=256)
-    simulation.compile_ahead(config, simulation.simulation_cells(config)).join()
-    blocks = {1: 1, 8: 1}  # of 1024 draws: a block has 2^22 numbers, or 2^14 draws
-    check = [(optimizer, "direct", rank, blocks[rank]) for optimizer in ("sgd", "adam") for rank in (1, 8)]
-    assert asked == [("adam", "pairs", 1, None), *check]
-
-
 def test_an_asked_number_of_draws_is_the_grid_s() -> None:
     """The direct check, which has no stopping rule, keeps its own."""
     config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)

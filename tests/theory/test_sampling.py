@@ -109,19 +109,6 @@ def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: 
 
 
 @pytest.mark.slow
-def test_what_was_compiled_ahead_is_not_compiled_again() -> None:
-    """On one device and on several, of which a short stream takes fewer; nothing is drawn."""
-    setting, devices = RandomStep(rank=3, p_in=7), jax.devices()[:2]
-    for blocks, programs in ((None, 1), (3, 0), (1, 1)):
-        before = sampling._blocks._cache_size()
-        sampling.compile_stream(setting, "direct", blocks=blocks, devices=devices)
-        assert sampling._blocks._cache_size() - before == programs
-        taken = list(sampling.stream(setting, "direct", jax.random.key(1), blocks=blocks or 4, devices=devices))
-        assert len(taken) == (blocks or 4)
-        assert sampling._blocks._cache_size() - before == programs
-
-
-@pytest.mark.slow
 def test_sums_are_kept_to_the_bit() -> None:
     sums = sampling.estimate(RandomStep(rank=2, p_in=5, p_out=4), "chi_square", jax.random.key(4), draws=70_000)
     assert sums.count == 70_000
