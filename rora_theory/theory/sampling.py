@@ -326,18 +326,12 @@ def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Fl
 def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> tuple[Array, Array, Array]:
     """|x|, and the components of x' along x and across it, for each draw."""
     key_x, key_along, key_across = jax.random.split(key, 3)
+    shape = (kind.draws,)
+    length = jnp.sqrt(jax.random.chisquare(key_x, numbers["p_in"], shape, jnp.float32))
+    along = numbers["overlap"] * length + numbers["fresh"] * standard_normal(key_along, shape)
     freedom = numbers["p_in"] - 1  # with none, x' has no part across x
-    length2, across2 = _chi_squares([(key_x, numbers["p_in"]), (key_across, jnp.maximum(freedom, 1))], kind.draws)
-    length = jnp.sqrt(length2)
-    along = numbers["overlap"] * length + numbers["fresh"] * standard_normal(key_along, (kind.draws,))
+    across2 = jax.random.chisquare(key_across, jnp.maximum(freedom, 1), shape, jnp.float32)
     return length, along, numbers["fresh"] * jnp.sqrt(jnp.where(freedom > 0, across2, 0))
-
-
-def _chi_squares(of: Sequence[tuple[PRNGKeyArray, Array]], draws: int) -> Float[Array, "laws draws"]:
-    """Draws for each key and number of degrees of freedom, by one sampler: each takes a second to compile."""
-    keys, freedoms = zip(*of, strict=True)
-    one = partial(jax.random.chisquare, shape=(draws,), dtype=jnp.float32)
-    return jax.vmap(one)(jnp.stack(keys), jnp.stack(freedoms))
 
 
 def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
@@ -368,7 +362,8 @@ def _chi_square(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -
     key_inputs, key_plus, key_minus = jax.random.split(key, 3)
     length, along, across = _inputs(key_inputs, numbers, kind)
     size = jnp.hypot(along, across)
-    plus, minus = _chi_squares([(key_plus, numbers["rank"]), (key_minus, numbers["rank"])], kind.draws)
+    plus = jax.random.chisquare(key_plus, numbers["rank"], (kind.draws,), jnp.float32)
+    minus = jax.random.chisquare(key_minus, numbers["rank"], (kind.draws,), jnp.float32)
     # size - |along| cancels where the inputs are nearly parallel: across^2 / (size + |along|) does not.
     small = across**2 / jnp.maximum(size + jnp.abs(along), jnp.finfo(jnp.float32).tiny)
     large = size + jnp.abs(along)
