@@ -4,9 +4,8 @@
 
 The defaults are the published protocol. The run folder holds `metrics.jsonl` (a line a step and a validation),
 `results.csv` (the same as a table), `checkpoints/` and, at the end, `adapter/` in PEFT's format (`--method full`:
-`merged/`, a model). A run that was
-stopped or killed goes on where its last checkpoint was, to the same numbers; `python -m figures.loss_curves RUN`
-draws it.
+`merged/`, a model). A run that was stopped or killed goes on where its last checkpoint was, to the same numbers;
+`python -m figures.loss_curves RUN` draws it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,7 +55,6 @@ class Config:
     revision: cli.Revision = None
     reading: DataConfig = field(default_factory=DataConfig)
     training: FinetuneConfig = field(default_factory=FinetuneConfig)
-
     out: cli.Out = None
     log_to: TrackerName | None = None
     """show losses, rate, gradient norm and tokens/s in TensorBoard (event files in the run folder) or Weights & Biases

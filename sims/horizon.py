@@ -119,25 +119,19 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         "rms change": "{change:.3g}",
         "exponent that keeps it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
     }
-    steps = {
-        "rank": "{size}",
-        "gamma r": "{strength:g}",
-        "steps": "{first} to {second}",
-        "exponent, 95%": "{exponent:+.2f} ± {half_width:.2f}",
-        "constant gradient's": "{law:+.2f}",
-        "verdict": "{verdict}",
-    }
+    steps = who | {"steps": "{first} to {second}", "exponent, 95%": exponents["exponent, 95%"]}
+    steps |= {"constant gradient's": "{law:+.2f}", "verdict": "{verdict}"}
     beside = who | {"beside": "{beside}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
+    best = who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
     for title, frame, columns in (
-        ("Best rates (parabola through the least three)", judged.best,
-         who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}),
+        ("Best rates (parabola through the least three)", judged.best, best),
         ("Beside others, each at its own best rate", judged.beside, beside),
         ("How the best rate moves", found, exponents),
         ("How the best rate moves with the steps; -1/2 where entries walk at random", judged.steps, steps),
         ("Which part of the change leads, median over modules (5% to 95%)", judged.led, led),
         ("Size of the change at the best rate: equal where the best rate keeps it", judged.change, who | change),
-    ):  # fmt: skip
+    ):
         if not frame.empty:
             tables.print_records(title, in_words(frame), columns, left=2 if frame is found else 0)
 
@@ -152,9 +146,8 @@ def in_words(frame: pd.DataFrame) -> pd.DataFrame:
 def said(found: dict[str, Any], tokens: Sequence[int]) -> str:
     """The losses of a run's readings, in a line."""
     losses = [f"{mean_per_token(one['losses'], tokens).value:.4f} at {one['step']}" for one in found["readings"]]
-    if found["diverged_at"] is not None:
-        losses.append(f"diverged at {found['diverged_at']}")
-    return ", ".join(losses)
+    ended = found["diverged_at"]
+    return ", ".join(losses + ([] if ended is None else [f"diverged at {ended}"]))
 
 
 main = cli.command(Config, run, __doc__)

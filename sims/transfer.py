@@ -4,11 +4,11 @@
     python -m sims.transfer --from ADAPTER/adapter_config.json --lr 3e-4 --to-rank 128 --to-rule rslora --to-alpha 16
 
 The first sentence says what to set and for how long it holds. Under Adam the answer has two ends, the first step's and
-a long run's; --steps with --takeover (measured) or --p-in (assumed) gives the value between them. The regime is
-assumed (signal, the default, whose alpha keeps the whole model's first step, or cross-talk) or
-measured: --regime RUN takes a run of sims.regime, and alphas then differ by module and keep each module's own step.
-Then follow a short table, what rules of thumb and `use_rslora` would do, and a PEFT `LoraConfig` to paste. --check
-MODEL DATA... takes the first real steps of the model at both ranks and writes them to a run folder.
+a long run's; --steps with --takeover (measured) or --p-in (assumed) gives the value between them. The regime is assumed
+(signal, the default, whose alpha keeps the whole model's first step, or cross-talk) or measured: --regime RUN takes a
+run of sims.regime, and alphas then differ by module and keep each module's own step. Then follow a short table, what
+rules of thumb and `use_rslora` would do, and a PEFT `LoraConfig` to paste. --check MODEL DATA... takes the first real
+steps of the model at both ranks and writes them to a run folder.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -56,19 +56,15 @@ def run(config: Config) -> None:
     if config.layer_data is not None:
         layer_sweep.run(config.layer_data, simulated.grid, out=config.out, runner=runner)
         return
-    count = config.devices
-    places = devices.pick(count)
+    places = devices.pick(count := config.devices)
     extra = {"units": simulation.UNITS, "device": devices.describe(places)}
     folder = RunFolder.open(NAME, flat(simulated), out=config.out, seed=simulated.grid.seed, extra=extra)
     cells = simulation.simulation_cells(simulated)
 
     def work(cell: SimulationCell, _: Path) -> dict[str, Any]:
         sums = simulation.draw_cell(simulated, cell, devices.pick(count))
-        return {
-            "rows": simulation.simulation_rows(simulated, cell, sums),
-            "direct": cell.rule is not None,
-            "sums": sums.to_json(),
-        }
+        rows = simulation.simulation_rows(simulated, cell, sums)
+        return {"rows": rows, "direct": cell.rule is not None, "sums": sums.to_json()}
 
     def write(values: list[Any]) -> None:
         for name, direct in (("results.csv", False), ("direct_check.csv", True)):
