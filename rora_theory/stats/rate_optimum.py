@@ -76,8 +76,8 @@ def minima(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, "curves n"]
         # Of y1 + tilt x + curvature x^2 through (-left, y0) and (right, y2).
         curvature = ((y2 - y1) / right - (y1 - y0) / left) / (left + right)
         tilt = (y1 - y0) / left + curvature * left
-        shift = np.where(curvature > 0, -tilt / (2 * curvature), 0.0)
         vertex = (inner == index) & np.isfinite(y0 + y2)
+        shift = np.where(vertex & (curvature > 0), -tilt / (2 * curvature), 0.0)  # at an end it may lie anywhere
         found = np.where(vertex, rates[index] * np.exp(shift), rates[index])
         least = np.where(vertex, np.exp(y1 + tilt * shift / 2), losses[every, index])
     edges: list[Edge] = ["low" if i == 0 else "high" if i == len(rates) - 1 else "" for i in index.tolist()]

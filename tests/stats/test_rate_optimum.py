@@ -123,3 +123,10 @@ def test_how_far_the_best_rate_may_lie_beside_a_run_that_diverged():
     ):  # fmt: skip
         assert rate_gap(rates, np.array(losses, float)) == gap
     assert rate_gap(rates[:3], np.array([gone, 1, gone])) == 1.5
+
+
+def test_a_curve_that_hardly_bends_has_its_least_at_the_end() -> None:
+    """Where its parabola's vertex lies is beyond all numbers, and is not asked for."""
+    rates = np.array([1e-3, 1e-2, 1e-1])
+    (found,) = minima(rates, np.exp(-0.1 * np.log(rates) + 1e-6 * np.log(rates) ** 2)[None])
+    assert (found.rate, found.edge) == (0.1, "high")
