@@ -510,41 +510,33 @@ def rates_model_horizon_best() -> str:
     return table(["steps", "rank", "gamma r", "best rate", "least loss", "seeds", "at the grid's edge"], rows)
 
 
-@block("rates.model.full")
-def rates_model_full() -> str:
-    """Adapters at their best rates beside full fine-tuning of the same modules."""
-    rows = [
+def _beside(run: str, start: str, form: str, *more: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+    """Cells of what stands beside what starts so in a run of sims.horizon: which, ``more``, the ratio of the best rates
+    in this form, the difference of the least losses and the seeds."""
+    found = csv(f"{run}/beside.csv")
+    return [
         [
             *(f"{row[name]:g}" for name in ("step", "rank", "strength")),
-            f"{row['ratio']:.1f}",
+            *(each(row) for each in more),
+            f"{row['ratio']:{form}}",
             signed(row["difference"], row["half_width"], 3),
             f"{row['seeds']}",
         ]
-        for row in _beside("horizon", "full")
+        for row in frames.rows(found[found["beside"].str.startswith(start)])
     ]
+
+
+@block("rates.model.full")
+def rates_model_full() -> str:
+    """Adapters at their best rates beside full fine-tuning of the same modules."""
     heads = ["steps", "rank", "gamma r", "best rate over full fine-tuning's", "least loss less full fine-tuning's"]
-    return table([*heads, "seeds"], rows)
-
-
-def _beside(run: str, start: str) -> list[dict[str, Any]]:
-    """Rows of a run of sims.horizon that stand beside what starts so."""
-    found = csv(f"{run}/beside.csv")
-    return frames.rows(found[found["beside"].str.startswith(start)])
+    return table([*heads, "seeds"], _beside("horizon", "full", ".1f"))
 
 
 @block("rates.model.ranks")
 def rates_model_ranks() -> str:
     """Lower ranks beside the largest at one gamma r, each at its own best rate."""
-    rows = [
-        [
-            *(f"{row[name]:g}" for name in ("step", "rank", "strength")),
-            row["beside"],
-            f"{row['ratio']:.2f}",
-            signed(row["difference"], row["half_width"], 3),
-            f"{row['seeds']}",
-        ]
-        for row in _beside("horizon", "r = ")
-    ]
+    rows = _beside("horizon", "r = ", ".2f", lambda row: row["beside"])
     return table(["steps", "rank", "gamma r", "beside", "ratio of best rates", "least loss less", "seeds"], rows)
 
 
@@ -575,17 +567,10 @@ def rates_model_steps() -> str:
 @block("rates.model.attention")
 def rates_model_attention() -> str:
     """Adapters in the attention alone beside those in all modules, each at its own best rate."""
-    best = csv("horizon_attention/best.csv").set_index(["step", "rank", "strength"])
-    rows = [
-        [
-            *(f"{row[name]:g}" for name in ("step", "rank", "strength")),
-            f"{best.loc[(row['step'], row['rank'], row['strength'])]['best_rate']:.2g}",
-            f"{row['ratio']:.2f}",
-            signed(row["difference"], row["half_width"], 3),
-            f"{row['seeds']}",
-        ]
-        for row in _beside("horizon_attention", "targets")
-    ]
+    best = csv("horizon_attention/best.csv").set_index(["step", "rank", "strength"])["best_rate"]
+    rows = _beside(
+        "horizon_attention", "targets", ".2f", lambda row: f"{best[row['step'], row['rank'], row['strength']]:.2g}"
+    )
     heads = ["steps", "rank", "gamma r", "best rate", "over that of all modules", "least loss less that of all modules"]
     return table([*heads, "seeds"], rows)
 
@@ -604,10 +589,7 @@ def _nearest_best(step: int, rank: int, strength: float) -> pd.Series:
 def rates_model_led() -> str:
     """A-led over B-led part of the change near the best rates, beside the law's, and the exponent that it gives."""
     led, rows = csv("horizon/led.csv"), []
-    known = set(csv("horizon/best.csv")[["rank", "strength"]].dropna().itertuples(index=False, name=None))
     for step, rank, strength in sorted(set(led[["step", "rank", "strength"]].itertuples(index=False, name=None))):
-        if (rank, strength) not in known:
-            continue
         row = _nearest_best(step, rank, strength)
         ratio, exponent = (
             f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"

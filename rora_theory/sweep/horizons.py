@@ -406,6 +406,11 @@ def _strength(curve: Curve) -> float:
     return round(curve.scaling * curve.rank, 9)
 
 
+def _who(curve: Curve) -> dict[str, Any]:
+    """The rank and strength of a curve; full fine-tuning has neither."""
+    return {"rank": curve.rank or None, "strength": _strength(curve) if curve.rank else None}
+
+
 def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curve]] | None = None) -> pd.DataFrame:
     """Every curve beside others after a step, each at its own best rate: an adapter beside full fine-tuning of the same
     modules and beside the largest rank at its strength; any curve beside the same one of other runs.
@@ -440,8 +445,7 @@ def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curv
             )
             own = comparison(one, other, less(one, other))
             names = ("ratio", "ratio_log2_error", "difference", "half_width", "grid_error", "error_over")
-            who = {"step": step, "rank": first.rank or None, "strength": _strength(first) if first.rank else None}
-            who |= {"beside": name} | {name: getattr(own, name) for name in names}
+            who = {"step": step} | _who(first) | {"beside": name} | {name: getattr(own, name) for name in names}
             rows.append(who | {"seeds": len(one.losses), "verdict": own.verdict})
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
 
@@ -611,7 +615,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, warmup: int) -> pd.
             law = -math.log2(sum(warmed_up(second, warmup)) / sum(warmed_up(first, warmup))) / octaves
             edge, seeds = any(one.edge for one in ends), len(ends[0].losses)
             rows.append(
-                {"rank": curve.rank or None, "strength": _strength(curve) if curve.rank else None}
+                _who(curve)
                 | {"first": first, "second": second, "exponent": slope.value}
                 | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
                 | {"seeds": seeds, "law": law}
