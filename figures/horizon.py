@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,16 +42,8 @@ def draw(config: Config) -> Sequence[Path]:
             own = best[(best["rank"] == rank) & (best["step"] == step)]
             if own.empty:
                 continue
-            error = 2 ** own["log2_error"].fillna(0)
-            left.errorbar(
-                own["strength"] * 1.03 ** (index - (len(ranks) - 1) / 2),
-                own["best_rate"],
-                yerr=[own["best_rate"] * (1 - 1 / error), own["best_rate"] * (error - 1)],
-                color=colour,
-                marker=style.MARKERS[index],
-                linestyle="none",
-                label=f"{step} steps, r = {rank}",
-            )
+            x = own["strength"] * 1.03 ** (index - (len(ranks) - 1) / 2)
+            best_rates(left, x, own, index, color=colour, linestyle="none", label=f"{step} steps, r = {rank}")
             at_edge = own[own["edge"].notna()]
             left.plot(at_edge["strength"], at_edge["best_rate"], "x", color="black", markersize=6)
             law = exponents[(exponents["at"] == rank) & (exponents["step"] == step)]
@@ -100,18 +92,19 @@ def draw(config: Config) -> Sequence[Path]:
     return style.save(figure, config.out or config.run, "horizon")
 
 
+def best_rates(axes: Axes, x: pd.Series, own: pd.DataFrame, place: int, **look: Any) -> None:
+    """Best rates of the rank in this place, with one standard error."""
+    error = 2 ** own["log2_error"].fillna(0)
+    bars = [own["best_rate"] * (1 - 1 / error), own["best_rate"] * (error - 1)]
+    axes.errorbar(x, own["best_rate"], yerr=bars, marker=style.MARKERS[place], **look)
+
+
 def against_steps(axes: Axes, best: pd.DataFrame, ranks: Sequence[int]) -> None:
     """The best rates of every rank and gamma r against the number of steps, between two straight lines."""
     for (rank, strength), own in best.groupby(["rank", "strength"]):
-        error, place = 2 ** own["log2_error"].fillna(0), ranks.index(rank)
-        axes.errorbar(
-            own["step"] * 1.04 ** (place - (len(ranks) - 1) / 2),
-            own["best_rate"],
-            yerr=[own["best_rate"] * (1 - 1 / error), own["best_rate"] * (error - 1)],
-            color="black" if strength == best["strength"].min() else "grey",
-            marker=style.MARKERS[place],
-            linewidth=0.8,
-        )
+        place, colour = ranks.index(rank), "black" if strength == best["strength"].min() else "grey"
+        x = own["step"] * 1.04 ** (place - (len(ranks) - 1) / 2)
+        best_rates(axes, x, own, place, color=colour, linewidth=0.8)
     steps = np.array(sorted(set(best["step"])))
     for strength, own in best.groupby("strength"):
         start = np.exp(np.log(own.loc[own["step"] == steps[0], "best_rate"]).mean())
