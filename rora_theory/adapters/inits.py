@@ -6,11 +6,13 @@ same.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rora_theory import inits
 from rora_theory.draws import draw_A
@@ -37,13 +39,26 @@ def init_a(
     Returns:
       [layers, width, p_in] float32.
     """
-    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(len(ranks)))
     if not any(ranks):
         return jnp.zeros((len(ranks), width, p_in), jnp.float32)
     # Standard entries of the law's shape, times each layer's own deviation: only "gaussian"'s depends on the rank.
     laws = [inits.entries(init, rank=max(rank, 1), p_in=p_in) for rank in ranks]
-    drawn = jax.vmap(lambda k: draw_A(k, init, rank=width, p_in=p_in))(keys)
     relative = [law.deviation / inits.entries(init, rank=width, p_in=p_in).deviation for law in laws]
-    drawn = drawn * jnp.asarray(relative, jnp.float32)[:, None, None]
-    rows = jnp.arange(width)[None, :, None] < jnp.asarray(ranks)[:, None, None]
+    return _drawn(key, np.asarray(relative, np.float32), np.asarray(ranks), init=init, width=width, p_in=p_in)
+
+
+@partial(jax.jit, static_argnames=("init", "width", "p_in"))
+def _drawn(
+    key: PRNGKeyArray,
+    relative: Float[Array, " layers"],
+    ranks: Int[Array, " layers"],
+    *,
+    init: Init,
+    width: int,
+    p_in: int,
+) -> Float[Array, "layers {width} {p_in}"]:
+    """Of every layer ``relative`` times the law's entries, zero from its rank on."""
+    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(len(ranks)))
+    drawn = jax.vmap(lambda k: draw_A(k, init, rank=width, p_in=p_in))(keys) * relative[:, None, None]
+    rows = jnp.arange(width)[None, :, None] < ranks[:, None, None]
     return jnp.where(rows, drawn, jnp.zeros((), jnp.float32))

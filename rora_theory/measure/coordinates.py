@@ -12,7 +12,7 @@ A scaling rule passes where the log-log slope against the rank is within a band 
     table.assert_flat("output", split="train", step=1, module="self_attn.q_proj")
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -20,10 +20,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from rora_theory.adapters.inits import Init
-from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, LoraConfig
+from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, LoraConfig, assemble_lora
 from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
@@ -84,19 +84,17 @@ class Checker:
         """
         if setting.rank > self.width:
             raise InputError(f"rank is {setting.rank}; accepted is at most the checker's width, {self.width}")
-        own = self._config(setting).build(key, self.llama_config, self.params)
-        padded = {}
-        for module, tensors in own.params.items():
-            layers, rank, p_in = tensors["lora_A"].shape
-            one = jax.random.fold_in(key, MODULES.index(module))
-            keys = jax.vmap(partial(jax.random.fold_in, one))(jnp.arange(layers))
-            drawn = jax.vmap(partial(nested.draw_a, init=setting.init, rank=rank, p_in=p_in))(keys)
-            missing = self.width - rank
-            padded[module] = {
-                "lora_A": jnp.pad(drawn, ((0, 0), (0, missing), (0, 0))),
-                "lora_B": jnp.pad(tensors["lora_B"], ((0, 0), (0, 0), (0, missing))),
-            }
-        return replace(self._template, params=padded, scaling=own.scaling)
+        config = self._config(setting)
+        targets = config.targets(self.llama_config)
+        shapes = {name: tensors["lora_A"].shape for name, tensors in self._template.params.items()}
+        size = {
+            name: nested.relative(setting.init, rank=setting.rank, p_in=shape[-1]) for name, shape in shapes.items()
+        }
+        return replace(
+            self._template,
+            params=_fresh(key, self._template.params, setting.rank, size, init=setting.init),
+            scaling=assemble_lora(config, targets, {}).scaling,
+        )
 
     def run(
         self,
@@ -140,6 +138,25 @@ class Checker:
         before, size = self._known[digest], jnp.float32(rank)
         found = _read(adapter, self.params, batch, before, self._correlation, size, llama_config=self.llama_config)
         return found if split == "train" else {name: found[name] for name in found if name != "delta"}
+
+
+@partial(jax.jit, static_argnames=("init",))
+def _fresh(
+    key: PRNGKeyArray, like: Params, rank: ArrayLike, relative: Mapping[str, ArrayLike], *, init: Init
+) -> Params:
+    """Tensors of these shapes: A of the first ``rank`` rows, nested over ranks, zeros below them and for B."""
+    fresh = {}
+    for module, tensors in like.items():
+        layers, width, p_in = tensors["lora_A"].shape
+        one = jax.random.fold_in(key, MODULES.index(module))
+        keys = jax.vmap(partial(jax.random.fold_in, one))(jnp.arange(layers))
+        drawn = jax.vmap(partial(nested.rows, init=init, count=width, p_in=p_in))(keys)
+        kept = jnp.arange(width)[:, None] < rank
+        fresh[module] = {
+            "lora_A": jnp.where(kept, relative[module] * drawn, 0.0),
+            "lora_B": jnp.zeros_like(tensors["lora_B"]),
+        }
+    return fresh
 
 
 @partial(jax.jit, static_argnames=("optimizer", "llama_config"), donate_argnames=("adapter", "state"))

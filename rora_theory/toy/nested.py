@@ -27,11 +27,18 @@ def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
       >>> bool(np.array_equal(small, large[:2]))
       True
     """
-    rows = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(rank))
-    drawn = jax.vmap(lambda k: draw_A(k, init, rank=1, p_in=p_in)[0])(rows)
-    # "gaussian" alone has a deviation that depends on the rank.
-    relative = inits.entries(init, rank=rank, p_in=p_in).deviation / inits.entries(init, rank=1, p_in=p_in).deviation
-    return relative * drawn
+    return relative(init, rank=rank, p_in=p_in) * rows(key, init, count=rank, p_in=p_in)
+
+
+def rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array, "count p_in"]:
+    """The first rows of A, all with the deviation of a rank of 1."""
+    keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(count))
+    return jax.vmap(lambda k: draw_A(k, init, rank=1, p_in=p_in)[0])(keys)
+
+
+def relative(init: Init, *, rank: int, p_in: int) -> float:
+    """Deviation of A's entries over that of a rank of 1: it depends on the rank for ``gaussian`` alone."""
+    return inits.entries(init, rank=rank, p_in=p_in).deviation / inits.entries(init, rank=1, p_in=p_in).deviation
 
 
 def draw_b(key: PRNGKeyArray, *, p_out: int, rank: int) -> Float[Array, "p_out rank"]:

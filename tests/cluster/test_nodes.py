@@ -11,19 +11,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import squares
+from support import checkpoint, squares
 
+from rora_theory import frames
 from rora_theory.cluster import ClusterConfig, driver, leave, worker
 from rora_theory.cluster.connection import QUIET, RETRIES
 from rora_theory.errors import InputError
 from rora_theory.llama import locate
 from rora_theory.runs.reading import key_of
+from sims import horizon, rank_sweep, variance_sweep
 from sims.common import cli
 
 pytestmark = [
@@ -34,6 +37,14 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 STORE = 80 << 20
 """Bytes of a node's object store."""
+RECORDS = "--train-records 12 --held-out 4 --cutoff 400 --batch-size 4 --warmup 0"
+RANKS = f"{RECORDS} --methods lora --ranks 2 4 --seeds 0 --steps 1 --widths 1 --dropout 0 --no-accuracy"
+HORIZON = f"{RECORDS} --ranks 2 --strengths 4 --lrs 1e-3 --read-at 1 --full-lrs 1e-3"
+VARIANCE = (
+    "--ranks 1 4 --p-in 64 --p-out 8 --overlaps 0 --optimizers adam --rules rora --relative-error 0.1 --devices 1"
+)
+MEASURED = re.compile(r'"(?:\w*seconds|compilations|digest|cells/\w+/metrics\.jsonl)": ("\w+"|[^,}]+)')
+"""What a cell measures of its own work, and digests of that."""
 OF_RAY = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] \w+\.cc:\d+: ")
 """A line of Ray's own core, which may complain where its driver ends."""
 
@@ -45,6 +56,7 @@ def nodes(tmp_path_factory) -> Iterator[Any]:
         paths = {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
             "XDG_CACHE_HOME": tmp_path_factory.mktemp("cache"),
+            "JAX_NUM_CPU_DEVICES": 8,  # as in this process, whose compiled programs the workers then find
         }
         for name, value in (QUIET | paths).items():
             patch.setenv(name, str(value))
@@ -52,11 +64,20 @@ def nodes(tmp_path_factory) -> Iterator[Any]:
 
         head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster.add_node = partial(cluster.add_node, object_store_memory=STORE)
         for _ in range(2):
-            cluster.add_node(num_cpus=1, object_store_memory=STORE)
+            cluster.add_node(num_cpus=1)
         yield cluster
         leave()
         cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def large(nodes) -> Iterator[Any]:
+    """A node that says it has two GPUs and 100 GiB: Ray takes its word."""
+    node = nodes.add_node(num_cpus=2, num_gpus=2, memory=100 << 30)
+    yield node
+    nodes.remove_node(node)
 
 
 @pytest.fixture
@@ -116,7 +137,7 @@ def test_the_bytes_of_one_process(nodes, whole, tmp_path, capfd, monkeypatch, sh
 
 def test_a_node_killed_in_the_middle_loses_nothing(nodes, whole, tmp_path) -> None:
     """Three cells wait, one on each node; of one node all processes are killed."""
-    node = nodes.add_node(num_cpus=1, object_store_memory=STORE)
+    node = nodes.add_node(num_cpus=1)
     waits = [tmp_path / f"{side}.wait" for side in (1, 2, 3)]
     for wait in waits:
         wait.touch()
@@ -187,46 +208,6 @@ def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_pa
     assert files(out) == whole
 
 
-def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
-    """Ray's word for it is enough: the node says that it has GPUs. By default a cell takes one."""
-    node = nodes.add_node(num_cpus=2, num_gpus=2, object_store_memory=STORE)
-    for gpus, seen in ((2.0, {"0,1"}), (None, {"0", "1"})):
-        runner = ClusterConfig(address=nodes.address, cell_gpus=gpus).runner()
-        assert runner is not None
-        todo = [(cell, tmp_path / str(gpus) / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 2)]
-        assert sorted(one.place for one in runner(squares.work, todo, lambda _: None)) == [0, 1]
-        assert {place.split()[1] for side in (1, 2) for place in squares.attempts(tmp_path, side)} <= seen
-        for mark in tmp_path.glob("*.begun"):
-            mark.unlink()
-    with pytest.raises(InputError, match="--cell-memory is plan, and cells take GPUs; accepted is a number"):
-        ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
-    nodes.remove_node(node)
-
-
-def test_cells_take_the_memory_that_is_planned_for_each(nodes, tmp_path) -> None:
-    """On a node that says it has 100 GiB two cells of 60 wait for one another, and one of 500 is worked on alone."""
-    node = nodes.add_node(num_cpus=2, memory=100 << 30, object_store_memory=STORE)
-    plan = {1: 60 << 30, 2: 60 << 30, 3: 1 << 30, 4: 500 << 30}
-    runner = ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda cell: plan[cell.side])
-    large = {1, 2, 4}
-    waits = [tmp_path / f"{side}.wait" for side in large]
-    for wait in waits:
-        wait.touch()
-    todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 4)]
-    ended = {}
-    for one in runner(squares.work, todo, lambda _: None):
-        ended[one.place + 1] = one.node
-        if one.place + 1 == 3:
-            until(lambda: any(squares.attempts(tmp_path, side) for side in large))
-            time.sleep(0.5)
-            assert sum(len(squares.attempts(tmp_path, side)) for side in large) == 1
-            for wait in waits:
-                wait.unlink()
-    assert sorted(ended) == [1, 2, 3, 4]
-    assert {ended[side] for side in large} == {node.node_id[:12]}
-    nodes.remove_node(node)
-
-
 def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> None:
     """A path that is another folder in every process; arrays of the work arrive as they were."""
     folder = tmp_path / "tiny"
@@ -259,6 +240,93 @@ def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> 
     assert sorted(path.name for path in kept.parents[1].iterdir()) == [sha256], "nothing half is left"
 
 
+def content(out: Path) -> dict[str, str]:
+    """All files of a run but its manifest and lock, without what its cells measured of time."""
+    found = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        name = str(path.relative_to(out))
+        if name == "results.csv":
+            rows = frames.read_csv(path)
+            found[name] = frames.to_csv(rows.drop(columns=[column for column in rows if "seconds" in column]))
+        elif name not in ("manifest.json", ".lock"):
+            found[name] = MEASURED.sub("", path.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> list[str]:
+    """Options that name two files of records and a tiny model."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    data, model = checkpoint.two_files(folder), checkpoint.model(folder / "model")
+    return ["--data", *(str(data / name / "train.json") for name in ("one", "two")), "--model", str(model)]
+
+
+def both(main: Callable[[list[str]], None], words: list[str], tmp_path: Path, *where: str) -> list[dict[str, str]]:
+    """What one process leaves, and what workers do."""
+    main([*words, "--out", str(tmp_path / "run" / "one")])
+    main([*words, "--out", str(tmp_path / "run" / "two"), *where])
+    return [content(tmp_path / "run" / name) for name in ("one", "two")]
+
+
+def cells_done(out: Path) -> list[dict[str, float]]:
+    """Seconds of each cell that the last session did, on each node."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    return list(manifest["sessions"][-1]["cells"].values())
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "model", "files"), [(horizon.main, HORIZON, True, 5), (variance_sweep.main, VARIANCE, False, 4)]
+)
+def test_an_experiment_leaves_the_bytes_of_one_process(
+    nodes, checkpoints, tmp_path, capfd, main, words, model, files
+) -> None:
+    words = [*checkpoints, *words.split()] if model else words.split()
+    one, two = both(main, words, tmp_path, "--address", nodes.address)
+    assert len(one) == files
+    assert one == two
+    assert capfd.readouterr().err == ""
+    done = [seconds for node in cells_done(tmp_path / "run" / "two") for seconds in node.values()]
+    assert len(done) == one["cells.jsonl"].count("\n") > 1
+    assert min(done) > 0
+
+
+@pytest.mark.usefixtures("large")
+def test_a_cell_that_takes_two_gpus_has_both_of_a_node(nodes, tmp_path) -> None:
+    """By default a cell takes one."""
+    for gpus, seen in ((2.0, {"0,1"}), (None, {"0", "1"})):
+        runner = ClusterConfig(address=nodes.address, cell_gpus=gpus).runner()
+        assert runner is not None
+        todo = [(cell, tmp_path / str(gpus) / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 2)]
+        assert sorted(one.place for one in runner(squares.work, todo, lambda _: None)) == [0, 1]
+        assert {place.split()[1] for side in (1, 2) for place in squares.attempts(tmp_path, side)} <= seen
+        for mark in tmp_path.glob("*.begun"):
+            mark.unlink()
+    with pytest.raises(InputError, match="--cell-memory is plan, and cells take GPUs; accepted is a number"):
+        ClusterConfig(address=nodes.address, cell_memory="plan").runner(lambda _: 1)
+
+
+def test_cells_take_the_memory_that_is_planned_for_each(nodes, large, tmp_path) -> None:
+    """Of 100 GiB: two cells of 60 wait for one another, and one of 500 is worked on alone."""
+    plan = {1: 60 << 30, 2: 60 << 30, 3: 1 << 30, 4: 500 << 30}
+    config = ClusterConfig(address=nodes.address, cell_gpus=0.0, cell_memory="plan")
+    runner, most = config.runner(lambda cell: plan[cell.side]), {1, 2, 4}
+    waits = [tmp_path / f"{side}.wait" for side in most]
+    for wait in waits:
+        wait.touch()
+    todo = [(cell, tmp_path / "out" / "cells" / str(cell.side)) for cell in squares.cells(tmp_path, 4)]
+    ended = {}
+    for one in runner(squares.work, todo, lambda _: None):
+        ended[one.place + 1] = one.node
+        if one.place + 1 == 3:
+            until(lambda: any(squares.attempts(tmp_path, side) for side in most))
+            time.sleep(0.5)
+            assert sum(len(squares.attempts(tmp_path, side)) for side in most) == 1
+            for wait in waits:
+                wait.unlink()
+    assert sorted(ended) == [1, 2, 3, 4]
+    assert {ended[side] for side in most} == {large.node_id[:12]}
+
+
 def test_what_a_worker_raises_can_be_carried() -> None:
     """An error that can't be, and one of the node's own disk, as their words."""
 
@@ -275,3 +343,19 @@ def test_what_a_worker_raises_can_be_carried() -> None:
         assert words in str(failed.error)
     assert type(worker._failed(KeyError("x")).error) is KeyError
     np.testing.assert_array_equal(driver._to_device(driver._to_host(jnp.arange(3))), [0, 1, 2])
+
+
+@pytest.mark.usefixtures("nodes")
+def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints, tmp_path, capfd) -> None:
+    """Ray is started for them: beside the cluster, which this process leaves for it."""
+    leave()
+    words = [*checkpoints, *RANKS.split()]
+    one, two = both(rank_sweep.main, words, tmp_path, "--workers", "2", "--cell-memory", "plan")
+    assert len(one) == 10
+    assert one == two
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert "done here: 2 on node " in said.out
+    (node,) = cells_done(tmp_path / "run" / "two")
+    assert len(node) == 2
+    assert min(node.values()) > 0

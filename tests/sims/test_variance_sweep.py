@@ -119,18 +119,6 @@ def test_killed_and_started_again(finished: Path, tmp_path: Path) -> None:
         assert (out / name).read_bytes() == (finished / name).read_bytes()
 
 
-@pytest.mark.slow
-def test_two_workers_leave_the_same_bytes(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("ray", reason="the extra cluster (Ray) is not installed")
-    out = tmp_path / "run"
-    run(*SMALL, "--out", out, "--devices", 1, "--workers", 2)
-    assert capfd.readouterr().err == ""
-    names = {path.name for path in finished.iterdir() if path.is_file()} - {"manifest.json", ".lock"}
-    assert names == {"results.csv", "direct_check.csv", "verdicts.json", CELLS}
-    for name in names:
-        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
