@@ -242,7 +242,7 @@ def test_help_is_for_who_calls_the_command(
 ) -> None:
     """It has no word of exceptions; what a command can't be called without is required there, and its examples stand
     on lines of their own."""
-    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "argv", [command, "--help"])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module(command, run_name="__main__", alter_sys=True)
