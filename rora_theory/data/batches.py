@@ -113,10 +113,12 @@ def split(records: Sequence[T], held_out: int, seed: int) -> tuple[list[T], list
     Raises:
       InputError: fewer than ``held_out + 1`` records.
     """
-    if not held_out:
-        return list(records), []
+    if not records:
+        raise InputError("there are no records; accepted is one or more")
     if len(records) <= held_out:
         raise InputError(f"held_out is {held_out} of {len(records)} records; accepted are fewer than all")
+    if not held_out:
+        return list(records), []
     order = np.random.default_rng(seed).permutation(len(records))
     return [records[i] for i in order[held_out:]], [records[i] for i in order[:held_out]]
 

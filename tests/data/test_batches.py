@@ -92,6 +92,8 @@ def test_split_is_a_seeded_partition():
     assert split(records, 0, 1) == (records, [])
     with pytest.raises(InputError, match="held_out is 30 of 30 records"):
         split(records, 30, 1)
+    with pytest.raises(InputError, match="there are no records; accepted is one or more"):
+        split([], 0, 1)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 4))
