@@ -622,9 +622,9 @@ def _exponent_at(step: int, rank: int) -> str:
     return signed(found["exponent"], found["half_width"])
 
 
-def _steps_at(strength: float) -> str:
-    """The exponent of the best rate in the steps at r = 8, from the shortest to the longest run."""
-    found = one(csv("horizon/steps.csv"), rank=8, strength=strength, first=16, second=256)
+def _steps_at(strength: float, rank: int = 8) -> str:
+    """The exponent of the best rate in the steps, from the shortest to the longest run."""
+    found = one(csv("horizon/steps.csv"), rank=rank, strength=strength, first=16, second=256)
     return signed(found["exponent"], found["half_width"])
 
 
@@ -640,6 +640,8 @@ block("rates.model.growth.early")(lambda: _change_growth(16, 64))
 block("rates.model.growth.late")(lambda: _change_growth(64, 256))
 block("rates.model.steps.64")(lambda: _steps_at(64))
 block("rates.model.steps.724")(lambda: _steps_at(724))
+block("rates.model.steps.64.r128")(lambda: _steps_at(64, 128))
+block("rates.model.steps.724.r128")(lambda: _steps_at(724, 128))
 
 
 def _horizon_factor(rank: int) -> str:
@@ -654,18 +656,15 @@ block("rates.model.horizon.factor")(lambda: _horizon_factor(8))
 block("rates.model.horizon.factor.r128")(lambda: _horizon_factor(128))
 
 
-@block("rates.model.rank")
-def rates_model_rank() -> str:
-    """How the best rate of `alpha / r` (alpha 64: gamma r = 64) moves from rank 8 to 128 after 64 steps."""
-    found = one(csv("horizon/exponents.csv"), over="rank", step=64, at=64, first=8)
+def _rank_exponent(first: int) -> str:
+    """How the best rate of `alpha / r` (alpha 64: gamma r = 64) moves from this rank to 128 after 64 steps."""
+    found = one(csv("horizon/exponents.csv"), over="rank", step=64, at=64, first=first)
     return signed(found["exponent"], found["half_width"])
 
 
-@block("rates.model.rank.1")
-def rates_model_rank_1() -> str:
-    """The same from rank 1 to 128."""
-    found = one(csv("horizon/exponents.csv"), over="rank", step=64, at=64, first=1)
-    return signed(found["exponent"], found["half_width"])
+block("rates.model.rank")(lambda: _rank_exponent(8))
+block("rates.model.rank.1")(lambda: _rank_exponent(1))
+block("rates.model.rank.32")(lambda: _rank_exponent(32))
 
 
 def _attention_loss(run: str, rank: int) -> str:
@@ -732,7 +731,7 @@ def rates_model_horizon_law_long() -> str:
 
 
 for _step in (16, 64, 256):
-    for _rank in (8, 128) if _step < 256 else (8,):
+    for _rank in (8, 128):
         _at = {"step": _step, "rank": _rank}
         block(f"rates.model.horizon.{_step}.r{_rank}")(partial(_exponent_at, **_at))
         block(f"rates.model.parts.{_step}.r{_rank}")(partial(_parts_at, **_at))
