@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said here, older versions write nothing as Ray forks
 # Most of the suite's time is compilation: it optimises nothing, and what one process has compiled all others read.
 # Flags are read anew at each compilation: `optimised` is for what draws much, or compares programs to the bit.
 # From JAX 0.11 on there are no simpler emitters to ask for, and a flag that XLA does not know ends the process.

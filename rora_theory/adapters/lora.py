@@ -212,8 +212,13 @@ class LoraAdapter:
 
 
 def assemble_lora(config: LoraConfig, targets: Sequence[Target], tensors: dict[str, dict[str, Any]]) -> LoraAdapter:
-    """The adapter with these padded tensors, its scaling from `scaling_factor`."""
-    scaling = {
+    """The adapter with these padded tensors, its scaling from `scalings`."""
+    return LoraAdapter(tensors, scalings(config, targets), config, tuple(targets))
+
+
+def scalings(config: LoraConfig, targets: Sequence[Target]) -> dict[str, Float[Array, " layers"]]:
+    """gamma of each module's layers by `scaling_factor`, 0 where a layer's module is not adapted."""
+    return {
         target.module: jnp.asarray(
             [
                 scaling_factor(config.rule, alpha=alpha, rank=rank) if rank else 0.0
@@ -223,7 +228,6 @@ def assemble_lora(config: LoraConfig, targets: Sequence[Target], tensors: dict[s
         )
         for target in targets
     }
-    return LoraAdapter(tensors, scaling, config, tuple(targets))
 
 
 @jax.jit

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from rora_theory.adapters.inits import Init
-from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, LoraConfig, assemble_lora
+from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, LoraConfig, scalings
 from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
@@ -85,16 +85,10 @@ class Checker:
         if setting.rank > self.width:
             raise InputError(f"rank is {setting.rank}; accepted is at most the checker's width, {self.width}")
         config = self._config(setting)
-        targets = config.targets(self.llama_config)
-        shapes = {name: tensors["lora_A"].shape for name, tensors in self._template.params.items()}
-        size = {
-            name: nested.relative(setting.init, rank=setting.rank, p_in=shape[-1]) for name, shape in shapes.items()
-        }
-        return replace(
-            self._template,
-            params=_fresh(key, self._template.params, setting.rank, size, init=setting.init),
-            scaling=assemble_lora(config, targets, {}).scaling,
-        )
+        like, relative = self._template.params, partial(nested.relative, setting.init, rank=setting.rank)
+        deviations = {name: relative(p_in=tensors["lora_A"].shape[-1]) for name, tensors in like.items()}
+        params = _fresh(key, like, setting.rank, deviations, init=setting.init)
+        return replace(self._template, params=params, scaling=scalings(config, config.targets(self.llama_config)))
 
     def run(
         self,
