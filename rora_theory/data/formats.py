@@ -92,6 +92,15 @@ class Chat:
 
 AnyRecord = Record | Text | Chat
 
+OWN_TEMPLATES: dict[type[AnyRecord], TrainTemplate] = {
+    Record: "train",
+    Exchange: "chat",
+    Completion: "plain",
+    Text: "plain",
+    Chat: "chat",
+}
+"""What makes a text of a record where no template is named."""
+
 
 def records_digest(records: Sequence[AnyRecord]) -> str:
     """SHA-256 of what records hold, wherever they were read from."""
@@ -280,31 +289,36 @@ class Format:
 
     Attributes:
       keys: what an object must have.
-      template: what makes a text of its records where no template is named.
+      kind: of its records.
       make: the record of an object.
       more: what an object may have besides.
       listed: whether the first of the keys has a list; None is any value.
     """
 
     keys: tuple[str, ...]
-    template: TrainTemplate
+    kind: type[AnyRecord]
     make: Callable[[Item], AnyRecord]
     more: tuple[str, ...] = ()
     listed: bool | None = None
 
+    @property
+    def template(self) -> TrainTemplate:
+        """What makes a text of its records where no template is named."""
+        return OWN_TEMPLATES[self.kind]
+
 
 FORMATS: dict[FormatName, Format] = {
-    "messages": Format(("messages",), "chat", _messages, ("role", "content", "tools")),
-    "sharegpt": Format(("conversations",), "chat", _sharegpt, ("from", "value", "system")),
-    "alpaca": Format(("instruction", "output"), "train", _pair("instruction", "output", "input"), ("input",)),
-    "prompt-response": Format(("prompt", "response"), "chat", _pair("prompt", "response", kind=Exchange)),
+    "messages": Format(("messages",), Chat, _messages, ("role", "content", "tools")),
+    "sharegpt": Format(("conversations",), Chat, _sharegpt, ("from", "value", "system")),
+    "alpaca": Format(("instruction", "output"), Record, _pair("instruction", "output", "input"), ("input",)),
+    "prompt-response": Format(("prompt", "response"), Exchange, _pair("prompt", "response", kind=Exchange)),
     "prompt-completion": Format(
-        ("prompt", "completion"), "plain", _pair("prompt", "completion", kind=Completion), listed=False
+        ("prompt", "completion"), Completion, _pair("prompt", "completion", kind=Completion), listed=False
     ),
     "conversational": Format(
-        ("prompt", "completion"), "chat", _conversational, ("role", "content", "tools"), listed=True
+        ("prompt", "completion"), Chat, _conversational, ("role", "content", "tools"), listed=True
     ),
-    "text": Format(("text",), "plain", _text),
+    "text": Format(("text",), Text, _text),
 }
 """All formats; of several that an object fits, the first is taken."""
 

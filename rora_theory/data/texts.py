@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rora_theory.data import chat as chats
 from rora_theory.data import prompts
 from rora_theory.data.chat import ChatTemplate, Written
-from rora_theory.data.formats import TRAIN_TEMPLATES, AnyRecord, Chat, Completion, Exchange, Record, Text
+from rora_theory.data.formats import OWN_TEMPLATES, TRAIN_TEMPLATES, AnyRecord, Chat, Record, Text
 from rora_theory.errors import InputError
 
 
@@ -15,8 +15,7 @@ def default_template(records: Sequence[AnyRecord]) -> str:
     Raises:
       InputError: kinds with different ones.
     """
-    kinds = {Record: "train", Exchange: "chat", Completion: "plain", Chat: "chat", Text: "plain"}
-    own = list(dict.fromkeys(kinds[type(record)] for record in records))
+    own = list(dict.fromkeys(OWN_TEMPLATES[type(record)] for record in records))
     if len(own) > 1:
         raise InputError(
             f"template is not given, and the records' kinds have their own: {', '.join(own)}; accepted is one"
