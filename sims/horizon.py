@@ -120,9 +120,10 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         "exponent that keeps it": "{exponent:+.2f} ({exponent_low:+.2f} to {exponent_high:+.2f})",
     }
     steps = who | {"steps": "{first} to {second}", "exponent, 95%": exponents["exponent, 95%"]}
-    steps |= {"constant gradient's": "{law:+.2f}", "verdict": "{verdict}"}
+    steps |= {"constant gradient's": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
     beside = who | {"beside": "{beside}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
+    change |= {"edge": "{edge}"}
     best = who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
     for title, frame, columns in (
         ("Best rates (parabola through the least three)", judged.best, best),

@@ -123,7 +123,7 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
     widths = errors * adapters.map(bars).to_numpy(float)
     allowed = np.maximum(tolerance, widths)
     finite = np.isfinite(gaps) & np.isfinite(errors)
-    outside = ~finite | (gaps > allowed)
+    outside = ~finite | ~(gaps <= allowed)  # a bar that is no number, of one adapter alone, allows nothing
     undecided = ~outside & (gaps > tolerance) & (widths > RESOLUTION)
     judged: dict[str, Any] = {
         "verdict": "fails" if outside.any() else "undecided" if undecided.any() else "holds",

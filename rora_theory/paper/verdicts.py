@@ -338,7 +338,7 @@ def eq7(draws: Draws) -> Verdict:
 
     def one(_: int, sums: sampling.Sums) -> Outcome:
         size = math.sqrt(sums.first.second_moment.value)
-        gap = math.sqrt(max(missing(sums), 0.0))
+        gap = math.sqrt(abs(missing(sums)))  # of a claim that is too small the sign is another
         return outcome(gap, draws.z * sums.first.mean.error / size, tolerance=0.0)
 
     low, high = (missing(draws.overlapping[rank]) for rank in (draws.low, draws.high))

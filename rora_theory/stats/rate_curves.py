@@ -29,8 +29,8 @@ COLUMNS = (
 )  # fmt: skip
 """Of a table of losses, which curves are made from."""
 BEST_COLUMNS = (
-    "optimizer", "trained", "rule", "kappa", "rank", "best_rate", "log2_error", "best_loss", "best_loss_error", "seeds",
-    "error_over", "edge",
+    "optimizer", "trained", "rule", "kappa", "rank", "best_rate", "log2_error", "log2_half_width", "best_loss",
+    "best_loss_error", "seeds", "error_over", "edge",
 )  # fmt: skip
 SLOPE_COLUMNS = (
     "optimizer", "trained", "rule", "kappa", "ranks", "slope", "standard_error", "half_width", "verdict", "signal",
@@ -40,7 +40,8 @@ UNITS = {
     "loss": "teacher and student: squared error / 2, summed over outputs, averaged over inputs, after the last step; "
     "a real model's: nats a token on held-out records",
     "trained": "both factors, or B alone with A frozen",
-    "log2_error": "standard error of log2 of the best rate",
+    "log2_error": "standard error of log2 of the best rate; none at an edge, which is a bound",
+    "log2_half_width": "half of its 95% interval, by Student's t, and what the grid may hide beside a diverged run",
     "half_width": "half of the 95% interval, by Student's t; in comparison.json with what the grid may hide",
     "edge": "the best rate is the grid's lowest or highest: the true one may lie beyond; left out of slopes",
     "signal, cross-talk, A moves": "predicted slopes, rora_theory.stats.rate_optimum",
@@ -169,6 +170,8 @@ def joint(by_seeds: Estimate, by_records: Estimate) -> Estimate:
     by_records = replace(by_records, value=by_seeds.value)
     if not by_seeds.has_error:
         return by_records
+    if not by_records.has_error:  # a single record
+        return by_seeds
     a, b = by_seeds.error**2, by_records.error**2
     if not a or not b:
         return by_seeds if a else by_records
@@ -194,15 +197,23 @@ def of_log2_rates(weights: Sequence[float] | Float[np.ndarray, " n"], *curves: C
     return replace(found, bound=float(hidden))
 
 
+def rounded_errors(logs: Estimate, *, edge: str) -> tuple[float | None, float | None]:
+    """Standard error and half width of a figure of log2 best rates, of two digits; none where one is at an edge."""
+    if edge or not logs.has_error:
+        return None, None
+    return float(f"{logs.error:.2g}"), float(f"{logs.half_width():.2g}")
+
+
 def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     """The best rate and loss of every curve, a row each: `BEST_COLUMNS`, in units of `UNITS`."""
     rows = []
     for curve in curves:
-        logs, losses = estimate(log2_rates, curve), estimate(Curve.least, curve)
+        logs, losses = of_log2_rates((1.0,), curve), estimate(Curve.least, curve)
+        error, half_width = rounded_errors(logs, edge=curve.edge)
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
             | {"rank": curve.rank, "best_rate": float(f"{2**logs.value:.5g}")}
-            | {"log2_error": float(f"{logs.error:.2g}") if logs.has_error else None}
+            | {"log2_error": error, "log2_half_width": half_width}
             | {"best_loss": float(f"{losses.value:.6g}")}
             | {"best_loss_error": float(f"{losses.error:.2g}") if losses.has_error else None}
             | {"seeds": len(curve.losses), "edge": curve.edge}
@@ -227,10 +238,8 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         optimizer, trained, _, kappa = line
         predicted = predicted_slopes(optimizer, kappa, trained=trained)  # type: ignore[arg-type]
         apart = {name: abs(value - slope.value) for name, value in predicted.items()}
-        near = min(apart.values()) if slope.has_error else math.inf
-        fits = slope.has_error and near <= slope.half_width() + slopes.BAND
-        # Predictions may be the same number, which one slope can't tell apart.
-        nearest = " or ".join(name for name, each in apart.items() if each - near < 1e-9) if fits else ""
+        reach = slope.half_width() + slopes.BAND if slope.has_error else -math.inf
+        nearest = " or ".join(name for name, each in apart.items() if each <= reach)  # all that it can't tell apart
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
         row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{slope.value:.4f}")}
         row |= {"standard_error": float(f"{slope.error:.2g}") if slope.has_error else None}
@@ -261,7 +270,7 @@ class Comparison(NamedTuple):
     Attributes:
       optimizer, trained, rank: where.
       first, second: the rules.
-      ratio, ratio_log2_error: best rate of the first over the second's.
+      ratio, ratio_log2_error: best rate of the first over the second's; no error where either is at an edge.
       scaling_ratio: gamma^p of the second over the first's, p = 2 under SGD and 1 under Adam: what the ratio would be
         if the first step alone counted.
       first_loss, second_loss: least measured ones.
@@ -271,6 +280,7 @@ class Comparison(NamedTuple):
       verdict: in words.
       grid_error: the grid's part of the half width: the larger bound of what either curve may hide between its rates;
         None where there is none.
+      ratio_log2_half_width: half of the 95% interval of log2 of the ratio, with what the grids may hide of it.
     """
 
     optimizer: str
@@ -289,6 +299,7 @@ class Comparison(NamedTuple):
     error_over: str
     verdict: str
     grid_error: float | None = None
+    ratio_log2_half_width: float | None = None
 
 
 def compare_rules(curves: Sequence[Curve]) -> list[Comparison]:
@@ -340,17 +351,21 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
       losses: loss of the first less the second, at the best rates.
     """
     if shared := at_shared_seeds(first, second):
-        ratio = estimate(lambda a, b: log2_rates(a) - log2_rates(b), *shared)
+        ratio = of_log2_rates((1.0, -1.0), *shared)
     else:
         ratio = over_seeds(np.array([np.mean(log2_rates(first.spread)) - np.mean(log2_rates(second.spread))]))
     grid = max(first.grid_error(), second.grid_error())
     loss_a, loss_b = (float(np.mean(curve.spread.least())) for curve in (first, second))
     half_width = losses.half_width() + grid
     relative, half = losses.value / loss_b, half_width / loss_b
+    ratio_errors = rounded_errors(ratio, edge=first.edge or second.edge)
+    one_seed = losses.over == RECORDS and min(len(first.losses), len(second.losses)) < 2
     if not losses.has_error:
         verdict = "not settled: one seed, no losses a record"
     elif math.isinf(grid):
         verdict = "undecided: a best rate lies between two that diverged"
+    elif one_seed:  # the error leaves out how one training run differs from the next
+        verdict = f"undecided: one seed ({relative:+.2%} ± {half:.2%} over held-out records)"
     elif abs(relative) > half:
         better = first.rule if losses.value < 0 else second.rule
         verdict = f"{better} is better by {abs(relative):.2%} ± {half:.2%}: more than a shift of the rate"
@@ -367,7 +382,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
         first.rule,
         second.rule,
         float(f"{2**ratio.value:.4g}"),
-        float(f"{ratio.error:.2g}") if ratio.has_error else None,
+        ratio_errors[0],
         float(f"{(second.scaling / first.scaling) ** scaling_power(FAMILY[first.optimizer]):.6g}"),  # type: ignore[index]
         loss_a,
         loss_b,
@@ -377,4 +392,5 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
         losses.over,
         verdict,
         grid if math.isfinite(grid) else None,
+        ratio_errors[1],
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import optimize
 
 from rora_theory import frames
 from rora_theory.adapters.lora import PAPER_TARGETS
@@ -307,8 +308,9 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
     Returns:
       ``step``, ``rank``, ``strength``, ``best_rate``; ``change`` there, between the two nearest rates along a line in
       logs, the mean of the logs over ``seeds``; ``log2_error``, a standard error: that of the best rate times the slope
-      of that line. The seeds are those of which it was measured at every strength of the rank. No row without such a
-      seed, and none where the best rate lies outside the rates at which the change was measured.
+      of that line; ``edge``, of the best rate: where it is at the grid's end there is no error. The seeds are those of
+      which it was measured at every strength of the rank. No row without such a seed, and none where the best rate lies
+      outside the rates at which the change was measured.
     """
     found: dict[tuple[int, int], dict[float, dict[int, tuple[float, float]]]] = {}
     rows = frames.rows(best[best["rank"].notna()]) if len(led) else []
@@ -334,6 +336,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
                 | {name: row[name] for name in ("strength", "best_rate")}
                 | {"change": float(2**logs)}
                 | {"log2_error": None if error is None else float(slopes) * error, "seeds": len(seeds)}
+                | {"edge": row["edge"]}
             )
     return pd.DataFrame(table)
 
@@ -444,7 +447,8 @@ def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curv
                 replace(shared[1], rule=name),
             )
             own = comparison(one, other, less(one, other))
-            names = ("ratio", "ratio_log2_error", "difference", "half_width", "grid_error", "error_over")
+            names = ["ratio", "ratio_log2_error", "ratio_log2_half_width", "difference", "half_width"]
+            names += ["grid_error", "error_over"]
             who = {"step": step} | _who(first) | {"beside": name} | {name: getattr(own, name) for name in names}
             rows.append(who | {"seeds": len(one.losses), "verdict": own.verdict})
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
@@ -568,35 +572,56 @@ def horizon_exponents(
                     runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
                 )
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
-            judged = partial(judge_exponent, slope, edge=edge, seeds=seeds)
+            judged = partial(judge_exponent, slope, edge=edge)
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
                 | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
                 | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
-                | {"verdict": judged((min(law), max(law)), rivals)}
+                | {"verdict": judged((min(law), max(law)), rivals, seeds=seeds)}
                 | {"by_parts": float(np.mean(by_parts)) if by_parts else None}
             )
             if by_parts:
                 ends_of_parts = min(by_parts), max(by_parts)
                 rows[-1] |= dict(zip(("by_parts_low", "by_parts_high"), ends_of_parts, strict=True))
-                rows[-1]["by_parts_verdict"] = judged(ends_of_parts, (*rivals, law[1]))
+                rows[-1]["by_parts_verdict"] = judged(ends_of_parts, (*rivals, law[1]), seeds=len(by_parts))
     return pd.DataFrame(rows)
 
 
-def step_exponents(curves: Mapping[int, Sequence[Curve]], *, warmup: int) -> pd.DataFrame:
+def keeping_rate(rate: float, steps: tuple[int, int], *, takeover: float, warmup: int) -> float:
+    r"""The rate that changes a model as much in the second number of steps as ``rate`` in the first, at one gamma r.
+
+    Under Adam along a constant gradient, where the signal leads: :math:`b (1 + a / \mathrm{takeover})` is kept, see
+    `rora_theory.theory.horizon.distances`. An infinite takeover is a weight that moves by itself, full fine-tuning.
+    """
+
+    def change(count: int, each: float) -> float:
+        moved = horizon.distances([each * factor for factor in warmed_up(count, warmup)], takeover=takeover)
+        return math.log(moved.B) + math.log1p(moved.A / takeover)
+
+    def excess(log_rate: float) -> float:
+        return change(steps[1], math.exp(log_rate)) - target
+
+    target, start = change(steps[0], rate), math.log(rate)
+    reach = abs(excess(start)) + 1e-9  # the change grows at least as the rate
+    return math.exp(optimize.brentq(excess, start - reach, start + reach, xtol=1e-10))
+
+
+def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
     """How the best rate moves with the number of steps, from each horizon to the longest, beside a constant gradient's.
 
     Along constant signs both factors move by the sum of the rates, so that the rate that keeps the change at one gamma
-    r falls as one over that sum, whichever part leads. Entries that walk at random move by its root: -1/2.
+    r falls as one over that sum, whichever part leads; Adam follows a gradient that grows faster, see `keeping_rate`.
+    Entries that walk at random move by the root of the sum: -1/2.
 
     Args:
       curves: of `curves_at`, by step.
-      warmup: steps.
+      takeovers, warmup: see `predictions`.
 
     Returns:
       ``rank``, ``strength``, ``first``, ``second`` (steps); ``exponent`` of the best rate in the steps, with
-      ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both have; ``law``, a constant
-      gradient's, and ``verdict`` on it, see `judge_exponent`.
+      ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both have; ``law_low``,
+      ``law``, ``law_high``, a constant gradient's of the modules' takeovers at the first best rate, and ``verdict`` on
+      them, see `judge_exponent`.
     """
     rows = []
     by: dict[tuple[int, float], dict[int, Curve]] = {}
@@ -612,14 +637,17 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, warmup: int) -> pd.
                 continue
             octaves = math.log2(second / first)
             slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
-            law = -math.log2(sum(warmed_up(second, warmup)) / sum(warmed_up(first, warmup))) / octaves
+            rate = 2 ** float(np.mean(log2_rates(ends[0].spread)))
+            taken = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
+            kept = [keeping_rate(rate, (first, second), takeover=each, warmup=warmup) for each in taken]
+            law = sorted(math.log2(each / rate) / octaves for each in kept)
             edge, seeds = any(one.edge for one in ends), len(ends[0].losses)
             rows.append(
                 _who(curve)
                 | {"first": first, "second": second, "exponent": slope.value}
                 | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
-                | {"seeds": seeds, "law": law}
-                | {"verdict": judge_exponent(slope, (law, law), RIVALS["step"], edge=edge, seeds=seeds)}
+                | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}
+                | {"verdict": judge_exponent(slope, (law[0], law[-1]), RIVALS["step"], edge=edge, seeds=seeds)}
             )
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
 
@@ -706,9 +734,11 @@ def judge_runs(
         beside(found, step, {name: curves_at(own, tokens, step) for name, own in other.items()})
         for step, found in curves.items()
     ]
-    laws = [horizon_exponents(one, step, takeovers=takeovers, warmup=warmup, runs=runs) for step, one in curves.items()]
-    found = _joined(laws) if takeovers else pd.DataFrame()
-    moved = step_exponents(curves, warmup=warmup)
+    found = moved = pd.DataFrame()
+    if takeovers:
+        law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup}
+        found = _joined(horizon_exponents(one, step, **law, runs=runs) for step, one in curves.items())
+        moved = step_exponents(curves, **law)
     return HorizonJudgement(best, _joined(pairs), found, moved, led, change_at_best(best, led))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate, over_seeds
-from rora_theory.stats.rate_curves import COLUMNS, RECORDS, Comparison, Curve, comparison, paired_losses, pairs
+from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, paired_losses, pairs
 from rora_theory.sweep import trained_runs
 from rora_theory.sweep.trained_runs import TrainedRun
 
@@ -25,9 +25,8 @@ def best_in_words(row: Any) -> str:
     """A row of `rate_curves.best_rates`: < or > at the grid's edge, the rate, and × / ÷ half of its 95% interval."""
     mark = {"low": "<", "high": ">"}.get(row["edge"], "")
     error = ""
-    if row["log2_error"] is not None and not np.isnan(row["log2_error"]):
-        n = trained_runs.BOOTSTRAPS if row["error_over"] == RECORDS else row["seeds"]
-        error = f" ({2 ** Estimate(0.0, row['log2_error'], n, row['error_over']).half_width():.2f})"
+    if row["log2_half_width"] is not None and not np.isnan(row["log2_half_width"]):
+        error = f" ({2 ** row['log2_half_width']:.2f})"
     return f"{mark}{row['best_rate']:.3g}{error}"
 
 

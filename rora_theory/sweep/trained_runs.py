@@ -88,9 +88,14 @@ def kappa_of(runs: Sequence[TrainedRun]) -> float:
     """The exponent of gamma = alpha / r^kappa that the runs of one method really had: 0 for alpha = 2 r.
 
     Raises:
-      InputError: one rank alone, or a gamma that is no power of the rank.
+      InputError: one rank alone, runs of several alphas, or a gamma that is no power of the rank.
     """
     gammas = {run.rank: run.gamma for run in runs}
+    several = sorted({run.gamma for run in runs if not math.isclose(run.gamma, gammas[run.rank], rel_tol=1e-9)})
+    if several:
+        raise InputError(
+            f"method {runs[0].method} has scalings {several} beside {gammas}; accepted are those of one rule and alpha"
+        )
     if len(gammas) < 2:
         raise InputError(f"method {runs[0].method} has one rank, {runs[0].rank}; accepted are two or more")
     x, y = np.log(list(gammas)), np.log(list(gammas.values()))

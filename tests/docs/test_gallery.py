@@ -45,11 +45,21 @@ def test_its_commands_have_the_options_of_today(gallery) -> None:
             assert dataclasses.is_dataclass(found)
             parsed += 1
     assert parsed > 40
+    commands = {figure.run.name: figure.commands[0] for figure in gallery.figures() if figure.commands}
+    assert "--no-mask" in commands["regime"], "made before there was a mask"
+    assert "--no-mask" not in commands["regime_held_out"]
     drawn = {figure.path.stem: figure.drawing for figure in gallery.figures()}
     assert drawn["regime_takeover"].command == "regime"
     assert "steps after which A leads under Adam" in drawn["regime_takeover"].caption
     assert "Slope in the rank" in drawn["training_dynamics_linear_A_exponents"].caption
     assert drawn["coordinate_check"].caption != drawn["coordinate_check_slopes"].caption
+
+
+def test_a_part_begins_with_what_its_page_says_first(gallery, tmp_path) -> None:
+    page = tmp_path / "page.md"
+    text = "**What [it](x.md) says\nfirst.** And more."
+    page.write_text(f"# Title\n\n```\nrora one\n\nrora two\n```\n\n{text}\n\n`code` after.\n")
+    assert gallery._lead(page) == "**What it says first.**"
 
 
 def test_a_figure_that_nothing_draws_or_that_has_no_run_is_refused(gallery, monkeypatch, tmp_path) -> None:

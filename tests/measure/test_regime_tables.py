@@ -94,6 +94,17 @@ def test_a_measurement_that_is_no_finite_number_fails(measured: float, error: fl
     assert not np.isfinite(table[["mean_ratio", "standard_error"]].to_numpy(float)).all(), "it does not vanish"
 
 
+@pytest.mark.parametrize(("adapters", "verdict"), [((1000, 4), "fails"), ((4, 1000), "holds")])
+def test_each_figure_has_the_bar_of_its_own_adapters(adapters: tuple[int, int], verdict: str) -> None:
+    """12% off at an error of 3%: out of the bar of a thousand adapters, within that of four."""
+    rows = [judged_row(0.88, 0.03, adapters=adapters[0]), judged_row(1.0, 0.01, adapters=adapters[1])]
+    assert judged(*rows)["verdict"] == verdict
+
+
+def test_one_adapter_does_not_hold() -> None:
+    assert judged(judged_row(20.0, 0.1, adapters=1))["verdict"] == "fails"
+
+
 def test_what_was_not_tried_has_no_verdict() -> None:
     assert judged(judged_row(math.nan, math.nan, adapters=math.nan)) is None
     assert regime_tables.judge_regime(pd.DataFrame([{"predicted": 1.0}])) is None

@@ -186,6 +186,7 @@ def test_what_a_cell_tells(gap: float, threshold: float, found: str) -> None:
         ("eq8_second_moment", lambda delta, *, rank, p_in, scaling, learning_rate: rank * p_in, "8", "fails"),
         ("eq6_mean", lambda delta, *, rank, p_in, scaling, learning_rate: rank, "6", "fails"),
         ("eq7_variance", lambda second: 2 * second, "7", "fails"),
+        ("eq7_variance", lambda second: second / 2, "7", "fails"),
         ("eq11_norm", lambda delta, *, rank, p_in, scaling, learning_rate: rank * p_in**0.5, "11", "fails"),
         ("eq12_norm", lambda constant, *, rank, scaling: constant * rank * 1e-3**0.5, "12", "holds"),
         ("eq13_norm", lambda constant, *, rank, scaling: rank**0.5, "13", "fails"),

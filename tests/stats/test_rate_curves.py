@@ -296,6 +296,39 @@ def test_best_rates_and_their_ratio():
     (found,) = rate_curves.compare_rules([twice, by_seed])
     assert found.ratio == pytest.approx(2**-0.5, rel=1e-3)
     assert found.ratio_log2_error == pytest.approx(0.5, rel=1e-2)
+    t = 12.706  # Student's, of two seeds
+    assert found.ratio_log2_half_width == pytest.approx(t * 0.5, rel=1e-2)
+    assert rows[0]["log2_half_width"] == pytest.approx(t * 0.5, rel=1e-2)
+    assert math.isnan(rows[2]["log2_half_width"])
+
+
+def test_a_best_rate_at_an_edge_has_no_error_and_beside_a_diverged_run_a_bound():
+    """All seeds end there, so that their spread is 0: what it hides is not."""
+    rates, kinds = np.array([1e-3, 2e-3, 4e-3, 8e-3]), [("lora", 1.0), ("rora", 0.5)]
+    found = {}
+    for name, losses in (("edge", [4.0, 3.0, 2.0, 1.0]), ("beside", [3.0, 2.0, 1.0, np.inf]), ("in", [2.0, 1, 2, 3])):
+        curves = [
+            rate_curves.Curve("adamw", "both", rule, kappa, 8, 1.0, rates, np.tile(losses, (3, 1)))
+            for rule, kappa in kinds
+        ]
+        (row, _), (one,) = rate_curves.best_rates(curves).to_dict("records"), rate_curves.compare_rules(curves)
+        found[name] = (row["edge"], row["log2_error"], row["log2_half_width"])
+        found[name] += (one.ratio_log2_error, one.ratio_log2_half_width)
+    # Half a step of each of the two; the spread of the logs of equal rates is rounding.
+    assert found["beside"] == ("", *(pytest.approx(value, abs=1e-12) for value in (0, 0.5, 0, 1)))
+    assert found["in"] == ("", *(pytest.approx(0, abs=1e-12) for _ in range(4)))
+    assert found["edge"] == ("high", None, None, None, None)
+
+
+def test_one_seed_does_not_tell_rules_apart():
+    """However narrow the error over records is: it leaves out how one training run differs from the next."""
+    curves = [
+        bowl(rule, kappa, 8, 1e-3, seeds=1, least=least) for rule, kappa, least in (("lora", 1.0, 1), ("rora", 0.5, 2))
+    ]
+    curves = [dataclasses.replace(one, resampled=np.stack([one.losses, one.losses + 1e-3])) for one in curves]
+    (found,) = rate_curves.compare_rules(curves)
+    assert found.error_over == "held-out records"
+    assert found.verdict.startswith("undecided: one seed (-")
 
 
 def gone_above(rate, rank, seeds=3):
@@ -345,6 +378,16 @@ def test_a_slope_is_near_what_lies_within_the_band(slope, nearest):
     assert row["slope"] == pytest.approx(slope, abs=0.005)
     assert row["half_width"] < 0.01
     assert row["nearest"] == nearest
+
+
+def test_a_slope_that_cannot_tell_names_all_that_it_leaves_room_for():
+    first = bowl("lora", 1.0, 8, 1e-3, seeds=3)
+    centres = [1e-3 * 4**power for power in (0.04, 0.24, 0.44)]
+    losses = np.concatenate([bowl("lora", 1.0, 32, centre, seeds=1).losses for centre in centres])
+    second = dataclasses.replace(bowl("lora", 1.0, 32, 1e-3, seeds=3), losses=losses)
+    (row,) = rate_curves.rate_slopes([first, second]).to_dict("records")
+    assert row["half_width"] > 0.3
+    assert row["nearest"] == "signal or cross-talk or A moves"
 
 
 def test_what_a_grid_hides_is_the_mean_over_seeds_or_draws():

@@ -131,6 +131,18 @@ def test_what_the_grids_may_hide_is_said_with_the_best_losses(tmp_path):
     assert {one.grid_error for one in found if one.rates == "same"} == {None}
 
 
+@pytest.mark.parametrize("wide", ["lora", "rora"])
+def test_the_larger_bound_counts_whichever_has_it(tmp_path, wide):
+    rates, rows = (1e-4, 1e-3, 1e-2), []
+    for method in ("lora", "rora"):
+        for rate, loss in zip(rates, [1.2, 1.0, 1.3] if method == wide else [1.1, 1.0, 1.1], strict=True):
+            cell(tmp_path, f"{method}{rate:g}", [1.0, 1.0, 1.0])
+            mark = "yes" if loss == 1 else None
+            rows.append(row(f"{method}{rate:g}", method, rate=rate, validation_loss=loss, best_rate=mark))
+    one = find(method_differences(rows, tmp_path), "rora", "lora", "best")
+    assert one.grid_error == pytest.approx(grid_gap(np.array(rates), np.array([1.2, 1.0, 1.3])), rel=1e-12)
+
+
 def test_each_at_its_only_rate(tmp_path):
     """As published: DoRA's rate is another than LoRA's."""
     cell(tmp_path, "l", [1.0, 1.0, 1.0])

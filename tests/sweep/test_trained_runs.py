@@ -45,4 +45,6 @@ def test_kappa_of_a_rule():
     with pytest.raises(InputError, match="method rora has one rank, 32; accepted are two or more"):
         kappa_of(runs[1:2])
     with pytest.raises(InputError, match="method rora has scalings"):
+        kappa_of([*runs, TrainedRun("rora", 8, 64 / 8**0.5, 3e-3, 0, 1.0, None, None)])
+    with pytest.raises(InputError, match="method rora has scalings"):
         kappa_of([*runs, TrainedRun("rora", 256, 1.00001, 1e-3, 0, 1.0, None, None)])

@@ -344,6 +344,20 @@ def test_the_change_that_sgd_s_exponents_keep_is_that_of_real_steps(tau: float) 
         assert size(rank, scaling, factor * rate) / first == pytest.approx(expected, rel=2 * tau**2 / steps + 1e-3)
 
 
+def test_when_entries_turn_is_reckoned_entry_by_entry() -> None:
+    """The distance at which an entry of G A^T is 0, where A moves against its signs; infinite where it moves away."""
+    rng = np.random.default_rng(0)
+    grad, lora_A = rng.normal(size=(30, 4)), rng.normal(size=(6, 4))
+    moves = np.sign(np.sign(grad @ lora_A.T).T @ grad)
+    turn = []
+    for row, (here, way) in product(grad, zip(lora_A, moves, strict=True)):
+        read, drift = row @ here, row @ way
+        turn.append(-read / drift if read * drift < 0 else math.inf)
+    found = horizon.row_terms(grad, rng.normal(size=(2, 4)), lora_A).turn
+    assert found == pytest.approx(tuple(np.quantile(turn, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower")))
+    assert np.isfinite(found[0])
+
+
 def test_matching_rate() -> None:
     """The rate that keeps the change: alpha / r keeps it in the signal-led limit; a larger gamma lies in between."""
     rng = np.random.default_rng(9)

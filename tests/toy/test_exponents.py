@@ -54,6 +54,13 @@ def test_an_exponent_changes_between_slopes_over_the_same_ranks_alone():
     assert exponents.changed(middle[:1], middle[1:]).startswith("not settled"), "as many, between the same ends"
 
 
+def test_where_the_loss_has_come_below_half_is_said():
+    verdicts = ((1, "flat", 0.9), (2, "flat", 0.5), (5, "flat", 0.49), (9, "grows", 0.2))
+    rows = [{"step": step, "verdict": verdict, "loss_left": left} for step, verdict, left in verdicts]
+    said = "flat at steps 1 2; flat (loss below half) at step 5; grows (loss below half) at step 9"
+    assert exponents.by_step(rows) == said
+
+
 def test_each_answer_is_of_its_own_curve():
     """Every curve has a slope of its own, from its place in the list: each answer shows those that it is to be of."""
     curves = list(itertools.product(("sgd", "adam"), (0.25, 0.5, 1.0), ("both", "B"), exponents.FITTED))
