@@ -242,6 +242,16 @@ def regime_held_out() -> str:
     return table(["optimizer", "module", *heads], rows)
 
 
+def _led_by_cross_talk(rank: int) -> str:
+    """The modules whose pooled r* under Adam is above a rank, of all of them."""
+    found = _held_out("crossing_ranks").query("optimizer == 'adam'")["crossing_rank"]
+    return f"{int((found > rank).sum())} of {len(found)}"
+
+
+block("regime.led.8")(partial(_led_by_cross_talk, 8))
+block("regime.led.16")(partial(_led_by_cross_talk, 16))
+
+
 @block("regime.takeover")
 def regime_takeover() -> str:
     rate = read("regime_held_out/manifest.json")["config"]["learning_rate"]
@@ -308,6 +318,14 @@ def _after_ratio(steps: int) -> str:
     return f"{np.exp(max(changes)):.1f}"
 
 
+def _down_after(text: str) -> str:
+    """The median r* of `down_proj` after 256 steps over that before."""
+    medians = _after(text).groupby(level="kind").median().loc["down_proj"]
+    return f"{medians['r*', 256] / medians['r*', 0]:.1f}"
+
+
+for _text in TEXTS:
+    block(f"regime.after.down.{_text}")(partial(_down_after, _text))
 block("regime.after.ratio")(partial(_after_ratio, 16))
 block("regime.after.ratio.256")(partial(_after_ratio, 256))
 
@@ -475,6 +493,16 @@ def rates_toy_horizon() -> str:
     return table(["loss", "steps", *list(RULES.values())[:3], "second less first"], rows)
 
 
+def _toy_slope(run: str, rule: str = "lora") -> str:
+    """How the best rate of a rule under Adam moves with the rank in a run of the controlled problem."""
+    found = one(csv(f"horizon_toy/{run}/slopes.csv"), rule=rule)
+    return signed(found["slope"], found["half_width"])
+
+
+block("rates.toy.slope.held_out_100")(partial(_toy_slope, "held_out_100"))
+block("rates.toy.slope.train_100")(partial(_toy_slope, "train_100"))
+
+
 @block("rates.model.horizon")
 def rates_model_horizon() -> str:
     """Exponents of the best rate in gamma r and in the rank of the real model, at every horizon."""
@@ -485,7 +513,7 @@ def rates_model_horizon() -> str:
             "r = {at:g}: from gamma r = {first:g} to {second:g}",
             "gamma r = {at:g}: from r = {first:g} to {second:g}",
         )
-        law = f"{row['law']:+.2f} ({row['law_low']:+.2f} to {row['law_high']:+.2f})" if by_strength else "0"
+        law = law_range(row) if by_strength else "0"
         found = signed(row["exponent"], row["half_width"])
         cells = [str(row["step"]), what[not by_strength].format(**row), found, str(row["seeds"])]
         parts = f"{row['by_parts']:+.2f}: {row['by_parts_verdict']}" if row["by_parts"] is not None else ""
@@ -540,6 +568,12 @@ def rates_model_ranks() -> str:
     return table(["steps", "rank", "gamma r", "beside", "ratio of best rates", "least loss less", "seeds"], rows)
 
 
+def law_range(row: Any) -> str:
+    """The law of the median takeover, and from 5% to 95% of the modules' where they differ."""
+    middle, low, high = (f"{row[name]:+.2f}" for name in ("law", "law_low", "law_high"))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 @block("rates.model.steps")
 def rates_model_steps() -> str:
     """How the best rate moves with the steps of the run."""
@@ -549,7 +583,7 @@ def rates_model_steps() -> str:
             f"{row['first']} to {row['second']}",
             signed(row["exponent"], row["half_width"], 2),
             f"{row['seeds']}",
-            f"{row['law']:+.2f}: {row['verdict']}",
+            f"{law_range(row)}: {row['verdict']}",
         ]
         for row in frames.rows(csv("horizon/steps.csv"))
     ]
@@ -601,6 +635,51 @@ def rates_model_led() -> str:
     return table(heads, rows)
 
 
+PREDICTED_PARTS = (-0.93, -0.65)
+"""Where the exponent of the parts was to lie after 64 steps (the second prediction of the folder's README)."""
+
+
+@block("rates.model.led.predicted")
+def rates_model_led_predicted() -> str:
+    """How many runs have their exponent in the predicted range: every seed of r = 8 and 128 at gamma r = 64, read after
+    64 steps, at the rate nearest the best one."""
+    led, found = csv("horizon/led.csv").query("step == 64 and strength == 64"), []
+    for rank in (8, 128):
+        rate = _nearest_best(64, rank, 64.0)["learning_rate"]
+        found += led[(led["rank"] == rank) & np.isclose(led["learning_rate"], rate)]["exponent"].tolist()
+    low, high = PREDICTED_PARTS
+    inside = sum(low <= each <= high for each in found)
+    return f"{inside} of {len(found)} runs ({min(found):+.2f} to {max(found):+.2f})"
+
+
+def _change_by_rate(step: int) -> str:
+    """The change over that at the next lower rate of the grid, a quarter of a decade below, over all such pairs."""
+    led, ratios = csv("horizon/led.csv").query(f"step == {step}"), []
+    for _, own in led.groupby(["rank", "strength", "seed"]):
+        grown = own.sort_values("learning_rate")[["learning_rate", "change"]].pipe(np.log).diff().dropna()
+        ratios += np.exp(grown.loc[np.isclose(grown["learning_rate"], np.log(10) / 4, atol=0.01), "change"]).tolist()
+    return f"{min(ratios):.2f} to {max(ratios):.2f} (median {np.median(ratios):.2f}, {len(ratios)} pairs)"
+
+
+def _change_ratios(step: int, predicted: tuple[float, float] | None = None) -> str:
+    """The change at the best rate of gamma r = 724 over that at the best rate of 64, at every rank that has both."""
+    parts = []
+    for rank, own in csv("horizon/change.csv").query(f"step == {step}").groupby("rank"):
+        change = own.set_index("strength")["change"]
+        if {64, 724} <= set(change.index):
+            ratio, seeds = change[724] / change[64], int(own["seeds"].min())
+            where = "" if predicted is None or predicted[0] <= ratio <= predicted[1] else "not "
+            judged = "" if predicted is None else f", {where}as predicted"
+            parts.append(f"{ratio:.2f} (r = {rank:g}, {_seeds(seeds)}{judged})")
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+for _step in (16, 64, 256):
+    block(f"rates.model.change.rate.{_step}")(partial(_change_by_rate, _step))
+block("rates.model.change.64")(partial(_change_ratios, 64))
+block("rates.model.change.256")(partial(_change_ratios, 256, (0.5, 0.8)))
+
+
 @block("rates.model.change")
 def rates_model_change() -> str:
     """How much larger the change is at the best rate of gamma r = 724 than at that of 64."""
@@ -610,9 +689,11 @@ def rates_model_change() -> str:
         if len(ends) < 2:
             continue
         first, last = ends.iloc[0], ends.iloc[-1]
-        error = 2 ** math.hypot(first["log2_error"], last["log2_error"])
+        error = f"{2 ** math.hypot(first['log2_error'], last['log2_error']):.2f}"
+        if own["edge"].notna().any():
+            error = "a best rate at the grid's edge"
         cells = [f"{row['change']:.3g} at {row['best_rate']:.2g}" for row in (first, last)]
-        rows.append([f"{step}", f"{rank:g}", *cells, f"{last['change'] / first['change']:.2f}", f"{error:.2f}"])
+        rows.append([f"{step}", f"{rank:g}", *cells, f"{last['change'] / first['change']:.2f}", error])
     heads = ["steps", "rank", "rms change, gamma r = 64", "gamma r = 724", "second over first"]
     return table([*heads, "factor of one standard error (of the best rates)"], rows)
 
@@ -622,10 +703,39 @@ def _exponent_at(step: int, rank: int) -> str:
     return signed(found["exponent"], found["half_width"])
 
 
+def _seeds(count: int) -> str:
+    """How many seeds, in words."""
+    names = {1: "one seed", 2: "two seeds", 3: "three seeds"}
+    return names.get(count, f"{count} seeds")
+
+
+def _as_factor(row: pd.Series, grows: float, digits: int = 1) -> str:
+    """What an exponent is as a factor where its base grows so much, with its 95% interval."""
+    ends = sorted(grows ** (row["exponent"] + sign * row["half_width"]) for sign in (-1, 1))
+    low, value, high = (f"{each:.{digits}f}" for each in (ends[0], grows ** row["exponent"], ends[1]))
+    return f"{value} ({low} to {high})"
+
+
+def _steps_row(strength: float, rank: int) -> pd.Series:
+    return one(csv("horizon/steps.csv"), rank=rank, strength=strength, first=16, second=256)
+
+
 def _steps_at(strength: float, rank: int = 8) -> str:
     """The exponent of the best rate in the steps, from the shortest to the longest run."""
-    found = one(csv("horizon/steps.csv"), rank=rank, strength=strength, first=16, second=256)
+    found = _steps_row(strength, rank)
     return signed(found["exponent"], found["half_width"])
+
+
+def _steps_factor(strength: float, rank: int = 8) -> str:
+    """By what the best rate changes where the steps become four times as many."""
+    return _as_factor(_steps_row(strength, rank), 4, 2)
+
+
+def _steps_factors(rank: int) -> str:
+    """Both strengths, with the seeds."""
+    rows = [_steps_row(strength, rank) for strength in (64, 724)]
+    first, second = (_as_factor(row, 4, 2) for row in rows)
+    return f"{first} at gamma r = 64 and {second} at 724, {_seeds(min(row['seeds'] for row in rows))}"
 
 
 def _change_growth(first: int, second: int) -> str:
@@ -638,33 +748,63 @@ def _change_growth(first: int, second: int) -> str:
 
 block("rates.model.growth.early")(lambda: _change_growth(16, 64))
 block("rates.model.growth.late")(lambda: _change_growth(64, 256))
+block("rates.model.steps.factor.64")(lambda: _steps_factor(64))
+block("rates.model.steps.factor.724")(lambda: _steps_factor(724))
+block("rates.model.steps.factors.r128")(lambda: _steps_factors(128))
 block("rates.model.steps.64")(lambda: _steps_at(64))
 block("rates.model.steps.724")(lambda: _steps_at(724))
 block("rates.model.steps.64.r128")(lambda: _steps_at(64, 128))
 block("rates.model.steps.724.r128")(lambda: _steps_at(724, 128))
 
 
-def _horizon_factor(rank: int) -> str:
-    """By what the best rate fell between the two strengths after 64 steps, with its 95% interval."""
-    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", 64, rank]
-    grows = found["second"] / found["first"]
-    low, value, high = (grows ** -(found["exponent"] + sign * found["half_width"]) for sign in (1, 0, -1))
-    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+def _horizon_factor(rank: int, step: int = 64) -> str:
+    """By what the best rate fell between the two strengths, with its 95% interval."""
+    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", step, rank]
+    return _as_factor(found, found["first"] / found["second"])
 
 
 block("rates.model.horizon.factor")(lambda: _horizon_factor(8))
 block("rates.model.horizon.factor.r128")(lambda: _horizon_factor(128))
+block("rates.model.horizon.factor.256")(lambda: _horizon_factor(8, 256))
+
+
+def _rank_row(first: int) -> pd.Series:
+    """How the best rate of `alpha / r` (alpha 64: gamma r = 64) moves from this rank to 128 after 64 steps."""
+    return one(csv("horizon/exponents.csv"), over="rank", step=64, at=64, first=first)
 
 
 def _rank_exponent(first: int) -> str:
-    """How the best rate of `alpha / r` (alpha 64: gamma r = 64) moves from this rank to 128 after 64 steps."""
-    found = one(csv("horizon/exponents.csv"), over="rank", step=64, at=64, first=first)
+    found = _rank_row(first)
     return signed(found["exponent"], found["half_width"])
 
 
+def _rank_factor(first: int) -> str:
+    """The best rate of r = 128 over that of this rank."""
+    found = _rank_row(first)
+    return _as_factor(found, found["second"] / found["first"])
+
+
 block("rates.model.rank")(lambda: _rank_exponent(8))
-block("rates.model.rank.1")(lambda: _rank_exponent(1))
-block("rates.model.rank.32")(lambda: _rank_exponent(32))
+for _rank in (1, 32):
+    block(f"rates.model.rank.{_rank}")(partial(_rank_exponent, _rank))
+for _rank in (1, 8, 32):
+    block(f"rates.model.rank.factor.{_rank}")(partial(_rank_factor, _rank))
+
+
+@block("rates.model.rank.ratio.1")
+def rates_model_rank_ratio() -> str:
+    """The best rate of r = 1 over that of r = 128, after 64 steps at gamma r = 64."""
+    return f"{one(csv('horizon/beside.csv'), step=64, rank=1, strength=64, beside='r = 128')['ratio']:.1f}"
+
+
+def _best_rates(step: int) -> str:
+    """The least and the largest best rate over ranks at gamma r = 64."""
+    rates = csv("horizon/best.csv").query(f"step == {step} and strength == 64")["best_rate"]
+    return f"{1e3 * rates.min():.1f}e-3 to {1e3 * rates.max():.1f}e-3"
+
+
+block("rates.model.best.64")(partial(_best_rates, 64))
+block("rates.model.best.256")(partial(_best_rates, 256))
 
 
 def _attention_loss(run: str, rank: int) -> str:
@@ -727,7 +867,7 @@ def _ratio_at(step: int, rank: int) -> str:
 def rates_model_horizon_law_long() -> str:
     """The law's exponent after 256 steps at r = 8."""
     found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", 256, 8]
-    return f"{found['law']:+.2f} ({found['law_low']:+.2f} to {found['law_high']:+.2f})"
+    return law_range(found)
 
 
 for _step in (16, 64, 256):
@@ -756,6 +896,41 @@ def rates_toy_comparison() -> str:
         )
     heads = ["optimizer", "trained", "loss of `alpha / r` less that of `alpha / sqrt(r)`", "best rates' ratio"]
     return table([*heads, "ratio by the first step alone"], rows)
+
+
+PAIRS = (("lora", "rora"), ("lora", "0.25"), ("rora", "0.25"))
+
+
+def _toy_apart(run: str, first: str, second: str) -> dict[str, Any]:
+    """How two rules compare in a run of the controlled problem, Adam, A and B trained."""
+    found = [each for each in read(f"horizon_toy/{run}/comparison.json") if each["first"] == first]
+    return next(each for each in found if each["second"] == second)
+
+
+def _per_cent(found: dict[str, Any]) -> str:
+    relative, half = (100 * found[name] / found["second_loss"] for name in ("difference", "half_width"))
+    return f"{relative:+.1f}% ± {half:.1f}%"
+
+
+@block("rates.toy.comparison.horizon")
+def rates_toy_comparison_horizon() -> str:
+    """Every pair of rules at every horizon, by either loss."""
+    rows = []
+    for judge, words in (("held_out", "held-out"), ("train", "training")):
+        for steps in (10, 30, 100, 300, 1000):
+            cells = []
+            for pair in PAIRS:
+                found = _toy_apart(f"{judge}_{steps}", *pair)
+                cells.append(f"{_per_cent(found)}: {'undecided' if 'undecided' in found['verdict'] else 'decided'}")
+            rows.append([words, f"{steps}", *cells])
+    return table(["loss", "steps", *(f"{RULES[first]} less {RULES[second]}" for first, second in PAIRS)], rows)
+
+
+for _run in ("held_out_100", "held_out_300", "held_out_1000"):
+    for _first, _second in PAIRS:
+        block(f"rates.toy.apart.{_run}.{_first}.{_second}")(
+            lambda run=_run, first=_first, second=_second: _per_cent(_toy_apart(run, first, second))
+        )
 
 
 @block("rates.model")
@@ -829,11 +1004,13 @@ def rates_model_losses() -> str:
     return ", ".join(f"{one(best, rule='lora', rank=rank)['best_loss']:.3f}" for rank in (8, 32, 128))
 
 
-@block("rates.model.comparison")
-def rates_model_comparison() -> str:
-    found = next(c for c in read("lr_transfer_smollm2/comparison.json") if c["second"] == "rora")
-    relative, half = (100 * found[name] / found["second_loss"] for name in ("difference", "half_width"))
-    return f"{relative:+.1f}% ± {half:.1f}%"
+def _model_comparison(second: str) -> str:
+    """Of the loss of alpha / r less that of another rule, each at its own best rate."""
+    return _per_cent(next(c for c in read("lr_transfer_smollm2/comparison.json") if c["second"] == second))
+
+
+block("rates.model.comparison")(partial(_model_comparison, "rora"))
+block("rates.model.comparison.quarter")(partial(_model_comparison, "quarter"))
 
 
 # The paper's tables.
@@ -1022,6 +1199,13 @@ def sweep_rates() -> str:
 @block("pruned.rates")
 def pruned_rates() -> str:
     return _rates("rank_sweep_pruned", ("lora", "dora", "rora"))
+
+
+@block("sweep.dora.low")
+def sweep_dora_low() -> str:
+    """DoRA less LoRA at 3e-4 at r = 4 and 8, without sign."""
+    found = [-_difference("rank_sweep", "dora", rank, 3e-4)["loss"] for rank in (4, 8)]
+    return f"{min(found):.4f} to {max(found):.4f}"
 
 
 def _best_differences(run: str) -> str:

@@ -26,6 +26,10 @@ names = cache(main.names)
 PAGES = [path for room in ("results", "how-to", "explanation") for path in sorted((ROOT / "docs" / room).glob("*.md"))]
 
 
+BEFORE = {"regime": {"mask": "--no-mask"}}
+"""Settings that came later, and the option of today that does what a run did whose manifest does not have them."""
+
+
 class Drawing(NamedTuple):
     """Where a figure comes from.
 
@@ -74,7 +78,9 @@ class Figure:
         """The command lines of the run, in today's options."""
         given = self.manifest.get("command")
         every = [given] if given else [part["command"] for part in self.manifest.get("runs", [])]
-        found = [["rora", self.experiment, *_todays(self.experiment, words)] for words in every]
+        config, came = self.manifest.get("config", {}), BEFORE.get(self.experiment, {})
+        later = [option for setting, option in came.items() if setting not in config]
+        found = [["rora", self.experiment, *_todays(self.experiment, words), *later] for words in every]
         return [words for i, words in enumerate(found) if words not in found[:i]]
 
 
@@ -183,8 +189,10 @@ def _title(page: Path) -> str:
 
 
 def _lead(page: Path) -> str:
-    """The page's first paragraph, or what it says in bold there; without links, which are from where the page is."""
-    text = " ".join(re.sub("<!--.*?-->", "", page.read_text()).split("\n\n")[1].split())
+    """The page's first paragraph that is no block of code, or what it says in bold there; without links, which are from
+    where the page is."""
+    paragraphs = re.sub("<!--.*?-->|^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).split("\n\n")
+    text = next(" ".join(each.split()) for each in paragraphs[1:] if each.strip())
     bold = re.match(r"\*\*.+?\*\*", text)
     return re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", bold[0] if bold else text)
 
