@@ -21,7 +21,6 @@ from typing import Any
 import gallery  # beside this file
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from rora_theory import frames
 from rora_theory.advice.setting import Setting
@@ -818,10 +817,9 @@ ALL_MODULES = "targets q_proj k_proj v_proj up_proj down_proj"
 
 @block("rates.model.attention.ratio")
 def rates_model_attention_ratio() -> str:
-    """The best rate of the attention alone over that of all modules after 64 steps at r = 128, by Student's t."""
+    """The best rate of the attention alone over that of all modules after 64 steps at r = 128, with its interval."""
     found = one(csv("horizon_attention/beside.csv"), step=64, rank=128, error_over="seeds", seeds=2, beside=ALL_MODULES)
-    octaves = stats.t.ppf(0.975, found["seeds"] - 1) * found["ratio_log2_error"]
-    low, high = (found["ratio"] * 2 ** (sign * octaves) for sign in (-1, 1))
+    low, high = (found["ratio"] * 2 ** (sign * found["ratio_log2_half_width"]) for sign in (-1, 1))
     return f"{found['ratio']:.1f} ({low:.1f} to {high:.1f})"
 
 
