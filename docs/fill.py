@@ -799,7 +799,7 @@ def rates_model_rank_ratio() -> str:
 def _best_rates(step: int) -> str:
     """The least and the largest best rate over ranks at gamma r = 64."""
     rates = csv("horizon/best.csv").query(f"step == {step} and strength == 64")["best_rate"]
-    return f"{1e3 * rates.min():.1f}e-3 to {1e3 * rates.max():.1f}e-3"
+    return f"{rates.min():.1e} to {rates.max():.1e}"
 
 
 block("rates.model.best.64")(partial(_best_rates, 64))
