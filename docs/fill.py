@@ -697,8 +697,13 @@ def rates_model_change() -> str:
     return table([*heads, "factor of one standard error (of the best rates)"], rows)
 
 
+def _strength_row(step: int, rank: int) -> pd.Series:
+    """How the best rate moves with gamma r at this rank and horizon, beside the law."""
+    return csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", step, rank]
+
+
 def _exponent_at(step: int, rank: int) -> str:
-    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", step, rank]
+    found = _strength_row(step, rank)
     return signed(found["exponent"], found["half_width"])
 
 
@@ -758,7 +763,7 @@ block("rates.model.steps.724.r128")(lambda: _steps_at(724, 128))
 
 def _horizon_factor(rank: int, step: int = 64) -> str:
     """By what the best rate fell between the two strengths, with its 95% interval."""
-    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", step, rank]
+    found = _strength_row(step, rank)
     return _as_factor(found, found["first"] / found["second"])
 
 
@@ -851,7 +856,7 @@ def rates_model_horizon_law() -> str:
 
 
 def _parts_at(step: int, rank: int) -> str:
-    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", step, rank]
+    found = _strength_row(step, rank)
     return f"{found['by_parts']:+.2f}"
 
 
@@ -864,7 +869,7 @@ def _ratio_at(step: int, rank: int) -> str:
 @block("rates.model.horizon.law.256")
 def rates_model_horizon_law_long() -> str:
     """The law's exponent after 256 steps at r = 8."""
-    found = csv("horizon/exponents.csv").set_index(["over", "step", "at"]).loc["strength", 256, 8]
+    found = _strength_row(256, 8)
     return law_range(found)
 
 

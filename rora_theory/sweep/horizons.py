@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize
 
 from rora_theory import frames
 from rora_theory.adapters.lora import PAPER_TARGETS
@@ -565,7 +564,7 @@ def horizon_exponents(
             by_parts: list[float] = []
             rivals = RIVALS[over]
             if over == "strength":
-                rate = 2 ** float(np.mean(log2_rates(ends[0].spread)))
+                rate = _best_rate(ends[0])
                 told = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
                 law = tuple(told["exponent"])
                 by_parts = exponent_of_parts(
@@ -575,7 +574,7 @@ def horizon_exponents(
             judged = partial(judge_exponent, slope, edge=edge)
             rows.append(
                 {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
-                | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
+                | _errors(slope)
                 | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
                 | {"verdict": judged((min(law), max(law)), rivals, seeds=seeds)}
                 | {"by_parts": float(np.mean(by_parts)) if by_parts else None}
@@ -587,30 +586,12 @@ def horizon_exponents(
     return pd.DataFrame(rows)
 
 
-def keeping_rate(rate: float, steps: tuple[int, int], *, takeover: float, warmup: int) -> float:
-    r"""The rate that changes a model as much in the second number of steps as ``rate`` in the first, at one gamma r.
-
-    Under Adam along a constant gradient, where the signal leads: :math:`b (1 + a / \mathrm{takeover})` is kept, see
-    `rora_theory.theory.horizon.distances`. An infinite takeover is a weight that moves by itself, full fine-tuning.
-    """
-
-    def change(count: int, each: float) -> float:
-        moved = horizon.distances([each * factor for factor in warmed_up(count, warmup)], takeover=takeover)
-        return math.log(moved.B) + math.log1p(moved.A / takeover)
-
-    def excess(log_rate: float) -> float:
-        return change(steps[1], math.exp(log_rate)) - target
-
-    target, start = change(steps[0], rate), math.log(rate)
-    reach = abs(excess(start)) + 1e-9  # the change grows at least as the rate
-    return math.exp(optimize.brentq(excess, start - reach, start + reach, xtol=1e-10))
-
-
 def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
     """How the best rate moves with the number of steps, from each horizon to the longest, beside a constant gradient's.
 
     Along constant signs both factors move by the sum of the rates, so that the rate that keeps the change at one gamma
-    r falls as one over that sum, whichever part leads; Adam follows a gradient that grows faster, see `keeping_rate`.
+    r falls as one over that sum, whichever part leads; Adam follows a gradient that grows faster, see
+    `rora_theory.theory.horizon.keeping_rate`.
     Entries that walk at random move by the root of the sum: -1/2.
 
     Args:
@@ -637,19 +618,29 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
                 continue
             octaves = math.log2(second / first)
             slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
-            rate = 2 ** float(np.mean(log2_rates(ends[0].spread)))
+            rate = _best_rate(ends[0])
             taken = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
-            kept = [keeping_rate(rate, (first, second), takeover=each, warmup=warmup) for each in taken]
+            schedules = (warmed_up(first, warmup), warmed_up(second, warmup))
+            kept = [horizon.keeping_rate(rate, *schedules, takeover=each) for each in taken]
             law = sorted(math.log2(each / rate) / octaves for each in kept)
             edge, seeds = any(one.edge for one in ends), len(ends[0].losses)
             rows.append(
                 _who(curve)
                 | {"first": first, "second": second, "exponent": slope.value}
-                | {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
+                | _errors(slope)
                 | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}
                 | {"verdict": judge_exponent(slope, (law[0], law[-1]), RIVALS["step"], edge=edge, seeds=seeds)}
             )
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+def _best_rate(curve: Curve) -> float:
+    """The geometric mean of the seeds' best rates."""
+    return 2 ** float(np.mean(log2_rates(curve.spread)))
+
+
+def _errors(slope: Estimate) -> dict[str, Any]:
+    return {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
 
 
 RIVALS = {"strength": (-1.0, 0.0), "rank": (0.5,), "step": (-0.5,)}

@@ -25,7 +25,7 @@ change after t steps is a first step's with another gradient and another input (
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -393,14 +393,43 @@ def matching_rate(
         return terms.rms(rank, scaling=scaling, moved=moved)
 
     target = math.log(size(*old))
+    return _rate_without(lambda rate: math.log(size(*new, rate)) - target, old[2])
 
-    def excess(log_rate: float) -> float:
-        return math.log(size(*new, math.exp(log_rate))) - target
 
-    # The size grows at least as the rate and at most as its square.
-    start = math.log(old[2])
-    reach = abs(excess(start)) + 1e-9
-    return math.exp(optimize.brentq(excess, start - reach, start + reach, xtol=1e-10))
+def keeping_rate(
+    rate: float,
+    first: Sequence[float] | Float[np.ndarray, " steps"],
+    second: Sequence[float] | Float[np.ndarray, " other_steps"],
+    *,
+    takeover: float,
+) -> float:
+    r"""The rate that changes a model as much over a second schedule as ``rate`` does over a first, at one gamma r.
+
+    Under Adam along a constant gradient, where the signal leads: :math:`b (1 + a / \mathrm{takeover})` is kept, see
+    `distances`.
+
+    Args:
+      rate: learning rate over the first schedule, above 0.
+      first, second: factor of the rate in each step.
+      takeover: see `distances`; infinite is a weight that moves by itself, full fine-tuning.
+
+    Raises:
+      InputError: as `distances`.
+    """
+
+    def log_change(schedule: Sequence[float] | Float[np.ndarray, "..."], each: float) -> float:
+        moved = distances(each * np.asarray(schedule), takeover=takeover)
+        return math.log(moved.B) + math.log1p(moved.A / takeover)
+
+    target = log_change(first, rate)
+    return _rate_without(lambda each: log_change(second, each) - target, rate)
+
+
+def _rate_without(excess: Callable[[float], float], start: float) -> float:
+    """The rate at which the log of a size is in excess by 0; the size grows at least as the rate."""
+    middle, reach = math.log(start), abs(excess(start)) + 1e-9
+    found = optimize.brentq(lambda log_rate: excess(math.exp(log_rate)), middle - reach, middle + reach, xtol=1e-10)
+    return math.exp(found)
 
 
 def sgd_equivalent(

@@ -15,7 +15,7 @@ from rora_theory.stats.rate_curves import Curve
 from rora_theory.sweep import horizons
 from rora_theory.sweep.horizons import HorizonRun
 from rora_theory.sweep.readings import Reading, ReadRun
-from rora_theory.theory.horizon import distances, rate_factor
+from rora_theory.theory.horizon import distances, keeping_rate, rate_factor
 
 RATES = [10 ** (k / 4) for k in range(-18, -7)]
 TOKENS = list(range(40, 72))
@@ -179,7 +179,7 @@ def adams_power(takeover: float, rate: float = 1e-3) -> float:
 @pytest.mark.parametrize("takeover", [1e-4, 0.004, 1.0, math.inf])
 def test_the_law_in_the_steps_is_adam_s(takeover: float) -> None:
     """Beyond one over the number of steps, where A's gradient grows and Adam follows it faster; there where B leads."""
-    kept = horizons.keeping_rate(1e-3, (16, 64), takeover=takeover, warmup=4)
+    kept = keeping_rate(1e-3, horizons.warmed_up(16, 4), horizons.warmed_up(64, 4), takeover=takeover)
     power = math.log(kept / 1e-3, 4)
     assert power == pytest.approx(adams_power(takeover), abs=1e-6)
     assert (power < CONSTANT - 0.1) if takeover < 0.01 else power == pytest.approx(CONSTANT, abs=0.01)
