@@ -128,7 +128,8 @@ assert "jax" not in sys.modules
 def test_the_core_needs_no_extra() -> None:
     assert len(CORE) > len(WITHOUT_JAX) > 30  # the walk sees something
     assert {*WITH_JAX, *(f"rora_theory.measure.{module}" for module in OF_A_MODEL)} <= NAMES
-    fresh(f"for name in {CORE}: importlib.import_module(name)")
+    code = f"for name in {CORE}: importlib.import_module(name)\n"
+    fresh(code + "assert not {'scipy.stats', 'scipy.optimize'} & {*sys.modules}, 'slow to import: a second a command'")
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:

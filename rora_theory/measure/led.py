@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float
-from scipy import optimize
 
 from rora_theory import llama
 from rora_theory.adapters import LoraAdapter
@@ -148,4 +148,4 @@ def keeping_factor(
     low, high = 1e-9 / strength, 1.0
     while excess(high) < 0:
         high *= 2
-    return float(optimize.brentq(excess, low, high, xtol=1e-12, rtol=1e-10))
+    return float(scipy.optimize.brentq(excess, low, high, xtol=1e-12, rtol=1e-10))

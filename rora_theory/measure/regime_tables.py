@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
@@ -117,7 +117,7 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
     if tried.empty:
         return None
     adapters = tried["adapters"].astype(int)
-    bars = {count: float(stats.t.isf(false_alarm / len(tried) / 2, count - 1)) for count in sorted(set(adapters))}
+    bars = {count: -float(special.stdtrit(count - 1, false_alarm / len(tried) / 2)) for count in sorted(set(adapters))}
     gaps = np.abs((tried["measured"] / tried["predicted"] - 1).to_numpy(float))
     errors = (tried["standard_error"] / tried["predicted"]).to_numpy(float)
     widths = errors * adapters.map(bars).to_numpy(float)

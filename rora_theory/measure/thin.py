@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
+from scipy import special
 
 WORST = 0.2
 """Largest standard error of ln c, or of ln r*, that is not called thin."""
@@ -29,7 +29,7 @@ ATTRIBUTE = "warnings"
 """Of a frame's ``attrs``: what is thin about it, a sentence each."""
 
 # The standard error of a median is that of a mean times sqrt(pi / 2), for a normal spread; quartiles are 2 z apart.
-_OF_QUARTILES = math.sqrt(math.pi / 2) / (2 * float(norm.ppf(0.75)))
+_OF_QUARTILES = math.sqrt(math.pi / 2) / (2 * float(special.ndtri(0.75)))
 
 
 class ThinWarning(UserWarning):

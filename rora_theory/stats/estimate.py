@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer
@@ -47,7 +47,7 @@ class Estimate:
         """
         if self.n < 2:
             return math.inf
-        return float(stats.t.ppf(0.5 + confidence / 2, self.n - 1)) * self.error + self.bound
+        return float(special.stdtrit(self.n - 1, 0.5 + confidence / 2)) * self.error + self.bound
 
     def times(self, factor: float) -> "Estimate":
         """The estimate of ``factor`` times the figure, ``factor`` being exact and above 0."""

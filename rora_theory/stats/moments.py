@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from rora_theory.stats.estimate import Estimate
 
@@ -183,7 +183,7 @@ def threshold(false_alarm: float, comparisons: int = 1) -> float:
       >>> round(threshold(0.05), 2), round(threshold(1e-6, 100), 2)
       (1.96, 5.73)
     """
-    return float(stats.norm.isf(false_alarm / comparisons / 2))
+    return -float(special.ndtri(false_alarm / comparisons / 2))
 
 
 def _two_sum_into(total: float, rest: float, value: float) -> tuple[float, float]:

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy import optimize
 
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_positive, check_rank
@@ -428,7 +428,9 @@ def keeping_rate(
 def _rate_without(excess: Callable[[float], float], start: float) -> float:
     """The rate at which the log of a size is in excess by 0; the size grows at least as the rate."""
     middle, reach = math.log(start), abs(excess(start)) + 1e-9
-    found = optimize.brentq(lambda log_rate: excess(math.exp(log_rate)), middle - reach, middle + reach, xtol=1e-10)
+    found = scipy.optimize.brentq(
+        lambda log_rate: excess(math.exp(log_rate)), middle - reach, middle + reach, xtol=1e-10
+    )
     return math.exp(found)
 
 

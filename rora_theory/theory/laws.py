@@ -17,8 +17,9 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy import integrate, special
+from scipy import special
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Entries, Init, entries
@@ -432,7 +433,7 @@ def _sign_coupling(law: Entries, p_in: int) -> tuple[float, float, float]:
 
     def over_logs(integrand: "object") -> float:
         centre = -math.log(s2 * p)
-        value, _ = integrate.quad(lambda s: integrand(math.exp(s)), centre - 30, centre + 60, limit=400)  # type: ignore[operator]
+        value, _ = scipy.integrate.quad(lambda s: integrand(math.exp(s)), centre - 30, centre + 60, limit=400)  # type: ignore[operator]
         return value
 
     # E[Q / sqrt(Q)] = int E[Q exp(-tQ)] t^(-1/2) dt / Gamma(1/2), and with t^(1/2) / Gamma(3/2) for 1 / Q^(3/2).
