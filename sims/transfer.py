@@ -17,11 +17,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from rora_theory.advice.transfer import Advice
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
-from rora_theory.measure.transfer_request import TransferConfig, advise
+from rora_theory.measure.transfer_request import Advised, TransferConfig, advise
 from rora_theory.rules import check_integers, check_seeds, check_unread
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.seeds import check_seed
@@ -37,7 +36,7 @@ class Config(TransferConfig):
 
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets,
-    none of which may then be another"""
+    none of which may then be another, and the LoraConfig's other entries"""
     check: tuple[str, ...] = ()
     """a model and data files: take the first real steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
@@ -62,11 +61,12 @@ class Config(TransferConfig):
         super().__post_init__()
 
 
-def report(config: Config, found: Advice, targets: str | list[str], thin: str) -> None:
+def report(config: Config, advised: Advised) -> None:
     """Print the sentence, the tables and the snippet, and what the regime leaves open."""
-    snippet = found.peft_config(target_modules=targets, per=config.per, task_type=config.task_type)  # refused first
+    found, peft, thin = advised
+    snippet = found.peft_config(**peft)  # refused first
     old, new, is_measured = found.old, found.unchanged, found.regime == "measured"
-    answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=targets)
+    answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=peft["target_modules"])
     print()
     count = len(found.modules)
     regime = f"measured at {count} module{'s' * (count > 1)}, {config.split} tokens" if is_measured else config.regime
@@ -99,7 +99,7 @@ def report(config: Config, found: Advice, targets: str | list[str], thin: str) -
         tables.print_text(f"\n{found.whole_model()} --check takes the steps.")
 
 
-def take_first_steps(config: Config, found: Advice, targets: str | list[str], thin: str) -> None:
+def take_first_steps(config: Config, advised: Advised) -> None:
     """Report, take the first real step of every candidate, and report its size against the tuned one's.
 
     Raises:
@@ -114,6 +114,7 @@ def take_first_steps(config: Config, found: Advice, targets: str | list[str], th
             f"--check needs the extra finetune, as in pip install 'rora-theory[finetune]' ({error})"
         ) from error
 
+    found, targets = advised.advice, advised.peft["target_modules"]
     runner, seed = config.cluster.runner(), config.seed
     read = prompts.read_inputs(config.check[1:], config.check[0], config.reading)
     size = record_batches.PairConfig(config.batch_size, config.batch_size)
@@ -122,7 +123,7 @@ def take_first_steps(config: Config, found: Advice, targets: str | list[str], th
     identity |= {"old": asdict(found.old), "new": asdict(found.unchanged), "targets": targets}
     identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}} | read.identity
     check_free(path_of(NAME, identity, config.out))
-    report(config, found, targets, thin)
+    report(config, advised)
     stepper = RealStep(read.model.params, read.model.config, pair.train, pair.heldout, targets)
     extra, models = {"units": transfer_check.UNITS}, [read.origin]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
@@ -157,7 +158,7 @@ def take_first_steps(config: Config, found: Advice, targets: str | list[str], th
 
 def run(config: Config) -> None:
     """Report, and check where asked."""
-    (take_first_steps if config.check else report)(config, *advise(config))
+    (take_first_steps if config.check else report)(config, advise(config))
 
 
 main = cli.command(Config, run, __doc__)

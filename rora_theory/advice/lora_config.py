@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from rora_theory.errors import InputError, shown
 from rora_theory.files import read_object
@@ -19,8 +19,21 @@ LARGEST = 1 << 22
 PEFT_INITS: dict[Init, bool | str] = {"kaiming_uniform": True, "gaussian": "gaussian"}
 """PEFT's ``init_lora_weights`` of each init that it has."""
 
-OF_DORA = "use_dora is set: the law is of DoRA's direction, its magnitude's step has neither gamma nor the rank in it"
+OF_DORA = "use_dora is set: the advice is of its low-rank part, and DoRA's magnitude steps alike at any alpha and rank"
 """What the user should know of a DoRA adapter's setting."""
+
+CARRIED = (
+    "use_dora", "lora_dropout", "bias", "lora_bias", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "exclude_modules", "target_parameters", "trainable_token_indices", "layer_replication", "fan_in_fan_out",
+)  # fmt: skip
+"""Entries of a saved ``LoraConfig`` that stay as they are at another rank."""
+
+PASSED_OVER = (
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "use_rslora", "init_lora_weights", "target_modules", "rank_pattern", "alpha_pattern",
+    "megatron_core", "qalora_group_size",
+)  # fmt: skip
+"""Entries that the advice gives anew, or that say nothing of training."""
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 """The modules that the DoRA and RoRA experiments adapt."""
@@ -32,20 +45,25 @@ TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTIO
 """PEFT's task types."""
 
 
-def peft_targets(names: Sequence[str]) -> str | list[str]:
-    """``target_modules`` as PEFT takes them: `ALL_LINEAR` as a string, names of modules as a list.
+def peft_targets(names: Sequence[str] | str) -> str | list[str]:
+    """``target_modules`` as PEFT takes them: `ALL_LINEAR` or a regular expression as a string, names as a list.
 
     Args:
-      names: ``["all-linear"]``, or names such as ``q_proj`` and ``self_attn.q_proj``.
+      names: names such as ``q_proj`` and ``self_attn.q_proj``, or ``["all-linear"]``; a string is one of these, or a
+        regular expression, which is told by its signs.
 
     Raises:
       InputError: none, what is no name, one twice, `ALL_LINEAR` beside others, or one that no module's name can be.
 
     Example:
-      >>> peft_targets(["all-linear"]), peft_targets(["q_proj", "v_proj"])
-      ('all-linear', ['q_proj', 'v_proj'])
+      >>> peft_targets(["all-linear"]), peft_targets(["q_proj", "v_proj"]), peft_targets(".*[qv]_proj")
+      ('all-linear', ['q_proj', 'v_proj'], '.*[qv]_proj')
     """
     accepted = f"names of modules such as q_proj, each by itself, or {ALL_LINEAR} alone"
+    if isinstance(names, str):
+        if _SIGNS.search(names):
+            return _expression(names)
+        names = [names]
     if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
         raise InputError(f"targets is {shown(names)}; accepted are {accepted}")
     if not names:
@@ -58,17 +76,29 @@ def peft_targets(names: Sequence[str]) -> str | list[str]:
     return list(names)
 
 
+_SIGNS = re.compile(r"[*+?|()\[\]{}^$\\]")
+"""What a regular expression has, and no module's name."""
+
+
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise InputError(f"targets is {shown(text)}: {error}; accepted is a regular expression, or names") from None
+    return text
+
+
 def init_of(word: object) -> Init:
     """The law of A that PEFT's ``init_lora_weights`` names.
 
     Raises:
-      InputError: one whose steps have no law here.
+      InputError: one that does not begin with B = 0 and a random A, or whose A depends on the data.
     """
     for init, known in PEFT_INITS.items():
         if type(known) is type(word) and known == word:
             return init
     raise InputError(
-        f"init_lora_weights is {shown(word)}, and how its steps depend on the rank has no law here; "
+        f"init_lora_weights is {shown(word)}, whose steps this advice does not cover: it is of B = 0 and a random A; "
         "accepted are true and 'gaussian'"
     )
 
@@ -90,6 +120,9 @@ class Saved(NamedTuple):
       init: law of A.
       targets: target_modules for `peft_targets`; None where the file has none or a regular expression.
       remarks: what the user should know, a sentence each.
+      expression: the regular expression of target_modules, or None.
+      task_type: PEFT's.
+      others: of `CARRIED` what the file has, where it is not PEFT's default.
     """
 
     rank: int
@@ -98,6 +131,9 @@ class Saved(NamedTuple):
     init: Init
     targets: tuple[str, ...] | None
     remarks: tuple[str, ...]
+    expression: str | None = None
+    task_type: TaskType | None = "CAUSAL_LM"
+    others: Mapping[str, Any] = {}
 
 
 def read_adapter_config(path: str | Path) -> Saved:
@@ -108,7 +144,7 @@ def read_adapter_config(path: str | Path) -> Saved:
 
     Raises:
       InputError: no such file, not LoRA's, an entry that is wrong, patterns (modules of several ranks or alphas), or an
-        init whose steps have no law here.
+        init that `init_of` refuses.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
@@ -138,20 +174,27 @@ def read_adapter_config(path: str | Path) -> Saved:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     targets = entry("target_modules", None, (list, str, type(None)), "a list of names, or a regular expression")
-    remarks = []
-    if isinstance(targets, str) and targets != ALL_LINEAR:
-        targets = None
-        remarks.append(f"target_modules of {path} is a regular expression, which is not carried over")
+    task_type = entry("task_type", None, (str, type(None)), "a task type of PEFT's, or null")
+    if task_type not in (None, *get_args(TaskType)):
+        raise InputError(f"{path}: task_type is {shown(task_type)}; accepted are {', '.join(get_args(TaskType))}")
+    silent = [name for name in ("r", "lora_alpha") if name not in values]
+    remarks = [f"{path} has no {name}: PEFT's default, 8, is taken" for name in silent]
     if values.get("use_dora"):
         remarks.append(OF_DORA)
+    unknown = [name for name in values if name not in (*CARRIED, *PASSED_OVER) and values[name]]
+    if unknown:
+        remarks.append(f"{', '.join(unknown)} of {path}: not carried over, and not known to the law")
+    others = {name: values[name] for name in CARRIED if values.get(name) and values[name] != "none"}
+    expression = None
     if targets is not None:
-        names = (targets,) if isinstance(targets, str) else tuple(targets)
-        if not all(isinstance(name, str) for name in names):
+        if not all(isinstance(name, str) for name in targets):
             raise InputError(f"{path}: target_modules is {shown(targets)}; accepted is a list of names")
         try:
-            peft_targets(names)
+            found = peft_targets(targets)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        targets = names
+        expression = found if isinstance(found, str) and found != ALL_LINEAR else None
+        targets = None if expression else (found,) if isinstance(found, str) else tuple(found)
     rslora = entry("use_rslora", False, bool, "true or false")
-    return Saved(rank, float(alpha), "rslora" if rslora else "lora", init, targets, tuple(remarks))
+    rule: Literal["lora", "rslora"] = "rslora" if rslora else "lora"
+    return Saved(rank, float(alpha), rule, init, targets, tuple(remarks), expression, task_type, others)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from rora_theory import inits
 from rora_theory.errors import InputError, shown
-from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES, OptimizerName
+from rora_theory.optimizers import FAMILY, OptimizerName, optimizer_named
 from rora_theory.scaling import Rule, alpha_for, check_positive, check_rank, is_finite, scaling_factor
 from rora_theory.theory.laws import scaling_power
 
@@ -37,7 +37,7 @@ class Setting:
       alpha: > 0.
       learning_rate: eta > 0, of the step (a warm-up's factor is the same at every rank).
       rule: how gamma depends on rank, see `rora_theory.scaling_factor`.
-      optimizer: one of `rora_theory.optimizers.OptimizerName`.
+      optimizer: one of `rora_theory.optimizers.OptimizerName`, or what `rora_theory.optimizers.optimizer_named` takes.
       init: law of A, see `rora_theory.inits.entries`; ``"gaussian"``'s deviation depends on the rank.
 
     Raises:
@@ -53,11 +53,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)
-        if self.optimizer not in OPTIMIZER_NAMES:
-            raise InputError(
-                f"optimizer is {shown(self.optimizer)}; accepted are {', '.join(OPTIMIZER_NAMES)}: Lion and signSGD "
-                "take Adam's first step, and how another's depends on the rank has no law here"
-            )
+        object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
         inits.entries(self.init, rank=self.rank, p_in=1)
         _ = self.scaling
         rule = {} if isinstance(self.rule, str) else {"rule": float}

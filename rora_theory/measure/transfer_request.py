@@ -1,24 +1,24 @@
 """A transfer as it is asked for: a setting in figures or from a saved adapter, in a regime that is assumed or measured.
 
 asked = TransferConfig(from_=Path("adapter"), lr=2e-4, to_rank=128, regime="results/regime/RUN")
-advice, targets, thin = advise(asked)
-print(advice.peft_config(target_modules=targets))
+advice, peft, _ = advise(asked)
+print(advice.peft_config(**peft))
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rora_theory.advice.lora_config import PAPER_TARGETS, Saved, TaskType, peft_targets, read_adapter_config
 from rora_theory.advice.setting import REGIMES, Setting
-from rora_theory.advice.transfer import Advice, transfer
+from rora_theory.advice.transfer import MOST_STEPS, Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.optimizers import FAMILY, OptimizerName
+from rora_theory.optimizers import FAMILY, optimizer_named
 from rora_theory.rules import as_words, check_integers, check_positives, check_rule, check_unread, option_of
-from rora_theory.scaling import Rule, exponent
+from rora_theory.scaling import Rule, check_integer, exponent
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,9 @@ class TransferConfig:
     """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa; none is lora, or what --from has"""
     to_rule: Rule | None = None
     """rule at the new rank; left out, it stays as it is"""
-    optimizer: OptimizerName = "adamw"
-    """sgd, momentum, adam or adamw; others have no law here (Lion and signSGD take Adam's first step)"""
+    optimizer: str = "adamw"
+    """sgd, momentum, adam or adamw, or a Trainer's name of AdamW such as adamw_bnb_8bit; Lion and signSGD take Adam's
+    first step, and others are not covered"""
     init: Init | None = None
     """law of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, of deviation 1/r); normal and rademacher
     have a law, but no LoraConfig; none is kaiming_uniform, or what --from has"""
@@ -57,11 +58,11 @@ class TransferConfig:
     targets: tuple[str, ...] | None = None
     """target_modules of the LoraConfig: names separated by spaces, or all-linear; none is a measured regime's own, and
     the paper's five where the regime is assumed"""
-    task_type: TaskType = "CAUSAL_LM"
-    """task_type of the LoraConfig"""
+    task_type: TaskType | None = None
+    """task_type of the LoraConfig; none is CAUSAL_LM, or what --from has"""
     from_: Path | None = None
     """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets,
-    none of which may then be another"""
+    none of which may then be another, and the LoraConfig's other entries"""
     to_alpha: float | None = None
     """alpha at the new rank; the learning rate then makes up for it. Left out, alpha makes up and the rate stays"""
     steps: int | None = None
@@ -72,14 +73,17 @@ class TransferConfig:
     """inputs of the modules, in place of --takeover: it is then assumed, as for one sample"""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
         check_integers(self, from_rank=1, to_rank=1)
+        if self.steps is not None:
+            check_integer("--steps", self.steps, most=MOST_STEPS)
         check_positives(self, "lr", "to_alpha")
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
                 check_rule(option, rule)
         if self.regime in REGIMES:
             check_unread(self, "split", "per", without="--regime RUN")
-        has_law = self.regime == "signal" and FAMILY.get(self.optimizer) == "adam"  # else `transfer` refuses steps
+        has_law = self.regime == "signal" and FAMILY[self.optimizer] == "adam"  # type: ignore[index]  # else `transfer` refuses steps
         if has_law and self.takeover is None and self.p_in is None:
             check_unread(self, "steps", without="--takeover or --p-in")
 
@@ -91,10 +95,23 @@ SAME: dict[str, Callable[[Any], object]] = {"rule": exponent, "targets": frozens
 """What two values of an option are the same by: a rule under whatever name, targets in whatever order."""
 
 
-def read_old(config: TransferConfig) -> tuple[Setting, tuple[str, ...] | None]:
-    """The setting that was tuned and its targets: as given, else as the saved adapter has it, else as in `DEFAULT`.
+class Advised(NamedTuple):
+    """What was asked for.
 
-    The adapter's remarks are warnings of `logging`.
+    Attributes:
+      advice: the transfer.
+      peft: arguments of `Advice.peft_config`: the modules, and what a saved adapter has besides.
+      thin: what a measured regime leaves open, or nothing.
+    """
+
+    advice: Advice
+    peft: dict[str, Any]
+    thin: str
+
+
+def read_old(config: TransferConfig) -> tuple[Setting, str | list[str] | None, Saved]:
+    """The setting that was tuned and its targets: as given, else as the saved adapter has it, else as in `DEFAULT`; and
+    that adapter, whose remarks are warnings of `logging`.
 
     Raises:
       InputError: a file that is no LoRA's, or a value that was given where the file has another.
@@ -110,17 +127,17 @@ def read_old(config: TransferConfig) -> tuple[Setting, tuple[str, ...] | None]:
     for remark in saved.remarks:
         logger.warning(remark)
     rank, alpha, rule, init, targets = found.values()
-    return Setting(rank, alpha, config.lr, rule, config.optimizer, init), targets
+    setting = Setting(rank, alpha, config.lr, rule, config.optimizer, init)  # type: ignore[arg-type]
+    return setting, saved.expression if targets is None else peft_targets(targets), saved
 
 
-def advise(config: TransferConfig) -> tuple[Advice, str | list[str], str]:
-    """The transfer that is asked for, PEFT's ``target_modules``, and what a measured regime leaves open or nothing.
+def advise(config: TransferConfig) -> Advised:
+    """The transfer that is asked for.
 
     Raises:
       InputError: as `read_old`, `transfer`, `peft_targets` and `regime_run.read_regime_run`.
     """
-    old, named = read_old(config)
-    asked = None if named is None else peft_targets(named)
+    old, asked, saved = read_old(config)
     regime: Any = config.regime
     targets, thin = asked or list(PAPER_TARGETS), ""
     if config.regime not in REGIMES:
@@ -132,4 +149,5 @@ def advise(config: TransferConfig) -> tuple[Advice, str | list[str], str]:
         regime, targets, thin = run.terms_of(asked), asked or run.kinds, run.gaps(asked)
     to: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
     planned: dict[str, Any] = {"steps": config.steps, "takeover": config.takeover, "p_in": config.p_in}
-    return transfer(old, config.to_rank, regime, **to, **planned), targets, thin
+    peft = {"target_modules": targets, "per": config.per, "task_type": config.task_type or saved.task_type}
+    return Advised(transfer(old, config.to_rank, regime, **to, **planned), peft | {"others": saved.others}, thin)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,11 @@ from rora_theory import InputError, scaling_factor
 from rora_theory.adapters import LoraConfig
 from rora_theory.advice.lora_config import FILE, read_adapter_config
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, growth, step_ratio
-from rora_theory.advice.transfer import transfer
+from rora_theory.advice.transfer import LONGEST, MEASURED_POWERS, MEASURED_RANKS, MEASURED_STRENGTHS, transfer
 from rora_theory.llama import LlamaConfig
 from rora_theory.theory import horizon, laws
+
+ROOT = Path(__file__).parents[2]
 
 ranks = st.integers(1, 4096)
 settings = st.builds(
@@ -405,7 +409,7 @@ def test_a_falling_schedule_moves_A_less() -> None:
 @pytest.mark.parametrize(
     ("setting", "asked", "words"),
     [
-        ({}, {}, ["keep alpha 16 under alpha / r", "keep the learning rate 0.0003", "at the first step and later"]),
+        ({}, {}, ["keep alpha 16 under alpha / r", "keep the learning rate 0.0003", "in short and in long runs"]),
         ({}, {"rule": "rslora"}, ["set alpha 1.41421 under alpha / sqrt(r) (use_rslora)", "keep the learning rate"]),
         (
             {},
@@ -438,6 +442,45 @@ def test_the_sentence_says_what_to_set_and_for_how_long(setting, asked, words) -
     assert said.startswith("Going from rank 8 to 128 with ")
     for word in words:
         assert word in said
+
+
+def test_what_was_measured_is_told_where_it_was() -> None:
+    """Beside the law under Adam and PEFT's default init: of the rank where gamma r stays, of gamma r where it grows."""
+    old = Setting(16, 32.0, 2e-4)
+    same, back = transfer(old, 128).scope(), transfer(replace(old, rank=128), 16).scope()
+    assert MEASURED_RANKS in same
+    assert (same[-2], back[-2]) == (
+        "For a higher rank, try this rate times 1.3 too.",
+        "For a lower rank, try this rate over 1.3 too.",
+    )
+    grown = transfer(old, 128, rule="rslora", alpha=32.0)
+    low, high = (2e-4 * 128 ** (power / 2) for power in MEASURED_POWERS)
+    assert grown.scope()[-3:-1] == [
+        MEASURED_STRENGTHS,
+        f"The same power of gamma r would be a rate of {low:.2g} to {high:.2g} here.",
+    ]
+    assert grown.rates.first_step < low < high < grown.rates.A_led
+    far = transfer(old, 512, rule="rslora", alpha=32.0).scope()
+    assert MEASURED_STRENGTHS in far
+    assert not any("would be" in each for each in far), "gamma r grows 22.6 times"
+    assert transfer(old, 16, rule="rslora", alpha=8.0).scope()[-1] != LONGEST, "the same adapter"
+    for other in (replace(old, optimizer="sgd"), replace(old, init="gaussian")):
+        for asked in ({}, {"rule": "rslora", "alpha": 32.0}):
+            assert not any("Measured" in each for each in transfer(other, 128, **asked).scope())
+
+
+def test_what_is_told_as_measured_is_what_the_documents_have() -> None:
+    """Which are written from the published files (``docs/fill.py --check``)."""
+    pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/results/rates.md"))
+    value = dict(re.findall(r"<!-- = (\S+) -->([^<]+)<!-- / -->", pages))
+    for told, names in (
+        (MEASURED_RANKS, ("rank.factor.8", "rank.factor.32")),
+        (MEASURED_STRENGTHS, ("horizon.factor", "horizon.factor.256")),
+    ):
+        for name in names:
+            assert value[f"rates.model.{name}"] in told
+    powers = [float(value[f"rates.model.horizon.{step}.r8"].split()[0]) for step in (64, 256)]
+    assert tuple(powers) == MEASURED_POWERS
 
 
 def test_what_json_gets_is_json() -> None:
@@ -497,7 +540,9 @@ def test_a_saved_adapter_is_read(tmp_path, entries, expected) -> None:
     (tmp_path / FILE).write_text(json.dumps({"peft_type": "LORA"} | entries))
     for path in (tmp_path, tmp_path / FILE):
         assert read_adapter_config(path)[:5] == expected
-        assert read_adapter_config(path).remarks == ()
+        silent = [f"{path.parent / FILE if path.suffix else path / FILE} has no {name}" for name in ("r", "lora_alpha")]
+        found = [remark.partition(":")[0] for remark in read_adapter_config(path).remarks]
+        assert found == [remark for remark in silent if remark.split()[-1] not in entries]
 
 
 @pytest.mark.parametrize(
@@ -510,14 +555,16 @@ def test_a_saved_adapter_is_read(tmp_path, entries, expected) -> None:
         ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
         (
             {"init_lora_weights": "eva"},
-            "init_lora_weights is 'eva', and how its steps depend on the rank has no law here",
+            "init_lora_weights is 'eva', whose steps this advice does not cover",
         ),
-        ({"init_lora_weights": "lora_ga"}, "has no law here"),
-        ({"init_lora_weights": False}, "has no law here"),
+        ({"init_lora_weights": "lora_ga"}, "does not cover"),
+        ({"init_lora_weights": False}, "does not cover"),
         ({"init_lora_weights": 1}, "init_lora_weights is 1, "),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
         ({"target_modules": ["q_proj", "q_proj"]}, "targets has 'q_proj'"),
         ({"target_modules": [3]}, "target_modules is"),
+        ({"target_modules": "*_proj"}, "targets is .*: nothing to repeat at position 0; accepted is a regular"),
+        ({"task_type": "CHAT"}, "task_type is 'CHAT'"),
     ],
 )
 def test_a_saved_adapter_without_a_law_is_named(tmp_path, entries, said) -> None:
@@ -530,11 +577,11 @@ def test_a_saved_adapter_without_a_law_is_named(tmp_path, entries, said) -> None
 
 
 def test_what_is_not_carried_over_is_remarked(tmp_path) -> None:
-    text = {"peft_type": "LORA", "use_dora": True, "target_modules": ".*proj"}
+    text = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_dora": True, "target_modules": ".*proj", "new": 1}
     (tmp_path / FILE).write_text(json.dumps(text))
     saved = read_adapter_config(tmp_path)
-    assert saved.targets is None
-    assert ["regular expression" in saved.remarks[0], "use_dora" in saved.remarks[1]] == [True, True]
+    assert (saved.targets, saved.expression, saved.others) == (None, ".*proj", {"use_dora": True})
+    assert [remark.split()[0] for remark in saved.remarks] == ["use_dora", "new"]
 
 
 def test_an_assumed_regime_has_no_pattern_and_one_module_has_its_own() -> None:
@@ -546,7 +593,7 @@ def test_an_assumed_regime_has_no_pattern_and_one_module_has_its_own() -> None:
 
 def test_sgd_s_scope_names_its_regime() -> None:
     old = Setting(rank=8, alpha=16, learning_rate=1e-3, optimizer="sgd")
-    assert "It takes the signal to lead" in transfer(old, 32).sentence()
+    assert "This takes both ranks to be above the crossing rank" in transfer(old, 32).sentence()
     cross = transfer(old, 32, "cross-talk").sentence()
     assert "the regime is assumed: cross-talk" in cross
     assert cross.endswith("clipping of the gradient changes the law.")

@@ -122,7 +122,7 @@ def test_the_active_adapter_is_the_one_that_learns(caplog) -> None:
     assert not caplog.records
     model.set_adapter("other")
     assert setting_of(model, told()) == Setting(4, 6.0, 2e-3, "lora", "adamw")
-    assert "use_dora is set: the law is of DoRA's direction" in caplog.text
+    assert "use_dora is set: the advice is of its low-rank part" in caplog.text
     assert setting_of(model.get_base_model(), told()).rank == 4
 
 

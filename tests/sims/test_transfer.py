@@ -238,7 +238,10 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"targets": ("q_proj", "q_proj")}, "targets has 'q_proj'"),
         ({"targets": ()}, "targets is empty"),
         ({"task_type": "causal"}, "task_type is 'causal'"),
-        ({"optimizer": "muon"}, "optimizer is 'muon'; accepted are sgd, momentum, adam, adamw: Lion and signSGD take"),
+        (
+            {"optimizer": "muon"},
+            "optimizer is 'muon'; accepted are sgd, momentum, adam, adamw, or a Trainer's name of AdamW such",
+        ),
         ({"init": "eva"}, "init is 'eva'"),
         ({"init": "normal"}, "init is 'normal'"),
         ({"optimizer": "sgd", "steps": 9}, "steps is 9 with SGD"),
@@ -322,11 +325,33 @@ def test_what_a_saved_adapter_says_too_is_accepted(tmp_path) -> None:
     """A rule is its exponent, targets are a set; a regular expression is no list that could contradict."""
     (tmp_path / "adapter_config.json").write_text(json.dumps(SAVED))
     given = {"from_rank": 16, "alpha": 32.0, "rule": "rora", "init": "kaiming_uniform", "targets": ("v_proj", "q_proj")}
-    found, targets, _ = advise(TransferConfig(from_=tmp_path, to_rank=64, **given))
-    assert (found.old, targets) == (Setting(16, 32.0, 3e-4, "rora"), ["v_proj", "q_proj"])
+    found, peft, _ = advise(TransferConfig(from_=tmp_path, to_rank=64, **given))
+    assert (found.old, peft["target_modules"]) == (Setting(16, 32.0, 3e-4, "rora"), ["v_proj", "q_proj"])
     (tmp_path / "adapter_config.json").write_text(json.dumps(SAVED | {"target_modules": "q_.*"}))
-    found, targets, _ = advise(TransferConfig(from_=tmp_path, to_rank=64, targets=("v_proj",)))
-    assert (found.old, targets) == (Setting(16, 32.0, 3e-4, "rslora"), ["v_proj"])
+    found, peft, _ = advise(TransferConfig(from_=tmp_path, to_rank=64, targets=("v_proj",)))
+    assert (found.old, peft["target_modules"]) == (Setting(16, 32.0, 3e-4, "rslora"), ["v_proj"])
+
+
+OWN = {
+    "task_type": "SEQ_CLS", "use_dora": True, "lora_dropout": 0.05, "bias": "lora_only", "modules_to_save": ["score"],
+    "layers_to_transform": [0, 1], "exclude_modules": ["lm_head"], "target_modules": r".*\.[qv]_proj",
+}  # fmt: skip
+
+
+def test_the_config_to_paste_has_what_the_saved_one_has(tmp_path, capsys) -> None:
+    """What stays as it is at another rank; of PEFT's defaults nothing, and what is not known is named."""
+    saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "bias": "none", "lora_bias": False, "loftq_config": {}}
+    path, asked = tmp_path / "adapter_config.json", f"--from {tmp_path} --lr 2e-4"
+    path.write_text(json.dumps(saved | OWN | {"eva_config": {"rho": 2.0}}))
+    transfer.run(config_of(asked))
+    said = capsys.readouterr()
+    own = {"r": 128, "lora_alpha": 32, "use_rslora": False, "init_lora_weights": True}
+    assert snippet(said.out) == OWN | own
+    path.write_text(json.dumps(saved))
+    transfer.run(config_of(f"{asked} --task-type TOKEN_CLS"))
+    assert snippet(capsys.readouterr().out).keys() == {*own, "target_modules", "task_type"}
+    transfer.run(config_of(asked))
+    assert "task_type" not in snippet(capsys.readouterr().out), "the file has none"
 
 
 def test_the_sentence_comes_first_and_the_horizon_has_a_column(capsys) -> None:

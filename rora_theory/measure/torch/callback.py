@@ -1,7 +1,6 @@
 """A callback for trainers of transformers and TRL: the run's regime, and the advice for another rank, in its log."""
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.torch.batches import Batch, Loss
 from rora_theory.measure.torch.modules import lora_config
 from rora_theory.measure.torch.regime import TorchRegime, Transfer, measure
-from rora_theory.optimizers import FAMILY, OptimizerName
+from rora_theory.optimizers import FAMILY, optimizer_named
 from rora_theory.scaling import check_integer, check_rank
 
 logger = logging.getLogger(__name__)
@@ -127,11 +126,11 @@ def setting_of(model: torch.nn.Module, args: Any) -> Setting:
     if config.use_dora:
         logger.warning(OF_DORA)
     name = str(getattr(args.optim, "value", args.optim))
-    kinds: dict[str, OptimizerName] = {r"(paged_)?adamw(_.*)?": "adamw", "sgd": "sgd"}
-    found = [trainer for pattern, trainer in kinds.items() if re.fullmatch(pattern, name)]
-    if not found:
-        raise InputError(f"optim is {shown(name)}; accepted are kinds of adamw and sgd, or a setting=")
+    try:
+        optimizer = optimizer_named(name)
+    except InputError:
+        raise InputError(f"optim is {shown(name)}; accepted are kinds of adamw and sgd, or a setting=") from None
     rule: Any = "rslora" if config.use_rslora else "lora"
     return Setting(
-        config.r, float(config.lora_alpha), args.learning_rate, rule, found[0], init_of(config.init_lora_weights)
+        config.r, float(config.lora_alpha), args.learning_rate, rule, optimizer, init_of(config.init_lora_weights)
     )
