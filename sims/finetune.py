@@ -115,7 +115,7 @@ def run(config: Config) -> None:
             for _ in trainer.run():
                 pass
         else:
-            begin(folder, trainer, model, data.summary)
+            begin(folder, trainer, model, data.summary, training)
             events = follow(trainer, folder, config.log_to)
         kept = trainer.adapter(config.output.keep)
     if folder is not None:
@@ -127,7 +127,9 @@ def run(config: Config) -> None:
         answers.tell_files(folder.path)
 
 
-def begin(folder: RunFolder, trainer: Trainer, model: llama.Model, summary: Mapping[str, Any]) -> None:
+def begin(
+    folder: RunFolder, trainer: Trainer, model: llama.Model, summary: Mapping[str, Any], training: FinetuneConfig
+) -> None:
     """Say what is trained on what, in the manifest too, and where the run begins or goes on."""
     fresh = trainer.adapter("last")
     trainable, share = adapters.count(fresh), adapters.share(fresh, model.params)
@@ -136,6 +138,7 @@ def begin(folder: RunFolder, trainer: Trainer, model: llama.Model, summary: Mapp
     folder.update(data=summary, steps=trainer.steps, device=devices, **counted)
     print(f"{trainable:,} trainable parameters, {share:.2%} of all")
     print(f"{summary['trained_on']} records, {trainer.steps} steps")
+    print(f"learning rate {card.rate_in_words(training, trainer.steps)}")
 
 
 def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:

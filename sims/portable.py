@@ -47,7 +47,9 @@ def run(config: Config) -> None:
     if config.revision is not None:
         raise InputError("revision is given without model; accepted is both")
     adapters.rewrite_portable(config.adapter, config.out)
-    answers.say("The adapter has one rank, one alpha and no use_rslora: every client serves it alike.")
+    answers.say(
+        "What was written has one rank, one alpha and no use_rslora, at the same gamma: every client serves it alike."
+    )
     answers.tell_files(config.out)
 
 

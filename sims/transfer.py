@@ -69,7 +69,9 @@ def report(config: Config, advised: Advised) -> None:
     answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=peft["target_modules"])
     print()
     count = len(found.modules)
-    regime = f"measured at {count} module{'s' * (count > 1)}, {config.split} tokens" if is_measured else config.regime
+    regime = f"measured at {count} module{'s' * (count > 1)}, {config.split} tokens"
+    if not is_measured:
+        regime = f"{config.regime}, the first row; the other limit is below"
     rule = old.rule if isinstance(old.rule, str) else f"kappa {old.rule:g}"
     tables.print_records(
         f"Rank {old.rank} to {new.rank}, {rule}, alpha {old.alpha:g}, rate {old.learning_rate:g}, {old.optimizer}, "
@@ -83,14 +85,14 @@ def report(config: Config, advised: Advised) -> None:
         },
     )
     forms = {"choice": "{name}", "gamma": "{gamma:.4g}", "first step": "{steps:.4g} x"}
-    forms["rate that undoes it"] = "{learning_rate:.3g}"
+    forms["rate that corrects it"] = "{learning_rate:.3g}"
     if found.rates is not None and found.rates.planned is not None:
         forms[f"at {config.steps} steps"] = "{rates.planned:.3g}"
     if found.rates is not None:
         forms["in a long run"] = "{rates.A_led:.3g}"
     tables.print_records(
-        f"Rules of thumb at rank {new.rank}, {rule} where nothing else is said: the first step against the tuned "
-        "one's (range over modules)",
+        f"Other common choices at rank {new.rank}, {rule} where nothing else is said: the first step, times the tuned "
+        "one's (range over modules), then the rate that corrects it: at the first step, and in a long run",
         [vars(each) | {"gamma": each.setting.scaling, "steps": each.steps} for each in found.alternatives()],
         forms,
     )

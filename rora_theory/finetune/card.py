@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import inf, isnan
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -57,7 +58,7 @@ def of_run(
             "optimizer",
             f"AdamW, betas {config.betas[0]:g} and {config.betas[1]:g}, epsilon {config.epsilon:g}{decay}{clip}",
         ),
-        ("learning rate", _learning_rate(config, len(steps))),
+        ("learning rate", rate_in_words(config, len(steps))),
         ("horizon", f"{len(steps):,} steps of {config.batch_size} records; {what} of step {kept or len(steps):,}"),
         (
             "rule as it was asked for",
@@ -111,7 +112,7 @@ def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[st
     return [dict(zip(("what", "step", "value"), row, strict=True)) for row in rows]
 
 
-def _learning_rate(config: FinetuneConfig, steps: int) -> str:
+def rate_in_words(config: FinetuneConfig, steps: int) -> str:
     """How the rate of `step.schedule` went over all steps of a run."""
     peak, warmup = config.peak_learning_rate, config.warmup
     if 0 < steps <= warmup:
@@ -122,7 +123,7 @@ def _learning_rate(config: FinetuneConfig, steps: int) -> str:
 
 
 def _best(tested: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    return min(tested, key=lambda event: event["loss"])
+    return min(tested, key=lambda event: inf if isnan(event["loss"]) else event["loss"])
 
 
 def _training_loss(steps: Sequence[Mapping[str, Any]]) -> str:

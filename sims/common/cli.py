@@ -170,6 +170,17 @@ def _columns(count: int) -> Iterator[None]:
         os.environ |= {} if before is None else {"COLUMNS": before}
 
 
+_UNREAD = re.compile(r"(string to float: |invalid literal for int\(\) .*: |instantiated from \[)(?P<word>'[^']*')")
+"""How the option parser says that a word is of no kind that an option takes."""
+
+
+def _kinds(takes: str) -> str:
+    """What an option takes: of the parser's ``{None,lora,rora}|FLOAT`` *lora, rora or a number*."""
+    words = {"INT": "an integer", "FLOAT": "a number"}
+    *first, last = dict.fromkeys(words.get(word, word) for word in re.findall(r"[\w-]+", takes) if word != "None")
+    return " or ".join(filter(None, (", ".join(first), last)))
+
+
 def _line(box: str) -> str:
     """One line of what the option parser says in a box: what is wrong, then the option's form or names like it."""
     rows = [line.strip("│|") for line in box.splitlines() if not line.startswith(("╭", "╰", "+"))]
@@ -185,10 +196,14 @@ def _line(box: str) -> str:
     wrong = wrong.removeprefix("Error parsing ").replace(". Expected", "; accepted is")
     wrong, one, choices = wrong.partition("one of (")  # of a set, whose order is another each time
     wrong += one and "one of " + ", ".join(sorted(choices.rstrip(")").replace("'", "").split(", ")))
+    if chosen := re.match(r"invalid choice ('.*') for argument '(--[\w-]+)'", wrong):
+        wrong = f"{chosen[2]} is {chosen[1]}{wrong[chosen.end() :]}"
     form = [row.strip() for part in parts[1:] for row in part if row.startswith("     ") and row[5] != " "]
     option, _, takes = form[0].partition(" ") if form else ("", "", "")
     if "..." in takes and (commas := re.search(r"'([^' ]+,[^' ]+)'", wrong)):
         return f"{option} has {commas[0]}; accepted are values apart by spaces: {option} {commas[1].replace(',', ' ')}"
+    if form and (unread := _UNREAD.search(wrong)):
+        return f"{option} is {unread['word']}; accepted is {': '.join([_kinds(takes), *form[1:]])}"
     if form and "Argument helptext:" in box:
         wrong += f"; accepted is {': '.join(form)}"
     elif form and "Perhaps you meant:" in box:

@@ -1,5 +1,7 @@
 """What a run's card says of its learning rate is what the schedule does."""
 
+import math
+
 import pytest
 
 from rora_theory.data.records import DataConfig, RecordSet
@@ -27,3 +29,8 @@ def test_the_learning_rate_in_words(schedule, warmup, count, said, last):
     rate = steps.schedule(config, count)
     assert float(rate(count - 1)) == pytest.approx(last)
     assert float(rate(count)) == pytest.approx({"linear": 0.0 if count > warmup else 0.5, "constant": 0.5}[schedule])
+
+
+def test_a_loss_that_is_no_number_is_not_the_best():
+    tested = [{"event": "validation", "step": step, "loss": loss} for step, loss in ((1, math.nan), (2, 2.0), (3, 1.5))]
+    assert card._best(tested)["step"] == 3

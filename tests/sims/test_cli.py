@@ -89,14 +89,14 @@ def test_what_is_right_is_parsed() -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--limit", "x"], ["--limit", "'x'", "accepted is --limit {None}|INT: most items"]),
+        (["--limit", "x"], ["--limit is 'x'; accepted is an integer: most items"]),
         (["--ranks", "8", "1.5"], ["--ranks", "'1.5'", "accepted is --ranks [INT [INT ...]]: ranks of the adapter"]),
-        (["--optimizer", "sgdd"], ["--optimizer", "'sgdd'", "accepted is one of adam, sgd"]),
+        (["--optimizer", "sgdd"], ["--optimizer is 'sgdd'; accepted is one of adam, sgd"]),
         (["--remat", "maybe"], ["--remat", "'maybe'", "accepted is one of False, True, mlp"]),
         (["--ranks", "8,16"], ["--ranks has '8,16'; accepted are values apart by spaces: --ranks 8 16"]),
         (["--rules", "lora,0.5"], ["--rules has 'lora,0.5'; accepted are values apart by spaces: --rules lora 0.5"]),
         (["--seeds", "0,1"], ["--seeds has '0,1'; accepted are values apart by spaces: --seeds 0 1"]),
-        (["--limit", "8,16"], ["--limit", "'8,16'", "accepted is --limit {None}|INT: most items"]),
+        (["--limit", "8,16"], ["--limit is '8,16'; accepted is an integer: most items"]),
         (["--optimizer", "sgd,adam"], ["'sgd,adam'", "accepted is one of adam, sgd"]),
         (["--limit"], ["--limit", "accepted is 1 value"]),
         (["--rank", "8"], ["--rank, 8", "perhaps --ranks [INT [INT ...]]", "accepted is what --help lists"]),
@@ -154,12 +154,12 @@ def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path: Path) 
     [
         ("epochs: 3", "key epochs: is no option; accepted are data, ranks, limit, optimizer, merge, accuracy, remat"),
         ("batch: 3", "key batch: was renamed; accepted is batch-size"),
-        ("limit: x", "key limit: --limit: "),
+        ("limit: x", "key limit: --limit is "),
         ("ranks: [8, 1.5]", "key ranks: --ranks: "),
         ("ranks: 8 16", "key ranks: --ranks: "),
         ("optimizer: sgdd", "key optimizer: "),
         ("merge: maybe", "key merge: is 'maybe'; accepted are true and false"),
-        ("limit: true", "key limit: --limit: "),
+        ("limit: true", "key limit: --limit is "),
         ("steps: [1, 2]", "key steps: is [1, 2]; accepted is one value"),
         (f"steps: {2**63}", f"key steps: --steps is {2**63}; accepted is an integer of at most"),
         ("batch-size: 3\nbatch_size: 4", "key batch-size: is there 2 times; accepted is once"),
@@ -178,9 +178,9 @@ def test_what_is_wrong_in_a_file_is_named_with_file_and_key(tmp_path: Path, text
 
 
 def test_what_is_wrong_on_the_command_line_beside_a_file_is_not_the_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^--limit: "):
+    with pytest.raises(InputError, match=r"^--limit is "):
         parsed(tmp_path, "steps: 3\nlimit: 4\n", "--data", "a", "--limit", "x")
-    with pytest.raises(InputError, match=r"^--limit: "):
+    with pytest.raises(InputError, match=r"^--limit is "):
         parsed(tmp_path, "steps: 3\n", "--data", "steps", "--limit", "steps")
     assert parsed(tmp_path, "steps: 3\n", "--data", "steps").inner.steps == 3, "a value is no option"
     with pytest.raises(InputError, match=r"none\.yaml: no such file; accepted is a YAML file of options"):
