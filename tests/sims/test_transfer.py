@@ -158,7 +158,7 @@ def test_a_thin_regime_is_said_to_be_thin(run, capsys, manifest, config, said) -
     if said is None:
         assert "is thin" not in text
     else:
-        assert said in text[text.index("This regime is thin") : text.index("Rules of thumb")]
+        assert said in text[text.index("This regime is thin") : text.index("Other common choices")]
 
 
 def test_own_targets_of_a_measured_regime(run, capsys) -> None:
