@@ -171,8 +171,8 @@ def stream(
         kept = size if wanted is None else min(size, wanted - start)
         indices = jax.device_put(np.arange(size, dtype=np.uint32) + np.uint32(first_block + start), shared)
         pending.append((kept, _blocks(*arguments, indices, turns, kind=kind, mesh=mesh)))
-        # Two turns in flight keep every device busy while the host sums.
-        if len(pending) >= 2:
+        # Two turns in flight keep every device busy while the host sums; the first, which may be enough, is alone.
+        if turn == 0 or len(pending) >= 2:
             yield from _read(*pending.popleft())
     for found in pending:
         yield from _read(*found)

@@ -42,7 +42,7 @@ STORE = 80 << 20
 RECORDS = "--train-records 12 --held-out 4 --cutoff 400 --batch-size 4 --warmup 0"
 RANKS = f"{RECORDS} --methods lora --ranks 2 4 --seeds 0 --steps 1 --widths 1 --dropout 0 --no-accuracy"
 HORIZON = f"{RECORDS} --ranks 2 --strengths 4 --lrs 1e-3 --read-at 1 --full-lrs 1e-3"
-VARIANCE = "--ranks 1 4 16 --p-in 64 --p-out 8 --overlaps 0 0.5 --relative-error 0.05 --devices 1"
+VARIANCE = "--ranks 1 16 --p-in 64 --p-out 8 --overlaps 0.5 --relative-error 0.05 --devices 1"
 MEASURED = re.compile(rb'"(?:\w*seconds|compilations|digest|cells/\w+/metrics\.jsonl)": ("\w+"|[^,}]+)')
 """What a cell measures of its own work, and digests of that."""
 OF_RAY = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] \w+\.cc:\d+: ")

@@ -264,7 +264,7 @@ def test_lr_transfer(printed, name) -> None:
 @pytest.mark.parametrize("run", [(), ("--regime", str(PUBLISHED / "regime"))])
 def test_transfer(printed, run) -> None:
     config = transfer.Config(regime=run[1]) if run else transfer.Config()
-    transfer.report(config, *transfer.advise(config))
+    transfer.report(config, transfer.advise(config))
     printed()
 
 
