@@ -36,6 +36,9 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+from support import checker
+
+jaxtyping.jaxtyped = checker.jaxtyped
 install_import_hook("rora_theory", "support.checker.checker")
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,0 +1,52 @@
+"""The suite's own run-time checks: a wrong type and a wrong shape are seen, on the way in and on the way out."""
+
+import jaxtyping
+import numpy as np
+import pytest
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import Float
+from support.checker import checker, jaxtyped
+
+from rora_theory.paper import equations
+from rora_theory.sweep import horizons
+from rora_theory.theory.sampling import Sums
+
+
+@jaxtyped(typechecker=checker)
+def times(value: float, factor: complex = 0.5) -> float:
+    return value * factor
+
+
+@jaxtyped(typechecker=checker)
+def first(values: Float[np.ndarray, "n m"], other: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    return values[:, 0] if len(other) > 1 else other.astype(int)
+
+
+def test_types_are_seen_where_no_array_is_annotated() -> None:
+    assert times(3) == 1.5
+    for wrong in (lambda: times("3"), lambda: times(np.ones(2))):
+        with pytest.raises(BeartypeCallHintViolation):
+            wrong()
+    with pytest.raises(BeartypeCallHintViolation):
+        times(2.0, 1j)  # what is returned
+
+
+def test_shapes_are_seen_across_arguments_and_the_result() -> None:
+    assert first(np.ones((2, 3)), np.ones(2)).shape == (2,)
+    for wrong in ((np.ones((2, 3)), np.ones(3)), (np.ones(2), np.ones(2)), (np.ones((1, 3)), np.ones(1))):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            first(*wrong)
+
+
+def test_the_package_is_checked() -> None:
+    """Functions, methods, class methods and the fields of a dataclass."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        equations.eq10_norm(np.ones(4), np.eye(2, 3), np.ones(2), np.ones(3), 1.0, 0.5)
+    for wrong in (lambda: horizons.warmed_up("1", 4), lambda: Sums.from_json([1]), lambda: Sums(1, 2)):
+        with pytest.raises(BeartypeCallHintViolation):
+            wrong()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_user_meets_none() -> None:
+    assert times("ab", 2) == "abab"
