@@ -35,7 +35,6 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
-
 from support import checker
 
 jaxtyping.jaxtyped = checker.jaxtyped
