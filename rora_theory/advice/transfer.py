@@ -466,8 +466,8 @@ class Advice:
         else:
             given = "assumed from one sample" if self.plan.is_assumed else "given as measured"
             said = [
-                f"This is the law's at {self.plan.steps} step{'s' * (self.plan.steps > 1)}: the first step asks for the "
-                f"{what} {span.first_step:.3g}, {long_run} for {span.A_led:.3g}.",
+                f"This is the law's at {self.plan.steps} step{'s' * (self.plan.steps > 1)}: the first step asks for "
+                f"the {what} {span.first_step:.3g}, {long_run} for {span.A_led:.3g}.",
                 f"The takeover distance, {self.plan.takeover:.2g}, is {given}, so that A's part is {self.plan.rho:.3g} "
                 f"times B's in the end; the rate is {'as scheduled' if self.plan.schedule else 'taken as constant'}.",
             ]
