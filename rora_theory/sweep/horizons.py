@@ -592,7 +592,8 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
     Along constant signs both factors move by the sum of the rates, so that the rate that keeps the change at one gamma
     r falls as one over that sum, whichever part leads; Adam follows a gradient that grows faster, see
     `rora_theory.theory.horizon.keeping_rate`.
-    Entries that walk at random move by the root of the sum: -1/2.
+    Entries that walk at random move by the root of the sum: -1/2. A step up to which the rate was 0 throughout has
+    no best rate and is left out.
 
     Args:
       curves: of `curves_at`, by step.
@@ -607,7 +608,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
     rows = []
     by: dict[tuple[int, float], dict[int, Curve]] = {}
     for step in sorted(curves):
-        for curve in curves[step]:
+        for curve in curves[step] if any(warmed_up(step, warmup)) else ():
             by.setdefault((curve.rank, curve.scaling), {})[step] = curve
     for own in by.values():
         *earlier, second = own

@@ -379,21 +379,20 @@ def matching_rate(
       decay: see `distances`.
 
     Raises:
-      InputError: an argument out of range.
+      InputError: an argument out of range, or terms of an output that does not change.
     """
-    for rank in (old[0], new[0]):
-        check_rank(rank)
-    for name, value in (("scaling", old[1]), ("learning_rate", old[2]), ("scaling", new[1])):
-        check_positive(name, value)
-    if steps < 1:
-        raise InputError(f"steps is {steps}; accepted is an integer of 1 or more")
+    check_positive("learning_rate", old[2])
+    check_integer("steps", steps)
 
-    def size(rank: int, scaling: float, rate: float) -> float:
+    def log_size(rank: int, scaling: float, rate: float) -> float:
         moved = distances([rate] * steps, decay=decay, takeover=terms.takeover(rank))
-        return terms.rms(rank, scaling=scaling, moved=moved)
+        size = terms.rms(rank, scaling=scaling, moved=moved)
+        if not size > 0:
+            raise InputError(f"terms say that rank {rank} changes the output by {size:g}; accepted is a change above 0")
+        return math.log(size)
 
-    target = math.log(size(*old))
-    return _rate_without(lambda rate: math.log(size(*new, rate)) - target, old[2])
+    target = log_size(*old)
+    return _rate_without(lambda rate: log_size(*new, rate) - target, old[2])
 
 
 def keeping_rate(
@@ -410,12 +409,16 @@ def keeping_rate(
 
     Args:
       rate: learning rate over the first schedule, above 0.
-      first, second: factor of the rate in each step.
+      first, second: factor of the rate in each step, some of them above 0.
       takeover: see `distances`; infinite is a weight that moves by itself, full fine-tuning.
 
     Raises:
-      InputError: as `distances`.
+      InputError: a rate out of range, a schedule in which nothing moves, or as `distances`.
     """
+    check_positive("rate", rate)
+    for name, schedule in (("first", first), ("second", second)):
+        if not np.any(np.asarray(schedule, np.float64) > 0):
+            raise InputError(f"{name} has no factor above 0; accepted is a schedule with one or more")
 
     def log_change(schedule: Sequence[float] | Float[np.ndarray, "..."], each: float) -> float:
         moved = distances(each * np.asarray(schedule), takeover=takeover)

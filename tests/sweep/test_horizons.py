@@ -228,6 +228,13 @@ def test_each_horizon_is_judged_against_the_longest() -> None:
     assert found[["first", "second"]].to_numpy().tolist() == [[16, 256], [64, 256]]
 
 
+def test_a_step_at_which_nothing_has_moved_is_in_no_exponent_of_the_steps() -> None:
+    """The first step's rate is 0 under a warm-up."""
+    by_step = {step: [curve([1e-3] * 3)] for step in (1, 16, 64)}
+    assert horizons.step_exponents(by_step, **LAW)["first"].tolist() == [16]
+    assert horizons.step_exponents(by_step, takeovers=TAKEOVERS, warmup=0)["first"].tolist() == [1, 16]
+
+
 def test_one_seed_or_an_edge_decides_nothing_in_the_steps() -> None:
     base = curve([1e-3] * 3)
     assert in_steps(base, curve(moved([-0.2] * 3, 4)))["verdict"] == "contradicts"

@@ -372,6 +372,30 @@ def test_matching_rate() -> None:
         assert low < new / 1e-4 * strength < high, steps
 
 
+def terms_of(square: horizon.Quadratic) -> horizon.RowTerms:
+    return horizon.RowTerms(square, square, (math.inf,) * 5, 1, 0)
+
+
+def test_the_matching_rate_counts_adams_pace() -> None:
+    """At a takeover that 50 steps of the old rate pass: the change of the new rate is the old one's."""
+    terms = terms_of(horizon.Quadratic(1.0, 2e3, 1e6))
+    assert terms.takeover(8) == pytest.approx(1e-3)
+    new = horizon.matching_rate(terms, old=(8, 1.0, 1e-4), new=(8, 4.0), steps=50)
+
+    def size(scaling: float, rate: float) -> float:
+        return terms.rms(8, scaling=scaling, moved=horizon.distances([rate] * 50, takeover=terms.takeover(8)))
+
+    assert size(4.0, new) == pytest.approx(size(1.0, 1e-4), rel=1e-8)
+
+
+def test_a_takes_over_nowhere_where_it_has_no_part() -> None:
+    assert terms_of(horizon.Quadratic(1.0, 0.0, 0.0)).takeover(8) == math.inf
+
+
+def match(*, square: float = 1.0, old: tuple = (8, 1.0, 1e-4), new: tuple = (8, 2.0), steps: int = 2) -> float:
+    return horizon.matching_rate(terms_of(horizon.Quadratic(square, 0.0, 0.0)), old=old, new=new, steps=steps)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -384,6 +408,16 @@ def test_matching_rate() -> None:
         (lambda: horizon.row_terms(np.ones((2, 3)), np.ones((1, 3)), np.ones((1, 3))), "2 or more"),
         (lambda: horizon.sgd_equivalent(np.ones((2, 3)), np.ones(3), rates=[1.0], scaling=1.0, momentum=1), "momentum"),
         (lambda: horizon.distances([1e-3] * 3, takeover=1e-300), "takeover is 1e-300 where A's rates add up to 0.003"),
+        (lambda: horizon.keeping_rate(1e-3, [0.0], [1.0, 1.0], takeover=1.0), "first has no factor above 0"),
+        (lambda: horizon.keeping_rate(1e-3, [1.0], [0.0, 0.0], takeover=1.0), "second has no factor above 0"),
+        (lambda: horizon.keeping_rate(0.0, [1.0], [1.0], takeover=1.0), "rate is 0.0; accepted is a finite number"),
+        (lambda: match(square=0.0), "terms say that rank 8 changes the output by 0"),
+        (lambda: match(old=(0, 1.0, 1e-4)), "rank is 0"),
+        (lambda: match(old=(8, 0.0, 1e-4)), "scaling is 0.0"),
+        (lambda: match(old=(8, 1.0, 0.0)), "learning_rate is 0.0"),
+        (lambda: match(new=(0, 1.0)), "rank is 0"),
+        (lambda: match(new=(8, 0.0)), "scaling is 0.0"),
+        (lambda: match(steps=0), "steps is 0; accepted is an integer of 1 or more"),
     ],
 )
 def test_bad_input(call: Callable, words: str) -> None:
