@@ -104,9 +104,23 @@ def jackknife(figure: Callable[[Sequence[int]], float], n: int, over: str) -> Es
 
 
 def root(estimate: Estimate) -> Estimate:
-    """The square root of an estimate, its error to first order: root mean squares from mean squares."""
+    """The square root of an estimate, its error and bound to first order: root mean squares from mean squares."""
     value = math.sqrt(max(estimate.value, 0.0))
-    return replace(estimate, value=value, error=estimate.error / (2 * value) if value else 0.0)
+    if not value:
+        return replace(estimate, value=value, error=0.0, bound=math.sqrt(estimate.bound))
+    return replace(estimate, value=value, error=estimate.error / (2 * value), bound=estimate.bound / (2 * value))
+
+
+def in_errors(gap: float, error: float) -> float:
+    """A gap in standard errors; infinite where there is one between figures without an error.
+
+    Example:
+      >>> in_errors(-1.0, 0.5), in_errors(-1.0, 0.0), in_errors(0.0, 0.0)
+      (-2.0, -inf, 0.0)
+    """
+    if error:
+        return gap / error
+    return gap * math.inf if gap else 0.0
 
 
 def proportion(right: int, n: int) -> Estimate:

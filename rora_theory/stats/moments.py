@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.estimate import Estimate, in_errors
 
 _POWERS = 4
 
@@ -141,8 +141,8 @@ class Agreement(NamedTuple):
     """How far estimates lie from a law.
 
     Attributes:
-      scores: (estimate - exact) / standard error of each.
-      largest_gap: largest relative difference; infinite where an exact figure is 0.
+      scores: (estimate - exact) / standard error of each, see `in_errors`.
+      largest_gap: largest relative difference; infinite where an exact figure is 0, NaN where a figure is.
     """
 
     scores: tuple[float, ...]
@@ -150,8 +150,8 @@ class Agreement(NamedTuple):
 
     @property
     def largest_score(self) -> float:
-        """Largest |z|."""
-        return max(map(abs, self.scores))
+        """Largest |z|; NaN where one is."""
+        return float(np.max(np.abs(self.scores)))
 
     @property
     def rms_score(self) -> float:
@@ -169,9 +169,9 @@ def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequen
       >>> round(found.largest_score, 3), found.largest_gap  # of the second; of the third, whose exact figure is 0
       (3.0, inf)
     """
-    found = [(value - law) / error for value, error, law in zip(estimates, errors, exact, strict=True)]
+    found = [in_errors(value - law, error) for value, error, law in zip(estimates, errors, exact, strict=True)]
     gaps = [abs(value / law - 1) if law else math.inf for value, law in zip(estimates, exact, strict=True)]
-    return Agreement(tuple(found), max(gaps))
+    return Agreement(tuple(found), float(np.max(gaps)))
 
 
 def threshold(false_alarm: float, comparisons: int = 1) -> float:

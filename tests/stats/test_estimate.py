@@ -24,12 +24,13 @@ def test_one_seed_has_no_interval_and_two_have_a_wide_one() -> None:
     assert two.half_width() == pytest.approx(12.706, abs=1e-3)
 
 
-def test_a_factor_is_the_error_s_too() -> None:
-    assert Estimate(3.0, 0.5, 4, "seeds").times(2.0) == Estimate(6.0, 1.0, 4, "seeds")
+def test_a_factor_is_the_error_s_and_the_bound_s_too() -> None:
+    assert Estimate(3.0, 0.5, 4, "seeds", 0.2).times(2.0) == Estimate(6.0, 1.0, 4, "seeds", 0.4)
 
 
 def test_root_error() -> None:
-    assert root(Estimate(4.0, 0.4, 9, "draws")) == Estimate(2.0, 0.1, 9, "draws")
+    assert root(Estimate(4.0, 0.4, 9, "draws", 0.2)) == Estimate(2.0, 0.1, 9, "draws", 0.05)
+    assert root(Estimate(0.0, 0.0, 9, "draws", 0.04)) == Estimate(0.0, 0.0, 9, "draws", 0.2)
     assert root(Estimate(0.0, 0.0, 9, "draws")) == Estimate(0.0, 0.0, 9, "draws")
     assert root(Estimate(-1e-18, 0.1, 9, "draws")) == Estimate(
         0.0, 0.0, 9, "draws"
@@ -56,6 +57,13 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     exact = over_seeds(values)
     assert (found.value, found.error) == pytest.approx((exact.value, exact.error), rel=1e-12)
     assert (found.n, found.over) == (7, "seeds")
+
+
+def test_the_jackknife_is_about_the_mean_of_what_is_left() -> None:
+    """Not about the whole's figure, exp(3), where the three that are left have exp(4), exp(3.5) and exp(1.5)."""
+    values = np.array([1.0, 2.0, 6.0])
+    found = jackknife(lambda kept: math.exp(float(np.mean(values[list(kept)]))), 3, "seeds")
+    assert found.error == pytest.approx(math.sqrt(2 * np.var(np.exp([4.0, 3.5, 1.5]))))
 
 
 def test_the_jackknife_of_one_case_has_no_error() -> None:

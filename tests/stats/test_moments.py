@@ -68,6 +68,7 @@ def test_scaled() -> None:
     for name in ("mean", "second_moment", "variance"):
         left, right = getattr(moments.scaled(-3.0), name), getattr(scaled, name)
         assert (left.value, left.error) == pytest.approx((right.value, right.error), rel=1e-10)
+    assert Moments(2, 0.0, (1.0,) * 4, (1.0, 3.0, 5.0, 7.0)).scaled(2.0).rests == (2.0, 12.0, 40.0, 112.0)
 
 
 @pytest.mark.parametrize("quantity", ["mean", "second_moment", "variance"])
@@ -149,3 +150,14 @@ def test_agreement_with_a_law() -> None:
     assert found.largest_gap == pytest.approx(0.25)
     assert (found.largest_score, found.rms_score) == pytest.approx((2.0, 2.0))
     assert agreement([1.0, 5.0], [1.0, 1.0], [0.0, 2.0]).rms_score == pytest.approx(5**0.5)
+
+
+def test_a_figure_that_is_no_number_does_not_agree() -> None:
+    for estimates in ([1.0, math.nan], [math.nan, 1.0]):
+        found = agreement(estimates, [0.1, 0.1], [1.0, 1.0])
+        assert math.isnan(found.largest_score), estimates
+        assert math.isnan(found.largest_gap), estimates
+
+
+def test_figures_known_exactly_agree_where_they_are_equal() -> None:
+    assert agreement([1.0, 0.9], [0.0, 0.0], [1.0, 1.0]).scores == (0.0, -math.inf)
