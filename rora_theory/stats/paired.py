@@ -59,15 +59,18 @@ def mean_of_groups(groups: Sequence[Num[np.ndarray, "_seeds _items"]]) -> Estima
     r"""The unweighted mean of the groups' means, with its standard error over items.
 
     :math:`\sqrt{\sum_g s_g^2 / n_g}` over the number of groups, :math:`s_g` the sample deviation of the group's items,
-    each averaged over seeds.
+    each averaged over seeds. Where a group has one item it is NaN, over nothing. Where the items of every group are
+    equal it is 0: unlike that of `proportion` it does not say that further items could differ.
 
     Args:
-      groups: of each group its items, two or more, at every seed.
+      groups: of each group its items at every seed.
     """
     means = [np.mean(columns, axis=0) for columns in groups]
+    mean, count = float(np.mean([np.mean(items) for items in means])), sum(map(len, means))
+    if min(map(len, means)) < 2:
+        return Estimate(mean, math.nan, count, "")
     error = math.sqrt(sum(np.var(items, ddof=1) / len(items) for items in means)) / len(means)
-    mean = float(np.mean([np.mean(items) for items in means]))
-    return Estimate(mean, error, sum(map(len, means)), "items")
+    return Estimate(mean, error, count, "items")
 
 
 def resampled_ratios(

@@ -51,8 +51,15 @@ def test_groups_count_alike_whatever_their_size() -> None:
     found = mean_of_groups(groups)
     assert (found.value, found.n, found.over) == (-0.25, 6, "items")
     assert found.error == pytest.approx(math.sqrt((2 / 3) / 4 + (1 / 2) / 2) / 2, rel=1e-12)
-    found = mean_of_groups([np.array([[2, 0], [0, 0]])])
-    assert (found.value, found.error) == (0.5, pytest.approx(0.5, rel=1e-12))
+    found = mean_of_groups([np.array([[2, 0, 4], [0, 0, 0]])])
+    assert (found.value, found.n) == (1.0, 3)
+    assert found.error == pytest.approx(np.std([1, 0, 2], ddof=1) / math.sqrt(3), rel=1e-12)
+
+
+def test_a_group_of_one_item_has_no_error() -> None:
+    found = mean_of_groups([np.array([[0, 1]]), np.array([[1]])])
+    assert (found.value, found.n, found.over, found.has_error) == (0.75, 3, "", False)
+    assert math.isnan(found.error)
 
 
 def test_resampled_ratios() -> None:
