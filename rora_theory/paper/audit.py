@@ -20,6 +20,7 @@ from fractions import Fraction
 from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from rora_theory.paper.published import NAMES, Claim, PublishedRow
+from rora_theory.stats.estimate import in_errors
 
 SIZES = tuple(task.full_size for task in TASKS.values())
 CHANCE = tuple(100.0 / task.full_choices for task in TASKS.values())
@@ -98,7 +99,7 @@ def mean_bounds(row: PublishedRow) -> tuple[Fraction, Fraction]:
 def possible_counts(percent: float, size: int) -> range:
     """Counts of ``size`` items that print as ``percent`` to one decimal, rounded to nearest, either way at ties."""
     low, high = (_exact(percent) + sign * HALF_EXACT for sign in (-1, 1))
-    return range(math.ceil(low * size / 100), math.floor(high * size / 100) + 1)
+    return range(max(math.ceil(low * size / 100), 0), min(math.floor(high * size / 100), size) + 1)
 
 
 def differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[Finding]:
@@ -242,7 +243,7 @@ def within_noise(rows: Sequence[PublishedRow], method: str = "RoRA", *, z: float
         ]
         error = math.hypot(average_error(row.scores), average_error(best.scores))
         for name, ours_, theirs, spread in [*pairs, ("average", row.average, best.average, error)]:
-            distance = (ours_ - theirs) / spread
+            distance = in_errors(ours_ - theirs, spread)
             if abs(distance) < z:
                 text = (
                     f"{name}: {ours_:.1f} against {best.method}'s {theirs:.1f} is {ours_ - theirs:+.1f} "

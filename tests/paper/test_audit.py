@@ -80,6 +80,7 @@ def test_the_bounds_of_a_mean_hold_every_count() -> None:
     low, high = (sum(pair[end] for pair in ends) / 8 for end in (0, 1))
     assert audit.mean_bounds(row) == (low, high)
     assert not audit.averages([dataclasses.replace(row, average=81.5)])
+    assert [len(audit.averages([dataclasses.replace(row, average=each)])) for each in (1.0, 99.0)] == [1, 1]
 
 
 def test_an_entry_that_is_no_count_leaves_its_rounding_to_the_mean() -> None:
@@ -98,6 +99,16 @@ def test_quoted_differences() -> None:
     assert not audit.differences(PAPER, right)
 
 
+@pytest.mark.parametrize(("gap", "found"), [(1.14, 0), (1.16, 1), (0.86, 0), (0.84, 1)])
+def test_a_quoted_difference_is_the_entries_to_three_roundings(gap: float, found: int) -> None:
+    """A quote of 1.0, the difference of the printed averages: two means and the quote are each off by up to 0.05."""
+    claim = published.claims()[0]
+    ours, theirs = audit.claimed_rows(PAPER, claim)
+    scores = tuple(score + gap for score in theirs.scores)
+    rows = [dataclasses.replace(ours, scores=scores, average=theirs.average + 1), theirs]
+    assert len(audit.differences(rows, [dataclasses.replace(claim, printed=1.0)])) == found
+
+
 def test_a_claim_about_no_row_is_refused() -> None:
     claim = dataclasses.replace(published.claims()[0], rank=7)
     with pytest.raises(InputError, match="0 rows are LLaMA-7B RoRA rank 7"):
@@ -107,7 +118,10 @@ def test_a_claim_about_no_row_is_refused() -> None:
 def test_rows_marked_best_are_best() -> None:
     assert audit.best_marks(PAPER) == []
     moved = [dataclasses.replace(row, marked_best=row.table == "II" and row.rank == 16) for row in PAPER]
-    assert len(audit.best_marks(moved)) == 6
+    said = {f.where.removeprefix("Table II, Sheared-LLaMA-1.3B "): f.text for f in audit.best_marks(moved)}
+    assert len(said) == 6
+    assert said["RoRA r=16"].startswith("is marked best at ")
+    assert said["RoRA r=128"].startswith("is not marked best at ")
 
 
 def test_entries_below_chance() -> None:
@@ -120,6 +134,18 @@ def test_entries_below_chance() -> None:
     ]  # fmt: skip
     worst = min(audit.below_chance(ANCHORS), key=lambda f: f.z or 0)
     assert (worst.where, worst.printed) == ("DoRA repository, LLaMA-7B LoRA r=4", 2.3)
+
+
+def test_a_distance_from_chance_is_in_chance_s_errors() -> None:
+    row = PAPER[0]
+    (found,) = audit.below_chance([dataclasses.replace(row, scores=(5.0, *row.scores[1:]))])  # BoolQ, 45 points below
+    assert found.z == pytest.approx(-45 / audit.score_error(50.0, 3270))
+
+
+def test_rows_of_two_models_are_no_repetition() -> None:
+    rows = [dataclasses.replace(PAPER[0], model=model) for model in ("LLaMA-7B", "LLaMA-13B")]
+    assert not audit.repeated(rows)
+    assert len(audit.repeated([rows[0], rows[0]])) == 1
 
 
 def test_repeated_rows() -> None:
@@ -171,6 +197,11 @@ def test_possible(percent: float, size: int, fits: bool) -> None:
     assert bool(audit.possible_counts(percent, size)) is fits
 
 
+def test_no_count_is_below_0_or_above_the_items() -> None:
+    assert audit.possible_counts(0.0, 10042) == range(6)
+    assert audit.possible_counts(100.0, 10042) == range(10037, 10043)
+
+
 def test_every_count_is_possible() -> None:
     assert all(k in audit.possible_counts(round(100 * k / 1172, 1), 1172) for k in range(1173))
 
@@ -201,6 +232,15 @@ def test_a_gap_of_two_standard_errors_is_the_border() -> None:
         assert ("BoolQ" in names) is flagged
 
 
+@pytest.mark.parametrize(("score", "flagged"), [(100.0, True), (0.0, False)])
+def test_rows_without_a_sampling_error_differ_where_they_are_not_equal(score: float, flagged: bool) -> None:
+    row, other = (
+        dataclasses.replace(one, scores=(each, *one.scores[1:]))
+        for one, each in ((_row("LLaMA-7B", "RoRA"), score), (_row("LLaMA-7B", "DoRA"), 100.0))
+    )
+    assert any(f.text.startswith("BoolQ") for f in audit.within_noise([row, other])) is flagged
+
+
 @pytest.mark.parametrize(
     ("model", "percent"), [("LLaMA-7B", 0.83), ("LLaMA-13B", 0.67), ("LLaMA2-7B", 0.83), ("LLaMA3-8B", 0.70)]
 )
@@ -221,9 +261,16 @@ def test_the_share_printed_for_rora_is_rank_32s_and_one_rank_is_stated() -> None
     assert len(audit.parameter_shares(PAPER, stated={("LLaMA-7B", "RoRA"): 32})) == 3
 
 
+@pytest.mark.parametrize(("factor", "found"), [(0.89, 1), (0.91, 0), (1.09, 0), (1.11, 1)])
+def test_a_share_is_a_rank_s_to_a_tenth(factor: float, found: int) -> None:
+    share = factor * audit.lora_percent("LLaMA-7B", 128)
+    assert len(audit.parameter_shares([dataclasses.replace(_row("LLaMA-7B", "RoRA"), params_percent=share)])) == found
+
+
 def test_audit_runs_every_check() -> None:
-    kinds = {finding.kind for finding in audit.audit(ROWS, published.claims())}
-    assert kinds == {
+    found = audit.audit(ROWS, published.claims())
+    assert any(f.kind == "below chance" and f.where.startswith("DoRA repository") for f in found)
+    assert {finding.kind for finding in found} == {
         "average", "difference", "below chance", "repeated", "copied", "impossible", "within noise",
         "parameter share",
     }  # fmt: skip
