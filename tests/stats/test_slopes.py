@@ -88,6 +88,22 @@ def test_what_the_curve_does_beside_its_slope_counts(y, departure, found):
             slopes.assert_flat(RANKS[:3], np.tile(np.array(y, float), (3, 1)))
 
 
+def test_the_departure_is_of_the_seeds_mean_from_the_line():
+    """Logs of 0, 3, 2 and 1, 2, 6 in units of ln 2, at 2, 4, 6: the mean 1/2, 5/2, 4 has the slope 7/8 and leaves 1/6
+    of the range of 4."""
+    fit = slopes.seed_fit(RANKS[:3], np.array([[1.0, 8.0, 4.0], [2.0, 4.0, 64.0]]))
+    assert (fit.slope, fit.departure) == pytest.approx((7 / 8, 1 / 24))
+
+
+def test_the_band_and_the_confidence_decide():
+    assert [slopes.trend(SeedFit(0.0, 0.05, 3), 0.1, confidence) for confidence in (0.5, 0.95)] == ["flat", "undecided"]
+    y = powers([0.06, -0.06, 0.0])
+    slopes.assert_flat(RANKS, y, confidence=0.5)
+    slopes.assert_flat(RANKS, y, band=0.3)
+    with pytest.raises(AssertionError, match="undecided"):
+        slopes.assert_flat(RANKS, y)
+
+
 def test_the_departure_is_of_the_band():
     """Within the band it is flat, beyond it is not, whatever the interval; and as the slope for a growth."""
     flat, growing = SeedFit(0.0, 0.0, 3), SeedFit(-0.5, 0.0, 3)

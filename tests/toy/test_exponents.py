@@ -20,6 +20,7 @@ def line(step: int, by_seed: list[float], left: float = 0.9, kept: tuple[int, ..
         ([0.5, 0.6, 0.7], [1.0, 1.1, 1.2], "yes: by -0.500 ± 0.000 at step 10"),
         ([0.5, 0.6, 0.7], [0.5, 0.6, 0.701], "no: by -0.000 ± 0.000 at step 10"),
         ([0.47, 0.57, 0.672], [0.5, 0.6, 0.7], "small: by -0.029 ± 0.001 at step 10"),  # there, and within 0.05
+        ([0.0, 0.01, 0.02], [0.0, 0.0, 0.0], "no: by +0.010 ± 0.006 at step 10"),  # beyond an error, not an interval
         ([0.5, 0.6, 0.7], [0.7, 0.6, 0.5], "undecided: by +0.000 ± 0.115 at step 10"),
     ],
 )
