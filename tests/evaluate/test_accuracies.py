@@ -103,3 +103,15 @@ def test_samples_of_other_records_are_refused(other: Sample) -> None:
         InputError, match="boolq: samples and records differ at index 0; accepted is one sample a record"
     ):
         accuracies([other, *SAMPLES[1:]], RECORDS)
+
+
+def test_errors_by_norm_are_their_own_and_chance_is_that_of_the_task_s_choices() -> None:
+    """Two of four right on BoolQ; on ARC two of four by likelihood and one by likelihood per character."""
+    boolq, arc = ([_record(task, n, 0, count) for n in range(4)] for task, count in (("boolq", 2), ("ARC-Easy", 4)))
+    samples = [_sample(record, ("true", "false")[record.index // 2]) for record in boolq]
+    names = [f"answer{each}" for each in (1, 1, 2, 2)], [f"answer{each}" for each in (1, 2, 2, 2)]
+    samples += map(_sample, arc, *names)
+    first, second, average = accuracies(samples, [*boolq, *arc])
+    assert second.error_norm == pytest.approx(math.sqrt(0.25 * 0.75 / 3))
+    assert average.error_norm == pytest.approx(math.hypot(first.error, second.error_norm) / 2)
+    assert (first.chance, second.chance, average.chance) == (0.5, 0.25, 0.375)

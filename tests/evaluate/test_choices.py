@@ -138,6 +138,15 @@ def test_continuations_without_a_token_or_too_long_are_refused(continuation: str
         encode_choices(TOKENIZERS["plain"], [item], max_length=4)
 
 
+def test_a_continuation_of_as_many_tokens_as_are_read_is_scored() -> None:
+    item = [Choice("a", "the sun", " is a star", 1)]
+    ((scored,),) = encode_choices(TOKENIZERS["plain"], [item], max_length=100)
+    ((cut,),) = encode_choices(TOKENIZERS["plain"], [item], max_length=scored.count)
+    assert cut.count == scored.count > 1
+    with pytest.raises(InputError, match=f"has {scored.count} tokens beyond its context; accepted are 1 to "):
+        encode_choices(TOKENIZERS["plain"], [item], max_length=scored.count - 1)
+
+
 def test_label_choices_stand_where_training_put_them() -> None:
     record = _record("openbookqa")
     choices = label_choices(record, "train")

@@ -182,6 +182,18 @@ def test_broken_weights_are_not_scored() -> None:
         list(score(broken, CONFIG, TOKENIZER, _records("boolq")[:1], Scoring("label")))
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_one_choice_that_is_not_finite_is_not_scored(bad: float) -> None:
+    record = _records("boolq")[0]
+    with pytest.raises(InputError, match="accepted are finite"):
+        scoring._chosen(record, harness_choices(record), [-1.0, bad], norm=False)
+
+
+def test_the_first_of_equal_choices_is_given() -> None:
+    record = _records("boolq")[0]
+    assert scoring._chosen(record, harness_choices(record), [-1.0, -1.0], norm=False).prediction == "false"
+
+
 @pytest.mark.slow
 def test_templates_of_the_protocols() -> None:
     assert [Scoring(name).template for name in ("generate", "label", "harness")] == ["eval", "train", None]
@@ -216,3 +228,12 @@ def test_prompts_that_do_not_fit_are_refused_before_work() -> None:
         score(PARAMS, short, TOKENIZER, _records("boolq"), Scoring("generate"))
     with pytest.raises(InputError, match="batch_size is 0"):
         score(PARAMS, CONFIG, TOKENIZER, _records("boolq"), Scoring("label"), batch_size=0)
+
+
+def test_a_prompt_that_just_fits_is_not_refused() -> None:
+    (record,) = _records("boolq")[:1]
+    length = len(TOKENIZER.encode(prompt(record.instruction, "eval")))
+    fits, short = (dataclasses.replace(CONFIG, max_position_embeddings=length + room) for room in (32, 31))
+    score(PARAMS, fits, TOKENIZER, [record], Scoring("generate"))
+    with pytest.raises(InputError, match=f"has {length} tokens of prompt; accepted are at most {length - 1}"):
+        score(PARAMS, short, TOKENIZER, [record], Scoring("generate"))
