@@ -89,6 +89,15 @@ def test_seeds_are_averaged_before_the_error_and_only_common_ones_count(tmp_path
     assert one.answer_seed_error == pytest.approx(0.5 / 4)
 
 
+def test_accuracies_are_averaged_over_the_seeds_of_both(tmp_path):
+    same = [1.0, 1.0, 1.0]
+    for key, right in (("l0", [0, 0]), ("l1", [0, 0]), ("r0", [1, 0]), ("r1", [1, 1])):
+        cell(tmp_path, key, same, {"s": right})
+    rows = [row(key, {"l": "lora", "r": "rora"}[key[0]], int(key[1]), average=0.5) for key in ("l0", "l1", "r0", "r1")]
+    one = find(method_differences(rows, tmp_path), "rora", "lora")
+    assert (one.average, one.average_seeds) == (0.75, 2)
+
+
 def test_each_at_its_best_rate(tmp_path):
     for key, losses in (("l1", [1.0, 1.0, 1.0]), ("l3", [3.0, 3.0, 3.0]), ("r1", [4.0, 4.0, 4.0])):
         cell(tmp_path, key, losses)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.sweep.trained_runs import TrainedRun, bootstrap, kappa_of
+from rora_theory.sweep.trained_runs import TrainedRun, bootstrap, kappa_of, stacked
 
 
 def test_alpha_2r_has_kappa_0():
@@ -48,3 +48,14 @@ def test_kappa_of_a_rule():
         kappa_of([*runs, TrainedRun("rora", 8, 64 / 8**0.5, 3e-3, 0, 1.0, None, None)])
     with pytest.raises(InputError, match="method rora has scalings"):
         kappa_of([*runs, TrainedRun("rora", 256, 1.00001, 1e-3, 0, 1.0, None, None)])
+
+
+def test_records_are_averaged_over_runs_that_all_have_them():
+    losses = ([1.0, 3.0], [3.0, 5.0])
+    one, other = (
+        TrainedRun("lora", 8, 2.0, 0.1, seed, 1.0, np.array(each), np.ones(2)) for seed, each in enumerate(losses)
+    )
+    assert stacked([one, other])[0].tolist() == [2.0, 4.0]
+    bare = TrainedRun("lora", 8, 2.0, 0.1, 1, 1.0, None, None)
+    assert stacked([one, bare]) == (None, None)
+    assert bootstrap([one, bare]) is None
