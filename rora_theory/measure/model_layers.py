@@ -135,6 +135,10 @@ def _record(
     return value, inputs, deltas
 
 
+_hidden = jax.jit(llama.hidden_states, static_argnames=("config", "capture"))
+"""Compiled once for all steps of a model."""
+
+
 @dataclass(frozen=True)
 class Change:
     """What one optimizer step of all adapters changed, read at other tokens.
@@ -174,7 +178,7 @@ class RealStep:
         self._real = jnp.asarray(real_tokens(heldout))
         self._compiled: dict[tuple[int, OptimizerName], Callable] = {}
         names = tuple(target.module for target in self._lora(Setting(1, 1.0, 1.0), {}).targets(config))
-        self._before = jax.jit(partial(llama.hidden_states, config=config, capture=names))(params, self._heldout.inputs)
+        self._before = _hidden(params, self._heldout.inputs, config=config, capture=names)
 
     def change(self, setting: Setting, key: PRNGKeyArray, alpha_pattern: dict[str, float] | None = None) -> Change:
         """The change that one step from B = 0 makes, for one draw of A.
