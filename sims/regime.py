@@ -15,13 +15,10 @@ measures the model with a trained adapter in its weights; of a model trained in 
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-import pandas as pd
 
 from rora_theory import adapters
 from rora_theory.adapters.lora import PAPER_TARGETS
@@ -149,7 +146,7 @@ def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None, 
             f"{high} as at {low}, range over layers; left out: held-out tokens of a module that begin as the training "
             f"batch does + sinks (input above {SINK:g} times the median norm), of all",
             ["module", "layers", *ranks, *(f"kappa {split}" for split in SPLITS), "left out"],
-            _by_place(table, _crossings),
+            regime_tables.crossings_in_words(table),
             left=2,
         )
     if len(found.takeover):
@@ -160,7 +157,7 @@ def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None, 
             "layers (range); turn: steps after which 5% of the entries of G A^T have turned their sign, far beyond "
             "which the law is approximate",
             ["module", "layers", *(f"r = {rank} {split}" for rank, split in columns), "turn"],
-            _by_place(table, partial(_steps, config.lr)),
+            regime_tables.takeovers_in_words(table, config.lr),
             left=2,
         )
     if verdict is None:
@@ -176,31 +173,6 @@ def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None, 
             ["rank", *config.inits],
             [[rank, *own.loc[rank, list(config.inits)]] for rank in config.ranks],
         )
-
-
-def _by_place(table: pd.DataFrame, cells: Callable[[list[dict[Any, Any]]], list[str]]) -> list[list[str]]:
-    """A line a type of module and third of the layers."""
-    places = table.groupby(["kind", "layers"], sort=False)
-    return [[*map(str, place), *cells(part.to_dict("records"))] for place, part in places]
-
-
-def _crossings(splits: list[dict[Any, Any]]) -> list[str]:
-    ranks = "{crossing_rank:.1f}|{median:.1f} ({lower_quartile:.1f}-{upper_quartile:.1f})"
-    kappas = ["{lowest_kappa:.2f}-{highest_kappa:.2f}".format_map(row) for row in splits]
-    left_out = ""
-    if "all" in splits[0]:
-        low, high = splits[0]["fewest_sinks"], splits[0]["most_sinks"]
-        left_out = f"{splits[0]['seen']}+{low if low == high else f'{low}-{high}'} of {splits[0]['all']}"
-    return [*(text for row in splits for text in ranks.format_map(row).split("|")), *kappas, left_out]
-
-
-def _steps(lr: float, distances: list[dict[Any, Any]]) -> list[str]:
-    """Of A's distances at a rate."""
-    texts = []
-    for row in distances:
-        median, low, high, turn = (f"{row[name] / lr:.1f}" for name in ("median", "smallest", "largest", "turn_5"))
-        texts.append(f"{median} ({low}-{high})" if "-" in row["layers"] else median)
-    return [*texts, turn]
 
 
 main = cli.command(Config, run, __doc__)

@@ -4,8 +4,9 @@ Columns are those of `module_regime`'s rows: a row one measured thing, floats wi
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,18 @@ def by_depth(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
                 yield kind, str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", part
 
 
+def crossings_in_words(table: pd.DataFrame) -> list[list[str]]:
+    """Of `crossings_by_depth` a line a type of module and third of the layers: of each split r* pooled and of a token
+    with its quartiles, then of each split kappa's range, then how many held-out tokens were left out."""
+    return _by_place(table, _crossings)
+
+
+def takeovers_in_words(table: pd.DataFrame, learning_rate: float) -> list[list[str]]:
+    """Of `takeover_by_depth`, likewise: of each rank and split the steps at a rate until A leads, their median and range
+    over layers, then the steps until 5% of the gradient's signs have turned."""
+    return _by_place(table, partial(_steps, learning_rate))
+
+
 def _tried(results: pd.DataFrame) -> pd.DataFrame:
     """Rows of which adapters were drawn, whatever they measured."""
     return results.dropna(subset=["adapters"]) if "adapters" in results else results.iloc[:0]
@@ -254,3 +267,27 @@ def _tried(results: pd.DataFrame) -> pd.DataFrame:
 def _in_order(column: pd.Series) -> pd.Series:
     """Of first appearance, so that tables go as the run was asked for."""
     return pd.Series(pd.factorize(column)[0], index=column.index)
+
+
+def _by_place(table: pd.DataFrame, cells: Callable[[list[dict[Any, Any]]], list[str]]) -> list[list[str]]:
+    places = table.groupby(["kind", "layers"], sort=False)
+    return [[*map(str, place), *cells(part.to_dict("records"))] for place, part in places]
+
+
+def _crossings(splits: list[dict[Any, Any]]) -> list[str]:
+    ranks = "{crossing_rank:.1f}|{median:.1f} ({lower_quartile:.1f}-{upper_quartile:.1f})"
+    kappas = ["{lowest_kappa:.2f}-{highest_kappa:.2f}".format_map(row) for row in splits]
+    left_out = ""
+    if "all" in splits[0]:
+        low, high = splits[0]["fewest_sinks"], splits[0]["most_sinks"]
+        left_out = f"{splits[0]['seen']}+{low if low == high else f'{low}-{high}'} of {splits[0]['all']}"
+    return [*(text for row in splits for text in ranks.format_map(row).split("|")), *kappas, left_out]
+
+
+def _steps(lr: float, distances: list[dict[Any, Any]]) -> list[str]:
+    """Of A's distances at a rate."""
+    texts = []
+    for row in distances:
+        median, low, high, turn = (f"{row[name] / lr:.1f}" for name in ("median", "smallest", "largest", "turn_5"))
+        texts.append(f"{median} ({low}-{high})" if "-" in row["layers"] else median)
+    return [*texts, turn]
