@@ -254,8 +254,8 @@ def crossings_in_words(table: pd.DataFrame) -> list[list[str]]:
 
 
 def takeovers_in_words(table: pd.DataFrame, learning_rate: float) -> list[list[str]]:
-    """Of `takeover_by_depth`, likewise: of each rank and split the steps at a rate until A leads, their median and range
-    over layers, then the steps until 5% of the gradient's signs have turned."""
+    """Of `takeover_by_depth`, likewise: of each rank and split the steps at a rate until A leads, with their median and
+    range over layers, then the steps until 5% of the gradient's signs have turned."""
     return _by_place(table, partial(_steps, learning_rate))
 
 
