@@ -24,6 +24,9 @@ from rora_theory.sweep import results
 from rora_theory.sweep.design import BASE
 
 AGAINST = "lora"
+RECORD, ITEM = ["file", "index", "tokens", "answer_tokens"], ["task", "index"]
+"""What two cells' losses, and two cells' answers, have to agree in."""
+
 Rates = Literal["same", "own", "best"]
 Row = Mapping[str, Any]
 Group = dict[int | None, Row]
@@ -174,13 +177,11 @@ def _losses(pairs: Sequence[tuple[Row, Row]], cells: Path) -> list[tuple[Estimat
     error over records, and with that over seeds.
     """
     found = [[results.read_losses(cells / one["key"] / results.LOSSES) for one in pair] for pair in pairs]
-    for pair, (own, other) in zip(pairs, found, strict=True):
-        if not own[["file", "index"]].equals(other[["file", "index"]]):
-            raise InputError(f"{pair[0]['key']} and {pair[1]['key']}: were measured on different records")
+    _check_same(pairs, found, RECORD, "measured on different records")
     return [
         mean_per_token_over_seeds(
             np.stack([own[f"{kind}loss"] - other[f"{kind}loss"] for own, other in found]),
-            found[-1][0][f"{kind}tokens"].tolist(),
+            found[0][0][f"{kind}tokens"].tolist(),
         )
         for kind in ("", "answer_")
     ]
@@ -189,11 +190,21 @@ def _losses(pairs: Sequence[tuple[Row, Row]], cells: Path) -> list[tuple[Estimat
 def _accuracies(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[Estimate, dict[str, Estimate]]:
     """Differences of the average accuracy and of each task's, with their standard errors over items."""
     by_task: dict[str, list[np.ndarray]] = {}
-    for pair in pairs:
-        own, other = (results.read_answers(cells / one["key"] / results.ANSWERS) for one in pair)
-        if not own["task"].equals(other["task"]):
-            raise InputError(f"{pair[0]['key']} and {pair[1]['key']}: were scored on different items")
+    found = [[results.read_answers(cells / one["key"] / results.ANSWERS) for one in pair] for pair in pairs]
+    _check_same(pairs, found, ITEM, "scored on different items")
+    for own, other in found:
         for task, gained in (own["correct"] - other["correct"]).groupby(own["task"], sort=False):
             by_task.setdefault(task, []).append(gained.to_numpy())
     groups = {task: np.stack(columns) for task, columns in by_task.items()}
     return mean_of_groups(list(groups.values())), {task: mean_of_groups([own]) for task, own in groups.items()}
+
+
+def _check_same(
+    pairs: Sequence[tuple[Row, Row]], found: Sequence[Sequence[pd.DataFrame]], columns: list[str], what: str
+) -> None:
+    """Raise `InputError` unless all cells of all pairs agree in these columns of what was read of them."""
+    first = found[0][0][columns]
+    for pair, read in zip(pairs, found, strict=True):
+        for row, frame in zip(pair, read, strict=True):
+            if not first.equals(frame[columns]):
+                raise InputError(f"{row['key']} and {pairs[0][0]['key']}: were {what}; accepted are the same ones")

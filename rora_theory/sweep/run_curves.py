@@ -112,10 +112,11 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
 
 def _difference(a: Sequence[TrainedRun], b: Sequence[TrainedRun]) -> Estimate:
     """Loss of the first runs less the second's, of the same seeds."""
-    (left, tokens), (right, _) = trained_runs.stacked(a), trained_runs.stacked(b)
+    (left, _), (right, _) = trained_runs.stacked(a), trained_runs.stacked(b)
+    records = None if left is None or right is None else (left, right)
     return paired_losses(
         np.array([run.loss for run in a]),
         np.array([run.loss for run in b]),
-        None if left is None or right is None else (left, right),
-        tokens,
+        records,
+        None if records is None else trained_runs.tokens_of([*a, *b]),
     )

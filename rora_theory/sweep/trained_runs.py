@@ -114,6 +114,9 @@ def bootstrap(runs: Sequence[TrainedRun], draws: int = BOOTSTRAPS, seed: int = 0
 
     Returns:
       None where a run that did not diverge has no losses a record.
+
+    Raises:
+      InputError: runs of different records.
     """
     finite = [run for run in runs if math.isfinite(run.loss)]
     known = [run.records for run in finite if run.records is not None]
@@ -122,16 +125,31 @@ def bootstrap(runs: Sequence[TrainedRun], draws: int = BOOTSTRAPS, seed: int = 0
     found = np.full((draws, len(runs)), np.inf)
     if finite:
         columns = [math.isfinite(run.loss) for run in runs]
-        found[:, columns] = resampled_ratios(known, np.asarray(finite[0].tokens), draws=draws, seed=seed)
+        found[:, columns] = resampled_ratios(known, tokens_of(finite), draws=draws, seed=seed)
     return found
 
 
 def stacked(runs: Sequence[TrainedRun]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Losses a record averaged over runs, and tokens; None where a run has none."""
+    """Losses a record averaged over runs, and tokens; None where a run has none. Raises `InputError` as `tokens_of`."""
     known = [run.records for run in runs if run.records is not None]
     if len(known) < len(runs):
         return None, None
-    return np.mean(np.stack(known), axis=0), runs[0].tokens
+    tokens = tokens_of(runs)
+    return np.mean(np.stack(known), axis=0), tokens
+
+
+def tokens_of(runs: Sequence[TrainedRun]) -> np.ndarray:
+    """The tokens of each held-out record, the same for all runs.
+
+    Raises:
+      InputError: runs of different records.
+    """
+    first = np.asarray(runs[0].tokens)
+    for run in runs:
+        if not np.array_equal(first, np.asarray(run.tokens)):
+            said = [f"{one.method} of rank {one.rank} at {one.rate:g}, seed {one.seed}" for one in (runs[0], run)]
+            raise InputError(f"{' and '.join(said)}: have other held-out records; accepted are the same ones")
+    return first
 
 
 def _run(folder: Path, row: Mapping[str, Any], column: str) -> TrainedRun:

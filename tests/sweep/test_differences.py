@@ -89,10 +89,9 @@ def test_seeds_are_averaged_before_the_error_and_only_common_ones_count(tmp_path
     assert one.answer_seed_error == pytest.approx(0.5 / 4)
 
 
-def test_accuracies_are_averaged_over_the_seeds_of_both(tmp_path):
-    same = [1.0, 1.0, 1.0]
+def test_accuracies_are_averaged_over_seeds(tmp_path):
     for key, right in (("l0", [0, 0]), ("l1", [0, 0]), ("r0", [1, 0]), ("r1", [1, 1])):
-        cell(tmp_path, key, same, {"s": right})
+        cell(tmp_path, key, [1.0] * 3, {"s": right})
     rows = [row(key, {"l": "lora", "r": "rora"}[key[0]], int(key[1]), average=0.5) for key in ("l0", "l1", "r0", "r1")]
     one = find(method_differences(rows, tmp_path), "rora", "lora")
     assert (one.average, one.average_seeds) == (0.75, 2)
@@ -222,8 +221,9 @@ def test_other_records_or_damaged_files_are_refused(tmp_path):
     rows = [row("l", "lora"), row("r", "rora")]
     file = tmp_path / "r" / "losses.csv"
     whole = file.read_text()
-    for other in ("d,0", "a,7"):  # of another file, or another record of it
-        file.write_text(whole.replace("a,0", other))
+    others = [("a,0", "d,0"), ("a,0", "a,7"), ("a,0,10,", "a,0,11,"), ("1.0,2,", "1.0,3,")]  # file, index, tokens
+    for own, other in others:
+        file.write_text(whole.replace(own, other))
         with pytest.raises(InputError, match="different records"):
             method_differences(rows, tmp_path)
     file.write_text("file,index\na,0\n")
@@ -237,8 +237,29 @@ def test_other_records_or_damaged_files_are_refused(tmp_path):
 def test_other_items_are_refused(tmp_path):
     cell(tmp_path, "l", [1.0, 1.0, 1.0], {"s": [1, 0], "t": [1]})
     cell(tmp_path, "r", [1.0, 1.0, 1.0], {"s": [1], "t": [1, 0]})
-    with pytest.raises(InputError, match="r and l: were scored on different items"):
-        method_differences([row("l", "lora", average=0.5), row("r", "rora", average=0.5)], tmp_path)
+    rows = [row("l", "lora", average=0.5), row("r", "rora", average=0.5)]
+    with pytest.raises(InputError, match="l and r: were scored on different items; accepted are the same ones"):
+        method_differences(rows, tmp_path)
+    answers = tmp_path / "r" / "answers.csv"
+    answers.write_text((tmp_path / "l" / "answers.csv").read_text().replace("s,1,", "s,6,"))
+    with pytest.raises(InputError, match="different items"):
+        method_differences(rows, tmp_path)
+
+
+def test_seeds_of_other_records_or_items_are_refused(tmp_path):
+    """Though the two cells of a seed agree."""
+    for key in ("l0", "r0", "l1", "r1"):
+        cell(tmp_path, key, [1.0] * 3, {"s": [1, 0]})
+    rows = [row(key, {"l": "lora", "r": "rora"}[key[0]], int(key[1]), average=0.5) for key in ("l0", "l1", "r0", "r1")]
+    for name, (own, other), said in (
+        ("answers.csv", ("s,0,", "s,5,"), "different items"),
+        ("losses.csv", (",10,1.0", ",11,1.0"), "r1 and r0: were measured on different records"),
+    ):
+        for key in ("l1", "r1"):
+            file = tmp_path / key / name
+            file.write_text(file.read_text().replace(own, other))
+        with pytest.raises(InputError, match=said):
+            method_differences(rows, tmp_path)
 
 
 def test_the_table_has_a_line_a_difference(tmp_path):

@@ -1,8 +1,11 @@
 """Curves of a real model's runs, and rules compared record by record."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from rora_theory.errors import InputError
 from rora_theory.stats.rate_curves import Comparison
 from rora_theory.sweep import run_curves
 from rora_theory.sweep.trained_runs import TrainedRun
@@ -39,6 +42,16 @@ def runs_of(method: str, losses: dict[int, dict[float, float]], records: bool = 
         for rate, loss in by_rate.items()
         for found in [(loss * tokens + noise * loss, tokens) if records and loss < np.inf else (None, None)]
     ]
+
+
+def test_methods_of_other_records_are_not_compared():
+    """Though each one's runs agree."""
+    losses = {0: dict(zip(RATES, (3.0, 2.0, 1.0, 2.0, 3.0), strict=True))}
+    other = [replace(run, tokens=run.tokens + 1) for run in runs_of("rora", losses)]
+    with pytest.raises(
+        InputError, match=r"^lora of rank 8 at 0\.001, seed 0 and rora of rank 8 at 0\.001, seed 0: have other"
+    ):
+        compared(*runs_of("lora", losses), *other)
 
 
 def compared(*runs: TrainedRun) -> Comparison:

@@ -1,10 +1,12 @@
 """Trained runs of a sweep: the exponent their scalings have, and the same resampled records at every rate."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.sweep.trained_runs import TrainedRun, bootstrap, kappa_of, stacked
+from rora_theory.sweep.trained_runs import TrainedRun, bootstrap, kappa_of, read_runs, stacked
 
 
 def test_alpha_2r_has_kappa_0():
@@ -50,12 +52,30 @@ def test_kappa_of_a_rule():
         kappa_of([*runs, TrainedRun("rora", 256, 1.00001, 1e-3, 0, 1.0, None, None)])
 
 
-def test_records_are_averaged_over_runs_that_all_have_them():
-    losses = ([1.0, 3.0], [3.0, 5.0])
-    one, other = (
-        TrainedRun("lora", 8, 2.0, 0.1, seed, 1.0, np.array(each), np.ones(2)) for seed, each in enumerate(losses)
+def test_runs_are_averaged_where_all_have_the_same_records():
+    first, second = (
+        TrainedRun("lora", 8, 2.0, 0.1, seed, 1.0, np.array(sums), np.ones(2))
+        for seed, sums in enumerate(([1.0, 3.0], [3.0, 5.0]))
     )
-    assert stacked([one, other])[0].tolist() == [2.0, 4.0]
-    bare = TrainedRun("lora", 8, 2.0, 0.1, 1, 1.0, None, None)
-    assert stacked([one, bare]) == (None, None)
-    assert bootstrap([one, bare]) is None
+    records, tokens = stacked([first, second])
+    assert (records.tolist(), tokens.tolist()) == ([2.0, 4.0], [1.0, 1.0])
+    bare = replace(second, records=None, tokens=None)
+    assert stacked([first, bare]) == (None, None)
+    assert bootstrap([first, bare]) is None
+    for call in (stacked, bootstrap):
+        with pytest.raises(InputError, match=r"seed 0 and lora of rank 8 at 0\.1, seed 1: have other held-out records"):
+            call([first, replace(second, tokens=np.array([1.0, 2.0]))])
+
+
+@pytest.mark.parametrize(("loss", "records", "tokens"), [("validation", [15.0], [10.0]), ("answer", [1.0], [2.0])])
+def test_records_are_of_the_loss_that_was_asked_for(tmp_path, loss, records, tokens):
+    (tmp_path / "results.csv").write_text(
+        "key,status,model,method,rank,gamma,learning_rate,seed,validation_loss,answer_loss\n"
+        "a,complete,m,lora,8,2.0,0.1,0,1.5,0.5\n"
+    )
+    (tmp_path / "cells" / "a").mkdir(parents=True)
+    (tmp_path / "cells" / "a" / "losses.csv").write_text(
+        "file,index,tokens,loss,answer_tokens,answer_loss\nx,0,10,15.0,2,1.0\n"
+    )
+    (run,) = read_runs(tmp_path, loss=loss)
+    assert (run.records.tolist(), run.tokens.tolist()) == (records, tokens)
