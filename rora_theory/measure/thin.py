@@ -57,7 +57,7 @@ def of_tokens(crossings: pd.DataFrame) -> list[str]:
     if crossings.empty:
         return []
     fewest = int(crossings["tokens"].min())
-    ratio = (crossings["upper_quartile"] / crossings["lower_quartile"]).to_numpy(float)
+    ratio = (crossings["upper_quartile"] / crossings["lower_quartile"]).fillna(math.inf).to_numpy(float)
     error = float(np.median(_OF_QUARTILES * np.log(ratio) / np.sqrt(crossings["tokens"].to_numpy(float))))
     if fewest >= FEWEST_TOKENS and error <= WORST:
         return []
@@ -72,7 +72,8 @@ def of_tokens(crossings: pd.DataFrame) -> list[str]:
 
 def of_layers(crossings: pd.DataFrame, layers: int | None) -> list[str]:
     """Whether layers are too few for what is said of those that were not measured: the mean of ln c over layers, by
-    kind of module, as of a sample without replacement.
+    kind of module, as of a sample without replacement. Of a kind with a layer whose c has no finite logarithm (0 or
+    below, where the rank's terms subtract, or infinite) nothing is known.
 
     Args:
       crossings: of one split.
@@ -82,10 +83,12 @@ def of_layers(crossings: pd.DataFrame, layers: int | None) -> list[str]:
     if layers is None or not measured or measured >= layers:
         return []
     kinds = crossings["module"].str.rpartition(".")[2]
-    own = crossings.assign(kind=kinds, log=np.log(crossings["linear_term"].astype(float)))
-    spread = own.groupby(["optimizer", "init", "kind"])["log"].agg(["std", "count"])
+    terms = crossings["linear_term"].astype(float)
+    own = crossings.assign(kind=kinds, log=np.log(terms.where((terms > 0) & (terms < math.inf))))
+    spread = own.groupby(["optimizer", "init", "kind"])["log"].agg(["std", "count", "size"])
     errors = spread["std"] / np.sqrt(spread["count"]) * math.sqrt(1 - measured / layers)
-    errors = errors.fillna(math.inf)  # of a kind that one layer has
+    # A kind that one layer has, too, has no spread.
+    errors = errors.where(spread["count"] == spread["size"]).fillna(math.inf)
     if measured >= 3 and float(errors.max()) <= WORST:
         return []
     of_three = ""
