@@ -11,6 +11,7 @@ exponent of `keeping_exponent`, which needs nothing but the rms of the parts and
 """
 
 import math
+import sys
 from typing import Any
 
 import jax
@@ -130,9 +131,15 @@ def keeping_factor(
     in the letters of `keeping_exponent`, which is its slope at a strength of 1; where the parts have one direction it
     is `theory.horizon.rate_factor`.
 
+    Where the parts are nearly opposite (a correlation below -0.94) there is a range of rates over which the change
+    shrinks as the rate grows, and several y may solve this; only one that no such range parts from 1 is meant.
+
     Args:
       strength: above 0.
       led_B, led_A, whole: of each module, see `led_parts`.
+
+    Returns:
+      y, or NaN where there is none.
 
     Raises:
       InputError: a strength of 0 or below, or no change.
@@ -141,11 +148,24 @@ def keeping_factor(
     if not (strength > 0 and w > 0):
         raise InputError(f"strength is {strength!r} and the change {math.sqrt(w)!r}; accepted are numbers above 0")
 
-    def excess(y: float) -> float:
-        return math.log(strength**2 * y**2 * (b + (w - a - b) * y + a * y**2) / w)
+    between = max(w - a - b, -2 * math.sqrt(a * b))  # 2 c: rounded parts may break what Cauchy and Schwarz allow
 
-    # It grows from 0 without bound: without a turn where the parts' correlation is above -0.94.
-    low, high = 1e-9 / strength, 1.0
-    while excess(high) < 0:
-        high *= 2
+    def excess(y: float) -> float:
+        square = strength**2 * y**2 * (b + between * y + a * y**2) / w
+        return math.log(max(square, sys.float_info.min))
+
+    low, high = 1e-9 / strength, math.inf
+    turns = 9 * between**2 - 32 * a * b
+    if between < 0 <= turns:  # it grows to the first turn and from the second on
+        shift = math.sqrt(turns) - 3 * between
+        first, second = 4 * b / shift, shift / (8 * a)
+        if first <= 1 <= second:
+            return math.nan
+        low, high = (low, first) if first > 1 else (second, high)
+    if high == math.inf:
+        high = max(low, 1.0)
+        while excess(high) < 0:
+            high *= 2
+    if excess(low) > 0 or excess(high) < 0:
+        return math.nan
     return float(scipy.optimize.brentq(excess, low, high, xtol=1e-12, rtol=1e-10))

@@ -493,7 +493,7 @@ def exponent_of_parts(
     """The exponent of the rate in gamma r that keeps the change of all modules together, by the parts that were
     measured in runs at the first strength (`measure.led.keeping_factor`), a seed each: along a line in the log of the
     rate between the two runs beside it, no further apart than a grid step, or of the one within half a step, an eighth
-    of a decade. None of a seed without such a run.
+    of a decade. None of a seed without such a run; a run whose parts tell no factor is none.
 
     Args:
       runs: of the grid.
@@ -511,6 +511,8 @@ def exponent_of_parts(
             continue
         if math.isclose(run.strength, strengths[0], rel_tol=1e-6):
             factor = keeping_factor(grows, *(np.asarray(parts[name]) for name in PARTS))
+            if math.isnan(factor):
+                continue
             measured.setdefault(run.seed, {})[math.log10(run.rate / rate)] = math.log(factor) / math.log(grows)
     found = []
     for seed in sorted(measured):

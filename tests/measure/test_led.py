@@ -105,6 +105,18 @@ def test_the_factor_keeps_the_change_of_all_modules() -> None:
         led.keeping_factor(0.0, *parts)
 
 
+def test_a_rate_behind_a_range_over_which_the_change_shrinks_is_none() -> None:
+    """Two parts that are nearly or exactly opposite; before that range and behind it the factor is the change's own."""
+    for strength, *parts in ((2.0, 1.0, 1.0, 0.1), (0.5, 1.0, 0.5, 0.5), (0.1, 1.0, 0.1, 0.9), (0.5, 1.0, 0.8, 0.2)):
+        assert np.isnan(led.keeping_factor(strength, *np.reshape(parts, (3, 1))))
+    for strength, a in ((2.0, 0.1), (0.8, 0.1), (1.5, 8.0), (0.5, 8.0)):
+        y = led.keeping_factor(strength, *np.reshape([1.0, a, abs(1 - a)], (3, 1)))
+        assert strength * abs(y - a * y**2) == pytest.approx(abs(1 - a))
+        assert y == pytest.approx(1, abs=0.7)
+    rounded = led.keeping_factor(4.0, *np.reshape([1.0, 0.0, 0.99999], (3, 1)))
+    assert rounded == pytest.approx(0.25, rel=1e-4)
+
+
 def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
     """The base model's inputs at the tokens behind what all records begin with; the last token is only predicted."""
     rows = [[5, 6, 7, 8, 9, 1], [5, 6, 3, 8], [5, 6, 3, 2, 4]]
@@ -114,6 +126,8 @@ def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
     np.testing.assert_allclose(found["mlp.down_proj"][:, :3], whole["mlp.down_proj"][:, 0, 2:], rtol=2e-5, atol=1e-6)
     alone = led.module_inputs(PARAMS, CONFIG, examples(rows), start, records=2)
     assert alone["mlp.down_proj"].shape[1] == 3 + 1
+    three = led.module_inputs(PARAMS, CONFIG, examples([[5, 6, 7, 0], [5, 6, 8, 0], [5, 9, 1, 0]]), start)
+    assert three["mlp.down_proj"].shape[1] == 2 + 2 + 2, "what two of them share the third does not"
     with pytest.raises(InputError, match="no token of their own"):
         led.module_inputs(PARAMS, CONFIG, examples([rows[0], rows[0]]), start)
 
