@@ -8,6 +8,7 @@ Nothing is trained and nothing of the model changes.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -40,9 +41,11 @@ from rora_theory.measure.torch.modules import (
     unwrapped,
     without_adapters,
 )
-from rora_theory.optimizers import FAMILY
+from rora_theory.optimizers import FAMILY, WORDS
 from rora_theory.scaling import Rule
 from rora_theory.theory.laws import Optimizer
+
+logger = logging.getLogger(__name__)
 
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
 """No adapter is stepped, and the step's size is predicted at two ranks: Adam's epsilon makes each a law of its own."""
@@ -128,7 +131,8 @@ class TorchRegime(Regime):
           setting: what was tuned.
           rank: the new one.
           regime: ``"signal"`` keeps the whole model's change, in which cross-talk averages out, and knows later steps
-            too; ``"measured"`` keeps the rms of each module's own first step.
+            too, and logs a warning where it does not lead at both ranks; ``"measured"`` keeps the rms of each module's
+            own first step.
           rule, alpha: of the new setting, see `rora_theory.transfer`.
           steps: of the planned run, under Adam and with the regime ``"signal"``: the answer is then the law's at their
             end, with the takeover distance that was measured.
@@ -143,6 +147,14 @@ class TorchRegime(Regime):
         takeover = None if steps is None or family != "adam" else self.takeover_at(setting.rank, setting.init)
         told: Any = terms if regime == "measured" else regime
         advice = transfer(setting, rank, told, rule=rule, alpha=alpha, steps=steps, takeover=takeover)
+        crossing = float(self.crossings_of(family, setting.init, split)["crossing_rank"].astype(float).median())
+        lowest = min(setting.rank, advice.setting.rank)
+        if regime == "signal" and crossing > lowest:
+            logger.warning(
+                f"the crossing rank is {crossing:.3g} ({WORDS[family]}, {setting.init}, {split}), the median of "
+                f"{len(terms)} modules, and the signal does not lead at rank {lowest}; accepted are ranks above it, or "
+                'regime="measured", which keeps each module\'s own first step'
+            )
         config: Any = LoraConfig(
             task_type=self.task_type, target_modules=self.target_modules, **advice.lora_arguments(per)
         )
