@@ -604,8 +604,8 @@ def transfer(
       schedule: factor of the rate in each of the ``steps``; None is a constant rate.
 
     Raises:
-      InputError: a regime that is neither, or without modules, a value out of range (of a measured regime it names the
-        module), or steps where no law has them.
+      InputError: no setting, a regime that is neither, or without modules, a value out of range (of a measured regime
+        it names the module), or steps where no law has them.
 
     Example:
       >>> carried = transfer(Setting(rank=8, alpha=16, learning_rate=3e-4), 128)
@@ -615,6 +615,8 @@ def transfer(
       >>> [f"{rate:.2e}" for rate in found.rates]
       ['2.65e-05', '7.42e-05', '8.92e-05']
     """
+    if not isinstance(old, Setting):
+        raise InputError(f"old is {shown(old)}; accepted is a Setting")
     terms = _terms(regime)
     new_rule = old.rule if rule is None else rule
     unchanged = replace(old, rank=rank, rule=new_rule, alpha=old.alpha if alpha is None else alpha)

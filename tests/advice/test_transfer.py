@@ -229,6 +229,7 @@ def test_snippet_works_in_peft() -> None:
         (lambda: Setting(8, 16.0, 0.0), "learning_rate is 0.0"),
         (lambda: Setting(8, 16.0, 1e-3, optimizer="lion"), "optimizer is 'lion'"),
         (lambda: Setting(8, 16.0, 1e-3, init="pissa"), "init is 'pissa'"),
+        (lambda: transfer({"r": 16}, rank=128), "old is {'r': 16}; accepted is a Setting"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 0), "rank is 0"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, "both"), "regime is 'both'"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, alpha=0.0), "alpha is 0.0"),
@@ -393,6 +394,8 @@ def test_an_assumed_takeover_distance() -> None:
     x = np.random.default_rng(0).normal(size=4096)
     exact = math.sqrt(2 / (3 * 4096 * math.pi)) * np.linalg.norm(x) / np.sum(np.abs(x))
     assert exact == pytest.approx(plan.takeover, rel=0.05)  # |x|_1 varies by 1% or so
+    gaussian = transfer(Setting(8, 16.0, 3e-4, init="gaussian"), 128, steps=4, p_in=64).plan
+    assert gaussian.takeover == pytest.approx(1 / 64), "the deviation 1 / 8 over sqrt(64)"
 
 
 def test_a_falling_schedule_moves_A_less() -> None:
@@ -611,3 +614,14 @@ def test_groups_are_over_all_modules_and_by_type() -> None:
     assert advice.by_type() == {"q_proj": q_proj.alpha.mean, "up_proj": up_proj.alpha.mean}
     (only,) = transfer(Setting(8, 16.0, 3e-4), 128).groups()
     assert (only.name, only.alpha) == ("all modules", pytest.approx((16.0, 16.0, 16.0)))
+
+
+def test_a_fixed_alpha_stays_fixed() -> None:
+    """It has no pattern beside it, and in both limits the rate makes up for it."""
+    old = Setting(8, 16.0, 3e-4)
+    assert transfer(old, 128, {"a.q_proj": 1.0, "b.v_proj": 9.0}, alpha=8.0).lora_arguments()["alpha_pattern"] == {}
+    found = transfer(old, 128, rule="rslora", alpha=16.0).groups_by_regime()
+    for group in found:
+        (own,) = transfer(old, 128, group.name, rule="rslora", alpha=16.0).groups()
+        assert group.learning_rate.mean == own.learning_rate.mean
+    assert [group.name for group in found] == ["signal", "cross-talk"]
