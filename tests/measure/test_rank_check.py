@@ -17,7 +17,7 @@ from figures import coordinate_check as figure
 from rora_theory import InputError, frames, measure, scaling_factor
 from rora_theory.data.batches import Batch
 from rora_theory.llama import load
-from rora_theory.measure.coordinate_table import Coordinate, in_a_word
+from rora_theory.measure.coordinate_table import Coordinate, Table, in_a_word
 from rora_theory.measure.coordinates import Checker
 from rora_theory.measure.rank_check import (
     SLOPE_COLUMNS,
@@ -129,6 +129,20 @@ def sizes_of(config: CheckConfig, value: Callable[[Case, str, str, int, int], fl
         for split in ("train", "held_out")
         for module, quantity in (("a", "output"), ("model", "hidden"), ("model", "logits"))
     )
+
+
+def test_a_table_is_judged_by_the_band_and_the_confidence_that_were_asked_for() -> None:
+    """Slopes of three seeds around 0.2: half a 95% interval is Student's 4.3027 standard errors."""
+    slopes = np.array([[0.2], [0.21], [0.19]])
+    table = Table((2, 8, 32), {Coordinate("hidden", "train", "model", 1): np.exp(np.log([2, 8, 32]) * slopes)})
+    (line,) = table.lines()
+    assert (table.lines(band=0.3)[0]["verdict"], line["verdict"]) == ("flat", "grows")
+    error = 0.01 / math.sqrt(3)
+    assert (line["standard_error"], line["half_width"]) == pytest.approx((error, 4.3027 * error), rel=0.03)
+    where = {"quantity": "hidden", "split": "train", "step": 1}
+    table.assert_flat(**where, band=0.21, confidence=0.5)
+    with pytest.raises(AssertionError):
+        table.assert_flat(**where, band=0.21)
 
 
 def test_a_quantity_that_is_zero_at_some_rank_is_undecided() -> None:

@@ -50,6 +50,15 @@ def test_what_was_seen_is_a_beginning() -> None:
     assert unseen.seen(both, [batch([1, 2]), TRAIN]).sum() == 7
 
 
+def test_what_leaves_no_token_of_its_own_is_refused() -> None:
+    """Nor is padding one."""
+    unseen.check_unseen(HELD_OUT, [TRAIN])
+    with pytest.raises(InputError, match="all 4 held-out tokens begin as the training batch does"):
+        unseen.check_unseen(batch(TEMPLATE), [TRAIN])
+    with pytest.raises(InputError, match="leaves no token of a held-out record apart"):
+        unseen.apart_from(TRAIN, [TRAIN])
+
+
 @pytest.mark.slow
 def test_the_template_alone_is_masked_whole(model) -> None:
     """As is the training batch itself: nothing is left, which is said before anything is measured."""
