@@ -1,6 +1,7 @@
 """The records of a sweep: seeded, held out once, trained on nowhere else, each file with its share."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from support import checkpoint
 
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
+from rora_theory.finetune import read_records
 from rora_theory.sweep.records import apportion, draw_records
 
 
@@ -39,12 +41,13 @@ def test_a_repeated_record_is_on_one_side_alone(tmp_path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.json").write_text(json.dumps(held))
     files = tuple(str(tmp_path / name / "train.json") for name in ("one", "two"))
-    sample = draw_records(files, held_out=8)
-    held_out = [record.instruction for _, _, record in sample.held_out]
-    assert len(held_out) == len(set(held_out)) == 8
-    trained = {record.instruction for record in sample.train}
-    assert not trained & set(held_out)
-    assert len(trained) == 21 - 8, "everything else is"
+    for seed in range(6):
+        sample = draw_records(files, held_out=8, seed=seed)
+        held_out = [record.instruction for _, _, record in sample.held_out]
+        assert len(held_out) == len(set(held_out)) == 8
+        trained = {record.instruction for record in sample.train}
+        assert not trained & set(held_out)
+        assert len(trained) == 21 - 8, "everything else is"
 
 
 def test_one_instruction_with_other_inputs_is_other_records(tmp_path) -> None:
@@ -88,6 +91,25 @@ def test_texts_have_no_answers_to_measure(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     with pytest.raises(InputError, match=r"a\.txt: holds texts, and a sweep measures losses on answers; accepted are"):
         draw_records([str(tmp_path / "a.txt")], held_out=2)
+
+
+def test_files_give_in_proportion_and_records_are_found_again(tmp_path) -> None:
+    """A held-out record is named by its folder, file and place in it; those trained on are in the seed's order."""
+    files = {f"{name}/train.json": tmp_path / name / "train.json" for name in ("one", "two")}
+    for (name, path), count in zip(files.items(), (30, 10), strict=True):
+        path.parent.mkdir()
+        path.write_text(json.dumps([{"instruction": f"{name} {i}", "output": "a"} for i in range(count)]))
+    sources = list(map(str, files.values()))
+    sample = draw_records(sources, held_out=8, train_records=12, shares="proportional")
+    assert Counter(name for name, *_ in sample.held_out) == {"one/train.json": 6, "two/train.json": 2}
+    for name, index, record in sample.held_out:
+        assert record == read_records([files[name]])[index]
+    asked = [record.instruction.split() for record in sample.train]
+    assert Counter(name for name, _ in asked) == {"one/train.json": 9, "two/train.json": 3}
+    places = [int(place) for _, place in asked[:9]]
+    assert places != sorted(places)
+    with pytest.raises(InputError, match="has 8 records beside the held-out ones; accepted is 9, its share"):
+        draw_records(sources[1:], held_out=2, train_records=9)
 
 
 def test_shares_of_the_files() -> None:

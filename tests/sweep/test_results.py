@@ -40,6 +40,8 @@ def best_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         ([rate_row(0.001, 1.0), rate_row(0.003, 0.9), rate_row(0.01, 1.8)], (0.003, "yes")),
         # Compared at the first seed: 0.001 stays the best, though its mean over both seeds is above 0.003's one.
         ([rate_row(0.001, 1.0), rate_row(0.003, 1.1), rate_row(0.001, 1.4, 1)], (0.001, "edge")),
+        # 0.4, of another seed, leaves 0.3 the highest that was compared.
+        ([*(rate_row(r, 1 - r) for r in (0.1, 0.2, 0.3)), rate_row(0.4, 1.0, 1)], (0.3, "edge")),
         ([rate_row(0.001, 1.0), rate_row(0.003, 0, status="diverged")], (0.001, "edge")),
         ([rate_row(0.001, 1.0), rate_row(0.003, 0, status="dead")], (0.001, "only")),
         ([rate_row(0.003, 0, status="diverged")], None),
@@ -138,11 +140,13 @@ def test_a_line_a_training_in_order() -> None:
     assert lines[7].startswith("key,complete,m,rora,rora,8,64.0,8.0,0.1,,0,,,,,1.5,")
 
 
-def test_lines_of_a_rank_are_in_the_order_of_alpha_before_the_rate() -> None:
+def test_lines_of_a_rank_are_in_the_order_of_alpha_then_the_rate_then_the_seed() -> None:
     done = {"status": "complete", "validation_loss": 1.0}
-    pairs = ((64.0, 0.01), (8.0, 0.1), (16.0, 0.03))
-    rows = results.results_table([outcome(cell("lora", 8, rate, 0, alpha=alpha), done) for alpha, rate in pairs])
-    assert rows["alpha"].tolist() == [8.0, 16.0, 64.0]
+    trained = ((64.0, 0.01, 0), (8.0, 0.1, 10), (8.0, 0.1, 9), (16.0, 0.03, 0))
+    rows = results.results_table(
+        [outcome(cell("lora", 8, rate, seed, alpha=alpha), done) for alpha, rate, seed in trained]
+    )
+    assert rows[["alpha", "seed"]].values.tolist() == [[8.0, 9], [8.0, 10], [16.0, 0], [64.0, 0]]
 
 
 def test_an_average_of_several_tasks_is_the_one_that_was_made() -> None:
