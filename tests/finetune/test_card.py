@@ -1,4 +1,4 @@
-"""What a run's card says of its learning rate is what the schedule does."""
+"""What a run's card says is what the run was and did: data, optimizer, schedule, length and losses."""
 
 import math
 
@@ -7,6 +7,19 @@ import pytest
 from rora_theory.data.records import DataConfig, RecordSet
 from rora_theory.finetune import FinetuneConfig, Record, card
 from rora_theory.finetune import step as steps
+
+SUMMARY = {"records": 2500, "trained_on": 1100, "validated_on": 1200}
+RECORDS = RecordSet([Record("q", "a")], (("alpaca", 1),), DataConfig())
+STEPS = [
+    {"event": "step", "step": step, "loss": 13.0 - step, "targets": 10 * step**2, "seconds": 2.0 * (step > 1)}
+    for step in range(1, 13)
+]
+TESTED = [{"event": "validation", "step": step, "loss": loss} for step, loss in ((4, 2.0), (8, 1.0), (12, 1.5))]
+TRAINING = "12.0000 nats a token on the batch of step 1, before any update; 5.5000, the mean of the last 10 steps"
+VALIDATION = (
+    "2.0000 at step 4 (first), 1.0000 at step 8 (best), 1.5000 at step 12 (last); "
+    "nats a token of 1,200 held-out records"
+)
 
 
 @pytest.mark.parametrize(
@@ -22,9 +35,7 @@ from rora_theory.finetune import step as steps
 def test_the_learning_rate_in_words(schedule, warmup, count, said, last):
     config = FinetuneConfig(schedule=schedule, warmup=warmup, lr=0.5)
     events = [{"event": "step", "step": step, "loss": 1.0} for step in range(1, count + 1)]
-    summary = {"records": 1, "trained_on": 1, "validated_on": 0}
-    records = RecordSet([Record("q", "a")], (("alpaca", 1),), DataConfig())
-    rows = dict(card.of_run(config, records, ["x.json"], summary, events).rows)
+    rows = dict(card.of_run(config, RECORDS, ["x.json"], SUMMARY, events).rows)
     assert rows["learning rate"] == said
     rate = steps.schedule(config, count)
     assert float(rate(count - 1)) == pytest.approx(last)
@@ -34,3 +45,60 @@ def test_the_learning_rate_in_words(schedule, warmup, count, said, last):
 def test_a_loss_that_is_no_number_is_not_the_best():
     tested = [{"event": "validation", "step": step, "loss": loss} for step, loss in ((1, math.nan), (2, 2.0), (3, 1.5))]
     assert card._best(tested)["step"] == 3
+
+
+def test_a_card_s_rows():
+    config = FinetuneConfig(
+        batch_size=4,
+        cutoff=64,
+        loss_on="answer",
+        template="clean",
+        weight_decay=0.1,
+        warmup=2,
+        schedule="constant",
+        lr=0.5,
+    )
+    sources = ["data/x.json", "hf://datasets/me/chats@main:train", "hf://datasets/me/chats"]
+    found = card.of_run(config, RECORDS, sources, SUMMARY, [*STEPS, *TESTED], 8, "mit")
+    assert (found.datasets, found.license) == (("me/chats",), "mit")
+    assert dict(found.rows) == {
+        "data": "`x.json`, `hf://datasets/me/chats@main:train`, `hf://datasets/me/chats`",
+        "records": f"2,500, SHA-256 `{RECORDS.sha256}`",
+        "trained on": "1,100; held out for the validation loss: 1,200",
+        "prompt": "template clean, at most 64 tokens, loss on answer tokens",
+        "optimizer": "AdamW, betas 0.9 and 0.999, epsilon 1e-08, weight decay 0.1, gradients clipped at norm 1",
+        "learning rate": "0.5 after 2 steps of warm-up, then constant",
+        "horizon": "12 steps of 4 records; adapter of step 8",
+        "rule as it was asked for": "rora, alpha 64",
+        "training loss": TRAINING,
+        "validation loss": VALIDATION,
+    }
+
+
+def test_a_card_has_no_row_of_what_the_run_had_not():
+    quantised = FinetuneConfig(method="prefix", quantization="q8_0", clip=math.inf)
+    rows = dict(card.of_run(quantised, RECORDS, ["x.json"], SUMMARY, []).rows)
+    assert not {"rule as it was asked for", "training loss"} & set(rows)
+    assert rows["quantization"] == "the base's linear weights in q8_0 blocks, multiplied in float32"
+    assert rows["optimizer"] == "AdamW, betas 0.9 and 0.999, epsilon 1e-08"
+    assert rows["validation loss"] == "not measured: no record was held out"
+    full = dict(card.of_run(FinetuneConfig(method="full"), RECORDS, ["x.json"], SUMMARY, STEPS).rows)
+    assert full["horizon"] == "12 steps of 16 records; weights of step 12"
+
+
+def test_the_losses_in_words():
+    assert card.losses_in_words([*STEPS, *TESTED], 1200) == f"Trained for 12 steps: validation loss {VALIDATION}."
+    assert card.losses_in_words(STEPS, 0) == f"Trained for 12 steps: training loss {TRAINING}."
+
+
+def test_the_figures_of_a_run():
+    """A step that took no time has no speed."""
+    assert [tuple(row.values()) for row in card.figures([*STEPS, *TESTED], 288)] == [
+        ("training loss, first", 1, 12.0),
+        ("training loss, mean of the last 10", 12, 5.5),
+        ("validation loss, first", 4, 2.0),
+        ("validation loss, best", 8, 1.0),
+        ("validation loss, last", 12, 1.5),
+        ("tokens/s, median", None, 245.0),
+        ("trainable parameters", None, 288),
+    ]

@@ -6,7 +6,8 @@ import pytest
 from support import checkpoint, tiny
 
 from rora_theory.data import prompts
-from rora_theory.data.formats import Text
+from rora_theory.data.batches import split
+from rora_theory.data.formats import Completion, Text
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, Record, prepare, read_record_set, read_records
@@ -25,6 +26,20 @@ def completions(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps([{"prompt": "2 + 2 = ", "completion": "4"}] * 3))
     return path
+
+
+def test_what_is_trained_on_and_what_is_held_out():
+    """The seed's split, each counted on its side; widths and what was cut or left out are of both."""
+    train, held_out = split(range(7), 2, 3)
+    sizes = dict.fromkeys(train, (2, 2)) | {train[0]: (50, 2), held_out[0]: (50, 2), held_out[1]: (30, 20)}
+    records = [Completion(chr(97 + i) * sizes[i][0], "!" * sizes[i][1]) for i in range(7)]
+    config = FinetuneConfig(held_out=2, seed=3, cutoff=40, loss_on="answer", batch_size=2, widths=2)
+    data = prepare(records, tiny.ByteEncoder(), config)
+    summary = {"records": 7, "trained_on": 4, "validated_on": 1, "truncated": 3, "skipped": 2, "widths": (8, 40)}
+    assert data.summary | summary == data.summary
+    found = [bytes(data.train.examples[i][1:-1].tolist()).decode() for i in range(4)]
+    assert found == [2 * chr(97 + i) + "!!" for i in train[1:]]
+    assert bytes(data.validation.examples[0][1:].tolist()).decode() == 30 * chr(97 + held_out[1]) + 9 * "!"
 
 
 def test_a_record_set_knows_its_formats_prompt(completions):
