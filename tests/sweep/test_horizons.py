@@ -592,7 +592,7 @@ def test_parts_decide_no_more_than_the_runs_do() -> None:
 
 def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
     """Along a line between two a grid step apart at most; of one within half a step; none of another seed, rank,
-    strength or step."""
+    strength or step, nor of one whose parts are opposite and tell no factor."""
 
     def run(seed: int, rate: float, ratio: float, rank: int = 8, strength: float = 64 + 1e-9, step: int = 64):
         bare = HorizonRun(rank, strength, rate, seed, ReadRun([], [Reading(step, [1.0], [1.0])]))
@@ -602,6 +602,7 @@ def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
     runs += [run(1, 1.1e-3, 2.0), run(2, 1.5e-3, 30.0), run(6, 1e-3, 30.0)]
     runs += [run(3, 0.9e-3, 3.0), run(3, 3e-3, 30.0)]  # too far apart for a line
     runs += [run(4, 1e-3, 30.0, rank=16), run(4, 1e-3, 30.0, strength=32.0), run(5, 1e-3, 30.0, step=16)]
+    runs += [run(5, 1e-3, -0.9)]
     where = {"rank": 8, "strengths": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2, 3, 4, 5)}
     found = horizons.exponent_of_parts(runs, 64, **where)
     one, nine, two, three = (math.log(rate_factor(724 / 64, q)) / math.log(724 / 64) for q in (1.0, 9.0, 2.0, 3.0))
