@@ -620,8 +620,8 @@ def test_a_fixed_alpha_stays_fixed() -> None:
     """It has no pattern beside it, and in both limits the rate makes up for it."""
     old = Setting(8, 16.0, 3e-4)
     assert transfer(old, 128, {"a.q_proj": 1.0, "b.v_proj": 9.0}, alpha=8.0).lora_arguments()["alpha_pattern"] == {}
-    found = transfer(old, 128, rule="rslora", alpha=16.0).groups_by_regime()
+    found = transfer(old, 128, rule="rslora", alpha=24.0).groups_by_regime()
     for group in found:
-        (own,) = transfer(old, 128, group.name, rule="rslora", alpha=16.0).groups()
+        (own,) = transfer(old, 128, group.name, rule="rslora", alpha=24.0).groups()
         assert group.learning_rate.mean == own.learning_rate.mean
     assert [group.name for group in found] == ["signal", "cross-talk"]
