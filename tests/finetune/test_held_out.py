@@ -1,5 +1,6 @@
 """Losses of single records against a plain forward pass of each."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -64,8 +65,27 @@ def test_a_record_that_the_model_can_t_read_is_refused() -> None:
 
 
 @pytest.mark.slow
+def test_records_that_are_all_answer_have_one_loss() -> None:
+    """Though they begin alike, nothing of an answer is read for all at once; and they are as long as can be."""
+    random = np.random.default_rng(0)
+    beginning = random.integers(0, 61, 40)
+    tokens = np.concatenate([part for _ in range(3) for part in (beginning, random.integers(0, 61, 25))])
+    held_out = Examples(tokens, np.arange(4) * 65, np.arange(3 * 65) % 65 > 0, 0, 0)
+    for one in record_losses(PARAMS, replace(CONFIG, max_position_embeddings=64), held_out, batch_size=4, widths=1):
+        assert (one.tokens, one.loss) == (one.answer_tokens, pytest.approx(one.answer_loss, rel=1e-6))
+
+
+def test_of_no_record_there_is_no_loss() -> None:
+    none = np.zeros(0, np.int64)
+    assert record_losses(PARAMS, CONFIG, Examples(none, np.zeros(1, np.int64), none.astype(bool), 0, 0)) == []
+
+
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_logits() -> None:
     windows = np.random.default_rng(0).integers(0, 61, (3, 12)).astype(np.int32)
-    chances = np.asarray(jax.nn.log_softmax(forward(PARAMS, jnp.asarray(windows[:, :-1]), CONFIG)), np.float64)
-    mean = -np.take_along_axis(chances, windows[:, 1:, None], axis=-1).mean()
-    assert perplexity(PARAMS, CONFIG, windows, batch_size=2) == pytest.approx(np.exp(mean), rel=1e-5)
+    logits = forward(PARAMS, jnp.asarray(windows[:, :-1]), CONFIG)
+    for scale, batch_size in ((1.0, 2), (1e3, 4), (1e4, 4)):  # losses of 4, 170 and 1700 nats
+        chances = np.asarray(jax.nn.log_softmax(scale * logits), np.float64)
+        mean = -np.take_along_axis(chances, windows[:, 1:, None], axis=-1).mean()
+        found = perplexity(PARAMS | {"lm_head": scale * PARAMS["lm_head"]}, CONFIG, windows, batch_size=batch_size)
+        assert math.log(found) == pytest.approx(mean if mean < 700 else math.inf, rel=1e-5)
