@@ -98,7 +98,7 @@ def init_of(word: object) -> Init:
         if type(known) is type(word) and known == word:
             return init
     raise InputError(
-        f"init_lora_weights is {shown(word)}, whose steps this advice does not cover: it is of B = 0 and a random A; "
+        f"init_lora_weights is {shown(word)}, whose steps are not covered here: the law is of B = 0 and a random A; "
         "accepted are true and 'gaussian'"
     )
 

@@ -558,10 +558,10 @@ def test_a_saved_adapter_is_read(tmp_path, entries, expected) -> None:
         ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
         (
             {"init_lora_weights": "eva"},
-            "init_lora_weights is 'eva', whose steps this advice does not cover",
+            "init_lora_weights is 'eva', whose steps are not covered here",
         ),
-        ({"init_lora_weights": "lora_ga"}, "does not cover"),
-        ({"init_lora_weights": False}, "does not cover"),
+        ({"init_lora_weights": "lora_ga"}, "not covered here"),
+        ({"init_lora_weights": False}, "not covered here"),
         ({"init_lora_weights": 1}, "init_lora_weights is 1, "),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
         ({"target_modules": ["q_proj", "q_proj"]}, "targets has 'q_proj'"),

@@ -177,7 +177,7 @@ def test_bad_input() -> None:
         (lambda _: made()(8), RANKS, {}, r"make_model\(4\) gives .* an adapter of rank 8; accepted is rank 4"),
         (lambda _: base, RANKS, {}, r"make_model\(4\) gives a model without LoRA"),
         (trained, RANKS, {}, "a B that is not zero; accepted is a fresh adapter"),
-        (made(init_lora_weights="eva"), RANKS, {}, "init_lora_weights is 'eva', and how its steps depend"),
+        (made(init_lora_weights="eva"), RANKS, {}, "init_lora_weights is 'eva', whose steps are not covered here"),
     ]
     for make_model, ranks, arguments, message in cases:
         with pytest.raises(InputError, match=message):
