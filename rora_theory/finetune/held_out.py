@@ -77,7 +77,7 @@ def record_losses(
     rest = sizes - shared
     plan = plan_epoch(rest, choose_widths(rest, widths), batch_size, seed=None, epoch=0)
     sums = []
-    for rows, width in zip(plan.rows, plan.widths.tolist(), strict=True):
+    for rows, width in zip(plan.rows, np.minimum(plan.widths, longest - shared).tolist(), strict=True):
         inputs, targets, answer = (np.zeros((batch_size, width), np.int32) for _ in range(3))
         for row, index in enumerate(rows.tolist()):
             if index >= 0:
