@@ -66,7 +66,7 @@ def test_a_record_that_the_model_can_t_read_is_refused() -> None:
 
 @pytest.mark.slow
 def test_records_that_are_all_answer_have_one_loss() -> None:
-    """Though they begin alike, nothing of an answer is read for all at once; and they are as long as can be, which is no multiple of 8."""
+    """Though they begin alike, nothing of an answer is read at once for all; of the longest size, no multiple of 8."""
     random = np.random.default_rng(0)
     beginning = random.integers(0, 61, 40)
     tokens = np.concatenate([part for _ in range(3) for part in (beginning, random.integers(0, 61, 30))])
