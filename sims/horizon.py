@@ -134,7 +134,8 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         ("Size of the change at the best rate: equal where the best rate keeps it", judged.change, who | change),
     ):
         if not frame.empty:
-            tables.print_records(title, in_words(frame), columns, left=2 if frame is found else 0)
+            left = 2 if frame is found else list(columns).index("beside") + 1 if "beside" in columns else 0
+            tables.print_records(title, in_words(frame), columns, left=left)
 
 
 def in_words(frame: pd.DataFrame) -> pd.DataFrame:

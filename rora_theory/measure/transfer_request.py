@@ -16,7 +16,7 @@ from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.transfer import MOST_STEPS, Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.optimizers import FAMILY, optimizer_named
+from rora_theory.optimizers import FAMILY, OptimizerName, optimizer_named
 from rora_theory.rules import as_words, check_integers, check_positives, check_rule, check_unread, option_of
 from rora_theory.scaling import Rule, check_integer, exponent
 
@@ -43,7 +43,7 @@ class TransferConfig:
     """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa; none is lora, or what --from has"""
     to_rule: Rule | None = None
     """rule at the new rank; left out, it stays as it is"""
-    optimizer: str = "adamw"
+    optimizer: OptimizerName | str = "adamw"
     """sgd, momentum, adam or adamw, or a Trainer's name of AdamW such as adamw_bnb_8bit; Lion and signSGD take Adam's
     first step, and others are not covered"""
     init: Init | None = None

@@ -67,7 +67,7 @@ def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -
     asked = {
         ("",): {*main.names("sims"), "figures"},
         ("tra",): {"transfer", "training_dynamics"},
-        ("transfer", "--optimizer", ""): {"sgd", "momentum", "adam", "adamw"},
+        ("transfer", "--split", ""): {"train", "heldout"},
         ("rank_sweep", "--desig"): {"--design"},  # its description has more than one line
         ("figures", "norm_vs_rank", "--ou"): {"--out"},
         ("variance_sweep", "--conf"): {"--config"},
