@@ -103,6 +103,12 @@ def init_of(word: object) -> Init:
     )
 
 
+def check_task_type(word: object) -> None:
+    """Raise `InputError` unless it is a `TaskType` or None."""
+    if word is not None and word not in get_args(TaskType):
+        raise InputError(f"task_type is {shown(word)}; accepted are {', '.join(get_args(TaskType))}")
+
+
 def check_uniform(values: Mapping[str, Any]) -> None:
     """Raise `InputError` where ``values``, the entries of a ``LoraConfig``, give modules several ranks or alphas."""
     for name in ("rank_pattern", "alpha_pattern"):
@@ -175,8 +181,10 @@ def read_adapter_config(path: str | Path) -> Saved:
         raise InputError(f"{path}: {error}") from None
     targets = entry("target_modules", None, (list, str, type(None)), "a list of names, or a regular expression")
     task_type = entry("task_type", None, (str, type(None)), "a task type of PEFT's, or null")
-    if task_type not in (None, *get_args(TaskType)):
-        raise InputError(f"{path}: task_type is {shown(task_type)}; accepted are {', '.join(get_args(TaskType))}")
+    try:
+        check_task_type(task_type)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     silent = [name for name in ("r", "lora_alpha") if name not in values]
     remarks = [f"{path} has no {name}: PEFT's default, 8, is taken" for name in silent]
     if values.get("use_dora"):

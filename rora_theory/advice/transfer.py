@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from rora_theory import inits
-from rora_theory.advice.lora_config import PEFT_INITS, TaskType, peft_targets
+from rora_theory.advice.lora_config import PEFT_INITS, TaskType, check_task_type, peft_targets
 from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, check_linear_term, step_ratio
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import FAMILY, WORDS
@@ -390,8 +390,7 @@ class Advice:
           InputError: as `lora_arguments` and `peft_targets`, or a task type that PEFT does not have.
         """
         told = self.lora_arguments(per)
-        if task_type is not None and task_type not in get_args(TaskType):
-            raise InputError(f"task_type is {shown(task_type)}; accepted are {', '.join(get_args(TaskType))}")
+        check_task_type(task_type)
         targets = peft_targets(target_modules)
         kappa = exponent(self.unchanged.rule)
         remark = "" if kappa in KAPPAS.values() else f"  # alpha / r with the gamma of {self.alpha:.6g} / r^{kappa:g}"

@@ -178,13 +178,3 @@ def test_refusals(checker):
     found = Table((2, 4), {Coordinate("output", "train", "model", 1): np.ones((2, 2))})
     with pytest.raises(InputError, match="there is no"):
         found.assert_flat("output", split="train", step=2)
-
-
-def test_lines_have_the_band_and_the_half_width():
-    """Slopes of 0.19, 0.2 and 0.21: mean 0.2, error 0.01 / sqrt 3, Student's 4.30 of it."""
-    y = np.exp(np.log([2, 8, 32]) * np.array([[0.2], [0.21], [0.19]]))
-    table = Table((2, 8, 32), {Coordinate("hidden", "train", "model", 1): y})
-    (wide,), (line,) = table.lines(band=0.3), table.lines()
-    assert (wide["verdict"], line["verdict"]) == ("flat", "grows")
-    assert line["standard_error"] == pytest.approx(0.01 / np.sqrt(3), rel=0.03)
-    assert line["half_width"] == pytest.approx(4.3027 * 0.01 / np.sqrt(3), rel=0.03)
