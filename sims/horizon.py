@@ -122,12 +122,15 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     steps = who | {"steps": "{first} to {second}", "exponent, 95%": exponents["exponent, 95%"]}
     steps |= {"constant gradient's": "{law_low:+.2f} to {law_high:+.2f}", "verdict": "{verdict}"}
     beside = who | {"beside": "{beside}", "ratio of best rates": "{ratio:.3g}", "verdict": "{verdict}"}
+    one_rate = who | {"beside": "{beside}", "rate": "{learning_rate:.3g}"}
+    one_rate |= {"loss less, nats, 95%": "{difference:+.3f} ± {half_width:.3f}", "seeds": "{seeds}"}
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
     change |= {"edge": "{edge}"}
     best = who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
     for title, frame, columns in (
         ("Best rates (parabola through the least three)", judged.best, best),
         ("Beside others, each at its own best rate", judged.beside, beside),
+        ("Two gamma r at one rate: loss less that beside it", judged.one_rate, one_rate),
         ("How the best rate moves", found, exponents),
         ("How the best rate moves with the steps; -1/2 where entries walk at random", judged.steps, steps),
         ("Which part of the change leads, median over modules (5% to 95%)", judged.led, led),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -415,7 +415,8 @@ def _who(curve: Curve) -> dict[str, Any]:
 
 def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curve]] | None = None) -> pd.DataFrame:
     """Every curve beside others after a step, each at its own best rate: an adapter beside full fine-tuning of the same
-    modules and beside the largest rank at its strength; any curve beside the same one of other runs.
+    modules, the largest rank at its strength and the largest strength at its rank, which is LoRA beside RoRA of one
+    alpha where the strengths are alpha and alpha sqrt(r); any curve beside the same one of other runs.
 
     Args:
       found: of `curves_at` the step.
@@ -429,27 +430,66 @@ def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curv
       where either lacks three rates, or the two share no seed.
     """
     adapters = [curve for curve in found if curve.rule != FULL]
-    pairs = [(curve, full, FULL) for curve in adapters for full in found if full.rule == FULL]
+    pairs = [(curve, full, _rank(curve), FULL) for curve in adapters for full in found if full.rule == FULL]
     for curve in adapters:
         largest = max((one for one in adapters if _strength(one) == _strength(curve)), key=lambda one: one.rank)
         if largest is not curve:
-            pairs.append((curve, largest, f"r = {largest.rank}"))
+            pairs.append((curve, largest, _rank(curve), _rank(largest)))
+    pairs += [(curve, strongest, _gamma_r(curve), _gamma_r(strongest)) for curve, strongest in _strengths(adapters)]
     for name, curves in (others or {}).items():
         by = {(one.rank, one.scaling): one for one in curves}
-        pairs += [(one, by[key], name) for one in found if (key := (one.rank, one.scaling)) in by]
+        pairs += [(one, by[key], _rank(one), name) for one in found if (key := (one.rank, one.scaling)) in by]
     rows = []
-    for first, second, name in pairs:
+    for first, second, own_name, name in pairs:
         shared = at_shared_seeds(first, second)
         if shared:
-            one, other = (
-                replace(shared[0], rule=f"r = {first.rank}" if first.rank else FULL),
-                replace(shared[1], rule=name),
-            )
+            one, other = replace(shared[0], rule=own_name), replace(shared[1], rule=name)
             own = comparison(one, other, less(one, other))
             names = ["ratio", "ratio_log2_error", "ratio_log2_half_width", "difference", "half_width"]
             names += ["grid_error", "error_over"]
             who = {"step": step} | _who(first) | {"beside": name} | {name: getattr(own, name) for name in names}
             rows.append(who | {"seeds": len(one.losses), "verdict": own.verdict})
+    return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+def _strengths(adapters: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
+    """Every adapter and that of its rank with the largest strength, where this is another."""
+    for curve in adapters:
+        strongest = max((one for one in adapters if one.rank == curve.rank), key=_strength)
+        if strongest is not curve:
+            yield curve, strongest
+
+
+def _rank(curve: Curve) -> str:
+    return f"r = {curve.rank}" if curve.rank else FULL
+
+
+def _gamma_r(curve: Curve) -> str:
+    return f"gamma r = {_strength(curve):g}"
+
+
+def at_one_rate(found: Sequence[Curve], step: int) -> pd.DataFrame:
+    """The strengths of one rank beside each other after a step at every rate that both ran at: what a comparison at one
+    rate sees, where `beside` has each at its own best rate.
+
+    Args:
+      found: of `curves_at` the step.
+      step: the horizon.
+
+    Returns:
+      ``step``, ``rank``, ``strength``, ``beside``, ``learning_rate``; ``difference`` of the losses, with its 95%
+      ``half_width``, ``error_over`` and ``seeds``. No row where either diverged, or the two share no seed.
+    """
+    rows: list[dict[str, Any]] = []
+    for pair in _strengths([curve for curve in found if curve.rule != FULL]):
+        shared = at_shared_seeds(*pair)
+        for rate in np.intersect1d(pair[0].rates, pair[1].rates) if shared else ():
+            first, second = (curve.at_rate(rate) for curve in shared)
+            if np.isfinite(first.losses).all() and np.isfinite(second.losses).all():
+                apart = less(first, second)
+                row = {"step": step} | _who(pair[0]) | {"beside": _gamma_r(pair[1]), "learning_rate": float(rate)}
+                row |= {"difference": apart.value, "half_width": apart.half_width() if apart.has_error else None}
+                rows.append(row | {"error_over": apart.over, "seeds": len(first.losses)})
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
 
 
@@ -679,13 +719,14 @@ def judge_exponent(
 
 @dataclass(frozen=True, eq=False)
 class HorizonJudgement:
-    """What runs come to: best rates (`bests`), each beside others (`beside`), and how they move
-    (`horizon_exponents`), of every step that was read; how they move with the steps (`step_exponents`); which part of
-    the change leads in every run (`led_table`), and how large the change is at the best rates (`change_at_best`). A
-    frame is empty where nothing can be said."""
+    """What runs come to: best rates (`bests`), each beside others (`beside`; at one rate `at_one_rate`), and how they
+    move (`horizon_exponents`), of every step that was read; how they move with the steps (`step_exponents`); which part
+    of the change leads in every run (`led_table`), and how large the change is at the best rates (`change_at_best`).
+    A frame is empty where nothing can be said."""
 
     best: pd.DataFrame
     beside: pd.DataFrame
+    one_rate: pd.DataFrame
     exponents: pd.DataFrame
     steps: pd.DataFrame
     led: pd.DataFrame
@@ -693,9 +734,8 @@ class HorizonJudgement:
 
     def files(self) -> dict[str, pd.DataFrame]:
         """The frames that are not empty, by the names of their files."""
-        found = {"best.csv": self.best, "beside.csv": self.beside, "exponents.csv": self.exponents}
-        found |= {"steps.csv": self.steps, "led.csv": self.led, "change.csv": self.change}
-        return {name: frame for name, frame in found.items() if not frame.empty}
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {f"{name}.csv": frame for name, frame in found.items() if not frame.empty}
 
 
 def judge_runs(
@@ -722,7 +762,7 @@ def judge_runs(
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
         none = pd.DataFrame()
-        return HorizonJudgement(best, none, none, none, led, none)
+        return HorizonJudgement(best, none, none, none, none, led, none)
     other = {name: distinct(own) for name, own in (others or {}).items()}
     pairs = [
         beside(found, step, {name: curves_at(own, tokens, step) for name, own in other.items()})
@@ -733,7 +773,8 @@ def judge_runs(
         law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup}
         found = _joined(horizon_exponents(one, step, **law, runs=runs) for step, one in curves.items())
         moved = step_exponents(curves, **law)
-    return HorizonJudgement(best, _joined(pairs), found, moved, led, change_at_best(best, led))
+    same = _joined(at_one_rate(found, step) for step, found in curves.items())
+    return HorizonJudgement(best, _joined(pairs), same, found, moved, led, change_at_best(best, led))
 
 
 def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:

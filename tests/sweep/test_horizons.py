@@ -317,6 +317,7 @@ def test_a_low_rank_stands_beside_the_largest_at_its_strength() -> None:
     low = [run for run in runs if (run.rank, run.strength) == (8, 64)]
     runs = [run for run in runs if run not in low] + worse(low, 1.05)
     found = horizons.beside(horizons.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(["rank", "strength"])
+    found = found[found["beside"].str.startswith("r = ")]
     assert found.index.tolist() == [(8, 64), (8, 724)], "the largest rank stands beside nothing"
     assert (found["beside"] == "r = 128").all()
     assert (found["seeds"] == 3).all()
@@ -325,6 +326,53 @@ def test_a_low_rank_stands_beside_the_largest_at_its_strength() -> None:
     assert behind["verdict"].startswith("r = 128 is better by 5.")
     assert abs(equal["difference"]) < equal["half_width"]
     assert equal["ratio"] == pytest.approx(1, abs=0.1)
+
+
+def test_strengths_of_one_rank_stand_beside_each_other() -> None:
+    """5% planted on the losses of r = 8 at the lower strength, none on those of r = 128, each at its own best rate."""
+    runs = grid(-0.53, seeds=3)
+    low = [run for run in runs if (run.rank, run.strength) == (8, 64)]
+    runs = [run for run in runs if run not in low] + worse(low, 1.05)
+    found = horizons.beside(horizons.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(["rank", "strength"])
+    found = found[found["beside"].str.startswith("gamma")]
+    assert found.index.tolist() == [(8, 64), (128, 64)], "the largest strength stands beside nothing"
+    assert (found["beside"] == "gamma r = 724").all()
+    assert found["ratio"].to_numpy() == pytest.approx((724 / 64) ** 0.53, rel=0.05)
+    behind, equal = found.loc[8, 64], found.loc[128, 64]
+    assert behind["difference"] == pytest.approx(0.05, rel=0.1)
+    assert behind["verdict"].startswith("gamma r = 724 is better by 5.")
+    assert abs(equal["difference"]) < equal["half_width"] < 0.05
+
+
+def test_at_one_rate_a_difference_may_be_of_the_rate_alone() -> None:
+    """Both strengths have one least loss; at one rate either is lower, by how far the rate is from its own best."""
+    runs = [run for run in grid(-0.53, seeds=3) if not (run.rank, run.rate) == (8, RATES[0])]
+    runs[0] = replace(runs[0], read=ReadRun([], [], diverged_at=3))
+    runs = [run for run in runs if (run.rank, run.strength, run.seed) != (128, 724, 2)]
+    curves = horizons.curves_at(runs, TOKENS, 64, draws=50)
+    found = horizons.at_one_rate(curves, 64)
+    assert (found["strength"] == 64).all()
+    assert (found["beside"] == "gamma r = 724").all()
+    assert (found["step"] == 64).all()
+    by = {rank: own.set_index("learning_rate") for rank, own in found.groupby("rank")}
+    assert by[8].index.tolist() == RATES[2:], "not where one did not run or diverged"
+    assert by[128].index.tolist() == RATES
+    assert (by[8]["seeds"].unique(), by[128]["seeds"].unique()) == (3, 2)
+    hard = np.random.default_rng(3).normal(size=len(TOKENS))
+    level = np.average(np.exp(0.1 * hard), weights=TOKENS)
+    for rank, seeds in ((8, 3), (128, 2)):
+        for rate, row in by[rank].iterrows():
+            squares = [
+                np.mean([math.log10(rate / 1e-3 / (strength / 64) ** -0.53 / 1.1**seed) ** 2 for seed in range(seeds)])
+                for strength in (64, 724)
+            ]
+            assert row["difference"] == pytest.approx(0.1 * level * (squares[0] - squares[1]), abs=3e-3)
+            assert 0 < row["half_width"] < 0.2
+    assert by[8]["difference"].iloc[0] > 0.08
+    assert by[8]["difference"].iloc[-1] < -0.08
+    judged = horizons.judge_runs(runs, TOKENS, takeovers=(), warmup=4)
+    assert len(judged.one_rate) == 2 * len(found)
+    assert "one_rate.csv" in judged.files()
 
 
 def test_runs_stand_beside_those_of_another_setting() -> None:
