@@ -567,6 +567,55 @@ def rates_model_ranks() -> str:
     return table(["steps", "rank", "gamma r", "beside", "ratio of best rates", "least loss less", "seeds"], rows)
 
 
+@block("rates.model.strengths")
+def rates_model_strengths() -> str:
+    """Gamma r = 64 beside 724 at one rank, each at its own best rate."""
+    rows = _beside("horizon", "gamma", ".1f", lambda row: row["verdict"].partition(" (")[0])
+    rows = [[step, rank, *figures, seeds, verdict] for step, rank, _, verdict, *figures, seeds in rows]
+    heads = ["steps", "rank", "best rate over that at 724", "least loss less that at 724", "seeds", "verdict"]
+    return table(heads, rows)
+
+
+@block("rates.model.one_rate")
+def rates_model_one_rate() -> str:
+    """Gamma r = 64 beside 724 at one rank and one rate."""
+    rows = [
+        [
+            *(f"{row['step']}", f"{row['rank']}", f"{row['learning_rate']:.1e}"),
+            signed(row["difference"], row["half_width"], 3),
+            f"{row['seeds']}",
+        ]
+        for row in frames.rows(csv("horizon/one_rate.csv"))
+    ]
+    return table(["steps", "rank", "rate of both", "loss at 64 less loss at 724", "seeds"], rows)
+
+
+def _two_strengths(step: int, rank: int, rate: float | None = None) -> dict[str, Any]:
+    """Gamma r = 64 beside 724 at a rank: each at its own best rate, or both at this one."""
+    if rate is None:
+        return one(csv("horizon/beside.csv"), step=step, rank=rank, beside="gamma r = 724")
+    return one(csv("horizon/one_rate.csv"), step=step, rank=rank, learning_rate=rate)
+
+
+def _loss_apart(step: int, rank: int, rate: float | None = None) -> str:
+    """Loss at gamma r = 64 less that at 724, nats a token, with half a 95% interval."""
+    found = _two_strengths(step, rank, rate)
+    return signed(found["difference"], found["half_width"], 3)
+
+
+for _step in (64, 256):
+    block(f"rates.model.strengths.128.{_step}")(partial(_loss_apart, _step, 128))
+block("rates.model.strengths.ratio")(lambda: f"{_two_strengths(64, 128)['ratio']:.1f}")
+block("rates.model.strengths.verdicts")(
+    lambda: ", ".join(
+        f"{_two_strengths(step, 128)['verdict'].split(' (')[1].rstrip(')')} after {step}" for step in (16, 64, 256)
+    )
+)
+for _step in (16, 64, 256):
+    block(f"rates.model.one_rate.8.{_step}")(partial(_loss_apart, _step, 8, 0.00017783))
+block("rates.model.one_rate.128.16")(partial(_loss_apart, 16, 128, 0.00056234))
+
+
 def law_range(row: Any) -> str:
     """The law of the median takeover, and from 5% to 95% of the modules' where they differ."""
     middle, low, high = (f"{row[name]:+.2f}" for name in ("law", "law_low", "law_high"))
