@@ -51,16 +51,11 @@ def log_likelihoods(
     """
     block_tokens, chunk = shape or (CPU_SHAPE if jax.default_backend() == "cpu" else OTHER_SHAPE)
     skip = set(done)
-    # Up to the last token of the context: that one predicts.
-    contexts = [choice.tokens[: -choice.count - 1] for choices in items for choice in choices]
-    shared = shared_prompt.shared_length(contexts) if items else 0
-    blocks = [
-        block
-        for block in plan(grow(items, shared), block_tokens=block_tokens, chunk=chunk, start=shared)
-        if not skip.issuperset(block.items)
-    ]
+    shared, blocks = blocks_of(items, block_tokens=block_tokens, chunk=chunk)
+    blocks = [block for block in blocks if not skip.issuperset(block.items)]
+    beginning = items[0][0].tokens[:shared] if shared else ()
     if shared and blocks:
-        adapter = shared_prompt.read_prompt(params, contexts[0][:shared], config, adapter)
+        adapter = shared_prompt.read_prompt(params, beginning, config, adapter)
     for start in range(0, len(blocks), batch_size):
         group = blocks[start : start + batch_size]
         scores = [_score(params, adapter, block, config, chunk) for block in group]
@@ -68,6 +63,19 @@ def log_likelihoods(
             for item, totals in _sums(block, values, items).items():
                 if item not in skip:
                     yield item, totals
+
+
+def blocks_of(items: Sequence[Sequence[Scored]], *, block_tokens: int, chunk: int) -> tuple[int, list[Block]]:
+    """With how many tokens all contexts begin, which are read once, and the blocks that go on from there.
+
+    Args:
+      items: choices of each item.
+      block_tokens, chunk: see `packing.plan`.
+    """
+    # Up to the last token of the context: that one predicts.
+    contexts = [choice.tokens[: -choice.count - 1] for choices in items for choice in choices]
+    shared = shared_prompt.shared_length(contexts) if items else 0
+    return shared, plan(grow(items, shared), block_tokens=block_tokens, chunk=chunk, start=shared)
 
 
 def _sums(block: Block, values: np.ndarray, items: Sequence[Sequence[Scored]]) -> dict[int, list[float]]:

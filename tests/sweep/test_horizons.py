@@ -346,7 +346,7 @@ def test_strengths_of_one_rank_stand_beside_each_other() -> None:
 
 def test_at_one_rate_a_difference_may_be_of_the_rate_alone() -> None:
     """Both strengths have one least loss; at one rate either is lower, by how far the rate is from its own best."""
-    runs = [run for run in grid(-0.53, seeds=3) if not (run.rank, run.rate) == (8, RATES[0])]
+    runs = [run for run in grid(-0.53, seeds=3) if (run.rank, run.rate) != (8, RATES[0])]
     runs[0] = replace(runs[0], read=ReadRun([], [], diverged_at=3))
     runs = [run for run in runs if (run.rank, run.strength, run.seed) != (128, 724, 2)]
     curves = horizons.curves_at(runs, TOKENS, 64, draws=50)
