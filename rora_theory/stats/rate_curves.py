@@ -95,12 +95,6 @@ class Curve:
         resampled = None if self.resampled is None else self.resampled[:, places]
         return replace(self, losses=self.losses[places], resampled=resampled, seeds=tuple(seeds))
 
-    def at_rate(self, rate: float) -> "Curve":
-        """The curve of one of its rates."""
-        place = self.rates.tolist().index(rate)
-        resampled = None if self.resampled is None else self.resampled[:, :, [place]]
-        return replace(self, rates=self.rates[[place]], losses=self.losses[:, [place]], resampled=resampled)
-
     def drawn(self) -> "Curve | None":
         """The seeds' mean over resampled records, a draw in place of a seed; None without."""
         if self.resampled is None:

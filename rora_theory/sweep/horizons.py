@@ -32,9 +32,10 @@ from rora_theory.stats.rate_curves import (
     less,
     log2_rates,
     of_log2_rates,
+    paired_losses,
 )
 from rora_theory.sweep.readings import Reading, ReadRun
-from rora_theory.theory import horizon
+from rora_theory.theory import horizon, laws
 
 UNITS = {
     "strength": "gamma times the rank: alpha under alpha / r, alpha sqrt(r) under alpha / sqrt(r)",
@@ -225,18 +226,29 @@ def distinct(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
     return found
 
 
-def read_takeovers(folder: Path) -> list[float]:
-    """The takeover distances at held-out tokens of all modules, from a run of ``sims.regime`` with PEFT's init.
+def read_regime(folder: Path) -> tuple[list[float], list[float]]:
+    """The takeover distances, and the crossing ranks under Adam, at held-out tokens of all modules with PEFT's init.
+
+    Args:
+      folder: a run of ``sims.regime``.
 
     Raises:
       InputError: no such table, or none of it held out.
     """
-    path = folder / "takeover.csv"
+    return (
+        _held_out(folder / "takeover.csv", "takeover"),
+        _held_out(folder / "crossing_ranks.csv", "crossing_rank", optimizer="adam"),
+    )
+
+
+def _held_out(path: Path, column: str, **more: str) -> list[float]:
     found = frames.read_csv(path)
-    own = found[(found["init"] == "kaiming_uniform") & (found["split"] == "heldout")]
+    wanted = {"init": "kaiming_uniform", "split": "heldout"} | more
+    own = found[(found[list(wanted)] == list(wanted.values())).all(axis=1)]
     if own.empty:
-        raise InputError(f"{path}: has no held-out row of kaiming_uniform; accepted is a run of sims.regime")
-    return [float(value) for value in own["takeover"]]
+        which = " under ".join(["kaiming_uniform", *more.values()])
+        raise InputError(f"{path}: has no held-out row of {which}; accepted is a run of sims.regime")
+    return [float(value) for value in own[column]]
 
 
 def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_tokens: Sequence[int]) -> pd.DataFrame:
@@ -435,7 +447,10 @@ def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curv
         largest = max((one for one in adapters if _strength(one) == _strength(curve)), key=lambda one: one.rank)
         if largest is not curve:
             pairs.append((curve, largest, _rank(curve), _rank(largest)))
-    pairs += [(curve, strongest, _gamma_r(curve), _gamma_r(strongest)) for curve, strongest in _strengths(adapters)]
+    for curve in adapters:
+        strongest = max((one for one in adapters if one.rank == curve.rank), key=_strength)
+        if strongest is not curve:
+            pairs.append((curve, strongest, _gamma_r(_strength(curve)), _gamma_r(_strength(strongest))))
     for name, curves in (others or {}).items():
         by = {(one.rank, one.scaling): one for one in curves}
         pairs += [(one, by[key], _rank(one), name) for one in found if (key := (one.rank, one.scaling)) in by]
@@ -452,44 +467,48 @@ def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curv
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
 
 
-def _strengths(adapters: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
-    """Every adapter and that of its rank with the largest strength, where this is another."""
-    for curve in adapters:
-        strongest = max((one for one in adapters if one.rank == curve.rank), key=_strength)
-        if strongest is not curve:
-            yield curve, strongest
-
-
 def _rank(curve: Curve) -> str:
     return f"r = {curve.rank}" if curve.rank else FULL
 
 
-def _gamma_r(curve: Curve) -> str:
-    return f"gamma r = {_strength(curve):g}"
+def _gamma_r(strength: float) -> str:
+    return f"gamma r = {strength:g}"
 
 
-def at_one_rate(found: Sequence[Curve], step: int) -> pd.DataFrame:
-    """The strengths of one rank beside each other after a step at every rate that both ran at: what a comparison at one
-    rate sees, where `beside` has each at its own best rate.
+def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) -> pd.DataFrame:
+    """The strengths of one rank beside its largest after a step at every rate and seed that both ran: what a comparison
+    at one rate sees, where `beside` has each at its own best rate.
 
     Args:
-      found: of `curves_at` the step.
-      step: the horizon.
+      runs, tokens, step: see `curves_at`.
 
     Returns:
       ``step``, ``rank``, ``strength``, ``beside``, ``learning_rate``; ``difference`` of the losses, with its 95%
-      ``half_width``, ``error_over`` and ``seeds``. No row where either diverged, or the two share no seed.
+      ``half_width``, ``error_over`` and ``seeds``, see `paired_losses`. A seed of which either diverged is left out.
     """
-    rows: list[dict[str, Any]] = []
-    for pair in _strengths([curve for curve in found if curve.rule != FULL]):
-        shared = at_shared_seeds(*pair)
-        for rate in np.intersect1d(pair[0].rates, pair[1].rates) if shared else ():
-            first, second = (curve.at_rate(rate) for curve in shared)
-            if np.isfinite(first.losses).all() and np.isfinite(second.losses).all():
-                apart = less(first, second)
-                row = {"step": step} | _who(pair[0]) | {"beside": _gamma_r(pair[1]), "learning_rate": float(rate)}
-                row |= {"difference": apart.value, "half_width": apart.half_width() if apart.has_error else None}
-                rows.append(row | {"error_over": apart.over, "seeds": len(first.losses)})
+    losses = {
+        (run.rank, run.strength, run.rate, run.seed): found
+        for run in runs
+        if run.rank and run.strength and (found := run.losses(step)) is not None
+    }
+    sizes, rows = np.asarray(tokens, np.float64), []
+    for rank, strength, rate in sorted({key[:3] for key in losses}):
+        strongest = max(key[1] for key in losses if key[0] == rank)
+        seeds = sorted(
+            seed for *own, seed in losses if own == [rank, strength, rate] and (rank, strongest, rate, seed) in losses
+        )
+        if strength == strongest or not seeds:
+            continue
+        first, second = (np.array([losses[rank, each, rate, seed] for seed in seeds]) for each in (strength, strongest))
+        apart = paired_losses(
+            first.sum(axis=1) / sizes.sum(),
+            second.sum(axis=1) / sizes.sum(),
+            (first.mean(axis=0), second.mean(axis=0)),
+            sizes,
+        )
+        row = {"step": step, "rank": rank, "strength": strength, "beside": _gamma_r(strongest), "learning_rate": rate}
+        row |= {"difference": apart.value, "half_width": apart.half_width() if apart.has_error else None}
+        rows.append(row | {"error_over": apart.over, "seeds": len(seeds)})
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
 
 
@@ -572,6 +591,7 @@ def horizon_exponents(
     takeovers: Sequence[float],
     warmup: int,
     runs: Sequence[HorizonRun] = (),
+    crossings: Sequence[float] = (),
 ) -> pd.DataFrame:
     """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, each from every other to
     the largest, beside the law.
@@ -581,11 +601,14 @@ def horizon_exponents(
       step: the horizon.
       takeovers, warmup: see `predictions`.
       runs: whose parts were measured, see `exponent_of_parts`.
+      crossings: crossing ranks r* of the modules; none takes the signal to lead.
 
     Returns:
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
       ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both ends have; ``law_low``,
-      ``law``, ``law_high`` (of the modules' takeovers, at the measured best rate); ``verdict``, see `judge_exponent`.
+      ``law``, ``law_high``; ``verdict``, see `judge_exponent`. Over the strength the law is of the modules' takeovers,
+      at the measured best rate. In the rank it goes from 0, where the signal or A leads, to what keeps the first step
+      of the median module and of 95% of them, see `laws.keeping_rank_exponent`.
       Over the strength ``by_parts``, the mean of `exponent_of_parts` over seeds, ``by_parts_low`` and ``by_parts_high``
       their range, and ``by_parts_verdict`` on that in place of the law's.
     """
@@ -612,6 +635,9 @@ def horizon_exponents(
                 by_parts = exponent_of_parts(
                     runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
                 )
+            elif len(crossings):
+                kept = laws.keeping_rank_exponent(low, high, np.asarray(crossings) - 2)
+                law = (0.0, *np.quantile(kept, QUANTILES[1:]).tolist())
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
             judged = partial(judge_exponent, slope, edge=edge)
             rows.append(
@@ -744,6 +770,7 @@ def judge_runs(
     *,
     takeovers: Sequence[float],
     warmup: int,
+    crossings: Sequence[float] = (),
     others: Mapping[str, Sequence[HorizonRun]] | None = None,
 ) -> HorizonJudgement:
     """Find the best rates at every step that was read, and judge them.
@@ -753,6 +780,7 @@ def judge_runs(
       tokens: of each held-out record.
       takeovers: of a model's modules, for the law's exponents; none leaves these out.
       warmup: steps.
+      crossings: crossing ranks of the modules, see `horizon_exponents`.
       others: runs to stand beside these, see `read_beside`.
     """
     runs = distinct(runs)
@@ -771,9 +799,11 @@ def judge_runs(
     found = moved = pd.DataFrame()
     if takeovers:
         law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup}
-        found = _joined(horizon_exponents(one, step, **law, runs=runs) for step, one in curves.items())
+        found = _joined(
+            horizon_exponents(one, step, **law, runs=runs, crossings=crossings) for step, one in curves.items()
+        )
         moved = step_exponents(curves, **law)
-    same = _joined(at_one_rate(found, step) for step, found in curves.items())
+    same = _joined(at_one_rate(runs, tokens, step) for step in steps)
     return HorizonJudgement(best, _joined(pairs), same, found, moved, led, change_at_best(best, led))
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from support import checkpoint
 
@@ -37,6 +38,8 @@ def base(tmp_path_factory) -> list[str]:
     rows = [("0", "q_proj", split, "kaiming_uniform", 2, size) for split, size in (("heldout", 0.01), ("train", 9.0))]
     table = [dict(zip(("layer", "module", "split", "init", "rank", "takeover"), row, strict=True)) for row in rows]
     (regime / "takeover.csv").write_text(frames.to_csv(frames.of(table, list(table[0]))))
+    table = [row | {"optimizer": "adam", "crossing_rank": 3.0} for row in table]
+    (regime / "crossing_ranks.csv").write_text(frames.to_csv(frames.of(table, list(table[0]))))
     return [*words, "--regime", str(regime)]
 
 
@@ -63,10 +66,12 @@ def test_it_says_what_is_missing_grows_and_judges_all_that_the_folder_has(base, 
     assert full["strength"].isna().all()
     assert full.query("step == 2")["validation_loss"].nunique() == 3
     beside = frames.read_csv(out / "beside.csv")
-    assert set(beside["beside"]) == {"full"}
-    assert sorted(beside[["step", "rank", "strength"]].to_numpy().tolist()) == [
-        [s, 2, g] for s in (1, 2) for g in (4, 40)
+    assert sorted(beside[["step", "rank", "strength", "beside"]].to_numpy().tolist()) == [
+        [s, 2, g, other] for s in (1, 2) for g, other in ((4, "full"), (4, "gamma r = 40"), (40, "full"))
     ]
+    losses = rows.set_index(["step", "learning_rate", "strength"])["validation_loss"].unstack()
+    one_rate = frames.read_csv(out / "one_rate.csv").set_index(["step", "learning_rate"])["difference"]
+    pd.testing.assert_series_equal(one_rate, losses[4] - losses[40], check_names=False, check_dtype=False, rtol=1e-9)
     found = frames.read_csv(out / "exponents.csv")
     assert found["step"].tolist() == [1, 2]
     assert (found["over"] == "strength").all()
@@ -98,7 +103,7 @@ def test_a_folder_of_another_setting_stands_beside_it(base, tmp_path, capsys) ->
 
 
 def test_only_held_out_takeovers_count(base) -> None:
-    assert sim.horizons.read_takeovers(Path(base[-1])) == [0.01]
+    assert sim.horizons.read_regime(Path(base[-1])) == ([0.01], [3.0])
 
 
 @pytest.mark.parametrize(

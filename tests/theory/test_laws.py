@@ -240,6 +240,25 @@ def test_local_exponent_is_the_derivative(rank: int, overlap: float, optimizer: 
     assert float(laws.local_exponent(rank, star)) == pytest.approx(slope, abs=1e-6)
 
 
+@pytest.mark.parametrize("overlap", [0.0, 0.1, 0.6, 1.0])
+def test_the_rate_that_keeps_the_first_adam_step_at_one_gamma_r(overlap: float) -> None:
+    """By the exact moments: the rate times the step's rms is the same at both ranks."""
+    star = laws.random_input_crossing_rank(64, overlap, optimizer="adam")
+    for first, second in ((1, 128), (8, 32), (512, 8)):
+        rms = [
+            math.sqrt(
+                laws.random_input_moments(
+                    rank=rank, p_in=64, scaling=64 / rank, overlap=overlap, optimizer="adam"
+                ).second_moment[0]
+            )
+            for rank in (first, second)
+        ]
+        found = float(laws.keeping_rank_exponent(first, second, star - 2))
+        assert found == pytest.approx(math.log(rms[0] / rms[1]) / math.log(second / first), abs=1e-9)
+        assert 0 <= found + 1e-9 < 0.5
+    assert laws.keeping_rank_exponent(1, 4, np.array([0.0, 1e12])) == pytest.approx([0.0, 0.5])
+
+
 def test_inits_are_those_of_their_names() -> None:
     """The paper's N(0, 1); PEFT's kaiming_uniform_(a=sqrt 5), U(-b, b) with b = 1/sqrt(p_in); its gaussian, std 1/r."""
     told = {init: (entries(init, rank=4, p_in=25).variance, entries(init, rank=4, p_in=25).kurtosis) for init in INITS}
