@@ -7,7 +7,7 @@ const WORDS = { sgd: "SGD", momentum: "SGD with momentum", adam: "Adam", adamw: 
 const DEVIATION = { kaiming_uniform: () => Math.sqrt(1 / 3), gaussian: (r) => 1 / r, normal: () => 1, rademacher: () => 1 };
 const MEASURED_IN = "in SmolLM2-135M, the one model that was measured (AdamW, batches of 4, constant rate),";
 const MEASURED_RANKS = `Measured, ${MEASURED_IN} over 64 steps: the best rate was 1.2 (0.8 to 1.9) times as high at rank 128 as at ` +
-  "rank 8, and 1.3 (1.1 to 1.5) times as high as at rank 32, where the law has 1.";
+  "rank 8, where the law allows 1 to 2.4, and 1.3 (1.1 to 1.5) times as high as at rank 32, where it allows 1 to 1.4.";
 const MEASURED_STRENGTHS = `Measured, ${MEASURED_IN} where gamma r grew 11.3 times: the best rate fell 6.8 (4.9 to 9.4) times after 64 ` +
   "steps and 5.8 (4.4 to 7.6) times after 256, between these ends and lower than the law's value between them.";
 const MEASURED_POWERS = [-0.79, -0.73]; // of gamma r, which these best rates are

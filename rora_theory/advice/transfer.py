@@ -35,7 +35,7 @@ _MEASURED_IN = "in SmolLM2-135M, the one model that was measured (AdamW, batches
 
 MEASURED_RANKS = (
     f"Measured, {_MEASURED_IN} over 64 steps: the best rate was 1.2 (0.8 to 1.9) times as high at rank 128 as at "
-    "rank 8, and 1.3 (1.1 to 1.5) times as high as at rank 32, where the law has 1."
+    "rank 8, where the law allows 1 to 2.4, and 1.3 (1.1 to 1.5) times as high as at rank 32, where it allows 1 to 1.4."
 )
 """What is known beside the law of ranks at one gamma r, under Adam: ``results/published/horizon``."""
 
@@ -422,8 +422,8 @@ class Advice:
           law the model then changes as much as before, in short and in long runs. This takes both ranks to be above the
           crossing rank, and the gradient to keep its direction. Measured, in SmolLM2-135M, the one model that was
           measured (AdamW, batches of 4, constant rate), over 64 steps: the best rate was 1.2 (0.8 to 1.9) times as high
-          at rank 128 as at rank 8, and 1.3 (1.1 to 1.5) times as high as at rank 32, where the law has 1. For a higher
-          rank, try this rate times 1.3 too. No run was longer than 256 steps.
+          at rank 128 as at rank 8, where the law allows 1 to 2.4, and 1.3 (1.1 to 1.5) times as high as at rank 32,
+          where it allows 1 to 1.4. For a higher rank, try this rate times 1.3 too. No run was longer than 256 steps.
         """
         old, new = self.old, self.setting
         same_rule = exponent(new.rule) == exponent(old.rule)

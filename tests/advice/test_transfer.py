@@ -482,6 +482,8 @@ def test_what_is_told_as_measured_is_what_the_documents_have() -> None:
     ):
         for name in names:
             assert value[f"rates.model.{name}"] in told
+    for rank in (8, 32):
+        assert f"1 to {value[f'rates.model.rank.law.{rank}']}" in MEASURED_RANKS
     powers = [float(value[f"rates.model.horizon.{step}.r8"].split()[0]) for step in (64, 256)]
     assert tuple(powers) == MEASURED_POWERS
 
