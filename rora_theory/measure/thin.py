@@ -62,6 +62,8 @@ def of_tokens(crossings: pd.DataFrame) -> list[str]:
     if fewest >= FEWEST_TOKENS and error <= WORST:
         return []
     known = f"which tells the crossing rank of half of the modules to {error:.0%} at best"
+    if math.isinf(error):
+        known = "which do not tell the crossing rank of half of the modules"
     if fewest < FEWEST_TOKENS:
         known = f"and of fewer than {FEWEST_TOKENS} their spread can't be told"
     return [
@@ -93,7 +95,8 @@ def of_layers(crossings: pd.DataFrame, layers: int | None) -> list[str]:
         return []
     of_three = ""
     if measured >= 3:
-        of_three = f" the mean over layers of {errors.idxmax()[2]}'s linear term is known to {errors.max():.0%};"
+        known = f"known to {errors.max():.0%}" if math.isfinite(errors.max()) else "not known"
+        of_three = f" the mean over layers of {errors.idxmax()[2]}'s linear term is {known};"
     return [
         f"thin: {measured} of the model's {layers} layers were measured;{of_three} accepted are 3 or more and a "
         f"standard error of {WORST:.0%}: more layers"
