@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import functools
 import gc
 import os
 import shutil
@@ -34,11 +35,15 @@ import jax
 import jaxtyping
 import pytest
 from hypothesis import settings
+from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 from support import checker
 
 jaxtyping.jaxtyped = checker.jaxtyped
 install_import_hook("rora_theory", "support.checker.checker")
+
+# Every program is lowered in a new context, which takes longer to fill with all dialects than an operation to lower.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
