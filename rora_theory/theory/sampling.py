@@ -320,7 +320,11 @@ def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Fl
         w = step(x_next)
         return jnp.stack([w[0], jnp.vdot(w, w)])
 
-    return jax.lax.map(one, jax.random.split(key, kind.draws), batch_size=kind.step).T
+    # Whole steps, the last of which may begin anew: one that is not whole would be compiled as a program of its own.
+    turns = -(-kind.draws // kind.step)
+    step = -(-kind.draws // turns)
+    keys = jax.random.split(key, kind.draws)[jnp.arange(turns * step) % kind.draws]
+    return jax.lax.map(one, keys, batch_size=step)[: kind.draws].T
 
 
 def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> tuple[Array, Array, Array]:
