@@ -69,7 +69,8 @@ def test_a_kind_that_one_measured_layer_has_is_not_known() -> None:
     frame = crossings(np.zeros(3), 1.5)
     frame["module"] = ["layers.0.up_proj", "layers.1.up_proj", "layers.2.router"]
     (said,) = thin.of_layers(frame, 30)
-    assert "3 of the model's 30 layers were measured; the mean over layers of router's linear term is not known;" in said
+    assert "3 of the model's 30 layers were measured; the mean over layers of router's linear term is" in said
+    assert "linear term is not known;" in said
 
 
 @pytest.mark.parametrize("term", [-0.5, 0.0, math.inf])
