@@ -1514,6 +1514,30 @@ def speed_rest() -> str:
     return table(["", "here", "the peer", "ratio"], rows)
 
 
+@block("speed.evaluate.avx2")
+def speed_evaluate_avx2() -> str:
+    """Evaluation beside the usual tools on a processor with AVX2 alone, and what the products of `harness` take."""
+    found = read("evaluate_speed_avx2/benchmark.json")
+    whole = one(pd.DataFrame(found["harness"]), task="all")
+    theirs = min(whole["lm_eval_s"].values())
+    seconds = {row["side"]: [] for row in found["generate"]}
+    for row in found["generate"]:
+        seconds[row["side"]].append(row["seconds"])
+    ours, peer = min(seconds["ours"]), min(seconds["transformers"])
+    rows = [
+        ["`harness`, 800 items: s", f"{whole['ours_s']:.0f}", f"{theirs:.0f}", f"{theirs / whole['ours_s']:.2f}"],
+        ["its products alone: s", f"{whole['products_s']:.0f}", "", f"{theirs / whole['products_s']:.2f}"],
+        ["`generate`, 32 items: s", f"{ours:.0f}", f"{peer:.0f}", f"{peer / ours:.2f}"],
+    ]
+    return table(["", "here", "the peer", "ratio"], rows)
+
+
+@block("speed.machine.avx2")
+def speed_machine_avx2() -> str:
+    machine = read("evaluate_speed_avx2/benchmark.json")["machine"]
+    return f"{machine['processor']} with {' and '.join(machine['instruction_sets'])}, {machine['cores']} cores"
+
+
 @block("speed.methods")
 def speed_methods() -> str:
     sizes = read("methods_cost/benchmark.json")["sizes"]
