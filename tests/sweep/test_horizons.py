@@ -350,6 +350,7 @@ def test_at_one_rate_a_difference_may_be_of_the_rate_alone() -> None:
     runs[0] = replace(runs[0], read=ReadRun([], [], diverged_at=3))
     runs = [run for run in runs if (run.rank, run.strength, run.seed) != (128, 724, 2)]
     runs += [replace(run, rank=None, strength=None) for run in runs[:3]]
+    runs += [replace(run, rank=16, strength=5000.0) for run in runs[:3]]
     assert runs[0].rate == RATES[1]
     found = horizons.at_one_rate(runs, TOKENS, 64)
     assert (found["strength"] == 64).all(), "the largest strength stands beside nothing"
