@@ -3,10 +3,10 @@
     python benchmarks/evaluate.py --data-dir DATA --out evaluate.json
 
 `harness` against lm-evaluation-harness's own model class, `generate` against transformers' `generate` at 4 beams.
-Beside `harness` stands what its matrix products take alone, each timed by itself. Each
-batch size of a peer has its time and the fastest makes the ratio (lm-eval's default is 1, and the published evaluation
-generates one item at a time). Every side tokenizes in its own time. Ours is run once before it is timed, so that
-compilation is not counted (`cold` has that first run); the peers compile nothing.
+Beside `harness` stands what its matrix products take alone, each timed by itself. Each batch size of a peer has its
+time and the fastest makes the ratio (lm-eval's default is 1, and the published evaluation generates one item at a
+time). Every side tokenizes in its own time. Ours is run once before it is timed, so that compilation is not counted
+(`cold` has that first run); the peers compile nothing.
 """
 
 import dataclasses

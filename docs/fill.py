@@ -590,6 +590,10 @@ def rates_model_one_rate() -> str:
     return table(["steps", "rank", "rate of both", "loss at 64 less loss at 724", "seeds"], rows)
 
 
+LOW_RATE = 0.00017783
+"""The lowest at which both ran."""
+
+
 def _two_strengths(step: int, rank: int, rate: float | None = None) -> dict[str, Any]:
     """Gamma r = 64 beside 724 at a rank: each at its own best rate, or both at this one."""
     if rate is None:
@@ -612,9 +616,9 @@ block("rates.model.strengths.verdicts")(
     )
 )
 for _step in (16, 64, 256):
-    block(f"rates.model.one_rate.8.{_step}")(partial(_loss_apart, _step, 8, 0.00017783))
+    block(f"rates.model.one_rate.8.{_step}")(partial(_loss_apart, _step, 8, LOW_RATE))
 for _step in (16, 64):
-    block(f"rates.model.one_rate.128.{_step}")(partial(_loss_apart, _step, 128, 0.00017783))
+    block(f"rates.model.one_rate.128.{_step}")(partial(_loss_apart, _step, 128, LOW_RATE))
 
 
 def law_range(row: Any) -> str:
@@ -1520,10 +1524,9 @@ def speed_evaluate_avx2() -> str:
     found = read("evaluate_speed_avx2/benchmark.json")
     whole = one(pd.DataFrame(found["harness"]), task="all")
     theirs = min(whole["lm_eval_s"].values())
-    seconds = {row["side"]: [] for row in found["generate"]}
-    for row in found["generate"]:
-        seconds[row["side"]].append(row["seconds"])
-    ours, peer = min(seconds["ours"]), min(seconds["transformers"])
+    ours, peer = (
+        min(row["seconds"] for row in found["generate"] if row["side"] == side) for side in ("ours", "transformers")
+    )
     rows = [
         ["`harness`, 800 items: s", f"{whole['ours_s']:.0f}", f"{theirs:.0f}", f"{theirs / whole['ours_s']:.2f}"],
         ["its products alone: s", f"{whole['products_s']:.0f}", "", f"{theirs / whole['products_s']:.2f}"],

@@ -53,9 +53,8 @@ def log_likelihoods(
     skip = set(done)
     shared, blocks = blocks_of(items, block_tokens=block_tokens, chunk=chunk)
     blocks = [block for block in blocks if not skip.issuperset(block.items)]
-    beginning = items[0][0].tokens[:shared] if shared else ()
     if shared and blocks:
-        adapter = shared_prompt.read_prompt(params, beginning, config, adapter)
+        adapter = shared_prompt.read_prompt(params, items[0][0].tokens[:shared], config, adapter)
     for start in range(0, len(blocks), batch_size):
         group = blocks[start : start + batch_size]
         scores = [_score(params, adapter, block, config, chunk) for block in group]

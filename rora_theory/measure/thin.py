@@ -61,11 +61,12 @@ def of_tokens(crossings: pd.DataFrame) -> list[str]:
     error = float(np.median(_OF_QUARTILES * np.log(ratio) / np.sqrt(crossings["tokens"].to_numpy(float))))
     if fewest >= FEWEST_TOKENS and error <= WORST:
         return []
-    known = f"which tells the crossing rank of half of the modules to {error:.0%} at best"
-    if math.isinf(error):
-        known = "which do not tell the crossing rank of half of the modules"
     if fewest < FEWEST_TOKENS:
         known = f"and of fewer than {FEWEST_TOKENS} their spread can't be told"
+    elif math.isinf(error):
+        known = "which do not tell the crossing rank of half of the modules"
+    else:
+        known = f"which tells the crossing rank of half of the modules to {error:.0%} at best"
     return [
         f"thin: modules were read at {fewest} held-out tokens, {known}; accepted is a standard error of {WORST:.0%}: "
         "more held-out records or tokens"

@@ -19,6 +19,7 @@ from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
 from rora_theory.measure.led import PARTS, keeping_exponent, keeping_factor
+from rora_theory.measure.regime_tables import CROSSINGS, TAKEOVER
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
 from rora_theory.runs.reading import as_json, finished, read_manifest
 from rora_theory.scaling import check_positive
@@ -236,8 +237,8 @@ def read_regime(folder: Path) -> tuple[list[float], list[float]]:
       InputError: no such table, or none of it held out.
     """
     return (
-        _held_out(folder / "takeover.csv", "takeover"),
-        _held_out(folder / "crossing_ranks.csv", "crossing_rank", optimizer="adam"),
+        _held_out(folder / TAKEOVER, "takeover"),
+        _held_out(folder / CROSSINGS, "crossing_rank", optimizer="adam"),
     )
 
 
@@ -486,28 +487,27 @@ def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) ->
       ``step``, ``rank``, ``strength``, ``beside``, ``learning_rate``; ``difference`` of the losses, with its 95%
       ``half_width``, ``error_over`` and ``seeds``, see `paired_losses`. A seed of which either diverged is left out.
     """
-    losses = {
-        (run.rank, run.strength, run.rate, run.seed): found
-        for run in runs
-        if run.rank and run.strength and (found := run.losses(step)) is not None
-    }
+    by: dict[tuple[int, float, float], dict[int, list[float]]] = {}
+    for run in runs:
+        if run.rank and run.strength and (losses := run.losses(step)) is not None:
+            by.setdefault((run.rank, run.strength, run.rate), {})[run.seed] = losses
+    strongest = {rank: strength for rank, strength, _ in sorted(by)}  # the last of a rank's
     sizes, rows = np.asarray(tokens, np.float64), []
-    for rank, strength, rate in sorted({key[:3] for key in losses}):
-        strongest = max(key[1] for key in losses if key[0] == rank)
-        seeds = sorted(
-            seed for *own, seed in losses if own == [rank, strength, rate] and (rank, strongest, rate, seed) in losses
-        )
-        if strength == strongest or not seeds:
+    for rank, strength, rate in sorted(by):
+        own, other = by[rank, strength, rate], by.get((rank, strongest[rank], rate), {})
+        seeds = sorted(own.keys() & other.keys())
+        if strength == strongest[rank] or not seeds:
             continue
-        first, second = (np.array([losses[rank, each, rate, seed] for seed in seeds]) for each in (strength, strongest))
+        first, second = (np.array([each[seed] for seed in seeds]) for each in (own, other))
         apart = paired_losses(
             first.sum(axis=1) / sizes.sum(),
             second.sum(axis=1) / sizes.sum(),
             (first.mean(axis=0), second.mean(axis=0)),
             sizes,
         )
-        row = {"step": step, "rank": rank, "strength": strength, "beside": _gamma_r(strongest), "learning_rate": rate}
-        row |= {"difference": apart.value, "half_width": apart.half_width() if apart.has_error else None}
+        row = {"step": step, "rank": rank, "strength": strength, "beside": _gamma_r(strongest[rank])}
+        row |= {"learning_rate": rate, "difference": apart.value}
+        row |= {"half_width": apart.half_width() if apart.has_error else None}
         rows.append(row | {"error_over": apart.over, "seeds": len(seeds)})
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
 

@@ -311,12 +311,17 @@ def worse(runs: list[HorizonRun], factor: float, rate: float = 1.0) -> list[Hori
     return found
 
 
-def test_a_low_rank_stands_beside_the_largest_at_its_strength() -> None:
-    """5% planted on the losses of r = 8 at one strength: it is behind there, by so much, and not at the other."""
+def with_one_behind() -> pd.DataFrame:
+    """Every curve beside others, of runs that have 5% planted on the losses of r = 8 at gamma r = 64."""
     runs = grid(-0.53, seeds=3)
     low = [run for run in runs if (run.rank, run.strength) == (8, 64)]
     runs = [run for run in runs if run not in low] + worse(low, 1.05)
-    found = horizons.beside(horizons.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(["rank", "strength"])
+    return horizons.beside(horizons.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(["rank", "strength"])
+
+
+def test_a_low_rank_stands_beside_the_largest_at_its_strength() -> None:
+    """5% planted on the losses of r = 8 at one strength: it is behind there, by so much, and not at the other."""
+    found = with_one_behind()
     found = found[found["beside"].str.startswith("r = ")]
     assert found.index.tolist() == [(8, 64), (8, 724)], "the largest rank stands beside nothing"
     assert (found["beside"] == "r = 128").all()
@@ -330,10 +335,7 @@ def test_a_low_rank_stands_beside_the_largest_at_its_strength() -> None:
 
 def test_strengths_of_one_rank_stand_beside_each_other() -> None:
     """5% planted on the losses of r = 8 at the lower strength, none on those of r = 128, each at its own best rate."""
-    runs = grid(-0.53, seeds=3)
-    low = [run for run in runs if (run.rank, run.strength) == (8, 64)]
-    runs = [run for run in runs if run not in low] + worse(low, 1.05)
-    found = horizons.beside(horizons.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(["rank", "strength"])
+    found = with_one_behind()
     found = found[found["beside"].str.startswith("gamma")]
     assert found.index.tolist() == [(8, 64), (128, 64)], "the largest strength stands beside nothing"
     assert (found["beside"] == "gamma r = 724").all()
