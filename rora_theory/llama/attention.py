@@ -7,6 +7,8 @@ of width 64, forward and backward take 11 ms blocked and 40 ms plain; the probab
 keeps are 9 MB a layer.
 """
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -81,6 +83,40 @@ def attend(
         wide[0], wide[1], wide[2], mask=mask, is_causal=mask is None, implementation="xla"
     )
     return out.astype(q.dtype)
+
+
+def attend_parts(
+    q: Float[Array, "b s n d"],
+    parts: Sequence[tuple[Float[Array, "#b k d _"], Float[Array, "#b k _ d"]]],
+    mask: Bool[Array, "b 1 s t"],
+) -> Float[Array, "b s n d"]:
+    """Attention of few queries over keys in several parts, in the dtype of ``q``: decoding, which reads all keys for
+    every token, so that what is kept is neither joined nor turned.
+
+    Args:
+      q: queries.
+      parts: keys and values, in the order of the mask's t. Those of one row are all rows', and are read once.
+      mask: True where a query may attend to a key.
+    """
+    rows, heads = slice(0, q.shape[1]), parts[0][0].shape[1]
+    queries = _group(q, rows, heads)
+    scores = jnp.concatenate([_of_rows(queries, keys) for keys, _ in parts], axis=-1) * q.shape[3] ** -0.5
+    scores = jnp.where(jnp.tile(mask, (1, 1, q.shape[2] // heads, 1)), scores, _HIDDEN)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    ends = list(itertools.accumulate(keys.shape[3] for keys, _ in parts))
+    pieces = jnp.split(weights, ends[:-1], axis=-1)
+    out = sum(_of_rows(piece.astype(values.dtype), values) for piece, (_, values) in zip(pieces, parts, strict=True))
+    return _ungroup((out / total).astype(q.dtype), rows)
+
+
+def _of_rows(left: Float[Array, "b k r i"], right: Float[Array, "#b k i j"]) -> Float[Array, "b k r j"]:
+    """The product for every row, of which ``right`` has one each, or one for all: then all rows make one matrix."""
+    if len(right) == len(left):
+        return _einsum("bkri,bkij->bkrj", left, right)
+    batch, heads, _, inner = left.shape
+    out = _einsum("kri,kij->krj", left.swapaxes(0, 1).reshape(heads, -1, inner), right[0])
+    return out.reshape(heads, batch, -1, out.shape[-1]).swapaxes(0, 1)
 
 
 def causal(queries: int, keys: int, start: Array | int = 0) -> Bool[Array, "s t"]:

@@ -8,14 +8,14 @@ The beams of one item are rows of one tree, not copies of a sequence. Its cache 
 slot for every beam of every step, and is only ever appended to: after the beams have been reordered, a beam
 attends to those slots of the earlier steps that its own tokens came through (`_visible`). So the prompt is
 read once and not once a beam, and nothing is moved when beams change places. What all prompts begin with can be read
-once for all of them. Greedy generation is the same with one beam.
+once for all of them, and is kept once. Greedy generation is the same with one beam.
 """
 
 import functools
 import math
 import numbers
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rora_theory.errors import InputError
 from rora_theory.llama import rope
-from rora_theory.llama.attention import attend
+from rora_theory.llama.attention import attend_parts
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import (
     Adapter,
@@ -38,7 +38,6 @@ from rora_theory.llama.model import (
     slot_positions,
     unembed,
     windowed_layers,
-    with_prefix,
     within_window,
 )
 from rora_theory.llama.quantised import dense
@@ -175,6 +174,10 @@ def batch_bucket(size: int) -> int:
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
+_Kept: TypeAlias = tuple[Float[Array, "... k d _"], Float[Array, "... k _ d"]]
+"""Keys and values of tokens, as the products of attention take them."""
+
+
 class _Batch(NamedTuple):
     """What all prompts begin with, and their padded rests; rows that fill up the batch are one pad token and ``wanted``
     False."""
@@ -213,8 +216,8 @@ def _greedy(
     config: LlamaConfig,
     count: int,
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
-    logits, cache, real = _read_prompts(params, adapter, beginning, tokens, real, config, count)
-    batch, length = real.shape
+    logits, prompts, real = _read_prompts(params, adapter, beginning, tokens, real, config)
+    batch = len(real)
     read = jnp.sum(real.astype(jnp.int32), axis=1)
     slots_at = _slot_positions(config, real, count, 1)
 
@@ -229,7 +232,7 @@ def _greedy(
         filled = jnp.arange(count)[None, None] < step
         visible = jnp.concatenate([real[:, None], jnp.broadcast_to(filled, (batch, 1, count))], axis=-1)
         logits, cache = _read(
-            params, adapter, token[:, None], read + step - 1, slots_at, cache, length + step - 1, visible, config
+            params, adapter, token[:, None], read + step - 1, slots_at, prompts, cache, step - 1, visible, config
         )
         return choose(logits[:, 0], out, lengths, running, step), cache
 
@@ -239,7 +242,7 @@ def _greedy(
 
     zeros = jnp.zeros((batch,), jnp.int32)
     first = choose(logits, jnp.zeros((batch, count), jnp.int32), zeros, wanted, jnp.zeros((), jnp.int32))
-    (_, out, lengths, _, _), _ = jax.lax.while_loop(unfinished, body, (first, cache))
+    (_, out, lengths, _, _), _ = jax.lax.while_loop(unfinished, body, (first, _room(prompts[-1], count)))
     return out, lengths
 
 
@@ -260,8 +263,8 @@ def _beam(
     beams: int,
     stop_when_full: bool,
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
-    logits, cache, real = _read_prompts(params, adapter, beginning, tokens, real, config, count * beams)
-    batch, length = real.shape
+    logits, prompts, real = _read_prompts(params, adapter, beginning, tokens, real, config)
+    batch = len(real)
     read = jnp.sum(real.astype(jnp.int32), axis=1)
     slots_at = _slot_positions(config, real, count, beams)
     choose = functools.partial(
@@ -273,8 +276,8 @@ def _beam(
         last = search.step - 1
         token = jax.lax.dynamic_index_in_dim(search.tokens, last, 2, keepdims=False)
         visible = _visible(real, search.ancestry)
-        slot = length + last * beams
-        logits, cache = _read(params, adapter, token, read + last, slots_at, cache, slot, visible, config)
+        at = last * beams
+        logits, cache = _read(params, adapter, token, read + last, slots_at, prompts, cache, at, visible, config)
         return choose(search, logits), cache
 
     def unfinished(state: tuple[_Beams, Any]) -> Array:
@@ -293,7 +296,8 @@ def _beam(
         done_scores=jnp.full((batch, beams), NEVER_CHOSEN, jnp.float32),
         done=jnp.zeros((batch, beams), bool),
     )
-    end, _ = jax.lax.while_loop(unfinished, body, (choose(start, logits[:, None]), cache))
+    first = choose(start, logits[:, None])
+    end, _ = jax.lax.while_loop(unfinished, body, (first, _room(prompts[-1], count * beams)))
     return end.done_tokens[:, 0], end.done_lengths[:, 0]
 
 
@@ -378,27 +382,38 @@ def _slot_positions(config: LlamaConfig, real: Bool[Array, "b s"], count: int, b
 
 
 def _read_prompts(
-    params: Params,
-    adapter: Adapter | None,
-    beginning: Array,
-    tokens: Array,
-    real: Array,
-    config: LlamaConfig,
-    room: int,
-) -> tuple[Float[Array, "b v"], tuple[Array, Array], Bool[Array, "b s"]]:
-    """Logits after each prompt, its keys and values with ``room`` empty slots behind them, and which slots are real."""
+    params: Params, adapter: Adapter | None, beginning: Array, tokens: Array, real: Array, config: LlamaConfig
+) -> tuple[Float[Array, "b v"], list[_Kept], Bool[Array, "b s"]]:
+    """Logits after each prompt; keys and values of the beginning, if there is one, and of the rests; which slots are
+    real."""
     (batch, length), shared = tokens.shape, beginning.shape[0]
     dtype = params["embed_tokens"].dtype
     cache = init_cache(config, batch, shared + length, dtype)
+    prompts = []
     if shared:
         _, one = forward_cached(params, beginning[None], init_cache(config, 1, shared, dtype), config, adapter)
+        prompts.append(_kept(one["k"], one["v"]))
         cache = {name: cache[name].at[:, :, :shared].set(one[name]) for name in ("k", "v")} | {
             "real": cache["real"].at[:, :shared].set(True),
             "length": one["length"],
         }
     logits, cache = forward_cached(params, tokens, cache, config, adapter, attention_mask=real.astype(jnp.int32))
-    widths = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
-    return logits, (jnp.pad(cache["k"], widths), jnp.pad(cache["v"], widths)), cache["real"]
+    prompts.append(_kept(cache["k"][:, :, shared:], cache["v"][:, :, shared:]))
+    return logits, prompts, cache["real"]
+
+
+def _kept(k: Float[Array, "... n k d"], v: Float[Array, "... n k d"]) -> _Kept:
+    """Turned once, where every token that is added would turn them."""
+    return jnp.moveaxis(k, -3, -1), jnp.moveaxis(v, -3, -2)
+
+
+def _room(like: _Kept, slots: int) -> _Kept:
+    """Empty slots for the keys and values of what is added to such prompts."""
+    keys, values = like
+    return (
+        jnp.zeros((*keys.shape[:4], slots), keys.dtype),
+        jnp.zeros((*values.shape[:3], slots, values.shape[4]), values.dtype),
+    )
 
 
 def _read(
@@ -407,44 +422,50 @@ def _read(
     tokens: Int[Array, "b w"],
     positions: Int[Array, " b"],
     slots_at: Int[Array, "b n"] | None,
-    cache: tuple[Float[Array, "l b n k d"], Float[Array, "l b n k d"]],
+    prompts: Sequence[_Kept],
+    cache: _Kept,
     slot: Int[Array, ""],
     visible: Bool[Array, "b w n"],
     config: LlamaConfig,
-) -> tuple[Float[Array, "b w v"], tuple[Array, Array]]:
-    """Logits after one more token of every beam, whose keys and values go to the w slots from ``slot`` on."""
+) -> tuple[Float[Array, "b w v"], _Kept]:
+    """Logits after one more token of every beam, whose keys and values go to the w slots of the cache from ``slot``
+    on; ``visible`` has the prompts' slots and then the cache's."""
     adapter = NoAdapter() if adapter is None else adapter
     queries_at = jnp.broadcast_to(positions[:, None], tokens.shape)
     cos, sin = rope.angles(config, queries_at)
-    mask = visible[:, None]
 
-    def body(carry: tuple[Array, Array, Array], xs: tuple[Array, Params, Any, Array | None]) -> tuple[Any, None]:
-        x, keys, values = carry
-        layer, weights, slices, windowed = xs
+    def body(carry: tuple[Array, _Kept], xs: tuple[Array, Params, Any, Any, Array | None]) -> tuple[Any, None]:
+        x, cache = carry
+        layer, weights, slices, parts, windowed = xs
 
         def apply(name: str, u: Array) -> Array:
             module = weights[name]
             return adapter.linear(name, u, dense(module["weight"]), module.get("bias"), slices, key=None)
 
         def attend_all(q: Array, k: Array, v: Array) -> Array:
-            nonlocal keys, values
+            nonlocal cache
             zero = jnp.zeros((), jnp.int32)
-            at = (layer, zero, slot, zero, zero)
-            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
-            k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
-            k, v, wide = with_prefix(adapter.prefix(slices), k, v, mask)
-            wide = within_window(config, wide, queries_at, slots_at, k.shape[1], windowed)
-            return attend(q, k, v, wide, route="blocked")
+            starts = (layer, zero, zero, zero, slot), (layer, zero, zero, slot, zero)
+            keys, values = (
+                jax.lax.dynamic_update_slice(kept, new[None].astype(kept.dtype), at)
+                for kept, new, at in zip(cache, _kept(k, v), starts, strict=True)
+            )
+            cache = keys, values
+            seen = [*parts, tuple(jax.lax.dynamic_index_in_dim(kept, layer, 0, keepdims=False) for kept in cache)]
+            wide = visible[:, None]
+            if (prefix := adapter.prefix(slices)) is not None:
+                keys, values = _kept(*prefix)
+                seen = [(keys[None].astype(q.dtype), values[None].astype(q.dtype)), *seen]
+                wide = jnp.pad(wide, ((0, 0), (0, 0), (0, 0), (keys.shape[2], 0)), constant_values=True)
+            near = within_window(config, wide, queries_at, slots_at, wide.shape[3], windowed)
+            return attend_parts(q, seen, cast(Array, near))
 
-        return (decoder_layer(x, weights, config, cos, sin, apply, attend_all), keys, values), None
+        return (decoder_layer(x, weights, config, cos, sin, apply, attend_all), cache), None
 
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-    carry = (embed(params, tokens), *cache)
-    xs = (index, params["layers"], adapter.layers(), windowed_layers(config))
-    (x, keys, values), _ = jax.lax.scan(body, carry, xs)
-    return unembed(params, rms_norm(x, params["norm"], config.rms_norm_eps), config), (keys, values)
+    xs = (index, params["layers"], adapter.layers(), list(prompts), windowed_layers(config))
+    (x, cache), _ = jax.lax.scan(body, (embed(params, tokens), cache), xs)
+    return unembed(params, rms_norm(x, params["norm"], config.rms_norm_eps), config), cache
 
 
 def _rows(x: Array, index: Int[Array, "b k"]) -> Array:

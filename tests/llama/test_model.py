@@ -24,7 +24,7 @@ from rora_theory.llama import (
     rope,
     unembed,
 )
-from rora_theory.llama.attention import attend, choose_route
+from rora_theory.llama.attention import attend, attend_parts, choose_route
 from rora_theory.llama.model import NoAdapter, rms_norm
 
 VARIANTS = (
@@ -544,6 +544,25 @@ def test_attention_in_half_precision(dtype):
         # The probabilities are rounded once and the output once: two roundings of values up to about 2.
         tolerance = 4 * float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(out.astype(jnp.float32), plain_attention(q, k, v, mask), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_over_parts_equals_its_definition(dtype):
+    """Over keys that all rows share, keys of each row's own, and a part of one key."""
+    random = np.random.default_rng(0)
+    q = random.normal(size=(3, 4, 6, 8)).astype(dtype)
+    parts = [random.normal(size=(2, rows, count, 2, 8)).astype(dtype) for rows, count in ((1, 5), (3, 9), (3, 1))]
+    mask = random.random((3, 1, 4, 15)) < 0.6
+    mask[..., 5] = True  # no query sees nothing
+    kept = [(jnp.asarray(k.transpose(0, 2, 3, 1)), jnp.asarray(v.swapaxes(1, 2))) for k, v in parts]
+    out = jax.jit(attend_parts)(jnp.asarray(q), kept, jnp.asarray(mask))
+    assert out.dtype == dtype
+    k, v = (
+        np.concatenate([np.broadcast_to(a, (3, *a.shape[1:])) for a in each], 1) for each in zip(*parts, strict=True)
+    )
+    # Rounded to bfloat16: weights of at most 1 and the output, to 8 bits each.
+    tolerance = 3e-6 if dtype == jnp.float32 else 3e-2
+    np.testing.assert_allclose(out.astype(jnp.float32), plain_attention(q, k, v, mask), rtol=0, atol=tolerance)
 
 
 def test_long_sequences_make_few_blocks():
