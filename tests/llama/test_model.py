@@ -563,6 +563,8 @@ def test_attention_over_parts_equals_its_definition(dtype):
     # Rounded to bfloat16: weights of at most 1 and the output, to 8 bits each.
     tolerance = 3e-6 if dtype == jnp.float32 else 3e-2
     np.testing.assert_allclose(out.astype(jnp.float32), plain_attention(q, k, v, mask), rtol=0, atol=tolerance)
+    # Scores of hundreds, whose exponentials float32 does not have.
+    assert np.all(np.isfinite(jax.jit(attend_parts)(100 * jnp.asarray(q), kept, jnp.asarray(mask))))
 
 
 def test_long_sequences_make_few_blocks():
