@@ -43,7 +43,7 @@ UNITS = {
     "validation_loss, answer_loss": "nats a token of the held-out records; errors are over records",
 }
 SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
-"""Settings of a grid that all its runs have."""
+"""Settings of a grid that all its runs have; the others may differ in a later part of a run."""
 QUANTILES = (0.05, 0.5, 0.95)
 """Of the takeover distances of a model's modules: each module has its own, one rate serves all."""
 
@@ -119,10 +119,13 @@ class HorizonGrid:
         own: dict[str, Any] = {"method": "full"}
         if cell.rank is not None:
             own = {"rule": "lora", "rank": cell.rank, "alpha": cell.strength}
-        own |= {name: getattr(self, name) for name in SHARED}
         return FinetuneConfig(
-            **own, lr=cell.rate, seed=cell.seed, schedule="constant", dropout=0.0, held_out=0, widths=3
+            **own, **self.shared(), lr=cell.rate, seed=cell.seed, schedule="constant", dropout=0.0, held_out=0, widths=3
         )
+
+    def shared(self) -> dict[str, Any]:
+        """The settings of `SHARED`."""
+        return {name: getattr(self, name) for name in SHARED}
 
     def cells(self) -> Iterator[HorizonCell]:
         """Every run, a seed after the other; then those of full fine-tuning."""
@@ -831,3 +834,10 @@ def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law:
     count = found["verdict"].value_counts().to_dict()
     words = [f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count]
     return f"The law against {runs} runs: {', '.join(words)}."
+
+
+def rows_in_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame of a judgement with what a rate is compared ``against``, or with the ``size`` of an adapter, in words."""
+    if "over" in frame:
+        return frame.assign(against=frame["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
+    return frame.assign(size=frame["rank"].map("{:g}".format, na_action="ignore").fillna(FULL))
