@@ -48,7 +48,7 @@ class Config:
     data_seed: int = 42
     """seed of the two samples"""
     regime: Path | None = None
-    """run folder of sims.regime: its takeover distances and crossing ranks give the law's exponents"""
+    """run folder of sims.regime: its takeover distances and linear terms give the law's exponents"""
     beside: Path | None = None
     """run folder of this command on the same records, other in one setting, as in --targets: its runs beside these"""
     out: cli.Out = None
@@ -62,7 +62,7 @@ def run(config: Config) -> None:
         return cell_memory(llama.model_config(located[model]), grid.training(cell), FinetuneConfig.dtype)
 
     runner = config.cluster.runner(plan)
-    takeovers, crossings = horizons.read_regime(config.regime) if config.regime else ([], [])
+    takeovers, linear_terms = horizons.read_regime(config.regime) if config.regime else ([], [])
     cells = list(grid.cells())
     sample = {name: getattr(config, name) for name in ("held_out", "train_records")}
     split = draw_records(config.data, **sample, seed=config.data_seed, config=config.reading)
@@ -88,7 +88,7 @@ def run(config: Config) -> None:
     run_cells(cells, work, folder, runner=runner, title="runs", words=words)
     runs = horizons.distinct(horizons.run_of(one.cell, one.value) for one in finished(folder.path).values())
     folder.write_frame(horizons.horizon_table(runs, tokens, answered), "results.csv")
-    law = {"takeovers": takeovers, "crossings": crossings}
+    law = {"takeovers": takeovers, "linear_terms": linear_terms}
     judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, others=others)
     for name, frame in judged.files().items():
         folder.write_frame(frame, name)
