@@ -15,27 +15,12 @@ from typing import Any
 
 import jax
 
-from rora_theory import adapters, frames, llama
+from rora_theory import adapters, llama
 from rora_theory.data.records import DataConfig, read_record_set
-from rora_theory.errors import InputError
-from rora_theory.finetune import (
-    FinetuneConfig,
-    Metrics,
-    NonFiniteLossError,
-    Stepped,
-    Trainer,
-    Validated,
-    card,
-    distributed,
-    metrics,
-    prepare,
-    sharding,
-    split,
-    trackers,
-)
+from rora_theory.finetune import FinetuneConfig, Metrics, card, distributed, metrics, prepare, sharding, split, trackers
 from rora_theory.finetune.checkpoints import quiet_writers
 from rora_theory.finetune.distributed import ProcessConfig
-from rora_theory.finetune.loop import resumption
+from rora_theory.finetune.loop import NonFiniteLossError, Stepped, Trainer, Validated, resumption
 from rora_theory.finetune.outputs import OutputConfig, write_outputs
 from rora_theory.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder, check_free, path_of
@@ -75,11 +60,8 @@ def run(config: Config) -> None:
 
     With several processes each calls this and joins the others; the first alone prints and writes.
     """
-    several = config.processes.join()
-    if several and (config.out is None or config.output.merge or config.training.adapter().replaces):
-        raise InputError(
-            "several processes: accepted is --out, no --merge (one process can merge afterwards) and no method full"
-        )
+    if config.processes.join():
+        config.output.check_several(config.training, config.out)
     quiet_writers()
     if (first := distributed.is_first()) and config.out is not None:
         check_free(config.out)
@@ -136,9 +118,7 @@ def begin(
     devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     counted = {"trainable_parameters": trainable, "trainable_share": share}
     folder.update(data=summary, steps=trainer.steps, device=devices, **counted)
-    print(f"{trainable:,} trainable parameters, {share:.2%} of all")
-    print(f"{summary['trained_on']} records, {trainer.steps} steps")
-    print(f"learning rate {card.rate_in_words(training, trainer.steps)}")
+    print(card.begun_in_words(training, summary, trainer.steps, trainable, share))
 
 
 def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:
@@ -154,16 +134,13 @@ def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = Non
                 events.add(event)
                 tracker.add(event)
                 if isinstance(event, Stepped):
-                    rate = event.targets / event.seconds
-                    bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=rate)
+                    bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=event.speed)
                 elif isinstance(event, Validated):
-                    mark = " (best)" if event.best else ""
-                    print(f"step {event.step}/{trainer.steps}: validation loss {event.loss:.4f}{mark}")
+                    print(event.in_words(trainer.steps))
     except NonFiniteLossError as error:
         folder.finish("failed", error=str(error))
         cli.fail(str(error))
-    folder.write_frame(frames.of(events.events, metrics.COLUMNS))
-    folder.record(metrics.FILE)
+    events.write(folder)
     return events.events
 
 

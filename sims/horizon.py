@@ -7,8 +7,8 @@ held-out records are read after each of ``--read-at`` steps of the same run. ``-
 full beside them. A cell that is done is not done again: further strengths, ranks, rates and seeds extend the folder.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from rora_theory.data.records import DataConfig
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import finished, flat
-from rora_theory.stats.paired import mean_per_token
+from rora_theory.runs.reading import finished
 from rora_theory.sweep import horizons, readings
 from rora_theory.sweep.horizons import HorizonCell, HorizonGrid
 from rora_theory.sweep.memory import cell_memory
@@ -31,9 +30,6 @@ from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_cells
 
 NAME = "horizon"
-OVER = {"strength": "gamma r at r =", "rank": "r at gamma r ="}
-GROWS = ("ranks", "strengths", "lrs", "full_lrs", "seeds", "read_at")
-"""Of the grid, what may be others in a later part of the run."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Config:
     data_seed: int = 42
     """seed of the two samples"""
     regime: Path | None = None
-    """run folder of sims.regime: its takeover distances and crossing ranks give the law's exponents"""
+    """run folder of sims.regime: its takeover distances and linear terms give the law's exponents"""
     beside: Path | None = None
     """run folder of this command on the same records, other in one setting, as in --targets: its runs beside these"""
     out: cli.Out = None
@@ -66,13 +62,12 @@ def run(config: Config) -> None:
         return cell_memory(llama.model_config(located[model]), grid.training(cell), FinetuneConfig.dtype)
 
     runner = config.cluster.runner(plan)
-    takeovers, crossings = horizons.read_regime(config.regime) if config.regime else ([], [])
+    takeovers, linear_terms = horizons.read_regime(config.regime) if config.regime else ([], [])
     cells = list(grid.cells())
     sample = {name: getattr(config, name) for name in ("held_out", "train_records")}
     split = draw_records(config.data, **sample, seed=config.data_seed, config=config.reading)
     located = {model: llama.locate(model)}
-    identity = {name: value for name, value in flat(grid).items() if name not in GROWS} | sample
-    identity |= {"model": config.model, "data_seed": config.data_seed}
+    identity = grid.shared() | sample | {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": horizons.UNITS, "device": devices.describe(devices.pick(1))}
     others = dict([horizons.read_beside(config.beside, identity)] if config.beside else [])
@@ -89,10 +84,11 @@ def run(config: Config) -> None:
         bench.open(model)
         return asdict(readings.read_run(bench, grid.training(cell), cell.read_at))
 
-    run_cells(cells, work, folder, runner=runner, title="runs", words=lambda value: said(value, tokens))
+    words = partial(readings.read_run_in_words, tokens=tokens)
+    run_cells(cells, work, folder, runner=runner, title="runs", words=words)
     runs = horizons.distinct(horizons.run_of(one.cell, one.value) for one in finished(folder.path).values())
     folder.write_frame(horizons.horizon_table(runs, tokens, answered), "results.csv")
-    law = {"takeovers": takeovers, "crossings": crossings}
+    law = {"takeovers": takeovers, "linear_terms": linear_terms}
     judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, others=others)
     for name, frame in judged.files().items():
         folder.write_frame(frame, name)
@@ -139,21 +135,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     ):
         if not frame.empty:
             left = 2 if frame is found else list(columns).index("beside") + 1 if "beside" in columns else 0
-            tables.print_records(title, in_words(frame), columns, left=left)
-
-
-def in_words(frame: pd.DataFrame) -> pd.DataFrame:
-    """With what a rate is compared over, or the size of an adapter, as a table says it."""
-    if "over" in frame:
-        return frame.assign(against=frame["over"].map(OVER))
-    return frame.assign(size=frame["rank"].map("{:g}".format, na_action="ignore").fillna("full"))
-
-
-def said(found: dict[str, Any], tokens: Sequence[int]) -> str:
-    """The losses of a run's readings, in a line."""
-    losses = [f"{mean_per_token(one['losses'], tokens).value:.4f} at {one['step']}" for one in found["readings"]]
-    ended = found["diverged_at"]
-    return ", ".join(losses + ([] if ended is None else [f"diverged at {ended}"]))
+            tables.print_records(title, horizons.rows_in_words(frame), columns, left=left)
 
 
 main = cli.command(Config, run, __doc__)

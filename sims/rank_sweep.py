@@ -27,8 +27,8 @@ from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype, Method
 from rora_theory.llama.quantised import Quantization
 from rora_theory.runs.cells import FOLDERS
-from rora_theory.runs.folder import RunFolder, check_free
-from rora_theory.runs.reading import LATER, key_of
+from rora_theory.runs.folder import RunFolder, check_free, path_of
+from rora_theory.runs.reading import LATER
 from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import SweepCell, cell_states, check_cells, stand_ins
@@ -86,7 +86,7 @@ def run(config: Config) -> None:
     plan = plan_sweep(config)
     first, shared, grows = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
     models = check_cells(first, plan.located)
-    path = config.out or Path("results") / NAME / key_of(shared | grows)[:12]
+    path = path_of(NAME, shared | grows, config.out)
     if config.list:
         show(config.design, path, first)
         return
@@ -111,9 +111,8 @@ def run(config: Config) -> None:
     except FailedError as error:
         failed = error
     rows = results.read_results(path)
-    folder.write_frame(
-        differences.difference_table(differences.method_differences(rows, path / FOLDERS)), "differences.csv"
-    )
+    apart = differences.method_differences(rows, path / FOLDERS)
+    folder.write_frame(differences.difference_table(apart), "differences.csv")
     if failed is not None:
         raise failed
     folder.finish()

@@ -28,13 +28,11 @@ from rora_theory.data.records import DataConfig
 from rora_theory.devices import describe
 from rora_theory.errors import InputError
 from rora_theory.measure import record_batches, regime_tables, regimes, thin, unseen
-from rora_theory.measure.layer_data import SPLITS
 from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.record_batches import PairConfig
 from rora_theory.measure.regime_tables import JudgeConfig
 from rora_theory.measure.regimes import RegimeCell
-from rora_theory.measure.tokens import SINK
-from rora_theory.rules import USUAL_RANKS, check_list
+from rora_theory.rules import check_list
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import finished, flat, key_of
 from rora_theory.scaling import check_integer
@@ -136,43 +134,14 @@ def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None, 
     """Print which part leads, the judge's verdict and what is thin; crossing ranks and takeover by type and depth."""
     said = [found.sentence(optimizer, config.inits[0]) for optimizer in config.optimizers]
     answers.say(" ".join(said + ([] if verdict is None else [f"{regime_tables.in_words(verdict)}."])), words)
-    low, high = USUAL_RANKS
-    init, ranks = config.inits[0], [f"r* {what} {split}" for split in SPLITS for what in ("pooled", "median")]
+    init = config.inits[0]
     for optimizer in config.optimizers:
-        table = regime_tables.crossings_by_depth(found.crossings, found.tokens, optimizer, init, low=low, high=high)
-        tables.print_table(
-            f"{optimizer}, A {init}: crossing rank r* of all tokens together (pooled) and of a token (median and "
-            f"quartiles over tokens), medians over layers; kappa: the exponent whose first step is as large at rank "
-            f"{high} as at {low}, range over layers; left out: held-out tokens of a module that begin as the training "
-            f"batch does + sinks (input above {SINK:g} times the median norm), of all",
-            ["module", "layers", *ranks, *(f"kappa {split}" for split in SPLITS), "left out"],
-            regime_tables.crossings_in_words(table),
-            left=2,
-        )
+        tables.print_table(*regime_tables.crossings_in_words(found.crossings, found.tokens, optimizer, init), left=2)
     if len(found.takeover):
-        table = regime_tables.takeover_by_depth(found.takeover, init)
-        columns = table[["rank", "split"]].drop_duplicates().to_numpy()
-        tables.print_table(
-            f"Adam, A {init}: steps t_A at rate {config.lr:g} and a constant gradient after which A leads, median over "
-            "layers (range); turn: steps after which 5% of the entries of G A^T have turned their sign, far beyond "
-            "which the law is approximate",
-            ["module", "layers", *(f"r = {rank} {split}" for rank, split in columns), "turn"],
-            regime_tables.takeovers_in_words(table, config.lr),
-            left=2,
-        )
-    if verdict is None:
-        return
-    judged = regime_tables.measured_over_predicted(found.results).query("split == 'heldout'")
-    text = "{mean_ratio:.4f} ± {standard_error:.4f} ({largest_deviation:.1%})".format_map
-    judged = judged.assign(text=judged.apply(text, axis=1))
-    for optimizer in config.optimizers:
-        own = judged[judged["optimizer"] == optimizer].pivot(index="rank", columns="init", values="text")
-        tables.print_table(
-            f"{optimizer}: measured over predicted rms, held-out tokens: mean over modules ± s.e. (largest single "
-            "deviation), by law of A",
-            ["rank", *config.inits],
-            [[rank, *own.loc[rank, list(config.inits)]] for rank in config.ranks],
-        )
+        tables.print_table(*regime_tables.takeovers_in_words(found.takeover, init, config.lr), left=2)
+    if verdict is not None:
+        for optimizer in config.optimizers:
+            tables.print_table(*regime_tables.ratios_in_words(found.results, optimizer))
 
 
 main = cli.command(Config, run, __doc__)

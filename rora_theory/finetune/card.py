@@ -112,6 +112,22 @@ def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[st
     return [dict(zip(("what", "step", "value"), row, strict=True)) for row in rows]
 
 
+def begun_in_words(config: FinetuneConfig, summary: Mapping[str, Any], steps: int, trainable: int, share: float) -> str:
+    """What is trained on what, and at which rate: a line each.
+
+    Args:
+      config: the run's.
+      summary: `TrainingData.summary`.
+      steps: of the whole run.
+      trainable, share: parameters that are trained, and what part of all they are.
+    """
+    return (
+        f"{trainable:,} trainable parameters, {share:.2%} of all\n"
+        f"{summary['trained_on']} records, {steps} steps\n"
+        f"learning rate {rate_in_words(config, steps)}"
+    )
+
+
 def rate_in_words(config: FinetuneConfig, steps: int) -> str:
     """How the rate of `step.schedule` went over all steps of a run."""
     peak, warmup = config.peak_learning_rate, config.warmup

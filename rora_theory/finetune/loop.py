@@ -46,6 +46,11 @@ class Stepped:
     positions: int
     seconds: float
 
+    @property
+    def speed(self) -> float:
+        """Tokens in the loss a second; 0 where no time passed."""
+        return self.targets / self.seconds if self.seconds else 0.0
+
 
 @dataclass(frozen=True)
 class Validated:
@@ -54,6 +59,10 @@ class Validated:
     step: int
     loss: float
     best: bool
+
+    def in_words(self, steps: int) -> str:
+        """Of a run of so many steps."""
+        return f"step {self.step}/{steps}: validation loss {self.loss:.4f}{' (best)' * self.best}"
 
 
 @dataclass(frozen=True)

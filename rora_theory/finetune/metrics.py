@@ -4,9 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.finetune.loop import Event, Paused, Stepped, Trainer
 from rora_theory.journal import Journal
+from rora_theory.runs.folder import RunFolder
 
 FILE = "metrics.jsonl"
 """Its name in a run's folder."""
@@ -50,6 +52,11 @@ class Metrics:
             return
         name = "step" if isinstance(event, Stepped) else "validation"
         self._journal.append({"event": name, **asdict(event)}, sync=self._trainer.saves(event.step))
+
+    def write(self, folder: RunFolder) -> None:
+        """Write the table of all events to the run's folder, which takes the file's digest."""
+        folder.write_frame(frames.of(self.events, COLUMNS))
+        folder.record(FILE)
 
     @property
     def events(self) -> list[dict[str, Any]]:

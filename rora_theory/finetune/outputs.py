@@ -42,6 +42,13 @@ class OutputConfig:
             what = "method lora, or serve_as peft with merge" if mergeable else "serve_as peft"
             raise InputError(f"serve_as is portable with method {method}; accepted is {what}")
 
+    def check_several(self, training: FinetuneConfig, out: Path | None) -> None:
+        """Raise `InputError` where several processes can't write so, each of which has to know the folder."""
+        if out is None or self.merge or training.adapter().replaces:
+            raise InputError(
+                "several processes: accepted is --out, no --merge (one process can merge afterwards) and no method full"
+            )
+
 
 def write_outputs(folder: RunFolder, config: OutputConfig, kept: Any, model: Model, trained: card.Trained) -> None:
     """Write what is asked for and not there yet; of what is there the card, where another licence is given.

@@ -65,12 +65,11 @@ def values(event: Event) -> dict[str, float]:
         return {"validation/loss": event.loss}
     if not isinstance(event, Stepped):
         return {}
-    speed = event.targets / event.seconds if event.seconds else 0.0
     return {
         "train/loss": event.loss,
         "train/grad_norm": event.grad_norm,
         "train/learning_rate": event.learning_rate,
-        "train/tokens_per_second": speed,
+        "train/tokens_per_second": event.speed,
     }
 
 

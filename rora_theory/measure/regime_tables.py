@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from rora_theory.inits import Init
 from rora_theory.measure.layer_data import SPLITS
 from rora_theory.measure.terms import EPSILON
 from rora_theory.measure.tokens import SINK
+from rora_theory.rules import USUAL_RANKS
 from rora_theory.scaling import check_positive
 from rora_theory.theory.laws import Optimizer
 
@@ -247,16 +248,54 @@ def by_depth(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
                 yield kind, str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", part
 
 
-def crossings_in_words(table: pd.DataFrame) -> list[list[str]]:
-    """Of `crossings_by_depth` a line a type of module and third of the layers: of each split r* pooled and of a token
+class TableInWords(NamedTuple):
+    """A table as a report prints it."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[Any]]
+
+
+def crossings_in_words(crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: Optimizer, init: Init) -> TableInWords:
+    """`crossings_by_depth`, a line a type of module and third of the layers: of each split r* pooled and of a token
     with its quartiles, then of each split kappa's range, then how many held-out tokens were left out."""
-    return _by_place(table, _crossings)
+    low, high = USUAL_RANKS
+    ranks = [f"r* {what} {split}" for split in SPLITS for what in ("pooled", "median")]
+    return TableInWords(
+        f"{optimizer}, A {init}: crossing rank r* of all tokens together (pooled) and of a token (median and quartiles "
+        f"over tokens), medians over layers; kappa: the exponent whose first step is as large at rank {high} as at "
+        f"{low}, range over layers; left out: held-out tokens of a module that begin as the training batch does + "
+        f"sinks (input above {SINK:g} times the median norm), of all",
+        ["module", "layers", *ranks, *(f"kappa {split}" for split in SPLITS), "left out"],
+        _by_place(crossings_by_depth(crossings, tokens, optimizer, init, low=low, high=high), _crossings),
+    )
 
 
-def takeovers_in_words(table: pd.DataFrame, learning_rate: float) -> list[list[str]]:
-    """Of `takeover_by_depth`, likewise: of each rank and split the steps at a rate until A leads, with their median and
+def takeovers_in_words(takeover: pd.DataFrame, init: Init, learning_rate: float) -> TableInWords:
+    """`takeover_by_depth`, likewise: of each rank and split the steps at a rate until A leads, with their median and
     range over layers, then the steps until 5% of the gradient's signs have turned."""
-    return _by_place(table, partial(_steps, learning_rate))
+    table = takeover_by_depth(takeover, init)
+    columns = table[["rank", "split"]].drop_duplicates().to_numpy()
+    return TableInWords(
+        f"Adam, A {init}: steps t_A at rate {learning_rate:g} and a constant gradient after which A leads, median over "
+        "layers (range); turn: steps after which 5% of the entries of G A^T have turned their sign, far beyond which "
+        "the law is approximate",
+        ["module", "layers", *(f"r = {rank} {split}" for rank, split in columns), "turn"],
+        _by_place(table, partial(_steps, learning_rate)),
+    )
+
+
+def ratios_in_words(results: pd.DataFrame, optimizer: Optimizer) -> TableInWords:
+    """`measured_over_predicted` at held-out tokens, a line a rank, a column a law of A."""
+    found = measured_over_predicted(results)
+    own = found[(found["optimizer"] == optimizer) & (found["split"] == "heldout")]
+    text = "{mean_ratio:.4f} ± {standard_error:.4f} ({largest_deviation:.1%})".format_map
+    return TableInWords(
+        f"{optimizer}: measured over predicted rms, held-out tokens: mean over modules ± s.e. (largest single "
+        "deviation), by law of A",
+        ["rank", *own["init"].unique()],
+        [[rank, *map(text, rows.to_dict("records"))] for rank, rows in own.groupby("rank", sort=False)],
+    )
 
 
 def _tried(results: pd.DataFrame) -> pd.DataFrame:

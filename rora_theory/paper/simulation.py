@@ -22,6 +22,7 @@ from rora_theory.inits import entries
 from rora_theory.paper import quantities, verdicts
 from rora_theory.rules import check_list, name_of
 from rora_theory.scaling import Rule, check_integer, exponent
+from rora_theory.stats.moments import agreement
 from rora_theory.theory import laws, sampling
 from rora_theory.theory.grid import StepGrid, exponent_of
 
@@ -174,6 +175,14 @@ def simulation_rows(config: SimulationConfig, cell: SimulationCell, sums: sampli
 def simulation_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """The frame of some `simulation_rows`; ``paper`` is NaN for Adam, which the paper's Eq. 3 excludes."""
     return frames.of(found, COLUMNS)
+
+
+def second_moments(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of E[w_i^2] in a `simulation_table`, with what each is of the law (``ratio``) and of the paper's Eq. 9
+    (``of_paper``), and how many standard errors it lies from the law (``z``)."""
+    own = table[table["quantity"] == "second_moment"]
+    scores = agreement(*(own[name].tolist() for name in ("estimate", "standard_error", "exact"))).scores
+    return own.assign(ratio=own["estimate"] / own["exact"], of_paper=own["estimate"] / own["paper"], z=scores)
 
 
 def judge_simulation(

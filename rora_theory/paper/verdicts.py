@@ -308,6 +308,14 @@ def verdicts_in_words(judged: Sequence[Verdict]) -> str:
     return f"Of {len(judged)} claims of the paper's equations {', '.join(parts)}."
 
 
+def verdict_rows(judged: Sequence[Verdict]) -> list[tuple[str, Status, str]]:
+    """In the paper's order the equation, its verdict, and a line each for claim, where it holds and figures."""
+    return [
+        (v.equation, v.status, "\n".join(filter(None, (v.claim, v.where, v.evidence))))
+        for v in sorted(judged, key=order_in_paper)
+    ]
+
+
 def eq6(draws: Draws) -> Verdict:
     """Eq. 6."""
 

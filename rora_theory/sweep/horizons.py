@@ -19,7 +19,8 @@ from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune.config import FinetuneConfig, LossOn
 from rora_theory.measure.led import PARTS, keeping_exponent, keeping_factor
-from rora_theory.measure.regime_tables import CROSSINGS, TAKEOVER
+from rora_theory.measure.regime_run import read_regime_run
+from rora_theory.measure.regime_tables import TAKEOVER, TAKEOVER_COLUMNS
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
 from rora_theory.runs.reading import as_json, finished, read_manifest
 from rora_theory.scaling import check_positive
@@ -43,7 +44,7 @@ UNITS = {
     "validation_loss, answer_loss": "nats a token of the held-out records; errors are over records",
 }
 SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
-"""Settings of a grid that all its runs have."""
+"""Settings of a grid that all its runs have; the others may differ in a later part of a run."""
 QUANTILES = (0.05, 0.5, 0.95)
 """Of the takeover distances of a model's modules: each module has its own, one rate serves all."""
 
@@ -119,10 +120,13 @@ class HorizonGrid:
         own: dict[str, Any] = {"method": "full"}
         if cell.rank is not None:
             own = {"rule": "lora", "rank": cell.rank, "alpha": cell.strength}
-        own |= {name: getattr(self, name) for name in SHARED}
         return FinetuneConfig(
-            **own, lr=cell.rate, seed=cell.seed, schedule="constant", dropout=0.0, held_out=0, widths=3
+            **own, **self.shared(), lr=cell.rate, seed=cell.seed, schedule="constant", dropout=0.0, held_out=0, widths=3
         )
+
+    def shared(self) -> dict[str, Any]:
+        """The settings of `SHARED`."""
+        return {name: getattr(self, name) for name in SHARED}
 
     def cells(self) -> Iterator[HorizonCell]:
         """Every run, a seed after the other; then those of full fine-tuning."""
@@ -228,28 +232,20 @@ def distinct(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
 
 
 def read_regime(folder: Path) -> tuple[list[float], list[float]]:
-    """The takeover distances, and the crossing ranks under Adam, at held-out tokens of all modules with PEFT's init.
+    """The takeover distances, and the linear terms under Adam, at held-out tokens of all modules with PEFT's init.
 
     Args:
       folder: a run of ``sims.regime``.
 
     Raises:
-      InputError: no such table, or none of it held out.
+      InputError: as `read_regime_run`, or no takeover distance of them.
     """
-    return (
-        _held_out(folder / TAKEOVER, "takeover"),
-        _held_out(folder / CROSSINGS, "crossing_rank", optimizer="adam"),
-    )
-
-
-def _held_out(path: Path, column: str, **more: str) -> list[float]:
-    found = frames.read_csv(path)
-    wanted = {"init": "kaiming_uniform", "split": "heldout"} | more
-    own = found[(found[list(wanted)] == list(wanted.values())).all(axis=1)]
+    found = read_regime_run(folder, optimizer="adam", init="kaiming_uniform", split="heldout")
+    rows = frames.read_csv(folder / TAKEOVER, TAKEOVER_COLUMNS)
+    own = rows[(rows["init"] == "kaiming_uniform") & (rows["split"] == "heldout")]
     if own.empty:
-        which = " under ".join(["kaiming_uniform", *more.values()])
-        raise InputError(f"{path}: has no held-out row of {which}; accepted is a run of sims.regime")
-    return [float(value) for value in own[column]]
+        raise InputError(f"{folder / TAKEOVER}: has no held-out row of kaiming_uniform; accepted is a run that has")
+    return own["takeover"].astype(float).tolist(), list(found.linear_terms.values())
 
 
 def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_tokens: Sequence[int]) -> pd.DataFrame:
@@ -591,7 +587,7 @@ def horizon_exponents(
     takeovers: Sequence[float],
     warmup: int,
     runs: Sequence[HorizonRun] = (),
-    crossings: Sequence[float] = (),
+    linear_terms: Sequence[float] = (),
 ) -> pd.DataFrame:
     """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, each from every other to
     the largest, beside the law.
@@ -601,7 +597,7 @@ def horizon_exponents(
       step: the horizon.
       takeovers, warmup: see `predictions`.
       runs: whose parts were measured, see `exponent_of_parts`.
-      crossings: crossing ranks r* of the modules; none takes the signal to lead.
+      linear_terms: of the modules, c of the first step under Adam; none takes the signal to lead.
 
     Returns:
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
@@ -635,8 +631,8 @@ def horizon_exponents(
                 by_parts = exponent_of_parts(
                     runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
                 )
-            elif len(crossings):
-                kept = laws.keeping_rank_exponent(low, high, np.asarray(crossings) - 2)
+            elif len(linear_terms):
+                kept = laws.keeping_rank_exponent(low, high, np.asarray(linear_terms))
                 law = (0.0, *np.quantile(kept, QUANTILES[1:]).tolist())
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
             judged = partial(judge_exponent, slope, edge=edge)
@@ -770,7 +766,7 @@ def judge_runs(
     *,
     takeovers: Sequence[float],
     warmup: int,
-    crossings: Sequence[float] = (),
+    linear_terms: Sequence[float] = (),
     others: Mapping[str, Sequence[HorizonRun]] | None = None,
 ) -> HorizonJudgement:
     """Find the best rates at every step that was read, and judge them.
@@ -780,7 +776,7 @@ def judge_runs(
       tokens: of each held-out record.
       takeovers: of a model's modules, for the law's exponents; none leaves these out.
       warmup: steps.
-      crossings: crossing ranks of the modules, see `horizon_exponents`.
+      linear_terms: of the modules, see `horizon_exponents`.
       others: runs to stand beside these, see `read_beside`.
     """
     runs = distinct(runs)
@@ -800,7 +796,7 @@ def judge_runs(
     if takeovers:
         law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup}
         found = _joined(
-            horizon_exponents(one, step, **law, runs=runs, crossings=crossings) for step, one in curves.items()
+            horizon_exponents(one, step, **law, runs=runs, linear_terms=linear_terms) for step, one in curves.items()
         )
         moved = step_exponents(curves, **law)
     same = _joined(at_one_rate(runs, tokens, step) for step in steps)
@@ -831,3 +827,10 @@ def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law:
     count = found["verdict"].value_counts().to_dict()
     words = [f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count]
     return f"The law against {runs} runs: {', '.join(words)}."
+
+
+def rows_in_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame of a judgement with what a rate is compared ``against``, or with the ``size`` of an adapter, in words."""
+    if "over" in frame:
+        return frame.assign(against=frame["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
+    return frame.assign(size=frame["rank"].map("{:g}".format, na_action="ignore").fillna(FULL))

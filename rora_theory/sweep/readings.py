@@ -4,7 +4,7 @@ At a constant rate the first 16 steps of a run of 256 are a run of 16, so that o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, NonFiniteLossError, Paused, Stepped, Trainer
 from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.measure import led
+from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep.workbench import Workbench
 
 
@@ -108,6 +109,18 @@ def read_held_out(bench: Workbench, step: int, params: object) -> Reading:
 def five_figures(value: Any) -> Any:
     """A float as it is kept in a cell's file; anything else as it is."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def read_run_in_words(found: Mapping[str, Any], tokens: Sequence[int]) -> str:
+    """The losses of a run's readings.
+
+    Args:
+      found: a `ReadRun` in JSON types.
+      tokens: of every held-out record.
+    """
+    losses = [f"{mean_per_token(one['losses'], tokens).value:.4f} at {one['step']}" for one in found["readings"]]
+    ended = found["diverged_at"]
+    return ", ".join(losses + ([] if ended is None else [f"diverged at {ended}"]))
 
 
 def token_counts(bench: Workbench) -> tuple[list[int], list[int]]:

@@ -279,7 +279,7 @@ def keeping_rank_exponent(
 
     Args:
       first, second: the ranks.
-      crossing: r* - 2 for Adam.
+      crossing: r* - 2 for Adam and a Gaussian A; a measured module's linear term for the A that it is of.
     """
     crossing = np.asarray(crossing, np.float64)
     return np.asarray(np.log((1 + crossing / first) / (1 + crossing / second)) / 2 / math.log(second / first))

@@ -13,7 +13,8 @@ import pytest
 from support import tiny, two_processes
 
 from rora_theory.errors import InputError
-from rora_theory.finetune import distributed
+from rora_theory.finetune import FinetuneConfig, distributed
+from rora_theory.finetune.outputs import OutputConfig
 from rora_theory.llama.weights import save_hf
 
 TESTS = Path(__file__).parents[1]
@@ -133,3 +134,13 @@ def test_processes_that_do_not_meet(alone):
     alone.setattr(jax.distributed, "initialize", unreachable)
     with pytest.raises(InputError, match=r"not joined \(DEADLINE_EXCEEDED: no answer\); accepted"):
         distributed.initialize("localhost:1234", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("output", "training", "out"),
+    [({}, {}, None), ({"merge": True}, {}, "run"), ({}, {"method": "full"}, "run")],
+)
+def test_what_several_processes_can_t_write_is_refused(output, training, out):
+    OutputConfig().check_several(FinetuneConfig(), Path("run"))
+    with pytest.raises(InputError, match=r"several processes: accepted is --out, no --merge .* and no method full"):
+        OutputConfig(**output).check_several(FinetuneConfig(**training), out and Path(out))

@@ -115,6 +115,15 @@ def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
     assert len(simulation.simulated_exponents(table[:2])) == 1
 
 
+def test_second_moments_are_beside_the_law_and_the_paper() -> None:
+    rows = [
+        {"quantity": quantity, "estimate": 3.0, "standard_error": 0.5, "exact": 2.0, "paper": 1.0}
+        for quantity in ("mean", "second_moment")
+    ]
+    (found,) = simulation.second_moments(simulation.simulation_table(rows)).to_dict("records")
+    assert [found[name] for name in ("ratio", "of_paper", "z")] == [1.5, 3.0, 2.0]
+
+
 @pytest.mark.slow
 def test_verdicts_take_the_sums_that_are_known(
     drawn: dict[SimulationCell, sampling.Sums], monkeypatch: pytest.MonkeyPatch

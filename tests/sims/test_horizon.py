@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from support import checkpoint
+from support import checkpoint, regime_runs
 
 from rora_theory import frames
 from rora_theory.runs.reading import CELLS
@@ -34,13 +34,7 @@ def base(tmp_path_factory) -> list[str]:
         "--warmup",
         "0",
     ]
-    regime = tmp_path_factory.mktemp("regime")
-    rows = [("0", "q_proj", split, "kaiming_uniform", 2, size) for split, size in (("heldout", 0.01), ("train", 9.0))]
-    table = [dict(zip(("layer", "module", "split", "init", "rank", "takeover"), row, strict=True)) for row in rows]
-    (regime / "takeover.csv").write_text(frames.to_csv(frames.of(table, list(table[0]))))
-    table = [row | {"optimizer": "adam", "crossing_rank": 3.0} for row in table]
-    (regime / "crossing_ranks.csv").write_text(frames.to_csv(frames.of(table, list(table[0]))))
-    return [*words, "--regime", str(regime)]
+    return [*words, "--regime", str(regime_runs.write(tmp_path_factory.mktemp("regime") / "run"))]
 
 
 @pytest.mark.slow
@@ -100,10 +94,6 @@ def test_a_folder_of_another_setting_stands_beside_it(base, tmp_path, capsys) ->
         assert stop.value.code == 2
         assert said in " ".join(capsys.readouterr().err.split())
         assert not (tmp_path / "new").exists()
-
-
-def test_only_held_out_takeovers_count(base) -> None:
-    assert sim.horizons.read_regime(Path(base[-1])) == ([0.01], [3.0])
 
 
 @pytest.mark.parametrize(

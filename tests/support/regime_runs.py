@@ -8,7 +8,8 @@ from rora_theory.runs.folder import RunFolder
 
 
 def write(path: Path) -> Path:
-    """Crossing ranks of two types of module in two layers; the linear term tells rows apart."""
+    """Crossing ranks and takeover distances of two types of module in two layers: the linear term tells rows apart, but
+    for the law of A, and the distance all."""
     folder = RunFolder.open("regime", {}, out=path)
     apart = {"adam": 0, "sgd": 50, "heldout": 0, "train": 9}
     rows = [
@@ -23,5 +24,11 @@ def write(path: Path) -> Path:
         for split in ("train", "heldout")
     ]  # fmt: skip
     folder.write_frame(frames.of(rows, regime_tables.CROSSING_COLUMNS), regime_tables.CROSSINGS)
+    rows = [
+        row | {"rank": 8, "takeover": row["linear_term"] * {"kaiming_uniform": 0.01, "gaussian": 7.0}[row["init"]]}
+        for row in rows
+        if row["optimizer"] == "adam"
+    ]
+    folder.write_frame(frames.of(rows, regime_tables.TAKEOVER_COLUMNS), regime_tables.TAKEOVER)
     folder.finish()
     return folder.path

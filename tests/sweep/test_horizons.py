@@ -382,29 +382,29 @@ def test_at_one_rate_a_difference_may_be_of_the_rate_alone() -> None:
 
 
 def test_in_the_rank_the_law_goes_up_to_cross_talk() -> None:
-    """An exponent of 0.1 contradicts a signal that leads everywhere; with modules' crossing ranks it is within."""
+    """An exponent of 0.1 contradicts a signal that leads everywhere; with modules' linear terms it is within."""
     curves = horizons.curves_at(grid(-0.53, in_rank=0.1, seeds=3), TOKENS, 64)
 
-    def judged(crossings: tuple[float, ...], strength: float = 64.0):
-        found = horizons.horizon_exponents(curves, 64, **LAW, crossings=crossings)
+    def judged(terms: tuple[float, ...], strength: float = 64.0):
+        found = horizons.horizon_exponents(curves, 64, **LAW, linear_terms=terms)
         return found.set_index(["over", "at"]).loc["rank", strength]
 
     signal = judged(())
     assert (signal["law_low"], signal["law"], signal["law_high"], signal["verdict"]) == (0, 0, 0, "contradicts")
-    assert judged((2.0, 2.0, 2.0))["verdict"] == "contradicts", "r* = 2 is a signal that leads at every rank"
-    crossed = judged((10.0, 12.0, 60.0))
+    assert judged((0.0, 0.0, 0.0))["verdict"] == "contradicts", "a signal that leads at every rank"
+    crossed = judged((8.0, 10.0, 58.0))
     kept = [math.log((1 + c / 8) / (1 + c / 128)) / 2 / math.log(16) for c in (8.0, 10.0, 58.0)]
     assert crossed["law_low"] == 0
     assert crossed["law"] == pytest.approx(kept[1], rel=1e-9)
     assert crossed["law_high"] == pytest.approx(np.quantile(kept, 0.95), rel=1e-9)
     assert crossed["verdict"] == "agrees"
-    assert judged((3.0, 3.0, 3.0))["verdict"] == "contradicts", "0.016 at most"
-    over_strength = horizons.horizon_exponents(curves, 64, **LAW, crossings=(10.0, 12.0, 60.0))
+    assert judged((1.0, 1.0, 1.0))["verdict"] == "contradicts", "0.016 at most"
+    over_strength = horizons.horizon_exponents(curves, 64, **LAW, linear_terms=(8.0, 10.0, 58.0))
     plain = horizons.horizon_exponents(curves, 64, **LAW)
     strengths = [frame[frame["over"] == "strength"].reset_index(drop=True) for frame in (over_strength, plain)]
     pd.testing.assert_frame_equal(*strengths)
     runs = grid(-0.53, in_rank=0.1, seeds=3)
-    whole = horizons.judge_runs(runs, TOKENS, takeovers=TAKEOVERS, warmup=4, crossings=(10.0, 12.0, 60.0)).exponents
+    whole = horizons.judge_runs(runs, TOKENS, takeovers=TAKEOVERS, warmup=4, linear_terms=(8.0, 10.0, 58.0)).exponents
     assert set(whole[whole["over"] == "rank"]["verdict"]) == {"agrees"}
 
 
