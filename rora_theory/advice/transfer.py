@@ -22,7 +22,7 @@ import numpy as np
 
 from rora_theory import inits
 from rora_theory.advice.lora_config import PEFT_INITS, TaskType, check_task_type, peft_targets
-from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, check_linear_term, step_ratio
+from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, check_linear_term, check_setting, step_ratio
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import FAMILY, WORDS
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, exponent, scaling_factor
@@ -614,8 +614,7 @@ def transfer(
       >>> [f"{rate:.2e}" for rate in found.rates]
       ['2.65e-05', '7.42e-05', '8.92e-05']
     """
-    if not isinstance(old, Setting):
-        raise InputError(f"old is {shown(old)}; accepted is a Setting")
+    check_setting("old", old)
     terms = _terms(regime)
     new_rule = old.rule if rule is None else rule
     unchanged = replace(old, rank=rank, rule=new_rule, alpha=old.alpha if alpha is None else alpha)
