@@ -132,7 +132,7 @@ class Span(NamedTuple):
 
     Attributes:
       first_step: B alone has moved.
-      planned: at the planned horizon; None where it is not known.
+      planned: at the planned horizon; None where no run is planned.
       A_led: A's motion leads, as in a long run.
     """
 
@@ -152,17 +152,17 @@ class PlannedRun:
 
     Attributes:
       steps: of the run.
-      takeover: distance of A at which its part is as large as B's, at the tuned rank; None where it is not known.
+      takeover: distance of A at which its part is as large as B's, at the tuned rank.
       is_assumed: whether the takeover distance is one sample's by the law, not a measured one.
       schedule: whether a schedule was stated; otherwise the rate is constant.
-      rho: A-led over B-led part at the end; None without a takeover distance.
+      rho: A-led over B-led part at the end.
     """
 
     steps: int
-    takeover: float | None
+    takeover: float
     is_assumed: bool
     schedule: bool
-    rho: float | None
+    rho: float
 
 
 @dataclass(frozen=True)
@@ -460,7 +460,7 @@ class Advice:
                 f"Alpha {old.scaling * old.rank:.6g} under alpha / r and the rate "
                 f"{old.learning_rate * self.unchanged.rank / old.rank:.3g} serve both.",
             ]
-        elif span.planned is None or self.plan is None:
+        elif self.plan is None:
             said = [first, "The planned steps and a takeover distance give the value between."]
         else:
             given = "assumed from one sample" if self.plan.is_assumed else "given as measured"
@@ -553,8 +553,7 @@ class Advice:
         return first * ratio if isinf(rho) else first * (1 + rho * ratio) / (1 + rho)
 
     def _span(self, value: Any) -> Span:
-        rho = None if self.plan is None else self.plan.rho
-        return Span(value(0.0), None if rho is None else value(rho), value(inf))
+        return Span(value(0.0), None if self.plan is None else value(self.plan.rho), value(inf))
 
     @staticmethod
     def _deviation(setting: Setting) -> float:
@@ -595,7 +594,7 @@ def transfer(
       regime: one of the limits, or the linear term c of each module by name, measured with the same optimizer and init.
       rule: of the new setting; None is the old one's.
       alpha: of the new setting, where it is fixed; None keeps the rate and finds alpha.
-      steps: of the planned run.
+      steps: of the planned run; with ``takeover`` or ``p_in``.
       takeover: distance of A at which its part is as large as B's (`rora_theory.theory.horizon.RowTerms.takeover`),
         measured at the old rank; 1e-3 to 9e-3 in nine modules of ten of SmolLM2-135M on one batch.
       p_in: inputs of the modules, in place of ``takeover``: it is then assumed as for one sample,
@@ -674,11 +673,10 @@ def _planned(
     elif p_in is not None:
         deviation = inits.entries(old.init, rank=old.rank, p_in=p_in).deviation
         takeover = horizon.one_sample_takeover(deviation, p_in)
-    rho = None
-    if takeover is not None:
-        moved = horizon.distances([old.learning_rate * factor for factor in factors], takeover=takeover)
-        rho = moved.A / takeover
-    return PlannedRun(steps, takeover, p_in is not None, schedule is not None, rho)
+    else:
+        raise InputError(f"steps is {steps} without takeover and p_in; accepted is one of the two beside it")
+    moved = horizon.distances([old.learning_rate * factor for factor in factors], takeover=takeover)
+    return PlannedRun(steps, takeover, p_in is not None, schedule is not None, moved.A / takeover)
 
 
 def _factors(schedule: Sequence[float], steps: int) -> list[float]:

@@ -235,6 +235,11 @@ def test_snippet_works_in_peft() -> None:
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, alpha=0.0), "alpha is 0.0"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, takeover=1e-3), "takeover is 0.001 without steps"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=0), "steps is 0"),
+        (
+            lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9),
+            "steps is 9 without takeover and p_in; accepted is one",
+        ),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=1, schedule=[1.0]), "steps is 1 without takeover and p_in"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=10**7 + 1, p_in=9), "accepted is an integer of at most 1"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9, takeover=math.nan), "takeover is nan"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9, takeover=1e-3, p_in=9), "takeover is 0.001 and p_in 9"),

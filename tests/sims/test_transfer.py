@@ -247,7 +247,7 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"optimizer": "sgd", "steps": 9}, "steps is 9 with SGD"),
         (
             {"steps": 9},
-            "--steps is 9, which nothing reads without --takeover or --p-in; accepted are both, or none",
+            "steps is 9 without takeover and p_in; accepted is one of the two beside it",
         ),
         ({"batch_size": 4}, "--batch-size is 4, which nothing reads without --check; accepted are both, or none"),
         ({"seeds": (0, 1)}, "--seeds is 0 1, which nothing reads without --check"),
