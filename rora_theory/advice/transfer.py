@@ -321,6 +321,25 @@ class Advice:
             found.append(there.groups()[0]._replace(name=name))
         return tuple(found)
 
+    def heading(self, tokens: str) -> str:
+        """Above a table of `groups_by_regime`: what was tuned, the new rank and the regime, at these tokens."""
+        old = self.old
+        regime = f"{self._regime}, {tokens} tokens"
+        if self.regime != "measured":
+            regime = f"{self.regime}, the first row; the other limit is below"
+        return (
+            f"Rank {old.rank} to {self.unchanged.rank}, {self._tuned_rule}, alpha {old.alpha:g}, rate "
+            f"{old.learning_rate:g}, {old.optimizer}, {old.init}; regime: {regime}"
+        )
+
+    def choices_heading(self) -> str:
+        """Above a table of `alternatives`."""
+        return (
+            f"Other common choices at rank {self.unchanged.rank}, {self._tuned_rule} where nothing else is said: the "
+            "first step, times the tuned one's (range over modules), then the rate that corrects it: at the first "
+            "step, and in a long run"
+        )
+
     def by_type(self) -> dict[str, float]:
         """The alpha of each type of module, see `groups`; empty where the regime is assumed."""
         return {group.name: group.alpha.mean for group in self.groups()[1:]}
@@ -524,6 +543,11 @@ class Advice:
             }
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What the advice was made of."""
+        terms = {module.name: module.linear_term for module in self.modules}
+        return {"old": asdict(self.old), "new": asdict(self.unchanged), "linear_terms": terms}
+
     @property
     def _has_horizon(self) -> bool:
         return self.regime == "signal"
@@ -536,6 +560,10 @@ class Advice:
     def _rule(self) -> str:
         kappa = exponent(self.unchanged.rule)
         return {1.0: "alpha / r", 0.5: "alpha / sqrt(r) (use_rslora)"}.get(kappa, f"alpha / r^{kappa:g}")
+
+    @property
+    def _tuned_rule(self) -> str:
+        return self.old.rule if isinstance(self.old.rule, str) else f"kappa {self.old.rule:g}"
 
     @property
     def _regime(self) -> str:

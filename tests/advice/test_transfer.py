@@ -317,6 +317,15 @@ def test_bad_input_is_named(call, said) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_headings_say_what_was_tuned() -> None:
+    tuned = Setting(8, 16.0, 3e-4)
+    start = "Rank 8 to 128, lora, alpha 16, rate 0.0003, adamw, kaiming_uniform; regime: "
+    assert transfer(tuned, 128).heading("train") == f"{start}signal, the first row; the other limit is below"
+    assert transfer(tuned, 128, {"m": 1.0}).heading("train") == f"{start}measured at 1 module, train tokens"
+    said = transfer(replace(tuned, rule=0.25), 64).choices_heading()
+    assert said.startswith("Other common choices at rank 64, kappa 0.25 where nothing else is said: the first step, ")
+
+
 def change(setting: Setting, rate: float, steps: int, start_takeover: float) -> float:
     """gamma r b (s + a s_old / takeover) of sign descent, summed step by step: the law where the signal leads."""
     deviation = 1 / setting.rank if setting.init == "gaussian" else 1.0
