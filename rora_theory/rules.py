@@ -97,12 +97,15 @@ def check_unread(config: Any, *names: str, without: str = "", beside: str = "") 
       without: what is not given, but would have them read; or
       beside: what is given, and is read in their place.
     """
-    why = f"beside {beside}; accepted is one of them" if beside else f"without {without}; accepted are both, or none"
     for field in fields(config):
         if field.name in names:
             default = field.default if field.default_factory is MISSING else field.default_factory()
             for name, value in _changed(field.name, getattr(config, field.name), default):
-                raise InputError(f"{option_of(name)} is {as_words(value)}, which nothing reads {why}")
+                option = option_of(name)
+                why = f"without {without}; accepted is to give {without} too, or to leave {option} out"
+                if beside:
+                    why = f"beside {beside}; accepted is to leave one of the two out, {option} or {beside}"
+                raise InputError(f"{option} is {as_words(value)}, which nothing reads {why}")
 
 
 def _changed(name: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:

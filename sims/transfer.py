@@ -11,7 +11,7 @@ rules of thumb and `use_rslora` would do, and a PEFT `LoraConfig` to paste. --ch
 steps of the model at both ranks and writes them to a run folder.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,39 +65,31 @@ def report(config: Config, advised: Advised) -> None:
     """Print the sentence, the tables and the snippet, and what the regime leaves open."""
     found, peft, thin = advised
     snippet = found.peft_config(**peft)  # refused first
-    old, new, is_measured = found.old, found.unchanged, found.regime == "measured"
     answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=peft["target_modules"])
     print()
-    count = len(found.modules)
-    regime = f"measured at {count} module{'s' * (count > 1)}, {config.split} tokens"
-    if not is_measured:
-        regime = f"{config.regime}, the first row; the other limit is below"
-    rule = old.rule if isinstance(old.rule, str) else f"kappa {old.rule:g}"
     tables.print_records(
-        f"Rank {old.rank} to {new.rank}, {rule}, alpha {old.alpha:g}, rate {old.learning_rate:g}, {old.optimizer}, "
-        f"{old.init}; regime: {regime}",
+        found.heading(config.split),
         [group._asdict() for group in found.groups_by_regime()],
         {
             "": "{name}",
-            f"alpha at rate {old.learning_rate:g}": "{alpha:.6g}",  # as many digits as the snippet has
-            f"rate at alpha {new.alpha:g}": "{learning_rate:.4g}",
+            f"alpha at rate {found.old.learning_rate:g}": "{alpha:.6g}",  # as many digits as the snippet has
+            f"rate at alpha {found.unchanged.alpha:g}": "{learning_rate:.4g}",
             "step if neither changes": "{unchanged:.4g}",
         },
     )
     forms = {"choice": "{name}", "gamma": "{gamma:.4g}", "first step": "{steps:.4g} x"}
     forms["rate that corrects it"] = "{learning_rate:.3g}"
-    if found.rates is not None and found.rates.planned is not None:
-        forms[f"at {config.steps} steps"] = "{rates.planned:.3g}"
+    if found.plan is not None:
+        forms[f"at {found.plan.steps} steps"] = "{rates.planned:.3g}"
     if found.rates is not None:
         forms["in a long run"] = "{rates.A_led:.3g}"
     tables.print_records(
-        f"Other common choices at rank {new.rank}, {rule} where nothing else is said: the first step, times the tuned "
-        "one's (range over modules), then the rate that corrects it: at the first step, and in a long run",
+        found.choices_heading(),
         [vars(each) | {"gamma": each.setting.scaling, "steps": each.steps} for each in found.alternatives()],
         forms,
     )
     print(snippet)
-    if is_measured and not found.fixes_alpha:
+    if found.regime == "measured" and not found.fixes_alpha:
         tables.print_text(f"\n{found.whole_model()} --check takes the steps.")
 
 
@@ -122,8 +114,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     size = record_batches.PairConfig(config.batch_size, config.batch_size)
     pair = record_batches.pair(size, **read.texts(), seed=config.seed)
     identity: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seeds", "seed")}
-    identity |= {"old": asdict(found.old), "new": asdict(found.unchanged), "targets": targets}
-    identity |= {"linear_terms": {module.name: module.linear_term for module in found.modules}} | read.identity
+    identity |= {"targets": targets} | found.identity() | read.identity
     check_free(path_of(NAME, identity, config.out))
     report(config, advised)
     stepper = RealStep(read.model.params, read.model.config, pair.train, pair.heldout, targets)
@@ -141,19 +132,12 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     summary = transfer_check.summarise(steps, found)
     folder.write_frame(summary, "summary.csv")
     folder.finish()
-    ratio = "{ratio:.3f} ± {standard_error:.3f}".format_map
-    lines = []
-    for plan, own in summary[summary["plan"] != transfer_check.TUNED].groupby("plan", sort=False):
-        modules, hidden, logits = own.to_dict("records")
-        spread = "{smallest:.2f} to {largest:.2f}".format_map(modules)
-        strength = f"{modules['alpha']:.4g}", f"{modules['learning_rate']:.3g}"
-        lines.append([plan, *strength, f"{ratio(modules)} ({spread})", ratio(hidden), ratio(logits)])
     print()
     tables.print_table(
         f"The first step really taken on {config.check[0]}: rms of the change against the tuned setting's, "
         f"{len(config.seeds)} draws of A ± s.e.",
-        ["plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits"],
-        lines,
+        transfer_check.HEADS,
+        transfer_check.ratios_in_words(summary),
     )
     answers.tell_files(folder.path)
 

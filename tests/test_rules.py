@@ -1,6 +1,7 @@
 """Lists of ranks and scaling rules: what is refused, with the option's name, and where rules meet."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 
@@ -27,6 +28,23 @@ from rora_theory import InputError, rules, scaling_factor
 def test_what_is_refused(check, said) -> None:
     with pytest.raises(InputError, match=said):
         check()
+
+
+@dataclass(frozen=True)
+class Options:
+    check: str | None = None
+    batch_size: int = 4
+
+
+def test_an_option_that_nothing_reads_is_told_with_the_two_ways_out() -> None:
+    config = Options(batch_size=8)
+    for why, ways in (
+        ({"without": "--check"}, "without --check; accepted is to give --check too, or to leave --batch-size out"),
+        ({"beside": "--all"}, "beside --all; accepted is to leave one of the two out, --batch-size or --all"),
+    ):
+        with pytest.raises(InputError, match=f"^--batch-size is 8, which nothing reads {ways}$"):
+            rules.check_unread(config, "check", "batch_size", **why)
+    rules.check_unread(Options(check="given"), "batch_size", without="--check")
 
 
 def test_rules_meet_at_the_reference_rank() -> None:

@@ -73,7 +73,7 @@ function drawings(asked, found, width) {
   const marks = [old.rank, kept.rank];
   const figures = [chart("calculator-growth", caption, ranks, drawn, marks, width)];
   const ends = [["first step", "first_step"], ["long run", "A_led"]];
-  if (found.plan?.rho != null) ends.push([`${found.plan.steps} steps`, "planned"]);
+  if (found.plan) ends.push([`${found.plan.steps} steps`, "planned"]);
   if (found.rates) {
     const rateLines = ends.map(([name, key]) => ({ name: `${name}`, values: rows.map((row) => row.rates[key]) }));
     const said = ends.map(([name, key]) => `${g(found.rates[key], 3)} (${name})`).join(", ");

@@ -152,6 +152,7 @@ function planOf(asked, old) {
   if (asked.steps == null) throw new InputError(given[0], `is ${asked[given[0]]} without steps`, "planned steps beside it");
   checkInteger(asked, "steps");
   if (asked.steps > MOST_STEPS) throw new InputError("steps", `is ${asked.steps}`, "an integer of at most 10,000,000");
+  if (given.length === 1) throw new InputError("steps", `is ${asked.steps} without a takeover distance or a width`, "one of the two beside it");
   if (given.length === 3) throw new InputError("takeover", "is there and so is the width", "one of the two");
   let takeover = asked.takeover ?? null;
   if (takeover !== null) checkPositive(asked, "takeover");
@@ -161,11 +162,10 @@ function planOf(asked, old) {
     takeover = wide / Math.sqrt(asked["p-in"]);
   }
   const reach = old.lr * asked.steps;
-  if (takeover !== null && reach / takeover > GROWTH) {
+  if (reach / takeover > GROWTH) {
     throw new InputError("takeover", `is ${takeover} where A's rates add up to ${g(reach, 3)}`, `${1 / GROWTH} of that or more`);
   }
-  const rho = takeover === null ? null : distanceOfA(old.lr, asked.steps, takeover) / takeover;
-  return { steps: asked.steps, takeover, isAssumed: asked["p-in"] != null, rho };
+  return { steps: asked.steps, takeover, isAssumed: asked["p-in"] != null, rho: distanceOfA(old.lr, asked.steps, takeover) / takeover };
 }
 
 /** What to set; `asked` has the options of `rora transfer` by name, and a regime is a name or linear terms by module. */
@@ -193,7 +193,7 @@ export function advise(asked) {
   // Under SGD only the product of gamma and the rate counts in a long run.
   const spanOf = (first, last) => (hasHorizon ? { first_step: first, planned: null, A_led: last } : null);
   const span = (value) =>
-    hasHorizon ? { first_step: value(0), planned: plan?.rho == null ? null : value(plan.rho), A_led: value(Infinity) } : null;
+    hasHorizon ? { first_step: value(0), planned: plan === null ? null : value(plan.rho), A_led: value(Infinity) } : null;
   const ratio = (next) => deviation(old) / deviation(next);
   const strength = (next, rho) => {
     const first = stepRatio({ ...next, lr: old.lr }, old, 0);

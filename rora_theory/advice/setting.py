@@ -75,6 +75,12 @@ class Setting:
         return replace(self, alpha=alpha_for(self.rule, scaling=scaling, rank=self.rank))
 
 
+def check_setting(name: str, value: object) -> None:
+    """Raise `InputError` unless ``value`` is a `Setting`."""
+    if not isinstance(value, Setting):
+        raise InputError(f"{name} is {shown(value)}; accepted is a Setting")
+
+
 def check_linear_term(name: str, value: float) -> None:
     """Raise `InputError` unless ``value`` is a number above -1, at which a rank-1 step has no mean square, or inf."""
     if not (is_finite(value) or value == math.inf) or value <= -1:

@@ -22,7 +22,7 @@ import numpy as np
 
 from rora_theory import inits
 from rora_theory.advice.lora_config import PEFT_INITS, TaskType, check_task_type, peft_targets
-from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, check_linear_term, step_ratio
+from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, check_linear_term, check_setting, step_ratio
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import FAMILY, WORDS
 from rora_theory.scaling import KAPPAS, Rule, alpha_for, check_integer, check_positive, exponent, scaling_factor
@@ -132,7 +132,7 @@ class Span(NamedTuple):
 
     Attributes:
       first_step: B alone has moved.
-      planned: at the planned horizon; None where it is not known.
+      planned: at the planned horizon; None where no run is planned.
       A_led: A's motion leads, as in a long run.
     """
 
@@ -152,17 +152,17 @@ class PlannedRun:
 
     Attributes:
       steps: of the run.
-      takeover: distance of A at which its part is as large as B's, at the tuned rank; None where it is not known.
+      takeover: distance of A at which its part is as large as B's, at the tuned rank.
       is_assumed: whether the takeover distance is one sample's by the law, not a measured one.
       schedule: whether a schedule was stated; otherwise the rate is constant.
-      rho: A-led over B-led part at the end; None without a takeover distance.
+      rho: A-led over B-led part at the end.
     """
 
     steps: int
-    takeover: float | None
+    takeover: float
     is_assumed: bool
     schedule: bool
-    rho: float | None
+    rho: float
 
 
 @dataclass(frozen=True)
@@ -321,6 +321,25 @@ class Advice:
             found.append(there.groups()[0]._replace(name=name))
         return tuple(found)
 
+    def heading(self, tokens: str) -> str:
+        """Above a table of `groups_by_regime`: what was tuned, the new rank and the regime, at these tokens."""
+        old = self.old
+        regime = f"{self._regime}, {tokens} tokens"
+        if self.regime != "measured":
+            regime = f"{self.regime}, the first row; the other limit is below"
+        return (
+            f"Rank {old.rank} to {self.unchanged.rank}, {self._tuned_rule}, alpha {old.alpha:g}, rate "
+            f"{old.learning_rate:g}, {old.optimizer}, {old.init}; regime: {regime}"
+        )
+
+    def choices_heading(self) -> str:
+        """Above a table of `alternatives`."""
+        return (
+            f"Other common choices at rank {self.unchanged.rank}, {self._tuned_rule} where nothing else is said: the "
+            "first step, times the tuned one's (range over modules), then the rate that corrects it: at the first "
+            "step, and in a long run"
+        )
+
     def by_type(self) -> dict[str, float]:
         """The alpha of each type of module, see `groups`; empty where the regime is assumed."""
         return {group.name: group.alpha.mean for group in self.groups()[1:]}
@@ -460,7 +479,7 @@ class Advice:
                 f"Alpha {old.scaling * old.rank:.6g} under alpha / r and the rate "
                 f"{old.learning_rate * self.unchanged.rank / old.rank:.3g} serve both.",
             ]
-        elif span.planned is None or self.plan is None:
+        elif self.plan is None:
             said = [first, "The planned steps and a takeover distance give the value between."]
         else:
             given = "assumed from one sample" if self.plan.is_assumed else "given as measured"
@@ -524,6 +543,11 @@ class Advice:
             }
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What the advice was made of."""
+        terms = {module.name: module.linear_term for module in self.modules}
+        return {"old": asdict(self.old), "new": asdict(self.unchanged), "linear_terms": terms}
+
     @property
     def _has_horizon(self) -> bool:
         return self.regime == "signal"
@@ -536,6 +560,10 @@ class Advice:
     def _rule(self) -> str:
         kappa = exponent(self.unchanged.rule)
         return {1.0: "alpha / r", 0.5: "alpha / sqrt(r) (use_rslora)"}.get(kappa, f"alpha / r^{kappa:g}")
+
+    @property
+    def _tuned_rule(self) -> str:
+        return self.old.rule if isinstance(self.old.rule, str) else f"kappa {self.old.rule:g}"
 
     @property
     def _regime(self) -> str:
@@ -553,8 +581,7 @@ class Advice:
         return first * ratio if isinf(rho) else first * (1 + rho * ratio) / (1 + rho)
 
     def _span(self, value: Any) -> Span:
-        rho = None if self.plan is None else self.plan.rho
-        return Span(value(0.0), None if rho is None else value(rho), value(inf))
+        return Span(value(0.0), None if self.plan is None else value(self.plan.rho), value(inf))
 
     @staticmethod
     def _deviation(setting: Setting) -> float:
@@ -595,7 +622,7 @@ def transfer(
       regime: one of the limits, or the linear term c of each module by name, measured with the same optimizer and init.
       rule: of the new setting; None is the old one's.
       alpha: of the new setting, where it is fixed; None keeps the rate and finds alpha.
-      steps: of the planned run.
+      steps: of the planned run; with ``takeover`` or ``p_in``.
       takeover: distance of A at which its part is as large as B's (`rora_theory.theory.horizon.RowTerms.takeover`),
         measured at the old rank; 1e-3 to 9e-3 in nine modules of ten of SmolLM2-135M on one batch.
       p_in: inputs of the modules, in place of ``takeover``: it is then assumed as for one sample,
@@ -614,8 +641,7 @@ def transfer(
       >>> [f"{rate:.2e}" for rate in found.rates]
       ['2.65e-05', '7.42e-05', '8.92e-05']
     """
-    if not isinstance(old, Setting):
-        raise InputError(f"old is {shown(old)}; accepted is a Setting")
+    check_setting("old", old)
     terms = _terms(regime)
     new_rule = old.rule if rule is None else rule
     unchanged = replace(old, rank=rank, rule=new_rule, alpha=old.alpha if alpha is None else alpha)
@@ -675,11 +701,10 @@ def _planned(
     elif p_in is not None:
         deviation = inits.entries(old.init, rank=old.rank, p_in=p_in).deviation
         takeover = horizon.one_sample_takeover(deviation, p_in)
-    rho = None
-    if takeover is not None:
-        moved = horizon.distances([old.learning_rate * factor for factor in factors], takeover=takeover)
-        rho = moved.A / takeover
-    return PlannedRun(steps, takeover, p_in is not None, schedule is not None, rho)
+    else:
+        raise InputError(f"steps is {steps} without takeover and p_in; accepted is one of the two beside it")
+    moved = horizon.distances([old.learning_rate * factor for factor in factors], takeover=takeover)
+    return PlannedRun(steps, takeover, p_in is not None, schedule is not None, moved.A / takeover)
 
 
 def _factors(schedule: Sequence[float], steps: int) -> list[float]:

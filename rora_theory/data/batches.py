@@ -328,6 +328,23 @@ class Batches:
     def __len__(self) -> int:
         return self._epochs * self.steps_per_epoch
 
+    def within(self, longest: int) -> "Batches":
+        """The same batches, padded to no more than the ``longest`` positions that a model reads.
+
+        Raises:
+          InputError: a record that is longer.
+        """
+        if (size := int(self._sizes.max())) > longest:
+            raise InputError(
+                f"a record has {size + 1} tokens; accepted are at most {longest + 1}, as many as the model reads: a "
+                f"cutoff of {longest + 1} cuts it"
+            )
+        batch_size, seed, answer_only = self._order
+        widths = [min(width, longest) for width in self._widths]  # only the last can be more: it is a multiple
+        return Batches(
+            self.examples, widths, batch_size=batch_size, epochs=self._epochs, seed=seed, answer_only=answer_only
+        )
+
     @property
     def digest(self) -> str:
         """The SHA-256 of all that decides the batch of a step; passes that may follow change none."""

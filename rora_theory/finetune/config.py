@@ -50,6 +50,7 @@ class FinetuneConfig:
 
     The defaults are the protocol of LLM-Adapters and DoRA's `commonsense_reasoning`, on which the paper
     builds, with the paper's scaling rule. Where that protocol records nothing for RoRA, LoRA's value stands.
+    Integers and numbers of NumPy become floats where a setting is one.
     """
 
     method: Method = "lora"
@@ -167,6 +168,13 @@ class FinetuneConfig:
         _check("clip", self.clip, "a number above 0", self.clip > 0)
         _check("betas", self.betas, "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas))
         check_positive("epsilon", self.epsilon)
+        # 4 and 4.0 are one alpha, and what is kept of a run tells its numbers by how they are written.
+        for name in _REAL:
+            if not isinstance(value := getattr(self, name), (str, type(None))):
+                object.__setattr__(self, name, float(value))
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        alphas = {pattern: float(alpha) for pattern, alpha in self.alpha_pattern.items()}
+        object.__setattr__(self, "alpha_pattern", alphas)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -233,6 +241,8 @@ class FinetuneConfig:
         )
 
 
+_REAL = ("alpha", "dropout", "lr", "weight_decay", "clip", "epsilon", "rule")
+"""Settings that are real numbers, where they are numbers."""
 _LEAST = {
     "cutoff": 2,
     "held_out": 0,

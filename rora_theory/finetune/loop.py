@@ -112,8 +112,8 @@ class Trainer:
       best_step, best_loss: the lowest validation loss so far; None before the first.
 
     Raises:
-      InputError: a checkpoint that can't be restored or is of another run, or a batch that the devices can't share
-        evenly.
+      InputError: a checkpoint that can't be restored or is of another run, a record longer than the model reads, or a
+        batch that the devices can't share evenly.
     """
 
     def __init__(
@@ -132,6 +132,8 @@ class Trainer:
         pauses: Collection[int] = (),
     ) -> None:
         self._pauses = frozenset(pauses)
+        longest = llama_config.max_position_embeddings
+        train, validation = train.within(longest), None if validation is None else validation.within(longest)
         self.steps = min(len(train), config.steps or len(train))
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation

@@ -155,6 +155,22 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
     return frames.of(found, SUMMARY_COLUMNS)
 
 
+HEADS = ("plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits")
+"""Of the columns of `ratios_in_words`."""
+
+
+def ratios_in_words(summary: pd.DataFrame) -> list[list[str]]:
+    """Of `summarise` a row a candidate, the tuned one left out: its strength and its ratios ± standard error."""
+    ratio = "{ratio:.3f} ± {standard_error:.3f}".format_map
+    found = []
+    for plan, own in summary[summary["plan"] != TUNED].groupby("plan", sort=False):
+        modules, hidden, logits = own.to_dict("records")
+        spread = "{smallest:.2f} to {largest:.2f}".format_map(modules)
+        strength = f"{modules['alpha']:.4g}", f"{modules['learning_rate']:.3g}"
+        found.append([str(plan), *strength, f"{ratio(modules)} ({spread})", ratio(hidden), ratio(logits)])
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class TransferCheck:
     """What `check_transfer` found: a row a first step and module, and in ``summary`` a candidate and quantity."""

@@ -16,7 +16,7 @@ from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.transfer import MOST_STEPS, Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.optimizers import FAMILY, OptimizerName, optimizer_named
+from rora_theory.optimizers import OptimizerName, optimizer_named
 from rora_theory.rules import as_words, check_integers, check_positives, check_rule, check_unread, option_of
 from rora_theory.scaling import Rule, check_integer, exponent
 
@@ -83,9 +83,6 @@ class TransferConfig:
                 check_rule(option, rule)
         if self.regime in REGIMES:
             check_unread(self, "split", "per", without="--regime RUN")
-        has_law = self.regime == "signal" and FAMILY[self.optimizer] == "adam"  # type: ignore[index]  # else `transfer` refuses steps
-        if has_law and self.takeover is None and self.p_in is None:
-            check_unread(self, "steps", without="--takeover or --p-in")
 
 
 DEFAULT = Saved(8, 16.0, "lora", "kaiming_uniform", None, ())

@@ -75,6 +75,7 @@ def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
     """
     tried = rows[rows["learning_rate"].notna() & rows["status"].isin(("complete", "diverged"))]
     tried = tried.assign(loss=tried["validation_loss"].where(tried["status"] == "complete", math.inf).astype(float))
+    # Two such lines are one training, scored in two ways: a folder's cells differ in nothing else (`sweep_identity`).
     tried = tried.drop_duplicates([*GROUP, "seed", "learning_rate"], keep="last")
     found = []
     for _, group in tried.groupby(GROUP, dropna=False, sort=False):

@@ -235,6 +235,11 @@ def test_snippet_works_in_peft() -> None:
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, alpha=0.0), "alpha is 0.0"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, takeover=1e-3), "takeover is 0.001 without steps"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=0), "steps is 0"),
+        (
+            lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9),
+            "steps is 9 without takeover and p_in; accepted is one",
+        ),
+        (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=1, schedule=[1.0]), "steps is 1 without takeover and p_in"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=10**7 + 1, p_in=9), "accepted is an integer of at most 1"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9, takeover=math.nan), "takeover is nan"),
         (lambda: transfer(Setting(8, 16.0, 1e-3), 16, steps=9, takeover=1e-3, p_in=9), "takeover is 0.001 and p_in 9"),
@@ -310,6 +315,15 @@ def test_bad_input_is_named(call, said) -> None:
         call()
     assert "accepted" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_headings_say_what_was_tuned() -> None:
+    tuned = Setting(8, 16.0, 3e-4)
+    start = "Rank 8 to 128, lora, alpha 16, rate 0.0003, adamw, kaiming_uniform; regime: "
+    assert transfer(tuned, 128).heading("train") == f"{start}signal, the first row; the other limit is below"
+    assert transfer(tuned, 128, {"m": 1.0}).heading("train") == f"{start}measured at 1 module, train tokens"
+    said = transfer(replace(tuned, rule=0.25), 64).choices_heading()
+    assert said.startswith("Other common choices at rank 64, kappa 0.25 where nothing else is said: the first step, ")
 
 
 def change(setting: Setting, rate: float, steps: int, start_takeover: float) -> float:

@@ -237,7 +237,7 @@ def test_a_checkpoint_of_another_run_is_refused(params, tmp_path):
             trainer(params, tmp_path, **changes)
     with pytest.raises(InputError, match="/3: is beyond the run's 2 steps"):
         trainer(params, tmp_path, steps=2)
-    for changes in ({"evaluate_every": 2, "checkpoint_every": 5}, {"steps": 10}):
+    for changes in ({"evaluate_every": 2, "checkpoint_every": 5}, {"steps": 10}, {"alpha": 4.0, "clip": 1}):
         run, *_ = trainer(params, tmp_path, **changes)
         assert run.step == 3
         run.close()

@@ -1,16 +1,19 @@
 """The prompt that is trained on is the one that was named, or the data format's."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 from support import checkpoint, tiny
 
+from rora_theory import adapters
 from rora_theory.data import prompts
 from rora_theory.data.batches import split
 from rora_theory.data.formats import Completion, Text
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
-from rora_theory.finetune import FinetuneConfig, Record, prepare, read_record_set, read_records
+from rora_theory.finetune import FinetuneConfig, Record, Trainer, prepare, read_record_set, read_records
 from rora_theory.llama.tokenizer import Tokenizer
 
 CONFIG = FinetuneConfig(held_out=1, widths=1, batch_size=2)
@@ -70,3 +73,23 @@ def test_a_list_s_prompt_is_that_of_the_records_kind(completions):
     for records in ([Text("a"), *pairs, Record("q", "a")], [*pairs, Record("q", "a")]):
         with pytest.raises(InputError, match=r"^template is not given, and the records' kinds have their own: .*plain"):
             prepare(records, tiny.ByteEncoder(), CONFIG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_on", ["all", "answer"])
+def test_records_as_long_as_the_model_reads_are_trained_on(loss_on):
+    """Though that is no multiple of 8: padding counts for nothing, and goes no further than the model reads."""
+    config = FinetuneConfig(method="prefix", batch_size=2, steps=1, held_out=2, cutoff=70, loss_on=loss_on, widths=2)
+    records = [Completion("q" * length, "!" * 80) for length in (2, 9, 30, 40)]
+    params, data = tiny.params(), prepare(records, tiny.ByteEncoder(), config)
+    adapter = adapters.init(jax.random.key(0), config.adapter(), tiny.CONFIG, params)
+
+    def events(longest):
+        model = dataclasses.replace(tiny.CONFIG, max_position_embeddings=longest)
+        return list(Trainer(params, model, adapter, config, data.train, data.validation, None).run())
+
+    (step, validated), (roomy, other) = events(69), events(512)
+    assert (step.positions, roomy.positions) == (2 * 69, 2 * 72)
+    assert (step.loss, validated.loss) == (pytest.approx(roomy.loss, rel=1e-5), pytest.approx(other.loss, rel=1e-5))
+    with pytest.raises(InputError, match=r"a record has 70 tokens; accepted are at most 69, .*a cutoff of 69"):
+        events(68)

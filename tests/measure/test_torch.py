@@ -475,6 +475,14 @@ def test_transfer() -> None:
         found.transfer(Setting(2, 4.0, 3e-4, init="rademacher"), rank=8)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_carried_is_a_setting() -> None:
+    batches = torch_models.batch(), torch_models.batch(seed=1)
+    found = measure(torch_models.model(), *batches, ["q_proj"], config=RegimeConfig(rows=0))
+    with pytest.raises(InputError, match=r"^setting is {'r': 2}; accepted is a Setting$"):
+        found.transfer({"r": 2}, rank=8)
+
+
 def test_a_signal_that_does_not_lead_is_said(caplog) -> None:
     """By the median of the setting's own optimizer, init and split; not where each module keeps its own step."""
     found = measure(

@@ -133,6 +133,12 @@ def test_weights_that_are_spread_over_processes_are_refused(spread) -> None:
         callback.on_train_begin(told(**spread), None, None, model=None)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_setting_is_refused_before_the_training() -> None:
+    with pytest.raises(InputError, match=r"^setting is {'r': 2}; accepted is a Setting$"):
+        RegimeCallback(print, *BATCHES, setting={"r": 2})
+
+
 @pytest.mark.slow
 def test_bad_input(tmp_path) -> None:
     with pytest.raises(InputError, match="rank is 0"):

@@ -58,6 +58,22 @@ def test_what_is_no_command_is_refused_by_name(monkeypatch, capsys) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("package", "listed"), [("figures", "norm_vs_rank"), ("rora_theory", "transfer")])
+def test_a_package_that_is_run_lists_the_commands(package, listed) -> None:
+    def run_it(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", package, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    done = run_it()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert listed in done.stdout
+    done = run_it("transfre")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: transfre is no command; accepted are ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash, to complete in")
 def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -> None:
     """As bash asks: words so far, of which the last is begun."""

@@ -324,6 +324,29 @@ def test_commands_fold_as_a_shell_reads_them(printed) -> None:
     assert [line.endswith(" \\") for line in lines] == [True] * (len(lines) - 1) + [False]
 
 
+def test_the_bar_foresees_the_end_of_slow_work(monkeypatch) -> None:
+    """Results that come eight at once every 40 seconds, in a run that an earlier one had begun."""
+    now, shown = [0.0], io.StringIO()
+    options = {"file": shown, "force_terminal": True, "width": 80, "get_time": lambda: now[0]}
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(**options))
+
+    def left(bursts: int) -> str:
+        now[0] = 0.0
+        shown.truncate(0)
+        with progress.progress_bar("scoring", 1000) as bar:
+            bar.advance(600)
+            for _ in range(bursts):
+                now[0] += 40
+                for _ in range(8):
+                    bar.advance(1)
+                    now[0] += 0.001
+        return re.findall(r"\S+/1000\S* +\S+ +(\S+)", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()))[-1]
+
+    assert left(0) == "-:--:--"
+    assert left(1) == "0:32:40", "392 are left, 8 each 40 seconds"
+    assert left(10) in ("0:26:40", "0:26:41")
+
+
 def test_the_bar_keeps_its_times_beside_long_words(monkeypatch) -> None:
     """On a terminal of 80 columns; what is drawn is read back without its colours."""
     shown = io.StringIO()

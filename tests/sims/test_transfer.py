@@ -247,16 +247,17 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"optimizer": "sgd", "steps": 9}, "steps is 9 with SGD"),
         (
             {"steps": 9},
-            "--steps is 9, which nothing reads without --takeover or --p-in; accepted are both, or none",
+            "steps is 9 without takeover and p_in; accepted is one of the two beside it",
         ),
-        ({"batch_size": 4}, "--batch-size is 4, which nothing reads without --check; accepted are both, or none"),
+        ({"batch_size": 4}, "--batch-size is 4, which nothing reads without --check; accepted is to give --ch"),
         ({"seeds": (0, 1)}, "--seeds is 0 1, which nothing reads without --check"),
         ({"seed": 1}, "--seed is 1, which nothing reads without --check"),
         ({"out": Path("new")}, "--out is new, which nothing reads without --check"),
         ({"reading": DataConfig(format="text")}, "--format is text, which nothing reads without --check"),
         (
             {"split": "train"},
-            "--split is train, which nothing reads without --regime RUN; accepted are both, or none",
+            "--split is train, which nothing reads without --regime RUN; accepted is to give --regime RUN too, or "
+            "to leave --split out",
         ),
         ({"per": "one", "regime": "cross-talk"}, "--per is one, which nothing reads without --regime RUN"),
         ({"check": ("smollm2-135m", "no.json")}, "no.json: no such file"),

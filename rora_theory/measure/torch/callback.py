@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from rora_theory.advice.lora_config import OF_DORA, check_uniform, init_of
-from rora_theory.advice.setting import Setting
+from rora_theory.advice.setting import Setting, check_setting
 from rora_theory.errors import InputError, shown
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.torch.batches import Batch, Loss
@@ -49,8 +49,8 @@ class RegimeCallback(TrainerCallback):
       transfers: the advice, by step.
 
     Raises:
-      InputError: a step or rank out of range; when training begins, a run whose setting can't be told, or one whose
-        weights are spread over processes (FSDP, DeepSpeed).
+      InputError: a step or rank out of range, or what is no setting; when training begins, a run whose setting can't be
+        told, or one whose weights are spread over processes (FSDP, DeepSpeed).
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class RegimeCallback(TrainerCallback):
         tokens: int = 64,
     ) -> None:
         check_rank(to_rank)
+        if setting is not None:
+            check_setting("setting", setting)
         for step in steps:
             check_integer("steps", step, least=0)
         self._log, self._batch, self._held_out, self._loss = log, batch, held_out, loss

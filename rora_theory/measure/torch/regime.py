@@ -21,7 +21,7 @@ from jaxtyping import Float
 from peft import LoraConfig
 
 from rora_theory import inits
-from rora_theory.advice.setting import Setting
+from rora_theory.advice.setting import Setting, check_setting
 from rora_theory.advice.transfer import Advice, Per, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
@@ -142,6 +142,7 @@ class TorchRegime(Regime):
         Raises:
           InputError: an optimizer or init that was not measured, or as `rora_theory.transfer`.
         """
+        check_setting("setting", setting)
         family = FAMILY[setting.optimizer]
         terms = self.linear_terms(family, setting.init, split)
         takeover = None if steps is None or family != "adam" else self.takeover_at(setting.rank, setting.init)
