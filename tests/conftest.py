@@ -38,12 +38,28 @@ from hypothesis import settings
 from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 from support import checker
+from tyro._parsers import ParserSpecification
 
 jaxtyping.jaxtyped = checker.jaxtyped
 install_import_hook("rora_theory", "support.checker.checker")
 
 # Every program is lowered in a new context, which takes longer to fill with all dialects than an operation to lower.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+_parsers: dict[Any, ParserSpecification] = {}
+
+
+def _parser(config: Any, *, make: Callable[..., Any] = ParserSpecification.from_callable_or_type, **where: Any) -> Any:
+    """A command's option parser, which takes longer to make than to read a command line with: made at its first."""
+    if where["parent_classes"]:
+        return make(config, **where)
+    key = config, where["description"]
+    if key not in _parsers:
+        _parsers[key] = make(config, **where)
+    return _parsers[key]
+
+
+ParserSpecification.from_callable_or_type = staticmethod(_parser)  # type: ignore[method-assign]
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

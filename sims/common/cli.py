@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import logging
 import os
@@ -42,8 +43,14 @@ SHARED: Any = (
 )
 """Options of every command beside its own."""
 
-FORM = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.SuppressFixed)
-"""How options are named: without the names of the dataclasses that they are in."""
+FORM = (
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.OmitSubcommandPrefixes,
+    tyro.conf.SuppressFixed,
+    tyro.conf.HelptextFromCommentsOff,
+)
+"""How options are named: without the names of the dataclasses that they are in. No comment is read as an option's help,
+for which each file would be parsed at each call."""
 _DATA = """.json, .jsonl, .parquet or .txt files, of the hub as hf://datasets/OWNER/NAME[@REVISION]/FILE; or a split, \
 as FOLDER:train or hf://datasets/OWNER/NAME:train"""
 Data = Annotated[tuple[str, ...], arg(help=_DATA)]
@@ -117,6 +124,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
     return found
 
 
+@functools.cache
 def whole(config: type) -> Any:
     """A command's options and the shared ones as one dataclass, so that they stand in one list."""
     return dataclasses.make_dataclass(config.__name__, SHARED, bases=(config,), frozen=True, kw_only=True)
