@@ -327,15 +327,20 @@ def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Fl
     return jax.lax.map(one, keys, batch_size=step)[: kind.draws].T
 
 
-def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> tuple[Array, Array, Array]:
-    """|x|, and the components of x' along x and across it, for each draw."""
+def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind, *others: PRNGKeyArray) -> tuple[Array, ...]:
+    """|x|, and the components of x' along x and across it, for each draw; and a chi square of the rank by each other
+    key."""
     key_x, key_along, key_across = jax.random.split(key, 3)
     shape = (kind.draws,)
-    length = jnp.sqrt(jax.random.chisquare(key_x, numbers["p_in"], shape, jnp.float32))
-    along = numbers["overlap"] * length + numbers["fresh"] * standard_normal(key_along, shape)
     freedom = numbers["p_in"] - 1  # with none, x' has no part across x
-    across2 = jax.random.chisquare(key_across, jnp.maximum(freedom, 1), shape, jnp.float32)
-    return length, along, numbers["fresh"] * jnp.sqrt(jnp.where(freedom > 0, across2, 0))
+    freedoms = [numbers["p_in"], jnp.maximum(freedom, 1)] + [numbers["rank"]] * len(others)
+    length2, across2, *chi2 = jax.lax.map(  # in a loop: the draw of one is a large program to compile
+        lambda one: jax.random.chisquare(*one, shape, jnp.float32),
+        (jnp.stack([key_x, key_across, *others]), jnp.stack(freedoms)),
+    )
+    length = jnp.sqrt(length2)
+    along = numbers["overlap"] * length + numbers["fresh"] * standard_normal(key_along, shape)
+    return length, along, numbers["fresh"] * jnp.sqrt(jnp.where(freedom > 0, across2, 0)), *chi2
 
 
 def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
@@ -364,10 +369,8 @@ def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Flo
 
 def _chi_square(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
     key_inputs, key_plus, key_minus = jax.random.split(key, 3)
-    length, along, across = _inputs(key_inputs, numbers, kind)
+    length, along, across, plus, minus = _inputs(key_inputs, numbers, kind, key_plus, key_minus)
     size = jnp.hypot(along, across)
-    plus = jax.random.chisquare(key_plus, numbers["rank"], (kind.draws,), jnp.float32)
-    minus = jax.random.chisquare(key_minus, numbers["rank"], (kind.draws,), jnp.float32)
     # size - |along| cancels where the inputs are nearly parallel: across^2 / (size + |along|) does not.
     small = across**2 / jnp.maximum(size + jnp.abs(along), jnp.finfo(jnp.float32).tiny)
     large = size + jnp.abs(along)
