@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rora_theory import scaling_factor
-from rora_theory.draws import draw_A
-from rora_theory.inits import INITS
+from rora_theory.inits import INITS, draw
 from rora_theory.paper import equations
 from rora_theory.theory import first_step, laws
 
@@ -33,14 +31,14 @@ layers = st.fixed_dictionaries(
 
 def one_step(layer: dict, scaling: float, *, turn: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     """w by autodiff and optax, and A, G, x' it came from; ``turn`` rotates the input space of all of them."""
-    keys = jax.random.split(jax.random.key(layer["seed"]), 4)
-    A = draw_A(keys[0], layer["init"], rank=layer["rank"], p_in=layer["p_in"])
-    x = jax.random.normal(keys[1], (layer["p_in"],))
-    fresh = jax.random.normal(keys[2], (layer["p_in"],))
+    random = np.random.default_rng(layer["seed"])
+    A = draw(random, layer["init"], rank=layer["rank"], p_in=layer["p_in"])
+    x, fresh = random.standard_normal((2, layer["p_in"]))
     x_next = layer["overlap"] * x + math.sqrt(1 - layer["overlap"] ** 2) * fresh
-    delta = jax.random.normal(keys[3], (layer["p_out"],))
+    delta = random.standard_normal(layer["p_out"])
     if turn is not None:
         A, x, x_next = A @ turn.T, turn @ x, turn @ x_next
+    A, x, x_next, delta = (jnp.asarray(np.float32(value)) for value in (A, x, x_next, delta))
     step = first_step.run(
         lambda dm: jnp.vdot(delta, dm(x)),
         A,
@@ -106,7 +104,7 @@ def test_rotation(layer: dict) -> None:
     turn = np.linalg.qr(np.random.default_rng(layer["seed"]).standard_normal((layer["p_in"],) * 2))[0]
     w, A, grad, x = one_step(layer, scaling)
     assume(np.min(np.abs(grad @ A.T)) > 1e-4 * np.max(np.abs(grad)) * np.max(np.abs(A)))
-    turned = one_step(layer, scaling, turn=np.asarray(turn, np.float32))[0]
+    turned = one_step(layer, scaling, turn=turn)[0]
     close(turned, w, 4 * closed_form(layer, scaling, A, grad, x)[1] + 4 * layer["p_in"] * np.max(np.abs(w)))
     moments = [
         laws.first_step_moments(g, v, rank=layer["rank"], scaling=scaling, optimizer=layer["optimizer"])
@@ -192,9 +190,9 @@ def test_the_two_by_two_table(optimizer: laws.Optimizer, regime: str, overlap: f
 @pytest.mark.slow
 @given(layers)
 def test_only_B_moves_at_the_first_step(layer: dict) -> None:
-    keys = jax.random.split(jax.random.key(layer["seed"]), 2)
-    A = draw_A(keys[0], layer["init"], rank=layer["rank"], p_in=layer["p_in"])
-    grad = jax.random.normal(keys[1], (layer["p_out"], layer["p_in"]))
+    random = np.random.default_rng(layer["seed"])
+    A = jnp.asarray(np.float32(draw(random, layer["init"], rank=layer["rank"], p_in=layer["p_in"])))
+    grad = jnp.asarray(np.float32(random.standard_normal((layer["p_out"], layer["p_in"]))))
     step = first_step.run(
         lambda dm: dm.inner(grad),
         A,
