@@ -104,14 +104,12 @@ def check(figure) -> None:
     """Nothing reaches over the figure's edge, and the legend below lies on no panel."""
     page = figure.bbox
     renderer = figure.canvas.get_renderer()
-    boxes = [legend.get_window_extent(renderer) for legend in legends(figure)]
-    boxes += [axis.get_tightbbox(renderer) for axis in figure.axes]
-    for box in boxes:
+    panels = [axis.get_tightbbox(renderer) for axis in figure.axes]
+    for box in [*(legend.get_window_extent(renderer) for legend in legends(figure)), *panels]:
         assert page.x0 - 1 <= box.x0 <= box.x1 <= page.x1 + 1
         assert page.y0 - 1 <= box.y0 <= box.y1 <= page.y1 + 1
     for legend in figure.legends:
-        own = legend.get_window_extent(renderer)
-        assert not any(own.overlaps(axis.get_tightbbox(renderer)) for axis in figure.axes)
+        assert not any(legend.get_window_extent(renderer).overlaps(panel) for panel in panels)
 
 
 def said(figure) -> str:
