@@ -96,7 +96,7 @@ def pytest_collection_finish() -> None:
     """Modules and tests live to the end: the garbage collector need not look through them again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(20_000, 20, 100)
 
 
 def _folder(variable: str) -> Path:
