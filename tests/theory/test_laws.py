@@ -137,7 +137,7 @@ def test_direct_sampler_random_inputs(optimizer: str, init: str) -> None:
 @functools.cache
 def drawn_A(init: str, count: int, rank: int, p_in: int) -> np.ndarray:
     keys = jax.random.split(jax.random.key(1), count)
-    return np.asarray(jax.vmap(lambda key: draw_A(key, init, rank=rank, p_in=p_in))(keys), np.float64)
+    return np.asarray(jax.jit(jax.vmap(lambda key: draw_A(key, init, rank=rank, p_in=p_in)))(keys), np.float64)
 
 
 @pytest.mark.slow
@@ -286,7 +286,7 @@ def test_entries_are_drawn_as_told(init: str) -> None:
     """Variance and kurtosis of drawn entries; chi-square bounds of false alarm 1e-6 over both."""
     n, law = 400_000, entries(init, rank=5, p_in=7)
     keys = jax.random.split(jax.random.key(0), n // 35 + 1)
-    sample = np.asarray(jax.vmap(lambda key: draw_A(key, init, rank=5, p_in=7))(keys), np.float64).ravel()
+    sample = np.asarray(jax.jit(jax.vmap(lambda key: draw_A(key, init, rank=5, p_in=7)))(keys), np.float64).ravel()
     z = stats.norm.isf(1e-6 / 4)
     for power, exact in ((2, law.variance), (4, law.kurtosis * law.variance**2)):
         values = sample**power
