@@ -1,5 +1,6 @@
 """Losses of single records against a plain forward pass of each."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -33,6 +34,16 @@ def examples(shared: int, count: int = 9) -> Examples:
 LORA = LoraConfig(rule="rora", rank=2, alpha=4.0)
 
 
+@functools.cache
+def drawn(adapted, config: LlamaConfig):
+    return None if adapted is None else init(jax.random.key(1), adapted, config, PARAMS)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def log_probabilities(tokens, adapter, config):
+    return jax.nn.log_softmax(forward(PARAMS, tokens, config, adapter), axis=-1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [0, 16, 17, 40])
 @pytest.mark.parametrize(
@@ -41,14 +52,13 @@ LORA = LoraConfig(rule="rora", rank=2, alpha=4.0)
 def test_equal_to_plain_forward_passes(shared: int, config: LlamaConfig, adapted, prompts_read) -> None:
     """Of 17 shared tokens 16 are read once, of 16 none: the last must stay to predict what differs."""
     held_out = examples(shared)
-    adapter = None if adapted is None else init(jax.random.key(1), adapted, config, PARAMS)
+    adapter = drawn(adapted, config)
     found = record_losses(PARAMS, config, held_out, adapter=adapter, batch_size=4, widths=2)
     assert prompts_read == {0: [], 16: [], 17: [16], 40: [32]}[shared]
     whole = np.zeros((len(held_out), 96), np.int32)
     for row, index in zip(whole, range(len(held_out)), strict=True):
         row[: held_out.lengths[index]] = held_out[index]
-    logits = jax.jit(lambda tokens: forward(PARAMS, tokens, config, adapter))(whole)
-    logp = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
+    logp = np.asarray(log_probabilities(whole, adapter, config), np.float64)
     for index, one in enumerate(found):
         tokens = held_out[index]
         losses = -logp[index, np.arange(len(tokens) - 1), tokens[1:]]
@@ -83,7 +93,7 @@ def test_of_no_record_there_is_no_loss() -> None:
 @pytest.mark.slow
 def test_perplexity_is_that_of_the_logits() -> None:
     windows = np.random.default_rng(0).integers(0, 61, (3, 12)).astype(np.int32)
-    logits = forward(PARAMS, jnp.asarray(windows[:, :-1]), CONFIG)
+    logits = np.asarray(jax.jit(forward, static_argnums=2)(PARAMS, jnp.asarray(windows[:, :-1]), CONFIG))
     for scale, batch_size in ((1.0, 2), (1e3, 4), (1e4, 4)):  # losses of 4, 170 and 1700 nats
         chances = np.asarray(jax.nn.log_softmax(scale * logits), np.float64)
         mean = -np.take_along_axis(chances, windows[:, 1:, None], axis=-1).mean()
