@@ -72,7 +72,7 @@ def test_merging_into_bfloat16_rounds_once(params, perturbed) -> None:
     exact = merge(adapter, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low))
     for found, expected in zip(jax.tree.leaves(merged), jax.tree.leaves(exact), strict=True):
         assert found.dtype == jnp.bfloat16
-        assert jnp.array_equal(found, expected.astype(jnp.bfloat16))
+        assert np.array_equal(found, np.asarray(expected).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -101,11 +101,11 @@ def test_layers_left_out_are_the_base_and_learn_nothing(dora, params, tokens, pe
     adapter = perturbed(rank=4, alpha=3.0, layers=[1], use_dora=dora)
     for name, tensors in adapter.params.items():
         assert adapter.scaling[name].tolist() == [0.0, 1.5, 0.0]
-        assert not tensors["lora_A"][jnp.asarray([0, 2])].any()
+        assert not np.asarray(tensors["lora_A"])[[0, 2]].any()
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(run(params, tokens, adapter.replace(p))))))(
         trainable(adapter)
     )
-    for tensors in gradient.values():
+    for tensors in jax.device_get(gradient).values():
         for value in tensors.values():
             assert not value[0].any()
             assert value[1].any()
@@ -118,11 +118,11 @@ def test_lora_and_rora_differ_by_gamma_alone(params, tokens, perturbed, run) -> 
     lora = perturbed(rank=4, alpha=6.0, rule="lora")
     gamma = scaling_factor("lora", alpha=6.0, rank=4)
     rora = perturbed(rank=4, alpha=alpha_for("rora", scaling=gamma, rank=4), rule="rora")
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, trainable(lora), trainable(rora)))
-    assert jnp.array_equal(run(params, tokens, lora), run(params, tokens, rora))
+    assert jax.tree.all(jax.tree.map(np.array_equal, trainable(lora), trainable(rora)))
+    assert np.array_equal(run(params, tokens, lora), run(params, tokens, rora))
     other = perturbed(rank=4, alpha=6.0, rule="rora")
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, trainable(lora), trainable(other)))
-    assert not jnp.array_equal(run(params, tokens, lora), run(params, tokens, other))
+    assert jax.tree.all(jax.tree.map(np.array_equal, trainable(lora), trainable(other)))
+    assert not np.array_equal(run(params, tokens, lora), run(params, tokens, other))
 
 
 @pytest.mark.parametrize(("rule", "kappa"), [("lora", 1.0), ("rora", 0.5), ("rslora", 0.5), (0.25, 0.25)])
@@ -139,15 +139,15 @@ def test_dropout_acts_on_the_branch_alone_and_by_key(config, params, tokens, per
     drop = {"rank": 4, "alpha": 3.0, "dropout": 0.5}
     fresh = init(jax.random.key(0), LoraConfig(**drop), config, params)
     base = run(params, tokens)
-    assert jnp.array_equal(run(params, tokens, fresh, jax.random.key(1)), base)
+    assert np.array_equal(run(params, tokens, fresh, jax.random.key(1)), base)
     adapter = perturbed(**drop)
     first = run(params, tokens, adapter, jax.random.key(1))
-    assert jnp.array_equal(first, run(params, tokens, adapter, jax.random.key(1)))
-    assert not jnp.array_equal(first, run(params, tokens, adapter, jax.random.key(2)))
+    assert np.array_equal(first, run(params, tokens, adapter, jax.random.key(1)))
+    assert not np.array_equal(first, run(params, tokens, adapter, jax.random.key(2)))
     evaluated = run(params, tokens, adapter)
-    assert not jnp.array_equal(first, evaluated)
+    assert not np.array_equal(first, evaluated)
     without = perturbed(**(drop | {"dropout": 0.0}))
-    assert jnp.array_equal(evaluated, run(params, tokens, without, jax.random.key(1)))
+    assert np.array_equal(evaluated, run(params, tokens, without, jax.random.key(1)))
 
 
 def test_modules_draw_their_own_masks(params, perturbed) -> None:
@@ -157,8 +157,9 @@ def test_modules_draw_their_own_masks(params, perturbed) -> None:
     shared = {"self_attn.q_proj": layer["self_attn.q_proj"], "mlp.up_proj": layer["self_attn.q_proj"]}
     weight = params["layers"]["self_attn.q_proj"]["weight"][0]
     x = jnp.ones((2, 3, 16))
-    outputs = [adapter.linear(name, x, weight, None, shared, key=jax.random.key(3)) for name in shared]
-    assert not jnp.array_equal(*outputs)
+    apply = jax.jit(adapter.linear, static_argnums=0)
+    outputs = [apply(name, x, weight, None, shared, key=jax.random.key(3)) for name in shared]
+    assert not np.array_equal(*outputs)
 
 
 @pytest.mark.slow
