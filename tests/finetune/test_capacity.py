@@ -11,7 +11,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig, capacity, sharding
 from rora_theory.finetune.capacity import DEVICES, MODELS, PAPER_MODELS, Account, Device
 from rora_theory.finetune.sharding import Layout
-from rora_theory.llama import LlamaConfig, init_params
+from rora_theory.llama import LlamaConfig, abstract_params, init_params
 from rora_theory.llama.model import count_parameters
 
 TINY = LlamaConfig(512, 32, 48, 2, 4, 2, 8, max_position_embeddings=64)
@@ -223,8 +223,15 @@ def test_devices_that_cannot_share_a_batch_are_refused():
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")  # to the module's end: the other tests' programs need it not
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (1, 2), (2, 2)])
-def test_a_step_takes_the_memory_that_was_planned(data, fsdp):
+def test_a_step_takes_the_memory_that_was_planned(data, fsdp, monkeypatch):
     """On 1, 2 and 4 devices, each of which works its own rows and holds its own part of the weights."""
+
+    def constants(_, *given):
+        """Weights that need no program of draws: a number for each array, so that no two may share its memory."""
+        leaves, structure = jax.tree.flatten(abstract_params(*given))
+        return jax.tree.unflatten(structure, [jnp.full(a.shape, 0.01 * i, a.dtype) for i, a in enumerate(leaves, 1)])
+
+    monkeypatch.setattr(capacity, "init_params", constants)
     devices, place = data * fsdp, layout(data, fsdp)
     model = LlamaConfig(1024, 256, 768, 8, 4, 4, 64, max_position_embeddings=128)
     config = FinetuneConfig(rank=8, batch_size=24)
