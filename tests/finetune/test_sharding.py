@@ -1,6 +1,7 @@
 """Eight devices take the steps that one takes, on base weights of which each holds an eighth."""
 
 import dataclasses
+import functools
 import logging
 import re
 from contextlib import contextmanager
@@ -85,6 +86,19 @@ def single(params):
     return train(params)
 
 
+@pytest.fixture(scope="module")
+def sharded(params):
+    """``sharded(fsdp, rules)``: layout, what `train` gives on it, and the functions compiled; each trained once."""
+
+    @functools.cache
+    def make(fsdp, rules):
+        layout = Layout(sharding.mesh(fsdp=fsdp), rules)
+        with count_compilations() as compiled:
+            return layout, train(params, layout=layout), compiled
+
+    return make
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fsdp", "rules"),
@@ -96,10 +110,8 @@ def single(params):
     ],
     ids=["data parallel", "fully sharded", "both, and a sharded adapter", "weights split by their inputs"],
 )
-def test_the_steps_of_one_device(params, single, fsdp, rules):
-    layout = Layout(sharding.mesh(fsdp=fsdp), rules)
-    with count_compilations() as compiled:
-        losses, weights, (_, base, state) = train(params, layout=layout)
+def test_the_steps_of_one_device(sharded, single, fsdp, rules):
+    layout, (losses, weights, (_, base, state)), compiled = sharded(fsdp, rules)
     # Sums over rows and over weight axes are taken in another order: a few float32 roundings, 1e-7 each, of losses
     # near log 128. Dropout is on: its masks do not depend on the devices.
     np.testing.assert_allclose(losses, single[0], rtol=2e-6)
@@ -127,10 +139,9 @@ def test_the_steps_of_one_device(params, single, fsdp, rules):
 
 
 @pytest.mark.slow
-def test_each_module_gathers_one_layer_and_keeps_nothing(params):
+def test_each_module_gathers_one_layer_and_keeps_nothing(sharded):
     """Forward and backward, each of 7 weights is gathered inside the scan: [out, in], never all [2, out, in]."""
-    layout = Layout(sharding.mesh(fsdp=8))
-    _, _, (function, base, state) = train(params, layout=layout)
+    layout, (_, _, (function, base, state)), _ = sharded(8, Rules())
     text = function.lower(state, base, layout.batch(next(batches()))).compile().as_text()
     found = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)
     shapes = [",".join(map(str, MODEL.module_shape(name))) for name in MODULES]
