@@ -335,7 +335,7 @@ def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind, *othe
     freedom = numbers["p_in"] - 1  # with none, x' has no part across x
     freedoms = [numbers["p_in"], jnp.maximum(freedom, 1)] + [numbers["rank"]] * len(others)
     length2, across2, *chi2 = jax.lax.map(  # in a loop: the draw of one is a large program to compile
-        lambda one: jax.random.chisquare(*one, shape, jnp.float32),
+        lambda one: jax.random.chisquare(one[0], one[1], shape, jnp.float32),
         (jnp.stack([key_x, key_across, *others]), jnp.stack(freedoms)),
     )
     length = jnp.sqrt(length2)
