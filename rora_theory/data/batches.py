@@ -334,13 +334,15 @@ class Batches:
         Raises:
           InputError: a record that is longer.
         """
+        if self._widths[-1] <= longest:  # and so every record
+            return self
         if (size := int(self._sizes.max())) > longest:
             raise InputError(
                 f"a record has {size + 1} tokens; accepted are at most {longest + 1}, as many as the model reads: a "
                 f"cutoff of {longest + 1} cuts it"
             )
         batch_size, seed, answer_only = self._order
-        widths = [min(width, longest) for width in self._widths]  # only the last can be more: it is a multiple
+        widths = [min(width, longest) for width in self._widths]
         return Batches(
             self.examples, widths, batch_size=batch_size, epochs=self._epochs, seed=seed, answer_only=answer_only
         )

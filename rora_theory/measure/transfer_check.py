@@ -156,10 +156,10 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
 
 
 HEADS = ("plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits")
-"""Of the columns of `ratios_in_words`."""
+"""Of the columns of `candidates_in_words`."""
 
 
-def ratios_in_words(summary: pd.DataFrame) -> list[list[str]]:
+def candidates_in_words(summary: pd.DataFrame) -> list[list[str]]:
     """Of `summarise` a row a candidate, the tuned one left out: its strength and its ratios ± standard error."""
     ratio = "{ratio:.3f} ± {standard_error:.3f}".format_map
     found = []

@@ -270,19 +270,19 @@ def local_exponent(
 
 
 def keeping_rank_exponent(
-    first: float, second: float, crossing: Float[np.ndarray, "..."] | float
+    first: float, second: float, linear_term: Float[np.ndarray, "..."] | float
 ) -> Float[np.ndarray, "..."]:
     r"""Exponent of the rate in the rank that keeps the first step's E[w^2] from one rank to another at one gamma r.
 
-    There E[w^2] goes as :math:`1 + c / r`, with c the crossing of `local_exponent`, and under Adam as the rate squared:
-    0 where the signal leads, 1/2 where cross-talk leads.
+    There E[w^2] goes as :math:`1 + c / r` and under Adam as the rate squared: 0 where the signal leads, 1/2 where
+    cross-talk leads.
 
     Args:
       first, second: the ranks.
-      crossing: r* - 2 for Adam and a Gaussian A; a measured module's linear term for the A that it is of.
+      linear_term: c, measured of a module, or r* - 2 for Adam and a Gaussian A.
     """
-    crossing = np.asarray(crossing, np.float64)
-    return np.asarray(np.log((1 + crossing / first) / (1 + crossing / second)) / 2 / math.log(second / first))
+    c = np.asarray(linear_term, np.float64)
+    return np.asarray(np.log((1 + c / first) / (1 + c / second)) / 2 / math.log(second / first))
 
 
 def flat_kappa(slope: Float[np.ndarray, "..."] | float, *, optimizer: Optimizer) -> Float[np.ndarray, "..."]:
