@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt32
 
 _PIECE = 2048
 """Most numbers that are drawn at once: 8 KiB, which a core's first cache holds."""
@@ -50,25 +50,38 @@ def standard_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "
 
 
 def _piece(key: UInt32[Array, "2"], start: UInt32[Array, ""], count: int) -> Float[Array, " count"]:
-    bits = _threefry(key, start + jax.lax.iota(jnp.uint32, count))
-    # 23 bits as the mantissa of a number in [1, 2), moved to [-1, 1), both as jax.random.uniform does.
+    left, right = threefry(key, jnp.uint32(0), start + jax.lax.iota(jnp.uint32, count))
+    return normal_of(left ^ right)
+
+
+def normal_of(bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """A standard normal by the inverse of its distribution, from the upper 23 of 32 random bits."""
+    # As the mantissa of a number in [1, 2), moved to [-1, 1), both as jax.random.uniform does.
     mantissa = (bits >> jnp.uint32(9)) | jnp.uint32(0x3F800000)
     low = np.nextafter(np.float32(-1), np.float32(0))
     uniform = (jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1) * (1 - low) + low
     return np.float32(math.sqrt(2)) * jax.lax.erf_inv(jnp.maximum(low, uniform))
 
 
-def _threefry(key: UInt32[Array, "2"], counters: UInt32[Array, " count"]) -> UInt32[Array, " count"]:
-    """The bits of counters below 2^32: Threefry-2x32 of 20 rounds, both words xored.
+def keys_at(key: PRNGKeyArray, place: UInt32[Array, ""], count: int) -> Key[Array, " count"]:
+    """Independent keys of a place, in place of ``split(fold_in(key, place), count)``, which takes long to compile."""
+    words = threefry(jax.random.key_data(key), place, jax.lax.iota(jnp.uint32, count))
+    return jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl="threefry2x32")
+
+
+def threefry(
+    key: UInt32[Array, "2"], high: UInt32[Array, ""], low: UInt32[Array, "*shape"]
+) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
+    """Two words of random bits for each counter of 64 bits, given by its halves: Threefry-2x32 of 20 rounds.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
     """
     keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
-    left, right = keys[0], counters + keys[1]
+    left, right = high + keys[0], low + keys[1]
     for group in range(5):
         for turn in _ROTATIONS[group % 2]:
             left = left + right
             right = left ^ ((right << jnp.uint32(turn)) | (right >> jnp.uint32(32 - turn)))
         left = left + keys[(group + 1) % 3]
         right = right + keys[(group + 2) % 3] + jnp.uint32(group + 1)
-    return left ^ right
+    return left, right

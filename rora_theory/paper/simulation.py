@@ -1,8 +1,8 @@
 """The paper's setting simulated: w = dM x', the increment of a layer after one optimizer step, by draws.
 
 For every optimizer, law of A, overlap of the inputs, scaling rule and rank, beside the exact law and the paper's Eq. 9.
-One stream of draws serves all rules: w carries gamma^2 (SGD) or gamma (Adam) as a factor, which the direct sampler
-checks by simulating each rule by itself on part of the grid.
+One stream of draws serves all rules: w carries gamma^2 (SGD) or gamma (Adam) as a factor. On part of the grid the
+direct sampler checks this: there each rule's own step is taken, from the same draws of A and of the inputs.
 
     config = SimulationConfig(StepGrid(ranks=(1, 4, 16)), p_in=64)
     sums = {cell: draw_cell(config, cell) for cell in simulation_cells(config)}
@@ -21,7 +21,7 @@ from rora_theory.errors import InputError
 from rora_theory.inits import entries
 from rora_theory.paper import quantities, verdicts
 from rora_theory.rules import check_list, name_of
-from rora_theory.scaling import Rule, check_integer, exponent
+from rora_theory.scaling import check_integer, exponent
 from rora_theory.stats.moments import agreement
 from rora_theory.theory import laws, sampling
 from rora_theory.theory.grid import StepGrid, exponent_of
@@ -90,15 +90,16 @@ class SimulationCell:
     Attributes:
       setting: what is drawn.
       sampler: how.
-      rule: whose scaling and learning rate ``setting`` has; None has unit ones, from which every rule's follow.
+      scalings: each rule's gamma where its own step is taken; without, the one step is that of unit scaling and rate,
+        from which every rule's follows.
     """
 
     setting: sampling.RandomStep
     sampler: sampling.Sampler
-    rule: Rule | None = None
+    scalings: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        alone = "" if self.rule is None else f", {name_of(self.rule)} drawn directly"
+        alone = ", each rule's own step" if self.scalings else ""
         return f"{self.setting.optimizer}, overlap {self.setting.overlap:g}, r = {self.setting.rank}{alone}"
 
 
@@ -116,38 +117,52 @@ def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
         SimulationCell(unit, "direct" if config.sampler == "direct" else sampling.best_sampler(unit)) for unit in units
     ]
     return found + [
-        SimulationCell(replace(cell.setting, scaling=gamma, learning_rate=grid.lr), "direct", rule)
+        SimulationCell(
+            replace(cell.setting, learning_rate=grid.lr),
+            "direct",
+            tuple(dict(grid.scalings(cell.setting.rank)).values()),
+        )
         for cell in found
         if cell.setting.rank in CHECK_RANKS and cell.setting.overlap in CHECK_OVERLAPS and cell.sampler != "direct"
-        for rule, gamma in grid.scalings(cell.setting.rank)
     ]
 
 
 def draw_cell(
     config: SimulationConfig, cell: SimulationCell, devices: Sequence[jax.Device] | None = None
-) -> sampling.Sums:
-    """The sums of a cell's draws; ``devices`` change no bit of them, see `sampling.stream`."""
-    return sampling.estimate(
+) -> list[sampling.Sums]:
+    """The sums of a cell's draws, one for each of its scalings, or one alone without.
+
+    ``devices`` change no bit of them, see `sampling.stream`.
+    """
+    key = sampling.setting_key(config.grid.seed, cell.setting, cell.sampler)
+    if cell.scalings:
+        return sampling.estimate_each(
+            cell.scalings, cell.setting, cell.sampler, key, draws=CHECK_DRAWS, devices=devices
+        )
+    sums = sampling.estimate(
         cell.setting,
         cell.sampler,
-        sampling.setting_key(config.grid.seed, cell.setting, cell.sampler),
+        key,
         relative_error=config.grid.relative_error or RELATIVE_ERROR,
-        draws=config.grid.draws if cell.rule is None else CHECK_DRAWS,
+        draws=config.grid.draws,
         devices=devices,
     )
+    return [sums]
 
 
-def simulation_rows(config: SimulationConfig, cell: SimulationCell, sums: sampling.Sums) -> list[dict[str, Any]]:
-    """What a cell's draws say of each rule that they serve, beside the law and the paper: a row a quantity."""
+def simulation_rows(
+    config: SimulationConfig, cell: SimulationCell, sums: Sequence[sampling.Sums]
+) -> list[dict[str, Any]]:
+    """What a cell's draws say of each rule, beside the law and the paper: a row a rule and quantity."""
     grid, unit = config.grid, cell.setting
-    served = list(grid.scalings(unit.rank)) if cell.rule is None else [(cell.rule, unit.scaling)]
     found = []
-    for rule, gamma in served:
+    for number, (rule, gamma) in enumerate(grid.scalings(unit.rank)):
         setting = replace(unit, scaling=gamma, learning_rate=grid.lr)
-        step = grid.lr * gamma ** laws.scaling_power(unit.optimizer) if cell.rule is None else 1.0
+        step = 1.0 if cell.scalings else grid.lr * gamma ** laws.scaling_power(unit.optimizer)
+        own = sums[number if cell.scalings else 0]
         exact, printed = quantities.exact(setting), quantities.printed(setting)
         for quantity in quantities.QUANTITIES:
-            simulated = quantities.quantity_estimate(sums, quantity, step=step)
+            simulated = quantities.quantity_estimate(own, quantity, step=step)
             found.append(
                 {
                     "optimizer": unit.optimizer,
@@ -165,7 +180,7 @@ def simulation_rows(config: SimulationConfig, cell: SimulationCell, sums: sampli
                     "standard_error": simulated.error,
                     "exact": exact[quantity],
                     "paper": printed[quantity],
-                    "draws": sums.count,
+                    "draws": own.count,
                     "sampler": cell.sampler,
                 }
             )
@@ -201,7 +216,7 @@ def judge_simulation(
 
     def sample(setting: sampling.RandomStep) -> sampling.Sums:
         if setting not in found:
-            found[setting] = draw_cell(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
+            (found[setting],) = draw_cell(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
         return found[setting]
 
     ranks = verdicts.enough_ranks(config.grid.ranks)

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from rora_theory.paper import equations
 from rora_theory.scaling import Rule, scaling_factor
@@ -157,27 +158,24 @@ class RandomLayer(NamedTuple):
     @classmethod
     def draw(cls) -> "RandomLayer":
         """The layer of seed 15."""
-        return cls(*jax.device_get(_random_layer()))
+        random, (p_out, rank, p_in) = np.random.default_rng(15), (6, 3, 5)
+        shapes = (p_out, p_in), (p_out, rank), (rank, p_in), (p_out,), (p_in,), (p_in,)
+        m0, B, A, delta, x, x_next = (random.standard_normal(shape, np.float32) for shape in shapes)
+        return cls(m0, B, A, delta, x, x_next, *jax.device_get(_differentiated(m0, B, A, delta, x, x_next)))
 
 
 @jax.jit
-def _random_layer() -> tuple[jax.Array, ...]:
-    keys = jax.random.split(jax.random.key(15), 7)
-    p_out, rank, p_in = 6, 3, 5
-    m0, B = jax.random.normal(keys[0], (p_out, p_in)), jax.random.normal(keys[1], (p_out, rank))
-    A, delta = jax.random.normal(keys[2], (rank, p_in)), jax.random.normal(keys[3], (p_out,))
-    x, x_next = jax.random.normal(keys[4], (p_in,)), jax.random.normal(keys[5], (p_in,))
-
-    def loss(dm: first_step.Increment) -> jax.Array:
+def _differentiated(m0: Array, B: Array, A: Array, delta: Array, x: Array, x_next: Array) -> tuple[Array, ...]:
+    def loss(dm: first_step.Increment) -> Array:
         return jnp.vdot(delta, m0 @ x + dm(x))
 
     gradients = jax.grad(lambda pair: loss(first_step.Increment(pair[0], pair[1], GAMMA)))((A, B))
-    merged = m0 + first_step.Increment(A, B, GAMMA)(jnp.eye(p_in)).T
+    merged = m0 + first_step.Increment(A, B, GAMMA)(jnp.eye(A.shape[1])).T
     sgd, adam = (
-        first_step.run(loss, A, p_out=p_out, scaling=GAMMA, optimizer=first_step.optimizer(name, ETA))
+        first_step.run(loss, A, p_out=len(m0), scaling=GAMMA, optimizer=first_step.optimizer(name, ETA))
         for name in laws.OPTIMIZERS
     )
-    return (m0, B, A, delta, x, x_next, *gradients, merged, sgd.lora_B, adam.lora_B, sgd(x_next), adam(x_next))
+    return (*gradients, merged, sgd.lora_B, adam.lora_B, sgd(x_next), adam(x_next))
 
 
 def _identity(equation: str, claim: str, found: np.ndarray, truth: np.ndarray, where: str, more: str = "") -> Verdict:

@@ -10,13 +10,13 @@ r"""Samplers of w in the paper's setting, streamed in blocks: the direct one tha
 The inputs, too, are reduced: with :math:`x' = \rho x + \sqrt{1 - \rho^2} z` only :math:`|x|`, the component of x' along
 x and the length of the rest matter, drawn from :math:`\chi_{p}`, a normal and :math:`\chi_{p-1}`.
 
-The stream is cut into blocks whose size depends on the setting alone; block i draws from ``fold_in(key, i)``. So the
+The stream is cut into blocks whose size depends on the setting alone; block i draws from keys of its own. So the
 numbers do not depend on how many blocks a call takes, on how many devices, or on where a run was interrupted.
 """
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -25,15 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from rora_theory import inits
 from rora_theory.draws import draw_A, stream_key
 from rora_theory.errors import InputError
-from rora_theory.normals import standard_normal
+from rora_theory.normals import keys_at, standard_normal
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step
+from rora_theory.theory.chi_squares import chi_squares
 from rora_theory.theory.laws import Optimizer, check_overlap, check_step
 
 Sampler = Literal["direct", "pairs", "chi_square"]
@@ -47,7 +48,7 @@ _STEP_NUMBERS = 2**18
 _MOST_DRAWS = 2**14
 """Draws a block holds at most; the reduced samplers' blocks hold just these."""
 
-_PAIRS_AT_ONCE = 32
+_PAIRS_AT_ONCE = 8
 """Pairs of each draw that are held at once, so that memory does not grow with the rank."""
 
 _LEAST_DRAWS = 256
@@ -157,12 +158,26 @@ def stream(
     Raises:
       InputError: a reduced sampler for an init it is not exact for.
     """
+    for found in _at_scalings((setting.scaling,), setting, sampler, key, first_block, blocks, batch, devices):
+        yield found[0]
+
+
+def _at_scalings(
+    scalings: Sequence[float],
+    setting: RandomStep,
+    sampler: Sampler,
+    key: PRNGKeyArray,
+    first_block: int = 0,
+    blocks: int | None = None,
+    batch: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Iterator[Float[np.ndarray, "scalings 2 n"]]:
     kind = BlockKind.of(setting, sampler)
     wanted = None if blocks is None else -(-blocks // batch) * batch
     places = list(devices or jax.devices()[:1])[: None if wanted is None else max(wanted // batch, 1)]
     mesh = Mesh(np.array(places), "places")
     everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("places",)))
-    arguments = jax.device_put((key, kind.numbers(setting)), everywhere)
+    arguments = jax.device_put((key, kind.numbers(setting, scalings)), everywhere)
     turns = jax.device_put(np.int32(batch), everywhere)
     pending: deque[tuple[int, Array]] = deque()
     size = len(places) * batch  # of a turn, in which all devices run one program
@@ -178,7 +193,7 @@ def stream(
         yield from _read(*found)
 
 
-def _read(kept: int, found: Float[Array, "blocks 2 draws"]) -> Float[np.ndarray, "kept 2 draws"]:
+def _read(kept: int, found: Float[Array, "blocks scalings 2 draws"]) -> Float[np.ndarray, "kept scalings 2 draws"]:
     return np.asarray(found, np.float64)[:kept]
 
 
@@ -208,6 +223,30 @@ def estimate(
         sums = sums.add(block if draws is None else block[:, : draws - sums.count])
         if _enough(sums, relative_error, draws):
             break
+    return sums
+
+
+def estimate_each(
+    scalings: Sequence[float],
+    setting: RandomStep,
+    sampler: Sampler,
+    key: PRNGKeyArray,
+    *,
+    draws: int,
+    devices: Sequence[jax.Device] | None = None,
+) -> list[Sums]:
+    """The sums of so many draws at each of some scalings: A and the inputs are the same at all, the step each one's.
+
+    Args:
+      scalings: gammas in place of the setting's own, each above 0.
+      setting, sampler, key, devices: as `stream` takes them.
+      draws: how many, 1 or more.
+    """
+    sums = [Sums() for _ in scalings]
+    blocks = -(-draws // block_draws(setting, sampler))
+    for found in _at_scalings(scalings, setting, sampler, key, blocks=blocks, devices=devices):
+        kept = found[..., : draws - sums[0].count]
+        sums = [one.add(part) for one, part in zip(sums, kept, strict=True)]
     return sums
 
 
@@ -255,26 +294,26 @@ class BlockKind:
         step = int(np.clip(_STEP_NUMBERS // (setting.rank * setting.p_in), 1, draws))
         return cls(sampler, setting.optimizer, setting.init, setting.rank, setting.p_in, setting.p_out, draws, step)
 
-    def numbers(self, setting: RandomStep) -> dict[str, np.float32]:
-        """What a block is given beside its key and index, by name."""
+    def numbers(self, setting: RandomStep, scalings: Sequence[float]) -> dict[str, np.ndarray]:
+        """What a block is given beside its key and index, by name: the setting's, but for the scaling."""
         law = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in)
         values = {
             "rank": setting.rank,
             "p_in": setting.p_in,
             "p_out": setting.p_out,
-            "scaling": setting.scaling,
+            "scalings": scalings,
             "learning_rate": setting.learning_rate,
             "overlap": setting.overlap,
             "fresh": np.sqrt(1 - setting.overlap**2),
             "deviation": law.deviation,
         }
-        return {name: np.float32(value) for name, value in values.items()}
+        return {name: np.asarray(value, np.float32) for name, value in values.items()}
 
 
 @partial(jax.jit, static_argnames=("kind", "mesh"))
 def _blocks(
     key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, turns: Array, *, kind: BlockKind, mesh: Mesh
-) -> Float[Array, "blocks 2 draws"]:
+) -> Float[Array, "blocks scalings 2 draws"]:
     """Blocks of these indices, an equal part on each device of the mesh, one after the other.
 
     How many a device makes is ``turns``, an argument: a compiler that knew it would make one block alone of other
@@ -290,71 +329,69 @@ def _blocks(
         check_vma=False,
     )
     def own(key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, turns: Array) -> Array:
-        def one(turn: Array, found: Float[Array, "blocks_and_one 2 draws"]) -> Float[Array, "blocks_and_one 2 draws"]:
-            block = sample(jax.random.fold_in(key, more[turn]), numbers, kind)
+        def one(turn: Array, found: Float[Array, "more scalings 2 draws"]) -> Float[Array, "more scalings 2 draws"]:
+            block = sample(partial(keys_at, key, more[turn]), numbers, kind)
             return found.at[turn].set(jax.lax.optimization_barrier(block))
 
         more = jnp.append(indices, indices[-1])  # of two or more: the place of a lone block would be known too
-        found = jnp.zeros((len(more), 2, kind.draws), jnp.float32)
+        found = jnp.zeros((len(more), len(numbers["scalings"]), 2, kind.draws), jnp.float32)
         return jax.lax.fori_loop(0, turns, one, found)[: len(indices)]
 
     return own(key, numbers, indices, turns)
 
 
-def _direct(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
+Keys = Callable[[int], Key[Array, " count"]]
+"""So many keys of a block."""
+
+
+def _direct(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "scalings 2 draws"]:
     optimizer = first_step.optimizer(kind.optimizer, numbers["learning_rate"])
     delta = jnp.ones(kind.p_out, jnp.float32)
 
-    def one(draw_key: PRNGKeyArray) -> Float[Array, "2"]:
-        key_A, key_x, key_z = jax.random.split(draw_key, 3)
-        lora_A = draw_A(key_A, kind.init, rank=kind.rank, p_in=kind.p_in)
-        x = standard_normal(key_x, (kind.p_in,))
-        x_next = numbers["overlap"] * x + numbers["fresh"] * standard_normal(key_z, (kind.p_in,))
-        step = first_step.run(
-            lambda dm: jnp.vdot(delta, dm(x)),
-            lora_A,
-            p_out=kind.p_out,
-            scaling=numbers["scaling"],
-            optimizer=optimizer,
-        )
-        w = step(x_next)
-        return jnp.stack([w[0], jnp.vdot(w, w)])
+    def one(own: Key[Array, "2"]) -> Float[Array, "scalings 2"]:
+        lora_A = draw_A(own[0], kind.init, rank=kind.rank, p_in=kind.p_in)
+        x, fresh = standard_normal(own[1], (2, kind.p_in))
+        x_next = numbers["overlap"] * x + numbers["fresh"] * fresh
+
+        def read(scaling: Float[Array, ""]) -> Float[Array, "2"]:
+            step = first_step.run(
+                lambda dm: jnp.vdot(delta, dm(x)), lora_A, p_out=kind.p_out, scaling=scaling, optimizer=optimizer
+            )
+            w = step(x_next)
+            return jnp.stack([w[0], jnp.vdot(w, w)])
+
+        return jax.lax.map(read, numbers["scalings"])
 
     # Whole steps, the last of which may begin anew: one that is not whole would be compiled as a program of its own.
     turns = -(-kind.draws // kind.step)
     step = -(-kind.draws // turns)
-    keys = jax.random.split(key, kind.draws)[jnp.arange(turns * step) % kind.draws]
-    return jax.lax.map(one, keys, batch_size=step)[: kind.draws].T
+    own = keys(2 * kind.draws).reshape(kind.draws, 2)[jnp.arange(turns * step) % kind.draws]
+    return jnp.moveaxis(jax.lax.map(one, own, batch_size=step)[: kind.draws], 0, -1)
 
 
-def _inputs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind, *others: PRNGKeyArray) -> tuple[Array, ...]:
-    """|x|, and the components of x' along x and across it, for each draw; and a chi square of the rank by each other
-    key."""
-    key_x, key_along, key_across = jax.random.split(key, 3)
-    shape = (kind.draws,)
+def _inputs(keys: Key[Array, "2"], numbers: dict[str, Array], kind: BlockKind, others: int = 0) -> tuple[Array, ...]:
+    """|x|, and the components of x' along x and across it, for each draw; and so many others, chi squares of the
+    rank."""
     freedom = numbers["p_in"] - 1  # with none, x' has no part across x
-    freedoms = [numbers["p_in"], jnp.maximum(freedom, 1)] + [numbers["rank"]] * len(others)
-    length2, across2, *chi2 = jax.lax.map(  # in a loop: the draw of one is a large program to compile
-        lambda one: jax.random.chisquare(one[0], one[1], shape, jnp.float32),
-        (jnp.stack([key_x, key_across, *others]), jnp.stack(freedoms)),
-    )
+    freedoms = [numbers["p_in"], jnp.maximum(freedom, 1)] + [numbers["rank"]] * others
+    length2, across2, *squares = chi_squares(keys[0], jnp.stack(freedoms), kind.draws)
     length = jnp.sqrt(length2)
-    along = numbers["overlap"] * length + numbers["fresh"] * standard_normal(key_along, shape)
-    return length, along, numbers["fresh"] * jnp.sqrt(jnp.where(freedom > 0, across2, 0)), *chi2
+    along = numbers["overlap"] * length + numbers["fresh"] * standard_normal(keys[1], (kind.draws,))
+    return length, along, numbers["fresh"] * jnp.sqrt(jnp.where(freedom > 0, across2, 0)), *squares
 
 
-def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
-    key_inputs, key_u, key_v = jax.random.split(key, 3)
-    length, along, across = _inputs(key_inputs, numbers, kind)
+def _pairs(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "scalings 2 draws"]:
+    *of_inputs, key_u, key_v = keys(4)
+    length, along, across = _inputs(jnp.stack(of_inputs), numbers, kind)
     rank, s = numbers["rank"], numbers["deviation"]
     shape = (_PAIRS_AT_ONCE, kind.draws)
 
     def some_pairs(turn: Array, total: Float[Array, " draws"]) -> Float[Array, " draws"]:
         counted = turn * _PAIRS_AT_ONCE + jnp.arange(_PAIRS_AT_ONCE) < rank.astype(jnp.int32)
-        u = standard_normal(jax.random.fold_in(key_u, turn), shape)  # a_k . x / (s |x|)
+        u = standard_normal(keys_at(key_u, turn.astype(jnp.uint32), 1)[0], shape)  # a_k . x / (s |x|)
         if kind.optimizer == "adam":
             return total + jnp.sum(jnp.abs(u), axis=0, where=counted[:, None])
-        fresh = standard_normal(jax.random.fold_in(key_v, turn), shape)
+        fresh = standard_normal(keys_at(key_v, turn.astype(jnp.uint32), 1)[0], shape)
         v = along[None] * u + across[None] * fresh  # a_k . x' / s
         return total + jnp.sum(u * v, axis=0, where=counted[:, None])
 
@@ -367,9 +404,8 @@ def _pairs(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Flo
     return _finish(s * (along * total + across * rest), numbers, kind)
 
 
-def _chi_square(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
-    key_inputs, key_plus, key_minus = jax.random.split(key, 3)
-    length, along, across, plus, minus = _inputs(key_inputs, numbers, kind, key_plus, key_minus)
+def _chi_square(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "scalings 2 draws"]:
+    length, along, across, plus, minus = _inputs(keys(2), numbers, kind, others=2)
     size = jnp.hypot(along, across)
     # size - |along| cancels where the inputs are nearly parallel: across^2 / (size + |along|) does not.
     small = across**2 / jnp.maximum(size + jnp.abs(along), jnp.finfo(jnp.float32).tiny)
@@ -378,9 +414,11 @@ def _chi_square(key: PRNGKeyArray, numbers: dict[str, Array], kind: BlockKind) -
     return _finish(numbers["deviation"] ** 2 * length / 2 * total, numbers, kind)
 
 
-def _finish(total: Float[Array, " draws"], numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "2 draws"]:
+def _finish(
+    total: Float[Array, " draws"], numbers: dict[str, Array], kind: BlockKind
+) -> Float[Array, "scalings 2 draws"]:
     """w_1 and |w|^2 from sum_k of (gradient or its sign) times (a_k . x'), delta_i = 1."""
-    gamma = numbers["scaling"]
+    gamma = numbers["scalings"]
     step = numbers["learning_rate"] * (gamma**2 if kind.optimizer == "sgd" else gamma)
-    w = -step * total
-    return jnp.stack([w, numbers["p_out"] * w**2])
+    w = -step[:, None] * total[None]
+    return jnp.stack([w, numbers["p_out"] * w**2], axis=1)

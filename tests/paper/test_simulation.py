@@ -1,5 +1,6 @@
 """The paper's setting simulated: one stream for all rules, beside the law and the paper; exponents; verdicts."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,33 +20,36 @@ CONFIG = SimulationConfig(
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[SimulationCell, sampling.Sums]:
+def drawn() -> dict[SimulationCell, list[sampling.Sums]]:
     return {cell: simulation.draw_cell(CONFIG, cell) for cell in simulation.simulation_cells(CONFIG)}
 
 
 def test_cells_are_the_grid_and_the_direct_check() -> None:
-    """The grid at unit scaling, in the table's order; the check where the grid is not direct itself, a cell a rule."""
+    """The grid at unit scaling, in the table's order; the check where the grid is not direct, at all scalings."""
     cells = simulation.simulation_cells(CONFIG)
-    grid = [cell for cell in cells if cell.rule is None]
+    grid = [cell for cell in cells if not cell.scalings]
     assert cells[: len(grid)] == grid
     assert [(c.setting.optimizer, c.setting.overlap, c.setting.rank) for c in grid] == [
         (optimizer, overlap, rank) for optimizer in ("sgd", "adam") for overlap in (0.0, 0.5) for rank in (1, 16, 4)
     ]
     assert {(c.setting.scaling, c.setting.learning_rate, c.setting.init) for c in grid} == {(1.0, 1.0, "normal")}
     check = cells[len(grid) :]
-    assert [(c.rule, c.setting.scaling, c.setting.learning_rate) for c in check] == [
-        (rule, 8.0, 1e-3) for _ in range(4) for rule in ("lora", "rora", 0.25)
+    assert [(c.setting.optimizer, c.setting.overlap) for c in check] == [
+        (optimizer, overlap) for optimizer in ("sgd", "adam") for overlap in (0.0, 0.5)
     ]
-    assert {(c.setting.rank, c.sampler) for c in check} == {(1, "direct")}
+    assert {(c.setting.rank, c.sampler, c.scalings) for c in check} == {(1, "direct", (8.0, 8.0, 8.0))}
+    assert {(c.setting.scaling, c.setting.learning_rate) for c in check} == {(1.0, 1e-3)}
+    eight = simulation.simulation_cells(replace(CONFIG, grid=replace(CONFIG.grid, ranks=(8,))))[-1]
+    assert eight.scalings == pytest.approx((1.0, 8**0.5, 8**0.75))
     assert len({str(cell) for cell in cells}) == len(cells)
     uniform = SimulationConfig(StepGrid(inits=("kaiming_uniform",)))
     for config in (uniform, SimulationConfig(CONFIG.grid, sampler="direct")):
-        assert {(cell.sampler, cell.rule) for cell in simulation.simulation_cells(config)} == {("direct", None)}
+        assert {(cell.sampler, cell.scalings) for cell in simulation.simulation_cells(config)} == {("direct", ())}
 
 
 @pytest.mark.slow
-def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, sampling.Sums]) -> None:
-    """Of every rule, from the one stream; the direct check too, each rule from its own.
+def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, list[sampling.Sums]]) -> None:
+    """Of every rule, from the one stream; the direct check too, by each rule's own step.
 
     |z| below 5.6: a false alarm of 1e-5 over 288 rows, of which fewer are independent.
     """
@@ -77,16 +81,14 @@ def test_an_asked_number_of_draws_is_the_grid_s() -> None:
     """The direct check, which has no stopping rule, keeps its own."""
     config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)
     first, *_, last = simulation.simulation_cells(config)
-    assert (simulation.draw_cell(config, first).count, simulation.draw_cell(config, last).count) == (
-        300,
-        simulation.CHECK_DRAWS,
-    )
+    counts = [[sums.count for sums in simulation.draw_cell(config, cell)] for cell in (first, last)]
+    assert counts == [[300], [simulation.CHECK_DRAWS] * 3]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
 def test_rules_differ_by_their_power_of_gamma(
-    drawn: dict[SimulationCell, sampling.Sums], optimizer: str, power: int
+    drawn: dict[SimulationCell, list[sampling.Sums]], optimizer: str, power: int
 ) -> None:
     """gamma^2 under SGD, gamma under Adam, times the rate: of the norm once, of the variance twice."""
     cell = next(cell for cell in drawn if cell.setting.optimizer == optimizer and cell.setting.rank == 4)
@@ -126,28 +128,26 @@ def test_second_moments_are_beside_the_law_and_the_paper() -> None:
 
 @pytest.mark.slow
 def test_verdicts_take_the_sums_that_are_known(
-    drawn: dict[SimulationCell, sampling.Sums], monkeypatch: pytest.MonkeyPatch
+    drawn: dict[SimulationCell, list[sampling.Sums]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No stream is drawn twice, and what is missing is drawn as the grid's cells are."""
     asked: list[sampling.RandomStep] = []
     draw = simulation.draw_cell
 
-    def watched(config: SimulationConfig, cell: SimulationCell, devices: Any = None) -> sampling.Sums:
+    def watched(config: SimulationConfig, cell: SimulationCell, devices: Any = None) -> list[sampling.Sums]:
         asked.append(cell.setting)
         return draw(config, cell, devices)
 
     monkeypatch.setattr(simulation, "draw_cell", watched)
-    known = {cell.setting: sums for cell, sums in drawn.items()}
+    known = {cell.setting: sums[0] for cell, sums in drawn.items() if not cell.scalings}
     found = simulation.judge_simulation(CONFIG, known)
     assert len(found) == 17
     assert sorted(found, key=verdicts.order_in_paper)[2].equation == "gradient A"
     assert asked
     assert not set(asked) & set(known)
     assert len(asked) == len(set(asked))
-    assert (
-        simulation.judge_simulation(CONFIG, known | {s: draw(CONFIG, SimulationCell(s, "chi_square")) for s in asked})
-        == found
-    )
+    known |= {setting: draw(CONFIG, SimulationCell(setting, "chi_square"))[0] for setting in asked}
+    assert simulation.judge_simulation(CONFIG, known) == found
 
 
 @pytest.mark.parametrize(

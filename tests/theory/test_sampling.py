@@ -1,6 +1,7 @@
 """Samplers: reduced equal to direct in distribution, keys of streams, memory."""
 
 import hashlib
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,21 @@ def test_scaling_power(optimizer: laws.Optimizer) -> None:
     np.testing.assert_allclose(scaled, 0.3 ** laws.scaling_power(optimizer) * base, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("sampler", "optimizer"), [("direct", "sgd"), ("direct", "adam"), ("pairs", "adam")])
+def test_each_scaling_has_its_own_step_of_the_same_draws(sampler: sampling.Sampler, optimizer: laws.Optimizer) -> None:
+    """Of several scalings each gives what it gives alone, from the same key and as many draws."""
+    setting, key = RandomStep(rank=3, p_in=6, p_out=2, optimizer=optimizer, learning_rate=0.1), jax.random.key(4)
+    found = sampling.estimate_each((2.0, 0.5), setting, sampler, key, draws=300)
+    for scaling, sums in zip((2.0, 0.5), found, strict=True):
+        alone = sampling.estimate(replace(setting, scaling=scaling), sampler, key, draws=300)
+        assert sums.count == alone.count == 300
+        for own, other in ((sums.first, alone.first), (sums.norm2, alone.norm2)):
+            # Sums of the same draws, which two programs round in their own order.
+            assert own.second_moment.value == pytest.approx(other.second_moment.value, rel=1e-5)
+            assert own.second_moment.error == pytest.approx(other.second_moment.error, rel=1e-5)
+
+
 def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """41 draws of blocks of 20: two blocks and one for the last draw, in order; a turn of all devices is whole."""
     computed: list[int] = []
@@ -66,7 +82,7 @@ def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: 
     def blocks(_key: object, _numbers: object, indices: jax.Array, _turns: object, **_: object) -> jax.Array:
         computed.extend(np.asarray(indices).tolist())
         used.update(indices.devices())
-        return jnp.broadcast_to(jnp.float32(np.asarray(indices))[:, None, None], (len(indices), 2, 20))
+        return jnp.broadcast_to(jnp.float32(np.asarray(indices))[:, None, None, None], (len(indices), 1, 2, 20))
 
     monkeypatch.setattr(sampling, "_MOST_DRAWS", 20)
     monkeypatch.setattr(sampling, "_blocks", blocks)
@@ -106,7 +122,7 @@ def test_memory_is_bounded() -> None:
         (256, 4096, "direct", 64e6),
     ]:
         kind = sampling.BlockKind.of(RandomStep(rank=rank, p_in=p_in), sampler)  # type: ignore[arg-type]
-        numbers = kind.numbers(RandomStep(rank=rank, p_in=p_in))
+        numbers = kind.numbers(RandomStep(rank=rank, p_in=p_in), (1.0,))
         arguments = (jax.random.key(0), numbers, np.arange(64, dtype=np.uint32), np.int32(64))
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "places")
         memory = sampling._blocks.lower(*arguments, kind=kind, mesh=mesh).compile().memory_analysis()
