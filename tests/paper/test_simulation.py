@@ -100,6 +100,21 @@ def test_rules_differ_by_their_power_of_gamma(
             assert unit.to_numpy() == pytest.approx(unit.iloc[0], rel=1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
+def test_the_direct_check_takes_each_rule_s_own_step(optimizer: laws.Optimizer, power: int) -> None:
+    """From the same draws, so that its rows differ by that power of gamma to rounding, and by nothing else."""
+    grid = StepGrid(ranks=(8,), optimizers=(optimizer,), alpha=8.0, lr=1e-3)
+    config = SimulationConfig(grid, p_in=16, p_out=2, overlaps=(0.5,))
+    cell = simulation.simulation_cells(config)[-1]
+    table = simulation.simulation_table(simulation.simulation_rows(config, cell, simulation.draw_cell(config, cell)))
+    own = table[table["quantity"] == "norm"]
+    assert own["scaling"].tolist() == pytest.approx([1.0, 8**0.5, 8**0.75])
+    for column in ("estimate", "exact"):
+        unit = own[column] / own["scaling"] ** power
+        assert unit.to_numpy() == pytest.approx(unit.iloc[0], rel=1e-5)
+
+
 def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
     """A curve that bends: its slope over each range is that of the range's own ends, ranks in no order."""
     ranks = np.array([32, 1, 2, 16, 4, 8])

@@ -61,8 +61,12 @@ def test_scaling_power(optimizer: laws.Optimizer) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "optimizer"), [("direct", "sgd"), ("direct", "adam"), ("pairs", "adam")])
-def test_each_scaling_has_its_own_step_of_the_same_draws(sampler: sampling.Sampler, optimizer: laws.Optimizer) -> None:
-    """Of several scalings each gives what it gives alone, from the same key and as many draws."""
+def test_each_scaling_has_its_own_step_of_the_same_draws(
+    sampler: sampling.Sampler, optimizer: laws.Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several scalings each gives what it gives alone, from the same key and as many draws: of one block and a
+    half where the sampler is direct."""
+    monkeypatch.setattr(sampling, "_BLOCK_NUMBERS", 200 * 3 * 6)
     setting, key = RandomStep(rank=3, p_in=6, p_out=2, optimizer=optimizer, learning_rate=0.1), jax.random.key(4)
     found = sampling.estimate_each((2.0, 0.5), setting, sampler, key, draws=300)
     for scaling, sums in zip((2.0, 0.5), found, strict=True):

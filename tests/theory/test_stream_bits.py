@@ -38,6 +38,19 @@ def test_batch_devices_and_start_change_no_bit(sampler: sampling.Sampler, optimi
 
 
 @pytest.mark.slow
+def test_no_pair_is_drawn_twice() -> None:
+    """Of independent inputs E[w^4] is (3 + 6 / r) times E[w^2]^2, were eight pairs repeated (3 + 6 / 8) times.
+
+    So wide a layer's |x| and |x'| are constants; false alarm 1e-6.
+    """
+    rank = 96
+    draws = take(RandomStep(rank=rank, p_in=10**6), "pairs", 100_000)[0]
+    blocks = (draws / draws.std()).reshape(100, -1) ** 4
+    kurtosis, error = blocks.mean(), blocks.mean(axis=1).std(ddof=1) / 10
+    assert abs(kurtosis - (3 + 6 / rank)) < threshold(1e-6) * error < 0.4
+
+
+@pytest.mark.slow
 def test_blocks_differ() -> None:
     setting = RandomStep(rank=4, p_in=5, p_out=4)
     size = sampling.block_draws(setting, "chi_square")
