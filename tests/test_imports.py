@@ -36,7 +36,7 @@ WITH_JAX = (
         "rora_theory.devices",
         "rora_theory.draws",
         "rora_theory.normals",
-        *(f"rora_theory.theory.{name}" for name in ("first_step", "grid", "sampling")),
+        *(f"rora_theory.theory.{name}" for name in ("chi_squares", "first_step", "grid", "sampling")),
     ),
     *(f"rora_theory.paper.{name}" for name in ("quantities", "simulation", "verdicts")),
     *(f"rora_theory.measure.{name}" for name in ("drawn_steps", "layer_grid", "layer_rms")),

@@ -18,7 +18,7 @@ from sims import coordinate_check as sim
 
 ARGUMENTS = (
     "--ranks 2 4 16 --rules lora --optimizers adamw --targets q_proj down_proj --steps 1 3 "
-    "--seeds 0 1 2 3 4 5 6 7 --batch-size 2 --held-out 6 --cutoff 160 --template clean --adam-lr 1e-5 --band 0.35"
+    "--seeds 0 1 2 3 4 5 6 7 --batch-size 2 --held-out 6 --cutoff 160 --template clean --adam-lr 1e-5 --band 0.4"
 )
 SMALL = ARGUMENTS.split()
 

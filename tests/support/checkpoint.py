@@ -15,13 +15,24 @@ CONFIG = LlamaConfig(300, 16, 24, 2, 2, 1, 8, max_position_embeddings=512, bos_t
 WORDS = [chr(97 + i) * (1 + i % 7) for i in range(16)]
 
 
+TEMPLATE = [
+    "Below is an instruction that describes a task.",
+    "Write a response that appropriately completes the request.",
+    "### Instruction:",
+    "### Response:",
+    " " * 16,
+]
+"""What every record says, a token each: of bytes alone most of a test's tokens would be these."""
+
+
 def model(folder: Path) -> Path:
-    """Writes it, with a tokenizer of bytes; the weights are large enough for every layer to matter."""
+    """Writes it, with a tokenizer of bytes and the template; the weights are large enough for every layer to matter."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_tokens(TEMPLATE)
     backend.add_special_tokens(["<s>", "</s>"])
     (folder / "tokenizer").mkdir(parents=True)
     backend.save(str(folder / "tokenizer" / "tokenizer.json"))
