@@ -1457,8 +1457,8 @@ def prune_facts() -> str:
 
 
 @block("speed.finetune")
-def speed_finetune() -> str:
-    found = read("finetune_speed/benchmark.json")
+def speed_finetune(folder: str = "finetune_speed") -> str:
+    found = read(f"{folder}/benchmark.json")
     ours, peer = found["tokens"]["ours"], found["tokens"]["peer"]
     rows = [
         [
@@ -1475,6 +1475,11 @@ def speed_finetune() -> str:
         ],
     ]
     return table(["", "here", "torch + peft", "ratio"], rows)
+
+
+@block("speed.finetune.avx2")
+def speed_finetune_avx2() -> str:
+    return speed_finetune("finetune_speed_avx2")
 
 
 @block("speed.intel")
@@ -1537,7 +1542,9 @@ def speed_evaluate_avx2() -> str:
 
 @block("speed.machine.avx2")
 def speed_machine_avx2() -> str:
-    machine = read("evaluate_speed_avx2/benchmark.json")["machine"]
+    """Of both benchmarks."""
+    machines = [read(f"{name}_speed_avx2/benchmark.json")["machine"] for name in ("finetune", "evaluate")]
+    (machine,) = {(each["processor"], *each["instruction_sets"], each["cores"]): each for each in machines}.values()
     return f"{machine['processor']} with {' and '.join(machine['instruction_sets'])}, {machine['cores']} cores"
 
 
