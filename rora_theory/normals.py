@@ -32,9 +32,9 @@ def standard_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "
     Raises:
       TypeError: a key of another generator, or a shape of 2^32 numbers or more.
     """
-    count = math.prod(shape)
-    if str(jax.random.key_impl(key)) != "threefry2x32" or count >= 2**32:
-        raise TypeError(f"normals of {jax.random.key_impl(key)}, {count:,}; accepted: threefry2x32, fewer than 2^32")
+    count, words = math.prod(shape), words_of(key)
+    if count >= 2**32:
+        raise TypeError(f"{count:,} normals of one key; accepted are fewer than 2^32")
 
     def on_cpu(data: UInt32[Array, "2"]) -> Float[Array, "..."]:
         size = count if count <= _FEW else min(_PIECE, -(-count // 2))  # a loop of one turn would be none
@@ -46,7 +46,7 @@ def standard_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "
     def elsewhere(data: UInt32[Array, "2"]) -> Float[Array, "..."]:
         return jax.random.normal(jax.random.wrap_key_data(data, impl="threefry2x32"), shape, jnp.float32)
 
-    return jax.lax.platform_dependent(jax.random.key_data(key), cpu=on_cpu, default=elsewhere)
+    return jax.lax.platform_dependent(words, cpu=on_cpu, default=elsewhere)
 
 
 def _piece(key: UInt32[Array, "2"], start: UInt32[Array, ""], count: int) -> Float[Array, " count"]:
@@ -65,8 +65,15 @@ def normal_of(bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def keys_at(key: PRNGKeyArray, place: UInt32[Array, ""], count: int) -> Key[Array, " count"]:
     """Independent keys of a place, in place of ``split(fold_in(key, place), count)``, which takes long to compile."""
-    words = threefry(jax.random.key_data(key), place, jax.lax.iota(jnp.uint32, count))
-    return jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl="threefry2x32")
+    drawn = threefry(words_of(key), place, jax.lax.iota(jnp.uint32, count))
+    return jax.random.wrap_key_data(jnp.stack(drawn, axis=-1), impl="threefry2x32")
+
+
+def words_of(key: PRNGKeyArray) -> UInt32[Array, "2"]:
+    """A key's two words; raises TypeError for a key of another generator than JAX's default, threefry2x32."""
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        raise TypeError(f"a key of {jax.random.key_impl(key)}; accepted are those of threefry2x32")
+    return jax.random.key_data(key)
 
 
 def threefry(

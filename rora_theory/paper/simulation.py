@@ -120,7 +120,7 @@ def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
         SimulationCell(
             replace(cell.setting, learning_rate=grid.lr),
             "direct",
-            tuple(dict(grid.scalings(cell.setting.rank)).values()),
+            tuple(gamma for _, gamma in grid.scalings(cell.setting.rank)),
         )
         for cell in found
         if cell.setting.rank in CHECK_RANKS and cell.setting.overlap in CHECK_OVERLAPS and cell.sampler != "direct"

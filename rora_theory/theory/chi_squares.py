@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory.normals import normal_of, threefry
+from rora_theory.normals import normal_of, threefry, words_of
 
 
 def chi_squares(key: PRNGKeyArray, freedoms: Float[Array, " laws"], draws: int) -> Float[Array, "laws draws"]:
@@ -24,16 +24,20 @@ def chi_squares(key: PRNGKeyArray, freedoms: Float[Array, " laws"], draws: int) 
       key: of JAX's default generator, threefry2x32.
       freedoms: degrees of freedom, whole numbers of 1 or more.
       draws: of each law, 1 or more.
+
+    Raises:
+      TypeError: a key of another generator.
     """
     freedom = freedoms[:, None]
     shift = jnp.maximum(freedom / 2, 1) - 1 / 3
     slope = 1 / (3 * jnp.sqrt(shift))
     shape = (len(freedoms), draws)
+    words = words_of(key)
     counters = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
 
     def trial(state: tuple[Array, Array]) -> tuple[Array, Array]:
         turn, found = state
-        left, right = threefry(jax.random.key_data(key), turn, counters)
+        left, right = threefry(words, turn, counters)
         normal = normal_of(left)
         log_uniform = jnp.log(((right >> jnp.uint32(9)).astype(jnp.float32) + 0.5) * 2**-23)
         # 1 - v + ln v by powers of v's cube root less 1, whose ones do not cancel where the freedom is large.

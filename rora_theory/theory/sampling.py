@@ -17,7 +17,7 @@ numbers do not depend on how many blocks a call takes, on how many devices, or o
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -241,7 +241,12 @@ def estimate_each(
       scalings: gammas in place of the setting's own, each above 0.
       setting, sampler, key, devices: as `stream` takes them.
       draws: how many, 1 or more.
+
+    Raises:
+      InputError: a scaling out of range, or a reduced sampler for an init it is not exact for.
     """
+    for scaling in scalings:
+        replace(setting, scaling=scaling)
     sums = [Sums() for _ in scalings]
     blocks = -(-draws // block_draws(setting, sampler))
     for found in _at_scalings(scalings, setting, sampler, key, blocks=blocks, devices=devices):

@@ -1,10 +1,11 @@
 """Normals that are drawn the fast way are those of JAX's own generator, to the bit."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rora_theory.normals import standard_normal
+from rora_theory.normals import keys_at, standard_normal
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7, 3), (65,), (4096,), (4097,), (3, 5000), (33, 4096)])
@@ -17,5 +18,17 @@ def test_normals_are_jaxs_own(shape: tuple[int, ...]) -> None:
 
 
 def test_a_key_of_another_generator_is_refused() -> None:
-    with pytest.raises(TypeError, match="threefry2x32"):
-        standard_normal(jax.random.key(0, impl="rbg"), (2,))
+    key = jax.random.key(0, impl="rbg")
+    for draw in (lambda: standard_normal(key, (2,)), lambda: keys_at(key, jnp.uint32(0), 2)):
+        with pytest.raises(TypeError, match="a key of rbg; accepted are those of threefry2x32"):
+            draw()
+
+
+def test_places_and_counters_have_keys_of_their_own() -> None:
+    """Those of a place are the first of more; in all no two are the same, nor is one the key that they are made of."""
+    key = jax.random.key(3)
+    made = np.stack([jax.random.key_data(keys_at(key, jnp.uint32(place), 40)) for place in (0, 1, 2**32 - 1)])
+    np.testing.assert_array_equal(made[1, :7], jax.random.key_data(keys_at(key, jnp.uint32(1), 7)))
+    every = np.concatenate([*made, jax.random.key_data(key)[None]])
+    assert len(np.unique(every, axis=0)) == 3 * 40 + 1
+    np.testing.assert_array_equal(made[0], jax.random.key_data(jax.random.split(key, 40)))  # JAX's own, of place 0

@@ -138,5 +138,7 @@ def test_bad_input() -> None:
         take(RandomStep(rank=1, p_in=2, init="rademacher"), "pairs", 1)
     with pytest.raises(InputError, match="SGD's"):
         take(RandomStep(rank=1, p_in=2, optimizer="adam"), "chi_square", 1)
+    with pytest.raises(InputError, match=r"scaling is -1\.0"):
+        sampling.estimate_each((1.0, -1.0), RandomStep(rank=1, p_in=2), "direct", jax.random.key(0), draws=1)
     with pytest.raises(InputError, match="overlap is 2"):
         RandomStep(rank=1, p_in=2, overlap=2.0)
