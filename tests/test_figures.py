@@ -187,6 +187,9 @@ def part(source: Path, target: Path, **chosen) -> Path:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(kept)
+    manifest = json.loads((target / "manifest.json").read_text())
+    sealed = {"files", "digest"}  # the tables are no longer as the run wrote them
+    (target / "manifest.json").write_text(json.dumps({name: manifest[name] for name in manifest.keys() - sealed}))
     return target
 
 
