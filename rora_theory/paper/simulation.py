@@ -134,20 +134,15 @@ def draw_cell(
 
     ``devices`` change no bit of them, see `sampling.stream`.
     """
-    key = sampling.setting_key(config.grid.seed, cell.setting, cell.sampler)
-    if cell.scalings:
-        return sampling.estimate_each(
-            cell.scalings, cell.setting, cell.sampler, key, draws=CHECK_DRAWS, devices=devices
-        )
-    sums = sampling.estimate(
+    return sampling.estimate_each(
+        cell.scalings or (cell.setting.scaling,),
         cell.setting,
         cell.sampler,
-        key,
+        sampling.setting_key(config.grid.seed, cell.setting, cell.sampler),
         relative_error=config.grid.relative_error or RELATIVE_ERROR,
-        draws=config.grid.draws,
+        draws=CHECK_DRAWS if cell.scalings else config.grid.draws,
         devices=devices,
     )
-    return [sums]
 
 
 def simulation_rows(

@@ -167,11 +167,12 @@ def _at_scalings(
     setting: RandomStep,
     sampler: Sampler,
     key: PRNGKeyArray,
-    first_block: int = 0,
-    blocks: int | None = None,
-    batch: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    first_block: int,
+    blocks: int | None,
+    batch: int,
+    devices: Sequence[jax.Device] | None,
 ) -> Iterator[Float[np.ndarray, "scalings 2 n"]]:
+    """`stream` at each of some scalings in place of the setting's own."""
     kind = BlockKind.of(setting, sampler)
     wanted = None if blocks is None else -(-blocks // batch) * batch
     places = list(devices or jax.devices()[:1])[: None if wanted is None else max(wanted // batch, 1)]
@@ -217,12 +218,16 @@ def estimate(
     Returns:
       The sums. They depend on setting, sampler, key and the stopping rule alone.
     """
-    sums = Sums()
-    blocks = None if draws is None else -(-draws // block_draws(setting, sampler))
-    for block in stream(setting, sampler, key, blocks=blocks, batch=batch, devices=devices):
-        sums = sums.add(block if draws is None else block[:, : draws - sums.count])
-        if _enough(sums, relative_error, draws):
-            break
+    (sums,) = estimate_each(
+        (setting.scaling,),
+        setting,
+        sampler,
+        key,
+        relative_error=relative_error,
+        draws=draws,
+        batch=batch,
+        devices=devices,
+    )
     return sums
 
 
@@ -232,15 +237,18 @@ def estimate_each(
     sampler: Sampler,
     key: PRNGKeyArray,
     *,
-    draws: int,
+    relative_error: float = 0.005,
+    draws: int | None = None,
+    batch: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> list[Sums]:
-    """The sums of so many draws at each of some scalings: A and the inputs are the same at all, the step each one's.
+    """`estimate` at each of some scalings: A and the inputs are the same at all, the step each one's.
+
+    Their relative errors are one, but for rounding, since w carries a power of the scaling: the first's ends the draws.
 
     Args:
       scalings: gammas in place of the setting's own, each above 0.
-      setting, sampler, key, devices: as `stream` takes them.
-      draws: how many, 1 or more.
+      setting, sampler, key, relative_error, draws, batch, devices: as `estimate` takes them.
 
     Raises:
       InputError: a scaling out of range, or a reduced sampler for an init it is not exact for.
@@ -248,10 +256,12 @@ def estimate_each(
     for scaling in scalings:
         replace(setting, scaling=scaling)
     sums = [Sums() for _ in scalings]
-    blocks = -(-draws // block_draws(setting, sampler))
-    for found in _at_scalings(scalings, setting, sampler, key, blocks=blocks, devices=devices):
-        kept = found[..., : draws - sums[0].count]
+    blocks = None if draws is None else -(-draws // block_draws(setting, sampler))
+    for found in _at_scalings(scalings, setting, sampler, key, 0, blocks, batch, devices):
+        kept = found if draws is None else found[..., : draws - sums[0].count]
         sums = [one.add(part) for one, part in zip(sums, kept, strict=True)]
+        if _enough(sums[0], relative_error, draws):
+            break
     return sums
 
 

@@ -1,6 +1,7 @@
 """A tiny random checkpoint in Hugging Face layout and made-up records, for tests of the commands."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -25,14 +26,14 @@ TEMPLATE = [
 """What every record says, a token each: of bytes alone most of a test's tokens would be these."""
 
 
-def model(folder: Path) -> Path:
-    """Writes it, with a tokenizer of bytes and the template; the weights are large enough for every layer to matter."""
+def model(folder: Path, words: Sequence[str] = TEMPLATE) -> Path:
+    """Writes it, with a tokenizer of bytes and these words; the weights are large enough for every layer to matter."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_tokens(TEMPLATE)
+    backend.add_tokens(list(words))
     backend.add_special_tokens(["<s>", "</s>"])
     (folder / "tokenizer").mkdir(parents=True)
     backend.save(str(folder / "tokenizer" / "tokenizer.json"))
