@@ -184,19 +184,19 @@ class BottleneckAdapter:
             return linear(x, weight, bias)
         if self.config.placement == "series":
             if name not in AFTER:
-                return linear(x + self._bottleneck(name, x, layer[name], key), weight, bias)
+                return linear(x + self._bottleneck(x, layer[name], key), weight, bias)
             # Kept for the gradient of D: else the backward pass would multiply by W again.
             z = checkpoint_name(linear(x, weight, bias), PRODUCT)
-            return z + self._bottleneck(name, z, layer[name], key)
-        return linear(x, weight, bias) + self._bottleneck(name, x, layer[name], key)
+            return z + self._bottleneck(z, layer[name], key)
+        return linear(x, weight, bias) + self._bottleneck(x, layer[name], key)
 
     def _bottleneck(
-        self, name: str, fed: Float[Array, "*b n"], tensors: dict[str, Array], key: PRNGKeyArray | None
+        self, fed: Float[Array, "*b n"], tensors: dict[str, Array], key: PRNGKeyArray | None
     ) -> Float[Array, "*b m"]:
         """s U f(D fed), with dropout on what feeds it."""
         config = self.config
         if key is not None and config.dropout > 0:
-            fed = dropout(jax.random.fold_in(key, MODULES.index(name)), fed, config.dropout)
+            fed = dropout(key, fed, config.dropout)
         inner = checkpoint_name(linear(fed, tensors["adapter_down"].astype(fed.dtype)), PRODUCT)
         up = config.scaling * tensors["adapter_up"]
         return widen(FUNCTIONS[config.non_linearity](inner), up.astype(fed.dtype))

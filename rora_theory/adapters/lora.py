@@ -167,7 +167,7 @@ class LoraAdapter:
         scaled_A = gamma * tensors["lora_A"]
         dropped = x
         if key is not None and self.config.dropout > 0:
-            dropped = dropout(jax.random.fold_in(key, MODULES.index(name)), x, self.config.dropout)
+            dropped = dropout(key, x, self.config.dropout)
         if self.config.use_dora:
             magnitude = tensors["lora_magnitude_vector"]
             return dora.apply(x, dropped, weight, bias, scaled_A, B, magnitude, gamma > 0)

@@ -388,6 +388,23 @@ def test_dropout_keys_differ_by_layer_and_by_key(params, probe, tokens, tiny):
     assert 0.4 < (dropped[0] == dropped[1]).mean() < 0.6
 
 
+def test_every_module_of_every_layer_has_a_key_of_its_own(params, tokens, tiny):
+    seen = []
+
+    class Reader(NoAdapter):
+        def linear(self, name, x, weight, bias, layer, *, key):
+            jax.debug.callback(lambda data: seen.append((name, tuple(data.tolist()))), jax.random.key_data(key))
+            return super().linear(name, x, weight, bias, layer, key=key)
+
+    jax.block_until_ready(forward(params, tokens, tiny, Reader(), key=jax.random.key(1)))
+    jax.effects_barrier()
+    layers = jax.random.split(jax.random.key(1), tiny.num_hidden_layers)
+    own = {name: [jax.random.fold_in(key, place) for key in layers] for place, name in enumerate(MODULES)}
+    expected = [(name, tuple(jax.random.key_data(key).tolist())) for name, keys in own.items() for key in keys]
+    assert len(set(expected)) == len(MODULES) * tiny.num_hidden_layers
+    assert sorted(seen) == sorted(expected)
+
+
 @pytest.mark.slow
 def test_remat_changes_no_gradient_and_keeps_less(params, probe, tokens, tiny):
     def loss(probe, remat):
