@@ -21,8 +21,8 @@ from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import finished
-from rora_theory.sweep import horizons, readings
-from rora_theory.sweep.horizons import HorizonCell, HorizonGrid
+from rora_theory.sweep import horizon_law, horizon_runs, horizons, readings
+from rora_theory.sweep.horizon_grid import HorizonCell, HorizonGrid
 from rora_theory.sweep.memory import cell_memory
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
@@ -62,7 +62,7 @@ def run(config: Config) -> None:
         return cell_memory(llama.model_config(located[model]), grid.training(cell), FinetuneConfig.dtype)
 
     runner = config.cluster.runner(plan)
-    takeovers, linear_terms = horizons.read_regime(config.regime) if config.regime else ([], [])
+    takeovers, linear_terms = horizon_law.read_regime(config.regime) if config.regime else ([], [])
     cells = list(grid.cells())
     sample = {name: getattr(config, name) for name in ("held_out", "train_records")}
     split = draw_records(config.data, **sample, seed=config.data_seed, config=config.reading)
@@ -70,7 +70,7 @@ def run(config: Config) -> None:
     identity = grid.shared() | sample | {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": horizons.UNITS, "device": devices.describe(devices.pick(1))}
-    others = dict([horizons.read_beside(config.beside, identity)] if config.beside else [])
+    others = dict([horizon_runs.read_beside(config.beside, identity)] if config.beside else [])
     folder = RunFolder.open(NAME, identity, out=config.out, extra=extra, models=located.values())
     bench = Workbench(grid.training(cells[0]), split, {}, located, scoring=Scoring("label", None))
     cli.tell(bench.open(config.model))
@@ -86,8 +86,8 @@ def run(config: Config) -> None:
 
     words = partial(readings.read_run_in_words, tokens=tokens)
     run_cells(cells, work, folder, runner=runner, title="runs", words=words)
-    runs = horizons.distinct(horizons.run_of(one.cell, one.value) for one in finished(folder.path).values())
-    folder.write_frame(horizons.horizon_table(runs, tokens, answered), "results.csv")
+    runs = horizon_runs.distinct(horizon_runs.run_of(one.cell, one.value) for one in finished(folder.path).values())
+    folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
     law = {"takeovers": takeovers, "linear_terms": linear_terms}
     judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, others=others)
     for name, frame in judged.files().items():
@@ -135,7 +135,8 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     ):
         if not frame.empty:
             left = 2 if frame is found else list(columns).index("beside") + 1 if "beside" in columns else 0
-            tables.print_records(title, horizons.rows_in_words(frame), columns, left=left)
+            words = horizons.against_in_words if frame is found else horizons.size_in_words
+            tables.print_records(title, words(frame), columns, left=left)
 
 
 main = cli.command(Config, run, __doc__)

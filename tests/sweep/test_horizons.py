@@ -12,8 +12,8 @@ from figures import horizon as figure
 from rora_theory import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.sweep import horizons
-from rora_theory.sweep.horizons import HorizonRun
+from rora_theory.sweep import horizon_curves, horizon_grid, horizon_law, horizon_parts, horizon_runs, horizons
+from rora_theory.sweep.horizon_runs import HorizonRun
 from rora_theory.sweep.readings import Reading, ReadRun
 from rora_theory.theory.horizon import distances, keeping_rate, rate_factor
 
@@ -39,12 +39,14 @@ def grid(exponent: float, *, in_rank: float = 0.0, seeds: int = 1, noise: float 
 
 
 def exponents(runs: list[HorizonRun], step: int = 64):
-    found = horizons.horizon_exponents(horizons.curves_at(runs, TOKENS, step), step, takeovers=TAKEOVERS, warmup=4)
+    found = horizon_law.horizon_exponents(
+        horizon_curves.curves_at(runs, TOKENS, step), step, takeovers=TAKEOVERS, warmup=4
+    )
     return found.set_index(["over", "at"])
 
 
 def test_the_law_says_the_exponent_falls_from_one_to_a_half_with_the_horizon() -> None:
-    found = horizons.predictions(TAKEOVERS, (64.0, 724.0), steps=(2, 64, 4096), rates=(1e-5, 1e-3), warmup=0)
+    found = horizon_law.predictions(TAKEOVERS, (64.0, 724.0), steps=(2, 64, 4096), rates=(1e-5, 1e-3), warmup=0)
     middle = found[found["quantile"] == 0.5].set_index(["steps", "rate"])["exponent"]
     assert middle[2, 1e-5] == pytest.approx(-1, abs=0.01)
     assert middle[4096, 1e-3] == pytest.approx(-0.5, abs=0.01)
@@ -54,7 +56,7 @@ def test_the_law_says_the_exponent_falls_from_one_to_a_half_with_the_horizon() -
 
 def test_a_warm_up_makes_the_takeover_later() -> None:
     plain, warm = (
-        horizons.predictions(TAKEOVERS, (64.0, 724.0), steps=(16,), rates=(1e-3,), warmup=warmup)["factor"]
+        horizon_law.predictions(TAKEOVERS, (64.0, 724.0), steps=(16,), rates=(1e-3,), warmup=warmup)["factor"]
         for warmup in (0, 8)
     )
     assert (warm > plain).all()
@@ -93,7 +95,7 @@ def test_a_rank_that_moves_the_best_rate_contradicts_it() -> None:
 @pytest.mark.slow
 def test_the_law_is_taken_at_the_measured_rate_of_the_first_strength() -> None:
     row = exponents(grid(-0.53)).loc["strength", 8]
-    wanted = horizons.predictions(TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(1e-3,), warmup=4)["exponent"]
+    wanted = horizon_law.predictions(TAKEOVERS, (64.0, 724.0), steps=(64,), rates=(1e-3,), warmup=4)["exponent"]
     assert [row["law_low"], row["law"], row["law_high"]] == pytest.approx(sorted(wanted), abs=2e-3)
 
 
@@ -101,8 +103,8 @@ def test_the_law_is_taken_at_the_measured_rate_of_the_first_strength() -> None:
 def test_the_law_is_the_range_of_all_modules() -> None:
     """An exponent that is some modules' and not the median one's does not contradict it."""
     runs = grid(-0.65, seeds=2)
-    curves = horizons.curves_at(runs, TOKENS, 64)
-    found = horizons.horizon_exponents(curves, 64, takeovers=(0.002, 0.004, 0.1), warmup=4).set_index(["over", "at"])
+    curves = horizon_curves.curves_at(runs, TOKENS, 64)
+    found = horizon_law.horizon_exponents(curves, 64, takeovers=(0.002, 0.004, 0.1), warmup=4).set_index(["over", "at"])
     row = found.loc["strength", 128]
     assert row["law"] < -0.6 or row["law"] > -0.6 + row["half_width"]
     assert row["law_low"] < -0.68 < row["law"] < row["law_high"]
@@ -112,7 +114,7 @@ def test_the_law_is_the_range_of_all_modules() -> None:
 def test_where_the_data_could_not_tell_it_is_undecided() -> None:
     def judged(value: float, error: float, *, edge: bool = False, seeds: int = 2) -> str:
         slope = Estimate(value, error, 1000, "seeds")
-        return horizons.judge_exponent(slope, (-0.55, -0.5), (-1.0, 0.0), edge=edge, seeds=seeds)
+        return horizon_law.judge_exponent(slope, (-0.55, -0.5), (-1.0, 0.0), edge=edge, seeds=seeds)
 
     assert judged(-0.52, 0.01) == "agrees"
     assert judged(-0.60, 0.03) == "agrees"
@@ -124,8 +126,11 @@ def test_where_the_data_could_not_tell_it_is_undecided() -> None:
     assert judged(-0.52, 0.01, seeds=1) == judged(-0.70, 0.01, seeds=1) == "undecided"
     assert judged(-0.52, math.inf) == "undecided"
     over_rank = Estimate(0.25, 0.13, 1000, "seeds")
-    assert horizons.judge_exponent(over_rank, (0.0, 0.0), horizons.RIVALS["rank"], edge=False, seeds=3) == "undecided"
-    assert horizons.judge_exponent(over_rank, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
+    assert (
+        horizon_law.judge_exponent(over_rank, (0.0, 0.0), horizon_law.RIVALS["rank"], edge=False, seeds=3)
+        == "undecided"
+    )
+    assert horizon_law.judge_exponent(over_rank, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
 
 
 def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> None:
@@ -135,15 +140,15 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     for run, rate in zip(own, np.array(RATES) / 20, strict=True):
         reading = [Reading(one.step, [0.95 * loss for loss in one.losses], one.losses) for one in run.read.readings]
         runs.append(HorizonRun(None, None, float(rate), 0, ReadRun([], reading)))
-    curves = horizons.curves_at(runs, TOKENS, 64, draws=50)
-    found = horizons.beside(curves, 64).query("beside == 'full'").set_index(["rank", "strength"])
+    curves = horizon_curves.curves_at(runs, TOKENS, 64, draws=50)
+    found = horizon_curves.beside(curves, 64).query("beside == 'full'").set_index(["rank", "strength"])
     assert len(found) == 4
     row = found.loc[8, 64]
     assert row["ratio"] == pytest.approx(20, rel=0.05)
     assert row["difference"] == pytest.approx(0.05, rel=0.05)
     assert row["verdict"].startswith("undecided: one seed (+5.")
     assert found.loc[128, 724]["ratio"] == pytest.approx(20 * (724 / 64) ** -0.53, rel=0.05)
-    bests = frames.rows(horizons.bests(curves, 64))
+    bests = frames.rows(horizon_curves.bests(curves, 64))
     assert [row["strength"] for row in bests if row["rank"] is None] == [None]
     assert len(bests) == 5
     assert {row["rank"] for row in bests} == {None, 8, 128}
@@ -151,11 +156,11 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     law = {"takeovers": TAKEOVERS, "warmup": 4}
     lora = [curve for curve in curves if curve.rule == "lora"]
     pd.testing.assert_frame_equal(
-        horizons.horizon_exponents(curves, 64, **law), horizons.horizon_exponents(lora, 64, **law)
+        horizon_law.horizon_exponents(curves, 64, **law), horizon_law.horizon_exponents(lora, 64, **law)
     )
-    table = frames.rows(horizons.horizon_table(runs, TOKENS, TOKENS))
+    table = frames.rows(horizon_runs.horizon_table(runs, TOKENS, TOKENS))
     assert [row["gamma"] for row in table[-1:]] == [None]
-    assert horizons.beside(horizons.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
+    assert horizon_curves.beside(horizon_curves.curves_at([*own, *runs[-2:]], TOKENS, 64, draws=50), 64).empty
 
 
 CONSTANT = -math.log(61.5 / 13.5, 4)
@@ -166,7 +171,7 @@ def adams_power(takeover: float, rate: float = 1e-3) -> float:
     """Of the steps from 16 to 64 under Adam, by halving an interval of rates: b (1 + a / takeover) is kept."""
 
     def change(steps: int, each: float) -> float:
-        moved = distances([each * factor for factor in horizons.warmed_up(steps, 4)], takeover=takeover)
+        moved = distances([each * factor for factor in horizon_grid.warmed_up(steps, 4)], takeover=takeover)
         return moved.B * (1 + moved.A / takeover)
 
     low, high = rate / 64, rate
@@ -179,7 +184,7 @@ def adams_power(takeover: float, rate: float = 1e-3) -> float:
 @pytest.mark.parametrize("takeover", [1e-4, 0.004, 1.0, math.inf])
 def test_the_law_in_the_steps_is_adam_s(takeover: float) -> None:
     """Beyond one over the number of steps, where A's gradient grows and Adam follows it faster; there where B leads."""
-    kept = keeping_rate(1e-3, horizons.warmed_up(16, 4), horizons.warmed_up(64, 4), takeover=takeover)
+    kept = keeping_rate(1e-3, horizon_grid.warmed_up(16, 4), horizon_grid.warmed_up(64, 4), takeover=takeover)
     power = math.log(kept / 1e-3, 4)
     assert power == pytest.approx(adams_power(takeover), abs=1e-6)
     assert (power < CONSTANT - 0.1) if takeover < 0.01 else power == pytest.approx(CONSTANT, abs=0.01)
@@ -193,8 +198,8 @@ ADAM = adams_power(0.004, 1.1e-3)
 def test_how_the_best_rate_falls_with_the_steps(planted: float, verdict: str) -> None:
     early = [run for run in grid(-0.53, seeds=3) if (run.rank, run.strength) == (8, 64)]
     by_step = {16: early, 64: [replace(run, rate=run.rate * 4**planted) for run in early]}
-    curves = {step: horizons.curves_at(runs, TOKENS, 64, draws=50) for step, runs in by_step.items()}
-    (row,) = frames.rows(horizons.step_exponents(curves, takeovers=TAKEOVERS, warmup=4))
+    curves = {step: horizon_curves.curves_at(runs, TOKENS, 64, draws=50) for step, runs in by_step.items()}
+    (row,) = frames.rows(horizon_law.step_exponents(curves, takeovers=TAKEOVERS, warmup=4))
     assert (row["rank"], row["strength"], row["first"], row["second"], row["seeds"]) == (8, 64, 16, 64, 3)
     assert row["exponent"] == pytest.approx(planted, abs=0.01)
     assert row["law"] == pytest.approx(ADAM, abs=2e-3)
@@ -218,21 +223,21 @@ def moved(powers: list[float], factor: float) -> list[float]:
 
 
 def in_steps(first: Curve, second: Curve) -> dict:
-    (row,) = frames.rows(horizons.step_exponents({16: [first], 64: [second]}, **LAW))
+    (row,) = frames.rows(horizon_law.step_exponents({16: [first], 64: [second]}, **LAW))
     return row
 
 
 def test_each_horizon_is_judged_against_the_longest() -> None:
     by_step = {step: [curve(moved([power] * 3, 4))] for step, power in ((16, 0), (64, -1), (256, -2))}
-    found = horizons.step_exponents(by_step, **LAW)
+    found = horizon_law.step_exponents(by_step, **LAW)
     assert found[["first", "second"]].to_numpy().tolist() == [[16, 256], [64, 256]]
 
 
 def test_a_step_at_which_nothing_has_moved_is_in_no_exponent_of_the_steps() -> None:
     """The first step's rate is 0 under a warm-up."""
     by_step = {step: [curve([1e-3] * 3)] for step in (1, 16, 64)}
-    assert horizons.step_exponents(by_step, **LAW)["first"].tolist() == [16]
-    assert horizons.step_exponents(by_step, takeovers=TAKEOVERS, warmup=0)["first"].tolist() == [1, 16]
+    assert horizon_law.step_exponents(by_step, **LAW)["first"].tolist() == [16]
+    assert horizon_law.step_exponents(by_step, takeovers=TAKEOVERS, warmup=0)["first"].tolist() == [1, 16]
 
 
 def test_one_seed_or_an_edge_decides_nothing_in_the_steps() -> None:
@@ -249,14 +254,14 @@ def test_best_rates_in_the_steps_are_paired_by_seed() -> None:
     row = in_steps(curve(apart, seeds=seeds), later)
     assert (row["exponent"], row["standard_error"]) == (pytest.approx(-1.0), pytest.approx(0, abs=1e-9))
     other = {16: [curve(apart, seeds=seeds)], 64: [curve(apart, seeds=(3, 4, 5))]}
-    assert horizons.step_exponents(other, **LAW).empty
+    assert horizon_law.step_exponents(other, **LAW).empty
 
 
 @pytest.mark.parametrize("powers", [(-0.38, -0.58, -0.78), (-0.25, -0.45, -0.65)])
 def test_what_leaves_room_for_the_first_step_s_law_or_for_none_does_not_agree(powers: tuple[float, ...]) -> None:
     """An interval around the law that reaches -1, or 0."""
     ends = [curve([1e-3] * 3), curve(moved(list(powers), 724 / 64), strength=724.0)]
-    (row,) = frames.rows(horizons.horizon_exponents(ends, 64, **LAW))
+    (row,) = frames.rows(horizon_law.horizon_exponents(ends, 64, **LAW))
     low, high = row["exponent"] - row["half_width"], row["exponent"] + row["half_width"]
     assert low < row["law"] < high
     assert low < -1 or high > 0
@@ -272,13 +277,13 @@ def test_what_leaves_room_for_a_random_walk_does_not_agree() -> None:
 
 def test_an_edge_at_the_first_strength_decides_nothing() -> None:
     ends = [curve([1e-1] * 3), curve([1e-3] * 3, strength=724.0)]
-    assert horizons.horizon_exponents(ends, 64, **LAW)["verdict"].tolist() == ["undecided"]
+    assert horizon_law.horizon_exponents(ends, 64, **LAW)["verdict"].tolist() == ["undecided"]
 
 
 def test_others_stand_beside_the_runs_of_their_strength() -> None:
     found = [curve([1e-3] * 3, strength=strength) for strength in (64.0, 724.0)]
     others = [curve([best] * 3, strength=strength) for strength, best in ((64.0, 2e-3), (724.0, 4e-3))]
-    table = horizons.beside(found, 64, {"other": others}).set_index("strength")
+    table = horizon_curves.beside(found, 64, {"other": others}).set_index("strength")
     assert table["ratio"].to_dict() == {64.0: pytest.approx(0.5, rel=1e-3), 724.0: pytest.approx(0.25, rel=1e-3)}
 
 
@@ -294,11 +299,11 @@ def test_parts_of_one_seed_decide_nothing() -> None:
     ratio = 50.0
     runs = grid(math.log(rate_factor(724 / 64, 1.2)) / math.log(724 / 64), seeds=3, noise=3e-3)
     own = with_parts([run for run in runs if run.seed == 0], ratio) + [run for run in runs if run.seed]
-    found = horizons.horizon_exponents(horizons.curves_at(own, TOKENS, 64), 64, **LAW, runs=own)
+    found = horizon_law.horizon_exponents(horizon_curves.curves_at(own, TOKENS, 64), 64, **LAW, runs=own)
     row = found.set_index(["over", "at"]).loc["strength", 8.0]
     assert (row["seeds"], row["by_parts_verdict"]) == (3, "undecided")
     whole = with_parts(runs, ratio)
-    found = horizons.horizon_exponents(horizons.curves_at(whole, TOKENS, 64), 64, **LAW, runs=whole)
+    found = horizon_law.horizon_exponents(horizon_curves.curves_at(whole, TOKENS, 64), 64, **LAW, runs=whole)
     assert found.set_index(["over", "at"]).loc["strength", 8.0]["by_parts_verdict"] == "contradicts"
 
 
@@ -316,7 +321,9 @@ def with_one_behind() -> pd.DataFrame:
     runs = grid(-0.53, seeds=3)
     low = [run for run in runs if (run.rank, run.strength) == (8, 64)]
     runs = [run for run in runs if run not in low] + worse(low, 1.05)
-    return horizons.beside(horizons.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(["rank", "strength"])
+    return horizon_curves.beside(horizon_curves.curves_at(runs, TOKENS, 64, draws=50), 64).set_index(
+        ["rank", "strength"]
+    )
 
 
 def test_a_low_rank_stands_beside_the_largest_at_its_strength() -> None:
@@ -354,7 +361,7 @@ def test_at_one_rate_a_difference_may_be_of_the_rate_alone() -> None:
     runs += [replace(run, rank=None, strength=None) for run in runs[:3]]
     runs += [replace(run, rank=16, strength=5000.0) for run in runs[:3]]
     assert runs[0].rate == RATES[1]
-    found = horizons.at_one_rate(runs, TOKENS, 64)
+    found = horizon_curves.at_one_rate(runs, TOKENS, 64)
     assert (found["strength"] == 64).all(), "the largest strength stands beside nothing"
     assert (found["beside"] == "gamma r = 724").all()
     assert (found["step"] == 64).all()
@@ -383,10 +390,10 @@ def test_at_one_rate_a_difference_may_be_of_the_rate_alone() -> None:
 
 def test_in_the_rank_the_law_goes_up_to_cross_talk() -> None:
     """An exponent of 0.1 contradicts a signal that leads everywhere; with modules' linear terms it is within."""
-    curves = horizons.curves_at(grid(-0.53, in_rank=0.1, seeds=3), TOKENS, 64)
+    curves = horizon_curves.curves_at(grid(-0.53, in_rank=0.1, seeds=3), TOKENS, 64)
 
     def judged(terms: tuple[float, ...], strength: float = 64.0):
-        found = horizons.horizon_exponents(curves, 64, **LAW, linear_terms=terms)
+        found = horizon_law.horizon_exponents(curves, 64, **LAW, linear_terms=terms)
         return found.set_index(["over", "at"]).loc["rank", strength]
 
     signal = judged(())
@@ -399,8 +406,8 @@ def test_in_the_rank_the_law_goes_up_to_cross_talk() -> None:
     assert crossed["law_high"] == pytest.approx(np.quantile(kept, 0.95), rel=1e-9)
     assert crossed["verdict"] == "agrees"
     assert judged((1.0, 1.0, 1.0))["verdict"] == "contradicts", "0.016 at most"
-    over_strength = horizons.horizon_exponents(curves, 64, **LAW, linear_terms=(8.0, 10.0, 58.0))
-    plain = horizons.horizon_exponents(curves, 64, **LAW)
+    over_strength = horizon_law.horizon_exponents(curves, 64, **LAW, linear_terms=(8.0, 10.0, 58.0))
+    plain = horizon_law.horizon_exponents(curves, 64, **LAW)
     strengths = [frame[frame["over"] == "strength"].reset_index(drop=True) for frame in (over_strength, plain)]
     pd.testing.assert_frame_equal(*strengths)
     runs = grid(-0.53, in_rank=0.1, seeds=3)
@@ -457,21 +464,23 @@ def test_diverged_and_shorter_runs() -> None:
     bare = [run for run in runs if run.rate < 2e-3]
     (top,) = {run.rate for run in runs if 2e-3 < run.rate < 4e-3}
     first = [HorizonRun(8, s, top, 0, ReadRun([], runs[0].read.readings[:1], diverged_at=20)) for s in (64.0, 724.0)]
-    with_top = {curve.rank: curve for curve in horizons.curves_at(bare + first, TOKENS, 64)}[8]
+    with_top = {curve.rank: curve for curve in horizon_curves.curves_at(bare + first, TOKENS, 64)}[8]
     assert with_top.rates[-1] == top
     assert np.isinf(with_top.losses[:, -1]).all()
     short = [HorizonRun(run.rank, run.strength, top, 0, ReadRun([], run.read.readings[:1])) for run in first]
-    assert {curve.rates[-1] for curve in horizons.curves_at(bare + short, TOKENS, 64)} == {max(r.rate for r in bare)}
+    assert {curve.rates[-1] for curve in horizon_curves.curves_at(bare + short, TOKENS, 64)} == {
+        max(r.rate for r in bare)
+    }
     (late,) = [replace(run, read=replace(run.read, diverged_at=100)) for run in first[:1]]
     assert [late.reaches(step) for step in (16, 64, 99, 100, 256)] == [True, False, False, True, True]
-    rows = horizons.horizon_table(first, TOKENS, TOKENS)
+    rows = horizon_runs.horizon_table(first, TOKENS, TOKENS)
     assert rows["status"].tolist() == ["complete", "diverged"] * 2
     assert rows["step"].tolist() == [16, 20] * 2
 
 
 def test_a_rate_that_a_seed_lacks_is_left_out() -> None:
     runs = [run for run in grid(-0.53, seeds=2) if not (run.seed == 1 and run.rate < 9e-5)]
-    for curve in horizons.curves_at(runs, TOKENS, 16):
+    for curve in horizon_curves.curves_at(runs, TOKENS, 16):
         assert curve.rates[0] == pytest.approx(1e-4)
         assert curve.losses.shape[0] == 2
 
@@ -480,7 +489,7 @@ def test_a_poor_seed_spoils_no_curve() -> None:
     """A seed of two rates, one whose rates are another's no more, one that diverged wherever it got so far, and an arm
     of nothing else: left out, the others as they were."""
     runs = [run for run in grid(-0.53, seeds=2) if (run.rank, run.strength) == (8, 64.0)]
-    whole = horizons.curves_at(runs, TOKENS, 64, draws=20)[0]
+    whole = horizon_curves.curves_at(runs, TOKENS, 64, draws=20)[0]
 
     def diverged(rate: float, seed: int, rank: int = 8) -> HorizonRun:
         return HorizonRun(rank, 64.0, rate, seed, ReadRun([0.0] * 40, [], diverged_at=40))
@@ -489,11 +498,11 @@ def test_a_poor_seed_spoils_no_curve() -> None:
     poor += [replace(run, seed=3, rate=1.1 * run.rate) for run in runs[:4]]
     poor += [diverged(rate, 4) for rate in RATES[-4:]]
     poor += [diverged(rate, seed, rank=16) for rate in RATES[-4:] for seed in (0, 1)]
-    (found,) = horizons.curves_at([*runs, *poor], TOKENS, 64, draws=20)
+    (found,) = horizon_curves.curves_at([*runs, *poor], TOKENS, 64, draws=20)
     assert found.seeds == (0, 1)
     assert (found.rates.tolist(), found.losses.tolist()) == (whole.rates.tolist(), whole.losses.tolist())
     few = [replace(run, seed=5) for run in runs[:4] if run.seed == 0]
-    (found,) = horizons.curves_at([*runs, *few], TOKENS, 64, draws=20)
+    (found,) = horizon_curves.curves_at([*runs, *few], TOKENS, 64, draws=20)
     assert (found.seeds, found.rates.tolist()) == ((0, 1, 5), RATES[:4])
 
 
@@ -503,15 +512,15 @@ def test_runs_that_differ_in_their_length_are_one() -> None:
     parts = {"led_B": [1.0], "led_A": [1.0], "whole": [2.0]}
     long = ReadRun([1.0] * 256, [Reading(step, [9.0], [9.0]) for step in (64, 256)])
     runs = [HorizonRun(8, 64.0, 1e-3, 0, read) for read in (long, short)]
-    (found,) = horizons.distinct(runs)
+    (found,) = horizon_runs.distinct(runs)
     assert len(found.read.train_losses) == 256
     assert [(one.step, one.losses) for one in found.read.readings] == [(16, [1.0]), (64, [9.0]), (256, [9.0])]
     short.readings[1] = replace(short.readings[1], parts=parts)
-    assert [one.losses for one in horizons.distinct(runs)[0].read.readings] == [[1.0], [2.0], [9.0]]
+    assert [one.losses for one in horizon_runs.distinct(runs)[0].read.readings] == [[1.0], [2.0], [9.0]]
     long.readings[0] = replace(long.readings[0], parts=parts)
-    assert [one.losses for one in horizons.distinct(runs)[0].read.readings] == [[1.0], [9.0], [9.0]]
+    assert [one.losses for one in horizon_runs.distinct(runs)[0].read.readings] == [[1.0], [9.0], [9.0]]
     others = [replace(runs[0], **own) for own in ({"seed": 1}, {"rate": 2e-3}, {"rank": 4}, {"strength": 8.0})]
-    assert len(horizons.distinct([*runs, *others])) == 5
+    assert len(horizon_runs.distinct([*runs, *others])) == 5
     assert len(horizons.judge_runs([*runs, *others], [1], takeovers=(), warmup=4).led) == 5
 
 
@@ -529,7 +538,7 @@ def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_
 
 
 def test_the_table_of_best_rates_names_the_arm() -> None:
-    found = horizons.bests(horizons.curves_at(grid(-0.5), TOKENS, 16), 16)
+    found = horizon_curves.bests(horizon_curves.curves_at(grid(-0.5), TOKENS, 16), 16)
     assert found["step"].tolist() == [16] * 4
     assert list(zip(found["rank"], found["strength"], strict=True)) == [(8, 64), (8, 724), (128, 64), (128, 724)]
     np.testing.assert_allclose(found["best_rate"], 1e-3 * (found["strength"] / 64) ** -0.5, rtol=0.05)
@@ -539,11 +548,11 @@ def test_the_table_of_best_rates_names_the_arm() -> None:
 @pytest.mark.slow
 def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
     runs = grid(-0.53)
-    found = {step: horizons.curves_at(runs, TOKENS, step) for step in (16, 64)}
+    found = {step: horizon_curves.curves_at(runs, TOKENS, step) for step in (16, 64)}
     found[64] = [curve for curve in found[64] if curve.rank == 8]
-    judged = [horizons.horizon_exponents(one, step, takeovers=TAKEOVERS, warmup=4) for step, one in found.items()]
-    tables = {"results": horizons.horizon_table(runs, TOKENS, TOKENS), "exponents": pd.concat(judged)}
-    tables["best"] = pd.concat([horizons.bests(one, step) for step, one in found.items()])
+    judged = [horizon_law.horizon_exponents(one, step, takeovers=TAKEOVERS, warmup=4) for step, one in found.items()]
+    tables = {"results": horizon_runs.horizon_table(runs, TOKENS, TOKENS), "exponents": pd.concat(judged)}
+    tables["best"] = pd.concat([horizon_curves.bests(one, step) for step, one in found.items()])
     for name, table in tables.items():
         (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))
     (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "horizon", "files": {}}))
@@ -563,7 +572,7 @@ def test_which_part_leads_is_told_of_each_reading_beside_the_law() -> None:
         HorizonRun(8, 64.0, 1e-3, 2, read),
         HorizonRun(None, None, 1e-4, 0, ReadRun([], [Reading(16, [1.0], [1.0])])),
     ]
-    found = horizons.led_table(runs, takeovers=TAKEOVERS, warmup=4).to_dict("records")
+    found = horizon_parts.led_table(runs, takeovers=TAKEOVERS, warmup=4).to_dict("records")
     assert len(found) == 1
     (row,) = found
     assert [row[name] for name in ("rank", "strength", "learning_rate", "seed", "step")] == [8, 64.0, 1e-3, 2, 16]
@@ -573,8 +582,8 @@ def test_which_part_leads_is_told_of_each_reading_beside_the_law() -> None:
     assert row["exponent_low"] < row["exponent"] < row["exponent_high"], "the least is B's alone, -1"
     rates = [0, 2.5e-4, 5e-4, 7.5e-4] + 12 * [1e-3]
     assert row["law_ratio"] == pytest.approx(distances(rates, takeover=0.004).A / 0.004)
-    assert "law_ratio" not in horizons.led_table(runs, takeovers=[], warmup=4)
-    assert horizons.led_table(runs[1:], takeovers=TAKEOVERS, warmup=4).empty
+    assert "law_ratio" not in horizon_parts.led_table(runs, takeovers=[], warmup=4)
+    assert horizon_parts.led_table(runs[1:], takeovers=TAKEOVERS, warmup=4).empty
 
 
 def test_the_change_at_the_best_rate_lies_between_its_neighbours() -> None:
@@ -592,22 +601,22 @@ def test_the_change_at_the_best_rate_lies_between_its_neighbours() -> None:
     near = led.replace({1e-4: 1.000001e-4})
     for rate in (1e-3, 1e-4):
         end = best.iloc[:1].assign(strength=64.0 + 1e-10, best_rate=rate)
-        assert horizons.change_at_best(end, near)["change"].tolist() == pytest.approx([2 * rate**1.5], rel=1e-4)
+        assert horizon_parts.change_at_best(end, near)["change"].tolist() == pytest.approx([2 * rate**1.5], rel=1e-4)
     best = best.drop(1)
     beyond = best.iloc[:1].assign(best_rate=2e-3)
-    assert horizons.change_at_best(beyond, led).empty
-    (row,) = horizons.change_at_best(best, led).to_dict("records")
+    assert horizon_parts.change_at_best(beyond, led).empty
+    (row,) = horizon_parts.change_at_best(best, led).to_dict("records")
     assert row["change"] == pytest.approx(2 * 2e-4**1.5, rel=1e-9)
     assert (row["log2_error"], row["seeds"], row["step"], row["rank"]) == (pytest.approx(0.3), 2, 64, 8)
-    assert horizons.change_at_best(best, led.iloc[:0]).empty
+    assert horizon_parts.change_at_best(best, led.iloc[:0]).empty
     end = best.iloc[:1].assign(best_rate=1e-3, log2_error=None, edge="high")
-    (row,) = horizons.change_at_best(end, led).to_dict("records")
+    (row,) = horizon_parts.change_at_best(end, led).to_dict("records")
     assert (row["log2_error"], row["edge"]) == (None, "high")
     other = led[led["seed"] == 1].assign(strength=724.0)
     two = pd.concat([best.iloc[:1], best.iloc[:1].assign(strength=724.0)])
-    rows = horizons.change_at_best(two, pd.concat([led, other])).to_dict("records")
+    rows = horizon_parts.change_at_best(two, pd.concat([led, other])).to_dict("records")
     assert [(row["seeds"], row["change"]) for row in rows] == [(1, pytest.approx(4 * 2e-4**1.5, rel=1e-9))] * 2
-    apart = horizons.change_at_best(two, pd.concat([led[led["seed"] == 0], other]))
+    apart = horizon_parts.change_at_best(two, pd.concat([led[led["seed"] == 0], other]))
     assert apart.empty, "no seed of both"
 
 
@@ -639,8 +648,8 @@ def test_measured_parts_judge_in_place_of_the_laws_takeover() -> None:
     runs = grid(exponent, seeds=3, noise=3e-3)
     for planted, verdict in ((ratio, "agrees"), (50.0, "contradicts")):
         own = with_parts(runs, planted)
-        curves = horizons.curves_at(own, TOKENS, 64)
-        found = horizons.horizon_exponents(curves, 64, takeovers=TAKEOVERS, warmup=4, runs=own)
+        curves = horizon_curves.curves_at(own, TOKENS, 64)
+        found = horizon_law.horizon_exponents(curves, 64, takeovers=TAKEOVERS, warmup=4, runs=own)
         row = found.set_index(["over", "at"]).loc["strength", 8.0]
         expected = math.log(rate_factor(724 / 64, planted)) / math.log(724 / 64)
         assert row["by_parts"] == pytest.approx(expected, rel=1e-6)
@@ -648,7 +657,7 @@ def test_measured_parts_judge_in_place_of_the_laws_takeover() -> None:
         assert (row["by_parts_verdict"], row["verdict"]) == (verdict, "contradicts")
         assert found.loc[found["over"] == "rank", "by_parts"].isna().all()
     where = {"rank": 8, "strengths": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2)}
-    assert horizons.exponent_of_parts(runs, 64, **where) == []
+    assert horizon_parts.exponent_of_parts(runs, 64, **where) == []
 
 
 @pytest.mark.slow
@@ -659,7 +668,7 @@ def test_parts_decide_no_more_than_the_runs_do() -> None:
     law = {"takeovers": TAKEOVERS, "warmup": 4}
 
     def verdict(own: list[HorizonRun]) -> pd.Series:
-        found = horizons.horizon_exponents(horizons.curves_at(own, TOKENS, 64), 64, runs=own, **law)
+        found = horizon_law.horizon_exponents(horizon_curves.curves_at(own, TOKENS, 64), 64, runs=own, **law)
         return found.set_index(["over", "at"]).loc["strength", 8.0]
 
     assert verdict(with_parts([run for run in runs if run.seed == 0], 50.0))["by_parts_verdict"] == "undecided"
@@ -685,7 +694,7 @@ def test_parts_are_those_of_the_runs_beside_the_best_rate() -> None:
     runs += [run(4, 1e-3, 30.0, rank=16), run(4, 1e-3, 30.0, strength=32.0), run(5, 1e-3, 30.0, step=16)]
     runs += [run(5, 1e-3, -0.9)]
     where = {"rank": 8, "strengths": (64.0, 724.0), "rate": 1e-3, "seeds": (0, 1, 2, 3, 4, 5)}
-    found = horizons.exponent_of_parts(runs, 64, **where)
+    found = horizon_parts.exponent_of_parts(runs, 64, **where)
     one, nine, two, three = (math.log(rate_factor(724 / 64, q)) / math.log(724 / 64) for q in (1.0, 9.0, 2.0, 3.0))
     assert found == pytest.approx([0.75 * one + 0.25 * nine, two, three], rel=1e-6)
 

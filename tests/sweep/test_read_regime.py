@@ -5,7 +5,7 @@ from support import regime_runs
 
 from rora_theory.errors import InputError
 from rora_theory.measure.regime_tables import TAKEOVER, TAKEOVER_COLUMNS
-from rora_theory.sweep.horizons import read_regime
+from rora_theory.sweep.horizon_law import read_regime
 
 TERMS = [1.0, 3.0, 6.0, 8.0]
 """Of `regime_runs.write` under Adam at held-out tokens, a module each."""
