@@ -1456,11 +1456,10 @@ def prune_facts() -> str:
 # Speed.
 
 
-@block("speed.finetune")
-def speed_finetune(folder: str = "finetune_speed") -> str:
-    found = read(f"{folder}/benchmark.json")
+def tokens_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Of the part ``tokens`` of `benchmarks/finetune.py`."""
     ours, peer = found["tokens"]["ours"], found["tokens"]["peer"]
-    rows = [
+    return [
         [
             "LoRA r = 8, 4 x 256 tokens: tokens/s",
             f"{ours['tokens_per_second']:.0f}",
@@ -1474,12 +1473,17 @@ def speed_finetune(folder: str = "finetune_speed") -> str:
             f"{ours['peak_memory_gb'] / peer['peak_memory_gb']:.2f}",
         ],
     ]
-    return table(["", "here", "torch + peft", "ratio"], rows)
+
+
+@block("speed.finetune")
+def speed_finetune() -> str:
+    return table(["", "here", "torch + peft", "ratio"], tokens_rows(read("finetune_speed/benchmark.json")))
 
 
 @block("speed.finetune.avx2")
 def speed_finetune_avx2() -> str:
-    return speed_finetune("finetune_speed_avx2")
+    whole, text = (read(f"finetune_speed_avx2/{name}.json") for name in ("benchmark", "text"))
+    return table(["", "here", "torch + peft", "ratio"], [*tokens_rows(whole), text_row(text)])
 
 
 @block("speed.intel")
@@ -1499,12 +1503,17 @@ def speed_machine() -> str:
     return f"{machine['processor']}, {machine['cores']} cores"
 
 
+def text_row(found: dict[str, Any]) -> list[str]:
+    """Of the part ``text`` of `benchmarks/finetune.py`."""
+    text = found["text"]
+    ours, peer = (text[side]["examples_per_second"]["median"] for side in ("ours", "peer"))
+    return ["real text, batch 16: examples/s", f"{ours:.2f}", f"{peer:.2f}", f"{text['speed_ratio']:.2f}"]
+
+
 @block("speed.rest")
 def speed_rest() -> str:
     finetune, evaluate = read("finetune_speed/benchmark.json"), read("evaluate_speed/benchmark.json")
-    text, methods = finetune["text"], finetune["methods"]
-    ours, peer = (text[side]["examples_per_second"]["median"] for side in ("ours", "peer"))
-    rows = [["real text, batch 16: examples/s", f"{ours:.2f}", f"{peer:.2f}", f"{text['speed_ratio']:.2f}"]]
+    rows, methods = [text_row(finetune)], finetune["methods"]
     for dropout in ("0", "0.05"):
         cells = [f"{methods[f'{side}, dropout {dropout}']['dora_over_lora']:.2f}" for side in ("ours", "peer")]
         rows.append([f"DoRA's step over LoRA's, r = 128, dropout {dropout}", *cells, ""])
@@ -1542,8 +1551,9 @@ def speed_evaluate_avx2() -> str:
 
 @block("speed.machine.avx2")
 def speed_machine_avx2() -> str:
-    """Of both benchmarks."""
-    machines = [read(f"{name}_speed_avx2/benchmark.json")["machine"] for name in ("finetune", "evaluate")]
+    """Of all three benchmarks."""
+    files = ("finetune_speed_avx2/benchmark", "finetune_speed_avx2/text", "evaluate_speed_avx2/benchmark")
+    machines = [read(f"{name}.json")["machine"] for name in files]
     (words,) = {f"{m['processor']} with {' and '.join(m['instruction_sets'])}, {m['cores']} cores" for m in machines}
     return words
 

@@ -63,14 +63,14 @@ def run(config: Config) -> None:
     def work(cell: SimulationCell, _: Path) -> dict[str, Any]:
         sums = simulation.draw_cell(simulated, cell, devices.pick(count))
         rows = simulation.simulation_rows(simulated, cell, sums)
-        return {"rows": rows, "direct": bool(cell.scalings), "sums": [one.to_json() for one in sums]}
+        return {"rows": rows, "direct": bool(cell.steps), "sums": [one.to_json() for one in sums]}
 
     def write(values: list[Any]) -> None:
         for name, direct in (("results.csv", False), ("direct_check.csv", True)):
             folder.write_frame(frame_of(values, direct=direct), name)
 
     values = run_cells(cells, work, folder, runner=runner, title="variance sweep", write=write)
-    drawn = ((cell, one["sums"][0]) for cell, one in zip(cells, values, strict=True) if not cell.scalings)
+    drawn = ((cell, one["sums"][0]) for cell, one in zip(cells, values, strict=True) if not cell.steps)
     known = {cell.setting: Sums.from_json(sums) for cell, sums in drawn}
     judged = simulation.judge_simulation(simulated, known, places)
     folder.write("verdicts.json", json.dumps([vars(verdict) for verdict in judged], indent=2) + "\n")
@@ -131,7 +131,8 @@ def print_check(seconds: pd.DataFrame) -> None:
     """The direct sampler's second moments beside the exact law."""
     tables.print_records(
         f"Direct sampler (draws A, differentiates, steps with optax, reads at x'), {simulation.CHECK_DRAWS} draws a "
-        f"setting, the same for its rules: {len(seconds)} rows, largest |z| {seconds['z'].abs().max(skipna=False):.2f}",
+        f"rank and overlap, for all optimizers and rules: {len(seconds)} rows, largest |z| "
+        f"{seconds['z'].abs().max(skipna=False):.2f}",
         seconds,
         {
             "optimizer": "{optimizer}",

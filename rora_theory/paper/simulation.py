@@ -2,13 +2,15 @@
 
 For every optimizer, law of A, overlap of the inputs, scaling rule and rank, beside the exact law and the paper's Eq. 9.
 One stream of draws serves all rules: w carries gamma^2 (SGD) or gamma (Adam) as a factor. On part of the grid the
-direct sampler checks this: there each rule's own step is taken, from the same draws of A and of the inputs.
+direct sampler checks this: there each rule's own step is taken by every optimizer, all from the same draws of A and of
+the inputs.
 
     config = SimulationConfig(StepGrid(ranks=(1, 4, 16)), p_in=64)
     sums = {cell: draw_cell(config, cell) for cell in simulation_cells(config)}
     simulation_table([row for cell in sums for row in simulation_rows(config, cell, sums[cell])])
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -90,17 +92,17 @@ class SimulationCell:
     Attributes:
       setting: what is drawn.
       sampler: how.
-      scalings: each rule's gamma where its own step is taken; without, the one step is that of unit scaling and rate,
-        from which every rule's follows.
+      steps: the settings whose own steps are taken from the draws, every optimizer's by every rule; without, the one
+        step is the setting's, of unit scaling and rate, from which every rule's follows.
     """
 
     setting: sampling.RandomStep
     sampler: sampling.Sampler
-    scalings: tuple[float, ...] = ()
+    steps: tuple[sampling.RandomStep, ...] = ()
 
     def __str__(self) -> str:
-        alone = ", each rule's own step" if self.scalings else ""
-        return f"{self.setting.optimizer}, overlap {self.setting.overlap:g}, r = {self.setting.rank}{alone}"
+        what = "each rule's own step" if self.steps else self.setting.optimizer
+        return f"{what}, overlap {self.setting.overlap:g}, r = {self.setting.rank}"
 
 
 def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
@@ -116,31 +118,28 @@ def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
     found = [
         SimulationCell(unit, "direct" if config.sampler == "direct" else sampling.best_sampler(unit)) for unit in units
     ]
-    return found + [
-        SimulationCell(
-            replace(cell.setting, learning_rate=grid.lr),
-            "direct",
-            tuple(gamma for _, gamma in grid.scalings(cell.setting.rank)),
-        )
-        for cell in found
-        if cell.setting.rank in CHECK_RANKS and cell.setting.overlap in CHECK_OVERLAPS and cell.sampler != "direct"
-    ]
+    checked: dict[sampling.RandomStep, list[sampling.RandomStep]] = {}
+    for cell in found:
+        unit = cell.setting
+        if unit.rank in CHECK_RANKS and unit.overlap in CHECK_OVERLAPS and cell.sampler != "direct":
+            own = [replace(unit, scaling=gamma, learning_rate=grid.lr) for _, gamma in grid.scalings(unit.rank)]
+            checked.setdefault(replace(unit, optimizer=grid.optimizers[0]), []).extend(own)
+    return found + [SimulationCell(unit, "direct", tuple(steps)) for unit, steps in checked.items()]
 
 
 def draw_cell(
     config: SimulationConfig, cell: SimulationCell, devices: Sequence[jax.Device] | None = None
 ) -> list[sampling.Sums]:
-    """The sums of a cell's draws, one for each of its scalings, or one alone without.
+    """The sums of a cell's draws, one for each of its steps, or one alone without.
 
     ``devices`` change no bit of them, see `sampling.stream`.
     """
     return sampling.estimate_each(
-        cell.scalings or (cell.setting.scaling,),
-        cell.setting,
+        cell.steps or (cell.setting,),
         cell.sampler,
         sampling.setting_key(config.grid.seed, cell.setting, cell.sampler),
         relative_error=config.grid.relative_error or RELATIVE_ERROR,
-        draws=CHECK_DRAWS if cell.scalings else config.grid.draws,
+        draws=CHECK_DRAWS if cell.steps else config.grid.draws,
         devices=devices,
     )
 
@@ -149,18 +148,19 @@ def simulation_rows(
     config: SimulationConfig, cell: SimulationCell, sums: Sequence[sampling.Sums]
 ) -> list[dict[str, Any]]:
     """What a cell's draws say of each rule, beside the law and the paper: a row a rule and quantity."""
-    grid, unit = config.grid, cell.setting
-    found = []
-    for number, (rule, gamma) in enumerate(grid.scalings(unit.rank)):
-        setting = replace(unit, scaling=gamma, learning_rate=grid.lr)
-        step = 1.0 if cell.scalings else grid.lr * gamma ** laws.scaling_power(unit.optimizer)
-        own = sums[number if cell.scalings else 0]
+    grid, unit, found = config.grid, cell.setting, []
+    rules, scalings = zip(*grid.scalings(unit.rank), strict=True)
+    of_unit = [replace(unit, scaling=gamma, learning_rate=grid.lr) for gamma in scalings]
+    for number, (setting, rule) in enumerate(zip(cell.steps or of_unit, itertools.cycle(rules), strict=False)):
+        gamma = setting.scaling
+        step = 1.0 if cell.steps else grid.lr * gamma ** laws.scaling_power(unit.optimizer)
+        own = sums[number if cell.steps else 0]
         exact, printed = quantities.exact(setting), quantities.printed(setting)
         for quantity in quantities.QUANTITIES:
             simulated = quantities.quantity_estimate(own, quantity, step=step)
             found.append(
                 {
-                    "optimizer": unit.optimizer,
+                    "optimizer": setting.optimizer,
                     "rule": name_of(rule),
                     "kappa": exponent(rule),
                     "init": unit.init,

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
 import jax
@@ -158,27 +159,26 @@ def stream(
     Raises:
       InputError: a reduced sampler for an init it is not exact for.
     """
-    for found in _at_scalings((setting.scaling,), setting, sampler, key, first_block, blocks, batch, devices):
+    for found in _streams((setting,), sampler, key, first_block, blocks, batch, devices):
         yield found[0]
 
 
-def _at_scalings(
-    scalings: Sequence[float],
-    setting: RandomStep,
+def _streams(
+    settings: Sequence[RandomStep],
     sampler: Sampler,
     key: PRNGKeyArray,
     first_block: int,
     blocks: int | None,
     batch: int,
     devices: Sequence[jax.Device] | None,
-) -> Iterator[Float[np.ndarray, "scalings 2 n"]]:
-    """`stream` at each of some scalings in place of the setting's own."""
-    kind = BlockKind.of(setting, sampler)
+) -> Iterator[Float[np.ndarray, "settings 2 n"]]:
+    """`stream` of some settings that take their steps from the same draws."""
+    kind = BlockKind.of(settings, sampler)
     wanted = None if blocks is None else -(-blocks // batch) * batch
     places = list(devices or jax.devices()[:1])[: None if wanted is None else max(wanted // batch, 1)]
     mesh = Mesh(np.array(places), "places")
     everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("places",)))
-    arguments = jax.device_put((key, kind.numbers(setting, scalings)), everywhere)
+    arguments = jax.device_put((key, kind.numbers(settings)), everywhere)
     turns = jax.device_put(np.int32(batch), everywhere)
     pending: deque[tuple[int, Array]] = deque()
     size = len(places) * batch  # of a turn, in which all devices run one program
@@ -194,7 +194,7 @@ def _at_scalings(
         yield from _read(*found)
 
 
-def _read(kept: int, found: Float[Array, "blocks scalings 2 draws"]) -> Float[np.ndarray, "kept scalings 2 draws"]:
+def _read(kept: int, found: Float[Array, "blocks settings 2 draws"]) -> Float[np.ndarray, "kept settings 2 draws"]:
     return np.asarray(found, np.float64)[:kept]
 
 
@@ -219,21 +219,13 @@ def estimate(
       The sums. They depend on setting, sampler, key and the stopping rule alone.
     """
     (sums,) = estimate_each(
-        (setting.scaling,),
-        setting,
-        sampler,
-        key,
-        relative_error=relative_error,
-        draws=draws,
-        batch=batch,
-        devices=devices,
+        (setting,), sampler, key, relative_error=relative_error, draws=draws, batch=batch, devices=devices
     )
     return sums
 
 
 def estimate_each(
-    scalings: Sequence[float],
-    setting: RandomStep,
+    settings: Sequence[RandomStep],
     sampler: Sampler,
     key: PRNGKeyArray,
     *,
@@ -242,22 +234,20 @@ def estimate_each(
     batch: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> list[Sums]:
-    """`estimate` at each of some scalings: A and the inputs are the same at all, the step each one's.
-
-    Their relative errors are one, but for rounding, since w carries a power of the scaling: the first's ends the draws.
+    """`estimate` of each of some settings from the same draws of A and the inputs, by a step of each one's own.
 
     Args:
-      scalings: gammas in place of the setting's own, each above 0.
-      setting, sampler, key, relative_error, draws, batch, devices: as `estimate` takes them.
+      settings: that differ in the scaling alone, or with the direct sampler in the optimizer too.
+      sampler, key, draws, batch, devices: as `estimate` takes them.
+      relative_error: of the first setting; those of one optimizer share it but for rounding, since w carries a power
+        of the scaling.
 
     Raises:
-      InputError: a scaling out of range, or a reduced sampler for an init it is not exact for.
+      InputError: settings that differ in more, or a reduced sampler for an init it is not exact for.
     """
-    for scaling in scalings:
-        replace(setting, scaling=scaling)
-    sums = [Sums() for _ in scalings]
-    blocks = None if draws is None else -(-draws // block_draws(setting, sampler))
-    for found in _at_scalings(scalings, setting, sampler, key, 0, blocks, batch, devices):
+    sums = [Sums() for _ in settings]
+    blocks = None if draws is None else -(-draws // block_draws(settings[0], sampler))
+    for found in _streams(settings, sampler, key, 0, blocks, batch, devices):
         kept = found if draws is None else found[..., : draws - sums[0].count]
         sums = [one.add(part) for one, part in zip(sums, kept, strict=True)]
         if _enough(sums[0], relative_error, draws):
@@ -279,13 +269,14 @@ class BlockKind:
     """What a compiled block depends on: no size for the reduced samplers, to which they are numbers.
 
     Attributes:
-      sampler, optimizer, init, rank, p_in, p_out: as `RandomStep` and `stream` have them.
+      sampler, init, rank, p_in, p_out: as `RandomStep` and `stream` have them.
+      optimizers: of the settings.
       draws: of a block.
       step: draws that are made at once, so that their numbers stay in a core's cache.
     """
 
     sampler: Sampler
-    optimizer: Optimizer
+    optimizers: tuple[Optimizer, ...]
     init: inits.Init = "normal"
     rank: int = 1
     p_in: int = 1
@@ -294,8 +285,15 @@ class BlockKind:
     step: int = _MOST_DRAWS
 
     @classmethod
-    def of(cls, setting: RandomStep, sampler: Sampler) -> "BlockKind":
-        """The blocks of a setting; raises `InputError` for a reduced sampler that is not exact for it."""
+    def of(cls, settings: Sequence[RandomStep], sampler: Sampler) -> "BlockKind":
+        """The blocks of some settings; raises `InputError` where `estimate_each` does."""
+        setting, optimizers = settings[0], tuple(one.optimizer for one in settings)
+        rest = {replace(one, scaling=setting.scaling) for one in settings}
+        if sampler == "direct":
+            rest = {replace(one, optimizer=setting.optimizer) for one in rest}
+        if len(rest) > 1:
+            own = "scaling and the optimizer" if sampler == "direct" else "scaling"
+            raise InputError(f"settings differ in more than the {own}; accepted by {sampler} are those that do not")
         normal = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in).is_normal
         if sampler != "direct" and not normal:
             raise InputError(
@@ -304,19 +302,20 @@ class BlockKind:
         if sampler == "chi_square" and setting.optimizer != "sgd":
             raise InputError("the chi_square sampler is SGD's; accepted for adam are pairs and direct")
         if sampler != "direct":
-            return cls(sampler, setting.optimizer)
+            return cls(sampler, optimizers)
         draws = block_draws(setting, sampler)
         step = int(np.clip(_STEP_NUMBERS // (setting.rank * setting.p_in), 1, draws))
-        return cls(sampler, setting.optimizer, setting.init, setting.rank, setting.p_in, setting.p_out, draws, step)
+        return cls(sampler, optimizers, setting.init, setting.rank, setting.p_in, setting.p_out, draws, step)
 
-    def numbers(self, setting: RandomStep, scalings: Sequence[float]) -> dict[str, np.ndarray]:
-        """What a block is given beside its key and index, by name: the setting's, but for the scaling."""
+    def numbers(self, settings: Sequence[RandomStep]) -> dict[str, np.ndarray]:
+        """What a block is given beside its key and index, by name."""
+        setting = settings[0]
         law = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in)
         values = {
             "rank": setting.rank,
             "p_in": setting.p_in,
             "p_out": setting.p_out,
-            "scalings": scalings,
+            "scalings": [one.scaling for one in settings],
             "learning_rate": setting.learning_rate,
             "overlap": setting.overlap,
             "fresh": np.sqrt(1 - setting.overlap**2),
@@ -328,7 +327,7 @@ class BlockKind:
 @partial(jax.jit, static_argnames=("kind", "mesh"))
 def _blocks(
     key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, turns: Array, *, kind: BlockKind, mesh: Mesh
-) -> Float[Array, "blocks scalings 2 draws"]:
+) -> Float[Array, "blocks settings 2 draws"]:
     """Blocks of these indices, an equal part on each device of the mesh, one after the other.
 
     How many a device makes is ``turns``, an argument: a compiler that knew it would make one block alone of other
@@ -344,7 +343,7 @@ def _blocks(
         check_vma=False,
     )
     def own(key: PRNGKeyArray, numbers: dict[str, Array], indices: Array, turns: Array) -> Array:
-        def one(turn: Array, found: Float[Array, "more scalings 2 draws"]) -> Float[Array, "more scalings 2 draws"]:
+        def one(turn: Array, found: Float[Array, "more settings 2 draws"]) -> Float[Array, "more settings 2 draws"]:
             block = sample(partial(keys_at, key, more[turn]), numbers, kind)
             return found.at[turn].set(jax.lax.optimization_barrier(block))
 
@@ -359,23 +358,29 @@ Keys = Callable[[int], Key[Array, " count"]]
 """So many keys of a block."""
 
 
-def _direct(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "scalings 2 draws"]:
-    optimizer = first_step.optimizer(kind.optimizer, numbers["learning_rate"])
+def _direct(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:
     delta = jnp.ones(kind.p_out, jnp.float32)
+    each = list(zip(kind.optimizers, numbers["scalings"], strict=True))
+    # One program for the neighbours of one optimizer.
+    groups = [(name, jnp.stack([gamma for _, gamma in own])) for name, own in itertools.groupby(each, itemgetter(0))]
 
-    def one(own: Key[Array, "2"]) -> Float[Array, "scalings 2"]:
+    def one(own: Key[Array, "2"]) -> Float[Array, "settings 2"]:
         lora_A = draw_A(own[0], kind.init, rank=kind.rank, p_in=kind.p_in)
         x, fresh = standard_normal(own[1], (2, kind.p_in))
         x_next = numbers["overlap"] * x + numbers["fresh"] * fresh
 
-        def read(scaling: Float[Array, ""]) -> Float[Array, "2"]:
+        def read(name: Optimizer, scaling: Float[Array, ""]) -> Float[Array, "2"]:
             step = first_step.run(
-                lambda dm: jnp.vdot(delta, dm(x)), lora_A, p_out=kind.p_out, scaling=scaling, optimizer=optimizer
+                lambda dm: jnp.vdot(delta, dm(x)),
+                lora_A,
+                p_out=kind.p_out,
+                scaling=scaling,
+                optimizer=first_step.optimizer(name, numbers["learning_rate"]),
             )
             w = step(x_next)
             return jnp.stack([w[0], jnp.vdot(w, w)])
 
-        return jax.lax.map(read, numbers["scalings"])
+        return jnp.concatenate([jax.lax.map(partial(read, name), scalings) for name, scalings in groups])
 
     # Whole steps, the last of which may begin anew: one that is not whole would be compiled as a program of its own.
     turns = -(-kind.draws // kind.step)
@@ -395,7 +400,7 @@ def _inputs(keys: Key[Array, "2"], numbers: dict[str, Array], kind: BlockKind, o
     return length, along, numbers["fresh"] * jnp.sqrt(jnp.where(freedom > 0, across2, 0)), *squares
 
 
-def _pairs(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "scalings 2 draws"]:
+def _pairs(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:
     *of_inputs, key_u, key_v = keys(4)
     length, along, across = _inputs(jnp.stack(of_inputs), numbers, kind)
     rank, s = numbers["rank"], numbers["deviation"]
@@ -404,7 +409,7 @@ def _pairs(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Arra
     def some_pairs(turn: Array, total: Float[Array, " draws"]) -> Float[Array, " draws"]:
         counted = turn * _PAIRS_AT_ONCE + jnp.arange(_PAIRS_AT_ONCE) < rank.astype(jnp.int32)
         u = standard_normal(keys_at(key_u, turn.astype(jnp.uint32), 1)[0], shape)  # a_k . x / (s |x|)
-        if kind.optimizer == "adam":
+        if kind.optimizers[0] == "adam":
             return total + jnp.sum(jnp.abs(u), axis=0, where=counted[:, None])
         fresh = standard_normal(keys_at(key_v, turn.astype(jnp.uint32), 1)[0], shape)
         v = along[None] * u + across[None] * fresh  # a_k . x' / s
@@ -412,14 +417,14 @@ def _pairs(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Arra
 
     turns = -(-rank.astype(jnp.int32) // _PAIRS_AT_ONCE)
     total = jax.lax.fori_loop(0, turns, some_pairs, jnp.zeros(kind.draws, jnp.float32))
-    if kind.optimizer == "sgd":
+    if kind.optimizers[0] == "sgd":
         return _finish(s**2 * length * total, numbers, kind)
     # sum_k sign(u_k) v_k: the across part is a sum of r independent normals, one normal of variance r.
     rest = jnp.sqrt(rank) * standard_normal(key_v, (kind.draws,))
     return _finish(s * (along * total + across * rest), numbers, kind)
 
 
-def _chi_square(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "scalings 2 draws"]:
+def _chi_square(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Array, "settings 2 draws"]:
     length, along, across, plus, minus = _inputs(keys(2), numbers, kind, others=2)
     size = jnp.hypot(along, across)
     # size - |along| cancels where the inputs are nearly parallel: across^2 / (size + |along|) does not.
@@ -431,9 +436,9 @@ def _chi_square(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float
 
 def _finish(
     total: Float[Array, " draws"], numbers: dict[str, Array], kind: BlockKind
-) -> Float[Array, "scalings 2 draws"]:
+) -> Float[Array, "settings 2 draws"]:
     """w_1 and |w|^2 from sum_k of (gradient or its sign) times (a_k . x'), delta_i = 1."""
     gamma = numbers["scalings"]
-    step = numbers["learning_rate"] * (gamma**2 if kind.optimizer == "sgd" else gamma)
+    step = numbers["learning_rate"] * (gamma**2 if kind.optimizers[0] == "sgd" else gamma)
     w = -step[:, None] * total[None]
     return jnp.stack([w, numbers["p_out"] * w**2], axis=1)

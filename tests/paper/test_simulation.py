@@ -27,24 +27,23 @@ def drawn() -> dict[SimulationCell, list[sampling.Sums]]:
 def test_cells_are_the_grid_and_the_direct_check() -> None:
     """The grid at unit scaling, in the table's order; the check where the grid is not direct, at all scalings."""
     cells = simulation.simulation_cells(CONFIG)
-    grid = [cell for cell in cells if not cell.scalings]
+    grid = [cell for cell in cells if not cell.steps]
     assert cells[: len(grid)] == grid
     assert [(c.setting.optimizer, c.setting.overlap, c.setting.rank) for c in grid] == [
         (optimizer, overlap, rank) for optimizer in ("sgd", "adam") for overlap in (0.0, 0.5) for rank in (1, 16, 4)
     ]
     assert {(c.setting.scaling, c.setting.learning_rate, c.setting.init) for c in grid} == {(1.0, 1.0, "normal")}
     check = cells[len(grid) :]
-    assert [(c.setting.optimizer, c.setting.overlap) for c in check] == [
-        (optimizer, overlap) for optimizer in ("sgd", "adam") for overlap in (0.0, 0.5)
-    ]
-    assert {(c.setting.rank, c.sampler, c.scalings) for c in check} == {(1, "direct", (8.0, 8.0, 8.0))}
-    assert {(c.setting.scaling, c.setting.learning_rate) for c in check} == {(1.0, 1e-3)}
+    assert [(c.setting.overlap, c.setting.rank, c.sampler) for c in check] == [(0.0, 1, "direct"), (0.5, 1, "direct")]
+    for cell in check:
+        unit = replace(cell.setting, scaling=8.0, learning_rate=1e-3)
+        assert cell.steps == (replace(unit, optimizer="sgd"),) * 3 + (replace(unit, optimizer="adam"),) * 3
     eight = simulation.simulation_cells(replace(CONFIG, grid=replace(CONFIG.grid, ranks=(8,))))[-1]
-    assert eight.scalings == pytest.approx((1.0, 8**0.5, 8**0.75))
+    assert [step.scaling for step in eight.steps] == pytest.approx((1.0, 8**0.5, 8**0.75) * 2)
     assert len({str(cell) for cell in cells}) == len(cells)
     uniform = SimulationConfig(StepGrid(inits=("kaiming_uniform",)))
     for config in (uniform, SimulationConfig(CONFIG.grid, sampler="direct")):
-        assert {(cell.sampler, cell.scalings) for cell in simulation.simulation_cells(config)} == {("direct", ())}
+        assert {(cell.sampler, cell.steps) for cell in simulation.simulation_cells(config)} == {("direct", ())}
 
 
 @pytest.mark.slow
@@ -82,7 +81,7 @@ def test_an_asked_number_of_draws_is_the_grid_s() -> None:
     config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)
     first, *_, last = simulation.simulation_cells(config)
     counts = [[sums.count for sums in simulation.draw_cell(config, cell)] for cell in (first, last)]
-    assert counts == [[300], [simulation.CHECK_DRAWS] * 3]
+    assert counts == [[300], [simulation.CHECK_DRAWS] * 6]
 
 
 @pytest.mark.slow
@@ -154,7 +153,7 @@ def test_verdicts_take_the_sums_that_are_known(
         return draw(config, cell, devices)
 
     monkeypatch.setattr(simulation, "draw_cell", watched)
-    known = {cell.setting: sums[0] for cell, sums in drawn.items() if not cell.scalings}
+    known = {cell.setting: sums[0] for cell, sums in drawn.items() if not cell.steps}
     found = simulation.judge_simulation(CONFIG, known)
     assert len(found) == 17
     assert sorted(found, key=verdicts.order_in_paper)[2].equation == "gradient A"

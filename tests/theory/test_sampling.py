@@ -60,22 +60,24 @@ def test_scaling_power(optimizer: laws.Optimizer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampler", "optimizer"), [("direct", "sgd"), ("direct", "adam"), ("pairs", "adam")])
-def test_each_scaling_has_its_own_step_of_the_same_draws(
+@pytest.mark.parametrize(("sampler", "optimizer"), [("direct", "sgd"), ("pairs", "adam")])
+def test_each_setting_has_its_own_step_of_the_same_draws(
     sampler: sampling.Sampler, optimizer: laws.Optimizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of several scalings each gives what it gives alone, from the same key and as many draws: of one block and a
-    half where the sampler is direct."""
+    """Of several settings each gives what it gives alone, from the same key and as many draws: of one block and a half
+    where the sampler is direct, which takes those of both optimizers at once."""
     monkeypatch.setattr(sampling, "_BLOCK_NUMBERS", 200 * 3 * 6)
     setting, key = RandomStep(rank=3, p_in=6, p_out=2, optimizer=optimizer, learning_rate=0.1), jax.random.key(4)
-    found = sampling.estimate_each((2.0, 0.5), setting, sampler, key, draws=300)
-    for scaling, sums in zip((2.0, 0.5), found, strict=True):
-        alone = sampling.estimate(replace(setting, scaling=scaling), sampler, key, draws=300)
+    optimizers = laws.OPTIMIZERS if sampler == "direct" else (optimizer,)
+    settings = [replace(setting, scaling=gamma, optimizer=name) for name in optimizers for gamma in (2.0, 0.5)]
+    found = sampling.estimate_each(settings, sampler, key, draws=300)
+    for own, sums in zip(settings, found, strict=True):
+        alone = sampling.estimate(own, sampler, key, draws=300)
         assert sums.count == alone.count == 300
-        for own, other in ((sums.first, alone.first), (sums.norm2, alone.norm2)):
+        for both, other in ((sums.first, alone.first), (sums.norm2, alone.norm2)):
             # Sums of the same draws, which two programs round in their own order.
-            assert own.second_moment.value == pytest.approx(other.second_moment.value, rel=1e-5)
-            assert own.second_moment.error == pytest.approx(other.second_moment.error, rel=1e-5)
+            assert both.second_moment.value == pytest.approx(other.second_moment.value, rel=1e-5)
+            assert both.second_moment.error == pytest.approx(other.second_moment.error, rel=1e-5)
 
 
 def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +127,8 @@ def test_memory_is_bounded() -> None:
         (10**6, 1 << 20, "chi_square", 64e6),
         (256, 4096, "direct", 64e6),
     ]:
-        kind = sampling.BlockKind.of(RandomStep(rank=rank, p_in=p_in), sampler)  # type: ignore[arg-type]
-        numbers = kind.numbers(RandomStep(rank=rank, p_in=p_in), (1.0,))
+        kind = sampling.BlockKind.of([RandomStep(rank=rank, p_in=p_in)], sampler)  # type: ignore[arg-type]
+        numbers = kind.numbers([RandomStep(rank=rank, p_in=p_in)])
         arguments = (jax.random.key(0), numbers, np.arange(64, dtype=np.uint32), np.int32(64))
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "places")
         memory = sampling._blocks.lower(*arguments, kind=kind, mesh=mesh).compile().memory_analysis()
@@ -138,7 +140,13 @@ def test_bad_input() -> None:
         take(RandomStep(rank=1, p_in=2, init="rademacher"), "pairs", 1)
     with pytest.raises(InputError, match="SGD's"):
         take(RandomStep(rank=1, p_in=2, optimizer="adam"), "chi_square", 1)
-    with pytest.raises(InputError, match=r"scaling is -1\.0"):
-        sampling.estimate_each((1.0, -1.0), RandomStep(rank=1, p_in=2), "direct", jax.random.key(0), draws=1)
+    for sampler, other, named in (
+        ("direct", {"overlap": 0.5}, "the scaling and the optimizer"),
+        ("direct", {"learning_rate": 0.5}, "the scaling and the optimizer"),
+        ("pairs", {"optimizer": "adam"}, "the scaling"),
+    ):
+        settings = [RandomStep(rank=1, p_in=2), RandomStep(rank=1, p_in=2, **other)]
+        with pytest.raises(InputError, match=f"settings differ in more than {named};"):
+            sampling.estimate_each(settings, sampler, jax.random.key(0), draws=1)
     with pytest.raises(InputError, match="overlap is 2"):
         RandomStep(rank=1, p_in=2, overlap=2.0)
