@@ -22,7 +22,7 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
     gamma 1), where three rates or more reach it; see `_shared_grid`.
 
     Args:
-      runs: of the grid, `distinct`.
+      runs: of the grid, `horizon_runs.distinct`.
       tokens: of every held-out record.
       step: the horizon.
       draws: of the bootstrap over records.
@@ -98,7 +98,7 @@ def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curv
     Args:
       found: of `curves_at` the step.
       step: the horizon.
-      others: of `curves_at` the step, by what tells those runs from these, see `read_beside`.
+      others: of `curves_at` the step, by what tells those runs from these, see `horizon_runs.read_beside`.
 
     Returns:
       ``step``, ``rank``, ``strength``, ``beside``; ``ratio``, the best rate over that of what it stands beside, with

@@ -90,10 +90,10 @@ def horizon_exponents(
     the largest, beside the law.
 
     Args:
-      found: of `curves_at` the step.
+      found: of `horizon_curves.curves_at` the step.
       step: the horizon.
       takeovers, warmup: see `predictions`.
-      runs: whose parts were measured, see `exponent_of_parts`.
+      runs: whose parts were measured, see `horizon_parts.exponent_of_parts`.
       linear_terms: of the modules, c of the first step under Adam; none takes the signal to lead.
 
     Returns:
@@ -102,8 +102,8 @@ def horizon_exponents(
       ``law``, ``law_high``; ``verdict``, see `judge_exponent`. Over the strength the law is of the modules' takeovers,
       at the measured best rate. In the rank it goes from 0, where the signal or A leads, to what keeps the first step
       of the median module and of 95% of them, see `laws.keeping_rank_exponent`.
-      Over the strength ``by_parts``, the mean of `exponent_of_parts` over seeds, ``by_parts_low`` and ``by_parts_high``
-      their range, and ``by_parts_verdict`` on that in place of the law's.
+      Over the strength ``by_parts``, the mean of `horizon_parts.exponent_of_parts` over seeds, ``by_parts_low`` and
+      ``by_parts_high`` their range, and ``by_parts_verdict`` on that in place of the law's.
     """
     rows = []
     by = {(curve.rank, strength_of(curve)): curve for curve in found}
@@ -157,7 +157,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
     no best rate and is left out.
 
     Args:
-      curves: of `curves_at`, by step.
+      curves: of `horizon_curves.curves_at`, by step.
       takeovers, warmup: see `predictions`.
 
     Returns:

@@ -22,7 +22,7 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
 
     Args:
       runs: of the grid.
-      takeovers, warmup: see `predictions`; no takeovers leave the law's column out.
+      takeovers, warmup: see `horizon_law.predictions`; no takeovers leave the law's column out.
 
     Returns:
       ``rank``, ``strength``, ``learning_rate``, ``seed``, ``step``; over the modules the median and the 5% and 95%
@@ -54,7 +54,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
     """The size of the change at each best rate: equal ones bear out that the best rate is the one that keeps it.
 
     Args:
-      best: of `bests`, at every step.
+      best: of `horizon_curves.bests`, at every step.
       led: of `led_table`.
 
     Returns:

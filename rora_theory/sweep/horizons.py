@@ -19,10 +19,17 @@ UNITS = {
 
 @dataclass(frozen=True, eq=False)
 class HorizonJudgement:
-    """What runs come to: best rates (`bests`), each beside others (`beside`; at one rate `at_one_rate`), and how they
-    move (`horizon_exponents`), of every step that was read; how they move with the steps (`step_exponents`); which part
-    of the change leads in every run (`led_table`), and how large the change is at the best rates (`change_at_best`).
-    A frame is empty where nothing can be said."""
+    """What runs come to. A frame is empty where nothing can be said.
+
+    Attributes:
+      best: `horizon_curves.bests` of every step that was read.
+      beside: each beside others, `horizon_curves.beside`.
+      one_rate: the same at one rate, `horizon_curves.at_one_rate`.
+      exponents: how the best rates move, `horizon_law.horizon_exponents`.
+      steps: how they move with the steps, `horizon_law.step_exponents`.
+      led: which part of the change leads in every run, `horizon_parts.led_table`.
+      change: how large the change is at the best rates, `horizon_parts.change_at_best`.
+    """
 
     best: pd.DataFrame
     beside: pd.DataFrame
@@ -50,12 +57,12 @@ def judge_runs(
     """Find the best rates at every step that was read, and judge them.
 
     Args:
-      runs: of one grid; those of one setting are taken as one, see `distinct`.
+      runs: of one grid; those of one setting are taken as one, see `horizon_runs.distinct`.
       tokens: of each held-out record.
       takeovers: of a model's modules, for the law's exponents; none leaves these out.
       warmup: steps.
-      linear_terms: of the modules, see `horizon_exponents`.
-      others: runs to stand beside these, see `read_beside`.
+      linear_terms: of the modules, see `horizon_law.horizon_exponents`.
+      others: runs to stand beside these, see `horizon_runs.read_beside`.
     """
     runs = distinct(runs)
     steps = sorted({one.step for run in runs for one in run.read.readings})
@@ -92,8 +99,8 @@ def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law:
 
     Args:
       runs: how many.
-      best: of `bests`, at every step.
-      found: of `horizon_exponents`, at every step.
+      best: of `horizon_curves.bests`, at every step.
+      found: of `horizon_law.horizon_exponents`, at every step.
       law: whether takeover distances were known.
     """
     if best.empty:
@@ -108,7 +115,7 @@ def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law:
 
 
 def against_in_words(found: pd.DataFrame) -> pd.DataFrame:
-    """The frame of `horizon_exponents` with what a rate is compared ``against`` in words."""
+    """The frame of `horizon_law.horizon_exponents` with what a rate is compared ``against`` in words."""
     return found.assign(against=found["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
 
 
