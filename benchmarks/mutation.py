@@ -40,6 +40,10 @@ MODULES = {
         "rora_theory/sweep/trained_runs.py",
         "tests/sweep/test_trained_runs.py tests/sims/test_lr_transfer.py",
     ),
+    "horizon_law": ("rora_theory/sweep/horizon_law.py", "tests/sweep/test_horizons.py"),
+    "horizon_curves": ("rora_theory/sweep/horizon_curves.py", "tests/sweep/test_horizons.py"),
+    "horizon_parts": ("rora_theory/sweep/horizon_parts.py", "tests/sweep/test_horizons.py"),
+    "horizon_runs": ("rora_theory/sweep/horizon_runs.py", "tests/sweep/test_horizons.py"),
     "sweep_results": ("rora_theory/sweep/results.py", "tests/sweep/test_differences.py tests/sweep/test_results.py"),
     "rate_curves": ("rora_theory/stats/rate_curves.py", "tests/stats/test_rate_curves.py"),
 }
