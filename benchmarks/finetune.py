@@ -88,12 +88,13 @@ class Worker:
 
 
 def take_turns(workers: dict[str, Worker], rounds: int, steps: int) -> dict[str, list[list[float]]]:
-    """Seconds of every step of every turn, the sides in an order that turns too."""
+    """Seconds of every step of every turn, the sides in an order that turns too; standard error says how far it is."""
     found: dict[str, list[list[float]]] = {name: [] for name in workers}
     names = list(workers)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             found[name].append(workers[name].steps(steps))
+            print(f"turn {turn + 1} of {rounds}: {name} {sum(found[name][-1]):.0f} s", file=sys.stderr, flush=True)
     return found
 
 
