@@ -13,6 +13,7 @@ import argparse
 import ast
 import difflib
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import random
@@ -209,6 +210,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--seconds", type=float, default=60.0, help="a mutant that takes longer counts as killed")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("cosmic_ray") is None:
+        parser.error("cosmic-ray is not there; accepted after pip install 'rora-theory[mutation]'")
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "OPENBLAS_NUM_THREADS": "1",

@@ -485,6 +485,15 @@ def test_a_rate_that_a_seed_lacks_is_left_out() -> None:
         assert curve.losses.shape[0] == 2
 
 
+def test_a_seed_counts_from_three_shared_rates_on() -> None:
+    runs = grid(-0.53, seeds=2)
+    for count, seeds in ((3, (0, 1)), (2, (0,))):
+        kept = sorted(RATES)[4 : 4 + count]
+        part = [run for run in runs if run.seed == 0 or any(math.isclose(run.rate, rate) for rate in kept)]
+        for curve in horizon_curves.curves_at(part, TOKENS, 64, draws=20):
+            assert (curve.seeds, len(curve.rates)) == (seeds, 3 if seeds == (0, 1) else len(RATES))
+
+
 def test_a_poor_seed_spoils_no_curve() -> None:
     """A seed of two rates, one whose rates are another's no more, one that diverged wherever it got so far, and an arm
     of nothing else: left out, the others as they were."""
