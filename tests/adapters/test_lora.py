@@ -150,6 +150,20 @@ def test_dropout_acts_on_the_branch_alone_and_by_key(config, params, tokens, per
     assert np.array_equal(evaluated, run(params, tokens, without, jax.random.key(1)))
 
 
+def test_modules_draw_their_own_masks(params, perturbed) -> None:
+    """q and up read inputs of one width: with tensors shared between them only the mask, which is the key's, can
+    differ. That a model hands each module a key of its own is tested there."""
+    adapter = perturbed(rank=4, alpha=3.0, dropout=0.5)
+    layer = {name: {kind: value[0] for kind, value in own.items()} for name, own in adapter.layers().items()}
+    shared = {"self_attn.q_proj": layer["self_attn.q_proj"], "mlp.up_proj": layer["self_attn.q_proj"]}
+    weight = params["layers"]["self_attn.q_proj"]["weight"][0]
+    x = jnp.ones((2, 3, 16))
+    apply = jax.jit(adapter.linear, static_argnums=0)
+    keys = jax.random.split(jax.random.key(3))
+    outputs = [apply(name, x, weight, None, shared, key=key) for name, key in zip(shared, keys, strict=True)]
+    assert not np.array_equal(*outputs)
+
+
 @pytest.mark.slow
 def test_bfloat16_base_with_float32_adapter(config, params, tokens, perturbed) -> None:
     """Gradients are float32 arrays; logits are the float32 model's to bfloat16's 8 bits over three layers."""

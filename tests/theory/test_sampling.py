@@ -148,5 +148,7 @@ def test_bad_input() -> None:
         settings = [RandomStep(rank=1, p_in=2), RandomStep(rank=1, p_in=2, **other)]
         with pytest.raises(InputError, match=f"settings differ in more than {named};"):
             sampling.estimate_each(settings, sampler, jax.random.key(0), draws=1)
+    with pytest.raises(InputError, match=r"scaling is -1\.0"):
+        RandomStep(rank=1, p_in=2, scaling=-1.0)
     with pytest.raises(InputError, match="overlap is 2"):
         RandomStep(rank=1, p_in=2, overlap=2.0)
