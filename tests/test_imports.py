@@ -4,8 +4,10 @@ import ast
 import graphlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -52,17 +54,26 @@ CORE = sorted(
 )
 WITHOUT_JAX = [name for name in CORE if name not in WITH_JAX]
 
-HIDING = """
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+HIDDEN = {
+    re.split(r"[^\w]", each)[0] for extra in ("finetune", "torch", "logging", "cluster") for each in EXTRAS[extra]
+}
+"""Packages of the extras, by the names that they are imported by."""
+
+HIDING = f"""
 import importlib, importlib.abc, sys
 class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {
-            "safetensors", "tokenizers", "gguf", "orbax", "huggingface_hub", "torch", "transformers", "peft"
-        }:
-            raise ImportError(f"hidden: {name}")
+        if name.partition(".")[0] in {HIDDEN}:
+            raise ImportError(f"hidden: {{name}}")
 sys.meta_path.insert(0, Hidden())
 """
 """What of the extras is installed can't be imported after this."""
+
+
+def test_what_is_hidden_is_every_extra_s() -> None:
+    finetune = {"gguf", "huggingface_hub", "jinja2", "orbax", "pyarrow", "safetensors", "tokenizers"}
+    assert finetune | {"peft", "torch", "transformers", "tensorboardX", "wandb", "ray"} == HIDDEN
 
 
 def fresh(code: str, *, silent: bool = True) -> str:

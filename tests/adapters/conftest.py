@@ -1,29 +1,21 @@
 """The golden script's tiny model, whose weights come from a seed, and its cases."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import make_adapters
 import pytest
 
 from rora_theory.adapters import LoraAdapter, LoraConfig, init
 from rora_theory.llama import LlamaConfig, forward
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "make_adapters.py"
-
 
 @pytest.fixture(scope="session")
 def golden() -> ModuleType:
     """The script that made tests/golden/adapters; its module level needs no torch."""
-    spec = importlib.util.spec_from_file_location("make_adapters", GOLDEN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return make_adapters
 
 
 @pytest.fixture(scope="session")

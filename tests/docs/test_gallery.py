@@ -1,12 +1,12 @@
 """The gallery has every published figure with its command, and the commands are today's."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
+import gallery
 import pytest
 
 from sims.common import cli
@@ -14,17 +14,8 @@ from sims.common import cli
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def gallery():
-    spec = importlib.util.spec_from_file_location("gallery", ROOT / "docs" / "gallery.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for themselves
-    yield module if spec.loader.exec_module(module) is None else None
-    del sys.modules[spec.name]
-
-
 @pytest.mark.slow
-def test_every_published_figure_is_in_it(gallery) -> None:
+def test_every_published_figure_is_in_it() -> None:
     written = (ROOT / "docs" / "gallery.md").read_text()
     assert gallery.markdown() in written, "python docs/fill.py writes it anew"
     shown = re.findall(r"!\[[^]]+\]\((published/[^)]+)\)", written)
@@ -35,7 +26,7 @@ def test_every_published_figure_is_in_it(gallery) -> None:
 
 
 @pytest.mark.slow
-def test_its_commands_have_the_options_of_today(gallery) -> None:
+def test_its_commands_have_the_options_of_today() -> None:
     parsed = 0
     for figure in gallery.figures():
         for words in (figure.redraw, *figure.commands):
@@ -55,14 +46,14 @@ def test_its_commands_have_the_options_of_today(gallery) -> None:
     assert drawn["coordinate_check"].caption != drawn["coordinate_check_slopes"].caption
 
 
-def test_a_part_begins_with_what_its_page_says_first(gallery, tmp_path) -> None:
+def test_a_part_begins_with_what_its_page_says_first(tmp_path) -> None:
     page = tmp_path / "page.md"
     text = "**What [it](x.md) says\nfirst.** And more."
     page.write_text(f"# Title\n\n```\nrora one\n\nrora two\n```\n\n{text}\n\n`code` after.\n")
     assert gallery._lead(page) == "**What it says first.**"
 
 
-def test_a_figure_that_nothing_draws_or_that_has_no_run_is_refused(gallery, monkeypatch, tmp_path) -> None:
+def test_a_figure_that_nothing_draws_or_that_has_no_run_is_refused(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(gallery, "PUBLISHED", tmp_path)
     (tmp_path / "norm_vs_rank.png").touch()
     with pytest.raises(ValueError, match=r"norm_vs_rank.png: has no manifest.json beside it"):

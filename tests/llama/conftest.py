@@ -1,11 +1,10 @@
 """Tiny random models, drawn as the golden script draws them."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import jax.numpy as jnp
+import make_llama
 import numpy as np
 import pytest
 
@@ -16,22 +15,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="session")
-def golden() -> ModuleType:
-    """The script that makes the golden logits: its variants, and how it draws weights and tokens."""
-    spec = importlib.util.spec_from_file_location("make_llama", GOLDEN / "make_llama.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def draw_params(golden):
+def draw_params():
     """``draw_params(config, dtype=float32, seed=0)``: the tree of random weights."""
 
     def make(config: LlamaConfig, dtype=jnp.float32, seed: int = 0):
         def read(names: list[str], out: np.ndarray) -> None:
             for i, name in enumerate(names):
-                out[i] = golden.draw(name, out[i].shape, seed)
+                out[i] = make_llama.draw(name, out[i].shape, seed)
 
         return assemble(config, dtype, read)
 
@@ -39,10 +29,10 @@ def draw_params(golden):
 
 
 @pytest.fixture(scope="session")
-def draw_tensors(golden):
+def draw_tensors():
     """``draw_tensors(config, seed=0)``: the same weights as a checkpoint has them, by Hugging Face's names."""
     return lambda config, seed=0: {
-        name: golden.draw(name, shape, seed) for name, shape in expected_shapes(config).items()
+        name: make_llama.draw(name, shape, seed) for name, shape in expected_shapes(config).items()
     }
 
 

@@ -1,15 +1,13 @@
 """Mistral, Qwen2 and Qwen3 against transformers and peft (`tests/golden/make_families.py`)."""
 
 import dataclasses
-import importlib.util
 import json
 import re
-import sys
-from functools import cache
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make_families
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -27,32 +25,19 @@ EXPECTED = np.load(GOLDEN / "families.npz")
 run = jax.jit(forward, static_argnames=("config", "attention"))
 
 
-@cache
-def script():
-    """The script that makes the golden file, which draws its weights as `make_llama` does."""
-    sys.path.insert(0, str(GOLDEN))
-    try:
-        spec = importlib.util.spec_from_file_location("make_families", GOLDEN / "make_families.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(GOLDEN))
-    return module
-
-
 @pytest.fixture(params=CASES)
 def case(request, draw_params):
     """Name, configuration, weights, tokens and mask (None where every token is real)."""
     name = request.param
     config = LlamaConfig.from_hf(CASES[name]["config"])
-    tokens, mask = script().batch(name)
+    tokens, mask = make_families.batch(name)
     return name, config, draw_params(config), jnp.asarray(tokens), None if mask.all() else jnp.asarray(mask)
 
 
 def test_every_variant_is_there():
-    assert set(CASES) == set(script().VARIANTS)
+    assert set(CASES) == set(make_families.VARIANTS)
     assert {name: case["config"] for name, case in CASES.items()} == {
-        name: script().SIZES | change for name, change in script().VARIANTS.items()
+        name: make_families.SIZES | change for name, change in make_families.VARIANTS.items()
     }
 
 
@@ -73,7 +58,7 @@ def test_logits_and_gradients_equal_transformers(case):
     for path, leaf in jax.tree.leaves_with_path(gradient):
         keys = tuple(entry.key for entry in path)
         for layer, key in enumerate(tensor_names(keys, config.num_hidden_layers)):
-            own = script().reduced(key, np.asarray(leaf[layer] if keys[0] == "layers" else leaf))
+            own = make_families.reduced(key, np.asarray(leaf[layer] if keys[0] == "layers" else leaf))
             expected = EXPECTED[f"{name}/gradient/{key}"]
             # A bias of k adds the same to all scores of a query up to the rotation: small, so measured by the largest.
             np.testing.assert_allclose(own, expected, rtol=0, atol=1e-4 * max(1.0, np.abs(expected).max()), err_msg=key)
@@ -82,13 +67,13 @@ def test_logits_and_gradients_equal_transformers(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", script().GENERATED)
+@pytest.mark.parametrize("name", make_families.GENERATED)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_equals_transformers(name, beams, draw_params):
     """Prompts longer and shorter than the window in one padded batch; a beginning read once changes nothing."""
     config = LlamaConfig.from_hf(CASES[name]["config"])
-    params, prompts = draw_params(config), script().prompts(name)
-    settings = {"max_new_tokens": script().NEW_TOKENS, "eos_ids": ()}
+    params, prompts = draw_params(config), make_families.prompts(name)
+    settings = {"max_new_tokens": make_families.NEW_TOKENS, "eos_ids": ()}
 
     def search(texts, **more):
         if beams == 1:
@@ -100,17 +85,19 @@ def test_generation_equals_transformers(name, beams, draw_params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", script().ADAPTED, indirect=True)
+@pytest.mark.parametrize("case", make_families.ADAPTED, indirect=True)
 def test_adapters_equal_pefts(case, tmp_path):
     """Logits with LoRA on every linear module, biased or not; the same merged; PEFT's names in the file."""
     name, config, params, tokens, mask = case
-    settings = LoraConfig(rank=script().RANK, alpha=script().ALPHA, rule="rora", target_modules="all-linear")
+    settings = LoraConfig(rank=make_families.RANK, alpha=make_families.ALPHA, rule="rora", target_modules="all-linear")
     adapter = adapters.init(jax.random.key(0), settings, config, params)
     drawn = {
         module: {
             kind: np.stack(
                 [
-                    script().draw(f"base_model.model.model.layers.{i}.{module}.{kind}.default.weight", tensor.shape[1:])
+                    make_families.draw(
+                        f"base_model.model.model.layers.{i}.{module}.{kind}.default.weight", tensor.shape[1:]
+                    )
                     for i in range(config.num_hidden_layers)
                 ]
             )
@@ -124,7 +111,7 @@ def test_adapters_equal_pefts(case, tmp_path):
     assert names == CASES[name]["adapter"]
     adapter = load_peft(tmp_path, config)
     expected = EXPECTED[f"{name}/adapted"]
-    plain, last = EXPECTED[f"{name}/logits"][:, -script().LAST :], slice(-script().LAST, None)
+    plain, last = EXPECTED[f"{name}/logits"][:, -make_families.LAST :], slice(-make_families.LAST, None)
     assert np.abs(expected - plain).max() > 1  # the adapter does something
     tolerance = {"rtol": 0, "atol": 2e-5 * np.abs(expected).max()}
     found = run(params, tokens, config, adapter, attention_mask=mask)[:, last]
@@ -133,15 +120,15 @@ def test_adapters_equal_pefts(case, tmp_path):
     np.testing.assert_allclose(merged, expected, **tolerance)
 
 
-@pytest.mark.parametrize("name", script().PREFIXED)
+@pytest.mark.parametrize("name", make_families.PREFIXED)
 def test_a_prefix_equals_pefts(name, draw_params):
     """Its tokens lie before the first, and leave the window as any other."""
     config = LlamaConfig.from_hf(CASES[name]["config"])
-    params, tokens = draw_params(config), jnp.asarray(script().batch(name)[0])
-    adapter = adapters.init(jax.random.key(0), PrefixConfig(script().PREFIX), config, params)
+    params, tokens = draw_params(config), jnp.asarray(make_families.batch(name)[0])
+    adapter = adapters.init(jax.random.key(0), PrefixConfig(make_families.PREFIX), config, params)
     layers, count, heads, width = adapter.params["key"].shape
     # As peft has it: a row a token, in it key and value of every layer.
-    drawn = script().draw("prefix", (count, layers * 2 * heads * width)).reshape(count, layers, 2, heads, width)
+    drawn = make_families.draw("prefix", (count, layers * 2 * heads * width)).reshape(count, layers, 2, heads, width)
     key, value = (jnp.asarray(drawn[:, :, part].swapaxes(0, 1)) for part in (0, 1))
     found = run(params, tokens, config, adapter.replace({"key": key, "value": value}))
     np.testing.assert_allclose(found, EXPECTED[f"{name}/prefixed"], rtol=0, atol=2e-5)

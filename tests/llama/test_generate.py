@@ -1,12 +1,11 @@
 """Greedy and beam generation against transformers' (`tests/golden/make_generation.py`)."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+import make_generation
 import pytest
 
 from rora_theory.errors import InputError
@@ -18,23 +17,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "generation.json").read_text())
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_generation", GOLDEN / "make_generation.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = _script()
-
-
 def model(name: str, seed: int) -> tuple[Params, LlamaConfig]:
-    config = LlamaConfig.from_hf(SCRIPT.MODELS[name])
+    config = LlamaConfig.from_hf(make_generation.MODELS[name])
 
     def tensor(key: str, *shape: int) -> jax.Array:
-        return jnp.asarray(SCRIPT.draw(key, shape, seed), jnp.float32)
+        return jnp.asarray(make_generation.draw(key, shape, seed), jnp.float32)
 
     def stacked(key: str, *shape: int) -> jax.Array:
         count = config.num_hidden_layers
@@ -56,7 +43,7 @@ def run(case: dict, prompts: list[list[int]], **more) -> list[list[int]]:
     params, config = model(case["model"], case["seed"])
     search = generate.beam if case["settings"] else generate.greedy
     settings = {**case["settings"], **more}
-    return search(params, config, prompts, max_new_tokens=SCRIPT.NEW_TOKENS, eos_ids=case["eos"], **settings)
+    return search(params, config, prompts, max_new_tokens=make_generation.NEW_TOKENS, eos_ids=case["eos"], **settings)
 
 
 def _groups() -> dict[str, list[dict]]:
@@ -71,7 +58,7 @@ def _groups() -> dict[str, list[dict]]:
 @pytest.mark.parametrize("group", _groups())
 def test_equals_transformers(group: str):
     for case in _groups()[group]:
-        assert run(case, SCRIPT.prompts(case["model"], case["seed"])) == case["new"], case["seed"]
+        assert run(case, make_generation.prompts(case["model"], case["seed"])) == case["new"], case["seed"]
 
 
 def test_the_golden_cases_tell_the_settings_apart():
@@ -79,21 +66,21 @@ def test_the_golden_cases_tell_the_settings_apart():
     for case in CASES:
         found.setdefault((case["model"], case["seed"], *case["eos"]), {})[str(case["settings"])] = case["new"]
     for first, second in (
-        ("{}", str(SCRIPT.BEAM)),
-        (str(SCRIPT.BEAM), str({**SCRIPT.BEAM, "length_penalty": 0.0})),
-        (str(SCRIPT.BEAM), str({**SCRIPT.BEAM, "length_penalty": 2.0})),
-        (str(SCRIPT.BEAM), str({**SCRIPT.BEAM, "early_stopping": "never"})),
-        (str(SCRIPT.BEAM), str({**SCRIPT.BEAM, "early_stopping": True})),
+        ("{}", str(make_generation.BEAM)),
+        (str(make_generation.BEAM), str({**make_generation.BEAM, "length_penalty": 0.0})),
+        (str(make_generation.BEAM), str({**make_generation.BEAM, "length_penalty": 2.0})),
+        (str(make_generation.BEAM), str({**make_generation.BEAM, "early_stopping": "never"})),
+        (str(make_generation.BEAM), str({**make_generation.BEAM, "early_stopping": True})),
     ):
         pairs = [(by[first], by[second]) for by in found.values() if first in by and second in by]
         assert any(a != b for a, b in pairs), (first, second)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, SCRIPT.BEAM])
+@pytest.mark.parametrize("settings", [{}, make_generation.BEAM])
 def test_a_result_depends_neither_on_its_company_nor_on_padding(settings: dict):
     case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")
-    prompts = SCRIPT.prompts("grouped", case["seed"])
+    prompts = make_generation.prompts("grouped", case["seed"])
     assert run(case, prompts, pad_id=5) == case["new"]
     assert run(case, prompts[::-1]) == case["new"][::-1]
     assert run(case, prompts[1:2]) == case["new"][1:2]  # other buckets, here and in the next line
@@ -102,13 +89,13 @@ def test_a_result_depends_neither_on_its_company_nor_on_padding(settings: dict):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, SCRIPT.BEAM])
+@pytest.mark.parametrize("settings", [{}, make_generation.BEAM])
 @pytest.mark.parametrize("shared", [1, 16, 20])
 def test_what_all_prompts_begin_with_is_read_once(settings: dict, shared: int):
     """The same texts, also beside an adapter's prefix; another beginning gives other ones."""
     case = next(c for c in CASES if c["settings"] == settings and c["model"] == "grouped")
     begins = [[1 + (7 * i + start) % 30 for i in range(20)] for start in (0, 3)]
-    one, other = ([begin + rest for rest in SCRIPT.prompts("grouped", case["seed"])] for begin in begins)
+    one, other = ([begin + rest for rest in make_generation.prompts("grouped", case["seed"])] for begin in begins)
     for more in ({}, {"adapter": Spy()}):
         whole = run(case, one, **more)
         assert run(case, one, shared=shared, **more) == whole
@@ -121,7 +108,7 @@ def test_one_compilation_a_shape_bucket(search):
     program = generate._beam if search is generate.beam else generate._greedy
     params, config = model("grouped", 0)
 
-    def call(lengths: list[int], max_new_tokens: int = SCRIPT.NEW_TOKENS, **settings) -> None:
+    def call(lengths: list[int], max_new_tokens: int = make_generation.NEW_TOKENS, **settings) -> None:
         prompts = [[1 + i % 30 for i in range(length)] for length in lengths]
         search(params, config, prompts, max_new_tokens=max_new_tokens, eos_ids=[2], **settings)
 

@@ -8,51 +8,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import pytest
+from support.options import Config, Inner
 
 from rora_theory.errors import InputError
 from sims.common import cli
-
-
-@dataclass(frozen=True)
-class Inner:
-    """Options of a part."""
-
-    batch_size: int = 16
-    """records a step"""
-    steps: int = 1
-    """updates"""
-    ranks_of: dict[str, int] = field(default_factory=dict)
-    """by module"""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options."""
-
-    data: tuple[str, ...]
-    """files"""
-    ranks: tuple[int, ...] = (1, 2)
-    """ranks of the adapter"""
-    limit: int | None = None
-    """most items"""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """whose step"""
-    merge: bool = False
-    """whether to merge"""
-    accuracy: bool = True
-    """whether to score"""
-    remat: bool | Literal["mlp"] = False
-    """what to make again"""
-    inner: Inner = field(default_factory=Inner)
-    seeds: tuple[int, ...] | None = None
-    """seeds"""
-    rules: tuple[Literal["lora"] | float, ...] = ()
-    """rules"""
-    out: Path | None = None
-    """run folder"""
 
 
 @dataclass(frozen=True)
@@ -261,11 +222,11 @@ def test_what_can_not_be_done_is_one_line(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("words", ["print('x' * 10**6)", "print('x')", "cli.parse(Config, ['--help'], description='')"])
 def test_output_that_nobody_reads_ends_without_a_word(words: str) -> None:
     """As in ``| head``: whether the pipe closes while the command prints or only when it has ended."""
-    code = f"from sims.common import cli\nfrom test_cli import Config\ncli.run(lambda: {words})"
+    code = f"from sims.common import cli\nfrom support.options import Config\ncli.run(lambda: {words})"
     read, write = os.pipe()
     os.close(read)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "PYTHONUNBUFFERED": "",
     }
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env=environment)
