@@ -62,7 +62,8 @@ def nodes(tmp_path_factory) -> Iterator[Any]:
             patch.setenv(name, str(value))
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
+        asked = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a dead node: 2 s, not 15
+        head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "_system_config": asked}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         cluster.add_node = partial(cluster.add_node, object_store_memory=STORE)
         for _ in range(2):
