@@ -2,7 +2,7 @@
 
     python -m sims.capacity
     python -m sims.capacity --model llama-7b --method dora --rank 128 --device h100 --examples 170420
-    python -m sims.capacity --model llama-13b --memory 24 --rate 120 --data 2 --fsdp 4
+    python -m sims.capacity --model llama-13b --memory 24 --tflops 120 --replicas 2 --fsdp 4
 
 The first is a table of the paper's five models on a 48 GB A6000, the second one model on another card, the third one on
 eight devices of 24 GB and 120 TFLOP/s, four of which share a copy of the weights.

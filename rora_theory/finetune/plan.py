@@ -27,7 +27,7 @@ class PlanConfig:
     Example:
       >>> plan = PlanConfig(rank=64, examples=1600, epochs=2, fsdp=2)
       >>> plan.in_words(), plan.count_steps()
-      ('rora, rank 64, batch 16 x 256, bfloat16 base, 2 devices (data 1 x fsdp 2)', 200)
+      ('rora, rank 64, batch 16 x 256, bfloat16 base, 2 devices (replicas 1 x fsdp 2)', 200)
     """
 
     model: str | None = None
@@ -47,13 +47,13 @@ class PlanConfig:
     device: str = "a6000"
     """a6000, rtx4090, l40s, a100-40gb, a100-80gb, h100 or h200"""
     memory: float | None = None
-    """GB of a device of your own, with --rate, in place of --device"""
-    rate: float | None = None
+    """GB of a device of your own, with --tflops, in place of --device"""
+    tflops: float | None = None
     """TFLOP/s of its products in --dtype"""
     bandwidth: float | None = None
     """GB/s of its memory; none leaves the time of reading the weights out"""
-    data: int = 1
-    """copies of the base weights, each on --fsdp devices: data x fsdp devices in all"""
+    replicas: int = 1
+    """copies of the base weights, each on --fsdp devices: replicas x fsdp devices in all"""
     fsdp: int = 1
     """devices that share one copy of the base weights"""
     dtype: BaseDtype = "bfloat16"
@@ -79,13 +79,13 @@ class PlanConfig:
             raise InputError(f"--device is {self.device!r}; accepted are {', '.join(DEVICES)}")
         if self.steps is not None and self.examples is not None:
             raise InputError("--steps and --examples are both given; accepted is one of them")
-        if (self.memory is None) != (self.rate is None) or (self.bandwidth is not None and self.memory is None):
+        if (self.memory is None) != (self.tflops is None) or (self.bandwidth is not None and self.memory is None):
             raise InputError(
-                "--memory, --rate and --bandwidth are of a device of your own; accepted are the first two together, or "
-                "none of them, with --device"
+                "--memory, --tflops and --bandwidth are of a device of your own; accepted are the first two together, "
+                "or none of them, with --device"
             )
-        check_positives(self, "memory", "rate", "bandwidth")
-        check_integers(self, data=1, fsdp=1)
+        check_positives(self, "memory", "tflops", "bandwidth")
+        check_integers(self, replicas=1, fsdp=1)
         self.place()
         if self.memory is not None:
             check_unread(self, "device", beside="--memory")
@@ -108,9 +108,11 @@ class PlanConfig:
 
     def place(self) -> Device:
         """The device to plan for."""
-        if self.memory is None or self.rate is None:
+        if self.memory is None or self.tflops is None:
             return DEVICES[self.device]
-        return Device.of(1e9 * self.memory, 1e12 * self.rate, None if self.bandwidth is None else 1e9 * self.bandwidth)
+        return Device.of(
+            1e9 * self.memory, 1e12 * self.tflops, None if self.bandwidth is None else 1e9 * self.bandwidth
+        )
 
     def layout(self, *, here: bool = False) -> Layout | None:
         """Where the arrays of several devices lie, of this machine's own where the step runs ``here``; one has none.
@@ -118,11 +120,11 @@ class PlanConfig:
         Raises:
           InputError: this machine has fewer devices.
         """
-        if self.data * self.fsdp == 1:
+        if self.replicas * self.fsdp == 1:
             return None
         if not here:
-            return Layout(sharding.abstract_mesh(self.data, self.fsdp))
-        return Layout(sharding.mesh(self.data, self.fsdp, devices=devices.pick(self.data * self.fsdp)))
+            return Layout(sharding.abstract_mesh(self.replicas, self.fsdp))
+        return Layout(sharding.mesh(self.replicas, self.fsdp, devices=devices.pick(self.replicas * self.fsdp)))
 
     def count_steps(self) -> int | None:
         """Steps of the whole run; None where nothing says."""
@@ -136,8 +138,8 @@ class PlanConfig:
         size = "" if self.method == "full" else f" rank {self.rank},"
         base = self.dtype if self.quantization == "none" else f"{self.quantization} (multiplied in {self.dtype})"
         words = f"{self.method},{size} batch {self.batch_size} x {self.seq}{parts}, {base} base"
-        count = self.data * self.fsdp
-        return words if count == 1 else f"{words}, {count} devices (data {self.data} x fsdp {self.fsdp})"
+        count = self.replicas * self.fsdp
+        return words if count == 1 else f"{words}, {count} devices (replicas {self.replicas} x fsdp {self.fsdp})"
 
     def basis(self) -> str:
         """What the figures rest on, in words."""

@@ -61,10 +61,10 @@ def test_full_fine_tuning_trains_the_modules_weights(folder, capsys):
 
 
 def test_several_devices_of_ones_own(folder, capsys):
-    arguments = "--rank 4 --batch-size 8 --seq 32 --memory 24 --rate 120 --data 2 --fsdp 2"
+    arguments = "--rank 4 --batch-size 8 --seq 32 --memory 24 --tflops 120 --replicas 2 --fsdp 2"
     capacity.main(["--model", str(folder), *arguments.split()])
     out = capsys.readouterr().out
-    assert "4 devices (data 2 x fsdp 2)" in out
+    assert "4 devices (replicas 2 x fsdp 2)" in out
     assert re.search(r"weights of modules\W+in 2\W", out)
     assert re.search(r"norms\W+whole\W", out)
     assert "split in 4: 2 rows a device" in out
@@ -89,10 +89,15 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
         ("--utilisation 1.5", "--utilisation is 1.5; accepted"),
         ("--steps 5 --examples 5", "--steps and --examples are both given"),
         ("--seq 0", "--seq is 0; accepted"),
+        ("--data 2", "--data was renamed; accepted is --replicas"),
+        ("--memory 24 --rate 120", "--rate was renamed; accepted is --tflops"),
         ("--seq 4096 --model llama-7b", "sequence length is 4096; accepted is at most 2048"),
-        ("--memory 24", "--memory, --rate and --bandwidth are of a device of your own"),
-        ("--memory 0.5 --rate 100", "memory is 0.5 GB; accepted is more than 1 GB"),
-        ("--device h100 --memory 24 --rate 120", "--device is h100, which nothing reads beside --memory; accepted is"),
+        ("--memory 24", "--memory, --tflops and --bandwidth are of a device of your own"),
+        ("--memory 0.5 --tflops 100", "memory is 0.5 GB; accepted is more than 1 GB"),
+        (
+            "--device h100 --memory 24 --tflops 120",
+            "--device is h100, which nothing reads beside --memory; accepted is",
+        ),
         ("--method full --rank 64", "--rank is 64, which nothing reads beside --method full; accepted is to leave one"),
         ("--epochs 2", "--epochs is 2, which nothing reads without --examples; accepted is to give --examp"),
         ("--fsdp 3 --model llama-7b", "batch_size is 16; accepted is a multiple of the 3 devices"),
