@@ -15,7 +15,7 @@ from figures import style
 from figures.sweep import at_best_rate, check_columns, chosen_model, chosen_rank, mean, model_name
 from rora_theory import frames
 from rora_theory.data.tasks import TASKS
-from rora_theory.rules import check_integers
+from rora_theory.ranges import Count, check_ranges
 
 APART = 0.13
 """Between two methods of one task, in units of the distance of two tasks."""
@@ -27,17 +27,19 @@ class Config:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.rank_sweep."""
-    rank: int | None = None
+    rank: Count | None = None
     """Of methods that have one; may be left out where the run has one rank."""
     model: str | None = None
     """Which model, where the run has several."""
     out: Path | None = None
     """Folder for accuracy.png and .svg; by default the run folder."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 def draw(config: Config) -> Sequence[Path]:
     """Left accuracies at each method's best rate, right what is gained over the model alone and over LoRA."""
-    check_integers(config, rank=1)
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, None)
     best = at_best_rate(config.run, rows)

@@ -16,7 +16,8 @@ from figures import style
 from figures.sweep import at_best_rate, beside, chosen_model, draw_line, levels, marks, measures, model_name, points
 from rora_theory import frames
 from rora_theory.paper import published
-from rora_theory.rules import check_positives, check_unread
+from rora_theory.ranges import Positive, check_ranges
+from rora_theory.rules import check_unread
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 
@@ -29,9 +30,9 @@ class Config:
     """Folder of sims.rank_sweep."""
     model: str | None = None
     """Which model, where the run has several."""
-    alpha: float | None = None
+    alpha: Positive | None = None
     """Which alpha, where a method and rank has several."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Draw the cells of this learning rate. None: each method's rate that has most cells."""
     tuned: bool = False
     """For each method and rank, the best learning rate of those tried instead."""
@@ -42,10 +43,12 @@ class Config:
     out: Path | None = None
     """Folder for accuracy_vs_rank.png and .svg; by default the run folder."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds and the model alone."""
-    check_positives(config, "alpha", "lr")
     if config.tuned:
         check_unread(config, "lr", beside="--tuned")
     manifest, rows = style.read_frame(config.run, "rank_sweep")

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 
 from figures import style
+from rora_theory.ranges import Count, Plural, check_ranges
 from rora_theory.theory import laws
 
 LABELS_AT = (0.05, 0.12)
@@ -23,18 +24,19 @@ LABELS_AT = (0.05, 0.12)
 class Config:
     """What to map."""
 
-    p_in: int = 4096
+    p_in: Count = 4096
     """Inputs of the layer, 1 or more."""
-    max_rank: int = 16384
+    max_rank: Plural = 16384
     """Largest rank of the map, 2 or more."""
     out: Path = Path("results/exponent_map")
     """Folder for exponent_map.png and .svg."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 def draw(config: Config) -> Sequence[Path]:
     """Two maps of the local exponent."""
-    if config.p_in < 1 or config.max_rank < 2:
-        style.fail(f"--p-in is {config.p_in} and --max-rank {config.max_rank}; accepted are integers from 1 and from 2")
     ranks = np.geomspace(1, config.max_rank, 241)
     overlaps = np.geomspace(0.003, 1, 241)
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.9), sharey=True)

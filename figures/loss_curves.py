@@ -19,7 +19,8 @@ from matplotlib.ticker import MaxNLocator
 
 from figures import style
 from rora_theory import files
-from rora_theory.rules import check_integers, check_positives, check_unread
+from rora_theory.ranges import Count, Natural, Positive, check_ranges
+from rora_theory.rules import check_unread
 
 REQUIRED = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")  # the parser takes none too
 
@@ -30,24 +31,25 @@ class Config:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, REQUIRED]
     """Run folders of sims.finetune, cells of a sims.rank_sweep, or its whole folder."""
-    rank: int | None = None
+    rank: Count | None = None
     """Of a whole sweep, the cells of this rank."""
-    seed: int | None = None
+    seed: Natural | None = None
     """Of a whole sweep, the cells of this seed; none is the first."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Of a whole sweep, the cells of this learning rate; none is every one."""
     labels: tuple[str, ...] = ()
     """A name for each run; by default its method, rule and rank, and the learning rate where it differs."""
-    smooth: int = 10
+    smooth: Count = 10
     """Steps that the drawn line averages over; every step's own loss is shown faintly."""
     out: Path | None = None
     """Folder for loss_curves.png and .svg; by default the first run's."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 def draw(config: Config) -> Sequence[Path]:
     """One colour a run; faint points are single batches, lines their running mean, markers the validation loss."""
-    check_integers(config, rank=1, seed=0, smooth=1)
-    check_positives(config, "lr")
     if not config.runs:
         style.fail("no runs are given; accepted are one or more run folders of sims.finetune or sims.rank_sweep")
     if not any(map(is_sweep, config.runs)):

@@ -13,7 +13,7 @@ import tyro
 
 from figures import style
 from figures.sweep import chosen_model, chosen_rank, draw_line, levels, marks, measures, model_name, points
-from rora_theory.rules import check_integers, check_positives
+from rora_theory.ranges import Count, Positive, check_ranges
 
 
 @dataclass(frozen=True)
@@ -22,24 +22,25 @@ class Config:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of sims.rank_sweep."""
-    rank: int | None = None
+    rank: Count | None = None
     """Of methods that have one; may be left out where the run has one rank."""
     model: str | None = None
     """Which model, where the run has several."""
-    alpha: float | None = None
+    alpha: Positive | None = None
     """Which alpha, where a method and rank has several."""
     answers: bool = False
     """The loss on the answers alone in the place of the loss on all tokens."""
-    top: float | None = None
+    top: Positive | None = None
     """Upper end of the loss axis, which lines may leave; by default all is within."""
     out: Path | None = None
     """Folder for loss_vs_rate.png and .svg; by default the run folder."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 def draw(config: Config) -> Sequence[Path]:
     """Lines are means over seeds with the items' standard error, dashes single seeds, crosses what diverged."""
-    check_integers(config, rank=1)
-    check_positives(config, "alpha", "top")
     manifest, rows = style.read_frame(config.run, "rank_sweep")
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     rank = chosen_rank(config.run, rows, config.rank)

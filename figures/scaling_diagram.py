@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
 from figures import style
-from rora_theory.rules import check_integers, check_positives, check_ranks
+from rora_theory.ranges import Count, Positive, check_ranges
+from rora_theory.rules import check_ranks
 from rora_theory.scaling import scaling_factor
 
 FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
@@ -23,21 +24,22 @@ FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 class Config:
     """What to draw."""
 
-    alpha: float = 64.0
+    alpha: Positive = 64.0
     """Strength of the adapter."""
-    rank: int = 32
+    rank: Count = 32
     """Rank that is marked, and that the numbers in the schemes are of."""
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     """Ranks of the curve."""
     out: Path = Path("results/scaling_diagram")
     """Folder for scaling_diagram.png and .svg."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        check_ranks(self.ranks, fewest=1)
+
 
 def draw(config: Config) -> Sequence[Path]:
     """Two schemes of W x + gamma B A x, and gamma against the rank under both rules."""
-    check_positives(config, "alpha")
-    check_integers(config, rank=1)
-    check_ranks(config.ranks, fewest=1)
     gammas = {
         rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]
         for rule in ("lora", "rora")

@@ -74,20 +74,6 @@ def as_words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def check_integers(config: object, **least: int) -> None:
-    """Raise `InputError` unless each named option is None or an integer of ``least`` or more."""
-    for name, smallest in least.items():
-        if (value := getattr(config, name)) is not None:
-            check_integer(option_of(name), value, least=smallest)
-
-
-def check_positives(config: object, *names: str) -> None:
-    """Raise `InputError` unless each named option is None or a finite number above 0."""
-    for name in names:
-        if (value := getattr(config, name)) is not None:
-            check_positive(option_of(name), value)
-
-
 def check_unread(config: Any, *names: str, without: str = "", beside: str = "") -> None:
     """Raise `InputError` where an option that nothing would read is not at its default.
 

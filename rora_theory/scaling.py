@@ -102,3 +102,15 @@ def check_positive(name: str, value: float) -> None:
     """Raise `InputError` unless ``value`` is a finite number > 0, as a float too."""
     if not is_finite(value) or float(value) <= 0:
         raise InputError(f"{name} is {shown(value)}; accepted is a finite number above 0")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise `InputError` unless ``value`` is a finite number >= 0."""
+    if not is_finite(value) or value < 0:
+        raise InputError(f"{name} is {shown(value)}; accepted is a finite number of 0 or more")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise `InputError` unless ``value`` is a share, 0 < value <= 1."""
+    if not is_finite(value) or not 0 < value <= 1:
+        raise InputError(f"{name} is {shown(value)}; accepted is a number above 0, at most 1")

@@ -20,7 +20,7 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
 from rora_theory.evaluate.accuracies import RESULT_COLUMNS, RESULT_UNITS, accuracies_in_words
 from rora_theory.llama import Adapter, Located, Model, load, locate
-from rora_theory.rules import check_integers
+from rora_theory.ranges import Count, check_ranges
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import as_json
 from sims.common import answers, cli, tables
@@ -44,11 +44,11 @@ class Config:
     lm-evaluation-harness's (likeliest choice text)"""
     template: Template | None = None
     """prompt of generate (none is eval, as published) and label (none is train): train, eval or clean"""
-    limit: int | None = None
+    limit: Count | None = None
     """score only the first so many items of each task"""
     data_dir: str | None = None
     """folder in the LLM-Adapters schema, or hf://datasets/OWNER/NAME; none is the variable RORA_COMMONSENSE_DIR"""
-    batch_size: int = 8
+    batch_size: Count = 8
     """generate: prompts at once; label and harness: device calls in flight"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of the weights and activations; log-probabilities are float32"""
@@ -63,7 +63,7 @@ class Config:
     out: cli.Out = None
 
     def __post_init__(self) -> None:
-        check_integers(self, limit=1, batch_size=1)
+        check_ranges(self)
         if self.adapter is not None and not self.adapter.is_dir():
             raise InputError(f"{self.adapter}: is not a folder; accepted is an adapter in PEFT's format")
         self.scoring()

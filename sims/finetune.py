@@ -23,8 +23,8 @@ from rora_theory.finetune.distributed import ProcessConfig
 from rora_theory.finetune.loop import NonFiniteLossError, Stepped, Trainer, Validated, resumption
 from rora_theory.finetune.outputs import OutputConfig, write_outputs
 from rora_theory.finetune.trackers import TrackerName
+from rora_theory.ranges import Count, check_ranges
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.scaling import check_integer
 from sims.common import answers, cli, prompts, tables
 from sims.common.progress import progress_bar
 
@@ -45,12 +45,12 @@ class Config:
     """show losses, rate, gradient norm and tokens/s in TensorBoard (event files in the run folder) or Weights & Biases
     too"""
     output: OutputConfig = field(default_factory=OutputConfig)
-    fsdp: int = 1
+    fsdp: Count = 1
     """devices that share one copy of the base weights; the others hold further copies"""
     processes: ProcessConfig = field(default_factory=ProcessConfig)
 
     def __post_init__(self) -> None:
-        check_integer("fsdp", self.fsdp)
+        check_ranges(self, str)
         trackers.check_tracker(self.log_to)
         self.output.check_training(self.training)
 

@@ -15,7 +15,7 @@ from rora_theory import digests
 from rora_theory.data import windows as text_windows
 from rora_theory.data.records import FormatConfig
 from rora_theory.errors import InputError
-from rora_theory.rules import check_integers
+from rora_theory.ranges import Count, Plural, Share, check_ranges
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.seeds import check_seed
 from sims.common import answers, cli, tables
@@ -38,21 +38,21 @@ class Config:
     model: cli.ModelName = "smollm2-135m"
     revision: cli.Revision = None
     reading: FormatConfig = field(default_factory=FormatConfig)
-    share: float = 0.5
+    share: Share = 0.5
     """parameters to keep, embeddings counted"""
-    layers: int | None = None
+    layers: Count | None = None
     """layers to keep; none is in proportion"""
-    kv_heads: int | None = None
+    kv_heads: Count | None = None
     """key/value heads to keep, with the query heads that share them; none is in proportion"""
-    width: int | None = None
+    width: Count | None = None
     """feed-forward features to keep; none is what the share leaves room for"""
-    windows: int = 128
+    windows: Count = 128
     """pieces of the text to calibrate on"""
-    held_out: int = 32
+    held_out: Count = 32
     """other pieces, for the perplexity"""
-    seq: int = 256
+    seq: Plural = 256
     """tokens of a piece"""
-    batch_size: int = 4
+    batch_size: Count = 4
     """pieces worked on at once"""
     seed: int = 0
     """seed of the choice of pieces"""
@@ -63,9 +63,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.text:
             raise InputError("text is empty; accepted are .txt files or training records")
-        check_integers(self, windows=1, held_out=1, seq=2, batch_size=1, layers=1, kv_heads=1, width=1)
-        if not 0 < self.share <= 1:
-            raise InputError(f"--share is {self.share}; accepted is a number above 0, at most 1")
+        check_ranges(self)
         check_seed(self.seed)
 
 

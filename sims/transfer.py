@@ -21,7 +21,8 @@ from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.measure.transfer_request import Advised, TransferConfig, advise
-from rora_theory.rules import check_integers, check_seeds, check_unread
+from rora_theory.ranges import Count
+from rora_theory.rules import check_seeds, check_unread
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.seeds import check_seed
 from sims.common import answers, cli, tables
@@ -41,7 +42,7 @@ class Config(TransferConfig):
     """a model and data files: take the first real steps at both ranks"""
     reading: DataConfig = field(default_factory=DataConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    batch_size: int = 8
+    batch_size: Count = 8
     """records of --check's batch, and as many held-out ones"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     """draws of A of --check"""
@@ -53,7 +54,6 @@ class Config(TransferConfig):
     def __post_init__(self) -> None:
         if len(self.check) == 1:
             raise InputError(f"--check is {self.check[0]}; accepted are a model and one or more data files")
-        check_integers(self, batch_size=1)
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
         if not self.check:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rora_theory.cluster.connection import connect, the_ray
 from rora_theory.cluster.driver import OnRay
 from rora_theory.errors import InputError
+from rora_theory.ranges import Positive, check_ranges
 from rora_theory.runs.cells import Runner, in_process
 from rora_theory.scaling import check_integer, check_positive
 
@@ -25,7 +26,7 @@ class ClusterConfig:
     """cells worked on at a time on this machine; more than one needs the extra cluster (Ray)"""
     address: str | None = None
     """HOST:PORT of a Ray cluster, or auto, whose nodes work on the cells, on as many at a time as find room"""
-    cell_cpus: float = 1.0
+    cell_cpus: Positive = 1.0
     """with --workers or --address: CPUs that a cell takes of its node"""
     cell_gpus: float | None = None
     """GPUs that a cell takes, all of one node; none is 1 where the cluster has any"""
@@ -36,7 +37,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         """Raise `InputError` where a value is out of range."""
         check_integer("--workers", self.workers, most=4096)
-        check_positive("--cell-cpus", self.cell_cpus)
+        check_ranges(self)
         if self.cell_gpus:
             check_positive("--cell-gpus", self.cell_gpus)
         if isinstance(self.cell_memory, float | int):

@@ -26,7 +26,7 @@ from rora_theory.data.formats import (
     records_digest,
 )
 from rora_theory.errors import InputError
-from rora_theory.scaling import check_integer
+from rora_theory.ranges import Natural, check_ranges
 
 if TYPE_CHECKING:  # it needs Jinja, which records do not
     from rora_theory.data.chat import ChatTemplate
@@ -73,13 +73,13 @@ class DataConfig(FormatConfig):
     """Jinja file of the template that makes a text of a chat, or chatml; none is the model's own"""
     chat_date: str | None = None
     """day that a template is told which asks for today's, as YYYY-MM-DD; none is today"""
-    show: int = 0
+    show: Natural = 0
     """print so many training prompts as they go in, what is in the loss marked"""
 
     def __post_init__(self) -> None:
         """Raise `InputError` for a value out of range, or a template or date that can't be read."""
         super().__post_init__()
-        check_integer("show", self.show, least=0)
+        check_ranges(self, str)
         if self.chat_template is not None:
             from rora_theory.data import chat as chats
 

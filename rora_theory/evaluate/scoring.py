@@ -33,6 +33,7 @@ from rora_theory.llama.generate import beam
 from rora_theory.llama.loading import Model
 from rora_theory.llama.model import Adapter
 from rora_theory.llama.tokenizer import Tokenizer
+from rora_theory.ranges import Count, check_ranges
 from rora_theory.scaling import check_integer
 
 Protocol = Literal["generate", "label", "harness"]
@@ -54,8 +55,8 @@ class Scoring:
 
     protocol: str
     template: str | None = None
-    num_beams: int = 4
-    max_new_tokens: int = 32
+    num_beams: Count = 4
+    max_new_tokens: Count = 32
     texts: str = field(default=TEXTS, init=False)
 
     def __post_init__(self) -> None:
@@ -68,8 +69,7 @@ class Scoring:
             object.__setattr__(self, "template", {"generate": "eval", "label": "train"}[self.protocol])
         elif self.template not in TEMPLATES:
             raise InputError(f"template is {self.template!r}; accepted are {', '.join(TEMPLATES)}")
-        for name in ("num_beams", "max_new_tokens"):
-            check_integer(name, getattr(self, name))
+        check_ranges(self, str)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from rora_theory.finetune.sharding import Gathered, Layout
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.model import abstract_params, count_parameters, init_params
 from rora_theory.llama.weights import read_config
-from rora_theory.scaling import check_positive
+from rora_theory.scaling import check_positive, check_share
 
 GB = 1e9
 
@@ -250,8 +250,7 @@ class Account:
         Raises:
           InputError: a utilisation outside (0, 1].
         """
-        if not 0 < utilisation <= 1:
-            raise InputError(f"utilisation is {utilisation!r}; accepted is a number above 0, at most 1")
+        check_share("utilisation", utilisation)
         return max(self.flops / (utilisation * device.peak(dtype)), self.passes * self.base / device.bandwidth)
 
 

@@ -1,6 +1,5 @@
 """What a fine-tuning run is made of: one frozen dataclass whose defaults are the published protocol."""
 
-import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -12,8 +11,9 @@ from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMATS
 from rora_theory.llama.quantised import Quantization, check_quantization
+from rora_theory.ranges import Count, Natural, NotNegative, Plural, Positive, check_ranges
 from rora_theory.runs.reading import LATER, as_json
-from rora_theory.scaling import Rule, check_integer, check_positive
+from rora_theory.scaling import Rule
 from rora_theory.seeds import check_seed
 
 Method = Literal["lora", "dora", "prefix", "series", "parallel", "full"]
@@ -85,41 +85,41 @@ class FinetuneConfig:
     template: TrainTemplate | None = None
     """prompt: train (published, to the byte), clean, chat (the model's chat template) or plain (the response at once
     behind the prompt); none is the data format's: train for alpaca, chat for chats and prompt-response, else plain"""
-    cutoff: int = 256
+    cutoff: Plural = 256
     """longest example in tokens; a longer one keeps its start and loses its end"""
     loss_on: LossOn = "all"
     """tokens in the loss: all (the protocol), or the answer alone: of a chat every turn of the assistant's"""
-    held_out: int = 120
+    held_out: Natural = 120
     """records set aside for the validation loss; 0 is none"""
-    widths: int = 6
+    widths: Count = 6
     """padded lengths that batches come in, each compiled once"""
 
-    epochs: int = 3
+    epochs: Count = 3
     """passes over the training records"""
-    steps: int | None = None
+    steps: Count | None = None
     """stop after so many steps; the schedule ends there too"""
-    batch_size: int = 16
+    batch_size: Count = 16
     """records a step"""
-    accumulation: int = 1
+    accumulation: Count = 1
     """parts a batch is worked in, one after another, to save memory"""
-    lr: float | None = None
+    lr: Positive | None = None
     """peak learning rate; none is the protocol's: 3e-4, for dora 2e-4, for prefix 3e-2, for full 2e-5"""
-    warmup: int = 100
+    warmup: Natural = 100
     """steps of linear warm-up from 0"""
     schedule: Schedule = "linear"
     """learning rate after the warm-up: linear, down to 0 after the last step (the protocol), or constant"""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's decoupled weight decay"""
     clip: float = 1.0
     """largest norm of the gradient; inf leaves it alone"""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the two moments"""
-    epsilon: float = 1e-8
+    epsilon: Positive = 1e-8
     """AdamW's epsilon"""
 
-    evaluate_every: int = 80
+    evaluate_every: Count = 80
     """steps between two validation losses"""
-    checkpoint_every: int = 80
+    checkpoint_every: Count = 80
     """steps between two checkpoints; each validation makes one too"""
     seed: int = 42
     """seed of the validation split, the order, the initialisation and the dropout"""
@@ -153,21 +153,14 @@ class FinetuneConfig:
                     f"methods {', '.join(methods)}"
                 )
         self.adapter()
-        for name, least in _LEAST.items():
-            check_integer(name, getattr(self, name), least=least)
+        check_ranges(self, str)
         check_seed(self.seed)
-        if self.steps is not None:
-            check_integer("steps", self.steps)
         if self.batch_size % self.accumulation:
             raise InputError(
                 f"accumulation is {self.accumulation}; accepted is a divisor of batch_size, {self.batch_size}"
             )
-        check_positive("lr", self.peak_learning_rate)
-        decay = self.weight_decay
-        _check("weight_decay", decay, "a finite number of 0 or more", 0 <= decay < math.inf)
         _check("clip", self.clip, "a number above 0", self.clip > 0)
         _check("betas", self.betas, "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas))
-        check_positive("epsilon", self.epsilon)
         # 4 and 4.0 are one alpha, and what is kept of a run tells its numbers by how they are written.
         for name in _REAL:
             if not isinstance(value := getattr(self, name), (str, type(None))):
@@ -243,18 +236,6 @@ class FinetuneConfig:
 
 _REAL = ("alpha", "dropout", "lr", "weight_decay", "clip", "epsilon", "rule")
 """Settings that are real numbers, where they are numbers."""
-_LEAST = {
-    "cutoff": 2,
-    "held_out": 0,
-    "widths": 1,
-    "epochs": 1,
-    "batch_size": 1,
-    "accumulation": 1,
-    "warmup": 0,
-    "evaluate_every": 1,
-    "checkpoint_every": 1,
-}
-"""Least values of the integers."""
 
 
 def _default(name: str) -> Any:

@@ -14,7 +14,8 @@ from rora_theory.finetune.capacity import DEVICES, GB, RESERVE, Device
 from rora_theory.finetune.config import BaseDtype, FinetuneConfig
 from rora_theory.finetune.sharding import Layout
 from rora_theory.llama.quantised import Quantization
-from rora_theory.rules import check_integers, check_positives, check_unread
+from rora_theory.ranges import Count, Positive, Share, check_ranges
+from rora_theory.rules import check_unread
 
 
 @dataclass(frozen=True)
@@ -36,25 +37,25 @@ class PlanConfig:
     method: Literal["lora", "rora", "dora", "full"] = "rora"
     """lora and rora differ by their scaling alone, so they take the same; dora trains magnitudes too; full the weights
     themselves, in float32, beside the frozen ones that they started from"""
-    rank: int = 128
+    rank: Count = 128
     """rank of the adapter, on q, k, v, up and down; full, on the same modules, has none"""
-    batch_size: int = 16
+    batch_size: Count = 16
     """records a step"""
-    accumulation: int = 1
+    accumulation: Count = 1
     """parts a batch is worked in, one after another"""
-    seq: int = 256
+    seq: Count = 256
     """tokens of a record, padding included"""
     device: str = "a6000"
     """a6000, rtx4090, l40s, a100-40gb, a100-80gb, h100 or h200"""
-    memory: float | None = None
+    memory: Positive | None = None
     """GB of a device of your own, with --tflops, in place of --device"""
-    tflops: float | None = None
+    tflops: Positive | None = None
     """TFLOP/s of its products in --dtype"""
-    bandwidth: float | None = None
+    bandwidth: Positive | None = None
     """GB/s of its memory; none leaves the time of reading the weights out"""
-    replicas: int = 1
+    replicas: Count = 1
     """copies of the base weights, each on --fsdp devices: replicas x fsdp devices in all"""
-    fsdp: int = 1
+    fsdp: Count = 1
     """devices that share one copy of the base weights"""
     dtype: BaseDtype = "bfloat16"
     """type of the frozen base weights"""
@@ -65,13 +66,13 @@ class PlanConfig:
     False and True"""
     dropout: float = 0.05
     """dropout of the adapter's input; above 0, the masked inputs are kept too"""
-    utilisation: float = 0.4
+    utilisation: Share = 0.4
     """share of the device's peak rate of products that the run reaches"""
-    steps: int | None = None
+    steps: Count | None = None
     """number of steps, for the whole time"""
-    examples: int | None = None
+    examples: Count | None = None
     """number of training records instead, each seen --epochs times"""
-    epochs: int = 3
+    epochs: Count = 3
     """passes over --examples"""
 
     def __post_init__(self) -> None:
@@ -84,19 +85,15 @@ class PlanConfig:
                 "--memory, --tflops and --bandwidth are of a device of your own; accepted are the first two together, "
                 "or none of them, with --device"
             )
-        check_positives(self, "memory", "tflops", "bandwidth")
-        check_integers(self, replicas=1, fsdp=1)
+        check_ranges(self)
         self.place()
         if self.memory is not None:
             check_unread(self, "device", beside="--memory")
-        check_integers(self, rank=1, batch_size=1, accumulation=1, steps=1, examples=1, epochs=1, seq=1)
         if self.examples is None:
             check_unread(self, "epochs", without="--examples")
         if self.method == "full":
             check_unread(self, "rank", beside="--method full")
         self.finetune()
-        if not 0 < self.utilisation <= 1:
-            raise InputError(f"--utilisation is {self.utilisation}; accepted is a number above 0, at most 1")
 
     def finetune(self) -> FinetuneConfig:
         """The run's own configuration."""

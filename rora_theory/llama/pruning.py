@@ -43,6 +43,7 @@ from rora_theory.llama.model import (
     windowed_layers,
     within_window,
 )
+from rora_theory.scaling import check_share
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,8 +177,7 @@ def plan_shape(
     for name, value, most in zip(Shape._fields, (layers, kv_heads, width), own, strict=True):
         if value is not None and not 1 <= value <= most:
             raise InputError(f"{name} is {value}; accepted are 1 to {most}, the model's")
-    if not 0 < share <= 1:
-        raise InputError(f"share is {share}; accepted is a number above 0, at most 1")
+    check_share("share", share)
     total, inside = count_parameters(config), _count(abstract_params(config)["layers"])
     # Layers and heads in one proportion c leave about c^2 of what is inside the layers.
     cut = math.sqrt(min(1.0, max(0.0, 1 - (1 - share) * total / inside)))

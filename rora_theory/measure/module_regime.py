@@ -32,8 +32,9 @@ from rora_theory.measure.regime_tables import (
     TOKENS,
 )
 from rora_theory.optimizers import WORDS
+from rora_theory.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.rules import check_ranks, check_rules, name_of
-from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
+from rora_theory.scaling import Rule, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.theory import horizon
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
@@ -75,11 +76,11 @@ class RegimeConfig:
     """laws of lora_A: PEFT's default and its gaussian (deviation 1/r); also normal, rademacher"""
     alpha: float = 16.0
     """alpha of every rule"""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """learning rate of the step; the change is proportional to it"""
-    rows: int = 4096
+    rows: Natural = 4096
     """rows of lora_A drawn for each module and init, dealt out as rows / r adapters at every rank; 0 steps none"""
-    tokens: int = 64
+    tokens: Count = 64
     """tokens of each split at which modules are read, drawn among all of it that the mask leaves"""
     mask: bool = True
     """leave out held-out tokens that share their whole beginning with the training batch (template, first tokens), and
@@ -99,8 +100,7 @@ class RegimeConfig:
                 raise InputError(f"{name} has {wrong[0]!r}; accepted are {', '.join(known)}")
         for rule in self.rules:
             scaling_factor(rule, alpha=self.alpha, rank=max(self.ranks))
-        check_integer("tokens", self.tokens)
-        check_integer("rows", self.rows, least=0)
+        check_ranges(self, str)
         if self.rows > MOST_ROWS:
             raise InputError(
                 f"--rows is {self.rows}; accepted are at most {MOST_ROWS:,}: at rank 1 the rms is then known to 0.01% "
@@ -110,7 +110,6 @@ class RegimeConfig:
         least = 4 * max(self.ranks)
         if self.rows and self.rows < least:
             raise InputError(f"rows is {self.rows}; accepted are 0, or {least} or more: 4 adapters of the largest rank")
-        check_positive("lr", self.lr)
 
     @property
     def blocks(self) -> tuple[int, int]:

@@ -28,11 +28,11 @@ from rora_theory.measure import thin
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Table, in_a_word, whole_model
 from rora_theory.measure.coordinates import Checker
 from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES, WORDS, OptimizerName
+from rora_theory.ranges import Positive, check_ranges
 from rora_theory.rules import (
     alpha_at,
     check_alphas,
     check_choices,
-    check_positives,
     check_ranks,
     check_rules,
     check_seeds,
@@ -91,13 +91,13 @@ class CheckConfig:
     """scaling of every rule at the reference rank"""
     reference_rank: int = 8
     """rank at which the rules meet"""
-    adam_lr: float = 1e-4
+    adam_lr: Positive = 1e-4
     """learning rate of adam and adamw"""
-    sgd_lr: float = 0.01
+    sgd_lr: Positive = 0.01
     """learning rate of sgd"""
-    momentum_lr: float = 0.001
+    momentum_lr: Positive = 0.001
     """learning rate of momentum"""
-    band: float = slopes.BAND
+    band: Positive = slopes.BAND
     """largest absolute slope to call flat"""
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class CheckConfig:
         for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("inits", INITS)):
             check_choices(f"--{name}", getattr(self, name), accepted)
         check_steps(self.steps)
-        check_positives(self, "adam_lr", "sgd_lr", "momentum_lr", "band")
+        check_ranges(self)
         check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
         check_seeds(self.seeds, fewest=2)
 

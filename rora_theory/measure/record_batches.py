@@ -12,7 +12,7 @@ from rora_theory.data.formats import AnyRecord, TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split, tokenize
 from rora_theory.measure.unseen import apart_from
-from rora_theory.rules import check_integers
+from rora_theory.ranges import Count, Plural, check_ranges
 
 LossOn = Literal["all", "answer"]
 
@@ -25,17 +25,17 @@ class PairConfig:
       InputError: a value out of range.
     """
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """records of the batch that gives the gradient"""
-    held_out: int = 8
+    held_out: Count = 8
     """records it is read at"""
-    cutoff: int = 256
+    cutoff: Plural = 256
     """longest record in tokens"""
     loss_on: LossOn = "all"
     """tokens in the loss: all (the protocol), or the answer alone"""
 
     def __post_init__(self) -> None:
-        check_integers(self, batch_size=1, held_out=1, cutoff=2)
+        check_ranges(self)
 
 
 class Pair(NamedTuple):
@@ -96,11 +96,11 @@ class BatchConfig:
 
     batches: Literal["fixed", "fresh"] = "fixed"
     """fixed: every step on one batch; fresh: each on a batch of its own"""
-    batch_size: int = 4
+    batch_size: Count = 4
     """records a batch"""
-    held_out: int = 64
+    held_out: Count = 64
     """records set aside, from which each seed's held-out batch is taken"""
-    cutoff: int = 64
+    cutoff: Plural = 64
     """most tokens of a record"""
     template: TrainTemplate | None = None
     """training prompt: train (published, to the byte), clean, chat (the model's chat template) or plain (the response
@@ -108,7 +108,7 @@ class BatchConfig:
     plain"""
 
     def __post_init__(self) -> None:
-        check_integers(self, batch_size=1, held_out=1, cutoff=2)
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from rora_theory.inits import Init
 from rora_theory.measure.layer_data import SPLITS
 from rora_theory.measure.terms import EPSILON
 from rora_theory.measure.tokens import SINK
+from rora_theory.ranges import Positive, check_ranges
 from rora_theory.rules import USUAL_RANKS
-from rora_theory.scaling import check_positive
 from rora_theory.theory.laws import Optimizer
 
 CROSSINGS, TAKEOVER, TOKENS, JUDGE, VERDICT = (
@@ -84,13 +84,13 @@ class JudgeConfig:
       InputError: a value out of range.
     """
 
-    tolerance: float = 0.02
+    tolerance: Positive = 0.02
     """measured may differ from predicted by this much, or by its error bar where that is larger"""
     false_alarm: float = 0.01
     """probability that a true law fails somewhere: it sets the error bars' width"""
 
     def __post_init__(self) -> None:
-        check_positive("tolerance", self.tolerance)
+        check_ranges(self, str)
         if not 0 < self.false_alarm < 1:
             raise InputError(f"false_alarm is {self.false_alarm}; accepted is a number between 0 and 1")
 

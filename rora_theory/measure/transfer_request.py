@@ -17,7 +17,8 @@ from rora_theory.advice.transfer import MOST_STEPS, Advice, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName, optimizer_named
-from rora_theory.rules import as_words, check_integers, check_positives, check_rule, check_unread, option_of
+from rora_theory.ranges import Count, Positive, check_ranges
+from rora_theory.rules import as_words, check_rule, check_unread, option_of
 from rora_theory.scaling import Rule, check_integer, exponent
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,13 @@ class TransferConfig:
       InputError: a value out of range.
     """
 
-    from_rank: int | None = None
+    from_rank: Count | None = None
     """the rank that was tuned; none is 8, or what --from has"""
-    to_rank: int = 128
+    to_rank: Count = 128
     """the new rank"""
     alpha: float | None = None
     """alpha at the old rank; none is 16, or what --from has"""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """learning rate at the old rank"""
     rule: Rule | None = None
     """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa; none is lora, or what --from has"""
@@ -63,7 +64,7 @@ class TransferConfig:
     from_: Path | None = None
     """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets,
     none of which may then be another, and the LoraConfig's other entries"""
-    to_alpha: float | None = None
+    to_alpha: Positive | None = None
     """alpha at the new rank; the learning rate then makes up for it. Left out, alpha makes up and the rate stays"""
     steps: int | None = None
     """steps of the planned run, at a constant rate (Adam, regime signal); with --takeover or --p-in"""
@@ -74,10 +75,9 @@ class TransferConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
-        check_integers(self, from_rank=1, to_rank=1)
+        check_ranges(self)
         if self.steps is not None:
             check_integer("--steps", self.steps, most=MOST_STEPS)
-        check_positives(self, "lr", "to_alpha")
         for option, rule in (("--rule", self.rule), ("--to-rule", self.to_rule)):
             if rule is not None:
                 check_rule(option, rule)

@@ -22,8 +22,9 @@ from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.inits import entries
 from rora_theory.paper import quantities, verdicts
+from rora_theory.ranges import Count, check_ranges
 from rora_theory.rules import check_list, name_of
-from rora_theory.scaling import check_integer, exponent
+from rora_theory.scaling import exponent
 from rora_theory.stats.moments import agreement
 from rora_theory.theory import laws, sampling
 from rora_theory.theory.grid import StepGrid, exponent_of
@@ -61,9 +62,9 @@ class SimulationConfig:
     """
 
     grid: StepGrid = field(default_factory=StepGrid)
-    p_in: int = 4096
+    p_in: Count = 4096
     """inputs of the layer (LLaMA-7B's width)"""
-    p_out: int = 4096
+    p_out: Count = 4096
     """outputs of the layer"""
     overlaps: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0)
     """correlation of the inputs before and after the step, each from -1 to 1"""
@@ -71,8 +72,7 @@ class SimulationConfig:
     """direct draws A and differentiates; reduced draws what w depends on (Gaussian A only); auto takes the cheaper"""
 
     def __post_init__(self) -> None:
-        check_integer("--p-in", self.p_in)
-        check_integer("--p-out", self.p_out)
+        check_ranges(self)
         check_list("--overlaps", self.overlaps)
         for overlap in self.overlaps:
             try:

@@ -20,7 +20,7 @@ from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype
-from rora_theory.rules import check_integers
+from rora_theory.ranges import Count, check_ranges
 from rora_theory.sweep.cells import SweepCell, cells_of, sweep_identity
 from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import RecordSplit, Shares, draw_records
@@ -80,15 +80,15 @@ class SweepConfig:
     """label, generate (the papers') or harness, see sims.evaluate; none is label, in the paper's designs generate"""
     eval_template: Template | None = None
     """prompt of label (none is train) and generate (none is eval)"""
-    limit: int | None = None
+    limit: Count | None = None
     """score only the first so many items of each task"""
     data_dir: str | None = None
     """folder of the tasks, or hf://datasets/OWNER/NAME; none is the variable RORA_COMMONSENSE_DIR"""
-    score_batch_size: int = 8
+    score_batch_size: Count = 8
     """generate: prompts at once; label and harness: device calls in flight"""
 
     def __post_init__(self) -> None:
-        check_integers(self, limit=1, score_batch_size=1)
+        check_ranges(self)
 
     def the_design(self) -> Design:
         """The named design with what is given in its place."""

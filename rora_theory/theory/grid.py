@@ -10,8 +10,9 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
+from rora_theory.ranges import Plural, Positive, check_ranges
 from rora_theory.rules import check_choices, check_ranks, check_rules, check_unread
-from rora_theory.scaling import Rule, check_integer, check_positive, scaling_factor
+from rora_theory.scaling import Rule, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats.moments import log_log_fit
 from rora_theory.theory import laws
@@ -46,14 +47,14 @@ class StepGrid:
     inits: tuple[Init, ...] = ()
     """distributions of A; by default normal, the paper's N(0, 1), at random inputs, and kaiming_uniform, PEFT's
     default, in real layers"""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """adapter strength, above 0"""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """learning rate, above 0"""
-    relative_error: float | None = None
+    relative_error: Positive | None = None
     """draw until the relative standard error is this or less: of the second moment, by default 0.005; in real layers of
     the rms, by default 0.01"""
-    draws: int | None = None
+    draws: Plural | None = None
     """draw exactly this many times instead"""
     seed: int = 0
     """seed of all draws"""
@@ -63,17 +64,13 @@ class StepGrid:
         check_rules(self.rules)
         for name, known, fewest in (("optimizers", laws.OPTIMIZERS, 1), ("inits", INITS, 0)):
             check_choices(f"--{name}", getattr(self, name), known, fewest=fewest)
-        check_positive("--alpha", self.alpha)
-        check_positive("--lr", self.lr)
-        if self.relative_error is not None:
-            check_positive("--relative-error", self.relative_error)
-            if self.relative_error < LEAST_ERROR:
-                raise InputError(
-                    f"--relative-error is {self.relative_error}; accepted is {LEAST_ERROR:.0e} or more, which takes "
-                    f"some {MOST_DRAWS:,} draws"
-                )
+        check_ranges(self)
+        if self.relative_error is not None and self.relative_error < LEAST_ERROR:
+            raise InputError(
+                f"--relative-error is {self.relative_error}; accepted is {LEAST_ERROR:.0e} or more, which takes "
+                f"some {MOST_DRAWS:,} draws"
+            )
         if self.draws is not None:
-            check_integer("--draws", self.draws, least=2)
             if self.draws > MOST_DRAWS:
                 raise InputError(
                     f"--draws is {self.draws}; accepted are at most {MOST_DRAWS:,}: E[w^2] is then known to "

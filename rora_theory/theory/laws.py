@@ -23,7 +23,7 @@ from scipy import special
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Entries, Init, entries
-from rora_theory.scaling import check_integer, check_positive, check_rank
+from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_rank
 from rora_theory.theory import sign_expectation
 
 Optimizer = Literal["sgd", "adam"]
@@ -138,8 +138,7 @@ def first_step_moments(
         matrix = (step * s2) ** 2 * r * (r + p_in + k - 2) * float(np.sum(grad2))
         return FirstStepMoments(mean, second, matrix)
 
-    if epsilon < 0 or not math.isfinite(epsilon):
-        raise InputError(f"epsilon is {epsilon!r}; accepted is a finite number of 0 or more")
+    check_not_negative("epsilon", epsilon)
     row = _adam_row(grad, law, epsilon / scaling)
     coupled = x @ row.direction.T
     mean = -step * r * coupled

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Init, entries
-from rora_theory.scaling import check_positive
+from rora_theory.scaling import check_not_negative, check_positive
 from rora_theory.theory.laws import FirstStepMoments, Optimizer, check_optimizer, first_step_moments
 
 
@@ -50,8 +50,7 @@ def clipped_sgd_moments(
       InputError: an argument out of range.
     """
     check_positive("max_norm", max_norm)
-    if not (math.isfinite(other_squares) and other_squares >= 0):
-        raise InputError(f"other_squares is {other_squares!r}; accepted is a finite number of 0 or more")
+    check_not_negative("other_squares", other_squares)
     free = first_step_moments(grad, x, rank=rank, scaling=scaling, learning_rate=learning_rate, init=init)
     own = entries(init, rank=rank, p_in=grad.shape[1]).variance * float(np.sum(np.asarray(grad, np.float64) ** 2))
     norm = scaling * math.sqrt(rank * (own + other_squares))

@@ -29,8 +29,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
+from rora_theory.ranges import Count, NotNegative, check_ranges
 from rora_theory.rules import check_steps
-from rora_theory.scaling import check_integer
 from rora_theory.toy import nested
 
 Model = Literal["linear", "mlp"]
@@ -66,28 +66,25 @@ class ProblemSize:
       InputError: a value out of range.
     """
 
-    p_in: int = 512
+    p_in: Count = 512
     """inputs of the model"""
-    hidden: int = 128
+    hidden: Count = 128
     """hidden units of the mlp"""
-    p_out: int = 32
+    p_out: Count = 32
     """outputs of the model"""
-    samples: int = 8
+    samples: Count = 8
     """training inputs, all in every step"""
-    held_out: int = 32
+    held_out: Count = 32
     """held-out inputs"""
     overlap: float = 0.0
     """overlap of any two inputs, from 0 to 1"""
-    teacher_rank: int = 4
+    teacher_rank: Count = 4
     """rank of the change to learn, in each layer: at most the least rank, or capacity decides"""
-    noise: float = 0.1
+    noise: NotNegative = 0.1
     """standard deviation of the noise on the targets, whose change has root mean square 1 in the linear problem"""
 
     def __post_init__(self) -> None:
-        for name in ("p_in", "hidden", "p_out", "samples", "held_out", "teacher_rank"):
-            check_integer(name, getattr(self, name))
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise InputError(f"noise is {self.noise!r}; accepted is a finite number of 0 or more")
+        check_ranges(self, str)
         if not 0 <= self.overlap <= 1:
             raise InputError(f"overlap is {self.overlap!r}; accepted is a number from 0 to 1")
 

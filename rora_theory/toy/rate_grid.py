@@ -16,6 +16,7 @@ from jaxtyping import Float
 from rora_theory import frames
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
+from rora_theory.ranges import Count, check_ranges
 from rora_theory.rules import (
     alpha_at,
     check_alphas,
@@ -26,7 +27,7 @@ from rora_theory.rules import (
     check_seeds,
     name_of,
 )
-from rora_theory.scaling import Rule, check_integer, check_positive, exponent, scaling_factor
+from rora_theory.scaling import Rule, check_positive, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.stats.rate_curves import COLUMNS, Curve
 from rora_theory.toy import ensemble
@@ -59,7 +60,7 @@ class RateGrid:
     sgd_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-14, 22))
     """learning rates of sgd, and ten times those of momentum; the default grid has every rule's best step at ranks
     that are powers of two times the reference rank"""
-    steps: int = 100
+    steps: Count = 100
     """updates, each on all training inputs"""
     seeds: tuple[int, ...] = tuple(range(12))
     """of problems and adapters, 2 or more"""
@@ -88,7 +89,7 @@ class RateGrid:
             for rate in rates:
                 check_positive(option, rate)
         check_seeds(self.seeds, fewest=2)
-        check_integer("--steps", self.steps)
+        check_ranges(self)
         check_seed(self.seed, "--seed")
         self.problem.check_ranks(self.ranks)
 

@@ -14,11 +14,11 @@ import pandas as pd
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
+from rora_theory.ranges import Positive, check_ranges
 from rora_theory.rules import (
     alpha_at,
     check_alphas,
     check_choices,
-    check_positives,
     check_ranks,
     check_rules,
     check_seeds,
@@ -72,11 +72,11 @@ class TrainingGrid:
     """scaling of every rule at the reference rank"""
     reference_rank: int = 4
     """rank at which the rules meet"""
-    sgd_lr: float = 0.003
+    sgd_lr: Positive = 0.003
     """learning rate of sgd"""
-    momentum_lr: float = 3e-4
+    momentum_lr: Positive = 3e-4
     """learning rate of momentum"""
-    adam_lr: float = 1e-4
+    adam_lr: Positive = 1e-4
     """learning rate of adam and adamw"""
     init: Init = "kaiming_uniform"
     """law of A where it starts random"""
@@ -93,7 +93,7 @@ class TrainingGrid:
         if self.init not in INITS:
             raise InputError(f"--init is {self.init!r}; accepted are {', '.join(INITS)}")
         check_steps(self.steps)
-        check_positives(self, "sgd_lr", "momentum_lr", "adam_lr")
+        check_ranges(self)
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
         self.problem.check_ranks(self.ranks)
