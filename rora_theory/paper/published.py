@@ -7,10 +7,12 @@ version and in its present one. Entries are percentages exactly as printed. The 
 of this package; `audit` checks them.
 """
 
-import csv
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
+from rora_theory import frames
 from rora_theory.data.tasks import TASKS
 
 NAMES = tuple(task.name for task in TASKS.values())
@@ -72,16 +74,16 @@ def published_rows(source: str | None = None) -> list[PublishedRow]:
     found = [
         PublishedRow(
             source=row["source"],
-            address=row.get("address", ""),
-            table=row.get("table", ""),
+            address=row.get("address") or "",
+            table=row.get("table") or "",
             model=row["model"],
             method=row["method"],
-            rank=_int(row["rank"]),
-            learning_rate=_float(row["learning_rate"]),
-            params_percent=_float(row.get("params_percent", "")),
+            rank=_whole(row["rank"]),
+            learning_rate=row["learning_rate"],
+            params_percent=row.get("params_percent"),
             marked_best=row.get("marked_best") == "yes",
-            scores=tuple(float(row[name]) for name in NAMES),
-            average=float(row["average"]),
+            scores=tuple(row[name] for name in NAMES),
+            average=row["average"],
         )
         for row in [*_read("paper_tables.csv"), *_read("anchor_tables.csv")]
     ]
@@ -96,22 +98,18 @@ def claims() -> list[Claim]:
             quote=row["quote"],
             model=row["model"],
             method=row["method"],
-            rank=_int(row["rank"]),
+            rank=_whole(row["rank"]),
             against=row["against"],
-            against_rank=_int(row["against_rank"]),
-            printed=float(row["printed"]),
+            against_rank=_whole(row["against_rank"]),
+            printed=row["printed"],
         )
         for row in _read("paper_claims.csv")
     ]
 
 
-def _read(name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(files(__package__).joinpath(name).read_text().splitlines()))
+def _read(name: str) -> list[dict[str, Any]]:
+    return frames.rows(frames.read_csv(Path(str(files(__package__) / name))))
 
 
-def _int(text: str) -> int | None:
-    return int(text) if text else None
-
-
-def _float(text: str) -> float | None:
-    return float(text) if text else None
+def _whole(number: float | None) -> int | None:
+    return None if number is None else int(number)
