@@ -6,7 +6,6 @@
 The first draws runs, the second a sweep's cells of one rank.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from figures import style
 from rora_theory import files
+from rora_theory.journal import read_entries
 from rora_theory.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.rules import check_unread
 
@@ -115,8 +115,7 @@ def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         settings = files.read_json(cell if cell.exists() else run / "manifest.json")
         settings = settings["training"] if cell.exists() else settings["config"]
-        text = files.read_text(run / "metrics.jsonl")
-        events = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        events = read_entries(run / "metrics.jsonl")
     except (OSError, ValueError, KeyError) as error:
         style.fail(f"{run}: is not a run folder ({error}); accepted is a folder with manifest.json and metrics.jsonl")
     if not any(event["event"] == "step" for event in events):

@@ -7,7 +7,7 @@ from typing import Any
 
 from rora_theory import seals
 from rora_theory.errors import InputError
-from rora_theory.files import append, write_whole
+from rora_theory.files import append, read_text, write_whole
 
 
 class Journal:
@@ -35,7 +35,7 @@ class Journal:
             data = path.read_bytes()
         except FileNotFoundError:
             return
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = _whole_lines(data)
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 entry = json.loads(line)
@@ -67,3 +67,19 @@ class Journal:
             lines.append(json.dumps(sealed) + "\n")
         write_whole(self.path, "".join(lines))
         self.entries, self._digests = list(entries), digests
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file as they stand, whatever run it is of; a last line that was cut off is left out.
+
+    Raises:
+      InputError: there is no such file, or a line is not JSON.
+    """
+    try:
+        return [json.loads(line) for line in _whole_lines(read_text(path).encode()).splitlines()]
+    except ValueError as error:
+        raise InputError(f"{path}: is damaged ({error}); accepted is the file as the run wrote it") from error
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]

@@ -13,7 +13,7 @@ from support import checkpoint
 
 from rora_theory import files, llama, seals, software
 from rora_theory.errors import InputError
-from rora_theory.journal import Journal
+from rora_theory.journal import Journal, read_entries
 from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import CELLS
@@ -38,6 +38,19 @@ def test_a_line_half_written_on_a_full_disk_is_taken_back(tmp_path, full_disk):
         journal.append({"step": 2})
     assert journal.path.read_bytes() == before
     assert journal.entries == [{"step": 1}]
+
+
+def test_entries_are_read_whatever_run_they_are_of(tmp_path):
+    """Without the last, where it is cut off; what is no JSON is named."""
+    journal = Journal(tmp_path / "j.jsonl", "run")
+    for step in (1, 2):
+        journal.append({"step": step})
+    assert [entry["step"] for entry in read_entries(journal.path)] == [1, 2]
+    journal.path.write_bytes(journal.path.read_bytes()[:-1])
+    assert [entry["step"] for entry in read_entries(journal.path)] == [1]
+    journal.path.write_bytes(b'{"step": 1}\n{"ste\n')
+    with pytest.raises(InputError, match=r"j\.jsonl: is damaged \(.*\); accepted is the file as the run wrote it"):
+        read_entries(journal.path)
 
 
 def test_the_weights_that_a_run_reads_are_named(tmp_path, capsys):
