@@ -98,20 +98,53 @@ def signed(value: float, error: float, digits: int = 2) -> str:
     return f"{value:+.{digits}f} ± {error:.{digits}f}"
 
 
-def manifest(run: str) -> str:
-    """What a run was, in a line: command, versions, revision, end."""
+def _facts(run: str) -> dict[str, str]:
+    """What a run was: device, versions, revision and end, each empty where its manifest does not have it."""
     found = read(f"{run}/manifest.json")
-    packages = found.get("packages") or found["runs"][-1]["packages"]
-    revision = found.get("git_revision") or found["runs"][-1]["git_revision"]
-    end = found.get("end") or found["runs"][-1].get("end", found["start"])
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("jax", "numpy") if name in packages)
-    device = f"{found['device']}; " if "device" in found else ""
-    return f"`results/published/{run}`: {device}{versions}; revision {revision[:10]}; ended {end[:10]}."
+    parts = found.get("sessions") or found.get("runs") or [{}]
+    packages, revision = (found.get(name) or parts[-1].get(name) for name in ("packages", "git_revision"))
+    commit, _, changes = (revision or "").partition("+")
+    several = len({part.get("git_revision") for part in parts}) > 1
+    return {
+        "device": found.get("device", "").removesuffix(" (cpu)"),
+        "versions": ", ".join(f"{name} {packages[name]}" for name in ("jax", "numpy")) if packages else "",
+        "revision": f"revision {commit[:10]}{' with changes' if changes else ''}" if commit else "",
+        "sessions": f"the last of {len(parts)} sessions" if several else "",
+        "end": found.get("end") or parts[-1].get("end") or found.get("start", ""),
+    }
 
 
-for _path in sorted([*PUBLISHED.glob("*/manifest.json"), *PUBLISHED.glob("*/*/manifest.json")]):
-    _run = str(_path.parent.relative_to(PUBLISHED))
-    block(f"run:{_run.replace('/', '.')}")(lambda run=_run: manifest(run))
+def manifest(*runs: str) -> str:
+    """What runs of one folder were, in a line: what all or most of them share, and in brackets those that differ."""
+    facts, parts = {Path(run).name: _facts(run) for run in runs}, []
+    for name in ("device", "versions", "revision", "end"):
+        values: dict[str, list[str]] = {}
+        for run, found in facts.items():
+            values.setdefault(found[name][:10] if name == "end" else found[name], []).append(run)
+        usual, *others = sorted(values, key=lambda value: -len(values[value]))
+        rest = "; ".join(f"{_listed(values[value])}: {value.removeprefix('revision ')}" for value in others)
+        last = next(iter(facts.values()))["sessions"] if name == "revision" and len(runs) == 1 else ""
+        said = f"{'ended ' if name == 'end' else ''}{usual}" + (f" ({rest or last})" if rest or last else "")
+        parts += [said] if usual else []
+    where = runs[0] if len(runs) == 1 else f"{Path(runs[0]).parent}"
+    many = "" if len(runs) == 1 else f", {len(runs)} runs"
+    return f"`results/published/{where}`{many}: {'; '.join(parts)}."
+
+
+def _listed(names: list[str]) -> str:
+    """Names in a sentence."""
+    quoted = [f"`{name}`" for name in names]
+    return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+
+
+RUNS = [
+    str(path.parent.relative_to(PUBLISHED))
+    for path in sorted([*PUBLISHED.glob("*/manifest.json"), *PUBLISHED.glob("*/*/manifest.json")])
+]
+for _run in RUNS:
+    block(f"run:{_run.replace('/', '.')}")(partial(manifest, _run))
+for _group in dict.fromkeys(Path(run).parent for run in RUNS if "/" in run):
+    block(f"runs:{_group}")(partial(manifest, *(run for run in RUNS if Path(run).parent == _group)))
 
 
 # The suite on other versions.
@@ -1503,6 +1536,12 @@ def speed_machine() -> str:
     return f"{machine['processor']}, {machine['cores']} cores"
 
 
+@block("speed.machine.evaluate")
+def speed_machine_evaluate() -> str:
+    machine = read("evaluate_speed/benchmark.json")["machine"]
+    return f"{machine['processor']}, {machine['cores']} cores, and no more"
+
+
 def text_row(found: dict[str, Any]) -> list[str]:
     """Of the part ``text`` of `benchmarks/finetune.py`."""
     text = found["text"]
@@ -1556,6 +1595,45 @@ def speed_machine_avx2() -> str:
     machines = [read(f"{name}.json")["machine"] for name in files]
     (words,) = {f"{m['processor']} with {' and '.join(m['instruction_sets'])}, {m['cores']} cores" for m in machines}
     return words
+
+
+BENCHMARKS = {
+    "finetune_speed/benchmark": "first table, real text, DoRA's step",
+    "evaluate_speed/benchmark": "`harness`, `generate`",
+    "finetune_speed_intel/before": "as it was",
+    "finetune_speed_intel/benchmark": "as it is",
+    "finetune_speed_avx2/benchmark": "training, AVX2 alone: tokens",
+    "finetune_speed_avx2/text": "training, AVX2 alone: real text",
+    "evaluate_speed_avx2/benchmark": "evaluation, AVX2 alone",
+    "methods_cost/benchmark": "six methods",
+    "memory/benchmark": "memory",
+    "parity/parity": "agreement with transformers and peft",
+    "harness_parity/parity": "agreement with lm-eval",
+}
+"""The benchmarks of the page of speed, and what it has from each."""
+
+
+@block("speed.runs")
+def speed_runs() -> str:
+    """What each benchmark was, as far as its file has it."""
+    rows = []
+    for name, words in BENCHMARKS.items():
+        found = read(f"{name}.json")
+        machine = found.get("machine", {})
+        packages = machine.get("packages") or machine.get("versions") or {}
+        shown = [each for each in ("jax", "torch", "transformers", "peft", "lm-eval") if each in packages]
+        where = f"{machine['processor']}, {machine['cores']} cores" if machine else ""
+        others = "" if "others" not in found else f"{100 * found['others']:.1f}%"
+        cells = [where, ", ".join(f"{each} {packages[each]}" for each in shown), others]
+        rows.append([f"`{name}.json`", words, *(cell or "not kept" for cell in cells)])
+    return table(["file", "what", "machine", "versions", "taken by other processes"], rows)
+
+
+@block("speed.runs.dated")
+def speed_runs_dated() -> str:
+    """How many of these files have a revision or a date."""
+    kept = [name for name in BENCHMARKS if {"git_revision", "start", "end"} & set(read(f"{name}.json"))]
+    return f"{len(kept) or 'None'} of these {len(BENCHMARKS)} files"
 
 
 @block("speed.methods")

@@ -135,7 +135,10 @@ def _run(figure: Figure) -> list[str]:
     if len(figure.commands) > 1:
         summary = f"The run: {len(figure.commands)} commands into one folder"
         return [*lines, f"<details markdown><summary>{summary}</summary>", "", *block, "</details>", ""]
-    return [*lines, *(block if figure.commands else ["The manifest has the settings; the command was not kept.", ""])]
+    kept = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
+    lost = [word for word, key in kept.items() if key not in figure.manifest]
+    alone = f"The manifest has the settings alone; not kept: {', '.join(lost)}."
+    return [*lines, *(block if figure.commands else [alone, ""])]
 
 
 def _shown(figure: Figure) -> list[str]:
