@@ -26,8 +26,9 @@ from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
 from rora_theory.finetune import FinetuneConfig, capacity
+from rora_theory.measure.layer_grid import layer_exponents
 from rora_theory.paper import audit, published
-from rora_theory.stats.moments import log_log_fit
+from rora_theory.stats.moments import agreement
 from rora_theory.sweep import results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +68,7 @@ def block(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
 @cache
 def csv(path: str) -> pd.DataFrame:
     """A table of a published run."""
-    return pd.read_csv(PUBLISHED / path)
+    return frames.read_csv(PUBLISHED / path)
 
 
 @cache
@@ -150,18 +151,19 @@ for _group in dict.fromkeys(Path(run).parent for run in RUNS if "/" in run):
 # The suite on other versions.
 
 
+VERSIONS = ("python", "jax", "numpy", "which", "tests", "passed", "failed", "skipped", "revision", "date")
+
+
 @block("versions")
 def versions() -> str:
     """What `.ci/versions` wrote, a line for each time that it ran the suite."""
     which = {"floor": "every direct dependency at its floor of then", "newest": "everything at its newest"}
     rows = [
         [row["python"], row["jax"], row["numpy"], which.get(row["which"], "this JAX, the rest at its newest")]
-        + [row[name] for name in ("tests", "passed", "failed", "skipped", "revision", "date")]
-        for row in frames.rows(pd.read_csv(PUBLISHED / "versions.csv", dtype=str))
+        + [row[name] for name in VERSIONS[4:]]
+        for row in frames.rows(frames.read_csv(PUBLISHED / "versions.csv", words=VERSIONS))
     ]
-    return table(
-        ["Python", "JAX", "NumPy", "packages", "tests", "passed", "failed", "skipped", "revision", "date"], rows
-    )
+    return table(["Python", "JAX", "NumPy", "packages", *VERSIONS[4:]], rows)
 
 
 # The verdicts on the paper's equations.
@@ -188,17 +190,15 @@ def eq9() -> str:
 @block("layers.exponents")
 def layers_exponents() -> str:
     results, crossings = csv("real_layers/results.csv"), csv("real_layers/crossing_ranks.csv")
-    between = results["rank"].between(8, 128) & (results["quantity"] == "rms")
-    held = results[(results["split"] == "heldout") & between]
-    rows = []
-    for (layer, optimizer), group in held.groupby(["layer", "optimizer"], sort=False):
+    held = results[(results["split"] == "heldout") & (results["quantity"] == "rms")]
+    fits, rows = layer_exponents(held, low=8, high=128), []
+    for layer, optimizer in dict.fromkeys(zip(held["layer"], held["optimizer"], strict=True)):
         where = one(crossings, layer=layer, split="heldout", optimizer=optimizer)
         low, high = where["lower_quartile"], where["upper_quartile"]
         cells = []
         for rule in ("lora", "rora", "0.25"):
-            own = group[group["rule"].astype(str) == rule]
-            fit = log_log_fit(own["rank"].to_numpy(float), own["estimate"].to_numpy(), own["standard_error"].to_numpy())
-            cells.append(signed(fit.slope, fit.standard_error, 3))
+            fit = one(fits, layer=layer, optimizer=optimizer, rule=rule)
+            cells.append(signed(fit["slope"], fit["standard_error"], 3))
         rows.append(
             [
                 layer.removeprefix("model.layers."),
@@ -213,12 +213,12 @@ def layers_exponents() -> str:
 @block("layers.agreement")
 def layers_agreement() -> str:
     rows = csv("real_layers/results.csv")
-    rows = rows[(rows["rule"].astype(str) == "lora") & (rows["quantity"] == "rms")]
-    gap = (rows["estimate"] / rows["exact"] - 1).abs().max()
-    z = (rows["estimate"] - rows["exact"]) / rows["standard_error"]
+    rows = rows[(rows["rule"] == "lora") & (rows["quantity"] == "rms")]
+    found = agreement(*(rows[name].tolist() for name in ("estimate", "standard_error", "exact")))
     return (
         f"{len(rows)} figures under one rule (the others are powers of gamma away): measured and exact rms differ by "
-        f"at most {100 * gap:.1f}%, the largest |z| is {z.abs().max():.2f}, the rms of z {np.sqrt(np.mean(z**2)):.2f}"
+        f"at most {100 * found.largest_gap:.1f}%, the largest |z| is {found.largest_score:.2f}, the rms of z "
+        f"{found.rms_score:.2f}"
     )
 
 
@@ -395,7 +395,7 @@ def coordinate_slopes() -> str:
     ]
     main = slopes[slopes["control"] == 0]
     found = [
-        (name, main[(main["optimizer"] == optimizer) & (main["rule"].astype(str) == rule) & (main["init"] == init)])
+        (name, main[(main["optimizer"] == optimizer) & (main["rule"] == rule) & (main["init"] == init)])
         for optimizer, rule, init, name in cases
     ]
     controls = slopes[slopes["control"] == 1]
@@ -414,10 +414,10 @@ def coordinate_slopes() -> str:
     return table(["", "training batch, step 1", "step 10", "held-out batch, step 1", "step 10"], rows)
 
 
-def _control(rule: Any, init: str) -> str:
+def _control(rule: str, init: str) -> str:
     if init == "gaussian":
         return "`alpha / r`, `gaussian` init"
-    return "constant gamma" if str(rule) == "0" else RULES[str(rule)]
+    return "constant gamma" if rule == "0" else RULES[rule]
 
 
 @block("transfer.check")
@@ -444,7 +444,7 @@ def _exponents(model: str, optimizer: str, rule: str, start_rank: int, quantity:
         & (frame["start"] == "A")
         & (frame["trained"] == "both")
         & (frame["optimizer"] == optimizer)
-        & (frame["rule"].astype(str) == rule)
+        & (frame["rule"] == rule)
         & (frame["lowest_rank"] == start_rank)
         & (frame["highest_rank"] == 1024)
         & (frame["quantity"] == quantity)
@@ -487,7 +487,7 @@ def rates_toy() -> str:
             [
                 {"sgd": "SGD", "adam": "Adam"}[row["optimizer"]],
                 {"both": "A and B", "B": "B alone"}[row["trained"]],
-                RULES[str(row["rule"])],
+                RULES[row["rule"]],
                 row["ranks"].replace(" ", ", "),
                 signed(row["slope"], row["half_width"]),
                 f"{row['signal']:+.2f}",
