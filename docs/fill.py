@@ -7,12 +7,13 @@ A document marks a place as ``<!-- = NAME -->...<!-- / -->``, a table or a word 
 registered below. What stands between the marks is replaced.
 """
 
+import itertools
 import json
 import math
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import gallery  # beside this file
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from rora_theory import frames
 from rora_theory.advice.setting import Setting
@@ -113,6 +115,11 @@ def _facts(run: str) -> dict[str, str]:
         "sessions": f"the last of {len(parts)} sessions" if several else "",
         "end": found.get("end") or parts[-1].get("end") or found.get("start", ""),
     }
+
+
+def bound(values: Iterable[float], digits: int) -> str:
+    """What no value exceeds: the largest, rounded upwards."""
+    return f"{math.ceil(max(values) * 10**digits) / 10**digits:.{digits}f}"
 
 
 def manifest(*runs: str) -> str:
@@ -356,8 +363,36 @@ def _down_after(text: str) -> str:
     return f"{medians['r*', 256] / medians['r*', 0]:.1f}"
 
 
+def _later_after(text: str) -> str:
+    """How many times as late A would lead after 256 steps, over the kinds of modules."""
+    medians = _after(text).groupby(level="kind").median()
+    later = medians["t_A", 256] / medians["t_A", 0]
+    return f"{later.min():.1f} to {later.max():.1f}"
+
+
+def _novel_over_templated() -> pd.DataFrame:
+    """Medians over layers in a novel over those in questions in a template, by kind of module."""
+    templated, plain = (_after(text).groupby(level="kind").median() for text in ("templated", "plain"))
+    return plain / templated
+
+
 for _text in TEXTS:
     block(f"regime.after.down.{_text}")(partial(_down_after, _text))
+    block(f"regime.after.later.{_text}")(partial(_later_after, _text))
+for _steps in AFTER:
+    block(f"regime.after.novel.{_steps}")(
+        lambda steps=_steps: f"{_novel_over_templated().loc['down_proj', ('r*', steps)]:.1f}"
+    )
+
+
+@block("regime.after.novel.others")
+def regime_after_novel_others() -> str:
+    """The modules but `down_proj` before training: r* of the two texts, and t_A of a novel over that of questions."""
+    others = _novel_over_templated().drop("down_proj")
+    apart, later = 100 * abs(others["r*", 0] - 1), others["t_A", 0]
+    return f"within {bound(apart, 0)}%, and t_A is {later.min():.1f} to {later.max():.1f} times as late"
+
+
 block("regime.after.ratio")(partial(_after_ratio, 16))
 block("regime.after.ratio.256")(partial(_after_ratio, 256))
 
@@ -369,6 +404,15 @@ def regime_after_losses() -> str:
         losses = [read(f"regime_after/{text}_{steps}/manifest.json")["heldout_loss"] for steps in AFTER]
         parts.append(f"{losses[0]:.2f} to {losses[1]:.2f} and {losses[2]:.2f} nats a token ({words})")
     return " and from ".join(parts)
+
+
+@block("regime.set.by.one")
+def regime_set_by_one() -> str:
+    """Pooled r* and its median over tokens under SGD, in the module where they are furthest apart."""
+    found = _regime("sgd")
+    far = found.loc[(found["median"] / found["crossing_rank"]).idxmax()]
+    assert far["module"].endswith("down_proj"), "the sentence says so"
+    return f"the pooled r\\* was {far['crossing_rank']:.1f} and the median {far['median']:.0f}"
 
 
 @block("regime.judge")
@@ -414,6 +458,17 @@ def coordinate_slopes() -> str:
     return table(["", "training batch, step 1", "step 10", "held-out batch, step 1", "step 10"], rows)
 
 
+def _first_slope(rule: str, init: str, control: int) -> str:
+    """AdamW's slope of the hidden states' change after step 1, training batch."""
+    found = csv("coordinate_check/slopes.csv").query("quantity == 'hidden' and split == 'train' and step == 1")
+    row = one(found[found["optimizer"] == "adamw"], rule=rule, init=init, control=control)
+    return signed(row["slope"], row["half_width"])
+
+
+block("coordinate.gaussian")(partial(_first_slope, "lora", "gaussian", 1))
+block("coordinate.constant")(partial(_first_slope, "0", "kaiming_uniform", 1))
+
+
 def _control(rule: str, init: str) -> str:
     if init == "gaussian":
         return "`alpha / r`, `gaussian` init"
@@ -432,6 +487,34 @@ def transfer_check() -> str:
         texts = [f"{cell['ratio']:.3f} ± {cell['standard_error']:.3f}" for cell in cells]
         rows.append([plan, f"{alpha:.4g}", f"{rate:.3g}", *texts])
     return table(["at r = 128", "alpha", "rate", "modules (rms)", "final hidden states", "logits"], rows)
+
+
+OUTPUTS = ("hidden", "logits")
+
+
+def _checked(plan: str, *quantities: str) -> list[pd.Series]:
+    return [one(csv("transfer/summary.csv"), plan=plan, quantity=quantity) for quantity in quantities]
+
+
+def _grown(plan: str, digits: int, *quantities: str) -> str:
+    """By what these changed more, the least and the largest."""
+    ratios = sorted(row["ratio"] for row in _checked(plan, *quantities))
+    return " to ".join(dict.fromkeys(f"{ratio:.{digits}f}" for ratio in (ratios[0], ratios[-1])))
+
+
+@block("transfer.within")
+def transfer_within() -> str:
+    """How far the advice may be from keeping the outputs' change: deviation and half a 95% interval over the draws."""
+    draws = read("transfer/manifest.json")["config"]["seeds"]
+    reach = stats.t.ppf(0.975, draws - 1)
+    found = [abs(row["ratio"] - 1) + reach * row["standard_error"] for row in _checked("neither changed", *OUTPUTS)]
+    return f"{bound((100 * each for each in found), 0)}% (95%, {draws} draws)"
+
+
+block("transfer.modules")(lambda: f"{_checked('neither changed', 'modules')[0]['ratio']:.2f}")
+block("transfer.one_alpha")(lambda: _grown("one alpha", 2, *OUTPUTS))
+block("transfer.by_module")(lambda: _grown("alpha by module", 1, *OUTPUTS))
+block("transfer.rslora")(lambda: _grown("neither changed, use_rslora", 1, "modules", *OUTPUTS))
 
 
 # Later steps.
@@ -521,8 +604,30 @@ def rates_toy_horizon() -> str:
             ]
             apart = found.loc["rora", "slope"] - found.loc["lora", "slope"]
             rows.append([words, folder.name.split("_")[-1], *cells, f"{apart:+.2f}"])
-    rows.append(["the law, A-led", "", "+0.00", "-0.25", "-0.38", "-0.25"])
+    rows.append(["the law, A-led", "", *(f"{slope:+.2f}" for slope in A_LED.values()), f"{A_LED['rora']:+.2f}"])
     return table(["loss", "steps", *list(RULES.values())[:3], "second less first"], rows)
+
+
+A_LED = {"lora": 0.0, "rora": -0.25, "0.25": -0.375}
+"""Slopes of Adam's best rate in the rank by the law of a long run, in which A's own motion leads."""
+
+
+@block("rates.toy.gamma")
+def rates_toy_gamma() -> str:
+    """How far gamma's part of the slope is from the law's at most, over horizons and losses."""
+    slopes = [csv(f"horizon_toy/{path.name}/slopes.csv") for path in (PUBLISHED / "horizon_toy").iterdir()]
+    parts = [one(own, rule="rora")["slope"] - one(own, rule="lora")["slope"] for own in slopes]
+    return bound((abs(part - A_LED["rora"]) for part in parts), 2)
+
+
+@block("rates.toy.short")
+def rates_toy_short() -> str:
+    """How far the slopes up to 30 steps are from the law's at most, over rules and losses."""
+    apart = []
+    for judge, steps in itertools.product(("train", "held_out"), (10, 30)):
+        found = csv(f"horizon_toy/{judge}_{steps}/slopes.csv")
+        apart += [abs(one(found, rule=rule)["slope"] - slope) for rule, slope in A_LED.items()]
+    return bound(apart, 2)
 
 
 def _toy_slope(run: str, rule: str = "lora") -> str:
@@ -642,6 +747,19 @@ def _loss_apart(step: int, rank: int, rate: float | None = None) -> str:
 
 for _step in (64, 256):
     block(f"rates.model.strengths.128.{_step}")(partial(_loss_apart, _step, 128))
+
+
+@block("rates.model.strengths.bound")
+def rates_model_strengths_bound() -> str:
+    """How far the two strengths may be apart at r = 128 after 64 and 256 steps, interval and grid included."""
+    most = 0.0
+    for step in (64, 256):
+        found = re.search(r"\(([-+.\d]+)% ± ([.\d]+)%\)", _two_strengths(step, 128)["verdict"])
+        assert found
+        most = max(most, abs(float(found[1])) + float(found[2]))
+    return f"{bound([most], 0)}%"
+
+
 block("rates.model.strengths.ratio")(lambda: f"{_two_strengths(64, 128)['ratio']:.1f}")
 block("rates.model.strengths.verdicts")(
     lambda: ", ".join(
@@ -724,8 +842,23 @@ def rates_model_led() -> str:
     return table(heads, rows)
 
 
+@block("rates.model.neighbours")
+def rates_model_neighbours() -> str:
+    """How far apart the least loss and those of its two neighbours are at most after 64 steps, a seed each."""
+    spreads = []
+    runs = csv("horizon/results.csv").query("step == 64").sort_values("learning_rate")
+    for _, own in runs.groupby(["rank", "strength", "seed"], dropna=False):
+        losses = own["validation_loss"].to_numpy()
+        at = int(losses.argmin())
+        spreads.append(losses[max(at - 1, 0) : at + 2].max() - losses[at])
+    return f"{bound(spreads, 3)} nats ({len(spreads)} cases)"
+
+
 PREDICTED_PARTS = (-0.93, -0.65)
 """Where the exponent of the parts was to lie after 64 steps (the second prediction of the folder's README)."""
+
+
+block("rates.model.led.range")(lambda: " and ".join(f"{each:.2f}" for each in PREDICTED_PARTS))
 
 
 @block("rates.model.led.predicted")
@@ -739,6 +872,10 @@ def rates_model_led_predicted() -> str:
     low, high = PREDICTED_PARTS
     inside = sum(low <= each <= high for each in found)
     return f"{inside} of {len(found)} runs ({min(found):+.2f} to {max(found):+.2f})"
+
+
+PREDICTED_CHANGE = (0.5, 0.8)
+"""The change at gamma r = 724 over that at 64 after 256 steps, as the third prediction of the same README has it."""
 
 
 def _change_by_rate(step: int) -> str:
@@ -765,8 +902,9 @@ def _change_ratios(step: int, predicted: tuple[float, float] | None = None) -> s
 
 for _step in (16, 64, 256):
     block(f"rates.model.change.rate.{_step}")(partial(_change_by_rate, _step))
+block("rates.model.change.predicted")(lambda: " to ".join(f"{each:g}" for each in PREDICTED_CHANGE))
 block("rates.model.change.64")(partial(_change_ratios, 64))
-block("rates.model.change.256")(partial(_change_ratios, 256, (0.5, 0.8)))
+block("rates.model.change.256")(partial(_change_ratios, 256, PREDICTED_CHANGE))
 
 
 @block("rates.model.change")
@@ -849,6 +987,8 @@ block("rates.model.steps.64")(lambda: _steps_at(64))
 block("rates.model.steps.724")(lambda: _steps_at(724))
 block("rates.model.steps.64.r128")(lambda: _steps_at(64, 128))
 block("rates.model.steps.724.r128")(lambda: _steps_at(724, 128))
+block("rates.model.steps.law.724.r128")(lambda: f"{_steps_row(724, 128)['law']:+.2f}")
+block("rates.model.steps.law.fall")(lambda: f"{4 ** _steps_row(64, 8)['law']:.2f}")
 
 
 def _horizon_factor(rank: int, step: int = 64) -> str:
@@ -921,6 +1061,16 @@ ALL_MODULES = "targets q_proj k_proj v_proj up_proj down_proj"
 """What the runs in the attention alone stand beside."""
 
 
+@block("rates.model.attention.behind")
+def rates_model_attention_behind() -> str:
+    """Least loss of the attention alone less that of all modules after 64 steps."""
+    parts = []
+    for rank in (8, 128):
+        row = one(csv("horizon_attention/beside.csv"), step=64, rank=rank, beside=ALL_MODULES)
+        parts.append(f"{signed(row['difference'], row['half_width'], 3)} (r = {rank})")
+    return " and ".join(parts)
+
+
 @block("rates.model.attention.ratio")
 def rates_model_attention_ratio() -> str:
     """The best rate of the attention alone over that of all modules after 64 steps at r = 128, with its interval."""
@@ -965,6 +1115,16 @@ def _ratio_at(step: int, rank: int) -> str:
     """Measured and the law's ratio of the parts near the best rate at gamma r = 64."""
     row = _nearest_best(step, rank, 64.0)
     return f"{row['ratio']:.1f} where the law had {row['law_ratio']:.0f}"
+
+
+def _predicted(step: int) -> str:
+    """The law's exponent as it was written down before the runs: the median module, and a best rate of 1e-3 at 64."""
+    found = csv("horizon/predictions.csv").query(f"steps == {step} and quantile == 0.5 and rate == 0.001")
+    return f"{found['exponent'].item():.2f}"
+
+
+for _step in (16, 64):
+    block(f"rates.model.predicted.{_step}")(partial(_predicted, _step))
 
 
 @block("rates.model.horizon.law.256")
@@ -1030,6 +1190,14 @@ def rates_toy_comparison_horizon() -> str:
     return table(["loss", "steps", *(f"{RULES[first]} less {RULES[second]}" for first, second in PAIRS)], rows)
 
 
+@block("rates.toy.frozen")
+def rates_toy_frozen() -> str:
+    """`alpha / r` less `alpha / sqrt(r)` with A frozen, Adam and SGD."""
+    found = [each for each in read("lr_transfer/comparison.json") if each["trained"] == "B"]
+    found = [each for each in found if (each["first"], each["second"]) == ("lora", "rora")]
+    return " and ".join(f"{_per_cent(each)} ({'Adam' if each['optimizer'] == 'adam' else 'SGD'})" for each in found)
+
+
 for _run in ("held_out_100", "held_out_300", "held_out_1000"):
     for _first, _second in PAIRS:
         block(f"rates.toy.apart.{_run}.{_first}.{_second}")(
@@ -1059,6 +1227,13 @@ def _best(rule: str, rank: int) -> float:
 def rates_model_slope() -> str:
     row = one(csv("lr_transfer_smollm2/slopes.csv"), rule="lora")
     return signed(row["slope"], row["half_width"])
+
+
+@block("rates.model.lora.spread")
+def rates_model_lora_spread() -> str:
+    """The largest best rate of `alpha / r` over the least, r = 8, 32 and 128."""
+    rates = [_best("lora", rank) for rank in (8, 32, 128)]
+    return f"{max(rates) / min(rates):.1f}"
 
 
 @block("rates.model.ratio")
@@ -1341,6 +1516,25 @@ def _hidden(run: str, method: str) -> float:
     return float(own["grid_error"].max())
 
 
+@block("sweep.variants")
+def sweep_variants() -> str:
+    """How far LoRA, DoRA and RoRA are apart at r = 32, each at its best rate, and what their grids hide."""
+    least = [
+        _mean(_losses("rank_sweep", *setting))
+        for setting in (("lora", 32, 3e-3), ("dora", 32, 3e-3), ("rora", 32, 1e-3))
+    ]
+    hidden = sorted(100 * _hidden("rank_sweep", method) / least[0] for method in ("dora", "rora"))
+    apart = bound([100 * (max(least) / min(least) - 1)], 1)
+    return f"by at most {apart}%; the true difference may be {hidden[0]:.0f} to {hidden[1]:.0f}% either way"
+
+
+@block("sweep.dora.best")
+def sweep_dora_best() -> str:
+    """DoRA less LoRA at r = 32, each at its best rate."""
+    found = _difference("rank_sweep", "dora", 32, 3e-3, "best")
+    return f"{found['loss']:+.4f} ± {found['loss_error']:.4f}"
+
+
 block("sweep.gap.grid")(lambda: f"{_hidden('rank_sweep', 'rora'):.2f}")
 block("pruned.gap.grid")(lambda: f"{_hidden('rank_sweep_pruned', 'rora'):.2f}")
 
@@ -1506,6 +1700,39 @@ def tokens_rows(found: dict[str, Any]) -> list[list[str]]:
             f"{ours['peak_memory_gb'] / peer['peak_memory_gb']:.2f}",
         ],
     ]
+
+
+def _tokens(run: str) -> dict[str, Any]:
+    return read(f"{run}/benchmark.json")["tokens"]
+
+
+for _name, _run in (("amd", "finetune_speed"), ("avx2", "finetune_speed_avx2"), ("intel", "finetune_speed_intel")):
+    block(f"speed.{_name}.memory")(lambda run=_run: f"{_tokens(run)['memory_ratio']:.2f}")
+    if _name != "intel":
+        block(f"speed.{_name}.time")(lambda run=_run: f"{1 / _tokens(run)['speed_ratio']:.2f}")
+block("speed.intel.speed")(lambda: f"{_tokens('finetune_speed_intel')['speed_ratio']:.2f}")
+block("speed.avx2.text.time")(lambda: f"{1 / read('finetune_speed_avx2/text.json')['text']['speed_ratio']:.2f}")
+
+
+@block("speed.intel.saved")
+def speed_intel_saved() -> str:
+    """By what the change of widen.py shortened a step on the Intel server."""
+    before, after = (
+        read(f"finetune_speed_intel/{name}.json")["tokens"]["ours"]["seconds_a_step"]["median"]
+        for name in ("before", "benchmark")
+    )
+    return f"{100 * (1 - after / before):.0f}%"
+
+
+@block("speed.spread")
+def speed_spread() -> str:
+    """Quartiles of the time of a step over its median, of both sides in the first table's run."""
+    found = [_tokens("finetune_speed")[side]["seconds_a_step"] for side in ("ours", "peer")]
+    low, high = (
+        extreme(each[name] / each["median"] for each in found)
+        for extreme, name in ((min, "lower_quartile"), (max, "upper_quartile"))
+    )
+    return f"{low:.2f} and {high:.2f} times the median, over {found[0]['count']} steps of each side"
 
 
 @block("speed.finetune")
