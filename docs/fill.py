@@ -185,6 +185,13 @@ def verdicts() -> str:
     return table(["Eq.", "claim", "verdict", "where", "what shows it"], rows)
 
 
+@block("verdicts.took")
+def verdicts_took() -> str:
+    """How long the published run of the first command took, on what."""
+    found = read("variance_sweep/manifest.json")
+    return f"{found['last_session_seconds']:.0f} s on {_facts('variance_sweep')['device']}"
+
+
 @block("eq9.rank1")
 def eq9() -> str:
     evidence = next(v["evidence"] for v in read("variance_sweep/verdicts.json") if v["equation"] == "9")
