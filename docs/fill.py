@@ -942,10 +942,12 @@ def _exponent_at(step: int, rank: int) -> str:
     return signed(found["exponent"], found["half_width"])
 
 
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+
+
 def _seeds(count: int) -> str:
     """How many seeds, in words."""
-    names = {1: "one seed", 2: "two seeds", 3: "three seeds"}
-    return names.get(count, f"{count} seeds")
+    return f"{NUMBERS.get(count, count)} seed{'s' if count > 1 else ''}"
 
 
 def _as_factor(row: pd.Series, grows: float, digits: int = 1) -> str:
@@ -1033,6 +1035,18 @@ def _rank_factor(first: int) -> str:
     """The best rate of r = 128 over that of this rank."""
     found = _rank_row(first)
     return _as_factor(found, found["second"] / found["first"])
+
+
+@block("rates.model.rank.factors")
+def rates_model_rank_factors() -> str:
+    """The best rate of r = 128 over those of the lower ranks, with what all three intervals span."""
+    rows = [_rank_row(rank) for rank in (1, 8, 32)]
+    powers = [[row["exponent"] + sign * row["half_width"] for sign in (-1, 0, 1)] for row in rows]
+    found = np.array([(row["second"] / row["first"]) ** np.array(own) for row, own in zip(rows, powers, strict=True)])
+    low, high = found[:, 1].min(), found[:, 1].max()
+    seeds = " or ".join(NUMBERS[count] for count in sorted({int(row["seeds"]) for row in rows}))
+    spans = f"{seeds} seeds; 95% intervals between {found[:, 0].min():.1f} and {found[:, 2].max():.1f}"
+    return f"{low:.1f} to {high:.1f} times those of r = 1, 8 and 32 ({spans})"
 
 
 block("rates.model.rank")(lambda: _rank_exponent(8))
