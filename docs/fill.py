@@ -1784,6 +1784,12 @@ def speed_machine() -> str:
     return f"{machine['processor']}, {machine['cores']} cores"
 
 
+@block("speed.machine.intel")
+def speed_machine_intel() -> str:
+    machine = read("finetune_speed_intel/benchmark.json")["machine"]
+    return f"{machine['processor'].replace('(R)', '')}, {machine['cores']} cores"
+
+
 @block("speed.machine.evaluate")
 def speed_machine_evaluate() -> str:
     machine = read("evaluate_speed/benchmark.json")["machine"]
