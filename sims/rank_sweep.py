@@ -17,19 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tyro.conf import Fixed
 
 from rora_theory import llama
-from rora_theory.adapters.bottleneck import NonLinearity
 from rora_theory.cluster import ClusterConfig
 from rora_theory.errors import FailedError
 from rora_theory.finetune import FinetuneConfig
-from rora_theory.finetune.config import BaseDtype, Method
-from rora_theory.llama.quantised import Quantization
 from rora_theory.runs.cells import FOLDERS
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.runs.reading import LATER
-from rora_theory.scaling import Rule
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import SweepCell, cell_states, check_cells, stand_ins
 from rora_theory.sweep.design import BASE
@@ -42,23 +36,19 @@ from sims.common.cells import Runner, run_cells
 NAME = "rank_sweep"
 
 
-@dataclass(frozen=True)
-class Training(FinetuneConfig):
-    """What the fine-tuning runs of all cells share: all but what is a cell's own, or as published."""
+OWN = (
+    "method", "rule", "rank", "lr", "seed", "dtype", "quantization", "rank_pattern", "alpha_pattern", "virtual_tokens",
+    "bottleneck", "non_linearity", "evaluate_every",
+)  # fmt: skip
+"""Settings that are a cell's own, or as published: no options."""
 
-    method: Fixed[Method] = "lora"
-    rule: Fixed[Rule] = "rora"
-    rank: Fixed[int] = 32
-    lr: Fixed[float | None] = None
-    seed: Fixed[int] = 42
-    dtype: Fixed[BaseDtype] = "float32"
-    quantization: Fixed[Quantization] = field(default="none", metadata={LATER: True})
-    rank_pattern: Fixed[dict[str, int]] = field(default_factory=dict)
-    alpha_pattern: Fixed[dict[str, float]] = field(default_factory=dict)
-    virtual_tokens: Fixed[int] = 10
-    bottleneck: Fixed[int] = 256
-    non_linearity: Fixed[NonLinearity] = "tanh"
-    evaluate_every: Fixed[int] = 80
+_Shared: Any = cli.fixed(FinetuneConfig, *OWN)
+
+
+@dataclass(frozen=True)
+class Training(_Shared):
+    """What the fine-tuning runs of all cells share."""
+
     held_out: int = 512
     """records of the training files set aside for the validation loss, the same for every cell"""
     checkpoint_every: int = 500

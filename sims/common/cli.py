@@ -1,6 +1,7 @@
 """How a command begins and ends: options from a dataclass, and one line where the input is bad, status 2."""
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import functools
@@ -11,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -128,6 +130,14 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
 def whole(config: type) -> Any:
     """A command's options and the shared ones as one dataclass, so that they stand in one list."""
     return dataclasses.make_dataclass(config.__name__, SHARED, bases=(config,), frozen=True, kw_only=True)
+
+
+def fixed(config: type, *names: str) -> type:
+    """A dataclass as ``config``, of which some fields are no options: they stay at their defaults."""
+    hints, mark = typing.get_type_hints(config, include_extras=True), typing.cast(Any, tyro.conf.Fixed)
+    fields = {field.name: copy.copy(field) for field in dataclasses.fields(config)}
+    own = [(name, mark[hints[name]], fields[name]) for name in names]
+    return dataclasses.make_dataclass(config.__name__, own, bases=(config,), frozen=True)
 
 
 def tell_versions() -> None:
