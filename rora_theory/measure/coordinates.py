@@ -30,9 +30,9 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Split
-from rora_theory.optimizers import OptimizerName
+from rora_theory.optimizers import OptimizerName, make_optimizer
 from rora_theory.rules import check_steps
-from rora_theory.toy import dynamics, nested
+from rora_theory.toy import nested
 
 Params = dict[str, Any]
 
@@ -113,7 +113,7 @@ class Checker:
         """
         check_steps(steps)
         adapter = self.adapter(key, setting)
-        state = dynamics.make_optimizer(setting.optimizer, setting.learning_rate).init(adapter.params)
+        state = make_optimizer(setting.optimizer, setting.learning_rate).init(adapter.params)
         rate = jnp.float32(setting.learning_rate)
         for step in range(1, max(steps) + 1):
             batch = batch_of(step - 1)
@@ -165,7 +165,7 @@ def _step(
     llama_config: LlamaConfig,
 ) -> tuple[LoraAdapter, Any, dict[str, dict[str, Array]]]:
     """One update, and the norms of its gradients by module."""
-    transformation = dynamics.make_optimizer(optimizer, rate)
+    transformation = make_optimizer(optimizer, rate)
 
     def loss(params: Any) -> Array:
         summed = batch_loss(base, batch, llama_config, adapter.replace(params))

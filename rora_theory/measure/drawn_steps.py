@@ -15,11 +15,10 @@ from rora_theory.draws import draw_A
 from rora_theory.inits import Init
 from rora_theory.measure.layer_data import SPLITS, Layer
 from rora_theory.measure.module_regime import TAKEOVER_ROWS, RegimeConfig
-from rora_theory.measure.terms import EPSILON
+from rora_theory.optimizers import EPSILON, make_optimizer
 from rora_theory.rules import name_of
 from rora_theory.stats.estimate import root
 from rora_theory.stats.moments import Moments
-from rora_theory.theory import first_step
 from rora_theory.theory.laws import Optimizer
 
 
@@ -142,7 +141,7 @@ def _block(
         for gamma in gammas:
             by_optimizer = []
             for name in optimizers:
-                transformation = first_step.optimizer(name, learning_rate, epsilon=epsilon)
+                transformation = make_optimizer(name, learning_rate, epsilon=epsilon)
                 slope = gamma * relative * gradient[:, :used]
                 zero = jnp.zeros_like(slope)
                 with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and its integer step count

@@ -15,7 +15,7 @@ from rora_theory.draws import stream_key
 from rora_theory.inits import Init
 from rora_theory.measure import layer_rms
 from rora_theory.measure.layer_data import SPLITS, Layer
-from rora_theory.measure.terms import EPSILON
+from rora_theory.optimizers import EPSILON
 from rora_theory.rules import name_of
 from rora_theory.scaling import exponent
 from rora_theory.stats.moments import agreement

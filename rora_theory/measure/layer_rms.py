@@ -14,7 +14,7 @@ from rora_theory import inits
 from rora_theory.draws import draw_A
 from rora_theory.inits import Init
 from rora_theory.measure.layer_data import SPLITS, Layer
-from rora_theory.measure.terms import EPSILON
+from rora_theory.optimizers import EPSILON, make_optimizer
 from rora_theory.stats.estimate import Estimate, root
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step, laws
@@ -89,7 +89,7 @@ def _block(
     epsilon: float,
 ) -> Float[Array, "adapters steps splits"]:
     p_out, p_in = grad.shape
-    optimizers = {name: first_step.optimizer(name, learning_rate, epsilon=epsilon) for name in set(names)}
+    optimizers = {name: make_optimizer(name, learning_rate, epsilon=epsilon) for name in set(names)}
 
     def one(adapter_key: PRNGKeyArray) -> Array:
         lora_A = draw_A(adapter_key, init, rank=rank, p_in=p_in)

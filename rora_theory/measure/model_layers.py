@@ -25,8 +25,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.loss import cross_entropy
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import LlamaConfig
-from rora_theory.optimizers import OptimizerName
-from rora_theory.toy.dynamics import make_optimizer
+from rora_theory.optimizers import OptimizerName, make_optimizer
 
 Params = dict[str, Any]
 

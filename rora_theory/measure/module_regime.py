@@ -31,7 +31,7 @@ from rora_theory.measure.regime_tables import (
     TOKEN_COLUMNS,
     TOKENS,
 )
-from rora_theory.optimizers import WORDS
+from rora_theory.optimizers import EPSILON, WORDS
 from rora_theory.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.rules import check_ranks, check_rules, name_of
 from rora_theory.scaling import Rule, exponent, scaling_factor
@@ -299,7 +299,7 @@ def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple,
             config.ranks,
             config.scalings(rule),
             learning_rate=config.lr,
-            epsilon=terms.EPSILON if position == 0 else 0.0,
+            epsilon=EPSILON if position == 0 else 0.0,
         )
         for rank, row in zip(config.ranks, exact, strict=True):
             for split, place in _places(layer).items():

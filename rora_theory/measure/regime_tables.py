@@ -18,8 +18,8 @@ from rora_theory.advice.transfer import transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.measure.layer_data import SPLITS
-from rora_theory.measure.terms import EPSILON
 from rora_theory.measure.tokens import SINK
+from rora_theory.optimizers import EPSILON
 from rora_theory.ranges import Positive, check_ranges
 from rora_theory.rules import USUAL_RANKS
 from rora_theory.theory.laws import Optimizer

@@ -16,11 +16,9 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory import inits
+from rora_theory.optimizers import EPSILON
 from rora_theory.theory import laws
 from rora_theory.theory.laws import Optimizer
-
-EPSILON = 1e-8
-"""Adam's epsilon, PyTorch's and optax's default."""
 
 
 @dataclass(frozen=True)

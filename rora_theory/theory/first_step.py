@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from rora_theory.theory.laws import Optimizer, check_optimizer
-
 
 class Increment(NamedTuple):
     """The adapter's increment dM = gamma B A as a function, never formed as a matrix.
@@ -38,18 +36,6 @@ class Increment(NamedTuple):
         return self.scaling * jnp.vdot(self.lora_B, jnp.einsum("oi,ri->or", grad, self.lora_A))
 
 
-def optimizer(
-    name: Optimizer, learning_rate: Float[Array, ""] | float, *, epsilon: float = 0.0
-) -> optax.GradientTransformation:
-    """The optax optimizer of a name: ``"sgd"``, or ``"adam"`` with optax's betas and the given epsilon (0: sign limit).
-
-    Raises:
-      InputError: an unknown name.
-    """
-    check_optimizer(name)
-    return optax.sgd(learning_rate) if name == "sgd" else optax.adam(learning_rate, eps=max(epsilon, 1e-30))
-
-
 def run(
     loss: Callable[[Increment], Float[Array, ""]],
     lora_A: Float[Array, "r p_in"],
@@ -66,7 +52,7 @@ def run(
       lora_A: A at the start.
       p_out: rows of B.
       scaling: gamma, from `rora_theory.scaling_factor`.
-      optimizer: an optax optimizer; steps A and B together.
+      optimizer: an optax optimizer, see `rora_theory.optimizers.make_optimizer`; steps A and B together.
 
     Returns:
       The stepped `Increment`; call it at x' for w.

@@ -32,6 +32,7 @@ from rora_theory import inits
 from rora_theory.draws import draw_A, stream_key
 from rora_theory.errors import InputError
 from rora_theory.normals import keys_at, standard_normal
+from rora_theory.optimizers import make_optimizer
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step
@@ -375,7 +376,7 @@ def _direct(keys: Keys, numbers: dict[str, Array], kind: BlockKind) -> Float[Arr
                 lora_A,
                 p_out=kind.p_out,
                 scaling=scaling,
-                optimizer=first_step.optimizer(name, numbers["learning_rate"]),
+                optimizer=make_optimizer(name, numbers["learning_rate"], epsilon=0.0),
             )
             w = step(x_next)
             return jnp.stack([w[0], jnp.vdot(w, w)])

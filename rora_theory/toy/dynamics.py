@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
-from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
+from rora_theory.optimizers import OptimizerName, make_optimizer
 from rora_theory.ranges import Count, NotNegative, check_ranges
 from rora_theory.rules import check_steps
 from rora_theory.toy import nested
@@ -39,11 +39,6 @@ Start = Literal["A", "B"]
 
 MODELS: tuple[Model, ...] = get_args(Model)
 STARTS: tuple[Start, ...] = get_args(Start)
-
-MOMENTUM = 0.9
-EPSILON = 1e-8
-WEIGHT_DECAY = 0.01
-"""PyTorch's defaults; Adam's betas are 0.9 and 0.999."""
 
 DIVERGED = 10.0
 """A run whose training loss comes to this many times its start, or stops being finite, has diverged."""
@@ -225,23 +220,6 @@ def loss(
     return jnp.sum((change(adapters, weights, x, scaling) - target) ** 2) / (2 * x.shape[0])
 
 
-def make_optimizer(name: OptimizerName, learning_rate: Float[Array, ""] | float) -> optax.GradientTransformation:
-    """SGD, SGD with momentum 0.9, Adam, or AdamW with decoupled weight decay 0.01, by optax.
-
-    Raises:
-      InputError: an unknown name.
-    """
-    if name == "sgd":
-        return optax.sgd(learning_rate)
-    if name == "momentum":
-        return optax.sgd(learning_rate, momentum=MOMENTUM)
-    if name == "adam":
-        return optax.adam(learning_rate, eps=EPSILON)
-    if name == "adamw":
-        return optax.adamw(learning_rate, eps=EPSILON, weight_decay=WEIGHT_DECAY)
-    raise InputError(f"optimizer is {name!r}; accepted are {', '.join(OPTIMIZER_NAMES)}")
-
-
 def trajectory(
     adapters: Adapters,
     problem: Problem,
@@ -259,7 +237,7 @@ def trajectory(
       problem: drawn by `draw_problem`.
       scaling: gamma, from `rora_theory.scaling_factor`.
       learning_rate: eta > 0.
-      optimizer: see `make_optimizer`; full batches.
+      optimizer: see `rora_theory.optimizers.make_optimizer`; full batches.
       steps: numbers of updates, ascending, each 1 or more.
       frozen: ``"A"`` or ``"B"``: the factor that is not trained; None trains both.
 

@@ -10,6 +10,7 @@ import pytest
 from rora_theory.draws import draw_A
 from rora_theory.measure import drawn_steps, terms
 from rora_theory.measure.layer_data import Layer
+from rora_theory.optimizers import make_optimizer
 from rora_theory.stats.moments import Moments, threshold
 from rora_theory.theory import first_step, laws
 
@@ -78,7 +79,7 @@ def test_shared_rows_are_adapters_of_autodiff(layer) -> None:
             lora_A,
             p_out=6,
             scaling=gamma,
-            optimizer=first_step.optimizer(name, 0.3, epsilon=1e-2),
+            optimizer=make_optimizer(name, 0.3, epsilon=1e-2),
         )
         return jnp.stack([jnp.mean(step(jnp.asarray(x)) ** 2) for x in layer.inputs.values()])
 

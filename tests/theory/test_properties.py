@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rora_theory import scaling_factor
 from rora_theory.inits import INITS, draw
+from rora_theory.optimizers import make_optimizer
 from rora_theory.paper import equations
 from rora_theory.theory import first_step, laws
 
@@ -44,7 +45,7 @@ def one_step(layer: dict, scaling: float, *, turn: np.ndarray | None = None) -> 
         A,
         p_out=layer["p_out"],
         scaling=scaling,
-        optimizer=first_step.optimizer(layer["optimizer"], layer["learning_rate"]),
+        optimizer=make_optimizer(layer["optimizer"], layer["learning_rate"], epsilon=0.0),
     )
     grad = np.outer(delta, x)
     return tuple(np.asarray(value, np.float64) for value in (step(x_next), A, grad, x_next))
@@ -198,7 +199,7 @@ def test_only_B_moves_at_the_first_step(layer: dict) -> None:
         A,
         p_out=layer["p_out"],
         scaling=0.7,
-        optimizer=first_step.optimizer(layer["optimizer"], layer["learning_rate"]),
+        optimizer=make_optimizer(layer["optimizer"], layer["learning_rate"], epsilon=0.0),
     )
     np.testing.assert_array_equal(step.lora_A, A)
     assert np.any(np.asarray(step.lora_B) != 0)

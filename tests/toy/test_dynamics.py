@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rora_theory import optimizers
 from rora_theory.errors import InputError
 from rora_theory.rules import check_steps
 from rora_theory.theory import laws
@@ -94,7 +95,7 @@ def test_first_step_has_the_exact_law(optimizer):
             learning_rate=rate,
             optimizer=optimizer,
             init="kaiming_uniform",
-            epsilon=dynamics.EPSILON,
+            epsilon=optimizers.EPSILON,
         )
         squares = np.asarray(getattr(found, field), np.float64)[:, 1] ** 2
         error = np.std(squares) / np.sqrt(len(squares))
@@ -118,14 +119,14 @@ def test_steps_by_hand(optimizer, frozen):
         grads = {"lora_A": scaling * state["lora_B"].T @ G, "lora_B": scaling * G @ state["lora_A"].T}
         for name, g in grads.items():
             if optimizer == "momentum":
-                first[name] = dynamics.MOMENTUM * first[name] + g
+                first[name] = optimizers.MOMENTUM * first[name] + g
                 update = first[name]
             else:
                 first[name] = 0.9 * first[name] + 0.1 * g
                 second[name] = 0.999 * second[name] + 0.001 * g**2
                 update = first[name] / (1 - 0.9**step)
-                update = update / (np.sqrt(second[name] / (1 - 0.999**step)) + dynamics.EPSILON)
-                update = update + dynamics.WEIGHT_DECAY * state[name]
+                update = update / (np.sqrt(second[name] / (1 - 0.999**step)) + optimizers.EPSILON)
+                update = update + optimizers.WEIGHT_DECAY * state[name]
             if name != f"lora_{frozen}":
                 state[name] = state[name] - rate * update
     found = dynamics.trajectory(
@@ -195,7 +196,7 @@ def test_bad_settings():
         with pytest.raises(InputError, match="accepted"):
             ProblemConfig(**change)
     with pytest.raises(InputError, match="optimizer is 'lion'"):
-        dynamics.make_optimizer("lion", 0.1)
+        optimizers.make_optimizer("lion", 0.1)
     for steps in ((), (0, 1), (2, 2), (3, 1)):
         with pytest.raises(InputError, match="ascending"):
             check_steps(steps)
