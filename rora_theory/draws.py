@@ -1,20 +1,19 @@
 """Keys of streams by name, and draws of A from the laws of `rora_theory.inits`, on the device."""
 
-import hashlib
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from rora_theory import seeds
 from rora_theory.inits import Init, entries
 from rora_theory.normals import standard_normal
 
 
 def stream_key(seed: int, name: str) -> PRNGKeyArray:
     """The key of the stream of draws with this name: the same in every run that has it, different for every other."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(digest[:4], "little"))
+    return jax.random.fold_in(jax.random.key(seed), seeds.of_name(name))
 
 
 def draw_A(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Array, "rank p_in"]:

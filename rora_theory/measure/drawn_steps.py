@@ -1,6 +1,5 @@
 """Adapters really drawn and stepped: they know no law, and judge the one of `module_regime`."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
-from rora_theory.draws import draw_A
+from rora_theory.draws import draw_A, stream_key
 from rora_theory.inits import Init
 from rora_theory.measure.layer_data import SPLITS, Layer
 from rora_theory.measure.module_regime import TAKEOVER_ROWS, RegimeConfig
@@ -30,7 +29,7 @@ def measured(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
     for init in config.inits:
         stream = steps(
             layer,
-            _key(config, layer.name, init),
+            stream_key(config.seed, f"{layer.name} {init}"),
             ranks=config.ranks,
             scalings=[[scaling] for scaling in config.scalings(rule)],
             optimizers=config.optimizers,
@@ -54,7 +53,7 @@ def measured(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
 
 def takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
     """The rows of A from which `module_regime.takeover` tells when A leads."""
-    key = _key(config, layer.name, init, "takeover")
+    key = stream_key(config.seed, f"{layer.name} {init} takeover")
     return np.asarray(draw_A(key, init, rank=TAKEOVER_ROWS, p_in=layer.grad.shape[1]))
 
 
@@ -105,12 +104,6 @@ def steps(
         )
         yield [np.asarray(each, np.float64) for each in found]
         block += 1
-
-
-def _key(config: RegimeConfig, *words: str) -> PRNGKeyArray:
-    """A stream of draws of its own for what ``words`` name."""
-    digest = hashlib.sha256(" ".join(words).encode()).digest()
-    return jax.random.fold_in(jax.random.key(config.seed), int.from_bytes(digest[:4], "little"))
 
 
 @partial(jax.jit, static_argnames=("ranks", "optimizers", "init", "rows", "epsilon"))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rora_theory import digests, files, frames, seals, software
 from rora_theory.errors import InputError
 from rora_theory.runs import lock
-from rora_theory.runs.reading import as_json, check_files, read_manifest
+from rora_theory.runs.reading import as_json, check_files, key_of, read_manifest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,11 +46,12 @@ def check_free(path: Path) -> None:
 
 def path_of(name: str, config: Any, out: Path | None = None) -> Path:
     """The folder of a run that `RunFolder.open` opens: ``out``, or ``results/NAME/RUN_ID``."""
-    return Path(out) if out is not None else Path("results") / name / _identity(as_json(config))
+    return Path(out) if out is not None else Path("results") / name / _identity(config)
 
 
-def _identity(plain: Any) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+def _identity(config: Any) -> str:
+    """The hash of a run's configuration, of 12 hexadecimal digits."""
+    return key_of(config)[:12]
 
 
 def end_all(status: str, error: str | None = None, *, but: int = 0) -> None:

@@ -70,7 +70,7 @@ class Finished:
 
 
 def key_of(cell: Any) -> str:
-    """The hash of a cell, of 16 hexadecimal digits."""
+    """The hash of a cell, or of a configuration, as JSON: of 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(as_json(cell), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ from support import checkpoint
 
 from rora_theory import InputError
 from rora_theory.data.batches import Batch
-from rora_theory.draws import draw_A
+from rora_theory.draws import draw_A, stream_key
 from rora_theory.llama import Model, load
 from rora_theory.measure import drawn_steps, module_regime, regimes, tokens, unseen
 from rora_theory.measure.layer_data import Layer
@@ -141,7 +141,7 @@ def test_takeover_is_the_law_of_a_at_its_own_deviation(init) -> None:
     assert [(row["layer"], row["split"], row["rank"]) for row in found] == [
         (5, split, rank) for split in ("train", "heldout") for rank in (8, 32, 128)
     ]
-    key = drawn_steps._key(config, "m", init, "takeover")  # the very draws
+    key = stream_key(3, f"m {init} takeover")  # the very draws
     drawn = np.asarray(draw_A(key, init, rank=256, p_in=20))
     for row in found:
         own = drawn * (256 / row["rank"] if init == "gaussian" else 1)

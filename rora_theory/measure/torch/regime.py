@@ -7,7 +7,6 @@
 Nothing is trained and nothing of the model changes.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig
 
-from rora_theory import inits
+from rora_theory import inits, seeds
 from rora_theory.advice.setting import Setting, check_setting
 from rora_theory.advice.transfer import Advice, Per, transfer
 from rora_theory.errors import InputError, shown
@@ -307,8 +306,7 @@ def _smallest_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarr
 
 
 def _drawn(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
-    digest = hashlib.sha256(f"{layer.name} {init} takeover".encode()).digest()
-    random = np.random.default_rng([config.seed, int.from_bytes(digest[:4], "little")])
+    random = np.random.default_rng([config.seed, seeds.of_name(f"{layer.name} {init} takeover")])
     return inits.draw(random, init, rank=TAKEOVER_ROWS, p_in=layer.grad.shape[1])
 
 
