@@ -30,6 +30,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
 from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Split
+from rora_theory.measure.model_layers import read_step, take_step
 from rora_theory.optimizers import OptimizerName, make_optimizer
 from rora_theory.rules import check_steps
 from rora_theory.toy import nested
@@ -165,21 +166,14 @@ def _step(
     llama_config: LlamaConfig,
 ) -> tuple[LoraAdapter, Any, dict[str, dict[str, Array]]]:
     """One update, and the norms of its gradients by module."""
-    transformation = make_optimizer(optimizer, rate)
-
-    def loss(params: Any) -> Array:
-        summed = batch_loss(base, batch, llama_config, adapter.replace(params))
-        return summed / jnp.maximum(jnp.sum(batch.weights), 1)
-
-    grads = jax.grad(loss)(adapter.params)
-    with jax.numpy_dtype_promotion("standard"):  # optax leans on type promotion
-        updates, state = transformation.update(grads, state, adapter.params)
-        params = jax.tree.map(jnp.add, adapter.params, updates)
+    stepped, state, gradients = take_step(
+        adapter, state, base, batch, config=llama_config, transformation=make_optimizer(optimizer, rate)
+    )
     norms = {
-        f"grad_{factor}": {name: _size(tensors[f"lora_{factor}"]) for name, tensors in grads.items()}
+        f"grad_{factor}": {name: _size(tensors[f"lora_{factor}"]) for name, tensors in gradients.items()}
         for factor in ("A", "B")
     }
-    return adapter.replace(params), state, norms
+    return stepped, state, norms
 
 
 @partial(jax.jit, static_argnames=("llama_config",))
@@ -195,30 +189,20 @@ def _read(
 ) -> dict[str, dict[str, Array]]:
     """Coordinates of one adapter on one batch, by quantity and module."""
     hidden, inputs = hidden_states(base, batch.inputs, llama_config, adapter, capture=tuple(adapter.params))
-    real = (batch.weights > 0).astype(jnp.float32)
-    tokens = jnp.sum(real)
+    real = batch.weights > 0
+    tokens = jnp.sum(real.astype(jnp.float32))
+    read = read_step(adapter, inputs, before=before, after=hidden, real=real)
     found: dict[str, dict[str, Array]] = {"output": {}, "inner": {}, "delta": {}}
-    for name, slices in adapter.layers().items():
-        adapted = (slices["scaling"] > 0).astype(jnp.float32)
-        layers, p_out = jnp.sum(adapted), slices["lora_B"].shape[1]
-
-        def one(layer: tuple[dict[str, Array], Array]) -> tuple[Array, Array, Array]:
-            tensors, x = layer
-            inner = jnp.einsum("bsi,ri->bsr", x.astype(jnp.float32), tensors["lora_A"])
-            output = tensors["scaling"] * jnp.einsum("bsr,or->bso", inner, tensors["lora_B"])
-            # |B A|_F^2 = <B^T B, A A^T>: B A is never formed.
-            square = jnp.sum((tensors["lora_B"].T @ tensors["lora_B"]) * (tensors["lora_A"] @ tensors["lora_A"].T))
-            weighed = real[:, :, None]
-            return jnp.sum(weighed * output**2), jnp.sum(weighed * inner**2), tensors["scaling"] ** 2 * square
-
-        output, inner, square = (jnp.sum(adapted * part) for part in jax.lax.map(one, (slices, inputs[name])))
+    for name, each in read.modules.items():
+        adapted = (adapter.scaling[name] > 0).astype(jnp.float32)
+        layers, p_out = jnp.sum(adapted), adapter.params[name]["lora_B"].shape[1]
+        output, inner, delta = (jnp.sum(adapted * squares) for squares in each)
         found["output"][name] = jnp.sqrt(output / (layers * tokens * p_out))
         found["inner"][name] = jnp.sqrt(inner / (layers * tokens * rank))
-        found["delta"][name] = jnp.sqrt(square / layers)
-    moved = (hidden.astype(jnp.float32) - before) * real[:, :, None]
+        found["delta"][name] = jnp.sqrt(delta / layers)
     # The logits are linear in the hidden state: their mean square is a quadratic form in its change.
-    logits = jnp.einsum("bsd,de,bse->", moved, correlation, moved)
-    found["hidden"] = {MODEL: jnp.sqrt(jnp.sum(moved**2) / (tokens * moved.shape[-1]))}
+    logits = jnp.einsum("bsd,de,bse->", read.moved, correlation, read.moved)
+    found["hidden"] = {MODEL: read.hidden}
     found["logits"] = {MODEL: jnp.sqrt(logits / tokens)}
     found["loss"] = {MODEL: batch_loss(base, batch, llama_config, adapter) / tokens}
     return found

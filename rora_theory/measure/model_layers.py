@@ -9,13 +9,13 @@ module; G, p_in x p_out, is made for one module at a time and never for all.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from rora_theory import adapters, llama
 from rora_theory.adapters import LoraAdapter, LoraConfig
@@ -138,6 +138,97 @@ _hidden = jax.jit(llama.hidden_states, static_argnames=("config", "capture"))
 """Compiled once for all steps of a model."""
 
 
+def take_step(
+    adapter: LoraAdapter,
+    state: optax.OptState,
+    base: Params,
+    batch: Batch,
+    *,
+    config: LlamaConfig,
+    transformation: optax.GradientTransformation,
+) -> tuple[LoraAdapter, optax.OptState, Params]:
+    """One update of an adapter on the batch's mean loss, by automatic differentiation.
+
+    Returns:
+      the stepped adapter, the optimizer's new state, and the gradients that made the step.
+    """
+
+    def loss(params: Params) -> Float[Array, ""]:
+        summed = batch_loss(base, batch, config, adapter.replace(params))
+        return summed / jnp.maximum(jnp.sum(batch.weights), 1)
+
+    gradients = jax.grad(loss)(adapter.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and its integer step count
+        updates, state = transformation.update(gradients, state, adapter.params)
+        params = optax.apply_updates(adapter.params, updates)
+    return adapter.replace(params), state, gradients
+
+
+class StepSquares(NamedTuple):
+    r"""Of a module in each layer, sums of squares over real tokens and entries. A pytree.
+
+    Attributes:
+      output: of :math:`\gamma B A x`.
+      inner: of A x.
+      delta: of :math:`\gamma B A`, its Frobenius norm's square.
+    """
+
+    output: Float[Array, " layers"]
+    inner: Float[Array, " layers"]
+    delta: Float[Array, " layers"]
+
+
+class StepReading(NamedTuple):
+    """What a stepped adapter does at a batch's real tokens, see `read_step`. A pytree.
+
+    Attributes:
+      modules: by name.
+      moved: change of the final hidden states from the base model's, 0 where no token is real.
+      hidden: root mean square of ``moved`` over real tokens and entries.
+    """
+
+    modules: dict[str, StepSquares]
+    moved: Float[Array, "b s d"]
+    hidden: Float[Array, ""]
+
+
+def read_step(
+    adapter: LoraAdapter,
+    inputs: dict[str, Float[Array, "layers b s _i"]],
+    *,
+    before: Float[Array, "b s d"],
+    after: Float[Array, "b s d"],
+    real: Bool[Array, "b s"],
+) -> StepReading:
+    """Read an adapter at a batch.
+
+    Args:
+      adapter: stepped.
+      inputs: x of every adapted module.
+      before, after: final hidden states of the base model and of the adapted one.
+      real: the tokens that count.
+    """
+
+    def one(layer: tuple[dict[str, Array], Float[Array, "b s i"]]) -> StepSquares:
+        tensors, x = layer
+        lora_A, lora_B, scaling = tensors["lora_A"], tensors["lora_B"], tensors["scaling"]
+        inner = jnp.einsum("bsi,ri->bsr", x.astype(jnp.float32), lora_A)
+        output = scaling * jnp.einsum("bsr,or->bso", inner, lora_B)
+        # |B A|_F^2 = <B^T B, A A^T>: B A is never formed.
+        delta = scaling**2 * jnp.sum((lora_B.T @ lora_B) * (lora_A @ lora_A.T))
+        return StepSquares(_square_sum(output, real), _square_sum(inner, real), delta)
+
+    modules = {name: jax.lax.map(one, (tensors, inputs[name])) for name, tensors in adapter.layers().items()}
+    difference = after.astype(jnp.float32) - before.astype(jnp.float32)
+    moved = jnp.where(real[..., None], difference, jnp.zeros((), jnp.float32))
+    tokens = jnp.sum(real.astype(jnp.float32))
+    return StepReading(modules, moved, jnp.sqrt(_square_sum(moved, real) / (tokens * moved.shape[-1])))
+
+
+def _square_sum(values: Float[Array, "b s n"], real: Bool[Array, "b s"]) -> Float[Array, ""]:
+    return jnp.sum(jnp.where(real[..., None], jnp.square(values), jnp.zeros((), jnp.float32)))
+
+
 @dataclass(frozen=True)
 class Change:
     """What one optimizer step of all adapters changed, read at other tokens.
@@ -223,30 +314,21 @@ class RealStep:
         trainer: OptimizerName,
     ) -> tuple[dict[str, Array], Array, Array]:
         adapter = replace(template, params=tensors, scaling=scaling)
-        total = jnp.maximum(jnp.sum(self._train.weights), 1)
-
-        def loss(own: Params) -> Array:
-            return batch_loss(base, self._train, self._config, adapters.replace(adapter, own)) / total
-
         transformation = make_optimizer(trainer, learning_rate)
-        gradient = jax.grad(loss)(tensors)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and its integer step count
-            updates, _ = transformation.update(gradient, transformation.init(tensors), tensors)
-            stepped = adapters.replace(adapter, optax.apply_updates(tensors, updates))
+        stepped, _, _ = take_step(
+            adapter,
+            transformation.init(tensors),
+            base,
+            self._train,
+            config=self._config,
+            transformation=transformation,
+        )
         hidden, inputs = before
         after = llama.hidden_states(base, self._heldout.inputs, self._config, stepped)
-        moved = after.astype(jnp.float32) - hidden.astype(jnp.float32)
+        found = read_step(stepped, inputs, before=hidden, after=after, real=self._real)
+        tokens = jnp.sum(self._real.astype(jnp.float32))
+        widths = {name: own["lora_B"].shape[1] for name, own in stepped.params.items()}
+        modules = {name: jnp.sqrt(own.output / (tokens * widths[name])) for name, own in found.modules.items()}
         # The unembedding is linear: the change of the logits is the unembedding of the change.
-        logits = llama.unembed(base, moved, self._config)
-        modules = {}
-        for name, own in stepped.layers().items():
-            x = inputs[name].astype(jnp.float32)
-            inner = jnp.einsum("lbsi,lri->lbsr", x, own["lora_A"])
-            w = own["scaling"][:, None, None, None] * jnp.einsum("lbsr,lor->lbso", inner, own["lora_B"])
-            modules[name] = jax.vmap(self._rms)(w)
-        return modules, self._rms(moved), self._rms(logits)
-
-    def _rms(self, values: Float[Array, "b s n"]) -> Float[Array, ""]:
-        """Root mean square over the real tokens and the last axis."""
-        squares = jnp.where(self._real[..., None], jnp.square(values), jnp.zeros((), jnp.float32))
-        return jnp.sqrt(jnp.sum(squares) / (jnp.sum(self._real).astype(jnp.float32) * values.shape[-1]))
+        logits = llama.unembed(base, found.moved, self._config)
+        return modules, found.hidden, jnp.sqrt(_square_sum(logits, self._real) / (tokens * logits.shape[-1]))
