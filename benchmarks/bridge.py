@@ -136,7 +136,7 @@ def agreement(config: Config) -> dict[str, Any]:
         )
         expected = regimes.regime(model, *ours, measured, target_modules=PAPER_TARGETS)
     differences: dict[str, float] = {"loss": 0.0}
-    for name in ("training_loss", "heldout_loss"):
+    for name in ("training_loss", "held_out_loss"):
         one, other = getattr(found, name), getattr(expected, name)
         differences["loss"] = max(differences["loss"], abs(one / other - 1))
     keys = ["module", "split", "optimizer", "init", "rule", "rank"]

@@ -5,7 +5,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from rora_theory.scaling import check_integer, check_rank
 Init = Literal["normal", "kaiming_uniform", "rademacher", "gaussian"]
 """Name of A's initial distribution; see `entries`."""
 
-INITS: tuple[Init, ...] = ("normal", "kaiming_uniform", "rademacher", "gaussian")
+INITS: tuple[Init, ...] = get_args(Init)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
-from rora_theory.evaluate.accuracies import RESULT_COLUMNS, RESULT_UNITS, accuracies_in_words
+from rora_theory.evaluate.accuracies import ACCURACY_COLUMNS, ACCURACY_UNITS, accuracies_in_words
 from rora_theory.llama import Adapter, Located, Model, load, locate
 from rora_theory.ranges import Count, check_ranges
 from rora_theory.runs.folder import RunFolder, check_free, path_of
@@ -99,7 +99,7 @@ def evaluate(
     folder.record(samples.FILE)
     found = accuracies(kept.found, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}
-    folder.write_frame(frames.of([heads | asdict(level) for level in found], RESULT_COLUMNS))
+    folder.write_frame(frames.of([heads | asdict(level) for level in found], ACCURACY_COLUMNS))
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
     summary = {"scoring": asdict(scoring), **settings, "levels": found}
     folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")
@@ -142,7 +142,7 @@ def run(config: Config) -> None:
     known = identity(config, data, origin)
     check_free(path_of(NAME, known, config.out))
     model, adapter = subject(config, origin)
-    extra = {"protocol": config.protocol, "units": RESULT_UNITS}
+    extra = {"protocol": config.protocol, "units": ACCURACY_UNITS}
     folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[origin])
     show(evaluate(config, folder, tasks, model, adapter), config.scoring())
     answers.tell_files(folder.path)

@@ -27,7 +27,7 @@ from rora_theory.sweep.memory import cell_memory
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
-from sims.common.cells import run_cells
+from sims.common.cells import run_with_bar
 
 NAME = "horizon"
 
@@ -85,7 +85,7 @@ def run(config: Config) -> None:
         return asdict(readings.read_run(bench, grid.training(cell), cell.read_at))
 
     words = partial(readings.read_run_in_words, tokens=tokens)
-    run_cells(cells, work, folder, runner=runner, title="runs", words=words)
+    run_with_bar(cells, work, folder, runner=runner, title="runs", words=words)
     runs = horizon_runs.distinct(horizon_runs.run_of(one.cell, one.value) for one in finished(folder.path).values())
     folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
     law = {"takeovers": takeovers, "linear_terms": linear_terms}

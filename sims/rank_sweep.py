@@ -31,7 +31,7 @@ from rora_theory.sweep.memory import cell_memory
 from rora_theory.sweep.plan import SweepConfig, plan_sweep
 from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
-from sims.common.cells import Runner, run_cells
+from sims.common.cells import Runner, run_with_bar
 
 NAME = "rank_sweep"
 
@@ -121,7 +121,7 @@ def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Sw
     def write(_: Sequence[Any]) -> None:
         folder.write_frame(results.read_results(folder.path))
 
-    run_cells(stand_ins(cells, folder.path), do, folder, runner=runner, words=results.result_in_words, write=write)
+    run_with_bar(stand_ins(cells, folder.path), do, folder, runner=runner, words=results.result_in_words, write=write)
 
 
 def report(rows: pd.DataFrame) -> None:

@@ -37,7 +37,7 @@ from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import finished, flat, key_of
 from rora_theory.scaling import check_integer
 from sims.common import answers, cli, prompts, tables
-from sims.common.cells import run_cells
+from sims.common.cells import run_with_bar
 
 NAME = "regime"
 
@@ -94,7 +94,7 @@ def run(config: Config) -> None:
     modules = regimes.chosen_modules(model.config, targets, config.layers)
     pair = record_batches.pair(config.batches, **read.texts(), seed=seed)
     if config.measured.mask:
-        unseen.check_unseen(pair.heldout, [pair.train])
+        unseen.check_unseen(pair.held_out, [pair.train])
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(read.places)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])
@@ -103,8 +103,8 @@ def run(config: Config) -> None:
     cells = [RegimeCell(index) for index in modules]
     done = finished(folder.path)
     if any(key_of(cell) not in done for cell in cells):
-        recorded = regimes.record_modules(model.params, model.config, pair.train, pair.heldout, regimes.kinds(modules))
-        folder.update(training_loss=recorded.train.loss, heldout_loss=recorded.heldout.loss)
+        recorded = regimes.record_modules(model.params, model.config, pair.train, pair.held_out, regimes.kinds(modules))
+        folder.update(training_loss=recorded.train.loss, heldout_loss=recorded.held_out.loss)
 
     def assemble(parts: list[Any]) -> Regime:
         losses = (folder.entry(name) for name in ("training_loss", "heldout_loss"))
@@ -117,7 +117,7 @@ def run(config: Config) -> None:
     def work(cell: RegimeCell, _: Path) -> LayerRegime:
         return recorded.measure(config.measured, cell.layer, modules[cell.layer])
 
-    found = assemble(run_cells(cells, work, folder, runner=runner, title="layers", write=write))
+    found = assemble(run_with_bar(cells, work, folder, runner=runner, title="layers", write=write))
     verdict = regime_tables.judge_regime(found.results, config.judged)
     if verdict is not None:
         folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)

@@ -117,7 +117,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     identity |= {"targets": targets} | found.identity() | read.identity
     check_free(path_of(NAME, identity, config.out))
     report(config, advised)
-    stepper = RealStep(read.model.params, read.model.config, pair.train, pair.heldout, targets)
+    stepper = RealStep(read.model.params, read.model.config, pair.train, pair.held_out, targets)
     extra, models = {"units": transfer_check.UNITS}, [read.origin]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=config.seed, extra=extra, models=models)
     prompts.keep(folder, pair.examples, read.tokenizer, show=config.reading.show)

@@ -24,7 +24,7 @@ from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.theory.sampling import Sums
 from sims.common import answers, cli, layer_sweep, tables
-from sims.common.cells import run_cells
+from sims.common.cells import run_with_bar
 
 NAME = "variance_sweep"
 
@@ -69,7 +69,7 @@ def run(config: Config) -> None:
         for name, direct in (("results.csv", False), ("direct_check.csv", True)):
             folder.write_frame(frame_of(values, direct=direct), name)
 
-    values = run_cells(cells, work, folder, runner=runner, title="variance sweep", write=write)
+    values = run_with_bar(cells, work, folder, runner=runner, title="variance sweep", write=write)
     drawn = ((cell, one["sums"][0]) for cell, one in zip(cells, values, strict=True) if not cell.steps)
     known = {cell.setting: Sums.from_json(sums) for cell, sums in drawn}
     judged = simulation.judge_simulation(simulated, known, places)

@@ -41,7 +41,7 @@ from rora_theory.scaling import check_integer, check_positive, is_finite
 
 Placement = Literal["series", "parallel"]
 NonLinearity = Literal["tanh", "relu", "silu", "gelu"]
-Init = Literal["bert", "mam_adapter"]
+BottleneckInit = Literal["bert", "mam_adapter"]
 
 TARGETS: dict[str, tuple[str, ...]] = {"series": ("up_proj", "gate_proj"), "parallel": ("up_proj", "down_proj")}
 """LLM-Adapters' modules, by placement."""
@@ -83,13 +83,13 @@ class BottleneckConfig:
     non_linearity: NonLinearity = "tanh"
     scaling: float | int = 1.0
     dropout: float | int = 0.0
-    init: Init = "bert"
+    init: BottleneckInit = "bert"
 
     mergeable: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", Init)):
+        for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", BottleneckInit)):
             if getattr(self, name) not in get_args(kind):
                 raise InputError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(get_args(kind))}")
         check_integer("bottleneck width", self.width)

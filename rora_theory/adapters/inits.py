@@ -17,12 +17,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rora_theory import inits
 from rora_theory.draws import draw_A
 
-Init = Literal["kaiming_uniform", "gaussian"]
-INITS: tuple[str, ...] = get_args(Init)
+LoraInit = Literal["kaiming_uniform", "gaussian"]
+"""The laws that an adapter's A may have: those of PEFT."""
+
+LORA_INITS: tuple[LoraInit, ...] = get_args(LoraInit)
 
 
 def init_a(
-    key: PRNGKeyArray, init: Init, ranks: Sequence[int], width: int, p_in: int
+    key: PRNGKeyArray, init: LoraInit, ranks: Sequence[int], width: int, p_in: int
 ) -> Float[Array, "layers {width} {p_in}"]:
     r"""lora_A of one module in every layer.
 
@@ -53,7 +55,7 @@ def _drawn(
     relative: Float[Array, " layers"],
     ranks: Int[Array, " layers"],
     *,
-    init: Init,
+    init: LoraInit,
     width: int,
     p_in: int,
 ) -> Float[Array, "layers {width} {p_in}"]:

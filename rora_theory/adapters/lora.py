@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory.adapters import dora
 from rora_theory.adapters.base import AdaptedModule, Norms, Params, with_weights
 from rora_theory.adapters.dropout import dropout
-from rora_theory.adapters.inits import INITS, Init, init_a
+from rora_theory.adapters.inits import LORA_INITS, LoraInit, init_a
 from rora_theory.adapters.targets import Target, layer_text, resolve
 from rora_theory.adapters.widen import widen
 from rora_theory.advice.lora_config import PAPER_TARGETS
@@ -55,7 +55,7 @@ class LoraConfig:
     rule: Rule = "rora"
     target_modules: Sequence[str] | str = PAPER_TARGETS
     dropout: float | int = 0.0
-    init: Init = "kaiming_uniform"
+    init: LoraInit = "kaiming_uniform"
     rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     alpha_pattern: Mapping[str, float | int] | Sequence[tuple[str, float | int]] = ()
     layers: Sequence[int] | None = None
@@ -70,8 +70,8 @@ class LoraConfig:
         scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout!r}; accepted is a number from 0 to below 1")
-        if self.init not in INITS:
-            raise InputError(f"init is {self.init!r}; accepted are {', '.join(INITS)}")
+        if self.init not in LORA_INITS:
+            raise InputError(f"init is {self.init!r}; accepted are {', '.join(LORA_INITS)}")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in ("rank_pattern", "alpha_pattern"):

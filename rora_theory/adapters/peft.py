@@ -45,12 +45,12 @@ DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtype
 Shape = tuple[int, ...]
 
 
-AnyAdapter = LoraAdapter | PrefixAdapter | BottleneckAdapter
+PeftAdapter = LoraAdapter | PrefixAdapter | BottleneckAdapter
 
 
 def save_peft(
     folder: str | os.PathLike[str],
-    adapter: AnyAdapter,
+    adapter: PeftAdapter,
     *,
     base_model: str | Located | None = None,
     portable: bool = False,

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, Init, NonLinearity
+from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, BottleneckInit, NonLinearity
 from rora_theory.adapters.peft_config import Entries, checked
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 from rora_theory.adapters.targets import full_name
@@ -58,7 +58,7 @@ _BOTTLENECK: Entries = {
     "peft_type": (None, lambda v: v in PLACEMENTS, ", ".join(PLACEMENTS)),
     "adapter_dropout": (0.0, lambda v: is_finite(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "bottleneck_size": (None, _count, _INTEGER),
-    "init_weights": ("bert", lambda v: v in get_args(Init), ", ".join(get_args(Init))),
+    "init_weights": ("bert", lambda v: v in get_args(BottleneckInit), ", ".join(get_args(BottleneckInit))),
     "non_linearity": ("tanh", lambda v: v in get_args(NonLinearity), ", ".join(get_args(NonLinearity))),
     "scaling": (1.0, lambda v: is_finite(v) and v > 0, "a number above 0"),
     "target_modules": (None, _names, "a list of names"),

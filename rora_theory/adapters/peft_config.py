@@ -14,9 +14,9 @@ from rora_theory.llama import LlamaConfig
 from rora_theory.scaling import KAPPAS, alpha_for, exponent, scaling_factor
 
 LORA = "LORA"
-INITS = {"true": "kaiming_uniform", "false": "kaiming_uniform", "none": "kaiming_uniform", "gaussian": "gaussian"} | (
-    dict.fromkeys(("eva", "orthogonal"), "kaiming_uniform")
-)
+INIT_LORA_WEIGHTS = dict.fromkeys(("true", "false", "none", "eva", "orthogonal"), "kaiming_uniform") | {
+    "gaussian": "gaussian"
+}
 """Values of ``init_lora_weights``, as text in lower case, that leave the base weights alone; others change them."""
 
 Check = Callable[[Any], bool]
@@ -53,7 +53,7 @@ def _alpha(value: Any) -> bool:
 
 
 def _init(value: Any) -> bool:
-    return value is None or (isinstance(value, (bool, str)) and str(value).lower() in INITS)
+    return value is None or (isinstance(value, (bool, str)) and str(value).lower() in INIT_LORA_WEIGHTS)
 
 
 def _rate(value: Any) -> bool:
@@ -231,7 +231,7 @@ def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> Lora
         rule="rora" if entries["use_rslora"] else "lora",
         target_modules=modules,
         dropout=entries["lora_dropout"],
-        init=INITS[str(entries["init_lora_weights"]).lower()],  # type: ignore[arg-type]
+        init=INIT_LORA_WEIGHTS[str(entries["init_lora_weights"]).lower()],  # type: ignore[arg-type]
         rank_pattern=_effective("rank_pattern", entries, chosen),
         alpha_pattern=_effective("alpha_pattern", entries, chosen),
         layers=layers,

@@ -54,8 +54,8 @@ class TaskAccuracy:
         return vars(self) | percent | {"name": TASKS[self.task].name if self.task in TASKS else self.task}
 
 
-RESULT_COLUMNS = ("protocol", "template", *(field.name for field in fields(TaskAccuracy)))
-RESULT_UNITS = "accuracies are shares of 1; error is one standard error"
+ACCURACY_COLUMNS = ("protocol", "template", *(field.name for field in fields(TaskAccuracy)))
+ACCURACY_UNITS = "accuracies are shares of 1; error is one standard error"
 """Of a run's `results.csv`."""
 
 

@@ -6,7 +6,7 @@ do.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -16,8 +16,10 @@ from rora_theory.stats import slopes
 from rora_theory.stats.estimate import CONFIDENCE
 from rora_theory.stats.slopes import BAND, SeedFit
 
-Split = Literal["train", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "held_out")
+BatchSplit = Literal["train", "held_out"]
+"""The batch that was stepped on last, or one that never is."""
+
+BATCH_SPLITS: tuple[BatchSplit, ...] = get_args(BatchSplit)
 
 MODEL = "model"
 """Where a module is named, stands for the whole model."""

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from rora_theory.adapters.inits import Init
+from rora_theory.adapters.inits import LoraInit
 from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, LoraConfig, scalings
 from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
-from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Split
+from rora_theory.measure.coordinate_table import BATCH_SPLITS, MODEL, BatchSplit, Coordinate
 from rora_theory.measure.model_layers import read_step, take_step
 from rora_theory.optimizers import OptimizerName, make_optimizer
 from rora_theory.rules import check_steps
@@ -73,7 +73,7 @@ class Checker:
             rank=setting.rank,
             alpha=setting.alpha,
             rule=setting.rule,
-            init=cast(Init, setting.init),  # refused there where an adapter has no such one
+            init=cast(LoraInit, setting.init),  # refused there where an adapter has no such one
             target_modules=self.target_modules,
         )
 
@@ -123,10 +123,10 @@ class Checker:
             )
             if step in steps:
                 yield from _named(norms, "train", step)
-                for split, part in zip(SPLITS, (batch, held_out), strict=True):
+                for split, part in zip(BATCH_SPLITS, (batch, held_out), strict=True):
                     yield from _named(self._read(adapter, part, setting.rank, split), split, step)
 
-    def _read(self, adapter: LoraAdapter, batch: Batch, rank: int, split: Split) -> dict[str, dict[str, Array]]:
+    def _read(self, adapter: LoraAdapter, batch: Batch, rank: int, split: BatchSplit) -> dict[str, dict[str, Array]]:
         digest = np.asarray(batch.inputs).tobytes()
         if digest not in self._known:
             self._known[digest] = _base_hidden(self.params, batch.inputs, self.llama_config)
@@ -137,7 +137,7 @@ class Checker:
 
 @partial(jax.jit, static_argnames=("init",))
 def _fresh(
-    key: PRNGKeyArray, like: Params, rank: ArrayLike, relative: Mapping[str, ArrayLike], *, init: Init
+    key: PRNGKeyArray, like: Params, rank: ArrayLike, relative: Mapping[str, ArrayLike], *, init: LoraInit
 ) -> Params:
     """Tensors of these shapes: A of the first ``rank`` rows, nested over ranks, zeros below them and for B."""
     fresh = {}

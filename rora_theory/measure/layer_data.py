@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -14,8 +14,10 @@ from jaxtyping import Float
 from rora_theory import files
 from rora_theory.errors import InputError
 
-SPLITS = ("train", "heldout")
-"""Tokens of the batch that gave the gradient, and tokens of other text."""
+Split = Literal["train", "heldout"]
+"""Tokens at which a layer is read: of the batch that gave the gradient, or of text that it does not contain."""
+
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 LARGEST = 1 << 32
 """Bytes of the largest .npz, packed and unpacked: 4 GiB, some twenty layers of a 7B model."""

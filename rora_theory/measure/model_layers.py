@@ -250,7 +250,7 @@ class RealStep:
     Args:
       params, config: the base model.
       train: the batch that gives the step.
-      heldout: the batch at which its effect is read.
+      held_out: the batch at which its effect is read.
       target_modules: what is adapted, see `LoraConfig`.
     """
 
@@ -259,16 +259,16 @@ class RealStep:
         params: Params,
         config: LlamaConfig,
         train: Batch,
-        heldout: Batch,
+        held_out: Batch,
         target_modules: Sequence[str] | str,
     ) -> None:
         self._params, self._config = params, config
-        self._train, self._heldout = jax.tree.map(jnp.asarray, (train, heldout))
+        self._train, self._held_out = jax.tree.map(jnp.asarray, (train, held_out))
         self._targets = target_modules
-        self._real = jnp.asarray(real_tokens(heldout))
+        self._real = jnp.asarray(real_tokens(held_out))
         self._compiled: dict[tuple[int, OptimizerName], Callable] = {}
         names = tuple(target.module for target in self._lora(Setting(1, 1.0, 1.0), {}).targets(config))
-        self._before = _hidden(params, self._heldout.inputs, config=config, capture=names)
+        self._before = _hidden(params, self._held_out.inputs, config=config, capture=names)
 
     def change(self, setting: Setting, key: PRNGKeyArray, alpha_pattern: dict[str, float] | None = None) -> Change:
         """The change that one step from B = 0 makes, for one draw of A.
@@ -324,7 +324,7 @@ class RealStep:
             transformation=transformation,
         )
         hidden, inputs = before
-        after = llama.hidden_states(base, self._heldout.inputs, self._config, stepped)
+        after = llama.hidden_states(base, self._held_out.inputs, self._config, stepped)
         found = read_step(stepped, inputs, before=hidden, after=after, real=self._real)
         tokens = jnp.sum(self._real.astype(jnp.float32))
         widths = {name: own["lora_B"].shape[1] for name, own in stepped.params.items()}

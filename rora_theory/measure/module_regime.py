@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from rora_theory import frames, inits
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.measure import terms
-from rora_theory.measure.layer_data import SPLITS, Layer
+from rora_theory.measure.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.regime_tables import (
     CROSSING_COLUMNS,
     CROSSINGS,
@@ -38,9 +38,6 @@ from rora_theory.scaling import Rule, exponent, scaling_factor
 from rora_theory.seeds import check_seed
 from rora_theory.theory import horizon
 from rora_theory.theory.laws import OPTIMIZERS, Optimizer
-
-Split = Literal["train", "heldout"]
-"""Tokens at which a module is read: of the batch that gave the gradient, or of text that it does not contain."""
 
 TAKEOVER_RANKS = (8, 32, 128)
 """Ranks whose takeover distance is told."""
@@ -154,7 +151,7 @@ class Regime:
       results: predicted and measured rms of the first change, by those and rule and rank.
       takeover: the distance at which A leads under Adam, by module, split, init and rank.
       tokens: by module and split how many tokens there are, were ``seen``, are ``sinks`` besides, and were ``read``.
-      training_loss, heldout_loss: of the base model, nats a token.
+      training_loss, held_out_loss: of the base model, nats a token.
     """
 
     crossings: pd.DataFrame
@@ -162,15 +159,15 @@ class Regime:
     takeover: pd.DataFrame
     tokens: pd.DataFrame
     training_loss: float
-    heldout_loss: float
+    held_out_loss: float
 
     @classmethod
-    def of(cls, parts: Iterable[LayerRegime], training_loss: float, heldout_loss: float) -> "Regime":
+    def of(cls, parts: Iterable[LayerRegime], training_loss: float, held_out_loss: float) -> "Regime":
         """The frames of some layers' rows."""
         columns = (CROSSING_COLUMNS, RESULT_COLUMNS, TAKEOVER_COLUMNS, TOKEN_COLUMNS)
         found = [[row for part in table for row in part] for table in zip(*parts, strict=True)]
         crossings, results, takeover, tokens = map(frames.of, found, columns)
-        return cls(crossings, results, takeover, tokens, training_loss, heldout_loss)
+        return cls(crossings, results, takeover, tokens, training_loss, held_out_loss)
 
     def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
         """From which rank on the signal leads, in words.

@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 
 from rora_theory import frames
-from rora_theory.adapters.inits import INITS, Init
+from rora_theory.adapters.inits import LORA_INITS, LoraInit
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.llama import Model
 from rora_theory.measure import thin
-from rora_theory.measure.coordinate_table import MODEL, SPLITS, Coordinate, Table, in_a_word, whole_model
+from rora_theory.measure.coordinate_table import BATCH_SPLITS, MODEL, Coordinate, Table, in_a_word, whole_model
 from rora_theory.measure.coordinates import Checker
 from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES, WORDS, OptimizerName
 from rora_theory.ranges import Positive, check_ranges
@@ -79,7 +79,7 @@ class CheckConfig:
     """scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
     """sgd, momentum, adam or adamw, at a constant rate and without clipping"""
-    inits: tuple[Init, ...] = ("kaiming_uniform",)
+    inits: tuple[LoraInit, ...] = ("kaiming_uniform",)
     """laws of A"""
     controls: bool = True
     """check kappa = 0 and the gaussian init under the first optimizer too, which must not be flat"""
@@ -103,7 +103,7 @@ class CheckConfig:
     def __post_init__(self) -> None:
         check_ranks(self.ranks)
         check_rules(self.rules)
-        for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("inits", INITS)):
+        for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
             check_choices(f"--{name}", getattr(self, name), accepted)
         check_steps(self.steps)
         check_ranges(self)
@@ -116,7 +116,7 @@ class Case(NamedTuple):
 
     optimizer: OptimizerName
     rule: Rule
-    init: Init
+    init: LoraInit
     control: bool
 
     def __str__(self) -> str:
@@ -239,7 +239,7 @@ def verdicts(config: CheckConfig, found: pd.DataFrame) -> pd.DataFrame:
         outputs = group[(group["quantity"] == "output") & (group["module"] != MODEL)]
         own = {
             (split, step): outputs["verdict"][(outputs["split"] == split) & (outputs["step"] == step)].tolist()
-            for split in SPLITS
+            for split in BATCH_SPLITS
             for step in config.steps
         }
         whole = whole_model(group.to_dict("records"))

@@ -11,10 +11,9 @@ from rora_theory.data.chat import ChatTemplate
 from rora_theory.data.formats import AnyRecord, TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split, tokenize
+from rora_theory.finetune.config import LossOn
 from rora_theory.measure.unseen import apart_from
 from rora_theory.ranges import Count, Plural, check_ranges
-
-LossOn = Literal["all", "answer"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Pair(NamedTuple):
     """What a step is taken on, what it is read at, and the records of the first as tokens."""
 
     train: Batch
-    heldout: Batch
+    held_out: Batch
     examples: Examples
 
 
@@ -69,7 +68,7 @@ def pair(
     needed = config.batch_size + config.held_out
     if len(records) < needed:
         raise InputError(f"data hold {len(records)} records; accepted are {needed} or more")
-    rest, heldout = split(records, config.held_out, seed)
+    rest, held_out = split(records, config.held_out, seed)
     answer_only = config.loss_on == "answer"
 
     def one(part: Sequence[AnyRecord]) -> Batches:
@@ -83,7 +82,7 @@ def pair(
         return Batches(found, widths, batch_size=len(found), answer_only=answer_only)
 
     train = one(rest[: config.batch_size])
-    return Pair(train[0], one(heldout)[0], train.examples)
+    return Pair(train[0], one(held_out)[0], train.examples)
 
 
 @dataclass(frozen=True)

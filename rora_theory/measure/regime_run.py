@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rora_theory import frames, seals
 from rora_theory.advice.lora_config import ALL_LINEAR
@@ -12,6 +12,7 @@ from rora_theory.errors import InputError
 from rora_theory.files import read_json
 from rora_theory.inits import Init
 from rora_theory.measure import thin
+from rora_theory.measure.layer_data import Split
 from rora_theory.measure.regime_tables import CROSSING_COLUMNS, CROSSINGS
 from rora_theory.optimizers import FAMILY, OptimizerName
 
@@ -76,9 +77,7 @@ class RegimeRun:
         return " ".join(said)
 
 
-def read_regime_run(
-    folder: Path, *, optimizer: OptimizerName, init: Init, split: Literal["train", "heldout"]
-) -> RegimeRun:
+def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split: Split) -> RegimeRun:
     """The linear terms of a run.
 
     Args:

@@ -1,6 +1,6 @@
 """The regime of every module of a model, from one batch and another that is held out; nothing is trained.
 
-found = measure.regime(model, train, heldout)
+found = measure.regime(model, train, held_out)
 found.crossings.query("optimizer == 'adam' and split == 'heldout'")[["module", "crossing_rank", "median"]]
 """
 
@@ -38,12 +38,12 @@ class Recorded:
     """A model's modules at two batches, see `record_modules`.
 
     Attributes:
-      train, heldout: inputs, and of the training batch output gradients too.
+      train, held_out: inputs, and of the training batch output gradients too.
       seen: which of the held-out tokens the training batch has with the same beginning.
     """
 
     train: Recording
-    heldout: Recording
+    held_out: Recording
     seen: Bool[np.ndarray, " tokens"]
 
     def measure(self, config: RegimeConfig, index: int, modules: Sequence[str]) -> LayerRegime:
@@ -65,7 +65,7 @@ class Recorded:
     def _layer(self, config: RegimeConfig, index: int, module: str) -> tuple[Layer, list[dict[str, Any]]]:
         name = full_name(index, module)
         inputs, tokens = {}, []
-        for split, recording in (("train", self.train), ("heldout", self.heldout)):
+        for split, recording in (("train", self.train), ("heldout", self.held_out)):
             every = recording.inputs[module][index]
             found = choose_tokens(
                 np.linalg.norm(every.astype(np.float64), axis=1),
@@ -80,14 +80,14 @@ class Recorded:
 
 
 def record_modules(
-    params: dict[str, Any], config: LlamaConfig, train: Batch, heldout: Batch, modules: Sequence[str]
+    params: dict[str, Any], config: LlamaConfig, train: Batch, held_out: Batch, modules: Sequence[str]
 ) -> Recorded:
     """Run both batches through a model.
 
     Args:
       params, config: the model.
       train: the batch that gives the gradient.
-      heldout: what modules are read at besides.
+      held_out: what modules are read at besides.
       modules: names of `rora_theory.llama.MODULES`.
 
     Raises:
@@ -95,8 +95,8 @@ def record_modules(
     """
     return Recorded(
         record(params, config, train, modules),
-        record(params, config, heldout, modules, gradients=False),
-        unseen.seen(heldout, [train])[real_tokens(heldout)],
+        record(params, config, held_out, modules, gradients=False),
+        unseen.seen(held_out, [train])[real_tokens(held_out)],
     )
 
 
@@ -122,7 +122,7 @@ def kinds(modules: dict[int, list[str]]) -> list[str]:
 def regime(
     model: Model,
     train: Batch,
-    heldout: Batch,
+    held_out: Batch,
     config: RegimeConfig | None = None,
     *,
     target_modules: Sequence[str] | str = PAPER_TARGETS,
@@ -135,7 +135,7 @@ def regime(
     Args:
       model: of `rora_theory.llama.load`.
       train: the batch that gives the gradient.
-      heldout: other records; of these the tokens that share nothing with ``train`` are read, unless the configuration
+      held_out: other records; of these the tokens that share nothing with ``train`` are read, unless the configuration
         says otherwise.
       config: what to measure; None is `RegimeConfig` as it stands.
       target_modules, layers: which modules, as PEFT names them.
@@ -144,8 +144,8 @@ def regime(
       InputError: a module or layer that the model does not have, a loss that is not finite, no held-out token left.
     """
     modules = chosen_modules(model.config, target_modules, layers)
-    recorded = record_modules(model.params, model.config, train, heldout, kinds(modules))
+    recorded = record_modules(model.params, model.config, train, held_out, kinds(modules))
     parts = [recorded.measure(config or RegimeConfig(), index, own) for index, own in modules.items()]
-    found = Regime.of(parts, recorded.train.loss, recorded.heldout.loss)
+    found = Regime.of(parts, recorded.train.loss, recorded.held_out.loss)
     thin.warn(found.files().values(), thin.of_regime(found.crossings, model.config.num_hidden_layers))
     return found

@@ -1,6 +1,6 @@
 """Whether a carried setting keeps the first step: real steps of a model under each choice, against the tuned one's.
 
-found = check_transfer(model, transfer(setting, rank=128), train, heldout, target_modules=["q_proj", "v_proj"])
+found = check_transfer(model, transfer(setting, rank=128), train, held_out, target_modules=["q_proj", "v_proj"])
 found.summary[["plan", "quantity", "ratio", "standard_error"]]
 """
 
@@ -183,7 +183,7 @@ def check_transfer(
     model: Model,
     advice: Advice,
     train: Batch,
-    heldout: Batch,
+    held_out: Batch,
     *,
     target_modules: Sequence[str] | str,
     seeds: Sequence[int] = (0, 1, 2, 3),
@@ -195,7 +195,7 @@ def check_transfer(
       model: of `rora_theory.llama.load`.
       advice: what is checked.
       train: the batch that gives the step.
-      heldout: what its effect is read at.
+      held_out: what its effect is read at.
       target_modules: what is adapted.
       seeds: of A, two or more; every candidate has the same.
       seed: of all draws.
@@ -204,7 +204,7 @@ def check_transfer(
       InputError: fewer than two seeds, one twice or out of range; a rank, init or target that does not fit the model.
     """
     check_seeds(seeds, fewest=2)
-    stepper = RealStep(model.params, model.config, train, heldout, target_modules)
+    stepper = RealStep(model.params, model.config, train, held_out, target_modules)
     rows = [row for step in first_steps(advice, seeds) for row in first_step_rows(stepper, advice, step, seed)]
     steps = frames.of(rows, COLUMNS)
     return TransferCheck(steps, summarise(steps, advice))

@@ -9,13 +9,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rora_theory.advice.lora_config import PAPER_TARGETS, Saved, TaskType, peft_targets, read_adapter_config
 from rora_theory.advice.setting import REGIMES, Setting
-from rora_theory.advice.transfer import MOST_STEPS, Advice, transfer
+from rora_theory.advice.transfer import MOST_STEPS, Advice, Per, transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
+from rora_theory.measure.layer_data import Split
 from rora_theory.optimizers import OptimizerName, optimizer_named
 from rora_theory.ranges import Count, Positive, check_ranges
 from rora_theory.rules import as_words, check_rule, check_unread, option_of
@@ -52,9 +53,9 @@ class TransferConfig:
     have a law, but no LoraConfig; none is kaiming_uniform, or what --from has"""
     regime: str = "signal"
     """signal, cross-talk, or the folder of a sims.regime run"""
-    split: Literal["train", "heldout"] = "heldout"
+    split: Split = "heldout"
     """tokens of a measured regime: other text (heldout) or the batch that gave the gradient (train)"""
-    per: Literal["one", "type", "module"] = "type"
+    per: Per = "type"
     """which modules of a measured regime share an alpha: one for all, one a type, or one for each layer's module"""
     targets: tuple[str, ...] | None = None
     """target_modules of the LoraConfig: names separated by spaces, or all-linear; none is a measured regime's own, and

@@ -32,7 +32,7 @@ BEST_COLUMNS = (
     "optimizer", "trained", "rule", "kappa", "rank", "best_rate", "log2_error", "log2_half_width", "best_loss",
     "best_loss_error", "seeds", "error_over", "edge",
 )  # fmt: skip
-SLOPE_COLUMNS = (
+RATE_SLOPE_COLUMNS = (
     "optimizer", "trained", "rule", "kappa", "ranks", "slope", "standard_error", "half_width", "verdict", "signal",
     "cross-talk", "A moves", "nearest",
 )  # fmt: skip
@@ -223,7 +223,7 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
 
 
 def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
-    """Slope of the best rate against the rank of every line, beside the predictions: `SLOPE_COLUMNS`."""
+    """Slope of the best rate against the rank of every line, beside the predictions: `RATE_SLOPE_COLUMNS`."""
     rows = []
     for line in dict.fromkeys(curve.line for curve in curves):
         inside = [c for c in curves if c.line == line and not c.edge]
@@ -248,7 +248,7 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         row |= {"verdict": slopes.trend(fit) if len(kept[0].losses) > 1 else "undecided"}
         row |= {**predicted, "nearest": nearest}
         rows.append(row)
-    return frames.of(rows, SLOPE_COLUMNS)
+    return frames.of(rows, RATE_SLOPE_COLUMNS)
 
 
 def slopes_in_words(slopes: "pd.DataFrame") -> str:

@@ -99,7 +99,7 @@ def distances(
             f"takeover is {takeover!r} where A's rates add up to {reach:.3g}; accepted is {1 / GROWTH:g} of that or "
             "more"
         )
-    paces = [_Pace(decay), _Pace(decay)]
+    paces = [_AdamStep(decay), _AdamStep(decay)]
     b = a = 0.0
     for rate_B, rate_A in zip(each_B.tolist(), each_A.tolist(), strict=True):
         gradients = (1 + a / takeover, b)  # of the step's start
@@ -108,7 +108,7 @@ def distances(
     return Distances(b, a)
 
 
-class _Pace:
+class _AdamStep:
     """Adam's step in units of the rate, for an entry whose gradient keeps its sign; 1 under sign descent."""
 
     def __init__(self, decay: tuple[float, float] | None) -> None:

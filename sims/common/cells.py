@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def run_cells(
+def run_with_bar(
     cells: Sequence[Cell],
     work: Work[Cell],
     folder: RunFolder,
@@ -56,7 +56,7 @@ def run_table(
     title: str,
     name: str = "results.csv",
 ) -> "pd.DataFrame":
-    """`run_cells` where a cell's result is rows of a table: the table, also written as the cells come."""
+    """`run_with_bar` where a cell's result is rows of a table: the table, also written as the cells come."""
 
     def table(parts: list[Any]) -> "pd.DataFrame":
         return frames.of((row for part in parts for row in part), columns)
@@ -64,4 +64,4 @@ def run_table(
     def write(parts: list[Any]) -> None:
         folder.write_frame(table(parts), name)
 
-    return table(run_cells(cells, work, folder, runner=runner, title=title, write=write))
+    return table(run_with_bar(cells, work, folder, runner=runner, title=title, write=write))

@@ -109,14 +109,14 @@ def test_real_step_by_hand(params, stepper) -> None:
     adapter = adapters.init(key, lora, CONFIG, params)
     names = ("self_attn.q_proj", "mlp.down_proj")
     train = record(params, CONFIG, batch(1), names)
-    heldout = record(params, CONFIG, batch(2), names, gradients=False)
+    held_out = record(params, CONFIG, batch(2), names, gradients=False)
     stepped = {}
     for name in names:
         lora_B = np.zeros((2, CONFIG.module_shape(name)[0], 4), np.float32)
         for layer in range(2):
             lora_A = np.asarray(adapter.params[name]["lora_A"][layer])
             lora_B[layer] = -1e-3 * setting.scaling * train.gradient(name, layer) @ lora_A.T
-            w = setting.scaling * heldout.inputs[name][layer] @ lora_A.T @ lora_B[layer].T
+            w = setting.scaling * held_out.inputs[name][layer] @ lora_A.T @ lora_B[layer].T
             assert found.modules[name][layer] == pytest.approx(np.sqrt(np.mean(w**2)), rel=1e-4)
         stepped[name] = {**adapter.params[name], "lora_B": jnp.asarray(lora_B)}
     given, real = batch(2), real_tokens(batch(2))
@@ -148,10 +148,10 @@ def test_a_transfer_keeps_the_real_step(params, stepper) -> None:
     old = Setting(2, 8.0, 1e-4, "lora", "adamw")
     names = ("self_attn.q_proj", "mlp.down_proj")
     train = record(params, CONFIG, batch(1), names)
-    heldout = record(params, CONFIG, batch(2), names, gradients=False)
+    held_out = record(params, CONFIG, batch(2), names, gradients=False)
     linear_terms = {
         f"model.layers.{layer}.{name}": terms.terms(
-            train.gradient(name, layer), heldout.inputs[name][layer], optimizer="adam"
+            train.gradient(name, layer), held_out.inputs[name][layer], optimizer="adam"
         )
         .crossing()
         .linear_term

@@ -62,10 +62,10 @@ def test_what_leaves_no_token_of_its_own_is_refused() -> None:
 @pytest.mark.slow
 def test_the_template_alone_is_masked_whole(model) -> None:
     """As is the training batch itself: nothing is left, which is said before anything is measured."""
-    for heldout, seen in ((TRAIN, 13), (batch(TEMPLATE), 4)):
-        assert unseen.seen(heldout, [TRAIN])[real_tokens(heldout)].all()
+    for held_out, seen in ((TRAIN, 13), (batch(TEMPLATE), 4)):
+        assert unseen.seen(held_out, [TRAIN])[real_tokens(held_out)].all()
         with pytest.raises(InputError, match=f"of {seen} held-out tokens {seen} begin as the training batch does"):
-            regimes.regime(model, TRAIN, heldout, SMALL, target_modules=TARGETS)
+            regimes.regime(model, TRAIN, held_out, SMALL, target_modules=TARGETS)
 
 
 def test_a_sink_is_ten_times_the_median() -> None:
@@ -99,7 +99,7 @@ def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
         model, TRAIN, HELD_OUT, RegimeConfig(**vars(SMALL) | {"mask": False}), target_modules=TARGETS
     )
     names = ("self_attn.q_proj", "mlp.down_proj")
-    train, heldout = (record(model.params, model.config, each, names) for each in (TRAIN, HELD_OUT))
+    train, held_out = (record(model.params, model.config, each, names) for each in (TRAIN, HELD_OUT))
     new = np.array([0] * 4 + [1] * 3 + [0] * 5 + [1] + [0] * 6 + [1] * 2, bool)
     sinks = 0
     for row in found.tokens.itertuples():
@@ -107,7 +107,7 @@ def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
         gradient = np.sum(np.float64(train.gradient(module, layer)) ** 2)
         norms = {
             split: np.linalg.norm(np.float64(each.inputs[module][layer]), axis=1)
-            for split, each in (("train", train), ("heldout", heldout))
+            for split, each in (("train", train), ("heldout", held_out))
         }
         kept = new & (norms["heldout"] <= 1.05 * np.median(norms["heldout"]))
         sinks += int(new.sum() - kept.sum())
@@ -126,7 +126,7 @@ def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
     assert len(found.results) == 4 * 2 * 2 * 2 * 2
     assert len(found.takeover) == 4 * 2 * 2 * 3
     assert found.training_loss == pytest.approx(train.loss)
-    assert found.heldout_loss == pytest.approx(heldout.loss)
+    assert found.held_out_loss == pytest.approx(held_out.loss)
 
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian"])

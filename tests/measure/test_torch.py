@@ -97,7 +97,7 @@ def test_every_family(family) -> None:
         assert (figures > (-1 if "linear_term" in columns else 0)).all()
     assert all(each.requires_grad and each.grad is None for each in model.parameters())
     assert found.training_loss == pytest.approx(float(model(**batch).loss), rel=1e-6)
-    assert found.heldout_loss == pytest.approx(float(model(**held_out).loss), rel=1e-6)
+    assert found.held_out_loss == pytest.approx(float(model(**held_out).loss), rel=1e-6)
 
 
 class Calls(torch.nn.Module):
@@ -423,15 +423,15 @@ def test_equal_to_the_jax_route(rows, tmp_path) -> None:
         ids, weights = own["input_ids"].numpy().astype(np.int32), own["attention_mask"].numpy().astype(np.float32)
         return Batch(ids[:, :-1], ids[:, 1:], weights[:, 1:], None), own
 
-    train, heldout = both(TRAIN), both(HELD_OUT)
+    train, held_out = both(TRAIN), both(HELD_OUT)
     config = RegimeConfig(**vars(SMALL) | {"inits": ("kaiming_uniform", "gaussian"), "rows": rows})
     targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
     known = load(folder)
-    expected = regimes.regime(known, train[0], heldout[0], config, target_modules=targets)
+    expected = regimes.regime(known, train[0], held_out[0], config, target_modules=targets)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = measure(model, train[1], heldout[1], targets, config=config, lora_A=drawn_steps.takeover_rows)
+    found = measure(model, train[1], held_out[1], targets, config=config, lora_A=drawn_steps.takeover_rows)
     assert found.training_loss == pytest.approx(expected.training_loss, rel=1e-5)
-    assert found.heldout_loss == pytest.approx(expected.heldout_loss, rel=1e-5)
+    assert found.held_out_loss == pytest.approx(expected.held_out_loss, rel=1e-5)
     keys = ["module", "split", "optimizer", "init", "rule", "rank"]
     for name in ("tokens", "crossings", "results", "takeover"):
         mine, other = (

@@ -67,8 +67,8 @@ def test_logs_beside_the_loss(tmp_path, caplog) -> None:
     assert set(callback.measured) == {0, 2}
     tuned = Setting(2, 4.0, 2e-3)
     carried = expected.transfer(tuned, 8, steps=3)
-    heldout = expected.crossings.query("split == 'heldout'")["crossing_rank"].median()
-    assert logged[0]["regime/crossing_rank"] == pytest.approx(heldout, rel=1e-5)
+    held_out = expected.crossings.query("split == 'heldout'")["crossing_rank"].median()
+    assert logged[0]["regime/crossing_rank"] == pytest.approx(held_out, rel=1e-5)
     assert logged[0]["regime/steps_until_A_leads"] == pytest.approx(expected.takeover_at(2) / 2e-3, rel=1e-5)
     assert logged[0]["regime/alpha"] == pytest.approx(carried.advice.alpha, rel=1e-5)
     assert logged[0]["regime/learning_rate"] == 2e-3

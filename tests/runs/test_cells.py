@@ -18,7 +18,7 @@ from rora_theory.runs.cells import Ended, in_process
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import CELLS, finished, key_of
 from sims.common import cli
-from sims.common.cells import run_cells
+from sims.common.cells import run_with_bar
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def test_a_cell_is_all_its_fields() -> None:
 def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, capsys) -> None:
     """numpy's numbers become Python's, and are read back to the bit."""
     folder = opened(tmp_path)
-    first = run_cells(SIDES, area, folder, words=lambda value: f"{value['area']:.2f} m")
+    first = run_with_bar(SIDES, area, folder, words=lambda value: f"{value['area']:.2f} m")
     assert [value["area"] for value in first] == [3.0, 1 / 3, 4 / 3]
     row = first[0]["rows"][0]
     assert row == {"side": 3, "gone": float("inf"), "note": None, "kept": True}
@@ -101,9 +101,9 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, caps
     folder.finish()
     folder = opened(tmp_path)
     more = [Square(4), *reversed(SIDES), Square(4)]
-    again = run_cells(more[1:4], never, folder)
+    again = run_with_bar(more[1:4], never, folder)
     assert again == first[::-1]
-    assert run_cells(more, area, folder, words=lambda _: "new")[1:4] == again
+    assert run_with_bar(more, area, folder, words=lambda _: "new")[1:4] == again
     assert capsys.readouterr().out == "[1/5] side 4: new, 0 s\n", "once, though it is twice in the list"
     assert [one.cell["side"] for one in finished(tmp_path).values()] == [4, 2, 1, 3], "all, in the order of the cells"
     assert finished(tmp_path / "none") == {}
@@ -112,12 +112,12 @@ def test_results_come_in_the_order_of_the_cells_and_are_done_once(tmp_path, caps
 def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
     """After each of the cells, with what a kill leaves of a line."""
     whole = opened(tmp_path / "whole")
-    run_cells(SIDES, drawn, whole, write=lambda values: table(whole, values))
+    run_with_bar(SIDES, drawn, whole, write=lambda values: table(whole, values))
     whole.finish()
     for stop in (3, 1, 2):
         folder = opened(tmp_path / str(stop))
         with pytest.raises(KeyboardInterrupt):
-            run_cells(SIDES, stopping(stop, drawn), folder)
+            run_with_bar(SIDES, stopping(stop, drawn), folder)
         left = folder.path / "cells" / key_of(Square(stop)) / "checkpoints" / "1"
         assert left.read_text() == "half", "the cell goes on from it"
         folder.stop("interrupted")
@@ -126,7 +126,7 @@ def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
         assert len(finished(folder.path)) == SIDES.index(Square(stop))
         assert (folder.path / CELLS).read_text().endswith('{"key": "'), "to look is to change nothing"
         folder = opened(tmp_path / str(stop))
-        run_cells(SIDES, drawn, folder, write=lambda values, folder=folder: table(folder, values))
+        run_with_bar(SIDES, drawn, folder, write=lambda values, folder=folder: table(folder, values))
         folder.finish()
         for name in ("results.csv", CELLS, *(f"cells/{key_of(cell)}/losses.csv" for cell in SIDES)):
             assert (folder.path / name).read_bytes() == (whole.path / name).read_bytes(), name
@@ -135,10 +135,10 @@ def test_a_run_that_was_stopped_leaves_the_same_bytes(tmp_path) -> None:
 
 def test_a_run_that_ended_before_a_done_cell_s_checkpoints_went_clears_them(tmp_path) -> None:
     folder = opened(tmp_path)
-    run_cells(SIDES, drawn, folder)
+    run_with_bar(SIDES, drawn, folder)
     folder.finish()
     drawn(SIDES[0], tmp_path / "cells" / key_of(SIDES[0]))
-    run_cells(SIDES, never, opened(tmp_path))
+    run_with_bar(SIDES, never, opened(tmp_path))
     assert not list(tmp_path.glob("cells/*/checkpoints"))
     assert len(list(tmp_path.glob("cells/*/losses.csv"))) == 3
 
@@ -146,21 +146,21 @@ def test_a_run_that_ended_before_a_done_cell_s_checkpoints_went_clears_them(tmp_
 def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> None:
     folder, tables = opened(tmp_path), []
     with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: no such square\)"):
-        run_cells(SIDES, failing(1), folder, write=lambda values: tables.append(len(values)))
+        run_with_bar(SIDES, failing(1), folder, write=lambda values: tables.append(len(values)))
     assert tables == [2], "the table has what is done"
     own = tmp_path / "cells" / key_of(Square(1))
     assert (
         f"side 1 failed (ValueError: no such square); its traceback is in {own}/error.txt\n" in capsys.readouterr().err
     )
     assert "in run" in (own / "error.txt").read_text()
-    assert len(run_cells(SIDES, area, folder, words=lambda _: "done")) == 3
+    assert len(run_with_bar(SIDES, area, folder, words=lambda _: "done")) == 3
     assert capsys.readouterr().out == "[2/3] side 1: done, 0 s\n", "tried again, the others not"
     assert not own.exists()
 
 
 def test_a_run_with_a_failing_cell_ends_with_status_1(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: run_cells(SIDES, failing(2), opened(tmp_path)) and None)
+        cli.run(lambda: run_with_bar(SIDES, failing(2), opened(tmp_path)) and None)
     assert stop.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: 1 of 3 cells failed, the first side 2 ")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -179,11 +179,11 @@ def test_a_runner_may_end_cells_in_any_order(tmp_path, capsys) -> None:
 
     folder = opened(tmp_path / "a")
     with pytest.raises(cli.FailedError, match=r"1 of 3 cells failed, the first side 1 \(ValueError: lost\)"):
-        run_cells(SIDES, area, folder, runner=last_first, words=lambda value: f"{value['area']:.2f} m")
+        run_with_bar(SIDES, area, folder, runner=last_first, words=lambda value: f"{value['area']:.2f} m")
     said = capsys.readouterr()
     assert said.out == "[3/3] side 2: 1.33 m, 2 s\n[1/3] side 3: 3.00 m, 2 s\n"
     assert said.err.startswith("note: side 1 failed (ValueError: lost)")
-    assert run_cells(SIDES, area, folder) == run_cells(SIDES, area, opened(tmp_path / "b"), runner=in_process)
+    assert run_with_bar(SIDES, area, folder) == run_with_bar(SIDES, area, opened(tmp_path / "b"), runner=in_process)
     assert (folder.path / CELLS).read_bytes() == (tmp_path / "b" / CELLS).read_bytes()
 
 
@@ -191,7 +191,7 @@ def test_the_tables_follow_every_few_seconds(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cells, "EVERY", -1.0)
     seen: list[list[float]] = []
     work = lambda cell, _: cell.side  # noqa: E731
-    run_cells(SIDES, work, opened(tmp_path), write=seen.append)
+    run_with_bar(SIDES, work, opened(tmp_path), write=seen.append)
     assert seen == [[3], [3, 1], [3, 1, 2], [3, 1, 2]]
 
 
@@ -203,13 +203,13 @@ def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_cell(tmp_path, monkeypatc
     key = key_of(Square(1))
     work = lambda cell, path: full() if cell.side == 1 else area(cell, path)  # noqa: E731
     with pytest.raises(InputError, match=rf"cells/{key}: cannot be written \(No space left on device\)"):
-        run_cells(SIDES, work, folder)
+        run_with_bar(SIDES, work, folder)
     with monkeypatch.context() as patch:
         patch.setattr(files, "_write", full)
         with pytest.raises(InputError, match=r"cells\.jsonl: cannot be written \(No space left on device\)"):
-            run_cells(SIDES, area, folder)
-    assert [value["area"] for value in run_cells(SIDES[:1], never, folder)] == [3.0]
-    assert len(run_cells(SIDES, area, folder)) == 3
+            run_with_bar(SIDES, area, folder)
+    assert [value["area"] for value in run_with_bar(SIDES[:1], never, folder)] == [3.0]
+    assert len(run_with_bar(SIDES, area, folder)) == 3
 
 
 def changed(path: Path) -> pytest.RaisesExc:
@@ -220,7 +220,7 @@ def changed(path: Path) -> pytest.RaisesExc:
 def test_what_was_changed_by_hand_does_not_pass(tmp_path, end) -> None:
     """A result, a file, or what a cell is: after a run's end, and after a kill, when no digest is in the manifest."""
     folder = opened(tmp_path)
-    run_cells(SIDES, drawn, folder)
+    run_with_bar(SIDES, drawn, folder)
     end(folder)
     own = tmp_path / "cells" / key_of(Square(3))
     for path, old, new in (
@@ -230,14 +230,14 @@ def test_what_was_changed_by_hand_does_not_pass(tmp_path, end) -> None:
         assert old in whole
         path.write_text(whole.replace(old, new, 1))
         with changed(path):
-            run_cells(SIDES, never, opened(tmp_path))
+            run_with_bar(SIDES, never, opened(tmp_path))
         path.write_text(whole)
-    run_cells(SIDES, never, opened(tmp_path))
+    run_with_bar(SIDES, never, opened(tmp_path))
 
 
 def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
     folder = opened(tmp_path)
-    run_cells(SIDES, drawn, folder)
+    run_with_bar(SIDES, drawn, folder)
     folder.finish()
     file = tmp_path / "cells" / key_of(Square(2)) / "losses.csv"
     file.unlink()
@@ -248,10 +248,10 @@ def test_a_cell_whose_file_was_removed_is_done_again(tmp_path, capsys) -> None:
         (path / "losses.csv").write_text("seconds\n9\n")  # as a measured time would differ
         return 7.0
 
-    assert run_cells(SIDES, otherwise, folder, words=lambda _: "again") == [1.0, 1 / 3, 7.0]
+    assert run_with_bar(SIDES, otherwise, folder, words=lambda _: "again") == [1.0, 1 / 3, 7.0]
     assert capsys.readouterr().out == "[3/3] side 2: again, 0 s\n"
     folder._let_go()  # killed: the file before is not taken for the one that was changed
-    assert run_cells(SIDES, never, opened(tmp_path)) == [1.0, 1 / 3, 7.0]
+    assert run_with_bar(SIDES, never, opened(tmp_path)) == [1.0, 1 / 3, 7.0]
 
 
 def test_a_folder_may_grow_by_what_was_not_known(tmp_path) -> None:
@@ -261,11 +261,11 @@ def test_a_folder_may_grow_by_what_was_not_known(tmp_path) -> None:
         return RunFolder.open("squares", {"unit": "m"} | config, out=tmp_path, grows={"evaluation": evaluation})
 
     first = grown(None)
-    run_cells(SIDES, area, first)
+    run_with_bar(SIDES, area, first)
     first.finish()
     for evaluation in (None, {"limit": 3}, None, {"limit": 3}):
         folder = grown(evaluation)
-        run_cells(SIDES, never, folder)
+        run_with_bar(SIDES, never, folder)
         folder.finish()
     assert folder.entry("config") == {"unit": "m", "evaluation": {"limit": 3}}
     before = (tmp_path / "manifest.json").read_bytes()

@@ -18,7 +18,7 @@ from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import CELLS
 from sims.common import cli
-from sims.common.cells import run_cells
+from sims.common.cells import run_with_bar
 
 
 def opened(path: Path, **config) -> RunFolder:
@@ -344,7 +344,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path, capsys, full_disk):
             full_disk()
         return cell
 
-    code, said = ended(lambda: run_cells(["one", "two"], work, opened(tmp_path / "run")) and None, capsys)
+    code, said = ended(lambda: run_with_bar(["one", "two"], work, opened(tmp_path / "run")) and None, capsys)
     assert code == 2
     assert said.startswith(f"error: {tmp_path / 'run' / CELLS}: cannot be written (No space left on device)")
     assert said.count("\n") == 1
@@ -358,7 +358,7 @@ def test_the_cells_before_a_full_disk_are_kept(tmp_path, monkeypatch, capsys):
         assert cell == "two", "done twice"
         return cell
 
-    assert run_cells(["one", "two"], work, opened(tmp_path / "run")) == ["one", "two"]
+    assert run_with_bar(["one", "two"], work, opened(tmp_path / "run")) == ["one", "two"]
 
 
 def _full(*_: object) -> None:

@@ -121,7 +121,7 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None
     model, records = load(inputs["model"]), read_records(inputs["data"])
     pair = record_batches.pair(PairConfig(4, 4), records, model.tokenizer)
     rest, held_out = split(records, 4, 0)
-    for part, own in ((pair.train, rest[:4]), (pair.heldout, held_out)):
+    for part, own in ((pair.train, rest[:4]), (pair.held_out, held_out)):
         examples = tokenize(own, model.tokenizer)
         assert [row[:n].tolist() for row, n in zip(part.inputs, examples.sizes, strict=True)] == [
             examples[i][:-1].tolist() for i in range(4)
@@ -129,7 +129,7 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None
     names = ("self_attn.q_proj", "mlp.down_proj")
     read = {
         "train": record(model.params, model.config, pair.train, names),
-        "heldout": record(model.params, model.config, pair.heldout, names, gradients=False),
+        "heldout": record(model.params, model.config, pair.held_out, names, gradients=False),
     }
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["training_loss"] == pytest.approx(read["train"].loss, rel=1e-6)
@@ -141,7 +141,7 @@ def test_figures_are_of_the_batch_and_of_other_records(finished, inputs) -> None
             every = read[row["split"]].inputs[module][layer]
             masked = np.zeros(len(every), bool)
             if row["split"] == "heldout":
-                masked = unseen.seen(pair.heldout, [pair.train])[real_tokens(pair.heldout)]
+                masked = unseen.seen(pair.held_out, [pair.train])[real_tokens(pair.held_out)]
                 masked = masked | tokens.sinks(np.linalg.norm(every, axis=1))
             grad, x = read["train"].gradient(module, layer), every[tokens.sample(16, 0, masked)]
             expected = np.sum(np.float64(grad) ** 2) * np.mean(np.sum(np.float64(x) ** 2, axis=1))

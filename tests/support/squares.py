@@ -62,7 +62,7 @@ class Config:
 def run(config: Config) -> None:
     """As an experiment does."""
     from rora_theory.runs.folder import RunFolder
-    from sims.common.cells import run_cells
+    from sims.common.cells import run_with_bar
 
     runner = config.cluster.runner()
     folder = RunFolder.open("squares", {"unit": "m"}, out=config.out)
@@ -73,7 +73,7 @@ def run(config: Config) -> None:
     def said(value: Any) -> str:
         return f"area {value['area']:.3f}"
 
-    run_cells(cells(config.marks, config.count), work, folder, runner=runner, words=said, write=write)
+    run_with_bar(cells(config.marks, config.count), work, folder, runner=runner, words=said, write=write)
     folder.finish()
 
 

@@ -105,8 +105,8 @@ class RegimeCallback(TrainerCallback):
         )
         carried = found.transfer(own, self._to_rank, steps=state.max_steps if family == "adam" else None)
         self.measured[step], self.transfers[step] = found, carried
-        heldout = found.crossings[found.crossings["split"] == "heldout"]
-        figures = {"crossing_rank": float(heldout["crossing_rank"].median())}
+        held_out = found.crossings[found.crossings["split"] == "heldout"]
+        figures = {"crossing_rank": float(held_out["crossing_rank"].median())}
         if family == "adam":
             figures["steps_until_A_leads"] = found.takeover_at(own.rank, own.init) / own.learning_rate
         figures |= {"alpha": carried.advice.alpha, "learning_rate": carried.learning_rate}

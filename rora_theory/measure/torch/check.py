@@ -26,7 +26,7 @@ from rora_theory import inits
 from rora_theory.advice.lora_config import init_of
 from rora_theory.errors import InputError
 from rora_theory.measure import thin
-from rora_theory.measure.coordinate_table import MODEL, WHOLE, Coordinate, Split, Table, whole_model
+from rora_theory.measure.coordinate_table import MODEL, WHOLE, BatchSplit, Coordinate, Table, whole_model
 from rora_theory.measure.torch.batches import Batch, Loss, moved, plain_loss, tokens
 from rora_theory.measure.torch.modules import base_model, kept_random, unwrapped
 from rora_theory.rules import check_ranks, check_steps
@@ -68,7 +68,7 @@ class TorchCheck:
         """The verdict with its scope."""
         return f"What a step changes of the whole model: {self.verdict}. {self.scope}"
 
-    def assert_flat(self, *, split: Split | None = None, step: int | None = None) -> None:
+    def assert_flat(self, *, split: BatchSplit | None = None, step: int | None = None) -> None:
         """Pass where hidden states and logits are shown not to depend on the rank; made for test suites.
 
         Args:
@@ -249,7 +249,7 @@ class _Run:
             optimizer.step()
             if step not in steps:
                 continue
-            texts: dict[Split, _Text | None] = {"train": self._train[number], "held_out": self._held_out}
+            texts: dict[BatchSplit, _Text | None] = {"train": self._train[number], "held_out": self._held_out}
             for split, text in texts.items():
                 if text is None:
                     continue

@@ -25,8 +25,8 @@ from rora_theory.advice.transfer import Advice, Per, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.measure import module_regime, thin
-from rora_theory.measure.layer_data import Layer
-from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig, Split
+from rora_theory.measure.layer_data import Layer, Split
+from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.tokens import choose_tokens
 from rora_theory.measure.torch import hooks
 from rora_theory.measure.torch.batches import Batch, Loss, Tokens, moved, plain_loss, tokens
@@ -210,7 +210,7 @@ def measure(
             stack.enter_context(without_adapters(model))
         batch, held_out = moved(batch, base), moved(held_out, base)
         reading = _Reading(config, tokens(base, held_out, batch), config.mask)
-        heldout_loss = hooks.read_modules(modules, lambda: float(take(model, held_out)), reading.keep)
+        held_out_loss = hooks.read_modules(modules, lambda: float(take(model, held_out)), reading.keep)
         reached = {name: module for name, module in modules.items() if name in reading.calls}
         training = _Reducing(config, tokens(base, batch), reading, lora_A or _drawn)
         value = hooks.backward(base, reached, lambda: take(model, batch), reading.calls, training.use)
@@ -219,7 +219,7 @@ def measure(
     if not training.found:
         raise InputError("no gradient reaches a target module; accepted are modules that the loss depends on")
     found = [training.found[name] for name in modules if name in training.found]
-    frames = Regime.of(found, value, heldout_loss)
+    frames = Regime.of(found, value, held_out_loss)
     every = modules if layers is None else chosen(base, target_modules)
     words = thin.of_regime(frames.crossings, len({layer_index(name) for name in every}))
     thin.warn(frames.files().values(), words)
