@@ -155,7 +155,8 @@ def eq11_norm(
     Assumes Eq. 9 and that every output's term equals the largest.
     """
     largest = _of(delta).max(delta**2)
-    return _of(delta).sqrt(delta.shape[0] * learning_rate**2 * scaling**4 * rank**2 * p_in * largest)
+    of_one = eq9_variance(1.0, rank=rank, p_in=p_in, scaling=scaling, learning_rate=learning_rate)
+    return _of(delta).sqrt(delta.shape[0] * of_one * largest)
 
 
 def eq12_constant(delta_max: float, *, p_out: int, p_in: int, learning_rate: float) -> float:

@@ -1,7 +1,9 @@
 """Mean, second moment, variance and norm of the paper's w: simulated, by the exact law, and as printed."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from rora_theory.paper import equations
 from rora_theory.stats.estimate import Estimate, root
@@ -35,18 +37,18 @@ def exact(setting: RandomStep) -> dict[Quantity, float]:
 
 
 def printed(setting: RandomStep) -> dict[Quantity, float] | dict[Quantity, None]:
-    """The paper's figures, Eq. 6, 9 and 11; none for Adam, which its Eq. 3 excludes."""
+    """The paper's figures, Eq. 6, 9 and 11 at delta_i = 1; none for Adam, which its Eq. 3 excludes."""
     if setting.optimizer != "sgd":
         return dict.fromkeys(QUANTITIES)
-    variance = equations.eq9_variance(
-        1.0,
-        rank=setting.rank,
-        p_in=setting.p_in,
-        scaling=setting.scaling,
-        learning_rate=setting.learning_rate,
-    )
-    norm = math.sqrt(setting.p_out * variance)  # Eq. 11 at delta_i = 1
-    figures: dict[Quantity, float] = {"mean": 0.0, "second_moment": variance, "variance": variance, "norm": norm}
+    step: dict[str, Any] = {"rank": setting.rank, "p_in": setting.p_in}
+    step |= {"scaling": setting.scaling, "learning_rate": setting.learning_rate}
+    variance = equations.eq9_variance(1.0, **step)
+    figures: dict[Quantity, float] = {
+        "mean": equations.eq6_mean(1.0, **step) + 0.0,  # -0.0 is written as 0.0
+        "second_moment": variance,
+        "variance": variance,
+        "norm": float(equations.eq11_norm(np.ones(setting.p_out), **step)),
+    }
     return figures
 
 
