@@ -135,7 +135,7 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
         "not_finite": int(np.sum(~finite)),
         "false_alarm": false_alarm,
         "tolerance": tolerance,
-        "error_bars_in_standard_errors": {str(count): round(bar, 3) for count, bar in bars.items()},
+        "error_bars_in_standard_errors": {str(count): bar for count, bar in bars.items()},
         "within_tolerance": float(np.mean(gaps <= tolerance)),
     }
     tried, gaps, errors, allowed = tried[finite], gaps[finite], errors[finite], allowed[finite]
