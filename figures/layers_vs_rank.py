@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
+from rora_theory import frames
 
 SPLITS = {"train": "training", "heldout": "held-out"}
 
@@ -40,7 +41,7 @@ def draw(config: Config) -> Sequence[Path]:
             label, colour, marker = style.look(rule, position)
             for layer in layers:
                 where = {"layer": layer, "optimizer": optimizer, "rule": rule}
-                chosen = rows[(rows[list(where)] == list(where.values())).all(axis=1)].sort_values("rank")
+                chosen = frames.where(rows, where).sort_values("rank")
                 first = chosen["exact"].iloc[0]
                 axis.plot(chosen["rank"], chosen["exact"] / first, color=colour, linewidth=0.7)
                 axis.errorbar(

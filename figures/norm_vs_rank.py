@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
+from rora_theory import frames
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def draw(config: Config) -> Sequence[Path]:
         for axis, overlap in zip(axis_row, overlaps, strict=True):
             for position, rule in enumerate(rules):
                 where = {"optimizer": optimizer, "init": init, "overlap": overlap, "rule": rule}
-                chosen = rows[(rows[list(where)] == list(where.values())).all(axis=1)].sort_values("rank")
+                chosen = frames.where(rows, where).sort_values("rank")
                 label, colour, marker = style.look(rule, position)
                 axis.plot(chosen["rank"], chosen["exact"], color=colour)
                 if chosen["paper"].notna().all():

@@ -145,7 +145,7 @@ def _rms(rows: pd.DataFrame, config: Config, init: str, out: Path) -> list[Path]
             for position, rule in enumerate(rules):
                 label, colour, marker = style.look(rule, position)
                 where = {"module": module, "optimizer": optimizer, "rule": rule}
-                own = rows[(rows[list(where)] == list(where.values())).all(axis=1)].sort_values("rank")
+                own = frames.where(rows, where).sort_values("rank")
                 first = own["predicted"].iloc[0]
                 axis.plot(own["rank"], own["predicted"] / first, color=colour, label=label)
                 seen = own[own["measured"].notna()]

@@ -57,6 +57,17 @@ def rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in values.tolist()]
 
 
+def where(frame: "pd.DataFrame", values: Mapping[str, Any]) -> "pd.DataFrame":
+    """The rows that have these values in the columns of these names.
+
+    Example:
+      >>> where(of([{"rank": 8, "loss": 0.5}, {"rank": 16, "loss": 0.25}], ["rank", "loss"]), {"rank": 16})
+         rank  loss
+      1    16  0.25
+    """
+    return frame[(frame[list(values)] == list(values.values())).all(axis=1)]
+
+
 def to_csv(frame: "pd.DataFrame") -> str:
     r"""The text of a frame's CSV file: a head and a line a row, each with its newline.
 

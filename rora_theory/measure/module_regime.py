@@ -191,7 +191,7 @@ class Regime:
           InputError: nothing was measured of them.
         """
         wanted = {"optimizer": optimizer, "init": init, "split": split}
-        rows = self.crossings[(self.crossings[list(wanted)] == list(wanted.values())).all(axis=1)]
+        rows = frames.where(self.crossings, wanted)
         if rows.empty:
             said = ", ".join(f"{name} {value}" for name, value in wanted.items())
             raise InputError(f"nothing was measured of {said}; accepted is what the RegimeConfig named")

@@ -223,7 +223,7 @@ def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
 def of_case(found: pd.DataFrame, case: Case) -> pd.DataFrame:
     """A table's rows of one case."""
     own = {"optimizer": case.optimizer, "rule": name_of(case.rule), "init": case.init}
-    return found[(found[list(own)] == list(own.values())).all(axis=1)]
+    return frames.where(found, own)
 
 
 def verdicts(config: CheckConfig, found: pd.DataFrame) -> pd.DataFrame:

@@ -97,8 +97,7 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
     if problem is not None:
         raise InputError(f"{problem}; accepted is the run as sims.regime wrote it")
     wanted = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
-    rows = frames.read_csv(path, CROSSING_COLUMNS)
-    rows = rows[(rows[list(wanted)] == list(wanted.values())).all(axis=1)]
+    rows = frames.where(frames.read_csv(path, CROSSING_COLUMNS), wanted)
     found = {}
     for index, module, term in rows[["module", "linear_term"]].itertuples():
         try:

@@ -4,10 +4,10 @@ Rows are those of `training_grid`: of a cell (`CELL`), a seed and a step, every 
 the run has diverged.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from rora_theory import frames
@@ -34,16 +34,13 @@ SATURATED = 0.5
 
 def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds with their standard errors, a row a cell and step; diverged seeds are counted and left out."""
-    groups: dict[tuple[Any, ...], list[dict[Any, Any]]] = {}
-    for row in table.to_dict("records"):
-        groups.setdefault((_key(row), row["step"]), []).append(row)
     found = []
-    for group in groups.values():
-        kept = [row for row in group if not row["diverged"]]
-        line = {name: group[0][name] for name in (*CELL, "step")}
+    for named, group in table.groupby([*CELL, "step"], sort=False):
+        kept = group[group["diverged"] == 0]
+        line = dict(zip((*CELL, "step"), named, strict=True))
         line |= {"seeds": len(group), "diverged": len(group) - len(kept)}
-        for name in QUANTITIES if kept else ():
-            mean = over_seeds(np.array([row[name] for row in kept]))
+        for name in QUANTITIES if len(kept) else ():
+            mean = over_seeds(kept[name].to_numpy(float))
             line[name] = float(f"{mean.value:.4g}")
             line[f"{name}_se"] = float(f"{mean.error:.2g}") if mean.has_error else None
         found.append(line)
@@ -56,39 +53,30 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
       `FIT_COLUMNS`, and ``kept``, the ranks that were fitted, and ``by_seed``, each seed's own slope.
     """
-    rows = table.to_dict("records")
-    lines: dict[tuple[str, ...], dict[tuple[int, int, int], dict[Any, Any]]] = {}
-    for row in rows:
-        lines.setdefault(_key(row)[:5], {})[row["rank"], row["step"], row["seed"]] = row
-    ranks, steps, seeds = (sorted({row[name] for row in rows}) for name in ("rank", "step", "seed"))
+    ranks, steps = (sorted(table[name].unique().tolist()) for name in ("rank", "step"))
     ranges = {"all": ranks} if len(ranks) < 4 else {"all": ranks, "upper": ranks[len(ranks) // 2 :]}
     found = []
-    for line in lines.values():
-        for span, members in ranges.items():
-            for step in steps:
-                by_rank = {rank: [line[rank, step, seed] for seed in seeds] for rank in members}
-                kept = {rank: group for rank, group in by_rank.items() if not any(row["diverged"] for row in group)}
-                if len(kept) < 2:
-                    continue
-                origin = {rank: [line[rank, 0, seed]["loss_train"] for seed in seeds] for rank in kept}
-                left = min(
-                    float(np.mean([row["loss_train"] for row in group]) / np.mean(origin[rank]))
-                    for rank, group in kept.items()
+    for named, line in table.groupby(list(CELL[:6]), sort=False):
+        measured = line.pivot(index="seed", columns=["step", "rank"], values=["diverged", "loss_train", *FITTED])
+        for (span, members), step in itertools.product(ranges.items(), steps):
+            now = measured.xs(step, axis=1, level="step")
+            kept = [rank for rank in members if not now["diverged", rank].any()]
+            if len(kept) < 2:
+                continue
+            loss, origin = (at["loss_train"][kept].mean() for at in (now, measured.xs(0, axis=1, level="step")))
+            for quantity in FITTED:
+                values = now[quantity][kept].to_numpy(float)
+                if not (values > 0).all():
+                    continue  # nothing has moved yet
+                fit = slopes.seed_fit(kept, values)
+                found.append(
+                    dict(zip(CELL[:6], named, strict=True))
+                    | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
+                    | {"step": step, "quantity": quantity, "slope": float(f"{fit.slope:.5f}")}
+                    | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
+                    | {"verdict": slopes.trend(fit), "loss_left": float(f"{(loss / origin).min():.3g}")}
+                    | {"kept": tuple(kept), "by_seed": slopes.seed_slopes(kept, values)}
                 )
-                for quantity in FITTED:
-                    values = np.array([[row[quantity] for row in group] for group in kept.values()]).T
-                    if not (values > 0).all():
-                        continue  # nothing has moved yet
-                    by_seed = slopes.seed_slopes(list(kept), values)
-                    fit = slopes.seed_fit(list(kept), values)
-                    found.append(
-                        {name: kept[min(kept)][0][name] for name in CELL[:6]}
-                        | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
-                        | {"step": step, "quantity": quantity, "slope": float(f"{fit.slope:.5f}")}
-                        | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
-                        | {"verdict": slopes.trend(fit), "loss_left": float(f"{left:.3g}")}
-                        | {"kept": tuple(kept), "by_seed": by_seed}
-                    )
     return pd.DataFrame(found, columns=[*FIT_COLUMNS, "kept", "by_seed"])
 
 
@@ -118,14 +106,12 @@ def answers(
       freeze_control: whether B was trained alone too.
     """
     listed: list[Answer] = []
-    fitted = found.to_dict("records")
-
     ranks = sorted(ranks)
     far = f"from r = {ranks[len(ranks) // 2]} on" if len(ranks) >= 4 else ""
 
     def add(model: str, optimizer: str, quantity: str, kappa: float, question: str, span: str = "all") -> None:
         if optimizer in optimizers and kappa in kappas:
-            rows = _line(fitted, model, optimizer, quantity, kappa, span=span)
+            rows = _line(found, model, optimizer, quantity, kappa, span=span)
             listed.append(Answer(f"{model}, {question}", by_step(rows), slopes_by_step(rows)))
 
     apart = f"output change on held-out inputs (overlap {overlap:g})"
@@ -142,7 +128,7 @@ def answers(
             if optimizer not in optimizers or not freeze_control or 1.0 not in kappas:
                 continue
             both, frozen = (
-                _line(fitted, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B")
+                _line(found, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B")
             )
             question = f"{model}, {WORDS[optimizer]}: exponent of |dM|_F changes once A moves?"
             shown = f"A trained: {at_gamma_one(both, power)}; A frozen: {at_gamma_one(frozen, power)}"
@@ -151,7 +137,7 @@ def answers(
 
 
 def _line(
-    found: Sequence[dict[Any, Any]],
+    found: pd.DataFrame,
     model: str,
     optimizer: str,
     quantity: str,
@@ -160,13 +146,9 @@ def _line(
     span: str = "all",
 ) -> list[dict[Any, Any]]:
     """The fits of one curve, A random at the start, along the steps."""
-    return [
-        row
-        for row in found
-        if (row["model"], row["start"], row["trained"], row["range"]) == (model, "A", trained, span)
-        and (row["optimizer"], row["quantity"], row["kappa"]) == (optimizer, quantity, kappa)
-        and row["step"] > 0
-    ]
+    wanted: dict[str, Any] = {"model": model, "start": "A", "trained": trained, "range": span}
+    wanted |= {"optimizer": optimizer, "quantity": quantity, "kappa": kappa}
+    return frames.where(found[found["step"] > 0], wanted).to_dict("records")
 
 
 def by_step(rows: Sequence[dict[Any, Any]]) -> str:
@@ -219,7 +201,3 @@ def changed(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, Any]]) ->
     there = abs(fit.slope) > fit.half_width()
     word = {"flat": "small" if there else "no", "undecided": "undecided"}.get(slopes.trend(fit, CHANGE), "yes")
     return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
-
-
-def _key(row: dict[Any, Any]) -> tuple[str, ...]:
-    return (row["model"], row["start"], row["trained"], row["optimizer"], row["rule"], str(row["rank"]))
