@@ -3,7 +3,7 @@
     python -m benchmarks.bridge agreement --data DATA/ARC-Easy/train.json --out agreement.json
     python -m benchmarks.bridge cost --data DATA/ARC-Easy/train.json --out cost.json
 
-``agreement`` measures every adapted module by `rora_theory.measure.regime` and by `rora_theory.measure.torch.measure`,
+``agreement`` measures every adapted module by `rora_theory.measure.regime` and by `rora_theory.measure.torch.regime`,
 both in float32 on one batch, at the same held-out tokens and with one draw of A's rows, and reports the largest
 relative difference of every figure. Exit status 1 where one is above its bound. It takes some minutes.
 
@@ -122,12 +122,12 @@ def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 def agreement(config: Config) -> dict[str, Any]:
     from rora_theory.measure import drawn_steps, regimes
-    from rora_theory.measure.torch import measure
+    from rora_theory.measure.torch import regime
 
     measured = RegimeConfig(ranks=(1, 8, 128), rows=0, seed=config.seed)
     with tempfile.TemporaryDirectory() as scratch:
         model, ours, theirs = prepared(config, Path(scratch))
-        found = measure(
+        found = regime(
             load_torch(Path(scratch)),
             *map(tensors, theirs),
             list(PAPER_TARGETS),
@@ -199,7 +199,7 @@ def work(case: str, folder: str, batches: list[dict[str, np.ndarray]], device: s
     """Seconds and peak memory of one case, in this process, after one turn to warm up."""
     from peft import LoraConfig, get_peft_model
 
-    from rora_theory.measure.torch import hooks, measure
+    from rora_theory.measure.torch import hooks, regime
     from rora_theory.measure.torch.modules import base_model, chosen
 
     base = load_torch(Path(folder)).to(device)
@@ -221,7 +221,7 @@ def work(case: str, folder: str, batches: list[dict[str, np.ndarray]], device: s
         )
 
     def whole() -> None:
-        measure(model, batch, held_out)
+        regime(model, batch, held_out)
 
     turn: Callable[[], None] = dict(zip(CASES, (step, alone, whole), strict=True))[case]
     if case != CASES[2]:

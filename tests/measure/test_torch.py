@@ -21,7 +21,8 @@ transformers = pytest.importorskip("transformers", reason="the bridge: the extra
 
 from support import torch_models  # noqa: E402
 
-from rora_theory.measure.torch import hooks, measure, regime  # noqa: E402
+from rora_theory.measure.torch import hooks, regime  # noqa: E402
+from rora_theory.measure.torch import regimes as torch_regimes  # noqa: E402
 from rora_theory.measure.torch.modules import base_model, chosen  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
@@ -76,7 +77,7 @@ def test_every_family(family) -> None:
     model = torch_models.model(family)
     batch, held_out = (torch_models.batch(family, seed) for seed in (0, 1))
     assert_same(gradients(model, batch), autograd(model, batch))
-    found = measure(model, batch, held_out, config=SMALL)
+    found = regime(model, batch, held_out, config=SMALL)
     config = peft.LoraConfig(target_modules="all-linear", task_type=found.task_type)
     adapted = peft.get_peft_model(deepcopy(model), config)
     tuners = {  # experts that lie in one parameter are no linear modules
@@ -138,7 +139,7 @@ def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
     torch.testing.assert_close(grads["twice"], model.twice.weight.grad)
     torch.testing.assert_close(grads["first"] + grads["second"], model.first.weight.grad)
     assert not torch.allclose(grads["first"], grads["second"])
-    found = measure(model, {"x": x}, {"x": other}, loss=loss, config=SMALL)
+    found = regime(model, {"x": x}, {"x": other}, loss=loss, config=SMALL)
     assert found.training_loss == pytest.approx(value)
     assert found.left_out == {"experts.1": "no held-out token", "experts.0": "no gradient"}
     assert set(found.crossings["module"]) == set(modules)
@@ -150,7 +151,7 @@ def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
         return loss(model, batch) + (loss(model, batch) if len(batch["x"]) == 7 else 0)
 
     with pytest.raises(InputError, match="is run more than"):
-        measure(model, {"x": x}, {"x": other}, loss=uneven, config=SMALL)
+        regime(model, {"x": x}, {"x": other}, loss=uneven, config=SMALL)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -213,7 +214,7 @@ def test_the_base_of_a_peft_model_is_measured() -> None:
     model = torch_models.model()
     batch, held_out = torch_models.batch(seed=0), torch_models.batch(seed=1)
     targets = ["q_proj", "down_proj"]
-    plain = measure(model, batch, held_out, targets, config=SMALL)
+    plain = regime(model, batch, held_out, targets, config=SMALL)
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(target_modules=targets, lora_dropout=0.1, task_type="CAUSAL_LM")
     )
@@ -224,7 +225,7 @@ def test_the_base_of_a_peft_model_is_measured() -> None:
     adapted.train()
     before, output = state(adapted), adapted.eval()(**batch).logits
     adapted.train()
-    found = measure(adapted, batch, held_out, config=SMALL)
+    found = regime(adapted, batch, held_out, config=SMALL)
     after = state(adapted)
     assert before[1:3] == after[1:3]
     for one, other in ((before[0], after[0]), (before[3], after[3])):
@@ -232,18 +233,18 @@ def test_the_base_of_a_peft_model_is_measured() -> None:
     torch.testing.assert_close(adapted.eval()(**batch).logits, output, rtol=0, atol=0)
     assert not plain.crossings.compare(found.crossings).size
     assert set(found.target_modules) == set(targets)
-    with_adapters = measure(adapted, batch, held_out, config=SMALL, adapters="on")
+    with_adapters = regime(adapted, batch, held_out, config=SMALL, adapters="on")
     assert (with_adapters.crossings["signal"] != plain.crossings["signal"]).all()
     adapted.merge_adapter()
     with pytest.raises(InputError, match="an adapter is merged"):
-        measure(adapted, batch, held_out, config=SMALL)
+        regime(adapted, batch, held_out, config=SMALL)
 
 
 def test_bfloat16() -> None:
     """Products of bfloat16 numbers, added in float32: autograd's own G but for its last rounding, one in 2^8."""
     model, batch = torch_models.model().to(torch.bfloat16), torch_models.batch()
     assert_same(gradients(model, batch), autograd(model, batch), tolerance=2.0**-8)
-    found = measure(model, batch, torch_models.batch(seed=1), config=SMALL)
+    found = regime(model, batch, torch_models.batch(seed=1), config=SMALL)
     assert np.isfinite(found.crossings["crossing_rank"]).all()
 
 
@@ -255,7 +256,7 @@ def test_weights_that_are_loaded_when_needed() -> None:
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(each.is_meta for each in chosen(model, None)["model.layers.0.self_attn.q_proj"].parameters())
     assert_same(gradients(model, batch), expected)
-    assert measure(model, batch, torch_models.batch(seed=1), config=SMALL).left_out == {}
+    assert regime(model, batch, torch_models.batch(seed=1), config=SMALL).left_out == {}
 
 
 class Packed(torch.nn.Module):
@@ -290,7 +291,7 @@ def assert_quantised(model) -> None:
             own = chosen(model, None)[name]
             module.weight.copy_(own(torch.eye(own.in_features)).T)
     assert_same(gradients(model, batch), autograd(plain, batch), tolerance=1e-4)
-    found = measure(model, batch, torch_models.batch(seed=1), config=SMALL)
+    found = regime(model, batch, torch_models.batch(seed=1), config=SMALL)
     assert len(found.tokens) == 2 * len(chosen(plain, None))
 
 
@@ -328,9 +329,9 @@ def test_bitsandbytes_of_8_bits() -> None:
 @pytest.mark.slow
 def test_wrapped_models() -> None:
     model, batch, held_out = torch_models.model(), torch_models.batch(), torch_models.batch(seed=1)
-    plain = measure(model, batch, held_out, config=SMALL)
+    plain = regime(model, batch, held_out, config=SMALL)
     for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
-        assert measure(wrapped, batch, held_out, config=SMALL).crossings.equals(plain.crossings)
+        assert regime(wrapped, batch, held_out, config=SMALL).crossings.equals(plain.crossings)
 
 
 def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
@@ -339,7 +340,7 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
     sizes = range(20, 180, 20)
     shares, pairs = np.zeros(len(sizes)), 0
     for seed in range(40):
-        reading = regime._Reading(RegimeConfig(rows=0, tokens=32, seed=seed), {}, mask=False)
+        reading = torch_regimes._Reading(RegimeConfig(rows=0, tokens=32, seed=seed), {}, mask=False)
         for call, size in enumerate(sizes):
             at = torch.arange(size, dtype=torch.float32)
             reading.keep("again", torch.stack([torch.full_like(at, call), at, torch.ones_like(at)], dim=1))
@@ -353,7 +354,7 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
     assert (np.abs(shares - 40 * 32 * expected) < 4 * deviations).all()
     drawn = [np.random.default_rng(i).choice(np.concatenate([range(n) for n in sizes]), 32, False) for i in range(400)]
     assert pairs / 40 == pytest.approx(np.mean([32 - len(np.unique(each)) for each in drawn]), abs=1.5)
-    once = regime._Reading(RegimeConfig(rows=0, tokens=32), {}, mask=False)
+    once = torch_regimes._Reading(RegimeConfig(rows=0, tokens=32), {}, mask=False)
     x = torch.randn(100, 3)
     once.keep("once", x)
     chosen_ones = tokens.choose_tokens(x.norm(dim=1).numpy(), None, count=32, seed=0, name="once").indices
@@ -380,16 +381,16 @@ HELD_OUT = [[*TEMPLATE, 10, 10, 8, 35], [*TEMPLATE, 11, 14, 36], [*TEMPLATE, 9, 
 def test_held_out_tokens_that_were_seen_and_padding_are_not_read(left) -> None:
     """Whichever side is padded: of 21 tokens with a target the template's 12 and 3 more begin as trained rows."""
     model = torch_models.model()
-    found = measure(model, padded(TRAIN, left=left), padded(HELD_OUT, left=left), ["q_proj"], config=SMALL)
+    found = regime(model, padded(TRAIN, left=left), padded(HELD_OUT, left=left), ["q_proj"], config=SMALL)
     counts = found.tokens.set_index("split")[["all", "seen", "read"]]
     assert {tuple(row) for row in counts.loc["heldout"].to_numpy()} == {(21, 15, 6)}
     assert {tuple(row) for row in counts.loc["train"].to_numpy()} == {(13, 0, 9)}
     assert found.unmasked == ()
     whole = RegimeConfig(**vars(SMALL) | {"mask": False})
-    plain = measure(model, padded(TRAIN, left=left), padded(HELD_OUT, left=left), ["q_proj"], config=whole)
+    plain = regime(model, padded(TRAIN, left=left), padded(HELD_OUT, left=left), ["q_proj"], config=whole)
     assert set(plain.tokens["seen"]) == {0}
     with pytest.raises(InputError, match="of 13 held-out tokens 13 begin as the training batch does"):
-        measure(model, padded(TRAIN, left=left), padded(TRAIN, left=left), ["q_proj"], config=SMALL)
+        regime(model, padded(TRAIN, left=left), padded(TRAIN, left=left), ["q_proj"], config=SMALL)
 
 
 def test_packed_records_begin_where_positions_do() -> None:
@@ -399,7 +400,7 @@ def test_packed_records_begin_where_positions_do() -> None:
         "position_ids": torch.tensor([[at for each in HELD_OUT for at in range(len(each))]]),
     }
     packed["labels"] = packed["input_ids"].clone()
-    found = measure(model, padded(TRAIN, left=False), packed, ["q_proj"], config=SMALL)
+    found = regime(model, padded(TRAIN, left=False), packed, ["q_proj"], config=SMALL)
     assert set(found.tokens.query("split == 'heldout'")["seen"]) == {15}
 
 
@@ -429,7 +430,7 @@ def test_equal_to_the_jax_route(rows, tmp_path) -> None:
     known = load(folder)
     expected = regimes.regime(known, train[0], held_out[0], config, target_modules=targets)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = measure(model, train[1], held_out[1], targets, config=config, lora_A=drawn_steps.takeover_rows)
+    found = regime(model, train[1], held_out[1], targets, config=config, lora_A=drawn_steps.takeover_rows)
     assert found.training_loss == pytest.approx(expected.training_loss, rel=1e-5)
     assert found.held_out_loss == pytest.approx(expected.held_out_loss, rel=1e-5)
     keys = ["module", "split", "optimizer", "init", "rule", "rank"]
@@ -450,7 +451,7 @@ def test_equal_to_the_jax_route(rows, tmp_path) -> None:
 def test_transfer() -> None:
     """The advice of the measured linear terms; PEFT, told so, scales by the gamma that it names."""
     model = torch_models.model()
-    found = measure(
+    found = regime(
         model, torch_models.batch(), torch_models.batch(seed=1), ["q_proj", "v_proj"], config=RegimeConfig(rows=0)
     )
     tuned = Setting(2, 4.0, 3e-4, init="gaussian")
@@ -478,14 +479,14 @@ def test_transfer() -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_carried_is_a_setting() -> None:
     batches = torch_models.batch(), torch_models.batch(seed=1)
-    found = measure(torch_models.model(), *batches, ["q_proj"], config=RegimeConfig(rows=0))
+    found = regime(torch_models.model(), *batches, ["q_proj"], config=RegimeConfig(rows=0))
     with pytest.raises(InputError, match=r"^setting is {'r': 2}; accepted is a Setting$"):
         found.transfer({"r": 2}, rank=8)
 
 
 def test_a_signal_that_does_not_lead_is_said(caplog) -> None:
     """By the median of the setting's own optimizer, init and split; not where each module keeps its own step."""
-    found = measure(
+    found = regime(
         torch_models.model(), torch_models.batch(), torch_models.batch(seed=1), ["q_proj"], config=RegimeConfig(rows=0)
     )
     table = found.crossings
@@ -534,7 +535,7 @@ def test_bad_input() -> None:
     ]
     for one, other, targets, kwargs, message in cases:
         with pytest.raises(InputError, match=message):
-            measure(model, one, other, targets, config=SMALL, **kwargs)
+            regime(model, one, other, targets, config=SMALL, **kwargs)
         assert not any(each._forward_hooks for each in model.modules())
 
 
@@ -556,7 +557,7 @@ assert "jax" not in sys.modules, "jax was imported"
 
 def test_layers_are_a_sample_of_the_model() -> None:
     model, batch, held_out = torch_models.model(), torch_models.batch(), torch_models.batch(seed=1)
-    found = measure(model, batch, held_out, config=SMALL, layers=[1])
+    found = regime(model, batch, held_out, config=SMALL, layers=[1])
     assert set(found.crossings["layer"]) == {1}
     assert found.target_modules == "all-linear"
     assert base_model(model) is model

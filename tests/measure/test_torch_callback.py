@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="transformers' trainer: accelerate")
 from support import torch_models  # noqa: E402
 
 from rora_theory.measure.module_regime import RegimeConfig  # noqa: E402
-from rora_theory.measure.torch import RegimeCallback, measure  # noqa: E402
+from rora_theory.measure.torch import RegimeCallback, regime  # noqa: E402
 from rora_theory.measure.torch.callback import setting_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
@@ -29,7 +29,7 @@ def lora(**arguments):
 
 
 def trained(folder, model, *callbacks, **arguments):
-    """Three steps of two records; the trainer, after a `measure` it may be compared with."""
+    """Three steps of two records; the trainer, after a `regime` it may be compared with."""
     rows = torch_models.batch(seed=5, rows=6)
     data = [{name: value[i] for name, value in rows.items()} for i in range(6)]
     arguments = {"learning_rate": 2e-3, "max_steps": 3, "optim": "adamw_torch"} | arguments
@@ -46,7 +46,7 @@ def trained(folder, model, *callbacks, **arguments):
 
 @pytest.mark.slow
 def test_logs_beside_the_loss(tmp_path, caplog) -> None:
-    """At steps 0 and 2, what `measure` finds there; the losses are to the bit those of a run without it."""
+    """At steps 0 and 2, what `regime` finds there; the losses are to the bit those of a run without it."""
     kept = {}
 
     def watched(log):
@@ -62,7 +62,7 @@ def test_logs_beside_the_loss(tmp_path, caplog) -> None:
     logged = {row["step"]: row for row in trainer.state.log_history if "regime/crossing_rank" in row}
     assert list(logged) == [0, 2]
     config = RegimeConfig(ranks=(2,), rules=("lora",), optimizers=("adam",), inits=("kaiming_uniform",), rows=0)
-    expected = measure(lora().train(), *BATCHES, config=config)  # B = 0: the base
+    expected = regime(lora().train(), *BATCHES, config=config)  # B = 0: the base
     callback = kept["callback"]
     assert set(callback.measured) == {0, 2}
     tuned = Setting(2, 4.0, 2e-3)

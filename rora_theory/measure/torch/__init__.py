@@ -3,7 +3,7 @@
     from rora_theory import Setting
     from rora_theory.measure import torch as measure
 
-    found = measure.measure(model, batch, held_out)                     # the frames of `measure.regime`
+    found = measure.regime(model, batch, held_out)                      # the frames of `measure.regime`
     config, learning_rate, advice = found.transfer(Setting(16, 32, 2e-4), rank=128)
     measure.coordinate_check(make_model, batch, ranks=(2, 8, 32)).assert_flat()    # in a test suite
 
@@ -17,17 +17,18 @@ from rora_theory import lazily
 if TYPE_CHECKING:
     from rora_theory.measure.torch.callback import RegimeCallback
     from rora_theory.measure.torch.check import TorchCheck, coordinate_check
-    from rora_theory.measure.torch.regime import TorchRegime, measure
+    from rora_theory.measure.torch.regimes import TorchRegime, measure, regime
 
-__all__ = ["RegimeCallback", "TorchCheck", "TorchRegime", "coordinate_check", "measure"]
+__all__ = ["RegimeCallback", "TorchCheck", "TorchRegime", "coordinate_check", "measure", "regime"]
 
 __getattr__, __dir__ = lazily.attributes(
     __name__,
     {
         "TorchCheck": "rora_theory.measure.torch.check",
-        "TorchRegime": "rora_theory.measure.torch.regime",
+        "TorchRegime": "rora_theory.measure.torch.regimes",
         "RegimeCallback": "rora_theory.measure.torch.callback",
         "coordinate_check": "rora_theory.measure.torch.check",
-        "measure": "rora_theory.measure.torch.regime",
+        "measure": "rora_theory.measure.torch.regimes",
+        "regime": "rora_theory.measure.torch.regimes",
     },
 )

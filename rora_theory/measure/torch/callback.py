@@ -13,7 +13,7 @@ from rora_theory.errors import InputError, shown
 from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.torch.batches import Batch, Loss
 from rora_theory.measure.torch.modules import lora_config
-from rora_theory.measure.torch.regime import TorchRegime, Transfer, measure
+from rora_theory.measure.torch.regimes import TorchRegime, Transfer, regime
 from rora_theory.optimizers import FAMILY, optimizer_named
 from rora_theory.scaling import check_integer, check_rank
 
@@ -37,11 +37,11 @@ class RegimeCallback(TrainerCallback):
 
     Args:
       log: the trainer's own ``log``.
-      batch, held_out: as `measure` takes them; the batch should be what the run learns from.
+      batch, held_out: as `regime` takes them; the batch should be what the run learns from.
       to_rank: of the advice.
       setting: what was tuned; None is the run's own, of its ``LoraConfig`` and ``TrainingArguments``.
       steps: numbers of updates made, before the next of which to measure.
-      loss, layers: see `measure`.
+      loss, layers: see `regime`.
       tokens: held-out tokens at which modules are read.
 
     Attributes:
@@ -94,7 +94,7 @@ class RegimeCallback(TrainerCallback):
         config = RegimeConfig(
             ranks=(own.rank,), rules=(own.rule,), optimizers=(family,), inits=(own.init,), rows=0, tokens=self._tokens
         )
-        found = measure(
+        found = regime(
             kwargs["model"],
             self._batch,
             self._held_out,

@@ -1,6 +1,6 @@
 """The regime of every linear module of a PyTorch model, from one batch and another that is held out.
 
-    found = measure(model, batch, held_out, target_modules=["q_proj", "v_proj"])
+    found = regime(model, batch, held_out, target_modules=["q_proj", "v_proj"])
     found.crossings.query("optimizer == 'adam' and split == 'heldout'")[["module", "crossing_rank", "linear_term"]]
     config, learning_rate, advice = found.transfer(Setting(16, 32, 2e-4), rank=128)
 
@@ -68,7 +68,7 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TorchRegime(Regime):
-    """What `measure` found: the frames of `Regime`, and what the model is to PEFT.
+    """What `regime` found: the frames of `Regime`, and what the model is to PEFT.
 
     Attributes:
       target_modules, task_type: for PEFT's ``LoraConfig``.
@@ -161,7 +161,7 @@ class TorchRegime(Regime):
         return Transfer(config, advice.learning_rate, advice)
 
 
-def measure(
+def regime(
     model: torch.nn.Module,
     batch: Batch,
     held_out: Batch,
@@ -231,6 +231,10 @@ def measure(
         left_out=left_out,
         unmasked=tuple(name for name in modules if name in reading.unmasked),
     )
+
+
+measure = regime
+"""An earlier name of it."""
 
 
 class _Reading:
