@@ -189,20 +189,24 @@ def _read(
 ) -> dict[str, dict[str, Array]]:
     """Coordinates of one adapter on one batch, by quantity and module."""
     hidden, inputs = hidden_states(base, batch.inputs, llama_config, adapter, capture=tuple(adapter.params))
-    real = batch.weights > 0
-    tokens = jnp.sum(real.astype(jnp.float32))
-    read = read_step(adapter, inputs, before=before, after=hidden, real=real)
+    real = (batch.weights > 0).astype(jnp.float32)[:, :, None]
+    tokens = jnp.sum(real)
+
+    def square_sum(values: Float[Array, "b s n"]) -> Float[Array, ""]:
+        return jnp.sum(real * values**2)
+
     found: dict[str, dict[str, Array]] = {"output": {}, "inner": {}, "delta": {}}
-    for name, each in read.modules.items():
+    for name, squares in read_step(adapter, inputs, square_sum).items():
         adapted = (adapter.scaling[name] > 0).astype(jnp.float32)
         layers, p_out = jnp.sum(adapted), adapter.params[name]["lora_B"].shape[1]
-        output, inner, delta = (jnp.sum(adapted * squares) for squares in each)
+        output, inner, delta = (jnp.sum(adapted * each) for each in squares)
         found["output"][name] = jnp.sqrt(output / (layers * tokens * p_out))
         found["inner"][name] = jnp.sqrt(inner / (layers * tokens * rank))
         found["delta"][name] = jnp.sqrt(delta / layers)
+    moved = (hidden.astype(jnp.float32) - before) * real
     # The logits are linear in the hidden state: their mean square is a quadratic form in its change.
-    logits = jnp.einsum("bsd,de,bse->", read.moved, correlation, read.moved)
-    found["hidden"] = {MODEL: read.hidden}
+    logits = jnp.einsum("bsd,de,bse->", moved, correlation, moved)
+    found["hidden"] = {MODEL: jnp.sqrt(jnp.sum(moved**2) / (tokens * moved.shape[-1]))}
     found["logits"] = {MODEL: jnp.sqrt(logits / tokens)}
     found["loss"] = {MODEL: batch_loss(base, batch, llama_config, adapter) / tokens}
     return found

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import adapters, llama
 from rora_theory.adapters import LoraAdapter, LoraConfig
@@ -165,7 +165,7 @@ def take_step(
 
 
 class StepSquares(NamedTuple):
-    r"""Of a module in each layer, sums of squares over real tokens and entries. A pytree.
+    r"""Of a module in each layer, sums of squares over the tokens that count and entries. A pytree.
 
     Attributes:
       output: of :math:`\gamma B A x`.
@@ -178,35 +178,17 @@ class StepSquares(NamedTuple):
     delta: Float[Array, " layers"]
 
 
-class StepReading(NamedTuple):
-    """What a stepped adapter does at a batch's real tokens, see `read_step`. A pytree.
-
-    Attributes:
-      modules: by name.
-      moved: change of the final hidden states from the base model's, 0 where no token is real.
-      hidden: root mean square of ``moved`` over real tokens and entries.
-    """
-
-    modules: dict[str, StepSquares]
-    moved: Float[Array, "b s d"]
-    hidden: Float[Array, ""]
-
-
 def read_step(
     adapter: LoraAdapter,
     inputs: dict[str, Float[Array, "layers b s _i"]],
-    *,
-    before: Float[Array, "b s d"],
-    after: Float[Array, "b s d"],
-    real: Bool[Array, "b s"],
-) -> StepReading:
-    """Read an adapter at a batch.
+    square_sum: Callable[[Float[Array, "b s _n"]], Float[Array, ""]],
+) -> dict[str, StepSquares]:
+    """What an adapter adds at a batch, by module.
 
     Args:
       adapter: stepped.
       inputs: x of every adapted module.
-      before, after: final hidden states of the base model and of the adapted one.
-      real: the tokens that count.
+      square_sum: sum of squares over entries and over the tokens that count.
     """
 
     def one(layer: tuple[dict[str, Array], Float[Array, "b s i"]]) -> StepSquares:
@@ -216,17 +198,9 @@ def read_step(
         output = scaling * jnp.einsum("bsr,or->bso", inner, lora_B)
         # |B A|_F^2 = <B^T B, A A^T>: B A is never formed.
         delta = scaling**2 * jnp.sum((lora_B.T @ lora_B) * (lora_A @ lora_A.T))
-        return StepSquares(_square_sum(output, real), _square_sum(inner, real), delta)
+        return StepSquares(square_sum(output), square_sum(inner), delta)
 
-    modules = {name: jax.lax.map(one, (tensors, inputs[name])) for name, tensors in adapter.layers().items()}
-    difference = after.astype(jnp.float32) - before.astype(jnp.float32)
-    moved = jnp.where(real[..., None], difference, jnp.zeros((), jnp.float32))
-    tokens = jnp.sum(real.astype(jnp.float32))
-    return StepReading(modules, moved, jnp.sqrt(_square_sum(moved, real) / (tokens * moved.shape[-1])))
-
-
-def _square_sum(values: Float[Array, "b s n"], real: Bool[Array, "b s"]) -> Float[Array, ""]:
-    return jnp.sum(jnp.where(real[..., None], jnp.square(values), jnp.zeros((), jnp.float32)))
+    return {name: jax.lax.map(one, (tensors, inputs[name])) for name, tensors in adapter.layers().items()}
 
 
 @dataclass(frozen=True)
@@ -325,10 +299,20 @@ class RealStep:
         )
         hidden, inputs = before
         after = llama.hidden_states(base, self._held_out.inputs, self._config, stepped)
-        found = read_step(stepped, inputs, before=hidden, after=after, real=self._real)
-        tokens = jnp.sum(self._real.astype(jnp.float32))
-        widths = {name: own["lora_B"].shape[1] for name, own in stepped.params.items()}
-        modules = {name: jnp.sqrt(own.output / (tokens * widths[name])) for name, own in found.modules.items()}
+        moved = after.astype(jnp.float32) - hidden.astype(jnp.float32)
+        modules = {}
+        for name, own in read_step(stepped, inputs, self._square_sum).items():
+            modules[name] = jnp.sqrt(own.output / self._entries(stepped.params[name]["lora_B"].shape[1]))
         # The unembedding is linear: the change of the logits is the unembedding of the change.
-        logits = llama.unembed(base, found.moved, self._config)
-        return modules, found.hidden, jnp.sqrt(_square_sum(logits, self._real) / (tokens * logits.shape[-1]))
+        return modules, self._rms(moved), self._rms(llama.unembed(base, moved, self._config))
+
+    def _square_sum(self, values: Float[Array, "b s n"]) -> Float[Array, ""]:
+        return jnp.sum(jnp.where(self._real[..., None], jnp.square(values), jnp.zeros((), jnp.float32)))
+
+    def _entries(self, width: int) -> Float[Array, ""]:
+        """How many numbers of the real tokens, ``width`` each."""
+        return jnp.sum(self._real).astype(jnp.float32) * width
+
+    def _rms(self, values: Float[Array, "b s n"]) -> Float[Array, ""]:
+        """Root mean square over the real tokens and the last axis."""
+        return jnp.sqrt(self._square_sum(values) / self._entries(values.shape[-1]))
