@@ -15,7 +15,7 @@ A scaling rule passes where the log-log slope against the rank is within a band 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,14 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from rora_theory.adapters.inits import LoraInit
-from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, LoraConfig, scalings
+from rora_theory.adapters.lora import PAPER_TARGETS, LoraAdapter, scalings
 from rora_theory.advice.setting import Setting
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
 from rora_theory.measure.coordinate_table import BATCH_SPLITS, MODEL, BatchSplit, Coordinate
-from rora_theory.measure.model_layers import read_step, take_step
+from rora_theory.measure.model_layers import lora_of, read_step, take_step
 from rora_theory.optimizers import OptimizerName, make_optimizer
 from rora_theory.rules import check_steps
 from rora_theory.toy import nested
@@ -62,20 +62,11 @@ class Checker:
         target_modules: Sequence[str] | str = PAPER_TARGETS,
     ) -> None:
         self.params, self.llama_config, self.width, self.target_modules = params, llama_config, width, target_modules
-        widest = self._config(Setting(width, alpha=1.0, learning_rate=1.0))
+        widest = lora_of(Setting(width, alpha=1.0, learning_rate=1.0), target_modules)
         self._template = widest.build(jax.random.key(0), llama_config, params)
         self.modules = tuple(self._template.params)
         self._correlation = _correlation(params, llama_config)
         self._known: dict[bytes, Array] = {}
-
-    def _config(self, setting: Setting) -> LoraConfig:
-        return LoraConfig(
-            rank=setting.rank,
-            alpha=setting.alpha,
-            rule=setting.rule,
-            init=cast(LoraInit, setting.init),  # refused there where an adapter has no such one
-            target_modules=self.target_modules,
-        )
 
     def adapter(self, key: PRNGKeyArray, setting: Setting) -> LoraAdapter:
         """A fresh adapter, nested over ranks and padded to the checker's width.
@@ -85,7 +76,7 @@ class Checker:
         """
         if setting.rank > self.width:
             raise InputError(f"rank is {setting.rank}; accepted is at most the checker's width, {self.width}")
-        config = self._config(setting)
+        config = lora_of(setting, self.target_modules)
         like, relative = self._template.params, partial(nested.relative, setting.init, rank=setting.rank)
         deviations = {name: relative(p_in=tensors["lora_A"].shape[-1]) for name, tensors in like.items()}
         params = _fresh(key, like, setting.rank, deviations, init=setting.init)

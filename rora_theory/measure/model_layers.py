@@ -6,7 +6,7 @@ is perturbed by zeros, and the loss is differentiated in these. A Recording hold
 module; G, p_in x p_out, is made for one module at a time and never for all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -138,6 +138,20 @@ _hidden = jax.jit(llama.hidden_states, static_argnames=("config", "capture"))
 """Compiled once for all steps of a model."""
 
 
+def lora_of(
+    setting: Setting, target_modules: Sequence[str] | str, alpha_pattern: Mapping[str, float] | None = None
+) -> LoraConfig:
+    """The adapter of a setting; of the pattern, where alphas differ by module, see `LoraConfig`."""
+    return LoraConfig(
+        rank=setting.rank,
+        alpha=setting.alpha,
+        rule=setting.rule,
+        target_modules=target_modules,
+        init=setting.init,  # type: ignore[arg-type]  # refused there where an adapter has no such one
+        alpha_pattern=alpha_pattern or {},
+    )
+
+
 def take_step(
     adapter: LoraAdapter,
     state: optax.OptState,
@@ -241,7 +255,7 @@ class RealStep:
         self._targets = target_modules
         self._real = jnp.asarray(real_tokens(held_out))
         self._compiled: dict[tuple[int, OptimizerName], Callable] = {}
-        names = tuple(target.module for target in self._lora(Setting(1, 1.0, 1.0), {}).targets(config))
+        names = tuple(target.module for target in lora_of(Setting(1, 1.0, 1.0), target_modules).targets(config))
         self._before = _hidden(params, self._held_out.inputs, config=config, capture=names)
 
     def change(self, setting: Setting, key: PRNGKeyArray, alpha_pattern: dict[str, float] | None = None) -> Change:
@@ -255,7 +269,7 @@ class RealStep:
         Raises:
           InputError: a pattern that matches nothing, a rank above a module's size, an init that adapters don't have.
         """
-        config = self._lora(setting, alpha_pattern or {})
+        config = lora_of(setting, self._targets, alpha_pattern)
         adapter = adapters.init(key, config, self._config, self._params)
         kind = (setting.rank, setting.optimizer)
         if kind not in self._compiled:  # alpha and rate are arguments of the compiled step, not part of it
@@ -265,16 +279,6 @@ class RealStep:
         )
         modules, hidden, logits = jax.tree.map(np.asarray, found)
         return Change(modules, float(hidden), float(logits))
-
-    def _lora(self, setting: Setting, alpha_pattern: dict[str, float]) -> LoraConfig:
-        return LoraConfig(
-            rank=setting.rank,
-            alpha=setting.alpha,
-            rule=setting.rule,
-            target_modules=self._targets,
-            init=setting.init,  # type: ignore[arg-type]  # checked there
-            alpha_pattern=alpha_pattern,
-        )
 
     def _step(
         self,
