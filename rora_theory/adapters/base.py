@@ -13,9 +13,9 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.llama import Adapter, LlamaConfig
+from rora_theory.llama.model import Params
 from rora_theory.llama.quantised import dense_params, is_quantised
 
-Params = dict[str, Any]
 Norms = dict[str, Float[Array, "layers out"]]
 
 

@@ -29,14 +29,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory.adapters.base import AdaptedModule, Norms, Params
+from rora_theory.adapters.base import AdaptedModule, Norms
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import init_a
 from rora_theory.adapters.targets import in_all_layers, layer_text
 from rora_theory.adapters.widen import widen
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
-from rora_theory.llama.model import PRODUCT
+from rora_theory.llama.model import PRODUCT, Params
 from rora_theory.scaling import check_integer, check_positive, is_finite
 
 Placement = Literal["series", "parallel"]

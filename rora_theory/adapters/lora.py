@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory.adapters import dora
-from rora_theory.adapters.base import AdaptedModule, Norms, Params, with_weights
+from rora_theory.adapters.base import AdaptedModule, Norms, with_weights
 from rora_theory.adapters.dropout import dropout
 from rora_theory.adapters.inits import LORA_INITS, LoraInit, init_a
 from rora_theory.adapters.targets import Target, layer_text, resolve
@@ -25,7 +25,7 @@ from rora_theory.adapters.widen import widen
 from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.llama import MODULES, LlamaConfig, linear
-from rora_theory.llama.model import PRODUCT
+from rora_theory.llama.model import PRODUCT, Params
 from rora_theory.llama.quantised import dense
 from rora_theory.scaling import Rule, is_finite, scaling_factor
 

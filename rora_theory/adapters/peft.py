@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from rora_theory import digests
 from rora_theory.adapters import card, peft_baselines, peft_config
-from rora_theory.adapters.base import Params, TrainableAdapter
+from rora_theory.adapters.base import TrainableAdapter
 from rora_theory.adapters.bottleneck import BottleneckAdapter
 from rora_theory.adapters.full import FullAdapter
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, assemble_lora
@@ -33,6 +33,7 @@ from rora_theory.errors import InputError
 from rora_theory.files import name_beside, write_new
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.hub import Located
+from rora_theory.llama.model import Params
 
 CONFIG, WEIGHTS, PICKLE = peft_config.FILE, "adapter_model.safetensors", "adapter_model.bin"
 SUFFIXES = {

@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rora_theory.adapters.base import AdaptedModule, Norms, Params
+from rora_theory.adapters.base import AdaptedModule, Norms
 from rora_theory.adapters.targets import layer_text
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig, linear, rope
+from rora_theory.llama.model import Params
 from rora_theory.scaling import check_integer
 
 PrefixInit = Literal["normal", "zero"]

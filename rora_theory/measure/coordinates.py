@@ -29,13 +29,12 @@ from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import MODULES, LlamaConfig, hidden_states, output_matrix
+from rora_theory.llama.model import Params
 from rora_theory.measure.coordinate_table import BATCH_SPLITS, MODEL, BatchSplit, Coordinate
 from rora_theory.measure.model_layers import lora_of, read_step, take_step
 from rora_theory.optimizers import OptimizerName, make_optimizer
 from rora_theory.rules import check_steps
 from rora_theory.toy import nested
-
-Params = dict[str, Any]
 
 
 class Checker:

@@ -25,9 +25,8 @@ from rora_theory.errors import InputError
 from rora_theory.finetune.loss import cross_entropy
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import LlamaConfig
+from rora_theory.llama.model import Params
 from rora_theory.optimizers import OptimizerName, make_optimizer
-
-Params = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
