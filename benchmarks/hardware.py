@@ -6,9 +6,12 @@ import re
 import resource
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
+
+from rora_theory.software import circumstances
 
 PACKAGES = ("rora-theory", "jax", "jaxlib", "optax", "torch", "transformers", "peft")
 SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -18,7 +21,8 @@ DISTURBED = 0.03
 
 
 def machine(cores: int | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """The processor's name, its instruction sets, the cores that are used (None: all that this process may), packages.
+    """The processor's name, its instruction sets, the cores that are used (None: all that this process may), packages,
+    the revision of this package's source tree and the day.
 
     Packages that are not installed are left out.
     """
@@ -32,6 +36,8 @@ def machine(cores: int | None = None, packages: Sequence[str] = PACKAGES) -> dic
         "cores": cores or len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages if name in installed},
+        "git_revision": circumstances()["git_revision"],
+        "date": datetime.now(UTC).date().isoformat(),
     }
 
 

@@ -1,9 +1,12 @@
 """What a benchmark says of its machine: the processor by name, and whether others were at work meanwhile."""
 
 import importlib
+from datetime import date
 from pathlib import Path
 
 import pytest
+
+from rora_theory import software
 
 
 @pytest.fixture
@@ -36,3 +39,5 @@ def test_the_machine_has_no_package_that_is_not_there(hardware) -> None:
     assert (found["cores"], list(found["packages"])) == (3, ["numpy"])
     assert set(found["instruction_sets"]) <= set(hardware.SETS)
     assert hardware.in_words(found).startswith(found["processor"])
+    assert date.fromisoformat(found["date"]) > date(2026, 1, 1)
+    assert found["git_revision"] == software.circumstances()["git_revision"]
