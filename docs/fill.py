@@ -37,6 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 PLACE = re.compile(r"(<!-- = (?P<name>[\w.:-]+) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
 
+BREAK = re.compile(r"^(?!\s*(?:\||#|```|<!--|$)).*\n {0,3}<!-- = (?P<name>[\w.:-]+) -->", re.MULTILINE)
+"""A place that begins a line of a paragraph: Markdown takes a comment there for HTML, and ends the paragraph."""
+
 BLOCKS: dict[str, Callable[[], str]] = {}
 
 RULES = {
@@ -2018,6 +2021,8 @@ def bridge_cost_machine() -> str:
 
 def fill(text: str, where: str) -> str:
     """The text with every place filled."""
+    if found := BREAK.search(text):
+        raise SystemExit(f"error: {where}: {found['name']} begins a line and ends its paragraph; put it behind a word")
 
     def put(match: re.Match[str]) -> str:
         name = match["name"]

@@ -1,27 +1,13 @@
 """The numbers in the documents: a stale one is found, and a run's line says what its manifest has and no more."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import fill
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
-
 
 @pytest.fixture
-def fill(monkeypatch):
-    monkeypatch.syspath_prepend(DOCS)  # where it finds the gallery
-    spec = importlib.util.spec_from_file_location("fill", DOCS / "fill.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("gallery", None)
-
-
-@pytest.fixture
-def published(fill, monkeypatch, tmp_path):
+def published(monkeypatch, tmp_path):
     """Writes manifests of runs where `fill` looks for them."""
     monkeypatch.setattr(fill, "PUBLISHED", tmp_path)
 
@@ -41,7 +27,7 @@ RUN = {
 }
 
 
-def test_a_run_in_a_line(fill, published) -> None:
+def test_a_run_in_a_line(published) -> None:
     published(plain=RUN, changed=RUN | {"git_revision": "0123456789abcdef+changes"}, bare={"config": {}})
     said = "1 x cpu; jax 0.10.2, numpy 2.4.6; revision 0123456789"
     assert fill.manifest("some/plain") == f"`results/published/some/plain`: {said}; ended 2026-11-26."
@@ -49,7 +35,7 @@ def test_a_run_in_a_line(fill, published) -> None:
     assert fill._facts("some/bare") == dict.fromkeys(("device", "versions", "revision", "sessions", "end"), "")
 
 
-def test_a_run_of_several_revisions_names_the_last_as_such(fill, published) -> None:
+def test_a_run_of_several_revisions_names_the_last_as_such(published) -> None:
     one, last = ({"git_revision": revision * 10, "packages": RUN["packages"]} for revision in ("a", "b"))
     published(
         grown=RUN | {"git_revision": "b" * 10, "sessions": [one, last, last]}, same=RUN | {"sessions": [one, one]}
@@ -58,7 +44,7 @@ def test_a_run_of_several_revisions_names_the_last_as_such(fill, published) -> N
     assert "sessions" not in fill.manifest("some/same")
 
 
-def test_several_runs_in_a_line(fill, published) -> None:
+def test_several_runs_in_a_line(published) -> None:
     later = {"git_revision": "f" * 12, "end": "2026-11-27T00:00:00+00:00"}
     published(a=RUN, b=RUN, c=RUN, d=RUN | later, e=RUN | {"git_revision": "f" * 12})
     assert fill.manifest(*(f"some/{name}" for name in "abcde")) == (
@@ -67,12 +53,12 @@ def test_several_runs_in_a_line(fill, published) -> None:
     )
 
 
-def test_a_bound_is_rounded_upwards(fill) -> None:
+def test_a_bound_is_rounded_upwards() -> None:
     assert [fill.bound([0.001, 0.0208], digits) for digits in (2, 3)] == ["0.03", "0.021"]
     assert fill.bound([1.2], 0) == "2"
 
 
-def test_a_stale_number_is_found_and_mended(fill, monkeypatch, tmp_path, capsys) -> None:
+def test_a_stale_number_is_found_and_mended(monkeypatch, tmp_path, capsys) -> None:
     page = tmp_path / "page.md"
     monkeypatch.setattr(fill, "ROOT", tmp_path)
     monkeypatch.setattr(fill, "documents", lambda: [page])
@@ -86,3 +72,14 @@ def test_a_stale_number_is_found_and_mended(fill, monkeypatch, tmp_path, capsys)
     page.write_text("<!-- = no.figure --><!-- / -->")
     with pytest.raises(SystemExit, match=r"page.md: there are no numbers named no.figure"):
         fill.main([])
+
+
+def test_a_number_at_the_beginning_of_a_line_would_end_its_paragraph() -> None:
+    place = "<!-- = verdicts.took -->1 s<!-- / -->"
+    for text in (f"It took\n{place} here.", f"- It took\n  {place} here."):
+        with pytest.raises(
+            SystemExit, match=r"^error: page.md: verdicts.took begins a line and ends its paragraph; put"
+        ):
+            fill.fill(text, "page.md")
+    for text in (f"It took {place}\nhere.", f"It took:\n\n{place}", f"| a |\n{place}", f"# Title\n{place}"):
+        assert fill.fill(text, "page.md").startswith(text.split("<!--")[0])
