@@ -112,11 +112,11 @@ class Table:
                 found.append(line | {"seeds": len(value), "verdict": verdict})
                 continue
             fit = slopes.seed_fit(self.ranks, value)
-            line |= {"slope": float(f"{fit.slope:.5f}"), "standard_error": float(f"{fit.standard_error:.2g}")}
-            line |= {"half_width": float(f"{fit.half_width():.2g}"), "seeds": fit.seeds}
+            line |= {"slope": fit.slope, "standard_error": fit.standard_error}
+            line |= {"half_width": fit.half_width(), "seeds": fit.seeds}
             line |= {"verdict": slopes.trend(fit, band)}
             if kappa is not None and coordinate.quantity in GROWING:
-                line |= {"kappa_flat": float(f"{kappa + fit.slope / power:.4f}")}
+                line |= {"kappa_flat": kappa + fit.slope / power}
             found.append(line)
         return found
 

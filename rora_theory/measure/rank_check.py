@@ -184,7 +184,7 @@ def coordinate_rows(
     frame |= {"control": int(control), "rank": rank, "learning_rate": setting.learning_rate, "seed": cell.seed}
     frame["scaling"] = setting.scaling
     run = checker.run(setting, key, batch_of, held_out, steps=config.steps)
-    return [frame | coordinate._asdict() | {"value": float(f"{value:.6g}")} for coordinate, value in run]
+    return [frame | coordinate._asdict() | {"value": float(value)} for coordinate, value in run]
 
 
 def size_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -197,11 +197,11 @@ def of_log2_rates(weights: Sequence[float] | Float[np.ndarray, " n"], *curves: C
     return replace(found, bound=float(hidden))
 
 
-def rounded_errors(logs: Estimate, *, edge: str) -> tuple[float | None, float | None]:
-    """Standard error and half width of a figure of log2 best rates, of two digits; none where one is at an edge."""
+def rate_errors(logs: Estimate, *, edge: str) -> tuple[float | None, float | None]:
+    """Standard error and half width of a figure of log2 best rates; none where one is at an edge."""
     if edge or not logs.has_error:
         return None, None
-    return float(f"{logs.error:.2g}"), float(f"{logs.half_width():.2g}")
+    return logs.error, logs.half_width()
 
 
 def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
@@ -209,13 +209,13 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     rows = []
     for curve in curves:
         logs, losses = of_log2_rates((1.0,), curve), estimate(Curve.least, curve)
-        error, half_width = rounded_errors(logs, edge=curve.edge)
+        error, half_width = rate_errors(logs, edge=curve.edge)
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
-            | {"rank": curve.rank, "best_rate": float(f"{2**logs.value:.5g}")}
+            | {"rank": curve.rank, "best_rate": 2**logs.value}
             | {"log2_error": error, "log2_half_width": half_width}
-            | {"best_loss": float(f"{losses.value:.6g}")}
-            | {"best_loss_error": float(f"{losses.error:.2g}") if losses.has_error else None}
+            | {"best_loss": losses.value}
+            | {"best_loss_error": losses.error if losses.has_error else None}
             | {"seeds": len(curve.losses), "edge": curve.edge}
             | {"error_over": logs.over}
         )
@@ -241,9 +241,9 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         reach = slope.half_width() + slopes.BAND if slope.has_error else -math.inf
         nearest = " or ".join(name for name, each in apart.items() if each <= reach)  # all that it can't tell apart
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
-        row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": float(f"{slope.value:.4f}")}
-        row |= {"standard_error": float(f"{slope.error:.2g}") if slope.has_error else None}
-        row |= {"half_width": float(f"{slope.half_width():.2g}") if slope.has_error else None}
+        row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": slope.value}
+        row |= {"standard_error": slope.error if slope.has_error else None}
+        row |= {"half_width": slope.half_width() if slope.has_error else None}
         # One seed's error is over records: it leaves out how one training run differs from the next.
         row |= {"verdict": slopes.trend(fit) if len(kept[0].losses) > 1 else "undecided"}
         row |= {**predicted, "nearest": nearest}
@@ -358,7 +358,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     loss_a, loss_b = (float(np.mean(curve.spread.least())) for curve in (first, second))
     half_width = losses.half_width() + grid
     relative, half = losses.value / loss_b, half_width / loss_b
-    ratio_errors = rounded_errors(ratio, edge=first.edge or second.edge)
+    ratio_errors = rate_errors(ratio, edge=first.edge or second.edge)
     one_seed = losses.over == RECORDS and min(len(first.losses), len(second.losses)) < 2
     if not losses.has_error:
         verdict = "not settled: one seed, no losses a record"
@@ -381,9 +381,9 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
         first.rank,
         first.rule,
         second.rule,
-        float(f"{2**ratio.value:.4g}"),
+        2**ratio.value,
         ratio_errors[0],
-        float(f"{(second.scaling / first.scaling) ** scaling_power(FAMILY[first.optimizer]):.6g}"),  # type: ignore[index]
+        (second.scaling / first.scaling) ** scaling_power(FAMILY[first.optimizer]),  # type: ignore[index]
         loss_a,
         loss_b,
         losses.value,

@@ -70,7 +70,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
         own = led[(led["rank"] == row["rank"]) & np.isclose(led["strength"], row["strength"])]
         for seed, one in own[own["step"] == row["step"]].groupby("seed"):
             x, y = (np.log2(one.sort_values("learning_rate")[name].to_numpy()) for name in ("learning_rate", "change"))
-            at = math.log2(row["best_rate"])  # of five digits: at the end of the grid it may lie a little beyond
+            at = math.log2(row["best_rate"])  # by rounding, at the end of the grid it may lie a little beyond
             if len(x) > 1 and x[0] - 1e-4 <= at <= x[-1] + 1e-4:
                 right = min(max(int(np.searchsorted(x, at)), 1), len(x) - 1)
                 slope = (y[right] - y[right - 1]) / (x[right] - x[right - 1])

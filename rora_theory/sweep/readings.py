@@ -90,7 +90,7 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
                 if not math.isfinite(math.fsum(reading.losses)):
                     return replace(found, diverged_at=event.step)
                 if inputs is not None:
-                    parts = led.led_parts(start, trained, inputs).map(five_figures)
+                    parts = led.led_parts(start, trained, inputs)
                     reading = replace(reading, parts=parts.to_dict("list"))
                 found.readings.append(reading)
     except NonFiniteLossError as error:
@@ -104,11 +104,6 @@ def read_held_out(bench: Workbench, step: int, params: object) -> Reading:
     """The held-out records under some weights."""
     losses: list[RecordLoss] = record_losses(params, bench.model.config, bench.held_out)
     return Reading(step, [one.loss for one in losses], [one.answer_loss for one in losses])
-
-
-def five_figures(value: Any) -> Any:
-    """A float as it is kept in a cell's file; anything else as it is."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def read_run_in_words(found: Mapping[str, Any], tokens: Sequence[int]) -> str:

@@ -41,8 +41,8 @@ def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
         line |= {"seeds": len(group), "diverged": len(group) - len(kept)}
         for name in QUANTITIES if len(kept) else ():
             mean = over_seeds(kept[name].to_numpy(float))
-            line[name] = float(f"{mean.value:.4g}")
-            line[f"{name}_se"] = float(f"{mean.error:.2g}") if mean.has_error else None
+            line[name] = mean.value
+            line[f"{name}_se"] = mean.error if mean.has_error else None
         found.append(line)
     return frames.of(found, MEAN_COLUMNS)
 
@@ -72,9 +72,9 @@ def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
                 found.append(
                     dict(zip(CELL[:6], named, strict=True))
                     | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
-                    | {"step": step, "quantity": quantity, "slope": float(f"{fit.slope:.5f}")}
-                    | {"standard_error": float(f"{fit.standard_error:.2g}"), "seeds": fit.seeds}
-                    | {"verdict": slopes.trend(fit), "loss_left": float(f"{(loss / origin).min():.3g}")}
+                    | {"step": step, "quantity": quantity, "slope": fit.slope}
+                    | {"standard_error": fit.standard_error, "seeds": fit.seeds}
+                    | {"verdict": slopes.trend(fit), "loss_left": (loss / origin).min()}
                     | {"kept": tuple(kept), "by_seed": slopes.seed_slopes(kept, values)}
                 )
     return pd.DataFrame(found, columns=[*FIT_COLUMNS, "kept", "by_seed"])

@@ -141,13 +141,13 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
         frozen="A" if cell.trained == "B" else None,
     )
     frame: dict[str, Any] = {"optimizer": cell.optimizer, "trained": cell.trained, "rule": name_of(cell.rule)}
-    frame |= {"kappa": exponent(cell.rule), "rank": cell.rank, "scaling": float(f"{scaling:.6g}")}
+    frame |= {"kappa": exponent(cell.rule), "rank": cell.rank, "scaling": scaling}
     return [
         frame
         | {"learning_rate": float(rate), "seed": seed}
         | {
-            "loss_train": float(f"{loss_train[line, column]:.5g}"),
-            "loss_held_out": float(f"{held_out[line, column]:.5g}"),
+            "loss_train": float(loss_train[line, column]),
+            "loss_held_out": float(held_out[line, column]),
         }
         for line, seed in enumerate(grid.seeds)
         for column, rate in enumerate(rates)

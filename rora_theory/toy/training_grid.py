@@ -161,7 +161,7 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
     return [
         {name: named[name] for name in CELL}
         | {"seed": seed, "step": step, "diverged": int(diverged[line, index])}
-        | {name: float(f"{value[line, index]:.6g}") for name, value in values.items()}
+        | {name: float(value[line, index]) for name, value in values.items()}
         for line, seed in enumerate(grid.seeds)
         for index, step in enumerate((0, *grid.steps))
     ]
