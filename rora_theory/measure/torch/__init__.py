@@ -17,9 +17,9 @@ from rora_theory import lazily
 if TYPE_CHECKING:
     from rora_theory.measure.torch.callback import RegimeCallback
     from rora_theory.measure.torch.check import TorchCheck, coordinate_check
-    from rora_theory.measure.torch.regimes import TorchRegime, measure, regime
+    from rora_theory.measure.torch.regimes import TorchRegime, regime
 
-__all__ = ["RegimeCallback", "TorchCheck", "TorchRegime", "coordinate_check", "measure", "regime"]
+__all__ = ["RegimeCallback", "TorchCheck", "TorchRegime", "coordinate_check", "regime"]
 
 __getattr__, __dir__ = lazily.attributes(
     __name__,
@@ -28,7 +28,6 @@ __getattr__, __dir__ = lazily.attributes(
         "TorchRegime": "rora_theory.measure.torch.regimes",
         "RegimeCallback": "rora_theory.measure.torch.callback",
         "coordinate_check": "rora_theory.measure.torch.check",
-        "measure": "rora_theory.measure.torch.regimes",
         "regime": "rora_theory.measure.torch.regimes",
     },
 )

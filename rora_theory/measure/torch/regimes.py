@@ -233,10 +233,6 @@ def regime(
     )
 
 
-measure = regime
-"""An earlier name of it."""
-
-
 class _Reading:
     """Inputs of modules at the held-out tokens that count: of all calls of a module in a pass, each token alike."""
 
