@@ -24,6 +24,8 @@ from typing import Any
 from finetune import HERE, TARGETS, middle
 from hardware import PACKAGES, in_words, machine
 
+from rora_theory.ranges import Count, check_ranges
+
 OURS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
 PEER = ("float32", "bfloat16", "int8", "nf4")
 
@@ -32,18 +34,21 @@ PEER = ("float32", "bfloat16", "int8", "nf4")
 class Config:
     model: str = "smollm2-135m"
     """model to train; of this package's side the shapes alone"""
-    rounds: int = 3
+    rounds: Count = 3
     """processes of each measurement; the median stands"""
-    rows: int = 4
+    rows: Count = 4
     """records a step"""
-    seq: int = 64
+    seq: Count = 64
     """tokens a record"""
-    rank: int = 8
+    rank: Count = 8
     """of LoRA on q, k, v, up and down"""
-    cores: int = 2
+    cores: Count = 2
     """cores that a process runs on"""
     out: Path | None = None
     """JSON file for the figures"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def ours(spec: dict[str, Any]) -> dict[str, Any]:
@@ -148,11 +153,9 @@ def main() -> None:
     from rora_theory.files import write_whole
     from rora_theory.llama import load
     from rora_theory.llama.saving import save_model
-    from rora_theory.rules import check_integers
     from sims.common import cli
 
     config = cli.parse(Config, description=__doc__ or "")
-    check_integers(config, rounds=1, rows=1, seq=1, rank=1, cores=1)
     figures: dict[str, Any] = {"machine": machine(config.cores, (*PACKAGES, "bitsandbytes"))}
     print(in_words(figures["machine"]), flush=True)
     figures["config"] = {name: getattr(config, name) for name in ("model", "rows", "seq", "rank")}

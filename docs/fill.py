@@ -122,7 +122,7 @@ def _facts(run: str) -> dict[str, str]:
 
 def bound(values: Iterable[float], digits: int) -> str:
     """What no value exceeds: the largest, rounded upwards."""
-    return f"{math.ceil(max(values) * 10**digits) / 10**digits:.{digits}f}"
+    return f"{math.ceil(round(max(values) * 10**digits, 6)) / 10**digits:.{digits}f}"
 
 
 def manifest(*runs: str) -> str:
@@ -131,11 +131,14 @@ def manifest(*runs: str) -> str:
     for name in ("device", "versions", "revision", "end"):
         values: dict[str, list[str]] = {}
         for run, found in facts.items():
-            values.setdefault(found[name][:10] if name == "end" else found[name], []).append(run)
-        usual, *others = sorted(values, key=lambda value: -len(values[value]))
-        rest = "; ".join(f"{_listed(values[value])}: {value.removeprefix('revision ')}" for value in others)
-        last = next(iter(facts.values()))["sessions"] if name == "revision" and len(runs) == 1 else ""
-        said = f"{'ended ' if name == 'end' else ''}{usual}" + (f" ({rest or last})" if rest or last else "")
+            value = found[name][:10] if name == "end" else found[name]
+            last = f", {found['sessions']}" if name == "revision" and found["sessions"] else ""
+            values.setdefault(f"{value}{last}", []).append(run)
+        usual, *others = sorted(values, key=lambda value: (not value, -len(values[value])))
+        rest = "; ".join(
+            f"{_listed(values[value])}: {value.removeprefix('revision ') or 'not kept'}" for value in others
+        )
+        said = f"{'ended ' if name == 'end' else ''}{usual}" + (f" ({rest})" if rest else "")
         parts += [said] if usual else []
     where = runs[0] if len(runs) == 1 else f"{Path(runs[0]).parent}"
     many = "" if len(runs) == 1 else f", {len(runs)} runs"
@@ -192,7 +195,8 @@ def verdicts() -> str:
 def verdicts_took() -> str:
     """How long the published run of the first command took, on what."""
     found = read("variance_sweep/manifest.json")
-    return f"{found['last_session_seconds']:.0f} s on {_facts('variance_sweep')['device']}"
+    devices, _, kind = _facts("variance_sweep")["device"].partition(" x ")
+    return f"{found['last_session_seconds']:.0f} s on {devices} host devices of a {kind.upper()}"
 
 
 @block("eq9.rank1")
@@ -1890,7 +1894,7 @@ def speed_runs() -> str:
 def speed_runs_dated() -> str:
     """How many of these files have a revision or a date."""
     kept = [name for name in BENCHMARKS if {"git_revision", "date"} & set(read(f"{name}.json").get("machine", {}))]
-    return f"{len(kept) or 'None'} of these {len(BENCHMARKS)} files"
+    return f"{len(kept) or 'none'} of these {len(BENCHMARKS)} files"
 
 
 @block("speed.methods")

@@ -105,7 +105,7 @@ def _losses(axis: plt.Axes, rows: pd.DataFrame, manifest: dict[str, Any], look: 
 
 def _own(table: pd.DataFrame, *key: str) -> pd.DataFrame:
     """The rows of an optimizer, of what is trained, and of a rule."""
-    return table[(table[["optimizer", "trained", "rule"]] == list(key)).all(axis=1)]
+    return frames.where(table, dict(zip(("optimizer", "trained", "rule"), key, strict=True)))
 
 
 def _slope(row: dict[Any, Any]) -> str:

@@ -65,7 +65,8 @@ def where(frame: "pd.DataFrame", values: Mapping[str, Any]) -> "pd.DataFrame":
          rank  loss
       1    16  0.25
     """
-    return frame[(frame[list(values)] == list(values.values())).all(axis=1)]
+    same = frame[list(values)] == list(values.values())
+    return frame[same.fillna(False).astype(bool).all(axis=1)]  # what is missing is no value
 
 
 def to_csv(frame: "pd.DataFrame") -> str:

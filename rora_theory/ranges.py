@@ -11,7 +11,8 @@ class Config:
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from rora_theory.rules import option_of
 from rora_theory.scaling import check_integer, check_not_negative, check_positive, check_share
@@ -34,7 +35,7 @@ Share = Annotated[float, check_share]
 
 
 def check_ranges(config: Any, called: Callable[[str], str] = option_of) -> None:
-    """Check every field of a dataclass whose type declares a range; None is in every range.
+    """Check every field of a dataclass whose type declares a range; None is in the range of an optional one.
 
     Args:
       config: the dataclass.
@@ -53,27 +54,30 @@ def check_ranges(config: Any, called: Callable[[str], str] = option_of) -> None:
       rora_theory.errors.InputError: --batch-size is 0; accepted is an integer of 1 or more
     """
     kind: Any = type(config)
-    for name, check in _ranges(kind):
-        if (value := getattr(config, name)) is not None:
+    for name, (check, optional) in _ranges(kind).items():
+        value = getattr(config, name)
+        if value is not None or not optional:
             check(called(name), value)
 
 
 @cache
-def _ranges(kind: Any) -> list[tuple[str, Check]]:
-    """The fields of a dataclass that have a range, each with its check; a field declared anew keeps its range."""
-    found: dict[str, Check] = {}
+def _ranges(kind: Any) -> dict[str, tuple[Check, bool]]:
+    """Check of every field that has a range, and whether it may be None; a field declared anew keeps its range."""
+    found: dict[str, tuple[Check, bool]] = {}
     for each in reversed(kind.__mro__):
         for name, hint in get_type_hints(each, include_extras=True).items():
             for check in _checks(hint):
-                found[name] = check
-    return list(found.items())
+                found[name] = check, type(None) in get_args(hint)
+    return found
 
 
 def _checks(hint: Any) -> list[Check]:
     """The checks of a type: its own, or those of the members of a union."""
     if get_origin(hint) is Annotated:
         return [each for each in get_args(hint)[1:] if each in _ALL]
-    return [check for member in get_args(hint) for check in _checks(member)]
+    if get_origin(hint) in (Union, UnionType):
+        return [check for member in get_args(hint) for check in _checks(member)]
+    return []
 
 
 _ALL = [get_args(each)[1] for each in (Natural, Count, Plural, Positive, NotNegative, Share)]

@@ -21,7 +21,7 @@ from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.measure.transfer_request import Advised, TransferConfig, advise
-from rora_theory.ranges import Count
+from rora_theory.ranges import Count, check_ranges
 from rora_theory.rules import check_seeds, check_unread
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.seeds import check_seed
@@ -54,6 +54,7 @@ class Config(TransferConfig):
     def __post_init__(self) -> None:
         if len(self.check) == 1:
             raise InputError(f"--check is {self.check[0]}; accepted are a model and one or more data files")
+        check_ranges(self)
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
         if not self.check:

@@ -100,7 +100,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Pytest collects five times more before it ends, all that a session leaves: what this first time leaves, lives."""
+    """Collected once and frozen: pytest collects five times more before it ends, and looks through all that lives."""
     gc.collect()
     gc.freeze()
 

@@ -50,6 +50,14 @@ def test_rows_become_a_frame_of_the_asked_columns(tmp_path: Path) -> None:
     assert frames.to_csv(frames.of([], ["a", "b"])) == "a,b\n"
 
 
+def test_rows_are_chosen_by_their_values_and_a_missing_one_has_none() -> None:
+    rows = [{"rank": 8, "rule": "lora"}, {"rule": "lora"}, {"rank": 8, "rule": "rora"}, {"rank": 8}]
+    table = frames.of(rows, ["rank", "rule"])
+    assert frames.where(table, {"rank": 8, "rule": "lora"}).index.tolist() == [0]
+    assert frames.where(table, {"rule": "lora"}).index.tolist() == [0, 1]
+    assert frames.where(table, {"rank": 16}).empty
+
+
 def test_numbers_of_several_kinds_stay_as_they_are() -> None:
     rows = [{"kappa": 1, "loss": 0.5}, {"kappa": 0.5, "loss": np.float64(1)}, {"kappa": "best", "loss": None}]
     frame = frames.of(rows, ["kappa", "loss"])

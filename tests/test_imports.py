@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib.util
 import json
 import pkgutil
 import re
@@ -201,3 +202,23 @@ def test_modules_take_from_each_other_what_is_public(tmp_path) -> None:
     assert {str(path): names for path in files if (names := list(private(path)))} == {}
     (tmp_path / "one.py").write_text("from rora_theory.theory import laws\nfrom sims.common import _cli\nlaws._law\n")
     assert list(private(tmp_path / "one.py")) == ["_cli", "_law"]
+
+
+SCRIPTS = [path for folder in ("benchmarks", "docs", "tests/golden") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_what_a_script_imports_is_there(path: Path) -> None:
+    """No other test runs most of them. What needs an extra that is not installed is left out."""
+    lacking = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("rora_theory", "sims", "figures"):
+            try:
+                module = importlib.import_module(node.module)
+            except ModuleNotFoundError as error:
+                lacking += [] if error.name in HIDDEN else [str(error)]
+                continue
+            for name in (each.name for each in node.names):
+                within = hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{name}")
+                lacking += [] if hasattr(module, name) or within else [f"{node.module}.{name}"]
+    assert not lacking

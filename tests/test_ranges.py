@@ -17,6 +17,7 @@ class Config:
     not_negative: NotNegative = 0.0
     share: Share = 1.0
     maybe: Count | None = None
+    several: tuple[Count, ...] = (0,)
     free: int = -1
 
 
@@ -44,6 +45,8 @@ def test_the_edges_are_in_range():
         ({"not_negative": float("nan")}, "--not-negative is nan; accepted is a finite number of 0 or more"),
         ({"share": 0.0}, "--share is 0.0; accepted is a number above 0, at most 1"),
         ({"share": 1.0000001}, "--share is 1.0000001; accepted is a number above 0, at most 1"),
+        ({"count": None}, "--count is None; accepted is an integer of 1 or more"),
+        ({"positive": None}, "--positive is None; accepted is a finite number above 0"),
         ({"maybe": 0}, "--maybe is 0; accepted is an integer of 1 or more"),
     ],
 )

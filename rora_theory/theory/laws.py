@@ -138,7 +138,7 @@ def first_step_moments(
         matrix = (step * s2) ** 2 * r * (r + p_in + k - 2) * float(np.sum(grad2))
         return FirstStepMoments(mean, second, matrix)
 
-    check_not_negative("epsilon", epsilon)
+    check_not_negative("epsilon", float(epsilon))
     row = _adam_row(grad, law, epsilon / scaling)
     coupled = x @ row.direction.T
     mean = -step * r * coupled

@@ -50,7 +50,7 @@ def clipped_sgd_moments(
       InputError: an argument out of range.
     """
     check_positive("max_norm", max_norm)
-    check_not_negative("other_squares", other_squares)
+    check_not_negative("other_squares", float(other_squares))
     free = first_step_moments(grad, x, rank=rank, scaling=scaling, learning_rate=learning_rate, init=init)
     own = entries(init, rank=rank, p_in=grad.shape[1]).variance * float(np.sum(np.asarray(grad, np.float64) ** 2))
     norm = scaling * math.sqrt(rank * (own + other_squares))

@@ -40,8 +40,10 @@ def test_a_run_of_several_revisions_names_the_last_as_such(published) -> None:
     published(
         grown=RUN | {"git_revision": "b" * 10, "sessions": [one, last, last]}, same=RUN | {"sessions": [one, one]}
     )
-    assert "; revision bbbbbbbbbb (the last of 3 sessions); " in fill.manifest("some/grown")
+    assert "; revision bbbbbbbbbb, the last of 3 sessions; " in fill.manifest("some/grown")
     assert "sessions" not in fill.manifest("some/same")
+    both = fill.manifest("some/same", "some/grown")
+    assert "; revision 0123456789 (`grown`: bbbbbbbbbb, the last of 3 sessions); " in both
 
 
 def test_several_runs_in_a_line(published) -> None:
@@ -56,6 +58,7 @@ def test_several_runs_in_a_line(published) -> None:
 def test_a_bound_is_rounded_upwards() -> None:
     assert [fill.bound([0.001, 0.0208], digits) for digits in (2, 3)] == ["0.03", "0.021"]
     assert fill.bound([1.2], 0) == "2"
+    assert fill.bound([0.07], 2) == "0.07", "0.07 * 100 is a little above 7"
 
 
 def test_a_stale_number_is_found_and_mended(monkeypatch, tmp_path, capsys) -> None:

@@ -548,7 +548,7 @@ from rora_theory.measure import torch as bridge
 model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2))
 ids = [torch.randint(3, 64, (2, 9)) for _ in range(2)]
-bridge.measure(model, *({"input_ids": each, "labels": each} for each in ids), ["q_proj"])
+bridge.regime(model, *({"input_ids": each, "labels": each} for each in ids), ["q_proj"])
 assert "jax" not in sys.modules, "jax was imported"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
