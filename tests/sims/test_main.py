@@ -61,6 +61,7 @@ def test_what_is_no_command_is_refused_by_name(monkeypatch, capsys) -> None:
 def test_the_figures_by_themselves_list_the_commands(monkeypatch, capsys) -> None:
     def run_it(*words: str) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["figures", *words])
+        monkeypatch.delitem(sys.modules, "figures.__main__", raising=False)  # where another test has imported it
         runpy.run_module("figures", run_name="__main__")
         return capsys.readouterr()
 
