@@ -7,7 +7,7 @@ from typing import Any
 
 from rora_theory import seals
 from rora_theory.errors import InputError
-from rora_theory.files import append, read_text, write_whole
+from rora_theory.files import append, read_bytes, write_whole
 
 
 class Journal:
@@ -75,9 +75,10 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     Raises:
       InputError: there is no such file, or a line is not JSON.
     """
+    whole = _whole_lines(read_bytes(path))
     try:
-        return [json.loads(line) for line in _whole_lines(read_text(path).encode()).splitlines()]
-    except ValueError as error:
+        return [json.loads(line) for line in whole.splitlines()]
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is damaged ({error}); accepted is the file as the run wrote it") from error
 
 

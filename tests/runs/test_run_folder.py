@@ -51,6 +51,9 @@ def test_entries_are_read_whatever_run_they_are_of(tmp_path):
     journal.path.write_bytes(b'{"step": 1}\n{"ste\n')
     with pytest.raises(InputError, match=r"j\.jsonl: is damaged \(.*\); accepted is the file as the run wrote it"):
         read_entries(journal.path)
+    with pytest.raises(InputError) as missing:
+        read_entries(tmp_path / "none.jsonl")
+    assert str(missing.value).count("accepted") == 1, "the one fault, said once"
 
 
 def test_the_weights_that_a_run_reads_are_named(tmp_path, capsys):
