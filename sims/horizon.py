@@ -67,7 +67,7 @@ def run(config: Config) -> None:
     sample = {name: getattr(config, name) for name in ("held_out", "train_records")}
     split = draw_records(config.data, **sample, seed=config.data_seed, config=config.reading)
     located = {model: llama.locate(model)}
-    identity = grid.shared() | sample | {"model": config.model, "data_seed": config.data_seed}
+    identity = grid.identity() | sample | {"model": config.model, "data_seed": config.data_seed}
     identity |= {"records": split.summary, "model_sha256": located[config.model].sha256}
     extra = {"units": horizons.UNITS, "device": devices.describe(devices.pick(1))}
     others = dict([horizon_runs.read_beside(config.beside, identity)] if config.beside else [])

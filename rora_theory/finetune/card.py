@@ -134,7 +134,8 @@ def rate_in_words(config: FinetuneConfig, steps: int) -> str:
     if 0 < steps <= warmup:
         last = peak * (steps - 1) / warmup
         return f"from 0 to {last:g} at the last step, within the {warmup} steps of warm-up to {peak:g}"
-    shape = "linearly, to be 0 after the last step" if config.schedule == "linear" else "constant"
+    shapes = {"constant": "constant", "linear": "linear decay", "cosine": "cosine decay"}
+    shape = shapes[config.schedule] + ("" if config.schedule == "constant" else " to 0 after the last step")
     return f"{peak:g} after {warmup} steps of warm-up, then {shape}"
 
 

@@ -19,7 +19,7 @@ from rora_theory.seeds import check_seed
 Method = Literal["lora", "dora", "prefix", "series", "parallel", "full"]
 LossOn = Literal["all", "answer"]
 BaseDtype = Literal["float32", "bfloat16"]
-Schedule = Literal["linear", "constant"]
+Schedule = Literal["linear", "cosine", "constant"]
 
 LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4, "prefix": 3e-2, "series": 3e-4, "parallel": 3e-4, "full": 2e-5}
 """Peak learning rates of the published LLaMA-7B runs, by method. RoRA's is not recorded: LoRA's stands for it. Full
@@ -36,7 +36,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 
 _LOW_RANK, _BOTTLENECK = ("lora", "dora"), ("series", "parallel")
 _ONLY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init"), _LOW_RANK),
+    **dict.fromkeys(("rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "lr_multiplier_A"), _LOW_RANK),
     **dict.fromkeys(("bottleneck", "non_linearity"), _BOTTLENECK),
     "targets": (*_LOW_RANK, *_BOTTLENECK, "full"),
     "virtual_tokens": ("prefix",),
@@ -107,7 +107,9 @@ class FinetuneConfig:
     warmup: Natural = 100
     """steps of linear warm-up from 0"""
     schedule: Schedule = "linear"
-    """learning rate after the warm-up: linear, down to 0 after the last step (the protocol), or constant"""
+    """learning rate after the warm-up: linear (the protocol) or cosine decay to 0 after the last step, or constant"""
+    lr_multiplier_A: Positive = field(default=1.0, metadata={LATER: True})
+    """learning rate of lora_A divided by lr; below 1 it is LoRA+, which trains lora_B at a higher rate"""
     weight_decay: NotNegative = 0.0
     """AdamW's decoupled weight decay"""
     clip: float = 1.0
@@ -234,7 +236,7 @@ class FinetuneConfig:
         )
 
 
-_REAL = ("alpha", "dropout", "lr", "weight_decay", "clip", "epsilon", "rule")
+_REAL = ("alpha", "dropout", "lr", "lr_multiplier_A", "weight_decay", "clip", "epsilon", "rule")
 """Settings that are real numbers, where they are numbers."""
 
 

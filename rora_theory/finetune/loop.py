@@ -316,7 +316,7 @@ def _settings_digest(config: FinetuneConfig, steps: int) -> str:
     """Of the settings that a run can't go on without; its length is one where the learning rate depends on it."""
     named = replace(config, lr=config.peak_learning_rate).settings()
     kept = {name: value for name, value in named.items() if name not in _NO_NUMBERS + _IN_DATA}
-    return digests.of_json([*sorted(kept.items()), steps if config.schedule == "linear" else None])
+    return digests.of_json([*sorted(kept.items()), None if config.schedule == "constant" else steps])
 
 
 def resumption(step: int, steps: int, *, resumed: bool) -> str:

@@ -53,16 +53,24 @@ class StepMetrics(NamedTuple):
 
 
 def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = None) -> optax.Schedule:
-    """Learning rate of update t = 0, 1, ...: ``peak * t / warmup`` up to the peak, then constant or down to 0 at
-    t = ``steps``, one after the last.
+    r"""Return the learning rate of update t = 0, 1, ... as an optax schedule.
 
-    The first update's rate is 0, as in the published runs. ``peak`` stands in for the configuration's where it is
-    given, so that it can be an argument of a compiled step.
+    The rate rises as ``peak * t / warmup``. After the warm-up it is constant, or decays to 0 at t = ``steps``, one
+    after the last update: linearly, or as :math:`(1 + \cos(\pi u)) / 2` of the peak, u being the completed share of the
+    decay. The first update's rate is 0, as in the published runs.
+
+    Args:
+      config: Fine-tuning configuration.
+      steps: Number of optimizer steps of the whole run.
+      peak: Learning rate at the end of the warm-up; None reads it from ``config``. It may be traced, so that it can be
+        an argument of a compiled step.
     """
     peak = config.peak_learning_rate if peak is None else peak
     rise = optax.linear_schedule(0.0, peak, config.warmup)
     if config.schedule == "constant":
         rest = optax.constant_schedule(peak)  # an array too
+    elif config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(peak, max(1, steps - config.warmup))
     else:
         rest = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
     return optax.join_schedules([rise, rest], [config.warmup]) if config.warmup else rest
@@ -71,12 +79,22 @@ def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = No
 def finetune_optimizer(
     config: FinetuneConfig, steps: int, peak: float | Array | None = None
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW with decoupled weight decay, on `schedule`."""
+    """Return the optimizer: clipping by the global norm, then AdamW with decoupled weight decay on `schedule`."""
     rate = schedule(config, steps, peak)
-    return optax.chain(
+    chain = [
         optax.clip_by_global_norm(config.clip),
         optax.adamw(rate, *config.betas, eps=config.epsilon, weight_decay=config.weight_decay),
-    )
+    ]
+    if config.lr_multiplier_A != 1:
+        # AdamW's update is proportional to the rate, its weight decay included, so scaling the update is a parameter
+        # group with a learning rate of its own.
+        chain.append(optax.masked(optax.scale(config.lr_multiplier_A), _is_lora_A))
+    return optax.chain(*chain)
+
+
+def _is_lora_A(params: Params) -> Params:
+    """Return a mask over the trainable parameters that is true for the leaves of lora_A."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path[-1:]) == "['lora_A']", params)
 
 
 def init_state(adapter: TrainableAdapter, transformation: optax.GradientTransformation, key: PRNGKeyArray) -> State:

@@ -8,12 +8,16 @@ from typing import Any
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
-from rora_theory.finetune.config import FinetuneConfig, LossOn
+from rora_theory.finetune.config import FinetuneConfig, LossOn, Schedule
+from rora_theory.llama.quantised import Quantization
 from rora_theory.rules import check_list, check_ranks, check_seeds, check_steps
 from rora_theory.scaling import check_positive
 
 SHARED = ("batch_size", "warmup", "targets", "template", "loss_on", "cutoff")
-"""Settings of a grid that all its runs have; the others may differ in a later part of a run."""
+"""Settings that all runs of a folder share and that identify it."""
+
+VARIANTS = {"schedule": "constant", "weight_decay": 0.0, "lr_multiplier_A": 1.0, "quantization": "none"}
+"""Shared settings that identify a folder only where they differ from these values."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,14 @@ class HorizonGrid:
     """tokens in the training loss"""
     cutoff: int = 96
     """longest training example in tokens"""
+    schedule: Schedule = "constant"
+    """learning rate after the warm-up; one that decays takes a single value of --read-at"""
+    weight_decay: float = 0.0
+    """decoupled weight decay of AdamW"""
+    lr_multiplier_A: float = 1.0
+    """learning rate of lora_A divided by that of lora_B"""
+    quantization: Quantization = "none"
+    """format of the frozen base's linear weights"""
 
     def __post_init__(self) -> None:
         check_ranks(self.ranks, fewest=1)
@@ -77,20 +89,29 @@ class HorizonGrid:
             check_steps(self.read_at)
         except InputError as error:
             raise InputError(f"--read-at: {error}") from None
+        if self.schedule != "constant" and len(self.read_at) > 1:
+            raise InputError(
+                f"--read-at must be a single step with --schedule {self.schedule}, got "
+                f"{' '.join(map(str, self.read_at))}: a rate that decays depends on where the run ends"
+            )
         self.training(next(self.cells()))
 
     def training(self, cell: HorizonCell) -> FinetuneConfig:
         """The fine-tuning run of a cell."""
-        own: dict[str, Any] = {"method": "full"}
+        settings: dict[str, Any] = {"method": "full"}
         if cell.rank is not None:
-            own = {"rule": "lora", "rank": cell.rank, "alpha": cell.strength}
+            settings = {"rule": "lora", "rank": cell.rank, "alpha": cell.strength}
         return FinetuneConfig(
-            **own, **self.shared(), lr=cell.rate, seed=cell.seed, schedule="constant", dropout=0.0, held_out=0, widths=3
+            **settings, **self.shared(), lr=cell.rate, seed=cell.seed, dropout=0.0, held_out=0, widths=3
         )
 
     def shared(self) -> dict[str, Any]:
-        """The settings of `SHARED`."""
-        return {name: getattr(self, name) for name in SHARED}
+        """Return the settings that all runs of the grid share, by name."""
+        return {name: getattr(self, name) for name in (*SHARED, *VARIANTS)}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that identify a run folder: `shared`, without variants at their defaults."""
+        return {name: value for name, value in self.shared().items() if VARIANTS.get(name) != value}
 
     def cells(self) -> Iterator[HorizonCell]:
         """Every run, a seed after the other; then those of full fine-tuning."""

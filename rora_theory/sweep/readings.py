@@ -57,7 +57,8 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
 
     Args:
       bench: with the model open.
-      training: the run; its adapter can be merged. The learning rate must not depend on where the run ends.
+      training: Fine-tuning configuration with an adapter that can be merged. With a schedule that decays the run ends
+        at the only step that is read.
       steps: ascending, 1 or more.
 
     Raises:
@@ -65,8 +66,10 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
     """
     if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
         raise InputError(f"read_at is {' '.join(map(str, steps))!r}; accepted are ascending integers of 1 or more")
-    if training.schedule != "constant":
-        raise InputError(f"schedule is {training.schedule!r}; accepted for readings on the way is 'constant'")
+    if training.schedule != "constant" and len(steps) > 1:
+        raise InputError(
+            f"read_at must be a single step with schedule {training.schedule!r}, got {' '.join(map(str, steps))}"
+        )
     training = replace(training, steps=steps[-1])
     adapter, batches = bench.begin(training)
     if len(batches) < steps[-1]:

@@ -25,11 +25,11 @@ VALIDATION = (
 @pytest.mark.parametrize(
     ("schedule", "warmup", "count", "said", "last"),
     [
-        ("linear", 2, 6, "0.5 after 2 steps of warm-up, then linearly, to be 0 after the last step", 0.125),
+        ("linear", 2, 6, "0.5 after 2 steps of warm-up, then linear decay to 0 after the last step", 0.125),
         ("constant", 2, 6, "0.5 after 2 steps of warm-up, then constant", 0.5),
         ("linear", 4, 4, "from 0 to 0.375 at the last step, within the 4 steps of warm-up to 0.5", 0.375),
-        ("linear", 4, 5, "0.5 after 4 steps of warm-up, then linearly, to be 0 after the last step", 0.5),
-        ("linear", 0, 2, "0.5 after 0 steps of warm-up, then linearly, to be 0 after the last step", 0.25),
+        ("linear", 4, 5, "0.5 after 4 steps of warm-up, then linear decay to 0 after the last step", 0.5),
+        ("linear", 0, 2, "0.5 after 0 steps of warm-up, then linear decay to 0 after the last step", 0.25),
     ],
 )
 def test_the_learning_rate_in_words(schedule, warmup, count, said, last):

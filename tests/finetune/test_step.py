@@ -74,6 +74,25 @@ def test_schedule_is_the_published_one():
     assert float(steps.schedule(FinetuneConfig(), 1000)(100)) == pytest.approx(3e-4)
 
 
+def test_cosine_schedule_decays_to_zero_after_the_last_step():
+    rate = steps.schedule(FinetuneConfig(warmup=2, lr=0.5, schedule="cosine"), 10)
+    decay = [0.25 * (1 + np.cos(np.pi * share)) for share in np.arange(9) / 8]
+    np.testing.assert_allclose([float(rate(t)) for t in range(11)], [0.0, 0.25, *decay], atol=1e-7)
+
+
+@pytest.mark.parametrize("multiplier", [0.125, 8.0])
+def test_lr_multiplier_scales_the_update_of_lora_A_alone(params, multiplier):
+    updates = {}
+    for factor in (1.0, multiplier):
+        config = changed(lr_multiplier_A=factor, weight_decay=0.1, warmup=0)
+        start = adapter(params, config)
+        ((trained, _),) = run(params, config, [batch()], start)
+        updates[factor] = jax.tree.map(lambda new, old: new - np.asarray(old), trained, start.params)
+    for module, tensors in updates[multiplier].items():
+        for name, factor in (("lora_A", multiplier), ("lora_B", 1.0)):
+            np.testing.assert_allclose(tensors[name], factor * updates[1.0][module][name], rtol=2e-3, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_steps_are_adamw_on_the_clipped_gradient(params):
     config = changed(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))

@@ -281,7 +281,7 @@ def test_the_adapter_has_a_model_card(whole, model, data):
     assert said["records"] == f"60, SHA-256 `{records.records_digest(read_records([str(data)]))}`"
     assert (said["data"], said["trained on"]) == ("`train.json`", "52; held out for the validation loss: 8")
     assert said["horizon"] == f"78 steps of 4 records; adapter of step {best}"
-    assert said["learning rate"] == "0.02 after 4 steps of warm-up, then linearly, to be 0 after the last step"
+    assert said["learning rate"] == "0.02 after 4 steps of warm-up, then linear decay to 0 after the last step"
     assert said["their SHA-256"] == f"`{model_digest(model)}`"
     assert said["scaling gamma"] == "alpha / sqrt(r) = 2.82843 (`use_rslora` is true)"
     assert "adapter/README.md" not in json.loads((whole / "manifest.json").read_text())["files"], "free to be edited"

@@ -10,6 +10,7 @@ import pytest
 
 from figures import horizon as figure
 from rora_theory import frames
+from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.sweep import horizon_curves, horizon_grid, horizon_law, horizon_parts, horizon_runs, horizons
@@ -717,3 +718,19 @@ def test_a_step_that_few_runs_reach_leaves_the_others_as_they_are() -> None:
     for frame in (judged.best, judged.exponents):
         assert sorted(set(frame["step"])) == [16, 64]
         assert frame["step"].dtype.kind == "i"
+
+
+def test_a_variant_identifies_a_folder_only_where_it_differs_from_its_default() -> None:
+    plain = horizon_grid.HorizonGrid(read_at=(64,))
+    assert set(plain.identity()) == set(horizon_grid.SHARED)
+    variant = replace(plain, schedule="cosine", weight_decay=0.1, lr_multiplier_A=8.0, quantization="q4_1")
+    assert {name: variant.identity()[name] for name in horizon_grid.VARIANTS} == {
+        "schedule": "cosine", "weight_decay": 0.1, "lr_multiplier_A": 8.0, "quantization": "q4_1"
+    }  # fmt: skip
+    training = variant.training(next(variant.cells()))
+    assert (training.schedule, training.lr_multiplier_A, training.quantization) == ("cosine", 8.0, "q4_1")
+
+
+def test_a_decaying_schedule_is_read_at_its_end_alone() -> None:
+    with pytest.raises(InputError, match=r"read-at.*cosine.*16 64"):
+        horizon_grid.HorizonGrid(schedule="cosine", read_at=(16, 64))

@@ -72,7 +72,7 @@ def test_a_run_that_diverges_keeps_what_was_read_before(bench, monkeypatch) -> N
         ({}, (), "read_at"),
         ({}, (0, 2), "read_at"),
         ({}, (4, 2), "read_at"),
-        ({"schedule": "linear"}, (2,), "schedule is 'linear'"),
+        ({"schedule": "linear"}, (2, 4), "schedule 'linear', got 2 4"),
         ({}, (10**6,), "steps that the records give"),
     ],
 )
