@@ -1,0 +1,130 @@
+"""The cost of a choice: held-out loss at the learning rate that a policy gives, minus the lowest loss found.
+
+A policy maps the learning rate tuned in one setting to the rate to use in another. Its regret is read from the
+measured curve of the other setting, interpolated between the rates that were run, so that policies whose rates
+were never run are compared with those that were.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy
+from jaxtyping import Float
+
+from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.rate_curves import Curve, at_shared_seeds, estimate, log2_rates, of_log2_rates
+
+Policy = Callable[[float], float]
+"""Maps the learning rate tuned in the old setting to the learning rate of the new one."""
+
+
+@dataclass(frozen=True)
+class Regret:
+    """The cost of a policy's learning rate in one setting.
+
+    Attributes:
+      learning_rate: Learning rate given by the policy from the tuned optimum.
+      nats: Regret in nats per token. Its error is over seeds and held-out records, paired; its bound is what the grid
+        of rates may hide below the lowest measured loss.
+      low: Smallest regret over the 95% interval of the tuned optimum.
+      high: Largest regret over that interval.
+      lowest_loss: Lowest measured held-out loss of the new setting, in nats per token, averaged over seeds.
+      is_lower_bound: Whether the rate lies outside the measured rates, or next to one that diverged, so that the
+        regret is at least `nats`.
+    """
+
+    learning_rate: float
+    nats: Estimate
+    low: float
+    high: float
+    lowest_loss: float
+    is_lower_bound: bool
+
+    @property
+    def per_cent(self) -> float:
+        """Return the regret as a percentage of the lowest loss."""
+        return 100 * self.nats.value / self.lowest_loss
+
+
+def loss_at(
+    rates: Float[np.ndarray, " rates"], losses: Float[np.ndarray, "seeds rates"], learning_rate: float
+) -> tuple[Float[np.ndarray, " seeds"], bool]:
+    """Interpolate measured losses at a learning rate.
+
+    Monotone cubic interpolation (PCHIP) of the log loss in the log rate has no minimum between two measured rates that
+    is below both, so a regret cannot be negative.
+
+    Args:
+      rates: Measured learning rates, ascending and above 0.
+      losses: Loss of every seed at every rate, above 0; NaN or infinite where the run diverged.
+      learning_rate: Learning rate at which to interpolate, above 0.
+
+    Returns:
+      The loss of every seed, and whether it is a lower bound: the rate lies outside the measured ones, or beside one
+      that diverged. There the loss at the nearest rate that did not diverge is returned.
+
+    Examples:
+      >>> losses, is_lower_bound = loss_at(np.array([1.0, 4.0]), np.array([[1.0, 1.0]]), 2.0)
+      >>> losses.tolist(), is_lower_bound
+      ([1.0], False)
+    """
+    usable = np.isfinite(losses).all(axis=0)
+    x, at = np.log(rates), math.log(learning_rate)
+    # The end of a grid is compared with the rounding of a logarithm in mind.
+    slack = 1e-9 * max(1.0, float(np.max(np.abs(x))))
+    right = int(np.searchsorted(x, at))
+    beside = {min(max(right - 1, 0), len(x) - 1), min(right, len(x) - 1)}
+    is_outside = not x[0] - slack <= at <= x[-1] + slack
+    if is_outside or not all(usable[index] for index in beside):
+        nearest = int(np.flatnonzero(usable)[np.argmin(np.abs(x[usable] - at))])
+        return losses[:, nearest], not math.isclose(x[nearest], at, abs_tol=slack)
+    curve = scipy.interpolate.PchipInterpolator(x[usable], np.log(losses[:, usable]), axis=1)
+    return np.exp(curve(min(max(at, x[usable][0]), x[usable][-1]))), False
+
+
+def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret | None:
+    """Compute the regret of a policy that carries a tuned learning rate to another setting.
+
+    The tuned rate is the geometric mean of the seeds' best rates. The lowest loss is that of the measured rate with
+    the lowest mean over seeds, so that the noise of single seeds doesn't count as regret.
+
+    Args:
+      tuned: Loss against learning rate in the setting where the rate was tuned.
+      target: Loss against learning rate in the setting that the policy carries it to.
+      policy: Maps the tuned learning rate to the new one.
+
+    Returns:
+      The regret, or None if the curves share no seed.
+    """
+    shared = at_shared_seeds(tuned, target)
+    if not shared:
+        return None
+    tuned, target = shared
+    optimum = of_log2_rates((1.0,), tuned)
+    half_width = optimum.half_width() if math.isfinite(optimum.half_width()) else 0.0
+
+    def cost(source: Curve, goal: Curve, shift: float = 0.0) -> Float[np.ndarray, " seeds"]:
+        learning_rate = policy(2 ** (float(np.mean(log2_rates(source))) + shift))
+        return loss_at(goal.rates, goal.losses, learning_rate)[0] - goal.losses[:, _lowest(goal)]
+
+    nats = estimate(cost, tuned, target)
+    # The same figure from the seeds' mean: of one seed `estimate` averages over resampled records instead.
+    nats = replace(nats, value=float(np.mean(cost(tuned, target))), bound=target.grid_error())
+    shifts = np.linspace(-half_width, half_width, 33)
+    over_interval = [float(np.mean(cost(tuned, target, shift))) for shift in shifts]
+    learning_rate = policy(2 ** float(np.mean(log2_rates(tuned))))
+    return Regret(
+        learning_rate,
+        nats,
+        min(over_interval),
+        max(over_interval),
+        float(np.mean(target.losses[:, _lowest(target)])),
+        loss_at(target.rates, target.losses, learning_rate)[1],
+    )
+
+
+def _lowest(curve: Curve) -> int:
+    """Return the index of the rate with the lowest mean loss over seeds."""
+    return int(np.argmin(np.mean(np.where(np.isfinite(curve.losses), curve.losses, np.inf), axis=0)))

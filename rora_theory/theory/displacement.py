@@ -1,0 +1,166 @@
+r"""The displacement law: how the best learning rate under Adam moves with G = gamma r once training has progressed.
+
+Let b be the root-mean-square displacement of the entries of B from 0, and :math:`a = \lambda b` that of the entries of
+A from their start. With p and q the coherence of the two parts of the change, and :math:`G = \gamma r`,
+
+.. math:: \text{B-led change} = G p b, \qquad \text{A-led change} = G q a b, \qquad
+          \rho = \frac{\text{A-led}}{\text{B-led}} = \frac{q a}{p}, \qquad W = G p b (1 + \rho)
+
+Eliminating b gives
+
+.. math:: \rho (1 + \rho) = \frac{K}{G}, \qquad K = \frac{\lambda q W}{p^2}
+
+K depends on the model, its data and the progress of the run, but on neither the number of steps nor the learning rate.
+It is measured at any G as :math:`G \rho (1 + \rho)`.
+
+The best rate keeps the effective step rather than the change. One step of size eta moves every entry of B by eta, and
+every entry of A by lambda eta, so the change moves by
+
+.. math:: \eta \left( \frac{\partial W}{\partial b} + \lambda \frac{\partial W}{\partial a} \right)
+          = \eta\, G p\, (1 + 2 \rho)
+
+if the steps of both factors are coherent, and by :math:`\eta\, G p\, (1 + \rho)` if only B's steps are. Hence
+
+.. math:: \eta^* G (1 + c \rho) = h, \qquad 1 \le c \le 2
+
+with h independent of G. The exponent of the best rate in G is -1 where G >> K and -1/2 where G << K.
+
+The constant-gradient law (`rora_theory.theory.horizon`) counts every step as displacement instead. It is kept as a
+rival: fine-tuning runs of SmolLM2-135M contradict it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from rora_theory.errors import InputError
+from rora_theory.scaling import check_positive
+
+COHERENCE_RANGE = (1.0, 2.0)
+"""Range of c: only the steps of B are coherent, or the steps of both factors."""
+
+
+def displacement_ratio(strength: float, *, displacement_constant: float) -> float:
+    r"""Compute the ratio of the A-led to the B-led change at a given G.
+
+    The positive root of :math:`\rho (1 + \rho) = K / G`.
+
+    Args:
+      strength: G = gamma r, above 0.
+      displacement_constant: K, 0 or more.
+
+    Returns:
+      The ratio rho, 0 or more.
+
+    Raises:
+      InputError: If an argument is out of range.
+
+    Examples:
+      >>> displacement_ratio(64.0, displacement_constant=128.0)
+      1.0
+    """
+    check_positive("strength", strength)
+    _check_constant(displacement_constant)
+    share = displacement_constant / strength
+    # The root of rho^2 + rho - share, in a form without the difference that cancels at small shares.
+    return 2 * share / (1 + math.sqrt(1 + 4 * share))
+
+
+def measured_constant(strength: float, ratios: Sequence[float] | Float[np.ndarray, " modules"]) -> float:
+    r"""Compute K from the ratios that a run's modules have at a given G.
+
+    The median ratio over modules stands for rho in :math:`K = G \rho (1 + \rho)`. The run's learning rate should be at
+    or below the best one; above it K grows with the rate.
+
+    Args:
+      strength: G = gamma r of the run, above 0.
+      ratios: A-led over B-led root-mean-square change of every adapted module.
+
+    Returns:
+      The displacement constant K.
+
+    Raises:
+      InputError: If there is no ratio, or one is negative or not finite.
+
+    Examples:
+      >>> measured_constant(64.0, [0.5, 1.0, 4.0])
+      128.0
+    """
+    check_positive("strength", strength)
+    values = np.asarray(ratios, np.float64)
+    if not values.size or not np.isfinite(values).all() or values.min() < 0:
+        raise InputError(f"ratios must be one or more finite numbers of at least 0, got {values.tolist()}")
+    median = float(np.median(values))
+    return strength * median * (1 + median)
+
+
+def best_rate_factor(
+    old_strength: float, new_strength: float, *, displacement_constant: float, coherence: float = 1.0
+) -> float:
+    r"""Compute the factor by which the best learning rate changes when G changes.
+
+    .. math:: \frac{\eta'}{\eta} = \frac{G (1 + c \rho)}{G' (1 + c \rho')}
+
+    Args:
+      old_strength: G = gamma r at which the rate was tuned, above 0.
+      new_strength: G of the new setting, above 0.
+      displacement_constant: K, 0 or more.
+      coherence: c, from 1 to 2.
+
+    Returns:
+      The new best rate divided by the old one, at the same number of steps.
+
+    Raises:
+      InputError: If an argument is out of range.
+
+    Examples:
+      ``use_rslora`` at rank 128 with alpha 64 unchanged raises G from 64 to 724:
+
+      >>> round(1 / best_rate_factor(64.0, 724.0, displacement_constant=130.0), 1)
+      6.5
+    """
+    if not COHERENCE_RANGE[0] <= coherence <= COHERENCE_RANGE[1]:
+        raise InputError(f"coherence must be from 1 to 2, got {coherence!r}")
+    old, new = (
+        strength * (1 + coherence * displacement_ratio(strength, displacement_constant=displacement_constant))
+        for strength in (old_strength, new_strength)
+    )
+    return old / new
+
+
+def best_rate_exponent(
+    old_strength: float, new_strength: float, *, displacement_constant: float, coherence: float = 1.0
+) -> float:
+    r"""Compute the mean exponent of the best learning rate between two values of G.
+
+    .. math:: -1 + \frac{\ln [(1 + c \rho) / (1 + c \rho')]}{\ln (G' / G)}
+
+    Args:
+      old_strength: First value of G = gamma r, above 0.
+      new_strength: Second value of G, different from the first.
+      displacement_constant: K, 0 or more.
+      coherence: c, from 1 to 2.
+
+    Returns:
+      The exponent, between -1 (G far above K) and -1/2 (G far below K).
+
+    Raises:
+      InputError: If an argument is out of range or the two strengths are equal.
+
+    Examples:
+      >>> round(best_rate_exponent(64.0, 724.0, displacement_constant=130.0), 2)
+      -0.77
+    """
+    if old_strength == new_strength:
+        raise InputError(f"new_strength must differ from old_strength, got {new_strength!r} for both")
+    factor = best_rate_factor(
+        old_strength, new_strength, displacement_constant=displacement_constant, coherence=coherence
+    )
+    return math.log(factor) / math.log(new_strength / old_strength)
+
+
+def _check_constant(value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"displacement_constant must be a finite number of at least 0, got {value!r}")
