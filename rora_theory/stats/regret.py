@@ -8,13 +8,14 @@ were never run are compared with those that were.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import scipy
 from jaxtyping import Float
 
 from rora_theory.stats.estimate import Estimate
-from rora_theory.stats.rate_curves import Curve, at_shared_seeds, estimate, log2_rates, of_log2_rates
+from rora_theory.stats.rate_curves import Curve, estimate, of_log2_rates
 
 Policy = Callable[[float], float]
 """Maps the learning rate tuned in the old setting to the learning rate of the new one."""
@@ -84,11 +85,12 @@ def loss_at(
     return np.exp(curve(min(max(at, x[usable][0]), x[usable][-1]))), False
 
 
-def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret | None:
+def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
     """Compute the regret of a policy that carries a tuned learning rate to another setting.
 
-    The tuned rate is the geometric mean of the seeds' best rates. The lowest loss is that of the measured rate with
-    the lowest mean over seeds, so that the noise of single seeds doesn't count as regret.
+    The tuned rate is the geometric mean of the seeds' best rates; its uncertainty is reported as the range of the
+    regret, not as part of the error. The lowest loss is that of the measured rate with the lowest mean over seeds, so
+    that the noise of single seeds doesn't count as regret.
 
     Args:
       tuned: Loss against learning rate in the setting where the rate was tuned.
@@ -96,25 +98,20 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret | None:
       policy: Maps the tuned learning rate to the new one.
 
     Returns:
-      The regret, or None if the curves share no seed.
+      The regret.
     """
-    shared = at_shared_seeds(tuned, target)
-    if not shared:
-        return None
-    tuned, target = shared
     optimum = of_log2_rates((1.0,), tuned)
     half_width = optimum.half_width() if math.isfinite(optimum.half_width()) else 0.0
 
-    def cost(source: Curve, goal: Curve, shift: float = 0.0) -> Float[np.ndarray, " seeds"]:
-        learning_rate = policy(2 ** (float(np.mean(log2_rates(source))) + shift))
-        return loss_at(goal.rates, goal.losses, learning_rate)[0] - goal.losses[:, _lowest(goal)]
+    def costs(learning_rate: float, curve: Curve = target) -> Float[np.ndarray, " seeds"]:
+        return loss_at(curve.rates, curve.losses, learning_rate)[0] - curve.losses[:, _lowest(target)]
 
-    nats = estimate(cost, tuned, target)
-    # The same figure from the seeds' mean: of one seed `estimate` averages over resampled records instead.
-    nats = replace(nats, value=float(np.mean(cost(tuned, target))), bound=target.grid_error())
+    learning_rate = policy(2**optimum.value)
+    nats = estimate(partial(costs, learning_rate), target)
+    # Of a single seed `estimate` averages over resampled records; the value is the measured one.
+    nats = replace(nats, value=float(np.mean(costs(learning_rate))), bound=target.grid_error())
     shifts = np.linspace(-half_width, half_width, 33)
-    over_interval = [float(np.mean(cost(tuned, target, shift))) for shift in shifts]
-    learning_rate = policy(2 ** float(np.mean(log2_rates(tuned))))
+    over_interval = [float(np.mean(costs(policy(2 ** (optimum.value + shift))))) for shift in shifts]
     return Regret(
         learning_rate,
         nats,
