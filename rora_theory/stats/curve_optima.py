@@ -1,0 +1,121 @@
+r"""Best learning rates from a whole curve of loss against rate, beside the vertex through three points.
+
+Three points carry a small part of a curve's information. Two estimators here use all of it: a quadratic fit to the
+log loss in the log rate, and registration, the shift in log rate that lays one curve over another. Registration has
+about half the standard deviation of the vertex where the two curves have one shape, and is biased where they have not.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import scipy
+from jaxtyping import Float
+
+from rora_theory.errors import InputError
+from rora_theory.stats.estimate import Estimate, over_seeds
+from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates
+
+Method = Literal["vertex", "quadratic", "registration"]
+"""Estimators of a difference of best rates: parabola through three points, through all, and shift of whole curves."""
+
+RESOLUTION = 0.01
+"""Step in octaves of the shifts that registration tries."""
+
+
+def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
+    r"""Fit a quadratic to each seed's curve and return the log2 of its optimum.
+
+    Least squares of the log loss in log2 of the rate over all rates that did not diverge. An optimum outside the
+    measured rates is moved to the nearest of them.
+
+    Args:
+      curve: Loss against learning rate, with at least three finite losses a seed.
+
+    Returns:
+      log2 of the best rate of every seed; NaN where the fit has no minimum.
+    """
+    x = np.log2(curve.rates)
+    optima = []
+    for losses in curve.losses:
+        finite = np.isfinite(losses)
+        curvature, slope, _ = np.polyfit(x[finite], np.log(losses[finite]), 2)
+        vertex = -slope / (2 * curvature) if curvature > 0 else math.nan
+        optima.append(float(np.clip(vertex, x[finite][0], x[finite][-1])))
+    return np.array(optima)
+
+
+def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seeds"]:
+    """Find the shift in log2 of the rate that lays each seed's first curve over its second.
+
+    For every shift the two interpolated curves (PCHIP, log loss) are compared where they overlap, up to a constant.
+    The shift with the smallest variance of the difference is returned, among those with an overlap of at least half the
+    shorter curve.
+
+    Args:
+      first: Loss against learning rate.
+      second: Loss against learning rate of the same seeds.
+
+    Returns:
+      log2 of the second curve's best rate minus that of the first, for every seed.
+    """
+    shifts = []
+    for losses in zip(first.losses, second.losses, strict=True):
+        x, y = zip(
+            *(_finite(curve.rates, own) for curve, own in zip((first, second), losses, strict=True)), strict=True
+        )
+        splines = [scipy.interpolate.PchipInterpolator(*xy, extrapolate=False) for xy in zip(x, y, strict=True)]
+        needed = min(x[0][-1] - x[0][0], x[1][-1] - x[1][0]) / 2
+        best = (math.inf, math.nan)
+        for shift in np.arange(x[1][0] - x[0][-1] + needed, x[1][-1] - x[0][0] - needed + RESOLUTION, RESOLUTION):
+            low, high = max(x[0][0], x[1][0] - shift), min(x[0][-1], x[1][-1] - shift)
+            at = np.linspace(low, high, 41)
+            # Rounding may put an end of the overlap outside a curve, where its spline is NaN.
+            difference = np.nanvar(splines[0](at) - splines[1](at + shift))
+            best = min(best, (float(difference), float(shift)))
+        shifts.append(best[1])
+    return np.array(shifts)
+
+
+def _finite(rates: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return log2 of the rates and the log losses of the runs that did not diverge."""
+    finite = np.isfinite(losses)
+    return np.log2(rates[finite]), np.log(losses[finite])
+
+
+_DIFFERENCES: dict[Method, Callable[[Curve, Curve], np.ndarray]] = {
+    "vertex": lambda first, second: log2_rates(second) - log2_rates(first),
+    "quadratic": lambda first, second: quadratic_optima(second) - quadratic_optima(first),
+    "registration": registration_shifts,
+}
+
+
+def pooled_exponent(pairs: Mapping[float, Sequence[tuple[Curve, Curve]]], method: Method) -> Estimate:
+    r"""Estimate the exponent of the best rate in G from pairs of curves, pooled over ranks with seeds as clusters.
+
+    Each seed's exponent is the mean over pairs of the difference of log2 best rates divided by log2 of the ratio of G,
+    and the standard error is that of the mean over seeds. Runs of different ranks share the seed's records, so they are
+    not independent.
+
+    Args:
+      pairs: Pairs of curves, one pair for each rank, by the ratio G' / G of the second curve to the first.
+      method: Estimator of the difference.
+
+    Returns:
+      The exponent, with its error over seeds.
+
+    Raises:
+      InputError: If the pairs share no seed.
+    """
+    curves = [curve for own in pairs.values() for pair in own for curve in pair]
+    shared = at_shared_seeds(*curves) if curves else ()
+    if not shared:
+        raise InputError("pairs must share at least one seed")
+    seeds = tuple(shared[0].by_seed)
+    exponents = [
+        _DIFFERENCES[method](first.of_seeds(seeds), second.of_seeds(seeds)) / math.log2(ratio)
+        for ratio, own in pairs.items()
+        for first, second in own
+    ]
+    return over_seeds(np.mean(exponents, axis=0))

@@ -1,0 +1,66 @@
+"""Estimators of best rates from whole curves: exact on parabolas, better than three points with noise."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rora_theory.errors import InputError
+from rora_theory.stats.curve_optima import pooled_exponent, quadratic_optima, registration_shifts
+from rora_theory.stats.rate_curves import Curve, log2_rates
+
+RATES = 10 ** (np.arange(-18, -9) / 4)
+
+
+def curve(best: float, *, noise: float = 0.0, seed: int = 0, seeds: int = 3, skew: float = 0.0) -> Curve:
+    """exp(0.02 (x + skew x^3)^2), x the octaves from the best rate, times lognormal noise."""
+    random = np.random.default_rng(seed)
+    x = np.log2(RATES / best)
+    losses = np.exp(0.02 * (x + skew * x**3) ** 2 + noise * random.normal(size=(seeds, len(RATES))))
+    return Curve("adamw", "both", "lora", 1.0, 8, 1.0, RATES, losses, None, tuple(range(seeds)))
+
+
+def test_a_parabola_is_fitted_exactly_and_diverged_runs_are_left_out() -> None:
+    exact = curve(3e-4)
+    np.testing.assert_allclose(quadratic_optima(exact), math.log2(3e-4), atol=1e-9)
+    exact.losses[:, -1] = np.inf
+    np.testing.assert_allclose(quadratic_optima(exact), math.log2(3e-4), atol=1e-9)
+
+
+def test_a_curve_without_a_minimum_has_no_quadratic_optimum() -> None:
+    concave = curve(3e-4)
+    assert np.isnan(quadratic_optima(Curve(*list(vars(concave).values())[:7], 1 / concave.losses))).all()
+
+
+def test_registration_finds_the_shift_of_a_skewed_curve() -> None:
+    first, second = curve(1e-3, skew=0.02), curve(2e-4, skew=0.02)
+    # Curves interpolated at other points of the same shape: within a twentieth of a grid step of 0.83 octaves.
+    np.testing.assert_allclose(registration_shifts(first, second), math.log2(0.2), atol=0.05)
+    np.testing.assert_allclose(registration_shifts(second, first), -math.log2(0.2), atol=0.05)
+
+
+def test_whole_curves_have_a_smaller_spread_than_three_points() -> None:
+    """200 noisy pairs: the ratio of two deviations is known to 5%, so a factor of 1/1.4 is 6 standard errors from 1."""
+    first, second = (curve(best, noise=0.01, seed=seed, seeds=200) for seed, best in enumerate((1e-3, 3e-4)))
+    vertex = np.std(log2_rates(second) - log2_rates(first))
+    assert np.std(quadratic_optima(second) - quadratic_optima(first)) < vertex / 1.4
+    assert np.std(registration_shifts(first, second)) < vertex / 1.4
+
+
+@pytest.mark.parametrize("method", ["vertex", "quadratic", "registration"])
+def test_the_pooled_exponent_is_the_planted_one(method) -> None:
+    planted = -0.7
+    pairs = {
+        ratio: [(curve(1e-3 * level), curve(1e-3 * level * ratio**planted)) for level in (1.0, 1.2)]
+        for ratio in (4.0, 8.0)
+    }
+    found = pooled_exponent(pairs, method)
+    assert found.value == pytest.approx(planted, abs=0.03)
+    assert (found.n, found.over) == (3, "seeds")
+    swapped = pooled_exponent({ratio: [pair[::-1] for pair in own] for ratio, own in pairs.items()}, method)
+    assert swapped.value == pytest.approx(-planted, abs=0.03)
+
+
+def test_pairs_without_a_shared_seed_are_refused() -> None:
+    with pytest.raises(InputError, match="seed"):
+        pooled_exponent({4.0: [(curve(1e-3).of_seeds((0,)), curve(1e-4).of_seeds((1,)))]}, "vertex")
