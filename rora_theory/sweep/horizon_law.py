@@ -22,7 +22,7 @@ from rora_theory.sweep.horizon_curves import strength_of, who_of
 from rora_theory.sweep.horizon_grid import warmed_up
 from rora_theory.sweep.horizon_parts import QUANTILES, exponent_of_parts
 from rora_theory.sweep.horizon_runs import HorizonRun
-from rora_theory.theory import horizon, laws
+from rora_theory.theory import displacement, horizon, laws
 
 
 def read_regime(folder: Path) -> tuple[list[float], list[float]]:
@@ -85,6 +85,7 @@ def horizon_exponents(
     warmup: int,
     runs: Sequence[HorizonRun] = (),
     linear_terms: Sequence[float] = (),
+    constants: Mapping[int, tuple[float, float]] | None = None,
 ) -> pd.DataFrame:
     """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, each from every other to
     the largest, beside the law.
@@ -95,6 +96,8 @@ def horizon_exponents(
       takeovers, warmup: see `predictions`.
       runs: whose parts were measured, see `horizon_parts.exponent_of_parts`.
       linear_terms: of the modules, c of the first step under Adam; none takes the signal to lead.
+      constants: Smallest and largest measured displacement constant K by number of steps, see
+        `horizon_regret.constants_by_steps`; without them the displacement law is left out.
 
     Returns:
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
@@ -104,6 +107,8 @@ def horizon_exponents(
       of the median module and of 95% of them, see `laws.keeping_rank_exponent`.
       Over the strength ``by_parts``, the mean of `horizon_parts.exponent_of_parts` over seeds, ``by_parts_low`` and
       ``by_parts_high`` their range, and ``by_parts_verdict`` on that in place of the law's.
+      Over the strength also ``displacement_low`` and ``displacement_high``, the exponents of the displacement law over
+      the measured constants and every coherence, and ``displacement_verdict``. Each law is a rival of the other.
     """
     rows = []
     by = {(curve.rank, strength_of(curve)): curve for curve in found}
@@ -125,6 +130,8 @@ def horizon_exponents(
                 rate = _best_rate(ends[0])
                 told = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
                 law = tuple(told["exponent"])
+                displaced = _displacement_exponents((constants or {}).get(step), low, high)
+                rivals, other_rivals = (*rivals, *(displaced or ())), (*rivals, min(law), max(law))
                 by_parts = exponent_of_parts(
                     runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
                 )
@@ -140,11 +147,28 @@ def horizon_exponents(
                 | {"verdict": judged((min(law), max(law)), rivals, seeds=seeds)}
                 | {"by_parts": float(np.mean(by_parts)) if by_parts else None}
             )
+            if over == "strength" and displaced is not None:
+                rows[-1] |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
+                rows[-1]["displacement_verdict"] = judged(displaced, other_rivals, seeds=seeds)
             if by_parts:
                 ends_of_parts = min(by_parts), max(by_parts)
                 rows[-1] |= dict(zip(("by_parts_low", "by_parts_high"), ends_of_parts, strict=True))
                 rows[-1]["by_parts_verdict"] = judged(ends_of_parts, (*rivals, law[1]), seeds=len(by_parts))
     return pd.DataFrame(rows)
+
+
+def _displacement_exponents(
+    constants: tuple[float, float] | None, low: float, high: float
+) -> tuple[float, float] | None:
+    """Return the smallest and largest exponent of the displacement law between two values of G, or None."""
+    if constants is None:
+        return None
+    exponents = [
+        displacement.best_rate_exponent(low, high, displacement_constant=constant, coherence=coherence)
+        for constant in constants
+        for coherence in displacement.COHERENCE_RANGE
+    ]
+    return min(exponents), max(exponents)
 
 
 def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
@@ -205,32 +229,37 @@ def _errors(slope: Estimate) -> dict[str, Any]:
     return {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
 
 
-RIVALS = {"strength": (-1.0, 0.0), "rank": (0.5,), "step": (-0.5,)}
-"""What else is said of the exponent: in gamma r, -1 (the first step's law) and 0 (nothing to change); in the rank at
-one gamma r, 1/2 (cross-talk leads, so that the step falls as the root of the rank); in the steps, -1/2 (entries walk
-at random)."""
+RIVALS = {"strength": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
+"""Exponents that rival explanations predict for the best rate. In G: -1 (the law of the first step) and 0 (nothing to
+change). In the rank at fixed G: 1/2 (cross-talk leads), and 1/8 either way, the smallest that a user would notice: from
+rank 8 to 128 it is a factor of 1.4, which costs a few thousandths of a nat. In the steps: -1/2 (a random walk)."""
 
 
 def judge_exponent(
     slope: Estimate, law: tuple[float, float], rivals: Sequence[float], *, edge: bool, seeds: int
 ) -> str:
-    """Whether a measured exponent of the best rate bears the law out.
+    """Judge whether a measured exponent of the best rate supports a law.
 
-    ``agrees``: its 95% interval meets the law's range and leaves out what else is said, where the law's range does;
-    ``contradicts``: it misses the law's range; ``undecided``: it could not tell, a best rate lies at the grid's edge,
-    or there is one seed: its error is over records and leaves out how one training run differs from the next.
+    A law is supported only against a rival: an interval that contains both says nothing about either.
 
     Args:
-      slope: measured.
-      law: the range of what is judged.
-      rivals: what else is said, see `RIVALS`.
-      edge: whether a best rate is at the grid's edge.
-      seeds: whose curves both ends have.
+      slope: Measured exponent.
+      law: Smallest and largest exponent that the law predicts.
+      rivals: Exponents predicted by rival explanations, see `RIVALS`; those inside the law's range are ignored.
+      edge: Whether a best rate lies at the end of its grid.
+      seeds: Number of seeds that both curves have.
+
+    Returns:
+      ``contradicts`` if the 95% interval misses the law's range; ``agrees`` if it meets the range and excludes every
+      rival; ``undecided`` if it contains a rival, there is no rival, a best rate lies at the end of its grid, or there
+      is one seed, whose error leaves out how one training run differs from the next.
     """
     if edge or seeds < 2 or not math.isfinite(slope.half_width()):
         return "undecided"
     low, high = slope.value - slope.half_width(), slope.value + slope.half_width()
     if high < law[0] or low > law[1]:
         return "contradicts"
-    others = [other for other in rivals if not law[0] <= other <= law[1]]
-    return "undecided" if any(low <= other <= high for other in others) else "agrees"
+    outside = [rival for rival in rivals if not law[0] <= rival <= law[1]]
+    if not outside or any(low <= rival <= high for rival in outside):
+        return "undecided"
+    return "agrees"

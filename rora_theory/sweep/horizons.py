@@ -1,14 +1,17 @@
 """What runs of a grid of horizons come to: best rates, each beside others, and how they move beside the law."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from rora_theory.sweep.horizon_curves import FULL, at_one_rate, beside, bests, curves_at
 from rora_theory.sweep.horizon_law import horizon_exponents, step_exponents
 from rora_theory.sweep.horizon_parts import change_at_best, led_table
+from rora_theory.sweep.horizon_regret import constants_by_steps, policies, regret_table
 from rora_theory.sweep.horizon_runs import HorizonRun, distinct
 
 UNITS = {
@@ -29,6 +32,8 @@ class HorizonJudgement:
       steps: how they move with the steps, `horizon_law.step_exponents`.
       led: which part of the change leads in every run, `horizon_parts.led_table`.
       change: how large the change is at the best rates, `horizon_parts.change_at_best`.
+      constants: Displacement constants K, `horizon_regret.constants_by_steps`.
+      regret: Cost of policies between all measured conditions, `horizon_regret.regret_table`.
     """
 
     best: pd.DataFrame
@@ -38,6 +43,8 @@ class HorizonJudgement:
     steps: pd.DataFrame
     led: pd.DataFrame
     change: pd.DataFrame
+    constants: pd.DataFrame
+    regret: pd.DataFrame
 
     def files(self) -> dict[str, pd.DataFrame]:
         """The frames that are not empty, by the names of their files."""
@@ -71,21 +78,30 @@ def judge_runs(
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
         none = pd.DataFrame()
-        return HorizonJudgement(best, none, none, none, none, led, none)
+        return HorizonJudgement(best, none, none, none, none, led, none, none, none)
     other = {name: distinct(own) for name, own in (others or {}).items()}
     pairs = [
         beside(found, step, {name: curves_at(own, tokens, step) for name, own in other.items()})
         for step, found in curves.items()
     ]
+    constants = constants_by_steps(led, best)
+    by_steps = constants.groupby("step") if len(constants) else ()
+    ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
     found = moved = pd.DataFrame()
     if takeovers:
         law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup}
         found = _joined(
-            horizon_exponents(one, step, **law, runs=runs, linear_terms=linear_terms) for step, one in curves.items()
+            horizon_exponents(one, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
+            for step, one in curves.items()
         )
         moved = step_exponents(curves, **law)
     same = _joined(at_one_rate(runs, tokens, step) for step in steps)
-    return HorizonJudgement(best, _joined(pairs), same, found, moved, led, change_at_best(best, led))
+    costs = pd.DataFrame()
+    if ranges:
+        middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
+        takeover = float(np.median(takeovers)) if takeovers else None
+        costs = regret_table(runs, tokens, policies(middle, takeover=takeover))
+    return HorizonJudgement(best, _joined(pairs), same, found, moved, led, change_at_best(best, led), constants, costs)
 
 
 def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:

@@ -13,9 +13,18 @@ from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.sweep import horizon_curves, horizon_grid, horizon_law, horizon_parts, horizon_runs, horizons
+from rora_theory.sweep import (
+    horizon_curves,
+    horizon_grid,
+    horizon_law,
+    horizon_parts,
+    horizon_regret,
+    horizon_runs,
+    horizons,
+)
 from rora_theory.sweep.horizon_runs import HorizonRun
 from rora_theory.sweep.readings import Reading, ReadRun
+from rora_theory.theory.displacement import displacement_ratio
 from rora_theory.theory.horizon import distances, keeping_rate, rate_factor
 
 RATES = [10 ** (k / 4) for k in range(-18, -7)]
@@ -132,6 +141,25 @@ def test_where_the_data_could_not_tell_it_is_undecided() -> None:
         == "undecided"
     )
     assert horizon_law.judge_exponent(over_rank, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
+    for rivals in ((), (0.0,)):
+        assert horizon_law.judge_exponent(over_rank, (0.0, 0.0), rivals, edge=False, seeds=3) == "undecided", "no rival"
+
+
+@pytest.mark.parametrize(
+    ("planted", "noise", "verdicts"),
+    [
+        (-0.53, 1e-3, ("agrees", "contradicts")),
+        (-0.79, 1e-3, ("contradicts", "agrees")),
+        (-0.65, 6e-2, ("undecided", "undecided")),
+    ],
+)
+def test_each_law_is_a_rival_of_the_other(planted, noise, verdicts) -> None:
+    """The constant-gradient law predicts about -0.53 here, the displacement law -0.63 to -0.79 at K of 105 to 170."""
+    curves = horizon_curves.curves_at(grid(planted, seeds=3, noise=noise), TOKENS, 64)
+    law = {"takeovers": TAKEOVERS, "warmup": 4, "constants": {64: (105.0, 170.0)}}
+    row = horizon_law.horizon_exponents(curves, 64, **law).set_index(["over", "at"]).loc["strength", 8]
+    assert (row["displacement_low"], row["displacement_high"]) == pytest.approx((-0.789, -0.631), abs=2e-3)
+    assert (row["verdict"], row["displacement_verdict"]) == verdicts
 
 
 def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> None:
@@ -734,3 +762,36 @@ def test_a_variant_identifies_a_folder_only_where_it_differs_from_its_default() 
 def test_a_decaying_schedule_is_read_at_its_end_alone() -> None:
     with pytest.raises(InputError, match=r"read-at.*cosine.*16 64"):
         horizon_grid.HorizonGrid(schedule="cosine", read_at=(16, 64))
+
+
+def test_constants_and_regrets_of_planted_runs() -> None:
+    planted = grid(-0.77, seeds=3)
+    ratios = [displacement_ratio(run.strength, displacement_constant=130.0) for run in planted]
+    runs = [with_parts([run], ratio)[0] for run, ratio in zip(planted, ratios, strict=True)]
+    judged = horizons.judge_runs(runs, TOKENS, takeovers=TAKEOVERS, warmup=4)
+    assert set(judged.constants["step"]) == {16, 64}
+    for name in ("constant", "constant_low", "constant_high"):
+        np.testing.assert_allclose(judged.constants[name], 130.0, rtol=1e-9)
+    # Half of the rates of a curve lie at or below the best one.
+    assert judged.constants["runs"].between(3, 3 * len(RATES) - 1).all()
+    costs = judged.regret.query("steps == 64 and old_steps == 64 and old_strength == 64 and strength == 724")
+    by_policy = costs[(costs["old_rank"] == 8) & (costs["rank"] == 8)].set_index("policy")["regret"]
+    # Log10 of the rate over the best one: planted 0.77 log10(724 / 64) = 0.811 less what the policy divides by.
+    for policy, decades in (("keep the rate", 0.811), ("first step", -0.242), ("square root", 0.284)):
+        assert by_policy[policy] == pytest.approx(0.1 * decades**2, abs=4e-3), policy
+    assert by_policy["displacement"] < 2e-3
+    assert {"rank", "strength", "steps", "rank strength steps"} <= set(judged.regret["changed"])
+    assert (judged.regret["rank"] >= judged.regret["old_rank"]).all()
+    assert (judged.regret["steps"] >= judged.regret["old_steps"]).all()
+
+
+def test_a_rate_that_one_seed_alone_ran_is_read_from_that_seed() -> None:
+    runs = [
+        run for run in grid(-0.77, seeds=3)
+        if run.strength == 64 or run.seed == 1 or run.rate < 3e-4
+    ]  # fmt: skip
+    costs = horizon_regret.regret_table(runs, TOKENS, horizon_regret.policies({64: 130.0}), draws=50)
+    row = costs.query("steps == 64 and old_steps == 64 and old_strength == 64 and strength == 724")
+    row = row[(row["old_rank"] == 8) & (row["rank"] == 8)].set_index("policy").loc["keep the rate"]
+    assert (row["seeds"], row["is_lower_bound"]) == (1, False)
+    assert row["regret"] == pytest.approx(0.1 * 0.811**2, abs=0.02)
