@@ -124,6 +124,8 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
     change |= {"edge": "{edge}"}
     best = who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
+    policies = {"what changes": "{changed}", "policy": "{policy}", "pairs": "{pairs}"}
+    policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "at least": "{lower_bounds}"}
     for title, frame, columns in (
         ("Best rates (parabola through the least three)", judged.best, best),
         ("Beside others, each at its own best rate", judged.beside, beside),
@@ -132,6 +134,11 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
         ("How the best rate moves with the steps; -1/2 where entries walk at random", judged.steps, steps),
         ("Which part of the change leads, median over modules (5% to 95%)", judged.led, led),
         ("Size of the change at the best rate: equal where the best rate keeps it", judged.change, who | change),
+        (
+            "Regret in nats per token, by policy; at least: pairs with a rate outside the grid",
+            judged.policies,
+            policies,
+        ),
     ):
         if not frame.empty:
             left = 2 if frame is found else list(columns).index("beside") + 1 if "beside" in columns else 0

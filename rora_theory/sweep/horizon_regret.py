@@ -185,3 +185,27 @@ class _MeasuredCurves:
         if (condition, seeds) not in self._covering:
             self._covering[condition, seeds] = self._curve(condition, [run for run in runs if run.seed in seeds])
         return self._covering[condition, seeds]
+
+
+def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the regret of every policy over the pairs of conditions that differ in the same settings.
+
+    Args:
+      costs: `regret_table`.
+
+    Returns:
+      A row for each ``changed`` and ``policy``: ``pairs``, ``median`` and ``largest`` regret in nats per token,
+      ``largest_error``, the standard error of the largest, and ``lower_bounds``, the number of pairs whose rate lies
+      outside the measured ones. Pairs with a best rate at the end of a grid are left out.
+    """
+    rows: list[dict[str, Any]] = []
+    inside = costs[~costs["is_edge"].astype(bool)] if len(costs) else costs
+    for (changed, policy), pairs in inside.groupby(["changed", "policy"], sort=False) if len(inside) else ():
+        worst = pairs.loc[pairs["regret"].idxmax()]
+        rows.append(
+            {"changed": changed, "policy": policy, "pairs": len(pairs), "median": float(pairs["regret"].median())}
+            | {"largest": float(worst["regret"]), "largest_error": worst["standard_error"]}
+            | {"lower_bounds": int(pairs["is_lower_bound"].sum())}
+        )
+    columns = ["changed", "policy", "pairs", "median", "largest", "largest_error", "lower_bounds"]
+    return frames.of(rows, columns)

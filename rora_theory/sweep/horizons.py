@@ -11,7 +11,7 @@ import pandas as pd
 from rora_theory.sweep.horizon_curves import FULL, at_one_rate, beside, bests, curves_at
 from rora_theory.sweep.horizon_law import horizon_exponents, step_exponents
 from rora_theory.sweep.horizon_parts import change_at_best, led_table
-from rora_theory.sweep.horizon_regret import constants_by_steps, policies, regret_table
+from rora_theory.sweep.horizon_regret import constants_by_steps, policies, regret_by_policy, regret_table
 from rora_theory.sweep.horizon_runs import HorizonRun, distinct
 
 UNITS = {
@@ -34,6 +34,7 @@ class HorizonJudgement:
       change: how large the change is at the best rates, `horizon_parts.change_at_best`.
       constants: Displacement constants K, `horizon_regret.constants_by_steps`.
       regret: Cost of policies between all measured conditions, `horizon_regret.regret_table`.
+      policies: Its summary, `horizon_regret.regret_by_policy`.
     """
 
     best: pd.DataFrame
@@ -45,6 +46,7 @@ class HorizonJudgement:
     change: pd.DataFrame
     constants: pd.DataFrame
     regret: pd.DataFrame
+    policies: pd.DataFrame
 
     def files(self) -> dict[str, pd.DataFrame]:
         """The frames that are not empty, by the names of their files."""
@@ -78,7 +80,7 @@ def judge_runs(
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
         none = pd.DataFrame()
-        return HorizonJudgement(best, none, none, none, none, led, none, none, none)
+        return HorizonJudgement(best, none, none, none, none, led, none, none, none, none)
     other = {name: distinct(own) for name, own in (others or {}).items()}
     pairs = [
         beside(found, step, {name: curves_at(own, tokens, step) for name, own in other.items()})
@@ -101,7 +103,18 @@ def judge_runs(
         middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
         takeover = float(np.median(takeovers)) if takeovers else None
         costs = regret_table(runs, tokens, policies(middle, takeover=takeover))
-    return HorizonJudgement(best, _joined(pairs), same, found, moved, led, change_at_best(best, led), constants, costs)
+    return HorizonJudgement(
+        best,
+        _joined(pairs),
+        same,
+        found,
+        moved,
+        led,
+        change_at_best(best, led),
+        constants,
+        costs,
+        regret_by_policy(costs),
+    )
 
 
 def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:

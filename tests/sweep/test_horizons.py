@@ -781,6 +781,11 @@ def test_constants_and_regrets_of_planted_runs() -> None:
         assert by_policy[policy] == pytest.approx(0.1 * decades**2, abs=4e-3), policy
     assert by_policy["displacement"] < 2e-3
     assert {"rank", "strength", "steps", "rank strength steps"} <= set(judged.regret["changed"])
+    summary = judged.policies.set_index(["changed", "policy"])
+    own = judged.regret.query("changed == 'strength' and policy == 'first step' and not is_edge")
+    assert summary.loc[("strength", "first step"), "pairs"] == len(own)
+    assert summary.loc[("strength", "first step"), "largest"] == pytest.approx(own["regret"].max())
+    assert summary.loc[("strength", "displacement"), "largest"] < summary.loc[("strength", "square root"), "median"]
     assert (judged.regret["rank"] >= judged.regret["old_rank"]).all()
     assert (judged.regret["steps"] >= judged.regret["old_steps"]).all()
 
