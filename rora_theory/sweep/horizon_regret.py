@@ -83,7 +83,7 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
       best: `horizon_curves.bests` of every step.
 
     Returns:
-      A row for each ``step``, ``rank`` and ``strength``: ``constant``, the geometric mean of K over runs, its smallest
+      A row for each ``step``, ``rank`` and ``strength``: ``constant``, the mean of K over runs, its smallest
       and largest value ``constant_low`` and ``constant_high``, and ``runs``, how many there are. A run belongs to it if
       its learning rate is at most half a grid step of a quarter decade above the best rate.
     """
@@ -99,7 +99,7 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
             values = strength * near["ratio"] * (1 + near["ratio"])
             rows.append(
                 {"step": int(step), "rank": int(rank), "strength": float(strength)}
-                | {"constant": float(np.exp(np.mean(np.log(values))))}
+                | {"constant": float(values.mean())}
                 | {"constant_low": float(values.min()), "constant_high": float(values.max()), "runs": len(near)}
             )
     columns = ["step", "rank", "strength", "constant", "constant_low", "constant_high", "runs"]

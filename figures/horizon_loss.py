@@ -1,0 +1,66 @@
+"""Held-out loss against learning rate at several ranks and one number of steps: a run of sims.horizon."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import tyro
+from matplotlib.axes import Axes
+
+from figures import style
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run to draw, and curves to show."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder of sims.horizon"""
+    ranks: tuple[int, ...] = (1, 8, 32, 128)
+    """Ranks, a curve each"""
+    strengths: tuple[float, ...] = (64.0, 724.0)
+    """Values of G = gamma r: alpha under alpha / r, and alpha sqrt(r) under alpha / sqrt(r)"""
+    steps: int = 64
+    """Number of optimizer steps"""
+    top: float = 1.08
+    """Highest loss drawn, in nats per token"""
+    out: Path | None = None
+    """Folder for horizon_loss.png and .svg; the run folder by default"""
+
+
+def draw(config: Config) -> Sequence[Path]:
+    """Draw the mean loss over seeds, and a dot for every seed."""
+    _, losses = style.read_frame(config.run, "horizon")
+    losses = losses[(losses["step"] == config.steps) & losses["rank"].isin(config.ranks)]
+    figure, axes = plt.subplots(figsize=(4.8, 3.2))
+    drawn = 0
+    for place, rank in enumerate(config.ranks):
+        for line, strength in zip(("-", "--"), config.strengths, strict=False):
+            curve = losses[(losses["rank"] == rank) & (losses["strength"].sub(strength).abs() < 0.5)]
+            if curve["learning_rate"].nunique() < 3:
+                continue
+            label = f"r = {rank}, G = {strength:g}"
+            draw_curve(axes, curve, line, color=style.COLOURS[place], marker=style.MARKERS[place], label=label)
+            drawn += 1
+    if not drawn:
+        style.fail(f"{config.run}: results.csv has no curve of three learning rates after {config.steps} steps")
+    axes.set(xscale="log", xlabel="learning rate", ylabel=f"held-out loss after {config.steps} steps, nats per token")
+    axes.set_ylim(top=config.top)
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    return style.save(figure, config.out or config.run, "horizon_loss")
+
+
+def draw_curve(axes: Axes, curve: pd.DataFrame, line: str, *, color: str, marker: str, label: str) -> None:
+    """Draw a line through the means over the seeds that ran every rate of the line, and every seed's runs."""
+    by_rate = curve.groupby("learning_rate")["validation_loss"]
+    # A mean over fewer seeds has another level: seeds differ by more than neighbouring rates do.
+    complete = by_rate.mean()[by_rate.size() == curve["seed"].nunique()]
+    axes.plot(complete.index, complete, line, color=color, marker=marker, label=label)
+    axes.plot(curve["learning_rate"], curve["validation_loss"], ".", color=color, markersize=2, alpha=0.5)
+
+
+if __name__ == "__main__":
+    style.command(draw, Config, __doc__)
