@@ -101,7 +101,7 @@ def cells(run: Path, config: Config) -> list[Path]:
         style.check_among(option, value, rows[column])  # of the cells that those before leave
         chosen = rows["seed"].min() if option == "--seed" and value is None else value
         rows = rows if chosen is None else rows[rows[column] == chosen]
-    return [run / "cells" / key for key in rows["key"]]
+    return [files.resolve_inside(run / "cells", key, where=run / "results.csv") for key in rows["key"]]
 
 
 def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -116,9 +116,9 @@ def read_events(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         settings = files.read_json(cell if cell.exists() else run / "manifest.json")
         settings = settings["training"] if cell.exists() else settings["config"]
         events = read_entries(run / "metrics.jsonl")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         style.fail(f"{run}: is not a run folder ({error}); accepted is a folder with manifest.json and metrics.jsonl")
-    if not any(event["event"] == "step" for event in events):
+    if not any(event.get("event") == "step" for event in events):
         style.fail(f"{run}/metrics.jsonl: has no steps; accepted is a run that took at least one")
     return settings, events
 
@@ -167,8 +167,9 @@ def name(settings: dict[str, Any]) -> str:
 
 def points(events: list[dict[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and losses of one kind of event."""
-    chosen = [(event["step"], event["loss"]) for event in events if event["event"] == kind]
-    found = np.array(chosen, float).reshape(-1, 2)
+    with files.naming_damage("metrics.jsonl"):
+        chosen = [(event["step"], event["loss"]) for event in events if event.get("event") == kind]
+        found = np.array(chosen, float).reshape(-1, 2)
     return found[:, 0], found[:, 1]
 
 

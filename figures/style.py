@@ -14,6 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from rora_theory import files, frames, seals
 from rora_theory.errors import InputError
+from rora_theory.runs.reading import check_manifest
 from sims.common import answers, cli
 from sims.common.cli import fail
 
@@ -152,8 +153,7 @@ def read_manifest(folder: Path, experiment: str | None = None) -> dict[str, Any]
     """A run's manifest; a missing, damaged or changed file or another experiment's ends the command."""
     check_as_written(folder)
     manifest = files.read_json(folder / "manifest.json", accepted=OF_A_RUN)
-    if not isinstance(manifest, dict):
-        fail(f"{folder}/manifest.json: is damaged; accepted is {OF_A_RUN}")
+    check_manifest(folder / "manifest.json", manifest)
     if experiment is not None and manifest.get("experiment") != experiment:
         fail(f"{folder}: is a run of {manifest.get('experiment')}; accepted is a run of {experiment}")
     return manifest

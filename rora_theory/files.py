@@ -9,10 +9,10 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, first_line, shown
 
 LARGEST = 1 << 30
 """Bytes of the largest text that is read: 1 GiB, some eight times the 170 000 records of the eight tasks."""
@@ -118,6 +118,53 @@ def check_folder(path: str | Path) -> None:
         raise InputError(f"{path}: no permission to write to {place}; {accepted}")
 
 
+def resolve_inside(folder: Path, name: object, *, where: str | Path, links: bool = False) -> Path:
+    """Return the path of a file in a folder by a name that was read from a file.
+
+    Args:
+      folder: Folder that the path must not leave.
+      name: Relative path.
+      where: File that holds the name, for the error.
+      links: Whether symbolic links may lead out of the folder, as in the Hugging Face hub's cache. Pass True only for
+        files that are read, never for those that are written or removed.
+
+    Returns:
+      The folder joined with the name.
+
+    Raises:
+      InputError: The name is not a relative path, contains ``..``, or leads out of the folder through a symbolic link.
+
+    Examples:
+      >>> resolve_inside(Path("run"), "cells/1f/losses.csv", where="run/manifest.json").as_posix()
+      'run/cells/1f/losses.csv'
+      >>> resolve_inside(Path("run"), "../other", where="run/manifest.json")
+      Traceback (most recent call last):
+      ...
+      rora_theory.errors.InputError: run/manifest.json: names '../other', which is not a path inside run
+    """
+    parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
+    path = folder.joinpath(*parts)
+    if not parts or PurePath(*parts).is_absolute() or ".." in parts or not (links or _is_inside(path, folder)):
+        raise InputError(f"{where}: names {shown(name)}, which is not a path inside {folder}")
+    return path
+
+
+def check_links(folder: Path) -> None:
+    """Check that no symbolic link in a folder leads out of it, so that nothing outside is written or removed.
+
+    Raises:
+      InputError: A link leads out of the folder.
+    """
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            if path.is_symlink() and not _is_inside(path, folder):
+                raise InputError(f"{path}: symbolic link out of {folder}. Replace it by what it links to.")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def _is_there(path: Path) -> bool:
     """As `Path.exists`, which takes a loop of links or a zero byte for nothing there."""
     try:
@@ -188,6 +235,22 @@ def parse_json(text: str, *, where: str, accepted: str = "JSON") -> Any:
     if deep:
         raise InputError(f"{where}: is JSON more than {DEPTH} lists and objects deep; accepted is {accepted}")
     return value
+
+
+@contextlib.contextmanager
+def naming_damage(where: str | Path) -> Iterator[None]:
+    """Raise `InputError` where a value that was read from a file is missing or has the wrong type.
+
+    Args:
+      where: File, for the error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{where}: is damaged ({reason}); accepted is the file as the run wrote it") from error
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

@@ -1,5 +1,6 @@
 """Files of JSON lines that grow while a run goes on, each line sealed: what was cut or changed since is found."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from rora_theory import seals
 from rora_theory.errors import InputError
-from rora_theory.files import append, read_bytes, write_whole
+from rora_theory.files import append, parse_json, read_bytes, write_whole
 
 
 class Journal:
@@ -31,16 +32,14 @@ class Journal:
         self.path = path
         self.entries: list[dict[str, Any]] = []
         self._digests = [identity]
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return
+        data = read_bytes(path)
         whole = _whole_lines(data)
         for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                entry = None
+            entry: Any = None
+            with contextlib.suppress(InputError, UnicodeDecodeError):
+                entry = parse_json(line.decode(), where=str(path))
             if not seals.is_sealed(entry, of=self._digests[-1]):
                 raise InputError(
                     f"{path}: line {number} is damaged or was changed since the run wrote it; accepted is the file as "
@@ -73,13 +72,14 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     """The entries of a file as they stand, whatever run it is of; a last line that was cut off is left out.
 
     Raises:
-      InputError: there is no such file, or a line is not JSON.
+      InputError: there is no such file, or a line is not a JSON object.
     """
     whole = _whole_lines(read_bytes(path))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is damaged ({error}); accepted is the file as the run wrote it") from error
+        return [dict(parse_json(line.decode(), where=f"line {n}")) for n, line in enumerate(whole.splitlines(), 1)]
+    except (ValueError, TypeError) as error:
+        reason = str(error).partition("; accepted")[0]
+        raise InputError(f"{path}: is damaged ({reason}); accepted is the file as the run wrote it") from error
 
 
 def _whole_lines(data: bytes) -> bytes:

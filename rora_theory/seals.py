@@ -39,13 +39,13 @@ def changed_files(folder: Path, known: Any) -> list[str]:
     """Which of a folder's files differ from their SHA-256 in ``known``; one that is not there does not.
 
     Raises:
-      InputError: a file that can't be read.
+      InputError: a file that can't be read, or a name that leads out of the folder.
     """
     if not isinstance(known, Mapping):
         return []
-    return [
-        name for name, digest in known.items() if (folder / name).is_file() and digests.of_file(folder / name) != digest
-    ]
+    where = folder / "manifest.json"
+    paths = {name: files.resolve_inside(folder, name, where=where) for name in known}
+    return [name for name, path in paths.items() if path.is_file() and digests.of_file(path) != known[name]]
 
 
 def problem(folder: Path, within: str = "") -> str | None:

@@ -20,7 +20,6 @@ from rora_theory.data.records import DataConfig
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import finished
 from rora_theory.sweep import horizon_law, horizon_runs, horizons, readings
 from rora_theory.sweep.horizon_grid import HorizonCell, HorizonGrid
 from rora_theory.sweep.memory import cell_memory
@@ -86,7 +85,7 @@ def run(config: Config) -> None:
 
     words = partial(readings.read_run_in_words, tokens=tokens)
     run_with_bar(cells, work, folder, runner=runner, title="runs", words=words)
-    runs = horizon_runs.distinct(horizon_runs.run_of(one.cell, one.value) for one in finished(folder.path).values())
+    runs = horizon_runs.distinct(horizon_runs.read_finished(folder.path))
     folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
     law = {"takeovers": takeovers, "linear_terms": linear_terms}
     judged = horizons.judge_runs(runs, tokens, **law, warmup=grid.warmup, others=others)

@@ -1,6 +1,7 @@
 """Files of a user's are read whole, or refused in one line before memory goes."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,3 +194,26 @@ def test_permissions_are_the_umask_s(tmp_path, mask, mode):
     finally:
         os.umask(before)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [mode, mode]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../mine", "a/../../mine", "link/file", "", ".", "a\0b", 3, None])
+def test_a_name_that_leads_out_of_a_folder_is_refused(tmp_path: Path, name: object) -> None:
+    (folder := tmp_path / "run").mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=re.escape(f"manifest.json: names {name!r}, which is not a path inside")):
+        files.resolve_inside(folder, name, where="manifest.json")
+
+
+def test_links_are_followed_inside_a_folder_alone(tmp_path: Path) -> None:
+    (folder := tmp_path / "run").mkdir()
+    (folder / "file").write_text("")
+    (folder / "inner").symlink_to("file")
+    files.check_links(folder)
+    for name in ("file", "inner", "new/file"):
+        assert files.resolve_inside(folder, name, where="") == folder / name
+    (tmp_path / "shard").write_text("")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "outer").symlink_to(tmp_path / "shard")
+    assert files.resolve_inside(folder, "sub/outer", where="", links=True).exists()
+    with pytest.raises(InputError, match="outer: symbolic link out of"):
+        files.check_links(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from rora_theory.data.tasks import TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample, Scoring, in_order, score_tasks
+from rora_theory.files import naming_damage
 from rora_theory.journal import Journal
 from rora_theory.llama import Adapter, Model
 
@@ -35,12 +36,14 @@ class Samples:
         gold = {(record.task, record.index): record.answer for record in records}
         found: dict[tuple[str, int], Sample] = {}
         for number, line in enumerate(self._journal.entries, start=1):
-            plain = dict(line)
-            named = plain.pop("protocol")
-            pairs = tuple((label, float(value)) for label, value in plain.pop("log_likelihoods"))
-            sample = Sample(**plain, log_likelihoods=pairs)
-            key = (sample.task, sample.index)
-            if named != protocol or gold.get(key) != sample.gold or key in found:
+            with naming_damage(f"{path}: line {number}"):
+                plain = dict(line)
+                named = plain.pop("protocol")
+                pairs = tuple((str(label), float(value)) for label, value in plain.pop("log_likelihoods"))
+                sample = Sample(**plain, log_likelihoods=pairs)
+                key = (sample.task, sample.index)
+                is_new = key not in found and isinstance(sample.correct, bool)
+            if named != protocol or gold.get(key) != sample.gold or not is_new:
                 raise InputError(
                     f"{path}: line {number} is of {named} {key}, which this run does not score, or scores once"
                 )

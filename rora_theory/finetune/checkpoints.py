@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from rora_theory import seals
 from rora_theory.errors import InputError, first_line
+from rora_theory.files import naming_damage
 from rora_theory.finetune.step import State
 
 
@@ -110,11 +111,15 @@ class Checkpoints:
             found = self._manager.restore(step, args=items)
         except Exception as error:  # a damaged file breaks any of the libraries that read it, each in its own way
             raise self._damaged(step, f"cannot be read ({_reason(error)})") from error
-        progress = dict(found.progress)
-        if not seals.is_sealed(progress) or progress.pop("state") != checksum(found.state):
-            raise self._damaged(step, "is not as it was written")
-        del progress[seals.DIGEST]
-        return found.state, Progress(**progress)
+        with naming_damage(self.path(step)):
+            progress = dict(found.progress)
+            if not seals.is_sealed(progress) or progress.pop("state") != checksum(found.state):
+                raise self._damaged(step, "is not as it was written")
+            del progress[seals.DIGEST]
+            result = Progress(**progress)
+            if result.step != step:
+                raise self._damaged(step, "is not as it was written")
+        return found.state, result
 
     def _damaged(self, step: int, how: str) -> InputError:
         return InputError(

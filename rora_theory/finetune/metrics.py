@@ -6,6 +6,7 @@ from typing import Any
 
 from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.files import naming_damage
 from rora_theory.finetune.loop import Event, Paused, Stepped, Trainer
 from rora_theory.journal import Journal
 from rora_theory.runs.folder import RunFolder
@@ -32,13 +33,15 @@ class Metrics:
         if not trainer.step:
             path.unlink(missing_ok=True)
         self._trainer, self._journal = trainer, Journal(path, identity)
-        kept = [event for event in self._journal.entries if event["step"] <= trainer.step]
+        with naming_damage(path):
+            kept = [event for event in self._journal.entries if event["step"] <= trainer.step]
+            names = [(event["event"], event["step"]) for event in kept]
         expected = [
             (name, step)
             for step in range(1, trainer.step + 1)
             for name in ("step", *(["validation"] if trainer.validates(step) else []))
         ]
-        if [(event["event"], event["step"]) for event in kept] != expected:
+        if names != expected:
             raise InputError(
                 f"{path}: has {len(kept)} lines of the {len(expected)} before the checkpoint at step {trainer.step}; "
                 "accepted is the file as the run wrote it; with checkpoints/ beside it removed, the run begins anew"

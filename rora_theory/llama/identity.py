@@ -1,6 +1,5 @@
 """Which model it is: not the name it was asked for by, but what its files hold, and how they store it."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ def parts(source: Path) -> list[Path]:
         return [source]
     weights = [source / SINGLE]
     if not weights[0].is_file():
-        names = {os.path.basename(str(name)) for name in weight_map(source).values()}
+        names = set(weight_map(source).values())
         weights = [source / INDEX, *(source / name for name in names)]
     others = (source / name for name in ("config.json", *TOKENIZER_FILES))
     return [path for path in (*weights, *others) if path.is_file()]

@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rora_theory.errors import InputError
-from rora_theory.files import check_regular, name_beside, read_object
+from rora_theory.files import check_regular, name_beside, read_object, resolve_inside
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Params, abstract_params
 from rora_theory.llama.quantised import Quantised, dense_params, fill, is_quantised, quantise
@@ -371,11 +371,11 @@ def _write_weights(folder: Path, params: Params, config: LlamaConfig, shard_byte
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def weight_map(folder: Path) -> dict[str, Any]:
+def weight_map(folder: Path) -> dict[str, str]:
     """The index of a folder with shards: the file of each tensor.
 
     Raises:
-      InputError: there is none, or it is damaged.
+      InputError: there is none, it is damaged, or it names what is no safetensors file of the folder.
     """
     index = folder / INDEX
     if not os.path.exists(index):
@@ -383,6 +383,10 @@ def weight_map(folder: Path) -> dict[str, Any]:
     where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise InputError(f"{index}: weight_map is missing or empty; accepted is an object of tensor to file")
+    for file in where.values():
+        resolve_inside(folder, file, where=index, links=True)  # links: the hub's cache has the files elsewhere
+        if file != os.path.basename(file) or "\\" in file or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: names {file!r}; accepted is a .safetensors file of the same folder")
     return where
 
 
@@ -394,11 +398,9 @@ def headers(folder: Path) -> dict[str, Stored]:
     """
     if os.path.exists(folder / SINGLE):
         return dict(_header(folder / SINGLE))
-    index, where = folder / INDEX, weight_map(folder)
+    where = weight_map(folder)
     stored: dict[str, Stored] = {}
-    for file in sorted({str(file) for file in where.values()}):
-        if file != os.path.basename(file) or "\\" in file or not file.endswith(".safetensors"):
-            raise InputError(f"{index}: names {file!r}; accepted is a .safetensors file of the same folder")
+    for file in sorted(set(where.values())):
         if not os.path.exists(folder / file):
             raise InputError(f"{folder / file}: not there, though {INDEX} names it")
         for name, tensor in _header(folder / file):

@@ -106,7 +106,7 @@ class RunFolder:
 
         Raises:
           InputError: the folder can't be written, is another process's, holds another run, holds files but no
-            readable manifest, or files that are not as the run wrote them.
+            readable manifest, files that are not as the run wrote them, or a symbolic link that leads out of it.
         """
         plain = as_json(config)
         identity, path = _identity(plain), path_of(name, plain, out)
@@ -118,6 +118,7 @@ class RunFolder:
         if stale := _open.get(path.resolve()):  # this process's own, left by an error
             stale._let_go()
         later = as_json(dict(grows or {}))
+        files.check_links(path)
         _earlier(path, name, plain, later)  # before anything is written into a folder that may not be this run's
         held = lock.take(path)
         try:
@@ -134,7 +135,7 @@ class RunFolder:
                     logger.warning("%s goes on with %s; its manifest.json names both", path, changed)
                 manifest.pop("error", None)
                 for session in manifest["sessions"]:
-                    session["status"] = session["status"].replace("running", "killed")
+                    session["status"] = session.get("status", "").replace("running", "killed")
             manifest["config"] |= {key: value for key, value in later.items() if value is not None}
             manifest |= {"status": "running", "end": None, "command": sys.argv[1:]} | here
             manifest |= as_json(dict(extra or {}))

@@ -9,12 +9,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rora_theory import seals
-from rora_theory.errors import InputError
+from rora_theory import files, seals
+from rora_theory.errors import InputError, shown
 from rora_theory.journal import Journal
 
 CELLS = "cells.jsonl"
@@ -22,6 +23,10 @@ CHECKPOINTS = "checkpoints"
 """Of a cell's folder: what an interrupted cell goes on from; removed when the cell is done."""
 LOCK = ".lock"
 """Held (flock) by the process that owns a folder, and says which; the kernel lets go of it when that dies."""
+
+_ENTRIES = {"experiment": str, "run_id": str, "status": str, "config": dict, "files": dict, "sessions": list}
+_SESSION = {"status": str, "python": str, "packages": dict, "git_revision": str | None, "cells": dict}
+"""Types of the entries of a manifest and of its sessions that are read again. An entry may be absent."""
 
 LATER = "later"
 """Metadata of a field of a configuration that was not there from the start."""
@@ -80,16 +85,30 @@ def finished(path: Path) -> dict[str, Finished]:
     One of which a file was removed is not among them: it is done again.
 
     Raises:
-      InputError: a line is not as the run wrote it.
+      InputError: a line is not as the run wrote it, its key is not the hash of its cell, or it names a file outside
+        the folder.
     """
     manifest = read_manifest(path, ("run_id",))
     if manifest is None:
         return {}
     found: dict[str, Finished] = {}
-    for entry in Journal(path / CELLS, manifest["run_id"], mend=False).entries:
-        if "key" in entry:
-            found[entry["key"]] = Finished(entry["key"], entry["cell"], entry["value"], entry["files"])
-    return {key: one for key, one in found.items() if all((path / name).exists() for name in one.files)}
+    for number, entry in enumerate(Journal(path / CELLS, manifest["run_id"], mend=False).entries, start=1):
+        one = _cell_of(entry, f"{path / CELLS}: line {number}")
+        found[one.key] = one
+    return {
+        key: one
+        for key, one in found.items()
+        if all(files.resolve_inside(path, name, where=path / CELLS).exists() for name in one.files)
+    }
+
+
+def _cell_of(entry: Mapping[str, Any], where: str) -> Finished:
+    """Parse a line of a finished cell, whose key names a folder and must therefore be the hash of the cell."""
+    with files.naming_damage(where):
+        key, cell = entry["key"], entry["cell"]
+        if key != key_of(cell):
+            raise InputError(f"{where}: key {shown(key)} is not the hash of its cell; accepted is the line as written")
+        return Finished(key, cell, entry["value"], dict(entry["files"]))
 
 
 def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
@@ -99,16 +118,17 @@ def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
       InputError: it is damaged, was changed, is of a version that kept no digests, or is missing beside other files.
     """
     file = path / "manifest.json"
-    try:
-        manifest = json.loads(file.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         if path.is_dir() and any(entry for entry in path.iterdir() if not entry.name.startswith(".")):
             raise InputError(
                 f"{path}: holds files but no manifest.json; accepted is an empty folder or a run's own"
             ) from None
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: is damaged ({error}); accepted is the file as the run wrote it") from error
+    try:
+        manifest = files.read_json(file)
+    except InputError as error:
+        reason = str(error).removeprefix(f"{file}: ").partition("; accepted")[0]
+        raise InputError(f"{file}: is damaged ({reason}); accepted is the file as the run wrote it") from error
     missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise InputError(f"{file}: is damaged (it has no {missing[0]}); accepted is the file as the run wrote it")
@@ -119,7 +139,37 @@ def read_manifest(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
     if not seals.is_sealed(manifest):
         raise InputError(f"{file}: was changed since the run wrote it; accepted is the file as the run wrote it")
     del manifest[seals.DIGEST]
+    check_manifest(file, manifest)
     return dict(manifest)
+
+
+def check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Check the types of a manifest's entries, and that the files it lists are in its folder.
+
+    Args:
+      file: The manifest's path.
+      manifest: Its content.
+
+    Raises:
+      InputError: An entry has another type, or a listed file is outside the folder.
+    """
+    _check_types(file, manifest, _ENTRIES)
+    for session in manifest.get("sessions", []):
+        _check_types(file, session, _SESSION, of="a session's ")
+    for name, digest in manifest.get("files", {}).items():
+        files.resolve_inside(file.parent, name, where=file)
+        _check_types(file, {name: digest}, {name: str})
+
+
+def _check_types(file: Path, entries: Any, types: Mapping[str, Any], of: str = "") -> None:
+    if not isinstance(entries, dict):
+        raise InputError(
+            f"{file}: is damaged ({shown(entries)} is no object); accepted is the file as the run wrote it"
+        )
+    for name, kind in types.items():
+        if name in entries and not isinstance(entries[name], kind):
+            what = f"{of}{name} is {shown(entries[name])}, not {getattr(kind, '__name__', kind)}"
+            raise InputError(f"{file}: is damaged ({what}); accepted is the file as the run wrote it")
 
 
 def check_files(folder: Path, known: Any) -> None:

@@ -176,7 +176,8 @@ def _losses(pairs: Sequence[tuple[Row, Row]], cells: Path) -> list[tuple[Estimat
     """Differences of the losses a token, over all tokens and over the answers', averaged over seeds: each with the
     error over records, and with that over seeds.
     """
-    found = [[results.read_losses(cells / one["key"] / results.LOSSES) for one in pair] for pair in pairs]
+    paths = [[results.cell_file(cells, one["key"], results.LOSSES) for one in pair] for pair in pairs]
+    found = [[results.read_losses(path) for path in pair] for pair in paths]
     _check_same(pairs, found, RECORD, "measured on different records")
     return [
         mean_per_token_over_seeds(
@@ -190,7 +191,8 @@ def _losses(pairs: Sequence[tuple[Row, Row]], cells: Path) -> list[tuple[Estimat
 def _accuracies(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[Estimate, dict[str, Estimate]]:
     """Differences of the average accuracy and of each task's, with their standard errors over items."""
     by_task: dict[str, list[np.ndarray]] = {}
-    found = [[results.read_answers(cells / one["key"] / results.ANSWERS) for one in pair] for pair in pairs]
+    paths = [[results.cell_file(cells, one["key"], results.ANSWERS) for one in pair] for pair in pairs]
+    found = [[results.read_answers(path) for path in pair] for pair in paths]
     _check_same(pairs, found, ITEM, "scored on different items")
     for own, other in found:
         for task, gained in (own["correct"] - other["correct"]).groupby(own["task"], sort=False):

@@ -9,7 +9,8 @@ import pandas as pd
 
 from rora_theory import frames
 from rora_theory.errors import InputError
-from rora_theory.runs.reading import as_json, finished, read_manifest
+from rora_theory.files import naming_damage
+from rora_theory.runs.reading import CELLS, as_json, finished, read_manifest
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.sweep.readings import Reading, ReadRun
 
@@ -38,15 +39,37 @@ class HorizonRun:
         return self.losses(step) is not None or (self.read.diverged_at is not None and self.read.diverged_at <= step)
 
 
-def run_of(cell: Mapping[str, Any], value: Mapping[str, Any]) -> HorizonRun:
-    """A finished cell as a `HorizonRun`.
+def read_finished(folder: Path) -> list[HorizonRun]:
+    """Read the runs of the finished cells of a run folder.
 
-    Args:
-      cell: ``rank``, ``strength``, ``rate`` and ``seed``.
-      value: a `ReadRun` in JSON types.
+    Raises:
+      InputError: A line is not as the run wrote it, or holds values of the wrong type.
     """
-    read = ReadRun(value["train_losses"], [Reading(**one) for one in value["readings"]], value["diverged_at"])
-    return HorizonRun(cell["rank"], cell["strength"], cell["rate"], cell["seed"], read)
+    runs = []
+    for one in finished(folder).values():
+        with naming_damage(f"{folder / CELLS}: key {one.key}"):
+            runs.append(_run_of(one.cell, one.value))
+    return runs
+
+
+def _run_of(cell: Mapping[str, Any], value: Mapping[str, Any]) -> HorizonRun:
+    """Convert a cell and its result from JSON types. Values of another type raise."""
+
+    def number(item: Any) -> float | None:
+        return None if item is None else float(item)
+
+    def whole(item: Any) -> int | None:
+        return None if item is None else int(item)
+
+    def floats(items: list[Any]) -> list[float]:
+        return [float(item) for item in items]
+
+    readings = [
+        Reading(int(one["step"]), floats(one["losses"]), floats(one["answer_losses"]), one.get("parts"))
+        for one in value["readings"]
+    ]
+    read = ReadRun(floats(value["train_losses"]), readings, whole(value["diverged_at"]))
+    return HorizonRun(whole(cell["rank"]), number(cell["strength"]), float(cell["rate"]), int(cell["seed"]), read)
 
 
 def distinct(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
@@ -119,4 +142,4 @@ def read_beside(path: Path, identity: Mapping[str, Any]) -> tuple[str, list[Hori
         raise InputError(f"--beside {path}: differs in no setting; accepted is a run that does, as in --targets")
     values = {name: other.get(name) for name in differ}
     words = [f"{key} {' '.join(each) if isinstance(each, list) else each}" for key, each in values.items()]
-    return ", ".join(words), [run_of(one.cell, one.value) for one in finished(path).values()]
+    return ", ".join(words), read_finished(path)

@@ -14,7 +14,7 @@ from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
-from rora_theory.runs.reading import Finished, finished, key_of
+from rora_theory.runs.reading import CELLS, Finished, finished, key_of
 from rora_theory.stats.rate_optimum import grid_gap
 from rora_theory.sweep.cells import SweepCell
 from rora_theory.sweep.design import BASE, METHODS
@@ -57,6 +57,11 @@ def read_results(folder: Path, cells: Sequence[SweepCell] | None = None) -> pd.D
     """`results_table` of the finished cells of a run folder, all or those among ``cells``."""
     keys = None if cells is None else {key_of(cell) for cell in cells}
     return results_table(one for key, one in finished(folder).items() if keys is None or key in keys)
+
+
+def cell_file(cells: Path, key: object, name: str) -> Path:
+    """Return a file of a cell, by the key in the run's table. Raises `InputError` for a key that leads elsewhere."""
+    return files.resolve_inside(cells, key, where=cells.parent / "results.csv") / name
 
 
 def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
@@ -171,7 +176,12 @@ def _numbers(path: Path, frame: pd.DataFrame, whole: Sequence[str], real: Sequen
 
 
 def _row(cell: Finished) -> dict[str, Any]:
-    """A cell's configuration and its result."""
+    """A cell's configuration and its result. Raises `InputError` for values of the wrong type."""
+    with files.naming_damage(f"{CELLS}: key {cell.key}"):
+        return _columns_of(cell)
+
+
+def _columns_of(cell: Finished) -> dict[str, Any]:
     config = cell.cell
     row = {name: config[name] for name in ("model", "method", "rank", "alpha", "gamma", "learning_rate", "seed")}
     row |= {"key": cell.key, "training": config["training"], "evaluation": config["evaluation"]}

@@ -160,7 +160,7 @@ def _run(folder: Path, row: Mapping[str, Any], column: str) -> TrainedRun:
     except (ValueError, TypeError) as error:
         raise InputError(f"{folder / 'results.csv'}: cell {row['key']!r} is damaged ({error})") from error
     records = tokens = None
-    path = folder / "cells" / row["key"] / results.LOSSES
+    path = results.cell_file(folder / "cells", row["key"], results.LOSSES)
     if math.isfinite(value) and path.exists():
         _check(folder, f"cells/{row['key']}")
         found, kind = results.read_losses(path), column.removesuffix("loss").removeprefix("validation_")

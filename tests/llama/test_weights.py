@@ -217,7 +217,7 @@ def test_a_folder_without_weights(tmp_path, tiny):
         ('{"weight_map": {"model.norm.weight": "/etc/secret.safetensors"}}', "names '/etc"),
         ('{"weight_map": {"model.norm.weight": "sub/a.safetensors"}}', "names 'sub/a"),
         ('{"weight_map": {"model.norm.weight": "weights.bin"}}', r"names 'weights\.bin'"),
-        ('{"weight_map": {"model.norm.weight": 3}}', "names '3'"),
+        ('{"weight_map": {"model.norm.weight": 3}}', "names 3"),
         ('{"weight_map": {"model.norm.weight": "absent.safetensors"}}', r"absent\.safetensors: not there"),
     ],
 )

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from rora_theory import files
 from rora_theory.errors import InputError
+from rora_theory.journal import Journal
 from rora_theory.runs import cells
 from rora_theory.runs.cells import Ended, in_process
 from rora_theory.runs.folder import RunFolder
@@ -141,6 +143,60 @@ def test_a_run_that_ended_before_a_done_cell_s_checkpoints_went_clears_them(tmp_
     run_with_bar(SIDES, never, opened(tmp_path))
     assert not list(tmp_path.glob("cells/*/checkpoints"))
     assert len(list(tmp_path.glob("cells/*/losses.csv"))) == 3
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change every line of a journal and seal it again, as whoever made the folder could have."""
+    journal = Journal(path / CELLS, opened(path).identity)
+    for entry in journal.entries:
+        change(entry)
+    journal.rewrite(journal.entries)
+
+
+@pytest.mark.parametrize("key", ["{victim}", "../../victim", "0123456789abcdef", "", 3, None, ["a"]])
+def test_a_key_that_is_not_its_cell_s_hash_removes_nothing(tmp_path, key) -> None:
+    run, kept = tmp_path / "run", tmp_path / "victim" / "checkpoints" / "mine"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    folder = opened(run)
+    run_with_bar(SIDES[:1], drawn, folder)
+    folder.finish()
+    named = key.format(victim=kept.parents[1]) if isinstance(key, str) else key
+    rewritten(run, lambda entry: entry.update(key=named))
+    with pytest.raises(InputError, match=rf"{CELLS}: line 1: "):
+        run_with_bar(SIDES[:1], drawn, opened(run))
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"cell": [1]}, {"files": ["a"]}, {"files": None}, {"files": {"../../victim": ""}}, {"files": {"/etc/passwd": ""}}],
+)
+def test_a_cell_of_the_wrong_type_or_with_a_file_elsewhere_is_refused(tmp_path, change) -> None:
+    folder = opened(tmp_path)
+    run_with_bar(SIDES[:1], area, folder)
+    folder.finish()
+    rewritten(tmp_path, lambda entry: entry.update(change))
+    with pytest.raises(InputError, match=CELLS):
+        finished(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["cells", "cells/{key}", "cells/{key}/checkpoints", "results.csv"])
+def test_nothing_is_written_or_removed_through_a_link_out_of_the_folder(tmp_path, link) -> None:
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    folder = opened(run)
+    run_with_bar(SIDES[:1], drawn, folder)
+    folder.finish()
+    for kept in (victim / "checkpoints" / "mine", victim / key_of(SIDES[0]) / "checkpoints" / "mine"):
+        kept.parent.mkdir(parents=True)
+        kept.write_text("mine")
+    place = run / link.format(key=key_of(SIDES[0]))
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.symlink_to(victim)
+    with pytest.raises(InputError, match=f"{place.name}: symbolic link out of"):
+        run_with_bar(SIDES, drawn, opened(run))
+    assert len([path for path in victim.rglob("*") if path.is_file()]) == 2
 
 
 def test_a_failing_cell_is_named_and_the_others_are_done(tmp_path, capsys) -> None:

@@ -16,7 +16,7 @@ from rora_theory.errors import InputError
 from rora_theory.journal import Journal, read_entries
 from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import CELLS
+from rora_theory.runs.reading import CELLS, finished
 from sims.common import cli
 from sims.common.cells import run_with_bar
 
@@ -215,6 +215,32 @@ def test_a_changed_manifest_is_refused(tmp_path, damage, said):
     damage(tmp_path / "run" / "manifest.json")
     with pytest.raises(InputError, match=said):
         opened(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": {"../victim": "0"}}, r"names '\.\./victim'"),
+        ({"files": {"/etc/passwd": "0"}}, "names '/etc/passwd'"),
+        ({"files": ["results.csv"]}, "files is"),
+        ({"files": {"results.csv": 3}}, r"results\.csv is 3"),
+        ({"config": [1]}, "config is"),
+        ({"experiment": 3}, "experiment is 3"),
+        ({"sessions": {"a": 1}}, "sessions is"),
+        ({"sessions": [3]}, "3 is no object"),
+        ({"sessions": [{"status": 3}]}, "status is 3"),
+        ({"sessions": [{"status": "running", "packages": [1]}]}, "packages is"),
+        ({"run_id": None}, "run_id is None"),
+    ],
+)
+def test_a_manifest_with_values_of_the_wrong_type_is_refused(tmp_path, change, said):
+    """Sealed, as whoever made the folder could have."""
+    folder = opened(tmp_path)
+    folder.finish()
+    (tmp_path / "manifest.json").write_text(json.dumps(seals.seal(manifest(tmp_path) | change)))
+    for read in (lambda: opened(tmp_path), lambda: finished(tmp_path)):
+        with pytest.raises(InputError, match=rf"manifest\.json: .*{said}"):
+            read()
 
 
 def test_a_changed_table_is_refused_and_a_removed_one_is_not(tmp_path):
