@@ -31,7 +31,7 @@ from sims.common import answers, options, tables
 Config = TypeVar("Config")
 
 SHARED: Any = (
-    ("config", Annotated[Path | None, arg(help="a YAML file of options; the command line overrides it")], None),
+    ("config", Annotated[Path | None, arg(help="a YAML file of options; of several, later ones override earlier ones, and the command line all")], None),
     (
         "json",
         Annotated[
@@ -81,7 +81,8 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
 
     Lists are separated by spaces (``--ranks 8 16 32``), names use hyphens, booleans are flags (``--merge``,
     ``--no-merge``), and ``--help`` is drawn from the attribute docstrings. Every command takes ``--config FILE.yaml``,
-    whose entries are options by their names and which the command line overrides, and ``--version``.
+    whose entries are options by their names, once or several times (later files override earlier ones, and the command
+    line overrides all), and ``--version``.
 
     Args:
       config: what the command line fills.
@@ -107,7 +108,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
         return _parse(config, words, description)
     known = options.of(config)
     options.check_words(words, known)
-    words, file = options.expand(words, known)
+    words, read = options.expand(words, known)
     try:
         found = _parse(config, words, description)
         for name, value in flat(found).items():
@@ -120,7 +121,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
             if not getattr(found, "list", False) and not hasattr(found, "processes"):  # which look on, or take part
                 folder.check_free(out)
     except InputError as error:
-        raise InputError(file.place(str(error))) from None
+        raise InputError(options.place(str(error), read)) from None
     if "--json" in words:
         answers.ask()
     return found

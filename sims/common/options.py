@@ -88,24 +88,52 @@ class FileOptions(typing.NamedTuple):
         return message
 
 
-def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], FileOptions]:
-    """A command line with ``--config FILE`` replaced by the options in it that the words don't give themselves.
+def place(message: str, read: Sequence[FileOptions]) -> str:
+    """Return an error's message, with the file and the key before it where it is about an option from a file."""
+    for file in read:
+        message = file.place(message)
+    return message
+
+
+def expand(words: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], list[FileOptions]]:
+    """Replace each ``--config FILE`` of a command line by the options in that file.
+
+    A later file overrides an earlier one, and the command line overrides all files.
+
+    Args:
+      words: The command line.
+      known: Options of the command, as `of` returns them.
+
+    Returns:
+      The words, and the options that each file gives.
 
     Raises:
       InputError: a file that is no mapping of options in YAML, or a key that is none; names the file and the key.
     """
-    read = FileOptions(Path(), {})
-    rest, given = list(words), {word[2:].partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"}
-    for place, word in enumerate(words):
+    rest, paths = _take_files(words)
+    given = {word[2:].partition("=")[0].replace("_", "-") for word in rest if word[:2] == "--"}
+    read = [_read(path, known) for path in paths]
+    for file in reversed(read):  # the last file that has an option gives it
+        for key in list(file.words):
+            if key in given or f"no-{key}" in given:
+                del file.words[key]
+        given |= file.words.keys()
+    return rest + [word for file in read for part in file.words.values() for word in part], read
+
+
+def _take_files(words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Split a command line into the other words and the files of options. An option without a value stays."""
+    rest: list[str] = []
+    paths: list[Path] = []
+    remaining = iter(words)
+    for word in remaining:
         name, equals, path = word.partition("=")
-        if name == FILE and (equals or place + 1 < len(words)):
-            rest[place : place + (1 if equals else 2)] = []
-            read = _read(Path(path if equals else words[place + 1]), known)
-            break
-    for key in list(read.words):
-        if key in given or f"no-{key}" in given:
-            del read.words[key]
-    return rest + [word for part in read.words.values() for word in part], read
+        value = (path if equals else next(remaining, None)) if name == FILE else None
+        if value is None:
+            rest.append(word)
+        else:
+            paths.append(Path(value))
+    return rest, paths
 
 
 def _read(path: Path, known: Mapping[str, Any]) -> FileOptions:

@@ -110,6 +110,22 @@ def test_a_file_gives_options_and_the_command_line_overrides_it(tmp_path: Path) 
     assert parsed(tmp_path, "limit: x\n", "--data", "a", "--limit", "3").limit == 3
 
 
+def test_later_files_override_earlier_ones_and_the_command_line_overrides_all(tmp_path: Path) -> None:
+    for name, text in (("a", "data: [x]\nlimit: 1\nsteps: 2\nmerge: true"), ("b", "limit: 3\nmerge: false")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    first, second = (str(tmp_path / f"{name}.yaml") for name in "ab")
+    merged = Config(("x",), limit=3, merge=False, inner=Inner(steps=9))
+    assert cli.parse(Config, ["--config", first, "--steps", "9", f"--config={second}"], description="") == merged
+    swapped = replace(merged, limit=1, merge=True)
+    assert cli.parse(Config, ["--config", second, "--config", first, "--steps=9"], description="") == swapped
+    for wrong in ("steps: x", "epochs: 3"):
+        (tmp_path / "b.yaml").write_text(wrong)
+        with pytest.raises(InputError, match=rf"^{re.escape(second)}: key {wrong.split(':')[0]}: "):
+            cli.parse(Config, ["--config", first, "--config", second], description="")
+    with pytest.raises(InputError, match="--config"):
+        cli.parse(Config, ["--data", "x", "--config"], description="")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
