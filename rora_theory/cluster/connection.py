@@ -1,6 +1,7 @@
 """The connection of this process to Ray: of its own, or of a cluster."""
 
 import contextlib
+import ipaddress
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from rora_theory.cluster import orphans
 from rora_theory.errors import InputError
 
 RETRIES = 3
@@ -22,6 +24,10 @@ QUIET = {
     "RAY_task_oom_retries": str(RETRIES),  # Ray's own default is for ever
 }
 """Ray's environment, where the user has not set it."""
+
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Environment that has Ray use the loopback address, as it does by default where it supports one machine alone. Without
+it, Ray listens on all interfaces. Read when Ray is imported."""
 
 
 def leave() -> None:
@@ -49,12 +55,21 @@ def the_ray() -> Any:
 def connect(address: str | None, workers: int, cpus: float) -> None:
     """Connect to the cluster at an address, or start Ray here with room for so many cells of ``cpus`` each.
 
+    Ray that is started here listens on the loopback address. What an earlier, killed process left is stopped first.
+
     Raises:
       InputError: Ray is not installed, does not start, or no cluster is at the address.
     """
     for name, value in QUIET.items():  # before Ray is imported, which reads them
         os.environ.setdefault(name, value)
-    ray = the_ray()
+    # NumPy in a worker has as many threads as here, so that results are the same to the bit.
+    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
+    own |= LOOPBACK | orphans.marked()
+    with contextlib.nullcontext() if address is not None else _environment(**own):
+        _init(the_ray(), address, workers, cpus)
+
+
+def _init(ray: Any, address: str | None, workers: int, cpus: float) -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -64,9 +79,9 @@ def connect(address: str | None, workers: int, cpus: float) -> None:
             _check_listening(address)
             ray.init(address, **quiet)
         else:
-            # NumPy in a worker has as many threads as here, so that results are the same to the bit.
-            with _environment(OMP_NUM_THREADS=str(os.cpu_count() or 1)):
-                ray.init("local", num_cpus=math.ceil(workers * cpus), include_dashboard=False, **quiet)
+            orphans.stop()
+            ray.init("local", num_cpus=math.ceil(workers * cpus), include_dashboard=False, **quiet)
+            _check_loopback(ray)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         if address is None:
@@ -78,6 +93,16 @@ def connect(address: str | None, workers: int, cpus: float) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray sets its own
     _connected.append(True)
+
+
+def _check_loopback(ray: Any) -> None:
+    """Raise `RuntimeError` and stop Ray where others on the network could reach it."""
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if not all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        ray.shutdown()
+        raise RuntimeError(
+            f"it listens on {', '.join(sorted(addresses))}, as it was imported before with other settings"
+        )
 
 
 def _check_listening(address: str) -> None:
@@ -93,11 +118,14 @@ def _check_listening(address: str) -> None:
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Variables for processes that are begun meanwhile, where they are not set already."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(new)
+    """Set variables for modules that are imported and processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in new:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

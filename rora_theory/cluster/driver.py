@@ -51,7 +51,7 @@ class OnRay:
         sent: dict[str, list[tuple[str, Any]]] = {}
         waiting: dict[Any, int] = {}
         started: set[int] = set()
-        hosts: set[str] = set()
+        nodes: dict[str, Mapping[str, Any] | None] = {}  # each node's software where it differs from the driver's
 
         def submit(place: int) -> None:
             cell, folder = todo[place]
@@ -76,9 +76,11 @@ class OnRay:
                         said = RuntimeError(_words(error))
                     if isinstance(said, Begun):
                         start(place)
-                        if said.host not in hosts and (other := software.version_differences(here, said.software)):
-                            logger.warning("%s works with %s", said.host, other)
-                        hosts.add(said.host)
+                        if said.node not in nodes:
+                            other = software.version_differences(here, said.software)
+                            nodes[said.node] = said.software if other else None
+                            if other:
+                                logger.warning("%s works with %s; manifest.json names both", said.host, other)
                         continue
                     del waiting[stream]
                     if isinstance(said, Lacking):
@@ -87,7 +89,7 @@ class OnRay:
                         submit(place)
                     else:
                         start(place)
-                        yield _ended(place, said, todo[place][1])
+                        yield _ended(place, said, todo[place][1], nodes)
         except BaseException:
             leave()  # ends what is being worked on
             raise
@@ -103,7 +105,9 @@ class _WorkerTraceError(Exception):
     """The traceback of a worker, as text: the cause of the error that it raised."""
 
 
-def _ended(place: int, said: Done | Failed | Exception, folder: Path) -> Ended:
+def _ended(
+    place: int, said: Done | Failed | Exception, folder: Path, nodes: Mapping[str, Mapping[str, Any] | None]
+) -> Ended:
     """A result, once the files that came with it are in the cell's folder; or the error, with its traceback."""
     if isinstance(said, Failed):
         said.error.__cause__ = _WorkerTraceError(f"on {said.host}:\n{said.trace}")
@@ -113,9 +117,10 @@ def _ended(place: int, said: Done | Failed | Exception, folder: Path) -> Ended:
     if said.files:
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt before
         for name, content in said.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            files.write_whole(folder / name, content)
-    return Ended(place, said.value, said.seconds, said.node)
+            path = files.resolve_inside(folder, name, where=f"a cell of node {said.node}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(path, content)
+    return Ended(place, said.value, said.seconds, said.node, nodes.get(said.node))
 
 
 def _put(work: Callable[..., Any]) -> Any:

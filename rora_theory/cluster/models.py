@@ -1,14 +1,15 @@
 """Base models on workers that lack them: through Ray's object store, into a folder of the node's."""
 
 import contextlib
+import fcntl
 import os
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rora_theory.errors import InputError
+from rora_theory.files import resolve_inside
 
 
 class LackingError(InputError):
@@ -44,19 +45,40 @@ def put_model(source: Path) -> list[tuple[str, Any]]:
 
 
 def keep_model(sha256: str, parts: Sequence[tuple[str, Any]]) -> None:
-    """Write the files that `put_model` put, once a node."""
+    """Write the files that `put_model` put, once a node; replace those that are damaged.
+
+    Raises:
+      InputError: The files in the object store are not the model of that digest.
+    """
     import ray
 
+    from rora_theory.llama.identity import is_model
+
     place = kept_in(sha256)
-    if place.is_dir():
-        return
     place.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".", dir=place.parent))
-    try:
+    with _locked(place.parent), tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as scratch:
+        root = parts[0][0].partition("/")[0]  # the model's own name, a folder or a file
+        if is_model(place / root, sha256):  # another worker of the node was sooner
+            return
+        beside = Path(scratch) / "new"
         for name, reference in parts:
-            (beside / name).parent.mkdir(exist_ok=True)
-            ray.get(reference).tofile(beside / name)
-        with contextlib.suppress(OSError):  # another worker of the node was sooner
-            beside.rename(place)
+            path = resolve_inside(beside, name, where="the object store")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ray.get(reference).tofile(path)
+        if not is_model(beside / root, sha256):
+            raise InputError(f"{root}: changed while it was sent to {place}; accepted is a model that no one writes to")
+        if place.exists():
+            place.rename(Path(scratch) / "damaged")
+        beside.rename(place)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other workers of the node from writing models; without effect on a disk without locks."""
+    descriptor = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        os.close(descriptor)

@@ -16,10 +16,17 @@ from rora_theory.runs.reading import CHECKPOINTS, LOCK
 
 
 class Begun(NamedTuple):
-    """A worker has the cell before it."""
+    """A worker has the cell before it.
+
+    Attributes:
+      host: Name of the worker's machine.
+      software: `rora_theory.software.circumstances` there.
+      node: Ray's id of the worker's node.
+    """
 
     host: str
     software: Mapping[str, Any]
+    node: str
 
 
 class Done(NamedTuple):
@@ -73,7 +80,7 @@ def attempt(
       lock: `lock_of` that folder there.
       sent: models that the driver put into the object store, by digest.
     """
-    yield Begun(platform.node(), _circumstances())
+    yield Begun(platform.node(), _circumstances(), _node())
     yield _end(held[0], cell, folder, lock, sent)
 
 
@@ -81,11 +88,13 @@ def _end(
     held: Any, cell: Any, folder: Path, lock: str | None, sent: Mapping[str, Sequence[tuple[str, Any]]]
 ) -> Done | Failed | Lacking:
     try:
-        for sha256, parts in sent.items():
-            keep_model(sha256, parts)
-        return _work(_fetched(held), cell, folder, lock)
-    except LackingError as error:
-        return Lacking(error.source, error.sha256) if error.sha256 not in sent else _failed(error)
+        try:
+            return _work(_fetched(held), cell, folder, lock)
+        except LackingError as error:
+            if error.sha256 not in sent:
+                return Lacking(error.source, error.sha256)
+            keep_model(error.sha256, sent[error.sha256])
+            return _work(_fetched(held), cell, folder, lock)
     except Exception as error:
         return _failed(error)
 
@@ -110,9 +119,7 @@ def _fetched(held: Any) -> Callable[[Any, Path], Any]:
 
 
 def _work(work: Callable[[Any, Path], Any], cell: Any, folder: Path, lock: str | None) -> Done:
-    import ray
-
-    started, node = time.monotonic(), ray.get_runtime_context().get_node_id()[:_LETTERS]
+    started, node = time.monotonic(), _node()
     if lock is not None and lock_of(folder) == lock:
         return Done(work(cell, folder), {}, time.monotonic() - started, node)
     with tempfile.TemporaryDirectory(prefix="rora-cell-", ignore_cleanup_errors=True) as scratch:
@@ -122,6 +129,12 @@ def _work(work: Callable[[Any, Path], Any], cell: Any, folder: Path, lock: str |
         names = [path.relative_to(own) for path in sorted(own.rglob("*")) if path.is_file()]
         kept = {str(name): (own / name).read_bytes() for name in names if name.parts[0] != CHECKPOINTS}
         return Done(value, kept, seconds, node)
+
+
+def _node() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()[:_LETTERS]
 
 
 def _failed(error: Exception) -> Failed:

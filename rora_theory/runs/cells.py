@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -48,12 +48,14 @@ class Ended(NamedTuple):
       result: or the error that it raised.
       seconds: that it took.
       node: of a cluster, by its id there; None is this process.
+      software: `rora_theory.software.circumstances` of the node where they differ from this process's; else None.
     """
 
     place: int
     result: Any
     seconds: float = 0.0
     node: str | None = None
+    software: Mapping[str, Any] | None = None
 
 
 @runtime_checkable
@@ -138,7 +140,7 @@ def run_cells(
             one = kept[keys[index]] = _keep(keys[index], cell, own, ended.result, folder)
             journal.append(vars(one))
             shutil.rmtree(own / CHECKPOINTS, ignore_errors=True)
-            folder.ran(keys[index], ended.seconds, ended.node)
+            folder.ran(keys[index], ended.seconds, ended.node, ended.software)
             done(index, one.value, ended)
         if time.monotonic() - written > EVERY:
             write(values())

@@ -190,10 +190,19 @@ class RunFolder:
         """Have the manifest, when the run ends, hold the digests of files that were written otherwise."""
         self._written |= written
 
-    def ran(self, key: str, seconds: float, node: str | None = None) -> None:
-        """Have the manifest, when the run ends, say of this session's cell where it ran and how long."""
-        nodes = self._manifest["sessions"][-1].setdefault("cells", {})
-        nodes.setdefault(node or "this process", {})[key] = round(seconds, 3)
+    def ran(self, key: str, seconds: float, node: str | None = None, software: Mapping[str, Any] | None = None) -> None:
+        """Have the manifest, when the run ends, say of this session's cell where it ran and how long.
+
+        Args:
+          key: The cell's key.
+          seconds: How long it took.
+          node: Node of a cluster; None is this process.
+          software: Software of the node, where it differs from this process's.
+        """
+        session, name = self._manifest["sessions"][-1], node or "this process"
+        session.setdefault("cells", {}).setdefault(name, {})[key] = round(seconds, 3)
+        if software is not None:
+            session.setdefault("other_software", {})[name] = as_json(software)
 
     def record(self, name: str) -> None:
         """Have the manifest hold the digest of a file that was written otherwise, or of all files in a folder but a

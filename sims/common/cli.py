@@ -31,7 +31,14 @@ from sims.common import answers, options, tables
 Config = TypeVar("Config")
 
 SHARED: Any = (
-    ("config", Annotated[Path | None, arg(help="a YAML file of options; of several, later ones override earlier ones, and the command line all")], None),
+    (
+        "config",
+        Annotated[
+            Path | None,
+            arg(help="a YAML file of options; later files override earlier ones, the command line all"),
+        ],
+        None,
+    ),
     (
         "json",
         Annotated[
@@ -63,8 +70,6 @@ Out = Annotated[Path | None, arg(help="run folder; none is results/COMMAND/ID wi
 
 PROGRAM: str | None = None
 """What the process was started as, for ``--help``; None is ``python -m NAME``."""
-
-STOPPED = "stopped; the same command goes on from here"
 
 LARGEST = 2**63 - 1
 """Largest absolute value of an integer on a command line: what arrays and random keys hold. Options have their own."""
@@ -246,12 +251,10 @@ def run(main: Callable[[], object]) -> None:
     cluster sends: 143. A run that is open by then is marked as failed or interrupted. Where nobody reads the output any
     more (``| head``), it ends without a word, with the 141 of a process that the closed pipe ends.
     """
-    if signal.getsignal(signal.SIGINT) is sims.stop:  # the command is imported: from here a run puts itself away
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     before = folder.count_open()
     _library.propagate = False  # a library may have given the root logger a handler, which would say it again
     try:
-        with _terminable(), answers.reported():
+        with _interruptible(), answers.reported():
             try:
                 main()
             except SystemExit:  # after --help
@@ -270,7 +273,7 @@ def run(main: Callable[[], object]) -> None:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at the exit
         else:
-            print(STOPPED, file=sys.stderr)
+            print(sims.STOPPED, file=sys.stderr)
         sys.exit(status)
     finally:
         _library.propagate = True
@@ -300,8 +303,8 @@ _terminated: list[int] = []
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises `KeyboardInterrupt` in the main thread while the block runs."""
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and Ctrl-C raise `KeyboardInterrupt` in the main thread while the block runs."""
     _terminated.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -312,10 +315,12 @@ def _terminable() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is sims.stop:  # the command is imported: from here on a run is put away
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is sims.stop else before)
 
 
 def tell(remarks: Sequence[str]) -> None:

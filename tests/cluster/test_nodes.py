@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import ipaddress
 import json
 import os
 import re
@@ -10,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ import numpy as np
 import pytest
 from support import checkpoint, squares
 
-from rora_theory import frames
-from rora_theory.cluster import ClusterConfig, driver, leave, worker
-from rora_theory.cluster.connection import QUIET, RETRIES
+import sims
+from rora_theory import frames, software
+from rora_theory.cluster import ClusterConfig, driver, leave, orphans, worker
+from rora_theory.cluster.connection import LOOPBACK, QUIET, RETRIES
 from rora_theory.errors import InputError
 from rora_theory.llama import locate
 from rora_theory.runs.reading import key_of
 from sims import horizon, rank_sweep, variance_sweep
-from sims.common import cli
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,7 +59,7 @@ def nodes(tmp_path_factory) -> Iterator[Any]:
             "XDG_CACHE_HOME": tmp_path_factory.mktemp("cache"),
             "JAX_NUM_CPU_DEVICES": 8,  # as in this process, whose compiled programs the workers then find
         }
-        for name, value in (QUIET | environment).items():
+        for name, value in (QUIET | LOOPBACK | environment).items():
             patch.setenv(name, str(value))
         from ray.cluster_utils import Cluster
 
@@ -169,7 +170,7 @@ def test_a_driver_that_ended_is_started_again(nodes, whole, tmp_path, ended, sta
     said = process.communicate(timeout=60)[1]
     assert process.returncode == status
     own = [line for line in said.splitlines() if not OF_RAY.match(line)]
-    assert own == ([] if ended == signal.SIGKILL else [cli.STOPPED])
+    assert own == ([] if ended == signal.SIGKILL else [sims.STOPPED])
     (at_work,) = tmp_path.glob("3-*.begun")
     until(lambda: not Path(f"/proc/{at_work.name.split('-')[1]}").exists())
     wait.unlink()
@@ -182,6 +183,17 @@ def lines(out: Path) -> list[str]:
     """Of the finished cells."""
     file = out / "cells.jsonl"
     return file.read_text().splitlines() if file.exists() else []
+
+
+def test_a_worker_s_other_software_is_in_the_manifest(nodes, tmp_path, monkeypatch, capfd) -> None:
+    there = software.circumstances()
+    here = there | {"python": "3.0.0"}
+    monkeypatch.setattr(driver.software, "circumstances", lambda: here)
+    squares.main(str(tmp_path / "out"), str(tmp_path), "--address", nodes.address)
+    (session,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["sessions"]
+    assert session["python"] == "3.0.0"
+    assert session["other_software"] == dict.fromkeys(session["cells"], there)
+    assert f"works with python {there['python']} (was 3.0.0)" in capfd.readouterr().err
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_done(nodes, whole, tmp_path, capfd) -> None:
@@ -239,6 +251,10 @@ def test_a_model_that_workers_lack_is_put_once(nodes, tmp_path, monkeypatch) -> 
     assert list(found.values()) == [expected] * 6
     assert put == [located.path]
     assert sorted(path.name for path in kept.parents[1].iterdir()) == [sha256], "nothing half is left"
+    (kept / "model.safetensors").write_bytes(b"damaged")
+    assert [one.result for one in runner(work, todo, begun.append)] == [expected] * 6
+    assert put == [located.path] * 2
+    assert sorted(path.name for path in kept.parents[1].iterdir()) == [sha256], "nothing damaged is left"
 
 
 def unmeasured(out: Path) -> dict[str, bytes]:
@@ -348,6 +364,7 @@ def test_what_a_worker_raises_can_be_carried() -> None:
 def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints, tmp_path, capfd) -> None:
     """Ray is started for them: beside the cluster, which this process leaves for it."""
     leave()
+    left = subprocess.Popen(["sleep", "60"], env=os.environ | {orphans.MARK: f"{os.getpid()} 0 {orphans._namespace()}"})
     words = [*checkpoints, *RANKS.split()]
     one, two = both(rank_sweep.main, words, tmp_path, "--workers", "2", "--cell-memory", "plan")
     assert len(unmeasured(one)) == 10
@@ -358,4 +375,53 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
     (node,) = cells_done(two)
     assert len(node) == 2
     assert min(node.values()) > 0
+    assert left.wait(timeout=1) == -signal.SIGKILL, "what an earlier driver left is stopped"
     gc.collect()
+
+
+def marked(driver: int) -> set[int]:
+    """Processes that Ray started for a driver."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"\0{orphans.MARK}={driver} ".encode() in b"\0" + (path / "environ").read_bytes():
+                found.add(int(path.name))
+    return found
+
+
+def listening(processes: Iterable[int]) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Addresses at which these processes accept TCP connections."""
+    links = (os.readlink(path) for process in processes for path in Path(f"/proc/{process}/fd").iterdir())
+    sockets = {link.removeprefix("socket:[").rstrip("]") for link in links}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and inode in sockets:
+                words = bytes.fromhex(local.partition(":")[0])  # each word of four bytes in the order of this machine
+                number = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                address = ipaddress.ip_address(number)
+                found.add(getattr(address, "ipv4_mapped", None) or address)
+    return found
+
+
+def test_local_workers_are_closed_to_the_network_and_stopped_after_a_killed_driver(tmp_path) -> None:
+    waits = [tmp_path / f"{side}.wait" for side in (1, 2)]
+    for wait in waits:
+        wait.touch()
+    environment = {name: value for name, value in os.environ.items() if name not in LOOPBACK}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    words = [str(tmp_path / "out"), str(tmp_path), "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "support.squares", *words], env=environment)
+    until(lambda: all(squares.attempts(tmp_path, side) for side in (1, 2)))
+    started = marked(process.pid)
+    at_work = {int(path.name.split("-")[1]) for path in tmp_path.glob("*.begun")}
+    assert at_work <= started
+    addresses = listening({process.pid, *started})
+    assert addresses
+    assert all(address.is_loopback for address in addresses)
+    process.kill()
+    process.wait()
+    until(lambda: not at_work & marked(process.pid))
+    orphans.stop()
+    until(lambda: not marked(process.pid))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support import checkpoint
 
+import sims
 from rora_theory import files, llama, seals, software
 from rora_theory.errors import InputError
 from rora_theory.journal import Journal, read_entries
@@ -324,7 +325,7 @@ def test_a_stopped_run_says_so_in_one_line_and_in_its_manifest(tmp_path, capsys,
         stop()
 
     before = signal.getsignal(signal.SIGTERM)
-    assert ended(main, capsys) == (status, cli.STOPPED + "\n")
+    assert ended(main, capsys) == (status, sims.STOPPED + "\n")
     assert signal.getsignal(signal.SIGTERM) is before
     found = manifest(tmp_path / "run")
     assert (found["status"], found["sessions"][-1]["status"]) == ("interrupted", "interrupted")

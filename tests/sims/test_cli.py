@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.options import Config, Inner
 
+import sims
 from rora_theory.errors import InputError
 from sims.common import cli
 
@@ -250,13 +251,25 @@ def test_output_that_nobody_reads_ends_without_a_word(words: str) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize(("command", "slow"), [("sims.variance_sweep", "jax"), ("figures.regime", "matplotlib")])
-def test_ctrl_c_while_importing_is_one_line(tmp_path: Path, command: str, slow: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "slow", "number"),
+    [
+        ("-m sims.variance_sweep", "jax", signal.SIGINT),
+        ("-m sims.variance_sweep", "jax", signal.SIGTERM),
+        ("-m figures.regime", "matplotlib", signal.SIGINT),
+        ("{rora} variance_sweep", "jax", signal.SIGINT),
+        ("{rora} variance_sweep", "tyro", signal.SIGTERM),
+    ],
+)
+def test_a_signal_while_importing_ends_a_command_with_one_line(
+    tmp_path: Path, words: str, slow: str, number: signal.Signals
+) -> None:
     """The import of a package of that name takes a minute here, and says when it has begun."""
     (tmp_path / f"{slow}.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    (script := tmp_path / "rora").write_text("from sims.__main__ import main; main()")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
     process = subprocess.Popen(
-        [sys.executable, "-m", command],
+        [sys.executable, *words.format(rora=script).split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
@@ -264,6 +277,6 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path: Path, command: str, slow: 
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"begun\n"
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == (b"", b"stopped\n")
-    assert process.returncode == 130
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == (b"", f"{sims.STOPPED}\n".encode())
+    assert process.returncode == 128 + number
