@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rora_theory.errors import InputError
+from rora_theory.files import check_regular
 
 
 def of_file(path: Path) -> str:
     """The SHA-256 of a file's bytes in hexadecimal, as ``sha256sum`` prints it; 1 GB takes about a second.
 
     Raises:
-      InputError: the file can't be read.
+      InputError: the file can't be read, or is a pipe or device, which need not end.
     """
+    if os.path.exists(path):
+        check_regular(path, accepted="a readable file")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,7 +30,7 @@ from rora_theory.adapters.portable import portable as portable_form
 from rora_theory.adapters.prefix import PrefixAdapter
 from rora_theory.adapters.targets import Target, full_name
 from rora_theory.errors import InputError
-from rora_theory.files import name_beside, write_new
+from rora_theory.files import check_regular, name_beside, write_new
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.hub import Located
 from rora_theory.llama.model import Params
@@ -245,6 +245,8 @@ def _empty(count: int, width: int, p_out: int, p_in: int, *, use_dora: bool) -> 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file in float32."""
+    if os.path.exists(path):
+        check_regular(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:

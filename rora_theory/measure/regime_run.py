@@ -15,6 +15,7 @@ from rora_theory.measure import thin
 from rora_theory.measure.layer_data import Split
 from rora_theory.measure.regime_tables import CROSSING_COLUMNS, CROSSINGS
 from rora_theory.optimizers import FAMILY, OptimizerName
+from rora_theory.runs.reading import check_manifest
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split
         said = ", ".join(f"{name} {value}" for name, value in wanted.items())
         raise InputError(f"{path}: has no row of {said}; accepted is a run that measured them")
     manifest = read_json(folder / "manifest.json", accepted="the manifest of a run of sims.regime")
+    check_manifest(folder / "manifest.json", manifest)
     few_tokens = tuple(thin.of_tokens(rows))
-    return RegimeRun(folder, found, manifest if isinstance(manifest, dict) else {}, few_tokens)
+    return RegimeRun(folder, found, manifest, few_tokens)
 
 
 def _kinds(names: Iterable[str]) -> list[str]:

@@ -105,7 +105,8 @@ def run_cells(
       runner: where cells are worked on.
       begun: called with each cell that is begun, and how many are behind it, done or failed.
       done: called with the place in ``cells`` of each that is done now, its result as it is kept, and how it ended.
-      write: called with the results so far, in the order of the cells: at the end and, meanwhile, every few seconds.
+      write: called with the results so far, in the order of the cells: at the start where there are any, every few
+        seconds, and at the end.
 
     Raises:
       FailedError: cells failed; all others are done.
@@ -131,6 +132,9 @@ def run_cells(
     def start(place: int) -> None:
         begun(tasks[place][0], passed)
 
+    if earlier := values():
+        with files.naming_damage(folder.path / CELLS):  # results of the wrong type are refused before work starts
+            write(earlier)
     for ended in runner(work, tasks, start):
         (cell, own), index = tasks[ended.place], todo[ended.place]
         passed += 1

@@ -24,7 +24,15 @@ CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 """Held (flock) by the process that owns a folder, and says which; the kernel lets go of it when that dies."""
 
-_ENTRIES = {"experiment": str, "run_id": str, "status": str, "config": dict, "files": dict, "sessions": list}
+_ENTRIES = {
+    "experiment": str,
+    "run_id": str,
+    "status": str,
+    "config": dict,
+    "files": dict,
+    "sessions": list,
+    "model_layers": int,
+}
 _SESSION = {"status": str, "python": str, "packages": dict, "git_revision": str | None, "cells": dict}
 """Types of the entries of a manifest and of its sessions that are read again. An entry may be absent."""
 

@@ -20,6 +20,7 @@ from rora_theory.adapters import (
     BottleneckConfig,
     LoraConfig,
     PrefixConfig,
+    adapter_digest,
     expressions,
     init,
     load_peft,
@@ -245,6 +246,16 @@ def test_no_planted_link_is_followed(golden, config, folder, tmp_path, monkeypat
     assert not [path for path in folder.iterdir() if path.is_symlink()]
     assert victim.read_text() == "mine"
     assert load_peft(folder, config).config == adapter.config
+
+
+def test_weights_that_are_a_pipe_or_a_device_are_refused(config, folder) -> None:
+    weights = folder / "adapter_model.safetensors"
+    for plant in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        weights.unlink()
+        plant(weights)
+        for read in (lambda: load_peft(folder, config), lambda: adapter_digest(folder)):
+            with pytest.raises(InputError, match=r"adapter_model\.safetensors: is a (pipe|device)"):
+                read()
 
 
 def test_equal_adapters_are_equal_in_bytes(golden, config, tmp_path) -> None:

@@ -181,6 +181,15 @@ def test_a_cell_of_the_wrong_type_or_with_a_file_elsewhere_is_refused(tmp_path, 
         finished(tmp_path)
 
 
+def test_a_result_of_the_wrong_type_is_refused_before_work_starts(tmp_path) -> None:
+    folder = opened(tmp_path)
+    run_with_bar(SIDES[:1], area, folder)
+    folder.finish()
+    rewritten(tmp_path, lambda entry: entry.update(value="3"))
+    with pytest.raises(InputError, match=rf"{CELLS}: is damaged \(TypeError"):
+        run_with_bar(SIDES, never, opened(tmp_path), write=lambda values: [value["area"] for value in values])
+
+
 @pytest.mark.parametrize("link", ["cells", "cells/{key}", "cells/{key}/checkpoints", "results.csv"])
 def test_nothing_is_written_or_removed_through_a_link_out_of_the_folder(tmp_path, link) -> None:
     run, victim = tmp_path / "run", tmp_path / "victim"
