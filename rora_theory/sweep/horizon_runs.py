@@ -52,7 +52,7 @@ def read_finished(folder: Path) -> list[HorizonRun]:
     return runs
 
 
-def _run_of(cell: Mapping[str, Any], value: Mapping[str, Any]) -> HorizonRun:
+def _run_of(cell: Any, value: Any) -> HorizonRun:
     """Convert a cell and its result from JSON types. Values of another type raise."""
 
     def number(item: Any) -> float | None:
@@ -61,7 +61,7 @@ def _run_of(cell: Mapping[str, Any], value: Mapping[str, Any]) -> HorizonRun:
     def whole(item: Any) -> int | None:
         return None if item is None else int(item)
 
-    def floats(items: list[Any]) -> list[float]:
+    def floats(items: Any) -> list[float]:
         return [float(item) for item in items]
 
     readings = [

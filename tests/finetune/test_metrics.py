@@ -7,6 +7,7 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import Metrics, Paused, Stepped, Trainer, Validated
+from rora_theory.journal import Journal
 
 
 class At(Trainer):
@@ -55,6 +56,16 @@ def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
     with pytest.raises(InputError, match=r"metrics\.jsonl: has 0 lines of the 9"):
         Metrics(path, At(6), "run")
     assert Metrics(path, At(0), "run").events == [], "a run that begins anew needs none"
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, {"event": "step"}, {"event": "step", "step": "1"}, {"event": "step", "step": [1]}]
+)
+def test_events_of_the_wrong_type_are_refused(tmp_path, entry):
+    """Sealed, as whoever made the folder could have."""
+    Journal(tmp_path / "metrics.jsonl", "run").append(entry)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: is damaged"):
+        Metrics(tmp_path / "metrics.jsonl", At(1), "run")
 
 
 def test_events_are_on_the_disk_before_a_checkpoint_that_follows_them(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
 from rora_theory.runs.cells import run_cells
 from rora_theory.runs.folder import RunFolder
-from rora_theory.runs.reading import Finished
-from rora_theory.sweep import results
+from rora_theory.runs.reading import Finished, key_of
+from rora_theory.sweep import horizon_runs, results
 from rora_theory.sweep.cells import SweepCell
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
@@ -223,3 +223,29 @@ def test_of_a_folder_only_the_asked_cells_are_read(tmp_path) -> None:
     assert results.read_results(folder.path)["model"].tolist() == ["one", "two"]
     assert results.read_results(folder.path, cells[1:])["model"].tolist() == ["two"]
     assert results.read_results(folder.path, []).empty
+
+
+READINGS = [{"step": 1, "losses": [1.0], "answer_losses": [1.0]}]
+HORIZON = {"train_losses": [1.0], "readings": READINGS, "diverged_at": None}
+
+
+@pytest.mark.parametrize("read", [results.read_results, horizon_runs.read_finished])
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, "3", {}, {"levels": [3]}, HORIZON | {"train_losses": 3}, HORIZON | {"train_losses": ["x"]},
+        HORIZON | {"readings": [3]}, HORIZON | {"readings": [READINGS[0] | {"losses": None}]},
+    ],
+)  # fmt: skip
+def test_results_of_the_wrong_type_are_refused_by_key(tmp_path: Path, read: Any, value: Any) -> None:
+    """Sealed, as whoever made the folder could have."""
+    cell = {"rank": 1, "strength": 1.0, "rate": 1.0, "seed": 0}
+    run_cells([cell], lambda *_: value, RunFolder.open("sweep", {}, out=tmp_path))
+    with pytest.raises(InputError, match=rf"cells\.jsonl: key {key_of(cell)}: is damaged"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["../victim", "/etc", ""])
+def test_a_key_that_leads_out_of_the_cells_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(InputError, match=f"results.csv: names {key!r}"):
+        results.cell_file(tmp_path / "cells", key, results.LOSSES)
