@@ -64,7 +64,7 @@ def connect(address: str | None, workers: int, cpus: float) -> None:
         os.environ.setdefault(name, value)
     # NumPy in a worker has as many threads as here, so that results are the same to the bit.
     own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
-    own |= LOOPBACK | orphans.marked()
+    own |= LOOPBACK
     with contextlib.nullcontext() if address is not None else _environment(**own):
         _init(the_ray(), address, workers, cpus)
 
@@ -80,6 +80,7 @@ def _init(ray: Any, address: str | None, workers: int, cpus: float) -> None:
             ray.init(address, **quiet)
         else:
             orphans.stop()
+            quiet["_temp_dir"] = str(orphans.make_session_root())
             ray.init("local", num_cpus=math.ceil(workers * cpus), include_dashboard=False, **quiet)
             _check_loopback(ray)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:

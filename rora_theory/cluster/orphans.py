@@ -1,38 +1,57 @@
-"""Processes of Ray that outlive a killed driver: marked when they are started, stopped at the next start.
+"""Processes of Ray that outlive a killed driver: they are stopped when the next driver starts.
 
-Ray's two agents of a node survive a driver that SIGKILL ended. Each process that Ray starts for a driver inherits a
-variable of its environment that names the driver, by which the orphans among them are known. Only Linux tells.
+Ray's two agents of a node survive a driver that SIGKILL ended. Every process of a session logs to the session's folder,
+whose name ends with the driver's process id. Sessions of this package have a root of their own, so that those of other
+programs are not touched. Orphans are found on Linux only.
 """
 
 import contextlib
 import os
+import re
 import signal
+import stat
 from pathlib import Path
 
-MARK = "RORA_RAY_DRIVER"
-"""Variable of the environment: the driver's process, its start time and its namespace of processes."""
+from rora_theory.errors import InputError
 
 
-def marked() -> dict[str, str]:
-    """Return the environment that marks processes as started by this one; empty where the system has no ``/proc``."""
-    with contextlib.suppress(OSError):
-        return {MARK: f"{os.getpid()} {_start_time(os.getpid())} {_namespace()}"}
-    return {}
+def session_root() -> Path:
+    """Return the folder that holds this user's sessions. Its path is short, as those of sockets are limited."""
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / f"rora-ray-{os.getuid()}"
+
+
+def make_session_root() -> Path:
+    """Create the folder that holds this user's sessions, which other users can't enter.
+
+    Raises:
+      InputError: The folder belongs to another user, is a link, or can't be created.
+    """
+    root = session_root()
+    try:
+        root.mkdir(mode=0o700, exist_ok=True)
+        status = root.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise InputError(f"{root}: belongs to another user. Set RAY_TMPDIR to another folder.")
+        root.chmod(0o700)
+    except OSError as error:
+        raise InputError(f"{root}: cannot be created ({error.strerror}). Set RAY_TMPDIR to another folder.") from error
+    return root
 
 
 def stop() -> list[int]:
-    """Kill this user's processes that are marked by a driver that is dead.
+    """Kill this user's processes of sessions whose driver has ended.
 
     Returns:
       Their process ids.
     """
     killed = []
     for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-            # The descriptor stays with the process whose environment is read, even if its id is given to another one.
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
+            # The descriptor refers to this process even if another one gets its id meanwhile.
             descriptor = os.pidfd_open(int(path.name))
             try:
-                if path.stat().st_uid == os.getuid() and _is_orphan(path):
+                driver = driver_of(path)
+                if driver is not None and not _is_running(driver):
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
                     killed.append(int(path.name))
             finally:
@@ -40,25 +59,36 @@ def stop() -> list[int]:
     return killed
 
 
-def _is_orphan(path: Path) -> bool:
-    for entry in (path / "environ").read_bytes().split(b"\0"):
-        name, _, value = entry.partition(b"=")
-        if name == MARK.encode():
-            driver, start, namespace = value.decode().split()
-            return namespace == _namespace() and start != _start_time(int(driver))
-    return False
+def driver_of(process: Path) -> int | None:
+    """Return the driver of a process of a session; None for other processes.
 
+    Args:
+      process: Its folder in ``/proc``.
 
-def _start_time(process: int) -> str | None:
-    """Return when a process started, in clock ticks since the boot; None for one that has ended."""
-    try:
-        # The name in parentheses may hold spaces; the state follows it, and the start time is 19 entries later.
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
+    Raises:
+      OSError: The process has ended, or belongs to another user.
+    """
+    # In another namespace, such as a container's, the number is another process's.
+    is_here = os.readlink(process / "ns" / "pid") == os.readlink("/proc/self/ns/pid")
+    if not is_here or process.stat().st_uid != os.getuid():
         return None
-    return None if fields[0] in "ZX" else fields[19]
+    session = re.compile(rf"{re.escape(os.path.realpath(session_root()))}/session_[^/]*_(\d+)/logs/")
+    # Ray's processes overwrite their environment with their title: the logs that they write tell their session.
+    for file in (process / "fd").iterdir():
+        if (found := session.match(os.readlink(file))) and _is_written(process / "fdinfo" / file.name):
+            return int(found[1])
+    return None
 
 
-def _namespace() -> str:
-    """Return the namespace of process ids, so that processes of a container are not taken for orphans outside it."""
-    return os.readlink("/proc/self/ns/pid")
+def _is_written(file: Path) -> bool:
+    """Return whether a process has a file open for writing, by what ``fdinfo`` says of it."""
+    flags = re.search(r"^flags:\s*([0-7]+)$", file.read_text(), re.MULTILINE)
+    return flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -364,7 +365,10 @@ def test_what_a_worker_raises_can_be_carried() -> None:
 def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints, tmp_path, capfd) -> None:
     """Ray is started for them: beside the cluster, which this process leaves for it."""
     leave()
-    left = subprocess.Popen(["sleep", "60"], env=os.environ | {orphans.MARK: f"{os.getpid()} 0 {orphans._namespace()}"})
+    log = orphans.make_session_root() / f"session_of_a_test_{2**30}" / "logs" / "raylet.err"  # no process has this id
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as stderr:
+        left = subprocess.Popen(["sleep", "60"], stderr=stderr)
     words = [*checkpoints, *RANKS.split()]
     one, two = both(rank_sweep.main, words, tmp_path, "--workers", "2", "--cell-memory", "plan")
     assert len(unmeasured(one)) == 10
@@ -376,15 +380,16 @@ def test_two_workers_of_this_machine_leave_the_bytes_of_one_process(checkpoints,
     assert len(node) == 2
     assert min(node.values()) > 0
     assert left.wait(timeout=1) == -signal.SIGKILL, "what an earlier driver left is stopped"
+    shutil.rmtree(log.parents[1])
     gc.collect()
 
 
-def marked(driver: int) -> set[int]:
+def processes_of(driver: int) -> set[int]:
     """Processes that Ray started for a driver."""
     found = set()
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if f"\0{orphans.MARK}={driver} ".encode() in b"\0" + (path / "environ").read_bytes():
+            if orphans.driver_of(path) == driver:
                 found.add(int(path.name))
     return found
 
@@ -413,15 +418,16 @@ def test_local_workers_are_closed_to_the_network_and_stopped_after_a_killed_driv
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     words = [str(tmp_path / "out"), str(tmp_path), "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "support.squares", *words], env=environment)
-    until(lambda: all(squares.attempts(tmp_path, side) for side in (1, 2)))
-    started = marked(process.pid)
-    at_work = {int(path.name.split("-")[1]) for path in tmp_path.glob("*.begun")}
-    assert at_work <= started
-    addresses = listening({process.pid, *started})
-    assert addresses
-    assert all(address.is_loopback for address in addresses)
-    process.kill()
-    process.wait()
-    until(lambda: not at_work & marked(process.pid))
-    orphans.stop()
-    until(lambda: not marked(process.pid))
+    try:
+        until(lambda: all(squares.attempts(tmp_path, side) for side in (1, 2)))
+        started = processes_of(process.pid)
+        at_work = {int(path.name.split("-")[1]) for path in tmp_path.glob("*.begun")}
+        assert at_work <= started
+        addresses = listening({process.pid, *started})
+        assert addresses
+        assert all(address.is_loopback for address in addresses)
+    finally:
+        process.kill()
+        process.wait()
+        orphans.stop()
+    until(lambda: not processes_of(process.pid))
