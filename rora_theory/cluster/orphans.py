@@ -17,7 +17,7 @@ from rora_theory.errors import InputError
 
 def session_root() -> Path:
     """Return the folder that holds this user's sessions. Its path is short, as those of sockets are limited."""
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / f"rora-ray-{os.getuid()}"
+    return Path(os.environ.get("RAY_TMPDIR") or "/tmp") / f"rora-ray-{os.getuid()}"
 
 
 def make_session_root() -> Path:

@@ -1,6 +1,7 @@
 """Which model it is: not the name it was asked for by, but what its files hold, and how they store it."""
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ def model_digest(source: Path) -> str:
 def is_model(source: Path, sha256: str) -> bool:
     """Return whether the files at a path are the model of that digest; False where they are missing or damaged."""
     with contextlib.suppress(InputError):  # a folder that holds no model
-        return source.exists() and model_digest(source) == sha256
+        return os.path.exists(source) and model_digest(source) == sha256
     return False
 
 

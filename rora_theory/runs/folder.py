@@ -118,8 +118,8 @@ class RunFolder:
         if stale := _open.get(path.resolve()):  # this process's own, left by an error
             stale._let_go()
         later = as_json(dict(grows or {}))
-        files.check_links(path)
         _earlier(path, name, plain, later)  # before anything is written into a folder that may not be this run's
+        files.check_links(path)
         held = lock.take(path)
         try:
             manifest = _earlier(path, name, plain, later)

@@ -203,7 +203,7 @@ def test_nothing_is_written_or_removed_through_a_link_out_of_the_folder(tmp_path
     if place.is_dir():
         shutil.rmtree(place)
     place.symlink_to(victim)
-    with pytest.raises(InputError, match=f"{place.name}: symbolic link out of"):
+    with pytest.raises(InputError, match=r"symbolic link out of|which is not a path inside"):
         run_with_bar(SIDES, drawn, opened(run))
     assert len([path for path in victim.rglob("*") if path.is_file()]) == 2
 
