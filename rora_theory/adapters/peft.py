@@ -29,7 +29,7 @@ from rora_theory.adapters.lora import LoraAdapter, LoraConfig, assemble_lora
 from rora_theory.adapters.portable import portable as portable_form
 from rora_theory.adapters.prefix import PrefixAdapter
 from rora_theory.adapters.targets import Target, full_name
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 from rora_theory.files import check_regular, name_beside, write_new
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.hub import Located
@@ -291,11 +291,11 @@ def _expected(config: LoraConfig, targets: Sequence[Target], shapes: Mapping[str
 def _check(path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], layers: int) -> None:
     """Refuse a file that is not what its configuration promises for this model."""
     for name in tensors:
-        layer = re.match(r"base_model\.model\.model\.layers\.(\d+)\.", name)
+        layer = re.match(r"base_model\.model\.model\.layers\.([0-9]{1,9})\.", name)
         if layer and int(layer[1]) >= layers:
-            raise InputError(f"{path}: an adapter for another model: has {name}; the model has {layers} layers")
+            raise InputError(f"{path}: an adapter for another model: has {shown(name)}; the model has {layers} layers")
         if name not in expected:
-            raise InputError(f"{path}: has {name}; accepted is what {CONFIG} promises for this model")
+            raise InputError(f"{path}: has {shown(name)}; accepted is what {CONFIG} promises for this model")
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"{path}: has no {name}; accepted is what {CONFIG} promises for this model")

@@ -90,7 +90,9 @@ def _pairs(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[np.
     for key, tensor in tensors.items():
         name, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
         if not key.startswith(PREFIX) or kind not in ("A.weight", "B.weight") or tensor.ndim != 2:
-            raise InputError(f"{path.parent}: has the tensor {key}; accepted are lora_A and lora_B of linear modules")
+            raise InputError(
+                f"{path.parent}: has the tensor {shown(key)}; accepted are lora_A and lora_B of linear modules"
+            )
         found.setdefault(name, {})[kind[0]] = tensor
     for name, pair in found.items():
         if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1] or not pair["A"].shape[0]:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from rora_theory import files
 from rora_theory.errors import InputError, first_line, shown
 
@@ -177,10 +175,7 @@ def _listing(repository: str, revision: str | None, where: str) -> tuple[list[st
 def _read_card(path: Path) -> Mapping[str, Any]:
     """The YAML between the two lines ``---`` that a card begins with; empty where it has none."""
     head = re.match(r"---[ \t]*\r?\n(.*?)\n---", files.read_text(path), re.DOTALL)
-    try:
-        found = yaml.safe_load(head[1]) if head else {}
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise InputError(f"{path}: its head is not YAML; accepted is the card of a data set") from None
+    found = files.parse_yaml(head[1], where=f"{path}: its head", accepted="the card of a data set") if head else {}
     return found if isinstance(found, dict) else {}
 
 

@@ -6,6 +6,7 @@ package.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -234,7 +235,7 @@ def load_gguf(
             continue
         name = _hf_name(tensor.name)
         if name is None:
-            raise InputError(f"{path}: holds {tensor.name}, no part of a {config.model_type} model")
+            raise InputError(f"{path}: holds {shown(tensor.name)}, no part of a {config.model_type} model")
         if tensor.tensor_type.name not in QUANTISATIONS:
             raise InputError(
                 f"{path}: {tensor.name} is of type {tensor.tensor_type.name}; accepted are {', '.join(QUANTISATIONS)}"
@@ -300,11 +301,12 @@ def _hf_name(name: str) -> str | None:
     if name in _TOP:
         return _TOP[name]
     parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or not parts[1].isdigit() or parts[2] not in _MODULES:
+    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in _MODULES or parts[3] not in ("weight", "bias"):
         return None
-    if parts[3] not in ("weight", "bias"):
+    # An index has one spelling only: a second one (00, or digits of another script) would replace a layer's weights.
+    if not re.fullmatch(r"0|[1-9][0-9]{0,8}", parts[1]):
         return None
-    return f"model.layers.{int(parts[1])}.{_MODULES[parts[2]]}.{parts[3]}"
+    return f"model.layers.{parts[1]}.{_MODULES[parts[2]]}.{parts[3]}"
 
 
 def _decimal(value: float) -> float:

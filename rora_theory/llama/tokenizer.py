@@ -5,6 +5,7 @@ included. The other sources are in `rora_theory.llama.vocabulary`.
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -319,7 +320,7 @@ def _add_missing(backend: tokenizers.Tokenizer, listed: Any, named: Iterable[str
     texts."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     listed = listed if isinstance(listed, Mapping) else {}
-    entries = sorted((int(number), token) for number, token in listed.items() if number.isdecimal())
+    entries = sorted((int(number), token) for number, token in listed.items() if re.fullmatch("[0-9]{1,9}", number))
     missing: list[tokenizers.AddedToken] = []
     for _, token in entries:
         if (content := _content(token)) is not None and content not in known:

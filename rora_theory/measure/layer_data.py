@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -118,4 +119,5 @@ def _check_size(where: str, array: Float[np.ndarray, "rows p_in"], *, by_row: bo
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:
     """Sort key: numbers by value, so that layer 2 comes before layer 15."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
+    numbers = [(part, re.fullmatch("[0-9]{1,9}", part) is not None) for part in name.split(".")]
+    return [(is_number, int(part) if is_number else part) for part, is_number in numbers]

@@ -15,6 +15,8 @@ from rora_theory import files
 from rora_theory.errors import InputError, shown
 
 FILE = "--config"
+LARGEST = 1 << 16
+"""Maximum size of a file of options, in bytes."""
 
 RENAMED: dict[str, tuple[str, ...]] = {
     "adam-rate": ("adam-lr",),
@@ -138,13 +140,8 @@ def _take_files(words: Sequence[str]) -> tuple[list[str], list[Path]]:
 
 def _read(path: Path, known: Mapping[str, Any]) -> FileOptions:
     accepted = "a YAML file of options by their names"
-    try:
-        text = files.read_text(path, accepted=accepted)
-        entries = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())}); accepted is {accepted}") from None
+    text = files.read_text(path, LARGEST, accepted=accepted)
+    entries = files.parse_yaml(text, where=str(path), accepted=accepted)
     if not isinstance(entries, dict):
         raise InputError(f"{path}: holds {shown(entries)}; accepted is {accepted}")
     options = [str(key.value).replace("_", "-") for key, _ in yaml.compose(text).value]

@@ -331,7 +331,7 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
         ({"layers_to_transform": [7]}, r"layers_to_transform is \[7\]; accepted are 0 to 2"),
         ({"layers_pattern": ["blocks"]}, "layers_pattern"),
         ({"use_dora": 1}, "use_dora is 1; accepted is true or false"),
-        ({"use_dora": False}, "has .*lora_magnitude_vector; accepted is what adapter_config.json promises"),
+        ({"use_dora": False}, "has '.*lora_magnitude_vector'; accepted is what adapter_config.json promises"),
         ({"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "o_proj"], "rank_pattern": {}}, "has "),
         (
             {"rank_pattern": {}},
@@ -361,9 +361,13 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
             rf"another model: {NAME} is \[16, 4\]; accepted is \[4, 16\]",
         ),
         (lambda t: t.update({NAME.replace("0", "40"): t[NAME]}), "layers.40.*; the model has 3 layers"),
+        *(
+            (lambda t, index=index: t.update({NAME.replace("0", index): t[NAME]}), "has .*accepted is what")
+            for index in ("00", "٣", "9" * 5000)
+        ),
         (
             lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[NAME]}),
-            "has base_model.model.lm_head",
+            "has 'base_model.model.lm_head",
         ),
         (lambda t: t.update({NAME: t[NAME] * np.inf}), f"{NAME} has a value that is not finite"),
         (lambda t: t.update({NAME: t[NAME].astype(np.int32)}), f"{NAME} is I32; accepted are F32, F16, BF16"),

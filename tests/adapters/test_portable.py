@@ -149,7 +149,7 @@ def test_a_prefix_is_refused(config, params, tmp_path) -> None:
             lambda t: t.pop(next(key for key in t if "lora_B" in key)),
             r"has \{'A': \[4, \d+\]\}; accepted is A \[r, p_in\]",
         ),
-        (lambda t: t.update({"lm_head.weight": np.ones((2, 2), np.float32)}), "has the tensor lm_head.weight"),
+        (lambda t: t.update({"lm_head.weight": np.ones((2, 2), np.float32)}), "has the tensor 'lm_head.weight'"),
         (lambda t: t.clear(), "has no tensors"),
     ],
 )

@@ -11,6 +11,7 @@ from rora_theory.data.formats import FORMATS, Chat, Record, Text, question, reco
 from rora_theory.data.hub_files import Part
 from rora_theory.data.records import DataConfig, read_record_set
 from rora_theory.errors import InputError
+from rora_theory.files import parse_yaml
 
 MESSAGES = [{"role": "user", "content": "Ähm?"}, {"role": "assistant", "content": "Yes."}]
 SHAREGPT = [{"from": "human", "value": "Ähm?"}, {"from": "gpt", "value": "Yes."}]
@@ -229,7 +230,7 @@ FILES = ["README.md", "en/a.jsonl", "en/b.jsonl", "en/deep/c.jsonl", "en-test/pa
 
 
 def test_a_card_says_which_files_a_split_is():
-    card = {"configs": hub_files.yaml.safe_load(CARD.split(b"---")[1])["configs"]}
+    card = {"configs": parse_yaml(CARD.split(b"---")[1].decode(), where="card")["configs"]}
 
     def files(subset, split):
         return hub_files.choose_files(FILES, Part("them", subset, split), card)

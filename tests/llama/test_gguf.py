@@ -498,6 +498,11 @@ def unknown_type(tensors):
     tensors["blk.0.ffn_up.weight"] = (np.zeros((512, 256), np.int8), Type.I8)
 
 
+def extra_layer(index):
+    """A change that adds a tensor to a layer of this index; `00` would replace the weights of layer 0."""
+    return lambda tensors: tensors.update({f"blk.{index}.ffn_up.weight": tensors["blk.0.ffn_up.weight"]})
+
+
 @pytest.mark.parametrize(
     ("metadata", "change", "message"),
     [
@@ -516,6 +521,7 @@ def unknown_type(tensors):
         ({}, lambda t: t.pop("blk.1.attn_k.weight"), r"lacks model\.layers\.1\.self_attn\.k_proj\.weight"),
         ({}, lambda t: t.update({"blk.0.attn_q_norm.weight": (np.ones(64, np.float32), None)}), r"self_attn\.q_norm"),
         ({}, lambda t: t.update({"blk.0.attn_q.bias": (np.ones(256, np.float32), None)}), "lacks .*bias"),
+        *(({}, extra_layer(index), "holds '?blk") for index in ("00", "²", "٣", "9" * 5000)),
         ({}, unknown_type, r"blk\.0\.ffn_up\.weight is of type I8"),
         ({}, odd_divisors, "no llama3 scaling"),
         ({}, too_few_divisors, "31"),

@@ -205,6 +205,8 @@ def test_tokens_that_only_the_configuration_lists_are_added(tmp_path: Path):
     assert read.pad_id == size + 1
     assert read.encode("a<|pad|><|call|>")[1:] == [size + 1, size]
     assert read.decode([size + 1, size]) == "<|call|>"
+    settings["added_tokens_decoder"] |= {"9" * 5000: {"content": "<|far|>"}}  # no id, and passed over as other keys are
+    assert Tokenizer.from_folder(json_folder(tmp_path / "far", tokenizer, tokenizer_config=settings)).pad_id == size + 1
     settings["added_tokens_decoder"] = {str(size + 7): {"content": "<|call|>"}}
     with pytest.raises(InputError, match=rf"added_tokens_decoder has '<\|call\|>' as id {size + 7}.*as id {size}"):
         Tokenizer.from_folder(json_folder(tmp_path / "bad", tokenizer, tokenizer_config=settings))

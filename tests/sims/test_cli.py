@@ -127,6 +127,10 @@ def test_later_files_override_earlier_ones_and_the_command_line_overrides_all(tm
         cli.parse(Config, ["--data", "x", "--config"], description="")
 
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(9))
+"""Aliases of aliases: 2e9 entries in 600 bytes."""
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -146,6 +150,12 @@ def test_later_files_override_earlier_ones_and_the_command_line_overrides_all(tm
         ("", "holds None; accepted is a YAML file of options"),
         ("data: [", "is not YAML (while parsing"),
         ("data: !!python/name:os.system", "is not YAML (could not determine a constructor"),
+        ("steps: &a 3\nlimit: *a", "is not YAML (found the alias *a"),
+        (BOMB, "is not YAML (found the alias *a0"),
+        ("steps: !!int ''", "is not YAML ("),
+        ("steps: !!bool x", "is not YAML ("),
+        ("merge: !!timestamp x", "is not YAML ("),
+        ("#" * (1 << 16) + "\n", "has more than 65,536 bytes"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named_with_file_and_key(tmp_path: Path, text: str, said: str) -> None:

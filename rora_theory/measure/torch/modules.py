@@ -1,5 +1,6 @@
 """The linear modules of a PyTorch model: their names as PEFT matches them, and the model as it is without adapters."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,7 @@ def layer_index(name: str) -> int:
       >>> layer_index("model.layers.3.mlp.experts.1.up_proj"), layer_index("head")
       (3, -1)
     """
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+    return next((int(part) for part in name.split(".") if re.fullmatch("[0-9]{1,9}", part)), -1)
 
 
 def chosen(
