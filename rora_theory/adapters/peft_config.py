@@ -7,7 +7,7 @@ from typing import Any
 
 from rora_theory.adapters.lora import LoraConfig
 from rora_theory.adapters.targets import Target, deciding, full_name, known_names, matched
-from rora_theory.advice.lora_config import FILE, LARGEST
+from rora_theory.advice.lora_config import FILE, LARGEST, check_entry_counts
 from rora_theory.errors import InputError, shown
 from rora_theory.files import read_json
 from rora_theory.llama import LlamaConfig
@@ -157,6 +157,7 @@ def read_entries(path: Path) -> Mapping[str, Any]:
     values = read_json(path, LARGEST, accepted="the file as PEFT writes it")
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds a {type(values).__name__}; accepted is an object as PEFT writes it")
+    check_entry_counts(path, values)
     if not isinstance(values.get("peft_type"), str):
         found = shown(values["peft_type"]) if "peft_type" in values else "missing"
         raise InputError(f"{path}: peft_type is {found}; accepted is a name, as PEFT writes it")

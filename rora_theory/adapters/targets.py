@@ -119,7 +119,7 @@ def matched(
             "accepted with layers is a list of names"
         )
     if not isinstance(target_modules, str):
-        known = known_names(llama_config, target_modules)
+        known = frozenset(known_names(llama_config, target_modules))
         for target in target_modules:
             if target not in known:
                 raise InputError(f"target_modules has {shown(target)}, which matches no module; {_accepted()}")

@@ -16,6 +16,9 @@ FILE = "adapter_config.json"
 LARGEST = 1 << 22
 """Bytes of the largest configuration that is read; a list of every module of the largest models takes a tenth."""
 
+MAX_ENTRIES = 20_000
+"""Maximum number of entries of a list or pattern in a configuration: twice the modules of the largest dense models."""
+
 PEFT_INITS: dict[Init, bool | str] = {"kaiming_uniform": True, "gaussian": "gaussian"}
 """PEFT's ``init_lora_weights`` of each init that it has."""
 
@@ -116,6 +119,13 @@ def check_uniform(values: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is {shown(values[name])}; accepted is none: one rank and one alpha")
 
 
+def check_entry_counts(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a list or pattern of more than `MAX_ENTRIES`, each of which is matched with each module."""
+    for key, value in values.items():
+        if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
+            raise InputError(f"{path}: {shown(key)} has {len(value):,} entries; accepted are at most {MAX_ENTRIES:,}")
+
+
 class Saved(NamedTuple):
     """What a saved adapter says of itself.
 
@@ -155,6 +165,7 @@ def read_adapter_config(path: str | Path) -> Saved:
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     values = read_object(path, LARGEST, accepted="an adapter_config.json as PEFT writes it")
+    check_entry_counts(path, values)
 
     def entry(name: str, default: Any, kind: type | tuple[type, ...], accepted: str) -> Any:
         value = values.get(name, default)

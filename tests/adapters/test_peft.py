@@ -321,6 +321,8 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
         ({"exclude_modules": "(.?){60}" * 60 + "!"}, "exclude_modules takes too long to match"),
         ({"rank_pattern": {"(.?){60}" * 60 + "!": 2}}, "rank_pattern takes too long to match"),
         ({"alpha_pattern": {"(.?){60}" * 60 + "!": 2}}, "alpha_pattern takes too long to match"),
+        ({"target_modules": ["q_proj"] * 50_000 + ["k_proj"] * 50_000}, "'target_modules' has 100,000 entries"),
+        ({"rank_pattern": {f"m{i}": 2 for i in range(100_000)}}, "'rank_pattern' has 100,000 entries"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern is"),
         ({"alpha_pattern": {"q_proj(": 2}}, "alpha_pattern 'q_proj\\(' is not a regular expression"),
@@ -339,10 +341,10 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
         ),
     ],
 )
-def test_refuses_configurations(entries, message, config, folder, monkeypatch) -> None:
+def test_refuses_configurations(entries, message, config, folder, monkeypatch, time_limit) -> None:
     monkeypatch.setattr(expressions, "LIMIT", 3000)
     change(folder, **entries)
-    with pytest.raises(InputError, match=message) as error:
+    with time_limit(10), pytest.raises(InputError, match=message) as error:
         load_peft(folder, config)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)

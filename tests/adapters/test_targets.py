@@ -112,3 +112,9 @@ def test_table_has_a_row_for_every_rank_and_alpha(config) -> None:
 
 def test_layer_text() -> None:
     assert layer_text([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_a_long_list_of_names_is_resolved_in_linear_time(config, time_limit) -> None:
+    many = ["q_proj"] * 50_000 + ["v_proj"] * 50_000
+    with time_limit(10):
+        assert ranks(config, target_modules=many) == ranks(config)

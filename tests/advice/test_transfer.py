@@ -584,6 +584,7 @@ def test_a_saved_adapter_is_read(tmp_path, entries, expected) -> None:
         ({"target_modules": [3]}, "target_modules is"),
         ({"target_modules": "*_proj"}, "targets is .*: nothing to repeat at position 0; accepted is a regular"),
         ({"task_type": "CHAT"}, "task_type is 'CHAT'"),
+        ({"target_modules": [f"m{i}" for i in range(100_000)]}, "'target_modules' has 100,000 entries"),
     ],
 )
 def test_a_saved_adapter_without_a_law_is_named(tmp_path, entries, said) -> None:
