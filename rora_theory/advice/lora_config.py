@@ -120,7 +120,7 @@ def check_uniform(values: Mapping[str, Any]) -> None:
 
 
 def check_entry_counts(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise `InputError` for a list or pattern of more than `MAX_ENTRIES`, each of which is matched with each module."""
+    """Raise `InputError` for a list or pattern of more than `MAX_ENTRIES`, as each is matched with each module."""
     for key, value in values.items():
         if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
             raise InputError(f"{path}: {shown(key)} has {len(value):,} entries; accepted are at most {MAX_ENTRIES:,}")

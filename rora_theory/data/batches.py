@@ -160,12 +160,10 @@ def tokenize(
         chat = chats.chat_template_of(tokenizer) if chat is None else chat
     if answer_only and any(isinstance(record, Text) for record in records):
         raise InputError("loss_on is answer, and a text has no prompt and answer; accepted is loss_on all")
-    written = [texts.write(record, template, chat) for record in records]
-    encode = _encode_chats if template == "chat" else _encode_texts
     kept: list[list[int]] = []
     learned: list[Bool[np.ndarray, " length"]] = []
     truncated = 0
-    for whole, answer in encode(written, tokenizer, answer_only):
+    for whole, answer in _encode(records, tokenizer, template, chat, answer_only=answer_only, least=2 * cutoff):
         ids = whole[:cutoff]
         truncated += len(whole) > cutoff
         if template != "chat" and len(ids) < cutoff and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
@@ -188,11 +186,43 @@ def tokenize(
     )
 
 
-Encoded = Iterator[tuple[list[int], Bool[np.ndarray, " length"]]]
-"""Token ids of each text, and which of them are the answer's."""
+Encoded = tuple[list[int], Bool[np.ndarray, " length"]]
+"""Token ids of a text, and which of them are the answer's."""
+
+LETTERS = 16
+"""Letters of a text's beginning for each token that it should have: most tokens have two to five."""
 
 
-def _encode_texts(written: Sequence[chats.Written], tokenizer: TextEncoder, answer_only: bool) -> Encoded:
+def _encode(
+    records: Sequence[AnyRecord],
+    tokenizer: TextEncoder,
+    template: str,
+    chat: chats.ChatTemplate | None,
+    *,
+    answer_only: bool,
+    least: int,
+) -> list[Encoded]:
+    """Encode each record, of a long text a beginning of at least ``least`` tokens.
+
+    A cut changes the tokens just before it, so ``least`` is more than the tokens that are used.
+    """
+    encode = _encode_chats if template == "chat" else _encode_texts
+    encoded: dict[int, Encoded] = {}
+    left, letters = list(range(len(records))), LETTERS * least
+    while left:
+        written = texts.write_all([records[index] for index in left], template, chat, letters=letters)
+        tokens = list(encode(written, tokenizer, answer_only))
+        encoded |= {
+            index: own
+            for index, text, own in zip(left, written, tokens, strict=True)
+            if len(text.text) < letters or len(own[0]) >= least
+        }
+        # The few texts with so many letters to a token are written and encoded again, at four times the length.
+        left, letters = [index for index in left if index not in encoded], 4 * letters
+    return [encoded[index] for index in range(len(records))]
+
+
+def _encode_texts(written: Sequence[chats.Written], tokenizer: TextEncoder, answer_only: bool) -> Iterator[Encoded]:
     encoded = tokenizer.encode_batch([one.text for one in written])
     heads: list[list[int]] = [[]] * len(written)
     if answer_only:
@@ -201,7 +231,7 @@ def _encode_texts(written: Sequence[chats.Written], tokenizer: TextEncoder, answ
         yield ids, np.arange(len(ids)) >= common_length(ids, head)
 
 
-def _encode_chats(written: Sequence[chats.Written], tokenizer: Any, answer_only: bool) -> Encoded:
+def _encode_chats(written: Sequence[chats.Written], tokenizer: Any, answer_only: bool) -> Iterator[Encoded]:
     if not answer_only:
         yield from ((ids, np.ones(len(ids), bool)) for ids in tokenizer.encode_batch([w.text for w in written], False))
         return

@@ -1,6 +1,7 @@
 """Chats as a model's own template writes them, and which letters of the text are the assistant's.
 
-The template is Jinja source that came with a checkpoint, so it runs in Jinja's sandbox, with the names that
+The template is Jinja source that came with a checkpoint, so it runs in Jinja's sandbox (and, for training data, in a
+child process with limits, see `texts.write_all`), with the names that
 transformers gives templates: ``messages``, ``tools``, ``documents``, ``add_generation_prompt``, the special tokens, the
 functions ``raise_exception`` and ``strftime_now``, the filter ``tojson``, and the block ``{% generation %}`` around
 what the assistant says. Where a template has no such block, what it writes for a turn is found by writing the chat up
@@ -10,6 +11,7 @@ to it.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
@@ -31,6 +33,9 @@ CHOICES = (
     "--template clean or plain"
 )
 """What to do where a model has no template."""
+
+LONGEST_SOURCE = 1 << 20
+"""Maximum length of a template's source; the longest of released models have some 20,000 characters."""
 
 OTHER = "another9"
 """Stands in a turn's place where its own content is sought."""
@@ -117,13 +122,29 @@ class ChatTemplate:
         now: datetime | None = None,
     ) -> None:
         self.source, self.where, self._tokens, self._now = source, where, dict(tokens or {}), now
+        if len(source) > LONGEST_SOURCE:
+            raise InputError(
+                f"{where}: the chat template has {len(source):,} characters; at most {LONGEST_SOURCE:,} are accepted"
+            )
         self._environment = _environment(lambda form: (self._now or datetime.now()).strftime(form))
         try:
-            self._template = self._environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            # Parsed alone: to compile a template evaluates its constant expressions, which may take any time.
+            tree = self._environment.parse(source)
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:
             raise InputError(f"{where}: the chat template is no Jinja ({first_line(error)}); {CHOICES}") from None
         self.dated = "strftime_now" in source
-        self.marks = any(self._environment.parse(source).find_all(nodes.ExtensionAttribute))
+        self.marks = any(tree.find_all(nodes.ExtensionAttribute))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a template as its arguments: compiled it has functions."""
+        return partial(ChatTemplate, tokens=self._tokens, where=self.where, now=self._now), (self.source,)
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        try:
+            return self._environment.from_string(self.source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise InputError(f"{self.where}: the chat template is no Jinja ({first_line(error)}); {CHOICES}") from None
 
     def identity(self) -> dict[str, str]:
         """What prompts depend on: the source's digest, and the day where the template asks for it."""
@@ -147,13 +168,23 @@ class ChatTemplate:
         """
         return "".join(self._blocks(messages, tools, add_generation_prompt, []))
 
-    def write(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, context: int = 0) -> Written:
+    def write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] = (),
+        *,
+        context: int = 0,
+        letters: int | None = None,
+    ) -> Written:
         """The text of a chat, and what of it every turn of the assistant's wrote that is not among the first
         ``context``.
 
         Of a template that marks it, what is marked. Of another, from where the generation prompt ends to where the turn
         does, its end token included. A template may write a turn otherwise once others follow (it leaves out an earlier
         thought): then it is the turn's content with what follows it in its own turn.
+
+        With ``letters``, turns that begin after so many letters are not sought where the template does not mark them:
+        each takes a rendering of all that stands before it.
 
         Raises:
           InputError: as `render`, or a turn that is not found in the text.
@@ -171,6 +202,8 @@ class ChatTemplate:
         text = self.render(messages, tools)
         found: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
+            if letters is not None and found and found[-1][1] >= letters:
+                break
             if message.get("role") == ASSISTANT:
                 found.append(self._span(text, messages, tools, index, found[-1][1] if found else 0))
         return Written(text, tuple(found[given:]))
@@ -221,7 +254,7 @@ class ChatTemplate:
         try:
             for block in self._template.generate(told | self._tokens):
                 blocks.append(block)  # noqa: PERF402 (one by one: a mark asks how much there is)
-        except InputError:
+        except (InputError, MemoryError):
             raise
         except Exception as error:  # whatever a template's own code may raise
             raise InputError(

@@ -30,6 +30,9 @@ ROLES = {
 }
 """ShareGPT's names of who speaks, and the roles of chat templates."""
 
+LONGEST_TEXT = 1 << 24
+"""Maximum length of a string of a record: many times what any model reads."""
+
 TEXTS = ("text", "input_text", "output_text")
 """Types of a part of a message that are text, in OpenAI's two interfaces."""
 
@@ -162,6 +165,10 @@ class Item:
     def check_text(self, name: str, value: Any) -> None:
         """Raise `InputError` where a value is none of JSON, or a string in it none that can be written."""
         if isinstance(value, str):
+            if len(value) > LONGEST_TEXT:
+                raise InputError(
+                    f"{self.where} has {len(value):,} characters in {name!r}; accepted are at most {LONGEST_TEXT:,}"
+                )
             try:
                 value.encode()
             except UnicodeEncodeError:

@@ -2,8 +2,9 @@
 
 import itertools
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cached_property
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from rora_theory import files
-from rora_theory.data import hub_files
+from rora_theory.data import hub_files, limited
 from rora_theory.data.formats import (
     FIELDS,
     FORMATS,
@@ -25,7 +26,7 @@ from rora_theory.data.formats import (
     kind_of,
     records_digest,
 )
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, first_line
 from rora_theory.ranges import Natural, check_ranges
 
 if TYPE_CHECKING:  # it needs Jinja, which records do not
@@ -43,6 +44,15 @@ __all__ = [
 ]
 
 ACCEPTED = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
+
+
+LARGEST_TABLE = files.LARGEST
+"""Maximum size of the columns of a Parquet file that are read, in bytes."""
+
+TABLE_MEMORY, TABLE_SECONDS = 3 << 30, 120
+"""Maximum memory beside that, in bytes, and processor time to read a Parquet file once."""
+
+_ROWS = 1024  # of a batch of a Parquet file
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,7 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
     notes: list[str] = []
     for source in sources:
         before, name = len(records), config.format
-        for where, value in _objects(source):
+        for where, value in _objects(source, config.fields):
             if not isinstance(value, dict):
                 raise InputError(f"{where} is {kind_of(value)}; accepted is an object")
             if name is None:
@@ -224,16 +234,17 @@ def _recognised(where: str, value: dict[str, Any], config: FormatConfig) -> tupl
     raise InputError(f"{where} has the keys {keys}; accepted are {listed}, or other names with --fields")
 
 
-def _objects(source: str | Path) -> Iterator[tuple[str, Any]]:
-    """Every record of a source as it is written, and where it stands."""
+def _objects(source: str | Path, names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Every record of a source as it is written, and where it stands; ``names`` are the source's own of fields."""
+    columns = {names.get(key, key) for key in FIELDS}
     part = hub_files.part_of(source) if isinstance(source, str) else None
     if part is not None:
         for path in hub_files.locate_split(part):
-            yield from _read(path, path.name if part.place.startswith(hub_files.HUB) else str(path))
+            yield from _read(path, path.name if part.place.startswith(hub_files.HUB) else str(path), columns)
     elif isinstance(source, str) and source.startswith(hub_files.HUB):
-        yield from _read(_fetch(source), source)
+        yield from _read(_fetch(source), source, columns)
     else:
-        yield from _read(Path(source), str(source))
+        yield from _read(Path(source), str(source), columns)
 
 
 def _fetch(source: str) -> Path:
@@ -248,22 +259,19 @@ def _fetch(source: str) -> Path:
     return hub_files.fetch(f"{parts[0]}/{name}", parts[2], revision or None, where=f"{source}:", accepted=accepted)
 
 
-def _read(path: Path, where: str) -> Iterator[tuple[str, Any]]:
+def _read(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".parquet":
-        yield from _rows(path, where)
+        yield from _rows(path, where, columns)
         return
     if os.path.isdir(path):
         raise InputError(f"{where}: is a folder; accepted is {ACCEPTED}")
     text = files.read_text(path, accepted=ACCEPTED)
     if path.suffix == ".txt":
-        lines = enumerate(text.split("\n"), start=1)  # str.splitlines would cut at U+2028 and others within a text
-        said = ((number, line.removesuffix("\r")) for number, line in lines if line.strip())
-        yield from ((f"{where}: line {number}", {"text": line}) for number, line in said)
+        yield from ((f"{where}: line {number}", {"text": line.removesuffix("\r")}) for number, line in _lines(text))
     elif path.suffix == ".jsonl" or _is_lines(text):
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                place = f"{where}: line {number}"
-                yield place, files.parse_json(line, where=place, accepted="a record a line")
+        for number, line in _lines(text):
+            place = f"{where}: line {number}"
+            yield place, files.parse_json(line, where=place, accepted="a record a line")
     else:
         found = files.parse_json(text, where=where, accepted="a list of records")
         if not isinstance(found, list):
@@ -273,24 +281,100 @@ def _read(path: Path, where: str) -> Iterator[tuple[str, Any]]:
 
 def _is_lines(text: str) -> bool:
     """Whether a text has an object a line though its name says JSON, as many data sets of the hub do."""
-    first, second = [*itertools.islice((line for line in text.split("\n") if line.strip()), 2), "", ""][:2]
+    first, second = [*(line for _, line in itertools.islice(_lines(text), 2)), "", ""][:2]
     return first.startswith("{") and first.rstrip().endswith("}") and (not second or second.startswith("{"))
 
 
-def _rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a Parquet file; a null is a key that is not there."""
+def _rows(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a Parquet file.
+
+    A null is a key that is not there. A column that is not in ``columns`` is not read: its key has the value None.
+    """
     data = files.read_bytes(path, accepted=ACCEPTED)
     try:
         import pyarrow
-        import pyarrow.parquet
     except ImportError:
         raise InputError(
             f"{where}: needs the extra finetune; accepted is: pip install 'rora-theory[finetune]'"
         ) from None
+    # A file of some kilobytes may claim anything of its size: a child process reads it first, with limits.
+    limits = {"seconds": TABLE_SECONDS, "memory": TABLE_MEMORY + LARGEST_TABLE}
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-        for number, row in enumerate(row for batch in table.to_batches() for row in batch.to_pylist()):
-            yield f"{where}: row {number}", {key: value for key, value in row.items() if value is not None}
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{where}: is not Parquet ({reason}); accepted is {ACCEPTED}") from error
+        limited.run(_check_table, str(path), where, columns, LARGEST_TABLE, **limits)
+    except limited.LimitError as error:
+        raise InputError(
+            f"{where}: reading the table {error}; accepted is one of at most {LARGEST_TABLE:,} bytes"
+        ) from None
+    names, batches = _open_table(pyarrow.BufferReader(data), where, columns)
+    start, others = 0, dict.fromkeys(name for name in names if name not in columns)
+    for batch in batches:
+        try:
+            rows = batch.to_pylist()
+        # Text that is not UTF-8, dates out of Python's range, unknown time zones, fields of the same name.
+        except (pyarrow.ArrowException, ValueError, ArithmeticError, LookupError, OSError) as error:
+            raise InputError(
+                f"{where}: a row from {start} on has a value that cannot be read ({first_line(error)}); accepted are "
+                "values that JSON has"
+            ) from None
+        for number, row in enumerate(rows, start):
+            yield f"{where}: row {number}", {key: value for key, value in row.items() if value is not None} | others
+        start += len(rows)
+
+
+def _open_table(source: Any, where: str, columns: Container[str]) -> tuple[list[str], Iterator[Any]]:
+    """Open a Parquet file: the names of its columns, and batches of those in ``columns``."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def read() -> Iterator[Any]:
+        try:
+            yield from file.iter_batches(_ROWS, columns=[name for name in names if name in columns], use_threads=False)
+        except MemoryError:  # which pyarrow derives its own of both from
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise _not_parquet(where, error) from None
+
+    try:
+        file = pyarrow.parquet.ParquetFile(source)
+        names = file.schema_arrow.names
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
+        raise _not_parquet(where, error) from None
+    for column in file.schema_arrow:
+        if column.name in columns and names.count(column.name) > 1:
+            raise InputError(f"{where}: has {names.count(column.name)} columns {column.name!r}; accepted is one")
+        parts = range(column.type.num_fields)
+        if column.name in columns and any("dictionary<" in str(column.type.field(i).type) for i in parts):
+            raise InputError(f"{where}: has dictionaries within {column.name!r}; accepted are plain values")
+    return names, read()
+
+
+def _not_parquet(where: str, error: Exception) -> InputError:
+    return InputError(f"{where}: is not Parquet ({first_line(error)}); accepted is {ACCEPTED}")
+
+
+def _check_table(path: str, where: str, columns: Container[str], largest: int) -> Iterator[int]:
+    """Read a Parquet file and refuse one of more than ``largest`` bytes; in a child process, see `limited.run`."""
+    import pyarrow
+
+    total = 0
+    for batch in _open_table(path, where, columns)[1]:
+        for column in batch.columns:
+            plain = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
+            total += plain.nbytes
+        if total > largest:
+            raise InputError(f"{where}: expands to more than {largest:,} bytes; accepted are tables of at most that")
+    yield total
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text that are not blank, with their numbers from 1.
+
+    Lines end at a line feed alone: `str.splitlines` would cut at U+2028 and others within a text. Runs of line feeds
+    are skipped without making an object of each line.
+    """
+    number, end = 1, 0
+    for match in re.finditer(r"[^\n]+", text):
+        number += text.count("\n", end, match.start())
+        end = match.end()
+        if match[0].strip():
+            yield number, match[0]

@@ -1,12 +1,13 @@
 """The text of a training record under a template, and which letters of it are the answer's."""
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterator, Sequence
 
 from rora_theory.data import chat as chats
-from rora_theory.data import prompts
+from rora_theory.data import limited, prompts
 from rora_theory.data.chat import ChatTemplate, Written
 from rora_theory.data.formats import OWN_TEMPLATES, TRAIN_TEMPLATES, AnyRecord, Chat, Record, Text
-from rora_theory.errors import InputError
+from rora_theory.errors import InputError, shown
 
 
 def default_template(records: Sequence[AnyRecord]) -> str:
@@ -23,7 +24,60 @@ def default_template(records: Sequence[AnyRecord]) -> str:
     return own[0] if own else "train"
 
 
-def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None) -> Written:
+SECONDS, SECONDS_PER_BYTE = 30, 1e-5
+"""Maximum processor time to render chats: a constant, and for each byte of data."""
+
+MEMORY, MEMORY_PER_BYTE = 1 << 30, 16
+"""Maximum memory to render chats: a constant, and for each byte of data."""
+
+
+def write_all(
+    records: Sequence[AnyRecord], template: str, chat: ChatTemplate | None = None, *, letters: int | None = None
+) -> list[Written]:
+    """Write many records, see `write`.
+
+    A chat template is code from anyone, so chats are rendered in one child process with limits, see `limited`.
+
+    Args:
+      records: Records to write.
+      template: Name of the template.
+      chat: Chat template, where ``template`` is ``chat``.
+      letters: Maximum length of a text: longer ones are cut at the end. None is no limit.
+
+    Returns:
+      The text of each record.
+
+    Raises:
+      InputError: As `write`, or a chat template that takes too much time or memory.
+    """
+    if template != "chat" or chat is None:
+        return [_cut(write(record, template, chat), letters) for record in records]
+    size = len(pickle.dumps(records))
+    seconds, memory = SECONDS + SECONDS_PER_BYTE * size, MEMORY + MEMORY_PER_BYTE * size
+    try:
+        written = limited.run(_write_chats, records, chat, letters, memory // 4, seconds=seconds, memory=memory)
+    except limited.LimitError as error:
+        record = records[min(len(error.done), len(records) - 1)]
+        where = record.where if isinstance(record, Chat) else shown(record[0])
+        raise InputError(f"{where}: {chat.where}: the chat template {error}; accepted is one that takes less") from None
+    return [Written(text, tuple(map(tuple, spans))) for text, spans in written]
+
+
+def _write_chats(records: Sequence[AnyRecord], chat: ChatTemplate, letters: int | None, most: int) -> Iterator[Written]:
+    """Write chats of at most ``most`` letters in all."""
+    for record in records:
+        written = _cut(write(record, "chat", chat, letters=letters), letters)
+        most -= len(written.text)
+        if most < 0:
+            raise InputError(f"{chat.where}: the chat template writes much more than the data have; accepted is less")
+        yield written
+
+
+def _cut(written: Written, letters: int | None) -> Written:
+    return written if letters is None else Written(written.text[:letters], written.spans)
+
+
+def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None, *, letters: int | None = None) -> Written:
     r"""The text of a record.
 
     Args:
@@ -32,6 +86,7 @@ def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None) ->
         and at once the response, with nothing between them, or a text as it is. Plain, an input stands below its
         instruction, an empty line between.
       chat: the chat template where ``template`` is ``chat``.
+      letters: see `ChatTemplate.write`.
 
     Raises:
       InputError: an unknown template, one that the record can't be written in, or a chat template that refuses it;
@@ -50,7 +105,7 @@ def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None) ->
             raise InputError(f"template is chat and there is no chat template; {chats.CHOICES}")
         whole = chats.of_record(record) if isinstance(record, Record) else record
         try:
-            return chat.write(whole.messages, whole.tools, context=whole.context)
+            return chat.write(whole.messages, whole.tools, context=whole.context, letters=letters)
         except InputError as error:
             raise InputError(f"{whole.where}: {error}") from None
     if template not in {*TRAIN_TEMPLATES, *prompts.TEMPLATES}:

@@ -1,0 +1,239 @@
+"""Hostile data and templates end in one line, in bounded time and memory; what honest data give does not change."""
+
+import json
+import pickle
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support import chat_templates, checkpoint, tiny
+from support.limited_work import work
+
+from rora_theory.data import batches, chat, formats, limited, records, texts
+from rora_theory.data.batches import tokenize
+from rora_theory.data.chat import ChatTemplate
+from rora_theory.data.formats import Chat, Record, Text
+from rora_theory.data.records import read_record_set
+from rora_theory.errors import InputError
+from rora_theory.llama.tokenizer import Tokenizer
+
+TURNS = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
+
+
+def parquet(path, table, **options):
+    pq.write_table(table, path, **options)
+    return str(path)
+
+
+def bad_text():
+    """A string whose bytes are not UTF-8."""
+    return pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe"))
+
+
+def messages(**more):
+    """A column of chats of one turn, its struct with ``more`` fields."""
+    fields = {"role": pa.array(["assistant"]), "content": pa.array(["x"])} | more
+    struct = pa.StructArray.from_arrays(list(fields.values()), names=[name.rstrip("2") for name in fields])
+    return pa.table({"messages": pa.ListArray.from_arrays([0, 1], struct)})
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pa.table({"text": bad_text()}),
+        messages(sent=bad_text()),
+        messages(sent=pa.array([1], pa.timestamp("us", tz="Mars/Olympus"))),
+        messages(sent=pa.array([2**31 - 1], pa.date32())),
+        messages(sent=pa.array([2**62], pa.timestamp("ms"))),
+        messages(sent=pa.array([2**62], pa.duration("s"))),
+        messages(content2=pa.array(["y"])),
+        pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]),
+        pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", b"\xff"]),
+    ],
+    ids=[
+        "utf8",
+        "nested utf8",
+        "zone",
+        "date",
+        "timestamp",
+        "duration",
+        "duplicate field",
+        "duplicate column",
+        "utf8 name",
+    ],
+)
+def test_values_that_python_cannot_hold_are_refused(table, tmp_path):
+    with pytest.raises(InputError, match=r"x\.parquet: .*") as caught:
+        read_record_set([parquet(tmp_path / "x.parquet", table)])
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_that_no_format_has_are_not_read(tmp_path):
+    table = pa.table({"text": ["a"], "sent": pa.array([2**62], pa.timestamp("ms", tz="Mars/Olympus")), "b": bad_text()})
+    assert read_record_set([parquet(tmp_path / "x.parquet", table)]).records == [Text("a")]
+    with pytest.raises(InputError, match=r"row 0 has the keys 'sent', 'b'; accepted are"):
+        read_record_set([parquet(tmp_path / "y.parquet", table.drop_columns(["text"]))])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_small_parquet_file_that_expands_is_refused(nested, tmp_path, monkeypatch, time_limit):
+    """One value a million times, as rows and as the turns of one chat: 5 GB of a file of some kilobytes."""
+    text = pa.DictionaryArray.from_arrays(np.zeros(50_000, np.int32), ["x" * 100_000])
+    table = pa.table({"text": text})
+    if nested:
+        struct = pa.StructArray.from_arrays([text, text], names=["role", "content"])
+        table = pa.table({"messages": pa.ListArray.from_arrays([0, len(text)], struct)})
+    source = parquet(tmp_path / "x.parquet", table, compression="zstd", store_schema=False)
+    assert (tmp_path / "x.parquet").stat().st_size < 100_000
+    monkeypatch.setattr(records, "LARGEST_TABLE", 1 << 26)
+    monkeypatch.setattr(records, "TABLE_MEMORY", 1 << 29)
+    with time_limit(60), pytest.raises(InputError, match=r"x\.parquet: .*67,108,864"):
+        read_record_set([source])
+
+
+def test_blank_lines_take_no_memory_and_keep_their_count(tmp_path, time_limit):
+    (tmp_path / "x.jsonl").write_text("\n" * 30_000_000)
+    with time_limit(20), pytest.raises(InputError, match="holds no records"):
+        read_record_set([tmp_path / "x.jsonl"])
+    (tmp_path / "y.jsonl").write_text('\n\n{"text": "a"}\n \r\n\n{"text": 3}')
+    with pytest.raises(InputError, match=r"line 6 has a number as 'text'"):
+        read_record_set([tmp_path / "y.jsonl"])
+
+
+def test_a_text_of_100_mb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LONGEST_TEXT", 1000)
+    for row in ({"text": "a" * 1001}, {"messages": [TURNS[0], TURNS[1] | {"content": "\n" * 1001}]}):
+        (tmp_path / "x.jsonl").write_text(json.dumps(row))
+        with pytest.raises(InputError, match=r"line 1.* has 1,001 characters in '(text|content)'"):
+            read_record_set([tmp_path / "x.jsonl"])
+
+
+class Counting(tiny.ByteEncoder):
+    """Counts the characters that it is given."""
+
+    seen = 0
+
+    def encode_batch(self, texts):
+        self.seen += sum(map(len, texts))
+        return super().encode_batch(texts)
+
+
+def test_only_the_beginning_of_a_long_text_is_tokenized():
+    encoder = Counting()
+    found = tokenize([Text("ab" * 1_000_000), Text("short")], encoder, cutoff=16)
+    assert found[0].tolist() == [1, *b"ab" * 7, ord("a")]
+    assert found[1].tolist() == [1, *b"short", 2]
+    assert found.truncated == 1
+    assert encoder.seen < 2000
+    asked = tokenize(
+        [Record("q" * 1_000_000, "a"), Record("q", "a" * 1_000_000)], encoder, cutoff=400, answer_only=True
+    )
+    assert (asked.skipped, asked.truncated, asked.lengths.tolist()) == (1, 2, [400])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.from_folder(checkpoint.model(tmp_path_factory.mktemp("model")))
+
+
+class Long(tiny.ByteEncoder):
+    """Makes one token of ten letters, which the first of them begins."""
+
+    def encode_batch(self, texts):
+        return [[1, *(ord(text[at]) for at in range(0, len(text), 10))] for text in texts]
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_a_beginning_has_the_tokens_of_the_whole_text(template, tokenizer, monkeypatch):
+    """Also where a beginning has too few tokens and is lengthened."""
+    draw = random.Random(0)
+    written = ["".join(draw.choices(["a", "b ", "\n", "    ", "é"], k=300)) for _ in range(20)]
+    if template == "plain":
+        given, encoder = [Record(text[:30], text[30:]) for text in written], Long()
+    else:
+        roles, encoder = ("user", "assistant"), tokenizer
+        turns = [[{"role": roles[i % 2], "content": text[7 * i : 7 * i + 7]} for i in range(20)] for text in written]
+        given = [Chat(tuple(one)) for one in turns]
+    options = {
+        "cutoff": 40 if template == "plain" else 120,
+        "template": template,
+        "answer_only": True,
+        "chat": ChatTemplate(chat.CHATML),
+    }
+    whole = tokenize(given, encoder, **options)
+    monkeypatch.setattr(batches, "LETTERS", 1)
+    found = tokenize(given, encoder, **options)
+    assert np.array_equal(found.tokens, whole.tokens)
+    assert np.array_equal(found.learned, whole.learned)
+    assert (found.truncated, found.skipped) == (whole.truncated, whole.skipped)
+
+
+SLOW = ("nested ranges", "recursive macro")
+"""Templates that use up their second."""
+
+HOSTILE = {
+    "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "recursive macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "long string": "{{ 'a' * 10**10 }}",
+    "large number": "{{ 10**10**10 % 7 }}",
+    "filter": "{{ 'a'|center(10**10) }}",
+    "format": "{{ '%10000000000d' % 1 }}",
+    "doubling": "{% set n = namespace(x='aaaa') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "digits": "{{ " + "9" * 5000 + " }}",
+    "long source": "a" * (1 << 21),
+    "many pieces": "{% for a in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in HOSTILE]
+)
+def test_a_hostile_template_ends_in_one_line(name, monkeypatch, time_limit):
+    monkeypatch.setattr(texts, "SECONDS", 1)
+    monkeypatch.setattr(texts, "MEMORY", 1 << 28)
+    with time_limit(60), pytest.raises(InputError, match="template") as caught:
+        texts.write_all([Chat(TURNS, where="x.jsonl: line 7")], "chat", ChatTemplate(HOSTILE[name]))
+    assert "\n" not in str(caught.value)
+    assert name in ("digits", "long source") or "x.jsonl: line 7" in str(caught.value)
+
+
+def test_a_child_process_writes_what_this_process_does():
+    given = [Chat(tuple(chat_templates.CHAT)), Record("Q", "A"), Chat(TURNS, ({"name": "é\ud7ff"},), context=1)]
+    for source in (chat_templates.LLAMA3, chat_templates.MARKED):
+        template = ChatTemplate(source, tokens={"bos_token": "<s>", "eos_token": "</s>"})
+        assert texts.write_all(given, "chat", template) == [texts.write(one, "chat", template) for one in given]
+    assert pickle.loads(pickle.dumps(template)).source == template.source
+    with pytest.raises(InputError, match=r"line 3: .*no such chats"):
+        texts.write_all([Chat(TURNS, where="line 3")], "chat", ChatTemplate("{{ raise_exception('no such chats') }}"))
+
+
+def test_spans_of_a_long_chat_are_sought_at_its_beginning_alone(monkeypatch):
+    long = [message for _ in range(2500) for message in TURNS]
+    rendered = []
+    render = ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *a, **o: rendered.append(len(a[1])) or render(*a, **o))
+    template = ChatTemplate(chat.CHATML)
+    written = template.write(long, letters=1000)
+    assert sum(rendered) < 10_000
+    short = template.write(long[:60])
+    assert written.spans == short.spans[: len(written.spans)]
+    assert written.spans[-1][1] >= 1000
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [pytest.param("time", "1 s", marks=pytest.mark.slow), ("memory", "memory"), ("signal", "signal 9")],
+)
+def test_a_child_process_says_which_limit_it_met(kind, reason):
+    with pytest.raises(limited.LimitError, match=reason) as caught:
+        limited.run(work, kind, seconds=1, memory=1 << 28)
+    assert caught.value.done == [1]
+    assert limited.run(work, "", seconds=1, memory=1 << 28) == [1, 2]
+
+
+def test_a_fault_of_a_child_process_is_no_input_error():
+    with pytest.raises(RuntimeError, match="KeyError"):
+        limited.run(work, "fault", seconds=1, memory=1 << 28)
