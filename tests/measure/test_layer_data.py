@@ -26,6 +26,14 @@ def test_layers_are_read_in_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(layer.inputs["train"], arrays()["layer/x_train"].astype(np.float32))
 
 
+def test_layers_are_in_the_order_of_their_numbers_whatever_else_is_in_a_name(tmp_path: Path) -> None:
+    names = ["layers.2", "layers.10", "layers.²", "layers." + "9" * 5000]
+    np.savez(path := tmp_path / "a.npz", **{f"{name}/{part}": ONES for name in names[::-1] for part in PARTS})
+    read = [layer.name for layer in layer_data.read_layers(path)]
+    assert sorted(read) == sorted(names)
+    assert read.index("layers.2") + 1 == read.index("layers.10")
+
+
 ONES = np.ones((4, 5))
 
 
