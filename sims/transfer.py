@@ -98,16 +98,11 @@ def take_first_steps(config: Config, advised: Advised) -> None:
     """Report, take the first real step of every candidate, and report its size against the tuned one's.
 
     Raises:
-      InputError: settings of the check, or the extra ``finetune`` is not installed.
+      InputError: settings of the check.
     """
-    try:
-        from rora_theory.measure import record_batches, transfer_check
-        from rora_theory.measure.model_layers import RealStep
-        from sims.common import prompts
-    except ImportError as error:
-        raise InputError(
-            f"--check needs the extra finetune, as in pip install 'rora-theory[finetune]' ({error})"
-        ) from error
+    from rora_theory.measure import record_batches, transfer_check
+    from rora_theory.measure.model_layers import RealStep
+    from sims.common import prompts
 
     found, targets = advised.advice, advised.peft["target_modules"]
     runner, seed = config.cluster.runner(), config.seed

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import pytest
 
 import rora_theory
+from rora_theory import extras
+from rora_theory.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +68,7 @@ import importlib, importlib.abc, sys
 class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {HIDDEN}:
-            raise ImportError(f"hidden: {{name}}")
+            raise ModuleNotFoundError(f"hidden: {{name}}", name=name)
 sys.meta_path.insert(0, Hidden())
 """
 """What of the extras is installed can't be imported after this."""
@@ -75,6 +77,9 @@ sys.meta_path.insert(0, Hidden())
 def test_what_is_hidden_is_every_extra_s() -> None:
     finetune = {"gguf", "huggingface_hub", "jinja2", "orbax", "pyarrow", "safetensors", "tokenizers"}
     assert finetune | {"peft", "torch", "transformers", "tensorboardX", "wandb", "ray"} == HIDDEN
+    assert {name for names in extras.PACKAGES.values() for name in names} == HIDDEN
+    for extra, names in extras.PACKAGES.items():
+        assert {re.split(r"[^\w]", each)[0] for each in EXTRAS[extra]} == set(names)
 
 
 def fresh(code: str, *, silent: bool = True) -> str:
@@ -142,6 +147,70 @@ def test_the_core_needs_no_extra() -> None:
     assert {*WITH_JAX, *(f"rora_theory.measure.{module}" for module in OF_A_MODEL)} <= NAMES
     code = f"for name in {CORE}: importlib.import_module(name)\n"
     fresh(code + "assert not {'scipy.stats', 'scipy.optimize'} & {*sys.modules}, 'slow to import: a second a command'")
+
+
+@pytest.mark.slow
+def test_every_command_prints_its_help_without_the_extras(tmp_path) -> None:
+    """Each command of ``rora`` and of ``rora figures``, in one process; a command that needs an extra names it."""
+    records = [{"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}."} for i in range(40)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    wanted = {
+        "regime": ["--data", "records.json"],
+        "transfer": ["--check", "smollm2-135m", "records.json"],
+        "finetune": ["--data", "records.json", "--held-out", "8"],
+        "variance_sweep": ["--workers", "2"],
+    }
+    code = f"""
+import contextlib, io, os
+from sims import __main__ as commands
+os.chdir({str(tmp_path)!r})
+def ended(package, name, words):
+    sys.argv = ["rora", *(["figures"] if package == "figures" else []), name, *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            commands.main()
+        except SystemExit as stop:
+            return stop.code, out.getvalue().startswith("usage: rora"), err.getvalue()
+names = [(room, name) for room in ("sims", "figures") for name in commands.names(room)]
+helps = {{" ".join(each): ended(*each, ["--help"]) for each in names}}
+print(json.dumps([helps, {{name: ended("sims", name, words) for name, words in {wanted}.items()}}]))
+"""
+    helps, refused = json.loads(fresh("import json\n" + code))
+    assert len(helps) > 20  # the walk sees something
+    assert {name: end for name, end in helps.items() if end != [0, True, ""]} == {}
+    for name, (status, _, error) in refused.items():
+        extra = "cluster" if name == "variance_sweep" else "finetune"
+        assert (status, error.count("\n")) == (2, 1), error
+        assert error.startswith("error: ")
+        assert f"rora-theory[{extra}]" in error
+
+
+def load_with(tokenizers) -> None:
+    """As a module of the package calls a library."""
+    try:
+        tokenizers.models.load()
+    except tokenizers.Error:
+        pytest.fail("nothing of the package is raised")
+
+
+def test_a_stand_in_is_what_a_missing_package_is_asked_for() -> None:
+    """A base class, an annotation, an except clause; used, it names the extra, also of a package that is broken."""
+    tokenizers = extras.missing(ModuleNotFoundError("no", name="tokenizers.models"))
+
+    class Reader(tokenizers.Reader):
+        at: tokenizers.Place | None = None
+
+    with pytest.raises(InputError, match=r"^tokenizers is not .*rora-theory\[finetune\]"):
+        Reader("file")
+    with pytest.raises(InputError):
+        load_with(tokenizers)
+    with pytest.raises(InputError, match="wrong libc"):
+        extras.missing(ImportError("wrong libc", name="orbax.checkpoint"))()
+    other = ImportError("no", name="nowhere")
+    with pytest.raises(ImportError) as raised:
+        extras.missing(other)
+    assert raised.value is other
+    assert extras.missing_message(ValueError("no")) is None
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:

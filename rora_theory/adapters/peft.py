@@ -17,10 +17,8 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from rora_theory import digests
+from rora_theory import digests, extras
 from rora_theory.adapters import card, peft_baselines, peft_config
 from rora_theory.adapters.base import TrainableAdapter
 from rora_theory.adapters.bottleneck import BottleneckAdapter
@@ -34,6 +32,12 @@ from rora_theory.files import check_regular, name_beside, write_new
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.hub import Located
 from rora_theory.llama.model import Params
+
+try:
+    import safetensors
+    import safetensors.numpy
+except ImportError as error:
+    safetensors = extras.missing(error)
 
 CONFIG, WEIGHTS, PICKLE = peft_config.FILE, "adapter_model.safetensors", "adapter_model.bin"
 SUFFIXES = {

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from rora_theory import extras
 from rora_theory.cluster import orphans
 from rora_theory.errors import InputError
 
@@ -46,9 +47,7 @@ def the_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise InputError(
-            "--workers and --address need the extra cluster, as in pip install 'rora-theory[cluster]'"
-        ) from error
+        raise InputError(f"--workers and --address need Ray: {extras.missing_message(error)}") from error
     return ray
 
 

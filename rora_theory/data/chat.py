@@ -14,13 +14,16 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn
 
-import jinja2
-from jinja2 import ext, nodes, parser, sandbox
-from jinja2.utils import Namespace
-
-from rora_theory import digests, files
+from rora_theory import digests, extras, files
 from rora_theory.data.formats import ASSISTANT, Chat, Record
 from rora_theory.errors import InputError, first_line, shown
+
+try:
+    import jinja2
+    from jinja2 import ext, nodes, parser, sandbox
+    from jinja2.utils import Namespace
+except ImportError as error:
+    jinja2 = ext = nodes = parser = sandbox = Namespace = extras.missing(error)  # type: ignore[misc]
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from rora_theory import files
+from rora_theory import extras, files
 from rora_theory.data import hub_files, limited
 from rora_theory.data.formats import (
     FIELDS,
@@ -293,10 +293,8 @@ def _rows(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str
     data = files.read_bytes(path, accepted=ACCEPTED)
     try:
         import pyarrow
-    except ImportError:
-        raise InputError(
-            f"{where}: needs the extra finetune; accepted is: pip install 'rora-theory[finetune]'"
-        ) from None
+    except ImportError as error:
+        raise InputError(f"{where}: {extras.missing_message(error)}") from None
     # A file of some kilobytes may claim anything of its size: a child process reads it first, with limits.
     limits = {"seconds": TABLE_SECONDS, "memory": TABLE_MEMORY + LARGEST_TABLE}
     try:

@@ -15,12 +15,16 @@ from typing import Any
 import absl.logging
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
-from rora_theory import seals
+from rora_theory import extras, seals
 from rora_theory.errors import InputError, first_line
 from rora_theory.files import naming_damage
 from rora_theory.finetune.step import State
+
+try:
+    import orbax.checkpoint as ocp
+except ImportError as error:
+    ocp = extras.missing(error)
 
 
 @dataclass(frozen=True)

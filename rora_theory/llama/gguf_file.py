@@ -14,15 +14,20 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 from jax.typing import DTypeLike
 
+from rora_theory import extras
 from rora_theory.errors import InputError
 from rora_theory.files import check_regular
 from rora_theory.llama import rope
 from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, shown
 from rora_theory.llama.model import Params
 from rora_theory.llama.weights import assemble, check_finite, check_shapes
+
+try:
+    from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
+except ImportError as error:
+    GGMLQuantizationType = GGUFReader = ReaderTensor = dequantize = extras.missing(error)  # type: ignore[misc]
 
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 """Types of a tensor that are read."""

@@ -5,13 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from tokenizers.processors import TemplateProcessing
-
+from rora_theory import extras
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.loading import Model
 from rora_theory.llama.tokenizer import Tokenizer
 from rora_theory.llama.weights import save_hf
+
+try:
+    import tokenizers
+    from tokenizers.processors import TemplateProcessing
+except ImportError as error:
+    tokenizers = TemplateProcessing = extras.missing(error)  # type: ignore[misc]
 
 
 def save_model(folder: Path, model: Model) -> None:

@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
-from gguf import GGUFReader
 from jaxtyping import Int
 
+from rora_theory import extras
 from rora_theory.errors import InputError
 from rora_theory.files import read_bytes, read_object
 from rora_theory.llama import vocabulary
 from rora_theory.llama.gguf_file import END_TOKENS, open_gguf, read_value
+
+try:
+    import tokenizers
+    from gguf import GGUFReader
+except ImportError as error:
+    tokenizers = GGUFReader = extras.missing(error)  # type: ignore[misc]
 
 
 @dataclass(frozen=True, eq=False)

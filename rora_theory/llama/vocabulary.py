@@ -16,9 +16,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
+from rora_theory import extras
 from rora_theory.errors import InputError
+
+try:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+except ImportError as error:
+    AddedToken = Regex = Tokenizer = decoders = models = normalizers = pre_tokenizers = extras.missing(error)  # type: ignore[misc]
 
 SPACE = "▁"
 

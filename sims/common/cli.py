@@ -22,7 +22,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 import sims
-from rora_theory import cluster, files, software
+from rora_theory import cluster, extras, files, software
 from rora_theory.errors import FailedError, InputError
 from rora_theory.runs import folder
 from rora_theory.runs.reading import flat
@@ -286,6 +286,8 @@ def _ending(error: BaseException) -> tuple[str, str | None, int | None]:
     ended it, as shells have it); no status for what is a fault of the program."""
     if isinstance(error, (InputError, FailedError)):
         return "failed", str(error), 1 if isinstance(error, FailedError) else 2
+    if (message := extras.missing_message(error)) is not None:
+        return "failed", message, 2
     if isinstance(error, BrokenPipeError):
         return "interrupted", None, 128 + signal.SIGPIPE
     if isinstance(error, KeyboardInterrupt):

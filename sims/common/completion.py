@@ -43,16 +43,8 @@ def script(shell: str, commands: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _configs(package: str, names: Mapping[str, str]) -> list[Any]:
-    return [_named(name, _options(f"{package}.{name}"), says) for name, says in names.items()]
-
-
-def _options(module: str) -> type:
-    """A command's options; none where an extra that it needs is not installed."""
-    try:
-        config = importlib.import_module(module).Config
-    except ImportError:
-        config = dataclasses.make_dataclass("Config", [], frozen=True)
-    return cli.whole(config)
+    modules = {name: importlib.import_module(f"{package}.{name}") for name in names}
+    return [_named(name, cli.whole(modules[name].Config), says) for name, says in names.items()]
 
 
 def _named(name: str, config: type, says: str) -> Any:

@@ -32,7 +32,7 @@ def test_one_process_needs_no_ray(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert ClusterConfig().runner() is in_process
     for options in ({"workers": 2}, {"address": "127.0.0.1:1"}):
-        with pytest.raises(InputError, match=r"need the extra cluster, as in pip install 'rora-theory\[cluster\]'"):
+        with pytest.raises(InputError, match=r"--workers and --address .* pip install 'rora-theory\[cluster\]'"):
             ClusterConfig(**options).runner()
     leave()  # nothing to leave
 

@@ -101,11 +101,6 @@ def test_a_shell_completes_commands_and_options(monkeypatch, capsys, tmp_path) -
     assert found == list(asked.values())
     run(monkeypatch, "--print-completion", "zsh")
     assert capsys.readouterr().out.startswith("#compdef rora")
-    with monkeypatch.context() as bare:  # without the extra finetune
-        bare.delitem(sys.modules, "sims.capacity", raising=False)
-        bare.setitem(sys.modules, "rora_theory.finetune", None)
-        run(bare, "--print-completion", "bash")
-    assert "'capacity': {" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--print-completion", "fish")
     assert stop.value.code == 2

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,19 +48,6 @@ def test_as_a_user_runs_it(capsys) -> None:
     assert lines["cross-talk"][1:] == ["64", "0.0012", "0.25"]
     assert lines["alpha = 2r"][-5:] == ["2", "16", "x", "1.87e-05", "7.5e-05"]
     assert lines["alpha = 16, as it was, use_rslora"][-4:] == ["11.31", "x", "2.65e-05", "8.92e-05"]
-
-
-def test_check_on_the_core_install_names_the_extra(monkeypatch, capsys) -> None:
-    monkeypatch.delattr("rora_theory.measure.record_batches", raising=False)  # which imports it, where nothing has
-    for name in [
-        name for name in sys.modules if name.startswith(("rora_theory.finetune", "rora_theory.measure.record_batches"))
-    ]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "rora_theory.finetune", None)
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: transfer.run(transfer.Config(check=("smollm2-135m", "x.json"))))
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --check needs the extra finetune")
 
 
 def test_the_tuned_rule_is_kept(capsys) -> None:

@@ -1,0 +1,74 @@
+"""Packages of the optional extras, and what stands in for one that is not installed.
+
+A module that needs such a package at its top imports it as follows, so that it can itself be imported without it, and a
+command can print its help::
+
+    try:
+        import tokenizers
+    except ImportError as error:
+        tokenizers = extras.missing(error)
+"""
+
+from typing import Any
+
+from rora_theory.errors import InputError
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "finetune": ("gguf", "huggingface_hub", "jinja2", "orbax", "pyarrow", "safetensors", "tokenizers"),
+    "torch": ("peft", "torch", "transformers"),
+    "cluster": ("ray",),
+    "logging": ("tensorboardX", "wandb"),
+}
+"""Import names of the packages in each extra of `pyproject.toml`."""
+
+
+def missing_message(error: BaseException) -> str | None:
+    """Return the line that names the missing extra, or None if the error is not about a package of an extra.
+
+    Example:
+      >>> missing_message(ModuleNotFoundError("No module named 'ray'", name="ray"))
+      "ray is not installed. Install the extra 'cluster': pip install 'rora-theory[cluster]'"
+    """
+    if not isinstance(error, ImportError):
+        return None
+    package = (error.name or "").partition(".")[0]
+    for extra, names in PACKAGES.items():
+        if package in names:
+            # A package that is installed but cannot be loaded says why itself.
+            problem = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
+            return f"{package} {problem}. Install the extra {extra!r}: pip install 'rora-theory[{extra}]'"
+    return None
+
+
+def missing(error: ImportError) -> Any:
+    """Return a stand-in for a package that could not be imported, or for a name from it.
+
+    Its attributes are stand-ins too, it can be a base class or an annotation, and calling it raises `InputError`.
+
+    Args:
+      error: Exception raised by the import.
+
+    Returns:
+      The stand-in.
+
+    Raises:
+      ImportError: The error itself, if it is not about a package of an extra.
+    """
+    message = missing_message(error)
+    if message is None:
+        raise error
+    return _StandIn("Missing", (Exception,), {"_message": message})  # an exception: it may stand in an except clause
+
+
+class _StandIn(type):
+    """Metaclass of the classes that `missing` returns."""
+
+    _message: str
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):  # Python and typing look these up on any class
+            raise AttributeError(name)
+        return cls
+
+    def __call__(cls, *_: Any, **__: Any) -> Any:
+        raise InputError(cls._message)
