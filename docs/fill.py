@@ -1279,7 +1279,7 @@ def _by_the_law(schedule: list[float] | None) -> str:
     for takeover in moved.loc[moved["rank"] == 128, "takeover"].quantile([0.05, 0.95]):
         plan = {"steps": steps, "takeover": takeover, "schedule": schedule}
         advice = transfer(tuned, 128, rule="rslora", alpha=alpha, **plan)
-        found.append(tuned.learning_rate / advice.learning_rate)
+        found.append(tuned.learning_rate / advice.law_rate)
     return f"{min(found):.1f} to {max(found):.1f}"
 
 

@@ -68,13 +68,14 @@ def report(config: Config, advised: Advised) -> None:
     snippet = found.peft_config(**peft)  # refused first
     answers.say(found.sentence(), [thin] if thin else [], **found.as_dict(), target_modules=peft["target_modules"])
     print()
+    flag = ", with use_rslora" if found.is_rslora else ""
     tables.print_records(
         found.heading(config.split),
         [group._asdict() for group in found.groups_by_regime()],
         {
             "": "{name}",
-            f"alpha at rate {found.old.learning_rate:g}": "{alpha:.6g}",  # as many digits as the snippet has
-            f"rate at alpha {found.unchanged.alpha:g}": "{learning_rate:.4g}",
+            f"alpha at rate {found.old.learning_rate:g}{flag}": "{alpha:.6g}",  # as many digits as the snippet has
+            f"rate at alpha {found.unchanged.alpha:g}{flag}": "{learning_rate:.4g}",
             "step if neither changes": "{unchanged:.4g}",
         },
     )

@@ -144,7 +144,7 @@ function mount(form) {
       const options = told.map((field) => `--${field.name} ${field.value.trim()}`);
       const command = `rora transfer ${options.join(" ").replace("--regime measured", "--regime RUN")}`;
       parts = [...tables(found), ...drawings(asked(), found, width)];
-      for (const code of [found.config ?? `# PEFT has no init ${found.kept.init}`, command]) parts.push(html("pre", { tabindex: "0" }, html("code", {}, code)));
+      for (const code of [found.config, command]) parts.push(html("pre", { tabindex: "0" }, html("code", {}, code)));
       text = found.sentence;
     } catch (error) {
       if (!(error instanceof InputError)) throw error;

@@ -4,14 +4,15 @@
 const KAPPAS = { lora: 1, rora: 0.5, rslora: 0.5 };
 export const FAMILY = { sgd: "sgd", momentum: "sgd", adam: "adam", adamw: "adam" };
 const WORDS = { sgd: "SGD", momentum: "SGD with momentum", adam: "Adam", adamw: "AdamW" };
-const DEVIATION = { kaiming_uniform: () => Math.sqrt(1 / 3), gaussian: (r) => 1 / r, normal: () => 1, rademacher: () => 1 };
+const DEVIATION = { kaiming_uniform: () => Math.sqrt(1 / 3), gaussian: (r) => 1 / r }; // those that PEFT has
 const MEASURED_IN = "in SmolLM2-135M, the one model that was measured (AdamW, batches of 4, constant rate),";
 const MEASURED_RANKS = `Measured, ${MEASURED_IN} over 64 steps: the best rate was 1.2 (0.8 to 1.9) times as high at rank 128 as at ` +
   "rank 8, where the law allows 1 to 2.4, and 1.3 (1.1 to 1.5) times as high as at rank 32, where it allows 1 to 1.4.";
 const MEASURED_STRENGTHS = `Measured, ${MEASURED_IN} where gamma r grew 11.3 times: the best rate fell 6.8 (4.9 to 9.4) times after 64 ` +
-  "steps and 5.8 (4.4 to 7.6) times after 256, between these ends and lower than the law's value between them.";
-const MEASURED_POWERS = [-0.79, -0.73]; // of gamma r, which these best rates are
-const MEASURED_GROWTH = 12; // up to which growth of gamma r, or its inverse, a rate between them is told
+  "steps and 5.8 (4.4 to 7.6) times after 256.";
+const MEASURED_POWERS = [-0.79, -0.73]; // exponents of the best rate in gamma r
+const MEASURED_GROWTH = 12; // largest change in gamma r, or its inverse, for which a rate from them is advised
+const MEASURED_STEPS = 16; // least number of planned steps for which it is
 const LONGEST = "No run was longer than 256 steps.";
 const PEFT_INITS = { kaiming_uniform: "True", gaussian: "'gaussian'" };
 const REGIMES = { signal: 0, "cross-talk": Infinity };
@@ -212,8 +213,17 @@ export function advise(asked) {
   const rates = ratesOf(kept);
   const best = (ends) => ends.planned ?? ends.first_step;
   const alpha = fixesAlpha ? kept.alpha : alphas ? best(alphas) : mean("alpha");
-  const learningRate = !fixesAlpha ? old.lr : rates ? best(rates) : mean("learning_rate");
-  const found = { old, kept, alpha, learning_rate: learningRate, alphas, rates, plan, modules, fixesAlpha, ratesOf, stepsOf };
+  const grown = stepRatio({ ...kept, lr: old.lr }, old, 0);
+  const wasMeasured = hasHorizon && family === "adam" && init === "kaiming_uniform";
+  const isCovered = wasMeasured && 1 / MEASURED_GROWTH < grown && grown < MEASURED_GROWTH && !isClose(grown, 1);
+  const measuredRates = isCovered && !(plan?.steps < MEASURED_STEPS)
+    ? MEASURED_POWERS.map((power) => old.lr * grown ** power).sort((a, b) => a - b) : null;
+  const learningRate = !fixesAlpha ? old.lr
+    : measuredRates ? rangeOf(measuredRates).mean : rates ? best(rates) : mean("learning_rate");
+  const found = {
+    old, kept, alpha, learning_rate: learningRate, alphas, rates, plan, modules, fixesAlpha, ratesOf, stepsOf,
+    grown, wasMeasured, measuredRates, isRslora: kappaOf(kept.rule) === 0.5, loraAlpha: alphaFor("lora", scaling({ ...kept, alpha }), kept.rank),
+  };
   const kinds = { "all modules": modules };
   if (isMeasured) for (const each of modules) (kinds[each.name.split(".").at(-1)] ??= []).push(each);
   found.groups = Object.entries(kinds).map(([name, own]) => ({
@@ -245,12 +255,19 @@ export function ruleInWords(rule) {
 }
 
 function sentenceOf(found, regime) {
-  const { old, kept, alpha, learning_rate: rate } = found;
-  const alphaKept = kappaOf(kept.rule) === kappaOf(old.rule) && isClose(alpha, old.alpha);
+  const { old, kept, alpha, learning_rate: rate, isRslora } = found;
+  const [rule, value] = isRslora ? ["lora", found.loraAlpha] : [kept.rule, alpha];
+  const alphaKept = kappaOf(rule) === kappaOf(old.rule) && isClose(value, old.alpha);
   const verb = (isKept) => (isKept ? "keep" : "set");
-  const what = `${verb(alphaKept)} alpha ${g(alpha, 6)} under ${ruleInWords(kept.rule)} and ${verb(isClose(rate, old.lr))}`;
+  const under = isRslora ? "alpha / r, without use_rslora," : ruleInWords(rule);
+  const what = `${verb(alphaKept)} alpha ${g(value, 6)} under ${under} and ${verb(isClose(rate, old.lr))}`;
   const said = [`Going from rank ${old.rank} to ${kept.rank} with ${WORDS[old.optimizer]}: ${what} the learning rate ${g(rate, 3)}.`];
+  if (isRslora) {
+    said.push(`This is the same adapter as alpha ${g(alpha, 6)} with use_rslora, which SGLang, llama.cpp and Ollama serve ` +
+      `${g(Math.sqrt(kept.rank), 3)} times too weak; \`rora portable\` rewrites one that is trained.`);
+  }
   const span = found.fixesAlpha ? found.rates : found.alphas;
+  const isMeasured = found.fixesAlpha && found.measuredRates !== null;
   const isSgd = FAMILY[old.optimizer] === "sgd";
   const clipping = isSgd ? "; clipping of the gradient changes the law." : ".";
   const took = `This takes both ranks to be above the crossing rank, and the gradient to keep its direction${clipping}`;
@@ -260,52 +277,53 @@ function sentenceOf(found, regime) {
   } else if (Math.abs(span.first_step - span.A_led) < 1e-9 * span.A_led) {
     said.push("By the law the model then changes as much as before, in short and in long runs.", took, ...seen(found));
   } else {
+    if (isMeasured) said.push(...seen(found));
     const thing = found.fixesAlpha ? "learning rate" : "alpha";
     const longRun = "a long run, where A's motion leads,";
-    const first = `The first step asks for this ${thing}; ${longRun} asks for ${g(span.A_led, 3)}.`;
+    const first = isMeasured
+      ? `By the law the first step asks for ${g(span.first_step, 3)}, and ${longRun} for ${g(span.A_led, 3)}.`
+      : `The first step asks for this ${thing}; ${longRun} asks for ${g(span.A_led, 3)}.`;
     if (isSgd) {
       said.push(`${first} A run is long where gamma times the sum of the rates times the ` +
         `gradient's singular values is above 1. Alpha ${g(scaling(old) * old.rank, 6)} under alpha / r and the rate ` +
         `${g((old.lr * kept.rank) / old.rank, 3)} serve both.`);
     } else if (span.planned === null) {
-      said.push(`${first} The planned steps and a takeover distance give the value between.`);
+      said.push(first, ...(isMeasured ? [] : ["The planned steps and a takeover distance give the value between."]));
     } else {
       const { steps, takeover, isAssumed, rho } = found.plan;
-      said.push(`This is the law's at ${steps} step${steps > 1 ? "s" : ""}: the first step asks for the ${thing} ${g(span.first_step, 3)}, ` +
+      const some = `${steps} step${steps > 1 ? "s" : ""}`;
+      const start = isMeasured ? `By the law ${some} ask for ${g(span.planned, 3)}` : `This is the law's at ${some}`;
+      said.push(`${start}: the first step asks for the ${thing} ${g(span.first_step, 3)}, ` +
         `${longRun} for ${g(span.A_led, 3)}. The takeover distance, ${g(takeover, 2)}, is ` +
         `${isAssumed ? "assumed from one sample" : "given as measured"}, so that A's part is ${g(rho, 3)} times B's in the end; ` +
         "the rate is taken as constant.");
     }
-    said.push(took, ...seen(found));
+    said.push(took, ...(isMeasured ? [LONGEST] : seen(found)));
   }
   return said.join(" ");
 }
 
 /** What was measured of such a change, beside the law. */
-function seen({ old, kept, alpha, fixesAlpha }) {
-  if (FAMILY[old.optimizer] === "sgd" || kept.init !== "kaiming_uniform") return [];
-  const grown = stepRatio({ ...kept, alpha, lr: old.lr }, old, 0);
-  if (!fixesAlpha || isClose(grown, 1)) {
-    const [word, by] = kept.rank > old.rank ? ["higher", "times"] : ["lower", "over"];
-    return kept.rank === old.rank ? [] : [MEASURED_RANKS, `For a ${word} rank, try this rate ${by} 1.3 too.`, LONGEST];
-  }
-  if (!(1 / MEASURED_GROWTH < grown && grown < MEASURED_GROWTH)) return [MEASURED_STRENGTHS, LONGEST];
-  const [low, high] = MEASURED_POWERS.map((power) => old.lr * grown ** power).sort((a, b) => a - b);
-  return [MEASURED_STRENGTHS, `The same power of gamma r would be a rate of ${g(low, 2)} to ${g(high, 2)} here.`, LONGEST];
+function seen({ old, kept, fixesAlpha, grown, wasMeasured, measuredRates }) {
+  if (!wasMeasured) return [];
+  if (!fixesAlpha || isClose(grown, 1)) return kept.rank === old.rank ? [] : [MEASURED_RANKS, LONGEST];
+  if (measuredRates === null) return [MEASURED_STRENGTHS, LONGEST];
+  const [low, high] = measuredRates;
+  return [`Measured runs put the rate at ${g(low, 2)} to ${g(high, 2)}; this is the middle.`, MEASURED_STRENGTHS];
 }
 
-/** PEFT's LoraConfig; null where PEFT does not have the init. */
-function configOf({ kept, alpha, learning_rate: rate, fixesAlpha, groups }) {
-  if (!(kept.init in PEFT_INITS)) return null;
+/** PEFT's LoraConfig, always under alpha / r: several servers ignore use_rslora. */
+function configOf({ kept, alpha, learning_rate: rate, fixesAlpha, groups, isRslora, loraAlpha }) {
   const kappa = kappaOf(kept.rule);
-  const carried = (value) => g(alphaFor(kappa === 0.5 ? "rslora" : "lora", value / kept.rank ** kappa, kept.rank), 6);
-  const remark = kappa === 1 || kappa === 0.5 ? "" : `  # alpha / r with the gamma of ${g(alpha, 6)} / r^${g(kappa, 6)}`;
+  const carried = (value) => g(alphaFor("lora", scaling({ ...kept, alpha: value }), kept.rank), 6);
+  let remark = kappa === 1 ? "" : `  # alpha / r with the gamma of ${g(alpha, 6)} / r^${g(kappa, 6)}`;
+  if (isRslora) remark = `  # the same adapter as ${g(alpha, 6)} with use_rslora=True`;
   const kinds = groups.slice(1);
   const targets = kinds.length ? kinds.map((group) => group.name) : TARGETS;
   const pattern = fixesAlpha ? [] : kinds.map((group) => `        '${group.name}': ${carried(group.alpha.mean)},`);
   return [
     "from peft import LoraConfig", "", `config = LoraConfig(  # learning rate ${g(rate, 6)}`, "    task_type='CAUSAL_LM',",
-    `    r=${kept.rank},`, `    lora_alpha=${carried(alpha)},${remark}`, `    use_rslora=${kappa === 0.5 ? "True" : "False"},`,
+    `    r=${kept.rank},`, `    lora_alpha=${g(loraAlpha, 6)},${remark}`, "    use_rslora=False,",
     `    init_lora_weights=${PEFT_INITS[kept.init]},`, `    target_modules=[${targets.map((name) => `'${name}'`).join(", ")}],`,
     ...(pattern.length ? ["    alpha_pattern={", ...pattern, "    },"] : []), ")",
   ].join("\n");

@@ -19,8 +19,12 @@ LARGEST = 1 << 22
 MAX_ENTRIES = 20_000
 """Maximum number of entries of a list or pattern in a configuration: twice the modules of the largest dense models."""
 
+
+PeftInit = Literal["kaiming_uniform", "gaussian"]
+"""Initialisations of A that PEFT has."""
+
 PEFT_INITS: dict[Init, bool | str] = {"kaiming_uniform": True, "gaussian": "gaussian"}
-"""PEFT's ``init_lora_weights`` of each init that it has."""
+"""PEFT's ``init_lora_weights`` of each `PeftInit`."""
 
 OF_DORA = "use_dora is set: the advice is of its low-rank part, and DoRA's magnitude steps alike at any alpha and rank"
 """What the user should know of a DoRA adapter's setting."""

@@ -41,15 +41,18 @@ MEASURED_RANKS = (
 
 MEASURED_STRENGTHS = (
     f"Measured, {_MEASURED_IN} where gamma r grew 11.3 times: the best rate fell 6.8 (4.9 to 9.4) times after 64 steps "
-    "and 5.8 (4.4 to 7.6) times after 256, between these ends and lower than the law's value between them."
+    "and 5.8 (4.4 to 7.6) times after 256."
 )
 """Of one rank at two values of gamma r, likewise."""
 
 MEASURED_POWERS = (-0.79, -0.73)
-"""Powers of gamma r that these best rates are, after 64 and 256 steps."""
+"""Exponents of the best rate in `gamma * r` after 64 and 256 steps."""
 
 MEASURED_GROWTH = 12.0
-"""Up to which growth of gamma r, or its inverse, a rate between them is told."""
+"""Largest change in `gamma * r`, or its inverse, for which a rate from the measured exponents is advised."""
+
+MEASURED_STEPS = 16
+"""Least number of steps of a planned run for which a rate from the measured exponents is advised."""
 
 LONGEST = "No run was longer than 256 steps."
 
@@ -264,11 +267,43 @@ class Advice:
         return self.alpha_at_old_rate if self.alphas is None else self.alphas.best
 
     @property
+    def is_rslora(self) -> bool:
+        """Whether the new rule is ``alpha / sqrt(r)``, PEFT's ``use_rslora``."""
+        return exponent(self.unchanged.rule) == KAPPAS["rslora"]
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha under ``alpha / r`` that gives the same adapter as `alpha` under the new rule."""
+        return self._lora_alpha(self.alpha)
+
+    @property
+    def measured_rates(self) -> tuple[float, float] | None:
+        """Lowest and highest learning rate at the alpha of `unchanged` by the measured exponents of best rates.
+
+        None where the measured runs do not apply: a change in `gamma * r` by `MEASURED_GROWTH` or more, a planned run
+        shorter than `MEASURED_STEPS`, SGD, another initialisation than PEFT's default, a regime other than the signal.
+        """
+        growth = self._strength(self.unchanged, 0.0)
+        is_covered = self._was_measured and 1 / MEASURED_GROWTH < growth < MEASURED_GROWTH and not isclose(growth, 1)
+        if not is_covered or (self.plan is not None and self.plan.steps < MEASURED_STEPS):
+            return None
+        low, high = sorted(self.old.learning_rate * growth**power for power in MEASURED_POWERS)
+        return low, high
+
+    @property
+    def law_rate(self) -> float:
+        """Learning rate at the alpha of `unchanged` by the law, for the planned run or else for the first step."""
+        return self.rate_at_alpha if self.rates is None else self.rates.best
+
+    @property
     def learning_rate(self) -> float:
-        """The learning rate to set."""
+        """The learning rate to set: at a fixed alpha the middle of `measured_rates`, or `law_rate` where these are None.
+
+        The middle is the geometric mean.
+        """
         if not self.fixes_alpha:
             return self.old.learning_rate
-        return self.rate_at_alpha if self.rates is None else self.rates.best
+        return self.law_rate if self.measured_rates is None else geometric_mean(self.measured_rates)
 
     @property
     def setting(self) -> Setting:
@@ -361,8 +396,8 @@ class Advice:
     def lora_arguments(self, per: Per = "type") -> dict[str, Any]:
         """What a PEFT ``LoraConfig`` is told by `alpha` and `learning_rate`, but for the modules.
 
-        A rule of another kappa than 1 or 1/2 has no flag in PEFT and becomes ``alpha / r`` of the same gamma. PEFT
-        takes any number as alpha.
+        Any rule becomes ``alpha / r`` of the same gamma, which is the same adapter: several servers ignore
+        ``use_rslora``, and for other exponents PEFT has no flag. PEFT takes any number as alpha.
 
         Args:
           per: which modules share an alpha, see `alpha_pattern`.
@@ -373,20 +408,14 @@ class Advice:
         new = self.unchanged
         if new.init not in PEFT_INITS:
             raise InputError(f"init is {new.init!r}, which PEFT does not have; accepted are {', '.join(PEFT_INITS)}")
-        flag = exponent(new.rule) == KAPPAS["rslora"]
-
-        def alpha(value: float) -> float:
-            scaling = scaling_factor(new.rule, alpha=value, rank=new.rank)
-            return alpha_for("rslora" if flag else "lora", scaling=scaling, rank=new.rank)
-
         own = self.alpha_pattern(per)  # refuses another word where alpha is fixed too
         pattern = {} if self.fixes_alpha else own
         return {
             "r": new.rank,
-            "lora_alpha": alpha(self.alpha),
-            "use_rslora": flag,
+            "lora_alpha": self.lora_alpha,
+            "use_rslora": False,
             "init_lora_weights": PEFT_INITS[new.init],
-            "alpha_pattern": {name: alpha(value) for name, value in pattern.items()},
+            "alpha_pattern": {name: self._lora_alpha(value) for name, value in pattern.items()},
         }
 
     def peft_config(
@@ -397,7 +426,7 @@ class Advice:
         task_type: TaskType | None = "CAUSAL_LM",
         others: Mapping[str, Any] | None = None,
     ) -> str:
-        """Python source of a PEFT ``LoraConfig`` of `lora_arguments`, with a comment where PEFT has no flag.
+        """Python source of a PEFT ``LoraConfig`` of `lora_arguments`, with a comment where the rule is another.
 
         Args:
           target_modules: PEFT's: names in a list, a name alone, all-linear, or a regular expression.
@@ -412,7 +441,9 @@ class Advice:
         check_task_type(task_type)
         targets = peft_targets(target_modules)
         kappa = exponent(self.unchanged.rule)
-        remark = "" if kappa in KAPPAS.values() else f"  # alpha / r with the gamma of {self.alpha:.6g} / r^{kappa:g}"
+        remark = "" if kappa == KAPPAS["lora"] else f"  # alpha / r with the gamma of {self.alpha:.6g} / r^{kappa:g}"
+        if self.is_rslora:
+            remark = f"  # the same adapter as {self.alpha:.6g} with use_rslora=True"
         lines = [
             "from peft import LoraConfig",
             "",
@@ -442,16 +473,26 @@ class Advice:
           crossing rank, and the gradient to keep its direction. Measured, in SmolLM2-135M, the one model that was
           measured (AdamW, batches of 4, constant rate), over 64 steps: the best rate was 1.2 (0.8 to 1.9) times as high
           at rank 128 as at rank 8, where the law allows 1 to 2.4, and 1.3 (1.1 to 1.5) times as high as at rank 32,
-          where it allows 1 to 1.4. For a higher rank, try this rate times 1.3 too. No run was longer than 256 steps.
+          where it allows 1 to 1.4. No run was longer than 256 steps.
         """
         old, new = self.old, self.setting
-        same_rule = exponent(new.rule) == exponent(old.rule)
-        alpha_kept = same_rule and isclose(new.alpha, old.alpha)
-        alpha = f"{'keep' if alpha_kept else 'set'} alpha {new.alpha:.6g} under {self._rule}"
+        rule, value = (KAPPAS["lora"], self.lora_alpha) if self.is_rslora else (new.rule, new.alpha)
+        alpha_kept = exponent(rule) == exponent(old.rule) and isclose(value, old.alpha)
+        alpha = f"{'keep' if alpha_kept else 'set'} alpha {value:.6g} under {self._rule}"
         rate_kept = isclose(new.learning_rate, old.learning_rate)
         rate = f"{'keep' if rate_kept else 'set'} the learning rate {new.learning_rate:.3g}"
         do = f"{alpha} and {rate}"
-        return f"Going from rank {old.rank} to {new.rank} with {WORDS[old.optimizer]}: {do}. " + " ".join(self.scope())
+        parts = [f"Going from rank {old.rank} to {new.rank} with {WORDS[old.optimizer]}: {do}.", *self._served()]
+        return " ".join([*parts, *self.scope()])
+
+    def _served(self) -> list[str]:
+        """A sentence on the same adapter with ``use_rslora``, where that is the new rule."""
+        if not self.is_rslora:
+            return []
+        return [
+            f"This is the same adapter as alpha {self.alpha:.6g} with use_rslora, which SGLang, llama.cpp and Ollama "
+            f"serve {self.unchanged.rank**0.5:.3g} times too weak; `rora portable` rewrites one that is trained."
+        ]
 
     def scope(self) -> list[str]:
         """For how long the advice holds, and what it takes for granted, a sentence each."""
@@ -472,6 +513,9 @@ class Advice:
             return [alike, took, *self._seen()]
         what, long_run = "learning rate" if self.fixes_alpha else "alpha", "a long run, where A's motion leads,"
         first = f"The first step asks for this {what}; {long_run} asks for {span.A_led:.3g}."
+        is_measured = self.fixes_alpha and self.measured_rates is not None
+        if is_measured:
+            first = f"By the law the first step asks for {span.first_step:.3g}, and {long_run} for {span.A_led:.3g}."
         if self._is_sgd:
             said = [
                 first,
@@ -480,36 +524,31 @@ class Advice:
                 f"{old.learning_rate * self.unchanged.rank / old.rank:.3g} serve both.",
             ]
         elif self.plan is None:
-            said = [first, "The planned steps and a takeover distance give the value between."]
-        else:
-            given = "assumed from one sample" if self.plan.is_assumed else "given as measured"
             said = [
-                f"This is the law's at {self.plan.steps} step{'s' * (self.plan.steps > 1)}: the first step asks for "
-                f"the {what} {span.first_step:.3g}, {long_run} for {span.A_led:.3g}.",
+                first,
+                *([] if is_measured else ["The planned steps and a takeover distance give the value between."]),
+            ]
+        else:
+            steps = f"{self.plan.steps} step{'s' * (self.plan.steps > 1)}"
+            given = "assumed from one sample" if self.plan.is_assumed else "given as measured"
+            start = f"By the law {steps} ask for {span.best:.3g}" if is_measured else f"This is the law's at {steps}"
+            said = [
+                f"{start}: the first step asks for the {what} {span.first_step:.3g}, {long_run} for {span.A_led:.3g}.",
                 f"The takeover distance, {self.plan.takeover:.2g}, is {given}, so that A's part is {self.plan.rho:.3g} "
                 f"times B's in the end; the rate is {'as scheduled' if self.plan.schedule else 'taken as constant'}.",
             ]
-        return [*said, took, *self._seen()]
+        return [*self._seen(), *said, took, LONGEST] if is_measured else [*said, took, *self._seen()]
 
     def _seen(self) -> list[str]:
         """What was measured of such a change, beside the law."""
-        old, new = self.old, self.unchanged
-        if self._is_sgd or new.init != "kaiming_uniform":
+        if not self._was_measured:
             return []
-        growth = self._strength(self.setting, 0.0)
-        if not self.fixes_alpha or isclose(growth, 1):
-            if new.rank == old.rank:
-                return []
-            higher = new.rank > old.rank
-            other = (
-                f"For a {'higher' if higher else 'lower'} rank, try this rate {'times' if higher else 'over'} 1.3 too."
-            )
-            return [MEASURED_RANKS, other, LONGEST]
-        if not 1 / MEASURED_GROWTH < growth < MEASURED_GROWTH:
+        if not self.fixes_alpha or isclose(self._strength(self.unchanged, 0.0), 1):
+            return [] if self.unchanged.rank == self.old.rank else [MEASURED_RANKS, LONGEST]
+        if self.measured_rates is None:
             return [MEASURED_STRENGTHS, LONGEST]
-        low, high = sorted(old.learning_rate * growth**power for power in MEASURED_POWERS)
-        here = f"The same power of gamma r would be a rate of {low:.2g} to {high:.2g} here."
-        return [MEASURED_STRENGTHS, here, LONGEST]
+        low, high = self.measured_rates
+        return [f"Measured runs put the rate at {low:.2g} to {high:.2g}; this is the middle.", MEASURED_STRENGTHS]
 
     def whole_model(self) -> str:
         """What alphas that keep each module's own first step do to the whole model's, in words."""
@@ -526,6 +565,7 @@ class Advice:
             {
                 "sentence": self.sentence(),
                 "alpha": self.alpha,
+                "lora_alpha": self.lora_alpha,
                 "learning_rate": self.learning_rate,
                 "scaling": self.setting.scaling,
                 "old": asdict(self.old),
@@ -533,6 +573,7 @@ class Advice:
                 "regime": self.regime,
                 "alpha_at_old_rate": self.alpha_at_old_rate,
                 "rate_at_alpha": {"alpha": self.unchanged.alpha, "learning_rate": self.rate_at_alpha},
+                "measured_rates": self.measured_rates,
                 "alphas": self.alphas,
                 "rates": self.rates,
                 "plan": None if self.plan is None else asdict(self.plan),
@@ -557,9 +598,13 @@ class Advice:
         return FAMILY[self.old.optimizer] == "sgd"
 
     @property
+    def _was_measured(self) -> bool:
+        return self._has_horizon and not self._is_sgd and self.unchanged.init == "kaiming_uniform"
+
+    @property
     def _rule(self) -> str:
         kappa = exponent(self.unchanged.rule)
-        return {1.0: "alpha / r", 0.5: "alpha / sqrt(r) (use_rslora)"}.get(kappa, f"alpha / r^{kappa:g}")
+        return {1.0: "alpha / r", 0.5: "alpha / r, without use_rslora,"}.get(kappa, f"alpha / r^{kappa:g}")
 
     @property
     def _tuned_rule(self) -> str:
@@ -579,6 +624,11 @@ class Advice:
         ratio = self._deviation(self.old) / self._deviation(new)
         first = step_ratio(replace(new, learning_rate=self.old.learning_rate), self.old, SIGNAL)
         return first * ratio if isinf(rho) else first * (1 + rho * ratio) / (1 + rho)
+
+    def _lora_alpha(self, alpha: float) -> float:
+        """Alpha under ``alpha / r`` with the gamma of this alpha under the new rule."""
+        scaling = scaling_factor(self.unchanged.rule, alpha=alpha, rank=self.unchanged.rank)
+        return alpha_for("lora", scaling=scaling, rank=self.unchanged.rank)
 
     def _span(self, value: Any) -> Span:
         return Span(value(0.0), None if self.plan is None else value(self.plan.rho), value(inf))

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rora_theory.advice.lora_config import PAPER_TARGETS, Saved, TaskType, peft_targets, read_adapter_config
+from rora_theory.advice.lora_config import PAPER_TARGETS, PeftInit, Saved, TaskType, peft_targets, read_adapter_config
 from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.transfer import MOST_STEPS, Advice, Per, transfer
 from rora_theory.errors import InputError
-from rora_theory.inits import Init
 from rora_theory.measure.layer_data import Split
 from rora_theory.optimizers import OptimizerName, optimizer_named
 from rora_theory.ranges import Count, Positive, check_ranges
@@ -48,9 +47,9 @@ class TransferConfig:
     optimizer: OptimizerName | str = "adamw"
     """sgd, momentum, adam or adamw, or a Trainer's name of AdamW such as adamw_bnb_8bit; Lion and signSGD take Adam's
     first step, and others are not covered"""
-    init: Init | None = None
-    """law of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, of deviation 1/r); normal and rademacher
-    have a law, but no LoraConfig; none is kaiming_uniform, or what --from has"""
+    init: PeftInit | None = None
+    """law of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, of deviation 1/r); none is kaiming_uniform,
+    or what --from has"""
     regime: str = "signal"
     """signal, cross-talk, or the folder of a sims.regime run"""
     split: Split = "heldout"

@@ -71,7 +71,7 @@ def predictions(
         schedule = warmed_up(count, warmup)
         old = Setting(rank=1, alpha=strengths[0], learning_rate=rate, rule="lora")
         advice = transfer(old, 1, rule="lora", alpha=strengths[1], steps=count, takeover=takeover, schedule=schedule)
-        factor = rate / advice.learning_rate
+        factor = rate / advice.law_rate
         exponent = -math.log(factor) / math.log(strengths[1] / strengths[0])
         rows.append((count, rate, quantile, takeover, factor, exponent))
     return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "takeover", "factor", "exponent"])

@@ -4,8 +4,11 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
+import typing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from rora_theory.advice.lora_config import PAPER_TARGETS, PEFT_INITS
 from rora_theory.advice.setting import CROSS_TALK, REGIMES, SIGNAL, Setting, step_ratio
 from rora_theory.advice.transfer import Span, transfer
 from rora_theory.errors import InputError
-from rora_theory.inits import INITS
+from rora_theory.measure.transfer_request import TransferConfig, advise
 from rora_theory.optimizers import FAMILY, OPTIMIZER_NAMES
 
 MODULE = Path(__file__).parents[2] / "docs" / "assets" / "transfer.mjs"
@@ -65,11 +68,10 @@ def library(asked: dict[str, Any]) -> dict[str, Any]:
     found = transfer(
         old, asked["to-rank"], asked["regime"], rule=asked["to-rule"], alpha=asked["to-alpha"], **later
     )  # fmt: skip
-    config, targets = None, list(PAPER_TARGETS)
+    targets = list(PAPER_TARGETS)
     if found.regime == "measured":
         targets = list(dict.fromkeys(name.rpartition(".")[2] for name in MEASURED))
-    if old.init in PEFT_INITS:
-        config = found.peft_config(target_modules=targets)
+    config = found.peft_config(target_modules=targets)
     choices = [
         [row.name, row.setting.scaling, row.step, row.smallest, row.largest, row.learning_rate, ends(row.rates)]
         for row in found.alternatives()
@@ -110,15 +112,53 @@ def page(said: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")
+
+
 def agrees(ours: Any, theirs: Any) -> bool:
-    """Numbers to 1e-12 of themselves (each operation rounds by 1e-16), all else to the letter."""
+    """Numbers to 1e-12 of themselves (each operation rounds by 1e-16), all else to the letter.
+
+    A number in a text may differ by one in its last digit, since it may be halfway between two.
+    """
     if isinstance(ours, dict):
         return ours.keys() == theirs.keys() and all(agrees(ours[name], theirs[name]) for name in ours)
     if isinstance(ours, list):
         return len(ours) == len(theirs) and all(map(agrees, ours, theirs))
     if isinstance(ours, (int, float)):
         return math.isclose(ours, float(theirs), rel_tol=1e-12)
+    if isinstance(ours, str):
+        pairs = zip(NUMBER.findall(ours), NUMBER.findall(theirs), strict=False)
+        return NUMBER.sub("#", ours) == NUMBER.sub("#", theirs) and all(same_digits(*pair) for pair in pairs)
     return ours == theirs
+
+
+def same_digits(one: str, other: str) -> bool:
+    last = min(Decimal(text).as_tuple().exponent for text in (one, other))
+    return abs(Decimal(one) - Decimal(other)) <= Decimal(1).scaleb(last)
+
+
+def test_the_form_the_help_and_the_config_have_the_same_inits() -> None:
+    """The form's command is the help's, and what either lists is given a LoraConfig."""
+    page = (MODULE.parents[1] / "calculator.md").read_text()
+    form = re.search(r'name="init">(.*?)</select>', page, re.DOTALL)[1]
+    listed = re.findall(r'value="(\w+)"', form)
+    hint = typing.get_type_hints(TransferConfig)["init"]
+    helped = [name for each in typing.get_args(hint) for name in typing.get_args(each)]
+    assert listed == helped == list(PEFT_INITS)
+    for init in listed:
+        advised = advise(TransferConfig(init=init))
+        assert f"init_lora_weights={PEFT_INITS[init]!r}" in advised.advice.peft_config(**advised.peft)
+
+
+def test_texts_agree_but_for_a_last_digit() -> None:
+    assert agrees("rate 1.95313e-05, rank 4", "rate 1.95312e-05, rank 4")
+    for other in (
+        "rate 1.95311e-05, rank 4",
+        "rate 1.95313e-05, rank 6",
+        "rate 1.95313e-04, rank 4",
+        "rate 1.95313e-05",
+    ):
+        assert not agrees("rate 1.95313e-05, rank 4", other)
 
 
 def grid() -> list[dict[str, Any]]:
@@ -127,7 +167,7 @@ def grid() -> list[dict[str, Any]]:
     rules = ("lora", "rora", "rslora", 0.25, 0.0)
     plans = [(None, None, None), (16, None, 576), (300, 3.2e-3, None), (1, None, 64)]
     found = []
-    every = itertools.product(OPTIMIZER_NAMES, INITS, (*REGIMES, "measured"), rules, (None, *rules[:3]))
+    every = itertools.product(OPTIMIZER_NAMES, PEFT_INITS, (*REGIMES, "measured"), rules, (None, *rules[:3]))
     for optimizer, init, regime, rule, to_rule in random_.sample(list(every), 300):
         steps, takeover, p_in = random_.choice(plans)
         later = FAMILY[optimizer] == "adam" and regime == "signal"
@@ -166,6 +206,9 @@ def test_it_answers_as_the_library_does(asked) -> None:
         "a long run",
         "measured at 5 modules",
         "SGD with",
+        "without use_rslora, and",
+        "Measured runs put the rate at",
+        "By the law 300 steps ask for",
     ):
         assert any(words in sentence for sentence in sentences), words
 
@@ -214,7 +257,7 @@ BASE: dict[str, Any] = {
 def test_what_the_library_refuses_is_refused_in_one_line() -> None:
     bad: list[dict[str, Any]] = [
         {"from-rank": 0}, {"to-rank": 1.5}, {"to-rank": None}, {"to-rank": 2**31}, {"alpha": 0}, {"alpha": "many"},
-        {"lr": -1e-4}, {"to-alpha": 0}, {"optimizer": "muon"}, {"init": "eva"}, {"rule": "lore"}, {"rule": 400.0},
+        {"lr": -1e-4}, {"to-alpha": 0}, {"optimizer": "muon"}, {"init": "normal"}, {"rule": "lore"}, {"rule": 400.0},
         {"to-rule": "dora"}, {"regime": "both"}, {"regime": {}}, {"optimizer": "sgd", "steps": 9}, {"steps": 0},
         {"p-in": 576}, {"takeover": 1e-3}, {"steps": 9, "p-in": 576, "takeover": 1e-3}, {"steps": 9, "takeover": 0},
         {"steps": 9}, {"steps": 9, "takeover": 1e-300}, {"steps": 9, "p-in": 0}, {"regime": "cross-talk", "steps": 9},

@@ -33,11 +33,11 @@ def test_the_first_answer(monkeypatch, capsys) -> None:
     monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
     main.main()
     said = " ".join(capsys.readouterr().out.split())
-    assert "set alpha 2.82843 under alpha / sqrt(r) (use_rslora) and keep the learning rate 0.0002" in said
+    assert "keep alpha 32 under alpha / r, without use_rslora, and keep the learning rate 0.0002" in said
     monkeypatch.setattr(sys, "argv", [program, *words, "--rule", "rslora"])
     monkeypatch.delitem(sys.modules, "sims.transfer", raising=False)
     main.main()
-    assert "set alpha 11.3137 under" in " ".join(capsys.readouterr().out.split())
+    assert "the same adapter as alpha 11.3137 with use_rslora" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
@@ -74,6 +74,6 @@ def test_measured_checked_and_trained(tmp_path, monkeypatch, capsys) -> None:
     assert "What a step changes of the whole model: " in said
     assert "at ranks 16 32 128" in said
     trained = json.loads(next((tmp_path / "tuned").glob("checkpoint-*/adapter_config.json")).read_text())
-    assert (trained["r"], trained["use_rslora"], trained["lora_alpha"]) == (128, True, pytest.approx(8**0.5))
+    assert (trained["r"], trained["use_rslora"], trained["lora_alpha"]) == (128, False, pytest.approx(32))
     assert next((tmp_path / "tuned").glob("checkpoint-*/adapter_model.safetensors")).stat().st_size > 0
     assert names["to_rank"](128).learning_rate == 2e-4

@@ -459,8 +459,8 @@ def test_transfer() -> None:
     terms = found.crossings.query("optimizer == 'adam' and init == 'gaussian' and split == 'heldout'")
     expected = transfer(tuned, 8, dict(zip(terms["module"], terms["linear_term"], strict=True)), rule="rslora")
     assert advice == expected
-    assert (config.r, config.use_rslora, config.init_lora_weights, rate) == (8, True, "gaussian", 3e-4)
-    assert config.lora_alpha == pytest.approx(expected.alpha)
+    assert (config.r, config.use_rslora, config.init_lora_weights, rate) == (8, False, "gaussian", 3e-4)
+    assert config.lora_alpha == pytest.approx(expected.alpha * 8**0.5)
     adapted = peft.get_peft_model(model, config)
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):

@@ -51,12 +51,13 @@ def test_as_a_user_runs_it(capsys) -> None:
 
 
 def test_the_tuned_rule_is_kept(capsys) -> None:
-    """Under rora the row 'as it was' has use_rslora, and the config too; under another kappa a comment says whose
-    alpha it is."""
+    """Under rora the row 'as it was' has use_rslora; the config has the same adapter under alpha / r, and a comment
+    says whose alpha it is, as under another kappa."""
     transfer.run(transfer.Config(rule="rora"))
     text = capsys.readouterr().out
     config = snippet(text)
-    assert (config["use_rslora"], config["lora_alpha"]) == (True, 4)  # 16 / sqrt(16)
+    assert (config["use_rslora"], config["lora_alpha"]) == (False, pytest.approx(4 * 128**0.5, rel=1e-5))
+    assert "# the same adapter as 4 with use_rslora=True" in text  # 16 / sqrt(16)
     lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
     assert lines["signal"][1] == "4"
     assert lines["alpha = 16, as it was"][-5:-1] == ["1.414", "4", "x", "7.5e-05"]  # gamma of 16 / sqrt(128)
@@ -87,7 +88,7 @@ def test_what_is_printed_is_what_peft_takes(capsys, targets, task_type, written,
     peft = pytest.importorskip("peft")
     read = peft.LoraConfig(**config)
     assert read.target_modules == (written if isinstance(written, str) else set(written))
-    assert (read.task_type, read.use_rslora) == (task_type, rule == "rora")
+    assert (read.task_type, read.use_rslora) == (task_type, False)
 
 
 @pytest.fixture
@@ -344,11 +345,11 @@ def test_the_config_to_paste_has_what_the_saved_one_has(tmp_path, capsys) -> Non
 def test_the_sentence_comes_first_and_the_horizon_has_a_column(capsys) -> None:
     transfer.run(config_of("--from-rank 128 --to-rule rslora --to-alpha 16 --steps 50 --p-in 576"))
     text = capsys.readouterr().out
-    assert text.startswith("Going from rank 128 to 128 with AdamW: set alpha 16 under alpha / sqrt(r)")
+    assert text.startswith("Going from rank 128 to 128 with AdamW: set alpha 181.019 under alpha / r, ")
     advice = carry(Setting(128, 16.0, 3e-4), 128, rule="rslora", alpha=16.0, steps=50, p_in=576)
     row = next(
         line.split() for line in text.splitlines() if line.strip().startswith("alpha = 16, as it was, use_rslora")
     )
     assert row[-3:] == [f"{advice.rates[i]:.3g}" for i in (0, 1, 2)]
     assert f"# learning rate {advice.learning_rate:.6g}" in text
-    assert snippet(text)["use_rslora"]
+    assert not snippet(text)["use_rslora"]
