@@ -31,6 +31,8 @@ class Config:
     """Of methods that have one; may be left out where the run has one rank."""
     model: str | None = None
     """Which model, where the run has several."""
+    name: str | None = None
+    """Name of the model in the title. None: that of its folder."""
     out: Path | None = None
     """Folder for accuracy.png and .svg; by default the run folder."""
 
@@ -87,7 +89,9 @@ def draw(config: Config) -> Sequence[Path]:
     }
     batch, steps = manifest["config"]["training"]["batch"], int(best["steps"].iloc[0])
     title = (
-        f"{model_name(base['model'].iloc[0])}" + (f", r = {rank}" if rank else "") + f", {steps} steps of {batch}; "
+        f"{model_name(base['model'].iloc[0], config.name)}"
+        + (f", r = {rank}" if rank else "")
+        + f", {steps} steps of {batch}; "
         "bars: ± one standard error over items, right of the paired difference"
     )
     style.legend(figure, handles, title)

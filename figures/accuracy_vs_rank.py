@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 
@@ -33,13 +32,15 @@ class Config:
     alpha: Positive | None = None
     """Which alpha, where a method and rank has several."""
     lr: Positive | None = None
-    """Draw the cells of this learning rate. None: each method's rate that has most cells."""
+    """Draw the cells of this learning rate. Needed where a method has several, unless --tuned is given."""
     tuned: bool = False
     """For each method and rank, the best learning rate of those tried instead."""
     answers: bool = False
     """The loss on the answers alone in the place of the loss on all tokens."""
     paper: bool = False
     """A further panel: what is printed for LLaMA-7B in the paper and in the repository its Fig. 1 cites."""
+    name: str | None = None
+    """Name of the model in the title. None: that of its folder."""
     out: Path | None = None
     """Folder for accuracy_vs_rank.png and .svg; by default the run folder."""
 
@@ -60,8 +61,7 @@ def draw(config: Config) -> Sequence[Path]:
         style.fail(f"{config.run}: has no cell of {', '.join(METHODS)}; accepted is a run with at least one")
     paired = differences(config, lines)
     count = len(panels) + (not paired.empty) + config.paper
-    figure, axes = plt.subplots(1, count, figsize=(0.6 + 3.1 * count, 3.0), squeeze=False)
-    axes = axes[0]
+    figure, axes = style.panels(count)
     if not paired.empty:
         draw_differences(axes[1], paired, config.answers)
         rank_axis(axes[1], lines)
@@ -77,7 +77,7 @@ def draw(config: Config) -> Sequence[Path]:
         rank_axis(axis, lines)
     if config.paper:
         printed(axes[-1])
-    words = title(manifest, pd.concat(lines.values()), tuned=config.tuned)
+    words = title(manifest, pd.concat(lines.values()), config)
     style.legend(figure, style.named(axes) | marks(drawn_lines), words)
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
@@ -87,11 +87,11 @@ def curves_of_method(config: Config, rows: pd.DataFrame, method: str) -> pd.Data
     cells = rows[rows["method"] == method]
     if config.tuned:
         return at_best_rate(config.run, cells)
-    rate = config.lr
-    if rate is None:
-        rates = cells["learning_rate"].tolist()
-        rate = max(rates, key=rates.count, default=None)
-    return cells[cells["learning_rate"] == rate]
+    rates = sorted(cells["learning_rate"].unique())
+    if config.lr is None and len(rates) > 1:
+        several = ", ".join(f"{rate:g}" for rate in rates)
+        style.fail(f"{config.run}: {method} has the learning rates {several}. Choose one with --lr, or pass --tuned.")
+    return cells if config.lr is None else cells[cells["learning_rate"] == config.lr]
 
 
 def differences(config: Config, lines: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -159,18 +159,19 @@ def printed(axis: Any) -> None:
     axis.set_ylabel("printed for LLaMA-7B: average (%)")
 
 
-def title(manifest: dict[str, Any], drawn: pd.DataFrame, *, tuned: bool) -> str:
+def title(manifest: dict[str, Any], drawn: pd.DataFrame, config: Config) -> str:
     """What was trained and measured, of the cells that are drawn."""
     found = manifest["config"]
     steps = next(iter(drawn["steps"].dropna()), "?")
     alphas, rates = (drawn[name].unique() for name in ("alpha", "learning_rate"))
     alpha = rf"$\alpha$ = {alphas[0]:g}" if len(alphas) == 1 else r"$\alpha$ varies"
     rate = f"lr {rates[0]:g}" if len(rates) == 1 else "lr varies"
-    if tuned:
+    if config.tuned:
         edge = " (some at the grid's edge)" if (drawn["best_rate"] == "edge").any() else ""
         rate = f"best lr of a seed on these records{edge}"
+    name = model_name(drawn["model"].iloc[0], config.name)
     return (
-        f"{model_name(drawn['model'].iloc[0])}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
+        f"{name}, {alpha}, {rate}, {steps} steps of {found['training']['batch']}, "
         f"{found['data']['held_out']} held-out records; bars: ± s.e. over items"
     )
 

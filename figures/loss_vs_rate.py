@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
 import tyro
 
 from figures import style
@@ -32,6 +31,8 @@ class Config:
     """The loss on the answers alone in the place of the loss on all tokens."""
     top: Positive | None = None
     """Upper end of the loss axis, which lines may leave; by default all is within."""
+    name: str | None = None
+    """Name of the model in the title. None: that of its folder."""
     out: Path | None = None
     """Folder for loss_vs_rate.png and .svg; by default the run folder."""
 
@@ -45,13 +46,15 @@ def draw(config: Config) -> Sequence[Path]:
     rows = chosen_model(config.run, rows, config.model, config.alpha)
     rank = chosen_rank(config.run, rows, config.rank)
     rows = rows[rows["rank"].isna() | (rows["rank"] == rank)]
-    panels, trained = measures(rows, config.answers), rows[rows["learning_rate"].notna()]
+    trained = rows[rows["learning_rate"].notna()]
+    # A measure that was taken at one rate alone has no line to show; the loss, which is first, always has its panel.
+    loss, *others = measures(rows, config.answers)
+    panels = [loss, *(each for each in others if trained.dropna(subset=each[0])["learning_rate"].nunique() > 1)]
     drawn = [name for name in style.METHODS if (trained["method"] == name).any()]
     rates = sorted(trained["learning_rate"].unique().tolist())
-    size = (0.6 + 3.3 * len(panels), 3.0)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=True)
+    figure, axes = style.panels(len(panels))
     lines: list[Any] = []
-    for axis, (column, error, label, unit) in zip(axes[0], panels, strict=True):
+    for axis, (column, error, label, unit) in zip(axes, panels, strict=True):
         for earlier, method in enumerate(drawn):
             cells = trained[trained["method"] == method]
             # Where two are the same, the earlier shows around the later.
@@ -59,18 +62,18 @@ def draw(config: Config) -> Sequence[Path]:
             line = points(cells, column, error, unit, by="learning_rate")
             draw_line(axis, method, line, [point.place for point in line], marker_size)
             lines.append(line)
-        if config.top is not None and axis is axes[0][0]:
+        if config.top is not None and axis is axes[0]:
             axis.set_ylim(top=config.top)
         levels(axis, rows, column, unit)
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axis.minorticks_off()
     title = (
-        model_name(rows["model"].iloc[0])
+        model_name(rows["model"].iloc[0], config.name)
         + (f", r = {rank}" if rank else "")
         + f", {trained['steps'].iloc[0]} steps of {manifest['config']['training']['batch']}; bars: ± s.e. over items"
     )
-    style.legend(figure, style.named(axes[0]) | marks(lines), title)
+    style.legend(figure, style.named(axes) | marks(lines), title)
     return style.save(figure, config.out or config.run, "loss_vs_rate")
 
 

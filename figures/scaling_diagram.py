@@ -44,10 +44,10 @@ def draw(config: Config) -> Sequence[Path]:
         rule: [scaling_factor(rule, alpha=config.alpha, rank=rank) for rank in (*config.ranks, config.rank)]
         for rule in ("lora", "rora")
     }
-    figure, axes = plt.subplots(1, 3, figsize=(7.0, 2.7), width_ratios=(1, 1, 1.25))
-    for axis, rule in zip(axes, gammas, strict=False):
-        scheme(axis, rule, config, gammas[rule][-1])
-    curve(axes[2], config, {rule: found[:-1] for rule, found in gammas.items()})
+    figure, axes = plt.subplot_mosaic([[*gammas], ["curve"] * 2], figsize=(4.6, 5.0), height_ratios=(1, 0.9))
+    for rule in gammas:
+        scheme(axes[rule], rule, config, gammas[rule][-1])
+    curve(axes["curve"], config, {rule: found[:-1] for rule, found in gammas.items()})
     return style.save(figure, config.out, "scaling_diagram")
 
 

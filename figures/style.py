@@ -82,6 +82,14 @@ def look(name: str, position: int = 0) -> tuple[str, str, str]:
     return label, COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
+def panels(count: int) -> tuple[Figure, list[Any]]:
+    """Return a figure of ``count`` panels: up to two in a row, more below each other, so that a phone can show them."""
+    below = count > 2
+    size = (4.6, 0.5 + 2.5 * count) if below else (0.6 + 3.3 * count, 3.0)
+    figure, axes = plt.subplots(*((count, 1) if below else (1, count)), figsize=size, squeeze=False)
+    return figure, axes.ravel().tolist()
+
+
 def legend(figure: Figure, handles: dict[str, Any], title: str) -> None:
     """One legend below all panels, by label: in as many columns as find room, its title folded between words."""
     width = figure.bbox.width - 20  # what the legend's own border takes

@@ -75,8 +75,10 @@ def at_best_rate(run: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["best_rate"].notna()]
 
 
-def model_name(model: str) -> str:
-    """A model's short name: of a run's ``model`` or ``merged`` folder the run's."""
+def model_name(model: str, name: str | None = None) -> str:
+    """A model's short name: the one given, or that of its folder; of a run's ``model`` or ``merged`` the run's."""
+    if name is not None:
+        return name
     path = Path(model)
     return path.parent.name if path.name in ("model", "merged") and path.parent.name else path.name
 

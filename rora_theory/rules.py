@@ -74,6 +74,17 @@ def as_words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def listed(values: Sequence[int]) -> str:
+    """Return one or more whole numbers as a sentence lists them.
+
+    Example:
+      >>> listed([1]), listed((1, 2)), listed((1, 2, 4))
+      ('1', '1 and 2', '1, 2 and 4')
+    """
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def check_unread(config: Any, *names: str, without: str = "", beside: str = "") -> None:
     """Raise `InputError` where an option that nothing would read is not at its default.
 

@@ -132,7 +132,9 @@ def report(rows: pd.DataFrame) -> None:
     forms |= {"validation loss": "{validation_loss:.4f} ± {validation_error:.4f}"}
     forms |= {"answers": "{answer_loss:.4f} ± {answer_error:.4f}", "accuracy": "{average:.3f} ± {average_error:.3f}"}
     best = rows[rows["best_rate"].notna() | (rows["method"] == BASE)]
-    tables.print_records("Each method and rank at its best rate (± over records and items)", best, forms, left=2)
+    tables.print_records(
+        "Each method and rank at its best rate (± over records and items)", best, forms, left=2, keys=5
+    )
 
 
 def show(design: str, path: Path, cells: Sequence[SweepCell]) -> None:

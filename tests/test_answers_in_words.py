@@ -39,7 +39,7 @@ def test_losses() -> None:
 def test_a_check() -> None:
     config = CheckConfig(optimizers=("sgd",), steps=(1, 5), controls=False)
     assert check_in_words(config, pd.DataFrame({"whole_model": ["flat", "grows with the rank"]})) == (
-        "What 1 5 steps change of the whole model, against the rank: SGD, alpha/r, A kaiming_uniform: flat; SGD, "
+        "Change of the whole model after 1 and 5 steps, against the rank: SGD, alpha/r, A kaiming_uniform: flat; SGD, "
         "alpha/sqrt(r), A kaiming_uniform: grows with the rank."
     )
 
@@ -66,8 +66,14 @@ def test_a_sweep() -> None:
     rows = {"status": ["complete", "complete", "diverged"], "model": ["m"] * 3, "method": ["base", "rora", "lora"]}
     rows |= {"key": ["a", "b", "c"], "rank": [None, 8, 8], "learning_rate": [math.nan, 3e-4, 1.0]}
     rows |= {"validation_loss": [2.0, 1.5, math.nan], "validation_error": [0.1, 0.05, math.nan]}
+    rows |= {"alpha": [math.nan, 16.0, 16.0], "best_rate": ["", "yes", ""]}
     assert results_in_words(pd.DataFrame(rows)) == (
         "Lowest validation loss of 3 cells: m: 1.5000 ± 0.0500, rora r=8 at 0.0003 (± over records). 1 diverged."
+    )
+    rows["best_rate"] = ["", "edge", ""]
+    said = results_in_words(pd.DataFrame(rows))
+    assert said.endswith(
+        " 1 of 2 best learning rates lie at the edge of the rates that were tried: the best may lie beyond."
     )
 
 

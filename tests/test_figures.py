@@ -45,9 +45,12 @@ FIGURES = {
         (scaling_diagram, None),
     ],
     "accuracy": [(accuracy, {})],
-    "accuracy_pruned": [(accuracy, {})],
+    "accuracy_pruned": [(accuracy, {"name": "SmolLM2-135M pruned to half"})],
     "horizon": [(horizon, {})],
-    "rank_sweep_pruned": [(accuracy_vs_rank, {}), (loss_vs_rate, {"rank": 32})],
+    "rank_sweep_pruned": [
+        (accuracy_vs_rank, {"lr": 3e-4, "name": "SmolLM2-135M pruned to half"}),
+        (loss_vs_rate, {"rank": 32, "name": "SmolLM2-135M pruned to half"}),
+    ],
     "finetune_arc": [(loss_curves, {})],
 }
 CASES = [(folder, module, options) for folder, drawn in FIGURES.items() for module, options in drawn]
@@ -134,6 +137,48 @@ def test_published_figures_are_drawn_again(published) -> None:
 def test_nothing_published_is_cut(published) -> None:
     for figure in published[0].values():
         check(figure)
+
+
+@pytest.mark.slow
+def test_published_figures_can_be_read_on_a_phone(published) -> None:
+    """No more than two panels in a row of runs' figures, few words in a legend, and a model by its name."""
+    for (folder, name), figure in published[0].items():
+        entries = [len(legend.get_texts()) for legend in legends(figure)]
+        assert all(count <= 8 for count in entries), (folder, name, entries)
+        if name in ("horizon", "accuracy_vs_rank", "scaling_diagram"):
+            assert (len(figure.axes), figure.get_figwidth() < 5) == (3, True), (folder, name)
+        if folder in ("rank_sweep_pruned", "accuracy_pruned"):
+            assert said(figure).startswith("SmolLM2-135M pruned to half, ")
+
+
+def test_no_words_lie_under_the_bars_of_a_horizon(published) -> None:
+    figure = published[0]["horizon", "horizon"]
+    renderer = figure.canvas.get_renderer()
+    for axis in figure.axes:
+        bars = [
+            line.get_window_extent(renderer).padded(1) for each in axis.containers for line in each.lines[2]
+        ]  # the error bars of an errorbar
+        boxes = [text.get_window_extent(renderer) for text in axis.texts]
+        assert bars
+        assert not any(box.overlaps(bar) for box in boxes for bar in bars)
+
+
+def test_each_panel_against_the_rate_has_several(published) -> None:
+    """The pruned half's accuracy was measured at one rate alone."""
+    for (_, name), figure in published[0].items():
+        for axis in figure.axes if name == "loss_vs_rate" else ():
+            assert len({x for line in axis.lines if line.get_marker() in style.MARKERS for x in line.get_xdata()}) > 1
+    assert len(published[0]["rank_sweep_pruned", "loss_vs_rate"].axes) == 1
+    assert len(published[0]["rank_sweep", "loss_vs_rate"].axes) == 2
+
+
+def test_one_of_several_rates_is_not_drawn_unasked(tmp_path, capsys) -> None:
+    config = accuracy_vs_rank.Config(PUBLISHED / "rank_sweep", out=tmp_path / "new")
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: accuracy_vs_rank.draw(config))
+    line = capsys.readouterr().err
+    assert (stopped.value.code, line.count("\n"), (tmp_path / "new").exists()) == (2, 1, False)
+    assert all(word in line for word in ("0.0003, 0.001, 0.003, 0.01", "--lr", "--tuned"))
 
 
 @pytest.mark.parametrize(

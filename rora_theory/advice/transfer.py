@@ -297,9 +297,9 @@ class Advice:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate to set: at a fixed alpha the middle of `measured_rates`, or `law_rate` where these are None.
+        """The learning rate to set.
 
-        The middle is the geometric mean.
+        At a fixed alpha it is the geometric mean of `measured_rates`, or `law_rate` where these are None.
         """
         if not self.fixes_alpha:
             return self.old.learning_rate

@@ -37,6 +37,7 @@ from rora_theory.rules import (
     check_rules,
     check_seeds,
     check_steps,
+    listed,
     name_of,
 )
 from rora_theory.scaling import Rule, exponent
@@ -261,8 +262,8 @@ def check_in_words(config: CheckConfig, judged: pd.DataFrame) -> str:
       judged: of `verdicts`.
     """
     words = [f"{case}: {word}" for case, word in zip(cases(config), judged["whole_model"], strict=True)]
-    steps = " ".join(map(str, config.steps))
-    return f"What {steps} steps change of the whole model, against the rank: {'; '.join(words)}."
+    steps = f"{listed(config.steps)} step{'s' * (max(config.steps) > 1)}"
+    return f"Change of the whole model after {steps}, against the rank: {'; '.join(words)}."
 
 
 def control_growth(case: Case) -> list[float]:

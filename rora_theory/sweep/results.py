@@ -120,6 +120,12 @@ def results_in_words(rows: pd.DataFrame) -> str:
         parts.append(f"{model}: {best['validation_loss']:.4f} ± {best['validation_error']:.4f}, {best['method']}{how}")
     diverged = int((rows["status"] == "diverged").sum())
     more = f" {diverged} diverged." if diverged else ""
+    if edges := int(rows.drop_duplicates([*GROUP, "learning_rate"])["best_rate"].eq("edge").sum()):
+        groups = int(rows.loc[rows["learning_rate"].notna(), GROUP].drop_duplicates().shape[0])
+        more += (
+            f" {edges} of {groups} best learning rates lie at the edge of the rates that were tried: the best may lie "
+            "beyond."
+        )
     return f"Lowest validation loss of {len(rows)} cells: {'; '.join(parts) or 'none'} (± over records).{more}"
 
 

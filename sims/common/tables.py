@@ -30,15 +30,24 @@ def print_table(
     rows: Iterable[Sequence[object]],
     *,
     left: int = 1,
+    keys: int | None = None,
     records: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
     """Print a table; the first ``left`` columns are words, which fold, the others figures, which are never cut.
 
-    ``records`` is what a machine is given in place of the cells.
-
-    Columns of figures that find no room follow in a further table, beside the same words. One that finds none there
+    Columns of figures that find no room follow in a further table, beside the same keys. One that finds none there
     either has words in it, and folds too.
+
+    Args:
+      title: Sentence above the table.
+      columns: Heads of the columns.
+      rows: Cells, row by row.
+      left: Number of leading columns of words.
+      keys: Number of leading columns that identify a row, ``left`` or more: they are repeated in each further table.
+        The default is ``left``.
+      records: Rows given to a machine in place of the cells.
     """
+    keys = left if keys is None else keys
     console = Console()
     given = [list(row) for row in rows]
     cells = [[str(cell) for cell in row] for row in given]
@@ -46,17 +55,18 @@ def print_table(
         own = [dict(zip(columns, row, strict=True)) for row in given] if records is None else records
         collect({"title": title, "rows": own})
     widths = [_width(column, [row[i] for row in cells], words=i < left) for i, column in enumerate(columns)]
-    widest = console.width - left * (LEAST + GAP) - GAP  # of a column beside the narrowest words
-    folds = {i for i in range(left, len(columns)) if widths[i] > widest}
+    width = console.width - sum(widths[i] + GAP for i in range(left, keys))  # beside keys that are figures
+    widest = width - left * (LEAST + GAP) - GAP  # of a column beside the narrowest words
+    folds = {i for i in range(keys, len(columns)) if widths[i] > widest}
     widths = [WORDS if i in folds else width for i, width in enumerate(widths)]
-    room = console.width - max((widths[i] + GAP for i in range(left, len(columns))), default=0)
+    room = width - max((widths[i] + GAP for i in range(keys, len(columns))), default=0)
     while left and sum(widths[i] + GAP for i in range(left)) > room and max(widths[:left]) > LEAST:
         widths[widths.index(max(widths[:left]))] -= 1
-    groups = [list(range(left))]
-    for figure in range(left, len(columns)):
+    groups = [list(range(keys))]
+    for figure in range(keys, len(columns)):
         wider = [*groups[-1], figure]
-        if len(groups[-1]) > left and sum(widths[i] + GAP for i in wider) > console.width:
-            wider = [*range(left), figure]
+        if len(groups[-1]) > keys and sum(widths[i] + GAP for i in wider) > console.width:
+            wider = [*range(keys), figure]
             groups.append(wider)
         groups[-1] = wider
     print_text(title)
@@ -83,6 +93,7 @@ def print_records(
     columns: Mapping[str, str],
     *,
     left: int = 1,
+    keys: int | None = None,
     missing: str = "",
 ) -> None:
     """`print_table` of rows by name: ``columns`` has of each head the form of its cells, as for ``str.format``.
@@ -92,7 +103,7 @@ def print_records(
     rows = records if isinstance(records, Sequence) else frames.rows(records)
     cells = [[_cell(form, row) or missing for form in columns.values()] for row in rows]
     figures = [_figures(columns, row) for row in rows]
-    print_table(title, list(columns), cells, left=left, records=figures)
+    print_table(title, list(columns), cells, left=left, keys=keys, records=figures)
 
 
 def _figures(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:

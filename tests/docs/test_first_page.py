@@ -72,7 +72,7 @@ def test_measured_checked_and_trained(tmp_path, monkeypatch, capsys) -> None:
     assert said.startswith("The signal leads above rank ")
     assert "(Adam, kaiming_uniform, held-out tokens): the median of 14 modules" in said
     assert "What a step changes of the whole model: " in said
-    assert "at ranks 16 32 128" in said
+    assert "at ranks 16, 32 and 128" in said
     trained = json.loads(next((tmp_path / "tuned").glob("checkpoint-*/adapter_config.json")).read_text())
     assert (trained["r"], trained["use_rslora"], trained["lora_alpha"]) == (128, False, pytest.approx(32))
     assert next((tmp_path / "tuned").glob("checkpoint-*/adapter_model.safetensors")).stat().st_size > 0

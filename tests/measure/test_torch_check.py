@@ -102,7 +102,8 @@ def test_which_rule_keeps_the_first_step(arguments, optimizer, verdict) -> None:
     assert (
         f"What a step changes of the whole model: {verdict}. Found on LlamaForCausalLM in float32" in found.sentence()
     )
-    assert "at ranks 32 64 128, after 1 2 steps of" in found.scope
+    assert "at ranks 32, 64 and 128, after 1 and 2 steps of" in found.scope
+    assert "3 draws of A, 1 training batch and none held out" in found.scope
     if verdict == "flat":
         found.assert_flat()
     else:

@@ -25,7 +25,6 @@ from rora_theory.evaluate.accuracies import TaskAccuracy
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.rank_check import CheckConfig
-from rora_theory.paper.simulation import SimulationConfig
 from rora_theory.paper.verdicts import Verdict
 from rora_theory.runs.reading import as_json
 from rora_theory.scaling import KAPPAS
@@ -157,6 +156,22 @@ def test_long_words_among_the_figures_fold(printed, left, last) -> None:
     assert "…" not in "".join(words)
 
 
+@pytest.mark.parametrize("keys", [2, 4])
+def test_a_further_table_has_the_keys_again(printed, keys) -> None:
+    """Of words and of figures: no row of a part has to be counted to be known."""
+    columns = ["rule", "method", "rank", "alpha", *(f"figure {i}" for i in range(9))]
+    rows = [["lora", "dora", rank, 16, *(f"{rank}.{i} ± 0.001" for i in range(9))] for rank in (8, 128)]
+    tables.print_table("OF_WORDS", columns, rows, left=2, keys=keys)
+    lines = [line.split() for line in printed() if line.strip().startswith("lora")]
+    parts = len(lines) // 2
+    assert parts > 1
+    for row in (8, 128):
+        own = [line for line in lines if any(word.startswith(f"{row}.") for word in line)]
+        assert len(own) == parts
+        whole = [line[:4] == ["lora", "dora", str(row), "16"] for line in own]
+        assert all(whole) if keys == 4 else whole == [True] + [False] * (parts - 1)
+
+
 def test_a_verdict_beside_another_run_is_whole(printed) -> None:
     beside = frames.read_csv(PUBLISHED / "horizon" / "beside.csv")
     best, found = (frames.read_csv(PUBLISHED / "horizon" / name) for name in ("best.csv", "exponents.csv"))
@@ -190,8 +205,10 @@ def test_variance_sweep(printed) -> None:
     folder = PUBLISHED / "variance_sweep"
     judged = [Verdict(**verdict) for verdict in json.loads((folder / "verdicts.json").read_text())]
     results, check = (frames.read_csv(folder / name) for name in ("results.csv", "direct_check.csv"))
-    sweep.report(config_of(SimulationConfig, "variance_sweep"), results, check, judged)
-    text = " ".join(" ".join(printed()).split())
+    sweep.report(results, check, judged)
+    lines = printed()
+    assert len(lines) < 250, "the second moments are in the folder's file"
+    text = " ".join(" ".join(lines).split())
     assert "4093" in text
     assert all(word in text for verdict in judged for word in verdict.claim.split())
 

@@ -529,7 +529,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
         (tmp_path / "results.csv").write_text(frames.to_csv(frames.of(rows, results.COLUMNS)))
 
     write()
-    accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path))
+    accuracy_vs_rank.draw(accuracy_vs_rank.Config(tmp_path, lr=1e-3))
     drawn = words_of(tmp_path / "accuracy_vs_rank.svg")
     assert "half, " in drawn
     assert "lr 0.001, 5 steps of 4, 6 held-out records" in drawn

@@ -15,7 +15,7 @@ import pytest
 from figures import exponent_map, layers_vs_rank, norm_vs_rank, style
 from rora_theory import frames
 from rora_theory.measure import layer_grid
-from rora_theory.paper import simulation
+from rora_theory.paper import simulation, verdicts
 from rora_theory.runs.reading import CELLS
 from rora_theory.theory import laws
 from sims import variance_sweep
@@ -96,7 +96,12 @@ def test_the_tables_are_printed_and_nothing_is_drawn_again(
     run(*SMALL, "--out", out, "--devices", 1)
     shown = capsys.readouterr()
     assert "Verdicts on the paper's equations" in shown.out
-    assert "E[w_i^2], adam, A normal, overlap 0.5" in shown.out
+    assert "adam, A normal: exponent of the rms norm" in shown.out
+    judged = [verdicts.Verdict(**one) for one in json.loads((out / "verdicts.json").read_text())]
+    assert " ".join(shown.out.split()).endswith(verdicts.verdicts_in_words(judged)), "the answer is the last line"
+    seconds = frames.read_csv(out / "second_moments.csv")
+    assert {"optimizer", "init", "overlap", "rule", "rank", "estimate", "exact", "ratio", "paper", "z"} <= {*seconds}
+    assert len(seconds) == (frames.read_csv(out / "results.csv")["quantity"] == "second_moment").sum()
     assert shown.err == ""  # quiet where there is no terminal
     own = [cell for cell in drawn if cell in simulation.simulation_cells(simulation.SimulationConfig())]
     assert len(own) == len(set(own))

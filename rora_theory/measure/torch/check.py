@@ -29,7 +29,7 @@ from rora_theory.measure import thin
 from rora_theory.measure.coordinate_table import MODEL, WHOLE, BatchSplit, Coordinate, Table, whole_model
 from rora_theory.measure.torch.batches import Batch, Loss, moved, plain_loss, tokens
 from rora_theory.measure.torch.modules import base_model, kept_random, unwrapped
-from rora_theory.rules import check_ranks, check_steps
+from rora_theory.rules import check_ranks, check_steps, listed
 from rora_theory.scaling import check_integer
 from rora_theory.seeds import check_seed
 from rora_theory.stats.slopes import BAND
@@ -159,9 +159,10 @@ def coordinate_check(
         ]
     )
     said = (
-        f"Found on {name} at ranks {' '.join(map(str, ranks))}, after {' '.join(map(str, steps))} steps of "
-        f"{'; '.join(dict.fromkeys(scope))}, {seeds} draws of A, {len(batches)} training batch(es) and "
-        f"{'one' if held_out else 'none'} held out; flat is a slope within ±{band:g}, its 95% interval and all."
+        f"Found on {name} at ranks {listed(ranks)}, after {listed(steps)} step{'s' * (max(steps) > 1)} of "
+        f"{'; '.join(dict.fromkeys(scope))}, {seeds} draws of A, {len(batches)} training "
+        f"batch{'es' * (len(batches) > 1)} and {'one' if held_out else 'none'} held out; flat is a slope within "
+        f"±{band:g}, its 95% interval and all."
     )
     slopes = pd.DataFrame(lines)
     thin.warn((sizes, slopes), thin.of_ranks(ranks))
