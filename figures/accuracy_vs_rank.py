@@ -12,7 +12,18 @@ import pandas as pd
 import tyro
 
 from figures import style
-from figures.sweep import at_best_rate, beside, chosen_model, draw_line, levels, marks, measures, model_name, points
+from figures.sweep import (
+    at_best_rate,
+    beside,
+    chosen_model,
+    draw_line,
+    levels,
+    marks,
+    measures,
+    model_name,
+    points,
+    seeds_in_words,
+)
 from rora_theory import frames
 from rora_theory.paper import published
 from rora_theory.ranges import Positive, check_ranges
@@ -78,7 +89,7 @@ def draw(config: Config) -> Sequence[Path]:
     if config.paper:
         printed(axes[-1])
     words = title(manifest, pd.concat(lines.values()), config)
-    style.legend(figure, style.named(axes) | marks(drawn_lines), words)
+    style.legend(figure, style.named(axes) | marks(drawn_lines), words + seeds_in_words(drawn_lines))
     return style.save(figure, config.out or config.run, "accuracy_vs_rank")
 
 

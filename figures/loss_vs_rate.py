@@ -11,7 +11,17 @@ from typing import Annotated, Any
 import tyro
 
 from figures import style
-from figures.sweep import chosen_model, chosen_rank, draw_line, levels, marks, measures, model_name, points
+from figures.sweep import (
+    chosen_model,
+    chosen_rank,
+    draw_line,
+    levels,
+    marks,
+    measures,
+    model_name,
+    points,
+    seeds_in_words,
+)
 from rora_theory.ranges import Count, Positive, check_ranges
 
 
@@ -52,7 +62,7 @@ def draw(config: Config) -> Sequence[Path]:
     panels = [loss, *(each for each in others if trained.dropna(subset=each[0])["learning_rate"].nunique() > 1)]
     drawn = [name for name in style.METHODS if (trained["method"] == name).any()]
     rates = sorted(trained["learning_rate"].unique().tolist())
-    figure, axes = style.panels(len(panels))
+    figure, axes = style.panels(len(panels), sharex=True)
     lines: list[Any] = []
     for axis, (column, error, label, unit) in zip(axes, panels, strict=True):
         for earlier, method in enumerate(drawn):
@@ -73,7 +83,7 @@ def draw(config: Config) -> Sequence[Path]:
         + (f", r = {rank}" if rank else "")
         + f", {trained['steps'].iloc[0]} steps of {manifest['config']['training']['batch']}; bars: ± s.e. over items"
     )
-    style.legend(figure, style.named(axes) | marks(lines), title)
+    style.legend(figure, style.named(axes) | marks(lines), title + seeds_in_words(lines))
     return style.save(figure, config.out or config.run, "loss_vs_rate")
 
 

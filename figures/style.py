@@ -82,11 +82,11 @@ def look(name: str, position: int = 0) -> tuple[str, str, str]:
     return label, COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
-def panels(count: int) -> tuple[Figure, list[Any]]:
+def panels(count: int, *, sharex: bool = False) -> tuple[Figure, list[Any]]:
     """Return a figure of ``count`` panels: up to two in a row, more below each other, so that a phone can show them."""
     below = count > 2
     size = (4.6, 0.5 + 2.5 * count) if below else (0.6 + 3.3 * count, 3.0)
-    figure, axes = plt.subplots(*((count, 1) if below else (1, count)), figsize=size, squeeze=False)
+    figure, axes = plt.subplots(*((count, 1) if below else (1, count)), figsize=size, squeeze=False, sharex=sharex)
     return figure, axes.ravel().tolist()
 
 

@@ -137,10 +137,9 @@ def draw_line(axis: Any, method: str, line: Sequence[Point], places: Sequence[fl
 
 
 def marks(lines: Iterable[Sequence[Point]]) -> dict[str, Any]:
-    """Handles of the marks that lines have beside mean and bar: single seeds, and what diverged."""
+    """Handles of the marks that lines have beside mean and bar: what diverged."""
     every = [point for line in lines for point in line]
     found = {
-        "a single seed": ("_", any(len(point.seeds) > 1 for point in every)),
         "some seeds diverged": ("o", any(point.diverged and point.seeds for point in every)),
         "all seeds diverged": ("x", any(point.diverged and not point.seeds for point in every)),
     }
@@ -149,6 +148,11 @@ def marks(lines: Iterable[Sequence[Point]]) -> dict[str, Any]:
         for label, (marker, there) in found.items()
         if there
     }
+
+
+def seeds_in_words(lines: Iterable[Sequence[Point]]) -> str:
+    """The end of a title where single seeds are drawn, so that the legend needs no entry for them."""
+    return "; short dashes: a single seed" if any(len(point.seeds) > 1 for line in lines for point in line) else ""
 
 
 def levels(axis: Any, rows: pd.DataFrame, column: str, unit: float) -> None:

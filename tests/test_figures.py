@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from matplotlib.transforms import Bbox
 
 from figures import (
     accuracy,
@@ -155,9 +157,13 @@ def test_no_words_lie_under_the_bars_of_a_horizon(published) -> None:
     figure = published[0]["horizon", "horizon"]
     renderer = figure.canvas.get_renderer()
     for axis in figure.axes:
-        bars = [
-            line.get_window_extent(renderer).padded(1) for each in axis.containers for line in each.lines[2]
-        ]  # the error bars of an errorbar
+        segments = [
+            axis.transData.transform(segment)
+            for each in axis.containers
+            for bars in each.lines[2]
+            for segment in bars.get_segments()
+        ]
+        bars = [Bbox([each.min(axis=0), each.max(axis=0)]).padded(1) for each in segments if np.isfinite(each).all()]
         boxes = [text.get_window_extent(renderer) for text in axis.texts]
         assert bars
         assert not any(box.overlaps(bar) for box in boxes for bar in bars)
