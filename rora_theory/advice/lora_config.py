@@ -19,7 +19,6 @@ LARGEST = 1 << 22
 MAX_ENTRIES = 20_000
 """Maximum number of entries of a list or pattern in a configuration: twice the modules of the largest dense models."""
 
-
 PeftInit = Literal["kaiming_uniform", "gaussian"]
 """Initialisations of A that PEFT has."""
 
