@@ -13,6 +13,10 @@ from rora_theory.scaling import check_integer
 
 CONFIDENCE = 0.95
 
+ROUNDING = 1e-12
+"""Relative difference below which two float64 figures count as equal: a verdict must not depend on the last digits,
+which differ between processors."""
+
 
 @dataclass(frozen=True)
 class Estimate:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from rora_theory.stats.estimate import Estimate, in_errors
+from rora_theory.stats.estimate import ROUNDING, Estimate, in_errors
 
 _POWERS = 4
 
@@ -160,7 +160,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequence[float]) -> Agreement:
-    """Estimates with standard errors against exact figures.
+    """Estimates with standard errors against exact figures; a gap within `ROUNDING` counts as none.
 
     Example:
       >>> agreement([1.1, 1.9], [0.1, 0.1], [1.0, 2.0]).largest_gap.__round__(3)
@@ -169,7 +169,10 @@ def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequen
       >>> round(found.largest_score, 3), found.largest_gap  # of the second; of the third, whose exact figure is 0
       (3.0, inf)
     """
-    found = [in_errors(value - law, error) for value, error, law in zip(estimates, errors, exact, strict=True)]
+    found = [
+        in_errors(0.0 if math.isclose(value, law, rel_tol=ROUNDING) else value - law, error)
+        for value, error, law in zip(estimates, errors, exact, strict=True)
+    ]
     gaps = [abs(value / law - 1) if law else math.inf for value, law in zip(estimates, exact, strict=True)]
     return Agreement(tuple(found), float(np.max(gaps)))
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from rora_theory import frames
 from rora_theory.optimizers import FAMILY
 from rora_theory.stats import slopes
-from rora_theory.stats.estimate import Estimate, over_seeds
+from rora_theory.stats.estimate import ROUNDING, Estimate, over_seeds
 from rora_theory.stats.paired import mean_per_token
 from rora_theory.stats.rate_optimum import Best, grid_gap, minima, predicted_slopes, rate_gap
 from rora_theory.stats.slopes import SeedFit
@@ -172,10 +172,12 @@ def joint(by_seeds: Estimate, by_records: Estimate) -> Estimate:
         return by_records
     if not by_records.has_error:  # a single record
         return by_seeds
+    # Equal figures have a spread of some 1e-16, which is no second source of error.
+    if min(by_seeds.error, by_records.error) <= ROUNDING * max(by_seeds.error, by_records.error):
+        return by_seeds if by_seeds.error > by_records.error else by_records
     a, b = by_seeds.error**2, by_records.error**2
-    if not a or not b:
-        return by_seeds if a else by_records
-    freedom = math.floor((a + b) ** 2 / (a**2 / (by_seeds.n - 1) + b**2 / (by_records.n - 1)))
+    freedom = (a + b) ** 2 / (a**2 / (by_seeds.n - 1) + b**2 / (by_records.n - 1))
+    freedom = math.floor(freedom * (1 + ROUNDING))  # 30 degrees may be computed as 29.999...
     both = Estimate(by_seeds.value, math.sqrt(a + b), max(freedom, 1) + 1, f"{by_seeds.over} and {by_records.over}")
     return max((both, by_seeds, by_records), key=Estimate.half_width)
 

@@ -123,7 +123,7 @@ def rate_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
       rates, losses: see `best_rate`.
 
     Example:
-      >>> rate_gap(np.array([1.0, 2.0, 8.0]), np.array([1.2, 1.0, np.nan]))
+      >>> round(rate_gap(np.array([1.0, 2.0, 8.0]), np.array([1.2, 1.0, np.nan])), 9)
       1.0
     """
     losses = np.where(np.isfinite(losses), np.asarray(losses, np.float64), np.inf)

@@ -16,7 +16,7 @@ from rora_theory.advice.transfer import transfer
 from rora_theory.errors import InputError
 from rora_theory.measure.regime_run import read_regime_run
 from rora_theory.measure.regime_tables import TAKEOVER, TAKEOVER_COLUMNS
-from rora_theory.stats.estimate import Estimate
+from rora_theory.stats.estimate import ROUNDING, Estimate
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, of_log2_rates
 from rora_theory.sweep.horizon_curves import strength_of, who_of
 from rora_theory.sweep.horizon_grid import warmed_up
@@ -257,7 +257,7 @@ def judge_exponent(
     if edge or seeds < 2 or not math.isfinite(slope.half_width()):
         return "undecided"
     low, high = slope.value - slope.half_width(), slope.value + slope.half_width()
-    if high < law[0] or low > law[1]:
+    if high < law[0] - ROUNDING or low > law[1] + ROUNDING:
         return "contradicts"
     outside = [rival for rival in rivals if not law[0] <= rival <= law[1]]
     if not outside or any(low <= rival <= high for rival in outside):

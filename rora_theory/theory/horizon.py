@@ -79,8 +79,8 @@ def distances(
         above 0 or is next to nothing beside A's rates.
 
     Example:
-      >>> distances([0.1] * 4, decay=None)
-      Distances(B=0.4, A=0.30000000000000004)
+      >>> distances([0.25] * 4, decay=None)
+      Distances(B=1.0, A=0.75)
       >>> round(distances([1e-3] * 200).A / distances([1e-3] * 200, decay=None).A, 2)  # Adam follows A's ramp faster
       1.47
     """

@@ -13,7 +13,7 @@ import pandas as pd
 from rora_theory import frames
 from rora_theory.optimizers import WORDS, OptimizerName
 from rora_theory.stats import slopes
-from rora_theory.stats.estimate import over_seeds
+from rora_theory.stats.estimate import ROUNDING, over_seeds
 from rora_theory.toy.dynamics import Measures, Model
 
 CELL = ("model", "start", "trained", "optimizer", "rule", "kappa", "rank", "scaling", "learning_rate")
@@ -198,6 +198,6 @@ def changed(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, Any]]) ->
         return "not settled: other ranks diverged with A trained than with A frozen, at every step"
     a, b = alike[-1]
     fit = slopes.SeedFit.of(over_seeds(a["by_seed"] - b["by_seed"]))
-    there = abs(fit.slope) > fit.half_width()
+    there = abs(fit.slope) > fit.half_width() + ROUNDING
     word = {"flat": "small" if there else "no", "undecided": "undecided"}.get(slopes.trend(fit, CHANGE), "yes")
     return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"

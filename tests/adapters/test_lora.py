@@ -27,8 +27,8 @@ def test_a_fresh_adapter_changes_nothing(dora, config, params, tokens, run) -> N
     adapter = init(jax.random.key(0), LoraConfig(**settings(use_dora=dora)), config, params)
     assert isinstance(adapter, Adapter)
     base, adapted = run(params, tokens), run(params, tokens, adapter)
-    # LoRA adds an exact zero; DoRA multiplies by |W|/|W|, one up to the rounding of two sums of squares.
-    np.testing.assert_allclose(adapted, base, rtol=0, atol=1e-5 if dora else 0)
+    # LoRA adds an exact zero, in another program; DoRA multiplies by |W|/|W|, one up to two sums' rounding.
+    np.testing.assert_allclose(adapted, base, rtol=0, atol=1e-5)
 
 
 def test_modules_and_layers_of_one_shape_start_apart(config, params) -> None:
@@ -72,7 +72,8 @@ def test_merging_into_bfloat16_rounds_once(params, perturbed) -> None:
     exact = merge(adapter, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low))
     for found, expected in zip(jax.tree.leaves(merged), jax.tree.leaves(exact), strict=True):
         assert found.dtype == jnp.bfloat16
-        assert np.array_equal(found, np.asarray(expected).astype(jnp.bfloat16))
+        # Half a last place of bfloat16, and float32's rounding in two programs: a second rounding exceeds it.
+        np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -114,12 +115,12 @@ def test_layers_left_out_are_the_base_and_learn_nothing(dora, params, tokens, pe
 
 @pytest.mark.slow
 def test_lora_and_rora_differ_by_gamma_alone(params, tokens, perturbed, run) -> None:
-    """The same tensors under either rule, and the same logits to the bit where alpha gives the same gamma."""
+    """The same tensors under either rule, and the same logits where alpha gives the same gamma."""
     lora = perturbed(rank=4, alpha=6.0, rule="lora")
     gamma = scaling_factor("lora", alpha=6.0, rank=4)
     rora = perturbed(rank=4, alpha=alpha_for("rora", scaling=gamma, rank=4), rule="rora")
     assert jax.tree.all(jax.tree.map(np.array_equal, trainable(lora), trainable(rora)))
-    assert np.array_equal(run(params, tokens, lora), run(params, tokens, rora))
+    np.testing.assert_allclose(run(params, tokens, lora), run(params, tokens, rora), rtol=0, atol=1e-5)
     other = perturbed(rank=4, alpha=6.0, rule="rora")
     assert jax.tree.all(jax.tree.map(np.array_equal, trainable(lora), trainable(other)))
     assert not np.array_equal(run(params, tokens, lora), run(params, tokens, other))
@@ -139,7 +140,7 @@ def test_dropout_acts_on_the_branch_alone_and_by_key(config, params, tokens, per
     drop = {"rank": 4, "alpha": 3.0, "dropout": 0.5}
     fresh = init(jax.random.key(0), LoraConfig(**drop), config, params)
     base = run(params, tokens)
-    assert np.array_equal(run(params, tokens, fresh, jax.random.key(1)), base)
+    np.testing.assert_allclose(run(params, tokens, fresh, jax.random.key(1)), base, rtol=0, atol=1e-5)
     adapter = perturbed(**drop)
     first = run(params, tokens, adapter, jax.random.key(1))
     assert np.array_equal(first, run(params, tokens, adapter, jax.random.key(1)))
@@ -147,7 +148,7 @@ def test_dropout_acts_on_the_branch_alone_and_by_key(config, params, tokens, per
     evaluated = run(params, tokens, adapter)
     assert not np.array_equal(first, evaluated)
     without = perturbed(**(drop | {"dropout": 0.0}))
-    assert np.array_equal(evaluated, run(params, tokens, without, jax.random.key(1)))
+    np.testing.assert_allclose(evaluated, run(params, tokens, without, jax.random.key(1)), rtol=0, atol=1e-5)
 
 
 def test_modules_draw_their_own_masks(params, perturbed) -> None:

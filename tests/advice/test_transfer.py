@@ -547,7 +547,7 @@ def test_what_json_gets_is_json() -> None:
         assert read["alpha"] == found.alpha
         assert read["new"]["rank"] == 128
         assert [row["name"] for row in read["choices"]] == [row.name for row in found.alternatives()]
-    assert read["rates"] == {"first_step": 3e-4, "planned": None, "A_led": 3e-4}
+    assert read["rates"] == {"first_step": pytest.approx(3e-4), "planned": None, "A_led": pytest.approx(3e-4)}
 
 
 @pytest.mark.usefixtures("unchecked")

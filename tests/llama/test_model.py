@@ -432,7 +432,7 @@ def test_remat_changes_no_gradient_and_keeps_less(params, probe, tokens, tiny):
 def test_capture_returns_the_modules_inputs(params, tokens, tiny):
     names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
     logits, inputs = run(params, tokens, tiny, capture=names)
-    np.testing.assert_array_equal(logits, run(params, tokens, tiny))
+    np.testing.assert_allclose(logits, run(params, tokens, tiny), rtol=0, atol=1e-5)  # another program
     assert {name: a.shape for name, a in inputs.items()} == {
         name: (2, 3, 11, tiny.module_shape(name)[1]) for name in names
     }

@@ -62,7 +62,8 @@ def test_frames(tmp_path, capfd) -> None:
     whole = found.slopes[found.slopes["quantity"].isin(["hidden", "logits"])]["verdict"].tolist()
     assert verdict.whole_model == in_a_word(whole)
     fresh = measure.coordinate_check(model, [batch(0), batch(2)], batch(1), config, target_modules=["q_proj"])
-    np.testing.assert_array_equal(fresh.sizes["value"], found.sizes["value"])  # one step has the first batch alone
+    # One step has the first batch alone: equal but for float32's rounding, of which the sizes are differences.
+    np.testing.assert_allclose(fresh.sizes["value"], found.sizes["value"], rtol=1e-4)
     assert not any(capfd.readouterr())
 
 

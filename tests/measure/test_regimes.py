@@ -121,8 +121,8 @@ def test_frames_are_of_the_tokens_that_count(model, monkeypatch) -> None:
     assert (plain.tokens[["seen", "sinks"]] == 0).all(axis=None)
     assert set(plain.tokens["read"]) == {9}
     same = found.crossings["split"] == "train"
-    np.testing.assert_array_equal(found.crossings[same]["signal"], plain.crossings[same]["signal"])
-    assert (found.crossings[~same]["signal"] != plain.crossings[~same]["signal"]).all()
+    np.testing.assert_allclose(found.crossings[same]["signal"], plain.crossings[same]["signal"], rtol=1e-6)
+    assert (np.abs(found.crossings[~same]["signal"] / plain.crossings[~same]["signal"] - 1) > 1e-3).all()
     assert len(found.results) == 4 * 2 * 2 * 2 * 2
     assert len(found.takeover) == 4 * 2 * 2 * 3
     assert found.training_loss == pytest.approx(train.loss)

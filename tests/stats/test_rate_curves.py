@@ -198,6 +198,21 @@ def test_seeds_and_records_are_two_sources_of_error(seeds, records, n, over):
     assert found.half_width() >= max(known)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "records", "n", "over"),
+    [
+        ((1e-16, 3), (0.2, 1000), 1000, "held-out records"),
+        ((0.3, 3), (1e-16, 1000), 3, "seeds"),
+        ((0.3129848800232429, 16), (0.3129848800232429, 16), 31, "seeds and held-out records"),  # float64: 29.999...
+        ((0.7827003757293756, 22), (5.5e-9, 400), 22, "seeds and held-out records"),  # float64: 20.999...
+    ],
+)
+def test_rounding_decides_neither_the_sources_nor_the_degrees_of_freedom(seeds, records, n, over):
+    """Errors of equal figures are 1e-16, not 0, and a whole number of degrees of freedom may be a last digit less."""
+    found = rate_curves.joint(Estimate(2.0, *seeds, "seeds"), Estimate(2.0, *records, "held-out records"))
+    assert (found.n, found.over) == (n, over)
+
+
 @pytest.mark.slow
 def test_both_errors_cover_what_seeds_and_records_draw():
     """The mean over three seeds scored on the same records: its 95% interval holds the truth in 95% of 4000 worlds or
@@ -341,7 +356,7 @@ def test_a_slope_beside_runs_that_diverged_is_known_to_the_grid():
     """Three seeds that take the grid's own rate agree to the last digit; what the grid hides is in the interval."""
     (row,) = rate_curves.rate_slopes([gone_above(1e-3, rank) for rank in (8, 32)]).to_dict("records")
     hidden = 2 * math.log(1e-3 / 3e-4) / 2 / math.log(4)  # half of the wider step, at either end
-    assert (row["slope"], row["half_width"]) == (0.0, pytest.approx(hidden, abs=0.01))
+    assert (row["slope"], row["half_width"]) == (pytest.approx(0, abs=1e-12), pytest.approx(hidden, abs=0.01))
     assert row["verdict"] == "undecided"
 
 

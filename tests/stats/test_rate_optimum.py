@@ -60,7 +60,10 @@ def test_many_curves_are_each_its_own():
     curves[7, :] = np.linspace(2, 1, len(RATES))
     curves[8, int(np.argmin(curves[8])) - 1] = np.inf
     found = minima(RATES, curves)
-    assert found == [best_rate(RATES, one) for one in curves]
+    for best, one in zip(found, curves, strict=True):
+        alone = best_rate(RATES, one)  # NumPy's logarithm of other numbers of elements may differ in the last digit
+        assert (best.rate, best.loss) == pytest.approx((alone.rate, alone.loss), rel=1e-12)
+        assert best.edge == alone.edge
     inner = [(best, one) for best, one in zip(found, curves, strict=True) if best.rate not in RATES]
     assert 25 < len(inner) < 50
     for best, one in inner:
@@ -121,8 +124,8 @@ def test_how_far_the_best_rate_may_lie_beside_a_run_that_diverged():
         ([2, 1, 2, 3], 0), ([2, 1, gone, 3], 1.5), ([gone, 1, 2, 3], 1.5), ([3, 2, 1, gone], 1.5),
         ([3, gone, 1, 2], 1.5), ([1, gone, 2, 3], 0), ([gone, gone, gone, 1], 0), ([gone, 3, 1, 2], 0),
     ):  # fmt: skip
-        assert rate_gap(rates, np.array(losses, float)) == gap
-    assert rate_gap(rates[:3], np.array([gone, 1, gone])) == 1.5
+        assert rate_gap(rates, np.array(losses, float)) == pytest.approx(gap)
+    assert rate_gap(rates[:3], np.array([gone, 1, gone])) == pytest.approx(1.5)
 
 
 def test_a_curve_that_hardly_bends_has_its_least_at_the_end() -> None:

@@ -85,7 +85,7 @@ def test_a_planted_exponent_is_found_and_judged(seeds: int) -> None:
     for strength in (64, 724):
         row = found.loc["rank", strength]
         assert row["exponent"] == pytest.approx(0, abs=0.02)
-        assert row["law"] == 0
+        assert row["law"] == pytest.approx(0, abs=1e-12)
         assert row["verdict"] == ("undecided" if seeds == 1 else "agrees")
 
 
@@ -141,6 +141,8 @@ def test_where_the_data_could_not_tell_it_is_undecided() -> None:
         == "undecided"
     )
     assert horizon_law.judge_exponent(over_rank, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
+    equal = Estimate(2e-16, 0.0, 3, "seeds")  # seeds that agree to the digit: 0, but for rounding
+    assert horizon_law.judge_exponent(equal, (0.0, 0.0), (-1.0,), edge=False, seeds=3) == "agrees"
     for rivals in ((), (0.0,)):
         assert horizon_law.judge_exponent(over_rank, (0.0, 0.0), rivals, edge=False, seeds=3) == "undecided", "no rival"
 
@@ -538,7 +540,8 @@ def test_a_poor_seed_spoils_no_curve() -> None:
     poor += [diverged(rate, seed, rank=16) for rate in RATES[-4:] for seed in (0, 1)]
     (found,) = horizon_curves.curves_at([*runs, *poor], TOKENS, 64, draws=20)
     assert found.seeds == (0, 1)
-    assert (found.rates.tolist(), found.losses.tolist()) == (whole.rates.tolist(), whole.losses.tolist())
+    assert found.rates.tolist() == whole.rates.tolist()
+    np.testing.assert_allclose(found.losses, whole.losses, rtol=1e-12)  # sums beside those of other runs
     few = [replace(run, seed=5) for run in runs[:4] if run.seed == 0]
     (found,) = horizon_curves.curves_at([*runs, *few], TOKENS, 64, draws=20)
     assert (found.seeds, found.rates.tolist()) == ((0, 1, 5), RATES[:4])
@@ -664,7 +667,7 @@ def test_every_rank_is_compared_with_the_largest() -> None:
     lone = [replace(run, rank=1) for run in runs if (run.rank, run.seed) == (8, 0)]
     found = exponents([*runs, *lone]).loc["rank"]
     assert found.loc[64.0, ["first", "second", "seeds"]].to_numpy().tolist() == [[1, 128, 1], [8, 128, 3]]
-    assert exponents(runs).loc["rank"].equals(found[found["first"] == 8])
+    pd.testing.assert_frame_equal(exponents(runs).loc["rank"], found[found["first"] == 8], rtol=1e-9)
 
 
 def with_parts(runs: list[HorizonRun], ratio: float) -> list[HorizonRun]:

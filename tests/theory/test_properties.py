@@ -156,14 +156,16 @@ def test_eq9_holds_exactly_where_the_signal_leads(
     star = laws.random_input_crossing_rank(p_in, overlap)
     one, two = (laws.random_input_moments(rank=r, scaling=1.0, **sizes).second_moment[0] for r in (rank, 2 * rank))
     assert two / one == pytest.approx(4 * (rank + star / 2) / (rank + star), rel=1e-9)
+    rest, far = star / 2 / (rank + star), (p_in + 1) / rank
+    assume(min(abs(rest - 0.05), abs(far - 0.05)) > 1e-9)  # at the bound itself rounding decides
     follows = abs(two / one / 4 - 1) < 0.05
-    assert follows == (star / 2 / (rank + star) < 0.05)
+    assert follows == (rest < 0.05)
 
     gamma = scaling_factor(rule, alpha=alpha, rank=rank)
     exact = laws.random_input_moments(rank=rank, p_in=p_in, scaling=gamma).second_moment[0]
     printed = equations.eq9_variance(1.0, rank=rank, p_in=p_in, scaling=gamma, learning_rate=1.0)
     assert exact / printed == pytest.approx((p_in + rank + 1) / rank, rel=1e-12)
-    assert (abs(exact / printed - 1) < 0.05) == ((p_in + 1) / rank < 0.05)
+    assert (abs(exact / printed - 1) < 0.05) == (far < 0.05)
 
 
 @pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)

@@ -132,7 +132,7 @@ def test_clipped_sgd(init: str) -> None:
     np.testing.assert_allclose(two.second_moment, 4 * one.second_moment, rtol=1e-12)  # gamma to the power 1
     free = steps.clipped_sgd_moments(grad, x, rank=8, scaling=1.0, max_norm=1e9, init=init)
     law = laws.first_step_moments(grad, x, rank=8, scaling=1.0, init=init)
-    np.testing.assert_array_equal(free.second_moment, law.second_moment)
+    np.testing.assert_allclose(free.second_moment, law.second_moment, rtol=1e-12)
     # cross-talk alone, r far below r*: flat at constant gamma
     away = np.linalg.svd(grad)[2][-1]
     small, large = (

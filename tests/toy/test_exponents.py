@@ -22,6 +22,7 @@ def line(step: int, by_seed: list[float], left: float = 0.9, kept: tuple[int, ..
         ([0.47, 0.57, 0.672], [0.5, 0.6, 0.7], "small: by -0.029 ± 0.001 at step 10"),  # there, and within 0.05
         ([0.0, 0.01, 0.02], [0.0, 0.0, 0.0], "no: by +0.010 ± 0.006 at step 10"),  # beyond an error, not an interval
         ([0.5, 0.6, 0.7], [0.7, 0.6, 0.5], "undecided: by +0.000 ± 0.115 at step 10"),
+        ([0.5 + 2e-16, 0.6 + 2e-16, 0.7 + 2e-16], [0.5, 0.6, 0.7], "no: by +0.000 ± 0.000 at step 10"),  # rounding
     ],
 )
 def test_whether_the_exponent_changes(both, frozen, said):
@@ -139,5 +140,5 @@ def test_fits_leave_out_diverged_ranks_and_take_the_upper_half():
 def test_means_leave_out_diverged_seeds():
     rows = [made(4, seed, 1, diverged=int(seed == 2), inner=float(10**seed)) for seed in range(3)]
     (line_,) = exponents.summarise_seeds(pd.DataFrame(rows)).to_dict("records")
-    assert (line_["seeds"], line_["diverged"], line_["inner"]) == (3, 1, 5.5)
-    assert line_["inner_se"] == 4.5  # |10 - 1| / sqrt(2) / sqrt(2)
+    assert (line_["seeds"], line_["diverged"], line_["inner"]) == (3, 1, pytest.approx(5.5, rel=1e-12))
+    assert line_["inner_se"] == pytest.approx(4.5, rel=1e-12)  # |10 - 1| / sqrt(2) / sqrt(2)
