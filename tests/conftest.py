@@ -21,10 +21,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said here, older vers
 # A program's code is made in one piece: split among threads, workers that share the cores took a sixth more time.
 # Flags are read anew at each compilation: `optimised` is for what draws much, or compares programs to the bit.
 # From JAX 0.11 on there are no simpler emitters to ask for, and a flag that XLA does not know ends the process.
+# TEST_XLA_FLAGS adds flags (.ci/kernels); XLA_FLAGS takes the place of all of these.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_flags_reset=true --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * (tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)),
+    + " --xla_cpu_use_fusion_emitters=false" * (tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11))
+    + f" {os.environ.get('TEST_XLA_FLAGS', '')}",
 )
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rora-tests-")
