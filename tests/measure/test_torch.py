@@ -6,13 +6,14 @@ import sys
 import weakref
 from copy import deepcopy
 from dataclasses import replace
+from statistics import geometric_mean
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from rora_theory import InputError, Setting, transfer
-from rora_theory.measure import drawn_steps, tokens
+from rora_theory.measure import drawn_steps, terms, tokens
 from rora_theory.measure.module_regime import RegimeConfig
 
 torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
@@ -248,6 +249,34 @@ def test_bfloat16() -> None:
     assert np.isfinite(found.crossings["crossing_rank"]).all()
 
 
+def test_gradients_of_a_bfloat16_module_are_summed_in_float32() -> None:
+    """Against float64: a gradient rounded to bfloat16 would be off by up to one part in 2^8."""
+    random = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(8, 4, bias=False, dtype=torch.bfloat16)
+    x, delta = (torch.randn(300, size, generator=random).bfloat16() for size in (8, 4))
+
+    def loss(model, batch):
+        return (model(batch["x"]).float() * batch["delta"].float()).sum()
+
+    model = torch.nn.Sequential(layer)
+    expected = delta.double().T @ x.double()
+    grads: dict[str, torch.Tensor] = {}
+    hooks.backward(
+        model,
+        {"0": layer},
+        lambda: loss(model, {"x": x, "delta": delta}),
+        {"0": 1},
+        lambda name, grad, _: grads.__setitem__(name, grad),
+    )
+    assert_same(grads, {"0": expected}, tolerance=1e-6)
+    batch = {"x": x, "delta": delta}
+    found = regime(model, batch, batch, loss=loss, config=replace(SMALL, tokens=300))
+    (row,) = found.crossings.query("optimizer == 'sgd' and split == 'heldout'").to_dict("records")
+    law = terms.terms(expected.numpy(), x.double().numpy(), optimizer="sgd", init="gaussian").crossing(slice(None))
+    for name in ("signal", "cross_talk"):
+        assert row[name] == pytest.approx(getattr(law, name), rel=1e-5)
+
+
 def test_weights_that_are_loaded_when_needed() -> None:
     """As `device_map` places them: they lie on the device "meta" between calls."""
     accelerate = pytest.importorskip("accelerate", reason="device_map: accelerate")
@@ -393,6 +422,61 @@ def test_held_out_tokens_that_were_seen_and_padding_are_not_read(left) -> None:
         regime(model, padded(TRAIN, left=left), padded(TRAIN, left=left), ["q_proj"], config=SMALL)
 
 
+class Twice(torch.nn.Module):
+    """A linear module that every token passes twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embeddings, self.linear = torch.nn.Embedding(64, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, input_ids, **_):
+        return self.linear(torch.tanh(self.linear(self.embeddings(input_ids))))
+
+
+def test_no_call_of_a_module_is_read_at_held_out_tokens_that_were_seen() -> None:
+    model, read = Twice(), {}
+
+    def loss(model, batch):
+        return model(**batch).square().mean()
+
+    measure = torch_regimes.module_regime.measure_module
+
+    def watched(config, layer, *rest):
+        read.update(layer.inputs)
+        return measure(config, layer, *rest)
+
+    batches = [{"input_ids": torch.tensor(rows)} for rows in ([[1, 5, 6, 7, 9]], [[1, 5, 6, 8, 10]])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_regimes.module_regime, "measure_module", watched)
+        found = regime(model, *batches, loss=loss, config=SMALL)
+    counts = found.tokens.set_index("split")[["all", "seen", "read"]]
+    assert tuple(counts.loc["heldout"]) == (10, 6, 4)
+    assert tuple(counts.loc["train"]) == (10, 0, 9)
+    first = model.embeddings(batches[1]["input_ids"][0, 3:])
+    expected = torch.cat([first, torch.tanh(model.linear(first))]).detach().numpy()
+    order = np.lexsort(expected.T), np.lexsort(read["heldout"].T)
+    np.testing.assert_allclose(read["heldout"][order[1]], expected[order[0]], rtol=1e-6)
+
+
+def test_padding_of_encoder_and_decoder_changes_nothing() -> None:
+    """T5 with three more tokens that the encoder does not attend to, and two labels that are in no loss."""
+    model, config, pad = torch_models.model("t5"), replace(SMALL, tokens=64), torch.nn.functional.pad
+    batches = [torch_models.batch("t5", seed) for seed in (0, 1)]
+    padded_batches = [
+        {
+            "input_ids": pad(batch["input_ids"], (0, 3)),
+            "attention_mask": pad(torch.ones_like(batch["input_ids"]), (0, 3)),
+            "labels": pad(batch["labels"], (0, 2), value=-100),
+        }
+        for batch in batches
+    ]
+    plain, found = (regime(model, *each, config=config) for each in (batches, padded_batches))
+    assert set(found.tokens["read"]) == {27, 15}
+    pd.testing.assert_frame_equal(found.tokens, plain.tokens)
+    pd.testing.assert_frame_equal(found.crossings, plain.crossings, rtol=1e-4)
+
+
 def test_packed_records_begin_where_positions_do() -> None:
     model = torch_models.model()
     packed = {
@@ -448,6 +532,29 @@ def test_equal_to_the_jax_route(rows, tmp_path) -> None:
                 assert mine[column].tolist() == other[column].tolist()
 
 
+def terms_of(found, split: str) -> dict[str, float]:
+    """Each module's linear term under Adam with the gaussian init."""
+    rows = found.crossings.query(f"optimizer == 'adam' and init == 'gaussian' and split == '{split}'")
+    return dict(zip(rows["module"], rows["linear_term"], strict=True))
+
+
+def takeover_of(found, rank: int, init: str, split: str = "heldout") -> float:
+    """The geometric mean of the modules' takeover distances."""
+    rows = found.takeover.query(f"rank == {rank} and init == '{init}' and split == '{split}'")
+    return geometric_mean(rows["takeover"])
+
+
+def test_takeover_distance_is_the_held_out_one_of_the_nearest_measured_rank() -> None:
+    """Nearest on a logarithmic scale, among the ranks 8, 32 and 128."""
+    found = regime(
+        torch_models.model(), torch_models.batch(), torch_models.batch(seed=1), ["q_proj"], config=RegimeConfig(rows=0)
+    )
+    for rank, nearest in ((1, 8), (15, 8), (18, 32), (60, 32), (70, 128), (4096, 128)):
+        expected = takeover_of(found, nearest, "gaussian")
+        assert found.takeover_at(rank, "gaussian") == pytest.approx(expected, rel=1e-12)
+    assert takeover_of(found, 8, "gaussian", "train") != pytest.approx(takeover_of(found, 8, "gaussian"), rel=1e-3)
+
+
 def test_transfer() -> None:
     """The advice of the measured linear terms; PEFT, told so, scales by the gamma that it names."""
     model = torch_models.model()
@@ -456,9 +563,13 @@ def test_transfer() -> None:
     )
     tuned = Setting(2, 4.0, 3e-4, init="gaussian")
     config, rate, advice = found.transfer(tuned, rank=8, rule="rslora", regime="measured")
-    terms = found.crossings.query("optimizer == 'adam' and init == 'gaussian' and split == 'heldout'")
-    expected = transfer(tuned, 8, dict(zip(terms["module"], terms["linear_term"], strict=True)), rule="rslora")
+    expected = transfer(tuned, 8, terms_of(found, "heldout"), rule="rslora")
     assert advice == expected
+    trained = terms_of(found, "train")
+    assert found.transfer(tuned, 8, rule="rslora", regime="measured", split="train").advice == transfer(
+        tuned, 8, trained, rule="rslora"
+    )
+    assert trained != terms_of(found, "heldout")
     assert (config.r, config.use_rslora, config.init_lora_weights, rate) == (8, False, "gaussian", 3e-4)
     assert config.lora_alpha == pytest.approx(expected.alpha * 8**0.5)
     adapted = peft.get_peft_model(model, config)
@@ -468,7 +579,8 @@ def test_transfer() -> None:
             assert module.scaling["default"] == pytest.approx(expected.by_type()[kind] / 8**0.5)
     whole = found.transfer(tuned, rank=8, alpha=4.0, steps=50)
     assert whole.config.alpha_pattern == {}
-    assert whole.advice.plan.takeover == pytest.approx(found.takeover_at(2, "gaussian"))
+    assert whole.advice.plan.takeover == pytest.approx(takeover_of(found, 8, "gaussian"))
+    assert whole.advice.plan.steps == 50
     assert whole.learning_rate == whole.advice.rates.planned
     with pytest.raises(InputError, match="no takeover distance was measured of init 'rademacher'; accepted is what"):
         found.takeover_at(2, "rademacher")

@@ -1,11 +1,12 @@
 """The trainer's callback: what it logs and when, and that the training goes on as without it."""
 
 import logging
+from statistics import geometric_mean
 from types import SimpleNamespace
 
 import pytest
 
-from rora_theory import InputError, Setting
+from rora_theory import InputError, Setting, transfer
 
 torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
 peft = pytest.importorskip("peft", reason="the bridge: the extra torch")
@@ -29,10 +30,10 @@ def lora(**arguments):
 
 
 def trained(folder, model, *callbacks, **arguments):
-    """Three steps of two records; the trainer, after a `regime` it may be compared with."""
+    """Train for one epoch, three steps of two records each, and return the trainer."""
     rows = torch_models.batch(seed=5, rows=6)
     data = [{name: value[i] for name, value in rows.items()} for i in range(6)]
-    arguments = {"learning_rate": 2e-3, "max_steps": 3, "optim": "adamw_torch"} | arguments
+    arguments = {"learning_rate": 2e-3, "num_train_epochs": 1, "optim": "adamw_torch"} | arguments
     args = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
         disable_tqdm=True, seed=0, **arguments,
@@ -46,7 +47,10 @@ def trained(folder, model, *callbacks, **arguments):
 
 @pytest.mark.slow
 def test_logs_beside_the_loss(tmp_path, caplog) -> None:
-    """At steps 0 and 2, what `regime` finds there; the losses are to the bit those of a run without it."""
+    """At steps 0 and 2, what `regime` finds there; the losses are to the bit those of a run without it.
+
+    The advice is for the run's three steps, which its epoch defines: with the gaussian init alpha depends on them.
+    """
     kept = {}
 
     def watched(log):
@@ -54,26 +58,48 @@ def test_logs_beside_the_loss(tmp_path, caplog) -> None:
         return kept["callback"]
 
     with caplog.at_level(logging.INFO, "rora_theory.measure.torch.callback"):
-        trainer = trained(tmp_path, lora(), watched)
-    plain = trained(tmp_path, lora())
+        trainer = trained(tmp_path, lora(init_lora_weights="gaussian"), watched)
+    plain = trained(tmp_path, lora(init_lora_weights="gaussian"))
+    assert trainer.args.max_steps == -1
     losses = [[row["loss"] for row in each.state.log_history if "loss" in row] for each in (trainer, plain)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
     logged = {row["step"]: row for row in trainer.state.log_history if "regime/crossing_rank" in row}
     assert list(logged) == [0, 2]
-    config = RegimeConfig(ranks=(2,), rules=("lora",), optimizers=("adam",), inits=("kaiming_uniform",), rows=0)
+    config = RegimeConfig(ranks=(2,), rules=("lora",), optimizers=("adam",), inits=("gaussian",), rows=0)
     expected = regime(lora().train(), *BATCHES, config=config)  # B = 0: the base
     callback = kept["callback"]
     assert set(callback.measured) == {0, 2}
-    tuned = Setting(2, 4.0, 2e-3)
-    carried = expected.transfer(tuned, 8, steps=3)
+    takeover = held_out_takeover(expected, 8)
+    carried = transfer(Setting(2, 4.0, 2e-3, init="gaussian"), 8, steps=3, takeover=takeover)
     held_out = expected.crossings.query("split == 'heldout'")["crossing_rank"].median()
     assert logged[0]["regime/crossing_rank"] == pytest.approx(held_out, rel=1e-5)
-    assert logged[0]["regime/steps_until_A_leads"] == pytest.approx(expected.takeover_at(2) / 2e-3, rel=1e-5)
-    assert logged[0]["regime/alpha"] == pytest.approx(carried.advice.alpha, rel=1e-5)
+    assert logged[0]["regime/steps_until_A_leads"] == pytest.approx(takeover / 2e-3, rel=1e-5)
+    assert logged[0]["regime/alpha"] == pytest.approx(carried.alpha, rel=1e-5)
     assert logged[0]["regime/learning_rate"] == 2e-3
+    assert callback.transfers[0].advice.plan.steps == 3
     assert logged[2]["regime/crossing_rank"] != logged[0]["regime/crossing_rank"]
     assert sum("Going from rank 2 to 8 with AdamW" in record.message for record in caplog.records) == 2
+
+
+def held_out_takeover(found, rank: int) -> float:
+    """The geometric mean of the modules' takeover distances at a measured rank."""
+    return geometric_mean(found.takeover.query(f"split == 'heldout' and rank == {rank}")["takeover"])
+
+
+def test_the_advice_is_for_the_trainer_s_number_of_steps() -> None:
+    """As its state has it: a run that epochs define has max_steps -1 in its arguments."""
+    model, setting, alphas = lora(), Setting(2, 4.0, 2e-3, init="gaussian"), []
+    for steps in (3, 300):
+        logged: dict[str, float] = {}
+        callback = RegimeCallback(logged.update, *BATCHES, to_rank=8, setting=setting)
+        state = SimpleNamespace(global_step=0, max_steps=steps, is_world_process_zero=True)
+        callback.on_step_begin(told(max_steps=-1), state, None, model=model)
+        takeover = held_out_takeover(callback.measured[0], 8)
+        assert logged["regime/alpha"] == pytest.approx(transfer(setting, 8, steps=steps, takeover=takeover).alpha)
+        assert callback.transfers[0].advice.plan.steps == steps
+        alphas.append(logged["regime/alpha"])
+    assert alphas[0] > 1.5 * alphas[1], "the longer the run, the more A's own motion counts"
 
 
 @pytest.mark.slow

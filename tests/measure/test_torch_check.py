@@ -37,11 +37,15 @@ def slow_adamw(parameters, rank):  # noqa: ARG001
     return torch.optim.AdamW(parameters, lr=1e-6)
 
 
-def test_the_first_step_by_hand() -> None:
-    """What one step of Adam changes of hidden states and logits, and what a module's adapter adds, from PEFT's own
-    forward pass; A is nested over ranks, uniform within PEFT's bound, another one for another seed."""
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 0.5), (True, 2.0)])
+def test_the_first_step_by_hand(use_rslora, scaling) -> None:
+    """The check reports the changes that PEFT's own forward pass shows after one step of Adam.
+
+    They are those of hidden states and logits, and what an adapter adds to its module's output, at alpha 8 and rank 16.
+    A is nested over ranks, uniform within PEFT's bound, and different for each seed.
+    """
     batch, held_out = torch_models.batch(seed=0), torch_models.batch(seed=1)
-    make_model = made(target_modules=["q_proj"], lora_alpha=8)
+    make_model = made(target_modules=["q_proj"], lora_alpha=8, use_rslora=use_rslora)
     starts, trained = [], []
 
     def optimizer(parameters, rank):  # noqa: ARG001
@@ -74,7 +78,7 @@ def test_the_first_step_by_hand() -> None:
     expected = {
         "hidden": (after.hidden_states[-1] - before.hidden_states[-1])[real],
         "logits": (after.logits - before.logits)[real],
-        "output": 8 / 16 * torch.stack(added)[:, :, :-1],
+        "output": scaling * torch.stack(added)[:, :, :-1],
     }
     for name, change in expected.items():
         assert values[name] == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
@@ -138,6 +142,44 @@ def test_the_steps_are_the_user_s() -> None:
     assert "AdamW at 1.76777e-07; AdamW at 8.83883e-08" in found.scope
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_models_are_stepped_in_their_own_mode_and_share_their_dropout(training) -> None:
+    """While B is zero, the loss of a step depends on the dropout masks alone: they are equal at every rank."""
+    make_model = made("gpt2", target_modules=["c_attn"], lora_dropout=0.3)
+    base, batch = make_model.base, torch_models.batch("gpt2")
+    plain = float(base(**batch).loss)
+    own_modes, losses = [], []
+
+    def make_in_mode(rank):
+        model = make_model(rank).train(training)
+        base.transformer.h[0].eval()  # a block whose mode differs from the model's
+        own_modes[:] = [module.training for module in model.modules()]
+        return model
+
+    def loss(model, batch):
+        value = model(**batch).loss
+        modes = [module.training for module in model.modules()]
+        if torch.is_grad_enabled():
+            assert modes == own_modes
+            losses.append(float(value))
+        else:
+            assert not any(modes)
+            assert float(value) == pytest.approx(plain, rel=1e-6)
+        return value
+
+    def frozen(parameters, rank):  # noqa: ARG001
+        return torch.optim.SGD(parameters, lr=0.0)
+
+    coordinate_check(make_in_mode, batch, RANKS, make_optimizer=frozen, loss=loss, steps=(1, 2), seeds=2)
+    by_rank = np.reshape(losses, (2, len(RANKS), 2))  # seeds, ranks, steps
+    np.testing.assert_allclose(by_rank, np.broadcast_to(by_rank[:, :1], by_rank.shape), rtol=1e-6)
+    masks = {f"{value:.5g}" for value in by_rank[:, 0].ravel()}
+    assert len(masks) == (4 if training else 1), "in training, a mask for each seed and step"
+    in_training = {module.training for module in base.modules()}
+    assert (base.training, in_training) == (training, {training, False})
+    assert not any(module.training for module in base.transformer.h[0].modules())
+
+
 def test_a_held_out_batch_is_read_where_it_is_new() -> None:
     """Nothing of a batch is apart from itself."""
     batch = torch_models.batch()
@@ -150,16 +192,56 @@ def test_a_held_out_batch_is_read_where_it_is_new() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "t5", "vit"])
-def test_other_families(family) -> None:
-    task = {"t5": "SEQ_2_SEQ_LM", "vit": None}.get(family, "CAUSAL_LM")
-    held_out = torch_models.batch(family, seed=1)
+@pytest.mark.parametrize(
+    ("family", "task", "targets"),
+    [("gpt2", "CAUSAL_LM", ["c_attn"]), ("t5", "SEQ_2_SEQ_LM", ["q"]), ("vit", None, "all-linear")],
+)
+def test_other_families(family, task, targets) -> None:
+    """The check reports the changes that the model's own forward pass shows, at the tokens that are in the loss."""
+    make_model, trained = made(family, task_type=task, target_modules=targets), []
+
+    def optimizer(parameters, rank):  # noqa: ARG001
+        trained.append(parameters)
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    batch, held_out = torch_models.batch(family), torch_models.batch(family, seed=1)
+    real = torch.ones(batch["labels"].shape, dtype=torch.bool)
+    if family == "gpt2":
+        real[:, -1] = False  # the last token has no target
+    if family == "t5":
+        batch["labels"][0, 3:] = -100
+        real = batch["labels"] != -100
     found = coordinate_check(
-        made(family, task_type=task), torch_models.batch(family), RANKS, held_out=held_out, steps=(1, 2), seeds=2
+        make_model, batch, RANKS[:2], held_out=held_out, make_optimizer=optimizer, steps=(2,), seeds=2
     )
-    quantities = {"logits"} if family == "vit" else {"hidden", "logits"}
-    assert set(found.slopes.query("module == 'model'")["quantity"]) == quantities
+    model = make_model(RANKS[1])
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = outputs(model, batch)
+    with torch.no_grad():
+        for parameter, value in zip(adapter, trained[-1], strict=True):
+            parameter.copy_(value)
+    sizes = found.sizes.query(f"rank == {RANKS[1]} and seed == 1 and module == 'model'")
+    for name, after in outputs(model, batch).items():
+        change = (after - start[name])[real]
+        value = sizes.query("split == 'train' and quantity == @name")["value"].item()
+        assert value == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4), name
+        assert value > 0
+    losses = sizes.query("quantity == 'loss'").set_index("split")["value"]
+    for split, own in (("train", batch), ("held_out", held_out)):
+        assert losses[split] == pytest.approx(float(model(**own).loss.detach()), rel=1e-6)
+    assert {*sizes["quantity"]} == {*start, "loss"}
     assert np.isfinite(found.sizes["value"]).all()
+
+
+def outputs(model, batch) -> dict[str, torch.Tensor]:
+    """The logits of a model, and what its output head reads where it has one for every token."""
+    found, head = {}, model.get_base_model().get_output_embeddings()
+    hook = head and head.register_forward_pre_hook(lambda _, args: found.update(hidden=args[0]))
+    with torch.no_grad():
+        found["logits"] = model(**batch).logits
+    if hook:
+        hook.remove()
+    return found
 
 
 def test_bad_input() -> None:
