@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rora_theory.adapters import dora
+from rora_theory.adapters import LoraConfig, dora, init
 from rora_theory.adapters.dropout import dropout
+from rora_theory.adapters.widen import widen
+from rora_theory.llama import linear
 
 OUT, IN, RANK, GAMMA = 24, 40, 6, 2.5
 
@@ -84,6 +86,31 @@ def test_forward_is_the_definition(rate: float) -> None:
     expected = xx @ w.T + (c - 1) * (xd @ w.T) + c * (xd @ a.T @ b.T) + bb
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
     assert rate == 0 or np.abs(np.asarray(found) - (c * (xx @ (w + b @ a).T) + bb)).max() > 0.1
+
+
+def test_the_magnitude_stays_in_float32_beside_bfloat16_weights() -> None:
+    """The output is rounded once, by at most 2^-8 of itself: a rounded magnitude would double that."""
+    weight, A, B, m = draw(7)
+    x = jax.random.normal(jax.random.key(9), (4, 16, IN)).astype(jnp.bfloat16)
+    weight = weight.astype(jnp.bfloat16)
+    found = dora.apply(x, x, weight, None, A, B, m, jnp.asarray(True))
+    assert found.dtype == jnp.bfloat16
+    A, B = A.astype(jnp.bfloat16), B.astype(jnp.bfloat16)
+    products = linear(x, weight), widen(linear(x, A), B)
+    w, a, b, mm, base, update, y = wide(weight, A, B, m, *products, found)
+    expected = mm / np.linalg.norm(w + b @ a, axis=1) * (base + update)
+    assert np.max(np.abs(y - expected) / np.abs(expected)) < 2.0**-8 * 1.001
+
+
+def test_a_fresh_magnitude_is_the_norm_of_bfloat16_weights_in_float32(config, params) -> None:
+    """Each row's norm is taken in float32, to a few of its roundings."""
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    settings = LoraConfig(2, 4, target_modules=("q_proj", "down_proj"), use_dora=True)
+    for name, tensors in init(jax.random.key(0), settings, config, params).params.items():
+        (weight,) = wide(params["layers"][name]["weight"])
+        found = tensors["lora_magnitude_vector"]
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, np.linalg.norm(weight, axis=2), rtol=1e-6)
 
 
 def test_a_layer_that_is_not_adapted_is_its_base() -> None:

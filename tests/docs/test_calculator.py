@@ -295,3 +295,65 @@ def test_it_reads_the_file_of_a_run() -> None:
     ):
         assert said in ask([["readCrossings", wrong, wanted]])[0]["refused"]
     assert ask([["readCrossings", head + "q,train,adam,gaussian,inf\r\n", wanted]]) == [{"q": "inf"}]
+
+
+def form_fields() -> list[dict[str, Any]]:
+    """The form's fields on the calculator's page, with their defaults."""
+    text = (MODULE.parents[1] / "calculator.md").read_text()
+    fields: list[dict[str, Any]] = [{"name": "file", "type": "file", "value": ""}]
+    for name, options in re.findall(r'<select name="([^"]+)">(.*?)</select>', text, re.DOTALL):
+        values = re.findall(r'value="([^"]*)"', options)
+        fields.append({"name": name, "value": values[0], "options": [{"value": value} for value in values]})
+    for name, rest in re.findall(r'<input name="([^"]+)"([^>]*)>', text):
+        value = re.search(r'value="([^"]*)"', rest)
+        fields.append({"name": name, "value": value[1] if value else ""})
+    return fields
+
+
+def page_tables(query: str, file: str | None = None) -> list[dict[str, Any]]:
+    """The tables that the page shows for a query, and for a file that a user chooses."""
+    asked = {"module": (MODULE.parent / "calculator.mjs").as_uri(), "fields": form_fields(), "query": query}
+    command = [node(), str(Path(__file__).with_name("page.mjs"))]
+    given = json.dumps(asked | {"file": file})
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["tables"]
+
+
+def rows_by_head(table: dict[str, Any]) -> list[dict[str, str]]:
+    """The rows with their cells under the table's heads, which a phone shows beside each cell."""
+    assert all(named == table["heads"][1:] for named in table["named"])
+    return [dict(zip(table["heads"], row, strict=True)) for row in table["rows"]]
+
+
+def test_the_page_shows_each_figure_under_its_head() -> None:
+    old = Setting(16, 32.0, 2e-4)
+    planned = transfer(old, 128, rule="rslora", alpha=32.0, steps=300, takeover=3.2e-3)
+    (table,) = page_tables("?to-rank=128&to-rule=rslora&to-alpha=32&steps=300&takeover=3.2e-3")
+    assert rows_by_head(table) == [
+        {
+            "choice": row.name,
+            "gamma": f"{row.setting.scaling:.4g}",
+            "first step": f"{row.steps:.4g} x",
+            "rate that undoes it": f"{row.learning_rate:.3g}",
+            "at 300 steps": f"{row.rates.planned:.3g}",
+            "in a long run": f"{row.rates.A_led:.3g}",
+        }
+        for row in planned.alternatives()
+    ]
+    (table,) = page_tables("?regime=cross-talk")
+    assert table["heads"] == ["choice", "gamma", "first step", "rate that undoes it"]
+
+    lines = [f"{name},heldout,adam,kaiming_uniform,{term}" for name, term in MEASURED.items()]
+    file = "\n".join(["module,split,optimizer,init,linear_term", *lines]) + "\n"
+    _, table = page_tables("?to-rank=64", file)
+    measured = transfer(old, 64, MEASURED)
+    assert rows_by_head(table) == [
+        {
+            "modules": group.name,
+            "alpha at rate 0.0002": f"{group.alpha:.6g}",
+            "rate at alpha 32": f"{group.learning_rate:.4g}",
+            "step if neither changes": f"{group.unchanged:.4g}",
+        }
+        for group in measured.groups()
+    ]

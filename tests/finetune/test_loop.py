@@ -47,8 +47,8 @@ CONFIG = FinetuneConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """All runs here take the same step: one compilation serves them. That a new process's own gives the same
-    bits is shown where a process is killed."""
+    """Compile each step once: runs that ask for the same one share it. That a new process's own gives the same bits is
+    shown where a process is killed."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("train_step", "eval_step"):
             patch.setattr(steps, name, _memo(getattr(steps, name)))
@@ -56,12 +56,16 @@ def compiled_once():
 
 
 def _memo(original):
-    made = []
+    """The function, which makes a step once for each set of arguments, apart from what no step reads."""
+    made = {}
 
-    def once(*arguments, **options):
-        if not made:
-            made.append(original(*arguments, **options))
-        return made[0]
+    def once(adapter, *arguments, **options):
+        unread = {"seed": 0, "evaluate_every": 1, "checkpoint_every": 1}
+        read = [dataclasses.replace(each, **unread) if isinstance(each, FinetuneConfig) else each for each in arguments]
+        key = repr((adapter.config, read, options))
+        if key not in made:
+            made[key] = original(adapter, *arguments, **options)
+        return made[key]
 
     return once
 
@@ -119,6 +123,25 @@ def test_a_run_takes_every_step_and_validates_on_time(whole):
     assert (taken[4].epoch, taken[9].epoch) == (1.0, 2.0)
     assert np.mean([event.loss for event in taken[-3:]]) < np.mean([event.loss for event in taken[:3]])
     assert taken[0].targets < taken[0].positions
+
+
+@pytest.mark.slow
+def test_the_learning_rate_rises_and_falls(whole):
+    """It rises from 0 over 2 updates, then falls to 0 after the 10th."""
+    rates = [event.learning_rate for event in whole[0] if isinstance(event, Stepped)]
+    assert rates == pytest.approx([0.0, 0.015, *(0.03 * left / 8 for left in range(8, 0, -1))])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lr": 0.01}, {"schedule": "constant"}, {"clip": 1e-3}, {"warmup": 1}, {"steps": 5}, {"epochs": 1}]
+)
+def test_a_step_is_made_of_the_run_s_own_settings(params, monkeypatch, changes):
+    """And of its number of steps, which the schedule depends on."""
+    asked = []
+    monkeypatch.setattr(steps, "train_step", lambda _, model, *settings, **options: asked.append(settings))
+    run, *_ = trainer(params, None, **changes)
+    assert asked == [(dataclasses.replace(CONFIG, **changes), run.steps)]
+    assert run.steps == 5 if {"steps", "epochs"} & set(changes) else 10
 
 
 @pytest.mark.slow

@@ -111,8 +111,9 @@ def test_a_rate_behind_a_range_over_which_the_change_shrinks_is_none() -> None:
         assert np.isnan(led.keeping_factor(strength, *np.reshape(parts, (3, 1))))
     for strength, a in ((2.0, 0.1), (0.8, 0.1), (1.5, 8.0), (0.5, 8.0)):
         y = led.keeping_factor(strength, *np.reshape([1.0, a, abs(1 - a)], (3, 1)))
-        assert strength * abs(y - a * y**2) == pytest.approx(abs(1 - a))
-        assert y == pytest.approx(1, abs=0.7)
+        # Roots of strength (y - a y^2) = 1 - a: the smaller one before the range, the larger one behind it.
+        root = np.sqrt(1 - 4 * a * (1 - a) / strength) * (-1 if a < 1 else 1)
+        assert y == pytest.approx((1 + root) / (2 * a), rel=1e-9)
     rounded = led.keeping_factor(4.0, *np.reshape([1.0, 0.0, 0.99999], (3, 1)))
     assert rounded == pytest.approx(0.25, rel=1e-4)
 

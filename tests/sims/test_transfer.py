@@ -320,6 +320,17 @@ def test_what_a_saved_adapter_says_too_is_accepted(tmp_path) -> None:
     assert (found.old, peft["target_modules"]) == (Setting(16, 32.0, 3e-4, "rslora"), ["v_proj"])
 
 
+def test_the_initialisation_is_that_of_the_saved_adapter(tmp_path, capsys) -> None:
+    """PEFT's gaussian has the deviation 1 / r, so that alpha at the first step grows as the rank."""
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(SAVED | {"use_rslora": False, "init_lora_weights": "gaussian"}))
+    transfer.run(config_of(f"--from {tmp_path} --lr 2e-4 --to-rank 64"))
+    written = snippet(capsys.readouterr().out)
+    assert (written["init_lora_weights"], written["lora_alpha"]) == ("gaussian", 4 * 32)
+    found, _, _ = advise(TransferConfig(from_=tmp_path, to_rank=64))
+    assert found.old == Setting(16, 32.0, 3e-4, "lora", init="gaussian")
+
+
 OWN = {
     "task_type": "SEQ_CLS", "use_dora": True, "lora_dropout": 0.05, "bias": "lora_only", "modules_to_save": ["score"],
     "layers_to_transform": [0, 1], "exclude_modules": ["lm_head"], "target_modules": r".*\.[qv]_proj",

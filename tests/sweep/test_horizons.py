@@ -264,6 +264,17 @@ def test_each_horizon_is_judged_against_the_longest() -> None:
     assert found[["first", "second"]].to_numpy().tolist() == [[16, 256], [64, 256]]
 
 
+def test_full_fine_tuning_is_judged_by_the_law_of_a_weight_that_moves_by_itself() -> None:
+    """It keeps the sum of the rates; the takeover distances are those of adapters."""
+    adapter_law = adams_power(0.004)
+    for power, full, adapter in ((CONSTANT, "agrees", "contradicts"), (adapter_law, "contradicts", "agrees")):
+        ends = curve([1e-3] * 3), curve(moved([power - 0.01, power, power + 0.01], 4))
+        assert in_steps(*ends)["verdict"] == adapter
+        row = in_steps(*(replace(end, rule=horizon_curves.FULL, rank=0, scaling=1.0) for end in ends))
+        assert row["verdict"] == full
+        assert [row["law_low"], row["law"], row["law_high"]] == pytest.approx([CONSTANT] * 3)
+
+
 def test_a_step_at_which_nothing_has_moved_is_in_no_exponent_of_the_steps() -> None:
     """The first step's rate is 0 under a warm-up."""
     by_step = {step: [curve([1e-3] * 3)] for step in (1, 16, 64)}
