@@ -22,9 +22,9 @@ transformers = pytest.importorskip("transformers", reason="the bridge: the extra
 
 from support import torch_models  # noqa: E402
 
-from rora_theory.measure.torch import hooks, regime  # noqa: E402
+from rora_theory.measure.torch import batches, hooks, regime  # noqa: E402
 from rora_theory.measure.torch import regimes as torch_regimes  # noqa: E402
-from rora_theory.measure.torch.modules import base_model, chosen  # noqa: E402
+from rora_theory.measure.torch.modules import base_model, chosen, linear_modules, without_adapters  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), inits=("gaussian",), rows=0, tokens=9)
@@ -153,6 +153,10 @@ def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
 
     with pytest.raises(InputError, match="is run more than"):
         regime(model, {"x": x}, {"x": other}, loss=uneven, config=SMALL)
+    more_held_out = regime(model, {"x": other}, {"x": x}, loss=uneven, config=SMALL)
+    expected = regime(model, {"x": other}, {"x": x}, loss=loss, config=SMALL)
+    same = (each.crossings.query("split == 'train'")["signal"] for each in (more_held_out, expected))
+    np.testing.assert_allclose(*same, rtol=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -388,6 +392,26 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
     once.keep("once", x)
     chosen_ones = tokens.choose_tokens(x.norm(dim=1).numpy(), None, count=32, seed=0, name="once").indices
     np.testing.assert_array_equal(once.inputs["once"], x.numpy()[chosen_ones])
+
+
+def test_keys_are_those_of_the_tokens_that_could_be_read() -> None:
+    """Where all of them are read the keys are uniform: the mean of 400 is 0.5 within five standard errors."""
+    counts = {"all": 10, "seen": 5, "sinks": 3, "read": 2}
+    keys = [torch_regimes._smallest_keys(counts, [seed]) for seed in range(200)]
+    assert np.mean(keys) == pytest.approx(0.5, abs=5 * 12**-0.5 / 20)
+    fewest = [torch_regimes._smallest_keys(counts | {"read": 1}, [seed]) for seed in range(200)]
+    assert np.mean(fewest) == pytest.approx(1 / 3, abs=5 * 18**-0.5 / 200**0.5), "the smaller of two"
+
+
+def test_tokens_of_encoder_and_decoder_of_one_size_are_not_told_apart() -> None:
+    """A token counts where either does, and was seen where the encoder's was."""
+    batch = torch_models.batch("t5", rows=1, length=6)
+    batch["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    batch["labels"] = torch.tensor([[5, -100, 6, -100, -100, 7]])
+    trained = {"input_ids": batch["input_ids"][:, :2]}
+    (found,) = batches.tokens(torch_models.model("t5"), batch, trained).values()
+    assert found.real.tolist() == [True, True, True, True, False, True]
+    assert found.seen.tolist() == [True, True, False, False, False, False]
 
 
 def padded(rows: list[list[int]], *, left: bool) -> dict[str, torch.Tensor]:
@@ -634,7 +658,7 @@ def test_bad_input() -> None:
         ),
         (batch, held_out, ["embed_tokens"], {}, "matches no linear module"),
         (batch, held_out, r".*\.w_proj", {}, "matches no linear module"),
-        (batch, held_out, None, {"layers": [7]}, "layers \\[7\\] has no linear module"),
+        (batch, held_out, None, {"layers": [7]}, "layers \\[7\\] has no linear module; .* and layers 0 to 1$"),
         (
             unlabelled,
             held_out,
@@ -673,3 +697,27 @@ def test_layers_are_a_sample_of_the_model() -> None:
     assert set(found.crossings["layer"]) == {1}
     assert found.target_modules == "all-linear"
     assert base_model(model) is model
+
+
+def test_a_head_is_no_target_of_all_linear() -> None:
+    """Neither the head of a language model, nor that of sequence classification."""
+    configuration = transformers.LlamaConfig(**torch_models.TEXT, num_labels=2)
+    for model, head in (
+        (transformers.LlamaForSequenceClassification(configuration), "score"),
+        (torch_models.model(), "lm_head"),
+    ):
+        assert head in linear_modules(model)
+        assert set(linear_modules(model)) - set(chosen(model, None)) == {head}
+        assert list(chosen(model, [head])) == [head]
+
+
+def test_adapters_that_were_off_stay_off() -> None:
+    model = peft.get_peft_model(torch_models.model(), peft.LoraConfig(target_modules=["q_proj"]))
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    model.disable_adapter_layers()
+    layers[0].enable_adapters(True)
+    needed = [parameter.requires_grad for parameter in model.parameters()]
+    with without_adapters(model):
+        assert all(layer.disable_adapters for layer in layers)
+    assert [layer.disable_adapters for layer in layers] == [False, *[True] * (len(layers) - 1)]
+    assert [parameter.requires_grad for parameter in model.parameters()] == needed

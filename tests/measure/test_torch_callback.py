@@ -99,6 +99,10 @@ def test_the_advice_is_for_the_trainer_s_number_of_steps() -> None:
         assert logged["regime/alpha"] == pytest.approx(transfer(setting, 8, steps=steps, takeover=takeover).alpha)
         assert callback.transfers[0].advice.plan.steps == steps
         alphas.append(logged["regime/alpha"])
+    another_process = SimpleNamespace(global_step=0, max_steps=3, is_world_process_zero=False)
+    callback = RegimeCallback(logged.update, *BATCHES, setting=setting)
+    callback.on_step_begin(told(), another_process, None, model=model)
+    assert callback.measured == {}
     assert alphas[0] > 1.5 * alphas[1], "the longer the run, the more A's own motion counts"
 
 

@@ -108,7 +108,8 @@ def chosen(
     if layers is not None:
         found = {name: module for name, module in found.items() if layer_index(name) in set(layers)}
     if not found:
-        known = sorted({layer_index(name) for name in linear})
+        # Modules outside all layers have the index -1: a message that offers it would not help.
+        known = sorted({layer_index(name) for name in linear} - {-1}) or [-1]
         raise InputError(
             f"target_modules {shown(target_modules)} with layers {shown(layers)} has no linear module; {accepted}, "
             f"and layers {known[0]} to {known[-1]}"
