@@ -82,6 +82,22 @@ def test_records_whose_answer_is_cut_off_are_left_out_only_from_the_answers_loss
         examples(records[:1], cutoff=20, answer_only=True)
 
 
+def test_a_record_is_cut_at_256_tokens_by_default():
+    found = examples([Record("q" * 300, "answer")])
+    assert (found.lengths.tolist(), found.truncated) == ([256], 1)
+
+
+def test_batches_within_a_model_s_positions():
+    """The longest width decides: narrower ones stay, and a record that no position is left for is refused."""
+    found = Batches(examples([Record("q", "a"), Record("q" * 60, "a")]), (160, 256), batch_size=1)
+    smaller, size = found.examples.sizes.tolist()
+    assert smaller < 160 < size < 256
+    assert found.within(256) is found
+    assert {batch.inputs.shape[1] for batch in iterate(found.within(size))} == {160, size}
+    with pytest.raises(InputError, match=f"{size + 1} tokens; accepted are at most {size}"):
+        found.within(size - 1)
+
+
 def test_split_is_a_seeded_partition():
     records = tiny.records(30)
     train, validation = split(records, 7, 42)

@@ -570,9 +570,9 @@ def takeover_of(found, rank: int, init: str, split: str = "heldout") -> float:
 
 def test_takeover_distance_is_the_held_out_one_of_the_nearest_measured_rank() -> None:
     """Nearest on a logarithmic scale, among the ranks 8, 32 and 128."""
-    found = regime(
-        torch_models.model(), torch_models.batch(), torch_models.batch(seed=1), ["q_proj"], config=RegimeConfig(rows=0)
-    )
+    found = regime(torch_models.model(), torch_models.batch(), torch_models.batch(seed=1), ["q_proj"])
+    assert set(found.results["rank"]) == {8, 128}, "the ranks of the default configuration"
+    assert set(found.crossings["optimizer"]) == {"sgd", "adam"}
     for rank, nearest in ((1, 8), (15, 8), (18, 32), (60, 32), (70, 128), (4096, 128)):
         expected = takeover_of(found, nearest, "gaussian")
         assert found.takeover_at(rank, "gaussian") == pytest.approx(expected, rel=1e-12)
@@ -695,6 +695,9 @@ def test_layers_are_a_sample_of_the_model() -> None:
     model, batch, held_out = torch_models.model(), torch_models.batch(), torch_models.batch(seed=1)
     found = regime(model, batch, held_out, config=SMALL, layers=[1])
     assert set(found.crossings["layer"]) == {1}
+    said = [text for text in found.crossings.attrs["warnings"] if "layers" in text]
+    assert len(said) == 1
+    assert "1 of the model's 2 layers" in said[0]
     assert found.target_modules == "all-linear"
     assert base_model(model) is model
 

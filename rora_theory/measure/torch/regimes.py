@@ -10,7 +10,7 @@ Nothing is trained and nothing of the model changes.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any, Literal, NamedTuple
 
@@ -279,7 +279,7 @@ class _Reducing:
         config, index = self._config, layer_index(name)
         if not bool(grad.any()):
             return
-        read = _Reading(replace(config, mask=False), self._known, mask=False)
+        read = _Reading(config, self._known, mask=False)
         for x in every:
             read.keep(name, x)
         inputs = {"train": read.inputs[name], "heldout": self._reading.inputs[name]}
