@@ -1,12 +1,13 @@
-"""Mutation run over the judging layer: how many small faults do the tests see?
+"""Mutation testing: how many small faults in the judging layer, the PyTorch bridge and the data do the tests detect?
 
-    python -m benchmarks.mutation                             # all modules, 60 mutants of each, drawn at seed 0
-    python -m benchmarks.mutation slopes rate_optimum --most 0  # every mutant of two
+    python benchmarks/mutation.py                                # all modules, 60 mutants of each, drawn at seed 0
+    python benchmarks/mutation.py slopes rate_optimum --most 0   # every mutant of two modules
+    python benchmarks/mutation.py bridge data --most 10          # modules of two groups
 
 A mutant is one module with one operator, comparison, number or condition changed (cosmic-ray's operators, `OPERATORS`).
-It is killed where a test file of the module fails on it, or its time runs out. Everything is imported once, and each
-mutant runs in a fork that imports anew only what depends on the module, so that it costs about a second. Extra
-`mutation`; on demand, not part of the suite.
+It is killed if a test file of the module fails on it, or if its time runs out. Everything is imported once, and each
+mutant runs in a fork that imports anew only what depends on the module, so that it costs about a second, or some
+seconds in the bridge. Extra `mutation`; on demand, not part of the suite.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import math
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -27,7 +30,9 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import NamedTuple
 
-MODULES = {
+ROOT = Path(__file__).resolve().parents[1]
+
+JUDGING = {
     "rate_optimum": ("rora_theory/stats/rate_optimum.py", "tests/stats/test_rate_optimum.py"),
     "slopes": ("rora_theory/stats/slopes.py", "tests/stats/test_slopes.py"),
     "paired": ("rora_theory/stats/paired.py", "tests/stats/test_paired.py"),
@@ -50,12 +55,38 @@ MODULES = {
 }
 """Pure modules of the judging layer with the files that test them."""
 
+BRIDGE = {
+    "torch_batches": ("rora_theory/measure/torch/batches.py", "tests/measure/test_torch.py"),
+    "torch_callback": ("rora_theory/measure/torch/callback.py", "tests/measure/test_torch_callback.py"),
+    "torch_check": ("rora_theory/measure/torch/check.py", "tests/measure/test_torch_check.py"),
+    "torch_hooks": ("rora_theory/measure/torch/hooks.py", "tests/measure/test_torch.py"),
+    "torch_modules": (
+        "rora_theory/measure/torch/modules.py",
+        "tests/measure/test_torch_callback.py tests/measure/test_torch.py",
+    ),
+    "torch_regimes": ("rora_theory/measure/torch/regimes.py", "tests/measure/test_torch.py"),
+}
+"""Modules of the PyTorch bridge with the files that test them."""
+
+DATA = {
+    "batches": ("rora_theory/data/batches.py", "tests/data/test_batches.py tests/data/test_chat.py"),
+    "chat": ("rora_theory/data/chat.py", "tests/data/test_chat.py"),
+    "formats": ("rora_theory/data/formats.py", "tests/data/test_formats.py tests/data/test_records.py"),
+    "texts": ("rora_theory/data/texts.py", "tests/data/test_chat.py tests/data/test_batches.py"),
+    "windows": ("rora_theory/data/windows.py", "tests/data/test_windows.py"),
+}
+"""Modules that read chats and other records and make batches of them, with the files that test them."""
+
+GROUPS = {"judging": JUDGING, "bridge": BRIDGE, "data": DATA}
+MODULES = JUDGING | BRIDGE | DATA
+
 LEFT_OUT = (
     "finished or finite_but_diverged or figures or interval_covers or errors_cover or error_covers "
     "or what_is_judged or b_alone or every_equation or small_sweep or works_in_peft or goes_on "
-    "or test_rows or frozen_adam"
+    "or test_rows or frozen_adam or nothing_of_jax or jax_route or wrapped_models or bitsandbytes "
+    "or (every_family and not llama and not gpt2 and not t5)"
 )
-"""Tests that train, sample or draw: seconds each, for the wiring of a whole command."""
+"""Tests that train, sample, draw or start a process: seconds each, for the wiring of a whole command."""
 
 BINARY = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul"
 COMPARISONS = "Eq_NotEq NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Is_IsNot IsNot_Is"
@@ -67,6 +98,9 @@ OPERATORS = (
     *(f"core/{name}" for name in ("ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ZeroIterationForLoop")),
 )
 
+WAITING = 20
+"""Ratio of elapsed to processor time at which a mutant that waits for ever is stopped."""
+
 ROOMS = ("rora_theory", "sims", "figures")
 
 IGNORED = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # plugins among the libraries that are imported before
@@ -74,6 +108,8 @@ IGNORED = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # plugins among t
 LIBRARIES = (
     "numpy scipy.stats jax jax.numpy optax hypothesis beartype jaxtyping pytest matplotlib.pyplot tyro rich tokenizers"
 )
+
+BRIDGE_LIBRARIES = "torch peft.tuners.lora accelerate transformers.trainer transformers.training_args"
 
 
 class Mutant(NamedTuple):
@@ -154,15 +190,30 @@ def prepare(path: Path) -> None:
     install_import_hook("rora_theory", "support.checker.checker")
     for name in imports().keys() - dependents(_name(path)):
         importlib.import_module(name)
+    if path.is_relative_to("rora_theory/measure/torch"):
+        for name in BRIDGE_LIBRARIES.split():
+            importlib.import_module(name)
+        models = importlib.import_module("support.torch_models")
+        for family in ("llama", "gpt2", "t5"):  # transformers imports a family's code when it is first used
+            models.model(family)
 
 
 def killed(path: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:
-    """Whether a test fails with ``mutant`` in the module's place; the file itself is not touched."""
+    """Return whether a test fails with a mutant in the module's place; the file itself is not touched.
+
+    Args:
+      path: Path of the module.
+      mutant: Changed source of the module.
+      tests: Files that test the module.
+      seconds: Processor time after which the mutant counts as killed, so that a busy machine kills none.
+    """
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
+        limit = math.ceil(seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         _test(path, mutant, tests)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + WAITING * seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -205,11 +256,15 @@ def _test(path: Path, mutant: Mutant, tests: list[str]) -> None:
 def main() -> None:
     """Run, and print each module's score and survivors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("modules", nargs="*", default=list(MODULES), help=f"any of {', '.join(MODULES)}; none is all")
+    names = [*GROUPS, *MODULES]
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"any of {', '.join(names)}; none is all")
     parser.add_argument("--most", type=int, default=60, help="mutants of a module, drawn at random; 0 is all")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--seconds", type=float, default=60.0, help="a mutant that takes longer counts as killed")
+    parser.add_argument("--seconds", type=float, default=60.0, help="processor time after which a mutant is killed")
     arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.modules) - set(names)):
+        parser.error(f"unknown module {unknown[0]!r}; choose from {', '.join(names)}")
+    chosen = list(dict.fromkeys(each for name in arguments.modules or GROUPS for each in GROUPS.get(name, [name])))
     if importlib.util.find_spec("cosmic_ray") is None:
         parser.error("cosmic-ray is not there; accepted after pip install 'rora-theory[mutation]'")
     os.environ |= {
@@ -219,12 +274,14 @@ def main() -> None:
     }
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rora-mutation-"))
-    sys.path.insert(0, str(Path("tests").resolve()))
+    os.chdir(ROOT)
+    sys.path[0] = str(ROOT)  # in place of this folder, whose scripts have names of packages
+    sys.path.insert(1, str(ROOT / "tests"))
     for name in LIBRARIES.split():
         importlib.import_module(name)
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # a clean process for each module
         settings = (arguments.most, arguments.seed, arguments.seconds)
-        found = pool.starmap(judge, [(name, *settings) for name in arguments.modules], chunksize=1)
+        found = pool.starmap(judge, [(name, *settings) for name in chosen], chunksize=1)
     tried, dead = (sum(counts) for counts in zip(*found, strict=True))
     print(f"{dead} of {tried} killed: {dead / tried:.1%}")
 
@@ -238,11 +295,14 @@ def judge(name: str, most: int, seed: int, seconds: float) -> tuple[int, int]:
     every = list(mutants(path))
     random.Random(seed).shuffle(every)
     tried = every[: most or None]
-    survivors = [mutant for mutant in tried if not killed(path, mutant, tests, seconds)]
-    for mutant in survivors:
-        print(f"{path}: survives\n{mutant.change}")
-    print(f"{name}: {len(tried) - len(survivors)} of {len(tried)} killed ({len(every)} in all)", flush=True)
-    return len(tried), len(tried) - len(survivors)
+    dead = 0
+    for mutant in tried:
+        if killed(path, mutant, tests, seconds):
+            dead += 1
+        else:
+            print(f"{path}: survives\n{mutant.change}", flush=True)
+    print(f"{name}: {dead} of {len(tried)} killed ({len(every)} in all)", flush=True)
+    return len(tried), dead
 
 
 if __name__ == "__main__":
