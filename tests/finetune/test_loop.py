@@ -141,7 +141,7 @@ def test_a_step_is_made_of_the_run_s_own_settings(params, monkeypatch, changes):
     monkeypatch.setattr(steps, "train_step", lambda _, model, *settings, **options: asked.append(settings))
     run, *_ = trainer(params, None, **changes)
     assert asked == [(dataclasses.replace(CONFIG, **changes), run.steps)]
-    assert run.steps == 5 if {"steps", "epochs"} & set(changes) else 10
+    assert run.steps == (5 if {"steps", "epochs"} & set(changes) else 10)
 
 
 @pytest.mark.slow
