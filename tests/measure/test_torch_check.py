@@ -185,7 +185,8 @@ def test_a_held_out_batch_is_read_where_it_is_new() -> None:
     batch = torch_models.batch()
     with pytest.raises(InputError, match="no held-out token is apart from the trained ones"):
         coordinate_check(made(), batch, RANKS, held_out=batch, steps=(1,), seeds=2)
-    found = coordinate_check(made(), batch, RANKS, held_out=torch_models.batch(seed=1), steps=(1,), seeds=2)
+    found = coordinate_check(made(), batch, held_out=torch_models.batch(seed=1), steps=(1,), seeds=2)
+    assert found.table.ranks == (2, 8, 32, 128), "the default"
     assert set(found.slopes["split"]) == {"train", "held_out"}
     assert set(found.slopes.query("module == 'down_proj'")["quantity"]) == {"output"}
     assert np.isfinite(found.sizes["value"]).all()
