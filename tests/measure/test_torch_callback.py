@@ -99,11 +99,19 @@ def test_the_advice_is_for_the_trainer_s_number_of_steps() -> None:
         assert logged["regime/alpha"] == pytest.approx(transfer(setting, 8, steps=steps, takeover=takeover).alpha)
         assert callback.transfers[0].advice.plan.steps == steps
         alphas.append(logged["regime/alpha"])
-    another_process = SimpleNamespace(global_step=0, max_steps=3, is_world_process_zero=False)
-    callback = RegimeCallback(logged.update, *BATCHES, setting=setting)
-    callback.on_step_begin(told(), another_process, None, model=model)
-    assert callback.measured == {}
     assert alphas[0] > 1.5 * alphas[1], "the longer the run, the more A's own motion counts"
+
+
+def test_the_first_process_alone_measures_64_tokens_for_rank_128() -> None:
+    """The defaults, of batches with 72 tokens that have a target."""
+    batches = [torch_models.batch(seed=seed, rows=8, length=10) for seed in (0, 1)]
+    callback = RegimeCallback(lambda logged: None, *batches, setting=Setting(2, 4.0, 2e-3))
+    for is_first in (False, True):
+        state = SimpleNamespace(global_step=0, max_steps=3, is_world_process_zero=is_first)
+        callback.on_step_begin(told(), state, None, model=lora())
+        assert set(callback.measured) == ({0} if is_first else set())
+    assert callback.transfers[0].advice.setting.rank == 128
+    assert set(callback.measured[0].tokens["read"]) == {64}
 
 
 @pytest.mark.slow
