@@ -25,7 +25,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 def missing_message(error: BaseException) -> str | None:
     """Return the line that names the missing extra, or None if the error is not about a package of an extra.
 
-    Example:
+    Examples:
       >>> missing_message(ModuleNotFoundError("No module named 'ray'", name="ray"))
       "ray is not installed. Install the extra 'cluster': pip install 'rora-theory[cluster]'"
     """

@@ -222,7 +222,7 @@ def parse_json(text: str, *, where: str, accepted: str = "JSON") -> Any:
     Raises:
       InputError: not JSON (with the place), or lists and objects more than `DEPTH` deep.
 
-    Example:
+    Examples:
       >>> parse_json('{"rank": [8, 16]}', where="run.json")
       {'rank': [8, 16]}
     """

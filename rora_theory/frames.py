@@ -27,7 +27,7 @@ def of(rows: Iterable[Mapping[Any, Any]], columns: Sequence[str]) -> "pd.DataFra
 
     Whole numbers stay whole where others of their column are missing.
 
-    Example:
+    Examples:
       >>> of([{"rank": 8, "loss": 0.5}, {"loss": 1.0, "seconds": 3.0}], ["rank", "loss"])
          rank  loss
       0     8   0.5
@@ -49,7 +49,7 @@ def of(rows: Iterable[Mapping[Any, Any]], columns: Sequence[str]) -> "pd.DataFra
 def rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:
     """The rows of a frame as Python's values; None is missing. The other way round is `of`.
 
-    Example:
+    Examples:
       >>> rows(of([{"rank": 8, "loss": 0.5}, {"loss": 1.0}], ["rank", "loss"]))
       [{'rank': 8, 'loss': 0.5}, {'rank': None, 'loss': 1.0}]
     """
@@ -60,7 +60,7 @@ def rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:
 def where(frame: "pd.DataFrame", values: Mapping[str, Any]) -> "pd.DataFrame":
     """The rows that have these values in the columns of these names.
 
-    Example:
+    Examples:
       >>> where(of([{"rank": 8, "loss": 0.5}, {"rank": 16, "loss": 0.25}], ["rank", "loss"]), {"rank": 16})
          rank  loss
       1    16  0.25
@@ -72,7 +72,7 @@ def where(frame: "pd.DataFrame", values: Mapping[str, Any]) -> "pd.DataFrame":
 def to_csv(frame: "pd.DataFrame") -> str:
     r"""The text of a frame's CSV file: a head and a line a row, each with its newline.
 
-    Example:
+    Examples:
       >>> to_csv(of([{"rank": 8, "loss": 0.1}, {"loss": 1e-7}], ["rank", "loss"]))
       'rank,loss\n8,0.1\n,1e-07\n'
     """

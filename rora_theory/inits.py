@@ -91,7 +91,7 @@ def draw(random: np.random.Generator, init: Init, *, rank: int, p_in: int) -> Fl
     """A of that law, row after row: a generator of one seed gives the same first rows at any rank, up to `Entries`'
     deviation.
 
-    Example:
+    Examples:
       >>> small, large = (draw(np.random.default_rng(0), "gaussian", rank=r, p_in=4) for r in (2, 8))
       >>> bool(np.allclose(small / 4, large[:2], rtol=1e-15))
       True

@@ -34,7 +34,7 @@ def optimizer_named(name: str) -> OptimizerName:
     Raises:
       InputError: another optimizer, which the advice here does not cover.
 
-    Example:
+    Examples:
       >>> [optimizer_named(name) for name in ("sgd", "AdamW", "adamw_torch_fused", "paged_adamw_8bit")]
       ['sgd', 'adamw', 'adamw', 'adamw']
     """

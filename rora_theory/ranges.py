@@ -44,7 +44,7 @@ def check_ranges(config: Any, called: Callable[[str], str] = option_of) -> None:
     Raises:
       InputError: a value out of its range; names the field, the value and what is accepted.
 
-    Example:
+    Examples:
       >>> from dataclasses import dataclass
       >>> @dataclass(frozen=True)
       ... class Config:

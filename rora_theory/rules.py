@@ -16,7 +16,7 @@ USUAL_RANKS = (8, 128)
 def name_of(rule: Rule) -> str:
     """What results call a rule: its name, or its exponent.
 
-    Example:
+    Examples:
       >>> name_of("rora"), name_of(0.25)
       ('rora', '0.25')
     """
@@ -77,7 +77,7 @@ def as_words(value: object) -> str:
 def listed(values: Sequence[int]) -> str:
     """Return one or more whole numbers as a sentence lists them.
 
-    Example:
+    Examples:
       >>> listed([1]), listed((1, 2)), listed((1, 2, 4))
       ('1', '1 and 2', '1, 2 and 4')
     """

@@ -46,7 +46,7 @@ def scaling_factor(rule: Rule, *, alpha: float, rank: int) -> float:
     Raises:
       InputError: an argument outside the ranges above.
 
-    Example:
+    Examples:
       >>> scaling_factor("lora", alpha=16, rank=64), scaling_factor("rora", alpha=16, rank=64)
       (0.25, 2.0)
     """
@@ -69,7 +69,7 @@ def alpha_for(rule: Rule, *, scaling: float, rank: int) -> float:
 
     Carries a tuned adapter to another rule or another reader: LoRA's alpha 16 at rank 64 is RoRA's alpha 2.
 
-    Example:
+    Examples:
       >>> alpha_for("rora", scaling=scaling_factor("lora", alpha=16, rank=64), rank=64)
       2.0
     """

@@ -18,7 +18,7 @@ def check_seed(value: int, name: str = "seed") -> None:
 def of_name(name: str) -> int:
     """The seed of the stream of draws with this name: the first four bytes of its SHA-256, from 0 to 2^32 - 1.
 
-    Example:
+    Examples:
       >>> of_name("layer 0") == of_name("layer 0") != of_name("layer 1")
       True
     """

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -32,6 +33,17 @@ def test_examples(name: str) -> None:
     assert found == written  # a wrapper that hides a function from doctest does not hide its example
     failed, _ = doctest.testmod(module)
     assert not failed
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_stand_in_sections_that_the_site_renders_as_code(name: str) -> None:
+    """Google's section is ``Examples:``. The site makes a quotation of any other and links of the lists in it."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text()
+    assert not re.findall(r"^\s*Example:.*", source, flags=re.M)
+    assert "Examples:\n" in source or ">>> " not in source
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def peft_targets(names: Sequence[str] | str) -> str | list[str]:
     Raises:
       InputError: none, what is no name, one twice, `ALL_LINEAR` beside others, or one that no module's name can be.
 
-    Example:
+    Examples:
       >>> peft_targets(["all-linear"]), peft_targets(["q_proj", "v_proj"]), peft_targets(".*[qv]_proj")
       ('all-linear', ['q_proj', 'v_proj'], '.*[qv]_proj')
     """

@@ -97,7 +97,7 @@ def growth(old_rank: int, new_rank: int, linear_term: float) -> float:
     Raises:
       InputError: a value outside these ranges.
 
-    Example:
+    Examples:
       >>> growth(8, 128, SIGNAL), growth(8, 128, CROSS_TALK), round(growth(8, 128, 5.0), 3)
       (16.0, 4.0, 12.794)
     """

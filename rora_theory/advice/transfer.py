@@ -85,7 +85,7 @@ class Module:
 def mean_of(factors: Sequence[float]) -> float:
     """The geometric mean of one factor or more, each above 0; of equal ones it is that factor, to the last digit.
 
-    Example:
+    Examples:
       >>> mean_of([0.0003125]), round(mean_of([2.0, 8.0]), 9)
       (0.0003125, 4.0)
     """
@@ -108,7 +108,7 @@ class Range(NamedTuple):
     def __format__(self, form: str) -> str:
         """The mean in this form, and the two ends where they differ.
 
-        Example:
+        Examples:
           >>> f"{Range(4.0, 2.0, 8.0):.2g}, {Range(4.0, 4.0, 4.0):.2g}"
           '4 (2 to 8), 4'
         """
@@ -465,7 +465,7 @@ class Advice:
     def sentence(self) -> str:
         """What to set and for how long it holds, in words.
 
-        Example:
+        Examples:
           >>> carried = transfer(Setting(rank=16, alpha=32, learning_rate=2e-4), 128)
           >>> print(carried.sentence())  # doctest: +NORMALIZE_WHITESPACE
           Going from rank 16 to 128 with AdamW: keep alpha 32 under alpha / r and keep the learning rate 0.0002. By the
@@ -683,7 +683,7 @@ def transfer(
       InputError: no setting, a regime that is neither, or without modules, a value out of range (of a measured regime
         it names the module), or steps where no law has them.
 
-    Example:
+    Examples:
       >>> carried = transfer(Setting(rank=8, alpha=16, learning_rate=3e-4), 128)
       >>> round(carried.alpha, 6), round(carried.learning_rate, 9)  # LoRA under AdamW, signal alone: nothing changes
       (16.0, 0.0003)

@@ -257,7 +257,7 @@ def choose_widths(sizes: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:
     Returns:
       widths in ascending order; the last holds the longest record.
 
-    Example:
+    Examples:
       >>> choose_widths(np.array([3, 5, 30, 31, 60]), 2)
       (32, 64)
     """

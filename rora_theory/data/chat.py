@@ -108,7 +108,7 @@ class ChatTemplate:
     Raises:
       InputError: the source is no Jinja.
 
-    Example:
+    Examples:
       >>> template = ChatTemplate(CHATML)
       >>> chat = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
       >>> text, spans = template.write(chat)

@@ -54,7 +54,7 @@ class Part(NamedTuple):
 def part_of(source: str) -> Part | None:
     """The split that a source names; None where it names a file.
 
-    Example:
+    Examples:
       >>> part_of("hf://datasets/me/chats@v1/english:train")
       Part(place='hf://datasets/me/chats@v1', subset='english', split='train')
     """
@@ -111,7 +111,7 @@ def choose_files(names: Sequence[str], part: Part, card: Mapping[str, Any]) -> l
     Raises:
       InputError: no such subset or split; names those that are there.
 
-    Example:
+    Examples:
       >>> files = ["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "README.md"]
       >>> choose_files(files, Part("them/set", None, "train"), {})
       ['data/train-00000-of-00001.parquet']

@@ -49,7 +49,7 @@ def prompt(instruction: str, template: str = "eval", *, input: str = "") -> str:
     Raises:
       InputError: an unknown template.
 
-    Example:
+    Examples:
       >>> prompt("Say true.", "clean")[-42:]
       '### Instruction:\nSay true.\n\n### Response:\n'
     """

@@ -92,7 +92,7 @@ def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None, *,
       InputError: an unknown template, one that the record can't be written in, or a chat template that refuses it;
         names the record.
 
-    Example:
+    Examples:
       >>> write(Record("2 + 2 = ", "4"), "plain")
       Written(text='2 + 2 = 4', spans=((8, 9),))
     """

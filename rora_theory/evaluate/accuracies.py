@@ -45,7 +45,7 @@ class TaskAccuracy:
     def in_percent(self) -> dict[str, Any]:
         """Its entries with shares in per cent, and the task's printed ``name``.
 
-        Example:
+        Examples:
           >>> row = TaskAccuracy("boolq", 4, 0.5, 0.25, None, None, 0.0, 0.5, 0.75).in_percent()
           >>> row["name"], row["n"], row["accuracy"], row["accuracy_norm"]
           ('BoolQ', 4, 50.0, None)

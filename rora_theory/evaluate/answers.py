@@ -21,7 +21,7 @@ def parse_answer(task: Task, text: str) -> str | None:
     None counts as wrong, as published, and its share is reported as ``unparsed``. The parser accepts every
     label of the task, ``answer5`` of a four-choice item too, and a label inside a word (``untrue``).
 
-    Example:
+    Examples:
       >>> from rora_theory.data.tasks import TASKS
       >>> parse_answer(TASKS["piqa"], "the correct answer is solution2, not solution1")
       'solution2'

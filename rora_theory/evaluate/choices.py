@@ -89,7 +89,7 @@ def hellaswag_parts(context: str) -> tuple[str, str, str]:
     ``ctx_b`` is the fragment of a sentence on which ActivityNet's contexts end (``he``), ``ctx_a`` the whole sentences
     before it. WikiHow's contexts end with a sentence and have no fragment.
 
-    Example:
+    Examples:
       >>> hellaswag_parts("Baking: A man bakes bread. he")
       ('Baking', 'A man bakes bread.', 'he')
     """

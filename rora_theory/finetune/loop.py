@@ -177,7 +177,8 @@ class Trainer:
     ) -> "Trainer":
         """A run of a loaded model from an adapter that is drawn at the configuration's seed; arguments as above.
 
-        Example: ``trainer = Trainer.start(model, prepare(records, model.tokenizer, config), config)``
+        Examples:
+          >>> trainer = Trainer.start(model, prepare(records, model.tokenizer, config), config)  # doctest: +SKIP
         """
         adapter = adapters.init(jax.random.key(config.seed), config.adapter(), model.config, model.params)
         return cls(model.params, model.config, adapter, config, data.train, data.validation, checkpoints, layout=layout)

@@ -25,7 +25,7 @@ class PlanConfig:
     Raises:
       InputError: a value out of range, or settings that exclude each other.
 
-    Example:
+    Examples:
       >>> plan = PlanConfig(rank=64, examples=1600, epochs=2, fsdp=2)
       >>> plan.in_words(), plan.count_steps()
       ('rora, rank 64, batch 16 x 256, bfloat16 base, 2 devices (replicas 1 x fsdp 2)', 200)

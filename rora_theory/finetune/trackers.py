@@ -57,7 +57,7 @@ class _Wandb:
 def values(event: Event) -> dict[str, float]:
     """What is logged of an event, by the names that a dashboard shows.
 
-    Example:
+    Examples:
       >>> values(Validated(80, 1.25, best=True))
       {'validation/loss': 1.25}
     """

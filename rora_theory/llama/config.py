@@ -342,7 +342,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 def ignored_keys(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys of a `config.json` that `LlamaConfig.from_hf` passes over though someone may have meant them.
 
-    Example:
+    Examples:
       >>> ignored_keys({"hidden_size": 64, "dtype": "float32", "temperature": 0.7, "unsloth_version": "2024.9"})
       ('temperature', 'unsloth_version')
     """

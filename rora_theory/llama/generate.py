@@ -155,7 +155,7 @@ def beam(
 def length_bucket(length: int) -> int:
     """The padded length of a prompt: a multiple of an eighth of the next power of two, and of 16 at least.
 
-    Example:
+    Examples:
       >>> [length_bucket(n) for n in (1, 16, 17, 100, 129, 300)]
       [16, 16, 32, 112, 160, 320]
     """
@@ -166,7 +166,7 @@ def length_bucket(length: int) -> int:
 def batch_bucket(size: int) -> int:
     """The padded size of a batch: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
 
-    Example:
+    Examples:
       >>> [batch_bucket(n) for n in (1, 5, 7, 9, 13)]
       [1, 6, 8, 12, 16]
     """

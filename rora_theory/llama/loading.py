@@ -70,7 +70,7 @@ def load(
       InputError: nothing there, pickled, truncated, or not a model that is supported; see `hub.locate`,
         `weights.load_hf` and `gguf_file.load_gguf`.
 
-    Example:
+    Examples:
       >>> model = load("smollm2-135m")  # doctest: +SKIP
       >>> tokens = jnp.array([model.tokenizer.encode("The sky")])  # doctest: +SKIP
       >>> llama.forward(model.params, tokens, model.config).shape  # doctest: +SKIP

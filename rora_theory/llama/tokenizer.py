@@ -72,7 +72,7 @@ class Tokenizer:
           InputError: ``add_bos`` is True and the checkpoint has no beginning-of-text token; the text has a token
             that the model has no embedding for; or the tokenizer fails on it.
 
-        Example:
+        Examples:
           >>> tokenizer.encode("The sky", add_bos=True)  # doctest: +SKIP
           [1, 450, 14744]
         """

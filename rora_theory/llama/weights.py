@@ -62,7 +62,7 @@ def tensor_names(path: Sequence[str], layers: int) -> list[str]:
     """Hugging Face's names of the tensors in one leaf of the tree: one, or one a layer where the leaf is
     stacked.
 
-    Example:
+    Examples:
       >>> tensor_names(("layers", "mlp.up_proj", "weight"), 2)
       ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
     """

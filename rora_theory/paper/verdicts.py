@@ -78,7 +78,7 @@ def outcome(gap: float, threshold: float, *, tolerance: float = TOLERANCE, resol
       tolerance: gap that does not count.
       resolution: threshold above which a gap that counts would not have been seen.
 
-    Example:
+    Examples:
       >>> outcome(0.01, 0.02), outcome(24.8, 5.0), outcome(24.8, 33.0)
       ('agrees', 'differs', 'open')
     """
@@ -90,7 +90,7 @@ def outcome(gap: float, threshold: float, *, tolerance: float = TOLERANCE, resol
 def decide(limit: Sequence[Outcome], others: Sequence[Outcome]) -> Status:
     """The verdict on a claim from its cells: those of the limit in which it may hold alone, and the others.
 
-    Example:
+    Examples:
       >>> decide(["agrees"], ["differs"]), decide(["agrees"], ["open"]), decide(["differs"], ["agrees"])
       ('holds in a limit', 'undecided', 'fails')
     """

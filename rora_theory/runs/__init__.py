@@ -1,6 +1,6 @@
 """Run folders, ``results/NAME/RUN_ID/``: written whole, owned by one process, gone on with cell by cell, and read.
 
-Example:
+Examples:
   >>> import tempfile
   >>> from pathlib import Path
   >>> from rora_theory.runs import RunFolder

@@ -45,7 +45,7 @@ class Estimate:
     def half_width(self, confidence: float = CONFIDENCE) -> float:
         """Half the two-sided confidence interval, by Student's t, and the bound; infinite for one case.
 
-        Example:
+        Examples:
           >>> [round(Estimate(1.0, 0.1, n, "seeds").half_width(), 3) for n in (2, 400)]
           [1.271, 0.197]
         """
@@ -64,7 +64,7 @@ def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:
     Raises:
       InputError: no seed.
 
-    Example:
+    Examples:
       >>> over_seeds(np.array([1.0, 3.0]))
       Estimate(value=2.0, error=1.0, n=2, over='seeds', bound=0.0)
     """
@@ -93,7 +93,7 @@ def jackknife(figure: Callable[[Sequence[int]], float], n: int, over: str) -> Es
 
     Source: Tukey, Bias and confidence in not-quite large samples, Ann. Math. Statist. 29 (1958).
 
-    Example:
+    Examples:
       >>> values = [1.0, 3.0]
       >>> jackknife(lambda kept: sum(values[i] for i in kept) / len(kept), 2, "seeds") == over_seeds(np.array(values))
       True
@@ -118,7 +118,7 @@ def root(estimate: Estimate) -> Estimate:
 def in_errors(gap: float, error: float) -> float:
     """A gap in standard errors; infinite where there is one between figures without an error.
 
-    Example:
+    Examples:
       >>> in_errors(-1.0, 0.5), in_errors(-1.0, 0.0), in_errors(0.0, 0.0)
       (-2.0, -inf, 0.0)
     """
@@ -143,7 +143,7 @@ def proportion(right: int, n: int) -> Estimate:
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
 
-    Example:
+    Examples:
       >>> proportion(0, 8).value, round(proportion(0, 8).error, 4), round(proportion(4, 8).error, 4)
       (0.0, 0.0556, 0.189)
     """

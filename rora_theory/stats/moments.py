@@ -162,7 +162,7 @@ class Agreement(NamedTuple):
 def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequence[float]) -> Agreement:
     """Estimates with standard errors against exact figures; a gap within `ROUNDING` counts as none.
 
-    Example:
+    Examples:
       >>> agreement([1.1, 1.9], [0.1, 0.1], [1.0, 2.0]).largest_gap.__round__(3)
       0.1
       >>> found = agreement([1.1, 1.7, 0.1], [0.1, 0.1, 0.1], [1.0, 2.0, 0.0])
@@ -182,7 +182,7 @@ def threshold(false_alarm: float, comparisons: int = 1) -> float:
 
     Two-sided, Bonferroni.
 
-    Example:
+    Examples:
       >>> round(threshold(0.05), 2), round(threshold(1e-6, 100), 2)
       (1.96, 5.73)
     """

@@ -84,7 +84,7 @@ def resampled_ratios(
       draws: how many samples.
       seed: of the samples; the same seed draws the same records in every call.
 
-    Example:
+    Examples:
       >>> resampled_ratios([np.array([3.0])], np.array([2.0]), draws=2).tolist()
       [[1.5], [1.5]]
     """

@@ -51,7 +51,7 @@ def best_rate(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -
     Raises:
       InputError: fewer than three rates, not ascending, or every run diverged.
 
-    Example:
+    Examples:
       >>> round(best_rate(np.array([0.1, 1.0, 10.0]), np.array([2.0, 1.0, 2.0])).rate, 6)
       1.0
     """
@@ -95,7 +95,7 @@ def grid_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
     Args:
       rates, losses: see `best_rate`.
 
-    Example:
+    Examples:
       >>> round(grid_gap(np.array([0.1, 1.0, 10.0]), np.array([1.2, 1.0, 1.2])), 4)
       0.0547
     """
@@ -122,7 +122,7 @@ def rate_gap(rates: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) ->
     Args:
       rates, losses: see `best_rate`.
 
-    Example:
+    Examples:
       >>> round(rate_gap(np.array([1.0, 2.0, 8.0]), np.array([1.2, 1.0, np.nan])), 9)
       1.0
     """
@@ -146,7 +146,7 @@ def predicted_slopes(
     Returns:
       ``"signal"`` and ``"cross-talk"``: the first step, B alone moving; ``"A moves"``: a long run, signal led.
 
-    Example:
+    Examples:
       >>> predicted_slopes("adam", 0.5)
       {'signal': -0.5, 'cross-talk': 0.0, 'A moves': -0.25}
     """

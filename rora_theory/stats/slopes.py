@@ -87,7 +87,7 @@ def trend(fit: SeedFit, band: float = BAND, confidence: float = CONFIDENCE) -> T
     The curve must bear it: flat with no point further from the line than ``band`` would move it over the range, growing
     or shrinking with none further than the slope itself moves it. Else it is undecided.
 
-    Example:
+    Examples:
       >>> trend(SeedFit(0.02, 0.01, 5)), trend(SeedFit(0.5, 0.01, 5)), trend(SeedFit(0.02, 0.1, 5))
       ('flat', 'grows', 'undecided')
     """

@@ -115,7 +115,7 @@ def draw_records(
 def apportion(total: int, sizes: Sequence[int], shares: Shares) -> list[int]:
     """``total`` split over the files: evenly, or by size with the largest remainders rounded up.
 
-    Example:
+    Examples:
       >>> apportion(10, [90, 10, 50], "equal"), apportion(10, [90, 10, 50], "proportional")
       ([4, 3, 3], [6, 1, 3])
     """

@@ -78,7 +78,7 @@ def distances(
       InputError: no steps, unequal numbers of them, a negative rate, a decay outside [0, 1), or a takeover that is not
         above 0 or is next to nothing beside A's rates.
 
-    Example:
+    Examples:
       >>> distances([0.25] * 4, decay=None)
       Distances(B=1.0, A=0.75)
       >>> round(distances([1e-3] * 200).A / distances([1e-3] * 200, decay=None).A, 2)  # Adam follows A's ramp faster
@@ -293,7 +293,7 @@ def rate_exponents(rho: float) -> RateExponents:
     Raises:
       InputError: a rho below 0 or not a number.
 
-    Example:
+    Examples:
       >>> rate_exponents(0.0), rate_exponents(math.inf)
       (RateExponents(scaling=-1.0, rank=-1.0), RateExponents(scaling=-0.5, rank=-0.5))
     """
@@ -321,7 +321,7 @@ def sgd_rate_exponents(growth: float) -> RateExponents:
     Raises:
       InputError: a growth below 0 or not a number.
 
-    Example:
+    Examples:
       >>> sgd_rate_exponents(0.0), sgd_rate_exponents(math.inf)
       (RateExponents(scaling=-2.0, rank=-1.0), RateExponents(scaling=-1.0, rank=0.0))
     """
@@ -344,7 +344,7 @@ def rate_factor(strength: float, rho: float) -> float:
     Raises:
       InputError: an argument out of range.
 
-    Example:
+    Examples:
       ``use_rslora`` at r = 128 and the same alpha makes gamma sqrt(128) times as large:
 
       >>> tuple(round(1 / rate_factor(math.sqrt(128), rho), 1) for rho in (0.0, 1.0, math.inf))

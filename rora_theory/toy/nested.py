@@ -21,7 +21,7 @@ def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
       rank: number of rows.
       p_in: length of a row.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> small, large = (draw_a(jax.random.key(0), "kaiming_uniform", rank=r, p_in=4) for r in (2, 8))
       >>> bool(np.array_equal(small, large[:2]))

@@ -20,7 +20,9 @@ PERIOD, FEWEST = 30.0, 5  # the speed is that of so many seconds, and of so many
 def progress_bar(description: str, total: float, *, fields: str = "") -> Iterator["Bar"]:
     """A bar on stderr that vanishes when done; ``fields`` is a format string for live figures beside it.
 
-    Example: ``with progress_bar("training", steps, fields="loss {loss:.3f}") as bar: bar.advance(1, loss=2.0)``
+    Examples:
+      >>> with progress_bar("training", 1, fields="loss {loss:.3f}") as bar:
+      ...     bar.advance(1, loss=2.0)
     """
     console = Console(file=sys.stderr)
     # The live figures take what room is left, so that the times stay on a narrow terminal.

@@ -68,7 +68,7 @@ def task_type(model: torch.nn.Module) -> str | None:
 def layer_index(name: str) -> int:
     """The first number in a module's name; -1 where there is none.
 
-    Example:
+    Examples:
       >>> layer_index("model.layers.3.mlp.experts.1.up_proj"), layer_index("head")
       (3, -1)
     """
