@@ -1,7 +1,7 @@
 """The bridge to PyTorch on a real model: is it equal to the JAX route, and what does it cost beside a training step?
 
-    python -m benchmarks.bridge agreement --data DATA/ARC-Easy/train.json --out agreement.json
-    python -m benchmarks.bridge cost --data DATA/ARC-Easy/train.json --out cost.json
+    python benchmarks/bridge.py agreement --data DATA/ARC-Easy/train.json --out agreement.json
+    python benchmarks/bridge.py cost --data DATA/ARC-Easy/train.json --out cost.json
 
 ``agreement`` measures every adapted module by `rora_theory.measure.regime` and by `rora_theory.measure.torch.regime`,
 both in float32 on one batch, at the same held-out tokens and with one draw of A's rows, and reports the largest
@@ -28,8 +28,8 @@ import pandas as pd
 import torch
 import transformers
 import tyro
+from hardware import Others, in_words, machine
 
-from benchmarks.hardware import Others, in_words, machine
 from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
 from rora_theory.files import write_whole

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lm_eval_peer
 import torch
 from hardware import Others, in_words, machine
 
@@ -89,6 +88,8 @@ def floor(model: Model, records: list[tasks.TaskRecord]) -> float:
 
 def harness(config: Config, model: Model) -> list[dict[str, Any]]:
     """Rows of the harness part: a task each, and their sum."""
+    import lm_eval_peer
+
     rows = []
     peers = {size: lm_eval_peer.harness_model(model, size) for size in config.harness_batches}
     for key in config.tasks:
@@ -127,6 +128,8 @@ def harness(config: Config, model: Model) -> list[dict[str, Any]]:
 
 def generate(config: Config, model: Model) -> list[dict[str, Any]]:
     """Rows of the generate part: our batch sizes, then transformers'."""
+    import lm_eval_peer
+
     both = [
         tasks.read_task(sources.locate_task(config.data_dir, tasks.TASKS[key]), tasks.TASKS[key])
         for key in ("boolq", "openbookqa")

@@ -7,6 +7,7 @@ Gathered are the core's and the extra `finetune`'s requirements and what the tes
 as far as they are pure Python. Compiled ones (jax, numpy, scipy, ...) the machine has, or they are named as missing.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -113,9 +114,9 @@ def install(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    if sys.argv[1:] not in ([], ["--install"]):
-        raise SystemExit(f"{sys.argv[1]!r} is no option; accepted is --install or none")
-    if sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--install", action="store_true", help="install the wheels that were gathered")
+    if parser.parse_args().install:
         print("installed:", ", ".join(install(FOLDER)) or "nothing")
         print("still missing:", ", ".join(missing([name_of(one) for one in wanted()])) or "nothing")
         return

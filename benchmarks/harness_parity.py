@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lm_eval_peer
 import numpy as np
 import torch
 
@@ -72,6 +71,8 @@ def local_gaps(records: list[tasks.TaskRecord]) -> str:
 
 def compare_texts(key: str, records: list[tasks.TaskRecord]) -> dict[str, Any]:
     """How many records have another context or continuation than lm-eval's own task asks about."""
+    import lm_eval_peer
+
     asked = [
         [(choice.context, choice.continuation) for choice in choices.harness_choices(record)] for record in records
     ]
@@ -87,6 +88,8 @@ def compare_choices(
     config: Config, key: str, records: list[tasks.TaskRecord], model: Model, peer: Any, exact: Any
 ) -> dict[str, Any]:
     """One task: how far the two sides are apart, and on the worst choices how far each is from float64."""
+    import lm_eval_peer
+
     task = tasks.task_named(key)
     asked = [choices.harness_choices(record) for record in records]
     theirs = lm_eval_peer.task(key, records)
@@ -146,6 +149,8 @@ def float64(exact: Any, scored: choices.Scored) -> float:
 
 
 def main(config: Config) -> bool:
+    import lm_eval_peer
+
     all_records = {}
     for key in config.tasks:
         task = tasks.task_named(key)

@@ -1,6 +1,6 @@
 """Texts of one adapter here and in peft, transformers and llama.cpp, as PEFT's folder and in portable form.
 
-    python -m benchmarks.serving --llama-cpp SOURCE --out results/published/serving/serving.json
+    python benchmarks/serving.py --llama-cpp SOURCE --out results/published/serving/serving.json
 
 SOURCE is llama.cpp's source tree, whose `convert_lora_to_gguf.py` makes the adapters' GGUF files (the sdist of
 llama-cpp-python has one at vendor/llama.cpp); its runtime is the package xllamacpp. The model is a tiny random LLaMA in

@@ -1,6 +1,6 @@
 """The samplers of the first step beside a NumPy direct sampler, in one run: time to equal standard error.
 
-    python -m benchmarks.variance
+    python benchmarks/variance.py
 
 Medians over repeated timings; at p_in = 4096, rank 64, overlap 0.5, SGD, all at the same setting. Draws needed for a
 standard error depend on the setting alone, not on the sampler, so the ratio of times per draw is the ratio at equal
@@ -17,8 +17,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hardware import Others, in_words, machine
 
-from benchmarks.hardware import Others, in_words, machine
 from rora_theory import devices
 from rora_theory.theory import sampling
 from sims.common import cli

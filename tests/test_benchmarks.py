@@ -1,0 +1,33 @@
+"""Every benchmark runs as a script, ``python benchmarks/NAME.py``."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+MODULES = {"hardware", "lm_eval_peer"}
+"""Imported by the scripts."""
+
+WORKERS = {"finetune_peer", "gpu_ours", "gpu_peer"}
+"""Started by the scripts, with a JSON object as their argument."""
+
+PEERS = {"peft", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.stem not in MODULES | WORKERS], ids=lambda p: p.stem)
+def test_a_benchmark_runs_as_a_script(path: Path, monkeypatch, capsys) -> None:
+    """Shown by its help, with the folder of the script on the path and without the repository's."""
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(path), run_name="__main__")
+    except ModuleNotFoundError as error:
+        if error.name not in PEERS:
+            raise
+        pytest.skip(f"needs {error.name}: the extra torch")
+    assert not stop.value.code
+    assert capsys.readouterr().out.startswith("usage: ")
