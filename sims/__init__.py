@@ -5,8 +5,10 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-STOPPED = "Interrupted. Run the same command again to resume."
-"""Last line of a command that Ctrl-C or SIGTERM ended."""
+INTERRUPTED = "Interrupted."
+STOPPED = f"{INTERRUPTED} Run the same command again to resume."
+"""Last line of a command that Ctrl-C or SIGTERM ended. With no run folder open there is nothing to resume, and the first
+sentence stands alone."""
 
 
 def stop(number: int, _: Any = None) -> NoReturn:

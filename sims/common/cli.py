@@ -265,6 +265,7 @@ def run(main: Callable[[], object]) -> None:
         raise
     except BaseException as error:
         how, said, status = _ending(error)
+        resumable = folder.count_open() > before
         folder.end_all(how, said, but=before)
         if status is None:
             raise
@@ -273,7 +274,7 @@ def run(main: Callable[[], object]) -> None:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at the exit
         else:
-            print(sims.STOPPED, file=sys.stderr)
+            print(sims.STOPPED if resumable else sims.INTERRUPTED, file=sys.stderr)
         sys.exit(status)
     finally:
         _library.propagate = True

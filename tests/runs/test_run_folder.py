@@ -319,6 +319,18 @@ def terminate() -> None:
 
 
 @pytest.mark.parametrize(("stop", "status"), [(interrupt, 130), (terminate, 143)])
+def test_only_a_run_folder_can_be_resumed(tmp_path, capsys, stop, status):
+    """A benchmark, or a command that has finished its folder, starts anew."""
+    assert ended(stop, capsys) == (status, "Interrupted.\n")
+
+    def main() -> None:
+        opened(tmp_path / "run").finish()
+        stop()
+
+    assert ended(main, capsys) == (status, "Interrupted.\n")
+
+
+@pytest.mark.parametrize(("stop", "status"), [(interrupt, 130), (terminate, 143)])
 def test_a_stopped_run_says_so_in_one_line_and_in_its_manifest(tmp_path, capsys, stop, status):
     def main() -> None:
         opened(tmp_path / "run").write("results.csv", "a\n1\n")
