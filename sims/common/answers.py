@@ -1,9 +1,10 @@
 """How a command ends: its answer in a sentence, what makes it thin, the tables, where the files are.
 
-With ``--json`` standard output has one JSON object of these and nothing else; what a command prints goes to standard
-error.
+With ``--json`` a command prints one JSON object of these to standard output and nothing else. Progress, notes and
+errors still go to standard error.
 """
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,11 +20,11 @@ _asked: "tuple[TextIO, dict[str, Any]] | None" = None
 
 
 def ask() -> None:
-    """From here on collect what is said, and keep it off standard output."""
+    """Collect the answer, tables and files for the JSON object, and discard other text on standard output."""
     global _asked
     _asked = sys.stdout, {"answer": None, "warnings": [], "tables": [], "files": []}
     tables.collect = _asked[1]["tables"].append
-    sys.stdout = sys.stderr
+    sys.stdout = io.StringIO()
 
 
 def say(sentence: str, warnings: Iterable[str] = (), /, **more: Any) -> None:
@@ -54,13 +55,14 @@ def list_files(paths: Sequence[Path]) -> None:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Print the JSON object, if one was asked for, when the block ends with an answer."""
+    """Print the JSON object, if one was asked for, when the block ends; where it exits, only with an answer."""
     global _asked
     try:
         try:
             yield
         except SystemExit:
-            _print()
+            if _asked is not None and _asked[1]["answer"] is not None:
+                _print()
             raise
         _print()
     finally:
@@ -69,7 +71,7 @@ def reported() -> Iterator[None]:
 
 
 def _print() -> None:
-    if _asked is not None and _asked[1]["answer"] is not None:
+    if _asked is not None:
         text = json.dumps(as_json(_asked[1]), indent=2, ensure_ascii=False, default=_plain)
         print(text, file=_asked[0], flush=True)
 
