@@ -170,7 +170,11 @@ VERSIONS = ("python", "jax", "numpy", "which", "tests", "passed", "failed", "ski
 @block("versions")
 def versions() -> str:
     """What `.ci/versions` wrote, a line for each time that it ran the suite."""
-    which = {"floor": "every direct dependency at its floor of then", "newest": "everything at its newest"}
+    which = {
+        "floor": "every direct dependency at its floor of then",
+        "newest": "everything at its newest",
+        "lock": "the locked versions",
+    }
     rows = [
         [row["python"], row["jax"], row["numpy"], which.get(row["which"], "this JAX, the rest at its newest")]
         + [row[name] for name in VERSIONS[4:]]

@@ -109,8 +109,10 @@ def pytest_sessionfinish() -> None:
 
 def _folder(variable: str) -> Path:
     value = os.environ.get(variable)
-    if not value or not Path(value).exists():
-        pytest.skip(f"{variable} does not name an existing path")
+    if not value:
+        pytest.skip(f"{variable} is not set")
+    if not Path(value).exists():
+        pytest.fail(f"{variable} is {value!r}, which does not exist")
     return Path(value)
 
 
