@@ -1,5 +1,7 @@
 """How figures look and where they go: colour-blind safe, print size, PNG and SVG."""
 
+import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -144,14 +146,38 @@ def whole_ticks(axis: Any, values: Iterable[int], most: int = 7) -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``folder/name.png`` (200 dpi) and ``.svg``, without dates, so that equal data give equal files."""
+    """Write ``folder/name.png`` (200 dpi) and ``.svg``, without dates, so that equal data give equal files.
+
+    The SVG file is the same on any processor with the same version of matplotlib.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     figure.savefig(paths[0], dpi=200, metadata={"Software": None})
     figure.set_layout_engine("none")  # as laid out for the first, which takes longer than to draw
-    figure.savefig(paths[1], metadata={"Date": None})
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    paths[1].write_text(_rounded(drawn.getvalue()), "utf-8")
     plt.close(figure)
     return paths
+
+
+_COORDINATES = re.compile(r'\b(?:d|x|y|width|height)="[^"]*"|\b(?:translate|rotate)\([^)]*\)')
+_DECIMAL = re.compile(r"-?\d+\.\d+")
+_HASH = re.compile(r'(?<=["#])([a-z]+)[0-9a-f]{10}(?=[")])')
+
+
+def _rounded(svg: str) -> str:
+    """An SVG file with coordinates to 0.01 points, so that rounding errors of another processor do not change it.
+
+    Names of clip paths and markers are hashes of unrounded coordinates: they are numbered instead.
+    """
+    svg = _COORDINATES.sub(lambda part: _DECIMAL.sub(_hundredths, part[0]), svg)
+    names: dict[str, str] = {}
+    return _HASH.sub(lambda name: names.setdefault(name[0], f"{name[1]}{len(names)}"), svg)
+
+
+def _hundredths(number: re.Match[str]) -> str:
+    return f"{round(float(number[0]), 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # + 0.0: no negative zero
 
 
 OF_A_RUN = "the file of a run folder"

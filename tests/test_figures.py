@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -350,3 +351,24 @@ def test_a_run_that_stepped_nothing_promises_no_points(published, drawn, tmp_pat
     draw(regime, run, {})
     assert "points" not in said(drawn["regime_rms"])
     assert "points: adapters drawn and stepped" in said(published[0]["regime", "regime_rms"])
+
+
+def test_rounding_errors_change_no_svg_file(tmp_path) -> None:
+    """As another processor's: 1e-7 of each value, which moves points by up to 1e-5 and all hashed names."""
+
+    def draw(name: str, factor: float) -> str:
+        figure, axes = plt.subplots()
+        axes.set(xlim=(0, 5 * factor), ylim=(-1, 2 * factor), title="0.123456 (x=0.1234567)")
+        axes.plot([0, 1.1 * factor, 4.3], [-0.7 * factor, 0.9, 1.3 * factor], "o-")
+        axes.imshow([[0.0, 1.0]], extent=(1, 2 * factor, 0, 1))
+        style.save(figure, tmp_path, name)
+        return (tmp_path / f"{name}.svg").read_text()
+
+    one = draw("one", 1.0)
+    assert one == draw("other", 1 + 1e-7)
+    assert one != draw("third", 1 + 1e-2)
+    assert "0.123456 (x=0.1234567)" in one
+    assert "data:image/png;base64," in one
+    names = re.findall(r'\bid="([^"]*)"', one)
+    assert len(names) == len(set(names))
+    assert {*re.findall(r'(?:url\(|href=")#([^")]*)', one)} <= set(names)
