@@ -1,5 +1,6 @@
 """Completion of ``rora`` in a shell: a script of all commands and their options, which the option parser writes."""
 
+import ast
 import contextlib
 import dataclasses
 import importlib
@@ -38,8 +39,28 @@ def script(shell: str, commands: Mapping[str, Mapping[str, str]]) -> str:
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         every: Any = Union[tuple(choices)]  # noqa: UP007
         tyro.cli(every, prog="rora", args=["--tyro-write-completion", shell, "-"], config=cli.FORM)
-    # A shell takes each line of a description for a word to offer.
-    return re.sub("^COMPLETION_SPEC = .*", lambda spec: spec[0].replace("\\n", " "), said.getvalue(), flags=re.M)
+    return re.sub("^COMPLETION_SPEC = (.*)", _mend, said.getvalue(), flags=re.M)
+
+
+_CHOICES = re.compile(r"\[?\{([\w-]+(?:,[\w-]+)*)\}\|")
+"""How the description of an option begins that takes one of some names or another value."""
+
+
+def _mend(line: re.Match[str]) -> str:
+    """The line of the script that lists all options, with names offered where other values are accepted too."""
+    spec = ast.literal_eval(line[1])
+    commands = [spec]
+    while commands:
+        command = commands.pop()
+        commands += (command.get("subcommands") or {}).values()
+        for option in command["options"]:
+            description = option["description"]
+            if not option.get("choices") and (choices := _CHOICES.match(description)):
+                names = [name for name in choices[1].split(",") if name != "None"]
+                option |= {"type": "choice", "choices": names} if names else {}
+            # A shell takes each line of a description for a word to offer.
+            option["description"] = description.replace("\n", " ")
+    return f"COMPLETION_SPEC = {spec!r}"
 
 
 def _configs(package: str, names: Mapping[str, str]) -> list[Any]:
