@@ -7,8 +7,7 @@ from typing import Any, NoReturn
 
 INTERRUPTED = "Interrupted."
 STOPPED = f"{INTERRUPTED} Run the same command again to resume."
-"""Last line of a command that Ctrl-C or SIGTERM ended. With no run folder open there is nothing to resume, and the first
-sentence stands alone."""
+"""Last line of a command that Ctrl-C or SIGTERM ended. Without an open run folder, INTERRUPTED alone."""
 
 
 def stop(number: int, _: Any = None) -> NoReturn:
