@@ -290,7 +290,7 @@ def cells_done(out: Path) -> list[dict[str, float]]:
 
 def test_draws_are_the_bytes_of_one_process(nodes, tmp_path, capfd) -> None:
     one, two = both(variance_sweep.main, VARIANCE.split(), tmp_path, "--address", nodes.address)
-    assert set(files(one)) == {"results.csv", "direct_check.csv", "verdicts.json", "cells.jsonl"}
+    assert set(files(one)) == {"results.csv", "second_moments.csv", "direct_check.csv", "verdicts.json", "cells.jsonl"}
     assert files(one) == files(two)
     assert capfd.readouterr().err == ""
 
