@@ -16,14 +16,16 @@ from rora_theory import lazily
 
 if TYPE_CHECKING:
     from rora_theory.measure.torch.callback import RegimeCallback
+    from rora_theory.measure.torch.chats import ChatCollator
     from rora_theory.measure.torch.check import TorchCheck, coordinate_check
     from rora_theory.measure.torch.regimes import TorchRegime, regime
 
-__all__ = ["RegimeCallback", "TorchCheck", "TorchRegime", "coordinate_check", "regime"]
+__all__ = ["ChatCollator", "RegimeCallback", "TorchCheck", "TorchRegime", "coordinate_check", "regime"]
 
 __getattr__, __dir__ = lazily.attributes(
     __name__,
     {
+        "ChatCollator": "rora_theory.measure.torch.chats",
         "TorchCheck": "rora_theory.measure.torch.check",
         "TorchRegime": "rora_theory.measure.torch.regimes",
         "RegimeCallback": "rora_theory.measure.torch.callback",

@@ -1,0 +1,87 @@
+"""A collator that trains on what the assistant says: its tokens and the end token of each of its turns."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rora_theory.data.chat import ChatTemplate
+from rora_theory.errors import InputError
+from rora_theory.measure.torch.batches import IGNORED
+from rora_theory.scaling import check_integer
+
+
+class ChatCollator:
+    """Make batches of chats, with labels at the assistant's tokens alone.
+
+    The labels are found in the text that the tokenizer's chat template writes, so an end token counts although it is
+    the padding token too. Padding is on the right and has no label.
+
+        collate = ChatCollator(tokenizer, max_length=1024)
+        batch = collate([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}])
+        Trainer(model, TrainingArguments("out", remove_unused_columns=False), collate, chats)
+
+    Args:
+      tokenizer: Fast tokenizer of transformers with a chat template, with or without a padding token.
+      max_length: Number of tokens to which a chat is truncated.
+
+    Raises:
+      InputError: A tokenizer without a chat template or without offsets.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int = 1024) -> None:
+        check_integer("max_length", max_length, least=2)
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(f"tokenizer must be a fast tokenizer of transformers, got {type(tokenizer).__name__}")
+        source = tokenizer.chat_template
+        if isinstance(source, Mapping):
+            source = source.get("default")
+        if source is None:
+            raise InputError("tokenizer has no chat_template. Load the tokenizer of a chat model.")
+        tokens = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        self._template = ChatTemplate(source, tokens=tokens)
+        self._tokenizer, self._max_length = tokenizer, max_length
+
+    def __call__(self, chats: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return ``input_ids``, ``attention_mask`` and ``labels`` of some chats.
+
+        Args:
+          chats: Objects with ``messages`` and, optionally, ``tools``, as transformers' ``apply_chat_template`` and
+            TRL take them.
+
+        Raises:
+          InputError: A chat without messages or one that the template refuses, or no token of the assistant's within
+            ``max_length`` in any of them.
+        """
+        rows = [self._encode(chat) for chat in chats]
+        width = max((len(ids) for ids, _ in rows), default=0)
+        padding = self._tokenizer.pad_token_id or 0  # not attended to and not in the loss: any token does
+        batch = {
+            "input_ids": torch.full((len(rows), width), padding),
+            "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
+            "labels": torch.full((len(rows), width), IGNORED),
+        }
+        for row, (ids, labels) in enumerate(rows):
+            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
+            batch["attention_mask"][row, : len(ids)] = 1
+            batch["labels"][row, : len(ids)] = torch.tensor(labels)
+        if not bool((batch["labels"][:, 1:] != IGNORED).any()):
+            raise InputError(
+                f"none of {len(rows)} chats has a token of the assistant's within max_length {self._max_length}"
+            )
+        return batch
+
+    def _encode(self, chat: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        if not isinstance(chat, Mapping) or not chat.get("messages"):
+            raise InputError(f"a chat must be an object with messages, got {type(chat).__name__} without")
+        text, spans = self._template.write(chat["messages"], chat.get("tools") or ())
+        # The template writes the special tokens itself.
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        # What a template writes after the end token, as a line break, belongs to no turn.
+        turns = [(begin, begin + len(text[begin:end].rstrip())) for begin, end in spans]
+        ids = encoded["input_ids"]
+        labels = [
+            token if any(first < end and last > begin for begin, end in turns) else IGNORED
+            for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
+        ]
+        return ids[: self._max_length], labels[: self._max_length]

@@ -1,0 +1,74 @@
+"""The collator of chats: labels at the assistant's tokens and end tokens, with or without a token for padding."""
+
+import pytest
+
+from rora_theory import InputError
+
+torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
+transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
+pytest.importorskip("peft", reason="the bridge: the extra torch")
+
+from support import torch_chats  # noqa: E402
+
+from rora_theory.measure.torch import ChatCollator  # noqa: E402
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "system", "content": "be"},
+            {"role": "user", "content": "a words"},
+            {"role": "assistant", "content": "do"},
+            {"role": "user", "content": "do"},
+            {"role": "assistant", "content": "dodo"},
+        ]
+    },
+    {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "go"}]},
+]
+
+
+def learned(tokenizer, batch) -> list[list[str]]:
+    """The tokens with a label, row by row, each of which is its own label."""
+    kept = batch["labels"] != -100
+    assert torch.equal(batch["labels"][kept], batch["input_ids"][kept])
+    assert bool(batch["attention_mask"][kept].all())
+    return [tokenizer.convert_ids_to_tokens(row[at].tolist()) for row, at in zip(batch["input_ids"], kept, strict=True)]
+
+
+@pytest.mark.parametrize("pad", ["</s>", "~", None])
+def test_the_assistant_s_tokens_and_its_end_token(pad) -> None:
+    """Whatever pads: not a prompt, not a mark, not the line break after the end token."""
+    tokenizer = torch_chats.tokenizer(pad)
+    batch = ChatCollator(tokenizer)(CHATS)
+    assert learned(tokenizer, batch) == [["d", "o", "</s>", "d", "o", "d", "o", "</s>"], ["x", "o", "</s>"]]
+    for row, chat in enumerate(CHATS):
+        text = tokenizer.apply_chat_template(chat["messages"], tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        real = batch["attention_mask"][row].bool()
+        assert batch["input_ids"][row][real].tolist() == ids
+        assert batch["attention_mask"][row].tolist() == [1] * len(ids) + [0] * (len(real) - len(ids))
+
+
+def test_a_maximum_length() -> None:
+    """The beginning of a chat is kept, whichever side the tokenizer truncates."""
+    tokenizer = torch_chats.tokenizer(None)
+    whole = ChatCollator(tokenizer)(CHATS)
+    tokenizer.truncation_side = "left"
+    short = ChatCollator(tokenizer, max_length=15)(CHATS)
+    assert short["input_ids"].shape == (2, 15)
+    assert torch.equal(short["input_ids"][0], whole["input_ids"][0, :15])
+    assert torch.equal(short["labels"][0], whole["labels"][0, :15])
+
+
+def test_bad_input() -> None:
+    tokenizer = torch_chats.tokenizer(None)
+    with pytest.raises(InputError, match="max_length is 1"):
+        ChatCollator(tokenizer, max_length=1)
+    with pytest.raises(InputError, match="within max_length 3"):
+        ChatCollator(tokenizer, max_length=3)(CHATS)
+    with pytest.raises(InputError, match="messages"):
+        ChatCollator(tokenizer)([{"text": "a"}])
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="chat_template"):
+        ChatCollator(tokenizer)
+    with pytest.raises(InputError, match="tokenizer must be a fast tokenizer"):
+        ChatCollator(object())

@@ -1,0 +1,27 @@
+"""A tokenizer of letters with a chat template, for tiny models of `torch_models`."""
+
+from typing import Any
+
+import tokenizers
+import transformers
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKS = ("<system>", "<user>", "<assistant>")
+
+
+def tokenizer(pad: str | None) -> Any:
+    """A token a letter, x for unknown ones.
+
+    Args:
+      pad: Padding token: ``"</s>"`` is the end token, ``"~"`` one of its own; None is none.
+    """
+    vocabulary = {letter: i for i, letter in enumerate(["~", "</s>", *MARKS, "\n", *"abcdefhij wordsx?"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="x"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    own.add_special_tokens({"additional_special_tokens": list(MARKS)} | ({"pad_token": pad} if pad else {}))
+    own.chat_template = TEMPLATE
+    return own
