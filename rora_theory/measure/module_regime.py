@@ -170,7 +170,7 @@ class Regime:
         return cls(crossings, results, takeover, tokens, training_loss, held_out_loss)
 
     def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
-        """From which rank on the signal leads, in words.
+        """Return a sentence with the rank above which the signal leads in each module's own first step.
 
         Raises:
           InputError: nothing was measured of them.
@@ -179,9 +179,10 @@ class Regime:
         pooled, token = rows["crossing_rank"].astype(float), rows["median"].astype(float).median()
         read = {"train": "tokens that were trained on", "heldout": "held-out tokens"}[split]
         return (
-            f"The signal leads above rank {pooled.median():.3g} ({WORDS[optimizer]}, {init}, {read}): the median of "
-            f"{len(rows)} modules' crossing ranks, which go from {pooled.min():.3g} to {pooled.max():.3g}; a typical "
-            f"token's is {token:.3g}."
+            f"In a module's own first step the signal leads above rank {pooled.median():.3g} ({WORDS[optimizer]}, "
+            f"{init}, {read}): the median of {len(rows)} modules' crossing ranks, which go from {pooled.min():.3g} to "
+            f"{pooled.max():.3g}; a typical token's is {token:.3g}. In the step of the whole model cross-talk averages "
+            "out over modules, which a coordinate check tests."
         )
 
     def crossings_of(self, optimizer: Optimizer, init: Init, split: Split) -> pd.DataFrame:

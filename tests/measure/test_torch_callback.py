@@ -171,6 +171,21 @@ def test_weights_that_are_spread_over_processes_are_refused(spread) -> None:
         callback.on_train_begin(told(**spread), None, None, model=None)
 
 
+@pytest.mark.parametrize(
+    ("steps", "at_begin", "at_end"), [((0, 10, 12), "[10, 12]", ""), ((0, 3, 9), "", "[9]"), ((0,), "", "")]
+)
+def test_a_step_that_is_never_reached(steps, at_begin, at_end, caplog) -> None:
+    """Named before training where the run is shorter, and at its end where it stopped early."""
+    state = SimpleNamespace(max_steps=10, global_step=4, is_world_process_zero=True)
+    callback = RegimeCallback(print, *BATCHES, setting=Setting(2, 4.0, 2e-3), steps=steps)
+    for event, missed in ((callback.on_train_begin, at_begin), (callback.on_train_end, at_end)):
+        caplog.clear()
+        event(told(), state, None)
+        assert len(caplog.records) == bool(missed)
+        assert f"steps {missed}" in caplog.text or not missed
+        callback.measured |= dict.fromkeys({0, 3} & set(steps))
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_no_setting_is_refused_before_the_training() -> None:
     with pytest.raises(InputError, match=r"^setting is {'r': 2}; accepted is a Setting$"):

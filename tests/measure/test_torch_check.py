@@ -103,9 +103,8 @@ def test_which_rule_keeps_the_first_step(arguments, optimizer, verdict) -> None:
         made(**arguments), batch, (32, 64, 128), make_optimizer=optimizer, steps=(1, 2), seeds=3, band=0.25
     )
     assert found.verdict == verdict
-    assert (
-        f"What a step changes of the whole model: {verdict}. Found on LlamaForCausalLM in float32" in found.sentence()
-    )
+    assert found.sentence().startswith("The first steps of the whole model ")
+    assert f"(verdict: {verdict}). Found on LlamaForCausalLM in float32" in found.sentence()
     assert "at ranks 32, 64 and 128, after 1 and 2 steps of" in found.scope
     assert "3 draws of A, 1 training batch and none held out" in found.scope
     if verdict == "flat":
@@ -178,6 +177,23 @@ def test_models_are_stepped_in_their_own_mode_and_share_their_dropout(training) 
     in_training = {module.training for module in base.modules()}
     assert (base.training, in_training) == (training, {training, False})
     assert not any(module.training for module in base.transformer.h[0].modules())
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"), [(3e-4, "AdamW at 0.0003,"), (lambda rank: rank * 1e-5, "AdamW at 4e-05; AdamW at 8e-05,")]
+)
+def test_the_learning_rate_is_the_user_s(rate, told) -> None:
+    """A number or a function of the rank: under Adam a step's change of an adapter is proportional to it."""
+    found = coordinate_check(
+        made(target_modules=["q_proj"]), torch_models.batch(), RANKS[:2], learning_rate=rate, steps=(1,), seeds=2
+    )
+    assert told in found.scope
+    plain = coordinate_check(
+        made(target_modules=["q_proj"]), torch_models.batch(), RANKS[:2], learning_rate=1e-5, steps=(1,), seeds=2
+    )
+    sizes, expected = (each.sizes.query("quantity == 'output'").set_index("rank")["value"] for each in (found, plain))
+    factors = {rank: (rate(rank) if callable(rate) else rate) / 1e-5 for rank in RANKS[:2]}
+    np.testing.assert_allclose(sizes / expected, sizes.index.map(factors), rtol=1e-3)
 
 
 def test_a_held_out_batch_is_read_where_it_is_new() -> None:

@@ -37,7 +37,7 @@ def test_the_page(tmp_path, monkeypatch, capsys) -> None:
         exec(block, names)
     said = capsys.readouterr().out
     assert "Going from rank 16 to 128 with AdamW" in said
-    assert "What a step changes of the whole model:" in said
+    assert "The first steps of the whole model" in said
     assert names["config"].r == 128
     assert names["found"].left_out == {}
     args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)

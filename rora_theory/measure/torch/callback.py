@@ -30,7 +30,7 @@ class RegimeCallback(TrainerCallback):
     ``regime/steps_until_A_leads``, t_A at the run's learning rate, under Adam; and ``regime/alpha`` and
     ``regime/learning_rate``, which keep the whole model's change at ``to_rank``: under Adam at the run's last step, by
     the law with the measured takeover distance and a constant rate, under SGD at the first. The advice in words goes to
-    Python's ``logging``.
+    Python's ``logging``. A progress bar is shown where the trainer shows its own (``disable_tqdm``).
 
     The training goes on as without it. The model is measured as it is at that step, adapters and all; after the first
     the law is that of a fresh adapter put on it.
@@ -40,7 +40,8 @@ class RegimeCallback(TrainerCallback):
       batch, held_out: as `regime` takes them; the batch should be what the run learns from.
       to_rank: of the advice.
       setting: what was tuned; None is the run's own, of its ``LoraConfig`` and ``TrainingArguments``.
-      steps: numbers of updates made, before the next of which to measure.
+      steps: Numbers of updates after which to measure; 0 is before the first. A warning names those that the run does
+        not reach.
       loss, layers: see `regime`.
       tokens: held-out tokens at which modules are read.
 
@@ -78,11 +79,24 @@ class RegimeCallback(TrainerCallback):
         self.transfers: dict[int, Transfer] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Tell the run's setting, so that a wrong one is refused before any work."""
+        """Read the run's setting, so that a wrong one is refused before any work."""
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise InputError("the weights are spread over processes (FSDP or DeepSpeed); accepted are whole ones")
         if self._setting is None:
             self._setting = setting_of(kwargs["model"], args)
+        beyond = self._missed(reached=state.max_steps - 1)
+        if beyond and state.is_world_process_zero:
+            logger.warning(f"steps {beyond} are beyond the last of a run of {state.max_steps} steps")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Warn of steps that a run did not reach, because it stopped early or began later."""
+        missed = sorted(set(self._missed()) - set(self._missed(reached=state.max_steps - 1)))
+        if missed and state.is_world_process_zero:
+            logger.warning(f"nothing was measured at steps {missed}: training ended at step {state.global_step}")
+
+    def _missed(self, reached: float = -1) -> list[int]:
+        """Steps above ``reached`` at which nothing was measured."""
+        return sorted(step for step in self._steps - set(self.measured) if step > reached)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Measure, where this is one of the steps."""
@@ -102,6 +116,7 @@ class RegimeCallback(TrainerCallback):
             config=config,
             layers=self._layers,
             adapters="on",
+            progress=not getattr(args, "disable_tqdm", True),
         )
         carried = found.transfer(own, self._to_rank, steps=state.max_steps if family == "adam" else None)
         self.measured[step], self.transfers[step] = found, carried

@@ -27,8 +27,9 @@ from rora_theory.advice.lora_config import init_of
 from rora_theory.errors import InputError
 from rora_theory.measure import thin
 from rora_theory.measure.coordinate_table import MODEL, WHOLE, BatchSplit, Coordinate, Table, whole_model
-from rora_theory.measure.torch.batches import Batch, Loss, moved, plain_loss, tokens
-from rora_theory.measure.torch.modules import base_model, kept_random, unwrapped
+from rora_theory.measure.torch.batches import Batch, Loss, moved, plain_loss, tokens, tokens_of
+from rora_theory.measure.torch.modules import base_model, unchanged, unwrapped, with_autograd
+from rora_theory.measure.torch.progress import bar
 from rora_theory.rules import check_ranks, check_steps, listed
 from rora_theory.scaling import check_integer
 from rora_theory.seeds import check_seed
@@ -36,10 +37,22 @@ from rora_theory.stats.slopes import BAND
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], int], torch.optim.Optimizer]
 
+LearningRate = float | Callable[[int], float]
+"""One learning rate for all ranks, or a function of the rank."""
 
-def adamw(parameters: Iterable[torch.nn.Parameter], rank: int) -> torch.optim.Optimizer:  # noqa: ARG001
-    """AdamW at the rate 1e-4, whatever the rank."""
-    return torch.optim.AdamW(parameters, lr=1e-4)
+CONCLUSIONS = {
+    "flat": "do not depend on the rank, so the advice holds as it stands",
+    "grows with the rank": "grow with the rank, so alpha or the learning rate is too large at the higher ranks",
+    "shrinks with the rank": "shrink with the rank, so alpha or the learning rate is too small at the higher ranks",
+    "undecided": "may or may not depend on the rank: the draws of A differ too much, so raise seeds",
+}
+"""What a verdict means for a setting that is to be kept over ranks."""
+
+
+def adamw(learning_rate: LearningRate) -> MakeOptimizer:
+    """Return a function that makes AdamW at this learning rate."""
+    rate_of = learning_rate if callable(learning_rate) else lambda _: learning_rate
+    return lambda parameters, rank: torch.optim.AdamW(parameters, lr=rate_of(rank))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +78,9 @@ class TorchCheck:
     band: float
 
     def sentence(self) -> str:
-        """The verdict with its scope."""
-        return f"What a step changes of the whole model: {self.verdict}. {self.scope}"
+        """Return the verdict on the whole model, what follows from it, and its scope."""
+        conclusion = CONCLUSIONS.get(self.verdict, "behave differently by step or split (see slopes)")
+        return f"The first steps of the whole model {conclusion} (verdict: {self.verdict}). {self.scope}"
 
     def assert_flat(self, *, split: BatchSplit | None = None, step: int | None = None) -> None:
         """Pass where hidden states and logits are shown not to depend on the rank; made for test suites.
@@ -95,12 +109,14 @@ def coordinate_check(
     ranks: Sequence[int] = (2, 8, 32, 128),
     *,
     held_out: Batch | None = None,
-    make_optimizer: MakeOptimizer = adamw,
+    learning_rate: LearningRate = 1e-4,
+    make_optimizer: MakeOptimizer | None = None,
     loss: Loss | None = None,
     steps: Sequence[int] = (1, 2, 5, 10),
     seeds: int = 3,
     band: float = BAND,
     seed: int = 0,
+    progress: bool = False,
 ) -> TorchCheck:
     """Take the user's own steps at several ranks and see whether the model's outputs change by the same amount.
 
@@ -111,12 +127,15 @@ def coordinate_check(
       batch: of every step, or one a step, begun again where steps go on; what the model takes, with labels.
       ranks: two or more.
       held_out: a batch that is never trained on; its tokens that begin as the first batch's do are not read.
-      make_optimizer: of the adapter's parameters and the rank.
+      learning_rate: Learning rate of AdamW, the one you train with: a number, or a function of the rank.
+      make_optimizer: Function of the adapter's parameters and the rank that returns another optimizer; then
+        ``learning_rate`` has no effect. None is AdamW.
       loss: of the model and a batch; None is ``model(**batch).loss``.
       steps: updates after which to read, ascending.
       seeds: how many draws of A, 2 or more for error bars.
       band: largest absolute slope to call flat.
       seed: of all draws.
+      progress: Whether to show transformers' progress bar, which states the number of steps before they start.
 
     The model is read in evaluation mode and stepped in its own. In bfloat16 the first steps' changes may be too small
     to be seen: float32 is meant.
@@ -131,18 +150,22 @@ def coordinate_check(
     ranks = tuple(sorted(ranks))
     batches = [batch] if isinstance(batch, Mapping) else list(batch)
     take = plain_loss if loss is None else loss
+    make = adamw(learning_rate) if make_optimizer is None else make_optimizer
     values: dict[Coordinate, np.ndarray] = {}
     scope: list[str] = []
-    for number in range(seeds):
-        for column, rank in enumerate(ranks):
+    runs = [(number, column, rank) for number in range(seeds) for column, rank in enumerate(ranks)]
+    total = len(runs) * max(steps)
+    described = f"Checking {len(ranks)} ranks with {seeds} draws of A ({total} training steps)"
+    with with_autograd(), bar(total, description=described, unit="step", shown=progress) as shown:
+        for number, column, rank in runs:
             model = unwrapped(make_model(rank))
-            with kept_random(model):
+            with unchanged(model):
                 torch.manual_seed(seed + number)
                 layers = _fresh_layers(model, rank)
                 _draw(layers, model, [seed, number])
                 run = _Run(model, layers, batches, held_out, take)
-                optimizer = make_optimizer([each for each in model.parameters() if each.requires_grad], rank)
-                for coordinate, value in run.coordinates(optimizer, steps):
+                optimizer = make([each for each in model.parameters() if each.requires_grad], rank)
+                for coordinate, value in run.coordinates(optimizer, steps, shown.update):
                     values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[number, column] = value
             scope.append(_stepped_by(optimizer))
             name = f"{type(base_model(model)).__name__} in {next(model.parameters()).dtype}".replace("torch.", "")
@@ -158,11 +181,12 @@ def coordinate_check(
             for column, rank in enumerate(ranks)
         ]
     )
+    steps_in_words = f"{listed(steps)} step{'' if tuple(steps) == (1,) else 's'}"
+    batches_in_words = f"{len(batches)} training batch{'' if len(batches) == 1 else 'es'}"
     said = (
-        f"Found on {name} at ranks {listed(ranks)}, after {listed(steps)} step{'s' * (max(steps) > 1)} of "
-        f"{'; '.join(dict.fromkeys(scope))}, {seeds} draws of A, {len(batches)} training "
-        f"batch{'es' * (len(batches) > 1)} and {'one' if held_out else 'none'} held out; flat is a slope within "
-        f"±{band:g}, its 95% interval and all."
+        f"Found on {name} at ranks {listed(ranks)}, after {steps_in_words} of "
+        f"{'; '.join(dict.fromkeys(scope))}, {seeds} draws of A, {batches_in_words} and "
+        f"{'one' if held_out else 'none'} held out; flat is a slope within ±{band:g}, its 95% interval and all."
     )
     slopes = pd.DataFrame(lines)
     thin.warn((sizes, slopes), thin.of_ranks(ranks))
@@ -212,15 +236,16 @@ class _Text:
 
     def __init__(self, batch: Batch, model: torch.nn.Module, trained: Batch | None = None) -> None:
         self.batch = batch
-        self._kept = {size: known.real & ~known.seen for size, known in tokens(model, batch, trained).items()}
-        if not all(kept.any() for kept in self._kept.values()):
+        self._known = tokens(model, batch, trained)
+        if not all((known.real & ~known.seen).any() for known in self._known.values()):
             raise InputError("no held-out token is apart from the trained ones; accepted are records that differ")
 
     def rms(self, x: torch.Tensor) -> float:
         """Root mean square over the tokens that count, all of them where it is not known which do."""
         rows = x.detach().float().reshape(-1, x.shape[-1])
-        if len(rows) in self._kept:
-            rows = rows[torch.from_numpy(self._kept[len(rows)]).to(rows.device)]
+        known = tokens_of(self._known, x)
+        if known is not None:
+            rows = rows[torch.from_numpy(known.real & ~known.seen).to(rows.device)]
         return float(rows.square().mean().sqrt())
 
 
@@ -240,7 +265,9 @@ class _Run:
         self._train = [_Text(moved(each, base), base) for each in batches]
         self._held_out = None if held_out is None else _Text(moved(held_out, base), base, batches[0])
 
-    def coordinates(self, optimizer: torch.optim.Optimizer, steps: Sequence[int]) -> Iterator[tuple[Coordinate, float]]:
+    def coordinates(
+        self, optimizer: torch.optim.Optimizer, steps: Sequence[int], stepped: Callable[[], Any]
+    ) -> Iterator[tuple[Coordinate, float]]:
         numbers = [(step - 1) % len(self._train) for step in range(1, max(steps) + 1)]
         read = {self._train[numbers[step - 1]] for step in steps} | {self._held_out} - {None}
         before = {text: self._outputs(text)[0] for text in read if text is not None}
@@ -248,6 +275,7 @@ class _Run:
             optimizer.zero_grad()
             self._loss(self._model, self._train[number].batch).backward()
             optimizer.step()
+            stepped()
             if step not in steps:
                 continue
             texts: dict[BatchSplit, _Text | None] = {"train": self._train[number], "held_out": self._held_out}

@@ -16,23 +16,29 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 
-Rows = Float[torch.Tensor, "tokens _features"]
+Inputs = Float[torch.Tensor, "*tokens _features"]
+"""A module's input in one call, in the shape that the module received."""
 
 
 def read_modules(
-    modules: Mapping[str, torch.nn.Module], run: Callable[[], float], keep: Callable[[str, Rows], None]
-) -> float:
-    """Run a forward pass without gradients and show ``keep`` the input of every module, call by call.
+    modules: Mapping[str, torch.nn.Module], run: Callable[[], float], keep: Callable[[str, Inputs], None]
+) -> tuple[float, dict[str, str]]:
+    """Run a forward pass without gradients and pass the input of every module to ``keep``, call by call.
 
     Returns:
-      what ``run`` does.
+      The result of ``run``, and the type of the output of every module that does not return a tensor. The inputs of
+      such a module are not passed to ``keep``.
     """
+    unsupported: dict[str, str] = {}
 
-    def hook(name: str, _: Any, args: tuple, kwargs: dict[str, Any], __: Any) -> None:
-        keep(name, _rows(_input(args, kwargs)))
+    def hook(name: str, _: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
+        if isinstance(y, torch.Tensor):
+            keep(name, _input(args, kwargs))
+        else:
+            unsupported[name] = type(y).__name__
 
     with _hooked(modules, hook), torch.no_grad():
-        return run()
+        return run(), unsupported
 
 
 def backward(
@@ -40,7 +46,7 @@ def backward(
     modules: Mapping[str, torch.nn.Module],
     run: Callable[[], torch.Tensor],
     calls: Mapping[str, int],
-    use: Callable[[str, Float[torch.Tensor, "p_out p_in"], list[Rows]], None],
+    use: Callable[[str, Float[torch.Tensor, "p_out p_in"], list[Inputs]], None],
 ) -> float:
     """Run a forward and a backward pass, and give ``use`` every module's G with the inputs that it had, call by call.
 
@@ -59,7 +65,7 @@ def backward(
     Raises:
       InputError: a loss that is not finite or has no graph, or a module that is run more often.
     """
-    partial_sums: dict[str, tuple[torch.Tensor, list[Rows]]] = {}
+    partial_sums: dict[str, tuple[torch.Tensor, list[Inputs]]] = {}
     done: dict[str, int] = dict.fromkeys(modules, 0)
 
     def arrived(name: str, kept: list[Any], delta: torch.Tensor) -> None:
@@ -70,10 +76,10 @@ def backward(
             )
         # Unpacking recomputes what gradient checkpointing dropped; the node is let go, and with it the inputs.
         held = kept.pop()  # by its output: in torch 2.6 the node alone does not keep what it saved
-        x = _rows(held.grad_fn.saved_tensors[0].detach())
+        x = held.grad_fn.saved_tensors[0].detach()
         del held
         with torch.no_grad(), _full_precision():
-            grad = _rows(delta).float().T @ x.float()
+            grad = _rows(delta).float().T @ _rows(x).float()
             if name in partial_sums:
                 grad += partial_sums[name][0]
             every = [*(partial_sums.pop(name)[1] if name in partial_sums else []), x]
@@ -129,9 +135,11 @@ def _with_graph(y: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _hooked(modules: Mapping[str, torch.nn.Module], hook: Callable) -> Iterator[None]:
+    """Hook the modules, before any hook of the user's: one that changes the output is part of what follows it."""
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
+            handle = module.register_forward_hook(partial(hook, name), with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
         yield
 
 
@@ -171,18 +179,31 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Products in float32, not in what a GPU may take in its place."""
-    before = torch.get_float32_matmul_precision()
+    """Compute products in float32, not in the TF32 or bfloat16 that PyTorch may be allowed to use instead."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    # The older getter raises where a precision was set by these attributes, as transformers' tf32=True does.
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    values = [backend.fp32_precision for backend in backends]
     try:
-        torch.set_float32_matmul_precision("highest")
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, value in zip(backends, values, strict=True):
+            # "none" inherits the general setting, and keeps on following it.
+            backend.fp32_precision = "none" if value == torch.backends.fp32_precision else value
 
 
 def _input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _rows(x: torch.Tensor) -> Rows:
+def _rows(x: torch.Tensor) -> Float[torch.Tensor, "tokens _features"]:
     return x.reshape(-1, x.shape[-1])

@@ -55,6 +55,12 @@ def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return found
 
 
+def linear_size(module: torch.nn.Module) -> int:
+    """Number of weights of a linear module, quantised, wrapped by PEFT or neither."""
+    linear: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return linear.weight.numel() if isinstance(linear, Conv1D) else linear.in_features * linear.out_features
+
+
 def task_type(model: torch.nn.Module) -> str | None:
     """PEFT's task type of a transformers model; None of others."""
     name = type(model).__name__
@@ -151,12 +157,24 @@ def _heads(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if module is output}
 
 
-@contextmanager
-def without_adapters(model: torch.nn.Module) -> Iterator[None]:
-    """The base model, with PEFT's adapters switched off; they are as they were afterwards.
+def is_prompt_learning(model: torch.nn.Module) -> bool:
+    """Return whether the active adapter of a PEFT model is a learned prompt, which lies outside the base model.
 
     Raises:
-      InputError: an adapter is merged into the weights, so that the base is not there.
+      InputError: The adapter replaces attention layers (PEFT's adaption prompt).
+    """
+    config: Any = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_adaption_prompt", False):
+        raise InputError(f"the model has an adapter of peft_type {config.peft_type.value!r}, which is not supported")
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+@contextmanager
+def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+    """Switch off PEFT's adapters in the layers of a model, and restore them as they were.
+
+    Raises:
+      InputError: An adapter is merged into the weights, so that the base model can't be measured.
     """
     switched = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     layers: list[Any] = [each for each in model.modules() if isinstance(each, switched)]
@@ -178,8 +196,40 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def kept_random(model: torch.nn.Module) -> Iterator[None]:
-    """PyTorch's generators as they were, on the host and on the model's devices."""
-    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices]):
+def with_autograd() -> Iterator[None]:
+    """Let autograd record, though the caller is within ``torch.no_grad`` or ``torch.inference_mode``."""
+    with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Restore PyTorch's random generators and the buffers of a model that a forward pass in training mode updates.
+
+    Such are the statistics of a BatchNorm and the vectors of a spectral norm. Integers of a linear module are its
+    quantised weights, which no pass changes and which are not copied.
+
+    Raises:
+      InputError: Weights that were created within ``torch.inference_mode``, which autograd can't use.
+    """
+    if any(each.is_inference() for each in (*model.parameters(), *model.buffers())):
+        raise InputError(
+            "the model's weights were created within torch.inference_mode, which has no gradients. Load the model "
+            "outside it."
+        )
+    linear = set(linear_modules(model).values())
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        if module.training
+        for name, buffer in module.named_buffers(recurse=False)
+        if not (module in linear and not buffer.is_floating_point()) and not buffer.is_meta
+    ]
+    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=[device.index for device in devices]):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))

@@ -7,7 +7,6 @@
 Nothing is trained and nothing of the model changes.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,29 +24,46 @@ from rora_theory.advice.transfer import Advice, Per, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
 from rora_theory.measure import module_regime, thin
-from rora_theory.measure.layer_data import Layer, Split
+from rora_theory.measure.layer_data import SPLITS, Layer, Split
 from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.tokens import choose_tokens
 from rora_theory.measure.torch import hooks
-from rora_theory.measure.torch.batches import Batch, Loss, Tokens, moved, plain_loss, tokens
+from rora_theory.measure.torch import progress as progress_bars
+from rora_theory.measure.torch.batches import (
+    Batch,
+    Loss,
+    Tokens,
+    TokensByShape,
+    moved,
+    plain_loss,
+    tokens,
+    tokens_of,
+)
 from rora_theory.measure.torch.modules import (
     adapted_targets,
     base_model,
     chosen,
-    kept_random,
+    is_prompt_learning,
     layer_index,
+    linear_size,
     task_type,
+    unchanged,
     unwrapped,
+    with_autograd,
     without_adapters,
 )
-from rora_theory.optimizers import FAMILY, WORDS
+from rora_theory.optimizers import FAMILY
 from rora_theory.scaling import Rule
 from rora_theory.theory.laws import Optimizer
 
-logger = logging.getLogger(__name__)
-
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
 """No adapter is stepped, and the step's size is predicted at two ranks: Adam's epsilon makes each a law of its own."""
+
+RETURNS = "returns a"
+"""How `TorchRegime.left_out` describes a module that does not return a tensor."""
+
+CALIBRATION = 256
+"""Inputs and outputs of the random module that is measured to estimate how long the others take."""
 
 Draw = Callable[[RegimeConfig, Layer, Init], Float[np.ndarray, "rows p_in"]]
 
@@ -72,7 +88,8 @@ class TorchRegime(Regime):
 
     Attributes:
       target_modules, task_type: for PEFT's ``LoraConfig``.
-      left_out: modules that no held-out token or no gradient reached, and which of the two.
+      left_out: modules that were not measured, and why: no held-out token or no gradient reached them, or they return
+        no tensor (``"returns a tuple"``), so that neither this law nor PEFT's LoRA covers them.
       unmasked: modules that are run on tokens in an order of their own (experts, patches of images), so that padding
         and what was seen could not be left out of them.
     """
@@ -129,9 +146,9 @@ class TorchRegime(Regime):
         Args:
           setting: what was tuned.
           rank: the new one.
-          regime: ``"signal"`` keeps the whole model's change, in which cross-talk averages out, and knows later steps
-            too, and logs a warning where it does not lead at both ranks; ``"measured"`` keeps the rms of each module's
-            own first step.
+          regime: ``"signal"`` keeps the whole model's change, in which cross-talk averages out over modules at ranks
+            below their crossing ranks too, and covers later steps; `coordinate_check` tests it. ``"measured"`` keeps
+            the rms of each module's own first step.
           rule, alpha: of the new setting, see `rora_theory.transfer`.
           steps: of the planned run, under Adam and with the regime ``"signal"``: the answer is then the law's at their
             end, with the takeover distance that was measured.
@@ -147,16 +164,12 @@ class TorchRegime(Regime):
         takeover = None if steps is None or family != "adam" else self.takeover_at(setting.rank, setting.init)
         told: Any = terms if regime == "measured" else regime
         advice = transfer(setting, rank, told, rule=rule, alpha=alpha, steps=steps, takeover=takeover)
-        crossing = float(self.crossings_of(family, setting.init, split)["crossing_rank"].astype(float).median())
-        lowest = min(setting.rank, advice.setting.rank)
-        if regime == "signal" and crossing > lowest:
-            logger.warning(
-                f"the crossing rank is {crossing:.3g} ({WORDS[family]}, {setting.init}, {split}), the median of "
-                f"{len(terms)} modules, and the signal does not lead at rank {lowest}; accepted are ranks above it, or "
-                'regime="measured", which keeps each module\'s own first step'
-            )
+        unsupported = [name for name, reason in self.left_out.items() if reason.startswith(RETURNS)]
         config: Any = LoraConfig(
-            task_type=self.task_type, target_modules=self.target_modules, **advice.lora_arguments(per)
+            task_type=self.task_type,
+            target_modules=self.target_modules,
+            exclude_modules=unsupported or None,
+            **advice.lora_arguments(per),
         )
         return Transfer(config, advice.learning_rate, advice)
 
@@ -172,6 +185,7 @@ def regime(
     layers: Sequence[int] | None = None,
     adapters: Literal["off", "on"] = "off",
     lora_A: Draw | None = None,
+    progress: bool = False,
 ) -> TorchRegime:
     """Measure every module that would be adapted, in the model's own process, dtype and device.
 
@@ -193,28 +207,46 @@ def regime(
       adapters: whether PEFT's adapters are ``"off"``, or ``"on"`` as in a later step of a run: the gradient is then
         that of the adapted model, and the law that of a fresh adapter put on it.
       lora_A: draws the rows on which takeover distances rest; None draws them with NumPy.
+      progress: Whether to show transformers' progress bar, which states the estimated cost before it starts.
 
     Where the result is thin, a warning and the frames' ``attrs`` say so, see `rora_theory.measure.thin`.
 
     Raises:
       InputError: a module that the model does not have, a batch without labels, a loss that is not finite, no held-out
-        token left, two batches that run the modules differently.
+        token left, two batches that run the modules differently, a learned prompt that is to stay active, weights that
+        were created within ``torch.inference_mode``.
     """
     config = config or DEFAULT
     model = unwrapped(model)
     base = base_model(model)
     modules = chosen(base, target_modules, layers)
     take = plain_loss if loss is None else loss
-    with kept_random(model), ExitStack() as stack:
+    if is_prompt_learning(model):
+        if adapters == "on":
+            raise InputError("adapters must be 'off' for a model with a learned prompt, got 'on'")
+        model = base  # the prompt lies outside the base model
+    sizes = {name: linear_size(module) for name, module in modules.items()}
+    described = f"Measuring {len(modules)} modules" + (_cost(config, sum(sizes.values())) if progress else "")
+    bar = progress_bars.bar(sum(sizes.values()), description=described, unit=" weights", shown=progress)
+    with bar, with_autograd(), unchanged(model), ExitStack() as stack:
         if adapters == "off":
             stack.enter_context(without_adapters(model))
         batch, held_out = moved(batch, base), moved(held_out, base)
         reading = _Reading(config, tokens(base, held_out, batch), config.mask)
-        held_out_loss = hooks.read_modules(modules, lambda: float(take(model, held_out)), reading.keep)
+        held_out_loss, unsupported = hooks.read_modules(modules, lambda: float(take(model, held_out)), reading.keep)
         reached = {name: module for name, module in modules.items() if name in reading.calls}
+        left_out = {name: "no held-out token" for name in modules if name not in reached}
+        left_out |= {name: f"{RETURNS} {output}" for name, output in unsupported.items() if name not in reached}
+        if unsupported and not reached:
+            name, reason = next((name, left_out[name]) for name in unsupported)
+            raise InputError(f"none of {len(modules)} target modules can be measured; {name}: {reason}")
         training = _Reducing(config, tokens(base, batch), reading, lora_A or _drawn)
-        value = hooks.backward(base, reached, lambda: take(model, batch), reading.calls, training.use)
-    left_out = {name: "no held-out token" for name in modules if name not in reached}
+
+        def use(name: str, grad: torch.Tensor, every: list[hooks.Inputs]) -> None:
+            training.use(name, grad, every)
+            bar.update(sizes[name])
+
+        value = hooks.backward(model, reached, lambda: take(model, batch), reading.calls, use)
     left_out |= {name: "no gradient" for name in reached if name not in training.found}
     if not training.found:
         raise InputError("no gradient reaches a target module; accepted are modules that the loss depends on")
@@ -236,7 +268,7 @@ def regime(
 class _Reading:
     """Inputs of modules at the held-out tokens that count: of all calls of a module in a pass, each token alike."""
 
-    def __init__(self, config: RegimeConfig, known: Mapping[int, Tokens], mask: bool) -> None:
+    def __init__(self, config: RegimeConfig, known: TokensByShape, mask: bool) -> None:
         self._config, self._known, self._mask = config, known, mask
         self.inputs: dict[str, np.ndarray] = {}
         self.counts: dict[str, dict[str, int]] = {}
@@ -244,10 +276,11 @@ class _Reading:
         self.unmasked: set[str] = set()
         self._keys: dict[str, np.ndarray] = {}
 
-    def keep(self, name: str, x: hooks.Rows) -> None:
+    def keep(self, name: str, x: hooks.Inputs) -> None:
+        own = tokens_of(self._known, x)
+        x = x.reshape(-1, x.shape[-1])
         if not len(x):
             return
-        own = self._known.get(len(x))
         if own is None:
             self.unmasked.add(name)
             own = Tokens(np.ones(len(x), bool), np.zeros(len(x), bool))
@@ -271,11 +304,11 @@ class _Reading:
 class _Reducing:
     """Each module's gradient made into rows of frames."""
 
-    def __init__(self, config: RegimeConfig, known: Mapping[int, Tokens], reading: _Reading, draw: Draw) -> None:
+    def __init__(self, config: RegimeConfig, known: TokensByShape, reading: _Reading, draw: Draw) -> None:
         self._config, self._known, self._reading, self._draw = config, known, reading, draw
         self.found: dict[str, LayerRegime] = {}
 
-    def use(self, name: str, grad: torch.Tensor, every: list[hooks.Rows]) -> None:
+    def use(self, name: str, grad: torch.Tensor, every: list[hooks.Inputs]) -> None:
         config, index = self._config, layer_index(name)
         if not bool(grad.any()):
             return
@@ -295,6 +328,20 @@ class _Reducing:
             for split, counts in (("train", read.counts[name]), ("heldout", self._reading.counts[name]))
         ]
         self.found[name] = LayerRegime(*own, rows)
+
+
+def _cost(config: RegimeConfig, weights: int) -> str:
+    """State what a measurement costs, from the time that a small module takes on this machine."""
+    random = np.random.default_rng(0)
+    inputs: dict[str, np.ndarray] = {split: random.standard_normal((config.tokens, CALIBRATION)) for split in SPLITS}
+    layer = Layer("calibration", random.standard_normal((CALIBRATION, CALIBRATION)), inputs)
+
+    def measure() -> None:
+        module_regime.measure_module(config, layer, 0, lambda init: _drawn(config, layer, init))
+
+    law = progress_bars.seconds_of(measure) * weights / CALIBRATION**2
+    stepped = ", beside the adapters to step" if config.rows else ""
+    return f" (two forward passes, one backward pass, and about {progress_bars.in_words(law)} on the host{stepped})"
 
 
 def _smallest_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray, " read"]:
