@@ -14,16 +14,13 @@ from sims.common import cli
 
 PAGE = (Path(__file__).parents[2] / "docs" / "index.md").read_text()
 SHELL, PYTHON = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)[0] for kind in ("bash", "python"))
-TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def test_it_is_ten_lines() -> None:
     imports = [each for each in ast.parse(PYTHON).body if isinstance(each, (ast.Import, ast.ImportFrom))]
-    lines = [line for line in (SHELL + PYTHON).splitlines() if line]
+    lines = [line for line in PYTHON.splitlines() if line]
     assert len(lines) - len(imports) == 10
+    assert len(SHELL.splitlines()) == 2
 
 
 def test_the_first_answer(monkeypatch, capsys) -> None:
@@ -42,19 +39,14 @@ def test_the_first_answer(monkeypatch, capsys) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft
-def test_measured_checked_and_trained(tmp_path, monkeypatch, capsys) -> None:
-    transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")
-    for package in ("torch", "peft", "accelerate"):
+@pytest.mark.parametrize("pad", ["</s>", None])
+def test_measured_checked_and_trained(pad, tmp_path, monkeypatch, capsys) -> None:
+    """Where the end token is the padding token too, and where there is none: the model learns to stop."""
+    for package in ("torch", "peft", "transformers", "accelerate"):
         pytest.importorskip(package, reason="the bridge: the extra torch")
-    import tokenizers
-    from support import torch_models
+    from support import torch_chats, torch_models
 
-    vocabulary = {letter: i for i, letter in enumerate(["~", "</s>", "<user>", "<assistant>", *"abcdefghij wordsx?"])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="x"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="~", eos_token="</s>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = torch_chats.tokenizer(pad)
     tokenizer.save_pretrained(tmp_path / "my-model")
     torch_models.model("qwen2").save_pretrained(tmp_path / "my-model")
     rows = [
@@ -68,12 +60,19 @@ def test_measured_checked_and_trained(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(PYTHON, names)
-    said = capsys.readouterr().out
-    assert said.startswith("The signal leads above rank ")
-    assert "(Adam, kaiming_uniform, held-out tokens): the median of 14 modules" in said
-    assert "What a step changes of the whole model: " in said
-    assert "at ranks 16, 32 and 128" in said
+    printed = capsys.readouterr()
+    measured, checked = printed.out.splitlines()[:2]
+    assert "the signal leads above rank" in measured
+    assert "(Adam, kaiming_uniform, held-out tokens): the median of 14 modules" in measured
+    assert checked.startswith("The first steps of the whole model")
+    assert "at ranks 16, 32 and 128" in checked
+    assert "AdamW at 0.0002," in checked
+    assert "not accepted" not in printed.out + printed.err
+    assert "Measuring 14 modules (two forward passes" in printed.err
     trained = json.loads(next((tmp_path / "tuned").glob("checkpoint-*/adapter_config.json")).read_text())
     assert (trained["r"], trained["use_rslora"], trained["lora_alpha"]) == (128, False, pytest.approx(32))
     assert next((tmp_path / "tuned").glob("checkpoint-*/adapter_model.safetensors")).stat().st_size > 0
-    assert names["to_rank"](128).learning_rate == 2e-4
+    labels = names["batch"]["labels"]
+    end = tokenizer.convert_tokens_to_ids("</s>")
+    assert (labels == end).sum(1).tolist() == [1] * 8
+    assert (labels != -100).sum(1).tolist() == [3 + 2 * (i % 3) for i in range(8)]
