@@ -8,8 +8,8 @@ both in float32 on one batch, at the same held-out tokens and with one draw of A
 relative difference of every figure. Exit status 1 where one is above its bound. It takes some minutes.
 
 ``cost`` times, in processes of their own that take turns, one plain training step of PEFT's LoRA (forward, backward,
-AdamW), the hooks alone (each module's gradient formed and dropped), and the whole measurement; and the peak memory of
-each above the loaded model's.
+AdamW), the hooks alone (each module's gradient formed and dropped), and the whole measurement, as it is by default and
+exact; and the peak memory of each above the loaded model's.
 """
 
 import json
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ BOUNDS |= dict.fromkeys(("signal", "crossing_rank", "lower_quartile", "median", 
 """Largest accepted relative differences: two float32 programs of thirty layers, whose gradients differ by some 1e-5 of
 their largest entry; a signal is a sum of such entries in which much cancels."""
 
-CASES = ("training step", "hooks alone", "measurement")
+CASES = ("training step", "hooks alone", "measurement", "exact measurement")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def agreement(config: Config) -> dict[str, Any]:
     from rora_theory.measure import drawn_steps, regimes
     from rora_theory.measure.torch import regime
 
-    measured = RegimeConfig(ranks=(1, 8, 128), rows=0, seed=config.seed)
+    measured = RegimeConfig(ranks=(1, 8, 128), rows=0, seed=config.seed, exact=True)
     with tempfile.TemporaryDirectory() as scratch:
         model, ours, theirs = prepared(config, Path(scratch))
         found = regime(
@@ -201,6 +201,7 @@ def work(case: str, folder: str, batches: list[dict[str, np.ndarray]], device: s
 
     from rora_theory.measure.torch import hooks, regime
     from rora_theory.measure.torch.modules import base_model, chosen
+    from rora_theory.measure.torch.regimes import DEFAULT
 
     base = load_torch(Path(folder)).to(device)
     base.config.use_cache = False
@@ -223,8 +224,11 @@ def work(case: str, folder: str, batches: list[dict[str, np.ndarray]], device: s
     def whole() -> None:
         regime(model, batch, held_out)
 
-    turn: Callable[[], None] = dict(zip(CASES, (step, alone, whole), strict=True))[case]
-    if case != CASES[2]:
+    def exact() -> None:
+        regime(model, batch, held_out, config=replace(DEFAULT, exact=True))
+
+    turn: Callable[[], None] = dict(zip(CASES, (step, alone, whole, exact), strict=True))[case]
+    if turn is not exact:
         turn()
     before = _reset_peak(device)
     started = time.perf_counter()

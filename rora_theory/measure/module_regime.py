@@ -45,8 +45,18 @@ TAKEOVER_RANKS = (8, 32, 128)
 TAKEOVER_ROWS = 256
 """Rows of A that a takeover distance rests on."""
 
-TURNS = (5, 25, 50, 75, 95)
+TURNS = tuple(round(100 * share) for share in horizon.TURNS)
 """Per cent of the entries of G A^T that have turned their sign at the distances ``turn_5`` to ``turn_95``."""
+
+ERRORS = {
+    "signal": 1e-5,
+    "cross_talk": 1e-5,
+    "crossing_rank": 1e-5,
+    "linear_term": 1e-3,
+    "takeover": 1e-4,
+}
+"""Largest relative difference of each figure from the exact one, without `RegimeConfig.exact`. The figures' own errors,
+from the tokens and the rows of A that are read, are far larger."""
 
 BLOCK_ROWS = 256
 """Rows of A in one block."""
@@ -84,6 +94,9 @@ class RegimeConfig:
     attention sinks: an input whose norm is above 10 times the median of the module's held-out inputs"""
     seed: int = 0
     """of the records, the tokens and the adapters"""
+    exact: bool = False
+    """compute in float64 with exact integrals, and add predicted sizes of steps and the distances at which signs turn;
+    implied where adapters are stepped"""
 
     def __post_init__(self) -> None:
         check_ranks(self.ranks, fewest=1)
@@ -109,6 +122,11 @@ class RegimeConfig:
             raise InputError(f"rows is {self.rows}; accepted are 0, or {least} or more: 4 adapters of the largest rank")
 
     @property
+    def is_exact(self) -> bool:
+        """Whether figures are exact: asked for, or needed to judge adapters that are stepped."""
+        return self.exact or self.rows > 0
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """Rows of A in a block (room for the largest rank), and the number of blocks."""
         size = max(BLOCK_ROWS, max(self.ranks))
@@ -124,7 +142,8 @@ class ModuleRegime(NamedTuple):
 
     Attributes:
       crossings: a row a split, optimizer and init: signal, cross-talk, r* with its quartiles, the linear term.
-      results: a row a split, optimizer, init, rule and rank: predicted and, under the first rule, measured rms.
+      results: a row a split, optimizer, init, rule and rank: predicted and, under the first rule, measured rms; none
+        unless exact.
       takeover: a row a split, init and rank: the distance at which A leads under Adam.
     """
 
@@ -198,6 +217,11 @@ class Regime:
             raise InputError(f"nothing was measured of {said}; accepted is what the RegimeConfig named")
         return rows
 
+    @property
+    def errors(self) -> dict[str, float]:
+        """Largest relative difference of each figure from the exact one; empty where the figures are exact."""
+        return ERRORS if self.results.empty else {}
+
     def files(self) -> dict[str, pd.DataFrame]:
         """The frames by the names of a run's files."""
         return {CROSSINGS: self.crossings, "results.csv": self.results, TAKEOVER: self.takeover, TOKENS: self.tokens}
@@ -222,14 +246,18 @@ def measure_module(
     x = np.concatenate([layer.inputs[split] for split in SPLITS])
     crossings: list[dict[str, Any]] = []
     predicted: dict[tuple, float] = {}
+    fast = None if config.is_exact else terms.FastTerms(layer.grad, x)
     for init in config.inits:
         for optimizer in config.optimizers:
-            law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
+            if fast is not None:
+                law = fast.terms(optimizer, init)
+            else:
+                law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
+                predicted |= predict(config, layer, law)
             crossings += [_crossing(law, layer, index, split) for split in SPLITS]
-            predicted |= predict(config, layer, law)
     measured = measured or {}
     results = []
-    for row in _cells(config, index, layer.name):
+    for row in _cells(config, index, layer.name) if config.is_exact else ():
         key = tuple(row[name] for name in ("init", "optimizer", "rule", "rank", "split"))
         results.append(row | {"predicted": predicted[key]} | measured.get(key, {}))
     led = takeover(config, layer, index, lora_A) if "adam" in config.optimizers else []
@@ -311,14 +339,16 @@ def takeover(
     """The distance that A's entries move under Adam until A leads, of `horizon.row_terms`, by split, init and rank.
 
     Over the learning rate it is t_A, a number of steps. ``turn_5`` to ``turn_95`` are the distances at which so many
-    per cent of the entries of G A^T have turned their sign: far beyond the first the law is only approximate.
+    per cent of the entries of G A^T have turned their sign: far beyond the first the law is only approximate. They are
+    left out unless exact.
     """
     found = []
     for init in config.inits:
-        rows_of_A = lora_A(init)
+        shared = horizon.row_signs(layer.grad, lora_A(init), exact=config.is_exact)
         drawn = inits.entries(init, rank=TAKEOVER_ROWS, p_in=_p_in(layer)).deviation
         for split in SPLITS:
-            rows = horizon.row_terms(layer.grad, layer.inputs[split], rows_of_A)
+            rows = shared.terms(layer.inputs[split])
+            turns = dict(zip(TURNS, rows.turn, strict=True)) if config.is_exact else {}
             for rank in TAKEOVER_RANKS:
                 # Signs don't know A's deviation: where it depends on the rank, every distance is proportional to it.
                 relative = inits.entries(init, rank=rank, p_in=_p_in(layer)).deviation / drawn
@@ -330,7 +360,7 @@ def takeover(
                         "init": init,
                         "rank": rank,
                         "takeover": relative * rows.takeover(rank),
-                        **{f"turn_{n}": relative * turn for n, turn in zip(TURNS, rows.turn, strict=True)},
+                        **{f"turn_{n}": relative * turn for n, turn in turns.items()},
                     }
                 )
     return found

@@ -329,4 +329,4 @@ def _steps(lr: float, distances: list[dict[Any, Any]]) -> list[str]:
     for row in distances:
         median, low, high, turn = (f"{row[name] / lr:.1f}" for name in ("median", "smallest", "largest", "turn_5"))
         texts.append(f"{median} ({low}-{high})" if "-" in row["layers"] else median)
-    return [*texts, turn]
+    return [*texts, "-" if turn == "nan" else turn]

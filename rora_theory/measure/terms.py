@@ -11,13 +11,14 @@ every rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float
 
 from rora_theory import inits
 from rora_theory.optimizers import EPSILON
-from rora_theory.theory import laws
+from rora_theory.theory import laws, sign_expectation
 from rora_theory.theory.laws import Optimizer
 
 
@@ -133,6 +134,66 @@ def terms(
     noise = np.sum(np.asarray(x, np.float64) ** 2, axis=1)
     noise = noise * (np.sum(rows) if optimizer == "sgd" else np.count_nonzero(rows))
     return Terms(grad, x, optimizer, init, ranks, noise, first, second)
+
+
+class FastTerms:
+    """The terms of a layer from products in float32 that all optimizers and inits share.
+
+    Sums over outputs are taken in float64. E[sign(g . a) a] of uniform entries is that of
+    `sign_expectation.uniform_fast`, and exact in rows that it does not serve.
+
+    Args:
+      grad, x: As `terms` takes them.
+    """
+
+    def __init__(self, grad: Float[np.ndarray, "p_out p_in"], x: Float[np.ndarray, "tokens p_in"]) -> None:
+        self._grad, self._x = np.asarray(grad, np.float32), np.asarray(x, np.float32)
+        # Rows of length 1: their squares are numbers in float32, whatever the gradient's size is.
+        largest = np.max(np.abs(self._grad), axis=1, initial=0.0)
+        self._unit = self._grad / np.where(largest > 0, largest, 1.0)[:, None]
+        lengths = np.sqrt(np.einsum("ij,ij->i", self._unit, self._unit))
+        self._unit /= np.where(lengths > 0, lengths, 1.0)[:, None]
+        self._norms = largest.astype(np.float64) * lengths
+        self._squares = np.sum(self._x.astype(np.float64) ** 2, axis=1)
+
+    def terms(self, optimizer: Optimizer, init: inits.Init) -> Terms:
+        """The terms of one optimizer and init, as `terms` gives them."""
+        if init == "rademacher":  # ties and enumerated rows
+            return terms(self._grad, self._x, optimizer=optimizer, init=init)
+        law = inits.entries(init, rank=1, p_in=self._grad.shape[1])
+        tiny = np.finfo(np.float64).tiny
+        if optimizer == "sgd":
+            size = float(np.sum(self._norms**2))
+            noise, signal = size * self._squares, np.sum((self._along * self._norms) ** 2, axis=1)
+            ranks = noise / np.maximum(signal, tiny)
+            first = law.variance**2 * signal
+            fourth = self._x.astype(np.float64) ** 2 @ self._columns
+            second = law.variance**2 * (2 * signal + noise + (law.kurtosis - 3) * fourth)
+        else:
+            noise, signal = np.count_nonzero(self._norms) * self._squares, np.sum(self._along**2, axis=1)
+            ranks = 1 + np.pi / 2 * noise / np.maximum(signal, tiny)
+            first = 2 / np.pi * signal if law.is_normal else self._uniform
+            first = law.variance * first
+            second = law.variance * noise
+        return Terms(self._grad, self._x, optimizer, init, ranks, noise, first, second)
+
+    @cached_property
+    def _along(self) -> Float[np.ndarray, "tokens p_out"]:
+        return (self._x @ self._unit.T).astype(np.float64)
+
+    @cached_property
+    def _columns(self) -> Float[np.ndarray, " p_in"]:
+        """Sums over outputs of the gradient's squares."""
+        return self._norms**2 @ (self._unit**2)
+
+    @cached_property
+    def _uniform(self) -> Float[np.ndarray, " tokens"]:
+        """Sums over outputs of (m . x)^2, m = E[sign(g . a) a] of uniform entries of variance 1."""
+        done, direction = sign_expectation.uniform_fast(self._unit)
+        left = ~done & (self._norms > 0)
+        if left.any():
+            direction[left] = laws.sign_direction(self._unit[left].astype(np.float64), "uniform")
+        return np.sum((self._x @ direction.T).astype(np.float64) ** 2, axis=1)
 
 
 def _one_row(

@@ -27,7 +27,7 @@ change after t steps is a first step's with another gradient and another input (
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
@@ -35,6 +35,9 @@ from jaxtyping import Float
 
 from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_positive, check_rank
+
+TURNS = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Quantiles of the distance at which an entry of G A^T changes its sign."""
 
 GROWTH = 1e100
 """The most that B's gradient may grow: its squares must be numbers."""
@@ -148,7 +151,7 @@ class RowTerms:
     Attributes:
       coherent: :math:`\sum_i E[q_i]^2`, as a polynomial in a.
       total: :math:`\sum_i E[q_i^2]`, likewise.
-      turn: quantiles 0.05, 0.25, 0.5, 0.75, 0.95 of the distance at which an entry of :math:`G A^\top` changes its
+      turn: quantiles `TURNS` of the distance at which an entry of :math:`G A^\top` changes its
         sign (infinite where it never does): far below the first the law is exact.
       p_out: outputs.
       rows: of A that the terms rest on.
@@ -206,41 +209,99 @@ def row_terms(
     Raises:
       InputError: shapes that don't match, fewer than two rows, or a value that is not finite.
     """
-    grad, x, lora_A = (np.asarray(each, np.float64) for each in (grad, x, lora_A))
-    if not (grad.ndim == x.ndim == lora_A.ndim == 2 and grad.shape[1] == x.shape[1] == lora_A.shape[1]):
-        raise InputError(
-            f"grad has shape {grad.shape}, x {x.shape} and lora_A {lora_A.shape}; accepted are [p_out, p_in], "
-            "[tokens, p_in] and [rows, p_in] of one p_in"
+    return row_signs(grad, lora_A).terms(x)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSigns:
+    r"""What the terms of rows of A need of a gradient, shared by all inputs; see `row_signs`.
+
+    Attributes:
+      lora_A: Rows of A.
+      moves: D, the directions in which they move.
+      live: Number of outputs that have a gradient, for each row.
+      gram: :math:`S^\top S`.
+      turn: Quantiles of the distance at which a sign turns; NaN where they were not asked for.
+      p_out: Number of outputs.
+    """
+
+    lora_A: Float[np.ndarray, "rows p_in"]
+    moves: Float[np.ndarray, "rows p_in"]
+    live: Float[np.ndarray, " rows"]
+    gram: Float[np.ndarray, "rows rows"]
+    turn: tuple[float, float, float, float, float]
+    p_out: int
+
+    def terms(self, x: Float[np.ndarray, "tokens p_in"]) -> RowTerms:
+        """Compute the terms at some inputs, in the precision of the rows.
+
+        Raises:
+          InputError: No inputs, another p_in, or a value that is not finite.
+        """
+        x = np.asarray(x, self.lora_A.dtype)
+        if x.ndim != 2 or x.shape[1] != self.lora_A.shape[1] or not len(x):
+            raise InputError(
+                f"x has shape {x.shape} and lora_A {self.lora_A.shape}; accepted are [tokens, p_in] and [rows, p_in] "
+                "of one p_in, with one token or more"
+            )
+        if not np.isfinite(x).all():
+            raise InputError("x holds a value that is not finite; accepted are finite numbers")
+        rows, tokens = len(self.lora_A), len(x)
+        each = _pairs(x @ self.lora_A.T, x @ self.moves.T)  # [tokens, rows]
+        total = [float(np.sum(self.live * first * second, dtype=np.float64) / rows) for first, second in each]
+        # The sum over outputs of (S u) (S v) by the Gram matrix of S, without forming S u.
+        sums = [float(np.sum((first @ self.gram) * second, dtype=np.float64)) for first, second in each]
+        pairs = rows * (rows - 1.0)
+        coherent = [(both - alone * rows) / pairs for both, alone in zip(sums, total, strict=True)]
+        return RowTerms(
+            _quadratic([value / tokens for value in coherent]),
+            _quadratic([value / tokens for value in total]),
+            self.turn,
+            self.p_out,
+            rows,
         )
-    rows = len(lora_A)
-    if rows < 2 or not len(x):
-        raise InputError(f"lora_A has {rows} rows and x {len(x)} tokens; accepted are 2 or more and 1 or more")
-    if not all(np.isfinite(each).all() for each in (grad, x, lora_A)):
-        raise InputError("grad, x or lora_A holds a value that is not finite; accepted are finite numbers")
+
+
+def row_signs(
+    grad: Float[np.ndarray, "p_out p_in"],
+    lora_A: Float[np.ndarray, "rows p_in"],
+    *,
+    exact: bool = True,
+) -> RowSigns:
+    """Prepare `row_terms` for one gradient and the inputs of several splits.
+
+    Args:
+      grad: G, held constant.
+      lora_A: Rows drawn as A starts, two or more.
+      exact: Whether to compute in float64, with the quantiles of the distance at which a sign turns. Otherwise products
+        are taken in float32, which changes the terms by 1e-6 of themselves.
+
+    Raises:
+      InputError: Shapes that don't match, fewer than two rows, or a value that is not finite.
+    """
+    dtype: Any = np.float64 if exact else np.float32
+    grad, lora_A = np.asarray(grad, dtype), np.asarray(lora_A, dtype)
+    if not (grad.ndim == lora_A.ndim == 2 and grad.shape[1] == lora_A.shape[1]):
+        raise InputError(
+            f"grad has shape {grad.shape} and lora_A {lora_A.shape}; accepted are [p_out, p_in] and [rows, p_in] of "
+            "one p_in"
+        )
+    if len(lora_A) < 2:
+        raise InputError(f"lora_A has {len(lora_A)} rows; accepted are 2 or more")
+    if not all(np.isfinite(each).all() for each in (grad, lora_A)):
+        raise InputError("grad or lora_A holds a value that is not finite; accepted are finite numbers")
     read = grad @ lora_A.T
     signs = np.sign(read)
     moves = np.sign(signs.T @ grad)
     live = np.sum(signs**2, axis=0)  # outputs in which a row takes part: all, but for those without a gradient
-    start, moved = x @ lora_A.T, x @ moves.T  # [tokens, rows]
-    total = [float(np.sum(live * first * second) / rows) for first, second in _pairs(start, moved)]
-    sums = [each @ signs.T for each in (start, moved)]  # [tokens, p_out]
-    pairs = rows * (rows - 1.0)
-    coherent = [
-        (float(np.sum(first * second)) - alone * rows) / pairs
-        for (first, second), alone in zip(_pairs(*sums), total, strict=True)
-    ]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        drift = signs * (grad @ moves.T)  # below zero where A's motion turns the sign
-        turn = np.where(drift < 0, -np.abs(read) / drift, np.inf)
-    low = np.quantile(turn, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower")
-    tokens = len(x)
-    return RowTerms(
-        _quadratic([each / tokens for each in coherent]),
-        _quadratic([each / tokens for each in total]),
-        tuple(low.tolist()),
-        grad.shape[0],
-        rows,
-    )
+    turn = [math.nan] * len(TURNS)
+    if exact:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drift = signs * (grad @ moves.T)  # below zero where A's motion turns the sign
+            distance = np.where(drift < 0, -np.abs(read) / drift, np.inf)
+        turn = np.quantile(distance, TURNS, method="lower").tolist()
+    quantiles: Any = tuple(turn)
+    return RowSigns(lora_A, moves, live, signs.T @ signs, quantiles, grad.shape[0])
 
 
 def _pairs(first: np.ndarray, second: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -354,11 +354,7 @@ def _adam_row(grad: Float[np.ndarray, "p_out p_in"], law: Entries, e: float) -> 
         return _AdamRow(f.T @ a / len(a), norm2, unit, norm2, norm2, (a, f))
     ratio = np.divide(e, law.deviation * norms, out=np.full(p_out, np.inf), where=live)
     first, plain, weighted = _smoothed_sign_moments(ratio)
-    if law.is_normal:
-        direction = law.deviation * first[:, None] * unit
-    else:
-        sign = _sign_direction(unit.tobytes(), unit.shape, law.shape)
-        direction = law.deviation * sign * (first / HALF_NORMAL_MEAN)[:, None]
+    direction = law.deviation * sign_direction(unit, law.shape) * (first / HALF_NORMAL_MEAN)[:, None]
     along, across = law.variance * weighted, law.variance * plain
     return _AdamRow(direction, along + (p_in - 1) * across, unit, along, across)
 
@@ -373,6 +369,15 @@ def _smoothed_sign_moments(ratio: Float[np.ndarray, " n"]) -> tuple[np.ndarray, 
     values, inverse = np.unique(ratio, return_inverse=True)
     f = np.where(np.isinf(values)[:, None], 0.0, z / (z + np.where(np.isinf(values), 1.0, values)[:, None]))
     return (f @ (weight * z))[inverse], (f**2 @ weight)[inverse], (f**2 @ (weight * z**2))[inverse]
+
+
+def sign_direction(
+    unit: Float[np.ndarray, "p_out p_in"], entry: Literal["normal", "uniform", "rademacher"]
+) -> Float[np.ndarray, "p_out p_in"]:
+    """Compute E[sign(g . a) a] for rows g of length 1, or of zeros, and entries of a of variance 1."""
+    if entry == "normal":
+        return HALF_NORMAL_MEAN * unit
+    return _sign_direction(unit.tobytes(), unit.shape, entry)
 
 
 @lru_cache(maxsize=4)  # the same for every rank, rule and scaling of a layer

@@ -65,6 +65,18 @@ def test_crossing(layer, optimizer) -> None:
     assert found.quartiles == pytest.approx(tuple(np.quantile(ranks, [0.25, 0.5, 0.75])), rel=1e-9)
 
 
+@pytest.mark.parametrize("optimizer", laws.OPTIMIZERS)
+@pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian", "normal", "rademacher"])
+@pytest.mark.parametrize("size", [1.0, 1e-25])
+def test_fast_terms_are_the_terms(layer, optimizer, init, size) -> None:
+    """To float32's rounding, whatever the gradient's size, with an output that has none."""
+    x = layer.inputs["heldout"]
+    found = terms.FastTerms(layer.grad * np.float32(size), x).terms(optimizer, init)
+    expected = terms.terms(np.float64(layer.grad) * size, x, optimizer=optimizer, init=init)
+    for name in ("ranks", "cross_talk", "first", "second"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, err_msg=name)
+
+
 @pytest.mark.slow
 def test_shared_rows_are_adapters_of_autodiff(layer) -> None:
     """One block, dealt out by hand and stepped by `first_step.run`, which knows no shortcut: equal to float32."""

@@ -50,3 +50,36 @@ def test_nearly_gaussian_rows() -> None:
     assert done.all()
     total = float(np.sum(found * unit))  # E|u|
     assert total == pytest.approx(np.sqrt(2 / np.pi) * (1 + 1.2 / p_in / 24), rel=3e-6)  # next term ~ 1/p^2
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "wide"])
+def test_the_fast_series(kind) -> None:
+    """To 1e-3 of a row's length where it serves a row, and most rows of real gradients' tails are served."""
+    random = np.random.default_rng(0)
+    unit = random.normal(size=(40, 700)) if kind == "normal" else random.standard_t(2, size=(40, 700))
+    unit *= np.geomspace(1, 1e-3, 700) if kind == "wide" else 1.0
+    unit[3] = 0
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-300)
+    done, found = sign_expectation.uniform_fast(unit)
+    assert done.sum() >= 36
+    assert not done[3]
+    expected = laws.sign_direction(unit, "uniform")
+    assert np.linalg.norm(found[done] - expected[done], axis=1).max() < 1e-3
+    assert not found[~done].any()
+
+
+def test_the_fast_series_in_closed_form() -> None:
+    """Without large entries it is the expansion to the second order in 1 / p_in, whose terms can be told apart."""
+    random = np.random.default_rng(0)
+    g = random.uniform(0.5, 1.5, size=(5, 300))
+    g /= np.linalg.norm(g, axis=1, keepdims=True)
+    fourth, sixth = -6 / 5, 48 / 7
+    q4, q6 = (np.sum(g**n, axis=1, keepdims=True) for n in (4, 6))
+    closed = g * (1 + fourth * q4 / 8 - sixth * q6 / 48 + 105 / 1152 * fourth**2 * q4**2)
+    closed += -fourth / 6 * g**3 * (1 + 5 / 8 * fourth * q4) + sixth / 40 * g**5
+    exact = laws.sign_direction(g, "uniform") / np.sqrt(2 / np.pi)
+    done, found = sign_expectation.uniform_fast(g)
+    assert done.all()
+    np.testing.assert_allclose(closed, exact, rtol=3e-6)
+    np.testing.assert_allclose(found / np.sqrt(2 / np.pi), exact, rtol=3e-6)
+    assert np.abs(g / exact - 1).max() > 1e-4  # the correction is no rounding

@@ -57,7 +57,8 @@ from rora_theory.scaling import Rule
 from rora_theory.theory.laws import Optimizer
 
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
-"""No adapter is stepped, and the step's size is predicted at two ranks: Adam's epsilon makes each a law of its own."""
+"""No adapter is stepped. Where exact, the step's size is predicted at two ranks: Adam's epsilon makes each a law of its
+own."""
 
 RETURNS = "returns a"
 """How `TorchRegime.left_out` describes a module that does not return a tensor."""
@@ -190,8 +191,8 @@ def regime(
     """Measure every module that would be adapted, in the model's own process, dtype and device.
 
     One forward pass of ``held_out`` keeps ``config.tokens`` inputs of every module, on the host. One forward and one
-    backward pass of ``batch`` forms the gradient of one module after the other and reduces it at once on the host, in
-    float64: beyond what the passes of a fine-tuning step take, the device holds one module's gradient at a time. Passes
+    backward pass of ``batch`` forms the gradient of one module after the other and reduces it at once on the host, to
+    the accuracy of `Regime.errors` (``config.exact``: in float64): beyond what the passes of a fine-tuning step take, the device holds one module's gradient at a time. Passes
     are made in the mode (training or evaluation) in which the model is. The generators of random numbers are put back.
 
     Args:
