@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rora_theory import inits
+from rora_theory.errors import InputError
 from rora_theory.optimizers import EPSILON
 from rora_theory.theory import laws, sign_expectation
 from rora_theory.theory.laws import Optimizer
@@ -144,10 +145,15 @@ class FastTerms:
 
     Args:
       grad, x: As `terms` takes them.
+
+    Raises:
+      InputError: A value that is not finite.
     """
 
     def __init__(self, grad: Float[np.ndarray, "p_out p_in"], x: Float[np.ndarray, "tokens p_in"]) -> None:
         self._grad, self._x = np.asarray(grad, np.float32), np.asarray(x, np.float32)
+        if not (np.isfinite(self._grad).all() and np.isfinite(self._x).all()):
+            raise InputError("grad or x holds a value that is not a finite float32; accepted are finite numbers")
         # Rows of length 1: their squares are numbers in float32, whatever the gradient's size is.
         largest = np.max(np.abs(self._grad), axis=1, initial=0.0)
         self._unit = self._grad / np.where(largest > 0, largest, 1.0)[:, None]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rora_theory import InputError
 from rora_theory.draws import draw_A
 from rora_theory.measure import drawn_steps, terms
 from rora_theory.measure.layer_data import Layer
@@ -75,6 +76,13 @@ def test_fast_terms_are_the_terms(layer, optimizer, init, size) -> None:
     expected = terms.terms(np.float64(layer.grad) * size, x, optimizer=optimizer, init=init)
     for name in ("ranks", "cross_talk", "first", "second"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, err_msg=name)
+
+
+def test_fast_terms_of_numbers_that_are_not_finite(layer) -> None:
+    grad = layer.grad.copy()
+    grad[1, 2] = np.nan
+    with pytest.raises(InputError, match="not a finite float32"):
+        terms.FastTerms(grad, layer.inputs["heldout"])
 
 
 @pytest.mark.slow

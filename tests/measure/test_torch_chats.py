@@ -48,6 +48,16 @@ def test_the_assistant_s_tokens_and_its_end_token(pad) -> None:
         assert batch["attention_mask"][row].tolist() == [1] * len(ids) + [0] * (len(real) - len(ids))
 
 
+def test_a_turn_of_no_weight() -> None:
+    """It is read and not trained on."""
+    first, last = CHATS[0]["messages"][2], CHATS[0]["messages"][4]
+    messages = [*CHATS[0]["messages"][:2], first | {"weight": 0}, CHATS[0]["messages"][3], last | {"weight": 1}]
+    tokenizer = torch_chats.tokenizer(None)
+    batch = ChatCollator(tokenizer)([{"messages": messages}])
+    assert learned(tokenizer, batch) == [["d", "o", "d", "o", "</s>"]]
+    assert torch.equal(batch["input_ids"], ChatCollator(tokenizer)(CHATS[:1])["input_ids"])
+
+
 def test_a_maximum_length() -> None:
     """The beginning of a chat is kept, whichever side the tokenizer truncates."""
     tokenizer = torch_chats.tokenizer(None)

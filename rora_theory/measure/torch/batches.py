@@ -135,8 +135,8 @@ def _seen_by_decoder(
 ) -> Bool[np.ndarray, "B T"]:
     """Find decoder tokens up to which a record, its encoder's tokens included, is the beginning of a trained one."""
     other = None if trained is None else _decoder(model, trained)
-    ids = [None if each is None else _array(each, "input_ids") for each in (batch, trained)]
-    if trained is None or other is None or ids[0] is None or ids[1] is None:
+    ids: list[Any] = [None if each is None else _array(each, "input_ids") for each in (batch, trained)]
+    if trained is None or other is None or any(each is None or each.ndim != 2 for each in ids):
         return np.zeros(decoder.real.shape, bool)
     own, sizes = _joined(ids[0], _real(model, ids[0], batch), decoder)
     known, _ = _joined(ids[1], _real(model, ids[1], trained), other)

@@ -192,8 +192,9 @@ def regime(
 
     One forward pass of ``held_out`` keeps ``config.tokens`` inputs of every module, on the host. One forward and one
     backward pass of ``batch`` forms the gradient of one module after the other and reduces it at once on the host, to
-    the accuracy of `Regime.errors` (``config.exact``: in float64): beyond what the passes of a fine-tuning step take, the device holds one module's gradient at a time. Passes
-    are made in the mode (training or evaluation) in which the model is. The generators of random numbers are put back.
+    the accuracy of `Regime.errors` (``config.exact``: in float64). Beyond what the passes of a fine-tuning step take,
+    the device holds one module's gradient at a time. Passes are made in the mode (training or evaluation) in which the
+    model is. The generators of random numbers and the model's buffers are restored.
 
     Args:
       model: any module; of a PEFT model the base is measured. Bare, in `DistributedDataParallel`, spread by
