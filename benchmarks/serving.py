@@ -1,11 +1,15 @@
-"""Texts of one adapter here and in peft, transformers and llama.cpp, as PEFT's folder and in portable form.
+"""Compare the texts of one adapter here and in peft, transformers and llama.cpp, in PEFT's form and in portable form.
 
     python benchmarks/serving.py --llama-cpp SOURCE --out results/published/serving/serving.json
 
 SOURCE is llama.cpp's source tree, whose `convert_lora_to_gguf.py` makes the adapters' GGUF files (the sdist of
-llama-cpp-python has one at vendor/llama.cpp); its runtime is the package xllamacpp. The model is a tiny random LLaMA in
-float32, every linear module adapted at rank 32, and the texts are greedy: 16 prompts of random tokens, 24 tokens each.
-All compute in float32, but add in orders of their own: a text may part where two tokens are nearly as likely.
+llama-cpp-python has one at vendor/llama.cpp); the runtime is the package xllamacpp. The model is a tiny random LLaMA in
+float32, every linear module is adapted at rank 32, and decoding is greedy: 24 tokens after each of 16 random prompts.
+
+All clients compute in float32: llama.cpp runs with a float32 cache and without flash attention, whose kernels on a CPU
+convert keys and values to float16 whatever the cache's type. No client forbids a token: the model's end token has a
+logit of zero everywhere, so greedy decoding never selects it. The clients still add in different orders, so two texts
+can differ where two tokens are almost equally likely.
 """
 
 import json
@@ -29,6 +33,9 @@ from rora_theory.llama import LlamaConfig, forward
 from rora_theory.llama.weights import save_hf
 from sims.common import cli, tables
 
+END = 0
+"""End token. Its row of the output layer is zero, and the largest of the other logits is positive."""
+
 SHAPE = LlamaConfig(
     vocab_size=320,
     hidden_size=128,
@@ -39,6 +46,7 @@ SHAPE = LlamaConfig(
     head_dim=32,
     max_position_embeddings=128,
     tie_word_embeddings=False,
+    eos_token_id=END,
 )
 ADAPTERS = {
     "lora": LoraConfig(32, 16, "lora", "all-linear"),
@@ -66,7 +74,7 @@ class Config:
 
 
 def random_model(seed: int) -> dict[str, Any]:
-    """Weights of `SHAPE`, normal with deviation 1/sqrt(inputs) so that logits differ by more than rounding."""
+    """Sample weights of `SHAPE`, normal with deviation 1/sqrt(inputs) so that logits differ by more than rounding."""
     from rora_theory.llama import abstract_params
 
     leaves, tree = jax.tree.flatten(abstract_params(SHAPE, jnp.float32))
@@ -77,11 +85,15 @@ def random_model(seed: int) -> dict[str, Any]:
             return jnp.ones(leaf.shape)  # norms
         return jax.random.normal(key, leaf.shape) / leaf.shape[-1] ** 0.5
 
-    return jax.tree.unflatten(tree, [one(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    params: dict[str, Any] = jax.tree.unflatten(tree, [one(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    return params | {"lm_head": params["lm_head"].at[END].set(0.0)}
 
 
 def random_adapter(config: LoraConfig, params: dict[str, Any], seed: int) -> LoraAdapter:
-    """An adapter whose B is random too, so that gamma B A is some half of the weight's size."""
+    """Sample an adapter with a random B, so that gamma B A is about half as large as the weight, and random magnitudes.
+
+    DoRA's magnitudes differ from the weight's row norms, which a client that doesn't load them would compute itself.
+    """
     adapter: LoraAdapter = init(jax.random.key(seed), config, SHAPE, params)
     changed = {}
     for index, target in enumerate(adapter.targets):
@@ -89,6 +101,10 @@ def random_adapter(config: LoraConfig, params: dict[str, Any], seed: int) -> Lor
         rows = jnp.arange(target.width) < jnp.asarray(target.ranks)[:, None]
         noise = 0.05 * jax.random.normal(jax.random.fold_in(jax.random.key(seed + 1), index), own["lora_B"].shape)
         changed[target.module] = own | {"lora_B": jnp.where(rows[:, None], noise, 0.0)}
+        if adapter.config.use_dora:
+            key = jax.random.fold_in(jax.random.key(seed + 2), index)
+            scale = 1 + 0.2 * jax.random.normal(key, own["lora_magnitude_vector"].shape)
+            changed[target.module] |= {"lora_magnitude_vector": scale * own["lora_magnitude_vector"]}
     return adapter.replace(changed)
 
 
@@ -120,6 +136,7 @@ def write_gguf(path: Path, folder: Path) -> None:
     writer.add_vocab_size(SHAPE.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
+    writer.add_eos_token_id(END)  # a GPT-2 vocabulary that names none ends at token 11
     writer.add_token_list([f"<{index}>" for index in range(SHAPE.vocab_size)])
     writer.add_token_types([1] * SHAPE.vocab_size)
     writer.add_token_merges(["< >"])  # an empty list is no list
@@ -161,9 +178,8 @@ def from_torch(base: Path, adapter: Path | None, prompts: np.ndarray, client: st
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=NEW,
-        min_new_tokens=NEW,
         do_sample=False,
-        pad_token_id=0,
+        pad_token_id=END,
     )
     return np.asarray(found[:, PROMPT:].numpy())
 
@@ -176,7 +192,9 @@ def served(model: Path, adapter: Path | None, prompts: np.ndarray) -> np.ndarray
     params.model.path = str(model)
     params.n_ctx, params.n_parallel, params.warmup, params.n_gpu_layers, params.verbosity = 128, 1, False, 0, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # float16 would part texts by itself
+    # Both are needed for attention in float32: flash attention ignores the cache's type.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if adapter is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     server = xllamacpp.Server(params)
@@ -185,7 +203,6 @@ def served(model: Path, adapter: Path | None, prompts: np.ndarray) -> np.ndarray
         "temperature": 0,
         "top_k": 1,
         "return_tokens": True,
-        "ignore_eos": True,
         "cache_prompt": False,
     }
     found = []
