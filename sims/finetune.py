@@ -77,14 +77,15 @@ def run(config: Config) -> None:
         forms |= {"alpha": "{alpha:g}", "scaling": "{scaling:.6g}"}
         rows = [row._asdict() for row in adapted]
         tables.print_records(f"{training.method} on {config.model}", rows, forms, left=3, missing="-")
-    chat = found.chat(llama.model_tokenizer(origin), training.template)
+    tokenizer = llama.model_tokenizer(origin)
+    chat = found.chat(tokenizer, training.template)
     identity = origin.identity() | {"data": config.data} | found.identity(chat) | training.settings()
     if first:
         check_free(path_of(NAME, identity, config.out))
+    data = prepare(found.records, tokenizer, training, chat)  # bad records are refused before the weights are read
     layout, shardings = sharding.over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
     cli.tell(model.remarks if first else [])
-    data = prepare(found.records, model.tokenizer, training, chat)
     folder, path = None, config.out
     if first:
         folder = RunFolder.open(NAME, identity, out=config.out, seed=training.seed, models=[origin])

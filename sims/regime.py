@@ -87,14 +87,14 @@ def run(config: Config) -> None:
     if config.adapter is not None:
         identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     check_free(path_of(NAME, identity, config.out))
+    pair = record_batches.pair(config.batches, **read.texts(), seed=seed)
+    if config.measured.mask:
+        unseen.check_unseen(pair.held_out, [pair.train])
     model = read.model
     if config.adapter is not None:
         model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
     modules = regimes.chosen_modules(model.config, targets, config.layers)
-    pair = record_batches.pair(config.batches, **read.texts(), seed=seed)
-    if config.measured.mask:
-        unseen.check_unseen(pair.held_out, [pair.train])
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(read.places)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])

@@ -140,20 +140,21 @@ def tokenize(
     which the encoded text differs from the encoded prompt: a token that joins the prompt's last space to the answer's
     first word is the answer's.
 
-    A chat template writes the special tokens itself, so nothing is added to what it writes. With ``answer_only`` the
-    targets are the tokens of every turn of the assistant's, those that it shares a letter with included.
+    A chat template writes the special tokens itself, so nothing is added to what it writes. A token is in the loss if
+    it shares a letter with a part of the text that is in the loss: with ``answer_only`` a turn of the assistant's, and
+    otherwise anything but a turn of weight 0.
 
     Args:
-      records: what to encode.
-      tokenizer: the model's.
-      cutoff: most tokens of a record.
-      template: see `texts.write`; None is that of the kind of record.
-      answer_only: whether only the answer counts as a target.
-      chat: of the template ``chat``; None is the tokenizer's own.
+      records: Records to encode.
+      tokenizer: Tokenizer of the model.
+      cutoff: Maximum number of tokens of a record.
+      template: Name of the template (see `texts.write`); None selects that of the kind of record.
+      answer_only: Whether only the answer is in the loss.
+      chat: Chat template of the template ``chat``; None selects the tokenizer's own.
 
     Raises:
-      InputError: no records, none that the cut-off leaves a target, a record that the template can't write, or a text
-        of which the answer is asked for.
+      InputError: There are no records, none has a token to learn within the cut-off, or a text is given although the
+        loss is on the answer; or records can't be rendered, of which the message lists the first ten and the number.
     """
     template = texts.default_template(records) if template is None else template
     if template == "chat":
@@ -163,13 +164,13 @@ def tokenize(
     kept: list[list[int]] = []
     learned: list[Bool[np.ndarray, " length"]] = []
     truncated = 0
-    for whole, answer in _encode(records, tokenizer, template, chat, answer_only=answer_only, least=2 * cutoff):
+    for whole, in_loss in _encode(records, tokenizer, template, chat, answer_only=answer_only, least=2 * cutoff):
         ids = whole[:cutoff]
         truncated += len(whole) > cutoff
         if template != "chat" and len(ids) < cutoff and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
             ids = [*ids, tokenizer.eos_id]
         counted = np.ones(len(ids), bool)
-        counted[: len(answer)] = answer[: len(ids)]
+        counted[: len(in_loss)] = in_loss[: len(ids)]
         counted[:1] = False
         if counted.any():
             kept.append(ids)
@@ -187,7 +188,7 @@ def tokenize(
 
 
 Encoded = tuple[list[int], Bool[np.ndarray, " length"]]
-"""Token ids of a text, and which of them are the answer's."""
+"""Token ids of a text, and which of them are in the loss."""
 
 LETTERS = 16
 """Letters of a text's beginning for each token that it should have: most tokens have two to five."""
@@ -210,7 +211,8 @@ def _encode(
     encoded: dict[int, Encoded] = {}
     left, letters = list(range(len(records))), LETTERS * least
     while left:
-        written = texts.write_all([records[index] for index in left], template, chat, letters=letters)
+        part = [records[index] for index in left]
+        written = texts.write_all(part, template, chat, answer_only=answer_only, letters=letters)
         tokens = list(encode(written, tokenizer, answer_only))
         encoded |= {
             index: own
@@ -232,16 +234,16 @@ def _encode_texts(written: Sequence[chats.Written], tokenizer: TextEncoder, answ
 
 
 def _encode_chats(written: Sequence[chats.Written], tokenizer: Any, answer_only: bool) -> Iterator[Encoded]:
-    if not answer_only:
+    if not answer_only and all(spans == ((0, len(text)),) for text, spans in written):
         yield from ((ids, np.ones(len(ids), bool)) for ids in tokenizer.encode_batch([w.text for w in written], False))
         return
     encoded = tokenizer.encode_with_letters([one.text for one in written])
     for (ids, letters), (_, spans) in zip(encoded, written, strict=True):
         begins, ends = letters.T
-        answer = np.zeros(len(ids), bool)
+        learned = np.zeros(len(ids), bool)
         for begin, end in spans:
-            answer |= (begins < end) & (ends > begin)
-        yield ids, answer
+            learned |= (begins < end) & (ends > begin)
+        yield ids, learned
 
 
 def choose_widths(sizes: Int[np.ndarray, " n"], count: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ to it.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn
@@ -48,7 +48,12 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class Written(NamedTuple):
-    """A text, and the letters of it that are the assistant's: pairs of begin and end, ascending."""
+    """A rendered text and its parts that are in the loss.
+
+    Attributes:
+      text: Rendered text.
+      spans: Begin and end of each part in the loss, as indices into the text, ascending.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -177,70 +182,129 @@ class ChatTemplate:
         tools: Sequence[Any] = (),
         *,
         context: int = 0,
+        answer_only: bool = True,
         letters: int | None = None,
     ) -> Written:
-        """The text of a chat, and what of it every turn of the assistant's wrote that is not among the first
-        ``context``.
+        """Render a chat and locate the parts of its text that are in the loss.
 
-        Of a template that marks it, what is marked. Of another, from where the generation prompt ends to where the turn
-        does, its end token included. A template may write a turn otherwise once others follow (it leaves out an earlier
-        thought): then it is the turn's content with what follows it in its own turn.
+        If the template marks the assistant's turns, the marks decide. Otherwise a turn begins where the generation
+        prompt ends, because a model is given that prompt and never has to produce it, and ends with the turn's end
+        token and whatever the template writes after it. A template may write a turn differently once others follow (it
+        leaves out an earlier thought); such a turn is located by its content and by the parts of the text around it.
 
-        With ``letters``, turns that begin after so many letters are not sought where the template does not mark them:
-        each takes a rendering of all that stands before it.
+        Args:
+          messages: Turns with ``role``, ``content`` and whatever else the template reads. A turn of the assistant with
+            a ``weight`` of 0 is not in the loss.
+          tools: Descriptions of tools.
+          context: Number of leading messages whose turns are not learned (with ``answer_only``).
+          answer_only: Whether only the assistant's turns are in the loss, instead of the whole text.
+          letters: Number of letters of the text for which the parts have to be right; None is all. Turns that begin
+            beyond them are not located unless the template marks them, as each takes several renderings of the chat.
+
+        Returns:
+          The whole text and its parts in the loss.
 
         Raises:
-          InputError: as `render`, or a turn that is not found in the text.
+          InputError: The template refuses the chat, a turn can't be located, or a turn of another role has weight 0
+            although the whole text is in the loss.
         """
-        given = sum(message.get("role") == ASSISTANT for message in messages[:context])
-        if self.marks:
-            spans: list[tuple[int, int]] = []
-            text = "".join(self._blocks(messages, tools, False, spans))
-            if given and len(spans) != sum(message.get("role") == ASSISTANT for message in messages):
-                raise InputError(
-                    f"{self.where}: the template marks {len(spans)} parts of the chat, so those of the given turns "
-                    "can't be told; accepted is one mark a turn of the assistant's"
-                )
-            return Written(text, tuple(spans[given:]))
-        text = self.render(messages, tools)
-        found: list[tuple[int, int]] = []
-        for index, message in enumerate(messages):
-            if letters is not None and found and found[-1][1] >= letters:
-                break
-            if message.get("role") == ASSISTANT:
+        turns = [index for index, message in enumerate(messages) if message.get("role") == ASSISTANT]
+        ignored = {index for index, message in enumerate(messages) if message.get("weight") == 0}
+        if answer_only:
+            wanted = [index for index in turns if index >= context and index not in ignored]
+            return self._locate(messages, tools, turns, wanted, letters)
+        if others := ignored.difference(turns):
+            index = min(others)
+            raise InputError(
+                f"messages {index}: weight is 0 in a turn of {messages[index].get('role')}, and the loss is on all "
+                f"turns; accepted is weight 0 in turns of {ASSISTANT}, or --loss-on answer"
+            )
+        text, spans = self._locate(messages, tools, turns, sorted(ignored), letters)
+        # The complement: what lies between the turns that are left out.
+        begins, ends = [0, *(end for _, end in spans)], [*(begin for begin, _ in spans), len(text)]
+        return Written(text, tuple((begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end))
+
+    def _locate(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any],
+        turns: Sequence[int],
+        wanted: Sequence[int],
+        letters: int | None,
+    ) -> Written:
+        """Render a chat and locate the turns ``wanted`` among the assistant's ``turns``, both indices of messages.
+
+        Turns that begin after ``letters`` are not located, see `write`.
+        """
+        if not self.marks:
+            text = self.render(messages, tools)
+            found: list[tuple[int, int]] = []
+            for index in wanted:
+                if letters is not None and found and found[-1][1] >= letters:
+                    break
                 found.append(self._span(text, messages, tools, index, found[-1][1] if found else 0))
-        return Written(text, tuple(found[given:]))
+            return Written(text, tuple(found))
+        marked: list[tuple[int, int]] = []
+        text = "".join(self._blocks(messages, tools, False, marked))
+        if len(wanted) in (0, len(turns)):
+            return Written(text, tuple(marked) if wanted else ())
+        if len(marked) != len(turns):
+            raise InputError(
+                f"{self.where}: the template marks {len(marked)} parts of a chat with {len(turns)} turns of the "
+                "assistant, so the turns that are not in the loss can't be told apart; accepted is one mark a turn"
+            )
+        return Written(text, tuple(span for index, span in zip(turns, marked, strict=True) if index in wanted))
 
     def _span(
         self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], index: int, after: int
     ) -> tuple[int, int]:
+        """Locate one turn in a chat's text, not before the index ``after``."""
         head = self.render(messages[:index], tools, add_generation_prompt=True) if index else ""
         whole = text if index + 1 == len(messages) else self.render(messages[: index + 1], tools)
         leads = text.startswith(head) and len(head) >= after
+        # The usual case: the text up to the turn, and with it, are rendered alike whether or not other turns follow.
         if index and leads and text.startswith(whole) and len(whole) > len(head):
             return len(head), len(whole)
-        before, behind = self._around(text, messages, tools, index)
-        _, rest = self._around(whole, messages[: index + 1], tools, index)
-        begin, least = len(before), len(head) if leads else after
-        said = text[begin : len(text) - len(behind)]
-        if begin < least or not behind.startswith(rest):
-            raise _untold(index)
-        return least if leads and index else begin + len(said) - len(said.lstrip()), begin + len(said) + len(rest)
+        least = len(head) if leads else after
+        for stand_in in _stand_ins(messages[index], text):
+            around = self._around([*messages[:index], stand_in, *messages[index + 1 :]], tools, stand_in)
+            # In a chat that ends with the turn, what follows its content is the rest of the turn.
+            around_last = self._around([*messages[:index], stand_in], tools, stand_in)
+            if around is None or around_last is None:
+                continue
+            (before, behind), (before_last, rest) = around, around_last
+            begin, end = len(before), len(text) - len(behind)
+            alike = text.startswith(before) and text.endswith(behind) and behind.startswith(rest)
+            if not alike or not least <= begin <= end:
+                continue
+            if leads and index:
+                begin = least
+            elif prompt := self._generation_prompt(head, messages[:index], tools):
+                # Thoughts stand between the generation prompt, which ``head`` ends in, and the content.
+                thoughts = before_last[len(head) :]
+                begin -= len(thoughts) if before.endswith(prompt + thoughts) else 0
+            return begin, end + len(rest)
+        raise InputError(
+            f"messages {index}: the chat template writes this turn otherwise where others follow, so its tokens can't "
+            "be located; accepted are a template with {% generation %} marks (--chat-template), or --loss-on all"
+        )
 
     def _around(
-        self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], index: int
-    ) -> tuple[str, str]:
-        """What stands in a chat's text before and behind a turn's content, told by another content in its place: the
-        content may be there elsewhere too, and be part of an end token."""
-        other = OTHER
-        while other in text:
-            other += OTHER
-        changed = {**messages[index], "content": other}
-        before, *behind = self.render([*messages[:index], changed, *messages[index + 1 :]], tools).split(other)
-        here = len(behind) == 1 and text.startswith(before) and text.endswith(behind[0])
-        if not here or len(before) + len(behind[0]) > len(text):
-            raise _untold(index)
-        return before, behind[0]
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], stand_in: Mapping[str, Any]
+    ) -> tuple[str, str] | None:
+        """Return the text of a chat before and after the content of one of its turns; None if the content isn't there.
+
+        The turn has a content that occurs nowhere else, unlike the one that it stands in for.
+        """
+        try:
+            before, *behind = self.render(messages, tools).split(stand_in["content"])
+        except InputError:
+            return None
+        return (before, behind[0]) if len(behind) == 1 else None
+
+    def _generation_prompt(self, head: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> str:
+        """Return what the template adds to ``messages`` as generation prompt; ``head`` is the text that ends in it."""
+        return head.removeprefix(self.render(messages, tools)) if messages else ""
 
     def _blocks(
         self,
@@ -284,11 +348,17 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     return known if thought is None else {"thinking": thought} | known | {"reasoning_content": thought}
 
 
-def _untold(index: int) -> InputError:
-    return InputError(
-        f"messages {index}: the chat template writes this turn otherwise where others follow, so its tokens can't be "
-        "told; accepted are a template with {% generation %} marks (--chat-template), or --loss-on all"
-    )
+def _stand_ins(message: Mapping[str, Any], text: str) -> Iterator[dict[str, Any]]:
+    """Yield turns to render in a turn's place: one with other content, and one without its tool calls too.
+
+    Some templates write a line break between content and tool calls only if there is content.
+    """
+    other = OTHER
+    while other in text:
+        other += OTHER
+    yield {**message, "content": other}
+    if message.get("tool_calls"):
+        yield {key: value for key, value in message.items() if key != "tool_calls"} | {"content": other}
 
 
 class _Generation(ext.Extension):

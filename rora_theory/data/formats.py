@@ -4,11 +4,12 @@ A way to write records, a format, is a name and the keys that an object must hav
 the format where none is named; every object that is not as its format says is refused by its place and key.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-from rora_theory import digests
+from rora_theory import digests, files
 from rora_theory.errors import InputError, shown
 
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-response", "prompt-completion", "conversational", "text"]
@@ -35,6 +36,9 @@ LONGEST_TEXT = 1 << 24
 
 TEXTS = ("text", "input_text", "output_text")
 """Types of a part of a message that are text, in OpenAI's two interfaces."""
+
+MAX_LISTED = 10
+"""Maximum number of bad records that an error lists."""
 
 
 class Record(NamedTuple):
@@ -68,7 +72,8 @@ class Chat:
     """A conversation.
 
     Attributes:
-      messages: objects with ``role`` and ``content``, and what else a chat template may read of them.
+      messages: objects with ``role`` and ``content``, and what else a chat template may read of them; a turn with the
+        ``weight`` 0 is not learned.
       tools: descriptions of tools that a chat template may list; none is the usual.
       context: how many of the messages are given: of these the assistant's turns are not learned either.
       where: the file and the place in it, for messages; no part of what the chat is.
@@ -115,6 +120,37 @@ def _held(chat: Chat) -> dict[str, Any]:
     return {"messages": chat.messages, "tools": chat.tools} | given
 
 
+@dataclass
+class BadRecords:
+    """Bad records of several that are read or rendered.
+
+    Attributes:
+      messages: What is wrong with each of the first `MAX_LISTED`.
+      count: Number of all.
+    """
+
+    messages: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, message: str) -> None:
+        """Count a bad record, and keep the message if it is one of the first."""
+        self.count += 1
+        if self.count <= MAX_LISTED:
+            self.messages.append(message)
+
+    def check(self, total: int) -> None:
+        """Raise `InputError` if there are any of ``total`` records, good and bad.
+
+        Equal messages are about what all records share, such as the template: one stands for all.
+        """
+        if len(set(self.messages)) == 1:
+            raise InputError(self.messages[0])
+        if self.messages:
+            listed = " ".join(f"({number}) {message}" for number, message in enumerate(self.messages, start=1))
+            more = f"; the first {MAX_LISTED}" if self.count > MAX_LISTED else ""
+            raise InputError(f"{self.count:,} of {total:,} records can't be used{more}: {listed}")
+
+
 def question(record: AnyRecord) -> str:
     """What two records have in common that ask the same: the instruction and its input, the turns before the last of
     the assistant's, or the text."""
@@ -134,11 +170,13 @@ class Item:
       where: source and place, for messages.
       value: the object.
       names: what the source calls the fields that it has other names for.
+      counts: Number of conversions of each kind that reading made, counted over all items of a source.
     """
 
     where: str
     value: dict[str, Any]
     names: Mapping[str, str]
+    counts: Counter[str] = field(default_factory=Counter)
 
     def name(self, key: str) -> str:
         """The source's name of a field."""
@@ -182,11 +220,9 @@ class Item:
             raise InputError(f"{self.where} has {kind_of(value)} in {name!r}; accepted are values that JSON has")
 
     def objects(self, key: str, *, optional: bool = False) -> list[dict[str, Any]]:
-        """The list of objects of a field; one that is ``optional`` may be missing or null."""
+        """The list of objects of a field; one that is ``optional`` may be missing."""
         name = self.name(key)
-        value = self.value.get(name) if optional else self.value[name]
-        if optional and value is None:
-            return []
+        value = self.value.get(name, []) if optional else self.value[name]
         if not isinstance(value, list):
             raise InputError(f"{self.where} has {kind_of(value)} as {name!r}; accepted is a list of objects")
         for index, one in enumerate(value):
@@ -204,6 +240,7 @@ class Item:
                 f"{self.where}: {self.name(key)} {index}",
                 {name: value for name, value in one.items() if value is not None},
                 self.names,
+                self.counts,
             )
             for index, one in enumerate(self.objects(key))
         ]
@@ -240,10 +277,45 @@ def _message(turn: Item) -> dict[str, Any]:
     turn.need("role")
     if "tool_calls" not in turn.value:
         turn.need("content")
-    rest = {k: v for k, v in turn.value.items() if k not in (turn.name("role"), turn.name("content"))}
+    handled = (turn.name("role"), turn.name("content"), turn.name("weight"))
+    rest = {key: value for key, value in turn.value.items() if key not in handled}
+    if isinstance(rest.get("tool_calls"), list):
+        rest["tool_calls"] = [_parse_arguments(turn, index, call) for index, call in enumerate(rest["tool_calls"])]
     for name, value in rest.items():
         turn.check_text(name, value)
-    return {"role": turn.text("role"), "content": _content(turn)} | rest
+    return {"role": turn.text("role"), "content": _content(turn)} | rest | _weight(turn)
+
+
+def _parse_arguments(turn: Item, index: int, call: Any) -> Any:
+    """Replace a tool call's arguments by the object that they encode.
+
+    OpenAI's interface writes them as a JSON string. Chat templates expect an object, and those that apply ``tojson``
+    would encode the string a second time.
+    """
+    if not isinstance(call, dict):
+        return call
+    if "function" in call:
+        return call | {"function": _parse_arguments(turn, index, call["function"])}
+    if not isinstance(text := call.get("arguments"), str):
+        return call
+    where = f"{turn.where}: arguments of tool_calls {index}"
+    arguments = files.parse_json(text, where=where, accepted="a JSON object") if text.strip() else {}
+    if not isinstance(arguments, dict):
+        raise InputError(f"{where}: holds {kind_of(arguments)}; accepted is a JSON object")
+    turn.counts["arguments"] += 1
+    return call | {"arguments": arguments}
+
+
+def _weight(turn: Item) -> dict[str, int]:
+    """Return the weight of a turn if it is 0 (OpenAI: not in the loss); 1 is the default and left out."""
+    name = turn.name("weight")
+    weight = turn.value.get(name, 1)
+    if weight not in (0, 1):
+        raise InputError(f"{turn.where} has {shown(weight)} as {name!r}; accepted are 0 (not in the loss) and 1")
+    if weight == 1:
+        return {}
+    turn.counts["weight"] += 1
+    return {"weight": 0}
 
 
 def _content(turn: Item) -> str:
@@ -265,8 +337,8 @@ def _content(turn: Item) -> str:
 
 def _sharegpt(item: Item) -> Chat:
     item.need("conversations")
-    found = []
-    if item.value.get(item.name("system")) is not None and (system := item.text("system", empty=True)):
+    found: list[dict[str, Any]] = []
+    if system := item.text("system", empty=True):
         found.append({"role": "system", "content": system})
     for turn in item.turns("conversations"):
         turn.need("from", "value")
@@ -275,7 +347,7 @@ def _sharegpt(item: Item) -> Chat:
             raise InputError(
                 f"{turn.where} has {shown(speaker)} as {turn.name('from')!r}; accepted are {', '.join(ROLES)}"
             )
-        found.append({"role": ROLES[speaker], "content": turn.text("value", empty=True)})
+        found.append({"role": ROLES[speaker], "content": turn.text("value", empty=True)} | _weight(turn))
     return _chat(item, "conversations", found)
 
 
@@ -283,6 +355,11 @@ def _chat(item: Item, key: str, messages: list[dict[str, Any]], given: Sequence[
     if not any(one["role"] == ASSISTANT for one in messages):
         raise InputError(
             f"{item.where} has no turn of the assistant in {item.name(key)!r}; accepted is one or more to learn"
+        )
+    if not any(one["role"] == ASSISTANT and one.get("weight") != 0 for one in messages):
+        raise InputError(
+            f"{item.where} has weight 0 in all turns of the assistant in {item.name(key)!r}; accepted is one or more "
+            "to learn"
         )
     tools = [] if key == "conversations" else item.objects("tools", optional=True)
     for tool in tools:
@@ -315,15 +392,15 @@ class Format:
 
 
 FORMATS: dict[FormatName, Format] = {
-    "messages": Format(("messages",), Chat, _messages, ("role", "content", "tools")),
-    "sharegpt": Format(("conversations",), Chat, _sharegpt, ("from", "value", "system")),
+    "messages": Format(("messages",), Chat, _messages, ("role", "content", "weight", "tools")),
+    "sharegpt": Format(("conversations",), Chat, _sharegpt, ("from", "value", "weight", "system")),
     "alpaca": Format(("instruction", "output"), Record, _pair("instruction", "output", "input"), ("input",)),
     "prompt-response": Format(("prompt", "response"), Exchange, _pair("prompt", "response", kind=Exchange)),
     "prompt-completion": Format(
         ("prompt", "completion"), Completion, _pair("prompt", "completion", kind=Completion), listed=False
     ),
     "conversational": Format(
-        ("prompt", "completion"), Chat, _conversational, ("role", "content", "tools"), listed=True
+        ("prompt", "completion"), Chat, _conversational, ("role", "content", "weight", "tools"), listed=True
     ),
     "text": Format(("text",), Text, _text),
 }

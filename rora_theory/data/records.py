@@ -18,6 +18,7 @@ from rora_theory.data.formats import (
     FORMATS,
     TRAIN_TEMPLATES,
     AnyRecord,
+    BadRecords,
     FormatName,
     Item,
     Record,
@@ -42,6 +43,12 @@ __all__ = [
     "read_records",
     "records_digest",
 ]
+
+NOTES = {
+    "arguments": "{:,} tool calls have their arguments as a JSON string; parsed, as chat templates expect an object",
+    "weight": "{:,} turns have weight 0; they are not in the loss",
+}
+"""Notes about what reading converts, by the kind that `formats.Item` counts."""
 
 ACCEPTED = "a .json, .jsonl, .parquet or .txt file, or a split as FOLDER:SPLIT"
 
@@ -190,8 +197,9 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
       config: None is the default.
 
     Raises:
-      InputError: a file that is missing, unreadable or empty, or a record that is not as its format says; the message
-        has the file, the record's index from 0 (the line, from 1, of a file of lines) and the key.
+      InputError: A file is missing, unreadable or empty, or records are not as their format says. The message lists
+        the first ten of them and their number, each with the file, the record's index from 0 (the line, from 1, of a
+        file of lines) and the key.
     """
     config = config if isinstance(config, DataConfig) else DataConfig(**vars(config or FormatConfig()))
     if not sources:
@@ -199,18 +207,29 @@ def read_record_set(sources: Sequence[str | Path], config: FormatConfig | None =
     records: list[AnyRecord] = []
     formats: list[tuple[FormatName, int]] = []
     notes: list[str] = []
+    bad, counts = BadRecords(), Counter[str]()
     for source in sources:
-        before, name = len(records), config.format
+        before, name = len(records) + bad.count, config.format
         for where, value in _objects(source, config.fields):
-            if not isinstance(value, dict):
-                raise InputError(f"{where} is {kind_of(value)}; accepted is an object")
-            if name is None:
-                name, also = _recognised(where, value, config)
-                notes += [f"{source}: read as {name}; it fits {', '.join(also)} as well (--format)"] if also else []
-            records.append(FORMATS[name].make(Item(where, value, config.fields)))
-        if name is None or len(records) == before:
+            try:
+                if isinstance(value, InputError):
+                    raise value
+                if not isinstance(value, dict):
+                    raise InputError(f"{where} is {kind_of(value)}; accepted is an object")
+                given = {key: one for key, one in value.items() if one is not None}  # null is a key that is not there
+                if name is None:
+                    name, also = _recognised(where, given, config)
+                    notes += [f"{source}: read as {name}; it fits {', '.join(also)} as well (--format)"] if also else []
+                records.append(FORMATS[name].make(Item(where, given, config.fields, counts)))
+            except InputError as error:
+                if name is None:  # of what format the others are is not known
+                    raise
+                bad.add(str(error))
+        if name is None or len(records) + bad.count == before:
             raise InputError(f"{source}: holds no records; accepted is one or more")
-        formats.append((name, len(records) - before))
+        formats.append((name, len(records) + bad.count - before))
+    bad.check(len(records) + bad.count)
+    notes += [NOTES[kind].format(count) for kind, count in counts.items()]
     return RecordSet(records, tuple(formats), config, tuple(notes))
 
 
@@ -235,7 +254,10 @@ def _recognised(where: str, value: dict[str, Any], config: FormatConfig) -> tupl
 
 
 def _objects(source: str | Path, names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """Every record of a source as it is written, and where it stands; ``names`` are the source's own of fields."""
+    """Yield where each record of a source stands, and its value, or the error of a line that is not JSON.
+
+    The source has the ``names`` for fields that are called otherwise here.
+    """
     columns = {names.get(key, key) for key in FIELDS}
     part = hub_files.part_of(source) if isinstance(source, str) else None
     if part is not None:
@@ -271,7 +293,10 @@ def _read(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str
     elif path.suffix == ".jsonl" or _is_lines(text):
         for number, line in _lines(text):
             place = f"{where}: line {number}"
-            yield place, files.parse_json(line, where=place, accepted="a record a line")
+            try:
+                yield place, files.parse_json(line, where=place, accepted="a record a line")
+            except InputError as error:  # the lines after it can be read
+                yield place, error
     else:
         found = files.parse_json(text, where=where, accepted="a list of records")
         if not isinstance(found, list):
@@ -288,7 +313,7 @@ def _is_lines(text: str) -> bool:
 def _rows(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a Parquet file.
 
-    A null is a key that is not there. A column that is not in ``columns`` is not read: its key has the value None.
+    A column that is not in ``columns`` is not read: its key has the value ``...``.
     """
     data = files.read_bytes(path, accepted=ACCEPTED)
     try:
@@ -304,7 +329,7 @@ def _rows(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str
             f"{where}: reading the table {error}; accepted is one of at most {LARGEST_TABLE:,} bytes"
         ) from None
     names, batches = _open_table(pyarrow.BufferReader(data), where, columns)
-    start, others = 0, dict.fromkeys(name for name in names if name not in columns)
+    start, others = 0, dict.fromkeys((name for name in names if name not in columns), ...)
     for batch in batches:
         try:
             rows = batch.to_pylist()
@@ -315,7 +340,7 @@ def _rows(path: Path, where: str, columns: Container[str]) -> Iterator[tuple[str
                 "values that JSON has"
             ) from None
         for number, row in enumerate(rows, start):
-            yield f"{where}: row {number}", {key: value for key, value in row.items() if value is not None} | others
+            yield f"{where}: row {number}", row | others
         start += len(rows)
 
 

@@ -1,12 +1,15 @@
-"""The text of a training record under a template, and which letters of it are the answer's."""
+"""The text of a training record under a template, and its parts that are in the loss."""
 
+import math
+import operator
 import pickle
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rora_theory.data import chat as chats
 from rora_theory.data import limited, prompts
 from rora_theory.data.chat import ChatTemplate, Written
-from rora_theory.data.formats import OWN_TEMPLATES, TRAIN_TEMPLATES, AnyRecord, Chat, Record, Text
+from rora_theory.data.formats import OWN_TEMPLATES, TRAIN_TEMPLATES, AnyRecord, BadRecords, Chat, Record, Text
 from rora_theory.errors import InputError, shown
 
 
@@ -24,15 +27,23 @@ def default_template(records: Sequence[AnyRecord]) -> str:
     return own[0] if own else "train"
 
 
-SECONDS, SECONDS_PER_BYTE = 30, 1e-5
-"""Maximum processor time to render chats: a constant, and for each byte of data."""
+SECONDS, SECONDS_PER_BYTE, SECONDS_PER_TURN = 30, 1e-5, 1e-6
+"""Maximum processor time to render chats: a constant, for each byte, and for each byte times the turns of its chat."""
+
+COUNTED_TURNS = 1000
+"""Maximum number of a chat's turns that its time counts; each may take renderings of the chat to be located."""
 
 MEMORY, MEMORY_PER_BYTE = 1 << 30, 16
 """Maximum memory to render chats: a constant, and for each byte of data."""
 
 
 def write_all(
-    records: Sequence[AnyRecord], template: str, chat: ChatTemplate | None = None, *, letters: int | None = None
+    records: Sequence[AnyRecord],
+    template: str,
+    chat: ChatTemplate | None = None,
+    *,
+    answer_only: bool = True,
+    letters: int | None = None,
 ) -> list[Written]:
     """Write many records, see `write`.
 
@@ -42,51 +53,99 @@ def write_all(
       records: Records to write.
       template: Name of the template.
       chat: Chat template, where ``template`` is ``chat``.
-      letters: Maximum length of a text: longer ones are cut at the end. None is no limit.
+      answer_only: Whether only the answer is in the loss, see `write`.
+      letters: Maximum length of a text: longer ones are cut at the end, and their parts in the loss with them. None is
+        no limit.
 
     Returns:
-      The text of each record.
+      The text of each record, and its parts in the loss.
 
     Raises:
-      InputError: As `write`, or a chat template that takes too much time or memory.
+      InputError: Records can't be written, of which the message lists the first ten and the number; or a chat template
+        takes too much time or memory, or writes too much, which ends the work at once.
     """
     if template != "chat" or chat is None:
-        return [_cut(write(record, template, chat), letters) for record in records]
-    size = len(pickle.dumps(records))
-    seconds, memory = SECONDS + SECONDS_PER_BYTE * size, MEMORY + MEMORY_PER_BYTE * size
-    try:
-        written = limited.run(_write_chats, records, chat, letters, memory // 4, seconds=seconds, memory=memory)
-    except limited.LimitError as error:
-        record = records[min(len(error.done), len(records) - 1)]
-        where = record.where if isinstance(record, Chat) else shown(record[0])
-        raise InputError(f"{where}: {chat.where}: the chat template {error}; accepted is one that takes less") from None
+        written: list[Any] = list(_write_each(records, template, chat, answer_only, letters))
+    else:
+        written = _write_in_child(records, chat, answer_only, letters)
+    bad = BadRecords()
+    for message in written:
+        if isinstance(message, str):
+            bad.add(message)
+    bad.check(len(records))
     return [Written(text, tuple(map(tuple, spans))) for text, spans in written]
 
 
-def _write_chats(records: Sequence[AnyRecord], chat: ChatTemplate, letters: int | None, most: int) -> Iterator[Written]:
-    """Write chats of at most ``most`` letters in all."""
+def _write_in_child(
+    records: Sequence[AnyRecord], chat: ChatTemplate, answer_only: bool, letters: int | None
+) -> list[Any]:
+    """Render chats in a child process; of one that its template refuses, the result is the error's message."""
+    sizes = [len(pickle.dumps(record)) for record in records]
+    turns = [min(len(record.messages), COUNTED_TURNS) if isinstance(record, Chat) else 1 for record in records]
+    seconds = SECONDS + SECONDS_PER_BYTE * sum(sizes) + SECONDS_PER_TURN * sum(map(operator.mul, sizes, turns))
+    memory = MEMORY + MEMORY_PER_BYTE * sum(sizes)
+    arguments = records, "chat", chat, answer_only, letters, memory // 4
+    try:
+        return limited.run(_write_each, *arguments, seconds=seconds, memory=memory)
+    except limited.LimitError as error:
+        where = _place(records[min(len(error.done), len(records) - 1)])
+        raise InputError(f"{where}: {chat.where}: the chat template {error}; accepted is one that takes less") from None
+
+
+def _write_each(
+    records: Sequence[AnyRecord],
+    template: str,
+    chat: ChatTemplate | None,
+    answer_only: bool,
+    letters: int | None,
+    most: float = math.inf,
+) -> Iterator[Written | str]:
+    """Write records of at most ``most`` letters in all; for one that can't be written, yield the error's message."""
     for record in records:
-        written = _cut(write(record, "chat", chat, letters=letters), letters)
-        most -= len(written.text)
+        written: Written | str
+        try:
+            written = _cut(write(record, template, chat, answer_only=answer_only, letters=letters), letters)
+        except InputError as error:
+            written = str(error)
+        most -= len(written if isinstance(written, str) else written.text)
         if most < 0:
-            raise InputError(f"{chat.where}: the chat template writes much more than the data have; accepted is less")
+            raise InputError(
+                f"{_place(record)}: the chat template writes much more in all than the data have; accepted is less"
+            )
         yield written
 
 
 def _cut(written: Written, letters: int | None) -> Written:
-    return written if letters is None else Written(written.text[:letters], written.spans)
+    if letters is None:
+        return written
+    spans = tuple((min(begin, letters), min(end, letters)) for begin, end in written.spans)
+    return Written(written.text[:letters], spans)
 
 
-def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None, *, letters: int | None = None) -> Written:
-    r"""The text of a record.
+def _place(record: AnyRecord) -> str:
+    """Return how errors name a record."""
+    return record.where if isinstance(record, Chat) else shown(record[0])
+
+
+def write(
+    record: AnyRecord,
+    template: str,
+    chat: ChatTemplate | None = None,
+    *,
+    answer_only: bool = True,
+    letters: int | None = None,
+) -> Written:
+    r"""Render a record and locate the parts of its text that are in the loss.
 
     Args:
-      record: what to write.
-      template: ``train``, ``eval`` or ``clean``, see `prompts`; ``chat``: as the turns of a chat; ``plain``: the prompt
-        and at once the response, with nothing between them, or a text as it is. Plain, an input stands below its
-        instruction, an empty line between.
-      chat: the chat template where ``template`` is ``chat``.
-      letters: see `ChatTemplate.write`.
+      record: Record to render.
+      template: ``train``, ``eval`` or ``clean`` (see `prompts`); ``chat``, the turns of a chat; or ``plain``, the
+        prompt followed immediately by the response, or a text as it is. In ``plain``, an input stands below its
+        instruction, separated by an empty line.
+      chat: Chat template that renders the template ``chat``.
+      answer_only: Whether only the answer is in the loss, instead of the whole text. In a chat, turns with weight 0
+        are not in the loss in either case.
+      letters: Number of letters of the text for which the parts have to be right, see `ChatTemplate.write`.
 
     Raises:
       InputError: an unknown template, one that the record can't be written in, or a chat template that refuses it;
@@ -99,13 +158,15 @@ def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None, *,
     if isinstance(record, Text):
         if template != "plain":
             raise InputError(f"template is {template} with a text, which has no prompt and response; accepted is plain")
-        return Written(record.text, ())
+        return Written(record.text, () if answer_only else ((0, len(record.text)),))
     if template == "chat":
         if chat is None:
             raise InputError(f"template is chat and there is no chat template; {chats.CHOICES}")
         whole = chats.of_record(record) if isinstance(record, Record) else record
         try:
-            return chat.write(whole.messages, whole.tools, context=whole.context, letters=letters)
+            return chat.write(
+                whole.messages, whole.tools, context=whole.context, answer_only=answer_only, letters=letters
+            )
         except InputError as error:
             raise InputError(f"{whole.where}: {error}") from None
     if template not in {*TRAIN_TEMPLATES, *prompts.TEMPLATES}:
@@ -116,4 +177,4 @@ def write(record: AnyRecord, template: str, chat: ChatTemplate | None = None, *,
     else:
         head = prompts.prompt(record.instruction, template, input=record.input)
     text = head + record.output
-    return Written(text, ((len(head), len(text)),))
+    return Written(text, ((len(head) if answer_only else 0, len(text)),))

@@ -115,22 +115,23 @@ class Workbench:
             return []
         self._name = self.model = None  # the old one's memory is free before the new one takes its own
         located = self.located[model].here() if self.elsewhere else self.located[model]
-        self.model = llama.load(located, jnp.dtype(self.shared.dtype))
-        self._name, self.steps = model, SharedSteps()
+        tokenizer, longest = llama.model_tokenizer(located), llama.model_config(located).max_position_embeddings
         template = self.records.source.template(self.shared.template)
-        chat = self.records.source.chat(self.model.tokenizer, template)
+        chat = self.records.source.chat(tokenizer, template)
         if chat is not None and chat.dated and self.records.source.config.chat_date is None:
             raise InputError(f"{chat.where}: the chat template asks for the day; accepted is --chat-date YYYY-MM-DD")
-        encode = partial(tokenize, tokenizer=self.model.tokenizer, template=template, chat=chat)
+        encode = partial(tokenize, tokenizer=tokenizer, template=template, chat=chat)
         answer_only = self.shared.loss_on == "answer"
         self.train_examples: Examples = encode(self.records.train, cutoff=self.shared.cutoff, answer_only=answer_only)
         self._widths = choose_widths(self.train_examples.sizes, self.shared.widths)
-        longest = self.model.config.max_position_embeddings
         self.held_out: Examples = encode(
             [record for _, _, record in self.records.held_out], cutoff=longest, answer_only=True
         )
         if self.held_out.skipped:
             raise InputError(f"a held-out record is longer than the {longest} tokens {model} reads")
+        # The weights come last: a record that can't be used is refused before they are read.
+        self.model = llama.load(located, jnp.dtype(self.shared.dtype))
+        self._name, self.steps = model, SharedSteps()
         return list(self.model.remarks)
 
     def run(self, cell: SweepCell, folder: Path, *, save_adapter: bool = False) -> dict[str, Any]:

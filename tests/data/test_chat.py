@@ -1,10 +1,13 @@
 """Chats as text: equal to transformers', every turn of the assistant's told apart, nothing that a template could do."""
 
+import itertools
+import re
 from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
 import pytest
+import tokenizers
 from support import chat_templates, checkpoint
 
 from rora_theory.data import chat, showing, texts
@@ -93,7 +96,7 @@ def test_what_is_marked_otherwise_than_by_turns_is_no_context():
     twice = (
         "{% for m in messages %}{% generation %}a{% endgeneration %}{% generation %}b{% endgeneration %}{% endfor %}"
     )
-    with pytest.raises(InputError, match="the template marks 8 parts of the chat, so those of the given turns"):
+    with pytest.raises(InputError, match="marks 8 parts of a chat with 2 turns"):
         ChatTemplate(twice).write(CHAT, context=2)
 
 
@@ -140,11 +143,153 @@ def test_a_turn_that_is_left_out_is_not_a_later_one_of_its_words():
         ChatTemplate(hides).write(same)
 
 
-def test_a_turn_that_is_not_in_the_text_is_refused():
+def test_a_turn_that_is_not_in_the_text_is_refused_where_its_loss_is_asked_for():
     hides = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}{% endfor %}"
     record = Chat(tuple(CHAT), where="chats.jsonl: line 7")
     with pytest.raises(InputError, match=r"^chats\.jsonl: line 7: messages 1: .* accepted are a template with"):
         texts.write(record, "chat", ChatTemplate(hides))
+    text, spans = texts.write(record, "chat", ChatTemplate(hides), answer_only=False)
+    assert spans == ((0, len(text)),)
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+ANSWERS = [
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, CALL]},
+    {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "Hm."},
+    {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nSure."},
+    {"role": "assistant", "content": "Sure.", "reasoning_content": "Hm."},
+]
+
+
+@pytest.mark.parametrize("name", ["QWEN25_CALLS", "QWEN3_CALLS"])
+def test_turns_with_tool_calls_and_thoughts_are_located(name):
+    """Also where the template writes a turn differently once others follow, and its content is empty."""
+    template = ChatTemplate(getattr(chat_templates, name))
+    question, result = {"role": "user", "content": "Sure?"}, {"role": "tool", "content": "sun"}
+    for first, second, third in itertools.product(ANSWERS, repeat=3):
+        follows = result if "tool_calls" in first else question
+        text, spans = template.write([question, first, follows, second, question, third])
+        # Both templates mark a turn's begin and end in the same way.
+        turns = re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", text, re.DOTALL)
+        assert list(spans) == [turn.span(1) for turn in turns]
+
+
+def test_turns_are_located_where_the_text_before_them_changes_with_the_chat():
+    """As of a template that counts the messages. Thoughts are the turn's; what can't be told is refused."""
+    template = ChatTemplate(
+        "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{% if m.thinking %}({{ m.thinking }}){% endif %}"
+        "{{ '-' }}{{ m.content + '-' if m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chats = [*CHAT[:1], CHAT[1] | {"thinking": "Hm."}, *CHAT[2:]]
+    assert marked(template.write(chats)) == (
+        "4<user>-Is it <b>?-<end><assistant>⟦(Hm.)-Yes. -<end>⟧<user>-Ähm, sure?-<end><assistant>⟦-Sure.-<end>⟧"
+    )
+    with pytest.raises(InputError, match="messages 1: the chat template writes this turn otherwise"):
+        template.write([CHAT[0], CHAT[1] | {"content": ""}, *CHAT[2:]])
+
+
+def test_the_line_break_that_the_generation_prompt_ends_in_is_not_learned():
+    """Of a template that has it in a turn as in the prompt: at inference the model is given it."""
+    template = ChatTemplate(chat_templates.QWEN25_CALLS)
+    written = template.write([CHAT[0], ANSWERS[0]])
+    prompt = template.render(CHAT[:1], add_generation_prompt=True)
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert written.text.startswith(prompt)
+    assert written.spans == ((len(prompt), len(written.text)),)
+
+
+@pytest.mark.parametrize("name", ["MARKED", "MISTRAL3", "LLAMA3"])
+def test_turns_of_weight_0_are_not_in_the_loss(name):
+    template = ChatTemplate(getattr(chat_templates, name), tokens=TOKENS)
+    messages = [*CHAT, {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
+    text, spans = template.write(messages)
+    record = Chat((*messages[:3], messages[3] | {"weight": 0}, *messages[4:]))
+    assert texts.write(record, "chat", template) == (text, (spans[0], spans[2]))
+    (begin, end), whole = spans[1], texts.write(record, "chat", template, answer_only=False)
+    assert whole == (text, ((0, begin), (end, len(text))))
+    user = Chat((messages[0] | {"weight": 0}, *messages[1:]), where="x.jsonl: line 2")
+    assert texts.write(user, "chat", template).spans == spans
+    with pytest.raises(InputError, match=r"x\.jsonl: line 2: messages 0: weight is 0 in a turn of user"):
+        texts.write(user, "chat", template, answer_only=False)
+
+
+@pytest.fixture(scope="module")
+def merging() -> Tokenizer:
+    """Of bytes, with two tokens of two letters that no boundary in a text keeps apart."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, "ĊY", "!Ċ"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[("Ċ", "Y"), ("!", "Ċ")]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    ids = {"bos_id": backend.token_to_id("<s>"), "eos_id": backend.token_to_id("</s>")}
+    return Tokenizer(backend, **ids, chat_template=chat.CHATML)
+
+
+def masked(examples, tokenizer) -> list[tuple[str, bool]]:
+    """Every token of the first record, and whether it is in the loss."""
+    tokens = [tokenizer.decode([token], skip_special=False) for token in examples[0].tolist()]
+    return list(zip(tokens, examples.learned_of(0).tolist(), strict=True))
+
+
+def test_every_token_that_has_a_part_of_a_turn_is_in_the_loss(merging):
+    """Among them a token that an answer shares with its header, and the end token."""
+    template = ChatTemplate(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role != 'user' %}<|im_end|>{% endif %}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    record = Chat(
+        (
+            {"role": "user", "content": "Yo!"},
+            {"role": "assistant", "content": "Yes"},
+            {"role": "user", "content": "So"},
+            {"role": "assistant", "content": "No"},
+        )
+    )
+    examples = tokenize([record], merging, cutoff=1000, answer_only=True, chat=template)
+    asked = [("<|im_start|>", False), *((letter, False) for letter in "user")]
+    header = [("<|im_start|>", False), *((letter, False) for letter in "assistant")]
+    assert masked(examples, merging) == [
+        *asked,
+        ("\nY", False),
+        ("o", False),
+        ("!\n", False),
+        *header,
+        ("\nY", True),  # the header's line break and the answer's first letter
+        ("e", True),
+        ("s", True),
+        ("<|im_end|>", True),
+        ("\n", True),
+        *asked,
+        ("\n", False),
+        ("S", False),
+        ("o", False),
+        ("\n", False),
+        *header,
+        ("\n", False),
+        ("N", True),
+        ("o", True),
+        ("<|im_end|>", True),
+        ("\n", True),
+    ]
+    ignored = Chat((*record.messages[:1], record.messages[1] | {"weight": 0}, *record.messages[2:]))
+    examples = tokenize([ignored], merging, cutoff=1000, chat=template)
+    left_out = [token for token, in_loss in masked(examples, merging) if not in_loss]
+    assert left_out == ["<|im_start|>", "e", "s", "<|im_end|>", "\n"]  # the first token is no target
+
+
+def test_every_token_that_has_a_part_of_a_response_is_in_the_loss(merging):
+    examples = tokenize([Record("So?\n", "Yes!")], merging, template="plain", answer_only=True)
+    assert masked(examples, merging) == [
+        ("S", False),
+        ("o", False),
+        ("?", False),
+        ("\nY", True),
+        *((letter, True) for letter in "es!"),
+        ("</s>", True),
+    ]
 
 
 def test_the_day_can_be_named():

@@ -92,6 +92,73 @@ def test_a_chats_further_keys_reach_the_template(tmp_path):
     assert chat.messages == ({"role": "system", "content": "Be brief."}, *MESSAGES)
 
 
+def call(arguments):
+    return {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_arguments_of_tool_calls_written_as_json_are_encoded_once(tmp_path, suffix):
+    """OpenAI's strings and the objects that templates expect are one record; a note counts the strings."""
+    pytest.importorskip("jinja2")
+    from rora_theory.data.chat import ChatTemplate
+
+    def row(*arguments):
+        turn = {"role": "assistant", "content": None, "tool_calls": [call(one) for one in arguments]}
+        return {"messages": [MESSAGES[0], turn]}
+
+    rows = [row('{"city": "Köln", "days": [1]}', ""), row(" {} ")]
+    found = read_record_set([write(tmp_path / f"x.{suffix}", rows)])
+    expected = [row({"city": "Köln", "days": [1]}, {}), row({})]
+    assert found.records == read_record_set([write(tmp_path / "y.jsonl", expected)]).records
+    (note,) = found.notes
+    assert note.startswith("3 tool calls")
+    template = ChatTemplate("{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}")
+    assert '"arguments": {"city": "Köln", "days": [1]}' in template.render(found.records[0].messages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("{city", r"x\.json: record 0: messages 1: arguments of tool_calls 0: is not JSON"),
+        ('["Bonn"]', r"messages 1: arguments of tool_calls 0: holds a list"),
+        ('{"city": "\\ud800"}', r"messages 1 has half a surrogate pair in 'tool_calls'"),
+    ],
+)
+def test_arguments_that_encode_no_object_are_refused(tmp_path, arguments, message):
+    turn = {"role": "assistant", "content": "", "tool_calls": [call(arguments)]}
+    with pytest.raises(InputError, match=message):
+        read_record_set([write(tmp_path / "x.json", [{"messages": [MESSAGES[0], turn]}])])
+
+
+def test_a_turn_of_weight_0_is_not_learned(tmp_path):
+    """OpenAI's and ShareGPT's; a weight of 1 is as none."""
+    weights = (0, 1, 0.0, None)
+    chats = [{"messages": [MESSAGES[0], MESSAGES[1] | {"weight": weight}, *MESSAGES]} for weight in weights]
+    talks = [{"conversations": [SHAREGPT[0], SHAREGPT[1] | {"weight": one}, *SHAREGPT]} for one in weights]
+    ignored, plain = Chat((MESSAGES[0], MESSAGES[1] | {"weight": 0}, *MESSAGES)), Chat((*MESSAGES, *MESSAGES))
+    for name, rows in (("x.jsonl", chats), ("x.parquet", chats), ("y.jsonl", talks), ("y.parquet", talks)):
+        found = read_record_set([write(tmp_path / name, rows)])
+        assert found.records == [ignored, plain, ignored, plain]
+        (note,) = found.notes
+        assert note.startswith("2 turns have weight 0")
+    assert records_digest([ignored]) != records_digest([plain])
+    renamed = [{"messages": [MESSAGES[0], MESSAGES[1] | {"train": 0}, *MESSAGES]}]
+    named = read_record_set([write(tmp_path / "w.parquet", renamed)], DataConfig(fields={"weight": "train"}))
+    assert named.records == [ignored]
+    for weight, message in ((0.5, "has 0.5 as 'weight'"), ("0", "has '0' as 'weight'"), (0, "has weight 0 in all")):
+        row = {"messages": [MESSAGES[0], MESSAGES[1] | {"weight": weight}]}
+        with pytest.raises(InputError, match=message):
+            read_record_set([write(tmp_path / "z.json", [row])])
+
+
+def test_roles_of_sharegpt_are_those_of_chat_templates(tmp_path):
+    speakers = ["system", "human", "gpt", "observation", "assistant", "tool", "chatgpt", "user"]
+    rows = [{"conversations": [{"from": speaker, "value": "."} for speaker in speakers]}]
+    (found,) = read_record_set([write(tmp_path / "x.json", rows)]).records
+    roles = ["system", "user", "assistant", "tool", "assistant", "tool", "assistant", "user"]
+    assert [message["role"] for message in found.messages] == roles
+
+
 def test_a_prompt_of_several_turns_is_context(tmp_path):
     """TRL's: the assistant's turns in the prompt are given, and the record says so."""
     row = {"prompt": [*MESSAGES, {"role": "user", "content": "Sure?"}], "completion": [MESSAGES[1]], "tools": [{}]}

@@ -145,24 +145,34 @@ class Long(tiny.ByteEncoder):
         return [[1, *(ord(text[at]) for at in range(0, len(text), 10))] for text in texts]
 
 
-@pytest.mark.parametrize("template", ["plain", "chat"])
-def test_a_beginning_has_the_tokens_of_the_whole_text(template, tokenizer, monkeypatch):
-    """Also where a beginning has too few tokens and is lengthened."""
+@pytest.mark.parametrize(("template", "answer_only"), [("plain", True), ("chat", True), ("chat", False)])
+def test_a_beginning_has_the_tokens_of_the_whole_text(template, answer_only, tokenizer, monkeypatch):
+    """Also where a beginning has too few tokens and is lengthened, and where turns are out of the loss."""
     draw = random.Random(0)
     written = ["".join(draw.choices(["a", "b ", "\n", "    ", "é"], k=300)) for _ in range(20)]
     if template == "plain":
         given, encoder = [Record(text[:30], text[30:]) for text in written], Long()
     else:
         roles, encoder = ("user", "assistant"), tokenizer
-        turns = [[{"role": roles[i % 2], "content": text[7 * i : 7 * i + 7]} for i in range(20)] for text in written]
-        given = [Chat(tuple(one)) for one in turns]
+        weights = (1, 0, 1, 1)
+        given = [
+            Chat(
+                tuple(
+                    {"role": roles[i % 2], "content": text[7 * i : 7 * i + 7], "weight": weights[i % 4]}
+                    for i in range(20)
+                )
+            )
+            for text in written
+        ]
     options = {
-        "cutoff": 40 if template == "plain" else 120,
+        "cutoff": 40 if template == "plain" else 240,
         "template": template,
-        "answer_only": True,
+        "answer_only": answer_only,
         "chat": ChatTemplate(chat.CHATML),
     }
     whole = tokenize(given, encoder, **options)
+    if template == "chat":
+        assert {*whole.learned_of(0)[1:].tolist()} == {True, False}
     monkeypatch.setattr(batches, "LETTERS", 1)
     found = tokenize(given, encoder, **options)
     assert np.array_equal(found.tokens, whole.tokens)
@@ -208,6 +218,61 @@ def test_a_child_process_writes_what_this_process_does():
     assert pickle.loads(pickle.dumps(template)).source == template.source
     with pytest.raises(InputError, match=r"line 3: .*no such chats"):
         texts.write_all([Chat(TURNS, where="line 3")], "chat", ChatTemplate("{{ raise_exception('no such chats') }}"))
+
+
+PICKY = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}{% endfor %}"
+"""Refuses chats with the content "no"."""
+
+
+def chat_of(content, line):
+    return Chat((TURNS[0], TURNS[1] | {"content": content}), where=f"x.jsonl: line {line}")
+
+
+def test_all_chats_that_a_template_refuses_are_listed():
+    given = [chat_of(content, line) for line, content in enumerate(["yes", "no", "yes", "no"], start=1)]
+    with pytest.raises(InputError, match=r"^2 of 4 .*\(1\) x\.jsonl: line 2: .*\(2\) x\.jsonl: line 4: .*not this"):
+        texts.write_all(given, "chat", ChatTemplate(PICKY + chat.CHATML))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% if messages[-1].content == 'large' %}" + HOSTILE["doubling"] + "{% endif %}", "memory"),
+        (
+            "{% if messages[-1].content == 'large' %}{{ messages[-1].content * 14000000 }}{% endif %}",
+            "writes much more",
+        ),
+    ],
+    ids=["memory", "size"],
+)
+def test_a_limit_ends_the_work_at_once_and_names_its_record(source, reason, monkeypatch):
+    """Also after records that the template refuses."""
+    monkeypatch.setattr(texts, "MEMORY", 1 << 28)
+    contents = ["no", "yes", "large", "no"]
+    given = [chat_of(content, line) for line, content in enumerate(contents, start=1)]
+    with pytest.raises(InputError, match=rf"^x\.jsonl: line 3: .*{reason}"):
+        texts.write_all(given, "chat", ChatTemplate(PICKY + chat.CHATML + source))
+
+
+def test_a_limit_that_is_met_while_a_turn_is_located_is_named(monkeypatch):
+    """The template writes the turn differently where others follow, and much where another turn stands in its place."""
+    monkeypatch.setattr(texts, "MEMORY", 1 << 28)
+    source = (
+        "{% for m in messages %}{% if 'another' in m.content %}" + HOSTILE["doubling"] + "{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{{ loop.last }}{% endfor %}"
+    )
+    with pytest.raises(InputError, match=r"line 3: .*memory"):
+        texts.write_all([Chat((*TURNS, *TURNS), where="x.jsonl: line 3")], "chat", ChatTemplate(source))
+
+
+def test_time_to_locate_turns_grows_with_their_number(monkeypatch):
+    given = []
+    monkeypatch.setattr(limited, "run", lambda *_, seconds, **__: given.append(seconds - texts.SECONDS) or [])
+    for turns in (2, 200, 200_000):
+        pieces = [TURNS[index % 2] | {"content": "a" * (4_000_000 // turns)} for index in range(turns)]
+        texts.write_all([Chat(tuple(pieces))], "chat", ChatTemplate(chat.CHATML))
+    assert given[1] > 10 * given[0]
+    assert given[2] < 10_000
 
 
 def test_spans_of_a_long_chat_are_sought_at_its_beginning_alone(monkeypatch):

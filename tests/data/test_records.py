@@ -1,6 +1,7 @@
 """Records are read from files and the hub's cache; a bad one is named by file and index."""
 
 import json
+import re
 
 import pytest
 
@@ -53,6 +54,34 @@ def test_reads_the_commonsense_data(commonsense_dir):
     assert all(record.output.startswith("the correct answer is answer") for record in records)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_null_is_a_key_that_is_not_there(tmp_path, name):
+    path = write(tmp_path / name, json.dumps(GOOD | {"input": None}))
+    assert read_records([path]) == [Record("Say it.", "It.")]
+
+
+def test_all_bad_records_are_counted_and_the_first_ten_are_listed(tmp_path):
+    """Those of several files, and lines that are not JSON too."""
+    first = write(tmp_path / "a.json", json.dumps([GOOD, {"output": "x"}, GOOD, "text"]))
+    second = write(tmp_path / "b.jsonl", "\n".join([json.dumps(GOOD), "{", *[json.dumps(GOOD | {"output": 3})] * 11]))
+    third = write(tmp_path / "c.jsonl", "\n".join([json.dumps(GOOD), "{"]))
+    with pytest.raises(InputError, match=r"^3 of 6 records") as caught:
+        read_records([first, third])
+    places = (
+        r"\(1\) \S*a\.json: record 1 has no 'instruction'",
+        r"\(2\) \S*a\.json: record 3",
+        r"\(3\) \S*c\.jsonl: line 2: is not J",
+    )
+    assert re.search(".*".join(places), str(caught.value))
+    with pytest.raises(InputError, match=r"^14 of 17 records.* 10") as caught:
+        read_records([first, second])
+    listed = str(caught.value)
+    assert "(10)" in listed
+    assert "b.jsonl: line 9 has a number" in listed
+    assert "(11)" not in listed
+    assert "\n" not in listed
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -60,7 +89,7 @@ def test_reads_the_commonsense_data(commonsense_dir):
         ([GOOD, GOOD, {}], r"record 2 has no 'instruction'; its keys are none"),
         ([GOOD, "text"], r"record 1 is a string; accepted is an object"),
         ([GOOD | {"output": 3}], r"record 0 has a number as 'output'; accepted is a string"),
-        ([GOOD | {"input": None}], r"record 0 has null as 'input'"),
+        ([GOOD, GOOD | {"output": None}], r"record 1 has no 'output'; its keys are 'instruction', 'input', 'answer'"),
         ([GOOD | {"instruction": ""}], r"record 0 has an empty 'instruction'"),
         ([GOOD | {"output": "\ud800"}], r"record 0 has half a surrogate pair in 'output'"),
         ({"data": [GOOD]}, r"bad\.json: line 1 has the keys 'data'; accepted are"),

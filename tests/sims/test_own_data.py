@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from support import chat_templates, checkpoint
 
+from rora_theory import llama
 from rora_theory.data.formats import Chat
 from rora_theory.finetune import sharding, tokenize
 from rora_theory.finetune.held_out import record_losses
@@ -130,7 +132,12 @@ def test_the_template_is_part_of_the_run(bare, data, tmp_path) -> None:
     assert "holds a run with other arguments (chat_template_sha256" in errors
 
 
-def test_a_chat_that_its_template_refuses_is_named(bare, tmp_path) -> None:
+def no_weights(*_: object, **__: object) -> None:
+    raise AssertionError("weights are read before the records are known to be good")
+
+
+def test_a_chat_that_its_template_refuses_is_named(bare, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(llama, "load", no_weights)
     (tmp_path / "gemma.jinja").write_text(chat_templates.GEMMA)
     rows = [{"messages": CHATS[0]}, {"messages": [{"role": "system", "content": "Be brief."}, *CHATS[0]]}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
@@ -142,6 +149,17 @@ def test_a_chat_that_its_template_refuses_is_named(bare, tmp_path) -> None:
     )
     assert "no system role" in errors
     assert errors.count("\n") == 1
+    (tmp_path / "x.json").write_text(json.dumps([rows[1], rows[0], *[rows[1]] * 13]))
+    words += ["--loss-on", "answer"]
+    regime_main = lambda: regime.run(cli.parse(regime.Config, description=""))  # noqa: E731
+    shared = ["--model", bare, "--data", tmp_path / "x.json", "--chat-template", tmp_path / "gemma.jinja"]
+    commands = ((finetune.main, words, 15), (regime_main, [*shared, "--batch-size", "14", "--held-out", "1"], 14))
+    for main, given, total in commands:
+        status, _, errors = run(main, *given)
+        assert (status, errors.count("\n")) == (2, 1)
+        bad = int(re.search(rf"error: (\d+) of {total} records", errors)[1])
+        assert total - bad in (0, 1)
+        assert [f"({number}) {tmp_path}/x.json: record " in errors for number in (1, 10, 11)] == [True, True, False]
 
 
 @pytest.mark.slow

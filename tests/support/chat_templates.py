@@ -43,6 +43,44 @@ QWEN3 = """{%- set ns = namespace(last=0) %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 """Writes an empty thought into the last turn alone."""
 
+QWEN25_CALLS = """{%- for m in messages %}
+    {{- '<|im_start|>' + m.role }}
+    {%- if m.content or not m.tool_calls %}{{ '\\n' + m.content }}{% endif %}
+    {%- for call in m.tool_calls or [] %}
+        {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- call.function.arguments | tojson }}
+        {{- '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+"""Begins a turn's header and its line break apart, and encodes the arguments of tool calls."""
+
+QWEN3_CALLS = """{%- set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {%- set said, thought = m.content, m.reasoning_content or '' %}
+    {%- if '</think>' in said %}
+        {%- set thought = said.split('</think>')[0].removeprefix('<think>').strip('\\n') %}
+        {%- set said = said.split('</think>')[1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thought) %}
+        {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- said }}
+    {%- for call in m.tool_calls or [] %}
+        {%- if said or not loop.first %}{{ '\\n' }}{% endif %}
+        {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- call.function.arguments | tojson }}
+        {{- '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+"""Writes thoughts only after the last question, and an empty one in the last turn; a line break before a tool call only
+after content."""
+
 MISTRAL3 = (
     "{{ bos_token }}{% set ns = namespace(said='') %}{% for m in messages %}"
     "{% if m.role == 'system' %}{% set ns.said = m.content + '\n\n' %}"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import chat_templates, checkpoint
 
+from rora_theory import llama
 from rora_theory.adapters import LoraConfig, PrefixConfig, init, merge
 from rora_theory.adapters import replace as adapter_replace
 from rora_theory.data import showing
@@ -97,7 +98,7 @@ def test_what_is_scored_is_the_adapted_model(bench, kind, tmp_path, monkeypatch)
     assert abs(sum(one.loss for one in plain) / sum(one.loss for one in losses) - 1) > 1e-3
 
 
-def test_chats_go_through_the_models_template(tmp_path) -> None:
+def test_chats_go_through_the_models_template(tmp_path, monkeypatch) -> None:
     """A template that asks for the day is refused where none is named: cells of one folder are done on many days."""
     model = checkpoint.model(tmp_path)
     settings = json.loads((model / "tokenizer_config.json").read_text())
@@ -123,3 +124,6 @@ def test_chats_go_through_the_models_template(tmp_path) -> None:
         opened(chat_templates.DATED)
     bench = opened(chat_templates.DATED, chat_date="2026-01-31")
     assert showing.prompts(bench.train_examples, bench.model.tokenizer, 1)[0].text.startswith("31 Jan 2026<user>")
+    monkeypatch.setattr(llama, "load", lambda *_: pytest.fail("weights are read before the chats are rendered"))
+    with pytest.raises(InputError, match=r"4 of 4 records .*\(1\) \S*chats\.json: record \d: .*\(4\) "):
+        opened("{{ raise_exception('no') }}")

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from rora_theory.data.chat import ChatTemplate
-from rora_theory.data.formats import ASSISTANT
 from rora_theory.errors import InputError
 from rora_theory.measure.torch.batches import IGNORED
 from rora_theory.scaling import check_integer
@@ -78,10 +77,6 @@ class ChatCollator:
         text, spans = self._template.write(chat["messages"], chat.get("tools") or ())
         # The template writes the special tokens itself.
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        # One span for each turn of the assistant's; OpenAI's "weight": 0 marks turns that are not trained on.
-        said = [message for message in chat["messages"] if message.get("role") == ASSISTANT]
-        if len(said) == len(spans):
-            spans = tuple(span for span, turn in zip(spans, said, strict=True) if turn.get("weight") != 0)
         # What a template writes after the end token, as a line break, belongs to no turn.
         turns = [(begin, begin + len(text[begin:end].rstrip())) for begin, end in spans]
         ids = encoded["input_ids"]
