@@ -32,8 +32,8 @@ from hardware import Others, in_words, machine
 
 from rora_theory.advice.lora_config import PAPER_TARGETS
 from rora_theory.errors import InputError
-from rora_theory.files import write_whole
-from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.io.files import write_whole
+from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.scaling import check_integer
 from sims.common import cli, tables
 
@@ -121,7 +121,8 @@ def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def agreement(config: Config) -> dict[str, Any]:
-    from rora_theory.measure import drawn_steps, regimes
+    from rora_theory.measure.layers import drawn_steps
+    from rora_theory.measure.regimes import model as regimes
     from rora_theory.measure.torch import regime
 
     measured = RegimeConfig(ranks=(1, 8, 128), rows=0, seed=config.seed, exact=True)

@@ -28,7 +28,7 @@ from rora_theory.data import prompts, sources, tasks
 from rora_theory.evaluate import likelihood
 from rora_theory.evaluate.choices import encode_choices, harness_choices
 from rora_theory.evaluate.scoring import Scoring, score
-from rora_theory.files import write_whole
+from rora_theory.io.files import write_whole
 from rora_theory.llama import Model, load
 from sims.common import cli
 

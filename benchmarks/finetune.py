@@ -313,7 +313,7 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     from rora_theory.errors import InputError
-    from rora_theory.files import write_whole
+    from rora_theory.io.files import write_whole
     from sims.common import cli
 
     config = cli.parse(Config, description=(__doc__ or "").split("\n", 1)[0])

@@ -11,7 +11,7 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
-from rora_theory.software import circumstances
+from rora_theory.runs.software import circumstances
 
 PACKAGES = ("rora-theory", "jax", "jaxlib", "optax", "torch", "transformers", "peft")
 SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")

@@ -22,7 +22,7 @@ import torch
 from rora_theory.data import sources, tasks
 from rora_theory.errors import InputError
 from rora_theory.evaluate import choices, scoring
-from rora_theory.files import write_whole
+from rora_theory.io.files import write_whole
 from rora_theory.llama import Model, load
 from sims.common import cli
 

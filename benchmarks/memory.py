@@ -24,7 +24,7 @@ from typing import Any
 from finetune import HERE, TARGETS, middle
 from hardware import PACKAGES, in_words, machine
 
-from rora_theory.ranges import Count, check_ranges
+from rora_theory.validation.ranges import Count, check_ranges
 
 OURS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
 PEER = ("float32", "bfloat16", "int8", "nf4")
@@ -150,7 +150,7 @@ def line(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from rora_theory.files import write_whole
+    from rora_theory.io.files import write_whole
     from rora_theory.llama import load
     from rora_theory.llama.saving import save_model
     from sims.common import cli

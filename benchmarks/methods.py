@@ -105,7 +105,7 @@ def lines(figures: dict[str, Any], size: int) -> Iterator[str]:
 
 
 def main() -> None:
-    from rora_theory.files import write_whole
+    from rora_theory.io.files import write_whole
     from rora_theory.runs.reading import as_json
     from sims.common import cli
 

@@ -27,7 +27,7 @@ import torch
 import transformers
 
 from rora_theory.adapters import LoraAdapter, load_peft, save_peft
-from rora_theory.files import write_whole
+from rora_theory.io.files import write_whole
 from rora_theory.llama import Model, forward, load
 from rora_theory.llama.weights import save_hf
 from sims.common import cli

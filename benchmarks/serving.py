@@ -28,7 +28,7 @@ import numpy as np
 
 from rora_theory.adapters import LoraAdapter, LoraConfig, init, load_peft, rewrite_portable, save_peft
 from rora_theory.errors import InputError
-from rora_theory.files import write_whole
+from rora_theory.io.files import write_whole
 from rora_theory.llama import LlamaConfig, forward
 from rora_theory.llama.weights import save_hf
 from sims.common import cli, tables

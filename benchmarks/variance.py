@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from hardware import Others, in_words, machine
 
-from rora_theory import devices
+from rora_theory.runs import devices
 from rora_theory.theory import sampling
 from sims.common import cli
 from sims.common.tables import print_table

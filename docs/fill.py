@@ -24,11 +24,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
 from rora_theory.finetune import FinetuneConfig, capacity
-from rora_theory.measure.layer_grid import layer_exponents
+from rora_theory.io import frames
+from rora_theory.measure.layers.layer_grid import layer_exponents
 from rora_theory.paper import audit, published
 from rora_theory.stats.moments import agreement
 from rora_theory.sweep import results

@@ -13,9 +13,9 @@ import tyro
 
 from figures import style
 from figures.sweep import at_best_rate, check_columns, chosen_model, chosen_rank, mean, model_name
-from rora_theory import frames
 from rora_theory.data.tasks import TASKS
-from rora_theory.ranges import Count, check_ranges
+from rora_theory.io import frames
+from rora_theory.validation.ranges import Count, check_ranges
 
 APART = 0.13
 """Between two methods of one task, in units of the distance of two tasks."""

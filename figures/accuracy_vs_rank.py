@@ -24,10 +24,10 @@ from figures.sweep import (
     points,
     seeds_in_words,
 )
-from rora_theory import frames
+from rora_theory.io import frames
 from rora_theory.paper import published
-from rora_theory.ranges import Positive, check_ranges
-from rora_theory.rules import check_unread
+from rora_theory.validation.ranges import Positive, check_ranges
+from rora_theory.validation.rules import check_unread
 
 METHODS = ("lora", "dora", "rora", "dora-rora", "quarter")
 

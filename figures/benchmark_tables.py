@@ -19,8 +19,8 @@ import tyro
 
 from figures import style
 from figures.sweep import at_best_rate, model_name
-from rora_theory import frames
 from rora_theory.data.tasks import TASKS
+from rora_theory.io import frames
 from rora_theory.paper import published
 
 HEAD = (

@@ -12,7 +12,7 @@ import pandas as pd
 import tyro
 
 from figures import style
-from rora_theory import frames
+from rora_theory.io import frames
 
 SHORT = {
     "self_attn.q_proj": "q",

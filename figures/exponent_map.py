@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 
 from figures import style
-from rora_theory.ranges import Count, Plural, check_ranges
 from rora_theory.theory import laws
+from rora_theory.validation.ranges import Count, Plural, check_ranges
 
 LABELS_AT = (0.05, 0.12)
 """Overlaps at which the contours carry their labels, by turns."""

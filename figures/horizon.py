@@ -12,7 +12,7 @@ import tyro
 from matplotlib.axes import Axes
 
 from figures import style
-from rora_theory import frames
+from rora_theory.io import frames
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import tyro
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
-from rora_theory import files
-from rora_theory.journal import read_entries
-from rora_theory.ranges import Count, Natural, Positive, check_ranges
-from rora_theory.rules import check_unread
+from rora_theory.io import files
+from rora_theory.runs.journal import read_entries
+from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
+from rora_theory.validation.rules import check_unread
 
 REQUIRED = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")  # the parser takes none too
 

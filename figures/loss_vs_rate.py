@@ -22,7 +22,7 @@ from figures.sweep import (
     points,
     seeds_in_words,
 )
-from rora_theory.ranges import Count, Positive, check_ranges
+from rora_theory.validation.ranges import Count, Positive, check_ranges
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pandas as pd
 import tyro
 
 from figures import style
-from rora_theory import frames
+from rora_theory.io import frames
 
 TRAINED = {"both": ("-", True), "B": ((0, (3, 2)), False)}
 """Line and whether the marker is filled."""

@@ -11,7 +11,7 @@ import tyro
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
-from rora_theory import frames
+from rora_theory.io import frames
 
 SPLITS = {"train": "training", "heldout": "held-out"}
 FINISHED = "the file of a finished run"

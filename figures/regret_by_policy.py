@@ -12,7 +12,7 @@ import tyro
 from matplotlib.axes import Axes
 
 from figures import style
-from rora_theory import frames
+from rora_theory.io import frames
 
 FLOOR = 1e-4
 """Smallest regret drawn, in nats per token: far below the resolution of any grid."""

@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
 from figures import style
-from rora_theory.ranges import Count, Positive, check_ranges
-from rora_theory.rules import check_ranks
 from rora_theory.scaling import scaling_factor
+from rora_theory.validation.ranges import Count, Positive, check_ranges
+from rora_theory.validation.rules import check_ranks
 
 FROZEN, TRAINED, LINE = "#d9d9d9", "#F0E442", "#444444"
 

@@ -14,8 +14,9 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from rora_theory import files, frames, seals
 from rora_theory.errors import InputError
+from rora_theory.io import files, frames
+from rora_theory.runs import seals
 from rora_theory.runs.reading import check_manifest
 from sims.common import answers, cli
 from sims.common.cli import fail

@@ -1,6 +1,6 @@
 """How A starts: iid entries of mean 0, told by variance, kurtosis and characteristic function, and drawn by NumPy.
 
-`rora_theory.draws` draws from them on the device, with JAX.
+`rora_theory.random.draws` draws from them on the device, with JAX.
 """
 
 import math

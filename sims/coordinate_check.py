@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory import devices
 from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
-from rora_theory.measure import rank_check, record_batches, thin
-from rora_theory.measure.coordinate_table import MODEL
-from rora_theory.measure.coordinates import Checker
-from rora_theory.measure.rank_check import CheckConfig, CoordinateCell
+from rora_theory.measure import record_batches
+from rora_theory.measure.rank_check import check as rank_check
+from rora_theory.measure.rank_check.check import CheckConfig, CoordinateCell
+from rora_theory.measure.rank_check.coordinate_table import MODEL
+from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.record_batches import BatchConfig
-from rora_theory.rules import check_list
+from rora_theory.measure.regimes import thin
+from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import flat
+from rora_theory.validation.rules import check_list
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_table
 

@@ -12,17 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rora_theory import adapters, frames
+from rora_theory import adapters
 from rora_theory.data import sources
 from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
 from rora_theory.evaluate.accuracies import ACCURACY_COLUMNS, ACCURACY_UNITS, accuracies_in_words
+from rora_theory.io import frames
 from rora_theory.llama import Adapter, Located, Model, load, locate
-from rora_theory.ranges import Count, check_ranges
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import as_json
+from rora_theory.validation.ranges import Count, check_ranges
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
 

@@ -23,8 +23,8 @@ from rora_theory.finetune.distributed import ProcessConfig
 from rora_theory.finetune.loop import NonFiniteLossError, Stepped, Trainer, Validated, resumption
 from rora_theory.finetune.outputs import OutputConfig, write_outputs
 from rora_theory.finetune.trackers import TrackerName
-from rora_theory.ranges import Count, check_ranges
 from rora_theory.runs.folder import RunFolder, check_free, path_of
+from rora_theory.validation.ranges import Count, check_ranges
 from sims.common import answers, cli, prompts, tables
 from sims.common.progress import progress_bar
 

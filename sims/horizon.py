@@ -14,14 +14,18 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import devices, llama
+from rora_theory import llama
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
+from rora_theory.horizon import judgement as horizons
+from rora_theory.horizon import law as horizon_law
+from rora_theory.horizon import readings
+from rora_theory.horizon import runs as horizon_runs
+from rora_theory.horizon.grid import HorizonCell, HorizonGrid
+from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
-from rora_theory.sweep import horizon_law, horizon_runs, horizons, readings
-from rora_theory.sweep.horizon_grid import HorizonCell, HorizonGrid
 from rora_theory.sweep.memory import cell_memory
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from rora_theory import devices
 from rora_theory.cluster import ClusterConfig
-from rora_theory.rules import check_unread
+from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.stats.rate_curves import (
     COLUMNS,
@@ -32,6 +31,7 @@ from rora_theory.stats.rate_curves import (
 from rora_theory.sweep import run_curves, trained_runs
 from rora_theory.toy import rate_grid
 from rora_theory.toy.rate_grid import RateGrid
+from rora_theory.validation.rules import check_unread
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from rora_theory import digests
 from rora_theory.data import windows as text_windows
 from rora_theory.data.records import FormatConfig
 from rora_theory.errors import InputError
-from rora_theory.ranges import Count, Plural, Share, check_ranges
+from rora_theory.io import digests
+from rora_theory.random.seeds import check_seed
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.seeds import check_seed
+from rora_theory.validation.ranges import Count, Plural, Share, check_ranges
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
 

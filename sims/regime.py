@@ -25,17 +25,20 @@ from rora_theory.adapters.lora import PAPER_TARGETS
 from rora_theory.cluster import ClusterConfig
 from rora_theory.data.formats import TrainTemplate
 from rora_theory.data.records import DataConfig
-from rora_theory.devices import describe
 from rora_theory.errors import InputError
-from rora_theory.measure import record_batches, regime_tables, regimes, thin, unseen
-from rora_theory.measure.module_regime import LayerRegime, Regime, RegimeConfig
+from rora_theory.measure import record_batches, unseen
 from rora_theory.measure.record_batches import PairConfig
-from rora_theory.measure.regime_tables import JudgeConfig
-from rora_theory.measure.regimes import RegimeCell
-from rora_theory.rules import check_list
+from rora_theory.measure.regimes import model as regimes
+from rora_theory.measure.regimes import tables as regime_tables
+from rora_theory.measure.regimes import thin
+from rora_theory.measure.regimes.model import RegimeCell
+from rora_theory.measure.regimes.module_regime import LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.regimes.tables import JudgeConfig
+from rora_theory.runs.devices import describe
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import finished, flat, key_of
 from rora_theory.scaling import check_integer
+from rora_theory.validation.rules import check_list
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_with_bar
 

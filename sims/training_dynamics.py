@@ -14,14 +14,14 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import devices
 from rora_theory.cluster import ClusterConfig
-from rora_theory.rules import name_of
+from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.exponents import CELL, FIT_COLUMNS, SATURATED, Answer
 from rora_theory.toy.training_grid import TrainingCell, TrainingGrid
+from rora_theory.validation.rules import name_of
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
 

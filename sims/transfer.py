@@ -21,10 +21,10 @@ from rora_theory.cluster import ClusterConfig
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
 from rora_theory.measure.transfer_request import Advised, TransferConfig, advise
-from rora_theory.ranges import Count, check_ranges
-from rora_theory.rules import check_seeds, check_unread
+from rora_theory.random.seeds import check_seed
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.seeds import check_seed
+from rora_theory.validation.ranges import Count, check_ranges
+from rora_theory.validation.rules import check_seeds, check_unread
 from sims.common import answers, cli, tables
 from sims.common.cells import run_table
 
@@ -102,7 +102,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
       InputError: settings of the check.
     """
     from rora_theory.measure import record_batches, transfer_check
-    from rora_theory.measure.model_layers import RealStep
+    from rora_theory.measure.layers.model_layers import RealStep
     from sims.common import prompts
 
     found, targets = advised.advice, advised.peft["target_modules"]

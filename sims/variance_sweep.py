@@ -14,15 +14,15 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import devices
 from rora_theory.cluster import ClusterConfig
 from rora_theory.errors import InputError
 from rora_theory.paper import simulation, verdicts
 from rora_theory.paper.simulation import SimulationCell, SimulationConfig
-from rora_theory.rules import check_unread
+from rora_theory.runs import devices
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.theory.sampling import Sums
+from rora_theory.validation.rules import check_unread
 from sims.common import answers, cli, layer_sweep, tables
 from sims.common.cells import run_with_bar
 

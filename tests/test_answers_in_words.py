@@ -7,10 +7,10 @@ import pytest
 
 from rora_theory.evaluate.accuracies import TaskAccuracy, accuracies_in_words
 from rora_theory.finetune.card import losses_in_words
-from rora_theory.measure.rank_check import CheckConfig, check_in_words
+from rora_theory.horizon.judgement import horizon_in_words
+from rora_theory.measure.rank_check.check import CheckConfig, check_in_words
 from rora_theory.paper.verdicts import Verdict, verdicts_in_words
 from rora_theory.stats.rate_curves import slopes_in_words
-from rora_theory.sweep.horizons import horizon_in_words
 from rora_theory.sweep.results import results_in_words
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rora_theory import software
+from rora_theory.runs import software
 
 
 @pytest.fixture

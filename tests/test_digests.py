@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
-from rora_theory import digests
 from rora_theory.errors import InputError
+from rora_theory.io import digests
 
 
 def test_a_digest_is_what_sha256sum_prints(tmp_path):

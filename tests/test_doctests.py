@@ -48,7 +48,7 @@ def test_examples_stand_in_sections_that_the_site_renders_as_code(name: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # as a user has it, who passes a wrong name
-@pytest.mark.filterwarnings("ignore::rora_theory.measure.thin.ThinWarning")  # its measurements are tiny
+@pytest.mark.filterwarnings("ignore::rora_theory.measure.regimes.thin.ThinWarning")  # its measurements are tiny
 def test_the_page_of_examples(tmp_path: Path) -> None:
     page = Path(__file__).parents[1] / "docs" / "examples.md"
     checkpoint.questions(tmp_path, "boolq", ("true", "false"))

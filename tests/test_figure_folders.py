@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from figures import loss_curves, style
-from rora_theory import digests
 from rora_theory.errors import InputError
+from rora_theory.io import digests
 from rora_theory.runs.folder import RunFolder
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rora_theory import files
 from rora_theory.errors import InputError
+from rora_theory.io import files
 
 
 def test_a_file_is_read_whole(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.io import frames
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TABLES = sorted(path for path in PUBLISHED.glob("*/*.csv") if not path.name.startswith("table_"))

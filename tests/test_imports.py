@@ -23,28 +23,27 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = {"rora_theory"} | {each.name for each in pkgutil.walk_packages(rora_theory.__path__, "rora_theory.")}
 
-WITH_EXTRAS = ("adapters", "data", "evaluate", "finetune", "llama", "sweep", "measure.torch")
+WITH_EXTRAS = ("adapters", "data", "evaluate", "finetune", "horizon", "llama", "sweep", "measure.torch")
 """Rooms beyond the core install."""
 OF_A_MODEL = (
-    "coordinates",
+    "layers.model_layers",
     "led",
-    "model_layers",
-    "rank_check",
+    "rank_check.check",
+    "rank_check.coordinates",
     "record_batches",
-    "regimes",
+    "regimes.model",
     "transfer_check",
     "unseen",
 )
 """Of the room `measure`, what runs a model and needs the extra ``finetune``."""
 WITH_JAX = (
     *(
-        "rora_theory.devices",
-        "rora_theory.draws",
-        "rora_theory.normals",
-        *(f"rora_theory.theory.{name}" for name in ("chi_squares", "first_step", "grid", "sampling")),
+        "rora_theory.runs.devices",
+        *(f"rora_theory.random.{name}" for name in ("chi_squares", "draws", "normals")),
+        *(f"rora_theory.theory.{name}" for name in ("first_step", "grid", "sampling")),
     ),
     *(f"rora_theory.paper.{name}" for name in ("quantities", "simulation", "verdicts")),
-    *(f"rora_theory.measure.{name}" for name in ("drawn_steps", "layer_grid", "layer_rms")),
+    *(f"rora_theory.measure.{name}" for name in ("layers.drawn_steps", "layers.layer_grid", "layers.layer_rms")),
     *(name for name in NAMES if name.startswith("rora_theory.toy")),
 )
 """Of the core, what has arrays on a device."""

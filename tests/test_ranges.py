@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.ranges import Count, Natural, NotNegative, Plural, Positive, Share, check_ranges
+from rora_theory.validation.ranges import Count, Natural, NotNegative, Plural, Positive, Share, check_ranges
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from rora_theory import InputError, rules, scaling_factor
+from rora_theory import InputError, scaling_factor
+from rora_theory.validation import rules
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float
 from support.checker import checker, jaxtyped
 
+from rora_theory.horizon import grid as horizon_grid
 from rora_theory.paper import equations
-from rora_theory.sweep import horizon_grid
 from rora_theory.theory.sampling import Sums
 
 

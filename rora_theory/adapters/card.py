@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rora_theory import software
 from rora_theory.adapters import peft_baselines, peft_config
 from rora_theory.errors import InputError
-from rora_theory.files import write_whole
+from rora_theory.io.files import write_whole
 from rora_theory.llama.hub import HUB_ID, Located
+from rora_theory.runs import software
 from rora_theory.scaling import scaling_factor
 
 FILE = "README.md"

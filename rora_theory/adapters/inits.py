@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rora_theory import inits
-from rora_theory.draws import draw_A
+from rora_theory.random.draws import draw_A
 
 LoraInit = Literal["kaiming_uniform", "gaussian"]
 """The laws that an adapter's A may have: those of PEFT."""

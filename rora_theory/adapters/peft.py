@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rora_theory import digests, extras
+from rora_theory import extras
 from rora_theory.adapters import card, peft_baselines, peft_config
 from rora_theory.adapters.base import TrainableAdapter
 from rora_theory.adapters.bottleneck import BottleneckAdapter
@@ -28,7 +28,8 @@ from rora_theory.adapters.portable import portable as portable_form
 from rora_theory.adapters.prefix import PrefixAdapter
 from rora_theory.adapters.targets import Target, full_name
 from rora_theory.errors import InputError, shown
-from rora_theory.files import check_regular, name_beside, write_new
+from rora_theory.io import digests
+from rora_theory.io.files import check_regular, name_beside, write_new
 from rora_theory.llama import LlamaConfig
 from rora_theory.llama.hub import Located
 from rora_theory.llama.model import Params

@@ -9,7 +9,7 @@ from rora_theory.adapters.lora import LoraConfig
 from rora_theory.adapters.targets import Target, deciding, full_name, known_names, matched
 from rora_theory.advice.lora_config import FILE, LARGEST, check_entry_counts
 from rora_theory.errors import InputError, shown
-from rora_theory.files import read_json
+from rora_theory.io.files import read_json
 from rora_theory.llama import LlamaConfig
 from rora_theory.scaling import KAPPAS, alpha_for, exponent, scaling_factor
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from rora_theory.errors import InputError, shown
-from rora_theory.files import read_object
 from rora_theory.inits import Init
+from rora_theory.io.files import read_object
 from rora_theory.scaling import check_positive, check_rank
 
 FILE = "adapter_config.json"

@@ -7,7 +7,7 @@ A rank-r step from B = 0 is a sum of r one-row steps, equal in law and independe
 with s the deviation of A's entries, K a constant of the module and its data, and the **linear term** c the variance of
 a one-row step over its squared mean, both summed over outputs and tokens. c = 0 is signal alone, c = inf cross-talk
 alone; with Gaussian A it is r* + 1 for SGD and r* - 2 for Adam, r* from `laws.crossing_rank`.
-`rora_theory.measure.terms` measures it. All else follows: the step's size changes with the rank by
+`rora_theory.measure.regimes.terms` measures it. All else follows: the step's size changes with the rank by
 
 .. math:: \frac{\eta'}{\eta} \left( \frac{\gamma'}{\gamma} \frac{s'}{s} \right)^p \sqrt{\frac{r'^2 + c r'}{r^2 + c r}}.
 """

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from rora_theory.cluster.connection import connect, the_ray
 from rora_theory.cluster.driver import OnRay
 from rora_theory.errors import InputError
-from rora_theory.ranges import Positive, check_ranges
 from rora_theory.runs.cells import Runner, in_process
 from rora_theory.scaling import check_integer, check_positive
+from rora_theory.validation.ranges import Positive, check_ranges
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rora_theory import files, software
 from rora_theory.cluster import worker
 from rora_theory.cluster.connection import RETRIES, leave, the_ray
 from rora_theory.cluster.models import put_model
 from rora_theory.cluster.worker import Begun, Done, Failed, Lacking, lock_of
+from rora_theory.io import files
+from rora_theory.runs import software
 from rora_theory.runs.cells import Ended
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rora_theory.errors import InputError
-from rora_theory.files import resolve_inside
+from rora_theory.io.files import resolve_inside
 
 
 class LackingError(InputError):

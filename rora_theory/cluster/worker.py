@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, no_type_check
 
-from rora_theory import files, software
 from rora_theory.cluster.models import LackingError, keep_model
+from rora_theory.io import files
+from rora_theory.runs import software
 from rora_theory.runs.reading import CHECKPOINTS, LOCK
 
 
@@ -20,7 +21,7 @@ class Begun(NamedTuple):
 
     Attributes:
       host: Name of the worker's machine.
-      software: `rora_theory.software.circumstances` there.
+      software: `rora_theory.runs.software.circumstances` there.
       node: Ray's id of the worker's node.
     """
 

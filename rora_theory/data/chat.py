@@ -14,9 +14,10 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn
 
-from rora_theory import digests, extras, files
+from rora_theory import extras
 from rora_theory.data.formats import ASSISTANT, Chat, Record
 from rora_theory.errors import InputError, first_line, shown
+from rora_theory.io import digests, files
 
 try:
     import jinja2

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-from rora_theory import digests, files
 from rora_theory.errors import InputError, shown
+from rora_theory.io import digests, files
 
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-response", "prompt-completion", "conversational", "text"]
 TrainTemplate = Literal["train", "clean", "chat", "plain"]

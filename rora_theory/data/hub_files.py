@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rora_theory import files
 from rora_theory.errors import InputError, first_line, shown
+from rora_theory.io import files
 
 HUB = "hf://datasets/"
 """Begins the name of a data set of the hub, or of what is in it."""

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from rora_theory import extras, files
+from rora_theory import extras
 from rora_theory.data import hub_files, limited
 from rora_theory.data.formats import (
     FIELDS,
@@ -28,7 +28,8 @@ from rora_theory.data.formats import (
     records_digest,
 )
 from rora_theory.errors import InputError, first_line
-from rora_theory.ranges import Natural, check_ranges
+from rora_theory.io import files
+from rora_theory.validation.ranges import Natural, check_ranges
 
 if TYPE_CHECKING:  # it needs Jinja, which records do not
     from rora_theory.data.chat import ChatTemplate

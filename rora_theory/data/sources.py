@@ -4,10 +4,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rora_theory import digests
 from rora_theory.data.hub_files import HUB, fetch
 from rora_theory.data.tasks import TASKS, Task, TaskRecord, read_task, task_named
 from rora_theory.errors import InputError
+from rora_theory.io import digests
 
 VARIABLE = "RORA_COMMONSENSE_DIR"
 """Environment variable that names the data where a command does not."""

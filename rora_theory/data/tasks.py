@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rora_theory import files
 from rora_theory.data.prompts import ANSWER_PREFIX
 from rora_theory.errors import InputError
+from rora_theory.io import files
 
 
 @dataclass(frozen=True)

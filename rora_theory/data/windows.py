@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from rora_theory import files
 from rora_theory.data.batches import TextEncoder
 from rora_theory.data.formats import AnyRecord, Chat, Text
 from rora_theory.data.prompts import training_text
 from rora_theory.data.records import FormatConfig, read_records
 from rora_theory.errors import InputError
+from rora_theory.io import files
 
 
 def read_texts(sources: Sequence[str], config: FormatConfig | None = None) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from rora_theory.data.tasks import TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample, Scoring, in_order, score_tasks
-from rora_theory.files import naming_damage
-from rora_theory.journal import Journal
+from rora_theory.io.files import naming_damage
 from rora_theory.llama import Adapter, Model
+from rora_theory.runs.journal import Journal
 
 FILE = "samples.jsonl"
 """Its name in a run's folder."""

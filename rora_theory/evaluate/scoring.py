@@ -33,8 +33,8 @@ from rora_theory.llama.generate import beam
 from rora_theory.llama.loading import Model
 from rora_theory.llama.model import Adapter
 from rora_theory.llama.tokenizer import Tokenizer
-from rora_theory.ranges import Count, check_ranges
 from rora_theory.scaling import check_integer
+from rora_theory.validation.ranges import Count, check_ranges
 
 Protocol = Literal["generate", "label", "harness"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)

@@ -16,10 +16,11 @@ import absl.logging
 import jax
 import jax.numpy as jnp
 
-from rora_theory import extras, seals
+from rora_theory import extras
 from rora_theory.errors import InputError, first_line
-from rora_theory.files import naming_damage
 from rora_theory.finetune.step import State
+from rora_theory.io.files import naming_damage
+from rora_theory.runs import seals
 
 try:
     import orbax.checkpoint as ocp

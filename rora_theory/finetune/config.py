@@ -11,10 +11,10 @@ from rora_theory.data.formats import TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.llama.model import REMATS
 from rora_theory.llama.quantised import Quantization, check_quantization
-from rora_theory.ranges import Count, Natural, NotNegative, Plural, Positive, check_ranges
+from rora_theory.random.seeds import check_seed
 from rora_theory.runs.reading import LATER, as_json
 from rora_theory.scaling import Rule
-from rora_theory.seeds import check_seed
+from rora_theory.validation.ranges import Count, Natural, NotNegative, Plural, Positive, check_ranges
 
 Method = Literal["lora", "dora", "prefix", "series", "parallel", "full"]
 LossOn = Literal["all", "answer"]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rora_theory import adapters, digests
+from rora_theory import adapters
 from rora_theory.adapters.base import TrainableAdapter
 from rora_theory.data.batches import Batch, Batches, iterate
 from rora_theory.errors import InputError
@@ -19,6 +19,7 @@ from rora_theory.finetune.checkpoints import Checkpoints, Progress
 from rora_theory.finetune.config import FinetuneConfig
 from rora_theory.finetune.sharding import Gathered, Layout
 from rora_theory.finetune.training_data import TrainingData
+from rora_theory.io import digests
 from rora_theory.llama import LlamaConfig, Model
 
 

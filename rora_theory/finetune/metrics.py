@@ -4,12 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rora_theory import frames
 from rora_theory.errors import InputError
-from rora_theory.files import naming_damage
 from rora_theory.finetune.loop import Event, Paused, Stepped, Trainer
-from rora_theory.journal import Journal
+from rora_theory.io import frames
+from rora_theory.io.files import naming_damage
 from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.journal import Journal
 
 FILE = "metrics.jsonl"
 """Its name in a run's folder."""

@@ -7,15 +7,15 @@ account(find_model(plan.model), plan.finetune(), plan.seq, plan.layout()).verdic
 from dataclasses import dataclass
 from typing import Literal
 
-from rora_theory import devices
 from rora_theory.errors import InputError
 from rora_theory.finetune import sharding
 from rora_theory.finetune.capacity import DEVICES, GB, RESERVE, Device
 from rora_theory.finetune.config import BaseDtype, FinetuneConfig
 from rora_theory.finetune.sharding import Layout
 from rora_theory.llama.quantised import Quantization
-from rora_theory.ranges import Count, Positive, Share, check_ranges
-from rora_theory.rules import check_unread
+from rora_theory.runs import devices
+from rora_theory.validation.ranges import Count, Positive, Share, check_ranges
+from rora_theory.validation.rules import check_unread
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from rora_theory import extras
 from rora_theory.errors import InputError
-from rora_theory.files import check_regular
+from rora_theory.io.files import check_regular
 from rora_theory.llama import rope
 from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, shown
 from rora_theory.llama.model import Params

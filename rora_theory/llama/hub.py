@@ -11,7 +11,7 @@ from typing import Any
 
 from rora_theory.cluster.models import LackingError, kept_in
 from rora_theory.errors import InputError
-from rora_theory.files import check_regular, read_object
+from rora_theory.io.files import check_regular, read_object
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.identity import Storage, is_model, model_digest, storage
 

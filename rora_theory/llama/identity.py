@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rora_theory import digests
 from rora_theory.errors import InputError
+from rora_theory.io import digests
 from rora_theory.llama.weights import INDEX, SINGLE, TOKENIZER_FILES, headers, weight_map
 
 GGUF, SAFETENSORS = "GGUF", "safetensors"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rora_theory.errors import InputError
-from rora_theory.files import read_object
+from rora_theory.io.files import read_object
 from rora_theory.llama.config import LlamaConfig, ignored_keys
 from rora_theory.llama.hub import Located, locate
 from rora_theory.llama.model import Params

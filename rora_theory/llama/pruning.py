@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.io import frames
 from rora_theory.llama import rope
 from rora_theory.llama.attention import attend
 from rora_theory.llama.config import LlamaConfig

@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from rora_theory import extras
 from rora_theory.errors import InputError
-from rora_theory.files import read_bytes, read_object
+from rora_theory.io.files import read_bytes, read_object
 from rora_theory.llama import vocabulary
 from rora_theory.llama.gguf_file import END_TOKENS, open_gguf, read_value
 

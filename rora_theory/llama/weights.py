@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rora_theory.errors import InputError
-from rora_theory.files import check_regular, name_beside, read_object, resolve_inside
+from rora_theory.io.files import check_regular, name_beside, read_object, resolve_inside
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.model import Params, abstract_params
 from rora_theory.llama.quantised import Quantised, dense_params, fill, is_quantised, quantise

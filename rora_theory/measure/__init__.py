@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from rora_theory import lazily
 
 if TYPE_CHECKING:
-    from rora_theory.measure.module_regime import RegimeConfig
-    from rora_theory.measure.rank_check import CheckConfig, coordinate_check
-    from rora_theory.measure.regimes import regime
+    from rora_theory.measure.rank_check.check import CheckConfig, coordinate_check
+    from rora_theory.measure.regimes.model import regime
+    from rora_theory.measure.regimes.module_regime import RegimeConfig
     from rora_theory.measure.transfer_check import check_transfer
 
 __all__ = ["CheckConfig", "RegimeConfig", "check_transfer", "coordinate_check", "regime"]
@@ -19,10 +19,10 @@ __all__ = ["CheckConfig", "RegimeConfig", "check_transfer", "coordinate_check", 
 __getattr__, __dir__ = lazily.attributes(
     __name__,
     {
-        "CheckConfig": "rora_theory.measure.rank_check",
-        "RegimeConfig": "rora_theory.measure.module_regime",
-        "coordinate_check": "rora_theory.measure.rank_check",
+        "CheckConfig": "rora_theory.measure.rank_check.check",
+        "RegimeConfig": "rora_theory.measure.regimes.module_regime",
+        "coordinate_check": "rora_theory.measure.rank_check.check",
         "check_transfer": "rora_theory.measure.transfer_check",
-        "regime": "rora_theory.measure.regimes",
+        "regime": "rora_theory.measure.regimes.model",
     },
 )

@@ -13,7 +13,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split, tokenize
 from rora_theory.finetune.config import LossOn
 from rora_theory.measure.unseen import apart_from
-from rora_theory.ranges import Count, Plural, check_ranges
+from rora_theory.validation.ranges import Count, Plural, check_ranges
 
 
 @dataclass(frozen=True)

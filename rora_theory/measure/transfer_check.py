@@ -13,15 +13,15 @@ import jax
 import numpy as np
 import pandas as pd
 
-from rora_theory import frames
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import Advice
 from rora_theory.data.batches import Batch
+from rora_theory.io import frames
 from rora_theory.llama import Model
-from rora_theory.measure.model_layers import RealStep
-from rora_theory.rules import check_seeds
+from rora_theory.measure.layers.model_layers import RealStep
 from rora_theory.scaling import KAPPAS, exponent
 from rora_theory.stats.estimate import jackknife
+from rora_theory.validation.rules import check_seeds
 
 TUNED = "tuned"
 

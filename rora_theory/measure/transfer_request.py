@@ -15,11 +15,11 @@ from rora_theory.advice.lora_config import PAPER_TARGETS, PeftInit, Saved, TaskT
 from rora_theory.advice.setting import REGIMES, Setting
 from rora_theory.advice.transfer import MOST_STEPS, Advice, Per, transfer
 from rora_theory.errors import InputError
-from rora_theory.measure.layer_data import Split
+from rora_theory.measure.layers.layer_data import Split
 from rora_theory.optimizers import OptimizerName, optimizer_named
-from rora_theory.ranges import Count, Positive, check_ranges
-from rora_theory.rules import as_words, check_rule, check_unread, option_of
 from rora_theory.scaling import Rule, check_integer, exponent
+from rora_theory.validation.ranges import Count, Positive, check_ranges
+from rora_theory.validation.rules import as_words, check_rule, check_unread, option_of
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def advise(config: TransferConfig) -> Advised:
     regime: Any = config.regime
     targets, thin = asked or list(PAPER_TARGETS), ""
     if config.regime not in REGIMES:
-        from rora_theory.measure import regime_run  # and with it pandas, which takes as long as all the rest
+        from rora_theory.measure.regimes import saved_run as regime_run
 
         run = regime_run.read_regime_run(
             Path(config.regime), optimizer=old.optimizer, init=old.init, split=config.split

@@ -7,7 +7,7 @@ from jaxtyping import Bool
 
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
-from rora_theory.measure.model_layers import real_tokens
+from rora_theory.measure.layers.model_layers import real_tokens
 from rora_theory.measure.tokens import NOTHING, beginnings
 
 

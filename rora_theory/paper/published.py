@@ -12,8 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rora_theory import frames
 from rora_theory.data.tasks import TASKS
+from rora_theory.io import frames
 
 NAMES = tuple(task.name for task in TASKS.values())
 """Column names of the eight accuracies."""

@@ -18,16 +18,16 @@ from typing import Any, Literal
 import jax
 import pandas as pd
 
-from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.inits import entries
+from rora_theory.io import frames
 from rora_theory.paper import quantities, verdicts
-from rora_theory.ranges import Count, check_ranges
-from rora_theory.rules import check_list, name_of
 from rora_theory.scaling import exponent
 from rora_theory.stats.moments import agreement
 from rora_theory.theory import laws, sampling
 from rora_theory.theory.grid import StepGrid, exponent_of
+from rora_theory.validation.ranges import Count, check_ranges
+from rora_theory.validation.rules import check_list, name_of
 
 COLUMNS = (
     "optimizer", "rule", "kappa", "init", "overlap", "p_in", "p_out", "rank", "alpha", "scaling",

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from rora_theory import digests, files
 from rora_theory.errors import FailedError, InputError
-from rora_theory.journal import Journal
+from rora_theory.io import digests, files
 from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.journal import Journal
 from rora_theory.runs.reading import CELLS, CHECKPOINTS, Finished, as_json, check_files, finished, key_of
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Ended(NamedTuple):
       result: or the error that it raised.
       seconds: that it took.
       node: of a cluster, by its id there; None is this process.
-      software: `rora_theory.software.circumstances` of the node where they differ from this process's; else None.
+      software: `rora_theory.runs.software.circumstances` of the node where they differ from this process's; else None.
     """
 
     place: int

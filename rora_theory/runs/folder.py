@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rora_theory import digests, files, frames, seals, software
 from rora_theory.errors import InputError
-from rora_theory.runs import lock
+from rora_theory.io import digests, files, frames
+from rora_theory.runs import lock, seals, software
 from rora_theory.runs.reading import as_json, check_files, key_of, read_manifest
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class RunFolder:
             self.update(files=kept)
 
     def write_frame(self, frame: "pd.DataFrame", name: str = "results.csv") -> Path:
-        """Write a table whole, floats with every digit, see `rora_theory.frames`."""
+        """Write a table whole, floats with every digit, see `rora_theory.io.frames`."""
         return self.write(name, frames.to_csv(frame))
 
     def _let_go(self) -> None:

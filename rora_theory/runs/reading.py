@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rora_theory import files, seals
 from rora_theory.errors import InputError, shown
-from rora_theory.journal import Journal
+from rora_theory.io import files
+from rora_theory.runs import seals
+from rora_theory.runs.journal import Journal
 
 CELLS = "cells.jsonl"
 CHECKPOINTS = "checkpoints"

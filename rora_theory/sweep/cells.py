@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import adapters, frames, llama
+from rora_theory import adapters, llama
 from rora_theory.finetune import FinetuneConfig
+from rora_theory.io import frames
 from rora_theory.runs.cells import ERROR, FOLDERS
 from rora_theory.runs.reading import as_json, finished, key_of, read_manifest
 from rora_theory.scaling import scaling_factor

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Protocol
 from rora_theory.finetune.config import LEARNING_RATES, BaseDtype
-from rora_theory.rules import check_list, check_ranks
+from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_positive
-from rora_theory.seeds import check_seed
+from rora_theory.validation.rules import check_list, check_ranks
 
 BASE = "base"
 """The model without an adapter: one cell, neither trained nor repeated."""

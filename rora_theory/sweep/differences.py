@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from rora_theory import frames
 from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
+from rora_theory.io import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.paired import mean_of_groups, mean_per_token_over_seeds
 from rora_theory.sweep import results

@@ -20,10 +20,10 @@ from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.evaluate.scoring import Protocol, Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.finetune.config import BaseDtype
-from rora_theory.ranges import Count, check_ranges
 from rora_theory.sweep.cells import SweepCell, cells_of, sweep_identity
 from rora_theory.sweep.design import DESIGNS, AlphaRule, Design
 from rora_theory.sweep.records import RecordSplit, Shares, draw_records
+from rora_theory.validation.ranges import Count, check_ranges
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 from rora_theory.data.formats import AnyRecord, question, records_digest
 from rora_theory.data.records import DataConfig, RecordSet, read_record_set
 from rora_theory.errors import InputError
+from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_integer
-from rora_theory.seeds import check_seed
 
 Shares = Literal["equal", "proportional"]
 """What each file gives: as many records as the others, or in proportion to its size."""

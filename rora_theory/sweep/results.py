@@ -8,12 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import files, frames
 from rora_theory.data.formats import AnyRecord
 from rora_theory.data.tasks import TASKS
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
+from rora_theory.io import files, frames
 from rora_theory.runs.reading import CELLS, Finished, finished, key_of
 from rora_theory.stats.rate_optimum import grid_gap
 from rora_theory.sweep.cells import SweepCell

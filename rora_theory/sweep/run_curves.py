@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.io import frames
 from rora_theory.stats.estimate import Estimate, over_seeds
 from rora_theory.stats.rate_curves import COLUMNS, Comparison, Curve, comparison, paired_losses, pairs
 from rora_theory.sweep import trained_runs

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rora_theory import digests, frames, seals
 from rora_theory.errors import InputError
+from rora_theory.io import digests, frames
+from rora_theory.runs import seals
 from rora_theory.stats.paired import resampled_ratios
 from rora_theory.sweep import results
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
-from rora_theory.ranges import Plural, Positive, check_ranges
-from rora_theory.rules import check_choices, check_ranks, check_rules, check_unread
+from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import Rule, scaling_factor
-from rora_theory.seeds import check_seed
 from rora_theory.stats.moments import log_log_fit
 from rora_theory.theory import laws
+from rora_theory.validation.ranges import Plural, Positive, check_ranges
+from rora_theory.validation.rules import check_choices, check_ranks, check_rules, check_unread
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -29,14 +29,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from rora_theory import inits
-from rora_theory.draws import draw_A, stream_key
 from rora_theory.errors import InputError
-from rora_theory.normals import keys_at, standard_normal
 from rora_theory.optimizers import make_optimizer
+from rora_theory.random.chi_squares import chi_squares
+from rora_theory.random.draws import draw_A, stream_key
+from rora_theory.random.normals import keys_at, standard_normal
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step
-from rora_theory.theory.chi_squares import chi_squares
 from rora_theory.theory.laws import Optimizer, check_overlap, check_step
 
 Sampler = Literal["direct", "pairs", "chi_square"]
@@ -117,7 +117,7 @@ class Sums:
 
 
 def setting_key(seed: int, setting: RandomStep, sampler: Sampler) -> PRNGKeyArray:
-    """`rora_theory.draws.stream_key` of one setting's stream."""
+    """`rora_theory.random.draws.stream_key` of one setting's stream."""
     values = ", ".join(f"{name}={value!r}" for name, value in vars(setting).items())
     return stream_key(seed, f"(Setting({values}), {sampler!r})")  # the name that published runs have
 

@@ -29,9 +29,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.optimizers import OptimizerName, make_optimizer
-from rora_theory.ranges import Count, NotNegative, check_ranges
-from rora_theory.rules import check_steps
 from rora_theory.toy import nested
+from rora_theory.validation.ranges import Count, NotNegative, check_ranges
+from rora_theory.validation.rules import check_steps
 
 Model = Literal["linear", "mlp"]
 Start = Literal["A", "B"]

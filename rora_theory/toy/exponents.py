@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from rora_theory import frames
+from rora_theory.io import frames
 from rora_theory.optimizers import WORDS, OptimizerName
 from rora_theory.stats import slopes
 from rora_theory.stats.estimate import ROUNDING, over_seeds

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rora_theory import inits
-from rora_theory.draws import draw_A
 from rora_theory.inits import Init
+from rora_theory.random.draws import draw_A
 
 
 def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Array, "rank p_in"]:

@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 from jaxtyping import Float
 
-from rora_theory import frames
 from rora_theory.inits import INITS, Init
+from rora_theory.io import frames
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
-from rora_theory.ranges import Count, check_ranges
-from rora_theory.rules import (
+from rora_theory.random.seeds import check_seed
+from rora_theory.scaling import Rule, check_positive, exponent, scaling_factor
+from rora_theory.stats.rate_curves import COLUMNS, Curve
+from rora_theory.toy import ensemble
+from rora_theory.toy.dynamics import ProblemConfig
+from rora_theory.validation.ranges import Count, check_ranges
+from rora_theory.validation.rules import (
     alpha_at,
     check_alphas,
     check_choices,
@@ -27,11 +32,6 @@ from rora_theory.rules import (
     check_seeds,
     name_of,
 )
-from rora_theory.scaling import Rule, check_positive, exponent, scaling_factor
-from rora_theory.seeds import check_seed
-from rora_theory.stats.rate_curves import COLUMNS, Curve
-from rora_theory.toy import ensemble
-from rora_theory.toy.dynamics import ProblemConfig
 
 if TYPE_CHECKING:
     import pandas as pd

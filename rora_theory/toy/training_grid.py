@@ -14,8 +14,13 @@ import pandas as pd
 from rora_theory.errors import InputError
 from rora_theory.inits import INITS, Init
 from rora_theory.optimizers import OPTIMIZER_NAMES, OptimizerName
-from rora_theory.ranges import Positive, check_ranges
-from rora_theory.rules import (
+from rora_theory.random.seeds import check_seed
+from rora_theory.scaling import Rule, exponent, scaling_factor
+from rora_theory.toy import ensemble, exponents
+from rora_theory.toy.dynamics import MODELS, STARTS, Model, ProblemConfig, ProblemSize, Start
+from rora_theory.toy.exponents import CELL, QUANTITIES, Answer
+from rora_theory.validation.ranges import Positive, check_ranges
+from rora_theory.validation.rules import (
     alpha_at,
     check_alphas,
     check_choices,
@@ -25,11 +30,6 @@ from rora_theory.rules import (
     check_steps,
     name_of,
 )
-from rora_theory.scaling import Rule, exponent, scaling_factor
-from rora_theory.seeds import check_seed
-from rora_theory.toy import ensemble, exponents
-from rora_theory.toy.dynamics import MODELS, STARTS, Model, ProblemConfig, ProblemSize, Start
-from rora_theory.toy.exponents import CELL, QUANTITIES, Answer
 
 COLUMNS = (*CELL, "seed", "step", "diverged", *QUANTITIES)
 UNITS = {

@@ -22,9 +22,10 @@ from rich.console import Console
 from tyro.conf import arg
 
 import sims
-from rora_theory import cluster, extras, files, software
+from rora_theory import cluster, extras
 from rora_theory.errors import FailedError, InputError
-from rora_theory.runs import folder
+from rora_theory.io import files
+from rora_theory.runs import folder, software
 from rora_theory.runs.reading import flat
 from sims.common import answers, options, tables
 

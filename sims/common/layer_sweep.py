@@ -5,13 +5,13 @@ from typing import Any
 
 import pandas as pd
 
-from rora_theory import digests
-from rora_theory.devices import describe, pick
-from rora_theory.measure import layer_data, layer_grid
-from rora_theory.rules import USUAL_RANKS
+from rora_theory.io import digests
+from rora_theory.measure.layers import layer_data, layer_grid
+from rora_theory.runs.devices import describe, pick
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import flat
 from rora_theory.theory.grid import StepGrid
+from rora_theory.validation.rules import USUAL_RANKS
 from sims.common import answers, tables
 from sims.common.cells import Runner, in_process, run_table
 

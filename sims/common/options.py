@@ -11,8 +11,8 @@ from typing import Any, get_args, get_origin
 import tyro
 import yaml
 
-from rora_theory import files
 from rora_theory.errors import InputError, shown
+from rora_theory.io import files
 
 FILE = "--config"
 LARGEST = 1 << 16

@@ -7,7 +7,8 @@ import pytest
 from safetensors import safe_open
 from support import checkpoint
 
-from rora_theory import adapters, digests
+from rora_theory import adapters
+from rora_theory.io import digests
 from rora_theory.llama import Located, load
 
 SHA = "e8d4a51000" * 6 + "abcd"

@@ -24,11 +24,12 @@ import pytest
 from support import checkpoint, squares
 
 import sims
-from rora_theory import frames, software
 from rora_theory.cluster import ClusterConfig, driver, leave, orphans, worker
 from rora_theory.cluster.connection import LOOPBACK, QUIET, RETRIES
 from rora_theory.errors import InputError
+from rora_theory.io import frames
 from rora_theory.llama import locate
+from rora_theory.runs import software
 from rora_theory.runs.reading import key_of
 from sims import horizon, rank_sweep, variance_sweep
 

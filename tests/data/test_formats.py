@@ -11,7 +11,7 @@ from rora_theory.data.formats import FORMATS, Chat, Record, Text, question, reco
 from rora_theory.data.hub_files import Part
 from rora_theory.data.records import DataConfig, read_record_set
 from rora_theory.errors import InputError
-from rora_theory.files import parse_yaml
+from rora_theory.io.files import parse_yaml
 
 MESSAGES = [{"role": "user", "content": "Ähm?"}, {"role": "assistant", "content": "Yes."}]
 SHAREGPT = [{"from": "human", "value": "Ähm?"}, {"from": "gpt", "value": "Yes."}]

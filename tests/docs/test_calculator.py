@@ -272,7 +272,7 @@ def test_what_the_library_refuses_is_refused_in_one_line() -> None:
 
 @pytest.mark.slow
 def test_it_reads_the_file_of_a_run() -> None:
-    from rora_theory.measure import regime_run
+    from rora_theory.measure.regimes import saved_run as regime_run
 
     folder = Path(__file__).parents[2] / "results" / "published" / "regime_held_out"
     text = (folder / "crossing_ranks.csv").read_text()

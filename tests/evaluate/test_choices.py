@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from rora_theory import digests
 from rora_theory.data.prompts import TEMPLATES, prompt
 from rora_theory.data.tasks import TASKS, TaskRecord, render
 from rora_theory.errors import InputError
@@ -19,6 +18,7 @@ from rora_theory.evaluate.choices import (
     hellaswag_parts,
     label_choices,
 )
+from rora_theory.io import digests
 from rora_theory.llama.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "harness.json").read_text())

@@ -7,7 +7,7 @@ import pytest
 
 from rora_theory.errors import InputError
 from rora_theory.finetune import Metrics, Paused, Stepped, Trainer, Validated
-from rora_theory.journal import Journal
+from rora_theory.runs.journal import Journal
 
 
 class At(Trainer):

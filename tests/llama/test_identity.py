@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from support import checkpoint
 
-from rora_theory import InputError, digests, llama
+from rora_theory import InputError, llama
+from rora_theory.io import digests
 from rora_theory.llama.hub import Located
 from rora_theory.llama.weights import save_hf
 

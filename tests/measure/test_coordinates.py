@@ -13,8 +13,8 @@ from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.finetune.step import batch_loss
 from rora_theory.llama import LlamaConfig, forward, hidden_states, init_params
-from rora_theory.measure.coordinate_table import Coordinate, Table
-from rora_theory.measure.coordinates import Checker
+from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table
+from rora_theory.measure.rank_check.coordinates import Checker
 
 CONFIG = LlamaConfig(
     vocab_size=40,

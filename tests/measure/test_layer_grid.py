@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from rora_theory import frames
-from rora_theory.measure import layer_grid, layer_rms
-from rora_theory.measure.layer_data import SPLITS, Layer
+from rora_theory.io import frames
+from rora_theory.measure.layers import layer_grid, layer_rms
+from rora_theory.measure.layers.layer_data import SPLITS, Layer
 from rora_theory.scaling import scaling_factor
 from rora_theory.theory import laws
 from rora_theory.theory.grid import StepGrid

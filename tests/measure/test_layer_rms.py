@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rora_theory.draws import stream_key
-from rora_theory.measure import layer_data, layer_rms
+from rora_theory.measure.layers import layer_data, layer_rms
+from rora_theory.random.draws import stream_key
 from rora_theory.theory import laws
 
 RANDOM = np.random.default_rng(0)

@@ -15,8 +15,8 @@ from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
 from rora_theory.data.batches import Batch
 from rora_theory.llama import MODULES, LlamaConfig
-from rora_theory.measure import terms
-from rora_theory.measure.model_layers import RealStep, real_tokens, record
+from rora_theory.measure.layers.model_layers import RealStep, real_tokens, record
+from rora_theory.measure.regimes import terms
 
 CONFIG = LlamaConfig(
     vocab_size=48,

@@ -14,12 +14,11 @@ import pytest
 from support import checkpoint
 
 from figures import coordinate_check as figure
-from rora_theory import InputError, frames, measure, scaling_factor
+from rora_theory import InputError, measure, scaling_factor
 from rora_theory.data.batches import Batch
+from rora_theory.io import frames
 from rora_theory.llama import load
-from rora_theory.measure.coordinate_table import Coordinate, Table, in_a_word
-from rora_theory.measure.coordinates import Checker
-from rora_theory.measure.rank_check import (
+from rora_theory.measure.rank_check.check import (
     SLOPE_COLUMNS,
     Case,
     CheckConfig,
@@ -31,8 +30,10 @@ from rora_theory.measure.rank_check import (
     size_table,
     verdicts,
 )
-from rora_theory.measure.thin import ThinWarning
-from rora_theory.rules import name_of
+from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table, in_a_word
+from rora_theory.measure.rank_check.coordinates import Checker
+from rora_theory.measure.regimes.thin import ThinWarning
+from rora_theory.validation.rules import name_of
 
 
 def batch(seed: int) -> Batch:
@@ -41,7 +42,7 @@ def batch(seed: int) -> Batch:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::rora_theory.measure.thin.ThinWarning")
+@pytest.mark.filterwarnings("ignore::rora_theory.measure.regimes.thin.ThinWarning")
 def test_frames(tmp_path, capfd) -> None:
     """Silent; a row a rank, seed and coordinate; slopes are those of the sizes, verdicts those of the slopes."""
     model = load(checkpoint.model(tmp_path))

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from support import regime_runs
 
-from rora_theory import frames
 from rora_theory.errors import InputError
-from rora_theory.measure import regime_run, regime_tables
+from rora_theory.io import frames
+from rora_theory.measure.regimes import saved_run as regime_run
+from rora_theory.measure.regimes import tables as regime_tables
 
 
 @pytest.fixture

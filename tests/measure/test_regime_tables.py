@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rora_theory import frames
-from rora_theory.measure import regime_tables
-from rora_theory.measure.regime_tables import JudgeConfig
+from rora_theory.io import frames
+from rora_theory.measure.regimes import tables as regime_tables
+from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.theory import laws
 
 

@@ -9,16 +9,19 @@ from support import checkpoint
 
 from rora_theory import InputError
 from rora_theory.data.batches import Batch
-from rora_theory.draws import draw_A, stream_key
 from rora_theory.llama import Model, load
-from rora_theory.measure import drawn_steps, module_regime, regimes, tokens, unseen
-from rora_theory.measure.layer_data import Layer, read_layers
-from rora_theory.measure.model_layers import real_tokens, record
-from rora_theory.measure.module_regime import RegimeConfig
-from rora_theory.measure.thin import ThinWarning
+from rora_theory.measure import tokens, unseen
+from rora_theory.measure.layers import drawn_steps
+from rora_theory.measure.layers.layer_data import Layer, read_layers
+from rora_theory.measure.layers.model_layers import real_tokens, record
+from rora_theory.measure.regimes import model as regimes
+from rora_theory.measure.regimes import module_regime
+from rora_theory.measure.regimes.module_regime import RegimeConfig
+from rora_theory.measure.regimes.thin import ThinWarning
+from rora_theory.random.draws import draw_A, stream_key
 from rora_theory.theory import horizon
 
-pytestmark = pytest.mark.filterwarnings("ignore::rora_theory.measure.thin.ThinWarning")  # so few tokens
+pytestmark = pytest.mark.filterwarnings("ignore::rora_theory.measure.regimes.thin.ThinWarning")  # so few tokens
 TARGETS = ("q_proj", "down_proj")
 SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), rows=0, tokens=9, exact=True)
 TEMPLATE = [1, 5, 6, 7]

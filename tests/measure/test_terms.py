@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from rora_theory import InputError
-from rora_theory.draws import draw_A
-from rora_theory.measure import drawn_steps, terms
-from rora_theory.measure.layer_data import Layer
+from rora_theory.measure.layers import drawn_steps
+from rora_theory.measure.layers.layer_data import Layer
+from rora_theory.measure.regimes import terms
 from rora_theory.optimizers import make_optimizer
+from rora_theory.random.draws import draw_A
 from rora_theory.stats.moments import Moments, threshold
 from rora_theory.theory import first_step, laws
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rora_theory import Setting, transfer
-from rora_theory.measure import thin
+from rora_theory.measure.regimes import thin
 
 
 def crossings(logs: np.ndarray, ratio: float = 2.0, tokens: int = 64) -> pd.DataFrame:

@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 
 from rora_theory import InputError, Setting, transfer
-from rora_theory.measure import drawn_steps, terms, tokens
-from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.measure import tokens
+from rora_theory.measure.layers import drawn_steps
+from rora_theory.measure.regimes import terms
+from rora_theory.measure.regimes.module_regime import RegimeConfig
 
 torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
 peft = pytest.importorskip("peft", reason="the bridge: the extra torch")
@@ -519,7 +521,7 @@ def test_equal_to_the_jax_route(rows, tmp_path) -> None:
 
     from rora_theory.data.batches import Batch
     from rora_theory.llama import load
-    from rora_theory.measure import regimes
+    from rora_theory.measure.regimes import model as regimes
 
     folder = checkpoint.model(tmp_path)
     config = transformers.LlamaConfig(**torch_models.TEXT | {"vocab_size": 300, "tie_word_embeddings": True})

@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="transformers' trainer: accelerate")
 
 from support import torch_models  # noqa: E402
 
-from rora_theory.measure.module_regime import RegimeConfig  # noqa: E402
+from rora_theory.measure.regimes.module_regime import RegimeConfig  # noqa: E402
 from rora_theory.measure.torch import RegimeCallback, regime  # noqa: E402
 from rora_theory.measure.torch.callback import setting_of  # noqa: E402
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rora_theory import InputError, Setting
-from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.measure.regimes.module_regime import RegimeConfig
 
 torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
 peft = pytest.importorskip("peft", reason="the bridge: the extra torch")

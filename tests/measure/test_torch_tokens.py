@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.measure.regimes.module_regime import RegimeConfig
 
 torch = pytest.importorskip("torch", reason="the bridge: the extra torch")
 transformers = pytest.importorskip("transformers", reason="the bridge: the extra torch")

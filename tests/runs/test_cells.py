@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rora_theory import files
 from rora_theory.errors import InputError
-from rora_theory.journal import Journal
+from rora_theory.io import files
 from rora_theory.runs import cells
 from rora_theory.runs.cells import Ended, in_process
 from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.journal import Journal
 from rora_theory.runs.reading import CELLS, finished, key_of
 from sims.common import cli
 from sims.common.cells import run_with_bar

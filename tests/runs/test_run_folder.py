@@ -12,11 +12,13 @@ import pytest
 from support import checkpoint
 
 import sims
-from rora_theory import files, llama, seals, software
+from rora_theory import llama
 from rora_theory.errors import InputError
-from rora_theory.journal import Journal, read_entries
+from rora_theory.io import files
 from rora_theory.runs import lock as folder_lock
+from rora_theory.runs import seals, software
 from rora_theory.runs.folder import RunFolder
+from rora_theory.runs.journal import Journal, read_entries
 from rora_theory.runs.reading import CELLS, finished
 from sims.common import cli
 from sims.common.cells import run_with_bar

@@ -9,10 +9,10 @@ from support import checkpoint
 
 from figures import coordinate_check as figure
 from figures import style
-from rora_theory import frames
+from rora_theory.io import frames
 from rora_theory.llama import load
 from rora_theory.llama.weights import save_hf
-from rora_theory.measure import rank_check
+from rora_theory.measure.rank_check import check as rank_check
 from rora_theory.runs.reading import CELLS
 from sims import coordinate_check as sim
 

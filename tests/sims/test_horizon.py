@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from support import checkpoint, regime_runs
 
-from rora_theory import frames
+from rora_theory.io import frames
 from rora_theory.runs.reading import CELLS
 from sims import horizon as sim
 

@@ -24,9 +24,9 @@ from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.llama import hub, loading
-from rora_theory.measure.module_regime import RegimeConfig
-from rora_theory.measure.rank_check import CheckConfig
+from rora_theory.measure.rank_check.check import CheckConfig
 from rora_theory.measure.record_batches import BatchConfig, PairConfig
+from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.runs.folder import RunFolder, path_of
 from rora_theory.runs.lock import take
 from rora_theory.runs.reading import as_json

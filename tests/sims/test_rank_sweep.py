@@ -14,12 +14,12 @@ import pytest
 from support import checkpoint
 
 from figures import accuracy, accuracy_vs_rank, benchmark_tables, loss_curves, loss_vs_rate, scaling_diagram, style
-from rora_theory import frames
 from rora_theory.adapters import load_peft
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample, Scoring
 from rora_theory.finetune import Metrics, Record, tokenize
 from rora_theory.finetune.held_out import RecordLoss, record_losses
+from rora_theory.io import frames
 from rora_theory.llama import load
 from rora_theory.runs import lock as folder_lock
 from rora_theory.runs.reading import CELLS, finished, key_of

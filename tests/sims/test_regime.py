@@ -20,11 +20,13 @@ from figures import style
 from rora_theory import InputError, adapters, scaling_factor
 from rora_theory.finetune import read_records, split, tokenize
 from rora_theory.llama import load
-from rora_theory.measure import record_batches, regime_tables, thin, tokens, unseen
-from rora_theory.measure.model_layers import real_tokens, record
-from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.measure import record_batches, tokens, unseen
+from rora_theory.measure.layers.model_layers import real_tokens, record
 from rora_theory.measure.record_batches import PairConfig
-from rora_theory.measure.regime_tables import JudgeConfig
+from rora_theory.measure.regimes import tables as regime_tables
+from rora_theory.measure.regimes import thin
+from rora_theory.measure.regimes.module_regime import RegimeConfig
+from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.runs.reading import CELLS
 from rora_theory.theory import laws
 from sims import regime

@@ -14,8 +14,8 @@ import pytest
 
 import sims
 from rora_theory import InputError
+from rora_theory.random.seeds import COUNT, check_seed
 from rora_theory.runs.folder import RunFolder
-from rora_theory.seeds import COUNT, check_seed
 from sims.common import cli
 
 MORE = {"transfer": {"check": ("nowhere", "nowhere.json")}, "prune": {"text": ("nowhere.json",)}}

@@ -7,7 +7,7 @@ import pytest
 
 from figures import style
 from figures import training_dynamics as figure
-from rora_theory import frames
+from rora_theory.io import frames
 from rora_theory.runs.reading import CELLS
 from rora_theory.toy import exponents, training_grid
 from sims import training_dynamics as sim

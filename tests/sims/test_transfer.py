@@ -12,9 +12,10 @@ from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer as carry
 from rora_theory.data.records import DataConfig
 from rora_theory.errors import InputError
-from rora_theory.measure import regime_run, regime_tables
-from rora_theory.measure.module_regime import RegimeConfig
 from rora_theory.measure.record_batches import PairConfig
+from rora_theory.measure.regimes import saved_run as regime_run
+from rora_theory.measure.regimes import tables as regime_tables
+from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.transfer_request import TransferConfig, advise
 from sims import regime, transfer
 from sims.common import cli

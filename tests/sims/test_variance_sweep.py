@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from figures import exponent_map, layers_vs_rank, norm_vs_rank, style
-from rora_theory import frames
-from rora_theory.measure import layer_grid
+from rora_theory.io import frames
+from rora_theory.measure.layers import layer_grid
 from rora_theory.paper import simulation, verdicts
 from rora_theory.runs.reading import CELLS
 from rora_theory.theory import laws
@@ -252,7 +252,7 @@ def test_bad_layer_data(
 @pytest.mark.slow
 def test_real_layers(layer_data: Path) -> None:
     """Real layers of a real model: their regime, from the law, with the figures the README quotes."""
-    from rora_theory.measure.layer_data import read_layers
+    from rora_theory.measure.layers.layer_data import read_layers
 
     found = read_layers(layer_data)
     assert len(found) == 9

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.io import frames
 from rora_theory.stats.rate_optimum import grid_gap
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.differences import Difference, difference_table

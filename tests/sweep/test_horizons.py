@@ -9,21 +9,19 @@ import pandas as pd
 import pytest
 
 from figures import horizon as figure
-from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.horizon import curves as horizon_curves
+from rora_theory.horizon import grid as horizon_grid
+from rora_theory.horizon import judgement as horizons
+from rora_theory.horizon import law as horizon_law
+from rora_theory.horizon import parts as horizon_parts
+from rora_theory.horizon import regret as horizon_regret
+from rora_theory.horizon import runs as horizon_runs
+from rora_theory.horizon.readings import Reading, ReadRun
+from rora_theory.horizon.runs import HorizonRun
+from rora_theory.io import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve
-from rora_theory.sweep import (
-    horizon_curves,
-    horizon_grid,
-    horizon_law,
-    horizon_parts,
-    horizon_regret,
-    horizon_runs,
-    horizons,
-)
-from rora_theory.sweep.horizon_runs import HorizonRun
-from rora_theory.sweep.readings import Reading, ReadRun
 from rora_theory.theory.displacement import displacement_ratio
 from rora_theory.theory.horizon import distances, keeping_rate, rate_factor
 

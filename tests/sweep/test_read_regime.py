@@ -4,8 +4,8 @@ import pytest
 from support import regime_runs
 
 from rora_theory.errors import InputError
-from rora_theory.measure.regime_tables import TAKEOVER, TAKEOVER_COLUMNS
-from rora_theory.sweep.horizon_law import read_regime
+from rora_theory.horizon.law import read_regime
+from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
 
 TERMS = [1.0, 3.0, 6.0, 8.0]
 """Of `regime_runs.write` under Adam at held-out tokens, a module each."""

@@ -9,9 +9,9 @@ from support import checkpoint
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Scoring
 from rora_theory.finetune import FinetuneConfig
+from rora_theory.horizon import readings
 from rora_theory.llama import locate
 from rora_theory.measure import led
-from rora_theory.sweep import readings
 from rora_theory.sweep.records import draw_records
 from rora_theory.sweep.workbench import Workbench
 

@@ -7,15 +7,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rora_theory import frames
 from rora_theory.data.records import Record
 from rora_theory.errors import InputError
 from rora_theory.evaluate.scoring import Sample
 from rora_theory.finetune.held_out import RecordLoss
+from rora_theory.horizon import runs as horizon_runs
+from rora_theory.io import frames
 from rora_theory.runs.cells import run_cells
 from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.reading import Finished, key_of
-from rora_theory.sweep import horizon_runs, results
+from rora_theory.sweep import results
 from rora_theory.sweep.cells import SweepCell
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rora_theory.random.chi_squares import chi_squares
 from rora_theory.stats.moments import threshold
-from rora_theory.theory.chi_squares import chi_squares
 
 FREEDOMS = (1, 2, 3, 8, 64, 4096)
 DRAWS = 2**17

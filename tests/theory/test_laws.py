@@ -27,8 +27,8 @@ from support.pairings import (
 )
 
 from rora_theory import InputError
-from rora_theory.draws import draw_A
 from rora_theory.inits import INITS, entries
+from rora_theory.random.draws import draw_A
 from rora_theory.stats.moments import threshold
 from rora_theory.theory import laws, sampling
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rora_theory.normals import keys_at, standard_normal
+from rora_theory.random.normals import keys_at, standard_normal
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7, 3), (65,), (4096,), (4097,), (3, 5000), (33, 4096)])

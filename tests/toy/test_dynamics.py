@@ -7,10 +7,10 @@ import pytest
 
 from rora_theory import optimizers
 from rora_theory.errors import InputError
-from rora_theory.rules import check_steps
 from rora_theory.theory import laws
 from rora_theory.toy import dynamics
 from rora_theory.toy.dynamics import ProblemConfig
+from rora_theory.validation.rules import check_steps
 
 LINEAR = ProblemConfig(p_in=24, p_out=6, samples=4, held_out=5, overlap=0.5, teacher_rank=2)
 MLP = ProblemConfig(model="mlp", p_in=12, hidden=9, p_out=4, samples=5, held_out=3, teacher_rank=2)

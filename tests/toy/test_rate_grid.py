@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.io import frames
 from rora_theory.optimizers import OPTIMIZER_NAMES
 from rora_theory.stats.rate_curves import COLUMNS
 from rora_theory.toy import dynamics, rate_grid

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rora_theory import InputError, frames
+from rora_theory import InputError
+from rora_theory.io import frames
 from rora_theory.toy import exponents, training_grid
 from rora_theory.toy.dynamics import ProblemSize
 from rora_theory.toy.training_grid import TrainingCell, TrainingGrid

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from rora_theory.advice.lora_config import OF_DORA, check_uniform, init_of
 from rora_theory.advice.setting import Setting, check_setting
 from rora_theory.errors import InputError, shown
-from rora_theory.measure.module_regime import RegimeConfig
+from rora_theory.measure.regimes.module_regime import RegimeConfig
 from rora_theory.measure.torch.batches import Batch, Loss
 from rora_theory.measure.torch.modules import lora_config
 from rora_theory.measure.torch.regimes import TorchRegime, Transfer, regime

@@ -8,7 +8,7 @@
     found.assert_flat()
 
 Ranks share their noise: the smaller one's A has the first rows of the larger one's. See
-`rora_theory.measure.rank_check` for the check of rules in JAX.
+`rora_theory.measure.rank_check.check` for the check of rules in JAX.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,15 +25,15 @@ from peft.tuners.lora import LoraLayer
 from rora_theory import inits
 from rora_theory.advice.lora_config import init_of
 from rora_theory.errors import InputError
-from rora_theory.measure import thin
-from rora_theory.measure.coordinate_table import MODEL, WHOLE, BatchSplit, Coordinate, Table, whole_model
+from rora_theory.measure.rank_check.coordinate_table import MODEL, WHOLE, BatchSplit, Coordinate, Table, whole_model
+from rora_theory.measure.regimes import thin
 from rora_theory.measure.torch.batches import Batch, Loss, moved, plain_loss, tokens, tokens_of
 from rora_theory.measure.torch.modules import base_model, unchanged, unwrapped, with_autograd
 from rora_theory.measure.torch.progress import bar
-from rora_theory.rules import check_ranks, check_steps, listed
+from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_integer
-from rora_theory.seeds import check_seed
 from rora_theory.stats.slopes import BAND
+from rora_theory.validation.rules import check_ranks, check_steps, listed
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], int], torch.optim.Optimizer]
 

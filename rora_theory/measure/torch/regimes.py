@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig
 
-from rora_theory import inits, seeds
+from rora_theory import inits
 from rora_theory.advice.setting import Setting, check_setting
 from rora_theory.advice.transfer import Advice, Per, transfer
 from rora_theory.errors import InputError, shown
 from rora_theory.inits import Init
-from rora_theory.measure import module_regime, thin
-from rora_theory.measure.layer_data import SPLITS, Layer, Split
-from rora_theory.measure.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig
+from rora_theory.measure.layers.layer_data import SPLITS, Layer, Split
+from rora_theory.measure.regimes import module_regime, thin
+from rora_theory.measure.regimes.module_regime import TAKEOVER_ROWS, LayerRegime, Regime, RegimeConfig
 from rora_theory.measure.tokens import choose_tokens
 from rora_theory.measure.torch import hooks
 from rora_theory.measure.torch import progress as progress_bars
@@ -53,6 +53,7 @@ from rora_theory.measure.torch.modules import (
     without_adapters,
 )
 from rora_theory.optimizers import FAMILY
+from rora_theory.random import seeds
 from rora_theory.scaling import Rule
 from rora_theory.theory.laws import Optimizer
 
@@ -211,7 +212,7 @@ def regime(
       lora_A: draws the rows on which takeover distances rest; None draws them with NumPy.
       progress: Whether to show transformers' progress bar, which states the estimated cost before it starts.
 
-    Where the result is thin, a warning and the frames' ``attrs`` say so, see `rora_theory.measure.thin`.
+    Where the result is thin, a warning and the frames' ``attrs`` say so, see `rora_theory.measure.regimes.thin`.
 
     Raises:
       InputError: a module that the model does not have, a batch without labels, a loss that is not finite, no held-out
@@ -321,7 +322,7 @@ class _Reducing:
         layer = Layer(name, _host(grad), inputs)
         stepped: dict[tuple, dict[str, Any]] = {}
         if config.rows:
-            from rora_theory.measure import drawn_steps
+            from rora_theory.measure.layers import drawn_steps
 
             stepped = drawn_steps.measured(config, layer)
         own = module_regime.measure_module(config, layer, index, lambda init: self._draw(config, layer, init), stepped)

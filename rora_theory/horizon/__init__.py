@@ -1,0 +1,1 @@
+"""Best learning rates against rank, G = gamma r and the number of steps, from fine-tuning runs."""

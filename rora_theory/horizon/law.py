@@ -1,0 +1,265 @@
+"""How the best rate moves with gamma r, the rank and the steps: what the law says, and whether runs bear it out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rora_theory.advice.setting import Setting
+from rora_theory.advice.transfer import transfer
+from rora_theory.errors import InputError
+from rora_theory.horizon.curves import strength_of, who_of
+from rora_theory.horizon.grid import warmed_up
+from rora_theory.horizon.parts import QUANTILES, exponent_of_parts
+from rora_theory.horizon.runs import HorizonRun
+from rora_theory.io import frames
+from rora_theory.measure.regimes.saved_run import read_regime_run
+from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
+from rora_theory.stats.estimate import ROUNDING, Estimate
+from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, of_log2_rates
+from rora_theory.theory import displacement, horizon, laws
+
+
+def read_regime(folder: Path) -> tuple[list[float], list[float]]:
+    """The takeover distances, and the linear terms under Adam, at held-out tokens of all modules with PEFT's init.
+
+    Args:
+      folder: a run of ``sims.regime``.
+
+    Raises:
+      InputError: as `read_regime_run`, or no takeover distance of them.
+    """
+    found = read_regime_run(folder, optimizer="adam", init="kaiming_uniform", split="heldout")
+    rows = frames.read_csv(folder / TAKEOVER, TAKEOVER_COLUMNS)
+    own = rows[(rows["init"] == "kaiming_uniform") & (rows["split"] == "heldout")]
+    if own.empty:
+        raise InputError(f"{folder / TAKEOVER}: has no held-out row of kaiming_uniform; accepted is a run that has")
+    return own["takeover"].astype(float).tolist(), list(found.linear_terms.values())
+
+
+def predictions(
+    takeovers: Sequence[float],
+    strengths: tuple[float, float],
+    *,
+    steps: Sequence[int],
+    rates: Sequence[float],
+    warmup: int,
+) -> pd.DataFrame:
+    """By what factor the law has the best rate fall between two values of gamma r, given the best rate at the first.
+
+    The rate is constant after a warm-up from 0, the optimizer Adam, the signal leads.
+
+    Args:
+      takeovers: distances at which A takes over, of a model's modules (`rora_theory.theory.horizon`).
+      strengths: gamma r that the rate is known at, and the other.
+      steps: horizons.
+      rates: best rates that the first may turn out to have.
+      warmup: steps.
+
+    Returns:
+      ``steps``, ``rate``, ``quantile`` (of the takeovers), ``takeover``, ``factor`` (rate at the first strength over
+      rate at the second) and ``exponent`` (d log rate / d log gamma r).
+    """
+    rows = []
+    for count, rate, quantile in product(steps, rates, QUANTILES):
+        takeover = float(np.quantile(takeovers, quantile))
+        schedule = warmed_up(count, warmup)
+        old = Setting(rank=1, alpha=strengths[0], learning_rate=rate, rule="lora")
+        advice = transfer(old, 1, rule="lora", alpha=strengths[1], steps=count, takeover=takeover, schedule=schedule)
+        factor = rate / advice.law_rate
+        exponent = -math.log(factor) / math.log(strengths[1] / strengths[0])
+        rows.append((count, rate, quantile, takeover, factor, exponent))
+    return pd.DataFrame(rows, columns=["steps", "rate", "quantile", "takeover", "factor", "exponent"])
+
+
+def horizon_exponents(
+    found: Sequence[Curve],
+    step: int,
+    *,
+    takeovers: Sequence[float],
+    warmup: int,
+    runs: Sequence[HorizonRun] = (),
+    linear_terms: Sequence[float] = (),
+    constants: Mapping[int, tuple[float, float]] | None = None,
+) -> pd.DataFrame:
+    """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, each from every other to
+    the largest, beside the law.
+
+    Args:
+      found: of `horizon_curves.curves_at` the step.
+      step: the horizon.
+      takeovers, warmup: see `predictions`.
+      runs: whose parts were measured, see `horizon_parts.exponent_of_parts`.
+      linear_terms: of the modules, c of the first step under Adam; none takes the signal to lead.
+      constants: Smallest and largest measured displacement constant K by number of steps, see
+        `horizon_regret.constants_by_steps`; without them the displacement law is left out.
+
+    Returns:
+      ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
+      ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both ends have; ``law_low``,
+      ``law``, ``law_high``; ``verdict``, see `judge_exponent`. Over the strength the law is of the modules' takeovers,
+      at the measured best rate. In the rank it goes from 0, where the signal or A leads, to what keeps the first step
+      of the median module and of 95% of them, see `laws.keeping_rank_exponent`.
+      Over the strength ``by_parts``, the mean of `horizon_parts.exponent_of_parts` over seeds, ``by_parts_low`` and
+      ``by_parts_high`` their range, and ``by_parts_verdict`` on that in place of the law's.
+      Over the strength also ``displacement_low`` and ``displacement_high``, the exponents of the displacement law over
+      the measured constants and every coherence, and ``displacement_verdict``. Each law is a rival of the other.
+    """
+    rows = []
+    by = {(curve.rank, strength_of(curve)): curve for curve in found}
+    for over, index in (("strength", 1), ("rank", 0)):
+        pairs = [
+            (key, max(other for other in by if other[1 - index] == key[1 - index]))
+            for key in sorted(by, key=lambda key: (key[1 - index], key[index]))
+        ]
+        for first, last in pairs:
+            ends = at_shared_seeds(by[first], by[last]) if first != last else ()
+            if not ends:
+                continue
+            at, low, high = first[1 - index], first[index], last[index]
+            slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / math.log2(high / low))
+            law: tuple[float, ...] = (0.0, 0.0, 0.0)
+            by_parts: list[float] = []
+            rivals = RIVALS[over]
+            if over == "strength":
+                rate = _best_rate(ends[0])
+                told = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
+                law = tuple(told["exponent"])
+                displaced = _displacement_exponents((constants or {}).get(step), low, high)
+                rivals, other_rivals = (*rivals, *(displaced or ())), (*rivals, min(law), max(law))
+                by_parts = exponent_of_parts(
+                    runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
+                )
+            elif len(linear_terms):
+                kept = laws.keeping_rank_exponent(low, high, np.asarray(linear_terms))
+                law = (0.0, *np.quantile(kept, QUANTILES[1:]).tolist())
+            edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
+            judged = partial(judge_exponent, slope, edge=edge)
+            rows.append(
+                {"step": step, "over": over, "at": at, "first": low, "second": high, "exponent": slope.value}
+                | _errors(slope)
+                | {"law_low": min(law), "law": law[1], "law_high": max(law), "seeds": seeds}
+                | {"verdict": judged((min(law), max(law)), rivals, seeds=seeds)}
+                | {"by_parts": float(np.mean(by_parts)) if by_parts else None}
+            )
+            if over == "strength" and displaced is not None:
+                rows[-1] |= dict(zip(("displacement_low", "displacement_high"), displaced, strict=True))
+                rows[-1]["displacement_verdict"] = judged(displaced, other_rivals, seeds=seeds)
+            if by_parts:
+                ends_of_parts = min(by_parts), max(by_parts)
+                rows[-1] |= dict(zip(("by_parts_low", "by_parts_high"), ends_of_parts, strict=True))
+                rows[-1]["by_parts_verdict"] = judged(ends_of_parts, (*rivals, law[1]), seeds=len(by_parts))
+    return pd.DataFrame(rows)
+
+
+def _displacement_exponents(
+    constants: tuple[float, float] | None, low: float, high: float
+) -> tuple[float, float] | None:
+    """Return the smallest and largest exponent of the displacement law between two values of G, or None."""
+    if constants is None:
+        return None
+    exponents = [
+        displacement.best_rate_exponent(low, high, displacement_constant=constant, coherence=coherence)
+        for constant in constants
+        for coherence in displacement.COHERENCE_RANGE
+    ]
+    return min(exponents), max(exponents)
+
+
+def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
+    """How the best rate moves with the number of steps, from each horizon to the longest, beside a constant gradient's.
+
+    Along constant signs both factors move by the sum of the rates, so that the rate that keeps the change at one gamma
+    r falls as one over that sum, whichever part leads; Adam follows a gradient that grows faster, see
+    `rora_theory.theory.horizon.keeping_rate`.
+    Entries that walk at random move by the root of the sum: -1/2. A step up to which the rate was 0 throughout has
+    no best rate and is left out.
+
+    Args:
+      curves: of `horizon_curves.curves_at`, by step.
+      takeovers, warmup: see `predictions`.
+
+    Returns:
+      ``rank``, ``strength``, ``first``, ``second`` (steps); ``exponent`` of the best rate in the steps, with
+      ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both have; ``law_low``,
+      ``law``, ``law_high``, a constant gradient's of the modules' takeovers at the first best rate, and ``verdict`` on
+      them, see `judge_exponent`.
+    """
+    rows = []
+    by: dict[tuple[int, float], dict[int, Curve]] = {}
+    for step in sorted(curves):
+        for curve in curves[step] if any(warmed_up(step, warmup)) else ():
+            by.setdefault((curve.rank, curve.scaling), {})[step] = curve
+    for own in by.values():
+        *earlier, second = own
+        for first in earlier:
+            curve = own[first]
+            ends = at_shared_seeds(curve, own[second])
+            if not ends:
+                continue
+            octaves = math.log2(second / first)
+            slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
+            rate = _best_rate(ends[0])
+            taken = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
+            schedules = (warmed_up(first, warmup), warmed_up(second, warmup))
+            kept = [horizon.keeping_rate(rate, *schedules, takeover=each) for each in taken]
+            law = sorted(math.log2(each / rate) / octaves for each in kept)
+            edge, seeds = any(one.edge for one in ends), len(ends[0].losses)
+            rows.append(
+                who_of(curve)
+                | {"first": first, "second": second, "exponent": slope.value}
+                | _errors(slope)
+                | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}
+                | {"verdict": judge_exponent(slope, (law[0], law[-1]), RIVALS["step"], edge=edge, seeds=seeds)}
+            )
+    return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+def _best_rate(curve: Curve) -> float:
+    """The geometric mean of the seeds' best rates."""
+    return 2 ** float(np.mean(log2_rates(curve.spread)))
+
+
+def _errors(slope: Estimate) -> dict[str, Any]:
+    return {"standard_error": slope.error, "half_width": slope.half_width(), "error_over": slope.over}
+
+
+RIVALS = {"strength": (-1.0, 0.0), "rank": (-0.125, 0.125, 0.5), "step": (-0.5,)}
+"""Exponents that rival explanations predict for the best rate. In G: -1 (the law of the first step) and 0 (nothing to
+change). In the rank at fixed G: 1/2 (cross-talk leads), and 1/8 either way, the smallest that a user would notice: from
+rank 8 to 128 it is a factor of 1.4, which costs a few thousandths of a nat. In the steps: -1/2 (a random walk)."""
+
+
+def judge_exponent(
+    slope: Estimate, law: tuple[float, float], rivals: Sequence[float], *, edge: bool, seeds: int
+) -> str:
+    """Judge whether a measured exponent of the best rate supports a law.
+
+    A law is supported only against a rival: an interval that contains both says nothing about either.
+
+    Args:
+      slope: Measured exponent.
+      law: Smallest and largest exponent that the law predicts.
+      rivals: Exponents predicted by rival explanations, see `RIVALS`; those inside the law's range are ignored.
+      edge: Whether a best rate lies at the end of its grid.
+      seeds: Number of seeds that both curves have.
+
+    Returns:
+      ``contradicts`` if the 95% interval misses the law's range; ``agrees`` if it meets the range and excludes every
+      rival; ``undecided`` if it contains a rival, there is no rival, a best rate lies at the end of its grid, or there
+      is one seed, whose error leaves out how one training run differs from the next.
+    """
+    if edge or seeds < 2 or not math.isfinite(slope.half_width()):
+        return "undecided"
+    low, high = slope.value - slope.half_width(), slope.value + slope.half_width()
+    if high < law[0] - ROUNDING or low > law[1] + ROUNDING:
+        return "contradicts"
+    outside = [rival for rival in rivals if not law[0] <= rival <= law[1]]
+    if not outside or any(low <= rival <= high for rival in outside):
+        return "undecided"
+    return "agrees"

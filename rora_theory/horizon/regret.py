@@ -1,0 +1,211 @@
+"""Regret of policies in the measured runs: what it costs to keep, divide or scale a tuned learning rate."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rora_theory.horizon.curves import curves_at
+from rora_theory.horizon.runs import HorizonRun
+from rora_theory.io import frames
+from rora_theory.stats.rate_curves import Curve, log2_rates
+from rora_theory.stats.regret import regret
+from rora_theory.theory import displacement, horizon
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A setting whose curve of loss against learning rate was measured.
+
+    Attributes:
+      rank: Rank of the adapter.
+      strength: G = gamma r.
+      steps: Number of optimizer steps.
+    """
+
+    rank: int
+    strength: float
+    steps: int
+
+
+RatePolicy = Callable[[Condition, Condition, float], float]
+"""Learning rate for the new condition, from the old condition, the new one and the rate tuned in the old one."""
+
+
+def policies(
+    constants: Mapping[int, float], *, takeover: float | None = None, coherence: float = 1.0
+) -> dict[str, RatePolicy]:
+    """Return the policies that are compared, by name.
+
+    Args:
+      constants: Displacement constant K by number of steps; the nearest number in log is used.
+      takeover: Median takeover distance of the model's modules; None leaves the constant-gradient law out.
+      coherence: Coherence c of the displacement law, from 1 to 2.
+
+    Returns:
+      Policies that leave the rate alone when the number of steps changes (``keep the rate``, ``first step``,
+      ``square root``, ``displacement``, ``constant gradient``), and ``displacement, half per four times the steps``.
+    """
+
+    def displaced(old: Condition, new: Condition, rate: float) -> float:
+        steps = min(constants, key=lambda steps: abs(math.log(steps / old.steps)))
+        factor = displacement.best_rate_factor(
+            old.strength, new.strength, displacement_constant=constants[steps], coherence=coherence
+        )
+        return rate * factor
+
+    def at_constant_gradient(old: Condition, new: Condition, rate: float) -> float:
+        assert takeover is not None
+        return rate * horizon.rate_factor(new.strength / old.strength, rate * old.steps / takeover)
+
+    def halved(old: Condition, new: Condition, rate: float) -> float:
+        return displaced(old, new, rate) * (new.steps / old.steps) ** -0.5
+
+    by_name: dict[str, RatePolicy] = {
+        "keep the rate": lambda _old, _new, rate: rate,
+        "first step": lambda old, new, rate: rate * old.strength / new.strength,
+        "square root": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.5,
+        "displacement": displaced,
+        "displacement, half per four times the steps": halved,
+    }
+    return by_name if takeover is None else by_name | {"constant gradient": at_constant_gradient}
+
+
+def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """Compute the displacement constant K of every condition from runs at or below its best rate.
+
+    Args:
+      led: `horizon_parts.led_table`.
+      best: `horizon_curves.bests` of every step.
+
+    Returns:
+      A row for each ``step``, ``rank`` and ``strength``: ``constant``, the mean of K over runs, its smallest
+      and largest value ``constant_low`` and ``constant_high``, and ``runs``, how many there are. A run belongs to it if
+      its learning rate is at most half a grid step of a quarter decade above the best rate.
+    """
+    rows: list[dict[str, Any]] = []
+    optima = {
+        (row["step"], row["rank"], round(row["strength"], 6)): row["best_rate"]
+        for row in frames.rows(best[best["rank"].notna()])
+    }
+    for (step, rank, strength), runs in led.groupby(["step", "rank", "strength"]) if len(led) else ():
+        optimum = optima.get((step, rank, round(strength, 6)))
+        near = runs[runs["learning_rate"] <= (optimum or 0.0) * 10 ** (1 / 8)]
+        if len(near):
+            values = strength * near["ratio"] * (1 + near["ratio"])
+            rows.append(
+                {"step": int(step), "rank": int(rank), "strength": float(strength)}
+                | {"constant": float(values.mean())}
+                | {"constant_low": float(values.min()), "constant_high": float(values.max()), "runs": len(near)}
+            )
+    columns = ["step", "rank", "strength", "constant", "constant_low", "constant_high", "runs"]
+    return frames.of(rows, columns)
+
+
+def regret_table(
+    runs: Sequence[HorizonRun], tokens: Sequence[int], by_name: Mapping[str, RatePolicy], *, draws: int = 1000
+) -> pd.DataFrame:
+    """Compute the regret of every policy between all pairs of measured conditions.
+
+    Ranks and numbers of steps go upwards, as users do; G goes either way. Where the policy's rate lies outside the
+    rates that all seeds ran, the seeds that ran rates on both sides of it are used.
+
+    Args:
+      runs: Runs of one grid, see `horizon_runs.distinct`.
+      tokens: Number of tokens of every held-out record.
+      by_name: Policies by name, see `policies`.
+      draws: Number of bootstrap samples of the held-out records.
+
+    Returns:
+      A row for each pair and policy: ``old_rank``, ``old_strength``, ``old_steps``, ``rank``, ``strength``, ``steps``,
+      ``changed`` (which of the three differ), ``policy``, ``tuned_rate``, ``learning_rate``, ``regret`` in nats per
+      token with ``standard_error``, ``half_width`` (95%, with what the grid may hide), ``error_over``, ``low`` and
+      ``high`` over the interval of the tuned optimum, ``per_cent``, ``lowest_loss``, ``seeds``, ``is_lower_bound`` and
+      ``is_edge`` (a best rate of either curve lies at the end of its grid).
+    """
+    measured = _MeasuredCurves(runs, tokens, draws)
+    rows: list[dict[str, Any]] = []
+    for old, tuned in measured.curves.items():
+        tuned_rate = 2 ** float(np.mean(log2_rates(tuned.spread)))
+        for new, shared in measured.curves.items():
+            if new == old or new.rank < old.rank or new.steps < old.steps:
+                continue
+            changed = [name for name in ("rank", "strength", "steps") if getattr(old, name) != getattr(new, name)]
+            for name, policy in by_name.items():
+                carried = partial(policy, old, new)
+                target = measured.covering(new, carried(tuned_rate)) or shared
+                cost = regret(tuned, target, carried)
+                nats = cost.nats
+                rows.append(
+                    {"old_rank": old.rank, "old_strength": old.strength, "old_steps": old.steps}
+                    | {"rank": new.rank, "strength": new.strength, "steps": new.steps}
+                    | {"changed": " ".join(changed), "policy": name}
+                    | {"tuned_rate": tuned_rate, "learning_rate": cost.learning_rate}
+                    | {"regret": nats.value, "standard_error": nats.error if nats.has_error else None}
+                    | {"half_width": nats.half_width() if math.isfinite(nats.half_width()) else None}
+                    | {"error_over": nats.over, "low": cost.low, "high": cost.high, "per_cent": cost.per_cent}
+                    | {"lowest_loss": cost.lowest_loss, "seeds": len(target.losses)}
+                    | {"is_lower_bound": cost.is_lower_bound, "is_edge": bool(tuned.edge or target.edge)}
+                )
+    return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
+
+
+class _MeasuredCurves:
+    """Curves of loss against learning rate by condition, over all seeds or over those that ran rates around one."""
+
+    def __init__(self, runs: Sequence[HorizonRun], tokens: Sequence[int], draws: int) -> None:
+        self._tokens, self._draws = tokens, draws
+        self._runs: dict[Condition, list[HorizonRun]] = {}
+        for run in runs:
+            for step in {reading.step for reading in run.read.readings}:
+                if run.rank and run.strength:
+                    self._runs.setdefault(Condition(run.rank, run.strength, step), []).append(run)
+        found = {condition: self._curve(condition, own) for condition, own in self._runs.items()}
+        self.curves = {condition: curve for condition, curve in found.items() if curve is not None}
+        self._covering: dict[tuple[Condition, frozenset[int]], Curve | None] = {}
+
+    def _curve(self, condition: Condition, runs: Sequence[HorizonRun]) -> Curve | None:
+        return next(iter(curves_at(runs, self._tokens, condition.steps, draws=self._draws)), None)
+
+    def covering(self, condition: Condition, learning_rate: float) -> Curve | None:
+        """Return the curve of the seeds whose rates lie on both sides of a learning rate, or None."""
+        runs, slack = self._runs[condition], 1 + 1e-9
+        by_seed: dict[int, list[float]] = {}
+        for run in runs:
+            by_seed.setdefault(run.seed, []).append(run.rate)
+        seeds = frozenset(
+            seed
+            for seed, rates in by_seed.items()
+            if min(rates) <= learning_rate * slack and learning_rate <= max(rates) * slack
+        )
+        if (condition, seeds) not in self._covering:
+            self._covering[condition, seeds] = self._curve(condition, [run for run in runs if run.seed in seeds])
+        return self._covering[condition, seeds]
+
+
+def regret_by_policy(costs: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the regret of every policy over the pairs of conditions that differ in the same settings.
+
+    Args:
+      costs: `regret_table`.
+
+    Returns:
+      A row for each ``changed`` and ``policy``: ``pairs``, ``median`` and ``largest`` regret in nats per token,
+      ``largest_error``, the standard error of the largest, and ``lower_bounds``, the number of pairs whose rate lies
+      outside the measured ones. Pairs with a best rate at the end of a grid are left out.
+    """
+    rows: list[dict[str, Any]] = []
+    inside = costs[~costs["is_edge"].astype(bool)] if len(costs) else costs
+    for (changed, policy), pairs in inside.groupby(["changed", "policy"], sort=False) if len(inside) else ():
+        worst = pairs.loc[pairs["regret"].idxmax()]
+        rows.append(
+            {"changed": changed, "policy": policy, "pairs": len(pairs), "median": float(pairs["regret"].median())}
+            | {"largest": float(worst["regret"]), "largest_error": worst["standard_error"]}
+            | {"lower_bounds": int(pairs["is_lower_bound"].sum())}
+        )
+    columns = ["changed", "policy", "pairs", "median", "largest", "largest_error", "lower_bounds"]
+    return frames.of(rows, columns)

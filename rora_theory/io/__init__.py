@@ -1,0 +1,1 @@
+"""Files written atomically, data frames and digests."""

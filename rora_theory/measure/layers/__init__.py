@@ -1,0 +1,1 @@
+"""First steps in real layers: measured with sampled adapters, and computed by the law."""

@@ -1,0 +1,1 @@
+"""Random keys, streams by name, and samplers that draw the same numbers at any block size or device count."""
