@@ -11,6 +11,9 @@ import tyro
 from matplotlib.axes import Axes
 
 from figures import style
+from rora_theory.scaling import check_positive
+from rora_theory.validation.ranges import Count, Positive, check_ranges
+from rora_theory.validation.rules import check_list, check_ranks
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,19 @@ class Config:
     """Ranks, a curve each"""
     strengths: tuple[float, ...] = (64.0, 724.0)
     """Values of G = gamma r: alpha under alpha / r, and alpha sqrt(r) under alpha / sqrt(r)"""
-    steps: int = 64
+    steps: Count = 64
     """Number of optimizer steps"""
-    top: float = 1.08
+    top: Positive = 1.08
     """Highest loss drawn, in nats per token"""
     out: Path | None = None
     """Folder for horizon_loss.png and .svg; the run folder by default"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        check_ranks(self.ranks, fewest=1)
+        check_list("--strengths", self.strengths, fewest=1)
+        for strength in self.strengths:
+            check_positive("--strengths", strength)
 
 
 def draw(config: Config) -> Sequence[Path]:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from figures import style
 from rora_theory.io import frames
+from rora_theory.validation.ranges import Count, check_ranges
 
 FLOOR = 1e-4
 """Smallest regret drawn, in nats per token: far below the resolution of any grid."""
@@ -32,10 +33,13 @@ class Config:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.horizon"""
-    steps: int = 64
+    steps: Count = 64
     """Number of steps of the runs compared"""
     out: Path | None = None
     """Folder for regret_by_policy.png and .svg; the run folder by default"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def draw(config: Config) -> Sequence[Path]:

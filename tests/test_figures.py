@@ -56,6 +56,8 @@ FIGURES = {
     ],
     "finetune_arc": [(loss_curves, {})],
 }
+SAVE = style.save
+"""What writes a figure; fixtures put another in its place for as long as the module's tests run."""
 CASES = [(folder, module, options) for folder, drawn in FIGURES.items() for module, options in drawn]
 
 
@@ -361,7 +363,7 @@ def test_rounding_errors_change_no_svg_file(tmp_path) -> None:
         axes.set(xlim=(0, 5 * factor), ylim=(-1, 2 * factor), title="0.123456 (x=0.1234567)")
         axes.plot([0, 1.1 * factor, 4.3], [-0.7 * factor, 0.9, 1.3 * factor], "o-")
         axes.imshow([[0.0, 1.0]], extent=(1, 2 * factor, 0, 1))
-        style.save(figure, tmp_path, name)
+        SAVE(figure, tmp_path, name)
         return (tmp_path / f"{name}.svg").read_text()
 
     one = draw("one", 1.0)

@@ -220,7 +220,7 @@ def test_files(placement, config, params, tmp_path) -> None:
         ({"target_modules": "up_proj"}, "target_modules is 'up_proj'; accepted is a list of names"),
         ({"target_modules": ["c_attn"]}, "'c_attn', which matches no module"),
         ({"target_modules": ["model.layers.1.mlp.up_proj"]}, "choose mlp.up_proj in layers 1 of 3"),
-        ({"target_modules": ["up_proj"]}, "has .*gate_proj.adapter_(up|down).weight; accepted is what"),
+        ({"target_modules": ["up_proj"]}, r"has .*gate_proj\.adapter_(up|down)\.weight"),
         ({"target_modules": ["up_proj", "gate_proj", "o_proj"]}, "has no .*o_proj"),
     ],
 )

@@ -571,7 +571,8 @@ def takeover_of(found, rank: int, init: str, split: str = "heldout") -> float:
 
 def test_takeover_distance_is_the_held_out_one_of_the_nearest_measured_rank() -> None:
     """Nearest on a logarithmic scale, among the ranks 8, 32 and 128."""
-    found = regime(torch_models.model(), torch_models.batch(), torch_models.batch(seed=1), ["q_proj"])
+    config = replace(torch_regimes.DEFAULT, exact=True)
+    found = regime(torch_models.model(), torch_models.batch(), torch_models.batch(seed=1), ["q_proj"], config=config)
     assert set(found.results["rank"]) == {8, 128}, "the ranks of the default configuration"
     assert set(found.crossings["optimizer"]) == {"sgd", "adam"}
     for rank, nearest in ((1, 8), (15, 8), (18, 32), (60, 32), (70, 128), (4096, 128)):

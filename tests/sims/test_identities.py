@@ -364,7 +364,7 @@ def test_every_setting_of_a_fine_tuning_run_is_in_its_identity(model, data) -> N
         "batch_size": 32, "lr": 0.1, "weight_decay": 0.1, "clip": 2.0, "betas": (0.8, 0.9), "epsilon": 1e-6,
         "dtype": "bfloat16", "remat": True, "non_linearity": "relu", "schedule": "constant",
     }  # fmt: skip
-    ranked = {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init"}
+    ranked = {"rule", "rank", "alpha", "rank_pattern", "alpha_pattern", "init", "lr_multiplier_A"}
     for method, size, missing in (
         ("lora", {"rank": 2}, {"virtual_tokens", "bottleneck", "non_linearity"}),
         ("series", {"bottleneck": 4}, {"virtual_tokens", *ranked}),

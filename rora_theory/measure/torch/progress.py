@@ -30,7 +30,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 def in_words(seconds: float) -> str:
     """Return a duration as a sentence states it.
 
-    Example:
+    Examples:
       >>> in_words(0.4), in_words(41.0), in_words(190.0)
       ('1 s', '41 s', '3 min')
     """
