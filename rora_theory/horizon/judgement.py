@@ -150,4 +150,6 @@ def against_in_words(found: pd.DataFrame) -> pd.DataFrame:
 
 def size_in_words(frame: pd.DataFrame) -> pd.DataFrame:
     """A frame of a judgement by rank, with the ``size`` of the adapter in words."""
+    if "rank" not in frame:  # a summary over ranks
+        return frame
     return frame.assign(size=frame["rank"].map("{:g}".format, na_action="ignore").fillna(FULL))

@@ -112,7 +112,8 @@ def regret_table(
     """Compute the regret of every policy between all pairs of measured conditions.
 
     Ranks and numbers of steps go upwards, as users do; G goes either way. Where the policy's rate lies outside the
-    rates that all seeds ran, the seeds that ran rates on both sides of it are used.
+    rates that all seeds ran, the seeds that ran rates on both sides of it are used. A policy whose rate equals that of
+    an earlier one, as all laws at an unchanged G, has no row.
 
     Args:
       runs: Runs of one grid, see `horizon_runs.distinct`.
@@ -135,8 +136,13 @@ def regret_table(
             if new == old or new.rank < old.rank or new.steps < old.steps:
                 continue
             changed = [name for name in ("rank", "strength", "steps") if getattr(old, name) != getattr(new, name)]
+            rates: list[float] = []
             for name, policy in by_name.items():
                 carried = partial(policy, old, new)
+                # Policies that agree by construction, such as all laws at an unchanged G, have one row: the first's.
+                if any(math.isclose(carried(tuned_rate), rate, rel_tol=1e-9) for rate in rates):
+                    continue
+                rates.append(carried(tuned_rate))
                 target = measured.covering(new, carried(tuned_rate)) or shared
                 cost = regret(tuned, target, carried)
                 nats = cost.nats
