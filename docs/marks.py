@@ -38,8 +38,8 @@ Columns
                      Several columns in one cell. A cell in which a value is missing is empty.
     A colon after the conditions is optional.
 
-Formats apply to the value rounded to 12 significant digits, so that a tie does not depend on the processor that wrote
-the file.
+Formats are Python's. `:.1f/1e9` divides the value first. They apply to the value rounded to 12 significant digits, so
+that a tie does not depend on the processor that wrote the file.
 """
 
 import csv
@@ -95,6 +95,8 @@ class RowFormatter(string.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         """Format a value, a float after rounding that removes differences between processors."""
+        format_spec, _, divisor = format_spec.partition("/")
+        value = value / float(divisor) if divisor else value
         if isinstance(value, float):
             value, format_spec = float(f"{value:.{SIGNIFICANT_DIGITS}g}"), format_spec or "g"
         return format(value, format_spec)

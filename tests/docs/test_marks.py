@@ -42,6 +42,7 @@ def published(monkeypatch, tmp_path):
         ("run/rates.csv rule=0.25: {policy}", "keep the rate"),
         ('run/rates.csv policy="root, then keep": {rank}', "8"),
         ('run/rates.csv policy!="keep the rate",full: {rank}', "8"),
+        ("run/rates.csv rank=8: {strength:.1f/5e-1} halves", "128.0 halves"),
         ("run/a.json: {seconds:.0f} s, seed {config.seeds.1}", "2 s, seed 1"),
         ("run/a.json#sides.peer: {gb:.1f}", "2.0"),
         ("run/a.json#sides.* key=here: {gb:.1f}", "1.5"),
