@@ -56,7 +56,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 
-MARK = re.compile(r"<!-- (?P<kind>n|table)\s(?P<body>.*?) -->(?P<text>(?:(?!<!--).)*)<!-- / -->", re.DOTALL)
+MARK = re.compile(
+    r"(?P<opening><!-- (?P<kind>n|table)\s(?P<body>(?:(?!-->).)*?)\s-->)(?P<text>(?:(?!<!--).)*)<!-- / -->", re.DOTALL
+)
 """A well-formed mark with its text and its end."""
 
 OPENING = re.compile(r"<!--\s*(?:n|table)\b(?P<body>[^>]{0,60})")
@@ -304,7 +306,7 @@ def fill(text: str, where: str) -> tuple[str, list[str]]:
     problems: list[str] = []
 
     def replacement(mark: re.Match[str]) -> str:
-        name = f"{where}: {mark['kind']} {' '.join(mark['body'].split())}"
+        name = f"{where}: {mark['kind']} {' '.join(mark['body'].split())[:90]}"
         try:
             check_place(text, mark)
             new = {"n": number, "table": table}[mark["kind"]](" ".join(mark["body"].split()))
@@ -313,7 +315,7 @@ def fill(text: str, where: str) -> tuple[str, list[str]]:
             return mark[0]
         if new != mark["text"]:
             problems.append(f"{name}: is {mark['text'].strip()[:60]!r}, the files give {new.strip()[:60]!r}")
-        return f"<!-- {mark['kind']} {mark['body']} -->{new}<!-- / -->"
+        return f"{mark['opening']}{new}<!-- / -->"
 
     filled = MARK.sub(replacement, text)
     # What begins as a mark but is not a whole one.

@@ -97,6 +97,7 @@ def test_table_of_a_run() -> None:
         ("n run/other.csv rank=8: {rate} --><!-- / -->", "no file run/other.csv"),
         ("n run/a.json#sides.third: {gb} --><!-- / -->", "no key 'third'"),
         ("n run/rates.csv rank=8: {rate} -->0.035", "not a whole mark"),
+        ("n run/rates.csv rank=8: {rate}-->0.035<!-- / --> and <!-- n x: {y} --><!-- / -->", "not a whole mark"),
         ("n run/rates.csv rank=8: {rate} -->0.035<!-- n a: {b} --><!-- / -->", "not a whole mark"),
         ("table run/rates.csv rank --><!-- / -->", "lines of its own"),
     ],
@@ -136,10 +137,10 @@ def test_check_reports_and_filling_corrects(monkeypatch, tmp_path, capsys) -> No
     page = tmp_path / "page.md"
     monkeypatch.setattr(marks, "ROOT", tmp_path)
     monkeypatch.setattr(marks, "documents", lambda: [page])
-    page.write_text("It was <!-- n run/rates.csv\n  rank=8: {rate:.2f} -->0.4<!-- / --> of it.\n")
+    page.write_text("It was <!-- n run/rates.csv\n  rank=8: {rate:.2f}\n-->0.4<!-- / --> of it.\n")
     assert marks.main(["--check"]) == 1
     assert "page.md: n run/rates.csv rank=8" in capsys.readouterr().out
     assert marks.main([]) == 0
-    assert page.read_text() == "It was <!-- n run/rates.csv\n  rank=8: {rate:.2f} -->0.04<!-- / --> of it.\n"
+    assert page.read_text() == "It was <!-- n run/rates.csv\n  rank=8: {rate:.2f}\n-->0.04<!-- / --> of it.\n"
     assert marks.main(["--check"]) == 0
     assert marks.main(["--chekc"]) == 2
