@@ -253,7 +253,7 @@ def table(body: str) -> str:
         headings.append((column["heading"] or name).strip('"'))
         templates.append(column["cell"] if "{" in name else f"{{{name}{colon}{spec}}}")
     lines = [markdown_row(headings), "|" + "---|" * len(headings)]
-    for row in select(load_rows(source), conditions):
+    for row in select(load_rows(source.removesuffix(":")), conditions):
         cells = []
         for template in templates:
             try:

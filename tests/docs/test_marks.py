@@ -72,7 +72,7 @@ def test_table() -> None:
 
 
 def test_rows_of_several_files_are_sorted_by_the_numbers_in_their_names() -> None:
-    lines = marks.table("steps_*/slopes.csv folder slope:.2f").splitlines()[3:]
+    lines = marks.table("steps_*/slopes.csv: folder slope:.2f").splitlines()[3:]
     assert lines == ["| steps_30 | 0.03 |", "| steps_100 | 0.10 |"]
     lines = marks.table("run/rates.csv rank!= sort=rule rank").splitlines()[3:]
     assert lines == ["| 1 |", "| 8 |", "| 128 |"]
