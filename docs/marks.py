@@ -43,6 +43,7 @@ that a tie does not depend on the processor that wrote the file.
 """
 
 import csv
+import difflib
 import json
 import math
 import re
@@ -84,13 +85,20 @@ class MissingValueError(Exception):
     """A format string names a column whose value is missing."""
 
 
+def missing_column(name: str, columns: Iterable[str]) -> MarkError:
+    """Return an error that lists the columns which are similar, or the first."""
+    columns = list(columns)
+    listed = difflib.get_close_matches(name, columns, n=5) or columns[:15]
+    return MarkError(f"no column {name!r}; there are {len(columns)}, among them {', '.join(listed)}")
+
+
 class RowFormatter(string.Formatter):
     """Format columns of a row, whose names may contain dots."""
 
     def get_field(self, field_name: str, _: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the value of a column."""
         if field_name not in kwargs:
-            raise MarkError(f"no column {field_name!r}; the columns are {', '.join(kwargs)}")
+            raise missing_column(field_name, kwargs)
         if kwargs[field_name] is None:
             raise MissingValueError(field_name)
         return kwargs[field_name], field_name
@@ -185,7 +193,7 @@ def select(rows: Iterable[Row], conditions: Sequence[re.Match[str]]) -> list[Row
         values = [value.strip('"') for value in re.findall(rf"{QUOTED}|[^,]+", condition["value"])] or [""]
         name = values[0] if column == "sort" else column
         if rows and name not in rows[0]:
-            raise MarkError(f"no column {name!r}; the columns are {', '.join(rows[0])}")
+            raise missing_column(name, rows[0])
         if column == "sort":
             rows.sort(key=lambda row: natural_key(row[name]))
         else:
