@@ -20,7 +20,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import gallery  # beside this file
 import marks
 import numpy as np
 import pandas as pd
@@ -1999,9 +1998,6 @@ def parity_harness() -> str:
         f"{texts} of {items} items differ in text, {choice} of {choices} items in the choice, and {beyond} of "
         f"{requests} log-likelihoods by more than 1e-3"
     )
-
-
-block("gallery")(gallery.markdown)
 
 
 @block("bridge.agreement")

@@ -6,6 +6,8 @@
 A page holds marks, which are HTML comments. What stands between a mark and its end is generated. FILE is a path below
 `results/published`, without spaces, on one line or several.
 
+The gallery of figures: `<!-- gallery -->`, on a line of its own.
+
 A number inside a sentence. The conditions must select exactly one row. The text after the first colon and space is a
 Python format string over the row's columns:
 
@@ -49,7 +51,7 @@ import math
 import re
 import string
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,11 +60,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 
 MARK = re.compile(
-    r"(?P<opening><!-- (?P<kind>n|table)\s(?P<body>(?:(?!-->).)*?)\s-->)(?P<text>(?:(?!<!--).)*)<!-- / -->", re.DOTALL
+    r"(?P<opening><!-- (?P<kind>n|table|gallery)\b(?P<body>(?:(?!-->).)*?)\s-->)(?P<text>(?:(?!<!--).)*)<!-- / -->",
+    re.DOTALL,
 )
 """A well-formed mark with its text and its end."""
 
-OPENING = re.compile(r"<!--\s*(?:n|table)\b(?P<body>[^>]{0,60})")
+OPENING = re.compile(r"<!--\s*(?:n|table|gallery)\b(?P<body>[^>]{0,60})")
 """The beginning of any mark, well-formed or not."""
 
 QUOTED = r'"[^"]*"'
@@ -109,7 +112,8 @@ class RowFormatter(string.Formatter):
         value = value / float(divisor) if divisor else value
         if isinstance(value, float):
             value, format_spec = float(f"{value:.{SIGNIFICANT_DIGITS}g}"), format_spec or "g"
-        return format(value, format_spec)
+        text = format(value, format_spec)
+        return text.replace("*", "\\*") if isinstance(value, str) else text  # r* is no emphasis
 
 
 def parse_value(text: str) -> int | float | str | None:
@@ -287,14 +291,25 @@ def included_table(body: str) -> str:
     return "\n".join(lines)
 
 
+def figures(_: str) -> str:
+    """Return the gallery of published figures."""
+    import gallery  # beside this file; imports every command, which takes a second
+
+    return gallery.markdown()
+
+
+KINDS: dict[str, Callable[[str], str]] = {"n": number, "table": table, "gallery": figures}
+"""What fills each kind of mark, from the mark's words."""
+
+
 def check_place(text: str, mark: re.Match[str]) -> None:
     """Raise if Markdown would end a paragraph at a number, or not see a table as one."""
     line_start = text.rfind("\n", 0, mark.start()) + 1
     before = text[line_start : mark.start()]
     previous_line = text[:line_start].rstrip("\n").rpartition("\n")[2] if text[:line_start] else ""
     follows_text = bool(previous_line.strip()) and not text[:line_start].endswith("\n\n")
-    if mark["kind"] == "table" and (before.strip() or follows_text):
-        raise MarkError("a table stands on lines of its own, after an empty line")
+    if mark["kind"] != "n" and (before.strip() or follows_text):
+        raise MarkError(f"a {mark['kind']} stands on lines of its own, after an empty line")
     follows_paragraph = follows_text and not re.match(r"\s*(\||#|```|<!--)", previous_line)
     if mark["kind"] == "n" and not before.strip() and follows_paragraph:
         raise MarkError("it begins a line and would end its paragraph; put it behind a word")
@@ -317,7 +332,7 @@ def fill(text: str, where: str) -> tuple[str, list[str]]:
         name = f"{where}: {mark['kind']} {' '.join(mark['body'].split())[:90]}"
         try:
             check_place(text, mark)
-            new = {"n": number, "table": table}[mark["kind"]](" ".join(mark["body"].split()))
+            new = KINDS[mark["kind"]](" ".join(mark["body"].split()))
         except MarkError as error:
             problems.append(f"{name}: error: {error}")
             return mark[0]

@@ -9,7 +9,7 @@ RATES = """rank,rule,strength,rate,error,policy
 1,0.25,64.0,0.0012,0.1,keep the rate
 8,lora,64.0,0.035,0.2,"root, then keep"
 128,rora,724.0773439350247,0.0349999999999999996,,keep the rate
-,rora,,2.5,0.3,full
+,rora,,2.5,0.3,r* | full
 """
 
 
@@ -39,9 +39,10 @@ def published(monkeypatch, tmp_path):
         ("run/rates.csv strength=724.0773: {rank:d} ({strength:.0f})", "128 (724)"),
         ("run/rates.csv rank=: {rate}", "2.5"),
         ("run/rates.csv rule=rora rank!=: {rank}", "128"),
+        ("run/rates.csv rank=: {policy}", r"r\* | full"),
         ("run/rates.csv rule=0.25: {policy}", "keep the rate"),
         ('run/rates.csv policy="root, then keep": {rank}', "8"),
-        ('run/rates.csv policy!="keep the rate",full: {rank}', "8"),
+        ('run/rates.csv policy!="keep the rate","r* | full": {rank}', "8"),
         ("run/rates.csv rank=8: {strength:.1f/5e-1} halves", "128.0 halves"),
         ("run/a.json: {seconds:.0f} s, seed {config.seeds.1}", "2 s, seed 1"),
         ("run/a.json#sides.peer: {gb:.1f}", "2.0"),
@@ -69,6 +70,10 @@ def test_table() -> None:
         "| 128 | 724 |  | keep the rate |",
         "",
     ]
+
+
+def test_cells_do_not_end_at_bars() -> None:
+    assert marks.table("run/rates.csv rank=: policy").splitlines()[-1] == r"| r\* \| full |"
 
 
 def test_rows_of_several_files_are_sorted_by_the_numbers_in_their_names() -> None:
