@@ -352,8 +352,8 @@ def fill(text: str, where: str) -> tuple[str, list[str]]:
 
 
 def documents() -> list[Path]:
-    """Return README.md and every page of the site."""
-    pages = sorted((ROOT / "docs").rglob("*.md"))
+    """Return README.md and every page of the site, the gallery last, because it quotes the other pages."""
+    pages = sorted((ROOT / "docs").rglob("*.md"), key=lambda page: (page.name == "gallery.md", page))
     return [ROOT / "README.md", *(page for page in pages if "published" not in page.relative_to(ROOT).parts)]
 
 
