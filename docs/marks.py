@@ -22,6 +22,8 @@ columns:
     ...
     <!-- / -->
 
+The package's data file `rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`).
+
 FILE
     x.csv            The rows of the file. An empty cell is a missing value.
     x.json           A list of objects has a row for each. Any other object is one row; nested keys are joined by dots.
@@ -58,6 +60,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
+PACKAGED = ROOT / "rora_theory" / "advice" / "measured.json"
+"""Measured numbers that the library quotes."""
 
 MARK = re.compile(
     r"(?P<opening><!-- (?P<kind>n|table|gallery)\b(?P<body>(?:(?!-->).)*?)\s-->)(?P<text>(?:(?!<!--).)*)<!-- / -->",
@@ -228,20 +232,25 @@ def format_row(template: str, row: Row) -> str:
         raise MarkError(f"format {template!r}: {error}") from error
 
 
-def number(body: str) -> str:
-    """Return the text of a number mark."""
-    head, separator, template = body.partition(": ")
-    source, _, words = head.partition(" ")
-    if not separator or "{" not in template:
-        raise MarkError("a number is FILE conditions: {column:format}")
+def one_row(text: str) -> Row:
+    """Return the one row that ``FILE conditions`` selects."""
+    source, _, words = text.partition(" ")
     conditions, columns = parse_words(words)
     if columns:
         raise MarkError(f"not a condition: {columns[0][0]}")
     rows = select(load_rows(source), conditions)
     if len(rows) > 1:
         raise MarkError(f"the conditions select {len(rows)} rows; a number needs one")
+    return rows[0]
+
+
+def number(body: str) -> str:
+    """Return the text of a number mark."""
+    head, separator, template = body.partition(": ")
+    if not separator or "{" not in template:
+        raise MarkError("a number is FILE conditions: {column:format}")
     try:
-        return format_row(template, rows[0])
+        return format_row(template, one_row(head))
     except MissingValueError as error:
         raise MarkError(f"the value of column {error} is missing") from error
 
@@ -289,6 +298,26 @@ def included_table(body: str) -> str:
     if not lines:
         raise MarkError(f"no table below {heading!r} in {file}")
     return "\n".join(lines)
+
+
+def fill_packaged(text: str, where: str) -> tuple[str, list[str]]:
+    """Fill the values of a package's data file, as `fill` fills a page.
+
+    The file is an object of entries ``{"row": "FILE conditions", "columns": {name: value, ...}}``. The conditions
+    select one row, whose values of these columns are copied with all digits.
+    """
+    entries, problems = json.loads(text), []
+    for name, entry in entries.items():
+        try:
+            row = one_row(entry["row"])
+            columns = {column: RowFormatter().get_field(column, (), row)[0] for column in entry["columns"]}
+        except (MarkError, MissingValueError) as error:
+            problems.append(f"{where}: {name}: error: {error}")
+            continue
+        if columns != entry["columns"]:
+            problems.append(f"{where}: {name}: is {entry['columns']}, the files give {columns}")
+        entry["columns"] = columns
+    return json.dumps(entries, indent=2) + "\n", problems
 
 
 def figures(_: str) -> str:
@@ -352,9 +381,9 @@ def fill(text: str, where: str) -> tuple[str, list[str]]:
 
 
 def documents() -> list[Path]:
-    """Return README.md and every page of the site, the gallery last, because it quotes the other pages."""
+    """Return every file to fill: README.md, the pages, the package's data; the gallery last, as it quotes the pages."""
     pages = sorted((ROOT / "docs").rglob("*.md"), key=lambda page: (page.name == "gallery.md", page))
-    return [ROOT / "README.md", *(page for page in pages if "published" not in page.relative_to(ROOT).parts)]
+    return [PACKAGED, ROOT / "README.md", *(page for page in pages if "published" not in page.relative_to(ROOT).parts)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -365,7 +394,7 @@ def main(arguments: Sequence[str]) -> int:
     failures = 0
     for path in documents():
         old = path.read_text()
-        new, problems = fill(old, str(path.relative_to(ROOT)))
+        new, problems = (fill_packaged if path.suffix == ".json" else fill)(old, str(path.relative_to(ROOT)))
         if not arguments and new != old:
             path.write_text(new)
         # Without --check a mark that differed is now right; only errors remain.

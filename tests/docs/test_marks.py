@@ -138,6 +138,18 @@ def test_a_number_that_begins_a_line_would_end_its_paragraph() -> None:
         assert marks.fill(page, "page.md") == (page, [])
 
 
+def test_packaged_values_are_copied_with_all_digits() -> None:
+    entry = {"row": "run/rates.csv rank=128", "columns": {"strength": 724.0, "rule": "rora"}}
+    lost = {"row": "run/rates.csv rank=9", "columns": {"strength": 1.0}}
+    filled, problems = marks.fill_packaged(json.dumps({"a": entry, "lost": lost}), "data.json")
+    assert json.loads(filled) == {
+        "a": entry | {"columns": {"strength": 724.0773439350247, "rule": "rora"}},
+        "lost": lost,
+    }
+    assert ["data.json: a: is {" in problems[0], "data.json: lost: error: " in problems[1]] == [True, True]
+    assert marks.fill_packaged(filled, "data.json")[1] == problems[1:]
+
+
 def test_check_reports_and_filling_corrects(monkeypatch, tmp_path, capsys) -> None:
     page = tmp_path / "page.md"
     monkeypatch.setattr(marks, "ROOT", tmp_path)
