@@ -3,10 +3,8 @@
     python docs/fill.py            # rewrite every mark in README.md and docs/**/*.md
     python docs/fill.py --check    # exit with status 1 if a mark's text differs from what the files give
 
-A page holds marks, which are HTML comments. What stands between a mark and its end is generated. FILE is a path below
-`results/published`, without spaces, on one line or several.
-
-The gallery of figures: `<!-- gallery -->`, on a line of its own.
+A page holds marks, which are HTML comments of one line or several. What stands between a mark and its end is generated.
+FILE is a path below `results/published`, without spaces.
 
 A number inside a sentence. The conditions must select exactly one row. The text after the first colon and space is a
 Python format string over the row's columns:
@@ -22,7 +20,8 @@ columns:
     ...
     <!-- / -->
 
-The package's data file `rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`).
+The gallery of figures: `<!-- gallery -->`, on a line of its own. The package's data file
+`rora_theory/advice/measured.json` is filled and checked with the pages (`fill_packaged`).
 
 FILE
     x.csv            The rows of the file. An empty cell is a missing value.
@@ -173,7 +172,9 @@ def load_rows(source: str) -> tuple[dict[str, Any], ...]:
         else:
             raise MarkError(f"{pattern}: rows come from .csv and .json files")
         rows += [{"folder": path.parent.name} | row for row in loaded]
-    return tuple(rows)
+    # A column that only some rows have is missing in the others.
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return tuple(columns | row for row in rows)
 
 
 def natural_key(value: Any) -> list[Any]:

@@ -72,6 +72,12 @@ def test_table() -> None:
     ]
 
 
+def test_columns_that_some_rows_lack_are_empty_cells() -> None:
+    (marks.PUBLISHED / "run" / "rows.json").write_text(json.dumps([{"a": 1}, {"a": 2, "b": {"c": 0.5}}]))
+    assert marks.table("run/rows.json: a b.c").splitlines()[3:] == ["| 1 |  |", "| 2 | 0.5 |"]
+    assert marks.number("run/rows.json b.c=: {a}") == "1"
+
+
 def test_cells_do_not_end_at_bars() -> None:
     assert marks.table("run/rates.csv rank=: policy").splitlines()[-1] == r"| r\* \| full |"
 
