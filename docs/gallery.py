@@ -179,7 +179,7 @@ def _sentence(text: str | None) -> str:
 
 def _page_of(figure: Figure) -> Path:
     run = figure.run.relative_to(PUBLISHED).as_posix()
-    for words in (rf"published/{run}\b", rf"= run:{run} ", rf"(rora|sims)[ .]{figure.experiment}\b"):
+    for words in (rf"published/{run}\b", rf"(rora|sims)[ .]{figure.experiment}\b"):
         often = {page: len(re.findall(words, page.read_text())) for page in PAGES}
         page = max(PAGES, key=lambda each: often[each])
         if often[page]:

@@ -10,7 +10,9 @@ measures the model with a trained adapter in its weights; of a model trained in 
 
 `results.csv` has a row a module, split, optimizer, init, rule and rank; `crossing_ranks.csv` what `sims.transfer
 --regime` reads; `takeover.csv` the distances at which A leads; `tokens.csv` how many tokens were read and left out;
-`judge.csv` the agreement by rank, and `verdict.json` whether it holds. `python -m figures.regime RUN` draws it.
+`judge.csv` the agreement by rank, and `verdict.json` whether it holds. `crossing_summary.csv` and
+`takeover_summary.csv` have medians and ranges over the layers by type of module. `python -m figures.regime RUN` draws
+it.
 """
 
 import json
@@ -125,6 +127,8 @@ def run(config: Config) -> None:
     if verdict is not None:
         folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
+    for name, frame in regime_tables.summaries(found.crossings, found.takeover).items():
+        folder.write_frame(frame, name)
     words = thin.of_regime(found.crossings, model.config.num_hidden_layers)
     folder.finish(warnings=words)
     report(config.measured, found, verdict, words)

@@ -22,6 +22,7 @@ import numpy as np
 
 from rora_theory import inits
 from rora_theory.advice.lora_config import PEFT_INITS, TaskType, check_task_type, peft_targets
+from rora_theory.advice.measured import MEASURED_POWERS, MEASURED_RANKS, MEASURED_STRENGTHS
 from rora_theory.advice.setting import REGIMES, SIGNAL, Setting, check_linear_term, check_setting, step_ratio
 from rora_theory.errors import InputError, shown
 from rora_theory.optimizers import FAMILY, WORDS
@@ -30,23 +31,6 @@ from rora_theory.theory import horizon
 
 ALL = "all modules"
 """Name of the one module of an assumed regime."""
-
-_MEASURED_IN = "in SmolLM2-135M, the one model that was measured (AdamW, batches of 4, constant rate),"
-
-MEASURED_RANKS = (
-    f"Measured, {_MEASURED_IN} over 64 steps: the best rate was 1.2 (0.8 to 1.9) times as high at rank 128 as at "
-    "rank 8, where the law allows 1 to 2.4, and 1.3 (1.1 to 1.5) times as high as at rank 32, where it allows 1 to 1.4."
-)
-"""What is known beside the law of ranks at one gamma r, under Adam: ``results/published/horizon``."""
-
-MEASURED_STRENGTHS = (
-    f"Measured, {_MEASURED_IN} where gamma r grew 11.3 times: the best rate fell 6.8 (4.9 to 9.4) times after 64 steps "
-    "and 5.8 (4.4 to 7.6) times after 256."
-)
-"""Of one rank at two values of gamma r, likewise."""
-
-MEASURED_POWERS = (-0.79, -0.73)
-"""Exponents of the best rate in `gamma * r` after 64 and 256 steps."""
 
 MEASURED_GROWTH = 12.0
 """Largest change in `gamma * r`, or its inverse, for which a rate from the measured exponents is advised."""

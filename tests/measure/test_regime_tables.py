@@ -213,6 +213,31 @@ def test_medians_by_depth_are_no_means() -> None:
     assert [line[name] for name in ("median", "smallest", "largest", "turn_5")] == [2.0, 1.0, 30.0, 20.0]
 
 
+def test_spread_over_layers() -> None:
+    """Over the layers, by type of module and the keys that the table has."""
+    rows = [
+        {"layer": layer, "module": f"model.layers.{layer}.mlp.{name}", "split": "heldout", "init": "normal"}
+        | {"rank": rank, "takeover": rank * (1.0 + layer), "turn_5": 10.0}
+        for layer in (0, 1, 29)
+        for name in ("up_proj", "down_proj")
+        for rank in (8, 32)
+    ]
+    spread = regime_tables.spread_over_layers(pd.DataFrame(rows), ("takeover",))
+    assert list(spread) == ["kind", "split", "init", "rank", "layers", "takeover", "takeover_low", "takeover_high"]
+    assert spread[["kind", "rank"]].to_numpy().tolist() == [
+        [kind, rank] for kind in ("up_proj", "down_proj") for rank in (8, 32)
+    ]
+    assert spread.iloc[3, 4:].tolist() == [3, 64.0, 32.0, 960.0]
+
+
+@pytest.mark.parametrize("run", ["regime_held_out", "regime_after/plain_16"])
+def test_published_summaries(run) -> None:
+    folder = Path(__file__).parents[2] / "results" / "published" / run
+    crossings, takeover = (frames.read_csv(folder / name) for name in (regime_tables.CROSSINGS, regime_tables.TAKEOVER))
+    for name, expected in regime_tables.summaries(crossings, takeover).items():
+        pd.testing.assert_frame_equal(frames.read_csv(folder / name), expected, check_dtype=False, rtol=1e-12)
+
+
 def test_takeover_by_depth() -> None:
     """By split and rank over the layers of a third; the turn is of all of them."""
     rows = [

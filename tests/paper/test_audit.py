@@ -6,8 +6,11 @@ import re
 from collections import Counter
 from fractions import Fraction
 
+import make_audit
+import pandas as pd
 import pytest
 
+from rora_theory import frames
 from rora_theory.errors import InputError
 from rora_theory.paper import audit, published
 from rora_theory.paper.published import PublishedRow
@@ -274,3 +277,8 @@ def test_audit_runs_every_check() -> None:
         "average", "difference", "below chance", "repeated", "copied", "impossible", "within noise",
         "parameter share",
     }  # fmt: skip
+
+
+def test_published_findings() -> None:
+    """The file that the page on the audit quotes; `python tests/golden/make_audit.py` writes it."""
+    pd.testing.assert_frame_equal(frames.read_csv(make_audit.PATH), make_audit.findings(), check_dtype=False, rtol=1e-9)

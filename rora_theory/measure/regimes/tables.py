@@ -4,7 +4,7 @@ Columns are those of `module_regime`'s rows: a row one measured thing, floats wi
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ from rora_theory.theory.laws import Optimizer
 from rora_theory.validation.ranges import Positive, check_ranges
 from rora_theory.validation.rules import USUAL_RANKS
 
-CROSSINGS, TAKEOVER, TOKENS, JUDGE, VERDICT = (
-    "crossing_ranks.csv", "takeover.csv", "tokens.csv", "judge.csv", "verdict.json",
+CROSSINGS, TAKEOVER, TOKENS, JUDGE, VERDICT, CROSSING_SUMMARY, TAKEOVER_SUMMARY = (
+    "crossing_ranks.csv", "takeover.csv", "tokens.csv", "judge.csv", "verdict.json", "crossing_summary.csv",
+    "takeover_summary.csv",
 )  # fmt: skip
 """Files of a run of ``sims.regime`` beside `results.csv`."""
 
@@ -237,9 +238,44 @@ def takeover_by_depth(takeover: pd.DataFrame, init: Init) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def spread_over_layers(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Summarise columns of `CROSSING_COLUMNS` or `TAKEOVER_COLUMNS` over the layers, by type of module.
+
+    Args:
+      table: Rows of crossing ranks or of takeover distances.
+      columns: Columns to summarise.
+
+    Returns:
+      A row for each type of module and combination of split, optimizer, init and rank. Its columns are ``kind``, these
+      keys, the number of ``layers``, and of each summarised column ``x`` the median ``x``, the smallest ``x_low`` and
+      the largest ``x_high``.
+    """
+    keys = ["kind", *(key for key in ("split", "optimizer", "init", "rank") if key in table)]
+    rows = []
+    for values, layers in table.assign(kind=_module_type(table["module"])).groupby(keys, sort=False):
+        row = dict(zip(keys, values, strict=True)) | {"layers": len(layers)}
+        for column in columns:
+            spread = layers[column].agg(["median", "min", "max"])
+            row |= dict(zip((column, f"{column}_low", f"{column}_high"), spread, strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _module_type(modules: pd.Series) -> pd.Series:
+    return modules.str.rpartition(".")[2]
+
+
+def summaries(crossings: pd.DataFrame, takeover: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the summaries over layers by the names of their files."""
+    return {
+        CROSSING_SUMMARY: spread_over_layers(crossings, ("crossing_rank", "median")),
+        TAKEOVER_SUMMARY: spread_over_layers(takeover, ("takeover", "turn_5")),
+    }
+
+
 def by_depth(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Rows by type of module and third of the layers: early, middle and late, named by the first and the last layer."""
-    kinds = table["module"].str.rpartition(".")[2]
+    kinds = _module_type(table["module"])
     thirds = [part.tolist() for part in np.array_split(sorted(set(table["layer"])), 3) if len(part)]
     for kind in dict.fromkeys(kinds):
         for layers in thirds:

@@ -1,0 +1,169 @@
+"""Generated numbers in pages: what a mark gives, and that a wrong one is reported."""
+
+import json
+
+import marks
+import pytest
+
+RATES = """rank,rule,strength,rate,error,policy
+1,0.25,64.0,0.0012,0.1,keep the rate
+8,lora,64.0,0.035,0.2,"root, then keep"
+128,rora,724.0773439350247,0.0349999999999999996,,keep the rate
+,rora,,2.5,0.3,r* | full
+"""
+
+
+@pytest.fixture(autouse=True)
+def published(monkeypatch, tmp_path):
+    """Publish a small run."""
+    monkeypatch.setattr(marks, "PUBLISHED", tmp_path)
+    marks.load_rows.cache_clear()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rates.csv").write_text(RATES)
+    (tmp_path / "run" / "a.json").write_text(
+        json.dumps({"seconds": 2.4, "config": {"seeds": [0, 1]}, "sides": {"here": {"gb": 1.5}, "peer": {"gb": 2}}})
+    )
+    (tmp_path / "run" / "tables.md").write_text("# All\n\n## Best rates\n\n| a |\n|---|\n| 1 |\n\n## Other\n\nNone.\n")
+    for steps in (100, 30):
+        (tmp_path / f"steps_{steps}").mkdir()
+        (tmp_path / f"steps_{steps}" / "slopes.csv").write_text(f"rule,slope\nlora,{steps / 1000}\n")
+    yield
+    marks.load_rows.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("run/rates.csv rank=8: {rate:.3f} ± {error:.1f}", "0.035 ± 0.2"),
+        ("run/rates.csv rank=8,16 rule=lora: {rate:g}", "0.035"),
+        ("run/rates.csv strength=724.0773: {rank:d} ({strength:.0f})", "128 (724)"),
+        ("run/rates.csv rank=: {rate}", "2.5"),
+        ("run/rates.csv rule=rora rank!=: {rank}", "128"),
+        ("run/rates.csv rank=: {policy}", r"r\* | full"),
+        ("run/rates.csv rule=0.25: {policy}", "keep the rate"),
+        ('run/rates.csv policy="root, then keep": {rank}', "8"),
+        ('run/rates.csv policy!="keep the rate","r* | full": {rank}', "8"),
+        ("run/rates.csv rank=8: {strength:.1f/5e-1} halves", "128.0 halves"),
+        ("run/a.json: {seconds:.0f} s, seed {config.seeds.1}", "2 s, seed 1"),
+        ("run/a.json#sides.peer: {gb:.1f}", "2.0"),
+        ("run/a.json#sides.* key=here: {gb:.1f}", "1.5"),
+        ("steps_*/slopes.csv folder=steps_30: {slope:+.2f}", "+0.03"),
+    ],
+)
+def test_number(body, text) -> None:
+    assert marks.number(body) == text
+
+
+def test_ties_do_not_depend_on_the_last_bits() -> None:
+    formats = [marks.format_row("{x:.2f}", {"x": x}) for x in (0.125, 0.125 + 1e-16, 0.125 - 1e-16)]
+    assert formats == ["0.12"] * 3
+
+
+def test_table() -> None:
+    body = 'run/rates.csv rank!=: rank "G"=strength:.0f "rate (s.e.)"={rate:.2g} ({error:.1f}) "policy"=policy'
+    assert marks.table(body).split("\n") == [
+        "",
+        "| rank | G | rate (s.e.) | policy |",
+        "|---|---|---|---|",
+        "| 1 | 64 | 0.0012 (0.1) | keep the rate |",
+        "| 8 | 64 | 0.035 (0.2) | root, then keep |",
+        "| 128 | 724 |  | keep the rate |",
+        "",
+    ]
+
+
+def test_columns_that_some_rows_lack_are_empty_cells() -> None:
+    (marks.PUBLISHED / "run" / "rows.json").write_text(json.dumps([{"a": 1}, {"a": 2, "b": {"c": 0.5}}]))
+    assert marks.table("run/rows.json: a b.c").splitlines()[3:] == ["| 1 |  |", "| 2 | 0.5 |"]
+    assert marks.number("run/rows.json b.c=: {a}") == "1"
+
+
+def test_cells_do_not_end_at_bars() -> None:
+    assert marks.table("run/rates.csv rank=: policy").splitlines()[-1] == r"| r\* \| full |"
+
+
+def test_rows_of_several_files_are_sorted_by_the_numbers_in_their_names() -> None:
+    lines = marks.table("steps_*/slopes.csv: folder slope:.2f").splitlines()[3:]
+    assert lines == ["| steps_30 | 0.03 |", "| steps_100 | 0.10 |"]
+    lines = marks.table("run/rates.csv rank!= sort=rule rank").splitlines()[3:]
+    assert lines == ["| 1 |", "| 8 |", "| 128 |"]
+
+
+def test_table_of_a_run() -> None:
+    assert marks.table("run/tables.md#Best rates") == "\n| a |\n|---|\n| 1 |\n"
+
+
+@pytest.mark.parametrize(
+    ("mark", "problem"),
+    [
+        ("n run/rates.csv rank=8: {error:.1f} -->0.3<!-- / -->", "is '0.3', the files give '0.2'"),
+        ("n run/rates.csv rank=9: {rate} --><!-- / -->", "select no row"),
+        ("n run/rates.csv strength=64: {rate} --><!-- / -->", "select 2 rows"),
+        ("n run/rates.csv rank=128: {error} --><!-- / -->", "column error is missing"),
+        ("n run/rates.csv rank=8: {loss} --><!-- / -->", "no column 'loss'"),
+        ("n run/rates.csv width=8: {rate} --><!-- / -->", "no column 'width'"),
+        ("n run/rates.csv rank=8: {rule:.2f} --><!-- / -->", "'{rule:.2f}'"),
+        ("n run/rates.csv rank=8: rate --><!-- / -->", "a number is FILE"),
+        ("n run/rates.csv rank: {rate} --><!-- / -->", "not a condition: rank"),
+        ("n run/other.csv rank=8: {rate} --><!-- / -->", "no file run/other.csv"),
+        ("n run/a.json#sides.third: {gb} --><!-- / -->", "no key 'third'"),
+        ("n run/rates.csv rank=8: {rate} -->0.035", "not a whole mark"),
+        ("n run/rates.csv rank=8: {rate}-->0.035<!-- / --> and <!-- n x: {y} --><!-- / -->", "not a whole mark"),
+        ("n run/rates.csv rank=8: {rate} -->0.035<!-- n a: {b} --><!-- / -->", "not a whole mark"),
+        ("table run/rates.csv rank --><!-- / -->", "lines of its own"),
+    ],
+)
+def test_wrong_marks_are_reported(mark, problem) -> None:
+    page = f"It was <!-- {mark} of it.\n"
+    filled, problems = marks.fill(page, "page.md")
+    assert problem in "\n".join(problems)
+    assert all(line.startswith("page.md: ") for line in problems)
+    if "the files give" not in problem:
+        assert filled == page
+
+
+@pytest.mark.parametrize(
+    ("mark", "problem"),
+    [
+        ("run/rates.csv rank=8", "names no column"),
+        ("run/rates.csv rank=8 ?", "neither a condition nor a column: ?"),
+        ("run/tables.md#Worst", "0 headings 'Worst'"),
+        ("run/tables.md#Other", "no table below 'Other'"),
+        ("run/missing.md#Other", "no file run/missing.md"),
+    ],
+)
+def test_wrong_tables_are_reported(mark, problem) -> None:
+    assert problem in "".join(marks.fill(f"# Title\n\n<!-- table {mark} -->\n<!-- / -->\n", "page.md")[1])
+
+
+def test_a_number_that_begins_a_line_would_end_its_paragraph() -> None:
+    mark = "<!-- n run/rates.csv rank=8: {rate} -->0.035<!-- / -->"
+    for page in (f"The rate was\n{mark} here.", f"- It was\n  {mark} here."):
+        assert "begins a line" in "".join(marks.fill(page, "page.md")[1])
+    for page in (f"The rate was {mark}\nhere.", f"The rate was:\n\n{mark}", f"| a |\n{mark}", f"# Title\n{mark}", mark):
+        assert marks.fill(page, "page.md") == (page, [])
+
+
+def test_packaged_values_are_copied_with_all_digits() -> None:
+    entry = {"row": "run/rates.csv rank=128", "columns": {"strength": 724.0, "rule": "rora"}}
+    lost = {"row": "run/rates.csv rank=9", "columns": {"strength": 1.0}}
+    filled, problems = marks.fill_packaged(json.dumps({"a": entry, "lost": lost}), "data.json")
+    assert json.loads(filled) == {
+        "a": entry | {"columns": {"strength": 724.0773439350247, "rule": "rora"}},
+        "lost": lost,
+    }
+    assert ["data.json: a: is {" in problems[0], "data.json: lost: error: " in problems[1]] == [True, True]
+    assert marks.fill_packaged(filled, "data.json")[1] == problems[1:]
+
+
+def test_check_reports_and_filling_corrects(monkeypatch, tmp_path, capsys) -> None:
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(marks, "ROOT", tmp_path)
+    monkeypatch.setattr(marks, "documents", lambda: [page])
+    page.write_text("It was <!-- n run/rates.csv\n  rank=8: {rate:.2f}\n-->0.4<!-- / --> of it.\n")
+    assert marks.main(["--check"]) == 1
+    assert "page.md: n run/rates.csv rank=8" in capsys.readouterr().out
+    assert marks.main([]) == 0
+    assert page.read_text() == "It was <!-- n run/rates.csv\n  rank=8: {rate:.2f}\n-->0.04<!-- / --> of it.\n"
+    assert marks.main(["--check"]) == 0
+    assert marks.main(["--chekc"]) == 2

@@ -1,0 +1,25 @@
+"""Write `results/published/audit/findings.csv`: what the audit finds in the printed tables, a row for each finding.
+
+python tests/golden/make_audit.py
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pandas as pd
+
+from rora_theory import frames
+from rora_theory.paper import audit, published
+
+PATH = Path(__file__).parents[2] / "results" / "published" / "audit" / "findings.csv"
+
+
+def findings() -> pd.DataFrame:
+    """Return every finding of the audit as a row."""
+    rows = map(dataclasses.asdict, audit.audit(published.published_rows(), published.claims()))
+    return frames.of(rows, [field.name for field in dataclasses.fields(audit.Finding)])
+
+
+if __name__ == "__main__":
+    PATH.parent.mkdir(exist_ok=True)
+    PATH.write_text(frames.to_csv(findings()))
