@@ -1,7 +1,7 @@
-"""The gallery of published figures, from their folders' manifests, the code that draws them and pages that use them.
+"""The gallery of published figures, made from the manifests, the code that draws them and the pages that use them.
 
-Nothing is listed by hand: a figure that is published is in the gallery, under the page of the documents that shows
-its run (or, where none does, speaks of its command) most often.
+Every published figure appears under the page that shows its run most often, or that names its command most often if
+no page shows the run. Commands are folded.
 """
 
 import ast
@@ -22,20 +22,21 @@ from sims.common import options
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
-names = cache(main.names)
-PAGES = [path for room in ("results", "how-to", "explanation") for path in sorted((ROOT / "docs" / room).glob("*.md"))]
+command_names = cache(main.names)
+PAGES = [
+    path for folder in ("results", "how-to", "explanation") for path in sorted((ROOT / "docs" / folder).glob("*.md"))
+]
 
-
-BEFORE = {"regime": {"mask": "--no-mask"}}
-"""Settings that came later, and the option of today that does what a run did whose manifest does not have them."""
+OPTIONS_BEFORE_SETTING = {"regime": {"mask": "--no-mask"}}
+"""By command, settings that older manifests lack, and the option that repeats what those runs did."""
 
 
 class Drawing(NamedTuple):
-    """Where a figure comes from.
+    """How a figure is drawn.
 
     Attributes:
-      command: of ``rora figures``.
-      caption: what the command and the function that draws say of it.
+      command: Name of the command of `rora figures`.
+      caption: First sentences of the docstrings of the command and of the function that draws.
     """
 
     command: str
@@ -44,7 +45,13 @@ class Drawing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A published figure: its PNG, the run's manifest, and what draws it."""
+    """A published figure.
+
+    Attributes:
+      path: Path of the PNG file.
+      manifest: Manifest of the run that the figure shows.
+      drawing: How the figure is drawn.
+    """
 
     path: Path
     manifest: dict[str, Any]
@@ -52,62 +59,67 @@ class Figure:
 
     @property
     def run(self) -> Path:
+        """Folder of the run."""
         return self.path.parent
 
     @cached_property
     def experiment(self) -> str:
-        """The command of the run: the one whose name begins the experiment's."""
-        return max((name for name in names("sims") if self.manifest["experiment"].startswith(name)), key=len)
+        """Name of the command that made the run."""
+        experiment = self.manifest["experiment"]
+        return max((name for name in command_names("sims") if experiment.startswith(name)), key=len)
 
     @property
     def redraw(self) -> list[str]:
-        """The command line that draws it again, with the options that the manifest's ``figures`` keeps of it."""
+        """Command line that draws the figure again, with the options recorded in the manifest."""
         fields = {field.name for field in dataclasses.fields(_config("figures", self.drawing.command))}
-        place = self.run.relative_to(ROOT).as_posix()
-        words = [place] if fields & {"run", "runs"} else ["--out", place]
-        return [
-            "rora",
-            "figures",
-            self.drawing.command,
-            *words,
-            *self.manifest.get("figures", {}).get(self.path.stem, []),
-        ]
+        folder = self.run.relative_to(ROOT).as_posix()
+        target = [folder] if fields & {"run", "runs"} else ["--out", folder]
+        recorded_options = self.manifest.get("figures", {}).get(self.path.stem, [])
+        return ["rora", "figures", self.drawing.command, *target, *recorded_options]
 
     @cached_property
     def commands(self) -> list[list[str]]:
-        """The command lines of the run, in today's options."""
-        given = self.manifest.get("command")
-        every = [given] if given else [part["command"] for part in self.manifest.get("runs", [])]
-        config, came = self.manifest.get("config", {}), BEFORE.get(self.experiment, {})
-        later = [option for setting, option in came.items() if setting not in config]
-        found = [["rora", self.experiment, *_todays(self.experiment, words), *later] for words in every]
-        return [words for i, words in enumerate(found) if words not in found[:i]]
+        """Distinct command lines that made the run, with the options of today."""
+        command = self.manifest.get("command")
+        recorded = [command] if command else [part["command"] for part in self.manifest.get("runs", [])]
+        config = self.manifest.get("config", {})
+        added_options = [
+            option
+            for setting, option in OPTIONS_BEFORE_SETTING.get(self.experiment, {}).items()
+            if setting not in config
+        ]
+        lines = [
+            ["rora", self.experiment, *_update_options(self.experiment, words), *added_options] for words in recorded
+        ]
+        return [line for i, line in enumerate(lines) if line not in lines[:i]]
 
 
 def figures() -> list[Figure]:
-    """Every published figure.
+    """Return every published figure.
 
     Raises:
-      ValueError: one without a manifest beside it, or that no command of ``rora figures`` draws.
+      ValueError: If a figure has no manifest beside it, or no command of `rora figures` draws it.
     """
-    found = []
+    published = []
     for path in sorted(PUBLISHED.glob("**/*.png")):
         manifest = path.parent / "manifest.json"
         if not manifest.exists():
-            raise ValueError(f"{path}: has no manifest.json beside it; accepted are figures of a run")
-        drawn = [each for pattern, each in _drawings() if pattern.fullmatch(path.stem)]
-        if not drawn:
-            raise ValueError(f"{path}: no command of rora figures draws it; accepted are {', '.join(names('figures'))}")
-        found.append(Figure(path, json.loads(manifest.read_text()), drawn[0]))
-    return found
+            raise ValueError(f"{path} has no manifest.json beside it")
+        drawings = [drawing for pattern, drawing in _drawings() if pattern.fullmatch(path.stem)]
+        if not drawings:
+            raise ValueError(f"No command of rora figures draws {path}; it has {', '.join(command_names('figures'))}")
+        published.append(Figure(path, json.loads(manifest.read_text()), drawings[0]))
+    return published
 
 
 def markdown() -> str:
-    """The gallery: a part a page of the documents, in it the runs, and of a run its commands and figures."""
-    parts: dict[Path, dict[Path, list[Figure]]] = {}
+    """Return the gallery: a section for each page, in it each run with its data, figures and folded commands."""
+    # Group the figures by page, then by run.
+    sections: dict[Path, dict[Path, list[Figure]]] = {}
     for figure in figures():
-        parts.setdefault(_page_of(figure), {}).setdefault(figure.run, []).append(figure)
-    pages = [page for page in PAGES if page in parts]
+        sections.setdefault(_page_of(figure), {}).setdefault(figure.run, []).append(figure)
+    pages = [page for page in PAGES if page in sections]
+    # The menu that shows the figures of one page.
     lines = ["", '<p class="gallery-filter"><label>Show the figures of <select id="gallery-filter">']
     lines += ['<option value="">all questions</option>']
     lines += [f'<option value="{page.stem}">{html.escape(_title(page))}</option>' for page in pages]
@@ -115,33 +127,40 @@ def markdown() -> str:
     for page in pages:
         link = page.relative_to(ROOT / "docs").as_posix()
         lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', ""]
-        lines += [f"## {_title(page)}", "", f"{_lead(page)} [Read on]({link}).", ""]
-        for run, own in parts[page].items():
-            lines += [f"### {run.relative_to(PUBLISHED).as_posix()}", "", *_run(own[0])]
-            for figure in own:
-                lines += _shown(figure)
-            drawn = dict.fromkeys(shlex.join(figure.redraw) for figure in own)
-            lines += ["Drawn by", "", "```", *drawn, "```", ""]
+        lines += [f"## {_title(page)}", "", f"{_lead(page)} [Read more]({link}).", ""]
+        for run, run_figures in sections[page].items():
+            lines += [f"### {run.relative_to(PUBLISHED).as_posix()}", "", _data_links(run), ""]
+            for figure in run_figures:
+                lines += _image(figure)
+            lines += _commands(run_figures)
         lines += ["</section>", ""]
     return "\n".join(lines)
 
 
-def _run(figure: Figure) -> list[str]:
-    """Of a run its data and its commands."""
-    place = f"published/{figure.run.relative_to(PUBLISHED).as_posix()}"
-    data = [name for name in ("results.csv", "metrics.jsonl", "manifest.json") if (figure.run / name).exists()]
-    lines = [f"Data: {', '.join(f'[{name}]({place}/{name})' for name in data)}.", ""]
-    block = ["```", *map(shlex.join, figure.commands), "```", ""]
-    if len(figure.commands) > 1:
-        summary = f"The run: {len(figure.commands)} commands into one folder"
-        return [*lines, f"<details markdown><summary>{summary}</summary>", "", *block, "</details>", ""]
-    kept = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
-    lost = [word for word, key in kept.items() if key not in figure.manifest]
-    alone = f"The manifest has the settings alone; not kept: {', '.join(lost)}."
-    return [*lines, *(block if figure.commands else [alone, ""])]
+def _data_links(run: Path) -> str:
+    """Return links to the data of a run."""
+    folder = f"published/{run.relative_to(PUBLISHED).as_posix()}"
+    names = [name for name in ("results.csv", "metrics.jsonl", "manifest.json") if (run / name).exists()]
+    return f"Data: {', '.join(f'[{name}]({folder}/{name})' for name in names)}."
 
 
-def _shown(figure: Figure) -> list[str]:
+def _commands(run_figures: Sequence[Figure]) -> list[str]:
+    """Return the folded commands that made a run and that draw its figures."""
+    figure = run_figures[0]
+    lines = ["<details markdown><summary>Commands</summary>", ""]
+    if figure.commands:
+        several = f" ({len(figure.commands)} commands into one folder)" if len(figure.commands) > 1 else ""
+        lines += [f"The run{several}:", "", "```", *map(shlex.join, figure.commands), "```", ""]
+    else:
+        keys = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
+        missing = [word for word, key in keys.items() if key not in figure.manifest]
+        lines += [f"The manifest of this run records its settings, but not: {', '.join(missing)}.", ""]
+    redraw_lines = dict.fromkeys(shlex.join(figure.redraw) for figure in run_figures)
+    return [*lines, "The figures:", "", "```", *redraw_lines, "```", "", "</details>", ""]
+
+
+def _image(figure: Figure) -> list[str]:
+    """Return a figure that opens its file, and its caption."""
     image = f"published/{figure.path.relative_to(PUBLISHED).as_posix()}"
     alt = f"{figure.path.stem} of {figure.run.name}".replace("_", " ")
     return [f"[![{alt}]({image})]({image})", "", figure.drawing.caption, ""]
@@ -149,42 +168,44 @@ def _shown(figure: Figure) -> list[str]:
 
 @cache
 def _drawings() -> list[tuple[re.Pattern[str], Drawing]]:
-    """What each name of a saved figure is drawn by; names in full before patterns."""
-    found = []
-    for command in names("figures"):
+    """Return a pattern of figure names for each call that saves one, with its drawing; full names before patterns."""
+    drawings = []
+    for command in command_names("figures"):
         tree = ast.parse((ROOT / "figures" / f"{command}.py").read_text())
         functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         for function in functions.values():
             for call in ast.walk(function):
-                if isinstance(call, ast.Call) and ast.unparse(call.func) == "style.save":
-                    drawn = call.args[0]
-                    owner = (
-                        functions.get(ast.unparse(drawn.func), function) if isinstance(drawn, ast.Call) else function
-                    )
-                    caption = " ".join(map(_sentence, (ast.get_docstring(tree), ast.get_docstring(owner))))
-                    found.append((re.compile(_pattern(call.args[2])), Drawing(command, caption)))
-    return sorted(found, key=lambda pair: ".*" in pair[0].pattern)
+                if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "style.save"):
+                    continue
+                # The caption comes from the function whose result is saved, or else from the one that saves it.
+                figure = call.args[0]
+                owner = functions.get(ast.unparse(figure.func), function) if isinstance(figure, ast.Call) else function
+                caption = " ".join(map(_sentence, (ast.get_docstring(tree), ast.get_docstring(owner))))
+                drawings.append((re.compile(_pattern(call.args[2])), Drawing(command, caption)))
+    return sorted(drawings, key=lambda pair: ".*" in pair[0].pattern)
 
 
 def _pattern(name: ast.expr) -> str:
+    """Return a regular expression for a string or an f-string."""
     parts = name.values if isinstance(name, ast.JoinedStr) else [name]
     return "".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".*" for part in parts)
 
 
 def _sentence(text: str | None) -> str:
-    """The first paragraph, as a sentence."""
-    found = " ".join((text or "").split("\n\n")[0].split()).rstrip(":")
-    return (found if found.endswith(".") else f"{found}.").replace("*", r"\*")
+    """Return the first paragraph of a docstring as a sentence."""
+    paragraph = " ".join((text or "").split("\n\n")[0].split()).rstrip(":")
+    return (paragraph if paragraph.endswith(".") else f"{paragraph}.").replace("*", r"\*")
 
 
 def _page_of(figure: Figure) -> Path:
+    """Return the page that shows a figure's run, or names its command, most often."""
     run = figure.run.relative_to(PUBLISHED).as_posix()
     for words in (rf"published/{run}\b", rf"(rora|sims)[ .]{figure.experiment}\b"):
-        often = {page: len(re.findall(words, page.read_text())) for page in PAGES}
-        page = max(PAGES, key=lambda each: often[each])
-        if often[page]:
+        counts = {page: len(re.findall(words, page.read_text())) for page in PAGES}
+        page = max(PAGES, key=lambda page: counts[page])
+        if counts[page]:
             return page
-    raise ValueError(f"{figure.path}: no page of the documents speaks of it")
+    raise ValueError(f"No page of the documents shows {figure.path}")
 
 
 def _title(page: Path) -> str:
@@ -192,10 +213,12 @@ def _title(page: Path) -> str:
 
 
 def _lead(page: Path) -> str:
-    """The page's first paragraph that is no block of code, or what it says in bold there; without links, which are from
-    where the page is."""
-    paragraphs = re.sub("<!--.*?-->|^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).split("\n\n")
-    text = next(" ".join(each.split()) for each in paragraphs[1:] if each.strip())
+    """Return the bold beginning of a page's first paragraph, or the paragraph, without links.
+
+    Links are relative to the page and would be wrong in the gallery.
+    """
+    prose = re.sub("<!--.*?-->|^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = next(" ".join(paragraph.split()) for paragraph in prose.split("\n\n")[1:] if paragraph.strip())
     bold = re.match(r"\*\*.+?\*\*", text)
     return re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", bold[0] if bold else text)
 
@@ -204,11 +227,10 @@ def _config(package: str, name: str) -> Any:
     return importlib.import_module(f"{package}.{name}").Config
 
 
-def _todays(experiment: str, words: Sequence[str]) -> list[str]:
-    """A kept command line without its folder: spellings of earlier versions as the command has them now, and without
-    options that it has no more."""
+def _update_options(experiment: str, words: Sequence[str]) -> list[str]:
+    """Return a recorded command line with the options of today, without its folder and options that no longer exist."""
     known = options.of(_config("sims", experiment))
-    found: list[str] = []
+    updated: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -219,9 +241,10 @@ def _todays(experiment: str, words: Sequence[str]) -> list[str]:
         if word.startswith("--") and option not in known:
             option = next((new for new in options.RENAMED.get(option, ()) if new in known), "")
         if not option:
-            rest = list(itertools.dropwhile(lambda each: not each.startswith("--"), rest))
+            # Skip the values of an option that no longer exists.
+            rest = list(itertools.dropwhile(lambda value: not value.startswith("--"), rest))
             continue
         if known.get(option) is bool and rest[:1] in (["True"], ["False"]):
             option = option if rest.pop(0) == "True" else f"no-{option}"
-        found.append(f"--{option}" if word.startswith("--") else word)
-    return found
+        updated.append(f"--{option}" if word.startswith("--") else word)
+    return updated

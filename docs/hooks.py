@@ -23,4 +23,5 @@ def _mathml(markup: str, display: str) -> str:
     latex = " ".join(html.unescape(TAG.sub("", markup)).split())
     if display == "block" and "&" in latex:
         latex = r"\begin{aligned}" + latex + r"\end{aligned}"
-    return convert(latex, display=display)
+    mathml = convert(latex, display=display)
+    return f'<div class="math">{mathml}</div>' if display == "block" else mathml

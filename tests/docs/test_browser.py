@@ -177,7 +177,9 @@ def test_what_a_screen_reader_is_told(page) -> None:
 
 
 @pytest.mark.parametrize("width", [375, 320])
-@pytest.mark.parametrize("place", ["calculator/?steps=500&p-in=576&to-alpha=32&to-rule=rslora", "gallery/", ""])
+@pytest.mark.parametrize(
+    "place", ["calculator/?steps=500&p-in=576&to-alpha=32&to-rule=rslora", "gallery/", "reference/theory/", ""]
+)
 def test_a_phone_scrolls_down_alone(page, site, width, place) -> None:
     metrics = {"width": width, "height": 700, "deviceScaleFactor": 2, "mobile": True}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

@@ -21,6 +21,7 @@ def test_every_published_figure_is_in_it() -> None:
     shown = re.findall(r"!\[[^]]+\]\((published/[^)]+)\)", written)
     published = {path.relative_to(ROOT / "results").as_posix() for path in (ROOT / "results/published").rglob("*.png")}
     assert sorted(shown) == sorted(published)
+    assert "```" not in re.sub(r"<details.*?</details>", "", written, flags=re.DOTALL), "commands are folded"
     for target in re.findall(r"\]\(([^)]+)\)", written):
         assert (ROOT / "docs" / target).exists(), target
 
@@ -56,12 +57,10 @@ def test_a_part_begins_with_what_its_page_says_first(tmp_path) -> None:
 def test_a_figure_that_nothing_draws_or_that_has_no_run_is_refused(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(gallery, "PUBLISHED", tmp_path)
     (tmp_path / "norm_vs_rank.png").touch()
-    with pytest.raises(ValueError, match=r"norm_vs_rank.png: has no manifest.json beside it"):
+    with pytest.raises(ValueError, match=r"norm_vs_rank.png.*manifest.json"):
         gallery.figures()
     (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "variance_sweep"}))
     assert [figure.drawing.command for figure in gallery.figures()] == ["norm_vs_rank"]
     (tmp_path / "pie.png").touch()
-    with pytest.raises(
-        ValueError, match=r"pie.png: no command of rora figures draws it; accepted are accuracy, accuracy_vs_rank"
-    ):
+    with pytest.raises(ValueError, match=r"pie.png.*accuracy, accuracy_vs_rank"):
         gallery.figures()
