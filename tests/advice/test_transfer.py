@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rora_theory import InputError, frames, scaling_factor
+from rora_theory import InputError, scaling_factor
 from rora_theory.adapters import LoraConfig
 from rora_theory.advice.lora_config import FILE, read_adapter_config
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, growth, step_ratio
 from rora_theory.advice.transfer import LONGEST, MEASURED_POWERS, MEASURED_RANKS, MEASURED_STRENGTHS, transfer
+from rora_theory.io import frames
 from rora_theory.llama import LlamaConfig
 from rora_theory.theory import horizon, laws
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rora_theory import frames
+from rora_theory.io import frames
 from rora_theory.paper import audit, published
 
 PATH = Path(__file__).parents[2] / "results" / "published" / "audit" / "findings.csv"

@@ -10,8 +10,8 @@ import make_audit
 import pandas as pd
 import pytest
 
-from rora_theory import frames
 from rora_theory.errors import InputError
+from rora_theory.io import frames
 from rora_theory.paper import audit, published
 from rora_theory.paper.published import PublishedRow
 
