@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rora_theory.adapters import LoraConfig
 from rora_theory.advice.lora_config import FILE, read_adapter_config
 from rora_theory.advice.setting import CROSS_TALK, SIGNAL, Setting, growth, step_ratio
 from rora_theory.advice.transfer import LONGEST, MEASURED_POWERS, MEASURED_RANKS, MEASURED_STRENGTHS, transfer
+from rora_theory.io import frames
 from rora_theory.llama import LlamaConfig
 from rora_theory.theory import horizon, laws
 
@@ -523,20 +523,25 @@ def test_the_rate_to_set_is_the_measured_one_where_it_was_measured(regime) -> No
     assert transfer(old, 128, alpha=32.0).learning_rate == pytest.approx(2e-4), "gamma r stays"
 
 
-def test_what_is_told_as_measured_is_what_the_documents_have() -> None:
-    """Which are written from the published files (``docs/fill.py --check``)."""
-    pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/results/rates.md"))
-    value = dict(re.findall(r"<!-- = (\S+) -->([^<]+)<!-- / -->", pages))
-    for told, names in (
-        (MEASURED_RANKS, ("rank.factor.8", "rank.factor.32")),
-        (MEASURED_STRENGTHS, ("horizon.factor", "horizon.factor.256")),
+def test_measured_sentences_state_the_published_exponents() -> None:
+    """A power e of a quantity that grows by a factor f multiplies the best rate by f^e; a fall is told as 1 / f^e."""
+    published = frames.read_csv(ROOT / "results" / "published" / "horizon" / "exponents.csv")
+
+    def powers(**where: object) -> tuple[float, float]:
+        (row,) = frames.rows(frames.where(published, where))
+        return row["exponent"], row["half_width"]
+
+    for sentence, grows, where in (
+        (MEASURED_RANKS, 16, {"over": "rank", "step": 64, "at": 64, "first": 8}),
+        (MEASURED_RANKS, 4, {"over": "rank", "step": 64, "at": 64, "first": 32}),
+        (MEASURED_STRENGTHS, 64 / 724, {"over": "strength", "step": 64, "at": 8}),
+        (MEASURED_STRENGTHS, 64 / 724, {"over": "strength", "step": 256, "at": 8}),
     ):
-        for name in names:
-            assert value[f"rates.model.{name}"] in told
-    for rank in (8, 32):
-        assert f"1 to {value[f'rates.model.rank.law.{rank}']}" in MEASURED_RANKS
-    powers = [float(value[f"rates.model.horizon.{step}.r8"].split()[0]) for step in (64, 256)]
-    assert tuple(powers) == MEASURED_POWERS
+        power, half = powers(**where)
+        low, high = sorted((grows ** (power - half), grows ** (power + half)))
+        assert f"{grows**power:.1f} ({low:.1f} to {high:.1f})" in sentence
+    steps = [powers(over="strength", step=step, at=8)[0] for step in (64, 256)]
+    assert pytest.approx(steps, abs=0.005) == MEASURED_POWERS
 
 
 def test_what_json_gets_is_json() -> None:
