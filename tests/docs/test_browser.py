@@ -124,6 +124,12 @@ def choose(field: Any, text: str) -> None:
     field.send_keys(Keys.HOME, *[Keys.DOWN] * before)
 
 
+def set_screen(browser: Any, width: int, height: int, *, is_phone: bool) -> None:
+    """Emulate a screen of this size."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1 + is_phone, "mobile": is_phone}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
 def test_by_keyboard_alone(page) -> None:
     assert said(page) == answer(Setting(16, 32.0, 2e-4), 128)
     reached, keys = [], webdriver.ActionChains(page)
@@ -181,8 +187,7 @@ def test_what_a_screen_reader_is_told(page) -> None:
     "place", ["calculator/?steps=500&p-in=576&to-alpha=32&to-rule=rslora", "gallery/", "reference/theory/", ""]
 )
 def test_a_phone_scrolls_down_alone(page, site, width, place) -> None:
-    metrics = {"width": width, "height": 700, "deviceScaleFactor": 2, "mobile": True}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    set_screen(page, width, 700, is_phone=True)
     go(page, f"{site}/{place}")
     assert page.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [width, width]
     assert page.execute_script(BEYOND) == []
@@ -193,6 +198,31 @@ def test_a_phone_scrolls_down_alone(page, site, width, place) -> None:
             "return getComputedStyle(arguments[0], '::before').content", table.find_element(By.TAG_NAME, "td")
         )
         assert heads == '"gamma"'
+
+
+def test_no_page_scrolls_sideways_on_a_phone(page, site) -> None:
+    set_screen(page, 390, 844, is_phone=True)
+    config = load_config(str(ROOT / "mkdocs.yml"))
+    too_wide = {}
+    for source in sorted(Path(config["docs_dir"]).rglob("*.md")):
+        if "published" in source.parts:
+            continue
+        place = source.relative_to(config["docs_dir"]).with_suffix("").as_posix().removesuffix("index")
+        go(page, f"{site}/{place}")
+        width = page.execute_script("return document.documentElement.scrollWidth")
+        beyond = page.execute_script(BEYOND)
+        if width != 390 or beyond:
+            too_wide[place] = (width, beyond)
+    assert too_wide == {}
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 720)])
+def test_the_calculator_shows_its_answer_above_the_fold(page, site, width, height) -> None:
+    set_screen(page, width, height, is_phone=width < 500)
+    go(page, f"{site}/calculator/")
+    assert said(page)
+    bottom = "return document.getElementById('calculator-said').getBoundingClientRect().bottom"
+    assert page.execute_script(bottom) <= height
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
