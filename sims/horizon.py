@@ -127,7 +127,7 @@ def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) ->
     change = {"rate": "{best_rate:.3g}", "rms change": "{change:.3g}", "log2 s.e.": "{log2_error:.2f}"}
     change |= {"edge": "{edge}"}
     best = who | {"rate": "{best_rate:.3g}", "loss": "{best_loss:.4f}", "edge": "{edge}"}
-    policies = {"what changes": "{changed}", "policy": "{policy}", "pairs": "{pairs}"}
+    policies = {"what changes": "{changed}", "policy": "{policy}"}
     policies |= {"median": "{median:.4f}", "largest": "{largest:.4f}", "at least": "{lower_bounds}"}
     for title, frame, columns in (
         ("Best rates (parabola through the least three)", judged.best, best),

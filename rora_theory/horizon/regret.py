@@ -48,7 +48,7 @@ def policies(
 
     Returns:
       Policies that leave the rate alone when the number of steps changes (``keep the rate``, ``first step``,
-      ``square root``, ``displacement``, ``constant gradient``), and ``displacement, half per four times the steps``.
+      ``square root``, ``displacement``, ``constant gradient``), and ``displacement and steps``.
     """
 
     def displaced(old: Condition, new: Condition, rate: float) -> float:
@@ -70,7 +70,7 @@ def policies(
         "first step": lambda old, new, rate: rate * old.strength / new.strength,
         "square root": lambda old, new, rate: rate * (old.strength / new.strength) ** 0.5,
         "displacement": displaced,
-        "displacement, half per four times the steps": halved,
+        "displacement and steps": halved,
     }
     return by_name if takeover is None else by_name | {"constant gradient": at_constant_gradient}
 
