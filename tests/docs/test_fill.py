@@ -1,88 +1,169 @@
-"""The numbers in the documents: a stale one is found, and a run's line says what its manifest has and no more."""
+"""Generated numbers in pages: what a mark gives, and that a wrong one is reported."""
 
 import json
 
 import fill
 import pytest
 
+RATES = """rank,rule,strength,rate,error,policy
+1,0.25,64.0,0.0012,0.1,keep the rate
+8,lora,64.0,0.035,0.2,"root, then keep"
+128,rora,724.0773439350247,0.0349999999999999996,,keep the rate
+,rora,,2.5,0.3,r* | full
+"""
 
-@pytest.fixture
+
+@pytest.fixture(autouse=True)
 def published(monkeypatch, tmp_path):
-    """Writes manifests of runs where `fill` looks for them."""
+    """Publish a small run."""
     monkeypatch.setattr(fill, "PUBLISHED", tmp_path)
-
-    def write(**manifests) -> None:
-        for name, manifest in manifests.items():
-            (tmp_path / "some" / name).mkdir(parents=True)
-            (tmp_path / "some" / name / "manifest.json").write_text(json.dumps(manifest))
-
-    return write
-
-
-RUN = {
-    "device": "1 x cpu (cpu)",
-    "packages": {"jax": "0.10.2", "numpy": "2.4.6", "scipy": "1"},
-    "git_revision": "0123456789abcdef",
-    "end": "2026-11-26T07:09:12+00:00",
-}
-
-
-def test_a_run_in_a_line(published) -> None:
-    published(plain=RUN, changed=RUN | {"git_revision": "0123456789abcdef+changes"}, bare={"config": {}})
-    said = "1 x cpu; jax 0.10.2, numpy 2.4.6; revision 0123456789"
-    assert fill.manifest("some/plain") == f"`results/published/some/plain`: {said}; ended 2026-11-26."
-    assert f"{said} with changes;" in fill.manifest("some/changed")
-    assert fill._facts("some/bare") == dict.fromkeys(("device", "versions", "revision", "sessions", "end"), "")
-
-
-def test_a_run_of_several_revisions_names_the_last_as_such(published) -> None:
-    one, last = ({"git_revision": revision * 10, "packages": RUN["packages"]} for revision in ("a", "b"))
-    published(
-        grown=RUN | {"git_revision": "b" * 10, "sessions": [one, last, last]}, same=RUN | {"sessions": [one, one]}
+    fill.load_rows.cache_clear()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rates.csv").write_text(RATES)
+    (tmp_path / "run" / "a.json").write_text(
+        json.dumps({"seconds": 2.4, "config": {"seeds": [0, 1]}, "sides": {"here": {"gb": 1.5}, "peer": {"gb": 2}}})
     )
-    assert "; revision bbbbbbbbbb, the last of 3 sessions; " in fill.manifest("some/grown")
-    assert "sessions" not in fill.manifest("some/same")
-    both = fill.manifest("some/same", "some/grown")
-    assert "; revision 0123456789 (`grown`: bbbbbbbbbb, the last of 3 sessions); " in both
+    (tmp_path / "run" / "tables.md").write_text("# All\n\n## Best rates\n\n| a |\n|---|\n| 1 |\n\n## Other\n\nNone.\n")
+    for steps in (100, 30):
+        (tmp_path / f"steps_{steps}").mkdir()
+        (tmp_path / f"steps_{steps}" / "slopes.csv").write_text(f"rule,slope\nlora,{steps / 1000}\n")
+    yield
+    fill.load_rows.cache_clear()
 
 
-def test_several_runs_in_a_line(published) -> None:
-    later = {"git_revision": "f" * 12, "end": "2026-11-27T00:00:00+00:00"}
-    published(a=RUN, b=RUN, c=RUN, d=RUN | later, e=RUN | {"git_revision": "f" * 12})
-    assert fill.manifest(*(f"some/{name}" for name in "abcde")) == (
-        "`results/published/some`, 5 runs: 1 x cpu; jax 0.10.2, numpy 2.4.6; "
-        "revision 0123456789 (`d` and `e`: ffffffffff); ended 2026-11-26 (`d`: 2026-11-27)."
-    )
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("run/rates.csv rank=8: {rate:.3f} ± {error:.1f}", "0.035 ± 0.2"),
+        ("run/rates.csv rank=8,16 rule=lora: {rate:g}", "0.035"),
+        ("run/rates.csv strength=724.0773: {rank:d} ({strength:.0f})", "128 (724)"),
+        ("run/rates.csv rank=: {rate}", "2.5"),
+        ("run/rates.csv rule=rora rank!=: {rank}", "128"),
+        ("run/rates.csv rank=: {policy}", r"r\* | full"),
+        ("run/rates.csv rule=0.25: {policy}", "keep the rate"),
+        ('run/rates.csv policy="root, then keep": {rank}', "8"),
+        ('run/rates.csv policy!="keep the rate","r* | full": {rank}', "8"),
+        ("run/rates.csv rank=8: {strength:.1f/5e-1} halves", "128.0 halves"),
+        ("run/a.json: {seconds:.0f} s, seed {config.seeds.1}", "2 s, seed 1"),
+        ("run/a.json#sides.peer: {gb:.1f}", "2.0"),
+        ("run/a.json#sides.* key=here: {gb:.1f}", "1.5"),
+        ("steps_*/slopes.csv folder=steps_30: {slope:+.2f}", "+0.03"),
+    ],
+)
+def test_number(body, text) -> None:
+    assert fill.number(body) == text
 
 
-def test_a_bound_is_rounded_upwards() -> None:
-    assert [fill.bound([0.001, 0.0208], digits) for digits in (2, 3)] == ["0.03", "0.021"]
-    assert fill.bound([1.2], 0) == "2"
-    assert fill.bound([0.07], 2) == "0.07", "0.07 * 100 is a little above 7"
+def test_ties_do_not_depend_on_the_last_bits() -> None:
+    formats = [fill.format_row("{x:.2f}", {"x": x}) for x in (0.125, 0.125 + 1e-16, 0.125 - 1e-16)]
+    assert formats == ["0.12"] * 3
 
 
-def test_a_stale_number_is_found_and_mended(monkeypatch, tmp_path, capsys) -> None:
+def test_table() -> None:
+    body = 'run/rates.csv rank!=: rank "G"=strength:.0f "rate (s.e.)"={rate:.2g} ({error:.1f}) "policy"=policy'
+    assert fill.table(body).split("\n") == [
+        "",
+        "| rank | G | rate (s.e.) | policy |",
+        "|---|---|---|---|",
+        "| 1 | 64 | 0.0012 (0.1) | keep the rate |",
+        "| 8 | 64 | 0.035 (0.2) | root, then keep |",
+        "| 128 | 724 |  | keep the rate |",
+        "",
+    ]
+
+
+def test_columns_that_some_rows_lack_are_empty_cells() -> None:
+    (fill.PUBLISHED / "run" / "rows.json").write_text(json.dumps([{"a": 1}, {"a": 2, "b": {"c": 0.5}}]))
+    assert fill.table("run/rows.json: a b.c").splitlines()[3:] == ["| 1 |  |", "| 2 | 0.5 |"]
+    assert fill.number("run/rows.json b.c=: {a}") == "1"
+
+
+def test_cells_do_not_end_at_bars() -> None:
+    assert fill.table("run/rates.csv rank=: policy").splitlines()[-1] == r"| r\* \| full |"
+
+
+def test_rows_of_several_files_are_sorted_by_the_numbers_in_their_names() -> None:
+    lines = fill.table("steps_*/slopes.csv: folder slope:.2f").splitlines()[3:]
+    assert lines == ["| steps_30 | 0.03 |", "| steps_100 | 0.10 |"]
+    lines = fill.table("run/rates.csv rank!= sort=rule rank").splitlines()[3:]
+    assert lines == ["| 1 |", "| 8 |", "| 128 |"]
+
+
+def test_table_of_a_run() -> None:
+    assert fill.table("run/tables.md#Best rates") == "\n| a |\n|---|\n| 1 |\n"
+
+
+@pytest.mark.parametrize(
+    ("mark", "problem"),
+    [
+        ("n run/rates.csv rank=8: {error:.1f} -->0.3<!-- / -->", "is '0.3', the files give '0.2'"),
+        ("n run/rates.csv rank=9: {rate} --><!-- / -->", "select no row"),
+        ("n run/rates.csv strength=64: {rate} --><!-- / -->", "select 2 rows"),
+        ("n run/rates.csv rank=128: {error} --><!-- / -->", "column error is missing"),
+        ("n run/rates.csv rank=8: {loss} --><!-- / -->", "no column 'loss'"),
+        ("n run/rates.csv width=8: {rate} --><!-- / -->", "no column 'width'"),
+        ("n run/rates.csv rank=8: {rule:.2f} --><!-- / -->", "'{rule:.2f}'"),
+        ("n run/rates.csv rank=8: rate --><!-- / -->", "a number is FILE"),
+        ("n run/rates.csv rank: {rate} --><!-- / -->", "not a condition: rank"),
+        ("n run/other.csv rank=8: {rate} --><!-- / -->", "no file run/other.csv"),
+        ("n run/a.json#sides.third: {gb} --><!-- / -->", "no key 'third'"),
+        ("n run/rates.csv rank=8: {rate} -->0.035", "not a whole mark"),
+        ("n run/rates.csv rank=8: {rate}-->0.035<!-- / --> and <!-- n x: {y} --><!-- / -->", "not a whole mark"),
+        ("n run/rates.csv rank=8: {rate} -->0.035<!-- n a: {b} --><!-- / -->", "not a whole mark"),
+        ("table run/rates.csv rank --><!-- / -->", "lines of its own"),
+    ],
+)
+def test_wrong_marks_are_reported(mark, problem) -> None:
+    page = f"It was <!-- {mark} of it.\n"
+    filled, problems = fill.fill(page, "page.md")
+    assert problem in "\n".join(problems)
+    assert all(line.startswith("page.md: ") for line in problems)
+    if "the files give" not in problem:
+        assert filled == page
+
+
+@pytest.mark.parametrize(
+    ("mark", "problem"),
+    [
+        ("run/rates.csv rank=8", "names no column"),
+        ("run/rates.csv rank=8 ?", "neither a condition nor a column: ?"),
+        ("run/tables.md#Worst", "0 headings 'Worst'"),
+        ("run/tables.md#Other", "no table below 'Other'"),
+        ("run/missing.md#Other", "no file run/missing.md"),
+    ],
+)
+def test_wrong_tables_are_reported(mark, problem) -> None:
+    assert problem in "".join(fill.fill(f"# Title\n\n<!-- table {mark} -->\n<!-- / -->\n", "page.md")[1])
+
+
+def test_a_number_that_begins_a_line_would_end_its_paragraph() -> None:
+    mark = "<!-- n run/rates.csv rank=8: {rate} -->0.035<!-- / -->"
+    for page in (f"The rate was\n{mark} here.", f"- It was\n  {mark} here."):
+        assert "begins a line" in "".join(fill.fill(page, "page.md")[1])
+    for page in (f"The rate was {mark}\nhere.", f"The rate was:\n\n{mark}", f"| a |\n{mark}", f"# Title\n{mark}", mark):
+        assert fill.fill(page, "page.md") == (page, [])
+
+
+def test_packaged_values_are_copied_with_all_digits() -> None:
+    entry = {"row": "run/rates.csv rank=128", "columns": {"strength": 724.0, "rule": "rora"}}
+    lost = {"row": "run/rates.csv rank=9", "columns": {"strength": 1.0}}
+    filled, problems = fill.fill_packaged(json.dumps({"a": entry, "lost": lost}), "data.json")
+    assert json.loads(filled) == {
+        "a": entry | {"columns": {"strength": 724.0773439350247, "rule": "rora"}},
+        "lost": lost,
+    }
+    assert ["data.json: a: is {" in problems[0], "data.json: lost: error: " in problems[1]] == [True, True]
+    assert fill.fill_packaged(filled, "data.json")[1] == problems[1:]
+
+
+def test_check_reports_and_filling_corrects(monkeypatch, tmp_path, capsys) -> None:
     page = tmp_path / "page.md"
     monkeypatch.setattr(fill, "ROOT", tmp_path)
     monkeypatch.setattr(fill, "documents", lambda: [page])
-    monkeypatch.setitem(fill.BLOCKS, "one.figure", lambda: "0.5")
-    page.write_text("It was <!-- = one.figure -->0.4<!-- / --> of it.\n")
+    page.write_text("It was <!-- n run/rates.csv\n  rank=8: {rate:.2f}\n-->0.4<!-- / --> of it.\n")
     assert fill.main(["--check"]) == 1
-    assert "page.md: one.figure is not what results/published gives" in capsys.readouterr().out
+    assert "page.md: n run/rates.csv rank=8" in capsys.readouterr().out
     assert fill.main([]) == 0
-    assert page.read_text() == "It was <!-- = one.figure -->0.5<!-- / --> of it.\n"
+    assert page.read_text() == "It was <!-- n run/rates.csv\n  rank=8: {rate:.2f}\n-->0.04<!-- / --> of it.\n"
     assert fill.main(["--check"]) == 0
-    page.write_text("<!-- = no.figure --><!-- / -->")
-    with pytest.raises(SystemExit, match=r"page.md: there are no numbers named no.figure"):
-        fill.main([])
-
-
-def test_a_number_at_the_beginning_of_a_line_would_end_its_paragraph() -> None:
-    place = "<!-- = verdicts.took -->1 s<!-- / -->"
-    for text in (f"It took\n{place} here.", f"- It took\n  {place} here."):
-        with pytest.raises(
-            SystemExit, match=r"^error: page.md: verdicts.took begins a line and ends its paragraph; put"
-        ):
-            fill.fill(text, "page.md")
-    for text in (f"It took {place}\nhere.", f"It took:\n\n{place}", f"| a |\n{place}", f"# Title\n{place}"):
-        assert fill.fill(text, "page.md").startswith(text.split("<!--")[0])
+    assert fill.main(["--chekc"]) == 2
