@@ -197,7 +197,7 @@ def changed(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, Any]]) ->
     if not alike:
         return "not settled: other ranks diverged with A trained than with A frozen, at every step"
     a, b = alike[-1]
-    fit = slopes.SeedFit.of(over_seeds(a["by_seed"] - b["by_seed"]))
+    fit = slopes.SeedFit.from_estimate(over_seeds(a["by_seed"] - b["by_seed"]))
     there = abs(fit.slope) > fit.half_width() + ROUNDING
     word = {"flat": "small" if there else "no", "undecided": "undecided"}.get(slopes.trend(fit, CHANGE), "yes")
     return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
