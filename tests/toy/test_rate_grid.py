@@ -29,9 +29,9 @@ def test_what_is_judged_is_what_was_asked():
         drawn = dynamics.draw_problem(key, PROBLEM)
         for name, target in (("train", drawn.target_train), ("held_out", drawn.target_held_out)):
             expected = np.sum(np.square(target)) / (2 * len(target))
-            found = rate_grid.curves_of_losses(table, name)
-            assert [curve.rank for curve in found] == [4, 8]
-            for curve in found:
+            curves = rate_grid.curves_of_losses(table, name)
+            assert [curve.rank for curve in curves] == [4, 8]
+            for curve in curves:
                 assert curve.losses[line] == pytest.approx([expected] * 3, rel=1e-4), (seed, name)
 
 
@@ -58,8 +58,8 @@ def test_b_alone_is_b_alone():
 
 def test_rates_of_an_optimizer():
     grid = RateGrid(adam_lrs=(3.0, 1.0, 2.0), sgd_lrs=(30.0, 10.0, 20.0))
-    found = {name: grid.lrs(name).tolist() for name in OPTIMIZER_NAMES}
-    assert found == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
+    rates = {name: grid.lrs(name).tolist() for name in OPTIMIZER_NAMES}
+    assert rates == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
 
 
 def test_a_curve_is_of_the_loss_that_was_asked_for():
@@ -77,15 +77,15 @@ def test_a_curve_is_of_the_loss_that_was_asked_for():
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "option"),
     [
         ({"adam_lrs": (1.0, 2.0)}, "--adam-lrs"),
         ({"sgd_lrs": (1.0, 2.0, -1.0)}, "--sgd-lrs"),
         ({"seeds": (1,)}, "--seeds"),
     ],
 )
-def test_settings_out_of_range(changed, said):
-    with pytest.raises(InputError, match=said):
+def test_settings_out_of_range(changed, option):
+    with pytest.raises(InputError, match=option):
         RateGrid(**changed)
 
 
@@ -95,11 +95,11 @@ def test_curves_keep_the_order_of_the_cells_and_of_the_rates():
         ranks=(8, 4), rules=("rora", 0.25), optimizers=("sgd",), sgd_lrs=(1e9, 0.2, 0.1), steps=3, seeds=(1, 0),
         problem=PROBLEM,
     )  # fmt: skip
-    found = rate_grid.curves_of_losses(rate_grid.losses(grid))
-    assert [(c.trained, c.rank, c.rule) for c in found] == [
+    curves = rate_grid.curves_of_losses(rate_grid.losses(grid))
+    assert [(c.trained, c.rank, c.rule) for c in curves] == [
         (trained, rank, rule) for trained in ("both", "B") for rank in (4, 8) for rule in ("rora", "0.25")
     ]
-    for curve in found:
+    for curve in curves:
         assert curve.rates.tolist() == [0.1, 0.2, 1e9]
         assert np.isinf(curve.losses[:, 2]).all()
         assert np.isfinite(curve.losses[:, :2]).all()
