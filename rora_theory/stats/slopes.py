@@ -164,8 +164,8 @@ def assert_flat(
     result = trend(fit, band, confidence)
     if result != "flat":
         raise AssertionError(
-            f"{what} must be flat within a slope of ±{band:g}, got {result}: slope {fit.slope:+.3f} ± "
-            f"{fit.half_width(confidence):.3f} ({confidence:.0%}, {fit.seeds} seeds), largest departure from the line "
+            f"{what} is not flat but {result}: slope {fit.slope:+.3f} ± {fit.half_width(confidence):.3f} "
+            f"({confidence:.0%}, {fit.seeds} seeds) against a band of ±{band:g}, and largest departure from the line "
             f"{fit.departure:.3f}"
         )
     return fit

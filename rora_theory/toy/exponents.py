@@ -170,8 +170,9 @@ def answers(
                 continue
             both, frozen = (_line(fits, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B"))
             question = f"{model}, {WORDS[optimizer]}: exponent of |dM|_F changes once A moves?"
-            shown = f"A trained: {slopes_at_constant_gamma(both, power)}; A frozen: {slopes_at_constant_gamma(frozen, power)}"
-            listed.append(Answer(question, exponent_change(both, frozen), f"under alpha/r, plus {power}: {shown}"))
+            trained_slopes, frozen_slopes = (slopes_at_constant_gamma(rows, power) for rows in (both, frozen))
+            figures = f"under alpha/r, plus {power}: A trained: {trained_slopes}; A frozen: {frozen_slopes}"
+            listed.append(Answer(question, exponent_change(both, frozen), figures))
     return listed
 
 

@@ -30,16 +30,16 @@ def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
       >>> bool(np.array_equal(small, large[:2]))
       True
     """
-    return relative_deviation(init, rank=rank, p_in=p_in) * draw_rows(key, init, count=rank, p_in=p_in)
+    return relative(init, rank=rank, p_in=p_in) * rows(key, init, count=rank, p_in=p_in)
 
 
-def draw_rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array, "count p_in"]:
+def rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array, "count p_in"]:
     """Sample the first rows of A with the standard deviation that belongs to rank 1."""
     keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(count))
     return jax.vmap(lambda k: draw_A(k, init, rank=1, p_in=p_in)[0])(keys)
 
 
-def relative_deviation(init: Init, *, rank: int, p_in: int) -> float:
+def relative(init: Init, *, rank: int, p_in: int) -> float:
     """Return the standard deviation of A's entries relative to rank 1; it depends on the rank only for ``gaussian``."""
     return inits.entries(init, rank=rank, p_in=p_in).deviation / inits.entries(init, rank=1, p_in=p_in).deviation
 
