@@ -264,12 +264,14 @@ def within_noise(rows: Sequence[PublishedRow], method: str = "RoRA", *, z: float
         rivals = [row for row in group if row.method != method]
         if not own_rows or not rivals:
             continue
+        # The method's row against the best average of the others.
         row, best = own_rows[0], max(rivals, key=lambda other: other.average)
         pairs = [
             (name, a, b, math.hypot(score_error(a, size), score_error(b, size)))
             for name, a, b, size in zip(NAMES, row.scores, best.scores, SIZES, strict=True)
         ]
         error = math.hypot(average_error(row.scores), average_error(best.scores))
+        # All eight entries and the average.
         for name, ours, theirs, spread in [*pairs, ("average", row.average, best.average, error)]:
             distance = in_errors(ours - theirs, spread)
             if abs(distance) < z:

@@ -78,6 +78,7 @@ class StepGrid:
                 )
             check_unread(self, "relative_error", beside="--draws")
         check_seed(self.seed, "--seed")
+        # Size of every scaling and step, as decimal exponents.
         for rank, optimizer in itertools.product(self.ranks, self.optimizers):
             for _, gamma in self.scalings(rank):
                 power = math.log10(self.lr) + laws.scaling_power(optimizer) * math.log10(gamma)

@@ -157,14 +157,17 @@ def answers(
 
     held_out = f"output change on held-out inputs (overlap {overlap:g})"
     for model in models:
+        # Is the output change on training inputs flat, over all ranks and over the upper half?
         for span, where in {"all": "", "upper": upper_range}.items():
             if span == "all" or where:
                 theorem = f"SGD: output change on training inputs flat under alpha/sqrt(r) (rsLoRA's theorem) {where}"
                 add(model, "sgd", "output_train", 0.5, theorem.strip() + "?", span)
                 theta = f"Adam: output change on training inputs flat under alpha/r, so as r at fixed gamma {where}"
                 add(model, "adam", "output_train", 1.0, theta.strip() + "?", span)
+        # Is it flat on held-out inputs?
         add(model, "sgd", "output_held_out", 0.25, f"SGD: {held_out} flat under kappa = 1/4?")
         add(model, "adam", "output_held_out", 0.5, f"Adam: {held_out} flat under kappa = 1/2?")
+        # Does training A change the exponent of the weight change?
         for optimizer, power in (("sgd", 2), ("adam", 1)):
             if optimizer not in optimizers or not freeze_control or 1.0 not in kappas:
                 continue
@@ -232,12 +235,14 @@ def exponent_change(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, A
     Returns:
       The verdict with the change of the exponent.
     """
+    # Fits of both runs at the same step, with the loss above half of its start.
     pairs = [
         (a, b)
         for a in both
         for b in frozen
         if a["step"] == b["step"] and min(a["loss_left"], b["loss_left"]) >= SATURATED
     ]
+    # The last step with the same ranks in both runs decides.
     if not pairs:
         return "not settled: the loss is below half of its start at every step"
     same_ranks = [(a, b) for a, b in pairs if a["fitted_ranks"] == b["fitted_ranks"]]

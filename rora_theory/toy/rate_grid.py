@@ -136,6 +136,7 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
     """Compute the losses of a cell, one row per seed and rate; not finite if the run diverged."""
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank)
+    # One compiled call trains all seeds at all rates.
     adapters, problems = ensemble.draw_ensemble(
         grid.problem, rank=cell.rank, seeds=grid.seeds, seed=grid.seed, init=grid.init
     )
@@ -149,6 +150,7 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
         steps=grid.steps,
         frozen="A" if cell.trained == "B" else None,
     )
+    # Tidy rows: the cell's columns, then rate, seed and losses.
     frame: dict[str, Any] = {"optimizer": cell.optimizer, "trained": cell.trained, "rule": name_of(cell.rule)}
     frame |= {"kappa": exponent(cell.rule), "rank": cell.rank, "scaling": scaling}
     return [

@@ -151,6 +151,7 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
     """Train a cell and return one row per seed and recorded step."""
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling, lr = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank), grid.lr(cell.optimizer)
+    # One compiled scan trains all seeds.
     adapters, problems = ensemble.draw_ensemble(
         ProblemConfig(model=cell.model, **asdict(grid.problem)),
         rank=cell.rank,
@@ -168,6 +169,7 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
         steps=grid.steps,
         frozen=cell.start if cell.trained == "B" else None,
     )
+    # Tidy rows: the cell's columns, then seed, step and measurements.
     named = asdict(cell) | {"rule": name_of(cell.rule), "kappa": exponent(cell.rule)}
     named |= {"scaling": scaling, "learning_rate": lr}
     return [
