@@ -338,9 +338,7 @@ class BlockKind:
             distinct = {replace(other, optimizer=setting.optimizer) for other in distinct}
         if len(distinct) > 1:
             fields = "scaling and optimizer" if sampler == "direct" else "scaling"
-            raise InputError(
-                f"settings must differ only in {fields} for the {sampler} sampler, got {len(distinct)} that differ otherwise"
-            )
+            raise InputError(f"settings must differ only in {fields} for the {sampler} sampler, got other differences")
         normal = inits.entries(setting.init, rank=setting.rank, p_in=setting.p_in).is_normal
         if sampler != "direct" and not normal:
             raise InputError(

@@ -63,7 +63,7 @@ def test_every_anchor_names_the_file_that_prints_it() -> None:
 
 
 def test_averages_that_no_counts_of_right_answers_give() -> None:
-    """Two in the paper, one in the DoRA repository."""
+    """Such averages: two in the paper, one in the DoRA repository."""
     findings = {f.where: (f.printed, f.text.rsplit("average ", 1)[1]) for f in audit.averages(ROWS)}
     assert findings == {
         "Table I, LLaMA-13B Parallel": (81.4, "81.4518 to 81.4997"),

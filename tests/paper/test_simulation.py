@@ -77,7 +77,7 @@ def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, list
 
 @pytest.mark.slow
 def test_an_asked_number_of_draws_is_the_grid_s() -> None:
-    """The direct check, which has no stopping rule, keeps its own."""
+    """The direct check has no stopping rule and keeps its own number of draws."""
     config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)
     first, *_, last = simulation.simulation_cells(config)
     counts = [[sums.count for sums in simulation.draw_cell(config, cell)] for cell in (first, last)]
@@ -89,7 +89,7 @@ def test_an_asked_number_of_draws_is_the_grid_s() -> None:
 def test_rules_differ_by_their_power_of_gamma(
     drawn: dict[SimulationCell, list[sampling.Sums]], optimizer: str, power: int
 ) -> None:
-    """gamma^2 under SGD, gamma under Adam, times the rate: of the norm once, of the variance twice."""
+    """The norm is proportional to the rate times gamma^2 (SGD) or gamma (Adam), the variance to its square."""
     cell = next(cell for cell in drawn if cell.setting.optimizer == optimizer and cell.setting.rank == 4)
     table = simulation.simulation_table(simulation.simulation_rows(CONFIG, cell, drawn[cell]))
     for quantity, times in (("norm", 1), ("mean", 1), ("second_moment", 2), ("variance", 2)):
@@ -102,7 +102,7 @@ def test_rules_differ_by_their_power_of_gamma(
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
 def test_the_direct_check_takes_each_rule_s_own_step(optimizer: laws.Optimizer, power: int) -> None:
-    """From the same draws, so that its rows differ by that power of gamma to rounding, and by nothing else."""
+    """All rules use the same draws, so that the rows differ only by the power of gamma, up to rounding."""
     grid = StepGrid(ranks=(8,), optimizers=(optimizer,), alpha=8.0, lr=1e-3)
     config = SimulationConfig(grid, p_in=16, p_out=2, overlaps=(0.5,))
     cell = simulation.simulation_cells(config)[-1]
@@ -115,7 +115,7 @@ def test_the_direct_check_takes_each_rule_s_own_step(optimizer: laws.Optimizer, 
 
 
 def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
-    """A curve that bends: its slope over each range is that of the range's own ends, ranks in no order."""
+    """A bent curve has a different slope over each range; the ranks need not be sorted."""
     ranks = np.array([32, 1, 2, 16, 4, 8])
     norm = np.where(ranks <= 4, ranks, 4.0)
     line = {"optimizer": "sgd", "init": "normal", "overlap": 0.0, "rule": "lora", "quantity": "norm"}
@@ -144,7 +144,7 @@ def test_second_moments_are_beside_the_law_and_the_paper() -> None:
 def test_verdicts_take_the_sums_that_are_known(
     drawn: dict[SimulationCell, list[sampling.Sums]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No stream is drawn twice, and what is missing is drawn as the grid's cells are."""
+    """No stream is drawn twice, and missing ones are drawn like the grid's cells."""
     requested: list[sampling.RandomStep] = []
     draw = simulation.draw_cell
 

@@ -59,20 +59,20 @@ def test_every_equation_has_its_verdict() -> None:
 
 @pytest.mark.slow
 def test_a_small_sweep_gives_the_same_verdicts() -> None:
-    """A limit that the sweep's own ranks and width don't reach is looked for where it is."""
+    """A limit beyond the sweep's ranks and width is reached with other settings."""
     by_equation = judged(ranks=(1, 4, 16), p_in=64)
     assert {equation: verdict.status for equation, verdict in by_equation.items()} == EXPECTED
 
 
 def stream(mean: float = 0.0, second: float = 1.0, norm2: float = 1.0) -> sampling.Sums:
-    """Ten thousand draws of w with just these moments, and of a squared norm that does not vary."""
+    """Return the moments of 10,000 draws of w with a given mean and second moment, and a constant squared norm."""
     spread = math.sqrt(second - mean**2)
     values = np.tile([mean - spread, mean + spread], 5000)
     return sampling.Sums(Moments().add(values), Moments().add(np.full(10_000, float(norm2))))
 
 
 def exact(setting: sampling.RandomStep) -> sampling.Sums:
-    """Draws with the law's own moments: sampling decides nothing."""
+    """Return draws with the exact law's moments, without sampling error."""
     law = laws.random_input_moments(rank=setting.rank, p_in=setting.p_in, overlap=setting.overlap, scaling=1.0)
     second = float(law.second_moment[0])
     return stream(float(law.mean[0]), second, setting.p_out * second)
@@ -112,7 +112,7 @@ def test_the_evidence_is_in_closed_form() -> None:
 
 @pytest.mark.slow
 def test_few_draws_decide_no_second_moment() -> None:
-    """64 draws: their errors reach from Eq. 9's figure to the exact one, 26 times it, and settle nothing."""
+    """With 64 draws the errors cover both Eq. 9's value and the exact one, 26 times larger."""
 
     def few(setting: sampling.RandomStep) -> sampling.Sums:
         key = jax.random.fold_in(jax.random.key(3), setting.rank + 10_000 * int(10 * setting.overlap))
@@ -125,7 +125,7 @@ def test_few_draws_decide_no_second_moment() -> None:
 
 
 def test_an_identity_holds_for_any_number_of_draws() -> None:
-    """Eq. 5 is of the draws themselves: the unbiased variance of two is twice theirs."""
+    """Eq. 5 concerns the sample itself: the unbiased variance of two draws is twice the sample's."""
     two = sampling.Sums(Moments().add(np.array([1.0, 3.0])), Moments().add(np.array([1.0, 2.0])))
     assert judged(ranks=(1, 4, 16), p_in=64, draw=lambda _: two)["5"].status == "holds"
 
@@ -234,7 +234,7 @@ def test_a_mean_is_judged_at_the_threshold_of_all_cells(factor: float, status: s
 
 
 def limit(inside: float, outside: float, within: Callable[[sampling.RandomStep], bool]) -> verdicts.Sample:
-    """Draws whose second moment is Eq. 8's or 9's times one factor where the limit is, and another elsewhere."""
+    """Return a sampler with the second moment of Eq. 8 or 9 times one factor in the limit, and another elsewhere."""
 
     def draw(setting: sampling.RandomStep) -> sampling.Sums:
         near = setting.rank * setting.p_in * (setting.p_in if setting.rank < setting.p_in else setting.rank)

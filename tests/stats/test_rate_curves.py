@@ -71,7 +71,7 @@ def test_a_rank_whose_best_rate_is_at_the_edge_is_in_no_slope():
 
 @pytest.mark.parametrize("edge", ["first", "second", "both"])
 def test_a_comparison_with_a_best_rate_at_the_edge_is_not_settled(edge):
-    """However far apart the losses are: the one at the edge may be lower beyond it."""
+    """However large the difference is, the loss at the edge may be lower beyond it."""
     kinds = {"first": (1e-6, 1e-3), "second": (1e-3, 1.0), "both": (1e-6, 1.0)}[edge]
     first, second = (
         bowl(rule, 1.0, 8, centre, lowest=lowest)
@@ -103,7 +103,7 @@ def shifted(rule: str, shape: str, centre: float, step: float) -> rate_curves.Cu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("step", [np.log(10) / 2, np.log(2) / 2])
 def test_a_shift_of_the_rate_is_no_more_than_that(shape, step):
-    """One curve, moved by parts of a grid's step: what is measured at the best rates differs, what is true does not."""
+    """Curves shifted by parts of a grid step differ in their measured lowest losses, but not in the true ones."""
     curves = [shifted(f"{part:g}", shape, np.exp(part * step), step) for part in np.linspace(0, 1, 9)]
     comparisons = rate_curves.compare_rules(curves)
     assert len(comparisons) == 36
@@ -112,7 +112,7 @@ def test_a_shift_of_the_rate_is_no_more_than_that(shape, step):
 
 
 def test_more_than_a_shift_is_still_found():
-    """A least loss 3% higher, on a half-decade grid that may hide 2%."""
+    """A lowest loss 3% higher is detected on a half-decade grid with a bound of 2%."""
     first, second = (shifted(rule, "a parabola", centre, np.log(10) / 2) for rule, centre in (("a", 1.0), ("b", 2.0)))
     higher = rate_curves.Curve(*second.line, 8, 1.0, second.rates, second.losses + 0.03)
     (comparison,) = rate_curves.compare_rules([first, higher])
@@ -142,7 +142,7 @@ def test_no_prediction_is_named_that_the_slope_is_far_from():
 
 
 def test_predictions_that_are_one_number_are_all_named():
-    """Under alpha / r Adam's best rate stays by the signal of the first step and by that of a long run alike."""
+    """Under alpha / r both the first step and a long run in the signal regime predict a constant best rate for Adam."""
     (row,) = slopes_of([bowl("lora", 1.0, rank, 1e-3) for rank in (4, 16)])
     assert row["nearest"] == "signal or A moves"
     frozen = [dataclasses.replace(bowl("lora", 1.0, rank, 1e-3), trained="B") for rank in (4, 16)]
@@ -151,7 +151,7 @@ def test_predictions_that_are_one_number_are_all_named():
 
 
 def levels(by_seed: list[float], by_draw: list[float] | None = None, seeds: tuple[int, ...] = ()) -> rate_curves.Curve:
-    """Flat curves whose least losses are these, of seeds, and of draws of their mean."""
+    """Return flat curves with given lowest losses for the seeds, and for resamples of their mean."""
     three = np.ones(3)
     drawn = None if by_draw is None else np.repeat(np.outer(by_draw, three)[:, None], len(by_seed), axis=1)
     rates = np.array([0.1, 1.0, 10.0])
@@ -212,7 +212,7 @@ def test_seeds_and_records_are_two_sources_of_error(seeds, records, n, over):
     ],
 )
 def test_rounding_decides_neither_the_sources_nor_the_degrees_of_freedom(seeds, records, n, over):
-    """Errors of equal figures are 1e-16, not 0, and a whole number of degrees of freedom may be a last digit less."""
+    """Errors of equal values are 1e-16, not 0, and integer degrees of freedom may be computed slightly too low."""
     combined = rate_curves.joint(Estimate(2.0, *seeds, "seeds"), Estimate(2.0, *records, "held-out records"))
     assert (combined.n, combined.over) == (n, over)
 
@@ -281,7 +281,7 @@ def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
     ],
 )
 def test_both_errors_are_kept(by_seed, records, over):
-    """Over seeds, and over four records by hand; over neither where there is one seed and no record."""
+    """Errors over seeds and over four records, computed by hand; no error for one seed without records."""
     tokens, noise = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, -2.0, 2.0, -1.0])
     second = np.full(len(by_seed), 2.0)
     first = second + np.array(by_seed)
@@ -344,7 +344,7 @@ def test_a_best_rate_at_an_edge_has_no_error_and_beside_a_diverged_run_a_bound()
 
 
 def test_one_seed_does_not_tell_rules_apart():
-    """However narrow the error over records is: it leaves out how one training run differs from the next."""
+    """However narrow the error over records is, it does not contain the variation between training runs."""
     curves = [
         bowl(rule, kappa, 8, 1e-3, seeds=1, lowest=lowest)
         for rule, kappa, lowest in (("lora", 1.0, 1), ("rora", 0.5, 2))
@@ -372,7 +372,7 @@ def test_a_slope_beside_runs_that_diverged_is_known_to_the_grid():
 
 
 def test_best_rates_that_turn_back_are_not_flat():
-    """4, 32, 4 at three ranks have a slope of nothing that no line bears."""
+    """Best rates that rise and fall have a slope of zero, but are not on a line."""
     curves = [bowl("lora", 1.0, rank, best, seeds=3) for rank, best in ((4, 5e-4), (16, 4e-3), (64, 5e-4))]
     (row,) = rate_curves.rate_slopes(curves).to_dict("records")
     assert abs(row["slope"]) + row["half_width"] < 0.1

@@ -54,7 +54,7 @@ def test_edges_and_diverged_runs():
 
 
 def test_many_curves_are_each_its_own():
-    """Vertices as NumPy's fit of three points has them; beside them an edge, and a neighbour that diverged."""
+    """Vertices agree with NumPy's fit of three points, also next to an edge and to a run that diverged."""
     curves = np.exp(np.random.default_rng(0).normal(size=(50, len(RATES))))
     curves[7, :] = np.linspace(2, 1, len(RATES))
     curves[8, int(np.argmin(curves[8])) - 1] = np.inf
@@ -84,7 +84,7 @@ def test_bad_curves():
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize(("leads", "overlap", "ranks"), [("signal", 1.0, (1e5, 1e6)), ("cross-talk", 0.0, (100, 200))])
 def test_slopes_keep_the_first_step(kappa, optimizer, leads, overlap, ranks):
-    """At a rate that moves as predicted the exact rms of the first step stays: to 1% a doubling of the rank.
+    """With the predicted rates the exact rms of the first step is constant to 1% per doubling of the rank.
 
     p_in is 10^6, so r* is 1 to 2.6 at overlap 1, and 10^6 or more at overlap 0.
     """
@@ -105,7 +105,7 @@ def test_slopes_keep_the_first_step(kappa, optimizer, leads, overlap, ranks):
 
 
 def test_what_a_grid_hides():
-    """By hand: even and uneven neighbours, a diverged one on either side, two of them, the edges."""
+    """Bounds by hand: even and uneven neighbours, a diverged run on either side or both, and the edges."""
     rates = np.exp([0.0, 1.0, 3.0])
     left, right = np.exp([0.3, 0.6])
     assert grid_gap(rates, 5 * np.array([left, 1.0, right])) == pytest.approx(5 * 0.3 * (0.3 * 2 + 0.6) / 3 * 2)
@@ -116,7 +116,7 @@ def test_what_a_grid_hides():
 
 
 def test_how_far_the_best_rate_may_lie_beside_a_run_that_diverged():
-    """By hand, in log2: half the wider side beside one or two, nothing where a parabola passes or at an edge."""
+    """Bounds by hand in log2: half the wider side next to diverged runs, 0 for a parabola and at an edge."""
     rates = np.array([1.0, 2.0, 16.0, 32.0])
     nan = np.nan
     for losses, gap in (

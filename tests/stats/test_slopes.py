@@ -77,7 +77,7 @@ def test_assert_flat():
     ],
 )
 def test_what_the_curve_does_beside_its_slope_counts(y, departure, verdict):
-    """Three ranks, seeds that agree to the digit: the spread over seeds says nothing of the points between."""
+    """Three ranks and identical seeds: the spread over seeds does not show the departure from the line."""
     fit = slopes.seed_fit(RANKS[:3], np.tile(np.array(y, float), (3, 1)))
     assert slopes.trend(fit) == verdict
     if departure is not None:
@@ -105,7 +105,7 @@ def test_the_band_and_the_confidence_decide():
 
 
 def test_the_departure_is_of_the_band():
-    """Within the band it is flat, beyond it is not, whatever the interval; and as the slope for a growth."""
+    """The departure is limited by the band for a flat trend, and by the slope for a growing one."""
     flat, growing = SeedFit(0.0, 0.0, 3), SeedFit(-0.5, 0.0, 3)
     assert [slopes.trend(flat._replace(departure=d), band=0.25) for d in (0.25, 0.26)] == ["flat", "undecided"]
     assert [slopes.trend(growing._replace(departure=d)) for d in (0.5, 0.51)] == ["shrinks", "undecided"]

@@ -24,7 +24,7 @@ def drawn() -> np.ndarray:
 
 @pytest.mark.slow
 def test_draws_have_their_law(drawn: np.ndarray) -> None:
-    """Tests the distribution by Kolmogorov-Smirnov, and mean and variance; false alarm 1e-6 for each of the two."""
+    """Kolmogorov-Smirnov test of the distribution, and tests of mean and variance; false alarm 1e-6 for each."""
     z = threshold(1e-6, 2 * len(drawn))
     for sample, freedom in zip(drawn, FREEDOMS * 2, strict=True):
         law = stats.chi2(freedom)

@@ -133,7 +133,7 @@ def enumerate_descent(delta: list[int], x: list[int], read_at: list[int], rank: 
     steps=st.integers(1, 4),
 )
 def test_enumeration_one_sample(delta: list, x: list, read_at: list, rank: int, steps: int) -> None:
-    """Every sign matrix, ties and zeros included: the terms' mean over all pairs of rows is the exact fraction."""
+    """The mean of the terms over all pairs of rows equals the exact fraction, with ties and zeros included."""
     grad, at = np.outer(delta, x).astype(float), np.array([read_at], float)
     pairs = [np.array(rows, float).reshape(2, 3) for rows in product((-1, 1), repeat=6)]
     moved = horizon.distances([1.0] * steps, decay=None)
@@ -147,7 +147,7 @@ def test_enumeration_one_sample(delta: list, x: list, read_at: list, rank: int, 
 
 
 def test_enumeration_would_see_a_wrong_law() -> None:
-    """The route is not vacuous: A moving from the first step on, or not at all, gives other fractions."""
+    """The enumeration rejects wrong laws: A that moves from the first step on, or not at all."""
     right = float(enumerate_descent([1, 2], [1, 2, -1], [2, 1, 1], 2, 3))
     pairs = [np.array(rows, float).reshape(2, 3) for rows in product((-1, 1), repeat=6)]
     pair_terms = [
@@ -197,7 +197,7 @@ def test_sgd_closed_form() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_equals_optax(momentum: float) -> None:
-    """The equivalent first step is the many real ones, for any A; and its moments are the first step's law."""
+    """The equivalent first step equals the real steps for any A, and its moments follow the first step's law."""
     grad, x = data(0, 40)
     rates = [0.0, 0.02, 0.05, 0.05, 0.03, 0.03]
     lora_A = kaiming(1, 6)
@@ -217,7 +217,7 @@ def test_sgd_equals_optax(momentum: float) -> None:
 
 @pytest.mark.slow
 def test_one_sample_closed_form() -> None:
-    """The integral over Gaussian rows against rows drawn: every coefficient within its sampling error."""
+    """The integral over Gaussian rows agrees with sampled rows within the sampling error of every coefficient."""
     rng = np.random.default_rng(5)
     x, read_at, delta = rng.normal(size=P_IN), rng.normal(size=P_IN) + 0.2, rng.normal(size=P_OUT)
     exact = one_sample_terms(x, read_at, deviation=0.3, p_out=P_OUT)
@@ -234,7 +234,7 @@ def test_one_sample_closed_form() -> None:
 
 @pytest.mark.parametrize(("rates", "ratio"), [([1e-3] * 200, 1.0), ([0.0, *[1e-3] * 99], 1.0), ([1e-3] * 60, 16.0)])
 def test_one_sample_adam(rates: list[float], ratio: float) -> None:
-    """Adam as optax has it (betas, bias correction, epsilon), a warm-up that begins at 0, and LoRA+'s two rates.
+    """Optax's Adam (betas, bias correction, epsilon), a warm-up that starts at 0, and LoRA+'s two rates.
 
     The one approximation is that all entries of B share one history: measured within 3% at every horizon here; sign
     descent without Adam's pace is off by up to 2.4 times.
@@ -256,7 +256,7 @@ def test_one_sample_adam(rates: list[float], ratio: float) -> None:
 
 @pytest.mark.slow
 def test_many_tokens_adam() -> None:
-    """The first step is exact; where A's motion turns signs the law is a guide: within 1.5 times here, to step 64."""
+    """The first step is exact. Once A's motion flips signs the law holds within a factor of 1.5, up to step 64."""
     fresh = np.random.default_rng(3).normal(size=(16, P_IN))
     for tokens in (16, 64):
         grad, x = data(11 + tokens, tokens)
@@ -349,7 +349,7 @@ def test_the_change_that_sgd_s_exponents_keep_is_that_of_real_steps(tau: float) 
 
 
 def test_when_entries_turn_is_reckoned_entry_by_entry() -> None:
-    """The distance at which an entry of G A^T is 0, where A moves against its signs; infinite where it moves away."""
+    """An entry of G A^T reaches 0 at a finite distance if A moves against its sign, and never otherwise."""
     rng = np.random.default_rng(0)
     grad, lora_A = rng.normal(size=(30, 4)), rng.normal(size=(6, 4))
     moves = np.sign(np.sign(grad @ lora_A.T).T @ grad)
@@ -363,7 +363,7 @@ def test_when_entries_turn_is_reckoned_entry_by_entry() -> None:
 
 
 def test_matching_rate() -> None:
-    """The rate that keeps the change: alpha / r keeps it in the signal-led limit; a larger gamma lies in between."""
+    """Under alpha / r the rate does not change in the signal regime; a larger gamma needs a rate between the limits."""
     rng = np.random.default_rng(9)
     x = rng.normal(size=P_IN)
     terms = one_sample_terms(x, x, deviation=1 / math.sqrt(3 * P_IN), p_out=P_OUT)
@@ -381,7 +381,7 @@ def terms_of(square: horizon.Quadratic) -> horizon.RowTerms:
 
 
 def test_the_matching_rate_counts_adams_pace() -> None:
-    """At a takeover that 50 steps of the old rate pass: the change of the new rate is the old one's."""
+    """The change at the new rate equals that at the old one, with a takeover that 50 steps of the old rate pass."""
     terms = terms_of(horizon.Quadratic(1.0, 2e3, 1e6))
     assert terms.takeover(8) == pytest.approx(1e-3)
     new = horizon.matching_rate(terms, old=(8, 1.0, 1e-4), new=(8, 4.0), steps=50)

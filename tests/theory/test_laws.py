@@ -54,7 +54,7 @@ def test_enumeration(optimizer: str, grad: list[list[int]], x: list[int], rank: 
 
 
 def test_enumeration_would_see_a_wrong_law() -> None:
-    """The route is not vacuous: dropping r (k - 3) sum g^2 x^2, or r^2 for r^2 + r, changes the fractions."""
+    """The enumeration rejects wrong laws: without r (k - 3) sum g^2 x^2, or with r^2 in place of r^2 + r."""
     grad, x, rank = [[1, 2, -1]], [2, 1, 3], 2
     second = enumerate_first_step(grad, x, rank, "sgd")[1][0]
     g, v = np.array(grad[0]), np.array(x)
@@ -138,7 +138,7 @@ def drawn_A(init: str, count: int, rank: int, p_in: int) -> np.ndarray:
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform", "rademacher"])
 def test_adam_fixed_data(init: str, epsilon: float) -> None:
-    """Adam's law with the data fixed, against drawn A, one entry of G dominating one row; epsilon beside gamma |u|."""
+    """Adam's law for fixed data against sampled A, with a dominant entry in one row of G and epsilon near gamma |u|."""
     rng = np.random.default_rng(7)
     p_in, rank, gamma, n = 20, 3, 0.5, 60_000
     grad = rng.standard_normal((3, p_in))

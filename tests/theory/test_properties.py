@@ -100,7 +100,7 @@ def test_w_carries_gamma_squared_or_gamma(layer: dict) -> None:
 @pytest.mark.slow
 @given(layers)
 def test_rotation(layer: dict) -> None:
-    """Turning A, x and x' together leaves w; so for Gaussian A the law depends on angles and lengths alone."""
+    """Rotating A, x and x' together does not change w, so that the law for Gaussian A depends on angles and lengths."""
     scaling = scaling_factor(layer["rule"], alpha=layer["alpha"], rank=layer["rank"])
     turn = np.linalg.qr(np.random.default_rng(layer["seed"]).standard_normal((layer["p_in"],) * 2))[0]
     w, A, grad, x = one_step(layer, scaling)
@@ -116,7 +116,7 @@ def test_rotation(layer: dict) -> None:
 
 @given(layers)
 def test_permutation(layer: dict) -> None:
-    """For every init the law is unchanged when inputs are renamed; uniform and Rademacher A are not rotation-free."""
+    """The law of every init is invariant under permutations of the inputs."""
     rng = np.random.default_rng(layer["seed"])
     grad, x = rng.standard_normal((layer["p_out"], layer["p_in"])), rng.standard_normal(layer["p_in"])
     order = rng.permutation(layer["p_in"])
@@ -128,7 +128,7 @@ def test_permutation(layer: dict) -> None:
 
 
 def test_rotation_does_change_uniform_A() -> None:
-    """The kurtosis term is there: along an axis and across the diagonal a Rademacher A differs by its full size."""
+    """The law of a Rademacher A differs along an axis and along the diagonal by the full kurtosis term."""
     axis, diagonal = np.array([[1.0, 0.0]]), np.array([[1.0, 1.0]]) / math.sqrt(2)
     along, across = (
         laws.first_step_moments(v, v[0], rank=1, scaling=1.0, init="rademacher").second_moment[0]

@@ -83,7 +83,7 @@ def test_each_setting_has_its_own_step_of_the_same_draws(
 
 
 def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """41 draws of blocks of 20: two blocks and one for the last draw, in order; a turn of all devices is whole."""
+    """41 draws in blocks of 20 take three blocks in order; every device computes whole batches."""
     computed: list[int] = []
     used: set[jax.Device] = set()
 
@@ -112,7 +112,7 @@ def test_several_devices_share_the_blocks_and_compute_no_turn_more(monkeypatch: 
 
 
 def test_a_stream_has_the_key_of_published_runs() -> None:
-    """Numbers that were published can be drawn again: the key is that of the text that they were drawn by."""
+    """Published numbers can be reproduced: the key is derived from the text of the published setting."""
     step = RandomStep(rank=4, p_in=64, p_out=8, overlap=0.5, optimizer="adam", init="gaussian")
     text = (
         "(Setting(rank=4, p_in=64, p_out=8, scaling=1.0, learning_rate=1.0, overlap=0.5, optimizer='adam', "
@@ -125,7 +125,7 @@ def test_a_stream_has_the_key_of_published_runs() -> None:
 
 @pytest.mark.slow
 def test_memory_is_bounded() -> None:
-    """A block's live memory, by XLA's own account, does not grow with draws, and with r p_in only by one adapter."""
+    """XLA's memory analysis of a block: memory does not grow with the draws, and with r p_in only by one adapter."""
     for rank, p_in, sampler, limit in [
         (4096, 1 << 20, "pairs", 64e6),
         (10**6, 1 << 20, "chi_square", 64e6),

@@ -17,7 +17,7 @@ def rows(count: int, p_in: int, *, peak: float, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("peak", [0.0, 0.3, 0.8, 0.94])
 def test_series_is_the_integral(monkeypatch, peak) -> None:
-    """Ends at 12, 24 and 48; 1e-10 of the largest is what the integral itself promises."""
+    """The series agrees with the integral at the ends 12, 24 and 48, to the integral's own accuracy of 1e-10."""
     unit = rows(4, 900, peak=peak)
     done, actual = sign_expectation.uniform(unit)
     assert done.all()
@@ -29,7 +29,7 @@ def test_series_is_the_integral(monkeypatch, peak) -> None:
 
 
 def test_rows_left_to_the_integral() -> None:
-    """A row of one entry, a short row and a row of zeros are not served, and their neighbours are."""
+    """A row of one entry, a short row and a row of zeros are not computed; their neighbours are."""
     unit = rows(4, 300, peak=0.2)
     unit[1] = np.eye(300)[7]
     unit[3] = 0
@@ -54,7 +54,7 @@ def test_nearly_gaussian_rows() -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "wide"])
 def test_the_fast_series(kind) -> None:
-    """To 1e-3 of a row's length where it serves a row, and most rows of real gradients' tails are served."""
+    """The error is below 1e-3 of a row's norm in the computed rows, and most heavy-tailed rows are computed."""
     random = np.random.default_rng(0)
     unit = random.normal(size=(40, 700)) if kind == "normal" else random.standard_t(2, size=(40, 700))
     unit *= np.geomspace(1, 1e-3, 700) if kind == "wide" else 1.0

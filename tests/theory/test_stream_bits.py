@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("optimised")
     [("direct", "sgd"), ("direct", "adam"), ("pairs", "sgd"), ("pairs", "adam"), ("chi_square", "sgd")],
 )
 def test_batch_devices_and_start_change_no_bit(sampler: sampling.Sampler, optimizer: Optimizer) -> None:
-    """One block after the other on the first device, against two at once on another, and from the third block on.
+    """One block at a time on the first device gives the same as two at once on another, and as a later start.
 
     That several devices take turns is `test_sampling`'s, and the command's with --devices 2.
     """

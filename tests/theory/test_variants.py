@@ -115,7 +115,7 @@ def test_starts_from_the_weight(make, name: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform"])
 def test_clipped_sgd(init: str) -> None:
-    """optax's clipping by the global norm, where it clips always: the root mean square norm is good to 0.5 / r."""
+    """Optax's clipping by the global norm: replacing the norm by its root mean square is accurate to 0.5 / r."""
     grad, x = data()
     rng = np.random.default_rng(4)
     for rank in (8, 32):
@@ -142,7 +142,7 @@ def test_clipped_sgd(init: str) -> None:
 
 
 def test_muon() -> None:
-    """The orthogonal factor by SVD, up to the rank of G exactly the law; above it no more than that."""
+    """The orthogonal factor by SVD gives the law up to the rank of G; above it the law is an upper bound."""
     grad, x = data()
     rng = np.random.default_rng(5)
     for rank in (1, 4, P_OUT, 12):
@@ -162,7 +162,7 @@ def test_muon() -> None:
 
 @pytest.mark.slow
 def test_dora() -> None:
-    """Autodiff of DoRA's layer, its norm held as a constant, and optax's Adam on A, B and the magnitude."""
+    """Automatic differentiation of DoRA's layer with a constant norm, and a sign step on A, B and the magnitude."""
     grad, x = data()
     rng = np.random.default_rng(6)
     W, A = rng.normal(size=(P_OUT, P_IN)), rng.normal(size=(3, P_IN))

@@ -25,7 +25,7 @@ def drawn(config, rank=4, seed=0, start="A"):
 
 
 def stacked(config, rank, seeds):
-    """One problem, many adapters: what the laws take the mean over."""
+    """Return one problem with many adapters, over which the laws average."""
     problem = draw_problem(jax.random.key(1), config)
     keys = jax.random.split(jax.random.key(2), seeds)
     adapters = jax.vmap(lambda key: draw_adapters(key, config, rank=rank))(keys)
@@ -38,7 +38,7 @@ def wide(tree):
 
 
 def output(weights, adapters, x, scaling):
-    """The adapted model's output in float64, written as it is applied."""
+    """Compute the adapted model's output in float64 by its definition."""
     for index, (weight, tensors) in enumerate(zip(weights, adapters, strict=True)):
         x = x @ (weight + scaling * tensors["lora_B"] @ tensors["lora_A"]).T
         x = np.tanh(x) if index < len(weights) - 1 else x
@@ -49,7 +49,7 @@ def output(weights, adapters, x, scaling):
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 3.0])
 @pytest.mark.parametrize("config", [LINEAR, MLP])
 def test_change_is_the_difference_of_outputs(config, size):
-    """In float32 to 3e-6 of its largest entry however small it is: no cancellation (float64 has it at 1e-6 too)."""
+    """The float32 change is accurate to 3e-6 of its largest entry at any size: there is no cancellation."""
     problem, adapters = drawn(config)
     keys = jax.random.split(jax.random.key(5), len(adapters))
     adapters = tuple(
@@ -64,7 +64,7 @@ def test_change_is_the_difference_of_outputs(config, size):
 
 @pytest.mark.slow
 def test_problem():
-    """Inputs overlap as asked, the linear target has unit variance and the teacher's rank, and noise comes on top."""
+    """Inputs have the configured overlap; the linear target has unit variance, the teacher's rank, and added noise."""
     config = ProblemConfig(p_in=400, p_out=300, samples=60, held_out=2, overlap=0.3, teacher_rank=3, noise=0.0)
     problem = draw_problem(jax.random.key(0), config)
     x, target = wide(problem.x_train), wide(problem.target_train)
@@ -178,7 +178,7 @@ def test_final_losses_are_the_trajectories_ends():
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (40, 60)])
 @pytest.mark.parametrize("size", [1e-25, 1.0])
 def test_spectral_norm(shape, size):
-    """To float32 rounding; nothing for nothing."""
+    """The norm is exact to float32 rounding, and 0 for a zero matrix."""
     matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     actual = float(spectral_norm(jnp.asarray(size * matrix)))
     assert actual == pytest.approx(size * np.linalg.norm(matrix.astype(np.float64), 2), rel=5e-6)

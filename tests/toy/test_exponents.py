@@ -70,7 +70,7 @@ def test_where_the_loss_has_come_below_half_is_said():
 
 
 def test_each_answer_is_of_its_own_curve():
-    """Every curve has a slope of its own, from its place in the list: each answer shows those that it is to be of."""
+    """Every curve has a unique slope, and each answer shows the slopes of its own curves."""
     curves = list(itertools.product(("sgd", "adam"), (0.25, 0.5, 1.0), ("both", "B"), exponents.FITTED))
     slopes = {curve: round(0.01 * place, 2) for place, curve in enumerate(curves, start=1)}
     rows = []
@@ -112,7 +112,7 @@ def test_exponents_at_constant_gamma():
 
 
 def made(rank: int, seed: int, step: int, diverged: int = 0, **values: float | str) -> dict:
-    """A row of seeds.csv: every quantity as r^(1/2) times a factor of the seed, unless ``values`` says otherwise."""
+    """Return a row of seeds.csv with every quantity as r^(1/2) times a factor of the seed, updated by ``values``."""
     row = {"model": "linear", "start": "A", "trained": "both", "optimizer": "sgd", "rule": "lora", "kappa": 1.0}
     row |= {"rank": rank, "scaling": 4 / rank, "learning_rate": 0.1, "seed": seed, "step": step, "diverged": diverged}
     return row | dict.fromkeys(exponents.QUANTITIES, rank**0.5 * (1 + seed)) | values

@@ -17,7 +17,7 @@ PROBLEM = ProblemConfig(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
 
 @pytest.mark.slow
 def test_what_is_judged_is_what_was_asked():
-    """Each loss in its own column and curve: at rates that move nothing, those of each seed's own problem."""
+    """Each loss has its own column and curve; at negligible rates it is the initial loss of the seed's problem."""
     rates, seeds = (1e-12, 2e-12, 3e-12), (0, 4)
     grid = RateGrid(
         ranks=(4, 8), rules=("lora",), optimizers=("adam",), freeze_control=False, adam_lrs=rates, steps=1,
@@ -37,7 +37,7 @@ def test_what_is_judged_is_what_was_asked():
 
 @pytest.mark.slow
 def test_b_alone_is_b_alone():
-    """A cell of the control has the losses of training with A frozen; the other has not."""
+    """A control cell has the losses of training with A frozen; the other cell does not."""
     grid = RateGrid(ranks=(4, 8), optimizers=("sgd",), sgd_lrs=(0.1, 0.2, 0.3), steps=3, seeds=(0, 1), problem=PROBLEM)
     keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), seed)) for seed in range(2)]
     drawn = jax.tree.map(lambda *a: np.stack(a), *(dynamics.draw_problem(a, PROBLEM) for a, _ in keys))
@@ -90,7 +90,7 @@ def test_settings_out_of_range(changed, option):
 
 
 def test_curves_keep_the_order_of_the_cells_and_of_the_rates():
-    """And a diverged run stays infinite in its curve."""
+    """Curves are in the order of the cells with ascending rates, and diverged runs stay infinite."""
     grid = RateGrid(
         ranks=(8, 4), rules=("rora", 0.25), optimizers=("sgd",), sgd_lrs=(1e9, 0.2, 0.1), steps=3, seeds=(1, 0),
         problem=PROBLEM,

@@ -34,7 +34,7 @@ def test_cells() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("start", "trained", "moves"), [("A", "both", True), ("A", "B", False), ("B", "both", True)])
 def test_rows(start: Any, trained: Any, moves: bool) -> None:
-    """A row a seed and step; a seed's are its own, whichever others are asked for; A x moves where A is trained."""
+    """There is one row per seed and step, independent of the other seeds; A x changes if A is trained."""
     cell = TrainingCell("linear", start, trained, "sgd", 8, "rora")
     rows = training_grid.training_rows(GRID, cell)
     assert {tuple(row) for row in rows} == {training_grid.COLUMNS}
