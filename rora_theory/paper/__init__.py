@@ -1,4 +1,4 @@
-"""The RoRA paper: its equations as printed, a verdict on each, its printed tables and their audit."""
+"""The RoRA paper: its equations as printed, a verdict on each, and an audit of its printed tables."""
 
 from rora_theory import lazily
 

@@ -1,14 +1,14 @@
-r"""What the published tables can bear: arithmetic, chance, repetition, granularity, sampling error.
+r"""Audit of published tables: arithmetic, chance level, repetition, granularity and sampling error.
 
-Accuracies of n items have the standard error :math:`\sqrt{p(1-p)/n}`, and their average over eight tasks
-:math:`\sqrt{\sum_t p_t(1-p_t)/n_t}/8`, with n the sizes of the full evaluation sets. Two rows of a table were
-scored on the same items, which usually makes their gap less uncertain than two independent sets would: per
-item the difference is -1, 0 or 1, so its variance lies between :math:`|g| - g^2` (one method is right
-wherever the other is) and :math:`p(1-p) + q(1-q) + 2\sqrt{p(1-p)q(1-q)}`. Which holds needs the per-item
-answers, which are not published; gaps are judged here as if independent, and seeds add to that.
+An accuracy over n items has the standard error :math:`\sqrt{p(1-p)/n}`, and the average over eight tasks
+:math:`\sqrt{\sum_t p_t(1-p_t)/n_t}/8`, with n the sizes of the full evaluation sets. Two rows of a table are scored on
+the same items, which usually makes their difference less uncertain than that of two independent sets. The difference of
+one item is -1, 0 or 1, so that its variance lies between :math:`|g| - g^2` (one method is right whenever the other is)
+and :math:`p(1-p) + q(1-q) + 2\sqrt{p(1-p)q(1-q)}`. The exact value requires the answers to each item, which are not
+published. Differences are judged here as if the sets were independent; the variation between seeds comes on top.
 
-Every function returns findings, facts about printed numbers with the figures that show them. A finding is a
-reason to look, not a verdict on its cause.
+Every function returns findings: facts about printed numbers, with the figures that show them. A finding is a reason to
+look closer, not a statement about its cause.
 """
 
 import itertools
@@ -23,25 +23,29 @@ from rora_theory.paper.published import NAMES, Claim, PublishedRow
 from rora_theory.stats.estimate import in_errors
 
 SIZES = tuple(task.full_size for task in TASKS.values())
+"""Number of items of each full evaluation set."""
+
 CHANCE = tuple(100.0 / task.full_choices for task in TASKS.values())
-"""Accuracy of guessing, in percent (ARC's few items of 3 or 5 choices change it by less than 0.01)."""
+"""Accuracy of guessing in percent (ARC's few items with 3 or 5 choices change it by less than 0.01)."""
 
 HALF = 0.05
 """Half a unit of the last printed digit."""
 
 HALF_EXACT = Fraction(1, 20)
+"""`HALF` as an exact fraction."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact about the printed numbers.
+    """A fact about printed numbers.
 
     Attributes:
-      kind: which check found it.
-      where: the row or rows.
-      text: one sentence with the figures.
-      printed, expected: the two figures that differ, where there are two.
-      z: distance in standard errors, where there is one.
+      kind: Name of the check.
+      where: Label of the row or rows.
+      text: Sentence with the figures.
+      printed: Printed figure, if the finding compares two.
+      expected: Figure that the printed one is compared with.
+      z: Distance in standard errors, if the check has one.
     """
 
     kind: str
@@ -53,20 +57,20 @@ class Finding:
 
 
 def score_error(percent: float, size: int) -> float:
-    """Standard error, in points, of an accuracy in percent over ``size`` items."""
+    """Compute the standard error, in points, of an accuracy in percent over ``size`` items."""
     share = percent / 100.0
     return 100.0 * math.sqrt(share * (1.0 - share) / size)
 
 
 def average_error(scores: Sequence[float], sizes: Sequence[int] = SIZES) -> float:
-    """Standard error, in points, of the unweighted average of accuracies in percent."""
+    """Compute the standard error, in points, of the unweighted average of accuracies in percent."""
     variance = sum(score_error(score, size) ** 2 for score, size in zip(scores, sizes, strict=True))
     return math.sqrt(variance) / len(scores)
 
 
 def averages(rows: Sequence[PublishedRow]) -> list[Finding]:
-    """Printed averages that no eight counts of right answers give which print as the row's entries."""
-    found = []
+    """Find printed averages that no counts of right answers consistent with the row's entries can give."""
+    findings = []
     for row in rows:
         low, high = mean_bounds(row)
         if not low - HALF_EXACT <= _exact(row.average) <= high + HALF_EXACT:
@@ -74,14 +78,21 @@ def averages(rows: Sequence[PublishedRow]) -> list[Finding]:
                 f"prints the average {row.average:.1f}; its eight entries, counts out of the test sets' sizes, average "
                 f"{_spread(low, high)}"
             )
-            found.append(Finding("average", row.label, text, row.average, mean(row)))
-    return found
+            findings.append(Finding("average", row.label, text, row.average, mean(row)))
+    return findings
 
 
 def mean_bounds(row: PublishedRow) -> tuple[Fraction, Fraction]:
-    """Least and largest average of the eight accuracies, in percent: each is k/n of its test set and prints as it does.
+    """Compute the smallest and largest average of the eight accuracies that is consistent with the printed entries.
 
-    An entry that is no such count (`impossible`) counts with all that rounds to it.
+    Every accuracy is k/n of its test set and rounds to its entry. An entry that no count gives (`impossible`)
+    contributes the whole interval that rounds to it.
+
+    Args:
+      row: Printed row.
+
+    Returns:
+      The bounds in percent, as exact fractions.
     """
     ends = []
     for score, size in zip(row.scores, SIZES, strict=True):
@@ -97,17 +108,17 @@ def mean_bounds(row: PublishedRow) -> tuple[Fraction, Fraction]:
 
 
 def possible_counts(percent: float, size: int) -> range:
-    """Counts of ``size`` items that print as ``percent`` to one decimal, rounded to nearest, either way at ties."""
+    """Return the counts out of ``size`` items that round to ``percent`` with one decimal; ties round either way."""
     low, high = (_exact(percent) + sign * HALF_EXACT for sign in (-1, 1))
     return range(max(math.ceil(low * size / 100), 0), min(math.floor(high * size / 100), size) + 1)
 
 
 def differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[Finding]:
-    """Quoted differences that are not the difference of the printed averages, or not that of the rows' entries.
+    """Find quoted differences that contradict the printed averages or the rows' entries.
 
-    A difference of two means of eight rounded entries is known to 0.1; printing it adds 0.05.
+    The difference of two means of eight rounded entries is known to 0.1; printing it adds 0.05.
     """
-    found = []
+    findings = []
     for claim in claims:
         ours, theirs = claimed_rows(rows, claim)
         printed = ours.average - theirs.average
@@ -118,34 +129,42 @@ def differences(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[F
                 f"{ours.average:.1f} and {theirs.average:.1f} differ by {printed:.1f}, the rows' entries by "
                 f"{exact:.2f}"
             )
-            found.append(Finding("difference", claim.place, text, claim.printed, exact))
-    return found
+            findings.append(Finding("difference", claim.place, text, claim.printed, exact))
+    return findings
 
 
 def mean(row: PublishedRow) -> float:
-    """Average of a row's eight printed entries."""
+    """Compute the average of a row's eight printed entries."""
     return math.fsum(row.scores) / len(row.scores)
 
 
 def claimed_rows(rows: Sequence[PublishedRow], claim: Claim) -> tuple[PublishedRow, PublishedRow]:
-    """The two rows a claim compares.
+    """Find the two rows that a claim compares.
+
+    Args:
+      rows: Published rows.
+      claim: Claim of the paper's text.
+
+    Returns:
+      The row of the claimed method, and the row it is compared with.
 
     Raises:
-      InputError: a row is missing or not unique.
+      InputError: If a row is missing or not unique.
     """
 
     def pick(method: str, rank: int | None) -> PublishedRow:
-        fits = [row for row in rows if (row.model, row.method, row.rank) == (claim.model, method, rank) and row.table]
-        if len(fits) != 1:
-            raise InputError(f"{len(fits)} rows are {claim.model} {method} rank {rank}; accepted is one")
-        return fits[0]
+        key = (claim.model, method, rank)
+        matches = [row for row in rows if (row.model, row.method, row.rank) == key and row.table]
+        if len(matches) != 1:
+            raise InputError(f"rows must have exactly one row {claim.model} {method} rank {rank}, got {len(matches)}")
+        return matches[0]
 
     return pick(claim.method, claim.rank), pick(claim.against, claim.against_rank)
 
 
 def best_marks(rows: Sequence[PublishedRow]) -> list[Finding]:
-    """Rows marked best that are not the best average of their model and method, or the reverse."""
-    found = []
+    """Find rows marked best that are not the best average of their model and method, and the reverse."""
+    findings = []
     for key, group in _grouped(rows, lambda row: (row.model, row.method)).items():
         if not any(row.marked_best for row in group):
             continue
@@ -154,49 +173,50 @@ def best_marks(rows: Sequence[PublishedRow]) -> list[Finding]:
             if row.marked_best != (row.average == top):
                 marked = "is" if row.marked_best else "is not"
                 text = f"{marked} marked best at {row.average:.1f}; the best of {' '.join(key)} is {top:.1f}"
-                found.append(Finding("best", row.label, text, row.average, top))
-    return found
+                findings.append(Finding("best", row.label, text, row.average, top))
+    return findings
 
 
 def below_chance(rows: Sequence[PublishedRow], *, z: float = 2.0) -> list[Finding]:
-    """Entries more than ``z`` standard errors below guessing evenly among the choices.
+    """Find entries more than ``z`` standard errors below uniform guessing among the choices.
 
-    Under the published protocol such an entry counts unparsed answers as wrong, or the run is broken;
+    Under the published protocol such an entry counts unparsed answers as wrong, or the run is broken. A lack of
     knowledge cannot be the cause.
     """
-    found = []
+    findings = []
     for row in rows:
         for name, score, size, chance in zip(NAMES, row.scores, SIZES, CHANCE, strict=True):
             distance = (score - chance) / score_error(chance, size)
             if distance < -z:
                 text = f"{name} {score:.1f} is below chance {chance:.1f} by {-distance:.1f} standard errors"
-                found.append(Finding("below chance", row.label, text, score, chance, distance))
-    return found
+                findings.append(Finding("below chance", row.label, text, score, chance, distance))
+    return findings
 
 
-def repeated(rows: Sequence[PublishedRow], *, least: int = 4) -> list[Finding]:
-    """Pairs of rows of one model and source with at least ``least`` of the eight entries equal to the digit.
+def repeated(rows: Sequence[PublishedRow], *, min_equal: int = 4) -> list[Finding]:
+    """Find pairs of rows of one model and source with at least ``min_equal`` of the eight entries identical.
 
-    Two runs of equal true accuracy and independent errors print the same 0.1 with a probability of about 0.1
-    over 3.5 standard errors: 0.02 at 1200 items near 50%. Four coincidences of eight are then below 1e-4.
+    Two runs with equal true accuracy and independent errors print the same digit with a probability of about 0.1
+    divided by 3.5 standard errors: 0.02 for 1200 items near 50%. The probability of four coincidences among eight is
+    then below 1e-4.
     """
-    found = []
+    findings = []
     for group in _grouped(rows, lambda row: (row.source, row.model)).values():
         for first, second in itertools.combinations(group, 2):
             same = [name for name, a, b in zip(NAMES, first.scores, second.scores, strict=True) if a == b]
-            if len(same) >= least:
+            if len(same) >= min_equal:
                 text = f"{len(same)} of 8 entries are equal: {', '.join(same)}"
-                found.append(Finding("repeated", f"{first.label} = {second.label}", text, float(len(same))))
-    return found
+                findings.append(Finding("repeated", f"{first.label} = {second.label}", text, float(len(same))))
+    return findings
 
 
-def copied(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, least: int = 4) -> list[Finding]:
-    """Rows with at least ``least`` entries of one earlier published row of their model: numbers carried over, not run
-    again. Of several such rows the one with the most equal entries counts, the first published where they tie.
+def copied(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, min_equal: int = 4) -> list[Finding]:
+    """Find rows that share at least ``min_equal`` entries with an earlier published row of the same model.
 
-    ``printed`` is the number of equal entries of eight.
+    Such numbers were carried over and not measured again. Among several earlier rows the one with the most equal
+    entries is reported; ties go to the first published. ``Finding.printed`` is the number of equal entries.
     """
-    found = []
+    findings = []
     for row in rows:
         same = [
             (sum(a == b for a, b in zip(row.scores, anchor.scores, strict=True)), anchor)
@@ -204,91 +224,109 @@ def copied(rows: Sequence[PublishedRow], anchors: Sequence[PublishedRow], *, lea
             if anchor.model == row.model
         ]
         count, anchor = max(same, key=lambda pair: pair[0], default=(0, None))
-        if anchor is not None and count >= least:
-            averages_ = (
+        if anchor is not None and count >= min_equal:
+            averages_differ = (
                 "" if row.average == anchor.average else f" (average {row.average:.1f} for {anchor.average:.1f})"
             )
-            text = f"{count} of 8 entries are those of {anchor.label}{averages_}"
-            found.append(Finding("copied", row.label, text, float(count)))
-    return found
+            text = f"{count} of 8 entries are those of {anchor.label}{averages_differ}"
+            findings.append(Finding("copied", row.label, text, float(count)))
+    return findings
 
 
 def impossible(rows: Sequence[PublishedRow]) -> list[Finding]:
-    """Entries that no number of right answers out of the full set gives (only OBQA's 500 items are this coarse)."""
-    found = []
+    """Find entries that no count of right answers in the full set can give (only OBQA's 500 items are so coarse)."""
+    findings = []
     for row in rows:
         for name, score, size in zip(NAMES, row.scores, SIZES, strict=True):
             if not possible_counts(score, size):
                 text = f"{name} {score:.1f} is not k/{size} for any k, to the printed digit"
-                found.append(Finding("impossible", row.label, text, score))
-    return found
+                findings.append(Finding("impossible", row.label, text, score))
+    return findings
 
 
 def within_noise(rows: Sequence[PublishedRow], method: str = "RoRA", *, z: float = 2.0) -> list[Finding]:
-    """Entries and averages whose gap to the best other row of the group is below ``z`` standard errors of a gap.
+    """Find entries and averages within ``z`` standard errors of the best other row of the group.
 
-    A group is one table, model and rank. Positive and negative gaps count alike; test sets as if independent
-    (module docstring), one run each.
+    A group is one table, model and rank. Differences of both signs count. Test sets are treated as independent, with
+    one run per row.
+
+    Args:
+      rows: Printed rows.
+      method: Method to compare with the best other one.
+      z: Threshold in standard errors of a difference.
+
+    Returns:
+      One finding per entry or average below the threshold.
     """
-    found = []
+    findings = []
     for group in _grouped(rows, lambda row: (row.source, row.table, row.model, row.rank)).values():
-        ours = [row for row in group if row.method == method]
-        others = [row for row in group if row.method != method]
-        if not ours or not others:
+        own_rows = [row for row in group if row.method == method]
+        rivals = [row for row in group if row.method != method]
+        if not own_rows or not rivals:
             continue
-        row, best = ours[0], max(others, key=lambda other: other.average)
+        # The method's row against the best average of the others.
+        row, best = own_rows[0], max(rivals, key=lambda other: other.average)
         pairs = [
             (name, a, b, math.hypot(score_error(a, size), score_error(b, size)))
             for name, a, b, size in zip(NAMES, row.scores, best.scores, SIZES, strict=True)
         ]
         error = math.hypot(average_error(row.scores), average_error(best.scores))
-        for name, ours_, theirs, spread in [*pairs, ("average", row.average, best.average, error)]:
-            distance = in_errors(ours_ - theirs, spread)
+        # All eight entries and the average.
+        for name, ours, theirs, spread in [*pairs, ("average", row.average, best.average, error)]:
+            distance = in_errors(ours - theirs, spread)
             if abs(distance) < z:
                 text = (
-                    f"{name}: {ours_:.1f} against {best.method}'s {theirs:.1f} is {ours_ - theirs:+.1f} "
+                    f"{name}: {ours:.1f} against {best.method}'s {theirs:.1f} is {ours - theirs:+.1f} "
                     f"points, {abs(distance):.1f} standard errors ({spread:.1f})"
                 )
-                found.append(Finding("within noise", row.label, text, ours_, theirs, distance))
-    return found
+                findings.append(Finding("within noise", row.label, text, ours, theirs, distance))
+    return findings
 
 
-# Layers, hidden, key/value width, intermediate, parameters in all, of the models whose shares Table I prints.
 MODELS = {
     "LLaMA-7B": (32, 4096, 4096, 11008, 6_738_415_616),
     "LLaMA-13B": (40, 5120, 5120, 13824, 13_015_864_320),
     "LLaMA2-7B": (32, 4096, 4096, 11008, 6_738_415_616),
     "LLaMA3-8B": (32, 4096, 1024, 14336, 8_030_261_248),
 }
+"""Number of layers, hidden width, key/value width, intermediate width and total parameters of the models in Table I."""
 
 
 def lora_percent(model: str, rank: int) -> float:
-    """Trainable share, in percent of base and adapter together, of LoRA on q, k, v, up and down (published targets)."""
+    """Compute LoRA's trainable percentage of base and adapter for the published targets: q, k, v, up and down."""
     layers, hidden, keys, inner, total = MODELS[model]
     widths = (hidden + hidden) + 2 * (hidden + keys) + 2 * (hidden + inner)
-    own = layers * rank * widths
-    return 100.0 * own / (total + own)
+    adapter = layers * rank * widths
+    return 100.0 * adapter / (total + adapter)
 
 
 STATED_RANKS = {("LLaMA-7B", "RoRA"): 128}
-"""Ranks of Table I's rows that the paper states: Sec. IV and Fig. 1, for this row alone."""
+"""Ranks that the paper states for rows of Table I: Sec. IV and Fig. 1, for this row only."""
 
 
 def parameter_shares(
     rows: Sequence[PublishedRow], *, stated: Mapping[tuple[str, str], int] = STATED_RANKS, method: str = "RoRA"
 ) -> list[Finding]:
-    """Ranks that the printed parameter shares of ``method`` are those of, and the stated rank where there is another.
+    """Find the ranks that the printed parameter percentages of ``method`` correspond to.
 
-    Rows whose share is that of the stated rank are left out.
+    Rows with the percentage of their stated rank give no finding.
+
+    Args:
+      rows: Printed rows.
+      stated: Stated rank by model and method.
+      method: Method to check.
+
+    Returns:
+      One finding per row without a stated rank or with another percentage.
     """
-    found = []
+    findings = []
     for row in rows:
         if row.params_percent is None or row.method != method or row.model not in MODELS:
             continue
         rank = stated.get((row.model, row.method))
-        one = lora_percent(row.model, 1)
-        # own / total is proportional to the rank
-        implied = round(row.params_percent / (100 - row.params_percent) * (100 - one) / one)
+        percent_at_one = lora_percent(row.model, 1)
+        # The ratio of adapter to base parameters is proportional to the rank.
+        implied = round(row.params_percent / (100 - row.params_percent) * (100 - percent_at_one) / percent_at_one)
         expected = None if rank is None else lora_percent(row.model, rank)
         if expected is None:
             text = f"prints {row.params_percent:.2f}% trainable, rank {implied}'s share; no rank is stated"
@@ -299,12 +337,12 @@ def parameter_shares(
             )
         else:
             continue
-        found.append(Finding("parameter share", row.label, text, row.params_percent, expected))
-    return found
+        findings.append(Finding("parameter share", row.label, text, row.params_percent, expected))
+    return findings
 
 
 def audit(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[Finding]:
-    """Every check of this module on the paper's rows, those published before serving as anchors."""
+    """Run every check of this module on the paper's rows; earlier publications serve as anchors."""
     paper = [row for row in rows if row.source == "RoRA paper"]
     anchors = [row for row in rows if row.source != "RoRA paper"]
     return [
@@ -321,7 +359,7 @@ def audit(rows: Sequence[PublishedRow], claims: Sequence[Claim]) -> list[Finding
 
 
 def _exact(printed: float) -> Fraction:
-    """A number of one decimal, which a float holds only nearly."""
+    """Return a number with one decimal as an exact fraction."""
     return Fraction(round(10 * printed), 10)
 
 

@@ -1,9 +1,9 @@
-r"""Equations 1-15 of the RoRA paper (Liu et al., arXiv 2501.04315) as printed, one function an equation.
+r"""Equations 1-15 of the RoRA paper (Liu et al., arXiv 2501.04315) as printed, one function per equation.
 
-Nothing is mended here: `theory.laws` has what is true, `paper.verdicts` compares. Symbols: :math:`m_0`
-[p_out, p_in] the frozen weight, A [r, p_in], B [p_out, r], :math:`\gamma` the scaling, :math:`\eta` the learning rate,
-:math:`\delta_i = \partial L / \partial w_i`, x and x' = x^(t+1) the inputs before and after the step.
-Arrays are NumPy's or JAX's, and so are the results.
+Nothing is corrected here: `theory.laws` has the exact laws, and `paper.verdicts` compares the two. Symbols:
+:math:`m_0` [p_out, p_in] is the frozen weight, A has shape [r, p_in] and B [p_out, r], :math:`\gamma` is the scaling,
+:math:`\eta` the learning rate, :math:`\delta_i = \partial L / \partial w_i`, and x and x' = x^(t+1) are the inputs
+before and after the step. NumPy arrays give NumPy results, and JAX arrays give JAX results.
 """
 
 import math
@@ -14,8 +14,8 @@ from jaxtyping import Float
 from rora_theory.scaling import scaling_factor
 
 
-def _of(array: Any) -> Any:
-    """The functions of the array's own library: NumPy's, or JAX's, which is not imported for NumPy's sake."""
+def _namespace(array: Any) -> Any:
+    """Return the array's own library, NumPy or JAX. JAX is thus not imported for NumPy arrays."""
     return array.__array_namespace__()
 
 
@@ -26,29 +26,29 @@ def eq1_output(
     x: Float[Any, " p_in"],
     scaling: float,
 ) -> Float[Any, " p_out"]:
-    r"""Eq. 1: :math:`\mathcal H(x) = m_0 x + \Delta m\, x = (m_0 + \gamma B A) x`. A definition; assumes nothing."""
-    return _of(m0).einsum("oi,i->o", m0 + scaling * _of(lora_B).einsum("or,ri->oi", lora_B, lora_A), x)
+    r"""Eq. 1: :math:`\mathcal H(x) = m_0 x + \Delta m\, x = (m_0 + \gamma B A) x`. A definition; no assumptions."""
+    return _namespace(m0).einsum("oi,i->o", m0 + scaling * _namespace(lora_B).einsum("or,ri->oi", lora_B, lora_A), x)
 
 
 def eq2_increment(
     lora_B: Float[Any, "p_out r"], lora_A: Float[Any, "r p_in"], x: Float[Any, " p_in"], scaling: float
 ) -> Float[Any, " p_out"]:
-    r"""Eq. 2: :math:`w_i = \gamma \sum_j \sum_k B_{ik} A_{kj} x_j`. A definition; assumes nothing."""
-    return scaling * _of(lora_B).einsum("ik,kj,j->i", lora_B, lora_A, x)
+    r"""Eq. 2: :math:`w_i = \gamma \sum_j \sum_k B_{ik} A_{kj} x_j`. A definition; no assumptions."""
+    return scaling * _namespace(lora_B).einsum("ik,kj,j->i", lora_B, lora_A, x)
 
 
 def gradient_A(
     delta: Float[Any, " p_out"], lora_B: Float[Any, "p_out r"], x: Float[Any, " p_in"], scaling: float
 ) -> Float[Any, "r p_in"]:
     r"""Above Eq. 3: :math:`\partial L / \partial A_{kj} = \gamma \sum_i \delta_i B_{ik} x_j`; chain rule, one x."""
-    return scaling * _of(delta).einsum("i,ik,j->kj", delta, lora_B, x)
+    return scaling * _namespace(delta).einsum("i,ik,j->kj", delta, lora_B, x)
 
 
 def gradient_B(
     delta: Float[Any, " p_out"], lora_A: Float[Any, "r p_in"], x: Float[Any, " p_in"], scaling: float
 ) -> Float[Any, "p_out r"]:
     r"""Above Eq. 3: :math:`\partial L / \partial B_{ik} = \gamma\, \delta_i \sum_j A_{kj} x_j`; chain rule, one x."""
-    return scaling * _of(delta).einsum("i,kj,j->ik", delta, lora_A, x)
+    return scaling * _namespace(delta).einsum("i,kj,j->ik", delta, lora_A, x)
 
 
 def eq3_first_step_B(
@@ -62,7 +62,7 @@ def eq3_first_step_B(
 
     Assumes B^(t) = 0, one sample, and plain gradient descent: not Adam, which the paper trains with.
     """
-    return -learning_rate * scaling * _of(delta).einsum("i,kj,j->ik", delta, lora_A, x)
+    return -learning_rate * scaling * _namespace(delta).einsum("i,kj,j->ik", delta, lora_A, x)
 
 
 def eq4_increment(
@@ -75,9 +75,9 @@ def eq4_increment(
 ) -> Float[Any, " p_out"]:
     r"""Eq. 4: :math:`w_i = -\eta \delta_i \gamma^2 \sum_j \sum_k \sum_l A_{kl} x^{(t)}_l A_{kj} x^{(t+1)}_j`.
 
-    Assumes what Eq. 3 does, and that A has not moved (true at the first step, where dL/dA = 0).
+    Assumes Eq. 3, and that A has not moved, which is true at the first step (dL/dA = 0).
     """
-    return -learning_rate * scaling**2 * delta * _of(lora_A).einsum("kl,l,kj,j->", lora_A, x, lora_A, x_next)
+    return -learning_rate * scaling**2 * delta * _namespace(lora_A).einsum("kl,l,kj,j->", lora_A, x, lora_A, x_next)
 
 
 def eq5_variance(second_moment: float, mean: float) -> float:
@@ -97,8 +97,8 @@ def eq6_mean(
 ) -> float:
     r"""Eq. 6: :math:`E[w_i] = -\eta \delta_i \gamma^2 \sum_{j,k,l} E[A_{kl}] E[x_l] E[A_{kj}] E[x'_j]`.
 
-    Assumes that all four factors are independent in every term; A_kl and A_kj are one variable where l = j, and x and
-    x' are independent only where two different inputs share nothing.
+    Assumes that all four factors are independent in every term. However, A_kl and A_kj are the same variable if l = j,
+    and x and x' are independent only for inputs that share nothing.
     """
     return -learning_rate * delta * scaling**2 * p_in**2 * rank * mean_A**2 * mean_x**2
 
@@ -120,8 +120,8 @@ def eq8_second_moment(
 ) -> float:
     r"""Eq. 8: :math:`E[w^2] = \eta^2 \delta^2 \gamma^4 \sum_{j,k,l} E[A_{kl}^2] E[x_l^2] E[A_{kj}^2] E[x'^2_j]`.
 
-    Counts p_in^2 r equal terms: the square's cross terms (k, l, j) != (k', l', j') are dropped, and
-    E[A_kl^2 A_kj^2] is factorised at l = j too.
+    Counts p_in^2 r equal terms. The square's cross terms (k, l, j) != (k', l', j') are dropped, and
+    E[A_kl^2 A_kj^2] is also factorised at l = j.
     """
     return (learning_rate * delta * scaling**2) ** 2 * p_in**2 * rank * second_moment_A**2 * second_moment_x**2
 
@@ -143,8 +143,8 @@ def eq10_norm(
     learning_rate: float,
 ) -> Float[Any, ""]:
     r"""Eq. 10: :math:`\|w\|_2 = \sqrt{\sum_i (\eta \delta_i \gamma^2 \sum_{j,k,l} A_{kl} x_l A_{kj} x'_j)^2}`."""
-    form = _of(lora_A).einsum("kl,l,kj,j->", lora_A, x, lora_A, x_next)
-    return _of(delta).sqrt(_of(delta).sum((learning_rate * delta * scaling**2 * form) ** 2))
+    form = _namespace(lora_A).einsum("kl,l,kj,j->", lora_A, x, lora_A, x_next)
+    return _namespace(delta).sqrt(_namespace(delta).sum((learning_rate * delta * scaling**2 * form) ** 2))
 
 
 def eq11_norm(
@@ -154,13 +154,13 @@ def eq11_norm(
 
     Assumes Eq. 9 and that every output's term equals the largest.
     """
-    largest = _of(delta).max(delta**2)
-    of_one = eq9_variance(1.0, rank=rank, p_in=p_in, scaling=scaling, learning_rate=learning_rate)
-    return _of(delta).sqrt(delta.shape[0] * of_one * largest)
+    largest = _namespace(delta).max(delta**2)
+    unit_variance = eq9_variance(1.0, rank=rank, p_in=p_in, scaling=scaling, learning_rate=learning_rate)
+    return _namespace(delta).sqrt(delta.shape[0] * unit_variance * largest)
 
 
 def eq12_constant(delta_max: float, *, p_out: int, p_in: int, learning_rate: float) -> float:
-    r"""The constant below Eq. 12 as printed: :math:`c = \sqrt{p_{out} p_{in} \eta}\, \delta_m`."""
+    r"""Constant below Eq. 12 as printed: :math:`c = \sqrt{p_{out} p_{in} \eta}\, \delta_m`."""
     return math.sqrt(p_out * p_in * learning_rate) * delta_max
 
 
@@ -175,7 +175,7 @@ def eq13_norm(constant: float, *, rank: int, scaling: float) -> float:
 
 
 def eq14_lora_norm(constant: float, *, alpha: float, rank: int) -> float:
-    r"""Eq. 14: :math:`\|w\|_2 \approx c\, \alpha^2 O_r(1/r)`: Eq. 13 with LoRA's rule, so the step dies out as 1/r."""
+    r"""Eq. 14: :math:`\|w\|_2 \approx c\, \alpha^2 O_r(1/r)`: Eq. 13 with LoRA's rule; the step vanishes as 1/r."""
     return eq13_norm(constant, rank=rank, scaling=scaling_factor("lora", alpha=alpha, rank=rank))
 
 

@@ -1,4 +1,4 @@
-"""Mean, second moment, variance and norm of the paper's w: simulated, by the exact law, and as printed."""
+"""Mean, second moment, variance and norm of the paper's w: simulated, from the exact law, and as printed."""
 
 import math
 from typing import Any, Literal, get_args
@@ -17,7 +17,7 @@ QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 
 def exact(setting: RandomStep) -> dict[Quantity, float]:
-    """The exact law's figures, delta_i = 1."""
+    """Compute the quantities by the exact law, for delta_i = 1."""
     law = laws.random_input_moments(
         rank=setting.rank,
         p_in=setting.p_in,
@@ -37,14 +37,17 @@ def exact(setting: RandomStep) -> dict[Quantity, float]:
 
 
 def printed(setting: RandomStep) -> dict[Quantity, float] | dict[Quantity, None]:
-    """The paper's figures, Eq. 6, 9 and 11 at delta_i = 1; none for Adam, which its Eq. 3 excludes."""
+    """Compute the quantities by the paper's Eq. 6, 9 and 11, for delta_i = 1.
+
+    They are None for Adam, which the paper's Eq. 3 excludes.
+    """
     if setting.optimizer != "sgd":
         return dict.fromkeys(QUANTITIES)
     step: dict[str, Any] = {"rank": setting.rank, "p_in": setting.p_in}
     step |= {"scaling": setting.scaling, "learning_rate": setting.learning_rate}
     variance = equations.eq9_variance(1.0, **step)
     figures: dict[Quantity, float] = {
-        "mean": equations.eq6_mean(1.0, **step) + 0.0,  # -0.0 is written as 0.0
+        "mean": equations.eq6_mean(1.0, **step) + 0.0,  # so that -0.0 is written as 0.0
         "second_moment": variance,
         "variance": variance,
         "norm": float(equations.eq11_norm(np.ones(setting.p_out), **step)),
@@ -53,12 +56,21 @@ def printed(setting: RandomStep) -> dict[Quantity, float] | dict[Quantity, None]
 
 
 def quantity_estimate(sums: Sums, quantity: Quantity, *, step: float = 1.0) -> Estimate:
-    """One simulated figure, for w = ``step`` times the simulated one: its scaling's power and its rate."""
-    found = {
+    """Return a simulated quantity of ``step`` times the simulated w.
+
+    Args:
+      sums: Moments of the simulated w and its norm.
+      quantity: Quantity to estimate.
+      step: Factor of w: a power of the scaling times the learning rate.
+
+    Returns:
+      The estimate.
+    """
+    estimates = {
         "mean": (sums.first.mean, 1),
         "second_moment": (sums.first.second_moment, 2),
         "variance": (sums.first.variance, 2),
         "norm": (root(sums.norm2.mean), 1),
     }
-    simulated, power = found[quantity]
+    simulated, power = estimates[quantity]
     return simulated.times(step**power)

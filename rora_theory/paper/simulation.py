@@ -1,9 +1,9 @@
-"""The paper's setting simulated: w = dM x', the increment of a layer after one optimizer step, by draws.
+"""Simulation of the paper's setting: w = dM x', the increment of a layer after one optimizer step.
 
-For every optimizer, law of A, overlap of the inputs, scaling rule and rank, beside the exact law and the paper's Eq. 9.
-One stream of draws serves all rules: w carries gamma^2 (SGD) or gamma (Adam) as a factor. On part of the grid the
-direct sampler checks this: there each rule's own step is taken by every optimizer, all from the same draws of A and of
-the inputs.
+The grid covers optimizers, initialisations of A, overlaps of the inputs, scaling rules and ranks; the exact law and the
+paper's Eq. 9 are tabulated next to the estimates. One stream of draws serves all rules, because w is proportional to
+gamma^2 (SGD) or gamma (Adam). The direct sampler checks this on a part of the grid: there it takes a separate step for
+every rule and optimizer, from the same draws of A and the inputs.
 
     config = SimulationConfig(StepGrid(ranks=(1, 4, 16)), p_in=64)
     sums = {cell: draw_cell(config, cell) for cell in simulation_cells(config)}
@@ -33,6 +33,8 @@ COLUMNS = (
     "optimizer", "rule", "kappa", "init", "overlap", "p_in", "p_out", "rank", "alpha", "scaling",
     "quantity", "estimate", "standard_error", "exact", "paper", "draws", "sampler",
 )  # fmt: skip
+"""Columns of the table of results."""
+
 UNITS = {
     "mean": "E[w_i]",
     "second_moment": "E[w_i^2]",
@@ -44,32 +46,35 @@ UNITS = {
 }
 
 RELATIVE_ERROR = 0.005
+"""Default relative standard error of the second moment."""
 
 CHECK_RANKS = (1, 8, 64)
 CHECK_OVERLAPS = (0.0, 0.5)
 CHECK_DRAWS = 1024
-"""Where, and by how many draws, the direct sampler checks the reduced ones."""
+"""Ranks, overlaps and number of draws at which the direct sampler checks the reduced ones."""
 
 GROUP = ["optimizer", "init", "overlap", "rule"]
+"""Columns that identify a curve over ranks."""
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """What to simulate.
+    """Settings of a simulation.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     grid: StepGrid = field(default_factory=StepGrid)
     p_in: Count = 4096
-    """inputs of the layer (LLaMA-7B's width)"""
+    """Number of inputs of the layer (default: the width of LLaMA-7B)"""
     p_out: Count = 4096
-    """outputs of the layer"""
+    """Number of outputs of the layer"""
     overlaps: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0)
-    """correlation of the inputs before and after the step, each from -1 to 1"""
+    """Correlations of the inputs before and after the step, each from -1 to 1"""
     sampler: Literal["auto", "direct", "reduced"] = "auto"
-    """direct draws A and differentiates; reduced draws what w depends on (Gaussian A only); auto takes the cheaper"""
+    """Sampler: direct draws A and differentiates; reduced draws only the variables that w depends on (Gaussian A only);
+    auto chooses the cheaper one"""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -82,7 +87,7 @@ class SimulationConfig:
         if self.sampler == "reduced":
             for init in self.grid.inits:
                 if not entries(init, rank=1, p_in=1).is_normal:
-                    raise InputError(f"--sampler reduced has no {init} init; accepted with it are normal and gaussian")
+                    raise InputError(f"--sampler reduced requires --inits normal or gaussian, got {init}")
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,10 @@ class SimulationCell:
     """One stream of draws.
 
     Attributes:
-      setting: what is drawn.
-      sampler: how.
-      steps: the settings whose own steps are taken from the draws, every optimizer's by every rule; without, the one
-        step is the setting's, of unit scaling and rate, from which every rule's follows.
+      setting: Setting to simulate.
+      sampler: Sampler of the stream.
+      steps: Settings with a separate step from the same draws, for every optimizer and rule. If empty, the only step
+        is that of ``setting`` at unit scaling and rate, from which the steps of all rules follow.
     """
 
     setting: sampling.RandomStep
@@ -101,38 +106,53 @@ class SimulationCell:
     steps: tuple[sampling.RandomStep, ...] = ()
 
     def __str__(self) -> str:
-        what = "each rule's own step" if self.steps else self.setting.optimizer
-        return f"{what}, overlap {self.setting.overlap:g}, r = {self.setting.rank}"
+        step = "separate steps of all rules" if self.steps else self.setting.optimizer
+        return f"{step}, overlap {self.setting.overlap:g}, r = {self.setting.rank}"
 
 
 def simulation_cells(config: SimulationConfig) -> list[SimulationCell]:
-    """Every stream: of the grid, in the order of the table, then of the direct check."""
+    """Return the streams of the grid in the order of the table, then those of the direct check.
+
+    Args:
+      config: Settings of the simulation.
+
+    Returns:
+      The cells to draw.
+    """
     grid = config.grid
-    units = [
+    settings = [
         sampling.RandomStep(rank, config.p_in, config.p_out, overlap=overlap, optimizer=optimizer, init=init)
         for optimizer in grid.optimizers
         for init in grid.inits or ("normal",)
         for overlap in config.overlaps
         for rank in grid.ranks
     ]
-    found = [
-        SimulationCell(unit, "direct" if config.sampler == "direct" else sampling.best_sampler(unit)) for unit in units
+    cells = [
+        SimulationCell(setting, "direct" if config.sampler == "direct" else sampling.best_sampler(setting))
+        for setting in settings
     ]
+    # Direct check: the steps of all optimizers and rules of a setting share one stream.
     checked: dict[sampling.RandomStep, list[sampling.RandomStep]] = {}
-    for cell in found:
-        unit = cell.setting
-        if unit.rank in CHECK_RANKS and unit.overlap in CHECK_OVERLAPS and cell.sampler != "direct":
-            own = [replace(unit, scaling=gamma, learning_rate=grid.lr) for _, gamma in grid.scalings(unit.rank)]
-            checked.setdefault(replace(unit, optimizer=grid.optimizers[0]), []).extend(own)
-    return found + [SimulationCell(unit, "direct", tuple(steps)) for unit, steps in checked.items()]
+    for cell in cells:
+        setting = cell.setting
+        if setting.rank in CHECK_RANKS and setting.overlap in CHECK_OVERLAPS and cell.sampler != "direct":
+            steps = [replace(setting, scaling=gamma, learning_rate=grid.lr) for _, gamma in grid.scalings(setting.rank)]
+            checked.setdefault(replace(setting, optimizer=grid.optimizers[0]), []).extend(steps)
+    return cells + [SimulationCell(setting, "direct", tuple(steps)) for setting, steps in checked.items()]
 
 
 def draw_cell(
     config: SimulationConfig, cell: SimulationCell, devices: Sequence[jax.Device] | None = None
 ) -> list[sampling.Sums]:
-    """The sums of a cell's draws, one for each of its steps, or one alone without.
+    """Draw a cell.
 
-    ``devices`` change no bit of them, see `sampling.stream`.
+    Args:
+      config: Settings of the simulation.
+      cell: Cell to draw.
+      devices: Devices that share the draws; the results do not depend on them, see `sampling.stream`.
+
+    Returns:
+      The moments of each of the cell's steps.
     """
     return sampling.estimate_each(
         cell.steps or (cell.setting,),
@@ -147,18 +167,28 @@ def draw_cell(
 def simulation_rows(
     config: SimulationConfig, cell: SimulationCell, sums: Sequence[sampling.Sums]
 ) -> list[dict[str, Any]]:
-    """What a cell's draws say of each rule, beside the law and the paper: a row a rule and quantity."""
-    grid, unit, found = config.grid, cell.setting, []
+    """Return a cell's estimates next to the exact law and the paper's formulas.
+
+    Args:
+      config: Settings of the simulation.
+      cell: Drawn cell.
+      sums: Moments from `draw_cell`.
+
+    Returns:
+      One row for each rule and quantity.
+    """
+    grid, unit, rows = config.grid, cell.setting, []
     rules, scalings = zip(*grid.scalings(unit.rank), strict=True)
-    of_unit = [replace(unit, scaling=gamma, learning_rate=grid.lr) for gamma in scalings]
-    for number, (setting, rule) in enumerate(zip(cell.steps or of_unit, itertools.cycle(rules), strict=False)):
+    rescaled = [replace(unit, scaling=gamma, learning_rate=grid.lr) for gamma in scalings]
+    for number, (setting, rule) in enumerate(zip(cell.steps or rescaled, itertools.cycle(rules), strict=False)):
+        # A step at unit scaling and rate is multiplied by the rule's factor; a separate step is used as it is.
         gamma = setting.scaling
         step = 1.0 if cell.steps else grid.lr * gamma ** laws.scaling_power(unit.optimizer)
-        own = sums[number if cell.steps else 0]
+        step_sums = sums[number if cell.steps else 0]
         exact, printed = quantities.exact(setting), quantities.printed(setting)
         for quantity in quantities.QUANTITIES:
-            simulated = quantities.quantity_estimate(own, quantity, step=step)
-            found.append(
+            simulated = quantities.quantity_estimate(step_sums, quantity, step=step)
+            rows.append(
                 {
                     "optimizer": setting.optimizer,
                     "rule": name_of(rule),
@@ -175,24 +205,31 @@ def simulation_rows(
                     "standard_error": simulated.error,
                     "exact": exact[quantity],
                     "paper": printed[quantity],
-                    "draws": own.count,
+                    "draws": step_sums.count,
                     "sampler": cell.sampler,
                 }
             )
-    return found
+    return rows
 
 
-def simulation_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of some `simulation_rows`; ``paper`` is NaN for Adam, which the paper's Eq. 3 excludes."""
-    return frames.of(found, COLUMNS)
+def simulation_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Build the table of `simulation_rows`; ``paper`` is NaN for Adam, which the paper's Eq. 3 excludes."""
+    return frames.of(rows, COLUMNS)
 
 
 def second_moments(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of E[w_i^2] in a `simulation_table`, with what each is of the law (``ratio``) and of the paper's Eq. 9
-    (``of_paper``), and how many standard errors it lies from the law (``z``)."""
-    own = table[table["quantity"] == "second_moment"]
-    scores = agreement(*(own[name].tolist() for name in ("estimate", "standard_error", "exact"))).scores
-    return own.assign(ratio=own["estimate"] / own["exact"], of_paper=own["estimate"] / own["paper"], z=scores)
+    """Select the rows of E[w_i^2] in a table and compare them with the exact law and the paper's Eq. 9.
+
+    Args:
+      table: Table from `simulation_table`.
+
+    Returns:
+      The rows with the ratio to the exact law (``ratio``), the ratio to Eq. 9 (``of_paper``), and the distance from the
+      exact law in standard errors (``z``).
+    """
+    rows = table[table["quantity"] == "second_moment"]
+    scores = agreement(*(rows[name].tolist() for name in ("estimate", "standard_error", "exact"))).scores
+    return rows.assign(ratio=rows["estimate"] / rows["exact"], of_paper=rows["estimate"] / rows["paper"], z=scores)
 
 
 def judge_simulation(
@@ -200,42 +237,47 @@ def judge_simulation(
     known: Mapping[sampling.RandomStep, sampling.Sums],
     devices: Sequence[jax.Device] | None = None,
 ) -> list[verdicts.Verdict]:
-    """The verdicts on the paper's equations from a simulation.
+    """Judge the paper's equations from a simulation.
 
     Args:
-      config: of the simulation; with fewer than three ranks those of `grid.RANKS` are drawn.
-      known: the sums that are there already, of settings of unit scaling and rate; what is missing is drawn.
-      devices: as `draw_cell` takes them.
+      config: Settings of the simulation. With fewer than three ranks the ranks of `grid.RANKS` are used.
+      known: Moments that have already been drawn, by setting at unit scaling and rate. Missing ones are drawn.
+      devices: Devices that share the draws.
+
+    Returns:
+      One verdict per equation.
     """
-    found = dict(known)
+    drawn = dict(known)
 
     def sample(setting: sampling.RandomStep) -> sampling.Sums:
-        if setting not in found:
-            (found[setting],) = draw_cell(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
-        return found[setting]
+        if setting not in drawn:
+            (drawn[setting],) = draw_cell(config, SimulationCell(setting, sampling.best_sampler(setting)), devices)
+        return drawn[setting]
 
     ranks = verdicts.enough_ranks(config.grid.ranks)
     return verdicts.judge_equations(sample, ranks=ranks, p_in=config.p_in, p_out=config.p_out)
 
 
 def simulated_exponents(results: pd.DataFrame) -> pd.DataFrame:
-    """Log-log slopes of the norm against the rank, over all ranks and over the lower and upper thirds.
+    """Fit log-log slopes of the norm against the rank, over all ranks and over the lower and upper thirds.
 
     Args:
-      results: of `simulation_table`.
+      results: Table from `simulation_table`.
 
     Returns:
-      a row an optimizer, init, overlap, rule and range: ``low`` and ``high`` rank, the simulated ``slope`` with its
-      ``standard_error``, and the exact law's under the same fit, ``exact``; no row where there is one rank alone.
+      One row for each optimizer, init, overlap, rule and range of ranks: ``low`` and ``high`` rank, the simulated
+      ``slope`` with its ``standard_error``, and the exact law's slope under the same fit, ``exact``. The table is empty
+      for a single rank.
     """
     norms = results[results["quantity"] == "norm"]
+    # Ranges of ranks: all, the lowest third and the highest third.
     ranks = sorted(set(norms["rank"]))
     third = max(len(ranks) // 3, 2)
-    parts = [ranks, ranks[:third], ranks[-third:]] if len(ranks) > third else [ranks]
-    found = []
+    ranges = [ranks, ranks[:third], ranks[-third:]] if len(ranks) > third else [ranks]
+    rows = []
     for key, group in norms.groupby(GROUP, sort=False) if len(ranks) > 1 else ():
-        for part in parts:
-            own = group[group["rank"].isin(part)]
-            line = dict(zip(GROUP, key, strict=True)) | {"low": part[0], "high": part[-1]}
-            found.append(line | exponent_of(own))
-    return pd.DataFrame(found, columns=[*GROUP, "low", "high", "slope", "standard_error", "exact"])
+        for rank_range in ranges:
+            in_range = group[group["rank"].isin(rank_range)]
+            line = dict(zip(GROUP, key, strict=True)) | {"low": rank_range[0], "high": rank_range[-1]}
+            rows.append(line | exponent_of(in_range))
+    return pd.DataFrame(rows, columns=[*GROUP, "low", "high", "slope", "standard_error", "exact"])

@@ -1,10 +1,10 @@
-"""Each equation of the paper judged: claim + law + samples -> a verdict, with figures.
+"""Verdicts on the equations of the paper, from a claim, the exact law and samples.
 
-Identities are judged against automatic differentiation, moments against samples. A claim about a moment *differs* in a
-cell when the estimate is further from it than 2% and than the sampling threshold, *agrees* when it is not and the
-threshold is narrow enough to have seen a claim that is wrong by a quarter, and is *open* otherwise. It holds when it
-agrees in all cells, holds in a limit when it agrees in all cells of that limit and differs in another, fails when it
-differs in that limit, and is undecided else.
+Identities are judged against automatic differentiation, moments against samples. In one cell, a claim about a moment
+*differs* if the estimate deviates from it by more than 2% and by more than the sampling threshold. It *agrees* if it
+does not differ and the threshold is narrow enough to detect an error of a quarter. Otherwise it is *open*. A claim
+holds if it agrees in all cells. It holds in a limit if it agrees in all cells of that limit and differs in another
+cell. It fails if it differs in that limit, and is undecided otherwise.
 """
 
 import math
@@ -26,40 +26,43 @@ from rora_theory.theory import first_step, laws, sampling
 from rora_theory.theory.grid import RANKS
 
 Status = Literal["holds", "holds in a limit", "fails", "undecided"]
+"""Verdict on a claim."""
+
 Outcome = Literal["agrees", "differs", "open"]
+"""Result of a claim in one cell."""
 
 TOLERANCE = 0.02
-"""Relative difference up to which a claim counts as agreeing with an exact figure: less than any reader acts on."""
+"""Relative difference up to which a claim counts as agreeing with an exact value."""
 
 FALSE_ALARM = 1e-6
-"""Probability that a true claim is rejected by sampling error anywhere among the cells of one claim."""
+"""Probability that sampling error rejects a true claim in any of its cells."""
 
 RESOLUTION = 0.25
-"""Relative sampling threshold above which a cell can't tell. At 0.5% a second moment, the default, it is 3%."""
+"""Relative sampling threshold above which a cell is open. With the default precision of 0.5% the threshold is 3%."""
 
 SLOPE_TOLERANCE, SLOPE_RESOLUTION = 0.05, 0.1
-"""As `TOLERANCE` and `RESOLUTION`, of an exponent of the rank."""
+"""Counterparts of `TOLERANCE` and `RESOLUTION` for an exponent of the rank, in absolute units."""
 
 _ROUNDING = 1e-4
 """Relative difference of two float32 computations of one identity: sums of p_in terms, each rounded to 6e-8."""
 
 NARROW, WIDE = 4, 4096
-"""The p_in at which the limits r >> p_in and r << p_in are within reach, where the sweep's own does not show them."""
+"""Values of p_in for the limits r >> p_in and r << p_in, if the sweep's p_in does not reach them."""
 
 Sample = Callable[[sampling.RandomStep], sampling.Sums]
-"""Gives the sums of a setting (unit scaling and learning rate)."""
+"""Function that returns the moments of a setting at unit scaling and learning rate."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One equation's verdict.
+    """Verdict on one equation.
 
     Attributes:
-      equation: its number, or ``gradient A`` and ``gradient B`` for the two formulas above Eq. 3.
-      claim: what is claimed, in one line.
-      status: ``holds``, ``holds in a limit``, ``fails``, or ``undecided`` where the samples could not have told.
-      where: the condition under which it holds, or what is wrong.
-      evidence: the figures that show it.
+      equation: Number of the equation, or ``gradient A`` and ``gradient B`` for the two formulas above Eq. 3.
+      claim: Claim in one line.
+      status: ``holds``, ``holds in a limit``, ``fails``, or ``undecided`` if the samples cannot decide.
+      where: Condition under which the claim holds, or its error.
+      evidence: Figures that support the verdict.
     """
 
     equation: str
@@ -70,13 +73,16 @@ class Verdict:
 
 
 def outcome(gap: float, threshold: float, *, tolerance: float = TOLERANCE, resolution: float = RESOLUTION) -> Outcome:
-    """A claim in one cell.
+    """Judge a claim in one cell.
 
     Args:
-      gap: |estimate - claim|, in the claim's unit.
-      threshold: the largest gap that sampling error alone leaves, in the same unit.
-      tolerance: gap that does not count.
-      resolution: threshold above which a gap that counts would not have been seen.
+      gap: Absolute difference between the estimate and the claim, in the claim's unit.
+      threshold: Largest difference that sampling error alone explains, in the same unit.
+      tolerance: Largest difference that is negligible.
+      resolution: Threshold above which the cell cannot detect a relevant difference.
+
+    Returns:
+      The outcome.
 
     Examples:
       >>> outcome(0.01, 0.02), outcome(24.8, 5.0), outcome(24.8, 33.0)
@@ -87,8 +93,15 @@ def outcome(gap: float, threshold: float, *, tolerance: float = TOLERANCE, resol
     return "agrees" if threshold <= resolution else "open"
 
 
-def decide(limit: Sequence[Outcome], others: Sequence[Outcome]) -> Status:
-    """The verdict on a claim from its cells: those of the limit in which it may hold alone, and the others.
+def decide(limit: Sequence[Outcome], other_cells: Sequence[Outcome]) -> Status:
+    """Derive the verdict on a claim from its cells.
+
+    Args:
+      limit: Outcomes in the limit in which the claim may hold.
+      other_cells: Outcomes outside that limit.
+
+    Returns:
+      The verdict.
 
     Examples:
       >>> decide(["agrees"], ["differs"]), decide(["agrees"], ["open"]), decide(["differs"], ["agrees"])
@@ -98,48 +111,61 @@ def decide(limit: Sequence[Outcome], others: Sequence[Outcome]) -> Status:
         return "fails"
     if "open" in limit:
         return "undecided"
-    if "differs" in others:
+    if "differs" in other_cells:
         return "holds in a limit"
-    return "undecided" if "open" in others else "holds"
+    return "undecided" if "open" in other_cells else "holds"
 
 
 def judge_equations(sample: Sample, *, ranks: Sequence[int], p_in: int, p_out: int) -> list[Verdict]:
     """Judge Eq. 1-15 and both gradients.
 
     Args:
-      sample: gives the sums for a `sampling.RandomStep` of unit scaling and learning rate, ``"normal"`` A and SGD.
-      ranks: at least two ranks, ascending.
-      p_in, p_out: the layer's sizes.
+      sample: Function that returns the moments of a `sampling.RandomStep` with unit scaling and learning rate,
+        ``"normal"`` A and SGD.
+      ranks: At least two ranks, ascending.
+      p_in: Number of inputs of the layer.
+      p_out: Number of outputs of the layer.
+
+    Returns:
+      One verdict per equation.
     """
     layer, draws = RandomLayer.draw(), Draws(sample, tuple(ranks), p_in, p_out)
     identities = (eq1, eq2, eq_gradient_A, eq_gradient_B, eq3, eq4, eq10)
     moments = (eq5, eq6, eq7, eq8, eq9, eq11, eq12, eq13, eq14, eq15)
-    return [*(one(layer) for one in identities), *(one(draws) for one in moments)]
+    return [*(judge(layer) for judge in identities), *(judge(draws) for judge in moments)]
 
 
 def enough_ranks(ranks: Sequence[int]) -> list[int]:
-    """Ascending ranks for the verdicts: a sweep's own, or `RANKS` where it has fewer than three."""
+    """Return the ranks for the verdicts, ascending: those of a sweep, or `RANKS` if it has fewer than three."""
     return sorted(ranks) if len(ranks) >= 3 else list(RANKS)
 
 
 def order_in_paper(verdict: Verdict) -> float:
-    """Where a verdict stands in the order of the paper: the two gradients are above Eq. 3."""
+    """Return the sort key of a verdict in the paper's order; the two gradients precede Eq. 3."""
     return {"gradient A": 2.1, "gradient B": 2.2}.get(verdict.equation) or float(verdict.equation)
 
 
 GAMMA, ETA = 0.7, 0.3
-"""The random layer's scaling and learning rate."""
+"""Scaling and learning rate of the random layer."""
 
 
 class RandomLayer(NamedTuple):
-    """One random layer (p_out 6, rank 3, p_in 5) with what automatic differentiation and optax make of it.
+    """A random layer (p_out 6, rank 3, p_in 5) with its gradients and first steps by automatic differentiation.
 
     Attributes:
-      m0, B, A, delta, x, x_next: its numbers, by the paper's names.
-      grad_A, grad_B: dL/dA and dL/dB.
-      merged: m0 + gamma B A.
-      sgd_B, adam_B: B after the first step from B = 0.
-      sgd_w, adam_w: [p_out], the increment at x' after that step.
+      m0: Frozen weight.
+      B: Factor B.
+      A: Factor A.
+      delta: Derivatives of the loss with respect to the outputs.
+      x: Input before the step.
+      x_next: Input x' after the step.
+      grad_A: Gradient dL/dA.
+      grad_B: Gradient dL/dB.
+      merged: Merged weight m0 + gamma B A.
+      sgd_B: B after SGD's first step from B = 0.
+      adam_B: B after Adam's first step from B = 0.
+      sgd_w: Increment at x' after SGD's step, [p_out].
+      adam_w: Increment at x' after Adam's step, [p_out].
     """
 
     m0: np.ndarray
@@ -158,7 +184,7 @@ class RandomLayer(NamedTuple):
 
     @classmethod
     def draw(cls) -> "RandomLayer":
-        """The layer of seed 15."""
+        """Draw the layer with seed 15."""
         random, (p_out, rank, p_in) = np.random.default_rng(15), (6, 3, 5)
         shapes = (p_out, p_in), (p_out, rank), (rank, p_in), (p_out,), (p_in,), (p_in,)
         m0, B, A, delta, x, x_next = (random.standard_normal(shape, np.float32) for shape in shapes)
@@ -170,7 +196,7 @@ def _differentiated(m0: Array, B: Array, A: Array, delta: Array, x: Array, x_nex
     def loss(dm: first_step.Increment) -> Array:
         return jnp.vdot(delta, m0 @ x + dm(x))
 
-    gradients = jax.grad(lambda pair: loss(first_step.Increment(pair[0], pair[1], GAMMA)))((A, B))
+    gradients = jax.grad(lambda factors: loss(first_step.Increment(factors[0], factors[1], GAMMA)))((A, B))
     merged = m0 + first_step.Increment(A, B, GAMMA)(jnp.eye(A.shape[1])).T
     sgd, adam = (
         first_step.run(loss, A, p_out=len(m0), scaling=GAMMA, optimizer=make_optimizer(name, ETA, epsilon=0.0))
@@ -179,74 +205,82 @@ def _differentiated(m0: Array, B: Array, A: Array, delta: Array, x: Array, x_nex
     return (*gradients, merged, sgd.lora_B, adam.lora_B, sgd(x_next), adam(x_next))
 
 
-def _identity(equation: str, claim: str, found: np.ndarray, truth: np.ndarray, where: str, more: str = "") -> Verdict:
-    """The verdict on an equation that must equal what autodiff gives."""
-    error = _gap(found, truth)
+def _identity(
+    equation: str, claim: str, printed: np.ndarray, exact: np.ndarray, where: str, suffix: str = ""
+) -> Verdict:
+    """Judge an equation that must equal the result of automatic differentiation."""
+    error = _gap(printed, exact)
     status: Status = "holds" if error < _ROUNDING else "fails"
-    return Verdict(equation, claim, status, where, f"autodiff differs by {error:.0e} of the largest entry{more}")
+    return Verdict(equation, claim, status, where, f"autodiff differs by {error:.0e} of the largest entry{suffix}")
 
 
-def _gap(found: np.ndarray, truth: np.ndarray) -> float:
-    """The largest difference, relative to the largest entry."""
-    return float(np.max(np.abs(found - truth)) / np.max(np.abs(truth)))
+def _gap(printed: np.ndarray, exact: np.ndarray) -> float:
+    """Return the largest difference, relative to the largest entry."""
+    return float(np.max(np.abs(printed - exact)) / np.max(np.abs(exact)))
 
 
 def eq1(layer: RandomLayer) -> Verdict:
-    """Eq. 1."""
-    found = equations.eq1_output(layer.m0, layer.B, layer.A, layer.x, GAMMA)
-    return _identity("1", "H(x) = (m0 + gamma B A) x", found, layer.merged @ layer.x, "definition")
+    """Judge Eq. 1."""
+    printed = equations.eq1_output(layer.m0, layer.B, layer.A, layer.x, GAMMA)
+    return _identity("1", "H(x) = (m0 + gamma B A) x", printed, layer.merged @ layer.x, "definition")
 
 
 def eq2(layer: RandomLayer) -> Verdict:
-    """Eq. 2."""
-    found = equations.eq2_increment(layer.B, layer.A, layer.x, GAMMA)
-    return _identity("2", "w = gamma B A x", found, (layer.merged - layer.m0) @ layer.x, "definition")
+    """Judge Eq. 2."""
+    printed = equations.eq2_increment(layer.B, layer.A, layer.x, GAMMA)
+    return _identity("2", "w = gamma B A x", printed, (layer.merged - layer.m0) @ layer.x, "definition")
 
 
 def eq_gradient_A(layer: RandomLayer) -> Verdict:
-    """The first formula above Eq. 3."""
-    found = equations.gradient_A(layer.delta, layer.B, layer.x, GAMMA)
-    return _identity("gradient A", "dL/dA = gamma B^T delta x^T", found, layer.grad_A, "one sample")
+    """Judge the first formula above Eq. 3."""
+    printed = equations.gradient_A(layer.delta, layer.B, layer.x, GAMMA)
+    return _identity("gradient A", "dL/dA = gamma B^T delta x^T", printed, layer.grad_A, "one sample")
 
 
 def eq_gradient_B(layer: RandomLayer) -> Verdict:
-    """The second formula above Eq. 3."""
-    found = equations.gradient_B(layer.delta, layer.A, layer.x, GAMMA)
-    return _identity("gradient B", "dL/dB = gamma delta (A x)^T", found, layer.grad_B, "one sample")
+    """Judge the second formula above Eq. 3."""
+    printed = equations.gradient_B(layer.delta, layer.A, layer.x, GAMMA)
+    return _identity("gradient B", "dL/dB = gamma delta (A x)^T", printed, layer.grad_B, "one sample")
 
 
 def eq3(layer: RandomLayer) -> Verdict:
-    """Eq. 3."""
-    found = equations.eq3_first_step_B(layer.delta, layer.A, layer.x, GAMMA, ETA)
-    off = f"; under Adam off by {_gap(found, layer.adam_B):.1f}x"
-    return _identity("3", "B1 = -eta gamma delta (A x)^T", found, layer.sgd_B, "SGD only", off)
+    """Judge Eq. 3."""
+    printed = equations.eq3_first_step_B(layer.delta, layer.A, layer.x, GAMMA, ETA)
+    off = f"; under Adam off by {_gap(printed, layer.adam_B):.1f}x"
+    return _identity("3", "B1 = -eta gamma delta (A x)^T", printed, layer.sgd_B, "SGD only", off)
 
 
 def eq4(layer: RandomLayer) -> Verdict:
-    """Eq. 4."""
-    found = equations.eq4_increment(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)
-    off = f"; under Adam off by {_gap(found, layer.adam_w):.1f}x"
+    """Judge Eq. 4."""
+    printed = equations.eq4_increment(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)
+    off = f"; under Adam off by {_gap(printed, layer.adam_w):.1f}x"
     claim = "w = -eta gamma^2 delta x^T A^T A x'"
-    return _identity("4", claim, found, layer.sgd_w, "SGD only", off)
+    return _identity("4", claim, printed, layer.sgd_w, "SGD only", off)
 
 
 def eq10(layer: RandomLayer) -> Verdict:
-    """Eq. 10."""
-    found = equations.eq10_norm(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)[None]
+    """Judge Eq. 10."""
+    printed = equations.eq10_norm(layer.delta, layer.A, layer.x, layer.x_next, GAMMA, ETA)[None]
     truth = np.sqrt(np.sum(layer.sgd_w**2, keepdims=True))
-    return _identity("10", "|w| = root of the sum of squares of Eq. 4", found, truth, "definition, with Eq. 4")
+    return _identity("10", "|w| = root of the sum of squares of Eq. 4", printed, truth, "definition, with Eq. 4")
 
 
 UNIT = {"scaling": 1.0, "learning_rate": 1.0}
 
 
 class Draws:
-    """The sums that the verdicts on moments are from, at unit scaling and rate, and every threshold's |z|.
+    """Moments for the verdicts, at unit scaling and rate.
 
     Attributes:
-      independent, overlapping: of each rank, at overlap 0 and 0.5.
-      low, high: the least and the largest rank.
-      tall: the rank at which r >> `NARROW` inputs.
+      independent: Moments of each rank at overlap 0.
+      overlapping: Moments of each rank at overlap 0.5.
+      ranks: Ranks, ascending.
+      p_in: Number of inputs.
+      p_out: Number of outputs.
+      low: Smallest rank.
+      high: Largest rank.
+      tall: Rank that is far above `NARROW` inputs.
+      z: Threshold on |z| of every comparison.
     """
 
     tall = 512 * NARROW
@@ -259,32 +293,32 @@ class Draws:
         self.z = threshold(FALSE_ALARM, 2 * len(ranks))
 
     def sums(self, rank: int, overlap: float, p_in: int | None = None) -> sampling.Sums:
-        """Of one setting; None is the layer's own p_in."""
+        """Return the moments of one setting; None uses the layer's p_in."""
         width = self.p_in if p_in is None else p_in
         return self._sample(sampling.RandomStep(rank=rank, p_in=width, p_out=self.p_out, overlap=overlap))
 
-    def by_means(self, one: Callable[[int, sampling.Sums], Outcome]) -> Status:
-        """The verdict on a claim about the mean, which may hold at overlap 0 alone."""
+    def by_means(self, judge_cell: Callable[[int, sampling.Sums], Outcome]) -> Status:
+        """Judge a claim about the mean, which may hold only at overlap 0."""
         cells = (self.independent, self.overlapping)
-        return decide(*([one(rank, sums) for rank, sums in own.items()] for own in cells))
+        return decide(*([judge_cell(rank, sums) for rank, sums in group.items()] for group in cells))
 
     def against(self, claim: Callable[..., float], rank: int, p_in: int | None = None) -> Estimate:
-        """The second moment at overlap 0, over what is claimed."""
+        """Return the second moment at overlap 0 divided by the claimed one."""
         printed = claim(1.0, rank=rank, p_in=self.p_in if p_in is None else p_in, **UNIT)
         return self.sums(rank, 0.0, p_in).first.second_moment.times(1 / printed)
 
     def near_one(self, ratio: Estimate) -> Outcome:
-        """Whether a ratio is 1."""
+        """Judge whether a ratio is 1."""
         return outcome(abs(ratio.value - 1), self.z * ratio.error)
 
     def everywhere(self, claim: Callable[..., float]) -> list[Outcome]:
-        """Whether the second moment is what is claimed: at every rank, and where the rank is far above p_in."""
+        """Judge a claimed second moment at every rank, and at ranks far above p_in."""
         cells = [(rank, self.p_in) for rank in self.ranks] + [(rank, NARROW) for rank in (64 * NARROW, self.tall)]
         return [self.near_one(self.against(claim, *cell)) for cell in cells]
 
 
 def eq5(draws: Draws) -> Verdict:
-    """Eq. 5, of the draws themselves: the unbiased variance is n/(n-1) times theirs."""
+    """Judge Eq. 5 for the sample itself, with a variance of (n - 1)/n times the unbiased one."""
     sums = draws.overlapping[draws.low].first
     drawn = sums.variance.value * (sums.count - 1) / sums.count
     gap = abs(drawn / equations.eq5_variance(sums.second_moment.value, sums.mean.value) - 1)
@@ -293,22 +327,22 @@ def eq5(draws: Draws) -> Verdict:
 
 
 def verdicts_in_words(judged: Sequence[Verdict]) -> str:
-    """How many equations hold, and which do not, in a sentence."""
-    names = {
+    """Return a sentence with the number of claims that hold and the equations that do not."""
+    by_status = {
         status: [v.equation for v in sorted(judged, key=order_in_paper) if v.status == status]
         for status in get_args(Status)
     }
     parts = [
-        f"{len(found)} {status if len(found) == 1 else status.replace('holds', 'hold').replace('fails', 'fail')}"
-        + (f" ({', '.join(found)})" if status != "holds" else "")
-        for status, found in names.items()
-        if found
+        f"{len(numbers)} {status if len(numbers) == 1 else status.replace('holds', 'hold').replace('fails', 'fail')}"
+        + (f" ({', '.join(numbers)})" if status != "holds" else "")
+        for status, numbers in by_status.items()
+        if numbers
     ]
     return f"Of {len(judged)} claims of the paper's equations {', '.join(parts)}."
 
 
 def verdict_rows(judged: Sequence[Verdict]) -> list[tuple[str, Status, str]]:
-    """In the paper's order the equation, its verdict, and a line each for claim, where it holds and figures."""
+    """Return equation, verdict, and lines with the claim, its condition and its evidence, in the paper's order."""
     return [
         (v.equation, v.status, "\n".join(filter(None, (v.claim, v.where, v.evidence))))
         for v in sorted(judged, key=order_in_paper)
@@ -316,19 +350,19 @@ def verdict_rows(judged: Sequence[Verdict]) -> list[tuple[str, Status, str]]:
 
 
 def eq6(draws: Draws) -> Verdict:
-    """Eq. 6."""
+    """Judge Eq. 6."""
 
-    def one(rank: int, sums: sampling.Sums) -> Outcome:
+    def judge_cell(rank: int, sums: sampling.Sums) -> Outcome:
         claimed = equations.eq6_mean(1.0, rank=rank, p_in=draws.p_in, **UNIT)
-        found, size = sums.first.mean, math.sqrt(sums.first.second_moment.value)
-        return outcome(abs(found.value - claimed) / size, draws.z * found.error / size, tolerance=0.0)
+        mean, size = sums.first.mean, math.sqrt(sums.first.second_moment.value)
+        return outcome(abs(mean.value - claimed) / size, draws.z * mean.error / size, tolerance=0.0)
 
     largest = max(abs(sums.first.mean.value / sums.first.mean.error) for sums in draws.independent.values())
     law = laws.random_input_moments(rank=draws.high, p_in=draws.p_in, overlap=0.5, scaling=1.0).mean[0]
     return Verdict(
         "6",
         "E[w] = 0",
-        draws.by_means(one),
+        draws.by_means(judge_cell),
         "overlap 0 only; E[A_kl A_kj] is not 0 at l = j",
         f"largest |z| {largest:.1f} at overlap 0; at overlap 0.5, r = {draws.high}: E[w] = "
         f"{draws.overlapping[draws.high].first.mean.value:.4g} (exact {law:.4g})",
@@ -336,30 +370,30 @@ def eq6(draws: Draws) -> Verdict:
 
 
 def eq7(draws: Draws) -> Verdict:
-    """Eq. 7: what is missing of the claimed variance is the mean's square, judged as the mean is."""
+    """Judge Eq. 7. The claimed variance exceeds the true one by the squared mean, which is judged like the mean."""
 
     def missing(sums: sampling.Sums) -> float:
         second = sums.first.second_moment.value
         claimed = equations.eq7_variance(second)
         return 1 - equations.eq5_variance(second, sums.first.mean.value) / claimed
 
-    def one(_: int, sums: sampling.Sums) -> Outcome:
+    def judge_cell(_: int, sums: sampling.Sums) -> Outcome:
         size = math.sqrt(sums.first.second_moment.value)
-        gap = math.sqrt(abs(missing(sums)))  # of a claim that is too small the sign is another
+        gap = math.sqrt(abs(missing(sums)))  # the sign differs for a claim that is too small
         return outcome(gap, draws.z * sums.first.mean.error / size, tolerance=0.0)
 
     low, high = (missing(draws.overlapping[rank]) for rank in (draws.low, draws.high))
     return Verdict(
         "7",
         "Var = E[w^2]",
-        draws.by_means(one),
+        draws.by_means(judge_cell),
         "where Eq. 6 holds: overlap 0",
         f"E[w]^2 / E[w^2] at overlap 0.5: {low:.3f} at r = {draws.low}, {high:.3f} at r = {draws.high}",
     )
 
 
 def eq8(draws: Draws) -> Verdict:
-    """Eq. 8, whose limit is a rank far below p_in."""
+    """Judge Eq. 8 in the limit of ranks far below p_in."""
     claim = equations.eq8_second_moment
     thin = [(rank, draws.p_in) for rank in draws.ranks if rank <= TOLERANCE * draws.p_in / 2] or [(1, WIDE)]
     limit = [draws.near_one(draws.against(claim, *cell)) for cell in thin]
@@ -368,13 +402,13 @@ def eq8(draws: Draws) -> Verdict:
         "E[w^2] = eta^2 delta^2 gamma^4 r p_in^2 (its sum, counted)",
         decide(limit, draws.everywhere(claim)),
         "r << p_in, overlap 0: drops the terms k != k'",
-        f"simulated/printed {_shown(draws.against(claim, draws.low))} at r = {draws.low}, "
-        f"{_shown(draws.against(claim, draws.tall, NARROW))} at r = {draws.tall}, p_in = {NARROW}",
+        f"simulated/printed {_format(draws.against(claim, draws.low))} at r = {draws.low}, "
+        f"{_format(draws.against(claim, draws.tall, NARROW))} at r = {draws.tall}, p_in = {NARROW}",
     )
 
 
 def eq9(draws: Draws) -> Verdict:
-    """Eq. 9, whose limit is a rank far above p_in."""
+    """Judge Eq. 9 in the limit of ranks far above p_in."""
     claim, p_in, low, high = equations.eq9_variance, draws.p_in, draws.low, draws.high
     limit = draws.against(claim, draws.tall, NARROW)
     return Verdict(
@@ -382,14 +416,14 @@ def eq9(draws: Draws) -> Verdict:
         "Var = eta^2 delta^2 gamma^4 r^2 p_in",
         decide([draws.near_one(limit)], draws.everywhere(claim)),
         "r >> p_in, overlap 0; does not follow from Eq. 8, whose sum has r p_in^2 terms",
-        f"simulated/printed {_shown(draws.against(claim, low))} at r = {low} (exact {(p_in + low + 1) / low:.4g}), "
-        f"{_shown(draws.against(claim, high))} at r = {high} (exact {(p_in + high + 1) / high:.4g}), "
-        f"{_shown(limit)} at r = {draws.tall}, p_in = {NARROW}",
+        f"simulated/printed {_format(draws.against(claim, low))} at r = {low} (exact {(p_in + low + 1) / low:.4g}), "
+        f"{_format(draws.against(claim, high))} at r = {high} (exact {(p_in + high + 1) / high:.4g}), "
+        f"{_format(limit)} at r = {draws.tall}, p_in = {NARROW}",
     )
 
 
 def eq11(draws: Draws) -> Verdict:
-    """Eq. 11, for equal and for spread |delta_i| (Eq. 4: w is delta times one number)."""
+    """Judge Eq. 11 for equal and for different |delta_i|; by Eq. 4 w is delta times one number."""
 
     def ratio(rank: int, p_in: int) -> Estimate:
         printed = float(equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, **UNIT))
@@ -401,7 +435,7 @@ def eq11(draws: Draws) -> Verdict:
     return Verdict(
         "11",
         "|w| = sqrt(p_out) times the largest term of Eq. 9",
-        decide([draws.near_one(narrow)], ["differs"]),  # for other delta_i always: a maximum is no mean
+        decide([draws.near_one(narrow)], ["differs"]),  # always for other delta_i: a maximum is not a mean
         "r >> p_in and all |delta_i| equal; else an upper bound of the signal term alone",
         f"rms |w|/printed {wide.value:.4g} at r = {draws.high}, {narrow.value:.4g} at r = {draws.tall}, p_in = {NARROW}"
         f"; delta_i even over [-1, 1] inflates it {inflation:.2f} times",
@@ -409,7 +443,7 @@ def eq11(draws: Draws) -> Verdict:
 
 
 def eq12(draws: Draws) -> Verdict:
-    """Eq. 12: its printed constant, at a learning rate that is not 1."""
+    """Judge the printed constant of Eq. 12 at a learning rate other than 1."""
     eta, p_in, rank = 1e-3, draws.p_in, draws.high
     printed = equations.eq12_constant(1.0, p_out=draws.p_out, p_in=p_in, learning_rate=eta)
     from_eq11 = equations.eq11_norm(np.ones(draws.p_out), rank=rank, p_in=p_in, scaling=1.0, learning_rate=eta)
@@ -424,7 +458,7 @@ def eq12(draws: Draws) -> Verdict:
 
 
 def eq13(draws: Draws) -> Verdict:
-    """Eq. 13, at a constant gamma."""
+    """Judge Eq. 13 at a constant gamma."""
 
     def printed(rank: int) -> float:
         return equations.eq13_norm(1.0, rank=rank, scaling=1.0)
@@ -433,7 +467,7 @@ def eq13(draws: Draws) -> Verdict:
 
 
 def eq14(draws: Draws) -> Verdict:
-    """Eq. 14."""
+    """Judge Eq. 14."""
 
     def printed(rank: int) -> float:
         return equations.eq14_lora_norm(1.0, alpha=1.0, rank=rank)
@@ -442,7 +476,7 @@ def eq14(draws: Draws) -> Verdict:
 
 
 def eq15(draws: Draws) -> Verdict:
-    """Eq. 15."""
+    """Judge Eq. 15."""
 
     def printed(rank: int) -> float:
         return equations.eq15_rora_norm(1.0, alpha=1.0, rank=rank)
@@ -452,17 +486,19 @@ def eq15(draws: Draws) -> Verdict:
 
 
 def _growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: Callable[[int], float]) -> Verdict:
-    """The verdict on a printed norm's growth with the rank: at overlap 0, at 0.5, and far beyond the crossing rank."""
+    """Judge a printed norm's growth with the rank at overlap 0, at 0.5, and far above the crossing rank."""
 
     def slope(cells: Mapping[int, sampling.Sums]) -> Fit:
         gammas = [scaling_factor(rule, alpha=1.0, rank=rank) ** 2 for rank in cells]
         norms = [root(sums.norm2.mean).times(gamma) for sums, gamma in zip(cells.values(), gammas, strict=True)]
         return log_log_fit(list(cells), [norm.value for norm in norms], [norm.error for norm in norms])
 
+    # Ranks far above the crossing rank: those of the sweep, or two others if it has fewer than two.
     crossing = laws.random_input_crossing_rank(draws.p_in, 0.5)
     beyond = {rank: sums for rank, sums in draws.overlapping.items() if rank >= 10 * crossing}
-    if len(beyond) < 2:  # the sweep's own ranks don't reach the limit: two that do
+    if len(beyond) < 2:
         beyond = {rank: draws.sums(rank, 0.5) for rank in (math.ceil(16 * crossing), math.ceil(64 * crossing))}
+    # Claimed slope against the fitted slopes; the limit decides.
     ranks = (draws.low, draws.high)
     claimed = log_log_fit(ranks, [printed(rank) for rank in ranks], [0.0, 0.0]).slope
     fits = [slope(draws.independent), slope(draws.overlapping), slope(beyond)]
@@ -486,5 +522,5 @@ def _growth(draws: Draws, equation: str, claim: str, rule: Rule, printed: Callab
     )
 
 
-def _shown(ratio: Estimate) -> str:
+def _format(ratio: Estimate) -> str:
     return f"{ratio.value:.4g} ± {ratio.error:.1g}"

@@ -1,4 +1,4 @@
-"""Estimates with standard errors, moments, slopes with verdicts, paired differences, the best rate of a grid."""
+"""Estimates with standard errors, moments, slopes and their verdicts, paired differences, and best learning rates."""
 
 from rora_theory import lazily
 

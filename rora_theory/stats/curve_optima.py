@@ -1,8 +1,8 @@
-r"""Best learning rates from a whole curve of loss against rate, beside the vertex through three points.
+r"""Best learning rates from a whole curve of loss against rate, as alternatives to the vertex through three points.
 
 Three points carry a small part of a curve's information. Two estimators here use all of it: a quadratic fit to the
-log loss in the log rate, and registration, the shift in log rate that lays one curve over another. Registration has
-about half the standard deviation of the vertex where the two curves have one shape, and is biased where they have not.
+log loss in the log rate, and registration, the shift in log rate that aligns one curve with another. Registration has
+about half the standard deviation of the vertex for two curves of one shape, and is biased otherwise.
 """
 
 import math
@@ -21,7 +21,7 @@ Method = Literal["vertex", "quadratic", "registration"]
 """Estimators of a difference of best rates: parabola through three points, through all, and shift of whole curves."""
 
 RESOLUTION = 0.01
-"""Step in octaves of the shifts that registration tries."""
+"""Step in octaves between the shifts that registration tries."""
 
 
 def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
@@ -31,10 +31,10 @@ def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
     measured rates is moved to the nearest of them.
 
     Args:
-      curve: Loss against learning rate, with at least three finite losses a seed.
+      curve: Loss against learning rate, with at least three finite losses per seed.
 
     Returns:
-      log2 of the best rate of every seed; NaN where the fit has no minimum.
+      log2 of the best rate of every seed; NaN if the fit has no minimum.
     """
     x = np.log2(curve.rates)
     optima = []
@@ -47,7 +47,7 @@ def quadratic_optima(curve: Curve) -> Float[np.ndarray, " seeds"]:
 
 
 def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seeds"]:
-    """Find the shift in log2 of the rate that lays each seed's first curve over its second.
+    """Find the shift in log2 of the rate that aligns each seed's first curve with its second.
 
     For every shift the two interpolated curves (PCHIP, log loss) are compared where they overlap, up to a constant.
     The shift with the smallest variance of the difference is returned, among those with an overlap of at least half the
@@ -63,10 +63,12 @@ def registration_shifts(first: Curve, second: Curve) -> Float[np.ndarray, " seed
     shifts = []
     for losses in zip(first.losses, second.losses, strict=True):
         x, y = zip(
-            *(_finite(curve.rates, own) for curve, own in zip((first, second), losses, strict=True)), strict=True
+            *(_finite(curve.rates, curve_losses) for curve, curve_losses in zip((first, second), losses, strict=True)),
+            strict=True,
         )
         splines = [scipy.interpolate.PchipInterpolator(*xy, extrapolate=False) for xy in zip(x, y, strict=True)]
         needed = min(x[0][-1] - x[0][0], x[1][-1] - x[1][0]) / 2
+        # Search the shifts with enough overlap for the smallest variance of the difference.
         best = (math.inf, math.nan)
         for shift in np.arange(x[1][0] - x[0][-1] + needed, x[1][-1] - x[0][0] - needed + RESOLUTION, RESOLUTION):
             low, high = max(x[0][0], x[1][0] - shift), min(x[0][-1], x[1][-1] - shift)
@@ -108,14 +110,14 @@ def pooled_exponent(pairs: Mapping[float, Sequence[tuple[Curve, Curve]]], method
     Raises:
       InputError: If the pairs share no seed.
     """
-    curves = [curve for own in pairs.values() for pair in own for curve in pair]
+    curves = [curve for rank_pairs in pairs.values() for pair in rank_pairs for curve in pair]
     shared = at_shared_seeds(*curves) if curves else ()
     if not shared:
-        raise InputError("pairs must share at least one seed")
+        raise InputError("pairs must have at least one seed that all curves share, got none")
     seeds = tuple(shared[0].by_seed)
     exponents = [
-        _DIFFERENCES[method](first.of_seeds(seeds), second.of_seeds(seeds)) / math.log2(ratio)
-        for ratio, own in pairs.items()
-        for first, second in own
+        _DIFFERENCES[method](first.select_seeds(seeds), second.select_seeds(seeds)) / math.log2(ratio)
+        for ratio, rank_pairs in pairs.items()
+        for first, second in rank_pairs
     ]
     return over_seeds(np.mean(exponents, axis=0))

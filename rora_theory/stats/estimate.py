@@ -1,4 +1,4 @@
-"""A figure with its standard error, and what the error is over: the one mean-with-error of the package."""
+"""An estimate with its standard error and the kind of samples that the error is computed from."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,23 +12,24 @@ from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer
 
 CONFIDENCE = 0.95
+"""Default level of two-sided confidence intervals."""
 
 ROUNDING = 1e-12
-"""Relative difference below which two float64 figures count as equal: a verdict must not depend on the last digits,
-which differ between processors."""
+"""Relative difference below which two float64 values count as equal. Verdicts must not depend on the last digits, which
+differ between processors."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error.
+    """A value and its standard error.
 
     Attributes:
-      value: the figure, in its own unit.
-      error: one sigma, in the same unit; not finite where one case alone tells nothing of it.
-      n: how many cases the error is from; those of a bootstrap are its draws.
-      over: what they are: ``"draws"``, ``"seeds"``, ``"records"``, ``"items"``, ``"trials"``; empty where one case
-        gives no error.
-      bound: what may be hidden besides and does not average out, such as a grid's spacing: added to every half width.
+      value: Estimated value, in its own unit.
+      error: Standard error in the same unit; not finite if a single sample gives no error.
+      n: Number of samples behind the error; for a bootstrap, the number of resamples.
+      over: Kind of samples: ``"draws"``, ``"seeds"``, ``"records"``, ``"items"``, ``"trials"``; empty if there is no
+        error.
+      bound: Additional error that does not average out, such as a grid's spacing; added to indices half width.
     """
 
     value: float
@@ -39,11 +40,17 @@ class Estimate:
 
     @property
     def has_error(self) -> bool:
-        """Whether the error is known."""
+        """Whether the standard error is known."""
         return math.isfinite(self.error)
 
     def half_width(self, confidence: float = CONFIDENCE) -> float:
-        """Half the two-sided confidence interval, by Student's t, and the bound; infinite for one case.
+        """Compute half the two-sided confidence interval by Student's t, plus the bound.
+
+        Args:
+          confidence: Level of the interval.
+
+        Returns:
+          The half width; infinity for fewer than two samples.
 
         Examples:
           >>> [round(Estimate(1.0, 0.1, n, "seeds").half_width(), 3) for n in (2, 400)]
@@ -54,15 +61,21 @@ class Estimate:
         return float(special.stdtrit(self.n - 1, 0.5 + confidence / 2)) * self.error + self.bound
 
     def times(self, factor: float) -> "Estimate":
-        """The estimate of ``factor`` times the figure, ``factor`` being exact and above 0."""
+        """Return the estimate multiplied by an exact factor above 0."""
         return replace(self, value=self.value * factor, error=self.error * factor, bound=self.bound * factor)
 
 
 def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:
-    """Mean of a figure over seeds; for one seed its error is infinite, over nothing.
+    """Compute the mean over seeds and its standard error.
+
+    Args:
+      values: One value per seed.
+
+    Returns:
+      The mean. Its error is infinite for a single seed.
 
     Raises:
-      InputError: no seed.
+      InputError: If there are no values.
 
     Examples:
       >>> over_seeds(np.array([1.0, 3.0]))
@@ -71,44 +84,49 @@ def over_seeds(values: Float[np.ndarray, " seeds"]) -> Estimate:
     values = np.asarray(values, np.float64)
     count = len(values)
     if not count:
-        raise InputError("values is empty; accepted is a figure a seed, 1 seed or more")
+        raise InputError("values must have at least one seed, got an empty array")
     if count < 2:
         return Estimate(float(np.mean(values)), math.inf, count, "")
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(count)), count, "seeds")
 
 
 def jackknife(figure: Callable[[Sequence[int]], float], n: int, over: str) -> Estimate:
-    r"""A figure of ``n`` cases, with the error that leaving out each of them in turn gives.
+    r"""Estimate a statistic of ``n`` samples and its standard error by the jackknife.
 
-    :math:`\sqrt{(n - 1)\, \overline{(f_{-i} - \overline{f_{-i}})^2}}`, of a mean exactly its standard error; for one
-    case it is infinite, over nothing.
+    The error is :math:`\sqrt{(n - 1)\, \overline{(f_{-i} - \overline{f_{-i}})^2}}` over the statistics without one
+    sample. For a mean it is exactly the standard error; for a single sample it is infinite.
 
     Args:
-      figure: of the cases with the given numbers.
-      n: how many there are, 1 or more.
-      over: what they are.
+      figure: Function that computes the statistic from the samples with the given indices.
+      n: Number of samples, 1 or more.
+      over: Kind of samples.
+
+    Returns:
+      The statistic of all samples, with its error.
 
     Raises:
-      InputError: no case.
-
-    Source: Tukey, Bias and confidence in not-quite large samples, Ann. Math. Statist. 29 (1958).
+      InputError: If there are no samples.
 
     Examples:
       >>> values = [1.0, 3.0]
-      >>> jackknife(lambda kept: sum(values[i] for i in kept) / len(kept), 2, "seeds") == over_seeds(np.array(values))
+      >>> mean = lambda indices: sum(values[i] for i in indices) / len(indices)
+      >>> jackknife(mean, 2, "seeds") == over_seeds(np.array(values))
       True
+
+    References:
+      Tukey, Bias and confidence in not-quite large samples, Ann. Math. Statist. 29 (1958).
     """
     check_integer("n", n)
-    every = range(n)
+    indices = range(n)
     if n < 2:
-        return Estimate(figure(every), math.inf, n, "")
-    left_out = np.array([figure([case for case in every if case != out]) for out in every])
-    spread = (n - 1) * float(np.mean((left_out - np.mean(left_out)) ** 2))
-    return Estimate(figure(every), math.sqrt(spread), n, over)
+        return Estimate(figure(indices), math.inf, n, "")
+    leave_one_out = np.array([figure([index for index in indices if index != left_out]) for left_out in indices])
+    spread = (n - 1) * float(np.mean((leave_one_out - np.mean(leave_one_out)) ** 2))
+    return Estimate(figure(indices), math.sqrt(spread), n, over)
 
 
 def root(estimate: Estimate) -> Estimate:
-    """The square root of an estimate, its error and bound to first order: root mean squares from mean squares."""
+    """Return the square root of an estimate, with its error and bound to first order."""
     value = math.sqrt(max(estimate.value, 0.0))
     if not value:
         return replace(estimate, value=value, error=0.0, bound=math.sqrt(estimate.bound))
@@ -116,7 +134,14 @@ def root(estimate: Estimate) -> Estimate:
 
 
 def in_errors(gap: float, error: float) -> float:
-    """A gap in standard errors; infinite where there is one between figures without an error.
+    """Return a difference in units of its standard error.
+
+    Args:
+      gap: Difference.
+      error: Standard error of the difference.
+
+    Returns:
+      The ratio; infinity for a nonzero difference without an error, 0 for a zero one.
 
     Examples:
       >>> in_errors(-1.0, 0.5), in_errors(-1.0, 0.0), in_errors(0.0, 0.0)
@@ -128,24 +153,28 @@ def in_errors(gap: float, error: float) -> float:
 
 
 def proportion(right: int, n: int) -> Estimate:
-    r"""The proportion of successes in ``n`` independent trials, and its standard error.
+    r"""Estimate the proportion of successes in ``n`` independent trials.
 
-    :math:`\sqrt{p (1 - p) / (n - 1)}`, the sample deviation over :math:`\sqrt n`. Where none or all succeed that is 0,
-    as if no further trial could come out otherwise: there the error is half of Wilson's interval at one standard
-    deviation, :math:`1 / (2 (n + 1))`; the interval ends at :math:`1 / (n + 1)`, or its complement.
+    The standard error is :math:`\sqrt{p (1 - p) / (n - 1)}`, the sample deviation over :math:`\sqrt n`. If no trial or
+    every trial succeeds it would be 0, as if further trials could not differ. In these cases the error is half of
+    Wilson's interval at one standard deviation, :math:`1 / (2 (n + 1))`.
 
     Args:
-      right: successes, from 0 to ``n``.
-      n: trials, 1 or more.
+      right: Number of successes, from 0 to ``n``.
+      n: Number of trials, 1 or more.
+
+    Returns:
+      The proportion and its error.
 
     Raises:
-      InputError: a number out of these ranges.
-
-    Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+      InputError: If a number is out of range.
 
     Examples:
       >>> proportion(0, 8).value, round(proportion(0, 8).error, 4), round(proportion(4, 8).error, 4)
       (0.0, 0.0556, 0.189)
+
+    References:
+      Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
     """
     check_integer("n", n)
     check_integer("right", right, least=0, most=n)

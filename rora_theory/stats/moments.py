@@ -1,4 +1,4 @@
-"""Running moments with standard errors, log-log exponents, and test thresholds of stated false-alarm probability."""
+"""Running moments with standard errors, log-log slopes, and test thresholds for a false-alarm probability."""
 
 import math
 from collections.abc import Sequence
@@ -16,15 +16,16 @@ _POWERS = 4
 
 @dataclass(frozen=True)
 class Moments:
-    """Power sums of a stream of numbers, to the fourth, about a fixed shift.
+    """First four power sums of a stream of numbers about a fixed shift.
 
-    Each block is summed in float64 and joined to the total in double-double arithmetic (error-free additions), so that
-    the total's error does not grow with the number of blocks. The order of blocks alone decides the result.
+    Each block is summed in float64 and added to the total in double-double arithmetic (error-free additions), so that
+    the total's error does not grow with the number of blocks. The result depends only on the order of the blocks.
 
     Attributes:
-      count: how many numbers.
-      shift: the mean of the first block; sums are of (value - shift)^n, n = 1..4.
-      sums, rests: high and low parts of the four sums.
+      count: Number of values.
+      shift: Mean of the first block; the sums are of (value - shift)^n for n = 1..4.
+      sums: High parts of the four sums.
+      rests: Low parts of the four sums.
     """
 
     count: int = 0
@@ -33,7 +34,7 @@ class Moments:
     rests: tuple[float, ...] = (0.0,) * _POWERS
 
     def add(self, values: Float[np.ndarray, " n"]) -> "Moments":
-        """The moments of all numbers so far and these."""
+        """Return the moments including another block of values."""
         values = np.asarray(values, np.float64)
         if values.size == 0:
             return self
@@ -49,18 +50,18 @@ class Moments:
 
     @property
     def _means(self) -> tuple[float, ...]:
-        """E[d^n], d = value - shift, n = 1..4."""
+        """Means of (value - shift)^n for n = 1..4."""
         return tuple((total + rest) / self.count for total, rest in zip(self.sums, self.rests, strict=True))
 
     @property
     def mean(self) -> Estimate:
-        """The mean and its standard error."""
+        """Mean and its standard error."""
         first, second, *_ = self._means
         return self._estimate(self.shift + first, second - first**2)
 
     @property
     def second_moment(self) -> Estimate:
-        """E[value^2], from value^2 = c^2 + 2 c d + d^2, and its standard error."""
+        """Second moment and its standard error, from value^2 = c^2 + 2 c d + d^2."""
         d1, d2, d3, d4 = self._means
         c = self.shift
         spread = 4 * c**2 * (d2 - d1**2) + 4 * c * (d3 - d1 * d2) + (d4 - d2**2)
@@ -68,7 +69,7 @@ class Moments:
 
     @property
     def variance(self) -> Estimate:
-        """The unbiased variance and its standard error, sqrt((mu_4 - mu_2^2) / n)."""
+        """Unbiased variance and its standard error, sqrt((mu_4 - mu_2^2) / n)."""
         d1, d2, d3, d4 = self._means
         mu2 = d2 - d1**2
         mu4 = d4 - 4 * d1 * d3 + 6 * d1**2 * d2 - 3 * d1**4
@@ -76,11 +77,11 @@ class Moments:
         return self._estimate(mu2 * n / max(n - 1, 1), mu4 - mu2**2)
 
     def _estimate(self, value: float, spread: float) -> Estimate:
-        """With the error of a mean of numbers of variance ``spread``."""
+        """Return an estimate with the error of a mean of values with variance ``spread``."""
         return Estimate(value, math.sqrt(max(spread / max(self.count - 1, 1), 0.0)), self.count, "draws")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types that keep every bit."""
+        """Return the moments as JSON types, without loss of precision."""
         return {
             "count": self.count,
             "shift": self.shift.hex(),
@@ -90,7 +91,7 @@ class Moments:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Moments":
-        """What `to_json` wrote."""
+        """Restore the moments from the output of `to_json`."""
         return cls(
             int(data["count"]),
             float.fromhex(data["shift"]),
@@ -99,7 +100,7 @@ class Moments:
         )
 
     def scaled(self, factor: float) -> "Moments":
-        """The moments of ``factor * value``."""
+        """Return the moments of ``factor * value``."""
         return replace(
             self,
             shift=self.shift * factor,
@@ -109,7 +110,12 @@ class Moments:
 
 
 class Fit(NamedTuple):
-    """A log-log slope and its standard error."""
+    """A log-log slope and its standard error.
+
+    Attributes:
+      slope: Fitted slope.
+      standard_error: Standard error of the slope.
+    """
 
     slope: float
     standard_error: float
@@ -120,15 +126,18 @@ def log_log_fit(
     y: Sequence[float] | Float[np.ndarray, " n"],
     errors: Sequence[float] | Float[np.ndarray, " n"],
 ) -> Fit:
-    """Least-squares slope of log y against log x, all points alike, with the error that y's errors give it.
+    """Fit the least-squares slope of log y against log x without weights.
 
-    Unweighted, so that a curve that is no power law gets its average slope over the range of x, not that of its most
-    precise end. The error is that of the sampling of y alone.
+    A curve that is not a power law thus gets its average slope over the range of x, not the slope at its most precise
+    end. The standard error reflects only the sampling errors of y.
 
     Args:
-      x: at least two different positive numbers.
-      y: positive.
-      errors: standard errors of y; 0 for exact figures.
+      x: At least two different positive values.
+      y: Positive values.
+      errors: Standard errors of y; 0 for exact values.
+
+    Returns:
+      The slope and its standard error.
     """
     log_x, log_y = np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64))
     spread = np.asarray(errors, np.float64) / np.asarray(y, np.float64)
@@ -138,11 +147,11 @@ def log_log_fit(
 
 
 class Agreement(NamedTuple):
-    """How far estimates lie from a law.
+    """Agreement of estimates with exact values.
 
     Attributes:
-      scores: (estimate - exact) / standard error of each, see `in_errors`.
-      largest_gap: largest relative difference; infinite where an exact figure is 0, NaN where a figure is.
+      scores: Differences (estimate - exact) in standard errors, see `in_errors`.
+      largest_gap: Largest relative difference; infinity if an exact value is 0, NaN if a value is NaN.
     """
 
     scores: tuple[float, ...]
@@ -150,37 +159,52 @@ class Agreement(NamedTuple):
 
     @property
     def largest_score(self) -> float:
-        """Largest |z|; NaN where one is."""
+        """Largest |z|; NaN if a score is NaN."""
         return float(np.max(np.abs(self.scores)))
 
     @property
     def rms_score(self) -> float:
-        """Root mean square of z: near 1 where the errors are right."""
+        """Root mean square of z; near 1 for correct standard errors."""
         return math.sqrt(float(np.mean(np.square(self.scores))))
 
 
 def agreement(estimates: Sequence[float], errors: Sequence[float], exact: Sequence[float]) -> Agreement:
-    """Estimates with standard errors against exact figures; a gap within `ROUNDING` counts as none.
+    """Compare estimates with exact values.
+
+    A relative difference within `ROUNDING` counts as zero.
+
+    Args:
+      estimates: Estimated values.
+      errors: Standard errors of the estimates.
+      exact: Exact values.
+
+    Returns:
+      The scores and the largest relative difference.
 
     Examples:
       >>> agreement([1.1, 1.9], [0.1, 0.1], [1.0, 2.0]).largest_gap.__round__(3)
       0.1
-      >>> found = agreement([1.1, 1.7, 0.1], [0.1, 0.1, 0.1], [1.0, 2.0, 0.0])
-      >>> round(found.largest_score, 3), found.largest_gap  # of the second; of the third, whose exact figure is 0
+      >>> result = agreement([1.1, 1.7, 0.1], [0.1, 0.1, 0.1], [1.0, 2.0, 0.0])
+      >>> round(result.largest_score, 3), result.largest_gap  # the third exact value is 0
       (3.0, inf)
     """
-    found = [
+    scores = [
         in_errors(0.0 if math.isclose(value, law, rel_tol=ROUNDING) else value - law, error)
         for value, error, law in zip(estimates, errors, exact, strict=True)
     ]
     gaps = [abs(value / law - 1) if law else math.inf for value, law in zip(estimates, exact, strict=True)]
-    return Agreement(tuple(found), float(np.max(gaps)))
+    return Agreement(tuple(scores), float(np.max(gaps)))
 
 
 def threshold(false_alarm: float, comparisons: int = 1) -> float:
-    """|z| that a true null exceeds somewhere in ``comparisons`` normal scores with probability <= ``false_alarm``.
+    """Compute the two-sided threshold on |z| for a false-alarm probability over several comparisons (Bonferroni).
 
-    Two-sided, Bonferroni.
+    Args:
+      false_alarm: Probability that any score exceeds the threshold under the null hypothesis.
+      comparisons: Number of normal scores.
+
+    Returns:
+      The threshold on |z|.
 
     Examples:
       >>> round(threshold(0.05), 2), round(threshold(1e-6, 100), 2)
@@ -190,7 +214,7 @@ def threshold(false_alarm: float, comparisons: int = 1) -> float:
 
 
 def _two_sum_into(total: float, rest: float, value: float) -> tuple[float, float]:
-    """(total + rest) + value with the rounding error of the leading addition kept (Knuth)."""
+    """Add a value to (total + rest), with the rounding error of the leading addition in the rest (Knuth)."""
     high = total + value
     back = high - total
     rest += (total - (high - back)) + (value - back)

@@ -1,7 +1,7 @@
-"""Means with standard errors over records or items that several runs share and are compared by, one by one.
+"""Means and standard errors over records or items that several runs share, for paired comparisons.
 
-What makes a record hard for one run does for the other, so that the error of a mean difference is several times below
-those of the two means.
+A record that is hard for one run is hard for the other. The error of a mean difference is therefore several times
+smaller than the errors of the two means.
 """
 
 import math
@@ -15,22 +15,25 @@ from rora_theory.stats.estimate import Estimate, over_seeds
 
 
 def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> Estimate:
-    r"""Mean loss a token with its standard error over records.
+    r"""Compute the mean loss per token with its standard error over records.
 
-    :math:`R = \sum l_i / \sum t_i` is a ratio of two sums over records drawn together; to first order its error is
-    that of the mean of :math:`(l_i - R t_i) / \bar t`. For one record it is NaN, over nothing.
+    :math:`R = \sum l_i / \sum t_i` is a ratio of two sums over the same sampled records. To first order its error is
+    that of the mean of :math:`(l_i - R t_i) / \bar t`.
 
     Args:
-      losses: summed over each record's tokens, or differences of two such sums.
-      tokens: of each record, some of them above 0.
+      losses: Loss of each record summed over its tokens, or the difference of two such sums.
+      tokens: Number of tokens of each record, at least one above 0.
+
+    Returns:
+      The mean loss per token. Its error is NaN for a single record.
 
     Raises:
-      InputError: no token, or another number of records in one of the two.
+      InputError: If there are no tokens or the two arguments differ in length.
     """
     if len(losses) != len(tokens) or not sum(tokens) > 0:
         raise InputError(
-            f"losses has {len(losses)} records and tokens {len(tokens)}, of {sum(tokens)} tokens; accepted are as many "
-            "records, of 1 token or more together"
+            "losses and tokens must have the same number of records, with at least 1 token in total, "
+            f"got {len(losses)} losses and {len(tokens)} records with {sum(tokens)} tokens"
         )
     count, total = len(losses), math.fsum(tokens)
     ratio = math.fsum(losses) / total
@@ -43,27 +46,33 @@ def mean_per_token(losses: Sequence[float], tokens: Sequence[int]) -> Estimate:
 def mean_per_token_over_seeds(
     losses: Float[np.ndarray, "seeds records"], tokens: Sequence[int]
 ) -> tuple[Estimate, Estimate]:
-    """Mean loss a token over seeds, with its standard error over records (of the seeds' mean) and with that over seeds.
+    """Compute the mean loss per token over seeds, with its standard error over records and that over seeds.
 
-    The first speaks of other records, the second of training again.
+    The first error describes other records, the second repeated training runs.
 
     Args:
-      losses: of each seed on the same records, see `mean_per_token`.
-      tokens: of each record.
+      losses: Summed loss of each seed on the same records, see `mean_per_token`.
+      tokens: Number of tokens of each record.
+
+    Returns:
+      The mean with its error over records (of the mean over seeds), and the mean with its error over seeds.
     """
-    by_seed = np.array([one.sum() / sum(tokens) for one in losses])
+    by_seed = np.array([seed_losses.sum() / sum(tokens) for seed_losses in losses])
     return mean_per_token(np.mean(losses, axis=0).tolist(), tokens), over_seeds(by_seed)
 
 
 def mean_of_groups(groups: Sequence[Num[np.ndarray, "_seeds _items"]]) -> Estimate:
-    r"""The unweighted mean of the groups' means, with its standard error over items.
+    r"""Compute the unweighted mean of the groups' means, with its standard error over items.
 
-    :math:`\sqrt{\sum_g s_g^2 / n_g}` over the number of groups, :math:`s_g` the sample deviation of the group's items,
-    each averaged over seeds. Where a group has one item it is NaN, over nothing. Where the items of every group are
-    equal it is 0: unlike that of `proportion` it does not say that further items could differ.
+    The error is :math:`\sqrt{\sum_g s_g^2 / n_g}` divided by the number of groups. Here :math:`s_g` is the sample
+    deviation of a group's items after averaging over seeds. The error is 0 if the items of every group are equal:
+    unlike the error of `proportion` it does not allow for further items that differ.
 
     Args:
-      groups: of each group its items at every seed.
+      groups: Items of each group for every seed.
+
+    Returns:
+      The mean of the groups' means. Its error is NaN if a group has a single item.
     """
     means = [np.mean(columns, axis=0) for columns in groups]
     mean, count = float(np.mean([np.mean(items) for items in means])), sum(map(len, means))
@@ -76,18 +85,21 @@ def mean_of_groups(groups: Sequence[Num[np.ndarray, "_seeds _items"]]) -> Estima
 def resampled_ratios(
     sums: Sequence[Float[np.ndarray, " records"]], sizes: Float[np.ndarray, " records"], *, draws: int, seed: int = 0
 ) -> Float[np.ndarray, "draws series"]:
-    """Ratios of sums over bootstrap samples of the records, the same records for every series.
+    """Compute ratios of sums over bootstrap samples of the records, with the same records for every series.
 
     Args:
-      sums: of each series, a figure a record.
-      sizes: of each record, what the figures are divided by.
-      draws: how many samples.
-      seed: of the samples; the same seed draws the same records in every call.
+      sums: One value per record, for each series.
+      sizes: Size of each record, by which the sums are divided.
+      draws: Number of bootstrap samples.
+      seed: Seed of the bootstrap. The same seed draws the same records in every call.
+
+    Returns:
+      The ratio of every series for every bootstrap sample.
 
     Examples:
       >>> resampled_ratios([np.array([3.0])], np.array([2.0]), draws=2).tolist()
       [[1.5], [1.5]]
     """
     index = np.random.default_rng(seed).integers(0, len(sizes), (draws, len(sizes)))
-    whole = sizes[index].sum(axis=1)
-    return np.stack([one[index].sum(axis=1) / whole for one in sums], axis=1)
+    total_sizes = sizes[index].sum(axis=1)
+    return np.stack([series[index].sum(axis=1) / total_sizes for series in sums], axis=1)

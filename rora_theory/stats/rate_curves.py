@@ -1,7 +1,7 @@
-"""Curves of loss against learning rate: the best rate of each, its slope in the rank, and rules against each other.
+"""Curves of loss against learning rate: best rates, their slopes in the rank, and comparisons of scaling rules.
 
-A rule transfers where its best rate does not move with the rank. Two rules are compared each at its own best rate: a
-difference that is left is more than a shift of the rate.
+A rule transfers if its best rate does not depend on the rank. Two rules are compared at their respective best rates: a
+remaining difference is more than a shift of the rate.
 """
 
 import math
@@ -27,45 +27,57 @@ if TYPE_CHECKING:
 COLUMNS = (
     "optimizer", "trained", "rule", "kappa", "rank", "scaling", "learning_rate", "seed", "loss_train", "loss_held_out",
 )  # fmt: skip
-"""Of a table of losses, which curves are made from."""
+"""Columns of a table of losses, from which curves are built."""
+
 BEST_COLUMNS = (
     "optimizer", "trained", "rule", "kappa", "rank", "best_rate", "log2_error", "log2_half_width", "best_loss",
     "best_loss_error", "seeds", "error_over", "edge",
 )  # fmt: skip
+"""Columns of the table of `best_rates`."""
+
 RATE_SLOPE_COLUMNS = (
     "optimizer", "trained", "rule", "kappa", "ranks", "slope", "standard_error", "half_width", "verdict", "signal",
     "cross-talk", "A moves", "nearest",
 )  # fmt: skip
+"""Columns of the table of `rate_slopes`."""
+
 UNITS = {
     "loss": "teacher and student: squared error / 2, summed over outputs, averaged over inputs, after the last step; "
-    "a real model's: nats a token on held-out records",
+    "language models: nats per token on held-out records",
     "trained": "both factors, or B alone with A frozen",
-    "log2_error": "standard error of log2 of the best rate; none at an edge, which is a bound",
-    "log2_half_width": "half of its 95% interval, by Student's t, and what the grid may hide beside a diverged run",
-    "half_width": "half of the 95% interval, by Student's t; in comparison.json with what the grid may hide",
-    "edge": "the best rate is the grid's lowest or highest: the true one may lie beyond; left out of slopes",
+    "log2_error": "standard error of log2 of the best rate; empty at an edge, where the best rate is a bound",
+    "log2_half_width": "half of its 95% interval by Student's t, plus the bound next to a run that diverged",
+    "half_width": "half of the 95% interval by Student's t; in comparison.json plus the bound from the grid's spacing",
+    "edge": "end of the grid at which the best rate lies: the true one may lie beyond; excluded from slopes",
     "signal, cross-talk, A moves": "predicted slopes, rora_theory.stats.rate_optimum",
 }
 
-EQUAL = 0.01
-"""Relative difference of two losses that does not count: they are equal where the whole interval lies within it."""
+EQUIVALENCE_MARGIN = 0.01
+"""Relative difference within which two losses count as equal if it contains the whole interval."""
 
 EDGE_SHARE = 0.025
-"""Share of resampled curves with their best rate at the grid's end from which the end counts as reached."""
+"""Minimum share of resampled curves with the best rate at an end of the grid for the curve to be at that edge."""
 
 RECORDS = "held-out records"
+"""Kind of samples of an error over records, see `Estimate.over`."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss against rate of one rank.
+    """Loss against learning rate at one rank.
 
     Attributes:
-      optimizer, trained, rule, kappa, rank, scaling: whose.
-      rates: ascending.
-      losses: of the seeds that ran at every rate.
-      resampled: of the same seeds over resampled records, the same records for every curve; None without.
-      seeds: which; empty numbers them from 0.
+      optimizer: Optimizer of the runs.
+      trained: Trained factors.
+      rule: Scaling rule.
+      kappa: Exponent of the scaling rule gamma = alpha / r^kappa.
+      rank: Rank of the adapter.
+      scaling: Scaling factor gamma.
+      rates: Learning rates, ascending.
+      losses: Losses of the seeds that ran at every rate.
+      resampled: Losses of the same seeds over resampled records, with the same records for every curve; None if there
+        are no losses per record.
+      seeds: Seeds of the rows of ``losses``; empty numbers them from 0.
     """
 
     optimizer: str
@@ -81,133 +93,157 @@ class Curve:
 
     @property
     def line(self) -> tuple[str, str, str, float]:
-        """The curves of one line over ranks share this."""
+        """Optimizer, trained factors, rule and kappa, which the curves of one line over ranks share."""
         return (self.optimizer, self.trained, self.rule, self.kappa)
 
     @property
     def by_seed(self) -> dict[int, int]:
-        """The place of every seed in ``losses``."""
-        return {seed: place for place, seed in enumerate(self.seeds or range(len(self.losses)))}
+        """Row of every seed in ``losses``."""
+        return {seed: row for row, seed in enumerate(self.seeds or range(len(self.losses)))}
 
-    def of_seeds(self, seeds: Sequence[int]) -> "Curve":
-        """The curve of some of its seeds."""
-        places = [self.by_seed[seed] for seed in seeds]
-        resampled = None if self.resampled is None else self.resampled[:, places]
-        return replace(self, losses=self.losses[places], resampled=resampled, seeds=tuple(seeds))
+    def select_seeds(self, seeds: Sequence[int]) -> "Curve":
+        """Return the curve of a subset of its seeds."""
+        rows = [self.by_seed[seed] for seed in seeds]
+        resampled = None if self.resampled is None else self.resampled[:, rows]
+        return replace(self, losses=self.losses[rows], resampled=resampled, seeds=tuple(seeds))
 
     def drawn(self) -> "Curve | None":
-        """The seeds' mean over resampled records, a draw in place of a seed; None without."""
+        """Return the mean over seeds for every resample of the records, in place of seeds; None without resamples."""
         if self.resampled is None:
             return None
         return replace(self, losses=self.resampled.mean(axis=1), resampled=None, seeds=())
 
     @property
     def spread(self) -> "Curve":
-        """The curve itself, or where a single seed gives no spread and records do, `drawn`."""
+        """The curve itself, or `drawn` if a single seed has no spread but its records do."""
         return (self.drawn() if len(self.losses) == 1 else None) or self
 
-    def bests(self) -> list[Best]:
-        """Of each seed."""
+    def optima(self) -> list[Best]:
+        """Fit the minimum of each seed's curve."""
         return minima(self.rates, self.losses)
 
     @property
     def edge(self) -> str:
-        """Where the best rate is at the grid's end: at any of several seeds, or in more draws of the records than a 95%
-        interval leaves out."""
+        """End of the grid at which the best rate lies; empty otherwise.
+
+        The best rate is at an edge if that of any seed is, or if it is for more resamples of the records than a 95%
+        interval excludes.
+        """
         drawn = self.drawn()
-        ends = [] if drawn is not None and len(self.losses) == 1 else [best.edge for best in self.bests() if best.edge]
+        # A single seed counts through its resampled records, if it has any.
+        is_resampled_seed = drawn is not None and len(self.losses) == 1
+        ends = [] if is_resampled_seed else [best.edge for best in self.optima() if best.edge]
         if drawn is not None:
-            ends_drawn = [best.edge for best in drawn.bests() if best.edge]
-            ends += ends_drawn if len(ends_drawn) >= EDGE_SHARE * len(drawn.losses) else []
+            drawn_ends = [best.edge for best in drawn.optima() if best.edge]
+            ends += drawn_ends if len(drawn_ends) >= EDGE_SHARE * len(drawn.losses) else []
         return max(ends, key=ends.count) if ends else ""
 
     def least(self) -> np.ndarray:
-        """The least measured loss of each seed: a parabola's vertex undershoots."""
+        """Return the lowest measured loss of each seed. The vertex of a parabola would be biased low."""
         return np.min(np.where(np.isfinite(self.losses), self.losses, np.inf), axis=1)
 
     def grid_error(self) -> float:
-        """Mean over seeds, or over the draws of one, of what the grid may hide below `least`, see
-        `rate_optimum.grid_gap`."""
+        """Compute the mean of `rate_optimum.grid_gap` over seeds, or over the resamples of a single seed."""
         return float(np.mean([grid_gap(self.rates, losses) for losses in self.spread.losses]))
 
     def rate_error(self) -> float:
-        """Mean over seeds, or over the draws of one, of `rate_optimum.rate_gap`: in log2 of the rate."""
+        """Compute the mean of `rate_optimum.rate_gap` over seeds, or over the resamples of a single seed."""
         return float(np.mean([rate_gap(self.rates, losses) for losses in self.spread.losses]))
 
 
 def at_shared_seeds(*curves: Curve) -> tuple[Curve, ...]:
-    """The curves at the seeds that all of them have, in one order; none where they share no seed."""
+    """Return the curves restricted to the seeds that all of them share, in one order; empty if they share none."""
     shared = [seed for seed in curves[0].by_seed if all(seed in curve.by_seed for curve in curves)]
-    return tuple(curve.of_seeds(shared) for curve in curves) if shared else ()
+    return tuple(curve.select_seeds(shared) for curve in curves) if shared else ()
 
 
 def estimate(figure: Callable[..., Sequence[float] | np.ndarray], *curves: Curve) -> Estimate:
-    """A figure of curves of the same seeds, with its error over seeds and over held-out records, see `joint`.
+    """Estimate a statistic of curves with its error over seeds and over held-out records, see `joint`.
 
-    Of one seed it is the mean over the draws of the records, with their spread; where there are none there is no error.
+    For a single seed the value is the mean over resamples of the records, and the error their spread. Without losses
+    per record there is no error.
 
     Args:
-      figure: of the curves; gives a value a seed.
-      curves: see `at_shared_seeds`.
+      figure: Function that computes one value per seed from the curves.
+      *curves: Curves of the same seeds, see `at_shared_seeds`.
+
+    Returns:
+      The statistic with its error.
     """
-    by_seeds, drawn = over_seeds(np.asarray(figure(*curves), np.float64)), [curve.drawn() for curve in curves]
+    by_seeds = over_seeds(np.asarray(figure(*curves), np.float64))
+    drawn = [curve.drawn() for curve in curves]
     if any(curve is None for curve in drawn):
         return by_seeds
     values = np.asarray(figure(*drawn), np.float64)
-    # The spread of bootstrap draws is the standard error itself.
+    # The spread of bootstrap resamples is the standard error itself, without a division by their number.
     by_records = Estimate(float(np.mean(values)), float(np.std(values, ddof=1)), len(values), RECORDS)
     return joint(by_seeds, by_records) if by_seeds.has_error else by_records
 
 
 def joint(by_seeds: Estimate, by_records: Estimate) -> Estimate:
-    r"""The mean over seeds with both errors, a over n seeds and b over records.
+    r"""Combine the error a over n seeds with the error b over m records.
 
-    All seeds are scored on the same records, so that their spread leaves out what other records would change, and
-    :math:`\sqrt{a^2 + b^2}` is the error of both. Its degrees of freedom are Welch and Satterthwaite's,
-    :math:`(a^2 + b^2)^2 / (a^4 / (n - 1) + b^4 / (m - 1))`, rounded down. Where its interval is narrower than either
-    error's alone, which so few cases can bring about, that one is taken.
+    All seeds are scored on the same records, so that their spread does not contain the variation between records. The
+    combined error is :math:`\sqrt{a^2 + b^2}`. Its degrees of freedom are Welch and Satterthwaite's,
+    :math:`(a^2 + b^2)^2 / (a^4 / (n - 1) + b^4 / (m - 1))`, rounded down. With very few samples the combined interval
+    can be narrower than one of the two; the widest of the three is then returned.
+
+    Args:
+      by_seeds: Mean over seeds with its error over seeds.
+      by_records: Estimate with its error over records.
+
+    Returns:
+      The mean over seeds with the combined error.
     """
     by_records = replace(by_records, value=by_seeds.value)
     if not by_seeds.has_error:
         return by_records
     if not by_records.has_error:  # a single record
         return by_seeds
-    # Equal figures have a spread of some 1e-16, which is no second source of error.
+    # The spread of equal values is about 1e-16 by rounding, which is not a second source of error.
     if min(by_seeds.error, by_records.error) <= ROUNDING * max(by_seeds.error, by_records.error):
         return by_seeds if by_seeds.error > by_records.error else by_records
     a, b = by_seeds.error**2, by_records.error**2
     freedom = (a + b) ** 2 / (a**2 / (by_seeds.n - 1) + b**2 / (by_records.n - 1))
     freedom = math.floor(freedom * (1 + ROUNDING))  # 30 degrees may be computed as 29.999...
-    both = Estimate(by_seeds.value, math.sqrt(a + b), max(freedom, 1) + 1, f"{by_seeds.over} and {by_records.over}")
-    return max((both, by_seeds, by_records), key=Estimate.half_width)
+    combined = Estimate(by_seeds.value, math.sqrt(a + b), max(freedom, 1) + 1, f"{by_seeds.over} and {by_records.over}")
+    return max((combined, by_seeds, by_records), key=Estimate.half_width)
 
 
 def less(first: Curve, second: Curve) -> Estimate:
-    """The least loss of the first less that of the second, of curves of the same seeds."""
+    """Estimate the lowest loss of the first curve minus that of the second, for curves of the same seeds."""
     return estimate(lambda a, b: a.least() - b.least(), first, second)
 
 
 def log2_rates(curve: Curve) -> np.ndarray:
-    """log2 of the best rate of each seed."""
-    return np.log2([best.rate for best in curve.bests()])
+    """Return log2 of the best rate of each seed."""
+    return np.log2([best.rate for best in curve.optima()])
 
 
 def of_log2_rates(weights: Sequence[float] | Float[np.ndarray, " n"], *curves: Curve) -> Estimate:
-    """A weighted sum of the curves' log2 best rates, of the same seeds; its bound is what the grids may hide of it."""
-    found = estimate(lambda *own: np.asarray(weights) @ [log2_rates(one) for one in own], *curves)
-    hidden = sum(abs(weight) * curve.rate_error() for weight, curve in zip(weights, curves, strict=True))
-    return replace(found, bound=float(hidden))
+    """Estimate a weighted sum of the log2 best rates of several curves.
+
+    Args:
+      weights: One weight per curve.
+      *curves: Curves of the same seeds.
+
+    Returns:
+      The sum with its error. Its bound is the weighted sum of the curves' rate errors.
+    """
+    weighted_sum = estimate(lambda *sampled: np.asarray(weights) @ [log2_rates(curve) for curve in sampled], *curves)
+    bound = sum(abs(weight) * curve.rate_error() for weight, curve in zip(weights, curves, strict=True))
+    return replace(weighted_sum, bound=float(bound))
 
 
 def rate_errors(logs: Estimate, *, edge: str) -> tuple[float | None, float | None]:
-    """Standard error and half width of a figure of log2 best rates; none where one is at an edge."""
+    """Return the standard error and half width of an estimate of log2 best rates; None if a rate is at an edge."""
     if edge or not logs.has_error:
         return None, None
     return logs.error, logs.half_width()
 
 
 def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
-    """The best rate and loss of every curve, a row each: `BEST_COLUMNS`, in units of `UNITS`."""
+    """Return a table of the best rate and loss of every curve, with the columns `BEST_COLUMNS` in units of `UNITS`."""
     rows = []
     for curve in curves:
         logs, losses = of_log2_rates((1.0,), curve), estimate(Curve.least, curve)
@@ -225,64 +261,72 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
 
 
 def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
-    """Slope of the best rate against the rank of every line, beside the predictions: `RATE_SLOPE_COLUMNS`."""
+    """Return a table of the best rates' slopes in the rank and the predictions, with columns `RATE_SLOPE_COLUMNS`."""
     rows = []
     for line in dict.fromkeys(curve.line for curve in curves):
-        inside = [c for c in curves if c.line == line and not c.edge]
-        kept = at_shared_seeds(*inside) if inside else ()
-        if len(kept) < 2:
+        # Curves of the line with an inner minimum, at the seeds that all of them share.
+        inner = [curve for curve in curves if curve.line == line and not curve.edge]
+        used = at_shared_seeds(*inner) if inner else ()
+        if len(used) < 2:
             continue
-        x = np.log([curve.rank for curve in kept])
+        # The least-squares slope is a weighted sum of the log best rates.
+        x = np.log([curve.rank for curve in used])
         lever = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
-        slope = of_log2_rates(math.log(2) * lever, *kept)
-        means = np.array([np.mean(log2_rates(one.spread)) for one in kept]) * math.log(2)
-        fit = SeedFit.of(slope, slopes.departure(x, means, slope.value))
+        slope = of_log2_rates(math.log(2) * lever, *used)
+        means = np.array([np.mean(log2_rates(curve.spread)) for curve in used]) * math.log(2)
+        fit = SeedFit.from_estimate(slope, slopes.departure(x, means, slope.value))
+        # All predictions that the interval cannot exclude.
         optimizer, trained, _, kappa = line
         predicted = predicted_slopes(optimizer, kappa, trained=trained)  # type: ignore[arg-type]
-        apart = {name: abs(value - slope.value) for name, value in predicted.items()}
+        distances = {name: abs(value - slope.value) for name, value in predicted.items()}
         reach = slope.half_width() + slopes.BAND if slope.has_error else -math.inf
-        nearest = " or ".join(name for name, each in apart.items() if each <= reach)  # all that it can't tell apart
+        nearest = " or ".join(name for name, distance in distances.items() if distance <= reach)
         row = dict(zip(("optimizer", "trained", "rule", "kappa"), line, strict=True))
-        row |= {"ranks": " ".join(str(curve.rank) for curve in kept), "slope": slope.value}
+        row |= {"ranks": " ".join(str(curve.rank) for curve in used), "slope": slope.value}
         row |= {"standard_error": slope.error if slope.has_error else None}
         row |= {"half_width": slope.half_width() if slope.has_error else None}
-        # One seed's error is over records: it leaves out how one training run differs from the next.
-        row |= {"verdict": slopes.trend(fit) if len(kept[0].losses) > 1 else "undecided"}
+        # A single seed's error is over records and does not contain the variation between training runs.
+        row |= {"verdict": slopes.trend(fit) if len(used[0].losses) > 1 else "undecided"}
         row |= {**predicted, "nearest": nearest}
         rows.append(row)
     return frames.of(rows, RATE_SLOPE_COLUMNS)
 
 
 def slopes_in_words(slopes: "pd.DataFrame") -> str:
-    """Of how many lines the best rate keeps still when the rank changes, and of which."""
+    """Return a sentence with the number and names of lines whose best rate does not depend on the rank."""
     flat = [
         f"{row['optimizer']} {row['rule']} ({row['trained']})"
         for row in frames.rows(slopes)
         if row["verdict"] == "flat"
     ]
     if slopes.empty:
-        return "No line has two ranks whose best rate is inside the grid: more rates tell more."
-    which = f": {', '.join(flat)}" if flat else ""
-    return f"The best rate does not move with the rank in {len(flat)} of {len(slopes)} lines{which}."
+        return "No line has two ranks with the best rate inside the grid. Add learning rates to the grid."
+    names = f": {', '.join(flat)}" if flat else ""
+    return f"The best rate does not move with the rank in {len(flat)} of {len(slopes)} lines{names}."
 
 
 class Comparison(NamedTuple):
-    """Two rules at one rank, each at its own best rate.
+    """Comparison of two rules at one rank, at their respective best rates.
 
     Attributes:
-      optimizer, trained, rank: where.
-      first, second: the rules.
-      ratio, ratio_log2_error: best rate of the first over the second's; no error where either is at an edge.
-      scaling_ratio: gamma^p of the second over the first's, p = 2 under SGD and 1 under Adam: what the ratio would be
-        if the first step alone counted.
-      first_loss, second_loss: least measured ones.
-      difference, standard_error, half_width: of the losses, first less second, paired; half of the 95% interval, by
-        Student's t, and the grid's part.
-      error_over: what the error is over.
-      verdict: in words.
-      grid_error: the grid's part of the half width: the larger bound of what either curve may hide between its rates;
-        None where there is none.
-      ratio_log2_half_width: half of the 95% interval of log2 of the ratio, with what the grids may hide of it.
+      optimizer: Optimizer of the runs.
+      trained: Trained factors.
+      rank: Rank of the adapters.
+      first: First rule.
+      second: Second rule.
+      ratio: Best rate of the first rule divided by that of the second.
+      ratio_log2_error: Standard error of log2 of the ratio; None if a best rate is at an edge.
+      scaling_ratio: gamma^p of the second rule divided by that of the first, with p = 2 under SGD and 1 under Adam: the
+        ratio of best rates if only the first step mattered.
+      first_loss: Lowest measured loss of the first rule.
+      second_loss: Lowest measured loss of the second rule.
+      difference: First loss minus second loss, paired.
+      standard_error: Standard error of the difference.
+      half_width: Half of the 95% interval of the difference by Student's t, plus ``grid_error``.
+      error_over: Kind of samples behind the standard error.
+      verdict: Sentence that states which rule is better.
+      grid_error: Larger bound of the two curves on the minimum between their rates; None if it is infinite.
+      ratio_log2_half_width: Half of the 95% interval of log2 of the ratio, plus the bound from the grids.
     """
 
     optimizer: str
@@ -305,22 +349,22 @@ class Comparison(NamedTuple):
 
 
 def compare_rules(curves: Sequence[Curve]) -> list[Comparison]:
-    """Rules against each other at the largest rank, seed by seed."""
+    """Compare all pairs of rules at the largest rank that both have, paired by seed."""
     shared = [at_shared_seeds(*pair) for pair in pairs(curves)]
     return [comparison(pair[0], pair[1], less(pair[0], pair[1])) for pair in shared if pair]
 
 
 def pairs(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
-    """At the largest rank that both have, every rule with those after it."""
+    """Yield every pair of rules, at the largest rank that both have."""
     for key in dict.fromkeys((curve.optimizer, curve.trained) for curve in curves):
-        own = [curve for curve in curves if (curve.optimizer, curve.trained) == key]
-        rules = list(dict.fromkeys(curve.rule for curve in own))
+        group = [curve for curve in curves if (curve.optimizer, curve.trained) == key]
+        rules = list(dict.fromkeys(curve.rule for curve in group))
         for index, first in enumerate(rules):
             for second in rules[index + 1 :]:
-                both = {c.rank for c in own if c.rule == first} & {c.rank for c in own if c.rule == second}
-                if both:
-                    at = {c.rule: c for c in own if c.rank == max(both)}
-                    yield at[first], at[second]
+                ranks = {c.rank for c in group if c.rule == first} & {c.rank for c in group if c.rule == second}
+                if ranks:
+                    by_rule = {curve.rule: curve for curve in group if curve.rank == max(ranks)}
+                    yield by_rule[first], by_rule[second]
 
 
 def paired_losses(
@@ -329,14 +373,18 @@ def paired_losses(
     records: tuple[Float[np.ndarray, " records"], Float[np.ndarray, " records"]] | None = None,
     tokens: Float[np.ndarray, " records"] | None = None,
 ) -> Estimate:
-    """Loss of the first less the second, with the error over seeds and over held-out records, see `joint`.
+    """Estimate the loss of the first minus the second, with the error over seeds and over held-out records.
 
-    For one seed and no record there is no error.
+    The two errors are combined by `joint`. For a single seed without losses per record there is no error.
 
     Args:
-      first, second: losses a token of the same seeds.
-      records: summed loss of every held-out record, averaged over those seeds, of the first and the second; or None.
-      tokens: of each record.
+      first: Losses per token of the first, one per seed.
+      second: Losses per token of the second, for the same seeds.
+      records: Summed loss of every held-out record, averaged over the seeds, of the first and of the second; or None.
+      tokens: Number of tokens of each record.
+
+    Returns:
+      The difference with its error.
     """
     by_seeds = over_seeds(first - second)
     if records is None or tokens is None:
@@ -346,33 +394,39 @@ def paired_losses(
 
 
 def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
-    """Two curves of one rank, with the difference of their least losses.
+    """Compare two curves of one rank.
 
     Args:
-      first, second: of two rules. Without a seed that both have, the ratio of their best rates has no error.
-      losses: loss of the first less the second, at the best rates.
+      first: Curve of the first rule.
+      second: Curve of the second rule. If the two share no seed, the ratio of their best rates has no error.
+      losses: Loss of the first minus the second, at the best rates.
+
+    Returns:
+      The comparison.
     """
+    # Ratio of the best rates.
     if shared := at_shared_seeds(first, second):
         ratio = of_log2_rates((1.0, -1.0), *shared)
     else:
         ratio = over_seeds(np.array([np.mean(log2_rates(first.spread)) - np.mean(log2_rates(second.spread))]))
+    # Difference of the lowest losses, with the larger bound of the two grids added to the interval.
     grid = max(first.grid_error(), second.grid_error())
     loss_a, loss_b = (float(np.mean(curve.spread.least())) for curve in (first, second))
     half_width = losses.half_width() + grid
     relative, half = losses.value / loss_b, half_width / loss_b
     ratio_errors = rate_errors(ratio, edge=first.edge or second.edge)
-    one_seed = losses.over == RECORDS and min(len(first.losses), len(second.losses)) < 2
+    is_one_seed = losses.over == RECORDS and min(len(first.losses), len(second.losses)) < 2
     if not losses.has_error:
         verdict = "not settled: one seed, no losses a record"
     elif math.isinf(grid):
         verdict = "undecided: a best rate lies between two that diverged"
-    elif one_seed:  # the error leaves out how one training run differs from the next
+    elif is_one_seed:  # the error does not contain the variation between training runs
         verdict = f"undecided: one seed ({relative:+.2%} ± {half:.2%} over held-out records)"
     elif abs(relative) > half:
         better = first.rule if losses.value < 0 else second.rule
         verdict = f"{better} is better by {abs(relative):.2%} ± {half:.2%}: more than a shift of the rate"
-    elif abs(relative) + half <= EQUAL:
-        verdict = f"equal to {EQUAL:.0%} ({relative:+.2%} ± {half:.2%}): a shift of the rate"
+    elif abs(relative) + half <= EQUIVALENCE_MARGIN:
+        verdict = f"equal to {EQUIVALENCE_MARGIN:.0%} ({relative:+.2%} ± {half:.2%}): a shift of the rate"
     else:
         verdict = f"undecided ({relative:+.2%} ± {half:.2%})"
     if first.edge or second.edge:

@@ -1,8 +1,7 @@
-"""The cost of a choice: held-out loss at the learning rate that a policy gives, minus the lowest loss found.
+"""The cost of a choice: held-out loss at a policy's learning rate, minus the lowest measured loss.
 
-A policy maps the learning rate tuned in one setting to the rate to use in another. Its regret is read from the
-measured curve of the other setting, interpolated between the rates that were run, so that policies whose rates
-were never run are compared with those that were.
+A policy maps the learning rate tuned in one setting to the rate to use in another. Its regret is
+interpolated on the measured curve of the other setting, so that policies can be compared at rates that were not run.
 """
 
 import math
@@ -27,8 +26,8 @@ class Regret:
 
     Attributes:
       learning_rate: Learning rate given by the policy from the tuned optimum.
-      nats: Regret in nats per token. Its error is over seeds and held-out records, paired; its bound is what the grid
-        of rates may hide below the lowest measured loss.
+      nats: Regret in nats per token. Its error is over seeds and held-out records, paired; its bound is how far
+        the true minimum may lie below the lowest measured loss.
       low: Smallest regret over the 95% interval of the tuned optimum.
       high: Largest regret over that interval.
       lowest_loss: Lowest measured held-out loss of the new setting, in nats per token, averaged over seeds.
@@ -55,7 +54,7 @@ def loss_at(
     """Interpolate measured losses at a learning rate.
 
     Monotone cubic interpolation (PCHIP) of the log loss in the log rate has no minimum between two measured rates that
-    is below both, so a regret cannot be negative.
+    is below both, so that a regret cannot be negative.
 
     Args:
       rates: Measured learning rates, ascending and above 0.
@@ -63,22 +62,23 @@ def loss_at(
       learning_rate: Learning rate at which to interpolate, above 0.
 
     Returns:
-      The loss of every seed, and whether it is a lower bound: the rate lies outside the measured ones, or beside one
-      that diverged. There the loss at the nearest rate that did not diverge is returned.
+      The loss of every seed, and whether it is a lower bound. It is one if the rate lies outside the measured rates or
+      next to a rate that diverged; the loss at the nearest rate that did not diverge is then returned.
 
     Examples:
       >>> losses, is_lower_bound = loss_at(np.array([1.0, 4.0]), np.array([[1.0, 1.0]]), 2.0)
       >>> losses.tolist(), is_lower_bound
       ([1.0], False)
     """
+    # Rates at which every seed has a finite loss.
     usable = np.isfinite(losses).all(axis=0)
     x, at = np.log(rates), math.log(learning_rate)
-    # The end of a grid is compared with the rounding of a logarithm in mind.
+    # Tolerance for the rounding of logarithms at the ends of the grid.
     slack = 1e-9 * max(1.0, float(np.max(np.abs(x))))
     right = int(np.searchsorted(x, at))
-    beside = {min(max(right - 1, 0), len(x) - 1), min(right, len(x) - 1)}
+    neighbours = {min(max(right - 1, 0), len(x) - 1), min(right, len(x) - 1)}
     is_outside = not x[0] - slack <= at <= x[-1] + slack
-    if is_outside or not all(usable[index] for index in beside):
+    if is_outside or not all(usable[index] for index in neighbours):
         nearest = int(np.flatnonzero(usable)[np.argmin(np.abs(x[usable] - at))])
         return losses[:, nearest], not math.isclose(x[nearest], at, abs_tol=slack)
     curve = scipy.interpolate.PchipInterpolator(x[usable], np.log(losses[:, usable]), axis=1)
@@ -108,8 +108,9 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
 
     learning_rate = policy(2**optimum.value)
     nats = estimate(partial(costs, learning_rate), target)
-    # Of a single seed `estimate` averages over resampled records; the value is the measured one.
+    # For a single seed `estimate` averages over resampled records. Report the measured value instead.
     nats = replace(nats, value=float(np.mean(costs(learning_rate))), bound=target.grid_error())
+    # Range of the regret over the confidence interval of the tuned optimum.
     shifts = np.linspace(-half_width, half_width, 33)
     over_interval = [float(np.mean(costs(policy(2 ** (optimum.value + shift))))) for shift in shifts]
     return Regret(

@@ -1,4 +1,4 @@
-"""Exact laws of an adapter's steps, and the samplers and the automatic differentiation that judge them."""
+"""Exact laws of an adapter's steps, with the samplers and the automatic differentiation that test them."""
 
 from rora_theory import lazily
 

@@ -13,8 +13,8 @@ Eliminating b gives
 K depends on the model, its data and the progress of the run, but on neither the number of steps nor the learning rate.
 It is measured at any G as :math:`G \rho (1 + \rho)`.
 
-The best rate keeps the effective step rather than the change. One step of size eta moves every entry of B by eta, and
-every entry of A by lambda eta, so the change moves by
+The best rate preserves the effective step rather than the change. One step of size eta moves every entry of B by eta
+and every entry of A by lambda eta, so the change moves by
 
 .. math:: \eta \left( \frac{\partial W}{\partial b} + \lambda \frac{\partial W}{\partial a} \right)
           = \eta\, G p\, (1 + 2 \rho)
@@ -25,8 +25,8 @@ if the steps of both factors are coherent, and by :math:`\eta\, G p\, (1 + \rho)
 
 with h independent of G. The exponent of the best rate in G is -1 where G >> K and -1/2 where G << K.
 
-The constant-gradient law (`rora_theory.theory.horizon`) counts every step as displacement instead. It is kept as a
-rival: fine-tuning runs of SmolLM2-135M contradict it.
+The constant-gradient law (`rora_theory.theory.horizon`) counts every step as displacement instead. It serves as the
+alternative hypothesis: fine-tuning runs of SmolLM2-135M contradict it.
 """
 
 import math
@@ -39,7 +39,7 @@ from rora_theory.errors import InputError
 from rora_theory.scaling import check_positive
 
 COHERENCE_RANGE = (1.0, 2.0)
-"""Range of c: only the steps of B are coherent, or the steps of both factors."""
+"""Range of c: 1 if only B's steps are coherent, 2 if both factors' steps are."""
 
 
 def displacement_ratio(strength: float, *, displacement_constant: float) -> float:
@@ -69,14 +69,14 @@ def displacement_ratio(strength: float, *, displacement_constant: float) -> floa
 
 
 def measured_constant(strength: float, ratios: Sequence[float] | Float[np.ndarray, " modules"]) -> float:
-    r"""Compute K from the ratios that a run's modules have at a given G.
+    r"""Compute K from the ratios of a run's modules at one G.
 
-    The median ratio over modules stands for rho in :math:`K = G \rho (1 + \rho)`. The run's learning rate should be at
-    or below the best one; above it K grows with the rate.
+    The median ratio over modules is used as rho in :math:`K = G \rho (1 + \rho)`. The run's learning rate should not
+    exceed the best one; above it K grows with the rate.
 
     Args:
-      strength: G = gamma r of the run, above 0.
-      ratios: A-led over B-led root-mean-square change of every adapted module.
+      strength: G = gamma r used in training, above 0.
+      ratios: Root-mean-square A-led change divided by the B-led change, for each adapted module.
 
     Returns:
       The displacement constant K.

@@ -1,4 +1,4 @@
-"""The adapters whose first step is simulated: ranks, scaling rules, optimizers and laws of A, and how finely."""
+"""Grid of simulated first steps: ranks, scaling rules, optimizers, initialisations and the required precision."""
 
 import itertools
 import math
@@ -21,43 +21,43 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RANKS = tuple(2**n for n in range(11))
-"""1 to 1024: those that a verdict on growth is given over, unless a sweep has three or more of its own."""
+"""Default ranks, 1 to 1024. Verdicts on growth use them unless a sweep has three or more ranks of its own."""
 
-MOST_DRAWS, LEAST_ERROR = 10**9, 5e-5
-"""A second moment of n normal draws has the relative error sqrt(2 / n)."""
+MAX_DRAWS, MIN_RELATIVE_ERROR = 10**9, 5e-5
+"""Matching limits: the second moment of n normal draws has the relative standard error sqrt(2 / n)."""
 
-LARGEST_POWER = 18
-"""Of ten, of a scaling or a step."""
+MAX_EXPONENT_OF_TEN = 18
+"""Largest decimal exponent of a scaling or a step: float32 can represent the square."""
 
 
 @dataclass(frozen=True)
 class StepGrid:
-    """Adapters, and the precision their steps are to be known to.
+    """Adapters to simulate, and the precision to reach.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     ranks: tuple[int, ...] = RANKS
-    """ranks of the adapter, each 1 or more"""
+    """Ranks of the adapter, each 1 or more"""
     rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
-    """scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
+    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[laws.Optimizer, ...] = ("sgd", "adam")
-    """optimizers whose first step is taken"""
+    """Optimizers of the first step: sgd, adam"""
     inits: tuple[Init, ...] = ()
-    """distributions of A; by default normal, the paper's N(0, 1), at random inputs, and kaiming_uniform, PEFT's
-    default, in real layers"""
+    """Initialisations of A. Default: normal, the paper's N(0, 1), for random inputs; kaiming_uniform, PEFT's default,
+    for layers of a model"""
     alpha: Positive = 16.0
-    """adapter strength, above 0"""
+    """Alpha of the adapter, above 0"""
     lr: Positive = 1e-4
-    """learning rate, above 0"""
+    """Learning rate, above 0"""
     relative_error: Positive | None = None
-    """draw until the relative standard error is this or less: of the second moment, by default 0.005; in real layers of
-    the rms, by default 0.01"""
+    """Relative standard error at which sampling stops. Default: 0.005 of the second moment for random inputs; 0.01 of
+    the rms for layers of a model"""
     draws: Plural | None = None
-    """draw exactly this many times instead"""
+    """Exact number of draws, instead of a relative error"""
     seed: int = 0
-    """seed of all draws"""
+    """Seed of the random draws"""
 
     def __post_init__(self) -> None:
         check_ranks(self.ranks, fewest=1)
@@ -65,39 +65,44 @@ class StepGrid:
         for name, known, fewest in (("optimizers", laws.OPTIMIZERS, 1), ("inits", INITS, 0)):
             check_choices(f"--{name}", getattr(self, name), known, fewest=fewest)
         check_ranges(self)
-        if self.relative_error is not None and self.relative_error < LEAST_ERROR:
+        if self.relative_error is not None and self.relative_error < MIN_RELATIVE_ERROR:
             raise InputError(
-                f"--relative-error is {self.relative_error}; accepted is {LEAST_ERROR:.0e} or more, which takes "
-                f"some {MOST_DRAWS:,} draws"
+                f"--relative-error must be at least {MIN_RELATIVE_ERROR:.0e} (about {MAX_DRAWS:,} draws), "
+                f"got {self.relative_error}"
             )
         if self.draws is not None:
-            if self.draws > MOST_DRAWS:
+            if self.draws > MAX_DRAWS:
                 raise InputError(
-                    f"--draws is {self.draws}; accepted are at most {MOST_DRAWS:,}: E[w^2] is then known to "
-                    f"{LEAST_ERROR:.0e} of itself, a hundred times finer than by default"
+                    f"--draws must be at most {MAX_DRAWS:,} (a relative error of {MIN_RELATIVE_ERROR:.0e} in E[w^2], "
+                    f"one hundredth of the default), got {self.draws}"
                 )
             check_unread(self, "relative_error", beside="--draws")
         check_seed(self.seed, "--seed")
+        # Size of every scaling and step, as decimal exponents.
         for rank, optimizer in itertools.product(self.ranks, self.optimizers):
             for _, gamma in self.scalings(rank):
                 power = math.log10(self.lr) + laws.scaling_power(optimizer) * math.log10(gamma)
-                if max(abs(power), abs(math.log10(gamma))) > LARGEST_POWER:
+                if max(abs(power), abs(math.log10(gamma))) > MAX_EXPONENT_OF_TEN:
                     raise InputError(
                         f"--alpha {self.alpha:g} and --lr {self.lr:g} give gamma {gamma:.1e} and a step of "
-                        f"1e{power:.0f} at rank {rank} under {optimizer}; accepted are 1e-{LARGEST_POWER} to "
-                        f"1e{LARGEST_POWER}, whose squares float32 holds"
+                        f"1e{power:.0f} at rank {rank} under {optimizer}. Both must be from "
+                        f"1e-{MAX_EXPONENT_OF_TEN} to 1e{MAX_EXPONENT_OF_TEN}: float32 must represent their squares."
                     )
 
     def scalings(self, rank: int) -> Iterator[tuple[Rule, float]]:
-        """Each rule with its gamma at a rank."""
+        """Yield each rule with its scaling factor at a rank."""
         for rule in self.rules:
             yield rule, scaling_factor(rule, alpha=self.alpha, rank=rank)
 
 
 def exponent_of(group: "pd.DataFrame") -> dict[str, float]:
-    """The log-log ``slope`` of ``estimate`` against ``rank`` in a table, its ``standard_error``, and that of ``exact``.
+    """Fit the log-log slope of ``estimate`` and of ``exact`` against ``rank`` in a table.
 
-    All NaN where there is one rank alone.
+    Args:
+      group: Table with the columns ``rank``, ``estimate``, ``standard_error`` and ``exact``.
+
+    Returns:
+      The ``slope`` of the estimates, its ``standard_error``, and the slope of ``exact``; NaN for fewer than two ranks.
     """
     if len(group) < 2:
         return dict.fromkeys(("slope", "standard_error", "exact"), math.nan)

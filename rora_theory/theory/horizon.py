@@ -1,7 +1,7 @@
-r"""After the first step: how far an adapter has changed its layer after many steps, at a constant gradient.
+r"""Laws after the first step: the change of a layer after many steps at a constant gradient.
 
-Setting: one adapted layer, B = 0 at the start, A iid, and the full weight's gradient G held constant, as it nearly is
-while the loss has hardly moved. Then every later step is known.
+Setting: one adapted layer, B = 0 initially, iid entries of A, and a constant gradient G of the full weight. The
+gradient is nearly constant while the loss has hardly changed. Every later step then has a closed form.
 
 **Sign descent** (Adam with epsilon 0, Lion, signSGD). With :math:`S = \mathrm{sign}(G A_0^\top)` and
 :math:`D = \mathrm{sign}(S^\top G)`, row k of A moves along row k of D once B has moved along -S:
@@ -9,19 +9,21 @@ while the loss has hardly moved. Then every later step is known.
 .. math:: B = -b\, S, \qquad A = A_0 + a\, D, \qquad
           w = -\gamma\, b\, \textstyle\sum_k S_k \left( a_k \cdot x' + a\, D_k \cdot x' \right)
 
-with b and a the distances that every entry of B and of A has moved (`distances`): b is the sum of the rates, and a
-begins one step later. The first term is **B-led**, the second **A-led**. It holds as long as no entry of
-:math:`G A^\top` changes sign: for ever with one sample, and otherwise for as long as `RowTerms.turned` stays small.
+Here b and a are the distances that every entry of B and of A has moved (`distances`): b is the sum of the learning
+rates, and a starts to grow one step later. The first term is **B-led**, the second **A-led**. The law holds as long as
+no entry of :math:`G A^\top` changes its sign: without limit for one sample, otherwise for distances far below the
+quantiles `RowTerms.turn`.
 
-Rows of A are independent and equal in law, so that with :math:`q_k = S_k(a_k \cdot x' + a D_k \cdot x')` at every rank
+Rows of A are independent and identically distributed, so that with :math:`q_k = S_k(a_k \cdot x' + a D_k \cdot x')`
+at every rank
 
 .. math:: E[w_i^2] = (\gamma b)^2 [\, r\, E[q_i^2] + r (r - 1)\, E[q_i]^2 \,]
 
-and a few hundred rows of A give the law of all ranks (`row_terms`).
+A few hundred sampled rows of A therefore estimate the law of all ranks (`row_terms`).
 
-**SGD** is linear in the factors: with :math:`G = U \Sigma V^\top` each singular direction moves by itself, and the
-change after t steps is a first step's with another gradient and another input (`sgd_equivalent`), so that
-`rora_theory.theory.laws.first_step_moments` has its exact moments.
+**SGD** is linear in the factors: with :math:`G = U \Sigma V^\top` each singular direction evolves independently. The
+change after t steps equals a first step with another gradient and another input (`sgd_equivalent`), so that
+`rora_theory.theory.laws.first_step_moments` computes its exact moments.
 """
 
 import math
@@ -37,18 +39,18 @@ from rora_theory.errors import InputError
 from rora_theory.scaling import check_integer, check_positive, check_rank
 
 TURNS = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""Quantiles of the distance at which an entry of G A^T changes its sign."""
+"""Levels of the reported quantiles of the distance at which an entry of G A^T changes its sign."""
 
-GROWTH = 1e100
-"""The most that B's gradient may grow: its squares must be numbers."""
+MAX_GRADIENT_GROWTH = 1e100
+"""Largest growth of B's gradient: float64 must represent its square."""
 
 
 class Distances(NamedTuple):
-    """How far every entry has moved, in the entries' own units.
+    """Distances that every entry of the factors has moved, in the units of the entries.
 
     Attributes:
-      B: b, the distance of an entry of B from 0.
-      A: a, the distance of an entry of A from its start.
+      B: Distance b of an entry of B from 0.
+      A: Distance a of an entry of A from its initial value.
     """
 
     B: float
@@ -62,61 +64,66 @@ def distances(
     decay: tuple[float, float] | None = (0.9, 0.999),
     takeover: float = math.inf,
 ) -> Distances:
-    r"""Distances that B and A move along constant signs.
+    r"""Compute the distances that the entries of B and A move along constant signs.
 
-    Under sign descent an entry moves by the rate in every step in which its gradient is not zero: A waits until B has
-    moved. Under Adam a gradient that grows is followed faster, by :math:`\hat m / \sqrt{\hat v}` of its history: A's
-    grows with b, so that at a constant rate A moves up to :math:`\sqrt 3` times as fast as under sign descent (for
-    steps far above :math:`1/(1-\beta_1)` and far below :math:`1/(1-\beta_2)`), and B's grows as
+    Under sign descent an entry moves by the learning rate in every step with a nonzero gradient: A waits until B has
+    moved. Adam follows a growing gradient faster, by :math:`\hat m / \sqrt{\hat v}` of the gradient's history. A's
+    gradient grows with b, so that at a constant rate A moves up to :math:`\sqrt 3` times as fast as under sign descent
+    (for a number of steps far above :math:`1/(1-\beta_1)` and far below :math:`1/(1-\beta_2)`). B's gradient grows as
     :math:`1 + a/\mathrm{takeover}`.
 
     Args:
-      rates_B: learning rate of B in each step, 0 or more; a warm-up that begins at 0 has a first entry of 0.
-      rates_A: of A, where it has its own (LoRA+); None is ``rates_B``.
-      decay: Adam's beta_1 and beta_2; None is sign descent.
-      takeover: a at which the A-led term equals the B-led one (`RowTerms.takeover`), which tells how B's gradient
-        grows under Adam; infinite: it stays.
+      rates_B: Learning rate of B in each step, 0 or more. A warm-up that starts at 0 has 0 as its first entry.
+      rates_A: Learning rate of A in each step, if it differs (LoRA+). None uses ``rates_B``.
+      decay: Adam's beta_1 and beta_2. None selects sign descent.
+      takeover: Distance a at which the A-led term equals the B-led term (`RowTerms.takeover`). It sets the growth of
+        B's gradient under Adam; infinity means a constant gradient.
+
+    Returns:
+      The distances b and a after the last step.
 
     Raises:
-      InputError: no steps, unequal numbers of them, a negative rate, a decay outside [0, 1), or a takeover that is not
-        above 0 or is next to nothing beside A's rates.
+      InputError: If there are no steps, the two schedules differ in length, a rate is negative, a decay is outside
+        [0, 1), or the takeover is not above 0 or is negligible compared to A's rates.
 
     Examples:
       >>> distances([0.25] * 4, decay=None)
       Distances(B=1.0, A=0.75)
-      >>> round(distances([1e-3] * 200).A / distances([1e-3] * 200, decay=None).A, 2)  # Adam follows A's ramp faster
+      >>> round(distances([1e-3] * 200).A / distances([1e-3] * 200, decay=None).A, 2)  # Adam moves A faster
       1.47
     """
-    each_B = np.asarray(rates_B, np.float64)
-    each_A = each_B if rates_A is None else np.asarray(rates_A, np.float64)
-    if each_B.ndim != 1 or not len(each_B) or each_A.shape != each_B.shape:
+    rates_B = np.asarray(rates_B, np.float64)
+    rates_A = rates_B if rates_A is None else np.asarray(rates_A, np.float64)
+    if rates_B.ndim != 1 or not len(rates_B) or rates_A.shape != rates_B.shape:
         raise InputError(
-            f"rates have shapes {each_B.shape} and {each_A.shape}; accepted is one rate a step, one step or more"
+            "rates_B and rates_A must have one rate per step, for the same number of steps and at least one, "
+            f"got shapes {rates_B.shape} and {rates_A.shape}"
         )
-    if not (np.isfinite(each_B).all() and np.isfinite(each_A).all() and min(each_B.min(), each_A.min()) >= 0):
-        raise InputError("a rate is negative or not finite; accepted are numbers of 0 or more")
+    if not (np.isfinite(rates_B).all() and np.isfinite(rates_A).all() and min(rates_B.min(), rates_A.min()) >= 0):
+        raise InputError("rates_B and rates_A must be finite and at least 0, got a rate that is negative or not finite")
     if not takeover > 0:
-        raise InputError(f"takeover is {takeover!r}; accepted is a number above 0, or inf")
-    if (reach := float(each_A.sum())) / takeover > GROWTH:
+        raise InputError(f"takeover must be above 0, or inf, got {takeover!r}")
+    if (reach := float(rates_A.sum())) / takeover > MAX_GRADIENT_GROWTH:
         raise InputError(
-            f"takeover is {takeover!r} where A's rates add up to {reach:.3g}; accepted is {1 / GROWTH:g} of that or "
-            "more"
+            f"takeover must be at least {1 / MAX_GRADIENT_GROWTH:g} of the sum of A's rates, which is {reach:.3g}; "
+            f"got {takeover!r}"
         )
-    paces = [_AdamStep(decay), _AdamStep(decay)]
+    adam_B, adam_A = _AdamStep(decay), _AdamStep(decay)
     b = a = 0.0
-    for rate_B, rate_A in zip(each_B.tolist(), each_A.tolist(), strict=True):
-        gradients = (1 + a / takeover, b)  # of the step's start
-        b += rate_B * paces[0].step(gradients[0])
-        a += rate_A * paces[1].step(gradients[1])
+    for rate_B, rate_A in zip(rates_B.tolist(), rates_A.tolist(), strict=True):
+        # Relative sizes of both gradients before the step: both factors are updated from the same point.
+        gradient_B, gradient_A = 1 + a / takeover, b
+        b += rate_B * adam_B.step(gradient_B)
+        a += rate_A * adam_A.step(gradient_A)
     return Distances(b, a)
 
 
 class _AdamStep:
-    """Adam's step in units of the rate, for an entry whose gradient keeps its sign; 1 under sign descent."""
+    """Adam's step in units of the learning rate for a gradient of constant sign; 1 under sign descent."""
 
     def __init__(self, decay: tuple[float, float] | None) -> None:
         if decay is not None and not all(0 <= beta < 1 for beta in decay):
-            raise InputError(f"decay is {decay}; accepted are two numbers from 0 to below 1")
+            raise InputError(f"decay must be two numbers of at least 0 and below 1, got {decay}")
         self._decay = decay
         self._first = self._second = 0.0
         self._count = 0
@@ -134,27 +141,28 @@ class _AdamStep:
 
 
 class Quadratic(NamedTuple):
-    """c0 + c1 a + c2 a^2 in A's distance a."""
+    """Quadratic polynomial c0 + c1 a + c2 a^2 in A's distance a."""
 
     c0: float
     c1: float
     c2: float
 
     def __call__(self, distance: float) -> float:
+        """Evaluate the polynomial at a distance of A."""
         return self.c0 + distance * (self.c1 + distance * self.c2)
 
 
 @dataclass(frozen=True)
 class RowTerms:
-    r"""What one row of A adds to the change, summed over outputs and averaged over tokens; see `row_terms`.
+    r"""Contribution of one row of A to the change, summed over outputs and averaged over tokens; see `row_terms`.
 
     Attributes:
-      coherent: :math:`\sum_i E[q_i]^2`, as a polynomial in a.
-      total: :math:`\sum_i E[q_i^2]`, likewise.
-      turn: quantiles `TURNS` of the distance at which an entry of :math:`G A^\top` changes its
-        sign (infinite where it never does): far below the first the law is exact.
-      p_out: outputs.
-      rows: of A that the terms rest on.
+      coherent: Polynomial in a of :math:`\sum_i E[q_i]^2`.
+      total: Polynomial in a of :math:`\sum_i E[q_i^2]`.
+      turn: Quantiles (`TURNS`) of the distance at which an entry of :math:`G A^\top` changes its sign; infinity if it
+        never does. The law is exact far below the first quantile.
+      p_out: Number of outputs.
+      rows: Number of rows of A in the estimate.
     """
 
     coherent: Quadratic
@@ -164,23 +172,27 @@ class RowTerms:
     rows: int
 
     def rms(self, rank: int, *, scaling: float, moved: Distances) -> float:
-        """Root mean square of w over the draw of A, outputs and tokens.
+        """Compute the root mean square of w over draws of A, outputs and tokens.
 
         Args:
-          rank, scaling: r >= 1 and gamma > 0.
-          moved: how far the factors have moved, of `distances`.
+          rank: Rank r of the adapter, 1 or more.
+          scaling: Scaling factor gamma, above 0.
+          moved: Distances that the factors have moved, from `distances`.
+
+        Returns:
+          The root mean square of the change.
 
         Raises:
-          InputError: a rank or scaling out of range.
+          InputError: If the rank or the scaling is out of range.
         """
         check_positive("scaling", scaling)
         square = self._square(rank, self.coherent(moved.A), self.total(moved.A))
         return scaling * moved.B * math.sqrt(square / self.p_out)
 
     def takeover(self, rank: int) -> float:
-        r"""The distance a at which the A-led term alone is as large as the B-led one: :math:`m_1 / m_2`.
+        r"""Compute the distance a at which the A-led term equals the B-led term, :math:`m_1 / m_2`.
 
-        Over A's rate it is the number of steps t_A after which A leads.
+        Divided by A's learning rate it is the number of steps t_A after which A leads.
         """
         led_B = self._square(rank, self.coherent.c0, self.total.c0)
         led_A = self._square(rank, self.coherent.c2, self.total.c2)
@@ -197,31 +209,34 @@ def row_terms(
     x: Float[np.ndarray, "tokens p_in"],
     lora_A: Float[np.ndarray, "rows p_in"],
 ) -> RowTerms:
-    r"""The terms of sign descent from rows of A that were drawn.
+    r"""Estimate the terms of sign descent from sampled rows of A.
 
-    :math:`E[q_i]^2` is estimated without bias from pairs of different rows.
+    Pairs of different rows give an unbiased estimate of :math:`E[q_i]^2`.
 
     Args:
-      grad: G, held constant.
-      x: inputs x' at which the layer is read.
-      lora_A: rows drawn as A starts, two or more; hundreds for a per cent.
+      grad: Constant gradient G of the full weight.
+      x: Inputs x' at which the layer is evaluated.
+      lora_A: Rows drawn from A's initial distribution, two or more. A precision of 1% takes hundreds.
+
+    Returns:
+      The terms of one row.
 
     Raises:
-      InputError: shapes that don't match, fewer than two rows, or a value that is not finite.
+      InputError: If the shapes don't match, there are fewer than two rows, or a value is not finite.
     """
     return row_signs(grad, lora_A).terms(x)
 
 
 @dataclass(frozen=True, eq=False)
 class RowSigns:
-    r"""What the terms of rows of A need of a gradient, shared by all inputs; see `row_signs`.
+    r"""Part of `row_terms` that depends on the gradient alone and is shared by all inputs; see `row_signs`.
 
     Attributes:
-      lora_A: Rows of A.
-      moves: D, the directions in which they move.
-      live: Number of outputs that have a gradient, for each row.
-      gram: :math:`S^\top S`.
-      turn: Quantiles of the distance at which a sign turns; NaN where they were not asked for.
+      lora_A: Sampled rows of A.
+      moves: Directions D in which the rows move.
+      live: Number of outputs with a nonzero gradient, for each row.
+      gram: Gram matrix :math:`S^\top S`.
+      turn: Quantiles of the distance at which a sign changes; NaN if they were not requested.
       p_out: Number of outputs.
     """
 
@@ -233,26 +248,34 @@ class RowSigns:
     p_out: int
 
     def terms(self, x: Float[np.ndarray, "tokens p_in"]) -> RowTerms:
-        """Compute the terms at some inputs, in the precision of the rows.
+        """Compute the terms at the inputs, in the precision of the rows.
+
+        Args:
+          x: Inputs x' at which the layer is evaluated.
+
+        Returns:
+          The terms of one row.
 
         Raises:
-          InputError: No inputs, another p_in, or a value that is not finite.
+          InputError: If there are no inputs, p_in differs, or a value is not finite.
         """
         x = np.asarray(x, self.lora_A.dtype)
         if x.ndim != 2 or x.shape[1] != self.lora_A.shape[1] or not len(x):
             raise InputError(
-                f"x has shape {x.shape} and lora_A {self.lora_A.shape}; accepted are [tokens, p_in] and [rows, p_in] "
-                "of one p_in, with one token or more"
+                "x and lora_A must have shapes [tokens, p_in] and [rows, p_in] with the same p_in and at least one "
+                f"token, got {x.shape} and {self.lora_A.shape}"
             )
         if not np.isfinite(x).all():
-            raise InputError("x holds a value that is not finite; accepted are finite numbers")
+            raise InputError("x must be finite, got a NaN or infinite value")
         rows, tokens = len(self.lora_A), len(x)
-        each = _pairs(x @ self.lora_A.T, x @ self.moves.T)  # [tokens, rows]
-        total = [float(np.sum(self.live * first * second, dtype=np.float64) / rows) for first, second in each]
-        # The sum over outputs of (S u) (S v) by the Gram matrix of S, without forming S u.
-        sums = [float(np.sum((first @ self.gram) * second, dtype=np.float64)) for first, second in each]
+        # Products uu, uv and vv of the B-led part u and the A-led part v, each [tokens, rows].
+        products = _pairs(x @ self.lora_A.T, x @ self.moves.T)
+        total = [float(np.sum(self.live * first * second, dtype=np.float64) / rows) for first, second in products]
+        # Sum over outputs of (S u) (S v) by the Gram matrix of S, without forming S u.
+        sums = [float(np.sum((first @ self.gram) * second, dtype=np.float64)) for first, second in products]
+        # Without the terms in which a row meets itself, the sum estimates E[q_i]^2 without bias.
         pairs = rows * (rows - 1.0)
-        coherent = [(both - alone * rows) / pairs for both, alone in zip(sums, total, strict=True)]
+        coherent = [(all_pairs - same_row * rows) / pairs for all_pairs, same_row in zip(sums, total, strict=True)]
         return RowTerms(
             _quadratic([value / tokens for value in coherent]),
             _quadratic([value / tokens for value in total]),
@@ -271,34 +294,39 @@ def row_signs(
     """Prepare `row_terms` for one gradient and the inputs of several splits.
 
     Args:
-      grad: G, held constant.
-      lora_A: Rows drawn as A starts, two or more.
-      exact: Whether to compute in float64, with the quantiles of the distance at which a sign turns. Otherwise products
-        are taken in float32, which changes the terms by 1e-6 of themselves.
+      grad: Constant gradient G of the full weight.
+      lora_A: Rows drawn from A's initial distribution, two or more.
+      exact: Whether to compute in float64, with the quantiles of the distance at which a sign changes. Otherwise
+        products are computed in float32, with a relative error of about 1e-6 in the terms.
+
+    Returns:
+      The signs, directions and Gram matrix of the rows.
 
     Raises:
-      InputError: Shapes that don't match, fewer than two rows, or a value that is not finite.
+      InputError: If the shapes don't match, there are fewer than two rows, or a value is not finite.
     """
     dtype: Any = np.float64 if exact else np.float32
     grad, lora_A = np.asarray(grad, dtype), np.asarray(lora_A, dtype)
     if not (grad.ndim == lora_A.ndim == 2 and grad.shape[1] == lora_A.shape[1]):
         raise InputError(
-            f"grad has shape {grad.shape} and lora_A {lora_A.shape}; accepted are [p_out, p_in] and [rows, p_in] of "
-            "one p_in"
+            "grad and lora_A must have shapes [p_out, p_in] and [rows, p_in] with the same p_in, "
+            f"got {grad.shape} and {lora_A.shape}"
         )
     if len(lora_A) < 2:
-        raise InputError(f"lora_A has {len(lora_A)} rows; accepted are 2 or more")
-    if not all(np.isfinite(each).all() for each in (grad, lora_A)):
-        raise InputError("grad or lora_A holds a value that is not finite; accepted are finite numbers")
-    read = grad @ lora_A.T
-    signs = np.sign(read)
+        raise InputError(f"lora_A must have at least 2 rows, got {len(lora_A)}")
+    if not all(np.isfinite(matrix).all() for matrix in (grad, lora_A)):
+        raise InputError("grad and lora_A must be finite, got a NaN or infinite value")
+    # S, the constant sign of B's gradient, and D, that of A's gradient once B has moved.
+    projections = grad @ lora_A.T
+    signs = np.sign(projections)
     moves = np.sign(signs.T @ grad)
-    live = np.sum(signs**2, axis=0)  # outputs in which a row takes part: all, but for those without a gradient
+    live = np.sum(signs**2, axis=0)
+    # Distance at which the motion of A along D turns the sign of an entry of G A^T.
     turn = [math.nan] * len(TURNS)
     if exact:
         with np.errstate(divide="ignore", invalid="ignore"):
-            drift = signs * (grad @ moves.T)  # below zero where A's motion turns the sign
-            distance = np.where(drift < 0, -np.abs(read) / drift, np.inf)
+            drift = signs * (grad @ moves.T)  # negative if the entry moves towards 0
+            distance = np.where(drift < 0, -np.abs(projections) / drift, np.inf)
         turn = np.quantile(distance, TURNS, method="lower").tolist()
     quantiles: Any = tuple(turn)
     return RowSigns(lora_A, moves, live, signs.T @ signs, quantiles, grad.shape[0])
@@ -308,23 +336,26 @@ def _pairs(first: np.ndarray, second: np.ndarray) -> list[tuple[np.ndarray, np.n
     return [(first, first), (first, second), (second, second)]
 
 
-def _quadratic(parts: Sequence[float]) -> Quadratic:
-    """Of (u + a v)^2 from uu, uv and vv."""
-    return Quadratic(parts[0], 2 * parts[1], parts[2])
+def _quadratic(products: Sequence[float]) -> Quadratic:
+    """Return (u + a v)^2 as a polynomial in a, from uu, uv and vv."""
+    return Quadratic(products[0], 2 * products[1], products[2])
 
 
 def one_sample_takeover(deviation: float, p_in: int) -> float:
-    r"""A's distance at which it leads, for one sample at its own input, all its entries alike in size.
+    r"""Compute the distance of A at which A leads, for one sample evaluated at its own input.
 
-    :math:`s \sqrt{2/\pi}\, |x|_2 / |x|_1 = s / \sqrt{p_{in}}` where the entries of x are as a Gaussian's: with PEFT's
-    default, :math:`1 / (\sqrt 3\, p_{in})`.
+    :math:`s \sqrt{2/\pi}\, |x|_2 / |x|_1 = s / \sqrt{p_{in}}` for an input with iid Gaussian entries. With
+    PEFT's default initialisation it is :math:`1 / (\sqrt 3\, p_{in})`.
 
     Args:
-      deviation: s > 0, of A's entries.
-      p_in: inputs, 1 or more.
+      deviation: Standard deviation s of A's entries, above 0.
+      p_in: Number of inputs, 1 or more.
+
+    Returns:
+      The distance of an entry of A.
 
     Raises:
-      InputError: an argument out of range.
+      InputError: If an argument is out of range.
     """
     check_positive("deviation", deviation)
     check_integer("p_in", p_in)
@@ -332,27 +363,35 @@ def one_sample_takeover(deviation: float, p_in: int) -> float:
 
 
 class RateExponents(NamedTuple):
-    """How the best rate moves with gamma at a fixed rank, and with the rank at a fixed gamma."""
+    """Exponents of the best learning rate.
+
+    Attributes:
+      scaling: Exponent in gamma at a fixed rank.
+      rank: Exponent in the rank at a fixed gamma.
+    """
 
     scaling: float
     rank: float
 
 
 def rate_exponents(rho: float) -> RateExponents:
-    r"""Exponents of the rate that keeps the change at a horizon, where the signal leads (both terms grow as r).
+    r"""Compute the exponents of the rate that preserves the change at a horizon, in the signal regime.
 
-    The change is :math:`\propto \gamma r\, \eta (1 + \rho)` with :math:`\rho` = A-led over B-led term at the horizon, a
-    multiple of :math:`\eta`. Keeping it,
+    Both terms then grow as r, and the change is :math:`\propto \gamma r\, \eta (1 + \rho)`. The ratio :math:`\rho` of
+    the A-led to the B-led term at the horizon is proportional to :math:`\eta`. A constant change requires
 
     .. math:: \frac{d \log \eta^*}{d \log \gamma} = \frac{d \log \eta^*}{d \log r} = -\frac{1 + \rho}{1 + 2\rho}
 
-    -1 where B leads, -1/2 where A does.
+    The exponent is -1 if B leads and -1/2 if A leads.
 
     Args:
-      rho: 0 or more, or infinite; of `RowTerms` it is ``moved.A / takeover``.
+      rho: Ratio of the A-led to the B-led term, 0 or more, or infinity; ``moved.A / takeover`` for `RowTerms`.
+
+    Returns:
+      The exponents in gamma and in the rank.
 
     Raises:
-      InputError: a rho below 0 or not a number.
+      InputError: If rho is below 0 or not a number.
 
     Examples:
       >>> rate_exponents(0.0), rate_exponents(math.inf)
@@ -364,49 +403,55 @@ def rate_exponents(rho: float) -> RateExponents:
 
 
 def sgd_rate_exponents(growth: float) -> RateExponents:
-    r"""`rate_exponents` of SGD: of the rate that keeps the change in a singular direction of the gradient.
+    r"""Compute SGD's exponents of the rate that preserves the change in one singular direction of the gradient.
 
-    With :math:`\tau = \gamma \sigma \sum \eta`, small steps and the signal leading, the change is
-    :math:`\propto \gamma r \sinh(2\tau)` (`sgd_equivalent`: :math:`\sigma_t c_t = \sinh(2\tau) / 2`). Keeping it, with
-    :math:`q = 2\tau \coth 2\tau`,
+    With :math:`\tau = \gamma \sigma \sum \eta`, small steps and the signal regime, the change is
+    :math:`\propto \gamma r \sinh(2\tau)` (`sgd_equivalent`: :math:`\sigma_t c_t = \sinh(2\tau) / 2`). A constant change
+    requires, with :math:`q = 2\tau \coth 2\tau`,
 
     .. math:: \frac{d \log \eta^*}{d \log \gamma} = -1 - \frac1q, \qquad
               \frac{d \log \eta^*}{d \log r} = -\frac1q
 
-    -2 and -1 at the first step (q = 1); -1 and 0 in a long run, in which both factors grow as
-    :math:`e^\tau` and only the product of gamma and the rate counts, whatever the rank.
+    The exponents are -2 and -1 at the first step (q = 1). They are -1 and 0 in a long run, in which both factors grow
+    as :math:`e^\tau` and only the product of gamma and the rate matters, at any rank.
 
     Args:
-      growth: tau, 0 or more, or infinite.
+      growth: Growth tau, 0 or more, or infinity.
+
+    Returns:
+      The exponents in gamma and in the rank.
 
     Raises:
-      InputError: a growth below 0 or not a number.
+      InputError: If the growth is below 0 or not a number.
 
     Examples:
       >>> sgd_rate_exponents(0.0), sgd_rate_exponents(math.inf)
       (RateExponents(scaling=-2.0, rank=-1.0), RateExponents(scaling=-1.0, rank=0.0))
     """
     if not growth >= 0:
-        raise InputError(f"growth is {growth!r}; accepted is a number of 0 or more, or inf")
+        raise InputError(f"growth must be at least 0, or inf, got {growth!r}")
     inverse = math.tanh(2 * growth) / (2 * growth) if growth else 1.0
     return RateExponents(-1 - inverse, -inverse or 0.0)
 
 
 def rate_factor(strength: float, rho: float) -> float:
-    r"""The factor of the rate that keeps the change at the horizon where :math:`\gamma r` grows ``strength`` times.
+    r"""Compute the factor of the rate that preserves the change at the horizon when :math:`\gamma r` changes.
 
-    The positive root y of :math:`y (1 + \rho y) = (1 + \rho) / \mathrm{strength}`: 1/strength where B leads (rho = 0),
-    1/sqrt(strength) where A does.
+    The factor is the positive root y of :math:`y (1 + \rho y) = (1 + \rho) / \mathrm{strength}`: 1/strength if B leads
+    (rho = 0), 1/sqrt(strength) if A leads.
 
     Args:
-      strength: :math:`\gamma' r' / (\gamma r)` > 0.
-      rho: A-led over B-led term at the horizon under the old rate, 0 or more, or infinite.
+      strength: Factor :math:`\gamma' r' / (\gamma r)` by which the strength changes, above 0.
+      rho: Ratio of the A-led to the B-led term at the horizon under the old rate, 0 or more, or infinity.
+
+    Returns:
+      The new learning rate divided by the old one.
 
     Raises:
-      InputError: an argument out of range.
+      InputError: If an argument is out of range.
 
     Examples:
-      ``use_rslora`` at r = 128 and the same alpha makes gamma sqrt(128) times as large:
+      ``use_rslora`` at r = 128 with alpha unchanged multiplies gamma by sqrt(128):
 
       >>> tuple(round(1 / rate_factor(math.sqrt(128), rho), 1) for rho in (0.0, 1.0, math.inf))
       (11.3, 6.5, 3.4)
@@ -416,7 +461,7 @@ def rate_factor(strength: float, rho: float) -> float:
     if math.isinf(rho):
         return strength**-0.5
     target = (1 + rho) / strength
-    # the root of rho y^2 + y - target without the difference that cancels at small rho
+    # The root of rho y^2 + y - target, in a form that avoids cancellation at small rho.
     return 2 * target / (1 + math.sqrt(1 + 4 * rho * target))
 
 
@@ -428,19 +473,22 @@ def matching_rate(
     steps: int,
     decay: tuple[float, float] | None = (0.9, 0.999),
 ) -> float:
-    """The constant rate at which a new rank and gamma change the layer as much after ``steps`` steps as the old did.
+    """Compute the constant learning rate that preserves the layer's change after ``steps`` steps at a new setting.
 
-    Cross-talk is counted, so that this differs from `rate_factor` where the signal does not lead.
+    Cross-talk is included. The result therefore differs from `rate_factor` outside the signal regime.
 
     Args:
-      terms: of the module.
-      old: rank, gamma and learning rate.
-      new: rank and gamma.
-      steps: the horizon, 1 or more.
-      decay: see `distances`.
+      terms: Terms of the module, from `row_terms`.
+      old: Rank, gamma and learning rate of the tuned setting.
+      new: Rank and gamma of the new setting.
+      steps: Number of steps of the horizon, 1 or more.
+      decay: Adam's beta_1 and beta_2. None selects sign descent.
+
+    Returns:
+      The learning rate of the new setting.
 
     Raises:
-      InputError: an argument out of range, or terms of an output that does not change.
+      InputError: If an argument is out of range or the terms describe an output that does not change.
     """
     check_positive("learning_rate", old[2])
     check_integer("steps", steps)
@@ -449,7 +497,7 @@ def matching_rate(
         moved = distances([rate] * steps, decay=decay, takeover=terms.takeover(rank))
         size = terms.rms(rank, scaling=scaling, moved=moved)
         if not size > 0:
-            raise InputError(f"terms say that rank {rank} changes the output by {size:g}; accepted is a change above 0")
+            raise InputError(f"terms must describe an output that changes, got a change of {size:g} at rank {rank}")
         return math.log(size)
 
     target = log_size(*old)
@@ -463,39 +511,45 @@ def keeping_rate(
     *,
     takeover: float,
 ) -> float:
-    r"""The rate that changes a model as much over a second schedule as ``rate`` does over a first, at one gamma r.
+    r"""Compute the rate that preserves a model's change under another schedule, at one gamma r.
 
-    Under Adam along a constant gradient, where the signal leads: :math:`b (1 + a / \mathrm{takeover})` is kept, see
-    `distances`.
+    The law is Adam's along a constant gradient in the signal regime: :math:`b (1 + a / \mathrm{takeover})` is
+    preserved, see `distances`.
 
     Args:
-      rate: learning rate over the first schedule, above 0.
-      first, second: factor of the rate in each step, some of them above 0.
-      takeover: see `distances`; infinite is a weight that moves by itself, full fine-tuning.
+      rate: Learning rate of the first schedule, above 0.
+      first: Factor of the rate in each step of the first schedule, at least one above 0.
+      second: Factor of the rate in each step of the second schedule, at least one above 0.
+      takeover: Distance a at which the A-led term equals the B-led term, see `distances`. Infinity describes a weight
+        trained directly (full fine-tuning).
+
+    Returns:
+      The learning rate of the second schedule.
 
     Raises:
-      InputError: a rate out of range, a schedule in which nothing moves, or as `distances`.
+      InputError: If the rate is out of range, a schedule has no factor above 0, or `distances` rejects an argument.
     """
     check_positive("rate", rate)
     for name, schedule in (("first", first), ("second", second)):
         if not np.any(np.asarray(schedule, np.float64) > 0):
-            raise InputError(f"{name} has no factor above 0; accepted is a schedule with one or more")
+            raise InputError(f"{name} must have at least one factor above 0, got none in {len(schedule)} steps")
 
-    def log_change(schedule: Sequence[float] | Float[np.ndarray, "..."], each: float) -> float:
-        moved = distances(each * np.asarray(schedule), takeover=takeover)
+    def log_change(schedule: Sequence[float] | Float[np.ndarray, "..."], peak_rate: float) -> float:
+        moved = distances(peak_rate * np.asarray(schedule), takeover=takeover)
         return math.log(moved.B) + math.log1p(moved.A / takeover)
 
     target = log_change(first, rate)
-    return _rate_without(lambda each: log_change(second, each) - target, rate)
+    return _rate_without(lambda new_rate: log_change(second, new_rate) - target, rate)
 
 
 def _rate_without(excess: Callable[[float], float], start: float) -> float:
-    """The rate at which the log of a size is in excess by 0; the size grows at least as the rate."""
+    """Solve for the rate at which ``excess``, the log of a size over its target, is 0."""
+    # The size grows at least in proportion to the rate, so that the root lies within the excess of the start.
     middle, reach = math.log(start), abs(excess(start)) + 1e-9
-    found = scipy.optimize.brentq(
+    log_root = scipy.optimize.brentq(
         lambda log_rate: excess(math.exp(log_rate)), middle - reach, middle + reach, xtol=1e-10
     )
-    return math.exp(found)
+    return math.exp(log_root)
 
 
 def sgd_equivalent(
@@ -506,47 +560,51 @@ def sgd_equivalent(
     scaling: float,
     momentum: float = 0.0,
 ) -> tuple[Float[np.ndarray, "p_out p_in"], Float[np.ndarray, "*tokens p_in"]]:
-    r"""The gradient and the input at which SGD's *first* step, at rate 1, is what many steps at the constant G come to.
+    r"""Return the gradient and inputs of an SGD *first* step at rate 1 that equals many steps at the constant G.
 
-    In the singular directions of G, with :math:`h = \gamma \eta \sigma`, a step takes (b, a) to (b - h a, a - h b), so
-    that after t of them from b = 0, :math:`b_t = -\sigma_t\, a_0` and :math:`a_t = c_t\, a_0`; at a constant rate
+    In a singular direction of G, with :math:`h = \gamma \eta \sigma`, a step maps (b, a) to (b - h a, a - h b). After t
+    steps from b = 0, :math:`b_t = -\sigma_t\, a_0` and :math:`a_t = c_t\, a_0`; at a constant rate
 
     .. math:: \sigma_t = \tfrac12 [(1 + h)^t - (1 - h)^t], \qquad c_t = \tfrac12 [(1 + h)^t + (1 - h)^t]
 
-    and :math:`w = -\gamma\, U \sigma_t V^\top W (V c_t V^\top) x'`, :math:`W = A_0^\top A_0`: SGD's first step with
-    G replaced by :math:`U \sigma_t V^\top / \gamma` and x' by :math:`V c_t V^\top x'`. A matters once
-    :math:`\gamma \eta t \sigma_1` is near 1, whatever the rank.
+    The change is :math:`w = -\gamma\, U \sigma_t V^\top W (V c_t V^\top) x'` with :math:`W = A_0^\top A_0`. It equals
+    SGD's first step with G replaced by :math:`U \sigma_t V^\top / \gamma` and x' by :math:`V c_t V^\top x'`. The motion
+    of A matters once :math:`\gamma \eta t \sigma_1` is near 1, at any rank.
 
     Args:
-      grad: G, held constant.
-      x: inputs x' at which the layer is read.
-      rates: learning rate of each step.
-      scaling: gamma > 0.
-      momentum: of the heavy ball (PyTorch's), 0 to below 1.
+      grad: Constant gradient G of the full weight.
+      x: Inputs x' at which the layer is evaluated.
+      rates: Learning rate of each step.
+      scaling: Scaling factor gamma, above 0.
+      momentum: Heavy-ball momentum in PyTorch's convention, at least 0 and below 1.
 
     Returns:
-      gradient and inputs for `rora_theory.theory.laws.first_step_moments` at the same scaling and ``learning_rate=1``.
+      Gradient and inputs for `rora_theory.theory.laws.first_step_moments` at the same scaling and ``learning_rate=1``.
 
     Raises:
-      InputError: an argument out of range.
+      InputError: If an argument is out of range.
     """
     check_positive("scaling", scaling)
-    each = np.asarray(rates, np.float64)
-    if each.ndim != 1 or not len(each) or not (np.isfinite(each).all() and (each >= 0).all()):
-        raise InputError(f"rates have shape {each.shape}; accepted is one rate of 0 or more a step, one step or more")
+    rates = np.asarray(rates, np.float64)
+    if rates.ndim != 1 or not len(rates) or not (np.isfinite(rates).all() and (rates >= 0).all()):
+        raise InputError(
+            f"rates must have one finite rate of at least 0 per step, and at least one step, got shape {rates.shape}"
+        )
     if not 0 <= momentum < 1:
-        raise InputError(f"momentum is {momentum!r}; accepted is a number from 0 to below 1")
+        raise InputError(f"momentum must be at least 0 and below 1, got {momentum!r}")
     grad, x = np.asarray(grad, np.float64), np.asarray(x, np.float64)
     left, values, right = np.linalg.svd(grad, full_matrices=False)
+    # Every singular direction evolves by itself: b from 0 and a from 1, relative to a_0.
     b, a = np.zeros_like(values), np.ones_like(values)
     speed_b, speed_a = np.zeros_like(values), np.zeros_like(values)
-    for rate in each.tolist():
+    for rate in rates.tolist():
         speed_b = momentum * speed_b + scaling * values * a
         speed_a = momentum * speed_a + scaling * values * b
         b, a = b - rate * speed_b, a - rate * speed_a
+    # U sigma_t V^T / gamma, and x' with its components along V multiplied by c_t.
     return (left * (-b / scaling)) @ right, x + ((x @ right.T) * (a - 1)) @ right
 
 
 def _check_rho(rho: float) -> None:
     if not rho >= 0:
-        raise InputError(f"rho is {rho!r}; accepted is a number of 0 or more, or inf")
+        raise InputError(f"rho must be at least 0, or inf, got {rho!r}")

@@ -1,14 +1,14 @@
-r"""Exact moments of the first adapter step: SGD and Adam, data fixed or random.
+r"""Exact moments of the first adapter step: SGD and Adam, fixed or random data.
 
-Setting: one adapted layer :math:`h = m_0 x + \gamma B A x`, B = 0, A iid with variance s2 and kurtosis k, gradient
-:math:`G = \partial L / \partial m` of the full weight. At the first step dL/dA = 0, so B alone moves and the increment
-read at x' is :math:`w = \Delta M x'` with
+Setting: one adapted layer :math:`h = m_0 x + \gamma B A x`, B = 0, iid entries of A with variance s2 and kurtosis k,
+and the gradient :math:`G = \partial L / \partial m` of the full weight. At the first step dL/dA = 0, so that only B
+moves. The increment applied to x' is :math:`w = \Delta M x'` with
 
 - SGD: :math:`\Delta M = -\eta \gamma^2 G A^T A`,
 - Adam: :math:`\Delta M = -\eta \gamma\, f(G A^T) A` with :math:`f(u) = u / (|u| + \epsilon/\gamma)`, the bias-corrected
-  first step; :math:`\epsilon = 0` is the sign limit, which signSGD takes too.
+  first step; :math:`\epsilon = 0` is the sign limit, which is also signSGD's step.
 
-All figures are float64 on the host.
+All values are computed in float64 on the host.
 """
 
 import math
@@ -27,7 +27,7 @@ from rora_theory.scaling import check_integer, check_not_negative, check_positiv
 from rora_theory.theory import sign_expectation
 
 Optimizer = Literal["sgd", "adam"]
-"""Whose first step: ``"sgd"`` moves B by eta times the gradient, ``"adam"`` by eta times its smoothed sign."""
+"""Optimizer of the first step: ``"sgd"`` moves B by eta times the gradient, ``"adam"`` by its smoothed sign."""
 
 OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam")
 
@@ -35,17 +35,17 @@ HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
 """E|z| of a standard normal z."""
 
 _ENUMERABLE = 16
-"""Up to this p_in a Rademacher row's 2^p_in values are summed one by one."""
+"""Largest p_in for which the law of Rademacher entries enumerates the 2^p_in values of a row."""
 
 
 @dataclass(frozen=True)
 class FirstStepMoments:
-    """Moments over the draw of A (and of the inputs, where they are random).
+    """Moments over draws of A, and of the inputs if they are random.
 
     Attributes:
-      mean: E[w_i].
-      second_moment: E[w_i^2].
-      matrix_second_moment: E|dM|_F^2, one number.
+      mean: Mean E[w_i] of each output.
+      second_moment: Second moment E[w_i^2] of each output.
+      matrix_second_moment: Mean squared Frobenius norm E|dM|_F^2 of the increment.
     """
 
     mean: Float[np.ndarray, "*tokens p_out"]
@@ -54,17 +54,17 @@ class FirstStepMoments:
 
     @property
     def variance(self) -> Float[np.ndarray, "*tokens p_out"]:
-        """Var[w_i] = E[w_i^2] - E[w_i]^2."""
+        """Variance of each output: E[w_i^2] - E[w_i]^2."""
         return self.second_moment - self.mean**2
 
     @property
     def norm_second_moment(self) -> Float[np.ndarray, "*tokens"]:
-        """E|w|_2^2, the sum of E[w_i^2] over i."""
+        """Mean squared norm E|w|_2^2, the sum of E[w_i^2] over i."""
         return np.asarray(np.sum(self.second_moment, axis=-1))
 
 
 def scaling_power(optimizer: Optimizer) -> int:
-    """Power of gamma in w: 2 for SGD (through the gradient and the forward pass), 1 for Adam (forward pass alone)."""
+    """Return the power of gamma in w: 2 for SGD (gradient and forward pass), 1 for Adam (forward pass)."""
     check_optimizer(optimizer)
     return 2 if optimizer == "sgd" else 1
 
@@ -80,7 +80,7 @@ def first_step_moments(
     init: Init = "normal",
     epsilon: float = 0.0,
 ) -> FirstStepMoments:
-    r"""Moments of w over the draw of A, with the data (G, x') held fixed.
+    r"""Compute the moments of w over draws of A for fixed data (G, x').
 
     SGD, with g_i the i-th row of G:
 
@@ -98,32 +98,33 @@ def first_step_moments(
         E|\Delta M|_F^2 &= \eta^2 \gamma^2 \textstyle\sum_i [ r E[f^2 |a|^2] + r (r - 1) |m_i|^2 ]
 
     Args:
-      grad: G, the gradient of the loss in the full weight.
-      x: inputs x' at which the updated layer is read; leading axes are tokens.
-      rank: r >= 1.
-      scaling: gamma > 0, from `rora_theory.scaling_factor`.
-      learning_rate: eta > 0.
-      optimizer: ``"sgd"`` or ``"adam"``.
-      init: distribution of A, see `rora_theory.inits.entries`.
-      epsilon: Adam's epsilon >= 0 against the gradient of B; 0 is the sign limit. Neglecting epsilon changes m_i by
-        about the factor 1 - (epsilon / (gamma s |g_i|)) log(gamma s |g_i| / epsilon).
+      grad: Gradient G of the loss with respect to the full weight.
+      x: Inputs x' at which the updated layer is evaluated; leading axes are tokens.
+      rank: Rank r of the adapter, 1 or more.
+      scaling: Scaling factor gamma, above 0, from `rora_theory.scaling_factor`.
+      learning_rate: Learning rate eta, above 0.
+      optimizer: Optimizer of the step, ``"sgd"`` or ``"adam"``.
+      init: Initialisation of A, see `rora_theory.inits.entries`.
+      epsilon: Adam's epsilon, 0 or more, added to the gradient of B; 0 is the sign limit. Neglecting epsilon changes
+        m_i by about the factor 1 - (epsilon / (gamma s |g_i|)) log(gamma s |g_i| / epsilon).
 
     Returns:
-      `FirstStepMoments`. Exact for SGD; for Adam exact with Gaussian A at any epsilon and with Rademacher A up to
-      p_in = 16. Other cases in the sign limit are one-dimensional integrals, to 1e-9 where at least four entries of a
-      gradient row matter (1e-5 for a single one), for data without ties g_i . a = 0; with epsilon > 0 they take the
-      Gaussian correction factor, whose relative error is below epsilon / (gamma s |g_i|).
+      The moments. They are exact for SGD, and for Adam with Gaussian A at any epsilon and with Rademacher A up to
+      p_in = 16. Other cases in the sign limit are one-dimensional integrals for data without ties g_i . a = 0. Their
+      error is 1e-9 if at least four entries of a gradient row matter, and 1e-5 for a single entry. With epsilon > 0
+      they use the Gaussian correction factor, with a relative error below epsilon / (gamma s |g_i|).
 
     Raises:
-      InputError: an argument outside the ranges above, or shapes that don't match.
+      InputError: If an argument is out of range or the shapes don't match.
     """
     grad, x = np.asarray(grad, np.float64), np.asarray(x, np.float64)
     if grad.ndim != 2 or x.ndim < 1 or x.shape[-1] != grad.shape[1]:
         raise InputError(
-            f"grad has shape {grad.shape} and x {x.shape}; accepted are [p_out, p_in] and [..., p_in] of one p_in"
+            "grad and x must have shapes [p_out, p_in] and [..., p_in] with the same p_in, "
+            f"got grad {grad.shape} and x {x.shape}"
         )
     if not (np.isfinite(grad).all() and np.isfinite(x).all()):
-        raise InputError("grad or x holds a value that is not finite; accepted are finite numbers")
+        raise InputError("grad and x must be finite, got a NaN or infinite value")
     check_step(rank=rank, scaling=scaling, learning_rate=learning_rate, optimizer=optimizer)
     p_in = grad.shape[1]
     law = entries(init, rank=rank, p_in=p_in)
@@ -132,12 +133,14 @@ def first_step_moments(
     signal, grad2, x2 = x @ grad.T, np.sum(grad**2, axis=1), np.sum(x**2, axis=-1, keepdims=True)
 
     if optimizer == "sgd":
+        # Fourth moments of A by pairings; the excess kurtosis k - 3 adds one term.
         fourth = (x**2) @ (grad**2).T
         mean = -step * s2 * r * signal
         second = (step * s2) ** 2 * ((r**2 + r) * signal**2 + r * grad2 * x2 + r * (k - 3) * fourth)
         matrix = (step * s2) ** 2 * r * (r + p_in + k - 2) * float(np.sum(grad2))
         return FirstStepMoments(mean, second, matrix)
 
+    # Adam: a sum over r independent rows of A, r (r - 1) of the pairs with different rows.
     check_not_negative("epsilon", float(epsilon))
     row = _adam_row(grad, law, epsilon / scaling)
     coupled = x @ row.direction.T
@@ -158,51 +161,54 @@ def random_input_moments(
     optimizer: Optimizer = "sgd",
     init: Init = "normal",
 ) -> FirstStepMoments:
-    r"""Moments over A, x and x' in the paper's setting: one sample, :math:`g_i = \delta_i x`, Gaussian inputs.
+    r"""Compute the moments over A, x and x' for one sample with Gaussian inputs, the paper's setting.
 
-    x and z are iid N(0, 1) and :math:`x' = \rho x + \sqrt{1 - \rho^2}\, z`. SGD:
+    The gradient has rows :math:`g_i = \delta_i x`; x and z are iid N(0, 1), and
+    :math:`x' = \rho x + \sqrt{1 - \rho^2}\, z`. SGD:
 
     .. math::
         E[w_i]   &= -\eta \delta_i \gamma^2 s_2 \rho\, r p \\
         E[w_i^2] &= \eta^2 \delta_i^2 \gamma^4 s_2^2 \{ (r^2 + r)[\rho^2 p(p+2) + (1-\rho^2) p]
                     + r [\rho^2 p(p+2) + (1-\rho^2) p^2] + r (k-3) p (1 + 2\rho^2) \}
 
-    which for Gaussian A is :math:`s_2^2\, r p [\rho^2 (r+2)(p+2) + (1-\rho^2)(r+p+1)]`. Adam, sign limit:
+    For Gaussian A, :math:`s_2^2` times the braces is :math:`s_2^2\, r p [\rho^2 (r+2)(p+2) + (1-\rho^2)(r+p+1)]`.
+    Adam, sign limit:
 
     .. math::
         E[w_i]   &= -\eta\, \mathrm{sign}(\delta_i) \gamma s r \sqrt{2/\pi}\, \rho\, E|x| \\
         E[w_i^2] &= \eta^2 \gamma^2 s_2 [ r p + r(r-1)(2/\pi)(\rho^2 p + 1 - \rho^2) ]
 
     Args:
-      rank: r >= 1.
-      p_in: p >= 1.
-      scaling: gamma > 0, from `rora_theory.scaling_factor`.
-      overlap: rho in [-1, 1], the correlation of x and x'; 0 is the paper's independence.
-      learning_rate: eta > 0.
-      delta: :math:`\delta_i = \partial L / \partial w_i`, a number (then p_out = 1) or one for each output.
-      optimizer: ``"sgd"`` or ``"adam"`` (sign limit).
-      init: distribution of A.
+      rank: Rank r of the adapter, 1 or more.
+      p_in: Number of inputs p, 1 or more.
+      scaling: Scaling factor gamma, above 0, from `rora_theory.scaling_factor`.
+      overlap: Correlation rho of x and x', from -1 to 1; 0 is the paper's independence.
+      learning_rate: Learning rate eta, above 0.
+      delta: Derivative :math:`\delta_i = \partial L / \partial w_i`: a number (then p_out = 1), or one for each output.
+      optimizer: Optimizer of the step, ``"sgd"`` or ``"adam"`` (sign limit).
+      init: Initialisation of A.
 
     Returns:
-      `FirstStepMoments` of shape [p_out]. Exact for SGD, and for Adam with Gaussian or Rademacher A; Adam with
-      uniform A is a series whose relative error in E[w_i^2] is below 0.6% at every p_in (largest near p_in = 3) and
-      falls at least as fast as 1/p_in (0.1% at 16).
+      The moments, of shape [p_out]. They are exact for SGD, and for Adam with Gaussian or Rademacher A. Adam with
+      uniform A is a series. Its relative error in E[w_i^2] is below 0.6% at every p_in (largest near p_in = 3) and
+      decreases at least as fast as 1/p_in (0.1% at 16).
 
     Raises:
-      InputError: an argument outside the ranges above.
+      InputError: If an argument is out of range.
     """
     check_step(rank=rank, scaling=scaling, learning_rate=learning_rate, optimizer=optimizer)
     check_overlap(overlap)
     check_integer("p_in", p_in)
     delta = np.atleast_1d(np.asarray(delta, np.float64))
     if delta.ndim != 1 or not np.isfinite(delta).all():
-        raise InputError("delta must be a finite number or a vector of them")
+        raise InputError(f"delta must be a finite number or a vector of finite numbers, got {delta.tolist()}")
     law = entries(init, rank=rank, p_in=p_in)
     r, p, s2, k = float(rank), float(p_in), law.variance, law.kurtosis
     rho2 = overlap**2
     step = learning_rate * scaling ** scaling_power(optimizer)
 
     if optimizer == "sgd":
+        # Moments of the two Gaussian inputs that the law for fixed data contains.
         inner2 = rho2 * p * (p + 2) + (1 - rho2) * p  # E[(x . x')^2]
         norms2 = rho2 * p * (p + 2) + (1 - rho2) * p**2  # E[|x|^2 |x'|^2]
         fourth = p * (1 + 2 * rho2)  # E[sum_j x_j^2 x'_j^2]
@@ -211,6 +217,7 @@ def random_input_moments(
         matrix = (step * s2) ** 2 * r * (r + p + k - 2) * p * float(np.sum(delta**2))
         return FirstStepMoments(mean, step**2 * moment * delta**2, matrix)
 
+    # Adam in the sign limit depends on the sign of delta alone.
     signs = np.sign(delta)
     norm, along, length = _sign_coupling(law, p_in)
     moment = r * s2 * p + r * (r - 1) * (rho2 * along + (1 - rho2) * length)
@@ -225,11 +232,22 @@ def crossing_rank(
     *,
     optimizer: Optimizer = "sgd",
 ) -> Float[np.ndarray, "*tokens"]:
-    r"""The rank r* at which signal and cross-talk are equal in E|w|^2, for each token; above it the signal leads.
+    r"""Compute the rank r* at which signal and cross-talk are equal in E|w|^2, for each token.
 
-    SGD: :math:`r^* = |G|_F^2 |x'|^2 / |G x'|^2`, which is 1/cos^2 for a single row. Adam (Gaussian A, sign limit):
-    :math:`r^* = 1 + (\pi/2)\, p_{out} |x'|^2 / \sum_i (\hat g_i \cdot x')^2` over rows with a gradient. Huge where the
-    signal is zero.
+    Above r* the signal dominates. SGD: :math:`r^* = |G|_F^2 |x'|^2 / |G x'|^2`, which is 1/cos^2 for a single row. Adam
+    (Gaussian A, sign limit): :math:`r^* = 1 + (\pi/2)\, p_{out} |x'|^2 / \sum_i (\hat g_i \cdot x')^2` over rows with a
+    nonzero gradient.
+
+    Args:
+      grad: Gradient G of the loss with respect to the full weight.
+      x: Inputs x' at which the updated layer is evaluated; leading axes are tokens.
+      optimizer: Optimizer of the step.
+
+    Returns:
+      The crossing rank of each token; a very large number if the signal is zero.
+
+    Raises:
+      InputError: If the optimizer is unknown.
     """
     grad, x = np.asarray(grad, np.float64), np.asarray(x, np.float64)
     check_optimizer(optimizer)
@@ -242,10 +260,21 @@ def crossing_rank(
 
 
 def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimizer = "sgd") -> float:
-    r"""The rank r* at which the terms in r and in r^2 of `random_input_moments` (Gaussian A) are equal.
+    r"""Compute the rank r* at which the terms in r and r^2 of `random_input_moments` are equal, for Gaussian A.
 
     SGD: :math:`r^* = E[(x\cdot x')^2 + |x|^2|x'|^2] / E(x\cdot x')^2`; Adam:
     :math:`r^* = 1 + (\pi/2)\, p / (\rho^2 p + 1 - \rho^2)`.
+
+    Args:
+      p_in: Number of inputs p, 1 or more.
+      overlap: Correlation rho of x and x', from -1 to 1.
+      optimizer: Optimizer of the step.
+
+    Returns:
+      The crossing rank.
+
+    Raises:
+      InputError: If the optimizer is unknown or the overlap is out of range.
     """
     check_optimizer(optimizer)
     check_overlap(overlap)
@@ -260,9 +289,17 @@ def random_input_crossing_rank(p_in: float, overlap: float, *, optimizer: Optimi
 def local_exponent(
     rank: Float[np.ndarray, "..."] | float, crossing: Float[np.ndarray, "..."] | float
 ) -> Float[np.ndarray, "..."]:
-    r"""Slope d log E[w^2] / d log r at gamma = 1 of :math:`r^2 + r\, r^*`: 1 far below the crossing, 2 far above.
+    r"""Compute the slope d log E[w^2] / d log r of :math:`r^2 + r\, r^*` at gamma = 1.
 
-    For Adam, whose terms are r(r-1) and r, pass ``crossing = r* - 2``: :math:`r(r-1) + r(r^*-1) = r^2 + r(r^*-2)`.
+    The slope is 1 far below the crossing rank and 2 far above it. Adam has terms in r(r-1) and r; pass
+    ``crossing = r* - 2``, because :math:`r(r-1) + r(r^*-1) = r^2 + r(r^*-2)`.
+
+    Args:
+      rank: Rank r of the adapter.
+      crossing: Crossing rank r* for SGD, r* - 2 for Adam.
+
+    Returns:
+      The slope at each rank.
     """
     rank, crossing = np.asarray(rank, np.float64), np.asarray(crossing, np.float64)
     return np.asarray((2 * rank + crossing) / (rank + crossing))
@@ -271,23 +308,34 @@ def local_exponent(
 def keeping_rank_exponent(
     first: float, second: float, linear_term: Float[np.ndarray, "..."] | float
 ) -> Float[np.ndarray, "..."]:
-    r"""Exponent of the rate in the rank that keeps the first step's E[w^2] from one rank to another at one gamma r.
+    r"""Compute the exponent in the rank of Adam's rate that preserves the first step's E[w^2] at constant gamma r.
 
-    There E[w^2] goes as :math:`1 + c / r` and under Adam as the rate squared: 0 where the signal leads, 1/2 where
-    cross-talk leads.
+    At constant gamma r, E[w^2] is proportional to :math:`1 + c / r` and to the rate squared. The exponent is 0 in the
+    signal regime and 1/2 in the cross-talk regime.
 
     Args:
-      first, second: the ranks.
-      linear_term: c, measured of a module, or r* - 2 for Adam and a Gaussian A.
+      first: First rank.
+      second: Second rank, different from the first.
+      linear_term: Coefficient c, measured for a module, or r* - 2 for Gaussian A.
+
+    Returns:
+      The mean exponent between the two ranks.
     """
     c = np.asarray(linear_term, np.float64)
     return np.asarray(np.log((1 + c / first) / (1 + c / second)) / 2 / math.log(second / first))
 
 
 def flat_kappa(slope: Float[np.ndarray, "..."] | float, *, optimizer: Optimizer) -> Float[np.ndarray, "..."]:
-    """The kappa of gamma = alpha / r^kappa that makes the step independent of r, given `local_exponent`'s slope.
+    """Compute the kappa of gamma = alpha / r^kappa that makes the step independent of r.
 
-    E[w^2] carries gamma^4 under SGD and gamma^2 under Adam: kappa is slope/4 and slope/2.
+    E[w^2] is proportional to gamma^4 under SGD and to gamma^2 under Adam, so that kappa is slope/4 and slope/2.
+
+    Args:
+      slope: Slope of E[w^2] at gamma = 1, from `local_exponent`.
+      optimizer: Optimizer of the step.
+
+    Returns:
+      The exponent kappa.
     """
     return np.asarray(slope, np.float64) / (2 * scaling_power(optimizer))
 
@@ -295,17 +343,17 @@ def flat_kappa(slope: Float[np.ndarray, "..."] | float, *, optimizer: Optimizer)
 def check_optimizer(optimizer: Optimizer) -> None:
     """Raise `InputError` unless the optimizer is known."""
     if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer is {optimizer!r}; accepted are {', '.join(OPTIMIZERS)}")
+        raise InputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
 
 
 def check_overlap(overlap: float) -> None:
     """Raise `InputError` unless -1 <= overlap <= 1."""
     if not (math.isfinite(overlap) and -1 <= overlap <= 1):
-        raise InputError(f"overlap is {overlap!r}; accepted is a number from -1 to 1")
+        raise InputError(f"overlap must be a number from -1 to 1, got {overlap!r}")
 
 
 def check_step(*, rank: int, scaling: float, learning_rate: float, optimizer: Optimizer) -> None:
-    """Raise `InputError` unless rank >= 1, scaling > 0, learning_rate > 0 and the optimizer is known."""
+    """Raise `InputError` unless the rank, scaling, learning rate and optimizer are valid."""
     check_rank(rank)
     check_positive("scaling", scaling)
     check_positive("learning_rate", learning_rate)
@@ -314,13 +362,15 @@ def check_step(*, rank: int, scaling: float, learning_rate: float, optimizer: Op
 
 @dataclass(frozen=True)
 class _AdamRow:
-    """One row a of A under f(u) = u / (|u| + e), u = g_i . a.
+    """Moments over one row a of A of f(u) = u / (|u| + e) with u = g_i . a.
 
     Attributes:
-      direction: m_i = E[f a], [p_out, p_in].
+      direction: Vectors m_i = E[f a], [p_out, p_in].
       norm_second_moment: E[f^2 |a|^2], [p_out].
-      unit: g_i / |g_i| (0 for a zero row); along, across: E[f^2 (a.v)^2] for a unit v along g_i and across it, [p_out].
-      table: 2^p values of a and f, where enumerated (then E[f^2 (a.x)^2] is summed, not composed).
+      unit: Unit vectors g_i / |g_i|, 0 for a zero row, [p_out, p_in].
+      along: E[f^2 (a.v)^2] for a unit vector v along g_i, [p_out].
+      across: E[f^2 (a.v)^2] for a unit vector v orthogonal to g_i, [p_out].
+      table: The 2^p values of a and of f if they are enumerated. E[f^2 (a.x)^2] is then their mean.
     """
 
     direction: np.ndarray
@@ -331,7 +381,7 @@ class _AdamRow:
     table: tuple[np.ndarray, np.ndarray] | None = None
 
     def second_moment(self, x: Float[np.ndarray, "*tokens p_in"]) -> Float[np.ndarray, "*tokens p_out"]:
-        """E[f^2 (a . x')^2]."""
+        """Compute E[f^2 (a . x')^2] for each token and output."""
         if self.table is not None:
             a, f = self.table
             return ((x @ a.T) ** 2) @ (f**2) / len(a)
@@ -342,16 +392,18 @@ class _AdamRow:
 def _adam_row(grad: Float[np.ndarray, "p_out p_in"], law: Entries, e: float) -> _AdamRow:
     p_out, p_in = grad.shape
     norms = np.linalg.norm(grad, axis=1)
-    live = norms > 0
+    live = norms > 0  # rows with a gradient; the others contribute nothing
     unit = np.where(live[:, None], grad / np.where(live, norms, 1.0)[:, None], 0.0)
+    # Rademacher entries of a short row: mean over all 2^p_in values.
     if law.shape == "rademacher" and p_in <= _ENUMERABLE:
         signs = 1 - 2 * ((np.arange(2**p_in)[:, None] >> np.arange(p_in)) & 1)
         a = law.deviation * signs.astype(np.float64)
         u = a @ grad.T
-        u[np.abs(u) <= 1e-12 * np.abs(grad).sum(axis=1) * law.deviation] = 0.0  # a tie, up to rounding
+        u[np.abs(u) <= 1e-12 * np.abs(grad).sum(axis=1) * law.deviation] = 0.0  # ties, up to rounding
         f = np.divide(u, np.abs(u) + e, out=np.zeros_like(u), where=u != 0)
         norm2 = law.variance * p_in * np.mean(f**2, axis=0)
         return _AdamRow(f.T @ a / len(a), norm2, unit, norm2, norm2, (a, f))
+    # Otherwise: the exact sign direction, corrected for epsilon by the factor of a Gaussian u.
     ratio = np.divide(e, law.deviation * norms, out=np.full(p_out, np.inf), where=live)
     first, plain, weighted = _smoothed_sign_moments(ratio)
     direction = law.deviation * sign_direction(unit, law.shape) * (first / HALF_NORMAL_MEAN)[:, None]
@@ -360,9 +412,10 @@ def _adam_row(grad: Float[np.ndarray, "p_out p_in"], law: Entries, e: float) -> 
 
 
 def _smoothed_sign_moments(ratio: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """E[f z], E[f^2] and E[f^2 z^2] of f = z / (|z| + e), z standard normal, for each e; e = inf gives zeros.
+    """Compute E[f z], E[f^2] and E[f^2 z^2] of f = z / (|z| + e), z standard normal, for each e.
 
-    Trapezoids in log z: the integrands are smooth and vanish at both ends, so the rule converges geometrically.
+    The trapezoidal rule in log z converges geometrically, because the integrands are smooth and vanish at both ends.
+    An infinite e gives zeros.
     """
     z = np.exp(np.linspace(math.log(1e-16), math.log(40.0), 1201))
     weight = 2 * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * z * math.log(z[1] / z[0])
@@ -374,16 +427,25 @@ def _smoothed_sign_moments(ratio: Float[np.ndarray, " n"]) -> tuple[np.ndarray, 
 def sign_direction(
     unit: Float[np.ndarray, "p_out p_in"], entry: Literal["normal", "uniform", "rademacher"]
 ) -> Float[np.ndarray, "p_out p_in"]:
-    """Compute E[sign(g . a) a] for rows g of length 1, or of zeros, and entries of a of variance 1."""
+    """Compute E[sign(g . a) a] for entries of a with variance 1.
+
+    Args:
+      unit: Rows g of length 1, or of zeros.
+      entry: Distribution of the entries of a.
+
+    Returns:
+      The expectation for each row.
+    """
     if entry == "normal":
         return HALF_NORMAL_MEAN * unit
     return _sign_direction(unit.tobytes(), unit.shape, entry)
 
 
-@lru_cache(maxsize=4)  # the same for every rank, rule and scaling of a layer
+@lru_cache(maxsize=4)  # shared by all ranks, rules and scalings of a layer
 def _sign_direction(data: bytes, shape: tuple[int, int], entry: Literal["uniform", "rademacher"]) -> np.ndarray:
-    r"""E[sign(g . a) a] of unit-variance entries for unit rows g, from sign(u) = (2/pi) int sin(tu) dt/t and
-    E[a sin(ta)] = -phi'(t):
+    r"""Compute E[sign(g . a) a] of unit-variance entries for unit rows g.
+
+    From sign(u) = (2/pi) int sin(tu) dt/t and E[a sin(ta)] = -phi'(t):
 
     .. math:: m_j = -\frac{2}{\pi} \int_0^\infty \frac{dt}{t}\, \phi'(t g_j) \prod_{l \ne j} \phi(t g_l).
     """
@@ -391,10 +453,11 @@ def _sign_direction(data: bytes, shape: tuple[int, int], entry: Literal["uniform
     law = Entries(entry, 1.0, 1.0 if entry == "rademacher" else 9 / 5)
     nodes, weights = np.polynomial.legendre.leggauss(8)
     direction = np.zeros_like(unit)
-    width, end = 2.0, 400.0  # rows are unit: u has deviation 1
+    width, end = 2.0, 400.0  # in units of 1 / deviation of u, which is 1 for unit rows
     done = np.zeros(shape[0], bool)
     if entry == "uniform":
         done, direction = sign_expectation.uniform(unit)
+    # Gauss-Legendre rule on one interval after the other, until the integrand of a row is negligible.
     live = np.flatnonzero(np.any(unit != 0, axis=1) & ~done)
     start = 0.0
     while live.size and start < end:
@@ -403,7 +466,7 @@ def _sign_direction(data: bytes, shape: tuple[int, int], entry: Literal["uniform
         for node, weight in zip(nodes, weights, strict=True):
             t = start + width * (node + 1) / 2
             phi, slope = law.characteristic(t * unit[live])
-            phi[phi == 0.0] = np.finfo(np.float64).tiny
+            phi[phi == 0.0] = np.finfo(np.float64).tiny  # the product over the others is a quotient
             term = (-2 / math.pi / t) * slope * (np.prod(phi, axis=1, keepdims=True) / phi)
             part += weight * width / 2 * term
             largest = np.maximum(largest, np.max(np.abs(term), axis=1))
@@ -414,15 +477,16 @@ def _sign_direction(data: bytes, shape: tuple[int, int], entry: Literal["uniform
 
 
 def _sign_coupling(law: Entries, p_in: int) -> tuple[float, float, float]:
-    r"""E|a|, E_x[(m . x)^2] and E_x|m|^2 for m(x) = E_a[sign(a . x) a] and x ~ N(0, I).
+    r"""Compute E|a|, E_x[(m . x)^2] and E_x|m|^2 for m(x) = E_a[sign(a . x) a] and x ~ N(0, I).
 
-    With two copies a, a' and c their cosine, exchanging the averages (Grothendieck's identity) gives
+    With independent copies a, a' and their cosine c, exchanging the averages (Grothendieck's identity) gives
     E_x(m.x)^2 = (2/pi) E[|a||a'| (sqrt(1-c^2) + c asin c)] and E_x|m|^2 = (2/pi) E[a.a' asin c].
     """
     p, s2 = float(p_in), law.variance
     if law.is_normal:
         norm = law.deviation * math.sqrt(2) * math.exp(special.gammaln((p + 1) / 2) - special.gammaln(p / 2))
         return norm, 2 / math.pi * s2 * p, 2 / math.pi * s2
+    # Rademacher: c depends on the number of entries that agree, which is binomial.
     if law.shape == "rademacher":
         agree = np.arange(p_in + 1)
         log_weight = special.gammaln(p + 1) - special.gammaln(agree + 1) - special.gammaln(p - agree + 1)
@@ -434,17 +498,17 @@ def _sign_coupling(law: Entries, p_in: int) -> tuple[float, float, float]:
             2 / math.pi * along,
             2 / math.pi * s2 * p * float(weight @ (c * np.arcsin(c))),
         )
-    # Uniform: the series in c to its second term, whose terms are one-dimensional integrals, and the rest of it as for
-    # Gaussian entries of the same E|a|. By the symmetry of signs E[(a.a')^2/(|a||a'|)] = (E|a|)^2/p, and
+    # Uniform: the first two terms of the series in c, which are one-dimensional integrals. The rest of the series is
+    # that of Gaussian entries with the same E|a|. By the symmetry of signs E[(a.a')^2/(|a||a'|)] = (E|a|)^2/p, and
     # E[(a.a')^4/(|a||a'|)^3] is the sum over j, l of squares of E[a_j^2 a_l^2/|a|^3].
     half = math.sqrt(3 * s2)
 
     def laplace(t: float) -> tuple[float, float, float]:
-        """E exp(-t a^2), E a^2 exp(-t a^2) and E a^4 exp(-t a^2)."""
+        """Compute E exp(-t a^2), E a^2 exp(-t a^2) and E a^4 exp(-t a^2)."""
         y = half * math.sqrt(t)
         zero = math.sqrt(math.pi) * math.erf(y) / (2 * y) if y > 1e-8 else 1.0
         end = math.exp(-y * y)
-        if y < 0.3:  # closed forms cancel at small y: sum_n (-y^2)^n / n! / (2n + 1 + m)
+        if y < 0.3:  # the closed forms cancel at small y: sum_n (-y^2)^n / n! / (2n + 1 + m)
             two = s2 * 3 * sum((-y * y) ** n / math.factorial(n) / (2 * n + 3) for n in range(9))
             four = s2**2 * 9 * sum((-y * y) ** n / math.factorial(n) / (2 * n + 5) for n in range(9))
             return zero, two, four
@@ -462,7 +526,7 @@ def _sign_coupling(law: Entries, p_in: int) -> tuple[float, float, float]:
     cross = (norm - p * same) / (p * (p - 1)) if p_in > 1 else 0.0  # the sum over j, l of E[a_j^2 a_l^2/|a|^3] is E|a|
     second = norm**2 / p
     fourth = p * same**2 + 3 * p * (p - 1) * cross**2
-    # (E|a|)^2 / (s2 p) of Gaussian entries
+    # The rest of the series from Gaussian entries, for which ratio is (E|a|)^2 / (s2 p).
     ratio = 2 / p * math.exp(2 * (special.gammaln((p + 1) / 2) - special.gammaln(p / 2)))
     rest_along = (1 - ratio * (1 + 1 / (2 * p) + 1 / (8 * p * (p + 2)))) / ratio * norm**2
     rest_length = (1 - ratio * (1 + 1 / (2 * (p + 2)))) / ratio * second

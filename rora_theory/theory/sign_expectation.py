@@ -1,4 +1,4 @@
-r"""E[sign(g . a) a] for uniform entries, by power series in a row's small entries: the fast part of Adam's law.
+r"""E[sign(g . a) a] for uniform entries, by power series in the small entries of a row.
 
 For a of iid entries with characteristic function :math:`\phi` and a row g,
 
@@ -6,10 +6,10 @@ For a of iid entries with characteristic function :math:`\phi` and a row g,
     = \frac{2}{\pi} \int_0^\infty \frac{dt}{t}\, \psi(t g_j)\, P(t), \qquad
     P(t) = \prod_l \phi(t g_l), \quad \psi = -\phi'/\phi.
 
-For uniform entries of variance 1 :math:`\log \phi(t) = -\sum_n \zeta(2n)/n\,(\sqrt 3\, t/\pi)^{2n}`. So a product over
-entries is the exponential of a polynomial in t whose coefficients are the row's power sums, and :math:`m_j` is a
-polynomial in :math:`g_j` whose coefficients are integrals of P: a few passes over the matrix, not one for each t.
-A row's few large entries enter P by their :math:`\phi` itself.
+For uniform entries of variance 1 :math:`\log \phi(t) = -\sum_n \zeta(2n)/n\,(\sqrt 3\, t/\pi)^{2n}`. The product
+over entries is thus the exponential of a polynomial in t with the power sums of the row as coefficients, and
+:math:`m_j` is a polynomial in :math:`g_j` with integrals of P as coefficients. This takes a few passes over the matrix
+instead of one for each t. The few large entries of a row enter P by :math:`\phi` itself.
 """
 
 import math
@@ -24,59 +24,61 @@ from rora_theory.inits import Entries
 _UNIFORM = Entries("uniform", 1.0, 9 / 5)
 
 _ENDS = (12.0, 24.0, 48.0)
-"""Of the integral over t, tried in turn: an end asks for little weight in large entries, the next for more work."""
+"""Upper ends of the integral over t, tried in turn. A small end requires little weight in large entries; a large end
+takes more nodes."""
 
 _DECAY = 72.0
-"""Least end^2 times the small entries' share of |g|^2: they alone leave exp(-36) = 2e-16 of P there."""
+"""Minimum of end^2 times the small entries' share of |g|^2, which bounds P at the end by exp(-36) = 2e-16."""
 
 _REACH = 0.8 * math.pi / math.sqrt(3)
-"""An entry is small where \\|end g_j\\| is below: 0.8 of the radius at which the series stops converging."""
+"""Upper bound of \\|end g_j\\| for small entries: 0.8 of the series' radius of convergence."""
 
 _TERMS = 40
-"""Of the series: the first left out is 0.8^80 = 2e-8 of the first at the end, where P is 2e-16, and less before."""
+"""Number of terms of the series. The first omitted term is 0.8^80 = 2e-8 of the first term at the end, where P is
+2e-16, and less before it."""
 
 
 _LARGE = 0.4
-"""In `uniform_fast` an entry is large beyond this share of the small entries' root sum of squares: the first of the
-terms that are left out is then 0.26 * 0.4^6 = 1e-3 of an entry's expectation, and less of a smaller one's."""
+"""Lower bound of large entries in `uniform_fast`, relative to the small entries' root sum of squares. The first omitted
+term is then at most 0.26 * 0.4^6 = 1e-3 of the expectation of a small entry."""
 
 _NODES, _DEVIATIONS = 24, 7.0
-"""Of the integral in `uniform_fast`: its nodes, and its end in standard deviations of P."""
+"""Number of nodes of the integral in `uniform_fast`, and its upper end in standard deviations of P."""
 
-_LEAST_REST = 0.05
-"""Least share of the small entries in |g|^2 that `uniform_fast` serves."""
+_MIN_SMALL_SHARE = 0.05
+"""Minimum share of the small entries in |g|^2 for which `uniform_fast` computes a row."""
 
 _FOURTH, _SIXTH = -6 / 5, 48 / 7
-"""Cumulants of a uniform entry of variance 1."""
+"""Fourth and sixth cumulants of a uniform entry of variance 1."""
 
-_BLOCK = 1 << 16
-"""Entries of the rows that are taken together: half a megabyte, which a processor keeps near over the passes."""
+_BLOCK_ENTRIES = 1 << 16
+"""Number of matrix entries processed together: half a megabyte, which stays in a processor's cache."""
 
 
 def uniform(
     unit: Float[np.ndarray, "p_out p_in"],
 ) -> tuple[Bool[np.ndarray, " p_out"], Float[np.ndarray, "p_out p_in"]]:
-    """The rows that the series serves, and E[sign(g . a) a] of them (zeros in the others), entries of variance 1.
+    """Compute E[sign(g . a) a] for entries of variance 1, in the rows for which the series converges.
 
     Args:
-      unit: rows of length 1, or of zeros.
+      unit: Rows of length 1, or of zeros.
 
     Returns:
-      which rows are done, and the expectations, to 1e-11 of the largest.
+      A mask of the rows that were computed, and the expectations to 1e-11 of the largest (zeros in the other rows).
     """
     done = np.zeros(len(unit), bool)
-    found = np.zeros_like(unit)
-    size = max(1, _BLOCK // max(1, unit.shape[1]))
+    expectations = np.zeros_like(unit)
+    size = max(1, _BLOCK_ENTRIES // max(1, unit.shape[1]))
     for first in range(0, len(unit), size):
         rows = slice(first, first + size)
-        done[rows], found[rows] = _block(unit[rows])
-    return done, found
+        done[rows], expectations[rows] = _block(unit[rows])
+    return done, expectations
 
 
 def uniform_fast(
     unit: Float[np.ndarray, "p_out p_in"],
 ) -> tuple[Bool[np.ndarray, " p_out"], Float[np.ndarray, "p_out p_in"]]:
-    r"""Compute `uniform` in float32 from the first three terms of the series, to 1e-3 of a row's length.
+    r"""Compute `uniform` in float32 from the first three terms of the series, to 1e-3 of a row's norm.
 
     With :math:`Q_n = \sum_l g_l^n` over a row's small entries and the cumulants :math:`\kappa_4 = -6/5` and
     :math:`\kappa_6 = 48/7`,
@@ -86,8 +88,8 @@ def uniform_fast(
             - \tfrac{\kappa_6}{720} Q_6 t^6, \qquad
         \psi(t g) \approx t g - \tfrac{\kappa_4}{6} (t g)^3 + \tfrac{\kappa_6}{120} (t g)^5
 
-    The few large entries enter by their :math:`\phi` itself, and the integral over t is taken numerically for each row.
-    Without large entries, and with the exponential expanded to the second order in 1 / p_in, this is
+    The few large entries enter by :math:`\phi` itself, and the integral over t is computed numerically for each row.
+    Without large entries, and with the exponential expanded to second order in 1 / p_in, the result is
 
     .. math::
         m = \sqrt{2/\pi}\, [ g (1 + \tfrac{\kappa_4}{8} Q_4 - \tfrac{\kappa_6}{48} Q_6
@@ -98,38 +100,43 @@ def uniform_fast(
       unit: Rows of length 1, or of zeros.
 
     Returns:
-      Which rows are done, and the expectations in float32 (zeros in the others), for entries of variance 1.
+      A mask of the rows that were computed, and the expectations in float32 for entries of variance 1 (zeros in the
+      other rows).
     """
     done = np.zeros(len(unit), bool)
-    found = np.zeros(unit.shape, np.float32)
-    size = max(1, _BLOCK // max(1, unit.shape[1]))
+    expectations = np.zeros(unit.shape, np.float32)
+    size = max(1, _BLOCK_ENTRIES // max(1, unit.shape[1]))
     for first in range(0, len(unit), size):
         rows = slice(first, first + size)
-        done[rows] = _fast_block(unit[rows].astype(np.float32), found[rows])
-    return done, found
+        done[rows] = _fill_fast_block(unit[rows].astype(np.float32), expectations[rows])
+    return done, expectations
 
 
-def _fast_block(rows: Float[np.ndarray, "rows p_in"], found: Float[np.ndarray, "rows p_in"]) -> np.ndarray:
-    # A row's large entries, and the root sum of squares of the rest, which decides what is large.
+def _fill_fast_block(rows: Float[np.ndarray, "rows p_in"], expectations: Float[np.ndarray, "rows p_in"]) -> np.ndarray:
+    """Write the expectations of a block of rows into ``expectations`` and return the mask of computed rows."""
+    # Split the entries: an entry is large relative to the root sum of squares of the small ones, which decreases as
+    # entries become large. Repeat for the rows in which it decreased.
     rest = np.ones(len(rows), np.float32)
     size, is_large = np.abs(rows), np.zeros(rows.shape, bool)
     changed = np.arange(len(rows))
     while len(changed):
         is_large[changed] = size[changed] > _LARGE * rest[changed, None]
         squares = np.sum(np.where(is_large[changed], 0.0, rows[changed]) ** 2, axis=1)
-        fewer = squares < 0.999 * rest[changed] ** 2
-        changed, squares = changed[fewer], squares[fewer]
+        decreased = squares < 0.999 * rest[changed] ** 2
+        changed, squares = changed[decreased], squares[decreased]
         rest[changed] = np.sqrt(squares)
-        changed = changed[squares > _LEAST_REST]
+        changed = changed[squares > _MIN_SMALL_SHARE]
     at_row, at_column = np.nonzero(is_large)
     large = rows[at_row, at_column]
+
+    # Power sums Q_2, Q_4 and Q_6 of the small entries.
     small = rows.copy()
     small[at_row, at_column] = 0.0
-    power = small * small
-    second = np.einsum("ij->i", power).astype(np.float64)
-    fourth = np.einsum("ij,ij->i", power, power).astype(np.float64)
-    sixth = np.einsum("ij,ij,ij->i", power, power, power).astype(np.float64)
-    done = np.asarray(second > _LEAST_REST)
+    small2 = small * small
+    second = np.einsum("ij->i", small2).astype(np.float64)
+    fourth = np.einsum("ij,ij->i", small2, small2).astype(np.float64)
+    sixth = np.einsum("ij,ij,ij->i", small2, small2, small2).astype(np.float64)
+    done = np.asarray(second > _MIN_SMALL_SHARE)
 
     # P at the nodes of each row, in units of the small entries' root sum of squares.
     deviation = np.sqrt(np.where(done, second, 1.0))
@@ -141,31 +148,32 @@ def _fast_block(rows: Float[np.ndarray, "rows p_in"], found: Float[np.ndarray, "
     )
     phi, slope = _UNIFORM.characteristic(t[at_row] * large[:, None].astype(np.float64))
     phi[phi == 0.0] = np.finfo(np.float64).tiny
-    if len(at_row):
+    if len(at_row):  # np.nonzero returns entries row by row, so that each row is one segment
         present, first = np.unique(at_row, return_index=True)
         product[present] *= np.multiply.reduceat(phi, first, axis=0)
 
-    # m_j as a polynomial in a small g_j, and by the integral itself for a large one.
+    # m_j as a polynomial in g_j for small entries, and as the integral itself for large ones.
     product *= 2 / math.pi * weights * done[:, None]
     first, third, fifth = (np.sum(product * t**n, axis=1).astype(np.float32)[:, None] for n in (0, 2, 4))
-    found[:] = ((_SIXTH / 120 * fifth) * power - _FOURTH / 6 * third) * power
-    found += first
-    found *= small
-    found[at_row, at_column] = np.sum(-slope / phi / t[at_row] * product[at_row], axis=1)
+    expectations[:] = ((_SIXTH / 120 * fifth) * small2 - _FOURTH / 6 * third) * small2
+    expectations += first
+    expectations *= small
+    expectations[at_row, at_column] = np.sum(-slope / phi / t[at_row] * product[at_row], axis=1)
     return done
 
 
 def _block(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     done = np.zeros(len(unit), bool)
-    found = np.zeros_like(unit)
+    expectations = np.zeros_like(unit)
+    # The cheapest end of the integral first; rows with too much weight in large entries wait for the next.
     for end in _ENDS:
-        left = np.flatnonzero(~done)
-        large = np.abs(unit[left]) * end > _REACH
-        chosen = np.sum(np.where(large, 0.0, unit[left] ** 2), axis=1) * end**2 >= _DECAY
-        if chosen.any():
-            found[left[chosen]] = _series(unit[left[chosen]], large[chosen], end)
-            done[left[chosen]] = True
-    return done, found
+        remaining = np.flatnonzero(~done)
+        large = np.abs(unit[remaining]) * end > _REACH
+        is_served = np.sum(np.where(large, 0.0, unit[remaining] ** 2), axis=1) * end**2 >= _DECAY
+        if is_served.any():
+            expectations[remaining[is_served]] = _series(unit[remaining[is_served]], large[is_served], end)
+            done[remaining[is_served]] = True
+    return done, expectations
 
 
 @lru_cache
@@ -177,27 +185,30 @@ def _series(rows: np.ndarray, large: np.ndarray, end: float) -> np.ndarray:
     nodes, weights = _nodes(int(16 * end / 3))
     t, weights = end * (nodes + 1) / 2, end / 2 * weights
     order = np.arange(1, _TERMS + 1)
-    # In powers of t/end and of end g, which neither overflow nor underflow.
+    # Coefficients of the series in powers of t / end and end g, which neither overflow nor underflow.
     ratio = special.zeta(2.0 * order) * (math.sqrt(3) / math.pi) ** (2 * order)
+    # Power sums of the small entries, one order after the other.
     small = np.where(large, 0.0, end * rows)
     squares, power, sums = small**2, np.ones_like(small), []
     for _ in order:
         power *= squares
         sums.append(np.sum(power, axis=1))
+    # P at the nodes: the exponential of the series, times phi of the large entries.
     powers = (t / end)[None, :] ** (2 * order[:, None])
     product = np.exp(-(np.array(sums).T * (ratio / order)) @ powers)
     at_row, at_column = np.nonzero(large)
     phi, slope = _UNIFORM.characteristic(t[None, :] * rows[at_row, at_column][:, None])
     phi[phi == 0.0] = np.finfo(np.float64).tiny
-    if len(at_row):  # np.nonzero goes row by row
+    if len(at_row):  # np.nonzero returns entries row by row, so that each row is one segment
         present, first = np.unique(at_row, return_index=True)
         product[present] *= np.multiply.reduceat(phi, first, axis=0)
 
-    # m_j = (2/pi) sum_n 2 ratio_n g_j^(2n-1) int t^(2n-2) P dt, by Horner's rule.
+    # Small entries: m_j = (2/pi) sum_n 2 ratio_n g_j^(2n-1) int t^(2n-2) P dt, by Horner's rule.
     moments = 4 / math.pi * ratio * ((product * weights * (end / t**2)) @ powers.T)
     result = np.zeros_like(small)
     for column in moments.T[::-1]:
         result = result * squares + column[:, None]
     result *= small
+    # Large entries: the integral itself.
     result[at_row, at_column] = -2 / math.pi * ((slope / t) * (product[at_row] / phi)) @ weights
     return result

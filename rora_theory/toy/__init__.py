@@ -1,1 +1,1 @@
-"""A controlled problem: teacher and student, trained for many steps, with factors nested over ranks."""
+"""A controlled teacher-student problem, trained for many steps with factors that are nested over ranks."""

@@ -1,16 +1,16 @@
-r"""Adapters trained for many steps on a controlled problem: teacher and student, a linear layer or a small MLP.
+r"""A teacher-student problem on which adapters are trained for many steps: a linear layer or a small MLP.
 
-The teacher is the student's frozen base with a low-rank change of every layer, so that an adapter of enough rank can
-reach it:
+The teacher is the student's frozen base with a low-rank change of every layer, so that an adapter of sufficient rank
+can represent it:
 
 .. math::
     f(x) = W_2 \tanh(W_1 x), \qquad f^*(x) = (W_2 + D_2) \tanh((W_1 + D_1) x) + \text{noise}
 
-and the linear problem is one layer without the tanh. The adapter adds :math:`\gamma B A` to each layer, and the loss is
+The linear problem is one layer without the tanh. The adapter adds :math:`\gamma B A` to each layer, and the loss is
 :math:`L = \frac{1}{2n} \sum_s |f_{adapted}(x_s) - f^*(x_s)|^2`. Inputs have unit variance and share a direction,
-:math:`x = \sqrt{\rho}\, m + \sqrt{1-\rho}\, z`, so that two of them overlap by about :math:`\rho`.
+:math:`x = \sqrt{\rho}\, m + \sqrt{1-\rho}\, z`, so that two inputs overlap by about :math:`\rho`.
 
-The model is written in its change :math:`f_{adapted} - f`, never as the difference of two outputs: the first steps
+The model computes its change :math:`f_{adapted} - f` directly, not as the difference of two outputs: the first steps
 change an output by parts in a million.
 """
 
@@ -34,89 +34,95 @@ from rora_theory.validation.ranges import Count, NotNegative, check_ranges
 from rora_theory.validation.rules import check_steps
 
 Model = Literal["linear", "mlp"]
+"""Architecture of teacher and student."""
+
 Start = Literal["A", "B"]
-"""The factor that starts random; the other starts at zero."""
+"""Factor with a random initialisation; the other one starts at zero."""
 
 MODELS: tuple[Model, ...] = get_args(Model)
 STARTS: tuple[Start, ...] = get_args(Start)
 
 DIVERGED = 10.0
-"""A run whose training loss comes to this many times its start, or stops being finite, has diverged."""
+"""Factor over its initial value at which a training loss counts as diverged, like a loss that is not finite."""
 
 _SQUARINGS = 12
-"""Of the spectral norm's Gram matrix."""
+"""Number of squarings of the Gram matrix in `spectral_norm`."""
 
 Weights = tuple[Float[Array, "_out _in"], ...]
-"""W of each layer."""
+"""Frozen weight W of each layer."""
 
 Adapters = tuple[dict[str, Array], ...]
-"""``{"lora_A": [r, in], "lora_B": [out, r]}`` of each layer."""
+"""Factors ``{"lora_A": [r, in], "lora_B": [out, r]}`` of each layer."""
 
 
 @dataclass(frozen=True)
 class ProblemSize:
-    """Size and law of the problem.
+    """Sizes and distribution of the problem.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     p_in: Count = 512
-    """inputs of the model"""
+    """Number of inputs of the model"""
     hidden: Count = 128
-    """hidden units of the mlp"""
+    """Number of hidden units of the mlp"""
     p_out: Count = 32
-    """outputs of the model"""
+    """Number of outputs of the model"""
     samples: Count = 8
-    """training inputs, all in every step"""
+    """Number of training inputs, all used in every step"""
     held_out: Count = 32
-    """held-out inputs"""
+    """Number of held-out inputs"""
     overlap: float = 0.0
-    """overlap of any two inputs, from 0 to 1"""
+    """Overlap of any two inputs, from 0 to 1"""
     teacher_rank: Count = 4
-    """rank of the change to learn, in each layer: at most the least rank, or capacity decides"""
+    """Rank of the teacher's change in each layer, at most the smallest adapter rank"""
     noise: NotNegative = 0.1
-    """standard deviation of the noise on the targets, whose change has root mean square 1 in the linear problem"""
+    """Standard deviation of the noise on the targets; the linear problem's targets have root mean square 1"""
 
     def __post_init__(self) -> None:
         check_ranges(self, str)
         if not 0 <= self.overlap <= 1:
-            raise InputError(f"overlap is {self.overlap!r}; accepted is a number from 0 to 1")
+            raise InputError(f"overlap must be a number from 0 to 1, got {self.overlap!r}")
 
     def check_ranks(self, ranks: Sequence[int]) -> None:
-        """Raise `InputError` where the teacher's change is of a higher rank than the least of the adapters'."""
+        """Raise `InputError` if the teacher's change has a higher rank than the smallest adapter."""
         if self.teacher_rank > min(ranks):
-            least = f"at most the least rank, {min(ranks)}, below which capacity decides"
-            raise InputError(f"--teacher-rank is {self.teacher_rank}; accepted is {least}")
+            raise InputError(
+                f"--teacher-rank must be at most the smallest rank, {min(ranks)}, so that every adapter can represent "
+                f"the teacher; got {self.teacher_rank}"
+            )
 
 
 @dataclass(frozen=True)
 class ProblemConfig(ProblemSize):
-    """The problem: its size and its model."""
+    """Settings of the problem: sizes, distribution and model."""
 
     model: Model = "linear"
-    """linear [p_out, p_in], or mlp [p_out, hidden] tanh [hidden, p_in]"""
+    """Model: linear [p_out, p_in], or mlp [p_out, hidden] tanh [hidden, p_in]"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model not in MODELS:
-            raise InputError(f"model is {self.model!r}; accepted are {', '.join(MODELS)}")
+            raise InputError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of each layer."""
+        """Shape (out, in) of each layer."""
         if self.model == "linear":
             return ((self.p_out, self.p_in),)
         return ((self.hidden, self.p_in), (self.p_out, self.hidden))
 
 
 class Problem(NamedTuple):
-    """One draw of the problem. A pytree.
+    """A sampled problem, as a pytree.
 
     Attributes:
-      weights: the frozen base, W of each layer.
-      x_train, x_held_out: inputs.
-      target_train, target_held_out: the change of output to learn, teacher less base.
+      weights: Frozen weight W of each layer.
+      x_train: Training inputs.
+      x_held_out: Held-out inputs.
+      target_train: Change of the output to learn on the training inputs: teacher minus base.
+      target_held_out: Change of the output to learn on the held-out inputs.
     """
 
     weights: Weights
@@ -127,15 +133,18 @@ class Problem(NamedTuple):
 
 
 class Measures(NamedTuple):
-    """What is read after some steps; every field has a leading axis of recorded steps. A pytree.
+    """Measurements during training, as a pytree; every field has a leading axis of recorded steps.
 
     Attributes:
-      loss_train, loss_held_out: L.
-      output_train, output_held_out: root mean square of the change of output, over inputs and outputs.
-      delta_frobenius: |gamma B A|_F, over layers together.
-      delta_spectral: largest |gamma B A|_2 of a layer.
-      inner: root mean square of A x on the training inputs, over ranks and layers.
-      grad_A, grad_B: Frobenius norms of the gradients, over layers together.
+      loss_train: Loss L on the training inputs.
+      loss_held_out: Loss L on the held-out inputs.
+      output_train: Root mean square of the change of the output over training inputs and outputs.
+      output_held_out: Root mean square of the change of the output over held-out inputs and outputs.
+      delta_frobenius: Frobenius norm of gamma B A over all layers.
+      delta_spectral: Largest spectral norm of gamma B A of a layer.
+      inner: Root mean square of A x on the training inputs, over ranks and layers.
+      grad_A: Frobenius norm of the gradient of A over all layers.
+      grad_B: Frobenius norm of the gradient of B over all layers.
     """
 
     loss_train: Float[Array, "*s"]
@@ -150,20 +159,25 @@ class Measures(NamedTuple):
 
 
 def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
-    """Draw the base, the teacher and the inputs; base weights are N(0, 1/in)."""
+    """Sample the base, the teacher and the inputs; base weights are N(0, 1/in)."""
+    # Inputs that share the direction ``mean``.
     inputs, noise, *layers = jax.random.split(key, 2 + len(config.shapes))
-    common, own = jax.random.split(inputs)
+    shared_key, input_key = jax.random.split(inputs)
     total = config.samples + config.held_out
-    mean = jax.random.normal(common, (1, config.p_in))
-    x = math.sqrt(config.overlap) * mean + math.sqrt(1 - config.overlap) * jax.random.normal(own, (total, config.p_in))
+    mean = jax.random.normal(shared_key, (1, config.p_in))
+    x = math.sqrt(config.overlap) * mean + math.sqrt(1 - config.overlap) * jax.random.normal(
+        input_key, (total, config.p_in)
+    )
+    # Base weights, and the teacher's low-rank change of each layer.
     weights, changes = [], []
     for layer, (out, fan_in) in zip(layers, config.shapes, strict=True):
         base, left, right = jax.random.split(layer, 3)
         weights.append(jax.random.normal(base, (out, fan_in)) / math.sqrt(fan_in))
-        # Entries of D x have variance 1 where those of x have.
+        # Scaled so that the entries of D x have variance 1 like those of x.
         rows = jax.random.normal(right, (config.teacher_rank, fan_in)) / math.sqrt(fan_in)
         changes.append(jax.random.normal(left, (out, config.teacher_rank)) @ rows / math.sqrt(config.teacher_rank))
-    target = _change(tuple(weights), x, lambda layer, u: u @ changes[layer].T)
+    # Targets: the teacher's change of the output plus noise.
+    target = _output_change(tuple(weights), x, lambda layer, u: u @ changes[layer].T)
     target = target + config.noise * jax.random.normal(noise, target.shape)
     n = config.samples
     return Problem(tuple(weights), x[:n], x[n:], target[:n], target[n:])
@@ -172,41 +186,47 @@ def draw_problem(key: PRNGKeyArray, config: ProblemConfig) -> Problem:
 def draw_adapters(
     key: PRNGKeyArray, config: ProblemConfig, *, rank: int, start: Start = "A", init: Init = "kaiming_uniform"
 ) -> Adapters:
-    """Adapters before the first step, nested over ranks (`rora_theory.toy.nested`); their change is zero.
+    """Sample the initial adapters, nested over ranks (`rora_theory.toy.nested`); their change is zero.
 
     Args:
-      key: of the random factor.
-      config: gives the layers' shapes.
-      rank: r; it may exceed the layers' widths, which the laws do not mind.
-      start: ``"A"``: A by the law ``init``, B = 0. ``"B"``: A = 0, B by `nested.draw_b`.
-      init: law of A.
+      key: Key of the random factor.
+      config: Settings of the problem, which determine the shapes of the layers.
+      rank: Rank r of the adapters. It may exceed the widths of the layers.
+      start: Random factor. ``"A"``: A from ``init``, B = 0. ``"B"``: A = 0, B from `nested.draw_b`.
+      init: Initialisation of A.
+
+    Returns:
+      The factors of each layer.
+
+    Raises:
+      InputError: If the start is unknown.
     """
     if start not in STARTS:
-        raise InputError(f"start is {start!r}; accepted are {', '.join(STARTS)}")
-    found = []
+        raise InputError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+    adapters = []
     for index, (out, fan_in) in enumerate(config.shapes):
-        own = jax.random.fold_in(key, index)
+        layer_key = jax.random.fold_in(key, index)
         if start == "A":
-            lora_A, lora_B = nested.draw_a(own, init, rank=rank, p_in=fan_in), jnp.zeros((out, rank), jnp.float32)
+            lora_A, lora_B = nested.draw_a(layer_key, init, rank=rank, p_in=fan_in), jnp.zeros((out, rank), jnp.float32)
         else:
-            lora_A, lora_B = jnp.zeros((rank, fan_in), jnp.float32), nested.draw_b(own, p_out=out, rank=rank)
-        found.append({"lora_A": lora_A, "lora_B": lora_B})
-    return tuple(found)
+            lora_A, lora_B = jnp.zeros((rank, fan_in), jnp.float32), nested.draw_b(layer_key, p_out=out, rank=rank)
+        adapters.append({"lora_A": lora_A, "lora_B": lora_B})
+    return tuple(adapters)
 
 
-def change(
+def output_change(
     adapters: Adapters,
     weights: Weights,
     x: Float[Array, "n p_in"],
     scaling: Float[Array, ""] | float,
 ) -> Float[Array, "n p_out"]:
-    """The change of output that the adapters make, free of cancellation."""
+    """Compute the adapters' change of the output, without cancellation."""
 
     def delta(layer: int, u: Array) -> Array:
         tensors = adapters[layer]
         return scaling * ((u @ tensors["lora_A"].T) @ tensors["lora_B"].T)
 
-    return _change(weights, x, delta)
+    return _output_change(weights, x, delta)
 
 
 def loss(
@@ -216,8 +236,8 @@ def loss(
     target: Float[Array, "n p_out"],
     scaling: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
-    """L: half the squared error, summed over outputs, averaged over inputs."""
-    return jnp.sum((change(adapters, weights, x, scaling) - target) ** 2) / (2 * x.shape[0])
+    """Compute the loss L: half the squared error, summed over outputs and averaged over inputs."""
+    return jnp.sum((output_change(adapters, weights, x, scaling) - target) ** 2) / (2 * x.shape[0])
 
 
 def trajectory(
@@ -230,28 +250,30 @@ def trajectory(
     steps: tuple[int, ...],
     frozen: str | None = None,
 ) -> Measures:
-    """Train, and measure before the first step and after each of ``steps``: one scan, for one seed.
+    """Train one seed's adapters, and measure before the first step and after each of ``steps``.
 
     Args:
-      adapters: at the start.
-      problem: drawn by `draw_problem`.
-      scaling: gamma, from `rora_theory.scaling_factor`.
-      learning_rate: eta > 0.
-      optimizer: see `rora_theory.optimizers.make_optimizer`; full batches.
-      steps: numbers of updates, ascending, each 1 or more.
-      frozen: ``"A"`` or ``"B"``: the factor that is not trained; None trains both.
+      adapters: Initial adapters.
+      problem: Problem from `draw_problem`.
+      scaling: Scaling factor gamma, from `rora_theory.scaling_factor`.
+      learning_rate: Learning rate eta, above 0.
+      optimizer: Name of the optimizer, see `rora_theory.optimizers.make_optimizer`; it uses full batches.
+      steps: Numbers of updates at which to measure, ascending, each 1 or more.
+      frozen: Factor that is not trained, ``"A"`` or ``"B"``. None trains both.
 
     Returns:
-      `Measures` with an axis of ``1 + len(steps)``.
+      The measurements, with an axis of ``1 + len(steps)``.
     """
     check_steps(steps)
     transformation = make_optimizer(optimizer, learning_rate)
     update = _update(transformation, problem, scaling, frozen)
 
+    # Each element of the scan runs to the next recorded step and measures there.
     def segment(carry: tuple[Adapters, Any], length: Array) -> tuple[tuple[Adapters, Any], Measures]:
         carry = jax.lax.fori_loop(0, length, update, carry)
         return carry, measure_student(carry[0], problem, scaling)
 
+    # The first segment has length 0, which measures the start.
     lengths = jnp.asarray([end - begin for begin, end in itertools.pairwise((0, 0, *steps))], jnp.int32)
     return jax.lax.scan(segment, (adapters, transformation.init(adapters)), lengths)[1]
 
@@ -267,12 +289,12 @@ def trajectories(
     steps: tuple[int, ...],
     frozen: str | None = None,
 ) -> Measures:
-    """`trajectory` over a leading axis of seeds in ``adapters`` and ``problem``: fields are [seeds, 1 + steps]."""
+    """Compute `trajectory` for a leading axis of seeds in both pytrees; the fields are [seeds, 1 + steps]."""
 
-    def one(params: Adapters, drawn: Problem) -> Measures:
+    def train_one(params: Adapters, seed_problem: Problem) -> Measures:
         return trajectory(
             params,
-            drawn,
+            seed_problem,
             scaling=scaling,
             learning_rate=learning_rate,
             optimizer=optimizer,
@@ -280,11 +302,11 @@ def trajectories(
             frozen=frozen,
         )
 
-    return jax.vmap(one)(adapters, problem)
+    return jax.vmap(train_one)(adapters, problem)
 
 
 def start_loss(problem: Problem) -> Float[Array, ""]:
-    """Training loss before the first update, when adapters add nothing."""
+    """Compute the training loss before the first update, when the adapters' change is zero."""
     return jnp.sum(problem.target_train**2) / (2 * problem.target_train.shape[0])
 
 
@@ -299,32 +321,37 @@ def final_losses(
     steps: int,
     frozen: str | None = None,
 ) -> tuple[Float[Array, "seeds rates"], Float[Array, "seeds rates"]]:
-    """Training and held-out loss after ``steps`` updates, over seeds (leading axis of the trees) and rates."""
+    """Compute training and held-out loss after ``steps`` updates for every seed (leading axis) and learning rate."""
 
-    def one(params: Adapters, drawn: Problem, rate: Array) -> tuple[Array, Array]:
+    def train_one(params: Adapters, seed_problem: Problem, rate: Array) -> tuple[Array, Array]:
         transformation = make_optimizer(optimizer, rate)
-        update = _update(transformation, drawn, scaling, frozen)
-        end = jax.lax.fori_loop(0, steps, update, (params, transformation.init(params)))[0]
+        update = _update(transformation, seed_problem, scaling, frozen)
+        trained = jax.lax.fori_loop(0, steps, update, (params, transformation.init(params)))[0]
         return (
-            loss(end, drawn.weights, drawn.x_train, drawn.target_train, scaling),
-            loss(end, drawn.weights, drawn.x_held_out, drawn.target_held_out, scaling),
+            loss(trained, seed_problem.weights, seed_problem.x_train, seed_problem.target_train, scaling),
+            loss(trained, seed_problem.weights, seed_problem.x_held_out, seed_problem.target_held_out, scaling),
         )
 
-    return jax.vmap(jax.vmap(one, in_axes=(None, None, 0)), in_axes=(0, 0, None))(adapters, problem, learning_rates)
+    return jax.vmap(jax.vmap(train_one, in_axes=(None, None, 0)), in_axes=(0, 0, None))(
+        adapters, problem, learning_rates
+    )
 
 
 def measure_student(adapters: Adapters, problem: Problem, scaling: Float[Array, ""] | float) -> Measures:
-    """`Measures` of one moment, without the axis of steps."""
+    """Measure the student once, without an axis of steps."""
     grads = jax.grad(loss)(adapters, problem.weights, problem.x_train, problem.target_train, scaling)
-    train, held_out = (change(adapters, problem.weights, x, scaling) for x in (problem.x_train, problem.x_held_out))
+    train, held_out = (
+        output_change(adapters, problem.weights, x, scaling) for x in (problem.x_train, problem.x_held_out)
+    )
+    # A x of each layer, recorded while the change of the output is computed.
     inner: list[Array] = []
 
-    def watch(layer: int, u: Array) -> Array:
+    def record_inner(layer: int, u: Array) -> Array:
         tensors = adapters[layer]
         inner.append(u @ tensors["lora_A"].T)
         return scaling * (inner[-1] @ tensors["lora_B"].T)
 
-    _change(problem.weights, problem.x_train, watch)
+    _output_change(problem.weights, problem.x_train, record_inner)
     products = [t["lora_B"] @ t["lora_A"] for t in adapters]
     return Measures(
         loss_train=jnp.sum((train - problem.target_train) ** 2) / (2 * train.shape[0]),
@@ -340,66 +367,75 @@ def measure_student(adapters: Adapters, problem: Problem, scaling: Float[Array, 
 
 
 def spectral_norm(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
-    r"""Largest singular value, from below: the root of :math:`\mathrm{tr}\,K^{p+1} / \mathrm{tr}\,K^p` of the smaller
-    Gram matrix K, p = 2^12 by repeated squaring.
+    r"""Compute the largest singular value by repeated squaring of the smaller Gram matrix K.
 
-    Exact to float32 rounding unless other singular values are within 1/p of the largest; never off by more than
-    min(m, n) / (5 p). Products alone: batched LAPACK calls of one program can wait for each other for ever on a CPU's
+    The result is the root of :math:`\mathrm{tr}\,K^{p+1} / \mathrm{tr}\,K^p` with p = 2^12, a lower bound. It is exact
+    to float32 rounding unless other singular values are within 1/p of the largest; its relative error never exceeds
+    min(m, n) / (5 p). It uses matrix products only, because batched LAPACK calls in one program can deadlock in a CPU's
     thread pool.
+
+    Args:
+      matrix: Matrix of any shape.
+
+    Returns:
+      The largest singular value.
     """
+    # Scale the entries to 1, because squares of small changes underflow.
     size = jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(jnp.float32).tiny)
-    wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / size  # squares of small changes underflow
+    wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / size
     gram = wide @ wide.T
 
+    # Powers of the Gram matrix, normalised to trace 1.
     def square(_: Array, power: Array) -> Array:
         power = power @ power
         return power / jnp.maximum(jnp.trace(power), jnp.finfo(jnp.float32).tiny)
 
     start = gram / jnp.maximum(jnp.trace(gram), jnp.finfo(jnp.float32).tiny)
     power = jax.lax.fori_loop(0, _SQUARINGS, square, start)
-    return size * jnp.sqrt(jnp.sum(power * gram))  # traces are normalised to 1
+    return size * jnp.sqrt(jnp.sum(power * gram))  # tr(K^p K) with tr(K^p) = 1
 
 
-def _change(weights: tuple[Array, ...], x: Array, delta: Callable[[int, Array], Array]) -> Array:
-    """Change of output where layer l adds ``delta(l, its input)``: activations and their changes go side by side."""
-    hidden, moved = x, None
+def _output_change(weights: tuple[Array, ...], x: Array, delta: Callable[[int, Array], Array]) -> Array:
+    """Propagate activations and their changes side by side; layer l adds ``delta(l, its input)`` to its output."""
+    hidden, hidden_change = x, None
     for layer, weight in enumerate(weights):
-        now = hidden if moved is None else hidden + moved
-        added = delta(layer, now)
-        if moved is not None:
-            added = added + moved @ weight.T
+        adapted_input = hidden if hidden_change is None else hidden + hidden_change
+        # Change of this layer's output: by its own adapter, and by the change of its input.
+        added = delta(layer, adapted_input)
+        if hidden_change is not None:
+            added = added + hidden_change @ weight.T
         if layer == len(weights) - 1:
             return added
         before = hidden @ weight.T
-        hidden, moved = jnp.tanh(before), _tanh_difference(before, added)
+        hidden, hidden_change = jnp.tanh(before), _tanh_difference(before, added)
     raise AssertionError("a model has at least one layer")
 
 
 def _tanh_difference(a: Array, d: Array) -> Array:
-    """tanh(a + d) - tanh(a), for small d as sinh(d) / (cosh(a + d) cosh(a)), which has no cancellation."""
-    small = jnp.abs(d) < 1
-    kept = jnp.where(small, d, 0.0)
-    cosh = jnp.clip(a, -30.0, 30.0)  # beyond, tanh is 1 to float32 and the quotient is 0
-    exact = jnp.sinh(kept) / (jnp.cosh(cosh + kept) * jnp.cosh(cosh))
-    return jnp.where(small, exact, jnp.tanh(a + d) - jnp.tanh(a))
+    """Compute tanh(a + d) - tanh(a); for small d as sinh(d) / (cosh(a + d) cosh(a)), which avoids cancellation."""
+    is_small = jnp.abs(d) < 1
+    small_change = jnp.where(is_small, d, 0.0)
+    bounded = jnp.clip(a, -30.0, 30.0)  # beyond 30, tanh is 1 in float32 and the quotient is 0
+    quotient = jnp.sinh(small_change) / (jnp.cosh(bounded + small_change) * jnp.cosh(bounded))
+    return jnp.where(is_small, quotient, jnp.tanh(a + d) - jnp.tanh(a))
 
 
 def _update(
     transformation: optax.GradientTransformation, problem: Problem, scaling: Any, frozen: str | None
 ) -> Callable[[Any, tuple[Adapters, Any]], tuple[Adapters, Any]]:
-    """The body of a loop over full-batch steps; its carry is the adapters and the optimizer's state."""
+    """Return the body of a loop over full-batch steps; its carry is the adapters and the optimizer's state."""
 
     def loss_of(adapters: Adapters) -> Array:
         return loss(adapters, problem.weights, problem.x_train, problem.target_train, scaling)
 
     def update(_: Any, carry: tuple[Adapters, Any]) -> tuple[Adapters, Any]:
         adapters, state = carry
-        # Optax leans on type promotion; this package's own code passes under the strict rules too.
+        # Optax relies on type promotion; this package's code also passes under the strict rules.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = transformation.update(jax.grad(loss_of)(adapters), state, adapters)
             if frozen is not None:
-                held = f"lora_{frozen}"
-                updates = tuple({**tensors, held: jnp.zeros_like(tensors[held])} for tensors in updates)
+                name = f"lora_{frozen}"
+                updates = tuple({**tensors, name: jnp.zeros_like(tensors[name])} for tensors in updates)
             return optax.apply_updates(adapters, updates), state
 
     return update

@@ -1,4 +1,4 @@
-"""Runs of the controlled problem over several seeds at once, each with a problem and an adapter of its own."""
+"""Training runs of several seeds at once, each with its own problem and adapter."""
 
 from collections.abc import Sequence
 
@@ -22,14 +22,20 @@ def draw_ensemble(
     start: Start = "A",
     init: Init = "kaiming_uniform",
 ) -> tuple[Adapters, Problem]:
-    """Adapters and problems with a leading axis of seeds; those of one seed are the same, or nested, at every rank.
+    """Sample adapters and problems with a leading axis of seeds.
+
+    The problem of a seed is the same at every rank, and its adapters are nested over ranks.
 
     Args:
-      config: of the problem.
-      rank: of the adapters.
-      seeds: of the problems and adapters.
-      seed: of all draws.
-      start, init: see `dynamics.draw_adapters`.
+      config: Settings of the problem.
+      rank: Rank of the adapters.
+      seeds: Seeds of the problems and adapters.
+      seed: Seed from which all keys are derived.
+      start: Factor with a random initialisation, see `dynamics.draw_adapters`.
+      init: Initialisation of A.
+
+    Returns:
+      The adapters and the problems.
     """
     keys = jax.vmap(lambda s: jax.random.split(jax.random.fold_in(jax.random.key(seed), s)))(
         np.asarray(seeds, np.uint32)
@@ -49,9 +55,20 @@ def ensemble_trajectories(
     steps: tuple[int, ...],
     frozen: str | None = None,
 ) -> tuple[dict[str, Float[np.ndarray, "seeds moments"]], Bool[np.ndarray, "seeds moments"]]:
-    """`dynamics.Measures` by name, before the first step and after each of ``steps``, and where a run has diverged.
+    """Train an ensemble and measure it before the first step and after each of ``steps``.
 
-    Once diverged, a run stays so: what it does later means nothing.
+    Args:
+      adapters: Initial adapters with a leading axis of seeds.
+      problems: Problems with a leading axis of seeds.
+      scaling: Scaling factor gamma.
+      learning_rate: Learning rate, above 0.
+      optimizer: Name of the optimizer.
+      steps: Numbers of updates at which to measure, ascending.
+      frozen: Factor that is not trained, ``"A"`` or ``"B"``. None trains both.
+
+    Returns:
+      The fields of `dynamics.Measures` by name, and a mask of diverged runs. A run that has diverged counts as diverged
+      at all later steps.
     """
     measured = dynamics.trajectories(
         adapters, problems, scaling, learning_rate, optimizer=optimizer, steps=steps, frozen=frozen
@@ -72,8 +89,21 @@ def losses_at_rates(
     steps: int,
     frozen: str | None = None,
 ) -> tuple[Float[np.ndarray, "seeds rates"], Float[np.ndarray, "seeds rates"]]:
-    """Training and held-out loss after ``steps`` updates at every rate; both infinite where the run diverged."""
-    found = dynamics.final_losses(
+    """Compute the losses of an ensemble after ``steps`` updates at every learning rate.
+
+    Args:
+      adapters: Initial adapters with a leading axis of seeds.
+      problems: Problems with a leading axis of seeds.
+      scaling: Scaling factor gamma.
+      rates: Learning rates, above 0.
+      optimizer: Name of the optimizer.
+      steps: Number of updates.
+      frozen: Factor that is not trained, ``"A"`` or ``"B"``. None trains both.
+
+    Returns:
+      Training and held-out losses; both are infinite for a run that diverged.
+    """
+    final = dynamics.final_losses(
         adapters,
         problems,
         scaling,
@@ -82,8 +112,8 @@ def losses_at_rates(
         steps=steps,
         frozen=frozen,
     )
-    train, held_out = (np.asarray(part, np.float64) for part in found)
-    # A loss that is finite and far above its start is no point of a curve either.
+    train, held_out = (np.asarray(part, np.float64) for part in final)
+    # A loss that is finite but far above its initial value counts as diverged too.
     start = np.asarray(jax.vmap(dynamics.start_loss)(problems), np.float64)[:, None]
-    gone = ~(train <= dynamics.DIVERGED * start)
-    return np.where(gone, np.inf, train), np.where(gone, np.inf, held_out)
+    has_diverged = ~(train <= dynamics.DIVERGED * start)
+    return np.where(has_diverged, np.inf, train), np.where(has_diverged, np.inf, held_out)

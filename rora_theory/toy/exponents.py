@@ -1,7 +1,7 @@
-"""How the change of an adapted layer depends on the rank along training: exponents by step, and what they answer.
+"""Exponents in the rank of an adapted layer's change during training, and the questions that they answer.
 
-Rows are those of `training_grid`: of a cell (`CELL`), a seed and a step, every one of `dynamics.Measures` and whether
-the run has diverged.
+The input rows come from `training_grid`: one row per cell (`CELL`), seed and step, with all fields of
+`dynamics.Measures` and whether the run has diverged.
 """
 
 import itertools
@@ -17,71 +17,105 @@ from rora_theory.stats.estimate import ROUNDING, over_seeds
 from rora_theory.toy.dynamics import Measures, Model
 
 CELL = ("model", "start", "trained", "optimizer", "rule", "kappa", "rank", "scaling", "learning_rate")
+"""Columns that identify a cell."""
+
 QUANTITIES = Measures._fields
+"""Measured quantities."""
+
 MEAN_COLUMNS = (*CELL, "step", "seeds", "diverged", *(name for q in QUANTITIES for name in (q, f"{q}_se")))
+"""Columns of the table of means over seeds."""
+
 FIT_COLUMNS = (
     "model", "start", "trained", "optimizer", "rule", "kappa", "range", "lowest_rank", "highest_rank", "ranks", "step",
     "quantity", "slope", "standard_error", "seeds", "verdict", "loss_left",
 )  # fmt: skip
-FITTED = ("output_train", "output_held_out", "delta_frobenius", "delta_spectral", "inner", "grad_A", "grad_B")
+"""Columns of the table of fits."""
 
-CHANGE = 0.05
-"""Least difference of two exponents that counts."""
+FITTED = ("output_train", "output_held_out", "delta_frobenius", "delta_spectral", "inner", "grad_A", "grad_B")
+"""Quantities with a fitted slope."""
+
+MIN_EXPONENT_CHANGE = 0.05
+"""Smallest relevant difference of two exponents."""
 
 SATURATED = 0.5
-"""Below this share of its start, the training loss bounds the output change and no longer the step does."""
+"""Training loss relative to its initial value below which the loss, not the step, limits the output change."""
 
 
 def summarise_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds with their standard errors, a row a cell and step; diverged seeds are counted and left out."""
-    found = []
+    """Compute means over seeds with standard errors, one row per cell and step, without diverged seeds.
+
+    Args:
+      table: Rows of `training_grid`.
+
+    Returns:
+      A table with the columns `MEAN_COLUMNS`, which include the number of diverged seeds.
+    """
+    rows = []
     for named, group in table.groupby([*CELL, "step"], sort=False):
-        kept = group[group["diverged"] == 0]
+        finite = group[group["diverged"] == 0]
         line = dict(zip((*CELL, "step"), named, strict=True))
-        line |= {"seeds": len(group), "diverged": len(group) - len(kept)}
-        for name in QUANTITIES if len(kept) else ():
-            mean = over_seeds(kept[name].to_numpy(float))
+        line |= {"seeds": len(group), "diverged": len(group) - len(finite)}
+        for name in QUANTITIES if len(finite) else ():
+            mean = over_seeds(finite[name].to_numpy(float))
             line[name] = mean.value
             line[f"{name}_se"] = mean.error if mean.has_error else None
-        found.append(line)
-    return frames.of(found, MEAN_COLUMNS)
+        rows.append(line)
+    return frames.of(rows, MEAN_COLUMNS)
 
 
 def exponent_fits(table: pd.DataFrame) -> pd.DataFrame:
-    """Slopes against the rank, over all ranks and over the upper half; ranks with a diverged seed are left out.
+    """Fit slopes in the rank, over all ranks and over the upper half; ranks with a diverged seed are excluded.
+
+    Args:
+      table: Rows of `training_grid`.
 
     Returns:
-      `FIT_COLUMNS`, and ``kept``, the ranks that were fitted, and ``by_seed``, each seed's own slope.
+      A table with the columns `FIT_COLUMNS`, the ``fitted_ranks``, and the slope of each seed, ``by_seed``.
     """
     ranks, steps = (sorted(table[name].unique().tolist()) for name in ("rank", "step"))
     ranges = {"all": ranks} if len(ranks) < 4 else {"all": ranks, "upper": ranks[len(ranks) // 2 :]}
-    found = []
+    fits = []
     for named, line in table.groupby(list(CELL[:6]), sort=False):
         measured = line.pivot(index="seed", columns=["step", "rank"], values=["diverged", "loss_train", *FITTED])
         for (span, members), step in itertools.product(ranges.items(), steps):
-            now = measured.xs(step, axis=1, level="step")
-            kept = [rank for rank in members if not now["diverged", rank].any()]
-            if len(kept) < 2:
+            at_step = measured.xs(step, axis=1, level="step")
+            # Ranks at which no seed has diverged by this step.
+            fitted_ranks = [rank for rank in members if not at_step["diverged", rank].any()]
+            if len(fitted_ranks) < 2:
                 continue
-            loss, origin = (at["loss_train"][kept].mean() for at in (now, measured.xs(0, axis=1, level="step")))
+            loss, origin = (
+                measured_at["loss_train"][fitted_ranks].mean()
+                for measured_at in (at_step, measured.xs(0, axis=1, level="step"))
+            )
             for quantity in FITTED:
-                values = now[quantity][kept].to_numpy(float)
+                values = at_step[quantity][fitted_ranks].to_numpy(float)
                 if not (values > 0).all():
-                    continue  # nothing has moved yet
-                fit = slopes.seed_fit(kept, values)
-                found.append(
+                    continue  # nothing has changed yet
+                fit = slopes.seed_fit(fitted_ranks, values)
+                fits.append(
                     dict(zip(CELL[:6], named, strict=True))
-                    | {"range": span, "lowest_rank": min(kept), "highest_rank": max(kept), "ranks": len(kept)}
+                    | {
+                        "range": span,
+                        "lowest_rank": min(fitted_ranks),
+                        "highest_rank": max(fitted_ranks),
+                        "ranks": len(fitted_ranks),
+                    }
                     | {"step": step, "quantity": quantity, "slope": fit.slope}
                     | {"standard_error": fit.standard_error, "seeds": fit.seeds}
                     | {"verdict": slopes.trend(fit), "loss_left": (loss / origin).min()}
-                    | {"kept": tuple(kept), "by_seed": slopes.seed_slopes(kept, values)}
+                    | {"fitted_ranks": tuple(fitted_ranks), "by_seed": slopes.seed_slopes(fitted_ranks, values)}
                 )
-    return pd.DataFrame(found, columns=[*FIT_COLUMNS, "kept", "by_seed"])
+    return pd.DataFrame(fits, columns=[*FIT_COLUMNS, "fitted_ranks", "by_seed"])
 
 
 class Answer(NamedTuple):
-    """A question that the run settles, or doesn't."""
+    """Answer to a question about the exponents.
+
+    Attributes:
+      question: Question.
+      answer: Verdicts along the steps.
+      figures: Slopes with standard errors.
+    """
 
     question: str
     answer: str
@@ -89,7 +123,7 @@ class Answer(NamedTuple):
 
 
 def answers(
-    found: pd.DataFrame,
+    fits: pd.DataFrame,
     *,
     models: Sequence[Model],
     optimizers: Sequence[OptimizerName],
@@ -98,46 +132,55 @@ def answers(
     overlap: float,
     freeze_control: bool,
 ) -> list[Answer]:
-    """What the slopes say of the claims in the literature, for every model with A random at the start.
+    """Answer questions about claims in the literature, for every model with A random at the start.
 
     Args:
-      found: of `exponent_fits`.
-      models, optimizers, kappas, ranks, overlap: what was trained; A was random at the start.
-      freeze_control: whether B was trained alone too.
+      fits: Table from `exponent_fits`.
+      models: Models that were trained with A random at the start.
+      optimizers: Optimizers that were used.
+      kappas: Exponents of the scaling rules.
+      ranks: Ranks of the adapters.
+      overlap: Overlap of the inputs.
+      freeze_control: Whether B was also trained alone.
+
+    Returns:
+      The answers.
     """
     listed: list[Answer] = []
     ranks = sorted(ranks)
-    far = f"from r = {ranks[len(ranks) // 2]} on" if len(ranks) >= 4 else ""
+    upper_range = f"from r = {ranks[len(ranks) // 2]} on" if len(ranks) >= 4 else ""
 
     def add(model: str, optimizer: str, quantity: str, kappa: float, question: str, span: str = "all") -> None:
         if optimizer in optimizers and kappa in kappas:
-            rows = _line(found, model, optimizer, quantity, kappa, span=span)
-            listed.append(Answer(f"{model}, {question}", by_step(rows), slopes_by_step(rows)))
+            rows = _line(fits, model, optimizer, quantity, kappa, span=span)
+            listed.append(Answer(f"{model}, {question}", verdicts_by_step(rows), slopes_by_step(rows)))
 
-    apart = f"output change on held-out inputs (overlap {overlap:g})"
+    held_out = f"output change on held-out inputs (overlap {overlap:g})"
     for model in models:
-        for span, where in {"all": "", "upper": far}.items():
+        # Is the output change on training inputs flat, over all ranks and over the upper half?
+        for span, where in {"all": "", "upper": upper_range}.items():
             if span == "all" or where:
                 theorem = f"SGD: output change on training inputs flat under alpha/sqrt(r) (rsLoRA's theorem) {where}"
                 add(model, "sgd", "output_train", 0.5, theorem.strip() + "?", span)
                 theta = f"Adam: output change on training inputs flat under alpha/r, so as r at fixed gamma {where}"
                 add(model, "adam", "output_train", 1.0, theta.strip() + "?", span)
-        add(model, "sgd", "output_held_out", 0.25, f"SGD: {apart} flat under kappa = 1/4?")
-        add(model, "adam", "output_held_out", 0.5, f"Adam: {apart} flat under kappa = 1/2?")
+        # Is it flat on held-out inputs?
+        add(model, "sgd", "output_held_out", 0.25, f"SGD: {held_out} flat under kappa = 1/4?")
+        add(model, "adam", "output_held_out", 0.5, f"Adam: {held_out} flat under kappa = 1/2?")
+        # Does training A change the exponent of the weight change?
         for optimizer, power in (("sgd", 2), ("adam", 1)):
             if optimizer not in optimizers or not freeze_control or 1.0 not in kappas:
                 continue
-            both, frozen = (
-                _line(found, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B")
-            )
+            both, frozen = (_line(fits, model, optimizer, "delta_frobenius", 1.0, trained) for trained in ("both", "B"))
             question = f"{model}, {WORDS[optimizer]}: exponent of |dM|_F changes once A moves?"
-            shown = f"A trained: {at_gamma_one(both, power)}; A frozen: {at_gamma_one(frozen, power)}"
-            listed.append(Answer(question, changed(both, frozen), f"under alpha/r, plus {power}: {shown}"))
+            trained_slopes, frozen_slopes = (slopes_at_constant_gamma(rows, power) for rows in (both, frozen))
+            figures = f"under alpha/r, plus {power}: A trained: {trained_slopes}; A frozen: {frozen_slopes}"
+            listed.append(Answer(question, exponent_change(both, frozen), figures))
     return listed
 
 
 def _line(
-    found: pd.DataFrame,
+    fits: pd.DataFrame,
     model: str,
     optimizer: str,
     quantity: str,
@@ -145,14 +188,14 @@ def _line(
     trained: str = "both",
     span: str = "all",
 ) -> list[dict[Any, Any]]:
-    """The fits of one curve, A random at the start, along the steps."""
-    wanted: dict[str, Any] = {"model": model, "start": "A", "trained": trained, "range": span}
-    wanted |= {"optimizer": optimizer, "quantity": quantity, "kappa": kappa}
-    return frames.where(found[found["step"] > 0], wanted).to_dict("records")
+    """Return the fits of one curve along the steps, with A random at the start."""
+    key: dict[str, Any] = {"model": model, "start": "A", "trained": trained, "range": span}
+    key |= {"optimizer": optimizer, "quantity": quantity, "kappa": kappa}
+    return frames.where(fits[fits["step"] > 0], key).to_dict("records")
 
 
-def by_step(rows: Sequence[dict[Any, Any]]) -> str:
-    """The verdicts along the steps, in words; steps at which the loss has come below half are named so."""
+def verdicts_by_step(rows: Sequence[dict[Any, Any]]) -> str:
+    """Return a sentence with the verdicts along the steps, marking steps with a loss below half of its start."""
     if not rows:
         return "not measured: the runs diverged"
     parts = []
@@ -168,36 +211,47 @@ def by_step(rows: Sequence[dict[Any, Any]]) -> str:
 
 
 def slopes_by_step(rows: Sequence[dict[Any, Any]]) -> str:
-    """Slopes with standard errors along the steps."""
+    """Format the slopes and standard errors along the steps."""
     return ", ".join(f"{row['step']}: {row['slope']:+.3f} ± {row['standard_error']:.3f}" for row in rows)
 
 
-def at_gamma_one(rows: Sequence[dict[Any, Any]], power: int) -> str:
-    """Exponents with the first step's power of gamma divided out."""
+def slopes_at_constant_gamma(rows: Sequence[dict[Any, Any]], power: int) -> str:
+    """Format the exponents after dividing out the first step's power of gamma."""
     return ", ".join(
         f"{row['step']}: {row['slope'] + power * row['kappa']:.2f} ± {row['standard_error']:.2f}" for row in rows
     )
 
 
-def changed(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, Any]]) -> str:
-    """Whether training A changes the exponent, seed by seed, at the last step before the loss is below half.
+def exponent_change(both: Sequence[dict[Any, Any]], frozen: Sequence[dict[Any, Any]]) -> str:
+    """Judge whether training A changes the exponent, paired by seed, at the last step with a loss above half its start.
 
-    Only slopes over the same ranks are compared: a curve that bends has another slope without the ranks that diverged.
-    "small" is a change that is there, its interval clear of 0, and that does not count, the interval within `CHANGE`.
+    Only slopes over the same ranks are compared, because the slope of a bent curve depends on the ranks. A change is
+    "small" if its interval excludes 0 and lies within `MIN_EXPONENT_CHANGE`.
+
+    Args:
+      both: Fits with both factors trained.
+      frozen: Fits with A frozen.
+
+    Returns:
+      The verdict with the change of the exponent.
     """
+    # Fits of both runs at the same step, with the loss above half of its start.
     pairs = [
         (a, b)
         for a in both
         for b in frozen
         if a["step"] == b["step"] and min(a["loss_left"], b["loss_left"]) >= SATURATED
     ]
+    # The last step with the same ranks in both runs decides.
     if not pairs:
         return "not settled: the loss is below half of its start at every step"
-    alike = [(a, b) for a, b in pairs if a["kept"] == b["kept"]]
-    if not alike:
+    same_ranks = [(a, b) for a, b in pairs if a["fitted_ranks"] == b["fitted_ranks"]]
+    if not same_ranks:
         return "not settled: other ranks diverged with A trained than with A frozen, at every step"
-    a, b = alike[-1]
-    fit = slopes.SeedFit.of(over_seeds(a["by_seed"] - b["by_seed"]))
-    there = abs(fit.slope) > fit.half_width() + ROUNDING
-    word = {"flat": "small" if there else "no", "undecided": "undecided"}.get(slopes.trend(fit, CHANGE), "yes")
-    return f"{word}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"
+    a, b = same_ranks[-1]
+    fit = slopes.SeedFit.from_estimate(over_seeds(a["by_seed"] - b["by_seed"]))
+    is_nonzero = abs(fit.slope) > fit.half_width() + ROUNDING
+    verdict = {"flat": "small" if is_nonzero else "no", "undecided": "undecided"}.get(
+        slopes.trend(fit, MIN_EXPONENT_CHANGE), "yes"
+    )
+    return f"{verdict}: by {fit.slope:+.3f} ± {fit.standard_error:.3f} at step {a['step']}"

@@ -1,6 +1,6 @@
-"""Random factors that are nested over ranks: the smaller rank's rows are the first rows of the larger's.
+"""Random factors that are nested over ranks: the rows of a smaller rank are the first rows of a larger one.
 
-Ranks that share their noise differ by the rank alone, so that a slope against the rank is found from few seeds.
+Adapters that share their random entries differ only in the rank, so that a slope in the rank needs few seeds.
 """
 
 import jax
@@ -13,13 +13,16 @@ from rora_theory.random.draws import draw_A
 
 
 def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Array, "rank p_in"]:
-    """A in float32: row k depends on ``key`` and k, and on the rank through the law's deviation alone.
+    """Sample A in float32; row k depends on ``key`` and k, and on the rank only through the standard deviation.
 
     Args:
-      key: of all rows.
-      init: the law, see `rora_theory.inits.entries`.
-      rank: number of rows.
-      p_in: length of a row.
+      key: Key of all rows.
+      init: Initialisation, see `rora_theory.inits.entries`.
+      rank: Number of rows.
+      p_in: Length of a row.
+
+    Returns:
+      The factor A.
 
     Examples:
       >>> import numpy as np
@@ -31,21 +34,31 @@ def draw_a(key: PRNGKeyArray, init: Init, *, rank: int, p_in: int) -> Float[Arra
 
 
 def rows(key: PRNGKeyArray, init: Init, *, count: int, p_in: int) -> Float[Array, "count p_in"]:
-    """The first rows of A, all with the deviation of a rank of 1."""
+    """Sample the first rows of A with the standard deviation that belongs to rank 1."""
     keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(count))
     return jax.vmap(lambda k: draw_A(k, init, rank=1, p_in=p_in)[0])(keys)
 
 
 def relative(init: Init, *, rank: int, p_in: int) -> float:
-    """Deviation of A's entries over that of a rank of 1: it depends on the rank for ``gaussian`` alone."""
+    """Return the standard deviation of A's entries relative to rank 1; it depends on the rank only for ``gaussian``."""
     return inits.entries(init, rank=rank, p_in=p_in).deviation / inits.entries(init, rank=1, p_in=p_in).deviation
 
 
 def draw_b(key: PRNGKeyArray, *, p_out: int, rank: int) -> Float[Array, "p_out rank"]:
-    """B of an adapter that starts with A = 0: U(-1/sqrt(r), 1/sqrt(r)), torch's default for a layer of r inputs.
+    """Sample B for an adapter with A = 0 from U(-1/sqrt(r), 1/sqrt(r)), PyTorch's default for a layer with r inputs.
 
-    Columns are nested up to the deviation, 1/sqrt(3 r).
+    The columns are nested up to their standard deviation, 1/sqrt(3 r).
+
+    Args:
+      key: Key of all columns.
+      p_out: Number of rows.
+      rank: Number of columns.
+
+    Returns:
+      The factor B.
     """
     columns = draw_a(key, "kaiming_uniform", rank=rank, p_in=p_out)
-    drawn, wanted = (inits.entries("kaiming_uniform", rank=1, p_in=fan_in).deviation for fan_in in (p_out, rank))
-    return (wanted / drawn) * columns.T
+    drawn_deviation, target_deviation = (
+        inits.entries("kaiming_uniform", rank=1, p_in=fan_in).deviation for fan_in in (p_out, rank)
+    )
+    return (target_deviation / drawn_deviation) * columns.T

@@ -1,9 +1,9 @@
-"""The controlled problem trained at every rate of a grid, by rank, scaling rule and optimizer: loss against rate.
+"""Loss against learning rate on the controlled problem, by rank, scaling rule and optimizer.
 
     grid = RateGrid(ranks=(4, 16), rules=("lora", "rora"), optimizers=("adam",))
-    found = best_rates(curves_of_losses(losses(grid)))
+    table = best_rates(curves_of_losses(losses(grid)))
 
-Tables are tidy: a row a cell, seed and rate. `rora_theory.stats.rate_curves` has the best rates and their comparison.
+Tables are tidy, with one row per cell, seed and rate. `rora_theory.stats.rate_curves` computes and compares best rates.
 """
 
 from collections.abc import Iterator
@@ -37,46 +37,48 @@ if TYPE_CHECKING:
     import pandas as pd
 
 JudgedLoss = Literal["held_out", "train"]
+"""Loss by which learning rates are compared."""
 
 
 @dataclass(frozen=True)
 class RateGrid:
-    """What to train.
+    """Settings of the runs.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
-    """ranks of the adapter"""
+    """Ranks of the adapter"""
     rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
-    """scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
+    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[OptimizerName, ...] = ("sgd", "adam")
-    """sgd, momentum, adam or adamw"""
+    """Optimizers: sgd, momentum, adam, adamw"""
     freeze_control: bool = True
-    """train B alone too, with A frozen"""
+    """Also train B alone, with A frozen"""
     adam_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-26, 7))
-    """learning rates of adam and adamw, three or more"""
+    """Learning rates of adam and adamw, three or more"""
     sgd_lrs: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-14, 22))
-    """learning rates of sgd, and ten times those of momentum; the default grid has every rule's best step at ranks
+    """Learning rates of sgd, and ten times those of momentum. The default grid contains every rule's best step at ranks
     that are powers of two times the reference rank"""
     steps: Count = 100
-    """updates, each on all training inputs"""
+    """Number of updates, each on all training inputs"""
     seeds: tuple[int, ...] = tuple(range(12))
-    """of problems and adapters, 2 or more"""
+    """Seeds of the problems and adapters, 2 or more"""
     gamma: float = 1.0
-    """scaling of every rule at the reference rank"""
+    """Scaling factor of every rule at the reference rank"""
     reference_rank: int = 4
-    """rank at which the rules meet"""
+    """Rank at which all rules have the same scaling factor"""
     init: Init = "kaiming_uniform"
-    """law of A"""
+    """Initialisation of A"""
     problem: ProblemConfig = field(
         default_factory=lambda: ProblemConfig(
             p_in=128, hidden=64, p_out=16, samples=256, held_out=256, overlap=0.3, teacher_rank=4, noise=0.1
         )
     )
+    """Settings of the problem"""
     seed: int = 0
-    """seed of all draws"""
+    """Seed from which all random draws are derived"""
 
     def __post_init__(self) -> None:
         check_ranks(self.ranks)
@@ -94,7 +96,7 @@ class RateGrid:
         self.problem.check_ranks(self.ranks)
 
     def lrs(self, optimizer: OptimizerName) -> Float[np.ndarray, " rates"]:
-        """The rates of an optimizer, ascending."""
+        """Return the learning rates of an optimizer, ascending."""
         if optimizer in ("adam", "adamw"):
             return np.sort(self.adam_lrs)
         return np.sort(self.sgd_lrs) / (10 if optimizer == "momentum" else 1)
@@ -102,7 +104,14 @@ class RateGrid:
 
 @dataclass(frozen=True)
 class GridCell:
-    """One compiled call: all seeds and rates; ``trained`` is both factors, or B alone with A frozen."""
+    """Runs of one compiled call: all seeds and learning rates.
+
+    Attributes:
+      optimizer: Optimizer.
+      trained: Trained factors: both, or B alone with A frozen.
+      rank: Rank of the adapters.
+      rule: Scaling rule.
+    """
 
     optimizer: OptimizerName
     trained: Literal["both", "B"]
@@ -114,7 +123,7 @@ class GridCell:
 
 
 def rate_cells(grid: RateGrid) -> Iterator[GridCell]:
-    """All of a grid."""
+    """Yield the cells of a grid."""
     kinds: tuple[Literal["both", "B"], ...] = ("both", "B") if grid.freeze_control else ("both",)
     for optimizer in grid.optimizers:
         for trained in kinds:
@@ -124,9 +133,10 @@ def rate_cells(grid: RateGrid) -> Iterator[GridCell]:
 
 
 def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
-    """Losses of a cell, a row a seed and rate; not finite where the run diverged."""
+    """Compute the losses of a cell, one row per seed and rate; not finite if the run diverged."""
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank)
+    # One compiled call trains all seeds at all rates.
     adapters, problems = ensemble.draw_ensemble(
         grid.problem, rank=cell.rank, seeds=grid.seeds, seed=grid.seed, init=grid.init
     )
@@ -140,6 +150,7 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
         steps=grid.steps,
         frozen="A" if cell.trained == "B" else None,
     )
+    # Tidy rows: the cell's columns, then rate, seed and losses.
     frame: dict[str, Any] = {"optimizer": cell.optimizer, "trained": cell.trained, "rule": name_of(cell.rule)}
     frame |= {"kappa": exponent(cell.rule), "rank": cell.rank, "scaling": scaling}
     return [
@@ -155,21 +166,24 @@ def cell_rows(grid: RateGrid, cell: GridCell) -> list[dict[str, Any]]:
 
 
 def losses(grid: RateGrid) -> "pd.DataFrame":
-    """Losses of all cells, a row a seed and rate."""
+    """Compute the losses of all cells, one row per seed and rate."""
     return frames.of([row for cell in rate_cells(grid) for row in cell_rows(grid, cell)], COLUMNS)
 
 
 def curves_of_losses(table: "pd.DataFrame", judge: JudgedLoss = "held_out") -> list[Curve]:
-    """The curves of `losses`, in the order of its cells.
+    """Build the curves of `losses`, in the order of the cells.
 
     Args:
-      table: of whole cells.
-      judge: which loss.
+      table: Losses of complete cells.
+      judge: Loss of the curves.
+
+    Returns:
+      One curve per cell.
     """
-    found = []
-    for key, own in table.groupby(list(COLUMNS[:6]), sort=False):
+    curves = []
+    for key, group in table.groupby(list(COLUMNS[:6]), sort=False):
         optimizer, trained, rule, kappa, rank, scaling = cast(tuple[Any, ...], key)
-        by_rate = own.pivot(index="seed", columns="learning_rate", values=f"loss_{judge}")
+        by_rate = group.pivot(index="seed", columns="learning_rate", values=f"loss_{judge}")
         rates, values = by_rate.columns.to_numpy(float), by_rate.to_numpy(float)
-        found.append(Curve(optimizer, trained, rule, float(kappa), int(rank), float(scaling), rates, values))
-    return found
+        curves.append(Curve(optimizer, trained, rule, float(kappa), int(rank), float(scaling), rates, values))
+    return curves

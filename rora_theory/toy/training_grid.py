@@ -1,9 +1,9 @@
-"""The controlled problem trained by rank, scaling rule and optimizer: what is measured after some steps.
+"""Measurements during training on the controlled problem, by rank, scaling rule and optimizer.
 
 grid = TrainingGrid(ranks=(4, 64), optimizers=("sgd",), models=("linear",))
 rows = [row for cell in training_cells(grid) for row in training_rows(grid, cell)]
-found = exponents.exponent_fits(frames.of(rows, COLUMNS))
-grid_answers(grid, found)
+fits = exponents.exponent_fits(frames.of(rows, COLUMNS))
+grid_answers(grid, fits)
 """
 
 from dataclasses import asdict, dataclass, field
@@ -32,6 +32,8 @@ from rora_theory.validation.rules import (
 )
 
 COLUMNS = (*CELL, "seed", "step", "diverged", *QUANTITIES)
+"""Columns of the table of measurements."""
+
 UNITS = {
     "loss": "squared error / 2, summed over outputs, averaged over inputs",
     "output_train, output_held_out": "root mean square of the change of the model's output",
@@ -39,59 +41,60 @@ UNITS = {
     "inner": "root mean square of A x on training inputs",
     "grad_A, grad_B": "Frobenius norm of the gradient at that step's parameters",
     "_se": "standard error of the mean over the seeds that did not diverge",
-    "loss_left": "least training loss among the fitted ranks, over its start: near 0 the output can grow no more",
+    "loss_left": "lowest training loss among the fitted ranks, relative to its start; near 0 the output cannot grow",
     "trained": "both factors, or B alone with A frozen",
 }
 
 
 @dataclass(frozen=True)
 class TrainingGrid:
-    """What to train.
+    """Settings of the runs.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     ranks: tuple[int, ...] = (4, 16, 64, 256, 1024)
-    """ranks of the adapter, at least two; they may exceed the layer's width"""
+    """Ranks of the adapter, at least two; they may exceed the layer's width"""
     rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
-    """scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
+    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[OptimizerName, ...] = OPTIMIZER_NAMES
-    """optimizers: momentum is 0.9; adamw decays by 0.01"""
+    """Optimizers: sgd, momentum (0.9), adam, adamw (weight decay 0.01)"""
     models: tuple[Model, ...] = MODELS
-    """the problems: linear [p_out, p_in], and mlp [p_out, hidden] tanh [hidden, p_in]"""
+    """Models: linear [p_out, p_in], and mlp [p_out, hidden] tanh [hidden, p_in]"""
     starts: tuple[Start, ...] = STARTS
-    """the factor that starts random; the other starts at zero"""
+    """Factors with a random initialisation; the other one starts at zero"""
     freeze_control: bool = True
-    """train from A random once more with A frozen"""
+    """Repeat the runs that start with A random, with A frozen"""
     steps: tuple[int, ...] = (1, 2, 5, 10, 30, 100)
-    """updates after which to measure, ascending; the start is measured too"""
+    """Numbers of updates at which to measure, ascending; the start is also measured"""
     seeds: tuple[int, ...] = tuple(range(8))
-    """of problems and adapters, 2 or more, for error bars"""
+    """Seeds of the problems and adapters, 2 or more for error bars"""
     gamma: float = 1.0
-    """scaling of every rule at the reference rank"""
+    """Scaling factor of every rule at the reference rank"""
     reference_rank: int = 4
-    """rank at which the rules meet"""
+    """Rank at which all rules have the same scaling factor"""
     sgd_lr: Positive = 0.003
-    """learning rate of sgd"""
+    """Learning rate of sgd"""
     momentum_lr: Positive = 3e-4
-    """learning rate of momentum"""
+    """Learning rate of momentum"""
     adam_lr: Positive = 1e-4
-    """learning rate of adam and adamw"""
+    """Learning rate of adam and adamw"""
     init: Init = "kaiming_uniform"
-    """law of A where it starts random"""
+    """Initialisation of A, if A starts random"""
     problem: ProblemSize = field(default_factory=ProblemSize)
+    """Sizes and distribution of the problem"""
     seed: int = 0
-    """seed of all draws"""
+    """Seed from which all random draws are derived"""
 
     def __post_init__(self) -> None:
         check_ranks(self.ranks)
         check_rules(self.rules)
         check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
-        for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
-            check_choices(f"--{name}", getattr(self, name), accepted)
+        for name, choices in (("optimizers", OPTIMIZER_NAMES), ("models", MODELS), ("starts", STARTS)):
+            check_choices(f"--{name}", getattr(self, name), choices)
         if self.init not in INITS:
-            raise InputError(f"--init is {self.init!r}; accepted are {', '.join(INITS)}")
+            raise InputError(f"--init must be one of {', '.join(INITS)}, got {self.init!r}")
         check_steps(self.steps)
         check_ranges(self)
         check_seeds(self.seeds, fewest=2)
@@ -99,17 +102,26 @@ class TrainingGrid:
         self.problem.check_ranks(self.ranks)
 
     def lr(self, optimizer: OptimizerName) -> float:
-        """The learning rate of an optimizer."""
+        """Return the learning rate of an optimizer."""
         return {"sgd": self.sgd_lr, "momentum": self.momentum_lr}.get(optimizer, self.adam_lr)
 
     def trained(self, start: Start) -> tuple[Literal["both", "B"], ...]:
-        """Which factors are trained, in each of a start's runs: B alone where A is frozen."""
+        """Return the trained factors of each run with this start; B alone means that A is frozen."""
         return ("both", "B") if self.freeze_control and start == "A" else ("both",)
 
 
 @dataclass(frozen=True)
 class TrainingCell:
-    """One compiled scan over all seeds; ``trained`` is both factors, or B alone with A frozen."""
+    """Runs of one compiled scan over all seeds.
+
+    Attributes:
+      model: Model of teacher and student.
+      start: Factor with a random initialisation.
+      trained: Trained factors: both, or B alone with A frozen.
+      optimizer: Optimizer.
+      rank: Rank of the adapters.
+      rule: Scaling rule.
+    """
 
     model: Model
     start: Start
@@ -123,7 +135,7 @@ class TrainingCell:
 
 
 def training_cells(grid: TrainingGrid) -> list[TrainingCell]:
-    """All of a grid; those that share a compiled function follow each other."""
+    """Return the cells of a grid; cells that share a compiled function are adjacent."""
     return [
         TrainingCell(model, start, trained, optimizer, rank, rule)
         for model in grid.models
@@ -136,9 +148,10 @@ def training_cells(grid: TrainingGrid) -> list[TrainingCell]:
 
 
 def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]]:
-    """What a cell shows: a row a seed and recorded step."""
+    """Train a cell and return one row per seed and recorded step."""
     alpha = alpha_at(cell.rule, gamma=grid.gamma, reference_rank=grid.reference_rank)
     scaling, lr = scaling_factor(cell.rule, alpha=alpha, rank=cell.rank), grid.lr(cell.optimizer)
+    # One compiled scan trains all seeds.
     adapters, problems = ensemble.draw_ensemble(
         ProblemConfig(model=cell.model, **asdict(grid.problem)),
         rank=cell.rank,
@@ -156,6 +169,7 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
         steps=grid.steps,
         frozen=cell.start if cell.trained == "B" else None,
     )
+    # Tidy rows: the cell's columns, then seed, step and measurements.
     named = asdict(cell) | {"rule": name_of(cell.rule), "kappa": exponent(cell.rule)}
     named |= {"scaling": scaling, "learning_rate": lr}
     return [
@@ -167,10 +181,10 @@ def training_rows(grid: TrainingGrid, cell: TrainingCell) -> list[dict[str, Any]
     ]
 
 
-def grid_answers(grid: TrainingGrid, found: pd.DataFrame) -> list[Answer]:
-    """What the slopes of `exponents.exponent_fits` say of the claims in the literature, where A began at random."""
+def grid_answers(grid: TrainingGrid, fits: pd.DataFrame) -> list[Answer]:
+    """Answer the questions about claims in the literature from the slopes of `exponents.exponent_fits`."""
     return exponents.answers(
-        found,
+        fits,
         models=grid.models if "A" in grid.starts else (),
         optimizers=grid.optimizers,
         kappas=[exponent(rule) for rule in grid.rules],

@@ -1,4 +1,4 @@
-"""The stored tables against the paper's print, and the audit of what they say."""
+"""The stored tables against the printed ones, and the audit of their contents."""
 
 import dataclasses
 import math
@@ -22,8 +22,8 @@ EARLIER = [row for row in ROWS if row.source != "RoRA paper"]
 
 
 def _row(model: str, method: str, rank: int | None = None, source: str = "RoRA paper") -> PublishedRow:
-    (found,) = [r for r in ROWS if (r.model, r.method, r.rank, r.source) == (model, method, rank, source)]
-    return found
+    (row,) = [r for r in ROWS if (r.model, r.method, r.rank, r.source) == (model, method, rank, source)]
+    return row
 
 
 def test_every_printed_row_is_stored() -> None:
@@ -63,9 +63,9 @@ def test_every_anchor_names_the_file_that_prints_it() -> None:
 
 
 def test_averages_that_no_counts_of_right_answers_give() -> None:
-    """Two in the paper, one in the DoRA repository."""
-    found = {f.where: (f.printed, f.text.rsplit("average ", 1)[1]) for f in audit.averages(ROWS)}
-    assert found == {
+    """Such averages: two in the paper, one in the DoRA repository."""
+    findings = {f.where: (f.printed, f.text.rsplit("average ", 1)[1]) for f in audit.averages(ROWS)}
+    assert findings == {
         "Table I, LLaMA-13B Parallel": (81.4, "81.4518 to 81.4997"),
         "Table II, Sheared-LLaMA-1.3B DoRA r=32": (53.0, "53.1763 to 53.2360"),
         "DoRA repository, LLaMA-7B LoRA r=16": (70.9, "70.9848 to 71.0206"),
@@ -83,7 +83,7 @@ def test_the_bounds_of_a_mean_hold_every_count() -> None:
     low, high = (sum(pair[end] for pair in ends) / 8 for end in (0, 1))
     assert audit.mean_bounds(row) == (low, high)
     assert not audit.averages([dataclasses.replace(row, average=81.5)])
-    assert [len(audit.averages([dataclasses.replace(row, average=each)])) for each in (1.0, 99.0)] == [1, 1]
+    assert [len(audit.averages([dataclasses.replace(row, average=average)])) for average in (1.0, 99.0)] == [1, 1]
 
 
 def test_an_entry_that_is_no_count_leaves_its_rounding_to_the_mean() -> None:
@@ -96,40 +96,40 @@ def test_an_entry_that_is_no_count_leaves_its_rounding_to_the_mean() -> None:
 
 def test_quoted_differences() -> None:
     """6.5 is printed for 81.3 - 74.7; 3.9 follows from a printed average that its own entries contradict."""
-    found = audit.differences(PAPER, published.claims())
-    assert [(f.printed, round(f.expected or 0, 2)) for f in found] == [(6.5, 6.6), (6.5, 6.6), (3.9, 3.71)]
+    findings = audit.differences(PAPER, published.claims())
+    assert [(f.printed, round(f.expected or 0, 2)) for f in findings] == [(6.5, 6.6), (6.5, 6.6), (3.9, 3.71)]
     right = [dataclasses.replace(claim, printed=6.6) for claim in published.claims()[:1]]
     assert not audit.differences(PAPER, right)
 
 
-@pytest.mark.parametrize(("gap", "found"), [(1.14, 0), (1.16, 1), (0.86, 0), (0.84, 1)])
-def test_a_quoted_difference_is_the_entries_to_three_roundings(gap: float, found: int) -> None:
+@pytest.mark.parametrize(("gap", "count"), [(1.14, 0), (1.16, 1), (0.86, 0), (0.84, 1)])
+def test_a_quoted_difference_is_the_entries_to_three_roundings(gap: float, count: int) -> None:
     """A quote of 1.0, the difference of the printed averages: two means and the quote are each off by up to 0.05."""
     claim = published.claims()[0]
     ours, theirs = audit.claimed_rows(PAPER, claim)
     scores = tuple(score + gap for score in theirs.scores)
     rows = [dataclasses.replace(ours, scores=scores, average=theirs.average + 1), theirs]
-    assert len(audit.differences(rows, [dataclasses.replace(claim, printed=1.0)])) == found
+    assert len(audit.differences(rows, [dataclasses.replace(claim, printed=1.0)])) == count
 
 
 def test_a_claim_about_no_row_is_refused() -> None:
     claim = dataclasses.replace(published.claims()[0], rank=7)
-    with pytest.raises(InputError, match="0 rows are LLaMA-7B RoRA rank 7"):
+    with pytest.raises(InputError, match=r"rows.*LLaMA-7B RoRA rank 7.* 0"):
         audit.differences(PAPER, [claim])
 
 
 def test_rows_marked_best_are_best() -> None:
     assert audit.best_marks(PAPER) == []
     moved = [dataclasses.replace(row, marked_best=row.table == "II" and row.rank == 16) for row in PAPER]
-    said = {f.where.removeprefix("Table II, Sheared-LLaMA-1.3B "): f.text for f in audit.best_marks(moved)}
-    assert len(said) == 6
-    assert said["RoRA r=16"].startswith("is marked best at ")
-    assert said["RoRA r=128"].startswith("is not marked best at ")
+    texts = {f.where.removeprefix("Table II, Sheared-LLaMA-1.3B "): f.text for f in audit.best_marks(moved)}
+    assert len(texts) == 6
+    assert texts["RoRA r=16"].startswith("is marked best at ")
+    assert texts["RoRA r=128"].startswith("is not marked best at ")
 
 
 def test_entries_below_chance() -> None:
-    found = [(f.where.split()[-2:], f.text.split()[0]) for f in audit.below_chance(PAPER)]
-    assert found == [
+    findings = [(f.where.split()[-2:], f.text.split()[0]) for f in audit.below_chance(PAPER)]
+    assert findings == [
         (["LoRA", "r=8"], "SIQA"), (["LoRA", "r=8"], "WinoG"),
         (["DoRA", "r=8"], "SIQA"), (["DoRA", "r=8"], "WinoG"),
         (["RoRA", "r=8"], "SIQA"), (["RoRA", "r=8"], "WinoG"),
@@ -141,8 +141,8 @@ def test_entries_below_chance() -> None:
 
 def test_a_distance_from_chance_is_in_chance_s_errors() -> None:
     row = PAPER[0]
-    (found,) = audit.below_chance([dataclasses.replace(row, scores=(5.0, *row.scores[1:]))])  # BoolQ, 45 points below
-    assert found.z == pytest.approx(-45 / audit.score_error(50.0, 3270))
+    (finding,) = audit.below_chance([dataclasses.replace(row, scores=(5.0, *row.scores[1:]))])  # BoolQ, 45 points below
+    assert finding.z == pytest.approx(-45 / audit.score_error(50.0, 3270))
 
 
 def test_rows_of_two_models_are_no_repetition() -> None:
@@ -152,8 +152,8 @@ def test_rows_of_two_models_are_no_repetition() -> None:
 
 
 def test_repeated_rows() -> None:
-    found = {(f.where.replace("Table II, Sheared-LLaMA-1.3B ", ""), f.printed) for f in audit.repeated(ROWS)}
-    assert found == {
+    findings = {(f.where.replace("Table II, Sheared-LLaMA-1.3B ", ""), f.printed) for f in audit.repeated(ROWS)}
+    assert findings == {
         ("DoRA r=16 = DoRA r=64", 7.0),
         ("DoRA r=16 = RoRA r=32", 6.0),
         ("RoRA r=32 = DoRA r=64", 5.0),
@@ -163,7 +163,7 @@ def test_repeated_rows() -> None:
 def test_baselines_copied_from_earlier_publications() -> None:
     """All 14 baseline rows of Table I; DoRA's and LoRA's are rank 32's, so it does not compare methods at one rank."""
     table = [row for row in PAPER if row.table == "I"]
-    found = {f.where.removeprefix("Table I, "): (f.printed, f.text) for f in audit.copied(table, EARLIER)}
+    findings = {f.where.removeprefix("Table I, "): (f.printed, f.text) for f in audit.copied(table, EARLIER)}
     llm, first, dora = "LLM-Adapters repository, ", "DoRA repository (first version), ", "DoRA repository, "
     expected = {
         "LLaMA-7B Prefix": llm, "LLaMA-7B Series": llm, "LLaMA-7B Parallel": llm, "LLaMA-7B LoRA": llm,
@@ -172,9 +172,11 @@ def test_baselines_copied_from_earlier_publications() -> None:
         "LLaMA3-8B LoRA": dora, "LLaMA3-8B DoRA": dora,
     }  # fmt: skip
     assert (
-        list(found) == list(expected) == [row.label.removeprefix("Table I, ") for row in table if row.method != "RoRA"]
+        list(findings)
+        == list(expected)
+        == [row.label.removeprefix("Table I, ") for row in table if row.method != "RoRA"]
     )
-    for name, (count, text) in found.items():
+    for name, (count, text) in findings.items():
         source = expected[name]
         assert text.startswith(f"{count:.0f} of 8 entries are those of {source}{name}")
         assert count == (7 if name == "LLaMA-13B Parallel" else 8)
@@ -190,9 +192,9 @@ def test_few_equal_entries_are_no_copy() -> None:
 
 
 def test_accuracies_that_no_count_of_items_gives() -> None:
-    found = audit.impossible(PAPER)
-    assert [f.printed for f in found] == [85.3, 44.9, 62.1, 62.7, 61.7, 64.3, 63.1, 64.3]
-    assert all(f.text.startswith("OBQA") for f in found)
+    findings = audit.impossible(PAPER)
+    assert [f.printed for f in findings] == [85.3, 44.9, 62.1, 62.7, 61.7, 64.3, 63.1, 64.3]
+    assert all(f.text.startswith("OBQA") for f in findings)
 
 
 @pytest.mark.parametrize(("percent", "size", "fits"), [(44.8, 500, True), (44.9, 500, False), (33.3, 3, True)])
@@ -217,11 +219,11 @@ def test_standard_errors() -> None:
 
 
 def test_gaps_within_sampling_error() -> None:
-    found = {(f.where, f.text.split(":")[0]) for f in audit.within_noise(PAPER)}
-    assert ("Table I, LLaMA-7B RoRA", "OBQA") in found
-    assert ("Table I, LLaMA-7B RoRA", "average") not in found
-    assert ("Table I, LLaMA-7B RoRA", "SIQA") not in found  # 86.9 against 78.6
-    averages = [where for where, name in found if name == "average"]
+    findings = {(f.where, f.text.split(":")[0]) for f in audit.within_noise(PAPER)}
+    assert ("Table I, LLaMA-7B RoRA", "OBQA") in findings
+    assert ("Table I, LLaMA-7B RoRA", "average") not in findings
+    assert ("Table I, LLaMA-7B RoRA", "SIQA") not in findings  # 86.9 against 78.6
+    averages = [where for where, name in findings if name == "average"]
     assert averages == ["Table II, Sheared-LLaMA-1.3B RoRA r=16"]
 
 
@@ -238,8 +240,8 @@ def test_a_gap_of_two_standard_errors_is_the_border() -> None:
 @pytest.mark.parametrize(("score", "flagged"), [(100.0, True), (0.0, False)])
 def test_rows_without_a_sampling_error_differ_where_they_are_not_equal(score: float, flagged: bool) -> None:
     row, other = (
-        dataclasses.replace(one, scores=(each, *one.scores[1:]))
-        for one, each in ((_row("LLaMA-7B", "RoRA"), score), (_row("LLaMA-7B", "DoRA"), 100.0))
+        dataclasses.replace(printed_row, scores=(boolq, *printed_row.scores[1:]))
+        for printed_row, boolq in ((_row("LLaMA-7B", "RoRA"), score), (_row("LLaMA-7B", "DoRA"), 100.0))
     )
     assert any(f.text.startswith("BoolQ") for f in audit.within_noise([row, other])) is flagged
 
@@ -253,9 +255,9 @@ def test_printed_shares_of_lora_are_rank_32s(model: str, percent: float) -> None
 
 
 def test_the_share_printed_for_rora_is_rank_32s_and_one_rank_is_stated() -> None:
-    found = {f.where: f.text for f in audit.parameter_shares(PAPER)}
-    assert list(found) == [f"Table I, {model} RoRA" for model in audit.MODELS]
-    for where, text in found.items():
+    findings = {f.where: f.text for f in audit.parameter_shares(PAPER)}
+    assert list(findings) == [f"Table I, {model} RoRA" for model in audit.MODELS]
+    for where, text in findings.items():
         implied = int(text.split("rank ", 1)[1].split("'s")[0])
         assert implied == (33 if "LLaMA2" in where else 32)  # 0.84% is printed where rank 32 trains 0.83%
         stated = text.endswith("the stated rank 128 trains 3.22%")
@@ -264,16 +266,16 @@ def test_the_share_printed_for_rora_is_rank_32s_and_one_rank_is_stated() -> None
     assert len(audit.parameter_shares(PAPER, stated={("LLaMA-7B", "RoRA"): 32})) == 3
 
 
-@pytest.mark.parametrize(("factor", "found"), [(0.89, 1), (0.91, 0), (1.09, 0), (1.11, 1)])
-def test_a_share_is_a_rank_s_to_a_tenth(factor: float, found: int) -> None:
+@pytest.mark.parametrize(("factor", "count"), [(0.89, 1), (0.91, 0), (1.09, 0), (1.11, 1)])
+def test_a_share_is_a_rank_s_to_a_tenth(factor: float, count: int) -> None:
     share = factor * audit.lora_percent("LLaMA-7B", 128)
-    assert len(audit.parameter_shares([dataclasses.replace(_row("LLaMA-7B", "RoRA"), params_percent=share)])) == found
+    assert len(audit.parameter_shares([dataclasses.replace(_row("LLaMA-7B", "RoRA"), params_percent=share)])) == count
 
 
 def test_audit_runs_every_check() -> None:
-    found = audit.audit(ROWS, published.claims())
-    assert any(f.kind == "below chance" and f.where.startswith("DoRA repository") for f in found)
-    assert {finding.kind for finding in found} == {
+    findings = audit.audit(ROWS, published.claims())
+    assert any(f.kind == "below chance" and f.where.startswith("DoRA repository") for f in findings)
+    assert {finding.kind for finding in findings} == {
         "average", "difference", "below chance", "repeated", "copied", "impossible", "within noise",
         "parameter share",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The paper's setting simulated: one stream for all rules, beside the law and the paper; exponents; verdicts."""
+"""Simulation of the paper's setting: one stream for all rules against the exact law; exponents; verdicts."""
 
 from dataclasses import replace
 from typing import Any
@@ -48,7 +48,7 @@ def test_cells_are_the_grid_and_the_direct_check() -> None:
 
 @pytest.mark.slow
 def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, list[sampling.Sums]]) -> None:
-    """Of every rule, from the one stream; the direct check too, by each rule's own step.
+    """Rows of every rule come from one stream; the direct check takes a separate step for each rule.
 
     |z| below 5.6: a false alarm of 1e-5 over 288 rows, of which fewer are independent.
     """
@@ -77,7 +77,7 @@ def test_rows_are_the_law_s_within_their_errors(drawn: dict[SimulationCell, list
 
 @pytest.mark.slow
 def test_an_asked_number_of_draws_is_the_grid_s() -> None:
-    """The direct check, which has no stopping rule, keeps its own."""
+    """The direct check has no stopping rule and keeps its own number of draws."""
     config = SimulationConfig(StepGrid(ranks=(1,), draws=300), p_in=8, p_out=2)
     first, *_, last = simulation.simulation_cells(config)
     counts = [[sums.count for sums in simulation.draw_cell(config, cell)] for cell in (first, last)]
@@ -89,33 +89,33 @@ def test_an_asked_number_of_draws_is_the_grid_s() -> None:
 def test_rules_differ_by_their_power_of_gamma(
     drawn: dict[SimulationCell, list[sampling.Sums]], optimizer: str, power: int
 ) -> None:
-    """gamma^2 under SGD, gamma under Adam, times the rate: of the norm once, of the variance twice."""
+    """The norm is proportional to the rate times gamma^2 (SGD) or gamma (Adam), the variance to its square."""
     cell = next(cell for cell in drawn if cell.setting.optimizer == optimizer and cell.setting.rank == 4)
     table = simulation.simulation_table(simulation.simulation_rows(CONFIG, cell, drawn[cell]))
     for quantity, times in (("norm", 1), ("mean", 1), ("second_moment", 2), ("variance", 2)):
-        own = table[table["quantity"] == quantity]
+        rows = table[table["quantity"] == quantity]
         for column in ("estimate", "standard_error"):
-            unit = own[column] / (1e-3 * own["scaling"] ** power) ** times
+            unit = rows[column] / (1e-3 * rows["scaling"] ** power) ** times
             assert unit.to_numpy() == pytest.approx(unit.iloc[0], rel=1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "power"), [("sgd", 2), ("adam", 1)])
 def test_the_direct_check_takes_each_rule_s_own_step(optimizer: laws.Optimizer, power: int) -> None:
-    """From the same draws, so that its rows differ by that power of gamma to rounding, and by nothing else."""
+    """All rules use the same draws, so that the rows differ only by the power of gamma, up to rounding."""
     grid = StepGrid(ranks=(8,), optimizers=(optimizer,), alpha=8.0, lr=1e-3)
     config = SimulationConfig(grid, p_in=16, p_out=2, overlaps=(0.5,))
     cell = simulation.simulation_cells(config)[-1]
     table = simulation.simulation_table(simulation.simulation_rows(config, cell, simulation.draw_cell(config, cell)))
-    own = table[table["quantity"] == "norm"]
-    assert own["scaling"].tolist() == pytest.approx([1.0, 8**0.5, 8**0.75])
+    rows = table[table["quantity"] == "norm"]
+    assert rows["scaling"].tolist() == pytest.approx([1.0, 8**0.5, 8**0.75])
     for column in ("estimate", "exact"):
-        unit = own[column] / own["scaling"] ** power
+        unit = rows[column] / rows["scaling"] ** power
         assert unit.to_numpy() == pytest.approx(unit.iloc[0], rel=1e-5)
 
 
 def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
-    """A curve that bends: its slope over each range is that of the range's own ends, ranks in no order."""
+    """A bent curve has a different slope over each range; the ranks need not be sorted."""
     ranks = np.array([32, 1, 2, 16, 4, 8])
     norm = np.where(ranks <= 4, ranks, 4.0)
     line = {"optimizer": "sgd", "init": "normal", "overlap": 0.0, "rule": "lora", "quantity": "norm"}
@@ -123,10 +123,10 @@ def test_exponents_are_of_all_ranks_and_of_the_thirds() -> None:
         line | {"rank": rank, "estimate": value, "standard_error": 0.0, "exact": 1.0}
         for rank, value in zip(ranks.tolist(), norm.tolist(), strict=True)
     )
-    found = simulation.simulated_exponents(table)
-    assert found[["low", "high"]].to_numpy().tolist() == [[1, 32], [1, 2], [16, 32]]
-    assert found["slope"].tolist()[1:] == pytest.approx([1.0, 0.0], abs=1e-12)
-    assert 0 < found["slope"][0] < 1
+    exponents = simulation.simulated_exponents(table)
+    assert exponents[["low", "high"]].to_numpy().tolist() == [[1, 32], [1, 2], [16, 32]]
+    assert exponents["slope"].tolist()[1:] == pytest.approx([1.0, 0.0], abs=1e-12)
+    assert 0 < exponents["slope"][0] < 1
     assert simulation.simulated_exponents(table[:1]).empty
     assert len(simulation.simulated_exponents(table[:2])) == 1
 
@@ -136,44 +136,44 @@ def test_second_moments_are_beside_the_law_and_the_paper() -> None:
         {"quantity": quantity, "estimate": 3.0, "standard_error": 0.5, "exact": 2.0, "paper": 1.0}
         for quantity in ("mean", "second_moment")
     ]
-    (found,) = simulation.second_moments(simulation.simulation_table(rows)).to_dict("records")
-    assert [found[name] for name in ("ratio", "of_paper", "z")] == [1.5, 3.0, 2.0]
+    (row,) = simulation.second_moments(simulation.simulation_table(rows)).to_dict("records")
+    assert [row[name] for name in ("ratio", "of_paper", "z")] == [1.5, 3.0, 2.0]
 
 
 @pytest.mark.slow
 def test_verdicts_take_the_sums_that_are_known(
     drawn: dict[SimulationCell, list[sampling.Sums]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No stream is drawn twice, and what is missing is drawn as the grid's cells are."""
-    asked: list[sampling.RandomStep] = []
+    """No stream is drawn twice, and missing ones are drawn like the grid's cells."""
+    requested: list[sampling.RandomStep] = []
     draw = simulation.draw_cell
 
     def watched(config: SimulationConfig, cell: SimulationCell, devices: Any = None) -> list[sampling.Sums]:
-        asked.append(cell.setting)
+        requested.append(cell.setting)
         return draw(config, cell, devices)
 
     monkeypatch.setattr(simulation, "draw_cell", watched)
     known = {cell.setting: sums[0] for cell, sums in drawn.items() if not cell.steps}
-    found = simulation.judge_simulation(CONFIG, known)
-    assert len(found) == 17
-    assert sorted(found, key=verdicts.order_in_paper)[2].equation == "gradient A"
-    assert asked
-    assert not set(asked) & set(known)
-    assert len(asked) == len(set(asked))
-    known |= {setting: draw(CONFIG, SimulationCell(setting, "chi_square"))[0] for setting in asked}
-    assert simulation.judge_simulation(CONFIG, known) == found
+    judged = simulation.judge_simulation(CONFIG, known)
+    assert len(judged) == 17
+    assert sorted(judged, key=verdicts.order_in_paper)[2].equation == "gradient A"
+    assert requested
+    assert not set(requested) & set(known)
+    assert len(requested) == len(set(requested))
+    known |= {setting: draw(CONFIG, SimulationCell(setting, "chi_square"))[0] for setting in requested}
+    assert simulation.judge_simulation(CONFIG, known) == judged
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"p_in": 0}, "--p-in is 0"),
-        ({"p_out": -1}, "--p-out is -1"),
-        ({"overlaps": (1.5,)}, "--overlaps: overlap is 1.5"),
-        ({"overlaps": ()}, "--overlaps has 0 values"),
-        ({"sampler": "reduced", "grid": StepGrid(inits=("rademacher",))}, "--sampler reduced has no rademacher init"),
+        ({"p_in": 0}, "--p-in.* 0"),
+        ({"p_out": -1}, "--p-out.* -1"),
+        ({"overlaps": (1.5,)}, r"--overlaps.* 1\.5"),
+        ({"overlaps": ()}, "--overlaps.* 0"),
+        ({"sampler": "reduced", "grid": StepGrid(inits=("rademacher",))}, "--sampler reduced.* rademacher"),
     ],
 )
-def test_what_is_out_of_range_is_named(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_is_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         SimulationConfig(**settings)

@@ -44,35 +44,35 @@ def sample(setting: sampling.RandomStep) -> sampling.Sums:
 def judged(
     ranks: Sequence[int] = tuple(2**n for n in range(11)), p_in: int = 4096, draw: verdicts.Sample = sample
 ) -> dict[str, verdicts.Verdict]:
-    found = verdicts.judge_equations(draw, ranks=ranks, p_in=p_in, p_out=4096)
-    return {verdict.equation: verdict for verdict in found}
+    verdict_list = verdicts.judge_equations(draw, ranks=ranks, p_in=p_in, p_out=4096)
+    return {verdict.equation: verdict for verdict in verdict_list}
 
 
 @pytest.mark.slow
 def test_every_equation_has_its_verdict() -> None:
-    found = judged()
-    assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
-    assert "4098" in found["9"].evidence  # the exact ratio at r = 1, p_in = 4096
-    assert "31.6" in found["12"].evidence
-    assert all(verdict.where and verdict.evidence for verdict in found.values())
+    by_equation = judged()
+    assert {equation: verdict.status for equation, verdict in by_equation.items()} == EXPECTED
+    assert "4098" in by_equation["9"].evidence  # the exact ratio at r = 1, p_in = 4096
+    assert "31.6" in by_equation["12"].evidence
+    assert all(verdict.where and verdict.evidence for verdict in by_equation.values())
 
 
 @pytest.mark.slow
 def test_a_small_sweep_gives_the_same_verdicts() -> None:
-    """A limit that the sweep's own ranks and width don't reach is looked for where it is."""
-    found = judged(ranks=(1, 4, 16), p_in=64)
-    assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
+    """A limit beyond the sweep's ranks and width is reached with other settings."""
+    by_equation = judged(ranks=(1, 4, 16), p_in=64)
+    assert {equation: verdict.status for equation, verdict in by_equation.items()} == EXPECTED
 
 
 def stream(mean: float = 0.0, second: float = 1.0, norm2: float = 1.0) -> sampling.Sums:
-    """Ten thousand draws of w with just these moments, and of a squared norm that does not vary."""
+    """Return the moments of 10,000 draws of w with a given mean and second moment, and a constant squared norm."""
     spread = math.sqrt(second - mean**2)
     values = np.tile([mean - spread, mean + spread], 5000)
     return sampling.Sums(Moments().add(values), Moments().add(np.full(10_000, float(norm2))))
 
 
 def exact(setting: sampling.RandomStep) -> sampling.Sums:
-    """Draws with the law's own moments: sampling decides nothing."""
+    """Return draws with the exact law's moments, without sampling error."""
     law = laws.random_input_moments(rank=setting.rank, p_in=setting.p_in, overlap=setting.overlap, scaling=1.0)
     second = float(law.second_moment[0])
     return stream(float(law.mean[0]), second, setting.p_out * second)
@@ -81,8 +81,8 @@ def exact(setting: sampling.RandomStep) -> sampling.Sums:
 @pytest.mark.slow
 def test_the_evidence_is_in_closed_form() -> None:
     """Ranks 2 to 64 of p = 64 inputs: E w^2 is r p (r + p + 1) at overlap 0; at 0.5 the mean is -r p / 2."""
-    found = judged(ranks=(2, 4, 16, 64), p_in=64, draw=exact)
-    assert {equation: verdict.status for equation, verdict in found.items()} == EXPECTED
+    by_equation = judged(ranks=(2, 4, 16, 64), p_in=64, draw=exact)
+    assert {equation: verdict.status for equation, verdict in by_equation.items()} == EXPECTED
     half = {r: (r * 32) ** 2 / (r * 64 * (0.25 * (r + 2) * 66 + 0.75 * (r + 65))) for r in (2, 64)}
     steps = np.array([2, 4, 16, 64])
     slope = np.polyfit(np.log(steps), np.log(steps * (steps + 65)) / 2, 1)[0]
@@ -97,39 +97,41 @@ def test_the_evidence_is_in_closed_form() -> None:
         "15": (f"over ranks 2-64: {slope - 1:+.3f} ± 0.000 at overlap 0",),
     }.items():
         for text in words:
-            assert text in found[equation].evidence
+            assert text in by_equation[equation].evidence
     random = np.random.default_rng(15)  # the identities' layer: Adam's step is the rate times a sign
     shapes = (6, 5), (6, 3), (3, 5), (6,), (5,)
     _, _, A, delta, x = (random.standard_normal(shape, np.float32) for shape in shapes)
     inner = A @ x
     off = float(np.abs(0.7 * np.abs(np.outer(delta, inner)) - 1).max())
-    assert found["3"].evidence.endswith(f"; under Adam off by {off:.1f}x")
-    assert "(r* = 4.7 at overlap 0.5); at overlap 0 r* = p_in + 2 = 66" in found["13"].where
-    assert float(found["5"].evidence.removeprefix("differs by ")) < 1e-12, "an identity, whatever the number of draws"
+    assert by_equation["3"].evidence.endswith(f"; under Adam off by {off:.1f}x")
+    assert "(r* = 4.7 at overlap 0.5); at overlap 0 r* = p_in + 2 = 66" in by_equation["13"].where
+    assert float(by_equation["5"].evidence.removeprefix("differs by ")) < 1e-12, (
+        "an identity, whatever the number of draws"
+    )
 
 
 @pytest.mark.slow
 def test_few_draws_decide_no_second_moment() -> None:
-    """64 draws: their errors reach from Eq. 9's figure to the exact one, 26 times it, and settle nothing."""
+    """With 64 draws the errors cover both Eq. 9's value and the exact one, 26 times larger."""
 
     def few(setting: sampling.RandomStep) -> sampling.Sums:
         key = jax.random.fold_in(jax.random.key(3), setting.rank + 10_000 * int(10 * setting.overlap))
         return sampling.estimate(setting, "chi_square", key, relative_error=1.0, draws=64)
 
-    found = {equation: verdict.status for equation, verdict in judged(draw=few).items()}
-    assert found == EXPECTED | dict.fromkeys(("6", "7", "8", "9", "11"), "undecided")
+    by_equation = {equation: verdict.status for equation, verdict in judged(draw=few).items()}
+    assert by_equation == EXPECTED | dict.fromkeys(("6", "7", "8", "9", "11"), "undecided")
     near = judged(ranks=(128, 160), p_in=4096, draw=few)  # 33 and 27 times Eq. 9's
     assert near["9"].status == "undecided"
 
 
 def test_an_identity_holds_for_any_number_of_draws() -> None:
-    """Eq. 5 is of the draws themselves: the unbiased variance of two is twice theirs."""
+    """Eq. 5 concerns the sample itself: the unbiased variance of two draws is twice the sample's."""
     two = sampling.Sums(Moments().add(np.array([1.0, 3.0])), Moments().add(np.array([1.0, 2.0])))
     assert judged(ranks=(1, 4, 16), p_in=64, draw=lambda _: two)["5"].status == "holds"
 
 
 @pytest.mark.parametrize(
-    ("limit", "others", "status"),
+    ("limit", "other_cells", "status"),
     [
         (["agrees"], ["agrees", "agrees"], "holds"),
         (["agrees"], ["agrees", "open"], "undecided"),
@@ -138,19 +140,19 @@ def test_an_identity_holds_for_any_number_of_draws() -> None:
         (["open", "differs"], ["agrees"], "fails"),
     ],
 )
-def test_what_cells_decide(limit: list[verdicts.Outcome], others: list[verdicts.Outcome], status: str) -> None:
-    assert verdicts.decide(limit, others) == status
+def test_what_cells_decide(limit: list[verdicts.Outcome], other_cells: list[verdicts.Outcome], status: str) -> None:
+    assert verdicts.decide(limit, other_cells) == status
 
 
 @pytest.mark.parametrize(
-    ("gap", "threshold", "found"),
+    ("gap", "threshold", "expected"),
     [
         (0.02, 0.0, "agrees"), (0.021, 0.0, "differs"), (0.25, 0.25, "agrees"), (0.26, 0.25, "differs"),
         (0.26, 0.26, "open"), (0.0, 0.26, "open"),
     ],
 )  # fmt: skip
-def test_what_a_cell_tells(gap: float, threshold: float, found: str) -> None:
-    assert verdicts.outcome(gap, threshold) == found
+def test_what_a_cell_tells(gap: float, threshold: float, expected: str) -> None:
+    assert verdicts.outcome(gap, threshold) == expected
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_no_equation_is_left_out() -> None:
 
 
 def statuses(draw: verdicts.Sample) -> dict[str, str]:
-    return {equation: one.status for equation, one in judged(ranks=(1, 4, 16), p_in=1600, draw=draw).items()}
+    return {equation: verdict.status for equation, verdict in judged(ranks=(1, 4, 16), p_in=1600, draw=draw).items()}
 
 
 @pytest.mark.parametrize(
@@ -217,8 +219,8 @@ def statuses(draw: verdicts.Sample) -> dict[str, str]:
 )
 def test_a_mean_that_is_not_zero(independent: float, overlapping: float, status: str) -> None:
     """Eq. 6 and 7 by the two means, in units of which the standard error is less than a hundredth."""
-    found = statuses(lambda setting: stream(overlapping if setting.overlap else independent))
-    assert (found["6"], found["7"]) == (status, status)
+    by_equation = statuses(lambda setting: stream(overlapping if setting.overlap else independent))
+    assert (by_equation["6"], by_equation["7"]) == (status, status)
 
 
 @pytest.mark.parametrize(("factor", "status"), [(0.99, "holds"), (1.01, "fails")])
@@ -227,12 +229,12 @@ def test_a_mean_is_judged_at_the_threshold_of_all_cells(factor: float, status: s
     z = threshold(verdicts.FALSE_ALARM, 6)
     spread = z * factor / 100  # of standard error 1/100, whose variance is 1 - mean^2
     mean = spread / math.sqrt(1 + spread**2)
-    found = statuses(lambda setting: stream(0.0 if setting.overlap else mean))
-    assert found["6"] == status
+    by_equation = statuses(lambda setting: stream(0.0 if setting.overlap else mean))
+    assert by_equation["6"] == status
 
 
 def limit(inside: float, outside: float, within: Callable[[sampling.RandomStep], bool]) -> verdicts.Sample:
-    """Draws whose second moment is Eq. 8's or 9's times one factor where the limit is, and another elsewhere."""
+    """Return a sampler with the second moment of Eq. 8 or 9 times one factor in the limit, and another elsewhere."""
 
     def draw(setting: sampling.RandomStep) -> sampling.Sums:
         near = setting.rank * setting.p_in * (setting.p_in if setting.rank < setting.p_in else setting.rank)
@@ -249,9 +251,9 @@ def test_a_claim_agrees_to_two_percent(
     monkeypatch: pytest.MonkeyPatch, factor: float, other: float, status: str
 ) -> None:
     """Exact draws, so that the tolerance alone decides: 2%, in every cell or in the limit's alone."""
-    whole = lambda delta, *, rank, p_in, scaling, learning_rate: rank * p_in * max(rank, p_in)  # noqa: E731
-    monkeypatch.setattr(equations, "eq8_second_moment", whole)
-    monkeypatch.setattr(equations, "eq9_variance", whole)
+    both_limits = lambda delta, *, rank, p_in, scaling, learning_rate: rank * p_in * max(rank, p_in)  # noqa: E731
+    monkeypatch.setattr(equations, "eq8_second_moment", both_limits)
+    monkeypatch.setattr(equations, "eq9_variance", both_limits)
     thin = limit(factor, other, lambda setting: setting.p_in == 1600 and setting.rank <= 16)
     assert statuses(thin)["8"] == status
     tall = limit(factor, other, lambda setting: setting.p_in == verdicts.NARROW and setting.rank == 2048)
@@ -286,8 +288,8 @@ def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -
         slope = slopes[0] if not setting.overlap else slopes[1] if setting.rank <= 16 else slopes[2]
         return stream(norm2=float(setting.rank) ** (2 * slope))
 
-    found = statuses(draw)
-    assert [found[equation] for equation in ("13", "14", "15")] == [status] * 3
+    by_equation = statuses(draw)
+    assert [by_equation[equation] for equation in ("13", "14", "15")] == [status] * 3
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def test_growth_with_the_rank(slopes: tuple[float, float, float], status: str) -
     ],
 )
 def test_growth_is_judged_at_the_threshold_of_all_cells(width: float, gap: float, status: str) -> None:
-    """Of three ranks, two cells each: the limit's slope may lie that many standard errors off, at most a tenth."""
+    """Three ranks with two cells each: the limit's slope may be off by the threshold, but by a tenth at most."""
     low, high = (math.ceil(far * laws.random_input_crossing_rank(1600, 0.5)) for far in (16, 64))
     error = width / threshold(verdicts.FALSE_ALARM, 6)  # of a slope between two points
     spread = error * math.log(high / low) / math.sqrt(2) * 2 * math.sqrt(99)  # of the square, a hundred draws
@@ -311,5 +313,5 @@ def test_growth_is_judged_at_the_threshold_of_all_cells(width: float, gap: float
         draws = square * (1 + spread * np.tile([-1.0, 1.0], 50))
         return sampling.Sums(Moments().add(np.tile([-1.0, 1.0], 50)), Moments().add(draws))
 
-    found = statuses(draw)
-    assert [found[equation] for equation in ("13", "14", "15")] == [status] * 3
+    by_equation = statuses(draw)
+    assert [by_equation[equation] for equation in ("13", "14", "15")] == [status] * 3

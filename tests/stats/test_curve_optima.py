@@ -54,13 +54,15 @@ def test_the_pooled_exponent_is_the_planted_one(method) -> None:
         ratio: [(curve(1e-3 * level), curve(1e-3 * level * ratio**planted)) for level in (1.0, 1.2)]
         for ratio in (4.0, 8.0)
     }
-    found = pooled_exponent(pairs, method)
-    assert found.value == pytest.approx(planted, abs=0.03)
-    assert (found.n, found.over) == (3, "seeds")
-    swapped = pooled_exponent({ratio: [pair[::-1] for pair in own] for ratio, own in pairs.items()}, method)
+    exponent = pooled_exponent(pairs, method)
+    assert exponent.value == pytest.approx(planted, abs=0.03)
+    assert (exponent.n, exponent.over) == (3, "seeds")
+    swapped = pooled_exponent(
+        {ratio: [pair[::-1] for pair in rank_pairs] for ratio, rank_pairs in pairs.items()}, method
+    )
     assert swapped.value == pytest.approx(-planted, abs=0.03)
 
 
 def test_pairs_without_a_shared_seed_are_refused() -> None:
     with pytest.raises(InputError, match="seed"):
-        pooled_exponent({4.0: [(curve(1e-3).of_seeds((0,)), curve(1e-4).of_seeds((1,)))]}, "vertex")
+        pooled_exponent({4.0: [(curve(1e-3).select_seeds((0,)), curve(1e-4).select_seeds((1,)))]}, "vertex")

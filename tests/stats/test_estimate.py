@@ -1,4 +1,4 @@
-"""A figure with its error: means over seeds, Student's interval, roots and shares."""
+"""Estimates with errors: means over seeds, Student's interval, roots and proportions."""
 
 import math
 
@@ -18,10 +18,10 @@ def test_half_width_is_students(make) -> None:
 
 
 def test_one_seed_has_no_interval_and_two_have_a_wide_one() -> None:
-    one, two = over_seeds(np.array([3.0])), over_seeds(np.array([1.0, 3.0]))
-    assert (one, one.has_error, one.half_width()) == (Estimate(3.0, math.inf, 1, ""), False, math.inf)
-    assert (two, two.has_error) == (Estimate(2.0, 1.0, 2, "seeds"), True)
-    assert two.half_width() == pytest.approx(12.706, abs=1e-3)
+    single, pair = over_seeds(np.array([3.0])), over_seeds(np.array([1.0, 3.0]))
+    assert (single, single.has_error, single.half_width()) == (Estimate(3.0, math.inf, 1, ""), False, math.inf)
+    assert (pair, pair.has_error) == (Estimate(2.0, 1.0, 2, "seeds"), True)
+    assert pair.half_width() == pytest.approx(12.706, abs=1e-3)
 
 
 def test_a_factor_is_the_error_s_and_the_bound_s_too() -> None:
@@ -40,50 +40,50 @@ def test_root_error() -> None:
 @pytest.mark.parametrize("n", [1, 2, 8, 200])
 def test_a_share_has_the_samples_deviation_inside_and_wilsons_interval_at_the_ends(n) -> None:
     for right in range(n + 1):
-        found = proportion(right, n)
-        assert (found.value, found.n, found.over) == (right / n, n, "trials")
+        share = proportion(right, n)
+        assert (share.value, share.n, share.over) == (right / n, n, "trials")
         if 0 < right < n:
             sample = [1.0] * right + [0.0] * (n - right)
-            assert found.error == pytest.approx(np.std(sample, ddof=1) / math.sqrt(n), rel=1e-12)
+            assert share.error == pytest.approx(np.std(sample, ddof=1) / math.sqrt(n), rel=1e-12)
         else:
             one_sigma = math.erf(math.sqrt(0.5))
             interval = stats.binomtest(right, n).proportion_ci(confidence_level=one_sigma, method="wilson")
-            assert found.error == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)
+            assert share.error == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     values = np.random.default_rng(0).normal(size=7)
-    found = jackknife(lambda kept: float(np.mean(values[list(kept)])), 7, "seeds")
+    estimate = jackknife(lambda indices: float(np.mean(values[list(indices)])), 7, "seeds")
     exact = over_seeds(values)
-    assert (found.value, found.error) == pytest.approx((exact.value, exact.error), rel=1e-12)
-    assert (found.n, found.over) == (7, "seeds")
+    assert (estimate.value, estimate.error) == pytest.approx((exact.value, exact.error), rel=1e-12)
+    assert (estimate.n, estimate.over) == (7, "seeds")
 
 
 def test_the_jackknife_is_about_the_mean_of_what_is_left() -> None:
-    """Not about the whole's figure, exp(3), where the three that are left have exp(4), exp(3.5) and exp(1.5)."""
+    """The spread is not about the full statistic, exp(3): without one value it is exp(4), exp(3.5) and exp(1.5)."""
     values = np.array([1.0, 2.0, 6.0])
-    found = jackknife(lambda kept: math.exp(float(np.mean(values[list(kept)]))), 3, "seeds")
-    assert found.error == pytest.approx(math.sqrt(2 * np.var(np.exp([4.0, 3.5, 1.5]))))
+    estimate = jackknife(lambda indices: math.exp(float(np.mean(values[list(indices)]))), 3, "seeds")
+    assert estimate.error == pytest.approx(math.sqrt(2 * np.var(np.exp([4.0, 3.5, 1.5]))))
 
 
 def test_the_jackknife_of_one_case_has_no_error() -> None:
-    """There is nothing to leave out: as of one seed, and not as of a figure that is known exactly."""
-    found = jackknife(lambda kept: 3.0 + len(kept), 1, "seeds")
-    assert (found, found.has_error) == (Estimate(4.0, math.inf, 1, ""), False)
+    """There is nothing to leave out: the error is infinite, as for one seed, and not 0."""
+    estimate = jackknife(lambda indices: 3.0 + len(indices), 1, "seeds")
+    assert (estimate, estimate.has_error) == (Estimate(4.0, math.inf, 1, ""), False)
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
-        (lambda: proportion(9, 8), "right is 9; accepted is an integer of at most 8"),
-        (lambda: proportion(-1, 8), "right is -1; accepted is an integer of 0 or more"),
-        (lambda: proportion(0, 0), "n is 0; accepted is an integer of 1 or more"),
-        (lambda: proportion(0.5, 8), "right is 0.5"),
-        (lambda: jackknife(lambda kept: 0.0, 0, "seeds"), "n is 0; accepted is an integer of 1 or more"),
-        (lambda: over_seeds(np.array([])), "values is empty; accepted is a figure a seed"),
+        (lambda: proportion(9, 8), "right.* 9"),
+        (lambda: proportion(-1, 8), "right.* -1"),
+        (lambda: proportion(0, 0), "n .* 0"),
+        (lambda: proportion(0.5, 8), r"right.* 0\.5"),
+        (lambda: jackknife(lambda indices: 0.0, 0, "seeds"), "n .* 0"),
+        (lambda: over_seeds(np.array([])), "values.*empty"),
     ],
 )
-def test_what_has_no_cases_is_refused(call, said) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_has_no_cases_is_refused(call, message) -> None:
+    with pytest.raises(InputError, match=message):
         call()

@@ -50,8 +50,8 @@ def test_a_billion_draws_keep_float64_accuracy() -> None:
     total = Moments(10**9, block.shift, tuple(sums), tuple(rests))
     for n in range(4):
         exact = Fraction(block.sums[n]) * 10**5
-        found = Fraction(total.sums[n]) + Fraction(total.rests[n])
-        assert abs(found - exact) <= abs(exact) * Fraction(1, 2**90)
+        actual = Fraction(total.sums[n]) + Fraction(total.rests[n])
+        assert abs(actual - exact) <= abs(exact) * Fraction(1, 2**90)
     assert total.second_moment.value == pytest.approx(block.second_moment.value, rel=1e-15)
 
 
@@ -73,7 +73,7 @@ def test_scaled() -> None:
 
 @pytest.mark.parametrize("quantity", ["mean", "second_moment", "variance"])
 def test_standard_errors_cover(quantity: str) -> None:
-    """Of 4000 intervals of +-2 s.e. the binomial share covers (false alarm 1e-6, both sides), skewed data.
+    """Intervals of +-2 s.e. from 4000 skewed samples cover as often as a binomial allows (false alarm 1e-6, two-sided).
 
     The intervals are asymptotic: at n = 2000 exponential draws the skewness of a squared estimate moves coverage by
     less than 1.5 points, which is allowed for; a standard error off by 5% moves it by 0.4 points per percent at first
@@ -83,9 +83,9 @@ def test_standard_errors_cover(quantity: str) -> None:
     exact = {"mean": 1.0, "second_moment": 2.0, "variance": 1.0}[quantity]
     estimates, errors = [], []
     for _ in range(4000):
-        found = getattr(Moments().add(rng.exponential(size=2000)), quantity)
-        estimates.append(found.value)
-        errors.append(found.error)
+        estimate = getattr(Moments().add(rng.exponential(size=2000)), quantity)
+        estimates.append(estimate.value)
+        errors.append(estimate.error)
     inside = np.mean(np.abs(np.array(estimates) - exact) <= 2 * np.array(errors))
     nominal = 1 - 2 * stats.norm.sf(2)
     spread = threshold(1e-6) * math.sqrt(nominal * (1 - nominal) / 4000)
@@ -100,17 +100,17 @@ def test_errors_of_a_small_sample() -> None:
     values = np.array([1.0, 2.0, 4.0, 9.0])
     moments = Moments().add(values[:1]).add(values[1:])  # shifted by 1, not by their mean
     names = ("mean", "second_moment", "variance")
-    found, one, two = (
+    all_four, single, pair = (
         [getattr(part, name) for name in names]
         for part in (moments, Moments().add(values[:1]), Moments().add(values[1:3]))
     )
     by_hand = [(4.0, values), (25.5, values**2), (38 / 3, (values - 4.0) ** 2)]
-    for estimate, (value, of) in zip(found, by_hand, strict=True):
+    for estimate, (value, of) in zip(all_four, by_hand, strict=True):
         assert (estimate.value, estimate.error) == pytest.approx((value, np.std(of, ddof=1) / 2), rel=1e-12)
         assert (estimate.n, estimate.over) == (4, "draws")
-    for few, expected in ((one, [(1, 0, 1), (1, 0, 1), (0, 0, 1)]), (two, [(3, 1, 2), (10, 6, 2), (2, 0, 2)])):
-        for each, figures in zip(few, expected, strict=True):
-            assert (each.value, each.error, each.n) == pytest.approx(figures, rel=1e-12, abs=1e-12)
+    for few, expected in ((single, [(1, 0, 1), (1, 0, 1), (0, 0, 1)]), (pair, [(3, 1, 2), (10, 6, 2), (2, 0, 2)])):
+        for moment, figures in zip(few, expected, strict=True):
+            assert (moment.value, moment.error, moment.n) == pytest.approx(figures, rel=1e-12, abs=1e-12)
 
 
 def test_an_empty_block_changes_nothing() -> None:
@@ -146,18 +146,18 @@ def test_threshold() -> None:
 
 def test_agreement_with_a_law() -> None:
     """z and the relative gap of each, by hand; a law of 0 has no relative gap."""
-    found = agreement([1.1, 1.5], [0.05, 0.25], [1.0, 2.0])
-    assert found.scores == pytest.approx((2.0, -2.0))
-    assert found.largest_gap == pytest.approx(0.25)
-    assert (found.largest_score, found.rms_score) == pytest.approx((2.0, 2.0))
+    result = agreement([1.1, 1.5], [0.05, 0.25], [1.0, 2.0])
+    assert result.scores == pytest.approx((2.0, -2.0))
+    assert result.largest_gap == pytest.approx(0.25)
+    assert (result.largest_score, result.rms_score) == pytest.approx((2.0, 2.0))
     assert agreement([1.0, 5.0], [1.0, 1.0], [0.0, 2.0]).rms_score == pytest.approx(5**0.5)
 
 
 def test_a_figure_that_is_no_number_does_not_agree() -> None:
     for estimates in ([1.0, math.nan], [math.nan, 1.0]):
-        found = agreement(estimates, [0.1, 0.1], [1.0, 1.0])
-        assert math.isnan(found.largest_score), estimates
-        assert math.isnan(found.largest_gap), estimates
+        result = agreement(estimates, [0.1, 0.1], [1.0, 1.0])
+        assert math.isnan(result.largest_score), estimates
+        assert math.isnan(result.largest_gap), estimates
 
 
 def test_figures_known_exactly_agree_where_they_are_equal() -> None:

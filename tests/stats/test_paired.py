@@ -15,23 +15,23 @@ def test_the_mean_s_error_is_the_jackknife_s() -> None:
     random = np.random.default_rng(0)
     tokens = random.integers(20, 60, 400)
     losses = tokens * random.normal(1.0, 0.1, 400)
-    found = mean_per_token(losses.tolist(), tokens.tolist())
+    estimate = mean_per_token(losses.tolist(), tokens.tolist())
     left = (losses.sum() - losses) / (tokens.sum() - tokens)
-    assert found.value == pytest.approx(losses.sum() / tokens.sum(), rel=1e-12)
-    assert found.error == pytest.approx(np.sqrt(399 * left.var()), rel=5e-3)
-    assert (found.n, found.over) == (400, "records")
+    assert estimate.value == pytest.approx(losses.sum() / tokens.sum(), rel=1e-12)
+    assert estimate.error == pytest.approx(np.sqrt(399 * left.var()), rel=5e-3)
+    assert (estimate.n, estimate.over) == (400, "records")
 
 
 def test_the_error_of_records_of_one_size_is_that_of_a_mean() -> None:
-    found = mean_per_token([1.0, 2.0, 6.0], [2, 2, 2])
-    assert found.value == 1.5
-    assert found.error == pytest.approx(np.std([0.5, 1.0, 3.0], ddof=1) / math.sqrt(3), rel=1e-12)
+    estimate = mean_per_token([1.0, 2.0, 6.0], [2, 2, 2])
+    assert estimate.value == 1.5
+    assert estimate.error == pytest.approx(np.std([0.5, 1.0, 3.0], ddof=1) / math.sqrt(3), rel=1e-12)
 
 
 def test_one_record_has_no_error() -> None:
-    found = mean_per_token([3.0], [2])
-    assert (found.value, found.n, found.over, found.has_error) == (1.5, 1, "", False)
-    assert math.isnan(found.error)
+    estimate = mean_per_token([3.0], [2])
+    assert (estimate.value, estimate.n, estimate.over, estimate.has_error) == (1.5, 1, "", False)
+    assert math.isnan(estimate.error)
 
 
 def test_seeds_are_averaged_before_the_error_over_records() -> None:
@@ -48,18 +48,18 @@ def test_seeds_are_averaged_before_the_error_over_records() -> None:
 def test_groups_count_alike_whatever_their_size() -> None:
     """Means 0 and -1/2; variances 2/3 of four items and 1/2 of two; a second seed halves an item that differs."""
     groups = [np.array([[0, 1, 0, -1]]), np.array([[-1, 0]])]
-    found = mean_of_groups(groups)
-    assert (found.value, found.n, found.over) == (-0.25, 6, "items")
-    assert found.error == pytest.approx(math.sqrt((2 / 3) / 4 + (1 / 2) / 2) / 2, rel=1e-12)
-    found = mean_of_groups([np.array([[2, 0, 4], [0, 0, 0]])])
-    assert (found.value, found.n) == (1.0, 3)
-    assert found.error == pytest.approx(np.std([1, 0, 2], ddof=1) / math.sqrt(3), rel=1e-12)
+    estimate = mean_of_groups(groups)
+    assert (estimate.value, estimate.n, estimate.over) == (-0.25, 6, "items")
+    assert estimate.error == pytest.approx(math.sqrt((2 / 3) / 4 + (1 / 2) / 2) / 2, rel=1e-12)
+    estimate = mean_of_groups([np.array([[2, 0, 4], [0, 0, 0]])])
+    assert (estimate.value, estimate.n) == (1.0, 3)
+    assert estimate.error == pytest.approx(np.std([1, 0, 2], ddof=1) / math.sqrt(3), rel=1e-12)
 
 
 def test_a_group_of_one_item_has_no_error() -> None:
-    found = mean_of_groups([np.array([[0, 1]]), np.array([[1]])])
-    assert (found.value, found.n, found.over, found.has_error) == (0.75, 3, "", False)
-    assert math.isnan(found.error)
+    estimate = mean_of_groups([np.array([[0, 1]]), np.array([[1]])])
+    assert (estimate.value, estimate.n, estimate.over, estimate.has_error) == (0.75, 3, "", False)
+    assert math.isnan(estimate.error)
 
 
 def test_resampled_ratios() -> None:
@@ -80,5 +80,5 @@ def test_resampled_ratios() -> None:
     ("losses", "tokens"), [([], []), ([1.0], [0]), ([1.0], []), ([1.0, 2.0], [3]), ([1.0, 2.0], [-3, 3])]
 )
 def test_a_mean_of_no_tokens_is_refused(losses, tokens) -> None:
-    with pytest.raises(InputError, match=f"losses has {len(losses)} records and tokens {len(tokens)}, of .*; accepted"):
+    with pytest.raises(InputError, match=f"losses and tokens.* {len(losses)} losses and {len(tokens)} records"):
         mean_per_token(losses, tokens)

@@ -31,18 +31,20 @@ def test_a_comparison_s_verdict(differences, word):
     curves = [
         rate_curves.Curve("sgd", "both", rule, kappa, 4, gamma, rates, losses) for rule, kappa, gamma, losses in kinds
     ]
-    (found,) = rate_curves.compare_rules(curves)
-    assert found.verdict.startswith(word)
-    assert found.grid_error == pytest.approx(0.0006, rel=2e-3)
-    half = over_seeds(np.array(differences)).half_width() + found.grid_error
-    assert found.half_width == pytest.approx(half, rel=1e-9)
-    assert found.scaling_ratio == 4, "gamma squared: what an SGD step is proportional to"
-    assert (found.first_loss, found.second_loss) == pytest.approx((1 + np.mean(differences), 1.0))
+    (comparison,) = rate_curves.compare_rules(curves)
+    assert comparison.verdict.startswith(word)
+    assert comparison.grid_error == pytest.approx(0.0006, rel=2e-3)
+    half = over_seeds(np.array(differences)).half_width() + comparison.grid_error
+    assert comparison.half_width == pytest.approx(half, rel=1e-9)
+    assert comparison.scaling_ratio == 4, "gamma squared: what an SGD step is proportional to"
+    assert (comparison.first_loss, comparison.second_loss) == pytest.approx((1 + np.mean(differences), 1.0))
 
 
-def bowl(rule: str, kappa: float, rank: int, centre: float, *, least: float = 1.0, seeds: int = 3) -> rate_curves.Curve:
+def bowl(
+    rule: str, kappa: float, rank: int, centre: float, *, lowest: float = 1.0, seeds: int = 3
+) -> rate_curves.Curve:
     """Parabolas in log loss around ``centre``, on the grid `RATES`, no two seeds alike."""
-    level = least * (1 + 0.01 * np.arange(seeds))[:, None]
+    level = lowest * (1 + 0.01 * np.arange(seeds))[:, None]
     losses = level * np.exp(0.1 * np.log(np.array(RATES) / centre) ** 2)
     return rate_curves.Curve("adamw", "both", rule, kappa, rank, 16 / rank**kappa, np.array(RATES), losses)
 
@@ -69,15 +71,15 @@ def test_a_rank_whose_best_rate_is_at_the_edge_is_in_no_slope():
 
 @pytest.mark.parametrize("edge", ["first", "second", "both"])
 def test_a_comparison_with_a_best_rate_at_the_edge_is_not_settled(edge):
-    """However far apart the losses are: the one at the edge may be lower beyond it."""
+    """However large the difference is, the loss at the edge may be lower beyond it."""
     kinds = {"first": (1e-6, 1e-3), "second": (1e-3, 1.0), "both": (1e-6, 1.0)}[edge]
     first, second = (
-        bowl(rule, 1.0, 8, centre, least=least)
-        for rule, centre, least in zip(("lora", "rora"), kinds, (1, 3), strict=True)
+        bowl(rule, 1.0, 8, centre, lowest=lowest)
+        for rule, centre, lowest in zip(("lora", "rora"), kinds, (1, 3), strict=True)
     )
-    (found,) = rate_curves.compare_rules([first, second])
-    assert found.verdict.endswith("; a best rate at the grid's edge, so not settled")
-    (settled,) = rate_curves.compare_rules([bowl("lora", 1.0, 8, 1e-3), bowl("rora", 1.0, 8, 1e-3, least=3)])
+    (comparison,) = rate_curves.compare_rules([first, second])
+    assert comparison.verdict.endswith("; a best rate at the grid's edge, so not settled")
+    (settled,) = rate_curves.compare_rules([bowl("lora", 1.0, 8, 1e-3), bowl("rora", 1.0, 8, 1e-3, lowest=3)])
     assert "settled" not in settled.verdict
 
 
@@ -101,36 +103,36 @@ def shifted(rule: str, shape: str, centre: float, step: float) -> rate_curves.Cu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("step", [np.log(10) / 2, np.log(2) / 2])
 def test_a_shift_of_the_rate_is_no_more_than_that(shape, step):
-    """One curve, moved by parts of a grid's step: what is measured at the best rates differs, what is true does not."""
+    """Curves shifted by parts of a grid step differ in their measured lowest losses, but not in the true ones."""
     curves = [shifted(f"{part:g}", shape, np.exp(part * step), step) for part in np.linspace(0, 1, 9)]
-    found = rate_curves.compare_rules(curves)
-    assert len(found) == 36
-    assert [one.verdict for one in found if "more than a shift" in one.verdict] == []
-    assert all(abs(one.difference) <= one.grid_error for one in found)
+    comparisons = rate_curves.compare_rules(curves)
+    assert len(comparisons) == 36
+    assert [comparison.verdict for comparison in comparisons if "more than a shift" in comparison.verdict] == []
+    assert all(abs(comparison.difference) <= comparison.grid_error for comparison in comparisons)
 
 
 def test_more_than_a_shift_is_still_found():
-    """A least loss 3% higher, on a half-decade grid that may hide 2%."""
+    """A lowest loss 3% higher is detected on a half-decade grid with a bound of 2%."""
     first, second = (shifted(rule, "a parabola", centre, np.log(10) / 2) for rule, centre in (("a", 1.0), ("b", 2.0)))
     higher = rate_curves.Curve(*second.line, 8, 1.0, second.rates, second.losses + 0.03)
-    (found,) = rate_curves.compare_rules([first, higher])
-    assert found.verdict.startswith("a is better by")
+    (comparison,) = rate_curves.compare_rules([first, higher])
+    assert comparison.verdict.startswith("a is better by")
 
 
 def test_between_two_diverged_runs_nothing_is_decided():
     rates, losses = np.array([0.1, 0.5, 1.0, 3.0]), np.tile([np.inf, np.inf, 1.0, np.inf], (2, 1))
     curves = [rate_curves.Curve("sgd", "both", rule, 1.0, 4, 1.0, rates, losses) for rule in ("a", "b")]
-    (found,) = rate_curves.compare_rules(curves)
-    assert found.verdict == "undecided: a best rate lies between two that diverged"
-    assert (found.half_width, found.grid_error) == (None, None)
+    (comparison,) = rate_curves.compare_rules(curves)
+    assert comparison.verdict == "undecided: a best rate lies between two that diverged"
+    assert (comparison.half_width, comparison.grid_error) == (None, None)
 
 
 def test_rules_are_compared_at_the_largest_rank_that_both_have():
     curves = [bowl("lora", 1.0, rank, 1e-3) for rank in (4, 16, 64)] + [
         bowl("rora", 0.5, rank, 1e-3) for rank in (4, 16)
     ]
-    (found,) = rate_curves.compare_rules(curves)
-    assert (found.rank, found.first, found.second, found.scaling_ratio) == (16, "lora", "rora", 4)
+    (comparison,) = rate_curves.compare_rules(curves)
+    assert (comparison.rank, comparison.first, comparison.second, comparison.scaling_ratio) == (16, "lora", "rora", 4)
 
 
 def test_no_prediction_is_named_that_the_slope_is_far_from():
@@ -140,7 +142,7 @@ def test_no_prediction_is_named_that_the_slope_is_far_from():
 
 
 def test_predictions_that_are_one_number_are_all_named():
-    """Under alpha / r Adam's best rate stays by the signal of the first step and by that of a long run alike."""
+    """Under alpha / r both the first step and a long run in the signal regime predict a constant best rate for Adam."""
     (row,) = slopes_of([bowl("lora", 1.0, rank, 1e-3) for rank in (4, 16)])
     assert row["nearest"] == "signal or A moves"
     frozen = [dataclasses.replace(bowl("lora", 1.0, rank, 1e-3), trained="B") for rank in (4, 16)]
@@ -149,7 +151,7 @@ def test_predictions_that_are_one_number_are_all_named():
 
 
 def levels(by_seed: list[float], by_draw: list[float] | None = None, seeds: tuple[int, ...] = ()) -> rate_curves.Curve:
-    """Flat curves whose least losses are these, of seeds, and of draws of their mean."""
+    """Return flat curves with given lowest losses for the seeds, and for resamples of their mean."""
     three = np.ones(3)
     drawn = None if by_draw is None else np.repeat(np.outer(by_draw, three)[:, None], len(by_seed), axis=1)
     rates = np.array([0.1, 1.0, 10.0])
@@ -157,19 +159,21 @@ def levels(by_seed: list[float], by_draw: list[float] | None = None, seeds: tupl
 
 
 def test_a_draw_s_spread_is_the_error_itself():
-    """Of seeds the error is that of their mean; of bootstrap draws, their deviation; with both, both are told of, by
-    hand: the error is their root sum of squares, and the interval no narrower than either's alone."""
+    """The error over seeds is that of their mean, the error over resamples their deviation; both add in squares.
+
+    The combined interval is not narrower than either alone.
+    """
     values = [1.0, 2.0, 4.0, 9.0]
     wide, near = np.std(values, ddof=1), [3.999, 4.0, 4.001]
-    least = rate_curves.Curve.least
-    assert rate_curves.estimate(least, levels(values)) == Estimate(4.0, wide / 2, 4, "seeds")
-    assert rate_curves.estimate(least, levels([7.0], values)) == Estimate(4.0, wide, 4, "held-out records")
-    assert rate_curves.estimate(least, levels([7.0])).over == ""
+    lowest = rate_curves.Curve.least
+    assert rate_curves.estimate(lowest, levels(values)) == Estimate(4.0, wide / 2, 4, "seeds")
+    assert rate_curves.estimate(lowest, levels([7.0], values)) == Estimate(4.0, wide, 4, "held-out records")
+    assert rate_curves.estimate(lowest, levels([7.0])).over == ""
     narrow = np.std(near, ddof=1)
-    both = rate_curves.estimate(least, levels(values, near))
+    both = rate_curves.estimate(lowest, levels(values, near))
     assert (both.value, both.over, both.n) == (4.0, "seeds and held-out records", 4)  # 3.0000 degrees of freedom
     assert both.error == pytest.approx(np.hypot(wide / 2, narrow), rel=1e-12)
-    both = rate_curves.estimate(least, levels(near, values))
+    both = rate_curves.estimate(lowest, levels(near, values))
     assert both.error == pytest.approx(np.hypot(narrow / 3**0.5, wide), rel=1e-12)
     assert (both.value, both.n) == (4.0, 4)
 
@@ -190,12 +194,12 @@ def test_seeds_and_records_are_two_sources_of_error(seeds, records, n, over):
     """Errors add in squares, degrees of freedom by Welch and Satterthwaite; the value is the mean over seeds."""
     by_seeds = Estimate(2.0, *seeds, "seeds" if seeds[1] > 1 else "")
     by_records = Estimate(2.1, *records, "held-out records")
-    found = rate_curves.joint(by_seeds, by_records)
-    assert (found.value, found.over) == (2.0, over)
+    combined = rate_curves.joint(by_seeds, by_records)
+    assert (combined.value, combined.over) == (2.0, over)
     if over == "seeds and held-out records":
-        assert (found.error, found.n) == (pytest.approx(np.hypot(seeds[0], records[0])), n)
-    known = [one.half_width() for one in (by_seeds, by_records) if one.has_error]
-    assert found.half_width() >= max(known)
+        assert (combined.error, combined.n) == (pytest.approx(np.hypot(seeds[0], records[0])), n)
+    known = [source.half_width() for source in (by_seeds, by_records) if source.has_error]
+    assert combined.half_width() >= max(known)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +212,9 @@ def test_seeds_and_records_are_two_sources_of_error(seeds, records, n, over):
     ],
 )
 def test_rounding_decides_neither_the_sources_nor_the_degrees_of_freedom(seeds, records, n, over):
-    """Errors of equal figures are 1e-16, not 0, and a whole number of degrees of freedom may be a last digit less."""
-    found = rate_curves.joint(Estimate(2.0, *seeds, "seeds"), Estimate(2.0, *records, "held-out records"))
-    assert (found.n, found.over) == (n, over)
+    """Errors of equal values are 1e-16, not 0, and integer degrees of freedom may be computed slightly too low."""
+    combined = rate_curves.joint(Estimate(2.0, *seeds, "seeds"), Estimate(2.0, *records, "held-out records"))
+    assert (combined.n, combined.over) == (n, over)
 
 
 @pytest.mark.slow
@@ -220,37 +224,37 @@ def test_both_errors_cover_what_seeds_and_records_draw():
     random, worlds, n = np.random.default_rng(0), 4000, 8
     seeds, shared = random.normal(size=(worlds, n)), random.normal(size=worlds) / n**0.5  # both errors alike
     held = {"both": 0, "seeds": 0}
-    for own, common in zip(seeds, shared, strict=True):
-        by_seeds = Estimate(own.mean() + common, own.std(ddof=1) / n**0.5, n, "seeds")
+    for values, common in zip(seeds, shared, strict=True):
+        by_seeds = Estimate(values.mean() + common, values.std(ddof=1) / n**0.5, n, "seeds")
         both = rate_curves.joint(by_seeds, Estimate(0.0, 1 / n**0.5, 1000, "held-out records"))
-        for name, one in (("both", both), ("seeds", by_seeds)):
-            held[name] += abs(one.value) <= one.half_width()
+        for name, estimate in (("both", both), ("seeds", by_seeds)):
+            held[name] += abs(estimate.value) <= estimate.half_width()
     assert held["both"] / worlds > 0.94  # 0.95 less three standard errors
     assert held["seeds"] / worlds < 0.90
 
 
 def test_curves_are_paired_by_their_seeds():
-    """What seed 1 has in common with itself goes out of the difference, wherever it stands; seed 2's stays out."""
+    """Differences are paired by seed, in any order; a seed that one curve lacks is ignored."""
     first, second = levels([5.0, 1.0, 9.0], seeds=(1, 0, 2)), levels([0.5, 4.5], seeds=(0, 1))
     both = rate_curves.at_shared_seeds(first, second)
     assert [curve.seeds for curve in both] == [(1, 0)] * 2
     assert rate_curves.less(*both) == Estimate(0.5, 0.0, 2, "seeds")
     assert rate_curves.at_shared_seeds(first, levels([1.0], seeds=(3,))) == ()
     assert rate_curves.at_shared_seeds(first, levels([1.0]))[0].seeds == (0,), "unnamed seeds are numbered from 0"
-    drawn = levels([5.0, 1.0], [1.0, 2.0], seeds=(4, 7)).of_seeds([7])
+    drawn = levels([5.0, 1.0], [1.0, 2.0], seeds=(4, 7)).select_seeds([7])
     assert (drawn.losses.tolist(), drawn.resampled.shape) == ([[1.0] * 3], (2, 1, 3))
     lora, rora = (bowl(rule, kappa, 8, 1e-3, seeds=2) for rule, kappa in (("lora", 1.0), ("rora", 0.5)))
     apart = [dataclasses.replace(lora, seeds=(0, 1)), dataclasses.replace(rora, seeds=(2, 3))]
     assert rate_curves.compare_rules(apart) == []
     turned = dataclasses.replace(rora, losses=rora.losses[::-1] + 0.5, seeds=(1, 0))
-    (found,) = rate_curves.compare_rules([dataclasses.replace(lora, seeds=(0, 1)), turned])
-    assert (found.difference, found.standard_error) == (pytest.approx(-0.5), pytest.approx(0, abs=1e-12))
+    (comparison,) = rate_curves.compare_rules([dataclasses.replace(lora, seeds=(0, 1)), turned])
+    assert (comparison.difference, comparison.standard_error) == (pytest.approx(-0.5), pytest.approx(0, abs=1e-12))
     line = [bowl("rora", 0.5, rank, 4e-3 * rank**-0.5, seeds=2) for rank in (4, 16)]
-    assert slopes_of([dataclasses.replace(one, seeds=(at, at + 2)) for at, one in enumerate(line)]) == []
+    assert slopes_of([dataclasses.replace(rank_curve, seeds=(at, at + 2)) for at, rank_curve in enumerate(line)]) == []
 
 
 def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
-    """Of one seed's resampled curves 2.5% must end there; of several seeds, one."""
+    """A single seed is at the edge if 2.5% of its resampled curves are; several seeds are if one of them is."""
     rates = np.array([0.1, 1.0, 10.0])
     inside, end = [2.0, 1.0, 2.0], [3.0, 2.0, 1.0]
 
@@ -277,18 +281,18 @@ def test_a_rare_draw_at_the_grid_s_end_is_no_edge():
     ],
 )
 def test_both_errors_are_kept(by_seed, records, over):
-    """Over seeds, and over four records by hand; over neither where there is one seed and no record."""
+    """Errors over seeds and over four records, computed by hand; no error for one seed without records."""
     tokens, noise = np.array([10.0, 20.0, 30.0, 40.0]), np.array([1.0, -2.0, 2.0, -1.0])
     second = np.full(len(by_seed), 2.0)
     first = second + np.array(by_seed)
     summed = (np.mean(first) * tokens + noise, 2 * tokens) if records else None
-    found = rate_curves.paired_losses(first, second, summed, tokens if records else None)
-    assert (found.over, found.value) == (over, pytest.approx(np.mean(by_seed)))
+    difference = rate_curves.paired_losses(first, second, summed, tokens if records else None)
+    assert (difference.over, difference.value) == (over, pytest.approx(np.mean(by_seed)))
     by_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else np.inf
     by_records = np.sqrt(np.sum(noise**2) * 4 / 3) / 100
     both = {"held-out records": by_records, "seeds and held-out records": np.hypot(by_seeds, by_records)}
     expected = both.get(over, by_seeds)
-    assert found.error == pytest.approx(expected, rel=1e-9)
+    assert difference.error == pytest.approx(expected, rel=1e-9)
 
 
 def test_best_rates_and_their_ratio():
@@ -303,65 +307,72 @@ def test_best_rates_and_their_ratio():
     assert rows[0]["log2_error"] == pytest.approx(0.5)  # half of log2(2), over sqrt(2) by sqrt(2)
     assert [row["error_over"] for row in rows] == ["seeds", "held-out records", ""]
     assert [math.isnan(row["log2_error"]) for row in rows] == [False, False, True]
-    (found,) = rate_curves.compare_rules(
+    (comparison,) = rate_curves.compare_rules(
         [alone, rate_curves.Curve("adamw", "both", "lora", 1.0, 8, 2.0, alone.rates, losses[1:])]
     )
-    assert (found.first, found.ratio, found.ratio_log2_error) == ("rora", pytest.approx(0.5, rel=1e-3), None)
+    assert (comparison.first, comparison.ratio, comparison.ratio_log2_error) == (
+        "rora",
+        pytest.approx(0.5, rel=1e-3),
+        None,
+    )
     twice = rate_curves.Curve("adamw", "both", "rora", 0.5, 8, 4.0, np.array(RATES), losses[[0, 0]])
-    (found,) = rate_curves.compare_rules([twice, by_seed])
-    assert found.ratio == pytest.approx(2**-0.5, rel=1e-3)
-    assert found.ratio_log2_error == pytest.approx(0.5, rel=1e-2)
+    (comparison,) = rate_curves.compare_rules([twice, by_seed])
+    assert comparison.ratio == pytest.approx(2**-0.5, rel=1e-3)
+    assert comparison.ratio_log2_error == pytest.approx(0.5, rel=1e-2)
     t = 12.706  # Student's, of two seeds
-    assert found.ratio_log2_half_width == pytest.approx(t * 0.5, rel=1e-2)
+    assert comparison.ratio_log2_half_width == pytest.approx(t * 0.5, rel=1e-2)
     assert rows[0]["log2_half_width"] == pytest.approx(t * 0.5, rel=1e-2)
     assert math.isnan(rows[2]["log2_half_width"])
 
 
 def test_a_best_rate_at_an_edge_has_no_error_and_beside_a_diverged_run_a_bound():
-    """All seeds end there, so that their spread is 0: what it hides is not."""
+    """All seeds have one best rate, so that their spread is 0; the bound is not."""
     rates, kinds = np.array([1e-3, 2e-3, 4e-3, 8e-3]), [("lora", 1.0), ("rora", 0.5)]
-    found = {}
+    errors = {}
     for name, losses in (("edge", [4.0, 3.0, 2.0, 1.0]), ("beside", [3.0, 2.0, 1.0, np.inf]), ("in", [2.0, 1, 2, 3])):
         curves = [
             rate_curves.Curve("adamw", "both", rule, kappa, 8, 1.0, rates, np.tile(losses, (3, 1)))
             for rule, kappa in kinds
         ]
-        (row, _), (one,) = rate_curves.best_rates(curves).to_dict("records"), rate_curves.compare_rules(curves)
-        found[name] = (row["edge"], row["log2_error"], row["log2_half_width"])
-        found[name] += (one.ratio_log2_error, one.ratio_log2_half_width)
+        (row, _), (comparison,) = rate_curves.best_rates(curves).to_dict("records"), rate_curves.compare_rules(curves)
+        errors[name] = (row["edge"], row["log2_error"], row["log2_half_width"])
+        errors[name] += (comparison.ratio_log2_error, comparison.ratio_log2_half_width)
     # Half a step of each of the two; the spread of the logs of equal rates is rounding.
-    assert found["beside"] == ("", *(pytest.approx(value, abs=1e-12) for value in (0, 0.5, 0, 1)))
-    assert found["in"] == ("", *(pytest.approx(0, abs=1e-12) for _ in range(4)))
-    assert found["edge"] == ("high", None, None, None, None)
+    assert errors["beside"] == ("", *(pytest.approx(value, abs=1e-12) for value in (0, 0.5, 0, 1)))
+    assert errors["in"] == ("", *(pytest.approx(0, abs=1e-12) for _ in range(4)))
+    assert errors["edge"] == ("high", None, None, None, None)
 
 
 def test_one_seed_does_not_tell_rules_apart():
-    """However narrow the error over records is: it leaves out how one training run differs from the next."""
+    """However narrow the error over records is, it does not contain the variation between training runs."""
     curves = [
-        bowl(rule, kappa, 8, 1e-3, seeds=1, least=least) for rule, kappa, least in (("lora", 1.0, 1), ("rora", 0.5, 2))
+        bowl(rule, kappa, 8, 1e-3, seeds=1, lowest=lowest)
+        for rule, kappa, lowest in (("lora", 1.0, 1), ("rora", 0.5, 2))
     ]
-    curves = [dataclasses.replace(one, resampled=np.stack([one.losses, one.losses + 1e-3])) for one in curves]
-    (found,) = rate_curves.compare_rules(curves)
-    assert found.error_over == "held-out records"
-    assert found.verdict.startswith("undecided: one seed (-")
+    curves = [dataclasses.replace(curve, resampled=np.stack([curve.losses, curve.losses + 1e-3])) for curve in curves]
+    (comparison,) = rate_curves.compare_rules(curves)
+    assert comparison.error_over == "held-out records"
+    assert comparison.verdict.startswith("undecided: one seed (-")
 
 
-def gone_above(rate, rank, seeds=3):
-    """Least at a rate whose upper neighbour diverged, at every seed."""
-    losses = np.array([[1 + 0.1 * math.log(each / rate) ** 2 if each <= rate else np.nan for each in RATES]] * seeds)
+def diverging_above(rate, rank, seeds=3):
+    """Return a curve with its lowest loss at a rate whose upper neighbour diverged, for every seed."""
+    losses = np.array(
+        [[1 + 0.1 * math.log(grid_rate / rate) ** 2 if grid_rate <= rate else np.nan for grid_rate in RATES]] * seeds
+    )
     return rate_curves.Curve("adamw", "both", "lora", 1.0, rank, 8 / rank, np.array(RATES), losses)
 
 
 def test_a_slope_beside_runs_that_diverged_is_known_to_the_grid():
-    """Three seeds that take the grid's own rate agree to the last digit; what the grid hides is in the interval."""
-    (row,) = rate_curves.rate_slopes([gone_above(1e-3, rank) for rank in (8, 32)]).to_dict("records")
+    """Three seeds at one grid point have no spread; the bound from the grid is part of the interval."""
+    (row,) = rate_curves.rate_slopes([diverging_above(1e-3, rank) for rank in (8, 32)]).to_dict("records")
     hidden = 2 * math.log(1e-3 / 3e-4) / 2 / math.log(4)  # half of the wider step, at either end
     assert (row["slope"], row["half_width"]) == (pytest.approx(0, abs=1e-12), pytest.approx(hidden, abs=0.01))
     assert row["verdict"] == "undecided"
 
 
 def test_best_rates_that_turn_back_are_not_flat():
-    """4, 32, 4 at three ranks have a slope of nothing that no line bears."""
+    """Best rates that rise and fall have a slope of zero, but are not on a line."""
     curves = [bowl("lora", 1.0, rank, best, seeds=3) for rank, best in ((4, 5e-4), (16, 4e-3), (64, 5e-4))]
     (row,) = rate_curves.rate_slopes(curves).to_dict("records")
     assert abs(row["slope"]) + row["half_width"] < 0.1
@@ -370,14 +381,14 @@ def test_best_rates_that_turn_back_are_not_flat():
 
 def test_one_seed_decides_no_slope():
     flat = [levels_at(rank, seeds) for seeds in (2, 1) for rank in (8, 64)]
-    assert [rate_curves.rate_slopes(one)["verdict"].tolist() for one in (flat[:2], flat[2:])] == [
+    assert [rate_curves.rate_slopes(curves)["verdict"].tolist() for curves in (flat[:2], flat[2:])] == [
         ["flat"],
         ["undecided"],
     ]
 
 
 def levels_at(rank, seeds):
-    """A bowl about 1e-3 of so many seeds, and three draws of the records that say the same."""
+    """Return a parabola about 1e-3 for several seeds, with three similar resamples of the records."""
     losses = np.exp(0.1 * np.log(np.array(RATES) / 1e-3) ** 2)
     resampled = np.tile(losses, (3, seeds, 1)) * np.array([1.0, 1.001, 0.999])[:, None, None]
     return rate_curves.Curve(
@@ -387,7 +398,7 @@ def levels_at(rank, seeds):
 
 @pytest.mark.parametrize(("slope", "nearest"), [(0.08, "signal or A moves"), (0.25, ""), (0.42, "cross-talk")])
 def test_a_slope_is_near_what_lies_within_the_band(slope, nearest):
-    """Of the predictions 0 and 1/2 under Adam and alpha / r, seeds without spread: within 0.1 and no further."""
+    """Predictions 0 and 1/2 under Adam and alpha / r, without spread over seeds: named within 0.1 and no further."""
     curves = [bowl("lora", 1.0, rank, 1e-3 * (rank / 8) ** slope, seeds=3) for rank in (8, 16, 32)]
     (row,) = rate_curves.rate_slopes(curves).to_dict("records")
     assert row["slope"] == pytest.approx(slope, abs=0.005)
@@ -408,7 +419,7 @@ def test_a_slope_that_cannot_tell_names_all_that_it_leaves_room_for():
 def test_what_a_grid_hides_is_the_mean_over_seeds_or_draws():
     rates = np.array([1e-3, 3e-3, 1e-2])
     shallow, steep = np.array([1.1, 1.0, 1.1]), np.array([1.4, 1.0, 1.4])
-    of = {
+    settings = {
         "optimizer": "adamw",
         "trained": "both",
         "rule": "lora",
@@ -417,16 +428,16 @@ def test_what_a_grid_hides_is_the_mean_over_seeds_or_draws():
         "scaling": 1.0,
         "rates": rates,
     }
-    alone = [rate_curves.Curve(**of, losses=one[None]).grid_error() for one in (shallow, steep)]
+    alone = [rate_curves.Curve(**settings, losses=losses[None]).grid_error() for losses in (shallow, steep)]
     assert alone[0] < alone[1] / 2
-    both = rate_curves.Curve(**of, losses=np.array([shallow, steep]))
+    both = rate_curves.Curve(**settings, losses=np.array([shallow, steep]))
     assert both.grid_error() == pytest.approx(np.mean(alone), rel=1e-12)
-    drawn = rate_curves.Curve(**of, losses=shallow[None], resampled=np.array([[shallow], [steep], [steep]]))
+    drawn = rate_curves.Curve(**settings, losses=shallow[None], resampled=np.array([[shallow], [steep], [steep]]))
     assert drawn.grid_error() == pytest.approx((alone[0] + 2 * alone[1]) / 3, rel=1e-12)
 
 
 def test_the_value_is_the_mean_over_seeds_where_there_are_seeds():
-    """Draws of the records have another mean; of one seed alone theirs is told."""
+    """Resamples of the records have another mean, which is reported only for a single seed."""
     losses, drawn = [1.0, 3.0], [5.0, 7.0, 9.0]
     assert rate_curves.estimate(rate_curves.Curve.least, levels(losses, drawn)).value == 2.0
     assert rate_curves.estimate(rate_curves.Curve.least, levels(losses[:1], drawn)).value == 7.0

@@ -14,29 +14,28 @@ RATES = 2.0 ** np.arange(-6, 3)
 def test_parabola_is_found(centre):
     """A curve that is a parabola in log loss has its vertex found exactly, wherever it lies between the rates."""
     losses = np.exp(0.3 * np.log(RATES / centre) ** 2 - 1)
-    found = best_rate(RATES, losses)
-    assert found.rate == pytest.approx(centre, rel=1e-9)
-    assert found.loss == pytest.approx(np.exp(-1), rel=1e-9)
-    assert found.edge == ""
+    best = best_rate(RATES, losses)
+    assert best.rate == pytest.approx(centre, rel=1e-9)
+    assert best.loss == pytest.approx(np.exp(-1), rel=1e-9)
+    assert best.edge == ""
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_three_rates_are_enough():
     assert best_rate(RATES[:3], np.exp(np.log(RATES[:3] / RATES[1]) ** 2)).rate == pytest.approx(RATES[1], rel=1e-9)
-    with pytest.raises(InputError, match="one a loss"):
+    with pytest.raises(InputError, match="rates"):
         best_rate(RATES[:3], np.ones(4))
-    with pytest.raises(InputError, match="ascending"):
+    with pytest.raises(InputError, match="rates"):
         best_rate(np.array([1.0, 1.0, 2.0]), np.ones(3))
 
 
 @pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
 def test_predicted_slopes(kappa):
-    """What keeps eta gamma^2 r, eta gamma^2 sqrt(r), eta gamma r, eta gamma sqrt(r), eta^2 gamma r (Adam) and eta gamma
-    (SGD) as r grows."""
+    """Slopes keep eta gamma^2 (r, sqrt(r)), eta gamma (SGD); eta gamma (r, sqrt(r)), eta^2 gamma r (Adam)."""
     sgd = {"signal": 2 * kappa - 1, "cross-talk": 2 * kappa - 0.5, "A moves": kappa}
     adam = {"signal": kappa - 1, "cross-talk": kappa - 0.5, "A moves": kappa / 2 - 0.5}
-    found = [predicted_slopes(name, kappa) for name in ("sgd", "momentum", "adam", "adamw")]
-    assert found == [sgd, sgd, adam, adam]
+    predicted = [predicted_slopes(name, kappa) for name in ("sgd", "momentum", "adam", "adamw")]
+    assert predicted == [sgd, sgd, adam, adam]
     del sgd["A moves"], adam["A moves"]
     assert [predicted_slopes(name, kappa, trained="B") for name in ("sgd", "adam")] == [sgd, adam]
 
@@ -55,20 +54,20 @@ def test_edges_and_diverged_runs():
 
 
 def test_many_curves_are_each_its_own():
-    """Vertices as NumPy's fit of three points has them; beside them an edge, and a neighbour that diverged."""
+    """Vertices agree with NumPy's fit of three points, also next to an edge and to a run that diverged."""
     curves = np.exp(np.random.default_rng(0).normal(size=(50, len(RATES))))
     curves[7, :] = np.linspace(2, 1, len(RATES))
     curves[8, int(np.argmin(curves[8])) - 1] = np.inf
-    found = minima(RATES, curves)
-    for best, one in zip(found, curves, strict=True):
-        alone = best_rate(RATES, one)  # NumPy's logarithm of other numbers of elements may differ in the last digit
+    bests = minima(RATES, curves)
+    for best, losses in zip(bests, curves, strict=True):
+        alone = best_rate(RATES, losses)  # NumPy's logarithm of other numbers of elements may differ in the last digit
         assert (best.rate, best.loss) == pytest.approx((alone.rate, alone.loss), rel=1e-12)
         assert best.edge == alone.edge
-    inner = [(best, one) for best, one in zip(found, curves, strict=True) if best.rate not in RATES]
+    inner = [(best, losses) for best, losses in zip(bests, curves, strict=True) if best.rate not in RATES]
     assert 25 < len(inner) < 50
-    for best, one in inner:
-        at = int(np.argmin(one))
-        fit = np.polynomial.Polynomial.fit(np.log(RATES[at - 1 : at + 2]), np.log(one[at - 1 : at + 2]), 2)
+    for best, losses in inner:
+        at = int(np.argmin(losses))
+        fit = np.polynomial.Polynomial.fit(np.log(RATES[at - 1 : at + 2]), np.log(losses[at - 1 : at + 2]), 2)
         vertex = fit.deriv().roots()[0]
         assert (np.log(best.rate), np.log(best.loss)) == pytest.approx((vertex, fit(vertex)), abs=1e-9)
 
@@ -77,7 +76,7 @@ def test_bad_curves():
     with pytest.raises(InputError, match="every run diverged"):
         best_rate(RATES, np.full(len(RATES), np.nan))
     for rates in (RATES[:2], RATES[::-1], RATES - 1):
-        with pytest.raises(InputError, match="ascending"):
+        with pytest.raises(InputError, match="rates"):
             best_rate(rates, np.ones(len(rates)))
 
 
@@ -85,7 +84,7 @@ def test_bad_curves():
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize(("leads", "overlap", "ranks"), [("signal", 1.0, (1e5, 1e6)), ("cross-talk", 0.0, (100, 200))])
 def test_slopes_keep_the_first_step(kappa, optimizer, leads, overlap, ranks):
-    """At a rate that moves as predicted the exact rms of the first step stays: to 1% a doubling of the rank.
+    """With the predicted rates the exact rms of the first step is constant to 1% per doubling of the rank.
 
     p_in is 10^6, so r* is 1 to 2.6 at overlap 1, and 10^6 or more at overlap 0.
     """
@@ -106,7 +105,7 @@ def test_slopes_keep_the_first_step(kappa, optimizer, leads, overlap, ranks):
 
 
 def test_what_a_grid_hides():
-    """By hand: even and uneven neighbours, a diverged one on either side, two of them, the edges."""
+    """Bounds by hand: even and uneven neighbours, a diverged run on either side or both, and the edges."""
     rates = np.exp([0.0, 1.0, 3.0])
     left, right = np.exp([0.3, 0.6])
     assert grid_gap(rates, 5 * np.array([left, 1.0, right])) == pytest.approx(5 * 0.3 * (0.3 * 2 + 0.6) / 3 * 2)
@@ -117,19 +116,19 @@ def test_what_a_grid_hides():
 
 
 def test_how_far_the_best_rate_may_lie_beside_a_run_that_diverged():
-    """By hand, in log2: half the wider side beside one or two, nothing where a parabola passes or at an edge."""
+    """Bounds by hand in log2: half the wider side next to diverged runs, 0 for a parabola and at an edge."""
     rates = np.array([1.0, 2.0, 16.0, 32.0])
-    gone = np.nan
+    nan = np.nan
     for losses, gap in (
-        ([2, 1, 2, 3], 0), ([2, 1, gone, 3], 1.5), ([gone, 1, 2, 3], 1.5), ([3, 2, 1, gone], 1.5),
-        ([3, gone, 1, 2], 1.5), ([1, gone, 2, 3], 0), ([gone, gone, gone, 1], 0), ([gone, 3, 1, 2], 0),
+        ([2, 1, 2, 3], 0), ([2, 1, nan, 3], 1.5), ([nan, 1, 2, 3], 1.5), ([3, 2, 1, nan], 1.5),
+        ([3, nan, 1, 2], 1.5), ([1, nan, 2, 3], 0), ([nan, nan, nan, 1], 0), ([nan, 3, 1, 2], 0),
     ):  # fmt: skip
         assert rate_gap(rates, np.array(losses, float)) == pytest.approx(gap)
-    assert rate_gap(rates[:3], np.array([gone, 1, gone])) == pytest.approx(1.5)
+    assert rate_gap(rates[:3], np.array([nan, 1, nan])) == pytest.approx(1.5)
 
 
 def test_a_curve_that_hardly_bends_has_its_least_at_the_end() -> None:
-    """Where its parabola's vertex lies is beyond all numbers, and is not asked for."""
+    """The vertex of its parabola overflows and is not computed."""
     rates = np.array([1e-3, 1e-2, 1e-1])
-    (found,) = minima(rates, np.exp(-0.1 * np.log(rates) + 1e-6 * np.log(rates) ** 2)[None])
-    assert (found.rate, found.edge) == (0.1, "high")
+    (best,) = minima(rates, np.exp(-0.1 * np.log(rates) + 1e-6 * np.log(rates) ** 2)[None])
+    assert (best.rate, best.edge) == (0.1, "high")

@@ -32,8 +32,8 @@ def test_the_regret_of_a_known_curve_is_the_height_above_its_minimum() -> None:
 
 def test_the_tuned_and_the_target_curve_are_not_interchangeable() -> None:
     tuned, target = curve(1e-3, curvature=0.1), curve(1e-4, curvature=0.4)
-    kept, reversed_ = regret(tuned, target, float), regret(target, tuned, float)
-    assert kept.nats.value == pytest.approx(0.4, abs=5e-3)
+    forward, reversed_ = regret(tuned, target, float), regret(target, tuned, float)
+    assert forward.nats.value == pytest.approx(0.4, abs=5e-3)
     assert reversed_.nats.value == pytest.approx(0.1, abs=5e-3)
 
 

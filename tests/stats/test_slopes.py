@@ -38,7 +38,7 @@ def test_interval_covers():
 
 
 @pytest.mark.parametrize(
-    ("fit", "found"),
+    ("fit", "verdict"),
     [
         (SeedFit(0.0, 0.01, 5), "flat"),
         (SeedFit(0.09, 0.01, 5), "undecided"),
@@ -48,8 +48,8 @@ def test_interval_covers():
         (SeedFit(0.0, math.inf, 1), "undecided"),
     ],
 )
-def test_verdicts(fit, found):
-    assert slopes.trend(fit, band=0.1) == found
+def test_verdicts(fit, verdict):
+    assert slopes.trend(fit, band=0.1) == verdict
 
 
 def test_two_ranks_are_a_slope():
@@ -61,14 +61,14 @@ def test_two_ranks_are_a_slope():
 def test_assert_flat():
     flat = powers([0.01, -0.01, 0.02])
     assert slopes.assert_flat(RANKS, flat).slope == pytest.approx(0.02 / 3)
-    with pytest.raises(AssertionError, match=r"the loss is not flat but grows: slope \+0\.500"):
+    with pytest.raises(AssertionError, match=r"the loss.*grows.*\+0\.500"):
         slopes.assert_flat(RANKS, powers([0.5, 0.51, 0.49]), what="the loss")
     with pytest.raises(AssertionError, match="undecided"):
         slopes.assert_flat(RANKS, flat[:1])
 
 
 @pytest.mark.parametrize(
-    ("y", "departure", "found"),
+    ("y", "departure", "verdict"),
     [
         ([1, 10, 1], 2 / 3 * math.log(10) / math.log(16), "undecided"),  # no slope, and not flat
         ([1, 10, 2], None, "undecided"),  # a slope of 1/4, and no growth
@@ -76,15 +76,15 @@ def test_assert_flat():
         ([1, 3, 4], None, "grows"),
     ],
 )
-def test_what_the_curve_does_beside_its_slope_counts(y, departure, found):
-    """Three ranks, seeds that agree to the digit: the spread over seeds says nothing of the points between."""
+def test_what_the_curve_does_beside_its_slope_counts(y, departure, verdict):
+    """Three ranks and identical seeds: the spread over seeds does not show the departure from the line."""
     fit = slopes.seed_fit(RANKS[:3], np.tile(np.array(y, float), (3, 1)))
-    assert slopes.trend(fit) == found
+    assert slopes.trend(fit) == verdict
     if departure is not None:
         assert fit.slope == pytest.approx(0.0, abs=1e-12)
         assert fit.departure == pytest.approx(departure, rel=1e-9)
-    if found != "flat":
-        with pytest.raises(AssertionError, match=f"{found}.*largest departure"):
+    if verdict != "flat":
+        with pytest.raises(AssertionError, match=f"{verdict}.*departure"):
             slopes.assert_flat(RANKS[:3], np.tile(np.array(y, float), (3, 1)))
 
 
@@ -105,7 +105,7 @@ def test_the_band_and_the_confidence_decide():
 
 
 def test_the_departure_is_of_the_band():
-    """Within the band it is flat, beyond it is not, whatever the interval; and as the slope for a growth."""
+    """The departure is limited by the band for a flat trend, and by the slope for a growing one."""
     flat, growing = SeedFit(0.0, 0.0, 3), SeedFit(-0.5, 0.0, 3)
     assert [slopes.trend(flat._replace(departure=d), band=0.25) for d in (0.25, 0.26)] == ["flat", "undecided"]
     assert [slopes.trend(growing._replace(departure=d)) for d in (0.5, 0.51)] == ["shrinks", "undecided"]
@@ -113,17 +113,17 @@ def test_the_departure_is_of_the_band():
 
 @pytest.mark.parametrize("y", [np.ones((2, 3)), np.zeros((2, 4)), np.full((2, 4), np.nan)])
 def test_bad_values(y):
-    with pytest.raises(InputError, match="finite and above 0"):
+    with pytest.raises(InputError, match="y must"):
         slopes.seed_fit(RANKS, y)
 
 
 @pytest.mark.parametrize("x", [[0, 4, 16, 64], [-4, 4, 16, 64], [4, 16, 64, math.inf], [4, 16, 64, math.nan]])
 @pytest.mark.parametrize("fit", [slopes.seed_fit, slopes.seed_slopes])
 def test_bad_ranks(fit, x):
-    with pytest.raises(InputError, match=r"x is .*; accepted are at least two different values, finite and above 0"):
-        fit([float(each) for each in x], np.ones((2, 4)))
+    with pytest.raises(InputError, match="x must"):
+        fit([float(value) for value in x], np.ones((2, 4)))
 
 
 def test_one_rank_is_no_slope():
-    with pytest.raises(InputError, match="two different"):
+    with pytest.raises(InputError, match=r"x must.*4\.0, 4\.0"):
         slopes.seed_fit([4, 4], np.ones((2, 2)))

@@ -36,16 +36,16 @@ def change(b: jax.Array, a: jax.Array, strength: float, p: float, q: float) -> j
 @pytest.mark.parametrize("multiplier", [0.125, 1.0, 8.0])
 def test_autodiff_of_the_change_gives_the_effective_step(multiplier: float) -> None:
     """Differentiates W by a step of B alone (c = 1) and of both factors (c = 2), at equal W for every G."""
-    p, q, kept = 0.7, 90.0, 0.05
+    p, q, target = 0.7, 90.0, 0.05
     steps = {}
     for strength in (16.0, 724.0):
-        # Solve for the displacement at which the change is `kept`, independently of the module under test.
-        roots = np.roots([strength * q * multiplier, strength * p, -kept])
+        # Solve for the displacement at which the change is `target`, independently of the module under test.
+        roots = np.roots([strength * q * multiplier, strength * p, -target])
         b = float(roots[roots > 0][0])
         a = multiplier * b
         d_b, d_a = jax.grad(change, argnums=(0, 1))(jnp.float32(b), jnp.float32(a), strength, p, q)
         steps[strength] = {1.0: float(d_b), 2.0: float(d_b + multiplier * d_a)}
-        constant = multiplier * q * kept / p**2
+        constant = multiplier * q * target / p**2
         ratio = displacement.displacement_ratio(strength, displacement_constant=constant)
         assert ratio == pytest.approx(q * a / p, rel=1e-5)
     for coherence in (1.0, 2.0):
@@ -60,7 +60,7 @@ def test_simulated_factors_obey_the_law() -> None:
     The standard error of each rms ratio is below 1% with 512 rows; 5% allows for the incoherent part of both sums.
     """
     random = np.random.default_rng(0)
-    rank, p_in, p_out, kept = 512, 64, 32, 3.0
+    rank, p_in, p_out, target = 512, 64, 32, 3.0
     x = random.normal(size=p_in)
     start = random.uniform(-1, 1, (rank, p_in)) / math.sqrt(p_in)
     # Displacements per unit: B against A's reading of x, A along x, each with incoherent noise beside it.
@@ -75,11 +75,11 @@ def test_simulated_factors_obey_the_law() -> None:
             rms = [float(np.sqrt(np.mean(part**2))) for part in (led_B, led_A, led_B + led_A)]
             return rms[0], rms[1], rms[2]
 
-        # Bisect for the displacement whose whole change is `kept`.
+        # Bisect for the displacement whose whole change is `target`.
         low, high = 1e-9, 1e3
         for _ in range(200):
             middle = math.sqrt(low * high)
-            low, high = (middle, high) if parts(middle)[2] < kept else (low, middle)
+            low, high = (middle, high) if parts(middle)[2] < target else (low, middle)
         led_B, led_A, _ = parts(low)
         constants.append(displacement.measured_constant(strength, [led_A / led_B]))
         # The effective step of both factors, by a finite difference.

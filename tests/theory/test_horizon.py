@@ -33,7 +33,7 @@ def descend(
     ratio: float = 1.0,
     optimizer: Callable[..., optax.GradientTransformation] = optax.adam,
 ) -> Increment:
-    """The increment after optax's steps on the linear loss <G, gamma B A>; B's rate is ``ratio`` times A's."""
+    """Take optax's steps on the linear loss <G, gamma B A>; B's rate is ``ratio`` times A's."""
     gradient = grad if callable(grad) else lambda step: jnp.asarray(grad, jnp.float32)
     transform = optimizer(1.0)
     start = (jnp.asarray(lora_A, jnp.float32), jnp.zeros((P_OUT, lora_A.shape[0]), jnp.float32))
@@ -64,13 +64,13 @@ def mean_squares(
     seeds: int,
     ratio: float = 1.0,
 ) -> np.ndarray:
-    """The mean square of w of each of so many adapters under optax's Adam."""
+    """Return the mean square of w under optax's Adam for ``seeds`` adapters."""
 
     adapters = jnp.asarray(kaiming(100, seeds * rank).reshape(seeds, rank, P_IN), jnp.float32)
-    at, each = jnp.asarray(read_at, jnp.float32), jnp.asarray(rates, jnp.float32)
+    at, schedule = jnp.asarray(read_at, jnp.float32), jnp.asarray(rates, jnp.float32)
     if callable(grad):
-        return np.asarray(jax.jit(partial(_mean_squares, grad, ratio=ratio))(at, adapters, each), np.float64)
-    return np.asarray(_constant(jnp.asarray(grad, jnp.float32), at, adapters, each, ratio), np.float64)
+        return np.asarray(jax.jit(partial(_mean_squares, grad, ratio=ratio))(at, adapters, schedule), np.float64)
+    return np.asarray(_constant(jnp.asarray(grad, jnp.float32), at, adapters, schedule, ratio), np.float64)
 
 
 def _mean_squares(grad: Any, at: jax.Array, adapters: jax.Array, rates: jax.Array, ratio: float) -> jax.Array:
@@ -81,7 +81,7 @@ _constant = jax.jit(_mean_squares, static_argnums=4)
 
 
 def data(seed: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """A gradient of so many tokens, and their inputs."""
+    """Return the gradient of a number of tokens, and their inputs."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, P_IN))
     return rng.normal(size=(tokens, P_OUT)).T @ x / tokens, x
@@ -95,8 +95,10 @@ def one_sample_terms(x: np.ndarray, read_at: np.ndarray, *, deviation: float, p_
     """
     mean = deviation * laws.HALF_NORMAL_MEAN * float(x @ read_at) / float(np.linalg.norm(x))
     slope = float(np.sign(x) @ read_at)
-    coherent = [p_out * each for each in (mean**2, 2 * mean * slope, slope**2)]
-    total = [p_out * each for each in (deviation**2 * float(read_at @ read_at), 2 * mean * slope, slope**2)]
+    coherent = [p_out * coefficient for coefficient in (mean**2, 2 * mean * slope, slope**2)]
+    total = [
+        p_out * coefficient for coefficient in (deviation**2 * float(read_at @ read_at), 2 * mean * slope, slope**2)
+    ]
     return horizon.RowTerms(horizon.Quadratic(*coherent), horizon.Quadratic(*total), (math.inf,) * 5, p_out, 0)
 
 
@@ -131,28 +133,30 @@ def enumerate_descent(delta: list[int], x: list[int], read_at: list[int], rank: 
     steps=st.integers(1, 4),
 )
 def test_enumeration_one_sample(delta: list, x: list, read_at: list, rank: int, steps: int) -> None:
-    """Every sign matrix, ties and zeros included: the terms' mean over all pairs of rows is the exact fraction."""
+    """The mean of the terms over all pairs of rows equals the exact fraction, with ties and zeros included."""
     grad, at = np.outer(delta, x).astype(float), np.array([read_at], float)
     pairs = [np.array(rows, float).reshape(2, 3) for rows in product((-1, 1), repeat=6)]
     moved = horizon.distances([1.0] * steps, decay=None)
     # The squares are polynomials of E[q_i]^2 and E[q_i^2], which every pair of rows estimates without bias.
-    found = [horizon.row_terms(grad, at, pair) for pair in pairs]
-    coherent = np.mean([terms.coherent(moved.A) for terms in found])
-    total = np.mean([terms.total(moved.A) for terms in found])
+    pair_terms = [horizon.row_terms(grad, at, pair) for pair in pairs]
+    coherent = np.mean([terms.coherent(moved.A) for terms in pair_terms])
+    total = np.mean([terms.total(moved.A) for terms in pair_terms])
     square = moved.B**2 * (rank * total + rank * (rank - 1) * coherent)
     # integers below 1e6, exact in float64 but for the division by 64
     assert square == pytest.approx(float(enumerate_descent(delta, x, read_at, rank, steps)), rel=1e-12, abs=1e-9)
 
 
 def test_enumeration_would_see_a_wrong_law() -> None:
-    """The route is not vacuous: A moving from the first step on, or not at all, gives other fractions."""
+    """The enumeration rejects wrong laws: A that moves from the first step on, or not at all."""
     right = float(enumerate_descent([1, 2], [1, 2, -1], [2, 1, 1], 2, 3))
     pairs = [np.array(rows, float).reshape(2, 3) for rows in product((-1, 1), repeat=6)]
-    found = [horizon.row_terms(np.outer([1.0, 2.0], [1.0, 2, -1]), np.array([[2.0, 1, 1]]), pair) for pair in pairs]
+    pair_terms = [
+        horizon.row_terms(np.outer([1.0, 2.0], [1.0, 2, -1]), np.array([[2.0, 1, 1]]), pair) for pair in pairs
+    ]
 
     def square(distance: float) -> float:
-        coherent = np.mean([terms.coherent(distance) for terms in found])
-        total = np.mean([terms.total(distance) for terms in found])
+        coherent = np.mean([terms.coherent(distance) for terms in pair_terms])
+        total = np.mean([terms.total(distance) for terms in pair_terms])
         return float(9 * (2 * total + 2 * coherent))
 
     assert square(2.0) == pytest.approx(right, rel=1e-12)
@@ -172,9 +176,9 @@ def test_pace_by_algebra() -> None:
     assert sp.simplify(paces[0] ** 2 - (1 + b2) / (1 + b1) ** 2) == 0
     values = {b1: sp.Rational(9, 10), b2: sp.Rational(999, 1000)}
     expected = [float(pace.subs(values)) for pace in paces]
-    found = [horizon.distances([1.0] * t).A for t in (1, 2, 3)]
-    assert found[0] == 0.0
-    np.testing.assert_allclose(np.diff(found), expected, rtol=1e-12)
+    distances_A = [horizon.distances([1.0] * t).A for t in (1, 2, 3)]
+    assert distances_A[0] == 0.0
+    np.testing.assert_allclose(np.diff(distances_A), expected, rtol=1e-12)
     # sqrt(3): m follows the ramp up to 1 / (1 - b1) steps, v is its mean square, (t / sqrt 3)^2
     slow = (0.9, 1 - 1e-9)
     ahead = horizon.distances([1.0] * 4001, decay=slow).A - horizon.distances([1.0] * 4000, decay=slow).A
@@ -185,35 +189,35 @@ def test_sgd_closed_form() -> None:
     """One direction at a constant rate: halves of (1 + h)^t -+ (1 - h)^t, and any rates by the factors themselves."""
     scaling, rate, steps, sigma = 0.7, 0.3, 5, 1.9
     grad, x = np.array([[0.0, sigma]]), np.array([3.0, 2.0])
-    found, at = horizon.sgd_equivalent(grad, x, rates=[rate] * steps, scaling=scaling)
+    equivalent, at = horizon.sgd_equivalent(grad, x, rates=[rate] * steps, scaling=scaling)
     up, down = ((1 + s * scaling * rate * sigma) ** steps for s in (1, -1))
-    np.testing.assert_allclose(found, [[0.0, (up - down) / 2 / scaling]], rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(equivalent, [[0.0, (up - down) / 2 / scaling]], rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(at, [3.0, 2.0 * (up + down) / 2], rtol=1e-12)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_equals_optax(momentum: float) -> None:
-    """The equivalent first step is the many real ones, for any A; and its moments are the first step's law."""
+    """The equivalent first step equals the real steps for any A, and its moments follow the first step's law."""
     grad, x = data(0, 40)
     rates = [0.0, 0.02, 0.05, 0.05, 0.03, 0.03]
     lora_A = kaiming(1, 6)
     increment = descend(grad, lora_A, rates, scaling=1.3, optimizer=lambda lr: optax.sgd(lr, momentum=momentum))
-    found, at = horizon.sgd_equivalent(grad, x, rates=rates, scaling=1.3, momentum=momentum)
-    expected = -(1.3**2) * at @ lora_A.T @ (found @ lora_A.T).T
+    equivalent, at = horizon.sgd_equivalent(grad, x, rates=rates, scaling=1.3, momentum=momentum)
+    expected = -(1.3**2) * at @ lora_A.T @ (equivalent @ lora_A.T).T
     measured = np.asarray(increment(jnp.asarray(x, jnp.float32)))
     assert np.max(np.abs(expected)) > 0.1
     # float32 products of 96 terms over six steps
     np.testing.assert_allclose(measured, expected, atol=2e-5 * np.max(np.abs(expected)))
     adapters = [kaiming(seed, 6) for seed in range(2000)]
-    squares = [np.mean((at[:3] @ A.T @ (found @ A.T).T) ** 2) for A in adapters]
-    law = laws.first_step_moments(found, at[:3], rank=6, scaling=1.0, init="kaiming_uniform")
+    squares = [np.mean((at[:3] @ A.T @ (equivalent @ A.T).T) ** 2) for A in adapters]
+    law = laws.first_step_moments(equivalent, at[:3], rank=6, scaling=1.0, init="kaiming_uniform")
     error = np.std(squares) / math.sqrt(len(squares))
     assert abs(np.mean(squares) - np.mean(law.second_moment)) < 4.9 * error  # a false alarm of 1e-6
 
 
 @pytest.mark.slow
 def test_one_sample_closed_form() -> None:
-    """The integral over Gaussian rows against rows drawn: every coefficient within its sampling error."""
+    """The integral over Gaussian rows agrees with sampled rows within the sampling error of every coefficient."""
     rng = np.random.default_rng(5)
     x, read_at, delta = rng.normal(size=P_IN), rng.normal(size=P_IN) + 0.2, rng.normal(size=P_OUT)
     exact = one_sample_terms(x, read_at, deviation=0.3, p_out=P_OUT)
@@ -230,7 +234,7 @@ def test_one_sample_closed_form() -> None:
 
 @pytest.mark.parametrize(("rates", "ratio"), [([1e-3] * 200, 1.0), ([0.0, *[1e-3] * 99], 1.0), ([1e-3] * 60, 16.0)])
 def test_one_sample_adam(rates: list[float], ratio: float) -> None:
-    """Adam as optax has it (betas, bias correction, epsilon), a warm-up that begins at 0, and LoRA+'s two rates.
+    """Optax's Adam (betas, bias correction, epsilon), a warm-up that starts at 0, and LoRA+'s two rates.
 
     The one approximation is that all entries of B share one history: measured within 3% at every horizon here; sign
     descent without Adam's pace is off by up to 2.4 times.
@@ -252,7 +256,7 @@ def test_one_sample_adam(rates: list[float], ratio: float) -> None:
 
 @pytest.mark.slow
 def test_many_tokens_adam() -> None:
-    """The first step is exact; where A's motion turns signs the law is a guide: within 1.5 times here, to step 64."""
+    """The first step is exact. Once A's motion flips signs the law holds within a factor of 1.5, up to step 64."""
     fresh = np.random.default_rng(3).normal(size=(16, P_IN))
     for tokens in (16, 64):
         grad, x = data(11 + tokens, tokens)
@@ -309,15 +313,15 @@ def test_sgd_exponents_by_algebra() -> None:
     change = gamma * rank * sp.sinh(2 * gamma * eta * sigma)
     for tau in (0.05, 1.0, 6.0):
         at = {gamma: 0.7, rank: 16, sigma: 3.0, eta: tau / (0.7 * 3.0)}
-        found = horizon.sgd_rate_exponents(tau)
-        for symbol, exponent in ((gamma, found.scaling), (rank, found.rank)):
+        exponents = horizon.sgd_rate_exponents(tau)
+        for symbol, exponent in ((gamma, exponents.scaling), (rank, exponents.rank)):
             slope = -sp.diff(change, symbol) / sp.diff(change, eta) * symbol / eta
             assert float(slope.subs(at)) == pytest.approx(exponent, rel=1e-9)
     assert horizon.sgd_rate_exponents(0.0) == (-2.0, -1.0)
     assert horizon.sgd_rate_exponents(math.inf) == (-1.0, 0.0)
     for kappa_one in (0.0, 0.3, 4.0, math.inf):  # under alpha / r gamma falls as 1 / r: the rate grows as r, always
-        found = horizon.sgd_rate_exponents(kappa_one)
-        assert found.rank - found.scaling == pytest.approx(1.0)
+        exponents = horizon.sgd_rate_exponents(kappa_one)
+        assert exponents.rank - exponents.scaling == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("tau", [0.02, 1.0, 4.0])
@@ -345,7 +349,7 @@ def test_the_change_that_sgd_s_exponents_keep_is_that_of_real_steps(tau: float) 
 
 
 def test_when_entries_turn_is_reckoned_entry_by_entry() -> None:
-    """The distance at which an entry of G A^T is 0, where A moves against its signs; infinite where it moves away."""
+    """An entry of G A^T reaches 0 at a finite distance if A moves against its sign, and never otherwise."""
     rng = np.random.default_rng(0)
     grad, lora_A = rng.normal(size=(30, 4)), rng.normal(size=(6, 4))
     moves = np.sign(np.sign(grad @ lora_A.T).T @ grad)
@@ -353,18 +357,18 @@ def test_when_entries_turn_is_reckoned_entry_by_entry() -> None:
     for row, (here, way) in product(grad, zip(lora_A, moves, strict=True)):
         read, drift = row @ here, row @ way
         turn.append(-read / drift if read * drift < 0 else math.inf)
-    found = horizon.row_terms(grad, rng.normal(size=(2, 4)), lora_A).turn
-    assert found == pytest.approx(tuple(np.quantile(turn, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower")))
-    assert np.isfinite(found[0])
+    quantiles = horizon.row_terms(grad, rng.normal(size=(2, 4)), lora_A).turn
+    assert quantiles == pytest.approx(tuple(np.quantile(turn, [0.05, 0.25, 0.5, 0.75, 0.95], method="lower")))
+    assert np.isfinite(quantiles[0])
 
 
 def test_matching_rate() -> None:
-    """The rate that keeps the change: alpha / r keeps it in the signal-led limit; a larger gamma lies in between."""
+    """Under alpha / r the rate does not change in the signal regime; a larger gamma needs a rate between the limits."""
     rng = np.random.default_rng(9)
     x = rng.normal(size=P_IN)
     terms = one_sample_terms(x, x, deviation=1 / math.sqrt(3 * P_IN), p_out=P_OUT)
-    kept = horizon.matching_rate(terms, old=(64, 1 / 64, 1e-4), new=(128, 1 / 128), steps=100)
-    assert kept == pytest.approx(1e-4, rel=0.02)
+    new_rate = horizon.matching_rate(terms, old=(64, 1 / 64, 1e-4), new=(128, 1 / 128), steps=100)
+    assert new_rate == pytest.approx(1e-4, rel=0.02)
     for steps, low, high in ((1, 0.99, 1.01), (20, 1.1, 3.3), (1000, 3.0, 3.5)):
         # gamma 11.3 times as large: rate / 11.3 at step 1, towards rate / 3.4 later
         strength = math.sqrt(128)
@@ -377,7 +381,7 @@ def terms_of(square: horizon.Quadratic) -> horizon.RowTerms:
 
 
 def test_the_matching_rate_counts_adams_pace() -> None:
-    """At a takeover that 50 steps of the old rate pass: the change of the new rate is the old one's."""
+    """The change at the new rate equals that at the old one, with a takeover that 50 steps of the old rate pass."""
     terms = terms_of(horizon.Quadratic(1.0, 2e3, 1e6))
     assert terms.takeover(8) == pytest.approx(1e-3)
     new = horizon.matching_rate(terms, old=(8, 1.0, 1e-4), new=(8, 4.0), steps=50)
@@ -399,25 +403,25 @@ def match(*, square: float = 1.0, old: tuple = (8, 1.0, 1e-4), new: tuple = (8, 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: horizon.distances([]), "one rate a step"),
-        (lambda: horizon.distances([-1.0]), "0 or more"),
+        (lambda: horizon.distances([]), "rates_B"),
+        (lambda: horizon.distances([-1.0]), "rates_B"),
         (lambda: horizon.distances([1.0], decay=(1.0, 0.9)), "decay"),
         (lambda: horizon.distances([1.0], takeover=0.0), "takeover"),
         (lambda: horizon.rate_factor(0.0, 1.0), "strength"),
         (lambda: horizon.rate_exponents(-1.0), "rho"),
-        (lambda: horizon.row_terms(np.ones((2, 3)), np.ones((1, 3)), np.ones((1, 3))), "2 or more"),
+        (lambda: horizon.row_terms(np.ones((2, 3)), np.ones((1, 3)), np.ones((1, 3))), "lora_A.* 1"),
         (lambda: horizon.sgd_equivalent(np.ones((2, 3)), np.ones(3), rates=[1.0], scaling=1.0, momentum=1), "momentum"),
-        (lambda: horizon.distances([1e-3] * 3, takeover=1e-300), "takeover is 1e-300 where A's rates add up to 0.003"),
-        (lambda: horizon.keeping_rate(1e-3, [0.0], [1.0, 1.0], takeover=1.0), "first has no factor above 0"),
-        (lambda: horizon.keeping_rate(1e-3, [1.0], [0.0, 0.0], takeover=1.0), "second has no factor above 0"),
-        (lambda: horizon.keeping_rate(0.0, [1.0], [1.0], takeover=1.0), "rate is 0.0; accepted is a finite number"),
-        (lambda: match(square=0.0), "terms say that rank 8 changes the output by 0"),
-        (lambda: match(old=(0, 1.0, 1e-4)), "rank is 0"),
-        (lambda: match(old=(8, 0.0, 1e-4)), "scaling is 0.0"),
-        (lambda: match(old=(8, 1.0, 0.0)), "learning_rate is 0.0"),
-        (lambda: match(new=(0, 1.0)), "rank is 0"),
-        (lambda: match(new=(8, 0.0)), "scaling is 0.0"),
-        (lambda: match(steps=0), "steps is 0; accepted is an integer of 1 or more"),
+        (lambda: horizon.distances([1e-3] * 3, takeover=1e-300), "takeover.*1e-300"),
+        (lambda: horizon.keeping_rate(1e-3, [0.0], [1.0, 1.0], takeover=1.0), "first"),
+        (lambda: horizon.keeping_rate(1e-3, [1.0], [0.0, 0.0], takeover=1.0), "second"),
+        (lambda: horizon.keeping_rate(0.0, [1.0], [1.0], takeover=1.0), r"rate.* 0\.0"),
+        (lambda: match(square=0.0), "terms.* 0 at rank 8"),
+        (lambda: match(old=(0, 1.0, 1e-4)), "rank.* 0"),
+        (lambda: match(old=(8, 0.0, 1e-4)), r"scaling.* 0\.0"),
+        (lambda: match(old=(8, 1.0, 0.0)), r"learning_rate.* 0\.0"),
+        (lambda: match(new=(0, 1.0)), "rank.* 0"),
+        (lambda: match(new=(8, 0.0)), r"scaling.* 0\.0"),
+        (lambda: match(steps=0), "steps.* 0"),
     ],
 )
 def test_bad_input(call: Callable, words: str) -> None:
@@ -427,11 +431,13 @@ def test_bad_input(call: Callable, words: str) -> None:
 
 def test_a_takeover_next_to_nothing_is_refused_where_its_squares_would_be_no_numbers() -> None:
     """At the bound the step is still the limit's: B's gradient a ramp from step 3 on, whatever its slope."""
-    least = 3e-3 / horizon.GROWTH * (1 + 1e-9)
-    assert horizon.distances([1e-3] * 3, takeover=least) == pytest.approx(horizon.distances([1e-3] * 3, takeover=1e-50))
+    smallest = 3e-3 / horizon.MAX_GRADIENT_GROWTH * (1 + 1e-9)
+    assert horizon.distances([1e-3] * 3, takeover=smallest) == pytest.approx(
+        horizon.distances([1e-3] * 3, takeover=1e-50)
+    )
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_shapes_that_differ() -> None:
-    with pytest.raises(InputError, match="one p_in"):
+    with pytest.raises(InputError, match=r"grad and lora_A.*\(2, 3\) and \(2, 3\)|x and lora_A.*\(1, 4\) and \(2, 3\)"):
         horizon.row_terms(np.ones((2, 3)), np.ones((1, 4)), np.ones((2, 3)))

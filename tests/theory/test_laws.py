@@ -54,7 +54,7 @@ def test_enumeration(optimizer: str, grad: list[list[int]], x: list[int], rank: 
 
 
 def test_enumeration_would_see_a_wrong_law() -> None:
-    """The route is not vacuous: dropping r (k - 3) sum g^2 x^2, or r^2 for r^2 + r, changes the fractions."""
+    """The enumeration rejects wrong laws: without r (k - 3) sum g^2 x^2, or with r^2 in place of r^2 + r."""
     grad, x, rank = [[1, 2, -1]], [2, 1, 3], 2
     second = enumerate_first_step(grad, x, rank, "sgd")[1][0]
     g, v = np.array(grad[0]), np.array(x)
@@ -73,7 +73,7 @@ def test_algebra_fixed_data(rank: int) -> None:
     for init in INITS:
         law = entries(init, rank=rank, p_in=3)
         values = {variance_symbol: law.variance, kurtosis_symbol: law.kurtosis, step_symbol: 0.3 * 0.7**2}
-        found = laws.first_step_moments(
+        moments = laws.first_step_moments(
             np.array([grad], float),
             np.array(x, float),
             rank=rank,
@@ -82,9 +82,9 @@ def test_algebra_fixed_data(rank: int) -> None:
             optimizer="sgd",
             init=init,
         )
-        assert found.mean[0] == pytest.approx(float(mean.subs(values)), rel=1e-12)
-        assert found.second_moment[0] == pytest.approx(float(second.subs(values)), rel=1e-12)
-        assert found.matrix_second_moment == pytest.approx(float(matrix.subs(values)), rel=1e-12)
+        assert moments.mean[0] == pytest.approx(float(mean.subs(values)), rel=1e-12)
+        assert moments.second_moment[0] == pytest.approx(float(second.subs(values)), rel=1e-12)
+        assert moments.matrix_second_moment == pytest.approx(float(matrix.subs(values)), rel=1e-12)
 
 
 def test_algebra_random_inputs() -> None:
@@ -95,8 +95,8 @@ def test_algebra_random_inputs() -> None:
         law = entries(init, rank=2, p_in=3)
         for overlap in (0.0, 0.3, -0.8, 1.0):
             values = {rho: overlap, variance_symbol: law.variance, kurtosis_symbol: law.kurtosis}
-            found = laws.random_input_moments(rank=2, p_in=3, scaling=1.0, overlap=overlap, init=init)
-            assert found.second_moment[0] == pytest.approx(float(symbolic.subs(values)), rel=1e-12)
+            moments = laws.random_input_moments(rank=2, p_in=3, scaling=1.0, overlap=overlap, init=init)
+            assert moments.second_moment[0] == pytest.approx(float(symbolic.subs(values)), rel=1e-12)
     # Gaussian A: r p [rho^2 (r+2)(p+2) + (1-rho^2)(r+p+1)]
     r, p = 2, 3
     gaussian = r * p * (rho**2 * (r + 2) * (p + 2) + (1 - rho**2) * (r + p + 1))
@@ -117,12 +117,15 @@ def test_direct_sampler_random_inputs(init: str) -> None:
             moments = laws.random_input_moments(**law, optimizer=optimizer)
             # The uniform Adam law is a series: its stated error, 0.6%, is added to the sampling error.
             slack = 0.006 if (optimizer, init) == ("adam", "kaiming_uniform") else 0.0
-            for found, exact in [
+            for estimate, exact in [
                 (sums.first.mean, moments.mean[0]),
                 (sums.first.second_moment, moments.second_moment[0]),
                 (sums.first.variance, moments.variance[0]),
             ]:
-                assert abs(found.value - exact) <= z * found.error + slack * abs(exact), (optimizer, *law.values())
+                assert abs(estimate.value - exact) <= z * estimate.error + slack * abs(exact), (
+                    optimizer,
+                    *law.values(),
+                )
 
 
 @functools.cache
@@ -135,7 +138,7 @@ def drawn_A(init: str, count: int, rank: int, p_in: int) -> np.ndarray:
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform", "rademacher"])
 def test_adam_fixed_data(init: str, epsilon: float) -> None:
-    """Adam's law with the data fixed, against drawn A, one entry of G dominating one row; epsilon beside gamma |u|."""
+    """Adam's law for fixed data against sampled A, with a dominant entry in one row of G and epsilon near gamma |u|."""
     rng = np.random.default_rng(7)
     p_in, rank, gamma, n = 20, 3, 0.5, 60_000
     grad = rng.standard_normal((3, p_in))
@@ -199,15 +202,15 @@ def test_crossing_ranks() -> None:
         stars = laws.crossing_rank(grad, x, optimizer=optimizer)
         for token, star in enumerate(stars):
             # E|w|^2 = a r^2 + b r (SGD, Gaussian), a r (r - 1) + b r (Adam), from ranks 1 and 2
-            one, two = (
+            first, second = (
                 laws.first_step_moments(grad, x[token], rank=rank, scaling=1.0, optimizer=optimizer).norm_second_moment
                 for rank in (1, 2)
             )
             if optimizer == "sgd":
-                a = (two - 2 * one) / 2
-                signal, crosstalk = a, one - 2 * a
+                a = (second - 2 * first) / 2
+                signal, crosstalk = a, first - 2 * a
             else:
-                signal, crosstalk = (two - 2 * one) / 2, one
+                signal, crosstalk = (second - 2 * first) / 2, first
             expected = crosstalk / signal + (optimizer == "adam")
             assert star == pytest.approx(float(expected), rel=1e-9)
 
@@ -244,16 +247,18 @@ def test_the_rate_that_keeps_the_first_adam_step_at_one_gamma_r(overlap: float) 
             )
             for rank in (first, second)
         ]
-        found = float(laws.keeping_rank_exponent(first, second, star - 2))
-        assert found == pytest.approx(math.log(rms[0] / rms[1]) / math.log(second / first), abs=1e-9)
-        assert 0 <= found + 1e-9 < 0.5
+        exponent = float(laws.keeping_rank_exponent(first, second, star - 2))
+        assert exponent == pytest.approx(math.log(rms[0] / rms[1]) / math.log(second / first), abs=1e-9)
+        assert 0 <= exponent + 1e-9 < 0.5
     assert laws.keeping_rank_exponent(1, 4, np.array([0.0, 1e12])) == pytest.approx([0.0, 0.5])
 
 
 def test_inits_are_those_of_their_names() -> None:
     """The paper's N(0, 1); PEFT's kaiming_uniform_(a=sqrt 5), U(-b, b) with b = 1/sqrt(p_in); its gaussian, std 1/r."""
-    told = {init: (entries(init, rank=4, p_in=25).variance, entries(init, rank=4, p_in=25).kurtosis) for init in INITS}
-    assert told == {
+    moments = {
+        init: (entries(init, rank=4, p_in=25).variance, entries(init, rank=4, p_in=25).kurtosis) for init in INITS
+    }
+    assert moments == {
         "normal": (1.0, 3.0),
         "kaiming_uniform": (pytest.approx(0.2**2 / 3), 1.8),
         "rademacher": (1.0, 1.0),
@@ -267,9 +272,9 @@ def test_inits_are_those_of_their_names() -> None:
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("sizes", [{"rank": 0}, {"p_in": 0}, {"p_in": -1}, {"p_in": 2.5}, {"p_in": True}])
 def test_sizes_that_no_matrix_has_are_refused(init: str, sizes: dict[str, Any]) -> None:
-    (name, value), whole = *sizes.items(), {"rank": 2, "p_in": 3}
-    with pytest.raises(InputError, match=f"{name} is {value}; accepted is an integer of 1 or more"):
-        entries(init, **whole | sizes)
+    (name, value), valid = *sizes.items(), {"rank": 2, "p_in": 3}
+    with pytest.raises(InputError, match=f"{name}.*{value}"):
+        entries(init, **valid | sizes)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -298,25 +303,25 @@ def test_characteristic_function(init: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"rank": 0}, "rank is 0"),
-        ({"scaling": -1.0}, "scaling is -1.0"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"overlap": 1.5}, "overlap is 1.5"),
-        ({"overlap": math.nan}, "overlap is nan"),
-        ({"p_in": 0}, "p_in is 0"),
+        ({"rank": 0}, "rank.* 0"),
+        ({"scaling": -1.0}, r"scaling.* -1\.0"),
+        ({"learning_rate": 0.0}, r"learning_rate.* 0\.0"),
+        ({"overlap": 1.5}, r"overlap.* 1\.5"),
+        ({"overlap": math.nan}, "overlap.* nan"),
+        ({"p_in": 0}, "p_in.* 0"),
     ],
 )
-def test_bad_input(change: dict[str, float], said: str) -> None:
+def test_bad_input(change: dict[str, float], message: str) -> None:
     arguments = {"rank": 2, "p_in": 3, "scaling": 1.0} | change
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         laws.random_input_moments(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_shapes() -> None:
-    with pytest.raises(InputError, match=r"grad has shape \(2, 3\) and x \(4,\)"):
+    with pytest.raises(InputError, match=r"grad and x.*\(2, 3\).*\(4,\)"):
         laws.first_step_moments(np.ones((2, 3)), np.ones(4), rank=1, scaling=1.0)
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match=r"grad.*NaN"):
         laws.first_step_moments(np.full((2, 3), np.nan), np.ones(3), rank=1, scaling=1.0)

@@ -23,12 +23,12 @@ def test_normals_are_jaxs_own(shape: tuple[int, ...]) -> None:
 def test_a_key_of_another_generator_is_refused() -> None:
     key = jax.random.key(0, impl="rbg")
     for draw in (lambda: standard_normal(key, (2,)), lambda: keys_at(key, jnp.uint32(0), 2)):
-        with pytest.raises(TypeError, match="a key of rbg; accepted are those of threefry2x32"):
+        with pytest.raises(TypeError, match=r"rbg.*threefry2x32"):
             draw()
 
 
 def test_places_and_counters_have_keys_of_their_own() -> None:
-    """Those of a place are the first of more; in all no two are the same, nor is one the key that they are made of."""
+    """Keys of one counter are a prefix of a longer request; no two keys are equal, and none equals the parent key."""
     key = jax.random.key(3)
     made = np.stack([jax.random.key_data(keys_at(key, jnp.uint32(place), 40)) for place in (0, 1, 2**32 - 1)])
     np.testing.assert_array_equal(made[1, :7], jax.random.key_data(keys_at(key, jnp.uint32(1), 7)))

@@ -51,13 +51,13 @@ def one_step(layer: dict, scaling: float, *, turn: np.ndarray | None = None) -> 
     return tuple(np.asarray(value, np.float64) for value in (step(x_next), A, grad, x_next))
 
 
-def close(found: np.ndarray, expected: np.ndarray, scale: np.ndarray | float, *, adam: bool = False) -> None:
+def close(actual: np.ndarray, expected: np.ndarray, scale: np.ndarray | float, *, adam: bool = False) -> None:
     """Equal to float32 rounding: 40 roundings of 6e-8 of the sum of the terms' sizes.
 
     Adam's bias correction divides by 1 - 0.999, whose float32 relative error is up to 3e-5; its root halves that.
     """
     np.testing.assert_allclose(
-        found, expected, rtol=0, atol=(1.8e-5 if adam else 2.4e-6) * float(np.max(scale)) + 1e-30
+        actual, expected, rtol=0, atol=(1.8e-5 if adam else 2.4e-6) * float(np.max(scale)) + 1e-30
     )
 
 
@@ -100,7 +100,7 @@ def test_w_carries_gamma_squared_or_gamma(layer: dict) -> None:
 @pytest.mark.slow
 @given(layers)
 def test_rotation(layer: dict) -> None:
-    """Turning A, x and x' together leaves w; so for Gaussian A the law depends on angles and lengths alone."""
+    """Rotating A, x and x' together does not change w, so that the law for Gaussian A depends on angles and lengths."""
     scaling = scaling_factor(layer["rule"], alpha=layer["alpha"], rank=layer["rank"])
     turn = np.linalg.qr(np.random.default_rng(layer["seed"]).standard_normal((layer["p_in"],) * 2))[0]
     w, A, grad, x = one_step(layer, scaling)
@@ -116,7 +116,7 @@ def test_rotation(layer: dict) -> None:
 
 @given(layers)
 def test_permutation(layer: dict) -> None:
-    """For every init the law is unchanged when inputs are renamed; uniform and Rademacher A are not rotation-free."""
+    """The law of every init is invariant under permutations of the inputs."""
     rng = np.random.default_rng(layer["seed"])
     grad, x = rng.standard_normal((layer["p_out"], layer["p_in"])), rng.standard_normal(layer["p_in"])
     order = rng.permutation(layer["p_in"])
@@ -128,7 +128,7 @@ def test_permutation(layer: dict) -> None:
 
 
 def test_rotation_does_change_uniform_A() -> None:
-    """The kurtosis term is there: along an axis and across the diagonal a Rademacher A differs by its full size."""
+    """The law of a Rademacher A differs along an axis and along the diagonal by the full kurtosis term."""
     axis, diagonal = np.array([[1.0, 0.0]]), np.array([[1.0, 1.0]]) / math.sqrt(2)
     along, across = (
         laws.first_step_moments(v, v[0], rank=1, scaling=1.0, init="rademacher").second_moment[0]
@@ -154,11 +154,13 @@ def test_eq9_holds_exactly_where_the_signal_leads(
     """
     sizes = {"p_in": p_in, "overlap": overlap}
     star = laws.random_input_crossing_rank(p_in, overlap)
-    one, two = (laws.random_input_moments(rank=r, scaling=1.0, **sizes).second_moment[0] for r in (rank, 2 * rank))
-    assert two / one == pytest.approx(4 * (rank + star / 2) / (rank + star), rel=1e-9)
+    single, doubled = (
+        laws.random_input_moments(rank=r, scaling=1.0, **sizes).second_moment[0] for r in (rank, 2 * rank)
+    )
+    assert doubled / single == pytest.approx(4 * (rank + star / 2) / (rank + star), rel=1e-9)
     rest, far = star / 2 / (rank + star), (p_in + 1) / rank
     assume(min(abs(rest - 0.05), abs(far - 0.05)) > 1e-9)  # at the bound itself rounding decides
-    follows = abs(two / one / 4 - 1) < 0.05
+    follows = abs(doubled / single / 4 - 1) < 0.05
     assert follows == (rest < 0.05)
 
     gamma = scaling_factor(rule, alpha=alpha, rank=rank)
@@ -174,7 +176,7 @@ def test_the_two_by_two_table(optimizer: laws.Optimizer, regime: str, overlap: f
     """Each cell's kappa keeps E[w^2] within 1.2% on doubling r, and every other candidate fails by over 15%."""
     flat = {("sgd", "signal"): 0.5, ("sgd", "cross-talk"): 0.25, ("adam", "signal"): 1.0, ("adam", "cross-talk"): 0.5}
     for kappa in (0.25, 0.5, 1.0):
-        one, two = (
+        single, doubled = (
             laws.random_input_moments(
                 rank=r,
                 p_in=4096,
@@ -185,9 +187,9 @@ def test_the_two_by_two_table(optimizer: laws.Optimizer, regime: str, overlap: f
             for r in ranks
         )
         if kappa == flat[optimizer, regime]:
-            assert two / one == pytest.approx(1.0, abs=0.012)
+            assert doubled / single == pytest.approx(1.0, abs=0.012)
         else:
-            assert abs(two / one - 1) > 0.15
+            assert abs(doubled / single - 1) > 0.15
 
 
 @pytest.mark.slow

@@ -26,22 +26,22 @@ pytestmark = pytest.mark.usefixtures("optimised")
     [("direct", "sgd"), ("direct", "adam"), ("pairs", "sgd"), ("pairs", "adam"), ("chi_square", "sgd")],
 )
 def test_batch_devices_and_start_change_no_bit(sampler: sampling.Sampler, optimizer: Optimizer) -> None:
-    """One block after the other on the first device, against two at once on another, and from the third block on.
+    """One block at a time on the first device gives the same as two at once on another, and as a later start.
 
     That several devices take turns is `test_sampling`'s, and the command's with --devices 2.
     """
     setting = RandomStep(rank=100, p_in=64, p_out=3, overlap=0.2, optimizer=optimizer)
     size = sampling.block_draws(setting, sampler)
-    one = take(setting, sampler, 6 * size)
-    np.testing.assert_array_equal(one, take(setting, sampler, 6 * size, batch=2, devices=jax.devices()[1:2]))
-    np.testing.assert_array_equal(one[:, 2 * size :], take(setting, sampler, 4 * size, first_block=2))
+    expected = take(setting, sampler, 6 * size)
+    np.testing.assert_array_equal(expected, take(setting, sampler, 6 * size, batch=2, devices=jax.devices()[1:2]))
+    np.testing.assert_array_equal(expected[:, 2 * size :], take(setting, sampler, 4 * size, first_block=2))
 
 
 @pytest.mark.slow
 def test_no_pair_is_drawn_twice() -> None:
-    """Of independent inputs E[w^4] is (3 + 6 / r) times E[w^2]^2, were eight pairs repeated (3 + 6 / 8) times.
+    """Independent inputs have E[w^4] = (3 + 6 / r) E[w^2]^2; repeating eight pairs would give (3 + 6 / 8).
 
-    So wide a layer's |x| and |x'| are constants; false alarm 1e-6.
+    |x| and |x'| of a layer this wide are constants; false alarm 1e-6.
     """
     rank = 96
     draws = take(RandomStep(rank=rank, p_in=10**6), "pairs", 100_000)[0]
@@ -88,8 +88,8 @@ def test_estimates_cover_the_law() -> None:
     draws = take(setting, "chi_square", 400 * 2000)[0].reshape(400, 2000)
     inside = 0
     for run in draws:
-        found = sampling.Sums().add(np.stack([run, run**2])).first.second_moment
-        inside += abs(found.value - law) <= 2 * found.error
+        estimate = sampling.Sums().add(np.stack([run, run**2])).first.second_moment
+        inside += abs(estimate.value - law) <= 2 * estimate.error
     nominal = 1 - 2 * stats.norm.sf(2)
     spread = threshold(1e-6) * math.sqrt(nominal * (1 - nominal) / 400)
     assert nominal - 0.02 - spread <= inside / 400 <= 1

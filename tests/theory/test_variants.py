@@ -27,13 +27,13 @@ def stepped(
 ) -> tuple[np.ndarray, np.ndarray]:
     """optax's step on <G, gamma B A> of many adapters, from any start."""
 
-    def one(params: tuple) -> tuple:
+    def take_step(params: tuple) -> tuple:
         loss = lambda pair: Increment(pair[0], pair[1], scaling).inner(jnp.asarray(grad, jnp.float32))  # noqa: E731
         with jax.numpy_dtype_promotion("standard"):
             updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
         return optax.apply_updates(params, updates)
 
-    new = jax.jit(jax.vmap(one))((jnp.asarray(A, jnp.float32), jnp.asarray(B, jnp.float32)))
+    new = jax.jit(jax.vmap(take_step))((jnp.asarray(A, jnp.float32), jnp.asarray(B, jnp.float32)))
     return np.asarray(new[0], np.float64), np.asarray(new[1], np.float64)
 
 
@@ -105,7 +105,7 @@ def test_starts_from_the_weight(make, name: str, optimizer: str) -> None:
             np.testing.assert_allclose(B.T @ B, np.eye(rank), atol=1e-12)
             np.testing.assert_allclose((B @ A)[:, 0], weight[:, 0], atol=1e-12)  # the first column needs one direction
         # float32 factors: the change is formed from the factors' own changes
-        new_A, new_B = (each[0] for each in stepped(grad, A[None], B[None], scaling, tx))
+        new_A, new_B = (factors[0] for factors in stepped(grad, A[None], B[None], scaling, tx))
         d_A, d_B = new_A - np.float32(A), new_B - np.float32(B)
         sizes.append(np.sqrt(np.mean((scaling * x @ (B @ d_A + d_B @ A + d_B @ d_A).T) ** 2)))
     slope = math.log(sizes[1] / sizes[0]) / math.log(4)
@@ -115,7 +115,7 @@ def test_starts_from_the_weight(make, name: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("init", ["normal", "kaiming_uniform"])
 def test_clipped_sgd(init: str) -> None:
-    """optax's clipping by the global norm, where it clips always: the root mean square norm is good to 0.5 / r."""
+    """Optax's clipping by the global norm: replacing the norm by its root mean square is accurate to 0.5 / r."""
     grad, x = data()
     rng = np.random.default_rng(4)
     for rank in (8, 32):
@@ -126,13 +126,13 @@ def test_clipped_sgd(init: str) -> None:
         w = 1.7 * read(x, *stepped(grad, A, np.zeros((4000, P_OUT, rank)), 1.7, tx))
         ratio = math.sqrt(np.mean(w**2) / np.mean(law.second_moment))
         assert 1 - 0.5 / rank < ratio < 1  # the norm of a drawn A follows the step: the law is a little high
-    one, two = (
+    single, doubled = (
         steps.clipped_sgd_moments(grad, x, rank=8, scaling=gamma, max_norm=0.01, init=init) for gamma in (1.0, 2.0)
     )
-    np.testing.assert_allclose(two.second_moment, 4 * one.second_moment, rtol=1e-12)  # gamma to the power 1
-    free = steps.clipped_sgd_moments(grad, x, rank=8, scaling=1.0, max_norm=1e9, init=init)
+    np.testing.assert_allclose(doubled.second_moment, 4 * single.second_moment, rtol=1e-12)  # gamma to the power 1
+    unclipped = steps.clipped_sgd_moments(grad, x, rank=8, scaling=1.0, max_norm=1e9, init=init)
     law = laws.first_step_moments(grad, x, rank=8, scaling=1.0, init=init)
-    np.testing.assert_allclose(free.second_moment, law.second_moment, rtol=1e-12)
+    np.testing.assert_allclose(unclipped.second_moment, law.second_moment, rtol=1e-12)
     # cross-talk alone, r far below r*: flat at constant gamma
     away = np.linalg.svd(grad)[2][-1]
     small, large = (
@@ -142,18 +142,18 @@ def test_clipped_sgd(init: str) -> None:
 
 
 def test_muon() -> None:
-    """The orthogonal factor by SVD, up to the rank of G exactly the law; above it no more than that."""
+    """The orthogonal factor by SVD gives the law up to the rank of G; above it the law is an upper bound."""
     grad, x = data()
     rng = np.random.default_rng(5)
     for rank in (1, 4, P_OUT, 12):
         A = rng.normal(size=(rank, P_IN))
         left, _, right = np.linalg.svd(grad @ A.T, full_matrices=False)
         w = -0.3 * 2.0 * x @ (left @ right @ A).T
-        own = np.sum((x @ A.T) ** 2, axis=1) * 0.36
+        squares = np.sum((x @ A.T) ** 2, axis=1) * 0.36
         if rank <= min(P_OUT, TOKENS):
-            np.testing.assert_allclose(np.sum(w**2, axis=1), own, rtol=1e-9)
+            np.testing.assert_allclose(np.sum(w**2, axis=1), squares, rtol=1e-9)
         else:
-            assert (np.sum(w**2, axis=1) <= own * (1 + 1e-9)).all()
+            assert (np.sum(w**2, axis=1) <= squares * (1 + 1e-9)).all()
     inner = rng.normal(size=(4000, 3, P_IN)) @ x[0]
     agrees(
         0.36 * np.sum(inner**2, axis=1), float(steps.muon_second_moment(x[0], rank=3, scaling=2.0, learning_rate=0.3))
@@ -162,7 +162,7 @@ def test_muon() -> None:
 
 @pytest.mark.slow
 def test_dora() -> None:
-    """Autodiff of DoRA's layer, its norm held as a constant, and optax's Adam on A, B and the magnitude."""
+    """Automatic differentiation of DoRA's layer with a constant norm, and a sign step on A, B and the magnitude."""
     grad, x = data()
     rng = np.random.default_rng(6)
     W, A = rng.normal(size=(P_OUT, P_IN)), rng.normal(size=(3, P_IN))
@@ -170,9 +170,9 @@ def test_dora() -> None:
 
     def layer(params: tuple, detach: bool) -> jax.Array:
         lora_A, lora_B, m = params
-        whole = W + scaling * lora_B @ lora_A
-        norm = jnp.linalg.norm(whole, axis=1)
-        return (m / (jax.lax.stop_gradient(norm) if detach else norm))[:, None] * whole
+        adapted = W + scaling * lora_B @ lora_A
+        norm = jnp.linalg.norm(adapted, axis=1)
+        return (m / (jax.lax.stop_gradient(norm) if detach else norm))[:, None] * adapted
 
     with jax.enable_x64(True):
         params = (jnp.asarray(A), jnp.zeros((P_OUT, 3)), jnp.linalg.norm(jnp.asarray(W), axis=1))
@@ -188,13 +188,13 @@ def test_dora() -> None:
 
 def test_bad_input() -> None:
     grad, x = data()
-    with pytest.raises(InputError, match="no law here"):
+    with pytest.raises(InputError, match=r"start.*'eva'"):
         starts.start_powers("eva", optimizer="adam")
-    with pytest.raises(InputError, match="smaller side"):
+    with pytest.raises(InputError, match=r"rank.* 7"):
         starts.pissa_factors(grad, rank=7, scaling=1.0)
-    with pytest.raises(InputError, match="2 or more"):
+    with pytest.raises(InputError, match=r"lora_A.* 1"):
         starts.start_terms(grad, x, np.ones((1, P_IN)), np.ones((P_OUT, 1)), learning_rate=1.0)
     with pytest.raises(InputError, match="max_norm"):
         steps.clipped_sgd_moments(grad, x, rank=1, scaling=1.0, max_norm=0.0)
-    with pytest.raises(InputError, match="row of zeros"):
+    with pytest.raises(InputError, match=r"weight.*zeros"):
         steps.dora_first_step(np.zeros((P_OUT, P_IN)), grad, grad, x, learning_rate=1.0)

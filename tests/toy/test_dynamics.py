@@ -16,7 +16,7 @@ LINEAR = ProblemConfig(p_in=24, p_out=6, samples=4, held_out=5, overlap=0.5, tea
 MLP = ProblemConfig(model="mlp", p_in=12, hidden=9, p_out=4, samples=5, held_out=3, teacher_rank=2)
 draw_problem = jax.jit(dynamics.draw_problem, static_argnames="config")
 draw_adapters = jax.jit(dynamics.draw_adapters, static_argnames=("config", "rank", "start"))
-change, spectral_norm = jax.jit(dynamics.change), jax.jit(dynamics.spectral_norm)
+output_change, spectral_norm = jax.jit(dynamics.output_change), jax.jit(dynamics.spectral_norm)
 
 
 def drawn(config, rank=4, seed=0, start="A"):
@@ -25,7 +25,7 @@ def drawn(config, rank=4, seed=0, start="A"):
 
 
 def stacked(config, rank, seeds):
-    """One problem, many adapters: what the laws take the mean over."""
+    """Return one problem with many adapters, over which the laws average."""
     problem = draw_problem(jax.random.key(1), config)
     keys = jax.random.split(jax.random.key(2), seeds)
     adapters = jax.vmap(lambda key: draw_adapters(key, config, rank=rank))(keys)
@@ -38,7 +38,7 @@ def wide(tree):
 
 
 def output(weights, adapters, x, scaling):
-    """The adapted model's output in float64, written as it is applied."""
+    """Compute the adapted model's output in float64 by its definition."""
     for index, (weight, tensors) in enumerate(zip(weights, adapters, strict=True)):
         x = x @ (weight + scaling * tensors["lora_B"] @ tensors["lora_A"]).T
         x = np.tanh(x) if index < len(weights) - 1 else x
@@ -49,7 +49,7 @@ def output(weights, adapters, x, scaling):
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 3.0])
 @pytest.mark.parametrize("config", [LINEAR, MLP])
 def test_change_is_the_difference_of_outputs(config, size):
-    """In float32 to 3e-6 of its largest entry however small it is: no cancellation (float64 has it at 1e-6 too)."""
+    """The float32 change is accurate to 3e-6 of its largest entry at any size: there is no cancellation."""
     problem, adapters = drawn(config)
     keys = jax.random.split(jax.random.key(5), len(adapters))
     adapters = tuple(
@@ -58,13 +58,13 @@ def test_change_is_the_difference_of_outputs(config, size):
     zero = tuple({**t, "lora_B": 0 * t["lora_B"]} for t in wide(adapters))
     weights, x = wide(problem.weights), wide(problem.x_train)
     exact = output(weights, wide(adapters), x, 0.7) - output(weights, zero, x, 0.7)
-    found = np.asarray(change(adapters, problem.weights, problem.x_train, 0.7))
-    np.testing.assert_allclose(found, exact, rtol=0, atol=3e-6 * np.abs(exact).max())
+    actual = np.asarray(output_change(adapters, problem.weights, problem.x_train, 0.7))
+    np.testing.assert_allclose(actual, exact, rtol=0, atol=3e-6 * np.abs(exact).max())
 
 
 @pytest.mark.slow
 def test_problem():
-    """Inputs overlap as asked, the linear target has unit variance and the teacher's rank, and noise comes on top."""
+    """Inputs have the configured overlap; the linear target has unit variance, the teacher's rank, and added noise."""
     config = ProblemConfig(p_in=400, p_out=300, samples=60, held_out=2, overlap=0.3, teacher_rank=3, noise=0.0)
     problem = draw_problem(jax.random.key(0), config)
     x, target = wide(problem.x_train), wide(problem.target_train)
@@ -84,7 +84,7 @@ def test_first_step_has_the_exact_law(optimizer):
     """Mean squares over 4000 adapters against `laws.first_step_moments`; |z| < 5 on six figures."""
     problem, many, adapters = stacked(LINEAR, 8, 4000)
     rate, scaling = 1e-3, 0.5
-    found = dynamics.trajectories(adapters, many, scaling, rate, optimizer=optimizer, steps=(1,))
+    measures = dynamics.trajectories(adapters, many, scaling, rate, optimizer=optimizer, steps=(1,))
     grad = -wide(problem.target_train).T @ wide(problem.x_train) / LINEAR.samples
     for field, x in (("output_train", problem.x_train), ("output_held_out", problem.x_held_out)):
         law = laws.first_step_moments(
@@ -97,10 +97,10 @@ def test_first_step_has_the_exact_law(optimizer):
             init="kaiming_uniform",
             epsilon=optimizers.EPSILON,
         )
-        squares = np.asarray(getattr(found, field), np.float64)[:, 1] ** 2
+        squares = np.asarray(getattr(measures, field), np.float64)[:, 1] ** 2
         error = np.std(squares) / np.sqrt(len(squares))
         assert abs(np.mean(squares) - np.mean(law.second_moment)) < 5 * error
-    squares = np.asarray(found.delta_frobenius, np.float64)[:, 1] ** 2
+    squares = np.asarray(measures.delta_frobenius, np.float64)[:, 1] ** 2
     assert abs(np.mean(squares) - law.matrix_second_moment) < 5 * np.std(squares) / np.sqrt(len(squares))
 
 
@@ -129,7 +129,7 @@ def test_steps_by_hand(optimizer, frozen):
                 update = update + optimizers.WEIGHT_DECAY * state[name]
             if name != f"lora_{frozen}":
                 state[name] = state[name] - rate * update
-    found = dynamics.trajectory(
+    measures = dynamics.trajectory(
         adapters, problem, scaling=scaling, learning_rate=rate, optimizer=optimizer, steps=(2, steps), frozen=frozen
     )
     delta = scaling * state["lora_B"] @ state["lora_A"]
@@ -146,20 +146,20 @@ def test_steps_by_hand(optimizer, frozen):
     }
     for name, value in expected.items():
         # Adam divides by gradients that pass near zero, where float32 rounding is not small: 2e-4.
-        assert float(getattr(found, name)[2]) == pytest.approx(value, rel=2e-4), name
+        assert float(getattr(measures, name)[2]) == pytest.approx(value, rel=2e-4), name
 
 
 @pytest.mark.slow
 def test_start_of_b():
     """A = 0 and B random: nothing changes at first, A alone has a gradient, and freezing B keeps it."""
     problem, adapters = drawn(MLP, start="B")
-    found = dynamics.trajectory(
+    measures = dynamics.trajectory(
         adapters, problem, scaling=1.0, learning_rate=0.1, optimizer="sgd", steps=(1, 3), frozen="B"
     )
-    assert float(found.output_train[0]) == 0.0
-    assert float(found.grad_B[0]) == 0.0 < float(found.grad_A[0])
-    assert float(found.output_train[1]) > 0
-    assert np.all(np.diff(np.asarray(found.loss_train)) < 0)
+    assert float(measures.output_train[0]) == 0.0
+    assert float(measures.grad_B[0]) == 0.0 < float(measures.grad_A[0])
+    assert float(measures.output_train[1]) > 0
+    assert np.all(np.diff(np.asarray(measures.loss_train)) < 0)
 
 
 @pytest.mark.slow
@@ -178,10 +178,10 @@ def test_final_losses_are_the_trajectories_ends():
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (40, 60)])
 @pytest.mark.parametrize("size", [1e-25, 1.0])
 def test_spectral_norm(shape, size):
-    """To float32 rounding; nothing for nothing."""
+    """The norm is exact to float32 rounding, and 0 for a zero matrix."""
     matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    found = float(spectral_norm(jnp.asarray(size * matrix)))
-    assert found == pytest.approx(size * np.linalg.norm(matrix.astype(np.float64), 2), rel=5e-6)
+    actual = float(spectral_norm(jnp.asarray(size * matrix)))
+    assert actual == pytest.approx(size * np.linalg.norm(matrix.astype(np.float64), 2), rel=5e-6)
     assert float(spectral_norm(jnp.zeros(shape))) == 0.0
 
 
@@ -192,13 +192,13 @@ def test_spectral_norm_of_equal_singular_values():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_settings():
-    for change in ({"model": "cnn"}, {"p_in": 0}, {"noise": -1.0}, {"overlap": 1.5}):
-        with pytest.raises(InputError, match="accepted"):
-            ProblemConfig(**change)
-    with pytest.raises(InputError, match="optimizer is 'lion'"):
+    for name, value in (("model", "cnn"), ("p_in", 0), ("noise", -1.0), ("overlap", 1.5)):
+        with pytest.raises(InputError, match=rf"{name}.*{value}"):
+            ProblemConfig(**{name: value})
+    with pytest.raises(InputError, match=r"optimizer.*'lion'"):
         optimizers.make_optimizer("lion", 0.1)
     for steps in ((), (0, 1), (2, 2), (3, 1)):
-        with pytest.raises(InputError, match="ascending"):
+        with pytest.raises(InputError, match="steps"):
             check_steps(steps)
-    with pytest.raises(InputError, match="start"):
+    with pytest.raises(InputError, match=r"start.*'C'"):
         dynamics.draw_adapters(jax.random.key(0), LINEAR, rank=2, start="C")

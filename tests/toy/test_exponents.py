@@ -9,12 +9,12 @@ import pytest
 from rora_theory.toy import exponents
 
 
-def line(step: int, by_seed: list[float], left: float = 0.9, kept: tuple[int, ...] = (4, 16, 64)) -> dict:
-    return {"step": step, "by_seed": np.array(by_seed), "loss_left": left, "kept": kept}
+def line(step: int, by_seed: list[float], left: float = 0.9, fitted_ranks: tuple[int, ...] = (4, 16, 64)) -> dict:
+    return {"step": step, "by_seed": np.array(by_seed), "loss_left": left, "fitted_ranks": fitted_ranks}
 
 
 @pytest.mark.parametrize(
-    ("both", "frozen", "said"),
+    ("both", "frozen", "expected"),
     [
         ([1.0, 1.1, 1.2], [0.5, 0.6, 0.7], "yes: by +0.500 ± 0.000 at step 10"),
         ([0.5, 0.6, 0.7], [1.0, 1.1, 1.2], "yes: by -0.500 ± 0.000 at step 10"),
@@ -25,12 +25,18 @@ def line(step: int, by_seed: list[float], left: float = 0.9, kept: tuple[int, ..
         ([0.5 + 2e-16, 0.6 + 2e-16, 0.7 + 2e-16], [0.5, 0.6, 0.7], "no: by +0.000 ± 0.000 at step 10"),  # rounding
     ],
 )
-def test_whether_the_exponent_changes(both, frozen, said):
+def test_whether_the_exponent_changes(both, frozen, expected):
     """A trained less A frozen, seed by seed, at the last step where neither loss is below half of its start."""
     early, late = line(1, [9.0] * 3), line(100, [5.0, 6.0, 7.0], left=0.4)
-    assert exponents.changed([early, line(10, both), line(100, [1.0] * 3)], [early, line(10, frozen), late]) == said
-    assert exponents.changed([early, line(10, both), late], [early, line(10, frozen), line(100, [1.0] * 3)]) == said
-    assert exponents.changed([late], [late]) == "not settled: the loss is below half of its start at every step"
+    assert (
+        exponents.exponent_change([early, line(10, both), line(100, [1.0] * 3)], [early, line(10, frozen), late])
+        == expected
+    )
+    assert (
+        exponents.exponent_change([early, line(10, both), late], [early, line(10, frozen), line(100, [1.0] * 3)])
+        == expected
+    )
+    assert exponents.exponent_change([late], [late]) == "not settled: the loss is below half of its start at every step"
 
 
 def test_an_exponent_changes_between_slopes_over_the_same_ranks_alone():
@@ -41,30 +47,30 @@ def test_an_exponent_changes_between_slopes_over_the_same_ranks_alone():
     rows = []
     for trained, rank, seed, step in itertools.product(("both", "B"), (4, 16, 64, 256), range(3), (0, 1, 2)):
         value = (rank**0.5 if rank <= 64 else rank / 8) * (1 + seed)
-        gone = int((trained, rank, step) == ("both", 256, 2))
-        rows.append(made(rank, seed, step, gone, trained=trained, loss_train=1.0, delta_frobenius=value))
+        has_diverged = int((trained, rank, step) == ("both", 256, 2))
+        rows.append(made(rank, seed, step, has_diverged, trained=trained, loss_train=1.0, delta_frobenius=value))
     fitted = exponents.exponent_fits(pd.DataFrame(rows))
     fitted = fitted[(fitted["quantity"] == "delta_frobenius") & (fitted["range"] == "all") & (fitted["step"] > 0)]
     both, frozen = (fitted[fitted["trained"] == trained].to_dict("records") for trained in ("both", "B"))
-    assert [one["kept"] for one in both] == [(4, 16, 64, 256), (4, 16, 64)]
+    assert [fit["fitted_ranks"] for fit in both] == [(4, 16, 64, 256), (4, 16, 64)]
     assert frozen[1]["slope"] - both[1]["slope"] == pytest.approx(0.15, abs=1e-3), "what the lost rank alone makes"
-    assert exponents.changed(both, frozen) == "no: by +0.000 ± 0.000 at step 1"
-    assert exponents.changed(both[1:], frozen) == (
+    assert exponents.exponent_change(both, frozen) == "no: by +0.000 ± 0.000 at step 1"
+    assert exponents.exponent_change(both[1:], frozen) == (
         "not settled: other ranks diverged with A trained than with A frozen, at every step"
     )
-    middle = [line(1, [1.0, 1.1], kept=(4, 64, 256)), line(1, [0.5, 0.6], kept=(4, 16, 256))]
-    assert exponents.changed(middle[:1], middle[1:]).startswith("not settled"), "as many, between the same ends"
+    middle = [line(1, [1.0, 1.1], fitted_ranks=(4, 64, 256)), line(1, [0.5, 0.6], fitted_ranks=(4, 16, 256))]
+    assert exponents.exponent_change(middle[:1], middle[1:]).startswith("not settled"), "as many, between the same ends"
 
 
 def test_where_the_loss_has_come_below_half_is_said():
     verdicts = ((1, "flat", 0.9), (2, "flat", 0.5), (5, "flat", 0.49), (9, "grows", 0.2))
     rows = [{"step": step, "verdict": verdict, "loss_left": left} for step, verdict, left in verdicts]
-    said = "flat at steps 1 2; flat (loss below half) at step 5; grows (loss below half) at step 9"
-    assert exponents.by_step(rows) == said
+    expected = "flat at steps 1 2; flat (loss below half) at step 5; grows (loss below half) at step 9"
+    assert exponents.verdicts_by_step(rows) == expected
 
 
 def test_each_answer_is_of_its_own_curve():
-    """Every curve has a slope of its own, from its place in the list: each answer shows those that it is to be of."""
+    """Every curve has a unique slope, and each answer shows the slopes of its own curves."""
     curves = list(itertools.product(("sgd", "adam"), (0.25, 0.5, 1.0), ("both", "B"), exponents.FITTED))
     slopes = {curve: round(0.01 * place, 2) for place, curve in enumerate(curves, start=1)}
     rows = []
@@ -89,24 +95,24 @@ def test_each_answer_is_of_its_own_curve():
         ("sgd", 0.25, "both", held_out),
         ("adam", 0.5, "both", held_out),
     ]
-    assert [one.figures for one in answers[:6]] == [f"1: {slopes[curve]:+.3f} ± 0.000" for curve in expected]
-    for one, optimizer, power in zip(answers[6:], ("sgd", "adam"), (2, 1), strict=True):
+    assert [answer.figures for answer in answers[:6]] == [f"1: {slopes[curve]:+.3f} ± 0.000" for curve in expected]
+    for answer, optimizer, power in zip(answers[6:], ("sgd", "adam"), (2, 1), strict=True):
         a, b = (slopes[optimizer, 1.0, trained, delta] for trained in ("both", "B"))
         shown = f"A trained: 1: {a + power:.2f} ± 0.00; A frozen: 1: {b + power:.2f} ± 0.00"
-        assert one.figures == f"under alpha/r, plus {power}: {shown}"
-        assert one.answer == f"yes: by {a - b:+.3f} ± 0.000 at step 1"
-    words = [one.question for one in answers]
+        assert answer.figures == f"under alpha/r, plus {power}: {shown}"
+        assert answer.answer == f"yes: by {a - b:+.3f} ± 0.000 at step 1"
+    words = [answer.question for answer in answers]
     assert ["from r = 64 on" in text for text in words] == [False, False, True, True, *[False] * 4]
     assert ["held-out" in text for text in words] == [*[False] * 4, True, True, False, False]
 
 
 def test_exponents_at_constant_gamma():
     rows = [{"step": 1, "slope": -0.5, "kappa": 1.0, "standard_error": 0.01}]
-    assert exponents.at_gamma_one(rows, 2) == "1: 1.50 ± 0.01"
+    assert exponents.slopes_at_constant_gamma(rows, 2) == "1: 1.50 ± 0.01"
 
 
 def made(rank: int, seed: int, step: int, diverged: int = 0, **values: float | str) -> dict:
-    """A row of seeds.csv: every quantity as r^(1/2) times a factor of the seed, unless ``values`` says otherwise."""
+    """Return a row of seeds.csv with every quantity as r^(1/2) times a factor of the seed, updated by ``values``."""
     row = {"model": "linear", "start": "A", "trained": "both", "optimizer": "sgd", "rule": "lora", "kappa": 1.0}
     row |= {"rank": rank, "scaling": 4 / rank, "learning_rate": 0.1, "seed": seed, "step": step, "diverged": diverged}
     return row | dict.fromkeys(exponents.QUANTITIES, rank**0.5 * (1 + seed)) | values
@@ -123,18 +129,18 @@ def test_fits_leave_out_diverged_ranks_and_take_the_upper_half():
 
     rows = []
     for rank, seed, step in itertools.product(FOUR, range(2), (0, 1)):
-        gone = int((rank, seed, step) == (4, 1, 1))
+        has_diverged = int((rank, seed, step) == (4, 1, 1))
         left = 1.0 if (rank, step) == (64, 1) else 8.0
-        rows.append(made(rank, seed, step, gone, output_train=value(rank, step), loss_train=left))
+        rows.append(made(rank, seed, step, has_diverged, output_train=value(rank, step), loss_train=left))
     fitted = exponents.exponent_fits(pd.DataFrame(rows)).to_dict("records")
-    found = {(row["range"], row["step"]): row for row in fitted if row["quantity"] == "output_train"}
-    assert found["upper", 1]["slope"] == pytest.approx(1.0, abs=1e-4)
-    assert (found["upper", 1]["lowest_rank"], found["upper", 1]["ranks"]) == (64, 2)
-    assert found["all", 1]["slope"] == pytest.approx(1.0, abs=1e-4)
-    assert (found["all", 1]["lowest_rank"], found["all", 1]["highest_rank"], found["all", 1]["ranks"]) == (16, 256, 3)
-    assert found["all", 0]["ranks"] == 4
-    assert found["all", 0]["slope"] < 0.9
-    assert found["all", 1]["loss_left"] == 1 / 8, "the least over ranks"
+    fits = {(row["range"], row["step"]): row for row in fitted if row["quantity"] == "output_train"}
+    assert fits["upper", 1]["slope"] == pytest.approx(1.0, abs=1e-4)
+    assert (fits["upper", 1]["lowest_rank"], fits["upper", 1]["ranks"]) == (64, 2)
+    assert fits["all", 1]["slope"] == pytest.approx(1.0, abs=1e-4)
+    assert (fits["all", 1]["lowest_rank"], fits["all", 1]["highest_rank"], fits["all", 1]["ranks"]) == (16, 256, 3)
+    assert fits["all", 0]["ranks"] == 4
+    assert fits["all", 0]["slope"] < 0.9
+    assert fits["all", 1]["loss_left"] == 1 / 8, "the least over ranks"
 
 
 def test_means_leave_out_diverged_seeds():

@@ -17,7 +17,7 @@ PROBLEM = ProblemConfig(p_in=16, p_out=3, samples=5, held_out=7, overlap=0.3)
 
 @pytest.mark.slow
 def test_what_is_judged_is_what_was_asked():
-    """Each loss in its own column and curve: at rates that move nothing, those of each seed's own problem."""
+    """Each loss has its own column and curve; at negligible rates it is the initial loss of the seed's problem."""
     rates, seeds = (1e-12, 2e-12, 3e-12), (0, 4)
     grid = RateGrid(
         ranks=(4, 8), rules=("lora",), optimizers=("adam",), freeze_control=False, adam_lrs=rates, steps=1,
@@ -29,15 +29,15 @@ def test_what_is_judged_is_what_was_asked():
         drawn = dynamics.draw_problem(key, PROBLEM)
         for name, target in (("train", drawn.target_train), ("held_out", drawn.target_held_out)):
             expected = np.sum(np.square(target)) / (2 * len(target))
-            found = rate_grid.curves_of_losses(table, name)
-            assert [curve.rank for curve in found] == [4, 8]
-            for curve in found:
+            curves = rate_grid.curves_of_losses(table, name)
+            assert [curve.rank for curve in curves] == [4, 8]
+            for curve in curves:
                 assert curve.losses[line] == pytest.approx([expected] * 3, rel=1e-4), (seed, name)
 
 
 @pytest.mark.slow
 def test_b_alone_is_b_alone():
-    """A cell of the control has the losses of training with A frozen; the other has not."""
+    """A control cell has the losses of training with A frozen; the other cell does not."""
     grid = RateGrid(ranks=(4, 8), optimizers=("sgd",), sgd_lrs=(0.1, 0.2, 0.3), steps=3, seeds=(0, 1), problem=PROBLEM)
     keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), seed)) for seed in range(2)]
     drawn = jax.tree.map(lambda *a: np.stack(a), *(dynamics.draw_problem(a, PROBLEM) for a, _ in keys))
@@ -58,8 +58,8 @@ def test_b_alone_is_b_alone():
 
 def test_rates_of_an_optimizer():
     grid = RateGrid(adam_lrs=(3.0, 1.0, 2.0), sgd_lrs=(30.0, 10.0, 20.0))
-    found = {name: grid.lrs(name).tolist() for name in OPTIMIZER_NAMES}
-    assert found == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
+    rates = {name: grid.lrs(name).tolist() for name in OPTIMIZER_NAMES}
+    assert rates == {"adam": [1, 2, 3], "adamw": [1, 2, 3], "sgd": [10, 20, 30], "momentum": [1, 2, 3]}
 
 
 def test_a_curve_is_of_the_loss_that_was_asked_for():
@@ -77,29 +77,29 @@ def test_a_curve_is_of_the_loss_that_was_asked_for():
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "option"),
     [
         ({"adam_lrs": (1.0, 2.0)}, "--adam-lrs"),
         ({"sgd_lrs": (1.0, 2.0, -1.0)}, "--sgd-lrs"),
         ({"seeds": (1,)}, "--seeds"),
     ],
 )
-def test_settings_out_of_range(changed, said):
-    with pytest.raises(InputError, match=said):
+def test_settings_out_of_range(changed, option):
+    with pytest.raises(InputError, match=option):
         RateGrid(**changed)
 
 
 def test_curves_keep_the_order_of_the_cells_and_of_the_rates():
-    """And a diverged run stays infinite in its curve."""
+    """Curves are in the order of the cells with ascending rates, and diverged runs stay infinite."""
     grid = RateGrid(
         ranks=(8, 4), rules=("rora", 0.25), optimizers=("sgd",), sgd_lrs=(1e9, 0.2, 0.1), steps=3, seeds=(1, 0),
         problem=PROBLEM,
     )  # fmt: skip
-    found = rate_grid.curves_of_losses(rate_grid.losses(grid))
-    assert [(c.trained, c.rank, c.rule) for c in found] == [
+    curves = rate_grid.curves_of_losses(rate_grid.losses(grid))
+    assert [(c.trained, c.rank, c.rule) for c in curves] == [
         (trained, rank, rule) for trained in ("both", "B") for rank in (4, 8) for rule in ("rora", "0.25")
     ]
-    for curve in found:
+    for curve in curves:
         assert curve.rates.tolist() == [0.1, 0.2, 1e9]
         assert np.isinf(curve.losses[:, 2]).all()
         assert np.isfinite(curve.losses[:, :2]).all()

@@ -34,7 +34,7 @@ def test_cells() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("start", "trained", "moves"), [("A", "both", True), ("A", "B", False), ("B", "both", True)])
 def test_rows(start: Any, trained: Any, moves: bool) -> None:
-    """A row a seed and step; a seed's are its own, whichever others are asked for; A x moves where A is trained."""
+    """There is one row per seed and step, independent of the other seeds; A x changes if A is trained."""
     cell = TrainingCell("linear", start, trained, "sgd", 8, "rora")
     rows = training_grid.training_rows(GRID, cell)
     assert {tuple(row) for row in rows} == {training_grid.COLUMNS}
@@ -45,30 +45,30 @@ def test_rows(start: Any, trained: Any, moves: bool) -> None:
     assert ((inner[3] != inner[0]) == moves).all()
     alone = TrainingGrid(**{**vars(GRID), "seeds": (5, 6)})
     other = frames.of(training_grid.training_rows(alone, cell), training_grid.COLUMNS)
-    own = table[table["seed"] == 5][list(exponents.QUANTITIES)]
-    np.testing.assert_allclose(other[other["seed"] == 5][list(exponents.QUANTITIES)], own, rtol=1e-4)
+    expected = table[table["seed"] == 5][list(exponents.QUANTITIES)]
+    np.testing.assert_allclose(other[other["seed"] == 5][list(exponents.QUANTITIES)], expected, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"ranks": (4,)}, "--ranks has 1 values; accepted are 2 or more"),
-        ({"rules": ("lora", 1.0)}, "--rules has one rule twice"),
-        ({"optimizers": ("lion",)}, "--optimizers has 'lion'"),
-        ({"models": ()}, "--models has 0 values"),
-        ({"starts": ("C",)}, "--starts has 'C'"),
-        ({"init": "xavier"}, "--init is 'xavier'"),
-        ({"steps": (2, 1)}, "steps are 2 1"),
-        ({"seeds": (1,)}, "--seeds has 1 values"),
-        ({"seeds": (0, 2**32)}, "--seeds is 4294967296"),
-        ({"gamma": 0.0}, "--gamma is 0.0"),
-        ({"reference_rank": 0}, "--reference-rank: rank is 0"),
-        ({"adam_lr": float("nan")}, "--adam-lr is nan"),
-        ({"seed": -1}, "--seed is -1"),
-        ({"ranks": (2, 8)}, "--teacher-rank is 4; accepted is at most the least rank, 2"),
+        ({"ranks": (4,)}, "--ranks.* 1"),
+        ({"rules": ("lora", 1.0)}, "--rules"),
+        ({"optimizers": ("lion",)}, "--optimizers.*'lion'"),
+        ({"models": ()}, "--models.* 0"),
+        ({"starts": ("C",)}, "--starts.*'C'"),
+        ({"init": "xavier"}, "--init.*'xavier'"),
+        ({"steps": (2, 1)}, "steps"),
+        ({"seeds": (1,)}, "--seeds.* 1"),
+        ({"seeds": (0, 2**32)}, "--seeds.*4294967296"),
+        ({"gamma": 0.0}, r"--gamma.* 0\.0"),
+        ({"reference_rank": 0}, "--reference-rank.* 0"),
+        ({"adam_lr": float("nan")}, "--adam-lr.* nan"),
+        ({"seed": -1}, "--seed.* -1"),
+        ({"ranks": (2, 8)}, "--teacher-rank.* 4"),
     ],
 )
-def test_what_is_out_of_range_is_named(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_is_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         TrainingGrid(**settings)
