@@ -148,12 +148,23 @@ CHANGES = {
     "max_position_embeddings": 10,
     "model_type": "qwen2",
     "sliding_window": 4,
-    "max_window_layers": 1,
+    "full_attention_layers": (0,),
+    "query_pre_attn_scalar": 2,
+    "rope_local_base_freq": 100.0,
+}
+GEMMA = {
+    "model_type": "gemma3_text",
+    "query_pre_attn_scalar": 8,
+    "rope_local_base_freq": 10000.0,
+    "sliding_window": 4,
+    "full_attention_layers": (1,),
 }
 # What a field needs beside it to be there.
 BESIDE = {
     "sliding_window": {"model_type": "mistral"},
-    "max_window_layers": {"model_type": "qwen3", "sliding_window": 4},
+    "full_attention_layers": {"model_type": "qwen3", "sliding_window": 4},
+    "query_pre_attn_scalar": GEMMA,
+    "rope_local_base_freq": GEMMA,
 }
 # They reach tokenization and generation, not the logits; that each is carried there is tested in test_config.
 TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
