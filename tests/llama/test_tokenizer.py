@@ -70,6 +70,25 @@ def json_folder(folder: Path, tokenizer: Tokenizer, **files: dict) -> Path:
     return folder
 
 
+def test_gemmas_pieces_encode_as_sentencepiece(tmp_path: Path):
+    """No space before the text, runs of spaces as pieces, and an unknown piece that the file has as a control piece.
+
+    A literal U+2581 is a space to sentencepiece, alone and within a run.
+    """
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "  ", "   ", "▁", "▁a", "a", "b", "ab"]
+    kinds = [vocabulary.CONTROL] * 4 + [vocabulary.USER_DEFINED] * 2 + [vocabulary.NORMAL] * 5
+    scores = [-1000.0] * 6 + [-5.0, -1.0, -3.0, -4.0, -2.0]
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "padding_token_id": 0, "unknown_token_id": 3}
+    path = write_gguf(tmp_path / "x.gguf", "llama", tokens, kinds, scores=scores, add_space_prefix=False, **ids)
+    tokenizer = Tokenizer.from_gguf(path)
+    # Reference: sentencepiece 0.2.3 on the same pieces, runs of spaces written in U+2581.
+    expected = {"ab a": [10, 7], "a  b": [8, 4, 9], "a ▁b": [8, 4, 9], "   a": [5, 8], " ab": [7, 9], "z": [3]}
+    assert {text: tokenizer.encode(text, add_bos=False) for text in expected} == expected
+    assert tokenizer.encode("a") == [2, 8]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (2, 1, 0, 3)
+    assert tokenizer.decode([8, 4, 9, 5, 7]) == "a  b    a"
+
+
 @pytest.mark.parametrize("route", ["tokenizer.model", "gguf", "tokenizer.json"])
 def test_sentencepiece_vocabulary_encodes_as_sentencepiece(route: str, tmp_path: Path):
     tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path, "llama2"))
