@@ -186,6 +186,7 @@ class LlamaConfig:
             )
         for name in _REQUIRED:
             _positive(f"config: {name}", found[name], int)
+        check_layers("config: num_hidden_layers", found["num_hidden_layers"])  # before layers are listed
         for name in _NULL_IS_DEFAULT:
             if found.get(name, ...) is None:
                 del found[name]
@@ -393,7 +394,8 @@ def _window(found: dict[str, Any], family: Family) -> tuple[int | None, tuple[in
     """
     window, used = found.pop("sliding_window", None), found.pop("use_sliding_window", None)
     kinds, layers = found.pop("layer_types", None), found["num_hidden_layers"]
-    # Qwen has a switch beside the length. Elsewhere the length decides.
+
+    # Whether there is a window: Qwen has a switch beside the length, elsewhere the length decides.
     accepted = (True, False, None) if family.full_layers == "first" else (window is not None, None)
     if not any(used is one for one in accepted):
         raise InputError(f"config: use_sliding_window is {shown(used)}; accepted is {' or '.join(map(repr, accepted))}")
@@ -402,34 +404,21 @@ def _window(found: dict[str, Any], family: Family) -> tuple[int | None, tuple[in
     if window is not None:
         _positive("config: sliding_window", window, int)
 
-    # The layers as the keys other than layer_types have them.
-    first, period = found.pop("max_window_layers", None), 0
-    if family.full_layers == "any":
-        period = found.pop("sliding_window_pattern", None)
-        _positive("config: sliding_window_pattern", period, int)
-    elif first:
-        _count("config: max_window_layers", first)
-    if first and family.full_layers != "first" and window is not None:
-        raise InputError(f"config: max_window_layers is {first}; accepted for {family.architecture} is 0")
-    if window is None:
-        full = list(range(layers))
-    elif family.full_layers == "any":
-        full = list(range(period - 1, layers, period))
-    else:
-        full = list(range(min(first or 0, layers)))
-
-    if kinds is not None:
-        # What layer_types may say: anything for Gemma; the first layers for Qwen; the same as the other keys elsewhere.
-        listed = [i for i, kind in enumerate(kinds) if kind == _FULL] if isinstance(kinds, list) else []
-        free = window is not None and family.full_layers != "none"
-        ordered = family.full_layers == "any" or listed == list(range(len(listed)))
-        full = listed if free and ordered else full
-        if kinds != [_FULL if layer in full else _SLIDING for layer in range(layers)]:
-            one = {"any": f"{_FULL!r} or {_SLIDING!r}, one a layer"}.get(
-                family.full_layers, f"first {_FULL!r}, then {_SLIDING!r}, one a layer"
-            )
-            one = f"{_FULL!r} for every layer" if window is None else one
-            raise InputError(f"config: layer_types is {shown(kinds)}; accepted is {one}")
+    # The layers without window: all, or those of Qwen's count or Gemma's period, or those that layer_types lists.
+    count = found.pop("max_window_layers", None) or 0
+    period = found.pop("sliding_window_pattern") if family.full_layers == "any" else layers + 1
+    _count("config: max_window_layers", count)
+    _positive("config: sliding_window_pattern", period, int)
+    full = [*range(layers)] if window is None else [*range(min(count, layers)), *range(period - 1, layers, period)]
+    if full and window is not None and family.full_layers == "none":
+        raise InputError(f"config: max_window_layers is {count}; accepted for {family.architecture} is 0")
+    if isinstance(kinds, list) and window is not None and family.full_layers != "none":
+        full = [layer for layer, kind in enumerate(kinds) if kind == _FULL]
+        full = full if family.full_layers == "any" else [*range(len(full))]
+    if kinds is not None and kinds != [_FULL if layer in full else _SLIDING for layer in range(layers)]:
+        order = "in any order" if family.full_layers == "any" else f"{_FULL!r} first"
+        one = f"{_FULL!r}" if window is None else f"{_FULL!r} or {_SLIDING!r}, {order},"
+        raise InputError(f"config: layer_types is {shown(kinds)}; accepted is {one} for each of {layers} layers")
     return (window, tuple(full)) if len(full) < layers else (None, ())
 
 
@@ -511,8 +500,7 @@ def _check(fields: Mapping[str, Any]) -> None:
     """Refuse values of a `LlamaConfig` that are of the wrong type, out of range, or contradict one another."""
     for name in (*_SIZES, "max_position_embeddings"):
         _positive(name, fields[name], int)
-    if fields["num_hidden_layers"] > _MOST_LAYERS:
-        raise InputError(f"num_hidden_layers is {fields['num_hidden_layers']}; accepted is at most {_MOST_LAYERS}")
+    check_layers("num_hidden_layers", fields["num_hidden_layers"])
     for name in ("rms_norm_eps", "rope_theta"):
         _positive(name, fields[name], float)
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
@@ -540,6 +528,12 @@ def _check(fields: Mapping[str, Any]) -> None:
         for token in value if name == "eos_token_id" and isinstance(value, tuple) else (value,):
             if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token > _LARGEST):
                 raise InputError(f"{name} is {shown(value)}; accepted is an integer up to {_LARGEST}, or null")
+
+
+def check_layers(name: str, layers: int) -> None:
+    """Raise `InputError` for more layers than are listed one by one."""
+    if layers > _MOST_LAYERS:
+        raise InputError(f"{name} is {layers}; accepted is at most {_MOST_LAYERS}")
 
 
 def _check_full_layers(full: Any, fields: Mapping[str, Any], family: Family) -> None:

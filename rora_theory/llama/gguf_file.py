@@ -22,7 +22,7 @@ from rora_theory import extras
 from rora_theory.errors import InputError
 from rora_theory.io.files import check_regular
 from rora_theory.llama import rope
-from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, shown
+from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, check_layers, shown
 from rora_theory.llama.families import FAMILIES, Family
 from rora_theory.llama.model import Params
 from rora_theory.llama.weights import assemble, check_finite, check_shapes
@@ -183,7 +183,8 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     family = FAMILIES[ARCHITECTURES[architecture]]
     theta = _decimal(get(f"{architecture}.rope.freq_base", float, family.rope_theta))
     layers = get(f"{architecture}.block_count", int)
-    local = _gemma3_fields(get, layers, hidden // heads, head_dim) if architecture == "gemma3" else {}
+    check_layers(f"{where}: {architecture}.block_count", layers)
+    further = _gemma3_fields(get, where, layers, hidden // heads, head_dim) if architecture == "gemma3" else {}
     ends = dict.fromkeys(end for name in END_TOKENS if (end := get(name, int, None)) is not None)
     parts = {
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
@@ -203,7 +204,7 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
         "eos_token_id": tuple(ends) if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": get("tokenizer.ggml.padding_token_id", int, None),
         "model_type": ARCHITECTURES[architecture],
-        **local,
+        **further,
     }
     unknown = sorted(keys - used)
     if unknown:
@@ -223,7 +224,9 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     return config
 
 
-def _gemma3_fields(get: Callable[..., Any], layers: int, hidden_per_head: int, head_dim: int) -> dict[str, Any]:
+def _gemma3_fields(
+    get: Callable[..., Any], where: str, layers: int, hidden_per_head: int, head_dim: int
+) -> dict[str, Any]:
     """Read the fields that Gemma 3 has and the other architectures have not.
 
     Files leave out what is the same in all released models: the period of the layers without window, the rotary base
@@ -232,7 +235,7 @@ def _gemma3_fields(get: Callable[..., Any], layers: int, hidden_per_head: int, h
     window = get("gemma3.attention.sliding_window", int)
     period = get("gemma3.attention.sliding_window_pattern", int, 6)
     if period < 1:
-        raise InputError(f"gemma3.attention.sliding_window_pattern must be at least 1, got {period}")
+        raise InputError(f"{where}: gemma3.attention.sliding_window_pattern must be at least 1, got {period}")
     full = tuple(range(period - 1, layers, period))
     has_window = len(full) < layers
     return {
