@@ -185,9 +185,9 @@ def test_gemma3(write, draw_params):
     assert (config.sliding_window, config.full_attention_layers) == (8, ())
     with pytest.raises(InputError, match=r"file: .*sliding_window_pattern.* 0"):
         config_from_gguf(open_gguf(write(GEMMA, metadata=lengths | window | {PERIOD: 0})), "file")
+    layers = {"gemma3.block_count": 2_000_000_000}
     with pytest.raises(InputError, match=r"file: .*block_count is 2000000000"):
-        metadata = lengths | window | {"gemma3.block_count": 2_000_000_000}
-        config_from_gguf(open_gguf(write(GEMMA, metadata=metadata)), "file")
+        config_from_gguf(open_gguf(write(GEMMA, metadata=lengths | window | layers)), "file")
     with pytest.raises(InputError, match=r"lacks gemma3\.attention\.sliding_window"):
         config_from_gguf(open_gguf(write(GEMMA, metadata=lengths)), "file")
 
