@@ -86,8 +86,10 @@ def main(config: Config) -> bool:
         base = Path(scratch) / "base"
         save_hf(base, model.params, model.config)
 
-        def torch_base() -> transformers.LlamaForCausalLM:
-            return transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        def torch_base() -> transformers.PreTrainedModel:
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                base, dtype=torch.float32, attn_implementation="eager"
+            )
 
         rows = [without_adapter(model, torch_base, tokens)]
         for name in config.methods:
@@ -108,7 +110,7 @@ def main(config: Config) -> bool:
 
 
 def without_adapter(
-    model: Model, torch_base: Callable[[], transformers.LlamaForCausalLM], tokens: np.ndarray
+    model: Model, torch_base: Callable[[], transformers.PreTrainedModel], tokens: np.ndarray
 ) -> dict[str, Any]:
     """The row of the base model."""
     ids = torch.from_numpy(tokens)
@@ -125,7 +127,7 @@ def without_adapter(
 def compare(
     config: Config,
     model: Model,
-    torch_base: Callable[[], transformers.LlamaForCausalLM],
+    torch_base: Callable[[], transformers.PreTrainedModel],
     tokens: np.ndarray,
     settings: dict[str, Any],
     scratch: Path,

@@ -27,7 +27,7 @@ from rora_theory.adapters.base import AdaptedModule, Norms
 from rora_theory.adapters.targets import layer_text
 from rora_theory.errors import InputError
 from rora_theory.llama import LlamaConfig, linear, rope
-from rora_theory.llama.model import Params
+from rora_theory.llama.model import Params, windowed_layers
 from rora_theory.scaling import check_integer
 
 PrefixInit = Literal["normal", "zero"]
@@ -93,7 +93,7 @@ class PrefixAdapter:
 
     def layers(self) -> dict[str, Any]:
         """See `rora_theory.llama.Adapter`."""
-        return self.params
+        return {**self.params, "windowed": windowed_layers(self.llama_config)}
 
     def linear(
         self,
@@ -111,8 +111,8 @@ class PrefixAdapter:
     def prefix(self, layer: dict[str, Array]) -> tuple[Float[Array, "p k d"], Float[Array, "p k d"]]:
         """Keys, turned to where the tokens are counted from 0 (module docstring), and values of one layer."""
         count = self.config.virtual_tokens
-        cos, sin = rope.angles(self.llama_config, jnp.full((1, count), -count, jnp.int32))
-        return rope.rotate(layer["key"][None], cos, sin)[0], layer["value"]
+        angles = rope.layer_angles(self.llama_config, jnp.full((1, count), -count, jnp.int32))
+        return rope.rotate(layer["key"][None], *angles(layer["windowed"]))[0], layer["value"]
 
     def replace(self, params: Any) -> "PrefixAdapter":
         """See `base.replace`."""

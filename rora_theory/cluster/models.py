@@ -1,10 +1,10 @@
-"""Base models on workers that lack them: through Ray's object store, into a folder of the node's."""
+"""The node's folder of models that are known by their digest, and how they reach workers: Ray's object store."""
 
 import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class LackingError(InputError):
 
 
 def kept_in(sha256: str) -> Path:
-    """Where a node keeps the model of a digest that came through the object store."""
+    """Return the folder where a node keeps the model of a digest."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "rora-theory" / "models" / sha256
 
@@ -52,24 +52,47 @@ def keep_model(sha256: str, parts: Sequence[tuple[str, Any]]) -> None:
     """
     import ray
 
+    def write(folder: Path) -> None:
+        for name, reference in parts:
+            path = resolve_inside(folder, name, where="the object store")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ray.get(reference).tofile(path)
+
+    root = parts[0][0].partition("/")[0]  # the model's own name, a folder or a file
+    keep_files(sha256, root, write, otherwise="it changed while it was sent. Send a model that no one writes to.")
+
+
+def keep_files(sha256: str, root: str, write: Callable[[Path], None], *, otherwise: str) -> Path:
+    """Write a model to the node's folder, once; readers see all of it or nothing. Replace one that is damaged.
+
+    Args:
+      sha256: Digest of the model, `rora_theory.llama.identity.model_digest`.
+      root: Name of the model's file or folder.
+      write: Function that writes ``root`` to the folder that it is given.
+      otherwise: Explanation of another digest, for the error.
+
+    Returns:
+      The model's path.
+
+    Raises:
+      InputError: What was written has another digest.
+    """
     from rora_theory.llama.identity import is_model
 
     place = kept_in(sha256)
     place.parent.mkdir(parents=True, exist_ok=True)
     with _locked(place.parent), tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as scratch:
-        root = parts[0][0].partition("/")[0]  # the model's own name, a folder or a file
-        if is_model(place / root, sha256):  # another worker of the node was sooner
-            return
+        if is_model(place / root, sha256):  # another process of the node was sooner
+            return place / root
         beside = Path(scratch) / "new"
-        for name, reference in parts:
-            path = resolve_inside(beside, name, where="the object store")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ray.get(reference).tofile(path)
+        beside.mkdir()
+        write(beside)
         if not is_model(beside / root, sha256):
-            raise InputError(f"{root}: changed while it was sent to {place}; accepted is a model that no one writes to")
+            raise InputError(f"{root}: not kept in {place}, its SHA-256 is not {sha256[:12]}...: {otherwise}")
         if place.exists():
             place.rename(Path(scratch) / "damaged")
         beside.rename(place)
+    return place / root
 
 
 @contextlib.contextmanager

@@ -82,6 +82,23 @@ MODELS = {
         tie_word_embeddings=True,
         max_position_embeddings=8192,
     ),
+    "gemma3-270m": LlamaConfig(
+        262144,
+        640,
+        2048,
+        18,
+        4,
+        1,
+        256,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+        model_type="gemma3_text",
+        sliding_window=512,
+        full_attention_layers=(5, 11, 17),
+        query_pre_attn_scalar=256,
+        rope_local_base_freq=1e4,
+    ),
 }
 """Shapes of published models."""
 

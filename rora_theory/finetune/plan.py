@@ -33,7 +33,7 @@ class PlanConfig:
 
     model: str | None = None
     """llama-7b, llama-13b, llama2-7b, llama2-70b, llama3-8b, sheared-llama-1.3b, mistral-7b, qwen2.5-7b, qwen3-8b,
-    smollm2-135m, or a folder with config.json; none is the table of the paper's five"""
+    smollm2-135m, gemma3-270m, or a folder with config.json; none is the table of the paper's five"""
     method: Literal["lora", "rora", "dora", "full"] = "rora"
     """lora and rora differ by their scaling alone, so they take the same; dora trains magnitudes too; full the weights
     themselves, in float32, beside the frozen ones that they started from"""

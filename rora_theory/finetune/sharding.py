@@ -294,6 +294,8 @@ def _names(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
         "norm": ("hidden",),
         "input_layernorm": _NORMS,
         "post_attention_layernorm": _NORMS,
+        "pre_feedforward_layernorm": _NORMS,
+        "post_feedforward_layernorm": _NORMS,
         "lora_A": (None, "rank", None),
         "lora_B": (None, None, "rank"),
     }.get(keys[-1] if keys else "")

@@ -1,5 +1,7 @@
-"""The shape of a LLaMA, Mistral, Qwen2 or Qwen3 model, from Hugging Face's `config.json`: every field is used, known to
-change nothing, or refused by name."""
+"""Configuration of a LLaMA, Mistral, Qwen2, Qwen3 or Gemma 3 model, read from Hugging Face's `config.json`.
+
+Every key of the file is used, known to change nothing, or refused by name.
+"""
 
 import dataclasses
 import math
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rora_theory.errors import InputError, shown
+from rora_theory.llama.families import FAMILIES, Family
 
 MODULES = (
     "self_attn.q_proj",
@@ -19,14 +22,6 @@ MODULES = (
     "mlp.down_proj",
 )
 """The linear modules of one layer, by the names Hugging Face and PEFT give them."""
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-"""Hugging Face's ``model_type`` of the models that are supported, and the class that reads each."""
 
 OTHER_MODELS = "any PyTorch model can be measured with rora_theory.measure.torch"
 """What a refusal of another architecture names as the way out."""
@@ -77,9 +72,8 @@ ROPE_KINDS: dict[str, type[LinearRope | Llama3Rope]] = {"linear": LinearRope, "l
 class LlamaConfig:
     """What determines the function a model computes, apart from its weights. Hashable: static in jit.
 
-    One model serves LLaMA and what differs from it in little: Qwen2 has biases on q, k and v; Qwen3 norms each head of
-    q and k; and a query of a layer that has a sliding window attends to the last ``sliding_window`` positions alone,
-    its own among them.
+    One model serves LLaMA and the families that differ from it in few points, see `families`. In a layer with a
+    sliding window, a query attends to the last ``sliding_window`` positions, its own included.
 
     Attributes:
       vocab_size, hidden_size, intermediate_size, num_hidden_layers: sizes.
@@ -93,9 +87,14 @@ class LlamaConfig:
       max_position_embeddings: longest sequence; longer ones are refused.
       bos_token_id, eos_token_id, pad_token_id: for tokenization and generation; several end tokens are a
         tuple.
-      model_type: one of `ARCHITECTURES`, and what the model is saved as.
+      model_type: one of `families.FAMILIES`, and what the model is saved as.
       sliding_window: how many positions a query attends to; None is all. Not for LLaMA.
-      max_window_layers: how many layers, the first ones, have no window nevertheless. For Qwen alone.
+      full_attention_layers: Indices, in increasing order, of the layers without sliding window in a model that has
+        one. The first ones for Qwen, any for Gemma 3.
+      query_pre_attn_scalar: Number by whose square root attention scores are divided; None is ``head_dim``. For
+        Gemma 3.
+      rope_local_base_freq: Base of the rotary frequencies in layers with a sliding window, which have no
+        ``rope_scaling``; None is ``rope_theta`` in all layers. For Gemma 3.
     """
 
     vocab_size: int
@@ -117,15 +116,17 @@ class LlamaConfig:
     pad_token_id: int | None = None
     model_type: str = "llama"
     sliding_window: int | None = None
-    max_window_layers: int = 0
+    full_attention_layers: tuple[int, ...] = ()
+    query_pre_attn_scalar: int | None = None
+    rope_local_base_freq: float | None = None
 
     def __post_init__(self) -> None:
         _check(vars(self))
 
     @property
-    def qk_norm(self) -> bool:
-        """Whether every head's query and key is normed, as Qwen3's are, before it turns with its position."""
-        return self.model_type == "qwen3"
+    def family(self) -> Family:
+        """Properties that all models of this ``model_type`` share."""
+        return FAMILIES[self.model_type]
 
     def module_shape(self, name: str) -> tuple[int, int]:
         """Shape ``(p_out, p_in)`` of a module's weight.
@@ -149,7 +150,7 @@ class LlamaConfig:
 
     def has_bias(self, name: str) -> bool:
         """Whether a module has a bias vector of length ``p_out``."""
-        if self.model_type == "qwen2":
+        if self.family.has_qkv_bias:
             return name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         return self.attention_bias if name.startswith("self_attn.") else self.mlp_bias
 
@@ -168,13 +169,14 @@ class LlamaConfig:
         """
         if not isinstance(hf, Mapping):
             raise InputError(f"config is {type(hf).__name__}; accepted is a JSON object")
-        names = {field.name for field in dataclasses.fields(cls)}
-        found = {key: value for key, value in hf.items() if key in names or not _says_nothing(key, value)}
+        found = {key: value for key, value in hf.items() if key in _KEYS or not _says_nothing(key, value)}
         try:
             model_type = _model_type(found.pop("model_type", "llama"))
         except InputError as error:
             raise InputError(f"config: {error}") from None
-        for key, accepted in _ONLY.items():
+        family = FAMILIES[model_type]
+        for key, values in _ONLY.items():
+            accepted = (family.activation, *values) if key in ("hidden_act", "hidden_activation") else values
             if key in found and (value := found.pop(key)) not in accepted:
                 raise InputError(f"config: {key} is {shown(value)}; accepted is {' or '.join(map(repr, accepted))}")
         missing = [name for name in _REQUIRED if found.get(name) is None]
@@ -184,19 +186,21 @@ class LlamaConfig:
             )
         for name in _REQUIRED:
             _positive(f"config: {name}", found[name], int)
+        check_layers("config: num_hidden_layers", found["num_hidden_layers"])  # before layers are listed
         for name in _NULL_IS_DEFAULT:
             if found.get(name, ...) is None:
                 del found[name]
-        found = _DEFAULTS[model_type] | found
-        window, full = _window(found, model_type)
-        theta, scaling = _rope(found)
+        found = {**family.defaults, **found}
+        window, full = _window(found, family)
+        local_theta = _local_rope(found, family)
+        theta, scaling = _rope(found, family)
         heads, hidden = found["num_attention_heads"], found["hidden_size"]
         head_dim = found.pop("head_dim", None)
         if head_dim is None:
             if hidden % heads:
                 raise InputError(f"config: hidden_size is {hidden}; accepted is a multiple of {heads} attention heads")
             head_dim = hidden // heads
-        unknown = sorted(set(found) - names)
+        unknown = sorted(set(found) - _KEYS)
         if unknown:
             key, value = unknown[0], found[unknown[0]]
             key = key if key.isidentifier() and len(key) < 80 else shown(key)
@@ -213,7 +217,8 @@ class LlamaConfig:
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
             "model_type": model_type,
             "sliding_window": window,
-            "max_window_layers": full,
+            "full_attention_layers": full,
+            "rope_local_base_freq": local_theta,
         }
         try:
             _check(fields)
@@ -228,23 +233,32 @@ class LlamaConfig:
         """
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         scaling = plain.pop("rope_scaling")
+        full = plain.pop("full_attention_layers")
         for name in _NOT_ALL_HAVE:
-            if name not in _OWN[self.model_type]:
+            if name not in self.family.fields:
                 del plain[name]
-        if "max_window_layers" in plain:
-            plain["use_sliding_window"] = self.sliding_window is not None
+        if self.family.full_layers == "first":
+            plain |= {"max_window_layers": len(full), "use_sliding_window": self.sliding_window is not None}
+        elif self.family.full_layers == "any":
+            has_window = [self.sliding_window is not None and i not in full for i in range(self.num_hidden_layers)]
+            plain["layer_types"] = [_SLIDING if windowed else _FULL for windowed in has_window]
         if isinstance(plain["eos_token_id"], tuple):
             plain["eos_token_id"] = list(plain["eos_token_id"])
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
             kind = "linear" if isinstance(self.rope_scaling, LinearRope) else "llama3"
             rope = {"rope_type": kind, **dataclasses.asdict(self.rope_scaling)}
+        parameters: dict[str, Any] = {"rope_theta": self.rope_theta, **rope}
+        if self.rope_local_base_freq is not None:
+            local = {"rope_theta": self.rope_local_base_freq, "rope_type": "default"}
+            parameters = {_FULL: parameters, _SLIDING: local}
         return {
-            "architectures": [ARCHITECTURES[self.model_type]],
-            "hidden_act": "silu",
+            "architectures": [self.family.architecture],
+            "hidden_act": self.family.activation,
+            **({"hidden_activation": self.family.activation} if self.family.activation != "silu" else {}),
             **plain,
             "rope_scaling": None if scaling is None else dict(rope),
-            "rope_parameters": {"rope_theta": self.rope_theta, **rope},
+            "rope_parameters": parameters,
         }
 
 
@@ -264,33 +278,19 @@ _NULL_IS_DEFAULT = (
     "attention_bias",
     "mlp_bias",
     "max_position_embeddings",
-    "max_window_layers",
 )
 
-_NOT_ALL_HAVE = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "max_window_layers": 0}
-_OWN = {
-    "llama": ("attention_bias", "mlp_bias"),
-    "mistral": ("sliding_window",),
-    "qwen2": ("sliding_window", "max_window_layers"),
-    "qwen3": ("attention_bias", "sliding_window", "max_window_layers"),
+_NOT_ALL_HAVE = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "query_pre_attn_scalar": None,
+    "rope_local_base_freq": None,
 }
-"""Of the fields that not all types have, with what is said where there is none, those of each type."""
+"""Fields that not all families have, and their values in a family without them."""
 
-_QWEN = {
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128},
-}
-"""What a ``config.json`` that is silent means, where that is not LLaMA's."""
+_KEYS = {field.name for field in dataclasses.fields(LlamaConfig)} - {"full_attention_layers"}
+"""Keys of `config.json` that become fields under their own names."""
 
 _MOST_LAYERS = 10_000  # every layer's tensors are named before any is looked for
 _LARGEST = 2**31 - 1  # sizes and ids are int32 on the device
@@ -300,9 +300,10 @@ _SMALLEST_FLOAT, _LARGEST_FLOAT = 1e-37, 1e37  # float32 holds what lies between
 _PASSED_OVER = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
-    architectures attn_implementation base_model_pp_plan base_model_tp_plan chunk_size_feed_forward dtype
-    finetuning_task gradient_checkpointing id2label initializer_range is_composition is_llama_config
-    keys_to_ignore_at_inference label2id max_sequence_length num_labels output_attentions output_hidden_states
+    architectures attn_implementation base_model_pp_plan base_model_tp_plan cache_implementation
+    chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label initializer_range
+    is_composition is_llama_config keys_to_ignore_at_inference label2id max_sequence_length num_labels
+    output_attentions output_hidden_states
     problem_type return_dict tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config
     transformers_version use_bfloat16 use_cache use_return_dict
     """.split()  # noqa: SIM905
@@ -319,7 +320,6 @@ _HABITS = frozenset(
 )
 # Keys with one meaning this model implements; any other value is refused by name.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
     "pretraining_tp": (1, None),
     "attention_dropout": (0, None),
     "rope_interleaved": (False, None),
@@ -336,6 +336,11 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (None,),
     "quantization_config": (None,),
     "auto_map": (None,),  # another program, which may compute anything
+    "hidden_act": (),  # and the family's activation
+    "hidden_activation": (None,),  # and the family's activation
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "use_bidirectional_attention": (False, None),
 }
 
 
@@ -346,12 +351,11 @@ def ignored_keys(hf: Mapping[str, Any]) -> tuple[str, ...]:
       >>> ignored_keys({"hidden_size": 64, "dtype": "float32", "temperature": 0.7, "unsloth_version": "2024.9"})
       ('temperature', 'unsloth_version')
     """
-    names = {field.name for field in dataclasses.fields(LlamaConfig)}
     return tuple(
         sorted(
             key
             for key, value in hf.items()
-            if key not in names and key not in _PASSED_OVER and key not in _ONLY and _says_nothing(key, value)
+            if key not in _KEYS and key not in _PASSED_OVER and key not in _ONLY and _says_nothing(key, value)
         )
     )
 
@@ -366,39 +370,83 @@ def _says_nothing(key: str, value: Any) -> bool:
 
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_TAKEN_APART = ("rope_parameters", "layer_types", "use_sliding_window")  # keys that are no fields, but become some
+_TAKEN_APART = (  # keys that are no fields, but become some
+    "rope_parameters",
+    "layer_types",
+    "use_sliding_window",
+    "max_window_layers",
+    "sliding_window_pattern",
+)
 
 
 def _model_type(value: Any) -> str:
-    """The value, a key of `ARCHITECTURES`."""
-    if not isinstance(value, str) or value not in ARCHITECTURES:
-        raise InputError(f"model_type is {shown(value)}; accepted are {', '.join(ARCHITECTURES)}; {OTHER_MODELS}")
+    """The value, a key of `FAMILIES`."""
+    if not isinstance(value, str) or value not in FAMILIES:
+        raise InputError(f"model_type is {shown(value)}; accepted are {', '.join(FAMILIES)}; {OTHER_MODELS}")
     return value
 
 
-def _window(found: dict[str, Any], model_type: str) -> tuple[int | None, int]:
-    """Take the keys of a sliding window out of ``found``: its length, and how many layers attend to all positions."""
-    window, full = found.pop("sliding_window", None), found.pop("max_window_layers", 0)
-    used, kinds = found.pop("use_sliding_window", None), found.pop("layer_types", None)
-    layers = found["num_hidden_layers"]
-    where_named = "max_window_layers" in _OWN[model_type]  # Qwen: whether there is a window and in which layers
-    accepted = (True, False, None) if where_named else (window is not None, None)
+def _window(found: dict[str, Any], family: Family) -> tuple[int | None, tuple[int, ...]]:
+    """Remove the keys of the sliding window from ``found``.
+
+    Returns:
+      Length of the window, or None if no layer has one; indices of the layers without window if others have one.
+    """
+    window, used = found.pop("sliding_window", None), found.pop("use_sliding_window", None)
+    kinds, layers = found.pop("layer_types", None), found["num_hidden_layers"]
+
+    # Whether there is a window: Qwen has a switch beside the length, elsewhere the length decides.
+    accepted = (True, False, None) if family.full_layers == "first" else (window is not None, None)
     if not any(used is one for one in accepted):
         raise InputError(f"config: use_sliding_window is {shown(used)}; accepted is {' or '.join(map(repr, accepted))}")
-    if window is None or (where_named and not used):
-        window, full = None, layers
-    else:
+    if family.full_layers == "first" and not used:
+        window = None
+    if window is not None:
         _positive("config: sliding_window", window, int)
-        _count("config: max_window_layers", full)
-        full = kinds.count(_FULL) if where_named and isinstance(kinds, list) else min(full, layers)
-    as_written = [_FULL if layer < full else _SLIDING for layer in range(len(kinds) if isinstance(kinds, list) else 0)]
-    if kinds is not None and (kinds != as_written or len(kinds) != layers):
-        one = f"{_FULL!r} for every layer" if window is None else f"first {_FULL!r}, then {_SLIDING!r}, one a layer"
-        raise InputError(f"config: layer_types is {shown(kinds)}; accepted is {one}")
-    return (window, full) if full < layers else (None, 0)
+
+    # The layers without window: all, or those of Qwen's count or Gemma's period, or those that layer_types lists.
+    count = found.pop("max_window_layers", None) or 0
+    period = found.pop("sliding_window_pattern") if family.full_layers == "any" else layers + 1
+    _count("config: max_window_layers", count)
+    _positive("config: sliding_window_pattern", period, int)
+    full = [*range(layers)] if window is None else [*range(min(count, layers)), *range(period - 1, layers, period)]
+    if full and window is not None and family.full_layers == "none":
+        raise InputError(f"config: max_window_layers is {count}; accepted for {family.architecture} is 0")
+    if isinstance(kinds, list) and window is not None and family.full_layers != "none":
+        full = [layer for layer, kind in enumerate(kinds) if kind == _FULL]
+        full = full if family.full_layers == "any" else [*range(len(full))]
+    if kinds is not None and kinds != [_FULL if layer in full else _SLIDING for layer in range(layers)]:
+        order = "in any order" if family.full_layers == "any" else f"{_FULL!r} first"
+        one = f"{_FULL!r}" if window is None else f"{_FULL!r} or {_SLIDING!r}, {order},"
+        raise InputError(f"config: layer_types is {shown(kinds)}; accepted is {one} for each of {layers} layers")
+    return (window, tuple(full)) if len(full) < layers else (None, ())
 
 
-def _rope(found: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+def _local_rope(found: dict[str, Any], family: Family) -> float | None:
+    """Remove the rotary keys of layers with a sliding window from ``found``; leave those of the others, ungrouped.
+
+    Returns:
+      Base of the rotary frequencies of layers with a sliding window; None for families with one base.
+    """
+    if "rope_local_base_freq" not in family.fields:
+        return found.pop("rope_local_base_freq", None)
+    base, groups = found.pop("rope_local_base_freq", None), found.get("rope_parameters")
+    if groups is None:
+        return base
+    if not isinstance(groups, Mapping) or not set(groups) <= {_FULL, _SLIDING}:
+        raise InputError(f"config: rope_parameters is {shown(groups)}; accepted is an object of {_FULL}, {_SLIDING}")
+    found["rope_parameters"], local = groups.get(_FULL), groups.get(_SLIDING)
+    if local is None:
+        return base
+    if not isinstance(local, Mapping):
+        raise InputError(f"config: rope_parameters of {_SLIDING} is {shown(local)}; accepted is an object or null")
+    theta, scaling = _rope_object(f"rope_parameters of {_SLIDING}", dict(local))
+    if scaling is not None:
+        raise InputError(f"config: rope_parameters of {_SLIDING} has a scaling; accepted is type 'default'")
+    return base if theta is None else theta
+
+
+def _rope(found: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None]:
     """Take the rotary keys out of ``found``: base and scaling."""
     theta = found.pop("rope_theta", None)
     readings = []
@@ -418,7 +466,7 @@ def _rope(found: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     scalings = {reading[2] for reading in readings}
     if len(scalings) > 1:
         raise InputError("config: rope_scaling and rope_parameters disagree; accepted is one of them, or both alike")
-    return (float(stated[0]) if stated else 10000.0), (scalings.pop() if scalings else None)
+    return (float(stated[0]) if stated else family.rope_theta), (scalings.pop() if scalings else None)
 
 
 def _rope_object(source: str, given: dict[str, Any]) -> tuple[float | None, RopeScaling | None]:
@@ -452,26 +500,24 @@ def _check(fields: Mapping[str, Any]) -> None:
     """Refuse values of a `LlamaConfig` that are of the wrong type, out of range, or contradict one another."""
     for name in (*_SIZES, "max_position_embeddings"):
         _positive(name, fields[name], int)
-    if fields["num_hidden_layers"] > _MOST_LAYERS:
-        raise InputError(f"num_hidden_layers is {fields['num_hidden_layers']}; accepted is at most {_MOST_LAYERS}")
+    check_layers("num_hidden_layers", fields["num_hidden_layers"])
     for name in ("rms_norm_eps", "rope_theta"):
         _positive(name, fields[name], float)
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(fields[name], bool):
             raise InputError(f"{name} is {shown(fields[name])}; accepted is true or false")
     model_type = _model_type(fields["model_type"])
+    family = FAMILIES[model_type]
     for name, without in _NOT_ALL_HAVE.items():
-        if name not in _OWN[model_type] and fields[name] != without:
+        if name not in family.fields and fields[name] != without:
             raise InputError(f"{name} is {shown(fields[name])}; accepted for model_type {model_type} is {without}")
-    full, layers = fields["max_window_layers"], fields["num_hidden_layers"]
-    _count("max_window_layers", full)
     if fields["sliding_window"] is not None:
         _positive("sliding_window", fields["sliding_window"], int)
-    if full and (fields["sliding_window"] is None or full >= layers):
-        raise InputError(
-            f"max_window_layers is {shown(full)}; accepted is below {layers}, the model's layers, and 0 without a "
-            "sliding_window"
-        )
+    if "query_pre_attn_scalar" in family.fields:
+        _positive("query_pre_attn_scalar", fields["query_pre_attn_scalar"], int)
+    if "rope_local_base_freq" in family.fields:
+        _positive("rope_local_base_freq", fields["rope_local_base_freq"], float)
+    _check_full_layers(fields["full_attention_layers"], fields, family)
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     if heads % kv_heads:
         raise InputError(f"num_key_value_heads is {kv_heads}; accepted is a divisor of num_attention_heads {heads}")
@@ -482,6 +528,26 @@ def _check(fields: Mapping[str, Any]) -> None:
         for token in value if name == "eos_token_id" and isinstance(value, tuple) else (value,):
             if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token > _LARGEST):
                 raise InputError(f"{name} is {shown(value)}; accepted is an integer up to {_LARGEST}, or null")
+
+
+def check_layers(name: str, layers: int) -> None:
+    """Raise `InputError` for more layers than are listed one by one."""
+    if layers > _MOST_LAYERS:
+        raise InputError(f"{name} is {layers}; accepted is at most {_MOST_LAYERS}")
+
+
+def _check_full_layers(full: Any, fields: Mapping[str, Any], family: Family) -> None:
+    """Refuse layers without sliding window that the family or the model does not have."""
+    layers, what = fields["num_hidden_layers"], f"full_attention_layers is {shown(full)}"
+    if not isinstance(full, tuple) or not all(type(layer) is int and 0 <= layer < layers for layer in full):
+        raise InputError(f"{what}; accepted is a tuple of integers from 0 to {layers - 1}")
+    if list(full) != sorted(set(full)) or len(full) == layers:
+        raise InputError(f"{what}; accepted are some of {layers} layers, in increasing order")
+    if full and fields["sliding_window"] is None:
+        raise InputError(f"{what}; accepted without a sliding_window is ()")
+    if full and (family.full_layers == "none" or (family.full_layers == "first" and full != tuple(range(len(full))))):
+        accepted = "()" if family.full_layers == "none" else "the first layers"
+        raise InputError(f"{what}; accepted for {family.architecture} is {accepted}")
 
 
 def _factor(value: Any) -> None:

@@ -432,7 +432,7 @@ def _read(
     on; ``visible`` has the prompts' slots and then the cache's."""
     adapter = NoAdapter() if adapter is None else adapter
     queries_at = jnp.broadcast_to(positions[:, None], tokens.shape)
-    cos, sin = rope.angles(config, queries_at)
+    angles = rope.layer_angles(config, queries_at)
 
     def body(carry: tuple[Array, _Kept], xs: tuple[Array, Params, Any, Any, Array | None]) -> tuple[Any, None]:
         x, cache = carry
@@ -460,12 +460,12 @@ def _read(
             near = within_window(config, wide, queries_at, slots_at, wide.shape[3], windowed)
             return attend_parts(q, seen, cast(Array, near))
 
-        return (decoder_layer(x, weights, config, cos, sin, apply, attend_all), cache), None
+        return (decoder_layer(x, weights, config, angles(windowed), apply, attend_all), cache), None
 
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     xs = (index, params["layers"], adapter.layers(), list(prompts), windowed_layers(config))
-    (x, cache), _ = jax.lax.scan(body, (embed(params, tokens), cache), xs)
-    return unembed(params, rms_norm(x, params["norm"], config.rms_norm_eps), config), cache
+    (x, cache), _ = jax.lax.scan(body, (embed(params, tokens, config), cache), xs)
+    return unembed(params, rms_norm(x, params["norm"], config), config), cache
 
 
 def _rows(x: Array, index: Int[Array, "b k"]) -> Array:

@@ -1,5 +1,7 @@
-"""GGUF files of the architectures ``llama``, ``qwen2`` and ``qwen3``: metadata to a configuration, quantised blocks to
-the weights of `model`. Mistral's are of ``llama``, and say nothing of a sliding window: they are read without one.
+"""GGUF files of the architectures ``llama``, ``qwen2``, ``qwen3`` and ``gemma3``.
+
+Their metadata becomes a configuration, their quantised blocks the weights of `model`. Mistral's files are of ``llama``
+and say nothing of a sliding window: they are read without one.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks are dequantised by the `gguf`
 package.
@@ -7,7 +9,7 @@ package.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +22,8 @@ from rora_theory import extras
 from rora_theory.errors import InputError
 from rora_theory.io.files import check_regular
 from rora_theory.llama import rope
-from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, shown
+from rora_theory.llama.config import OTHER_MODELS, LinearRope, Llama3Rope, LlamaConfig, RopeScaling, check_layers, shown
+from rora_theory.llama.families import FAMILIES, Family
 from rora_theory.llama.model import Params
 from rora_theory.llama.weights import assemble, check_finite, check_shapes
 
@@ -32,8 +35,8 @@ except ImportError as error:
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 """Types of a tensor that are read."""
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Values of ``general.architecture`` that are read."""
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+"""Values of ``general.architecture`` that are read, and Hugging Face's ``model_type`` of each."""
 
 _MODULES = {
     "attn_q": "self_attn.q_proj",
@@ -45,9 +48,14 @@ _MODULES = {
     "ffn_down": "mlp.down_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
 }
+_NORMS = {
+    "attn_norm": "before_attention",
+    "post_attention_norm": "after_attention",
+    "ffn_norm": "before_feed_forward",
+    "post_ffw_norm": "after_feed_forward",
+}
+"""GGUF's names of the norms of the residual stream, and the fields of `families.LayerNorms`."""
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -172,26 +180,31 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
         raise InputError(
             f"{where}: {architecture}.rope.scaling.type is {shown(scaling_type)}; accepted are none, linear"
         )
-    theta = _decimal(get(f"{architecture}.rope.freq_base", float, 10000.0))
+    family = FAMILIES[ARCHITECTURES[architecture]]
+    theta = _decimal(get(f"{architecture}.rope.freq_base", float, family.rope_theta))
+    layers = get(f"{architecture}.block_count", int)
+    check_layers(f"{where}: {architecture}.block_count", layers)
+    further = _gemma3_fields(get, where, layers, hidden // heads, head_dim) if architecture == "gemma3" else {}
     ends = dict.fromkeys(end for name in END_TOKENS if (end := get(name, int, None)) is not None)
     parts = {
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": hidden,
         "intermediate_size": get(f"{architecture}.feed_forward_length", int),
-        "num_hidden_layers": get(f"{architecture}.block_count", int),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": get(f"{architecture}.attention.head_count_kv", int, heads),
         "head_dim": head_dim,
         "rms_norm_eps": _decimal(get(f"{architecture}.attention.layer_norm_rms_epsilon", float)),
         "rope_theta": theta,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": architecture != "qwen2" and "blk.0.attn_q.bias" in tensors,
+        "attention_bias": not family.has_qkv_bias and "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "max_position_embeddings": get(f"{architecture}.context_length", int),
         "bos_token_id": get("tokenizer.ggml.bos_token_id", int, None),
         "eos_token_id": tuple(ends) if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": get("tokenizer.ggml.padding_token_id", int, None),
-        "model_type": architecture,
+        "model_type": ARCHITECTURES[architecture],
+        **further,
     }
     unknown = sorted(keys - used)
     if unknown:
@@ -209,6 +222,28 @@ def config_from_gguf(reader: GGUFReader, where: str) -> LlamaConfig:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return config
+
+
+def _gemma3_fields(
+    get: Callable[..., Any], where: str, layers: int, hidden_per_head: int, head_dim: int
+) -> dict[str, Any]:
+    """Read the fields that Gemma 3 has and the other architectures have not.
+
+    Files leave out what is the same in all released models: the period of the layers without window, the rotary base
+    of the others, and the divisor of the scores, which differs in the model of 62 layers alone.
+    """
+    window = get("gemma3.attention.sliding_window", int)
+    period = get("gemma3.attention.sliding_window_pattern", int, 6)
+    if period < 1:
+        raise InputError(f"{where}: gemma3.attention.sliding_window_pattern must be at least 1, got {period}")
+    full = tuple(range(period - 1, layers, period))
+    has_window = len(full) < layers
+    return {
+        "sliding_window": window if has_window else None,
+        "full_attention_layers": full if has_window else (),
+        "query_pre_attn_scalar": hidden_per_head if layers == 62 else head_dim,
+        "rope_local_base_freq": _decimal(get("gemma3.rope.freq_base_swa", float, 10000.0)),
+    }
 
 
 def load_gguf(
@@ -238,7 +273,7 @@ def load_gguf(
     for tensor in reader.tensors:
         if tensor.name == _FREQUENCIES:
             continue
-        name = _hf_name(tensor.name)
+        name = _hf_name(tensor.name, config.family)
         if name is None:
             raise InputError(f"{path}: holds {shown(tensor.name)}, no part of a {config.model_type} model")
         if tensor.tensor_type.name not in QUANTISATIONS:
@@ -270,6 +305,8 @@ def load_gguf(
             rows = order(name)
             for start, raw in _raw(path, found[name]):
                 block = dequantize(raw, GGMLQuantizationType(found[name].tensor_type))
+                if name.endswith("norm.weight"):
+                    block = block - np.float32(config.family.norm_offset)  # files hold the sum
                 # LLaMA's rows of a head are stored as rotary pairs side by side; here a pair lies half a head apart.
                 at = slice(start, start + len(block)) if rows is None else rows[start : start + len(block)]
                 with np.errstate(over="ignore"):  # of float16: infinite here, and refused
@@ -301,17 +338,19 @@ def _raw(path: Path, tensor: ReaderTensor) -> Iterator[tuple[int, np.ndarray]]:
         yield start, np.fromfile(path, stored.dtype, count=count, offset=offset).reshape(shape)
 
 
-def _hf_name(name: str) -> str | None:
-    """Hugging Face's name of a GGUF tensor; None for one that no model here has."""
+def _hf_name(name: str, family: Family) -> str | None:
+    """Return Hugging Face's name of a GGUF tensor; None for one that no model of the family has."""
     if name in _TOP:
         return _TOP[name]
+    norms = {ggml: getattr(family.norms, place) for ggml, place in _NORMS.items()}
     parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in _MODULES or parts[3] not in ("weight", "bias"):
+    module = (_MODULES | norms).get(parts[2]) if len(parts) == 4 else None
+    if module is None or parts[0] != "blk" or parts[3] not in ("weight", "bias"):
         return None
     # An index has one spelling only: a second one (00, or digits of another script) would replace a layer's weights.
     if not re.fullmatch(r"0|[1-9][0-9]{0,8}", parts[1]):
         return None
-    return f"model.layers.{parts[1]}.{_MODULES[parts[2]]}.{parts[3]}"
+    return f"model.layers.{parts[1]}.{module}.{parts[3]}"
 
 
 def _decimal(value: float) -> float:

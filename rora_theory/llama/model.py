@@ -1,16 +1,17 @@
-r"""The LLaMA transformer, and what differs from it in little, as pure functions over a dictionary of arrays.
+r"""The LLaMA transformer and the families close to it, as pure functions over a dictionary of arrays.
 
 A layer maps the residual stream x by :math:`x \leftarrow x + W_o\,\mathrm{attn}(W_q u, W_k u, W_v u)` with
 :math:`u = \mathrm{norm}(x)`, then :math:`x \leftarrow x + W_{down}(\mathrm{silu}(W_{gate} u) \odot W_{up} u)`
-(Touvron et al. 2023). Where the configuration says so, every head's queries and keys are normed, and a query sees the
-last positions alone. Weights keep Hugging Face's orientation [out, in]; the layers are stacked on a leading axis and
-scanned, so that a model compiles in the time of one layer.
+(Touvron et al. 2023). Other families normalise each head's queries and keys or the outputs of attention and of the
+feed-forward network, scale the embeddings, use GELU, or hide all but the last positions from the queries of some
+layers; `families` lists the differences. Weights keep Hugging Face's orientation [out, in]; the layers are stacked on a
+leading axis and scanned, so that a model compiles in the time of one layer.
 
     params = {
         "embed_tokens": [V, d],
         "layers": {
             "input_layernorm": [L, d],
-            "post_attention_layernorm": [L, d],
+            "post_attention_layernorm": [L, d] (and the family's further norms),
             "self_attn.q_norm", "self_attn.k_norm": [L, head_dim] (where the configuration has them),
             "self_attn.q_proj": {"weight": [L, out, in], "bias": [L, out] (where the configuration has it)},
             ...
@@ -48,8 +49,21 @@ PRODUCT, SMALL = "product", "small"
 and always."""
 
 # The last is cuDNN's kernel: a primitive whose results have no names.
-_ATTENTION = ("query", "key", "value", "attention", "log", "attended", "dot_product_attention_fwd_wrapper")
-_FEED_FORWARD = ("gate", "up")
+_ATTENTION = (
+    "query",
+    "key",
+    "value",
+    "attention",
+    "log",
+    "after_attention",
+    "attended",
+    "dot_product_attention_fwd_wrapper",
+)
+_FEED_FORWARD = ("gate", "up", "after_feed_forward")
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 Params: TypeAlias = dict[str, Any]
 Cache: TypeAlias = dict[str, Array]
@@ -119,13 +133,15 @@ def linear(
     return y.astype(x.dtype)
 
 
-def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
-    r""":math:`w \odot x / \sqrt{\overline{x^2} + \epsilon}`: the quotient in float32, in ``x``'s dtype."""
+def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], config: LlamaConfig) -> Float[Array, "*b d"]:
+    r"""Compute :math:`(c + w) \odot x / \sqrt{\overline{x^2} + \epsilon}`, c the family's offset, in ``x``'s dtype."""
     wide = x.astype(jnp.float32)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    # Rounded before the weight multiplies it, as the checkpoints were trained.
-    scaled = scaled.astype(x.dtype)
-    return jnp.broadcast_to(weight, scaled.shape).astype(x.dtype) * scaled
+    scaled = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.rms_norm_eps)
+    weight = jnp.broadcast_to(weight, scaled.shape)
+    # Rounded where the checkpoints' reference rounds: after the product if there is an offset, before it otherwise.
+    if offset := config.family.norm_offset:
+        return (scaled * (offset + weight.astype(jnp.float32))).astype(x.dtype)
+    return weight.astype(x.dtype) * scaled.astype(x.dtype)
 
 
 def forward(
@@ -210,7 +226,7 @@ def hidden_states(
     length = tokens.shape[1]
     if positions is None:  # otherwise a row is not one sequence, and positions are the caller's
         _check_length(length, config)
-    x = embed(params, tokens)
+    x = embed(params, tokens, config)
     mask = None
     if positions is not None and visible is not None:
         mask = visible[:, None]
@@ -220,7 +236,7 @@ def hidden_states(
         mask = causal(length, length)[None, None] & real[:, None, None, :]
     else:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
-    cos, sin = rope.angles(config, positions)
+    angles = rope.layer_angles(config, positions)
 
     def body(x: Array, xs: tuple[Params, Any, Array | None, Array | None]) -> tuple[Array, dict[str, Array]]:
         weights, slices, own_keys, windowed = xs
@@ -238,12 +254,12 @@ def hidden_states(
             wide = within_window(config, wide, positions, positions, k.shape[1], windowed)
             return attend(q, k, v, wide, route=attention)
 
-        return decoder_layer(x, weights, config, cos, sin, apply, attend_all), inputs
+        return decoder_layer(x, weights, config, angles(windowed), apply, attend_all), inputs
 
     keys = None if key is None else _module_keys(key, config.num_hidden_layers)
     xs = (params["layers"], adapter.layers(), keys, windowed_layers(config))
     x, captured = jax.lax.scan(_checkpointed(body, remat), x, xs)
-    hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
+    hidden = rms_norm(x, params["norm"], config)
     return hidden if capture is None else (hidden, captured)
 
 
@@ -268,10 +284,12 @@ def unembed(params: Params, hidden: Float[Array, "*b d"], config: LlamaConfig) -
     return jnp.einsum("...d,vd->...v", hidden.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
 
 
-def embed(params: Params, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-    """Embeddings of tokens; NaN where an id is not in the vocabulary, be it below 0 or too large."""
+def embed(params: Params, tokens: Int[Array, "b s"], config: LlamaConfig) -> Float[Array, "b s d"]:
+    """Return the embeddings of tokens; NaN where an id is not in the vocabulary, be it below 0 or too large."""
     inside = jnp.where(tokens < 0, params["embed_tokens"].shape[0], tokens)  # take counts those below 0 from the end
-    return jnp.take(params["embed_tokens"], inside, axis=0, mode="fill", fill_value=jnp.nan)
+    x = jnp.take(params["embed_tokens"], inside, axis=0, mode="fill", fill_value=jnp.nan)
+    # The factor is rounded to the embeddings' dtype, as the checkpoints were trained.
+    return x * jnp.asarray(math.sqrt(config.hidden_size), x.dtype) if config.family.scales_embeddings else x
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
@@ -323,7 +341,7 @@ def forward_cached(
     real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask != 0
     before = jnp.sum(cache["real"].astype(jnp.int32), axis=1, keepdims=True)
     positions = jnp.maximum(before + jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
-    cos, sin = rope.angles(config, positions)
+    angles = rope.layer_angles(config, positions)
     all_real = jax.lax.dynamic_update_slice_in_dim(cache["real"], real, start, axis=1)
     mask = causal(new, total, start)[None, None] & all_real[:, None, None, :]
     slots_at = None if config.sliding_window is None else slot_positions(all_real)
@@ -352,14 +370,14 @@ def forward_cached(
             wide = within_window(config, wide, positions, slots_at, k.shape[1], windowed)
             return attend(q, k, v, wide, route="blocked")
 
-        x = decoder_layer(x, weights, config, cos, sin, apply, attend_all)
+        x = decoder_layer(x, weights, config, angles(windowed), apply, attend_all)
         return (x, keys, values), None
 
     index = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-    carry = (embed(params, tokens), cache["k"], cache["v"])
+    carry = (embed(params, tokens, config), cache["k"], cache["v"])
     xs = (index, params["layers"], adapter.layers(), windowed_layers(config))
     (x, keys, values), _ = jax.lax.scan(body, carry, xs)
-    hidden = rms_norm(x[:, -1], params["norm"], config.rms_norm_eps)
+    hidden = rms_norm(x[:, -1], params["norm"], config)
     return unembed(params, hidden, config), {"k": keys, "v": values, "real": all_real, "length": start + new}
 
 
@@ -379,7 +397,7 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantiz
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    layers: Params = {"input_layernorm": array(count, width), "post_attention_layernorm": array(count, width)}
+    layers: Params = {name: array(count, width) for name in config.family.norms if name is not None}
     for name in MODULES:
         shape = config.module_shape(name)
         layers[name] = {"weight": array(count, *shape)}
@@ -387,7 +405,7 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantiz
             layers[name]["weight"] = abstract(name, (count, *shape), jnp.dtype(dtype), quantization)
         if config.has_bias(name):
             layers[name]["bias"] = array(count, shape[0])
-    if config.qk_norm:
+    if config.family.has_qk_norm:
         layers |= {name: array(count, config.head_dim) for name in ("self_attn.q_norm", "self_attn.k_norm")}
     params = {"embed_tokens": array(config.vocab_size, width), "layers": layers, "norm": array(width)}
     if not config.tie_word_embeddings:
@@ -403,7 +421,7 @@ def count_parameters(config: LlamaConfig) -> int:
 def init_params(
     key: PRNGKeyArray, config: LlamaConfig, dtype: DTypeLike = jnp.float32, quantization: str = "none"
 ) -> Params:
-    """Random weights for tests and benchmarks: normal with standard deviation 0.02, norms 1, biases 0.
+    """Draw random weights for tests and benchmarks: normal with deviation 0.02, biases 0, norms that scale by 1.
 
     In blocks, weights are uniform with the same deviation; arguments and errors as of `abstract_params`.
     """
@@ -415,7 +433,7 @@ def init_params(
             return random(key, leaf, 0.02)
         name = path[-1].key
         if name.endswith("norm"):
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return jnp.full(leaf.shape, 1 - config.family.norm_offset, leaf.dtype)
         if name == "bias":
             return jnp.zeros(leaf.shape, leaf.dtype)
         return (0.02 * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype)
@@ -427,39 +445,53 @@ def decoder_layer(
     x: Array,
     weights: Params,
     config: LlamaConfig,
-    cos: Array,
-    sin: Array,
+    angles: rope.Angles,
     apply: Callable[[str, Array], Array],
     attend_all: Callable[[Array, Array, Array], Array],
 ) -> Array:
-    """One layer of the residual stream, the one place that has its mathematics.
+    """Compute one layer of the residual stream, the one place that has its mathematics.
 
     Args:
-      x: [b, s, d].
-      weights: the layer's own.
-      config: the model's.
-      cos, sin: of `rope.angles`.
+      x: Residual stream [b, s, d].
+      weights: Weights of the layer.
+      config: Configuration of the model.
+      angles: Angles of the layer, from `rope.layer_angles`.
       apply: ``apply(name, u)`` is a module, adapted or not.
       attend_all: ``attend_all(q, k, v)`` is attention over all that the queries may see.
     """
     batch, length, _ = x.shape
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    u = rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
+    family, norms = config.family, config.family.norms
+
+    def normed_output(output: Array, norm: str | None, name: str) -> Array:
+        # The backward pass of a norm needs its input, which would otherwise cost a matrix product again.
+        return output if norm is None else rms_norm(checkpoint_name(output, name), weights[norm], config)
+
+    # Queries, keys and values of every head.
+    u = rms_norm(x, weights[norms.before_attention], config)
     q = apply("self_attn.q_proj", u).reshape(batch, length, heads, config.head_dim)
     k = apply("self_attn.k_proj", u).reshape(batch, length, kv_heads, config.head_dim)
     v = apply("self_attn.v_proj", u).reshape(batch, length, kv_heads, config.head_dim)
-    if config.qk_norm:
-        q = rms_norm(q, weights["self_attn.q_norm"], config.rms_norm_eps)
-        k = rms_norm(k, weights["self_attn.k_norm"], config.rms_norm_eps)
-    q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+    if family.has_qk_norm:
+        q = rms_norm(q, weights["self_attn.q_norm"], config)
+        k = rms_norm(k, weights["self_attn.k_norm"], config)
+    q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
+    # Attention divides scores by sqrt(head_dim); another divisor is applied to the queries.
+    if config.query_pre_attn_scalar not in (None, config.head_dim):
+        q = q * math.sqrt(config.head_dim / config.query_pre_attn_scalar)
     q, k, v = (checkpoint_name(a, name) for a, name in ((q, "query"), (k, "key"), (v, "value")))
+
+    # Attention, added to the residual stream.
     mixed = attend_all(q, k, v).reshape(batch, length, heads * config.head_dim)
-    x = checkpoint_name(x + apply("self_attn.o_proj", mixed), "attended")
-    u = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
+    output = apply("self_attn.o_proj", mixed)
+    x = checkpoint_name(x + normed_output(output, norms.after_attention, "after_attention"), "attended")
+
+    # Gated feed-forward network, added to the residual stream.
+    u = rms_norm(x, weights[norms.before_feed_forward], config)
     gate = checkpoint_name(apply("mlp.gate_proj", u), "gate")
     up = checkpoint_name(apply("mlp.up_proj", u), "up")
-    gated = jax.nn.silu(gate) * up
-    return x + apply("mlp.down_proj", gated)
+    output = apply("mlp.down_proj", _ACTIVATIONS[family.activation](gate) * up)
+    return x + normed_output(output, norms.after_feed_forward, "after_feed_forward")
 
 
 def _checkpointed(body: Callable, remat: bool | str) -> Callable:
@@ -498,8 +530,9 @@ def with_prefix(
 
 
 def windowed_layers(config: LlamaConfig) -> Bool[Array, " layers"] | None:
-    """Which layers have the sliding window, where some have and some not; None where all are alike."""
-    return jnp.arange(config.num_hidden_layers) >= config.max_window_layers if config.max_window_layers else None
+    """Return which layers have the sliding window if some have and some have not; None if all are alike."""
+    full = config.full_attention_layers
+    return jnp.array([layer not in full for layer in range(config.num_hidden_layers)]) if full else None
 
 
 def slot_positions(real: Bool[Array, "b n"]) -> Int[Array, "b n"]:

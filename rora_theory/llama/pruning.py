@@ -107,7 +107,7 @@ class Kept(NamedTuple):
 def batch_statistics(params: Params, tokens: Int[Array, "b s"], config: LlamaConfig) -> Statistics:
     """Sums over the tokens of a batch of whole sequences; those of several batches add up."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    cos, sin = rope.angles(config, positions)
+    angles = rope.layer_angles(config, positions)
 
     def squares(u: Array) -> Array:
         return jnp.sum(jnp.square(u.astype(jnp.float32)), axis=(0, 1))
@@ -123,13 +123,13 @@ def batch_statistics(params: Params, tokens: Int[Array, "b s"], config: LlamaCon
         def attend_all(q: Array, k: Array, v: Array) -> Array:
             return attend(q, k, v, within_window(config, None, positions, positions, k.shape[1], windowed))
 
-        y = decoder_layer(x, weights, config, cos, sin, apply, attend_all)
+        y = decoder_layer(x, weights, config, angles(windowed), apply, attend_all)
         before, after = x.astype(jnp.float32), y.astype(jnp.float32)
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
         cosine = jnp.sum(before * after, axis=-1) / jnp.maximum(norms, TINY)
         return y, (squares(seen["self_attn.o_proj"]), squares(seen["mlp.down_proj"]), jnp.sum(1.0 - cosine))
 
-    _, sums = jax.lax.scan(body, embed(params, tokens), (params["layers"], windowed_layers(config)))
+    _, sums = jax.lax.scan(body, embed(params, tokens, config), (params["layers"], windowed_layers(config)))
     return Statistics(*sums, jnp.int32(tokens.size))
 
 
@@ -208,18 +208,18 @@ def choose_parts(scores: Scores, shape: Shape) -> Kept:
     return Kept(layers, heads, features)
 
 
-def pruned_config(config: LlamaConfig, shape: Shape, full: int = 0) -> LlamaConfig:
-    """The configuration of a model of this shape, of whose layers ``full`` have no sliding window where others have."""
+def pruned_config(config: LlamaConfig, shape: Shape, full: tuple[int, ...] = ()) -> LlamaConfig:
+    """Return the configuration of a model of this shape whose layers ``full`` have no sliding window."""
     shared = config.num_attention_heads // config.num_key_value_heads
-    window = config.sliding_window if full < shape.layers else None
+    has_window = len(full) < shape.layers
     return replace(
         config,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.kv_heads * shared,
         num_key_value_heads=shape.kv_heads,
         intermediate_size=shape.width,
-        sliding_window=window,
-        max_window_layers=0 if window is None else full,
+        sliding_window=config.sliding_window if has_window else None,
+        full_attention_layers=full if has_window else (),
     )
 
 
@@ -254,7 +254,7 @@ def prune(params: Params, config: LlamaConfig, kept: Kept) -> tuple[Params, Llam
                 own = jnp.take_along_axis(own, jnp.asarray(index), axis=axis)
             layers[name][kind] = own
     shape = Shape(len(kept.layers), kept.heads.shape[1], kept.features.shape[1])
-    full = int(np.sum(kept.layers < config.max_window_layers))
+    full = tuple(np.flatnonzero(np.isin(kept.layers, config.full_attention_layers)).tolist())
     return {**params, "layers": layers}, pruned_config(config, shape, full)
 
 

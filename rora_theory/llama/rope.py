@@ -1,23 +1,34 @@
 r"""Rotary position embedding: pairs :math:`(x_i, x_{i+h/2})` of a head turn by position times frequency."""
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rora_theory.llama.config import LinearRope, LlamaConfig, RopeScaling
 
 
-def frequencies(config: LlamaConfig) -> np.ndarray:
-    r"""Frequencies :math:`\omega_i = \theta^{-2i/h}`, scaled as the configuration says.
+def frequencies(config: LlamaConfig, *, windowed: bool = False) -> np.ndarray:
+    r"""Compute the frequencies :math:`\omega_i = \theta^{-2i/h}`, scaled as the configuration says.
 
-    Returns [head_dim / 2] float32. Computed in float32 as the checkpoints' reference does: a frequency
-    rounded otherwise turns the angle at position 8192 by more than the logits' tolerance.
+    They are computed in float32 as the checkpoints' reference does: a frequency rounded otherwise turns the angle at
+    position 8192 by more than the logits' tolerance.
+
+    Args:
+      config: Configuration of the model.
+      windowed: Whether the layer has a sliding window, and so the base of its own that some configurations have.
+
+    Returns:
+      Frequencies [head_dim / 2] in float32.
     """
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if windowed and config.rope_local_base_freq is not None:
+        theta, scaling = config.rope_local_base_freq, None
     half = np.arange(0, config.head_dim, 2).astype(np.float32) / np.float32(config.head_dim)
-    plain = np.float32(1) / np.power(np.float32(config.rope_theta), half)
-    return plain if config.rope_scaling is None else plain / scaling_divisor(config.rope_scaling, plain)
+    plain = np.float32(1) / np.power(np.float32(theta), half)
+    return plain if scaling is None else plain / scaling_divisor(scaling, plain)
 
 
 def scaling_divisor(scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
@@ -32,10 +43,34 @@ def scaling_divisor(scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
     return np.float32(1) / ((np.float32(1) - keep) / factor + keep)
 
 
-def angles(config: LlamaConfig, positions: Int[Array, "b s"]) -> tuple[Float[Array, "b s h"], Float[Array, "b s h"]]:
-    """Cosine and sine of position times frequency: two [b, s, head_dim / 2] float32."""
-    angle = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies(config))[None, None, :]
+Angles = tuple[Float[Array, "b s h"], Float[Array, "b s h"]]
+"""Cosine and sine of position times frequency, float32."""
+
+
+def angles(config: LlamaConfig, positions: Int[Array, "b s"], *, windowed: bool = False) -> Angles:
+    """Compute cosine and sine of position times frequency; arguments as for `frequencies`."""
+    angle = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies(config, windowed=windowed))[None, None]
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def layer_angles(config: LlamaConfig, positions: Int[Array, "b s"]) -> Callable[[Bool[Array, ""] | None], Angles]:
+    """Compute the angles of all layers at once, outside a scan over the layers.
+
+    Returns:
+      A function that selects one layer's angles. Its argument is the layer's entry of `model.windowed_layers`: whether
+      the layer has a sliding window, or None if all layers are alike.
+    """
+    full = angles(config, positions)
+    if config.sliding_window is None or config.rope_local_base_freq is None:
+        return lambda _: full
+    local = angles(config, positions, windowed=True)
+
+    def select(windowed: Bool[Array, ""] | None) -> Angles:
+        if windowed is None:
+            return local
+        return jnp.where(windowed, local[0], full[0]), jnp.where(windowed, local[1], full[1])
+
+    return select
 
 
 def rotate(

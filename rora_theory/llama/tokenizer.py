@@ -203,6 +203,9 @@ class Tokenizer:
         try:
             if not len(tokens) == len(kinds) == len(scores) > 0:
                 raise InputError(f"{len(tokens)} tokens, {len(kinds)} types, {len(scores)} scores; accepted is as many")
+            unknown = read("unknown_token_id", int)
+            if vocabulary.UNKNOWN not in kinds and unknown is not None and 0 <= unknown < len(kinds):
+                kinds[unknown] = vocabulary.UNKNOWN  # Gemma's files have it as a control piece
             pieces = tuple(map(vocabulary.Piece, tokens, scores, kinds))
             if kind == "llama":
                 backend = vocabulary.sentencepiece_tokenizer(
@@ -225,7 +228,7 @@ class Tokenizer:
                 ("bos", read("bos_token_id", int, 1 if kind == "llama" else None)),
                 ("eos", read("eos_token_id", int, 2 if kind == "llama" else None)),
                 ("pad", read("padding_token_id", int)),
-                ("unk", read("unknown_token_id", int)),
+                ("unk", unknown),
             )
         }
         ends = [read_value(reader, where, name, int, None) for name in END_TOKENS[1:]]

@@ -3,7 +3,7 @@ file.
 
 Two families cover the checkpoints of the architectures that are read:
 
-* *sentencepiece* (LLaMA 1 and 2): a space is written ``▁``, one more is put before the text, and characters
+* *sentencepiece* (LLaMA 1 and 2, Gemma): a space is written ``▁``, one more is put before the text, and characters
   that are not in the vocabulary become their UTF-8 bytes. Sentencepiece joins the neighbours whose union has
   the best score; as a list of merges that is every way to cut a piece in two, best score first.
 * *byte-level* (LLaMA 3, SmolLM2, Qwen): the text is cut by a regular expression, the pieces are spelled in 256
@@ -100,12 +100,14 @@ def sentencepiece_tokenizer(model: SentencePiece) -> Tokenizer:
             normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
-    steps += [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    prefix = [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, *prefix, normalizers.Replace(" ", SPACE)])
     undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     undo += [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(undo)
-    _add_whole_tokens(tokenizer, model.pieces)
+    # A literal U+2581 counts as a space in a user-defined run of spaces: such pieces are found in the normalised text.
+    # Steps other than the replacement would change the pieces themselves.
+    _add_whole_tokens(tokenizer, model.pieces, normalized=not (steps or model.add_dummy_prefix))
     return tokenizer
 
 
@@ -221,11 +223,16 @@ def _numbered(texts: Sequence[str]) -> dict[str, int]:
     return vocab
 
 
-def _add_whole_tokens(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> None:
-    """Control and user-defined pieces are found in the text before it is cut; control pieces are not
-    decoded."""
+def _add_whole_tokens(tokenizer: Tokenizer, pieces: Iterable[Piece], *, normalized: bool = False) -> None:
+    """Make control and user-defined pieces be found in the text before it is cut, and control pieces not be decoded.
+
+    Args:
+      tokenizer: Tokenizer to change.
+      pieces: Vocabulary.
+      normalized: Whether user-defined pieces are found in the normalised text rather than in the text itself.
+    """
     whole = [
-        AddedToken(piece.text, normalized=False, special=piece.kind != USER_DEFINED)
+        AddedToken(piece.text, normalized=normalized and piece.kind == USER_DEFINED, special=piece.kind != USER_DEFINED)
         for piece in pieces
         if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]

@@ -30,6 +30,7 @@ SMALL = FinetuneConfig(rank=4, batch_size=4, dropout=0.0)
         ("mistral-7b", 7_241_732_096),
         ("qwen2.5-7b", 7_615_616_512),
         ("qwen3-8b", 8_190_735_360),
+        ("gemma3-270m", 268_098_176),
         ("smollm2-135m", 134_515_008),
     ],
 )

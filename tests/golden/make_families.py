@@ -39,12 +39,46 @@ VARIANTS: dict[str, dict] = {
         **WINDOW,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     },
+    # Two periods of one windowed and one full layer, as from the pattern; heads wider than hidden_size / heads.
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 20,
+        "hidden_act": "gelu_pytorch_tanh",
+        "pad_token_id": None,  # its embedding would get no gradient in torch
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "tie_word_embeddings": True,
+        "sliding_window": 5,
+        "sliding_window_pattern": 2,
+    },
+    "gemma3_padded": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "hidden_act": "gelu_pytorch_tanh",
+        "pad_token_id": None,  # its embedding would get no gradient in torch
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+        "tie_word_embeddings": False,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
 }
 BATCH, LENGTH, LAST = 2, 24, 4
 RANK, ALPHA, PREFIX = 4, 8.0, 3
-ADAPTED = ("mistral", "qwen2", "qwen3_window_padded")  # no biases, some, and one on every module but the feed-forward's
-GENERATED = ("mistral", "qwen2_window", "qwen3_window_padded")
-PREFIXED = ("mistral", "qwen2_window")
+# With LoRA: no biases; some; one on every module but the feed-forward's; norms of the outputs of modules.
+ADAPTED = ("mistral", "qwen2", "qwen3_window_padded", "gemma3")
+GENERATED = ("mistral", "qwen2_window", "qwen3_window_padded", "gemma3")
+PREFIXED = ("mistral", "qwen2_window", "gemma3")
 NEW_TOKENS = 10
 BEAMS = 3
 

@@ -3,11 +3,13 @@ digests).
 
     python tests/golden/make_tokens.py --data COMMONSENSE --smollm2 FILE.gguf [--llama2 FILE.gguf --llama3
     FILE.gguf]
+    python tests/golden/make_tokens.py --data COMMONSENSE --gemma3 FILE.gguf
 
 Needs transformers, sentencepiece, protobuf and llama-cpp-python. The ids are the reference's own:
 sentencepiece for LLaMA 2, transformers on the checkpoint's `tokenizer.json` for LLaMA 3 and SmolLM2. Each is
 asserted equal to llama.cpp, which has its own code for all of them; so a golden file is written only where
-independent routes agree.
+independent routes agree. Gemma 3's ids are sentencepiece's, asserted equal to transformers' reading of the GGUF file;
+`--gemma3` adds them to the digests that are there, and needs no llama-cpp-python.
 
 transformers is asked for `PreTrainedTokenizerFast`, which keeps a `tokenizer.json` as it is. Its
 `GPT2Tokenizer` (the class named by SmolLM2's configuration) and its reading of GGUF files cut text with
@@ -24,12 +26,11 @@ import tempfile
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 LLAMA3 = (
@@ -92,6 +93,8 @@ def digest(ids: list[list[int]]) -> str:
 
 
 def llama_cpp_ids(path: Path, texts: list[str]) -> list[list[int]]:
+    import llama_cpp
+
     model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     ids = [model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
     model.close()
@@ -107,8 +110,8 @@ def byte_level(vocab: dict[str, int], merges: list, special: list[str], pre: str
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
-    """LLaMA 2's `tokenizer.model` from its pieces."""
+def sentencepiece_model(pieces: list[tuple[str, float, int]], *, add_dummy_prefix: bool = True) -> bytes:
+    """The `tokenizer.model` of LLaMA 2 or Gemma 3 from its pieces."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -117,6 +120,7 @@ def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
     proto.trainer_spec.model_type = 2
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = add_dummy_prefix
     proto.normalizer_spec.remove_extra_whitespaces = False
     return proto.SerializeToString()
 
@@ -259,12 +263,35 @@ def real(path: Path, name: str, texts: dict[str, list[str]]) -> dict[str, str]:
     return digests
 
 
+def gemma3(path: Path, texts: dict[str, list[str]]) -> dict[str, str]:
+    """Digests of the ids of Gemma 3's vocabulary, on which sentencepiece and transformers agree."""
+    fields = gguf.GGUFReader(path).fields
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "scores", "token_type"))
+    kinds[fields["tokenizer.ggml.unknown_token_id"].contents()] = 2  # the file has it as a control piece
+    # llama.cpp's converter writes the spaces of user-defined pieces plainly.
+    pieces = [token.replace(" ", "▁") if kind == 4 else token for token, kind in zip(tokens, kinds, strict=True)]
+    model = sentencepiece_model(list(zip(pieces, scores, kinds, strict=True)), add_dummy_prefix=False)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    peer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    digests = {}
+    for file, lines in texts.items():
+        ids = reference.encode(lines)
+        assert ids == peer(lines, add_special_tokens=False).input_ids, file
+        digests[file] = digest(ids)
+    return digests
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path)
-    for name in ("smollm2", "llama2", "llama3"):
+    for name in ("smollm2", "llama2", "llama3", "gemma3"):
         parser.add_argument(f"--{name}", type=Path)
     args = parser.parse_args()
+    if args.gemma3 is not None:
+        digests = json.loads((HERE / "tokens.json").read_text())
+        digests["gemma3"] = gemma3(args.gemma3, corpus(args.data))
+        (HERE / "tokens.json").write_text(json.dumps(digests, indent=1) + "\n")
+        return
     text = (HERE.parents[1] / "LICENSE").read_text() * 2 + "\n".join(TEXTS)
     with tempfile.TemporaryDirectory() as work:
         tiny = {

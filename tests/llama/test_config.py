@@ -177,11 +177,16 @@ CHANGED = {
     "pad_token_id": 7,
     "model_type": "mistral",
     "sliding_window": 8,
-    "max_window_layers": 1,
+    "full_attention_layers": (0,),
+    "query_pre_attn_scalar": 4,
+    "rope_local_base_freq": 50.0,
 }
+GEMMA = {"model_type": "gemma3_text", "query_pre_attn_scalar": 8, "rope_local_base_freq": 10.0}
 BESIDE = {
     "sliding_window": {"model_type": "mistral"},
-    "max_window_layers": {"model_type": "qwen2", "sliding_window": 8},
+    "full_attention_layers": {"model_type": "qwen2", "sliding_window": 8},
+    "query_pre_attn_scalar": GEMMA,
+    "rope_local_base_freq": GEMMA,
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -189,26 +194,31 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 @pytest.mark.parametrize(
     ("change", "window", "full"),
     [
-        ({"model_type": "mistral"}, 4096, 0),
-        ({"model_type": "mistral", "sliding_window": None}, None, 0),
-        ({"model_type": "mistral", "sliding_window": 8, "layer_types": [SLIDING] * 2}, 8, 0),
-        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1}, None, 0),
-        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1, "use_sliding_window": True}, 8, 1),
-        ({"model_type": "qwen3", "sliding_window": 8, "max_window_layers": 2, "use_sliding_window": True}, None, 0),
-        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True}, None, 0),  # from layer 28 on
-        ({"model_type": "qwen2", "sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, None, 0),
+        ({"model_type": "mistral"}, 4096, ()),
+        ({"model_type": "mistral", "sliding_window": None}, None, ()),
+        ({"model_type": "mistral", "sliding_window": 8, "layer_types": [SLIDING] * 2}, 8, ()),
+        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1}, None, ()),
+        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1, "use_sliding_window": True}, 8, (0,)),
+        ({"model_type": "qwen3", "sliding_window": 8, "max_window_layers": 2, "use_sliding_window": True}, None, ()),
+        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True}, None, ()),  # from layer 28 on
+        ({"model_type": "qwen2", "sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, None, ()),
         (
             {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "layer_types": [FULL, SLIDING]},
             8,
-            1,
+            (0,),
         ),
-        ({"model_type": "qwen3", "sliding_window": None, "layer_types": [FULL, FULL]}, None, 0),
-        ({"max_window_layers": 28, "use_sliding_window": False}, None, 0),
+        ({"model_type": "qwen3", "sliding_window": None, "layer_types": [FULL, FULL]}, None, ()),
+        ({"max_window_layers": 28, "use_sliding_window": False}, None, ()),
+        ({"model_type": "gemma3_text"}, 4096, ()),  # the sixth layer and every sixth after it have no window
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 2}, 4096, (1,)),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 1}, None, ()),
+        ({"model_type": "gemma3_text", "sliding_window": 8, "layer_types": [FULL, SLIDING]}, 8, (0,)),
+        ({"model_type": "gemma3_text", "sliding_window": None}, None, ()),
     ],
 )
 def test_where_there_is_a_sliding_window(change, window, full):
     config = LlamaConfig.from_hf(SMALL | {"num_key_value_heads": 2} | change)
-    assert (config.sliding_window, config.max_window_layers) == (window, full)
+    assert (config.sliding_window, config.full_attention_layers) == (window, full)
     assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
@@ -225,7 +235,26 @@ def test_silence_means_what_it_does_in_hugging_faces_classes():
         for name, config in (("mistral", mistral), ("qwen2", qwen2), ("qwen3", qwen3))
     }
     assert biased == {"mistral": [], "qwen2": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "qwen3": []}
-    assert [config.qk_norm for config in (mistral, qwen2, qwen3)] == [False, False, True]
+    assert [config.family.has_qk_norm for config in (mistral, qwen2, qwen3)] == [False, False, True]
+    gemma = LlamaConfig.from_hf(least | {"model_type": "gemma3_text", "num_hidden_layers": 12})
+    assert (gemma.num_key_value_heads, gemma.head_dim, gemma.query_pre_attn_scalar) == (4, 256, 256)
+    assert (gemma.sliding_window, gemma.full_attention_layers) == (4096, (5, 11))
+    assert (gemma.rope_theta, gemma.rope_local_base_freq, gemma.tie_word_embeddings) == (1e6, 1e4, True)
+    assert (gemma.bos_token_id, gemma.eos_token_id, gemma.pad_token_id) == (2, 1, 0)
+
+
+def test_both_rotary_bases_are_read_from_either_spelling():
+    """Gemma 3's configurations name both bases and a scaling flat, newer ones by the kind of layer."""
+    flat = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    grouped = {
+        "rope_parameters": {
+            FULL: {"rope_theta": 5e5, "rope_type": "linear", "factor": 8.0},
+            SLIDING: {"rope_theta": 2e4, "rope_type": "default"},
+        }
+    }
+    old, new = (LlamaConfig.from_hf(SMALL | {"model_type": "gemma3_text"} | keys) for keys in (flat, grouped))
+    assert old == new
+    assert (old.rope_theta, old.rope_local_base_freq, old.rope_scaling) == (5e5, 2e4, LinearRope(8.0))
 
 
 QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 8, "use_sliding_window": True}
@@ -247,6 +276,25 @@ QWEN_WINDOW = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window"
         ({**QWEN_WINDOW, "layer_types": [FULL, SLIDING, SLIDING]}, "layer_types"),
         ({**QWEN_WINDOW, "layer_types": [FULL, "chunked_attention"]}, "layer_types"),
         ({**QWEN_WINDOW, "max_window_layers": -1}, "max_window_layers is -1"),
+        ({"model_type": "gemma3_text", "layer_types": [FULL]}, "layer_types"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({"model_type": "gemma3_text", "sliding_window": None, "layer_types": [FULL, SLIDING]}, "layer_types"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ({"model_type": "gemma3_text", "hidden_act": "silu"}, "hidden_act is 'silu'"),
+        ({"model_type": "gemma3_text", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ({"model_type": "gemma3_text", "rope_local_base_freq": -1.0}, "rope_local_base_freq is -1.0"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e6}}, "rope_parameters"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 2.0}}},
+            "sliding_attention",
+        ),
+        ({"query_pre_attn_scalar": 8}, "query_pre_attn_scalar is 8"),
+        ({"rope_local_base_freq": 1e4}, "rope_local_base_freq is 10000.0"),
+        ({"sliding_window_pattern": 6}, "sliding_window_pattern is 6"),
+        ({"full_attention_layers": [0]}, "full_attention_layers"),
         ({**QWEN_WINDOW, "use_sliding_window": 1}, "use_sliding_window is 1"),
         ({"model_type": "qwen2", "use_mrope": True}, "use_mrope"),
         ({"hidden_act": "gelu"}, "hidden_act"),

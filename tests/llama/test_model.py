@@ -148,12 +148,23 @@ CHANGES = {
     "max_position_embeddings": 10,
     "model_type": "qwen2",
     "sliding_window": 4,
-    "max_window_layers": 1,
+    "full_attention_layers": (0,),
+    "query_pre_attn_scalar": 2,
+    "rope_local_base_freq": 100.0,
+}
+GEMMA = {
+    "model_type": "gemma3_text",
+    "query_pre_attn_scalar": 8,
+    "rope_local_base_freq": 10000.0,
+    "sliding_window": 4,
+    "full_attention_layers": (1,),
 }
 # What a field needs beside it to be there.
 BESIDE = {
     "sliding_window": {"model_type": "mistral"},
-    "max_window_layers": {"model_type": "qwen3", "sliding_window": 4},
+    "full_attention_layers": {"model_type": "qwen3", "sliding_window": 4},
+    "query_pre_attn_scalar": GEMMA,
+    "rope_local_base_freq": GEMMA,
 }
 # They reach tokenization and generation, not the logits; that each is carried there is tested in test_config.
 TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -295,12 +306,13 @@ def test_rotary_angles_are_products_in_float32(tiny):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_rms_norm_rounds_before_the_weight_in_bfloat16(compiled):
+def test_rms_norm_rounds_before_the_weight_in_bfloat16(compiled, tiny):
+    config = dataclasses.replace(tiny, rms_norm_eps=1e-5)
     random = np.random.default_rng(0)
     x = random.normal(size=(64, 32)).astype(jnp.bfloat16)
     weight = random.uniform(0.5, 1.5, 32).astype(jnp.bfloat16)
     norm = jax.jit(rms_norm, static_argnums=2) if compiled else rms_norm
-    found = np.asarray(norm(jnp.asarray(x), jnp.asarray(weight), 1e-5))
+    found = np.asarray(norm(jnp.asarray(x), jnp.asarray(weight), config))
     wide, scale = x.astype(np.float64), weight.astype(np.float64)
     scaled = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)
     early = (scaled.astype(jnp.bfloat16).astype(np.float64) * scale).astype(jnp.bfloat16)

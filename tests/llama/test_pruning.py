@@ -117,7 +117,7 @@ def test_the_best_are_kept_in_order() -> None:
     assert kept.features.tolist() == [[3, 4, 5], [0, 1, 2]]
 
 
-QWEN = LlamaConfig(50, 24, 40, 4, 6, 3, 4, model_type="qwen3", sliding_window=3, max_window_layers=2)
+QWEN = LlamaConfig(50, 24, 40, 4, 6, 3, 4, model_type="qwen3", sliding_window=3, full_attention_layers=(0, 1))
 
 
 @pytest.mark.slow
@@ -128,11 +128,11 @@ def test_norms_of_heads_and_windows_of_layers_stay_with_their_layers(tokens) -> 
     params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(4), a.shape), params)
     kept = Kept(np.array([0, 2]), np.tile(np.arange(3), (2, 1)), np.tile(np.arange(40), (2, 1)))
     pruned, config = pruning.prune(params, QWEN, kept)
-    assert config == dataclasses.replace(QWEN, num_hidden_layers=2, max_window_layers=1)
+    assert config == dataclasses.replace(QWEN, num_hidden_layers=2, full_attention_layers=(0,))
     jax.tree.map(np.testing.assert_array_equal, pruned["layers"], jax.tree.map(lambda a: a[::2], params["layers"]))
     assert pruning.prune(params, QWEN, kept._replace(layers=np.array([0, 1])))[1].sliding_window is None
     # The stream after all layers is not that of the same weights without a window: statistics see it.
-    without = dataclasses.replace(QWEN, sliding_window=None, max_window_layers=0)
+    without = dataclasses.replace(QWEN, sliding_window=None, full_attention_layers=())
     found, other = (pruning.batch_statistics(params, tokens, config).attended for config in (QWEN, without))
     _, seen = forward(params, tokens, QWEN, capture=("self_attn.o_proj",))
     np.testing.assert_allclose(found, np.square(seen["self_attn.o_proj"]).sum(axis=(1, 2)), rtol=1e-5)

