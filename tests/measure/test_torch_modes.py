@@ -12,7 +12,8 @@ transformers = pytest.importorskip("transformers", reason="the bridge: the extra
 
 from support import torch_models  # noqa: E402
 
-from rora_theory.measure.torch import coordinate_check, hooks, regime  # noqa: E402
+from rora_theory.measure.torch import batches, coordinate_check, hooks, regime  # noqa: E402
+from rora_theory.measure.torch import regimes as torch_regimes  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 SMALL = RegimeConfig(ranks=(1, 4), rules=("lora",), inits=("gaussian",), optimizers=("sgd",), rows=0, tokens=9)
@@ -203,3 +204,19 @@ def test_progress_states_the_cost(capsys) -> None:
         assert ("(8 training steps)" in checked and "8/8" in checked) == shown
         if not shown:
             assert measured == checked == ""
+
+
+def test_the_estimated_cost_is_proportional_to_the_weights(monkeypatch) -> None:
+    monkeypatch.setattr(torch_regimes.progress_bars, "seconds_of", lambda _: 2.0)
+    weights = torch_regimes.CALIBRATION**2
+    for modules in (1, 3, 40):
+        assert f"about {2 * modules} s on the host" in torch_regimes._cost(SMALL, modules * weights)
+
+
+def test_a_record_without_a_target_has_no_token_that_counts() -> None:
+    ids = np.arange(12).reshape(2, 6)
+    labels = np.full((2, 6), batches.IGNORED)
+    labels[1, 3] = 1
+    real = batches._real(torch_models.model(), ids, {"labels": labels})
+    # A token counts if a later one is a target: it is read to predict that one.
+    assert real.sum(axis=1).tolist() == [0, 3]
