@@ -105,7 +105,7 @@ def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:
         assert (found.method, found.cutoff, found.epochs, found.remat) == (method, 99, 2, "mlp")
         assert (found.lr, found.seed, found.dtype) == (1e-3, 7, "bfloat16")
     assert make(method="rora", rank=8).rank == 8
-    with pytest.raises(InputError, match="rank is 0"):
+    with pytest.raises(InputError, match=r"rank .*\b0\b"):
         make(method="lora", rank=0)
 
 
