@@ -131,29 +131,29 @@ def _concatenate(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(with_rows) if with_rows else pd.DataFrame()
 
 
-def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law: bool) -> str:
+def horizon_in_words(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, law: bool) -> str:
     """Return a sentence on whether the runs support the law, or on what is missing.
 
     Args:
       runs: Number of runs.
       best: `horizon_curves.bests` of every step.
-      found: `horizon_law.horizon_exponents` of every step.
+      exponents: `horizon_law.horizon_exponents` of every step.
       law: Whether takeover distances are known.
     """
     if best.empty:
         return f"No rank and strength has three rates yet; {runs} runs are there."
     if not law:
         return f"{runs} runs tell {len(best)} best rates; --regime gives the law beside their exponents."
-    if found.empty:
+    if exponents.empty:
         return f"{runs} runs are there; no two of their best rates can be compared yet."
-    count = found["verdict"].value_counts().to_dict()
+    count = exponents["verdict"].value_counts().to_dict()
     words = [f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count]
     return f"The law against {runs} runs: {', '.join(words)}."
 
 
-def against_in_words(found: pd.DataFrame) -> pd.DataFrame:
+def against_in_words(exponents: pd.DataFrame) -> pd.DataFrame:
     """Add a column ``against`` to `horizon_law.horizon_exponents` that describes what the rate is compared against."""
-    return found.assign(against=found["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
+    return exponents.assign(against=exponents["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
 
 
 def size_in_words(frame: pd.DataFrame) -> pd.DataFrame:

@@ -170,8 +170,8 @@ class _MeasuredCurves:
             for step in {reading.step for reading in run.read.readings}:
                 if run.rank and run.strength:
                     self._runs.setdefault(Condition(run.rank, run.strength, step), []).append(run)
-        found = {condition: self._curve(condition, own) for condition, own in self._runs.items()}
-        self.curves = {condition: curve for condition, curve in found.items() if curve is not None}
+        curves = {condition: self._curve(condition, group) for condition, group in self._runs.items()}
+        self.curves = {condition: curve for condition, curve in curves.items() if curve is not None}
         self._covering: dict[tuple[Condition, frozenset[int]], Curve | None] = {}
 
     def _curve(self, condition: Condition, runs: Sequence[HorizonRun]) -> Curve | None:
