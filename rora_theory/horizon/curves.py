@@ -24,7 +24,7 @@ def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, d
     three or more rates reach the step.
 
     Args:
-      runs: Runs of the grid, see `horizon_runs.distinct`.
+      runs: Runs of the grid, see `runs.distinct`.
       tokens: Number of tokens of each held-out record.
       step: Number of steps.
       draws: Number of bootstrap samples of the records.
@@ -108,7 +108,7 @@ def beside(curves: Sequence[Curve], step: int, others: Mapping[str, Sequence[Cur
     Args:
       curves: `curves_at` the step.
       step: Number of steps.
-      others: `curves_at` the step of other runs, by the settings in which they differ, see `horizon_runs.read_beside`.
+      others: `curves_at` the step of other runs, by the settings in which they differ, see `runs.read_beside`.
 
     Returns:
       A row for each pair that has curves with a common seed: ``step``, ``rank``, ``strength`` and ``beside``, the
@@ -164,7 +164,7 @@ def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) ->
     In contrast, `beside` compares curves at their own best rates.
 
     Args:
-      runs: Runs of the grid, see `horizon_runs.distinct`.
+      runs: Runs of the grid, see `runs.distinct`.
       tokens: Number of tokens of each held-out record.
       step: Number of steps.
 

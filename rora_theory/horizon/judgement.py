@@ -25,16 +25,16 @@ class HorizonJudgement:
     """Analysis of runs as frames, which are empty if the runs do not suffice.
 
     Attributes:
-      best: Best rates at every step, `horizon_curves.bests`.
-      beside: Comparisons of curves at their best rates, `horizon_curves.beside`.
-      one_rate: Comparisons at the same rate, `horizon_curves.at_one_rate`.
-      exponents: Exponents of the best rates in strength and rank, `horizon_law.horizon_exponents`.
-      steps: Exponents of the best rates in the number of steps, `horizon_law.step_exponents`.
-      led: Parts of the change in every run, `horizon_parts.led_table`.
-      change: Size of the change at the best rates, `horizon_parts.change_at_best`.
-      constants: Displacement constants K, `horizon_regret.constants_by_steps`.
-      regret: Cost of policies between all measured conditions, `horizon_regret.regret_table`.
-      policies: Summary of the cost, `horizon_regret.regret_by_policy`.
+      best: Best rates at every step, `curves.bests`.
+      beside: Comparisons of curves at their best rates, `curves.beside`.
+      one_rate: Comparisons at the same rate, `curves.at_one_rate`.
+      exponents: Exponents of the best rates in strength and rank, `law.horizon_exponents`.
+      steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
+      led: Parts of the change in every run, `parts.led_table`.
+      change: Size of the change at the best rates, `parts.change_at_best`.
+      constants: Displacement constants K, `regret.constants_by_steps`.
+      regret: Cost of policies between all measured conditions, `regret.regret_table`.
+      policies: Summary of the cost, `regret.regret_by_policy`.
     """
 
     best: pd.DataFrame
@@ -66,12 +66,12 @@ def judge_runs(
     """Find the best rates at every step of the readings, and compare them with each other and with the law.
 
     Args:
-      runs: Runs of one grid; runs of the same setting are merged, see `horizon_runs.distinct`.
+      runs: Runs of one grid; runs of the same setting are merged, see `runs.distinct`.
       tokens: Number of tokens of each held-out record.
       takeovers: Takeover distances of the model's modules for the law's exponents; if empty, these are left out.
       warmup: Number of steps of linear warm-up.
-      linear_terms: Linear terms of the model's modules, see `horizon_law.horizon_exponents`.
-      others: Runs to compare with, by description, see `horizon_runs.read_beside`.
+      linear_terms: Linear terms of the model's modules, see `law.horizon_exponents`.
+      others: Runs to compare with, by description, see `runs.read_beside`.
     """
     # Curves of loss against rate at every step, and their minima.
     runs = distinct(runs)
@@ -136,8 +136,8 @@ def horizon_in_words(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, 
 
     Args:
       runs: Number of runs.
-      best: `horizon_curves.bests` of every step.
-      exponents: `horizon_law.horizon_exponents` of every step.
+      best: `curves.bests` of every step.
+      exponents: `law.horizon_exponents` of every step.
       law: Whether takeover distances are known.
     """
     if best.empty:
@@ -152,7 +152,7 @@ def horizon_in_words(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, 
 
 
 def against_in_words(exponents: pd.DataFrame) -> pd.DataFrame:
-    """Add a column ``against`` to `horizon_law.horizon_exponents` that describes what the rate is compared against."""
+    """Add a column ``against`` to `law.horizon_exponents` that describes what the rate is compared against."""
     return exponents.assign(against=exponents["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
 
 

@@ -97,14 +97,14 @@ def horizon_exponents(
     in the rank is measured from each rank to the largest.
 
     Args:
-      curves: `horizon_curves.curves_at` the step.
+      curves: `curves.curves_at` the step.
       step: Number of steps.
       takeovers: Takeover distances of the model's modules, see `predictions`.
       warmup: Number of steps of linear warm-up.
-      runs: Runs with measured parts of the change, see `horizon_parts.exponent_of_parts`.
+      runs: Runs with measured parts of the change, see `parts.exponent_of_parts`.
       linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
       constants: Smallest and largest measured displacement constant K by number of steps, see
-        `horizon_regret.constants_by_steps`; without them the displacement law is left out.
+        `regret.constants_by_steps`; without them the displacement law is left out.
 
     Returns:
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
@@ -112,7 +112,7 @@ def horizon_exponents(
       ``law``, ``law_high``; ``verdict``, see `judge_exponent`. Over the strength the law is of the modules' takeovers,
       at the measured best rate. In the rank it goes from 0, where the signal or A leads, to what keeps the first step
       of the median module and of 95% of them, see `laws.keeping_rank_exponent`.
-      Over the strength ``by_parts``, the mean of `horizon_parts.exponent_of_parts` over seeds, ``by_parts_low`` and
+      Over the strength ``by_parts``, the mean of `parts.exponent_of_parts` over seeds, ``by_parts_low`` and
       ``by_parts_high`` their range, and ``by_parts_verdict`` on that in place of the law's.
       Over the strength also ``displacement_low`` and ``displacement_high``, the exponents of the displacement law over
       the measured constants and every coherence, and ``displacement_verdict``. Each law is a rival of the other.
@@ -191,7 +191,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
     are left out.
 
     Args:
-      curves: `horizon_curves.curves_at` by step.
+      curves: `curves.curves_at` by step.
       takeovers: Takeover distances of the model's modules, see `predictions`.
       warmup: Number of steps of linear warm-up.
 

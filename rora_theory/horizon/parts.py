@@ -57,7 +57,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
     Equal sizes support the law that the best rate is the one that preserves the change.
 
     Args:
-      best: `horizon_curves.bests` of every step.
+      best: `curves.bests` of every step.
       led: `led_table`.
 
     Returns:

@@ -144,7 +144,7 @@ def advise(config: TransferConfig) -> Advised:
     """Compute the advice that a configuration requests.
 
     Raises:
-      InputError: If `read_tuned`, `transfer`, `peft_targets` or `regime_run.read_regime_run` refuses a value.
+      InputError: If `read_tuned`, `transfer`, `peft_targets` or `saved_run.read_regime_run` refuses a value.
     """
     tuned, requested, saved = read_tuned(config)
     regime: Any = config.regime

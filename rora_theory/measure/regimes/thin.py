@@ -49,7 +49,7 @@ def of_regime(crossings: pd.DataFrame, layers: int | None) -> list[str]:
     """Return warnings about the crossing ranks of a model.
 
     Args:
-      crossings: Frame with the columns `regime_tables.CROSSING_COLUMNS`.
+      crossings: Frame with the columns `tables.CROSSING_COLUMNS`.
       layers: Number of layers of the model; None if it is unknown.
     """
     held_out = crossings[crossings["split"] == "heldout"]
