@@ -1,4 +1,4 @@
-"""Loss against rate after some steps of a grid's runs; each curve beside others, at its best rate and at one rate."""
+"""Curves of loss against learning rate after a number of steps, and paired comparisons of curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,121 +14,139 @@ from rora_theory.stats.paired import resampled_ratios
 from rora_theory.stats.rate_curves import Curve, at_shared_seeds, best_rates, comparison, less, paired_losses
 
 FULL = "full"
-"""The rule of a curve of full fine-tuning, which has none."""
+"""Value of `Curve.rule` for full fine-tuning, which has no rule."""
 
 
 def curves_at(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int, *, draws: int = 1000) -> list[Curve]:
-    """Loss against rate of every rank and strength after a step, and of full fine-tuning (rule ``full``, rank 0 and
-    gamma 1), where three rates or more reach it; see `_shared_grid`.
+    """Return the curves of loss against learning rate after a number of steps.
+
+    There is a curve for every rank and strength, and for full fine-tuning (rule ``full``, rank 0, gamma 1), if runs at
+    three or more rates reach the step.
 
     Args:
-      runs: of the grid, `horizon_runs.distinct`.
-      tokens: of every held-out record.
-      step: the horizon.
-      draws: of the bootstrap over records.
+      runs: Runs of the grid, see `runs.distinct`.
+      tokens: Number of tokens of each held-out record.
+      step: Number of steps.
+      draws: Number of bootstrap samples of the records.
     """
-    sizes, found = np.asarray(tokens, np.float64), []
+    sizes, curves = np.asarray(tokens, np.float64), []
     reached = [run for run in runs if run.reaches(step)]
     for rank, strength in sorted({(run.rank or 0, run.strength or 0.0) for run in reached}):
-        own = {(run.seed, run.rate): run for run in reached if (run.rank or 0, run.strength or 0.0) == (rank, strength)}
-        seeds, rates = _shared_grid({key: run.losses(step) is not None for key, run in own.items()})
+        setting_runs = {
+            (run.seed, run.rate): run for run in reached if (run.rank or 0, run.strength or 0.0) == (rank, strength)
+        }
+        seeds, rates = _shared_grid({key: run.losses(step) is not None for key, run in setting_runs.items()})
         if not seeds:
             continue
+        # Losses by seed, rate and record, infinite where a run diverged.
         sums = np.full((len(seeds), len(rates), len(sizes)), np.inf)
         for (i, seed), (j, rate) in product(enumerate(seeds), enumerate(rates)):
-            losses = own[seed, rate].losses(step)
+            losses = setting_runs[seed, rate].losses(step)
             if losses is not None:
                 sums[i, j] = losses
-        drawn = [resampled_ratios(list(one), sizes, draws=draws) for one in sums]  # the same records for every seed
-        found.append(
+        # The bootstrap draws the same records for every seed.
+        samples = [resampled_ratios(list(by_rate), sizes, draws=draws) for by_rate in sums]
+        curves.append(
             Curve(
                 "adamw", "both", "lora" if rank else FULL, 1.0, rank, strength / rank if rank else 1.0, np.array(rates),
-                sums.sum(axis=2) / sizes.sum(), np.stack(drawn, axis=1), tuple(seeds),
+                sums.sum(axis=2) / sizes.sum(), np.stack(samples, axis=1), tuple(seeds),
             )
         )  # fmt: skip
-    return found
+    return curves
 
 
-def _shared_grid(trained: Mapping[tuple[int, float], bool]) -> tuple[list[int], list[float]]:
-    """The seeds of a curve and the rates that all of them ran at, both ascending; none where there is no such curve.
+def _shared_grid(has_losses: Mapping[tuple[int, float], bool]) -> tuple[list[int], list[float]]:
+    """Choose the seeds of a curve, and return them with the rates that all of them ran at, both ascending.
 
-    A seed with more rates comes first. One that leaves fewer than three rates, or no rate at which it trained, is left
-    out: a folder grows seed by seed, and what diverged in a short run says nothing of the rates beside it.
+    Seeds with more rates are chosen first. A seed is left out if fewer than three rates would remain, or if a seed
+    would have no rate at which it did not diverge.
 
     Args:
-      trained: by seed and rate whether the run was read, not diverged.
+      has_losses: Whether a run has losses (did not diverge), by seed and rate.
     """
     by_seed: dict[int, set[float]] = {}
-    for seed, rate in trained:
+    for seed, rate in has_losses:
         by_seed.setdefault(seed, set()).add(rate)
     seeds: list[int] = []
     rates: set[float] = set()
     for seed in sorted(by_seed, key=lambda seed: (-len(by_seed[seed]), seed)):
-        both = rates & by_seed[seed] if seeds else by_seed[seed]
-        if len(both) >= 3 and all(any(trained[each, rate] for rate in both) for each in (*seeds, seed)):
-            seeds, rates = [*seeds, seed], both
+        shared = rates & by_seed[seed] if seeds else by_seed[seed]
+        candidates = (*seeds, seed)
+        if len(shared) >= 3 and all(any(has_losses[member, rate] for rate in shared) for member in candidates):
+            seeds, rates = list(candidates), shared
     return sorted(seeds), sorted(rates)
 
 
-def bests(found: Sequence[Curve], step: int) -> pd.DataFrame:
-    """The best rate and the least loss of every curve after a step."""
-    frame = pd.DataFrame(best_rates(found)).drop(columns=["optimizer", "trained", "rule", "kappa"], errors="ignore")
+def bests(curves: Sequence[Curve], step: int) -> pd.DataFrame:
+    """Return the best rate and the lowest loss of every curve after a number of steps."""
+    frame = pd.DataFrame(best_rates(curves)).drop(columns=["optimizer", "trained", "rule", "kappa"], errors="ignore")
     if not len(frame):
         return frame
     frame.insert(0, "step", step)
-    frame.insert(2, "strength", [strength_of(curve) if curve.rank else None for curve in found])
-    frame["rank"] = pd.array([curve.rank or None for curve in found], dtype="Int64")
+    frame.insert(2, "strength", [strength_of(curve) if curve.rank else None for curve in curves])
+    frame["rank"] = pd.array([curve.rank or None for curve in curves], dtype="Int64")
     return frames.of(frames.rows(frame), list(frame))
 
 
 def strength_of(curve: Curve) -> float:
+    """Return the strength gamma r of a curve."""
     return round(curve.scaling * curve.rank, 9)
 
 
 def who_of(curve: Curve) -> dict[str, Any]:
-    """The rank and strength of a curve; full fine-tuning has neither."""
+    """Return the rank and strength of a curve, which are None for full fine-tuning."""
     return {"rank": curve.rank or None, "strength": strength_of(curve) if curve.rank else None}
 
 
-def beside(found: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curve]] | None = None) -> pd.DataFrame:
-    """Every curve beside others after a step, each at its own best rate: an adapter beside full fine-tuning of the same
-    modules, the largest rank at its strength and the largest strength at its rank, which is LoRA beside RoRA of one
-    alpha where the strengths are alpha and alpha sqrt(r); any curve beside the same one of other runs.
+def beside(curves: Sequence[Curve], step: int, others: Mapping[str, Sequence[Curve]] | None = None) -> pd.DataFrame:
+    """Compare curves after a number of steps, each at its own best rate.
+
+    An adapter is compared with full fine-tuning of the same modules, with the largest rank at its strength, and with
+    the largest strength at its rank. The last compares LoRA with RoRA of the same alpha if the strengths are alpha and
+    alpha sqrt(r). Every curve is compared with the same curve of other runs.
 
     Args:
-      found: of `curves_at` the step.
-      step: the horizon.
-      others: of `curves_at` the step, by what tells those runs from these, see `horizon_runs.read_beside`.
+      curves: `curves_at` the step.
+      step: Number of steps.
+      others: `curves_at` the step of other runs, by the settings in which they differ, see `runs.read_beside`.
 
     Returns:
-      ``step``, ``rank``, ``strength``, ``beside``; ``ratio``, the best rate over that of what it stands beside, with
-      ``ratio_log2_error``; ``difference`` of the least losses, with its 95% ``half_width``, in which is what the grid
-      may hide (``grid_error``), ``error_over``, ``seeds`` and ``verdict``, see `stats.rate_curves.comparison`. No row
-      where either lacks three rates, or the two share no seed.
+      A row for each pair that has curves with a common seed: ``step``, ``rank``, ``strength`` and ``beside``, the
+      second curve; ``ratio``, the first best rate over the second, with ``ratio_log2_error``; ``difference`` of the
+      lowest losses with its 95% ``half_width``, which includes ``grid_error``, and ``error_over``; ``seeds``; and
+      ``verdict``, see `stats.rate_curves.comparison`.
     """
-    adapters = [curve for curve in found if curve.rule != FULL]
-    pairs = [(curve, full, _rank(curve), FULL) for curve in adapters for full in found if full.rule == FULL]
+    # Pairs of curves with their names: full fine-tuning, ranks at one strength, strengths at one rank, other runs.
+    adapters = [curve for curve in curves if curve.rule != FULL]
+    pairs = [(curve, full, _rank(curve), FULL) for curve in adapters for full in curves if full.rule == FULL]
     for curve in adapters:
-        largest = max((one for one in adapters if strength_of(one) == strength_of(curve)), key=lambda one: one.rank)
+        same_strength = (other for other in adapters if strength_of(other) == strength_of(curve))
+        largest = max(same_strength, key=lambda other: other.rank)
         if largest is not curve:
             pairs.append((curve, largest, _rank(curve), _rank(largest)))
     for curve in adapters:
-        strongest = max((one for one in adapters if one.rank == curve.rank), key=strength_of)
+        strongest = max((other for other in adapters if other.rank == curve.rank), key=strength_of)
         if strongest is not curve:
             pairs.append((curve, strongest, _gamma_r(strength_of(curve)), _gamma_r(strength_of(strongest))))
-    for name, curves in (others or {}).items():
-        by = {(one.rank, one.scaling): one for one in curves}
-        pairs += [(one, by[key], _rank(one), name) for one in found if (key := (one.rank, one.scaling)) in by]
+    for name, other_curves in (others or {}).items():
+        by_setting = {(other.rank, other.scaling): other for other in other_curves}
+        pairs += [
+            (curve, by_setting[key], _rank(curve), name)
+            for curve in curves
+            if (key := (curve.rank, curve.scaling)) in by_setting
+        ]
+    # Paired comparison over the seeds that both curves have.
+    columns = ["ratio", "ratio_log2_error", "ratio_log2_half_width", "difference", "half_width"]
+    columns += ["grid_error", "error_over"]
     rows = []
-    for first, second, own_name, name in pairs:
+    for first, second, first_name, second_name in pairs:
         shared = at_shared_seeds(first, second)
         if shared:
-            one, other = replace(shared[0], rule=own_name), replace(shared[1], rule=name)
-            own = comparison(one, other, less(one, other))
-            names = ["ratio", "ratio_log2_error", "ratio_log2_half_width", "difference", "half_width"]
-            names += ["grid_error", "error_over"]
-            who = {"step": step} | who_of(first) | {"beside": name} | {name: getattr(own, name) for name in names}
-            rows.append(who | {"seeds": len(one.losses), "verdict": own.verdict})
+            curve, other = replace(shared[0], rule=first_name), replace(shared[1], rule=second_name)
+            result = comparison(curve, other, less(curve, other))
+            row = {"step": step} | who_of(first) | {"beside": second_name}
+            row |= {column: getattr(result, column) for column in columns}
+            rows.append(row | {"seeds": len(curve.losses), "verdict": result.verdict})
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()
 
 
@@ -141,36 +159,42 @@ def _gamma_r(strength: float) -> str:
 
 
 def at_one_rate(runs: Sequence[HorizonRun], tokens: Sequence[int], step: int) -> pd.DataFrame:
-    """The strengths of one rank beside its largest after a step at every rate and seed that both ran: what a comparison
-    at one rate sees, where `beside` has each at its own best rate.
+    """Compare every strength with the largest strength of its rank at the same learning rate.
+
+    In contrast, `beside` compares curves at their own best rates.
 
     Args:
-      runs, tokens, step: see `curves_at`.
+      runs: Runs of the grid, see `runs.distinct`.
+      tokens: Number of tokens of each held-out record.
+      step: Number of steps.
 
     Returns:
-      ``step``, ``rank``, ``strength``, ``beside``, ``learning_rate``; ``difference`` of the losses, with its 95%
-      ``half_width``, ``error_over`` and ``seeds``, see `paired_losses`. A seed of which either diverged is left out.
+      A row for each rank, strength and rate: ``step``, ``rank``, ``strength``, ``beside`` and ``learning_rate``;
+      ``difference`` of the losses with its 95% ``half_width`` and ``error_over``, see `paired_losses`; and ``seeds``,
+      the number of seeds that did not diverge at either strength.
     """
-    by: dict[tuple[int, float, float], dict[int, list[float]]] = {}
+    # Losses by rank, strength and rate, then by seed.
+    by_setting: dict[tuple[int, float, float], dict[int, list[float]]] = {}
     for run in runs:
         if run.rank and run.strength and (losses := run.losses(step)) is not None:
-            by.setdefault((run.rank, run.strength, run.rate), {})[run.seed] = losses
-    strongest = {rank: strength for rank, strength, _ in sorted(by)}  # the last of a rank's
+            by_setting.setdefault((run.rank, run.strength, run.rate), {})[run.seed] = losses
+    # Strengths ascend, so that the last one of a rank, its largest, remains.
+    strongest = {rank: strength for rank, strength, _ in sorted(by_setting)}
     sizes, rows = np.asarray(tokens, np.float64), []
-    for rank, strength, rate in sorted(by):
-        own, other = by[rank, strength, rate], by.get((rank, strongest[rank], rate), {})
-        seeds = sorted(own.keys() & other.keys())
+    for rank, strength, rate in sorted(by_setting):
+        by_seed, other_by_seed = by_setting[rank, strength, rate], by_setting.get((rank, strongest[rank], rate), {})
+        seeds = sorted(by_seed.keys() & other_by_seed.keys())
         if strength == strongest[rank] or not seeds:
             continue
-        first, second = (np.array([each[seed] for seed in seeds]) for each in (own, other))
-        apart = paired_losses(
+        first, second = (np.array([losses[seed] for seed in seeds]) for losses in (by_seed, other_by_seed))
+        difference = paired_losses(
             first.sum(axis=1) / sizes.sum(),
             second.sum(axis=1) / sizes.sum(),
             (first.mean(axis=0), second.mean(axis=0)),
             sizes,
         )
         row = {"step": step, "rank": rank, "strength": strength, "beside": _gamma_r(strongest[rank])}
-        row |= {"learning_rate": rate, "difference": apart.value}
-        row |= {"half_width": apart.half_width() if apart.has_error else None}
-        rows.append(row | {"error_over": apart.over, "seeds": len(seeds)})
+        row |= {"learning_rate": rate, "difference": difference.value}
+        row |= {"half_width": difference.half_width() if difference.has_error else None}
+        rows.append(row | {"error_over": difference.over, "seeds": len(seeds)})
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()

@@ -1,4 +1,4 @@
-"""Which fine-tuning runs tell the best rate at several horizons, and where each is read."""
+"""Grid of fine-tuning runs from which the best learning rate is estimated at several numbers of steps (horizons)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,15 @@ VARIANTS = {"schedule": "constant", "weight_decay": 0.0, "lr_multiplier_A": 1.0,
 
 @dataclass(frozen=True)
 class HorizonCell:
-    """One fine-tuning run to do, and the steps it is read at; full fine-tuning has no rank and no strength, gamma r."""
+    """Fine-tuning run of the grid.
+
+    Attributes:
+      rank: Rank of the adapter; None for full fine-tuning.
+      strength: Strength gamma r of the adapter; None for full fine-tuning.
+      rate: Learning rate after the warm-up.
+      seed: Seed.
+      read_at: Numbers of steps after which the held-out records are evaluated.
+    """
 
     rank: int | None
     strength: float | None
@@ -37,44 +45,44 @@ class HorizonCell:
 
 @dataclass(frozen=True)
 class HorizonGrid:
-    """Which runs, and where they are read.
+    """Settings of the runs.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     ranks: tuple[int, ...] = (8, 128)
-    """ranks of the adapter"""
+    """Ranks of the adapter"""
     strengths: tuple[float, ...] = (64.0, 724.0)
-    """gamma r of the adapter: gamma is the strength over the rank"""
+    """Strengths gamma r of the adapter; gamma is the strength divided by the rank"""
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """learning rates after the warm-up"""
+    """Learning rates after the warm-up"""
     full_lrs: tuple[float, ...] = ()
-    """learning rates of full fine-tuning of the same modules; none is no such run"""
+    """Learning rates of full fine-tuning of the same modules; by default there are no such runs"""
     seeds: tuple[int, ...] = (0,)
-    """seeds of initialisation and order"""
+    """Seeds of initialisation and order"""
     read_at: tuple[int, ...] = (16, 64, 256)
-    """steps after which the held-out records are read, ascending; the last ends the run"""
+    """Numbers of steps after which to evaluate the held-out records, in ascending order; the run ends at the last"""
     batch_size: int = 4
-    """records a step"""
+    """Number of records per step"""
     warmup: int = 4
-    """steps of linear warm-up from 0"""
+    """Number of steps of linear warm-up from 0"""
     targets: tuple[str, ...] = PAPER_TARGETS
-    """adapted modules"""
+    """Adapted modules"""
     template: TrainTemplate = "clean"
-    """training prompt: train (published, to the byte), clean, chat (the model's chat template) or plain"""
+    """Training prompt: train (as published, byte for byte), clean, chat (the model's chat template) or plain"""
     loss_on: LossOn = "all"
-    """tokens in the training loss"""
+    """Tokens in the training loss: all or answer"""
     cutoff: int = 96
-    """longest training example in tokens"""
+    """Maximum number of tokens of a training example"""
     schedule: Schedule = "constant"
-    """learning rate after the warm-up; one that decays takes a single value of --read-at"""
+    """Schedule of the learning rate after the warm-up; one that decays requires a single value of --read-at"""
     weight_decay: float = 0.0
-    """decoupled weight decay of AdamW"""
+    """Decoupled weight decay of AdamW"""
     lr_multiplier_A: float = 1.0
-    """learning rate of lora_A divided by that of lora_B"""
+    """Learning rate of lora_A divided by that of lora_B"""
     quantization: Quantization = "none"
-    """format of the frozen base's linear weights"""
+    """Format of the frozen base's linear weights"""
 
     def __post_init__(self) -> None:
         check_ranks(self.ranks, fewest=1)
@@ -97,7 +105,7 @@ class HorizonGrid:
         self.training(next(self.cells()))
 
     def training(self, cell: HorizonCell) -> FinetuneConfig:
-        """The fine-tuning run of a cell."""
+        """Return the fine-tuning configuration of a cell."""
         settings: dict[str, Any] = {"method": "full"}
         if cell.rank is not None:
             settings = {"rule": "lora", "rank": cell.rank, "alpha": cell.strength}
@@ -114,7 +122,7 @@ class HorizonGrid:
         return {name: value for name, value in self.shared().items() if VARIANTS.get(name) != value}
 
     def cells(self) -> Iterator[HorizonCell]:
-        """Every run, a seed after the other; then those of full fine-tuning."""
+        """Yield all runs of adapters by seed, then those of full fine-tuning."""
         for seed, strength, rank, rate in product(self.seeds, self.strengths, self.ranks, self.lrs):
             yield HorizonCell(rank, strength, rate, seed, self.read_at)
         for seed, rate in product(self.seeds, self.full_lrs):
@@ -122,5 +130,5 @@ class HorizonGrid:
 
 
 def warmed_up(steps: int, warmup: int) -> list[float]:
-    """Factor of the rate in each step of a run of the grid: constant after a linear warm-up from 0."""
+    """Return the factor of the learning rate in each step: constant after a linear warm-up from 0."""
     return [min(1.0, step / warmup) if warmup else 1.0 for step in range(steps)]

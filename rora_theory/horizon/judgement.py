@@ -1,4 +1,4 @@
-"""What runs of a grid of horizons come to: best rates, each beside others, and how they move beside the law."""
+"""Analysis of the runs of a grid of horizons: best rates, comparisons, and exponents compared with the law."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,19 +22,19 @@ UNITS = {
 
 @dataclass(frozen=True, eq=False)
 class HorizonJudgement:
-    """What runs come to. A frame is empty where nothing can be said.
+    """Analysis of runs as frames, which are empty if the runs do not suffice.
 
     Attributes:
-      best: `horizon_curves.bests` of every step that was read.
-      beside: each beside others, `horizon_curves.beside`.
-      one_rate: the same at one rate, `horizon_curves.at_one_rate`.
-      exponents: how the best rates move, `horizon_law.horizon_exponents`.
-      steps: how they move with the steps, `horizon_law.step_exponents`.
-      led: which part of the change leads in every run, `horizon_parts.led_table`.
-      change: how large the change is at the best rates, `horizon_parts.change_at_best`.
-      constants: Displacement constants K, `horizon_regret.constants_by_steps`.
-      regret: Cost of policies between all measured conditions, `horizon_regret.regret_table`.
-      policies: Its summary, `horizon_regret.regret_by_policy`.
+      best: Best rates at every step, `curves.bests`.
+      beside: Comparisons of curves at their best rates, `curves.beside`.
+      one_rate: Comparisons at the same rate, `curves.at_one_rate`.
+      exponents: Exponents of the best rates in strength and rank, `law.horizon_exponents`.
+      steps: Exponents of the best rates in the number of steps, `law.step_exponents`.
+      led: Parts of the change in every run, `parts.led_table`.
+      change: Size of the change at the best rates, `parts.change_at_best`.
+      constants: Displacement constants K, `regret.constants_by_steps`.
+      regret: Cost of policies between all measured conditions, `regret.regret_table`.
+      policies: Summary of the cost, `regret.regret_by_policy`.
     """
 
     best: pd.DataFrame
@@ -49,9 +49,9 @@ class HorizonJudgement:
     policies: pd.DataFrame
 
     def files(self) -> dict[str, pd.DataFrame]:
-        """The frames that are not empty, by the names of their files."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {f"{name}.csv": frame for name, frame in found.items() if not frame.empty}
+        """Return the frames that are not empty by the names of their files."""
+        by_name = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {f"{name}.csv": frame for name, frame in by_name.items() if not frame.empty}
 
 
 def judge_runs(
@@ -63,41 +63,49 @@ def judge_runs(
     linear_terms: Sequence[float] = (),
     others: Mapping[str, Sequence[HorizonRun]] | None = None,
 ) -> HorizonJudgement:
-    """Find the best rates at every step that was read, and judge them.
+    """Find the best rates at every step of the readings, and compare them with each other and with the law.
 
     Args:
-      runs: of one grid; those of one setting are taken as one, see `horizon_runs.distinct`.
-      tokens: of each held-out record.
-      takeovers: of a model's modules, for the law's exponents; none leaves these out.
-      warmup: steps.
-      linear_terms: of the modules, see `horizon_law.horizon_exponents`.
-      others: runs to stand beside these, see `horizon_runs.read_beside`.
+      runs: Runs of one grid; runs of the same setting are merged, see `runs.distinct`.
+      tokens: Number of tokens of each held-out record.
+      takeovers: Takeover distances of the model's modules for the law's exponents; if empty, these are left out.
+      warmup: Number of steps of linear warm-up.
+      linear_terms: Linear terms of the model's modules, see `law.horizon_exponents`.
+      others: Runs to compare with, by description, see `runs.read_beside`.
     """
+    # Curves of loss against rate at every step, and their minima.
     runs = distinct(runs)
-    steps = sorted({one.step for run in runs for one in run.read.readings})
+    steps = sorted({reading.step for run in runs for reading in run.read.readings})
     curves = {step: curves_at(runs, tokens, step) for step in steps}
-    best = _joined(bests(found, step) for step, found in curves.items())
+    best = _concatenate(bests(step_curves, step) for step, step_curves in curves.items())
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
-        none = pd.DataFrame()
-        return HorizonJudgement(best, none, none, none, none, led, none, none, none, none)
-    other = {name: distinct(own) for name, own in (others or {}).items()}
-    pairs = [
-        beside(found, step, {name: curves_at(own, tokens, step) for name, own in other.items()})
-        for step, found in curves.items()
+        empty = pd.DataFrame()
+        return HorizonJudgement(best, empty, empty, empty, empty, led, empty, empty, empty, empty)
+    # Comparisons of curves.
+    merged_others = {name: distinct(other_runs) for name, other_runs in (others or {}).items()}
+    comparisons = [
+        beside(
+            step_curves,
+            step,
+            {name: curves_at(other_runs, tokens, step) for name, other_runs in merged_others.items()},
+        )
+        for step, step_curves in curves.items()
     ]
+    # Exponents of the best rates, with those of the laws.
     constants = constants_by_steps(led, best)
     by_steps = constants.groupby("step") if len(constants) else ()
     ranges = {int(step): (float(rows["constant"].min()), float(rows["constant"].max())) for step, rows in by_steps}
-    found = moved = pd.DataFrame()
+    exponents = exponents_in_steps = pd.DataFrame()
     if takeovers:
         law: dict[str, Any] = {"takeovers": takeovers, "warmup": warmup}
-        found = _joined(
-            horizon_exponents(one, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
-            for step, one in curves.items()
+        exponents = _concatenate(
+            horizon_exponents(step_curves, step, **law, runs=runs, linear_terms=linear_terms, constants=ranges)
+            for step, step_curves in curves.items()
         )
-        moved = step_exponents(curves, **law)
-    same = _joined(at_one_rate(runs, tokens, step) for step in steps)
+        exponents_in_steps = step_exponents(curves, **law)
+    at_same_rate = _concatenate(at_one_rate(runs, tokens, step) for step in steps)
+    # Regret of policies, with the geometric middle of the displacement constants at each step.
     costs = pd.DataFrame()
     if ranges:
         middle = {step: math.sqrt(low * high) for step, (low, high) in ranges.items()}
@@ -105,10 +113,10 @@ def judge_runs(
         costs = regret_table(runs, tokens, policies(middle, takeover=takeover))
     return HorizonJudgement(
         best,
-        _joined(pairs),
-        same,
-        found,
-        moved,
+        _concatenate(comparisons),
+        at_same_rate,
+        exponents,
+        exponents_in_steps,
         led,
         change_at_best(best, led),
         constants,
@@ -117,39 +125,39 @@ def judge_runs(
     )
 
 
-def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Those that have rows, one below the other: an empty one would make floats of whole numbers."""
-    kept = [part for part in parts if len(part)]
-    return pd.concat(kept) if kept else pd.DataFrame()
+def _concatenate(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Concatenate the tables that are not empty, since an empty one would convert integers to floats."""
+    with_rows = [table for table in tables if len(table)]
+    return pd.concat(with_rows) if with_rows else pd.DataFrame()
 
 
-def horizon_in_words(runs: int, best: pd.DataFrame, found: pd.DataFrame, *, law: bool) -> str:
-    """What the runs say of the law, or what they lack to say it.
+def horizon_in_words(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, law: bool) -> str:
+    """Return a sentence on whether the runs support the law, or on what is missing.
 
     Args:
-      runs: how many.
-      best: of `horizon_curves.bests`, at every step.
-      found: of `horizon_law.horizon_exponents`, at every step.
-      law: whether takeover distances were known.
+      runs: Number of runs.
+      best: `curves.bests` of every step.
+      exponents: `law.horizon_exponents` of every step.
+      law: Whether takeover distances are known.
     """
     if best.empty:
         return f"No rank and strength has three rates yet; {runs} runs are there."
     if not law:
         return f"{runs} runs tell {len(best)} best rates; --regime gives the law beside their exponents."
-    if found.empty:
+    if exponents.empty:
         return f"{runs} runs are there; no two of their best rates can be compared yet."
-    count = found["verdict"].value_counts().to_dict()
+    count = exponents["verdict"].value_counts().to_dict()
     words = [f"{name} {count[name]} times" for name in ("agrees", "contradicts", "undecided") if name in count]
     return f"The law against {runs} runs: {', '.join(words)}."
 
 
-def against_in_words(found: pd.DataFrame) -> pd.DataFrame:
-    """The frame of `horizon_law.horizon_exponents` with what a rate is compared ``against`` in words."""
-    return found.assign(against=found["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
+def against_in_words(exponents: pd.DataFrame) -> pd.DataFrame:
+    """Add a column ``against`` to `law.horizon_exponents` that describes what the rate is compared against."""
+    return exponents.assign(against=exponents["over"].map({"strength": "gamma r at r =", "rank": "r at gamma r ="}))
 
 
 def size_in_words(frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame of a judgement by rank, with the ``size`` of the adapter in words."""
-    if "rank" not in frame:  # a summary over ranks
+    """Add a column ``size`` with the rank as text to a frame of a judgement, unless it summarises ranks."""
+    if "rank" not in frame:
         return frame
     return frame.assign(size=frame["rank"].map("{:g}".format, na_action="ignore").fillna(FULL))

@@ -1,4 +1,4 @@
-"""How the best rate moves with gamma r, the rank and the steps: what the law says, and whether runs bear it out."""
+"""Exponents of the best learning rate in gamma r, rank and steps: predicted by the law, and measured in runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,20 +26,23 @@ from rora_theory.theory import displacement, horizon, laws
 
 
 def read_regime(folder: Path) -> tuple[list[float], list[float]]:
-    """The takeover distances, and the linear terms under Adam, at held-out tokens of all modules with PEFT's init.
+    """Read the takeover distances and the linear terms under Adam of all modules, with PEFT's default initialisation.
 
     Args:
-      folder: a run of ``sims.regime``.
+      folder: Run folder of ``sims.regime``.
 
     Raises:
-      InputError: as `read_regime_run`, or no takeover distance of them.
+      InputError: If `read_regime_run` refuses the folder, or if it has no such takeover distance.
     """
-    found = read_regime_run(folder, optimizer="adam", init="kaiming_uniform", split="heldout")
+    run = read_regime_run(folder, optimizer="adam", init="kaiming_uniform", split="heldout")
     rows = frames.read_csv(folder / TAKEOVER, TAKEOVER_COLUMNS)
-    own = rows[(rows["init"] == "kaiming_uniform") & (rows["split"] == "heldout")]
-    if own.empty:
-        raise InputError(f"{folder / TAKEOVER}: has no held-out row of kaiming_uniform; accepted is a run that has")
-    return own["takeover"].astype(float).tolist(), list(found.linear_terms.values())
+    held_out = rows[(rows["init"] == "kaiming_uniform") & (rows["split"] == "heldout")]
+    if held_out.empty:
+        raise InputError(
+            f"{folder / TAKEOVER} has no held-out row for kaiming_uniform. "
+            "Run sims.regime with --inits kaiming_uniform."
+        )
+    return held_out["takeover"].astype(float).tolist(), list(run.linear_terms.values())
 
 
 def predictions(
@@ -50,20 +53,21 @@ def predictions(
     rates: Sequence[float],
     warmup: int,
 ) -> pd.DataFrame:
-    """By what factor the law has the best rate fall between two values of gamma r, given the best rate at the first.
+    """Predict by the law how much the best rate falls between two values of gamma r.
 
-    The rate is constant after a warm-up from 0, the optimizer Adam, the signal leads.
+    The optimizer is Adam with a constant rate after a warm-up from 0, and the signal term dominates.
 
     Args:
-      takeovers: distances at which A takes over, of a model's modules (`rora_theory.theory.horizon`).
-      strengths: gamma r that the rate is known at, and the other.
-      steps: horizons.
-      rates: best rates that the first may turn out to have.
-      warmup: steps.
+      takeovers: Takeover distances of the model's modules (`rora_theory.theory.horizon`).
+      strengths: Value of gamma r at which the best rate is known, and the other value.
+      steps: Numbers of steps.
+      rates: Candidates for the best rate at the first value.
+      warmup: Number of steps of linear warm-up.
 
     Returns:
-      ``steps``, ``rate``, ``quantile`` (of the takeovers), ``takeover``, ``factor`` (rate at the first strength over
-      rate at the second) and ``exponent`` (d log rate / d log gamma r).
+      A row for each number of steps, rate and quantile: ``steps``, ``rate``, ``quantile`` of the takeover distances,
+      ``takeover``, ``factor`` (rate at the first strength over rate at the second) and ``exponent``
+      (d log rate / d log gamma r).
     """
     rows = []
     for count, rate, quantile in product(steps, rates, QUANTILES):
@@ -78,7 +82,7 @@ def predictions(
 
 
 def horizon_exponents(
-    found: Sequence[Curve],
+    curves: Sequence[Curve],
     step: int,
     *,
     takeovers: Sequence[float],
@@ -87,17 +91,20 @@ def horizon_exponents(
     linear_terms: Sequence[float] = (),
     constants: Mapping[int, tuple[float, float]] | None = None,
 ) -> pd.DataFrame:
-    """How the best rate moves with gamma r at every rank, and with the rank at every gamma r, each from every other to
-    the largest, beside the law.
+    """Measure the exponents of the best rate in gamma r and in the rank, and compare them with the laws.
+
+    At every rank the exponent in gamma r is measured from each strength to the largest; at every strength the exponent
+    in the rank is measured from each rank to the largest.
 
     Args:
-      found: of `horizon_curves.curves_at` the step.
-      step: the horizon.
-      takeovers, warmup: see `predictions`.
-      runs: whose parts were measured, see `horizon_parts.exponent_of_parts`.
-      linear_terms: of the modules, c of the first step under Adam; none takes the signal to lead.
+      curves: `curves.curves_at` the step.
+      step: Number of steps.
+      takeovers: Takeover distances of the model's modules, see `predictions`.
+      warmup: Number of steps of linear warm-up.
+      runs: Runs with measured parts of the change, see `parts.exponent_of_parts`.
+      linear_terms: Linear terms c of the modules' first step under Adam; if empty, the signal term dominates.
       constants: Smallest and largest measured displacement constant K by number of steps, see
-        `horizon_regret.constants_by_steps`; without them the displacement law is left out.
+        `regret.constants_by_steps`; without them the displacement law is left out.
 
     Returns:
       ``step``, ``over`` (``strength`` or ``rank``), ``at`` (the other), ``first``, ``second``; ``exponent`` with
@@ -105,14 +112,15 @@ def horizon_exponents(
       ``law``, ``law_high``; ``verdict``, see `judge_exponent`. Over the strength the law is of the modules' takeovers,
       at the measured best rate. In the rank it goes from 0, where the signal or A leads, to what keeps the first step
       of the median module and of 95% of them, see `laws.keeping_rank_exponent`.
-      Over the strength ``by_parts``, the mean of `horizon_parts.exponent_of_parts` over seeds, ``by_parts_low`` and
+      Over the strength ``by_parts``, the mean of `parts.exponent_of_parts` over seeds, ``by_parts_low`` and
       ``by_parts_high`` their range, and ``by_parts_verdict`` on that in place of the law's.
       Over the strength also ``displacement_low`` and ``displacement_high``, the exponents of the displacement law over
       the measured constants and every coherence, and ``displacement_verdict``. Each law is a rival of the other.
     """
     rows = []
-    by = {(curve.rank, strength_of(curve)): curve for curve in found}
+    by = {(curve.rank, strength_of(curve)): curve for curve in curves}
     for over, index in (("strength", 1), ("rank", 0)):
+        # Each curve with the one of the largest strength (or rank) at the same rank (or strength).
         pairs = [
             (key, max(other for other in by if other[1 - index] == key[1 - index]))
             for key in sorted(by, key=lambda key: (key[1 - index], key[index]))
@@ -122,22 +130,25 @@ def horizon_exponents(
             if not ends:
                 continue
             at, low, high = first[1 - index], first[index], last[index]
+            # Measured exponent, then those of the laws.
             slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / math.log2(high / low))
             law: tuple[float, ...] = (0.0, 0.0, 0.0)
             by_parts: list[float] = []
             rivals = RIVALS[over]
             if over == "strength":
                 rate = _best_rate(ends[0])
-                told = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
-                law = tuple(told["exponent"])
+                predicted = predictions(takeovers, (low, high), steps=[step], rates=[rate], warmup=warmup)
+                law = tuple(predicted["exponent"])
                 displaced = _displacement_exponents((constants or {}).get(step), low, high)
                 rivals, other_rivals = (*rivals, *(displaced or ())), (*rivals, min(law), max(law))
                 by_parts = exponent_of_parts(
                     runs, step, rank=int(at), strengths=(low, high), rate=rate, seeds=tuple(ends[0].by_seed)
                 )
             elif len(linear_terms):
-                kept = laws.keeping_rank_exponent(low, high, np.asarray(linear_terms))
-                law = (0.0, *np.quantile(kept, QUANTILES[1:]).tolist())
+                # Rates that preserve each module's first step.
+                exponents = laws.keeping_rank_exponent(low, high, np.asarray(linear_terms))
+                law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
+            # Row with the verdict on each law.
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
             judged = partial(judge_exponent, slope, edge=edge)
             rows.append(
@@ -172,44 +183,45 @@ def _displacement_exponents(
 
 
 def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence[float], warmup: int) -> pd.DataFrame:
-    """How the best rate moves with the number of steps, from each horizon to the longest, beside a constant gradient's.
+    """Measure the exponent of the best rate in the number of steps, and compare it with that of a constant gradient.
 
-    Along constant signs both factors move by the sum of the rates, so that the rate that keeps the change at one gamma
-    r falls as one over that sum, whichever part leads; Adam follows a gradient that grows faster, see
-    `rora_theory.theory.horizon.keeping_rate`.
-    Entries that walk at random move by the root of the sum: -1/2. A step up to which the rate was 0 throughout has
-    no best rate and is left out.
+    If signs are constant, both factors move by the sum of the rates. The rate that preserves the change is then
+    inversely proportional to that sum, whichever part leads (`rora_theory.theory.horizon.keeping_rate`). Entries in a
+    random walk move by the root of the sum, which gives -1/2. Steps within a warm-up at rate 0 have no best rate and
+    are left out.
 
     Args:
-      curves: of `horizon_curves.curves_at`, by step.
-      takeovers, warmup: see `predictions`.
+      curves: `curves.curves_at` by step.
+      takeovers: Takeover distances of the model's modules, see `predictions`.
+      warmup: Number of steps of linear warm-up.
 
     Returns:
-      ``rank``, ``strength``, ``first``, ``second`` (steps); ``exponent`` of the best rate in the steps, with
-      ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both have; ``law_low``,
-      ``law``, ``law_high``, a constant gradient's of the modules' takeovers at the first best rate, and ``verdict`` on
-      them, see `judge_exponent`.
+      A row for each pair of steps: ``rank``, ``strength``, ``first`` and ``second``; ``exponent`` with
+      ``standard_error``, 95% ``half_width``, ``error_over`` and the number of common ``seeds``; the exponents
+      ``law_low``, ``law`` and ``law_high`` of a constant gradient over the modules' takeover distances at the first
+      best rate; and ``verdict``, see `judge_exponent`.
     """
     rows = []
     by: dict[tuple[int, float], dict[int, Curve]] = {}
     for step in sorted(curves):
         for curve in curves[step] if any(warmed_up(step, warmup)) else ():
             by.setdefault((curve.rank, curve.scaling), {})[step] = curve
-    for own in by.values():
-        *earlier, second = own
+    for by_step in by.values():
+        *earlier, second = by_step
         for first in earlier:
-            curve = own[first]
-            ends = at_shared_seeds(curve, own[second])
+            curve = by_step[first]
+            ends = at_shared_seeds(curve, by_step[second])
             if not ends:
                 continue
             octaves = math.log2(second / first)
             slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
             rate = _best_rate(ends[0])
-            taken = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
+            # Full fine-tuning has no A that could take over.
+            distances = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
             schedules = (warmed_up(first, warmup), warmed_up(second, warmup))
-            kept = [horizon.keeping_rate(rate, *schedules, takeover=each) for each in taken]
-            law = sorted(math.log2(each / rate) / octaves for each in kept)
-            edge, seeds = any(one.edge for one in ends), len(ends[0].losses)
+            preserving_rates = [horizon.keeping_rate(rate, *schedules, takeover=distance) for distance in distances]
+            law = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
+            edge, seeds = any(end.edge for end in ends), len(ends[0].losses)
             rows.append(
                 who_of(curve)
                 | {"first": first, "second": second, "exponent": slope.value}
@@ -221,7 +233,7 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
 
 
 def _best_rate(curve: Curve) -> float:
-    """The geometric mean of the seeds' best rates."""
+    """Return the geometric mean of the seeds' best rates."""
     return 2 ** float(np.mean(log2_rates(curve.spread)))
 
 

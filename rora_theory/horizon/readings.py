@@ -1,6 +1,7 @@
-"""One fine-tuning run, read at several steps: after each, the loss of every held-out record.
+"""Fine-tuning run with the loss of every held-out record after several numbers of steps.
 
-At a constant rate the first 16 steps of a run of 256 are a run of 16, so that one run answers for every horizon.
+At a constant learning rate, the first 16 steps of a run of 256 steps are a run of 16 steps: one run provides the losses
+of all horizons.
 """
 
 import math
@@ -21,14 +22,14 @@ from rora_theory.sweep.workbench import Workbench
 
 @dataclass(frozen=True)
 class Reading:
-    """The held-out records after ``step`` steps.
+    """Losses of the held-out records after a number of steps.
 
     Attributes:
-      step: 0 is the model before training.
-      losses: summed over each record's tokens, nats; in the order of the records.
-      answer_losses: summed over each record's answer.
-      parts: columns of `measure.led.led_parts`, to five figures; None where the run has no A and B of its own change
-        (full fine-tuning, DoRA), or was read before this was measured.
+      step: Number of steps; 0 is the model before training.
+      losses: Loss of each record in nats, summed over its tokens.
+      answer_losses: Loss of each record in nats, summed over the tokens of its answer.
+      parts: Columns of `measure.led.led_parts`, to five figures; None if the change is not gamma B A x (full
+        fine-tuning, DoRA), or in runs of earlier versions.
     """
 
     step: int
@@ -39,12 +40,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class ReadRun:
-    """A run and its readings.
+    """Fine-tuning run with its readings.
 
     Attributes:
-      train_losses: of every step taken, before its update, a token.
-      readings: in the order of steps; those after a divergence are missing.
-      diverged_at: the step whose loss, or whose held-out loss, was no number; None where there was none.
+      train_losses: Loss per token of every step, before its update.
+      readings: Readings in the order of steps, up to a divergence.
+      diverged_at: Step at which the training or held-out loss was not finite; None if the run did not diverge.
     """
 
     train_losses: list[float]
@@ -53,19 +54,18 @@ class ReadRun:
 
 
 def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -> ReadRun:
-    """Train to the last of ``steps`` and read the held-out records after each.
+    """Train to the last of ``steps``, and compute the losses of the held-out records after each.
 
     Args:
-      bench: with the model open.
-      training: Fine-tuning configuration with an adapter that can be merged. With a schedule that decays the run ends
-        at the only step that is read.
-      steps: ascending, 1 or more.
+      bench: Workbench with an open model.
+      training: Fine-tuning configuration with an adapter that can be merged.
+      steps: Numbers of steps in ascending order. A schedule that decays allows one number only.
 
     Raises:
-      InputError: steps that do not ascend, or a schedule that depends on the last.
+      InputError: If the steps do not ascend, are more than the records provide, or do not suit the schedule.
     """
     if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
-        raise InputError(f"read_at is {' '.join(map(str, steps))!r}; accepted are ascending integers of 1 or more")
+        raise InputError(f"read_at must be ascending integers of 1 or more, got {' '.join(map(str, steps))!r}")
     if training.schedule != "constant" and len(steps) > 1:
         raise InputError(
             f"read_at must be a single step with schedule {training.schedule!r}, got {' '.join(map(str, steps))}"
@@ -73,54 +73,61 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
     training = replace(training, steps=steps[-1])
     adapter, batches = bench.begin(training)
     if len(batches) < steps[-1]:
-        raise InputError(f"read_at ends at {steps[-1]}; accepted are the {len(batches)} steps that the records give")
+        raise InputError(
+            f"read_at must end at {len(batches)} or before, the number of steps that the records provide, got "
+            f"{steps[-1]}"
+        )
     model = bench.model
+    # Keep A before training, and the inputs of the modules, to split the change into its parts.
     inputs = None
     if isinstance(adapter, LoraAdapter) and not adapter.config.use_dora:
-        start = adapter.replace(jax.device_get(adapter.params))  # training takes the arrays' memory
+        # Copy to the host: training donates the arrays of the adapter.
+        start = adapter.replace(jax.device_get(adapter.params))
         inputs = led.module_inputs(model.params, model.config, bench.held_out, adapter)
     trainer = Trainer(
         model.params, model.config, adapter, training, batches, None, None, shared=bench.steps, pauses=steps
     )
-    found = ReadRun([], [])
+    run = ReadRun([], [])
     try:
         for event in trainer.run():
             if isinstance(event, Stepped):
-                found.train_losses.append(event.loss)
+                run.train_losses.append(event.loss)
             elif isinstance(event, Paused):
+                # Evaluate the adapter merged into the weights, which is faster than beside them.
                 trained = trainer.adapter("last")
                 reading = read_held_out(bench, event.step, trained.merge(model.params))
                 if not math.isfinite(math.fsum(reading.losses)):
-                    return replace(found, diverged_at=event.step)
+                    return replace(run, diverged_at=event.step)
                 if inputs is not None:
                     parts = led.led_parts(start, trained, inputs)
                     reading = replace(reading, parts=parts.to_dict("list"))
-                found.readings.append(reading)
+                run.readings.append(reading)
     except NonFiniteLossError as error:
-        return replace(found, diverged_at=error.step)
+        return replace(run, diverged_at=error.step)
     finally:
         trainer.close()
-    return found
+    return run
 
 
 def read_held_out(bench: Workbench, step: int, params: object) -> Reading:
-    """The held-out records under some weights."""
+    """Compute the losses of the held-out records with a model's weights."""
     losses: list[RecordLoss] = record_losses(params, bench.model.config, bench.held_out)
-    return Reading(step, [one.loss for one in losses], [one.answer_loss for one in losses])
+    return Reading(step, [record.loss for record in losses], [record.answer_loss for record in losses])
 
 
-def read_run_in_words(found: Mapping[str, Any], tokens: Sequence[int]) -> str:
-    """The losses of a run's readings.
+def read_run_in_words(run: Mapping[str, Any], tokens: Sequence[int]) -> str:
+    """Describe the losses of a run's readings.
 
     Args:
-      found: a `ReadRun` in JSON types.
-      tokens: of every held-out record.
+      run: `ReadRun` in JSON types.
+      tokens: Number of tokens of each held-out record.
     """
-    losses = [f"{mean_per_token(one['losses'], tokens).value:.4f} at {one['step']}" for one in found["readings"]]
-    ended = found["diverged_at"]
-    return ", ".join(losses + ([] if ended is None else [f"diverged at {ended}"]))
+    readings = run["readings"]
+    losses = [f"{mean_per_token(reading['losses'], tokens).value:.4f} at {reading['step']}" for reading in readings]
+    diverged_at = run["diverged_at"]
+    return ", ".join(losses + ([] if diverged_at is None else [f"diverged at {diverged_at}"]))
 
 
 def token_counts(bench: Workbench) -> tuple[list[int], list[int]]:
-    """Tokens of every held-out record that a loss is summed over: all, and those of the answer."""
+    """Return the numbers of tokens of each held-out record: all that have a loss, and those of the answer."""
     return bench.held_out.sizes.tolist(), bench.held_out.targets.tolist()

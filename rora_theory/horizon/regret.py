@@ -79,8 +79,8 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     """Compute the displacement constant K of every condition from runs at or below its best rate.
 
     Args:
-      led: `horizon_parts.led_table`.
-      best: `horizon_curves.bests` of every step.
+      led: `parts.led_table`.
+      best: `curves.bests` of every step.
 
     Returns:
       A row for each ``step``, ``rank`` and ``strength``: ``constant``, the mean of K over runs, its smallest
@@ -116,7 +116,7 @@ def regret_table(
     an earlier one, as all laws at an unchanged G, has no row.
 
     Args:
-      runs: Runs of one grid, see `horizon_runs.distinct`.
+      runs: Runs of one grid, see `runs.distinct`.
       tokens: Number of tokens of every held-out record.
       by_name: Policies by name, see `policies`.
       draws: Number of bootstrap samples of the held-out records.
@@ -170,8 +170,8 @@ class _MeasuredCurves:
             for step in {reading.step for reading in run.read.readings}:
                 if run.rank and run.strength:
                     self._runs.setdefault(Condition(run.rank, run.strength, step), []).append(run)
-        found = {condition: self._curve(condition, own) for condition, own in self._runs.items()}
-        self.curves = {condition: curve for condition, curve in found.items() if curve is not None}
+        curves = {condition: self._curve(condition, group) for condition, group in self._runs.items()}
+        self.curves = {condition: curve for condition, curve in curves.items() if curve is not None}
         self._covering: dict[tuple[Condition, frozenset[int]], Curve | None] = {}
 
     def _curve(self, condition: Condition, runs: Sequence[HorizonRun]) -> Curve | None:

@@ -1,4 +1,4 @@
-"""Finished runs of a grid of horizons: read from a folder, made one of each setting, and as a table."""
+"""Finished runs of a grid of horizons: reading them from a folder, merging runs of one setting, and their table."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +17,14 @@ from rora_theory.stats.paired import mean_per_token
 
 @dataclass(frozen=True)
 class HorizonRun:
-    """One fine-tuning run of the grid, as far as it was read.
+    """Fine-tuning run of the grid with its readings.
 
     Attributes:
-      rank, strength, rate, seed: which; gamma is the strength over the rank. Full fine-tuning has neither.
-      read: its readings.
+      rank: Rank of the adapter; None for full fine-tuning.
+      strength: Strength gamma r of the adapter; None for full fine-tuning.
+      rate: Learning rate.
+      seed: Seed.
+      read: Readings of the run.
     """
 
     rank: int | None
@@ -31,11 +34,11 @@ class HorizonRun:
     read: ReadRun
 
     def losses(self, step: int) -> list[float] | None:
-        """Of every held-out record after a step; None where the run was not read there, or diverged before."""
-        return next((one.losses for one in self.read.readings if one.step == step), None)
+        """Return the losses of the held-out records after a step; None if they were not measured there."""
+        return next((reading.losses for reading in self.read.readings if reading.step == step), None)
 
     def reaches(self, step: int) -> bool:
-        """Whether the run says something of a step: that it was read there, or diverged on the way."""
+        """Return whether the run has losses after a step, or diverged at or before it."""
         return self.losses(step) is not None or (self.read.diverged_at is not None and self.read.diverged_at <= step)
 
 
@@ -43,103 +46,111 @@ def read_finished(folder: Path) -> list[HorizonRun]:
     """Read the runs of the finished cells of a run folder.
 
     Raises:
-      InputError: A line is not as the run wrote it, or holds values of the wrong type.
+      InputError: If a line was modified or holds values of a wrong type.
     """
     runs = []
-    for one in finished(folder).values():
-        with naming_damage(f"{folder / CELLS}: key {one.key}"):
-            runs.append(_run_of(one.cell, one.value))
+    for cell in finished(folder).values():
+        with naming_damage(f"{folder / CELLS}: key {cell.key}"):
+            runs.append(_convert_run(cell.cell, cell.value))
     return runs
 
 
-def _run_of(cell: Any, value: Any) -> HorizonRun:
-    """Convert a cell and its result from JSON types. Values of another type raise."""
+def _convert_run(cell: Any, value: Any) -> HorizonRun:
+    """Convert a cell and its result from JSON types; values of a wrong type raise an error."""
 
-    def number(item: Any) -> float | None:
+    def optional_float(item: Any) -> float | None:
         return None if item is None else float(item)
 
-    def whole(item: Any) -> int | None:
+    def optional_int(item: Any) -> int | None:
         return None if item is None else int(item)
 
     def floats(items: Any) -> list[float]:
         return [float(item) for item in items]
 
     readings = [
-        Reading(int(one["step"]), floats(one["losses"]), floats(one["answer_losses"]), one.get("parts"))
-        for one in value["readings"]
+        Reading(int(reading["step"]), floats(reading["losses"]), floats(reading["answer_losses"]), reading.get("parts"))
+        for reading in value["readings"]
     ]
-    read = ReadRun(floats(value["train_losses"]), readings, whole(value["diverged_at"]))
-    return HorizonRun(whole(cell["rank"]), number(cell["strength"]), float(cell["rate"]), int(cell["seed"]), read)
+    read = ReadRun(floats(value["train_losses"]), readings, optional_int(value["diverged_at"]))
+    rank, strength = optional_int(cell["rank"]), optional_float(cell["strength"])
+    return HorizonRun(rank, strength, float(cell["rate"]), int(cell["seed"]), read)
 
 
 def distinct(runs: Iterable[HorizonRun]) -> list[HorizonRun]:
-    """A run for each rank, strength, rate and seed: the longest, with the readings of all of them.
+    """Merge runs of the same rank, strength, rate and seed into the longest, with the readings of all of them.
 
-    At a constant rate runs that differ in their length alone are one run, up to rounding. Of two readings at one step
-    that of the longer run is kept, or one that has the parts of the change where the other has not.
+    At a constant rate, runs that differ only in length are the same run, up to rounding. Of two readings at one step,
+    the one with parts of the change is used, or else that of the longer run.
     """
-    by: dict[tuple[Any, ...], list[HorizonRun]] = {}
+    by_setting: dict[tuple[Any, ...], list[HorizonRun]] = {}
     for run in runs:
-        by.setdefault((run.rank, run.strength, run.rate, run.seed), []).append(run)
-    found = []
-    for same in by.values():
+        by_setting.setdefault((run.rank, run.strength, run.rate, run.seed), []).append(run)
+    merged = []
+    for same in by_setting.values():
         same = sorted(same, key=lambda run: len(run.read.train_losses))
-        kept: dict[int, Reading] = {}
-        for one in (one for run in same for one in run.read.readings):
-            if one.step not in kept or one.parts is not None or kept[one.step].parts is None:
-                kept[one.step] = one
-        found.append(replace(same[-1], read=replace(same[-1].read, readings=[kept[step] for step in sorted(kept)])))
-    return found
+        readings: dict[int, Reading] = {}
+        for reading in (reading for run in same for reading in run.read.readings):
+            previous = readings.get(reading.step)
+            if previous is None or reading.parts is not None or previous.parts is None:
+                readings[reading.step] = reading
+        longest = same[-1]
+        read = replace(longest.read, readings=[readings[step] for step in sorted(readings)])
+        merged.append(replace(longest, read=read))
+    return merged
 
 
 def horizon_table(runs: Sequence[HorizonRun], tokens: Sequence[int], answer_tokens: Sequence[int]) -> pd.DataFrame:
-    """A row a run and reading: losses a token with their errors over records; a diverged run has one row more.
+    """Return a row for each run and reading, and one for each divergence.
+
+    Losses are in nats per token, with standard errors over records.
 
     Args:
-      runs: of the grid.
-      tokens, answer_tokens: of every held-out record.
+      runs: Runs of the grid.
+      tokens: Number of tokens of each held-out record.
+      answer_tokens: Number of tokens of each held-out record's answer.
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
         gamma = run.strength / run.rank if run.strength and run.rank else None
-        who: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "gamma": gamma}
-        who |= {"learning_rate": run.rate, "seed": run.seed}
-        for one in run.read.readings:
-            loss, answer = mean_per_token(one.losses, tokens), mean_per_token(one.answer_losses, answer_tokens)
+        labels: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "gamma": gamma}
+        labels |= {"learning_rate": run.rate, "seed": run.seed}
+        for reading in run.read.readings:
+            loss = mean_per_token(reading.losses, tokens)
+            answer = mean_per_token(reading.answer_losses, answer_tokens)
             rows.append(
-                who
-                | {"step": one.step, "status": "complete"}
+                labels
+                | {"step": reading.step, "status": "complete"}
                 | {"validation_loss": loss.value, "validation_error": loss.error}
                 | {"answer_loss": answer.value, "answer_error": answer.error}
             )
         if run.read.diverged_at is not None:
-            rows.append(who | {"step": run.read.diverged_at, "status": "diverged"})
+            rows.append(labels | {"step": run.read.diverged_at, "status": "diverged"})
     return frames.of(rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 def read_beside(path: Path, identity: Mapping[str, Any]) -> tuple[str, list[HorizonRun]]:
-    """The runs of another folder of ``sims.horizon``, of the same model and records, and what they differ in.
+    """Read the runs of another folder of ``sims.horizon`` with the same model and records.
 
     Args:
-      path: the folder.
-      identity: the settings of these runs, as their own manifest has them.
+      path: Folder of the other runs.
+      identity: Settings of these runs, as in their manifest.
 
     Returns:
-      The settings of those runs that differ, in words, and the runs.
+      A description of the settings in which the other runs differ, and the runs.
 
     Raises:
-      InputError: no such run, one of another model or of other records, or one that differs in nothing.
+      InputError: If there is no such run, its model or records differ, or no setting differs.
     """
     manifest = read_manifest(path, ("experiment", "config"))
     if manifest is None or manifest["experiment"] != "horizon":
-        raise InputError(f"--beside {path}: accepted is a run folder of sims.horizon")
-    other, own = manifest["config"], as_json(identity)
+        raise InputError(f"--beside must be a run folder of sims.horizon, got {path}")
+    other_settings, settings = manifest["config"], as_json(identity)
     for name in ("model_sha256", "records"):
-        if other.get(name) != own[name]:
-            raise InputError(f"--beside {path}: has another {name}; accepted is a run of the same model and records")
-    differ = [name for name in own if name != "model" and own[name] != other.get(name)]
-    if not differ:
-        raise InputError(f"--beside {path}: differs in no setting; accepted is a run that does, as in --targets")
-    values = {name: other.get(name) for name in differ}
-    words = [f"{key} {' '.join(each) if isinstance(each, list) else each}" for key, each in values.items()]
-    return ", ".join(words), read_finished(path)
+        if other_settings.get(name) != settings[name]:
+            raise InputError(f"--beside {path}: {name} differs. Use a run of the same model and records.")
+    different = [name for name in settings if name != "model" and settings[name] != other_settings.get(name)]
+    if not different:
+        raise InputError(f"--beside {path}: no setting differs. Use a run with another setting, such as --targets.")
+    values = {name: other_settings.get(name) for name in different}
+    descriptions = [f"{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
+    return ", ".join(descriptions), read_finished(path)

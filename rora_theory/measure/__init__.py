@@ -1,7 +1,7 @@
-"""One batch of a model: the law's terms by module, real steps, and the rank coordinate check.
+"""Measurements of a model on one batch: regime by module, real first steps, and the rank coordinate check.
 
-`regime`, `check_transfer` and `coordinate_check` take a loaded model and batches and return data frames; nothing is
-printed, and nothing trained for longer than the few steps of the check. They need the extra ``finetune``.
+`regime`, `check_transfer` and `coordinate_check` take a loaded model and batches, and return data frames. They print
+nothing, and train for at most the few steps of the check. They need the extra ``finetune``.
 """
 
 from typing import TYPE_CHECKING

@@ -1,13 +1,13 @@
-r"""Which part of a trained adapter's change leads, B's or A's: the takeover after training, measured.
+r"""B-led and A-led parts of a trained adapter's change, and the rate that preserves the change.
 
-The change of a module's output at input x' is the sum of two parts, :math:`A_0` being A at the start:
+With :math:`A_0` for A before training, the change of a module's output at input x' is the sum of two parts:
 
 .. math:: w = \gamma B A x' = \underbrace{\gamma B A_0 x'}_{\text{B-led}}
           + \underbrace{\gamma B (A - A_0) x'}_{\text{A-led}}
 
-At a constant gradient (`rora_theory.theory.horizon`) both grow with the rate, the first as it, the second as its
-square. Where that holds of a real run, rates that keep the rms of the change at the run's end move with gamma r by the
-exponent of `keeping_exponent`, which needs nothing but the rms of the parts and of their sum.
+At a constant gradient (`rora_theory.theory.horizon`) the first part is proportional to the learning rate and the second
+to its square. If this holds in a real run, the rate that preserves the rms of the change at the end of the run is a
+power of gamma r. `keeping_exponent` computes the exponent from the rms of the parts and of their sum.
 """
 
 import math
@@ -29,35 +29,40 @@ from rora_theory.llama.shared_prompt import common_length
 from rora_theory.measure.tokens import sinks
 
 PARTS = ("led_B", "led_A", "whole")
+"""Columns of `led_parts` with the rms of the B-led part, the A-led part and their sum."""
 
 
 def module_inputs(
     params: Any, config: LlamaConfig, examples: Examples, adapter: LoraAdapter, *, records: int = 8
 ) -> dict[str, Float[np.ndarray, "layers tokens p_in"]]:
-    """The base model's inputs to an adapter's modules at the tokens of the first records, those left out with which
-    all of these begin.
+    """Return the base model's inputs to an adapter's modules at the tokens of the first records.
+
+    Tokens of the beginning that all these records share are left out.
 
     Args:
-      params, config: the base model.
-      examples: tokenized records; their last tokens are only ever predicted.
-      adapter: whose modules are read.
-      records: how many.
+      params: Weights of the base model.
+      config: Configuration of the base model.
+      examples: Tokenized records. Their last tokens are targets only.
+      adapter: Adapter of the modules.
+      records: Maximum number of records.
 
     Raises:
-      InputError: no record, or none that differs from the others.
+      InputError: If there is no record, or if the records do not differ.
     """
     rows = [examples[index][:-1].tolist() for index in range(min(records, len(examples)))]
+    # The smallest and the largest row in lexicographic order share the beginning that all rows share.
     shared = common_length(min(rows), max(rows)) if len(rows) > 1 else 0
     width = max(map(len, rows), default=0)
     if width <= shared:
-        raise InputError(f"{len(rows)} records have no token of their own; accepted are records that differ")
+        raise InputError(f"examples must have records that differ, got {len(rows)} without a distinct token")
+    # Pad on the right, which causal attention ignores.
     tokens = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
-    read = np.array([[shared <= at < len(row) for at in range(width)] for row in rows])
-    _, inputs = _captured(params, tokens, config=config, modules=tuple(adapter.params))
-    return {module: np.asarray(found)[:, read] for module, found in inputs.items()}
+    mask = np.array([[shared <= position < len(row) for position in range(width)] for row in rows])
+    _, inputs = _capture_inputs(params, tokens, config=config, modules=tuple(adapter.params))
+    return {module: np.asarray(x)[:, mask] for module, x in inputs.items()}
 
 
-_captured = jax.jit(
+_capture_inputs = jax.jit(
     lambda params, tokens, *, config, modules: llama.hidden_states(params, tokens, config, capture=modules),
     static_argnames=("config", "modules"),
 )
@@ -66,21 +71,21 @@ _captured = jax.jit(
 def led_parts(
     start: LoraAdapter, trained: LoraAdapter, inputs: dict[str, Float[np.ndarray, "layers tokens p_in"]]
 ) -> pd.DataFrame:
-    """Rms over tokens and outputs of both parts of a trained adapter's change, and of the change.
+    """Compute the rms over tokens and outputs of both parts of a trained adapter's change, and of their sum.
 
     Args:
-      start: the adapter before training, B = 0.
-      trained: the same after it.
-      inputs: of the modules, see `module_inputs`; attention sinks are left out.
+      start: Adapter before training, with B = 0.
+      trained: The same adapter after training.
+      inputs: Inputs of the modules, see `module_inputs`. Attention sinks are left out.
 
     Returns:
-      a row an adapted module: ``layer``, ``module``, ``led_B``, ``led_A`` and ``whole``.
+      A row for each adapted module, with ``layer``, ``module``, ``led_B``, ``led_A`` and ``whole``.
 
     Raises:
-      InputError: DoRA, whose change is not the product of A and B alone.
+      InputError: If the adapter uses DoRA, which does not only add gamma B A x.
     """
     if trained.config.use_dora:
-        raise InputError("use_dora is true; accepted is LoRA, whose change is gamma B A x")
+        raise InputError("use_dora must be false, got true: DoRA's change is not gamma B A x")
     rows: list[dict[str, Any]] = []
     for module in (target.module for target in trained.targets):
         tensors = trained.params[module]
@@ -90,10 +95,12 @@ def led_parts(
         for layer, gamma in enumerate(np.asarray(trained.scaling[module], np.float64)):
             if gamma == 0:
                 continue
+            # A_0 x' and (A - A_0) x' at the tokens that are no attention sinks.
             x = inputs[module][layer].astype(np.float64)
             x = x[~sinks(np.linalg.norm(x, axis=1))]
             led_B, led_A = x @ first[layer].T, x @ (last[layer] - first[layer]).T
-            gram = B[layer].T @ B[layer]  # |B u|^2 = u' B'B u
+            # |B u|^2 = u' B'B u: avoids forming B u.
+            gram = B[layer].T @ B[layer]
             squares = [np.einsum("tr,rs,ts->", u, gram, u, optimize=True) for u in (led_B, led_A, led_B + led_A)]
             rms = gamma * np.sqrt(np.maximum(squares, 0) / (len(x) * B.shape[1]))
             rows.append({"layer": layer, "module": module} | dict(zip(PARTS, rms.tolist(), strict=True)))
@@ -101,71 +108,81 @@ def led_parts(
 
 
 def keeping_exponent(
-    led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], whole: Float[np.ndarray, " n"]
+    led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], total: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
-    r"""The exponent of the rate in gamma r that keeps the rms of the change: B's part grows as the rate, A's as its
-    square.
+    r"""Compute the exponent of gamma r by which the learning rate preserves the rms of the change.
 
-    With the rate times y the mean square is :math:`y^2 (b^2 + 2 c y + a^2 y^2)`, :math:`c = (w^2 - a^2 - b^2) / 2`, and
+    B's part is proportional to the rate, A's to its square. If the rate is multiplied by y, the mean square is
+    :math:`y^2 (b^2 + 2 c y + a^2 y^2)` with :math:`c = (w^2 - a^2 - b^2) / 2`, so that
 
     .. math:: \frac{d \log \eta}{d \log \gamma r} = -\left[ 1 + \frac{c + a^2}{w^2} \right]^{-1}
 
-    -1 where B leads, -1/2 where A does; where the parts have one direction it is `theory.horizon.rate_exponents`.
+    The exponent is -1 if B's part dominates and -1/2 if A's part does. If both parts have the same direction, it equals
+    `theory.horizon.rate_exponents`.
 
     Args:
-      led_B, led_A, whole: rms b, a and w of the parts and of their sum, w > 0.
+      led_B: Rms b of the B-led part.
+      led_A: Rms a of the A-led part.
+      total: Rms w of their sum, above 0.
     """
-    b, a, w = (np.asarray(each, np.float64) for each in (led_B, led_A, whole))
+    b, a, w = (np.asarray(rms, np.float64) for rms in (led_B, led_A, total))
     c = (w**2 - a**2 - b**2) / 2
     return -1 / (1 + (c + a**2) / w**2)
 
 
 def keeping_factor(
-    strength: float, led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], whole: Float[np.ndarray, " n"]
+    strength: float, led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], total: Float[np.ndarray, " n"]
 ) -> float:
-    r"""The factor of the rate that keeps the rms of the change of all modules together where gamma r grows ``strength``
-    times: y > 0 with
+    r"""Compute the factor of the learning rate that preserves the rms of the change if gamma r is multiplied.
+
+    In the notation of `keeping_exponent`, and with sums over modules, the factor is the y > 0 that solves
 
     .. math:: \mathrm{strength}^2\, y^2 \textstyle\sum (b^2 + 2 c y + a^2 y^2) = \sum w^2
 
-    in the letters of `keeping_exponent`, which is its slope at a strength of 1; where the parts have one direction it
-    is `theory.horizon.rate_factor`.
+    Its logarithmic slope at a strength of 1 is `keeping_exponent`. If both parts have the same direction, it equals
+    `theory.horizon.rate_factor`.
 
-    Where the parts are nearly opposite (a correlation below -0.94) there is a range of rates over which the change
-    shrinks as the rate grows, and several y may solve this; only one that no such range parts from 1 is meant.
+    If the parts are nearly opposite (a correlation below -0.94), the change decreases with the rate over a range of
+    rates, and there may be several solutions. Only a solution in the same increasing range as 1 is returned.
 
     Args:
-      strength: above 0.
-      led_B, led_A, whole: of each module, see `led_parts`.
+      strength: Factor by which gamma r is multiplied, above 0.
+      led_B: Rms b of the B-led part of each module.
+      led_A: Rms a of the A-led part of each module.
+      total: Rms w of their sum for each module.
 
     Returns:
-      y, or NaN where there is none.
+      The factor y, or NaN if there is none.
 
     Raises:
-      InputError: a strength of 0 or below, or no change.
+      InputError: If the strength or the change is not positive.
     """
-    b, a, w = (float(np.sum(np.asarray(each, np.float64) ** 2)) for each in (led_B, led_A, whole))
+    b, a, w = (float(np.sum(np.asarray(rms, np.float64) ** 2)) for rms in (led_B, led_A, total))
     if not (strength > 0 and w > 0):
-        raise InputError(f"strength is {strength!r} and the change {math.sqrt(w)!r}; accepted are numbers above 0")
+        raise InputError(f"strength and the change must be above 0, got {strength!r} and {math.sqrt(w)!r}")
 
-    between = max(w - a - b, -2 * math.sqrt(a * b))  # 2 c: rounded parts may break what Cauchy and Schwarz allow
+    # 2 c, limited by the Cauchy-Schwarz inequality, which rounded parts can violate.
+    twice_c = max(w - a - b, -2 * math.sqrt(a * b))
 
-    def excess(y: float) -> float:
-        square = strength**2 * y**2 * (b + between * y + a * y**2) / w
+    def log_ratio(y: float) -> float:
+        square = strength**2 * y**2 * (b + twice_c * y + a * y**2) / w
         return math.log(max(square, sys.float_info.min))
 
+    # Restrict the search to an increasing range that contains 1. With opposite parts the change decreases between two
+    # turning points, the roots of 4 a y^2 + 3 (2 c) y + 2 b.
     low, high = 1e-9 / strength, math.inf
-    turns = 9 * between**2 - 32 * a * b
-    if between < 0 <= turns:  # it grows to the first turn and from the second on
-        shift = math.sqrt(turns) - 3 * between
+    discriminant = 9 * twice_c**2 - 32 * a * b
+    if twice_c < 0 <= discriminant:
+        shift = math.sqrt(discriminant) - 3 * twice_c
         first, second = 4 * b / shift, shift / (8 * a)
         if first <= 1 <= second:
             return math.nan
         low, high = (low, first) if first > 1 else (second, high)
+    # Find a finite upper end, then the root.
     if high == math.inf:
         high = max(low, 1.0)
-        while excess(high) < 0:
+        while log_ratio(high) < 0:
             high *= 2
-    if excess(low) > 0 or excess(high) < 0:
+    if log_ratio(low) > 0 or log_ratio(high) < 0:
         return math.nan
-    return float(scipy.optimize.brentq(excess, low, high, xtol=1e-12, rtol=1e-10))
+    return float(scipy.optimize.brentq(log_ratio, low, high, xtol=1e-12, rtol=1e-10))

@@ -1,4 +1,4 @@
-"""Batches of real records for what is measured of a model without training it: one to step on, and one held out."""
+"""Training and held-out batches of records for measurements of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,33 +12,39 @@ from rora_theory.data.formats import AnyRecord, TrainTemplate
 from rora_theory.errors import InputError
 from rora_theory.finetune import Batch, Batches, Examples, choose_widths, split, tokenize
 from rora_theory.finetune.config import LossOn
-from rora_theory.measure.unseen import apart_from
+from rora_theory.measure.unseen import mask_seen
 from rora_theory.validation.ranges import Count, Plural, check_ranges
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """How many records of what length.
+    """Sizes of a training batch and a held-out batch.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     batch_size: Count = 8
-    """records of the batch that gives the gradient"""
+    """Number of records in the batch that yields the gradient"""
     held_out: Count = 8
-    """records it is read at"""
+    """Number of held-out records at which the change is measured"""
     cutoff: Plural = 256
-    """longest record in tokens"""
+    """Maximum number of tokens of a record"""
     loss_on: LossOn = "all"
-    """tokens in the loss: all (the protocol), or the answer alone"""
+    """Tokens in the loss: all (the paper's protocol), or answer for those of the answer only"""
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
 
 class Pair(NamedTuple):
-    """What a step is taken on, what it is read at, and the records of the first as tokens."""
+    """Training batch and held-out batch.
+
+    Attributes:
+      train: Training batch.
+      held_out: Batch of other records.
+      examples: Tokenized records of the training batch.
+    """
 
     train: Batch
     held_out: Batch
@@ -54,57 +60,64 @@ def pair(
     chat: ChatTemplate | None = None,
     seed: int = 0,
 ) -> Pair:
-    """A training batch and a batch of other records, each padded to its longest.
+    """Create a training batch and a batch of other records, each padded to its longest record.
 
     Args:
-      config: of how many records.
-      records: which are split.
-      tokenizer, template, chat: see `tokenize`.
-      seed: of the split.
+      config: Sizes of the batches.
+      records: Records to split.
+      tokenizer: Tokenizer of the model.
+      template: Training prompt, see `tokenize`.
+      chat: Chat template, see `tokenize`.
+      seed: Seed of the split.
 
     Raises:
-      InputError: fewer records than are asked for, or than the cutoff leaves a token to learn of; or as `tokenize`.
+      InputError: If there are too few records, a record has no target within the cutoff, or `tokenize` refuses an
+        argument.
     """
-    needed = config.batch_size + config.held_out
-    if len(records) < needed:
-        raise InputError(f"data hold {len(records)} records; accepted are {needed} or more")
-    rest, held_out = split(records, config.held_out, seed)
+    required = config.batch_size + config.held_out
+    if len(records) < required:
+        raise InputError(
+            f"data must hold at least {required} records (--batch-size and --held-out), got {len(records)} records"
+        )
+    train_records, held_out = split(records, config.held_out, seed)
     answer_only = config.loss_on == "answer"
 
-    def one(part: Sequence[AnyRecord]) -> Batches:
-        found = tokenize(part, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat)
-        if len(found) < len(part):
+    def make_batch(chosen: Sequence[AnyRecord]) -> Batches:
+        examples = tokenize(
+            chosen, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat
+        )
+        if len(examples) < len(chosen):
             raise InputError(
-                f"{len(found)} of {len(part)} records of a batch have a token to learn within --cutoff "
-                f"{config.cutoff}; accepted are all: a larger --cutoff, or --loss-on all"
+                f"only {len(examples)} of {len(chosen)} records of a batch have a target within --cutoff "
+                f"{config.cutoff}. Raise --cutoff, or use --loss-on all."
             )
-        widths = choose_widths(np.asarray(found.sizes), 1)
-        return Batches(found, widths, batch_size=len(found), answer_only=answer_only)
+        widths = choose_widths(np.asarray(examples.sizes), 1)
+        return Batches(examples, widths, batch_size=len(examples), answer_only=answer_only)
 
-    train = one(rest[: config.batch_size])
-    return Pair(train[0], one(held_out)[0], train.examples)
+    train = make_batch(train_records[: config.batch_size])
+    return Pair(train[0], make_batch(held_out)[0], train.examples)
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Which records the steps are taken on and read at.
+    """Settings of the batches of a coordinate check.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     batches: Literal["fixed", "fresh"] = "fixed"
-    """fixed: every step on one batch; fresh: each on a batch of its own"""
+    """Batches of the steps: fixed uses the same batch in every step, fresh a new batch in each"""
     batch_size: Count = 4
-    """records a batch"""
+    """Number of records in a batch"""
     held_out: Count = 64
-    """records set aside, from which each seed's held-out batch is taken"""
+    """Number of records to set aside, from which each seed draws its held-out batch"""
     cutoff: Plural = 64
-    """most tokens of a record"""
+    """Maximum number of tokens of a record"""
     template: TrainTemplate | None = None
-    """training prompt: train (published, to the byte), clean, chat (the model's chat template) or plain (the response
-    at once behind the prompt); none is the data format's: train for alpaca, chat for chats and prompt-response, else
-    plain"""
+    """Training prompt: train (as published, byte for byte), clean, chat (the model's chat template) or plain (prompt
+    and response without anything between). The default depends on the data format: train for alpaca, chat for chats
+    and prompt-response records, otherwise plain"""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -112,12 +125,12 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class SeedBatches:
-    """The batches of one seed; a last one that is not full is left out.
+    """Batches of one seed, without a last batch that is not full.
 
     Attributes:
-      train: to step on.
-      held_out: to read at.
-      fresh: whether each step has a batch of its own.
+      train: Training batches.
+      held_out: Held-out batch.
+      fresh: Whether each step has a new batch.
     """
 
     train: Batches
@@ -125,14 +138,19 @@ class SeedBatches:
     fresh: bool
 
     def at(self, step: int) -> Batch:
-        """The batch of a step, from 0.
+        """Return the training batch of a step.
+
+        Args:
+          step: Index of the step, from 0.
 
         Raises:
-          InputError: there are fewer batches.
+          InputError: If there are fewer batches.
         """
         steps, index = self.train.full_steps, step if self.fresh else 0
         if index >= len(steps):
-            raise InputError(f"step {index} of {len(steps)} fresh batches; accepted are fewer steps or more records")
+            raise InputError(
+                f"step {index} needs {index + 1} fresh batches, got {len(steps)}. Use fewer steps or more records."
+            )
         return self.train[steps[index]]
 
 
@@ -145,41 +163,45 @@ def by_seed(
     steps: int,
     chat: ChatTemplate | None = None,
 ) -> dict[int, SeedBatches]:
-    """Batches of one width, each seed's own; no record is in both splits.
+    """Create training and held-out batches of one width for every seed.
 
-    Where a held-out record begins as a trained one does (the prompt's opening), its inputs are the trained record's
-    own, causal attention seeing nothing else: those tokens are not read.
+    No record is in both splits. Held-out tokens that repeat the beginning of a training record (the prompt's opening)
+    are masked, because with causal attention their inputs equal those of the training record.
 
     Args:
-      config: which batches.
-      records: which are split in one way for all seeds.
-      tokenizer: the model's.
-      seeds: of the batches' order.
-      steps: how many batches a seed trains on, where they are fresh.
-      chat: of the template ``chat``; None is the tokenizer's own.
+      config: Settings of the batches.
+      records: Records, split in the same way for all seeds.
+      tokenizer: Tokenizer of the model.
+      seeds: Seeds of the order of the batches.
+      steps: Number of batches that a seed trains on if they are fresh.
+      chat: Chat template for the training prompt ``chat``; None uses the tokenizer's own.
 
     Raises:
-      InputError: fewer records than all batches have rows, or no held-out token that is apart.
+      InputError: If there are too few records, or if no held-out token is left.
     """
-    trained, apart = split(list(records), config.held_out, 0)
+    train_records, held_out_records = split(list(records), config.held_out, 0)
     train, held_out = (
-        tokenize(part, tokenizer, cutoff=config.cutoff, template=config.template, chat=chat)
-        for part in (trained, apart)
+        tokenize(split_records, tokenizer, cutoff=config.cutoff, template=config.template, chat=chat)
+        for split_records in (train_records, held_out_records)
     )
     fresh = config.batches == "fresh"
     count, size = (steps if fresh else 1), config.batch_size
     if len(train) < count * size:
         raise InputError(
-            f"data leave {len(train)} records to train on; accepted are {count * size} or more, {count} batches of "
-            f"--batch-size {size}"
+            f"data must leave at least {count * size} records to train on ({count} batches of --batch-size {size}), "
+            f"got {len(train)}"
         )
     if len(held_out) < size:
-        raise InputError(f"data have {len(held_out)} held-out records; accepted are --batch-size {size} or more")
+        raise InputError(f"data must have at least --batch-size {size} held-out records, got {len(held_out)}")
+    # One width for all batches, so that the step compiles once.
     widths = choose_widths(np.concatenate([train.sizes, held_out.sizes]), 1)
-    found = {}
+    seed_batches = {}
     for seed in seeds:
-        own, read = (Batches(part, widths, batch_size=size, seed=seed) for part in (train, held_out))
-        batches = SeedBatches(own, read[read.full_steps[0]], fresh)
-        seen = [batches.at(step) for step in range(count)]
-        found[seed] = replace(batches, held_out=apart_from(batches.held_out, seen))
-    return found
+        train_batches, held_out_batches = (
+            Batches(examples, widths, batch_size=size, seed=seed) for examples in (train, held_out)
+        )
+        batches = SeedBatches(train_batches, held_out_batches[held_out_batches.full_steps[0]], fresh)
+        # Mask the held-out tokens that any of the seed's training batches has seen.
+        trained = [batches.at(step) for step in range(count)]
+        seed_batches[seed] = replace(batches, held_out=mask_seen(batches.held_out, trained))
+    return seed_batches

@@ -1,10 +1,9 @@
-"""Which tokens of two batches modules are read at: those of the held-out batch tell something of new text only where
-it was not trained on.
+"""Choice of the tokens at which the inputs of modules are sampled.
 
-With causal attention a module's input at a token depends on that token and those before it. Where a held-out record
-begins as a trained one does (the beginning token, a prompt's template), its inputs are the trained record's own: they
-were seen. And a token with a huge input, an attention sink, has nearly the same input whatever the text, and alone
-decides a mean over tokens.
+With causal attention, a module's input at a token depends only on that token and those before it. Where a held-out
+record repeats the beginning of a training record (the first token, a prompt's template), its inputs equal those of the
+training record: these tokens were seen, and carry no information about new text. An attention sink, a token with a
+huge input, has nearly the same input in any text and dominates a mean over tokens. Both are left out.
 """
 
 from collections.abc import Sequence
@@ -15,46 +14,51 @@ from jaxtyping import Bool, Float, Int
 
 from rora_theory.errors import InputError
 
-SINK = 10.0
-"""A token is a sink of a module where its input's norm is above so many times the median over the split's tokens."""
+SINK_RATIO = 10.0
+"""Ratio of a token's input norm to the median over the split's tokens above which the token is an attention sink."""
 
-NOTHING = -1
-"""In rows of tokens: padding, which is the beginning of nothing."""
+PADDING_ID = -1
+"""Token id of padding, which differs from every id of a tokenizer."""
 
 
-class Chosen(NamedTuple):
-    """The tokens at which a module is read.
+class TokenSample(NamedTuple):
+    """Tokens at which the inputs of a module are sampled.
 
     Attributes:
-      indices: which of all tokens, ascending.
-      counts: how many there are (``all``), were ``seen``, are ``sinks`` besides, and are ``read``.
+      indices: Indices of the sampled tokens, in ascending order.
+      counts: Numbers of tokens: ``all``; ``seen`` in training; ``sinks`` among the others; and ``read``, the sampled.
     """
 
     indices: Int[np.ndarray, " read"]
     counts: dict[str, int]
 
 
-def beginnings(rows: Int[np.ndarray, "B S"], trained: Sequence[Int[np.ndarray, "_B _S"]]) -> Bool[np.ndarray, "B S"]:
-    """Tokens up to which a row is the beginning of a trained row.
+def mark_repeats(rows: Int[np.ndarray, "B S"], trained: Sequence[Int[np.ndarray, "_B _S"]]) -> Bool[np.ndarray, "B S"]:
+    """Mark the tokens up to which a row is identical to a training row.
 
     Args:
-      rows: token ids.
-      trained: token ids, `NOTHING` where there is padding.
+      rows: Token ids.
+      trained: Token ids of training rows, with `PADDING_ID` at padding.
     """
-    found = np.zeros(rows.shape, bool)
-    for other in trained:
-        width = min(rows.shape[1], other.shape[1])
-        found[:, :width] |= (rows[:, None, :width] == other[None, :, :width]).cumprod(axis=2).any(axis=1)
-    return found
+    repeats = np.zeros(rows.shape, bool)
+    for training_rows in trained:
+        # Compare every row with every training row; the cumulative product stays 1 until the first difference.
+        width = min(rows.shape[1], training_rows.shape[1])
+        is_equal = rows[:, None, :width] == training_rows[None, :, :width]
+        repeats[:, :width] |= is_equal.cumprod(axis=2).any(axis=1)
+    return repeats
 
 
 def sinks(norms: Float[np.ndarray, " tokens"]) -> Bool[np.ndarray, " tokens"]:
-    """Tokens whose input to a module has a norm above `SINK` times the median."""
-    return norms > SINK * np.median(norms)
+    """Mark the tokens with an input norm above `SINK_RATIO` times the median."""
+    return norms > SINK_RATIO * np.median(norms)
 
 
 def sample(count: int, seed: int | Sequence[int], masked: Bool[np.ndarray, " all"]) -> Int[np.ndarray, " read"]:
-    """At most ``count`` tokens that are not masked, without replacement, the same ones for the same mask and seed."""
+    """Sample at most ``count`` tokens that are not masked, without replacement.
+
+    The result is the same for the same mask and seed.
+    """
     order = np.random.default_rng(seed).permutation(len(masked))
     return np.sort(order[~masked[order]][:count])
 
@@ -66,29 +70,31 @@ def choose_tokens(
     count: int,
     seed: int | Sequence[int],
     name: str,
-) -> Chosen:
-    """The tokens at which a module is read.
+) -> TokenSample:
+    """Sample the tokens at which the inputs of a module are used.
 
     Args:
-      norms: of its inputs at all tokens.
-      seen: `beginnings` of a held-out batch, whose sinks are then left out too; None leaves out nothing.
-      count, seed: see `sample`.
-      name: of the module, for the error.
+      norms: Norms of the module's inputs at all tokens.
+      seen: Mask of the tokens seen in training, see `mark_repeats`; sinks are then left out too. None leaves out
+        neither.
+      count: Maximum number of tokens.
+      seed: Seed of the sample.
+      name: Name of the module for the error message.
 
     Raises:
-      InputError: none is left.
+      InputError: If no token is left.
     """
-    huge = np.zeros(len(norms), bool)
+    is_sink = np.zeros(len(norms), bool)
     if seen is None:
-        seen = huge
+        seen = is_sink
     else:
-        huge = sinks(norms) & ~seen
-    indices = sample(count, seed, seen | huge)
-    counts = {"all": len(norms), "seen": int(seen.sum()), "sinks": int(huge.sum()), "read": len(indices)}
+        is_sink = sinks(norms) & ~seen
+    indices = sample(count, seed, seen | is_sink)
+    counts = {"all": len(norms), "seen": int(seen.sum()), "sinks": int(is_sink.sum()), "read": len(indices)}
     if not len(indices):
         raise InputError(
-            f"of {counts['all']} held-out tokens {counts['seen']} begin as the training batch does and "
-            f"{counts['sinks']} are sinks of {name}, which leaves none; accepted are held-out records that differ, "
-            "or no mask"
+            f"{name} has no usable token among {counts['all']} held-out tokens: {counts['seen']} repeat the beginning "
+            f"of a training record and {counts['sinks']} are attention sinks. Pass different held-out records, or "
+            "switch the mask off."
         )
-    return Chosen(indices, counts)
+    return TokenSample(indices, counts)

@@ -1,11 +1,12 @@
-"""Whether a carried setting keeps the first step: real steps of a model under each choice, against the tuned one's.
+"""Check of a transferred setting: real first steps of a model under several settings, compared with the tuned one.
 
-found = check_transfer(model, transfer(setting, rank=128), train, held_out, target_modules=["q_proj", "v_proj"])
-found.summary[["plan", "quantity", "ratio", "standard_error"]]
+check = check_transfer(model, transfer(setting, rank=128), train, held_out, target_modules=["q_proj", "v_proj"])
+check.summary[["plan", "quantity", "ratio", "standard_error"]]
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import geometric_mean
 from typing import Any
 
@@ -24,6 +25,7 @@ from rora_theory.stats.estimate import jackknife
 from rora_theory.validation.rules import check_seeds
 
 TUNED = "tuned"
+"""Name of the tuned setting, with which the others are compared."""
 
 COLUMNS = (
     "plan", "rank", "alpha", "learning_rate", "scaling", "alpha_pattern", "quantity", "module", "layer", "seed", "rms",
@@ -32,42 +34,52 @@ SUMMARY_COLUMNS = (
     "plan", "rank", "alpha", "learning_rate", "quantity", "ratio", "standard_error", "smallest", "largest",
 )  # fmt: skip
 UNITS = {
-    "rms": "root mean square over held-out tokens and outputs of the change that the first step makes: of a module's "
-    "own w = gamma B A x', of the final hidden states, of the logits",
-    "ratio": "of the rms (root mean square over seeds) to that of the tuned setting; quantity modules: the geometric "
-    "mean over modules, smallest and largest of them beside it",
+    "rms": "root mean square over held-out tokens and outputs of the change after the first step: of a module's "
+    "w = gamma B A x', of the final hidden states, or of the logits",
+    "ratio": "rms (root mean square over seeds) divided by that of the tuned setting; for the quantity modules the "
+    "geometric mean over modules, with the smallest and largest ratio",
 }
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting whose first step is taken, and its alphas by module where these differ."""
+    """Setting to compare with the tuned one.
+
+    Attributes:
+      setting: Setting.
+      alpha_pattern: Alphas of modules that differ from the setting's.
+    """
 
     setting: Setting
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
 
 def candidates(advice: Advice) -> dict[str, Candidate]:
-    """What is compared: the tuned setting, no change at the new rank, and what the advice changes, by name."""
+    """Return the settings to compare by name: the tuned one, no change at the new rank, and those of the advice."""
     new = advice.unchanged
     one_alpha = replace(new, alpha=advice.alpha_at_old_rate)
-    found = {
+    settings = {
         TUNED: Candidate(advice.old),
         "neither changed": Candidate(new),
         "one alpha": Candidate(one_alpha),
         "one rate": Candidate(replace(new, learning_rate=advice.rate_at_alpha)),
     }
     if exponent(new.rule) != KAPPAS["rslora"]:
-        found["neither changed, use_rslora"] = Candidate(replace(new, rule="rslora"))
+        settings["neither changed, use_rslora"] = Candidate(replace(new, rule="rslora"))
     if advice.regime == "measured":
         for per in ("type", "module"):
-            found[f"alpha by {per}"] = Candidate(one_alpha, advice.alpha_pattern(per))
-    return found
+            settings[f"alpha by {per}"] = Candidate(one_alpha, advice.alpha_pattern(per))
+    return settings
 
 
 @dataclass(frozen=True)
 class FirstStep:
-    """One first step: of a candidate, with one draw of A."""
+    """First step of a candidate with one draw of A.
+
+    Attributes:
+      plan: Name of the candidate.
+      seed: Seed of A.
+    """
 
     plan: str
     seed: int
@@ -77,24 +89,25 @@ class FirstStep:
 
 
 def first_steps(advice: Advice, seeds: Sequence[int]) -> Iterator[FirstStep]:
-    """All first steps."""
+    """Yield the first steps of all candidates and seeds."""
     for plan in candidates(advice):
         for seed in seeds:
             yield FirstStep(plan, seed)
 
 
 def first_step_rows(stepper: RealStep, advice: Advice, step: FirstStep, seed: int = 0) -> list[dict[str, Any]]:
-    """The sizes of one first step, as rows of a table.
+    """Run one first step and return the sizes of its changes as rows of a table.
 
     Args:
-      stepper: the model.
-      advice, step: whose.
-      seed: of all draws.
+      stepper: Model and batches.
+      advice: Advice to check.
+      step: Candidate and seed of A.
+      seed: Seed of all draws.
     """
     candidate = candidates(advice)[step.plan]
     setting, pattern = candidate.setting, dict(candidate.alpha_pattern)
     change = stepper.change(setting, jax.random.fold_in(jax.random.key(seed), step.seed), pattern)
-    frame = {
+    labels = {
         "plan": step.plan,
         "rank": setting.rank,
         "alpha": setting.alpha,
@@ -104,42 +117,40 @@ def first_step_rows(stepper: RealStep, advice: Advice, step: FirstStep, seed: in
         "seed": step.seed,
     }
     rows = [
-        frame | {"quantity": "module", "module": module, "layer": layer, "rms": float(value)}
+        labels | {"quantity": "module", "module": module, "layer": layer, "rms": float(value)}
         for module, values in change.modules.items()
         for layer, value in enumerate(values)
     ]
-    whole = {"hidden": change.hidden, "logits": change.logits}
-    return rows + [frame | {"quantity": quantity, "rms": value} for quantity, value in whole.items()]
+    model_changes = {"hidden": change.hidden, "logits": change.logits}
+    return rows + [labels | {"quantity": quantity, "rms": value} for quantity, value in model_changes.items()]
 
 
 def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
-    """Ratios to the tuned setting's: root mean squares over seeds, standard errors by leaving one out (jackknife).
+    """Compute the ratio of each candidate's changes to those of the tuned setting.
+
+    Changes are root mean squares over seeds. Standard errors come from the jackknife over seeds.
 
     Args:
-      table: of `first_step_rows`, with two seeds or more.
-      advice: whose candidates.
+      table: Rows of `first_step_rows`, with two seeds or more.
+      advice: Advice to check.
     """
 
-    def squares(plan: str, quantity: str) -> np.ndarray:
-        """[seeds, modules]."""
-        own = table[(table["plan"] == plan) & (table["quantity"] == quantity)]
-        return np.array([part["rms"].to_numpy(float) ** 2 for _, part in own.groupby("seed")])
+    def mean_squares(plan: str, quantity: str) -> np.ndarray:
+        """Return an array [seeds, modules]."""
+        rows = table[(table["plan"] == plan) & (table["quantity"] == quantity)]
+        return np.array([by_seed["rms"].to_numpy(float) ** 2 for _, by_seed in rows.groupby("seed")])
 
-    found = []
+    summary = []
     for name, candidate in candidates(advice).items():
         setting = candidate.setting
         for quantity in ("module", "hidden", "logits"):
-            pair = squares(name, quantity), squares(TUNED, quantity)
-
-            def ratios(kept: Sequence[int], pair: tuple[np.ndarray, np.ndarray] = pair) -> np.ndarray:
-                top, bottom = (np.mean(part[list(kept)], axis=0) for part in pair)
-                return np.sqrt(top / bottom)
-
-            def mean(kept: Sequence[int], of: Any = ratios) -> float:
-                return geometric_mean(of(kept))
-
-            estimate, every = jackknife(mean, len(pair[0]), "seeds"), ratios(range(len(pair[0])))
-            found.append(
+            candidate_squares, tuned_squares = mean_squares(name, quantity), mean_squares(TUNED, quantity)
+            ratios = partial(_ratios, candidate_squares, tuned_squares)
+            # The seeds of both settings are the same draws of A: the jackknife leaves them out together.
+            seeds = len(candidate_squares)
+            estimate = jackknife(partial(_mean_ratio, candidate_squares, tuned_squares), seeds, "seeds")
+            by_module = ratios(range(seeds))
+            summary.append(
                 {
                     "plan": name,
                     "rank": setting.rank,
@@ -148,32 +159,49 @@ def summarise(table: pd.DataFrame, advice: Advice) -> pd.DataFrame:
                     "quantity": "modules" if quantity == "module" else quantity,
                     "ratio": estimate.value,
                     "standard_error": estimate.error,
-                    "smallest": float(np.min(every)),
-                    "largest": float(np.max(every)),
+                    "smallest": float(np.min(by_module)),
+                    "largest": float(np.max(by_module)),
                 }
             )
-    return frames.of(found, SUMMARY_COLUMNS)
+    return frames.of(summary, SUMMARY_COLUMNS)
+
+
+def _ratios(candidate_squares: np.ndarray, tuned_squares: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+    """Compute the ratio of root mean squares over some of the seeds, by module."""
+    candidate_mean, tuned_mean = (
+        np.mean(squares[list(seeds)], axis=0) for squares in (candidate_squares, tuned_squares)
+    )
+    return np.sqrt(candidate_mean / tuned_mean)
+
+
+def _mean_ratio(candidate_squares: np.ndarray, tuned_squares: np.ndarray, seeds: Sequence[int]) -> float:
+    return geometric_mean(_ratios(candidate_squares, tuned_squares, seeds))
 
 
 HEADS = ("plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits")
-"""Of the columns of `candidates_in_words`."""
+"""Headers of the columns of `candidates_in_words`."""
 
 
 def candidates_in_words(summary: pd.DataFrame) -> list[list[str]]:
-    """Of `summarise` a row a candidate, the tuned one left out: its strength and its ratios ± standard error."""
+    """Format the ratios of `summarise` with their standard errors, with a row for each candidate but the tuned one."""
     ratio = "{ratio:.3f} ± {standard_error:.3f}".format_map
-    found = []
-    for plan, own in summary[summary["plan"] != TUNED].groupby("plan", sort=False):
-        modules, hidden, logits = own.to_dict("records")
+    rows = []
+    for plan, group in summary[summary["plan"] != TUNED].groupby("plan", sort=False):
+        modules, hidden, logits = group.to_dict("records")
         spread = "{smallest:.2f} to {largest:.2f}".format_map(modules)
-        strength = f"{modules['alpha']:.4g}", f"{modules['learning_rate']:.3g}"
-        found.append([str(plan), *strength, f"{ratio(modules)} ({spread})", ratio(hidden), ratio(logits)])
-    return found
+        setting = f"{modules['alpha']:.4g}", f"{modules['learning_rate']:.3g}"
+        rows.append([str(plan), *setting, f"{ratio(modules)} ({spread})", ratio(hidden), ratio(logits)])
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
 class TransferCheck:
-    """What `check_transfer` found: a row a first step and module, and in ``summary`` a candidate and quantity."""
+    """Result of `check_transfer`.
+
+    Attributes:
+      steps: Sizes with a row for each first step and module or quantity.
+      summary: Ratios to the tuned setting with a row for each candidate and quantity.
+    """
 
     steps: pd.DataFrame
     summary: pd.DataFrame
@@ -189,19 +217,23 @@ def check_transfer(
     seeds: Sequence[int] = (0, 1, 2, 3),
     seed: int = 0,
 ) -> TransferCheck:
-    """Take the first real step of every candidate, several draws of A each.
+    """Run the first step of every candidate with several draws of A, and compare it with the tuned setting.
 
     Args:
-      model: of `rora_theory.llama.load`.
-      advice: what is checked.
-      train: the batch that gives the step.
-      held_out: what its effect is read at.
-      target_modules: what is adapted.
-      seeds: of A, two or more; every candidate has the same.
-      seed: of all draws.
+      model: Model loaded by `rora_theory.llama.load`.
+      advice: Advice to check.
+      train: Batch of the step.
+      held_out: Batch at which the change is measured.
+      target_modules: Target modules in PEFT's format.
+      seeds: Two or more seeds of A, which all candidates share.
+      seed: Seed of all draws.
+
+    Returns:
+      The sizes of the changes and their ratios to the tuned setting.
 
     Raises:
-      InputError: fewer than two seeds, one twice or out of range; a rank, init or target that does not fit the model.
+      InputError: If there are fewer than two seeds, a seed repeats or is out of range, or a rank, initialisation or
+        target does not fit the model.
     """
     check_seeds(seeds, fewest=2)
     stepper = RealStep(model.params, model.config, train, held_out, target_modules)

@@ -1,7 +1,7 @@
-"""A transfer as it is asked for: a setting in figures or from a saved adapter, in a regime that is assumed or measured.
+"""Request for a transfer: the tuned setting, from options or a saved adapter, and an assumed or measured regime.
 
-asked = TransferConfig(from_=Path("adapter"), lr=2e-4, to_rank=128, regime="results/regime/RUN")
-advice, peft, _ = advise(asked)
+config = TransferConfig(from_=Path("adapter"), lr=2e-4, to_rank=128, regime="results/regime/RUN")
+advice, peft, _ = advise(config)
 print(advice.peft_config(**peft))
 """
 
@@ -26,52 +26,57 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """What was tuned, and where it is to go.
+    """Tuned setting and the rank to transfer it to.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     from_rank: Count | None = None
-    """the rank that was tuned; none is 8, or what --from has"""
+    """Tuned rank; the default is that of --from, or 8"""
     to_rank: Count = 128
-    """the new rank"""
+    """New rank"""
     alpha: float | None = None
-    """alpha at the old rank; none is 16, or what --from has"""
+    """Alpha at the tuned rank; the default is that of --from, or 16"""
     lr: Positive = 3e-4
-    """learning rate at the old rank"""
+    """Learning rate at the tuned rank"""
     rule: Rule | None = None
-    """lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa; none is lora, or what --from has"""
+    """Scaling rule: lora (alpha / r), rora or rslora (alpha / sqrt(r)), or an exponent kappa; the default is that of
+    --from, or lora"""
     to_rule: Rule | None = None
-    """rule at the new rank; left out, it stays as it is"""
+    """Scaling rule at the new rank; the default is the tuned rule"""
     optimizer: OptimizerName | str = "adamw"
-    """sgd, momentum, adam or adamw, or a Trainer's name of AdamW such as adamw_bnb_8bit; Lion and signSGD take Adam's
-    first step, and others are not covered"""
+    """Optimizer: sgd, momentum, adam, adamw, or the Trainer's name of a variant of AdamW such as adamw_bnb_8bit. Lion
+    and signSGD have the same first step as Adam; other optimizers are not supported"""
     init: PeftInit | None = None
-    """law of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, of deviation 1/r); none is kaiming_uniform,
-    or what --from has"""
+    """Initialisation of lora_A: kaiming_uniform (PEFT's default) or gaussian (PEFT's, with standard deviation 1/r); the
+    default is that of --from, or kaiming_uniform"""
     regime: str = "signal"
-    """signal, cross-talk, or the folder of a sims.regime run"""
+    """Regime: signal, cross-talk, or the folder of a sims.regime run"""
     split: Split = "heldout"
-    """tokens of a measured regime: other text (heldout) or the batch that gave the gradient (train)"""
+    """Tokens of a measured regime: heldout (other text) or train (the batch of the gradient)"""
     per: Per = "type"
-    """which modules of a measured regime share an alpha: one for all, one a type, or one for each layer's module"""
+    """Modules of a measured regime that share an alpha: one for all, type for each type, or module for each module of
+    each layer"""
     targets: tuple[str, ...] | None = None
-    """target_modules of the LoraConfig: names separated by spaces, or all-linear; none is a measured regime's own, and
-    the paper's five where the regime is assumed"""
+    """Target modules of the LoraConfig: names separated by spaces, or all-linear; the default is that of --from, or the
+    modules of a measured regime, or the paper's five"""
     task_type: TaskType | None = None
-    """task_type of the LoraConfig; none is CAUSAL_LM, or what --from has"""
+    """Task type of the LoraConfig; the default is that of --from, or CAUSAL_LM"""
     from_: Path | None = None
-    """a saved adapter's folder or its adapter_config.json: gives --from-rank, --alpha, --rule, --init and --targets,
-    none of which may then be another, and the LoraConfig's other entries"""
+    """Folder of a saved adapter, or its adapter_config.json. It provides --from-rank, --alpha, --rule, --init and
+    --targets, which must not be set to other values, and the other entries of the LoraConfig"""
     to_alpha: Positive | None = None
-    """alpha at the new rank; the learning rate then makes up for it. Left out, alpha makes up and the rate stays"""
+    """Alpha at the new rank, for which the learning rate then compensates. By default alpha changes and the learning
+    rate stays"""
     steps: int | None = None
-    """steps of the planned run, at a constant rate (Adam, regime signal); with --takeover or --p-in"""
+    """Number of steps of the planned run at a constant learning rate (Adam, regime signal). Requires --takeover or
+    --p-in"""
     takeover: float | None = None
-    """distance of A at which its part in the change is as large as B's; 1e-3 to 9e-3 in most modules of SmolLM2-135M"""
+    """Distance that A moves until its part of the change is as large as B's; 1e-3 to 9e-3 in most modules of
+    SmolLM2-135M"""
     p_in: int | None = None
-    """inputs of the modules, in place of --takeover: it is then assumed, as for one sample"""
+    """Number of inputs of the modules, from which --takeover is estimated as for one sample"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "optimizer", optimizer_named(self.optimizer))
@@ -86,19 +91,19 @@ class TransferConfig:
 
 
 DEFAULT = Saved(8, 16.0, "lora", "kaiming_uniform", None, ())
-"""What was tuned where neither the caller nor a saved adapter says."""
+"""Tuned setting where neither the options nor a saved adapter provide a value."""
 
-SAME: dict[str, Callable[[Any], object]] = {"rule": exponent, "targets": frozenset}
-"""What two values of an option are the same by: a rule under whatever name, targets in whatever order."""
+COMPARISON_KEYS: dict[str, Callable[[Any], object]] = {"rule": exponent, "targets": frozenset}
+"""Functions by which two values of an option are compared: rules by exponent, targets in any order."""
 
 
 class Advised(NamedTuple):
-    """What was asked for.
+    """Answer to a request.
 
     Attributes:
-      advice: the transfer.
-      peft: arguments of `Advice.peft_config`: the modules, and what a saved adapter has besides.
-      thin: what a measured regime leaves open, or nothing.
+      advice: Advice.
+      peft: Arguments of `Advice.peft_config`: the target modules, and other entries of a saved adapter.
+      thin: Limits of a measured regime as a sentence, or an empty string.
     """
 
     advice: Advice
@@ -106,45 +111,53 @@ class Advised(NamedTuple):
     thin: str
 
 
-def read_old(config: TransferConfig) -> tuple[Setting, str | list[str] | None, Saved]:
-    """The setting that was tuned and its targets: as given, else as the saved adapter has it, else as in `DEFAULT`; and
-    that adapter, whose remarks are warnings of `logging`.
+def read_tuned(config: TransferConfig) -> tuple[Setting, str | list[str] | None, Saved]:
+    """Determine the tuned setting and its targets.
+
+    Each value comes from the options, the saved adapter or `DEFAULT`, in this order. Remarks about the saved adapter
+    are logged as warnings.
+
+    Returns:
+      The tuned setting, its targets, and the saved adapter.
 
     Raises:
-      InputError: a file that is no LoRA's, or a value that was given where the file has another.
+      InputError: If the file is not a LoRA adapter, or if an option differs from the file.
     """
     saved = DEFAULT if config.from_ is None else read_adapter_config(config.from_)
-    found: dict[str, Any] = dict(zip(("from_rank", "alpha", "rule", "init", "targets"), saved, strict=False))
-    for name, value in found.items():
-        given, same = getattr(config, name), SAME.get(name, lambda value: value)
-        if config.from_ is not None and None not in (given, value) and same(given) != same(value):
-            told = f"{option_of(name)} is {as_words(given)}, and {config.from_} has {as_words(value)}"
-            raise InputError(f"{told}; accepted is one of the two")
-        found[name] = value if given is None else given
+    values: dict[str, Any] = dict(zip(("from_rank", "alpha", "rule", "init", "targets"), saved, strict=False))
+    for name, saved_value in values.items():
+        option, key = getattr(config, name), COMPARISON_KEYS.get(name, lambda value: value)
+        if config.from_ is not None and None not in (option, saved_value) and key(option) != key(saved_value):
+            raise InputError(
+                f"{option_of(name)} is {as_words(option)}, but {config.from_} has {as_words(saved_value)}. "
+                "Remove one of the two."
+            )
+        values[name] = saved_value if option is None else option
     for remark in saved.remarks:
         logger.warning(remark)
-    rank, alpha, rule, init, targets = found.values()
+    rank, alpha, rule, init, targets = values.values()
     setting = Setting(rank, alpha, config.lr, rule, config.optimizer, init)  # type: ignore[arg-type]
     return setting, saved.expression if targets is None else peft_targets(targets), saved
 
 
 def advise(config: TransferConfig) -> Advised:
-    """The transfer that is asked for.
+    """Compute the advice that a configuration requests.
 
     Raises:
-      InputError: as `read_old`, `transfer`, `peft_targets` and `regime_run.read_regime_run`.
+      InputError: If `read_tuned`, `transfer`, `peft_targets` or `saved_run.read_regime_run` refuses a value.
     """
-    old, asked, saved = read_old(config)
+    tuned, requested, saved = read_tuned(config)
     regime: Any = config.regime
-    targets, thin = asked or list(PAPER_TARGETS), ""
+    targets, thin = requested or list(PAPER_TARGETS), ""
     if config.regime not in REGIMES:
+        # Imports pandas, which takes longer than the rest of the command: only if needed.
         from rora_theory.measure.regimes import saved_run as regime_run
 
         run = regime_run.read_regime_run(
-            Path(config.regime), optimizer=old.optimizer, init=old.init, split=config.split
+            Path(config.regime), optimizer=tuned.optimizer, init=tuned.init, split=config.split
         )
-        regime, targets, thin = run.terms_of(asked), asked or run.kinds, run.gaps(asked)
-    to: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
+        regime, targets, thin = run.terms_of(requested), requested or run.module_types, run.gaps(requested)
+    new: dict[str, Any] = {"rule": config.to_rule, "alpha": config.to_alpha}
     planned: dict[str, Any] = {"steps": config.steps, "takeover": config.takeover, "p_in": config.p_in}
     peft = {"target_modules": targets, "per": config.per, "task_type": config.task_type or saved.task_type}
-    return Advised(transfer(old, config.to_rank, regime, **to, **planned), peft | {"others": saved.others}, thin)
+    return Advised(transfer(tuned, config.to_rank, regime, **new, **planned), peft | {"others": saved.others}, thin)

@@ -1,4 +1,4 @@
-"""Batches whose held-out tokens tell something of text that was not trained on, see `rora_theory.measure.tokens`."""
+"""Masks of held-out batches that leave out tokens seen in training, see `rora_theory.measure.tokens`."""
 
 from collections.abc import Sequence
 
@@ -8,36 +8,38 @@ from jaxtyping import Bool
 from rora_theory.data.batches import Batch
 from rora_theory.errors import InputError
 from rora_theory.measure.layers.model_layers import real_tokens
-from rora_theory.measure.tokens import NOTHING, beginnings
+from rora_theory.measure.tokens import PADDING_ID, mark_repeats
 
 
 def seen(batch: Batch, trained: Sequence[Batch]) -> Bool[np.ndarray, "B S"]:
-    """Tokens up to which a row of ``batch`` is the beginning of a trained row."""
-    rows = [np.where(real_tokens(part), part.inputs, NOTHING) for part in trained]
-    return beginnings(np.asarray(batch.inputs), rows)
+    """Mark the tokens up to which a row of ``batch`` is identical to a row of a training batch."""
+    rows = [np.where(real_tokens(training_batch), training_batch.inputs, PADDING_ID) for training_batch in trained]
+    return mark_repeats(np.asarray(batch.inputs), rows)
 
 
 def check_unseen(batch: Batch, trained: Sequence[Batch]) -> None:
-    """Raise `InputError` where every token of ``batch`` is, so far, the beginning of a trained row."""
-    real, known = real_tokens(batch), seen(batch, trained)
-    if not (real & ~known).any():
+    """Raise `InputError` if every token of ``batch`` repeats the beginning of a training record."""
+    real, is_seen = real_tokens(batch), seen(batch, trained)
+    if not (real & ~is_seen).any():
         raise InputError(
-            f"all {int(real.sum())} held-out tokens begin as the training batch does, and none tells of other text; "
-            "accepted are records that differ, a larger --cutoff, or --no-mask"
+            f"all {int(real.sum())} held-out tokens repeat the beginning of a training record, so they carry no "
+            "information about new text. Pass different records, a larger --cutoff, or --no-mask."
         )
 
 
-def apart_from(batch: Batch, trained: Sequence[Batch]) -> Batch:
-    """``batch`` with weight 0 wherever a row is, so far, the beginning of a trained row.
+def mask_seen(batch: Batch, trained: Sequence[Batch]) -> Batch:
+    """Return a batch with weight 0 at the tokens that repeat the beginning of a training record.
 
     Args:
-      batch: with a target at every position.
-      trained: what it is kept apart from.
+      batch: Batch with a target at every position.
+      trained: Training batches.
 
     Raises:
-      InputError: nothing is left.
+      InputError: If no token is left.
     """
     weights = np.where(seen(batch, trained), np.float32(0), batch.weights)
     if not weights.any():
-        raise InputError("--cutoff leaves no token of a held-out record apart from the trained ones; accepted is more")
+        raise InputError(
+            "every held-out token within --cutoff repeats the beginning of a training record. Raise --cutoff."
+        )
     return batch._replace(weights=weights)

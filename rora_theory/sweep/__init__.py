@@ -1,1 +1,1 @@
-"""Fine-tuning and scoring over methods, ranks, learning rates and seeds: designs, their cells, and what a cell does."""
+"""Sweeps of fine-tuning and scoring over methods, ranks, learning rates and seeds."""

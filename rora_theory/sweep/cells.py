@@ -1,4 +1,4 @@
-"""The cells of a sweep: all that determines one fine-tuned and scored adapter, in the order of work."""
+"""Cells of a sweep, each with all settings that determine one fine-tuned and scored adapter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,21 +20,26 @@ NOT_SHARED = (
     "method", "rule", "rank", "alpha", "lr", "seed", "held_out", "steps", "epochs", "batch_size", "evaluate_every",
     "checkpoint_every",
 )  # fmt: skip
-"""Settings of a fine-tuning run that are a cell's, change no result, or are in a sweep's identity by another name."""
+"""Settings of a fine-tuning run that vary by cell, change no result, or have another name in a sweep's identity."""
 
 
 @dataclass(frozen=True)
 class SweepCell:
-    """Everything that determines one cell's result; its key is the hash of this.
+    """Settings that determine the result of one cell; their hash is the cell's key.
 
     Attributes:
-      method: a name of `METHODS`, or `BASE`.
-      rank, alpha, gamma, learning_rate, seed: None for `BASE`; the first three also for a method without a rank. gamma
-        follows from the rule, alpha and the rank.
-      model, revision, dtype: the base model.
-      training: the whole fine-tuning run; None for `BASE`.
-      data: digests and sizes of the training and held-out records.
-      evaluation: protocol, tasks, limit and digests of the task files; None where the tasks are not scored.
+      method: Name from `METHODS`, or `BASE`.
+      rank: Rank; None for `BASE` and for methods without a rank.
+      alpha: Alpha; None for `BASE` and for methods without a rank.
+      gamma: Scaling, which follows from the rule, alpha and rank; None for `BASE` and for methods without a rank.
+      learning_rate: Peak learning rate; None for `BASE`.
+      seed: Seed; None for `BASE`.
+      model: Name of the base model.
+      revision: Revision of the base model.
+      dtype: Type of the base weights.
+      training: Configuration of the fine-tuning run; None for `BASE`.
+      data: Digests and sizes of the training and held-out records.
+      evaluation: Protocol, tasks, limit and digests of the task files; None if the tasks are not scored.
     """
 
     method: str
@@ -51,7 +56,7 @@ class SweepCell:
     evaluation: Mapping[str, Any] | None
 
     def __str__(self) -> str:
-        """In words, for a line of output."""
+        """Return a short description of the cell."""
         if self.training is None:
             return f"{self.model}: base"
         size = f"r={self.rank} alpha={self.alpha:g} gamma={self.gamma:.4g} " if self.rank is not None else ""
@@ -68,49 +73,52 @@ def cells_of(
     stage: int,
     best: pd.DataFrame | None = None,
 ) -> list[SweepCell]:
-    """The cells of a design in the order of work: by seed, then rank (those without one first), then method.
+    """Return the cells of a design in the order of work: by seed, rank (methods without a rank first) and method.
 
     Args:
-      design: what varies.
-      shared: what all fine-tuning runs share, see `training_of`.
-      revision: of the models.
-      data, evaluation: see `SweepCell`.
-      stage: 0 is everything, or, for a tuned design, the first seed at every rank without accuracy; 1 is the other
-        seeds at the chosen rates.
-      best: of stage 1, the learning rate of each model, method and rank, see `rora_theory.sweep.results.marked_rates`.
+      design: Settings that vary.
+      shared: Settings that all fine-tuning runs share, see `training_of`.
+      revision: Revision of the models.
+      data: Digests and sizes of the records, see `SweepCell`.
+      evaluation: Settings of the scoring, see `SweepCell`.
+      stage: 0 for all cells or, in a tuned design, for those of the first seed without accuracy; 1 for the other seeds
+        of a tuned design at the chosen rates.
+      best: Learning rate of each model, method and rank for stage 1, see `rora_theory.sweep.results.marked_rates`.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
-    first = design.tuned and stage == 0
-    seeds = design.seeds[:1] if first else design.seeds[1:] if design.tuned else design.seeds
-    measured = None if first and len(design.seeds) > 1 else evaluation
+    # A tuned design compares rates at the first seed, which needs no accuracies unless it is the only seed.
+    is_tuning = design.tuned and stage == 0
+    seeds = design.seeds[:1] if is_tuning else design.seeds[1:] if design.tuned else design.seeds
+    seed_evaluation = None if is_tuning and len(design.seeds) > 1 else evaluation
     common: dict[str, Any] = {"revision": revision, "dtype": design.dtype, "data": dict(data)}
-    found = []
-    chosen: dict[Any, tuple[float, ...]] = {
+    cells = []
+    best_rates: dict[Any, tuple[float, ...]] = {
         (row["model"], row["method"], row["rank"]): (row["learning_rate"],)
         for row in ([] if best is None else frames.rows(best))
     }
     for model in design.models:
+        # The base model is one cell without training.
         if BASE in design.methods and stage == 0:
-            nothing: dict[str, Any] = dict.fromkeys(("rank", "alpha", "gamma", "learning_rate", "seed", "training"))
-            found.append(SweepCell(method=BASE, model=model, evaluation=evaluation, **nothing, **common))
+            untrained: dict[str, Any] = dict.fromkeys(("rank", "alpha", "gamma", "learning_rate", "seed", "training"))
+            cells.append(SweepCell(method=BASE, model=model, evaluation=evaluation, **untrained, **common))
         for seed in seeds:
             for rank in (None, *design.ranks):
                 for method in design.methods:
                     if method == BASE or METHODS[method].ranked == (rank is None):
                         continue
                     if stage == 1:
-                        several = chosen.get((model, method, rank), ())
+                        rates = best_rates.get((model, method, rank), ())
                     else:
-                        several = design.lrs or rates_of(method, model, tuned=design.tuned)
-                    for rate in several:
+                        rates = design.lrs or rates_of(method, model, tuned=design.tuned)
+                    for rate in rates:
                         training = training_of(design, shared, method, rank, rate, seed)
                         strength: dict[str, Any] = {"alpha": None, "gamma": None}
                         if rank is not None:
                             gamma = scaling_factor(training.rule, alpha=training.alpha, rank=rank)
                             strength = {"alpha": training.alpha, "gamma": gamma}
-                        found.append(
+                        cells.append(
                             SweepCell(
                                 method=method,
                                 rank=rank,
@@ -118,24 +126,24 @@ def cells_of(
                                 seed=seed,
                                 model=model,
                                 training=training,
-                                evaluation=measured,
+                                evaluation=seed_evaluation,
                                 **strength,
                                 **common,
                             )
                         )
-    return found
+    return cells
 
 
 def stand_ins(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
-    """The cells, with the scored twin of one that is not to be scored in its place where a run folder has that."""
+    """Replace each cell without scoring by the same cell with scoring, if a run folder has finished that one."""
     manifest = read_manifest(folder, ("config",))
     evaluation, done = manifest and manifest["config"].get("evaluation"), finished(folder)
-    twins = [cell if cell.evaluation else replace(cell, evaluation=evaluation) for cell in cells]
-    return [twin if key_of(twin) in done else cell for cell, twin in zip(cells, twins, strict=True)]
+    scored_cells = [cell if cell.evaluation else replace(cell, evaluation=evaluation) for cell in cells]
+    return [scored if key_of(scored) in done else cell for cell, scored in zip(cells, scored_cells, strict=True)]
 
 
 def cell_states(cells: Sequence[SweepCell], folder: Path) -> list[dict[str, Any]]:
-    """The cells, or their `stand_ins`, each with its ``key`` and its ``state`` in a run folder: done, failed or new."""
+    """Return the cells, or their `stand_ins`, with their ``key`` and ``state`` in a run folder: done, failed or new."""
     rows, done = [], finished(folder)
     for cell in stand_ins(cells, folder):
         key = key_of(cell)
@@ -147,33 +155,37 @@ def cell_states(cells: Sequence[SweepCell], folder: Path) -> list[dict[str, Any]
 def training_of(
     design: Design, shared: FinetuneConfig, method: str, rank: int | None, rate: float, seed: int
 ) -> FinetuneConfig:
-    """The fine-tuning run of a cell.
+    """Return the fine-tuning configuration of a cell.
 
     Args:
-      design: whose rule for alpha and dtype it has.
-      shared: everything else, but what changes no result. Its targets and dropout are those of methods with a rank; the
-        others have their published modules, full fine-tuning these targets, and no dropout.
-      method, rank, rate, seed: the cell's; no rank for a method that has none.
+      design: Design with the rule for alpha and the dtype.
+      shared: Settings that all cells share. Targets and dropout apply to methods with a rank; other methods adapt their
+        published modules (full fine-tuning these targets) without dropout.
+      method: Name of the method.
+      rank: Rank; None for a method without a rank.
+      rate: Peak learning rate.
+      seed: Seed.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
-    own: dict[str, Any] = {"lr": rate, "seed": seed, "dtype": design.dtype} | dict(METHODS[method].settings)
+    settings: dict[str, Any] = {"lr": rate, "seed": seed, "dtype": design.dtype} | dict(METHODS[method].settings)
     if rank is None:
-        # Full fine-tuning is beside the adapters of the same modules; the others have their own.
-        own |= {"targets": shared.modules if own["method"] == "full" else None, "dropout": 0.0}
+        # Full fine-tuning is compared with adapters of the same modules; other methods have modules of their own.
+        settings |= {"targets": shared.modules if settings["method"] == "full" else None, "dropout": 0.0}
     else:
         alpha = 2.0 * rank if design.alpha_rule == "2r" else shared.alpha
-        own |= {"rank": rank, "alpha": alpha, "targets": shared.modules}
-    own |= {"held_out": 0, "checkpoint_every": FinetuneConfig.checkpoint_every}
-    return shared.of_method(**own)
+        settings |= {"rank": rank, "alpha": alpha, "targets": shared.modules}
+    # Settings that change no result must not change the cell's key.
+    settings |= {"held_out": 0, "checkpoint_every": FinetuneConfig.checkpoint_every}
+    return shared.of_method(**settings)
 
 
 def check_cells(cells: Sequence[SweepCell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:
-    """Number of parameters of each model.
+    """Check that all adapters fit their models, and return the number of parameters of each model.
 
     Raises:
-      InputError: a model is not to be had, or an adapter does not fit it.
+      InputError: If a model is not available, or if an adapter does not fit it.
     """
     configs: dict[str, llama.LlamaConfig] = {}
     for cell in cells:
@@ -192,13 +204,16 @@ def sweep_identity(
     *,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """What all cells of a sweep share, beside how they are scored; a model enters with what its files hold."""
+    """Return the settings that all cells of a sweep share, except those of the scoring.
+
+    Models are identified by the digests of their files.
+    """
     settings = {name: value for name, value in as_json(shared).items() if name not in NOT_SHARED}
     return {
         "models": sorted(design.models),
         "revision": revision,
-        "commits": {name: found.commit for name, found in located.items()},
-        "model_sha256": {name: found.sha256 for name, found in located.items()},
+        "commits": {name: location.commit for name, location in located.items()},
+        "model_sha256": {name: location.sha256 for name, location in located.items()},
         "data": records.summary,
         "training": {"steps": shared.steps, "epochs": shared.epochs, "batch": shared.batch_size},
         "settings": settings | {"targets": shared.modules, "dtype": design.dtype},

@@ -1,4 +1,4 @@
-"""What a sweep varies: methods by name, and the designs of this project's and the paper's experiments."""
+"""Methods of a sweep by name, and the designs of this project's and the paper's experiments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,19 +12,24 @@ from rora_theory.scaling import check_positive
 from rora_theory.validation.rules import check_list, check_ranks
 
 BASE = "base"
-"""The model without an adapter: one cell, neither trained nor repeated."""
+"""Name of the model without an adapter, which is one cell without training or seeds."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the paper's tables: its printed name, and what it sets in a fine-tuning run."""
+    """Fine-tuning method, a row of the paper's tables.
+
+    Attributes:
+      name: Name as printed.
+      settings: Settings of the fine-tuning run.
+    """
 
     name: str
     settings: Mapping[str, Any]
 
     @property
     def ranked(self) -> bool:
-        """Whether it has a rank, alpha and a scaling; the others are run once a seed, at their published size."""
+        """Whether the method has a rank, alpha and scaling; other methods run once per seed at their published size."""
         return self.settings["method"] in ("lora", "dora")
 
 
@@ -39,27 +44,30 @@ METHODS = {
     "quarter": Method("LoRA, alpha/r^(1/4)", {"method": "lora", "rule": 0.25}),
     "dora-rora": Method("DoRA with RoRA's scaling", {"method": "dora", "rule": "rora"}),
 }
-"""Methods by name. A new kind of adapter is one more line here."""
+"""Methods by name. A new kind of adapter needs one more entry here."""
 
 AlphaRule = Literal["fixed", "2r"]
+"""Rule for alpha: the same at every rank, or twice the rank, which makes alpha / r constant."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """What varies, where nothing else is asked for.
+    """Settings that vary between the cells of a sweep.
 
     Attributes:
-      models: by hub id or built-in name.
-      methods, ranks, seeds: every combination of these is a cell.
-      alpha_rule: ``fixed``: the same alpha at every rank; ``2r``: twice the rank, which makes alpha/r constant.
-      lrs: learning rates; None is each method's published one, or under ``tuned`` its grid, `RATE_GRIDS`.
-      tuned: choose among the rates at the first seed by validation loss, a method and rank at a time, and run the
+      models: Models by hub id or built-in name.
+      methods: Names of methods. Every combination of method, rank and seed is a cell.
+      ranks: Ranks.
+      alpha_rule: Rule for alpha.
+      lrs: Learning rates; None is the published rate of each method, or its grid `RATE_GRIDS` if ``tuned``.
+      seeds: Seeds.
+      tuned: Whether to choose the rate of each method and rank at the first seed by validation loss, and to run the
         other seeds at the chosen rate.
-      protocol: of scoring.
-      dtype: of the frozen base weights.
+      protocol: Protocol of the scoring.
+      dtype: Type of the frozen base weights.
 
     Raises:
-      InputError: no model, method or seed, one of them, a rank or a rate twice, or one that there is not.
+      InputError: If models, methods or seeds are empty, a value repeats, or a value is unknown.
     """
 
     models: tuple[str, ...] = ("smollm2-135m",)
@@ -75,10 +83,10 @@ class Design:
     def __post_init__(self) -> None:
         for name, values in (("model", self.models), ("methods", self.methods), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
-                raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are one or more, each once")
+                raise InputError(f"{name} must have one or more different values, got {' '.join(map(str, values))!r}")
         for method in self.methods:
             if method not in (BASE, *METHODS):
-                raise InputError(f"method is {method!r}; accepted are {', '.join((BASE, *METHODS))}")
+                raise InputError(f"methods has an unknown method {method!r}; supported: {', '.join((BASE, *METHODS))}")
         for seed in self.seeds:
             check_seed(seed, "seeds")
         check_ranks(self.ranks, fewest=1)
@@ -90,7 +98,7 @@ class Design:
 
 RATE_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 RATE_GRIDS = {"prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)}
-"""Learning rates of a tuned design, around the published one; `RATE_GRID` for a method that is not named."""
+"""Learning rates of a tuned design around the published rate; `RATE_GRID` for methods without an entry."""
 
 _PAPER = Design(("yahma/llama-7b-hf",), seeds=(42,), protocol="generate", dtype="bfloat16")
 DESIGNS = {
@@ -108,13 +116,17 @@ DESIGNS = {
     ),
     "table2": replace(_PAPER, models=("princeton-nlp/Sheared-LLaMA-1.3B",), ranks=(8, 16, 32, 64, 128)),
 }
-"""The last four are the paper's. One budget for every method: what the published prefix runs have otherwise (batch 8, 5
-epochs), and their choice of the step of lowest validation loss, is not repeated; the last step counts."""
+"""Designs by name; the last four are the paper's.
+
+All methods have the same budget and are evaluated after the last step. The published prefix runs differ (batch size 8,
+5 epochs, and the step of lowest validation loss).
+"""
 
 
 def rates_of(method: str, model: str, *, tuned: bool) -> tuple[float, ...]:
-    """The learning rates of a method where none are given: its published one, or its grid."""
+    """Return the default learning rates of a method: the published rate, or its grid if rates are tuned."""
     kind = METHODS[method].settings["method"]
     if tuned:
         return RATE_GRIDS.get(kind, RATE_GRID)
-    return (1e-4,) if kind == "dora" and "Llama-3" in model else (LEARNING_RATES[kind],)  # as DoRA's scripts
+    # DoRA's scripts use a lower rate for Llama 3.
+    return (1e-4,) if kind == "dora" and "Llama-3" in model else (LEARNING_RATES[kind],)

@@ -1,10 +1,11 @@
-r"""One method less another on the same records and items: `differences.csv` of a sweep.
+r"""Paired differences between methods on the same records and items: `differences.csv` of a sweep.
 
-Cells of one sweep are measured on the same held-out records and the same items. What makes a record hard for one
-adapter does for the other, so that the error of a difference of losses is several times below theirs; that of
-accuracies gains little, and against the base, which errs elsewhere, nothing is gained. Standard errors are over records
-or items, of the mean over the seeds that both have: they speak of other records. Those over seeds, given where there
-are two or more, speak of training again.
+All cells of a sweep are measured on the same held-out records and items. A record that is hard for one adapter is hard
+for another, so that the error of a difference of losses is several times smaller than the errors of the losses.
+Differences of accuracies gain little from the pairing, and those against the base gain nothing. Standard errors over
+records or items apply to the mean over the seeds that both methods have: they describe how another sample of records
+would differ. Standard errors over seeds, available with two or more seeds, describe how another training run would
+differ.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,35 +25,48 @@ from rora_theory.sweep import results
 from rora_theory.sweep.design import BASE
 
 AGAINST = "lora"
+"""Method with which the others are compared, in addition to the base."""
+
 RECORD, ITEM = ["file", "index", "tokens", "answer_tokens"], ["task", "index"]
-"""What two cells' losses, and two cells' answers, have to agree in."""
+"""Columns that must be equal in the losses, and in the answers, of two cells."""
 
 Rates = Literal["same", "own", "best"]
+"""Choice of the two learning rates, see `Difference`."""
+
 Row = Mapping[str, Any]
+"""Row of `results.csv`."""
+
 Group = dict[int | None, Row]
-"""Cells of one model, method, rank, alpha and learning rate, by seed; the base has none."""
+"""Cells of one model, method, rank, alpha and learning rate, by seed; the base has the seed None."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """``method`` less ``against``; negative losses and positive accuracies are in favour of ``method``.
+    """Difference ``method`` minus ``against``; negative losses and positive accuracies favour ``method``.
 
     Attributes:
-      model, method, against: as in `results.csv`.
-      rates: ``same``: both at one learning rate (the base has none); ``own``: each at the only one it was run at;
-        ``best``: each at the best of those tried, chosen at one seed (`results.marked_rates`) on the very records
-        that the difference is of.
-      rank, alpha: of ``method``, or of ``against`` where ``method`` has none.
-      learning_rate, against_rate: of both.
-      seeds: how many both have.
-      loss, loss_error, loss_seed_error: nats a token over all tokens, its standard error over records, and that over
-        seeds, None for one.
-      answer_loss, answer_error, answer_seed_error: over the answers' tokens.
-      grid_error: of ``best`` what the grids may hide besides: the larger bound of how far below its loss the minimum
-        between either's rates may lie (`results.marked_rates`); None where nothing bounds it, and of the others.
-      average, average_error: accuracy, the unweighted mean over tasks; None where either is not scored.
-      average_seeds: how many seeds of both are scored.
-      tasks: accuracy by task; empty where either is not scored.
+      model: Name of the model.
+      method: Name of the first method.
+      against: Name of the second method.
+      rates: ``same`` if both have the same learning rate (the base has none); ``own`` if each has the only rate that it
+        was run at; ``best`` if each has its best rate, chosen at one seed (`results.marked_rates`) on the same records.
+      rank: Rank of ``method``, or of ``against`` if ``method`` has none.
+      alpha: Alpha of ``method``, or of ``against`` if ``method`` has none.
+      learning_rate: Learning rate of ``method``.
+      against_rate: Learning rate of ``against``.
+      seeds: Number of seeds that both have.
+      loss: Difference of the losses over all tokens, in nats per token.
+      loss_error: Standard error of ``loss`` over records.
+      loss_seed_error: Standard error of ``loss`` over seeds; None for one seed.
+      grid_error: Bound on how far a minimum between the tried rates may lie below the loss at the best rate, the larger
+        of the two (`results.marked_rates`). None if there is no bound or ``rates`` is not ``best``.
+      answer_loss: Difference of the losses over the answers' tokens.
+      answer_error: Standard error of ``answer_loss`` over records.
+      answer_seed_error: Standard error of ``answer_loss`` over seeds; None for one seed.
+      average: Difference of the accuracies, an unweighted mean over tasks; None if one method is not scored.
+      average_error: Standard error of ``average`` over items.
+      average_seeds: Number of seeds for which both are scored.
+      tasks: Differences of the accuracies by task; empty if one method is not scored.
     """
 
     model: str
@@ -77,29 +91,35 @@ class Difference:
     tasks: Mapping[str, Estimate] = field(default_factory=dict)
 
 
-def difference_table(found: Iterable[Difference]) -> pd.DataFrame:
-    """`differences.csv`: a row a difference, the tasks' accuracies as ``TASK`` and ``TASK_error``."""
+def difference_table(differences: Iterable[Difference]) -> pd.DataFrame:
+    """Return `differences.csv`, with a row for each difference and columns ``TASK`` and ``TASK_error``."""
     rows = []
-    for one in found:
-        rows.append(dict(vars(one)))
-        for task, gained in one.tasks.items():
-            rows[-1] |= {task: gained.value, f"{task}_error": gained.error}
-    names = [one.name for one in fields(Difference) if one.name != "tasks"]
-    return frames.of(rows, [*names, *(f"{task}{part}" for task in TASKS for part in ("", "_error"))])
+    for difference in differences:
+        rows.append(dict(vars(difference)))
+        for task, accuracy in difference.tasks.items():
+            rows[-1] |= {task: accuracy.value, f"{task}_error": accuracy.error}
+    names = [column.name for column in fields(Difference) if column.name != "tasks"]
+    return frames.of(rows, [*names, *(f"{task}{suffix}" for task in TASKS for suffix in ("", "_error"))])
 
 
 def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
-    """Every method less the base, and less LoRA of its rank and alpha (one without a rank: of every LoRA).
+    """Compare every method with the base and with LoRA.
+
+    A method with a rank is compared with LoRA of the same rank and alpha, a method without a rank with every LoRA.
 
     Args:
-      rows: of `results.csv`.
-      cells: the folder of the cells, for their losses a record and answers an item.
+      rows: Rows of `results.csv`.
+      cells: Folder of the cells, with their losses by record and answers by item.
+
+    Yields:
+      The differences.
 
     Raises:
-      InputError: two cells measured on different records, or a cell's file that is missing or damaged.
+      InputError: If two cells were measured on different records, or if a cell's file is missing or damaged.
     """
+    # Cells by model, method, rank and alpha, then by learning rate, then by seed.
     marked = frames.rows(results.marked_rates(rows))
-    hidden = {tuple(row[name] for name in results.GROUP): row["grid_error"] for row in marked}
+    grid_errors = {tuple(row[name] for name in results.GROUP): row["grid_error"] for row in marked}
     groups: dict[tuple[Any, ...], dict[float | None, Group]] = {}
     for row in frames.rows(rows[rows["status"] == "complete"]):
         key = tuple(row[name] for name in results.GROUP)
@@ -107,40 +127,43 @@ def method_differences(rows: pd.DataFrame, cells: Path) -> Iterator[Difference]:
     for (model, method, rank, alpha), by_rate in groups.items():
         if method == BASE:
             continue
-        bases = groups.get((model, BASE, None, None), {})
+        # Against the base, at every rate.
+        base = groups.get((model, BASE, None, None), {})
         for group in by_rate.values():
-            if bases:
-                yield from compare_cells(group, bases[None], cells, "same")
-        for other_key, others in groups.items():
-            other_model, other, other_rank, other_alpha = other_key
-            if other_model != model or other != AGAINST or method == AGAINST:
+            if base:
+                yield from compare_cells(group, base[None], cells, "same")
+        for lora_key, lora_by_rate in groups.items():
+            lora_model, lora_method, lora_rank, lora_alpha = lora_key
+            if lora_model != model or lora_method != AGAINST or method == AGAINST:
                 continue
-            if rank and (other_rank, other_alpha) != (rank, alpha):
+            if rank and (lora_rank, lora_alpha) != (rank, alpha):
                 continue
-            for rate in [rate for rate in by_rate if rate in others]:
-                yield from compare_cells(by_rate[rate], others[rate], cells, "same")
-            best, other_best = best_of(by_rate), best_of(others)
-            if best and other_best:
-                only = {best[1], other_best[1]} == {"only"}
-                if not only or best[0] != other_best[0]:
-                    gaps = [hidden.get(one) for one in ((model, method, rank, alpha), other_key)]
-                    grid = None if only or None in gaps else max(gap for gap in gaps if gap is not None)
-                    kind: Rates = "own" if only else "best"
-                    yield from compare_cells(by_rate[best[0]], others[other_best[0]], cells, kind, grid)
+            # Against LoRA at the same rate.
+            for rate in [rate for rate in by_rate if rate in lora_by_rate]:
+                yield from compare_cells(by_rate[rate], lora_by_rate[rate], cells, "same")
+            # Against LoRA with each method at its best or only rate, if this is not the same comparison again.
+            best, lora_best = best_of(by_rate), best_of(lora_by_rate)
+            if best and lora_best:
+                is_only = {best[1], lora_best[1]} == {"only"}
+                if not is_only or best[0] != lora_best[0]:
+                    gaps = [grid_errors.get(key) for key in ((model, method, rank, alpha), lora_key)]
+                    grid_error = None if is_only or None in gaps else max(gap for gap in gaps if gap is not None)
+                    kind: Rates = "own" if is_only else "best"
+                    yield from compare_cells(by_rate[best[0]], lora_by_rate[lora_best[0]], cells, kind, grid_error)
 
 
 def best_of(by_rate: Mapping[float | None, Group]) -> tuple[float | None, str] | None:
-    """The learning rate that is marked the best, and its mark; None where there is none."""
+    """Return the learning rate that is marked as the best, and its mark; None if there is none."""
     marks = {rate: row["best_rate"] for rate, group in by_rate.items() for row in group.values() if row["best_rate"]}
     return next(iter(marks.items()), None)
 
 
 def compare_cells(
-    group: Group, others: Group, cells: Path, rates: Rates, grid_error: float | None = None
+    group: Group, against: Group, cells: Path, rates: Rates, grid_error: float | None = None
 ) -> Iterator[Difference]:
-    """One difference, if both have a seed in common; the base has every seed."""
-    base = others.get(None)
-    pairs = [(row, base or others[seed]) for seed, row in group.items() if base or seed in others]
+    """Yield the difference of two groups, if they have a seed in common; the base stands for every seed."""
+    base = against.get(None)
+    pairs = [(row, base or against[seed]) for seed, row in group.items() if base or seed in against]
     if not pairs:
         return
     loss, answer = _losses(pairs, cells)
@@ -173,40 +196,46 @@ def compare_cells(
 
 
 def _losses(pairs: Sequence[tuple[Row, Row]], cells: Path) -> list[tuple[Estimate, Estimate]]:
-    """Differences of the losses a token, over all tokens and over the answers', averaged over seeds: each with the
-    error over records, and with that over seeds.
+    """Compute the differences of the losses per token over all tokens and over the answers' tokens.
+
+    Returns:
+      The mean over seeds twice: with its error over records, and with its error over seeds.
     """
-    paths = [[results.cell_file(cells, one["key"], results.LOSSES) for one in pair] for pair in pairs]
-    found = [[results.read_losses(path) for path in pair] for pair in paths]
-    _check_same(pairs, found, RECORD, "measured on different records")
+    paths = [[results.cell_file(cells, row["key"], results.LOSSES) for row in pair] for pair in pairs]
+    losses = [[results.read_losses(path) for path in pair] for pair in paths]
+    _check_same(pairs, losses, RECORD, "measured on different records")
     return [
         mean_per_token_over_seeds(
-            np.stack([own[f"{kind}loss"] - other[f"{kind}loss"] for own, other in found]),
-            found[0][0][f"{kind}tokens"].tolist(),
+            np.stack([first[f"{kind}loss"] - second[f"{kind}loss"] for first, second in losses]),
+            losses[0][0][f"{kind}tokens"].tolist(),
         )
         for kind in ("", "answer_")
     ]
 
 
 def _accuracies(pairs: Sequence[tuple[Row, Row]], cells: Path) -> tuple[Estimate, dict[str, Estimate]]:
-    """Differences of the average accuracy and of each task's, with their standard errors over items."""
+    """Compute the differences of the average accuracy and of each task's, with standard errors over items."""
     by_task: dict[str, list[np.ndarray]] = {}
-    paths = [[results.cell_file(cells, one["key"], results.ANSWERS) for one in pair] for pair in pairs]
-    found = [[results.read_answers(path) for path in pair] for pair in paths]
-    _check_same(pairs, found, ITEM, "scored on different items")
-    for own, other in found:
-        for task, gained in (own["correct"] - other["correct"]).groupby(own["task"], sort=False):
-            by_task.setdefault(task, []).append(gained.to_numpy())
-    groups = {task: np.stack(columns) for task, columns in by_task.items()}
-    return mean_of_groups(list(groups.values())), {task: mean_of_groups([own]) for task, own in groups.items()}
+    paths = [[results.cell_file(cells, row["key"], results.ANSWERS) for row in pair] for pair in pairs]
+    answers = [[results.read_answers(path) for path in pair] for pair in paths]
+    _check_same(pairs, answers, ITEM, "scored on different items")
+    # Item by item: 1 if only the first answers correctly, -1 if only the second does, otherwise 0.
+    for first, second in answers:
+        for task, difference in (first["correct"] - second["correct"]).groupby(first["task"], sort=False):
+            by_task.setdefault(task, []).append(difference.to_numpy())
+    tasks = {task: np.stack(by_seed) for task, by_seed in by_task.items()}
+    return mean_of_groups(list(tasks.values())), {task: mean_of_groups([items]) for task, items in tasks.items()}
 
 
 def _check_same(
-    pairs: Sequence[tuple[Row, Row]], found: Sequence[Sequence[pd.DataFrame]], columns: list[str], what: str
+    pairs: Sequence[tuple[Row, Row]], tables: Sequence[Sequence[pd.DataFrame]], columns: list[str], problem: str
 ) -> None:
-    """Raise `InputError` unless all cells of all pairs agree in these columns of what was read of them."""
-    first = found[0][0][columns]
-    for pair, read in zip(pairs, found, strict=True):
-        for row, frame in zip(pair, read, strict=True):
-            if not first.equals(frame[columns]):
-                raise InputError(f"{row['key']} and {pairs[0][0]['key']}: were {what}; accepted are the same ones")
+    """Raise `InputError` unless the tables of all cells are equal in some columns."""
+    first = tables[0][0][columns]
+    for pair, pair_tables in zip(pairs, tables, strict=True):
+        for row, table in zip(pair, pair_tables, strict=True):
+            if not first.equals(table[columns]):
+                raise InputError(
+                    f"cells {row['key']} and {pairs[0][0]['key']} were {problem}, so they can't be compared. "
+                    "Use cells of one sweep."
+                )

@@ -1,4 +1,4 @@
-"""How much memory a cell that fine-tunes takes of a node, from shapes alone: what a cluster places it by."""
+"""Memory that a cell needs on a node, computed from shapes, by which a cluster schedules cells."""
 
 from dataclasses import replace
 
@@ -14,25 +14,28 @@ from rora_theory.runs.reading import key_of
 
 
 def cell_memory(model: LlamaConfig, training: FinetuneConfig | None, dtype: BaseDtype) -> int:
-    """Bytes that a worker takes on a CPU: it fine-tunes a model, then measures it with what was trained merged in.
+    """Compute the number of bytes that a worker needs on a CPU.
+
+    A worker fine-tunes a model and then evaluates it with the adapter merged into a copy of the weights.
 
     Args:
-      model: its shapes.
-      training: the run, of batches as wide as its cutoff; None measures the model as it is.
-      dtype: of the base weights.
+      model: Configuration of the model.
+      training: Fine-tuning run with batches as wide as its cutoff; None evaluates the model only.
+      dtype: Type of the base weights.
     """
     base = sum(map(traced_cost.size_in_bytes, jax.tree.leaves(abstract_params(model, jnp.dtype(dtype)))))
-    trained = 0 if training is None else _of_training(model, replace(training, lr=None, seed=0))
-    return max(trained, 2 * base + LOGITS_BYTES) + capacity.RESERVE
+    # Rates and seeds take no memory: cells that differ in them share an entry of the cache.
+    training_bytes = 0 if training is None else _training_memory(model, replace(training, lr=None, seed=0))
+    return max(training_bytes, 2 * base + LOGITS_BYTES) + capacity.RESERVE
 
 
-_known: dict[str, int] = {}
-"""Cells differ by rates and seeds, which take no memory."""
+_cache: dict[str, int] = {}
+"""Memory of training by the hash of model and configuration."""
 
 
-def _of_training(model: LlamaConfig, training: FinetuneConfig) -> int:
+def _training_memory(model: LlamaConfig, training: FinetuneConfig) -> int:
     key = key_of({"model": model, "training": training})
-    if key not in _known:
+    if key not in _cache:
         width = min(training.cutoff, model.max_position_embeddings)
-        _known[key] = capacity.account(model, training, width).on_cpu(training.dtype)
-    return _known[key]
+        _cache[key] = capacity.account(model, training, width).on_cpu(training.dtype)
+    return _cache[key]

@@ -1,4 +1,4 @@
-"""A sweep as it is asked for, and all that follows before a weight is read: design, records, tasks, cells, identity.
+"""Configuration of a sweep, and its plan: design, records, tasks and cells, without loading weights.
 
 plan = plan_sweep(SweepConfig(("train.json",), ranks=(4, 8), accuracy=False))
 bench = Workbench(plan.training, plan.records, plan.tasks, plan.located, scoring=plan.scoring)
@@ -28,86 +28,91 @@ from rora_theory.validation.ranges import Count, check_ranges
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Which cells, and how each is trained and measured. What is not given is the design's.
+    """Cells of a sweep and how to train and evaluate them. Unset values come from the design.
 
     Attributes:
-      training: what the fine-tuning runs of all cells share; what is a cell's own is not read.
+      training: Settings that the fine-tuning runs of all cells share; settings that vary by cell are ignored.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     data: tuple[str, ...]
-    """training files, as `rora_theory.data.records.read_record_set` takes them"""
+    """Training files, see `rora_theory.data.records.read_record_set`"""
     reading: DataConfig = field(default_factory=DataConfig)
     design: Literal["grid", "fixed_alpha", "alpha_2r", "tuned_rate", "fig1", "fig3", "table1", "table2"] = "grid"
-    """fixed_alpha: alpha the same at every rank; alpha_2r: alpha = 2 r; tuned_rate: the best of several learning rates
-    for each method and rank; fig1, fig3, table1, table2: the paper's; grid: whatever is given"""
+    """Design: fixed_alpha has the same alpha at every rank; alpha_2r has alpha = 2 r; tuned_rate uses the best of
+    several learning rates for each method and rank; fig1, fig3, table1 and table2 are the paper's; grid has no
+    presets"""
     model: tuple[str, ...] | None = None
-    """one or more: a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
+    """One or more models: a folder in Hugging Face layout, a .gguf file, a hub id or a built-in name"""
     revision: str | None = None
-    """branch, tag or commit of a model on the hub"""
+    """Branch, tag or commit of a model on the hub"""
     methods: tuple[str, ...] | None = None
-    """any of base full prefix series parallel lora dora rora quarter dora-rora; base is the model alone, full trains
-    the targets' own weights"""
+    """Methods: base, full, prefix, series, parallel, lora, dora, rora, quarter, dora-rora. base is the model without an
+    adapter, full trains the targets' own weights"""
     ranks: tuple[int, ...] | None = None
-    """ranks of the adapter"""
+    """Ranks of the adapter"""
     alpha_rule: AlphaRule | None = None
-    """fixed: --alpha at every rank; 2r: twice the rank, whatever --alpha is"""
+    """Rule for alpha: fixed uses --alpha at every rank, 2r uses twice the rank and ignores --alpha"""
     tuned: bool = False
-    """choose each method's rate at the first seed by validation loss, and run the other seeds at it, as tuned_rate"""
+    """Choose the learning rate of each method and rank by validation loss at the first seed, and use it for the other
+    seeds"""
     lrs: tuple[float, ...] | None = None
-    """peak learning rates; none is the published one of each method: 3e-4, for dora 2e-4 (LLaMA-3: 1e-4), for prefix
-    3e-2, for full 2e-5; or its grid where they are tuned"""
+    """Peak learning rates. The default is the published rate of each method (3e-4; dora 2e-4, with LLaMA-3 1e-4; prefix
+    3e-2; full 2e-5), or a grid of rates with --tuned"""
     seeds: tuple[int, ...] | None = None
-    """seeds of initialisation, order and dropout; methods of one rank and seed share the first two"""
+    """Seeds of initialisation, order and dropout; methods of the same rank and seed share initialisation and order"""
     dtype: BaseDtype | None = None
-    """type of the frozen base weights; none is float32, in the paper's designs bfloat16"""
+    """Type of the frozen base weights; the default is float32, or bfloat16 in the paper's designs"""
 
     train_records: int | None = None
-    """a seeded sample of so many training records; none is all that are not held out"""
+    """Number of training records to sample; the default is all records that are not held out"""
     shares: Shares = "equal"
-    """what each training file gives to both samples: as many as the others, or in proportion to its size"""
+    """Share of each training file in both samples: equal, or proportional to its size"""
     data_seed: int = 42
-    """seed of the samples of training and held-out records"""
+    """Seed of the samples of training and held-out records"""
     training: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(held_out=512, checkpoint_every=500))
 
     accuracy: bool = True
-    """score the tasks; without it the losses alone are measured"""
+    """Score the tasks; otherwise only losses are measured"""
     tasks: tuple[str, ...] = tuple(TASKS)
-    """tasks to score"""
+    """Tasks to score"""
     protocol: Protocol | None = None
-    """label, generate (the papers') or harness, see sims.evaluate; none is label, in the paper's designs generate"""
+    """Protocol: label, generate (as in the papers) or harness, see sims.evaluate; the default is label, or generate in
+    the paper's designs"""
     eval_template: Template | None = None
-    """prompt of label (none is train) and generate (none is eval)"""
+    """Prompt of the protocol; the default is train for label and eval for generate"""
     limit: Count | None = None
-    """score only the first so many items of each task"""
+    """Maximum number of items of each task to score"""
     data_dir: str | None = None
-    """folder of the tasks, or hf://datasets/OWNER/NAME; none is the variable RORA_COMMONSENSE_DIR"""
+    """Folder of the tasks, or hf://datasets/OWNER/NAME; the default is the environment variable RORA_COMMONSENSE_DIR"""
     score_batch_size: Count = 8
-    """generate: prompts at once; label and harness: device calls in flight"""
+    """Number of prompts in a batch for generate; number of device calls in flight for label and harness"""
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
     def the_design(self) -> Design:
-        """The named design with what is given in its place."""
+        """Return the named design, with the values that are set replaced."""
         names = ("methods", "ranks", "lrs", "seeds", "alpha_rule", "protocol", "dtype")
-        given = {name: getattr(self, name) for name in names} | {"models": self.model, "tuned": self.tuned or None}
-        return replace(DESIGNS[self.design], **{name: value for name, value in given.items() if value is not None})
+        options = {name: getattr(self, name) for name in names} | {"models": self.model, "tuned": self.tuned or None}
+        return replace(DESIGNS[self.design], **{name: value for name, value in options.items() if value is not None})
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a `SweepConfig` comes to, see `plan_sweep`.
+    """Plan of a sweep, see `plan_sweep`.
 
     Attributes:
-      design, training, scoring: what varies, what all runs share, and how a cell is scored.
-      records: training and held-out records.
-      tasks: items to score, by task; none where the cells are not scored.
-      evaluation: what `SweepCell` has of the scoring.
-      located: where each model lies.
-      revision: of the models.
+      design: Settings that vary between cells.
+      training: Settings that all fine-tuning runs share.
+      scoring: Settings of the scoring.
+      records: Training and held-out records.
+      tasks: Items to score by task; empty if the cells are not scored.
+      evaluation: Description of the scoring for `SweepCell`; None if the cells are not scored.
+      located: Locations of the models by name.
+      revision: Revision of the models.
     """
 
     design: Design
@@ -120,20 +125,20 @@ class SweepPlan:
     revision: str | None
 
     def cells(self, stage: int = 0, best: pd.DataFrame | None = None) -> list[SweepCell]:
-        """The cells of a stage, see `cells_of`."""
+        """Return the cells of a stage, see `cells_of`."""
         shared: dict[str, Any] = {"data": self.records.summary, "evaluation": self.evaluation}
         return cells_of(self.design, self.training, revision=self.revision, **shared, stage=stage, best=best)
 
     def identity(self) -> dict[str, Any]:
-        """What all cells share beside how they are scored, see `sweep_identity`."""
+        """Return the settings that all cells share, except those of the scoring, see `sweep_identity`."""
         return sweep_identity(self.design, self.training, self.records, self.located, revision=self.revision)
 
 
 def plan_sweep(config: SweepConfig) -> SweepPlan:
-    """Read the records and the tasks, and find the models.
+    """Read the records and the tasks, and locate the models.
 
     Raises:
-      InputError: as `draw_records`, `sources.read_tasks`, `Scoring`, `Design` and `llama.locate`.
+      InputError: If `draw_records`, `sources.read_tasks`, `Scoring`, `Design` or `llama.locate` refuses a value.
     """
     design = config.the_design()
     training, scoring = replace(config.training, dtype=design.dtype), Scoring(design.protocol, config.eval_template)

@@ -1,4 +1,4 @@
-"""The records of a sweep: a seeded sample of the training files, and held-out ones that no cell trains on."""
+"""Records of a sweep: seeded samples of the training files for training and for the held-out set."""
 
 import itertools
 import math
@@ -16,17 +16,17 @@ from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_integer
 
 Shares = Literal["equal", "proportional"]
-"""What each file gives: as many records as the others, or in proportion to its size."""
+"""Share of each file in a sample: the same number of records, or a number in proportion to its size."""
 
 
 @dataclass(frozen=True)
 class RecordSplit:
-    """The records of all cells.
+    """Records of all cells.
 
     Attributes:
-      train: training records.
-      held_out: records of the validation loss, with the file and the index each comes from.
-      source: all records, and how they were read.
+      train: Training records.
+      held_out: Held-out records, each with its file and its index in the file.
+      source: All records, and the settings with which they were read.
     """
 
     train: list[AnyRecord]
@@ -35,7 +35,7 @@ class RecordSplit:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Sizes and digests."""
+        """Sizes and digests of the records."""
         return {
             "train_records": len(self.train),
             "train_sha256": records_digest(self.train),
@@ -53,67 +53,77 @@ def draw_records(
     seed: int = 42,
     config: DataConfig | None = None,
 ) -> RecordSplit:
-    """Held-out and training records, seeded, no instruction (see `formats.question`) in both.
+    """Sample held-out and training records such that no instruction is in both (see `formats.question`).
 
     Args:
-      data: training files, as `rora_theory.data.records.read_record_set` takes them.
-      held_out: how many records to set aside.
-      train_records: how many of the others; None is all.
-      shares: what each file gives to both.
-      seed: of the order that they are taken in.
-      config: how the files are read; None is the default.
+      data: Training files, see `rora_theory.data.records.read_record_set`.
+      held_out: Number of held-out records.
+      train_records: Number of training records; None uses all others.
+      shares: Share of each file in both samples.
+      seed: Seed of the sample.
+      config: Settings with which to read the files; None is the default.
 
     Raises:
-      InputError: a number or seed out of range, a file that is missing or bad, has too few records for its share, or
-        texts without answers.
+      InputError: If a number or seed is out of range, or if a file is missing or invalid, has too few records for its
+        share, or has texts without answers.
     """
     check_integer("held_out", held_out, least=2)
     if train_records is not None:
         check_integer("train_records", train_records)
     check_seed(seed, "data_seed")
-    found = read_record_set(data, config)
-    for source, (name, _) in zip(data, found.formats, strict=True):
+    record_set = read_record_set(data, config)
+    for source, (name, _) in zip(data, record_set.formats, strict=True):
         if name == "text":
             raise InputError(
-                f"{source}: holds texts, and a sweep measures losses on answers; accepted are prompts with responses, "
-                "or chats"
+                f"{source}: a sweep measures losses on answers, got texts. Use prompts with responses, or chats."
             )
-    ends = np.cumsum([0, *(count for _, count in found.formats)]).tolist()
-    files = [found.records[begin:end] for begin, end in itertools.pairwise(ends)]
-    asked = [[question(record) for record in records] for records in files]
+    # Records and questions by file, in a random order.
+    ends = np.cumsum([0, *(count for _, count in record_set.formats)]).tolist()
+    files = [record_set.records[begin:end] for begin, end in itertools.pairwise(ends)]
+    questions = [[question(record) for record in records] for records in files]
     random = np.random.default_rng(seed)
     orders = [random.permutation(len(records)).tolist() for records in files]
     sizes = [len(records) for records in files]
-    kept: list[tuple[str, int, AnyRecord]] = []
-    taken: set[str] = set()
-    wanted = apportion(held_out, sizes, shares)
-    for source, records, own, order, count in zip(data, files, asked, orders, wanted, strict=True):
-        fresh = [i for i in order if own[i] not in taken]
-        fresh = list({own[i]: i for i in reversed(fresh)}.values())[::-1]
-        if len(fresh) < count:
-            raise InputError(f"{source}: has {len(fresh)} records to hold out; accepted is {count}, its share")
-        kept += [(_short(source), i, records[i]) for i in fresh[:count]]
-        taken |= {own[i] for i in fresh[:count]}
-    train: list[AnyRecord] = []
-    rest = [
-        [records[i] for i in order if own[i] not in taken]
-        for records, own, order in zip(files, asked, orders, strict=True)
-    ]
-    counts = [len(part) for part in rest] if train_records is None else apportion(train_records, sizes, shares)
-    for source, part, count in zip(data, rest, counts, strict=True):
-        if len(part) < count:
+    # Held-out records of each file, with different questions over all files.
+    held_out_records: list[tuple[str, int, AnyRecord]] = []
+    held_out_questions: set[str] = set()
+    held_out_counts = apportion(held_out, sizes, shares)
+    for source, records, file_questions, order, count in zip(
+        data, files, questions, orders, held_out_counts, strict=True
+    ):
+        unused = [i for i in order if file_questions[i] not in held_out_questions]
+        # The first record of each question in this order: later items of a dict comprehension win, hence reversed.
+        unused = list({file_questions[i]: i for i in reversed(unused)}.values())[::-1]
+        if len(unused) < count:
             raise InputError(
-                f"{source}: has {len(part)} records beside the held-out ones; accepted is {count}, its share of "
-                f"train_records {train_records} in {shares} shares"
+                f"{source}: needs {count} records to hold out, its share, got {len(unused)} with different questions"
             )
-        train += part[:count]
+        held_out_records += [(_short_path(source), i, records[i]) for i in unused[:count]]
+        held_out_questions |= {file_questions[i] for i in unused[:count]}
+    # Training records: those without a held-out question.
+    train: list[AnyRecord] = []
+    remaining = [
+        [records[i] for i in order if file_questions[i] not in held_out_questions]
+        for records, file_questions, order in zip(files, questions, orders, strict=True)
+    ]
+    if train_records is None:
+        train_counts = [len(records) for records in remaining]
+    else:
+        train_counts = apportion(train_records, sizes, shares)
+    for source, records, count in zip(data, remaining, train_counts, strict=True):
+        if len(records) < count:
+            raise InputError(
+                f"{source}: needs {count} records beside the held-out ones, its share of train_records {train_records} "
+                f"in {shares} shares, got {len(records)}"
+            )
+        train += records[:count]
     if not train:
-        raise InputError(f"held_out is {held_out} of {sum(sizes)} records; accepted are fewer than all")
-    return RecordSplit(train, kept, found)
+        raise InputError(f"held_out must be less than the number of records, {sum(sizes)}, got {held_out}")
+    return RecordSplit(train, held_out_records, record_set)
 
 
 def apportion(total: int, sizes: Sequence[int], shares: Shares) -> list[int]:
-    """``total`` split over the files: evenly, or by size with the largest remainders rounded up.
+    """Split a number over files: evenly, or by size with the largest remainders rounded up.
 
     Examples:
       >>> apportion(10, [90, 10, 50], "equal"), apportion(10, [90, 10, 50], "proportional")
@@ -121,13 +131,13 @@ def apportion(total: int, sizes: Sequence[int], shares: Shares) -> list[int]:
     """
     weights = [1] * len(sizes) if shares == "equal" else list(sizes)
     exact = [total * weight / sum(weights) for weight in weights]
-    counts = [math.floor(part) for part in exact]
+    counts = [math.floor(share) for share in exact]
     by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], i))
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts
 
 
-def _short(source: str) -> str:
-    """The last folder and the name of a file."""
+def _short_path(source: str) -> str:
+    """Return the last folder and the name of a file."""
     return "/".join(Path(source).parts[-2:])

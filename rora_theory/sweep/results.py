@@ -1,4 +1,4 @@
-"""What a sweep's cells came to: a line a cell, the best learning rate of those tried, and each cell's own tables."""
+"""Results of a sweep: a table of all cells, the best learning rates, and the files of each cell."""
 
 import json
 import math
@@ -20,10 +20,12 @@ from rora_theory.sweep.cells import SweepCell
 from rora_theory.sweep.design import BASE, METHODS
 
 LOSSES, ANSWERS = "losses.csv", "answers.csv"
-"""A cell's losses a held-out record, and its answers an item, in its folder."""
+"""Files in a cell's folder: its losses by held-out record, and its answers by item."""
+
 LOSS_COLUMNS = ("file", "index", "tokens", "loss", "answer_tokens", "answer_loss")
 ANSWER_COLUMNS = ("task", "index", "prediction", "correct")
 ACCEPTED = "the file as sims.rank_sweep wrote it"
+"""Description of the expected file in messages."""
 
 COLUMNS = (
     "key", "status", "model", "method", "rule", "rank", "alpha", "gamma", "learning_rate", "best_rate", "seed",
@@ -32,74 +34,92 @@ COLUMNS = (
     *(f"{key}{part}" for key in TASKS for part in ("", "_error", "_unparsed")),
     "seconds", "train_seconds", "loss_seconds", "accuracy_seconds",
 )  # fmt: skip
-"""``best_rate``: ``only`` where one rate was tried; ``yes``, or ``edge`` where it is the lowest or highest of those
-tried, at the cells of the rate of the lowest validation loss; empty at the others. See `best_rates`. ``average``: over
-the tasks that were scored, be it one."""
+"""Columns of `results.csv`.
+
+``best_rate`` is set at the cells of the learning rate of the lowest validation loss, see `marked_rates`: ``only`` if
+one rate was tried, ``edge`` if it is the lowest or highest tried, otherwise ``yes``. ``average`` is over the tasks that
+were scored.
+"""
 
 GROUP = ["model", "method", "rank", "alpha"]
-"""What a learning rate is chosen for."""
+"""Columns that identify the cells among which a learning rate is chosen."""
 
 
 def results_table(cells: Iterable[Finished]) -> pd.DataFrame:
-    """`results.csv`: the base first, then by method in the order of `METHODS`, rank, alpha, rate and seed.
+    """Return `results.csv`, sorted by base, method in the order of `METHODS`, rank, alpha, learning rate and seed.
 
-    Training that was both scored and not has one line, the scored cell's.
+    If the same training has a cell with scores and one without, only the cell with scores has a row.
     """
-    found = [_row(cell) for cell in cells]
-    scored = {_training(row) for row in found if row["evaluation"] and row["status"] == "complete"}
-    kept = [row for row in found if row["evaluation"] or _training(row) not in scored]
-    rows = frames.of(sorted(kept, key=_order), COLUMNS)
+    all_rows = [_row(cell) for cell in cells]
+    scored = {_training(row) for row in all_rows if row["evaluation"] and row["status"] == "complete"}
+    selected = [row for row in all_rows if row["evaluation"] or _training(row) not in scored]
+    rows = frames.of(sorted(selected, key=_order), COLUMNS)
     marked = rows.drop(columns="best_rate").merge(marked_rates(rows), how="left", on=[*GROUP, "learning_rate"])
     return marked[list(COLUMNS)]
 
 
 def read_results(folder: Path, cells: Sequence[SweepCell] | None = None) -> pd.DataFrame:
-    """`results_table` of the finished cells of a run folder, all or those among ``cells``."""
+    """Return the `results_table` of the finished cells of a run folder.
+
+    Args:
+      folder: Run folder.
+      cells: Cells to include; None includes all.
+    """
     keys = None if cells is None else {key_of(cell) for cell in cells}
-    return results_table(one for key, one in finished(folder).items() if keys is None or key in keys)
+    return results_table(cell for key, cell in finished(folder).items() if keys is None or key in keys)
 
 
 def cell_file(cells: Path, key: object, name: str) -> Path:
-    """Return a file of a cell, by the key in the run's table. Raises `InputError` for a key that leads elsewhere."""
+    """Return the path of a file of a cell.
+
+    Args:
+      cells: Folder of the cells.
+      key: Key of the cell in the run's table.
+      name: Name of the file.
+
+    Raises:
+      InputError: If the key leads out of the folder.
+    """
     return files.resolve_inside(cells, key, where=cells.parent / "results.csv") / name
 
 
 def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each model, method, rank and alpha the learning rate of the lowest validation loss, and a word for it.
+    """Find the learning rate of the lowest validation loss for each model, method, rank and alpha.
 
-    Rates are compared at one seed, the first of those with the most rates, so that a rate is not preferred for the
-    seeds it was run at. A cell that diverged loses to all others.
+    Rates are compared at one seed, the first of those with the most rates, so that no rate has an advantage from its
+    seeds. A cell that diverged has an infinite loss.
 
     Args:
-      rows: of `results_table`.
+      rows: Rows of `results_table`.
 
     Returns:
-      `GROUP`, ``learning_rate`` and ``best_rate``: ``only``, ``yes`` or ``edge`` (of the rates that were compared, it
-      is the lowest or highest); ``grid_error``: how far below that loss the minimum between the rates may lie, see
-      `rate_optimum.grid_gap`, NaN where nothing bounds it. No row where every cell diverged or none is done.
+      A row for each `GROUP` with a finished cell that did not diverge: ``learning_rate``; ``best_rate``, which is
+      ``only``, ``edge`` (the lowest or highest rate) or ``yes``; and ``grid_error``, a bound on how far a minimum
+      between the rates may lie below the loss (`rate_optimum.grid_gap`), NaN if there is no bound.
     """
     tried = rows[rows["learning_rate"].notna() & rows["status"].isin(("complete", "diverged"))]
     tried = tried.assign(loss=tried["validation_loss"].where(tried["status"] == "complete", math.inf).astype(float))
-    # Two such lines are one training, scored in two ways: a folder's cells differ in nothing else (`sweep_identity`).
+    # Duplicates are the same training with two kinds of scores, since cells of a folder differ in nothing else.
     tried = tried.drop_duplicates([*GROUP, "seed", "learning_rate"], keep="last")
-    found = []
+    best_rows = []
     for _, group in tried.groupby(GROUP, dropna=False, sort=False):
+        # The lowest seed among those with the largest number of rates.
         counts = group["seed"].value_counts()
-        own = group[group["seed"] == counts[counts == counts.max()].index.min()]
-        best = own.sort_values(["loss", "learning_rate"]).iloc[0]
+        seed_rows = group[group["seed"] == counts[counts == counts.max()].index.min()]
+        best = seed_rows.sort_values(["loss", "learning_rate"]).iloc[0]
         if math.isfinite(best["loss"]):
-            ends = own["learning_rate"].min(), own["learning_rate"].max()
-            word = "only" if len(own) == 1 else "edge" if best["learning_rate"] in ends else "yes"
-            by_rate = own.sort_values("learning_rate")
-            hidden = grid_gap(by_rate["learning_rate"].to_numpy(float), by_rate["loss"].to_numpy(float))
-            hidden = hidden if word == "yes" and math.isfinite(hidden) else math.nan
-            found.append(best[[*GROUP, "learning_rate"]].to_dict() | {"best_rate": word, "grid_error": hidden})
+            ends = seed_rows["learning_rate"].min(), seed_rows["learning_rate"].max()
+            mark = "only" if len(seed_rows) == 1 else "edge" if best["learning_rate"] in ends else "yes"
+            by_rate = seed_rows.sort_values("learning_rate")
+            gap = grid_gap(by_rate["learning_rate"].to_numpy(float), by_rate["loss"].to_numpy(float))
+            gap = gap if mark == "yes" and math.isfinite(gap) else math.nan
+            best_rows.append(best[[*GROUP, "learning_rate"]].to_dict() | {"best_rate": mark, "grid_error": gap})
     columns = [*GROUP, "learning_rate", "best_rate", "grid_error"]
-    return pd.DataFrame(found, columns=columns).astype({name: rows[name].dtype for name in columns[:-2]})
+    return pd.DataFrame(best_rows, columns=columns).astype({name: rows[name].dtype for name in columns[:-2]})
 
 
 def rates_in_words(best: pd.DataFrame) -> list[str]:
-    """The best learning rates of `best_rates` in words, a line each."""
+    """Describe the best learning rates of `marked_rates`, one line for each."""
     return [
         f"{row['model']}: {row['method']}"
         + (f" r={row['rank']}" if row["rank"] else "")
@@ -110,14 +130,15 @@ def rates_in_words(best: pd.DataFrame) -> list[str]:
 
 
 def results_in_words(rows: pd.DataFrame) -> str:
-    """The cell of the lowest validation loss, of each model, in words."""
+    """Return a sentence with the cell of the lowest validation loss of each model."""
     parts = []
     done = rows[rows["status"] == "complete"]
     for model, group in done.groupby("model", sort=False):
         best = group.sort_values(["validation_loss", "key"]).iloc[0]
-        how = "" if pd.isna(best["rank"]) else f" r={best['rank']:g}"
-        how += "" if pd.isna(best["learning_rate"]) else f" at {best['learning_rate']:g}"
-        parts.append(f"{model}: {best['validation_loss']:.4f} ± {best['validation_error']:.4f}, {best['method']}{how}")
+        setting = "" if pd.isna(best["rank"]) else f" r={best['rank']:g}"
+        setting += "" if pd.isna(best["learning_rate"]) else f" at {best['learning_rate']:g}"
+        loss = f"{best['validation_loss']:.4f} ± {best['validation_error']:.4f}"
+        parts.append(f"{model}: {loss}, {best['method']}{setting}")
     diverged = int((rows["status"] == "diverged").sum())
     more = f" {diverged} diverged." if diverged else ""
     if edges := int(rows.drop_duplicates([*GROUP, "learning_rate"])["best_rate"].eq("edge").sum()):
@@ -130,7 +151,7 @@ def results_in_words(rows: pd.DataFrame) -> str:
 
 
 def result_in_words(result: Mapping[str, Any]) -> str:
-    """A result in words."""
+    """Describe the result of a cell."""
     if result["status"] == "diverged":
         return f"diverged at step {result['diverged_at']}"
     text = f"loss {result['validation_loss']:.4f} ± {result['validation_error']:.4f}"
@@ -142,47 +163,60 @@ def result_in_words(result: Mapping[str, Any]) -> str:
 
 
 def write_losses(path: Path, held_out: Sequence[tuple[str, int, AnyRecord]], losses: Sequence[RecordLoss]) -> None:
-    """Write a cell's `LOSSES`: the records with the file and the index each comes from.
+    """Write the file `LOSSES` of a cell.
+
+    Args:
+      path: Path of the file.
+      held_out: Held-out records, each with its file and its index in the file.
+      losses: Losses of the records.
 
     Raises:
-      InputError: as `files.write_whole`.
+      InputError: If the file can't be written.
     """
     rows = [{"file": name, "index": i} | vars(loss) for (name, i, _), loss in zip(held_out, losses, strict=True)]
     files.write_whole(path, frames.to_csv(frames.of(rows, LOSS_COLUMNS)))
 
 
 def write_answers(path: Path, samples: Sequence[Sample]) -> None:
-    """Write a cell's `ANSWERS`: the items with what was predicted. Raises `InputError` as `write_losses`."""
-    rows = [vars(one) | {"correct": int(one.correct)} for one in samples]
+    """Write the file `ANSWERS` of a cell, with the prediction for each item.
+
+    Raises:
+      InputError: If the file can't be written.
+    """
+    rows = [vars(sample) | {"correct": int(sample.correct)} for sample in samples]
     files.write_whole(path, frames.to_csv(frames.of(rows, ANSWER_COLUMNS)))
 
 
 def read_losses(path: Path) -> pd.DataFrame:
-    """Of a cell's `LOSSES`, `LOSS_COLUMNS`: losses are sums over tokens.
+    """Read the file `LOSSES` of a cell, with the columns `LOSS_COLUMNS` and losses summed over tokens.
 
     Raises:
-      InputError: the file is missing or damaged.
+      InputError: If the file is missing or damaged.
     """
-    found = frames.read_csv(path, LOSS_COLUMNS, accepted=ACCEPTED)
-    return _numbers(path, found, ("tokens", "answer_tokens"), ("loss", "answer_loss"))
+    losses = frames.read_csv(path, LOSS_COLUMNS, accepted=ACCEPTED)
+    return _check_numbers(path, losses, ("tokens", "answer_tokens"), ("loss", "answer_loss"))
 
 
 def read_answers(path: Path) -> pd.DataFrame:
-    """Of a cell's `ANSWERS`, `ANSWER_COLUMNS`. Raises `InputError` as `read_losses`."""
-    return _numbers(path, frames.read_csv(path, ANSWER_COLUMNS, accepted=ACCEPTED), ("correct",))
+    """Read the file `ANSWERS` of a cell, with the columns `ANSWER_COLUMNS`.
+
+    Raises:
+      InputError: If the file is missing or damaged.
+    """
+    return _check_numbers(path, frames.read_csv(path, ANSWER_COLUMNS, accepted=ACCEPTED), ("correct",))
 
 
-def _numbers(path: Path, frame: pd.DataFrame, whole: Sequence[str], real: Sequence[str] = ()) -> pd.DataFrame:
-    """A frame whose columns ``whole`` hold an integer in every row, and ``real`` numbers."""
-    wrong = [name for name in whole if frame[name].dtype != "int64"]
-    wrong += [name for name in real if frame[name].dtype.kind not in "if"]
+def _check_numbers(path: Path, frame: pd.DataFrame, integers: Sequence[str], reals: Sequence[str] = ()) -> pd.DataFrame:
+    """Return the frame, or raise `InputError` if a column holds a value that is no integer or no number."""
+    wrong = [name for name in integers if frame[name].dtype != "int64"]
+    wrong += [name for name in reals if frame[name].dtype.kind not in "if"]
     if wrong:
-        raise InputError(f"{path}: is damaged (column {wrong[0]} has what is no number); accepted is {ACCEPTED}")
+        raise InputError(f"{path}: column {wrong[0]} has a value that is not a number. Use {ACCEPTED}.")
     return frame
 
 
 def _row(cell: Finished) -> dict[str, Any]:
-    """A cell's configuration and its result. Raises `InputError` for values of the wrong type."""
+    """Return a cell's configuration and result as a row; raise `InputError` for values of a wrong type."""
     with files.naming_damage(f"{CELLS}: key {cell.key}"):
         return _columns_of(cell)
 

@@ -1,7 +1,7 @@
-"""Loss against learning rate of a real model's runs: their curves, their table, and rules compared record by record.
+"""Curves of loss against learning rate of a real model's runs, and paired comparisons of rules.
 
 runs = trained_runs.read_runs(folder)
-found = best_rates(curves_of_runs(runs))
+best = best_rates(curves_of_runs(runs))
 """
 
 import math
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def best_in_words(row: Any) -> str:
-    """A row of `rate_curves.best_rates`: < or > at the grid's edge, the rate, and × / ÷ half of its 95% interval."""
+    """Format a row of `rate_curves.best_rates`.
+
+    The text has < or > at the grid's edge, the rate, and the factor that is half of its 95% interval.
+    """
     mark = {"low": "<", "high": ">"}.get(row["edge"], "")
     error = ""
     if row["log2_half_width"] is not None and not np.isnan(row["log2_half_width"]):
@@ -31,36 +34,39 @@ def best_in_words(row: Any) -> str:
 
 
 def curves_of_runs(runs: Sequence[TrainedRun]) -> list[Curve]:
-    """By method and rank: the seeds that ran at every rate that any of them ran at.
+    """Return the curve of every method and rank, over the seeds that ran at all of its learning rates.
 
     Raises:
-      InputError: none has a seed that ran at three or more rates.
+      InputError: If no method and rank has such a seed and three or more rates.
     """
-    found = []
+    curves = []
     for method in dict.fromkeys(run.method for run in runs):
-        own = [run for run in runs if run.method == method]
-        kappa = trained_runs.kappa_of(own)
-        for rank in sorted({run.rank for run in own}):
+        method_runs = [run for run in runs if run.method == method]
+        kappa = trained_runs.kappa_of(method_runs)
+        for rank in sorted({run.rank for run in method_runs}):
             by_seed: dict[int, dict[float, TrainedRun]] = {}
-            for run in own:
+            for run in method_runs:
                 if run.rank == rank:
                     by_seed.setdefault(run.seed, {})[run.rate] = run
-            rates = sorted({rate for seed in by_seed.values() for rate in seed})
-            whole = {seed: by_seed[seed] for seed in sorted(by_seed) if len(by_seed[seed]) == len(rates)}
-            if len(rates) < 3 or not whole:
+            # Use only seeds without a gap in the grid.
+            rates = sorted({rate for by_rate in by_seed.values() for rate in by_rate})
+            complete = {seed: by_seed[seed] for seed in sorted(by_seed) if len(by_seed[seed]) == len(rates)}
+            if len(rates) < 3 or not complete:
                 continue
-            losses = np.array([[one[rate].loss for rate in rates] for one in whole.values()])
-            drawn = [trained_runs.bootstrap([one[rate] for rate in rates]) for one in whole.values()]
-            resampled = None if any(one is None for one in drawn) else np.stack(drawn, axis=1)  # type: ignore[arg-type]
-            gamma, seeds = next(iter(whole.values()))[rates[0]].gamma, tuple(whole)
-            found.append(Curve("adamw", "both", method, kappa, rank, gamma, np.array(rates), losses, resampled, seeds))
-    if not found:
-        raise InputError("no method and rank has a seed that ran at three or more rates; accepted is such a matrix")
-    return found
+            losses = np.array([[by_rate[rate].loss for rate in rates] for by_rate in complete.values()])
+            # Bootstrap over records, if every run has its losses by record.
+            samples = [trained_runs.bootstrap([by_rate[rate] for rate in rates]) for by_rate in complete.values()]
+            has_gap = any(sample is None for sample in samples)
+            resampled = None if has_gap else np.stack(samples, axis=1)  # type: ignore[arg-type]
+            gamma, seeds = next(iter(complete.values()))[rates[0]].gamma, tuple(complete)
+            curves.append(Curve("adamw", "both", method, kappa, rank, gamma, np.array(rates), losses, resampled, seeds))
+    if not curves:
+        raise InputError("no method and rank has a seed that ran at three or more learning rates. Run more rates.")
+    return curves
 
 
 def rate_loss_table(runs: Sequence[TrainedRun]) -> "pd.DataFrame":
-    """The runs, a row each, in the columns of all such tables."""
+    """Return a row for each run, in the columns that all tables of loss against rate share."""
     kappas = {
         method: trained_runs.kappa_of([run for run in runs if run.method == method])
         for method in dict.fromkeys(run.method for run in runs)
@@ -75,14 +81,15 @@ def rate_loss_table(runs: Sequence[TrainedRun]) -> "pd.DataFrame":
 
 
 def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> list[Comparison]:
-    """Rules against each other at the largest rank, at the grid's rate of least mean loss, record by record.
+    """Compare rules at the largest rank, each at the grid's rate of lowest mean loss, record by record.
 
-    Seeds that ran at both rates are averaged, those of no curve too; the error is over seeds and over records, see
-    `rate_curves.joint`. Where one of these runs diverged, the verdict names it and settles nothing: the losses are of
-    the seeds that finished both, or where none did the curves' least ones, without an error.
+    All seeds that ran at both rates are averaged, including seeds without a curve. The error is over seeds and records,
+    see `rate_curves.joint`. If one of these runs diverged, the verdict names it and is not settled; the difference is
+    then that of the seeds that finished both runs, or that of the curves' lowest losses without an error.
     """
-    found = []
+    comparisons = []
     for first, second in pairs(curves):
+        # Runs of both rules at their best rates, by seed.
         rates = [curve.rates[int(np.argmin(np.mean(curve.losses, axis=0)))] for curve in (first, second)]
         groups = [
             {run.seed: run for run in runs if (run.method, run.rank, run.rate) == (curve.rule, curve.rank, rate)}
@@ -91,27 +98,29 @@ def compare_by_records(curves: Sequence[Curve], runs: Sequence[TrainedRun]) -> l
         seeds = sorted(set(groups[0]) & set(groups[1]))
         if not seeds:
             continue
-        gone = [
+        diverged = [
             f"{curve.rule} at seed {seed}"
             for curve, group in zip((first, second), groups, strict=True)
             for seed in seeds
             if not math.isfinite(group[seed].loss)
         ]
-        ended = [seed for seed in seeds if all(math.isfinite(group[seed].loss) for group in groups)]
-        if ended:
-            losses = _difference(*([group[seed] for seed in ended] for group in groups))
+        # Difference over the seeds that finished both runs.
+        finished = [seed for seed in seeds if all(math.isfinite(group[seed].loss) for group in groups)]
+        if finished:
+            losses = _difference(*([group[seed] for seed in finished] for group in groups))
         else:
             losses = over_seeds(np.array([np.mean(first.least()) - np.mean(second.least())]))
-        one = comparison(first, second, losses)
-        if gone:
-            said = f"{one.verdict}; " if ended else ""
-            one = one._replace(verdict=f"{said}diverged at the best rates: {', '.join(gone)}, so not settled")
-        found.append(one)
-    return found
+        result = comparison(first, second, losses)
+        if diverged:
+            prefix = f"{result.verdict}; " if finished else ""
+            verdict = f"{prefix}diverged at the best rates: {', '.join(diverged)}, so not settled"
+            result = result._replace(verdict=verdict)
+        comparisons.append(result)
+    return comparisons
 
 
 def _difference(a: Sequence[TrainedRun], b: Sequence[TrainedRun]) -> Estimate:
-    """Loss of the first runs less the second's, of the same seeds."""
+    """Compute the loss of the first runs minus that of the second, for runs of the same seeds."""
     (left, _), (right, _) = trained_runs.stacked(a), trained_runs.stacked(b)
     records = None if left is None or right is None else (left, right)
     return paired_losses(

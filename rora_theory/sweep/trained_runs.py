@@ -1,4 +1,4 @@
-"""The fine-tuning runs of a folder of sims.rank_sweep, each with its loss a record, for curves over rates."""
+"""Reader of the fine-tuning runs in a folder of sims.rank_sweep, with their losses by record."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,28 @@ from rora_theory.stats.paired import resampled_ratios
 from rora_theory.sweep import results
 
 Loss = Literal["validation", "answer"]
-NEEDED = ("key", "status", "model", "method", "rank", "gamma", "learning_rate", "seed")
+"""Tokens of the held-out loss: all tokens, or those of the answers."""
+
+REQUIRED_COLUMNS = ("key", "status", "model", "method", "rank", "gamma", "learning_rate", "seed")
+"""Columns that `results.csv` must have."""
+
 BOOTSTRAPS = 400
+"""Default number of bootstrap samples."""
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One fine-tuning run.
+    """Result of one fine-tuning run.
 
     Attributes:
-      method, rank, gamma, rate, seed: what it was.
-      loss: held-out nats a token; infinite where it diverged.
-      records: summed loss of each held-out record; None where the folder has no such file, or the run diverged.
-      tokens: of each record.
+      method: Name of the method.
+      rank: Rank of the adapter.
+      gamma: Scaling of the adapter.
+      rate: Peak learning rate.
+      seed: Seed.
+      loss: Held-out loss in nats per token; infinite if the run diverged.
+      records: Loss of each held-out record, summed over its tokens; None if the run diverged or has no such file.
+      tokens: Number of tokens of each record; None if ``records`` is None.
     """
 
     method: str
@@ -41,41 +50,42 @@ class TrainedRun:
 
 
 def read_runs(folder: Path, *, model: str | None = None, loss: Loss = "validation") -> list[TrainedRun]:
-    """The finished cells of one model; the base model's and unfinished ones are left out.
+    """Read the finished cells of one model, without those of the base model.
 
     Args:
-      folder: of sims.rank_sweep.
-      model: which, where there are several.
-      loss: on all tokens, or on the answers' alone.
+      folder: Run folder of sims.rank_sweep.
+      model: Name of the model; None if the folder has one model only.
+      loss: Tokens of the loss.
 
     Raises:
-      InputError: no such file, columns missing, a line that can't be read, several models, or no cell.
+      InputError: If the file is missing, lacks a column, has an invalid line, several models, or no finished cell.
     """
     path = folder / "results.csv"
-    _check(folder)
+    _check_seal(folder)
     rows = frames.read_csv(path, accepted="a folder of sims.rank_sweep")
     column = {"validation": "validation_loss", "answer": "answer_loss"}[loss]
-    missing = [name for name in (*NEEDED, column) if name not in rows]
+    missing = [name for name in (*REQUIRED_COLUMNS, column) if name not in rows]
     if missing:
-        raise InputError(f"{path}: has no column {missing[0]}; accepted is the results.csv of sims.rank_sweep")
+        raise InputError(f"{path} has no column {missing[0]!r}. Pass the folder of a run of sims.rank_sweep.")
+    # Finished cells with a rank: the base model has none.
     rows = rows[rows["rank"].notna() & (rows[column].notna() | (rows["status"] == "diverged"))]
     models = sorted(set(rows["model"]))
     if model is None and len(models) > 1:
-        raise InputError(f"{path}: has the models {', '.join(models)}; accepted is one, chosen by --matrix-model")
-    chosen = frames.rows(rows if model is None else rows[rows["model"] == model])
-    if not chosen:
-        raise InputError(f"{path}: has no finished cell of model {model or 'any'}; its models are {', '.join(models)}")
-    return [_run(folder, row, column) for row in chosen]
+        raise InputError(f"{path} has several models: {', '.join(models)}. Choose one with --matrix-model.")
+    model_rows = frames.rows(rows if model is None else rows[rows["model"] == model])
+    if not model_rows:
+        raise InputError(f"{path} has no finished cell of model {model or 'any'}; its models: {', '.join(models)}")
+    return [_read_run(folder, row, column) for row in model_rows]
 
 
-def _check(folder: Path, within: str = "") -> None:
+def _check_seal(folder: Path, within: str = "") -> None:
     problem = seals.problem(folder, within)
     if problem is not None:
-        raise InputError(f"{problem}; accepted is the file as sims.rank_sweep wrote it")
+        raise InputError(f"{problem}. Use the file as sims.rank_sweep wrote it.")
 
 
 def runs_digest(runs: Sequence[TrainedRun]) -> str:
-    """Of all that was read."""
+    """Compute a digest of all fields of the runs."""
 
     def plain(values: np.ndarray | None) -> list[float] | None:
         return None if values is None else values.tolist()
@@ -86,92 +96,104 @@ def runs_digest(runs: Sequence[TrainedRun]) -> str:
 
 
 def kappa_of(runs: Sequence[TrainedRun]) -> float:
-    """The exponent of gamma = alpha / r^kappa that the runs of one method really had: 0 for alpha = 2 r.
+    """Compute the exponent of gamma = alpha / r^kappa from the scalings of a method's runs; 0 if alpha = 2 r.
 
     Raises:
-      InputError: one rank alone, runs of several alphas, or a gamma that is no power of the rank.
+      InputError: If there is one rank only, several alphas, or scalings that are no power of the rank.
     """
     gammas = {run.rank: run.gamma for run in runs}
-    several = sorted({run.gamma for run in runs if not math.isclose(run.gamma, gammas[run.rank], rel_tol=1e-9)})
-    if several:
-        raise InputError(
-            f"method {runs[0].method} has scalings {several} beside {gammas}; accepted are those of one rule and alpha"
-        )
+    method = f"method {runs[0].method}"
+    deviating = sorted({run.gamma for run in runs if not math.isclose(run.gamma, gammas[run.rank], rel_tol=1e-9)})
+    if deviating:
+        raise InputError(f"{method} must have one rule and alpha, got the scalings {deviating} in addition to {gammas}")
     if len(gammas) < 2:
-        raise InputError(f"method {runs[0].method} has one rank, {runs[0].rank}; accepted are two or more")
+        raise InputError(f"{method} must have two or more ranks, got {runs[0].rank}")
+    # Fit a power law, which must be exact.
     x, y = np.log(list(gammas)), np.log(list(gammas.values()))
     slope, level = np.polyfit(x, y, 1)
     if np.abs(level + slope * x - y).max() > 1e-6:
-        raise InputError(f"method {runs[0].method} has scalings {gammas}; accepted are those of one rule and alpha")
+        raise InputError(f"{method} must have one rule and alpha, got the scalings {gammas}")
     return round(-float(slope), 6)
 
 
 def bootstrap(runs: Sequence[TrainedRun], draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray | None:
-    """Losses over resampled held-out records, [draws, runs]; the same records for every run.
+    """Compute losses over resampled held-out records, which are the same for every run.
 
     Args:
-      runs: of one set of records.
-      draws, seed: of the bootstrap; the same seed draws the same records in every call.
+      runs: Runs with the same held-out records.
+      draws: Number of bootstrap samples.
+      seed: Seed of the bootstrap; the same seed draws the same records in every call.
 
     Returns:
-      None where a run that did not diverge has no losses a record.
+      An array [draws, runs], infinite for runs that diverged; None if a run has no losses by record.
 
     Raises:
-      InputError: runs of different records.
+      InputError: If runs have different records.
     """
     finite = [run for run in runs if math.isfinite(run.loss)]
-    known = [run.records for run in finite if run.records is not None]
-    if len(known) < len(finite):
+    records = [run.records for run in finite if run.records is not None]
+    if len(records) < len(finite):
         return None
-    found = np.full((draws, len(runs)), np.inf)
+    losses = np.full((draws, len(runs)), np.inf)
     if finite:
         columns = [math.isfinite(run.loss) for run in runs]
-        found[:, columns] = resampled_ratios(known, tokens_of(finite), draws=draws, seed=seed)
-    return found
+        losses[:, columns] = resampled_ratios(records, tokens_of(finite), draws=draws, seed=seed)
+    return losses
 
 
 def stacked(runs: Sequence[TrainedRun]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Losses a record averaged over runs, and tokens; None where a run has none. Raises `InputError` as `tokens_of`."""
-    known = [run.records for run in runs if run.records is not None]
-    if len(known) < len(runs):
+    """Average the losses by record over runs.
+
+    Returns:
+      The mean losses and the numbers of tokens by record; None and None if a run has no losses by record.
+
+    Raises:
+      InputError: If runs have different records.
+    """
+    records = [run.records for run in runs if run.records is not None]
+    if len(records) < len(runs):
         return None, None
     tokens = tokens_of(runs)
-    return np.mean(np.stack(known), axis=0), tokens
+    return np.mean(np.stack(records), axis=0), tokens
 
 
 def tokens_of(runs: Sequence[TrainedRun]) -> np.ndarray:
-    """The tokens of each held-out record, the same for all runs.
+    """Return the number of tokens of each held-out record, which must be the same for all runs.
 
     Raises:
-      InputError: runs of different records.
+      InputError: If runs have different records.
     """
     first = np.asarray(runs[0].tokens)
     for run in runs:
         if not np.array_equal(first, np.asarray(run.tokens)):
-            said = [f"{one.method} of rank {one.rank} at {one.rate:g}, seed {one.seed}" for one in (runs[0], run)]
-            raise InputError(f"{' and '.join(said)}: have other held-out records; accepted are the same ones")
+            names = [
+                f"{differing.method} of rank {differing.rank} at {differing.rate:g}, seed {differing.seed}"
+                for differing in (runs[0], run)
+            ]
+            raise InputError(f"{' and '.join(names)} must have the same held-out records, got different ones")
     return first
 
 
-def _run(folder: Path, row: Mapping[str, Any], column: str) -> TrainedRun:
+def _read_run(folder: Path, row: Mapping[str, Any], column: str) -> TrainedRun:
     try:
         value = math.inf if row["status"] == "diverged" else float(row[column])
-        rank, seed = _whole(row["rank"]), _whole(row["seed"])
+        rank, seed = _as_integer(row["rank"]), _as_integer(row["seed"])
         gamma, rate = float(row["gamma"]), float(row["learning_rate"])
     except (ValueError, TypeError) as error:
         raise InputError(f"{folder / 'results.csv'}: cell {row['key']!r} is damaged ({error})") from error
+    # Losses by record, if the run has them.
     records = tokens = None
     path = results.cell_file(folder / "cells", row["key"], results.LOSSES)
     if math.isfinite(value) and path.exists():
-        _check(folder, f"cells/{row['key']}")
-        found, kind = results.read_losses(path), column.removesuffix("loss").removeprefix("validation_")
-        records, tokens = (found[f"{kind}{name}"].to_numpy(np.float64) for name in ("loss", "tokens"))
+        _check_seal(folder, f"cells/{row['key']}")
+        losses, kind = results.read_losses(path), column.removesuffix("loss").removeprefix("validation_")
+        records, tokens = (losses[f"{kind}{name}"].to_numpy(np.float64) for name in ("loss", "tokens"))
     return TrainedRun(
         row["method"], rank, gamma, rate, seed, value if math.isfinite(value) else math.inf, records, tokens
     )
 
 
-def _whole(value: Any) -> int:
+def _as_integer(value: Any) -> int:
     if not float(value).is_integer():
-        raise ValueError(f"{value!r} is no integer")
+        raise ValueError(f"{value!r} is not an integer")
     return int(float(value))

@@ -1,4 +1,4 @@
-"""What a cell of a sweep does: fine-tune one adapter, then measure its losses and its accuracy."""
+"""Workbench of a sweep, which fine-tunes the adapter of a cell and measures its losses and accuracy."""
 
 import math
 import time
@@ -38,7 +38,12 @@ from rora_theory.sweep.records import RecordSplit
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """What became of a fine-tuning run: entries of the result, and the adapter, None if it diverged."""
+    """Outcome of a fine-tuning run.
+
+    Attributes:
+      result: Figures by name.
+      adapter: Trained adapter; None if the run diverged.
+    """
 
     result: dict[str, Any]
     adapter: Any
@@ -46,13 +51,13 @@ class TrainedAdapter:
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """What a cell came to.
+    """Outcome of a cell.
 
     Attributes:
-      result: figures by name. ``status`` is ``complete`` or ``diverged``: a loss that is no number is a result.
-      adapter: as it was trained; None for the base model, and where training diverged.
-      losses: of the held-out records in their order; none where training diverged.
-      samples: the scored items in the order of tasks; none where they are not scored.
+      result: Figures by name. ``status`` is ``complete``, or ``diverged`` if a loss was not finite.
+      adapter: Trained adapter; None for the base model and if training diverged.
+      losses: Losses of the held-out records in order; empty if training diverged.
+      samples: Scored items in the order of the tasks; empty if they are not scored.
     """
 
     result: dict[str, Any]
@@ -62,17 +67,17 @@ class CellOutcome:
 
 
 class Workbench:
-    """One model in memory with its tokenized records and compiled steps; does cells.
+    """Model in memory with tokenized records and compiled steps, on which cells run.
 
     Args:
-      shared: what the fine-tuning runs of all cells share; its template, cutoff, widths and loss_on prepare the
-        records, its dtype is the weights'; a run of no more steps than its checkpoint_every has no checkpoint.
-      records: training and held-out records.
-      tasks: items to score.
-      located: where each model lies.
-      scoring: the protocol of the cells that are scored.
-      score_batch_size: of `score`.
-      elsewhere: whether the models were located on another machine.
+      shared: Settings that all fine-tuning runs share. Its template, cutoff, widths and loss_on apply to the records,
+        its dtype to the weights. A run of at most checkpoint_every steps writes no checkpoint.
+      records: Training and held-out records.
+      tasks: Items to score.
+      located: Locations of the models by name.
+      scoring: Protocol of the scoring.
+      score_batch_size: Batch size of the scoring.
+      elsewhere: Whether the models were located on another machine.
     """
 
     def __init__(
@@ -93,33 +98,38 @@ class Workbench:
         self.steps = SharedSteps()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """On another machine it is one without a model, which it opens there."""
+        """Pickle the workbench without its model, which is opened again on the other machine."""
+        # Compute the digests here, so that the other machine can compare its files with them.
         for located in self.located.values():
-            located.sha256  # noqa: B018 (known there too)
+            located.sha256  # noqa: B018
         options: dict[str, Any] = {"scoring": self.scoring, "score_batch_size": self.score_batch_size}
         options["elsewhere"] = True
         return partial(Workbench, **options), (self.shared, self.records, self.tasks, self.located)
 
     def open(self, model: str) -> list[str]:
-        """Load a model, unless it is the one in memory.
+        """Load a model and tokenize the records for it, unless it is already in memory.
+
+        Args:
+          model: Name of the model.
 
         Returns:
-          what a user should be told of it, a line each; nothing where it was in memory.
+          Remarks about the model for the user; empty if it was in memory.
 
         Raises:
-          LackingError: the model was located elsewhere, and is not here.
-          InputError: as `llama.load` and `tokenize`, a held-out record that is longer than the model reads, or a chat
-            template that asks for a day that is not named.
+          LackingError: If the model was located on another machine and is missing on this one.
+          InputError: If `llama.load` or `tokenize` refuses a value, a held-out record is longer than the context, or
+            the chat template needs a date that is not set.
         """
         if model == self._name:
             return []
-        self._name = self.model = None  # the old one's memory is free before the new one takes its own
+        # Free the memory of the previous model before loading the next one.
+        self._name = self.model = None
         located = self.located[model].here() if self.elsewhere else self.located[model]
         tokenizer, longest = llama.model_tokenizer(located), llama.model_config(located).max_position_embeddings
         template = self.records.source.template(self.shared.template)
         chat = self.records.source.chat(tokenizer, template)
         if chat is not None and chat.dated and self.records.source.config.chat_date is None:
-            raise InputError(f"{chat.where}: the chat template asks for the day; accepted is --chat-date YYYY-MM-DD")
+            raise InputError(f"{chat.where}: the chat template needs a date. Set --chat-date YYYY-MM-DD.")
         encode = partial(tokenize, tokenizer=tokenizer, template=template, chat=chat)
         answer_only = self.shared.loss_on == "answer"
         self.train_examples: Examples = encode(self.records.train, cutoff=self.shared.cutoff, answer_only=answer_only)
@@ -128,27 +138,27 @@ class Workbench:
             [record for _, _, record in self.records.held_out], cutoff=longest, answer_only=True
         )
         if self.held_out.skipped:
-            raise InputError(f"a held-out record is longer than the {longest} tokens {model} reads")
-        # The weights come last: a record that can't be used is refused before they are read.
+            raise InputError(
+                f"held-out records must have at most {longest} tokens, the context of {model}, got a longer one"
+            )
+        # The weights come last, so that unsuitable records are refused before they are read.
         self.model = llama.load(located, jnp.dtype(self.shared.dtype))
         self._name, self.steps = model, SharedSteps()
         return list(self.model.remarks)
 
     def run(self, cell: SweepCell, folder: Path, *, save_adapter: bool = False) -> dict[str, Any]:
-        """Do a cell: `measure`, and write its losses a record, answers an item and training curve.
+        """Run a cell, and write its losses by record, answers by item and training curve.
 
         Args:
-          cell: which.
-          folder: of its own, for these files and, where the run is long enough to have them, its checkpoints: what was
-            begun there goes on.
-          save_adapter: whether what was trained is written too: an adapter in PEFT's format, trained weights as a
-            model.
+          cell: Cell to run.
+          folder: Folder of the cell for these files and the checkpoints of a long run, from which it resumes.
+          save_adapter: Whether to save the trained adapter in PEFT's format, or trained weights as a model.
 
         Returns:
-          its result, see `CellOutcome`.
+          The result, see `CellOutcome`.
 
         Raises:
-          InputError: a file can't be written, or is not as it was written; as `open`.
+          InputError: If a file can't be written or was modified, or if `open` refuses the model.
         """
         folder.mkdir(parents=True, exist_ok=True)
         measured = self.measure(cell, folder)
@@ -164,38 +174,43 @@ class Workbench:
         return measured.result
 
     def measure(self, cell: SweepCell, folder: Path) -> CellOutcome:
-        """Train and measure a cell; arguments as of `run`."""
+        """Train and evaluate a cell without writing its results; the arguments are those of `run`."""
         self.open(cell.model)
-        begun = time.perf_counter()
-        params, adapter, kept = self.model.params, None, None
+        start_time = time.perf_counter()
+        # Train the adapter, unless the cell is the base model.
+        params, adapter, trained_adapter = self.model.params, None, None
         result: dict[str, Any] = {"status": "complete"}
         if cell.training is not None:
             trained = self.train(cell.training, folder)
             result |= trained.result
             if trained.adapter is None:
                 return CellOutcome(result)
-            adapter = kept = trained.adapter
-            if cell.training.adapter().mergeable:  # faster than beside the weights
+            adapter = trained_adapter = trained.adapter
+            # Evaluating merged weights is faster than adding the adapter's output.
+            if cell.training.adapter().mergeable:
                 params, adapter = adapter.merge(params), None
-        trained_at = time.perf_counter()
+        trained_time = time.perf_counter()
+        # Losses of the held-out records.
         losses = record_losses(params, self.model.config, self.held_out, adapter=adapter)
-        result |= {"train_seconds": trained_at - begun} | _mean_losses(losses)
+        result |= {"train_seconds": trained_time - start_time} | _mean_losses(losses)
         if not math.isfinite(result["validation_loss"]):
             step = result.get("steps", 0)
             diverged = {"status": "diverged", "diverged_at": step, "steps": step}
-            return CellOutcome(diverged | {"error": "the validation loss is no number"}, kept, losses)
-        lost_at = time.perf_counter()
-        result["loss_seconds"] = lost_at - trained_at
+            return CellOutcome(diverged | {"error": "the validation loss is not finite"}, trained_adapter, losses)
+        losses_time = time.perf_counter()
+        result["loss_seconds"] = losses_time - trained_time
+        # Accuracies of the tasks.
         samples: list[Sample] = []
         if cell.evaluation is not None:
             samples = self._score(params, adapter)
-            found = accuracies(samples, [record for items in self.tasks.values() for record in items])
-            result["levels"] = [asdict(level) for level in found]
-            result["accuracy_seconds"] = time.perf_counter() - lost_at
-        return CellOutcome(result | {"seconds": time.perf_counter() - begun}, kept, losses, samples)
+            levels = accuracies(samples, [record for items in self.tasks.values() for record in items])
+            result["levels"] = [asdict(level) for level in levels]
+            result["accuracy_seconds"] = time.perf_counter() - losses_time
+        result["seconds"] = time.perf_counter() - start_time
+        return CellOutcome(result, trained_adapter, losses, samples)
 
     def begin(self, training: FinetuneConfig) -> tuple[Any, Batches]:
-        """The fresh adapter of a run and its batches in order: by the seed alone, the same for every rule."""
+        """Create the fresh adapter and the batches of a run, which depend on the seed and not on the rule."""
         batches = Batches(
             self.train_examples,
             self._widths,
@@ -208,7 +223,12 @@ class Workbench:
         return adapters.init(key, training.adapter(), self.model.config, self.model.params), batches
 
     def train(self, training: FinetuneConfig, folder: Path) -> TrainedAdapter:
-        """Fine-tune the open model; arguments as of `run`."""
+        """Fine-tune the open model.
+
+        Args:
+          training: Fine-tuning configuration.
+          folder: Folder for the training curve and checkpoints, see `run`.
+        """
         training = replace(training, checkpoint_every=self.shared.checkpoint_every)
         adapter, batches = self.begin(training)
         steps = min(len(batches), training.steps or len(batches))
@@ -229,22 +249,22 @@ class Workbench:
         return TrainedAdapter(result, trainer.adapter("last"))
 
     def _score(self, params: Any, adapter: Any) -> list[Sample]:
-        """The scored items in the order of tasks."""
-        scored = score_tasks(
+        """Score the tasks, and return the items in the order of tasks."""
+        samples = score_tasks(
             replace(self.model, params=params),
             self.tasks,
             self.scoring,
             adapter=adapter,
             batch_size=self.score_batch_size,
         )
-        return in_order(scored)
+        return in_order(samples)
 
 
 def _mean_losses(losses: Sequence[RecordLoss]) -> dict[str, float]:
-    """Means a token with their errors."""
-    every = mean_per_token([one.loss for one in losses], [one.tokens for one in losses])
-    answer = mean_per_token([one.answer_loss for one in losses], [one.answer_tokens for one in losses])
-    return {"validation_loss": every.value, "validation_error": every.error} | {
+    """Compute the mean losses per token with their standard errors over records."""
+    validation = mean_per_token([record.loss for record in losses], [record.tokens for record in losses])
+    answer = mean_per_token([record.answer_loss for record in losses], [record.answer_tokens for record in losses])
+    return {"validation_loss": validation.value, "validation_error": validation.error} | {
         "answer_loss": answer.value,
         "answer_error": answer.error,
     }

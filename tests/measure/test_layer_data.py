@@ -40,18 +40,18 @@ ONES = np.ones((4, 5))
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"grad": 0 * ONES}, "layer/grad has norm 0; accepted is 1e-12 to 1e\\+12"),
-        ({"grad": 1e-30 * ONES}, "layer/grad has norm 4.4.*e-30; accepted is 1e-12"),
-        ({"grad": 1e30 * ONES}, "layer/grad has norm 4.4.*30; accepted is 1e-12"),
-        ({"x_train": ONES * [[1], [1], [0], [1]]}, "layer/x_train has a row of norm 0; accepted is 1e-12"),
-        ({"x_heldout": ONES * [[1], [1], [1e-25], [1]]}, "layer/x_heldout has a row of norm 2.2.*e-25; accepted is"),
-        ({"x_train": 1e200 * ONES}, "layer/x_train holds a value that is not a finite float32; accepted are finite"),
-        ({"grad": np.float64(1)}, r"layer/grad has shape \[\]; accepted is \[p_out, p_in\]"),
-        ({"x_train": np.float64(1)}, r"layer/x_train has shape \[\]; accepted is \[tokens, 5\]"),
-        ({"grad": np.ones((0, 5))}, r"layer/grad has shape \[0, 5\]; accepted is .* none of 0"),
-        ({"grad": ONES.astype(complex)}, "layer/grad is of type complex128; accepted are real numbers"),
-        ({"grad": np.full((4, 5), "a")}, "layer/grad is of type <U1; accepted are real numbers"),
-        ({"grad": np.full((4, 5), None)}, "is not a readable .npz of numbers .*; accepted is an .npz"),
+        ({"grad": 0 * ONES}, "layer/grad .*1e-12 to 1e\\+12.* got 0$"),
+        ({"grad": 1e-30 * ONES}, "layer/grad .* got 4.4.*e-30$"),
+        ({"grad": 1e30 * ONES}, "layer/grad .* got 4.4.*30$"),
+        ({"x_train": ONES * [[1], [1], [0], [1]]}, "layer/x_train .*rows.* got 0$"),
+        ({"x_heldout": ONES * [[1], [1], [1e-25], [1]]}, "layer/x_heldout .*rows.* got 2.2.*e-25$"),
+        ({"x_train": 1e200 * ONES}, "layer/x_train must be finite"),
+        ({"grad": np.float64(1)}, r"layer/grad .*\[p_out, p_in\].* got \[\]$"),
+        ({"x_train": np.float64(1)}, r"layer/x_train .*\[tokens, 5\].* got \[\]$"),
+        ({"grad": np.ones((0, 5))}, r"layer/grad .* got \[0, 5\]$"),
+        ({"grad": ONES.astype(complex)}, "layer/grad .* complex128$"),
+        ({"grad": np.full((4, 5), "a")}, "layer/grad .* <U1$"),
+        ({"grad": np.full((4, 5), None)}, "not a readable .npz"),
     ],
 )
 def test_arrays_that_a_law_can_not_read_are_refused(tmp_path: Path, changed: dict, message: str) -> None:
@@ -77,7 +77,7 @@ def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> Non
         # The unpacked size in the list at the file's end.
         data[at + 24 : at + 28] = (0xFFFFFFF0).to_bytes(4, "little")
     (path := tmp_path / "a.npz").write_bytes(data)
-    with pytest.raises(InputError, match=r"a.npz: unpacks to 8,589,934,560 bytes; accepted is .* of at most 4,294,967"):
+    with pytest.raises(InputError, match=r"a.npz: .* at most 4,294,967,296 bytes, got 8,589,934,560"):
         layer_data.read_layers(path)
 
 
@@ -85,7 +85,7 @@ def test_an_array_that_claims_more_than_it_has_is_given_no_memory(tmp_path: Path
     path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("layer/grad.npy", header("(1099511627776, 1048576)"))
-    with pytest.raises(InputError, match=r"layer/grad.npy: claims shape \[1099511627776, 1048576\], but has 128 bytes"):
+    with pytest.raises(InputError, match=r"layer/grad.npy: .* \[1099511627776, 1048576\], .* 128 bytes"):
         layer_data.read_layers(path)
 
 
@@ -98,10 +98,10 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
     for name, said in (
         ("none.npz", "no such file"),
         ("pipe.npz", "is a pipe"),
-        ("text.npz", "is not a readable .npz"),
-        ("cut.npz", "is not a readable .npz"),
-        ("one.npz.npy", "is not a readable .npz"),
+        ("text.npz", "not a readable .npz"),
+        ("cut.npz", "not a readable .npz"),
+        ("one.npz.npy", "not a readable .npz"),
         ("../../../../../../../../dev/zero", "is a device"),
     ):
-        with pytest.raises(InputError, match=rf"{said}.*; accepted is an .npz of layers' gradients and inputs"):
+        with pytest.raises(InputError, match=rf"{said}.*an .npz of layers' gradients and inputs"):
             layer_data.read_layers(tmp_path / name)

@@ -101,7 +101,7 @@ def test_the_factor_keeps_the_change_of_all_modules() -> None:
     assert led.keeping_factor(11.3, *alike) == pytest.approx(horizon.rate_factor(11.3, 0.7))
     slope = np.log(led.keeping_factor(1 + 1e-6, *alike)) / 1e-6
     assert slope == pytest.approx(led.keeping_exponent(*alike)[0], abs=1e-5)
-    with pytest.raises(InputError, match="strength is 0"):
+    with pytest.raises(InputError, match=r"strength .* 0\.0"):
         led.keeping_factor(0.0, *parts)
 
 
@@ -129,10 +129,10 @@ def test_inputs_are_those_of_the_records_own_tokens(start) -> None:
     assert alone["mlp.down_proj"].shape[1] == 3 + 1
     three = led.module_inputs(PARAMS, CONFIG, examples([[5, 6, 7, 0], [5, 6, 8, 0], [5, 9, 1, 0]]), start)
     assert three["mlp.down_proj"].shape[1] == 2 + 2 + 2, "what two of them share the third does not"
-    with pytest.raises(InputError, match="no token of their own"):
+    with pytest.raises(InputError, match=r"examples .* 2 "):
         led.module_inputs(PARAMS, CONFIG, examples([rows[0], rows[0]]), start)
 
 
 def test_dora_is_refused(start, inputs) -> None:
-    with pytest.raises(InputError, match="use_dora is true"):
+    with pytest.raises(InputError, match=r"use_dora .* true"):
         led.led_parts(start, replace(start, config=replace(start.config, use_dora=True)), inputs)

@@ -178,9 +178,9 @@ def test_a_transfer_keeps_the_real_step(params, stepper) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_named(params, stepper) -> None:
     broken = {**params, "norm": params["norm"] * jnp.float32(np.nan)}
-    with pytest.raises(InputError, match="the batch's loss is nan; accepted"):
+    with pytest.raises(InputError, match=r"loss .* nan"):
         record(broken, CONFIG, batch(1), ("mlp.up_proj",))
-    with pytest.raises(InputError, match="capture names 'q_proj'"):
+    with pytest.raises(InputError, match=r"capture .*'q_proj'"):
         record(params, CONFIG, batch(1), ("q_proj",), gradients=False)
-    with pytest.raises(InputError, match="alpha_pattern has 'k_proj'"):
+    with pytest.raises(InputError, match=r"alpha_pattern .*'k_proj'"):
         stepper.change(Setting(2, 8.0, 1e-4), jax.random.key(0), {"k_proj": 3.0})

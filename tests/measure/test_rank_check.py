@@ -30,7 +30,7 @@ from rora_theory.measure.rank_check.check import (
     size_table,
     verdicts,
 )
-from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table, in_a_word
+from rora_theory.measure.rank_check.coordinate_table import Coordinate, Table, summarise_verdicts
 from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.regimes.thin import ThinWarning
 from rora_theory.validation.rules import name_of
@@ -49,7 +49,7 @@ def test_frames(tmp_path, capfd) -> None:
     config = CheckConfig(
         ranks=(2, 8), rules=(0.5,), optimizers=("adamw",), controls=False, steps=(1,), seeds=(0, 1), adam_lr=1e-5
     )
-    with pytest.warns(ThinWarning, match="slopes rest on ranks 2 8"):
+    with pytest.warns(ThinWarning, match="ranks 2 8,"):
         found = measure.coordinate_check(model, batch(0), batch(1), config, target_modules=["q_proj"])
     assert all(frame.attrs["warnings"] for frame in (found.sizes, found.slopes, found.verdicts))
     assert len(found.sizes) == 2 * 2 * (2 + 4 + 1 + 6)
@@ -61,7 +61,7 @@ def test_frames(tmp_path, capfd) -> None:
     (verdict,) = found.verdicts.itertuples()
     assert (verdict.optimizer, verdict.rule, verdict.control) == ("adamw", "0.5", False)
     whole = found.slopes[found.slopes["quantity"].isin(["hidden", "logits"])]["verdict"].tolist()
-    assert verdict.whole_model == in_a_word(whole)
+    assert verdict.whole_model == summarise_verdicts(whole)
     fresh = measure.coordinate_check(model, [batch(0), batch(2)], batch(1), config, target_modules=["q_proj"])
     # One step has the first batch alone: equal but for float32's rounding, of which the sizes are differences.
     np.testing.assert_allclose(fresh.sizes["value"], found.sizes["value"], rtol=1e-4)
@@ -71,12 +71,12 @@ def test_frames(tmp_path, capfd) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"ranks": (2,)}, "--ranks has 1 values; accepted are 2 or more"),
-        ({"ranks": (0, 2)}, "rank is 0"),
-        ({"optimizers": ("lion",)}, "--optimizers has 'lion'"),
-        ({"inits": ("pissa",)}, "--inits has 'pissa'"),
-        ({"seeds": (1,)}, "--seeds has 1 values; accepted are 2 or more"),
-        ({"seeds": (1, -1)}, "--seeds is -1"),
+        ({"ranks": (2,)}, r"--ranks .*\b[12]\b"),
+        ({"ranks": (0, 2)}, r"rank .*\b0\b"),
+        ({"optimizers": ("lion",)}, "--optimizers .*'lion'"),
+        ({"inits": ("pissa",)}, "--inits .*'pissa'"),
+        ({"seeds": (1,)}, r"--seeds .*\b1\b"),
+        ({"seeds": (1, -1)}, "--seeds .*-1"),
         ({"steps": (2, 1)}, "steps"),
         ({"band": 0.0}, "--band"),
     ],
@@ -116,7 +116,7 @@ def test_a_control_that_the_law_has_flat_is_none() -> None:
     config = CheckConfig(ranks=(2, 8), optimizers=("adamw",), rules=(0.0,), steps=(1,), seeds=(0, 1))
     found = verdicts(config, coordinate_slopes(config, sizes_of(config, lambda case, *_: 1.0)))
     gaussian = found[found["init"] == "gaussian"]
-    assert gaussian["whole_model"].tolist() == ["flat, as the law has it where one of its parts leads: no control"]
+    assert gaussian["whole_model"].tolist() == ["flat, which the law allows if one term dominates: no control"]
 
 
 def sizes_of(config: CheckConfig, value: Callable[[Case, str, str, int, int], float]) -> pd.DataFrame:
@@ -137,8 +137,8 @@ def test_a_table_is_judged_by_the_band_and_the_confidence_that_were_asked_for() 
     """Slopes of three seeds around 0.2: half a 95% interval is Student's 4.3027 standard errors."""
     slopes = np.array([[0.2], [0.21], [0.19]])
     table = Table((2, 8, 32), {Coordinate("hidden", "train", "model", 1): np.exp(np.log([2, 8, 32]) * slopes)})
-    (line,) = table.lines()
-    assert (table.lines(band=0.3)[0]["verdict"], line["verdict"]) == ("flat", "grows")
+    (line,) = table.slope_rows()
+    assert (table.slope_rows(band=0.3)[0]["verdict"], line["verdict"]) == ("flat", "grows")
     error = 0.01 / math.sqrt(3)
     assert (line["standard_error"], line["half_width"]) == pytest.approx((error, 4.3027 * error), rel=0.03)
     where = {"quantity": "hidden", "split": "train", "step": 1}
@@ -169,7 +169,7 @@ def test_a_quantity_that_is_zero_at_some_rank_is_undecided() -> None:
     assert (found["whole_model"], found["modules"], found["lines"]) == ("flat", "flat", 7)
 
 
-RIGHT, WRONG = "with the rank, as a control must", "with the rank, AGAINST THE LAW: this control"
+RIGHT, WRONG = "with the rank, as expected of the control", "with the rank, AGAINST THE LAW: this control"
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_the_verdict_is_on_the_whole_model() -> None:
     assert found["AdamW, alpha/sqrt(r), A kaiming_uniform"]["whole_model"] == "grows with the rank"
     assert found["SGD, alpha/r, A kaiming_uniform"]["whole_model"] == "shrinks with the rank"
     controls = [row["whole_model"] for name, row in found.items() if name.endswith("(control)")]
-    assert controls == ["grows with the rank, as a control must", "shrinks with the rank, as a control must"]
+    assert controls == [f"grows {RIGHT}", f"shrinks {RIGHT}"]
 
 
 @pytest.mark.slow

@@ -25,23 +25,21 @@ def test_a_linear_term_that_is_no_number_is_named(run, term) -> None:
     line = table.index[(table["optimizer"] == "adam") & (table["split"] == "heldout")][2]
     table.loc[line, "linear_term"] = term
     path.write_text(frames.to_csv(table))
-    with pytest.raises(InputError, match=rf"{regime_tables.CROSSINGS}: line {line + 2} has linear_term"):
+    with pytest.raises(InputError, match=rf"{regime_tables.CROSSINGS}: line {line + 2}: linear_term .*, got"):
         regime_run.read_regime_run(run, optimizer="adamw", init=table["init"][line], split="heldout")
     regime_run.read_regime_run(run, optimizer="sgd", init="kaiming_uniform", split="heldout")
 
 
 def test_a_run_that_lacks_the_init(run) -> None:
-    with pytest.raises(InputError, match="has no row of optimizer adam, init normal, split heldout"):
+    with pytest.raises(InputError, match="no row for optimizer adam, init normal, split heldout"):
         regime_run.read_regime_run(run, optimizer="adamw", init="normal", split="heldout")
 
 
 def test_targets_are_matched_as_peft_does(run) -> None:
     """A whole name or what follows a dot; a word such as all-linear, or none, takes every module."""
     found = regime_run.read_regime_run(run, optimizer="adamw", init="gaussian", split="heldout")
-    assert found.kinds == ["q_proj", "down_proj"]
+    assert found.module_types == ["q_proj", "down_proj"]
     assert list(found.terms_of(["self_attn.q_proj"])) == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
     assert found.terms_of("all-linear") == found.terms_of(None) == found.linear_terms
-    with pytest.raises(
-        InputError, match=r"--targets has proj, which .* did not measure; accepted are q_proj down_proj"
-    ):
+    with pytest.raises(InputError, match=r"--targets has proj, which .* did not measure; measured: q_proj down_proj"):
         found.terms_of(["q_proj", "proj"])

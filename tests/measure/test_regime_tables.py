@@ -69,8 +69,9 @@ def test_few_adapters_and_many_comparisons_tell_nothing() -> None:
     assert (found["verdict"], found["undecided"], found["outside"]) == ("undecided", 1, 0)
     assert judged(*rows, judged_row(9.0, 0.05, adapters=4))["verdict"] == "fails", "before undecided"
     assert regime_tables.in_words(found).startswith(
-        "verdict: undecided. 1000 of 1000 figures within 2% or their error bar (false alarm 0.01 over all), 1 of them "
-        "in an error bar wider than 50%, which decides nothing; 99.9% within 2%; largest deviation 100.0%"
+        "verdict: undecided. 1000 of 1000 figures agree within 2% or their error bar (total false alarm probability "
+        "0.01), 1 of them within an error bar wider than 50%, which decides nothing; 99.9% within 2%; largest "
+        "deviation 100.0%"
     )
 
 
@@ -84,8 +85,11 @@ def test_a_measurement_that_is_no_finite_number_fails(measured: float, error: fl
     assert (found["verdict"], found["comparisons"], found["outside"], found["not_finite"]) == ("fails", 2, 1, 1)
     assert (found["largest_deviation"], found["largest_t"]) == pytest.approx((0.01, 1.0))
     assert found["nearest_to_failing"]["measured"] == 2.02
-    said = "verdict: fails. 1 of 2 figures within 2% or their error bar (false alarm 0.01 over all); 1 measured no "
-    assert regime_tables.in_words(found).startswith(said + "finite number; ")
+    expected = (
+        "verdict: fails. 1 of 2 figures agree within 2% or their error bar (total false alarm probability 0.01); "
+        "1 not finite; "
+    )
+    assert regime_tables.in_words(found).startswith(expected)
     alone = judged(wrong)
     assert (alone["verdict"], alone["largest_deviation"], alone["nearest_to_failing"]) == ("fails", None, None)
     assert regime_tables.in_words(alone).endswith(" within 2%")

@@ -82,7 +82,7 @@ def test_fast_terms_are_the_terms(layer, optimizer, init, size) -> None:
 def test_fast_terms_of_numbers_that_are_not_finite(layer) -> None:
     grad = layer.grad.copy()
     grad[1, 2] = np.nan
-    with pytest.raises(InputError, match="not a finite float32"):
+    with pytest.raises(InputError, match="grad and x must be finite"):
         terms.FastTerms(grad, layer.inputs["heldout"])
 
 
@@ -105,7 +105,7 @@ def test_shared_rows_are_adapters_of_autodiff(layer) -> None:
         return jnp.stack([jnp.mean(step(jnp.asarray(x)) ** 2) for x in layer.inputs.values()])
 
     for init in ("kaiming_uniform", "gaussian"):
-        stream = drawn_steps.steps(
+        stream = drawn_steps.step_adapters(
             layer, key, ranks=ranks, scalings=scalings, optimizers=laws.OPTIMIZERS, learning_rate=0.3, init=init,
             rows=rows, epsilon=1e-2,
         )  # fmt: skip
@@ -129,7 +129,7 @@ def test_steps_follow_the_law(layer, init) -> None:
     """24 means of thousands of adapters; false alarm 1e-6."""
     ranks, blocks, rows = (1, 4, 16), 40, 1024
     scalings = [[2.0 / rank] for rank in ranks]
-    stream = drawn_steps.steps(
+    stream = drawn_steps.step_adapters(
         layer, jax.random.key(0), ranks=ranks, scalings=scalings, optimizers=laws.OPTIMIZERS, learning_rate=1.0,
         init=init, rows=rows,
     )  # fmt: skip

@@ -24,9 +24,9 @@ def test_an_error_of_a_fifth_moves_alpha_by_a_tenth() -> None:
         for c in (1e-3, 3.0, 1e4):
             alphas = [
                 transfer(Setting(low, 16.0, 1e-4), high, {"m": c * factor}).alpha
-                for factor in (1, math.exp(thin.WORST))
+                for factor in (1, math.exp(thin.MAX_STANDARD_ERROR))
             ]
-            assert abs(math.log(alphas[1] / alphas[0])) <= thin.WORST / 2
+            assert abs(math.log(alphas[1] / alphas[0])) <= thin.MAX_STANDARD_ERROR / 2
 
 
 def test_the_error_over_tokens_is_that_of_draws() -> None:
@@ -34,19 +34,19 @@ def test_the_error_over_tokens_is_that_of_draws() -> None:
     for what 64 is short of many), for a normal ln r* whose quartiles are an eighth apart."""
     deviation = math.log(8) / (2 * 0.674490)
     drawn = np.random.default_rng(0).normal(0, deviation, (4000, 64))
-    (said,) = thin.of_tokens(crossings(np.zeros(1), 8.0))
-    told = thin._OF_QUARTILES * math.log(8) / 8
+    (said,) = thin.token_warnings(crossings(np.zeros(1), 8.0))
+    told = thin._MEDIAN_ERROR_PER_QUARTILE_RANGE * math.log(8) / 8
     assert np.median(drawn, axis=1).std() == pytest.approx(told, rel=0.06)
-    assert f"to {told:.0%} at best" in said
+    assert f"a standard error of {told:.0%} or more" in said
 
 
 @pytest.mark.parametrize(
     ("frame", "said"),
     [
         (crossings(np.zeros(2), 5.5), ""),  # 0.929 ln 5.5 / 8 = 0.198
-        (crossings(np.zeros(2), 5.7), "read at 64 held-out tokens, which tells the crossing rank of half"),
+        (crossings(np.zeros(2), 5.7), "at 64 held-out tokens, and half of the modules"),
         (crossings(np.zeros(2), 1.5, 16), ""),
-        (crossings(np.zeros(2), 1.5, 15), "read at 15 held-out tokens, and of fewer than 16"),
+        (crossings(np.zeros(2), 1.5, 15), "at 15 held-out tokens, fewer than the 16 needed"),
     ],
 )
 def test_few_tokens(frame, said) -> None:
@@ -57,20 +57,20 @@ def test_few_tokens(frame, said) -> None:
 def test_the_fewest_tokens_and_the_middle_error_count() -> None:
     """Of three modules: one read at fewer tokens than the others; two of which the error is told, one of which not."""
     frame = crossings(np.zeros(3), 1.5)
-    (said,) = thin.of_tokens(frame.assign(tokens=[64, 15, 64]))
-    assert "read at 15 held-out tokens, and of fewer than 16" in said
-    assert not thin.of_tokens(frame.assign(upper_quartile=[1.5, 1.5, 100.0]))
-    assert thin.of_tokens(frame.assign(upper_quartile=[1.5, 100.0, 100.0]))
-    (said,) = thin.of_tokens(frame[:1].assign(lower_quartile=math.inf, upper_quartile=math.inf))
-    assert "held-out tokens, which do not tell the crossing rank of half of the modules;" in said
+    (said,) = thin.token_warnings(frame.assign(tokens=[64, 15, 64]))
+    assert "at 15 held-out tokens, fewer than the 16 needed" in said
+    assert not thin.token_warnings(frame.assign(upper_quartile=[1.5, 1.5, 100.0]))
+    assert thin.token_warnings(frame.assign(upper_quartile=[1.5, 100.0, 100.0]))
+    (said,) = thin.token_warnings(frame[:1].assign(lower_quartile=math.inf, upper_quartile=math.inf))
+    assert "half of the modules have a crossing rank of unknown error" in said
 
 
 def test_a_kind_that_one_measured_layer_has_is_not_known() -> None:
     frame = crossings(np.zeros(3), 1.5)
     frame["module"] = ["layers.0.up_proj", "layers.1.up_proj", "layers.2.router"]
-    (said,) = thin.of_layers(frame, 30)
-    assert "3 of the model's 30 layers were measured; the mean over layers of router's linear term is" in said
-    assert "linear term is not known;" in said
+    (said,) = thin.layer_warnings(frame, 30)
+    assert "3 of the model's 30 layers were measured; the mean of router's linear term" in said
+    assert "an unknown error" in said
 
 
 @pytest.mark.parametrize("term", [-0.5, 0.0, math.inf])
@@ -78,17 +78,17 @@ def test_a_linear_term_without_a_logarithm_is_not_known(term) -> None:
     """Whatever the other layers', and without a warning of NumPy's."""
     frame = crossings(np.zeros(4), 1.5)
     frame.loc[3, "linear_term"] = term
-    (said,) = thin.of_layers(frame, 30)
-    assert "up_proj's linear term is not known;" in said
+    (said,) = thin.layer_warnings(frame, 30)
+    assert "up_proj's linear term over layers has an unknown error" in said
 
 
 @pytest.mark.parametrize(
     ("count", "spread", "of_all", "said"),
     [
         (30, 9.0, 30, None),  # all are measured
-        (2, 0.0, 30, "2 of the model's 30 layers were measured; accepted are 3 or more"),
+        (2, 0.0, 30, "2 of the model's 30 layers were measured, fewer than the 3 needed"),
         (3, 0.3, 30, None),  # 0.3 / sqrt(3) sqrt(0.9) = 0.16
-        (3, 0.6, 30, "the mean over layers of up_proj's linear term is known to 33%"),
+        (3, 0.6, 30, "the mean of up_proj's linear term over layers has a standard error of 33%"),
         (10, 0.6, 30, None),  # 0.15
         (3, 9.0, None, None),
     ],

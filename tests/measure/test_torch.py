@@ -152,7 +152,7 @@ def test_modules_run_twice_sharing_a_weight_or_not_reached() -> None:
     def uneven(model, batch):
         return loss(model, batch) + (loss(model, batch) if len(batch["x"]) == 7 else 0)
 
-    with pytest.raises(InputError, match="is run more than"):
+    with pytest.raises(InputError, match=r"second .*held-out batch .*1"):
         regime(model, {"x": x}, {"x": other}, loss=uneven, config=SMALL)
     more_held_out = regime(model, {"x": other}, {"x": x}, loss=uneven, config=SMALL)
     expected = regime(model, {"x": other}, {"x": x}, loss=loss, config=SMALL)
@@ -187,7 +187,7 @@ def test_one_gradient_at_a_time(monkeypatch) -> None:
     modules = chosen(model, None)
     gradients: list[weakref.ref] = []
     keepers: list[weakref.ref] = []
-    apply = hooks._Keep.apply
+    apply = hooks._SavedInput.apply
 
     def kept(*arguments) -> torch.Tensor:
         found = apply(*arguments)
@@ -199,7 +199,7 @@ def test_one_gradient_at_a_time(monkeypatch) -> None:
         gradients.append(weakref.ref(grad))
         assert sum(ref() is not None for ref in keepers) == len(modules) - len(gradients)
 
-    monkeypatch.setattr(hooks._Keep, "apply", kept)
+    monkeypatch.setattr(hooks._SavedInput, "apply", kept)
     hooks.backward(model, modules, lambda: model(**batch).loss, dict.fromkeys(modules, 1), use)
     assert len(gradients) == len(keepers) == len(modules)
 
@@ -374,12 +374,12 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
     sizes = range(20, 180, 20)
     shares, pairs = np.zeros(len(sizes)), 0
     for seed in range(40):
-        reading = torch_regimes._Reading(RegimeConfig(rows=0, tokens=32, seed=seed), {}, mask=False)
+        sampler = torch_regimes._InputSampler(RegimeConfig(rows=0, tokens=32, seed=seed), {}, mask=False)
         for call, size in enumerate(sizes):
             at = torch.arange(size, dtype=torch.float32)
-            reading.keep("again", torch.stack([torch.full_like(at, call), at, torch.ones_like(at)], dim=1))
-        read = reading.inputs["again"]
-        assert reading.counts["again"] == {"all": 720, "seen": 0, "sinks": 0, "read": 32}
+            sampler.add("again", torch.stack([torch.full_like(at, call), at, torch.ones_like(at)], dim=1))
+        read = sampler.inputs["again"]
+        assert sampler.counts["again"] == {"all": 720, "seen": 0, "sinks": 0, "read": 32}
         assert len(np.unique(read, axis=0)) == 32
         shares += np.bincount(read[:, 0].astype(int), minlength=len(sizes))
         pairs += 32 - len(np.unique(read[:, 1]))
@@ -388,9 +388,9 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
     assert (np.abs(shares - 40 * 32 * expected) < 4 * deviations).all()
     drawn = [np.random.default_rng(i).choice(np.concatenate([range(n) for n in sizes]), 32, False) for i in range(400)]
     assert pairs / 40 == pytest.approx(np.mean([32 - len(np.unique(each)) for each in drawn]), abs=1.5)
-    once = torch_regimes._Reading(RegimeConfig(rows=0, tokens=32), {}, mask=False)
+    once = torch_regimes._InputSampler(RegimeConfig(rows=0, tokens=32), {}, mask=False)
     x = torch.randn(100, 3)
-    once.keep("once", x)
+    once.add("once", x)
     chosen_ones = tokens.choose_tokens(x.norm(dim=1).numpy(), None, count=32, seed=0, name="once").indices
     np.testing.assert_array_equal(once.inputs["once"], x.numpy()[chosen_ones])
 
@@ -398,9 +398,9 @@ def test_every_token_of_every_call_is_as_likely_to_be_read() -> None:
 def test_keys_are_those_of_the_tokens_that_could_be_read() -> None:
     """Where all of them are read the keys are uniform: the mean of 400 is 0.5 within five standard errors."""
     counts = {"all": 10, "seen": 5, "sinks": 3, "read": 2}
-    keys = [torch_regimes._smallest_keys(counts, [seed]) for seed in range(200)]
+    keys = [torch_regimes._sample_keys(counts, [seed]) for seed in range(200)]
     assert np.mean(keys) == pytest.approx(0.5, abs=5 * 12**-0.5 / 20)
-    fewest = [torch_regimes._smallest_keys(counts | {"read": 1}, [seed]) for seed in range(200)]
+    fewest = [torch_regimes._sample_keys(counts | {"read": 1}, [seed]) for seed in range(200)]
     assert np.mean(fewest) == pytest.approx(1 / 3, abs=5 * 18**-0.5 / 200**0.5), "the smaller of two"
 
 
@@ -410,7 +410,7 @@ def test_tokens_of_encoder_and_decoder_of_one_size_are_not_told_apart() -> None:
     batch["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0]])
     batch["labels"] = torch.tensor([[5, -100, 6, -100, -100, 7]])
     trained = {"input_ids": batch["input_ids"][:, :2]}
-    found = batches.tokens(torch_models.model("t5"), batch, trained)[(1, 6)]
+    found = batches.find_masks(torch_models.model("t5"), batch, trained)[(1, 6)]
     assert found.real.tolist() == [True, False, True, False, False, False]
     assert found.seen.tolist() == [True, True, False, False, False, False]
 
@@ -443,7 +443,7 @@ def test_held_out_tokens_that_were_seen_and_padding_are_not_read(left) -> None:
     whole = RegimeConfig(**vars(SMALL) | {"mask": False})
     plain = regime(model, padded(TRAIN, left=left), padded(HELD_OUT, left=left), ["q_proj"], config=whole)
     assert set(plain.tokens["seen"]) == {0}
-    with pytest.raises(InputError, match="of 13 held-out tokens 13 begin as the training batch does"):
+    with pytest.raises(InputError, match=r"13 held-out tokens.* 13 "):
         regime(model, padded(TRAIN, left=left), padded(TRAIN, left=left), ["q_proj"], config=SMALL)
 
 
@@ -608,9 +608,9 @@ def test_transfer() -> None:
     assert whole.advice.plan.takeover == pytest.approx(takeover_of(found, 8, "gaussian"))
     assert whole.advice.plan.steps == 50
     assert whole.learning_rate == whole.advice.rates.planned
-    with pytest.raises(InputError, match="no takeover distance was measured of init 'rademacher'; accepted is what"):
+    with pytest.raises(InputError, match=r"takeover distance .* init 'rademacher'"):
         found.takeover_at(2, "rademacher")
-    with pytest.raises(InputError, match="nothing was measured of optimizer adam, init rademacher"):
+    with pytest.raises(InputError, match="optimizer adam, init rademacher"):
         found.transfer(Setting(2, 4.0, 3e-4, init="rademacher"), rank=8)
 
 
@@ -618,7 +618,7 @@ def test_transfer() -> None:
 def test_what_is_carried_is_a_setting() -> None:
     batches = torch_models.batch(), torch_models.batch(seed=1)
     found = regime(torch_models.model(), *batches, ["q_proj"], config=RegimeConfig(rows=0))
-    with pytest.raises(InputError, match=r"^setting is {'r': 2}; accepted is a Setting$"):
+    with pytest.raises(InputError, match=r"^setting .*{'r': 2}"):
         found.transfer({"r": 2}, rank=8)
 
 
@@ -629,8 +629,8 @@ def test_the_advice_and_the_crossing_rank_are_one_statement(caplog) -> None:
     )
     found = replace(found, crossings=found.crossings.assign(crossing_rank=31.5))
     said = found.sentence()
-    assert "In a module's own first step the signal leads above rank 31.5" in said
-    assert "In the step of the whole model cross-talk averages out" in said
+    assert "above rank 31.5 " in said
+    assert "cross-talk averages out over modules" in said
     for rank in (8, 16, 128):
         assert found.transfer(Setting(16, 16.0, 3e-4), rank).learning_rate == 3e-4
     assert not caplog.records
@@ -645,20 +645,14 @@ def test_bad_input() -> None:
             held_out,
             ["q_proj", "w_proj"],
             {},
-            "'w_proj', which matches no linear module; accepted are q_proj, k_proj",
+            "target_modules .*'w_proj'.* q_proj, k_proj",
         ),
-        (batch, held_out, ["embed_tokens"], {}, "matches no linear module"),
-        (batch, held_out, r".*\.w_proj", {}, "matches no linear module"),
-        (batch, held_out, None, {"layers": [7]}, "layers \\[7\\] has no linear module; .* and layers 0 to 1$"),
-        (
-            unlabelled,
-            held_out,
-            None,
-            {},
-            "the model gives no loss for a batch of input_ids; accepted is one with labels",
-        ),
-        (batch, held_out, None, {"loss": lambda model, batch: model(**batch).loss * np.inf}, "loss is inf"),
-        (batch, held_out, None, {"loss": lambda *_: torch.tensor(1.0)}, "no gradient comes from the loss"),
+        (batch, held_out, ["embed_tokens"], {}, "target_modules .*'embed_tokens'"),
+        (batch, held_out, r".*\.w_proj", {}, "target_modules .*w_proj"),
+        (batch, held_out, None, {"layers": [7]}, "layers \\[7\\] .* layers 0 to 1$"),
+        (unlabelled, held_out, None, {}, "loss .* input_ids.* labels"),
+        (batch, held_out, None, {"loss": lambda model, batch: model(**batch).loss * np.inf}, "loss .* inf"),
+        (batch, held_out, None, {"loss": lambda *_: torch.tensor(1.0)}, "loss .*gradient"),
     ]
     for one, other, targets, kwargs, message in cases:
         with pytest.raises(InputError, match=message):

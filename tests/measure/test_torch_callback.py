@@ -17,7 +17,7 @@ from support import torch_models  # noqa: E402
 
 from rora_theory.measure.regimes.module_regime import RegimeConfig  # noqa: E402
 from rora_theory.measure.torch import RegimeCallback, regime  # noqa: E402
-from rora_theory.measure.torch.callback import setting_of  # noqa: E402
+from rora_theory.measure.torch.callback import read_setting  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft
 BATCHES = torch_models.batch(seed=0), torch_models.batch(seed=1)
@@ -142,32 +142,32 @@ def told(optim: str = "adamw_torch", **arguments) -> SimpleNamespace:
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw"])
 def test_paged_optimizers_are_what_they_page(name) -> None:
-    assert setting_of(lora(), told(name)) == Setting(2, 4.0, 2e-3, "lora", "adamw")
-    with pytest.raises(InputError, match="optim is 'paged_lion_8bit'; accepted are kinds of adamw and sgd"):
-        setting_of(lora(), told("paged_lion_8bit"))
+    assert read_setting(lora(), told(name)) == Setting(2, 4.0, 2e-3, "lora", "adamw")
+    with pytest.raises(InputError, match=r"optim .* 'paged_lion_8bit'"):
+        read_setting(lora(), told("paged_lion_8bit"))
 
 
 @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
 def test_modules_of_several_ranks_or_alphas_have_no_one_setting(name) -> None:
-    with pytest.raises(InputError, match=f"^{name} is {{'q_proj': 8}}; accepted is none: one rank and one alpha$"):
-        setting_of(lora(**{name: {"q_proj": 8}}), told())
+    with pytest.raises(InputError, match=f"^{name} .*{{'q_proj': 8}}"):
+        read_setting(lora(**{name: {"q_proj": 8}}), told())
 
 
 def test_the_active_adapter_is_the_one_that_learns(caplog) -> None:
     model = lora()
     model.add_adapter("other", peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], use_dora=True))
-    assert setting_of(model, told()).rank == 2
+    assert read_setting(model, told()).rank == 2
     assert not caplog.records
     model.set_adapter("other")
-    assert setting_of(model, told()) == Setting(4, 6.0, 2e-3, "lora", "adamw")
+    assert read_setting(model, told()) == Setting(4, 6.0, 2e-3, "lora", "adamw")
     assert "use_dora is set: the advice is of its low-rank part" in caplog.text
-    assert setting_of(model.get_base_model(), told()).rank == 4
+    assert read_setting(model.get_base_model(), told()).rank == 4
 
 
 @pytest.mark.parametrize("spread", [{"fsdp": ["full_shard"]}, {"deepspeed": "zero3.json"}])
 def test_weights_that_are_spread_over_processes_are_refused(spread) -> None:
     callback = RegimeCallback(print, *BATCHES, setting=Setting(2, 4.0, 2e-3))
-    with pytest.raises(InputError, match=r"spread over processes \(FSDP or DeepSpeed\); accepted are whole ones"):
+    with pytest.raises(InputError, match="FSDP or DeepSpeed"):
         callback.on_train_begin(told(**spread), None, None, model=None)
 
 
@@ -188,19 +188,19 @@ def test_a_step_that_is_never_reached(steps, at_begin, at_end, caplog) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_no_setting_is_refused_before_the_training() -> None:
-    with pytest.raises(InputError, match=r"^setting is {'r': 2}; accepted is a Setting$"):
+    with pytest.raises(InputError, match=r"^setting .*{'r': 2}"):
         RegimeCallback(print, *BATCHES, setting={"r": 2})
 
 
 @pytest.mark.slow
 def test_bad_input(tmp_path) -> None:
-    with pytest.raises(InputError, match="rank is 0"):
+    with pytest.raises(InputError, match=r"rank .*\b0"):
         RegimeCallback(print, *BATCHES, to_rank=0)
-    with pytest.raises(InputError, match="steps is -1; accepted is an integer of 0 or more"):
+    with pytest.raises(InputError, match=r"steps .*-1"):
         RegimeCallback(print, *BATCHES, steps=(-1,))
     cases = [
-        (torch_models.model(), {}, "the model has no LoRA of PEFT's; accepted is one that has, or a setting="),
-        (lora(), {"optim": "adafactor"}, "optim is 'adafactor'; accepted are kinds of adamw and sgd, or a setting="),
+        (torch_models.model(), {}, "no LoRA adapter"),
+        (lora(), {"optim": "adafactor"}, "optim .*'adafactor'"),
         (lora(init_lora_weights="orthogonal"), {}, "init_lora_weights is 'orthogonal'"),
     ]
     for model, arguments, message in cases:

@@ -104,9 +104,9 @@ def test_which_rule_keeps_the_first_step(arguments, optimizer, verdict) -> None:
     )
     assert found.verdict == verdict
     assert found.sentence().startswith("The first steps of the whole model ")
-    assert f"(verdict: {verdict}). Found on LlamaForCausalLM in float32" in found.sentence()
+    assert f"(verdict: {verdict}). Measured on LlamaForCausalLM in float32" in found.sentence()
     assert "at ranks 32, 64 and 128, after 1 and 2 steps of" in found.scope
-    assert "3 draws of A, 1 training batch and none held out" in found.scope
+    assert "3 draws of A, 1 training batch and no held-out batch" in found.scope
     if verdict == "flat":
         found.assert_flat()
     else:
@@ -114,7 +114,7 @@ def test_which_rule_keeps_the_first_step(arguments, optimizer, verdict) -> None:
             AssertionError, match=f"(hidden|logits) of model on train at step 1 is not flat but {verdict[:5]}"
         ):
             found.assert_flat()
-    with pytest.raises(InputError, match="nothing was read of split 'held_out'"):
+    with pytest.raises(InputError, match="split 'held_out'"):
         found.assert_flat(split="held_out")
 
 
@@ -199,7 +199,7 @@ def test_the_learning_rate_is_the_user_s(rate, told) -> None:
 def test_a_held_out_batch_is_read_where_it_is_new() -> None:
     """Nothing of a batch is apart from itself."""
     batch = torch_models.batch()
-    with pytest.raises(InputError, match="no held-out token is apart from the trained ones"):
+    with pytest.raises(InputError, match="held_out has no token"):
         coordinate_check(made(), batch, RANKS, held_out=batch, steps=(1,), seeds=2)
     found = coordinate_check(made(), batch, held_out=torch_models.batch(seed=1), steps=(1,), seeds=2)
     assert found.table.ranks == (2, 8, 32, 128), "the default"
@@ -271,13 +271,13 @@ def test_bad_input() -> None:
         )
 
     cases = [
-        (made(), (4,), {}, "--ranks has 1 values; accepted are 2 or more"),
-        (made(), RANKS, {"steps": (2, 1)}, "steps are 2 1; accepted are ascending"),
-        (made(), RANKS, {"seeds": 1}, "seeds is 1; accepted is an integer of 2 or more"),
-        (lambda _: made()(8), RANKS, {}, r"make_model\(4\) gives .* an adapter of rank 8; accepted is rank 4"),
-        (lambda _: base, RANKS, {}, r"make_model\(4\) gives a model without LoRA"),
-        (trained, RANKS, {}, "a B that is not zero; accepted is a fresh adapter"),
-        (made(init_lora_weights="eva"), RANKS, {}, "init_lora_weights is 'eva', whose steps are not covered here"),
+        (made(), (4,), {}, r"ranks .*\b[14]\b"),
+        (made(), RANKS, {"steps": (2, 1)}, "steps .*2,? 1"),
+        (made(), RANKS, {"seeds": 1}, r"seeds .*\b1\b"),
+        (lambda _: made()(8), RANKS, {}, r"make_model\(4\) .* rank 4, got rank 8 "),
+        (lambda _: base, RANKS, {}, r"make_model\(4\) .* LoRA"),
+        (trained, RANKS, {}, r"make_model\(4\) .* B that is not zero"),
+        (made(init_lora_weights="eva"), RANKS, {}, "init_lora_weights .*'eva'"),
     ]
     for make_model, ranks, arguments, message in cases:
         with pytest.raises(InputError, match=message):

@@ -12,7 +12,7 @@ from support import torch_models  # noqa: E402
 
 from rora_theory.measure.torch import regime  # noqa: E402
 from rora_theory.measure.torch import regimes as torch_regimes  # noqa: E402
-from rora_theory.measure.torch.batches import tokens, tokens_of  # noqa: E402
+from rora_theory.measure.torch.batches import find_masks, select_masks  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 PADDING = 0
@@ -46,13 +46,13 @@ def padded(*lengths: int, first: int = 1) -> dict[str, torch.Tensor]:
 def test_padding_is_not_read_in_either_order(sequence_first, lengths, monkeypatch) -> None:
     """A square input may be of either order, so only tokens that are real in both are read."""
     model, read = Sequential(sequence_first=sequence_first), []
-    keep = torch_regimes._Reading.keep
+    add = torch_regimes._InputSampler.add
 
-    def kept(self, name, x) -> None:
-        keep(self, name, x)
+    def record_sample(self, name, x) -> None:
+        add(self, name, x)
         read.append(self.inputs[name][:, 0])
 
-    monkeypatch.setattr(torch_regimes._Reading, "keep", kept)
+    monkeypatch.setattr(torch_regimes._InputSampler, "add", record_sample)
     found = regime(
         model,
         padded(*lengths),
@@ -81,7 +81,7 @@ def test_tokens_of_a_decoder() -> None:
     model = torch_models.model("t5")
     trained = t5_batch([([5, 6, 7], [11, 12, 13, 14, 15]), ([8, 9], [11, 12, 13])])
     held_out = t5_batch([([5, 6, 7], [11, 12, 20, 21]), ([8, 8], [11, 12, 13]), ([8, 9], [11, 12, 13, 30, 31])])
-    known = tokens_of(tokens(model, held_out, trained), torch.zeros(3, 5, 4))
+    known = select_masks(find_masks(model, held_out, trained), torch.zeros(3, 5, 4))
     assert known is not None
     assert known.real.reshape(3, 5).sum(1).tolist() == [4, 3, 5]
     # The input at a position is the label before it: three positions see no new label, and none of another record.
@@ -96,7 +96,7 @@ def test_an_encoder_and_a_decoder_of_one_length() -> None:
     """No padding of either is read, though their inputs have one shape."""
     model = torch_models.model("t5")
     batch = t5_batch([([5, 6, 7, 8], [11, 12]), ([9, 10], [13, 14, 15, 16])])
-    real = tokens_of(tokens(model, batch), torch.zeros(2, 4, 4)).real.reshape(2, 4)
+    real = select_masks(find_masks(model, batch), torch.zeros(2, 4, 4)).real.reshape(2, 4)
     assert real.astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]]
 
 
@@ -107,7 +107,7 @@ def test_decoder_inputs_that_are_given() -> None:
         "decoder_input_ids": torch.tensor([[0, 11, 12, 13]]),
         "decoder_attention_mask": torch.tensor([[1, 1, 1, 0]]),
     }
-    assert tokens_of(tokens(model, batch), torch.zeros(1, 4, 2)).real.tolist() == [True, True, True, False]
+    assert select_masks(find_masks(model, batch), torch.zeros(1, 4, 2)).real.tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize("rows", [3, 8], ids=["oblong", "square"])

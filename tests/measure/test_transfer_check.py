@@ -72,7 +72,7 @@ def test_what_a_first_step_asks_for_and_where_its_sizes_go() -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "message"),
-    [((0,), "--seeds has 1 values; accepted are 2 or more"), ((0, 0), "--seeds repeats a value"), ((0, -1), "--seeds")],
+    [((0,), r"--seeds .*\b[12]\b"), ((0, 0), r"--seeds .*\b0\b"), ((0, -1), "--seeds")],
 )
 def test_seeds_that_give_no_error_are_refused_before_any_step(seeds, message) -> None:
     model, batch = object.__new__(Model), Batch(*np.zeros((2, 1, 4), int), np.zeros((1, 4), np.float32), None)

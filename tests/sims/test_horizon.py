@@ -88,7 +88,7 @@ def test_a_folder_of_another_setting_stands_beside_it(base, tmp_path, capsys) ->
     difference = (own["best_loss"] - all_modules["best_loss"]).to_numpy()
     assert beside["difference"].to_numpy() == pytest.approx(difference, abs=2e-5), "these less those"
     capsys.readouterr()
-    for more, said in ((["--beside", one], "differs in no setting"), (["--held-out", "5"], "has another records")):
+    for more, said in ((["--beside", one], "no setting differs"), (["--held-out", "5"], "records differs")):
         with pytest.raises(SystemExit) as stop:
             sim.main([*words, "--beside", one, *more, "--out", str(tmp_path / "new")])
         assert stop.value.code == 2

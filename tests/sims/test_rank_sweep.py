@@ -560,7 +560,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
 
 def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path, capsys) -> None:
     for more, message in {
-        ("--methods", "qlora"): "method is 'qlora'; accepted are base, prefix",
+        ("--methods", "qlora"): "'qlora'; supported: base, prefix",
         ("--ranks", "4", "4"): "--ranks repeats a value (4 4)",
         ("--ranks", "0"): "rank is 0",
         ("--ranks", "64"): "64",

@@ -133,9 +133,9 @@ def test_a_measured_regime_prints_one_alpha(run, capsys) -> None:
         ({"status": "complete", "model_layers": 2}, {}, None),
         ({"status": "complete"}, {}, None),  # of an earlier version
         ({"status": "complete", "model_layers": 30}, {}, "it has 2 of the model's 30 layers (0 1)"),
-        ({"status": "running", "model_layers": 30}, {}, "30 layers (0 1), and it has not ended"),
-        ({"status": "complete", "config": {"layers": [0, 1]}}, {}, "it was made for layers 0 1 alone"),
-        ({"status": "complete"}, {"targets": ("all-linear",)}, "all-linear adapts more than the modules that it has"),
+        ({"status": "running", "model_layers": 30}, {}, "30 layers (0 1), and the run is not complete"),
+        ({"status": "complete", "config": {"layers": [0, 1]}}, {}, "it has layers 0 1 only"),
+        ({"status": "complete"}, {"targets": ("all-linear",)}, "all-linear adapts more modules than it has"),
         ({"status": "complete", "config": {"targets": ["all-linear"]}}, {"targets": ("all-linear",)}, None),
     ],
 )
@@ -157,7 +157,7 @@ def test_own_targets_of_a_measured_regime(run, capsys) -> None:
     expected = carry(Setting(8, 16.0, 3e-4, "lora", "adamw"), 128, terms)
     assert written["target_modules"] == ["down_proj"]
     assert written["lora_alpha"] == pytest.approx(expected.alpha, rel=1e-5)
-    with pytest.raises(transfer.InputError, match=r"--targets has o_proj, which .* accepted are q_proj down_proj"):
+    with pytest.raises(transfer.InputError, match=r"--targets has o_proj, which .* measured: q_proj down_proj"):
         transfer.advise(transfer.Config(regime=str(run), targets=("q_proj", "o_proj")))
 
 
@@ -203,9 +203,7 @@ def test_check_on_a_model(tmp_path) -> None:
 def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
     path = run / regime_tables.CROSSINGS
     path.write_text(path.read_text().replace("6.0", "9.0"))
-    with pytest.raises(
-        InputError, match=f"{regime_tables.CROSSINGS}: was changed since the run wrote it; accepted is the run"
-    ):
+    with pytest.raises(InputError, match=f"{regime_tables.CROSSINGS}: .*Use the run as sims.regime wrote it"):
         transfer.advise(transfer.Config(regime=str(run)))
 
 
@@ -217,7 +215,7 @@ def test_a_regime_that_was_changed_is_not_advised_from(run) -> None:
         ({"to_rank": 0}, "--to-rank is 0"),
         ({"to_rule": float("inf")}, "--to-rule has inf; accepted are lora, rora, rslora or a finite exponent"),
         ({"lr": -1.0}, "--lr is -1.0"),
-        ({"regime": "nowhere"}, "nowhere: has no crossing_ranks.csv; accepted are signal, cross-talk"),
+        ({"regime": "nowhere"}, "nowhere has no crossing_ranks.csv"),
         ({"check": ("smollm2-135m",)}, "check is smollm2-135m"),
         ({"check": ("smollm2-135m", "x.json"), "seeds": (1,)}, "--seeds has 1 values; accepted are 2 or more"),
         ({"check": ("smollm2-135m", "x.json"), "seed": -1}, "seed is -1"),
@@ -281,7 +279,7 @@ def test_from_a_saved_adapter_as_json(tmp_path, capsys) -> None:
         one.setting.scaling for one in expected.alternatives()
     ]
     assert len(own["tables"]) == 2
-    with pytest.raises(transfer.InputError, match=r"--from-rank is 4, and .* has 16; accepted is one of the two"):
+    with pytest.raises(transfer.InputError, match=r"--from-rank is 4, but .* has 16\."):
         transfer.run(config_of(arguments + " --from-rank 4"))
     transfer.run(config_of(arguments + " --from-rank 16"))
 
@@ -292,17 +290,17 @@ SAVED = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "use_rslora": True, "ta
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"from_rank": 8}, "--from-rank is 8, and {} has 16"),
-        ({"alpha": 16.0}, "--alpha is 16.0, and {} has 32.0"),
-        ({"rule": "lora"}, "--rule is lora, and {} has rslora"),
-        ({"init": "gaussian"}, "--init is gaussian, and {} has kaiming_uniform"),
-        ({"targets": ("q_proj",)}, "--targets is q_proj, and {} has q_proj v_proj"),
+        ({"from_rank": 8}, "--from-rank is 8, but {} has 16"),
+        ({"alpha": 16.0}, "--alpha is 16.0, but {} has 32.0"),
+        ({"rule": "lora"}, "--rule is lora, but {} has rslora"),
+        ({"init": "gaussian"}, "--init is gaussian, but {} has kaiming_uniform"),
+        ({"targets": ("q_proj",)}, "--targets is q_proj, but {} has q_proj v_proj"),
     ],
 )
 def test_what_contradicts_a_saved_adapter_is_refused(tmp_path, given, said) -> None:
     """The defaults too, which used to count as not given: on the command line and in the library."""
     (tmp_path / "adapter_config.json").write_text(json.dumps(SAVED))
-    expected = rf"^{re.escape(said.format(tmp_path))}; accepted is one of the two$"
+    expected = rf"^{re.escape(said.format(tmp_path))}\."
     with pytest.raises(InputError, match=expected):
         advise(TransferConfig(from_=tmp_path, **given))
     words = [f"--{name.replace('_', '-')}={value[0] if name == 'targets' else value}" for name, value in given.items()]

@@ -238,7 +238,7 @@ def test_other_items_are_refused(tmp_path):
     cell(tmp_path, "l", [1.0, 1.0, 1.0], {"s": [1, 0], "t": [1]})
     cell(tmp_path, "r", [1.0, 1.0, 1.0], {"s": [1], "t": [1, 0]})
     rows = [row("l", "lora", average=0.5), row("r", "rora", average=0.5)]
-    with pytest.raises(InputError, match="l and r: were scored on different items; accepted are the same ones"):
+    with pytest.raises(InputError, match="cells l and r were scored on different items"):
         method_differences(rows, tmp_path)
     answers = tmp_path / "r" / "answers.csv"
     answers.write_text((tmp_path / "l" / "answers.csv").read_text().replace("s,1,", "s,6,"))
@@ -253,7 +253,7 @@ def test_seeds_of_other_records_or_items_are_refused(tmp_path):
     rows = [row(key, {"l": "lora", "r": "rora"}[key[0]], int(key[1]), average=0.5) for key in ("l0", "l1", "r0", "r1")]
     for name, (own, other), said in (
         ("answers.csv", ("s,0,", "s,5,"), "different items"),
-        ("losses.csv", (",10,1.0", ",11,1.0"), "r1 and r0: were measured on different records"),
+        ("losses.csv", (",10,1.0", ",11,1.0"), "cells r1 and r0 were measured on different records"),
     ):
         for key in ("l1", "r1"):
             file = tmp_path / key / name

@@ -21,7 +21,7 @@ def test_a_run_without_a_takeover_distance_of_them_is_bad_input(tmp_path) -> Non
     run = regime_runs.write(tmp_path / "run")
     (run / "manifest.json").write_text("{}")  # of a version without digests
     (run / TAKEOVER).write_text(",".join(TAKEOVER_COLUMNS) + "\n")
-    with pytest.raises(InputError, match=r"takeover\.csv: has no held-out row of kaiming_uniform"):
+    with pytest.raises(InputError, match=r"takeover\.csv has no held-out row for kaiming_uniform"):
         read_regime(run)
 
 

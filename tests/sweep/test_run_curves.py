@@ -49,7 +49,7 @@ def test_methods_of_other_records_are_not_compared():
     losses = {0: dict(zip(RATES, (3.0, 2.0, 1.0, 2.0, 3.0), strict=True))}
     other = [replace(run, tokens=run.tokens + 1) for run in runs_of("rora", losses)]
     with pytest.raises(
-        InputError, match=r"^lora of rank 8 at 0\.001, seed 0 and rora of rank 8 at 0\.001, seed 0: have other"
+        InputError, match=r"^lora of rank 8 at 0\.001, seed 0 and rora of rank 8 at 0\.001, seed 0 must have"
     ):
         compared(*runs_of("lora", losses), *other)
 

@@ -44,11 +44,11 @@ def test_the_bootstrap_draws_the_same_records_at_every_rate():
 def test_kappa_of_a_rule():
     runs = [TrainedRun("rora", rank, 16 / rank**0.5, 1e-3, 0, 1.0, None, None) for rank in (8, 32, 128)]
     assert kappa_of(runs) == 0.5
-    with pytest.raises(InputError, match="method rora has one rank, 32; accepted are two or more"):
+    with pytest.raises(InputError, match="method rora must have two or more ranks, got 32"):
         kappa_of(runs[1:2])
-    with pytest.raises(InputError, match="method rora has scalings"):
+    with pytest.raises(InputError, match="method rora must have one rule and alpha, got"):
         kappa_of([*runs, TrainedRun("rora", 8, 64 / 8**0.5, 3e-3, 0, 1.0, None, None)])
-    with pytest.raises(InputError, match="method rora has scalings"):
+    with pytest.raises(InputError, match="method rora must have one rule and alpha, got"):
         kappa_of([*runs, TrainedRun("rora", 256, 1.00001, 1e-3, 0, 1.0, None, None)])
 
 
@@ -63,7 +63,9 @@ def test_runs_are_averaged_where_all_have_the_same_records():
     assert stacked([first, bare]) == (None, None)
     assert bootstrap([first, bare]) is None
     for call in (stacked, bootstrap):
-        with pytest.raises(InputError, match=r"seed 0 and lora of rank 8 at 0\.1, seed 1: have other held-out records"):
+        with pytest.raises(
+            InputError, match=r"seed 0 and lora of rank 8 at 0\.1, seed 1 must have the same held-out records"
+        ):
             call([first, replace(second, tokens=np.array([1.0, 2.0]))])
 
 

@@ -120,7 +120,7 @@ def test_chats_go_through_the_models_template(tmp_path, monkeypatch) -> None:
     for examples, count in ((bench.train_examples, 4), (bench.held_out, 2)):
         shown = showing.prompts(examples, bench.model.tokenizer, 9)
         assert [one.text.endswith("assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧") for one in shown] == [True] * count
-    with pytest.raises(InputError, match="the chat template asks for the day; accepted is --chat-date"):
+    with pytest.raises(InputError, match="--chat-date"):
         opened(chat_templates.DATED)
     bench = opened(chat_templates.DATED, chat_date="2026-01-31")
     assert showing.prompts(bench.train_examples, bench.model.tokenizer, 1)[0].text.startswith("31 Jan 2026<user>")

@@ -1,4 +1,4 @@
-"""Adapters really drawn and stepped: they know no law, and judge the one of `module_regime`."""
+"""First steps of adapters that are drawn at random, which test the law of `module_regime` without using it."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,13 +21,17 @@ from rora_theory.theory.laws import Optimizer
 from rora_theory.validation.rules import name_of
 
 
-def measured(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
-    """The rms that adapters of each rank measure under the first rule, by the keys of `predict`."""
+def measure_adapters(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
+    """Measure the rms of the first change under the first rule, from adapters of each rank.
+
+    Returns:
+      The rms with its standard error and the number of adapters, by the keys of `module_regime.predict`.
+    """
     rule = config.rules[0]
     size, count = config.blocks
-    found = {}
+    results = {}
     for init in config.inits:
-        stream = steps(
+        stream = step_adapters(
             layer,
             stream_key(config.seed, f"{layer.name} {init}"),
             ranks=config.ranks,
@@ -37,27 +41,28 @@ def measured(config: RegimeConfig, layer: Layer) -> dict[tuple, dict[str, Any]]:
             init=init,
             rows=size,
         )
+        # Accumulate the adapters' mean squares over blocks.
         moments: dict[tuple, Moments] = {}
         for _ in range(count):
-            for rank, part in zip(config.ranks, next(stream), strict=True):
+            for rank, squares in zip(config.ranks, next(stream), strict=True):
                 for o, optimizer in enumerate(config.optimizers):
                     for s, split in enumerate(SPLITS):
                         key = (init, optimizer, name_of(rule), rank, split)
-                        moments[key] = moments.get(key, Moments()).add(part[:, 0, o, s])
+                        moments[key] = moments.get(key, Moments()).add(squares[:, 0, o, s])
+        # The rms is the root of the mean over adapters.
         for key, total in moments.items():
-            estimate = root(total.mean)
-            figures = {"measured": estimate.value, "standard_error": estimate.error, "adapters": total.count}
-            found[key] = figures
-    return found
+            rms = root(total.mean)
+            results[key] = {"measured": rms.value, "standard_error": rms.error, "adapters": total.count}
+    return results
 
 
 def takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
-    """The rows of A from which `module_regime.takeover` tells when A leads."""
+    """Draw the rows of A from which `module_regime.takeover` computes takeover distances."""
     key = stream_key(config.seed, f"{layer.name} {init} takeover")
     return np.asarray(draw_A(key, init, rank=TAKEOVER_ROWS, p_in=layer.grad.shape[1]))
 
 
-def steps(
+def step_adapters(
     layer: Layer,
     key: PRNGKeyArray,
     *,
@@ -69,29 +74,31 @@ def steps(
     rows: int,
     epsilon: float = EPSILON,
 ) -> Iterator[list[Float[np.ndarray, "adapters rules optimizers splits"]]]:
-    r"""Without end, adapters drawn, stepped with optax and read: the mean of w_i^2 over tokens and outputs of each.
+    r"""Draw adapters, step them with optax, and compute the mean of w_i^2 over tokens and outputs of each.
 
-    A block draws ``rows`` rows of A once and deals them out anew at every rank: rows // r adapters of rank r, each of
-    independent rows. So :math:`\partial L/\partial B = \gamma G A^T`, the costly product, is made once for all ranks;
-    adapters of different ranks share rows and are not independent of each other.
+    A block draws ``rows`` rows of A once and groups them anew at every rank r into rows // r adapters of independent
+    rows. The costly product, :math:`\partial L/\partial B = \gamma G A^T`, is thus computed once for all ranks.
+    Adapters of different ranks share rows and are not independent of each other.
 
     Args:
-      layer: gradient and inputs.
-      key: of the stream; block i draws from ``fold_in(key, i)``.
-      ranks: at most ``rows`` each.
-      scalings: gamma of each rank, under one or more rules.
-      optimizers: whose first step is taken, each from the same gradient.
-      learning_rate, init, epsilon: of the step.
-      rows: of A in a block.
+      layer: Gradient and inputs.
+      key: Key of the stream; block i draws from ``fold_in(key, i)``.
+      ranks: Ranks, each at most ``rows``.
+      scalings: Scaling gamma of each rank under one or more rules.
+      optimizers: Optimizers of the step, each applied to the same gradient.
+      learning_rate: Learning rate of the step.
+      init: Initialisation of A.
+      rows: Number of rows of A in a block.
+      epsilon: Adam's epsilon.
 
     Yields:
-      for each rank an array; splits are the keys of ``layer.inputs`` in their order.
+      Blocks without end, each a list with an array for every rank. Splits are in the order of ``layer.inputs``.
     """
     data = jax.device_put((layer.grad, tuple(layer.inputs.values())))
-    gammas = tuple(tuple(jnp.float32(scaling) for scaling in each) for each in scalings)
+    gammas = tuple(tuple(jnp.float32(scaling) for scaling in by_rule) for by_rule in scalings)
     block = 0
     while True:
-        found = _block(
+        squares = _block(
             jax.random.fold_in(key, block),
             *data,
             gammas,
@@ -102,7 +109,7 @@ def steps(
             rows=rows,
             epsilon=epsilon,
         )
-        yield [np.asarray(each, np.float64) for each in found]
+        yield [np.asarray(by_rank, np.float64) for by_rank in squares]
         block += 1
 
 
@@ -121,12 +128,14 @@ def _block(
     epsilon: float,
 ) -> list[Float[Array, "adapters rules optimizers splits"]]:
     p_out, p_in = grad.shape
-    drawn = draw_A(key, init, rank=rows, p_in=p_in)
+    # Rows of A for all ranks, with the products that every rank and optimizer shares.
+    lora_A = draw_A(key, init, rank=rows, p_in=p_in)
     deviation = inits.entries(init, rank=rows, p_in=p_in).deviation
-    gradient = jnp.einsum("oi,ri->or", grad, drawn)  # of <G, B A> in B
-    inner = [jnp.einsum("ti,ri->tr", x, drawn) for x in inputs]  # A x'
-    found = []
+    gradient_B = jnp.einsum("oi,ri->or", grad, lora_A)  # gradient of <G, B A> with respect to B
+    inner = [jnp.einsum("ti,ri->tr", x, lora_A) for x in inputs]  # A x'
+    by_rank = []
     for rank, gammas in zip(ranks, scalings, strict=True):
+        # Group the rows into adapters of this rank, and rescale them to its standard deviation.
         count = rows // rank
         used = count * rank
         relative = inits.entries(init, rank=rank, p_in=p_in).deviation / deviation
@@ -134,28 +143,28 @@ def _block(
         for gamma in gammas:
             by_optimizer = []
             for name in optimizers:
+                # B after one step from zero.
                 transformation = make_optimizer(name, learning_rate, epsilon=epsilon)
-                slope = gamma * relative * gradient[:, :used]
-                zero = jnp.zeros_like(slope)
+                gradient = gamma * relative * gradient_B[:, :used]
+                zero = jnp.zeros_like(gradient)
                 with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and its integer step count
-                    lora_B, _ = transformation.update(slope, transformation.init(zero), zero)
+                    lora_B, _ = transformation.update(gradient, transformation.init(zero), zero)
+                # Mean squares of w = B (gamma A x') at each split.
                 lora_B = lora_B.reshape(p_out, count, rank)
-                read_at = [(gamma * relative * each[:, :used]).reshape(-1, count, rank) for each in inner]
-                by_optimizer.append(jnp.stack([_mean_squares(lora_B, each) for each in read_at], axis=-1))
+                scaled = [(gamma * relative * product[:, :used]).reshape(-1, count, rank) for product in inner]
+                by_optimizer.append(jnp.stack([_mean_squares(lora_B, product) for product in scaled], axis=-1))
             by_rule.append(jnp.stack(by_optimizer, axis=1))
-        found.append(jnp.stack(by_rule, axis=1))
-    return found
+        by_rank.append(jnp.stack(by_rule, axis=1))
+    return by_rank
 
 
 def _mean_squares(
     lora_B: Float[Array, "p_out adapters r"], inner: Float[Array, "tokens adapters r"]
 ) -> Float[Array, " adapters"]:
-    """Mean of w_i^2 over tokens and outputs, w = B (gamma A x'), of each adapter.
-
-    At a low rank through the Gram matrices of B and of A x', as in `layer_data`.
-    """
+    """Compute the mean of w_i^2 over tokens and outputs, w = B (gamma A x'), for each adapter."""
     p_out, _, rank = lora_B.shape
     tokens = inner.shape[0]
+    # At a low rank the Gram matrices of B and of A x' cost less than w itself.
     if rank * (tokens + p_out) >= tokens * p_out:
         w = jnp.einsum("onr,tnr->not", lora_B, inner)
         return jnp.mean(w**2, axis=(1, 2))

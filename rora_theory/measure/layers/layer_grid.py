@@ -1,4 +1,4 @@
-"""The first steps of a grid of adapters in real layers, their data held fixed: measured, and by the law.
+"""First steps of a grid of adapters in real layers with fixed data, measured and predicted by the law.
 
 grid, layers = StepGrid(ranks=(8, 32)), layer_data.read_layers("layers.npz")
 crossings(grid, layers)
@@ -33,13 +33,15 @@ UNITS = {
 }
 
 RELATIVE_ERROR = 0.01
+"""Default relative standard error at which the drawing of adapters stops."""
 
 GROUP = ["optimizer", "init", "split", "layer", "rule"]
+"""Columns that identify a slope against the rank."""
 
 
 @dataclass(frozen=True)
 class LayerCell:
-    """One stream of adapters: it serves every optimizer, rule and split."""
+    """Stream of adapters of one layer, initialisation and rank, which all optimizers, rules and splits share."""
 
     layer: str
     init: Init
@@ -50,18 +52,22 @@ class LayerCell:
 
 
 def layer_cells(grid: StepGrid, layers: Sequence[Layer]) -> list[LayerCell]:
-    """Every stream, in the order of the table."""
+    """Return all streams of adapters in the order of the table."""
     inits: tuple[Init, ...] = grid.inits or ("kaiming_uniform",)
     return [LayerCell(layer.name, init, rank) for layer in layers for init in inits for rank in grid.ranks]
 
 
 def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list[dict[str, Any]]:
-    """Rms of w of each optimizer, rule and split, drawn to the asked precision, beside the law's."""
+    """Measure and predict the rms of w for each optimizer, rule and split.
+
+    Adapters are drawn until the precision that the grid requests is reached.
+    """
     (layer,) = (layer for layer in layers if layer.name == cell.layer)
     rules = {name_of(rule): (exponent(rule), gamma) for rule, gamma in grid.scalings(cell.rank)}
-    named = [(optimizer, rule) for optimizer in grid.optimizers for rule in rules]
-    steps = [(optimizer, rules[rule][1]) for optimizer, rule in named]
-    figures, draws = layer_rms.measured_rms(
+    pairs = [(optimizer, rule) for optimizer in grid.optimizers for rule in rules]
+    steps = [(optimizer, rules[rule][1]) for optimizer, rule in pairs]
+    # Measured from drawn adapters, and predicted by the law, both in the order of the steps and splits.
+    measured, draws = layer_rms.measured_rms(
         layer,
         stream_key(grid.seed, f"{cell.layer} {cell.init} {cell.rank}"),
         rank=cell.rank,
@@ -77,11 +83,11 @@ def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list
         for value in layer_rms.exact_rms(layer, step, rank=cell.rank, learning_rate=grid.lr, init=cell.init)
     ]
     p_out, p_in = layer.grad.shape
-    found: list[dict[str, Any]] = []
-    for (optimizer, rule), split in ((pair, split) for pair in named for split in SPLITS):
+    rows: list[dict[str, Any]] = []
+    for (optimizer, rule), split in ((pair, split) for pair in pairs for split in SPLITS):
         kappa, gamma = rules[rule]
-        measured = figures[len(found)]
-        found.append(
+        rms = measured[len(rows)]
+        rows.append(
             {
                 "layer": cell.layer,
                 "split": split,
@@ -96,18 +102,18 @@ def layer_rows(grid: StepGrid, layers: Sequence[Layer], cell: LayerCell) -> list
                 "alpha": grid.alpha,
                 "scaling": gamma,
                 "quantity": "rms",
-                "estimate": measured.value,
-                "standard_error": measured.error,
-                "exact": exact[len(found)],
+                "estimate": rms.value,
+                "standard_error": rms.error,
+                "exact": exact[len(rows)],
                 "draws": draws,
                 "sampler": "direct",
             }
         )
-    return found
+    return rows
 
 
 def crossings(grid: StepGrid, layers: Sequence[Layer]) -> pd.DataFrame:
-    """The crossing rank of every layer, split and optimizer, with its quartiles over tokens, by the law."""
+    """Compute the crossing rank of every layer, split and optimizer, with its quartiles over tokens."""
     return pd.DataFrame(
         {"layer": layer.name, "split": split, "optimizer": optimizer}
         | layer_rms.crossing(layer, split, optimizer)._asdict()
@@ -118,27 +124,33 @@ def crossings(grid: StepGrid, layers: Sequence[Layer]) -> pd.DataFrame:
 
 
 def layers_in_words(results: pd.DataFrame) -> str:
-    """How far measurement and law agree."""
-    found = agreement(*(results[name].tolist() for name in ("estimate", "standard_error", "exact")))
+    """Return a sentence that states how closely measurement and law agree."""
+    fit = agreement(*(results[name].tolist() for name in ("estimate", "standard_error", "exact")))
     return (
-        f"On real layers measured and exact rms of w agree within {found.largest_gap:.2%} in {len(results)} figures "
-        f"(largest |z| {found.largest_score:.2f}, rms z {found.rms_score:.2f})."
+        f"On real layers measured and exact rms of w agree within {fit.largest_gap:.2%} in {len(results)} figures "
+        f"(largest |z| {fit.largest_score:.2f}, rms z {fit.rms_score:.2f})."
     )
 
 
 def layer_exponents(results: pd.DataFrame, *, low: int, high: int) -> pd.DataFrame:
-    """Log-log slopes of the rms against the rank, over the ranks from ``low`` to ``high``.
+    """Fit log-log slopes of the rms against the rank, over the ranks from ``low`` to ``high``.
+
+    All ranks are used if fewer than two lie in the range. The slope is NaN if there is only one rank.
+
+    Args:
+      results: Rows of `layer_rows`.
+      low: Lowest rank of the fit.
+      high: Highest rank of the fit.
 
     Returns:
-      a row an optimizer, init, split, layer and rule: ``low`` and ``high`` rank, ``slope`` with its ``standard_error``,
-      and the law's under the same fit, ``exact``. Over all ranks where fewer than two are between; NaN where there is
-      one.
+      A row for each optimizer, initialisation, split, layer and rule: the ``low`` and ``high`` rank, the ``slope`` with
+      its ``standard_error``, and the slope ``exact`` that the same fit gives for the law.
     """
     ranks = sorted(set(results["rank"]))
-    between = [rank for rank in ranks if low <= rank <= high]
-    ranks = between if len(between) > 1 else ranks
-    found = []
+    in_range = [rank for rank in ranks if low <= rank <= high]
+    ranks = in_range if len(in_range) > 1 else ranks
+    rows = []
     for key, group in results[results["rank"].isin(ranks)].groupby(GROUP, sort=False):
-        line = dict(zip(GROUP, key, strict=True)) | {"low": ranks[0], "high": ranks[-1]}
-        found.append(line | exponent_of(group))
-    return pd.DataFrame(found)
+        row = dict(zip(GROUP, key, strict=True)) | {"low": ranks[0], "high": ranks[-1]}
+        rows.append(row | exponent_of(group))
+    return pd.DataFrame(rows)

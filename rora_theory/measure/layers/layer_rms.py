@@ -1,4 +1,4 @@
-"""The rms of a first step in a real layer, its data held fixed: measured from drawn adapters, and by the law."""
+"""Root mean square of a first step in a real layer with fixed data, measured from drawn adapters and by the law."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,14 +20,14 @@ from rora_theory.stats.moments import Moments
 from rora_theory.theory import first_step, laws
 from rora_theory.theory.laws import Optimizer
 
-_DRAW_ROWS = 4096
-"""Rows of A that a block draws (all its adapters together), at least one adapter."""
+_BLOCK_ROWS = 4096
+"""Number of rows of A in a block, over all its adapters; a block has at least one adapter."""
 
-_LEAST_DRAWS = 64
-"""Adapters before a standard error is trusted to end a run."""
+_MIN_DRAWS = 64
+"""Number of adapters before the standard error is accurate enough to stop."""
 
 Step = tuple[laws.Optimizer, float]
-"""Optimizer and scaling gamma."""
+"""Optimizer and scaling gamma of a first step."""
 
 
 def mean_squares(
@@ -40,23 +40,29 @@ def mean_squares(
     init: inits.Init,
     epsilon: float,
 ) -> Iterator[Float[np.ndarray, "adapters steps splits"]]:
-    """Without end, blocks of adapters: the mean of w_i^2 over tokens and outputs after one step of each adapter.
+    """Draw adapters, step them with optax, and compute the mean of w_i^2 over tokens and outputs of each.
 
-    Every adapter is drawn, its loss <G, dM> differentiated, stepped with optax and read at the layer's inputs.
+    The gradient of each adapter comes from automatic differentiation of the loss <G, dM>.
 
     Args:
-      layer: gradient and inputs.
-      key: of the stream; block i draws from ``fold_in(key, i)``.
-      rank: of the adapters.
-      steps: optimizer and scaling gamma of each first step that is taken from one drawn A.
-      learning_rate, init, epsilon: of the step.
+      layer: Gradient and inputs.
+      key: Key of the stream; block i draws from ``fold_in(key, i)``.
+      rank: Rank of the adapters.
+      steps: Optimizer and scaling gamma of each first step, all from the same A.
+      learning_rate: Learning rate of the step.
+      init: Initialisation of A.
+      epsilon: Adam's epsilon.
+
+    Yields:
+      Blocks of adapters without end.
     """
-    adapters = max(1, _DRAW_ROWS // rank)
+    adapters = max(1, _BLOCK_ROWS // rank)
     data = jax.device_put((layer.grad, tuple(layer.inputs[split] for split in SPLITS)))
     scalings = tuple(jnp.float32(scaling) for _, scaling in steps)
     names = tuple(name for name, _ in steps)
     block = 0
-    ahead = None
+    # Dispatch the next block before waiting for the current one, so that the device is never idle.
+    current = None
     while True:
         following = _block(
             jax.random.fold_in(key, block),
@@ -69,9 +75,9 @@ def mean_squares(
             init=init,
             epsilon=epsilon,
         )
-        if ahead is not None:
-            yield np.asarray(ahead, np.float64)
-        ahead, block = following, block + 1
+        if current is not None:
+            yield np.asarray(current, np.float64)
+        current, block = following, block + 1
 
 
 @partial(jax.jit, static_argnames=("names", "rank", "adapters", "init", "epsilon"))
@@ -91,23 +97,23 @@ def _block(
     p_out, p_in = grad.shape
     optimizers = {name: make_optimizer(name, learning_rate, epsilon=epsilon) for name in set(names)}
 
-    def one(adapter_key: PRNGKeyArray) -> Array:
+    def step_adapter(adapter_key: PRNGKeyArray) -> Array:
         lora_A = draw_A(adapter_key, init, rank=rank, p_in=p_in)
-        found = []
+        by_step = []
         for name, scaling in zip(names, scalings, strict=True):
             step = first_step.run(
                 lambda dm: dm.inner(grad), lora_A, p_out=p_out, scaling=scaling, optimizer=optimizers[name]
             )
-            found.append(jnp.stack([_mean_square(step, x) for x in inputs]))
-        return jnp.stack(found)
+            by_step.append(jnp.stack([_mean_square(step, x) for x in inputs]))
+        return jnp.stack(by_step)
 
-    return jax.vmap(one)(jax.random.split(key, adapters))
+    return jax.vmap(step_adapter)(jax.random.split(key, adapters))
 
 
 def _mean_square(step: first_step.Increment, x: Float[Array, "tokens p_in"]) -> Float[Array, ""]:
-    """Mean of w_i^2 over tokens and outputs, w = gamma B A x.
+    """Compute the mean of w_i^2 over tokens and outputs, w = gamma B A x.
 
-    At a low rank sum w^2 = gamma^2 <(A X^T)(A X^T)^T, B^T B> costs less than w itself, which is tokens x p_out numbers.
+    At a low rank, sum w^2 = gamma^2 <(A X^T)(A X^T)^T, B^T B> costs less than w itself.
     """
     (tokens, p_out), rank = (x.shape[0], step.lora_B.shape[0]), step.lora_A.shape[0]
     if rank * (tokens + p_out) >= tokens * p_out:
@@ -129,27 +135,36 @@ def measured_rms(
     draws: int | None = None,
     epsilon: float = EPSILON,
 ) -> tuple[list[Estimate], int]:
-    """Rms of w_i over adapters, tokens and outputs, for each step and, within it, each of `SPLITS`; adapters drawn.
+    """Measure the rms of w_i over drawn adapters, tokens and outputs.
 
     Args:
-      layer: gradient and inputs.
-      key: of the stream of adapters.
-      rank, steps, learning_rate, init, epsilon: see `mean_squares`.
-      relative_error: adapters are drawn until every rms has this relative standard error or less.
-      draws: draw exactly as many adapters instead.
+      layer: Gradient and inputs.
+      key: Key of the stream of adapters.
+      rank: Rank of the adapters.
+      steps: Optimizer and scaling gamma of each first step.
+      learning_rate: Learning rate of the step.
+      init: Initialisation of A.
+      relative_error: Relative standard error of every rms at which to stop.
+      draws: Exact number of adapters to draw instead; None draws to ``relative_error``.
+      epsilon: Adam's epsilon.
+
+    Returns:
+      The rms for each step and, within a step, each of `SPLITS`, and the number of adapters.
     """
     columns = len(steps) * len(SPLITS)
     stream = mean_squares(layer, key, rank=rank, steps=steps, learning_rate=learning_rate, init=init, epsilon=epsilon)
     moments = [Moments()] * columns
     for block in stream:
         flat = block.reshape(len(block), columns)
+        # With a fixed number of adapters, use only the first ones of the last block.
         if draws is not None:
             flat = flat[: draws - moments[0].count]
         moments = [total.add(flat[:, column]) for column, total in enumerate(moments)]
         if draws is not None and moments[0].count >= draws:
             break
-        worst = max(total.mean.error / total.mean.value for total in moments) / 2
-        if draws is None and moments[0].count >= _LEAST_DRAWS and worst <= relative_error:
+        # The relative error of a root is half that of the mean square.
+        largest_error = max(total.mean.error / total.mean.value for total in moments) / 2
+        if draws is None and moments[0].count >= _MIN_DRAWS and largest_error <= relative_error:
             break
     return [root(total.mean) for total in moments], moments[0].count
 
@@ -157,7 +172,7 @@ def measured_rms(
 def exact_rms(
     layer: Layer, step: Step, *, rank: int, learning_rate: float, init: Init, epsilon: float = EPSILON
 ) -> list[float]:
-    """The law's rms of w for each of `SPLITS`."""
+    """Compute the law's rms of w for each of `SPLITS`."""
     optimizer, scaling = step
     law = laws.first_step_moments(
         layer.grad,
@@ -174,7 +189,14 @@ def exact_rms(
 
 
 class CrossingRanks(NamedTuple):
-    """A layer's crossing rank (signal and cross-talk summed over tokens), and its quartiles over tokens."""
+    """Crossing rank of a layer.
+
+    Attributes:
+      crossing_rank: Rank at which signal and cross-talk, summed over tokens, are equal.
+      lower_quartile: Lower quartile of the tokens' crossing ranks.
+      median: Median of the tokens' crossing ranks.
+      upper_quartile: Upper quartile of the tokens' crossing ranks.
+    """
 
     crossing_rank: float
     lower_quartile: float
@@ -183,11 +205,12 @@ class CrossingRanks(NamedTuple):
 
 
 def crossing(layer: Layer, split: str, optimizer: laws.Optimizer) -> CrossingRanks:
-    """The crossing rank of a layer on the tokens of a split."""
+    """Compute the crossing rank of a layer at the tokens of a split."""
     x = layer.inputs[split]
     ranks = laws.crossing_rank(layer.grad, x, optimizer=optimizer)
+    # Cross-talk is proportional to |x|^2, and the signal to |x|^2 / (r* - offset): sum both over tokens.
     weight = np.sum(np.float64(x) ** 2, axis=1)
     offset = 0.0 if optimizer == "sgd" else 1.0
-    total = offset + float(np.sum(weight) / np.sum(weight / (ranks - offset)))
+    pooled = offset + float(np.sum(weight) / np.sum(weight / (ranks - offset)))
     low, middle, high = (float(value) for value in np.quantile(ranks, [0.25, 0.5, 0.75]))
-    return CrossingRanks(total, low, middle, high)
+    return CrossingRanks(pooled, low, middle, high)

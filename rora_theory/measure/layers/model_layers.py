@@ -1,9 +1,9 @@
-r"""The adapted layers of a real LLaMA model: inputs and full-weight gradients of one batch, and a first real step.
+r"""Inputs and full-weight gradients of the modules of a LLaMA model at one batch, and real first steps.
 
-The gradient of a module's weight is :math:`G = \sum_t \delta_t x_t^\top` with x_t the module's input and
-:math:`\delta_t = \partial L/\partial y_t` at its output. Both come from one backward pass: the output of every module
-is perturbed by zeros, and the loss is differentiated in these. A Recording holds tokens x (p_in + p_out) numbers a
-module; G, p_in x p_out, is made for one module at a time and never for all.
+The gradient of a module's weight is :math:`G = \sum_t \delta_t x_t^\top`, where :math:`x_t` is the module's input and
+:math:`\delta_t = \partial L/\partial y_t` the gradient at its output. Both come from one backward pass: zeros are added
+to the output of every module, and the loss is differentiated with respect to them. A `Recording` holds
+tokens x (p_in + p_out) numbers for each module. G, which has p_in x p_out, is computed for one module at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,9 +34,9 @@ class Recording:
     """Inputs and output gradients of modules at a batch's tokens, on the host.
 
     Attributes:
-      inputs: ``{module: [layers, tokens, p_in]}`` at the tokens that the model reads, without padding.
-      deltas: ``{module: [layers, tokens, p_out]}``, dL/dy of the mean loss; empty where none was asked for.
-      loss: mean over the batch's targets.
+      inputs: Inputs ``{module: [layers, tokens, p_in]}`` at the tokens that are not padding.
+      deltas: Gradients dL/dy of the mean loss, ``{module: [layers, tokens, p_out]}``; empty if they were not recorded.
+      loss: Mean loss over the batch's targets.
     """
 
     inputs: dict[str, np.ndarray]
@@ -44,7 +44,7 @@ class Recording:
     loss: float
 
     def gradient(self, module: str, layer: int) -> Float[np.ndarray, "p_out p_in"]:
-        """G = dL/dm of one module's full weight, summed in float64."""
+        """Compute the gradient G = dL/dm of a module's full weight m, accumulated in float64."""
         delta = self.deltas[module][layer].astype(np.float64)
         return (delta.T @ self.inputs[module][layer].astype(np.float64)).astype(np.float32)
 
@@ -52,17 +52,19 @@ class Recording:
 def record(
     params: Params, config: LlamaConfig, batch: Batch, modules: Sequence[str], *, gradients: bool = True
 ) -> Recording:
-    """Run a batch through the base model, forward and (for ``gradients``) backward.
+    """Run a batch through the base model and record what its modules receive.
 
     Args:
-      params, config: the model.
-      batch: padded on the right; see `rora_theory.finetune.Batch`.
-      modules: names of `rora_theory.llama.MODULES`.
-      gradients: whether to record output gradients too.
+      params: Weights of the model.
+      config: Configuration of the model.
+      batch: Batch, padded on the right, see `rora_theory.finetune.Batch`.
+      modules: Names from `rora_theory.llama.MODULES`.
+      gradients: Whether to run a backward pass too and record output gradients.
 
     Raises:
-      InputError: an unknown module, or a loss that is not finite.
+      InputError: If a module is unknown or the loss is not finite.
     """
+    # Zeros to add to the modules' outputs: the loss is differentiated with respect to them.
     zeros = {}
     if gradients:
         dtype = params["embed_tokens"].dtype
@@ -71,7 +73,7 @@ def record(
             zeros[name] = jnp.zeros(shape, dtype)
     loss, inputs, deltas = _record(params, zeros, batch, config=config, modules=tuple(modules))
     if not np.isfinite(float(loss)):
-        raise InputError(f"the batch's loss is {float(loss)}; accepted are a model and a batch with a finite loss")
+        raise InputError(f"the loss of the batch must be finite, got {float(loss)}. Check the model and the batch.")
     real = real_tokens(batch)
     return Recording(
         {name: np.asarray(x)[:, real] for name, x in inputs.items()},
@@ -81,17 +83,21 @@ def record(
 
 
 def real_tokens(batch: Batch) -> np.ndarray:
-    """[B, S], True up to the last position of each row that has a target: beyond is padding."""
+    """Return a mask [B, S] that is True up to the last position of each row that has a target."""
     rows, length = batch.inputs.shape
     weights, positions = np.asarray(batch.weights), batch.positions
-    at = np.broadcast_to(np.arange(weights.shape[1]), weights.shape) if positions is None else np.asarray(positions)
-    last = np.max(np.where(weights > 0, at, -1), axis=1)
+    # Targets may be stored for chosen positions only.
+    if positions is None:
+        target_positions = np.broadcast_to(np.arange(weights.shape[1]), weights.shape)
+    else:
+        target_positions = np.asarray(positions)
+    last = np.max(np.where(weights > 0, target_positions, -1), axis=1)
     return np.arange(length)[None, :] <= last.reshape(rows, 1)
 
 
 @dataclass(frozen=True)
 class _Perturbed:
-    """The base model with numbers added to its modules' outputs: an `rora_theory.llama.Adapter`."""
+    """Adapter (`rora_theory.llama.Adapter`) that adds given arrays to the outputs of modules."""
 
     added: dict[str, Array]
 
@@ -133,20 +139,26 @@ def _record(
     return value, inputs, deltas
 
 
-_hidden = jax.jit(llama.hidden_states, static_argnames=("config", "capture"))
-"""Compiled once for all steps of a model."""
+_hidden_states = jax.jit(llama.hidden_states, static_argnames=("config", "capture"))
+"""Hidden states of the base model, compiled once for all instances of `RealStep`."""
 
 
-def lora_of(
+def lora_config_for(
     setting: Setting, target_modules: Sequence[str] | str, alpha_pattern: Mapping[str, float] | None = None
 ) -> LoraConfig:
-    """The adapter of a setting; of the pattern, where alphas differ by module, see `LoraConfig`."""
+    """Return the adapter configuration of a setting.
+
+    Args:
+      setting: Rank, alpha, rule and initialisation.
+      target_modules: Target modules, see `LoraConfig`.
+      alpha_pattern: Alphas of modules that differ from the setting's, see `LoraConfig`.
+    """
     return LoraConfig(
         rank=setting.rank,
         alpha=setting.alpha,
         rule=setting.rule,
         target_modules=target_modules,
-        init=setting.init,  # type: ignore[arg-type]  # refused there where an adapter has no such one
+        init=setting.init,  # type: ignore[arg-type]  # LoraConfig refuses an init that adapters do not support
         alpha_pattern=alpha_pattern or {},
     )
 
@@ -160,10 +172,18 @@ def take_step(
     config: LlamaConfig,
     transformation: optax.GradientTransformation,
 ) -> tuple[LoraAdapter, optax.OptState, Params]:
-    """One update of an adapter on the batch's mean loss, by automatic differentiation.
+    """Apply one update of an adapter on the batch's mean loss, by automatic differentiation.
+
+    Args:
+      adapter: Adapter to update.
+      state: State of the optimizer.
+      base: Weights of the base model.
+      batch: Batch of the step.
+      config: Configuration of the base model.
+      transformation: Optimizer.
 
     Returns:
-      the stepped adapter, the optimizer's new state, and the gradients that made the step.
+      The updated adapter, the new state of the optimizer, and the gradients of the step.
     """
 
     def loss(params: Params) -> Float[Array, ""]:
@@ -178,12 +198,12 @@ def take_step(
 
 
 class StepSquares(NamedTuple):
-    r"""Of a module in each layer, sums of squares over the tokens that count and entries. A pytree.
+    r"""Sums of squares over entries and unmasked tokens for a module in each layer, as a pytree.
 
     Attributes:
-      output: of :math:`\gamma B A x`.
-      inner: of A x.
-      delta: of :math:`\gamma B A`, its Frobenius norm's square.
+      output: Sum of squares of :math:`\gamma B A x`.
+      inner: Sum of squares of A x.
+      delta: Squared Frobenius norm of :math:`\gamma B A`.
     """
 
     output: Float[Array, " layers"]
@@ -191,39 +211,40 @@ class StepSquares(NamedTuple):
     delta: Float[Array, " layers"]
 
 
-def read_step(
+def measure_adapter(
     adapter: LoraAdapter,
     inputs: dict[str, Float[Array, "layers b s _i"]],
     square_sum: Callable[[Float[Array, "b s _n"]], Float[Array, ""]],
 ) -> dict[str, StepSquares]:
-    """What an adapter adds at a batch, by module.
+    """Compute the size of what an adapter adds at a batch, by module.
 
     Args:
-      adapter: stepped.
-      inputs: x of every adapted module.
-      square_sum: sum of squares over entries and over the tokens that count.
+      adapter: Adapter.
+      inputs: Input x of every adapted module.
+      square_sum: Function that sums squares over entries and unmasked tokens.
     """
 
-    def one(layer: tuple[dict[str, Array], Float[Array, "b s i"]]) -> StepSquares:
+    def measure_layer(layer: tuple[dict[str, Array], Float[Array, "b s i"]]) -> StepSquares:
         tensors, x = layer
         lora_A, lora_B, scaling = tensors["lora_A"], tensors["lora_B"], tensors["scaling"]
         inner = jnp.einsum("bsi,ri->bsr", x.astype(jnp.float32), lora_A)
         output = scaling * jnp.einsum("bsr,or->bso", inner, lora_B)
-        # |B A|_F^2 = <B^T B, A A^T>: B A is never formed.
+        # |B A|_F^2 = <B^T B, A A^T>: avoids forming B A.
         delta = scaling**2 * jnp.sum((lora_B.T @ lora_B) * (lora_A @ lora_A.T))
         return StepSquares(square_sum(output), square_sum(inner), delta)
 
-    return {name: jax.lax.map(one, (tensors, inputs[name])) for name, tensors in adapter.layers().items()}
+    # One layer at a time, which bounds the memory of the outputs.
+    return {name: jax.lax.map(measure_layer, (tensors, inputs[name])) for name, tensors in adapter.layers().items()}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one optimizer step of all adapters changed, read at other tokens.
+    """Change of a model at the held-out tokens after one optimizer step of all adapters.
 
     Attributes:
-      modules: ``{module: [layers]}``, rms over outputs and tokens of w = gamma B A x', x' the base model's inputs.
-      hidden: rms of the change of the final hidden states, all modules stepped together.
-      logits: of the logits.
+      modules: Rms over outputs and tokens of w = gamma B A x', ``{module: [layers]}``, at the base model's inputs x'.
+      hidden: Rms of the change of the final hidden states, with all modules adapted.
+      logits: Rms of the change of the logits.
     """
 
     modules: dict[str, np.ndarray]
@@ -232,13 +253,14 @@ class Change:
 
 
 class RealStep:
-    """First optimizer steps of a whole model's adapters: the training loss differentiated, nothing assumed.
+    """First optimizer steps of a whole model's adapters, from the gradient of the training loss.
 
     Args:
-      params, config: the base model.
-      train: the batch that gives the step.
-      held_out: the batch at which its effect is read.
-      target_modules: what is adapted, see `LoraConfig`.
+      params: Weights of the base model.
+      config: Configuration of the base model.
+      train: Batch of the step.
+      held_out: Batch at which the change is measured.
+      target_modules: Target modules, see `LoraConfig`.
     """
 
     def __init__(
@@ -254,29 +276,32 @@ class RealStep:
         self._targets = target_modules
         self._real = jnp.asarray(real_tokens(held_out))
         self._compiled: dict[tuple[int, OptimizerName], Callable] = {}
-        names = tuple(target.module for target in lora_of(Setting(1, 1.0, 1.0), target_modules).targets(config))
-        self._before = _hidden(params, self._held_out.inputs, config=config, capture=names)
+        targets = lora_config_for(Setting(1, 1.0, 1.0), target_modules).targets(config)
+        names = tuple(target.module for target in targets)
+        self._before = _hidden_states(params, self._held_out.inputs, config=config, capture=names)
 
     def change(self, setting: Setting, key: PRNGKeyArray, alpha_pattern: dict[str, float] | None = None) -> Change:
-        """The change that one step from B = 0 makes, for one draw of A.
+        """Compute the change after one step from B = 0, for one draw of A.
 
         Args:
-          setting: rank, alpha, rule, rate, optimizer and init.
-          key: of A.
-          alpha_pattern: as PEFT's, where alphas differ by module.
+          setting: Rank, alpha, rule, learning rate, optimizer and initialisation.
+          key: Random key of A.
+          alpha_pattern: Alphas of modules that differ from the setting's, in PEFT's format.
 
         Raises:
-          InputError: a pattern that matches nothing, a rank above a module's size, an init that adapters don't have.
+          InputError: If the pattern matches no module, the rank exceeds a module's size, or adapters do not support the
+            initialisation.
         """
-        config = lora_of(setting, self._targets, alpha_pattern)
+        config = lora_config_for(setting, self._targets, alpha_pattern)
         adapter = adapters.init(key, config, self._config, self._params)
-        kind = (setting.rank, setting.optimizer)
-        if kind not in self._compiled:  # alpha and rate are arguments of the compiled step, not part of it
-            self._compiled[kind] = jax.jit(partial(self._step, template=adapter, trainer=setting.optimizer))
-        found = self._compiled[kind](
+        # Alpha and the learning rate are arguments of the compiled step: only ranks and optimizers recompile.
+        step_key = (setting.rank, setting.optimizer)
+        if step_key not in self._compiled:
+            self._compiled[step_key] = jax.jit(partial(self._step, template=adapter, optimizer=setting.optimizer))
+        change = self._compiled[step_key](
             adapter.params, adapter.scaling, jnp.float32(setting.learning_rate), self._params, self._before
         )
-        modules, hidden, logits = jax.tree.map(np.asarray, found)
+        modules, hidden, logits = jax.tree.map(np.asarray, change)
         return Change(modules, float(hidden), float(logits))
 
     def _step(
@@ -288,10 +313,11 @@ class RealStep:
         before: tuple[Array, dict[str, Array]],
         *,
         template: LoraAdapter,
-        trainer: OptimizerName,
+        optimizer: OptimizerName,
     ) -> tuple[dict[str, Array], Array, Array]:
+        # One training step.
         adapter = replace(template, params=tensors, scaling=scaling)
-        transformation = make_optimizer(trainer, learning_rate)
+        transformation = make_optimizer(optimizer, learning_rate)
         stepped, _, _ = take_step(
             adapter,
             transformation.init(tensors),
@@ -300,22 +326,23 @@ class RealStep:
             config=self._config,
             transformation=transformation,
         )
+        # Change of the final hidden states at the held-out batch, and of each module's output at the base's inputs.
         hidden, inputs = before
         after = llama.hidden_states(base, self._held_out.inputs, self._config, stepped)
-        moved = after.astype(jnp.float32) - hidden.astype(jnp.float32)
+        change = after.astype(jnp.float32) - hidden.astype(jnp.float32)
         modules = {}
-        for name, own in read_step(stepped, inputs, self._square_sum).items():
-            modules[name] = jnp.sqrt(own.output / self._entries(stepped.params[name]["lora_B"].shape[1]))
+        for name, squares in measure_adapter(stepped, inputs, self._square_sum).items():
+            modules[name] = jnp.sqrt(squares.output / self._entries(stepped.params[name]["lora_B"].shape[1]))
         # The unembedding is linear: the change of the logits is the unembedding of the change.
-        return modules, self._rms(moved), self._rms(llama.unembed(base, moved, self._config))
+        return modules, self._rms(change), self._rms(llama.unembed(base, change, self._config))
 
     def _square_sum(self, values: Float[Array, "b s n"]) -> Float[Array, ""]:
         return jnp.sum(jnp.where(self._real[..., None], jnp.square(values), jnp.zeros((), jnp.float32)))
 
     def _entries(self, width: int) -> Float[Array, ""]:
-        """How many numbers of the real tokens, ``width`` each."""
+        """Return the number of entries at the real tokens, ``width`` for each."""
         return jnp.sum(self._real).astype(jnp.float32) * width
 
     def _rms(self, values: Float[Array, "b s n"]) -> Float[Array, ""]:
-        """Root mean square over the real tokens and the last axis."""
+        """Compute the root mean square over the real tokens and the last axis."""
         return jnp.sqrt(self._square_sum(values) / self._entries(values.shape[-1]))

@@ -1,11 +1,12 @@
-"""The rank coordinate check of scaling rules: which quantities of a model depend on the rank, with controls.
+"""Rank coordinate check of scaling rules, with controls.
 
-Adapters of several ranks, nested, take the same few steps (`coordinates.Checker`). The rules meet at a reference rank,
-so that they differ in the exponent alone. A log-log slope against the rank within the band of zero, seeds and all, is
-flat. Controls must not be: constant gamma grows, the gaussian init shrinks (`control_direction`).
+Nested adapters of several ranks take the same few steps (`coordinates.Checker`). All rules have the same scaling at a
+reference rank, so that they differ in the exponent only. A quantity is flat if the 95% interval of its log-log slope
+against the rank lies within a band around zero. Controls must not be flat: constant gamma grows with the rank, and the
+gaussian initialisation shrinks (`control_direction`).
 
-    found = measure.coordinate_check(model, train, held_out)
-    found.verdicts[["rule", "whole_model", "modules"]]
+    check = measure.coordinate_check(model, train, held_out)
+    check.verdicts[["rule", "whole_model", "modules"]]
 """
 
 import math
@@ -29,8 +30,8 @@ from rora_theory.measure.rank_check.coordinate_table import (
     MODEL,
     Coordinate,
     Table,
-    in_a_word,
-    whole_model,
+    judge_model,
+    summarise_verdicts,
 )
 from rora_theory.measure.rank_check.coordinates import Checker
 from rora_theory.measure.regimes import thin
@@ -64,55 +65,56 @@ UNITS = {
     "output": "root mean square of gamma B A x over adapted layers, tokens and outputs",
     "inner": "root mean square of A x",
     "delta": "|gamma B A|_F, root mean square over layers",
-    "grad_A, grad_B": "Frobenius norm over layers of the gradient that made the step",
-    "hidden, logits": "root mean square of their change from the base model's",
-    "loss": "nats a token",
-    "half_width": "of the 95% interval of the slope, Student's t over seeds",
+    "grad_A, grad_B": "Frobenius norm over layers of the gradient of the last step",
+    "hidden, logits": "root mean square of the change since the base model",
+    "loss": "nats per token",
+    "half_width": "half-width of the 95% interval of the slope, Student's t over seeds",
     "kappa_flat": "exponent that would have been flat: kappa + slope under Adam, kappa + slope/2 under SGD, if the "
-    "quantity went on as gamma and gamma^2",
+    "quantity is proportional to gamma and gamma^2",
 }
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """What to check.
+    """Settings of the check.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     ranks: tuple[int, ...] = (2, 8, 32, 128)
-    """ranks of the adapter, two or more"""
+    """Two or more ranks of the adapter"""
     rules: tuple[Rule, ...] = ("lora", "rora")
-    """scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
+    """Scaling rules: lora, rora, rslora, or the exponent kappa of gamma = alpha / r^kappa"""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
-    """sgd, momentum, adam or adamw, at a constant rate and without clipping"""
+    """Optimizers: sgd, momentum, adam or adamw, at a constant learning rate and without clipping"""
     inits: tuple[LoraInit, ...] = ("kaiming_uniform",)
-    """laws of A"""
+    """Initialisations of A"""
     controls: bool = True
-    """check kappa = 0 and the gaussian init under the first optimizer too, which must not be flat"""
+    """Also check two controls that must not be flat, under the first optimizer: kappa = 0 and the gaussian
+    initialisation"""
     steps: tuple[int, ...] = (1, 2, 5, 10)
-    """updates after which to read, ascending"""
+    """Numbers of updates after which to measure, in ascending order"""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """seeds, each of an adapter and of its batches; two or more, for error bars"""
+    """Seeds of the adapter and its batches; error bars need two or more"""
     gamma: float = 2.0
-    """scaling of every rule at the reference rank"""
+    """Scaling under every rule at the reference rank"""
     reference_rank: int = 8
-    """rank at which the rules meet"""
+    """Rank at which all rules have the same scaling"""
     adam_lr: Positive = 1e-4
-    """learning rate of adam and adamw"""
+    """Learning rate of adam and adamw"""
     sgd_lr: Positive = 0.01
-    """learning rate of sgd"""
+    """Learning rate of sgd"""
     momentum_lr: Positive = 0.001
-    """learning rate of momentum"""
+    """Learning rate of momentum"""
     band: Positive = slopes.BAND
-    """largest absolute slope to call flat"""
+    """Largest absolute slope that counts as flat"""
 
     def __post_init__(self) -> None:
         check_ranks(self.ranks)
         check_rules(self.rules)
-        for name, accepted in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
-            check_choices(f"--{name}", getattr(self, name), accepted)
+        for name, supported in (("optimizers", OPTIMIZER_NAMES), ("inits", LORA_INITS)):
+            check_choices(f"--{name}", getattr(self, name), supported)
         check_steps(self.steps)
         check_ranges(self)
         check_alphas(self.rules, gamma=self.gamma, reference_rank=self.reference_rank)
@@ -120,7 +122,7 @@ class CheckConfig:
 
 
 class Case(NamedTuple):
-    """One line of the check: everything but the rank and the seed."""
+    """Optimizer, rule and initialisation that are checked together over ranks and seeds."""
 
     optimizer: OptimizerName
     rule: Rule
@@ -135,7 +137,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class CoordinateCell:
-    """One adapter, trained for some steps."""
+    """Training of one adapter for a few steps."""
 
     case: Case
     seed: int
@@ -146,7 +148,7 @@ class CoordinateCell:
 
 
 def cases(config: CheckConfig) -> Iterator[Case]:
-    """The rules asked for, then the controls."""
+    """Yield the cases of the configuration, then the controls."""
     for optimizer in config.optimizers:
         for rule in config.rules:
             for init in config.inits:
@@ -156,12 +158,12 @@ def cases(config: CheckConfig) -> Iterator[Case]:
         if 0.0 not in map(exponent, config.rules):
             yield Case(first, 0.0, "kaiming_uniform", True)
         if "gaussian" not in config.inits:
-            # Under constant gamma the gaussian init is flat: the rule farthest from that one.
+            # The gaussian init is flat under constant gamma: use the rule with the largest exponent, farthest from it.
             yield Case(first, max(config.rules, key=exponent), "gaussian", True)
 
 
 def coordinate_cells(config: CheckConfig) -> list[CoordinateCell]:
-    """Every adapter, in the order of the table."""
+    """Return the cells of all adapters in the order of the table."""
     return [
         CoordinateCell(case, seed, rank) for case in cases(config) for seed in config.seeds for rank in config.ranks
     ]
@@ -170,12 +172,14 @@ def coordinate_cells(config: CheckConfig) -> list[CoordinateCell]:
 def coordinate_rows(
     config: CheckConfig, checker: Checker, cell: CoordinateCell, batch_of: Callable[[int], Batch], held_out: Batch
 ) -> list[dict[str, Any]]:
-    """The sizes that one adapter shows, as rows of a table.
+    """Train one adapter and return its sizes as rows of a table.
 
     Args:
-      config, checker, cell: whose.
-      batch_of: the batch of step t = 0, 1, ...
-      held_out: a batch that is never trained on.
+      config: Settings of the check.
+      checker: Model with its compiled functions.
+      cell: Case, seed and rank of the adapter.
+      batch_of: Function that returns the batch of step t = 0, 1, ...
+      held_out: Batch that is never trained on.
     """
     (optimizer, rule, init, control), rank = cell.case, cell.rank
     rates = {"sgd": config.sgd_lr, "momentum": config.momentum_lr}
@@ -188,126 +192,143 @@ def coordinate_rows(
         init=init,
     )
     key = jax.random.fold_in(jax.random.key(0), cell.seed)
-    frame = {"optimizer": optimizer, "rule": name_of(rule), "kappa": exponent(rule), "init": init}
-    frame |= {"control": int(control), "rank": rank, "learning_rate": setting.learning_rate, "seed": cell.seed}
-    frame["scaling"] = setting.scaling
-    run = checker.run(setting, key, batch_of, held_out, steps=config.steps)
-    return [frame | coordinate._asdict() | {"value": float(value)} for coordinate, value in run]
+    labels = {"optimizer": optimizer, "rule": name_of(rule), "kappa": exponent(rule), "init": init}
+    labels |= {"control": int(control), "rank": rank, "learning_rate": setting.learning_rate, "seed": cell.seed}
+    labels["scaling"] = setting.scaling
+    sizes = checker.run(setting, key, batch_of, held_out, steps=config.steps)
+    return [labels | coordinate._asdict() | {"value": float(value)} for coordinate, value in sizes]
 
 
-def size_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of some `coordinate_rows`."""
-    return frames.of(found, COLUMNS)
+def size_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the frame of rows of `coordinate_rows`."""
+    return frames.of(rows, COLUMNS)
 
 
 def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
-    """Slope of every coordinate but the loss, and of the modules' outputs together (their logarithms' mean).
+    """Fit the slope of every coordinate except the loss, and of the geometric mean of the modules' outputs.
 
     Args:
-      config: of the check.
-      sizes: of `size_table`, every cell's.
+      config: Settings of the check.
+      sizes: Frame of `size_table` with all cells.
     """
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     ranks = tuple(sorted(config.ranks))
     for case in cases(config):
+        # Sizes of each coordinate as an array [seeds, ranks].
         values: dict[Coordinate, np.ndarray] = {}
-        for named, own in of_case(sizes, case).groupby(list(Coordinate._fields), sort=False):
-            by_seed = own.pivot(index="seed", columns="rank", values="value")
-            values[Coordinate._make(named)] = by_seed.reindex(index=config.seeds, columns=ranks).to_numpy(np.float64)
+        for names, group in of_case(sizes, case).groupby(list(Coordinate._fields), sort=False):
+            by_seed = group.pivot(index="seed", columns="rank", values="value")
+            values[Coordinate._make(names)] = by_seed.reindex(index=config.seeds, columns=ranks).to_numpy(np.float64)
+        # Geometric mean of the outputs of all modules.
         outputs: dict[tuple[str, int], list[np.ndarray]] = {}
         for coordinate, value in values.items():
             if coordinate.quantity == "output":
                 outputs.setdefault((coordinate.split, coordinate.step), []).append(value)
-        for (split, step), of_modules in outputs.items():
+        for (split, step), by_module in outputs.items():
             with np.errstate(divide="ignore", invalid="ignore"):
-                values[Coordinate("output", split, MODEL, step)] = np.exp(np.mean(np.log(of_modules), axis=0))
+                values[Coordinate("output", split, MODEL, step)] = np.exp(np.mean(np.log(by_module), axis=0))
+        # Slopes and verdicts.
         kappa, power = exponent(case.rule), scaling_power(FAMILY[case.optimizer])
-        line = {"optimizer": case.optimizer, "rule": name_of(case.rule), "kappa": kappa, "init": case.init}
-        line |= {"control": int(case.control)}
-        found += [line | own for own in Table(ranks, values).lines(band=config.band, kappa=kappa, power=power)]
-    return frames.of(found, SLOPE_COLUMNS)
+        labels = {"optimizer": case.optimizer, "rule": name_of(case.rule), "kappa": kappa, "init": case.init}
+        labels |= {"control": int(case.control)}
+        rows += [labels | row for row in Table(ranks, values).slope_rows(band=config.band, kappa=kappa, power=power)]
+    return frames.of(rows, SLOPE_COLUMNS)
 
 
-def of_case(found: pd.DataFrame, case: Case) -> pd.DataFrame:
-    """A table's rows of one case."""
-    own = {"optimizer": case.optimizer, "rule": name_of(case.rule), "init": case.init}
-    return frames.where(found, own)
+def of_case(table: pd.DataFrame, case: Case) -> pd.DataFrame:
+    """Return a table's rows of one case."""
+    return frames.where(table, {"optimizer": case.optimizer, "rule": name_of(case.rule), "init": case.init})
 
 
-def verdicts(config: CheckConfig, found: pd.DataFrame) -> pd.DataFrame:
-    """What the slopes of `coordinate_slopes` say of each case: of the whole model, and of the modules' own outputs.
+def verdicts(config: CheckConfig, slopes: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the slopes of each case in verdicts on the whole model and on the outputs of modules.
+
+    Args:
+      config: Settings of the check.
+      slopes: Frame of `coordinate_slopes`.
 
     Returns:
-      a row a case; ``flat SPLIT STEP`` counts the modules whose output is flat, ``kappa_flat`` is of the final hidden
-      state on the training batch after the last step, NaN where it did not move.
+      A row for each case. ``flat SPLIT STEP`` is the number of modules with a flat output. ``kappa_flat`` is that of
+      the final hidden state on the training batch after the last step, or NaN if it did not change.
     """
-    lines = []
+    rows = []
     for case in cases(config):
-        group = of_case(found, case)
+        group = of_case(slopes, case)
         outputs = group[(group["quantity"] == "output") & (group["module"] != MODEL)]
-        own = {
+        module_verdicts = {
             (split, step): outputs["verdict"][(outputs["split"] == split) & (outputs["step"] == step)].tolist()
             for split in BATCH_SPLITS
             for step in config.steps
         }
-        whole = whole_model(group.to_dict("records"))
-        parts = in_a_word([verdict for each in own.values() for verdict in each])
+        model_verdict = judge_model(group.to_dict("records"))
+        modules_verdict = summarise_verdicts([verdict for group in module_verdicts.values() for verdict in group])
         if case.control:
-            whole, parts = _of_control(case, whole), _of_control(case, parts)
+            model_verdict, modules_verdict = (_judge_control(case, text) for text in (model_verdict, modules_verdict))
         last = group.query("quantity == 'hidden' and split == 'train' and step == @config.steps[-1]")
-        line = case._asdict() | {"rule": name_of(case.rule), "whole_model": whole, "modules": parts}
-        line |= {f"flat {split} {step}": f"{each.count('flat')} of {len(each)}" for (split, step), each in own.items()}
-        lines.append(line | {"kappa_flat": last["kappa_flat"].iloc[0] if len(last) else math.nan})
-    return pd.DataFrame(lines)
+        row = case._asdict() | {"rule": name_of(case.rule), "whole_model": model_verdict, "modules": modules_verdict}
+        row |= {
+            f"flat {split} {step}": f"{group.count('flat')} of {len(group)}"
+            for (split, step), group in module_verdicts.items()
+        }
+        rows.append(row | {"kappa_flat": last["kappa_flat"].iloc[0] if len(last) else math.nan})
+    return pd.DataFrame(rows)
 
 
 def check_in_words(config: CheckConfig, judged: pd.DataFrame) -> str:
-    """The verdicts on the whole model, controls last, in a sentence.
+    """Return a sentence with the verdicts on the whole model, controls last.
 
     Args:
-      config: of the check.
-      judged: of `verdicts`.
+      config: Settings of the check.
+      judged: Frame of `verdicts`.
     """
-    words = [f"{case}: {word}" for case, word in zip(cases(config), judged["whole_model"], strict=True)]
+    clauses = [f"{case}: {verdict}" for case, verdict in zip(cases(config), judged["whole_model"], strict=True)]
     steps = f"{listed(config.steps)} step{'s' * (max(config.steps) > 1)}"
-    return f"Change of the whole model after {steps}, against the rank: {'; '.join(words)}."
+    return f"Change of the whole model after {steps}, against the rank: {'; '.join(clauses)}."
 
 
 def control_growth(case: Case) -> list[float]:
-    """The powers of the rank that the law gives a control's first step, of whichever part leads.
+    """Compute the powers of the rank in a control's first step by the law, if signal or cross-talk dominates.
 
-    The gaussian A falls as 1/r, and the step carries A to the power of gamma.
+    The entries of a gaussian A are proportional to 1/r, and the step contains A to the same power as gamma.
     """
-    smaller = scaling_power(FAMILY[case.optimizer]) if case.init == "gaussian" else 0
-    kept = predicted_slopes(case.optimizer, exponent(case.rule), trained="B")  # by a rate that moves the other way
-    return [-slope - smaller for slope in kept.values()]
+    decrease = scaling_power(FAMILY[case.optimizer]) if case.init == "gaussian" else 0
+    # The slopes are those of the rate that preserves the step, which is the inverse of the step's growth.
+    rate_slopes = predicted_slopes(case.optimizer, exponent(case.rule), trained="B")
+    return [-slope - decrease for slope in rate_slopes.values()]
 
 
 def control_direction(case: Case) -> Literal["grows", "shrinks", ""]:
-    """Where the law has a control's first step go with the rank, whichever part leads; empty where that decides."""
+    """Return the direction in which a control's first step depends on the rank by the law.
+
+    The direction is empty if it depends on whether signal or cross-talk dominates.
+    """
     growth = control_growth(case)
     return "grows" if min(growth) >= 0 else "shrinks" if max(growth) <= 0 else ""
 
 
-def _of_control(case: Case, word: str) -> str:
-    if word == "flat":
+def _judge_control(case: Case, verdict: str) -> str:
+    if verdict == "flat":
         if 0 in control_growth(case):
-            return "flat, as the law has it where one of its parts leads: no control"
+            return "flat, which the law allows if one term dominates: no control"
         return "FLAT: the check has no power"
-    must, found = control_direction(case), word.partition(" ")[0]
-    if not must or found not in ("grows", "shrinks"):
-        return word
-    return f"{word}, as a control must" if found == must else f"{word}, AGAINST THE LAW: this control {must}"
+    expected, measured = control_direction(case), verdict.partition(" ")[0]
+    if not expected or measured not in ("grows", "shrinks"):
+        return verdict
+    if measured == expected:
+        return f"{verdict}, as expected of the control"
+    return f"{verdict}, AGAINST THE LAW: this control {expected}"
 
 
 @dataclass(frozen=True, eq=False)
 class CoordinateCheck:
-    """What `coordinate_check` found, as tidy frames.
+    """Result of `coordinate_check` as tidy frames.
 
     Attributes:
-      sizes: a row a case, rank, seed, step, split, module and quantity, see `coordinate_table.Coordinate`.
-      slopes: a row a case, step, split, module and quantity, with error and verdict, see `coordinate_slopes`.
-      verdicts: a row a case, see `verdicts`.
+      sizes: Sizes with a row for each case, rank, seed, step, split, module and quantity, see
+        `coordinate_table.Coordinate`.
+      slopes: Slopes with errors and verdicts, with a row for each case, step, split, module and quantity, see
+        `coordinate_slopes`.
+      verdicts: Verdicts with a row for each case, see `verdicts`.
     """
 
     sizes: pd.DataFrame
@@ -323,17 +344,20 @@ def coordinate_check(
     *,
     target_modules: Sequence[str] | str = PAPER_TARGETS,
 ) -> CoordinateCheck:
-    """Check scaling rules on a model.
+    """Run the rank coordinate check of scaling rules on a model.
 
     Args:
-      model: of `rora_theory.llama.load`.
-      train: the batch of every step, or one a step, begun again where steps go on.
-      held_out: a batch that is never trained on; `unseen.apart_from` leaves out what it shares with the training.
-      config: what to check; None is `CheckConfig` as it stands.
-      target_modules: what is adapted.
+      model: Model loaded by `rora_theory.llama.load`.
+      train: Batch of every step, or a sequence of batches that the steps cycle through.
+      held_out: Batch that is never trained on. `unseen.mask_seen` masks the tokens that it shares with training.
+      config: Settings of the check; None is the default `CheckConfig`.
+      target_modules: Target modules in PEFT's format.
+
+    Returns:
+      The sizes, slopes and verdicts.
 
     Raises:
-      InputError: a rank or module that does not fit the model.
+      InputError: If a rank or module does not fit the model.
     """
     config = config or CheckConfig()
     batches = [train] if isinstance(train, Batch) else list(train)
@@ -341,13 +365,13 @@ def coordinate_check(
     sizes = size_table(
         row
         for cell in coordinate_cells(config)
-        for row in coordinate_rows(config, checker, cell, partial(_in_turn, batches), held_out)
+        for row in coordinate_rows(config, checker, cell, partial(_batch_of_step, batches), held_out)
     )
-    found = coordinate_slopes(config, sizes)
-    judged = verdicts(config, found)
-    thin.warn((sizes, found, judged), thin.of_ranks(config.ranks))
-    return CoordinateCheck(sizes, found, judged)
+    slope_frame = coordinate_slopes(config, sizes)
+    judged = verdicts(config, slope_frame)
+    thin.warn((sizes, slope_frame, judged), thin.of_ranks(config.ranks))
+    return CoordinateCheck(sizes, slope_frame, judged)
 
 
-def _in_turn(batches: Sequence[Batch], step: int) -> Batch:
+def _batch_of_step(batches: Sequence[Batch], step: int) -> Batch:
     return batches[step % len(batches)]

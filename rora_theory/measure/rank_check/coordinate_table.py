@@ -1,6 +1,7 @@
-"""What a coordinate check reads, of several ranks and seeds: slopes against the rank, and what they say.
+"""Table of the sizes that a coordinate check measures, with slopes against the rank and verdicts.
 
-The sizes are measured by `rora_theory.measure.rank_check.coordinates` and `rora_theory.measure.torch.check`.
+The sizes are measured by `rora_theory.measure.rank_check.coordinates` (JAX) or by
+`rora_theory.measure.torch.check` (PyTorch).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,32 +17,35 @@ from rora_theory.stats.estimate import CONFIDENCE
 from rora_theory.stats.slopes import BAND, SeedFit
 
 BatchSplit = Literal["train", "held_out"]
-"""The batch that was stepped on last, or one that never is."""
+"""Batch at which a size is measured: the training batch of the last step, or a held-out batch."""
 
 BATCH_SPLITS: tuple[BatchSplit, ...] = get_args(BatchSplit)
 
 MODEL = "model"
-"""Where a module is named, stands for the whole model."""
+"""Module name that stands for the whole model."""
 
-WHOLE = ((MODEL, "hidden"), (MODEL, "logits"))
-"""What the verdict on a rule is on: modules lose cross-talk with the rank, and it does not add up over them."""
+MODEL_QUANTITIES = ((MODEL, "hidden"), (MODEL, "logits"))
+"""Module and quantity pairs on which the verdict on a rule rests.
 
-GROWING = ("output", "delta", "hidden", "logits")
-"""Quantities that carry gamma to the power of the first step at first."""
+Single modules are not used: their cross-talk shrinks with the rank, but averages out over modules.
+"""
+
+SCALED_QUANTITIES = ("output", "delta", "hidden", "logits")
+"""Quantities whose size after the first step is proportional to the first step's power of gamma."""
 
 
 class Coordinate(NamedTuple):
-    """What is read, where and when.
+    """Quantity that is measured, with the place and step at which it is measured.
 
     Attributes:
-      quantity: of a module, over its adapted layers and the split's tokens: ``output``, root mean square of
-        gamma B A x at the inputs x of the adapted model; ``inner``, of A x; ``delta``, |gamma B A|_F, root mean square
-        over layers; ``grad_A``, ``grad_B``, Frobenius norms over layers together of the gradient that made the last
-        step. Of the model: ``hidden``, ``logits``, root mean square of their change from the base model's; ``loss``,
-        mean cross-entropy of the split's targets.
-      split: ``train``, the batch of the last step, or ``held_out``. ``delta`` and gradients are under ``train``.
-      module: a name of `rora_theory.llama.MODULES`, or ``model``.
-      step: updates made.
+      quantity: Name of the quantity. Of a module, over its adapted layers and the split's tokens: ``output``, the root
+        mean square of gamma B A x at the inputs x of the adapted model; ``inner``, the root mean square of A x;
+        ``delta``, the root mean square over layers of |gamma B A|_F; ``grad_A`` and ``grad_B``, the Frobenius norms,
+        over all layers, of the last step's gradients. Of the model: ``hidden`` and ``logits``, the root mean square of
+        their change since the base model; ``loss``, the mean cross-entropy of the split's targets.
+      split: ``train`` for the batch of the last step, or ``held_out``. ``delta`` and gradients belong to ``train``.
+      module: Name from `rora_theory.llama.MODULES`, or ``model``.
+      step: Number of updates.
     """
 
     quantity: str
@@ -52,25 +56,32 @@ class Coordinate(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Coordinates of several ranks and seeds.
+    """Sizes of coordinates at several ranks and seeds.
 
     Attributes:
-      ranks: ascending.
-      values: [seeds, ranks] of each coordinate.
+      ranks: Ranks in ascending order.
+      values: Sizes of each coordinate, an array [seeds, ranks].
     """
 
     ranks: tuple[int, ...]
     values: Mapping[Coordinate, Float[np.ndarray, "seeds ranks"]]
 
     def slope(self, quantity: str, *, split: str, step: int, module: str = MODEL) -> SeedFit:
-        """Log-log slope against the rank, see `slopes.seed_fit`.
+        """Fit the log-log slope of a coordinate against the rank, see `slopes.seed_fit`.
+
+        Args:
+          quantity: Name of the quantity, see `Coordinate`.
+          split: Batch at which it is measured.
+          step: Number of updates.
+          module: Name of the module, or ``model``.
 
         Raises:
-          InputError: no such coordinate, or a value that is not finite and above 0.
+          InputError: If the table has no such coordinate, or if a size is not finite and positive.
         """
         coordinate = Coordinate(quantity, split, module, step)
         if coordinate not in self.values:
-            raise InputError(f"there is no {coordinate}; accepted are {', '.join(map(str, list(self.values)[:3]))} ...")
+            examples = ", ".join(map(str, list(self.values)[:3]))
+            raise InputError(f"the table has no {coordinate}; it has {examples} ...")
         return slopes.seed_fit(self.ranks, self.values[coordinate])
 
     def assert_flat(
@@ -83,52 +94,57 @@ class Table:
         band: float = BAND,
         confidence: float = CONFIDENCE,
     ) -> SeedFit:
-        """Pass where the slope is shown to lie within ``band`` of zero, see `slopes.assert_flat`."""
+        """Assert that a slope lies within ``band`` of zero, see `slopes.assert_flat`."""
         self.slope(quantity, split=split, step=step, module=module)
         what = f"{quantity} of {module} on {split} at step {step}"
         y = self.values[Coordinate(quantity, split, module, step)]
         return slopes.assert_flat(self.ranks, y, band=band, confidence=confidence, what=what)
 
-    def lines(self, *, band: float = BAND, kappa: float | None = None, power: int = 1) -> list[dict[str, Any]]:
-        """The slope of every coordinate but the loss, and its verdict; without what did not move at all.
+    def slope_rows(self, *, band: float = BAND, kappa: float | None = None, power: int = 1) -> list[dict[str, Any]]:
+        """Return a row with the slope and verdict of every coordinate except the loss.
 
-        What moved at some ranks or seeds and not at others has no slope: it is undecided.
+        Coordinates that are zero everywhere are left out. Coordinates that are zero at some ranks or seeds have no
+        slope; their verdict is ``"undecided"``.
 
         Args:
-          band: largest absolute slope to call flat.
-          kappa, power: exponent of the rule and power of gamma in the first step, which tell the exponent that would
-            have been flat, ``kappa_flat``, of the quantities `GROWING`; None does not.
+          band: Largest absolute slope that counts as flat.
+          kappa: Exponent of the rule, from which to compute ``kappa_flat``, the exponent at which the quantities
+            `SCALED_QUANTITIES` would have been flat; None does not compute it.
+          power: Power of gamma in the first step.
         """
-        found = []
+        rows = []
         for coordinate, value in self.values.items():
             if coordinate.quantity == "loss":
                 continue
-            line: dict[str, Any] = coordinate._asdict()
+            row: dict[str, Any] = coordinate._asdict()
+            # Skip what is zero everywhere, such as the first gradient of A.
             if not value.any():
-                continue  # the first gradient of A is zero
+                continue
+            # A logarithm exists only if every size is finite and positive.
             if not (np.isfinite(value).all() and (value > 0).all()):
                 verdict = "undecided" if np.isfinite(value).all() else "diverged"
-                found.append(line | {"seeds": len(value), "verdict": verdict})
+                rows.append(row | {"seeds": len(value), "verdict": verdict})
                 continue
             fit = slopes.seed_fit(self.ranks, value)
-            line |= {"slope": fit.slope, "standard_error": fit.standard_error}
-            line |= {"half_width": fit.half_width(), "seeds": fit.seeds}
-            line |= {"verdict": slopes.trend(fit, band)}
-            if kappa is not None and coordinate.quantity in GROWING:
-                line |= {"kappa_flat": kappa + fit.slope / power}
-            found.append(line)
-        return found
+            row |= {"slope": fit.slope, "standard_error": fit.standard_error}
+            row |= {"half_width": fit.half_width(), "seeds": fit.seeds}
+            row |= {"verdict": slopes.trend(fit, band)}
+            # gamma ~ r^-kappa enters as gamma^power, so that kappa + slope / power would have been flat.
+            if kappa is not None and coordinate.quantity in SCALED_QUANTITIES:
+                row |= {"kappa_flat": kappa + fit.slope / power}
+            rows.append(row)
+        return rows
 
 
-def whole_model(lines: Sequence[Mapping[Any, Any]]) -> str:
-    """One verdict on the final hidden states and the logits, of the lines of one `Table`."""
-    return in_a_word([line["verdict"] for line in lines if (line["module"], line["quantity"]) in WHOLE])
+def judge_model(rows: Sequence[Mapping[Any, Any]]) -> str:
+    """Summarise the verdicts on the final hidden states and the logits in the rows of one `Table`."""
+    return summarise_verdicts([row["verdict"] for row in rows if (row["module"], row["quantity"]) in MODEL_QUANTITIES])
 
 
-def in_a_word(verdicts: Sequence[str]) -> str:
-    """One verdict on several slopes: theirs where they agree, else which of them were found."""
-    found = list(dict.fromkeys(verdicts))
-    if len(found) == 1:
-        return f"{found[0]} with the rank" if found[0] in ("grows", "shrinks") else found[0]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in found)
-    return f"mixed ({counts})" if found else "nothing moved"
+def summarise_verdicts(verdicts: Sequence[str]) -> str:
+    """Return the common verdict of several slopes, or the number of each verdict if they differ."""
+    distinct = list(dict.fromkeys(verdicts))
+    if len(distinct) == 1:
+        return f"{distinct[0]} with the rank" if distinct[0] in ("grows", "shrinks") else distinct[0]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in distinct)
+    return f"mixed ({counts})" if distinct else "nothing moved"

@@ -1,7 +1,7 @@
-"""The regime of every module of a model, from one batch and another that is held out; nothing is trained.
+"""Regime of every module of a model, measured without training from a training batch and a held-out batch.
 
-found = measure.regime(model, train, held_out)
-found.crossings.query("optimizer == 'adam' and split == 'heldout'")[["module", "crossing_rank", "median"]]
+measured = measure.regime(model, train, held_out)
+measured.crossings.query("optimizer == 'adam' and split == 'heldout'")[["module", "crossing_rank", "median"]]
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from rora_theory.measure.tokens import choose_tokens
 
 @dataclass(frozen=True)
 class RegimeCell:
-    """The modules of one layer, which are measured together."""
+    """Modules of one layer, which are measured together."""
 
     layer: int
 
@@ -37,11 +37,12 @@ class RegimeCell:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A model's modules at two batches, see `record_modules`.
+    """Inputs and output gradients of a model's modules at two batches, see `record_modules`.
 
     Attributes:
-      train, held_out: inputs, and of the training batch output gradients too.
-      seen: which of the held-out tokens the training batch has with the same beginning.
+      train: Inputs and output gradients at the training batch.
+      held_out: Inputs at the held-out batch.
+      seen: Mask of the held-out tokens that repeat the beginning of a training record.
     """
 
     train: Recording
@@ -49,51 +50,60 @@ class Recorded:
     seen: Bool[np.ndarray, " tokens"]
 
     def measure(self, config: RegimeConfig, index: int, modules: Sequence[str]) -> LayerRegime:
-        """The modules of layer ``index``.
+        """Measure modules of one layer.
+
+        Args:
+          config: Settings of the measurement.
+          index: Index of the layer.
+          modules: Names of the modules.
 
         Raises:
-          InputError: no held-out token is left.
+          InputError: If no held-out token is left.
         """
-        found = LayerRegime([], [], [], [])
+        tables = LayerRegime([], [], [], [])
         for module in modules:
-            layer, tokens = self._layer(config, index, module)
-            stepped = drawn_steps.measured(config, layer) if config.rows else {}
+            # Gradient and sampled inputs of the module.
+            layer, token_rows = self._sample_layer(config, index, module)
+            # Adapters that are drawn and stepped, if requested, and the law.
+            stepped = drawn_steps.measure_adapters(config, layer) if config.rows else {}
             lora_A = partial(drawn_steps.takeover_rows, config, layer)
-            own: ModuleRegime = measure_module(config, layer, index, lora_A, stepped)
-            for table, rows in zip(found, (*own, tokens), strict=True):
+            module_regime: ModuleRegime = measure_module(config, layer, index, lora_A, stepped)
+            for table, rows in zip(tables, (*module_regime, token_rows), strict=True):
                 table += rows
-        return found
+        return tables
 
-    def _layer(self, config: RegimeConfig, index: int, module: str) -> tuple[Layer, list[dict[str, Any]]]:
+    def _sample_layer(self, config: RegimeConfig, index: int, module: str) -> tuple[Layer, list[dict[str, Any]]]:
+        """Return a module's gradient and inputs at sampled tokens, and the numbers of tokens as rows."""
         name = full_name(index, module)
-        inputs, tokens = {}, []
+        inputs, token_rows = {}, []
         for split, recording in (("train", self.train), ("heldout", self.held_out)):
-            every = recording.inputs[module][index]
-            found = choose_tokens(
-                np.linalg.norm(every.astype(np.float64), axis=1),
+            x = recording.inputs[module][index]
+            sample = choose_tokens(
+                np.linalg.norm(x.astype(np.float64), axis=1),
                 self.seen if config.mask and split == "heldout" else None,
                 count=config.tokens,
                 seed=config.seed,
                 name=name,
             )
-            inputs[split] = every[found.indices].astype(np.float32)
-            tokens.append({"layer": index, "module": name, "split": split} | found.counts)
-        return Layer(name, self.train.gradient(module, index), inputs), tokens
+            inputs[split] = x[sample.indices].astype(np.float32)
+            token_rows.append({"layer": index, "module": name, "split": split} | sample.counts)
+        return Layer(name, self.train.gradient(module, index), inputs), token_rows
 
 
 def record_modules(
     params: dict[str, Any], config: LlamaConfig, train: Batch, held_out: Batch, modules: Sequence[str]
 ) -> Recorded:
-    """Run both batches through a model.
+    """Run two batches through a model and record what its modules receive.
 
     Args:
-      params, config: the model.
-      train: the batch that gives the gradient.
-      held_out: what modules are read at besides.
-      modules: names of `rora_theory.llama.MODULES`.
+      params: Weights of the model.
+      config: Configuration of the model.
+      train: Batch that yields the gradient.
+      held_out: Batch of other records.
+      modules: Names from `rora_theory.llama.MODULES`.
 
     Raises:
-      InputError: an unknown module, or a loss that is not finite.
+      InputError: If a module is unknown or a loss is not finite.
     """
     return Recorded(
         record(params, config, train, modules),
@@ -105,20 +115,25 @@ def record_modules(
 def chosen_modules(
     config: LlamaConfig, target_modules: Sequence[str] | str = PAPER_TARGETS, layers: Sequence[int] | None = None
 ) -> dict[int, list[str]]:
-    """The modules of every layer that PEFT's ``target_modules`` name.
+    """Return the modules that PEFT's ``target_modules`` select, by layer.
+
+    Args:
+      config: Configuration of the model.
+      target_modules: Target modules in PEFT's format.
+      layers: Indices of the layers to include; None includes all.
 
     Raises:
-      InputError: as `rora_theory.adapters.targets.matched`.
+      InputError: If `rora_theory.adapters.targets.matched` refuses an argument.
     """
-    found: dict[int, list[str]] = {}
+    modules: dict[int, list[str]] = {}
     for name in matched(config, target_modules, layers):
-        found.setdefault(int(name.split(".")[2]), []).append(name.split(".", 3)[3])
-    return dict(sorted(found.items()))
+        modules.setdefault(int(name.split(".")[2]), []).append(name.split(".", 3)[3])
+    return dict(sorted(modules.items()))
 
 
 def kinds(modules: dict[int, list[str]]) -> list[str]:
-    """Names of the modules of any layer, in the order of `rora_theory.llama.MODULES`."""
-    return [module for module in MODULES if any(module in own for own in modules.values())]
+    """Return the distinct module names of all layers, in the order of `rora_theory.llama.MODULES`."""
+    return [module for module in MODULES if any(module in names for names in modules.values())]
 
 
 def regime(
@@ -130,24 +145,28 @@ def regime(
     target_modules: Sequence[str] | str = PAPER_TARGETS,
     layers: Sequence[int] | None = None,
 ) -> Regime:
-    """Measure every adapted module of a model.
+    """Measure the regime of every target module of a model.
 
-    Where the result is thin, a warning and the frames' ``attrs`` say so, see `thin`.
+    If the result rests on too few tokens or layers, a warning and the frames' ``attrs`` say so, see `thin`.
 
     Args:
-      model: of `rora_theory.llama.load`.
-      train: the batch that gives the gradient.
-      held_out: other records; of these the tokens that share nothing with ``train`` are read, unless the configuration
-        says otherwise.
-      config: what to measure; None is `RegimeConfig` as it stands.
-      target_modules, layers: which modules, as PEFT names them.
+      model: Model loaded by `rora_theory.llama.load`.
+      train: Batch that yields the gradient.
+      held_out: Batch of other records. Inputs are sampled at its tokens, without those that repeat the beginning of a
+        record of ``train`` unless ``config.mask`` is false.
+      config: Settings of the measurement; None is the default `RegimeConfig`.
+      target_modules: Target modules in PEFT's format.
+      layers: Indices of the layers to measure; None measures all.
+
+    Returns:
+      The measured regime.
 
     Raises:
-      InputError: a module or layer that the model does not have, a loss that is not finite, no held-out token left.
+      InputError: If a module or layer does not exist, a loss is not finite, or no held-out token is left.
     """
     modules = chosen_modules(model.config, target_modules, layers)
     recorded = record_modules(model.params, model.config, train, held_out, kinds(modules))
-    parts = [recorded.measure(config or RegimeConfig(), index, own) for index, own in modules.items()]
-    found = Regime.of(parts, recorded.train.loss, recorded.held_out.loss)
-    thin.warn(found.files().values(), thin.of_regime(found.crossings, model.config.num_hidden_layers))
-    return found
+    layer_regimes = [recorded.measure(config or RegimeConfig(), index, names) for index, names in modules.items()]
+    measured = Regime.of(layer_regimes, recorded.train.loss, recorded.held_out.loss)
+    thin.warn(measured.files().values(), thin.of_regime(measured.crossings, model.config.num_hidden_layers))
+    return measured

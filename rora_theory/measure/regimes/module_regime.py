@@ -1,10 +1,10 @@
-r"""Which regime a module is in, by rank, optimizer and init, and whether adapters really stepped agree with the law.
+r"""Regime of one module by rank, optimizer and initialisation: settings, computation and tables.
 
-From one layer's gradient and inputs (`layer_data.Layer`): signal, cross-talk and crossing rank r*, the predicted root
-mean square of the first change, that of adapters really drawn and stepped, and the distance at which A takes over
-under Adam. `rora_theory.measure.regime` goes through a model with it.
+From a module's gradient and inputs (`layer_data.Layer`) it computes signal, cross-talk and crossing rank r*, the
+predicted root mean square of the first change, and the distance at which A takes over under Adam. Adapters that are
+drawn and stepped test the prediction. `rora_theory.measure.regime` applies this to every module of a model.
 
-Results are tidy: a row one measured thing, floats with every digit.
+Results are tidy: a row for each figure, floats with all digits.
 """
 
 import itertools
@@ -41,13 +41,13 @@ from rora_theory.validation.ranges import Count, Natural, Positive, check_ranges
 from rora_theory.validation.rules import check_ranks, check_rules, name_of
 
 TAKEOVER_RANKS = (8, 32, 128)
-"""Ranks whose takeover distance is told."""
+"""Ranks at which the takeover distance is computed."""
 
 TAKEOVER_ROWS = 256
-"""Rows of A that a takeover distance rests on."""
+"""Number of rows of A from which takeover distances are estimated."""
 
-TURNS = tuple(round(100 * share) for share in horizon.TURNS)
-"""Per cent of the entries of G A^T that have turned their sign at the distances ``turn_5`` to ``turn_95``."""
+SIGN_FLIP_PERCENTS = tuple(round(100 * share) for share in horizon.TURNS)
+"""Percentages of the entries of G A^T that have changed sign at the distances ``turn_5`` to ``turn_95``."""
 
 ERRORS = {
     "signal": 1e-5,
@@ -56,48 +56,52 @@ ERRORS = {
     "linear_term": 1e-3,
     "takeover": 1e-4,
 }
-"""Largest relative difference of each figure from the exact one, without `RegimeConfig.exact`. The figures' own errors,
-from the tokens and the rows of A that are read, are far larger."""
+"""Largest relative error of each figure without `RegimeConfig.exact`.
+
+The sampling errors, from the tokens and the rows of A, are far larger.
+"""
 
 BLOCK_ROWS = 256
-"""Rows of A in one block."""
+"""Minimum number of rows of A in one block."""
 
-MOST_ROWS = 10**8
-"""Most rows of A for each module and init."""
+MAX_ROWS = 10**8
+"""Maximum number of rows of A sampled per module and initialisation."""
 
 
 @dataclass(frozen=True)
 class RegimeConfig:
-    """What to measure of every module, and how finely.
+    """Settings of the measurement of a module.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    """ranks to predict and to step"""
+    """Ranks to predict, and of the adapters to step"""
     rules: tuple[Rule, ...] = ("lora", "rora", 0.25)
-    """scaling rules to predict; adapters are stepped under the first, whose gamma is a factor of what is measured"""
+    """Scaling rules to predict; adapters are stepped under the first only, since gamma is a factor of the result"""
     optimizers: tuple[Optimizer, ...] = OPTIMIZERS
-    """sgd, adam"""
+    """Optimizers: sgd, adam"""
     inits: tuple[Init, ...] = ("kaiming_uniform", "gaussian")
-    """laws of lora_A: PEFT's default and its gaussian (deviation 1/r); also normal, rademacher"""
+    """Initialisations of lora_A: kaiming_uniform (PEFT's default), gaussian (PEFT's, with standard deviation 1/r),
+    normal or rademacher"""
     alpha: float = 16.0
-    """alpha of every rule"""
+    """Alpha under every rule"""
     lr: Positive = 3e-4
-    """learning rate of the step; the change is proportional to it"""
+    """Learning rate of the step; the change is proportional to it"""
     rows: Natural = 4096
-    """rows of lora_A drawn for each module and init, dealt out as rows / r adapters at every rank; 0 steps none"""
+    """Number of rows of lora_A to draw per module and initialisation, which make rows / r adapters of each rank r; 0
+    steps no adapters"""
     tokens: Count = 64
-    """tokens of each split at which modules are read, drawn among all of it that the mask leaves"""
+    """Number of tokens of each split at which to sample the inputs of a module, after masking"""
     mask: bool = True
-    """leave out held-out tokens that share their whole beginning with the training batch (template, first tokens), and
-    attention sinks: an input whose norm is above 10 times the median of the module's held-out inputs"""
+    """Leave out held-out tokens that repeat the beginning of a training record (template, first tokens), and attention
+    sinks, which are inputs with a norm above 10 times the median of the module's held-out inputs"""
     seed: int = 0
-    """of the records, the tokens and the adapters"""
+    """Seed of the records, the tokens and the adapters"""
     exact: bool = False
-    """compute in float64 with exact integrals, and add predicted sizes of steps and the distances at which signs turn;
-    implied where adapters are stepped"""
+    """Compute in float64 with exact integrals, and add the predicted sizes of steps and the distances at which signs
+    change; implied if adapters are stepped"""
 
     def __post_init__(self) -> None:
         check_ranks(self.ranks, fewest=1)
@@ -105,47 +109,50 @@ class RegimeConfig:
         for name, known in (("optimizers", OPTIMIZERS), ("inits", INITS)):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise InputError(f"{name} is {' '.join(map(str, values))!r}; accepted are one or more, each once")
-            wrong = [value for value in values if value not in known]
-            if wrong:
-                raise InputError(f"{name} has {wrong[0]!r}; accepted are {', '.join(known)}")
+                raise InputError(f"{name} must have one or more different values, got {' '.join(map(str, values))!r}")
+            unknown = [value for value in values if value not in known]
+            if unknown:
+                raise InputError(f"{name} has an unknown value {unknown[0]!r}; supported: {', '.join(known)}")
         for rule in self.rules:
             scaling_factor(rule, alpha=self.alpha, rank=max(self.ranks))
         check_ranges(self, str)
-        if self.rows > MOST_ROWS:
+        if self.rows > MAX_ROWS:
             raise InputError(
-                f"--rows is {self.rows}; accepted are at most {MOST_ROWS:,}: at rank 1 the rms is then known to 0.01% "
-                "of itself, and more would take days a module"
+                f"--rows must be at most {MAX_ROWS:,}, got {self.rows}. That many rows already give the rms at rank 1 "
+                "to 0.01%, and more would take days per module."
             )
         check_seed(self.seed)
-        least = 4 * max(self.ranks)
-        if self.rows and self.rows < least:
-            raise InputError(f"rows is {self.rows}; accepted are 0, or {least} or more: 4 adapters of the largest rank")
+        min_rows = 4 * max(self.ranks)
+        if self.rows and self.rows < min_rows:
+            raise InputError(
+                f"rows must be 0 or at least {min_rows} (four adapters of the largest rank), got {self.rows}"
+            )
 
     @property
     def is_exact(self) -> bool:
-        """Whether figures are exact: asked for, or needed to judge adapters that are stepped."""
+        """Whether figures are exact, as requested or because adapters are stepped and compared with them."""
         return self.exact or self.rows > 0
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Rows of A in a block (room for the largest rank), and the number of blocks."""
+        """Number of rows of A in a block, at least the largest rank, and number of blocks."""
         size = max(BLOCK_ROWS, max(self.ranks))
         return size, -(-self.rows // size)
 
     def scalings(self, rule: Rule) -> list[float]:
-        """Gamma of every rank."""
+        """Compute the scaling gamma of every rank under a rule."""
         return [scaling_factor(rule, alpha=self.alpha, rank=rank) for rank in self.ranks]
 
 
 class ModuleRegime(NamedTuple):
-    """One module's figures, as rows of tables.
+    """Figures of one module as rows of tables.
 
     Attributes:
-      crossings: a row a split, optimizer and init: signal, cross-talk, r* with its quartiles, the linear term.
-      results: a row a split, optimizer, init, rule and rank: predicted and, under the first rule, measured rms; none
-        unless exact.
-      takeover: a row a split, init and rank: the distance at which A leads under Adam.
+      crossings: Signal, cross-talk, r* with its quartiles, and the linear term; a row for each split, optimizer and
+        initialisation.
+      results: Predicted and, under the first rule, measured rms of the change; a row for each split, optimizer,
+        initialisation, rule and rank. Empty unless exact.
+      takeover: Takeover distance under Adam; a row for each split, initialisation and rank.
     """
 
     crossings: list[dict[str, Any]]
@@ -154,7 +161,7 @@ class ModuleRegime(NamedTuple):
 
 
 class LayerRegime(NamedTuple):
-    """Rows of `Regime`'s tables, of the modules of a layer."""
+    """Figures of the modules of one layer as rows of tables, see `Regime`."""
 
     crossings: list[dict[str, Any]]
     results: list[dict[str, Any]]
@@ -164,14 +171,17 @@ class LayerRegime(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Regime:
-    """What was found of a model, as tidy frames: columns as in `regime_tables`.
+    """Measured regime of a model as tidy frames, with the columns of `regime_tables`.
 
     Attributes:
-      crossings: signal, cross-talk, r* and its quartiles over tokens, by module, split, optimizer and init.
-      results: predicted and measured rms of the first change, by those and rule and rank.
-      takeover: the distance at which A leads under Adam, by module, split, init and rank.
-      tokens: by module and split how many tokens there are, were ``seen``, are ``sinks`` besides, and were ``read``.
-      training_loss, held_out_loss: of the base model, nats a token.
+      crossings: Signal, cross-talk, r* with its quartiles over tokens, and the linear term, by module, split, optimizer
+        and initialisation.
+      results: Predicted and measured rms of the first change, by module, split, optimizer, initialisation, rule and
+        rank.
+      takeover: Takeover distance under Adam by module, split, initialisation and rank.
+      tokens: Numbers of tokens by module and split: ``all``, ``seen``, other ``sinks``, and ``read``.
+      training_loss: Loss of the base model on the training batch, in nats per token.
+      held_out_loss: Loss of the base model on the held-out batch, in nats per token.
     """
 
     crossings: pd.DataFrame
@@ -182,49 +192,54 @@ class Regime:
     held_out_loss: float
 
     @classmethod
-    def of(cls, parts: Iterable[LayerRegime], training_loss: float, held_out_loss: float) -> "Regime":
-        """The frames of some layers' rows."""
+    def of(cls, layers: Iterable[LayerRegime], training_loss: float, held_out_loss: float) -> "Regime":
+        """Create a regime from the rows of layers."""
         columns = (CROSSING_COLUMNS, RESULT_COLUMNS, TAKEOVER_COLUMNS, TOKEN_COLUMNS)
-        found = [[row for part in table for row in part] for table in zip(*parts, strict=True)]
-        crossings, results, takeover, tokens = map(frames.of, found, columns)
+        tables = [[row for rows in table for row in rows] for table in zip(*layers, strict=True)]
+        crossings, results, takeover, tokens = map(frames.of, tables, columns)
         return cls(crossings, results, takeover, tokens, training_loss, held_out_loss)
 
     def sentence(self, optimizer: Optimizer = "adam", init: Init = "kaiming_uniform", split: Split = "heldout") -> str:
-        """Return a sentence with the rank above which the signal leads in each module's own first step.
+        """Return a sentence with the rank above which the signal term dominates a module's first step.
+
+        Args:
+          optimizer: Optimizer of the step.
+          init: Initialisation of A.
+          split: Split at which the change is measured.
 
         Raises:
-          InputError: nothing was measured of them.
+          InputError: If nothing was measured for these arguments.
         """
         rows = self.crossings_of(optimizer, init, split)
         pooled, token = rows["crossing_rank"].astype(float), rows["median"].astype(float).median()
-        read = {"train": "tokens that were trained on", "heldout": "held-out tokens"}[split]
+        tokens = {"train": "training tokens", "heldout": "held-out tokens"}[split]
         return (
-            f"In a module's own first step the signal leads above rank {pooled.median():.3g} ({WORDS[optimizer]}, "
-            f"{init}, {read}): the median of {len(rows)} modules' crossing ranks, which go from {pooled.min():.3g} to "
-            f"{pooled.max():.3g}; a typical token's is {token:.3g}. In the step of the whole model cross-talk averages "
-            "out over modules, which a coordinate check tests."
+            f"In the first step of a single module, the signal term dominates above rank {pooled.median():.3g} "
+            f"({WORDS[optimizer]}, {init}, {tokens}). This is the median over {len(rows)} modules; their crossing "
+            f"ranks range from {pooled.min():.3g} to {pooled.max():.3g}, and that of a typical token is {token:.3g}. "
+            "In the step of the whole model, cross-talk averages out over modules; a coordinate check tests this."
         )
 
     def crossings_of(self, optimizer: Optimizer, init: Init, split: Split) -> pd.DataFrame:
-        """The rows of `crossings` of one optimizer, law of A and split.
+        """Return the rows of `crossings` for one optimizer, initialisation and split.
 
         Raises:
-          InputError: nothing was measured of them.
+          InputError: If there are none.
         """
-        wanted = {"optimizer": optimizer, "init": init, "split": split}
-        rows = frames.where(self.crossings, wanted)
+        selection = {"optimizer": optimizer, "init": init, "split": split}
+        rows = frames.where(self.crossings, selection)
         if rows.empty:
-            said = ", ".join(f"{name} {value}" for name, value in wanted.items())
-            raise InputError(f"nothing was measured of {said}; accepted is what the RegimeConfig named")
+            described = ", ".join(f"{name} {value}" for name, value in selection.items())
+            raise InputError(f"nothing was measured for {described}. Add it to the RegimeConfig.")
         return rows
 
     @property
     def errors(self) -> dict[str, float]:
-        """Largest relative difference of each figure from the exact one; empty where the figures are exact."""
+        """Largest relative error of each figure; empty if the figures are exact."""
         return ERRORS if self.results.empty else {}
 
     def files(self) -> dict[str, pd.DataFrame]:
-        """The frames by the names of a run's files."""
+        """Return the frames by the names of a run's files."""
         return {CROSSINGS: self.crossings, "results.csv": self.results, TAKEOVER: self.takeover, TOKENS: self.tokens}
 
 
@@ -235,18 +250,19 @@ def measure_module(
     lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]],
     measured: Mapping[tuple, dict[str, Any]] | None = None,
 ) -> ModuleRegime:
-    """Crossing ranks, predictions, stepped adapters and takeover distances of one module of layer ``index``.
+    """Compute crossing ranks, predictions and takeover distances of one module.
 
     Args:
-      config: what to measure.
-      layer: the module's gradient and inputs.
-      index: of its layer.
-      lora_A: `TAKEOVER_ROWS` rows of A, drawn by a law at that rank, on which the takeover distances rest.
-      measured: of `drawn_steps.measured`, where adapters were stepped.
+      config: Settings of the measurement.
+      layer: Gradient and inputs of the module.
+      index: Index of the module's layer.
+      lora_A: Function that draws `TAKEOVER_ROWS` rows of A by an initialisation at that rank.
+      measured: Results of `drawn_steps.measure_adapters`, if adapters were stepped.
     """
     x = np.concatenate([layer.inputs[split] for split in SPLITS])
     crossings: list[dict[str, Any]] = []
     predicted: dict[tuple, float] = {}
+    # Terms of the law, from shared float32 products or exactly; they give the crossing rank of each split.
     fast = None if config.is_exact else terms.FastTerms(layer.grad, x)
     for init in config.inits:
         for optimizer in config.optimizers:
@@ -255,18 +271,20 @@ def measure_module(
             else:
                 law = terms.terms(layer.grad, x, optimizer=optimizer, init=init)
                 predicted |= predict(config, layer, law)
-            crossings += [_crossing(law, layer, index, split) for split in SPLITS]
+            crossings += [_crossing_row(law, layer, index, split) for split in SPLITS]
+    # Predicted rms, with the measured rms where adapters were stepped.
     measured = measured or {}
     results = []
-    for row in _cells(config, index, layer.name) if config.is_exact else ():
+    for row in _result_keys(config, index, layer.name) if config.is_exact else ():
         key = tuple(row[name] for name in ("init", "optimizer", "rule", "rank", "split"))
         results.append(row | {"predicted": predicted[key]} | measured.get(key, {}))
-    led = takeover(config, layer, index, lora_A) if "adam" in config.optimizers else []
-    return ModuleRegime(crossings, results, led)
+    # Takeover distances, which exist under Adam only.
+    takeover_rows = takeover(config, layer, index, lora_A) if "adam" in config.optimizers else []
+    return ModuleRegime(crossings, results, takeover_rows)
 
 
-def _cells(config: RegimeConfig, index: int, module: str) -> Iterator[dict[str, Any]]:
-    """A module's rows without figures."""
+def _result_keys(config: RegimeConfig, index: int, module: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a module's results without the figures."""
     for init in config.inits:
         for optimizer in config.optimizers:
             for rule in config.rules:
@@ -286,14 +304,14 @@ def _cells(config: RegimeConfig, index: int, module: str) -> Iterator[dict[str, 
                         }
 
 
-def _places(layer: Layer) -> dict[str, slice]:
-    """Where each split's tokens are in all of them."""
+def _token_slices(layer: Layer) -> dict[str, slice]:
+    """Return the slice of each split's tokens in the concatenation of all splits."""
     edges = np.cumsum([0, *(len(layer.inputs[split]) for split in SPLITS)]).tolist()
     return {split: slice(*pair) for split, pair in zip(SPLITS, itertools.pairwise(edges), strict=True)}
 
 
-def _crossing(law: terms.Terms, layer: Layer, index: int, split: str) -> dict[str, Any]:
-    found = law.crossing(_places(layer)[split])
+def _crossing_row(law: terms.Terms, layer: Layer, index: int, split: str) -> dict[str, Any]:
+    crossing = law.crossing(_token_slices(layer)[split])
     p_out, p_in = layer.grad.shape
     return {
         "layer": index,
@@ -304,67 +322,75 @@ def _crossing(law: terms.Terms, layer: Layer, index: int, split: str) -> dict[st
         "tokens": len(layer.inputs[split]),
         "optimizer": law.optimizer,
         "init": law.init,
-        "signal": found.signal,
-        "cross_talk": found.cross_talk,
-        "crossing_rank": found.rank,
-        "lower_quartile": found.quartiles[0],
-        "median": found.quartiles[1],
-        "upper_quartile": found.quartiles[2],
-        "linear_term": found.linear_term,
+        "signal": crossing.signal,
+        "cross_talk": crossing.cross_talk,
+        "crossing_rank": crossing.rank,
+        "lower_quartile": crossing.quartiles[0],
+        "median": crossing.quartiles[1],
+        "upper_quartile": crossing.quartiles[2],
+        "linear_term": crossing.linear_term,
     }
 
 
 def predict(config: RegimeConfig, layer: Layer, law: terms.Terms) -> dict[tuple, float]:
-    """The law's rms by init, optimizer, rule, rank and split.
+    """Predict the rms of the first change by the law.
 
-    Under the first rule, which is stepped, with Adam's epsilon; under the others in the sign limit, where the rms of
-    another gamma is a power of it away.
+    Adam's epsilon is included under the first rule only, under which adapters are stepped. Without it the rms is a
+    power of gamma, which saves an integral for each rank.
+
+    Returns:
+      The rms by initialisation, optimizer, rule, rank and split.
     """
-    found = {}
+    predicted = {}
     for position, rule in enumerate(config.rules):
-        exact = law.rms(
+        rms = law.rms(
             config.ranks,
             config.scalings(rule),
             learning_rate=config.lr,
             epsilon=EPSILON if position == 0 else 0.0,
         )
-        for rank, row in zip(config.ranks, exact, strict=True):
-            for split, place in _places(layer).items():
-                found[law.init, law.optimizer, name_of(rule), rank, split] = math.sqrt(float(np.mean(row[place] ** 2)))
-    return found
+        for rank, by_token in zip(config.ranks, rms, strict=True):
+            for split, tokens in _token_slices(layer).items():
+                key = (law.init, law.optimizer, name_of(rule), rank, split)
+                predicted[key] = math.sqrt(float(np.mean(by_token[tokens] ** 2)))
+    return predicted
 
 
 def takeover(
     config: RegimeConfig, layer: Layer, index: int, lora_A: Callable[[Init], Float[np.ndarray, "rows p_in"]]
 ) -> list[dict[str, Any]]:
-    """The distance that A's entries move under Adam until A leads, of `horizon.row_terms`, by split, init and rank.
+    """Compute the distance that A's entries move under Adam until A's part of the change leads.
 
-    Over the learning rate it is t_A, a number of steps. ``turn_5`` to ``turn_95`` are the distances at which so many
-    per cent of the entries of G A^T have turned their sign: far beyond the first the law is only approximate. They are
-    left out unless exact.
+    Divided by the learning rate, it is the number of steps t_A (see `horizon.row_terms`). If exact, rows also have the
+    distances ``turn_5`` to ``turn_95`` at which that percentage of the entries of G A^T has changed sign. The law is
+    only approximate far beyond the first of them.
+
+    Returns:
+      A row for each split, initialisation and rank.
     """
-    found = []
+    results = []
     for init in config.inits:
-        shared = horizon.row_signs(layer.grad, lora_A(init), exact=config.is_exact)
-        drawn = inits.entries(init, rank=TAKEOVER_ROWS, p_in=_p_in(layer)).deviation
+        # Signs of G A^T, which all splits and ranks share.
+        signs = horizon.row_signs(layer.grad, lora_A(init), exact=config.is_exact)
+        deviation = inits.entries(init, rank=TAKEOVER_ROWS, p_in=_p_in(layer)).deviation
         for split in SPLITS:
-            rows = shared.terms(layer.inputs[split])
-            turns = dict(zip(TURNS, rows.turn, strict=True)) if config.is_exact else {}
+            law = signs.terms(layer.inputs[split])
+            flips = dict(zip(SIGN_FLIP_PERCENTS, law.turn, strict=True)) if config.is_exact else {}
             for rank in TAKEOVER_RANKS:
-                # Signs don't know A's deviation: where it depends on the rank, every distance is proportional to it.
-                relative = inits.entries(init, rank=rank, p_in=_p_in(layer)).deviation / drawn
-                found.append(
+                # Signs do not depend on A's standard deviation, but every distance is proportional to it.
+                relative = inits.entries(init, rank=rank, p_in=_p_in(layer)).deviation / deviation
+                results.append(
                     {
                         "layer": index,
                         "module": layer.name,
                         "split": split,
                         "init": init,
                         "rank": rank,
-                        "takeover": relative * rows.takeover(rank),
-                        **{f"turn_{n}": relative * turn for n, turn in turns.items()},
+                        "takeover": relative * law.takeover(rank),
+                        **{f"turn_{percent}": relative * distance for percent, distance in flips.items()},
                     }
                 )
-    return found
+    return results
 
 
 def _p_in(layer: Layer) -> int:

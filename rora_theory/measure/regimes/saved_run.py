@@ -1,5 +1,6 @@
-"""A run of ``sims.regime`` that is read for advice: the linear term of every module, and what the run leaves open."""
+"""Reader of a run of ``sims.regime`` for advice: linear terms by module, and what was not measured."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,13 @@ from rora_theory.runs.reading import check_manifest
 
 @dataclass(frozen=True)
 class RegimeRun:
-    """What a run says of one optimizer, law of A and split, see `read_regime_run`.
+    """Results of a run for one optimizer, initialisation and split, see `read_regime_run`.
 
     Attributes:
-      folder: of the run.
-      linear_terms: by the modules' full names.
-      manifest: the run's.
-      few_tokens: `thin.of_tokens`.
+      folder: Folder of the run.
+      linear_terms: Linear terms by full module name.
+      manifest: Manifest of the run.
+      few_tokens: Warnings of `thin.token_warnings`.
     """
 
     folder: Path
@@ -36,91 +37,104 @@ class RegimeRun:
     few_tokens: tuple[str, ...] = ()
 
     @property
-    def kinds(self) -> list[str]:
-        """Types of module (``q_proj``, ...)."""
-        return _kinds(self.linear_terms)
+    def module_types(self) -> list[str]:
+        """Types of the measured modules (``q_proj``, ...)."""
+        return _module_types(self.linear_terms)
 
     def terms_of(self, targets: str | list[str] | None) -> dict[str, float]:
-        """The linear terms of the modules that a list of ``target_modules`` names; all of them for None or a word.
+        """Return the linear terms of the modules that a list of ``target_modules`` selects.
+
+        Args:
+          targets: Names of modules. None or a string such as ``"all-linear"`` selects all measured modules.
 
         Raises:
-          InputError: a target that was not measured.
+          InputError: If a target was not measured.
         """
         if not isinstance(targets, list):
             return dict(self.linear_terms)
-        kept = {name: c for name, c in self.linear_terms.items() if any(_ends_with(name, one) for one in targets)}
+        terms = {
+            name: term for name, term in self.linear_terms.items() if any(_matches(name, target) for target in targets)
+        }
         for target in targets:
-            if not any(_ends_with(name, target) for name in kept):
+            if not any(_matches(name, target) for name in terms):
                 raise InputError(
-                    f"--targets has {target}, which {self.folder} did not measure; accepted are {' '.join(self.kinds)}"
+                    f"--targets has {target}, which {self.folder} did not measure; "
+                    f"measured: {' '.join(self.module_types)}"
                 )
-        return kept
+        return terms
 
     def gaps(self, targets: str | list[str] | None) -> str:
-        """What the run did not measure of the targets, or measured badly; empty where it measured all well."""
+        """Describe which of the targets the run did not measure, or measured with a large error.
+
+        Returns:
+          Sentences, or an empty string if all targets were measured well.
+        """
         terms, settings = self.terms_of(targets), self.manifest.get("config", {})
         layers = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in terms if ".layers." in name})
-        of_all = self.manifest.get("model_layers")
+        model_layers = self.manifest.get("model_layers")
         missing = []
-        if of_all is not None and len(layers) < of_all:
-            missing.append(f"it has {len(layers)} of the model's {of_all} layers ({' '.join(map(str, layers))})")
-        elif of_all is None and settings.get("layers") is not None:
-            missing.append(f"it was made for layers {' '.join(map(str, layers))} alone")
+        if model_layers is not None and len(layers) < model_layers:
+            missing.append(f"it has {len(layers)} of the model's {model_layers} layers ({' '.join(map(str, layers))})")
+        elif model_layers is None and settings.get("layers") is not None:
+            missing.append(f"it has layers {' '.join(map(str, layers))} only")
         if self.manifest.get("status") != "complete":
-            missing.append("it has not ended")
+            missing.append("the run is not complete")
         if targets == ALL_LINEAR and settings.get("targets") != [ALL_LINEAR]:
-            missing.append(f"{ALL_LINEAR} adapts more than the modules that it has ({' '.join(_kinds(terms))})")
-        said = list(self.few_tokens)
+            missing.append(f"{ALL_LINEAR} adapts more modules than it has ({' '.join(_module_types(terms))})")
+        sentences = list(self.few_tokens)
         if missing:
-            said.append(
-                f"This regime is thin: {', and '.join(missing)}. What it has not measured gets the mean of what it "
-                "has; nothing here says how far that is off."
+            sentences.append(
+                f"This regime is thin: {', and '.join(missing)}. Modules that were not measured get the mean of those "
+                "that were; the error of this estimate is unknown."
             )
-        return " ".join(said)
+        return " ".join(sentences)
 
 
 def read_regime_run(folder: Path, *, optimizer: OptimizerName, init: Init, split: Split) -> RegimeRun:
-    """The linear terms of a run.
+    """Read the linear terms of a run.
 
     Args:
-      folder: of the run.
-      optimizer, init: whose first step, from which A.
-      split: tokens at which the stepped model is read.
+      folder: Folder of the run.
+      optimizer: Optimizer of the first step.
+      init: Initialisation of A.
+      split: Split at which the change is measured.
 
     Raises:
-      InputError: no such run, one that was changed, or one that did not measure this optimizer and init.
+      InputError: If there is no such run, it was modified, or it did not measure this optimizer and initialisation.
     """
+    # Check the files before reading them.
     path = folder / CROSSINGS
     if not path.is_file():
         raise InputError(
-            f"{folder}: has no {CROSSINGS}; accepted are {', '.join(REGIMES)} or a run folder of sims.regime"
+            f"{folder} has no {CROSSINGS}. Use a run folder of sims.regime, or one of {', '.join(REGIMES)}."
         )
     problem = seals.problem(folder)
     if problem is not None:
-        raise InputError(f"{problem}; accepted is the run as sims.regime wrote it")
-    wanted = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
-    rows = frames.where(frames.read_csv(path, CROSSING_COLUMNS), wanted)
-    found = {}
-    for index, module, term in rows[["module", "linear_term"]].itertuples():
+        raise InputError(f"{problem}. Use the run as sims.regime wrote it.")
+    # Linear terms of the rows that were asked for.
+    selection = {"optimizer": FAMILY[optimizer], "init": init, "split": split}
+    rows = frames.where(frames.read_csv(path, CROSSING_COLUMNS), selection)
+    terms = {}
+    for index, module, text in rows[["module", "linear_term"]].itertuples():
         try:
-            found[module] = float(term)
+            terms[module] = float(text)
         except ValueError:
-            found[module] = float("nan")
-        if found[module] != found[module]:
-            raise InputError(f"{path}: line {index + 2} has linear_term {term!r}; accepted is a number")
-    if not found:
-        said = ", ".join(f"{name} {value}" for name, value in wanted.items())
-        raise InputError(f"{path}: has no row of {said}; accepted is a run that measured them")
+            terms[module] = float("nan")
+        if math.isnan(terms[module]):
+            raise InputError(f"{path}: line {index + 2}: linear_term must be a number, got {text!r}")
+    if not terms:
+        described = ", ".join(f"{name} {value}" for name, value in selection.items())
+        raise InputError(f"{path} has no row for {described}. Use a run that measured them.")
     manifest = read_json(folder / "manifest.json", accepted="the manifest of a run of sims.regime")
     check_manifest(folder / "manifest.json", manifest)
-    few_tokens = tuple(thin.of_tokens(rows))
-    return RegimeRun(folder, found, manifest, few_tokens)
+    few_tokens = tuple(thin.token_warnings(rows))
+    return RegimeRun(folder, terms, manifest, few_tokens)
 
 
-def _kinds(names: Iterable[str]) -> list[str]:
+def _module_types(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def _ends_with(name: str, target: str) -> bool:
-    """As PEFT matches a name in a list."""
+def _matches(name: str, target: str) -> bool:
+    """Return whether PEFT matches a module name with an entry of a list of targets."""
     return name == target or name.endswith(f".{target}")

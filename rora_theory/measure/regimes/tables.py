@@ -1,6 +1,6 @@
-"""Tables of a model's regime: their files and columns, whether the law holds in them, and what they say by depth.
+"""Tables of a model's regime: files, columns, the verdict on the law, and summaries by depth.
 
-Columns are those of `module_regime`'s rows: a row one measured thing, floats with every digit. Nothing here needs JAX.
+The columns are those of `module_regime`'s rows, with all digits. This module does not need JAX.
 """
 
 import math
@@ -18,7 +18,7 @@ from rora_theory.advice.transfer import transfer
 from rora_theory.errors import InputError
 from rora_theory.inits import Init
 from rora_theory.measure.layers.layer_data import SPLITS
-from rora_theory.measure.tokens import SINK
+from rora_theory.measure.tokens import SINK_RATIO
 from rora_theory.optimizers import EPSILON
 from rora_theory.theory.laws import Optimizer
 from rora_theory.validation.ranges import Positive, check_ranges
@@ -28,7 +28,7 @@ CROSSINGS, TAKEOVER, TOKENS, JUDGE, VERDICT, CROSSING_SUMMARY, TAKEOVER_SUMMARY 
     "crossing_ranks.csv", "takeover.csv", "tokens.csv", "judge.csv", "verdict.json", "crossing_summary.csv",
     "takeover_summary.csv",
 )  # fmt: skip
-"""Files of a run of ``sims.regime`` beside `results.csv`."""
+"""Files of a run of ``sims.regime`` in addition to ``results.csv``."""
 
 CROSSING_COLUMNS = (
     "layer", "module", "p_in", "p_out", "split", "tokens", "optimizer", "init", "signal", "cross_talk", "crossing_rank",
@@ -46,87 +46,97 @@ JUDGE_COLUMNS = (
     "optimizer", "init", "split", "rank", "modules", "mean_ratio", "standard_error", "largest_deviation", "largest_t",
 )  # fmt: skip
 UNITS = {
-    "predicted": "root mean square over adapters, tokens and outputs of w = gamma B A x' after the first step: the law",
-    "measured": "the same of adapters drawn and stepped; its standard error is over adapters",
-    "signal": "mean over tokens of |G x'|^2; Adam: rows of G normalised",
-    "cross_talk": "mean over tokens of |G|_F^2 |x'|^2; Adam: rows of G normalised",
-    "crossing_rank": "rank where signal and cross-talk, summed over tokens, are equal; quartiles over tokens",
-    "linear_term": "c: the mean square of w is proportional to r^2 + c r at fixed gamma and deviation of A",
+    "predicted": "root mean square over adapters, tokens and outputs of w = gamma B A x' after the first step, by the "
+    "law",
+    "measured": "the same from adapters that were drawn and stepped; the standard error is over adapters",
+    "signal": "mean over tokens of |G x'|^2; Adam: with the rows of G normalised",
+    "cross_talk": "mean over tokens of |G|_F^2 |x'|^2; Adam: with the rows of G normalised",
+    "crossing_rank": "rank at which signal and cross-talk, summed over tokens, are equal; quartiles over tokens",
+    "linear_term": "c: the mean square of w is proportional to r^2 + c r at fixed gamma and standard deviation of A",
     "epsilon": EPSILON,
-    "takeover": "distance that A's entries move, at a constant gradient under Adam, until A leads: steps times rate",
-    "turn_5 to turn_95": "distance at which so many per cent of the entries of G A^T have turned their sign",
-    "seen": "held-out tokens up to which the record begins as one of the training batch does: not read",
-    "sinks": f"others whose input's norm is above {SINK:g} times the median of the split's: not read",
+    "takeover": "distance (steps times learning rate) that A's entries move, at a constant gradient under Adam, until "
+    "A leads",
+    "turn_5 to turn_95": "distance at which this percentage of the entries of G A^T has changed sign",
+    "seen": "held-out tokens that repeat the beginning of a training record; left out",
+    "sinks": f"other tokens with an input norm above {SINK_RATIO:g} times the split's median; left out",
 }
 
 
 def flat_kappa_between(optimizer: Optimizer, init: Init, linear_term: float, *, low: int = 8, high: int = 128) -> float:
-    """The kappa of ``gamma = alpha / r**kappa`` whose first step is as large at rank ``high`` as at ``low``.
+    """Compute the kappa of ``gamma = alpha / r**kappa`` at which the first step has the same size at two ranks.
 
     Args:
-      optimizer, init: whose step, from which A.
-      linear_term: c, a column of the crossing ranks.
-      low, high: ranks.
+      optimizer: Optimizer of the step.
+      init: Initialisation of A.
+      linear_term: Linear term c, a column of the crossing ranks.
+      low: Lower rank.
+      high: Higher rank.
     """
-    carried = transfer(Setting(low, 1.0, 1.0, 0.0, optimizer, init), high, {"module": linear_term})
-    return -math.log(carried.alpha) / math.log(high / low)
+    advice = transfer(Setting(low, 1.0, 1.0, 0.0, optimizer, init), high, {"module": linear_term})
+    return -math.log(advice.alpha) / math.log(high / low)
 
 
 RESOLUTION = 0.5
-"""Relative width of an error bar above which a figure outside the tolerance can't tell: it would pass at half of what
-is predicted."""
+"""Relative width of an error bar above which a figure outside the tolerance is undecided.
+
+With such an error bar, half the predicted value would pass.
+"""
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """When a law fails.
+    """Criteria for the verdict on a law.
 
     Raises:
-      InputError: a value out of range.
+      InputError: If a value is out of range.
     """
 
     tolerance: Positive = 0.02
-    """measured may differ from predicted by this much, or by its error bar where that is larger"""
+    """Relative difference of measured and predicted values that is allowed even if the error bar is smaller"""
     false_alarm: float = 0.01
-    """probability that a true law fails somewhere: it sets the error bars' width"""
+    """Probability that a true law fails in any comparison, which sets the width of the error bars"""
 
     def __post_init__(self) -> None:
         check_ranges(self, str)
         if not 0 < self.false_alarm < 1:
-            raise InputError(f"false_alarm is {self.false_alarm}; accepted is a number between 0 and 1")
+            raise InputError(f"false_alarm must be between 0 and 1, got {self.false_alarm}")
 
 
 def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> dict[str, Any] | None:
-    """Whether every measured rms lies within its error bar or the tolerance of the predicted one; None: none tried.
+    """Judge whether every measured rms agrees with the predicted one.
 
-    One outside both, or that is no finite number, fails. One within an error bar that is wider than `RESOLUTION`, but
-    outside the tolerance, is undecided. The verdict is ``fails`` where one fails, else ``undecided`` where one is, else
-    ``holds``.
+    A value agrees if it lies within its error bar or within the tolerance. It fails if it lies outside both or is not
+    finite. It is undecided if it lies within an error bar wider than `RESOLUTION` but outside the tolerance. The
+    verdict is ``fails`` if any value fails, otherwise ``undecided`` if any is undecided, otherwise ``holds``.
 
-    The error bar is Student's for the number of adapters, two-sided, at false_alarm divided by the number of
-    comparisons (Bonferroni): with true laws, and no tolerance, one or more would fail with that probability.
+    The error bar is a two-sided Student interval for the number of adapters, at false_alarm divided by the number of
+    comparisons (Bonferroni). If the laws are true and the tolerance is 0, one or more values fail with probability
+    false_alarm.
 
     Args:
-      results: of `RESULT_COLUMNS`, of any modules.
-      config: how much may differ; None is `JudgeConfig` as it stands.
+      results: Frame with the columns `RESULT_COLUMNS`.
+      config: Criteria; None is the default `JudgeConfig`.
 
     Returns:
-      the verdict, how many figures it is of, are ``outside``, ``undecided`` and ``not_finite``, and how far those that
-      are finite lie apart: None where none is.
+      The verdict, the numbers of ``comparisons`` and of values ``outside``, ``undecided`` and ``not_finite``, and the
+      largest differences of the finite values. None if no adapters were stepped.
     """
     config = config or JudgeConfig()
     false_alarm, tolerance = config.false_alarm, config.tolerance
-    tried = _tried(results)
+    tried = _rows_with_adapters(results)
     if tried.empty:
         return None
+    # Half-width of the error bar in standard errors, by number of adapters.
     adapters = tried["adapters"].astype(int)
     bars = {count: -float(special.stdtrit(count - 1, false_alarm / len(tried) / 2)) for count in sorted(set(adapters))}
+    # Relative differences, with the larger of error bar and tolerance.
     gaps = np.abs((tried["measured"] / tried["predicted"] - 1).to_numpy(float))
     errors = (tried["standard_error"] / tried["predicted"]).to_numpy(float)
     widths = errors * adapters.map(bars).to_numpy(float)
     allowed = np.maximum(tolerance, widths)
+    # A single adapter has an error bar of NaN, so that the second comparison is false and the value fails.
     finite = np.isfinite(gaps) & np.isfinite(errors)
-    outside = ~finite | ~(gaps <= allowed)  # a bar that is no number, of one adapter alone, allows nothing
+    outside = ~finite | ~(gaps <= allowed)
     undecided = ~outside & (gaps > tolerance) & (widths > RESOLUTION)
     judged: dict[str, Any] = {
         "verdict": "fails" if outside.any() else "undecided" if undecided.any() else "holds",
@@ -139,31 +149,32 @@ def judge_regime(results: pd.DataFrame, config: JudgeConfig | None = None) -> di
         "error_bars_in_standard_errors": {str(count): bar for count, bar in bars.items()},
         "within_tolerance": float(np.mean(gaps <= tolerance)),
     }
+    # Largest differences, over the finite values.
     tried, gaps, errors, allowed = tried[finite], gaps[finite], errors[finite], allowed[finite]
     if tried.empty:
-        return judged | dict.fromkeys(_APART)
+        return judged | dict.fromkeys(_DIFFERENCE_KEYS)
     t = gaps / errors
     names = ["module", "split", "optimizer", "init", "rank", "predicted", "measured", "standard_error"]
-    apart = (np.max(gaps), np.max(t), np.sqrt(np.mean(t**2)), np.median(errors))
+    differences = (np.max(gaps), np.max(t), np.sqrt(np.mean(t**2)), np.median(errors))
     worst = tried.iloc[[int(np.argmax(gaps / allowed))]][names].to_dict("records")[0]
-    return judged | dict(zip(_APART, (*map(float, apart), worst), strict=True))
+    return judged | dict(zip(_DIFFERENCE_KEYS, (*map(float, differences), worst), strict=True))
 
 
-_APART = ("largest_deviation", "largest_t", "rms_t", "median_relative_standard_error", "nearest_to_failing")
-"""What `judge_regime` says of the figures that are finite."""
+_DIFFERENCE_KEYS = ("largest_deviation", "largest_t", "rms_t", "median_relative_standard_error", "nearest_to_failing")
+"""Keys of `judge_regime` that describe the finite values."""
 
 
 def in_words(verdict: Mapping[str, Any]) -> str:
-    """What `judge_regime` found, in a sentence."""
+    """Return a sentence that describes a verdict of `judge_regime`."""
     text = (
         f"verdict: {verdict['verdict']}. {verdict['comparisons'] - verdict['outside']} of {verdict['comparisons']} "
-        f"figures within {verdict['tolerance']:.0%} or their error bar (false alarm {verdict['false_alarm']:g} over "
-        f"all)"
+        f"figures agree within {verdict['tolerance']:.0%} or their error bar (total false alarm probability "
+        f"{verdict['false_alarm']:g})"
     )
-    if undecided := verdict.get("undecided"):  # earlier runs have none
-        text += f", {undecided} of them in an error bar wider than {RESOLUTION:.0%}, which decides nothing"
+    if undecided := verdict.get("undecided"):  # runs of earlier versions have no such key
+        text += f", {undecided} of them within an error bar wider than {RESOLUTION:.0%}, which decides nothing"
     if not_finite := verdict.get("not_finite"):
-        text += f"; {not_finite} measured no finite number"
+        text += f"; {not_finite} not finite"
     text += f"; {verdict['within_tolerance']:.1%} within {verdict['tolerance']:.0%}"
     if verdict["largest_deviation"] is not None:
         text += f"; largest deviation {verdict['largest_deviation']:.1%}, largest |t| {verdict['largest_t']:.2f}"
@@ -172,70 +183,74 @@ def in_words(verdict: Mapping[str, Any]) -> str:
 
 
 def measured_over_predicted(results: pd.DataFrame) -> pd.DataFrame:
-    """Measured over predicted by optimizer, init, split and rank: means over modules, whose draws are independent.
+    """Average the ratio of measured to predicted rms over modules, by optimizer, initialisation, split and rank.
 
-    Columns are `JUDGE_COLUMNS`.
+    The draws of different modules are independent. The columns are `JUDGE_COLUMNS`.
     """
-    found = []
+    rows = []
     keys = ["optimizer", "init", "split", "rank"]
-    for key, own in _tried(results).groupby(keys, sort=False):
-        # Mean squares, which are unbiased; their root halves the deviation.
-        squares = ((own["measured"] / own["predicted"]) ** 2).to_numpy(float)
-        spread = (own["standard_error"] / own["predicted"]).to_numpy(float)
+    for key, group in _rows_with_adapters(results).groupby(keys, sort=False):
+        # Average mean squares, which are unbiased, and take the root of the mean.
+        squares = ((group["measured"] / group["predicted"]) ** 2).to_numpy(float)
+        spread = (group["standard_error"] / group["predicted"]).to_numpy(float)
         ratios, mean = np.sqrt(squares), math.sqrt(float(np.mean(squares)))
-        found.append(
+        rows.append(
             dict(zip(keys, key, strict=True))
             | {
-                "modules": len(own),
+                "modules": len(group),
                 "mean_ratio": mean,
-                "standard_error": float(np.sqrt(np.sum((spread * ratios) ** 2))) / len(own) / mean,
+                "standard_error": float(np.sqrt(np.sum((spread * ratios) ** 2))) / len(group) / mean,
                 "largest_deviation": float(np.max(np.abs(ratios - 1))),
                 "largest_t": float(np.max(np.abs((ratios - 1) / spread))),
             }
         )
-    return pd.DataFrame(found, columns=list(JUDGE_COLUMNS)).sort_values(
-        keys, key=_in_order, kind="stable", ignore_index=True
+    return pd.DataFrame(rows, columns=list(JUDGE_COLUMNS)).sort_values(
+        keys, key=_appearance_order, kind="stable", ignore_index=True
     )
 
 
 def crossings_by_depth(
     crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: Optimizer, init: Init, *, low: int = 8, high: int = 128
 ) -> pd.DataFrame:
-    """Crossing ranks by type of module, third of the layers and split: medians over the layers of that third.
+    """Summarise crossing ranks by type of module, third of the layers and split.
 
-    Columns are ``kind``, ``layers``, ``split``, those medians by the names of `CROSSING_COLUMNS`, over the layers the
-    ``lowest_kappa`` and the ``highest_kappa`` (`flat_kappa_between`), and of the held-out tokens how many there are
-    (``all``), were ``seen``, and the least and most that are sinks besides; missing where ``tokens`` is empty.
+    Returns:
+      A frame with the columns ``kind``, ``layers`` and ``split``; the medians over layers of crossing rank and
+      quartiles; the ``lowest_kappa`` and ``highest_kappa`` over layers (`flat_kappa_between`); and the numbers of
+      held-out tokens: ``all``, ``seen``, ``fewest_sinks`` and ``most_sinks``. The numbers are missing if ``tokens`` is
+      empty.
     """
-    found = []
+    rows = []
     names = ["crossing_rank", "lower_quartile", "median", "upper_quartile"]
-    own = crossings[(crossings["optimizer"] == optimizer) & (crossings["init"] == init)]
-    for kind, layers, parts in by_depth(own):
-        left_out = tokens[tokens["module"].isin(set(parts["module"])) & (tokens["split"] == "heldout")]
+    selected = crossings[(crossings["optimizer"] == optimizer) & (crossings["init"] == init)]
+    for kind, layers, group in by_depth(selected):
+        # Numbers of held-out tokens: sinks differ between modules, the others do not.
+        left_out = tokens[tokens["module"].isin(set(group["module"])) & (tokens["split"] == "heldout")]
         counts = {} if left_out.empty else left_out[["all", "seen"]].iloc[0].to_dict()
         counts |= {"fewest_sinks": left_out["sinks"].min(), "most_sinks": left_out["sinks"].max()} if counts else {}
         for split in SPLITS:
-            part = parts[parts["split"] == split]
-            kappas = [flat_kappa_between(optimizer, init, c, low=low, high=high) for c in part["linear_term"]]
-            row = {"kind": kind, "layers": layers, "split": split} | part[names].median().to_dict()
-            found.append(row | {"lowest_kappa": min(kappas), "highest_kappa": max(kappas)} | counts)
-    return pd.DataFrame(found)
+            split_rows = group[group["split"] == split]
+            kappas = [flat_kappa_between(optimizer, init, c, low=low, high=high) for c in split_rows["linear_term"]]
+            row = {"kind": kind, "layers": layers, "split": split} | split_rows[names].median().to_dict()
+            rows.append(row | {"lowest_kappa": min(kappas), "highest_kappa": max(kappas)} | counts)
+    return pd.DataFrame(rows)
 
 
 def takeover_by_depth(takeover: pd.DataFrame, init: Init) -> pd.DataFrame:
-    """Takeover distances by type of module, third of the layers, split and rank.
+    """Summarise takeover distances by type of module, third of the layers, split and rank.
 
-    Columns are ``kind``, ``layers``, ``split``, ``rank``, over the layers of that third the ``median``, ``smallest``
-    and ``largest`` takeover, and the median ``turn_5`` of all its splits and ranks.
+    Returns:
+      A frame with the columns ``kind``, ``layers``, ``split`` and ``rank``; the ``median``, ``smallest`` and
+      ``largest`` takeover distance over layers; and the median ``turn_5`` over all splits and ranks.
     """
-    found = []
-    for kind, layers, parts in by_depth(takeover[takeover["init"] == init]):
-        turn = parts["turn_5"].median()
-        for (split, rank), part in parts.groupby(["split", "rank"], sort=False):
-            spread = part["takeover"].agg(["median", "min", "max"]).tolist()
+    rows = []
+    for kind, layers, group in by_depth(takeover[takeover["init"] == init]):
+        turn = group["turn_5"].median()
+        for (split, rank), cell in group.groupby(["split", "rank"], sort=False):
+            spread = cell["takeover"].agg(["median", "min", "max"]).tolist()
             row = {"kind": kind, "layers": layers, "split": split, "rank": rank}
-            found.append(row | dict(zip(("median", "smallest", "largest"), spread, strict=True)) | {"turn_5": turn})
-    return pd.DataFrame(found)
+            rows.append(row | dict(zip(("median", "smallest", "largest"), spread, strict=True)) | {"turn_5": turn})
+    return pd.DataFrame(rows)
 
 
 def spread_over_layers(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -274,18 +289,28 @@ def summaries(crossings: pd.DataFrame, takeover: pd.DataFrame) -> dict[str, pd.D
 
 
 def by_depth(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Rows by type of module and third of the layers: early, middle and late, named by the first and the last layer."""
+    """Group rows by type of module and third of the layers.
+
+    Yields:
+      The type, the first and last layer of the third, and the rows.
+    """
     kinds = _module_type(table["module"])
-    thirds = [part.tolist() for part in np.array_split(sorted(set(table["layer"])), 3) if len(part)]
+    thirds = [layers.tolist() for layers in np.array_split(sorted(set(table["layer"])), 3) if len(layers)]
     for kind in dict.fromkeys(kinds):
         for layers in thirds:
-            part = table[(kinds == kind) & table["layer"].isin(layers)]
-            if len(part):
-                yield kind, str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", part
+            group = table[(kinds == kind) & table["layer"].isin(layers)]
+            if len(group):
+                yield kind, str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", group
 
 
 class TableInWords(NamedTuple):
-    """A table as a report prints it."""
+    """Formatted table of a report.
+
+    Attributes:
+      title: Title with the meaning of the columns.
+      heads: Names of the columns.
+      rows: Formatted cells by row.
+    """
 
     title: str
     heads: list[str]
@@ -293,63 +318,69 @@ class TableInWords(NamedTuple):
 
 
 def crossings_in_words(crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: Optimizer, init: Init) -> TableInWords:
-    """`crossings_by_depth`, a line a type of module and third of the layers: of each split r* pooled and of a token
-    with its quartiles, then of each split kappa's range, then how many held-out tokens were left out."""
+    """Format `crossings_by_depth` with a row for each type of module and third of the layers.
+
+    The columns are the pooled and the median r* with quartiles of each split, the range of kappa of each split, and the
+    number of held-out tokens left out.
+    """
     low, high = USUAL_RANKS
-    ranks = [f"r* {what} {split}" for split in SPLITS for what in ("pooled", "median")]
+    ranks = [f"r* {statistic} {split}" for split in SPLITS for statistic in ("pooled", "median")]
     return TableInWords(
         f"{optimizer}, A {init}: crossing rank r* of all tokens together (pooled) and of a token (median and quartiles "
-        f"over tokens), medians over layers; kappa: the exponent whose first step is as large at rank {high} as at "
-        f"{low}, range over layers; left out: held-out tokens of a module that begin as the training batch does + "
-        f"sinks (input above {SINK:g} times the median norm), of all",
+        f"over tokens), medians over layers; kappa: exponent at which the first step has the same size at ranks {low} "
+        f"and {high}, range over layers; left out: held-out tokens that repeat the beginning of a training record + "
+        f"attention sinks (input norm above {SINK_RATIO:g} times the median), of all held-out tokens",
         ["module", "layers", *ranks, *(f"kappa {split}" for split in SPLITS), "left out"],
-        _by_place(crossings_by_depth(crossings, tokens, optimizer, init, low=low, high=high), _crossings),
+        _format_groups(crossings_by_depth(crossings, tokens, optimizer, init, low=low, high=high), _format_crossings),
     )
 
 
 def takeovers_in_words(takeover: pd.DataFrame, init: Init, learning_rate: float) -> TableInWords:
-    """`takeover_by_depth`, likewise: of each rank and split the steps at a rate until A leads, with their median and
-    range over layers, then the steps until 5% of the gradient's signs have turned."""
+    """Format `takeover_by_depth` with a row for each type of module and third of the layers.
+
+    The columns are the number of steps until A leads for each rank and split, as a median and range over layers, and
+    the number of steps until 5% of the gradient's signs have changed.
+    """
     table = takeover_by_depth(takeover, init)
     columns = table[["rank", "split"]].drop_duplicates().to_numpy()
     return TableInWords(
-        f"Adam, A {init}: steps t_A at rate {learning_rate:g} and a constant gradient after which A leads, median over "
-        "layers (range); turn: steps after which 5% of the entries of G A^T have turned their sign, far beyond which "
-        "the law is approximate",
+        f"Adam, A {init}: number of steps t_A until A leads, at the constant rate {learning_rate:g} and a constant "
+        "gradient, median over layers (range); turn: number of steps until 5% of the entries of G A^T have changed "
+        "sign, far beyond which the law is only approximate",
         ["module", "layers", *(f"r = {rank} {split}" for rank, split in columns), "turn"],
-        _by_place(table, partial(_steps, learning_rate)),
+        _format_groups(table, partial(_format_steps, learning_rate)),
     )
 
 
 def ratios_in_words(results: pd.DataFrame, optimizer: Optimizer) -> TableInWords:
-    """`measured_over_predicted` at held-out tokens, a line a rank, a column a law of A."""
-    found = measured_over_predicted(results)
-    own = found[(found["optimizer"] == optimizer) & (found["split"] == "heldout")]
+    """Format `measured_over_predicted` at held-out tokens with a row for each rank and a column for each init."""
+    table = measured_over_predicted(results)
+    rows = table[(table["optimizer"] == optimizer) & (table["split"] == "heldout")]
     text = "{mean_ratio:.4f} ± {standard_error:.4f} ({largest_deviation:.1%})".format_map
     return TableInWords(
-        f"{optimizer}: measured over predicted rms, held-out tokens: mean over modules ± s.e. (largest single "
-        "deviation), by law of A",
-        ["rank", *own["init"].unique()],
-        [[rank, *map(text, rows.to_dict("records"))] for rank, rows in own.groupby("rank", sort=False)],
+        f"{optimizer}: ratio of measured to predicted rms at held-out tokens, mean over modules ± standard error "
+        "(largest single deviation), by initialisation of A",
+        ["rank", *rows["init"].unique()],
+        [[rank, *map(text, group.to_dict("records"))] for rank, group in rows.groupby("rank", sort=False)],
     )
 
 
-def _tried(results: pd.DataFrame) -> pd.DataFrame:
-    """Rows of which adapters were drawn, whatever they measured."""
+def _rows_with_adapters(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows for which adapters were stepped, including those with a result that is not finite."""
     return results.dropna(subset=["adapters"]) if "adapters" in results else results.iloc[:0]
 
 
-def _in_order(column: pd.Series) -> pd.Series:
-    """Of first appearance, so that tables go as the run was asked for."""
+def _appearance_order(column: pd.Series) -> pd.Series:
+    """Return sort keys by first appearance, which keeps the order of the run's configuration."""
     return pd.Series(pd.factorize(column)[0], index=column.index)
 
 
-def _by_place(table: pd.DataFrame, cells: Callable[[list[dict[Any, Any]]], list[str]]) -> list[list[str]]:
-    places = table.groupby(["kind", "layers"], sort=False)
-    return [[*map(str, place), *cells(part.to_dict("records"))] for place, part in places]
+def _format_groups(table: pd.DataFrame, cells: Callable[[list[dict[Any, Any]]], list[str]]) -> list[list[str]]:
+    groups = table.groupby(["kind", "layers"], sort=False)
+    return [[*map(str, key), *cells(group.to_dict("records"))] for key, group in groups]
 
 
-def _crossings(splits: list[dict[Any, Any]]) -> list[str]:
+def _format_crossings(splits: list[dict[Any, Any]]) -> list[str]:
     ranks = "{crossing_rank:.1f}|{median:.1f} ({lower_quartile:.1f}-{upper_quartile:.1f})"
     kappas = ["{lowest_kappa:.2f}-{highest_kappa:.2f}".format_map(row) for row in splits]
     left_out = ""
@@ -359,10 +390,11 @@ def _crossings(splits: list[dict[Any, Any]]) -> list[str]:
     return [*(text for row in splits for text in ranks.format_map(row).split("|")), *kappas, left_out]
 
 
-def _steps(lr: float, distances: list[dict[Any, Any]]) -> list[str]:
-    """Of A's distances at a rate."""
+def _format_steps(learning_rate: float, distances: list[dict[Any, Any]]) -> list[str]:
+    """Format distances of A as numbers of steps."""
     texts = []
     for row in distances:
-        median, low, high, turn = (f"{row[name] / lr:.1f}" for name in ("median", "smallest", "largest", "turn_5"))
+        steps = (row[name] / learning_rate for name in ("median", "smallest", "largest", "turn_5"))
+        median, low, high, turn = (f"{value:.1f}" for value in steps)
         texts.append(f"{median} ({low}-{high})" if "-" in row["layers"] else median)
     return [*texts, "-" if turn == "nan" else turn]

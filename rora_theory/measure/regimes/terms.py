@@ -1,13 +1,13 @@
-r"""Which regime a layer is in: signal, cross-talk and their crossing rank from its gradient and inputs.
+r"""Signal, cross-talk and crossing rank of one layer, from its gradient and inputs.
 
-`Terms` are the terms of the first step's law for one layer's full-weight gradient G and inputs x': its crossing rank
-and its root mean square at any rank. `rora_theory.measure.layers.drawn_steps` judges them by adapters really stepped;
-`rora_theory.measure.layers.model_layers` takes such layers from a LLaMA model, `rora_theory.measure.torch` from
-PyTorch's.
+`Terms` are the terms of the first step's law for a layer's full-weight gradient G and inputs x'. They give the crossing
+rank, and the root mean square of the change at any rank. `rora_theory.measure.layers.drawn_steps` tests them with
+adapters that are drawn and stepped. `rora_theory.measure.layers.model_layers` provides the layers of a LLaMA model
+and `rora_theory.measure.torch` those of a PyTorch model.
 
-A rank-r step from B = 0 is a sum over the rows of A of r terms, independent and equal in law: its mean square is
-:math:`r\,E[t^2] + r(r-1)\,E[t]^2` of a one-row step t. So one evaluation of `laws.first_step_moments` at rank 1 gives
-every rank.
+A step of rank r from B = 0 is a sum of r independent, identically distributed terms, one for each row of A. Its mean
+square is :math:`r\,E[t^2] + r(r-1)\,E[t]^2`, where t is the step of rank 1. One evaluation of
+`laws.first_step_moments` at rank 1 therefore gives every rank.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,16 @@ from rora_theory.theory.laws import Optimizer
 
 @dataclass(frozen=True)
 class Crossing:
-    r"""Where signal and cross-talk cross, at some tokens of one layer.
+    r"""Crossing of signal and cross-talk at tokens of one layer.
 
     Attributes:
-      signal: mean of :math:`|G x'|^2` over tokens; Adam: of :math:`\sum_i (\hat g_i \cdot x')^2`, its rows normalised.
-      cross_talk: mean of :math:`|G|_F^2 |x'|^2`; Adam: of :math:`p_{out} |x'|^2`, its rows with a gradient alone.
-      rank: r* of the tokens together, signal and cross-talk summed.
-      quartiles: of r* over tokens.
-      linear_term: c of `advice.transfer`, of the tokens together under the law of A: what carries a setting.
+      signal: Mean over tokens of :math:`|G x'|^2`; under Adam of :math:`\sum_i (\hat g_i \cdot x')^2` with the
+        normalised rows of G.
+      cross_talk: Mean over tokens of :math:`|G|_F^2 |x'|^2`; under Adam of :math:`p_{out} |x'|^2`, with the number of
+        rows that have a gradient for p_out.
+      rank: Crossing rank r* of all tokens together, from summed signal and cross-talk.
+      quartiles: Quartiles of r* over tokens.
+      linear_term: Linear term c of all tokens together, which `advice.transfer` uses.
     """
 
     signal: float
@@ -45,13 +47,17 @@ class Crossing:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """The terms of a layer's first-step law at some tokens, see `terms`.
+    """Terms of a layer's first-step law at tokens, see `terms`.
 
     Attributes:
-      grad, x, optimizer, init: what they are of.
-      ranks: r* at each token.
-      cross_talk: at each token, as `Crossing` has it.
-      first, second: sums over outputs of E[t]^2 and E[t^2], t a step of rank 1, gamma 1, rate 1 and epsilon 0.
+      grad: Full-weight gradient G.
+      x: Inputs at the tokens.
+      optimizer: Optimizer of the step.
+      init: Initialisation of A.
+      ranks: Crossing rank r* at each token.
+      cross_talk: Cross-talk at each token, see `Crossing`.
+      first: Sum over outputs of E[t]^2 at each token, where t is the step of rank 1, gamma 1, rate 1 and epsilon 0.
+      second: Sum over outputs of E[t^2] at each token.
     """
 
     grad: Float[np.ndarray, "p_out p_in"]
@@ -64,54 +70,59 @@ class Terms:
     second: Float[np.ndarray, " tokens"]
 
     def crossing(self, tokens: slice = slice(None)) -> Crossing:
-        """Signal, cross-talk, crossing rank and linear term of some of the tokens."""
+        """Compute signal, cross-talk, crossing rank and linear term of a slice of the tokens."""
         ranks, noise = self.ranks[tokens], self.cross_talk[tokens]
-        # r* is noise / signal (SGD) or 1 + (pi/2) noise / signal (Adam) at each token.
+        # At each token r* is noise / signal under SGD, and 1 + (pi/2) noise / signal under Adam: solve for the signal.
         offset, factor = (0.0, 1.0) if self.optimizer == "sgd" else (1.0, np.pi / 2)
         signal = factor * noise / (ranks - offset)
-        total = offset + factor * float(np.sum(noise) / np.sum(signal))
+        # The same relation, with sums over tokens, gives the crossing rank of all tokens together.
+        pooled = offset + factor * float(np.sum(noise) / np.sum(signal))
         low, middle, high = (float(value) for value in np.quantile(ranks, [0.25, 0.5, 0.75]))
+        # The mean square r E[t^2] + r (r - 1) E[t]^2 is proportional to r^2 + c r with c = E[t^2] / E[t]^2 - 1.
         linear = float(np.sum(self.second[tokens]) / np.sum(self.first[tokens])) - 1
-        return Crossing(float(np.mean(signal)), float(np.mean(noise)), total, (low, middle, high), linear)
+        return Crossing(float(np.mean(signal)), float(np.mean(noise)), pooled, (low, middle, high), linear)
 
     def rms(
         self, ranks: Sequence[int], scalings: Sequence[float], *, learning_rate: float, epsilon: float = EPSILON
     ) -> Float[np.ndarray, "ranks tokens"]:
-        """Root mean square of w over adapters and outputs at each token: the law, for several ranks.
+        """Compute the root mean square of the change w over adapters and outputs, for several ranks.
 
-        What `laws.first_step_moments` gives rank by rank: to rounding for SGD and at epsilon 0. Adam's epsilon is left
-        out where, at the rank at which it matters most, it changes no token's rms by more than 1e-4 of it.
+        The result equals that of `laws.first_step_moments` at each rank, up to rounding, for SGD and at epsilon 0.
+        Adam's epsilon is neglected if it changes no token's rms by more than 1e-4 at the rank where it matters most.
 
         Args:
-          ranks, scalings: r and gamma of each adapter.
-          learning_rate, epsilon: of the step, as `laws.first_step_moments` takes them.
+          ranks: Rank r of each adapter.
+          scalings: Scaling gamma of each adapter.
+          learning_rate: Learning rate of the step.
+          epsilon: Adam's epsilon.
         """
         p_out, p_in = self.grad.shape
         unit = inits.entries(self.init, rank=1, p_in=p_in).deviation
-        # An init whose deviation depends on the rank acts as gamma does: the step knows their product alone.
+        # The step depends only on the product of gamma and A's standard deviation, which may depend on the rank.
         strengths = [
             scaling * inits.entries(self.init, rank=rank, p_in=p_in).deviation / unit
             for rank, scaling in zip(ranks, scalings, strict=True)
         ]
         power = laws.scaling_power(self.optimizer)
 
-        def smoothed(strength: float) -> tuple[np.ndarray, np.ndarray]:
-            own = _one_row(self.grad, self.x, self.optimizer, self.init, strength, epsilon)
-            return own[0] / strength**2, own[1] / strength**2
+        def moments_with_epsilon(strength: float) -> tuple[np.ndarray, np.ndarray]:
+            first, second = _rank_one_moments(self.grad, self.x, self.optimizer, self.init, strength, epsilon)
+            return first / strength**2, second / strength**2
 
-        exact = False
+        # Epsilon matters most for the smallest gradient of B. Include it only if it changes a mean square there.
+        needs_epsilon = False
         if self.optimizer == "adam" and epsilon > 0:
-            least = smoothed(min(strengths))
-            exact = any(
-                np.any(np.abs(own - plain) > 2e-4 * plain)
-                for own, plain in zip(least, (self.first, self.second), strict=True)
+            weakest = moments_with_epsilon(min(strengths))
+            needs_epsilon = any(
+                np.any(np.abs(moment - limit) > 2e-4 * limit)
+                for moment, limit in zip(weakest, (self.first, self.second), strict=True)
             )
-        found = []
+        rms = []
         for rank, strength in zip(ranks, strengths, strict=True):
-            first, second = smoothed(strength) if exact else (self.first, self.second)
+            first, second = moments_with_epsilon(strength) if needs_epsilon else (self.first, self.second)
             square = (learning_rate * strength**power) ** 2 * (rank * second + rank * (rank - 1.0) * first)
-            found.append(np.sqrt(square / p_out))
-        return np.array(found)
+            rms.append(np.sqrt(square / p_out))
+        return np.array(rms)
 
 
 def terms(
@@ -121,16 +132,18 @@ def terms(
     optimizer: Optimizer,
     init: inits.Init = "kaiming_uniform",
 ) -> Terms:
-    """The terms of the first step's law (definitions of `laws.crossing_rank`).
+    """Compute the terms of the first step's law, as defined in `laws.crossing_rank`.
 
     Args:
-      grad, x: G, and inputs at which the stepped layer is read.
-      optimizer, init: whose step, from which A.
+      grad: Full-weight gradient G.
+      x: Inputs at which the change is evaluated.
+      optimizer: Optimizer of the step.
+      init: Initialisation of A.
 
     Raises:
-      InputError: shapes that don't match, or a value that is not finite.
+      InputError: If shapes do not match or a value is not finite.
     """
-    first, second = _one_row(grad, x, optimizer, init, 1.0, 0.0)
+    first, second = _rank_one_moments(grad, x, optimizer, init, 1.0, 0.0)
     ranks = laws.crossing_rank(grad, x, optimizer=optimizer)
     rows = np.sum(np.asarray(grad, np.float64) ** 2, axis=1)
     noise = np.sum(np.asarray(x, np.float64) ** 2, axis=1)
@@ -139,23 +152,24 @@ def terms(
 
 
 class FastTerms:
-    """The terms of a layer from products in float32 that all optimizers and inits share.
+    """Terms of a layer from float32 products that all optimizers and initialisations share.
 
-    Sums over outputs are taken in float64. E[sign(g . a) a] of uniform entries is that of
-    `sign_expectation.uniform_fast`, and exact in rows that it does not serve.
+    Sums over outputs are accumulated in float64. For uniform entries, E[sign(g . a) a] comes from
+    `sign_expectation.uniform_fast`, or from the exact integral in rows that it does not cover.
 
     Args:
-      grad, x: As `terms` takes them.
+      grad: Full-weight gradient G.
+      x: Inputs at which the change is evaluated.
 
     Raises:
-      InputError: A value that is not finite.
+      InputError: If a value is not finite.
     """
 
     def __init__(self, grad: Float[np.ndarray, "p_out p_in"], x: Float[np.ndarray, "tokens p_in"]) -> None:
         self._grad, self._x = np.asarray(grad, np.float32), np.asarray(x, np.float32)
         if not (np.isfinite(self._grad).all() and np.isfinite(self._x).all()):
-            raise InputError("grad or x holds a value that is not a finite float32; accepted are finite numbers")
-        # Rows of length 1: their squares are numbers in float32, whatever the gradient's size is.
+            raise InputError("grad and x must be finite in float32, got a value that is not")
+        # Normalise the rows, so that their squares neither overflow nor underflow in float32.
         largest = np.max(np.abs(self._grad), axis=1, initial=0.0)
         self._unit = self._grad / np.where(largest > 0, largest, 1.0)[:, None]
         lengths = np.sqrt(np.einsum("ij,ij->i", self._unit, self._unit))
@@ -164,19 +178,22 @@ class FastTerms:
         self._squares = np.sum(self._x.astype(np.float64) ** 2, axis=1)
 
     def terms(self, optimizer: Optimizer, init: inits.Init) -> Terms:
-        """The terms of one optimizer and init, as `terms` gives them."""
-        if init == "rademacher":  # ties and enumerated rows
+        """Compute the terms for one optimizer and initialisation, see `terms`."""
+        # Signs of Rademacher rows can tie, which only the exact law treats.
+        if init == "rademacher":
             return terms(self._grad, self._x, optimizer=optimizer, init=init)
         law = inits.entries(init, rank=1, p_in=self._grad.shape[1])
         tiny = np.finfo(np.float64).tiny
         if optimizer == "sgd":
-            size = float(np.sum(self._norms**2))
-            noise, signal = size * self._squares, np.sum((self._along * self._norms) ** 2, axis=1)
+            # The step is a quadratic form in a row of A: its second moment has a term in the kurtosis.
+            grad_square = float(np.sum(self._norms**2))
+            noise, signal = grad_square * self._squares, np.sum((self._along * self._norms) ** 2, axis=1)
             ranks = noise / np.maximum(signal, tiny)
             first = law.variance**2 * signal
             fourth = self._x.astype(np.float64) ** 2 @ self._columns
             second = law.variance**2 * (2 * signal + noise + (law.kurtosis - 3) * fourth)
         else:
+            # In the sign limit the step is sign(g . a) a . x: its mean is 2/pi of the signal for normal entries.
             noise, signal = np.count_nonzero(self._norms) * self._squares, np.sum(self._along**2, axis=1)
             ranks = 1 + np.pi / 2 * noise / np.maximum(signal, tiny)
             first = 2 / np.pi * signal if law.is_normal else self._uniform
@@ -186,6 +203,7 @@ class FastTerms:
 
     @cached_property
     def _along(self) -> Float[np.ndarray, "tokens p_out"]:
+        """Products of the inputs with the normalised rows of the gradient."""
         return (self._x @ self._unit.T).astype(np.float64)
 
     @cached_property
@@ -195,18 +213,18 @@ class FastTerms:
 
     @cached_property
     def _uniform(self) -> Float[np.ndarray, " tokens"]:
-        """Sums over outputs of (m . x)^2, m = E[sign(g . a) a] of uniform entries of variance 1."""
-        done, direction = sign_expectation.uniform_fast(self._unit)
-        left = ~done & (self._norms > 0)
-        if left.any():
-            direction[left] = laws.sign_direction(self._unit[left].astype(np.float64), "uniform")
+        """Sums over outputs of (m . x)^2, where m = E[sign(g . a) a] for uniform entries of variance 1."""
+        is_covered, direction = sign_expectation.uniform_fast(self._unit)
+        remaining = ~is_covered & (self._norms > 0)
+        if remaining.any():
+            direction[remaining] = laws.sign_direction(self._unit[remaining].astype(np.float64), "uniform")
         return np.sum((self._x @ direction.T).astype(np.float64) ** 2, axis=1)
 
 
-def _one_row(
+def _rank_one_moments(
     grad: np.ndarray, x: np.ndarray, optimizer: Optimizer, init: inits.Init, scaling: float, epsilon: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over outputs of E[t]^2 and E[t^2] of a step of rank 1 and rate 1, at each token."""
+    """Compute the sums over outputs of E[t]^2 and E[t^2] at each token, for a step t of rank 1 and rate 1."""
     law = laws.first_step_moments(
         grad,
         x,

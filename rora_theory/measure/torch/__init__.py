@@ -1,13 +1,15 @@
-"""The measurements of `rora_theory.measure` on any PyTorch model, in its own process, dtype and device, without JAX.
+"""Measurements of a PyTorch model in its own process, dtype and device, without JAX.
+
+The functions mirror those of `rora_theory.measure` and return the same data frames:
 
     from rora_theory import Setting
     from rora_theory.measure import torch as measure
 
-    found = measure.regime(model, batch, held_out)                      # the frames of `measure.regime`
-    config, learning_rate, advice = found.transfer(Setting(16, 32, 2e-4), rank=128)
+    measured = measure.regime(model, batch, held_out)
+    config, learning_rate, advice = measured.transfer(Setting(16, 32, 2e-4), rank=128)
     measure.coordinate_check(make_model, batch, ranks=(2, 8, 32)).assert_flat()    # in a test suite
 
-Needs the extra ``torch`` (torch, transformers, peft).
+This package needs the extra ``torch`` (torch, transformers, peft).
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,8 @@
-"""Which tokens of a batch count: not padding, not what has no target, and of a held-out batch what was not seen."""
+"""Masks of the tokens of a batch that a measurement uses.
+
+Padding is left out. In a causal model so are the tokens after a row's last target. In a held-out batch, tokens that
+repeat the beginning of a training record are marked as seen.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,178 +13,211 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from rora_theory.errors import InputError
-from rora_theory.measure.tokens import NOTHING, beginnings
+from rora_theory.measure.tokens import PADDING_ID, mark_repeats
 from rora_theory.measure.torch.modules import task_type
 
-IGNORED = -100
-"""A label that is not in the loss, as PyTorch and transformers have it."""
+IGNORED_LABEL = -100
+"""Label that PyTorch and transformers leave out of the loss."""
 
 Batch = Mapping[str, Any]
-"""What a model takes by name, and labels."""
+"""Keyword arguments of a model's forward pass, with labels."""
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
-"""Of a model and a batch."""
+"""Function of a model and a batch that returns the loss."""
 
 
-def plain_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """``model(**batch).loss``.
+def model_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return ``model(**batch).loss``.
 
     Raises:
-      InputError: the model gives none.
+      InputError: If the model's output has no loss.
     """
-    found = getattr(model(**batch), "loss", None)
-    if found is None:
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
         raise InputError(
-            f"the model gives no loss for a batch of {', '.join(batch)}; accepted is one with labels, or a loss="
+            f"the model returns no loss for a batch with the keys {', '.join(batch)}. "
+            "Add labels to the batch, or pass a function as loss."
         )
-    return found
+    return loss
 
 
-class Tokens(NamedTuple):
-    """Which tokens of a module's input are real, and which were seen in training, in the order of its rows."""
+class TokenMasks(NamedTuple):
+    """Masks over the tokens of a module's input, in the order of its rows.
+
+    Attributes:
+      real: Tokens that are neither padding nor without a target.
+      seen: Tokens that occur in the training batch after the same beginning.
+    """
 
     real: Bool[np.ndarray, " tokens"]
     seen: Bool[np.ndarray, " tokens"]
 
 
-TokensByShape = dict[tuple[int, ...], Tokens]
-"""`Tokens` by the leading shape of a module's input: [batch, sequence], [sequence, batch] and [batch * sequence]."""
+MasksByShape = dict[tuple[int, ...], TokenMasks]
+"""Masks by the leading shape of a module's input: [batch, sequence], [sequence, batch] and [batch * sequence]."""
 
 
-def moved(batch: Batch, model: torch.nn.Module) -> dict[str, Any]:
-    """Move a batch to the device on which the model begins, as tensors that autograd can save."""
-    device = getattr(model, "device", None) or next((each.device for each in model.parameters()), torch.device("cpu"))
+def move_batch(batch: Batch, model: torch.nn.Module) -> dict[str, Any]:
+    """Move a batch to the device of the model's first layer, as tensors that autograd can save."""
+    devices = (parameter.device for parameter in model.parameters())
+    device = getattr(model, "device", None) or next(devices, torch.device("cpu"))
 
-    def placed(value: torch.Tensor) -> torch.Tensor:
+    def move(value: torch.Tensor) -> torch.Tensor:
+        # Autograd can't save an inference tensor; a clone made outside inference mode is an ordinary tensor.
         value = value.clone() if value.is_inference() else value
-        return value if device.type == "meta" else value.to(device)  # meta: weights that are loaded when needed
+        # A model on the meta device loads its weights when they are needed: the batch stays where it is.
+        return value if device.type == "meta" else value.to(device)
 
-    return {name: placed(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {name: move(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def tokens(model: torch.nn.Module, batch: Batch, trained: Batch | None = None) -> TokensByShape:
-    """Find which tokens count, for each leading shape that a module's input may have.
+def find_masks(model: torch.nn.Module, batch: Batch, trained: Batch | None = None) -> MasksByShape:
+    """Compute the masks of a batch's tokens for every leading shape that a module's input may have.
 
-    Of other shapes nothing is known, as of an expert's. Real is what ``attention_mask`` says; in a causal model that is
-    given labels, up to a row's last token with a target. Seen are tokens up to which a record is the beginning of a
-    trained one. A record begins with its row, and where ``position_ids`` begin again. Tokens of an encoder depend on
-    what follows too, and are left out all the same. Tokens of a decoder were seen where the whole input of the encoder
-    was, too.
+    A token is real if ``attention_mask`` includes it and, in a causal model with labels, if a token with a target
+    follows it in its row. A token is seen if its record, up to that token, is the beginning of a record of ``trained``.
+    Records begin at the start of a row and where ``position_ids`` restart. Tokens of a decoder count as seen only if
+    the encoder's whole input was seen as well.
 
-    Where two orders of tokens have the same shape (as many rows as tokens in a row; an encoder and a decoder of one
-    length) only tokens that count in both are kept.
+    Inputs of other shapes, such as those of experts, have no masks. If two orders of the tokens have the same shape
+    (as many rows as tokens in a row, or an encoder and a decoder of equal length), a token must count in both.
 
     Args:
-      model: Base model, whose class distinguishes a causal model from others.
-      batch: Batch as transformers takes it: ``input_ids``, ``attention_mask``, ``labels``, ``position_ids``.
-      trained: Batch that gives the gradient, with respect to which tokens were seen; None if none were.
+      model: Base model. Its class distinguishes causal models from others.
+      batch: Batch in the format of transformers: ``input_ids``, ``attention_mask``, ``labels``, ``position_ids``.
+      trained: Batch that yields the gradient; None marks no token as seen.
+
+    Returns:
+      The masks by leading shape; empty if the batch has no token ids.
     """
-    found: TokensByShape = {}
+    masks: MasksByShape = {}
     ids = _array(batch, "input_ids")
     if ids is not None and ids.ndim == 2:
-        real = _real(model, ids, batch)
+        real = _real_tokens(model, ids, batch)
         seen = np.zeros(ids.shape, bool)
-        if trained is not None and (other := _array(trained, "input_ids")) is not None:
-            rows, places = _records(ids, real, _array(batch, "position_ids"))
-            known, _ = _records(other, _real(model, other, trained), _array(trained, "position_ids"))
-            for row, place, begun in zip(rows, places, beginnings(rows, [known]), strict=True):
-                seen.reshape(-1)[place] = begun[row != NOTHING]
-        _add(found, real, seen)
-    decoder = _decoder(model, batch)
+        trained_ids = None if trained is None else _array(trained, "input_ids")
+        if trained is not None and trained_ids is not None:
+            # Compare records, not rows: a packed row holds several.
+            records, positions = _split_records(ids, real, _array(batch, "position_ids"))
+            trained_real = _real_tokens(model, trained_ids, trained)
+            trained_records, _ = _split_records(trained_ids, trained_real, _array(trained, "position_ids"))
+            repeats = mark_repeats(records, [trained_records])
+            for record, position, repeated in zip(records, positions, repeats, strict=True):
+                seen.reshape(-1)[position] = repeated[record != PADDING_ID]
+        _add_masks(masks, real, seen)
+    decoder = _read_decoder(model, batch)
     if decoder is not None:
-        _add(found, decoder.real, _seen_by_decoder(model, batch, trained, decoder))
-    return found
+        _add_masks(masks, decoder.real, _seen_by_decoder(model, batch, trained, decoder))
+    return masks
 
 
-def tokens_of(known: TokensByShape, x: Float[torch.Tensor, "*tokens _features"]) -> Tokens | None:
-    """Return which tokens of a module's input count, or None where that is not known."""
+def select_masks(masks: MasksByShape, x: Float[torch.Tensor, "*tokens _features"]) -> TokenMasks | None:
+    """Return the masks for a module's input, or None if its shape is unknown."""
     leading = tuple(x.shape[:-1])
-    return known.get(leading, known.get((math.prod(leading),)))
+    return masks.get(leading, masks.get((math.prod(leading),)))
 
 
-def _add(found: TokensByShape, real: Bool[np.ndarray, "B S"], seen: Bool[np.ndarray, "B S"]) -> None:
-    batch_first = Tokens(real.reshape(-1), seen.reshape(-1))
-    sequence_first = Tokens(real.T.reshape(-1), seen.T.reshape(-1))
+def _add_masks(masks: MasksByShape, real: Bool[np.ndarray, "B S"], seen: Bool[np.ndarray, "B S"]) -> None:
+    batch_first = TokenMasks(real.reshape(-1), seen.reshape(-1))
+    sequence_first = TokenMasks(real.T.reshape(-1), seen.T.reshape(-1))
     shapes = ((real.shape, batch_first), (real.shape[::-1], sequence_first), ((real.size,), batch_first))
     for shape, new in shapes:
-        old = found.get(shape, new)
-        found[shape] = Tokens(old.real & new.real, old.seen | new.seen)
+        # Shapes can coincide: keep the tokens that count in every order.
+        old = masks.get(shape, new)
+        masks[shape] = TokenMasks(old.real & new.real, old.seen | new.seen)
 
 
-class _Decoder(NamedTuple):
-    """Tokens that the decoder of a sequence-to-sequence model reads, and which of them count."""
+class _DecoderTokens(NamedTuple):
+    """Tokens that the decoder of a sequence-to-sequence model reads, and the mask of those that count."""
 
     ids: Int[np.ndarray, "B T"]
     real: Bool[np.ndarray, "B T"]
 
 
-def _decoder(model: torch.nn.Module, batch: Batch) -> _Decoder | None:
+def _read_decoder(model: torch.nn.Module, batch: Batch) -> _DecoderTokens | None:
+    """Return the decoder's tokens, or None if the model has no decoder or the batch no tokens for it."""
     if task_type(model) != "SEQ_2_SEQ_LM":
         return None
     labels, ids = _array(batch, "labels"), _array(batch, "decoder_input_ids")
-    if ids is None and labels is not None and labels.ndim == 2:  # the model shifts them to the right
+    if ids is None and labels is not None and labels.ndim == 2:
+        # Without decoder_input_ids the model reads the labels, shifted to the right by one.
         ids = np.concatenate([np.zeros((len(labels), 1), labels.dtype), labels[:, :-1]], axis=1)
     if ids is None or ids.ndim != 2:
         return None
     real, mask = np.ones(ids.shape, bool), _array(batch, "decoder_attention_mask")
     if labels is not None and labels.shape == ids.shape:
-        real &= labels != IGNORED
+        real &= labels != IGNORED_LABEL
     if mask is not None and mask.shape == ids.shape:
         real &= mask.astype(bool)
-    return _Decoder(ids, real)
+    return _DecoderTokens(ids, real)
 
 
 def _seen_by_decoder(
-    model: torch.nn.Module, batch: Batch, trained: Batch | None, decoder: _Decoder
+    model: torch.nn.Module, batch: Batch, trained: Batch | None, decoder: _DecoderTokens
 ) -> Bool[np.ndarray, "B T"]:
-    """Find decoder tokens up to which a record, its encoder's tokens included, is the beginning of a trained one."""
-    other = None if trained is None else _decoder(model, trained)
-    ids: list[Any] = [None if each is None else _array(each, "input_ids") for each in (batch, trained)]
-    if trained is None or other is None or any(each is None or each.ndim != 2 for each in ids):
+    """Mark decoder tokens up to which a record, with its encoder's tokens, is the beginning of a trained record."""
+    trained_decoder = None if trained is None else _read_decoder(model, trained)
+    ids, trained_ids = _array(batch, "input_ids"), None if trained is None else _array(trained, "input_ids")
+    if trained is None or trained_decoder is None or ids is None or trained_ids is None:
         return np.zeros(decoder.real.shape, bool)
-    own, sizes = _joined(ids[0], _real(model, ids[0], batch), decoder)
-    known, _ = _joined(ids[1], _real(model, ids[1], trained), other)
-    begun = beginnings(own, [known])
-    return np.stack([row[size : size + decoder.ids.shape[1]] for row, size in zip(begun, sizes, strict=True)])
+    if ids.ndim != 2 or trained_ids.ndim != 2:
+        return np.zeros(decoder.real.shape, bool)
+    rows, starts = _join_decoder(ids, _real_tokens(model, ids, batch), decoder)
+    trained_rows, _ = _join_decoder(trained_ids, _real_tokens(model, trained_ids, trained), trained_decoder)
+    repeats = mark_repeats(rows, [trained_rows])
+    return np.stack([row[start : start + decoder.ids.shape[1]] for row, start in zip(repeats, starts, strict=True)])
 
 
-def _joined(
-    ids: Int[np.ndarray, "B S"], real: Bool[np.ndarray, "B S"], decoder: _Decoder
+def _join_decoder(
+    ids: Int[np.ndarray, "B S"], real: Bool[np.ndarray, "B S"], decoder: _DecoderTokens
 ) -> tuple[Int[np.ndarray, "B T"], list[int]]:
-    """The encoder's real tokens of every row, a mark, and the decoder's tokens; and where the decoder's begin."""
-    read = np.where(decoder.real, decoder.ids, NOTHING)
-    parts = [[*row[kept], NOTHING - 1, *own] for row, kept, own in zip(ids, real, read, strict=True)]
-    rows = np.full((len(parts), max(map(len, parts), default=0)), NOTHING, np.int64)
-    for row, part in zip(rows, parts, strict=True):
-        row[: len(part)] = part
-    return rows, [len(part) - decoder.ids.shape[1] for part in parts]
+    """Join the encoder's real tokens, a separator and the decoder's tokens of every row.
+
+    Returns:
+      The joined rows, padded with `PADDING_ID`, and the index of the first decoder token in each.
+    """
+    decoder_ids = np.where(decoder.real, decoder.ids, PADDING_ID)
+    joined = [
+        [*encoder_row[mask], PADDING_ID - 1, *decoder_row]
+        for encoder_row, mask, decoder_row in zip(ids, real, decoder_ids, strict=True)
+    ]
+    rows = np.full((len(joined), max(map(len, joined), default=0)), PADDING_ID, np.int64)
+    for row, values in zip(rows, joined, strict=True):
+        row[: len(values)] = values
+    return rows, [len(values) - decoder.ids.shape[1] for values in joined]
 
 
-def _real(model: torch.nn.Module, ids: Int[np.ndarray, "B S"], batch: Batch) -> Bool[np.ndarray, "B S"]:
+def _real_tokens(model: torch.nn.Module, ids: Int[np.ndarray, "B S"], batch: Batch) -> Bool[np.ndarray, "B S"]:
     labels, mask = _array(batch, "labels"), _array(batch, "attention_mask")
     real = np.ones(ids.shape, bool) if mask is None or mask.shape != ids.shape else mask.astype(bool)
     if task_type(model) == "CAUSAL_LM" and labels is not None and labels.shape == ids.shape:
-        last = np.max(np.where(labels != IGNORED, np.arange(ids.shape[1]), -1), axis=1)
-        real &= np.arange(ids.shape[1]) < last[:, None]
+        # The loss compares a position's logits with the next label: nothing after the last target gets a gradient.
+        last_target = np.max(np.where(labels != IGNORED_LABEL, np.arange(ids.shape[1]), -1), axis=1)
+        real &= np.arange(ids.shape[1]) < last_target[:, None]
     return real
 
 
-def _records(
-    ids: Int[np.ndarray, "B S"], real: Bool[np.ndarray, "B S"], positions: Int[np.ndarray, "_B S"] | None
+def _split_records(
+    ids: Int[np.ndarray, "B S"], real: Bool[np.ndarray, "B S"], position_ids: Int[np.ndarray, "_B S"] | None
 ) -> tuple[Int[np.ndarray, "n T"], list[Int[np.ndarray, " _t"]]]:
-    """Records from their first real token on, padded on the right with `NOTHING`, and where each one's tokens are."""
-    places: list[np.ndarray] = []
+    """Split rows into records of real tokens.
+
+    Returns:
+      The records, padded on the right with `PADDING_ID`, and the flat indices of each record's tokens in ``ids``.
+    """
+    indices: list[np.ndarray] = []
     for row in range(len(ids)):
-        at = np.flatnonzero(real[row])
+        columns = np.flatnonzero(real[row])
         starts: Sequence[int] = [0]
-        if positions is not None and len(at):
-            own = np.broadcast_to(positions, ids.shape)[row, at]
-            starts = sorted({0, *np.flatnonzero(own == 0).tolist()})
-        places += [part + row * ids.shape[1] for part in np.split(at, starts[1:])]
-    rows = np.full((len(places), max(map(len, places), default=0)), NOTHING, np.int64)
-    for i, place in enumerate(places):
-        rows[i, : len(place)] = ids.reshape(-1)[place]
-    return rows, places
+        if position_ids is not None and len(columns):
+            # A packed record begins where the position is 0.
+            row_positions = np.broadcast_to(position_ids, ids.shape)[row, columns]
+            starts = sorted({0, *np.flatnonzero(row_positions == 0).tolist()})
+        indices += [part + row * ids.shape[1] for part in np.split(columns, starts[1:])]
+    records = np.full((len(indices), max(map(len, indices), default=0)), PADDING_ID, np.int64)
+    for record, record_indices in zip(records, indices, strict=True):
+        record[: len(record_indices)] = ids.reshape(-1)[record_indices]
+    return records, indices
 
 
 def _array(batch: Batch, name: str) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""A callback for trainers of transformers and TRL: the run's regime, and the advice for another rank, in its log."""
+"""Callback for trainers of transformers and TRL that logs a run's regime and the advice for another rank."""
 
 import logging
 from collections.abc import Sequence
@@ -21,37 +21,44 @@ logger = logging.getLogger(__name__)
 
 
 class RegimeCallback(TrainerCallback):
-    """Measures before the first step, and before chosen others, and logs what it finds beside the loss.
+    """Callback that measures the regime before chosen steps and logs it with the loss.
 
         trainer = SFTTrainer(...)
         trainer.add_callback(RegimeCallback(trainer.log, batch, held_out, to_rank=128))
 
-    Logged are ``regime/crossing_rank``, r* of the held-out tokens, the median over modules;
-    ``regime/steps_until_A_leads``, t_A at the run's learning rate, under Adam; and ``regime/alpha`` and
-    ``regime/learning_rate``, which keep the whole model's change at ``to_rank``: under Adam at the run's last step, by
-    the law with the measured takeover distance and a constant rate, under SGD at the first. The advice in words goes to
-    Python's ``logging``. A progress bar is shown where the trainer shows its own (``disable_tqdm``).
+    It logs these figures:
 
-    The training goes on as without it. The model is measured as it is at that step, adapters and all; after the first
-    the law is that of a fresh adapter put on it.
+    - ``regime/crossing_rank``: median over modules of the crossing rank r*, at the held-out tokens.
+    - ``regime/steps_until_A_leads``: takeover time t_A at the run's learning rate, under Adam.
+    - ``regime/alpha`` and ``regime/learning_rate``: the setting at ``to_rank`` that preserves the whole model's change.
+      Under Adam the change is preserved at the run's last step, by the law with the measured takeover distance and a
+      constant rate. Under SGD it is preserved at the first step.
+
+    The advice as a sentence goes to Python's ``logging``. A progress bar is shown if the trainer shows its own
+    (``disable_tqdm``).
+
+    The callback does not affect training. It measures the model at the current step with its adapters active; after the
+    first step the law describes a fresh adapter added to that model.
 
     Args:
-      log: the trainer's own ``log``.
-      batch, held_out: as `regime` takes them; the batch should be what the run learns from.
-      to_rank: of the advice.
-      setting: what was tuned; None is the run's own, of its ``LoraConfig`` and ``TrainingArguments``.
-      steps: Numbers of updates after which to measure; 0 is before the first. A warning names those that the run does
-        not reach.
-      loss, layers: see `regime`.
-      tokens: held-out tokens at which modules are read.
+      log: Method ``log`` of the trainer.
+      batch: Batch that yields the gradient, see `regime`. It should resemble the training data.
+      held_out: Batch of other records, see `regime`.
+      to_rank: Rank for which to give advice.
+      setting: Tuned setting; None reads it from the run's ``LoraConfig`` and ``TrainingArguments``.
+      steps: Numbers of updates after which to measure; 0 is before the first. A warning names the steps that the run
+        does not reach.
+      loss: Loss function, see `regime`.
+      layers: Indices of the layers to measure, see `regime`.
+      tokens: Number of held-out tokens at which the inputs of modules are sampled.
 
     Attributes:
-      measured: what was found, by step.
-      transfers: the advice, by step.
+      measured: Measured regimes by step.
+      transfers: Advice by step.
 
     Raises:
-      InputError: a step or rank out of range, or what is no setting; when training begins, a run whose setting can't be
-        told, or one whose weights are spread over processes (FSDP, DeepSpeed).
+      InputError: If a step or rank is out of range or ``setting`` is not a `Setting`. When training begins: if the
+        run's setting can't be read, or if its weights are sharded over processes (FSDP, DeepSpeed).
     """
 
     def __init__(
@@ -79,36 +86,45 @@ class RegimeCallback(TrainerCallback):
         self.transfers: dict[int, Transfer] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Read the run's setting, so that a wrong one is refused before any work."""
+        """Read the run's setting, so that an unsupported one is refused before any work."""
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-            raise InputError("the weights are spread over processes (FSDP or DeepSpeed); accepted are whole ones")
+            raise InputError(
+                "the weights are sharded over processes (FSDP or DeepSpeed), which RegimeCallback does not support. "
+                "Measure the model in one process with rora_theory.measure.torch.regime."
+            )
         if self._setting is None:
-            self._setting = setting_of(kwargs["model"], args)
-        beyond = self._missed(reached=state.max_steps - 1)
-        if beyond and state.is_world_process_zero:
-            logger.warning(f"steps {beyond} are beyond the last of a run of {state.max_steps} steps")
+            self._setting = read_setting(kwargs["model"], args)
+        unreachable = self._missed(reached=state.max_steps - 1)
+        if unreachable and state.is_world_process_zero:
+            logger.warning(f"steps {unreachable} can't be measured: the run has only {state.max_steps} steps")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Warn of steps that a run did not reach, because it stopped early or began later."""
+        """Warn of steps that the run skipped, because it stopped early or resumed after them."""
         missed = sorted(set(self._missed()) - set(self._missed(reached=state.max_steps - 1)))
         if missed and state.is_world_process_zero:
             logger.warning(f"nothing was measured at steps {missed}: training ended at step {state.global_step}")
 
     def _missed(self, reached: float = -1) -> list[int]:
-        """Steps above ``reached`` at which nothing was measured."""
+        """Return the steps above ``reached`` at which nothing was measured."""
         return sorted(step for step in self._steps - set(self.measured) if step > reached)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Measure, where this is one of the steps."""
+        """Measure the model if this is one of the chosen steps."""
         step = state.global_step
         if self._setting is None or step not in self._steps - set(self.measured) or not state.is_world_process_zero:
             return
-        own = self._setting
-        family = FAMILY[own.optimizer]
+        # Measure only what the run's setting needs.
+        setting = self._setting
+        family = FAMILY[setting.optimizer]
         config = RegimeConfig(
-            ranks=(own.rank,), rules=(own.rule,), optimizers=(family,), inits=(own.init,), rows=0, tokens=self._tokens
+            ranks=(setting.rank,),
+            rules=(setting.rule,),
+            optimizers=(family,),
+            inits=(setting.init,),
+            rows=0,
+            tokens=self._tokens,
         )
-        found = regime(
+        measured = regime(
             kwargs["model"],
             self._batch,
             self._held_out,
@@ -118,27 +134,35 @@ class RegimeCallback(TrainerCallback):
             adapters="on",
             progress=not getattr(args, "disable_tqdm", True),
         )
-        carried = found.transfer(own, self._to_rank, steps=state.max_steps if family == "adam" else None)
-        self.measured[step], self.transfers[step] = found, carried
-        held_out = found.crossings[found.crossings["split"] == "heldout"]
+        transferred = measured.transfer(setting, self._to_rank, steps=state.max_steps if family == "adam" else None)
+        self.measured[step], self.transfers[step] = measured, transferred
+        # Log the figures with the loss, and the advice as a sentence.
+        held_out = measured.crossings[measured.crossings["split"] == "heldout"]
         figures = {"crossing_rank": float(held_out["crossing_rank"].median())}
         if family == "adam":
-            figures["steps_until_A_leads"] = found.takeover_at(own.rank, own.init) / own.learning_rate
-        figures |= {"alpha": carried.advice.alpha, "learning_rate": carried.learning_rate}
+            takeover = measured.takeover_at(setting.rank, setting.init)
+            figures["steps_until_A_leads"] = takeover / setting.learning_rate
+        figures |= {"alpha": transferred.advice.alpha, "learning_rate": transferred.learning_rate}
         self._log({f"regime/{name}": value for name, value in figures.items()})
-        logger.info(carried.advice.sentence())
+        logger.info(transferred.advice.sentence())
 
 
-def setting_of(model: torch.nn.Module, args: Any) -> Setting:
-    """The setting of a run: of its model's ``LoraConfig`` and its ``TrainingArguments``; of DoRA's a warning is logged.
+def read_setting(model: torch.nn.Module, args: Any) -> Setting:
+    """Read the setting of a run from its model's ``LoraConfig`` and its ``TrainingArguments``.
+
+    A warning is logged if the model uses DoRA.
+
+    Args:
+      model: PEFT model with LoRA.
+      args: ``TrainingArguments`` of the run.
 
     Raises:
-      InputError: a model without LoRA, patterns (modules of several ranks or alphas), or an optimizer or init that has
-        no law here.
+      InputError: If the model has no LoRA, has modules of several ranks or alphas, or if no law is known for its
+        optimizer or initialisation.
     """
     config = lora_config(model)
     if config is None:
-        raise InputError("the model has no LoRA of PEFT's; accepted is one that has, or a setting=")
+        raise InputError("the model has no LoRA adapter of PEFT. Add one with get_peft_model, or pass setting.")
     check_uniform(vars(config))
     if config.use_dora:
         logger.warning(OF_DORA)
@@ -146,7 +170,9 @@ def setting_of(model: torch.nn.Module, args: Any) -> Setting:
     try:
         optimizer = optimizer_named(name)
     except InputError:
-        raise InputError(f"optim is {shown(name)}; accepted are kinds of adamw and sgd, or a setting=") from None
+        raise InputError(
+            f"optim must be a variant of adamw or sgd, got {shown(name)}. For another optimizer pass setting."
+        ) from None
     rule: Any = "rslora" if config.use_rslora else "lora"
     return Setting(
         config.r, float(config.lora_alpha), args.learning_rate, rule, optimizer, init_of(config.init_lora_weights)

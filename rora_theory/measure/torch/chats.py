@@ -1,4 +1,4 @@
-"""A collator that trains on what the assistant says: its tokens and the end token of each of its turns."""
+"""Collator of chats with labels at the assistant's tokens and the end token of each of its turns."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +7,15 @@ import torch
 
 from rora_theory.data.chat import ChatTemplate
 from rora_theory.errors import InputError
-from rora_theory.measure.torch.batches import IGNORED
+from rora_theory.measure.torch.batches import IGNORED_LABEL
 from rora_theory.scaling import check_integer
 
 
 class ChatCollator:
-    """Make batches of chats, with labels at the assistant's tokens alone.
+    """Collator that builds batches of chats with labels at the assistant's tokens only.
 
-    The labels are found in the text that the tokenizer's chat template writes, so an end token counts although it is
-    the padding token too. Padding is on the right and has no label.
+    Labels are located in the text that the tokenizer's chat template renders. An end token therefore has a label even
+    if it is also the padding token. Padding is on the right and has no label.
 
         collate = ChatCollator(tokenizer, max_length=1024)
         batch = collate([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}])
@@ -23,10 +23,10 @@ class ChatCollator:
 
     Args:
       tokenizer: Fast tokenizer of transformers with a chat template, with or without a padding token.
-      max_length: Number of tokens to which a chat is truncated.
+      max_length: Maximum number of tokens of a chat; longer chats are truncated.
 
     Raises:
-      InputError: A tokenizer without a chat template or without offsets.
+      InputError: If the tokenizer has no chat template or does not return offsets.
     """
 
     def __init__(self, tokenizer: Any, max_length: int = 1024) -> None:
@@ -43,31 +43,32 @@ class ChatCollator:
         self._tokenizer, self._max_length = tokenizer, max_length
 
     def __call__(self, chats: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return ``input_ids``, ``attention_mask`` and ``labels`` of some chats.
+        """Return ``input_ids``, ``attention_mask`` and ``labels`` of a batch of chats.
 
         Args:
-          chats: Objects with ``messages`` and, optionally, ``tools``, as transformers' ``apply_chat_template`` and
-            TRL take them. A message with ``"weight": 0``, as in OpenAI's format, has no labels.
+          chats: Objects with ``messages`` and, optionally, ``tools``, in the format of transformers'
+            ``apply_chat_template`` and TRL. A message with ``"weight": 0``, as in OpenAI's format, has no labels.
 
         Raises:
-          InputError: A chat without messages or one that the template refuses, or no token of the assistant's within
-            ``max_length`` in any of them.
+          InputError: If a chat has no messages or the template refuses it, or if no chat has a token of the assistant
+            within ``max_length``.
         """
         rows = [self._encode(chat) for chat in chats]
         width = max((len(ids) for ids, _ in rows), default=0)
-        padding = self._tokenizer.pad_token_id or 0  # not attended to and not in the loss: any token does
+        padding = self._tokenizer.pad_token_id or 0  # masked and without a label, so any token will do
         batch = {
             "input_ids": torch.full((len(rows), width), padding),
             "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
-            "labels": torch.full((len(rows), width), IGNORED),
+            "labels": torch.full((len(rows), width), IGNORED_LABEL),
         }
         for row, (ids, labels) in enumerate(rows):
             batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
             batch["attention_mask"][row, : len(ids)] = 1
             batch["labels"][row, : len(ids)] = torch.tensor(labels)
-        if not bool((batch["labels"][:, 1:] != IGNORED).any()):
+        if not bool((batch["labels"][:, 1:] != IGNORED_LABEL).any()):
             raise InputError(
-                f"none of {len(rows)} chats has a token of the assistant's within max_length {self._max_length}"
+                f"none of {len(rows)} chats has a token of the assistant within max_length {self._max_length}. "
+                "Raise max_length."
             )
         return batch
 
@@ -75,13 +76,14 @@ class ChatCollator:
         if not isinstance(chat, Mapping) or not chat.get("messages"):
             raise InputError(f"a chat must be an object with messages, got {type(chat).__name__} without")
         text, spans = self._template.write(chat["messages"], chat.get("tools") or ())
-        # The template writes the special tokens itself.
+        # The rendered text already contains the special tokens.
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        # What a template writes after the end token, as a line break, belongs to no turn.
+        # Trim white space that a template adds after the end token: it belongs to no turn.
         turns = [(begin, begin + len(text[begin:end].rstrip())) for begin, end in spans]
+        # Label every token that overlaps a turn.
         ids = encoded["input_ids"]
         labels = [
-            token if any(first < end and last > begin for begin, end in turns) else IGNORED
+            token if any(first < end and last > begin for begin, end in turns) else IGNORED_LABEL
             for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
         ]
         return ids[: self._max_length], labels[: self._max_length]

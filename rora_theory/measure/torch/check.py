@@ -1,14 +1,16 @@
-"""The rank coordinate check of a PEFT model: do its first steps, under the user's own optimizer, depend on the rank?
+"""Rank coordinate check of a PEFT model: test whether its first steps depend on the rank.
+
+The steps use the user's own optimizer:
 
     def make_model(rank):
         return get_peft_model(base, LoraConfig(r=rank, lora_alpha=16, use_rslora=True, target_modules="all-linear"))
 
-    found = coordinate_check(make_model, batch, ranks=(2, 8, 32), held_out=held_out)
-    print(found.sentence())
-    found.assert_flat()
+    check = coordinate_check(make_model, batch, ranks=(2, 8, 32), held_out=held_out)
+    print(check.sentence())
+    check.assert_flat()
 
-Ranks share their noise: the smaller one's A has the first rows of the larger one's. See
-`rora_theory.measure.rank_check.check` for the check of rules in JAX.
+The draws of A are nested: the A of a smaller rank consists of the first rows of the A of a larger rank, so that the
+noise of different ranks is shared. `rora_theory.measure.rank_check.check` is the check of scaling rules in JAX.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,10 +27,17 @@ from peft.tuners.lora import LoraLayer
 from rora_theory import inits
 from rora_theory.advice.lora_config import init_of
 from rora_theory.errors import InputError
-from rora_theory.measure.rank_check.coordinate_table import MODEL, WHOLE, BatchSplit, Coordinate, Table, whole_model
+from rora_theory.measure.rank_check.coordinate_table import (
+    MODEL,
+    MODEL_QUANTITIES,
+    BatchSplit,
+    Coordinate,
+    Table,
+    judge_model,
+)
 from rora_theory.measure.regimes import thin
-from rora_theory.measure.torch.batches import Batch, Loss, moved, plain_loss, tokens, tokens_of
-from rora_theory.measure.torch.modules import base_model, unchanged, unwrapped, with_autograd
+from rora_theory.measure.torch.batches import Batch, Loss, find_masks, model_loss, move_batch, select_masks
+from rora_theory.measure.torch.modules import base_model, preserved_state, unwrap, with_autograd
 from rora_theory.measure.torch.progress import bar
 from rora_theory.random.seeds import check_seed
 from rora_theory.scaling import check_integer
@@ -36,6 +45,7 @@ from rora_theory.stats.slopes import BAND
 from rora_theory.validation.rules import check_ranks, check_steps, listed
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter], int], torch.optim.Optimizer]
+"""Function of the trainable parameters and the rank that returns an optimizer."""
 
 LearningRate = float | Callable[[int], float]
 """One learning rate for all ranks, or a function of the rank."""
@@ -46,28 +56,28 @@ CONCLUSIONS = {
     "shrinks with the rank": "shrink with the rank, so alpha or the learning rate is too small at the higher ranks",
     "undecided": "may or may not depend on the rank: the draws of A differ too much, so raise seeds",
 }
-"""What a verdict means for a setting that is to be kept over ranks."""
+"""Conclusion from each verdict about a setting that is used at several ranks."""
 
 
 def adamw(learning_rate: LearningRate) -> MakeOptimizer:
-    """Return a function that makes AdamW at this learning rate."""
+    """Return a function that creates AdamW at a learning rate."""
     rate_of = learning_rate if callable(learning_rate) else lambda _: learning_rate
     return lambda parameters, rank: torch.optim.AdamW(parameters, lr=rate_of(rank))
 
 
 @dataclass(frozen=True, eq=False)
 class TorchCheck:
-    """What `coordinate_check` found.
+    """Result of `coordinate_check`.
 
     Attributes:
-      table: the sizes by coordinate, [seeds, ranks] each: ``hidden``, ``logits``, root mean square of the change of
-        the final hidden states (the output head's inputs) and of the logits; of each kind of module ``output``, root
-        mean square of gamma B A x; ``loss``.
-      sizes: the same as a tidy frame, a row a rank, seed and coordinate.
-      slopes: a row a coordinate: log-log slope against the rank, its error, and whether it is flat.
-      verdict: on the whole model, its hidden states and logits: ``"flat"``, ``"grows with the rank"``, ...
-      scope: what it was found at.
-      band: largest absolute slope that was called flat.
+      table: Sizes by coordinate, each an array [seeds, ranks]. ``hidden`` and ``logits`` are the root mean square of
+        the change of the final hidden states (the output head's inputs) and of the logits. ``output`` is the root mean
+        square of gamma B A x of each kind of module. ``loss`` is the loss.
+      sizes: Sizes as a tidy frame with a row for each rank, seed and coordinate.
+      slopes: Frame with a row for each coordinate: log-log slope against the rank, its error and verdict.
+      verdict: Verdict on the whole model, its hidden states and logits: ``"flat"``, ``"grows with the rank"``, ...
+      scope: Sentence with the model, ranks, steps and draws that the verdict rests on.
+      band: Largest absolute slope that counts as flat.
     """
 
     table: Table
@@ -78,29 +88,36 @@ class TorchCheck:
     band: float
 
     def sentence(self) -> str:
-        """Return the verdict on the whole model, what follows from it, and its scope."""
+        """Return a sentence with the verdict on the whole model, followed by its scope."""
         conclusion = CONCLUSIONS.get(self.verdict, "behave differently by step or split (see slopes)")
         return f"The first steps of the whole model {conclusion} (verdict: {self.verdict}). {self.scope}"
 
     def assert_flat(self, *, split: BatchSplit | None = None, step: int | None = None) -> None:
-        """Pass where hidden states and logits are shown not to depend on the rank; made for test suites.
+        """Assert that the changes of hidden states and logits do not depend on the rank, for use in test suites.
 
         Args:
-          split, step: of this batch, and after so many steps; None is every one that was read.
+          split: Split to test; None tests all.
+          step: Number of updates after which to test; None tests all.
 
         Raises:
-          AssertionError: a slope outside the band, or one that the seeds leave undecided.
-          InputError: nothing of the kind was read.
+          AssertionError: If a slope is outside the band, or if the seeds leave it undecided.
+          InputError: If nothing was measured for the split and step.
         """
-        chosen = [
-            each
-            for each in self.table.values
-            if (each.module, each.quantity) in WHOLE and split in (None, each.split) and step in (None, each.step)
+        coordinates = [
+            coordinate
+            for coordinate in self.table.values
+            if (coordinate.module, coordinate.quantity) in MODEL_QUANTITIES
+            and split in (None, coordinate.split)
+            and step in (None, coordinate.step)
         ]
-        if not chosen:
-            raise InputError(f"nothing was read of split {split!r} after step {step!r}; accepted is what was checked")
-        for each in chosen:
-            self.table.assert_flat(each.quantity, split=each.split, step=each.step, band=self.band)
+        if not coordinates:
+            measured = sorted({(coordinate.split, coordinate.step) for coordinate in self.table.values})
+            raise InputError(
+                f"nothing was measured for split {split!r} and step {step!r}; measured pairs: "
+                + ", ".join(f"({name!r}, {number})" for name, number in measured)
+            )
+        for coordinate in coordinates:
+            self.table.assert_flat(coordinate.quantity, split=coordinate.split, step=coordinate.step, band=self.band)
 
 
 def coordinate_check(
@@ -118,30 +135,34 @@ def coordinate_check(
     seed: int = 0,
     progress: bool = False,
 ) -> TorchCheck:
-    """Take the user's own steps at several ranks and see whether the model's outputs change by the same amount.
+    """Train adapters of several ranks for a few steps and compare how much the model's outputs change.
+
+    Outputs are measured in evaluation mode; steps run in the mode of the model. Use float32: in bfloat16 the changes
+    of the first steps may be too small to measure.
 
     Args:
-      make_model: of a rank, a PEFT model with LoRA (or rsLoRA) of that rank, fresh: B = 0. A is drawn anew by the law
-        that its ``init_lora_weights`` names, nested over ranks. It may put its adapter on one and the same base each
-        time: PEFT's layers are taken off when a rank is done.
-      batch: of every step, or one a step, begun again where steps go on; what the model takes, with labels.
-      ranks: two or more.
-      held_out: a batch that is never trained on; its tokens that begin as the first batch's do are not read.
-      learning_rate: Learning rate of AdamW, the one you train with: a number, or a function of the rank.
-      make_optimizer: Function of the adapter's parameters and the rank that returns another optimizer; then
+      make_model: Function of a rank that returns a PEFT model with a fresh LoRA or rsLoRA adapter (B = 0) of that
+        rank. A is drawn anew, nested over ranks, by the law that ``init_lora_weights`` names. The function may use the
+        same base model each time: PEFT's layers are removed after each rank.
+      batch: Batch of every step, or a sequence of batches that the steps cycle through, with labels.
+      ranks: Two or more ranks.
+      held_out: Batch that is never trained on, without the tokens that repeat the beginning of the first batch.
+      learning_rate: Learning rate of AdamW in your training: a number, or a function of the rank.
+      make_optimizer: Function of the adapter's parameters and the rank that returns another optimizer, for which
         ``learning_rate`` has no effect. None is AdamW.
-      loss: of the model and a batch; None is ``model(**batch).loss``.
-      steps: updates after which to read, ascending.
-      seeds: how many draws of A, 2 or more for error bars.
-      band: largest absolute slope to call flat.
-      seed: of all draws.
+      loss: Function of the model and a batch; None is ``model(**batch).loss``.
+      steps: Numbers of updates after which to measure, in ascending order.
+      seeds: Number of draws of A; at least 2, which error bars need.
+      band: Largest absolute slope that counts as flat.
+      seed: Seed of all draws.
       progress: Whether to show transformers' progress bar, which states the number of steps before they start.
 
-    The model is read in evaluation mode and stepped in its own. In bfloat16 the first steps' changes may be too small
-    to be seen: float32 is meant.
+    Returns:
+      The sizes, slopes and verdict.
 
     Raises:
-      InputError: a model that is no fresh LoRA of its rank, an init that has no law here, or a setting out of range.
+      InputError: If a model has no fresh LoRA adapter of its rank, if no law is known for its initialisation, or if an
+        argument is out of range.
     """
     check_ranks(ranks)
     check_steps(steps)
@@ -149,30 +170,34 @@ def coordinate_check(
     check_seed(seed)
     ranks = tuple(sorted(ranks))
     batches = [batch] if isinstance(batch, Mapping) else list(batch)
-    take = plain_loss if loss is None else loss
+    compute_loss = model_loss if loss is None else loss
     make = adamw(learning_rate) if make_optimizer is None else make_optimizer
     values: dict[Coordinate, np.ndarray] = {}
-    scope: list[str] = []
+    optimizers: list[str] = []
     runs = [(number, column, rank) for number in range(seeds) for column, rank in enumerate(ranks)]
     total = len(runs) * max(steps)
-    described = f"Checking {len(ranks)} ranks with {seeds} draws of A ({total} training steps)"
-    with with_autograd(), bar(total, description=described, unit="step", shown=progress) as shown:
+    description = f"Checking {len(ranks)} ranks with {seeds} draws of A ({total} training steps)"
+    with with_autograd(), bar(total, description=description, unit="step", shown=progress) as progress_bar:
         for number, column, rank in runs:
-            model = unwrapped(make_model(rank))
-            with unchanged(model):
+            model = unwrap(make_model(rank))
+            with preserved_state(model):
+                # Dropout masks depend on the seed alone: ranks share them.
                 torch.manual_seed(seed + number)
                 layers = _fresh_layers(model, rank)
-                _draw(layers, model, [seed, number])
-                run = _Run(model, layers, batches, held_out, take)
-                optimizer = make([each for each in model.parameters() if each.requires_grad], rank)
-                for coordinate, value in run.coordinates(optimizer, steps, shown.update):
+                _draw_nested(layers, model, [seed, number])
+                # Train the adapter and record the size of every coordinate.
+                run = _Run(model, layers, batches, held_out, compute_loss)
+                optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad], rank)
+                for coordinate, value in run.measure(optimizer, steps, progress_bar.update):
                     values.setdefault(coordinate, np.full((seeds, len(ranks)), np.nan))[number, column] = value
-            scope.append(_stepped_by(optimizer))
+            optimizers.append(_describe_optimizer(optimizer))
             name = f"{type(base_model(model)).__name__} in {next(model.parameters()).dtype}".replace("torch.", "")
+            # Remove PEFT's layers, so that the next rank can use the same base model.
             if hasattr(model, "unload"):
                 model.unload()
+    # Fit a slope against the rank for every coordinate.
     table = Table(ranks, values)
-    lines = table.lines(band=band)
+    slopes = table.slope_rows(band=band)
     sizes = pd.DataFrame(
         [
             {"rank": rank, "seed": number} | coordinate._asdict() | {"value": float(value[number, column])}
@@ -181,25 +206,25 @@ def coordinate_check(
             for column, rank in enumerate(ranks)
         ]
     )
-    steps_in_words = f"{listed(steps)} step{'' if tuple(steps) == (1,) else 's'}"
-    batches_in_words = f"{len(batches)} training batch{'' if len(batches) == 1 else 'es'}"
-    said = (
-        f"Found on {name} at ranks {listed(ranks)}, after {steps_in_words} of "
-        f"{'; '.join(dict.fromkeys(scope))}, {seeds} draws of A, {batches_in_words} and "
-        f"{'one' if held_out else 'none'} held out; flat is a slope within ±{band:g}, its 95% interval and all."
+    step_text = f"{listed(steps)} step{'' if tuple(steps) == (1,) else 's'}"
+    batch_text = f"{len(batches)} training batch{'' if len(batches) == 1 else 'es'}"
+    scope = (
+        f"Measured on {name} at ranks {listed(ranks)}, after {step_text} of {'; '.join(dict.fromkeys(optimizers))}, "
+        f"with {seeds} draws of A, {batch_text} and {'one' if held_out else 'no'} held-out batch. "
+        f"A slope is flat if its 95% interval lies within ±{band:g}."
     )
-    slopes = pd.DataFrame(lines)
-    thin.warn((sizes, slopes), thin.of_ranks(ranks))
-    return TorchCheck(table, sizes, slopes, whole_model(lines), said, band)
+    slope_frame = pd.DataFrame(slopes)
+    thin.warn((sizes, slope_frame), thin.of_ranks(ranks))
+    return TorchCheck(table, sizes, slope_frame, judge_model(slopes), scope, band)
 
 
 def _fresh_layers(model: torch.nn.Module, rank: int) -> dict[str, tuple[LoraLayer, str]]:
-    """The LoRA layers of linear modules, and each one's adapter.
+    """Return the LoRA layers of linear modules with the name of their active adapter.
 
     Raises:
-      InputError: none, another rank, or a B that is not zero.
+      InputError: If there is none, if an adapter has another rank, or if its B is not zero.
     """
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or not module.lora_A:
             continue
@@ -208,49 +233,59 @@ def _fresh_layers(model: torch.nn.Module, rank: int) -> dict[str, tuple[LoraLaye
                 continue
             rows = len(module.lora_A[adapter].weight)
             if rows != rank:
-                raise InputError(f"make_model({rank}) gives {name} an adapter of rank {rows}; accepted is rank {rank}")
+                raise InputError(
+                    f"make_model({rank}) must return adapters of rank {rank}, got rank {rows} in {name}. "
+                    "Pass the argument on as LoraConfig(r=rank)."
+                )
             if bool(module.lora_B[adapter].weight.any()):
-                raise InputError(f"make_model({rank}) gives {name} a B that is not zero; accepted is a fresh adapter")
-            found[name] = (module, adapter)
-    if not found:
-        raise InputError(f"make_model({rank}) gives a model without LoRA; accepted is one of get_peft_model")
-    return found
+                raise InputError(
+                    f"make_model({rank}) must return a fresh adapter, got a B that is not zero in {name}. "
+                    "Create the adapter with get_peft_model and do not train it."
+                )
+            layers[name] = (module, adapter)
+    if not layers:
+        raise InputError(f"make_model({rank}) must return a PEFT model with LoRA, got a model without LoRA layers")
+    return layers
 
 
-def _draw(layers: Mapping[str, tuple[LoraLayer, str]], model: torch.nn.Module, seeds: list[int]) -> None:
+def _draw_nested(layers: Mapping[str, tuple[LoraLayer, str]], model: torch.nn.Module, seeds: list[int]) -> None:
+    """Draw every A row by row from a generator that depends on the layer and the seeds, and not on the rank."""
     configs: Any = getattr(model, "peft_config", {})
     for index, (layer, adapter) in enumerate(layers.values()):
-        word = configs[adapter].init_lora_weights if adapter in configs else True
+        init_name = configs[adapter].init_lora_weights if adapter in configs else True
         weight, random = layer.lora_A[adapter].weight, np.random.default_rng([*seeds, index])
-        drawn = inits.draw(random, init_of(word), rank=weight.shape[0], p_in=weight.shape[1])
+        lora_A = inits.draw(random, init_of(init_name), rank=weight.shape[0], p_in=weight.shape[1])
         with torch.no_grad():
-            weight.copy_(torch.from_numpy(drawn))
+            weight.copy_(torch.from_numpy(lora_A))
 
 
-class _Text:
-    """A batch that is read, and which rows of an output of so many rows are tokens that count.
+class _MaskedBatch:
+    """Batch with the masks of the tokens at which outputs are measured.
 
     Raises:
-      InputError: a held-out batch none of whose tokens is apart from the trained ones.
+      InputError: If every token of a held-out batch was seen in training.
     """
 
     def __init__(self, batch: Batch, model: torch.nn.Module, trained: Batch | None = None) -> None:
         self.batch = batch
-        self._known = tokens(model, batch, trained)
-        if not all((known.real & ~known.seen).any() for known in self._known.values()):
-            raise InputError("no held-out token is apart from the trained ones; accepted are records that differ")
+        self._masks = find_masks(model, batch, trained)
+        if not all((masks.real & ~masks.seen).any() for masks in self._masks.values()):
+            raise InputError(
+                "held_out has no token apart from those that repeat the beginning of a training record. "
+                "Pass different records."
+            )
 
     def rms(self, x: torch.Tensor) -> float:
-        """Root mean square over the tokens that count, all of them where it is not known which do."""
+        """Return the root mean square over the unmasked tokens, or over all tokens if their masks are unknown."""
         rows = x.detach().float().reshape(-1, x.shape[-1])
-        known = tokens_of(self._known, x)
-        if known is not None:
-            rows = rows[torch.from_numpy(known.real & ~known.seen).to(rows.device)]
+        masks = select_masks(self._masks, x)
+        if masks is not None:
+            rows = rows[torch.from_numpy(masks.real & ~masks.seen).to(rows.device)]
         return float(rows.square().mean().sqrt())
 
 
 class _Run:
-    """One adapter, trained and read."""
+    """Training of one adapter, with measurements after chosen steps."""
 
     def __init__(
         self,
@@ -262,63 +297,73 @@ class _Run:
     ) -> None:
         base = base_model(model)
         self._model, self._layers, self._loss = model, layers, loss
-        self._train = [_Text(moved(each, base), base) for each in batches]
-        self._held_out = None if held_out is None else _Text(moved(held_out, base), base, batches[0])
+        self._train = [_MaskedBatch(move_batch(batch, base), base) for batch in batches]
+        self._held_out = None if held_out is None else _MaskedBatch(move_batch(held_out, base), base, batches[0])
 
-    def coordinates(
-        self, optimizer: torch.optim.Optimizer, steps: Sequence[int], stepped: Callable[[], Any]
+    def measure(
+        self, optimizer: torch.optim.Optimizer, steps: Sequence[int], on_step: Callable[[], Any]
     ) -> Iterator[tuple[Coordinate, float]]:
-        numbers = [(step - 1) % len(self._train) for step in range(1, max(steps) + 1)]
-        read = {self._train[numbers[step - 1]] for step in steps} | {self._held_out} - {None}
-        before = {text: self._outputs(text)[0] for text in read if text is not None}
-        for step, number in enumerate(numbers, start=1):
+        # Outputs of the base model (B = 0) on every batch that is measured later.
+        batch_indices = [(step - 1) % len(self._train) for step in range(1, max(steps) + 1)]
+        measured = {self._train[batch_indices[step - 1]] for step in steps} | {self._held_out} - {None}
+        before = {masked: self._outputs(masked)[0] for masked in measured if masked is not None}
+        for step, index in enumerate(batch_indices, start=1):
+            # One training step on the step's batch.
             optimizer.zero_grad()
-            self._loss(self._model, self._train[number].batch).backward()
+            self._loss(self._model, self._train[index].batch).backward()
             optimizer.step()
-            stepped()
+            on_step()
             if step not in steps:
                 continue
-            texts: dict[BatchSplit, _Text | None] = {"train": self._train[number], "held_out": self._held_out}
-            for split, text in texts.items():
-                if text is None:
+            # Sizes of the changes since the base model, on the batch just trained on and on the held-out batch.
+            splits: dict[BatchSplit, _MaskedBatch | None] = {"train": self._train[index], "held_out": self._held_out}
+            for split, masked in splits.items():
+                if masked is None:
                     continue
-                outputs, added, loss = self._outputs(text)
+                outputs, added, loss = self._outputs(masked)
                 for name, after in outputs.items():
-                    yield Coordinate(name, split, MODEL, step), text.rms(after - before[text][name])
+                    yield Coordinate(name, split, MODEL, step), masked.rms(after - before[masked][name])
                 for kind, sizes in added.items():
                     yield Coordinate("output", split, kind, step), float(np.sqrt(np.mean(np.square(sizes))))
                 yield Coordinate("loss", split, MODEL, step), loss
 
-    def _outputs(self, text: _Text) -> tuple[dict[str, torch.Tensor], dict[str, list[float]], float]:
-        """Final hidden states and logits; by kind of module the rms of what each one's adapter adds; and the loss."""
-        found: dict[str, torch.Tensor] = {}
+    def _outputs(self, masked: _MaskedBatch) -> tuple[dict[str, torch.Tensor], dict[str, list[float]], float]:
+        """Run the model in evaluation mode on a batch.
+
+        Returns:
+          The final hidden states and logits; by kind of module, the root mean square of each adapter's output; and the
+          loss.
+        """
+        outputs: dict[str, torch.Tensor] = {}
         added: dict[str, list[float]] = {}
 
-        def adds(kind: str, scaling: float, _: Any, __: Any, output: torch.Tensor) -> None:
-            added.setdefault(kind, []).append(scaling * text.rms(output))
+        def adapter_hook(kind: str, scaling: float, _: Any, __: Any, output: torch.Tensor) -> None:
+            added.setdefault(kind, []).append(scaling * masked.rms(output))
 
-        def head(_: Any, args: tuple, output: torch.Tensor) -> None:
-            found["hidden"], found["logits"] = args[0].detach().float(), output.detach().float()
+        def head_hook(_: Any, args: tuple, output: torch.Tensor) -> None:
+            outputs["hidden"], outputs["logits"] = args[0].detach().float(), output.detach().float()
 
         with ExitStack() as stack:
-            stack.enter_context(_evaluated(self._model))
+            stack.enter_context(_evaluation_mode(self._model))
             stack.enter_context(torch.no_grad())
+            # The output of lora_B is B A x; PEFT multiplies it by the scaling afterwards.
             for name, (layer, adapter) in self._layers.items():
-                hook = partial(adds, name.rpartition(".")[2], layer.scaling[adapter])
+                hook = partial(adapter_hook, name.rpartition(".")[2], layer.scaling[adapter])
                 stack.callback(layer.lora_B[adapter].register_forward_hook(hook).remove)
-            of_model = getattr(base_model(self._model), "get_output_embeddings", None)
-            output = of_model() if callable(of_model) else None
-            if output is not None:
-                stack.callback(output.register_forward_hook(head).remove)
-            loss = float(self._loss(self._model, text.batch))
-            if output is None:
-                result = self._model(**text.batch)
-                found["logits"] = getattr(result, "logits", result).detach().float()
-        return found, added, loss
+            # The head's input and output are the hidden states and the logits, whatever the loss function calls.
+            get_head = getattr(base_model(self._model), "get_output_embeddings", None)
+            head = get_head() if callable(get_head) else None
+            if head is not None:
+                stack.callback(head.register_forward_hook(head_hook).remove)
+            loss = float(self._loss(self._model, masked.batch))
+            if head is None:
+                result = self._model(**masked.batch)
+                outputs["logits"] = getattr(result, "logits", result).detach().float()
+        return outputs, added, loss
 
 
 @contextmanager
-def _evaluated(model: torch.nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -328,6 +373,6 @@ def _evaluated(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _stepped_by(optimizer: torch.optim.Optimizer) -> str:
+def _describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
     rates = dict.fromkeys(f"{group['lr']:g}" for group in optimizer.param_groups)
     return f"{type(optimizer).__name__} at {' and '.join(rates)}"

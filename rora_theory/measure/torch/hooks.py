@@ -1,9 +1,10 @@
-r"""Hooks on a model's linear modules: their inputs in a forward pass, and each module's gradient in a backward pass.
+r"""Hooks on a model's linear modules that collect inputs in a forward pass and gradients in a backward pass.
 
-The gradient of a module's weight is :math:`G = \sum_t \delta_t x_t^\top` with x_t its input and :math:`\delta_t =
-\partial L/\partial y_t` at its output, whatever the weight is stored as and whoever shares it. It is formed when
-:math:`\delta` comes by in the backward pass and given away at once, so that no two modules' G are there together.
-The inputs are kept as autograd keeps what it needs: gradient checkpointing drops and recomputes them.
+The gradient of a module's weight is :math:`G = \sum_t \delta_t x_t^\top`, where :math:`x_t` is the module's input at
+token t and :math:`\delta_t = \partial L/\partial y_t` the gradient at its output. It is the same whether the weight is
+quantised or shared. Each G is computed when :math:`\delta` arrives in the backward pass, is handed to the caller and
+is freed at once, so that only one module's G is in memory. Inputs are saved the way autograd saves tensors, so that
+gradient checkpointing can drop and recompute them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,23 +18,28 @@ from jaxtyping import Float
 from rora_theory.errors import InputError
 
 Inputs = Float[torch.Tensor, "*tokens _features"]
-"""A module's input in one call, in the shape that the module received."""
+"""Input of a module in one call, in the shape that the module received."""
 
 
 def read_modules(
-    modules: Mapping[str, torch.nn.Module], run: Callable[[], float], keep: Callable[[str, Inputs], None]
+    modules: Mapping[str, torch.nn.Module], run: Callable[[], float], on_inputs: Callable[[str, Inputs], None]
 ) -> tuple[float, dict[str, str]]:
-    """Run a forward pass without gradients and pass the input of every module to ``keep``, call by call.
+    """Run a forward pass without gradients and collect the inputs of modules.
+
+    Args:
+      modules: Linear modules by name.
+      run: Function that runs the forward pass and returns the loss.
+      on_inputs: Function that is called with a module's name and input, once for each call of the module.
 
     Returns:
-      The result of ``run``, and the type of the output of every module that does not return a tensor. The inputs of
-      such a module are not passed to ``keep``.
+      The loss, and the type of the output of every module that does not return a tensor. The inputs of such a module
+      are not passed to ``on_inputs``.
     """
     unsupported: dict[str, str] = {}
 
     def hook(name: str, _: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
         if isinstance(y, torch.Tensor):
-            keep(name, _input(args, kwargs))
+            on_inputs(name, _first_input(args, kwargs))
         else:
             unsupported[name] = type(y).__name__
 
@@ -46,73 +52,87 @@ def backward(
     modules: Mapping[str, torch.nn.Module],
     run: Callable[[], torch.Tensor],
     calls: Mapping[str, int],
-    use: Callable[[str, Float[torch.Tensor, "p_out p_in"], list[Inputs]], None],
+    on_gradient: Callable[[str, Float[torch.Tensor, "p_out p_in"], list[Inputs]], None],
 ) -> float:
-    """Run a forward and a backward pass, and give ``use`` every module's G with the inputs that it had, call by call.
+    """Run a forward and a backward pass and pass every module's gradient G and inputs to a function.
 
-    The parameters' own gradients are neither formed nor touched.
+    The ``grad`` of the model's parameters is neither computed nor changed.
 
     Args:
-      model: whose parameters are frozen meanwhile.
-      modules: its linear modules by name.
-      run: gives the loss, a number with a graph.
-      calls: how often a pass runs each module: its G is complete after so many.
-      use: is called within the backward pass, under no_grad; a module that no gradient reaches is not shown.
+      model: Model. Its parameters are frozen during the passes.
+      modules: Linear modules of the model by name.
+      run: Function that runs the forward pass and returns the loss as a scalar tensor.
+      calls: Number of calls of each module in a pass, after which its G is complete.
+      on_gradient: Function of a module's name, its G and its inputs by call. It is called within the backward pass,
+        without autograd, and not for modules that receive no gradient.
 
     Returns:
-      the loss.
+      The loss.
 
     Raises:
-      InputError: a loss that is not finite or has no graph, or a module that is run more often.
+      InputError: If the loss is not finite or does not depend on a module's output, or if a module is called more
+        often than ``calls`` says.
     """
     partial_sums: dict[str, tuple[torch.Tensor, list[Inputs]]] = {}
-    done: dict[str, int] = dict.fromkeys(modules, 0)
+    received: dict[str, int] = dict.fromkeys(modules, 0)
 
-    def arrived(name: str, kept: list[Any], delta: torch.Tensor) -> None:
-        if done[name] == calls[name]:
+    def on_delta(name: str, saved: list[Any], delta: torch.Tensor) -> None:
+        if received[name] == calls[name]:
             raise InputError(
-                f"{name} is run more than {calls[name]} times with the batch, and {calls[name]} times with the "
-                "held-out one; accepted are two batches of one kind"
+                f"{name} is called more often with the batch than with the held-out batch (limit: {calls[name]}). "
+                "Pass two batches for which the model calls its modules equally often."
             )
-        # Unpacking recomputes what gradient checkpointing dropped; the node is let go, and with it the inputs.
-        held = kept.pop()  # by its output: in torch 2.6 the node alone does not keep what it saved
-        x = held.grad_fn.saved_tensors[0].detach()
-        del held
+        # Reading a saved tensor recomputes it if gradient checkpointing dropped it. `pop` and `del` release the input.
+        # The list holds the node's output because in torch 2.6 the node alone does not keep its saved tensors.
+        saved_output = saved.pop()
+        x = saved_output.grad_fn.saved_tensors[0].detach()
+        del saved_output
         with torch.no_grad(), _full_precision():
-            grad = _rows(delta).float().T @ _rows(x).float()
+            # G = sum over tokens of delta x^T; a module that is called several times sums over its calls.
+            grad = _flatten_tokens(delta).float().T @ _flatten_tokens(x).float()
+            inputs = [x]
             if name in partial_sums:
-                grad += partial_sums[name][0]
-            every = [*(partial_sums.pop(name)[1] if name in partial_sums else []), x]
-            done[name] += 1
-            if done[name] == calls[name]:
-                use(name, grad, every)
+                previous_grad, previous_inputs = partial_sums.pop(name)
+                grad += previous_grad
+                inputs = [*previous_inputs, x]
+                del previous_grad
+            received[name] += 1
+            # Hand over a complete G at once, so that its memory is freed before the next module's G is computed.
+            if received[name] == calls[name]:
+                on_gradient(name, grad, inputs)
             else:
-                partial_sums[name] = (grad, every)
+                partial_sums[name] = (grad, inputs)
 
     def hook(name: str, _: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> torch.Tensor | None:
-        if not torch.is_grad_enabled():  # the first pass of a checkpoint
+        # The first forward pass of a checkpointed block runs without gradients; its recomputation is hooked instead.
+        if not torch.is_grad_enabled():
             return None
         if not isinstance(y, torch.Tensor):
-            raise InputError(f"{name} returns a {type(y).__name__}; accepted is a module that returns a tensor")
+            raise InputError(f"{name} must return a tensor, got a {type(y).__name__}. Leave it out of target_modules.")
+        # Save the input with autograd, and wait for delta at the output.
         y = _with_graph(y)
-        y.register_hook(partial(arrived, name, [_Keep.apply(_input(args, kwargs), _anchor(y))]))
+        y.register_hook(partial(on_delta, name, [_SavedInput.apply(_first_input(args, kwargs), _anchor(y))]))
         return y
 
     with _frozen(model), _hooked(modules, hook), _embeddings_with_graph(model), torch.enable_grad():
         loss = run()
         value = float(loss.detach())
         if not (loss.numel() == 1 and torch.isfinite(loss).item()):
-            raise InputError(f"the batch's loss is {value}; accepted are a model and a batch with a finite loss")
+            raise InputError(f"the loss of the batch must be finite, got {value}. Check the model and the batch.")
         if not loss.requires_grad:
-            raise InputError("no gradient comes from the loss to a target module; accepted is a loss of their outputs")
+            raise InputError(
+                "the loss does not depend on the output of a target module, so no gradient reaches one. "
+                "Check loss and target_modules."
+            )
         loss.backward()
-    for name, (grad, every) in partial_sums.items():
-        use(name, grad, every)
+    # Modules with fewer calls in this pass than expected: what arrived is their whole gradient.
+    for name, (grad, inputs) in partial_sums.items():
+        on_gradient(name, grad, inputs)
     return value
 
 
-class _Keep(torch.autograd.Function):
-    """Keeps a tensor as autograd keeps what a backward pass needs, apart from the graph of the loss."""
+class _SavedInput(torch.autograd.Function):
+    """Function that saves its input as autograd does for a backward pass, outside the graph of the loss."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
@@ -125,17 +145,21 @@ class _Keep(torch.autograd.Function):
 
 
 def _anchor(y: torch.Tensor) -> torch.Tensor:
+    """Return a zero that requires a gradient, which brings what it is added to into the graph."""
     return torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
 
 
 def _with_graph(y: torch.Tensor) -> torch.Tensor:
-    """``y`` in a graph, though nothing before it needs a gradient."""
+    """Return ``y`` as part of a graph, even if nothing before it requires a gradient."""
     return y if y.requires_grad else y + _anchor(y)
 
 
 @contextmanager
 def _hooked(modules: Mapping[str, torch.nn.Module], hook: Callable) -> Iterator[None]:
-    """Hook the modules, before any hook of the user's: one that changes the output is part of what follows it."""
+    """Register a forward hook on the modules.
+
+    It runs before the user's hooks (``prepend``): a user's hook that changes the output belongs to the layers after it.
+    """
     with ExitStack() as stack:
         for name, module in modules.items():
             handle = module.register_forward_hook(partial(hook, name), with_kwargs=True, prepend=True)
@@ -145,18 +169,21 @@ def _hooked(modules: Mapping[str, torch.nn.Module], hook: Callable) -> Iterator[
 
 @contextmanager
 def _embeddings_with_graph(model: torch.nn.Module) -> Iterator[None]:
-    """The embeddings' output in a graph: a reentrant checkpoint passes on no gradient where its input needs none."""
+    """Bring the embeddings' output into the graph.
+
+    A reentrant checkpoint passes on a gradient only if its input requires one, and all parameters are frozen.
+    """
     try:
         embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # a plain module, or a model without one such layer, has none
+    except (AttributeError, NotImplementedError):  # not a transformers model, or one without a single embedding layer
         embeddings = None
     if embeddings is None:
         yield
         return
 
     def hook(_: Any, __: Any, y: Any) -> Any:
-        usable = isinstance(y, torch.Tensor) and y.is_floating_point() and torch.is_grad_enabled()
-        return _with_graph(y) if usable else None
+        is_differentiable = isinstance(y, torch.Tensor) and y.is_floating_point() and torch.is_grad_enabled()
+        return _with_graph(y) if is_differentiable else None
 
     handle = embeddings.register_forward_hook(hook)
     try:
@@ -167,20 +194,20 @@ def _embeddings_with_graph(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for parameter in needed:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in needed:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Compute products in float32, not in the TF32 or bfloat16 that PyTorch may be allowed to use instead."""
-    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+    """Compute matrix products in float32 even if PyTorch is allowed to use TF32 or bfloat16."""
+    if not hasattr(torch.backends, "fp32_precision"):  # torch before 2.9
         before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("highest")
@@ -188,7 +215,7 @@ def _full_precision() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    # The older getter raises where a precision was set by these attributes, as transformers' tf32=True does.
+    # The older getter raises an error if a precision was set by these attributes, as transformers' tf32=True does.
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     values = [backend.fp32_precision for backend in backends]
     try:
@@ -197,13 +224,13 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         for backend, value in zip(backends, values, strict=True):
-            # "none" inherits the general setting, and keeps on following it.
+            # Restore "none" rather than the inherited value, so that later changes of the general setting apply.
             backend.fp32_precision = "none" if value == torch.backends.fp32_precision else value
 
 
-def _input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def _first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _rows(x: torch.Tensor) -> Float[torch.Tensor, "tokens _features"]:
+def _flatten_tokens(x: torch.Tensor) -> Float[torch.Tensor, "tokens _features"]:
     return x.reshape(-1, x.shape[-1])

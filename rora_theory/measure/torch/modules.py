@@ -1,4 +1,4 @@
-"""The linear modules of a PyTorch model: their names as PEFT matches them, and the model as it is without adapters."""
+"""Linear modules of a PyTorch model, selected by PEFT's rules, and contexts that leave the model as it was."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from rora_theory.advice.lora_config import ALL_LINEAR
 from rora_theory.errors import InputError, shown
 
-HEADS = ("score", "classifier")
-"""Where a model for sequence classification has its head, which PEFT's ``"all-linear"`` leaves out."""
+CLASSIFIER_NAMES = ("score", "classifier")
+"""Attributes that hold the head of a sequence classifier, which PEFT's ``"all-linear"`` leaves out."""
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The module that the user wrote: without `DataParallel`, `DistributedDataParallel` or `torch.compile`."""
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`."""
     while True:
         parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
         inner = getattr(model, "module", None) if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
@@ -29,20 +29,22 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in which PEFT has put its layers, whose modules have the names that they have without PEFT."""
+    """Return the model inside a PEFT model; its modules have the same names as without PEFT."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
 
 
 def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every linear module of a base model by its name; where PEFT has wrapped one, PEFT's layer in its place.
+    """Return every linear module of a base model by its name.
 
-    Linear is what PyTorch calls so, transformers' ``Conv1D``, and any module with ``in_features`` and ``out_features``,
-    as the quantised ones of bitsandbytes and others.
+    A module is linear if it is transformers' ``Conv1D`` or has ``in_features`` and ``out_features``, like
+    `torch.nn.Linear` and the quantised layers of bitsandbytes. A module that PEFT has wrapped is returned as PEFT's
+    layer.
     """
-    found: dict[str, torch.nn.Module] = {}
+    modules: dict[str, torch.nn.Module] = {}
     wrapped: list[str] = []
     for name, module in model.named_modules():
+        # Skip what is inside a layer of PEFT: its base layer and its adapters.
         if any(name.startswith(f"{outer}.") for outer in wrapped):
             continue
         inner = module
@@ -51,28 +53,28 @@ def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
             inner = module.get_base_layer()
         sizes = (getattr(inner, "in_features", None), getattr(inner, "out_features", None))
         if isinstance(inner, Conv1D) or all(isinstance(size, int) for size in sizes):
-            found[name] = module
-    return found
+            modules[name] = module
+    return modules
 
 
 def linear_size(module: torch.nn.Module) -> int:
-    """Number of weights of a linear module, quantised, wrapped by PEFT or neither."""
+    """Return the number of weights of a linear module, which may be quantised or wrapped by PEFT."""
     linear: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return linear.weight.numel() if isinstance(linear, Conv1D) else linear.in_features * linear.out_features
 
 
 def task_type(model: torch.nn.Module) -> str | None:
-    """PEFT's task type of a transformers model; None of others."""
+    """Return PEFT's task type of a transformers model, or None if it has none."""
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
-    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
-    ends |= {"ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
-    return next((task for end, task in ends.items() if name.endswith(end)), None)
+    suffixes = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+    suffixes |= {"ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
+    return next((task for suffix, task in suffixes.items() if name.endswith(suffix)), None)
 
 
 def layer_index(name: str) -> int:
-    """The first number in a module's name; -1 where there is none.
+    """Return the first number in a module's name, or -1 if it has none.
 
     Examples:
       >>> layer_index("model.layers.3.mlp.experts.1.up_proj"), layer_index("head")
@@ -84,58 +86,62 @@ def layer_index(name: str) -> int:
 def chosen(
     model: torch.nn.Module, target_modules: Sequence[str] | str | None, layers: Sequence[int] | None = None
 ) -> dict[str, torch.nn.Module]:
-    """The linear modules of a base model that PEFT would adapt.
+    """Return the linear modules of a base model that PEFT would adapt.
 
     Args:
-      model: of `base_model`.
-      target_modules: names, a regular expression or ``"all-linear"``, as PEFT takes them; None is what PEFT adapts
-        already, and ``"all-linear"`` in a model that it does not.
-      layers: those with these `layer_index`; None is all.
+      model: Base model, see `base_model`.
+      target_modules: Names, a regular expression or ``"all-linear"``, in PEFT's format. None selects the modules that
+        PEFT already adapts, or ``"all-linear"`` if there are none.
+      layers: Indices of the layers to include, see `layer_index`; None includes all.
+
+    Returns:
+      The modules by name, in the order of the model.
 
     Raises:
-      InputError: a name that is no linear module's, or nothing chosen.
+      InputError: If an entry matches no linear module, or if no module is left.
     """
     linear = linear_modules(model)
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-    accepted = f"accepted are {kinds}, a regular expression, or {ALL_LINEAR}"
+    supported = f"supported: {kinds}, a regular expression, or {ALL_LINEAR}"
     adapted = {name: module for name, module in linear.items() if isinstance(module, BaseTunerLayer)}
     if target_modules is None and adapted:
-        found = adapted
+        modules = adapted
     elif target_modules is None or target_modules == ALL_LINEAR:
         heads = _heads(model)
-        found = {name: module for name, module in linear.items() if name not in heads}
+        modules = {name: module for name, module in linear.items() if name not in heads}
     else:
+        # PEFT ignores an entry without a match; report it, since it is probably misspelt.
         entries = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         for entry in entries:
-            wanted = entry if isinstance(target_modules, str) else [entry]
-            if not any(_matches(wanted, name) for name in linear):
-                raise InputError(f"target_modules has {shown(entry)}, which matches no linear module; {accepted}")
-        found = {name: module for name, module in linear.items() if _matches(target_modules, name)}
+            pattern = entry if isinstance(target_modules, str) else [entry]
+            if not any(_matches(pattern, name) for name in linear):
+                raise InputError(f"target_modules has {shown(entry)}, which matches no linear module; {supported}")
+        modules = {name: module for name, module in linear.items() if _matches(target_modules, name)}
     if layers is not None:
-        found = {name: module for name, module in found.items() if layer_index(name) in set(layers)}
-    if not found:
-        # Modules outside all layers have the index -1: a message that offers it would not help.
-        known = sorted({layer_index(name) for name in linear} - {-1}) or [-1]
+        modules = {name: module for name, module in modules.items() if layer_index(name) in set(layers)}
+    if not modules:
+        if not linear:
+            raise InputError(f"the model has no linear module: {type(model).__name__}")
+        # Leave out -1, the index of modules outside all layers: suggesting it would not help.
+        indices = sorted({layer_index(name) for name in linear} - {-1}) or [-1]
         raise InputError(
-            f"target_modules {shown(target_modules)} with layers {shown(layers)} has no linear module; {accepted}, "
-            f"and layers {known[0]} to {known[-1]}"
-            if linear
-            else "the model has no linear module; accepted is a model with one"
+            f"target_modules {shown(target_modules)} with layers {shown(layers)} has no linear module; {supported}, "
+            f"and layers {indices[0]} to {indices[-1]}"
         )
-    return found
+    return modules
 
 
 def lora_config(model: torch.nn.Module) -> LoraConfig | None:
-    """The configuration of the model's LoRA, the active one of several; None where it has none."""
+    """Return the configuration of the model's active LoRA adapter, or None if it has none."""
     configs = getattr(model, "peft_config", {})
-    layer = next((each for each in model.modules() if isinstance(each, BaseTunerLayer)), None)
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
     active = [] if layer is None else layer.active_adapters
     ordered = [*(configs[name] for name in active if name in configs), *configs.values()]
     return next((config for config in ordered if isinstance(config, LoraConfig)), None)
 
 
 def adapted_targets(model: torch.nn.Module) -> str | list[str]:
-    """``target_modules`` of what PEFT adapts already, or ``"all-linear"``."""
+    """Return ``target_modules`` of the model's adapter, or ``"all-linear"`` if it has none."""
     for config in getattr(model, "peft_config", {}).values():
         targets = getattr(config, "target_modules", None)
         if targets:
@@ -144,24 +150,24 @@ def adapted_targets(model: torch.nn.Module) -> str | list[str]:
 
 
 def _matches(target_modules: Sequence[str] | str, name: str) -> bool:
-    given = target_modules if isinstance(target_modules, str) else list(target_modules)
-    return bool(check_target_module_exists(LoraConfig(target_modules=given), name))
+    pattern = target_modules if isinstance(target_modules, str) else list(target_modules)
+    return bool(check_target_module_exists(LoraConfig(target_modules=pattern), name))
 
 
 def _heads(model: torch.nn.Module) -> set[str]:
-    """What ``"all-linear"`` leaves out: the output embeddings, or the head of sequence classification."""
-    of_model = getattr(model, "get_output_embeddings", None)
-    output = of_model() if callable(of_model) else None
-    if output is None and task_type(model) == "SEQ_CLS":
-        output = next((getattr(model, name) for name in HEADS if hasattr(model, name)), None)
-    return {name for name, module in model.named_modules() if module is output}
+    """Return the names that ``"all-linear"`` excludes: the output embeddings, or the head of a classifier."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is None and task_type(model) == "SEQ_CLS":
+        head = next((getattr(model, name) for name in CLASSIFIER_NAMES if hasattr(model, name)), None)
+    return {name for name, module in model.named_modules() if module is head}
 
 
 def is_prompt_learning(model: torch.nn.Module) -> bool:
     """Return whether the active adapter of a PEFT model is a learned prompt, which lies outside the base model.
 
     Raises:
-      InputError: The adapter replaces attention layers (PEFT's adaption prompt).
+      InputError: If the adapter replaces attention layers (PEFT's adaption prompt).
     """
     config: Any = getattr(model, "active_peft_config", None)
     if getattr(config, "is_adaption_prompt", False):
@@ -171,18 +177,19 @@ def is_prompt_learning(model: torch.nn.Module) -> bool:
 
 @contextmanager
 def without_adapters(model: torch.nn.Module) -> Iterator[None]:
-    """Switch off PEFT's adapters in the layers of a model, and restore them as they were.
+    """Disable PEFT's adapters in the layers of a model, and restore their state on exit.
 
     Raises:
-      InputError: An adapter is merged into the weights, so that the base model can't be measured.
+      InputError: If an adapter is merged into the weights, so that the base model can't be measured.
     """
-    switched = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    layers: list[Any] = [each for each in model.modules() if isinstance(each, switched)]
+    adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, adapted)]
     for layer in layers:
         if getattr(layer, "merged", False):
-            raise InputError("an adapter is merged into the model; accepted is one that is not (unmerge_adapter)")
+            raise InputError("an adapter is merged into the model. Call unmerge_adapter on the model first.")
+    # enable_adapters also changes requires_grad, so restore both.
     before = [layer.disable_adapters for layer in layers]
-    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    requirements = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for layer in layers:
             layer.enable_adapters(False)
@@ -191,32 +198,32 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
         for layer, disabled in zip(layers, before, strict=True):
             if not disabled:
                 layer.enable_adapters(True)
-        for parameter, requires_grad in needed:
+        for parameter, requires_grad in requirements:
             parameter.requires_grad_(requires_grad)
 
 
 @contextmanager
 def with_autograd() -> Iterator[None]:
-    """Let autograd record, though the caller is within ``torch.no_grad`` or ``torch.inference_mode``."""
+    """Enable autograd, even if the caller is within ``torch.no_grad`` or ``torch.inference_mode``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @contextmanager
-def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Restore PyTorch's random generators and the buffers of a model that a forward pass in training mode updates.
+def preserved_state(model: torch.nn.Module) -> Iterator[None]:
+    """Restore on exit PyTorch's random generators and the buffers that a forward pass in training mode updates.
 
-    Such are the statistics of a BatchNorm and the vectors of a spectral norm. Integers of a linear module are its
-    quantised weights, which no pass changes and which are not copied.
+    Examples of such buffers are the statistics of a BatchNorm and the vectors of a spectral norm.
 
     Raises:
-      InputError: Weights that were created within ``torch.inference_mode``, which autograd can't use.
+      InputError: If weights were created within ``torch.inference_mode``, which autograd can't use.
     """
-    if any(each.is_inference() for each in (*model.parameters(), *model.buffers())):
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise InputError(
-            "the model's weights were created within torch.inference_mode, which has no gradients. Load the model "
-            "outside it."
+            "the model's weights were created within torch.inference_mode, so they can't have gradients. "
+            "Load the model outside it."
         )
+    # Do not copy integer buffers of linear modules: they are quantised weights, which no pass changes.
     linear = set(linear_modules(model).values())
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -225,7 +232,7 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
         if not (module in linear and not buffer.is_floating_point()) and not buffer.is_meta
     ]
-    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[device.index for device in devices]):
             yield

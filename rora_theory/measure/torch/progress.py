@@ -1,4 +1,4 @@
-"""Progress bars of the measurements: the bars of transformers, which the user can switch off there too."""
+"""Progress bars of the measurements, which use and follow the settings of transformers' own bars."""
 
 import time
 from collections.abc import Callable
@@ -8,30 +8,30 @@ from transformers.utils import logging
 
 
 def bar(total: int, *, description: str, unit: str, shown: bool) -> Any:
-    """Return a progress bar, as a context manager that shows nothing unless ``shown``.
+    """Return a progress bar as a context manager.
 
     Args:
-      total: Amount of work.
+      total: Number of units of work.
       description: Text before the bar, which states the cost.
-      unit: Name of a unit of work.
-      shown: Whether to show the bar.
+      unit: Name of one unit of work.
+      shown: Whether to show the bar; a hidden one accepts the same calls.
     """
     return logging.tqdm(total=total, desc=description, unit=unit, unit_scale=total > 10**4, disable=not shown)
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    """Return how long a function takes in its second call, when libraries are loaded."""
+def time_second_call(work: Callable[[], Any]) -> float:
+    """Return the duration in seconds of a function's second call, which excludes the loading of libraries."""
     work()
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
-def in_words(seconds: float) -> str:
-    """Return a duration as a sentence states it.
+def format_duration(seconds: float) -> str:
+    """Format a duration in seconds or minutes.
 
     Examples:
-      >>> in_words(0.4), in_words(41.0), in_words(190.0)
+      >>> format_duration(0.4), format_duration(41.0), format_duration(190.0)
       ('1 s', '41 s', '3 min')
     """
     return f"{max(round(seconds), 1)} s" if seconds < 100 else f"{round(seconds / 60)} min"

@@ -1,10 +1,10 @@
-"""The regime of every linear module of a PyTorch model, from one batch and another that is held out.
+"""Regime of every linear module of a PyTorch model, measured from a training batch and a held-out batch.
 
-    found = regime(model, batch, held_out, target_modules=["q_proj", "v_proj"])
-    found.crossings.query("optimizer == 'adam' and split == 'heldout'")[["module", "crossing_rank", "linear_term"]]
-    config, learning_rate, advice = found.transfer(Setting(16, 32, 2e-4), rank=128)
+    measured = regime(model, batch, held_out, target_modules=["q_proj", "v_proj"])
+    measured.crossings.query("optimizer == 'adam' and split == 'heldout'")[["module", "crossing_rank", "linear_term"]]
+    config, learning_rate, advice = measured.transfer(Setting(16, 32, 2e-4), rank=128)
 
-Nothing is trained and nothing of the model changes.
+The measurement trains nothing and leaves the model unchanged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +32,12 @@ from rora_theory.measure.torch import progress as progress_bars
 from rora_theory.measure.torch.batches import (
     Batch,
     Loss,
-    Tokens,
-    TokensByShape,
-    moved,
-    plain_loss,
-    tokens,
-    tokens_of,
+    MasksByShape,
+    TokenMasks,
+    find_masks,
+    model_loss,
+    move_batch,
+    select_masks,
 )
 from rora_theory.measure.torch.modules import (
     adapted_targets,
@@ -46,9 +46,9 @@ from rora_theory.measure.torch.modules import (
     is_prompt_learning,
     layer_index,
     linear_size,
+    preserved_state,
     task_type,
-    unchanged,
-    unwrapped,
+    unwrap,
     with_autograd,
     without_adapters,
 )
@@ -58,25 +58,28 @@ from rora_theory.scaling import Rule
 from rora_theory.theory.laws import Optimizer
 
 DEFAULT = RegimeConfig(ranks=(8, 128), rows=0)
-"""No adapter is stepped. Where exact, the step's size is predicted at two ranks: Adam's epsilon makes each a law of its
-own."""
+"""Default configuration, which trains no adapters.
+
+With ``exact`` it predicts the size of the step at two ranks only, because Adam's epsilon requires an integral for each.
+"""
 
 RETURNS = "returns a"
-"""How `TorchRegime.left_out` describes a module that does not return a tensor."""
+"""Prefix in `TorchRegime.left_out` for a module that does not return a tensor."""
 
-CALIBRATION = 256
-"""Inputs and outputs of the random module that is measured to estimate how long the others take."""
+CALIBRATION_SIZE = 256
+"""Width of the square random module that is measured to estimate the total time."""
 
 Draw = Callable[[RegimeConfig, Layer, Init], Float[np.ndarray, "rows p_in"]]
+"""Function of the configuration, a layer and an initialisation that draws rows of A."""
 
 
 class Transfer(NamedTuple):
-    """What to train with at another rank.
+    """Configuration and learning rate for training at another rank.
 
     Attributes:
-      config: PEFT's.
-      learning_rate: to go with it.
-      advice: what both come from; ``advice.sentence()`` says for how long they hold.
+      config: PEFT's configuration.
+      learning_rate: Learning rate for it.
+      advice: Advice that both come from; ``advice.sentence()`` states for how many steps it holds.
     """
 
     config: LoraConfig
@@ -86,14 +89,15 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TorchRegime(Regime):
-    """What `regime` found: the frames of `Regime`, and what the model is to PEFT.
+    """Result of `regime`: the frames of `Regime`, with the model's settings for PEFT.
 
     Attributes:
-      target_modules, task_type: for PEFT's ``LoraConfig``.
-      left_out: modules that were not measured, and why: no held-out token or no gradient reached them, or they return
-        no tensor (``"returns a tuple"``), so that neither this law nor PEFT's LoRA covers them.
-      unmasked: modules that are run on tokens in an order of their own (experts, patches of images), so that padding
-        and what was seen could not be left out of them.
+      target_modules: Target modules for PEFT's ``LoraConfig``.
+      task_type: Task type for PEFT's ``LoraConfig``.
+      left_out: Reason for each module that was not measured: no held-out token or no gradient reached it, or it does
+        not return a tensor (``"returns a tuple"``), so that neither this law nor PEFT's LoRA covers it.
+      unmasked: Modules that receive tokens in an unknown order (experts, patches of images), so that padding and seen
+        tokens could not be left out.
     """
 
     target_modules: str | list[str]
@@ -107,29 +111,30 @@ class TorchRegime(Regime):
         init: Init = "kaiming_uniform",
         split: Split = "heldout",
     ) -> dict[str, float]:
-        """The linear term of every module, which carries a setting (`rora_theory.advice.transfer`).
+        """Return the linear term of every module, which `rora_theory.advice.transfer` needs.
 
         Raises:
-          InputError: they were not measured for this optimizer and init.
+          InputError: If nothing was measured for this optimizer and initialisation.
         """
         rows = self.crossings_of(optimizer, init, split)
         return dict(zip(rows["module"], rows["linear_term"].astype(float), strict=True))
 
     def takeover_at(self, rank: int, init: Init = "kaiming_uniform") -> float:
-        """The distance at which A leads under Adam: the geometric mean over modules, held out, at the nearest rank that
-        was measured.
+        """Return the takeover distance under Adam at the measured rank nearest to ``rank``.
+
+        It is the geometric mean over modules at the held-out tokens.
 
         Raises:
-          InputError: it was not measured for this init.
+          InputError: If no takeover distance was measured for this initialisation.
         """
-        own = self.takeover[(self.takeover["init"] == init) & (self.takeover["split"] == "heldout")]
-        if own.empty:
+        rows = self.takeover[(self.takeover["init"] == init) & (self.takeover["split"] == "heldout")]
+        if rows.empty:
             raise InputError(
-                f"no takeover distance was measured of init {shown(init)}; accepted is what the RegimeConfig named, "
-                "with the optimizer adam"
+                f"no takeover distance was measured for init {shown(init)}. "
+                "Add it to inits of the RegimeConfig, and adam to optimizers."
             )
-        nearest = min(own["rank"].unique(), key=lambda each: abs(np.log(each / rank)))
-        return float(geometric_mean(own.loc[own["rank"] == nearest, "takeover"]))
+        nearest = min(rows["rank"].unique(), key=lambda measured_rank: abs(np.log(measured_rank / rank)))
+        return float(geometric_mean(rows.loc[rows["rank"] == nearest, "takeover"]))
 
     def transfer(
         self,
@@ -143,29 +148,35 @@ class TorchRegime(Regime):
         per: Per = "type",
         split: Split = "heldout",
     ) -> Transfer:
-        """Carry a tuned setting to another rank of this model.
+        """Transfer a tuned setting to another rank of this model.
 
         Args:
-          setting: what was tuned.
-          rank: the new one.
-          regime: ``"signal"`` keeps the whole model's change, in which cross-talk averages out over modules at ranks
-            below their crossing ranks too, and covers later steps; `coordinate_check` tests it. ``"measured"`` keeps
-            the rms of each module's own first step.
-          rule, alpha: of the new setting, see `rora_theory.transfer`.
-          steps: of the planned run, under Adam and with the regime ``"signal"``: the answer is then the law's at their
-            end, with the takeover distance that was measured.
-          per: which modules share an alpha.
-          split: tokens that are meant by measured.
+          setting: Tuned setting.
+          rank: New rank.
+          regime: Quantity to preserve. ``"signal"`` preserves the whole model's change, in which cross-talk averages
+            out over modules, and covers later steps; `coordinate_check` tests it. ``"measured"`` preserves the root
+            mean square of each module's first step.
+          rule: Scaling rule of the new setting, see `rora_theory.transfer`.
+          alpha: Alpha of the new setting, see `rora_theory.transfer`.
+          steps: Number of steps of the planned run, for Adam and the regime ``"signal"``. The change is then preserved
+            at the last step, by the law with the measured takeover distance.
+          per: Grouping of the modules that share an alpha.
+          split: Split whose linear terms the regime ``"measured"`` uses.
+
+        Returns:
+          PEFT's configuration, the learning rate and the advice.
 
         Raises:
-          InputError: an optimizer or init that was not measured, or as `rora_theory.transfer`.
+          InputError: If the optimizer or initialisation was not measured, or if `rora_theory.transfer` refuses an
+            argument.
         """
         check_setting("setting", setting)
         family = FAMILY[setting.optimizer]
         terms = self.linear_terms(family, setting.init, split)
         takeover = None if steps is None or family != "adam" else self.takeover_at(setting.rank, setting.init)
-        told: Any = terms if regime == "measured" else regime
-        advice = transfer(setting, rank, told, rule=rule, alpha=alpha, steps=steps, takeover=takeover)
+        preserved: Any = terms if regime == "measured" else regime
+        advice = transfer(setting, rank, preserved, rule=rule, alpha=alpha, steps=steps, takeover=takeover)
+        # PEFT can't adapt a module that does not return a tensor.
         unsupported = [name for name, reason in self.left_out.items() if reason.startswith(RETURNS)]
         config: Any = LoraConfig(
             task_type=self.task_type,
@@ -189,176 +200,219 @@ def regime(
     lora_A: Draw | None = None,
     progress: bool = False,
 ) -> TorchRegime:
-    """Measure every module that would be adapted, in the model's own process, dtype and device.
+    """Measure the regime of every target module, in the model's own process, dtype and device.
 
-    One forward pass of ``held_out`` keeps ``config.tokens`` inputs of every module, on the host. One forward and one
-    backward pass of ``batch`` forms the gradient of one module after the other and reduces it at once on the host, to
-    the accuracy of `Regime.errors` (``config.exact``: in float64). Beyond what the passes of a fine-tuning step take,
-    the device holds one module's gradient at a time. Passes are made in the mode (training or evaluation) in which the
-    model is. The generators of random numbers and the model's buffers are restored.
+    A forward pass of ``held_out`` samples ``config.tokens`` inputs of every module. A forward and a backward pass of
+    ``batch`` compute the gradients of the modules one after the other. Each is reduced to its figures on the host at
+    once, to the accuracy of `Regime.errors`, or in float64 with ``config.exact``. Compared with a fine-tuning step,
+    the device needs memory for one more gradient. The passes run in the model's own mode (training or evaluation).
+    The random generators and the model's buffers are restored afterwards.
+
+    If the result rests on too few tokens or layers, a warning and the frames' ``attrs`` say so, see
+    `rora_theory.measure.regimes.thin`.
 
     Args:
-      model: any module; of a PEFT model the base is measured. Bare, in `DistributedDataParallel`, spread by
-        ``device_map``, with gradient checkpointing, in bfloat16, or quantised by bitsandbytes.
-      batch: gives the gradient; what the model takes, with labels.
-      held_out: other records, of which the tokens that share nothing with ``batch`` are read (see
-        `rora_theory.measure.tokens`), unless the configuration says otherwise.
-      target_modules: as PEFT takes them; None is what PEFT adapts already, or every linear module but the head.
-      loss: of the model and a batch; None is ``model(**batch).loss``.
-      config: what to measure; None is `DEFAULT`. Where ``rows`` is above 0 adapters are stepped too, by JAX.
-      layers: the first number in a module's name is one of these; a few layers tell the others' in less time.
-      adapters: whether PEFT's adapters are ``"off"``, or ``"on"`` as in a later step of a run: the gradient is then
-        that of the adapted model, and the law that of a fresh adapter put on it.
-      lora_A: draws the rows on which takeover distances rest; None draws them with NumPy.
+      model: Any PyTorch model: bare, in `DistributedDataParallel`, spread by ``device_map``, with gradient
+        checkpointing, in bfloat16, or quantised by bitsandbytes. The base model of a PEFT model is measured.
+      batch: Batch that yields the gradient, with labels.
+      held_out: Batch of other records. Inputs are sampled at its tokens, without those that repeat the beginning of a
+        record of ``batch`` (see `rora_theory.measure.tokens`) unless ``config.mask`` is false.
+      target_modules: Target modules in PEFT's format. None selects those that PEFT already adapts, or every linear
+        module but the head.
+      loss: Function of the model and a batch; None is ``model(**batch).loss``.
+      config: Settings of the measurement; None is `DEFAULT`. With ``rows`` above 0, adapters are also trained for one
+        step, which needs JAX.
+      layers: Indices of the layers to measure (the first number in a module's name); a few layers are a sample of the
+        model that takes less time. None measures all.
+      adapters: ``"off"`` to measure the base model; ``"on"`` to measure the adapted model, as at a later step of a
+        run. The law then describes a fresh adapter added to the adapted model.
+      lora_A: Function that draws the rows of A for takeover distances; None draws them with NumPy.
       progress: Whether to show transformers' progress bar, which states the estimated cost before it starts.
 
-    Where the result is thin, a warning and the frames' ``attrs`` say so, see `rora_theory.measure.regimes.thin`.
+    Returns:
+      The measured regime.
 
     Raises:
-      InputError: a module that the model does not have, a batch without labels, a loss that is not finite, no held-out
-        token left, two batches that run the modules differently, a learned prompt that is to stay active, weights that
-        were created within ``torch.inference_mode``.
+      InputError: If a target module does not exist, a batch has no labels, the loss is not finite, no held-out token is
+        left, the two batches call the modules differently often, ``adapters`` is ``"on"`` for a learned prompt, or
+        weights were created within ``torch.inference_mode``.
     """
     config = config or DEFAULT
-    model = unwrapped(model)
+    model = unwrap(model)
     base = base_model(model)
     modules = chosen(base, target_modules, layers)
-    take = plain_loss if loss is None else loss
+    compute_loss = model_loss if loss is None else loss
+    # A learned prompt lies outside the base model: without it, the base model runs.
     if is_prompt_learning(model):
         if adapters == "on":
             raise InputError("adapters must be 'off' for a model with a learned prompt, got 'on'")
-        model = base  # the prompt lies outside the base model
+        model = base
     sizes = {name: linear_size(module) for name, module in modules.items()}
-    described = f"Measuring {len(modules)} modules" + (_cost(config, sum(sizes.values())) if progress else "")
-    bar = progress_bars.bar(sum(sizes.values()), description=described, unit=" weights", shown=progress)
-    with bar, with_autograd(), unchanged(model), ExitStack() as stack:
+    cost = _estimate_cost(config, sum(sizes.values())) if progress else ""
+    description = f"Measuring {len(modules)} modules{cost}"
+    bar = progress_bars.bar(sum(sizes.values()), description=description, unit=" weights", shown=progress)
+    with bar, with_autograd(), preserved_state(model), ExitStack() as stack:
         if adapters == "off":
             stack.enter_context(without_adapters(model))
-        batch, held_out = moved(batch, base), moved(held_out, base)
-        reading = _Reading(config, tokens(base, held_out, batch), config.mask)
-        held_out_loss, unsupported = hooks.read_modules(modules, lambda: float(take(model, held_out)), reading.keep)
-        reached = {name: module for name, module in modules.items() if name in reading.calls}
+        batch, held_out = move_batch(batch, base), move_batch(held_out, base)
+        # Forward pass of the held-out batch: sample inputs of every module.
+        sampler = _InputSampler(config, find_masks(base, held_out, batch), config.mask)
+        held_out_loss, unsupported = hooks.read_modules(
+            modules, lambda: float(compute_loss(model, held_out)), sampler.add
+        )
+        # List the modules that the pass did not reach, and fail if none is left.
+        reached = {name: module for name, module in modules.items() if name in sampler.calls}
         left_out = {name: "no held-out token" for name in modules if name not in reached}
         left_out |= {name: f"{RETURNS} {output}" for name, output in unsupported.items() if name not in reached}
         if unsupported and not reached:
             name, reason = next((name, left_out[name]) for name in unsupported)
             raise InputError(f"none of {len(modules)} target modules can be measured; {name}: {reason}")
-        training = _Reducing(config, tokens(base, batch), reading, lora_A or _drawn)
+        # Forward and backward pass of the batch: reduce each module's gradient as soon as it is complete.
+        reducer = _GradientReducer(config, find_masks(base, batch), sampler, lora_A or _draw_takeover_rows)
 
-        def use(name: str, grad: torch.Tensor, every: list[hooks.Inputs]) -> None:
-            training.use(name, grad, every)
+        def on_gradient(name: str, grad: torch.Tensor, inputs: list[hooks.Inputs]) -> None:
+            reducer.add(name, grad, inputs)
             bar.update(sizes[name])
 
-        value = hooks.backward(model, reached, lambda: take(model, batch), reading.calls, use)
-    left_out |= {name: "no gradient" for name in reached if name not in training.found}
-    if not training.found:
-        raise InputError("no gradient reaches a target module; accepted are modules that the loss depends on")
-    found = [training.found[name] for name in modules if name in training.found]
-    frames = Regime.of(found, value, held_out_loss)
-    every = modules if layers is None else chosen(base, target_modules)
-    words = thin.of_regime(frames.crossings, len({layer_index(name) for name in every}))
-    thin.warn(frames.files().values(), words)
+        training_loss = hooks.backward(model, reached, lambda: compute_loss(model, batch), sampler.calls, on_gradient)
+    left_out |= {name: "no gradient" for name in reached if name not in reducer.layers}
+    if not reducer.layers:
+        raise InputError(
+            f"no gradient reaches any of {len(reached)} target modules. Choose target_modules that the loss depends on."
+        )
+    # Gradients arrive in the order of the backward pass: restore the model's order.
+    frames = Regime.of(
+        [reducer.layers[name] for name in modules if name in reducer.layers], training_loss, held_out_loss
+    )
+    # Warn if the result rests on too few tokens or layers.
+    all_modules = modules if layers is None else chosen(base, target_modules)
+    warnings = thin.of_regime(frames.crossings, len({layer_index(name) for name in all_modules}))
+    thin.warn(frames.files().values(), warnings)
     targets = adapted_targets(model) if target_modules is None else target_modules
     return TorchRegime(
         **vars(frames),
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type=task_type(base),
         left_out=left_out,
-        unmasked=tuple(name for name in modules if name in reading.unmasked),
+        unmasked=tuple(name for name in modules if name in sampler.unmasked),
     )
 
 
-class _Reading:
-    """Inputs of modules at the held-out tokens that count: of all calls of a module in a pass, each token alike."""
+class _InputSampler:
+    """Uniform sample of each module's inputs at the unmasked tokens, over all calls of the module in a pass.
 
-    def __init__(self, config: RegimeConfig, known: TokensByShape, mask: bool) -> None:
-        self._config, self._known, self._mask = config, known, mask
+    Attributes:
+      inputs: Sampled inputs by module.
+      counts: Numbers of tokens by module and kind, see `choose_tokens`.
+      calls: Number of calls by module.
+      unmasked: Modules with inputs of a shape for which no masks are known.
+    """
+
+    def __init__(self, config: RegimeConfig, masks: MasksByShape, mask: bool) -> None:
+        self._config, self._masks, self._mask = config, masks, mask
         self.inputs: dict[str, np.ndarray] = {}
         self.counts: dict[str, dict[str, int]] = {}
         self.calls: dict[str, int] = {}
         self.unmasked: set[str] = set()
         self._keys: dict[str, np.ndarray] = {}
 
-    def keep(self, name: str, x: hooks.Inputs) -> None:
-        own = tokens_of(self._known, x)
+    def add(self, name: str, x: hooks.Inputs) -> None:
+        """Sample a module's input in one call and merge it with the sample of earlier calls."""
+        masks = select_masks(self._masks, x)
         x = x.reshape(-1, x.shape[-1])
         if not len(x):
             return
-        if own is None:
+        if masks is None:
             self.unmasked.add(name)
-            own = Tokens(np.ones(len(x), bool), np.zeros(len(x), bool))
-        real = np.flatnonzero(own.real)
+            masks = TokenMasks(np.ones(len(x), bool), np.zeros(len(x), bool))
+        # Choose tokens of this call among those that are real, not seen in training and no attention sinks.
+        real = np.flatnonzero(masks.real)
         norms = torch.linalg.vector_norm(x.float(), dim=1).cpu().numpy()[real]
-        seen = own.seen[real] if self._mask else None
+        seen = masks.seen[real] if self._mask else None
         call, count = self.calls.get(name, 0), self._config.tokens
         seed = [self._config.seed, call] if call else self._config.seed
-        found = choose_tokens(norms, seen, count=count, seed=seed, name=name)
-        rows = _host(x[torch.from_numpy(real[found.indices]).to(x.device)])
-        keys = _smallest_keys(found.counts, [self._config.seed, call, 1])
+        sample = choose_tokens(norms, seen, count=count, seed=seed, name=name)
+        rows = _to_host(x[torch.from_numpy(real[sample.indices]).to(x.device)])
+        keys = _sample_keys(sample.counts, [self._config.seed, call, 1])
+        # Keep the smallest keys over all calls, which makes every token equally likely to be sampled.
         if call:
             rows, keys = np.concatenate([self.inputs[name], rows]), np.concatenate([self._keys[name], keys])
-        kept = np.sort(np.argsort(keys)[:count])
-        self.inputs[name], self._keys[name] = rows[kept], keys[kept]
-        before = self.counts.get(name, dict.fromkeys(found.counts, 0))
-        self.counts[name] = {key: own + before[key] for key, own in found.counts.items()} | {"read": len(kept)}
+        smallest = np.sort(np.argsort(keys)[:count])
+        self.inputs[name], self._keys[name] = rows[smallest], keys[smallest]
+        # Add the numbers of tokens over calls.
+        totals = self.counts.get(name, dict.fromkeys(sample.counts, 0))
+        counts = {kind: number + totals[kind] for kind, number in sample.counts.items()}
+        self.counts[name] = counts | {"read": len(smallest)}
         self.calls[name] = call + 1
 
 
-class _Reducing:
-    """Each module's gradient made into rows of frames."""
+class _GradientReducer:
+    """Reduction of each module's gradient to rows of the frames.
 
-    def __init__(self, config: RegimeConfig, known: TokensByShape, reading: _Reading, draw: Draw) -> None:
-        self._config, self._known, self._reading, self._draw = config, known, reading, draw
-        self.found: dict[str, LayerRegime] = {}
+    Attributes:
+      layers: Rows by module.
+    """
 
-    def use(self, name: str, grad: torch.Tensor, every: list[hooks.Inputs]) -> None:
+    def __init__(self, config: RegimeConfig, masks: MasksByShape, held_out: _InputSampler, draw: Draw) -> None:
+        self._config, self._masks, self._held_out, self._draw = config, masks, held_out, draw
+        self.layers: dict[str, LayerRegime] = {}
+
+    def add(self, name: str, grad: torch.Tensor, calls: list[hooks.Inputs]) -> None:
+        """Measure a module from its gradient and its training inputs, call by call; skip a zero gradient."""
         config, index = self._config, layer_index(name)
         if not bool(grad.any()):
             return
-        read = _Reading(config, self._known, mask=False)
-        for x in every:
-            read.keep(name, x)
-        inputs = {"train": read.inputs[name], "heldout": self._reading.inputs[name]}
-        layer = Layer(name, _host(grad), inputs)
+        # Sample the training inputs in the same way as the held-out inputs.
+        training = _InputSampler(config, self._masks, mask=False)
+        for x in calls:
+            training.add(name, x)
+        inputs = {"train": training.inputs[name], "heldout": self._held_out.inputs[name]}
+        layer = Layer(name, _to_host(grad), inputs)
+        # Train adapters for one step, if requested; this imports JAX.
         stepped: dict[tuple, dict[str, Any]] = {}
         if config.rows:
             from rora_theory.measure.layers import drawn_steps
 
-            stepped = drawn_steps.measured(config, layer)
-        own = module_regime.measure_module(config, layer, index, lambda init: self._draw(config, layer, init), stepped)
-        rows = [
-            {"layer": index, "module": name, "split": split} | counts
-            for split, counts in (("train", read.counts[name]), ("heldout", self._reading.counts[name]))
-        ]
-        self.found[name] = LayerRegime(*own, rows)
+            stepped = drawn_steps.measure_adapters(config, layer)
+        # Evaluate the law.
+        module = module_regime.measure_module(
+            config, layer, index, lambda init: self._draw(config, layer, init), stepped
+        )
+        counts = (("train", training.counts[name]), ("heldout", self._held_out.counts[name]))
+        rows = [{"layer": index, "module": name, "split": split} | numbers for split, numbers in counts]
+        self.layers[name] = LayerRegime(*module, rows)
 
 
-def _cost(config: RegimeConfig, weights: int) -> str:
-    """State what a measurement costs, from the time that a small module takes on this machine."""
-    random = np.random.default_rng(0)
-    inputs: dict[str, np.ndarray] = {split: random.standard_normal((config.tokens, CALIBRATION)) for split in SPLITS}
-    layer = Layer("calibration", random.standard_normal((CALIBRATION, CALIBRATION)), inputs)
+def _estimate_cost(config: RegimeConfig, weights: int) -> str:
+    """Describe the cost of a measurement, estimated from the time that a small module takes on this machine."""
+    random, size = np.random.default_rng(0), CALIBRATION_SIZE
+    inputs: dict[str, np.ndarray] = {split: random.standard_normal((config.tokens, size)) for split in SPLITS}
+    layer = Layer("calibration", random.standard_normal((size, size)), inputs)
 
     def measure() -> None:
-        module_regime.measure_module(config, layer, 0, lambda init: _drawn(config, layer, init))
+        module_regime.measure_module(config, layer, 0, lambda init: _draw_takeover_rows(config, layer, init))
 
-    law = progress_bars.seconds_of(measure) * weights / CALIBRATION**2
-    stepped = ", beside the adapters to step" if config.rows else ""
-    return f" (two forward passes, one backward pass, and about {progress_bars.in_words(law)} on the host{stepped})"
+    duration = progress_bars.format_duration(progress_bars.time_second_call(measure) * weights / size**2)
+    adapters = ", plus the training of adapters" if config.rows else ""
+    return f" (two forward passes, one backward pass, and about {duration} on the host{adapters})"
 
 
-def _smallest_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray, " read"]:
-    """Keys of the tokens that `choose_tokens` read, were each that it could read given one of U(0, 1) and the smallest
-    taken: the smallest over several calls are then a fair sample of all their tokens."""
+def _sample_keys(counts: Mapping[str, int], seed: list[int]) -> Float[np.ndarray, " read"]:
+    """Draw keys for the tokens that `choose_tokens` sampled in one call.
+
+    If every eligible token had a key from U(0, 1), a uniform sample would consist of the tokens with the smallest keys.
+    These are such smallest keys, in random order. The tokens with the smallest keys over several calls are therefore a
+    uniform sample of the tokens of all calls.
+    """
     random = np.random.default_rng(seed)
     keys = random.random(counts["all"] - counts["seen"] - counts["sinks"])
     return random.permutation(np.sort(keys)[: counts["read"]])
 
 
-def _drawn(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
+def _draw_takeover_rows(config: RegimeConfig, layer: Layer, init: Init) -> Float[np.ndarray, "rows p_in"]:
     random = np.random.default_rng([config.seed, seeds.of_name(f"{layer.name} {init} takeover")])
     return inits.draw(random, init, rank=TAKEOVER_ROWS, p_in=layer.grad.shape[1])
 
 
-def _host(x: torch.Tensor) -> np.ndarray:
+def _to_host(x: torch.Tensor) -> np.ndarray:
     return x.detach().float().cpu().numpy()
