@@ -26,13 +26,13 @@ def test_accuracies() -> None:
 def test_losses() -> None:
     steps = [{"event": "step", "step": i, "loss": 3.0 - i / 10} for i in range(1, 13)]
     assert losses_in_words(steps, 0) == (
-        "Trained for 12 steps: training loss 2.9000 nats a token on the batch of step 1, before any update; 2.2500, "
+        "Trained for 12 steps: training loss 2.9000 nats per token on the batch of step 1, before any update; 2.2500, "
         "the mean of the last 10 steps."
     )
     tested = [{"event": "validation", "step": i, "loss": loss} for i, loss in ((4, 2.5), (8, 2.0), (12, 2.25))]
     assert losses_in_words(steps + tested, 6) == (
         "Trained for 12 steps: validation loss 2.5000 at step 4 (first), 2.0000 at step 8 (best), 2.2500 at step 12 "
-        "(last); nats a token of 6 held-out records."
+        "(last); nats per token over 6 held-out records."
     )
 
 

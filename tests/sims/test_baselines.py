@@ -107,7 +107,7 @@ def test_full_fine_tuning_writes_a_model(model, data, tmp_path, monkeypatch, cap
             train(patch, model, data, tmp_path / "run", *command)
     train(monkeypatch, model, data, tmp_path / "run", *command)
     said = capsys.readouterr().out
-    assert "goes on after step 2 of 4" in said
+    assert "resumes after step 2 of 4" in said
     assert not (tmp_path / "run" / "adapter").exists()
     after, before = (load(str(one)).params for one in (tmp_path / "run" / "merged", model))
     for path, leaf in jax.tree.leaves_with_path(after):

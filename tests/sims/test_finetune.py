@@ -272,12 +272,12 @@ def test_the_adapter_has_a_model_card(whole, model, data):
     tested = {step: loss for kind, step, loss in found if kind == "validation"}
     best = min(tested, key=tested.__getitem__)
     assert said["training loss"] == (
-        f"{steps[0]:.4f} nats a token on the batch of step 1, before any update; {np.mean(steps[-10:]):.4f}, the mean "
+        f"{steps[0]:.4f} nats per token on the batch of step 1, before any update; {np.mean(steps[-10:]):.4f}, the mean "
         "of the last 10 steps"
     )
     assert said["validation loss"] == (
         f"{tested[20]:.4f} at step 20 (first), {tested[best]:.4f} at step {best} (best), {tested[78]:.4f} at step 78 "
-        "(last); nats a token of 8 held-out records"
+        "(last); nats per token over 8 held-out records"
     )
     assert said["records"] == f"60, SHA-256 `{records.records_digest(read_records([str(data)]))}`"
     assert (said["data"], said["trained on"]) == ("`train.json`", "52; held out for the validation loss: 8")
@@ -367,7 +367,7 @@ def test_killed_twice_it_ends_with_the_same_bits(whole, model, data, tmp_path):
     assert "missing/metrics.jsonl: has 0 lines of the " in fails(arguments(model, data, missing))
     status, stdout, stderr = on_one_device(arguments(model, data, out))
     assert status == 0, stderr
-    said = [line for line in stdout.splitlines() if line.startswith("goes on after step ")]
+    said = [line for line in stdout.splitlines() if line.startswith("resumes after step ")]
     assert len(said) == 1
     assert int(said[0].split()[4]) % 3 == 0, "a checkpoint's"
     assert losses(out) == losses(whole)
@@ -383,10 +383,10 @@ def losses_so_far(out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("step", "resumed", "said"),
     [
-        (0, False, "begins with step 1"),
-        (0, True, "no checkpoint yet: begins with step 1"),
-        (6, True, "goes on after step 6 of 9, its last checkpoint"),
-        (9, True, "all 9 steps are done already"),
+        (0, False, "starts at step 1"),
+        (0, True, "no checkpoint yet: starts at step 1"),
+        (6, True, "resumes after step 6 of 9, its last checkpoint"),
+        (9, True, "all 9 steps are already done"),
     ],
 )
 def test_it_says_where_it_goes_on(step, resumed, said):
