@@ -17,10 +17,12 @@ from rora_theory.sweep.results import results_in_words
 def test_accuracies() -> None:
     one = TaskAccuracy("piqa", 200, 0.6, 0.034, None, None, 0.0, 0.5, 0.51)
     assert accuracies_in_words([one], "label") == (
-        "60.0 ± 3.4 % of the answers are right on PIQA, by the protocol label; chance is 50.0 %."
+        "60.0 ± 3.4 % of the answers are correct on PIQA under the protocol label; chance is 50.0 %."
     )
     several = [one, one, TaskAccuracy("average", 400, 0.55, 0.02, None, None, 0.0, 0.4, 0.41)]
-    assert accuracies_in_words(several, "harness").startswith("55.0 ± 2.0 % of the answers are right on average over 2")
+    assert accuracies_in_words(several, "harness").startswith(
+        "55.0 ± 2.0 % of the answers are correct on average over 2"
+    )
 
 
 def test_losses() -> None:

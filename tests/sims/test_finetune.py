@@ -272,8 +272,8 @@ def test_the_adapter_has_a_model_card(whole, model, data):
     tested = {step: loss for kind, step, loss in found if kind == "validation"}
     best = min(tested, key=tested.__getitem__)
     assert said["training loss"] == (
-        f"{steps[0]:.4f} nats per token on the batch of step 1, before any update; {np.mean(steps[-10:]):.4f}, the mean "
-        "of the last 10 steps"
+        f"{steps[0]:.4f} nats per token on the batch of step 1, before any update; {np.mean(steps[-10:]):.4f}, "
+        "the mean of the last 10 steps"
     )
     assert said["validation loss"] == (
         f"{tested[20]:.4f} at step 20 (first), {tested[best]:.4f} at step {best} (best), {tested[78]:.4f} at step 78 "
@@ -283,7 +283,7 @@ def test_the_adapter_has_a_model_card(whole, model, data):
     assert (said["data"], said["trained on"]) == ("`train.json`", "52; held out for the validation loss: 8")
     assert said["horizon"] == f"78 steps of 4 records; adapter of step {best}"
     assert said["learning rate"] == "0.02 after 4 steps of warm-up, then linear decay to 0 after the last step"
-    assert said["their SHA-256"] == f"`{model_digest(model)}`"
+    assert said["base model SHA-256"] == f"`{model_digest(model)}`"
     assert said["scaling gamma"] == "alpha / sqrt(r) = 2.82843 (`use_rslora` is true)"
     assert "adapter/README.md" not in json.loads((whole / "manifest.json").read_text())["files"], "free to be edited"
 
@@ -364,7 +364,7 @@ def test_killed_twice_it_ends_with_the_same_bits(whole, model, data, tmp_path):
     missing = tmp_path / "missing"
     shutil.copytree(out, missing)
     (missing / "metrics.jsonl").unlink()
-    assert "missing/metrics.jsonl: has 0 lines of the " in fails(arguments(model, data, missing))
+    assert "missing/metrics.jsonl: has 0 of " in fails(arguments(model, data, missing))
     status, stdout, stderr = on_one_device(arguments(model, data, out))
     assert status == 0, stderr
     said = [line for line in stdout.splitlines() if line.startswith("resumes after step ")]
@@ -425,7 +425,7 @@ def test_a_full_disk_is_one_line(model, data, tmp_path, monkeypatch):
         message = fails(arguments(model, data, tmp_path / "run", "--rank", "16"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "run/checkpoints: a checkpoint cannot be written (File too large); accepted is a disk with room" in message
+    assert "run/checkpoints: cannot write a checkpoint (File too large)" in message
 
 
 def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
