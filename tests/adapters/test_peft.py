@@ -336,7 +336,7 @@ def test_a_file_is_no_folder(config, params, tmp_path) -> None:
         ({"use_dora": False}, "unexpected tensor '.*lora_magnitude_vector'.*adapter_config.json"),
         (
             {"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "o_proj"], "rank_pattern": {}},
-            "missing tensor ",
+            "unexpected tensor ",
         ),
         (
             {"rank_pattern": {}},
@@ -404,7 +404,7 @@ def test_a_damaged_configuration_is_refused(text, config, folder) -> None:
     (folder / "adapter_config.json").write_bytes(text)
     with pytest.raises(
         InputError,
-        match=r"adapter_config.json: (is not JSON|must contain a JSON object.*got a list|byte 0 is not UTF-8|is JSON more)",
+        match=r"adapter_config.json: (is not JSON|must .*got a list|byte 0 is not UTF-8|is JSON more)",
     ):
         load_peft(folder, config)
 
