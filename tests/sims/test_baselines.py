@@ -125,7 +125,7 @@ def test_full_fine_tuning_writes_a_model(model, data, tmp_path, monkeypatch, cap
 def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path, monkeypatch, capsys) -> None:
     for more, message in {
         ("--method", "prefix", "--merge"): "merge requires method lora, dora",
-        ("--method", "series", "--rank", "4"): "rank is 4 with method series, which has none",
+        ("--method", "series", "--rank", "4"): "rank has no effect with method series, got 4",
         ("--method", "series", "--targets", "w_proj"): "'w_proj', which matches no module",
     }.items():
         with pytest.raises(SystemExit) as caught:

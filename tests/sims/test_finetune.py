@@ -445,11 +445,14 @@ def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
         "too few records": (arguments(model, data, out, "--held-out", "60"), "held_out is 60 of 60 records"),
         "missing model": (arguments(tmp_path / "nowhere", data, out), "nowhere"),
         "truncated weights": (arguments(truncated, data, out), "truncated"),
-        "rank above width": (arguments(model, data, out, "--rank", "17"), "rank is 17 at model.layers.0"),
+        "rank above width": (arguments(model, data, out, "--rank", "17"), "rank must be at most 16 at model.layers.0"),
         "pattern of nothing": (arguments(model, data, out, "--rank-pattern", "x_proj", "2"), "matches no adapted"),
         "unknown module": (arguments(model, data, out, "--targets", "w_proj"), "'w_proj', which matches no module"),
         "rate of zero": (arguments(model, data, out, "--lr", "0"), "lr is 0.0"),
-        "parts of a batch": (arguments(model, data, out, "--accumulation", "3"), "accumulation is 3"),
+        "parts of a batch": (
+            arguments(model, data, out, "--accumulation", "3"),
+            "accumulation must divide batch_size, 8, got 3",
+        ),
     }
 
 
