@@ -76,7 +76,10 @@ def test_several_devices_of_ones_own(folder, capsys):
 def test_what_does_not_fit_says_what_takes_less(capsys):
     capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--dtype", "float32"])
     out = capsys.readouterr().out
-    assert re.search(r"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); --remat True, a smaller --batch-size", out)
+    assert re.search(
+        r"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); reduce memory with --remat True, a smaller --batch-size",
+        out,
+    )
     capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--remat", "True"])
     out = capsys.readouterr().out
     assert re.search(r"fits \(.*\); needs XLA_PYTHON_CLIENT_MEM_FRACTION=0\.\d\d or more", out)

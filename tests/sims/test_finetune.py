@@ -451,7 +451,7 @@ def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
         "rate of zero": (arguments(model, data, out, "--lr", "0"), "lr is 0.0"),
         "parts of a batch": (
             arguments(model, data, out, "--accumulation", "3"),
-            "accumulation must divide batch_size, 8, got 3",
+            "accumulation must divide batch",
         ),
     }
 
