@@ -17,22 +17,24 @@ from rora_theory.sweep.results import results_in_words
 def test_accuracies() -> None:
     one = TaskAccuracy("piqa", 200, 0.6, 0.034, None, None, 0.0, 0.5, 0.51)
     assert accuracies_in_words([one], "label") == (
-        "60.0 ± 3.4 % of the answers are right on PIQA, by the protocol label; chance is 50.0 %."
+        "60.0 ± 3.4 % of the answers are correct on PIQA under the protocol label; chance is 50.0 %."
     )
     several = [one, one, TaskAccuracy("average", 400, 0.55, 0.02, None, None, 0.0, 0.4, 0.41)]
-    assert accuracies_in_words(several, "harness").startswith("55.0 ± 2.0 % of the answers are right on average over 2")
+    assert accuracies_in_words(several, "harness").startswith(
+        "55.0 ± 2.0 % of the answers are correct on average over 2"
+    )
 
 
 def test_losses() -> None:
     steps = [{"event": "step", "step": i, "loss": 3.0 - i / 10} for i in range(1, 13)]
     assert losses_in_words(steps, 0) == (
-        "Trained for 12 steps: training loss 2.9000 nats a token on the batch of step 1, before any update; 2.2500, "
+        "Trained for 12 steps: training loss 2.9000 nats per token on the batch of step 1, before any update; 2.2500, "
         "the mean of the last 10 steps."
     )
     tested = [{"event": "validation", "step": i, "loss": loss} for i, loss in ((4, 2.5), (8, 2.0), (12, 2.25))]
     assert losses_in_words(steps + tested, 6) == (
         "Trained for 12 steps: validation loss 2.5000 at step 4 (first), 2.0000 at step 8 (best), 2.2500 at step 12 "
-        "(last); nats a token of 6 held-out records."
+        "(last); nats per token over 6 held-out records."
     )
 
 

@@ -162,7 +162,8 @@ def refusal(enter: Callable[[], object], command: str, words: list[str], capsys:
     if isinstance(stop.value, BegunError):
         return "begins to work"
     right = stop.value.code == 2 and not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
-    return said.err if right and "accepted" in said.err else f"status {stop.value.code}: {said.out}{said.err}"
+    helps = any(word in said.err for word in ("accepted", "must", "supported", "Use ", "Set ", "Remove "))
+    return said.err if right and helps else f"status {stop.value.code}: {said.out}{said.err}"
 
 
 def called(command: str, words: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Adapters of LLaMA models: LoRA, RoRA, DoRA, prefix tuning, series, parallel; trained weights; PEFT's file format."""
+"""Adapters of LLaMA models: LoRA, RoRA, DoRA, prefix tuning, series, parallel, full fine-tuning; PEFT's file format."""
 
 from rora_theory.adapters.base import (
     AdaptedModule,

@@ -1,8 +1,8 @@
-"""What every kind of adapter offers, and the functions that call it.
+"""Interface of all adapters, and functions that operate on any of them.
 
-An adapter is a pytree that the model runs (`rora_theory.llama.Adapter`: ``layers``, ``linear``, ``prefix``)
-and that training, merging and reporting handle through the methods below. A new kind is a config with ``build`` and
-``table`` and an adapter with these methods; nothing else changes.
+An adapter is a pytree that the model applies (`rora_theory.llama.Adapter`: ``layers``, ``linear``, ``prefix``).
+Training, merging and reporting use the methods of `TrainableAdapter`. To add a kind of adapter, implement a
+configuration (`AdapterConfig`) and an adapter with these methods; nothing else changes.
 """
 
 import math
@@ -20,10 +20,15 @@ Norms = dict[str, Float[Array, "layers out"]]
 
 
 class AdaptedModule(NamedTuple):
-    """One line of the resolved table: layers of a module that share a rank, an alpha and hence a scaling.
+    """Row of the table of adapted modules: the layers of a module with the same rank and alpha.
 
-    Of a series or parallel adapter the rank is the bottleneck's width, of a prefix the number of virtual tokens; the
-    rule is the method's name, and what the method does not have is None.
+    Attributes:
+      module: Name of the module.
+      layers: Layer indices, such as ``"0-3, 7"``.
+      rank: Rank; the width of a bottleneck, the number of virtual tokens of a prefix.
+      alpha: Alpha; None for methods without one.
+      rule: Scaling rule, or the name of a method without one.
+      scaling: Scaling factor; None for methods without one.
     """
 
     module: str
@@ -36,93 +41,146 @@ class AdaptedModule(NamedTuple):
 
 @runtime_checkable
 class TrainableAdapter(Adapter, Protocol):
-    """An `Adapter` with parameters to train."""
+    """An `Adapter` with trainable parameters. The functions of this module document the methods."""
 
     @property
-    def params(self) -> Any: ...
+    def params(self) -> Any:
+        """Trainable parameters, see `trainable`."""
+        ...
+
     @property
-    def config(self) -> "AdapterConfig": ...
-    def replace(self, params: Any) -> "TrainableAdapter": ...
-    def merge(self, params: Params) -> Params: ...
-    def unmerge(self, params: Params, norms: Norms | None = None) -> Params: ...
-    def count(self) -> int: ...
-    def table(self) -> tuple[AdaptedModule, ...]: ...
+    def config(self) -> "AdapterConfig":
+        """Configuration of the adapter."""
+        ...
+
+    def replace(self, params: Any) -> "TrainableAdapter":
+        """See `rora_theory.adapters.replace`."""
+        ...
+
+    def merge(self, params: Params) -> Params:
+        """See `rora_theory.adapters.merge`."""
+        ...
+
+    def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
+        """See `rora_theory.adapters.unmerge`."""
+        ...
+
+    def count(self) -> int:
+        """See `rora_theory.adapters.count`."""
+        ...
+
+    def table(self) -> tuple[AdaptedModule, ...]:
+        """See `rora_theory.adapters.table`."""
+        ...
 
 
 @runtime_checkable
 class AdapterConfig(Protocol):
-    """A frozen, hashable description of an adapter, before there is a model.
-
-    ``mergeable``: whether weights of a plain model can compute what the base with the adapter does. ``replaces``:
-    whether its parameters take the place of weights, so that there is nothing beside the model to write.
-    """
+    """A frozen, hashable configuration of an adapter, independent of a model."""
 
     @property
-    def mergeable(self) -> bool: ...
+    def mergeable(self) -> bool:
+        """Whether the adapter can be merged into the weights of the base model."""
+        ...
+
     @property
-    def replaces(self) -> bool: ...
-    def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter: ...
-    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]: ...
+    def replaces(self) -> bool:
+        """Whether the trained parameters replace weights, so that there is no adapter to write besides the model."""
+        ...
+
+    def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> TrainableAdapter:
+        """See `init`."""
+        ...
+
+    def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
+        """See `rora_theory.adapters.table`."""
+        ...
 
 
 AnyAdapter = TypeVar("AnyAdapter", bound=TrainableAdapter)
 
 
 def init(key: PRNGKeyArray, config: AdapterConfig, llama_config: LlamaConfig, params: Params) -> Any:
-    """A fresh adapter: the adapted model computes what ``params`` alone does, except under a prefix.
+    """Initialise an adapter.
+
+    The adapted model starts with the outputs of the base model, except with a prefix or bottlenecks of init ``"bert"``.
 
     Args:
-      key: of the random initial values.
-      config: the kind of adapter and its settings.
-      llama_config: the base model's shape.
-      params: the base model's weights, which DoRA's magnitudes start from.
+      key: Random key of the initial values.
+      config: Configuration of the adapter.
+      llama_config: Configuration of the base model.
+      params: Weights of the base model, from which DoRA's magnitudes and full fine-tuning start.
 
     Raises:
-      InputError: the configuration does not fit the model.
+      InputError: If the configuration does not fit the model.
     """
     return config.build(key, llama_config, params)
 
 
 def trainable(adapter: TrainableAdapter) -> Any:
-    """The pytree of float32 arrays that training changes, and all that it changes."""
+    """Return the trainable parameters, a pytree of float32 arrays."""
     return adapter.params
 
 
 def replace(adapter: AnyAdapter, params: Any) -> AnyAdapter:
-    """The adapter with other trainable values of the same structure."""
+    """Return the adapter with other trainable parameters of the same structure."""
     return adapter.replace(params)  # type: ignore[return-value]
 
 
 def merge(adapter: TrainableAdapter, params: Params) -> Params:
-    """Weights of a plain model that computes what ``params`` with the adapter does (dropout off).
+    """Merge an adapter into the weights of the base model.
 
-    Computed in float32 and rounded once to the weights' dtype. Weights held in blocks come out dense.
+    A plain model with the merged weights computes the same as the base model with the adapter, without dropout. The
+    merge is computed in float32 and rounded once to the weights' dtype. Quantised weights become dense.
+
+    Args:
+      adapter: Adapter to merge.
+      params: Weights of the base model.
 
     Raises:
-      InputError: an adapter whose config is not ``mergeable``.
+      InputError: If the adapter's configuration is not ``mergeable``.
     """
     return adapter.merge(params)
 
 
 def unmerge(adapter: TrainableAdapter, params: Params, norms: Norms | None = None) -> Params:
-    """The inverse of `merge`, up to rounding; DoRA needs the ``norms`` of before the merge (`dora.norms`)."""
+    """Invert `merge`, up to rounding.
+
+    Args:
+      adapter: Merged adapter.
+      params: Weights that the adapter was merged into.
+      norms: Row norms of the adapted weights from before the merge (`rora_theory.adapters.norms`), required for DoRA.
+
+    Raises:
+      InputError: If the merge cannot be inverted.
+    """
     return adapter.unmerge(params, norms)
 
 
 def count(adapter: TrainableAdapter) -> int:
-    """Number of trainable parameters, by true ranks: padding does not count."""
+    """Return the number of trainable parameters, without the padding of ranks."""
     return adapter.count()
 
 
 def share(adapter: TrainableAdapter, params: Params) -> float:
-    """Trainable parameters over all, the base's and the adapter's, as PEFT and the published tables count."""
-    own = adapter.count()
-    base = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantised))
-    return own / (base if adapter.config.replaces else own + base)
+    """Return the trainable fraction of all parameters, counted as in PEFT and the published tables.
+
+    Args:
+      adapter: Adapter whose parameters are trained.
+      params: Weights of the base model.
+    """
+    trainable_count = adapter.count()
+    base_count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantised))
+    return trainable_count / (base_count if adapter.config.replaces else trainable_count + base_count)
 
 
 def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:
-    """A model's parameters, all of them arrays, with other weights of some modules, ``{module: [layers, out, in]}``."""
+    """Return dense model parameters with the weights of some modules replaced.
+
+    Args:
+      params: Weights of the model.
+      weights: New weights, ``{module: [layers, out, in]}``.
+    """
     layers = {**params["layers"]}
     for name, weight in weights.items():
         layers[name] = {**layers[name], "weight": weight}
@@ -132,10 +190,10 @@ def with_weights(params: Params, weights: Mapping[str, Array]) -> Params:
 def table(
     adapter: TrainableAdapter | AdapterConfig, llama_config: LlamaConfig | None = None
 ) -> tuple[AdaptedModule, ...]:
-    """What is adapted and how strongly: one row for the layers of a module that share rank and alpha.
+    """Return the table of adapted modules, with a row for the layers of a module that share rank and alpha.
 
     Args:
-      adapter: an adapter, or a config with ``llama_config``.
-      llama_config: for a config, the model it is for.
+      adapter: Adapter, or configuration of an adapter.
+      llama_config: Configuration of the model; required with a configuration of an adapter.
     """
     return adapter.table() if llama_config is None else adapter.table(llama_config)  # type: ignore[call-arg]

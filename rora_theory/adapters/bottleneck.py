@@ -8,14 +8,14 @@ With :math:`z = W x + b` the module, :math:`D` [width, n] down, :math:`U` [m, wi
     y &= z + s\, U f(D z_d) &&\text{series, after the module: o, down} \\
     y &= z + s\, U f(D x_d) &&\text{parallel}
 
-where d marks dropout. Neither has biases. Both are what the paper's Tables call Series and Parallel, with
-LLM-Adapters' settings (Hu et al. 2023, its `bottleneck.py` and recorded commands): width 256, tanh, s = 1, D and U
-normal with deviation 0.02, series on up_proj and gate_proj, parallel on up_proj and down_proj. Its series adapters of
-the attention's modules are ours: it maps the feed-forward ones alone.
+where the subscript d marks dropout. Neither has biases. The paper's tables call them Series and Parallel. The defaults
+are the settings of LLM-Adapters (Hu et al. 2023, its `bottleneck.py` and recorded commands): width 256, tanh, s = 1, D
+and U normal with standard deviation 0.02, series on up_proj and gate_proj, parallel on up_proj and down_proj.
+LLM-Adapters has series adapters of the feed-forward modules only; those of the attention modules are an extension.
 
-The Tables' shares of trainable parameters: Parallel's 3.54% of LLaMA-7B and 2.89% of LLaMA-13B are those of these
-settings; Series' 0.99% and 0.80% are those of a single adapter a layer on a vector of the model's width
-(``target_modules=("down_proj",)`` here), where up_proj and gate_proj have 1.95% and 1.59%.
+With these settings, Parallel trains 3.54% of LLaMA-7B's and 2.89% of LLaMA-13B's parameters, as the paper's tables
+state. Series trains 1.95% and 1.59%. The tables' 0.99% and 0.80% correspond to a single adapter per layer on a vector
+of the model's width (``target_modules=("down_proj",)`` here).
 """
 
 import math
@@ -44,12 +44,13 @@ NonLinearity = Literal["tanh", "relu", "silu", "gelu"]
 BottleneckInit = Literal["bert", "mam_adapter"]
 
 TARGETS: dict[str, tuple[str, ...]] = {"series": ("up_proj", "gate_proj"), "parallel": ("up_proj", "down_proj")}
-"""LLM-Adapters' modules, by placement."""
+"""Modules that LLM-Adapters adapts, by placement."""
 
 AFTER = ("self_attn.o_proj", "mlp.down_proj")
-"""Modules that a series adapter follows: their output is of the model's width. It precedes all others."""
+"""Modules that a series adapter follows, because their output has the model's width. It precedes all other modules."""
 
 BERT_DEVIATION = 0.02
+"""Standard deviation of the initialisation ``"bert"``."""
 
 FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -61,20 +62,21 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class BottleneckConfig:
-    """Settings of a series or parallel adapter. Frozen and hashable.
+    """Configuration of a series or parallel adapter. Frozen and hashable.
 
     Attributes:
-      placement: ``"series"``, before or after the module, or ``"parallel"``, beside it.
-      width: rows of D, at least 1.
-      target_modules: names of modules as `targets.resolve` matches them, each in all layers; None is `TARGETS`'.
-      non_linearity: f.
-      scaling: s, above 0.
-      dropout: probability in [0, 1) of dropping an input element of the adapter, in training.
-      init: ``"bert"``: D and U normal with deviation 0.02, so that the adapted model does not start as its base;
-        ``"mam_adapter"``: D as LoRA's A and U zero, so that it does. LLM-Adapters' names and default.
+      placement: ``"series"``, in sequence with the module, or ``"parallel"`` to it.
+      width: Width of the bottleneck, the number of rows of D.
+      target_modules: Names of modules as `targets.resolve` matches them, each in all layers; None uses `TARGETS`.
+      non_linearity: Activation function f.
+      scaling: Factor s of the adapter's output, above 0.
+      dropout: Probability in [0, 1) of dropping an input element of the adapter in training.
+      init: ``"bert"`` initialises D and U from a normal distribution with standard deviation 0.02, so that the adapted
+        model differs from its base from the start. ``"mam_adapter"`` initialises D as LoRA's A and U with zero, so
+        that it does not. The names and the default are LLM-Adapters'.
 
     Raises:
-      InputError: a value outside these ranges. What depends on the model is checked when there is one.
+      InputError: If a value is out of range. Settings that depend on the model are checked by `modules`.
     """
 
     placement: Placement
@@ -89,25 +91,28 @@ class BottleneckConfig:
     replaces: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        """Validate the settings and convert numbers to float."""
         for name, kind in (("placement", Placement), ("non_linearity", NonLinearity), ("init", BottleneckInit)):
             if getattr(self, name) not in get_args(kind):
-                raise InputError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(get_args(kind))}")
+                raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         check_integer("bottleneck width", self.width)
         check_positive("scaling", self.scaling)
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout is {self.dropout!r}; accepted is a number from 0 to below 1")
+            raise InputError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
         modules = TARGETS[self.placement] if self.target_modules is None else self.target_modules
         if isinstance(modules, str):
-            raise InputError(f"target_modules is {modules!r} for a {self.placement} adapter; accepted are names")
+            raise InputError(
+                f"target_modules must be a list of names for a {self.placement} adapter, got the string {modules!r}"
+            )
         for name, value in (("target_modules", tuple(modules)), ("scaling", float(self.scaling))):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "dropout", float(self.dropout))
 
     def modules(self, llama_config: LlamaConfig) -> tuple[str, ...]:
-        """The adapted modules of a model, in the order of `MODULES`.
+        """Return the adapted modules of a model in the order of `MODULES`.
 
         Raises:
-          InputError: a name that matches nothing, or not in every layer.
+          InputError: If a name matches no module, or not in every layer.
         """
         assert self.target_modules is not None
         return in_all_layers(llama_config, self.target_modules, f"a {self.placement} adapter")
@@ -121,27 +126,28 @@ class BottleneckConfig:
         )
 
     def shapes(self, module: str, llama_config: LlamaConfig) -> dict[str, tuple[int, int]]:
-        """Shapes of one layer's D and U."""
+        """Return the shapes of one layer's D and U."""
         p_out, p_in = llama_config.module_shape(module)
+        # A series adapter maps one side of the module to itself.
         if self.placement == "series":
             p_out = p_in = p_out if module in AFTER else p_in
         return {"adapter_down": (self.width, p_in), "adapter_up": (p_out, self.width)}
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "BottleneckAdapter":  # noqa: ARG002
-        """A fresh adapter, see `base.init` and the attribute ``init``."""
+        """Initialise an adapter, see `base.init`."""
         count = llama_config.num_hidden_layers
         tensors = {}
         for module in self.modules(llama_config):
             down, up = self.shapes(module, llama_config).values()
-            own = jax.random.fold_in(key, MODULES.index(module))
+            module_key = jax.random.fold_in(key, MODULES.index(module))
             if self.init == "bert":
-                keys = jax.random.split(own)
+                keys = jax.random.split(module_key)
                 drawn = [
                     BERT_DEVIATION * jax.random.normal(k, (count, *shape), jnp.float32)
                     for k, shape in zip(keys, (down, up), strict=True)
                 ]
             else:
-                drawn = [init_a(own, "kaiming_uniform", (self.width,) * count, *down), jnp.zeros((count, *up))]
+                drawn = [init_a(module_key, "kaiming_uniform", (self.width,) * count, *down), jnp.zeros((count, *up))]
             tensors[module] = dict(zip(("adapter_down", "adapter_up"), drawn, strict=True))
         return BottleneckAdapter(tensors, self, llama_config)
 
@@ -149,13 +155,13 @@ class BottleneckConfig:
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
 @dataclass(frozen=True)
 class BottleneckAdapter:
-    """A series or parallel adapter: a pytree that `rora_theory.llama.forward` runs.
+    """A series or parallel adapter, a pytree that `rora_theory.llama.forward` applies.
 
     Attributes:
-      params: ``{module: {"adapter_down": [layers, width, n], "adapter_up": [layers, m, width]}}`` float32; n = m
-        is p_in before a module and p_out after it; beside it n is p_in and m p_out.
-      config: the settings it was made from.
-      llama_config: the model's.
+      params: ``{module: {"adapter_down": [layers, width, n], "adapter_up": [layers, m, width]}}`` in float32. In
+        series, n = m is p_in before a module and p_out after it; in parallel, n is p_in and m is p_out.
+      config: Configuration of the adapter.
+      llama_config: Configuration of the model.
     """
 
     params: dict[str, dict[str, Any]]
@@ -176,46 +182,44 @@ class BottleneckAdapter:
         *,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "*b o"]:
-        """The adapted module, see `rora_theory.llama.Adapter` and the module docstring.
+        """Apply the adapted module, see `rora_theory.llama.Adapter` and the module docstring.
 
-        The adapter's products are made in the dtype of ``x``. Every module draws its own dropout mask.
+        The adapter's products are computed in the dtype of ``x``. Every module draws its own dropout mask.
         """
         if name not in layer:
             return linear(x, weight, bias)
         if self.config.placement == "series":
             if name not in AFTER:
                 return linear(x + self._bottleneck(x, layer[name], key), weight, bias)
-            # Kept for the gradient of D: else the backward pass would multiply by W again.
+            # Save the output for the gradient of D: otherwise the backward pass would multiply by W again.
             z = checkpoint_name(linear(x, weight, bias), PRODUCT)
             return z + self._bottleneck(z, layer[name], key)
         return linear(x, weight, bias) + self._bottleneck(x, layer[name], key)
 
     def _bottleneck(
-        self, fed: Float[Array, "*b n"], tensors: dict[str, Array], key: PRNGKeyArray | None
+        self, inputs: Float[Array, "*b n"], tensors: dict[str, Array], key: PRNGKeyArray | None
     ) -> Float[Array, "*b m"]:
-        """s U f(D fed), with dropout on what feeds it."""
+        """Compute s U f(D x) with dropout of the inputs x."""
         config = self.config
         if key is not None and config.dropout > 0:
-            fed = dropout(key, fed, config.dropout)
-        inner = checkpoint_name(linear(fed, tensors["adapter_down"].astype(fed.dtype)), PRODUCT)
+            inputs = dropout(key, inputs, config.dropout)
+        inner = checkpoint_name(linear(inputs, tensors["adapter_down"].astype(inputs.dtype)), PRODUCT)
         up = config.scaling * tensors["adapter_up"]
-        return widen(FUNCTIONS[config.non_linearity](inner), up.astype(fed.dtype))
+        return widen(FUNCTIONS[config.non_linearity](inner), up.astype(inputs.dtype))
 
     def prefix(self, layer: Any) -> None:
-        """None: no prefix."""
+        """Return None: the adapter has no prefix."""
 
     def replace(self, params: Any) -> "BottleneckAdapter":
         """See `base.replace`."""
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:  # noqa: ARG002
-        """Raises `InputError`: what is not linear is no change of a weight."""
-        raise InputError(
-            f"a {self.config.placement} adapter can't be merged into weights; accepted is running it beside them"
-        )
+        """Raise `InputError`: a non-linear function cannot be merged into a weight."""
+        raise InputError(f"a {self.config.placement} adapter cannot be merged into weights. Apply it without merging.")
 
     def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        """Raises as `merge`."""
+        """Raise `InputError`, as `merge` does."""
         del norms
         return self.merge(params)
 

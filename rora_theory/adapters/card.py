@@ -1,9 +1,9 @@
-"""The model card of an adapter's folder, or of a model that one was merged into: `README.md` in the hub's format.
+"""Model cards of adapters and merged models: `README.md` in the format of the Hugging Face hub.
 
-YAML entries come first, then what a reader asks first.
+A card has a YAML header with the entries that PEFT writes and the licence, and a body for readers.
 
-Format: https://huggingface.co/docs/hub/model-cards. The entries of an
-adapter are those that PEFT writes, and the licence.
+References:
+  https://huggingface.co/docs/hub/model-cards
 """
 
 import contextlib
@@ -23,23 +23,23 @@ from rora_theory.scaling import scaling_factor
 
 FILE = "README.md"
 HERE = "THIS_FOLDER_OR_ITS_HUB_ID"
-"""Stands for the folder in the lines that load it."""
+"""Placeholder for the folder in the code that loads it."""
 
 FULL = "FULL"
-"""``peft_type`` of what PEFT has not: weights that were themselves trained."""
+"""``peft_type`` of full fine-tuning, which PEFT does not have."""
 
 _KINDS = {peft_config.LORA: "lora", peft_baselines.PREFIX: "prefix-tuning"}
-"""What PEFT has."""
+"""Tags of the adapters that PEFT supports, by ``peft_type``."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a card says of the run that an adapter, or a model, comes from.
+    """Description of a training run in a model card.
 
     Attributes:
-      rows: lines of a table, each with what it tells.
-      datasets: hub ids of the data sets that it was trained on.
-      license: as the hub names it; None is the base's, where its files say so.
+      rows: Rows of a table, each a label and its value.
+      datasets: Hub ids of the training data sets.
+      license: Licence identifier of the hub; None uses that of the base model, if its files state it.
     """
 
     rows: Sequence[tuple[str, str]] = ()
@@ -55,23 +55,35 @@ def save(
     *,
     merged: bool = False,
 ) -> None:
-    """Write a folder's card, see `text`. Raises `InputError` where the disk does not take it."""
+    """Write the model card of a folder.
+
+    Args:
+      folder: Folder of the adapter or the model.
+      entries: Entries of the adapter's configuration, see `text`.
+      base: Location, name or path of the base model.
+      trained: Description of the training run, or None.
+      merged: Whether the folder contains the merged model.
+
+    Raises:
+      InputError: If the file cannot be written.
+    """
     write_whole(folder / FILE, text(entries, base, trained, merged=merged))
 
 
 def text(
     entries: Mapping[str, Any], base: str | Located | None, trained: Trained | None = None, *, merged: bool = False
 ) -> str:
-    """The model card of an adapter, or of the whole model that it is merged into.
+    """Return the model card of an adapter or of a merged model.
 
     Args:
-      entries: of `adapter_config.json`; of trained weights `FULL` and their modules, see `peft.entries_of`.
-      base: where the base model was loaded from, or its name or path.
-      trained: the run; None is not known.
-      merged: whether the folder holds the whole model.
+      entries: Entries of `adapter_config.json`, or for full fine-tuning those of `peft.entries_of`.
+      base: Location, name or path of the base model.
+      trained: Description of the training run, or None if unknown.
+      merged: Whether the folder contains the merged model.
     """
     from huggingface_hub import ModelCardData
 
+    # YAML header.
     trained = trained or Trained()
     repository = _repository(base)
     kind = "dora" if entries.get("use_dora") else _KINDS.get(entries["peft_type"], entries["peft_type"].lower())
@@ -85,19 +97,20 @@ def text(
         tags=tags,
         **_license(repository, trained.license or _read(base, "license")),
     )
+    # Title, tables and code that loads the folder.
     name = base.label if isinstance(base, Located) else base if isinstance(base, str) else ""
-    name = repository or " ".join(name.split()) or "a model that was not named"
-    parts = [
+    name = repository or " ".join(name.split()) or "an unnamed model"
+    sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_title(entries, kind, name, merged=merged)}",
-        _table([*_of_base(name, base), *_of_adapter(entries)]),
+        _table([*_base_rows(name, base), *_adapter_rows(entries)]),
     ]
     if trained.rows:
-        parts += ["## Training", _table(trained.rows)]
-    own = software.versions().get("rora-theory", "of a source tree")
+        sections += ["## Training", _table(trained.rows)]
+    version = software.versions().get("rora-theory", "of a source tree")
     loading = _loading_merged() if merged else _loading(entries, repository, base)
-    parts += ["## How to load it", loading, f"Written by rora-theory {own}."]
-    return "\n\n".join(parts) + "\n"
+    sections += ["## How to load it", loading, f"Written by rora-theory {version}."]
+    return "\n\n".join(sections) + "\n"
 
 
 def _repository(base: str | Located | None) -> str | None:
@@ -107,14 +120,17 @@ def _repository(base: str | Located | None) -> str | None:
 
 
 def _read(base: str | Located | None, name: str) -> Any:
-    """What a base's files say of themselves; None where they can't be asked any more: no reason to lose an adapter."""
+    """Return an attribute read from the base model's files, or None if they no longer exist.
+
+    Missing files of the base are no reason to fail to save an adapter.
+    """
     with contextlib.suppress(InputError):
         return getattr(base, name, None)
     return None
 
 
 def _license(repository: str | None, known: str | None) -> dict[str, Any]:
-    """The hub's licence entries: one that is known, else a reference to the base's, which binds an adapter of it."""
+    """Return the hub's licence entries: the known licence, or a reference to the base's, which applies to adapters."""
     if known or repository is None:
         return {"license": known or "unknown"}
     link = f"https://huggingface.co/{repository}"
@@ -123,60 +139,60 @@ def _license(repository: str | None, known: str | None) -> dict[str, Any]:
 
 def _title(entries: Mapping[str, Any], kind: str, name: str, *, merged: bool) -> str:
     if entries["peft_type"] == FULL:
-        return f"{name}, trained in full"
-    what = f"{kind.replace('_', ' ').capitalize()} adapter"
+        return f"{name}, fully fine-tuned"
+    adapter = f"{kind.replace('_', ' ').capitalize()} adapter"
     if entries["peft_type"] == peft_config.LORA:
-        what = f"{'DoRA' if kind == 'dora' else 'LoRA'} adapter of rank {entries['r']}"
-    return f"{name} with a {what} merged in" if merged else f"{what} for {name}"
+        adapter = f"{'DoRA' if kind == 'dora' else 'LoRA'} adapter of rank {entries['r']}"
+    return f"{name} with a {adapter} merged in" if merged else f"{adapter} for {name}"
 
 
-def _of_base(name: str, base: str | Located | None) -> list[tuple[str, str]]:
+def _base_rows(name: str, base: str | Located | None) -> list[tuple[str, str]]:
     rows = [("base model", f"`{name}`")]
     if isinstance(base, Located):
-        rows += [("its commit", f"`{base.commit}`")] if base.commit else []
-        made = f" made from `{base.repository}`" if base.repository and not base.commit else ""
-        rows += [("its weights", f"{stored}{made}")] if (stored := _read(base, "storage")) else []
-        rows += [("their SHA-256", f"`{base.sha256}`")]
+        rows += [("base model commit", f"`{base.commit}`")] if base.commit else []
+        origin = f" made from `{base.repository}`" if base.repository and not base.commit else ""
+        rows += [("base model weights", f"{storage}{origin}")] if (storage := _read(base, "storage")) else []
+        rows += [("base model SHA-256", f"`{base.sha256}`")]
     return rows
 
 
-def _of_adapter(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _adapter_rows(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
     modules = entries.get("target_modules")
-    listed = [("modules", _code(modules))] if modules else []
+    module_rows = [("modules", _code(modules))] if modules else []
     if entries["peft_type"] == FULL:
-        return listed
+        return module_rows
     if entries["peft_type"] == peft_baselines.PREFIX:
         return [("virtual tokens", str(entries["num_virtual_tokens"]))]
     if entries["peft_type"] != peft_config.LORA:
-        return [("bottleneck", str(entries["bottleneck_size"])), *listed]
+        return [("bottleneck", str(entries["bottleneck_size"])), *module_rows]
     rank, alpha = entries["r"], entries["lora_alpha"]
     rule, form = ("rora", "alpha / sqrt(r)") if entries["use_rslora"] else ("lora", "alpha / r")
     gamma = scaling_factor(rule, alpha=alpha, rank=rank)  # type: ignore[arg-type]
-    some = ", other modules by `rank_pattern` and `alpha_pattern`"
-    more = some if entries.get("rank_pattern") or entries.get("alpha_pattern") else ""
+    has_pattern = entries.get("rank_pattern") or entries.get("alpha_pattern")
+    note = "; some modules differ, see `rank_pattern` and `alpha_pattern`" if has_pattern else ""
     return [
-        ("rank r", f"{rank}{more}"),
+        ("rank r", f"{rank}{note}"),
         ("alpha", f"{alpha:g}"),
         ("scaling gamma", f"{form} = {gamma:.6g} (`use_rslora` is {str(entries['use_rslora']).lower()})"),
-        *listed,
+        *module_rows,
     ]
 
 
 def _loading(entries: Mapping[str, Any], repository: str | None, base: str | Located | None) -> str:
     if entries["peft_type"] not in _KINDS:
-        return "PEFT has no such adapter: `rora_theory.adapters.load_peft` reads it."
+        return "PEFT does not support this kind of adapter. Load it with `rora_theory.adapters.load_peft`."
     name = json.dumps(repository or (str(base.path) if isinstance(base, Located) else base) or "THE_BASE_MODEL")
-    at = f", revision={json.dumps(entries['revision'])}" if entries.get("revision") else ""
+    revision = f", revision={json.dumps(entries['revision'])}" if entries.get("revision") else ""
     lines = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
-        f"base = AutoModelForCausalLM.from_pretrained({name}{at})",
+        f"base = AutoModelForCausalLM.from_pretrained({name}{revision})",
         f'model = PeftModel.from_pretrained(base, "{HERE}")',
     ]
-    said = "```python\n" + "\n".join(lines) + "\n```"
-    if (stored := _read(base, "storage")) and stored.quantised:
-        said += "\n\nIt was trained beside quantised weights, so that beside others its outputs differ a little."
-    return said
+    loading = "```python\n" + "\n".join(lines) + "\n```"
+    if (storage := _read(base, "storage")) and storage.quantised:
+        loading += "\n\nThe adapter was trained on quantised weights. On other weights its outputs differ slightly."
+    return loading
 
 
 def _loading_merged() -> str:
@@ -189,9 +205,9 @@ def _loading_merged() -> str:
 
 
 def _code(modules: str | Sequence[str]) -> str:
-    return ", ".join(f"`{one}`" for one in ([modules] if isinstance(modules, str) else modules))
+    return ", ".join(f"`{module}`" for module in ([modules] if isinstance(modules, str) else modules))
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    lines = [f"| {what} | {' '.join(value.split()).replace('|', '&#124;')} |" for what, value in rows]
+    lines = [f"| {label} | {' '.join(value.split()).replace('|', '&#124;')} |" for label, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])

@@ -1,9 +1,9 @@
-"""Regular expressions that come with an adapter, from anyone: Python's own, matched in bounded time.
+"""Regular expressions of untrusted adapter files, in Python's syntax and matched in bounded time.
 
-`re` follows one path after another, so that ``(.*.*)*x`` keeps it busy for ever. Here all paths are followed at once:
-a part of an expression takes a set of positions in the text to the set that it may end at. What needs to know which
-path was taken (a reference to a group, an atomic group, a possessive repetition) can't be asked that way and is
-refused. The expression is parsed, and its parts without a repetition are matched, by `re` itself.
+`re` backtracks, so an expression such as ``(.*.*)*x`` can run practically forever. This module follows all paths at
+once: a part of an expression maps a set of positions in the text to the set of positions where it may end. Constructs
+that depend on the path (a reference to a group, an atomic group, a possessive repetition) are not supported. `re`
+parses the expressions and matches the parts without repetitions.
 """
 
 import re
@@ -15,75 +15,84 @@ from typing import Any
 from rora_theory.errors import InputError, shown
 
 LIMIT = 5_000_000
-"""Parts matched in all for one setting: some seconds. A list of 500 full names for as many modules takes 300 000."""
+"""Maximum number of matched parts per setting, which takes a few seconds. A list of 500 full names for 500 modules
+needs 300 000."""
 
 Positions = set[int]
 Part = Callable[[str, Positions, "Work"], Positions]
 
 
 class Work:
-    """What one setting of a file may cost: `LIMIT`, shared by its expressions.
+    """Budget of `LIMIT` matched parts, shared by the expressions of one setting.
 
     Args:
-      where: names the setting in errors.
+      where: Name of the setting in error messages.
     """
 
     def __init__(self, where: str) -> None:
         self.where, self.left = where, LIMIT
 
     def spend(self, parts: int) -> None:
-        """Count matched parts. Raises `InputError` beyond the limit."""
+        """Subtract matched parts from the budget.
+
+        Raises:
+          InputError: If the budget is exhausted.
+        """
         self.left -= parts
         if self.left < 0:
-            raise InputError(f"{self.where} takes too long to match; accepted are fewer or simpler expressions")
+            raise InputError(f"{self.where} takes too long to match. Use fewer or simpler regular expressions.")
 
 
 class Expression:
-    """A regular expression.
+    """A regular expression matched in bounded time.
 
     Args:
-      pattern: as `re` reads it.
-      work: of the setting it belongs to.
+      pattern: Expression in the syntax of `re`.
+      work: Budget of the setting that the expression belongs to.
 
     Raises:
-      InputError: not a regular expression, or one with a reference, an atomic group or a possessive repetition.
+      InputError: If the pattern is not a regular expression, or contains a reference, an atomic group or a possessive
+        repetition.
     """
 
     def __init__(self, pattern: str, work: Work) -> None:
         self._work, self._pattern = work, pattern
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+                warnings.simplefilter("ignore")  # syntax that a later Python may interpret differently
                 tree = _parser.parse(pattern)
-            self._least, self._most = tree.getwidth()
+            self._min_width, self._max_width = tree.getwidth()
             self._match = _sequence(tree, tree.state.flags)
         except _Unsupported as error:
-            raise InputError(
-                f"{work.where} {shown(pattern)} has {error}; accepted is a regular expression without one"
-            ) from None
+            raise InputError(f"{work.where} {shown(pattern)} has {error}, which is not supported. Remove it.") from None
         except (re.error, OverflowError) as error:
             raise InputError(f"{work.where} {shown(pattern)} is not a regular expression: {error}") from error
         except RecursionError:
-            raise self._deep() from None
+            raise self._nesting_error() from None
 
     def matches(self, text: str, starts: Iterable[int] = (0,)) -> bool:
-        """Whether the text from one of ``starts`` on to its end is matched. Raises `InputError` beyond the limit."""
+        """Return whether the expression matches the text from one of the positions ``starts`` to its end.
+
+        Raises:
+          InputError: If the budget is exhausted.
+        """
         self._work.spend(1)
         end = len(text)
-        fitting = {start for start in starts if self._least <= end - start <= self._most}
-        if not fitting:
+        # Skip positions from which the remaining text is too short or too long.
+        candidates = {start for start in starts if self._min_width <= end - start <= self._max_width}
+        if not candidates:
             return False
         try:
-            return end in self._match(text, fitting, self._work)
+            return end in self._match(text, candidates, self._work)
         except RecursionError:
-            raise self._deep() from None
+            raise self._nesting_error() from None
 
-    def _deep(self) -> InputError:
-        return InputError(f"{self._work.where} {shown(self._pattern)} is nested too deeply; accepted is a simpler one")
+    def _nesting_error(self) -> InputError:
+        return InputError(f"{self._work.where} {shown(self._pattern)} is nested too deeply. Simplify it.")
 
 
-class _Unsupported(Exception):  # noqa: N818 (never seen outside)
-    """A construct that sets of positions can't follow, in words."""
+class _Unsupported(Exception):  # noqa: N818 (internal)
+    """Exception for a construct that depends on the matched path; its message names the construct."""
 
 
 _NAMES = {
@@ -97,22 +106,23 @@ _COMPOUND = (*_NAMES, *_REPEATS, _parser.BRANCH, _parser.SUBPATTERN, _parser.ASS
 
 
 def _sequence(items: Any, flags: int) -> Part:
-    """The items of a `_parser.SubPattern`, one after the other; neighbours that match in one way only are one part."""
+    """Return a part that matches the items of a `_parser.SubPattern` in sequence."""
     parts: list[Part] = []
-    plain: list[Any] = []
+    simple_items: list[Any] = []
 
-    def close() -> None:
-        if plain:
-            parts.append(_plain(plain.copy(), flags))
-            plain.clear()
+    # Adjacent items that match in one way only become a single part.
+    def flush() -> None:
+        if simple_items:
+            parts.append(_simple(simple_items.copy(), flags))
+            simple_items.clear()
 
     for item in items:
         if item[0] not in _COMPOUND:
-            plain.append(item)
+            simple_items.append(item)
             continue
-        close()
+        flush()
         parts.append(_compound(item, flags))
-    close()
+    flush()
 
     def match(text: str, starts: Positions, work: Work) -> Positions:
         work.spend(1)
@@ -125,26 +135,27 @@ def _sequence(items: Any, flags: int) -> Part:
     return match
 
 
-def _plain(items: Sequence[Any], flags: int) -> Part:
-    """Characters, classes and anchors, by `re`."""
+def _simple(items: Sequence[Any], flags: int) -> Part:
+    """Return a part that matches characters, classes and anchors with `re`."""
     state = _parser.State()
     state.flags = flags
     compiled = _compiler.compile(_parser.SubPattern(state, list(items)), flags)
 
     def match(text: str, starts: Positions, work: Work) -> Positions:
         work.spend(len(starts))
-        return {found.end() for start in starts if (found := compiled.match(text, start))}
+        return {result.end() for start in starts if (result := compiled.match(text, start))}
 
     return match
 
 
 def _compound(item: Any, flags: int) -> Part:
+    """Return a part that matches a repetition, a branch, a group or an assertion."""
     kind, value = item
     if kind in _NAMES:
         raise _Unsupported(_NAMES[kind])
     if kind in _REPEATS:
-        least, most, body = value
-        return _repeat(least, most, _sequence(body, flags))
+        minimum, maximum, body = value
+        return _repeat(minimum, maximum, _sequence(body, flags))
     if kind is _parser.BRANCH:
         branches = [_sequence(branch, flags) for branch in value[1]]
         return lambda text, starts, work: set().union(*(branch(text, starts, work) for branch in branches))
@@ -152,39 +163,48 @@ def _compound(item: Any, flags: int) -> Part:
         _, added, removed, body = value
         return _sequence(body, (flags | added) & ~removed)
     direction, body = value
-    least, most = body.getwidth()
-    if direction < 0 and least != most:
+    min_width, max_width = body.getwidth()
+    if direction < 0 and min_width != max_width:
         raise re.error("look-behind requires fixed-width pattern")
-    back = 0 if direction > 0 else least
-    return _assertion(_sequence(body, flags), back, holds=kind is _parser.ASSERT, ahead=direction > 0)
+    width = 0 if direction > 0 else min_width
+    return _assertion(_sequence(body, flags), width, positive=kind is _parser.ASSERT, ahead=direction > 0)
 
 
-def _repeat(least: int, most: int, body: Part) -> Part:
-    """``least`` times, then up to ``most``: each until no new position comes, which text of n characters ends by n."""
+def _repeat(minimum: int, maximum: int, body: Part) -> Part:
+    """Return a part that matches ``body`` from ``minimum`` to ``maximum`` times."""
 
     def match(text: str, starts: Positions, work: Work) -> Positions:
-        for _ in range(least):
+        # Required repetitions; once the positions no longer change, further ones change nothing.
+        for _ in range(minimum):
             following = body(text, starts, work)
             if following == starts:
                 break
             starts = following
-        found, new, count = set(starts), starts, least
-        while new and count < most:
-            new = body(text, new, work) - found
-            found |= new
+        # Optional repetitions, from new positions only: a text of n characters has at most n + 1 positions.
+        ends, new, count = set(starts), starts, minimum
+        while new and count < maximum:
+            new = body(text, new, work) - ends
+            ends |= new
             count += 1
-        return found
+        return ends
 
     return match
 
 
-def _assertion(body: Part, back: int, *, holds: bool, ahead: bool) -> Part:
-    """Positions before (``ahead``) or after which ``body`` matches, ``back`` characters wide, or does not."""
+def _assertion(body: Part, width: int, *, positive: bool, ahead: bool) -> Part:
+    """Return a part that keeps the positions where a look-ahead or look-behind holds.
 
-    def at(text: str, position: int, work: Work) -> bool:
-        if position < back:
+    Args:
+      body: Part to match before or after the position.
+      width: Number of characters of a look-behind; 0 for a look-ahead.
+      positive: Whether ``body`` must match; otherwise it must not.
+      ahead: Whether the assertion is a look-ahead.
+    """
+
+    def body_matches(text: str, position: int, work: Work) -> bool:
+        if position < width:
             return False
-        ends = body(text, {position - back}, work)
+        ends = body(text, {position - width}, work)
         return bool(ends) if ahead else position in ends
 
-    return lambda text, starts, work: {start for start in starts if at(text, start, work) is holds}
+    return lambda text, starts, work: {start for start in starts if body_matches(text, start, work) is positive}

@@ -1,10 +1,10 @@
-r"""Full fine-tuning: the weights of chosen modules are themselves what is trained, in float32.
+r"""Full fine-tuning: the weights of selected modules are trained in float32.
 
-.. math:: y = W x + b, \qquad W \text{ trained, from the base model's}
+.. math:: y = W x + b, \qquad W \text{ trained, initialised from the base model}
 
-What an adapter of the same modules is a restriction of: its update :math:`\gamma B A` has rank r at most, this one any.
-Biases, norms, embeddings and the other modules stay as they are. The products are made in the base weights' dtype, so
-that a bfloat16 run rounds the float32 weights anew at every step, as mixed precision does.
+A low-rank adapter of the same modules is a restriction: its update :math:`\gamma B A` has at most rank r. Biases,
+norms, embeddings and all other modules are frozen. The products are computed in the dtype of the base weights, so a
+bfloat16 run rounds the float32 weights at every step, as mixed precision does.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,13 @@ from rora_theory.llama.model import Params
 
 @dataclass(frozen=True)
 class FullConfig:
-    """Which modules are trained, each in all layers. Frozen and hashable.
+    """Configuration of full fine-tuning. Frozen and hashable.
 
     Attributes:
-      target_modules: names of modules as `targets.resolve` matches them.
+      target_modules: Names of the trained modules as `targets.resolve` matches them, each in all layers.
+
+    Raises:
+      InputError: If ``target_modules`` is a string.
     """
 
     target_modules: Sequence[str] = PAPER_TARGETS
@@ -38,12 +41,15 @@ class FullConfig:
     replaces: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         if isinstance(self.target_modules, str):
-            raise InputError(f"target_modules is {self.target_modules!r} for full fine-tuning; accepted are names")
+            raise InputError(
+                f"target_modules must be a list of names for full fine-tuning, got the string {self.target_modules!r}"
+            )
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
-        """See `base.table`; the rank is that of a whole weight."""
+        """See `base.table`; the rank is the largest rank of a weight."""
         layers = layer_text(range(llama_config.num_hidden_layers))
         return tuple(
             AdaptedModule(module, layers, min(llama_config.module_shape(module)), None, "full", None)
@@ -51,7 +57,7 @@ class FullConfig:
         )
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "FullAdapter":  # noqa: ARG002
-        """The base model's weights in float32: see `base.init`."""
+        """Initialise the trained weights from the base model's, see `base.init`."""
         modules = in_all_layers(llama_config, self.target_modules, "full fine-tuning")
         weights = {module: {"weight": params["layers"][module]["weight"].astype(jnp.float32)} for module in modules}
         return FullAdapter(weights, self, llama_config)
@@ -60,12 +66,12 @@ class FullConfig:
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
 @dataclass(frozen=True)
 class FullAdapter:
-    """Trained weights in the place of the model's: a pytree that `rora_theory.llama.forward` runs.
+    """Trained weights that replace the model's, a pytree that `rora_theory.llama.forward` applies.
 
     Attributes:
-      params: ``{module: {"weight": [layers, p_out, p_in]}}`` float32.
-      config: the settings it was made from.
-      llama_config: the model's.
+      params: ``{module: {"weight": [layers, p_out, p_in]}}`` in float32.
+      config: Configuration of full fine-tuning.
+      llama_config: Configuration of the model.
     """
 
     params: dict[str, dict[str, Any]]
@@ -86,11 +92,11 @@ class FullAdapter:
         *,
         key: PRNGKeyArray | None,  # noqa: ARG002
     ) -> Float[Array, "*b o"]:
-        """The module with its trained weight, rounded to the dtype of the base's."""
+        """Apply the module with its trained weight, rounded to the dtype of the base weight."""
         return linear(x, layer[name]["weight"].astype(weight.dtype) if name in layer else weight, bias)
 
     def prefix(self, layer: Any) -> None:
-        """None: no prefix."""
+        """Return None: there is no prefix."""
 
     def replace(self, params: Any) -> "FullAdapter":
         """See `base.replace`."""
@@ -98,19 +104,18 @@ class FullAdapter:
 
     def merge(self, params: Params) -> Params:
         """See `base.merge`."""
-        old = params["layers"]
-        return with_weights(
-            params, {name: own["weight"].astype(old[name]["weight"].dtype) for name, own in self.params.items()}
-        )
+        base = params["layers"]
+        weights = {name: tensors["weight"].astype(base[name]["weight"].dtype) for name, tensors in self.params.items()}
+        return with_weights(params, weights)
 
     def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        """Raises `InputError`: what the weights were before is nowhere in them."""
+        """Raise `InputError`: the trained weights do not contain the initial ones."""
         del params, norms
-        raise InputError("full fine-tuning can't be undone from the weights; accepted is the base model")
+        raise InputError("full fine-tuning cannot be undone from the trained weights. Load the base model instead.")
 
     def count(self) -> int:
         """See `base.count`."""
-        return sum(own["weight"].size for own in self.params.values())
+        return sum(tensors["weight"].size for tensors in self.params.values())
 
     def table(self) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""

@@ -1,8 +1,8 @@
-r"""Initial values of lora_A. lora_B starts at zero, so that an adapted model starts as its base.
+"""Initialisation of lora_A. lora_B is initialised to zero, so that an adapted model starts as its base.
 
-The laws of the first step depend on Var(A): under ``"kaiming_uniform"`` it is 1/(3 p_in) whatever the rank,
-under ``"gaussian"`` it is 1/r^2, so the exponent that keeps the first step's variance over rank is not the
-same.
+The variance of the first update depends on Var(A). With ``"kaiming_uniform"`` it is 1/(3 p_in) at any rank; with
+``"gaussian"`` it is 1/r^2. The scaling exponent that keeps the first update's variance constant over ranks therefore
+differs between the two.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from rora_theory import inits
 from rora_theory.random.draws import draw_A
 
 LoraInit = Literal["kaiming_uniform", "gaussian"]
-"""The laws that an adapter's A may have: those of PEFT."""
+"""Initialisations of lora_A, with PEFT's names."""
 
 LORA_INITS: tuple[LoraInit, ...] = get_args(LoraInit)
 
@@ -26,31 +26,33 @@ LORA_INITS: tuple[LoraInit, ...] = get_args(LoraInit)
 def init_a(
     key: PRNGKeyArray, init: LoraInit, ranks: Sequence[int], width: int, p_in: int
 ) -> Float[Array, "layers {width} {p_in}"]:
-    r"""lora_A of one module in every layer.
+    """Initialise lora_A of one module in every layer.
 
-    ``"kaiming_uniform"`` is U(-1/sqrt(p_in), 1/sqrt(p_in)), torch's kaiming_uniform_ with a = sqrt(5), which
-    PEFT uses by default; ``"gaussian"`` is N(0, 1/r^2), PEFT's option of that name.
+    ``"kaiming_uniform"`` is U(-1/sqrt(p_in), 1/sqrt(p_in)), torch's kaiming_uniform_ with a = sqrt(5) and PEFT's
+    default. ``"gaussian"`` is N(0, 1/r^2), PEFT's option of that name.
 
     Args:
-      key: each layer draws from its own fold of it.
-      init: the law.
-      ranks: rank of each layer, 0 where the module is not adapted.
-      width: rows to return, at least the largest rank; those from a layer's rank on are zero.
-      p_in: input width.
+      key: Random key; each layer folds its index into it.
+      init: Distribution of the entries.
+      ranks: Rank of each layer, 0 if the module is not adapted there.
+      width: Number of rows to return, at least the largest rank; rows beyond a layer's rank are zero.
+      p_in: Input width of the module.
 
     Returns:
-      [layers, width, p_in] float32.
+      Stacked matrices [layers, width, p_in] in float32.
     """
     if not any(ranks):
         return jnp.zeros((len(ranks), width, p_in), jnp.float32)
-    # Standard entries of the law's shape, times each layer's own deviation: only "gaussian"'s depends on the rank.
-    laws = [inits.entries(init, rank=max(rank, 1), p_in=p_in) for rank in ranks]
-    relative = [law.deviation / inits.entries(init, rank=width, p_in=p_in).deviation for law in laws]
-    return _drawn(key, np.asarray(relative, np.float32), np.asarray(ranks), init=init, width=width, p_in=p_in)
+    # All layers draw entries for rank `width`, rescaled to the standard deviation at their own rank. Only that of
+    # "gaussian" depends on the rank.
+    distributions = [inits.entries(init, rank=max(rank, 1), p_in=p_in) for rank in ranks]
+    drawn_deviation = inits.entries(init, rank=width, p_in=p_in).deviation
+    relative = [distribution.deviation / drawn_deviation for distribution in distributions]
+    return _draw_layers(key, np.asarray(relative, np.float32), np.asarray(ranks), init=init, width=width, p_in=p_in)
 
 
 @partial(jax.jit, static_argnames=("init", "width", "p_in"))
-def _drawn(
+def _draw_layers(
     key: PRNGKeyArray,
     relative: Float[Array, " layers"],
     ranks: Int[Array, " layers"],
@@ -59,7 +61,7 @@ def _drawn(
     width: int,
     p_in: int,
 ) -> Float[Array, "layers {width} {p_in}"]:
-    """Of every layer ``relative`` times the law's entries, zero from its rank on."""
+    """Draw the entries of every layer, multiply them by ``relative``, and set rows beyond the layer's rank to zero."""
     keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(len(ranks)))
     drawn = jax.vmap(lambda k: draw_A(k, init, rank=width, p_in=p_in))(keys) * relative[:, None, None]
     rows = jnp.arange(width)[None, :, None] < ranks[:, None, None]

@@ -1,9 +1,9 @@
-r"""Low-rank adapters of a LLaMA model's linear modules: LoRA and RoRA, which differ in gamma alone, and DoRA.
+r"""Low-rank adapters of a LLaMA model's linear modules: LoRA and RoRA, which differ only in gamma, and DoRA.
 
 .. math:: y = W x + \gamma B A\, x_d + b, \qquad \gamma = \alpha / r^\kappa
 
-A is [rank, p_in], B is [p_out, rank], :math:`x_d` is x after dropout (Hu et al. 2021). gamma comes from
-`rora_theory.scaling.scaling_factor`, is carried by the adapter, and is what training, merging and export use.
+A is [rank, p_in], B is [p_out, rank], and :math:`x_d` is x after dropout (Hu et al. 2021). The adapter stores gamma, as
+computed by `rora_theory.scaling.scaling_factor`; training, merging and export all use this value.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,22 +32,23 @@ from rora_theory.scaling import Rule, is_finite, scaling_factor
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Settings of a LoRA, RoRA or DoRA adapter. Frozen and hashable; mappings are kept as tuples of pairs.
+    """Configuration of a LoRA, RoRA or DoRA adapter. Frozen and hashable; mappings are stored as tuples of pairs.
 
     Attributes:
-      rank: r, at least 1 and at most each adapted module's min(p_out, p_in).
-      alpha: > 0, any float.
-      rule: how gamma depends on rank, see `rora_theory.scaling.scaling_factor`.
-      target_modules: names of modules, a regular expression for full names, or ``"all-linear"``; see
+      rank: Rank r, at least 1 and at most min(p_out, p_in) of each adapted module.
+      alpha: Numerator of the scaling factor, above 0.
+      rule: Scaling rule, see `rora_theory.scaling.scaling_factor`.
+      target_modules: Names of modules, a regular expression for full names, or ``"all-linear"``; see
         `targets.resolve`.
-      dropout: probability in [0, 1) of dropping an input element of the adapter's branch, in training.
-      init: law of lora_A, see `inits.init_a`. lora_B starts at zero.
-      rank_pattern, alpha_pattern: ``{pattern: value}`` by module and layer as PEFT matches them.
-      layers: indices of the layers to adapt; None is all.
-      use_dora: train the row norms apart, see `dora`.
+      dropout: Probability in [0, 1) of dropping an input element of the adapter in training.
+      init: Distribution of lora_A, see `inits.init_a`. lora_B is initialised to zero.
+      rank_pattern: Ranks of modules and layers that match a pattern, ``{pattern: rank}``, matched as PEFT does.
+      alpha_pattern: Alphas of modules and layers that match a pattern, ``{pattern: alpha}``.
+      layers: Indices of the layers to adapt; None adapts all.
+      use_dora: Whether to train the row norms separately, see `dora`.
 
     Raises:
-      InputError: a value outside these ranges. What depends on the model is checked when there is one.
+      InputError: If a value is out of range. Settings that depend on the model are checked by `targets`.
     """
 
     rank: int
@@ -65,13 +66,14 @@ class LoraConfig:
     replaces: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        """Validate the settings and convert them to hashable values."""
         object.__setattr__(self, "alpha", _as_float(self.alpha))
         object.__setattr__(self, "dropout", _as_float(self.dropout))
         scaling_factor(self.rule, alpha=self.alpha, rank=self.rank)
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout is {self.dropout!r}; accepted is a number from 0 to below 1")
+            raise InputError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
         if self.init not in LORA_INITS:
-            raise InputError(f"init is {self.init!r}; accepted are {', '.join(LORA_INITS)}")
+            raise InputError(f"init must be one of {', '.join(LORA_INITS)}, got {self.init!r}")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in ("rank_pattern", "alpha_pattern"):
@@ -83,7 +85,15 @@ class LoraConfig:
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
 
     def targets(self, llama_config: LlamaConfig, *, bounded: bool = True) -> tuple[Target, ...]:
-        """The adapted modules of a model. Raises as `targets.resolve`."""
+        """Return the adapted modules of a model, see `targets.resolve`.
+
+        Args:
+          llama_config: Configuration of the model.
+          bounded: Whether to reject ranks above min(p_out, p_in).
+
+        Raises:
+          InputError: If the configuration does not fit the model.
+        """
         return resolve(
             llama_config,
             rank=self.rank,
@@ -100,14 +110,14 @@ class LoraConfig:
         return _rows(self, self.targets(llama_config))
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "LoraAdapter":
-        """A fresh adapter, see `base.init`: A random, B zero, DoRA's magnitude the row norms of W."""
+        """Initialise an adapter: A at random, B with zero, DoRA's magnitudes with the row norms of W."""
         tensors = {}
         targets = self.targets(llama_config)
         for target in targets:
             p_out, p_in = llama_config.module_shape(target.module)
-            own = jax.random.fold_in(key, MODULES.index(target.module))
+            module_key = jax.random.fold_in(key, MODULES.index(target.module))
             tensors[target.module] = {
-                "lora_A": init_a(own, self.init, target.ranks, target.width, p_in),
+                "lora_A": init_a(module_key, self.init, target.ranks, target.width, p_in),
                 "lora_B": jnp.zeros((len(target.ranks), p_out, target.width), jnp.float32),
             }
             if self.use_dora:
@@ -118,22 +128,22 @@ class LoraConfig:
 
 @jax.jit
 def _row_norms(weight: Any) -> Float[Array, "layers p_out"]:
-    """Of every layer's weight, one layer dense at a time."""
+    """Compute the row norms of stacked weights, dequantizing one layer at a time."""
     return jax.lax.map(lambda w: jnp.linalg.norm(dense(w).astype(jnp.float32), axis=1), weight)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "scaling"], meta_fields=["config", "targets"])
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter and its scaling: a pytree that `rora_theory.llama.forward` runs.
+    """A low-rank adapter and its scaling factors, a pytree that `rora_theory.llama.forward` applies.
 
     Attributes:
-      params: ``{module: {"lora_A": [layers, width, p_in], "lora_B": [layers, p_out, width]}}`` float32, and
-        ``"lora_magnitude_vector": [layers, p_out]`` under DoRA. width is the module's largest rank. From a
-        layer's own rank on, rows of A and columns of B are zero, receive a zero gradient and so stay zero.
-      scaling: ``{module: [layers]}`` float32, gamma of each layer, 0 where the module is not adapted.
-      config: the settings it was made from.
-      targets: what they resolved to.
+      params: ``{module: {"lora_A": [layers, width, p_in], "lora_B": [layers, p_out, width]}}`` in float32, with
+        ``"lora_magnitude_vector": [layers, p_out]`` for DoRA. The width is the module's largest rank. Beyond a layer's
+        own rank, rows of A and columns of B are zero; their gradients are zero, so they stay zero.
+      scaling: Scaling factor gamma of each layer, ``{module: [layers]}`` in float32; 0 if the module is not adapted.
+      config: Configuration of the adapter.
+      targets: Adapted modules with their ranks and alphas, resolved from ``config``.
     """
 
     params: dict[str, dict[str, Any]]
@@ -155,27 +165,30 @@ class LoraAdapter:
         *,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "*b o"]:
-        """The adapted module, see `rora_theory.llama.Adapter` and the module docstring.
+        """Apply the adapted module, see `rora_theory.llama.Adapter` and the module docstring.
 
-        The branch is two products through the rank, made in the dtype of ``x``; B A is never formed. Every
-        module draws its own dropout mask, as in PEFT.
+        The update is two products through the rank, in the dtype of ``x``; B A is never formed. Every module draws its
+        own dropout mask, as in PEFT.
         """
         if name not in layer:
             return linear(x, weight, bias)
         tensors = layer[name]
         B, gamma = tensors["lora_B"], tensors["scaling"]
+        # gamma is applied to A, the smaller operand, and not to the outputs.
         scaled_A = gamma * tensors["lora_A"]
+        # Dropout applies to the adapter's input only.
         dropped = x
         if key is not None and self.config.dropout > 0:
             dropped = dropout(key, x, self.config.dropout)
         if self.config.use_dora:
             magnitude = tensors["lora_magnitude_vector"]
             return dora.apply(x, dropped, weight, bias, scaled_A, B, magnitude, gamma > 0)
+        # A x, of width r, is saved for the backward pass; B A x has the width of the output.
         inner = checkpoint_name(linear(dropped, scaled_A.astype(x.dtype)), PRODUCT)
         return linear(x, weight, bias) + widen(inner, B.astype(x.dtype))
 
     def prefix(self, layer: Any) -> None:
-        """None: no prefix."""
+        """Return None: the adapter has no prefix."""
 
     def replace(self, params: Any) -> "LoraAdapter":
         """See `base.replace`."""
@@ -183,18 +196,20 @@ class LoraAdapter:
 
     def merge(self, params: Params) -> Params:
         """See `base.merge`."""
-        return with_weights(params, _merged(self, params))
+        return with_weights(params, _merged_weights(self, params))
 
     def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        """See `base.unmerge`.
+        r"""See `base.unmerge`.
 
         Raises:
-          InputError: DoRA without ``norms``: a merged row keeps its direction and the magnitude, not what
-            :math:`|W + \\gamma B A|` was.
+          InputError: If ``norms`` is None for DoRA. A merged row has the direction of :math:`W + \gamma B A` and the
+            trained magnitude, but not the original norm.
         """
         if self.config.use_dora and norms is None:
-            raise InputError("norms is None for a DoRA adapter; accepted is norms(adapter, params) of before the merge")
-        return with_weights(params, _unmerged(self, params, norms))
+            raise InputError(
+                "norms must not be None for a DoRA adapter. Pass norms(adapter, params), computed before the merge."
+            )
+        return with_weights(params, _unmerged_weights(self, params, norms))
 
     def count(self) -> int:
         """See `base.count`."""
@@ -202,8 +217,8 @@ class LoraAdapter:
         for target in self.targets:
             tensors = self.params[target.module]
             p_in, p_out = tensors["lora_A"].shape[2], tensors["lora_B"].shape[1]
-            own = p_out if self.config.use_dora else 0
-            total += sum(rank * (p_in + p_out) + own for rank in target.ranks if rank)
+            magnitudes = p_out if self.config.use_dora else 0
+            total += sum(rank * (p_in + p_out) + magnitudes for rank in target.ranks if rank)
         return total
 
     def table(self) -> tuple[AdaptedModule, ...]:
@@ -212,12 +227,12 @@ class LoraAdapter:
 
 
 def assemble_lora(config: LoraConfig, targets: Sequence[Target], tensors: dict[str, dict[str, Any]]) -> LoraAdapter:
-    """The adapter with these padded tensors, its scaling from `scalings`."""
+    """Construct an adapter from padded tensors, with the scaling factors of its configuration."""
     return LoraAdapter(tensors, scalings(config, targets), config, tuple(targets))
 
 
 def scalings(config: LoraConfig, targets: Sequence[Target]) -> dict[str, Float[Array, " layers"]]:
-    """gamma of each module's layers by `scaling_factor`, 0 where a layer's module is not adapted."""
+    """Compute the scaling factor of each module and layer, 0 where it is not adapted."""
     return {
         target.module: jnp.asarray(
             [
@@ -232,54 +247,61 @@ def scalings(config: LoraConfig, targets: Sequence[Target]) -> dict[str, Float[A
 
 @jax.jit
 def norms(adapter: LoraAdapter, params: Params) -> Norms:
-    """Row norms of W + gamma B A, ``{module: [layers, p_out]}`` float32: `unmerge` needs them under DoRA."""
+    """Compute the row norms of W + gamma B A, which `unmerge` needs for DoRA.
 
-    def one(weight: Array, tensors: dict[str, Array]) -> Array:
+    Returns:
+      Row norms by module, ``{module: [layers, p_out]}`` in float32.
+    """
+
+    def layer_norms(weight: Array, tensors: dict[str, Array]) -> Array:
         return jnp.linalg.norm(weight.astype(jnp.float32) + _delta(tensors), axis=1)
 
-    return _by_layer(adapter, params, one)
+    return _map_layers(adapter, params, layer_norms)
 
 
 @jax.jit
-def _merged(adapter: LoraAdapter, params: Params) -> dict[str, Array]:
-    def one(weight: Array, tensors: dict[str, Array]) -> Array:
+def _merged_weights(adapter: LoraAdapter, params: Params) -> dict[str, Array]:
+    def merge_layer(weight: Array, tensors: dict[str, Array]) -> Array:
         merged = weight.astype(jnp.float32) + _delta(tensors)
         if adapter.config.use_dora:
             merged = _factor(tensors, jnp.linalg.norm(merged, axis=1)) * merged
         return merged.astype(weight.dtype)
 
-    return _by_layer(adapter, params, one)
+    return _map_layers(adapter, params, merge_layer)
 
 
 @jax.jit
-def _unmerged(adapter: LoraAdapter, params: Params, norms: Norms | None) -> dict[str, Array]:
-    def one(weight: Array, tensors: dict[str, Array], norm: Array | None = None) -> Array:
-        plain = weight.astype(jnp.float32)
+def _unmerged_weights(adapter: LoraAdapter, params: Params, norms: Norms | None) -> dict[str, Array]:
+    def unmerge_layer(weight: Array, tensors: dict[str, Array], norm: Array | None = None) -> Array:
+        adapted = weight.astype(jnp.float32)
         if norm is not None:
-            plain = plain / _factor(tensors, norm)
-        return (plain - _delta(tensors)).astype(weight.dtype)
+            adapted = adapted / _factor(tensors, norm)
+        return (adapted - _delta(tensors)).astype(weight.dtype)
 
-    return _by_layer(adapter, params, one, norms if adapter.config.use_dora else None)
+    return _map_layers(adapter, params, unmerge_layer, norms if adapter.config.use_dora else None)
 
 
-def _by_layer(
-    adapter: LoraAdapter, params: Params, one: Callable[..., Array], norms: Norms | None = None
+def _map_layers(
+    adapter: LoraAdapter, params: Params, function: Callable[..., Array], norms: Norms | None = None
 ) -> dict[str, Array]:
-    """``one(weight, tensors[, norm])`` of every adapted module, a layer at a time: only its B A is held."""
-    found = {}
+    """Apply ``function(weight, tensors[, norm])`` to every adapted module, one layer at a time.
+
+    Only one layer's dense weight and B A are held at once.
+    """
+    results = {}
     for name, tensors in adapter.layers().items():
         xs = (params["layers"][name]["weight"], tensors, *(() if norms is None else (norms[name],)))
-        found[name] = jax.lax.map(lambda slices: one(dense(slices[0]), *slices[1:]), xs)
-    return found
+        results[name] = jax.lax.map(lambda slices: function(dense(slices[0]), *slices[1:]), xs)
+    return results
 
 
 def _as_float(value: Any) -> Any:
-    """A whole number as a float, so that 8 and 8.0 are one configuration; anything else as it is."""
+    """Convert a finite integer to float, so that 8 and 8.0 are equal configurations; return other values unchanged."""
     return float(value) if isinstance(value, int) and is_finite(value) else value
 
 
 def _delta(tensors: dict[str, Array]) -> Float[Array, "o i"]:
-    """gamma B A of one layer, float32."""
+    """Compute gamma B A of one layer in float32."""
     product = jnp.matmul(tensors["lora_B"], tensors["lora_A"], precision=jax.lax.Precision.HIGHEST)
     return tensors["scaling"] * product
 
@@ -289,6 +311,7 @@ def _factor(tensors: dict[str, Array], norm: Float[Array, " o"]) -> Float[Array,
 
 
 def _rows(config: LoraConfig, targets: Sequence[Target]) -> tuple[AdaptedModule, ...]:
+    # Group the layers of each module by rank and alpha.
     rows = []
     for target in targets:
         groups: dict[tuple[int, float], list[int]] = {}

@@ -1,4 +1,4 @@
-"""A model with an adapter in its weights, written as any other."""
+"""Models with an adapter merged into their weights."""
 
 import os
 from dataclasses import replace
@@ -12,10 +12,10 @@ from rora_theory.llama.saving import save_model
 
 
 def merged(adapter: TrainableAdapter, model: Model) -> Model:
-    """The model with the adapter added into its weights.
+    """Return the model with the adapter merged into its weights.
 
     Raises:
-      InputError: an adapter that can't be merged (prefix, series, parallel).
+      InputError: If the adapter cannot be merged (prefix, series, parallel).
     """
     return replace(model, params=merge(adapter, model.params))
 
@@ -23,10 +23,18 @@ def merged(adapter: TrainableAdapter, model: Model) -> Model:
 def with_adapter(
     folder: str | os.PathLike[str], model: Model, *, merge: bool = True
 ) -> tuple[Model, TrainableAdapter | None]:
-    """The model with the adapter of a folder in its weights; beside it where it can't be there, or not ``merge``.
+    """Load an adapter, and merge it into the model if possible.
+
+    Args:
+      folder: Folder of the adapter.
+      model: Base model.
+      merge: Whether to merge the adapter if it is mergeable.
+
+    Returns:
+      The model, and the adapter if it is not merged into the model.
 
     Raises:
-      InputError: as `load_peft`.
+      InputError: If `load_peft` rejects the adapter.
     """
     adapter = load_peft(folder, model.config, model.params)
     return (merged(adapter, model), None) if merge and adapter.config.mergeable else (model, adapter)
@@ -35,15 +43,16 @@ def with_adapter(
 def save_merged(
     folder: str | os.PathLike[str], adapter: TrainableAdapter, model: Model, *, trained: card.Trained | None = None
 ) -> None:
-    """Write the model with the adapter added in, its tokenizer and its model card, in Hugging Face layout.
+    """Save the merged model with its tokenizer and its model card in Hugging Face format.
 
     Args:
-      folder: made where it is missing.
-      adapter, model: of `merged`.
-      trained: what the model card says of the run; None is nothing.
+      folder: Folder to write to, created if it does not exist.
+      adapter: Adapter to merge.
+      model: Base model.
+      trained: Description of the training run for the model card; None omits it.
 
     Raises:
-      InputError: as `merged`, or as `llama.weights.save_hf`.
+      InputError: If the adapter cannot be merged, or a file cannot be written.
     """
     save_model(Path(folder), merged(adapter, model))
     card.save(Path(folder), entries_of(adapter, model.origin), model.origin, trained, merged=True)

@@ -1,9 +1,9 @@
-r"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read and written, with a model card.
+"""Loading and saving of adapters in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a model card.
 
-A tensor of layer i is ``base_model.model.model.layers.{i}.{module}.lora_A.weight`` [r, p_in],
-``.lora_B.weight`` [p_out, r] and, under DoRA, ``.lora_magnitude_vector`` [p_out]. The scaling is in no
-tensor: PEFT recomputes it from ``r``, ``lora_alpha``, ``use_rslora`` and the two patterns, so these are
-always written, ``use_rslora`` above all. The other methods' files: `peft_baselines`.
+The tensors of layer i are ``base_model.model.model.layers.{i}.{module}.lora_A.weight`` [r, p_in], ``.lora_B.weight``
+[p_out, r] and, for DoRA, ``.lora_magnitude_vector`` [p_out]. The files do not contain the scaling factor: PEFT computes
+it from ``r``, ``lora_alpha``, ``use_rslora`` and the two patterns, so these entries are always written. The module
+`peft_baselines` has the formats of the other methods.
 """
 
 import contextlib
@@ -62,31 +62,30 @@ def save_peft(
     portable: bool = False,
     trained: card.Trained | None = None,
 ) -> None:
-    """Write an adapter so that PEFT opens it and computes the same; series and parallel ones PEFT does not know.
+    """Save an adapter so that PEFT loads it and computes the same. PEFT does not support series and parallel adapters.
 
-    A rule that PEFT has no flag for (kappa neither 1 nor 1/2) is written as LoRA with the alphas that give
-    the same scaling, see `peft_config.to_peft`, and so reads back as LoRA.
+    A rule without a flag in PEFT (kappa neither 1 nor 1/2) is written as LoRA with the alphas that give the same
+    scaling, see `peft_config.to_peft`, and is loaded as LoRA.
 
-    `README.md` is its model card, see `card`. All files are written beside and renamed. Over an older adapter
-    its configuration goes first and the new one comes last: killed between, the folder is refused by every
-    reader rather than read as a mixture.
+    `README.md` is the model card, see `card`. All files are written under temporary names and renamed. The
+    configuration of an older adapter is removed first, and the new one is written last: if the process is killed in
+    between, readers reject the folder instead of loading a mixture.
 
     Args:
-      folder: made where it is missing.
-      adapter: with concrete arrays.
-      base_model: name or path of the base model, for readers that look it up. With where it was loaded from
-        (`Model.origin`), what is written is its hub id and commit, if it has them, and the digest of the files used,
-        which may be a GGUF file made from the hub's: ``base_model_sha256`` in the metadata of the safetensors file,
-        PEFT having no entry for it.
-      portable: write LoRA and RoRA so that readers with less than PEFT's entries compute the same, see `portable`.
-      trained: what the model card says of the run; None is nothing.
+      folder: Folder to write to, created if it does not exist.
+      adapter: Adapter with concrete arrays.
+      base_model: Name or path of the base model. With the model's location (`Model.origin`), the files contain its hub
+        id and commit, if known, and the SHA-256 digest of its files, as ``base_model_sha256`` in the metadata of the
+        safetensors file.
+      portable: Whether to save LoRA and RoRA for clients that read fewer entries than PEFT, see `portable`.
+      trained: Description of the training run for the model card; None omits it.
 
     Raises:
-      InputError: ``folder`` is a file or can't be written (a full disk); no part of a file is left. With ``portable``,
-        an adapter that has no such form: DoRA, and what is not LoRA.
+      InputError: If ``folder`` is a file or cannot be written, in which case no partial file remains; or if the adapter
+        has no portable form.
     """
     if adapter.config.replaces:
-        raise InputError(f"{folder}: trained weights are no adapter; accepted is the whole model, by save_merged")
+        raise InputError(f"{folder}: trained weights cannot be saved as an adapter. Use save_merged to save the model.")
     folder, config = Path(folder), entries_of(adapter, base_model)
     tensors = _tensors(adapter) if isinstance(adapter, LoraAdapter) else peft_baselines.tensors(adapter)
     metadata = {"format": "pt"}
@@ -98,7 +97,12 @@ def save_peft(
 
 
 def entries_of(adapter: TrainableAdapter, base_model: str | Located | None = None) -> dict[str, Any]:
-    """The entries of an adapter's `adapter_config.json`; of trained weights, which have none, what a `card` needs."""
+    """Return the entries of an adapter's `adapter_config.json`; for full fine-tuning, the entries that a `card` needs.
+
+    Args:
+      adapter: Adapter or trained weights.
+      base_model: Name, path or location of the base model.
+    """
     base = base_model.base if isinstance(base_model, Located) else base_model
     if isinstance(adapter, FullAdapter):
         return {"peft_type": card.FULL, "target_modules": list(adapter.config.target_modules)}
@@ -109,14 +113,14 @@ def entries_of(adapter: TrainableAdapter, base_model: str | Located | None = Non
 
 
 def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Write the adapter in ``source``, of any model, in portable form (see `portable`) to ``folder``.
+    """Convert a saved adapter of any model to portable form, see `portable`.
 
     Args:
-      source: a LoRA adapter's folder as PEFT writes it.
-      folder: made where it is missing.
+      source: Folder of a LoRA adapter saved by PEFT.
+      folder: Folder to write to, created if it does not exist.
 
     Raises:
-      InputError: as `load_peft`, but for what depends on the model, and as `save_peft`.
+      InputError: If the adapter cannot be read, has no portable form, or cannot be written.
     """
     path, weights = Path(source) / CONFIG, Path(source) / WEIGHTS
     config, tensors = portable_form(path, peft_config.read_entries(path), _read_tensors(weights))
@@ -128,90 +132,93 @@ def rewrite_portable(source: str | os.PathLike[str], folder: str | os.PathLike[s
 def _write(
     folder: Path, config: Mapping[str, Any], tensors: dict[str, np.ndarray], metadata: Mapping[str, str], readme: str
 ) -> None:
-    """All files, as `save_peft` says."""
+    """Write the files of an adapter, each completely or not at all."""
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; accepted is a folder to write the adapter to")
+        raise InputError(f"{folder} is a file. Pass a folder to save the adapter to.")
     contents = {
         WEIGHTS: _sorted(safetensors.numpy.save(tensors, metadata=dict(metadata))),
         card.FILE: readme.encode(),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
-    parts = {name: name_beside(folder / name) for name in contents}
+    temporary_paths = {name: name_beside(folder / name) for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            write_new(parts[name], content)
+            write_new(temporary_paths[name], content)
+        # Without a configuration the folder is no adapter, until the new one, the last file, is renamed.
         (folder / CONFIG).unlink(missing_ok=True)
-        for name, part in parts.items():
-            os.replace(part, folder / name)
+        for name, temporary_path in temporary_paths.items():
+            os.replace(temporary_path, folder / name)
     except OSError as error:
-        raise InputError(f"{folder}: adapter not written: {error.strerror or error}") from error
+        raise InputError(f"{folder}: cannot write the adapter: {error.strerror or error}") from error
     finally:
-        for part in parts.values():
+        for temporary_path in temporary_paths.values():
             with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+                temporary_path.unlink(missing_ok=True)
 
 
 def _sorted(data: bytes) -> bytes:
-    """A safetensors file with the entries of its metadata in order, which the library writes in a new one each time."""
+    """Return a safetensors file with sorted metadata, which the library writes in varying order."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def load_peft(folder: str | os.PathLike[str], llama_config: LlamaConfig, params: Params | None = None) -> Any:
-    """Read an adapter that PEFT, or `save_peft`, wrote.
+    """Load an adapter saved by PEFT or by `save_peft`.
 
     Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`; nothing outside it is read.
-      llama_config: the base model's.
-      params: the base weights; where given, LoRA's shapes are checked against them, not against the configuration.
+      folder: Folder with `adapter_config.json` and `adapter_model.safetensors`; no file outside it is read.
+      llama_config: Configuration of the base model.
+      params: Weights of the base model. If set, LoRA's shapes are checked against them instead of ``llama_config``.
 
     Returns:
-      the adapter (a `LoraAdapter`, `PrefixAdapter` or `BottleneckAdapter`), float32 whatever the file's dtype, LoRA
-      with rule ``"rora"`` where ``use_rslora`` is true and ``"lora"`` where not. Its config lists modules by their
-      full names where the file excludes some.
+      A `LoraAdapter`, `PrefixAdapter` or `BottleneckAdapter` in float32. LoRA's rule is ``"rora"`` if ``use_rslora`` is
+      true, and ``"lora"`` otherwise. If the file excludes modules, the configuration lists all others by full name.
 
     Raises:
-      InputError: a missing or damaged file, a pickle, a method not among these, an entry this package does not
-        support, a tensor that is missing, unexpected, of another shape or not finite.
+      InputError: If a file is missing, damaged or a pickle, the method or an entry is not supported, or a tensor is
+        missing, unexpected, of another shape or not finite.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: is not a folder; accepted is one with {CONFIG} and {WEIGHTS}")
+        raise InputError(f"{folder} is not a folder. Pass a folder with {CONFIG} and {WEIGHTS}.")
     path, values = folder / CONFIG, peft_config.read_entries(folder / CONFIG)
     kind = values["peft_type"]
     if kind in peft_baselines.READ:
         baseline = peft_baselines.read_baseline(path, values, llama_config)
-        found = _read_tensors(folder / WEIGHTS)
-        _check(folder / WEIGHTS, found, peft_baselines.shapes(baseline, llama_config), llama_config.num_hidden_layers)
-        return peft_baselines.assemble_baseline(baseline, found, llama_config)
+        tensors = _read_tensors(folder / WEIGHTS)
+        expected = peft_baselines.shapes(baseline, llama_config)
+        _check(folder / WEIGHTS, tensors, expected, llama_config.num_hidden_layers)
+        return peft_baselines.assemble_baseline(baseline, tensors, llama_config)
     if kind != peft_config.LORA:
-        accepted = ", ".join(map(repr, (peft_config.LORA, *peft_baselines.READ)))
-        raise InputError(f"{path}: peft_type is {kind!r}; accepted is {accepted}")
+        supported = ", ".join(map(repr, (peft_config.LORA, *peft_baselines.READ)))
+        raise InputError(f"{path}: unsupported peft_type {kind!r}; supported: {supported}")
+    # Compare the tensors with the shapes that the configuration and the model imply.
     config, targets = peft_config.lora_config_of(path, values, llama_config)
-    found = _read_tensors(folder / WEIGHTS)
+    tensors = _read_tensors(folder / WEIGHTS)
     shapes = {target.module: _module_shape(target.module, llama_config, params) for target in targets}
-    _check(folder / WEIGHTS, found, _expected(config, targets, shapes), llama_config.num_hidden_layers)
-    tensors = {}
+    _check(folder / WEIGHTS, tensors, _expected_shapes(config, targets, shapes), llama_config.num_hidden_layers)
+    # Stack each module's layers, padded to its largest rank.
+    params_by_module = {}
     for target in targets:
         stacks = _empty(len(target.ranks), target.width, *shapes[target.module], use_dora=config.use_dora)
-        for layer in _adapted(target):
+        for layer in _adapted_layers(target):
             for name, stack in stacks.items():
-                tensor = found[_tensor_name(layer, target.module, name)]
+                tensor = tensors[_tensor_name(layer, target.module, name)]
                 stack[layer][tuple(slice(size) for size in tensor.shape)] = tensor
-        tensors[target.module] = {name: jnp.asarray(stack) for name, stack in stacks.items()}
-    return assemble_lora(config, targets, tensors)
+        params_by_module[target.module] = {name: jnp.asarray(stack) for name, stack in stacks.items()}
+    return assemble_lora(config, targets, params_by_module)
 
 
 def adapter_digest(folder: str | os.PathLike[str]) -> str:
-    """The SHA-256 of an adapter, see `digests.of_files`: of the two files that `load_peft` reads.
+    """Compute the SHA-256 digest of the two files that `load_peft` reads, see `digests.of_files`.
 
     Raises:
-      InputError: a file that can't be read.
+      InputError: If a file cannot be read.
     """
     return digests.of_files(Path(folder) / name for name in (CONFIG, WEIGHTS))
 
@@ -220,25 +227,25 @@ def _tensor_name(layer: int, module: str, kind: str) -> str:
     return f"base_model.model.{full_name(layer, module)}.{SUFFIXES[kind]}"
 
 
-def _adapted(target: Target) -> list[int]:
+def _adapted_layers(target: Target) -> list[int]:
     return [layer for layer, rank in enumerate(target.ranks) if rank]
 
 
 def _tensors(adapter: LoraAdapter) -> dict[str, np.ndarray]:
-    """The tensors of every adapted layer at their true ranks, by PEFT's names."""
-    found = {}
+    """Return the tensors of every adapted layer by PEFT's names, without the padding of ranks."""
+    tensors = {}
     for target in adapter.targets:
         stacks = {kind: np.asarray(stack) for kind, stack in adapter.params[target.module].items()}
-        for layer in _adapted(target):
+        for layer in _adapted_layers(target):
             rank = target.ranks[layer]
             for kind, stack in stacks.items():
-                own = {"lora_A": stack[layer, :rank], "lora_B": stack[layer, ..., :rank]}.get(kind, stack[layer])
-                found[_tensor_name(layer, target.module, kind)] = np.ascontiguousarray(own)
-    return found
+                tensor = {"lora_A": stack[layer, :rank], "lora_B": stack[layer, ..., :rank]}.get(kind, stack[layer])
+                tensors[_tensor_name(layer, target.module, kind)] = np.ascontiguousarray(tensor)
+    return tensors
 
 
 def _empty(count: int, width: int, p_out: int, p_in: int, *, use_dora: bool) -> dict[str, np.ndarray]:
-    """Stacks to fill: zeros where a rank is padded, magnitude one where a layer is not adapted."""
+    """Return stacks to fill: zeros in the padding of ranks, magnitudes of one in layers that are not adapted."""
     stacks = {
         "lora_A": np.zeros((count, width, p_in), np.float32),
         "lora_B": np.zeros((count, p_out, width), np.float32),
@@ -249,7 +256,7 @@ def _empty(count: int, width: int, p_out: int, p_in: int, *, use_dora: bool) -> 
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file in float32."""
+    """Read all tensors of a safetensors file in float32."""
     if os.path.exists(path):
         check_regular(path)
     try:
@@ -257,19 +264,21 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         pickle = path.with_name(PICKLE)
         if pickle.exists():
-            raise InputError(f"{pickle}: a pickle can run code and is not read; accepted is {WEIGHTS}") from error
-        raise InputError(f"{path.parent}: has no {WEIGHTS}; accepted is a folder as PEFT writes it") from error
+            raise InputError(
+                f"{pickle}: pickle files are not read, because they can run code. Save the adapter as {WEIGHTS}."
+            ) from error
+        raise InputError(f"{path.parent} has no {WEIGHTS}. Pass the folder of an adapter saved by PEFT.") from error
     try:
         raw = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: is damaged or cut off ({error}); accepted is a whole file") from error
-    found = {}
+        raise InputError(f"{path} is damaged or truncated ({error}). Copy or save the file again.") from error
+    tensors = {}
     for name, tensor in raw:
         if tensor["dtype"] not in DTYPES:
-            raise InputError(f"{path}: {name} is {tensor['dtype']}; accepted are {', '.join(DTYPES)}")
+            raise InputError(f"{path}: {name} has dtype {tensor['dtype']}; supported: {', '.join(DTYPES)}")
         array = np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]])
-        found[name] = array.reshape(tensor["shape"]).astype(np.float32)
-    return found
+        tensors[name] = array.reshape(tensor["shape"]).astype(np.float32)
+    return tensors
 
 
 def _module_shape(module: str, llama_config: LlamaConfig, params: Params | None) -> tuple[int, int]:
@@ -279,33 +288,37 @@ def _module_shape(module: str, llama_config: LlamaConfig, params: Params | None)
     return p_out, p_in
 
 
-def _expected(config: LoraConfig, targets: Sequence[Target], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Shape]:
-    """Shape of every tensor that the configuration promises, by name."""
-    found: dict[str, Shape] = {}
+def _expected_shapes(
+    config: LoraConfig, targets: Sequence[Target], module_shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, Shape]:
+    """Return the shape of every tensor of an adapter by name."""
+    shapes: dict[str, Shape] = {}
     for target in targets:
-        p_out, p_in = shapes[target.module]
-        for layer in _adapted(target):
+        p_out, p_in = module_shapes[target.module]
+        for layer in _adapted_layers(target):
             rank = target.ranks[layer]
-            found[_tensor_name(layer, target.module, "lora_A")] = (rank, p_in)
-            found[_tensor_name(layer, target.module, "lora_B")] = (p_out, rank)
+            shapes[_tensor_name(layer, target.module, "lora_A")] = (rank, p_in)
+            shapes[_tensor_name(layer, target.module, "lora_B")] = (p_out, rank)
             if config.use_dora:
-                found[_tensor_name(layer, target.module, "lora_magnitude_vector")] = (p_out,)
-    return found
+                shapes[_tensor_name(layer, target.module, "lora_magnitude_vector")] = (p_out,)
+    return shapes
 
 
 def _check(path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], layers: int) -> None:
-    """Refuse a file that is not what its configuration promises for this model."""
+    """Raise `InputError` unless the tensors are those that the configuration implies for this model."""
     for name in tensors:
         layer = re.match(r"base_model\.model\.model\.layers\.([0-9]{1,9})\.", name)
         if layer and int(layer[1]) >= layers:
             raise InputError(f"{path}: an adapter for another model: has {shown(name)}; the model has {layers} layers")
         if name not in expected:
-            raise InputError(f"{path}: has {shown(name)}; accepted is what {CONFIG} promises for this model")
+            raise InputError(f"{path}: unexpected tensor {shown(name)}, which {CONFIG} does not imply for this model")
     for name, shape in expected.items():
         if name not in tensors:
-            raise InputError(f"{path}: has no {name}; accepted is what {CONFIG} promises for this model")
+            raise InputError(f"{path}: missing tensor {name}, which {CONFIG} implies for this model")
         if tensors[name].shape != shape:
-            found = list(tensors[name].shape)
-            raise InputError(f"{path}: an adapter for another model: {name} is {found}; accepted is {list(shape)}")
+            raise InputError(
+                f"{path}: an adapter for another model: {name} must have shape {list(shape)}, "
+                f"got {list(tensors[name].shape)}"
+            )
         if not np.isfinite(tensors[name]).all():
-            raise InputError(f"{path}: {name} has a value that is not finite; accepted are finite numbers")
+            raise InputError(f"{path}: {name} has a value that is not finite. Save the adapter again.")

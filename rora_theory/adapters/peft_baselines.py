@@ -1,12 +1,12 @@
-r"""Prefix tuning, series and parallel adapters as PEFT's two files.
+"""Prefix tuning, series and parallel adapters in PEFT's file format.
 
-A prefix is what PEFT reads and writes without ``prefix_projection``: one tensor ``prompt_embeddings``
-[virtual tokens, layers x 2 x kv heads x head_dim], for each layer its keys, then its values.
+A prefix has the format that PEFT uses without ``prefix_projection``: one tensor ``prompt_embeddings``
+[virtual tokens, layers x 2 x kv heads x head_dim], with the keys and then the values of each layer.
 
-Series and parallel adapters PEFT does not have. They are written in its layout, so that the same tools read them:
-``peft_type`` ``SERIES_ADAPTER`` or ``PARALLEL_ADAPTER``, and for layer i tensors
+PEFT does not support series and parallel adapters. They are written in its format, so that the same tools can inspect
+them: ``peft_type`` is ``SERIES_ADAPTER`` or ``PARALLEL_ADAPTER``, and the tensors of layer i are
 ``base_model.model.model.layers.{i}.{module}.adapter_down.weight`` [width, n] and ``.adapter_up.weight`` [m, width].
-PEFT refuses the type by its name.
+PEFT rejects these types by name.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def _names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
-_INTEGER = "an integer of 1 or more"
+_INTEGER = "an integer of at least 1"
 _TASK: Entries = {"task_type": (None, lambda v: v in (None, "CAUSAL_LM"), "'CAUSAL_LM'")}
 _PREFIX: Entries = {
     **_TASK,
@@ -50,7 +50,7 @@ _PREFIX: Entries = {
     "num_layers": (None, lambda v: v is None or _count(v), _INTEGER),
     "num_transformer_submodules": (1, lambda v: v in (None, 1), "1"),
     "num_virtual_tokens": (None, _count, _INTEGER),
-    "prefix_projection": (False, lambda v: v is False, "false: a prefix without the network that makes it"),
+    "prefix_projection": (False, lambda v: v is False, "false (a prefix without its projection network)"),
     "token_dim": (None, lambda v: v is None or _count(v), _INTEGER),
 }
 _BOTTLENECK: Entries = {
@@ -64,11 +64,11 @@ _BOTTLENECK: Entries = {
     "target_modules": (None, _names, "a list of names"),
 }
 READ: dict[str, Entries] = {PREFIX: _PREFIX, **dict.fromkeys(PLACEMENTS, _BOTTLENECK)}
-"""Entries of each ``peft_type``."""
+"""Entries of each ``peft_type`` that affect what an adapter computes."""
 
 
 def baseline_to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any]:
-    """The configuration file's entries."""
+    """Return the entries of the configuration file."""
     shared = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM"}
     if isinstance(adapter, PrefixAdapter):
         heads = adapter.llama_config.num_key_value_heads
@@ -99,11 +99,12 @@ def baseline_to_peft(adapter: Baseline, base_model: str | None) -> dict[str, Any
 
 
 def tensors(adapter: Baseline) -> dict[str, np.ndarray]:
-    """The weights file's tensors."""
+    """Return the tensors of the weights file by name."""
     if isinstance(adapter, PrefixAdapter):
+        # Keys and values of a layer next to each other: [tokens, layers, 2, heads, width], flattened after the tokens.
         pair = np.stack([np.asarray(adapter.params[kind]) for kind in ("key", "value")], axis=1)
-        whole = np.moveaxis(pair, 2, 0).reshape(adapter.config.virtual_tokens, -1)
-        return {TENSOR: np.ascontiguousarray(whole)}
+        embeddings = np.moveaxis(pair, 2, 0).reshape(adapter.config.virtual_tokens, -1)
+        return {TENSOR: np.ascontiguousarray(embeddings)}
     return {
         _name(layer, module, kind): np.ascontiguousarray(stack[layer])
         for module, stacks in adapter.params.items()
@@ -113,18 +114,23 @@ def tensors(adapter: Baseline) -> dict[str, np.ndarray]:
 
 
 def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConfig) -> BaselineConfig:
-    """The configuration in a file's entries.
+    """Convert a file's entries to the adapter's configuration.
+
+    Args:
+      path: Path of the file in error messages.
+      values: Entries of the file.
+      llama_config: Configuration of the model.
 
     Raises:
-      InputError: as `peft_config.checked`, or an adapter for a model of another shape.
+      InputError: If an entry is invalid, or the adapter is for a model of another shape.
     """
     entries = checked(path, values, READ[values["peft_type"]])
     if entries["peft_type"] == PREFIX:
         heads, layers = llama_config.num_key_value_heads, llama_config.num_hidden_layers
-        own = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * llama_config.head_dim}
-        for key, value in own.items():
+        shape = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * llama_config.head_dim}
+        for key, value in shape.items():
             if entries[key] not in (None, value):
-                raise InputError(f"{path}: an adapter for another model: {key} is {entries[key]}; accepted is {value}")
+                raise InputError(f"{path}: an adapter for another model: {key} must be {value}, got {entries[key]}")
         return PrefixConfig(entries["num_virtual_tokens"], entries["init_weights"] or "normal")
     config = BottleneckConfig(
         PLACEMENTS[entries["peft_type"]],  # type: ignore[arg-type]
@@ -143,7 +149,7 @@ def read_baseline(path: Path, values: Mapping[str, Any], llama_config: LlamaConf
 
 
 def shapes(config: BaselineConfig, llama_config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a configuration promises, by name."""
+    """Return the expected shape of every tensor by name."""
     layers = range(llama_config.num_hidden_layers)
     if isinstance(config, PrefixConfig):
         count, tokens, heads, width = config.shape(llama_config)
@@ -156,16 +162,16 @@ def shapes(config: BaselineConfig, llama_config: LlamaConfig) -> dict[str, tuple
     }
 
 
-def assemble_baseline(config: BaselineConfig, found: Mapping[str, np.ndarray], llama_config: LlamaConfig) -> Baseline:
-    """The adapter with these tensors, whose shapes are those of `shapes`."""
+def assemble_baseline(config: BaselineConfig, tensors: Mapping[str, np.ndarray], llama_config: LlamaConfig) -> Baseline:
+    """Construct an adapter from tensors with the shapes of `shapes`."""
     if isinstance(config, PrefixConfig):
         count, tokens, heads, width = config.shape(llama_config)
-        pair = np.moveaxis(found[TENSOR].reshape(tokens, count, 2, heads, width), 0, 2)
+        pair = np.moveaxis(tensors[TENSOR].reshape(tokens, count, 2, heads, width), 0, 2)
         return PrefixAdapter({"key": jnp.asarray(pair[:, 0]), "value": jnp.asarray(pair[:, 1])}, config, llama_config)
     layers = range(llama_config.num_hidden_layers)
     params = {
         module: {
-            kind: jnp.asarray(np.stack([found[_name(layer, module, kind)] for layer in layers]))
+            kind: jnp.asarray(np.stack([tensors[_name(layer, module, kind)] for layer in layers]))
             for kind in config.shapes(module, llama_config)
         }
         for module in config.modules(llama_config)

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: its entries checked, and LoRA's as this package's configuration, and back."""
+"""PEFT's `adapter_config.json`: validation of its entries, and conversion of LoRA's configuration from and to it."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,11 @@ LORA = "LORA"
 INIT_LORA_WEIGHTS = dict.fromkeys(("true", "false", "none", "eva", "orthogonal"), "kaiming_uniform") | {
     "gaussian": "gaussian"
 }
-"""Values of ``init_lora_weights``, as text in lower case, that leave the base weights alone; others change them."""
+"""Values of ``init_lora_weights``, as lower-case text, that do not change the base weights."""
 
 Check = Callable[[Any], bool]
 Entries = Mapping[str, tuple[Any, Check, str]]
-"""Entries that decide what an adapter computes: PEFT's default, what is accepted, and that in words."""
+"""Entries that affect what an adapter computes: PEFT's default, a predicate of valid values, and their description."""
 
 
 def _is(*kinds: type) -> Check:
@@ -60,7 +60,7 @@ def _rate(value: Any) -> bool:
     return _is(int, float)(value) and 0 <= value < 1
 
 
-_NO_SIGN = "with 0 the adapter does nothing, and a sign belongs in lora_B"
+_NO_SIGN = "an alpha of 0 disables the adapter, and a sign belongs in lora_B"
 
 READ: Entries = {
     "alpha_pattern": ({}, _null_or(_object_of(_alpha)), f"an object of numbers above 0: {_NO_SIGN}"),
@@ -68,7 +68,7 @@ READ: Entries = {
     "init_lora_weights": (
         True,
         _init,
-        "true, false, null, gaussian, eva or orthogonal: others change the base's weights",
+        "true, false, null, gaussian, eva or orthogonal (other values change the base weights)",
     ),
     "layers_pattern": (None, lambda v: v in (None, "", [], "layers", ["layers"]), "null or 'layers'"),
     "layers_to_transform": (
@@ -86,7 +86,7 @@ READ: Entries = {
     "use_dora": (False, _is(bool), "true or false"),
     "use_rslora": (False, _is(bool), "true or false"),
 }
-"""LoRA's entries."""
+"""Entries of LoRA that affect what it computes."""
 IGNORED = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -101,30 +101,35 @@ IGNORED = (
     "revision",
     "runtime_config",
 )
-"""Entries that record where an adapter came from, or that matter only beside one that is refused."""
+"""Entries that record an adapter's origin, or that have an effect only with an entry that is rejected."""
 OFF: tuple[Any, ...] = (None, False, "none", [], {})
-"""Values that switch off any other entry: a feature known here, or one that a later PEFT adds."""
+"""Values that disable the feature of any other entry, one of a later PEFT version included."""
 
 
 def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | None) -> dict[str, Any]:
-    r"""The entries that decide what PEFT computes, by its names; it has its defaults for the rest.
+    r"""Return the entries of PEFT's configuration file that affect what it computes.
 
-    The first entry of a pattern that matches a module decides, so that their order would be part of the adapter. The
-    patterns are written resolved instead: no two entries match one name.
+    In PEFT, the first entry of a pattern that matches a module wins, so that their order matters. The patterns are
+    written in resolved form instead: no two entries match the same name.
 
-    A rule of another kappa than 1 or 1/2 has no flag in PEFT. It is written as LoRA's with the alpha that
-    gives each module's gamma, :math:`\alpha' = \gamma r`, in ``alpha_pattern`` where that is not the same for all.
+    PEFT has no flag for a rule whose kappa is neither 1 nor 1/2. Such a rule is written as LoRA with the alphas that
+    give the same gamma, :math:`\alpha' = \gamma r`, in ``alpha_pattern`` if they differ between modules.
+
+    Args:
+      config: Configuration of the adapter.
+      targets: Adapted modules, resolved from ``config``.
+      base_model: Name or path of the base model.
     """
     kappa = exponent(config.rule)
-    flagged = kappa in KAPPAS.values()
+    has_flag = kappa in KAPPAS.values()
 
     def alphas(target: Target) -> list[float]:
-        if flagged:
+        if has_flag:
             return list(target.alphas)
         pairs = zip(target.alphas, target.ranks, strict=True)
         return [_alpha_as_lora(config, alpha, rank) if rank else alpha for alpha, rank in pairs]
 
-    alpha: float = config.alpha if flagged else _alpha_as_lora(config, config.alpha, config.rank)
+    alpha: float = config.alpha if has_flag else _alpha_as_lora(config, config.alpha, config.rank)
     modules = config.target_modules
     return {
         "alpha_pattern": {key: number(value) for key, value in _pattern(targets, alphas, alpha).items()},
@@ -147,40 +152,45 @@ def to_peft(config: LoraConfig, targets: Sequence[Target], base_model: str | Non
 
 
 def read_entries(path: Path) -> Mapping[str, Any]:
-    """The entries of a configuration file.
+    """Read the entries of a configuration file.
 
     Raises:
-      InputError: missing or damaged, or without a ``peft_type``.
+      InputError: If the file is missing or damaged, or has no ``peft_type``.
     """
     if not path.exists():
-        raise InputError(f"{path.parent}: has no {FILE}; accepted is an adapter's folder as PEFT writes it")
+        raise InputError(f"{path.parent} has no {FILE}. Pass the folder of an adapter saved by PEFT.")
     values = read_json(path, LARGEST, accepted="the file as PEFT writes it")
     if not isinstance(values, dict):
-        raise InputError(f"{path}: holds a {type(values).__name__}; accepted is an object as PEFT writes it")
+        raise InputError(f"{path}: must contain a JSON object, as PEFT writes it, got a {type(values).__name__}")
     check_entry_counts(path, values)
     if not isinstance(values.get("peft_type"), str):
-        found = shown(values["peft_type"]) if "peft_type" in values else "missing"
-        raise InputError(f"{path}: peft_type is {found}; accepted is a name, as PEFT writes it")
+        kind = shown(values["peft_type"]) if "peft_type" in values else "no entry"
+        raise InputError(f"{path}: peft_type must be a name, as PEFT writes it, got {kind}")
     return values
 
 
 def checked(path: Path, values: Mapping[str, Any], read: Entries) -> dict[str, Any]:
-    """The entries in ``lora_config_of``, with PEFT's defaults where the file has none.
+    """Validate the entries of a configuration file, and fill in PEFT's defaults.
+
+    Args:
+      path: Path of the file in error messages.
+      values: Entries of the file.
+      read: Entries that affect what the adapter computes.
 
     Raises:
-      InputError: an entry that is wrong, or another that asks for what this package does not compute.
+      InputError: If an entry is invalid, or enables a feature that this package does not support.
     """
     entries = {}
-    for key, (default, check, accepted) in read.items():
+    for key, (default, check, valid_values) in read.items():
         entries[key] = values.get(key, default)
         if not check(entries[key]):
-            raise InputError(f"{path}: {key} is {shown(entries[key])}; accepted is {accepted}")
+            raise InputError(f"{path}: {key} must be {valid_values}, got {shown(entries[key])}")
     for key, value in values.items():
-        # A type test beside the equality: 0 == False, and an unknown 0 need not mean off.
-        off = any(value == neutral and type(value) is type(neutral) for neutral in OFF)
-        if key not in read and key not in IGNORED and not off:
+        # Compare the types too: 0 == False, and a 0 of an unknown entry may not mean off.
+        is_off = any(value == neutral and type(value) is type(neutral) for neutral in OFF)
+        if key not in read and key not in IGNORED and not is_off:
             raise InputError(
-                f"{path}: {_named(key)} is {shown(value)}, which is not supported; accepted is null, false or 'none'"
+                f"{path}: {_shown_key(key)} is not supported; it must be null, false or 'none', got {shown(value)}"
             )
     return entries
 
@@ -188,10 +198,15 @@ def checked(path: Path, values: Mapping[str, Any], read: Entries) -> dict[str, A
 def lora_config_of(
     path: Path, values: Mapping[str, Any], llama_config: LlamaConfig
 ) -> tuple[LoraConfig, tuple[Target, ...]]:
-    """LoRA's configuration in a file's entries, resolved for a model.
+    """Convert a file's entries to LoRA's configuration, and resolve it for a model.
+
+    Args:
+      path: Path of the file in error messages.
+      values: Entries of the file.
+      llama_config: Configuration of the model.
 
     Raises:
-      InputError: as `checked`, or modules and layers that the model does not have; names the file and the entry.
+      InputError: If an entry is invalid, or the model does not have the modules and layers.
     """
     entries = checked(path, values, READ)
     try:
@@ -201,13 +216,12 @@ def lora_config_of(
         raise InputError(f"{path}: {error}") from error
 
 
-def _named(key: str) -> str:
-    """A key of the file as a message shows it."""
+def _shown_key(key: str) -> str:
     return key if key.isidentifier() and len(key) < 80 else shown(key)
 
 
 def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> LoraConfig:
-    """What PEFT makes of the entries: names, layers and patterns that the model has none of are passed over."""
+    """Convert entries as PEFT does, ignoring names, layers and patterns that the model does not have."""
     modules, excluded = entries["target_modules"], entries["exclude_modules"] or ()
     layers = entries["layers_to_transform"]
     if not isinstance(modules, str):
@@ -216,15 +230,15 @@ def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> Lora
         layers = None
     elif layers is not None:
         count = llama_config.num_hidden_layers
-        asked = [layers] if isinstance(layers, int) else layers
-        layers = [layer for layer in asked if 0 <= layer < count]
+        indices = [layers] if isinstance(layers, int) else layers
+        layers = [layer for layer in indices if 0 <= layer < count]
         if not layers:
             raise InputError(
-                f"layers_to_transform is {shown(entries['layers_to_transform'])}; accepted are 0 to {count - 1}"
+                f"layers_to_transform must be from 0 to {count - 1}, got {shown(entries['layers_to_transform'])}"
             )
     chosen = matched(llama_config, modules, layers, exclude_modules=excluded)
     if excluded:
-        # The modules that are left, one by one: this package's configuration has no exclusions.
+        # This package's configuration has no exclusions: list the remaining modules by their full names.
         modules, layers = chosen, None
     return LoraConfig(
         rank=entries["r"],
@@ -241,25 +255,26 @@ def _from_entries(entries: Mapping[str, Any], llama_config: LlamaConfig) -> Lora
 
 
 def _effective(where: str, entries: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
-    """The entries of a pattern that decide for one of the ``chosen`` names, in the file's order."""
+    """Return the entries of a pattern that apply to one of the ``chosen`` names, in the file's order."""
     pattern = entries[where] or {}
     used = set(deciding(where, pattern, chosen).values())
     return {key: value for key, value in pattern.items() if key in used}
 
 
 def _pattern(targets: Sequence[Target], values: Callable[[Target], Sequence[Any]], default: Any) -> dict[str, Any]:
-    """PEFT's pattern that gives each adapted module its value, so that no two entries match one name.
+    """Return the pattern that gives each adapted module its value, such that no two entries match the same name.
 
-    By module, or by full name where a module's layers differ. The dots of a full name match no other name's.
+    Entries are by module, or by full name if a module's layers differ. As regular expressions, full names match no
+    other full name.
     """
-    found: dict[str, Any] = {}
+    pattern: dict[str, Any] = {}
     for target in targets:
-        own = {layer: value for layer, value in enumerate(values(target)) if target.ranks[layer]}
-        if len(set(own.values())) == 1:
-            found[target.module] = next(iter(own.values()))
+        by_layer = {layer: value for layer, value in enumerate(values(target)) if target.ranks[layer]}
+        if len(set(by_layer.values())) == 1:
+            pattern[target.module] = next(iter(by_layer.values()))
         else:
-            found |= {full_name(layer, target.module): value for layer, value in own.items()}
-    return {name: value for name, value in found.items() if value != default}
+            pattern |= {full_name(layer, target.module): value for layer, value in by_layer.items()}
+    return {name: value for name, value in pattern.items() if value != default}
 
 
 def _alpha_as_lora(config: LoraConfig, alpha: float, rank: int) -> float:
@@ -267,5 +282,5 @@ def _alpha_as_lora(config: LoraConfig, alpha: float, rank: int) -> float:
 
 
 def number(value: float) -> float | int:
-    """A whole alpha as PEFT writes it, without a decimal point."""
+    """Return a whole number as int, as PEFT writes alphas, and other numbers as float."""
     return int(value) if float(value).is_integer() else float(value)

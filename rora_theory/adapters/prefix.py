@@ -2,16 +2,16 @@ r"""Prefix tuning: trained keys and values that every query of every layer atten
 
 .. math:: \mathrm{softmax}\!\left(q\,[K_p; K]^\top / \sqrt d\right) [V_p; V]
 
-with :math:`K_p, V_p` of ``virtual_tokens`` rows a layer, trained as they are, without the network that Li and Liang
-put before them in training (PEFT's ``prefix_projection``).
+:math:`K_p` and :math:`V_p` have ``virtual_tokens`` rows per layer. They are trained directly, without the network that
+Li and Liang use for training (PEFT's ``prefix_projection``).
 
-Where the prefix stands decides what it computes, since the model's own queries turn with their position. PEFT counts
-the tokens from ``virtual_tokens`` on and turns no prefix key: the score of token i is :math:`(R_{P+i} q)^\top k_p`
-with R the rotation of a position and P the number of virtual tokens. Here the tokens are counted from 0 with any
-adapter, so the keys are turned by -P, which is the same score: :math:`(R_i q)^\top R_{-P} k_p`.
+The position of the prefix matters, because rotary embeddings rotate the queries by their position. PEFT numbers the
+tokens from P, the number of virtual tokens, and does not rotate the prefix keys: the score of token i is
+:math:`(R_{P+i} q)^\top k_p`, where R is the rotation of a position. This package numbers the tokens from 0 with every
+adapter and rotates the prefix keys by -P, which gives the same score, :math:`(R_i q)^\top R_{-P} k_p`.
 
-The adapted model does not start as its base: each query shares its attention with the prefix. Zero values would not
-do that either, since a zero key takes attention from the others.
+The adapted model differs from its base from the start, because the prefix receives part of each query's attention.
+This is also so if keys and values are zero.
 """
 
 import math
@@ -35,14 +35,14 @@ PrefixInit = Literal["normal", "zero"]
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """Settings of a prefix. Frozen and hashable.
+    """Configuration of prefix tuning. Frozen and hashable.
 
     Attributes:
-      virtual_tokens: keys and values a layer, at least 1. LLM-Adapters trains 10.
-      init: ``"normal"``, N(0, 1), as PEFT's embedding starts; or ``"zero"``, PEFT's option of that name.
+      virtual_tokens: Number of keys and values per layer, at least 1. LLM-Adapters trains 10.
+      init: ``"normal"``, N(0, 1), PEFT's default; or ``"zero"``, PEFT's option of that name.
 
     Raises:
-      InputError: a value outside these ranges.
+      InputError: If a value is out of range.
     """
 
     virtual_tokens: int = 10
@@ -52,9 +52,10 @@ class PrefixConfig:
     replaces: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         check_integer("virtual_tokens", self.virtual_tokens)
         if self.init not in get_args(PrefixInit):
-            raise InputError(f"init is {self.init!r}; accepted are {', '.join(get_args(PrefixInit))}")
+            raise InputError(f"init must be one of {', '.join(get_args(PrefixInit))}, got {self.init!r}")
 
     def table(self, llama_config: LlamaConfig) -> tuple[AdaptedModule, ...]:
         """See `base.table`."""
@@ -62,16 +63,16 @@ class PrefixConfig:
         return (AdaptedModule("self_attn", layers, self.virtual_tokens, None, "prefix", None),)
 
     def build(self, key: PRNGKeyArray, llama_config: LlamaConfig, params: Params) -> "PrefixAdapter":  # noqa: ARG002
-        """A fresh adapter, see `base.init`."""
+        """Initialise a prefix, see `base.init`."""
         shape = self.shape(llama_config)
         if self.init == "zero":
             return PrefixAdapter({"key": jnp.zeros(shape), "value": jnp.zeros(shape)}, self, llama_config)
-        own = zip(("key", "value"), jax.random.split(key), strict=True)
-        tensors = {name: jax.random.normal(draw, shape, jnp.float32) for name, draw in own}
+        keys = zip(("key", "value"), jax.random.split(key), strict=True)
+        tensors = {name: jax.random.normal(tensor_key, shape, jnp.float32) for name, tensor_key in keys}
         return PrefixAdapter(tensors, self, llama_config)
 
     def shape(self, llama_config: LlamaConfig) -> tuple[int, int, int, int]:
-        """Of the keys, and of the values: layers, virtual tokens, key/value heads, their width."""
+        """Return the shape of the keys and of the values: layers, virtual tokens, key/value heads, head width."""
         layers, heads = llama_config.num_hidden_layers, llama_config.num_key_value_heads
         return layers, self.virtual_tokens, heads, llama_config.head_dim
 
@@ -79,12 +80,13 @@ class PrefixConfig:
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "llama_config"])
 @dataclass(frozen=True)
 class PrefixAdapter:
-    """A prefix: a pytree that `rora_theory.llama.forward` runs.
+    """A prefix, a pytree that `rora_theory.llama.forward` applies.
 
     Attributes:
-      params: ``{"key", "value": [layers, virtual tokens, kv heads, head_dim]}`` float32, the keys as PEFT holds them.
-      config: the settings it was made from.
-      llama_config: the model's, whose rotations place the prefix.
+      params: ``{"key", "value": [layers, virtual tokens, kv heads, head_dim]}`` in float32; the keys are not rotated,
+        as in PEFT's files.
+      config: Configuration of the prefix.
+      llama_config: Configuration of the model, which determines the rotations.
     """
 
     params: dict[str, Any]
@@ -105,11 +107,11 @@ class PrefixAdapter:
         *,
         key: PRNGKeyArray | None,  # noqa: ARG002
     ) -> Float[Array, "*b o"]:
-        """The module as it is."""
+        """Apply the module, which a prefix does not change."""
         return linear(x, weight, bias)
 
     def prefix(self, layer: dict[str, Array]) -> tuple[Float[Array, "p k d"], Float[Array, "p k d"]]:
-        """Keys, turned to where the tokens are counted from 0 (module docstring), and values of one layer."""
+        """Return the keys of one layer, rotated to the positions before token 0 (module docstring), and its values."""
         count = self.config.virtual_tokens
         angles = rope.layer_angles(self.llama_config, jnp.full((1, count), -count, jnp.int32))
         return rope.rotate(layer["key"][None], *angles(layer["windowed"]))[0], layer["value"]
@@ -119,11 +121,11 @@ class PrefixAdapter:
         return replace(self, params=params)
 
     def merge(self, params: Params) -> Params:  # noqa: ARG002
-        """Raises `InputError`: no weight of a plain model attends to a prefix."""
-        raise InputError("a prefix can't be merged into weights; accepted is running it beside them")
+        """Raise `InputError`: a prefix cannot be merged into weights."""
+        raise InputError("a prefix cannot be merged into weights. Apply it without merging.")
 
     def unmerge(self, params: Params, norms: Norms | None = None) -> Params:
-        """Raises as `merge`."""
+        """Raise `InputError`, as `merge` does."""
         del norms
         return self.merge(params)
 

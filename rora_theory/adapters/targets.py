@@ -1,4 +1,4 @@
-"""Which modules of which layers are adapted, at which rank and alpha: PEFT's matching, resolved."""
+"""Resolution of PEFT's target and pattern settings to the adapted modules, their ranks and their alphas."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +12,17 @@ from rora_theory.llama import MODULES, LlamaConfig
 from rora_theory.scaling import check_positive, check_rank
 
 OTHERS = ("lm_head", "model.embed_tokens")
-"""Modules of the model that PEFT could adapt and this package does not."""
+"""Modules of the model that PEFT can adapt and this package cannot."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One adapted module.
+    """An adapted module.
 
     Attributes:
-      module: its name, one of `MODULES`.
-      ranks: rank in each layer, 0 where it is not adapted.
-      alphas: alpha in each layer; meaningless where the rank is 0.
+      module: Name of the module, one of `MODULES`.
+      ranks: Rank in each layer, 0 if the module is not adapted there.
+      alphas: Alpha in each layer; meaningless if the rank is 0.
     """
 
     module: str
@@ -31,12 +31,12 @@ class Target:
 
     @property
     def width(self) -> int:
-        """The largest rank: every layer is padded to it."""
+        """Largest rank, to which every layer is padded."""
         return max(self.ranks)
 
 
 def full_name(layer: int, module: str) -> str:
-    """The name under which Hugging Face and PEFT know a module of one layer."""
+    """Return the full name of a module in one layer, as Hugging Face and PEFT use it."""
     return f"model.layers.{layer}.{module}"
 
 
@@ -54,31 +54,34 @@ def resolve(
     r"""Resolve a configuration to the ranks and alphas of every module and layer.
 
     Args:
-      llama_config: the model.
-      rank, alpha: where no pattern says otherwise.
-      target_modules: names that a module's full name equals or ends with after a dot, or one regular expression
-        that the full name matches whole, or ``"all-linear"``.
-      layers: indices of the layers to adapt; None is all. A module that ``target_modules`` has by its full name is
-        adapted whatever its layer.
-      rank_pattern, alpha_pattern: ``{pattern: value}``; a pattern applies where ``(.*\.)?(pattern)$`` matches the
-        full name from its start, and the first that does wins.
-      bounded: refuse a rank above min(p_out, p_in).
+      llama_config: Configuration of the model.
+      rank: Rank of modules that no pattern matches.
+      alpha: Alpha of modules that no pattern matches.
+      target_modules: Names that a module's full name equals or ends with after a dot, or one regular expression that
+        matches the entire full name, or ``"all-linear"``.
+      layers: Indices of the layers to adapt; None adapts all. A module listed by its full name is adapted in any case.
+      rank_pattern: Ranks by pattern. A pattern applies if ``(.*\.)?(pattern)$`` matches the full name from its start;
+        the first that applies wins.
+      alpha_pattern: Alphas by pattern.
+      bounded: Whether to reject ranks above min(p_out, p_in).
 
     Returns:
-      the adapted modules in the order of `MODULES`.
+      The adapted modules in the order of `MODULES`.
 
     Raises:
-      InputError: a name or pattern that matches nothing or has no effect, a layer the model does not have, a
-        rank above min(p_out, p_in), an invalid regular expression, a module that can't be adapted.
+      InputError: If a name or pattern matches nothing or has no effect, a layer does not exist, a rank exceeds
+        min(p_out, p_in), a regular expression is invalid, or a module cannot be adapted.
     """
+    # Full names of the adapted modules, and their ranks and alphas.
     chosen = matched(llama_config, target_modules, layers)
     ranks = _patterned("rank_pattern", rank_pattern or {}, chosen, rank)
     alphas = _patterned("alpha_pattern", alpha_pattern or {}, chosen, alpha)
     for name in chosen:
         check_rank(ranks[name])
         check_positive("alpha", alphas[name])
+    # Collect the layers of each module.
     count = llama_config.num_hidden_layers
-    found = []
+    targets = []
     for module in MODULES:
         names = [full_name(layer, module) for layer in range(count)]
         if not any(name in ranks for name in names):
@@ -92,11 +95,11 @@ def resolve(
         if bounded and target.width > min(p_out, p_in):
             layer = target.ranks.index(target.width)
             raise InputError(
-                f"rank is {target.width} at {full_name(layer, module)}, whose weight is [{p_out}, {p_in}]; "
-                f"accepted is at most {min(p_out, p_in)}, the largest rank that B A can have there"
+                f"rank must be at most {min(p_out, p_in)} at {full_name(layer, module)}, the largest rank of a "
+                f"[{p_out}, {p_in}] weight, got {target.width}"
             )
-        found.append(target)
-    return tuple(found)
+        targets.append(target)
+    return tuple(targets)
 
 
 def matched(
@@ -106,64 +109,74 @@ def matched(
     *,
     exclude_modules: Sequence[str] | str = (),
 ) -> tuple[str, ...]:
-    """Full names of the modules that ``target_modules`` and ``layers`` choose and ``exclude_modules`` do not.
+    """Return the full names of the modules that the settings select.
+
+    Args:
+      llama_config: Configuration of the model.
+      target_modules: Names, a regular expression or ``"all-linear"``, see `resolve`.
+      layers: Indices of the layers to adapt; None selects all.
+      exclude_modules: Names or a regular expression of modules to exclude.
 
     Raises:
-      InputError: as `resolve`.
+      InputError: If a setting is invalid or matches no module.
     """
     count = llama_config.num_hidden_layers
     names = [full_name(layer, module) for layer in range(count) for module in MODULES]
     if isinstance(target_modules, str) and layers is not None:
         raise InputError(
-            f"layers is {tuple(layers)} beside target_modules {target_modules!r}; "
-            "accepted with layers is a list of names"
+            f"layers {tuple(layers)} requires target_modules to be a list of names, got {target_modules!r}"
         )
     if not isinstance(target_modules, str):
         known = frozenset(known_names(llama_config, target_modules))
         for target in target_modules:
             if target not in known:
-                raise InputError(f"target_modules has {shown(target)}, which matches no module; {_accepted()}")
+                raise InputError(f"target_modules has {shown(target)}, which matches no module. {_supported()}")
     chosen_by, excluded_by = chooser("target_modules", target_modules), chooser("exclude_modules", exclude_modules)
     for other in OTHERS:
         if chosen_by(other) and not excluded_by(other):
-            raise InputError(f"target_modules matches {other}, which can't be adapted; {_accepted()}")
+            raise InputError(f"target_modules matches {other}, which cannot be adapted. {_supported()}")
     chosen = tuple(name for name in names if chosen_by(name) and not excluded_by(name))
     if not chosen:
-        raise InputError(f"target_modules {shown(target_modules)} matches no module; {_accepted()}")
+        raise InputError(f"target_modules {shown(target_modules)} matches no module. {_supported()}")
     if layers is None:
         return chosen
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
-            raise InputError(f"layers has {shown(layer)}; accepted are 0 to {count - 1}")
-    kept = tuple(name for name in chosen if name in target_modules or int(name.split(".")[2]) in layers)
-    if not kept:
+            raise InputError(f"layers must be indices from 0 to {count - 1}, got {shown(layer)}")
+    selected = tuple(name for name in chosen if name in target_modules or int(name.split(".")[2]) in layers)
+    if not selected:
         raise InputError(f"layers {tuple(layers)} has none of target_modules {shown(target_modules)}")
-    return kept
+    return selected
 
 
 def in_all_layers(llama_config: LlamaConfig, target_modules: Sequence[str], what: str) -> tuple[str, ...]:
-    """The modules that ``target_modules`` choose, in the order of `MODULES`, for ``what`` has them in all layers.
+    """Return the selected modules in the order of `MODULES`, each of which must be selected in all layers.
+
+    Args:
+      llama_config: Configuration of the model.
+      target_modules: Names of modules, see `resolve`.
+      what: Name of the method in error messages.
 
     Raises:
-      InputError: a name that matches nothing, or not in every layer.
+      InputError: If a name matches no module, or not in every layer.
     """
     chosen = set(matched(llama_config, target_modules, None))
     count = llama_config.num_hidden_layers
-    found = []
+    modules = []
     for module in MODULES:
         layers = [layer for layer in range(count) if full_name(layer, module) in chosen]
         if layers and len(layers) < count:
             raise InputError(
-                f"target_modules choose {module} in layers {layer_text(layers)} of {count}; accepted for {what} is a "
-                "module in all layers"
+                f"target_modules must select {module} in all layers for {what}, got layers {layer_text(layers)} "
+                f"of {count}"
             )
         if layers:
-            found.append(module)
-    return tuple(found)
+            modules.append(module)
+    return tuple(modules)
 
 
 def known_names(llama_config: LlamaConfig, modules: Sequence[str]) -> tuple[str, ...]:
-    """Those of ``modules`` that name a module of the model, whole or from a dot on."""
+    """Return the entries of ``modules`` that are a module's full name, or its end after a dot."""
     layers = range(llama_config.num_hidden_layers)
     names = (*(full_name(layer, module) for layer in layers for module in MODULES), *OTHERS)
     known = {tail for name in names for tail in _tails(name)}
@@ -171,41 +184,50 @@ def known_names(llama_config: LlamaConfig, modules: Sequence[str]) -> tuple[str,
 
 
 def chooser(where: str, modules: Sequence[str] | str) -> Callable[[str], bool]:
-    """Whether PEFT's ``target_modules`` or ``exclude_modules`` choose a full name.
+    """Return the predicate of full names that PEFT's ``target_modules`` or ``exclude_modules`` selects.
+
+    Args:
+      where: Name of the setting, ``"target_modules"`` or ``"exclude_modules"``.
+      modules: Value of the setting.
 
     Raises:
-      InputError: an invalid regular expression, or (when it is called) one that takes too long; ``where`` names the
-        setting.
+      InputError: If a regular expression is invalid. The predicate raises it if matching takes too long.
     """
     if not isinstance(modules, str):
-        own = frozenset(modules)
-        return lambda name: not own.isdisjoint(_tails(name))
+        names = frozenset(modules)
+        return lambda name: not names.isdisjoint(_tails(name))
     if modules.lower() == ALL_LINEAR and where == "target_modules":
         return lambda name: name not in OTHERS
     return Expression(modules, Work(where)).matches
 
 
 def deciding(where: str, pattern: Sequence[str] | Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
-    r"""The first entry of a pattern that matches each name, by name; without the names that none matches.
+    r"""Return the first entry of a pattern that matches each name, without the names that no entry matches.
 
-    PEFT's rule: ``(.*\.)?(entry)$`` matches the name from its start.
+    An entry matches if ``(.*\.)?(entry)$`` matches the name from its start, as in PEFT.
+
+    Args:
+      where: Name of the pattern in error messages.
+      pattern: Entries of the pattern in order.
+      names: Full names of modules.
 
     Raises:
-      InputError: an entry that is not a regular expression, or entries that take too long; ``where`` names the pattern.
+      InputError: If an entry is not a regular expression, or matching takes too long.
     """
     work = Work(where)
     entries = {entry: Expression(entry, work) for entry in pattern}
-    found = {}
+    matches = {}
     for name in names:
+        # An entry may match from the start of the name, or after any dot.
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
         first = next((entry for entry, expression in entries.items() if expression.matches(name, starts)), None)
         if first is not None:
-            found[name] = first
-    return found
+            matches[name] = first
+    return matches
 
 
 def layer_text(layers: Sequence[int]) -> str:
-    """Sorted indices with runs shortened: ``"0-3, 7"``."""
+    """Return sorted indices as text with runs shortened, such as ``"0-3, 7"``."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:
@@ -216,26 +238,26 @@ def layer_text(layers: Sequence[int]) -> str:
 
 
 def _patterned(where: str, pattern: Mapping[str, Any], chosen: Sequence[str], default: Any) -> dict[str, Any]:
-    """Value of every chosen name. Raises `InputError` for an entry that decides for none."""
-    decided = deciding(where, pattern, chosen)
-    used = set(decided.values())
-    inert = [key for key in pattern if key not in used]
-    if inert:
-        shadowed = bool(deciding(where, inert[:1], chosen))
-        why = "is hidden by the patterns before it" if shadowed else "matches no adapted module"
+    """Return the value of every chosen name, or raise `InputError` if an entry applies to none."""
+    entries = deciding(where, pattern, chosen)
+    used = set(entries.values())
+    unused = [key for key in pattern if key not in used]
+    if unused:
+        is_shadowed = bool(deciding(where, unused[:1], chosen))
+        reason = "is hidden by the patterns before it" if is_shadowed else "matches no adapted module"
         raise InputError(
-            f"{where} has {shown(inert[0])}, which {why}; accepted is a pattern that matches a name such as "
-            f"{chosen[0]}, whole or from a dot on"
+            f"{where} has {shown(unused[0])}, which {reason}. Use a pattern that matches a name such as {chosen[0]}, "
+            "entirely or after a dot."
         )
-    return {name: pattern[decided[name]] if name in decided else default for name in chosen}
+    return {name: pattern[entries[name]] if name in entries else default for name in chosen}
 
 
 def _tails(name: str) -> list[str]:
-    """A name, and what follows each of its dots: what PEFT's lists know it by."""
+    """Return a name and the parts after each of its dots, any of which PEFT's lists may contain."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _accepted() -> str:
+def _supported() -> str:
     names = ", ".join(module.split(".")[1] for module in MODULES)
-    return f"accepted are {names}, a regular expression, or {ALL_LINEAR}"
+    return f"Use {names}, a regular expression, or {ALL_LINEAR}."

@@ -1,4 +1,4 @@
-r"""The product with an adapter's second matrix, whose gradient is formed the cheap way round."""
+"""Product with an adapter's second matrix, with a gradient that avoids a large copy."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from rora_theory.llama import linear
 
 @jax.custom_vjp
 def widen(inner: Float[Array, "*b r"], B: Float[Array, "o r"]) -> Float[Array, "*b o"]:
-    r""":math:`h B^\top`, as `rora_theory.llama.linear` computes it.
+    r"""Compute :math:`h B^\top` as `rora_theory.llama.linear` does.
 
-    The gradient in B is taken as :math:`(h^\top \bar y)^\top` and not as :math:`\bar y^\top h`, which is what automatic
-    differentiation writes: the same sums, but XLA on a CPU copies the left operand of such a product into transposed
-    order first, and that is the wide :math:`\bar y`.
+    The gradient in B is computed as :math:`(h^\top \bar y)^\top` and not as :math:`\bar y^\top h`, which automatic
+    differentiation would use. The sums are the same, but XLA on a CPU first transposes the left operand of such a
+    product, and :math:`\bar y` is the wide one.
     """
     return linear(inner, B)
 
@@ -22,11 +22,11 @@ def _forward(inner: Array, B: Array) -> tuple[Array, tuple[Array, Array]]:
     return linear(inner, B), (inner, B)
 
 
-def _backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    inner, B = kept
-    g = cotangent.astype(B.dtype)
-    d_inner = jnp.einsum("...o,or->...r", g, B).astype(inner.dtype)
-    d_B = jnp.einsum("...r,...o->ro", inner.astype(B.dtype), g).T
+def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    inner, B = residuals
+    cotangent = cotangent.astype(B.dtype)
+    d_inner = jnp.einsum("...o,or->...r", cotangent, B).astype(inner.dtype)
+    d_B = jnp.einsum("...r,...o->ro", inner.astype(B.dtype), cotangent).T
     return d_inner, d_B
 
 

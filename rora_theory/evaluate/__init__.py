@@ -1,4 +1,4 @@
-"""Eight commonsense tasks under three protocols: scored items, and accuracies with their standard errors."""
+"""Evaluation on eight commonsense tasks under three protocols: samples, and accuracies with standard errors."""
 
 from rora_theory.evaluate.accuracies import TaskAccuracy, accuracies, average
 from rora_theory.evaluate.samples import Samples

@@ -1,4 +1,4 @@
-"""From generated text to an answer: the published parser, first hit of the task's labels."""
+"""The published parser of answers: the first of the task's labels in the generated text."""
 
 import re
 
@@ -7,24 +7,29 @@ from rora_theory.data.tasks import Task
 
 
 def response(generated: str) -> str:
-    """The part of the generated text that the published evaluation keeps.
+    """Return the part of the generated text that the published evaluation parses.
 
-    It splits prompt and continuation together at ``### Response:`` and keeps what follows the last one; the
-    prompt ends just after one, so only a repetition inside the continuation cuts anything.
+    The published evaluation splits prompt and continuation at ``### Response:`` and parses the text after the last
+    one. The prompt ends with ``### Response:``, so this only matters if the continuation repeats it.
     """
     return generated.split(RESPONSE)[-1].strip()
 
 
 def parse_answer(task: Task, text: str) -> str | None:
-    """The first label of the task found in ``text``, case-sensitive; None where there is none.
+    """Return the first label of the task in the text, or None.
 
-    None counts as wrong, as published, and its share is reported as ``unparsed``. The parser accepts every
-    label of the task, ``answer5`` of a four-choice item too, and a label inside a word (``untrue``).
+    The search is case-sensitive. None counts as wrong, as published, and its fraction is reported as ``unparsed``. The
+    parser accepts every label of the task, including ``answer5`` for an item with four choices, and a label inside a
+    word (``untrue``).
+
+    Args:
+      task: Task with the pattern of its labels.
+      text: Text to search, see `response`.
 
     Examples:
       >>> from rora_theory.data.tasks import TASKS
       >>> parse_answer(TASKS["piqa"], "the correct answer is solution2, not solution1")
       'solution2'
     """
-    found = re.search(task.pattern, text)
-    return found.group() if found else None
+    match = re.search(task.pattern, text)
+    return match.group() if match else None

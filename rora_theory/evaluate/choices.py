@@ -1,10 +1,10 @@
-"""What the two log-likelihood protocols ask: a context and a continuation for each choice, as text and as tokens.
+"""Contexts and continuations of the two log-likelihood protocols, as text and as tokens.
 
-``harness`` follows lm-evaluation-harness 0.4 task by task, on the text these data have. BoolQ comes without its
-passage: the template is filled with an empty one, so that its accuracy is not the one that harness publishes.
-HellaSwag's contexts come in one piece: `hellaswag_parts` finds the fragment that the harness capitalises.
-``label`` is this package's own: the label strings after the published prompt and ``the correct answer is``,
-which asks for the knowledge whatever the format of a free answer.
+``harness`` follows lm-evaluation-harness 0.4 task by task, on the text of this data set. BoolQ lacks its passage here,
+so the template has an empty one, and the accuracy is not comparable with the harness's. HellaSwag's contexts are single
+strings: `hellaswag_parts` finds the fragment that the harness capitalises. ``label`` is specific to this package: it
+scores the label strings after the published prompt and ``the correct answer is``, which does not depend on the format
+of a free answer.
 """
 
 import re
@@ -17,18 +17,19 @@ from rora_theory.errors import InputError
 from rora_theory.llama.tokenizer import Tokenizer
 
 TEXTS = "2"
-"""Version of the texts that the protocols ask, in every run's identity: raised whenever one of them changes.
-2 capitalises HellaSwag's last fragment and keeps BoolQ's empty passage."""
+"""Version of the protocols' texts, part of every run's identity and increased with every change. Version 2 capitalises
+HellaSwag's last fragment and keeps BoolQ's empty passage."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One choice of an item.
+    """Text of one choice of an item.
 
     Attributes:
-      label: its label in the data (``answer1``).
-      context, continuation: the text given and the text scored.
-      length: what ``acc_norm`` divides by: characters of the choice without the space before it.
+      label: Label of the choice in the data, such as ``answer1``.
+      context: Text that the model is conditioned on.
+      continuation: Text that is scored.
+      length: Divisor of ``acc_norm``: number of characters of the choice, without the space before it.
     """
 
     label: str
@@ -39,22 +40,28 @@ class Choice:
 
 @dataclass(frozen=True)
 class Scored:
-    """Tokens of a context and a continuation; the last ``count`` of them are scored."""
+    """Tokens of one choice of an item.
+
+    Attributes:
+      tokens: Tokens of the context and the continuation.
+      count: Number of scored tokens at the end.
+    """
 
     tokens: tuple[int, ...]
     count: int
 
 
 def harness_choices(record: TaskRecord) -> tuple[Choice, ...]:
-    """The choices of an item as lm-evaluation-harness asks about them, in its order."""
+    """Return the choices of an item with the texts and the order of lm-evaluation-harness."""
     question, texts = record.question, record.choices
     if record.task == "boolq":
-        # The template's passage, empty here, and its own question mark.
+        # The template has a passage, empty here, and a question mark of its own.
         context = f"\nQuestion: {question.removesuffix('?')}?\nAnswer:"
         return tuple(
             Choice(label, context, f" {word}", len(word)) for word, label in (("no", "false"), ("yes", "true"))
         )
     if record.task == "winogrande":
+        # Partial scoring: the choice fills the gap in the context, and the text after the gap is scored.
         before, _, after = question.partition("_")
         contexts = [before + text for text in texts]
         pairs = zip(record.labels, contexts, strict=True)
@@ -77,87 +84,96 @@ def harness_choices(record: TaskRecord) -> tuple[Choice, ...]:
 
 
 def label_choices(record: TaskRecord, template: str) -> tuple[Choice, ...]:
-    """The label strings of an item after the prompt and ``the correct answer is``; ``template`` as in
-    `prompt`."""
+    """Return the label strings of an item as continuations of the prompt and ``the correct answer is``.
+
+    Args:
+      record: Item to score.
+      template: Name of the prompt template, see `prompt`.
+    """
     context = prompt(record.instruction, template) + ANSWER_PREFIX
     return tuple(Choice(label, context, label, len(label)) for label in record.labels)
 
 
 def hellaswag_parts(context: str) -> tuple[str, str, str]:
-    """The dataset's ``activity_label``, ``ctx_a`` and ``ctx_b`` of a context in one piece, ``ACTIVITY: TEXT``.
+    """Split a context ``ACTIVITY: TEXT`` into the data set's ``activity_label``, ``ctx_a`` and ``ctx_b``.
 
-    ``ctx_b`` is the fragment of a sentence on which ActivityNet's contexts end (``he``), ``ctx_a`` the whole sentences
-    before it. WikiHow's contexts end with a sentence and have no fragment.
+    ``ctx_b`` is the sentence fragment at the end of ActivityNet's contexts (``he``), and ``ctx_a`` the complete
+    sentences before it. WikiHow's contexts end with a complete sentence and have an empty fragment.
 
     Examples:
       >>> hellaswag_parts("Baking: A man bakes bread. he")
       ('Baking', 'A man bakes bread.', 'he')
     """
     activity, _, text = context.partition(": ")
-    *_, end = (0, *(found.end() for found in re.finditer(r"[.!?][\"')]*(?:\s+|$)", text)))
+    *_, end = (0, *(match.end() for match in re.finditer(r"[.!?][\"')]*(?:\s+|$)", text)))
     return activity, text[:end].rstrip(), text[end:]
 
 
 def _clean(text: str) -> str:
-    """WikiHow's bracketed marks removed, as the harness does before HellaSwag."""
+    """Remove WikiHow's bracketed markers, as the harness does for HellaSwag."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def encode_choices(tokenizer: Tokenizer, items: Sequence[Sequence[Choice]], *, max_length: int) -> list[list[Scored]]:
-    """Tokens of every choice of every item, cut as lm-evaluation-harness cuts them.
+    """Tokenize every choice of every item as lm-evaluation-harness does.
 
-    Spaces at the end of the context move to the continuation; context and whole text are encoded separately,
-    and the continuation is what the whole has beyond the context's length, so a token that straddles the
-    border belongs to the continuation or is lost with it, never to both. An empty context is one BOS token
-    (EOS where there is none). A text that already begins with that token gets no second one. Sequences are
-    cut on the left to ``max_length + 1`` tokens, the last of which is only scored.
+    Spaces at the end of the context move to the continuation. The context and the entire text are encoded separately,
+    and the continuation has the tokens of the text beyond the context's length. A token across the border thus belongs
+    to one of them, never to both. An empty context becomes one BOS token, or EOS if there is no BOS. A text that
+    already begins with this token gets no second one. Sequences are truncated on the left to ``max_length + 1`` tokens,
+    because the last token is scored and not read.
+
+    Args:
+      tokenizer: Tokenizer of the model.
+      items: Choices of each item.
+      max_length: Maximum number of tokens that the model reads.
 
     Raises:
-      InputError: a continuation without a token, or of more than ``max_length``.
+      InputError: If a continuation has no token, or more than ``max_length``.
     """
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    marker = tokenizer.decode([first], skip_special=False) if first is not None else ""
-    moved = [[_move_spaces(choice.context, choice.continuation) for choice in item] for item in items]
-    flat = [pair for item in moved for pair in item]
-    contexts = _encode(tokenizer, [context for context, _ in flat], marker)
-    wholes = _encode(tokenizer, [context + continuation for context, continuation in flat], marker)
-    rest = zip(flat, contexts, wholes, strict=True)
-    found = []
+    start_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    start_text = tokenizer.decode([start_id], skip_special=False) if start_id is not None else ""
+    # Encode all contexts and all texts in two batches.
+    pairs = [_move_spaces(choice.context, choice.continuation) for item in items for choice in item]
+    contexts = _encode(tokenizer, [context for context, _ in pairs], start_text)
+    texts = _encode(tokenizer, [context + continuation for context, continuation in pairs], start_text)
+    encoded = zip(pairs, contexts, texts, strict=True)
+    tokens_by_item = []
     for number, item in enumerate(items):
-        rows = []
+        choices = []
         for choice in item:
-            (context, continuation), context_ids, whole = next(rest)
+            (context, continuation), context_ids, text_ids = next(encoded)
             if context:
-                scored = whole[len(context_ids) :]
-            elif first is None:
-                raise InputError("an item has an empty context and the tokenizer neither BOS nor EOS to put there")
+                scored = text_ids[len(context_ids) :]
+            elif start_id is None:
+                raise InputError(f"item {number} has an empty context, but the tokenizer has neither BOS nor EOS")
             else:
                 scored = tokenizer.encode(continuation, add_bos=False)
-                context_ids = [first]
-                if scored[:1] == [first]:
+                context_ids = [start_id]
+                if scored[:1] == [start_id]:
                     scored = scored[1:]
             if not 0 < len(scored) <= max_length:
                 raise InputError(
-                    f"item {number}: choice {choice.label} has {len(scored)} tokens beyond its context; "
-                    f"accepted are 1 to {max_length}"
+                    f"item {number}: choice {choice.label} must have 1 to {max_length} tokens after its context, "
+                    f"got {len(scored)}"
                 )
-            rows.append(Scored(tuple((context_ids + scored)[-(max_length + 1) :]), len(scored)))
-        found.append(rows)
-    return found
+            choices.append(Scored(tuple((context_ids + scored)[-(max_length + 1) :]), len(scored)))
+        tokens_by_item.append(choices)
+    return tokens_by_item
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
-    bare = context.rstrip()
-    return bare, context[len(bare) :] + continuation
+    stripped = context.rstrip()
+    return stripped, context[len(stripped) :] + continuation
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], marker: str) -> list[list[int]]:
-    """Each text's tokens, equal texts encoded once; no further BOS where the text begins with ``marker``."""
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], start_text: str) -> list[list[int]]:
+    """Encode texts, equal ones only once, without a BOS token if the text begins with ``start_text``."""
     distinct = list(dict.fromkeys(texts))
-    marked = [bool(marker) and text.startswith(marker) for text in distinct]
-    plain = tokenizer.encode_batch([text for text, has in zip(distinct, marked, strict=True) if not has])
-    bare = tokenizer.encode_batch([text for text, has in zip(distinct, marked, strict=True) if has], False)
-    rows = {False: iter(plain), True: iter(bare)}
-    ids = {text: next(rows[has]) for text, has in zip(distinct, marked, strict=True)}
+    starts = [bool(start_text) and text.startswith(start_text) for text in distinct]
+    with_bos = tokenizer.encode_batch([text for text, has in zip(distinct, starts, strict=True) if not has])
+    without_bos = tokenizer.encode_batch([text for text, has in zip(distinct, starts, strict=True) if has], False)
+    rows = {False: iter(with_bos), True: iter(without_bos)}
+    ids = {text: next(rows[has]) for text, has in zip(distinct, starts, strict=True)}
     return [ids[text] for text in texts]

@@ -1,16 +1,16 @@
-r"""Items packed into rows of one shape: what sequences begin with in common is there once, many sequences a row.
+r"""Packing of items into rows of equal shape, in which common prefixes of sequences appear only once.
 
-Every choice of every item is a token sequence, whose last token is only scored, never read. Together they are the
-paths of one trie, and an item is the set of nodes on its choices' paths. A row of T slots holds the nodes of several
-items in depth-first order, each node once, however many choices and items pass through it:
+Every choice of every item is a token sequence. Its last token is scored but never read. Together the sequences are the
+paths of a trie, and an item is the set of nodes on the paths of its choices. A row of T slots holds the nodes of
+several items in depth-first order. Each node appears once, however many choices and items pass through it:
 
     paths    a b c    a b d e    a f
     slots    a  b  c  d  e  f  -  -
     end      6  5  3  5  5  6
 
-A slot's descendants follow it up to its end, so a query sees a key where :math:`key \le query < end_{key}`; positions
-count along the path. Every row has the same shape, so the model compiles once a shape; nothing is padded but a row's
-end. The plan depends on the items alone: any grouping of rows into device calls computes the same numbers.
+The descendants of a slot follow it up to its end, so a query attends to a key if :math:`key \le query < end_{key}`.
+Positions count along the path. All rows have the same shape, so the model is compiled once, and only the end of a row
+is padding. The plan depends on the items only: any grouping of rows into device calls computes the same numbers.
 """
 
 import math
@@ -23,21 +23,22 @@ from rora_theory.evaluate.choices import Scored
 from rora_theory.llama.shared_prompt import common_length
 
 SHORTEST_ROW, STEP = 64, 8
-"""Rows have a multiple of ``STEP`` slots."""
+"""Smallest number of slots per row, and the number that it must be a multiple of."""
 WINDOW = 256
-"""Items that are put into rows together, since the time to do so grows with the square of it."""
+"""Number of items that are packed together; the packing time grows with its square."""
 BLOCK_COST = 64
-"""What a block costs beside its slots, in slots: every weight is read once more (on two CPU cores)."""
+"""Fixed cost of a block, for reading every weight once, in units of the cost of a slot (on two CPU cores)."""
 
 
 @dataclass(frozen=True)
 class Trie:
-    """Token sequences merged at their common beginnings. Nodes are numbered in depth-first order.
+    """Token sequences merged at their common prefixes, with nodes numbered in depth-first order.
 
     Attributes:
-      tokens, depth: [n] int32, of each node; a root has depth 0.
-      items: the nodes on the paths of each item's choices.
-      targets: for each choice of each item, the scored tokens as ``(node, token)``: the node that predicts it.
+      tokens: Token of each node, [n] int32.
+      depth: Depth of each node, [n] int32; roots have depth 0.
+      items: Nodes on the paths of each item's choices.
+      targets: Scored tokens of each choice of each item, as pairs of the predicting node and the token.
     """
 
     tokens: np.ndarray
@@ -46,17 +47,22 @@ class Trie:
     targets: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
     def scored(self, item: int) -> int:
-        """Scored tokens of an item, over its choices."""
+        """Return the number of scored tokens of an item over all its choices."""
         return sum(map(len, self.targets[item]))
 
     def size(self, item: int) -> int:
-        """Slots that an item needs in a row of its own; a slot has room for two scored tokens."""
+        """Return the number of slots of a row with this item alone; a row has two scored tokens per slot at most."""
         return max(len(self.items[item]), math.ceil(self.scored(item) / 2))
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Items that share a row, and the nodes on their paths."""
+    """Items that share a row.
+
+    Attributes:
+      items: Indices of the items.
+      nodes: Nodes on the paths of the items.
+    """
 
     items: list[int]
     nodes: set[int]
@@ -64,16 +70,19 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of one device call, [r, t] each, and what is read off their hidden states.
+    """Arrays of one device call: packed rows, and the tokens to score.
 
     Attributes:
-      tokens, end, position: [r, t] int32; an empty slot's end is behind itself.
-      slots: [s] int32, places in the flattened rows whose next-token distribution is needed; the first
-        ``used`` count, and s is r t rounded up to whole chunks.
-      used: number of them.
-      entries: [e, 2] int32, scored tokens as (index into ``slots``, token); the first ``len(owners)`` count.
-      owners: item and choice that each entry adds to.
-      items: the items whose choices are all here.
+      tokens: Token of each slot, [r, t] int32.
+      end: Slot after the last descendant of each slot, [r, t] int32; for an empty slot, the next slot.
+      position: Position of each slot in its sequence, [r, t] int32.
+      slots: Indices into the flattened rows of the slots that predict a scored token, [s] int32. Only the first
+        ``used`` are valid; s is r t rounded up to a multiple of the chunk size.
+      used: Number of valid ``slots``.
+      entries: Scored tokens as pairs (index into ``slots``, token), [e, 2] int32. Only the first ``len(owners)`` are
+        valid.
+      owners: Item and choice of each entry.
+      items: Items in the block, each with all its choices.
     """
 
     tokens: np.ndarray
@@ -87,25 +96,28 @@ class Block:
 
 
 def grow(items: Sequence[Sequence[Scored]], start: int = 0) -> Trie:
-    """The trie of what all choices read.
+    """Build the trie of the tokens that all choices read.
 
     Args:
-      items: each choice of at least two tokens, the last ``count`` scored.
-      start: so many first tokens are left out, none of which predicts a scored one.
+      items: Choices of each item, each of at least two tokens.
+      start: Number of leading tokens to omit, none of which predicts a scored token.
     """
     tokens: list[int] = []
     depth: list[int] = []
     nodes_of: dict[tuple[int, ...], list[int]] = {}
-    before: tuple[int, ...] = ()
+    previous: tuple[int, ...] = ()
     nodes: list[int] = []
-    for path in sorted({choice.tokens[start:-1] for item in items for choice in item}):  # which is depth first
-        common = common_length(before, path)
+    # Sorted paths visit the trie in depth-first order. Each path keeps the nodes of the prefix that it shares with the
+    # one before it, and adds nodes for its other tokens.
+    for path in sorted({choice.tokens[start:-1] for item in items for choice in item}):
+        common = common_length(previous, path)
         nodes = nodes[:common] + list(range(len(tokens), len(tokens) + len(path) - common))
         tokens += path[common:]
         depth += range(common, len(path))
         nodes_of[path] = nodes
-        before = path
+        previous = path
 
+    # The node of each token predicts the next one.
     def targets(choice: Scored) -> tuple[tuple[int, int], ...]:
         path = nodes_of[choice.tokens[start:-1]]
         return tuple(zip(path[-choice.count :], choice.tokens[-choice.count :], strict=True))
@@ -119,20 +131,23 @@ def grow(items: Sequence[Sequence[Scored]], start: int = 0) -> Trie:
 
 
 def plan(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[Block]:
-    """Every item in some row of some block.
+    """Assign every item to a row of a block.
+
+    Rows are as short as the items allow, because the cost of attention grows with the square of a row's length. The
+    number of rows per block is chosen between half the maximum and the maximum, to leave few slots empty.
 
     Args:
-      trie: of `grow`.
-      block_tokens: most slots of a block, a power of two; blocks have as few rows, down to half, as leave least empty.
-        Rows are shorter where items are, since attention costs a row its length squared; an item above it gets a
-        block of its own, its size rounded up to whole ``block_tokens``.
-      chunk: slots whose vocabulary projections are computed together, a divisor of ``block_tokens``.
-      start: position of the trie's roots.
+      trie: Trie of the items, see `grow`.
+      block_tokens: Maximum number of slots per block, a power of two. An item of more slots gets a block of its own,
+        with its size rounded up to a multiple of ``block_tokens``.
+      chunk: Number of slots that are projected to the vocabulary together, a divisor of ``block_tokens``.
+      start: Position of the trie's roots.
     """
+    # Oversized items get blocks of their own. The others are sorted such that neighbours share long prefixes.
     sizes = list(map(trie.size, range(len(trie.items))))
     blocks = []
     short = []
-    for index in sorted(range(len(sizes)), key=lambda index: (max(trie.items[index]), index)):  # neighbours begin alike
+    for index in sorted(range(len(sizes)), key=lambda index: (max(trie.items[index]), index)):
         if sizes[index] <= block_tokens:
             short.append(index)
         else:
@@ -140,20 +155,23 @@ def plan(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[B
             blocks.append(_block([PackedRow([index], set(trie.items[index]))], 1, length, trie, chunk, start))
     if not short:
         return blocks
+    # Candidate row lengths: from the largest item's size, rounded up, to four times this size.
     shortest = -(-max(SHORTEST_ROW, *(sizes[index] for index in short)) // STEP) * STEP
     lengths = range(shortest, min(block_tokens, 4 * shortest) + 1, STEP) or [block_tokens]
     sample = short[:: math.ceil(len(short) / WINDOW)]
 
     def cheapest(length: int, rows: int) -> tuple[float, int]:
-        """The least cost of so many rows, and how many of them a block has then."""
-        most = max(1, block_tokens // length)
-        # Attention costs a slot in proportion to its row's length, here a 1500th of all else.
-        slot = 1.0 + length / 1500.0
-        counts = range(min(rows, max(1, most // 2)), most + 1)
-        return min((math.ceil(rows / count) * (count * length * slot + BLOCK_COST), count) for count in counts)
+        """Return the lowest cost of computing a number of rows, and the number of rows per block that attains it."""
+        max_count = max(1, block_tokens // length)
+        # The cost of attention per slot is proportional to the row's length: 1/1500 of all other work per slot.
+        slot_cost = 1.0 + length / 1500.0
+        counts = range(min(rows, max(1, max_count // 2)), max_count + 1)
+        return min((math.ceil(rows / count) * (count * length * slot_cost + BLOCK_COST), count) for count in counts)
 
-    tried = {length: len(_fill(sample, trie, length)) * len(short) / len(sample) for length in lengths}
-    length = min(tried, key=lambda length: cheapest(length, math.ceil(tried[length])))
+    # Choose the row length by packing a sample of the items, and extrapolating the number of rows to all items.
+    row_counts = {length: len(_fill(sample, trie, length)) * len(short) / len(sample) for length in lengths}
+    length = min(row_counts, key=lambda length: cheapest(length, math.ceil(row_counts[length])))
+    # Pack all items, a window at a time, and group the rows into blocks.
     windows = [short[first : first + WINDOW] for first in range(0, len(short), WINDOW)]
     rows = [row for window in windows for row in _fill(window, trie, length)]
     _, count = cheapest(length, len(rows))
@@ -163,17 +181,18 @@ def plan(trie: Trie, *, block_tokens: int, chunk: int, start: int = 0) -> list[B
 
 
 def _fill(items: Sequence[int], trie: Trie, length: int) -> list[PackedRow]:
-    """Rows of at most ``length`` slots and twice as many scored tokens: large items first, neighbours in the trie among
-    those of like size; each goes where it adds the fewest nodes, and of such rows to the fullest."""
+    """Pack items greedily into rows of at most ``length`` slots and ``2 * length`` scored tokens."""
     rows: list[PackedRow] = []
     scored: list[int] = []
+    # Large items first; items of similar size in the order of the trie, so that neighbours share prefixes.
     for index in sorted(items, key=lambda index: (-(len(trie.items[index]) // 16), max(trie.items[index]), index)):
         nodes, count = sorted(trie.items[index]), trie.scored(index)
+        # Best row so far: fewest added nodes, then least room. The default is a new row.
         best = (length + 1, 0, len(rows))
         for number, row in enumerate(rows):
             room = length - len(row.nodes)
             if room and scored[number] + count <= 2 * length:
-                added = len(nodes) - _begun(nodes, row.nodes)
+                added = len(nodes) - _shared_count(nodes, row.nodes)
                 if added <= room:
                     best = min(best, (added, room, number))
         number = best[2]
@@ -186,8 +205,8 @@ def _fill(items: Sequence[int], trie: Trie, length: int) -> list[PackedRow]:
     return rows
 
 
-def _begun(nodes: list[int], present: set[int]) -> int:
-    """How many nodes are present before the first, in depth-first order, that is not; others may be."""
+def _shared_count(nodes: list[int], present: set[int]) -> int:
+    """Return the number of leading nodes, in depth-first order, that are all present: a lower bound of shared nodes."""
     for count, node in enumerate(nodes):
         if node not in present:
             return count
@@ -195,38 +214,44 @@ def _begun(nodes: list[int], present: set[int]) -> int:
 
 
 def _block(rows: Sequence[PackedRow], count: int, length: int, trie: Trie, chunk: int, start: int) -> Block:
-    """The arrays of ``count`` rows, the last ones empty where there are fewer."""
+    """Build the arrays of a block of ``count`` rows, adding empty rows if there are fewer."""
     tokens, position = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
+    # An empty slot is visible to itself only.
     end = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))
-    wanted: list[tuple[int, int]] = []
+    scored: list[tuple[int, int]] = []
     owners: list[tuple[int, int]] = []
     for number, row in enumerate(rows):
+        # Fill the row with its nodes in depth-first order.
         nodes = sorted(row.nodes)
         depth = trie.depth[nodes]
         tokens[number, : len(nodes)], position[number, : len(nodes)] = trie.tokens[nodes], start + depth
         end[number, : len(nodes)] = _ends(depth.tolist())
+        # Collect the scored tokens with the slots that predict them.
         slot = {node: number * length + place for place, node in enumerate(nodes)}
         for index in row.items:
             for choice, targets in enumerate(trie.targets[index]):
-                wanted += [(slot[node], token) for node, token in targets]
+                scored += [(slot[node], token) for node, token in targets]
                 owners += [(index, choice)] * len(targets)
-    slots, inverse = np.unique(np.array([slot for slot, _ in wanted]), return_inverse=True)
+    # A slot may predict several tokens: list it once. Pad to shapes that all blocks of this size share.
+    slots, inverse = np.unique(np.array([slot for slot, _ in scored]), return_inverse=True)
     total = count * length
     padded = np.zeros(math.ceil(total / chunk) * chunk, np.int32)
     padded[: len(slots)] = slots
     entries = np.zeros((2 * total, 2), np.int32)
-    entries[: len(wanted), 0] = inverse
-    entries[: len(wanted), 1] = [token for _, token in wanted]
+    entries[: len(scored), 0] = inverse
+    entries[: len(scored), 1] = [token for _, token in scored]
     items = tuple(index for row in rows for index in row.items)
     return Block(tokens, end, position, padded, len(slots), entries, tuple(owners), items)
 
 
 def _ends(depth: list[int]) -> list[int]:
-    """For nodes in depth-first order, the place behind each one's last descendant."""
+    """Return the slot after the last descendant of each node, for nodes in depth-first order."""
     ends = [len(depth)] * len(depth)
+    # Slots on the path from the root to the present node. A node of depth d ends the subtrees of all nodes on the path
+    # with depth d or more.
     path: list[int] = []
     for place, level in enumerate(depth):
-        for left in path[level:]:
-            ends[left] = place
+        for ended in path[level:]:
+            ends[ended] = place
         path[level:] = [place]
     return ends

@@ -1,4 +1,4 @@
-"""The file of a run's scored items, a sealed line each, kept as they come."""
+"""File of a run's samples, one sealed line per item, appended one by one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -12,46 +12,49 @@ from rora_theory.llama import Adapter, Model
 from rora_theory.runs.journal import Journal
 
 FILE = "samples.jsonl"
-"""Its name in a run's folder."""
+"""Name of the file in a run's folder."""
 
 
 class Samples:
-    """Scored items of a run, those of earlier parts of it included.
+    """Samples of a run, those before an interruption included.
 
     Args:
-      path: of the file.
-      identity: of the run.
-      records: that the run scores.
-      protocol: by which.
+      path: Path of the file.
+      identity: Identity of the run, stored in the file.
+      records: Records that the run scores.
+      protocol: Name of the protocol.
 
     Attributes:
-      found: the samples so far.
+      found: Samples so far.
 
     Raises:
-      InputError: a line is damaged, or of a record or protocol that this run does not score; names the line.
+      InputError: If a line is damaged, or is a sample of another record or protocol, or a repeated one.
     """
 
     def __init__(self, path: Path, identity: str, records: Sequence[TaskRecord], protocol: str) -> None:
         self._journal, self._protocol = Journal(path, identity), protocol
         gold = {(record.task, record.index): record.answer for record in records}
-        found: dict[tuple[str, int], Sample] = {}
+        samples: dict[tuple[str, int], Sample] = {}
         for number, line in enumerate(self._journal.entries, start=1):
+            # Parse the line.
             with naming_damage(f"{path}: line {number}"):
-                plain = dict(line)
-                named = plain.pop("protocol")
-                pairs = tuple((str(label), float(value)) for label, value in plain.pop("log_likelihoods"))
-                sample = Sample(**plain, log_likelihoods=pairs)
+                values = dict(line)
+                line_protocol = values.pop("protocol")
+                pairs = tuple((str(label), float(value)) for label, value in values.pop("log_likelihoods"))
+                sample = Sample(**values, log_likelihoods=pairs)
                 key = (sample.task, sample.index)
-                is_new = key not in found and isinstance(sample.correct, bool)
-            if named != protocol or gold.get(key) != sample.gold or not is_new:
+                is_new = key not in samples and isinstance(sample.correct, bool)
+            # It must be the first sample of one of this run's records.
+            if line_protocol != protocol or gold.get(key) != sample.gold or not is_new:
                 raise InputError(
-                    f"{path}: line {number} is of {named} {key}, which this run does not score, or scores once"
+                    f"{path}: line {number} is of {line_protocol} {key}, which this run does not score or has already "
+                    "scored. Restore the file, or remove it to score all items again."
                 )
-            found[key] = sample
-        self.found = list(found.values())
+            samples[key] = sample
+        self.found = list(samples.values())
 
     def add(self, sample: Sample) -> None:
-        """Write one sample more."""
+        """Append a sample to the file."""
         self._journal.append({"protocol": self._protocol} | asdict(sample), sync=False)
         self.found.append(sample)
 
@@ -64,7 +67,17 @@ class Samples:
         adapter: Adapter | None = None,
         batch_size: int = 8,
     ) -> Iterator[Sample]:
-        """Score what is lacking, see `score_tasks`: each sample is kept before it is yielded; then all are in order."""
+        """Score the remaining records, see `score_tasks`, and sort the file at the end.
+
+        Each sample is written to the file before it is yielded.
+
+        Args:
+          model: Model to evaluate.
+          tasks: Records by task.
+          scoring: Protocol and its settings.
+          adapter: Adapter applied to the model, or None.
+          batch_size: See `rora_theory.evaluate.score`.
+        """
         done = {(sample.task, sample.index) for sample in self.found}
         if len(done) < sum(map(len, tasks.values())):
             for sample in score_tasks(model, tasks, scoring, adapter=adapter, batch_size=batch_size, done=done):
@@ -73,6 +86,6 @@ class Samples:
         self.sort()
 
     def sort(self) -> None:
-        """Put all in order, so that the file is the same however often the run was stopped."""
+        """Sort the samples, so that the file does not depend on interruptions of the run."""
         self.found = in_order(self.found)
         self._journal.rewrite([{"protocol": self._protocol} | asdict(sample) for sample in self.found])

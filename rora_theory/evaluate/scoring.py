@@ -1,7 +1,7 @@
-"""The three protocols: an iterator of scored items each, and what a protocol's name fixes.
+"""The three evaluation protocols, each an iterator of samples.
 
 ============ ================================================================= ==========================
-protocol     an item is right when                                             whose
+protocol     an item is correct if                                             origin
 ============ ================================================================= ==========================
 ``generate`` the first label found in the text generated after the prompt      the papers' (LLM-Adapters,
              (4 beams, 32 new tokens) is the gold label                        DoRA, RoRA)
@@ -10,9 +10,9 @@ protocol     an item is right when                                             w
 ``harness``  the gold choice's text is the likeliest after the question        lm-evaluation-harness 0.4
 ============ ================================================================= ==========================
 
-Their numbers are not comparable with each other. Results of ``label`` and ``harness`` depend on the batch
-size, and on a run's having been interrupted, in no bit. ``generate`` computes the same beams for every batch
-size up to float rounding, so that only a near tie between two beams could turn out otherwise.
+Accuracies of different protocols are not comparable. Results of ``label`` and ``harness`` do not depend on the batch
+size or on interruptions, bit for bit. ``generate`` computes the same beams for every batch size up to float rounding,
+so only a near tie between two beams can turn out differently.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -42,15 +42,19 @@ PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 
 @dataclass(frozen=True)
 class Scoring:
-    """A protocol with its settings: all that, with model, data and precision, determines the results.
+    """A protocol and its settings. With the model, the data and the precision, they determine the results.
 
     Attributes:
-      protocol: see the module's table.
-      template: of the prompt, for ``generate`` (the published evaluation prompt unless said otherwise) and
-        ``label`` (the published training prompt unless said otherwise, so that the label strings stand where
-        fine-tuning put them); None under ``harness``, which has its own text.
-      num_beams, max_new_tokens: of ``generate``.
-      texts: version of what the protocols ask; not chosen, but part of what determines the results.
+      protocol: Name of the protocol, see the module's table.
+      template: Name of the prompt template. The default is the published evaluation prompt for ``generate``, and the
+        published training prompt for ``label``, so that the labels follow the same text as in fine-tuning. It must be
+        None for ``harness``, which has texts of its own.
+      num_beams: Number of beams of ``generate``.
+      max_new_tokens: Maximum number of generated tokens of ``generate``.
+      texts: Version of the protocols' texts, which cannot be set.
+
+    Raises:
+      InputError: If a value is out of range.
     """
 
     protocol: str
@@ -60,31 +64,34 @@ class Scoring:
     texts: str = field(default=TEXTS, init=False)
 
     def __post_init__(self) -> None:
+        """Validate the settings and set the default template."""
         if self.protocol not in PROTOCOLS:
-            raise InputError(f"protocol is {self.protocol!r}; accepted are {', '.join(PROTOCOLS)}")
+            raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
         if self.protocol == "harness":
             if self.template is not None:
-                raise InputError(f"template is {self.template!r}; accepted is none under protocol harness")
+                raise InputError(f"template must be none with protocol harness, got {self.template!r}")
         elif self.template is None:
             object.__setattr__(self, "template", {"generate": "eval", "label": "train"}[self.protocol])
         elif self.template not in TEMPLATES:
-            raise InputError(f"template is {self.template!r}; accepted are {', '.join(TEMPLATES)}")
+            raise InputError(f"template must be one of {', '.join(TEMPLATES)}, got {self.template!r}")
         check_ranges(self, str)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One scored item.
+    """A scored item.
 
     Attributes:
-      task, index: which record.
-      gold: the right label.
-      prediction: the label given; None where the text held none (``generate``).
-      correct: whether they agree.
-      prediction_norm, correct_norm: likewise by log-likelihood per character (``harness``, tasks where that
-        harness reports ``acc_norm``); None elsewhere.
-      log_likelihoods: of each label in the protocol's order; empty under ``generate``.
-      text: the generated text that was parsed; None under the other two.
+      task: Key of the record's task.
+      index: Index of the record in its task.
+      gold: Correct label.
+      prediction: Predicted label; None if the generated text has no label.
+      correct: Whether the prediction is correct.
+      prediction_norm: Label predicted by log-likelihood per character, for ``harness`` and tasks where the harness
+        reports ``acc_norm``; otherwise None.
+      correct_norm: Whether ``prediction_norm`` is correct, or None.
+      log_likelihoods: Labels with their log-likelihoods in the protocol's order; empty for ``generate``.
+      text: Generated text that was parsed; None for the other protocols.
     """
 
     task: str
@@ -109,20 +116,22 @@ def score(
     batch_size: int = 8,
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[Sample]:
-    """Scores records, long ones first, a batch of samples at a time.
+    """Score records, yielding the samples of a batch at a time. Long records come first for ``generate``.
 
     Args:
-      params, config, tokenizer: the model.
-      records: items, of one task or several.
-      scoring: the protocol.
-      adapter: run beside the weights; None is the model alone. Merged weights score the same up to rounding, faster.
-      batch_size: items generated together (``generate``), or device calls in flight (the other two), >= 1.
-      done: ``(task, index)`` of the records that need no result. Give the same ``records`` as before, so that
-        what is left is computed in the same company.
+      params: Weights of the model.
+      config: Configuration of the model.
+      tokenizer: Tokenizer of the model.
+      records: Items of one or several tasks.
+      scoring: Protocol and its settings.
+      adapter: Adapter applied to the model, or None. Merged weights are faster, and equal up to rounding.
+      batch_size: Number of items generated together (``generate``) or of device calls in flight (other protocols).
+      done: Pairs ``(task, index)`` of records that need no result. To resume, pass the same ``records`` as before, so
+        that the remaining ones are batched in the same way.
 
     Raises:
-      InputError: before work starts: a batch size below 1, or a prompt longer than the model reads. Later: a
-        log-likelihood that is not finite.
+      InputError: If the batch size is below 1 or a prompt is too long, before work starts; or if a log-likelihood is
+        not finite.
     """
     check_integer("batch_size", batch_size)
     known = set(done)
@@ -130,13 +139,13 @@ def score(
     if scoring.protocol == "generate":
         return _generated(params, config, tokenizer, records, scoring, adapter, batch_size, skip)
     if scoring.protocol == "harness":
-        asked = [harness_choices(record) for record in records]
+        choices = [harness_choices(record) for record in records]
     else:
-        asked = [label_choices(record, str(scoring.template)) for record in records]
-    items = encode_choices(tokenizer, asked, max_length=config.max_position_embeddings)
-    found = log_likelihoods(params, config, items, adapter=adapter, batch_size=batch_size, done=skip)
+        choices = [label_choices(record, str(scoring.template)) for record in records]
+    items = encode_choices(tokenizer, choices, max_length=config.max_position_embeddings)
+    scores = log_likelihoods(params, config, items, adapter=adapter, batch_size=batch_size, done=skip)
     norm = scoring.protocol == "harness"
-    return (_chosen(records[number], asked[number], totals, norm=norm) for number, totals in found)
+    return (_likeliest(records[number], choices[number], totals, norm=norm) for number, totals in scores)
 
 
 def score_tasks(
@@ -148,7 +157,18 @@ def score_tasks(
     batch_size: int = 8,
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[Sample]:
-    """`score` of one task after another: its own items share calls, so that no other task changes a bit of them."""
+    """Score one task after another with `score`.
+
+    Only items of the same task share device calls, so the results of a task do not depend on other tasks.
+
+    Args:
+      model: Model to evaluate.
+      tasks: Records by task.
+      scoring: Protocol and its settings.
+      adapter: Adapter applied to the model, or None.
+      batch_size: See `score`.
+      done: Pairs ``(task, index)`` of records that need no result.
+    """
     for records in tasks.values():
         yield from score(
             model.params,
@@ -163,16 +183,19 @@ def score_tasks(
 
 
 def in_order(samples: Iterable[Sample]) -> list[Sample]:
-    """Samples by task, in the order of `TASKS`, and index."""
+    """Return samples sorted by task, in the order of `TASKS`, and by index."""
     return sorted(samples, key=lambda sample: (list(TASKS).index(sample.task), sample.index))
 
 
-def _chosen(record: TaskRecord, choices: Sequence[Choice], totals: Sequence[float], *, norm: bool) -> Sample:
-    """The likeliest choice, the first of equals; per character of the choice too where the harness reports it."""
+def _likeliest(record: TaskRecord, choices: Sequence[Choice], totals: Sequence[float], *, norm: bool) -> Sample:
+    """Return a sample that predicts the choice with the highest log-likelihood, the first one in a tie.
+
+    With ``norm``, the sample also has the prediction per character if the harness reports it for the task.
+    """
     if not np.isfinite(totals).all():
         raise InputError(
-            f"{record.task} record {record.index}: log-likelihoods are {list(totals)}; accepted are finite ones, as of "
-            "sound weights in a precision that holds them"
+            f"{record.task} record {record.index}: log-likelihoods must be finite, got {list(totals)}. Check the "
+            "weights, or use a dtype of larger range."
         )
     labels = [choice.label for choice in choices]
     best = labels[int(np.argmax(totals))]
@@ -202,23 +225,25 @@ def _generated(
     batch_size: int,
     skip: Collection[int],
 ) -> Iterator[Sample]:
-    """Beam search after every prompt, in groups of like length that do not depend on ``skip``; what all prompts begin
-    with is read once a group."""
+    """Generate an answer to every prompt with beam search, and parse it."""
     prompts = tokenizer.encode_batch([prompt(record.instruction, str(scoring.template)) for record in records])
-    room = config.max_position_embeddings - scoring.max_new_tokens
+    max_length = config.max_position_embeddings - scoring.max_new_tokens
     for record, tokens in zip(records, prompts, strict=True):
-        if len(tokens) > room:
+        if len(tokens) > max_length:
             raise InputError(
-                f"{record.task} record {record.index} has {len(tokens)} tokens of prompt; accepted are at "
-                f"most {room}, max_position_embeddings less max_new_tokens"
+                f"{record.task} record {record.index}: the prompt must have at most {max_length} tokens "
+                f"(max_position_embeddings minus max_new_tokens), got {len(tokens)}"
             )
+    # Each group processes the prefix that all prompts share once.
     shared = shared_prompt.shared_length(prompts, spare=1) if len(prompts) > 1 else 0
+    # Groups of similar length, which do not depend on the skipped records.
     order = sorted(range(len(records)), key=lambda number: (-len(prompts[number]), number))
     groups = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-    waiting = (group for group in groups if not set(group) <= set(skip))
+    remaining = (group for group in groups if not set(group) <= set(skip))
 
+    # A generator of its own, so that the checks above run before the first sample is requested.
     def run() -> Iterator[Sample]:
-        for group in waiting:
+        for group in remaining:
             answers = beam(
                 params,
                 config,
@@ -238,6 +263,6 @@ def _generated(
 
 
 def _parsed(record: TaskRecord, text: str) -> Sample:
-    """The first label in the text."""
+    """Return a sample that predicts the first label in the text."""
     label = parse_answer(TASKS[record.task], text)
     return Sample(record.task, record.index, record.answer, label, label == record.answer, text=text)

@@ -1,4 +1,4 @@
-"""Fine-tuning: records to batches, the loss, the jitted step, and a loop that survives being killed."""
+"""Fine-tuning: batches from records, the loss, the jitted step, and a training loop that resumes after a kill."""
 
 from rora_theory.data.batches import Batch, Batches, Examples, choose_widths, iterate, split, tokenize
 from rora_theory.data.records import Record, RecordSet, read_record_set, read_records

@@ -1,12 +1,14 @@
-"""Does a fine-tuning run fit, and how long does it take? From shapes alone: no weights, no accelerator.
+"""Memory and time of a fine-tuning run, estimated from shapes alone: no weights and no accelerator are needed.
 
-The step that training runs is traced on abstract arrays. Weights, adapter and optimizer state are counted from their
-shapes, the rest from the traced program (`traced_cost`). On several devices (`rora_theory.finetune.sharding`) the
-account is that of each: its rows of the batch, its part of the weights, and the weights that it gathers for a product.
-XLA's own account of the same step, of the backend at hand, is there to compare: `compile_here`. Its GPU compiler, run
-for an A6000 without one, says 30.1 GB for LLaMA-7B in bfloat16 at rank 128 and 16 x 256 tokens where this says 30.0,
-and with rematerialisation 19.7 where this says 19.5: it fuses a layer's elementwise work a little less than is taken
-here.
+The training step is traced on abstract arrays. The memory of weights, adapter and optimizer state follows from their
+shapes; the rest is read off the traced program (`traced_cost`). On several devices (`rora_theory.finetune.sharding`)
+the estimate is per device: its rows of the batch, its part of the weights, and the weights that it gathers for a
+product.
+
+`compile_here` returns XLA's own estimate of the same step for the default backend. For LLaMA-7B in bfloat16 at rank 128
+with 16 x 256 tokens, XLA's GPU compiler (targeting an A6000, without one) reports 30.1 GB, this module 30.0 GB. With
+rematerialisation it reports 19.7 GB, this module 19.5 GB. XLA fuses a layer's elementwise work a little less than this
+module assumes.
 """
 
 import itertools
@@ -100,34 +102,39 @@ MODELS = {
         rope_local_base_freq=1e4,
     ),
 }
-"""Shapes of published models."""
+"""Configurations of published models by short name."""
 
 PAPER_MODELS = ("llama-7b", "llama-13b", "llama2-7b", "llama3-8b", "sheared-llama-1.3b")
-"""The models of the paper's experiments."""
+"""Names in `MODELS` of the models in the paper's experiments."""
 
 
 def find_model(name: str) -> LlamaConfig:
-    """A model's shape: one of `MODELS`, or that of a folder with its config.json.
+    """Return the configuration of a published model or of a model folder.
+
+    Args:
+      name: Key of `MODELS`, or path of a folder with config.json.
 
     Raises:
-      InputError: neither.
+      InputError: If ``name`` is neither.
     """
     if name in MODELS:
         return MODELS[name]
     if (Path(name) / "config.json").exists():
         return read_config(Path(name))
-    raise InputError(f"--model is {name!r}; accepted are {', '.join(MODELS)} or a folder with config.json")
+    raise InputError(f"--model must be one of {', '.join(MODELS)} or a folder with config.json, got {name!r}")
 
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator as its maker specifies it.
+    """An accelerator's specification.
 
     Attributes:
-      memory: bytes that its driver reports.
-      bfloat16: operations a second of bfloat16 products, dense, accumulated in float32.
-      float32: of float32 products, which JAX runs in TF32 on these cards unless told otherwise.
-      bandwidth: bytes a second of its memory.
+      name: Product name and memory size.
+      memory: Bytes of memory that the driver reports.
+      bfloat16: Peak rate of dense bfloat16 products accumulated in float32, in operations per second.
+      float32: Peak rate of float32 products, in operations per second. By default JAX runs them in TF32 on these
+        accelerators.
+      bandwidth: Memory bandwidth in bytes per second.
     """
 
     name: str
@@ -137,32 +144,33 @@ class Device:
     bandwidth: float
 
     def peak(self, dtype: DTypeLike) -> float:
-        """Operations a second of products of ``dtype``."""
+        """Return the peak rate of matrix products in ``dtype``, in operations per second."""
         return self.bfloat16 if jnp.dtype(dtype).itemsize == 2 else self.float32
 
     @classmethod
     def of(cls, memory: float, rate: float, bandwidth: float | None = None) -> "Device":
-        """Any device by its figures.
+        """Construct a device from its specification.
 
         Args:
-          memory: bytes.
-          rate: operations a second of products in the run's type.
-          bandwidth: bytes a second of its memory; None leaves the time of reading the weights out.
+          memory: Bytes of memory.
+          rate: Peak rate of products in the dtype of the base weights, in operations per second.
+          bandwidth: Memory bandwidth in bytes per second; None ignores the time of reading the weights.
 
         Raises:
-          InputError: a figure that is not a finite number above 0, or no more memory than `RESERVE`.
+          InputError: If a value is not a finite number above 0, or if ``memory`` does not exceed `RESERVE`.
         """
-        for name, value in (("memory", memory), ("rate", rate), ("bandwidth", bandwidth)):
+        for quantity, value in (("memory", memory), ("rate", rate), ("bandwidth", bandwidth)):
             if value is not None:
-                check_positive(name, value)
+                check_positive(quantity, value)
         if memory <= RESERVE:
-            raise InputError(f"memory is {memory / 1e9:g} GB; accepted is more than {RESERVE / 1e9:g} GB")
-        found = f"{memory / 1e9:g} GB and {rate / 1e12:g} TFLOP/s"
-        return cls(f"a device of {found}", round(memory), rate, rate, math.inf if bandwidth is None else bandwidth)
+            raise InputError(f"memory must be more than {RESERVE / 1e9:g} GB, got {memory / 1e9:g} GB")
+        name = f"a device of {memory / 1e9:g} GB and {rate / 1e12:g} TFLOP/s"
+        return cls(name, round(memory), rate, rate, math.inf if bandwidth is None else bandwidth)
 
 
-# NVIDIA's data sheets: Ampere GA102 whitepaper (2021) for the RTX A6000; A100 80GB (2021); Ada whitepaper v2.1 for the
-# RTX 4090; L40S (2023); H100 (2023) and H200 (2024), SXM. Rates without sparsity. Memory as `nvidia-smi` reports it.
+# Sources: NVIDIA's Ampere GA102 whitepaper (2021) for the RTX A6000, Ada whitepaper v2.1 for the RTX 4090, and data
+# sheets of the A100 80GB (2021), L40S (2023), H100 SXM (2023) and H200 SXM (2024). Rates are without sparsity; memory
+# is what `nvidia-smi` reports.
 _MIB = 2**20
 DEVICES = {
     "a6000": Device("NVIDIA RTX A6000 48 GB", 48677 * _MIB, 154.8e12, 77.4e12, 768e9),
@@ -176,40 +184,44 @@ DEVICES = {
 """Accelerators by short name."""
 
 RESERVE = 1_000_000_000
-"""Bytes that the driver's context, the libraries' workspaces and the compiled code take on a device."""
+"""Bytes of a device reserved for the driver's context, the libraries' workspaces and the compiled code."""
 
 CPU_WORKING = 2.5
-"""What a layer's working set takes at most on a CPU, where it is 1 here: XLA's compiler for CPUs fuses less of its
-elementwise work and random draws. A GPU's does."""
+"""Largest ratio of a layer's working set on a CPU to the estimate: XLA's CPU compiler fuses less elementwise work and
+fewer random draws than its GPU compiler."""
 
 ON_CPU = (
-    "A CPU's compiler fuses less of a layer's elementwise work and random draws, up to "
-    f"{CPU_WORKING:g} times the working set, and widens bfloat16; a GPU's does not."
+    "XLA's CPU compiler fuses less of a layer's elementwise work and random draws, up to "
+    f"{CPU_WORKING:g} times the working set, and widens bfloat16. Its GPU compiler does not."
 )
-"""The same in words, for who sets a CPU's account beside a plan."""
+"""Explanation of why a CPU needs more memory than the estimate."""
 
 PREALLOCATED = 0.75
-"""Share of a device that JAX takes unless the variable XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+"""Fraction of a device's memory that JAX preallocates if XLA_PYTHON_CLIENT_MEM_FRACTION is not set."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """What one step of a run needs of each device. Bytes, unless said otherwise; `total` is the sum of the eight parts.
+    """Estimated cost of one training step, in bytes per device unless noted otherwise.
 
     Attributes:
-      parameters: number of the base's weights, of all devices.
-      trainable: number of the adapter's.
-      tokens: positions a step, of all devices.
-      flops: operations of a device's products.
-      base: a device's weights, read by ``passes`` passes a step.
-      adapter, optimizer: float32; the optimizer's two moments are twice the adapter.
-      batch: tokens, targets and their weights.
-      gradients: of the adapter.
-      activations: kept for the backward pass; with rematerialisation the layers' inputs alone.
-      working: what the fullest moment holds besides: a layer's own intermediates, or a block of logits.
-      gathered: weights of other devices that a product has for a while.
-      logits: the block of logits held at once, here to see; a part of ``working`` when it is there.
-      devices: how many there are.
+      parameters: Number of base weights over all devices.
+      trainable: Number of trainable parameters.
+      tokens: Number of positions per step over all devices.
+      flops: Operations of one device's matrix products.
+      passes: Number of times that a step reads the base weights.
+      base: Bytes of one device's base weights.
+      adapter: Bytes of the trainable parameters, in float32.
+      optimizer: Bytes of the optimizer state: two float32 moments per trainable parameter.
+      batch: Bytes of the tokens, targets and loss weights.
+      gradients: Bytes of the trainable parameters' gradients.
+      activations: Bytes of the activations saved for the backward pass; with rematerialisation, the layers' inputs.
+      working: Bytes of all other values that are live at peak memory: intermediates of one layer, or a block of
+        logits.
+      logits: Bytes of the block of logits held at once, for information: ``working`` includes it if it is live at
+        peak memory.
+      gathered: Bytes of other devices' weights that are held for the duration of a product.
+      devices: Number of devices.
     """
 
     parameters: int
@@ -230,42 +242,51 @@ class Account:
 
     @property
     def total(self) -> int:
+        """Peak memory of one device in bytes, the sum of `parts`."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part."""
+        """Return the bytes of each of the eight parts of peak memory."""
         names = ("base", "adapter", "optimizer", "batch", "gradients", "activations", "working", "gathered")
         return {name: getattr(self, name) for name in names}
 
     def on_cpu(self, dtype: DTypeLike) -> int:
-        """Bytes that XLA's program takes at most on a CPU, with a base of ``dtype``: see `CPU_WORKING`; and of a
-        bfloat16 base, and of what is kept in bfloat16, it makes float32 copies."""
+        """Return an upper bound on the bytes that XLA's program takes on a CPU with a base of ``dtype``."""
+        # A CPU computes in float32: bfloat16 weights and activations are copied at twice their size.
         copies = 2 * (self.base + self.activations) if jnp.dtype(dtype).itemsize == 2 else 0
         return self.total + round((CPU_WORKING - 1) * self.working) + copies
 
     def fits(self, device: Device) -> bool:
-        """Whether the device has the memory, its `RESERVE` left out."""
+        """Return whether the step fits in the device's memory less `RESERVE`."""
         return self.total <= device.memory - RESERVE
 
     def verdict(self, device: Device) -> str:
-        """Whether it fits, in words, with what helps where it does not and what JAX must be told where it does."""
+        """Return a phrase that says whether the step fits, and which option or variable to set."""
         memory = f"{self.total / GB:.1f} GB of {(device.memory - RESERVE) / GB:.1f} GB"
         if not self.fits(device):
-            return f"does not fit ({memory}); --remat True, a smaller --batch-size or more --accumulation takes less"
+            return (
+                f"does not fit ({memory}); reduce memory with --remat True, a smaller --batch-size or a larger "
+                "--accumulation"
+            )
         fraction = self.memory_fraction(device)
-        need = f"; needs XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} or more" if fraction else ""
-        return f"fits ({memory}){need}"
+        requirement = f"; needs XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} or more" if fraction else ""
+        return f"fits ({memory}){requirement}"
 
     def memory_fraction(self, device: Device) -> float | None:
-        """The XLA_PYTHON_CLIENT_MEM_FRACTION that the run needs; None where JAX's own share is enough."""
-        share = self.total / device.memory
-        return None if share <= PREALLOCATED else math.ceil(100 * share) / 100
+        """Return the XLA_PYTHON_CLIENT_MEM_FRACTION that the run needs, or None if JAX's default suffices."""
+        fraction = self.total / device.memory
+        return None if fraction <= PREALLOCATED else math.ceil(100 * fraction) / 100
 
     def seconds(self, device: Device, dtype: DTypeLike, utilisation: float) -> float:
-        """A step's time: its products at ``utilisation`` of the peak rate, or reading the weights, the longer.
+        """Estimate the duration of a step: the larger of its compute time and the time to read the weights.
+
+        Args:
+          device: Accelerator that runs the step.
+          dtype: Dtype of the base weights, in which the products are computed.
+          utilisation: Fraction of the peak rate that the products reach.
 
         Raises:
-          InputError: a utilisation outside (0, 1].
+          InputError: If ``utilisation`` is outside (0, 1].
         """
         check_share("utilisation", utilisation)
         return max(self.flops / (utilisation * device.peak(dtype)), self.passes * self.base / device.bandwidth)
@@ -273,7 +294,14 @@ class Account:
 
 @dataclass(frozen=True)
 class Program:
-    """The jitted training step of a run and the abstract arrays it takes."""
+    """The jitted training step of a run and its abstract arguments.
+
+    Attributes:
+      function: Jitted function ``(state, base, batch) -> (state, metrics)``.
+      state: Abstract training state.
+      base: Abstract base weights.
+      batch: Abstract batch.
+    """
 
     function: Any
     state: Any
@@ -290,21 +318,23 @@ def abstract_step(
     logits_bytes: int = LOGITS_BYTES,
     layout: Layout | None = None,
 ) -> Program:
-    """The step that training runs, for batches of ``config.batch_size`` rows of ``width`` positions.
+    """Build the training step for batches of ``config.batch_size`` rows of ``width`` positions.
 
     Args:
-      llama_config, config: of the run.
-      width: positions a row.
-      attention: see `rora_theory.llama.attention.choose_route`.
-      logits_bytes: most bytes of logits held at once, on all devices together.
-      layout: of a run on several devices; None is one.
+      llama_config: Configuration of the base model.
+      config: Fine-tuning configuration.
+      width: Number of positions per row.
+      attention: Attention implementation, see `rora_theory.llama.attention.choose_route`.
+      logits_bytes: Maximum number of bytes of logits held at once, over all devices.
+      layout: Layout of the arrays on several devices; None means a single device.
 
     Raises:
-      InputError: a setting out of range, an adapter that does not fit the model, a width it does not take, or a batch
-        that the devices can't share evenly.
+      InputError: If a setting is out of range, the adapter does not fit the model, the width is below 1, or the
+        devices cannot share the batch evenly.
     """
     if width < 1:
-        raise InputError(f"width is {width}; accepted is an integer of 1 or more")
+        raise InputError(f"width must be an integer of at least 1, got {width}")
+    # Abstract weights, adapter and training state: shapes and dtypes without memory.
     base = abstract_params(llama_config, jnp.dtype(config.dtype), config.quantization)
     key = jax.eval_shape(lambda: jax.random.key(0))
     adapter = abstract_adapter(llama_config, config)
@@ -315,59 +345,66 @@ def abstract_step(
     integers = jax.ShapeDtypeStruct((config.batch_size, width), jnp.int32)
     weights = jax.ShapeDtypeStruct((config.batch_size, width), jnp.float32)
     batch = Batch(integers, integers, weights, None)
+    # On several devices every abstract array carries its sharding.
     shardings = None
     if layout is not None:
         layout.check_batch(config.batch_size, config.accumulation)
         shardings = layout.state_shardings(state)
         adapter = Gathered(adapter, layout)
-        base, state = _placed(base, layout.params_shardings(base)), _placed(state, shardings)
-        batch = _placed(batch, jax.tree.map(lambda _: layout.rows, batch))
+        base, state = _with_shardings(base, layout.params_shardings(base)), _with_shardings(state, shardings)
+        batch = _with_shardings(batch, jax.tree.map(lambda _: layout.rows, batch))
     function = steps.train_step(
         adapter, llama_config, config, 1, attention=attention, logits_bytes=logits_bytes, state_shardings=shardings
     )
     return Program(function, state, base, batch)
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
-    """Abstract arrays, with where they lie."""
-    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), tree, shardings)
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), tree, shardings
+    )
 
 
 def account(
     llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256, layout: Layout | None = None
 ) -> Account:
-    """Trace a run's step and account for it.
+    """Estimate the memory and the operations of one training step per device.
 
-    Each of several devices works its own rows, so what it computes and keeps is that of a smaller batch; of the base
-    it has what `placement` says, and for a product it gathers the whole weights of one layer. The account
-    is that of `attention`'s plain routes, which every device has: a fused kernel takes no more.
+    Each of several devices processes its own rows, so its activations are those of a smaller batch. It holds the base
+    weights that `placement` lists and gathers the weights of one layer for a product. The estimate assumes blocked
+    attention, which every device supports; a fused kernel needs no more memory.
 
     Args:
-      llama_config, config: of the run.
-      width: positions a row.
-      layout: of a run on several devices, its mesh real or abstract (`sharding.abstract_mesh`); None is one device.
+      llama_config: Configuration of the base model.
+      config: Fine-tuning configuration.
+      width: Number of positions per row.
+      layout: Layout of the arrays on several devices, with a real or an abstract mesh (`sharding.abstract_mesh`);
+        None means a single device.
 
     Raises:
-      InputError: as `abstract_step`.
+      InputError: If `abstract_step` rejects the arguments.
     """
     parts, devices = 1, 1
     if layout is not None:
         layout.check_batch(config.batch_size, config.accumulation)
         parts, devices = layout.parts, math.prod(layout.mesh.shape.values())
-    own = replace(config, batch_size=config.batch_size // parts)
+    # Trace the step of one device: its share of the rows, and of the block of logits.
+    device_config = replace(config, batch_size=config.batch_size // parts)
     logits_bytes = LOGITS_BYTES // parts
-    step = abstract_step(llama_config, own, width, attention="blocked", logits_bytes=logits_bytes)
+    step = abstract_step(llama_config, device_config, width, attention="blocked", logits_bytes=logits_bytes)
     traced = step.function.trace(step.state, step.base, step.batch)
-    held = traced_cost.held(traced.jaxpr)
+    peak = traced_cost.peak_memory(traced.jaxpr)
+    # Arguments of the step: whole on a single device, sharded on several.
     base, adapter, state = _bytes(step.base), _bytes(step.state.params), _bytes(step.state)
     gathered = 0
     if layout is not None:
         base = _bytes(step.base, layout.params_shardings(step.base))
         shardings = layout.state_shardings(step.state)
         adapter, state = _bytes(step.state.params, shardings.params), _bytes(step.state, shardings)
-        gathered = _gathered(abstract_params(llama_config, jnp.dtype(config.dtype)), layout)
-    rows = own.batch_size // config.accumulation
-    row = 4 * llama_config.vocab_size * rows
+        gathered = _gathered_bytes(abstract_params(llama_config, jnp.dtype(config.dtype)), layout)
+    # float32 logits of one position of every row that is processed at once.
+    rows = device_config.batch_size // config.accumulation
+    position_bytes = 4 * llama_config.vocab_size * rows
     return Account(
         parameters=count_parameters(llama_config),
         trainable=adapters.count(abstract_adapter(llama_config, config)),
@@ -378,10 +415,10 @@ def account(
         adapter=adapter,
         optimizer=state - adapter,
         batch=_bytes(step.batch),
-        gradients=held.stacked,
-        activations=held.kept,
-        working=held.working,
-        logits=min(row * width, max(row, logits_bytes // row * row)),
+        gradients=peak.stacked,
+        activations=peak.saved,
+        working=peak.working,
+        logits=min(position_bytes * width, max(position_bytes, logits_bytes // position_bytes * position_bytes)),
         gathered=gathered,
         devices=devices,
     )
@@ -396,32 +433,45 @@ def fit_table(
     utilisation: float = 0.4,
     layout: Layout | None = None,
 ) -> pd.DataFrame:
-    """Whether a run of several of `MODELS` fits on a device, or on each of a layout's, without rematerialisation and
-    with it.
+    """Tabulate whether a run fits on a device for several models, without and with rematerialisation.
+
+    Args:
+      models: Keys of `MODELS`.
+      config: Fine-tuning configuration; its ``remat`` is replaced.
+      device: Accelerator, or each of the accelerators of ``layout``.
+      width: Number of positions per row.
+      utilisation: Fraction of the device's peak rate that the products reach.
+      layout: Layout of the arrays on several devices; None means a single device.
 
     Returns:
-      ``model``, ``remat``; ``trained`` in per cent of all parameters; ``base``, ``state`` (what is trained, and Adam's
-      moments of it), ``activations`` and ``total`` in GB; ``fits``; ``seconds`` a step.
+      Columns ``model`` and ``remat``; ``trained`` in per cent of the base's parameters; ``base``, ``state`` (trainable
+      parameters and Adam's moments), ``activations`` and ``total`` in GB; ``fits``; ``seconds`` per step.
     """
     rows = []
     for name, remat in itertools.product(models, (False, True)):
-        found = account(MODELS[name], replace(config, remat=remat), width, layout)
-        sizes = {"base": found.base, "state": found.adapter + found.optimizer, "activations": found.activations}
-        row = {"model": name, "remat": remat, "trained": 100 * found.trainable / found.parameters}
-        row |= {part: size / GB for part, size in (sizes | {"total": found.total}).items()}
-        seconds = found.seconds(device, config.dtype, utilisation)
-        rows.append(row | {"fits": found.fits(device), "seconds": seconds})
+        estimate = account(MODELS[name], replace(config, remat=remat), width, layout)
+        sizes = {
+            "base": estimate.base,
+            "state": estimate.adapter + estimate.optimizer,
+            "activations": estimate.activations,
+            "total": estimate.total,
+        }
+        row = {"model": name, "remat": remat, "trained": 100 * estimate.trainable / estimate.parameters}
+        row |= {part: size / GB for part, size in sizes.items()}
+        seconds = estimate.seconds(device, config.dtype, utilisation)
+        rows.append(row | {"fits": estimate.fits(device), "seconds": seconds})
     return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Where arrays of one kind of the base lie.
+class ArrayPlacement:
+    """Distribution of one kind of base array over the devices.
 
     Attributes:
-      name: what they are.
-      ways: into how many parts each is split; 1 is whole on every device.
-      bytes_whole, bytes_each: of all of them, and a device's.
+      name: Kind of array, such as "weights of modules".
+      ways: Number of parts that each array is split into; 1 means a full copy on every device.
+      bytes_whole: Bytes of the unsplit arrays.
+      bytes_each: Bytes that each device holds.
     """
 
     name: str
@@ -430,20 +480,22 @@ class Placed:
     bytes_each: int
 
 
-def placement(llama_config: LlamaConfig, config: FinetuneConfig, layout: Layout) -> list[Placed]:
-    """What of the base is split over a layout's devices, and what is whole on each, as a table whose length is no
-    multiple of the devices is.
+def placement(llama_config: LlamaConfig, config: FinetuneConfig, layout: Layout) -> list[ArrayPlacement]:
+    """Return how each kind of base array is split over the devices of a layout.
+
+    An array is kept whole on every device if its split axis is not a multiple of the number of devices.
     """
     base = abstract_params(llama_config, jnp.dtype(config.dtype), config.quantization)
     shardings = layout.params_shardings(base)
-    found: dict[tuple[str, int], list[int]] = {}
+    # Sum the sizes of arrays of the same kind that are split into the same number of parts.
+    sizes_by_kind: dict[tuple[str, int], list[int]] = {}
     for (path, leaf), sharding in zip(jax.tree.leaves_with_path(base), jax.tree.leaves(shardings), strict=True):
-        whole, each = _bytes(leaf), _bytes(leaf, sharding)
+        total_bytes, device_bytes = _bytes(leaf), _bytes(leaf, sharding)
         key = next(entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
-        sizes = found.setdefault((_KINDS.get(key, "norms"), whole // each), [0, 0])
-        sizes[0] += whole
-        sizes[1] += each
-    return [Placed(name, ways, *sizes) for (name, ways), sizes in found.items()]
+        sizes = sizes_by_kind.setdefault((_KINDS.get(key, "norms"), total_bytes // device_bytes), [0, 0])
+        sizes[0] += total_bytes
+        sizes[1] += device_bytes
+    return [ArrayPlacement(name, ways, *sizes) for (name, ways), sizes in sizes_by_kind.items()]
 
 
 _KINDS = {
@@ -454,22 +506,27 @@ _KINDS = {
 }
 
 
-def _gathered(base: Any, layout: Layout) -> int:
-    """A layer's weights, dense: the compiler may gather them before the first product. Of a table each device works its
-    own words, on all rows' hidden states, which take less."""
+def _gathered_bytes(base: Any, layout: Layout) -> int:
+    """Return the bytes of one layer's dense weights, all of which may be gathered before the first product.
+
+    Embedding tables are not gathered: each device processes its part of the vocabulary on the hidden states of all
+    rows, which take less memory.
+    """
     shardings = jax.tree.leaves(layout.params_shardings(base))
-    split = [a for a, at in zip(jax.tree.leaves(base), shardings, strict=True) if not at.is_fully_replicated]
-    return sum(_bytes(a) // a.shape[0] for a in split if a.ndim == 3)
+    pairs = zip(jax.tree.leaves(base), shardings, strict=True)
+    split_arrays = [array for array, sharding in pairs if not sharding.is_fully_replicated]
+    # Module weights are stacked, [layers, out, in]: one layer is a 1 / layers part.
+    return sum(_bytes(array) // array.shape[0] for array in split_arrays if array.ndim == 3)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """XLA's own account of a step on the backend at hand, bytes.
+    """XLA's memory analysis of a step compiled for the default backend.
 
     Attributes:
-      arguments: weights, state and batch.
-      temporaries: everything else. On a CPU more than a GPU takes, see `Account.on_cpu`.
-      seconds: the compiler's time.
+      arguments: Bytes of the weights, state and batch.
+      temporaries: Bytes of all other values. A CPU needs more than a GPU, see `Account.on_cpu`.
+      seconds: Compilation time in seconds.
     """
 
     arguments: int
@@ -478,33 +535,44 @@ class Compiled:
 
     @property
     def total(self) -> int:
-        """Bytes of a device at the fullest moment."""
+        """Peak memory of one device in bytes."""
         return self.arguments + self.temporaries
 
 
 def compile_here(
     llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256, layout: Layout | None = None
 ) -> Compiled:
-    """Compile a run's step for the default backend, without weights; each device's account. Raises as `account`."""
+    """Compile a run's step for the default backend, without weights, and return XLA's memory analysis per device.
+
+    Args:
+      llama_config: Configuration of the base model.
+      config: Fine-tuning configuration.
+      width: Number of positions per row.
+      layout: Layout of the arrays on several devices; None means a single device.
+
+    Raises:
+      InputError: If `abstract_step` rejects the arguments.
+    """
     return _compile(abstract_step(llama_config, config, width, layout=layout))[1]
 
 
 def _compile(step: Program) -> tuple[jax.stages.Compiled, Compiled]:
     start = time.perf_counter()
     program = step.function.lower(step.state, step.base, step.batch).compile()
-    found = program.memory_analysis()
-    return program, Compiled(found.argument_size_in_bytes, found.temp_size_in_bytes, time.perf_counter() - start)
+    analysis = program.memory_analysis()
+    seconds = time.perf_counter() - start
+    return program, Compiled(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, seconds)
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A step that was run, on random weights.
+    """Measured memory and time of a step on random weights.
 
     Attributes:
-      peak: bytes of a device at the fullest moment, weights and all.
-      program: what the compiler's account says of it; what a first step brings in besides is code, threads' stacks and
-        packed operands of products, shared by the devices of a CPU.
-      seconds: of a step after the first.
+      peak: Peak memory of one device in bytes, weights included.
+      program: XLA's memory analysis of the same step. The first step also allocates code, thread stacks and packed
+        operands of products, which the devices of a CPU share.
+      seconds: Duration of the second step, which compiles nothing.
     """
 
     peak: int
@@ -515,18 +583,26 @@ class MeasuredStep:
 def measure_step(
     llama_config: LlamaConfig, config: FinetuneConfig, width: int = 256, layout: Layout | None = None
 ) -> MeasuredStep:
-    """Run two steps on the default device, or on a layout's, on random weights and tokens, and see what they take.
+    """Run two steps on random weights and tokens, and measure their memory and time.
 
-    On GPUs the highest of the allocators' own peaks. On a CPU what the process's resident memory grew by in the first
-    step, and the arrays that were there before, an equal share for each device; Linux alone tells.
+    On GPUs the peak is the highest of the allocators' own peaks. On a CPU (Linux only) it is the growth of the resident
+    memory of the process in the first step plus the size of the step's arguments, divided evenly over the devices.
+
+    Args:
+      llama_config: Configuration of the base model.
+      config: Fine-tuning configuration.
+      width: Number of positions per row.
+      layout: Layout of the arrays on several devices; None means the default device.
 
     Raises:
-      InputError: as `account`, or a system that does not tell.
+      InputError: If `abstract_step` rejects the arguments, or if the operating system does not report peak memory.
     """
+    # Compile before any array exists, so that the compiler's own memory is not counted.
     step = abstract_step(llama_config, config, width, layout=layout)
     run, program = _compile(step)
     devices = [jax.devices()[0]] if layout is None else list(layout.mesh.devices.flat)
     shardings = None if layout is None else layout.params_shardings(step.base)
+    # Random weights, training state and batch, placed on the devices.
     draw = jax.jit(init_params, static_argnums=(1, 2, 3), out_shardings=shardings)
     base = draw(jax.random.key(0), llama_config, jnp.dtype(config.dtype), config.quantization)
     adapter = adapters.init(jax.random.key(1), config.adapter(), llama_config, base)
@@ -538,10 +614,12 @@ def measure_step(
         state, batch = layout.state(state), layout.batch(batch)
     del adapter
     jax.block_until_ready((base, state))
-    before = 0
+    # Resident memory of everything but the step's arguments, which count towards the peak.
+    resident_before = 0
     if devices[0].platform != "gpu":
         forget_peak()
-        before = resident("VmRSS") - _bytes_on_devices((base, state))
+        resident_before = resident("VmRSS") - _bytes_on_devices((base, state))
+    # The first step reaches the peak, the second is timed.
     state, _ = jax.block_until_ready(run(state, base, batch))
     start = time.perf_counter()
     jax.block_until_ready(run(state, base, batch))
@@ -549,11 +627,11 @@ def measure_step(
     if devices[0].platform == "gpu":
         peak = max(int(device.memory_stats()["peak_bytes_in_use"]) for device in devices)
         return MeasuredStep(peak, program, seconds)
-    return MeasuredStep((resident("VmHWM") - before) // len(devices), program, seconds)
+    return MeasuredStep((resident("VmHWM") - resident_before) // len(devices), program, seconds)
 
 
 def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:
-    """The run's adapter, its arrays abstract and LoRA's scaling in numbers."""
+    """Return the run's adapter with abstract arrays; LoRA's scaling factors stay concrete numbers."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     base = abstract_params(llama_config, jnp.dtype(config.dtype))
     shapes = jax.eval_shape(lambda k, b: adapters.init(k, config.adapter(), llama_config, b), key, base)
@@ -563,39 +641,47 @@ def abstract_adapter(llama_config: LlamaConfig, config: FinetuneConfig) -> Any:
 
 
 def _bytes(tree: Any, shardings: Any = None) -> int:
-    """Bytes of arrays, abstract or not; with their shardings those of one device."""
+    """Return the bytes of concrete or abstract arrays; with shardings, the bytes that one device holds."""
     leaves = jax.tree.leaves(tree)
     if shardings is None:
         return sum(map(traced_cost.size_in_bytes, leaves))
-    shares = [
-        math.prod(at.shard_shape(a.shape)) / math.prod(a.shape)
-        for a, at in zip(leaves, jax.tree.leaves(shardings), strict=True)
+    fractions = [
+        math.prod(sharding.shard_shape(array.shape)) / math.prod(array.shape)
+        for array, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
     ]
-    return round(sum(traced_cost.size_in_bytes(a) * share for a, share in zip(leaves, shares, strict=True)))
+    sizes = (traced_cost.size_in_bytes(array) * part for array, part in zip(leaves, fractions, strict=True))
+    return round(sum(sizes))
 
 
 def _bytes_on_devices(tree: Any) -> int:
-    """Bytes of arrays, those of every device counted."""
-    keys = [
-        jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a
-        for a in jax.tree.leaves(tree)
+    """Return the bytes of concrete arrays, summed over all devices."""
+    # Random keys have no size of their own: count the integers that they wrap.
+    arrays = [
+        jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        for leaf in jax.tree.leaves(tree)
     ]
-    return sum(shard.data.nbytes for a in keys for shard in a.addressable_shards)
+    return sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
 
 
-def resident(what: str) -> int:
-    """A line of Linux's account of this process, in bytes."""
+def resident(field: str) -> int:
+    """Return a memory field of Linux's status of this process, such as ``VmRSS``, in bytes."""
     try:
         with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith(f"{what}:"))
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith(f"{field}:"))
     except (OSError, StopIteration) as error:
-        raise InputError("measure: this system does not tell a process's peak memory; accepted is Linux") from error
+        raise _peak_unavailable() from error
 
 
 def forget_peak() -> None:
-    """Let the peak of resident memory start from now."""
+    """Reset the peak of this process's resident memory to its present value."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     except OSError as error:
-        raise InputError("measure: this system does not tell a process's peak memory; accepted is Linux") from error
+        raise _peak_unavailable() from error
+
+
+def _peak_unavailable() -> InputError:
+    return InputError(
+        "measure: this operating system does not report the peak memory of a process. Measure on Linux or on a GPU."
+    )

@@ -1,8 +1,8 @@
-"""A run's checkpoints: the latest and the best, each whole or not there, whenever the process dies.
+"""Checkpoints of a run: the latest and the best, each complete or absent whenever the process is killed.
 
-Orbax writes a checkpoint beside and renames it. That rename is the only commit: the checkpoint itself names
-the best one so far, and an older one is removed only after it. A checkpoint holds all that the rest of the
-run depends on: adapter, optimizer state, step, dropout key, and with the step the position in the data.
+Orbax writes a checkpoint to a temporary folder and renames it. The rename is the only commit: the checkpoint itself
+records the best step so far, and older checkpoints are removed only afterwards. A checkpoint holds everything that the
+remaining steps depend on: adapter, optimizer state, dropout key and step, which determines the position in the data.
 """
 
 import re
@@ -30,13 +30,14 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, beside its arrays.
+    """Progress of a run, stored with its arrays.
 
     Attributes:
-      step: steps taken; the next batch is the one of this index.
-      best_step: step of the lowest validation loss so far; None before the first.
-      best_loss: that loss.
-      settings, data: digests of what the run is of; None in a checkpoint of a version before these.
+      step: Number of completed steps, and index of the next batch.
+      best_step: Step of the lowest validation loss so far; None before the first validation.
+      best_loss: Lowest validation loss so far; None before the first validation.
+      settings: Digest of the run's settings; None in checkpoints of early versions.
+      data: Digest of the training data; None in checkpoints of early versions.
     """
 
     step: int
@@ -47,113 +48,132 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints in one folder, by step. Writing goes on in the background; close or wait before
-    leaving.
+    """Checkpoints of a folder, by step.
+
+    Checkpoints are written in the background. Call `wait` or `close` before the process exits.
 
     Args:
-      folder: made if it is not there. What a killed process left unfinished in it is removed.
+      folder: Folder of the checkpoints, created if it does not exist. Unfinished checkpoints in it are removed.
 
     Raises:
-      InputError: the folder can't be made or read.
+      InputError: If the folder cannot be created or read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder).absolute()
-        self._keep = _Named()
+        self._policy = _PreserveSteps()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._keep, cleanup_tmp_directories=True, create=True
+            preservation_policy=self._policy, cleanup_tmp_directories=True, create=True
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.folder}: cannot hold checkpoints ({_reason(error)})") from error
+            raise InputError(f"{self.folder}: cannot create or read checkpoints ({_reason(error)})") from error
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest checkpoint; None where there is none."""
+        """Step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def path(self, step: int) -> Path:
-        """Folder of a checkpoint."""
+        """Return the folder of a checkpoint."""
         return self.folder / str(step)
 
     def save(self, state: State, progress: Progress) -> None:
-        """Write a checkpoint; then remove all but it and the best it names.
+        """Start to write a checkpoint, and then remove all others except the best.
 
-        ``state`` may be donated as soon as this returns.
+        The caller may donate ``state`` as soon as the method returns.
+
+        Args:
+          state: Training state.
+          progress: Progress of the run, which names the best checkpoint.
 
         Raises:
-          InputError: this or the previous checkpoint can't be written, as on a full disk; earlier ones are
-            untouched.
+          InputError: If this or the previous checkpoint cannot be written, for instance because the disk is full.
+            Earlier checkpoints are untouched.
         """
         self.wait()
-        self._keep.steps = (progress.step, progress.best_step)
+        self._policy.steps = (progress.step, progress.best_step)
         # On a CPU the writer would read the arrays in place, while the next step already overwrites them.
         copy = _copy(state)
+        # The seal detects changes of the progress, its checksum changes of the arrays.
         sealed = seals.seal(asdict(progress) | {"state": checksum(state)})
         items = ocp.args.Composite(state=ocp.args.StandardSave(copy), progress=ocp.args.JsonSave(sealed))
         try:
             self._manager.save(progress.step, args=items, force=True)
         except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+            raise self._write_error(error) from error
 
     def wait(self) -> None:
-        """Return when all is written. Raises as `save`."""
+        """Wait until all checkpoints are written.
+
+        Raises:
+          InputError: If a checkpoint cannot be written.
+        """
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+            raise self._write_error(error) from error
 
     def restore(self, step: int, like: State) -> tuple[State, Progress]:
-        """A checkpoint's contents, on the devices and in the layout of ``like``.
+        """Load a checkpoint.
+
+        Args:
+          step: Step of the checkpoint.
+          like: State with the same structure, shapes and placement on devices.
 
         Raises:
-          InputError: the checkpoint is damaged, be it by one bit, or belongs to another model or adapter.
+          InputError: If any bit of the checkpoint has changed, or if it belongs to another model or adapter.
         """
         abstract = jax.tree.map(_abstract, like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         try:
-            found = self._manager.restore(step, args=items)
-        except Exception as error:  # a damaged file breaks any of the libraries that read it, each in its own way
-            raise self._damaged(step, f"cannot be read ({_reason(error)})") from error
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # several libraries read the files, and each raises errors of its own
+            raise self._damage_error(step, f"cannot be read ({_reason(error)})") from error
+        # Compare the progress with its seal, and the arrays with their checksum.
         with naming_damage(self.path(step)):
-            progress = dict(found.progress)
-            if not seals.is_sealed(progress) or progress.pop("state") != checksum(found.state):
-                raise self._damaged(step, "is not as it was written")
+            progress = dict(restored.progress)
+            if not seals.is_sealed(progress) or progress.pop("state") != checksum(restored.state):
+                raise self._damage_error(step, "is not as it was written")
             del progress[seals.DIGEST]
             result = Progress(**progress)
             if result.step != step:
-                raise self._damaged(step, "is not as it was written")
-        return found.state, result
+                raise self._damage_error(step, "is not as it was written")
+        return restored.state, result
 
-    def _damaged(self, step: int, how: str) -> InputError:
+    def _damage_error(self, step: int, damage: str) -> InputError:
         return InputError(
-            f"{self.path(step)}: {how}; accepted is a whole checkpoint of this run; with it removed, the run goes on "
-            "from the one before, if there is one"
+            f"{self.path(step)}: checkpoint {damage}. Restore it from a copy, or remove it to resume from the "
+            "checkpoint before it, if there is one."
         )
 
     def close(self) -> None:
-        """Finish writing and stop the background threads. Raises as `save`."""
+        """Finish writing and stop the background threads.
+
+        Raises:
+          InputError: If a checkpoint cannot be written.
+        """
         try:
             self._manager.close()
         except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+            raise self._write_error(error) from error
 
-    def _failed(self, error: Exception) -> InputError:
+    def _write_error(self, error: Exception) -> InputError:
         return InputError(
-            f"{self.folder}: a checkpoint cannot be written ({_reason(error)}); accepted is a disk with room"
+            f"{self.folder}: cannot write a checkpoint ({_reason(error)}). Free disk space or choose another folder."
         )
 
 
 def quiet_writers() -> None:
-    """Leave it to the caller to say what went wrong, in this whole process.
+    """Silence the checkpoint library's logs in this process, so that the caller reports errors.
 
-    When a checkpoint cannot be written, each of Orbax's threads logs it at length, and what they leave undone complains
-    of its closed event loop later.
+    If a checkpoint cannot be written, each of Orbax's threads logs a long message, and unfinished tasks later warn
+    that their event loop is closed.
     """
     absl.logging.set_verbosity(absl.logging.FATAL)
-    report = sys.unraisablehook
-    sys.unraisablehook = lambda seen: None if str(seen.exc_value) == "Event loop is closed" else report(seen)
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else hook(event)
 
 
 @jax.jit
@@ -162,7 +182,10 @@ def _copy(state: State) -> State:
 
 
 def checksum(state: State) -> list[int]:
-    """A number for each array, which a change of any one byte changes; the same on any devices and in any layout."""
+    """Return a checksum of each array, which detects a change of any single byte.
+
+    The checksums do not depend on the devices or the layout.
+    """
     return [int(number) for number in jax.device_get(_sums(state))]
 
 
@@ -172,9 +195,9 @@ def _sums(state: State) -> list[jax.Array]:
 
 
 def _sum(leaf: jax.Array) -> jax.Array:
-    """The array's bits as integers, the i-th (from 0) times 2i + 1, summed modulo 2^32.
+    """Compute the sum of (2i + 1) w_i modulo 2^32 over an array's bits, read as unsigned integers w_i.
 
-    An odd factor has an inverse modulo 2^32: one changed integer always changes the sum.
+    The factor 2i + 1 is odd and thus invertible modulo 2^32, so a change of one integer always changes the sum.
     """
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
@@ -185,13 +208,14 @@ def _sum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(words * factors, dtype=jnp.uint32)
 
 
-class _Named:
-    """Orbax's preservation policy: keep the steps named."""
+class _PreserveSteps:
+    """Preservation policy of Orbax that keeps the checkpoints in ``steps``."""
 
     def __init__(self) -> None:
         self.steps: tuple[int | None, ...] = ()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:  # noqa: ARG002
+        """Return which checkpoints to keep, as Orbax requires."""
         return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
@@ -200,7 +224,7 @@ def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _reason(error: Exception) -> str:
-    """The operating system's words where there are any, else the first line."""
+    """Return the operating system's error message if there is one, otherwise the first line of the error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     system = re.search(r": ([^:\[]+) \[os_error_code", str(error))

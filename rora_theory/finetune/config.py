@@ -1,4 +1,4 @@
-"""What a fine-tuning run is made of: one frozen dataclass whose defaults are the published protocol."""
+"""Configuration of a fine-tuning run, with the published protocol as defaults."""
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -22,8 +22,8 @@ BaseDtype = Literal["float32", "bfloat16"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 LEARNING_RATES = {"lora": 3e-4, "dora": 2e-4, "prefix": 3e-2, "series": 3e-4, "parallel": 3e-4, "full": 2e-5}
-"""Peak learning rates of the published LLaMA-7B runs, by method. RoRA's is not recorded: LoRA's stands for it. Full
-fine-tuning is not among those runs: its rate is that of Stanford Alpaca's recorded command (Taori et al. 2023)."""
+"""Peak learning rates of the published LLaMA-7B runs, by method. RoRA's is not recorded, so it uses LoRA's. Full
+fine-tuning is not among those runs; its rate is that of Stanford Alpaca's recorded command (Taori et al. 2023)."""
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "lora": PAPER_TARGETS,
@@ -32,7 +32,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "full": PAPER_TARGETS,
     **bottlenecks.TARGETS,
 }
-"""Published modules, by method."""
+"""Adapted modules in the published runs, by method."""
 
 _LOW_RANK, _BOTTLENECK = ("lora", "dora"), ("series", "parallel")
 _ONLY: dict[str, tuple[str, ...]] = {
@@ -41,129 +41,135 @@ _ONLY: dict[str, tuple[str, ...]] = {
     "targets": (*_LOW_RANK, *_BOTTLENECK, "full"),
     "virtual_tokens": ("prefix",),
 }
-"""Settings that not all methods have, and the methods that do."""
+"""Settings that apply to some methods only, with those methods."""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Everything that determines a run's numbers, apart from the model and the data.
+    """Settings that determine a run's numbers, apart from the model and the data.
 
-    The defaults are the protocol of LLM-Adapters and DoRA's `commonsense_reasoning`, on which the paper
-    builds, with the paper's scaling rule. Where that protocol records nothing for RoRA, LoRA's value stands.
-    Integers and numbers of NumPy become floats where a setting is one.
+    The defaults are the protocol of LLM-Adapters and of DoRA's `commonsense_reasoning`, on which the paper builds, with
+    the paper's scaling rule. Where that protocol records nothing for RoRA, the default is LoRA's value. Settings that
+    are real numbers are converted to float.
+
+    Raises:
+      InputError: If a value is out of range, or a setting does not apply to the method. Settings that depend on the
+        model are checked when the adapter is initialised.
     """
 
     method: Method = "lora"
-    """lora, or dora: a trained magnitude a row beside the low-rank update; either goes with either rule. prefix:
-    trained keys and values; series, parallel: bottlenecks in line with a module or beside it; full: the targets'
-    own weights"""
+    """Fine-tuning method: lora; dora (adds a trained magnitude per row; works with any rule); prefix (trained keys and
+    values); series or parallel (bottlenecks in sequence with a module or in parallel to it); full (the weights of the
+    targets)"""
     rule: Rule = "rora"
-    """scaling alpha / rank**kappa: lora (kappa 1), rora (1/2; rslora is the same) or kappa itself"""
+    """Scaling rule, alpha / rank**kappa: lora (kappa 1), rora or rslora (kappa 1/2), or a number for kappa"""
     rank: int = 32
-    """rows of lora_A"""
+    """Rank of the adapter, the number of rows of lora_A"""
     alpha: float = 64.0
-    """strength of the adapter, before the rule divides it"""
+    """Numerator of the scaling factor"""
     targets: tuple[str, ...] | None = None
-    """adapted modules; none is the published scripts': q, k, v, up and down_proj (lora, dora, full), up and gate_proj
-    (series), up and down_proj (parallel)"""
+    """Adapted modules; by default those of the published scripts: q, k, v, up and down_proj (lora, dora, full), up and
+    gate_proj (series), up and down_proj (parallel)"""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """rank of the modules a regular expression matches, where it differs"""
+    """Ranks of modules that match a regular expression, in place of rank"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """alpha of the modules a regular expression matches, where it differs"""
+    """Alphas of modules that match a regular expression, in place of alpha"""
     dropout: float = 0.05
-    """dropout of the adapter's input; a prefix and full have none, LLM-Adapters' series and parallel adapters are run
-    at 0"""
+    """Dropout probability of the adapter's input; not used by prefix and full. LLM-Adapters runs series and parallel
+    adapters with 0"""
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
-    """initialisation of lora_A; lora_B begins at zero"""
+    """Initialisation of lora_A; lora_B is initialised to zero"""
     virtual_tokens: int = 10
-    """keys and values a layer that a prefix has"""
+    """Number of trained keys and values per layer of a prefix"""
     bottleneck: int = 256
-    """width of a series or parallel adapter"""
+    """Width of a series or parallel adapter"""
     non_linearity: NonLinearity = "tanh"
-    """function inside a series or parallel adapter"""
+    """Activation function of a series or parallel adapter"""
 
     template: TrainTemplate | None = None
-    """prompt: train (published, to the byte), clean, chat (the model's chat template) or plain (the response at once
-    behind the prompt); none is the data format's: train for alpaca, chat for chats and prompt-response, else plain"""
+    """Prompt template: train (the published one, byte for byte), clean, chat (the model's chat template) or plain (the
+    prompt followed directly by the response); by default train for alpaca, chat for chats and prompt-response, and
+    plain for other formats"""
     cutoff: Plural = 256
-    """longest example in tokens; a longer one keeps its start and loses its end"""
+    """Maximum length of an example in tokens; longer examples are truncated at the end"""
     loss_on: LossOn = "all"
-    """tokens in the loss: all (the protocol), or the answer alone: of a chat every turn of the assistant's"""
+    """Tokens in the loss: all (the protocol), or answer (in chats, every turn of the assistant)"""
     held_out: Natural = 120
-    """records set aside for the validation loss; 0 is none"""
+    """Number of records held out for the validation loss; 0 disables validation"""
     widths: Count = 6
-    """padded lengths that batches come in, each compiled once"""
+    """Maximum number of padded batch lengths; the step is compiled once for each"""
 
     epochs: Count = 3
-    """passes over the training records"""
+    """Number of passes over the training records"""
     steps: Count | None = None
-    """stop after so many steps; the schedule ends there too"""
+    """Number of steps after which training and the learning-rate schedule end, in place of epochs"""
     batch_size: Count = 16
-    """records a step"""
+    """Number of records per step"""
     accumulation: Count = 1
-    """parts a batch is worked in, one after another, to save memory"""
+    """Number of microbatches that a batch is processed in, to save memory"""
     lr: Positive | None = None
-    """peak learning rate; none is the protocol's: 3e-4, for dora 2e-4, for prefix 3e-2, for full 2e-5"""
+    """Peak learning rate; by default that of the protocol: 3e-4, for dora 2e-4, for prefix 3e-2, for full 2e-5"""
     warmup: Natural = 100
-    """steps of linear warm-up from 0"""
+    """Number of steps of linear warm-up from 0"""
     schedule: Schedule = "linear"
-    """learning rate after the warm-up: linear (the protocol) or cosine decay to 0 after the last step, or constant"""
+    """Learning rate after the warm-up: linear (the protocol) or cosine decay to 0 after the last step, or constant"""
     lr_multiplier_A: Positive = field(default=1.0, metadata={LATER: True})
-    """learning rate of lora_A divided by lr; below 1 it is LoRA+, which trains lora_B at a higher rate"""
+    """Learning rate of lora_A divided by lr; values below 1 are LoRA+, which trains lora_B at a higher rate"""
     weight_decay: NotNegative = 0.0
-    """AdamW's decoupled weight decay"""
+    """Decoupled weight decay of AdamW"""
     clip: float = 1.0
-    """largest norm of the gradient; inf leaves it alone"""
+    """Maximum norm of the gradient; inf disables clipping"""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments"""
+    """Decay rates of AdamW's two moments"""
     epsilon: Positive = 1e-8
-    """AdamW's epsilon"""
+    """Epsilon of AdamW"""
 
     evaluate_every: Count = 80
-    """steps between two validation losses"""
+    """Number of steps between two validations"""
     checkpoint_every: Count = 80
-    """steps between two checkpoints; each validation makes one too"""
+    """Number of steps between two checkpoints; every validation also saves one"""
     seed: int = 42
-    """seed of the validation split, the order, the initialisation and the dropout"""
+    """Seed of the validation split, the order of the records, the initialisation and the dropout"""
     dtype: BaseDtype = "float32"
-    """type of the frozen base weights; what is trained and the optimizer state are always float32"""
+    """Dtype of the frozen base weights; trained parameters and optimizer state are always float32"""
     quantization: Quantization = field(default="none", metadata={LATER: True})
-    """how the frozen base's linear weights are held, to save memory as QLoRA does: none, or GGUF's blocks q8_0, q4_0 or
-    q4_1 (8.5, 4.5, 5 bits a weight), made dense in dtype a layer at a time; a .gguf file of that type keeps its own"""
+    """Storage of the frozen base's linear weights, to save memory as QLoRA does: none, or GGUF's block formats q8_0,
+    q4_0 or q4_1 (8.5, 4.5 or 5 bits per weight), dequantized to dtype one layer at a time; a .gguf file of the same
+    type keeps its blocks"""
     remat: bool | Literal["mlp"] = False
-    """made again in the backward pass, to save memory: False elementwise work, mlp the feed-forward too, True all"""
+    """Rematerialisation in the backward pass, to save memory: False (elementwise operations only), mlp (also the
+    feed-forward module) or True (everything)"""
 
     def __post_init__(self) -> None:
-        """Raise `InputError` for a value out of range. What depends on the model is checked when there is one."""
+        """Validate the settings and convert real numbers to float."""
         for name, kind in (
             ("method", Method),
             ("loss_on", LossOn),
             ("schedule", Schedule),
         ):
             _check(name, getattr(self, name), get_args(kind), getattr(self, name) in get_args(kind))
-        accepted = get_args(TrainTemplate)
-        _check("template", self.template, accepted, self.template is None or self.template in accepted)
+        templates = get_args(TrainTemplate)
+        _check("template", self.template, templates, self.template is None or self.template in templates)
         _check("dtype", self.dtype, get_args(BaseDtype), self.dtype in get_args(BaseDtype))
         check_quantization(self.quantization)
         if self.method == "full" and self.quantization != "none":
-            raise InputError(f"quantization is {self.quantization!r} with method full; accepted is none")
+            raise InputError(f"quantization must be none with method full, got {self.quantization!r}")
         _check("remat", self.remat, REMATS, self.remat in REMATS)
+        # A setting that the method does not use must keep its default.
         for name, methods in _ONLY.items():
             if self.method not in methods and getattr(self, name) != _default(name):
                 raise InputError(
-                    f"{name} is {getattr(self, name)!r} with method {self.method}, which has none; accepted are "
-                    f"methods {', '.join(methods)}"
+                    f"{name} has no effect with method {self.method}, got {getattr(self, name)!r}. Remove it, or use "
+                    f"method {' or '.join(methods)}."
                 )
         self.adapter()
         check_ranges(self, str)
         check_seed(self.seed)
         if self.batch_size % self.accumulation:
-            raise InputError(
-                f"accumulation is {self.accumulation}; accepted is a divisor of batch_size, {self.batch_size}"
-            )
+            raise InputError(f"accumulation must divide batch_size, {self.batch_size}, got {self.accumulation}")
         _check("clip", self.clip, "a number above 0", self.clip > 0)
         _check("betas", self.betas, "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas))
-        # 4 and 4.0 are one alpha, and what is kept of a run tells its numbers by how they are written.
+        # Runs are compared by their settings as text: without the conversion, alpha 4 and alpha 4.0 would differ.
         for name in _REAL:
             if not isinstance(value := getattr(self, name), (str, type(None))):
                 object.__setattr__(self, name, float(value))
@@ -173,38 +179,42 @@ class FinetuneConfig:
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate at the end of the warm-up."""
+        """Learning rate at the end of the warm-up."""
         return LEARNING_RATES[self.method] if self.lr is None else self.lr
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The adapted modules: ``targets``, or the method's own."""
+        """Adapted modules: ``targets``, or the method's default."""
         return TARGETS[self.method] if self.targets is None else self.targets
 
     def settings(self) -> dict[str, Any]:
-        """What determines the run, by name: without the settings of other methods.
+        """Return the settings that determine the run by name, without those of other methods.
 
-        A pattern is a list of its entries, whose order decides which comes first; an object has none in JSON. What
-        `as_json` leaves out is no entry.
+        Patterns are lists of entries, because the first match wins and JSON objects have no order. Settings that
+        `as_json` omits are omitted.
         """
-        kept = as_json(self)
-        plain = {name: value for name, value in asdict(self).items() if name in kept} | {"targets": self.modules}
+        included = as_json(self)
+        settings = {name: value for name, value in asdict(self).items() if name in included} | {"targets": self.modules}
         for name in ("rank_pattern", "alpha_pattern"):
-            if plain[name]:
-                plain[name] = [list(entry) for entry in plain[name].items()]
-        return {name: value for name, value in plain.items() if self.method in _ONLY.get(name, (self.method,))}
+            if settings[name]:
+                settings[name] = [list(entry) for entry in settings[name].items()]
+        return {name: value for name, value in settings.items() if self.method in _ONLY.get(name, (self.method,))}
 
-    def of_method(self, method: Method, **own: Any) -> "FinetuneConfig":
-        """The run of another method with settings of its ``own``; what it has none of is as by default.
+    def of_method(self, method: Method, **changes: Any) -> "FinetuneConfig":
+        """Return the configuration with another method.
+
+        Args:
+          method: New method. Settings that it does not use return to their defaults.
+          **changes: Settings to replace.
 
         Raises:
-          InputError: a value out of range.
+          InputError: If a value is out of range.
         """
-        lacking = {name: _default(name) for name, methods in _ONLY.items() if method not in methods}
-        return FinetuneConfig(**vars(self) | lacking | {"method": method} | own)
+        unused = {name: _default(name) for name, methods in _ONLY.items() if method not in methods}
+        return FinetuneConfig(**vars(self) | unused | {"method": method} | changes)
 
     def adapter(self) -> AdapterConfig:
-        """The adapter's own configuration."""
+        """Return the configuration of the method's adapter."""
         if self.method == "prefix":
             return PrefixConfig(self.virtual_tokens)
         if self.method == "full":
@@ -220,9 +230,13 @@ class FinetuneConfig:
         return self.lora()
 
     def lora(self) -> LoraConfig:
-        """The adapter's own configuration, of methods lora and dora."""
+        """Return the configuration of a low-rank adapter.
+
+        Raises:
+          InputError: If the method is neither lora nor dora.
+        """
         if self.method not in _LOW_RANK:
-            raise InputError(f"method is {self.method!r}; accepted are {', '.join(_LOW_RANK)}")
+            raise InputError(f"method must be {' or '.join(_LOW_RANK)}, got {self.method!r}")
         return LoraConfig(
             rank=self.rank,
             alpha=self.alpha,
@@ -237,15 +251,15 @@ class FinetuneConfig:
 
 
 _REAL = ("alpha", "dropout", "lr", "lr_multiplier_A", "weight_decay", "clip", "epsilon", "rule")
-"""Settings that are real numbers, where they are numbers."""
+"""Settings that are converted to float unless they are None or text."""
 
 
 def _default(name: str) -> Any:
-    found = next(one for one in fields(FinetuneConfig) if one.name == name)
-    return found.default if found.default_factory is MISSING else found.default_factory()
+    setting = next(entry for entry in fields(FinetuneConfig) if entry.name == name)
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
-def _check(name: str, value: object, accepted: object, holds: bool) -> None:
-    if not holds:
-        text = ", ".join(map(str, accepted)) if isinstance(accepted, tuple) else accepted
-        raise InputError(f"{name} is {value!r}; accepted is {text}")
+def _check(name: str, value: object, choices: object, is_valid: bool) -> None:
+    if not is_valid:
+        requirement = f"one of {', '.join(map(str, choices))}" if isinstance(choices, tuple) else choices
+        raise InputError(f"{name} must be {requirement}, got {value!r}")

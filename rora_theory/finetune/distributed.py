@@ -1,4 +1,4 @@
-"""Several processes: JAX's own runtime, started from options, from the environment, or by its cluster detection."""
+"""Training in several processes: start JAX's distributed runtime from options, environment variables or SLURM."""
 
 import os
 from dataclasses import dataclass
@@ -8,22 +8,22 @@ import jax
 from rora_theory.errors import InputError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-"""Environment variables that stand for the three options."""
+"""Environment variables that replace the three options."""
 
 
 @dataclass(frozen=True)
 class ProcessConfig:
-    """Who takes part, where neither the environment nor SLURM says it."""
+    """Options for training in several processes, if neither the environment nor SLURM provides them."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0, for several processes outside SLURM"""
     num_processes: int | None = None
-    """how many processes take part"""
+    """Number of processes"""
     process_id: int | None = None
-    """number of this process"""
+    """Number of this process, from 0"""
 
     def join(self) -> bool:
-        """`initialize` with these."""
+        """Call `initialize` with these options."""
         return initialize(self.coordinator, self.num_processes, self.process_id)
 
 
@@ -34,59 +34,61 @@ def initialize(
     *,
     timeout: int = 300,
 ) -> bool:
-    """Join the other processes of a run. Call before any other use of JAX; every process runs the same command.
+    """Connect to the other processes of a run.
 
-    Plain: the three options, or `VARIABLES`. Under SLURM (``srun``, more than one task) nothing is needed: JAX
-    reads who takes part, and gives each task the GPU of its local number. Otherwise the process is on its own.
+    Call it before any other use of JAX; every process runs the same command. The three options come from the arguments
+    or from `VARIABLES`. Under SLURM (``srun`` with more than one task) none is needed: JAX detects the processes and
+    assigns each task the GPU of its local number. Without options and SLURM, the process runs alone.
 
     Args:
       coordinator: ``HOST:PORT`` of process 0.
-      num_processes: how many take part.
-      process_id: 0 to ``num_processes - 1``.
-      timeout: seconds to wait for the others.
+      num_processes: Number of processes.
+      process_id: Number of this process, 0 to ``num_processes - 1``.
+      timeout: Maximum number of seconds to wait for the other processes.
 
     Returns:
-      whether there are several processes.
+      Whether there are several processes.
 
     Raises:
-      InputError: some but not all of the options, a value out of range, or processes that do not meet.
+      InputError: If only some of the options are set, a value is out of range, or the processes do not connect.
     """
-    options = dict(zip(VARIABLES, (coordinator, num_processes, process_id), strict=True))
-    given = {name: os.environ.get(name) if value is None else value for name, value in options.items()}
-    missing = [name for name, value in given.items() if value is None]
+    # Arguments take precedence over environment variables.
+    arguments = dict(zip(VARIABLES, (coordinator, num_processes, process_id), strict=True))
+    options = {name: os.environ.get(name) if value is None else value for name, value in arguments.items()}
+    missing = [name for name, value in options.items() if value is None]
     if len(missing) == len(VARIABLES):
         if not _in_slurm():
             return False
         return _join(None, None, None, timeout)
     if missing:
         names = {"JAX_COORDINATOR_ADDRESS": "coordinator", "JAX_NUM_PROCESSES": "num_processes"}
-        lacking = ", ".join(f"{names.get(name, 'process_id')} ({name})" for name in missing)
-        raise InputError(f"several processes: {lacking} missing; accepted are all of {', '.join(VARIABLES)} or none")
-    address = str(given[VARIABLES[0]])
+        unset = ", ".join(f"{names.get(name, 'process_id')} ({name})" for name in missing)
+        raise InputError(f"several processes: {unset} not set. Set all of {', '.join(VARIABLES)}, or none.")
+    address = str(options[VARIABLES[0]])
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"coordinator is {address!r}; accepted is HOST:PORT of process 0")
-    count = _integer("num_processes", given[VARIABLES[1]], 1, None)
-    number = _integer("process_id", given[VARIABLES[2]], 0, count - 1)
+        raise InputError(f"coordinator must be HOST:PORT of process 0, got {address!r}")
+    count = _parse_integer("num_processes", options[VARIABLES[1]], 1, None)
+    number = _parse_integer("process_id", options[VARIABLES[2]], 0, count - 1)
     return False if count == 1 else _join(address, count, number, timeout)
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and prints: number 0, or the only one."""
+    """Return whether this is process 0, which alone writes files and prints."""
     return jax.process_index() == 0
 
 
 def _in_slurm() -> bool:
-    """Whether `srun` started this process as one of several tasks."""
+    """Return whether `srun` started this process as one of several tasks."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
     return "SLURM_PROCID" in os.environ and "SLURM_JOB_ID" in os.environ and tasks.isdecimal() and int(tasks) > 1
 
 
-def _integer(name: str, value: object, least: int, most: int | None) -> int:
+def _parse_integer(name: str, value: object, minimum: int, maximum: int | None) -> int:
     text = str(value)
-    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
-        accepted = f"an integer of {least} or more" if most is None else f"an integer from {least} to {most}"
-        raise InputError(f"{name} is {value!r}; accepted is {accepted}")
+    if not text.isdecimal() or int(text) < minimum or (maximum is not None and int(text) > maximum):
+        bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise InputError(f"{name} must be an integer {bounds}, got {value!r}")
     return int(text)
 
 
@@ -96,6 +98,6 @@ def _join(address: str | None, count: int | None, number: int | None, timeout: i
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"several processes: not joined ({reason}); accepted is one command a process, all started"
+            f"several processes: cannot connect ({reason}). Start the same command in every process."
         ) from error
     return jax.process_count() > 1

@@ -1,6 +1,6 @@
-r"""Losses of single held-out records, over all their tokens and over the answer alone; and perplexity of plain text.
+"""Losses of individual held-out records, and perplexity of plain text.
 
-One number a record makes two runs comparable record by record: the spread of a paired difference is far below that
+With a loss per record, two runs can be compared record by record: the spread of a paired difference is far below that
 of either loss.
 """
 
@@ -24,11 +24,13 @@ from rora_theory.llama.attention import causal
 
 @dataclass(frozen=True)
 class RecordLoss:
-    """Cross-entropy of one record, summed, in nats.
+    """Summed cross-entropy of one record, in nats.
 
     Attributes:
-      tokens, loss: of every token but the first, which nothing predicts.
-      answer_tokens, answer_loss: of those that belong to the answer.
+      tokens: Number of predicted tokens, all but the first.
+      loss: Loss summed over the predicted tokens.
+      answer_tokens: Number of predicted tokens in the answer.
+      answer_loss: Loss summed over the answer's tokens.
     """
 
     tokens: int
@@ -46,52 +48,59 @@ def record_losses(
     batch_size: int = 16,
     widths: int = 6,
 ) -> list[RecordLoss]:
-    """The loss of every record, in the order of ``examples``.
+    """Compute the loss of every record, in the order of ``examples``.
 
     Args:
-      params, llama_config: the model.
-      adapter: run beside the weights, dropout off; one that can be merged is faster merged.
-      examples: from `tokenize` with ``answer_only``, which marks the answers.
-      batch_size: records worked on together; it changes rounding alone.
-      widths: most padded lengths, each compiled once.
+      params: Weights of the model.
+      llama_config: Configuration of the model.
+      examples: Examples from `tokenize` with ``answer_only``, which marks the answers.
+      adapter: Adapter applied to the model, without dropout. A mergeable adapter is faster if merged beforehand.
+      batch_size: Number of records processed together; it affects rounding only.
+      widths: Maximum number of padded lengths, each compiled once.
 
     Raises:
-      InputError: a record longer than the model reads.
+      InputError: If a record is longer than the model's context.
     """
     sizes, answers = examples.sizes, examples.targets
-    longest = llama_config.max_position_embeddings
-    if len(examples) and int(sizes.max()) > longest:
-        raise InputError(f"a record has {int(sizes.max()) + 1} tokens; accepted are at most {longest + 1}")
-    # What all records begin with is read once; the last of it is left to the rows, for it predicts what differs.
+    context = llama_config.max_position_embeddings
+    if len(examples) and int(sizes.max()) > context:
+        raise InputError(f"a record must have at most {context + 1} tokens, got {int(sizes.max()) + 1}")
+    # Process the prefix that all prompts share once. Its last token stays in the rows, because it predicts the first
+    # token that differs.
     prompts = [examples[i][: int(examples.starts[i]) - 1].tolist() for i in range(len(examples))]
     shared = shared_prompt.shared_length(prompts, spare=1) if prompts else 0
-    first, follower, start = 0.0, adapter, None
+    prefix_loss, row_adapter, start = 0.0, adapter, None
     if shared:
-        tokens = np.asarray(examples[0][: shared + 1][None], np.int32)
-        whole = (tokens[:, :-1], tokens[:, 1:], np.array([shared], np.int32), np.zeros((1, shared), np.int32), None)
-        first = float(_losses(params, adapter, *whole, llama_config=llama_config)[0, 0])
-        follower, start = (
-            shared_prompt.read_prompt(params, tokens[0, :-1].tolist(), llama_config, adapter),
-            np.int32(shared),
+        prefix = np.asarray(examples[0][: shared + 1][None], np.int32)
+        lengths, unmarked = np.array([shared], np.int32), np.zeros((1, shared), np.int32)
+        loss = _losses(
+            params, adapter, prefix[:, :-1], prefix[:, 1:], lengths, unmarked, None, llama_config=llama_config
         )
-    rest = sizes - shared
-    plan = plan_epoch(rest, choose_widths(rest, widths), batch_size, seed=None, epoch=0)
+        prefix_loss = float(loss[0, 0])
+        # The rows attend to the cached keys and values of the shared prefix.
+        row_adapter = shared_prompt.read_prompt(params, prefix[0, :-1].tolist(), llama_config, adapter)
+        start = np.int32(shared)
+    # Group the remainders of the records into batches of similar length.
+    remaining = sizes - shared
+    plan = plan_epoch(remaining, choose_widths(remaining, widths), batch_size, seed=None, epoch=0)
     sums = []
-    for rows, width in zip(plan.rows, np.minimum(plan.widths, longest - shared).tolist(), strict=True):
+    for rows, width in zip(plan.rows, np.minimum(plan.widths, context - shared).tolist(), strict=True):
+        # Pad the rows on the right; a negative index is an empty row.
         inputs, targets, answer = (np.zeros((batch_size, width), np.int32) for _ in range(3))
         for row, index in enumerate(rows.tolist()):
             if index >= 0:
                 tokens, learned = examples[index][shared:], examples.learned_of(index)[shared:]
                 inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
                 answer[row, : len(tokens) - 1] = learned[1:]
-        lengths = np.where(rows < 0, 0, rest[rows]).astype(np.int32)
-        sums.append(_losses(params, follower, inputs, targets, lengths, answer, start, llama_config=llama_config))
-    found: dict[int, RecordLoss] = {}
-    for rows, pair in zip(plan.rows, jax.device_get(sums), strict=True):
-        for index, (loss, answer_loss) in zip(rows.tolist(), pair.tolist(), strict=True):
+        lengths = np.where(rows < 0, 0, remaining[rows]).astype(np.int32)
+        sums.append(_losses(params, row_adapter, inputs, targets, lengths, answer, start, llama_config=llama_config))
+    # Fetch all sums at once, and restore the order of the examples.
+    losses: dict[int, RecordLoss] = {}
+    for rows, pairs in zip(plan.rows, jax.device_get(sums), strict=True):
+        for index, (loss, answer_loss) in zip(rows.tolist(), pairs.tolist(), strict=True):
             if index >= 0:
-                found[index] = RecordLoss(int(sizes[index]), first + loss, int(answers[index]), answer_loss)
-    return [found[index] for index in range(len(examples))]
+                losses[index] = RecordLoss(int(sizes[index]), prefix_loss + loss, int(answers[index]), answer_loss)
+    return [losses[index] for index in range(len(examples))]
 
 
 @partial(jax.jit, static_argnames="llama_config")
@@ -106,29 +115,40 @@ def _losses(
     *,
     llama_config: LlamaConfig,
 ) -> Float[Array, "B 2"]:
-    """Summed loss of each row's first ``lengths`` targets, and of those of them marked ``answer``; rows begin at
-    position ``start``, None being 0."""
-    width, positions, seen = inputs.shape[1], None, None
+    """Sum the loss over each row's first ``lengths`` targets, and over those of them that ``answer`` marks.
+
+    Rows begin at position ``start``; None means 0.
+    """
+    width, positions, visible = inputs.shape[1], None, None
     if start is not None:
         positions = jnp.broadcast_to(start + jnp.arange(width, dtype=jnp.int32), inputs.shape)
-        seen = jnp.broadcast_to(causal(width, width), (*inputs.shape, width))
-    hidden = llama.hidden_states(params, inputs, llama_config, adapter, positions=positions, visible=seen)
+        visible = jnp.broadcast_to(causal(width, width), (*inputs.shape, width))
+    hidden = llama.hidden_states(params, inputs, llama_config, adapter, positions=positions, visible=visible)
 
-    def one(row: tuple[Array, Array, Array, Array]) -> Array:  # a row at a time: logits are the largest array
-        h, target, length, marked = row
-        logits = llama.unembed(params, h, llama_config)
+    def row_losses(row: tuple[Array, Array, Array, Array]) -> Array:
+        row_hidden, target, length, in_answer = row
+        logits = llama.unembed(params, row_hidden, llama_config)
         gold = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        real = (jnp.arange(len(target)) < length).astype(jnp.float32)
-        loss = real * (jax.nn.logsumexp(logits, axis=-1) - gold)
-        return jnp.stack([jnp.sum(loss), jnp.sum(loss * marked.astype(jnp.float32))])
+        # Mask the padding.
+        is_target = (jnp.arange(len(target)) < length).astype(jnp.float32)
+        loss = is_target * (jax.nn.logsumexp(logits, axis=-1) - gold)
+        return jnp.stack([jnp.sum(loss), jnp.sum(loss * in_answer.astype(jnp.float32))])
 
-    return jax.lax.map(one, (hidden, targets, lengths, answer))
+    # Row by row, because the logits are the largest array.
+    return jax.lax.map(row_losses, (hidden, targets, lengths, answer))
 
 
 def perplexity(
     params: Any, llama_config: LlamaConfig, windows: Int[np.ndarray, "n s"], *, batch_size: int = 4
 ) -> float:
-    """exp of the mean next-token loss over all windows; infinite where float64 does not hold it."""
+    """Compute the exponential of the mean next-token loss over all windows, or infinity on overflow.
+
+    Args:
+      params: Weights of the model.
+      llama_config: Configuration of the model.
+      windows: Token windows of equal length.
+      batch_size: Number of windows processed together.
+    """
 
     @jax.jit
     def loss(params: Any, rows: Int[Array, "b s"]) -> Float[Array, ""]:

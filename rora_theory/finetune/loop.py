@@ -1,4 +1,4 @@
-"""The training loop: a stream of events, resumed where the checkpoints end; it prints and draws nothing."""
+"""The training loop: an iterator of events that resumes from the latest checkpoint and prints nothing."""
 
 import math
 import time
@@ -25,17 +25,17 @@ from rora_theory.llama import LlamaConfig, Model
 
 @dataclass(frozen=True)
 class Stepped:
-    """A step was taken.
+    """Event of a completed step.
 
     Attributes:
-      step: from 1.
-      epoch: how far through the data, 1.0 after the first pass.
-      loss: mean over the batch's targets, before the update.
-      grad_norm: before clipping.
-      learning_rate: of this update.
-      targets: tokens in the loss.
-      positions: tokens worked on, padding included.
-      seconds: since the step before was done; the first of a shape compiles.
+      step: Number of the step, counted from 1.
+      epoch: Number of passes over the data so far, a fraction; 1.0 after the first pass.
+      loss: Mean loss over the batch's targets, before the update.
+      grad_norm: Norm of the gradient before clipping.
+      learning_rate: Learning rate of the update.
+      targets: Number of target tokens in the loss.
+      positions: Number of processed positions, padding included.
+      seconds: Time since the previous step completed; it includes compilation for a new batch shape.
     """
 
     step: int
@@ -49,26 +49,36 @@ class Stepped:
 
     @property
     def speed(self) -> float:
-        """Tokens in the loss a second; 0 where no time passed."""
+        """Target tokens per second; 0 if no time was measured."""
         return self.targets / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
 class Validated:
-    """The validation loss after ``step`` steps, a mean over all its targets; ``best``: the lowest so far."""
+    """Event of a validation.
+
+    Attributes:
+      step: Number of completed steps.
+      loss: Mean loss over all validation targets.
+      best: Whether the loss is the lowest so far.
+    """
 
     step: int
     loss: float
     best: bool
 
     def in_words(self, steps: int) -> str:
-        """Of a run of so many steps."""
+        """Return a line for the log of a run of ``steps`` steps."""
         return f"step {self.step}/{steps}: validation loss {self.loss:.4f}{' (best)' * self.best}"
 
 
 @dataclass(frozen=True)
 class Paused:
-    """``step`` steps are taken, the next is not begun: `Trainer.adapter` ``("last")`` is that of this step."""
+    """Event between two steps, at which ``Trainer.adapter("last")`` returns the adapter of this step.
+
+    Attributes:
+      step: Number of completed steps.
+    """
 
     step: int
 
@@ -77,44 +87,43 @@ Event = Stepped | Validated | Paused
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss, the gradient or the validation loss is infinite or not a number.
+    """Error raised if the loss, the gradient norm or the validation loss is infinite or not a number.
 
     Attributes:
-      step: the step it was seen at, from 1.
-      checkpoint: the last good checkpoint; None where there is none yet.
+      step: Number of the step with the value, counted from 1.
+      checkpoint: Folder of the last good checkpoint, or None.
     """
 
-    def __init__(self, what: str, value: float, step: int, checkpoint: Path | None) -> None:
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        super().__init__(f"{what} is {value} at step {step}; {kept}; a lower learning rate or alpha may help")
+    def __init__(self, quantity: str, value: float, step: int, checkpoint: Path | None) -> None:
+        location = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+        super().__init__(f"{quantity} is {value} at step {step}. {location} Try a lower learning rate or alpha.")
         self.step, self.checkpoint = step, checkpoint
 
 
 class Trainer:
-    """One fine-tuning run.
+    """A fine-tuning run.
 
     Args:
-      params: the base model's weights, never changed.
-      llama_config: the base model's configuration.
-      adapter: a fresh adapter.
-      config: the run.
-      train: batches of all epochs.
-      validation: batches of one pass, or None.
-      checkpoints: folder of the checkpoints; a run goes on from the latest in it. None makes none: a short run that
-        begins anew when it is stopped, and that has the last adapter alone to offer.
-      attention: see `rora_theory.llama.attention.choose_route`.
-      layout: of a run on many devices, on which ``params`` lie already; None is one device.
-      shared: compiled steps to take part in, of a run on one device; None compiles this run's own.
-      pauses: steps after which `run` yields `Paused`.
+      params: Weights of the base model, never changed.
+      llama_config: Configuration of the base model.
+      adapter: Freshly initialised adapter.
+      config: Fine-tuning configuration.
+      train: Training batches of all epochs.
+      validation: Validation batches of one pass, or None.
+      checkpoints: Folder of the checkpoints; the run resumes from the latest one in it. With None the run writes no
+        checkpoints: if interrupted, it starts over, and only the last adapter is available.
+      attention: Attention implementation, see `rora_theory.llama.attention.choose_route`.
+      layout: Layout of the arrays on several devices, where ``params`` already are; None means a single device.
+      shared: Cache of compiled steps to use, on a single device only; None compiles a step for this run.
+      pauses: Steps after which `run` yields `Paused`.
 
     Attributes:
-      steps: number of steps of the whole run.
-      step: steps taken so far, be they of a checkpoint; one whose event is yet to come counts.
-      best_step, best_loss: the lowest validation loss so far; None before the first.
+      steps: Number of optimizer steps of the whole run.
+      step: Number of steps taken so far, those before a checkpoint included. It may be one ahead of the events.
 
     Raises:
-      InputError: a checkpoint that can't be restored or is of another run, a record longer than the model reads, or a
-        batch that the devices can't share evenly.
+      InputError: If a checkpoint cannot be restored or belongs to another run, a record is longer than the model's
+        context, or the devices cannot share the batch evenly.
     """
 
     def __init__(
@@ -133,21 +142,23 @@ class Trainer:
         pauses: Collection[int] = (),
     ) -> None:
         self._pauses = frozenset(pauses)
-        longest = llama_config.max_position_embeddings
-        train, validation = train.within(longest), None if validation is None else validation.within(longest)
+        context = llama_config.max_position_embeddings
+        train, validation = train.within(context), None if validation is None else validation.within(context)
         self.steps = min(len(train), config.steps or len(train))
         self._params, self._adapter, self._config = params, adapter, config
         self._train, self._validation = train, validation
         key = jax.random.key(config.seed)
         self._state = steps.init_state(adapter, steps.finetune_optimizer(config, self.steps), key)
-        # Committed to its device, as a restored state is: a run that goes on compiles nothing else.
+        # Commit the arrays to their device, as restored arrays are. Otherwise a resumed run compiles the step again.
         self._state = jax.tree.map(lambda a: jax.device_put(a, a.sharding), self._state)
+        # On several devices, place the state and every batch according to the layout.
         self._place: Callable[[Batch], Batch] = lambda batch: batch
         shardings = None
         if layout is not None:
             layout.check_batch(config.batch_size, config.accumulation)
             shardings, self._place = layout.state_shardings(self._state), layout.batch
             self._state, adapter = layout.state(self._state), Gathered(adapter, layout)
+        # Compile the steps lazily: at the first batch of each shape.
         self._step: Callable[..., Any]
         if shared is not None:
             self._step = shared.train_step(adapter, llama_config, config, self.steps, attention=attention)
@@ -156,14 +167,15 @@ class Trainer:
                 adapter, llama_config, config, self.steps, attention=attention, state_shardings=shardings
             )
         self._evaluate = steps.eval_step(adapter, llama_config, attention=attention)
+        # Resume from the latest checkpoint of this run, if there is one.
         self._progress = Progress(0)
         self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints)
         if self._checkpoints is not None:
             self._progress = Progress(0, settings=_settings_digest(config, self.steps), data=train.digest)
             if (latest := self._checkpoints.latest) is not None:
-                self._state, found = self._checkpoints.restore(latest, self._state)
-                self._check_own(found, self._checkpoints.path(latest))
-                self._progress = replace(found, settings=self._progress.settings, data=self._progress.data)
+                self._state, restored = self._checkpoints.restore(latest, self._state)
+                self._check_same_run(restored, self._checkpoints.path(latest))
+                self._progress = replace(restored, settings=self._progress.settings, data=self._progress.data)
         self.step = self._progress.step
 
     @classmethod
@@ -176,7 +188,14 @@ class Trainer:
         *,
         layout: Layout | None = None,
     ) -> "Trainer":
-        """A run of a loaded model from an adapter that is drawn at the configuration's seed; arguments as above.
+        """Construct the trainer of a loaded model with an adapter initialised from the configuration's seed.
+
+        Args:
+          model: Base model.
+          data: Training and validation batches.
+          config: Fine-tuning configuration.
+          checkpoints: Folder of the checkpoints; None writes none.
+          layout: Layout of the arrays on several devices; None means a single device.
 
         Examples:
           >>> trainer = Trainer.start(model, prepare(records, model.tokenizer, config), config)  # doctest: +SKIP
@@ -186,53 +205,59 @@ class Trainer:
 
     @property
     def best_step(self) -> int | None:
+        """Step of the lowest validation loss so far; None before the first validation."""
         return self._progress.best_step
 
     @property
     def best_loss(self) -> float | None:
+        """Lowest validation loss so far; None before the first validation."""
         return self._progress.best_loss
 
     def validates(self, step: int) -> bool:
-        """Whether a validation follows a step."""
+        """Return whether a validation follows a step."""
         return self._validation is not None and (step == self.steps or step % self._config.evaluate_every == 0)
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint follows a step, where the run has any."""
+        """Return whether a checkpoint follows a step, in a run that writes checkpoints."""
         return self.validates(step) or step == self.steps or step % self._config.checkpoint_every == 0
 
     def run(self) -> Iterator[Event]:
-        """Train to the end, or on from the checkpoint; yields what happens.
+        """Train from the current step to the end, yielding an event for each step, validation and pause.
 
-        A step's event comes when the next step is already under way, so that the device does not wait for the
-        host. A checkpoint follows every validation loss, every ``checkpoint_every`` steps and the last step.
+        The event of a step is yielded after the next step has been dispatched, so that the device does not wait for the
+        host. A checkpoint follows every validation, every ``checkpoint_every`` steps and the last step.
 
         Raises:
-          NonFiniteLossError: training stops; nothing is written after the last good step.
-          InputError: a checkpoint can't be written.
+          NonFiniteLossError: If a loss or gradient norm is not finite. No checkpoint is written after the last good
+            step.
+          InputError: If a checkpoint cannot be written.
         """
         start = self.step
         batches = iterate(self._train, start=start)
         clock = time.perf_counter()
+        # Number, metrics and positions of the last dispatched step, until its event is yielded.
         pending: tuple[int, steps.StepMetrics, int] | None = None
 
-        def settle() -> Iterator[Stepped]:
+        def yield_pending() -> Iterator[Stepped]:
             nonlocal pending, clock
             if pending is None:
                 return
             (number, metrics, positions), pending = pending, None
-            event = self._stepped(number, metrics, positions)
+            event = self._stepped(number, metrics, positions)  # waits for the device
             now = time.perf_counter()
             event, clock = replace(event, seconds=now - clock), now
             yield event
 
         for number in range(start + 1, self.steps + 1):
+            # Dispatch this step, then wait for the one before it.
             batch = next(batches)
             self._state, metrics = self._step(self._state, self._params, self._place(batch))
             self.step = number
-            yield from settle()
+            yield from yield_pending()
             pending = (number, metrics, batch.inputs.size)
+            # Wait for this step too before validating or saving its state. Their time is not part of the next step's.
             if self.saves(number):
-                yield from settle()
+                yield from yield_pending()
                 self._progress = replace(self._progress, step=number)
                 if self.validates(number):
                     yield self._validated(number)
@@ -240,22 +265,26 @@ class Trainer:
                     self._checkpoints.save(self._state, self._progress)
                 clock = time.perf_counter()
             if number in self._pauses:
-                yield from settle()
+                yield from yield_pending()
                 yield Paused(number)
                 clock = time.perf_counter()
         if self._checkpoints is not None:
             self._checkpoints.wait()
 
     def adapter(self, which: str = "best") -> Any:
-        """The trained adapter: ``"last"``, or ``"best"`` by validation loss (last where there was none).
+        """Return the trained adapter.
 
-        Its arrays are the caller's: no later step takes their memory.
+        No later step reuses the memory of its arrays.
+
+        Args:
+          which: ``"last"``, or ``"best"`` by validation loss. Without validation or checkpoints, the best is the last.
         """
         if which == "best" and self._checkpoints is not None and self.best_step not in (None, self.step):
-            self._checkpoints.wait()  # the best may be the one that is being written
+            self._checkpoints.wait()  # the best checkpoint may still be in writing
             state, _ = self._checkpoints.restore(self.best_step, self._state)
             return adapters.replace(self._adapter, state.params)
         params = self._state.params
+        # The next step donates the present arrays: hand out copies unless the run is over.
         return adapters.replace(self._adapter, params if self.step == self.steps else jax.tree.map(_copy, params))
 
     def close(self) -> None:
@@ -263,26 +292,31 @@ class Trainer:
         if self._checkpoints is not None:
             self._checkpoints.close()
 
-    def _check_own(self, found: Progress, path: Path) -> None:
-        """Refuse a checkpoint of another run; one of an earlier version does not tell."""
-        if found.step > self.steps:
-            raise InputError(f"{path}: is beyond the run's {self.steps} steps; accepted is one of this run")
-        for what, there, here in (
-            ("settings", found.settings, self._progress.settings),
-            ("training data", found.data, self._progress.data),
+    def _check_same_run(self, restored: Progress, path: Path) -> None:
+        """Raise `InputError` for a checkpoint of another run; checkpoints of early versions hold no digests."""
+        if restored.step > self.steps:
+            raise InputError(
+                f"{path}: checkpoint is beyond the {self.steps} steps of this run. Resume in the folder of this run."
+            )
+        for subject, restored_digest, digest in (
+            ("settings", restored.settings, self._progress.settings),
+            ("training data", restored.data, self._progress.data),
         ):
-            if there not in (None, here):
-                raise InputError(f"{path}: is of a run with other {what}; accepted is one of this run")
+            if restored_digest not in (None, digest):
+                raise InputError(
+                    f"{path}: checkpoint belongs to a run with other {subject}. Resume in the folder of this run."
+                )
 
     def _stepped(self, number: int, metrics: steps.StepMetrics, positions: int) -> Stepped:
         loss, norm, rate, targets = (float(value) for value in jax.device_get(metrics))
-        for what, value in (("loss", loss), ("gradient norm", norm)):
-            self._check_finite(what, value, number)
+        for quantity, value in (("loss", loss), ("gradient norm", norm)):
+            self._check_finite(quantity, value, number)
         epoch = number / self._train.steps_per_epoch
         return Stepped(number, epoch, loss, norm, rate, int(targets), positions, 0.0)
 
     def _validated(self, number: int) -> Validated:
         assert self._validation is not None
+        # Sum loss and targets over all batches; fetch them once, so that the device never waits for the host.
         sums = [
             self._evaluate(self._state.params, self._params, self._place(batch)) for batch in iterate(self._validation)
         ]
@@ -294,37 +328,40 @@ class Trainer:
             self._progress = replace(self._progress, best_step=number, best_loss=loss)
         return Validated(number, loss, best)
 
-    def _check_finite(self, what: str, value: float, number: int) -> None:
+    def _check_finite(self, quantity: str, value: float, number: int) -> None:
         if not math.isfinite(value):
-            kept = None
+            last_good = None
             if self._checkpoints is not None and (latest := self._checkpoints.latest) is not None:
-                kept = self._checkpoints.path(latest)
-            raise NonFiniteLossError(what, value, number, kept)
+                last_good = self._checkpoints.path(latest)
+            raise NonFiniteLossError(quantity, value, number, last_good)
 
 
 def _copy(array: jax.Array) -> jax.Array:
-    """On the same devices; nothing is computed across them, so that one process of several may ask for it."""
+    """Copy an array shard by shard, which involves no other process and so may happen in one of several."""
     parts = [jnp.copy(shard.data) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
-_NO_NUMBERS = ("epochs", "steps", "evaluate_every", "checkpoint_every")
-"""Settings that change no step's numbers, but for the schedule that ends with the run."""
+_RUN_LENGTH = ("epochs", "steps", "evaluate_every", "checkpoint_every")
+"""Settings that change no step's numbers, except through a learning-rate schedule that ends with the run."""
 _IN_DATA = ("template", "cutoff", "loss_on", "held_out", "widths", "batch_size")
-"""Settings that decide the batches, of which there is a digest."""
+"""Settings that determine the batches, which have a digest of their own."""
 
 
 def _settings_digest(config: FinetuneConfig, steps: int) -> str:
-    """Of the settings that a run can't go on without; its length is one where the learning rate depends on it."""
-    named = replace(config, lr=config.peak_learning_rate).settings()
-    kept = {name: value for name, value in named.items() if name not in _NO_NUMBERS + _IN_DATA}
-    return digests.of_json([*sorted(kept.items()), None if config.schedule == "constant" else steps])
+    """Return the digest of the settings that must not change when a run is resumed.
+
+    The number of steps is included if the learning rate depends on it.
+    """
+    settings = replace(config, lr=config.peak_learning_rate).settings()
+    fixed = {name: value for name, value in settings.items() if name not in _RUN_LENGTH + _IN_DATA}
+    return digests.of_json([*sorted(fixed.items()), None if config.schedule == "constant" else steps])
 
 
 def resumption(step: int, steps: int, *, resumed: bool) -> str:
-    """Where the run begins or goes on, in words."""
+    """Return a phrase that says at which step the run starts or resumes."""
     if not step:
-        return "no checkpoint yet: begins with step 1" if resumed else "begins with step 1"
+        return "no checkpoint yet: starts at step 1" if resumed else "starts at step 1"
     if step == steps:
-        return f"all {steps} steps are done already"
-    return f"goes on after step {step} of {steps}, its last checkpoint"
+        return f"all {steps} steps are already done"
+    return f"resumes after step {step} of {steps}, its last checkpoint"

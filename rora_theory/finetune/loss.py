@@ -1,10 +1,10 @@
-r"""Cross-entropy against a large frozen vocabulary, a few tokens at a time.
+"""Cross-entropy over a large frozen vocabulary, computed in chunks of positions.
 
-The logits of a batch, [B, T, V] in float32, are the largest array of a training step (200 MB for four
-sequences of 256 tokens of a 49152-word vocabulary), and a gradient of the same size follows them. Neither is
-ever held: a chunk of positions is projected, its loss and the gradient in its hidden states are taken there
-and then, and its logits are dropped. The gradient needs no second projection, so this is less work than
-recomputing chunks, and no more than the direct formula.
+The logits of a batch, [B, T, V] in float32, are the largest array of a training step: 200 MB for four sequences of 256
+tokens and a vocabulary of 49152. Their gradient has the same size. Neither is ever held as a whole. The forward pass
+projects one chunk of positions, computes its loss and the gradient of its hidden states, and drops the logits. The
+backward pass needs no second projection, so this is less work than recomputing chunks and no more than the direct
+formula.
 """
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 LOGITS_BYTES = 1 << 27
-"""Largest block of float32 logits held at once."""
+"""Default maximum size in bytes of the block of float32 logits held at once."""
 
 
 def cross_entropy(
@@ -23,74 +23,80 @@ def cross_entropy(
     *,
     logits_bytes: int = LOGITS_BYTES,
 ) -> Float[Array, ""]:
-    r""":math:`\sum_{bt} w_{bt} (\log \sum_v e^{z_{btv}} - z_{bt y_{bt}})` with logits :math:`z = h W^\top`.
+    r"""Compute the weighted sum of the cross-entropy over all positions.
 
-    Logits, softmax and the sum are float32; the products take ``head``'s dtype and accumulate in float32. The
-    gradient flows to ``hidden`` alone: ``head`` belongs to the frozen base and gets none.
+    The value is :math:`\sum_{bt} w_{bt} (\log \sum_v e^{z_{btv}} - z_{bt y_{bt}})` with logits :math:`z = h W^\top`.
+    Logits, softmax and the sum are float32; the products are computed in the dtype of ``head`` and accumulated in
+    float32. Only ``hidden`` gets a gradient: ``head`` belongs to the frozen base.
 
     Args:
-      hidden: final hidden states.
-      head: the unembedding matrix.
-      targets: the token each position is to predict, in [0, V).
-      weights: 0 leaves a position out.
-      logits_bytes: most bytes of logits held at once; at least one position of each row is.
+      hidden: Final hidden states.
+      head: Unembedding matrix.
+      targets: Target token of each position, in [0, V).
+      weights: Weight of each position; 0 excludes it.
+      logits_bytes: Maximum number of bytes of logits held at once. A chunk has at least one position of each row.
 
     Returns:
-      the sum, a float32 scalar. Divide by the sum of weights for the mean.
+      The sum, a float32 scalar. Divide it by the sum of the weights for the mean.
     """
     chunk, count = _chunks(targets.shape, head.shape[0], logits_bytes)
     padding = ((0, 0), (0, chunk * count - targets.shape[1]))
 
-    def parts(a: Array) -> Array:
-        a = jnp.pad(a, (*padding, (0, 0))[: a.ndim])
-        return jnp.moveaxis(a.reshape(a.shape[0], count, chunk, *a.shape[2:]), 1, 0)
+    def split(array: Array) -> Array:
+        """Pad the sequence axis and move its chunks to the front: [count, B, chunk, ...]."""
+        array = jnp.pad(array, (*padding, (0, 0))[: array.ndim])
+        return jnp.moveaxis(array.reshape(array.shape[0], count, chunk, *array.shape[2:]), 1, 0)
 
-    # Chunks run along the sequence, so a batch that is spread over devices stays spread.
-    return _summed(parts(hidden), jax.lax.stop_gradient(head), parts(targets), parts(weights))
+    # Chunks run along the sequence, so that rows split over devices stay on their devices.
+    return _loss_sum(split(hidden), jax.lax.stop_gradient(head), split(targets), split(weights))
 
 
 def _chunks(shape: tuple[int, ...], vocabulary: int, logits_bytes: int) -> tuple[int, int]:
-    """Positions of each row in a chunk, and the number of chunks."""
+    """Return the number of positions per row in a chunk, and the number of chunks."""
     rows, length = shape
-    most = max(1, logits_bytes // (4 * vocabulary * rows))
-    count = -(-length // most)
+    limit = max(1, logits_bytes // (4 * vocabulary * rows))
+    count = -(-length // limit)
     return -(-length // count), count
 
 
 @jax.custom_vjp
-def _summed(hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
+def _loss_sum(hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         return total + _chunk_loss(head, *chunk)[0], None
 
     return jax.lax.scan(add, jnp.float32(0), (hidden, targets, weights))[0]
 
 
-def _summed_forward(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+def _loss_sum_forward(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    """Compute the loss and, as the residual of the backward pass, its gradient in the hidden states."""
+
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        part, exponentials, normaliser = _chunk_loss(head, *chunk)
+        chunk_loss, exponentials, normaliser = _chunk_loss(head, *chunk)
         _, label, weight = chunk
-        # Softmax times head less the target's row; normalised after the product, on d columns and not on V.
+        # Gradient in the hidden states: softmax(z) W minus the target's row of W. The softmax is normalised after the
+        # product, on d columns instead of V.
         mean = jnp.einsum("btv,vd->btd", exponentials, head, preferred_element_type=jnp.float32)
         mean = mean / normaliser[..., None]
         gradient = weight[..., None] * (mean - head[label].astype(jnp.float32))
-        return total + part, gradient.astype(hidden.dtype)
+        return total + chunk_loss, gradient.astype(hidden.dtype)
 
     return jax.lax.scan(add, jnp.float32(0), (hidden, targets, weights))
 
 
-def _summed_backward(gradient: Array, cotangent: Array) -> tuple[Array, None, None, None]:
+def _loss_sum_backward(gradient: Array, cotangent: Array) -> tuple[Array, None, None, None]:
     return (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype), None, None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward)
 
 
 def _chunk_loss(head: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Summed loss, exp(z - max z) in the head's dtype, and its float32 sum over the vocabulary."""
+    """Return the summed loss, exp(z - max z) in the head's dtype, and its float32 sum over the vocabulary."""
     logits = jnp.einsum("btd,vd->btv", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
-    top = jnp.max(logits, axis=-1)
-    exponentials = jnp.exp(logits - top[..., None])
+    # Subtract the largest logit, so that no exponential overflows.
+    maximum = jnp.max(logits, axis=-1)
+    exponentials = jnp.exp(logits - maximum[..., None])
     normaliser = jnp.sum(exponentials, axis=-1)
     gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    total = jnp.sum(weights * (jnp.log(normaliser) + top - gold))
+    total = jnp.sum(weights * (jnp.log(normaliser) + maximum - gold))
     return total, exponentials.astype(head.dtype), normaliser

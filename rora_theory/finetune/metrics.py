@@ -1,4 +1,4 @@
-"""What happened in a run, kept as it comes: a sealed line a step and a validation loss."""
+"""Metrics of a run, appended to a file: one sealed line per step and per validation."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,21 +12,23 @@ from rora_theory.runs.folder import RunFolder
 from rora_theory.runs.journal import Journal
 
 FILE = "metrics.jsonl"
-"""Its name in a run's folder."""
+"""Name of the metrics file in a run's folder."""
 COLUMNS = ("event", "step", "epoch", "loss", "grad_norm", "learning_rate", "targets", "positions", "seconds", "best")
-"""Of a table of the events."""
+"""Columns of the table of events."""
 
 
 class Metrics:
-    """A file of events, appended as they come; none beyond the step where the run goes on.
+    """File of a run's events, appended one by one.
+
+    Events after the step at which the run resumes are removed when the file is opened.
 
     Args:
-      path: of the file.
-      trainer: whose events.
-      identity: of the run.
+      path: Path of the file.
+      trainer: Trainer that produces the events.
+      identity: Identity of the run, stored in the file.
 
     Raises:
-      InputError: the file is not as the run wrote it, or lacks what came before the checkpoint.
+      InputError: If the file has changed, or lacks events before the checkpoint.
     """
 
     def __init__(self, path: Path, trainer: Trainer, identity: str) -> None:
@@ -34,8 +36,9 @@ class Metrics:
             path.unlink(missing_ok=True)
         self._trainer, self._journal = trainer, Journal(path, identity)
         with naming_damage(path):
-            kept = [event for event in self._journal.entries if event["step"] <= trainer.step]
-            names = [(event["event"], event["step"]) for event in kept]
+            past_events = [event for event in self._journal.entries if event["step"] <= trainer.step]
+            names = [(event["event"], event["step"]) for event in past_events]
+        # The file must have every event up to the checkpoint, in order.
         expected = [
             (name, step)
             for step in range(1, trainer.step + 1)
@@ -43,25 +46,28 @@ class Metrics:
         ]
         if names != expected:
             raise InputError(
-                f"{path}: has {len(kept)} lines of the {len(expected)} before the checkpoint at step {trainer.step}; "
-                "accepted is the file as the run wrote it; with checkpoints/ beside it removed, the run begins anew"
+                f"{path}: has {len(past_events)} of {len(expected)} lines before the checkpoint at step "
+                f"{trainer.step}. Restore the file, or remove the folder checkpoints/ next to it to start over."
             )
-        if len(kept) < len(self._journal.entries):
-            self._journal.rewrite(kept)
+        if len(past_events) < len(self._journal.entries):
+            self._journal.rewrite(past_events)
 
     def add(self, event: Event) -> None:
-        """Write one event, but a pause; it is on the disk before a checkpoint that follows it."""
+        """Append an event unless it is a pause.
+
+        If a checkpoint follows the event, the event is on disk before it.
+        """
         if isinstance(event, Paused):
             return
         name = "step" if isinstance(event, Stepped) else "validation"
         self._journal.append({"event": name, **asdict(event)}, sync=self._trainer.saves(event.step))
 
     def write(self, folder: RunFolder) -> None:
-        """Write the table of all events to the run's folder, which takes the file's digest."""
+        """Write the table of all events to the run's folder and record the digest of the metrics file."""
         folder.write_frame(frames.of(self.events, COLUMNS))
         folder.record(FILE)
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All events, of this and earlier parts of the run."""
+        """All events of the run, those before an interruption included."""
         return self._journal.entries

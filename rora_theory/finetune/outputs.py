@@ -1,4 +1,4 @@
-"""What a fine-tuning run leaves: the adapter, the whole model with it merged in, and a model card in each folder."""
+"""Outputs of a fine-tuning run: the adapter, the merged model, and a model card in each folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,54 +15,57 @@ from rora_theory.llama import Model
 from rora_theory.runs.folder import RunFolder
 
 ADAPTER, MERGED = "adapter", "merged"
-"""Folders in a run's folder."""
+"""Names of the output folders in a run's folder."""
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What to write at the end."""
+    """Outputs to write at the end of a run."""
 
     keep: Literal["best", "last"] = "best"
-    """which adapter to write at the end: best by validation loss (as published), or last"""
+    """Adapter to write at the end: best by validation loss (as published), or last"""
     license: str | None = None
-    """licence in the model cards, as the hub names it; none is the base's, where its files say so. Given for a run that
-    has ended, it is written to its cards"""
+    """Licence in the model cards, as a Hugging Face hub identifier; by default that of the base model, if its files
+    state it. If set for a completed run, its model cards are rewritten"""
     merge: bool = False
-    """write merged/ too: the model with the adapter (LoRA, RoRA or DoRA) added in, in Hugging Face layout; with method
-    full it is all that is written"""
+    """Also write merged/, the model with the adapter (LoRA, RoRA or DoRA) merged in, in Hugging Face format; with
+    method full it is the only output"""
     serve_as: Literal["peft", "portable"] = "peft"
-    """how to write adapter/: with all of PEFT's entries, or so that clients that know fewer compute the same too"""
+    """Format of adapter/: peft (all entries of PEFT) or portable (also for clients that read fewer entries)"""
 
     def check_training(self, training: FinetuneConfig) -> None:
-        """Raise `InputError` where what is trained can't be written so."""
+        """Raise `InputError` if the trained adapter cannot be written with these settings."""
         method, mergeable = training.method, training.adapter().mergeable
         if self.merge and not mergeable:
-            raise InputError(f"merge is True with method {method}; accepted are methods lora, dora, full")
+            raise InputError(f"merge requires method lora, dora or full, got {method}")
         if self.serve_as == "portable" and method != "lora":
-            what = "method lora, or serve_as peft with merge" if mergeable else "serve_as peft"
-            raise InputError(f"serve_as is portable with method {method}; accepted is {what}")
+            alternative = "serve_as peft with merge" if mergeable else "serve_as peft"
+            raise InputError(f"serve_as portable requires method lora, got {method}. Use {alternative} instead.")
 
     def check_several(self, training: FinetuneConfig, out: Path | None) -> None:
-        """Raise `InputError` where several processes can't write so, each of which has to know the folder."""
+        """Raise `InputError` if several processes cannot write these outputs."""
+        # Without --out, each process would name its own folder.
         if out is None or self.merge or training.adapter().replaces:
             raise InputError(
-                "several processes: accepted is --out, no --merge (one process can merge afterwards) and no method full"
+                "several processes require --out and support neither --merge nor method full. Merge afterwards in a "
+                "single process."
             )
 
 
-def write_outputs(folder: RunFolder, config: OutputConfig, kept: Any, model: Model, trained: card.Trained) -> None:
-    """Write what is asked for and not there yet; of what is there the card, where another licence is given.
+def write_outputs(folder: RunFolder, config: OutputConfig, adapter: Any, model: Model, trained: card.Trained) -> None:
+    """Write the outputs that do not exist yet, and rewrite the cards of existing ones if the licence has changed.
 
     Args:
-      folder: the run's.
-      config: what is asked for.
-      kept: the adapter, or trained weights, as `Trainer.adapter` gives them.
-      model: the base.
-      trained: what the cards say of the run.
+      folder: Folder of the run.
+      config: Outputs to write.
+      adapter: Adapter or trained weights, as `Trainer.adapter` returns them.
+      model: Base model.
+      trained: Description of the run for the model cards.
 
     Raises:
-      InputError: a disk that does not take it.
+      InputError: If a file cannot be written.
     """
+    # Another choice of adapter or format invalidates the existing outputs.
     if folder.entry("kept") != config.keep or (folder.entry("serve_as") or "peft") != config.serve_as:
         for name in (ADAPTER, MERGED):
             folder.clear(name)
@@ -70,23 +73,23 @@ def write_outputs(folder: RunFolder, config: OutputConfig, kept: Any, model: Mod
 
     def save_adapter(path: Path) -> None:
         portable = config.serve_as == "portable"
-        adapters.save_peft(path, kept, base_model=model.origin, portable=portable, trained=trained)
+        adapters.save_peft(path, adapter, base_model=model.origin, portable=portable, trained=trained)
 
     def save_model(path: Path) -> None:
-        adapters.save_merged(path, kept, model, trained=trained)
+        adapters.save_merged(path, adapter, model, trained=trained)
 
-    relicensed, replaces = config.license not in (None, folder.entry("license")), kept.config.replaces
-    asked: dict[str, tuple[bool, Callable[[Path], None]]] = {
+    relicensed, replaces = config.license not in (None, folder.entry("license")), adapter.config.replaces
+    outputs: dict[str, tuple[bool, Callable[[Path], None]]] = {
         ADAPTER: (not replaces, save_adapter),
         MERGED: (config.merge or replaces, save_model),
     }
-    for name, (wanted, save) in asked.items():
+    for name, (is_requested, save) in outputs.items():
         path = folder.path / name
         if folder.holds(name):
             if relicensed:
-                entries = entries_of(kept, model.origin) if name == MERGED else read_entries(path / FILE)
+                entries = entries_of(adapter, model.origin) if name == MERGED else read_entries(path / FILE)
                 card.save(path, entries, model.origin, trained, merged=name == MERGED)
-        elif wanted:
+        elif is_requested:
             folder.clear(name)
             save(path)
             folder.record(name)

@@ -1,7 +1,10 @@
-"""A fine-tuning run that is planned: which model, how it is trained, on which devices, for how long.
+"""Configuration of a planned fine-tuning run: model, method, devices and duration.
 
-plan = PlanConfig("llama-7b", rank=64, device="h100")
-account(find_model(plan.model), plan.finetune(), plan.seq, plan.layout()).verdict(plan.place())
+Examples:
+  >>> from rora_theory.finetune.capacity import account, find_model
+  >>> plan = PlanConfig("llama-7b", rank=64, device="h100")
+  >>> estimate = account(find_model(plan.model), plan.finetune(), plan.seq, plan.layout())  # doctest: +SKIP
+  >>> estimate.verdict(plan.place())  # doctest: +SKIP
 """
 
 from dataclasses import dataclass
@@ -20,10 +23,10 @@ from rora_theory.validation.rules import check_unread
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """The run to fit. The defaults are the paper's protocol at its largest rank.
+    """Configuration of a planned run, with the paper's protocol at its largest rank as defaults.
 
     Raises:
-      InputError: a value out of range, or settings that exclude each other.
+      InputError: If a value is out of range, or if settings exclude each other.
 
     Examples:
       >>> plan = PlanConfig(rank=64, examples=1600, epochs=2, fsdp=2)
@@ -32,58 +35,59 @@ class PlanConfig:
     """
 
     model: str | None = None
-    """llama-7b, llama-13b, llama2-7b, llama2-70b, llama3-8b, sheared-llama-1.3b, mistral-7b, qwen2.5-7b, qwen3-8b,
-    smollm2-135m, gemma3-270m, or a folder with config.json; none is the table of the paper's five"""
+    """Base model: llama-7b, llama-13b, llama2-7b, llama2-70b, llama3-8b, sheared-llama-1.3b, mistral-7b, qwen2.5-7b,
+    qwen3-8b, smollm2-135m, gemma3-270m, or a folder with config.json; by default a table of the paper's five models"""
     method: Literal["lora", "rora", "dora", "full"] = "rora"
-    """lora and rora differ by their scaling alone, so they take the same; dora trains magnitudes too; full the weights
-    themselves, in float32, beside the frozen ones that they started from"""
+    """Fine-tuning method: lora or rora (which differ in scaling only and cost the same); dora (also trains magnitudes);
+    full (trains the weights in float32 and keeps the frozen initial weights)"""
     rank: Count = 128
-    """rank of the adapter, on q, k, v, up and down; full, on the same modules, has none"""
+    """Rank of the adapter on q, k, v, up and down_proj; not used by full, which trains the same modules"""
     batch_size: Count = 16
-    """records a step"""
+    """Number of records per step"""
     accumulation: Count = 1
-    """parts a batch is worked in, one after another"""
+    """Number of microbatches that a batch is processed in, to save memory"""
     seq: Count = 256
-    """tokens of a record, padding included"""
+    """Number of tokens per record, padding included"""
     device: str = "a6000"
-    """a6000, rtx4090, l40s, a100-40gb, a100-80gb, h100 or h200"""
+    """Accelerator: a6000, rtx4090, l40s, a100-40gb, a100-80gb, h100 or h200"""
     memory: Positive | None = None
-    """GB of a device of your own, with --tflops, in place of --device"""
+    """Memory in GB of a custom device, with --tflops and in place of --device"""
     tflops: Positive | None = None
-    """TFLOP/s of its products in --dtype"""
+    """Peak rate of a custom device for products in --dtype, in TFLOP/s"""
     bandwidth: Positive | None = None
-    """GB/s of its memory; none leaves the time of reading the weights out"""
+    """Memory bandwidth of a custom device in GB/s; by default the time of reading the weights is ignored"""
     replicas: Count = 1
-    """copies of the base weights, each on --fsdp devices: replicas x fsdp devices in all"""
+    """Number of copies of the base weights, each on --fsdp devices; the run uses replicas x fsdp devices"""
     fsdp: Count = 1
-    """devices that share one copy of the base weights"""
+    """Number of devices that share one copy of the base weights"""
     dtype: BaseDtype = "bfloat16"
-    """type of the frozen base weights"""
+    """Dtype of the frozen base weights"""
     quantization: Quantization = "none"
-    """how the base's linear weights are held, made dense a layer at a time: none, q8_0, q4_0 or q4_1"""
+    """Storage of the base's linear weights, dequantized one layer at a time: none, q8_0, q4_0 or q4_1"""
     remat: bool | Literal["mlp"] = False
-    """made again in the backward pass: False elementwise work, mlp the feed-forward too, True all; the table shows
-    False and True"""
+    """Rematerialisation in the backward pass: False (elementwise operations only), mlp (also the feed-forward module)
+    or True (everything); the table shows False and True"""
     dropout: float = 0.05
-    """dropout of the adapter's input; above 0, the masked inputs are kept too"""
+    """Dropout probability of the adapter's input; above 0, the masked inputs are saved for the backward pass"""
     utilisation: Share = 0.4
-    """share of the device's peak rate of products that the run reaches"""
+    """Fraction of the device's peak rate that the products reach"""
     steps: Count | None = None
-    """number of steps, for the whole time"""
+    """Number of steps, to estimate the total time"""
     examples: Count | None = None
-    """number of training records instead, each seen --epochs times"""
+    """Number of training records, to estimate the total time in place of --steps"""
     epochs: Count = 3
-    """passes over --examples"""
+    """Number of passes over --examples"""
 
     def __post_init__(self) -> None:
+        """Validate the settings."""
         if self.device not in DEVICES:
-            raise InputError(f"--device is {self.device!r}; accepted are {', '.join(DEVICES)}")
+            raise InputError(f"--device must be one of {', '.join(DEVICES)}, got {self.device!r}")
         if self.steps is not None and self.examples is not None:
-            raise InputError("--steps and --examples are both given; accepted is one of them")
+            raise InputError("--steps and --examples cannot be combined. Set one of them.")
         if (self.memory is None) != (self.tflops is None) or (self.bandwidth is not None and self.memory is None):
             raise InputError(
-                "--memory, --tflops and --bandwidth are of a device of your own; accepted are the first two together, "
-                "or none of them, with --device"
+                "--memory, --tflops and --bandwidth describe a custom device. Set both --memory and --tflops, or use "
+                "--device instead."
             )
         check_ranges(self)
         self.place()
@@ -96,15 +100,15 @@ class PlanConfig:
         self.finetune()
 
     def finetune(self) -> FinetuneConfig:
-        """The run's own configuration."""
+        """Return the fine-tuning configuration of the planned run."""
         names = ("batch_size", "accumulation", "dropout", "dtype", "quantization", "remat")
-        own = {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in names}
         if self.method != "full":
-            own |= {"rule": "lora" if self.method == "lora" else "rora", "rank": self.rank}
-        return FinetuneConfig(method="lora" if self.method == "rora" else self.method, **own)
+            settings |= {"rule": "lora" if self.method == "lora" else "rora", "rank": self.rank}
+        return FinetuneConfig(method="lora" if self.method == "rora" else self.method, **settings)
 
     def place(self) -> Device:
-        """The device to plan for."""
+        """Return the device to plan for."""
         if self.memory is None or self.tflops is None:
             return DEVICES[self.device]
         return Device.of(
@@ -112,10 +116,13 @@ class PlanConfig:
         )
 
     def layout(self, *, here: bool = False) -> Layout | None:
-        """Where the arrays of several devices lie, of this machine's own where the step runs ``here``; one has none.
+        """Return the layout of the arrays on several devices, or None for a single device.
+
+        Args:
+          here: Whether to use this machine's devices, so that the step can run; otherwise the mesh is abstract.
 
         Raises:
-          InputError: this machine has fewer devices.
+          InputError: If this machine has too few devices.
         """
         if self.replicas * self.fsdp == 1:
             return None
@@ -124,24 +131,24 @@ class PlanConfig:
         return Layout(sharding.mesh(self.replicas, self.fsdp, devices=devices.pick(self.replicas * self.fsdp)))
 
     def count_steps(self) -> int | None:
-        """Steps of the whole run; None where nothing says."""
+        """Return the number of steps of the whole run, or None if it is not set."""
         if self.examples is None:
             return self.steps
         return -(-self.examples // self.batch_size) * self.epochs
 
     def in_words(self) -> str:
-        """The run in words."""
-        parts = f" in {self.accumulation} parts" if self.accumulation > 1 else ""
+        """Return a one-line description of the run."""
+        microbatches = f" in {self.accumulation} parts" if self.accumulation > 1 else ""
         size = "" if self.method == "full" else f" rank {self.rank},"
         base = self.dtype if self.quantization == "none" else f"{self.quantization} (multiplied in {self.dtype})"
-        words = f"{self.method},{size} batch {self.batch_size} x {self.seq}{parts}, {base} base"
+        text = f"{self.method},{size} batch {self.batch_size} x {self.seq}{microbatches}, {base} base"
         count = self.replicas * self.fsdp
-        return words if count == 1 else f"{words}, {count} devices (replicas {self.replicas} x fsdp {self.fsdp})"
+        return text if count == 1 else f"{text}, {count} devices (replicas {self.replicas} x fsdp {self.fsdp})"
 
     def basis(self) -> str:
-        """What the figures rest on, in words."""
+        """Return a phrase with the assumptions behind the estimated times and memory."""
         device = self.place()
         return (
             f"times at {100 * self.utilisation:.0f}% of {device.peak(self.dtype) / 1e12:.0f} TFLOP/s; "
-            f"{RESERVE / GB:.0f} GB of {device.memory / GB:.1f} GB left to the driver and libraries"
+            f"{RESERVE / GB:.0f} GB of {device.memory / GB:.1f} GB reserved for the driver and libraries"
         )

@@ -1,4 +1,4 @@
-"""The jitted training and validation steps: gradients in the adapter alone, the base frozen."""
+"""The jitted training and validation steps. Only the adapter is differentiated; the base model is frozen."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,13 +21,13 @@ Params = Any
 
 
 class State(NamedTuple):
-    """What a step changes. A pytree.
+    """Training state, a pytree that each step replaces.
 
     Attributes:
-      step: steps taken.
-      params: the adapter's trainable arrays, float32.
-      optimizer: optax's state.
-      key: of the dropout; the key of step t is ``fold_in(key, t)``, so it never changes.
+      step: Number of completed steps.
+      params: Trainable arrays of the adapter, in float32.
+      optimizer: State of the optax optimizer.
+      key: Dropout key. It never changes: step t uses ``fold_in(key, t)``.
     """
 
     step: Int[Array, ""]
@@ -37,13 +37,13 @@ class State(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step, on the device.
+    """Scalar metrics of one step, on the device.
 
     Attributes:
-      loss: mean over the batch's targets, before the update.
-      grad_norm: norm of the gradient before clipping.
-      learning_rate: of this step's update.
-      targets: number of targets.
+      loss: Mean loss over the batch's targets, before the update.
+      grad_norm: Norm of the gradient before clipping.
+      learning_rate: Learning rate of this step's update.
+      targets: Number of target tokens in the batch.
     """
 
     loss: Float[Array, ""]
@@ -68,26 +68,32 @@ def schedule(config: FinetuneConfig, steps: int, peak: float | Array | None = No
     peak = config.peak_learning_rate if peak is None else peak
     rise = optax.linear_schedule(0.0, peak, config.warmup)
     if config.schedule == "constant":
-        rest = optax.constant_schedule(peak)  # an array too
+        decay = optax.constant_schedule(peak)
     elif config.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(peak, max(1, steps - config.warmup))
+        decay = optax.cosine_decay_schedule(peak, max(1, steps - config.warmup))
     else:
-        rest = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
-    return optax.join_schedules([rise, rest], [config.warmup]) if config.warmup else rest
+        decay = optax.linear_schedule(peak, 0.0, max(1, steps - config.warmup))
+    return optax.join_schedules([rise, decay], [config.warmup]) if config.warmup else decay
 
 
 def finetune_optimizer(
     config: FinetuneConfig, steps: int, peak: float | Array | None = None
 ) -> optax.GradientTransformation:
-    """Return the optimizer: clipping by the global norm, then AdamW with decoupled weight decay on `schedule`."""
+    """Return the optimizer: clipping by the global norm, then AdamW with decoupled weight decay on `schedule`.
+
+    Args:
+      config: Fine-tuning configuration.
+      steps: Number of optimizer steps of the whole run.
+      peak: Learning rate at the end of the warm-up; None reads it from ``config``.
+    """
     rate = schedule(config, steps, peak)
     chain = [
         optax.clip_by_global_norm(config.clip),
         optax.adamw(rate, *config.betas, eps=config.epsilon, weight_decay=config.weight_decay),
     ]
     if config.lr_multiplier_A != 1:
-        # AdamW's update is proportional to the rate, its weight decay included, so scaling the update is a parameter
-        # group with a learning rate of its own.
+        # AdamW's update, weight decay included, is proportional to the learning rate. Scaling the update of lora_A is
+        # therefore the same as a separate learning rate for it.
         chain.append(optax.masked(optax.scale(config.lr_multiplier_A), _is_lora_A))
     return optax.chain(*chain)
 
@@ -98,7 +104,7 @@ def _is_lora_A(params: Params) -> Params:
 
 
 def init_state(adapter: TrainableAdapter, transformation: optax.GradientTransformation, key: PRNGKeyArray) -> State:
-    """The state before the first step; its arrays are the adapter's own copies, free to be donated."""
+    """Return the state before the first step; its arrays are copies, so that they can be donated."""
     params = jax.tree.map(jnp.copy, adapters.trainable(adapter))
     return State(jnp.zeros((), jnp.int32), params, transformation.init(params), key)
 
@@ -113,45 +119,45 @@ def train_step(
     logits_bytes: int = LOGITS_BYTES,
     state_shardings: Any = None,
 ) -> jax.stages.Wrapped:
-    """The jitted function ``(state, base, batch) -> (state, metrics)``; it takes the old state's memory.
+    """Return the jitted function ``(state, base, batch) -> (state, metrics)``, which donates the old state.
 
-    The loss is the sum over the batch's targets divided by their number, also where the batch is worked in
-    several parts: accumulation changes rounding and memory, nothing else.
+    The loss is the sum over the batch's targets divided by their number. Gradient accumulation computes the same loss:
+    it changes rounding and memory only.
 
     Args:
-      adapter: gives the structure, the scaling and the application; its trainable arrays are not read.
-      llama_config: the base's configuration.
-      config: the run.
-      steps: length of the learning-rate schedule.
-      attention: implementation, see `rora_theory.llama.attention.choose_route`.
-      logits_bytes: see `cross_entropy`.
-      state_shardings: where the new state lies, see `rora_theory.finetune.sharding`; None is where the old one does
-        on a single device.
+      adapter: Adapter that provides the structure, the scaling and the forward pass; its trainable arrays are not read.
+      llama_config: Configuration of the base model.
+      config: Fine-tuning configuration.
+      steps: Number of optimizer steps in the learning-rate schedule.
+      attention: Attention implementation, see `rora_theory.llama.attention.choose_route`.
+      logits_bytes: Maximum number of bytes of logits held at once, see `cross_entropy`.
+      state_shardings: Shardings of the new state, see `rora_theory.finetune.sharding`; None keeps it on the device of
+        the old state.
     """
-    take = _step(llama_config, config, steps, attention=attention, logits_bytes=logits_bytes)
+    update = _step(llama_config, config, steps, attention=attention, logits_bytes=logits_bytes)
 
     def step(state: State, base: Params, batch: Batch) -> tuple[State, StepMetrics]:
-        return take(state, base, batch, adapter, None)
+        return update(state, base, batch, adapter, None)
 
     return _jit(step, state_shardings)
 
 
 def _jit(function: Callable[..., Any], state_shardings: Any = None) -> jax.stages.Wrapped:
-    """Compiled a shape; the first argument's memory goes to the first result."""
+    """Jit a step whose new state reuses the memory of the old one."""
     if state_shardings is None:
         return jax.jit(function, donate_argnums=0)
     return jax.jit(function, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 class SharedSteps:
-    """Training steps compiled once for all runs that differ in the scaling, the learning rate and the seed alone.
+    """Cache of compiled training steps, shared by runs that differ only in scaling, learning rate and seed.
 
-    A step of `train_step` holds these as constants. Here they are arguments: LoRA and RoRA of one rank, at any alpha
-    and rate, run the same compiled step.
+    The step of `train_step` holds these as constants. Here they are arguments: LoRA and RoRA of the same rank, at any
+    alpha and learning rate, use the same compiled step.
     """
 
     def __init__(self) -> None:
-        self._made: dict[str, jax.stages.Wrapped] = {}
+        self._jitted: dict[str, jax.stages.Wrapped] = {}
 
     def train_step(
         self,
@@ -163,44 +169,60 @@ class SharedSteps:
         attention: str = "auto",
         logits_bytes: int = LOGITS_BYTES,
     ) -> Callable[[State, Params, Batch], tuple[State, StepMetrics]]:
-        """``(state, base, batch) -> (state, metrics)`` of one device; arguments as `train_step`."""
+        """Return the function ``(state, base, batch) -> (state, metrics)`` on a single device.
+
+        Args:
+          adapter: Adapter that provides the structure, the scaling and the forward pass.
+          llama_config: Configuration of the base model.
+          config: Fine-tuning configuration.
+          steps: Number of optimizer steps in the learning-rate schedule.
+          attention: Attention implementation, see `rora_theory.llama.attention.choose_route`.
+          logits_bytes: Maximum number of bytes of logits held at once, see `cross_entropy`.
+        """
+        # The compiled step reads neither scaling, learning rate nor seed from its configuration.
         scaling: dict[str, Any] = {"rule": "lora", "alpha": 1.0, "alpha_pattern": {}}
-        plain = replace(config, lr=1.0, seed=0, **(scaling if config.method in ("lora", "dora") else {}))
-        nothing = jax.tree.map(lambda _: None, adapters.trainable(adapter))
-        fixed, structure = jax.tree.flatten(adapters.replace(adapter, nothing))
-        # The adapter may be of other settings than the run's, which its structure holds: all but the scaling counts.
-        own = adapter.config
-        own = replace(own, **scaling) if isinstance(own, adapters.LoraConfig) else own
-        key = repr((plain, own, llama_config, steps, attention, logits_bytes, type(adapter), len(fixed)))
-        if key not in self._made:
-            take = _step(llama_config, plain, steps, attention=attention, logits_bytes=logits_bytes)
+        shared_config = replace(config, lr=1.0, seed=0, **(scaling if config.method in ("lora", "dora") else {}))
+        # The adapter's arrays that are not trained, the scaling among them, become arguments of the step.
+        untrained = adapters.replace(adapter, jax.tree.map(lambda _: None, adapters.trainable(adapter)))
+        fixed, structure = jax.tree.flatten(untrained)
+        # The adapter's settings may differ from the run's. They are part of the key, except for the scaling.
+        adapter_config = adapter.config
+        if isinstance(adapter_config, adapters.LoraConfig):
+            adapter_config = replace(adapter_config, **scaling)
+        key = repr(
+            (shared_config, adapter_config, llama_config, steps, attention, logits_bytes, type(adapter), len(fixed))
+        )
+        if key not in self._jitted:
+            update = _step(llama_config, shared_config, steps, attention=attention, logits_bytes=logits_bytes)
 
             def shared(state: State, base: Params, batch: Batch, fixed: list[Array], peak: Array) -> Any:
-                return take(state, base, batch, jax.tree.unflatten(structure, fixed), peak)
+                return update(state, base, batch, jax.tree.unflatten(structure, fixed), peak)
 
-            self._made[key] = _jit(shared)
-        function, peak = self._made[key], jnp.float32(config.peak_learning_rate)
+            self._jitted[key] = _jit(shared)
+        function, peak = self._jitted[key], jnp.float32(config.peak_learning_rate)
         return lambda state, base, batch: function(state, base, batch, fixed, peak)
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far, each for one shape of batch and one rank."""
-        return sum(function._cache_size() for function in self._made.values())  # type: ignore[attr-defined]
+        """Number of programs compiled so far, one per batch shape and rank."""
+        return sum(function._cache_size() for function in self._jitted.values())  # type: ignore[attr-defined]
 
 
 def _step(
     llama_config: LlamaConfig, config: FinetuneConfig, steps: int, *, attention: str, logits_bytes: int
 ) -> Callable[[State, Params, Batch, TrainableAdapter, Array | None], tuple[State, StepMetrics]]:
-    """One step, to be compiled: ``(state, base, batch, adapter, peak)``, where the adapter's trainable arrays are not
-    read, and ``peak`` is the learning rate at the end of the warm-up, None the configuration's.
+    """Return one step to be compiled, a function of ``(state, base, batch, adapter, peak)``.
+
+    The adapter's trainable arrays are not read. ``peak`` is the learning rate at the end of the warm-up; None reads it
+    from ``config``.
     """
 
-    def part_loss(
-        params: Params, base: Params, adapter: TrainableAdapter, part: Batch, total: Array, key: Array | None
+    def microbatch_loss(
+        params: Params, base: Params, adapter: TrainableAdapter, microbatch: Batch, targets: Array, key: Array | None
     ) -> Array:
-        summed = batch_loss(
+        loss_sum = batch_loss(
             base,
-            part,
+            microbatch,
             llama_config,
             adapters.replace(adapter, params),
             key=key,
@@ -208,36 +230,43 @@ def _step(
             attention=attention,
             logits_bytes=logits_bytes,
         )
-        return summed / total
+        # Divided by the targets of the whole batch, so that losses and gradients of microbatches add up.
+        return loss_sum / targets
 
     def gradient(state: State, base: Params, adapter: TrainableAdapter, batch: Batch) -> tuple[Array, Params, Array]:
-        total = jnp.maximum(jnp.sum(batch.weights), 1)
+        """Return the batch's loss, its gradient in the trainable parameters, and the number of targets."""
+        # At least 1, so that a batch without targets has loss 0 and not NaN.
+        targets = jnp.maximum(jnp.sum(batch.weights), 1)
+        # The dropout key depends on the step alone, so a resumed run draws the same masks.
         key = jax.random.fold_in(state.key, state.step) if config.dropout else None
-        value_and_grad = jax.value_and_grad(part_loss)
+        value_and_grad = jax.value_and_grad(microbatch_loss)
         if config.accumulation == 1:
-            return *value_and_grad(state.params, base, adapter, batch, total, key), total
+            return *value_and_grad(state.params, base, adapter, batch, targets, key), targets
 
         def add(sums: tuple[Array, Params], xs: tuple[Batch, Array]) -> tuple[tuple[Array, Params], None]:
-            part, index = xs
-            part_key = None if key is None else jax.random.fold_in(key, index)
-            found = value_and_grad(state.params, base, adapter, part, total, part_key)
-            return jax.tree.map(jnp.add, sums, found), None
+            microbatch, index = xs
+            microbatch_key = None if key is None else jax.random.fold_in(key, index)
+            loss_and_grads = value_and_grad(state.params, base, adapter, microbatch, targets, microbatch_key)
+            return jax.tree.map(jnp.add, sums, loss_and_grads), None
 
-        parts = jax.tree.map(lambda a: a.reshape(-1, config.accumulation, *a.shape[1:]).swapaxes(0, 1), batch)
+        # Microbatch i takes every accumulation-th row from row i on, so rows split over devices stay on their device.
+        microbatches = jax.tree.map(lambda a: a.reshape(-1, config.accumulation, *a.shape[1:]).swapaxes(0, 1), batch)
         zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
-        sums, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(config.accumulation)))
-        return *sums, total
+        sums, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(config.accumulation)))
+        return *sums, targets
 
     def step(
         state: State, base: Params, batch: Batch, adapter: TrainableAdapter, peak: Array | None
     ) -> tuple[State, StepMetrics]:
-        loss, grads, total = gradient(state, base, adapter, batch)
+        # Loss and gradient of the whole batch.
+        loss, grads, targets = gradient(state, base, adapter, batch)
+        # Clip the gradient and update the parameters and AdamW's moments.
         transformation, rate = finetune_optimizer(config, steps, peak), schedule(config, steps, peak)
-        # Optax leans on type promotion; this package's own code passes under the strict rules too.
+        # Optax relies on type promotion, which a caller may have disabled with JAX's strict rules.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = transformation.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-            metrics = StepMetrics(loss, optax.tree.norm(grads), jnp.float32(rate(state.step)), total)
+            metrics = StepMetrics(loss, optax.tree.norm(grads), jnp.float32(rate(state.step)), targets)
         return State(state.step + 1, params, moments, state.key), metrics
 
     return step
@@ -250,12 +279,19 @@ def eval_step(
     attention: str = "auto",
     logits_bytes: int = LOGITS_BYTES,
 ) -> jax.stages.Wrapped:
-    """The jitted function ``(params, base, batch) -> (summed loss, number of targets)``, without dropout."""
+    """Return the jitted function ``(params, base, batch) -> (summed loss, number of targets)``, without dropout.
+
+    Args:
+      adapter: Adapter that provides the structure, the scaling and the forward pass; its trainable arrays are not read.
+      llama_config: Configuration of the base model.
+      attention: Attention implementation, see `rora_theory.llama.attention.choose_route`.
+      logits_bytes: Maximum number of bytes of logits held at once, see `cross_entropy`.
+    """
 
     def evaluate(params: Params, base: Params, batch: Batch) -> tuple[Array, Array]:
         adapted = adapters.replace(adapter, params)
-        summed = batch_loss(base, batch, llama_config, adapted, attention=attention, logits_bytes=logits_bytes)
-        return summed, jnp.sum(batch.weights)
+        loss_sum = batch_loss(base, batch, llama_config, adapted, attention=attention, logits_bytes=logits_bytes)
+        return loss_sum, jnp.sum(batch.weights)
 
     return jax.jit(evaluate)
 
@@ -271,13 +307,25 @@ def batch_loss(
     attention: str = "auto",
     logits_bytes: int = LOGITS_BYTES,
 ) -> Float[Array, ""]:
-    """Cross-entropy summed over a batch's targets. Differentiable in the adapter; the base gets no gradient.
+    """Compute the cross-entropy summed over a batch's targets.
 
-    Batches are padded on the right, where causal attention does not look: no mask is needed.
+    It is differentiable in the adapter; the base gets no gradient. Batches are padded on the right. Causal attention
+    never reads later positions, so the padding needs no mask.
+
+    Args:
+      base: Weights of the base model.
+      batch: Tokens, targets and loss weights.
+      llama_config: Configuration of the base model.
+      adapter: Adapter applied to the base model.
+      key: Dropout key; None disables dropout.
+      remat: Rematerialisation in the backward pass, see `rora_theory.llama.hidden_states`.
+      attention: Attention implementation, see `rora_theory.llama.attention.choose_route`.
+      logits_bytes: Maximum number of bytes of logits held at once, see `cross_entropy`.
     """
-    # Weights enter as constants of the gradient, so that no backward product is made for them.
+    # The base is a constant of the gradient, so the backward pass computes no product for its weights.
     base = jax.lax.stop_gradient(base)
     hidden = llama.hidden_states(base, batch.inputs, llama_config, adapter, key=key, remat=remat, attention=attention)
+    # Keep the hidden states of target positions only: the logits are the largest array of the step.
     if batch.positions is not None:
         hidden = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
     head = llama.output_matrix(base, llama_config)

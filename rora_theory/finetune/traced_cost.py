@@ -1,11 +1,12 @@
-r"""What a traced program costs: floating-point operations of its products, and the memory it holds at its fullest.
+"""Cost of a traced program: floating-point operations of its matrix products, and its peak memory.
 
-Both are read off the jaxpr, so they know the true dtypes and the length of every loop, and need no device: XLA's own
-count takes a loop's body once, and its CPU compiler turns bfloat16 products into float32 ones.
+Both are computed from the jaxpr, which has the true dtypes and the length of every loop, and needs no device. XLA's own
+count includes a loop's body only once, and its CPU compiler turns bfloat16 products into float32 ones.
 
-Memory follows the values through the program in order. A value takes memory when a product, a loop or a gather makes
-it or reads it, or when it leaves the computation; elementwise work between those is taken to be fused away, as XLA
-does, and its inputs live until the fused work is done. A loop takes its stacked outputs and its body's fullest moment.
+The memory estimate follows the values through the program in order. A value has a buffer if a product, a loop or a
+gather writes or reads it, or if it is an output of the computation. Elementwise operations between those are assumed to
+be fused, as XLA does: they need no buffers, and their inputs live until the fused operation has run. A loop needs
+memory for its stacked outputs and for the peak of its body.
 """
 
 import math
@@ -19,61 +20,63 @@ import jax.extend.core as jex
 import numpy as np
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", "custom_jvp_call", "custom_vjp_call")
-# Another view of the same memory, or a permutation that a product reads as it lies.
+# Operations whose result is a view of the operand's memory, or a permutation that a product can read directly.
 _VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "copy", "name", "stop_gradient")
-# What reads its operands from memory; a reduction is fused with what comes before it.
+# Operations that read their operands from memory. Reductions are not among them: they are fused with their inputs.
 _READERS = (
     "dot_general", "scan", "while", "cond", "gather", "scatter", "scatter-add", "scatter_add", "sort", "cumsum",
     "cumlogsumexp", "cummax", "top_k",
 )  # fmt: skip
-# What writes its result to memory whoever reads it.
+# Operations that write their result to memory, whichever operation reads it.
 _WRITERS = (*_READERS, "random_bits", "dynamic_update_slice")
 
 
 def flops(jaxpr: jex.ClosedJaxpr | jex.Jaxpr) -> int:
-    """Operations of all matrix products: 2 m n k each, times the lengths of the loops around it.
+    """Count the operations of all matrix products: 2 m n k for each, times the lengths of the enclosing loops.
 
     Raises:
-      ValueError: a product in a loop of unknown length.
+      ValueError: If a product is in a loop of unknown length.
     """
     total = 0
     for eqn in _open(jaxpr).eqns:
         if eqn.primitive.name == "dot_general":
-            total += _product(eqn)
+            total += _product_flops(eqn)
             continue
-        inner = sum(flops(sub) for sub in _inner(eqn))
+        inner = sum(flops(sub) for sub in _called_jaxprs(eqn))
         if eqn.primitive.name == "while" and inner:
-            raise ValueError("a product in a loop of unknown length has no count")
+            raise ValueError("cannot count a matrix product in a loop of unknown length")
         total += inner * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
     return total
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes that a program holds beside its arguments, at its fullest moment.
+class PeakMemory:
+    """Bytes that a program holds at its peak, its arguments excluded.
 
     Attributes:
-      kept: stacked by one loop for another to read: activations that wait for the backward pass.
-      stacked: other stacked results of loops: gradients.
-      working: everything else.
+      saved: Outputs that one loop stacks and another loop reads: activations saved for the backward pass.
+      stacked: Other stacked outputs of loops: gradients.
+      working: All other values.
     """
 
-    kept: int = 0
+    saved: int = 0
     stacked: int = 0
     working: int = 0
 
     @property
     def total(self) -> int:
-        return self.kept + self.stacked + self.working
+        """Sum of all parts."""
+        return self.saved + self.stacked + self.working
 
 
-def held(jaxpr: jex.ClosedJaxpr) -> Held:
-    """The fullest moment of a program whose results take the memory of donated arguments."""
-    return _Computation(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), results_free=True).fullest()
+def peak_memory(jaxpr: jex.ClosedJaxpr) -> PeakMemory:
+    """Estimate the peak memory of a program that writes its results to the memory of donated arguments."""
+    return _Computation(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), results_free=True).peak()
 
 
 def size_in_bytes(array: Any) -> int:
-    """Bytes of an array or abstract value; a random key is the default generator's, two words."""
+    """Return the bytes of an array or an abstract value."""
+    # Keys of the default random generator are two 32-bit integers.
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         return 8 * math.prod(array.shape)
     return math.prod(array.shape) * np.dtype(array.dtype).itemsize
@@ -81,6 +84,8 @@ def size_in_bytes(array: Any) -> int:
 
 @dataclass
 class _Node:
+    """One operation of an inlined program, with the values that it reads and writes."""
+
     name: str
     reads: list[Any]
     writes: list[Any]
@@ -88,150 +93,174 @@ class _Node:
 
 
 class _Computation:
-    """One jaxpr with its calls inlined and its dead code removed."""
+    """A jaxpr with its calls inlined and its dead code removed.
+
+    Args:
+      jaxpr: Jaxpr to analyse.
+      needed: Whether each of its outputs is read by the caller.
+      results_free: Whether the outputs reuse the memory of arguments, and thus need no buffers.
+      carried: Number of leading outputs that a loop carries, which live until the end of its body.
+    """
 
     def __init__(self, jaxpr: Any, needed: Sequence[bool], *, results_free: bool = False, carried: int = 0) -> None:
         self.nodes: list[_Node] = []
-        names: dict[Any, Any] = {var: var for var in (*jaxpr.invars, *jaxpr.constvars)}
-        self._inline(jaxpr, names)
-        outs = [names.get(v, v) for v, wanted in zip(jaxpr.outvars, needed, strict=True) if wanted and _is_var(v)]
-        self.arguments = set(jaxpr.invars) | set(jaxpr.constvars)
-        self.outs, self._results_free = set(outs), results_free
-        held_to_end = [names.get(v, v) for v in jaxpr.outvars[:carried] if _is_var(v)]
-        self._last = set() if results_free else set(held_to_end)
+        # Values of the inlined program by the jaxpr's variables.
+        values: dict[Any, Any] = {var: var for var in (*jaxpr.invars, *jaxpr.constvars)}
+        self._inline(jaxpr, values)
+        outputs = zip(jaxpr.outvars, needed, strict=True)
+        self.outs = {values.get(v, v) for v, is_needed in outputs if is_needed and _is_var(v)}
+        self._results_free = results_free
+        carries = {values.get(v, v) for v in jaxpr.outvars[:carried] if _is_var(v)}
+        self._live_to_end = set() if results_free else carries
         self._drop_dead()
 
-    def _inline(self, jaxpr: Any, names: dict[Any, Any]) -> None:
+    def _inline(self, jaxpr: Any, values: dict[Any, Any]) -> None:
+        """Append the nodes of a jaxpr, replacing each call by the nodes of the called jaxpr."""
         for eqn in jaxpr.eqns:
-            reads = [names.get(v, v) if _is_var(v) else None for v in eqn.invars]
+            reads = [values.get(v, v) if _is_var(v) else None for v in eqn.invars]
             if eqn.primitive.name in _CALLS or "custom_vjp" in eqn.primitive.name:
-                inner = _open(next(_inner(eqn)))
-                own = dict.fromkeys(inner.constvars)
-                own |= dict(zip(inner.invars, reads, strict=True))
-                self._inline(inner, own)
-                names.update(
-                    (out, own.get(v) if _is_var(v) else None) for out, v in zip(eqn.outvars, inner.outvars, strict=True)
+                # Bind the called jaxpr's inputs to the call's operands, and the call's results to its outputs.
+                inner = _open(next(_called_jaxprs(eqn)))
+                inner_values = dict.fromkeys(inner.constvars)
+                inner_values |= dict(zip(inner.invars, reads, strict=True))
+                self._inline(inner, inner_values)
+                values.update(
+                    (out, inner_values.get(v) if _is_var(v) else None)
+                    for out, v in zip(eqn.outvars, inner.outvars, strict=True)
                 )
                 continue
-            # A jaxpr may be called twice: each call's values are its own.
+            # A jaxpr may be called twice, so each call gets new values.
             writes = [_Value(v.aval) for v in eqn.outvars]
-            names.update(zip(eqn.outvars, writes, strict=True))
+            values.update(zip(eqn.outvars, writes, strict=True))
             self.nodes.append(_Node(eqn.primitive.name, [r for r in reads if r is not None], writes, eqn))
 
     def _drop_dead(self) -> None:
-        wanted, kept = set(self.outs), []
+        """Remove nodes without a result that an output depends on."""
+        needed_values, live_nodes = set(self.outs), []
         for node in reversed(self.nodes):
-            if any(w in wanted for w in node.writes):
-                wanted.update(node.reads)
-                kept.append(node)
-        self.nodes, self.wanted = kept[::-1], wanted
+            if any(value in needed_values for value in node.writes):
+                needed_values.update(node.reads)
+                live_nodes.append(node)
+        self.nodes, self.needed_values = live_nodes[::-1], needed_values
 
-    def fullest(self) -> Held:
-        source = self._sources()
+    def peak(self) -> PeakMemory:
+        """Return the memory at the position of the program with the largest total."""
+        sources = self._sources()
         end = len(self.nodes)
-        last: dict[Any, int] = {}
-        reads_by_loops: set[Any] = set()
-        # Where each buffer is read last; work that is fused away reads when what it is fused into does.
-        when: dict[Any, int] = {}
+        # Last position that reads each buffer. A fused operation reads its inputs when the operation that it is fused
+        # into runs, so positions propagate backwards from the readers.
+        last_reads: dict[Any, int] = {}
+        read_by_loops: set[Any] = set()
+        read_positions: dict[Any, int] = {}
         for position in range(end - 1, -1, -1):
             node = self.nodes[position]
-            fused = not any(w in self.memory for w in node.writes)
-            at = max((when.get(w, -1) for w in node.writes), default=-1) if fused else position
+            is_fused = not any(value in self.buffered for value in node.writes)
+            runs_at = max((read_positions.get(v, -1) for v in node.writes), default=-1) if is_fused else position
             for value in node.reads:
-                when[value] = max(when.get(value, -1), at)
-                for buffer in source.get(value, ()):
-                    last[buffer] = max(last.get(buffer, -1), at)
+                read_positions[value] = max(read_positions.get(value, -1), runs_at)
+                for buffer in sources.get(value, ()):
+                    last_reads[buffer] = max(last_reads.get(buffer, -1), runs_at)
+            # Stacked inputs of a loop are the last of its operands.
             if node.name == "scan":
                 stacked = [v for v in node.eqn.invars[sum(_loop_inputs(node.eqn)) :] if _is_var(v)]
-                tail = node.reads[len(node.reads) - len(stacked) :]
-                reads_by_loops.update(b for value in tail for b in source.get(value, ()))
-        for value in self._last:
-            for buffer in source.get(value, ()):
-                last[buffer] = end
-        return self._walk(last, reads_by_loops)
+                stacked_values = node.reads[len(node.reads) - len(stacked) :]
+                read_by_loops.update(buffer for value in stacked_values for buffer in sources.get(value, ()))
+        for value in self._live_to_end:
+            for buffer in sources.get(value, ()):
+                last_reads[buffer] = end
+        return self._simulate(last_reads, read_by_loops)
 
     def _sources(self) -> dict[Any, set[Any]]:
-        """For each value the buffers it is computed from; sets `memory`, the values that have a buffer."""
+        """Return the buffers that each value is computed from, and set `buffered`, the values that have a buffer."""
+        # Values that are read from memory: operands of readers, also through views, and outputs.
         read_from_memory: set[Any] = set(() if self._results_free else self.outs)
         for node in reversed(self.nodes):
             if node.name in _READERS or (node.name in _VIEWS and node.writes[0] in read_from_memory):
                 read_from_memory.update(node.reads)
-        self.memory: set[Any] = set()
-        source: dict[Any, set[Any]] = {}
+        self.buffered: set[Any] = set()
+        sources: dict[Any, set[Any]] = {}
         for node in self.nodes:
-            below = set().union(*(source.get(r, ()) for r in node.reads)) if node.reads else set()
+            operand_buffers = set().union(*(sources.get(value, ()) for value in node.reads)) if node.reads else set()
             for value in node.writes:
                 if node.name in _VIEWS:
-                    source[value] = below
+                    sources[value] = operand_buffers
                 elif node.name in _WRITERS or value in read_from_memory:
-                    self.memory.add(value)
-                    source[value] = {value}
+                    self.buffered.add(value)
+                    sources[value] = {value}
                 else:
-                    source[value] = below
-        return source
+                    # Fused: computed from its operands' buffers whenever it is read.
+                    sources[value] = operand_buffers
+        return sources
 
-    def _walk(self, last: dict[Any, int], reads_by_loops: set[Any]) -> Held:
+    def _simulate(self, last_reads: dict[Any, int], read_by_loops: set[Any]) -> PeakMemory:
+        """Run through the nodes in order, allocating and freeing buffers, and return the peak."""
         live: dict[Any, tuple[str, int]] = {}
-        best = Held()
-        deaths: dict[int, list[Any]] = defaultdict(list)
-        for buffer, position in last.items():
-            deaths[position].append(buffer)
+        peak = PeakMemory()
+        freed_at: dict[int, list[Any]] = defaultdict(list)
+        for buffer, position in last_reads.items():
+            freed_at[position].append(buffer)
         for position, node in enumerate(self.nodes):
-            if node.name not in _READERS:  # written over an input that is read for the last time
-                for buffer in deaths[position]:
+            # An elementwise operation may overwrite an input that is read for the last time.
+            if node.name not in _READERS:
+                for buffer in freed_at[position]:
                     live.pop(buffer, None)
+            # Allocate the results, except for those that reuse the memory of arguments.
             for index, value in enumerate(node.writes):
-                if value in self.memory and value in self.wanted:
-                    if self._results_free and value in self.outs and value not in last:
+                if value in self.buffered and value in self.needed_values:
+                    if self._results_free and value in self.outs and value not in last_reads:
                         continue
-                    live[value] = (self._kind(node, index, value, reads_by_loops), size_in_bytes(value.aval))
-            inner = self._inside(node)
-            sums = {"kept": inner.kept, "stacked": inner.stacked, "working": inner.working}
+                    live[value] = (self._kind(node, index, value, read_by_loops), size_in_bytes(value.aval))
+            # Memory while the node runs: all live buffers and the peak inside the node.
+            inner = self._inner_peak(node)
+            sums = {"saved": inner.saved, "stacked": inner.stacked, "working": inner.working}
             for kind, size in live.values():
                 sums[kind] += size
-            now = Held(**sums)
-            best = max(best, now, key=lambda h: h.total)
-            for buffer in (*deaths[position], *(w for w in node.writes if w not in last)):
+            peak = max(peak, PeakMemory(**sums), key=lambda memory: memory.total)
+            # Free the buffers that nothing reads after this node.
+            for buffer in (*freed_at[position], *(value for value in node.writes if value not in last_reads)):
                 live.pop(buffer, None)
-        return best
+        return peak
 
-    def _kind(self, node: _Node, index: int, value: Any, reads_by_loops: set[Any]) -> str:
+    def _kind(self, node: _Node, index: int, value: Any, read_by_loops: set[Any]) -> str:
+        """Return the field of `PeakMemory` that a node's result with this index counts towards."""
         if node.name != "scan" or index < _loop_inputs(node.eqn)[1]:
             return "working"
-        return "kept" if value in reads_by_loops else "stacked"
+        return "saved" if value in read_by_loops else "stacked"
 
-    def _inside(self, node: _Node) -> Held:
+    def _inner_peak(self, node: _Node) -> PeakMemory:
+        """Return the peak memory inside a loop or a branch."""
         if node.name == "scan":
             _, carried = _loop_inputs(node.eqn)
-            needed = [True] * carried + [w in self.wanted for w in node.writes[carried:]]
-            return _Computation(_open(node.eqn.params["jaxpr"]), needed, carried=carried).fullest()
-        parts = [_Computation(_open(sub), [True] * len(_open(sub).outvars)).fullest() for sub in _inner(node.eqn)]
-        return max(parts, key=lambda h: h.total, default=Held())
+            needed = [True] * carried + [value in self.needed_values for value in node.writes[carried:]]
+            return _Computation(_open(node.eqn.params["jaxpr"]), needed, carried=carried).peak()
+        jaxprs = [_open(jaxpr) for jaxpr in _called_jaxprs(node.eqn)]
+        peaks = [_Computation(jaxpr, [True] * len(jaxpr.outvars)).peak() for jaxpr in jaxprs]
+        return max(peaks, key=lambda memory: memory.total, default=PeakMemory())
 
 
 class _Value:
-    """A value of an inlined program; equal to itself alone."""
+    """A value of an inlined program, equal only to itself."""
 
     def __init__(self, aval: Any) -> None:
         self.aval = aval
 
 
 def _loop_inputs(scan: Any) -> tuple[int, int]:
-    """How many inputs of a scan are constants, and how many are carried; the rest are stacked."""
+    """Return how many inputs of a scan are constants and how many are carried; all others are stacked."""
     if "num_carry" in scan.params:
         return scan.params["num_consts"], scan.params["num_carry"]
     constants, carried, _ = scan.params["ft_in"].unpack()  # from JAX 0.12 on
     return len(constants.vals), len(carried.vals)
 
 
-def _product(eqn: Any) -> int:
+def _product_flops(eqn: Any) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
 
 
-def _inner(eqn: Any) -> Iterator[Any]:
-    """The jaxprs an equation calls."""
+def _called_jaxprs(eqn: Any) -> Iterator[Any]:
+    """Yield the jaxprs among an equation's parameters."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (jex.ClosedJaxpr, jex.Jaxpr)):

@@ -1,6 +1,6 @@
-"""A run's losses, rates and speed as they come, in TensorBoard's event files or in Weights & Biases.
+"""Live logging of a run's losses, learning rates and speed to TensorBoard or Weights & Biases.
 
-The run's own files have them all, to the bit; a tracker is for watching, and is off unless it is asked for.
+The run's own files hold the same values exactly. Trackers are for monitoring, and are off by default.
 """
 
 import importlib
@@ -17,23 +17,24 @@ from rora_theory.finetune.loop import Event, Stepped, Validated
 TrackerName = Literal["tensorboard", "wandb"]
 
 FOLDER = "tensorboard"
-"""Of the event files, in a run's folder."""
+"""Name of TensorBoard's folder in a run's folder."""
 PROJECT = "rora-theory"
-"""Of Weights & Biases, where the variable ``WANDB_PROJECT`` names no other."""
+"""Default project of Weights & Biases; the environment variable ``WANDB_PROJECT`` overrides it."""
 
+# Modules with TensorBoard's SummaryWriter, and the packages that each needs.
 _WRITERS = {"tensorboardX": ("tensorboardX",), "torch.utils.tensorboard": ("torch", "tensorboard")}
 
 
 class Tracker(Protocol):
-    """Where events go."""
+    """A destination of events."""
 
     def add(self, event: Event) -> None:
-        """Log what an event has to tell."""
+        """Log an event."""
 
 
-class _Off:
+class _NoTracker:
     def add(self, event: Event) -> None:
-        """Nothing."""
+        """Ignore the event."""
 
 
 class _TensorBoard:
@@ -50,12 +51,12 @@ class _Wandb:
         self._run = run
 
     def add(self, event: Event) -> None:
-        if found := values(event):
-            self._run.log(found, step=event.step)
+        if scalars := values(event):
+            self._run.log(scalars, step=event.step)
 
 
 def values(event: Event) -> dict[str, float]:
-    """What is logged of an event, by the names that a dashboard shows.
+    """Return the logged values of an event by their names in a dashboard.
 
     Examples:
       >>> values(Validated(80, 1.25, best=True))
@@ -74,35 +75,35 @@ def values(event: Event) -> dict[str, float]:
 
 
 def check_tracker(name: TrackerName | None) -> None:
-    """Raise `InputError` where a tracker's package is not installed."""
-    if name == "tensorboard" and _writer() is None:
-        raise _missing(name, "tensorboardX (or torch and tensorboard)")
+    """Raise `InputError` if a tracker's package is not installed."""
+    if name == "tensorboard" and _writer_module() is None:
+        raise _missing_package(name, "tensorboardX (or torch and tensorboard)")
     if name == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise _missing(name, "wandb")
+        raise _missing_package(name, "wandb")
 
 
 @contextmanager
 def track(
     name: TrackerName | None, folder: Path, *, run: str, config: Mapping[str, Any], step: int = 0
 ) -> Iterator[Tracker]:
-    """A tracker while the block runs.
+    """Open a tracker for the duration of a ``with`` block.
 
     Args:
-      name: which; None logs nothing.
-      folder: of the run; TensorBoard's files go to ``tensorboard/`` in it, those of Weights & Biases to ``wandb/``.
-      run: its name; a run that goes on under it is one run.
-      config: what Weights & Biases shows beside the curves.
-      step: steps taken already: what an earlier part of the run logged after them is done again, and shown once.
+      name: Tracker to use; None logs nothing.
+      folder: Folder of the run. TensorBoard writes to ``tensorboard/`` in it, Weights & Biases to ``wandb/``.
+      run: Name of the run; a resumed run with the same name continues its curves.
+      config: Settings that Weights & Biases shows with the curves.
+      step: Number of steps already taken. Values that were logged after this step before an interruption are replaced.
 
     Raises:
-      InputError: as `check_tracker`.
+      InputError: If the tracker's package is not installed.
     """
     check_tracker(name)
     if name == "tensorboard":
-        kind = importlib.import_module(_writer() or "").SummaryWriter
-        # A name of its own: files are told apart by the second, and a run may go on within one.
+        writer_class = importlib.import_module(_writer_module() or "").SummaryWriter
+        # TensorBoard names files by the second, within which a run may resume: the suffix keeps the names distinct.
         purge = step + 1 if step else None
-        writer = kind(str(folder / FOLDER), purge_step=purge, filename_suffix=f".from-{step + 1}")
+        writer = writer_class(str(folder / FOLDER), purge_step=purge, filename_suffix=f".from-{step + 1}")
         try:
             yield _TensorBoard(writer)
         finally:
@@ -111,26 +112,26 @@ def track(
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", PROJECT)
-        own = wandb.init(
+        wandb_run = wandb.init(
             project=project, name=run, id=run, dir=str(folder), config=dict(config), resume="allow", reinit=True
         )
         try:
-            yield _Wandb(own)
+            yield _Wandb(wandb_run)
         finally:
-            own.finish()
+            wandb_run.finish()
     else:
-        yield _Off()
+        yield _NoTracker()
 
 
-def _writer() -> str | None:
-    """The module that writes TensorBoard's files; None where none is installed."""
+def _writer_module() -> str | None:
+    """Return the installed module that writes TensorBoard's files, or None."""
     for module, needed in _WRITERS.items():
         if all(importlib.util.find_spec(package) is not None for package in needed):
             return module
     return None
 
 
-def _missing(name: str, package: str) -> InputError:
+def _missing_package(name: str, package: str) -> InputError:
     return InputError(
-        f"log_to is {name!r}, and {package} is not installed; accepted is: pip install 'rora-theory[logging]'"
+        f"log_to {name!r} requires {package}, which is not installed. Run: pip install 'rora-theory[logging]'"
     )

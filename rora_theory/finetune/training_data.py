@@ -1,4 +1,4 @@
-"""Records of a run: set apart, made tokens and planned in batches."""
+"""Training data of a run: the validation split, tokenization and batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ from rora_theory.finetune.config import FinetuneConfig
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on.
+    """Training and validation batches of a run.
 
     Attributes:
-      train: batches of all epochs.
-      validation: batches of the held-out records, once; None where there are none.
-      summary: what became of the records: how many were read, trained on, held out, cut or skipped.
+      train: Training batches of all epochs.
+      validation: Batches of one pass over the held-out records, or None.
+      summary: Numbers of records that were read, trained on, held out, truncated and skipped, and details of the
+        batches.
     """
 
     train: Batches
@@ -35,19 +36,20 @@ def prepare(
     config: FinetuneConfig,
     chat: ChatTemplate | None = None,
 ) -> TrainingData:
-    """Hold records out, then tokenize and plan both parts.
+    """Hold out validation records, then tokenize and batch both parts.
 
     Args:
-      records: all of them. A `RecordSet` knows its formats' template, which counts where the configuration names none;
-        of a list it is that of the records' kind.
-      tokenizer: the model's.
-      config: of the run.
-      chat: of the template ``chat``; None is the record set's, or the tokenizer's own.
+      records: Records to train on and to hold out. If the configuration names no template, it is the default of the
+        `RecordSet`'s formats, or of the records' type for a list.
+      tokenizer: Tokenizer of the model.
+      config: Fine-tuning configuration.
+      chat: Chat template for the template ``chat``; None uses the record set's or the tokenizer's.
 
     Raises:
-      InputError: no more records than are held out, none that is left after tokenizing, or records of kinds
-        with different templates where none is named.
+      InputError: If no record remains after the split or the tokenization, or if the configuration names no template
+        and the records have different ones.
     """
+    # Template of the prompts: the configuration's, or the default of the records' format.
     template: str | None = config.template
     if isinstance(records, RecordSet):
         template = records.template(template)
@@ -55,6 +57,7 @@ def prepare(
         records = records.records
     template = template or texts.default_template(records)
     answer_only = config.loss_on == "answer"
+    # Split the records, then tokenize both parts.
     train, held_out = (
         tokenize(part, tokenizer, cutoff=config.cutoff, template=template, answer_only=answer_only, chat=chat)
         if part
@@ -62,21 +65,22 @@ def prepare(
         for part in split(records, config.held_out, config.seed)
     )
     assert train is not None
-    found = [examples for examples in (train, held_out) if examples is not None]
-    widths = choose_widths(np.concatenate([examples.sizes for examples in found]), config.widths)
+    # Both parts share the padded lengths, so that the model is compiled for as few shapes as possible.
+    splits = [examples for examples in (train, held_out) if examples is not None]
+    widths = choose_widths(np.concatenate([examples.sizes for examples in splits]), config.widths)
 
     def batches(examples: Examples, **order: int) -> Batches:
         return Batches(examples, widths, batch_size=config.batch_size, answer_only=answer_only, **order)
 
-    trained = batches(train, epochs=config.epochs, seed=config.seed)
+    train_batches = batches(train, epochs=config.epochs, seed=config.seed)
     summary = {
         "records": len(records),
         "trained_on": len(train),
         "validated_on": 0 if held_out is None else len(held_out),
-        "truncated": sum(examples.truncated for examples in found),
-        "skipped": sum(examples.skipped for examples in found),
-        "steps_per_epoch": trained.steps_per_epoch,
+        "truncated": sum(examples.truncated for examples in splits),
+        "skipped": sum(examples.skipped for examples in splits),
+        "steps_per_epoch": train_batches.steps_per_epoch,
         "widths": widths,
-        "padding": trained.padding,
+        "padding": train_batches.padding,
     }
-    return TrainingData(trained, None if held_out is None else batches(held_out), summary)
+    return TrainingData(train_batches, None if held_out is None else batches(held_out), summary)

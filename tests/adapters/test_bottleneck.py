@@ -203,25 +203,25 @@ def test_files(placement, config, params, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"bottleneck_size": 0}, "bottleneck_size is 0; accepted is an integer of 1 or more"),
-        ({"bottleneck_size": 6}, r"another model: .*adapter_down.weight is \[5, 16\]; accepted is \[6, 16\]"),
+        ({"bottleneck_size": 0}, r"bottleneck_size .*got 0"),
+        ({"bottleneck_size": 6}, r"another model: .*adapter_down.weight .*\[5, 16\]"),
         (
             {"peft_type": "PARALLEL_ADAPTER"},
-            r"another model: .*adapter_up.weight is \[16, 5\]; accepted is \[24, 5\]",
+            r"another model: .*adapter_up.weight .*\[16, 5\]",
         ),
-        ({"non_linearity": "sin"}, "non_linearity is 'sin'; accepted is tanh, relu, silu, gelu"),
-        ({"init_weights": "zero"}, "init_weights is 'zero'; accepted is bert, mam_adapter"),
-        ({"scaling": 0}, "scaling is 0; accepted is a number above 0"),
-        ({"scaling": 10**400}, "scaling is 10"),
-        ({"scaling": True}, "scaling is True"),
-        ({"adapter_dropout": float("nan")}, "adapter_dropout is nan"),
-        ({"adapter_dropout": 1}, "adapter_dropout is 1"),
-        ({"bias": "all"}, "bias is 'all', which is not supported"),
-        ({"target_modules": "up_proj"}, "target_modules is 'up_proj'; accepted is a list of names"),
+        ({"non_linearity": "sin"}, r"non_linearity .*got 'sin'"),
+        ({"init_weights": "zero"}, r"init_weights .*got 'zero'"),
+        ({"scaling": 0}, r"scaling .*0"),
+        ({"scaling": 10**400}, r"scaling .*10"),
+        ({"scaling": True}, r"scaling .*True"),
+        ({"adapter_dropout": float("nan")}, r"adapter_dropout .*got nan"),
+        ({"adapter_dropout": 1}, r"adapter_dropout .*got 1"),
+        ({"bias": "all"}, r"bias is not supported.*'all'"),
+        ({"target_modules": "up_proj"}, r"target_modules .*got 'up_proj'"),
         ({"target_modules": ["c_attn"]}, "'c_attn', which matches no module"),
-        ({"target_modules": ["model.layers.1.mlp.up_proj"]}, "choose mlp.up_proj in layers 1 of 3"),
-        ({"target_modules": ["up_proj"]}, r"has .*gate_proj\.adapter_(up|down)\.weight"),
-        ({"target_modules": ["up_proj", "gate_proj", "o_proj"]}, "has no .*o_proj"),
+        ({"target_modules": ["model.layers.1.mlp.up_proj"]}, "select mlp.up_proj .*got layers 1 of 3"),
+        ({"target_modules": ["up_proj"]}, "unexpected tensor .*gate_proj.adapter_(up|down).weight"),
+        ({"target_modules": ["up_proj", "gate_proj", "o_proj"]}, "missing tensor .*o_proj"),
     ],
 )
 def test_refuses_files(entries, message, config, params, tmp_path) -> None:
@@ -236,19 +236,19 @@ def test_refuses_files(entries, message, config, params, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"placement": "before"}, "placement is 'before'; accepted are series, parallel"),
+        ({"placement": "before"}, r"placement .*got 'before'"),
         ({"width": 0}, "bottleneck width is 0"),
         ({"width": True}, "bottleneck width is True"),
-        ({"non_linearity": "sin"}, "non_linearity is 'sin'"),
-        ({"init": "zero"}, "init is 'zero'; accepted are bert, mam_adapter"),
-        ({"scaling": float("inf")}, "scaling is inf"),
-        ({"scaling": 10**400}, "scaling is 10"),
-        ({"scaling": True}, "scaling is True"),
-        ({"scaling": 0}, "scaling is 0; accepted is a finite number above 0"),
-        ({"dropout": "0.1"}, "dropout is '0.1'"),
-        ({"dropout": float("nan")}, "dropout is nan"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"target_modules": "up_proj"}, "target_modules is 'up_proj' for a series adapter; accepted are names"),
+        ({"non_linearity": "sin"}, r"non_linearity .*got 'sin'"),
+        ({"init": "zero"}, r"init .*got 'zero'"),
+        ({"scaling": float("inf")}, r"scaling .*inf"),
+        ({"scaling": 10**400}, r"scaling .*10"),
+        ({"scaling": True}, r"scaling .*True"),
+        ({"scaling": 0}, r"scaling .*0"),
+        ({"dropout": "0.1"}, r"dropout .*got '0.1'"),
+        ({"dropout": float("nan")}, r"dropout .*got nan"),
+        ({"dropout": 1.0}, r"dropout .*got 1.0"),
+        ({"target_modules": "up_proj"}, r"target_modules .*a series adapter, got .*'up_proj'"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -261,7 +261,7 @@ def test_refuses_settings(settings, message) -> None:
 def test_no_merging(placement, config, params) -> None:
     adapter = perturbed(config, params, placement)
     for undo in (merge, unmerge):
-        with pytest.raises(InputError, match=f"a {placement} adapter can't be merged"):
+        with pytest.raises(InputError, match=f"a {placement} adapter cannot be merged"):
             undo(adapter, params)
 
 

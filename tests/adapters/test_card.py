@@ -60,8 +60,9 @@ def test_the_hubs_entries(base, tmp_path) -> None:
 def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
     card = written(tmp_path / "a", Located(BUILT, base, BUILT, "c0ffee00"))
     assert rows(card) == {
-        "base model": f"`{BUILT}`", "its commit": "`c0ffee00`", "its weights": "safetensors, not quantised (F32)",
-        "their SHA-256": f"`{llama.model_digest(base)}`", "rank r": "4", "alpha": "8",
+        "base model": f"`{BUILT}`", "base model commit": "`c0ffee00`",
+        "base model weights": "safetensors, not quantised (F32)",
+        "base model SHA-256": f"`{llama.model_digest(base)}`", "rank r": "4", "alpha": "8",
         "scaling gamma": "alpha / sqrt(r) = 4 (`use_rslora` is true)", "modules": "`q_proj`",
     }  # fmt: skip
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", revision="c0ffee00")' in card.text
@@ -70,7 +71,7 @@ def test_the_body_says_which_base_and_how_strongly(base, tmp_path) -> None:
     )
     card = written(tmp_path / "b", "somewhere/else", patterned)
     assert rows(card)["scaling gamma"] == "alpha / r = 2 (`use_rslora` is false)"
-    assert rows(card)["rank r"] == "4, other modules by `rank_pattern` and `alpha_pattern`"
+    assert rows(card)["rank r"] == "4; some modules differ, see `rank_pattern` and `alpha_pattern`"
     assert card.data.base_model == "somewhere/else"
     assert "rslora" not in card.data.tags
 
@@ -82,12 +83,12 @@ def test_a_quantised_base_is_called_one(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Located, "storage", llama.identity.Storage("GGUF", {"Q4_1": 3, "F32": 1}))
     monkeypatch.setattr(Located, "license", "apache-2.0")
     card = written(tmp_path / "a", Located("smollm2-135m", path, BUILT))
-    assert rows(card)["its weights"] == f"GGUF, quantised (Q4_1 75%, F32 25%) made from `{BUILT}`"
+    assert rows(card)["base model weights"] == f"GGUF, quantised (Q4_1 75%, F32 25%) made from `{BUILT}`"
     assert card.data.license == "apache-2.0"
-    assert "trained beside quantised weights" in card.text
+    assert "trained on quantised weights" in card.text
 
 
-@pytest.mark.parametrize(("name", "said"), [(None, "a model that was not named"), ("a\n# b|`c", "a # b|`c")])
+@pytest.mark.parametrize(("name", "said"), [(None, "an unnamed model"), ("a\n# b|`c", "a # b|`c")])
 def test_a_base_that_the_hub_has_not_is_no_entry(name, said, tmp_path) -> None:
     """And no name makes lines of its own."""
     card = written(tmp_path / "a", name)
@@ -136,7 +137,7 @@ def test_a_merged_model_says_what_was_merged_into_what(base, tmp_path) -> None:
     assert f"# {BUILT} with a LoRA adapter of rank 4 merged in\n" in cards["lora"].text
     alone = written(tmp_path / "a", model.origin, trained=known)
     assert rows(cards["lora"]) == rows(alone), "base, rank, alpha, gamma, modules and losses"
-    assert f"# {BUILT}, trained in full\n" in cards["full"].text
+    assert f"# {BUILT}, fully fine-tuned\n" in cards["full"].text
     unranked = {name: text for name, text in rows(alone).items() if name not in ("rank r", "alpha", "scaling gamma")}
     assert rows(cards["full"]) == unranked
     assert "PeftModel" not in cards["lora"].text + cards["full"].text

@@ -93,7 +93,7 @@ def test_the_limit_is_for_a_setting_s_expressions_together(monkeypatch) -> None:
     monkeypatch.setattr(expressions, "LIMIT", 50)
     work = Work("rank_pattern")
     many = [Expression(f"{i}.*", work) for i in range(60)]
-    with pytest.raises(InputError, match="rank_pattern takes too long to match; accepted are fewer or simpler"):
+    with pytest.raises(InputError, match="rank_pattern takes too long to match"):
         [one.matches(NAME) for one in many]
 
 
@@ -104,11 +104,11 @@ def test_the_limit_is_for_a_setting_s_expressions_together(monkeypatch) -> None:
         ("a**", "is not a regular expression: multiple repeat"),
         ("a{99999999999999999999}", "is not a regular expression: the repetition number is too large"),
         ("(?<=a+)b", "is not a regular expression: look-behind requires fixed-width pattern"),
-        (r"(a)\1", "has a reference to a group; accepted is a regular expression without one"),
+        (r"(a)\1", "has a reference to a group"),
         ("(a)?(?(1)b|c)", "has a reference to a group"),
         ("(?>a*)b", "has an atomic group"),
         ("a*+b", "has a possessive repetition"),
-        ("(" * 5000 + "a" + ")" * 5000, r"'\(\(\(.*is nested too deeply; accepted is a simpler one"),
+        ("(" * 5000 + "a" + ")" * 5000, r"'\(\(\(.*nested too deeply"),
     ],
 )
 def test_refuses(pattern: str, message: str) -> None:

@@ -60,7 +60,7 @@ def test_merging_is_applying_and_unmerging_undoes_it(dora, params, tokens, pertu
 @pytest.mark.slow
 def test_dora_can_not_be_unmerged_without_its_norms(params, perturbed) -> None:
     adapter = perturbed(**settings(use_dora=True))
-    with pytest.raises(InputError, match="norms is None for a DoRA adapter"):
+    with pytest.raises(InputError, match="norms must not be None for a DoRA adapter"):
         unmerge(adapter, merge(adapter, params))
 
 
@@ -249,13 +249,13 @@ def test_count_is_of_true_ranks(config, params) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 0}, "rank is 0"),
-        ({"alpha": -1.0}, "alpha is -1.0"),
-        ({"alpha": float("nan")}, "alpha is nan"),
-        ({"alpha": 10**400}, "alpha is 10"),
-        ({"dropout": 10**400}, "dropout is 10"),
-        ({"dropout": 1.0}, "dropout is 1.0; accepted is a number from 0 to below 1"),
-        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"rank": 0}, r"rank .*0"),
+        ({"alpha": -1.0}, r"alpha .*-1.0"),
+        ({"alpha": float("nan")}, r"alpha .*nan"),
+        ({"alpha": 10**400}, r"alpha .*10"),
+        ({"dropout": 10**400}, r"dropout .*got 10"),
+        ({"dropout": 1.0}, r"dropout .*got 1.0"),
+        ({"dropout": -0.1}, r"dropout .*got -0.1"),
     ],
 )
 def test_refuses(changes, message) -> None:

@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_older_adapter(config, params, folder, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="adapter not written: No space left"):
+    with pytest.raises(InputError, match="cannot write the adapter: No space left"):
         save_peft(folder, init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -236,7 +236,7 @@ def test_no_planted_link_is_followed(golden, config, folder, tmp_path, monkeypat
     victim.write_text("mine")
     monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
     (folder / f".{'0' * 16}.part").symlink_to(victim)
-    with pytest.raises(InputError, match="adapter not written: File exists"):
+    with pytest.raises(InputError, match="cannot write the adapter: File exists"):
         save_peft(folder, adapter)
     monkeypatch.undo()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -279,65 +279,68 @@ def test_equal_adapters_are_equal_in_bytes(golden, config, tmp_path) -> None:
 def test_a_file_is_no_folder(config, params, tmp_path) -> None:
     (tmp_path / "here").write_text("")
     adapter = init(jax.random.key(0), LoraConfig(rank=2, alpha=1.0), config, params)
-    with pytest.raises(InputError, match="here: is a file"):
+    with pytest.raises(InputError, match="here is a file"):
         save_peft(tmp_path / "here", adapter)
-    with pytest.raises(InputError, match="inside: adapter not written: Not a directory"):
+    with pytest.raises(InputError, match="inside: cannot write the adapter: Not a directory"):
         save_peft(tmp_path / "here" / "inside", adapter)
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; accepted is 'LORA'"),
-        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
-        ({"bias": "all"}, "bias is 'all', which is not supported"),
-        ({"lora_bias": True}, "lora_bias is True, which is not supported"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+        ({"peft_type": "IA3"}, r"peft_type .*'IA3'"),
+        ({"task_type": "SEQ_CLS"}, r"task_type .*got 'SEQ_CLS'"),
+        ({"bias": "all"}, r"bias is not supported.*'all'"),
+        ({"lora_bias": True}, r"lora_bias is not supported.*True"),
+        ({"fan_in_fan_out": True}, r"fan_in_fan_out .*got True"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save .*got \['lm_head'\]"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"use_qalora": True}, "use_qalora is True"),
-        ({"from_a_later_version": 0}, "from_a_later_version is 0, which is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; accepted is true, false, null, gaussian"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, "init_lora_weights is 'loftq'"),
-        ({"r": 0}, "r is 0; accepted is an integer of 1 or more"),
-        ({"r": "8"}, "r is '8'"),
-        ({"r": 10**400}, "r is 1000"),
-        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"r": 9}, r"another model: .*_proj.lora_A.weight is \[4, 16\]; accepted is \[9, 16\]"),
-        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"use_qalora": True}, r"use_qalora .*got True"),
+        ({"from_a_later_version": 0}, r"from_a_later_version is not supported.*0"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights .*got 'pissa'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, r"init_lora_weights .*got 'loftq'"),
+        ({"r": 0}, r" r must be .*got 0"),
+        ({"r": "8"}, r"r .*got '8'"),
+        ({"r": 10**400}, r"r .*got 1000"),
+        ({"lora_alpha": 10**400}, r"lora_alpha .*got 1000"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha .*got nan"),
+        ({"r": 9}, r"another model: .*_proj.lora_A.weight .*\[4, 16\]"),
+        ({"lora_alpha": None}, r"lora_alpha .*got None"),
         (
             {"lora_alpha": -1},
-            "lora_alpha is -1; accepted is a number above 0: with 0 the adapter does nothing, and a sign",
+            r"lora_alpha .*got -1",
         ),
-        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern is {'q_proj': 0}; .*: with 0 the adapter does nothing"),
-        ({"init_lora_weights": [[True]]}, r"init_lora_weights is \[\[True\]\]"),
-        ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]; accepted is a name"),
-        ({"peft_type": None}, r"peft_type is None; accepted is a name"),
-        ({"layers_to_transform": [10**29, -1]}, r"layers_to_transform is \[-?1.*; accepted are 0 to 2"),
-        ({"a\nkey": [1]}, r"'a\\nkey' is \[1\], which is not supported; accepted is null, false or 'none'"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern .*disables the adapter.*got {'q_proj': 0}"),
+        ({"init_lora_weights": [[True]]}, r"init_lora_weights .*got \[\[True\]\]"),
+        ({"peft_type": ["LORA"]}, r"peft_type .*got \['LORA'\]"),
+        ({"peft_type": None}, r"peft_type .*got None"),
+        ({"layers_to_transform": [10**29, -1]}, r"layers_to_transform .*got \[-?1.*"),
+        ({"a\nkey": [1]}, r"'a\\nkey' is not supported.*\[1\]"),
         ({"target_modules": "(.?){60}" * 60 + "!"}, "target_modules takes too long to match"),
         ({"exclude_modules": "(.?){60}" * 60 + "!"}, "exclude_modules takes too long to match"),
         ({"rank_pattern": {"(.?){60}" * 60 + "!": 2}}, "rank_pattern takes too long to match"),
         ({"alpha_pattern": {"(.?){60}" * 60 + "!": 2}}, "alpha_pattern takes too long to match"),
         ({"target_modules": ["q_proj"] * 50_000 + ["k_proj"] * 50_000}, "'target_modules' has 100,000 entries"),
         ({"rank_pattern": {f"m{i}": 2 for i in range(100_000)}}, "'rank_pattern' has 100,000 entries"),
-        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
-        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern is"),
+        ({"lora_dropout": 1.0}, r"lora_dropout .*got 1.0"),
+        ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern .*got {'q_proj': 2.5}"),
         ({"alpha_pattern": {"q_proj(": 2}}, "alpha_pattern 'q_proj\\(' is not a regular expression"),
         ({"exclude_modules": "q_proj("}, "exclude_modules 'q_proj\\(' is not a regular expression"),
-        ({"target_modules": None}, "target_modules is None"),
+        ({"target_modules": None}, r"target_modules .*got None"),
         ({"target_modules": ["c_attn"]}, "'c_attn', which matches no module"),
-        ({"target_modules": ["embed_tokens"]}, "matches model.embed_tokens, which can't be adapted"),
-        ({"layers_to_transform": [7]}, r"layers_to_transform is \[7\]; accepted are 0 to 2"),
+        ({"target_modules": ["embed_tokens"]}, "matches model.embed_tokens, which cannot be adapted"),
+        ({"layers_to_transform": [7]}, r"layers_to_transform .*got \[7\]"),
         ({"layers_pattern": ["blocks"]}, "layers_pattern"),
-        ({"use_dora": 1}, "use_dora is 1; accepted is true or false"),
-        ({"use_dora": False}, "has '.*lora_magnitude_vector'; accepted is what adapter_config.json promises"),
-        ({"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "o_proj"], "rank_pattern": {}}, "has "),
+        ({"use_dora": 1}, r"use_dora .*got 1"),
+        ({"use_dora": False}, "unexpected tensor '.*lora_magnitude_vector'.*adapter_config.json"),
+        (
+            {"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "o_proj"], "rank_pattern": {}},
+            "unexpected tensor ",
+        ),
         (
             {"rank_pattern": {}},
-            r"another model: .*layers.1.self_attn.q_proj.lora_A.weight is \[6, 16\]; accepted is \[4, 16\]",
+            r"another model: .*layers.1.self_attn.q_proj.lora_A.weight .*\[6, 16\]",
         ),
     ],
 )
@@ -357,22 +360,22 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: t.pop(NAME), f"has no {NAME}"),
+        (lambda t: t.pop(NAME), f"missing tensor {NAME}"),
         (
             lambda t: t.update({NAME: t[NAME].T.copy()}),
-            rf"another model: {NAME} is \[16, 4\]; accepted is \[4, 16\]",
+            rf"another model: {NAME} .*\[16, 4\]",
         ),
         (lambda t: t.update({NAME.replace("0", "40"): t[NAME]}), "layers.40.*; the model has 3 layers"),
         *(
-            (lambda t, index=index: t.update({NAME.replace("0", index): t[NAME]}), "has .*accepted is what")
+            (lambda t, index=index: t.update({NAME.replace("0", index): t[NAME]}), "unexpected tensor ")
             for index in ("00", "٣", "9" * 5000)
         ),
         (
             lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[NAME]}),
-            "has 'base_model.model.lm_head",
+            "unexpected tensor 'base_model.model.lm_head",
         ),
         (lambda t: t.update({NAME: t[NAME] * np.inf}), f"{NAME} has a value that is not finite"),
-        (lambda t: t.update({NAME: t[NAME].astype(np.int32)}), f"{NAME} is I32; accepted are F32, F16, BF16"),
+        (lambda t: t.update({NAME: t[NAME].astype(np.int32)}), rf"{NAME} .*I32"),
     ],
 )
 def test_refuses_tensors(damage, message, config, folder) -> None:
@@ -384,7 +387,7 @@ def test_refuses_tensors(damage, message, config, folder) -> None:
 def test_an_adapter_for_a_wider_model_is_refused(config, params, folder) -> None:
     wider = {**params, "layers": {**params["layers"]}}
     wider["layers"]["self_attn.q_proj"] = {"weight": jnp.zeros((3, 16, 20))}
-    with pytest.raises(InputError, match=r"another model: .*q_proj.lora_A.weight is \[4, 16\]; accepted is \[4, 20\]"):
+    with pytest.raises(InputError, match=r"another model: .*q_proj.lora_A.weight .*\[4, 16\]"):
         load_peft(folder, config, wider)
 
 
@@ -392,7 +395,7 @@ def test_an_adapter_for_a_wider_model_is_refused(config, params, folder) -> None
 def test_a_file_cut_off_is_refused(kept, config, folder) -> None:
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(InputError, match=r"adapter_model.safetensors: is damaged or cut off"):
+    with pytest.raises(InputError, match=r"adapter_model.safetensors is damaged or truncated"):
         load_peft(folder, config)
 
 
@@ -400,7 +403,8 @@ def test_a_file_cut_off_is_refused(kept, config, folder) -> None:
 def test_a_damaged_configuration_is_refused(text, config, folder) -> None:
     (folder / "adapter_config.json").write_bytes(text)
     with pytest.raises(
-        InputError, match=r"adapter_config.json: (is not JSON|holds a list|byte 0 is not UTF-8|is JSON more)"
+        InputError,
+        match=r"adapter_config.json: (is not JSON|must .*got a list|byte 0 is not UTF-8|is JSON more)",
     ):
         load_peft(folder, config)
 
@@ -410,9 +414,9 @@ def test_pickles_and_missing_files_are_refused(config, folder) -> None:
     with pytest.raises(InputError, match=r"has no adapter_model.safetensors"):
         load_peft(folder, config)
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(InputError, match=r"adapter_model.bin: a pickle can run code and is not read"):
+    with pytest.raises(InputError, match=r"adapter_model.bin: pickle files are not read"):
         load_peft(folder, config)
-    with pytest.raises(InputError, match="nowhere: is not a folder"):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
         load_peft(folder / "nowhere", config)
 
 
@@ -518,7 +522,7 @@ def test_names_layers_and_ranks_that_peft_passes_over(config, folder) -> None:
 
 def test_a_rank_above_a_module_s_width_is_read(config, folder) -> None:
     """B A has rank 8 at most there, and PEFT runs it; as this package's own setting it is refused, with the reason."""
-    with pytest.raises(InputError, match="at most 8, the largest rank that B A can have there"):
+    with pytest.raises(InputError, match=r"at most 8 .*got 12"):
         LoraConfig(rank=12, alpha=1.0, target_modules=["k_proj"]).targets(config)
     change(folder, r=12, rank_pattern={}, target_modules=["k_proj"])
 

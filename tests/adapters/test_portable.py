@@ -118,10 +118,10 @@ def test_an_adapter_of_another_architecture_is_rewritten(golden, tmp_path) -> No
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("dora", {}, "use_dora is true: it scales the base's own weights.*accepted is to merge it into the model"),
+        ("dora", {}, "use_dora true .*Merge the adapter into the model"),
         ("lora", {"modules_to_save": ["lm_head"]}, "modules_to_save is .*not supported"),
-        ("lora", {"r": 5}, r"r is 5 at model.layers.\d.*; accepted is 4, the rows of its lora_A"),
-        ("lora", {"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING', which has no portable form"),
+        ("lora", {"r": 5}, r"r must be 4 at model.layers.\d.*got 5"),
+        ("lora", {"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING' has no portable form"),
     ],
 )
 def test_what_has_no_portable_form_is_refused_by_name(name, change, message, golden, tmp_path) -> None:
@@ -137,7 +137,7 @@ def test_what_has_no_portable_form_is_refused_by_name(name, change, message, gol
 
 def test_a_prefix_is_refused(config, params, tmp_path) -> None:
     prefix = init(jax.random.key(0), PrefixConfig(2), config, params)
-    with pytest.raises(InputError, match="peft_type is 'PREFIX_TUNING', which has no portable form"):
+    with pytest.raises(InputError, match="peft_type 'PREFIX_TUNING' has no portable form"):
         save_peft(tmp_path / "out", prefix, portable=True)
     assert not (tmp_path / "out").exists()
 
@@ -147,9 +147,9 @@ def test_a_prefix_is_refused(config, params, tmp_path) -> None:
     [
         (
             lambda t: t.pop(next(key for key in t if "lora_B" in key)),
-            r"has \{'A': \[4, \d+\]\}; accepted is A \[r, p_in\]",
+            r"must have A \[r, p_in\].*got \{'A': \[4, \d+\]\}",
         ),
-        (lambda t: t.update({"lm_head.weight": np.ones((2, 2), np.float32)}), "has the tensor 'lm_head.weight'"),
+        (lambda t: t.update({"lm_head.weight": np.ones((2, 2), np.float32)}), "unsupported tensor 'lm_head.weight'"),
         (lambda t: t.clear(), "has no tensors"),
     ],
 )
@@ -171,4 +171,4 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.run(command.main)
     assert ended.value.code == 2
-    assert "served: is not empty; accepted is a new or empty folder" in capsys.readouterr().err
+    assert "served: is not empty" in capsys.readouterr().err

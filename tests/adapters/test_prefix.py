@@ -202,16 +202,16 @@ def test_writes_what_peft_wrote(adapter, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"prefix_projection": True}, "prefix_projection is True; accepted is false"),
-        ({"num_virtual_tokens": 0}, "num_virtual_tokens is 0; accepted is an integer of 1 or more"),
-        ({"num_virtual_tokens": 6}, r"another model: prompt_embeddings is \[5, 48\]; accepted is \[6, 48\]"),
-        ({"num_layers": 4}, "another model: num_layers is 4; accepted is 3"),
-        ({"token_dim": 16}, "another model: token_dim is 16; accepted is 8"),
-        ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2; accepted is 1"),
-        ({"init_weights": "one"}, "init_weights is 'one'"),
+        ({"prefix_projection": True}, r"prefix_projection .*got True"),
+        ({"num_virtual_tokens": 0}, r"num_virtual_tokens .*got 0"),
+        ({"num_virtual_tokens": 6}, r"another model: prompt_embeddings .*\[5, 48\]"),
+        ({"num_layers": 4}, r"another model: num_layers .*4"),
+        ({"token_dim": 16}, r"another model: token_dim .*16"),
+        ({"num_transformer_submodules": 2}, r"num_transformer_submodules .*got 2"),
+        ({"init_weights": "one"}, r"init_weights .*got 'one'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
-        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
-        ({"peft_type": "P_TUNING"}, "'P_TUNING'; accepted is 'LORA', 'PREFIX_TUNING', 'SERIES_ADAPTER', 'PARALLEL"),
+        ({"task_type": "SEQ_CLS"}, r"task_type .*got 'SEQ_CLS'"),
+        ({"peft_type": "P_TUNING"}, "'P_TUNING'; supported: 'LORA', 'PREFIX_TUNING', 'SERIES_ADAPTER', 'PARALLEL"),
     ],
 )
 def test_refuses_files(entries, message, config, tmp_path) -> None:
@@ -228,10 +228,10 @@ def test_refuses_settings_and_merging(params, adapter) -> None:
     for value in (0, True, 2.0):
         with pytest.raises(InputError, match="virtual_tokens is"):
             PrefixConfig(value)
-    with pytest.raises(InputError, match="init is 'ones'; accepted are normal, zero"):
+    with pytest.raises(InputError, match=r"init .*'ones'"):
         PrefixConfig(3, "ones")
     for undo in (merge, unmerge):
-        with pytest.raises(InputError, match="a prefix can't be merged"):
+        with pytest.raises(InputError, match="a prefix cannot be merged"):
             undo(adapter, params)
 
 

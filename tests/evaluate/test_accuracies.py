@@ -92,16 +92,14 @@ def test_chance_follows_each_items_choices() -> None:
 
 
 def test_a_missing_sample_is_refused() -> None:
-    with pytest.raises(InputError, match="boolq: 3 samples of 4 records"):
+    with pytest.raises(InputError, match=r"boolq: .*3 samples of 4 records"):
         accuracies(SAMPLES[1:], RECORDS)
 
 
 @pytest.mark.parametrize("other", [_sample(_record("boolq", 9, 0), "true"), SAMPLES[1]])
 def test_samples_of_other_records_are_refused(other: Sample) -> None:
     """As many as there are records, one of them of another record or twice of one."""
-    with pytest.raises(
-        InputError, match="boolq: samples and records differ at index 0; accepted is one sample a record"
-    ):
+    with pytest.raises(InputError, match=r"boolq: .*samples and records differ at index 0"):
         accuracies([other, *SAMPLES[1:]], RECORDS)
 
 

@@ -102,10 +102,10 @@ def test_the_length_that_acc_norm_divides_by() -> None:
         dataclasses.replace(choice, length=length)
         for choice, length in zip(harness_choices(record), (10, 30), strict=True)
     ]
-    sample = scoring._chosen(record, choices, [-10.0, -20.0], norm=True)
+    sample = scoring._likeliest(record, choices, [-10.0, -20.0], norm=True)
     assert (sample.prediction, sample.prediction_norm) == ("solution1", "solution2")
     assert (sample.correct, sample.correct_norm) == (False, True)
-    assert scoring._chosen(record, choices, [-10.0, -20.0], norm=False).prediction_norm is None
+    assert scoring._likeliest(record, choices, [-10.0, -20.0], norm=False).prediction_norm is None
 
 
 def test_only_tasks_with_acc_norm_have_it() -> None:
@@ -178,20 +178,20 @@ def test_generated_text_is_parsed(
 
 def test_broken_weights_are_not_scored() -> None:
     broken = {**PARAMS, "norm": PARAMS["norm"].at[3].set(np.nan)}
-    with pytest.raises(InputError, match=r"boolq record 0: log-likelihoods are .*nan"):
+    with pytest.raises(InputError, match=r"boolq record 0: log-likelihoods must be finite, got .*nan"):
         list(score(broken, CONFIG, TOKENIZER, _records("boolq")[:1], Scoring("label")))
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_one_choice_that_is_not_finite_is_not_scored(bad: float) -> None:
     record = _records("boolq")[0]
-    with pytest.raises(InputError, match="accepted are finite"):
-        scoring._chosen(record, harness_choices(record), [-1.0, bad], norm=False)
+    with pytest.raises(InputError, match="must be finite"):
+        scoring._likeliest(record, harness_choices(record), [-1.0, bad], norm=False)
 
 
 def test_the_first_of_equal_choices_is_given() -> None:
     record = _records("boolq")[0]
-    assert scoring._chosen(record, harness_choices(record), [-1.0, -1.0], norm=False).prediction == "false"
+    assert scoring._likeliest(record, harness_choices(record), [-1.0, -1.0], norm=False).prediction == "false"
 
 
 @pytest.mark.slow
@@ -207,11 +207,11 @@ def test_templates_of_the_protocols() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"protocol": "acc"}, "protocol is 'acc'; accepted are generate, label, harness"),
-        ({"protocol": "harness", "template": "train"}, "accepted is none under protocol harness"),
+        ({"protocol": "acc"}, r"protocol .*'acc'"),
+        ({"protocol": "harness", "template": "train"}, "template must be none with protocol harness, got 'train'"),
         (
             {"protocol": "label", "template": "alpaca"},
-            "template is 'alpaca'; accepted are train, eval, clean",
+            r"template .*'alpaca'",
         ),
         ({"protocol": "generate", "num_beams": 0}, "num_beams is 0"),
         ({"protocol": "generate", "max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -224,9 +224,9 @@ def test_bad_settings_are_refused(arguments: dict[str, object], message: str) ->
 
 def test_prompts_that_do_not_fit_are_refused_before_work() -> None:
     short = dataclasses.replace(CONFIG, max_position_embeddings=64)
-    with pytest.raises(InputError, match=r"boolq record 0 has .* tokens of prompt; accepted are at most 32"):
+    with pytest.raises(InputError, match=r"boolq record 0: .*at most 32 tokens"):
         score(PARAMS, short, TOKENIZER, _records("boolq"), Scoring("generate"))
-    with pytest.raises(InputError, match="batch_size is 0"):
+    with pytest.raises(InputError, match=r"batch_size .*0"):
         score(PARAMS, CONFIG, TOKENIZER, _records("boolq"), Scoring("label"), batch_size=0)
 
 
@@ -235,5 +235,5 @@ def test_a_prompt_that_just_fits_is_not_refused() -> None:
     length = len(TOKENIZER.encode(prompt(record.instruction, "eval")))
     fits, short = (dataclasses.replace(CONFIG, max_position_embeddings=length + room) for room in (32, 31))
     score(PARAMS, fits, TOKENIZER, [record], Scoring("generate"))
-    with pytest.raises(InputError, match=f"has {length} tokens of prompt; accepted are at most {length - 1}"):
+    with pytest.raises(InputError, match=f"at most {length - 1} tokens .*got {length}"):
         score(PARAMS, short, TOKENIZER, [record], Scoring("generate"))

@@ -107,7 +107,7 @@ def test_time_is_that_of_the_products_or_of_reading_the_weights():
     assert made.seconds(a6000, "float32", 0.5) == pytest.approx(4)
     assert dataclasses.replace(made, base=768 * 10**10).seconds(a6000, "bfloat16", 1.0) == pytest.approx(20)
     for wrong in (0.0, -1.0, 1.5, float("nan")):
-        with pytest.raises(InputError, match=r"utilisation is .*; accepted"):
+        with pytest.raises(InputError, match="utilisation"):
             made.seconds(a6000, "bfloat16", wrong)
 
 
@@ -197,7 +197,7 @@ def test_any_device_by_its_figures():
     assert made.seconds(mine, "bfloat16", 0.5) == made.seconds(mine, "float32", 0.5) == pytest.approx(1)
     assert made.seconds(Device.of(24e9, 100e12, 1e10), "bfloat16", 0.5) == pytest.approx(4), "reading the weights"
     for figures, name in (((0.9e9, 1e12), "memory"), ((24e9, 0.0), "rate"), ((24e9, 1e12, -1.0), "bandwidth")):
-        with pytest.raises(InputError, match=f"{name} is .*; accepted"):
+        with pytest.raises(InputError, match=name):
             Device.of(*figures)
 
 
@@ -205,8 +205,8 @@ def test_any_device_by_its_figures():
     ("config", "width", "match"),
     [
         (FinetuneConfig(rank=33), 16, "rank"),
-        (SMALL, 0, "width is 0; accepted is an integer of 1 or more"),
-        (SMALL, 65, "sequence length is 65; accepted is at most 64"),
+        (SMALL, 0, "width .*got 0"),
+        (SMALL, 65, "sequence length.*65"),
     ],
 )
 def test_refused_by_name(config, width, match):
@@ -215,9 +215,9 @@ def test_refused_by_name(config, width, match):
 
 
 def test_devices_that_cannot_share_a_batch_are_refused():
-    with pytest.raises(InputError, match="batch_size is 4; accepted is a multiple of the 3 devices"):
+    with pytest.raises(InputError, match=r"batch_size .*3 .*got 4"):
         capacity.account(TINY, SMALL, 16, abstract(3, 1))
-    with pytest.raises(InputError, match="fsdp is 0"):
+    with pytest.raises(InputError, match=r"fsdp .*0"):
         sharding.abstract_mesh(1, 0)
 
 

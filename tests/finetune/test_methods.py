@@ -137,16 +137,16 @@ def test_a_run_is_told_by_its_own_method_s_settings():
     [
         (
             {"method": "prefix", "rank": 8},
-            "rank is 8 with method prefix, which has none; accepted are methods lora, dora",
+            "rank .*method prefix, got 8.*lora or dora",
         ),
-        ({"method": "series", "rule": "lora"}, "rule is 'lora' with method series"),
-        ({"method": "prefix", "targets": ("q_proj",)}, "targets is .* with method prefix"),
-        ({"virtual_tokens": 3}, "virtual_tokens is 3 with method lora, which has none; accepted are methods prefix"),
-        ({"method": "dora", "bottleneck": 8}, "bottleneck is 8 with method dora"),
-        ({"method": "prefix", "virtual_tokens": 0}, "virtual_tokens is 0; accepted is an integer of 1 or more"),
-        ({"method": "parallel", "bottleneck": 0}, "bottleneck width is 0"),
-        ({"method": "parallel", "dropout": 1.0}, "dropout is 1.0"),
-        ({"method": "ia3"}, "method is 'ia3'; accepted is lora, dora, prefix, series, parallel, full"),
+        ({"method": "series", "rule": "lora"}, "rule .*method series, got 'lora'"),
+        ({"method": "prefix", "targets": ("q_proj",)}, "targets .*method prefix"),
+        ({"virtual_tokens": 3}, "virtual_tokens .*method lora, got 3.*prefix"),
+        ({"method": "dora", "bottleneck": 8}, "bottleneck .*method dora, got 8"),
+        ({"method": "prefix", "virtual_tokens": 0}, "virtual_tokens .*0"),
+        ({"method": "parallel", "bottleneck": 0}, "bottleneck width .*0"),
+        ({"method": "parallel", "dropout": 1.0}, "dropout .*1.0"),
+        ({"method": "ia3"}, "method .*lora, dora, prefix, series, parallel, full, got 'ia3'"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -156,5 +156,5 @@ def test_refuses(changes, message):
 
 
 def test_lora_s_settings_are_not_those_of_others():
-    with pytest.raises(InputError, match="method is 'series'; accepted are lora, dora"):
+    with pytest.raises(InputError, match=r"method .*lora or dora, got 'series'"):
         FinetuneConfig(method="series").lora()

@@ -42,10 +42,10 @@ def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
     lines = text.splitlines(keepends=True)
     assert len(lines) == 9
     for damaged, said in {
-        "".join(lines[:-1]): "has 8 lines of the 9 before the checkpoint at step 6",  # the last validation
-        "".join(lines[:4]): "has 4 lines of the 9",
-        text[:-30]: "has 8 lines of the 9",
-        "": "has 0 lines of the 9",
+        "".join(lines[:-1]): "has 8 of 9 lines before the checkpoint at step 6",  # the last validation
+        "".join(lines[:4]): "has 4 of 9 lines",
+        text[:-30]: "has 8 of 9 lines",
+        "": "has 0 of 9 lines",
         text.replace('"loss": 2.0', '"loss": 1.0'): "line 1 is damaged or was changed",
         "".join(lines[:3] + lines[4:]): "line 4 is damaged or was changed",
     }.items():
@@ -53,7 +53,7 @@ def test_what_came_before_a_checkpoint_must_be_there(tmp_path):
         with pytest.raises(InputError, match=f"metrics.jsonl: {said}"):
             Metrics(path, At(6), "run")
     path.unlink()
-    with pytest.raises(InputError, match=r"metrics\.jsonl: has 0 lines of the 9"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: has 0 of 9 lines"):
         Metrics(path, At(6), "run")
     assert Metrics(path, At(0), "run").events == [], "a run that begins anew needs none"
 

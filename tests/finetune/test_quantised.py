@@ -102,5 +102,5 @@ def test_a_run_is_known_by_its_quantization(kind):
 
 
 def test_weights_that_are_trained_are_none_of_the_frozen_base():
-    with pytest.raises(InputError, match="quantization is 'q8_0' with method full; accepted is none"):
+    with pytest.raises(InputError, match="quantization must be none with method full, got 'q8_0'"):
         FinetuneConfig(method="full", dropout=0.0, quantization="q8_0")

@@ -78,22 +78,22 @@ def test_memory_of_programs_small_enough_to_see():
         return jnp.sum(x)
 
     # A product and, in its place, the fused work on it; the next product's result beside what it reads.
-    assert traced_cost.held(jax.make_jaxpr(chain)(x, w)).total == 2 * size
+    assert traced_cost.peak_memory(jax.make_jaxpr(chain)(x, w)).total == 2 * size
 
     def fused(x, w):
         y = x @ w
         return jnp.sum(jnp.tanh(y) * jnp.sin(y) + jnp.cos(y))
 
-    assert traced_cost.held(jax.make_jaxpr(fused)(x, w)).total == size
+    assert traced_cost.peak_memory(jax.make_jaxpr(fused)(x, w)).total == size
 
     def layers(x, w):
         return jnp.sum(jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, w)[0])
 
     stack = jnp.ones((7, 128, 128))
-    held = traced_cost.held(jax.make_jaxpr(jax.value_and_grad(layers, argnums=1))(x, stack))
+    memory = traced_cost.peak_memory(jax.make_jaxpr(jax.value_and_grad(layers, argnums=1))(x, stack))
     # Of each layer sin's derivative and the product's input are kept; the gradient has the weights' shape.
-    assert held.kept == 7 * 2 * size
-    dead = traced_cost.held(
+    assert memory.saved == 7 * 2 * size
+    dead = traced_cost.peak_memory(
         jax.make_jaxpr(lambda x, w: (jax.lax.scan(lambda x, w: (x @ w, x @ w), x, w)[0],))(x, stack)
     )
     assert dead.stacked == 0, "a result that nothing reads is not held"

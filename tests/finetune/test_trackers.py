@@ -67,6 +67,6 @@ def test_off_writes_nothing(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_package_that_is_missing_is_named(name, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=rf"log_to is '{name}', and .* is not installed; accepted is: pip install"):
+    with pytest.raises(InputError, match=rf"log_to '{name}' .* not installed\. Run: pip install"):
         trackers.check_tracker(name)
     trackers.check_tracker(None)

@@ -107,7 +107,7 @@ def test_full_fine_tuning_writes_a_model(model, data, tmp_path, monkeypatch, cap
             train(patch, model, data, tmp_path / "run", *command)
     train(monkeypatch, model, data, tmp_path / "run", *command)
     said = capsys.readouterr().out
-    assert "goes on after step 2 of 4" in said
+    assert "resumes after step 2 of 4" in said
     assert not (tmp_path / "run" / "adapter").exists()
     after, before = (load(str(one)).params for one in (tmp_path / "run" / "merged", model))
     for path, leaf in jax.tree.leaves_with_path(after):
@@ -124,8 +124,8 @@ def test_full_fine_tuning_writes_a_model(model, data, tmp_path, monkeypatch, cap
 
 def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path, monkeypatch, capsys) -> None:
     for more, message in {
-        ("--method", "prefix", "--merge"): "merge is True with method prefix; accepted are methods lora, dora",
-        ("--method", "series", "--rank", "4"): "rank is 4 with method series, which has none",
+        ("--method", "prefix", "--merge"): "merge requires method lora, dora",
+        ("--method", "series", "--rank", "4"): "rank has no effect with method series, got 4",
         ("--method", "series", "--targets", "w_proj"): "'w_proj', which matches no module",
     }.items():
         with pytest.raises(SystemExit) as caught:

@@ -76,7 +76,10 @@ def test_several_devices_of_ones_own(folder, capsys):
 def test_what_does_not_fit_says_what_takes_less(capsys):
     capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--dtype", "float32"])
     out = capsys.readouterr().out
-    assert re.search(r"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); --remat True, a smaller --batch-size", out)
+    assert re.search(
+        r"RTX 4090 24 GB: does not fit \(.* GB of 24.8 GB\); reduce memory with --remat True, a smaller --batch-size",
+        out,
+    )
     capacity.main(["--model", "llama3-8b", "--device", "rtx4090", "--remat", "True"])
     out = capsys.readouterr().out
     assert re.search(r"fits \(.*\); needs XLA_PYTHON_CLIENT_MEM_FRACTION=0\.\d\d or more", out)
@@ -85,27 +88,27 @@ def test_what_does_not_fit_says_what_takes_less(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--device tpu", "--device is 'tpu'; accepted are a6000, "),
-        ("--model llama-9b", "--model is 'llama-9b'; accepted are llama-7b, "),
+        ("--device tpu", "--device must be one of a6000, "),
+        ("--model llama-9b", "--model must be one of llama-7b, "),
         ("--utilisation 1.5", "--utilisation is 1.5; accepted"),
-        ("--steps 5 --examples 5", "--steps and --examples are both given"),
+        ("--steps 5 --examples 5", "--steps and --examples cannot be combined"),
         ("--seq 0", "--seq is 0; accepted"),
         ("--data 2", "--data was renamed; accepted is --replicas"),
         ("--memory 24 --rate 120", "--rate was renamed; accepted is --tflops"),
         ("--seq 4096 --model llama-7b", "sequence length is 4096; accepted is at most 2048"),
-        ("--memory 24", "--memory, --tflops and --bandwidth are of a device of your own"),
-        ("--memory 0.5 --tflops 100", "memory is 0.5 GB; accepted is more than 1 GB"),
+        ("--memory 24", "--memory, --tflops and --bandwidth describe a custom device"),
+        ("--memory 0.5 --tflops 100", "memory must be more than 1 GB, got 0.5 GB"),
         (
             "--device h100 --memory 24 --tflops 120",
             "--device is h100, which nothing reads beside --memory; accepted is",
         ),
         ("--method full --rank 64", "--rank is 64, which nothing reads beside --method full; accepted is to leave one"),
         ("--epochs 2", "--epochs is 2, which nothing reads without --examples; accepted is to give --examp"),
-        ("--fsdp 3 --model llama-7b", "batch_size is 16; accepted is a multiple of the 3 devices"),
+        ("--fsdp 3 --model llama-7b", "batch_size must be a multiple of 3 "),
         ("--rank 0", "rank is 0; accepted"),
-        ("--accumulation 3", "accumulation is 3; accepted is a divisor of batch"),
+        ("--accumulation 3", "accumulation must divide batch_size, 16, got 3"),
         ("--measure", "--compile and --measure take one model"),
-        ("--model EMPTY", "empty'; accepted are llama-7b, "),
+        ("--model EMPTY", "or a folder with config.json, got '"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys):

@@ -272,18 +272,18 @@ def test_the_adapter_has_a_model_card(whole, model, data):
     tested = {step: loss for kind, step, loss in found if kind == "validation"}
     best = min(tested, key=tested.__getitem__)
     assert said["training loss"] == (
-        f"{steps[0]:.4f} nats a token on the batch of step 1, before any update; {np.mean(steps[-10:]):.4f}, the mean "
-        "of the last 10 steps"
+        f"{steps[0]:.4f} nats per token on the batch of step 1, before any update; {np.mean(steps[-10:]):.4f}, "
+        "the mean of the last 10 steps"
     )
     assert said["validation loss"] == (
         f"{tested[20]:.4f} at step 20 (first), {tested[best]:.4f} at step {best} (best), {tested[78]:.4f} at step 78 "
-        "(last); nats a token of 8 held-out records"
+        "(last); nats per token over 8 held-out records"
     )
     assert said["records"] == f"60, SHA-256 `{records.records_digest(read_records([str(data)]))}`"
     assert (said["data"], said["trained on"]) == ("`train.json`", "52; held out for the validation loss: 8")
     assert said["horizon"] == f"78 steps of 4 records; adapter of step {best}"
     assert said["learning rate"] == "0.02 after 4 steps of warm-up, then linear decay to 0 after the last step"
-    assert said["their SHA-256"] == f"`{model_digest(model)}`"
+    assert said["base model SHA-256"] == f"`{model_digest(model)}`"
     assert said["scaling gamma"] == "alpha / sqrt(r) = 2.82843 (`use_rslora` is true)"
     assert "adapter/README.md" not in json.loads((whole / "manifest.json").read_text())["files"], "free to be edited"
 
@@ -364,12 +364,12 @@ def test_killed_twice_it_ends_with_the_same_bits(whole, model, data, tmp_path):
     missing = tmp_path / "missing"
     shutil.copytree(out, missing)
     (missing / "metrics.jsonl").unlink()
-    assert "missing/metrics.jsonl: has 0 lines of the " in fails(arguments(model, data, missing))
+    assert "missing/metrics.jsonl: has 0 of " in fails(arguments(model, data, missing))
     status, stdout, stderr = on_one_device(arguments(model, data, out))
     assert status == 0, stderr
-    said = [line for line in stdout.splitlines() if line.startswith("goes on after step ")]
+    said = [line for line in stdout.splitlines() if line.startswith("resumes after step ")]
     assert len(said) == 1
-    assert int(said[0].split()[4]) % 3 == 0, "a checkpoint's"
+    assert int(said[0].split()[3]) % 3 == 0, "a checkpoint's"
     assert losses(out) == losses(whole)
     adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, whole)]
     assert adapters[0].keys() == adapters[1].keys()
@@ -383,10 +383,10 @@ def losses_so_far(out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("step", "resumed", "said"),
     [
-        (0, False, "begins with step 1"),
-        (0, True, "no checkpoint yet: begins with step 1"),
-        (6, True, "goes on after step 6 of 9, its last checkpoint"),
-        (9, True, "all 9 steps are done already"),
+        (0, False, "starts at step 1"),
+        (0, True, "no checkpoint yet: starts at step 1"),
+        (6, True, "resumes after step 6 of 9, its last checkpoint"),
+        (9, True, "all 9 steps are already done"),
     ],
 )
 def test_it_says_where_it_goes_on(step, resumed, said):
@@ -425,7 +425,7 @@ def test_a_full_disk_is_one_line(model, data, tmp_path, monkeypatch):
         message = fails(arguments(model, data, tmp_path / "run", "--rank", "16"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "run/checkpoints: a checkpoint cannot be written (File too large); accepted is a disk with room" in message
+    assert "run/checkpoints: cannot write a checkpoint (File too large)" in message
 
 
 def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
@@ -445,11 +445,14 @@ def bad_input(model, data, tmp_path) -> dict[str, tuple[list[str], str]]:
         "too few records": (arguments(model, data, out, "--held-out", "60"), "held_out is 60 of 60 records"),
         "missing model": (arguments(tmp_path / "nowhere", data, out), "nowhere"),
         "truncated weights": (arguments(truncated, data, out), "truncated"),
-        "rank above width": (arguments(model, data, out, "--rank", "17"), "rank is 17 at model.layers.0"),
+        "rank above width": (arguments(model, data, out, "--rank", "17"), "rank must be at most 16 at model.layers.0"),
         "pattern of nothing": (arguments(model, data, out, "--rank-pattern", "x_proj", "2"), "matches no adapted"),
         "unknown module": (arguments(model, data, out, "--targets", "w_proj"), "'w_proj', which matches no module"),
         "rate of zero": (arguments(model, data, out, "--lr", "0"), "lr is 0.0"),
-        "parts of a batch": (arguments(model, data, out, "--accumulation", "3"), "accumulation is 3"),
+        "parts of a batch": (
+            arguments(model, data, out, "--accumulation", "3"),
+            "accumulation must divide batch",
+        ),
     }
 
 
