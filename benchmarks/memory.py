@@ -102,7 +102,7 @@ def peer(spec: dict[str, Any]) -> dict[str, Any]:
     held = sum(a.numel() * a.element_size() for a in [*model.parameters(), *model.buffers()])
     held += sum(absmax.numel() * absmax.element_size() for absmax in _scales(model))
     ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not there for the step
-    capacity.forget_peak()
+    capacity.reset_peak_memory()
     before = capacity.resident("VmRSS")
     out = model(input_ids=tokens, labels=tokens)
     out.loss.backward()

@@ -75,8 +75,8 @@ def sizes(manifest: dict[str, Any], rows: pd.DataFrame) -> plt.Figure:
         2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
-        for axis, (case, of_case) in zip(axis_row, cases.items(), strict=True):
-            own = of_case[(of_case["split"] == split) & (of_case["quantity"] == "output")]
+        for axis, (case, rows_of_case) in zip(axis_row, cases.items(), strict=True):
+            own = rows_of_case[(rows_of_case["split"] == split) & (rows_of_case["quantity"] == "output")]
             for position, module in enumerate(modules):
                 colour, marker = style.COLOURS[position], style.MARKERS[position]
                 for step, dashes in shown.items():
@@ -122,8 +122,8 @@ def exponents(manifest: dict[str, Any], slopes: pd.DataFrame) -> plt.Figure:
         2, len(cases), figsize=(max(3.4, 0.9 + 1.35 * len(cases)), 4.2), sharex=True, sharey=True, squeeze=False
     )
     for axis_row, (split, label) in zip(axes, SPLITS.items(), strict=True):
-        for axis, (case, of_case) in zip(axis_row, cases.items(), strict=True):
-            own = of_case[(of_case["split"] == split) & of_case["slope"].notna()]
+        for axis, (case, rows_of_case) in zip(axis_row, cases.items(), strict=True):
+            own = rows_of_case[(rows_of_case["split"] == split) & rows_of_case["slope"].notna()]
             axis.axhspan(-band, band, color=style.BAND_COLOUR, zorder=0)
             for position, (quantity, module, text) in enumerate(lines):
                 points = own[(own["quantity"] == quantity) & (own["module"] == module)]

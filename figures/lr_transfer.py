@@ -34,9 +34,11 @@ def draw(config: Config) -> Sequence[Path]:
     """A column an optimizer: above the best rates with their slopes, below the losses at the largest rank."""
     manifest, rows = style.read_frame(config.run, "lr_transfer")
     accepted = "the file of a finished run"
-    bests, slopes = (frames.read_csv(config.run / name, accepted=accepted) for name in ("best.csv", "slopes.csv"))
-    optimizers = [name for name in style.OPTIMIZERS if name in set(bests["optimizer"])]
-    rules = list(dict.fromkeys(bests["rule"]))
+    best_rate_table, slopes = (
+        frames.read_csv(config.run / name, accepted=accepted) for name in ("best.csv", "slopes.csv")
+    )
+    optimizers = [name for name in style.OPTIMIZERS if name in set(best_rate_table["optimizer"])]
+    rules = list(dict.fromkeys(best_rate_table["rule"]))
     figure, axes = plt.subplots(2, len(optimizers), figsize=(1.0 + 2.8 * len(optimizers), 6.4), squeeze=False)
     left_out = 0
     for column, optimizer in enumerate(optimizers):
@@ -45,7 +47,9 @@ def draw(config: Config) -> Sequence[Path]:
             for trained, (dashes, filled) in TRAINED.items():
                 look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes}
                 look["markerfacecolor"] = colour if filled else "white"
-                own_bests, own_slopes, own = (_own(table, optimizer, trained, rule) for table in (bests, slopes, rows))
+                own_bests, own_slopes, own = (
+                    _own(table, optimizer, trained, rule) for table in (best_rate_table, slopes, rows)
+                )
                 text = label + "".join(map(_slope, own_slopes.to_dict("records")))
                 text += "" if filled else ", A frozen"
                 _best(axes[0, column], own_bests, look, text)
@@ -55,7 +59,7 @@ def draw(config: Config) -> Sequence[Path]:
         above.set(
             title=f"{style.OPTIMIZERS[optimizer]}: best rate and its slope in $r$", xlabel="rank $r$", yscale="log"
         )
-        style.whole_ticks(above, bests["rank"])
+        style.whole_ticks(above, best_rate_table["rank"])
         above.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         top = rows["rank"][rows["optimizer"] == optimizer].max()
         below.set(title=f"r = {top}, both factors trained", xlabel="learning rate", xscale="log")
@@ -63,12 +67,12 @@ def draw(config: Config) -> Sequence[Path]:
             below.set_yscale("log")
     axes[0, 0].set_ylabel("best learning rate")
     axes[1, 0].set_ylabel("held-out loss" + (" (nats a token)" if is_matrix(manifest) else ""))
-    words = f"bars: ± one s.e. over {' and '.join(sorted(set(bests['error_over'].dropna())))}"
+    words = f"bars: ± one s.e. over {' and '.join(sorted(set(best_rate_table['error_over'].dropna())))}"
     if left_out:
         words += f"; below: rates that diverged, or whose loss is more than {CEILING} times the median's, are left out"
     edge = plt.Line2D([], [], color="black", marker="x", markersize=6, linestyle="none")
     handles = style.named(axes[1])
-    handles |= {"best rate at the grid's edge": edge} if bests["edge"].notna().any() else {}
+    handles |= {"best rate at the grid's edge": edge} if best_rate_table["edge"].notna().any() else {}
     style.legend(figure, handles, words)
     return style.save(figure, config.out or config.run, "lr_transfer")
 

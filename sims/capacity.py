@@ -103,7 +103,7 @@ def show_model(config: Config, model: LlamaConfig) -> None:
             f"it is {own.program.total / GB:.3f} GB; the rest is code, stacks and packed operands of products."
         )
     if config.compile or own:
-        tables.print_text(capacity.ON_CPU)
+        tables.print_text(capacity.CPU_MEMORY_NOTE)
 
 
 def show_placement(config: Config, model: LlamaConfig, layout: Layout) -> None:
@@ -111,7 +111,7 @@ def show_placement(config: Config, model: LlamaConfig, layout: Layout) -> None:
     rows = [
         [one.name, f"in {one.ways}" if one.ways > 1 else "whole", *(f"{size / GB:.2f}" for size in sizes)]
         for one in capacity.placement(model, config.finetune(), layout)
-        for sizes in [(one.bytes_whole, one.bytes_each)]
+        for sizes in [(one.bytes_whole, one.bytes_per_device)]
     ]
     tables.print_table("the base", ["arrays", "split", "GB", "GB a device"], rows, left=2)
     rows_each = config.batch_size // layout.parts

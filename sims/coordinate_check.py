@@ -82,7 +82,7 @@ def run(config: Config) -> None:
     sizes = run_table(cells, work, folder, rank_check.COLUMNS, runner=runner, title="coordinate check")
     slopes = rank_check.coordinate_slopes(checked, sizes)
     folder.write_frame(slopes, "slopes.csv")
-    folder.finish(warnings=thin.of_ranks(checked.ranks))
+    folder.finish(warnings=thin.rank_warnings(checked.ranks))
     report(checked, slopes, sizes, batches=config.records.batches)
     answers.tell_files(folder.path)
 
@@ -90,10 +90,10 @@ def run(config: Config) -> None:
 def report(config: CheckConfig, slopes: pd.DataFrame, sizes: pd.DataFrame, *, batches: str) -> None:
     """Print what the slopes say, and the slopes of each case by module."""
     judged = rank_check.verdicts(config, slopes)
-    answers.say(rank_check.check_in_words(config, judged), thin.of_ranks(config.ranks))
+    answers.say(rank_check.describe_check(config, judged), thin.rank_warnings(config.ranks))
     cases, losses = list(rank_check.cases(config)), []
     for case in cases:
-        group = rank_check.of_case(slopes, case)
+        group = rank_check.rows_of_case(slopes, case)
         modules = [name for name in dict.fromkeys(group["module"]) if name != MODEL]
         lines = [*(("output", name) for name in (*modules, MODEL)), ("hidden", MODEL), ("logits", MODEL)]
         for split, label in SPLITS.items():
@@ -106,7 +106,7 @@ def report(config: CheckConfig, slopes: pd.DataFrame, sizes: pd.DataFrame, *, ba
                 ["", *[f"step {step}" for step in config.steps]],
                 [[_short(*line), *(own.get((*line, step), "") for step in config.steps)] for line in lines],
             )
-        loss = rank_check.of_case(sizes, case).query("quantity == 'loss'")["value"]
+        loss = rank_check.rows_of_case(sizes, case).query("quantity == 'loss'")["value"]
         whole = len(loss) and np.isfinite(loss).all()
         losses.append(f"{loss.min():.2f} to {loss.max():.2f}" if whole else "not finite")
     ends = [(split, step) for split in SPLITS for step in (config.steps[0], config.steps[-1])]

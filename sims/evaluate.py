@@ -18,7 +18,7 @@ from rora_theory.data.prompts import Template
 from rora_theory.data.tasks import TASKS, TaskRecord
 from rora_theory.errors import InputError
 from rora_theory.evaluate import Protocol, Samples, Scoring, TaskAccuracy, accuracies, samples
-from rora_theory.evaluate.accuracies import ACCURACY_COLUMNS, ACCURACY_UNITS, accuracies_in_words
+from rora_theory.evaluate.accuracies import ACCURACY_COLUMNS, ACCURACY_UNITS, describe_accuracy
 from rora_theory.io import frames
 from rora_theory.llama import Adapter, Located, Model, load, locate
 from rora_theory.runs.folder import RunFolder, check_free, path_of
@@ -82,7 +82,11 @@ def subject(config: Config, origin: Located) -> tuple[Model, Adapter | None]:
     """
     model = load(origin, config.dtype)
     cli.tell(model.remarks)
-    return (model, None) if config.adapter is None else adapters.with_adapter(config.adapter, model, merge=config.merge)
+    return (
+        (model, None)
+        if config.adapter is None
+        else adapters.load_with_adapter(config.adapter, model, merge=config.merge)
+    )
 
 
 def evaluate(
@@ -121,7 +125,7 @@ def identity(config: Config, data: dict[str, str], origin: Located) -> dict[str,
 
 def show(found: Sequence[TaskAccuracy], scoring: Scoring) -> None:
     """Print the average and the table of a run: percentages, ± one standard error."""
-    answers.say(accuracies_in_words(found, scoring.protocol))
+    answers.say(describe_accuracy(found, scoring.protocol))
     forms = {"task": "{name}", "n": "{n}", "accuracy %": "{accuracy:.1f} ± {error:.1f}"}
     if any(level.accuracy_norm is not None for level in found):
         forms["per character %"] = "{accuracy_norm:.1f} ± {error_norm:.1f}"

@@ -18,9 +18,9 @@ import jax
 from rora_theory import adapters, llama
 from rora_theory.data.records import DataConfig, read_record_set
 from rora_theory.finetune import FinetuneConfig, Metrics, card, distributed, metrics, prepare, sharding, split, trackers
-from rora_theory.finetune.checkpoints import quiet_writers
+from rora_theory.finetune.checkpoints import silence_checkpoint_logs
 from rora_theory.finetune.distributed import ProcessConfig
-from rora_theory.finetune.loop import NonFiniteLossError, Stepped, Trainer, Validated, resumption
+from rora_theory.finetune.loop import NonFiniteLossError, StepCompleted, Trainer, ValidationCompleted, resumption
 from rora_theory.finetune.outputs import OutputConfig, write_outputs
 from rora_theory.finetune.trackers import TrackerName
 from rora_theory.runs.folder import RunFolder, check_free, path_of
@@ -62,7 +62,7 @@ def run(config: Config) -> None:
     """
     if config.processes.join():
         config.output.check_several(config.training, config.out)
-    quiet_writers()
+    silence_checkpoint_logs()
     if (first := distributed.is_first()) and config.out is not None:
         check_free(config.out)
     found = read_record_set(config.data, config.reading)
@@ -83,7 +83,7 @@ def run(config: Config) -> None:
     if first:
         check_free(path_of(NAME, identity, config.out))
     data = prepare(found.records, tokenizer, training, chat)  # bad records are refused before the weights are read
-    layout, shardings = sharding.over_all_devices(llama_config, training, fsdp=config.fsdp)
+    layout, shardings = sharding.layout_over_all_devices(llama_config, training, fsdp=config.fsdp)
     model = llama.load(origin, training.dtype, shardings=shardings, quantization=training.quantization)
     cli.tell(model.remarks if first else [])
     folder, path = None, config.out
@@ -103,7 +103,7 @@ def run(config: Config) -> None:
         kept = trainer.adapter(config.output.keep)
     if folder is not None:
         best = trainer.best_step if config.output.keep == "best" else None
-        own = card.of_run(training, found, config.data, data.summary, events, best, config.output.license)
+        own = card.build_training_card(training, found, config.data, data.summary, events, best, config.output.license)
         write_outputs(folder, config.output, kept, model, own)
         folder.finish(best_step=trainer.best_step, best_loss=trainer.best_loss)
         report(folder, events, data.summary["validated_on"])
@@ -119,7 +119,7 @@ def begin(
     devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     counted = {"trainable_parameters": trainable, "trainable_share": share}
     folder.update(data=summary, steps=trainer.steps, device=devices, **counted)
-    print(card.begun_in_words(training, summary, trainer.steps, trainable, share))
+    print(card.describe_start(training, summary, trainer.steps, trainable, share))
 
 
 def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = None) -> list[dict[str, Any]]:
@@ -134,9 +134,9 @@ def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = Non
             for event in trainer.run():
                 events.add(event)
                 tracker.add(event)
-                if isinstance(event, Stepped):
+                if isinstance(event, StepCompleted):
                     bar.advance(1, loss=event.loss, lr=event.learning_rate, rate=event.speed)
-                elif isinstance(event, Validated):
+                elif isinstance(event, ValidationCompleted):
                     print(event.in_words(trainer.steps))
     except NonFiniteLossError as error:
         folder.finish("failed", error=str(error))
@@ -147,7 +147,7 @@ def follow(trainer: Trainer, folder: RunFolder, log_to: TrackerName | None = Non
 
 def report(folder: RunFolder, events: Sequence[Mapping[str, Any]], held_out: int) -> None:
     """Print how far the losses came, and the run's figures."""
-    answers.say(card.losses_in_words(events, held_out))
+    answers.say(card.describe_losses(events, held_out))
     rows = card.figures(events, folder.entry("trainable_parameters"))
     cells = [(row["what"], row["step"] or "", f"{row['value']:{'.4f' if row['step'] else ',.0f'}}") for row in rows]
     tables.print_table("The run in figures; losses in nats a token", ["", "step", "value"], cells, records=rows)

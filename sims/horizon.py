@@ -87,7 +87,7 @@ def run(config: Config) -> None:
         bench.open(model)
         return asdict(readings.read_run(bench, grid.training(cell), cell.read_at))
 
-    words = partial(readings.read_run_in_words, tokens=tokens)
+    words = partial(readings.describe_run, tokens=tokens)
     run_with_bar(cells, work, folder, runner=runner, title="runs", words=words)
     runs = horizon_runs.distinct(horizon_runs.read_finished(folder.path))
     folder.write_frame(horizon_runs.horizon_table(runs, tokens, answered), "results.csv")
@@ -102,7 +102,7 @@ def run(config: Config) -> None:
 
 def report(runs: int, judged: horizons.HorizonJudgement, *, law: bool = True) -> None:
     """Print the answer, then a table of each frame of the judgement that has rows."""
-    answers.say(horizons.horizon_in_words(runs, judged.best, judged.exponents, law=law))
+    answers.say(horizons.describe_horizons(runs, judged.best, judged.exponents, law=law))
     who = {"steps": "{step}", "rank": "{size}", "gamma r": "{strength:g}"}
     found = judged.exponents
     exponents = {

@@ -25,8 +25,8 @@ from rora_theory.stats.rate_curves import (
     Comparison,
     best_rates,
     compare_rules,
+    describe_slopes,
     rate_slopes,
-    slopes_in_words,
 )
 from rora_theory.sweep import run_curves, trained_runs
 from rora_theory.toy import rate_grid
@@ -90,9 +90,9 @@ def run(config: Config) -> None:
 
 def report(found: pd.DataFrame, slopes: pd.DataFrame, compared: Sequence[Comparison]) -> None:
     """Print where the best rate keeps still; best rates, slopes and comparisons."""
-    answers.say(slopes_in_words(slopes))
+    answers.say(describe_slopes(slopes))
     ranks, line = sorted(set(found["rank"])), ["optimizer", "trained", "rule"]
-    cells = found.assign(text=found.apply(run_curves.best_in_words, axis=1))
+    cells = found.assign(text=found.apply(run_curves.format_best, axis=1))
     cells = cells.pivot(index=line, columns="rank", values="text").fillna("")
     tables.print_table(
         "Best learning rate (parabola through the least three), × / ÷ half of the 95% interval; < > at the grid's edge",

@@ -25,7 +25,7 @@ from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs.cells import FOLDERS
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.sweep import differences, results
-from rora_theory.sweep.cells import SweepCell, cell_states, check_cells, stand_ins
+from rora_theory.sweep.cells import SweepCell, cell_states, check_cells, replace_with_scored
 from rora_theory.sweep.design import BASE
 from rora_theory.sweep.memory import cell_memory
 from rora_theory.sweep.plan import SweepConfig, plan_sweep
@@ -94,8 +94,8 @@ def run(config: Config) -> None:
     try:
         work(config, folder, bench, first, runner)
         if plan.design.tuned and len(plan.design.seeds) > 1:
-            best = results.marked_rates(results.read_results(path, stand_ins(first, path)))
-            for words in results.rates_in_words(best):
+            best = results.marked_rates(results.read_results(path, replace_with_scored(first, path)))
+            for words in results.describe_rates(best):
                 print(words, flush=True)
             work(config, folder, bench, plan.cells(1, best), runner)
     except FailedError as error:
@@ -121,12 +121,14 @@ def work(config: Config, folder: RunFolder, bench: Workbench, cells: Sequence[Sw
     def write(_: Sequence[Any]) -> None:
         folder.write_frame(results.read_results(folder.path))
 
-    run_with_bar(stand_ins(cells, folder.path), do, folder, runner=runner, words=results.result_in_words, write=write)
+    run_with_bar(
+        replace_with_scored(cells, folder.path), do, folder, runner=runner, words=results.describe_result, write=write
+    )
 
 
 def report(rows: pd.DataFrame) -> None:
     """Print the lowest validation loss, and that of each method and rank at its best rate."""
-    answers.say(results.results_in_words(rows))
+    answers.say(results.describe_results(rows))
     forms = {"model": "{model}", "method": "{method}", "rank": "{rank}", "alpha": "{alpha:g}", "seed": "{seed}"}
     forms |= {"rate": "{learning_rate:.3g}", "of those tried": "{best_rate}"}
     forms |= {"validation loss": "{validation_loss:.4f} ± {validation_error:.4f}"}

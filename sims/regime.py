@@ -99,7 +99,7 @@ def run(config: Config) -> None:
     if config.adapter is not None:
         model = adapters.merged(adapters.load_peft(config.adapter, model.config, model.params), model)
     targets = "all-linear" if config.targets == ("all-linear",) else config.targets
-    modules = regimes.chosen_modules(model.config, targets, config.layers)
+    modules = regimes.modules_by_layer(model.config, targets, config.layers)
     extra: dict[str, Any] = {"units": regime_tables.UNITS, "device": describe(read.places)}
     extra["data"] = [Path(name).name for name in config.data]
     folder = RunFolder.open(NAME, identity, out=config.out, seed=seed, extra=extra, models=[model.origin])
@@ -129,7 +129,7 @@ def run(config: Config) -> None:
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
     for name, frame in regime_tables.summaries(found.crossings, found.takeover).items():
         folder.write_frame(frame, name)
-    words = thin.of_regime(found.crossings, model.config.num_hidden_layers)
+    words = thin.regime_warnings(found.crossings, model.config.num_hidden_layers)
     folder.finish(warnings=words)
     report(config.measured, found, verdict, words)
     answers.tell_files(folder.path)
@@ -143,12 +143,12 @@ def report(config: RegimeConfig, found: Regime, verdict: dict[str, Any] | None, 
     answers.say(" ".join(said + ([] if verdict is None else [f"{regime_tables.in_words(verdict)}."])), words)
     init = config.inits[0]
     for optimizer in config.optimizers:
-        tables.print_table(*regime_tables.crossings_in_words(found.crossings, found.tokens, optimizer, init), left=2)
+        tables.print_table(*regime_tables.format_crossings(found.crossings, found.tokens, optimizer, init), left=2)
     if len(found.takeover):
-        tables.print_table(*regime_tables.takeovers_in_words(found.takeover, init, config.lr), left=2)
+        tables.print_table(*regime_tables.format_takeovers(found.takeover, init, config.lr), left=2)
     if verdict is not None:
         for optimizer in config.optimizers:
-            tables.print_table(*regime_tables.ratios_in_words(found.results, optimizer))
+            tables.print_table(*regime_tables.format_ratios(found.results, optimizer))
 
 
 main = cli.command(Config, run, __doc__)

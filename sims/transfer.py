@@ -134,7 +134,7 @@ def take_first_steps(config: Config, advised: Advised) -> None:
         f"The first step really taken on {config.check[0]}: rms of the change against the tuned setting's, "
         f"{len(config.seeds)} draws of A ± s.e.",
         transfer_check.HEADS,
-        transfer_check.candidates_in_words(summary),
+        transfer_check.format_candidates(summary),
     )
     answers.tell_files(folder.path)
 

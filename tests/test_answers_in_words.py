@@ -5,34 +5,32 @@ import math
 import pandas as pd
 import pytest
 
-from rora_theory.evaluate.accuracies import TaskAccuracy, accuracies_in_words
-from rora_theory.finetune.card import losses_in_words
-from rora_theory.horizon.judgement import horizon_in_words
-from rora_theory.measure.rank_check.check import CheckConfig, check_in_words
+from rora_theory.evaluate.accuracies import TaskAccuracy, describe_accuracy
+from rora_theory.finetune.card import describe_losses
+from rora_theory.horizon.judgement import describe_horizons
+from rora_theory.measure.rank_check.check import CheckConfig, describe_check
 from rora_theory.paper.verdicts import Verdict, verdicts_in_words
-from rora_theory.stats.rate_curves import slopes_in_words
-from rora_theory.sweep.results import results_in_words
+from rora_theory.stats.rate_curves import describe_slopes
+from rora_theory.sweep.results import describe_results
 
 
 def test_accuracies() -> None:
     one = TaskAccuracy("piqa", 200, 0.6, 0.034, None, None, 0.0, 0.5, 0.51)
-    assert accuracies_in_words([one], "label") == (
+    assert describe_accuracy([one], "label") == (
         "60.0 ± 3.4 % of the answers are correct on PIQA under the protocol label; chance is 50.0 %."
     )
     several = [one, one, TaskAccuracy("average", 400, 0.55, 0.02, None, None, 0.0, 0.4, 0.41)]
-    assert accuracies_in_words(several, "harness").startswith(
-        "55.0 ± 2.0 % of the answers are correct on average over 2"
-    )
+    assert describe_accuracy(several, "harness").startswith("55.0 ± 2.0 % of the answers are correct on average over 2")
 
 
 def test_losses() -> None:
     steps = [{"event": "step", "step": i, "loss": 3.0 - i / 10} for i in range(1, 13)]
-    assert losses_in_words(steps, 0) == (
+    assert describe_losses(steps, 0) == (
         "Trained for 12 steps: training loss 2.9000 nats per token on the batch of step 1, before any update; 2.2500, "
         "the mean of the last 10 steps."
     )
     tested = [{"event": "validation", "step": i, "loss": loss} for i, loss in ((4, 2.5), (8, 2.0), (12, 2.25))]
-    assert losses_in_words(steps + tested, 6) == (
+    assert describe_losses(steps + tested, 6) == (
         "Trained for 12 steps: validation loss 2.5000 at step 4 (first), 2.0000 at step 8 (best), 2.2500 at step 12 "
         "(last); nats per token over 6 held-out records."
     )
@@ -40,7 +38,7 @@ def test_losses() -> None:
 
 def test_a_check() -> None:
     config = CheckConfig(optimizers=("sgd",), steps=(1, 5), controls=False)
-    assert check_in_words(config, pd.DataFrame({"whole_model": ["flat", "grows with the rank"]})) == (
+    assert describe_check(config, pd.DataFrame({"whole_model": ["flat", "grows with the rank"]})) == (
         "Change of the whole model after 1 and 5 steps, against the rank: SGD, alpha/r, A kaiming_uniform: flat; SGD, "
         "alpha/sqrt(r), A kaiming_uniform: grows with the rank."
     )
@@ -58,10 +56,10 @@ def test_slopes() -> None:
         "trained": ["both"] * 2,
         "verdict": ["flat", "shrinks"],
     }
-    assert slopes_in_words(pd.DataFrame(rows)) == (
+    assert describe_slopes(pd.DataFrame(rows)) == (
         "The best rate does not move with the rank in 1 of 2 lines: adam lora (both)."
     )
-    assert slopes_in_words(pd.DataFrame(rows).iloc[:0]).startswith("No line has two ranks")
+    assert describe_slopes(pd.DataFrame(rows).iloc[:0]).startswith("No line has two ranks")
 
 
 def test_a_sweep() -> None:
@@ -69,11 +67,11 @@ def test_a_sweep() -> None:
     rows |= {"key": ["a", "b", "c"], "rank": [None, 8, 8], "learning_rate": [math.nan, 3e-4, 1.0]}
     rows |= {"validation_loss": [2.0, 1.5, math.nan], "validation_error": [0.1, 0.05, math.nan]}
     rows |= {"alpha": [math.nan, 16.0, 16.0], "best_rate": ["", "yes", ""]}
-    assert results_in_words(pd.DataFrame(rows)) == (
+    assert describe_results(pd.DataFrame(rows)) == (
         "Lowest validation loss of 3 cells: m: 1.5000 ± 0.0500, rora r=8 at 0.0003 (± over records). 1 diverged."
     )
     rows["best_rate"] = ["", "edge", ""]
-    said = results_in_words(pd.DataFrame(rows))
+    said = describe_results(pd.DataFrame(rows))
     assert said.endswith(
         " 1 of 2 best learning rates lie at the edge of the rates that were tried: the best may lie beyond."
     )
@@ -90,6 +88,6 @@ def test_a_sweep() -> None:
 )
 def test_a_horizon(best, found, law, said) -> None:
     assert (
-        horizon_in_words(5, pd.DataFrame(index=range(best)).assign(step=1), pd.DataFrame({"verdict": found}), law=law)
+        describe_horizons(5, pd.DataFrame(index=range(best)).assign(step=1), pd.DataFrame({"verdict": found}), law=law)
         == said
     )

@@ -15,7 +15,7 @@ from support import tiny
 
 from rora_theory import adapters, llama
 from rora_theory.data.batches import Batch
-from rora_theory.finetune import Batches, FinetuneConfig, Stepped, Trainer, choose_widths, tokenize
+from rora_theory.finetune import Batches, FinetuneConfig, StepCompleted, Trainer, choose_widths, tokenize
 from rora_theory.finetune import step as steps
 from rora_theory.llama.attention import attend, choose_route
 from rora_theory.llama.generate import beam
@@ -128,7 +128,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(params, tmp_path):
     def losses(run, until):
         found = []
         for event in run.run():
-            if isinstance(event, Stepped):
+            if isinstance(event, StepCompleted):
                 found.append(event.loss)
             if len(found) == until:
                 break

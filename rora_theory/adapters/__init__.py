@@ -16,7 +16,7 @@ from rora_theory.adapters.base import (
 from rora_theory.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from rora_theory.adapters.full import FullAdapter, FullConfig
 from rora_theory.adapters.lora import LoraAdapter, LoraConfig, norms
-from rora_theory.adapters.merged import merged, save_merged, with_adapter
+from rora_theory.adapters.merged import load_with_adapter, merged, save_merged
 from rora_theory.adapters.peft import adapter_digest, load_peft, rewrite_portable, save_peft
 from rora_theory.adapters.prefix import PrefixAdapter, PrefixConfig
 
@@ -36,6 +36,7 @@ __all__ = [
     "count",
     "init",
     "load_peft",
+    "load_with_adapter",
     "merge",
     "merged",
     "norms",
@@ -47,5 +48,4 @@ __all__ = [
     "table",
     "trainable",
     "unmerge",
-    "with_adapter",
 ]

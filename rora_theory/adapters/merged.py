@@ -20,7 +20,7 @@ def merged(adapter: TrainableAdapter, model: Model) -> Model:
     return replace(model, params=merge(adapter, model.params))
 
 
-def with_adapter(
+def load_with_adapter(
     folder: str | os.PathLike[str], model: Model, *, merge: bool = True
 ) -> tuple[Model, TrainableAdapter | None]:
     """Load an adapter, and merge it into the model if possible.

@@ -131,7 +131,10 @@ def matched(
         for target in target_modules:
             if target not in known:
                 raise InputError(f"target_modules has {shown(target)}, which matches no module. {_supported()}")
-    chosen_by, excluded_by = chooser("target_modules", target_modules), chooser("exclude_modules", exclude_modules)
+    chosen_by, excluded_by = (
+        module_predicate("target_modules", target_modules),
+        module_predicate("exclude_modules", exclude_modules),
+    )
     for other in OTHERS:
         if chosen_by(other) and not excluded_by(other):
             raise InputError(f"target_modules matches {other}, which cannot be adapted. {_supported()}")
@@ -183,7 +186,7 @@ def known_names(llama_config: LlamaConfig, modules: Sequence[str]) -> tuple[str,
     return tuple(module for module in modules if module in known)
 
 
-def chooser(where: str, modules: Sequence[str] | str) -> Callable[[str], bool]:
+def module_predicate(where: str, modules: Sequence[str] | str) -> Callable[[str], bool]:
     """Return the predicate of full names that PEFT's ``target_modules`` or ``exclude_modules`` selects.
 
     Args:

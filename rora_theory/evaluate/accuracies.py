@@ -141,7 +141,7 @@ def average(tasks: Sequence[TaskAccuracy]) -> TaskAccuracy:
     )
 
 
-def accuracies_in_words(levels: Sequence[TaskAccuracy], protocol: str) -> str:
+def describe_accuracy(levels: Sequence[TaskAccuracy], protocol: str) -> str:
     """Return a sentence with the last accuracy, which is the average of several tasks, and the chance level.
 
     Args:

@@ -3,7 +3,7 @@
 from rora_theory.data.batches import Batch, Batches, Examples, choose_widths, iterate, split, tokenize
 from rora_theory.data.records import Record, RecordSet, read_record_set, read_records
 from rora_theory.finetune.config import FinetuneConfig
-from rora_theory.finetune.loop import NonFiniteLossError, Paused, Stepped, Trainer, Validated
+from rora_theory.finetune.loop import NonFiniteLossError, Paused, StepCompleted, Trainer, ValidationCompleted
 from rora_theory.finetune.metrics import Metrics
 from rora_theory.finetune.training_data import TrainingData, prepare
 
@@ -17,10 +17,10 @@ __all__ = [
     "Paused",
     "Record",
     "RecordSet",
-    "Stepped",
+    "StepCompleted",
     "Trainer",
     "TrainingData",
-    "Validated",
+    "ValidationCompleted",
     "choose_widths",
     "iterate",
     "prepare",

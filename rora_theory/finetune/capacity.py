@@ -186,17 +186,17 @@ DEVICES = {
 RESERVE = 1_000_000_000
 """Bytes of a device reserved for the driver's context, the libraries' workspaces and the compiled code."""
 
-CPU_WORKING = 2.5
+CPU_WORKING_RATIO = 2.5
 """Largest ratio of a layer's working set on a CPU to the estimate: XLA's CPU compiler fuses less elementwise work and
 fewer random draws than its GPU compiler."""
 
-ON_CPU = (
+CPU_MEMORY_NOTE = (
     "XLA's CPU compiler fuses less of a layer's elementwise work and random draws, up to "
-    f"{CPU_WORKING:g} times the working set, and widens bfloat16. Its GPU compiler does not."
+    f"{CPU_WORKING_RATIO:g} times the working set, and widens bfloat16. Its GPU compiler does not."
 )
 """Explanation of why a CPU needs more memory than the estimate."""
 
-PREALLOCATED = 0.75
+PREALLOCATED_FRACTION = 0.75
 """Fraction of a device's memory that JAX preallocates if XLA_PYTHON_CLIENT_MEM_FRACTION is not set."""
 
 
@@ -254,7 +254,7 @@ class Account:
         """Return an upper bound on the bytes that XLA's program takes on a CPU with a base of ``dtype``."""
         # A CPU computes in float32: bfloat16 weights and activations are copied at twice their size.
         copies = 2 * (self.base + self.activations) if jnp.dtype(dtype).itemsize == 2 else 0
-        return self.total + round((CPU_WORKING - 1) * self.working) + copies
+        return self.total + round((CPU_WORKING_RATIO - 1) * self.working) + copies
 
     def fits(self, device: Device) -> bool:
         """Return whether the step fits in the device's memory less `RESERVE`."""
@@ -275,7 +275,7 @@ class Account:
     def memory_fraction(self, device: Device) -> float | None:
         """Return the XLA_PYTHON_CLIENT_MEM_FRACTION that the run needs, or None if JAX's default suffices."""
         fraction = self.total / device.memory
-        return None if fraction <= PREALLOCATED else math.ceil(100 * fraction) / 100
+        return None if fraction <= PREALLOCATED_FRACTION else math.ceil(100 * fraction) / 100
 
     def seconds(self, device: Device, dtype: DTypeLike, utilisation: float) -> float:
         """Estimate the duration of a step: the larger of its compute time and the time to read the weights.
@@ -471,13 +471,13 @@ class ArrayPlacement:
       name: Kind of array, such as "weights of modules".
       ways: Number of parts that each array is split into; 1 means a full copy on every device.
       bytes_whole: Bytes of the unsplit arrays.
-      bytes_each: Bytes that each device holds.
+      bytes_per_device: Bytes that each device holds.
     """
 
     name: str
     ways: int
     bytes_whole: int
-    bytes_each: int
+    bytes_per_device: int
 
 
 def placement(llama_config: LlamaConfig, config: FinetuneConfig, layout: Layout) -> list[ArrayPlacement]:
@@ -617,7 +617,7 @@ def measure_step(
     # Resident memory of everything but the step's arguments, which count towards the peak.
     resident_before = 0
     if devices[0].platform != "gpu":
-        forget_peak()
+        reset_peak_memory()
         resident_before = resident("VmRSS") - _bytes_on_devices((base, state))
     # The first step reaches the peak, the second is timed.
     state, _ = jax.block_until_ready(run(state, base, batch))
@@ -672,7 +672,7 @@ def resident(field: str) -> int:
         raise _peak_unavailable() from error
 
 
-def forget_peak() -> None:
+def reset_peak_memory() -> None:
     """Reset the peak of this process's resident memory to its present value."""
     try:
         with open("/proc/self/clear_refs", "w") as file:

@@ -16,7 +16,7 @@ LAST = 10
 """Number of final steps over which the final training loss is averaged, to reduce the noise of single batches."""
 
 
-def of_run(
+def build_training_card(
     config: FinetuneConfig,
     records: RecordSet,
     sources: Sequence[str],
@@ -59,7 +59,7 @@ def of_run(
             "optimizer",
             f"AdamW, betas {config.betas[0]:g} and {config.betas[1]:g}, epsilon {config.epsilon:g}{decay}{clip}",
         ),
-        ("learning rate", rate_in_words(config, len(steps))),
+        ("learning rate", describe_learning_rate(config, len(steps))),
         (
             "horizon",
             f"{len(steps):,} steps of {config.batch_size} records; {trained_part} of step {saved_step or len(steps):,}",
@@ -77,7 +77,7 @@ def of_run(
     return Trained([row for row in rows if row[1]], tuple(datasets), license)
 
 
-def losses_in_words(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
+def describe_losses(events: Sequence[Mapping[str, Any]], held_out: int) -> str:
     """Return a sentence with the losses of a run.
 
     Args:
@@ -123,7 +123,7 @@ def figures(events: Sequence[Mapping[str, Any]], trainable: int) -> list[dict[st
     return [dict(zip(("what", "step", "value"), row, strict=True)) for row in rows]
 
 
-def begun_in_words(config: FinetuneConfig, summary: Mapping[str, Any], steps: int, trainable: int, share: float) -> str:
+def describe_start(config: FinetuneConfig, summary: Mapping[str, Any], steps: int, trainable: int, share: float) -> str:
     """Return the lines printed at the start of a run: trainable parameters, records and learning rate.
 
     Args:
@@ -136,11 +136,11 @@ def begun_in_words(config: FinetuneConfig, summary: Mapping[str, Any], steps: in
     return (
         f"{trainable:,} trainable parameters, {share:.2%} of all\n"
         f"{summary['trained_on']} records, {steps} steps\n"
-        f"learning rate {rate_in_words(config, steps)}"
+        f"learning rate {describe_learning_rate(config, steps)}"
     )
 
 
-def rate_in_words(config: FinetuneConfig, steps: int) -> str:
+def describe_learning_rate(config: FinetuneConfig, steps: int) -> str:
     """Return a phrase that describes the learning rate of `step.schedule` over all steps of a run."""
     peak, warmup = config.peak_learning_rate, config.warmup
     if 0 < steps <= warmup:

@@ -165,7 +165,7 @@ class Checkpoints:
         )
 
 
-def quiet_writers() -> None:
+def silence_checkpoint_logs() -> None:
     """Silence the checkpoint library's logs in this process, so that the caller reports errors.
 
     If a checkpoint cannot be written, each of Orbax's threads logs a long message, and unfinished tasks later warn

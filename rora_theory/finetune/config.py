@@ -200,7 +200,7 @@ class FinetuneConfig:
                 settings[name] = [list(entry) for entry in settings[name].items()]
         return {name: value for name, value in settings.items() if self.method in _ONLY.get(name, (self.method,))}
 
-    def of_method(self, method: Method, **changes: Any) -> "FinetuneConfig":
+    def with_method(self, method: Method, **changes: Any) -> "FinetuneConfig":
         """Return the configuration with another method.
 
         Args:

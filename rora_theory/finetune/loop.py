@@ -24,7 +24,7 @@ from rora_theory.llama import LlamaConfig, Model
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepCompleted:
     """Event of a completed step.
 
     Attributes:
@@ -54,7 +54,7 @@ class Stepped:
 
 
 @dataclass(frozen=True)
-class Validated:
+class ValidationCompleted:
     """Event of a validation.
 
     Attributes:
@@ -83,7 +83,7 @@ class Paused:
     step: int
 
 
-Event = Stepped | Validated | Paused
+Event = StepCompleted | ValidationCompleted | Paused
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -238,7 +238,7 @@ class Trainer:
         # Number, metrics and positions of the last dispatched step, until its event is yielded.
         pending: tuple[int, steps.StepMetrics, int] | None = None
 
-        def yield_pending() -> Iterator[Stepped]:
+        def yield_pending() -> Iterator[StepCompleted]:
             nonlocal pending, clock
             if pending is None:
                 return
@@ -307,14 +307,14 @@ class Trainer:
                     f"{path}: checkpoint belongs to a run with other {subject}. Resume in the folder of this run."
                 )
 
-    def _stepped(self, number: int, metrics: steps.StepMetrics, positions: int) -> Stepped:
+    def _stepped(self, number: int, metrics: steps.StepMetrics, positions: int) -> StepCompleted:
         loss, norm, rate, targets = (float(value) for value in jax.device_get(metrics))
         for quantity, value in (("loss", loss), ("gradient norm", norm)):
             self._check_finite(quantity, value, number)
         epoch = number / self._train.steps_per_epoch
-        return Stepped(number, epoch, loss, norm, rate, int(targets), positions, 0.0)
+        return StepCompleted(number, epoch, loss, norm, rate, int(targets), positions, 0.0)
 
-    def _validated(self, number: int) -> Validated:
+    def _validated(self, number: int) -> ValidationCompleted:
         assert self._validation is not None
         # Sum loss and targets over all batches; fetch them once, so that the device never waits for the host.
         sums = [
@@ -326,7 +326,7 @@ class Trainer:
         best = self.best_loss is None or loss < self.best_loss
         if best:
             self._progress = replace(self._progress, best_step=number, best_loss=loss)
-        return Validated(number, loss, best)
+        return ValidationCompleted(number, loss, best)
 
     def _check_finite(self, quantity: str, value: float, number: int) -> None:
         if not math.isfinite(value):

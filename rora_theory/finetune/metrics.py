@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rora_theory.errors import InputError
-from rora_theory.finetune.loop import Event, Paused, Stepped, Trainer
+from rora_theory.finetune.loop import Event, Paused, StepCompleted, Trainer
 from rora_theory.io import frames
 from rora_theory.io.files import naming_damage
 from rora_theory.runs.folder import RunFolder
@@ -59,7 +59,7 @@ class Metrics:
         """
         if isinstance(event, Paused):
             return
-        name = "step" if isinstance(event, Stepped) else "validation"
+        name = "step" if isinstance(event, StepCompleted) else "validation"
         self._journal.append({"event": name, **asdict(event)}, sync=self._trainer.saves(event.step))
 
     def write(self, folder: RunFolder) -> None:

@@ -276,7 +276,9 @@ class Gathered:
         return self._adapter.table()
 
 
-def over_all_devices(llama_config: LlamaConfig, config: FinetuneConfig, *, fsdp: int = 1) -> tuple[Layout | None, Any]:
+def layout_over_all_devices(
+    llama_config: LlamaConfig, config: FinetuneConfig, *, fsdp: int = 1
+) -> tuple[Layout | None, Any]:
     """Return the layout over all devices and the shardings of the base weights, or two None on a single device.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rora_theory.errors import InputError
-from rora_theory.finetune.loop import Event, Stepped, Validated
+from rora_theory.finetune.loop import Event, StepCompleted, ValidationCompleted
 
 TrackerName = Literal["tensorboard", "wandb"]
 
@@ -59,12 +59,12 @@ def values(event: Event) -> dict[str, float]:
     """Return the logged values of an event by their names in a dashboard.
 
     Examples:
-      >>> values(Validated(80, 1.25, best=True))
+      >>> values(ValidationCompleted(80, 1.25, best=True))
       {'validation/loss': 1.25}
     """
-    if isinstance(event, Validated):
+    if isinstance(event, ValidationCompleted):
         return {"validation/loss": event.loss}
-    if not isinstance(event, Stepped):
+    if not isinstance(event, StepCompleted):
         return {}
     return {
         "train/loss": event.loss,

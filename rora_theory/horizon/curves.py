@@ -77,7 +77,7 @@ def _shared_grid(has_losses: Mapping[tuple[int, float], bool]) -> tuple[list[int
     return sorted(seeds), sorted(rates)
 
 
-def bests(curves: Sequence[Curve], step: int) -> pd.DataFrame:
+def best_rate_table(curves: Sequence[Curve], step: int) -> pd.DataFrame:
     """Return the best rate and the lowest loss of every curve after a number of steps."""
     frame = pd.DataFrame(best_rates(curves)).drop(columns=["optimizer", "trained", "rule", "kappa"], errors="ignore")
     if not len(frame):
@@ -93,7 +93,7 @@ def strength_of(curve: Curve) -> float:
     return round(curve.scaling * curve.rank, 9)
 
 
-def who_of(curve: Curve) -> dict[str, Any]:
+def labels_of(curve: Curve) -> dict[str, Any]:
     """Return the rank and strength of a curve, which are None for full fine-tuning."""
     return {"rank": curve.rank or None, "strength": strength_of(curve) if curve.rank else None}
 
@@ -144,7 +144,7 @@ def beside(curves: Sequence[Curve], step: int, others: Mapping[str, Sequence[Cur
         if shared:
             curve, other = replace(shared[0], rule=first_name), replace(shared[1], rule=second_name)
             result = comparison(curve, other, less(curve, other))
-            row = {"step": step} | who_of(first) | {"beside": second_name}
+            row = {"step": step} | labels_of(first) | {"beside": second_name}
             row |= {column: getattr(result, column) for column in columns}
             rows.append(row | {"seeds": len(curve.losses), "verdict": result.verdict})
     return frames.of(rows, list(rows[0])) if rows else pd.DataFrame()

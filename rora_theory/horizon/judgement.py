@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rora_theory.horizon.curves import FULL, at_one_rate, beside, bests, curves_at
+from rora_theory.horizon.curves import FULL, at_one_rate, beside, best_rate_table, curves_at
 from rora_theory.horizon.law import horizon_exponents, step_exponents
 from rora_theory.horizon.parts import change_at_best, led_table
 from rora_theory.horizon.regret import constants_by_steps, policies, regret_by_policy, regret_table
@@ -25,7 +25,7 @@ class HorizonJudgement:
     """Analysis of runs as frames, which are empty if the runs do not suffice.
 
     Attributes:
-      best: Best rates at every step, `curves.bests`.
+      best: Best rates at every step, `curves.best_rate_table`.
       beside: Comparisons of curves at their best rates, `curves.beside`.
       one_rate: Comparisons at the same rate, `curves.at_one_rate`.
       exponents: Exponents of the best rates in strength and rank, `law.horizon_exponents`.
@@ -77,7 +77,7 @@ def judge_runs(
     runs = distinct(runs)
     steps = sorted({reading.step for run in runs for reading in run.read.readings})
     curves = {step: curves_at(runs, tokens, step) for step in steps}
-    best = _concatenate(bests(step_curves, step) for step, step_curves in curves.items())
+    best = _concatenate(best_rate_table(step_curves, step) for step, step_curves in curves.items())
     led = led_table(runs, takeovers=takeovers, warmup=warmup)
     if best.empty:
         empty = pd.DataFrame()
@@ -131,12 +131,12 @@ def _concatenate(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(with_rows) if with_rows else pd.DataFrame()
 
 
-def horizon_in_words(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, law: bool) -> str:
+def describe_horizons(runs: int, best: pd.DataFrame, exponents: pd.DataFrame, *, law: bool) -> str:
     """Return a sentence on whether the runs support the law, or on what is missing.
 
     Args:
       runs: Number of runs.
-      best: `curves.bests` of every step.
+      best: `curves.best_rate_table` of every step.
       exponents: `law.horizon_exponents` of every step.
       law: Whether takeover distances are known.
     """

@@ -13,7 +13,7 @@ import pandas as pd
 from rora_theory.advice.setting import Setting
 from rora_theory.advice.transfer import transfer
 from rora_theory.errors import InputError
-from rora_theory.horizon.curves import strength_of, who_of
+from rora_theory.horizon.curves import labels_of, strength_of
 from rora_theory.horizon.grid import warmed_up
 from rora_theory.horizon.parts import QUANTILES, exponent_of_parts
 from rora_theory.horizon.runs import HorizonRun
@@ -21,7 +21,7 @@ from rora_theory.io import frames
 from rora_theory.measure.regimes.saved_run import read_regime_run
 from rora_theory.measure.regimes.tables import TAKEOVER, TAKEOVER_COLUMNS
 from rora_theory.stats.estimate import ROUNDING, Estimate
-from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, of_log2_rates
+from rora_theory.stats.rate_curves import Curve, at_shared_seeds, log2_rates, weighted_log2_rates
 from rora_theory.theory import displacement, horizon, laws
 
 
@@ -111,7 +111,7 @@ def horizon_exponents(
       ``standard_error``, ``half_width`` (95%) and ``error_over``, of the ``seeds`` that both ends have; ``law_low``,
       ``law``, ``law_high``; ``verdict``, see `judge_exponent`. Over the strength the law is of the modules' takeovers,
       at the measured best rate. In the rank it goes from 0, where the signal or A leads, to what keeps the first step
-      of the median module and of 95% of them, see `laws.keeping_rank_exponent`.
+      of the median module and of 95% of them, see `laws.equal_change_rank_exponent`.
       Over the strength ``by_parts``, the mean of `parts.exponent_of_parts` over seeds, ``by_parts_low`` and
       ``by_parts_high`` their range, and ``by_parts_verdict`` on that in place of the law's.
       Over the strength also ``displacement_low`` and ``displacement_high``, the exponents of the displacement law over
@@ -131,7 +131,7 @@ def horizon_exponents(
                 continue
             at, low, high = first[1 - index], first[index], last[index]
             # Measured exponent, then those of the laws.
-            slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / math.log2(high / low))
+            slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / math.log2(high / low))
             law: tuple[float, ...] = (0.0, 0.0, 0.0)
             by_parts: list[float] = []
             rivals = RIVALS[over]
@@ -146,7 +146,7 @@ def horizon_exponents(
                 )
             elif len(linear_terms):
                 # Rates that preserve each module's first step.
-                exponents = laws.keeping_rank_exponent(low, high, np.asarray(linear_terms))
+                exponents = laws.equal_change_rank_exponent(low, high, np.asarray(linear_terms))
                 law = (0.0, *np.quantile(exponents, QUANTILES[1:]).tolist())
             # Row with the verdict on each law.
             edge, seeds = any(curve.edge for curve in ends), len(ends[0].losses)
@@ -186,9 +186,9 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
     """Measure the exponent of the best rate in the number of steps, and compare it with that of a constant gradient.
 
     If signs are constant, both factors move by the sum of the rates. The rate that preserves the change is then
-    inversely proportional to that sum, whichever part leads (`rora_theory.theory.horizon.keeping_rate`). Entries in a
-    random walk move by the root of the sum, which gives -1/2. Steps within a warm-up at rate 0 have no best rate and
-    are left out.
+    inversely proportional to that sum, whichever part leads (`rora_theory.theory.horizon.rate_for_equal_change`).
+    Entries in a random walk move by the root of the sum, which gives -1/2. Steps within a warm-up at rate 0 have no
+    best rate and are left out.
 
     Args:
       curves: `curves.curves_at` by step.
@@ -214,16 +214,18 @@ def step_exponents(curves: Mapping[int, Sequence[Curve]], *, takeovers: Sequence
             if not ends:
                 continue
             octaves = math.log2(second / first)
-            slope = of_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
+            slope = weighted_log2_rates((-1.0, 1.0), *ends).times(1 / octaves)
             rate = _best_rate(ends[0])
             # Full fine-tuning has no A that could take over.
             distances = np.quantile(takeovers, QUANTILES).tolist() if curve.rank else [math.inf]
             schedules = (warmed_up(first, warmup), warmed_up(second, warmup))
-            preserving_rates = [horizon.keeping_rate(rate, *schedules, takeover=distance) for distance in distances]
+            preserving_rates = [
+                horizon.rate_for_equal_change(rate, *schedules, takeover=distance) for distance in distances
+            ]
             law = sorted(math.log2(preserving / rate) / octaves for preserving in preserving_rates)
             edge, seeds = any(end.edge for end in ends), len(ends[0].losses)
             rows.append(
-                who_of(curve)
+                labels_of(curve)
                 | {"first": first, "second": second, "exponent": slope.value}
                 | _errors(slope)
                 | {"seeds": seeds, "law_low": law[0], "law": law[len(law) // 2], "law_high": law[-1]}

@@ -10,7 +10,7 @@ import pandas as pd
 from rora_theory.horizon.grid import warmed_up
 from rora_theory.horizon.runs import HorizonRun
 from rora_theory.io import frames
-from rora_theory.measure.led import PARTS, keeping_exponent, keeping_factor
+from rora_theory.measure.led import PARTS, preserving_exponent, preserving_factor
 from rora_theory.theory import horizon
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -28,7 +28,7 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
     Returns:
       A row for each run and reading: ``rank``, ``strength``, ``learning_rate``, ``seed`` and ``step``; the median and
       the 5% and 95% quantiles over modules of ``ratio``, A-led over B-led rms, and of ``exponent``
-      (`measure.led.keeping_exponent`); ``change``, the root mean square over modules of the change of their outputs;
+      (`measure.led.preserving_exponent`); ``change``, the root mean square over modules of the change of their outputs;
       and ``law_ratio``, the ratio by the law for the median takeover distance at a constant gradient.
     """
     rows: list[dict[str, Any]] = []
@@ -40,7 +40,7 @@ def led_table(runs: Sequence[HorizonRun], *, takeovers: Sequence[float], warmup:
             b, a, w = (np.asarray(reading.parts[name]) for name in PARTS)
             row: dict[str, Any] = {"rank": run.rank, "strength": run.strength, "learning_rate": run.rate}
             row |= {"seed": run.seed, "step": reading.step}
-            for name, values in (("ratio", a / b), ("exponent", keeping_exponent(b, a, w))):
+            for name, values in (("ratio", a / b), ("exponent", preserving_exponent(b, a, w))):
                 low, middle, high = np.quantile(values, QUANTILES).tolist()
                 row |= {name: middle, f"{name}_low": low, f"{name}_high": high}
             row["change"] = float(np.sqrt(np.mean(w**2)))
@@ -57,7 +57,7 @@ def change_at_best(best: pd.DataFrame, led: pd.DataFrame) -> pd.DataFrame:
     Equal sizes support the law that the best rate is the one that preserves the change.
 
     Args:
-      best: `curves.bests` of every step.
+      best: `curves.best_rate_table` of every step.
       led: `led_table`.
 
     Returns:
@@ -111,7 +111,7 @@ def exponent_of_parts(
 ) -> list[float]:
     """Compute, for each seed, the exponent of gamma r by which the rate preserves the change of all modules.
 
-    The exponent comes from the measured parts of runs at the first strength (`measure.led.keeping_factor`). It is
+    The exponent comes from the measured parts of runs at the first strength (`measure.led.preserving_factor`). It is
     interpolated linearly in the log of the rate between two runs that are at most a grid step (a quarter decade) apart,
     or taken from a run within half a step. Seeds without such a run have no exponent.
 
@@ -131,7 +131,7 @@ def exponent_of_parts(
         if parts is None or run.strength is None or run.rank != rank or run.seed not in seeds:
             continue
         if math.isclose(run.strength, strengths[0], rel_tol=1e-6):
-            factor = keeping_factor(growth, *(np.asarray(parts[name]) for name in PARTS))
+            factor = preserving_factor(growth, *(np.asarray(parts[name]) for name in PARTS))
             if math.isnan(factor):
                 continue
             exponents.setdefault(run.seed, {})[math.log10(run.rate / rate)] = math.log(factor) / math.log(growth)

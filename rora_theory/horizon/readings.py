@@ -13,7 +13,7 @@ import jax
 
 from rora_theory.adapters import LoraAdapter
 from rora_theory.errors import InputError
-from rora_theory.finetune import FinetuneConfig, NonFiniteLossError, Paused, Stepped, Trainer
+from rora_theory.finetune import FinetuneConfig, NonFiniteLossError, Paused, StepCompleted, Trainer
 from rora_theory.finetune.held_out import RecordLoss, record_losses
 from rora_theory.measure import led
 from rora_theory.stats.paired import mean_per_token
@@ -90,7 +90,7 @@ def read_run(bench: Workbench, training: FinetuneConfig, steps: Sequence[int]) -
     run = ReadRun([], [])
     try:
         for event in trainer.run():
-            if isinstance(event, Stepped):
+            if isinstance(event, StepCompleted):
                 run.train_losses.append(event.loss)
             elif isinstance(event, Paused):
                 # Evaluate the adapter merged into the weights, which is faster than beside them.
@@ -115,7 +115,7 @@ def read_held_out(bench: Workbench, step: int, params: object) -> Reading:
     return Reading(step, [record.loss for record in losses], [record.answer_loss for record in losses])
 
 
-def read_run_in_words(run: Mapping[str, Any], tokens: Sequence[int]) -> str:
+def describe_run(run: Mapping[str, Any], tokens: Sequence[int]) -> str:
     """Describe the losses of a run's readings.
 
     Args:

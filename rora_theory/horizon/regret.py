@@ -80,7 +80,7 @@ def constants_by_steps(led: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
 
     Args:
       led: `parts.led_table`.
-      best: `curves.bests` of every step.
+      best: `curves.best_rate_table` of every step.
 
     Returns:
       A row for each ``step``, ``rank`` and ``strength``: ``constant``, the mean of K over runs, its smallest

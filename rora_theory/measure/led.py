@@ -7,7 +7,7 @@ With :math:`A_0` for A before training, the change of a module's output at input
 
 At a constant gradient (`rora_theory.theory.horizon`) the first part is proportional to the learning rate and the second
 to its square. If this holds in a real run, the rate that preserves the rms of the change at the end of the run is a
-power of gamma r. `keeping_exponent` computes the exponent from the rms of the parts and of their sum.
+power of gamma r. `preserving_exponent` computes the exponent from the rms of the parts and of their sum.
 """
 
 import math
@@ -107,7 +107,7 @@ def led_parts(
     return pd.DataFrame(rows, columns=["layer", "module", *PARTS])
 
 
-def keeping_exponent(
+def preserving_exponent(
     led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], total: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
     r"""Compute the exponent of gamma r by which the learning rate preserves the rms of the change.
@@ -130,16 +130,16 @@ def keeping_exponent(
     return -1 / (1 + (c + a**2) / w**2)
 
 
-def keeping_factor(
+def preserving_factor(
     strength: float, led_B: Float[np.ndarray, " n"], led_A: Float[np.ndarray, " n"], total: Float[np.ndarray, " n"]
 ) -> float:
     r"""Compute the factor of the learning rate that preserves the rms of the change if gamma r is multiplied.
 
-    In the notation of `keeping_exponent`, and with sums over modules, the factor is the y > 0 that solves
+    In the notation of `preserving_exponent`, and with sums over modules, the factor is the y > 0 that solves
 
     .. math:: \mathrm{strength}^2\, y^2 \textstyle\sum (b^2 + 2 c y + a^2 y^2) = \sum w^2
 
-    Its logarithmic slope at a strength of 1 is `keeping_exponent`. If both parts have the same direction, it equals
+    Its logarithmic slope at a strength of 1 is `preserving_exponent`. If both parts have the same direction, it equals
     `theory.horizon.rate_factor`.
 
     If the parts are nearly opposite (a correlation below -0.94), the change decreases with the rate over a range of

@@ -179,10 +179,10 @@ def _mean_ratio(candidate_squares: np.ndarray, tuned_squares: np.ndarray, seeds:
 
 
 HEADS = ("plan", "alpha", "rate", "modules: mean (range)", "final hidden states", "logits")
-"""Headers of the columns of `candidates_in_words`."""
+"""Headers of the columns of `format_candidates`."""
 
 
-def candidates_in_words(summary: pd.DataFrame) -> list[list[str]]:
+def format_candidates(summary: pd.DataFrame) -> list[list[str]]:
     """Format the ratios of `summarise` with their standard errors, with a row for each candidate but the tuned one."""
     ratio = "{ratio:.3f} ± {standard_error:.3f}".format_map
     rows = []

@@ -25,7 +25,7 @@ from rora_theory.paper import quantities, verdicts
 from rora_theory.scaling import exponent
 from rora_theory.stats.moments import agreement
 from rora_theory.theory import laws, sampling
-from rora_theory.theory.grid import StepGrid, exponent_of
+from rora_theory.theory.grid import StepGrid, fit_exponent
 from rora_theory.validation.ranges import Count, check_ranges
 from rora_theory.validation.rules import check_list, name_of
 
@@ -154,7 +154,7 @@ def draw_cell(
     Returns:
       The moments of each of the cell's steps.
     """
-    return sampling.estimate_each(
+    return sampling.estimate_settings(
         cell.steps or (cell.setting,),
         cell.sampler,
         sampling.setting_key(config.grid.seed, cell.setting, cell.sampler),
@@ -279,5 +279,5 @@ def simulated_exponents(results: pd.DataFrame) -> pd.DataFrame:
         for rank_range in ranges:
             in_range = group[group["rank"].isin(rank_range)]
             line = dict(zip(GROUP, key, strict=True)) | {"low": rank_range[0], "high": rank_range[-1]}
-            rows.append(line | exponent_of(in_range))
+            rows.append(line | fit_exponent(in_range))
     return pd.DataFrame(rows, columns=[*GROUP, "low", "high", "slope", "standard_error", "exact"])

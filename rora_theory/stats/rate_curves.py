@@ -220,7 +220,7 @@ def log2_rates(curve: Curve) -> np.ndarray:
     return np.log2([best.rate for best in curve.optima()])
 
 
-def of_log2_rates(weights: Sequence[float] | Float[np.ndarray, " n"], *curves: Curve) -> Estimate:
+def weighted_log2_rates(weights: Sequence[float] | Float[np.ndarray, " n"], *curves: Curve) -> Estimate:
     """Estimate a weighted sum of the log2 best rates of several curves.
 
     Args:
@@ -246,7 +246,7 @@ def best_rates(curves: Sequence[Curve]) -> "pd.DataFrame":
     """Return a table of the best rate and loss of every curve, with the columns `BEST_COLUMNS` in units of `UNITS`."""
     rows = []
     for curve in curves:
-        logs, losses = of_log2_rates((1.0,), curve), estimate(Curve.least, curve)
+        logs, losses = weighted_log2_rates((1.0,), curve), estimate(Curve.least, curve)
         error, half_width = rate_errors(logs, edge=curve.edge)
         rows.append(
             {"optimizer": curve.optimizer, "trained": curve.trained, "rule": curve.rule, "kappa": curve.kappa}
@@ -272,7 +272,7 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
         # The least-squares slope is a weighted sum of the log best rates.
         x = np.log([curve.rank for curve in used])
         lever = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
-        slope = of_log2_rates(math.log(2) * lever, *used)
+        slope = weighted_log2_rates(math.log(2) * lever, *used)
         means = np.array([np.mean(log2_rates(curve.spread)) for curve in used]) * math.log(2)
         fit = SeedFit.from_estimate(slope, slopes.departure(x, means, slope.value))
         # All predictions that the interval cannot exclude.
@@ -292,7 +292,7 @@ def rate_slopes(curves: Sequence[Curve]) -> "pd.DataFrame":
     return frames.of(rows, RATE_SLOPE_COLUMNS)
 
 
-def slopes_in_words(slopes: "pd.DataFrame") -> str:
+def describe_slopes(slopes: "pd.DataFrame") -> str:
     """Return a sentence with the number and names of lines whose best rate does not depend on the rank."""
     flat = [
         f"{row['optimizer']} {row['rule']} ({row['trained']})"
@@ -406,7 +406,7 @@ def comparison(first: Curve, second: Curve, losses: Estimate) -> Comparison:
     """
     # Ratio of the best rates.
     if shared := at_shared_seeds(first, second):
-        ratio = of_log2_rates((1.0, -1.0), *shared)
+        ratio = weighted_log2_rates((1.0, -1.0), *shared)
     else:
         ratio = over_seeds(np.array([np.mean(log2_rates(first.spread)) - np.mean(log2_rates(second.spread))]))
     # Difference of the lowest losses, with the larger bound of the two grids added to the interval.

@@ -14,7 +14,7 @@ import scipy
 from jaxtyping import Float
 
 from rora_theory.stats.estimate import Estimate
-from rora_theory.stats.rate_curves import Curve, estimate, of_log2_rates
+from rora_theory.stats.rate_curves import Curve, estimate, weighted_log2_rates
 
 Policy = Callable[[float], float]
 """Maps the learning rate tuned in the old setting to the learning rate of the new one."""
@@ -100,7 +100,7 @@ def regret(tuned: Curve, target: Curve, policy: Policy) -> Regret:
     Returns:
       The regret.
     """
-    optimum = of_log2_rates((1.0,), tuned)
+    optimum = weighted_log2_rates((1.0,), tuned)
     half_width = optimum.half_width() if math.isfinite(optimum.half_width()) else 0.0
 
     def costs(learning_rate: float, curve: Curve = target) -> Float[np.ndarray, " seeds"]:

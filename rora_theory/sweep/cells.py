@@ -134,7 +134,7 @@ def cells_of(
     return cells
 
 
-def stand_ins(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
+def replace_with_scored(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
     """Replace each cell without scoring by the same cell with scoring, if a run folder has finished that one."""
     manifest = read_manifest(folder, ("config",))
     evaluation, done = manifest and manifest["config"].get("evaluation"), finished(folder)
@@ -143,9 +143,9 @@ def stand_ins(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
 
 
 def cell_states(cells: Sequence[SweepCell], folder: Path) -> list[dict[str, Any]]:
-    """Return the cells, or their `stand_ins`, with their ``key`` and ``state`` in a run folder: done, failed or new."""
+    """Return the cells, see `replace_with_scored`, with their ``key`` and their ``state``: done, failed or new."""
     rows, done = [], finished(folder)
-    for cell in stand_ins(cells, folder):
+    for cell in replace_with_scored(cells, folder):
         key = key_of(cell)
         state = "done" if key in done else "failed" if (folder / FOLDERS / key / ERROR).exists() else "new"
         rows.append(vars(cell) | {"key": key, "state": state})
@@ -178,7 +178,7 @@ def training_of(
         settings |= {"rank": rank, "alpha": alpha, "targets": shared.modules}
     # Settings that change no result must not change the cell's key.
     settings |= {"held_out": 0, "checkpoint_every": FinetuneConfig.checkpoint_every}
-    return shared.of_method(**settings)
+    return shared.with_method(**settings)
 
 
 def check_cells(cells: Sequence[SweepCell], located: Mapping[str, llama.Located]) -> dict[str, dict[str, int]]:

@@ -118,7 +118,7 @@ def marked_rates(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(best_rows, columns=columns).astype({name: rows[name].dtype for name in columns[:-2]})
 
 
-def rates_in_words(best: pd.DataFrame) -> list[str]:
+def describe_rates(best: pd.DataFrame) -> list[str]:
     """Describe the best learning rates of `marked_rates`, one line for each."""
     return [
         f"{row['model']}: {row['method']}"
@@ -129,7 +129,7 @@ def rates_in_words(best: pd.DataFrame) -> list[str]:
     ]
 
 
-def results_in_words(rows: pd.DataFrame) -> str:
+def describe_results(rows: pd.DataFrame) -> str:
     """Return a sentence with the cell of the lowest validation loss of each model."""
     parts = []
     done = rows[rows["status"] == "complete"]
@@ -150,7 +150,7 @@ def results_in_words(rows: pd.DataFrame) -> str:
     return f"Lowest validation loss of {len(rows)} cells: {'; '.join(parts) or 'none'} (± over records).{more}"
 
 
-def result_in_words(result: Mapping[str, Any]) -> str:
+def describe_result(result: Mapping[str, Any]) -> str:
     """Describe the result of a cell."""
     if result["status"] == "diverged":
         return f"diverged at step {result['diverged_at']}"

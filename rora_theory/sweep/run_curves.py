@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def best_in_words(row: Any) -> str:
+def format_best(row: Any) -> str:
     """Format a row of `rate_curves.best_rates`.
 
     The text has < or > at the grid's edge, the rate, and the factor that is half of its 95% interval.

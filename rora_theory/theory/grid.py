@@ -95,7 +95,7 @@ class StepGrid:
             yield rule, scaling_factor(rule, alpha=self.alpha, rank=rank)
 
 
-def exponent_of(group: "pd.DataFrame") -> dict[str, float]:
+def fit_exponent(group: "pd.DataFrame") -> dict[str, float]:
     """Fit the log-log slope of ``estimate`` and of ``exact`` against ``rank`` in a table.
 
     Args:

@@ -504,7 +504,7 @@ def matching_rate(
     return _rate_without(lambda rate: log_size(*new, rate) - target, old[2])
 
 
-def keeping_rate(
+def rate_for_equal_change(
     rate: float,
     first: Sequence[float] | Float[np.ndarray, " steps"],
     second: Sequence[float] | Float[np.ndarray, " other_steps"],

@@ -305,7 +305,7 @@ def local_exponent(
     return np.asarray((2 * rank + crossing) / (rank + crossing))
 
 
-def keeping_rank_exponent(
+def equal_change_rank_exponent(
     first: float, second: float, linear_term: Float[np.ndarray, "..."] | float
 ) -> Float[np.ndarray, "..."]:
     r"""Compute the exponent in the rank of Adam's rate that preserves the first step's E[w^2] at constant gamma r.

@@ -237,13 +237,13 @@ def estimate(
     Returns:
       The moments. They depend only on the setting, the sampler, the key and the stopping rule.
     """
-    (sums,) = estimate_each(
+    (sums,) = estimate_settings(
         (setting,), sampler, key, relative_error=relative_error, draws=draws, batch=batch, devices=devices
     )
     return sums
 
 
-def estimate_each(
+def estimate_settings(
     settings: Sequence[RandomStep],
     sampler: Sampler,
     key: PRNGKeyArray,
@@ -322,7 +322,7 @@ class BlockKind:
         """Return the kind of block that serves several settings.
 
         Args:
-          settings: Settings that share their draws, see `estimate_each`.
+          settings: Settings that share their draws, see `estimate_settings`.
           sampler: Sampler of the block.
 
         Returns:

@@ -38,7 +38,7 @@ def run(path: Path, grid: StepGrid, *, out: Path | None = None, runner: Runner =
 
 def report(results: pd.DataFrame, crossings: pd.DataFrame) -> None:
     """Print how far measurement and law agree, and the exponents by layer."""
-    answers.say(layer_grid.layers_in_words(results))
+    answers.say(layer_grid.describe_agreement(results))
     slopes = layer_grid.layer_exponents(results, low=USUAL_RANKS[0], high=USUAL_RANKS[1])
     quartiles = "{crossing_rank:.1f} ({lower_quartile:.1f}-{upper_quartile:.1f})".format_map
     where = crossings.set_index(["layer", "split", "optimizer"])

@@ -173,8 +173,10 @@ def test_each_of_several_devices_has_its_part(monkeypatch):
     odd = dataclasses.replace(TINY, vocab_size=511)
     table = {part.name: part for part in capacity.placement(odd, SMALL, abstract(1, 2))}
     assert (table["embeddings"].ways, table["weights of modules"].ways, table["norms"].ways) == (1, 2, 1)
-    assert table["embeddings"].bytes_each == table["embeddings"].bytes_whole == 4 * 511 * 32
-    assert sum(part.bytes_each for part in table.values()) == capacity.account(odd, SMALL, 32, abstract(1, 2)).base
+    assert table["embeddings"].bytes_per_device == table["embeddings"].bytes_whole == 4 * 511 * 32
+    assert (
+        sum(part.bytes_per_device for part in table.values()) == capacity.account(odd, SMALL, 32, abstract(1, 2)).base
+    )
 
 
 def abstract(data, fsdp):

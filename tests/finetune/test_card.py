@@ -35,7 +35,7 @@ VALIDATION = (
 def test_the_learning_rate_in_words(schedule, warmup, count, said, last):
     config = FinetuneConfig(schedule=schedule, warmup=warmup, lr=0.5)
     events = [{"event": "step", "step": step, "loss": 1.0} for step in range(1, count + 1)]
-    rows = dict(card.of_run(config, RECORDS, ["x.json"], SUMMARY, events).rows)
+    rows = dict(card.build_training_card(config, RECORDS, ["x.json"], SUMMARY, events).rows)
     assert rows["learning rate"] == said
     rate = steps.schedule(config, count)
     assert float(rate(count - 1)) == pytest.approx(last)
@@ -59,7 +59,7 @@ def test_a_card_s_rows():
         lr=0.5,
     )
     sources = ["data/x.json", "hf://datasets/me/chats@main:train", "hf://datasets/me/chats"]
-    found = card.of_run(config, RECORDS, sources, SUMMARY, [*STEPS, *TESTED], 8, "mit")
+    found = card.build_training_card(config, RECORDS, sources, SUMMARY, [*STEPS, *TESTED], 8, "mit")
     assert (found.datasets, found.license) == (("me/chats",), "mit")
     assert dict(found.rows) == {
         "data": "`x.json`, `hf://datasets/me/chats@main:train`, `hf://datasets/me/chats`",
@@ -77,18 +77,18 @@ def test_a_card_s_rows():
 
 def test_a_card_has_no_row_of_what_the_run_had_not():
     quantised = FinetuneConfig(method="prefix", quantization="q8_0", clip=math.inf)
-    rows = dict(card.of_run(quantised, RECORDS, ["x.json"], SUMMARY, []).rows)
+    rows = dict(card.build_training_card(quantised, RECORDS, ["x.json"], SUMMARY, []).rows)
     assert not {"requested rule", "training loss"} & set(rows)
     assert rows["quantization"] == "the base's linear weights in q8_0 blocks, multiplied in float32"
     assert rows["optimizer"] == "AdamW, betas 0.9 and 0.999, epsilon 1e-08"
     assert rows["validation loss"] == "not measured: no record was held out"
-    full = dict(card.of_run(FinetuneConfig(method="full"), RECORDS, ["x.json"], SUMMARY, STEPS).rows)
+    full = dict(card.build_training_card(FinetuneConfig(method="full"), RECORDS, ["x.json"], SUMMARY, STEPS).rows)
     assert full["horizon"] == "12 steps of 16 records; weights of step 12"
 
 
 def test_the_losses_in_words():
-    assert card.losses_in_words([*STEPS, *TESTED], 1200) == f"Trained for 12 steps: validation loss {VALIDATION}."
-    assert card.losses_in_words(STEPS, 0) == f"Trained for 12 steps: training loss {TRAINING}."
+    assert card.describe_losses([*STEPS, *TESTED], 1200) == f"Trained for 12 steps: validation loss {VALIDATION}."
+    assert card.describe_losses(STEPS, 0) == f"Trained for 12 steps: training loss {TRAINING}."
 
 
 def test_the_figures_of_a_run():

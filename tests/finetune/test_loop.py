@@ -18,9 +18,9 @@ from rora_theory.finetune import (
     NonFiniteLossError,
     Paused,
     Record,
-    Stepped,
+    StepCompleted,
     Trainer,
-    Validated,
+    ValidationCompleted,
     choose_widths,
     split,
     tokenize,
@@ -93,7 +93,7 @@ def trainer(params, folder, pauses=(), **changes):
 
 
 def timeless(events):
-    return [dataclasses.replace(e, seconds=0.0) if isinstance(e, Stepped) else e for e in events]
+    return [dataclasses.replace(e, seconds=0.0) if isinstance(e, StepCompleted) else e for e in events]
 
 
 def checkpoints(folder):
@@ -116,10 +116,10 @@ def whole(params, tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_takes_every_step_and_validates_on_time(whole):
     events, run, _, _ = whole
-    taken = [event for event in events if isinstance(event, Stepped)]
+    taken = [event for event in events if isinstance(event, StepCompleted)]
     assert [event.step for event in taken] == list(range(1, 11))
     assert run.step == run.steps == 10
-    assert [event.step for event in events if isinstance(event, Validated)] == [4, 8, 10]
+    assert [event.step for event in events if isinstance(event, ValidationCompleted)] == [4, 8, 10]
     assert (taken[4].epoch, taken[9].epoch) == (1.0, 2.0)
     assert np.mean([event.loss for event in taken[-3:]]) < np.mean([event.loss for event in taken[:3]])
     assert taken[0].targets < taken[0].positions
@@ -128,7 +128,7 @@ def test_a_run_takes_every_step_and_validates_on_time(whole):
 @pytest.mark.slow
 def test_the_learning_rate_rises_and_falls(whole):
     """It rises from 0 over 2 updates, then falls to 0 after the 10th."""
-    rates = [event.learning_rate for event in whole[0] if isinstance(event, Stepped)]
+    rates = [event.learning_rate for event in whole[0] if isinstance(event, StepCompleted)]
     assert rates == pytest.approx([0.0, 0.015, *(0.03 * left / 8 for left in range(8, 0, -1))])
 
 
@@ -206,7 +206,7 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole
     losses = {}
     for event in run.run():
         taken.append(event.step)
-        if isinstance(event, Validated):
+        if isinstance(event, ValidationCompleted):
             losses[event.step] = event
     assert [(step, event.best) for step, event in losses.items()] == [(4, True), (8, False), (10, False)]
     assert (run.best_step, run.best_loss) == (4, losses[4].loss)
@@ -215,7 +215,7 @@ def test_the_best_adapter_is_the_one_of_the_lowest_validation_loss(params, whole
         sums = [real(run.adapter(which).params, params, batch) for batch in iterate(held_out)]
         return float(sum(s for s, _ in sums) / sum(n for _, n in sums))
 
-    true = {event.step: event.loss for event in whole[0] if isinstance(event, Validated)}
+    true = {event.step: event.loss for event in whole[0] if isinstance(event, ValidationCompleted)}
     assert true[10] < true[4], "the adapters differ"
     assert loss("best") == pytest.approx(true[4], rel=1e-6)
     assert loss("last") == pytest.approx(true[10], rel=1e-6)

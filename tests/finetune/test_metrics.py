@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rora_theory.errors import InputError
-from rora_theory.finetune import Metrics, Paused, Stepped, Trainer, Validated
+from rora_theory.finetune import Metrics, Paused, StepCompleted, Trainer, ValidationCompleted
 from rora_theory.runs.journal import Journal
 
 
@@ -26,9 +26,9 @@ class At(Trainer):
 def metrics_of(path: Path, steps: int) -> Metrics:
     metrics = Metrics(path, At(0), "run")
     for step in range(1, steps + 1):
-        metrics.add(Stepped(step, 0.1, 2.0 / step, 1.0, 0.1, 5, 8, 0.1))
+        metrics.add(StepCompleted(step, 0.1, 2.0 / step, 1.0, 0.1, 5, 8, 0.1))
         if step % 2 == 0:
-            metrics.add(Validated(step, 1.0 / step, best=True))
+            metrics.add(ValidationCompleted(step, 1.0 / step, best=True))
         metrics.add(Paused(step))  # is no event of the run's
     return metrics
 

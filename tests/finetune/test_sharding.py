@@ -184,7 +184,7 @@ def test_shardings_of_abstract_weights_follow_the_rules():
 
 
 def test_a_run_takes_all_devices(monkeypatch):
-    layout, shardings = sharding.over_all_devices(MODEL, CONFIG, fsdp=4)
+    layout, shardings = sharding.layout_over_all_devices(MODEL, CONFIG, fsdp=4)
     assert layout is not None
     assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 4}
     assert jax.tree.leaves(shardings)[0].mesh == layout.mesh
@@ -193,7 +193,7 @@ def test_a_run_takes_all_devices(monkeypatch):
         == layout.params_shardings(abstract_params(MODEL))["layers"]["mlp.down_proj"]["weight"].spec
     )
     monkeypatch.setattr(jax, "devices", lambda: [None])
-    assert sharding.over_all_devices(MODEL, CONFIG) == (None, None)
+    assert sharding.layout_over_all_devices(MODEL, CONFIG) == (None, None)
 
 
 @pytest.mark.slow
@@ -216,10 +216,10 @@ def test_an_adapter_that_is_handed_out_lies_where_the_run_s_does(params):
     ("make", "match"),
     [
         (
-            lambda: sharding.over_all_devices(MODEL, dataclasses.replace(CONFIG, batch_size=12)),
+            lambda: sharding.layout_over_all_devices(MODEL, dataclasses.replace(CONFIG, batch_size=12)),
             "batch_size .*multiple of 8 .*got 12",
         ),
-        (lambda: sharding.over_all_devices(MODEL, CONFIG, fsdp=3), "fsdp .*divisor .*8, got 3"),
+        (lambda: sharding.layout_over_all_devices(MODEL, CONFIG, fsdp=3), "fsdp .*divisor .*8, got 3"),
         (lambda: Rules(inputs=("fsdp",)), "mesh axis 'fsdp' splits both outputs and inputs"),
         (lambda: Rules(batch=("data", "data")), "splits both batch and batch"),
         (lambda: Rules(vocab=("model",)), "vocab .*mesh axis 'model'.*data, fsdp"),

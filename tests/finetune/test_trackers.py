@@ -9,9 +9,9 @@ from support.event_files import logged
 
 from rora_theory import InputError
 from rora_theory.finetune import trackers
-from rora_theory.finetune.loop import Paused, Stepped, Validated
+from rora_theory.finetune.loop import Paused, StepCompleted, ValidationCompleted
 
-EVENTS = [Stepped(1, 0.5, 2.5, 0.75, 1e-3, 128, 256, 0.5), Validated(1, 2.25, best=True), Paused(1)]
+EVENTS = [StepCompleted(1, 0.5, 2.5, 0.75, 1e-3, 128, 256, 0.5), ValidationCompleted(1, 2.25, best=True), Paused(1)]
 LOGGED = {
     "train/loss": 2.5, "train/grad_norm": 0.75, "train/learning_rate": 1e-3, "train/tokens_per_second": 256.0,
     "validation/loss": 2.25,
@@ -22,13 +22,13 @@ def test_event_files_are_read_back(tmp_path) -> None:
     """And a run that goes on after step 1 takes back what its killed part logged beyond."""
     pytest.importorskip("tensorboardX", reason="the extra logging")
     with trackers.track("tensorboard", tmp_path, run="id", config={}) as tracker:
-        for event in (*EVENTS, Validated(2, 9.0, best=False), Validated(3, 9.0, best=False)):
+        for event in (*EVENTS, ValidationCompleted(2, 9.0, best=False), ValidationCompleted(3, 9.0, best=False)):
             tracker.add(event)
     first = logged(tmp_path / "tensorboard")
     assert {name: first[name, 1] for name, _ in first} == pytest.approx(LOGGED, rel=1e-6)
     assert ("validation/loss", 3) in first
     with trackers.track("tensorboard", tmp_path, run="id", config={}, step=1) as tracker:
-        tracker.add(Validated(2, 1.5, best=True))
+        tracker.add(ValidationCompleted(2, 1.5, best=True))
     again = {key: value for key, value in logged(tmp_path / "tensorboard").items() if key[0] == "validation/loss"}
     assert again == {("validation/loss", 1): 2.25, ("validation/loss", 2): 1.5}
 

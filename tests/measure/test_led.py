@@ -73,14 +73,14 @@ def test_where_A_has_not_moved_B_leads_alone(start, inputs) -> None:
 
 def test_the_exponent_is_the_laws_where_the_parts_have_one_direction() -> None:
     for rho in (0.0, 0.3, 1.0, 20.0):
-        found = led.keeping_exponent(*(np.array([size]) for size in (2.0, 2 * rho, 2 * (1 + rho))))
+        found = led.preserving_exponent(*(np.array([size]) for size in (2.0, 2 * rho, 2 * (1 + rho))))
         assert found[0] == pytest.approx(horizon.rate_exponents(rho).scaling)
 
 
 def test_the_exponent_keeps_the_change_of_two_parts_at_any_angle() -> None:
     """A small factor of gamma r, and the factor of the rate that it asks for, leave the rms as it was."""
     b, a = np.random.default_rng(4).normal(size=(2, 50))
-    slope = led.keeping_exponent(*(np.array([np.sqrt(np.mean(one**2))]) for one in (b, a, a + b)))[0]
+    slope = led.preserving_exponent(*(np.array([np.sqrt(np.mean(one**2))]) for one in (b, a, a + b)))[0]
 
     def size(strength: float, rate: float) -> float:
         return strength * np.sqrt(np.mean((rate * b + rate**2 * a) ** 2))
@@ -95,26 +95,26 @@ def test_the_factor_keeps_the_change_of_all_modules() -> None:
     b, a = np.random.default_rng(5).normal(size=(2, 3, 40))
     parts = [np.sqrt(np.mean(one**2, axis=1)) for one in (b, a, a + b)]
     for strength in (11.3, 1.0, 0.2):
-        y = led.keeping_factor(strength, *parts)
+        y = led.preserving_factor(strength, *parts)
         assert strength * np.sqrt(np.mean((y * b + y**2 * a) ** 2)) == pytest.approx(np.sqrt(np.mean((a + b) ** 2)))
     alike = [np.array([size, 2 * size]) for size in (1.0, 0.7, 1.7)]
-    assert led.keeping_factor(11.3, *alike) == pytest.approx(horizon.rate_factor(11.3, 0.7))
-    slope = np.log(led.keeping_factor(1 + 1e-6, *alike)) / 1e-6
-    assert slope == pytest.approx(led.keeping_exponent(*alike)[0], abs=1e-5)
+    assert led.preserving_factor(11.3, *alike) == pytest.approx(horizon.rate_factor(11.3, 0.7))
+    slope = np.log(led.preserving_factor(1 + 1e-6, *alike)) / 1e-6
+    assert slope == pytest.approx(led.preserving_exponent(*alike)[0], abs=1e-5)
     with pytest.raises(InputError, match=r"strength .* 0\.0"):
-        led.keeping_factor(0.0, *parts)
+        led.preserving_factor(0.0, *parts)
 
 
 def test_a_rate_behind_a_range_over_which_the_change_shrinks_is_none() -> None:
     """Two parts that are nearly or exactly opposite; before that range and behind it the factor is the change's own."""
     for strength, *parts in ((2.0, 1.0, 1.0, 0.1), (0.5, 1.0, 0.5, 0.5), (0.1, 1.0, 0.1, 0.9), (0.5, 1.0, 0.8, 0.2)):
-        assert np.isnan(led.keeping_factor(strength, *np.reshape(parts, (3, 1))))
+        assert np.isnan(led.preserving_factor(strength, *np.reshape(parts, (3, 1))))
     for strength, a in ((2.0, 0.1), (0.8, 0.1), (1.5, 8.0), (0.5, 8.0)):
-        y = led.keeping_factor(strength, *np.reshape([1.0, a, abs(1 - a)], (3, 1)))
+        y = led.preserving_factor(strength, *np.reshape([1.0, a, abs(1 - a)], (3, 1)))
         # Roots of strength (y - a y^2) = 1 - a: the smaller one before the range, the larger one behind it.
         root = np.sqrt(1 - 4 * a * (1 - a) / strength) * (-1 if a < 1 else 1)
         assert y == pytest.approx((1 + root) / (2 * a), rel=1e-9)
-    rounded = led.keeping_factor(4.0, *np.reshape([1.0, 0.0, 0.99999], (3, 1)))
+    rounded = led.preserving_factor(4.0, *np.reshape([1.0, 0.0, 0.99999], (3, 1)))
     assert rounded == pytest.approx(0.25, rel=1e-4)
 
 

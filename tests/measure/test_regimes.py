@@ -178,10 +178,10 @@ def test_only_adam_is_taken_over(model) -> None:
 
 
 def test_modules_go_by_layer(model) -> None:
-    found = regimes.chosen_modules(model.config, TARGETS)
+    found = regimes.modules_by_layer(model.config, TARGETS)
     assert found == {layer: ["self_attn.q_proj", "mlp.down_proj"] for layer in (0, 1)}
     assert regimes.kinds(found) == ["self_attn.q_proj", "mlp.down_proj"]
-    assert regimes.chosen_modules(model.config, TARGETS, (1,))[1] == ["self_attn.q_proj", "mlp.down_proj"]
+    assert regimes.modules_by_layer(model.config, TARGETS, (1,))[1] == ["self_attn.q_proj", "mlp.down_proj"]
 
 
 @pytest.mark.slow

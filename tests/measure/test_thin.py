@@ -50,7 +50,7 @@ def test_the_error_over_tokens_is_that_of_draws() -> None:
     ],
 )
 def test_few_tokens(frame, said) -> None:
-    found = thin.of_regime(frame, 2)
+    found = thin.regime_warnings(frame, 2)
     assert [said in one for one in found] == [True] * bool(said)
 
 
@@ -96,7 +96,7 @@ def test_a_linear_term_without_a_logarithm_is_not_known(term) -> None:
 def test_few_layers(count, spread, of_all, said) -> None:
     steps = np.linspace(-1, 1, count)
     logs = spread * steps / steps.std(ddof=1)
-    found = thin.of_regime(crossings(logs, 1.5), of_all)
+    found = thin.regime_warnings(crossings(logs, 1.5), of_all)
     assert [said in one for one in found] == [True] * (said is not None)
 
 
@@ -104,7 +104,7 @@ def test_few_layers(count, spread, of_all, said) -> None:
     ("ranks", "is_thin"), [((2, 8, 32), False), ((2, 16), True), ((4, 8, 16), True), ((1, 3, 8), False)]
 )
 def test_few_ranks(ranks, is_thin) -> None:
-    assert bool(thin.of_ranks(ranks)) == is_thin
+    assert bool(thin.rank_warnings(ranks)) == is_thin
 
 
 def test_a_frame_says_it_and_so_does_a_warning() -> None:

@@ -113,8 +113,7 @@ def test_ratios_are_of_root_mean_squares_over_seeds_and_their_errors_the_jackkni
     assert row["standard_error"] == pytest.approx(math.sqrt(2 * np.var(left_out)), rel=1e-9)
     assert row["smallest"] < row["ratio"] < row["largest"]
     said = {
-        line[0]: dict(zip(transfer_check.HEADS, line, strict=True))
-        for line in transfer_check.candidates_in_words(found)
+        line[0]: dict(zip(transfer_check.HEADS, line, strict=True)) for line in transfer_check.format_candidates(found)
     }
     assert list(said) == [plan for plan in transfer_check.candidates(advice) if plan != "tuned"]
     expected = "{ratio:.3f} ± {standard_error:.3f} ({smallest:.2f} to {largest:.2f})".format_map(row)

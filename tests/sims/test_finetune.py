@@ -70,7 +70,7 @@ def on_one_device(words: list[str]) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["finetune", *words])
-        patch.setattr(sharding, "over_all_devices", lambda *_, **__: (None, None))
+        patch.setattr(sharding, "layout_over_all_devices", lambda *_, **__: (None, None))
         try:
             cli.run(finetune.main)
         except SystemExit as stop:

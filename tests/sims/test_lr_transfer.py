@@ -49,9 +49,9 @@ def test_frozen_adam_moves_as_the_signal_predicts(finished):
 
     To 5%: Adam's epsilon and the parabola's place on the grid.
     """
-    bests = {(r["trained"], r["rule"], r["rank"]): r for r in rows_of(finished / "best.csv")}
+    best_rate_table = {(r["trained"], r["rule"], r["rank"]): r for r in rows_of(finished / "best.csv")}
     for rank in (16, 64):
-        lora, rora = (bests["B", rule, str(rank)] for rule in ("lora", "rora"))
+        lora, rora = (best_rate_table["B", rule, str(rank)] for rule in ("lora", "rora"))
         assert not lora["edge"]
         assert not rora["edge"]
         ratio = float(lora["best_rate"]) / float(rora["best_rate"])
@@ -154,12 +154,14 @@ def test_matrix(tmp_path, seeds):
     """The parabolas that the losses were made from are found, over seeds or over records."""
     folder = matrix(tmp_path / "matrix", seeds=seeds)
     sim.main(["--matrix", str(folder), "--out", str(tmp_path / "run")])
-    bests = {(r["rule"], r["rank"]): r for r in rows_of(tmp_path / "run" / "best.csv")}
+    best_rate_table = {(r["rule"], r["rank"]): r for r in rows_of(tmp_path / "run" / "best.csv")}
     for rank in (8, 32, 128):
         # The curve's log is a parabola to second order in 0.02: 3% at these distances.
-        assert float(bests["lora", str(rank)]["best_rate"]) == pytest.approx(1e-3, rel=0.03)
-        assert float(bests["rora", str(rank)]["best_rate"]) == pytest.approx(1e-3 * (rank / 8) ** -0.5, rel=0.03)
-    assert bests["lora", "8"]["error_over"] == ("seeds" if len(seeds) > 1 else "held-out records")
+        assert float(best_rate_table["lora", str(rank)]["best_rate"]) == pytest.approx(1e-3, rel=0.03)
+        assert float(best_rate_table["rora", str(rank)]["best_rate"]) == pytest.approx(
+            1e-3 * (rank / 8) ** -0.5, rel=0.03
+        )
+    assert best_rate_table["lora", "8"]["error_over"] == ("seeds" if len(seeds) > 1 else "held-out records")
     slopes = {r["rule"]: float(r["slope"]) for r in rows_of(tmp_path / "run" / "slopes.csv")}
     assert slopes == pytest.approx({"lora": 0.0, "rora": -0.5}, abs=0.02)
     (compared,) = json.loads((tmp_path / "run" / "comparison.json").read_text())

@@ -74,7 +74,7 @@ def run(main: Callable[[], None], *words: object) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["command", *map(str, words)])
-        patch.setattr(sharding, "over_all_devices", lambda *_, **__: (None, None))
+        patch.setattr(sharding, "layout_over_all_devices", lambda *_, **__: (None, None))
         try:
             cli.run(main)
         except SystemExit as stop:

@@ -301,7 +301,7 @@ def test_held_out_text_that_is_all_masked_is_bad_input(inputs, tmp_path, capsys)
 def test_a_thin_run_says_so_in_its_manifest(finished) -> None:
     """Sixteen tokens a module are enough to tell a spread, which here is too wide; both layers are there."""
     words = json.loads((finished / "manifest.json").read_text())["warnings"]
-    assert words == thin.of_regime(pd.read_csv(finished / "crossing_ranks.csv"), 2)
+    assert words == thin.regime_warnings(pd.read_csv(finished / "crossing_ranks.csv"), 2)
 
 
 @pytest.mark.slow

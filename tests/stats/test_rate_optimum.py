@@ -58,12 +58,12 @@ def test_many_curves_are_each_its_own():
     curves = np.exp(np.random.default_rng(0).normal(size=(50, len(RATES))))
     curves[7, :] = np.linspace(2, 1, len(RATES))
     curves[8, int(np.argmin(curves[8])) - 1] = np.inf
-    bests = minima(RATES, curves)
-    for best, losses in zip(bests, curves, strict=True):
+    best_rate_table = minima(RATES, curves)
+    for best, losses in zip(best_rate_table, curves, strict=True):
         alone = best_rate(RATES, losses)  # NumPy's logarithm of other numbers of elements may differ in the last digit
         assert (best.rate, best.loss) == pytest.approx((alone.rate, alone.loss), rel=1e-12)
         assert best.edge == alone.edge
-    inner = [(best, losses) for best, losses in zip(bests, curves, strict=True) if best.rate not in RATES]
+    inner = [(best, losses) for best, losses in zip(best_rate_table, curves, strict=True) if best.rate not in RATES]
     assert 25 < len(inner) < 50
     for best, losses in inner:
         at = int(np.argmin(losses))

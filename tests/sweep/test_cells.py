@@ -13,7 +13,7 @@ from rora_theory.errors import InputError
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs import RunFolder, run_cells
 from rora_theory.runs.reading import key_of
-from rora_theory.sweep.cells import SweepCell, cells_of, stand_ins, sweep_identity, training_of
+from rora_theory.sweep.cells import SweepCell, cells_of, replace_with_scored, sweep_identity, training_of
 from rora_theory.sweep.design import DESIGNS, RATE_GRID, RATE_GRIDS, Design
 from sims.rank_sweep import Training
 
@@ -89,9 +89,15 @@ def test_a_scored_twin_stands_in_where_it_is_done(tmp_path) -> None:
     label = {"protocol": "label"}
     make = partial(cells_of, replace(DESIGNS["grid"], methods=("lora",), ranks=(4, 8), seeds=(0,)), SHARED, data={})
     plain, scored = (make(evaluation=found, stage=0) for found in (None, label))
-    assert stand_ins(plain, folder("a", label, scored[1:])) == [plain[0], scored[1]]
-    assert stand_ins(plain, folder("b", None, plain[:1])) == stand_ins(plain, tmp_path / "none") == plain
-    assert stand_ins(scored, folder("c", None, [])) == scored, "one that is to be scored is never left unscored"
+    assert replace_with_scored(plain, folder("a", label, scored[1:])) == [plain[0], scored[1]]
+    assert (
+        replace_with_scored(plain, folder("b", None, plain[:1]))
+        == replace_with_scored(plain, tmp_path / "none")
+        == plain
+    )
+    assert replace_with_scored(scored, folder("c", None, [])) == scored, (
+        "one that is to be scored is never left unscored"
+    )
 
 
 def test_what_methods_with_a_rank_alone_have_reaches_no_other() -> None:

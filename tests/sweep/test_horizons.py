@@ -23,7 +23,7 @@ from rora_theory.io import frames
 from rora_theory.stats.estimate import Estimate
 from rora_theory.stats.rate_curves import Curve
 from rora_theory.theory.displacement import displacement_ratio
-from rora_theory.theory.horizon import distances, keeping_rate, rate_factor
+from rora_theory.theory.horizon import distances, rate_factor, rate_for_equal_change
 
 RATES = [10 ** (k / 4) for k in range(-18, -7)]
 TOKENS = list(range(40, 72))
@@ -177,11 +177,11 @@ def test_full_fine_tuning_stands_beside_the_adapters_and_in_no_exponent() -> Non
     assert row["difference"] == pytest.approx(0.05, rel=0.05)
     assert row["verdict"].startswith("undecided: one seed (+5.")
     assert found.loc[128, 724]["ratio"] == pytest.approx(20 * (724 / 64) ** -0.53, rel=0.05)
-    bests = frames.rows(horizon_curves.bests(curves, 64))
-    assert [row["strength"] for row in bests if row["rank"] is None] == [None]
-    assert len(bests) == 5
-    assert {row["rank"] for row in bests} == {None, 8, 128}
-    assert all(isinstance(row["rank"], int) for row in bests if row["rank"]), "8, not 8.0, in the file"
+    best_rate_table = frames.rows(horizon_curves.best_rate_table(curves, 64))
+    assert [row["strength"] for row in best_rate_table if row["rank"] is None] == [None]
+    assert len(best_rate_table) == 5
+    assert {row["rank"] for row in best_rate_table} == {None, 8, 128}
+    assert all(isinstance(row["rank"], int) for row in best_rate_table if row["rank"]), "8, not 8.0, in the file"
     law = {"takeovers": TAKEOVERS, "warmup": 4}
     lora = [curve for curve in curves if curve.rule == "lora"]
     pd.testing.assert_frame_equal(
@@ -213,7 +213,7 @@ def adams_power(takeover: float, rate: float = 1e-3) -> float:
 @pytest.mark.parametrize("takeover", [1e-4, 0.004, 1.0, math.inf])
 def test_the_law_in_the_steps_is_adam_s(takeover: float) -> None:
     """Beyond one over the number of steps, where A's gradient grows and Adam follows it faster; there where B leads."""
-    kept = keeping_rate(1e-3, horizon_grid.warmed_up(16, 4), horizon_grid.warmed_up(64, 4), takeover=takeover)
+    kept = rate_for_equal_change(1e-3, horizon_grid.warmed_up(16, 4), horizon_grid.warmed_up(64, 4), takeover=takeover)
     power = math.log(kept / 1e-3, 4)
     assert power == pytest.approx(adams_power(takeover), abs=1e-6)
     assert (power < CONSTANT - 0.1) if takeover < 0.01 else power == pytest.approx(CONSTANT, abs=0.01)
@@ -588,7 +588,7 @@ def test_beside_a_run_that_diverged_the_exponent_is_known_to_half_a_step_of_the_
 
 
 def test_the_table_of_best_rates_names_the_arm() -> None:
-    found = horizon_curves.bests(horizon_curves.curves_at(grid(-0.5), TOKENS, 16), 16)
+    found = horizon_curves.best_rate_table(horizon_curves.curves_at(grid(-0.5), TOKENS, 16), 16)
     assert found["step"].tolist() == [16] * 4
     assert list(zip(found["rank"], found["strength"], strict=True)) == [(8, 64), (8, 724), (128, 64), (128, 724)]
     np.testing.assert_allclose(found["best_rate"], 1e-3 * (found["strength"] / 64) ** -0.5, rtol=0.05)
@@ -602,7 +602,7 @@ def test_the_figure_draws_best_rates_and_exponents(tmp_path) -> None:
     found[64] = [curve for curve in found[64] if curve.rank == 8]
     judged = [horizon_law.horizon_exponents(one, step, takeovers=TAKEOVERS, warmup=4) for step, one in found.items()]
     tables = {"results": horizon_runs.horizon_table(runs, TOKENS, TOKENS), "exponents": pd.concat(judged)}
-    tables["best"] = pd.concat([horizon_curves.bests(one, step) for step, one in found.items()])
+    tables["best"] = pd.concat([horizon_curves.best_rate_table(one, step) for step, one in found.items()])
     for name, table in tables.items():
         (tmp_path / f"{name}.csv").write_text(frames.to_csv(table))
     (tmp_path / "manifest.json").write_text(json.dumps({"experiment": "horizon", "files": {}}))

@@ -85,5 +85,5 @@ def test_a_run_in_words() -> None:
     """Losses a token of all records together, and where it ended before its time."""
     first, second = {"step": 2, "losses": [2.0, 4.0]}, {"step": 3, "losses": [1.0, 0.5]}
     found = {"readings": [first, second], "diverged_at": None}
-    assert readings.read_run_in_words(found, [1, 2]) == "2.0000 at 2, 0.5000 at 3"
-    assert readings.read_run_in_words(found | {"diverged_at": 4}, [1, 2]).endswith(" at 3, diverged at 4")
+    assert readings.describe_run(found, [1, 2]) == "2.0000 at 2, 0.5000 at 3"
+    assert readings.describe_run(found | {"diverged_at": 4}, [1, 2]).endswith(" at 3, diverged at 4")

@@ -195,23 +195,23 @@ def test_best_rates_in_words() -> None:
     """A rate at an edge is said to be; a method without a rank has none."""
     best = [{"model": "m", "method": "lora", "rank": 8, "learning_rate": 0.001, "best_rate": "edge"}]
     best += [best[0] | {"method": "series", "rank": None, "best_rate": word} for word in ("yes", "only")]
-    lines = results.rates_in_words(frames.of(best, list(best[0])))
+    lines = results.describe_rates(frames.of(best, list(best[0])))
     edge = "; it is at the edge of the rates tried: the best may lie beyond"
     assert lines == [f"m: lora r=8: learning rate 0.001{edge}", *["m: series: learning rate 0.001"] * 2]
 
 
 def test_a_model_whose_cells_all_diverged_has_no_lowest_loss() -> None:
     rows = frames.of([rate_row(0.1, 0, status="diverged")], results.COLUMNS)
-    assert results.results_in_words(rows) == ("Lowest validation loss of 1 cells: none (± over records). 1 diverged.")
+    assert results.describe_results(rows) == ("Lowest validation loss of 1 cells: none (± over records). 1 diverged.")
 
 
 def test_a_result_in_words() -> None:
     result = {"status": "complete", "validation_loss": 1.5, "validation_error": 0.01, "answer_loss": 0.5}
     result |= {"answer_error": 0.02, "levels": [LEVEL, LEVEL | {"task": "average"}]}
-    assert results.result_in_words(result) == (
+    assert results.describe_result(result) == (
         "loss 1.5000 ± 0.0100, answers 0.5000 ± 0.0200, average 75.0 ± 10.0 % (25.0 % unparsed)"
     )
-    assert results.result_in_words({"status": "diverged", "diverged_at": 7}) == "diverged at step 7"
+    assert results.describe_result({"status": "diverged", "diverged_at": 7}) == "diverged at step 7"
 
 
 def test_of_a_folder_only_the_asked_cells_are_read(tmp_path) -> None:

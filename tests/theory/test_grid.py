@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rora_theory import InputError
-from rora_theory.theory.grid import StepGrid, exponent_of
+from rora_theory.theory.grid import StepGrid, fit_exponent
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -50,6 +50,6 @@ def test_a_table_s_exponent_is_its_power(order: Callable[[list[int]], list[int]]
     """Two points: the error is the root sum of squares of the relative errors over the distance in log rank."""
     ranks = np.array(order([4, 64]))
     table = pd.DataFrame({"rank": ranks, "estimate": 3.0 * ranks**-0.5, "exact": 2.0 * ranks**0.25})
-    fit = exponent_of(table.assign(standard_error=0.1 * table["estimate"]))
+    fit = fit_exponent(table.assign(standard_error=0.1 * table["estimate"]))
     assert fit == pytest.approx({"slope": -0.5, "standard_error": 0.1 * 2**0.5 / np.log(16), "exact": 0.25})
-    assert np.isnan(list(exponent_of(table.assign(standard_error=0.1)[:1]).values())).all()
+    assert np.isnan(list(fit_exponent(table.assign(standard_error=0.1)[:1]).values())).all()

@@ -112,7 +112,7 @@ def test_direct_sampler_random_inputs(init: str) -> None:
     for number, (rank, p_in, overlap) in enumerate(cases):
         law = {"rank": rank, "p_in": p_in, "scaling": 0.8, "learning_rate": 0.5, "overlap": overlap, "init": init}
         settings = [sampling.RandomStep(**law, optimizer=optimizer) for optimizer in laws.OPTIMIZERS]
-        drawn = sampling.estimate_each(settings, "direct", jax.random.key(number), draws=40_000)
+        drawn = sampling.estimate_settings(settings, "direct", jax.random.key(number), draws=40_000)
         for optimizer, sums in zip(laws.OPTIMIZERS, drawn, strict=True):
             moments = laws.random_input_moments(**law, optimizer=optimizer)
             # The uniform Adam law is a series: its stated error, 0.6%, is added to the sampling error.
@@ -247,10 +247,10 @@ def test_the_rate_that_keeps_the_first_adam_step_at_one_gamma_r(overlap: float) 
             )
             for rank in (first, second)
         ]
-        exponent = float(laws.keeping_rank_exponent(first, second, star - 2))
+        exponent = float(laws.equal_change_rank_exponent(first, second, star - 2))
         assert exponent == pytest.approx(math.log(rms[0] / rms[1]) / math.log(second / first), abs=1e-9)
         assert 0 <= exponent + 1e-9 < 0.5
-    assert laws.keeping_rank_exponent(1, 4, np.array([0.0, 1e12])) == pytest.approx([0.0, 0.5])
+    assert laws.equal_change_rank_exponent(1, 4, np.array([0.0, 1e12])) == pytest.approx([0.0, 0.5])
 
 
 def test_inits_are_those_of_their_names() -> None:

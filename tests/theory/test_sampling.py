@@ -72,7 +72,7 @@ def test_each_setting_has_its_own_step_of_the_same_draws(
     setting, key = RandomStep(rank=3, p_in=6, p_out=2, optimizer=optimizer, learning_rate=0.1), jax.random.key(4)
     optimizers = laws.OPTIMIZERS if sampler == "direct" else (optimizer,)
     settings = [replace(setting, scaling=gamma, optimizer=name) for name in optimizers for gamma in (2.0, 0.5)]
-    all_sums = sampling.estimate_each(settings, sampler, key, draws=300)
+    all_sums = sampling.estimate_settings(settings, sampler, key, draws=300)
     for separate, sums in zip(settings, all_sums, strict=True):
         alone = sampling.estimate(separate, sampler, key, draws=300)
         assert sums.count == alone.count == 300
@@ -151,7 +151,7 @@ def test_bad_input() -> None:
     ):
         settings = [RandomStep(rank=1, p_in=2), RandomStep(rank=1, p_in=2, **other)]
         with pytest.raises(InputError, match=f"settings.* {fields} for the {sampler}"):
-            sampling.estimate_each(settings, sampler, jax.random.key(0), draws=1)
+            sampling.estimate_settings(settings, sampler, jax.random.key(0), draws=1)
     with pytest.raises(InputError, match=r"scaling.* -1\.0"):
         RandomStep(rank=1, p_in=2, scaling=-1.0)
     with pytest.raises(InputError, match=r"overlap.* 2"):

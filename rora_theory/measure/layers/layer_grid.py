@@ -18,7 +18,7 @@ from rora_theory.optimizers import EPSILON
 from rora_theory.random.draws import stream_key
 from rora_theory.scaling import exponent
 from rora_theory.stats.moments import agreement
-from rora_theory.theory.grid import StepGrid, exponent_of
+from rora_theory.theory.grid import StepGrid, fit_exponent
 from rora_theory.validation.rules import name_of
 
 COLUMNS = (
@@ -123,7 +123,7 @@ def crossings(grid: StepGrid, layers: Sequence[Layer]) -> pd.DataFrame:
     )
 
 
-def layers_in_words(results: pd.DataFrame) -> str:
+def describe_agreement(results: pd.DataFrame) -> str:
     """Return a sentence that states how closely measurement and law agree."""
     fit = agreement(*(results[name].tolist() for name in ("estimate", "standard_error", "exact")))
     return (
@@ -152,5 +152,5 @@ def layer_exponents(results: pd.DataFrame, *, low: int, high: int) -> pd.DataFra
     rows = []
     for key, group in results[results["rank"].isin(ranks)].groupby(GROUP, sort=False):
         row = dict(zip(GROUP, key, strict=True)) | {"low": ranks[0], "high": ranks[-1]}
-        rows.append(row | exponent_of(group))
+        rows.append(row | fit_exponent(group))
     return pd.DataFrame(rows)

@@ -216,7 +216,7 @@ def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
     for case in cases(config):
         # Sizes of each coordinate as an array [seeds, ranks].
         values: dict[Coordinate, np.ndarray] = {}
-        for names, group in of_case(sizes, case).groupby(list(Coordinate._fields), sort=False):
+        for names, group in rows_of_case(sizes, case).groupby(list(Coordinate._fields), sort=False):
             by_seed = group.pivot(index="seed", columns="rank", values="value")
             values[Coordinate._make(names)] = by_seed.reindex(index=config.seeds, columns=ranks).to_numpy(np.float64)
         # Geometric mean of the outputs of all modules.
@@ -235,7 +235,7 @@ def coordinate_slopes(config: CheckConfig, sizes: pd.DataFrame) -> pd.DataFrame:
     return frames.of(rows, SLOPE_COLUMNS)
 
 
-def of_case(table: pd.DataFrame, case: Case) -> pd.DataFrame:
+def rows_of_case(table: pd.DataFrame, case: Case) -> pd.DataFrame:
     """Return a table's rows of one case."""
     return frames.where(table, {"optimizer": case.optimizer, "rule": name_of(case.rule), "init": case.init})
 
@@ -253,7 +253,7 @@ def verdicts(config: CheckConfig, slopes: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for case in cases(config):
-        group = of_case(slopes, case)
+        group = rows_of_case(slopes, case)
         outputs = group[(group["quantity"] == "output") & (group["module"] != MODEL)]
         module_verdicts = {
             (split, step): outputs["verdict"][(outputs["split"] == split) & (outputs["step"] == step)].tolist()
@@ -274,7 +274,7 @@ def verdicts(config: CheckConfig, slopes: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def check_in_words(config: CheckConfig, judged: pd.DataFrame) -> str:
+def describe_check(config: CheckConfig, judged: pd.DataFrame) -> str:
     """Return a sentence with the verdicts on the whole model, controls last.
 
     Args:
@@ -369,7 +369,7 @@ def coordinate_check(
     )
     slope_frame = coordinate_slopes(config, sizes)
     judged = verdicts(config, slope_frame)
-    thin.warn((sizes, slope_frame, judged), thin.of_ranks(config.ranks))
+    thin.warn((sizes, slope_frame, judged), thin.rank_warnings(config.ranks))
     return CoordinateCheck(sizes, slope_frame, judged)
 
 

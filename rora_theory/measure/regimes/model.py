@@ -112,7 +112,7 @@ def record_modules(
     )
 
 
-def chosen_modules(
+def modules_by_layer(
     config: LlamaConfig, target_modules: Sequence[str] | str = PAPER_TARGETS, layers: Sequence[int] | None = None
 ) -> dict[int, list[str]]:
     """Return the modules that PEFT's ``target_modules`` select, by layer.
@@ -164,9 +164,9 @@ def regime(
     Raises:
       InputError: If a module or layer does not exist, a loss is not finite, or no held-out token is left.
     """
-    modules = chosen_modules(model.config, target_modules, layers)
+    modules = modules_by_layer(model.config, target_modules, layers)
     recorded = record_modules(model.params, model.config, train, held_out, kinds(modules))
     layer_regimes = [recorded.measure(config or RegimeConfig(), index, names) for index, names in modules.items()]
     measured = Regime.of(layer_regimes, recorded.train.loss, recorded.held_out.loss)
-    thin.warn(measured.files().values(), thin.of_regime(measured.crossings, model.config.num_hidden_layers))
+    thin.warn(measured.files().values(), thin.regime_warnings(measured.crossings, model.config.num_hidden_layers))
     return measured

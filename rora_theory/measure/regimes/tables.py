@@ -303,7 +303,7 @@ def by_depth(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
                 yield kind, str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", group
 
 
-class TableInWords(NamedTuple):
+class FormattedTable(NamedTuple):
     """Formatted table of a report.
 
     Attributes:
@@ -317,7 +317,7 @@ class TableInWords(NamedTuple):
     rows: list[list[Any]]
 
 
-def crossings_in_words(crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: Optimizer, init: Init) -> TableInWords:
+def format_crossings(crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer: Optimizer, init: Init) -> FormattedTable:
     """Format `crossings_by_depth` with a row for each type of module and third of the layers.
 
     The columns are the pooled and the median r* with quartiles of each split, the range of kappa of each split, and the
@@ -325,7 +325,7 @@ def crossings_in_words(crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer:
     """
     low, high = USUAL_RANKS
     ranks = [f"r* {statistic} {split}" for split in SPLITS for statistic in ("pooled", "median")]
-    return TableInWords(
+    return FormattedTable(
         f"{optimizer}, A {init}: crossing rank r* of all tokens together (pooled) and of a token (median and quartiles "
         f"over tokens), medians over layers; kappa: exponent at which the first step has the same size at ranks {low} "
         f"and {high}, range over layers; left out: held-out tokens that repeat the beginning of a training record + "
@@ -335,7 +335,7 @@ def crossings_in_words(crossings: pd.DataFrame, tokens: pd.DataFrame, optimizer:
     )
 
 
-def takeovers_in_words(takeover: pd.DataFrame, init: Init, learning_rate: float) -> TableInWords:
+def format_takeovers(takeover: pd.DataFrame, init: Init, learning_rate: float) -> FormattedTable:
     """Format `takeover_by_depth` with a row for each type of module and third of the layers.
 
     The columns are the number of steps until A leads for each rank and split, as a median and range over layers, and
@@ -343,7 +343,7 @@ def takeovers_in_words(takeover: pd.DataFrame, init: Init, learning_rate: float)
     """
     table = takeover_by_depth(takeover, init)
     columns = table[["rank", "split"]].drop_duplicates().to_numpy()
-    return TableInWords(
+    return FormattedTable(
         f"Adam, A {init}: number of steps t_A until A leads, at the constant rate {learning_rate:g} and a constant "
         "gradient, median over layers (range); turn: number of steps until 5% of the entries of G A^T have changed "
         "sign, far beyond which the law is only approximate",
@@ -352,12 +352,12 @@ def takeovers_in_words(takeover: pd.DataFrame, init: Init, learning_rate: float)
     )
 
 
-def ratios_in_words(results: pd.DataFrame, optimizer: Optimizer) -> TableInWords:
+def format_ratios(results: pd.DataFrame, optimizer: Optimizer) -> FormattedTable:
     """Format `measured_over_predicted` at held-out tokens with a row for each rank and a column for each init."""
     table = measured_over_predicted(results)
     rows = table[(table["optimizer"] == optimizer) & (table["split"] == "heldout")]
     text = "{mean_ratio:.4f} ± {standard_error:.4f} ({largest_deviation:.1%})".format_map
-    return TableInWords(
+    return FormattedTable(
         f"{optimizer}: ratio of measured to predicted rms at held-out tokens, mean over modules ± standard error "
         "(largest single deviation), by initialisation of A",
         ["rank", *rows["init"].unique()],

@@ -45,7 +45,7 @@ class ThinWarning(UserWarning):
     """Warning that a measurement rests on too few tokens, layers or ranks."""
 
 
-def of_regime(crossings: pd.DataFrame, layers: int | None) -> list[str]:
+def regime_warnings(crossings: pd.DataFrame, layers: int | None) -> list[str]:
     """Return warnings about the crossing ranks of a model.
 
     Args:
@@ -119,7 +119,7 @@ def layer_warnings(crossings: pd.DataFrame, layers: int | None) -> list[str]:
     return [f"thin: {measured} of the model's {layers} layers were measured{problem}. Measure more layers."]
 
 
-def of_ranks(ranks: Sequence[int]) -> list[str]:
+def rank_warnings(ranks: Sequence[int]) -> list[str]:
     """Return a warning if there are too few ranks, or ranks too close together, for a reliable slope."""
     span = max(ranks) / min(ranks)
     if len(set(ranks)) >= MIN_RANKS and span >= MIN_RANK_SPAN:

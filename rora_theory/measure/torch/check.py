@@ -214,7 +214,7 @@ def coordinate_check(
         f"A slope is flat if its 95% interval lies within ±{band:g}."
     )
     slope_frame = pd.DataFrame(slopes)
-    thin.warn((sizes, slope_frame), thin.of_ranks(ranks))
+    thin.warn((sizes, slope_frame), thin.rank_warnings(ranks))
     return TorchCheck(table, sizes, slope_frame, judge_model(slopes), scope, band)
 
 

@@ -286,7 +286,7 @@ def regime(
     )
     # Warn if the result rests on too few tokens or layers.
     all_modules = modules if layers is None else chosen(base, target_modules)
-    warnings = thin.of_regime(frames.crossings, len({layer_index(name) for name in all_modules}))
+    warnings = thin.regime_warnings(frames.crossings, len({layer_index(name) for name in all_modules}))
     thin.warn(frames.files().values(), warnings)
     targets = adapted_targets(model) if target_modules is None else target_modules
     return TorchRegime(
