@@ -37,7 +37,9 @@ def draw(config: Config) -> Sequence[Path]:
     ranks, steps = sorted(set(best["rank"])), sorted(set(best["step"]))
     figure, (first, second, last) = style.panels(3)
     against_strength(first, best, exponents, ranks, steps)
-    by_parts = against_horizon(second, exponents, ranks, steps)
+    # Exponents from one value of G to the largest: the one that most ranks and horizons have.
+    from_one = exponents[exponents["first"] == exponents["first"].mode()[0]]
+    by_parts = against_horizon(second, from_one, ranks, steps)
     against_steps(last, best, ranks)
     # Colours are steps and markers are ranks in all panels, so that the legend has one entry for each.
     handles: dict[str, Any] = {

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from figures import style
 from rora_theory.io import frames
+from rora_theory.scaling import check_positive
 from rora_theory.validation.ranges import Count, check_ranges
 
 FLOOR = 1e-4
@@ -33,6 +34,8 @@ class Config:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of sims.horizon"""
+    strengths: tuple[float, float] = (64.0, 724.0)
+    """Tuned and new value of G = gamma r"""
     steps: Count = 64
     """Number of steps of the runs compared"""
     out: Path | None = None
@@ -40,6 +43,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        for strength in self.strengths:
+            check_positive("--strengths", strength)
 
 
 def draw(config: Config) -> Sequence[Path]:
@@ -47,9 +52,12 @@ def draw(config: Config) -> Sequence[Path]:
     style.read_frame(config.run, "horizon")
     costs = frames.read_csv(config.run / "regret.csv")
     costs = costs[(costs["old_steps"] == config.steps) & (costs["steps"] == config.steps)]
-    costs = costs[costs["policy"].isin(POLICIES) & (costs["strength"] > costs["old_strength"])]
+    for name, strength in zip(("old_strength", "strength"), config.strengths, strict=True):
+        costs = costs[costs[name].sub(strength).abs() < 1e-6 * strength]
+    costs = costs[costs["policy"].isin(POLICIES)]
     if costs.empty:
-        style.fail(f"{config.run}: regret.csv has no change of G = gamma r after {config.steps} steps")
+        change = " to ".join(f"{strength:g}" for strength in config.strengths)
+        style.fail(f"{config.run}: regret.csv has no change of G = gamma r from {change} after {config.steps} steps")
     changes = list(costs.groupby(["old_rank", "old_strength", "rank", "strength"], sort=True))
     columns = min(len(changes), 3)
     rows = -(-len(changes) // columns)
