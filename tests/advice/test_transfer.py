@@ -533,13 +533,13 @@ def test_measured_sentences_state_the_published_exponents() -> None:
     for sentence, grows, where in (
         (MEASURED_RANKS, 16, {"over": "rank", "step": 64, "at": 64, "first": 8}),
         (MEASURED_RANKS, 4, {"over": "rank", "step": 64, "at": 64, "first": 32}),
-        (MEASURED_STRENGTHS, 64 / 724, {"over": "strength", "step": 64, "at": 8}),
-        (MEASURED_STRENGTHS, 64 / 724, {"over": "strength", "step": 256, "at": 8}),
+        (MEASURED_STRENGTHS, 64 / 724, {"over": "strength", "step": 64, "at": 8, "first": 64}),
+        (MEASURED_STRENGTHS, 64 / 724, {"over": "strength", "step": 256, "at": 8, "first": 64}),
     ):
         power, half = powers(**where)
         low, high = sorted((grows ** (power - half), grows ** (power + half)))
         assert f"{grows**power:.1f} ({low:.1f} to {high:.1f})" in sentence
-    steps = [powers(over="strength", step=step, at=8)[0] for step in (64, 256)]
+    steps = [powers(over="strength", step=step, at=8, first=64)[0] for step in (64, 256)]
     assert pytest.approx(steps, abs=0.005) == MEASURED_POWERS
 
 

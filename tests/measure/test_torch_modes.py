@@ -207,16 +207,16 @@ def test_progress_states_the_cost(capsys) -> None:
 
 
 def test_the_estimated_cost_is_proportional_to_the_weights(monkeypatch) -> None:
-    monkeypatch.setattr(torch_regimes.progress_bars, "seconds_of", lambda _: 2.0)
-    weights = torch_regimes.CALIBRATION**2
+    monkeypatch.setattr(torch_regimes.progress_bars, "time_second_call", lambda _: 2.0)
+    weights = torch_regimes.CALIBRATION_SIZE**2
     for modules in (1, 3, 40):
-        assert f"about {2 * modules} s on the host" in torch_regimes._cost(SMALL, modules * weights)
+        assert f"about {2 * modules} s on the host" in torch_regimes._estimate_cost(SMALL, modules * weights)
 
 
 def test_a_record_without_a_target_has_no_token_that_counts() -> None:
     ids = np.arange(12).reshape(2, 6)
-    labels = np.full((2, 6), batches.IGNORED)
+    labels = np.full((2, 6), batches.IGNORED_LABEL)
     labels[1, 3] = 1
-    real = batches._real(torch_models.model(), ids, {"labels": labels})
+    real = batches._real_tokens(torch_models.model(), ids, {"labels": labels})
     # A token counts if a later one is a target: it is read to predict that one.
     assert real.sum(axis=1).tolist() == [0, 3]

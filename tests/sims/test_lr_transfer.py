@@ -223,7 +223,7 @@ def test_bad_matrices(tmp_path, capsys):
     assert "model large" in refused("--matrix", str(two), "--matrix-model", "large")
     text = (two / "results.csv").read_text()
     (two / "results.csv").write_text(text.replace("learning_rate", "rate"))
-    assert "no column learning_rate" in refused("--matrix", str(two))
+    assert "no column 'learning_rate'" in refused("--matrix", str(two))
     (two / "results.csv").write_text(
         text.replace("tiny-lora-8-0.001-0,done,tiny,lora,lora,8,", "x,done,tiny,lora,lora,8.5,")
     )

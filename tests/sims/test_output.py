@@ -248,7 +248,7 @@ def test_regime_at_new_tokens(printed) -> None:
     own = tokens.loc[(tokens[list(where)] == where).all(axis=1)].iloc[0]
     assert f"{own['seen']}+" in text
     assert f" of {own['all']}" in text
-    assert "steps t_A at rate 0.0003" in text
+    assert "t_A until A leads, at the constant rate 0.0003" in " ".join(text.split())
 
 
 @pytest.mark.slow

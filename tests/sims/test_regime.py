@@ -222,7 +222,7 @@ def test_no_path_in_the_files(finished, inputs) -> None:
         ({"held_out": 0}, "--held-out is 0"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"tolerance": -1.0}, "tolerance is -1.0"),
-        ({"inits": ("pissa",)}, "'pissa'; supported: kaiming_uniform"),
+        ({"inits": ("pissa",)}, "inits has an unknown value 'pissa'"),
         ({"optimizers": ("lion",)}, "'lion'; supported: "),
         ({"rows": 32}, "rows must be 0 or at least 64"),
         ({"tokens": 0}, "tokens is 0"),

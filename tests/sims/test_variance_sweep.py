@@ -232,7 +232,7 @@ def test_one_rank_has_a_crossing_rank_and_no_exponent(
     ("key", "value", "said"),
     [
         ("grad", np.ones((6, 23)), "shape"),
-        ("x_train", np.full((3, 24), np.nan), "not a finite float32"),
+        ("x_train", np.full((3, 24), np.nan), "must be finite in float32"),
         ("x_heldout", None, "is missing"),
     ],
 )

@@ -277,15 +277,19 @@ def spread_over_layers(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFr
 
 
 def _module_type(modules: pd.Series) -> pd.Series:
-    return modules.str.rpartition(".")[2]
+    return modules.str.split(".").str[-1]
 
 
 def summaries(crossings: pd.DataFrame, takeover: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the summaries over layers by the names of their files."""
-    return {
-        CROSSING_SUMMARY: spread_over_layers(crossings, ("crossing_rank", "median")),
-        TAKEOVER_SUMMARY: spread_over_layers(takeover, ("takeover", "turn_5")),
+    """Return the summaries over layers by the names of their files.
+
+    There is no takeover distance, and so no summary of them, where Adam was not measured.
+    """
+    tables = {
+        CROSSING_SUMMARY: (crossings, ("crossing_rank", "median")),
+        TAKEOVER_SUMMARY: (takeover, ("takeover", "turn_5")),
     }
+    return {name: spread_over_layers(table, columns) for name, (table, columns) in tables.items() if len(table)}
 
 
 def by_depth(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
