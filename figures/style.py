@@ -1,5 +1,6 @@
 """How figures look and where they go: colour-blind safe, print size, PNG and SVG."""
 
+import contextlib
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -258,6 +259,11 @@ def check_own(folder: Path) -> None:
 
 
 def main(draw: Callable[..., Sequence[Path]], *arguments: Any) -> None:
-    """Draw with this package's style and print the files' paths."""
-    with plt.rc_context(STYLE):
+    """Draw with this package's style and print the files' paths.
+
+    Raises:
+      InputError: If a setting that the figure reads is missing from the run's manifest, or has the wrong type.
+    """
+    run = getattr(arguments[0], "run", None) if arguments else None
+    with plt.rc_context(STYLE), contextlib.nullcontext() if run is None else files.naming_damage(run):
         answers.list_files(draw(*arguments))

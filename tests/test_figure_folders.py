@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 from figures import loss_curves, style
 from rora_theory.errors import InputError
 from rora_theory.io import digests
+from rora_theory.runs import seals
 from rora_theory.runs.folder import RunFolder
 
 
@@ -94,3 +96,27 @@ def test_a_run_or_cell_that_was_changed_is_not_drawn(
     with pytest.raises(SystemExit, match="2"):
         read()
     assert f"{run.path / name}: was changed since the run wrote it" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("name", ["norm_vs_rank", "training_dynamics", "loss_vs_rate"])
+def test_a_manifest_that_lacks_a_setting_is_named(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sealed and complete but for the experiment's own settings, as no run of the package writes it."""
+    experiments = {"norm_vs_rank": "variance_sweep", "loss_vs_rate": "rank_sweep"}
+    published = Path(__file__).parents[1] / "results" / "published" / experiments.get(name, name)
+    for path in published.glob("*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((published / "manifest.json").read_text()) | {"config": {}}
+    manifest.pop(seals.DIGEST, None)
+    (tmp_path / "manifest.json").write_text(json.dumps(seals.seal(manifest)))
+    options = ["--rank", "32"] if name == "loss_vs_rate" else []
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path), *options])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"figures.{name}", run_name="__main__", alter_sys=True)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path) in error
+    assert "KeyError" in error
