@@ -56,15 +56,24 @@ JUDGING = {
 """Pure modules of the judging layer with the files that test them."""
 
 BRIDGE = {
-    "torch_batches": ("rora_theory/measure/torch/batches.py", "tests/measure/test_torch.py"),
+    "torch_batches": (
+        "rora_theory/measure/torch/batches.py",
+        "tests/measure/test_torch.py tests/measure/test_torch_tokens.py tests/measure/test_torch_modes.py",
+    ),
     "torch_callback": ("rora_theory/measure/torch/callback.py", "tests/measure/test_torch_callback.py"),
     "torch_check": ("rora_theory/measure/torch/check.py", "tests/measure/test_torch_check.py"),
-    "torch_hooks": ("rora_theory/measure/torch/hooks.py", "tests/measure/test_torch.py"),
+    "torch_hooks": (
+        "rora_theory/measure/torch/hooks.py",
+        "tests/measure/test_torch.py tests/measure/test_torch_modes.py",
+    ),
     "torch_modules": (
         "rora_theory/measure/torch/modules.py",
         "tests/measure/test_torch_callback.py tests/measure/test_torch.py",
     ),
-    "torch_regimes": ("rora_theory/measure/torch/regimes.py", "tests/measure/test_torch.py"),
+    "torch_regimes": (
+        "rora_theory/measure/torch/regimes.py",
+        "tests/measure/test_torch.py tests/measure/test_torch_modes.py",
+    ),
 }
 """Modules of the PyTorch bridge with the files that test them."""
 
