@@ -127,7 +127,7 @@ def markdown() -> str:
     for page in pages:
         link = page.relative_to(ROOT / "docs").as_posix()
         lines += [f'<section class="gallery" data-question="{page.stem}" markdown>', ""]
-        lines += [f"## {_title(page)}", "", f"{_lead(page)} [Read more]({link}).", ""]
+        lines += [f"## [{_title(page)}]({link})", ""]
         for run, run_figures in sections[page].items():
             lines += [f"### {run.relative_to(PUBLISHED).as_posix()}", "", _data_links(run), ""]
             for figure in run_figures:
@@ -149,14 +149,15 @@ def _commands(run_figures: Sequence[Figure]) -> list[str]:
     figure = run_figures[0]
     lines = ["<details markdown><summary>Commands</summary>", ""]
     if figure.commands:
-        several = f" ({len(figure.commands)} commands into one folder)" if len(figure.commands) > 1 else ""
-        lines += [f"The run{several}:", "", "```", *map(shlex.join, figure.commands), "```", ""]
+        # A run that several commands extended shows the first one; its manifest records all of them.
+        several = f" (the first of {len(figure.commands)} commands in its manifest)" if len(figure.commands) > 1 else ""
+        lines += [f"Run{several}:", "", "```", shlex.join(figure.commands[0]), "```", ""]
     else:
         keys = {"command": "command", "versions": "packages", "revision": "git_revision", "date": "end"}
         missing = [word for word, key in keys.items() if key not in figure.manifest]
         lines += [f"The manifest of this run records its settings, but not: {', '.join(missing)}.", ""]
     redraw_lines = dict.fromkeys(shlex.join(figure.redraw) for figure in run_figures)
-    return [*lines, "The figures:", "", "```", *redraw_lines, "```", "", "</details>", ""]
+    return [*lines, "Figures:", "", "```", *redraw_lines, "```", "", "</details>", ""]
 
 
 def _image(figure: Figure) -> list[str]:
@@ -210,17 +211,6 @@ def _page_of(figure: Figure) -> Path:
 
 def _title(page: Path) -> str:
     return page.read_text().split("\n")[0].removeprefix("# ")
-
-
-def _lead(page: Path) -> str:
-    """Return the bold beginning of a page's first paragraph, or the paragraph, without links.
-
-    Links are relative to the page and would be wrong in the gallery.
-    """
-    prose = re.sub("<!--.*?-->|^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    text = next(" ".join(paragraph.split()) for paragraph in prose.split("\n\n")[1:] if paragraph.strip())
-    bold = re.match(r"\*\*.+?\*\*", text)
-    return re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", bold[0] if bold else text)
 
 
 def _config(package: str, name: str) -> Any:

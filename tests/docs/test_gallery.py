@@ -47,13 +47,6 @@ def test_its_commands_have_the_options_of_today() -> None:
     assert drawn["coordinate_check"].caption != drawn["coordinate_check_slopes"].caption
 
 
-def test_a_part_begins_with_what_its_page_says_first(tmp_path) -> None:
-    page = tmp_path / "page.md"
-    text = "**What [it](x.md) says\nfirst.** And more."
-    page.write_text(f"# Title\n\n```\nrora one\n\nrora two\n```\n\n{text}\n\n`code` after.\n")
-    assert gallery._lead(page) == "**What it says first.**"
-
-
 def test_a_figure_that_nothing_draws_or_that_has_no_run_is_refused(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(gallery, "PUBLISHED", tmp_path)
     (tmp_path / "norm_vs_rank.png").touch()
