@@ -23,9 +23,11 @@ from rora_theory.io import frames
 from rora_theory.llama import Adapter, Located, Model, load, locate
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import as_json
+from rora_theory.runs.summary import KeyFigure
 from rora_theory.validation.ranges import Count, check_ranges
 from sims.common import answers, cli, tables
 from sims.common.progress import progress_bar
+from sims.common.summaries import summarised
 
 NAME = "evaluate"
 RESULTS = "results.json"
@@ -108,7 +110,6 @@ def evaluate(
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
     summary = {"scoring": asdict(scoring), **settings, "levels": found}
     folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")
-    folder.finish(samples=len(kept.found))
     return found
 
 
@@ -149,7 +150,14 @@ def run(config: Config) -> None:
     model, adapter = subject(config, origin)
     extra = {"protocol": config.protocol, "units": ACCURACY_UNITS}
     folder = RunFolder.open(NAME, known, out=config.out, extra=extra, models=[origin])
-    show(evaluate(config, folder, tasks, model, adapter), config.scoring())
+    found = evaluate(config, folder, tasks, model, adapter)
+    errors = [
+        KeyFigure("accuracy", level.accuracy, level.error, "items", scope={"task": level.task, "n": level.n})
+        for level in found
+    ]
+    with summarised(folder, errors):
+        show(found, config.scoring())
+    folder.finish(samples=sum(map(len, tasks.values())))
     answers.tell_files(folder.path)
 
 

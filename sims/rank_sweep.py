@@ -24,6 +24,7 @@ from rora_theory.errors import FailedError
 from rora_theory.finetune import FinetuneConfig
 from rora_theory.runs.cells import FOLDERS
 from rora_theory.runs.folder import RunFolder, check_free, path_of
+from rora_theory.runs.summary import key_figures
 from rora_theory.sweep import differences, results
 from rora_theory.sweep.cells import SweepCell, cell_states, check_cells, replace_with_scored
 from rora_theory.sweep.design import BASE
@@ -32,6 +33,7 @@ from rora_theory.sweep.plan import SweepConfig, plan_sweep
 from rora_theory.sweep.workbench import Workbench
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import Runner, run_with_bar
+from sims.common.summaries import summarised
 
 NAME = "rank_sweep"
 
@@ -105,8 +107,14 @@ def run(config: Config) -> None:
     folder.write_frame(differences.difference_table(apart), "differences.csv")
     if failed is not None:
         raise failed
+    best = rows[rows["best_rate"].notna() | (rows["method"] == BASE)]
+    scope, loss = ("model", "method", "rank", "alpha", "learning_rate", "seed"), "validation loss, nats per token"
+    figures = key_figures(best, loss, "validation_loss", "validation_error", over="records", scope=scope)
+    scored = best[best["average"].notna()]
+    figures += key_figures(scored, "average accuracy", "average", "average_error", over="items", scope=scope)
+    with summarised(folder, figures):
+        report(rows)
     folder.finish()
-    report(rows)
     answers.tell_files(path)
 
 

@@ -39,10 +39,12 @@ from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.runs.devices import describe
 from rora_theory.runs.folder import RunFolder, check_free, path_of
 from rora_theory.runs.reading import finished, flat, key_of
+from rora_theory.runs.summary import key_figures
 from rora_theory.scaling import check_integer
 from rora_theory.validation.rules import check_list
 from sims.common import answers, cli, prompts, tables
 from sims.common.cells import run_with_bar
+from sims.common.summaries import summarised
 
 NAME = "regime"
 
@@ -127,11 +129,16 @@ def run(config: Config) -> None:
     if verdict is not None:
         folder.write_frame(regime_tables.measured_over_predicted(found.results), regime_tables.JUDGE)
         folder.write(regime_tables.VERDICT, json.dumps(verdict, indent=2, sort_keys=True) + "\n")
-    for name, frame in regime_tables.summaries(found.crossings, found.takeover).items():
+    summaries = regime_tables.summaries(found.crossings, found.takeover)
+    for name, frame in summaries.items():
         folder.write_frame(frame, name)
     words = thin.regime_warnings(found.crossings, model.config.num_hidden_layers)
+    bounds, scope = ("crossing_rank_low", "crossing_rank_high"), ("kind", "split", "optimizer", "init")
+    crossings, name = summaries[regime_tables.CROSSING_SUMMARY], "crossing rank, median over layers"
+    ranks = key_figures(crossings, name, "crossing_rank", None, over="layers", bounds=bounds, scope=scope)
+    with summarised(folder, ranks):
+        report(config.measured, found, verdict, words)
     folder.finish(warnings=words)
-    report(config.measured, found, verdict, words)
     answers.tell_files(folder.path)
     if verdict is not None and verdict["verdict"] == "fails":
         sys.exit(1)
