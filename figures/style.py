@@ -213,9 +213,8 @@ def check_among(option: str, value: Any, values: Iterable[Any]) -> None:
 
 
 def seeds_of(manifest: dict[str, Any]) -> int:
-    """How many seeds a run has; earlier runs have their number."""
-    seeds = manifest["config"]["seeds"]
-    return seeds if isinstance(seeds, int) else len(seeds)
+    """Return the number of seeds of a run."""
+    return len(manifest["config"]["seeds"])
 
 
 def check_as_written(folder: Path, within: str = "") -> None:

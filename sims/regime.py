@@ -88,9 +88,7 @@ def run(config: Config) -> None:
     options = {name: getattr(config, name) for name in ("template", "dtype", "revision")}
     read = prompts.read_inputs(config.data, config.model, config.reading, **options)
     identity, seed = flat(config.batches) | flat(config.measured) | read.identity, config.measured.seed
-    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")}
-    if read.template != "train":
-        identity["template"] = read.template
+    identity |= {name: getattr(config, name) for name in ("dtype", "targets", "layers")} | {"template": read.template}
     if config.adapter is not None:
         identity["adapter_sha256"] = adapters.adapter_digest(config.adapter)
     check_free(path_of(NAME, identity, config.out))

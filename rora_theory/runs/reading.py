@@ -37,22 +37,11 @@ _ENTRIES = {
 _SESSION = {"status": str, "python": str, "packages": dict, "git_revision": str | None, "cells": dict}
 """Types of the entries of a manifest and of its sessions that are read again. An entry may be absent."""
 
-LATER = "later"
-"""Metadata of a field of a configuration that was not there from the start."""
-
 
 def as_json(value: Any) -> Any:
-    """``value`` as plain JSON types: dataclasses to dicts, paths to strings, tuples to lists, non-finite to text.
-
-    A field whose metadata has `LATER` is left out at its default: what was done before there was one is still done.
-    """
+    """Convert a value to JSON types: dataclasses to dicts, tuples to lists, paths and non-finite floats to text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {field: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {
-            field.name: as_json(item)
-            for field, item in own.items()
-            if LATER not in field.metadata or item != field.default
-        }
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -96,7 +96,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, *, descriptio
       description: of the command.
 
     Raises:
-      InputError: an unknown or renamed option, a value that is missing or can't be read, a word that is not UTF-8, an
+      InputError: an unknown option, a value that is missing or can't be read, a word that is not UTF-8, an
         integer that no array or key holds, or an ``out`` that can't be written to; names the file and the key where
         that stands in a file.
       SystemExit: after ``--help`` and ``--version``, with status 0.

@@ -102,8 +102,6 @@ def test_goes_on_and_refuses_another_model(finished, model, data, tmp_path):
         ("--seeds 1", "--seeds"),
         ("--steps 0", "steps"),
         ("--sgd-lr -1", "--sgd-lr"),
-        ("--sgd-rate 1", "--sgd-rate was renamed; accepted is --sgd-lr"),
-        ("--seed 1", "--seed was renamed; accepted is --seeds"),
         ("--held-out 40", "held_out is 40 of 40 records"),
         ("--model nowhere/at/all", "nowhere/at/all"),
         ("--targets z_proj", "z_proj"),
