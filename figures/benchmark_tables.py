@@ -229,7 +229,7 @@ def as_csv(lines: Iterable[Line]) -> str:
         rows.append(
             vars(line) | {f"{name}{end}": pair[end != ""] for name, pair in pairs.items() for end in ("", "_error")}
         )
-    return frames.to_csv(frames.of(rows, [*HEAD, *(f"{name}{end}" for name in names for end in ("", "_error"))]))
+    return frames.to_csv(frames.from_rows(rows, [*HEAD, *(f"{name}{end}" for name in names for end in ("", "_error"))]))
 
 
 def _source(line: Line) -> str:

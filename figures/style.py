@@ -219,7 +219,7 @@ def seeds_of(manifest: dict[str, Any]) -> int:
 
 def check_as_written(folder: Path, within: str = "") -> None:
     """End the command where a file of a run, or of the folder ``within`` it, is not the one it wrote."""
-    problem = seals.problem(folder, within)
+    problem = seals.describe_problem(folder, within)
     if problem is not None:
         fail(f"{problem}; accepted is the file as the run wrote it, which its command makes again")
 

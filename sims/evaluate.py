@@ -103,10 +103,10 @@ def evaluate(
         for sample in kept.score(model, tasks, scoring, adapter=adapter, batch_size=config.batch_size):
             right += sample.correct
             bar.advance(1, task=TASKS[sample.task].name, accuracy=right / len(kept.found))
-    folder.record(samples.FILE)
+    folder.record_files(samples.FILE)
     found = accuracies(kept.found, records)
     heads = {"protocol": scoring.protocol, "template": scoring.template}
-    folder.write_frame(frames.of([heads | asdict(level) for level in found], ACCURACY_COLUMNS))
+    folder.write_frame(frames.from_rows([heads | asdict(level) for level in found], ACCURACY_COLUMNS))
     settings = {"model": config.model, "adapter": config.adapter, "dtype": config.dtype}
     summary = {"scoring": asdict(scoring), **settings, "levels": found}
     folder.write(RESULTS, json.dumps(as_json(summary), indent=2) + "\n")

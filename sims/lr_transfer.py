@@ -58,9 +58,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.matrix is None:
-            check_unread(self, "matrix_model", "matrix_loss", without="--matrix")
+            check_unread(self, "matrix_model", "matrix_loss", requires="--matrix")
         else:
-            check_unread(self, "grid", "cluster", "judge", beside="--matrix")
+            check_unread(self, "grid", "cluster", "judge", conflicts_with="--matrix")
 
 
 def run(config: Config) -> None:

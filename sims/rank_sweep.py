@@ -76,9 +76,9 @@ class Config(SweepConfig):
 def run(config: Config) -> None:
     """Check everything that can be checked, then do what the folder lacks."""
     plan = plan_sweep(config)
-    first, shared, grows = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
+    first, shared, extensible = plan.cells(), plan.identity(), {"evaluation": plan.evaluation}
     models = check_cells(first, plan.located)
-    path = path_of(NAME, shared | grows, config.out)
+    path = path_of(NAME, shared | extensible, config.out)
     if config.list:
         show(config.design, path, first)
         return
@@ -89,7 +89,9 @@ def run(config: Config) -> None:
     bench = Workbench(plan.training, plan.records, plan.tasks, plan.located, **scored)
     cli.tell(bench.open(first[0].model))
     extra, located = {"design": config.design, "models": models}, plan.located.values()
-    folder = RunFolder.open(NAME, shared, out=path, seed=config.data_seed, extra=extra, grows=grows, models=located)
+    folder = RunFolder.open(
+        NAME, shared, out=path, seed=config.data_seed, extra=extra, extensible=extensible, models=located
+    )
     prompts.tell(plan.records.source, plan.training.template)
     prompts.keep(folder, bench.train_examples, bench.model.tokenizer, show=config.reading.show)
     failed = None

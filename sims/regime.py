@@ -38,7 +38,7 @@ from rora_theory.measure.regimes.module_regime import LayerRegime, Regime, Regim
 from rora_theory.measure.regimes.tables import JudgeConfig
 from rora_theory.runs.devices import describe
 from rora_theory.runs.folder import RunFolder, check_free, path_of
-from rora_theory.runs.reading import finished, flat, key_of
+from rora_theory.runs.reading import flat, key_of, read_finished_cells
 from rora_theory.runs.summary import key_figures
 from rora_theory.scaling import check_integer
 from rora_theory.validation.rules import check_list
@@ -77,7 +77,7 @@ class Config:
     def __post_init__(self) -> None:
         check_list("--targets", self.targets)
         for layer in self.layers or ():
-            check_integer("--layers", layer, least=0)
+            check_integer("--layers", layer, minimum=0)
         if self.adapter is not None and not self.adapter.is_dir():
             raise InputError(f"{self.adapter}: is not a folder; accepted is an adapter in PEFT's format")
 
@@ -106,7 +106,7 @@ def run(config: Config) -> None:
     prompts.keep(folder, pair.examples, model.tokenizer, show=config.reading.show)
     folder.update(model_layers=model.config.num_hidden_layers)
     cells = [RegimeCell(index) for index in modules]
-    done = finished(folder.path)
+    done = read_finished_cells(folder.path)
     if any(key_of(cell) not in done for cell in cells):
         recorded = regimes.record_modules(model.params, model.config, pair.train, pair.held_out, regimes.kinds(modules))
         folder.update(training_loss=recorded.train.loss, heldout_loss=recorded.held_out.loss)

@@ -60,7 +60,7 @@ class Config(TransferConfig):
         check_seeds(self.seeds, fewest=2)
         check_seed(self.seed, "--seed")
         if not self.check:
-            check_unread(self, "reading", "cluster", "batch_size", "seeds", "seed", "out", without="--check")
+            check_unread(self, "reading", "cluster", "batch_size", "seeds", "seed", "out", requires="--check")
         super().__post_init__()
 
 

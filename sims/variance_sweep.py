@@ -47,8 +47,8 @@ class Config:
         if self.layer_data is not None and self.simulation.sampler == "reduced":
             raise InputError("--sampler reduced has no fixed data; accepted with --layer-data are direct and auto")
         if self.layer_data is not None:
-            check_unread(self, "devices", beside="--layer-data")
-            check_unread(self.simulation, "p_in", "p_out", "overlaps", beside="--layer-data")
+            check_unread(self, "devices", conflicts_with="--layer-data")
+            check_unread(self.simulation, "p_in", "p_out", "overlaps", conflicts_with="--layer-data")
 
 
 def run(config: Config) -> None:

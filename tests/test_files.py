@@ -81,8 +81,8 @@ def test_json_is_at_most_64_deep(opening: str) -> None:
     def nested(depth: int) -> str:
         return opening * depth + "1" + closing * depth
 
-    files.parse_json(nested(files.DEPTH), where="a")
-    for depth in (files.DEPTH + 1, 900, 100_000):
+    files.parse_json(nested(files.MAX_DEPTH), where="a")
+    for depth in (files.MAX_DEPTH + 1, 900, 100_000):
         with pytest.raises(InputError, match=r"^a: is JSON more than 64 lists and objects deep; accepted is JSON$"):
             files.parse_json(nested(depth), where="a")
 

@@ -45,7 +45,7 @@ def test_an_option_that_nothing_reads_is_told_with_the_two_ways_out() -> None:
     ):
         with pytest.raises(InputError, match=f"^--batch-size is 8, which nothing reads {ways}$"):
             rules.check_unread(config, "check", "batch_size", **why)
-    rules.check_unread(Options(check="given"), "batch_size", without="--check")
+    rules.check_unread(Options(check="given"), "batch_size", requires="--check")
 
 
 def test_rules_meet_at_the_reference_rank() -> None:

@@ -267,7 +267,7 @@ def run(main: Callable[[], object]) -> None:
     except BaseException as error:
         how, said, status = _ending(error)
         resumable = folder.count_open() > before
-        folder.end_all(how, said, but=before)
+        folder.end_all(how, said, skip=before)
         if status is None:
             raise
         if said is not None:
@@ -279,7 +279,7 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(status)
     finally:
         _library.propagate = True
-        folder.end_all("failed", but=before)
+        folder.end_all("failed", skip=before)
         cluster.leave()
 
 
