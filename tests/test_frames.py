@@ -68,14 +68,14 @@ def test_numbers_of_several_kinds_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"a,b\n1,2\n3\n", "line 3 has 1 fields; accepted are 2"),
-        (b"a,b\n1,2,3\n", "line 2 has 3 fields; accepted are 2"),
-        (b'a,b\n"x\ny",2\n3\n', "line 4 has 1 fields; accepted are 2"),
-        (b"a,b\n1,2\n3,4", "line 3 is cut off; accepted is the file as the run wrote it"),
+        (b"a,b\n1,2\n3\n", "line 3 must have 2 fields, got 1"),
+        (b"a,b\n1,2,3\n", "line 2 must have 2 fields, got 3"),
+        (b'a,b\n"x\ny",2\n3\n', "line 4 must have 2 fields, got 1"),
+        (b"a,b\n1,2\n3,4", "line 3 is cut off. Expected the file as the run wrote it"),
         (b"b,a\n1,2\n", "line 1 is not the header a,b"),
         (b"", "line 1 is not the header a,b"),
         (b"a,b\n\xff,2\n", "byte 4 is not UTF-8"),
-        (b"a,b\n\n", "line 2 has 0 fields"),
+        (b"a,b\n\n", "line 2 must have 2 fields, got 0"),
     ],
 )
 def test_a_damaged_table_is_named(tmp_path: Path, content: bytes, said: str) -> None:
@@ -86,5 +86,5 @@ def test_a_damaged_table_is_named(tmp_path: Path, content: bytes, said: str) -> 
 
 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.csv: no such file; accepted is a run's table"):
+    with pytest.raises(InputError, match=r"a\.csv: no such file. Expected a run's table"):
         frames.read_csv(tmp_path / "a.csv", accepted="a run's table")

@@ -484,7 +484,7 @@ def test_figures_and_tables(swept, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, out=tmp_path))
     assert "has the ranks 2, 4; accepted is --rank with one of them" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"--top is .*; accepted is a finite number above 0"):
+    with pytest.raises(InputError, match=r"--top must be a finite number above 0, got .*"):
         loss_vs_rate.draw(loss_vs_rate.Config(swept, rank=4, top=0.0, out=tmp_path))
     for layout in ("I", "II"):
         benchmark_tables.draw(benchmark_tables.Config(swept, layout=layout, out=tmp_path))
@@ -561,7 +561,7 @@ def test_figures_show_what_diverged_and_refuse_a_mixture(tmp_path, capsys) -> No
 def test_bad_input_is_one_line_before_anything_is_written(model, data, tmp_path, capsys) -> None:
     for more, message in {
         ("--methods", "qlora"): "'qlora'; supported: base, prefix",
-        ("--ranks", "4", "4"): "--ranks repeats a value (4 4)",
+        ("--ranks", "4", "4"): "--ranks must have different values, got 4 4",
         ("--ranks", "0"): "rank is 0",
         ("--ranks", "64"): "64",
         ("--lrs", "-1"): "--lrs is -1",
